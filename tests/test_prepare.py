@@ -1,0 +1,552 @@
+"""Tests of data/prepare.py. Nothing here uses the network: the Hugging Face hub is a folder on disk."""
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+SCRIPT = Path(__file__).parents[1] / "data" / "prepare.py"
+spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
+prepare = importlib.util.module_from_spec(spec)
+sys.modules["prepare"] = prepare  # worker processes find its functions by this name
+spec.loader.exec_module(prepare)
+
+WORDS = re.findall(
+    r"\w+",
+    "river stone garden letter morning window paper silver market bridge candle forest story winter number island "
+    "kitchen harbor signal copper village theater engine blanket mountain captain orange pencil travel question",
+)
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Return distinct documents of words, digits, accents and characters that only byte pieces can spell."""
+    rng = random.Random(seed)
+    documents = []
+    for index in range(count):
+        words = [rng.choice(WORDS) + rng.choice(["", "s", "ed", ", and", "."]) for _ in range(rng.randint(5, 60))]
+        documents.append(" ".join([f"Number {seed}-{index}:", *words, rng.choice(["", "café", "東京 🙂", "x = 10"])]))
+    return [document.strip() for document in documents]
+
+
+def run(*arguments) -> int:
+    return prepare.main([str(argument) for argument in arguments])
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Check the header of a shard and return its tokens."""
+    raw = path.read_bytes()
+    header = np.frombuffer(raw[:1024], dtype="<i4")
+    tokens = np.frombuffer(raw[1024:], dtype="<u2")
+    assert header[:3].tolist() == [20240520, 1, len(tokens)]
+    assert not header[3:].any()
+    return tokens
+
+
+def read_split(out: Path, name: str, split: str, model: Path | None = None) -> list[str]:
+    """Decode all documents of a split; every one must start with BOS and hold no BOS, end or unknown token."""
+    model = model or next(out.glob(f"{name}_*_bpe.model"))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    tokens = np.concatenate([read_shard(path) for path in sorted(out.glob(f"{name}_{split}_*.bin"))])
+    assert tokens[0] == 1
+    assert tokens.max() < tokenizer.vocab_size()
+    assert not np.isin(tokens, [tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id()]).any()
+    starts = np.flatnonzero(tokens == 1)
+    return [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
+
+
+def write_text(path: Path, documents: list[str], separator: str = "\0") -> Path:
+    path.write_text(separator.join(documents), encoding="utf-8")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A small tokenizer, so that most tests need not train one."""
+    path = tmp_path_factory.mktemp("model") / "small.model"
+    path.write_bytes(prepare.train_tokenizer(make_documents(300, seed=9), 400))
+    return path
+
+
+# ---- Datasets from files ----
+
+
+def test_shards_decode_to_the_text_in_order_and_split_is_disjoint(tmp_path, capsys):
+    documents = make_documents(400)
+    source = write_text(tmp_path / "in.txt", documents)
+    out = tmp_path / "my data"
+    options = ("--out", out, "--name", "toy", "--vocab-size", 400, "--val-fraction", 0.2)
+    assert run("text", source, "--separator", "nul", *options) == 0
+    train, val = read_split(out, "toy", "train"), read_split(out, "toy", "val")
+    assert 40 < len(val) < 120
+    in_val = set(val)
+    assert train == [document for document in documents if document not in in_val]
+    assert val == [document for document in documents if document in in_val]
+    assert sorted(contents(out)) == ["toy_400_bpe.model", "toy_train_000000.bin", "toy_val_000000.bin"]
+    environment = capsys.readouterr().out.splitlines()[-1]
+    assert environment == f"DATA_PATH='{out}' TOKENIZER_PATH='{out}/toy_400_bpe.model' VOCAB_SIZE=400"
+
+
+def test_equal_documents_are_in_one_split_and_blank_ones_are_left_out(tmp_path, model):
+    documents = make_documents(50)
+    source = write_text(tmp_path / "in.txt", [*documents, "", " \n", *(f"  {document}\n" for document in documents)])
+    options = ("--out", tmp_path / "o", "--name", "n", "--tokenizer", model, "--val-fraction", 0.3)
+    assert run("text", source, "--separator", "nul", *options) == 0
+    train, val = (read_split(tmp_path / "o", "n", split, model) for split in ("train", "val"))
+    assert len(train) + len(val) == 100
+    assert not set(train) & set(val)
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 500)  # many small batches, which finish in any order
+    source = write_text(tmp_path / "in.txt", make_documents(300))
+    for workers in (1, 2):
+        options = ("--out", tmp_path / str(workers), "--name", "n", "--vocab-size", 400, "--workers", workers)
+        assert run("text", source, "--separator", "nul", *options) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_shards_end_at_shard_tokens(tmp_path, model):
+    source = write_text(tmp_path / "in.txt", make_documents(100))
+    options = ("--name", "n", "--tokenizer", model, "--separator", "nul")
+    assert run("text", source, "--out", tmp_path / "one", *options) == 0
+    assert run("text", source, "--out", tmp_path / "many", *options, "--shard-tokens", 1000) == 0
+    whole = read_shard(tmp_path / "one" / "n_train_000000.bin")
+    parts = [read_shard(path) for path in sorted((tmp_path / "many").glob("n_train_*.bin"))]
+    assert [len(part) for part in parts[:-1]] == [1000] * (len(parts) - 1)
+    assert 1 < len(parts) == -(-len(whole) // 1000)
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_a_file_is_one_document_by_default(tmp_path, model):
+    texts = make_documents(3)
+    paths = [write_text(tmp_path / f"{index}.txt", [text]) for index, text in enumerate(texts)]
+    out = tmp_path / "o"
+    assert run("text", paths[2], paths[0], "--val", paths[1], "--out", out, "--name", "n", "--tokenizer", model) == 0
+    assert read_split(out, "n", "train", model) == [texts[2], texts[0]]
+    assert read_split(out, "n", "val", model) == [texts[1]]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(pieces=st.lists(st.text("aé\r\n \0#"), max_size=8), separator=st.sampled_from(["nul", "blank-line", "##", None]))
+def test_separators_are_found_across_the_chunks_of_a_file(tmp_path, pieces, separator):
+    """Reading 3 bytes at a time must give the same documents as reading the whole file at once."""
+    path = tmp_path / "in.txt"
+    path.write_bytes({"nul": "\0", "blank-line": "\n\n", "##": "##", None: ""}[separator].join(pieces).encode())
+    results = []
+    for chunk_bytes in (3, 2**24):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare, "CHUNK_BYTES", chunk_bytes)
+            documents = (text.strip() for text, _ in prepare.read_text(path, separator))
+            results.append([document for document in documents if document])
+    assert results[0] == results[1]
+    assert separator != "nul" or results[0] == [
+        text.strip() for text in path.read_bytes().decode().split("\0") if text.strip()
+    ]
+
+
+def test_jsonl_field_and_null(tmp_path, model):
+    documents = make_documents(40)
+    rows = [{"text": "wrong", "body": document} for document in documents] + [{"body": None}]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8-sig")
+    options = ("--out", tmp_path / "o", "--name", "n", "--tokenizer", model, "--val-fraction", 0.3)
+    assert run("jsonl", source, "--field", "body", *options) == 0
+    found = [read_split(tmp_path / "o", "n", split, model) for split in ("train", "val")]
+    assert sorted(sum(found, [])) == sorted(documents)
+
+
+def test_parquet_field_null_and_errors(tmp_path, model, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    documents = make_documents(40)
+    table = pyarrow.table({"body": [*documents, None], "number": list(range(41))})
+    source, broken = tmp_path / "in.parquet", tmp_path / "broken.parquet"
+    parquet.write_table(table, source, row_group_size=7)
+    broken.write_bytes(source.read_bytes()[:200])
+    options = ("--out", tmp_path / "o", "--name", "n", "--tokenizer", model, "--val-fraction", 0.3)
+    for path, field, message in (
+        (source, "text", "no field 'text'; it has body, number"),
+        (source, "number", "row 1: the field is of type int, not text"),
+        (broken, "body", "cannot be read as Parquet"),
+    ):
+        assert run("parquet", path, "--field", field, *options) == 1
+        assert message in capsys.readouterr().err
+    assert run("parquet", source, "--field", "body", *options) == 0
+    found = [read_split(tmp_path / "o", "n", split, model) for split in ("train", "val")]
+    assert sorted(sum(found, [])) == sorted(documents)
+
+
+def test_tokenizer_has_the_settings_of_the_contest(model):
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert [tokenizer.id_to_piece(index) for index in range(5)] == ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
+    assert tokenizer.vocab_size() == 400
+    assert tokenizer.encode("a1234", out_type=str)[-4:] == list("1234")
+    assert not tokenizer.encode("a", out_type=str)[0].startswith("▁")
+    assert tokenizer.decode(tokenizer.encode("Ж  ½\n")) == "Ж 1⁄2"
+
+
+def test_tokenizer_sample_is_bounded_even_and_without_validation():
+    documents = [prepare.Document(text, index % 5 == 0, 0) for index, text in enumerate(make_documents(1000))]
+    total = sum(len(document.text) for document in documents if not document.is_validation)
+    kept = prepare.tokenizer_sample(documents, total // 3)
+    assert total / 8 < sum(map(len, kept)) <= total // 3
+    training = [document.text for document in documents if not document.is_validation]
+    assert set(kept) <= set(training)
+    assert 0.3 < np.mean([training.index(text) for text in kept]) / len(training) < 0.7
+    assert sorted(prepare.tokenizer_sample(documents)) == sorted(training)
+
+
+# ---- Failures ----
+
+
+def check_error(capsys, status: int, *fragments: str) -> None:
+    """The run failed with one line on stderr that has these fragments."""
+    error = capsys.readouterr().err
+    assert status == 1
+    assert error.startswith("prepare.py: error: "), error
+    assert error.count("\n") == 1, error
+    for fragment in fragments:
+        assert fragment in error
+
+
+BAD_INPUTS = {
+    "missing": ("text", None, [], "no such file"),
+    "empty": ("text", b"", [], "no document that is not empty"),
+    "blank": ("text", b" \n\n ", ["--separator", "blank-line"], "no document that is not empty"),
+    "utf8": ("text", b"fine\0caf\xe9 \0", ["--separator", "nul"], "document 2 is not valid UTF-8 (byte 3)"),
+    "json": ("jsonl", b'{"text": "a"}\n{"text": \n', [], "line 2: invalid JSON"),
+    "deep": ("jsonl", b"[" * 200_000, [], "line 1: invalid JSON"),
+    "list": ("jsonl", b"[1]\n", [], "line 1: expected a JSON object, found a list"),
+    "field": ("jsonl", b'{"title": "a", "body": "b"}\n', [], "line 1: no field 'text'; it has title, body"),
+    "type": ("jsonl", b'\n{"text": 3}\n', [], "line 2: the field is of type int, not text"),
+    "surrogate": ("jsonl", b'{"text": "\\ud83d"}\n', [], "line 1: half of a surrogate pair"),
+    "jsonutf8": ("jsonl", b'{"text": "\xff"}\n', [], "line 1 is not valid UTF-8"),
+    "one": ("text", b"just one document", [], "none of the 1 documents is for validation"),
+    "separator": ("text", b"a", ["--separator", ""], "--separator is empty"),
+    "shard": ("text", b"a", ["--shard-tokens", "0"], "--shard-tokens 0 is not between"),
+    "workers": ("text", b"a", ["--workers", "0"], "--workers 0 is not between"),
+    "fraction": ("text", b"a", ["--val-fraction", "1"], "--val-fraction 1.0 is not between"),
+    "name": ("text", b"a", ["--name", "a/b"], "--name 'a/b'"),
+    "parquet": ("parquet", b"not parquet at all", [], "cannot be read as Parquet"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, model, case):
+    command, data, options, message = BAD_INPUTS[case]
+    if command == "parquet":
+        pytest.importorskip("pyarrow")
+    source, out = tmp_path / "input", tmp_path / "out"
+    if data is not None:
+        source.write_bytes(data)
+    status = run(command, source, "--out", out, "--name", "n", "--tokenizer", model, *options)
+    check_error(capsys, status, message)
+    assert not out.exists() or not any(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [(70_000, "--vocab-size 70000 is not between 1 and 65536"), (5000, "too little text"), (100, "too small")],
+)
+def test_vocabulary_that_does_not_fit(tmp_path, capsys, vocab_size, message):
+    source, out = write_text(tmp_path / "in.txt", make_documents(50)), tmp_path / "out"
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--vocab-size", vocab_size)
+    check_error(capsys, run("text", source, *options), message)
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_bad_tokenizers(tmp_path, capsys, monkeypatch, model):
+    source, bad = write_text(tmp_path / "in.txt", make_documents(50)), tmp_path / "bad.model"
+    options = ("--separator", "nul", "--out", tmp_path / "out", "--name", "n", "--tokenizer")
+    check_error(capsys, run("text", source, *options, bad), "no such file")
+    for content in (b"", b"plain text", model.read_bytes()[:1000]):
+        bad.write_bytes(content)
+        check_error(capsys, run("text", source, *options, bad), "not a SentencePiece model")
+    monkeypatch.setattr(prepare, "BOS_ID", 7)
+    check_error(capsys, run("text", source, *options, model), "its BOS id is 1")
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "MAX_VOCAB_SIZE", 399)
+    with pytest.raises(prepare.PrepareError, match="400 pieces; shards hold uint16, at most 399"):
+        prepare.load_tokenizer(model)
+
+
+def test_folders_that_cannot_be_used(tmp_path, capsys, model):
+    source = write_text(tmp_path / "in.txt", make_documents(50))
+    options = ("--separator", "nul", "--name", "n", "--tokenizer", model)
+    check_error(capsys, run("text", tmp_path, "--out", tmp_path / "o", *options), "not a regular file")
+    check_error(capsys, run("text", source, "--out", source, *options), f"{source}: File exists")
+    check_error(capsys, run("text", source, "--out", source / "below", *options), "Not a directory")
+    both = run("text", source, "--val", source, "--out", tmp_path / "o", *options)
+    check_error(capsys, both, "both as INPUT and as --val")
+    assert run("text", source, "--out", tmp_path / "o", *options) == 0
+    other = run("text", source, "--out", tmp_path / "o", *options, "--name", "other")
+    check_error(capsys, other, "already holds another dataset (n_train_000000.bin)")
+
+
+def test_a_failed_run_leaves_the_earlier_dataset_and_a_good_one_replaces_it(tmp_path, capsys, monkeypatch, model):
+    source, out = write_text(tmp_path / "in.txt", make_documents(100)), tmp_path / "out"
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--tokenizer", model)
+    assert run("text", source, *options, "--shard-tokens", 1000) == 0
+    before = contents(out)
+    assert len(before) > 3
+    appended = prepare.ShardWriter.append
+    for error, status, message in (
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (prepare.BrokenProcessPool(), 1, "a worker process died, perhaps for lack of memory; try fewer --workers"),
+    ):
+
+        def fail(writer, text, tokens, error=error):
+            appended(writer, text, tokens)
+            if writer.documents == 20:
+                raise error
+
+        monkeypatch.setattr(prepare.ShardWriter, "append", fail)
+        capsys.readouterr()
+        assert run("text", source, *options) == status
+        assert capsys.readouterr().err.endswith(f": {message}\n")
+        assert contents(out) == before
+        assert not [path for path in out.iterdir() if path.is_dir()]
+    monkeypatch.undo()
+    assert run("text", source, *options) == 0
+    assert sorted(contents(out)) == ["n_train_000000.bin", "n_val_000000.bin"]
+
+
+def test_a_document_without_end_is_refused(tmp_path, capsys, monkeypatch, model):
+    monkeypatch.setattr(prepare, "MAX_DOCUMENT_BYTES", 1000)
+    source = write_text(tmp_path / "in.txt", ["a", "b" * 2000])
+    options = ("--out", tmp_path / "out", "--name", "n", "--tokenizer", model)
+    check_error(capsys, run("text", source, *options), "document 1 exceeds 1,000 bytes")
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 100)
+    check_error(capsys, run("text", source, *options, "--separator", "nul"), "document 2 exceeds 1,000 bytes")
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        (["parquet", SCRIPT, "--out", "o", "--name", "n", "--val", __file__], "pyarrow"),
+        (["fineweb"], "huggingface_hub"),
+    ],
+)
+def test_missing_packages(tmp_path, capsys, monkeypatch, model, command, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    extra = ["--variant", "sp1024"] if command == ["fineweb"] else ["--tokenizer", model]
+    check_error(capsys, run(*command, *extra), f"pip install {package}")
+
+
+def test_command_line_exit_status_without_traceback(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n")
+    command = [sys.executable, SCRIPT, "jsonl", bad, "--out", tmp_path / "o", "--name", "n"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"prepare.py: error: {bad} line 1: invalid JSON")
+    assert result.stderr.count("\n") == 1
+
+
+# ---- Sample ----
+
+
+def test_sample_is_about_2_megabytes_and_deterministic(tmp_path):
+    runs = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, "sample", "--out", tmp_path / seed],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    output = [process.communicate()[0] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0]
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    out = tmp_path / "1"
+    assert sorted(contents(out)) == ["sample_1024_bpe.model", "sample_train_000000.bin", "sample_val_000000.bin"]
+    assert f"DATA_PATH={out} TOKENIZER_PATH={out}/sample_1024_bpe.model VOCAB_SIZE=1024" in output[0].splitlines()
+    train, val = read_split(out, "sample", "train"), read_split(out, "sample", "val")
+    assert 1.5e6 < sum(len(text.encode()) for text in train + val) < 3e6
+    assert not set(train) & set(val)
+    assert 0.02 < len(val) / len(train + val) < 0.1
+    text = " ".join(train)
+    assert text.count(" the ") > 0.03 * len(text.split())
+
+
+def test_sample_needs_sources_and_enough_text(tmp_path, capsys, monkeypatch):
+    library = tmp_path / "lib"
+    library.mkdir()
+    monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    check_error(capsys, run("sample", "--out", tmp_path / "o"), "no standard-library sources", str(library))
+    (library / "broken.py").write_text("def (")
+    (library / "latin.py").write_bytes(b"# caf\xe9")
+    (library / "good.py").write_text(
+        '"""This is the text of the module.\n\nThis is an example of it:\n>>> the_code(1)\n\nx = {}\n"""\n\ndef f():\n'
+        '    """Return the *result* of the :func:`call`."""\n    # This comment is in\n    # two lines of the source.\n'
+    )
+    assert prepare.standard_library_documents() == [
+        "This is the text of the module.\n\nThis is an example of it:\n\nReturn the result of the call."
+        "\n\nThis comment is in two lines of the source."
+    ]
+    check_error(capsys, run("sample", "--out", tmp_path / "o"), "too little text for a vocabulary of 1024")
+
+
+# ---- FineWeb ----
+
+
+class FakeHub(types.SimpleNamespace):
+    """What prepare.py uses of huggingface_hub, over a folder on disk; `fetched` lists the downloads."""
+
+    def __init__(self, root: Path):
+        super().__init__(root=root, fetched=[], before_download=lambda path, copy: None, lfs=True)
+
+    def HfApi(self):  # noqa: N802 (the package's name)
+        return self
+
+    def list_repo_tree(self, repo_id, path_in_repo, *, repo_type):
+        assert (repo_id, repo_type) == ("willdepueoai/parameter-golf", "dataset")
+        for path in sorted((self.root / path_in_repo).iterdir()):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            lfs = types.SimpleNamespace(sha256=digest) if self.lfs else None
+            yield types.SimpleNamespace(path=f"{path_in_repo}/{path.name}", size=path.stat().st_size, lfs=lfs)
+
+    def hf_hub_download(self, repo_id, filename, *, repo_type, local_dir):
+        assert (repo_id, repo_type) == ("willdepueoai/parameter-golf", "dataset")
+        copy = Path(local_dir) / filename
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.root / filename, copy)
+        self.before_download(Path(filename).name, copy)
+        self.fetched.append(Path(filename).name)
+        return str(copy)
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+TOKENIZER, VAL = "fineweb_1024_bpe.model", ["fineweb_val_000000.bin", "fineweb_val_000001.bin"]
+TRAIN = [f"fineweb_train_{index:06d}.bin" for index in range(4)]
+COMMAND = ("fineweb", "--variant", "sp1024", "--out", "data", "--train-shards")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, model) -> FakeHub:
+    """A hub with four training and two validation shards; the working folder is empty."""
+    root = tmp_path / "remote"
+    shards, tokenizers = root / "datasets/datasets/fineweb10B_sp1024", root / "datasets/tokenizers"
+    shards.mkdir(parents=True)
+    tokenizers.mkdir(parents=True)
+    shutil.copy(model, tokenizers / TOKENIZER)
+    (tokenizers / "fineweb_1024_bpe.vocab").write_text("not needed")
+    for index, name in enumerate(TRAIN + VAL):
+        write_shard(shards / name, np.arange(1, 500 + index))
+    hub = FakeHub(root)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    local = tmp_path / "local"
+    local.mkdir()
+    monkeypatch.chdir(local)
+    return hub
+
+
+def local_files() -> dict[str, bytes]:
+    return {Path(path).name: content for path, content in contents(Path("data")).items()}
+
+
+def test_fineweb_gets_the_layout_of_the_contest_and_skips_good_files(hub, capsys):
+    assert run(*COMMAND, 2) == 0
+    assert sorted(hub.fetched) == sorted([TOKENIZER, *VAL, *TRAIN[:2]])
+    paths = "DATA_PATH=data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=data/tokenizers/fineweb_1024_bpe.model"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{paths} VOCAB_SIZE=1024"
+    remote = contents(hub.root / "datasets")
+    assert contents(Path("data")) == {path: remote[path] for path in remote if Path(path).name in hub.fetched}
+    hub.fetched.clear()
+    assert run(*COMMAND, 3) == 0
+    assert hub.fetched == [TRAIN[2]]
+
+
+def test_fineweb_replaces_damaged_local_files(hub):
+    assert run(*COMMAND, 3) == 0
+    folder = Path("data/datasets/fineweb10B_sp1024")
+    good = (folder / TRAIN[0]).read_bytes()
+    (folder / TRAIN[0]).write_bytes(good[:-2])
+    (folder / TRAIN[2]).write_bytes(good[:-1] + b"\x7f")
+    hub.fetched.clear()
+    assert run(*COMMAND, 3) == 0
+    assert hub.fetched == [TRAIN[0], TRAIN[2]]
+    assert (folder / TRAIN[0]).read_bytes() == good
+
+
+def test_fineweb_resumes_after_a_lost_connection(hub, capsys):
+    def lose_connection(name, copy):
+        if name == TRAIN[1]:
+            copy.write_bytes(b"half")
+            raise RuntimeError("connection lost\nmore lines")
+
+    hub.before_download = lose_connection
+    check_error(capsys, run(*COMMAND, 3), f"download of {TRAIN[1]} failed, run again to resume: connection lost")
+    assert TRAIN[0] in local_files()
+    assert not Path("data/datasets/fineweb10B_sp1024", TRAIN[1]).exists()
+    hub.fetched.clear()
+    hub.before_download = lambda name, copy: None
+    assert run(*COMMAND, 3) == 0
+    assert hub.fetched == TRAIN[1:3]
+    assert len(local_files()) == 6
+
+
+def flip_last_byte(copy: Path) -> None:
+    raw = copy.read_bytes()
+    copy.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+def test_fineweb_refuses_corrupt_downloads(hub, capsys):
+    for name, damage, message in (
+        (VAL[1], flip_last_byte, "SHA-256 differs"),
+        (TRAIN[0], lambda copy: copy.write_bytes(copy.read_bytes() + b"xx"), "bytes instead of"),
+        (TOKENIZER, flip_last_byte, "SHA-256 differs"),
+    ):
+        hub.before_download = lambda path, copy, name=name, damage=damage: damage(copy) if path == name else None
+        shutil.rmtree("data", ignore_errors=True)
+        check_error(capsys, run(*COMMAND, 1), f"the download of {name} is corrupt", message)
+        assert name not in local_files()
+    hub.before_download = lambda name, copy: None
+    assert run(*COMMAND, 1) == 0
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_fineweb_checks_headers_even_without_checksums(hub, capsys, place):
+    hub.lfs = False
+    path = hub.root / "datasets/datasets/fineweb10B_sp1024" / TRAIN[0]
+    raw = bytearray(path.read_bytes())
+    raw[4 * place] ^= 1  # magic number, version, number of tokens
+    path.write_bytes(raw)
+    check_error(capsys, run(*COMMAND, 1), TRAIN[0], "the header says" if place == 2 else "not a token shard")
+    assert TRAIN[0] not in local_files()
+
+
+def test_fineweb_requests_that_cannot_be_met(hub, capsys, monkeypatch):
+    check_error(capsys, run(*COMMAND, 5), "has only 4 training shards")
+    check_error(capsys, run(*COMMAND, 0), "must be at least 1")
+    (hub.root / "datasets/tokenizers" / TOKENIZER).unlink()
+    check_error(capsys, run(*COMMAND, 1), "has no validation shards of fineweb10B_sp1024, or no")
+    shutil.rmtree(hub.root)
+    check_error(capsys, run(*COMMAND, 1), "cannot list the files of willdepueoai/parameter-golf")
+    assert not Path("data").exists()

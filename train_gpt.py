@@ -1,0 +1,3064 @@
+"""Parameter Golf with state-space layers: one file from token shards to a scored artifact.
+
+    python train_gpt.py                                       # one process: a GPU if there is one, else the CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     # one process per GPU
+    python train_gpt.py --help                                # every setting, its unit and default, and the presets
+
+It trains a hybrid of Mamba-3 and grouped-query attention by the clock, quantizes it with GPTQ to int6, packs it with
+LZMA into at most 16,000,000 bytes (code included), loads it back from the file and scores it in bits per byte, adapting
+to what it has already scored (score-first test-time training). Everything is set by environment variables.
+
+The sections stand in the order in which data flows:
+
+    1. Settings     one typed dataclass, presets, validation, --help
+    2. Ranks        what several processes need from each other
+    3. Data         shards, the order of batches, prefetching, bytes per token
+    4. Scans        the Mamba-3 recurrence: sequential, chunked, and mamba_ssm's kernels behind one signature
+    5. Model        attention, Mamba and MLP blocks, U-Net skips, depth recurrence
+    6. Optimizers   Muon, Adam, weight averaging, and the schedule that follows the clock
+    7. Evaluation   one scoring loop for plain, sliding, stateful and test-time-trained evaluation; sampling
+    8. Export       calibration, GPTQ, packing, the artifact file
+    9. Run          logging, plan, warm-up, training, and main(), which tells the story of a run
+"""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import queue
+import struct
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BOS_ID = 1  # every document in the contest's shards begins with this token
+ARTIFACT_CAP = 16_000_000  # bytes, decimal, code included: the contest's limit
+
+
+class UserError(Exception):
+    """A mistake the user can mend. main() prints it as one line and exits with status 2; nothing else raises SystemExit."""
+
+
+# ======================================================================================================================
+# 1. Settings
+# One dataclass holds every knob. The environment name is the field's name in capitals, and where the contest's scripts
+# have a name for a thing, that is the name here. Values are strings from outside exactly once, in read_settings().
+# ======================================================================================================================
+
+
+def setting(default, group: str, unit: str, text: str):
+    """A settings field: its default (whose type is the setting's type), group, unit and one line of help."""
+    return field(default=default, metadata={"group": group, "unit": unit, "help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run. Layer lists are strings such as "0,2-4", "all" or "none": see parse_layers()."""
+
+    # fmt: off
+    preset: str = setting("default", "run", "name", "set of defaults that single variables override: see below")
+    run_id: str = setting("", "run", "name", "names the logs and the artifact; empty: date, time and seed")
+    seed: int = setting(1337, "run", "integer", "seeds the weights and the order of batches")
+    device: str = setting("auto", "run", "auto|cuda|cpu", "where to run; auto takes a GPU if there is one")
+    compile: str = setting("auto", "run", "auto|on|off", "torch.compile with fullgraph=True; auto: on GPUs only")
+    log_dir: str = setting("logs", "run", "folder", "where logs and artifacts go")
+    artifact: str = setting("", "run", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
+    eval_only: bool = setting(False, "run", "0|1", "score ARTIFACT and train nothing")
+    sample: str = setting("", "run", "text", "continue this text with the exported model and print the result")
+    sample_tokens: int = setting(128, "run", "tokens", "length of that continuation")
+    sample_temperature: float = setting(0.8, "run", "factor", "temperature of that continuation; 0: the likeliest token")
+
+    data_path: str = setting("./data/datasets/fineweb10B_sp8192/", "data", "folder", "holds *_train_*.bin and *_val_*.bin")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_8192_bpe.model", "data", "file", "SentencePiece model")
+    vocab_size: int = setting(8192, "data", "tokens", "must be the tokenizer's")
+    train_batch_tokens: int = setting(131_072, "data", "tokens", "one step's batch over all ranks")
+    train_seq_len: int = setting(2048, "data", "tokens", "length of a training sequence and of an evaluation window")
+    micro_batch_tokens: int = setting(0, "data", "tokens", "most tokens a rank runs at once; 0: what fits its memory")
+    document_reset: bool = setting(False, "data", "0|1", "BOS resets the state-space state and confines attention")
+
+    num_layers: int = setting(7, "model", "layers", "physical layers")
+    model_dim: int = setting(512, "model", "width", "residual stream")
+    layer_pattern: str = setting("", "model", "letters", "M Mamba, A attention, each with an MLP; m, a without: MMAMMAM")
+    mamba_layers: str = setting("0,1,3,4,6", "model", "layers", "which layers are Mamba; the others are attention")
+    mlp_layers: str = setting("all", "model", "layers", "which layers have an MLP")
+    mlp_mult: float = setting(3.0, "model", "× width", "hidden width of the MLP, LeakyReLU(0.5) squared")
+    num_heads: int = setting(8, "model", "heads", "attention query heads")
+    num_kv_heads: int = setting(4, "model", "heads", "attention key/value heads")
+    rope_base: float = setting(10_000.0, "model", "number", "attention's rotary base")
+    rope_fraction: float = setting(1.0, "model", "0 to 1", "part of each attention head that rotates")
+    qk_gain_init: float = setting(1.5, "model", "factor", "initial gain on normalized queries, learned per head")
+    attention_backend: str = setting("auto", "model", "name", "auto|fa3|fa2|cudnn|flash|math; auto: the first that works here")
+    mamba_version: int = setting(3, "model", "2|3", "Mamba-3, or the same scan as Mamba-2 with that block around it")
+    mamba_d_state: int = setting(64, "model", "numbers", "state-space state size per head channel, a power of two")
+    mamba_expand: float = setting(2.0, "model", "× width", "inner width of a Mamba layer")
+    mamba_head_dim: int = setting(64, "model", "numbers", "channels per Mamba head, a power of two")
+    mamba_rope_fraction: float = setting(0.5, "model", "0.5|1", "part of Mamba-3's state that rotates")
+    mamba_d_conv: int = setting(-1, "model", "tokens", "short convolution in Mamba; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
+    mamba_output_norm: bool = setting(False, "model", "0|1", "RMSNorm per head before Mamba-3's gate")
+    mamba_chunk_size: int = setting(64, "model", "tokens", "chunk of the chunked scans")
+    mamba_grad_checkpoint: bool = setting(False, "model", "0|1", "recompute Mamba layers in backward to save memory")
+    scan_backend: str = setting("auto", "model", "name", "auto|mamba_ssm|chunked|sequential; auto: fused on CUDA, chunked on CPU")
+    unet_skips: bool = setting(True, "model", "0|1", "skips from the first half of the layers to the second")
+    layer_norm_scale: bool = setting(False, "model", "0|1", "scale each block's normed input by 1/sqrt(layer + 1)")
+    bigram_vocab_size: int = setting(4096, "model", "rows", "hashed bigram embedding; 0: none")
+    bigram_dim: int = setting(128, "model", "width", "width of the bigram embedding before its projection")
+    tie_embeddings: bool = setting(True, "model", "0|1", "output matrix is the embedding")
+    logit_softcap: float = setting(30.0, "model", "nats", "logits are softcap·tanh(logits/softcap); 0: none")
+
+    layer_order: str = setting("", "recurrence", "layers", "explicit virtual order, as in 0,1,2,3,2,3,4; overrides the next three")
+    recur_layers: str = setting("none", "recurrence", "layers", "layers that repeat")
+    recur_passes: int = setting(1, "recurrence", "passes", "extra passes through them")
+    recur_mode: str = setting("hinge", "recurrence", "hinge|spread", "repeat the group as a whole, or each layer by itself")
+    recur_start: float = setting(0.35, "recurrence", "of run", "when the repeated order starts; before it, each layer runs once")
+
+    iterations: int = setting(20_000, "schedule", "steps", "most training steps")
+    max_wallclock_seconds: float = setting(600.0, "schedule", "seconds", "training clock, calibration and GPTQ included; 0: ITERATIONS rule")
+    export_reserve_seconds: float = setting(15.0, "schedule", "seconds", "kept free at the end of that clock for calibration and GPTQ")
+    warmup_steps: int = setting(3, "schedule", "steps", "compile warm-up steps, undone before the clock starts")
+    lr_warmup_fraction: float = setting(0.01, "schedule", "of run", "linear learning-rate warm-up")
+    warmdown_fraction: float = setting(0.6, "schedule", "of run", "linear decay to the end; WARMDOWN_ITERS overrides")
+    warmdown_iters: int = setting(0, "schedule", "steps", "decay over this many steps at the measured mean step time; 0: the fraction")
+    val_loss_every: int = setting(0, "schedule", "steps", "validation during training, off the clock; 0: at the end only")
+    train_log_every: int = setting(50, "schedule", "steps", "training loss lines")
+
+    matrix_lr: float = setting(0.025, "optimizer", "rate", "Muon, attention and MLP matrices")
+    mamba_matrix_lr: float = setting(0.025, "optimizer", "rate", "Muon, Mamba's in_proj and out_proj")
+    tied_embed_lr: float = setting(0.03, "optimizer", "rate", "Adam, embeddings and, where untied, the output matrix")
+    scalar_lr: float = setting(0.02, "optimizer", "rate", "Adam, vectors, scales and Mamba's dynamics")
+    muon_momentum: float = setting(0.95, "optimizer", "factor", "Nesterov momentum")
+    muon_momentum_start: float = setting(0.85, "optimizer", "factor", "its value at the first step")
+    muon_momentum_warmup: float = setting(0.1, "optimizer", "of run", "how long it takes to rise")
+    muon_backend_steps: int = setting(5, "optimizer", "steps", "Newton-Schulz iterations (Polar Express coefficients)")
+    weight_decay: float = setting(0.05, "optimizer", "rate", "decoupled, on Muon's matrices and the embeddings")
+    beta1: float = setting(0.9, "optimizer", "factor", "Adam")
+    beta2: float = setting(0.95, "optimizer", "factor", "Adam")
+    grad_clip_norm: float = setting(1.0, "optimizer", "norm", "global gradient clipping; 0: none")
+    weight_average: str = setting("ema", "optimizer", "ema|swa|none", "which average of the weights is exported")
+    ema_decay: float = setting(0.997, "optimizer", "factor", "at most; short runs use a shorter horizon (EMA_HORIZON)")
+    ema_horizon: float = setting(0.03, "optimizer", "of steps", "EMA remembers at most this part of the steps taken")
+    swa_fraction: float = setting(0.2, "optimizer", "of run", "SWA averages this last part of the run")
+
+    late_qat_threshold: float = setting(0.15, "export", "LR factor", "train on fake-quantized matrices once the LR factor is below; 0: never")
+    target_mb: float = setting(16.0, "export", "MB", "decimal megabytes the artifact and the code may take")
+    quant_clip: str = setting("sdclip", "export", "sdclip|percentile", "row scale: k standard deviations, or the best of several percentiles")
+    sdclip_k: float = setting(0.0, "export", "std", "int6 rows clip at k standard deviations; 0: as fine as TARGET_MB allows")
+    sdclip_k_int8: float = setting(16.0, "export", "std", "the same for 8-bit rows")
+    calibration: str = setting("train", "export", "train|self", "GPTQ's text: training tokens, or sampled from the model")
+    calibration_tokens: int = setting(131_072, "export", "tokens", "how much of it")
+
+    eval_mode: str = setting("sliding", "evaluation", "plain|sliding|stateful", "context of a scored token")
+    eval_stride: int = setting(512, "evaluation", "tokens", "sliding: how far each window moves")
+    eval_overlap: int = setting(1024, "evaluation", "tokens", "stateful: attention's cache, and context before a cold start")
+    val_batch_size: int = setting(524_288, "evaluation", "tokens", "most tokens scored at once over all ranks")
+    eval_max_seconds: float = setting(600.0, "evaluation", "seconds", "evaluation clock; adaptation gives way to keep it")
+    eval_nll_path: str = setting("", "evaluation", "file.npy", "write every target's nats, float32, in stream order")
+    ttt_enabled: bool = setting(True, "evaluation", "0|1", "score-first test-time training")
+    ttt_lr: float = setting(0.005, "evaluation", "rate", "SGD, cosine over the chunks")
+    ttt_epochs: int = setting(2, "evaluation", "epochs", "passes over each scored chunk")
+    ttt_momentum: float = setting(0.9, "evaluation", "factor", "SGD")
+    ttt_chunk_tokens: int = setting(32_768, "evaluation", "tokens", "scored, then trained on")
+    ttt_grad_clip: float = setting(1.0, "evaluation", "norm", "gradient clipping; 0: none")
+    # fmt: on
+
+    @property
+    def mamba_inner_dim(self) -> int:
+        """Inner width of a Mamba layer."""
+        return int(self.mamba_expand * self.model_dim)
+
+    @property
+    def artifact_path(self) -> Path:
+        return Path(self.artifact) if self.artifact else Path(self.log_dir) / f"{self.run_id}.int6.lzma"
+
+
+PRESETS = {
+    "default": {},
+    "peer7": {
+        "train_batch_tokens": 1_048_576,
+        "train_seq_len": 4096,
+        "bigram_vocab_size": 0,
+    },
+    "tiny": {
+        "data_path": "./data/sample/",
+        "tokenizer_path": "./data/sample/sample_1024_bpe.model",
+        "vocab_size": 1024,
+        "train_batch_tokens": 4096,
+        "train_seq_len": 256,
+        "num_layers": 4,
+        "mamba_layers": "0,1,3",
+        "model_dim": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "mamba_d_state": 32,
+        "mamba_head_dim": 32,
+        "bigram_vocab_size": 1024,
+        "bigram_dim": 64,
+        "max_wallclock_seconds": 120.0,
+        "export_reserve_seconds": 6.0,
+        "warmup_steps": 1,
+        "train_log_every": 20,
+        "calibration_tokens": 16_384,
+        "target_mb": 16.0,
+        "sdclip_k": 5.0,
+        "eval_stride": 64,
+        "eval_overlap": 128,
+        "val_batch_size": 8192,
+        "ttt_chunk_tokens": 4096,
+        "sample": "The function returns",
+    },
+}
+PRESET_HELP = {
+    "default": "the best we have: 8 GPUs, ten minutes, sp8192",
+    "peer7": "the shape of the best published state-space entry (25,159,984 parameters), for speed comparisons",
+    "tiny": "two minutes on two CPU cores with the sample corpus",
+}
+CHOICES = {
+    "device": ("auto", "cuda", "cpu"),
+    "compile": ("auto", "on", "off"),
+    "attention_backend": ("auto", "fa3", "fa2", "cudnn", "flash", "math"),
+    "scan_backend": ("auto", "mamba_ssm", "chunked", "sequential"),
+    "mamba_version": (2, 3),
+    "mamba_rope_fraction": (0.5, 1.0),
+    "recur_mode": ("hinge", "spread"),
+    "weight_average": ("ema", "swa", "none"),
+    "quant_clip": ("sdclip", "percentile"),
+    "calibration": ("train", "self"),
+    "eval_mode": ("plain", "sliding", "stateful"),
+}
+# Settings that a stored model is meaningless without: they travel in the artifact's header.
+MODEL_FIELDS = tuple(
+    f.name
+    for f in dataclasses.fields(Settings)
+    if f.metadata["group"] in ("model", "recurrence")
+    and f.name not in ("attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start")
+) + ("vocab_size", "document_reset")
+
+
+def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
+    """The layers that "all", "none" or a list such as "0,2-4" names, in the order given.
+
+    Raises UserError for anything else and for a layer that does not exist.
+    """
+    if text in ("all", "none", ""):
+        return tuple(range(num_layers)) if text == "all" else ()
+    layers = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
+        layers += range(int(first), int(last if dash else first) + 1)
+        if layers and max(layers) >= num_layers:
+            raise UserError(f"{name}={text}: there is no layer {max(layers)}; NUM_LAYERS={num_layers} counts from 0")
+    return tuple(layers)
+
+
+class LayerKind(NamedTuple):
+    mixer: str  # "mamba" or "attention"
+    mlp: bool
+
+
+def layer_kinds(settings: Settings) -> tuple[LayerKind, ...]:
+    """What each physical layer is made of."""
+    if settings.layer_pattern:
+        return tuple(LayerKind("mamba" if c in "Mm" else "attention", c.isupper()) for c in settings.layer_pattern)
+    mamba = parse_layers(settings.mamba_layers, settings.num_layers, "MAMBA_LAYERS")
+    mlp = parse_layers(settings.mlp_layers, settings.num_layers, "MLP_LAYERS")
+    return tuple(LayerKind("mamba" if i in mamba else "attention", i in mlp) for i in range(settings.num_layers))
+
+
+def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
+    """The order in which physical layers run once recurrence is on; a layer that stands twice shares its weights.
+
+    hinge repeats the recurring layers as a group (3,4 with two extra passes: 3 4 3 4 3 4), spread repeats each by
+    itself (3 3 3 4 4 4). The group must be consecutive layers in hinge mode.
+    """
+    layers = tuple(range(settings.num_layers))
+    if settings.layer_order:
+        return parse_layers(settings.layer_order, settings.num_layers, "LAYER_ORDER")
+    group = parse_layers(settings.recur_layers, settings.num_layers, "RECUR_LAYERS")
+    if not group:
+        return layers
+    repeats = settings.recur_passes + 1
+    if settings.recur_mode == "spread":
+        return tuple(i for i in layers for _ in range(repeats if i in group else 1))
+    return layers[: group[0]] + group * repeats + layers[group[-1] + 1 :]
+
+
+def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
+    """Settings from environment variables over the preset's defaults, and the names of the fields that were given.
+
+    Raises UserError for an unknown preset, a value of the wrong type, and a variable that looks like a misspelt setting.
+    """
+    fields = {f.name.upper(): f for f in dataclasses.fields(Settings)}
+    reject_misspelt(environment, set(fields))
+    preset = environment.get("PRESET", "default")
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
+        raise UserError(f"PRESET={preset} is unknown; did you mean {near}? There are: {', '.join(PRESETS)}")
+    values = dict(PRESETS[preset])
+    given = set()
+    for name, f in fields.items():
+        if name in environment:
+            values[f.name] = parse_value(name, environment[name], type(f.default))
+            given.add(f.name)
+    if "layer_pattern" in given and "num_layers" not in given:
+        values["num_layers"] = len(values["layer_pattern"])
+    settings = Settings(**values)
+    if settings.layer_pattern and ({"mamba_layers", "mlp_layers"} & given):
+        raise UserError("LAYER_PATTERN says which layers are Mamba and have an MLP: unset MAMBA_LAYERS and MLP_LAYERS")
+    return settings, given
+
+
+def parse_value(name: str, text: str, kind: type):
+    """text as a bool (0/1), int, finite float or str; UserError otherwise."""
+    try:
+        if kind is bool:
+            return {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
+        if kind is int:
+            return int(text.strip().replace("_", ""))
+        if kind is float:
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
+    except (ValueError, KeyError):
+        wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f'{name}="{text}" should be {wanted}') from None
+    return text
+
+
+def reject_misspelt(environment: dict[str, str], names: set[str]) -> None:
+    """Raises UserError if a variable is nearly, but not quite, one of ours: a sweep with a typo trains the wrong model."""
+    families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SWA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
+    flat = {name.replace("_", ""): name for name in names}
+    for variable in environment:
+        if variable in names or variable.startswith("_"):
+            continue
+        ours = variable.startswith(families)
+        near = difflib.get_close_matches(variable.upper().replace("_", ""), flat, n=1, cutoff=0.0 if ours else 0.87)
+        if near and len(variable) > 3:
+            raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (--help lists them all)")
+
+
+def validate_settings(settings: Settings, world_size: int) -> None:
+    """Raises UserError at the first value, or relation between values, that cannot work."""
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    s = settings
+    for name, choices in CHOICES.items():
+        value = getattr(s, name)
+        need(value in choices, f"{name.upper()}={value} should be one of {', '.join(map(str, choices))}")
+    positive = (
+        "vocab_size train_batch_tokens train_seq_len num_layers model_dim mlp_mult num_heads num_kv_heads rope_base"
+    )
+    positive += " mamba_d_state mamba_expand mamba_head_dim mamba_chunk_size iterations muon_backend_steps target_mb"
+    positive += " calibration_tokens eval_stride eval_overlap val_batch_size eval_max_seconds ttt_chunk_tokens"
+    positive += " sample_tokens train_log_every sdclip_k_int8 ema_horizon"
+    for name in positive.split():
+        need(getattr(s, name) > 0, f"{name.upper()}={getattr(s, name)} must be greater than 0")
+    fractions = "rope_fraction recur_start lr_warmup_fraction warmdown_fraction muon_momentum_warmup swa_fraction"
+    fractions += " late_qat_threshold"
+    for name in fractions.split():
+        need(0 <= getattr(s, name) <= 1, f"{name.upper()}={getattr(s, name)} must lie between 0 and 1")
+    for name in ["muon_momentum", "muon_momentum_start", "beta1", "beta2", "ema_decay", "ttt_momentum"]:
+        need(0 <= getattr(s, name) < 1, f"{name.upper()}={getattr(s, name)} must be at least 0 and below 1")
+    signed = {"mamba_d_conv"}
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        if isinstance(value, (int, float)) and f.name not in signed:
+            need(value >= 0, f"{f.name.upper()}={value} must not be negative")
+    need(s.vocab_size <= 65_536, f"VOCAB_SIZE={s.vocab_size} does not fit the shards' 16-bit tokens")
+    need(s.vocab_size > BOS_ID, f"VOCAB_SIZE={s.vocab_size} leaves no room for BOS (id {BOS_ID})")
+    need(-1 <= s.mamba_d_conv <= 4, f"MAMBA_D_CONV={s.mamba_d_conv} should be 0 to 4, or -1 for the version's own")
+
+    if s.layer_pattern:
+        odd = set(s.layer_pattern) - set("MmAa")
+        need(not odd, f"LAYER_PATTERN={s.layer_pattern}: {''.join(sorted(odd))} is unknown; letters are M, m, A, a")
+        need(
+            len(s.layer_pattern) == s.num_layers,
+            f"LAYER_PATTERN={s.layer_pattern} has {len(s.layer_pattern)} layers but NUM_LAYERS={s.num_layers}",
+        )
+    kinds = layer_kinds(s)
+    order = virtual_layer_order(s)
+    need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
+    group = parse_layers(s.recur_layers, s.num_layers, "RECUR_LAYERS")
+    if group and s.recur_mode == "hinge" and not s.layer_order:
+        consecutive = group == tuple(range(group[0], group[-1] + 1))
+        need(
+            consecutive,
+            f"RECUR_LAYERS={s.recur_layers}: in hinge mode the layers must be consecutive; or set LAYER_ORDER",
+        )
+    if any(kind.mixer == "attention" for kind in kinds):
+        need(s.model_dim % s.num_heads == 0, f"NUM_HEADS={s.num_heads} does not divide MODEL_DIM={s.model_dim}")
+        need(
+            s.num_heads % s.num_kv_heads == 0, f"NUM_KV_HEADS={s.num_kv_heads} does not divide NUM_HEADS={s.num_heads}"
+        )
+        need(s.model_dim // s.num_heads % 2 == 0, f"MODEL_DIM/NUM_HEADS={s.model_dim // s.num_heads} must be even")
+    if any(kind.mixer == "mamba" for kind in kinds):
+        inner = s.mamba_inner_dim
+        need(
+            inner % s.mamba_head_dim == 0, f"MAMBA_HEAD_DIM={s.mamba_head_dim} does not divide the inner width {inner}"
+        )
+        for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
+            value = getattr(s, name)
+            need(value >= 8 and value & (value - 1) == 0, f"{name.upper()}={value} must be a power of two, at least 8")
+    need(s.bigram_vocab_size == 0 or s.bigram_dim > 0, "BIGRAM_DIM must be greater than 0 when BIGRAM_VOCAB_SIZE is")
+    need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 hashes every bigram alike; use 0 for none")
+
+    share = world_size * s.train_seq_len
+    need(
+        s.train_batch_tokens % share == 0,
+        f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is not a multiple of {world_size} ranks × TRAIN_SEQ_LEN={s.train_seq_len}",
+    )
+    need(
+        s.micro_batch_tokens % s.train_seq_len == 0,
+        f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={s.train_seq_len}",
+    )
+    if s.max_wallclock_seconds:
+        need(
+            s.export_reserve_seconds < s.max_wallclock_seconds,
+            f"EXPORT_RESERVE_SECONDS={s.export_reserve_seconds} leaves no time to train in MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}",
+        )
+    need(s.target_mb * 1e6 <= ARTIFACT_CAP, f"TARGET_MB={s.target_mb} is over the contest's 16 decimal megabytes")
+    need(
+        s.eval_stride <= s.train_seq_len, f"EVAL_STRIDE={s.eval_stride} is longer than TRAIN_SEQ_LEN={s.train_seq_len}"
+    )
+    need(
+        s.eval_mode != "stateful" or s.eval_overlap < s.train_seq_len,
+        f"EVAL_OVERLAP={s.eval_overlap} must be shorter than TRAIN_SEQ_LEN={s.train_seq_len}",
+    )
+    if s.ttt_enabled and s.ttt_epochs:
+        sequence = ttt_sequence_length(s, world_size)
+        need(
+            sequence > 0 and s.ttt_chunk_tokens % (sequence * world_size) == 0,
+            f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must be a multiple of {world_size} ranks × {max(sequence, 1)} tokens",
+        )
+
+
+def ttt_sequence_length(settings: Settings, world_size: int) -> int:
+    """Tokens in a test-time training sequence: the training length, or shorter where the ranks share a small chunk."""
+    return min(settings.train_seq_len, settings.ttt_chunk_tokens // world_size)
+
+
+def help_text() -> str:
+    """The table that --help prints: settings by group, then the presets with what they change."""
+    lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
+    groups = collections.defaultdict(list)
+    for f in dataclasses.fields(Settings):
+        groups[f.metadata["group"]].append(f)
+    for group, members in groups.items():
+        lines += ["", f"[{group}]"]
+        for f in members:
+            default = int(f.default) if isinstance(f.default, bool) else f.default
+            shown = f'"{default}"' if default == "" else default
+            lines.append(f"  {f.name.upper():24} {shown!s:42} {f.metadata['unit']:22} {f.metadata['help']}")
+    lines += ["", "Presets:"]
+    for name, values in PRESETS.items():
+        lines.append(f"  PRESET={name}: {PRESET_HELP[name]}")
+        lines += [f"      {key.upper()}={int(v) if isinstance(v, bool) else v}" for key, v in values.items()]
+    return "\n".join(lines)
+
+
+# ======================================================================================================================
+# 2. Ranks
+# The few things several processes need from each other. With one process every method is the identity, so that the
+# rest of the program never asks how many there are.
+# ======================================================================================================================
+
+
+@dataclass
+class Ranks:
+    """This process among its peers: rank of world_size, and the device it owns."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sums tensor over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value):
+        """Rank 0's value of a small picklable object, on every rank (over gloo, so that no GPU is waited for)."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
+        """Rank source's tensor, on every rank, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=source)
+        return tensor
+
+    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Replaces each gradient by its mean over the ranks, in one flat all-reduce."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
+            gradient.copy_(mean)
+
+
+def start_ranks(settings: Settings) -> Ranks:
+    """Joins the process group torchrun announces (NCCL for GPU tensors, gloo for CPU ones), or stands alone.
+
+    Raises UserError where a GPU was asked for and there is none, or fewer than ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise UserError(
+            "DEVICE=cuda, but torch sees no GPU; unset DEVICE or install a CUDA build of torch and a driver"
+        )
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_rank + 1} or more ranks, but only {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20), device_id=device if cuda else None)
+    return Ranks(rank, world_size, device)
+
+
+# ======================================================================================================================
+# 3. Data
+# The contest's shards, memory-mapped. Which tokens make up which batch depends on the seed and the settings alone: the
+# ranks cut one global sequence of batches among themselves, so 1, 2, 4 or 8 GPUs train on the same data.
+# ======================================================================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of one shard, uint16, memory-mapped and read-only.
+
+    Raises UserError if the file is not a shard or is shorter than its header says.
+    """
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC:
+        raise UserError(f"{path} is not a token shard (wrong magic number); make shards with data/prepare.py")
+    if header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is a version {header[1]} shard; this program reads version {SHARD_VERSION}")
+    wanted = SHARD_HEADER_BYTES + 2 * int(header[2])
+    if header[2] < 0 or size < wanted:
+        raise UserError(f"{path} has {size} bytes, but its header says {wanted}; download it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+
+
+def open_shards(folder: str, split: str) -> list[np.ndarray]:
+    """All shards of a split ("train" or "val") in the order of their names. Raises UserError if there are none."""
+    paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise UserError(f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or make some with data/prepare.py")
+    return [open_shard(path) for path in paths]
+
+
+def check_token_range(tokens: np.ndarray, vocab_size: int, what: str) -> None:
+    """Raises UserError if a token id is outside the vocabulary."""
+    if tokens.size and int(tokens.max()) >= vocab_size:
+        raise UserError(
+            f"{what} hold token id {int(tokens.max())}, but VOCAB_SIZE={vocab_size}: another tokenizer made them"
+        )
+
+
+def batch_windows(lengths: list[int], seq_len: int, seed: int):
+    """Yields (shard, first token) of training sequences for ever: each epoch visits every shard in a new order, and in
+    it every window of seq_len + 1 tokens in a new order and at a new phase.
+
+    One shard is read at a time, so that a cold disk sees local reads. Raises UserError if no shard holds a sequence.
+    """
+    if not any(length > seq_len for length in lengths):
+        raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
+    for epoch in range(sys.maxsize):
+        generator = np.random.default_rng([seed, epoch])
+        for shard in generator.permutation(len(lengths)):
+            phase = int(generator.integers(max(1, min(seq_len, lengths[shard] - seq_len))))
+            count = (lengths[shard] - 1 - phase) // seq_len
+            for window in generator.permutation(max(0, count)):
+                yield int(shard), phase + int(window) * seq_len
+
+
+class Batches:
+    """The endless sequence of this rank's training batches, gathered in a thread and copied to the device ahead of time.
+
+    next() returns tokens and targets, each (sequences of this rank, seq_len) int64 on the device. Raises UserError for
+    a token outside the vocabulary.
+    """
+
+    def __init__(self, settings: Settings, ranks: Ranks):
+        self.shards = open_shards(settings.data_path, "train")
+        self.seq_len = settings.train_seq_len
+        self.vocab_size = settings.vocab_size
+        self.device = ranks.device
+        self.batch_sequences = settings.train_batch_tokens // settings.train_seq_len
+        share = self.batch_sequences // ranks.world_size
+        self.mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        self.windows = batch_windows([len(shard) for shard in self.shards], self.seq_len, settings.seed)
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.queue: queue.Queue = queue.Queue(maxsize=2)
+        threading.Thread(target=self._fill, daemon=True).start()
+
+    def _fill(self) -> None:
+        try:
+            while True:
+                batch = [next(self.windows) for _ in range(self.batch_sequences)]
+                self.queue.put(self._to_device(self._gather(batch[self.mine])))
+        except BaseException as error:  # handed to the training loop, which raises it
+            self.queue.put(error)
+
+    def _gather(self, windows: list[tuple[int, int]]) -> Tensor:
+        tokens = np.stack([self.shards[shard][start : start + self.seq_len + 1] for shard, start in windows])
+        check_token_range(tokens, self.vocab_size, "the training shards")
+        return torch.from_numpy(tokens.astype(np.int64))
+
+    def _to_device(self, tokens: Tensor):
+        if self.stream is None:
+            return tokens, None
+        torch.cuda.set_device(self.device)
+        with torch.cuda.stream(self.stream):
+            on_device = tokens.pin_memory().to(self.device, non_blocking=True)
+            return on_device, self.stream.record_event()
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        tokens, copied = item
+        if copied is not None:
+            torch.cuda.current_stream().wait_event(copied)
+            tokens.record_stream(torch.cuda.current_stream())
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+class Tokenizer:
+    """The SentencePiece model, and what the score needs of it: the bytes every token stands for.
+
+    Raises UserError if the file is missing, is not a SentencePiece model or has another vocabulary size.
+    """
+
+    def __init__(self, path: str, vocab_size: int):
+        import sentencepiece
+
+        if not Path(path).is_file():
+            raise UserError(f"no tokenizer at {path}: set TOKENIZER_PATH, or make one with data/prepare.py")
+        self.model = sentencepiece.SentencePieceProcessor()
+        try:
+            self.model.Load(path)
+        except (RuntimeError, OSError):
+            raise UserError(f"{path} is not a SentencePiece model") from None
+        if self.model.vocab_size() != vocab_size:
+            raise UserError(
+                f"{path} has {self.model.vocab_size()} tokens, but VOCAB_SIZE={vocab_size}: set them to agree"
+            )
+        pieces = range(vocab_size)
+        special = [self.model.IsControl(i) or self.model.IsUnknown(i) or self.model.IsUnused(i) for i in pieces]
+        text = [self.model.IdToPiece(i) for i in pieces]
+        self.is_special = np.array(special)
+        self.has_space = np.array([not special[i] and text[i].startswith("▁") for i in pieces])
+        self.piece_bytes = np.array(
+            [
+                0 if special[i] else 1 if self.model.IsByte(i) else len(text[i].removeprefix("▁").encode())
+                for i in pieces
+            ]
+        )
+
+    def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of text that each target tokens[1:] stands for, int64, (len(tokens) - 1,).
+
+        A leading space counts unless the token before is special: SentencePiece drops it at the start of a text.
+        """
+        before, target = tokens[:-1], tokens[1:]
+        return self.piece_bytes[target] + (self.has_space[target] & ~self.is_special[before])
+
+
+@dataclass
+class ValidationSet:
+    """The validation stream: tokens (N + 1,) uint16, and the bytes (N,) int64 of its N targets."""
+
+    tokens: np.ndarray
+    target_bytes: np.ndarray
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.target_bytes)
+
+
+def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
+    """All validation shards as one stream. Raises UserError if it is shorter than one sequence or off the vocabulary."""
+    tokens = np.concatenate(open_shards(settings.data_path, "val"))
+    if len(tokens) <= settings.train_seq_len:
+        raise UserError(
+            f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target ({settings.train_seq_len + 1})"
+        )
+    check_token_range(tokens, settings.vocab_size, "the validation shards")
+    return ValidationSet(tokens, tokenizer.target_bytes(tokens))
+
+
+# ======================================================================================================================
+# 4. Scans
+# The Mamba-3 recurrence (arXiv 2603.15569) behind one function, scan(). Three backends compute the same thing:
+# sequential is the equation in a loop, chunked is its matmul form in plain PyTorch, mamba_ssm is the library's fused
+# Triton kernels. Mamba-2 is the same scan without trapezoid, rotation and biases.
+# ======================================================================================================================
+
+
+class ScanInputs(NamedTuple):
+    """What a scan reads. B batch, L length, H heads, P channels per head, N state size, R rotation angles (2R <= N).
+
+    key and query are shared by the heads (one B/C group). Without trapezoid, the current token has all the weight;
+    without angle_rate nothing rotates; without gate the output is ungated.
+    """
+
+    value: Tensor  # (B, L, H, P)
+    key: Tensor  # (B, L, N), "B" of the paper, normed
+    query: Tensor  # (B, L, N), "C" of the paper, normed
+    step_size: Tensor  # (B, L, H) float32 or float64, dt > 0
+    log_decay: Tensor  # (B, L, H) like step_size, A·dt <= 0
+    key_bias: Tensor  # (H, N)
+    query_bias: Tensor  # (H, N)
+    skip: Tensor  # (H,), "D" of the paper
+    trapezoid: Tensor | None = None  # (B, L, H), before the sigmoid
+    angle_rate: Tensor | None = None  # (B, L, R), before tanh
+    gate: Tensor | None = None  # (B, L, H, P), before SiLU
+    document_start: Tensor | None = None  # (B, L) bool: nothing before such a token reaches it
+
+
+class ScanState(NamedTuple):
+    """What a scan carries from one call to the next: the last position's angle, state, rotated key, and value."""
+
+    angle: Tensor  # (B, H, R)
+    ssm: Tensor  # (B, H, P, N)
+    key: Tensor  # (B, H, N)
+    value: Tensor  # (B, H, P)
+
+
+def scan(inputs: ScanInputs, state: ScanState | None, backend: str, chunk_size: int) -> tuple[Tensor, ScanState]:
+    """Runs the recurrence from state (None: zeros); returns y (B, L, H, P) in value's dtype, and the state after it.
+
+    With S in R^{P×N} per head, alpha = exp(log_decay), lambda = sigmoid(trapezoid), and k, q biased and rotated by the
+    running angle theta_t = sum_{s<=t} pi·tanh(angle_rate_s)·dt_s:
+
+        S_t = alpha_t S_{t-1} + (1 - lambda_t) dt_t alpha_t v_{t-1} k_{t-1}^T + lambda_t dt_t v_t k_t^T
+        y_t = (S_t q_t + D v_t) * silu(gate_t)
+
+    A document start takes alpha_t = 0. The angle runs on across it: only differences of angles within a document ever
+    reach an output. Single tokens (decoding) always take the sequential form, the fastest there.
+    """
+    if backend == "sequential" or inputs.value.shape[1] == 1:
+        return sequential_scan(inputs, state)
+    if backend == "chunked":
+        return chunked_scan(inputs, state, chunk_size)
+    return mamba_ssm_scan(inputs, state, chunk_size)
+
+
+def zero_state(inputs: ScanInputs, dtype: torch.dtype) -> ScanState:
+    """The state before the first token."""
+    batch, _, heads, channels = inputs.value.shape
+    state_size = inputs.key.shape[-1]
+    num_angles = 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
+    zeros = functools.partial(inputs.value.new_zeros, dtype=dtype)
+    return ScanState(
+        zeros(batch, heads, num_angles),
+        zeros(batch, heads, channels, state_size),
+        zeros(batch, heads, state_size),
+        zeros(batch, heads, channels),
+    )
+
+
+def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotates the first 2R entries of x (..., N) in adjacent pairs (2i, 2i + 1) by angle (..., R)."""
+    rotated, rest = x.split([2 * angle.shape[-1], x.shape[-1] - 2 * angle.shape[-1]], dim=-1)
+    even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return torch.cat([pairs.flatten(-2), rest], dim=-1)
+
+
+def biased_and_rotated(inputs: ScanInputs, state: ScanState, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and queries (B, L, H, N) with bias and rotation, and the running angle (B, L, H, R)."""
+    key = inputs.key.to(dtype).unsqueeze(2) + inputs.key_bias.to(dtype)
+    query = inputs.query.to(dtype).unsqueeze(2) + inputs.query_bias.to(dtype)
+    if inputs.angle_rate is None:
+        return key, query, state.angle.unsqueeze(1).expand(-1, key.shape[1], -1, -1)
+    turn = math.pi * torch.tanh(inputs.angle_rate.to(dtype)).unsqueeze(2) * inputs.step_size.unsqueeze(-1)
+    angle = state.angle.to(dtype).unsqueeze(1) + turn.cumsum(dim=1)
+    return rotate_pairs(key, angle), rotate_pairs(query, angle), angle
+
+
+def trapezoid_weights(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Weights (B, L, H) of the current and of the previous token's outer product: lambda·dt and (1 - lambda)·dt."""
+    if inputs.trapezoid is None:
+        return inputs.step_size, torch.zeros_like(inputs.step_size)
+    current = torch.sigmoid(inputs.trapezoid.to(inputs.step_size.dtype)) * inputs.step_size
+    return current, inputs.step_size - current
+
+
+def finish_scan(inputs: ScanInputs, y: Tensor, value: Tensor) -> Tensor:
+    """Adds the skip, applies the gate, and returns to value's dtype."""
+    y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * value
+    if inputs.gate is not None:
+        y = y * F.silu(inputs.gate.to(y.dtype))
+    return y.to(inputs.value.dtype)
+
+
+def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
+    """The recurrence of scan() as it is written there, one token after another."""
+    dtype = inputs.step_size.dtype
+    state = zero_state(inputs, dtype) if state is None else state
+    key, query, angle = biased_and_rotated(inputs, state, dtype)
+    value = inputs.value.to(dtype)
+    current, previous = trapezoid_weights(inputs)
+    decay = inputs.log_decay.exp()
+    if inputs.document_start is not None:
+        decay = decay.masked_fill(inputs.document_start.unsqueeze(-1), 0.0)
+    ssm, last_key, last_value = state.ssm.to(dtype), state.key.to(dtype), state.value.to(dtype)
+    outputs = []
+    for t in range(value.shape[1]):
+        before = ssm + (previous[:, t, :, None] * last_value).unsqueeze(-1) * last_key.unsqueeze(-2)
+        last_key, last_value = key[:, t], value[:, t]
+        now = (current[:, t, :, None] * last_value).unsqueeze(-1) * last_key.unsqueeze(-2)
+        ssm = decay[:, t, :, None, None] * before + now
+        outputs.append((ssm @ query[:, t].unsqueeze(-1)).squeeze(-1))
+    y = finish_scan(inputs, torch.stack(outputs, dim=1), value)
+    return y, ScanState(angle[:, -1] % (2 * math.pi), ssm, last_key, last_value)
+
+
+def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
+    """The recurrence as matmuls within chunks and a short loop between them, after Mamba-2's SSD (arXiv 2405.21060).
+
+    The trapezoid folds into one weight per key. With g_t = (1 - lambda_{t+1}) dt_{t+1} (0 at the end of the sequence or
+    document) and w_t = lambda_t dt_t + g_t,
+
+        y_t = sum_{s<=t} exp(sum_{s<r<=t} log_decay_r) w_s (q_t·k_s) v_s - g_t (q_t·k_t) v_t + D v_t
+
+    and a state carried in adds exp(sum_{r<=t} log_decay_r) (S + (1 - lambda_1) dt_1 v k^T) q_t.
+    """
+    dtype = inputs.step_size.dtype
+    batch, length, heads, channels = inputs.value.shape
+    state = zero_state(inputs, dtype) if state is None else state
+    key, query, angle = biased_and_rotated(inputs, state, dtype)
+    value = inputs.value.to(dtype)
+    current, previous = trapezoid_weights(inputs)
+    start = inputs.document_start
+    if start is None:
+        start = torch.zeros(batch, length, dtype=torch.bool, device=value.device)
+    ahead = previous.masked_fill(start.unsqueeze(-1), 0.0)[:, 1:]
+    ahead = torch.cat([ahead, torch.zeros_like(previous[:, :1])], dim=1)  # g: what the next token will add of this one
+
+    # 1. Cut into chunks: (B, H, chunks, chunk, ...). Padding tokens have weight 0 and decay 1: they change nothing.
+    pad = -length % chunk_size
+
+    def cut(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
+        return x.unflatten(1, (-1, chunk_size)).movedim(3, 1) if x.dim() > 2 else x.unflatten(1, (-1, chunk_size))
+
+    key_c, query_c, value_c, weight_c, decay_c = map(cut, (key, query, value, current + ahead, inputs.log_decay))
+    document = F.pad(start.long().cumsum(dim=1), (0, pad), mode="replicate") if pad else start.long().cumsum(dim=1)
+    document = document.unflatten(1, (-1, chunk_size))  # (B, chunks, chunk)
+    document_before = F.pad(document[:, :-1, -1], (1, 0))  # the document that a chunk's incoming state belongs to
+
+    # 2. Within a chunk: masked, decayed attention. Masking before exp keeps what lies ahead from overflowing.
+    total = decay_c.cumsum(dim=-1)  # (B, H, chunks, chunk)
+    visible = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
+    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~visible, -torch.inf).exp()
+    y = (query_c @ key_c.mT * decay * weight_c.unsqueeze(-2)) @ value_c
+
+    # 3. Between chunks: each leaves a state behind, decayed to its end; states pass on, decayed over whole chunks.
+    same_as_last = (document == document[..., -1:]).unsqueeze(1)
+    to_end = (total[..., -1:] - total).exp() * same_as_last * weight_c
+    left_behind = (value_c * to_end.unsqueeze(-1)).mT @ key_c  # (B, H, chunks, P, N)
+    passes = (document[..., -1] == document_before).unsqueeze(1) * total[..., -1].exp()
+    first = (previous[:, 0, :, None] * state.value.to(dtype)).unsqueeze(-1) * state.key.to(dtype).unsqueeze(-2)
+    ssm = state.ssm.to(dtype) + first
+    incoming = []
+    for chunk in range(left_behind.shape[2]):
+        incoming.append(ssm)
+        ssm = passes[:, :, chunk, None, None] * ssm + left_behind[:, :, chunk]
+
+    # 4. What the incoming state adds to each token of its chunk.
+    from_start = total.exp() * (document == document_before.unsqueeze(-1)).unsqueeze(1)
+    y = y + (query_c @ torch.stack(incoming, dim=2).mT) * from_start.unsqueeze(-1)
+    y = y.movedim(1, 3).flatten(1, 2)[:, :length]
+    y = y - (ahead * (query * key).sum(dim=-1)).unsqueeze(-1) * value
+    final = ScanState(angle[:, -1] % (2 * math.pi), ssm, key[:, -1], value[:, -1])
+    return finish_scan(inputs, y, value), final
+
+
+# The library's kernels as torch.library operators: Dynamo sees one opaque call forward and one backward, so that the
+# whole model stays in one graph. Inputs and outputs are named as in the library, (B, H, L) where it wants them so.
+# The library tunes its kernels by trial at first use, for minutes; on GPUs measured before, PINNED_KERNELS says what
+# the trial finds: stages, warps, registers per thread (None: the compiler's choice), and for two of them the chunk.
+
+PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {}
+RESET_LOG_DECAY = (
+    -60.0
+)  # exp(-60) = 1e-26: a document start as the kernels can be told, without losing float32's digits
+
+
+@functools.cache
+def mamba_ssm_kernels():
+    """The library's modules (angle, forward, backward), their autotuners pinned where this GPU was measured."""
+    import triton
+    from mamba_ssm.ops.triton.mamba3 import angle_dt, mamba3_siso_bwd, mamba3_siso_fwd
+
+    for name, (stages, warps, registers, chunk) in PINNED_KERNELS.get(torch.cuda.get_device_capability(), {}).items():
+        for module in (angle_dt, mamba3_siso_fwd, mamba3_siso_bwd):
+            kernel = getattr(module, name, None)
+            if kernel is not None:
+                chunk_option = {} if chunk is None else {"CHUNK_SIZE": chunk}
+                kernel.configs = [triton.Config(chunk_option, num_stages=stages, num_warps=warps, maxnreg=registers)]
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, device="cuda", dtype=torch.int8))
+    return angle_dt, mamba3_siso_fwd, mamba3_siso_bwd
+
+
+_forward_schema = (
+    "(Tensor q, Tensor k, Tensor v, Tensor adt, Tensor dt, Tensor trap, Tensor q_bias, Tensor k_bias, Tensor angles,"
+    " Tensor d, Tensor? z, Tensor? angle_in, Tensor? ssm_in, Tensor? k_in, Tensor? v_in, int chunk, bool training)"
+    " -> (" + ", ".join(["Tensor"] * 15) + ")"
+)
+_backward_schema = (
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor trap, Tensor q_bias, Tensor k_bias, Tensor angles,"
+    " Tensor d, Tensor? z, Tensor? ssm_in, Tensor? k_in, Tensor? v_in, Tensor[] saved, int chunk)"
+    " -> (" + ", ".join(["Tensor"] * 11) + ")"
+)
+
+
+@torch.library.custom_op("golf::mamba3_forward", mutates_args=(), schema=_forward_schema)
+def mamba3_forward(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk, training):
+    angle_dt, siso_fwd, _ = mamba_ssm_kernels()
+    running, angle_out = angle_dt.angle_dt_fwd(
+        angles, dt, init_state=angle_in, chunk_size=chunk, return_output_state=True
+    )
+    states_in = None if ssm_in is None else (ssm_in, k_in, v_in)
+    out, *saved, final = siso_fwd.mamba3_siso_fwd(
+        q, k, v, adt, dt, trap, q_bias, k_bias, running, d, z, states_in,
+        chunk_size=chunk, store_states_adt_outv=training, return_final_states=True,
+    )  # fmt: skip
+    ssm_out, k_out, v_out = (x.clone() for x in final)
+    if not training:  # only the outputs matter, but the operator's signature is fixed
+        running, saved = q.new_empty(0), [q.new_empty(0) for _ in saved]
+    return (out, angle_out, ssm_out, k_out, v_out, running, *saved)
+
+
+@mamba3_forward.register_fake
+def _(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk, training):
+    batch, length, heads, channels = v.shape
+    state_size, chunks = q.shape[-1], -(-length // chunk)
+    fp32 = functools.partial(v.new_empty, dtype=torch.float32)
+    outputs = [
+        v.new_empty(batch, length, heads, channels),
+        angles.new_empty(batch, heads, angles.shape[-1]),
+        fp32(batch, heads, channels, state_size),
+        fp32(batch, heads, state_size),
+        v.new_empty(batch, heads, channels),
+    ]
+    if not training:
+        return (*outputs, *(q.new_empty(0) for _ in range(10)))
+    per_token = (batch, heads, length)
+    saved = [
+        angles.new_empty(batch, length, heads, angles.shape[-1]),
+        v.new_empty(batch, length, heads, channels),
+        q.new_empty(batch, heads, channels, chunks * state_size, dtype=torch.bfloat16),
+        fp32(per_token),
+        fp32(batch, heads, chunks),
+        q.new_empty(batch, length, heads, state_size),
+        k.new_empty(batch, length, heads, state_size),
+        fp32(per_token),
+        fp32(per_token),
+        fp32(per_token),
+    ]
+    return (*outputs, *saved)
+
+
+@torch.library.custom_op("golf::mamba3_backward", mutates_args=(), schema=_backward_schema)
+def mamba3_backward(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, saved, chunk):
+    angle_dt, _, siso_bwd = mamba_ssm_kernels()
+    running, out_v, states, adt_sums, adt_totals, q_rotated, k_scaled, qk, scale, gamma = saved
+    dz = grad.new_empty(0)
+    if z is not None:
+        dz, grad = siso_bwd.compute_dzdo(grad, z, out_v, chunk_size=chunk)
+    dq, dk, dv, dadt, dqk, dd, dssm = siso_bwd.compute_dqkv(
+        q=q_rotated, k=k_scaled, v=v, da_cs=adt_sums, da_cs_sum=adt_totals, qk_dot=qk, SSM_States=states, do=grad,
+        D=d, chunk_size=chunk, has_input_state=ssm_in is not None,
+    )  # fmt: skip
+    dq, dk, dq_bias, dk_bias, dangle, dscale, dgamma = siso_bwd.compute_dqktheta(
+        q=q, k=k, scale=scale, gamma=gamma, q_bias=q_bias, k_bias=k_bias, angles=running, dq_in=dq, dk_in=dk, dqk=dqk,
+        chunk_size=chunk,
+    )  # fmt: skip
+    ddt, dtrap, *_ = siso_bwd.compute_ddt_dtrap_dinput_states(
+        dscale=dscale,
+        dgamma=dgamma,
+        dt=dt,
+        trap=trap.float(),
+        d_issm_state=dssm,
+        input_k_state=k_in,
+        input_v_state=v_in,
+    )
+    dangles, ddt_angle, _ = angle_dt.angle_dt_bwd(
+        grad_out=dangle, angle=angles, dt=dt, has_init_state=ssm_in is not None, chunk_size=chunk
+    )
+    return dq, dk, dv, dadt, ddt + ddt_angle, dtrap, dq_bias, dk_bias, dangles, dd, dz
+
+
+@mamba3_backward.register_fake
+def _(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, saved, chunk):
+    per_token = dt.new_empty(dt.shape, dtype=torch.float32)
+    dz = grad.new_empty(0) if z is None else grad.new_empty(grad.shape)
+    return (
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), per_token, torch.empty_like(per_token),
+        torch.empty_like(per_token), q_bias.new_empty(q_bias.shape), k_bias.new_empty(k_bias.shape),
+        angles.new_empty(angles.shape), d.new_empty(d.shape), dz,
+    )  # fmt: skip
+
+
+def _mamba3_setup_context(ctx, inputs, output):
+    q, k, v, _, dt, trap, q_bias, k_bias, angles, d, z, _, ssm_in, k_in, v_in, chunk, _ = inputs
+    ctx.chunk = chunk
+    ctx.save_for_backward(q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, *output[5:])
+
+
+def _mamba3_autograd(ctx, grad, *_):
+    q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, *saved = ctx.saved_tensors
+    dq, dk, dv, dadt, ddt, dtrap, dq_bias, dk_bias, dangles, dd, dz = torch.ops.golf.mamba3_backward(
+        grad.contiguous(), q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, saved, ctx.chunk
+    )
+    dz = None if z is None else dz
+    return dq, dk, dv, dadt, ddt, dtrap, dq_bias, dk_bias, dangles, dd, dz, None, None, None, None, None, None
+
+
+mamba3_forward.register_autograd(_mamba3_autograd, setup_context=_mamba3_setup_context)
+
+
+def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
+    """The recurrence on mamba_ssm's Triton kernels: bfloat16 in and out, float32 decays and accumulation.
+
+    States are constants to it: no gradient flows through them. Switched-off parts take the values that switch them off.
+    """
+    heads = inputs.value.shape[2]
+    bf16 = torch.bfloat16
+    trapezoid, angle_rate = inputs.trapezoid, inputs.angle_rate
+    if trapezoid is None:
+        trapezoid = torch.full_like(inputs.step_size, 30.0)  # sigmoid(30) = 1 in float32
+    if angle_rate is None:
+        angle_rate = inputs.key.new_zeros(*inputs.key.shape[:2], inputs.key.shape[-1] // 4)
+    log_decay = inputs.log_decay
+    if inputs.document_start is not None:
+        log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
+    states_in = (None,) * 4
+    if state is not None:
+        angle_in = (
+            state.angle
+            if inputs.angle_rate is not None
+            else angle_rate.new_zeros(*state.key.shape[:2], angle_rate.shape[-1])
+        )
+        states_in = (angle_in.to(bf16), state.ssm.float(), state.key.float(), state.value.to(bf16))
+    y, angle, ssm, key, value, *_ = torch.ops.golf.mamba3_forward(
+        inputs.query.to(bf16).unsqueeze(2),
+        inputs.key.to(bf16).unsqueeze(2),
+        inputs.value.to(bf16),
+        log_decay.transpose(1, 2).contiguous(),
+        inputs.step_size.transpose(1, 2).contiguous(),
+        trapezoid.to(bf16).transpose(1, 2).contiguous(),
+        inputs.query_bias.float(),
+        inputs.key_bias.float(),
+        angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(),
+        inputs.skip.float(),
+        None if inputs.gate is None else inputs.gate.to(bf16),
+        *states_in,
+        chunk_size,
+        torch.is_grad_enabled(),
+    )
+    return y.to(inputs.value.dtype), ScanState(angle.float(), ssm, key, value)
+
+
+def choose_scan_backend(wanted: str, device: torch.device) -> str:
+    """The backend that "auto" stands for on this device. Raises UserError where the one wanted cannot run."""
+    fused = device.type == "cuda" and importlib.util.find_spec("mamba_ssm") is not None
+    if wanted == "mamba_ssm" and not fused:
+        raise UserError(
+            "SCAN_BACKEND=mamba_ssm needs a GPU and the package: pip install -r requirements-cuda.txt --no-build-isolation"
+        )
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda" and not fused:
+        raise UserError(
+            "no fused scan here: pip install -r requirements-cuda.txt --no-build-isolation"
+            " (or ask for a slower one by name: SCAN_BACKEND=chunked)"
+        )
+    return "mamba_ssm" if fused else "chunked"
+
+
+# ======================================================================================================================
+# 5. Model
+# Pre-norm blocks over a residual stream that is mixed with the embedding before each block. Weights are float32 and
+# cast where they are used; activations are bfloat16 on GPUs and float32 on CPUs. The order in which blocks run is an
+# argument, so that depth recurrence is nothing but another order.
+# ======================================================================================================================
+
+NORM_EPS = 1e-6
+DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
+
+
+class AttentionState(NamedTuple):
+    """Attention's memory between calls: the last W keys before rotation, their values, and which of them the last
+    token's document holds."""
+
+    key: Tensor  # (B, W, kv heads, D)
+    value: Tensor  # (B, W, kv heads, D)
+    visible: Tensor  # (B, W) bool
+
+
+class MambaState(NamedTuple):
+    """A Mamba layer's memory between calls: the scan's, and the short convolution's last inputs."""
+
+    scan: ScanState
+    conv: Tensor  # (B, width - 1, channels)
+
+
+class ModelState(NamedTuple):
+    """A model's memory between calls: one entry per virtual layer, and the last token (for bigrams)."""
+
+    layers: tuple
+    last_token: Tensor  # (B,)
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    document_start: Tensor | None  # (B, T) bool, or None where documents do not matter
+    cos: Tensor  # (cache + T, rotating pairs), for all positions from the oldest cached key on
+    sin: Tensor
+    mask: object  # None (causal), a bool tensor (B, 1, T', T') or a FlexAttention BlockMask
+    cache_tokens: int  # keys attention keeps for the next call; 0: no state is wanted
+
+
+def norm(x: Tensor, weight: Tensor | None = None, eps: float = NORM_EPS) -> Tensor:
+    """RMSNorm over the last dimension, in float32, back in x's dtype."""
+    return F.rms_norm(x.float(), (x.shape[-1],), None if weight is None else weight.float(), eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer whose float32 weight is cast to the input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, zero: bool = False):
+        super().__init__(in_features, out_features, bias=False)
+        if zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+# Attention kernels: one signature, attend(query, key, value) with (B, T, heads, D) -> the same shape as query, causal.
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """torch's attention; which kernel it takes was fixed by choose_attention_backend()."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    gqa = query.shape[1] != key.shape[1]
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+def flash_attention_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    y = flash_attn_func(query, key, value, causal=True)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def flash_attention_2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(query, key, value, causal=True)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, block_mask) -> Tensor:
+    """FlexAttention, for masks that keep documents apart."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    y = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=query.shape[1] != key.shape[1])
+    return y.transpose(1, 2)
+
+
+ATTENTION_BACKENDS = {"fa3": flash_attention_3, "fa2": flash_attention_2, "cudnn": sdpa, "flash": sdpa, "math": sdpa}
+
+
+def choose_attention_backend(
+    wanted: str, device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int
+) -> str:
+    """The backend that "auto" stands for: the first of ATTENTION_BACKENDS that runs forward and backward here.
+
+    Leaves torch's own switches set for it. Raises UserError where the one asked for by name does not run.
+    """
+
+    def works(name: str) -> str:
+        if device.type == "cuda":
+            for switch in ("cudnn", "flash", "math"):
+                getattr(torch.backends.cuda, f"enable_{switch}_sdp")(switch == name)
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        shape = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+        query, key, value = (shape(1, 128, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
+        try:
+            ATTENTION_BACKENDS[name](query, key, value).sum().backward()
+        except (ImportError, RuntimeError, AssertionError, TypeError) as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        return ""
+
+    if wanted != "auto":
+        trouble = works(wanted)
+        if trouble:
+            raise UserError(
+                f"ATTENTION_BACKEND={wanted} does not run here ({trouble}); ATTENTION_BACKEND=auto finds one"
+            )
+        return wanted
+    candidates = tuple(ATTENTION_BACKENDS) if device.type == "cuda" else ("math",)
+    return next(name for name in candidates if not works(name))
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first 2·R entries of each head of x (B, T, heads, D), halves as pairs, by angles (T, R)."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalized, gained queries, normalized keys, and full or partial RoPE."""
+
+    def __init__(self, settings: Settings, backend: str):
+        super().__init__()
+        width = settings.model_dim
+        self.head_dim = width // settings.num_heads
+        self.query = Linear(width, width)
+        self.key = Linear(width, settings.num_kv_heads * self.head_dim)
+        self.value = Linear(width, settings.num_kv_heads * self.head_dim)
+        self.out = Linear(width, width, zero=True)
+        self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
+        self.attend = ATTENTION_BACKENDS[backend]
+
+    def forward(
+        self, x: Tensor, context: Context, state: AttentionState | None
+    ) -> tuple[Tensor, AttentionState | None]:
+        query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
+        query = norm(query) * self.query_gain.to(x.dtype)[:, None]
+        key = norm(key)
+        cached = 0 if state is None else state.key.shape[1]
+        if state is not None:
+            key, value = torch.cat([state.key, key], dim=1), torch.cat([state.value, value], dim=1)
+            # Empty queries for the cached keys make the square, causal problem that every kernel knows.
+            query = F.pad(query, (0, 0, 0, 0, cached, 0))
+        new_state = None
+        if context.cache_tokens:
+            new_state = AttentionState(
+                *(t[:, -context.cache_tokens :] for t in (key, value, self._visible(x, context, state)))
+            )
+        query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
+        if context.mask is None:
+            y = self.attend(query, key, value)
+        elif isinstance(context.mask, Tensor):
+            y = sdpa(query, key, value, context.mask)
+        else:
+            y = flex(query, key, value, context.mask)
+        return self.out(y[:, cached:].flatten(2)), new_state
+
+    @staticmethod
+    def _visible(x: Tensor, context: Context, state: AttentionState | None) -> Tensor:
+        """Which keys, cached and new, belong to the last token's document: (B, W + T) bool."""
+        if context.document_start is None:
+            visible = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            return visible if state is None else torch.cat([state.visible, visible], dim=1)
+        document = context.document_start.long().cumsum(dim=1)
+        visible = document == document[:, -1:]
+        return visible if state is None else torch.cat([state.visible & (document[:, -1:] == 0), visible], dim=1)
+
+
+# The short convolution in front of Mamba-2 (and, if asked for, of Mamba-3): causal-conv1d's kernel as operators on CUDA,
+# a sum of shifted products elsewhere. Both include the SiLU and keep documents apart.
+
+
+def short_conv_pytorch(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
+    """Causal depthwise convolution and SiLU: x (B, L, C), weight (C, W), bias (C,) -> (B, L, C).
+
+    document (B, L) numbers the documents; a tap that would reach into an earlier one reads 0.
+    """
+    y = bias.to(x.dtype) + weight[:, -1].to(x.dtype) * x
+    for back in range(1, weight.shape[1]):
+        earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
+        if document is not None:
+            same = F.pad(document, (back, 0), value=-1)[:, : x.shape[1]] == document
+            earlier = earlier * same.unsqueeze(-1)
+        y = y + weight[:, -1 - back].to(x.dtype) * earlier
+    return F.silu(y)
+
+
+@torch.library.custom_op("golf::short_conv", mutates_args=())
+def short_conv_cuda(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
+    """short_conv_pytorch() on causal-conv1d's kernel, which wants channels last in a (B, C, L) view."""
+    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
+
+    x = x.contiguous().transpose(1, 2)
+    return causal_conv1d_fwd_function(x, weight.to(x.dtype), bias.to(x.dtype), document, None, None, True).transpose(
+        1, 2
+    )
+
+
+@short_conv_cuda.register_fake
+def _(x, weight, bias, document):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("golf::short_conv_backward", mutates_args=())
+def short_conv_cuda_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
+
+    x, grad = x.contiguous().transpose(1, 2), grad.contiguous().transpose(1, 2)
+    dx, dweight, dbias, _ = causal_conv1d_bwd_function(
+        x, weight.to(x.dtype), bias.to(x.dtype), grad, document, None, None, None, False, True
+    )
+    return dx.transpose(1, 2).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+@short_conv_cuda_backward.register_fake
+def _(grad, x, weight, bias, document):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _short_conv_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _short_conv_autograd(ctx, grad):
+    x, weight, bias, document = ctx.saved_tensors
+    return *torch.ops.golf.short_conv_backward(grad, x, weight, bias, document), None
+
+
+short_conv_cuda.register_autograd(_short_conv_autograd, setup_context=_short_conv_setup_context)
+
+
+class ShortConv(nn.Module):
+    """The short convolution with its memory of the last width - 1 inputs."""
+
+    def __init__(self, channels: int, width: int, device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        fused = device.type == "cuda" and importlib.util.find_spec("causal_conv1d") is not None
+        self.convolve = torch.ops.golf.short_conv if fused else short_conv_pytorch
+
+    def forward(self, x: Tensor, context: Context, history: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and the last inputs of this call.
+
+        Inputs of a document that has ended are handed on as zeros, as if the new document began the stream.
+        """
+        reach = self.weight.shape[1] - 1
+        if history is None:
+            history = x.new_zeros(x.shape[0], reach, x.shape[2])
+        padded = torch.cat([history, x], dim=1)
+        document = None
+        if context.document_start is not None:
+            document = F.pad(context.document_start.int(), (reach, 0)).cumsum(dim=1, dtype=torch.int32)
+        y = self.convolve(padded, self.weight, self.bias, document)[:, reach:]
+        last = padded[:, padded.shape[1] - reach :]
+        if document is not None:
+            last = last * (document[:, padded.shape[1] - reach :] == document[:, -1:]).unsqueeze(-1)
+        return y, last
+
+
+class Mamba(nn.Module):
+    """A Mamba-3 block, or with MAMBA_VERSION=2 a Mamba-2 block, around scan().
+
+    Mamba-3: in_proj gives z, x, B, C and per head step size, decay, trapezoid, and shared angles; B and C are normed
+    and biased. Mamba-2: no trapezoid, angles, norms or biases; one constant decay rate per head, a short convolution
+    over x, B, C in front, gate and norm at the end.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device):
+        super().__init__()
+        s = settings
+        self.version, self.head_dim, self.state_size = s.mamba_version, s.mamba_head_dim, s.mamba_d_state
+        self.backend = choose_scan_backend(s.scan_backend, device)
+        self.chunk_size = s.mamba_chunk_size
+        inner = s.mamba_inner_dim
+        heads = inner // s.mamba_head_dim
+        angles = int(s.mamba_d_state * s.mamba_rope_fraction) // 2 if s.mamba_version == 3 else 0
+        per_head = 3 if s.mamba_version == 3 else 1
+        self.dynamics_rows = per_head * heads + angles  # the last rows of in_proj; they stay at 8 bits in the artifact
+        self.split_sizes = (
+            [inner, inner, s.mamba_d_state, s.mamba_d_state] + [heads] * per_head + [angles] * (angles > 0)
+        )
+        self.in_proj = Linear(s.model_dim, sum(self.split_sizes))
+        self.out_proj = Linear(inner, s.model_dim, zero=True)
+
+        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
+        self.D = nn.Parameter(torch.ones(heads))
+        if s.mamba_version == 3:
+            self.B_norm = nn.Parameter(torch.ones(s.mamba_d_state))
+            self.C_norm = nn.Parameter(torch.ones(s.mamba_d_state))
+            self.B_bias = nn.Parameter(torch.ones(heads, s.mamba_d_state))
+            self.C_bias = nn.Parameter(torch.ones(heads, s.mamba_d_state))
+        else:
+            self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+            self.register_buffer("no_bias", torch.zeros(heads, s.mamba_d_state), persistent=False)
+        conv_width = s.mamba_d_conv if s.mamba_d_conv >= 0 else (4 if s.mamba_version == 2 else 0)
+        self.conv = ShortConv(inner + 2 * s.mamba_d_state, conv_width, device) if conv_width > 1 else None
+        self.gate_late = s.mamba_version == 2 or s.mamba_output_norm
+        if s.mamba_version == 2:
+            self.output_norm = nn.Parameter(torch.ones(inner))
+        elif s.mamba_output_norm:
+            self.output_norm = nn.Parameter(torch.ones(heads, s.mamba_head_dim))
+
+    def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
+        gate, x, key, query, *dynamics = self.in_proj(u).split(self.split_sizes, dim=-1)
+        history = None
+        if self.conv is not None:
+            x = torch.cat([x, key, query], dim=-1)
+            x, history = self.conv(x, context, None if state is None else state.conv)
+            x, key, query = x.split([gate.shape[-1], self.state_size, self.state_size], dim=-1)
+        value, gate = (t.unflatten(-1, (-1, self.head_dim)) for t in (x, gate))
+        step_size = F.softplus(dynamics[0].float() + self.dt_bias)
+        if self.version == 3:
+            decay_rate = -F.softplus(dynamics[1].float()).clamp(min=DECAY_FLOOR)
+            key, query = norm(key, self.B_norm, 1e-5), norm(query, self.C_norm, 1e-5)
+            key_bias, query_bias, trapezoid, angle_rate = self.B_bias, self.C_bias, dynamics[2], dynamics[3]
+        else:
+            decay_rate = -self.A_log.float().exp()
+            key_bias = query_bias = self.no_bias
+            trapezoid = angle_rate = None
+        y, scan_state = scan(
+            ScanInputs(
+                value, key, query, step_size, decay_rate * step_size, key_bias, query_bias, self.D,
+                trapezoid, angle_rate, None if self.gate_late else gate, context.document_start,
+            ),
+            None if state is None else state.scan,
+            self.backend,
+            self.chunk_size,
+        )  # fmt: skip
+        if self.version == 2:
+            y = norm((y * F.silu(gate)).flatten(2), self.output_norm, 1e-5)
+        elif self.gate_late:
+            y = (norm(y, None, 1e-5) * self.output_norm.to(y.dtype) * F.silu(gate)).flatten(2)
+        else:
+            y = y.flatten(2)
+        if not context.cache_tokens:
+            return self.out_proj(y), None
+        if history is None:
+            history = u.new_zeros(u.shape[0], 0, 0)
+        return self.out_proj(y), MambaState(scan_state, history)
+
+
+class MLP(nn.Module):
+    """Two matrices around LeakyReLU(0.5) squared."""
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        hidden = int(settings.mlp_mult * settings.model_dim)
+        self.up = Linear(settings.model_dim, hidden)
+        self.down = Linear(hidden, settings.model_dim, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x), 0.5).square())
+
+
+class Block(nn.Module):
+    """A mixer and, where the layer has one, an MLP, each with a learned scale per channel on what it adds."""
+
+    def __init__(self, settings: Settings, layer: int, kind: LayerKind, device: torch.device, attention_backend: str):
+        super().__init__()
+        width = settings.model_dim
+        attention = kind.mixer == "attention"
+        self.mixer = Attention(settings, attention_backend) if attention else Mamba(settings, device)
+        self.mlp = MLP(settings) if kind.mlp else None
+        self.residual_mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
+        self.mixer_scale = nn.Parameter(torch.ones(width))
+        self.mlp_scale = nn.Parameter(torch.ones(width)) if kind.mlp else None
+        self.norm_scale = (layer + 1) ** -0.5 if settings.layer_norm_scale else 1.0
+        self.checkpoint = settings.mamba_grad_checkpoint and not attention
+
+    def forward(self, x: Tensor, embedded: Tensor, context: Context, state) -> tuple[Tensor, object]:
+        keep, mix = self.residual_mix.to(x.dtype)
+        x = keep * x + mix * embedded
+        normed = norm(x) * self.norm_scale
+        if self.checkpoint and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint
+
+            y, new_state = checkpoint(self.mixer, normed, context, state, use_reentrant=False)
+        else:
+            y, new_state = self.mixer(normed, context, state)
+        x = x + self.mixer_scale.to(x.dtype) * y
+        if self.mlp is not None:
+            x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.norm_scale)
+        return x, new_state
+
+
+class Model(nn.Module):
+    """The language model. forward() gives hidden states, nats() scores targets, logits() reads hidden states out."""
+
+    def __init__(self, settings: Settings, device: torch.device, attention_backend: str):
+        super().__init__()
+        s = settings
+        self.settings = s
+        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.full_order = virtual_layer_order(s)
+        self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
+        nn.init.normal_(self.embedding.weight, std=0.005)
+        if s.bigram_vocab_size:
+            self.bigram_embedding = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
+            nn.init.zeros_(self.bigram_embedding.weight)
+            self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
+            self.bigram_scale = nn.Parameter(torch.tensor(0.05))
+        kinds = layer_kinds(s)
+        self.blocks = nn.ModuleList(Block(s, i, kind, device, attention_backend) for i, kind in enumerate(kinds))
+        if s.unet_skips:
+            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2, s.model_dim))
+        self.head = None if s.tie_embeddings else Linear(s.model_dim, s.vocab_size)
+        head_dim = s.model_dim // s.num_heads
+        pairs = int(head_dim * s.rope_fraction) // 2
+        frequencies = s.rope_base ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
+        self.register_buffer("rotary_frequencies", frequencies, persistent=False)
+        self.to(device)
+
+    def order(self, recurrent: bool) -> tuple[int, ...]:
+        """The virtual layer order: with recurrence, or each layer once."""
+        return self.full_order if recurrent else tuple(range(len(self.blocks)))
+
+    def forward(
+        self, tokens: Tensor, order: tuple[int, ...], state: ModelState | None = None, cache_tokens: int = 0
+    ) -> tuple[Tensor, ModelState | None]:
+        """Hidden states (B, T, width) of tokens (B, T) int64, normed and ready for logits().
+
+        With cache_tokens > 0 also the state to continue from, in which attention remembers that many tokens.
+        """
+        s = self.settings
+        x = self._embed(tokens, state)
+        context = self._context(tokens, state, cache_tokens)
+        embedded = x
+        half = len(order) // 2
+        skips, layer_states = [], []
+        for position, layer in enumerate(order):
+            if s.unet_skips and position >= len(order) - half:
+                weight = self.skip_weights[position - (len(order) - half)]
+                x = x + weight.to(x.dtype) * skips.pop()
+            x, layer_state = self.blocks[layer](x, embedded, context, None if state is None else state.layers[position])
+            layer_states.append(layer_state)
+            if s.unet_skips and position < half:
+                skips.append(x)
+        new_state = ModelState(tuple(layer_states), tokens[:, -1]) if cache_tokens else None
+        return norm(x), new_state
+
+    def _embed(self, tokens: Tensor, state: ModelState | None) -> Tensor:
+        """Normed embeddings (B, T, width) of tokens, with the hashed bigram's added."""
+        s = self.settings
+        x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
+        if s.bigram_vocab_size:
+            last = torch.full_like(tokens[:, :1], BOS_ID) if state is None else state.last_token.unsqueeze(1)
+            before = torch.cat([last, tokens[:, :-1]], dim=1)
+            # Two odd multipliers spread the pair over the table; row 0 is for tokens that begin a document.
+            row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
+            row = row.masked_fill(tokens == BOS_ID, 0)
+            bigram = F.embedding(row, self.bigram_embedding.weight).to(self.compute_dtype)
+            x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
+        return norm(x)
+
+    def _context(self, tokens: Tensor, state: ModelState | None, cache_tokens: int) -> Context:
+        """Rotary angles, document starts and attention mask for these tokens."""
+        attention = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
+        cached = attention[0].key.shape[1] if attention else 0
+        positions = torch.arange(cached + tokens.shape[1], dtype=torch.float32, device=tokens.device)
+        angles = positions[:, None] * self.rotary_frequencies
+        document_start = mask = None
+        if self.settings.document_reset:
+            document_start = tokens == BOS_ID
+            document = document_start.long().cumsum(dim=1)
+            if cached:
+                document = torch.cat([attention[0].visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
+            if any(isinstance(block.mixer, Attention) for block in self.blocks):
+                mask = document_mask(document)
+        return Context(document_start, angles.cos(), angles.sin(), mask, cache_tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped float32 logits (B, T, vocabulary)."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+        cap = self.settings.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
+        logits = self.logits(hidden)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+    def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """Mean nats per target: what training minimizes."""
+        return self.nats(self(tokens, order)[0], targets).mean()
+
+    def score(
+        self, tokens: Tensor, targets: Tensor, order: tuple[int, ...], state: ModelState | None, cache_tokens: int
+    ) -> tuple[Tensor, ModelState | None]:
+        """Nats of each target (B, T), and the state to continue from where cache_tokens asks for one."""
+        hidden, new_state = self(tokens, order, state, cache_tokens)
+        return self.nats(hidden, targets), new_state
+
+
+def document_mask(document: Tensor):
+    """Attention mask, causal and within documents, from document numbers (B, T): bool (B, 1, T, T) on the CPU, a
+    FlexAttention block mask on CUDA."""
+    batch, length = document.shape
+    if document.device.type == "cpu":
+        return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b, head, query, key):
+        return (query >= key) & (document[b, query] == document[b, key])
+
+    return create_block_mask(visible, batch, None, length, length, device=document.device)
+
+
+def build_model(settings: Settings, ranks: Ranks) -> Model:
+    """A freshly initialized model on the rank's device, the same on every rank."""
+    backend = "math"
+    if any(kind.mixer == "attention" for kind in layer_kinds(settings)):
+        head_dim = settings.model_dim // settings.num_heads
+        backend = choose_attention_backend(
+            settings.attention_backend, ranks.device, settings.num_heads, settings.num_kv_heads, head_dim
+        )
+    torch.manual_seed(settings.seed)
+    return Model(settings, ranks.device, backend)
+
+
+# ======================================================================================================================
+# 6. Optimizers
+# Muon for the matrices inside the blocks, Adam for everything else, an average of the weights for export, and one
+# schedule that turns the clock into rates.
+# ======================================================================================================================
+
+# Coefficients of the odd polynomial at each Newton-Schulz step (Polar Express, arXiv 2505.16932, Algorithm 1); the last
+# repeats. The published ones are for a matrix scaled to norm 1; its safety factor is applied in orthogonalize().
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+
+
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Nearest semi-orthogonal matrices to a batch (n, rows, columns), by Newton-Schulz iteration.
+
+    Works in bfloat16 on GPUs, in float32 on CPUs; returns that dtype.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for step in range(steps):
+        a, b, c = POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)]
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is orthogonalized, for matrices (K. Jordan, 2024).
+
+    Equal shapes are orthogonalized as one batch; each rank does its share of it and gathers the others'. The update is
+    scaled by sqrt(max(1, rows/columns)).
+    """
+
+    def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
+        super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.0})
+        self.ranks = ranks
+        self.steps = steps
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = collections.defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, parameters in by_shape.items():
+                updates = self._orthogonal_updates(parameters, group["momentum"])
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                scale = max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_add_(parameters, list(updates.float().unbind()), alpha=-group["lr"] * scale)
+
+    def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
+        """(len(parameters), rows, columns) orthogonalized Nesterov updates."""
+        gradients = [p.grad for p in parameters]
+        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
+        share = -(-len(parameters) // self.ranks.world_size)
+        mine = nesterov[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        if self.ranks.world_size == 1:
+            return orthogonalize(mine, self.steps)
+        padded = nesterov.new_zeros(share, *nesterov.shape[1:])
+        padded[: len(mine)] = mine
+        result = orthogonalize(padded, self.steps)
+        gathered = result.new_empty(share * self.ranks.world_size, *result.shape[1:])
+        dist.all_gather_into_tensor(gathered, result.contiguous())
+        return gathered[: len(parameters)]
+
+
+def is_muon_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon trains a parameter: the linear layers' weights inside blocks, not tables and not vectors."""
+    return (
+        parameter.dim() == 2
+        and name.startswith("blocks.")
+        and name.endswith(
+            (
+                "query.weight",
+                "key.weight",
+                "value.weight",
+                "out.weight",
+                "up.weight",
+                "down.weight",
+                "in_proj.weight",
+                "out_proj.weight",
+            )
+        )
+    )
+
+
+class Optimizers:
+    """Muon and Adam with the base rate of every group, so that a schedule only supplies factors."""
+
+    def __init__(self, model: Model, settings: Settings, ranks: Ranks):
+        s = settings
+        groups = collections.defaultdict(list)
+        for name, p in model.named_parameters():
+            if is_muon_matrix(name, p):
+                mamba = isinstance(model.blocks[int(name.split(".")[1])].mixer, Mamba) and ".mixer." in name
+                groups["mamba" if mamba else "matrix"].append(p)
+            else:
+                groups[
+                    "embedding"
+                    if p.dim() == 2 and not name.startswith("blocks.") and name != "skip_weights"
+                    else "scalar"
+                ].append(p)
+        muon_groups = [
+            {"params": groups[kind], "base_lr": rate, "weight_decay": s.weight_decay}
+            for kind, rate in (("matrix", s.matrix_lr), ("mamba", s.mamba_matrix_lr))
+            if groups[kind]
+        ]
+        self.muon = Muon(muon_groups, ranks, s.muon_backend_steps)
+        adam_groups = [
+            {"params": groups["embedding"], "base_lr": s.tied_embed_lr, "weight_decay": s.weight_decay},
+            {"params": groups["scalar"], "base_lr": s.scalar_lr, "weight_decay": 0.0},
+        ]
+        self.adam = torch.optim.AdamW(adam_groups, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
+        self.parameters = [p for group in groups.values() for p in group]
+
+    def step(self, lr_factor: float, momentum: float) -> None:
+        """One update of every parameter at its base rate times lr_factor."""
+        for group in self.muon.param_groups + self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        for group in self.muon.param_groups:
+            group["momentum"] = momentum
+        self.muon.step()
+        self.adam.step()
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def forget(self) -> None:
+        """Drops all momentum, as before the first step."""
+        self.muon.state.clear()
+        self.adam.state.clear()
+
+
+class WeightAverage:
+    """EMA or SWA of the weights: both move an average towards the weights, at their own rate."""
+
+    def __init__(self, model: Model, settings: Settings):
+        self.settings = settings
+        self.parameters = list(model.parameters())
+        self.average: list[Tensor] | None = None
+        self.count = 0
+
+    @torch.no_grad()
+    def update(self, steps_done: int, progress: float) -> None:
+        """Takes in the weights after steps_done steps, at this part (0 to 1) of the run.
+
+        EMA's memory is at most EMA_HORIZON of the steps done, so that a short run is not averaged with its beginning.
+        SWA is the plain mean over the last SWA_FRACTION of the run.
+        """
+        s = self.settings
+        if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
+            return
+        self.count += 1
+        if self.average is None:
+            self.average = [p.detach().clone() for p in self.parameters]
+        elif s.weight_average == "swa":
+            torch._foreach_lerp_(self.average, self.parameters, 1 / self.count)
+        else:
+            horizon = max(1.0, s.ema_horizon * steps_done)
+            torch._foreach_lerp_(self.average, self.parameters, max(1 - s.ema_decay, 1 / horizon))
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Puts the average into the model, if there is one."""
+        if self.average is not None:
+            torch._foreach_copy_(self.parameters, self.average)
+
+
+class Schedule(NamedTuple):
+    """What the clock says for one step."""
+
+    progress: float  # part of the run that is over, 0 to 1
+    lr_factor: float
+    momentum: float
+    recurrent: bool
+    quantized: bool
+
+
+def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
+    """The schedule for step (from 0) after seconds of the training clock.
+
+    Progress follows the clock, or steps where MAX_WALLCLOCK_SECONDS=0; ITERATIONS bounds both.
+    """
+    s = settings
+    train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
+    by_steps = step / s.iterations
+    by_clock = seconds / train_seconds if s.max_wallclock_seconds else 0.0
+    progress = min(1.0, max(by_steps, by_clock))
+    warmdown = s.warmdown_fraction
+    if s.warmdown_iters:
+        step_part = 1 / s.iterations if by_steps >= by_clock else seconds / max(step, 1) / train_seconds
+        warmdown = min(1.0, s.warmdown_iters * step_part)
+    decay = min(1.0, (1 - progress) / warmdown) if warmdown else 1.0
+    warmup = min(1.0, (progress + 1 / s.iterations) / s.lr_warmup_fraction) if s.lr_warmup_fraction else 1.0
+    rise = min(1.0, progress / s.muon_momentum_warmup) if s.muon_momentum_warmup else 1.0
+    momentum = s.muon_momentum_start + rise * (s.muon_momentum - s.muon_momentum_start)
+    quantized = decay < s.late_qat_threshold
+    return Schedule(progress, warmup * decay, momentum, progress >= s.recur_start, quantized)
+
+
+# ======================================================================================================================
+# 7. Evaluation
+# One loop scores every mode: a plan of windows says which targets each forward pass scores and with what context, and
+# test-time training only adds what happens between chunks. Scores are kept per target, so that the sum, the audit file
+# and the check that every target was scored exactly once all read the same array.
+# ======================================================================================================================
+
+
+class Window(NamedTuple):
+    """Reads tokens[context:last] and scores the targets of positions first <= p < last (target p is tokens[p + 1])."""
+
+    context: int
+    first: int
+    last: int
+
+
+def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
+    """This rank's windows over the targets first <= p < last; together the ranks' windows cover each target once.
+
+    plain: windows of the training length side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is
+    new. stateful: each rank reads a contiguous share from left to right; its first window begins EVAL_OVERLAP tokens
+    early, to warm the state up where it was not carried here.
+    """
+    length = settings.train_seq_len
+    if settings.eval_mode == "stateful":
+        share = -(-(last - first) // world_size)
+        begin, end = first + rank * share, min(last, first + (rank + 1) * share)
+        windows = []
+        while begin < end:
+            context = begin if windows else max(0, begin - settings.eval_overlap)
+            windows.append(Window(context, begin, min(context + length, end)))
+            begin = windows[-1].last
+        return windows
+    stride = settings.eval_stride if settings.eval_mode == "sliding" else length
+    windows = [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in range(first, last, stride)]
+    return windows[rank::world_size]
+
+
+class Score(NamedTuple):
+    """The outcome of one evaluation."""
+
+    val_loss: float  # nats per target
+    val_bpb: float  # bits per byte of text
+    nats: np.ndarray  # (N,) float32, in stream order
+    seconds: float
+    epochs_given_up: int  # test-time training epochs dropped to keep the clock
+
+
+class Evaluator:
+    """Scores a validation set with one model: score() for frozen weights, score_and_adapt() for test-time training."""
+
+    def __init__(
+        self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent: bool = True
+    ):
+        self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
+        self.order = model.order(recurrent)
+        self.score_function = maybe_compile(model.score, settings, ranks)
+        self.loss_function = maybe_compile(model.loss, settings, ranks)
+
+    def score(self, settings: Settings | None = None) -> Score:
+        """Scores the whole stream with the weights as they are, in the mode of settings (default: the run's)."""
+        started = time.perf_counter()
+        self._reset(settings or self.settings)
+        self._score_targets(0, self.validation.num_targets)
+        return self._collect(started, 0)
+
+    def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
+        """Score-first test-time training: each chunk is scored, then trained on; the last is scored only.
+
+        clock_started is the perf_counter() at which the evaluation clock began. When the time left would not suffice,
+        later chunks get fewer epochs, then none, but all are scored. Raises UserError if scoring itself cannot keep it.
+        """
+        s = self.settings
+        self._reset(s)
+        total = self.validation.num_targets
+        starts = range(0, total, s.ttt_chunk_tokens)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        sgd = torch.optim.SGD(parameters, lr=0.0, momentum=s.ttt_momentum)
+        epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
+        for index, first in enumerate(starts):
+            last = min(first + s.ttt_chunk_tokens, total)
+            mark = time.perf_counter()
+            self._score_targets(first, last)
+            self._wait()
+            score_seconds = time.perf_counter() - mark
+            if index == len(starts) - 1:
+                break
+            left = clock_started + s.eval_max_seconds - time.perf_counter()
+            chunks_left = len(starts) - 1 - index
+            if index > 1:  # the first two chunks compile
+                spare = left - 1.2 * chunks_left * score_seconds
+                epochs = min(s.ttt_epochs, max(0, int(spare / (chunks_left * max(epoch_seconds, 1e-9)))))
+            epochs = self.ranks.from_main(epochs if left > 0 else 0)
+            given_up += s.ttt_epochs - epochs
+            rate = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
+            mark = time.perf_counter()
+            for _ in range(epochs):
+                self._train_on(first, last, sgd, parameters, rate)
+            self._wait()
+            epoch_seconds = (time.perf_counter() - mark) / epochs if epochs else epoch_seconds
+            say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
+        if time.perf_counter() - clock_started > s.eval_max_seconds:
+            raise UserError(
+                f"evaluation passed EVAL_MAX_SECONDS={s.eval_max_seconds}; no score is claimed: use plain windows or a longer stride"
+            )
+        return self._collect(clock_started, given_up)
+
+    def _reset(self, settings: Settings) -> None:
+        total = self.validation.num_targets
+        self.mode = settings
+        self.nats = torch.zeros(total, device=self.ranks.device)
+        self.times_scored = np.zeros(total, dtype=np.uint8)
+        self.state, self.state_position = None, -1
+        chunk = min(total, settings.ttt_chunk_tokens) if settings.ttt_enabled else total
+        most = len(plan_windows(settings, 0, chunk, 0, self.ranks.world_size))
+        fits = settings.val_batch_size // (self.ranks.world_size * settings.train_seq_len)
+        self.rows = 1 if settings.eval_mode == "stateful" else max(1, min(most, fits))
+
+    @torch.no_grad()
+    def _score_targets(self, first: int, last: int) -> None:
+        """Scores this rank's share of the targets first <= p < last."""
+        s = self.mode
+        stateful = s.eval_mode == "stateful"
+        if stateful and self.ranks.world_size == 1 and self.state_position == first:
+            windows = [Window(p, p, min(p + s.train_seq_len, last)) for p in range(first, last, s.train_seq_len)]
+        else:
+            windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size)
+        for i in range(0, len(windows), self.rows):
+            batch = windows[i : i + self.rows]
+            context = np.array([w.context for w in batch] + [batch[-1].context] * (self.rows - len(batch)))
+            tokens, targets = self._read(context, s.train_seq_len)
+            if stateful and batch[0].context != self.state_position:
+                self.state = None
+            nats, new_state = self.score_function(
+                tokens, targets, self.order, self.state, s.eval_overlap if stateful else 0
+            )
+            if stateful:  # padding at the end of a window spoils the state: it is carried from full windows only
+                full = batch[0].last - batch[0].context == s.train_seq_len
+                self.state, self.state_position = (new_state, batch[0].last) if full else (None, -1)
+            self._record(batch, nats)
+
+    def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets (len(starts), length) from these positions on; past the stream's end, its last token."""
+        stream = self.validation.tokens
+        index = np.minimum(starts[:, None] + np.arange(length + 1), len(stream) - 1)
+        both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def _record(self, batch: list[Window], nats: Tensor) -> None:
+        length = nats.shape[1]
+        positions = np.concatenate([np.arange(w.first, w.last) for w in batch])
+        cells = np.concatenate([np.arange(w.first, w.last) - w.context + row * length for row, w in enumerate(batch)])
+        cells, where = (torch.from_numpy(x).to(self.ranks.device) for x in (cells, positions))
+        self.nats[where] = nats.flatten()[cells].float()
+        self.times_scored[positions] += 1
+
+    def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter], rate: float) -> None:
+        """One step of SGD on the chunk's targets, every one of them scored before; each rank takes its part."""
+        s, ranks = self.settings, self.ranks
+        length = ttt_sequence_length(s, ranks.world_size)
+        starts = np.arange(first, last, length)
+        share = len(starts) // ranks.world_size
+        mine = starts[ranks.rank * share : (ranks.rank + 1) * share]
+        rows = max(1, min(share, s.val_batch_size // (ranks.world_size * length)))
+        while share % rows:
+            rows -= 1
+        for i in range(0, share, rows):
+            tokens, targets = self._read(mine[i : i + rows], length)
+            (self.loss_function(tokens, targets, self.order) * (rows / share)).backward()
+        ranks.average_gradients(parameters)
+        if s.ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, s.ttt_grad_clip)
+        sgd.param_groups[0]["lr"] = rate
+        sgd.step()
+        sgd.zero_grad()
+
+    def _wait(self) -> None:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _collect(self, started: float, given_up: int) -> Score:
+        """Sums over ranks and targets, after checking that every target was scored once."""
+        times = self.ranks.sum_(torch.from_numpy(self.times_scored).to(self.ranks.device))
+        if not bool((times == 1).all()):
+            raise RuntimeError("a target was not scored exactly once")
+        nats = self.ranks.sum_(self.nats).cpu().numpy()
+        total = nats.sum(dtype=np.float64)
+        loss = total / len(nats)
+        bpb = total / math.log(2) / self.validation.target_bytes.sum(dtype=np.float64)
+        return Score(float(loss), float(bpb), nats, time.perf_counter() - started, given_up)
+
+
+def maybe_compile(function, settings: Settings, ranks: Ranks):
+    """function, as one whole graph where compiling is on."""
+    if settings.compile == "off" or (settings.compile == "auto" and ranks.device.type == "cpu"):
+        return function
+    torch._dynamo.config.recompile_limit = 64  # orders, shapes and modes are few, but more than the default of 8
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+@torch.no_grad()
+def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
+    """Continues prompt (B, T) by count tokens sampled at this temperature (0: the likeliest): (B, T + count).
+
+    The state is carried, so that every token costs one step; attention sees the last cache_tokens.
+    """
+    order = model.order(recurrent=True)
+    generator = torch.Generator(prompt.device).manual_seed(seed)
+    hidden, state = model(prompt, order, None, cache_tokens)
+    tokens = [prompt]
+    for _ in range(count):
+        logits = model.logits(hidden[:, -1:])[:, -1]
+        if temperature:
+            choice = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+        else:
+            choice = logits.argmax(dim=-1, keepdim=True)
+        tokens.append(choice)
+        hidden, state = model(choice, order, state, cache_tokens)
+    return torch.cat(tokens, dim=1)
+
+
+# ======================================================================================================================
+# 8. Export
+# GPTQ moves every matrix to a grid of 6 or 8 bits per row; the integers, the row scales and the remaining vectors are
+# laid out one after another, compressed with LZMA and written behind a plain header. Nothing is ever unpickled.
+# ======================================================================================================================
+
+INT6_MAX, INT8_MAX = 31, 127
+GPTQ_BLOCK = 128  # columns whose error is spread at once
+GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
+CLIP_PERCENTILES = (1.0, 0.9999, 0.9995, 0.999, 0.995, 0.99)
+
+
+class TensorPlan(NamedTuple):
+    """How one parameter is stored: "int" (rows on a grid, the last int8_rows of them with 8 bits), or a float type."""
+
+    encoding: str  # "int", "float16" or "float32"
+    int8_rows: int = 0
+
+
+def plan_tensors(model: Model) -> dict[str, TensorPlan]:
+    """The storage of every parameter, by name.
+
+    Matrices are int6; the embedding and output matrix int8, and so are the rows of Mamba's in_proj that produce step
+    size, decay, trapezoid and angles, whose errors a recurrence compounds. Per-head dynamics stay float32.
+    """
+    plan = {}
+    for name, p in model.named_parameters():
+        leaf = name.split(".")[-1]
+        if name in ("embedding.weight", "head.weight"):
+            plan[name] = TensorPlan("int", p.shape[0])
+        elif p.dim() == 2 and leaf == "weight" and ".conv." not in name:
+            is_mamba_input = name.endswith("in_proj.weight")
+            rows = model.get_submodule(name.removesuffix(".in_proj.weight")).dynamics_rows if is_mamba_input else 0
+            plan[name] = TensorPlan("int", rows)
+        else:
+            plan[name] = TensorPlan("float32" if leaf in ("dt_bias", "A_log", "D") else "float16")
+    return plan
+
+
+def grid_limits(rows: int, int8_rows: int, device: torch.device) -> Tensor:
+    """Largest integer of each row's grid, float32 (rows, 1)."""
+    limits = torch.full((rows, 1), float(INT6_MAX), device=device)
+    limits[rows - int8_rows :] = INT8_MAX
+    return limits
+
+
+def row_scales(
+    weight: Tensor, limits: Tensor, settings: Settings, k: float, column_weight: Tensor | None = None
+) -> Tensor:
+    """Grid step of each row, float32 (rows, 1), exactly representable in float16.
+
+    sdclip: the grid ends at k root-mean-squares of the row for int6, SDCLIP_K_INT8 for int8; a larger k is a coarser
+    grid, which compresses better. percentile: of several percentiles of |w|, the one with the least rounding error,
+    weighted by column_weight (the Hessian's diagonal).
+    """
+
+    def storable(clip: Tensor) -> Tensor:
+        return (clip / limits).clamp(min=2**-14, max=60_000.0).half().float()
+
+    if settings.quant_clip == "sdclip":
+        spread = torch.where(limits == INT6_MAX, k, settings.sdclip_k_int8)
+        return storable(spread * weight.square().mean(dim=1, keepdim=True).sqrt())
+    magnitudes = weight.abs().sort(dim=1).values
+    last = weight.shape[1] - 1
+    best_error = torch.full_like(limits, torch.inf)
+    best = torch.ones_like(limits)
+    for percentile in CLIP_PERCENTILES:
+        scale = storable(magnitudes[:, round(percentile * last), None])
+        error = (weight - round_to_grid(weight, scale, limits) * scale).square()
+        error = (error if column_weight is None else error * column_weight).sum(dim=1, keepdim=True)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    """Nearest integers on each row's grid, as floats."""
+    return (weight / scale).round().clamp(-limits, limits)
+
+
+def entropy_bytes(integers: Tensor) -> float:
+    """Bytes an ideal coder needs for these integers, each drawn from their common distribution."""
+    counts = torch.bincount((integers + INT8_MAX).flatten().long(), minlength=2 * INT8_MAX + 1).double()
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * p.log2()).sum() * integers.numel() / 8)
+
+
+LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained weights
+
+
+def predict_bytes(model: Model, settings: Settings, k: float) -> float:
+    """Bytes of the artifact if int6 rows were rounded with this k: entropy of the integers, scales, vectors, header."""
+    total = 4096.0
+    for name, (encoding, int8_rows) in plan_tensors(model).items():
+        p = model.get_parameter(name).detach()
+        if encoding != "int":
+            total += p.numel() * (2 if encoding == "float16" else 4)
+            continue
+        limits = grid_limits(len(p), int8_rows, p.device)
+        integers = round_to_grid(p, row_scales(p, limits, settings, k), limits)
+        total += 2 * len(p) + LZMA_OVERHEAD * entropy_bytes(integers)
+    return total
+
+
+def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
+    """SDCLIP_K, or where it is 0 the finest grid (least k from 4 to 16) whose predicted artifact fits target_bytes."""
+    if settings.sdclip_k or settings.quant_clip != "sdclip":
+        return settings.sdclip_k
+    low, high = 4.0, 16.0
+    if predict_bytes(model, settings, low) <= target_bytes:
+        return low
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if predict_bytes(model, settings, middle) <= target_bytes else (middle, high)
+    return high
+
+
+class FakeQuantization:
+    """Late QAT: while a step's gradients are computed, the matrices that will be integers stand on their grids.
+
+    The gradient with respect to the rounded weight is applied to the weight itself (straight-through).
+    """
+
+    def __init__(self, model: Model, settings: Settings, target_bytes: float):
+        self.settings = settings
+        self.k = fit_sdclip(model, settings, target_bytes)
+        self.entries = [
+            (p, grid_limits(len(p), int8_rows, p.device))
+            for name, (encoding, int8_rows) in plan_tensors(model).items()
+            if encoding == "int" and (p := model.get_parameter(name)) is not None
+        ]
+
+    @contextlib.contextmanager
+    def __call__(self):
+        kept = [p.detach().clone() for p, _ in self.entries]
+        with torch.no_grad():
+            for p, limits in self.entries:
+                scale = row_scales(p, limits, self.settings, self.k)
+                p.copy_(round_to_grid(p, scale, limits) * scale)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([p for p, _ in self.entries], kept)
+
+
+@torch.no_grad()
+def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -> dict[str, Tensor]:
+    """H = 2·sum x x^T of every linear layer's inputs over sequences (n, T) of this rank, summed over the ranks.
+
+    By parameter name, float32 (columns, columns); the output matrix has the final hidden states' H.
+    """
+    hessians = {}
+
+    def gather(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        product = 2 * (x.T @ x)
+        hessians[name] = hessians[name] + product if name in hessians else product
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: gather(f"{name}.weight", args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and name != "head"
+    ]
+    output_name = "embedding.weight" if model.head is None else "head.weight"
+    try:
+        for batch in sequences.split(rows):
+            gather(output_name, model(batch, model.order(recurrent=True))[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    """Integers (rows, columns) on each row's grid that keep weight @ x close in the Hessian's norm (arXiv 2210.17323).
+
+    Columns are rounded in order of falling diagonal, and each column's error is spread over those still to come.
+    """
+    weight, hessian = weight.float().clone(), hessian.float().clone()
+    diagonal = hessian.diagonal()
+    unused = diagonal == 0
+    diagonal[unused] = 1.0
+    weight[:, unused] = 0.0
+    order = diagonal.argsort(descending=True)
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    upper = inverse_cholesky(hessian)
+    integers = torch.zeros_like(weight)
+    columns = weight.shape[1]
+    for first in range(0, columns, GPTQ_BLOCK):
+        last = min(first + GPTQ_BLOCK, columns)
+        errors = torch.zeros_like(weight[:, first:last])
+        for j in range(first, last):
+            column = weight[:, j : j + 1]
+            integers[:, j : j + 1] = round_to_grid(column, scale, limits)
+            error = (column - integers[:, j : j + 1] * scale) / upper[j, j]
+            weight[:, j:last] -= error * upper[j, j:last]
+            errors[:, j - first : j - first + 1] = error
+        weight[:, last:] -= errors @ upper[first:last, last:]
+    return integers[:, order.argsort()]
+
+
+def inverse_cholesky(hessian: Tensor) -> Tensor:
+    """Upper Cholesky factor of the damped inverse; damping grows until the factorization succeeds."""
+    mean = hessian.diagonal().mean()
+    damping = GPTQ_DAMPING
+    while True:
+        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return upper
+        damping *= 10
+
+
+class Quantized(NamedTuple):
+    """A matrix on its grid: integers (rows, columns) int8, one step per row (rows,) float16."""
+
+    integers: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        return self.integers.float() * self.scale.float().unsqueeze(1)
+
+
+@torch.no_grad()
+def quantize_model(
+    model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float, say=lambda text: None
+) -> dict[str, Quantized | Tensor]:
+    """Every parameter as it will be stored, on every rank; the ranks share the matrices among themselves."""
+    plan = plan_tensors(model)
+    stored: dict[str, Quantized | Tensor] = {}
+    matrices = [name for name in plan if plan[name].encoding == "int"]
+    for index, name in enumerate(matrices):
+        weight = model.get_parameter(name).detach()
+        integers = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
+        scale = torch.zeros(len(weight), dtype=torch.float16, device=weight.device)
+        if index % ranks.world_size == ranks.rank:
+            limits = grid_limits(len(weight), plan[name].int8_rows, weight.device)
+            hessian = hessians.get(name)
+            step = row_scales(weight, limits, settings, k, None if hessian is None else hessian.diagonal())
+            rounded = round_to_grid(weight, step, limits) if hessian is None else gptq(weight, hessian, step, limits)
+            integers.copy_(rounded.to(torch.int8))
+            scale.copy_(step.squeeze(1))
+        stored[name] = Quantized(integers, scale)
+        if (index + 1) % 8 == 0:
+            say(f"GPTQ: {index + 1}/{len(matrices)} matrices")
+    for index, name in enumerate(matrices):
+        for tensor in stored[name]:
+            ranks.broadcast_(tensor, source=index % ranks.world_size)
+    for name, (encoding, _) in plan.items():
+        if encoding != "int":
+            stored[name] = model.get_parameter(name).detach().to(getattr(torch, encoding))
+    return {name: stored[name] for name in plan}
+
+
+# The artifact: magic, length of the header, header (JSON), LZMA stream, SHA-256 of all before it.
+
+ARTIFACT_MAGIC = b"SSMGOLF1"
+LZMA_FILTERS = [
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 26}
+]
+MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is refused before anything is allocated
+
+
+def pack_integers(integers: np.ndarray, int8_rows: int, packing: str) -> bytes:
+    """int8 (rows, columns) as one byte per value ("bytes"), or 6-bit rows four values in three bytes ("bits")."""
+    if packing == "bytes":
+        return integers.tobytes()
+    six, eight = integers[: len(integers) - int8_rows], integers[len(integers) - int8_rows :]
+    values = (six.astype(np.int16).ravel() + 32).astype(np.uint32)
+    a, b, c, d = np.pad(values, (0, -len(values) % 4)).reshape(-1, 4).T
+    word = a | b << 6 | c << 12 | d << 18
+    return np.stack([word & 255, word >> 8 & 255, word >> 16], axis=1).astype(np.uint8).tobytes() + eight.tobytes()
+
+
+def packed_size(rows: int, columns: int, int8_rows: int, packing: str) -> int:
+    """Bytes that pack_integers() gives for a matrix of this shape."""
+    if packing == "bytes":
+        return rows * columns
+    return -(-(rows - int8_rows) * columns // 4) * 3 + int8_rows * columns
+
+
+def unpack_integers(data: bytes, rows: int, columns: int, int8_rows: int, packing: str) -> np.ndarray:
+    """The inverse of pack_integers()."""
+    if packing == "bytes":
+        return np.frombuffer(data, dtype=np.int8).reshape(rows, columns).copy()
+    count = (rows - int8_rows) * columns
+    packed = np.frombuffer(data[: -(-count // 4) * 3], dtype=np.uint8).reshape(-1, 3).astype(np.uint32)
+    word = packed[:, 0] | packed[:, 1] << 8 | packed[:, 2] << 16
+    values = np.stack([word >> shift & 63 for shift in (0, 6, 12, 18)], axis=1).ravel()[:count].astype(np.int8) - 32
+    eight = np.frombuffer(data[len(packed) * 3 :], dtype=np.int8)
+    return np.concatenate([values, eight]).reshape(rows, columns)
+
+
+def pack_artifact(
+    settings: Settings, plan: dict[str, TensorPlan], stored: dict[str, Quantized | Tensor], packing: str
+) -> bytes:
+    """The whole artifact file as bytes, with its integers packed this way."""
+    model_settings = {name: getattr(settings, name) for name in MODEL_FIELDS}
+    raw, integer_parts = io.BytesIO(), []
+    table = []
+    for name, item in stored.items():
+        encoding, int8_rows = plan[name]
+        if encoding == "int":
+            raw.write(item.scale.cpu().numpy().tobytes())
+            integer_parts.append(pack_integers(item.integers.cpu().numpy(), int8_rows, packing))
+        else:
+            raw.write(item.cpu().numpy().tobytes())
+        shape = list(item.integers.shape if encoding == "int" else item.shape)
+        table.append([name, shape, encoding, int8_rows])
+    content = raw.getvalue() + b"".join(integer_parts)
+    payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    header = {"settings": model_settings, "packing": packing, "raw_bytes": len(content), "tensors": table}
+    header = json.dumps(header, separators=(",", ":")).encode()
+    body = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + payload
+    return body + hashlib.sha256(body).digest()
+
+
+def smallest_artifact(
+    settings: Settings, plan: dict[str, TensorPlan], stored: dict[str, Quantized | Tensor]
+) -> tuple[bytes, str]:
+    """The smaller of the two packings, and its name. LZMA releases the interpreter, so that both run at once."""
+    packings = ("bytes", "bits")
+    with ThreadPoolExecutor(len(packings)) as pool:
+        files = list(pool.map(lambda packing: pack_artifact(settings, plan, stored, packing), packings))
+    return min(zip(files, packings), key=lambda item: len(item[0]))
+
+
+def prune(
+    stored: dict[str, Quantized | Tensor], plan: dict[str, TensorPlan], count: int
+) -> dict[str, Quantized | Tensor]:
+    """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest squared step."""
+    names = [name for name, item in plan.items() if item.encoding == "int" and item.int8_rows < len(stored[name].scale)]
+    costs, places = [], []
+    for name in names:
+        six = stored[name].integers[: len(stored[name].scale) - plan[name].int8_rows]
+        row, column = (six.abs() == 1).nonzero(as_tuple=True)
+        costs.append(stored[name].scale[row].float().square())
+        places.append((row, column))
+    order = torch.cat(costs).argsort(stable=True)[:count]
+    chosen = torch.zeros(sum(map(len, costs)), dtype=torch.bool, device=order.device)
+    chosen[order] = True
+    pruned = dict(stored)
+    for name, (row, column), mine in zip(names, places, chosen.split([len(c) for c in costs])):
+        integers = stored[name].integers.clone()
+        integers[row[mine], column[mine]] = 0
+        pruned[name] = Quantized(integers, stored[name].scale)
+    return pruned
+
+
+def fit_artifact(
+    settings: Settings, plan: dict[str, TensorPlan], stored: dict[str, Quantized | Tensor], target_bytes: int, say
+) -> bytes:
+    """The artifact in at most target_bytes, pruning ±1 values selectively if it must.
+
+    Raises UserError if it does not fit even so.
+    """
+    data, packing = smallest_artifact(settings, plan, stored)
+    say(f"packed as {packing}: {len(data)} bytes of at most {target_bytes}")
+    ones = sum(
+        int((item.integers[: len(item.scale) - plan[name].int8_rows].abs() == 1).sum())
+        for name, item in stored.items()
+        if isinstance(item, Quantized)
+    )
+    count, first_size = 0, len(data)
+    while len(data) > target_bytes:
+        if count >= ones:
+            raise UserError(
+                f"the artifact takes {len(data)} bytes of {target_bytes} left by the code, even with every ±1 pruned:"
+                " raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS, MLP_MULT)"
+            )
+        saved_per_value = (first_size - len(data)) / count if count else 0.15  # bytes; an estimate for the first try
+        count = min(ones, int(count + 1.1 * (len(data) - target_bytes) / max(saved_per_value, 0.02)) + 1)
+        data, packing = smallest_artifact(settings, plan, prune(stored, plan, count))
+        say(f"pruned {count} of {ones} values of ±1: {len(data)} bytes")
+    return data
+
+
+def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The model settings in an artifact's header, and its parameters, dequantized, by name.
+
+    Every length is checked before anything of that length is allocated. Raises UserError for a file that is missing,
+    truncated, altered, or not an artifact.
+    """
+
+    def need(condition: bool, problem: str) -> None:
+        if not condition:
+            raise UserError(f"{path} is not a usable artifact: {problem}")
+
+    if not path.is_file():
+        raise UserError(f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
+    need(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
+    data = path.read_bytes()
+    need(data[:8] == ARTIFACT_MAGIC, "wrong magic number")
+    need(
+        len(data) > 44 and hashlib.sha256(data[:-32]).digest() == data[-32:],
+        "its checksum does not match; it is truncated or altered",
+    )
+    header_bytes = struct.unpack_from("<I", data, 8)[0]
+    need(12 + header_bytes + 32 <= len(data), "its header is longer than the file")
+    try:
+        header = json.loads(data[12 : 12 + header_bytes])
+        settings, packing, raw_bytes, table = (header[key] for key in ("settings", "packing", "raw_bytes", "tensors"))
+        types = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
+        need(set(settings) == set(MODEL_FIELDS), "its header holds other settings than this program's")
+        need(
+            all(type(settings[name]) is types[name] for name in settings), "a setting in its header has the wrong type"
+        )
+        need(packing in ("bytes", "bits") and type(raw_bytes) is int, "its header is malformed")
+        sizes = []
+        for name, shape, encoding, int8_rows in table:
+            whole = all(type(n) is int and n >= 0 for n in (*shape, int8_rows))
+            need(
+                type(name) is str and whole and encoding in ("int", "float16", "float32"),
+                "a tensor's entry is malformed",
+            )
+            if encoding == "int":
+                need(len(shape) == 2 and int8_rows <= shape[0], f"{name} has an impossible shape")
+                sizes.append((2 * shape[0], packed_size(*shape, int8_rows, packing)))
+            else:
+                sizes.append((math.prod(shape) * (2 if encoding == "float16" else 4), 0))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a usable artifact: its header is malformed") from None
+    expected = sum(a + b for a, b in sizes)
+    need(raw_bytes == expected <= MAX_RAW_BYTES, f"its header promises {raw_bytes} bytes, its tensors need {expected}")
+    try:
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        content = decompressor.decompress(data[12 + header_bytes : -32], max_length=raw_bytes)
+    except lzma.LZMAError:
+        content = b""
+    need(len(content) == raw_bytes, "its data does not unpack to the promised length")
+    parameters = {}
+    at, integers_at = 0, sum(a for a, _ in sizes)
+    for (name, shape, encoding, int8_rows), (plain, packed) in zip(table, sizes):
+        plain_bytes = content[at : at + plain]
+        if encoding == "int":
+            integers = unpack_integers(content[integers_at : integers_at + packed], *shape, int8_rows, packing)
+            scale = torch.from_numpy(np.frombuffer(plain_bytes, dtype=np.float16).copy())
+            parameters[name] = Quantized(torch.from_numpy(integers), scale).dequantize()
+        else:
+            array = np.frombuffer(plain_bytes, dtype=encoding).reshape(shape)
+            parameters[name] = torch.from_numpy(array.astype(np.float32))
+        at, integers_at = at + plain, integers_at + packed
+    return settings, parameters
+
+
+def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
+    """The model in an artifact, and the settings with the header's in place of the run's.
+
+    Raises UserError as read_artifact() does, and if a variable that was given contradicts the header.
+    """
+    stored_settings, parameters = read_artifact(path)
+    for name in sorted(given & set(stored_settings)):
+        if getattr(settings, name) != stored_settings[name]:
+            raise UserError(
+                f"{name.upper()}={getattr(settings, name)} contradicts the artifact, which has {stored_settings[name]}: unset it"
+            )
+    settings = dataclasses.replace(settings, **stored_settings)
+    validate_settings(settings, ranks.world_size)
+    shapes = sum(p.numel() for p in parameters.values())
+    if shapes > MAX_RAW_BYTES:
+        raise UserError(f"{path} is not a usable artifact: too many parameters")
+    model = build_model(settings, ranks)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    if {name: p.shape for name, p in parameters.items()} != expected:
+        raise UserError(f"{path} is not a usable artifact: its tensors are not those of the model its header describes")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(parameters[name])
+    return model, settings
+
+
+# ======================================================================================================================
+# 9. Run
+# Logging, what is printed before a run begins, the compile warm-up, the training loop, and main().
+# ======================================================================================================================
+
+
+class Log:
+    """Rank 0's three outputs: the console, LOG_DIR/RUN_ID.txt (which begins with this script) and RUN_ID.jsonl.
+
+    Raises UserError if the folder cannot be written.
+    """
+
+    def __init__(self, settings: Settings, ranks: Ranks, name: str):
+        self.quiet = not ranks.is_main
+        self.started = time.perf_counter()
+        self.last_progress = 0.0
+        if self.quiet:
+            return
+        folder = Path(settings.log_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.text = (folder / f"{name}.txt").open("a", encoding="utf-8", buffering=1)
+            self.records = (folder / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise UserError(f"cannot write logs in LOG_DIR={settings.log_dir}: {error.strerror}") from None
+        print(f"logs: {folder / name}.txt and .jsonl", flush=True)
+
+    def source(self) -> None:
+        """Writes this script into the text log, and not to the console."""
+        if not self.quiet:
+            self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
+
+    def __call__(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+            self.text.write(text + "\n")
+
+    def progress(self, text: str) -> None:
+        """A line about a long phase, at most one every two seconds."""
+        now = time.perf_counter()
+        if now - self.last_progress > 2:
+            self.last_progress = now
+            self(f"  [{now - self.started:.0f}s] {text}")
+
+    def record(self, event: str, **values) -> None:
+        """One JSON object in the machine-readable log."""
+        if not self.quiet:
+            self.records.write(
+                json.dumps({"event": event, "seconds": round(time.perf_counter() - self.started, 3), **values}) + "\n"
+            )
+
+
+def describe_machine(ranks: Ranks) -> dict[str, str | int]:
+    """Versions and hardware, for the log."""
+    cuda = ranks.device.type == "cuda"
+    triton = importlib.util.find_spec("triton") is not None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda) if cuda else "none",
+        "triton": importlib.import_module("triton").__version__ if triton else "none",
+        "numpy": np.__version__,
+        "hardware": f"{ranks.world_size} × {torch.cuda.get_device_name()}"
+        if cuda
+        else f"CPU {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "world_size": ranks.world_size,
+    }
+
+
+def parameter_kinds(model: Model) -> dict[str, int]:
+    """Number of parameters by kind."""
+    kinds = collections.Counter()
+    for name, p in model.named_parameters():
+        if name.startswith("blocks."):
+            block = model.blocks[int(name.split(".")[1])]
+            if ".mixer." in name:
+                kinds["mamba" if isinstance(block.mixer, Mamba) else "attention"] += p.numel()
+            else:
+                kinds["mlp" if ".mlp." in name else "scales"] += p.numel()
+        else:
+            kinds["scales" if name == "skip_weights" else "embeddings"] += p.numel()
+    return dict(kinds)
+
+
+def activation_bytes(settings: Settings, tokens: int) -> float:
+    """Rough device memory that forward and backward need for a micro-batch, in bytes.
+
+    The factors were fitted to measured peaks of the peer7 preset; logits come on top of the layers.
+    """
+    s = settings
+    per_layer = 0.0
+    kinds = layer_kinds(s)
+    for layer in virtual_layer_order(s):
+        hidden = s.mlp_mult * s.model_dim if kinds[layer].mlp else 0
+        inner = 8 * s.mamba_inner_dim + 4 * (s.mamba_inner_dim // s.mamba_head_dim) * s.mamba_d_state
+        mixer = inner if kinds[layer].mixer == "mamba" else 6 * s.model_dim
+        per_layer += 2 * (mixer + 3 * hidden + 8 * s.model_dim)
+    return tokens * (per_layer + 10 * s.vocab_size)
+
+
+def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
+    """Tokens a rank runs at once: the most that divide its share, fit 70 % of its free memory and are at most 131,072.
+
+    Beyond that size kernels run no faster. MICRO_BATCH_TOKENS is an upper bound where it is given.
+    """
+    sequences = settings.train_batch_tokens // (ranks.world_size * settings.train_seq_len)
+    most = settings.micro_batch_tokens or 131_072
+    if ranks.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+        while most > settings.train_seq_len and activation_bytes(settings, most) > 0.7 * free:
+            most //= 2
+    return (
+        next(
+            n for n in range(sequences, 0, -1) if sequences % n == 0 and (n * settings.train_seq_len <= most or n == 1)
+        )
+        * settings.train_seq_len
+    )
+
+
+def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, code_bytes: int, log: Log) -> None:
+    """Prints what will happen, before it does."""
+    s = settings
+    kinds = parameter_kinds(model)
+    log(f"parameters: {sum(kinds.values()):,} ({', '.join(f'{k} {v:,}' for k, v in kinds.items())})")
+    names = "".join(
+        ("M" if k.mixer == "mamba" else "A") if k.mlp else ("m" if k.mixer == "mamba" else "a") for k in layer_kinds(s)
+    )
+    order = virtual_layer_order(s)
+    log(
+        f"layers: {names}; virtual order: {' '.join(f'{names[i]}{i}' for i in order)}"
+        + (f" from {s.recur_start:.0%} of the run" if len(order) > s.num_layers else "")
+    )
+    blocks = [block.mixer for block in model.blocks]
+    scans = {m.backend for m in blocks if isinstance(m, Mamba)}
+    attention = {m.attend.__name__ for m in blocks if isinstance(m, Attention)}
+    log(
+        f"backends: scan {', '.join(scans) or 'none'}; attention {', '.join(attention) or 'none'}{' (documents kept apart)' if s.document_reset else ''}"
+    )
+    k = s.sdclip_k or 8.0
+    predicted = predict_bytes(model, s, k) + code_bytes
+    log(
+        f"predicted artifact: {predicted / 1e6:.1f} MB at {k:g} standard deviations of {s.target_mb:g} MB, {code_bytes:,} bytes of it code"
+    )
+    steps = s.train_batch_tokens // (micro_batch * ranks.world_size)
+    log(
+        f"batch: {s.train_batch_tokens:,} tokens = {ranks.world_size} ranks × {steps} micro-batches × {micro_batch:,} (sequences of {s.train_seq_len:,})"
+    )
+    if ranks.device.type == "cuda":
+        optimizer = sum(kinds.values()) * 4 * 6
+        log(
+            f"memory: about {(activation_bytes(s, micro_batch) + optimizer) / 1e9:.0f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB per GPU"
+        )
+    clock = (
+        f"{s.max_wallclock_seconds:g} s, {s.export_reserve_seconds:g} s of it for calibration and GPTQ"
+        if s.max_wallclock_seconds
+        else f"none: {s.iterations} steps"
+    )
+    log(f"clocks: training {clock}; evaluation {s.eval_max_seconds:g} s")
+
+
+class TrainingClock:
+    """Seconds of the training clock: it runs between start() and pause()."""
+
+    def __init__(self):
+        self.counted = 0.0
+        self.since: float | None = None
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def pause(self) -> None:
+        self.counted = self.seconds()
+        self.since = None
+
+    def seconds(self) -> float:
+        return self.counted + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+
+class Trainer:
+    """Model, optimizers and data of a run; warm_up() compiles, run() trains by the clock."""
+
+    def __init__(self, model: Model, settings: Settings, ranks: Ranks, micro_batch: int, target_bytes: float, log: Log):
+        self.model, self.settings, self.ranks, self.log = model, settings, ranks, log
+        self.micro_sequences = micro_batch // settings.train_seq_len
+        self.target_bytes = target_bytes
+        self.optimizers = Optimizers(model, settings, ranks)
+        self.average = WeightAverage(model, settings)
+        self.loss_function = maybe_compile(model.loss, settings, ranks)
+        self.clock = TrainingClock()
+        self.steps_done = 0
+
+    def warm_up(self) -> None:
+        """Compiles both layer orders on random tokens and undoes every trace of it."""
+        s = self.settings
+        kept = copy.deepcopy(self.model.state_dict())
+        tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
+        orders = [self.model.order(False)]
+        if self.model.order(True) != orders[0]:
+            orders.append(self.model.order(True))
+        for number, order in enumerate(orders):
+            for step in range(s.warmup_steps):
+                self.loss_function(tokens[:, :-1], tokens[:, 1:], order).backward()
+                self.ranks.average_gradients(self.optimizers.parameters)
+                self.optimizers.step(0.0, s.muon_momentum)
+                self.optimizers.zero_grad()
+                self.log.progress(f"warm-up: order {number + 1}/{len(orders)}, step {step + 1}/{s.warmup_steps}")
+        self.model.load_state_dict(kept)
+        self.optimizers.forget()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+    def run(self, batches: Batches, validate) -> None:
+        """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
+
+        validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token.
+        """
+        s, log, ranks = self.settings, self.log, self.ranks
+        fake_quantization = None
+        previous_step_done = None
+        self.clock.start()
+        while True:
+            if previous_step_done is not None:
+                previous_step_done.synchronize()  # one step stays queued: the clock is right and the GPU never idles
+            seconds = ranks.from_main(self.clock.seconds())
+            now = schedule_at(s, self.steps_done, seconds)
+            if now.progress >= 1:
+                break
+            if now.quantized and fake_quantization is None:
+                fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
+                log(f"late QAT on at step {self.steps_done} (k={fake_quantization.k:.2f})")
+            with fake_quantization() if now.quantized else contextlib.nullcontext():
+                loss = self._gradients(batches, self.model.order(now.recurrent))
+            self.optimizers.step(now.lr_factor, now.momentum)
+            self.optimizers.zero_grad()
+            self.steps_done += 1
+            self.average.update(self.steps_done, now.progress)
+            if ranks.device.type == "cuda":
+                previous_step_done = torch.cuda.Event()
+                previous_step_done.record()
+            if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
+                self._log_step(loss, now)
+            if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
+                self.clock.pause()
+                score = validate(now.recurrent)
+                log(f"step:{self.steps_done}/{s.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}")
+                log.record("validation", step=self.steps_done, val_loss=score.val_loss, val_bpb=score.val_bpb)
+                self.clock.start()
+        self.average.apply()
+
+    def _gradients(self, batches: Batches, order: tuple[int, ...]) -> Tensor:
+        """Gradients of one global batch, averaged and clipped; returns this rank's mean loss (on the device)."""
+        tokens, targets = batches.next()
+        micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
+        total = torch.zeros((), device=self.ranks.device)
+        for micro_tokens, micro_targets in micro_batches:
+            loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
+            loss.backward()
+            total += loss.detach()
+        self.ranks.average_gradients(self.optimizers.parameters)
+        if self.settings.grad_clip_norm:
+            gradients = [p for p in self.optimizers.parameters if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(gradients, self.settings.grad_clip_norm)
+        return total
+
+    def _log_step(self, loss: Tensor, now: Schedule) -> None:
+        mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
+        milliseconds = 1000 * self.clock.seconds()
+        average = milliseconds / self.steps_done
+        s = self.settings
+        self.log(
+            f"step:{self.steps_done}/{s.iterations} train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+        )
+        self.log.record(
+            "train", step=self.steps_done, train_loss=mean, train_ms=milliseconds, step_avg_ms=average,
+            lr_factor=now.lr_factor, recurrent=now.recurrent, quantized=now.quantized,
+        )  # fmt: skip
+
+
+def calibration_sequences(model: Model, batches: Batches, settings: Settings, ranks: Ranks) -> Tensor:
+    """This rank's part of the text GPTQ sees, (n, TRAIN_SEQ_LEN): the next training tokens, or the model's own."""
+    s = settings
+    count = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size))
+    if s.calibration == "self":
+        start = torch.full((count, 1), BOS_ID, device=ranks.device)
+        return generate(model, start, s.train_seq_len - 1, 1.0, s.train_seq_len, s.seed + ranks.rank)
+    sequences: list[Tensor] = []
+    while sum(map(len, sequences)) < count:
+        sequences.append(batches.next()[0])
+    return torch.cat(sequences)[:count]
+
+
+def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
+    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what was measured on the way.
+
+    Calibration and GPTQ run on the training clock, packing does not. Raises UserError if the artifact cannot fit or
+    cannot be written.
+    """
+    model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
+    started = time.perf_counter()
+    trainer.clock.start()
+    sequences = calibration_sequences(model, batches, s, ranks)
+    hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
+    log(
+        f"calibration: {len(sequences) * ranks.world_size} sequences of {s.calibration} text, {time.perf_counter() - started:.1f}s"
+    )
+    k = fit_sdclip(model, s, target_bytes)
+    stored = quantize_model(model, s, ranks, hessians, k, log.progress)
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    trainer.clock.pause()
+    gptq_seconds = time.perf_counter() - started
+    log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
+    plan = plan_tensors(model)
+    if ranks.is_main:
+        data = fit_artifact(s, plan, stored, target_bytes, log)
+        write_whole(s.artifact_path, data)
+        log(
+            f"artifact: {s.artifact_path}, {len(data)} bytes, packed in {time.perf_counter() - started - gptq_seconds:.1f}s"
+        )
+    ranks.from_main(None)  # the others wait for the file
+    return {"gptq_seconds": gptq_seconds, "sdclip_k": k, "train_clock_seconds": trainer.clock.seconds()}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that no reader ever sees half of it."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def evaluate_artifact(
+    settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, log: Log, diagnose: bool
+) -> None:
+    """Loads ARTIFACT, scores it, samples from it, and prints the final line.
+
+    With diagnose, a frozen pass in plain windows is scored first, off the clock, to show what quantization cost.
+    """
+    validation = load_validation(settings, tokenizer)
+    if diagnose:
+        model, loaded = load_model(settings.artifact_path, settings, given, ranks)
+        score = Evaluator(model, loaded, ranks, validation).score(dataclasses.replace(loaded, eval_mode="plain"))
+        report(log, "after_quantization", "final_int6_lzma_plain", score)
+        del model
+    log(
+        f"evaluation: {validation.num_targets:,} targets, {settings.eval_mode} windows, "
+        + ("test-time training" if settings.ttt_enabled else "frozen weights")
+    )
+    clock_started = time.perf_counter()
+    model, settings = load_model(settings.artifact_path, settings, given, ranks)
+    evaluator = Evaluator(model, settings, ranks, validation)
+    adapts = settings.ttt_enabled and settings.ttt_epochs > 0
+    if settings.sample:  # before adaptation: the sample shows what the artifact alone can do
+        prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(settings.sample)]], device=ranks.device)
+        with_sample = generate(
+            model, prompt, settings.sample_tokens, settings.sample_temperature, settings.train_seq_len, settings.seed
+        )
+        log(f"sample: {tokenizer.model.DecodeIds(with_sample[0, 1:].tolist())}")
+    score = evaluator.score_and_adapt(clock_started, log.progress) if adapts else evaluator.score()
+    if settings.eval_nll_path and ranks.is_main:
+        buffer = io.BytesIO()
+        np.save(buffer, score.nats)
+        write_whole(Path(settings.eval_nll_path), buffer.getvalue())
+    if score.epochs_given_up:
+        log(f"gave up {score.epochs_given_up} epochs of test-time training to keep EVAL_MAX_SECONDS")
+    log(f"evaluation took {time.perf_counter() - clock_started:.1f}s of {settings.eval_max_seconds:g}s")
+    report(log, "final", "final_int6_lzma_" + settings.eval_mode + ("_ttt" if adapts else ""), score)
+
+
+def report(log: Log, event: str, label: str, score: Score) -> None:
+    """The contest's line for a score, and its record."""
+    log.record(
+        event,
+        val_loss=score.val_loss,
+        val_bpb=score.val_bpb,
+        score_seconds=score.seconds,
+        epochs_given_up=score.epochs_given_up,
+    )
+    log(f"{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+
+
+def train_and_export(settings: Settings, ranks: Ranks, tokenizer: Tokenizer, log: Log) -> None:
+    """From shards to a finished artifact."""
+    validation = load_validation(settings, tokenizer)
+    batches = Batches(settings, ranks)
+    code_bytes = Path(__file__).stat().st_size
+    target_bytes = int(settings.target_mb * 1e6) - code_bytes
+    model = build_model(settings, ranks)
+    micro_batch = choose_micro_batch(settings, ranks)
+    announce(model, settings, ranks, micro_batch, code_bytes, log)
+
+    trainer = Trainer(model, settings, ranks, micro_batch, target_bytes, log)
+    log("compiling and warming up ...")
+    trainer.warm_up()
+    log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts")
+    log.record("ready", startup_seconds=time.perf_counter() - log.started)
+
+    plain = dataclasses.replace(settings, eval_mode="plain")
+    trainer.run(batches, lambda recurrent: Evaluator(model, settings, ranks, validation, recurrent).score(plain))
+    trainer.clock.pause()
+    steps, milliseconds = trainer.steps_done, 1000 * trainer.clock.seconds()
+    log(f"trained {steps} steps in {milliseconds / 1000:.1f}s, {milliseconds / max(steps, 1):.2f}ms each")
+    if ranks.device.type == "cuda":
+        log(f"peak memory: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+
+    before = Evaluator(model, settings, ranks, validation).score(plain)
+    log(
+        f"step:{steps}/{settings.iterations} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} (averaged weights, before quantization)"
+    )
+    exported = export(trainer, batches, target_bytes)
+    bytes_model = settings.artifact_path.stat().st_size
+    log(f"Code size: {code_bytes} bytes; model int6+lzma: {bytes_model} bytes")
+    log(f"Total submission size int6+lzma: {code_bytes + bytes_model} bytes")
+    if code_bytes + bytes_model > ARTIFACT_CAP:
+        raise UserError(f"code and artifact take {code_bytes + bytes_model} bytes, over the cap of {ARTIFACT_CAP}")
+    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
+    log.record(
+        "trained", steps=steps, step_avg_ms=milliseconds / max(steps, 1), val_loss=before.val_loss, val_bpb=before.val_bpb,
+        bytes_total=code_bytes + bytes_model, bytes_code=code_bytes, peak_bytes=peak, **exported,
+    )  # fmt: skip
+
+
+def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
+    """Settings, validated and with a run id all ranks share, and the ranks."""
+    settings, given = read_settings(environment)
+    validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
+    if settings.eval_only and not (settings.artifact or settings.run_id):
+        raise UserError("EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
+    ranks = start_ranks(settings)
+    run_id = settings.run_id or ranks.from_main(
+        f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.preset}-{settings.seed}"
+    )
+    return dataclasses.replace(settings, run_id=run_id), given, ranks
+
+
+def main() -> None:
+    """The story of a run: settings, tokenizer, training, export, evaluation."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(help_text())
+        return
+    if len(sys.argv) > 1:
+        raise UserError(f"{sys.argv[1]}: settings are environment variables, not arguments; --help lists them")
+    settings, given, ranks = prepare_run(dict(os.environ))
+    log = Log(settings, ranks, settings.run_id + (".eval" if settings.eval_only else ""))
+    log.source()
+    for group in (describe_machine(ranks), dataclasses.asdict(settings)):
+        log("  ".join(f"{key}={value}" for key, value in group.items()))
+    log.record("settings", machine=describe_machine(ranks), settings=dataclasses.asdict(settings))
+    tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
+    if not settings.eval_only:
+        train_and_export(settings, ranks, tokenizer, log)
+    evaluate_artifact(settings, given, ranks, tokenizer, log, diagnose=not settings.eval_only)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run() -> int:
+    """main(), with a user's mistake printed as one line by one rank; returns the exit status."""
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train_gpt.py: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # torchrun stops all ranks when one ends: leave rank 0 the time to speak
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
