@@ -1037,6 +1037,7 @@ def mamba3_backward(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_i
     dangles, ddt_angle, _ = angle_dt.angle_dt_bwd(
         grad_out=dangle, angle=angles, dt=dt, has_init_state=ssm_in is not None, chunk_size=chunk
     )
+    dtrap, dangles = dtrap.to(trap.dtype), dangles.to(angles.dtype)
     return dq, dk, dv, dadt, ddt + ddt_angle, dtrap, dq_bias, dk_bias, dangles, dd, dz
 
 
@@ -1046,7 +1047,7 @@ def _(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in,
     dz = grad.new_empty(0) if z is None else grad.new_empty(grad.shape)
     return (
         q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), per_token, torch.empty_like(per_token),
-        torch.empty_like(per_token), q_bias.new_empty(q_bias.shape), k_bias.new_empty(k_bias.shape),
+        trap.new_empty(trap.shape), q_bias.new_empty(q_bias.shape), k_bias.new_empty(k_bias.shape),
         angles.new_empty(angles.shape), d.new_empty(d.shape), dz,
     )  # fmt: skip
 
@@ -1737,7 +1738,10 @@ class Muon(torch.optim.Optimizer):
     def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
         """(len(parameters), rows, columns) orthogonalized Nesterov updates."""
         gradients = [p.grad for p in parameters]
-        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        for p in parameters:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
         share = -(-len(parameters) // self.ranks.world_size)

@@ -519,7 +519,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     missing = [name for name in names if not target[name].is_file() or fault_of(target[name], listing[name])]
     print(f"{len(names) - len(missing)} of {len(names)} files are already there and good")
     args.out.mkdir(parents=True, exist_ok=True)
-    staging = args.out / f".download-{args.variant}"  # stays after an interruption, so that the next run resumes
+    staging = args.out / f".download-{args.variant}"  # stays after an interruption: some clients resume a partial file
     for number, name in enumerate(missing, 1):
         entry = listing[name]
         print(f"file {number} of {len(missing)}: {name}, {entry.size / 1e6:.1f} MB", flush=True)

@@ -1,0 +1,84 @@
+"""Fixtures: data made once per session. Plain helpers are in helpers.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the models are too small to gain from more, and the machine may be shared
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog, and then it rests beneath an old oak tree.",
+    "Numbers such as 1, 23 and 456 stand beside words: naïve, café, straße, Ελλάδα, 東京.",
+    "In the morning the market opens; people come to buy bread, milk, honey and cheese.",
+    "A function returns a value. A loop repeats a block. A test says what would break.",
+    "Rivers run to the sea, winds run round the earth, and letters run across the page.",
+    "She asked whether the train would stop at the village, or go on to the harbour.",
+)
+
+
+def train_tokenizer(path: Path, vocab_size: int, **options) -> Path:
+    """Trains a tokenizer with the contest's special ids: 0 padding, 1 BOS, 2 end, 3 unknown."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 3), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
+        model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+        **({"byte_fallback": True, "add_dummy_prefix": False, "character_coverage": 0.98} | options),
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory) -> Path:
+    """512 pieces, 256 of them bytes, so that nothing is unknown."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes.model", 512)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer(tmp_path_factory) -> Path:
+    """200 pieces and no bytes: what it cannot spell is unknown."""
+    path = tmp_path_factory.mktemp("tokenizer") / "plain.model"
+    return train_tokenizer(path, 200, byte_fallback=False)
+
+
+@pytest.fixture(scope="session")
+def dummy_prefix_tokenizer(tmp_path_factory) -> Path:
+    """Bytes, and a space put before every text, which decoding takes away again."""
+    path = tmp_path_factory.mktemp("tokenizer") / "prefix.model"
+    return train_tokenizer(path, 512, add_dummy_prefix=True)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, byte_tokenizer) -> Path:
+    """A data folder: two training shards, one validation shard, and tokenizer.model of 512 pieces."""
+    from helpers import write_shard
+
+    folder = tmp_path_factory.mktemp("shards")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(byte_tokenizer))
+    generator = np.random.default_rng(0)
+    words = " ".join(TEXT).split()
+
+    def text_tokens(documents: int) -> np.ndarray:
+        texts = (" ".join(generator.choice(words, generator.integers(5, 60))) for _ in range(documents))
+        return np.concatenate([model.encode(text, add_bos=True) for text in texts])
+
+    write_shard(folder / "words_train_000000.bin", text_tokens(60))
+    write_shard(folder / "words_train_000001.bin", text_tokens(40))
+    write_shard(folder / "words_val_000000.bin", text_tokens(40)[:600])
+    (folder / "tokenizer.model").write_bytes(byte_tokenizer.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory) -> Path:
+    """The sample corpus that data/prepare.py makes: sample_1024_bpe.model and two shards."""
+    folder = tmp_path_factory.mktemp("sample")
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "sample", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
