@@ -266,9 +266,10 @@ def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        layers += range(int(first), int(last if dash else first) + 1)
-        if layers and max(layers) >= num_layers:
-            raise UserError(f"{name}={text}: there is no layer {max(layers)}; NUM_LAYERS={num_layers} counts from 0")
+        first, last = int(first), int(last if dash else first)
+        if last >= num_layers:
+            raise UserError(f"{name}={text}: there is no layer {last}; NUM_LAYERS={num_layers} counts from 0")
+        layers += range(first, last + 1)
     return tuple(layers)
 
 
@@ -390,6 +391,7 @@ def validate_settings(settings: Settings, world_size: int) -> None:
         value = getattr(s, f.name)
         if isinstance(value, (int, float)) and f.name not in signed:
             need(value >= 0, f"{f.name.upper()}={value} must not be negative")
+    need(s.num_layers <= 1024 and s.recur_passes <= 64, "NUM_LAYERS is at most 1024 and RECUR_PASSES at most 64")
     need(s.vocab_size <= 65_536, f"VOCAB_SIZE={s.vocab_size} does not fit the shards' 16-bit tokens")
     need(s.vocab_size > BOS_ID, f"VOCAB_SIZE={s.vocab_size} leaves no room for BOS (id {BOS_ID})")
     need(-1 <= s.mamba_d_conv <= 4, f"MAMBA_D_CONV={s.mamba_d_conv} should be 0 to 4, or -1 for the version's own")
@@ -929,15 +931,34 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # The library tunes its kernels by trial at first use, for minutes; on GPUs measured before, PINNED_KERNELS says what
 # the trial finds: stages, warps, registers per thread (None: the compiler's choice), and for two of them the chunk.
 
-PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {}
+PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {
+    (9, 0): {  # measured on an NVIDIA H200 with bench/tune_mamba_ssm.py
+        "angle_dt_fwd_kernel": (3, 4, None, None),
+        "angle_dt_bwd_kernel": (3, 8, None, None),
+        "mamba3_siso_fwd_kernel": (3, 4, None, None),
+        "mamba3_siso_bwd_kernel_dzdo": (1, 8, None, 32),
+        "mamba3_siso_bwd_kernel_dqkv": (2, 4, None, None),
+        "mamba3_siso_bwd_kernel_rotary_bias_angles": (3, 4, None, None),
+        "mamba3_siso_bwd_kernel_ddt_dtrap_dinput_states": (1, 8, None, 256),
+    },
+}
 RESET_LOG_DECAY = (
     -60.0
 )  # exp(-60) = 1e-26: a document start as the kernels can be told, without losing float32's digits
 
 
-@functools.cache
 def mamba_ssm_kernels():
-    """The library's modules (angle, forward, backward), their autotuners pinned where this GPU was measured."""
+    """The library's modules (angle, forward, backward), ready to launch from this thread."""
+    import triton
+
+    # Triton keeps its allocator per thread, and backward runs in autograd's own.
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, device="cuda", dtype=torch.int8))
+    return import_mamba_ssm()
+
+
+@functools.cache
+def import_mamba_ssm():
+    """The library's modules, their autotuners pinned where this GPU was measured."""
     import triton
     from mamba_ssm.ops.triton.mamba3 import angle_dt, mamba3_siso_bwd, mamba3_siso_fwd
 
@@ -947,7 +968,6 @@ def mamba_ssm_kernels():
             if kernel is not None:
                 chunk_option = {} if chunk is None else {"CHUNK_SIZE": chunk}
                 kernel.configs = [triton.Config(chunk_option, num_stages=stages, num_warps=warps, maxnreg=registers)]
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, device="cuda", dtype=torch.int8))
     return angle_dt, mamba3_siso_fwd, mamba3_siso_bwd
 
 
@@ -1096,7 +1116,7 @@ def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int)
     y, angle, ssm, key, value, *_ = torch.ops.golf.mamba3_forward(
         inputs.query.to(bf16).unsqueeze(2),
         inputs.key.to(bf16).unsqueeze(2),
-        inputs.value.to(bf16),
+        inputs.value.to(bf16).contiguous(),  # the library would copy it four times, once for each kernel
         log_decay.transpose(1, 2).contiguous(),
         inputs.step_size.transpose(1, 2).contiguous(),
         trapezoid.to(bf16).transpose(1, 2).contiguous(),
@@ -1104,7 +1124,7 @@ def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int)
         inputs.key_bias.float(),
         angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(),
         inputs.skip.float(),
-        None if inputs.gate is None else inputs.gate.to(bf16),
+        None if inputs.gate is None else inputs.gate.to(bf16).contiguous(),
         *states_in,
         chunk_size,
         torch.is_grad_enabled(),
@@ -1237,10 +1257,9 @@ def choose_attention_backend(
     """
 
     def works(name: str) -> str:
-        if device.type == "cuda":
-            for switch in ("cudnn", "flash", "math"):
-                getattr(torch.backends.cuda, f"enable_{switch}_sdp")(switch == name)
-            torch.backends.cuda.enable_mem_efficient_sdp(False)
+        for switch in ("cudnn", "flash", "math"):
+            getattr(torch.backends.cuda, f"enable_{switch}_sdp")(switch == name or device.type == "cpu")
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         shape = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
         query, key, value = (shape(1, 128, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
@@ -2574,13 +2593,14 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
             )
     settings = dataclasses.replace(settings, **stored_settings)
     validate_settings(settings, ranks.world_size)
-    shapes = sum(p.numel() for p in parameters.values())
-    if shapes > MAX_RAW_BYTES:
-        raise UserError(f"{path} is not a usable artifact: too many parameters")
-    model = build_model(settings, ranks)
-    expected = {name: p.shape for name, p in model.named_parameters()}
+    expected = {}
+    if settings.num_layers <= len(parameters):
+        with torch.device("meta"):  # shapes only: nothing is allocated before they are known to be the file's
+            skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
+        expected = {name: p.shape for name, p in skeleton.named_parameters()}
     if {name: p.shape for name, p in parameters.items()} != expected:
         raise UserError(f"{path} is not a usable artifact: its tensors are not those of the model its header describes")
+    model = build_model(settings, ranks)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(parameters[name])
@@ -2682,10 +2702,10 @@ def activation_bytes(settings: Settings, tokens: int) -> float:
     kinds = layer_kinds(s)
     for layer in virtual_layer_order(s):
         hidden = s.mlp_mult * s.model_dim if kinds[layer].mlp else 0
-        inner = 8 * s.mamba_inner_dim + 4 * (s.mamba_inner_dim // s.mamba_head_dim) * s.mamba_d_state
+        inner = 5 * s.mamba_inner_dim + 3 * (s.mamba_inner_dim // s.mamba_head_dim) * s.mamba_d_state
         mixer = inner if kinds[layer].mixer == "mamba" else 6 * s.model_dim
-        per_layer += 2 * (mixer + 3 * hidden + 8 * s.model_dim)
-    return tokens * (per_layer + 10 * s.vocab_size)
+        per_layer += 2 * (mixer + 2 * hidden + 4 * s.model_dim)
+    return tokens * (per_layer + 5 * s.vocab_size)
 
 
 def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:

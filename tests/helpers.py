@@ -54,7 +54,8 @@ def tiny_environment(**overrides) -> dict[str, str]:
 
 def random_model(settings: t.Settings, seed: int = 0, spread: float = 0.3) -> t.Model:
     """A model in which every parameter matters: the initial one ignores its blocks, whose output matrices are zero."""
-    model = t.build_model(settings, SOLO)
+    with torch.enable_grad():  # choosing an attention backend runs one backward
+        model = t.build_model(settings, SOLO)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -87,7 +88,8 @@ def validation_set(tokens: np.ndarray) -> t.ValidationSet:
 
 def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
     """Error of result as a part of reference's norm."""
-    return float((result.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-300))
+    result, reference = result.detach().double(), reference.detach().double()
+    return float((result - reference).norm() / reference.norm().clamp_min(1e-300))
 
 
 def write_shard(path: Path, tokens, magic: int = t.SHARD_MAGIC, version: int = 1, count: int | None = None) -> Path:

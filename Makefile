@@ -1,0 +1,51 @@
+# make demo     train, quantize and score a tiny model on the CPU
+# make test     run the tests
+# make lint     check the style
+# make clean    remove what these made
+#
+# make demo PYTHON=python3.12 TORCH="torch==2.11.0"    choose the Python and the torch of .venv
+# make demo MAX_WALLCLOCK_SECONDS=20                   settings of train_gpt.py pass through
+
+PYTHON ?= python3
+TORCH ?=
+DEVICE ?= cpu
+VENV_PYTHON := .venv/bin/python
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
+SAMPLE := data/sample/sample_val_000000.bin
+
+.PHONY: help demo test lint clean FORCE
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+demo: .venv/.run $(SAMPLE)
+	rm -f logs/demo.*
+	LOG_DIR=logs RUN_ID=demo PRESET=tiny DEVICE=$(DEVICE) $(VENV_PYTHON) train_gpt.py
+	@$(VENV_PYTHON) tools/summary.py logs/demo.jsonl
+
+test: .venv/.dev
+	$(VENV_PYTHON) -m pytest
+
+lint: .venv/.dev
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis data/sample logs/demo.*
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(SAMPLE): | .venv/.run
+	$(VENV_PYTHON) data/prepare.py sample
+
+# Each stamp says that a layer of .venv is complete: torch, what a run needs, what the tests need.
+.venv/.torch: $(if $(TORCH),FORCE)
+	TORCH="$(TORCH)" $(PYTHON) tools/make_venv.py
+	@touch $@
+
+.venv/.run: .venv/.torch requirements.txt
+	$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+.venv/.dev: .venv/.run requirements-dev.txt
+	$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,261 @@
+"""Data: shards, the order of batches, and the bytes behind every token."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from helpers import CPU, SOLO, tiny, write_shard
+
+import train_gpt as t
+
+# ---- Shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_gives_back_its_tokens(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 65_536, 1000)
+    assert np.array_equal(t.open_shard(write_shard(tmp_path / "a_train_0.bin", tokens)), tokens)
+
+
+def test_tokens_beyond_the_count_in_the_header_are_not_read(tmp_path):
+    assert list(t.open_shard(write_shard(tmp_path / "a_train_0.bin", [1, 2, 3, 4], count=2))) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"magic": 1}, "magic number"),
+        ({"version": 7}, "version 7"),
+        ({"count": 11}, "1044 bytes, but its header says 1046"),
+        ({"count": -1}, "its header says"),
+        ({"count": 2**31 - 1}, "its header says"),
+    ],
+)
+def test_a_bad_shard_is_refused_with_its_name_and_the_reason(tmp_path, options, said):
+    path = write_shard(tmp_path / "a_train_0.bin", range(10), **options)
+    with pytest.raises(t.UserError, match=said) as error:
+        t.open_shard(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 4, 1023])
+def test_a_file_shorter_than_a_header_is_refused(tmp_path, size):
+    path = write_shard(tmp_path / "a_train_0.bin", [])
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(t.UserError, match="not a token shard"):
+        t.open_shard(path)
+
+
+def test_a_folder_that_is_named_like_a_shard_is_refused(tmp_path):
+    (tmp_path / "a_train_0.bin").mkdir()
+    with pytest.raises(t.UserError, match="a_train_0.bin"):
+        t.open_shards(str(tmp_path), "train")
+
+
+def test_a_link_to_a_shard_that_is_gone_is_refused(tmp_path):
+    (tmp_path / "a_train_0.bin").symlink_to(tmp_path / "gone")
+    with pytest.raises(t.UserError, match="a_train_0.bin"):
+        t.open_shards(str(tmp_path), "train")
+
+
+def test_shards_come_in_the_order_of_their_names_and_splits_do_not_mix(tmp_path):
+    for name, token in (("b_train_1", 11), ("b_train_0", 10), ("b_val_0", 12)):
+        write_shard(tmp_path / f"{name}.bin", [token])
+    assert [list(shard) for shard in t.open_shards(str(tmp_path), "train")] == [[10], [11]]
+    assert [list(shard) for shard in t.open_shards(str(tmp_path), "val")] == [[12]]
+    with pytest.raises(t.UserError, match="DATA_PATH"):
+        t.open_shards(str(tmp_path / "nowhere"), "train")
+
+
+def test_validation_is_all_shards_in_one_stream(tmp_path, byte_tokenizer):
+    write_shard(tmp_path / "a_val_0.bin", range(100))
+    write_shard(tmp_path / "a_val_1.bin", range(100, 150))
+    validation = t.load_validation(tiny(data_path=str(tmp_path)), t.Tokenizer(str(byte_tokenizer), 512))
+    assert np.array_equal(validation.tokens, np.arange(150))
+    assert validation.num_targets == 149
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(range(32), "less than one sequence"), ([1] * 50 + [512], "id 512")])
+def test_unusable_validation_is_refused(tmp_path, byte_tokenizer, tokens, said):
+    write_shard(tmp_path / "a_val_0.bin", tokens)
+    with pytest.raises(t.UserError, match=said):
+        t.load_validation(tiny(data_path=str(tmp_path)), t.Tokenizer(str(byte_tokenizer), 512))
+
+
+# ---- The order of batches --------------------------------------------------------------------------------------------
+
+# Of these, 32, 0 and 1 hold no sequence of 32 tokens and its target; the others have as many windows at every phase.
+LENGTHS = [352, 33, 32, 224, 0, 1, 96]
+WINDOWS = 10 + 1 + 6 + 2
+
+
+def epochs_of(count: int, seed: int = 3) -> list[list[tuple[int, int]]]:
+    windows = t.batch_windows(LENGTHS, 32, seed)
+    return [list(itertools.islice(windows, WINDOWS)) for _ in range(count)]
+
+
+def test_an_epoch_visits_every_window_of_every_shard_once():
+    """No token of a shard is left out, apart from less than a window at either end, and none is a target twice."""
+    for epoch in epochs_of(5):
+        assert len(set(epoch)) == len(epoch)
+        for shard, length in enumerate(LENGTHS):
+            starts = sorted(start for s, start in epoch if s == shard)
+            if length <= 32:
+                assert not starts
+                continue
+            assert starts == list(range(starts[0], starts[-1] + 1, 32))
+            assert 0 <= starts[0] < 32
+            assert starts[-1] + 33 <= length < starts[-1] + 32 + 33
+
+
+def test_epochs_differ_in_order_and_phase_and_one_shard_is_read_at_a_time():
+    epochs = epochs_of(6)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert len({min(start for shard, start in epoch if shard == 0) for epoch in epochs}) > 2
+    for epoch in epochs:
+        turns = [shard for shard, _ in itertools.groupby(epoch, key=lambda window: window[0])]
+        assert len(turns) == len(set(turns))
+        starts = [start for shard, start in epoch if shard == 0]
+        assert starts != sorted(starts)
+
+
+def test_the_order_depends_on_the_seed_alone():
+    assert epochs_of(3, seed=1) == epochs_of(3, seed=1)
+    assert epochs_of(3, seed=1) != epochs_of(3, seed=2)
+
+
+def test_shards_without_a_single_sequence_are_refused():
+    with pytest.raises(t.UserError, match="TRAIN_SEQ_LEN=32"):
+        next(t.batch_windows([32, 5], 32, seed=0))
+
+
+def take(settings: t.Settings, world_size: int, steps: int) -> list[torch.Tensor]:
+    """The first global batches, (sequences, length), put together from the ranks' shares."""
+    ranks = [t.Batches(settings, t.Ranks(rank, world_size, CPU)) for rank in range(world_size)]
+    return [torch.cat([batches.next()[0] for batches in ranks]) for _ in range(steps)]
+
+
+def test_any_number_of_ranks_trains_on_the_same_batches(shards):
+    settings = tiny(data_path=str(shards))
+    one = take(settings, 1, 40)
+    for world_size in (2, 4):
+        assert all(map(torch.equal, take(settings, world_size, 40), one))
+    assert not torch.equal(take(tiny(data_path=str(shards), seed=2), 1, 1)[0], one[0])
+
+
+def test_targets_are_the_next_tokens_of_the_shard(tmp_path):
+    """Tokens that count upwards show any shift, and any window that runs over the end of a shard."""
+    write_shard(tmp_path / "a_train_0.bin", range(250))
+    write_shard(tmp_path / "a_train_1.bin", range(300, 480))
+    batches = t.Batches(tiny(data_path=str(tmp_path)), SOLO)
+    for _ in range(10):
+        tokens, targets = batches.next()
+        assert tokens.dtype == torch.int64
+        assert tokens.shape == targets.shape == (4, 32)
+        assert torch.equal(targets, tokens + 1)
+        assert (tokens.diff(dim=1) == 1).all()
+
+
+def test_a_token_outside_the_vocabulary_reaches_the_training_loop_as_a_users_error(tmp_path):
+    write_shard(tmp_path / "a_train_0.bin", [5] * 200 + [512] + [5] * 200)
+    batches = t.Batches(tiny(data_path=str(tmp_path)), SOLO)
+    with pytest.raises(t.UserError, match="id 512, but VOCAB_SIZE=512"):
+        for _ in range(10):
+            batches.next()
+
+
+# ---- Bytes per token -------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "the cat sat",
+    "The quick brown fox jumps over the lazy dog.",
+    "naïve café, straße; Ελλάδα 東京 🙂 e\u0301 \u200b zero-width",
+    "  many   spaces\tand\nlines  ",
+    "x = 10_000 # 3.14159",
+    "▁ is the space's own sign",
+    "🙂",
+    "a",
+]
+
+
+def encode(tokenizer: t.Tokenizer, documents: list[str]) -> np.ndarray:
+    """The documents as in a shard: each behind BOS."""
+    return np.concatenate([[t.BOS_ID, *tokenizer.model.EncodeAsIds(text)] for text in documents]).astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "dummy_prefix_tokenizer"])
+@pytest.mark.parametrize("documents", [*([text] for text in TEXTS), TEXTS, TEXTS[::-1]], ids=str)
+def test_bytes_are_those_of_the_decoded_text(kind, documents, request):
+    """Counting a space twice, or not at all, or a byte piece as its name, would show in the sum."""
+    tokenizer = t.Tokenizer(str(request.getfixturevalue(kind)), 512)
+    decoded = [tokenizer.model.DecodeIds(tokenizer.model.EncodeAsIds(text)) for text in documents]
+    assert tokenizer.target_bytes(encode(tokenizer, documents)).sum() == sum(len(text.encode()) for text in decoded)
+
+
+def test_the_bytes_of_a_known_sentence(byte_tokenizer):
+    """Eleven letters and spaces, two bytes of é, four of the smiling face, one of its space."""
+    tokenizer = t.Tokenizer(str(byte_tokenizer), 512)
+    assert tokenizer.target_bytes(encode(tokenizer, ["the cat sat"])).sum() == 11
+    assert tokenizer.target_bytes(encode(tokenizer, ["é 🙂"])).sum() == 2 + 1 + 4
+
+
+def test_the_space_belongs_to_the_token_that_carries_it(byte_tokenizer):
+    """Behind another word a leading space counts; behind BOS it does not, for decoding drops it."""
+    tokenizer = t.Tokenizer(str(byte_tokenizer), 512)
+    word = next(i for i in range(512) if tokenizer.model.IdToPiece(i) == "▁the")
+    counted = tokenizer.target_bytes(np.array([t.BOS_ID, word, word, t.BOS_ID, word, 2, word]))
+    assert counted.tolist() == [3, 4, 0, 3, 0, 3]
+
+
+def test_unknown_tokens_have_no_bytes_and_do_not_pass_for_text(plain_tokenizer):
+    """Without byte pieces: ☃ is unknown; by the contest's rule, so is the space right behind it."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(plain_tokenizer))
+    tokenizer = t.Tokenizer(str(plain_tokenizer), model.vocab_size())
+    tokens = encode(tokenizer, ["the ☃ market"])
+    assert collections.Counter(tokens.tolist())[model.unk_id()] == 1
+    assert tokenizer.target_bytes(tokens).sum() == len("the ") + len("market")
+    assert tokenizer.target_bytes(encode(tokenizer, ["a☃b", "the market"])).sum() == 2 + len("the market")
+
+
+def test_pieces_of_several_spaces_count_one_byte_a_space(tmp_path):
+    """A tokenizer for source code may have such pieces; three bytes for each inner ▁ would flatter the score."""
+    path = tmp_path / "spaces"
+    lines = ["if a:", "        return b", "    else:", "        return c"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(path), vocab_size=290, model_type="bpe", byte_fallback=True,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, hard_vocab_limit=False,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_file=f"{path}.model")
+    tokenizer = t.Tokenizer(f"{path}.model", model.vocab_size())
+    tokens = encode(tokenizer, ["if a:        return b"])
+    assert any("▁▁" in model.IdToPiece(int(i)) for i in tokens)
+    assert tokenizer.target_bytes(tokens).sum() == len("if a:        return b")
+
+
+@pytest.mark.parametrize(
+    ("content", "vocab_size", "said"),
+    [(None, 512, "no tokenizer at"), (b"", 512, "not a SentencePiece"), (b"\x00junk" * 99, 512, "not a SentencePiece")],
+)
+def test_an_unusable_tokenizer_is_refused(tmp_path, content, vocab_size, said):
+    path = tmp_path / "t.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(t.UserError, match=said):
+        t.Tokenizer(str(path), vocab_size)
+
+
+def test_a_tokenizer_of_another_size_is_refused(byte_tokenizer):
+    with pytest.raises(t.UserError, match="512 tokens, but VOCAB_SIZE=500"):
+        t.Tokenizer(str(byte_tokenizer), 500)
+
+
+def test_the_sample_corpus_is_counted_to_the_byte(sample):
+    """On all validation documents that data/prepare.py makes: 140,000 bytes of real text."""
+    tokenizer = t.Tokenizer(str(sample / "sample_1024_bpe.model"), 1024)
+    validation = t.load_validation(tiny(data_path=str(sample), vocab_size=1024), tokenizer)
+    documents = np.split(validation.tokens, np.flatnonzero(validation.tokens == t.BOS_ID)[1:])
+    texts = tokenizer.model.DecodeIds([document[1:].tolist() for document in documents])
+    assert validation.target_bytes.sum() == sum(len(text.encode()) for text in texts)

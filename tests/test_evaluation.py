@@ -1,0 +1,299 @@
+"""Evaluation: every target scored once, from what came before it alone, and honestly converted to bits per byte."""
+
+import copy
+import itertools
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SOLO, document_stream, random_model, random_tokens, run_ranks, tiny, validation_set
+
+import train_gpt as t
+
+MODES = ("plain", "sliding", "stateful")
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def evaluate(model: t.Model, settings: t.Settings, tokens: np.ndarray, ranks: t.Ranks = SOLO) -> t.Score:
+    """The score that a run would claim, with a copy of the model."""
+    model = copy.deepcopy(model)
+    model.requires_grad_(True)
+    evaluator = t.Evaluator(model, settings, ranks, validation_set(tokens))
+    return evaluator.score_and_adapt(t.time.perf_counter()) if settings.ttt_enabled else evaluator.score()
+
+
+# ---- Who scores what -------------------------------------------------------------------------------------------------
+
+
+@each_mode
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [1, 7, 31, 32, 33, 64, 200])
+def test_windows_of_all_ranks_cover_every_target_once(mode, world_size, length):
+    """Whatever the stride, and also in a later part of the stream; no window is longer than a training sequence."""
+    for stride, first in itertools.product((1, 8, 20, 32), (0, 64)):
+        settings = tiny(eval_mode=mode, eval_stride=stride)
+        windows = [w for r in range(world_size) for w in t.plan_windows(settings, first, first + length, r, world_size)]
+        scored = sorted(p for w in windows for p in range(w.first, w.last))
+        assert scored == list(range(first, first + length))
+        for w in windows:
+            assert 0 <= w.context <= w.first < w.last <= w.context + (32 if mode != "stateful" else 32 + 16)
+            if mode == "sliding" and w.last - w.first == stride:
+                assert w.last - w.context == min(32, w.last)
+
+
+@each_mode
+def test_a_stateful_rank_reads_its_share_from_left_to_right_without_gaps(mode):
+    for rank in range(3):
+        windows = t.plan_windows(tiny(eval_mode=mode), 0, 500, rank, 3)
+        if mode == "stateful":
+            assert all(a.last == b.first == b.context for a, b in itertools.pairwise(windows))
+            assert windows[0].context == max(0, windows[0].first - 16)
+
+
+@each_mode
+@pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
+@pytest.mark.parametrize("length", [33, 34, 64, 65, 130, 257])
+def test_streams_of_every_length_are_scored_whole(mode, ttt_enabled, length):
+    """Evaluator itself raises unless every target was scored once; nothing may be left at zero nats either."""
+    settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled)
+    score = evaluate(random_model(settings), settings, document_stream(length))
+    assert score.nats.shape == (length - 1,)
+    assert (score.nats > 0).all()
+    assert score.val_loss == pytest.approx(score.nats.mean(dtype=np.float64), rel=1e-6)
+    assert score.val_bpb == pytest.approx(score.nats.sum(dtype=np.float64) / math.log(2) / (2 * (length - 1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("change", [0, 2])
+def test_a_target_left_out_or_scored_twice_is_an_error(monkeypatch, change):
+    settings = tiny(eval_mode="plain", ttt_enabled=False)
+    plan = t.plan_windows
+    monkeypatch.setattr(t, "plan_windows", lambda *args: [plan(*args)[0]] * change + plan(*args)[1:])
+    with pytest.raises(RuntimeError, match="exactly once"):
+        evaluate(random_model(settings), settings, document_stream(100))
+
+
+@pytest.mark.parametrize("mode", ["plain", "sliding"])
+@pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
+def test_two_ranks_score_and_adapt_as_one(mode, ttt_enabled):
+    settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled, ttt_lr=0.05)
+    model, stream = random_model(settings), document_stream(300)
+    alone = evaluate(model, settings, stream)
+    first, second = run_ranks(2, lambda ranks: evaluate(model, settings, stream, ranks))
+    assert np.array_equal(first.nats, second.nats)
+    assert first.val_bpb == second.val_bpb == pytest.approx(alone.val_bpb, rel=1e-5)
+    assert np.allclose(first.nats, alone.nats, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_stateful_ranks_share_the_stream(world_size, ttt_enabled):
+    """Every target once, and to a similar score: only the warm-up of a rank's state differs from one rank."""
+    settings = tiny(eval_mode="stateful", ttt_enabled=ttt_enabled, ttt_chunk_tokens=96)
+    model, stream = random_model(settings), document_stream(300)
+    scores = run_ranks(world_size, lambda ranks: evaluate(model, settings, stream, ranks))
+    assert scores[0].val_bpb == scores[-1].val_bpb
+    assert scores[0].val_bpb == pytest.approx(evaluate(model, settings, stream).val_bpb, rel=0.02)
+
+
+# ---- What a score depends on -----------------------------------------------------------------------------------------
+
+
+@each_mode
+@pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"document_reset": True}, {"mamba_version": 2}], ids=["Mamba-3", "documents", "Mamba-2"]
+)
+def test_later_tokens_change_no_score_by_a_single_bit(mode, ttt_enabled, changes):
+    """Position p scores tokens[p + 1]. All tokens after that one are replaced; scores up to p must not notice."""
+    settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled, ttt_lr=0.05, **changes)
+    model, stream, other = random_model(settings), document_stream(230, seed=1), document_stream(230, seed=2)
+    expected = evaluate(model, settings, stream).nats
+    for position in (0, 40, 63, 64, 150, 191):
+        changed = np.concatenate([stream[: position + 2], other[position + 2 :]])
+        nats = evaluate(model, settings, changed).nats
+        assert np.array_equal(nats[: position + 1], expected[: position + 1])
+        assert (nats[position + 1 :] != expected[position + 1 :]).mean() > 0.9
+
+
+@each_mode
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_adapting_changes_later_chunks_and_never_the_first(mode, world_size):
+    """The first chunk is scored by the artifact as it was loaded; it is trained on only afterwards."""
+    settings = tiny(eval_mode=mode, ttt_lr=0.05)
+    model, stream = random_model(settings), document_stream(230)
+
+    def both(ranks: t.Ranks) -> tuple[np.ndarray, np.ndarray]:
+        still = evaluate(model, tiny(eval_mode=mode, ttt_lr=0.0), stream, ranks)
+        return still.nats, evaluate(model, settings, stream, ranks).nats
+
+    still, adapted = run_ranks(world_size, both)[0]
+    assert np.array_equal(adapted[:64], still[:64])
+    assert (adapted[64:] != still[64:]).all()
+
+
+def test_the_last_chunk_is_not_trained_on():
+    """Its targets have no later ones to help: weights after the run are those after the chunk before."""
+    settings = tiny(eval_mode="plain", ttt_lr=0.05)
+    trained = []
+    for length in (129, 193):
+        model = random_model(settings)
+        evaluator = t.Evaluator(model, settings, SOLO, validation_set(document_stream(230)[:length]))
+        ranges = []
+        original = evaluator._train_on
+        evaluator._train_on = lambda first, last, *rest: (ranges.append((first, last)), original(first, last, *rest))  # noqa: B023
+        evaluator.score_and_adapt(t.time.perf_counter())
+        trained.append(ranges)
+    assert trained == [[(0, 64)] * 2, [(0, 64)] * 2 + [(64, 128)] * 2]
+
+
+def test_adapting_helps_on_a_text_that_repeats_itself():
+    """If gradients had the wrong sign, or other targets, the second half would not be easier than the frozen one."""
+    stream = np.tile(random_tokens(64, seed=3).numpy().astype(np.uint16), 8)
+    frozen, adapting = (tiny(eval_mode="plain", ttt_enabled=on, ttt_lr=0.05, ttt_epochs=4) for on in (False, True))
+    model = random_model(frozen)
+    assert evaluate(model, adapting, stream).nats[256:].mean() < 0.9 * evaluate(model, frozen, stream).nats[256:].mean()
+
+
+# ---- The modes against each other, and against the definition --------------------------------------------------------
+
+
+def full_forward_nats(model: t.Model, tokens: np.ndarray) -> np.ndarray:
+    """The definition: -log softmax of the whole stream in one sequence, in float64 at the end."""
+    stream = torch.from_numpy(tokens.astype(np.int64))[None]
+    with torch.no_grad():
+        logits = model.logits(model(stream[:, :-1], model.order(True))[0])[0].double()
+    return -F.log_softmax(logits, dim=-1)[torch.arange(len(tokens) - 1), stream[0, 1:]].numpy()
+
+
+def test_sliding_by_whole_windows_is_plain():
+    settings = tiny(eval_mode="sliding", eval_stride=32, ttt_enabled=False)
+    model, stream = random_model(settings), document_stream(230)
+    plain = evaluate(model, tiny(eval_mode="plain", ttt_enabled=False), stream)
+    assert np.array_equal(evaluate(model, settings, stream).nats, plain.nats)
+
+
+def test_every_window_scores_what_a_forward_pass_over_its_context_gives():
+    """Sliding by 8: position p is scored in a sequence of 32 tokens that ends with the 8 new ones."""
+    settings = tiny(eval_mode="sliding", ttt_enabled=False)
+    model, stream = random_model(settings), document_stream(150)
+    nats = evaluate(model, settings, stream).nats
+    for position in (0, 5, 23, 24, 31, 32, 77, 148):
+        last = min(149, 8 * (position // 8 + 1))
+        context = max(0, 8 * (position // 8 + 1) - 32)
+        expected = full_forward_nats(model, stream[context : last + 1])[position - context]
+        assert nats[position] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "many documents"])
+def test_stateful_evaluation_of_a_state_space_model_is_one_long_forward(version, documents):
+    settings = tiny(
+        eval_mode="stateful", ttt_enabled=False, mamba_layers="all", mamba_version=version, document_reset=documents
+    )
+    model, stream = random_model(settings), document_stream(230)
+    assert np.allclose(evaluate(model, settings, stream).nats, full_forward_nats(model, stream), rtol=1e-4, atol=1e-4)
+
+
+def test_stateful_evaluation_carries_its_state_over_chunks():
+    """With one rank and a learning rate of 0, chunks change nothing: the state goes on from one to the next."""
+    settings = tiny(eval_mode="stateful", mamba_layers="all", ttt_lr=0.0)
+    model, stream = random_model(settings), document_stream(230)
+    assert np.allclose(evaluate(model, settings, stream).nats, full_forward_nats(model, stream), rtol=1e-4, atol=1e-4)
+
+
+@each_mode
+def test_batching_windows_does_not_change_scores(mode):
+    many, few = (tiny(eval_mode=mode, ttt_enabled=False, val_batch_size=size) for size in (32 * 7, 1))
+    model, stream = random_model(many), document_stream(230)
+    assert np.allclose(evaluate(model, many, stream).nats, evaluate(model, few, stream).nats, atol=1e-5)
+
+
+def test_bits_per_byte_of_real_text(sample):
+    """Against the text itself: -log2 of the probabilities of its tokens, over the bytes of the decoded documents."""
+    settings = tiny(vocab_size=1024, eval_mode="plain", ttt_enabled=False, data_path=str(sample))
+    tokenizer = t.Tokenizer(str(sample / "sample_1024_bpe.model"), 1024)
+    tokens = t.load_validation(settings, tokenizer).tokens
+    starts = np.flatnonzero(tokens == t.BOS_ID)
+    tokens = tokens[: starts[2]].copy()
+    model = random_model(settings)
+    validation = t.ValidationSet(tokens, tokenizer.target_bytes(tokens))
+    score = t.Evaluator(model, settings, SOLO, validation).score()
+    texts = (tokenizer.model.DecodeIds(part.tolist()) for part in (tokens[1 : starts[1]], tokens[starts[1] + 1 :]))
+    probabilities = [
+        np.exp(-full_forward_nats(model, tokens[p : p + 33])) for p in range(0, len(tokens) - 1, 32)
+    ]  # windows of 32 side by side
+    bits = -np.log2(np.concatenate(probabilities)).sum()
+    assert score.val_bpb == pytest.approx(bits / sum(len(text.encode()) for text in texts), rel=1e-5)
+
+
+# ---- The evaluation clock --------------------------------------------------------------------------------------------
+
+
+def on_a_fake_clock(monkeypatch, budget: float, score_cost: float, epoch_cost: float) -> tuple[t.Score, float]:
+    """Evaluates ten chunks where scoring and training take so many seconds; returns the score and the time taken."""
+    settings = tiny(eval_mode="plain", ttt_lr=0.05, eval_max_seconds=budget)
+    model = random_model(settings)
+    evaluator = t.Evaluator(model, settings, SOLO, validation_set(document_stream(641)))
+    now = [1000.0]
+
+    def costing(function, cost: float):
+        def wrapped(*args):
+            now[0] += cost
+            return function(*args)
+
+        return wrapped
+
+    monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    evaluator._score_targets = costing(evaluator._score_targets, score_cost)
+    evaluator._train_on = costing(evaluator._train_on, epoch_cost)
+    return evaluator.score_and_adapt(1000.0), now[0] - 1000
+
+
+def test_epochs_are_given_up_to_keep_the_clock_and_every_target_is_scored(monkeypatch):
+    """Twice ten chunks of scoring at 1 s and 9 × 2 epochs at 10 s: 190 s would be needed, 80 s are allowed."""
+    score, seconds = on_a_fake_clock(monkeypatch, budget=80, score_cost=1, epoch_cost=10)
+    assert seconds <= 80
+    assert 0 < score.epochs_given_up < 18
+    assert (score.nats > 0).all()
+
+
+def test_no_epoch_is_given_up_while_there_is_time(monkeypatch):
+    score, seconds = on_a_fake_clock(monkeypatch, budget=200, score_cost=1, epoch_cost=10)
+    assert (score.epochs_given_up, seconds) == (0, 190)
+
+
+def test_a_score_over_the_clock_is_not_claimed(monkeypatch):
+    with pytest.raises(t.UserError, match="EVAL_MAX_SECONDS=5"):
+        on_a_fake_clock(monkeypatch, budget=5, score_cost=1, epoch_cost=0)
+
+
+# ---- Generation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"mamba_version": 2}, {"document_reset": True, "recur_layers": "1"}], ids=str)
+@torch.no_grad()
+def test_generation_at_temperature_zero_takes_the_likeliest_token_of_a_full_forward(changes):
+    model = random_model(tiny(**changes))
+    prompt = random_tokens(2, 7)
+    tokens = prompt
+    for _ in range(12):
+        logits = model.logits(model(tokens, model.order(True))[0])[:, -1]
+        tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(t.generate(model, prompt, 12, 0.0, cache_tokens=64, seed=0), tokens)
+
+
+def test_generation_samples_from_the_softmax():
+    """Frequencies of 4,000 draws of one token against the probabilities; and a seed means the same text."""
+    model = random_model(tiny(num_layers=1, mamba_layers="all"), spread=0.5)
+    prompt = random_tokens(1, 5)
+    with torch.no_grad():
+        logits = model.logits(model(prompt, model.order(True))[0])[0, -1]
+    drawn = t.generate(model, prompt.expand(4000, -1), 1, 0.7, cache_tokens=8, seed=1)[:, -1]
+    found = torch.bincount(drawn, minlength=512) / 4000
+    assert (found - torch.softmax(logits / 0.7, dim=-1)).abs().max() < 0.03
+    again = [t.generate(model, prompt, 20, 1.0, cache_tokens=8, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(again[0], again[1])
+    assert not torch.equal(again[0], again[2])

@@ -1,0 +1,308 @@
+"""Model: its shape, the order of its layers, the state it carries, and the documents it keeps apart."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import CPU, SOLO, random_model, random_tokens, relative, tiny
+from torch import nn
+
+import train_gpt as t
+
+# What one forward pass in parts must equal: every mixer, with everything that looks back.
+VARIANTS = {
+    "hybrid": {},
+    "recurrent": {"recur_layers": "1,2", "recur_passes": 1},
+    "Mamba-2": {"mamba_version": 2, "mamba_layers": "all"},
+    "Mamba-3 with convolution and norm": {"mamba_d_conv": 3, "mamba_output_norm": True},
+    "attention": {"mamba_layers": "none", "rope_fraction": 0.5},
+}
+each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def hidden(model: t.Model, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens, model.order(True))[0]
+
+
+def test_peer7_has_the_published_number_of_parameters():
+    settings, _ = t.read_settings({"PRESET": "peer7"})
+    with torch.device("meta"):
+        model = t.Model(settings, torch.device("meta"), "math")
+    assert sum(p.numel() for p in model.parameters()) == 25_159_984
+    assert sum(t.parameter_kinds(model).values()) == 25_159_984
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), {"tie_embeddings": False}, {"bigram_vocab_size": 0}], ids=str)
+def test_every_parameter_gets_a_gradient(variant):
+    model = random_model(tiny(**variant))
+    tokens = random_tokens(2, 33)
+    model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_the_first_model_predicts_nothing_and_is_the_same_for_the_same_seed():
+    """Blocks start as zero: the initial loss is that of the embedding alone, close to uniform."""
+    first, again = (t.build_model(tiny(seed=3), SOLO) for _ in range(2))
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
+    tokens = random_tokens(4, 33)
+    loss = first.loss(tokens[:, :-1], tokens[:, 1:], first.order(True))
+    assert abs(loss.item() - torch.tensor(512.0).log().item()) < 0.05
+
+
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+def test_nats_are_a_softmax_over_the_whole_vocabulary(cap):
+    """exp(-nats) over all possible targets sums to 1, softcapped or not."""
+    model = random_model(tiny(logit_softcap=cap))
+    with torch.no_grad():
+        h = hidden(model, random_tokens(1, 5))
+        total = sum(torch.exp(-model.nats(h, torch.full((1, 5), token)).double()) for token in range(512))
+        largest = model.logits(h).abs().max()
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-4)
+    assert cap == 0.0 or largest <= cap
+
+
+# ---- The order of layers ---------------------------------------------------------------------------------------------
+
+
+def names(settings: t.Settings) -> str:
+    kinds = t.layer_kinds(settings)
+    return " ".join(f"{'M' if kinds[i].mixer == 'mamba' else 'A'}{i}" for i in t.virtual_layer_order(settings))
+
+
+EIGHT = {"num_layers": 8, "mamba_layers": "0-3,5-7"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "order"),
+    [
+        ({}, "M0 M1 M2 M3 A4 M5 M6 M7"),
+        ({"recur_layers": "3,4", "recur_passes": 2}, "M0 M1 M2 M3 A4 M3 A4 M3 A4 M5 M6 M7"),
+        ({"recur_layers": "3-4", "recur_passes": 1}, "M0 M1 M2 M3 A4 M3 A4 M5 M6 M7"),
+        ({"recur_layers": "3,4", "recur_passes": 0}, "M0 M1 M2 M3 A4 M5 M6 M7"),
+        ({"recur_layers": "0", "recur_passes": 2}, "M0 M0 M0 M1 M2 M3 A4 M5 M6 M7"),
+        ({"recur_layers": "6,7"}, "M0 M1 M2 M3 A4 M5 M6 M7 M6 M7"),
+        ({"recur_layers": "2-5", "recur_mode": "spread"}, "M0 M1 M2 M2 M3 M3 A4 A4 M5 M5 M6 M7"),
+        ({"recur_layers": "0,4", "recur_mode": "spread", "recur_passes": 2}, "M0 M0 M0 M1 M2 M3 A4 A4 A4 M5 M6 M7"),
+        ({"layer_order": "0,1,2,3,4,3,4,3,4,5-7"}, "M0 M1 M2 M3 A4 M3 A4 M3 A4 M5 M6 M7"),
+        ({"layer_order": "7,6,5,4,3,2,1,0", "recur_layers": "3"}, "M7 M6 M5 A4 M3 M2 M1 M0"),
+    ],
+    ids=str,
+)
+def test_virtual_order_of_layers(changes, order):
+    settings = tiny(**EIGHT, **changes)
+    t.validate_settings(settings, 1)
+    assert names(settings) == order
+
+
+class Mark(nn.Module):
+    """Stands in for a block: adds 1 to one channel of the residual stream and notes that it ran."""
+
+    def __init__(self, layer: int, ran: list[int]):
+        super().__init__()
+        self.layer, self.ran = layer, ran
+
+    def forward(self, x, embedded, context, state):
+        self.ran.append(self.layer)
+        x = x.clone()
+        x[..., self.layer] += 1
+        return x, None
+
+
+def test_skips_pair_the_first_virtual_layers_with_the_last_innermost_first():
+    """Five virtual layers: 4th gets what the 2nd left, 5th what the 1st left, each by its own weight."""
+    model = random_model(tiny(num_layers=4, mamba_layers="all", recur_layers="1", bigram_vocab_size=0))
+    ran: list[int] = []
+    model.blocks = nn.ModuleList(Mark(layer, ran) for layer in range(4))
+    tokens = random_tokens(1, 3)
+    x = t.norm(torch.nn.functional.embedding(tokens, model.embedding.weight))
+    one = torch.eye(32)
+    after_first = x + one[0]
+    after_second = after_first + one[1]
+    after_fourth = after_second + one[1] + model.skip_weights[0] * after_second + one[2]
+    expected = after_fourth + model.skip_weights[1] * after_first + one[3]
+    assert model.skip_weights.shape == (2, 32)
+    assert relative(hidden(model, tokens), t.norm(expected)) < 1e-6
+    assert ran == [0, 1, 1, 2, 3]
+
+
+def test_repeated_layers_share_their_weights():
+    plain, hinge = (t.build_model(tiny(recur_layers=layers, unet_skips=False), SOLO) for layers in ("none", "1,2"))
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in hinge.parameters())
+    assert hinge.order(False) == plain.order(True) == (0, 1, 2)
+    assert hinge.order(True) == (0, 1, 2, 1, 2)
+
+
+# ---- State carried from call to call ---------------------------------------------------------------------------------
+
+
+@each_variant
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "many documents"])
+@pytest.mark.parametrize("places", [(1,), (16,), (5, 6, 7), (12, 24)], ids=str)
+@torch.no_grad()
+def test_forward_in_parts_equals_one_forward(variant, documents, places):
+    """With a cache as long as the text, carried state makes the parts one sequence again, also across documents."""
+    model = random_model(tiny(document_reset=documents, **variant))
+    tokens = random_tokens(2, 32)
+    tokens[0, [0, 4, 13, 14, 30]] = t.BOS_ID
+    expected = hidden(model, tokens)
+    state, outputs = None, []
+    for first, last in zip((0, *places), (*places, 32)):
+        h, state = model(tokens[:, first:last], model.order(True), state, 64)
+        outputs.append(h)
+    assert relative(torch.cat(outputs, dim=1), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_attention_forgets_what_is_older_than_its_cache():
+    """Single tokens with a cache of 6: the 7 latest tokens decide in one attention layer, and nothing before them."""
+    model = random_model(tiny(num_layers=1, mamba_layers="none", bigram_vocab_size=0))
+    tokens = random_tokens(1, 20)
+
+    def last_of(tokens: torch.Tensor) -> torch.Tensor:
+        state = None
+        for position in range(tokens.shape[1]):
+            h, state = model(tokens[:, position : position + 1], model.order(True), state, 6)
+        return h
+
+    for position in range(20):
+        changed = tokens.clone()
+        changed[0, position] = 4 + (changed[0, position] - 3) % 500
+        assert torch.allclose(last_of(changed), last_of(tokens), atol=1e-6) == (position < 13), position
+
+
+@each_variant
+@torch.no_grad()
+def test_documents_in_one_sequence_equal_each_alone(variant):
+    """Attention, scan, convolution and bigram all stop at BOS; only then may documents be packed."""
+    model = random_model(tiny(document_reset=True, **variant))
+    first, second = random_tokens(1, 13, seed=1, bos=True), random_tokens(1, 19, seed=2, bos=True)
+    packed = hidden(model, torch.cat([first, second], dim=1))
+    assert relative(packed[:, :13], hidden(model, first)) < 1e-5
+    assert relative(packed[:, 13:], hidden(model, second)) < 1e-5
+
+
+@each_variant
+@torch.no_grad()
+def test_without_document_reset_a_document_sees_the_one_before(variant):
+    model = random_model(tiny(**variant))
+    first, second = random_tokens(1, 13, seed=1, bos=True), random_tokens(1, 19, seed=2, bos=True)
+    packed = hidden(model, torch.cat([first, second], dim=1))
+    assert relative(packed[:, 13:], hidden(model, second)) > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{}, {"document_reset": True}, {"mamba_version": 2}], ids=str)
+@torch.no_grad()
+def test_hidden_states_do_not_depend_on_later_tokens(changes):
+    model = random_model(tiny(**changes))
+    tokens = random_tokens(1, 32, bos=True)
+    for position in (0, 7, 20):
+        changed = torch.cat([tokens[:, : position + 1], random_tokens(1, 31 - position, seed=5)], dim=1)
+        h, other = hidden(model, tokens), hidden(model, changed)
+        assert torch.equal(h[:, : position + 1], other[:, : position + 1])
+        assert not torch.equal(h[:, position + 1], other[:, position + 1])
+
+
+# ---- Parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_partial_rotary_embedding_leaves_the_other_dimensions_alone_and_sees_only_distances():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 10, 2, 16, generator=generator)
+    frequencies = 100.0 ** -(torch.arange(3) / 3)
+
+    def rotate(x: torch.Tensor, offset: float) -> torch.Tensor:
+        angles = (torch.arange(10) + offset)[:, None] * frequencies
+        return t.rotary(x, angles.cos(), angles.sin())
+
+    turned = rotate(query, 0.0)
+    assert torch.equal(turned[..., 6:], query[..., 6:])
+    assert torch.equal(turned[:, 0], query[:, 0])
+    assert (turned[:, 1:, :, :6] != query[:, 1:, :, :6]).all()
+    scores = [torch.einsum("bthd,bshd->bhts", rotate(query, o), rotate(key, o)) for o in (0.0, 7.0)]
+    assert torch.allclose(*scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(("fraction", "pairs"), [(1.0, 4), (0.5, 2), (0.25, 1), (0.0, 0)])
+@torch.no_grad()
+def test_rope_fraction_sets_how_many_pairs_rotate(fraction, pairs):
+    model = random_model(tiny(rope_fraction=fraction))
+    assert len(model.rotary_frequencies) == pairs
+    assert hidden(model, random_tokens(1, 8)).isfinite().all()
+
+
+def test_grouped_query_attention_repeats_keys_in_consecutive_groups():
+    """Query heads 0 and 1 read key head 0, query heads 2 and 3 key head 1."""
+    query, key, value = (torch.randn(1, 5, heads, 8) for heads in (4, 2, 2))
+    expected = t.sdpa(query, key.repeat_interleave(2, dim=2), value.repeat_interleave(2, dim=2))
+    assert relative(t.sdpa(query, key, value), expected) < 1e-6
+
+
+def gradients(model: t.Model) -> dict[str, torch.Tensor]:
+    tokens = random_tokens(2, 33)
+    model.zero_grad()
+    model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"mamba_version": 2, "document_reset": True}], ids=str)
+def test_checkpointing_recomputes_the_same_gradients(changes):
+    kept = gradients(random_model(tiny(**changes)))
+    recomputed = gradients(random_model(tiny(mamba_grad_checkpoint=True, **changes)))
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in kept.items())
+
+
+def test_sequential_and_chunked_backends_train_alike():
+    chunked = gradients(random_model(tiny(scan_backend="chunked")))
+    sequential = gradients(random_model(tiny(scan_backend="sequential")))
+    assert all(relative(sequential[name], gradient) < 1e-4 for name, gradient in chunked.items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"recur_layers": "1"}, {"mamba_version": 2, "document_reset": True}], ids=["Mamba-3", "Mamba-2"]
+)
+def test_the_whole_model_compiles_as_one_graph_in_either_order(changes):
+    """fullgraph=True fails at anything Dynamo cannot trace, forward and backward."""
+    settings = tiny(num_layers=2, mamba_layers="0", train_seq_len=16, **changes)
+    model = random_model(settings)
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True, dynamic=False)
+    tokens = random_tokens(2, 17)
+    for order in sorted({model.order(False), model.order(True)}):
+        model.zero_grad()
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:], order)
+        loss.backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        compiled_loss = compiled(tokens[:, :-1], tokens[:, 1:], order)
+        compiled_loss.backward()
+        assert torch.allclose(compiled_loss, loss, rtol=1e-6)
+        for name, gradient in expected.items():
+            assert relative(dict(model.named_parameters())[name].grad, gradient) < 1e-4, name
+
+
+@pytest.mark.parametrize("changes", [{}, {"mamba_version": 2}, {"mamba_layers": "none"}], ids=str)
+def test_every_variant_learns(changes):
+    """Twenty steps on one batch of a repeating text bring the loss well below uniform."""
+    settings = dataclasses.replace(tiny(**changes), matrix_lr=0.02)
+    model = t.build_model(settings, SOLO)
+    optimizers = t.Optimizers(model, settings, SOLO)
+    tokens = random_tokens(1, 8).repeat(4, 5)[:, :33]
+    losses = []
+    for _ in range(20):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True))
+        loss.backward()
+        optimizers.step(1.0, 0.9)
+        optimizers.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_scan_backend_that_cannot_run_here_is_refused():
+    with pytest.raises(t.UserError, match="SCAN_BACKEND=mamba_ssm"):
+        t.choose_scan_backend("mamba_ssm", CPU)
+    assert t.choose_scan_backend("auto", CPU) == "chunked"
+
+
+def test_an_attention_backend_that_cannot_run_here_is_refused():
+    with pytest.raises(t.UserError, match="ATTENTION_BACKEND=fa3"):
+        t.choose_attention_backend("fa3", CPU, 4, 2, 8)
+    assert t.choose_attention_backend("auto", CPU, 4, 2, 8) == "math"

@@ -1,0 +1,273 @@
+"""Optimizers: Muon's geometry, who is trained by what, averages of the weights, and the schedule."""
+
+import math
+
+import pytest
+import torch
+from helpers import SOLO, random_model, relative, tiny
+
+import train_gpt as t
+
+SHAPES = [(64, 32), (32, 64), (48, 48), (200, 8)]
+
+
+def matrices(*shape: int, condition: float = 10.0, seed: int = 0) -> torch.Tensor:
+    """Random matrices whose singular values lie evenly between 1 and 1/condition."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    return (u * torch.linspace(1, 1 / condition, s.shape[-1])) @ v
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("steps", "tolerance"), [(5, 0.13), (8, 1e-4)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape, steps, tolerance, scale):
+    """And the directions of the original: the result is close to U V^T of its singular value decomposition."""
+    x = matrices(3, *shape)
+    result = t.orthogonalize(scale * x, steps)
+    assert (torch.linalg.svdvals(result) - 1).abs().max() < tolerance
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    assert relative(result, u @ v) < tolerance
+
+
+def test_a_batch_is_orthogonalized_as_each_matrix_alone():
+    x = torch.randn(5, 24, 40) * torch.tensor([1e-3, 1.0, 5.0, 1e3, 0.0])[:, None, None]
+    result = t.orthogonalize(x, 5)
+    assert result.isfinite().all()
+    for one, expected in zip(x, result):
+        assert torch.allclose(t.orthogonalize(one[None], 5)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
+    """Three steps against the formula written out with a singular value decomposition, on two matrices at once."""
+    start, gradients = matrices(2, *shape, seed=1), matrices(3, 2, *shape, seed=2)
+    parameters = [torch.nn.Parameter(p.clone()) for p in start]
+    muon = t.Muon([{"params": parameters, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}], SOLO, steps=12)
+    expected, momentum = start.clone(), torch.zeros_like(start)
+    for gradient in gradients:
+        for p, g in zip(parameters, gradient):
+            p.grad = g.clone()
+        muon.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        u, _, v = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(max(1, shape[0] / shape[1])) * (u @ v)
+    assert relative(torch.stack(list(parameters)), expected) < 1e-3
+
+
+def test_muon_leaves_alone_what_has_no_gradient():
+    parameters = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    parameters[1].grad = torch.randn(4, 4)
+    t.Muon([{"params": parameters, "lr": 0.1, "weight_decay": 0.5}], SOLO, steps=5).step()
+    assert torch.equal(parameters[0], torch.ones(4, 4))
+    assert not torch.equal(parameters[1], torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("changes", [{}, {"mamba_version": 2}, {"tie_embeddings": False, "mamba_d_conv": 4}], ids=str)
+def test_every_parameter_is_trained_by_one_optimizer_at_its_own_rate(changes):
+    settings = tiny(matrix_lr=1.0, mamba_matrix_lr=2.0, tied_embed_lr=3.0, scalar_lr=4.0, weight_decay=0.1, **changes)
+    model = t.build_model(settings, SOLO)
+    optimizers = t.Optimizers(model, settings, SOLO)
+    found = {}
+    for optimizer in (optimizers.muon, optimizers.adam):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                assert p not in found
+                found[p] = (type(optimizer).__name__, group["base_lr"], group["weight_decay"])
+    for name, p in model.named_parameters():
+        if name.endswith(("in_proj.weight", "out_proj.weight")):
+            assert found[p] == ("Muon", 2.0, 0.1), name
+        elif p.dim() == 2 and any(part in name for part in (".mlp.", "query.", "key.", "value.", "out.")):
+            assert found[p] == ("Muon", 1.0, 0.1), name
+        elif name.startswith(("embedding.", "head.", "bigram_embedding.", "bigram_proj.")):
+            assert found[p] == ("AdamW", 3.0, 0.1), name
+        else:
+            assert found[p] == ("AdamW", 4.0, 0.0), name
+
+
+def test_a_step_at_factor_zero_changes_nothing_and_forgetting_restores_the_first_step():
+    """The compile warm-up relies on both."""
+    settings = tiny()
+    model = random_model(settings)
+    optimizers = t.Optimizers(model, settings, SOLO)
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def step(factor: float) -> list[torch.Tensor]:
+        for p, value in zip(model.parameters(), start):
+            p.data.copy_(value)
+            p.grad = torch.cos(torch.arange(p.numel(), dtype=torch.float32)).view_as(p)
+        optimizers.step(factor, 0.9)
+        return [p.detach().clone() for p in model.parameters()]
+
+    first = step(1.0)
+    assert not any(map(torch.equal, first, start))
+    assert all(map(torch.equal, step(0.0), start))
+    assert not all(map(torch.equal, step(1.0), first))
+    optimizers.forget()
+    assert all(map(torch.equal, step(1.0), first))
+
+
+# ---- Averages of the weights -----------------------------------------------------------------------------------------
+
+
+class Line(torch.nn.Module):
+    """One weight that after step n is n."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+
+def averaged(steps: int, **changes) -> float:
+    """The average after so many steps of a run, for a weight that counts them."""
+    model = Line()
+    average = t.WeightAverage(model, tiny(**changes))
+    for step in range(1, steps + 1):
+        model.weight.data.fill_(step)
+        average.update(step, (step - 1) / steps)
+    average.apply()
+    return model.weight.item()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 100, 300])
+def test_ema_of_a_short_run_looks_back_over_a_part_of_it_only(steps):
+    """With decay 0.997 alone, an average over 100 steps would lag behind by most of them."""
+    lag = steps - averaged(steps, weight_average="ema", ema_decay=0.997, ema_horizon=0.03)
+    assert 0 <= lag <= max(0.0, 0.03 * steps) + 1e-3
+
+
+def test_ema_of_a_long_run_has_the_decay_it_was_given():
+    """A weight that grows by 1 a step is behind its EMA by decay / (1 - decay) in the long run."""
+    assert 3000 - averaged(3000, weight_average="ema", ema_decay=0.9, ema_horizon=0.03) == pytest.approx(9, abs=0.01)
+
+
+def test_swa_is_the_plain_mean_of_the_last_part():
+    """Of 100 steps and the last fifth: steps 81 to 100, which began at a progress of 0.8 to 0.99."""
+    assert averaged(100, weight_average="swa", swa_fraction=0.2) == pytest.approx(sum(range(81, 101)) / 20)
+
+
+def test_without_averaging_the_last_weights_stay():
+    assert averaged(50, weight_average="none") == 50
+
+
+# ---- The schedule ----------------------------------------------------------------------------------------------------
+
+# 100 seconds of training in clock mode; 1000 steps in step mode.
+CLOCK = {"max_wallclock_seconds": 120.0, "export_reserve_seconds": 20.0, "iterations": 1_000_000}
+STEPS = {"max_wallclock_seconds": 0.0, "export_reserve_seconds": 20.0, "iterations": 1000}
+SHAPE = {
+    "lr_warmup_fraction": 0.1, "warmdown_fraction": 0.5, "recur_start": 0.35, "late_qat_threshold": 0.2,
+    "muon_momentum_start": 0.8, "muon_momentum": 0.9, "muon_momentum_warmup": 0.2,
+}  # fmt: skip
+
+
+def at(part: float, mode: dict, **changes) -> t.Schedule:
+    """The schedule when this part of the run is over, in steps of 0.1 s in clock mode."""
+    step, seconds = round(1000 * part), 100 * part
+    return t.schedule_at(tiny(**(mode | SHAPE | changes)), step, seconds)
+
+
+each_mode = pytest.mark.parametrize("mode", [CLOCK, STEPS], ids=["clock", "steps"])
+
+
+@each_mode
+@pytest.mark.parametrize(
+    ("part", "factor", "momentum", "recurrent", "quantized"),
+    [
+        (0.0, 0.0, 0.8, False, False),
+        (0.05, 0.5, 0.825, False, False),
+        (0.1, 1.0, 0.85, False, False),
+        (0.3, 1.0, 0.9, False, False),
+        (0.35, 1.0, 0.9, True, False),
+        (0.5, 1.0, 0.9, True, False),
+        (0.75, 0.5, 0.9, True, False),
+        (0.89, 0.22, 0.9, True, False),
+        (0.91, 0.18, 0.9, True, True),
+    ],
+)
+def test_the_phases_of_a_run(mode, part, factor, momentum, recurrent, quantized):
+    now = at(part, mode)
+    assert now.progress == pytest.approx(part)
+    assert now.lr_factor == pytest.approx(factor, abs=0.011)  # warm-up counts the step that is about to be taken
+    assert now.momentum == pytest.approx(momentum)
+    assert (now.recurrent, now.quantized) == (recurrent, quantized)
+
+
+def test_the_very_first_step_learns():
+    assert at(0.0, STEPS).lr_factor > 0
+    assert at(0.0, CLOCK).lr_factor > 0
+
+
+@each_mode
+def test_the_run_ends_at_its_budget(mode):
+    assert at(0.999, mode).progress < 1
+    assert at(1.0, mode).progress == 1
+    assert at(1.5, mode).progress == 1
+
+
+def test_step_mode_does_not_look_at_the_clock_and_iterations_bound_the_clock():
+    assert t.schedule_at(tiny(**STEPS), 10, 1e6).progress == pytest.approx(0.01)
+    assert t.schedule_at(tiny(**(CLOCK | {"iterations": 50})), 50, 1.0).progress == 1
+
+
+@pytest.mark.parametrize(("step_seconds", "warmdown"), [(0.1, 0.2), (0.2, 0.4), (0.05, 0.1), (1.0, 1.0)])
+def test_warmdown_iters_counts_steps_at_the_measured_step_time(step_seconds, warmdown):
+    """200 steps of 0.1 s are a fifth of 100 s; of 1 s, they are more than the whole run."""
+    for part in (0.5, 0.7, 0.85, 0.95):
+        settings = tiny(**(CLOCK | SHAPE | {"warmdown_iters": 200, "lr_warmup_fraction": 0.0}))
+        now = t.schedule_at(settings, round(100 * part / step_seconds), 100 * part)
+        assert now.lr_factor == pytest.approx(min(1.0, (1 - part) / warmdown), abs=1e-6)
+
+
+def test_warmdown_iters_in_step_mode():
+    for step, factor in ((799, 1.0), (900, 0.5), (999, 0.005)):
+        settings = tiny(**(STEPS | {"warmdown_iters": 200, "lr_warmup_fraction": 0.0}))
+        assert t.schedule_at(settings, step, 1e5).lr_factor == pytest.approx(factor, abs=1e-6)
+
+
+@each_mode
+@pytest.mark.parametrize("changes", [{}, {"warmdown_iters": 200}, {"warmdown_fraction": 0.0}], ids=str)
+def test_a_run_only_ever_moves_forward(mode, changes):
+    """At an uneven step time: progress, momentum and both switches never go back, and the factor stays in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    settings = tiny(**(mode | SHAPE | changes))
+    seconds, before = 0.0, t.schedule_at(settings, 0, 0.0)
+    for step in range(1, 1001):
+        seconds += float(torch.rand((), generator=generator)) * 0.2
+        now = t.schedule_at(settings, step, seconds)
+        assert now.progress >= before.progress
+        assert now.momentum >= before.momentum
+        assert now.recurrent >= before.recurrent
+        assert 0 <= now.lr_factor <= 1
+        before = now
+
+
+@each_mode
+@pytest.mark.parametrize("off", ["lr_warmup_fraction", "warmdown_fraction", "muon_momentum_warmup", "recur_start"])
+def test_phases_can_be_switched_off(mode, off):
+    start, late = at(0.0, mode, **{off: 0.0}), at(0.99, mode, **{off: 0.0})
+    assert (start.lr_factor == 1) == (off == "lr_warmup_fraction")
+    assert (late.lr_factor == 1) == (off == "warmdown_fraction")
+    assert (start.momentum == 0.9) == (off == "muon_momentum_warmup")
+    assert start.recurrent == (off == "recur_start")
+    assert not at(0.999, mode, late_qat_threshold=0.0).quantized
+
+
+def test_the_training_clock_stands_still_while_paused(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(t.time, "perf_counter", lambda: now[0])
+    clock = t.TrainingClock()
+    now[0] += 50  # before the start
+    clock.start()
+    now[0] += 3
+    assert clock.seconds() == 3
+    clock.pause()
+    now[0] += 50
+    assert clock.seconds() == 3
+    clock.start()
+    now[0] += 2
+    clock.pause()
+    assert clock.seconds() == 5

@@ -1,0 +1,206 @@
+"""Settings: what is read from the environment, what is refused, and what --help shows."""
+
+import dataclasses
+
+import pytest
+from helpers import bounded, tiny, with_settings
+
+import train_gpt as t
+
+NAMES = {f.name.upper() for f in dataclasses.fields(t.Settings)}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("1", bool, True),
+        ("false", bool, False),
+        (" 12 ", int, 12),
+        ("1_048_576", int, 1_048_576),
+        ("-1", int, -1),
+        ("3e-3", float, 0.003),
+        ("7", float, 7.0),
+        (" kept as it is ", str, " kept as it is "),
+    ],
+)
+def test_values_get_the_type_of_the_default(text, kind, value):
+    parsed = t.parse_value("NAME", text, kind)
+    assert parsed == value
+    assert type(parsed) is kind
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("2", bool), ("yes", bool), ("", bool), ("1.0", int), ("1e3", int), ("", int), ("nan", float), ("inf", float)]
+    + [("-inf", float), ("0,1", float), ("9" * 5000, int)],
+)
+def test_values_of_the_wrong_type_are_refused_by_name(text, kind):
+    with pytest.raises(t.UserError, match="NAME="):
+        t.parse_value("NAME", text, kind)
+
+
+def test_a_variable_overrides_the_preset_and_the_preset_the_default():
+    settings, given = t.read_settings({"PRESET": "tiny", "MODEL_DIM": "64"})
+    assert (settings.model_dim, settings.num_heads, settings.rope_base) == (64, 4, 10_000.0)
+    assert given == {"preset", "model_dim"}
+
+
+def test_layer_pattern_says_how_many_layers_there_are():
+    settings, _ = t.read_settings({"PRESET": "tiny", "LAYER_PATTERN": "MmAaMM"})
+    assert settings.num_layers == 6
+    kinds = t.layer_kinds(settings)
+    assert [kind.mixer for kind in kinds] == ["mamba", "mamba", "attention", "attention", "mamba", "mamba"]
+    assert [kind.mlp for kind in kinds] == [True, False, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("TRAIN_BATCH_TOKEN", "TRAIN_BATCH_TOKENS"),
+        ("WARMDOWN_ITER", "WARMDOWN_ITERS"),
+        ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
+        ("NUMLAYERS", "NUM_LAYERS"),
+        ("NUM_LAYER", "NUM_LAYERS"),
+        ("TTT_EPOCH", "TTT_EPOCHS"),
+        ("MAMBA_STATE", "MAMBA_D_STATE"),
+        ("MUON_MOMENTUM_WARM_UP", "MUON_MOMENTUM_WARMUP"),
+        ("vocab_size", "VOCAB_SIZE"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_and_the_nearest_name_offered(wrong, meant):
+    with pytest.raises(t.UserError, match=f"{wrong} is not a setting; did you mean {meant}"):
+        t.read_settings({wrong: "1"})
+
+
+# MAMBA_EXE and MAMBA_ROOT_PREFIX are set in every shell of the micromamba package manager, MAMBA_FORCE_BUILD is how
+# mamba_ssm is built from source.
+@pytest.mark.parametrize(
+    "variable",
+    "PATH HOME SHELL TERM LANG LC_ALL PYTHONPATH VIRTUAL_ENV LD_LIBRARY_PATH TMPDIR HOSTNAME http_proxy no_proxy "
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID "
+    "OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG TORCH_LOGS TRITON_CACHE_DIR TOKENIZERS_PARALLELISM "
+    "PYTORCH_CUDA_ALLOC_CONF HF_HOME WANDB_MODE SLURM_JOB_ID RUNPOD_POD_ID RUNPOD_GPU_COUNT CONDA_PREFIX "
+    "MAMBA_EXE MAMBA_ROOT_PREFIX MAMBA_FORCE_BUILD".split(),
+)
+def test_ordinary_variables_are_not_taken_for_misspelt_ones(variable):
+    t.reject_misspelt({variable: "1"}, NAMES)
+
+
+def test_an_unknown_preset_is_refused_and_the_nearest_name_offered():
+    with pytest.raises(t.UserError, match="PRESET=tny is unknown; did you mean tiny"):
+        t.read_settings({"PRESET": "tny"})
+
+
+@pytest.mark.parametrize("preset", t.PRESETS)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_every_preset_is_valid_on_every_number_of_ranks(preset, world_size):
+    t.validate_settings(t.read_settings({"PRESET": preset})[0], world_size)
+
+
+def test_small_settings_of_these_tests_are_valid():
+    t.validate_settings(tiny(), 1)
+    t.validate_settings(tiny(), 2)
+
+
+IMPOSSIBLE = [
+    ({"vocab_size": 0}, "VOCAB_SIZE"),
+    ({"vocab_size": 70_000}, "VOCAB_SIZE"),
+    ({"vocab_size": 1}, "VOCAB_SIZE"),
+    ({"num_layers": 0}, "NUM_LAYERS"),
+    ({"num_heads": 0}, "NUM_HEADS"),
+    ({"num_heads": 5}, "NUM_HEADS"),
+    ({"num_kv_heads": 3}, "NUM_KV_HEADS"),
+    ({"model_dim": 36, "num_heads": 12, "num_kv_heads": 12}, "MODEL_DIM"),
+    ({"mamba_head_dim": 24}, "MAMBA_HEAD_DIM"),
+    ({"mamba_head_dim": 0}, "MAMBA_HEAD_DIM"),
+    ({"mamba_d_state": 12}, "MAMBA_D_STATE"),
+    ({"mamba_d_state": 4}, "MAMBA_D_STATE"),
+    ({"mamba_chunk_size": 48}, "MAMBA_CHUNK_SIZE"),
+    ({"mamba_d_conv": 5}, "MAMBA_D_CONV"),
+    ({"mamba_version": 1}, "MAMBA_VERSION"),
+    ({"mamba_expand": 0.001}, "MAMBA_EXPAND"),
+    ({"mlp_mult": 0.001}, "MLP_MULT"),
+    ({"mlp_mult": 1e308}, "MLP_MULT"),
+    ({"mamba_expand": 1e308}, "MAMBA_EXPAND"),
+    ({"scan_backend": "fast"}, "SCAN_BACKEND"),
+    ({"mamba_layers": "0,7"}, "MAMBA_LAYERS"),
+    ({"mamba_layers": "0;1"}, "MAMBA_LAYERS"),
+    ({"mamba_layers": "0-"}, "MAMBA_LAYERS"),
+    ({"mamba_layers": "2-0"}, "MAMBA_LAYERS"),
+    ({"mamba_layers": "0-99999999999"}, "MAMBA_LAYERS"),
+    ({"num_layers": 10**9, "mamba_layers": "all"}, "NUM_LAYERS"),
+    ({"mlp_layers": "-1"}, "MLP_LAYERS"),
+    ({"layer_pattern": "MXA"}, "LAYER_PATTERN"),
+    ({"layer_pattern": "MA"}, "LAYER_PATTERN"),
+    ({"layer_order": "0,1"}, "leaves out a layer"),
+    ({"layer_order": "0,1,2,3"}, "LAYER_ORDER"),
+    ({"recur_layers": "0,2"}, "RECUR_LAYERS"),
+    ({"recur_layers": "2,1"}, "RECUR_LAYERS"),
+    ({"recur_layers": "1", "recur_passes": 10**9}, "RECUR_PASSES"),
+    ({"bigram_vocab_size": 1}, "BIGRAM_VOCAB_SIZE"),
+    ({"bigram_dim": 0}, "BIGRAM_DIM"),
+    ({"train_batch_tokens": 100}, "TRAIN_BATCH_TOKENS"),
+    ({"micro_batch_tokens": 40}, "MICRO_BATCH_TOKENS"),
+    ({"export_reserve_seconds": 600.0}, "EXPORT_RESERVE_SECONDS"),
+    ({"target_mb": 16.5}, "TARGET_MB"),
+    ({"target_mb": 0.0}, "TARGET_MB"),
+    ({"eval_stride": 33}, "EVAL_STRIDE"),
+    ({"eval_mode": "stateful", "eval_overlap": 32}, "EVAL_OVERLAP"),
+    ({"ttt_chunk_tokens": 100}, "TTT_CHUNK_TOKENS"),
+    ({"ttt_momentum": 1.0}, "TTT_MOMENTUM"),
+    ({"muon_momentum": 1.0}, "MUON_MOMENTUM"),
+    ({"lr_warmup_fraction": 1.5}, "LR_WARMUP_FRACTION"),
+    ({"rope_fraction": -0.1}, "ROPE_FRACTION"),
+    ({"iterations": 0}, "ITERATIONS"),
+    ({"matrix_lr": -1.0}, "MATRIX_LR"),
+    ({"seed": -1}, "SEED"),
+    ({"max_wallclock_seconds": -1.0}, "MAX_WALLCLOCK_SECONDS"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), IMPOSSIBLE, ids=[", ".join(f"{k}={v}" for k, v in c.items()) for c, _ in IMPOSSIBLE]
+)
+def test_impossible_settings_are_refused_by_name(changes, named):
+    with bounded(), pytest.raises(t.UserError, match=named):
+        t.validate_settings(tiny(**changes), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [({"train_batch_tokens": 96}, 2), ({"ttt_chunk_tokens": 96}, 2)],
+)
+def test_what_one_rank_can_share_out_more_may_not(changes, world_size):
+    t.validate_settings(tiny(**changes), 1)
+    with pytest.raises(t.UserError, match=f"{world_size} ranks"):
+        t.validate_settings(tiny(**changes), world_size)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(t.Settings), ids=lambda field: field.name)
+def test_no_single_value_gets_past_validation_as_another_exception(field):
+    """Every setting at odd values: validation passes or raises UserError, and never divides by zero."""
+    values = {int: (-1, 0, 1, 3, 10**30), float: (-0.5, 0.0, 1e-12, 1.5, 1e308), bool: (False, True)}
+    with bounded():
+        for value in values.get(type(field.default), ("", "none", "0", "x,y", "9")):
+            try:
+                t.validate_settings(with_settings(tiny(), **{field.name: value}), 1)
+            except t.UserError as error:
+                assert "\n" not in str(error)
+
+
+def test_help_lists_every_setting_with_its_default_and_every_preset():
+    lines = t.help_text().splitlines()
+    for field in dataclasses.fields(t.Settings):
+        (line,) = (x for x in lines if x.split()[:1] == [field.name.upper()])
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        assert str(default) in line
+        assert field.metadata["help"] in line
+    for name in t.PRESETS:
+        assert any(x.strip().startswith(f"PRESET={name}:") and len(x) > 20 for x in lines)
+
+
+def test_presets_name_only_settings_that_exist():
+    fields = {f.name: f for f in dataclasses.fields(t.Settings)}
+    for values in t.PRESETS.values():
+        for name, value in values.items():
+            assert type(value) is type(fields[name].default), name

@@ -1,0 +1,73 @@
+"""Makes .venv with torch in it: python3 tools/make_venv.py
+
+`make` calls this. A torch that is already there is reused: the one in .venv, or that of the Python which runs this
+script, which a new .venv then shares. Otherwise torch is installed; without an NVIDIA GPU, a CPU build where one can be
+had, because the ordinary Linux build brings gigabytes of CUDA libraries. TORCH="torch==2.11.0" in the environment asks
+for that release and shares nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+VENV = Path(".venv")
+VENV_PYTHON = str(VENV / "bin" / "python")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Ignores this machine's pip configuration, in which a mirror could offer the CUDA build, and gives up soon.
+CPU_OPTIONS = ["--isolated", "--index-url", CPU_INDEX, "--timeout", "10", "--retries", "1"]
+FALLBACK = "torch==2.13.0"  # some machines keep a CPU build of this release on their disk
+
+
+def output(*command: str) -> str:
+    """What a command prints, or "" if it cannot run or fails."""
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def find_torch(python: str) -> str:
+    """The version of torch that this Python can import, or "" if it has none or one older than requirements.txt asks."""
+    version = output(python, "-c", "import torch; print(torch.__version__)")
+    return version if version and tuple(map(int, version.split(".")[:2])) >= (2, 9) else ""
+
+
+def make_venv(*options: str) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--clear", *options, str(VENV)], check=True)
+
+
+def install(requirement: str, *options: str, **environment: str) -> bool:
+    command = [VENV_PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *options, requirement]
+    print("+", " ".join(command), flush=True)
+    return subprocess.run(command, env=os.environ | environment).returncode == 0
+
+
+def main() -> None:
+    wanted = os.environ.get("TORCH", "")
+    if not output(VENV_PYTHON, "--version"):
+        share = not wanted and find_torch(sys.executable)
+        make_venv(*["--system-site-packages"] * bool(share))
+        if share and not find_torch(VENV_PYTHON):  # it belongs to a virtual environment, which cannot be shared
+            make_venv()
+    elif not output(VENV_PYTHON, "-m", "pip", "--version"):  # made by a tool that leaves pip out
+        subprocess.run([VENV_PYTHON, "-m", "ensurepip"], check=True)
+    if not wanted and (version := find_torch(VENV_PYTHON)):
+        print(f".venv uses torch {version}, which was already there")
+        return
+    has_gpu = shutil.which("nvidia-smi") and output("nvidia-smi", "-L")
+    if not has_gpu and install(wanted or "torch", *CPU_OPTIONS, PIP_CONFIG_FILE=os.devnull):
+        return
+    choices = [wanted] if wanted else ["torch"] if has_gpu else [FALLBACK, "torch"]
+    if not any(install(choice) for choice in choices):
+        sys.exit("make_venv.py: error: torch could not be installed; pip's messages above say why")
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):
+        sys.exit("make_venv.py: error: this project needs Python 3.10 or newer: make PYTHON=python3.12 ...")
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"make_venv.py: error: {' '.join(error.cmd)} failed; on Debian and Ubuntu, install python3-venv")

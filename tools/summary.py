@@ -1,0 +1,74 @@
+"""Prints what a run achieved, from its logs: python tools/summary.py logs/demo.jsonl"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+CAP = 16_000_000
+
+
+def last_run(path: Path) -> dict[str, dict]:
+    """The last record of each event, of the last run in the file (logs append, and a run begins with its settings)."""
+    events = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["event"] == "settings":
+            events = {}
+        events[record["event"]] = record
+    return events
+
+
+def last_sample(path: Path) -> str:
+    """The text that the model wrote, or "". It may have several lines, and ends before the evaluation's next message."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.findall(r"^sample: (.*?)\n(?=  \[\d+s\] |gave up |evaluation took )", text, re.DOTALL | re.MULTILINE)
+    return found[-1] if found else ""
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    path = Path(sys.argv[1])
+    try:
+        events = last_run(path)
+        settings, trained, quantized, final = (
+            events[name] for name in ("settings", "trained", "after_quantization", "final")
+        )
+    except OSError as error:
+        print(f"summary.py: error: {path}: {error.strerror}", file=sys.stderr)
+        return 1
+    except (ValueError, KeyError) as error:
+        print(f"summary.py: error: {path} is not the log of a finished run ({error} is missing)", file=sys.stderr)
+        return 1
+    machine, settings = settings["machine"], settings["settings"]
+    total, code = trained["bytes_total"], trained["bytes_code"]
+    windows = f"{settings['eval_mode']} windows"
+    if settings["eval_mode"] == "sliding":
+        windows += f", stride {settings['eval_stride']}"
+    adapted = settings["ttt_enabled"] and settings["ttt_epochs"] > 0
+    windows += ", adapting as it goes" if adapted else ", weights frozen"
+    run_id = settings["run_id"]
+    lines = [
+        f"Run {run_id}: {trained['steps']} steps of {trained['step_avg_ms']:.0f} ms on {machine['hardware']}",
+        "",
+        "Bits per byte of the validation text:",
+        f"  before quantization   {trained['val_bpb']:.4f}   (plain windows)",
+        f"  after quantization    {quantized['val_bpb']:.4f}   (plain windows)",
+        f"  {'after adaptation' if adapted else 'final':20}  {final['val_bpb']:.4f}   ({windows})",
+        "",
+        f"Size: {total:,} of {CAP:,} bytes ({code:,} code + {total - code:,} model)",
+    ]
+    if sample := last_sample(path.with_suffix(".txt")):
+        lines += ["", "The model continues its prompt:", *("  " + line for line in sample.splitlines())]
+    if settings["preset"] == "tiny":
+        command = f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {sys.executable} train_gpt.py"
+        lines += ["", "Next, the same model for ten minutes:", "  " + command.replace(f"{Path.cwd()}/", "")]
+    width = 100
+    print("\n" + "=" * width, *lines, "=" * width, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
