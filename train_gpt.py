@@ -1700,8 +1700,9 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 # schedule that turns the clock into rates.
 # ======================================================================================================================
 
-# Coefficients of the odd polynomial at each Newton-Schulz step (Polar Express, arXiv 2505.16932, Algorithm 1); the last
-# repeats. The published ones are for a matrix scaled to norm 1; its safety factor is applied in orthogonalize().
+# Coefficients of the odd polynomial at each Newton-Schulz step (Polar Express, arXiv 2505.16932): the last repeats, the
+# others stand a little back (SAFETY), as the authors advise for bfloat16.
+SAFETY = 1.01
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -1721,9 +1722,11 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
     for step in range(steps):
         a, b, c = POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)]
+        if step < len(POLAR_EXPRESS) - 1:
+            a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
@@ -1776,23 +1779,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_muon_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon trains a parameter: the linear layers' weights inside blocks, not tables and not vectors."""
-    return (
-        parameter.dim() == 2
-        and name.startswith("blocks.")
-        and name.endswith(
-            (
-                "query.weight",
-                "key.weight",
-                "value.weight",
-                "out.weight",
-                "up.weight",
-                "down.weight",
-                "in_proj.weight",
-                "out_proj.weight",
-            )
-        )
-    )
+    """Whether Muon trains a parameter: the linear layers' weights, not tables, the output matrix or vectors."""
+    layers = ("query", "key", "value", "out", "up", "down", "in_proj", "out_proj", "bigram_proj")
+    return parameter.dim() == 2 and name.split(".")[-2:] in [[layer, "weight"] for layer in layers]
 
 
 class Optimizers:
@@ -1803,14 +1792,9 @@ class Optimizers:
         groups = collections.defaultdict(list)
         for name, p in model.named_parameters():
             if is_muon_matrix(name, p):
-                mamba = isinstance(model.blocks[int(name.split(".")[1])].mixer, Mamba) and ".mixer." in name
-                groups["mamba" if mamba else "matrix"].append(p)
+                groups["mamba" if name.endswith(("in_proj.weight", "out_proj.weight")) else "matrix"].append(p)
             else:
-                groups[
-                    "embedding"
-                    if p.dim() == 2 and not name.startswith("blocks.") and name != "skip_weights"
-                    else "scalar"
-                ].append(p)
+                groups["embedding" if name.endswith(("embedding.weight", "head.weight")) else "scalar"].append(p)
         muon_groups = [
             {"params": groups[kind], "base_lr": rate, "weight_decay": s.weight_decay}
             for kind, rate in (("matrix", s.matrix_lr), ("mamba", s.mamba_matrix_lr))

@@ -80,9 +80,11 @@ def test_every_parameter_is_trained_by_one_optimizer_at_its_own_rate(changes):
     for name, p in model.named_parameters():
         if name.endswith(("in_proj.weight", "out_proj.weight")):
             assert found[p] == ("Muon", 2.0, 0.1), name
-        elif p.dim() == 2 and any(part in name for part in (".mlp.", "query.", "key.", "value.", "out.")):
+        elif p.dim() == 2 and any(
+            part in name for part in (".mlp.", "query.", "key.", "value.", "out.", "bigram_proj.")
+        ):
             assert found[p] == ("Muon", 1.0, 0.1), name
-        elif name.startswith(("embedding.", "head.", "bigram_embedding.", "bigram_proj.")):
+        elif name.startswith(("embedding.", "head.", "bigram_embedding.")):
             assert found[p] == ("AdamW", 3.0, 0.1), name
         else:
             assert found[p] == ("AdamW", 4.0, 0.0), name

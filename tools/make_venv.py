@@ -41,7 +41,10 @@ def make_venv(*options: str) -> None:
 def install(requirement: str, *options: str, **environment: str) -> bool:
     command = [VENV_PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *options, requirement]
     print("+", " ".join(command), flush=True)
-    return subprocess.run(command, env=os.environ | environment).returncode == 0
+    done = subprocess.run(command, env=os.environ | environment).returncode == 0
+    if not done:
+        print(f"make_venv.py: no success with {requirement} {' '.join(options)}", flush=True)
+    return done
 
 
 def main() -> None:
@@ -65,7 +68,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - the Python that make finds may be any
         sys.exit("make_venv.py: error: this project needs Python 3.10 or newer: make PYTHON=python3.12 ...")
     try:
         main()

@@ -23,7 +23,7 @@ def last_sample(path: Path) -> str:
     """The text that the model wrote, or "". It may have several lines, and ends before the evaluation's next message."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     found = re.findall(r"^sample: (.*?)\n(?=  \[\d+s\] |gave up |evaluation took )", text, re.DOTALL | re.MULTILINE)
-    return found[-1] if found else ""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in "".join(found[-1:]))
 
 
 def main() -> int:
@@ -33,15 +33,17 @@ def main() -> int:
     path = Path(sys.argv[1])
     try:
         events = last_run(path)
-        settings, trained, quantized, final = (
-            events[name] for name in ("settings", "trained", "after_quantization", "final")
-        )
     except OSError as error:
         print(f"summary.py: error: {path}: {error.strerror}", file=sys.stderr)
         return 1
-    except (ValueError, KeyError) as error:
-        print(f"summary.py: error: {path} is not the log of a finished run ({error} is missing)", file=sys.stderr)
+    except (ValueError, KeyError, TypeError):
+        print(f"summary.py: error: {path} is not a run's .jsonl log", file=sys.stderr)
         return 1
+    wanted = ("settings", "trained", "after_quantization", "final")
+    if missing := [name for name in wanted if name not in events]:
+        print(f"summary.py: error: {path} is of a run that has not finished: no {missing[0]!r} yet", file=sys.stderr)
+        return 1
+    settings, trained, quantized, final = (events[name] for name in wanted)
     machine, settings = settings["machine"], settings["settings"]
     total, code = trained["bytes_total"], trained["bytes_code"]
     windows = f"{settings['eval_mode']} windows"
@@ -61,7 +63,7 @@ def main() -> int:
         f"Size: {total:,} of {CAP:,} bytes ({code:,} code + {total - code:,} model)",
     ]
     if sample := last_sample(path.with_suffix(".txt")):
-        lines += ["", "The model continues its prompt:", *("  " + line for line in sample.splitlines())]
+        lines += ["", "The model continues its prompt:", *("  " + line for line in sample.split("\n"))]
     if settings["preset"] == "tiny":
         command = f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {sys.executable} train_gpt.py"
         lines += ["", "Next, the same model for ten minutes:", "  " + command.replace(f"{Path.cwd()}/", "")]

@@ -1,0 +1,644 @@
+"""Export: GPTQ, the grids, packing, and an artifact file that is either read exactly or refused in one line."""
+
+import hashlib
+import json
+import lzma
+import math
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SOLO, bounded, random_model, random_tokens, relative, run_ranks, tiny
+
+import train_gpt as t
+
+each_version = pytest.mark.parametrize("version", [2, 3], ids=["Mamba-2", "Mamba-3"])
+
+
+# ---- Rounding --------------------------------------------------------------------------------------------------------
+
+
+def correlated_problem(rows: int = 24, columns: int = 160, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and the Hessian of inputs that a few directions explain, as activations are. More than one GPTQ block."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2000, 12, generator=generator) @ torch.randn(12, columns, generator=generator)
+    x += 0.3 * torch.randn(2000, columns, generator=generator)
+    return torch.randn(rows, columns, generator=generator), 2 * x.T @ x
+
+
+def hessian_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
+    difference = (weight - rounded).double()
+    return float((difference @ hessian.double() * difference).sum())
+
+
+@pytest.mark.parametrize("clip", ["sdclip", "percentile"])
+def test_gptq_beats_plain_rounding_on_correlated_inputs(clip):
+    """In the norm that counts, the error of the layer's outputs: by a factor of three and more."""
+    weight, hessian = correlated_problem()
+    settings, limits = tiny(quant_clip=clip), t.grid_limits(24, 4, weight.device)
+    scale = t.row_scales(weight, limits, settings, 4.0, hessian.diagonal())
+    plain = t.round_to_grid(weight, scale, limits) * scale
+    clever = t.gptq(weight, hessian, scale, limits) * scale
+    assert hessian_error(weight, clever, hessian) < hessian_error(weight, plain, hessian) / 3
+
+
+def test_gptq_with_independent_inputs_is_plain_rounding():
+    weight, _ = correlated_problem()
+    limits = t.grid_limits(24, 4, weight.device)
+    scale = t.row_scales(weight, limits, tiny(), 4.0)
+    assert torch.equal(t.gptq(weight, torch.eye(160), scale, limits), t.round_to_grid(weight, scale, limits))
+
+
+def test_gptq_stays_on_the_grid_with_eight_bits_in_the_last_rows():
+    weight, hessian = correlated_problem()
+    weight[3] *= 100
+    limits = t.grid_limits(24, 4, weight.device)
+    integers = t.gptq(weight, hessian, t.row_scales(weight, limits, tiny(sdclip_k_int8=2.0), 2.0), limits)
+    assert torch.equal(integers, integers.round())
+    assert integers[:20].abs().max() == 31
+    assert integers[20:].abs().max() == 127
+
+
+def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
+    """A singular Hessian needs damping; a dead column's weight must not be spread over the others."""
+    weight, hessian = correlated_problem()
+    hessian[:, 7] = hessian[:, 5]
+    hessian[7] = hessian[5]
+    hessian[9] = hessian[:, 9] = 0
+    limits = t.grid_limits(24, 0, weight.device)
+    scale = t.row_scales(weight, limits, tiny(), 4.0)
+    integers = t.gptq(weight, hessian, scale, limits)
+    assert integers.isfinite().all()
+    assert not integers[:, 9].any()
+    plain = t.round_to_grid(weight, scale, limits)
+    assert hessian_error(weight, integers * scale, hessian) < hessian_error(weight, plain * scale, hessian) / 3
+
+
+@pytest.mark.parametrize("rows", [(1e-9, 1.0, 1e4), (0.0, 1.0, 1.0)], ids=str)
+@pytest.mark.parametrize("clip", ["sdclip", "percentile"])
+def test_row_scales_are_positive_and_survive_float16(clip, rows):
+    """A row of zeros must not divide by zero, and the stored scale must be the one that was rounded with."""
+    weight = torch.randn(3, 64) * torch.tensor(rows)[:, None]
+    scale = t.row_scales(weight, t.grid_limits(3, 1, weight.device), tiny(quant_clip=clip), 5.0)
+    assert torch.equal(scale.half().float(), scale)
+    assert (scale > 0).all()
+    assert (t.round_to_grid(weight, scale, t.grid_limits(3, 1, weight.device)) * scale).isfinite().all()
+
+
+def test_percentile_clipping_is_never_worse_than_no_clipping():
+    weight = torch.randn(50, 2000, generator=torch.Generator().manual_seed(0))
+    limits = t.grid_limits(50, 0, weight.device)
+    best, full = t.row_scales(weight, limits, tiny(quant_clip="percentile"), 0.0), weight.abs().amax(1, True) / 31
+    errors = [(weight - t.round_to_grid(weight, s, limits) * s).square().sum(1) for s in (best, full.half().float())]
+    assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
+    assert (errors[0] < 0.95 * errors[1]).any()
+
+
+@each_version
+def test_rows_that_drive_the_recurrence_have_eight_bits_and_are_the_last(version):
+    """Step size, decay, trapezoid and angles: 3 heads' worth and the angles in Mamba-3, the step size in Mamba-2."""
+    settings = tiny(mamba_version=version)
+    model = random_model(settings)
+    plan = t.plan_tensors(model)
+    heads, angles = 64 // 16, 8 // 2 // 2
+    expected = 3 * heads + angles if version == 3 else heads
+    for layer in (0, 2):
+        name = f"blocks.{layer}.mixer.in_proj.weight"
+        assert plan[name] == ("int", expected)
+        assert len(model.get_parameter(name)) == 2 * 64 + 2 * 8 + expected
+        quantized = t.quantize_model(model, settings, SOLO, {}, 12.85)[name]
+        weight = model.get_parameter(name).detach()
+        error = (quantized.dequantize() - weight).norm(dim=1) / weight.norm(dim=1)
+        assert error[-expected:].max() < error[:-expected].min() / 2
+    assert plan["embedding.weight"] == ("int", 512)
+    assert plan["blocks.1.mixer.query.weight"] == ("int", 0)
+    assert {plan[name].encoding for name in plan if name.endswith((".dt_bias", ".D", ".A_log"))} == {"float32"}
+
+
+def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
+    """Of every linear layer, over all batches and over both passes of a layer that repeats."""
+    settings = tiny(recur_layers="1", unet_skips=False)
+    model, tokens = random_model(settings), random_tokens(5, 32)
+    seen = []
+    handle = model.blocks[1].mixer.query.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        final = model(tokens, model.order(True))[0].flatten(0, 1)
+    handle.remove()
+    hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
+    x = torch.cat([part.flatten(0, 1) for part in seen])
+    assert len(seen) == 2
+    assert relative(hessians["blocks.1.mixer.query.weight"], 2 * x.T @ x) < 1e-5
+    assert relative(hessians["embedding.weight"], 2 * final.T @ final) < 1e-5
+    missing = {n for n, p in t.plan_tensors(model).items() if p.encoding == "int"} - set(hessians)
+    assert missing == {"bigram_embedding.weight"}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_two_ranks_quantize_to_the_same_bits_as_one():
+    settings = tiny()
+    model, tokens = random_model(settings), random_tokens(4, 32)
+    hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
+    alone = t.quantize_model(model, settings, SOLO, hessians, 5.0)
+    for stored in run_ranks(2, lambda ranks: t.quantize_model(model, settings, ranks, hessians, 5.0)):
+        assert t.pack_artifact(settings, t.plan_tensors(model), stored, "bytes") == t.pack_artifact(
+            settings, t.plan_tensors(model), alone, "bytes"
+        )
+
+
+# ---- Late quantization-aware training --------------------------------------------------------------------------------
+
+
+def test_fake_quantization_stands_on_the_grid_and_restores_the_weights_exactly():
+    settings = tiny(sdclip_k=4.0)
+    model = random_model(settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fake, plan = t.FakeQuantization(model, settings, 1e6), t.plan_tensors(model)
+    with fake():
+        for name, p in model.named_parameters():
+            if plan[name].encoding != "int":
+                assert torch.equal(p, before[name])
+                continue
+            assert not torch.equal(p, before[name]), name
+            limits = t.grid_limits(len(p), plan[name].int8_rows, p.device)
+            steps = p / t.row_scales(before[name], limits, settings, 4.0)
+            assert torch.allclose(steps, steps.round(), atol=1e-3)
+            assert (steps.abs() <= limits + 1e-3).all()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with pytest.raises(ZeroDivisionError), fake():
+        raise ZeroDivisionError
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_fake_quantization_is_what_export_without_a_hessian_stores():
+    """Otherwise training would adapt to another grid than the artifact has."""
+    settings = tiny(sdclip_k=4.0)
+    model = random_model(settings)
+    stored = t.quantize_model(model, settings, SOLO, {}, 4.0)
+    with t.FakeQuantization(model, settings, 1e6)():
+        for name, item in stored.items():
+            if isinstance(item, t.Quantized):
+                assert torch.equal(model.get_parameter(name), item.dequantize()), name
+
+
+def test_gradients_pass_straight_through_the_rounding():
+    settings = tiny()
+    model, other = random_model(settings), random_model(settings)
+    tokens = random_tokens(2, 33)
+    with t.FakeQuantization(model, settings, 1e6)():
+        rounded = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
+    other.load_state_dict(rounded)
+    other.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), other.parameters()))
+
+
+# ---- Fitting the size ------------------------------------------------------------------------------------------------
+
+
+def wide_model() -> tuple[t.Settings, t.Model]:
+    """Some 250,000 Gaussian weights: enough for LZMA to behave as on a real model."""
+    settings = tiny(model_dim=128, mamba_head_dim=32, sdclip_k=0.0)
+    return settings, random_model(settings)
+
+
+def exported(model: t.Model, settings: t.Settings, k: float = 5.0) -> dict[str, t.Quantized | torch.Tensor]:
+    return t.quantize_model(model, settings, SOLO, {}, k)
+
+
+def test_sdclip_is_as_fine_as_the_target_allows_and_the_real_file_fits():
+    settings, model = wide_model()
+    finest, coarsest = (t.predict_bytes(model, settings, k) for k in (4.0, 16.0))
+    assert coarsest < 0.9 * finest
+    for target in (0.4 * coarsest + 0.6 * finest, 0.8 * coarsest + 0.2 * finest):
+        k = t.fit_sdclip(model, settings, target)
+        assert t.predict_bytes(model, settings, k) <= target < t.predict_bytes(model, settings, k - 0.1)
+        data, _ = t.smallest_artifact(settings, t.plan_tensors(model), exported(model, settings, k))
+        assert 0.9 * target < len(data) <= target
+    assert t.fit_sdclip(model, settings, 1.01 * finest) == 4.0
+    assert t.fit_sdclip(model, settings, 0.5 * coarsest) == 16.0
+    assert t.fit_sdclip(model, tiny(sdclip_k=7.0), 1.0) == 7.0
+
+
+def test_pruning_zeroes_the_cheapest_ones_only_and_shrinks_the_file():
+    settings, model = wide_model()
+    plan, stored = t.plan_tensors(model), exported(model, settings)
+    before, _ = t.smallest_artifact(settings, plan, stored)
+    ones = sum(
+        int((stored[n].integers[: len(stored[n].scale) - p.int8_rows].abs() == 1).sum())
+        for n, p in plan.items()
+        if p.encoding == "int"
+    )
+    count = ones // 2
+    pruned = t.prune(stored, plan, count)
+    removed, costs_removed, costs_left = 0, [], []
+    for name, item in stored.items():
+        if not isinstance(item, t.Quantized):
+            assert pruned[name] is item
+            continue
+        changed = pruned[name].integers != item.integers
+        assert torch.equal(pruned[name].scale, item.scale)
+        assert (item.integers[changed].abs() == 1).all()
+        assert not pruned[name].integers[changed].any()
+        assert not changed[len(item.scale) - plan[name].int8_rows :].any(), "8-bit rows must stay as they are"
+        removed += int(changed.sum())
+        six = torch.arange(len(item.scale))[:, None] < len(item.scale) - plan[name].int8_rows
+        cost = item.scale[:, None].float().expand(item.integers.shape)
+        costs_removed.append(cost[changed])
+        costs_left.append(cost[six & (pruned[name].integers.abs() == 1)])
+    assert removed == count
+    assert torch.cat(costs_removed).max() <= torch.cat(costs_left).min()
+    assert len(t.smallest_artifact(settings, plan, pruned)[0]) < len(before) - count // 20
+
+
+def test_an_artifact_that_is_too_large_is_pruned_until_it_fits_and_not_much_further(tmp_path):
+    """Pruning a few values can make LZMA's file larger; that is no reason to prune all of them."""
+    settings, model = wide_model()
+    plan, stored = t.plan_tensors(model), exported(model, settings, 12.0)
+    size = len(t.smallest_artifact(settings, plan, stored)[0])
+    said: list[str] = []
+    data = t.fit_artifact(settings, plan, stored, size - 2000, said.append)
+    assert "pruned" in said[-1]
+    assert size - 10_000 < len(data) <= size - 2000, said
+    (tmp_path / "a").write_bytes(data)
+    t.read_artifact(tmp_path / "a")
+
+
+def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do():
+    settings = tiny()
+    model = random_model(settings)
+    with pytest.raises(t.UserError, match="raise SDCLIP_K, or make the model smaller"):
+        t.fit_artifact(settings, t.plan_tensors(model), exported(model, settings), 1000, lambda text: None)
+
+
+# ---- Packing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["bytes", "bits"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "int8_rows"), [(4, 4, 0), (3, 7, 0), (5, 3, 2), (1, 1, 0), (1, 2, 1), (6, 5, 6), (9, 33, 4)]
+)
+def test_integers_are_unpacked_as_they_were_packed(packing, rows, columns, int8_rows):
+    """At the edges of both grids too, and where the count of 6-bit values is not a multiple of four."""
+    generator = np.random.default_rng(0)
+    integers = generator.integers(-31, 32, (rows, columns)).astype(np.int8)
+    integers[rows - int8_rows :] = generator.integers(-127, 128, (int8_rows, columns))
+    integers.flat[0], integers.flat[-1] = -31, 31
+    data = t.pack_integers(integers, int8_rows, packing)
+    assert len(data) == t.packed_size(rows, columns, int8_rows, packing)
+    assert np.array_equal(t.unpack_integers(data, rows, columns, int8_rows, packing), integers)
+
+
+ODD = {"model_dim": 36, "num_heads": 2, "num_kv_heads": 1, "mamba_head_dim": 8, "mlp_mult": 1.3, "bigram_dim": 5}
+
+
+@each_version
+@pytest.mark.parametrize("packing", ["bytes", "bits"])
+@pytest.mark.parametrize("changes", [{}, ODD | {"tie_embeddings": False}], ids=["even", "odd sizes"])
+def test_what_is_read_back_is_bit_equal_to_what_was_quantized(version, packing, changes, tmp_path):
+    settings = tiny(mamba_version=version, **changes)
+    model = random_model(settings)
+    stored = exported(model, settings)
+    (tmp_path / "a").write_bytes(t.pack_artifact(settings, t.plan_tensors(model), stored, packing))
+    header, parameters = t.read_artifact(tmp_path / "a")
+    assert header == {name: getattr(settings, name) for name in t.MODEL_FIELDS}
+    assert list(parameters) == list(stored)
+    for name, item in stored.items():
+        assert torch.equal(parameters[name], item.dequantize() if isinstance(item, t.Quantized) else item.float()), name
+    loaded, _ = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
+    assert all(torch.equal(p, parameters[name]) for name, p in loaded.named_parameters())
+
+
+def test_the_smaller_packing_is_kept():
+    settings = tiny()
+    model = random_model(settings)
+    plan, stored = t.plan_tensors(model), exported(model, settings)
+    sizes = {packing: len(t.pack_artifact(settings, plan, stored, packing)) for packing in ("bytes", "bits")}
+    data, packing = t.smallest_artifact(settings, plan, stored)
+    assert len(data) == sizes[packing] == min(sizes.values())
+
+
+def test_an_artifact_replaces_the_old_one_whole(tmp_path):
+    path = tmp_path / "new" / "a"
+    t.write_whole(path, b"one")
+    t.write_whole(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+# ---- A file that is not what it should be ----------------------------------------------------------------------------
+
+# The smallest model there is: its artifact is read in a fraction of a millisecond.
+MINUTE = {
+    "num_layers": 1, "mamba_layers": "0", "mlp_layers": "none", "vocab_size": 16, "model_dim": 8, "num_heads": 1,
+    "num_kv_heads": 1, "mamba_head_dim": 8, "bigram_vocab_size": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def minute() -> bytes:
+    settings = tiny(**MINUTE)
+    t.validate_settings(settings, 1)
+    model = random_model(settings)
+    return t.pack_artifact(settings, t.plan_tensors(model), exported(model, settings), "bits")
+
+
+def header_of(data: bytes) -> dict:
+    return json.loads(data[12 : 12 + struct.unpack_from("<I", data, 8)[0]])
+
+
+def sealed(data: bytes, header: dict | list | bytes, content: bytes | None = None) -> bytes:
+    """The artifact with another header, and perhaps other content, under a checksum that is right."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    payload = data[12 + struct.unpack_from("<I", data, 8)[0] : -32]
+    if content is not None:
+        payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=t.LZMA_FILTERS)
+    body = data[:8] + struct.pack("<I", len(text)) + text + payload
+    return body + hashlib.sha256(body).digest()
+
+
+def load(path: Path, data: bytes) -> t.Model:
+    path.write_bytes(data)
+    with bounded(seconds=5, more_memory=1 << 29):
+        return t.load_model(path, tiny(), set(), SOLO)[0]
+
+
+def refused(path: Path, data: bytes) -> str:
+    """What load_model() says against this file; fails if it is slow, greedy, or raises something else."""
+    with pytest.raises(t.UserError) as error:
+        load(path, data)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+    return str(error.value)
+
+
+def test_the_untouched_artifact_loads(minute, tmp_path):
+    load(tmp_path / "a", minute)
+    load(tmp_path / "a", sealed(minute, header_of(minute)))
+
+
+def test_a_missing_artifact_is_refused(tmp_path):
+    with pytest.raises(t.UserError, match="no artifact at"):
+        t.read_artifact(tmp_path / "nothing")
+    with pytest.raises(t.UserError, match="no artifact at"):
+        t.read_artifact(tmp_path)
+
+
+def test_truncation_is_refused_wherever_it_cuts(minute, tmp_path):
+    cuts = {0, 1, 7, 8, 11, 12, 43, 44, 45, len(minute) - 1, len(minute) - 31, len(minute) - 33}
+    for size in cuts | set(range(0, len(minute), 17)):
+        refused(tmp_path / "a", minute[:size])
+
+
+def test_every_flipped_byte_is_refused(minute, tmp_path):
+    generator = random.Random(0)
+    for place in {*range(60), *range(0, len(minute), 13), *range(len(minute) - 40, len(minute))}:
+        data = bytearray(minute)
+        data[place] ^= generator.randrange(1, 256)
+        refused(tmp_path / "a", bytes(data))
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"x" * 32, b"\0" * 10_000], ids=len)
+def test_appended_bytes_are_refused(minute, tmp_path, extra):
+    refused(tmp_path / "a", minute + extra)
+    refused(tmp_path / "a", extra + minute)
+
+
+def test_a_file_far_over_the_cap_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with bounded(), pytest.raises(t.UserError, match="larger than the cap"):
+        t.read_artifact(tmp_path / "a")
+
+
+HUGE = 10**9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": HUGE},
+        {"num_layers": HUGE, "mamba_layers": "all"},
+        {"num_layers": HUGE, "layer_pattern": "M"},
+        {"num_layers": 10**30},
+        {"num_layers": 0},
+        {"num_layers": True},
+        {"num_layers": 1.0},
+        {"num_layers": "1"},
+        {"num_layers": None},
+        {"model_dim": HUGE},
+        {"model_dim": 1 << 20, "num_heads": 1},
+        {"model_dim": 1 << 40},
+        {"model_dim": -8},
+        {"vocab_size": 65_536, "model_dim": 1 << 16},
+        {"vocab_size": 17},
+        {"mlp_layers": "all", "mlp_mult": 1e300},
+        {"mlp_layers": "all", "mlp_mult": 1e7},
+        {"mamba_expand": 1e300},
+        {"mamba_expand": 1e7},
+        {"mamba_expand": math.inf},
+        {"mamba_expand": math.nan},
+        {"mamba_d_state": 1 << 30},
+        {"mamba_head_dim": 1 << 40},
+        {"mamba_layers": f"0-{HUGE}"},
+        {"mamba_layers": f"0-{10**18}"},
+        {"mamba_layers": "nonsense"},
+        {"mamba_layers": ["0"]},
+        {"layer_order": ",".join(["0"] * 100_000)},
+        {"recur_layers": "0", "recur_passes": HUGE},
+        {"bigram_vocab_size": HUGE},
+        {"bigram_vocab_size": 1 << 20, "bigram_dim": 1 << 20},
+        {"recur_mode": "other"},
+        {"rope_base": 0.0},
+        {"rope_fraction": 2.0},
+        {"logit_softcap": math.inf},
+        {"tie_embeddings": 1},
+        {"tie_embeddings": False},
+        {"unet_skips": False},
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_settings_in_the_header_that_cannot_be_are_refused(minute, tmp_path, change):
+    """Quickly, and without building the monster they describe: its tensors are not in the file."""
+    header = header_of(minute)
+    header["settings"] |= change
+    refused(tmp_path / "a", sealed(minute, header))
+
+
+def replaced(table: list, index: int, **fields) -> list:
+    keys = ("name", "shape", "encoding", "int8_rows")
+    return [[fields.get(k, v) for k, v in zip(keys, row)] if i == index else row for i, row in enumerate(table)]
+
+
+IMPOSSIBLE_ENTRIES = [
+    {"shape": [HUGE, HUGE]},
+    {"shape": [HUGE, 0]},
+    {"shape": [0, HUGE]},
+    {"shape": [0, 10**30]},
+    {"shape": [10**30, 0]},
+    {"shape": [1] * 100},
+    {"shape": [-1, 8]},
+    {"shape": [8.0, 8]},
+    {"shape": [True, 8]},
+    {"shape": ["8", 8]},
+    {"shape": 8},
+    {"shape": []},
+    {"shape": None},
+    {"name": 5},
+    {"name": None},
+    {"name": "x"},
+    {"name": ["a"]},
+    {"name": {}},
+    {"encoding": "float64"},
+    {"encoding": None},
+    {"encoding": ["int"]},
+    {"int8_rows": -1},
+    {"int8_rows": HUGE},
+    {"int8_rows": None},
+    {"int8_rows": 0.5},
+    {"int8_rows": False},
+]
+
+
+def with_entry(minute: bytes, encoding: str, fields: dict) -> tuple[dict, list, list]:
+    """The header with these fields in its first tensor of this encoding, and that entry as it was and as it is."""
+    header = header_of(minute)
+    index = next(i for i, row in enumerate(header["tensors"]) if row[2] == encoding and math.prod(row[1]) > 8)
+    before = header["tensors"][index]
+    header["tensors"] = replaced(header["tensors"], index, **fields)
+    return header, before, header["tensors"][index]
+
+
+@pytest.mark.parametrize("fields", IMPOSSIBLE_ENTRIES, ids=lambda fields: str(fields)[:40])
+@pytest.mark.parametrize("encoding", ["int", "float16"])
+def test_tensor_entries_that_cannot_be_are_refused(minute, tmp_path, fields, encoding):
+    if encoding == "float16" and fields.get("int8_rows") == HUGE:
+        return  # floats have no rows of eight bits: the number means nothing there
+    refused(tmp_path / "a", sealed(minute, with_entry(minute, encoding, fields)[0]))
+
+
+@pytest.mark.parametrize("fields", [*IMPOSSIBLE_ENTRIES[:5], {"name": "x"}], ids=lambda fields: str(fields)[:40])
+@pytest.mark.parametrize("encoding", ["int", "float16"])
+def test_tensor_entries_of_a_forger_who_adjusts_all_sizes_are_refused(minute, tmp_path, fields, encoding):
+    header, before, after = with_entry(minute, encoding, fields)
+    header["raw_bytes"] += packed_bytes(*after[1:]) - packed_bytes(*before[1:])
+    refused(tmp_path / "a", sealed(minute, header, bytes(min(header["raw_bytes"], 1 << 20))))
+
+
+def test_more_dimensions_than_numpy_has_are_refused(minute, tmp_path):
+    header, before, after = with_entry(minute, "float16", {"shape": [1] * 100})
+    header["raw_bytes"] += packed_bytes(*after[1:]) - packed_bytes(*before[1:])
+    refused(tmp_path / "a", sealed(minute, header, bytes(header["raw_bytes"])))
+
+
+def packed_bytes(shape: list[int], encoding: str, int8_rows: int) -> int:
+    if encoding == "int":
+        rows, columns = shape
+        return 2 * rows + -(-(rows - int8_rows) * columns // 4) * 3 + int8_rows * columns
+    return math.prod(shape) * {"float16": 2, "float32": 4}[encoding]
+
+
+@pytest.mark.parametrize("raw_bytes", [0, -1, 1 << 62, 10**100, 1.5, None, "9", True], ids=str)
+def test_a_false_promise_of_the_unpacked_size_is_refused(minute, tmp_path, raw_bytes):
+    refused(tmp_path / "a", sealed(minute, header_of(minute) | {"raw_bytes": raw_bytes}))
+
+
+def test_a_decompression_bomb_is_not_unpacked(minute, tmp_path):
+    """40 KB that would become 256 MB: what the header promises is read, and no more; a promise of 400 MB is refused."""
+    header = header_of(minute)
+    compressor = lzma.LZMACompressor(lzma.FORMAT_RAW, filters=[t.LZMA_FILTERS[0] | {"preset": 0}])
+    payload = b"".join([compressor.compress(bytes(1 << 20)) for _ in range(256)] + [compressor.flush()])
+    assert len(payload) < 1 << 17
+
+    def with_bomb(header: dict) -> bytes:
+        body = sealed(minute, header)[: -32 - len(minute) + 12 + struct.unpack_from("<I", minute, 8)[0] + 32] + payload
+        return body + hashlib.sha256(body).digest()
+
+    (tmp_path / "a").write_bytes(with_bomb(header))
+    with bounded(more_memory=160 << 20):  # the decoder's own dictionary takes 64 MB
+        t.load_model(tmp_path / "a", tiny(), set(), SOLO)
+    table = [["x", [100_000_000], "float32", 0]]
+    refused(tmp_path / "a", with_bomb(header | {"raw_bytes": 400_000_000, "tensors": table}))
+
+
+@pytest.mark.parametrize("key", ["settings", "packing", "raw_bytes", "tensors"])
+@pytest.mark.parametrize("value", ["missing", None, 7, "text", [], {}, [[]], [None]], ids=str)
+def test_a_header_with_a_part_missing_or_of_the_wrong_kind_is_refused(minute, tmp_path, key, value):
+    header = header_of(minute)
+    if value == "missing":
+        del header[key]
+    else:
+        header[key] = value
+    refused(tmp_path / "a", sealed(minute, header))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"null", b"7", b'"x"', b"\xff\xfe", b"[" * 200_000, b'{"a":' * 100_000, b"9" * 10_000],
+    ids=lambda text: repr(text[:8]),
+)
+def test_a_header_that_is_not_an_object_is_refused(minute, tmp_path, text):
+    refused(tmp_path / "a", sealed(minute, text))
+
+
+def test_a_header_longer_than_the_file_is_refused(minute, tmp_path):
+    for length in (len(minute), 2**32 - 1):
+        body = minute[:8] + struct.pack("<I", length) + minute[12:-32]
+        assert "header" in refused(tmp_path / "a", body + hashlib.sha256(body).digest())
+
+
+@pytest.mark.parametrize("settings", [lambda s: s | {"extra": 1}, lambda s: {k: s[k] for k in list(s)[1:]}])
+def test_a_header_of_another_version_of_the_program_is_refused(minute, tmp_path, settings):
+    header = header_of(minute)
+    header["settings"] = settings(header["settings"])
+    assert "other settings" in refused(tmp_path / "a", sealed(minute, header))
+
+
+@pytest.mark.parametrize("change", ["first missing", "last missing", "renamed", "none at all", "another order"])
+def test_a_table_of_other_tensors_is_refused(minute, tmp_path, change):
+    """Only their order is the writer's business."""
+    header = header_of(minute)
+    table = header["tensors"]
+    header["tensors"] = {
+        "first missing": table[1:],
+        "last missing": table[:-1],
+        "renamed": replaced(table, 0, name="other"),
+        "none at all": [],
+        "another order": table[::-1],
+    }[change]
+    header["raw_bytes"] = sum(packed_bytes(*row[1:]) for row in header["tensors"])
+    data = sealed(minute, header, bytes(header["raw_bytes"]))
+    if change == "another order":
+        load(tmp_path / "a", data)
+    else:
+        refused(tmp_path / "a", data)
+
+
+def test_random_damage_under_a_right_checksum_never_ends_in_a_traceback(minute, tmp_path):
+    """It may happen to be a model of the same shape; anything but that and UserError is a bug."""
+    generator = random.Random(1)
+    size = struct.unpack_from("<I", minute, 8)[0]
+    loaded = 0
+    for _ in range(300):
+        data = bytearray(minute[:-32])
+        for _ in range(generator.choice((1, 1, 2, 5))):
+            place = (
+                generator.randrange(12, 12 + size) if generator.random() < 0.7 else generator.randrange(8, len(data))
+            )
+            data[place] = generator.choice((generator.randrange(256), ord(generator.choice('0123456789"[]{},:-eE.'))))
+        try:
+            load(tmp_path / "a", bytes(data) + hashlib.sha256(data).digest())
+            loaded += 1
+        except t.UserError:
+            pass
+    assert loaded < 200
+
+
+def test_a_variable_that_contradicts_the_artifact_is_refused(minute, tmp_path):
+    (tmp_path / "a").write_bytes(minute)
+    with pytest.raises(t.UserError, match="NUM_LAYERS=2 contradicts the artifact, which has 1"):
+        t.load_model(tmp_path / "a", tiny(**MINUTE | {"num_layers": 2}), {"num_layers"}, SOLO)
+    _, settings = t.load_model(tmp_path / "a", tiny(num_layers=2, eval_mode="plain"), {"eval_mode"}, SOLO)
+    assert (settings.num_layers, settings.eval_mode) == (1, "plain")

@@ -1,0 +1,415 @@
+"""Runs: from shards to a scored artifact, on one process and on two, and every mistake of a user in one line.
+
+Most runs happen inside this process, with another os.environ; a few are real processes, for what only they can show.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SOLO, relative, tiny, tiny_environment, write_shard
+
+import train_gpt as t
+
+SCRIPT = Path(t.__file__).resolve()
+FINAL = re.compile(r"final_int6_lzma_\w+_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})")
+
+# Six steps without a clock; the target leaves room for any model, so that nothing is pruned.
+SIX_STEPS = {"iterations": 6, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "train_log_every": 2}
+
+
+def run_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
+    paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model", "log_dir": folder}
+    return tiny_environment(**(SIX_STEPS | paths | {"run_id": "a", "device": "cpu"} | changes))
+
+
+def process_environment(settings: dict[str, str]) -> dict[str, str]:
+    """Settings among what a process needs to start, without any variable that could be taken for a setting."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    return kept | {"OMP_NUM_THREADS": "1"} | settings
+
+
+def run_here(monkeypatch, environment: dict[str, str], *arguments: str) -> int:
+    """run() in this process; returns the exit status."""
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    return t.run()
+
+
+@dataclasses.dataclass
+class Run:
+    folder: Path
+    text: str  # the log, behind the source
+    out: str
+    weights: dict[str, torch.Tensor]  # averaged, before quantization
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "a.txt").read_text(encoding="utf-8")
+
+    @property
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "a.jsonl").read_text().splitlines()]
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "a.int6.lzma"
+
+    def scores(self) -> tuple[str, str]:
+        """Loss and BPB of the last line."""
+        return FINAL.fullmatch(self.text.strip().splitlines()[-1]).groups()
+
+
+# Runs train_gpt.py as it stands, and keeps the weights from before export.
+KEEP_WEIGHTS = """
+import sys, torch
+sys.path.insert(0, sys.argv.pop(1))
+import train_gpt as t
+path, export = sys.argv.pop(1), t.export
+def keep_weights(trainer, *rest):
+    if trainer.ranks.is_main:
+        torch.save(trainer.model.state_dict(), path)
+    return export(trainer, *rest)
+t.export = keep_weights
+sys.exit(t.run())
+"""
+
+
+@pytest.fixture(scope="module")
+def train(shards, tmp_path_factory):
+    """train(processes, **settings): a whole run in real processes."""
+
+    def start(processes: int, **settings) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        (folder / "keep.py").write_text(KEEP_WEIGHTS)
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*launcher, str(folder / "keep.py"), str(SCRIPT.parent), str(folder / "weights.pt")],
+            env=process_environment(run_environment(shards, folder, **settings)),
+            capture_output=True, text=True, timeout=300, cwd=folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        source = SCRIPT.read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
+        text = (folder / "a.txt").read_text(encoding="utf-8").removeprefix(source)
+        return Run(folder, text, done.stdout, torch.load(folder / "weights.pt"))
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def trained(train) -> Run:
+    """The run that most tests look at: one process, six steps, sliding windows, test-time training."""
+    return train(1, eval_nll_path="nll.npy", sample="The", sample_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(train) -> Run:
+    return train(2)
+
+
+# ---- A whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_the_log_begins_with_the_source_of_the_script(trained):
+    assert trained.log.startswith(SCRIPT.read_text(encoding="utf-8"))
+    assert SCRIPT.read_text(encoding="utf-8")[:200] not in trained.out
+
+
+def test_the_logged_submission_size_is_that_of_the_files(trained):
+    size = SCRIPT.stat().st_size + trained.artifact.stat().st_size
+    assert f"\nTotal submission size int6+lzma: {size} bytes\n" in trained.text
+    assert f"\nCode size: {SCRIPT.stat().st_size} bytes" in trained.text
+    assert size <= t.ARTIFACT_CAP
+
+
+def test_log_lines_have_the_contests_form(trained):
+    steps = re.findall(
+        r"^step:(\d+)/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", trained.text, re.M
+    )
+    assert [int(step) for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert re.search(r"^step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} .*before quantization", trained.text, re.M)
+    assert re.search(r"^final_int6_lzma_plain_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$", trained.text, re.M)
+    assert trained.text.strip().splitlines()[-1].startswith("final_int6_lzma_sliding_ttt_exact ")
+    assert [line for line in trained.out.splitlines() if line.startswith("sample: ")]
+    assert trained.text.strip() in trained.out
+
+
+def test_the_records_say_what_the_log_says(trained):
+    events = {record["event"]: record for record in trained.records}
+    assert events.keys() >= {"settings", "ready", "train", "trained", "after_quantization", "final"}
+    assert (f"{events['final']['val_loss']:.8f}", f"{events['final']['val_bpb']:.8f}") == trained.scores()
+    assert events["trained"]["bytes_total"] == SCRIPT.stat().st_size + trained.artifact.stat().st_size
+    assert events["trained"]["steps"] == 6
+    settings = events["settings"]["settings"]
+    assert settings == dataclasses.asdict(tiny(**{k: settings[k] for k in settings}))
+
+
+def test_six_steps_learn_something(trained):
+    losses = [record["train_loss"] for record in trained.records if record["event"] == "train"]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_audit_file_holds_every_targets_nats(trained, shards):
+    nats = np.load(trained.folder / "nll.npy")
+    (tokens,) = t.open_shards(str(shards), "val")
+    assert nats.dtype == np.float32
+    assert nats.shape == (len(tokens) - 1,)
+    loss, bpb = map(float, trained.scores())
+    assert nats.mean(dtype=np.float64) == pytest.approx(loss, abs=1e-7)
+    model = t.Tokenizer(str(shards / "tokenizer.model"), 512).model
+    documents = np.split(tokens, np.flatnonzero(tokens == t.BOS_ID)[1:])
+    text_bytes = sum(len(model.DecodeIds(document[1:].tolist()).encode()) for document in documents)
+    assert nats.sum(dtype=np.float64) / np.log(2) / text_bytes == pytest.approx(bpb, abs=1e-7)
+
+
+def test_evaluation_alone_reproduces_the_score_from_three_files(trained, shards, tmp_path):
+    """In a folder without training data and without the log: artifact, tokenizer, validation shard; to the last digit."""
+    for file in (trained.artifact, shards / "tokenizer.model", shards / "words_val_000000.bin"):
+        shutil.copy(file, tmp_path)
+    evaluation = "EVAL_STRIDE EVAL_OVERLAP VAL_BATCH_SIZE TTT_CHUNK_TOKENS TRAIN_SEQ_LEN MAMBA_CHUNK_SIZE VOCAB_SIZE"
+    environment = {name: value for name, value in tiny_environment().items() if name in evaluation.split()}
+    environment |= {"EVAL_ONLY": "1", "ARTIFACT": "a.int6.lzma", "DATA_PATH": ".", "TOKENIZER_PATH": "tokenizer.model"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env=process_environment(environment | {"PRESET": "tiny", "LOG_DIR": "out", "EVAL_NLL_PATH": "nll.npy"}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert FINAL.fullmatch(done.stdout.strip().splitlines()[-1]).groups() == trained.scores()
+    assert (tmp_path / "nll.npy").read_bytes() == (trained.folder / "nll.npy").read_bytes()
+
+
+def test_two_ranks_train_the_same_model_as_one(trained, trained_by_two):
+    """Batches, gradients, Muon's shared updates, averages: all six steps, before quantization can hide or add anything."""
+    for name, weight in trained.weights.items():
+        other = trained_by_two.weights[name]
+        assert relative(other, weight) < 1e-4, name
+        # Adam turns a gradient that is 0 up to rounding into a whole step: let one weight in a thousand differ.
+        assert ((other - weight).abs() > 1e-5).float().mean() <= 1e-3, name
+
+
+def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
+    """A rounding error may move a weight by one step of its grid, which moves the score a little."""
+    before, after = ([r for r in run.records if r["event"] == "trained"][0] for run in (trained, trained_by_two))
+    assert after["val_loss"] == pytest.approx(before["val_loss"], abs=1e-4)
+    assert after["val_bpb"] == pytest.approx(before["val_bpb"], abs=1e-4)
+    assert float(trained_by_two.scores()[1]) == pytest.approx(float(trained.scores()[1]), abs=2e-3)
+    assert trained_by_two.out.count("_exact val_loss") == 2
+
+
+# ---- What must not change a run --------------------------------------------------------------------------------------
+
+
+class Quiet:
+    """A log that says nothing."""
+
+    def __call__(self, text: str) -> None: ...
+    def progress(self, text: str) -> None: ...
+    def record(self, event: str, **values) -> None: ...
+
+
+def train_here(shards: Path, micro_batch: int = 128, validate=lambda recurrent: None, **changes) -> list[torch.Tensor]:
+    """The weights after six steps in this process."""
+    settings = tiny(**(SIX_STEPS | {"data_path": str(shards)} | changes))
+    trainer = t.Trainer(t.build_model(settings, SOLO), settings, SOLO, micro_batch, 1e6, Quiet())
+    trainer.warm_up()
+    trainer.run(t.Batches(settings, SOLO), validate)
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def test_the_compile_warm_up_leaves_no_trace(shards):
+    """Neither in the weights, nor in momentum: with or without it, six steps end at the same bits."""
+    assert all(map(torch.equal, train_here(shards, warmup_steps=3), train_here(shards, warmup_steps=0)))
+
+
+def test_gradient_accumulation_trains_the_same_model(shards):
+    for a, b in zip(train_here(shards, micro_batch=128), train_here(shards, micro_batch=32)):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_during_training_does_not_change_it(shards, byte_tokenizer):
+    settings = tiny(data_path=str(shards))
+    validation = t.load_validation(settings, t.Tokenizer(str(byte_tokenizer), 512))
+    plain = train_here(shards)
+    for mode in ("plain", "stateful"):
+        calls = []
+
+        def validate(recurrent: bool, mode=mode, calls=calls) -> t.Score:
+            chosen = dataclasses.replace(settings, eval_mode=mode)
+            model = t.build_model(settings, SOLO)
+            calls.append(recurrent)
+            return t.Evaluator(model, chosen, SOLO, validation, recurrent).score()
+
+        assert all(map(torch.equal, train_here(shards, validate=validate, val_loss_every=2), plain))
+        assert len(calls) == 3
+
+
+def test_recurrence_and_late_quantization_switch_on_during_the_run(shards):
+    """Without a switch the run would be that of the plain model, bit for bit."""
+    plain = {"late_qat_threshold": 0.0, "recur_layers": "1", "recur_start": 1.0}
+    base = train_here(shards, **plain)
+    assert not all(map(torch.equal, train_here(shards, **plain | {"recur_start": 0.5}), base))
+    assert not all(map(torch.equal, train_here(shards, **plain | {"late_qat_threshold": 0.5}), base))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration": "self", "weight_average": "swa", "quant_clip": "percentile", "eval_mode": "stateful"},
+        {"mamba_version": 2, "document_reset": True, "tie_embeddings": False, "sdclip_k": 0.0, "eval_mode": "plain"},
+        {"layer_pattern": "MaA", "mamba_layers": None, "num_layers": None, "ttt_enabled": False, "unet_skips": False},
+    ],
+    ids=["self-calibrated", "Mamba-2", "pattern"],
+)
+def test_other_choices_run_from_shards_to_a_score(monkeypatch, capsys, shards, tmp_path, changes):
+    settings = {"iterations": 2, "warmup_steps": 0, "val_loss_every": 1, **changes}
+    assert run_here(monkeypatch, run_environment(shards, tmp_path, **settings)) == 0
+    out = capsys.readouterr().out
+    last = out.strip().splitlines()[-1]
+    assert FINAL.fullmatch(last)
+    assert ("_ttt_exact" in last) == changes.get("ttt_enabled", True)
+    assert len(re.findall(r"^step:\d/2 val_loss:", out, re.M)) == 3
+
+
+# ---- Mistakes --------------------------------------------------------------------------------------------------------
+
+
+def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -> str:
+    """The one line on stderr of a run that ends with status 2."""
+    status = run_here(monkeypatch, environment, *arguments)
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert error.startswith("train_gpt.py: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data_path": "nowhere"}, "no *_val_*.bin shards in nowhere"),
+        ({"tokenizer_path": "nowhere.model"}, "no tokenizer at nowhere.model"),
+        ({"vocab_size": 500}, "512 tokens, but VOCAB_SIZE=500"),
+        ({"train_seq_len": 1024, "train_batch_tokens": 1024, "ttt_chunk_tokens": 1024}, "less than one sequence"),
+        ({"model_dim": 33}, "NUM_HEADS=4 does not divide MODEL_DIM=33"),
+        ({"mamba_head_dim": 24}, "MAMBA_HEAD_DIM=24"),
+        ({"train_batch_tokens": 100}, "TRAIN_BATCH_TOKENS=100"),
+        ({"mamba_layers": "0,9"}, "there is no layer 9"),
+        ({"iterations": "many"}, 'ITERATIONS="many" should be a whole number'),
+        ({"eval_mode": "slide"}, "EVAL_MODE=slide should be one of"),
+        ({"muon_momentun": 0.9}, "did you mean MUON_MOMENTUM?"),
+        ({"preset": "tinny"}, "did you mean tiny?"),
+        ({"scan_backend": "mamba_ssm"}, "SCAN_BACKEND=mamba_ssm needs a GPU"),
+        ({"attention_backend": "fa3"}, "ATTENTION_BACKEND=fa3 does not run here"),
+        ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT=file"),
+        ({"eval_only": True}, "no artifact at"),
+        ({"log_dir": "/dev/null/logs"}, "cannot write logs in LOG_DIR=/dev/null/logs"),
+        ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "cannot write /dev/null/x/y.lzma"),
+        ({"target_mb": 0.18, "iterations": 1}, "raise SDCLIP_K"),
+        ({"eval_max_seconds": 1e-6, "iterations": 1}, "evaluation passed EVAL_MAX_SECONDS"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_users_mistake_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, changes, said):
+    assert said in mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("split", "tokens", "options", "said"),
+    [
+        ("train", range(9, 400), {"magic": 7}, "wrong magic number"),
+        ("train", range(9, 400), {"version": 2}, "version 2"),
+        ("train", range(9, 400), {"count": 1000}, "its header says 3024"),
+        ("train", [600] * 400, {}, "the training shards hold token id 600, but VOCAB_SIZE=512"),
+        ("train", range(9, 30), {}, "no training shard holds a sequence"),
+        ("train", [], {}, "no training shard holds a sequence"),
+        ("val", range(9, 400), {"magic": 7}, "wrong magic number"),
+        ("val", [600] * 400, {}, "the validation shards hold token id 600, but VOCAB_SIZE=512"),
+        ("val", range(9, 30), {}, "the validation shards hold 21 tokens, less than one sequence"),
+        ("val", [], {}, "the validation shards hold 0 tokens"),
+    ],
+    ids=str,
+)
+def test_a_bad_shard_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, split, tokens, options, said):
+    for other in ("train", "val"):
+        shutil.copy(shards / f"words_{other}_000000.bin", tmp_path)
+    write_shard(tmp_path / f"words_{split}_000000.bin", tokens, **options)
+    environment = run_environment(shards, tmp_path / "logs", data_path=tmp_path)
+    assert said in mistake(monkeypatch, capsys, environment)
+
+
+def test_a_training_folder_without_training_shards_ends_in_one_line(monkeypatch, capsys, shards, tmp_path):
+    shutil.copy(shards / "words_val_000000.bin", tmp_path)
+    environment = run_environment(shards, tmp_path / "logs", data_path=tmp_path)
+    assert "no *_train_*.bin shards" in mistake(monkeypatch, capsys, environment)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_asking_for_a_gpu_where_there_is_none_ends_in_one_line(monkeypatch, capsys, shards, tmp_path):
+    assert "sees no GPU" in mistake(monkeypatch, capsys, run_environment(shards, tmp_path, device="cuda"))
+
+
+@pytest.mark.parametrize("arguments", [["--iterations=5"], ["ITERATIONS=5"], ["x", "y"]], ids=str)
+def test_arguments_are_refused(monkeypatch, capsys, arguments):
+    assert "settings are environment variables" in mistake(monkeypatch, capsys, {}, *arguments)
+
+
+def test_a_damaged_or_contradicted_artifact_ends_in_one_line(monkeypatch, capsys, trained, shards, tmp_path):
+    data = trained.artifact.read_bytes()
+    path = tmp_path / "x.lzma"
+    environment = run_environment(shards, tmp_path, eval_only=True, artifact=path)
+    for damaged in (b"", data[:11], data[: len(data) // 2], data[:-1], data + b"\0"):
+        path.write_bytes(damaged)
+        assert "is not a usable artifact" in mistake(monkeypatch, capsys, environment)
+    path.write_bytes(data)
+    wrong = environment | {"MODEL_DIM": "64"}
+    assert "MODEL_DIM=64 contradicts the artifact, which has 32" in mistake(monkeypatch, capsys, wrong)
+
+
+def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
+    for argument in ("--help", "-h"):
+        assert run_here(monkeypatch, {"VOCAB_SIZES": "nonsense"}, argument) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        for field in dataclasses.fields(t.Settings):
+            assert re.search(rf"^ *{field.name.upper()} ", captured.out, re.M), field.name
+        for preset in t.PRESETS:
+            assert f"PRESET={preset}: " in captured.out
+
+
+def test_a_mistake_in_a_real_process_has_status_2_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        env=process_environment({"PRESET": "tiny", "TRAIN_BATCH_TOKEN": "4096"}),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "train_gpt.py: error: TRAIN_BATCH_TOKEN is not a setting; did you mean TRAIN_BATCH_TO"
+    )
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
+    """A bad token in rank 1's half of the batch: rank 0 knows nothing of it. Rank 1 waits, and if rank 0 has not ended
+    the run by then, it speaks itself."""
+
+    def main() -> None:
+        raise t.UserError("the training shards hold token id 600")
+
+    said_before = []
+    monkeypatch.setattr(t, "main", main)
+    monkeypatch.setattr(t.time, "sleep", lambda seconds: said_before.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2"})
+    assert t.run() == 2
+    assert [(seconds >= 1, said) for seconds, said in said_before] == [(True, "")]
+    assert capsys.readouterr().err == "train_gpt.py: error: the training shards hold token id 600\n"
