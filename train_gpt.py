@@ -108,7 +108,7 @@ class Settings:
     rope_base: float = setting(10_000.0, "model", "number", "attention's rotary base")
     rope_fraction: float = setting(1.0, "model", "0 to 1", "part of each attention head that rotates")
     qk_gain_init: float = setting(1.5, "model", "factor", "initial gain on normalized queries, learned per head")
-    attention_backend: str = setting("auto", "model", "name", "auto|fa3|fa2|cudnn|flash|math; auto: the first that works here")
+    attention_backend: str = setting("auto", "model", "auto|fa3|fa2|cudnn|flash|math", "attention kernel; auto: the first that works here")
     mamba_version: int = setting(3, "model", "2|3", "Mamba-3, or the same scan as Mamba-2 with that block around it")
     mamba_d_state: int = setting(64, "model", "numbers", "state-space state size per head channel, a power of two")
     mamba_expand: float = setting(2.0, "model", "× width", "inner width of a Mamba layer")
@@ -118,9 +118,8 @@ class Settings:
     mamba_output_norm: bool = setting(False, "model", "0|1", "RMSNorm per head before Mamba-3's gate")
     mamba_chunk_size: int = setting(64, "model", "tokens", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = setting(False, "model", "0|1", "recompute Mamba layers in backward to save memory")
-    scan_backend: str = setting("auto", "model", "name", "auto|mamba_ssm|chunked|sequential; auto: fused on CUDA, chunked on CPU")
+    scan_backend: str = setting("auto", "model", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, chunked on the CPU")
     unet_skips: bool = setting(True, "model", "0|1", "skips from the first half of the layers to the second")
-    layer_norm_scale: bool = setting(False, "model", "0|1", "scale each block's normed input by 1/sqrt(layer + 1)")
     bigram_vocab_size: int = setting(4096, "model", "rows", "hashed bigram embedding; 0: none")
     bigram_dim: int = setting(128, "model", "width", "width of the bigram embedding before its projection")
     tie_embeddings: bool = setting(True, "model", "0|1", "output matrix is the embedding")
@@ -146,20 +145,20 @@ class Settings:
     mamba_matrix_lr: float = setting(0.025, "optimizer", "rate", "Muon, Mamba's in_proj and out_proj")
     tied_embed_lr: float = setting(0.03, "optimizer", "rate", "Adam, embeddings and, where untied, the output matrix")
     scalar_lr: float = setting(0.02, "optimizer", "rate", "Adam, vectors, scales and Mamba's dynamics")
-    muon_momentum: float = setting(0.95, "optimizer", "factor", "Nesterov momentum")
-    muon_momentum_start: float = setting(0.85, "optimizer", "factor", "its value at the first step")
+    muon_momentum: float = setting(0.95, "optimizer", "below 1", "Nesterov momentum")
+    muon_momentum_start: float = setting(0.85, "optimizer", "below 1", "its value at the first step")
     muon_momentum_warmup: float = setting(0.1, "optimizer", "of run", "how long it takes to rise")
     muon_backend_steps: int = setting(5, "optimizer", "steps", "Newton-Schulz iterations (Polar Express coefficients)")
     weight_decay: float = setting(0.05, "optimizer", "rate", "decoupled, on Muon's matrices and the embeddings")
-    beta1: float = setting(0.9, "optimizer", "factor", "Adam")
-    beta2: float = setting(0.95, "optimizer", "factor", "Adam")
+    beta1: float = setting(0.9, "optimizer", "below 1", "Adam")
+    beta2: float = setting(0.95, "optimizer", "below 1", "Adam")
     grad_clip_norm: float = setting(1.0, "optimizer", "norm", "global gradient clipping; 0: none")
     weight_average: str = setting("ema", "optimizer", "ema|swa|none", "which average of the weights is exported")
-    ema_decay: float = setting(0.997, "optimizer", "factor", "at most; short runs use a shorter horizon (EMA_HORIZON)")
+    ema_decay: float = setting(0.997, "optimizer", "below 1", "at most; short runs use a shorter horizon (EMA_HORIZON)")
     ema_horizon: float = setting(0.03, "optimizer", "of steps", "EMA remembers at most this part of the steps taken")
     swa_fraction: float = setting(0.2, "optimizer", "of run", "SWA averages this last part of the run")
 
-    late_qat_threshold: float = setting(0.15, "export", "LR factor", "train on fake-quantized matrices once the LR factor is below; 0: never")
+    late_qat_threshold: float = setting(0.15, "export", "0 to 1", "fake-quantize once the LR factor is below; 0: never")
     target_mb: float = setting(16.0, "export", "MB", "decimal megabytes the artifact and the code may take")
     quant_clip: str = setting("sdclip", "export", "sdclip|percentile", "row scale: k standard deviations, or the best of several percentiles")
     sdclip_k: float = setting(0.0, "export", "std", "int6 rows clip at k standard deviations; 0: as fine as TARGET_MB allows")
@@ -176,7 +175,7 @@ class Settings:
     ttt_enabled: bool = setting(True, "evaluation", "0|1", "score-first test-time training")
     ttt_lr: float = setting(0.005, "evaluation", "rate", "SGD, cosine over the chunks")
     ttt_epochs: int = setting(2, "evaluation", "epochs", "passes over each scored chunk")
-    ttt_momentum: float = setting(0.9, "evaluation", "factor", "SGD")
+    ttt_momentum: float = setting(0.9, "evaluation", "below 1", "SGD")
     ttt_chunk_tokens: int = setting(32_768, "evaluation", "tokens", "scored, then trained on")
     ttt_grad_clip: float = setting(1.0, "evaluation", "norm", "gradient clipping; 0: none")
     # fmt: on
@@ -231,19 +230,6 @@ PRESET_HELP = {
     "default": "the best we have: 8 GPUs, ten minutes, sp8192",
     "peer7": "the shape of the best published state-space entry (25,159,984 parameters), for speed comparisons",
     "tiny": "two minutes on two CPU cores with the sample corpus",
-}
-CHOICES = {
-    "device": ("auto", "cuda", "cpu"),
-    "compile": ("auto", "on", "off"),
-    "attention_backend": ("auto", "fa3", "fa2", "cudnn", "flash", "math"),
-    "scan_backend": ("auto", "mamba_ssm", "chunked", "sequential"),
-    "mamba_version": (2, 3),
-    "mamba_rope_fraction": (0.5, 1.0),
-    "recur_mode": ("hinge", "spread"),
-    "weight_average": ("ema", "swa", "none"),
-    "quant_clip": ("sdclip", "percentile"),
-    "calibration": ("train", "self"),
-    "eval_mode": ("plain", "sliding", "stateful"),
 }
 # Settings that a stored model is meaningless without: they travel in the artifact's header.
 MODEL_FIELDS = tuple(
@@ -361,6 +347,37 @@ def reject_misspelt(environment: dict[str, str], names: set[str]) -> None:
             raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (--help lists them all)")
 
 
+UNIT_RANGES = {"of run": (0, 1), "0 to 1": (0, 1), "below 1": (0, 1 - 1e-9)}
+POSITIVE = [
+    "vocab_size",
+    "train_batch_tokens",
+    "train_seq_len",
+    "num_layers",
+    "model_dim",
+    "mlp_mult",
+    "num_heads",
+    "num_kv_heads",
+    "rope_base",
+    "mamba_d_state",
+    "mamba_expand",
+    "mamba_head_dim",
+    "mamba_chunk_size",
+    "iterations",
+    "muon_backend_steps",
+    "target_mb",
+    "eval_overlap",
+    "calibration_tokens",
+    "eval_stride",
+    "val_batch_size",
+    "eval_max_seconds",
+    "ttt_chunk_tokens",
+    "sample_tokens",
+    "train_log_every",
+    "sdclip_k_int8",
+    "ema_horizon",
+]
+
+
 def validate_settings(settings: Settings, world_size: int) -> None:
     """Raises UserError at the first value, or relation between values, that cannot work."""
 
@@ -369,95 +386,57 @@ def validate_settings(settings: Settings, world_size: int) -> None:
             raise UserError(message)
 
     s = settings
-    for name, choices in CHOICES.items():
-        value = getattr(s, name)
-        need(value in choices, f"{name.upper()}={value} should be one of {', '.join(map(str, choices))}")
-    positive = (
-        "vocab_size train_batch_tokens train_seq_len num_layers model_dim mlp_mult num_heads num_kv_heads rope_base"
-    )
-    positive += " mamba_d_state mamba_expand mamba_head_dim mamba_chunk_size iterations muon_backend_steps target_mb"
-    positive += " calibration_tokens eval_stride eval_overlap val_batch_size eval_max_seconds ttt_chunk_tokens"
-    positive += " sample_tokens train_log_every sdclip_k_int8 ema_horizon"
-    for name in positive.split():
-        need(getattr(s, name) > 0, f"{name.upper()}={getattr(s, name)} must be greater than 0")
-    fractions = "rope_fraction recur_start lr_warmup_fraction warmdown_fraction muon_momentum_warmup swa_fraction"
-    fractions += " late_qat_threshold"
-    for name in fractions.split():
-        need(0 <= getattr(s, name) <= 1, f"{name.upper()}={getattr(s, name)} must lie between 0 and 1")
-    for name in ["muon_momentum", "muon_momentum_start", "beta1", "beta2", "ema_decay", "ttt_momentum"]:
-        need(0 <= getattr(s, name) < 1, f"{name.upper()}={getattr(s, name)} must be at least 0 and below 1")
-    signed = {"mamba_d_conv"}
     for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        if isinstance(value, (int, float)) and f.name not in signed:
-            need(value >= 0, f"{f.name.upper()}={value} must not be negative")
+        value, unit, name = getattr(s, f.name), f.metadata["unit"], f.name.upper()
+        if isinstance(value, bool):
+            continue
+        if "|" in unit:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            need(shown in unit.split("|"), f"{name}={shown} should be one of {unit.replace('|', ', ')}")
+        elif not isinstance(value, str):
+            low, high = UNIT_RANGES.get(unit, (-1 if f.name == "mamba_d_conv" else 0, math.inf))
+            need(value >= low, f"{name}={value} must not be negative")
+            need(value <= high, f"{name}={value} must be {'below' if unit == 'below 1' else 'at most'} 1")
+            need(value > 0 or f.name not in POSITIVE, f"{name}={value} must be greater than 0")
     need(s.num_layers <= 1024 and s.recur_passes <= 64, "NUM_LAYERS is at most 1024 and RECUR_PASSES at most 64")
-    need(s.vocab_size <= 65_536, f"VOCAB_SIZE={s.vocab_size} does not fit the shards' 16-bit tokens")
-    need(s.vocab_size > BOS_ID, f"VOCAB_SIZE={s.vocab_size} leaves no room for BOS (id {BOS_ID})")
-    need(-1 <= s.mamba_d_conv <= 4, f"MAMBA_D_CONV={s.mamba_d_conv} should be 0 to 4, or -1 for the version's own")
-
+    need(BOS_ID < s.vocab_size <= 65_536, f"VOCAB_SIZE={s.vocab_size}: shards hold 16-bit tokens, and BOS is {BOS_ID}")
+    need(s.mamba_d_conv <= 4, f"MAMBA_D_CONV={s.mamba_d_conv} should be 0 to 4, or -1 for the version's own")
     if s.layer_pattern:
-        odd = set(s.layer_pattern) - set("MmAa")
-        need(not odd, f"LAYER_PATTERN={s.layer_pattern}: {''.join(sorted(odd))} is unknown; letters are M, m, A, a")
-        need(
-            len(s.layer_pattern) == s.num_layers,
-            f"LAYER_PATTERN={s.layer_pattern} has {len(s.layer_pattern)} layers but NUM_LAYERS={s.num_layers}",
-        )
-    kinds = layer_kinds(s)
+        length, odd = len(s.layer_pattern), "".join(sorted(set(s.layer_pattern) - set("MmAa")))
+        need(not odd, f"LAYER_PATTERN={s.layer_pattern}: {odd} is unknown; letters are M, m, A, a")
+        need(length == s.num_layers, f"LAYER_PATTERN={s.layer_pattern} is {length} layers, NUM_LAYERS={s.num_layers}")
+
     order = virtual_layer_order(s)
     need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
     group = parse_layers(s.recur_layers, s.num_layers, "RECUR_LAYERS")
     if group and s.recur_mode == "hinge" and not s.layer_order:
         consecutive = group == tuple(range(group[0], group[-1] + 1))
-        need(
-            consecutive,
-            f"RECUR_LAYERS={s.recur_layers}: in hinge mode the layers must be consecutive; or set LAYER_ORDER",
-        )
-    if any(kind.mixer == "attention" for kind in kinds):
-        need(s.model_dim % s.num_heads == 0, f"NUM_HEADS={s.num_heads} does not divide MODEL_DIM={s.model_dim}")
-        need(
-            s.num_heads % s.num_kv_heads == 0, f"NUM_KV_HEADS={s.num_kv_heads} does not divide NUM_HEADS={s.num_heads}"
-        )
-        need(s.model_dim // s.num_heads % 2 == 0, f"MODEL_DIM/NUM_HEADS={s.model_dim // s.num_heads} must be even")
-    if any(kind.mixer == "mamba" for kind in kinds):
-        inner = s.mamba_inner_dim
-        need(
-            inner % s.mamba_head_dim == 0, f"MAMBA_HEAD_DIM={s.mamba_head_dim} does not divide the inner width {inner}"
-        )
+        need(consecutive, f"RECUR_LAYERS={s.recur_layers} must be consecutive in hinge mode; or set LAYER_ORDER")
+    mixers = {kind.mixer for kind in layer_kinds(s)}
+    divisions = [("TRAIN_BATCH_TOKENS", s.train_batch_tokens, world_size * s.train_seq_len, "ranks × TRAIN_SEQ_LEN")]
+    divisions += [("MICRO_BATCH_TOKENS", s.micro_batch_tokens, s.train_seq_len, "TRAIN_SEQ_LEN")]
+    if "attention" in mixers:
+        divisions += [("MODEL_DIM", s.model_dim, 2 * s.num_heads, "2 × NUM_HEADS")]
+        divisions += [("NUM_HEADS", s.num_heads, s.num_kv_heads, "NUM_KV_HEADS")]
+    if "mamba" in mixers:
+        divisions += [("MAMBA_EXPAND × MODEL_DIM", s.mamba_inner_dim, s.mamba_head_dim, "MAMBA_HEAD_DIM")]
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             value = getattr(s, name)
             need(value >= 8 and value & (value - 1) == 0, f"{name.upper()}={value} must be a power of two, at least 8")
-    need(s.bigram_vocab_size == 0 or s.bigram_dim > 0, "BIGRAM_DIM must be greater than 0 when BIGRAM_VOCAB_SIZE is")
-    need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 hashes every bigram alike; use 0 for none")
-
-    share = world_size * s.train_seq_len
-    need(
-        s.train_batch_tokens % share == 0,
-        f"TRAIN_BATCH_TOKENS={s.train_batch_tokens} is not a multiple of {world_size} ranks × TRAIN_SEQ_LEN={s.train_seq_len}",
-    )
-    need(
-        s.micro_batch_tokens % s.train_seq_len == 0,
-        f"MICRO_BATCH_TOKENS={s.micro_batch_tokens} is not a multiple of TRAIN_SEQ_LEN={s.train_seq_len}",
-    )
-    if s.max_wallclock_seconds:
-        need(
-            s.export_reserve_seconds < s.max_wallclock_seconds,
-            f"EXPORT_RESERVE_SECONDS={s.export_reserve_seconds} leaves no time to train in MAX_WALLCLOCK_SECONDS={s.max_wallclock_seconds}",
-        )
-    need(s.target_mb * 1e6 <= ARTIFACT_CAP, f"TARGET_MB={s.target_mb} is over the contest's 16 decimal megabytes")
-    need(
-        s.eval_stride <= s.train_seq_len, f"EVAL_STRIDE={s.eval_stride} is longer than TRAIN_SEQ_LEN={s.train_seq_len}"
-    )
-    need(
-        s.eval_mode != "stateful" or s.eval_overlap < s.train_seq_len,
-        f"EVAL_OVERLAP={s.eval_overlap} must be shorter than TRAIN_SEQ_LEN={s.train_seq_len}",
-    )
     if s.ttt_enabled and s.ttt_epochs:
-        sequence = ttt_sequence_length(s, world_size)
-        need(
-            sequence > 0 and s.ttt_chunk_tokens % (sequence * world_size) == 0,
-            f"TTT_CHUNK_TOKENS={s.ttt_chunk_tokens} must be a multiple of {world_size} ranks × {max(sequence, 1)} tokens",
-        )
+        sequence = max(1, ttt_sequence_length(s, world_size))
+        divisions += [("TTT_CHUNK_TOKENS", s.ttt_chunk_tokens, world_size * sequence, "ranks × sequence")]
+    for name, value, divisor, divisor_name in divisions:
+        need(value % divisor == 0, f"{name}={value} is not a multiple of {divisor_name} = {divisor}")
+    need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 hashes every bigram alike; use 0 for none")
+    need(s.bigram_vocab_size == 0 or s.bigram_dim > 0, "BIGRAM_DIM must be greater than 0 when BIGRAM_VOCAB_SIZE is")
+    reserve, clock = s.export_reserve_seconds, s.max_wallclock_seconds
+    need(not clock or reserve < clock, f"EXPORT_RESERVE_SECONDS={reserve} takes all of MAX_WALLCLOCK_SECONDS={clock}")
+    need(s.target_mb * 1e6 <= ARTIFACT_CAP, f"TARGET_MB={s.target_mb} is over the contest's 16 decimal megabytes")
+    length = s.train_seq_len
+    need(s.eval_stride <= length, f"EVAL_STRIDE={s.eval_stride} is longer than TRAIN_SEQ_LEN={length}")
+    stateful = s.eval_mode == "stateful"
+    need(not stateful or s.eval_overlap < length, f"EVAL_OVERLAP={s.eval_overlap} must be below TRAIN_SEQ_LEN={length}")
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
@@ -1531,7 +1510,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A mixer and, where the layer has one, an MLP, each with a learned scale per channel on what it adds."""
 
-    def __init__(self, settings: Settings, layer: int, kind: LayerKind, device: torch.device, attention_backend: str):
+    def __init__(self, settings: Settings, kind: LayerKind, device: torch.device, attention_backend: str):
         super().__init__()
         width = settings.model_dim
         attention = kind.mixer == "attention"
@@ -1540,13 +1519,12 @@ class Block(nn.Module):
         self.residual_mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
         self.mixer_scale = nn.Parameter(torch.ones(width))
         self.mlp_scale = nn.Parameter(torch.ones(width)) if kind.mlp else None
-        self.norm_scale = (layer + 1) ** -0.5 if settings.layer_norm_scale else 1.0
         self.checkpoint = settings.mamba_grad_checkpoint and not attention
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state) -> tuple[Tensor, object]:
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
-        normed = norm(x) * self.norm_scale
+        normed = norm(x)
         if self.checkpoint and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint
 
@@ -1555,7 +1533,7 @@ class Block(nn.Module):
             y, new_state = self.mixer(normed, context, state)
         x = x + self.mixer_scale.to(x.dtype) * y
         if self.mlp is not None:
-            x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.norm_scale)
+            x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
         return x, new_state
 
 
@@ -1575,8 +1553,7 @@ class Model(nn.Module):
             nn.init.zeros_(self.bigram_embedding.weight)
             self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
             self.bigram_scale = nn.Parameter(torch.tensor(0.05))
-        kinds = layer_kinds(s)
-        self.blocks = nn.ModuleList(Block(s, i, kind, device, attention_backend) for i, kind in enumerate(kinds))
+        self.blocks = nn.ModuleList(Block(s, kind, device, attention_backend) for kind in layer_kinds(s))
         if s.unet_skips:
             self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2, s.model_dim))
         self.head = None if s.tie_embeddings else Linear(s.model_dim, s.vocab_size)
@@ -1977,7 +1954,7 @@ class Evaluator:
             last = min(first + s.ttt_chunk_tokens, total)
             mark = time.perf_counter()
             self._score_targets(first, last)
-            self._wait()
+            synchronize(self.ranks.device)
             score_seconds = time.perf_counter() - mark
             if index == len(starts) - 1:
                 break
@@ -1992,7 +1969,7 @@ class Evaluator:
             mark = time.perf_counter()
             for _ in range(epochs):
                 self._train_on(first, last, sgd, parameters, rate)
-            self._wait()
+            synchronize(self.ranks.device)
             epoch_seconds = (time.perf_counter() - mark) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
         if time.perf_counter() - clock_started > s.eval_max_seconds:
@@ -2069,10 +2046,6 @@ class Evaluator:
         sgd.param_groups[0]["lr"] = rate
         sgd.step()
         sgd.zero_grad()
-
-    def _wait(self) -> None:
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _collect(self, started: float, given_up: int) -> Score:
         """Sums over ranks and targets, after checking that every target was scored once."""
@@ -2638,41 +2611,31 @@ class Log:
     def record(self, event: str, **values) -> None:
         """One JSON object in the machine-readable log."""
         if not self.quiet:
-            self.records.write(
-                json.dumps({"event": event, "seconds": round(time.perf_counter() - self.started, 3), **values}) + "\n"
-            )
+            seconds = round(time.perf_counter() - self.started, 3)
+            self.records.write(json.dumps({"event": event, "seconds": seconds, **values}) + "\n")
 
 
 def describe_machine(ranks: Ranks) -> dict[str, str | int]:
     """Versions and hardware, for the log."""
     cuda = ranks.device.type == "cuda"
-    triton = importlib.util.find_spec("triton") is not None
+    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
+    gpus = f"{ranks.world_size} × {torch.cuda.get_device_name()}" if cuda else ""
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda) if cuda else "none",
-        "triton": importlib.import_module("triton").__version__ if triton else "none",
-        "numpy": np.__version__,
-        "hardware": f"{ranks.world_size} × {torch.cuda.get_device_name()}"
-        if cuda
-        else f"CPU {platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "world_size": ranks.world_size,
-    }
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton,
+        "numpy": np.__version__, "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(), "world_size": ranks.world_size,
+    }  # fmt: skip
 
 
 def parameter_kinds(model: Model) -> dict[str, int]:
     """Number of parameters by kind."""
     kinds = collections.Counter()
     for name, p in model.named_parameters():
-        if name.startswith("blocks."):
-            block = model.blocks[int(name.split(".")[1])]
-            if ".mixer." in name:
-                kinds["mamba" if isinstance(block.mixer, Mamba) else "attention"] += p.numel()
-            else:
-                kinds["mlp" if ".mlp." in name else "scales"] += p.numel()
-        else:
-            kinds["scales" if name == "skip_weights" else "embeddings"] += p.numel()
+        kind = "embeddings" if "embedding" in name or name.startswith(("bigram", "head")) else "scales"
+        if ".mixer." in name:
+            mixer = model.blocks[int(name.split(".")[1])].mixer
+            kind = "mamba" if isinstance(mixer, Mamba) else "attention"
+        kinds["mlp" if ".mlp." in name else kind] += p.numel()
     return dict(kinds)
 
 
@@ -2703,53 +2666,46 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
         free = torch.cuda.mem_get_info()[0]
         while most > settings.train_seq_len and activation_bytes(settings, most) > 0.7 * free:
             most //= 2
-    return (
-        next(
-            n for n in range(sequences, 0, -1) if sequences % n == 0 and (n * settings.train_seq_len <= most or n == 1)
-        )
-        * settings.train_seq_len
-    )
+    limit = max(1, most // settings.train_seq_len)
+    return settings.train_seq_len * next(n for n in range(min(limit, sequences), 0, -1) if sequences % n == 0)
 
 
 def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, code_bytes: int, log: Log) -> None:
     """Prints what will happen, before it does."""
-    s = settings
+    s, world = settings, ranks.world_size
     kinds = parameter_kinds(model)
     log(f"parameters: {sum(kinds.values()):,} ({', '.join(f'{k} {v:,}' for k, v in kinds.items())})")
-    names = "".join(
-        ("M" if k.mixer == "mamba" else "A") if k.mlp else ("m" if k.mixer == "mamba" else "a") for k in layer_kinds(s)
-    )
-    order = virtual_layer_order(s)
+    letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
+    order = " ".join(f"{letters[i]}{i}" for i in model.full_order)
     log(
-        f"layers: {names}; virtual order: {' '.join(f'{names[i]}{i}' for i in order)}"
-        + (f" from {s.recur_start:.0%} of the run" if len(order) > s.num_layers else "")
+        f"virtual layer order: {order}"
+        + (f" from {s.recur_start:.0%} of the run" if s.num_layers < len(model.full_order) else "")
     )
-    blocks = [block.mixer for block in model.blocks]
-    scans = {m.backend for m in blocks if isinstance(m, Mamba)}
-    attention = {m.attend.__name__ for m in blocks if isinstance(m, Attention)}
-    log(
-        f"backends: scan {', '.join(scans) or 'none'}; attention {', '.join(attention) or 'none'}{' (documents kept apart)' if s.document_reset else ''}"
-    )
+    mixers = [block.mixer for block in model.blocks]
+    names = sorted({m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers})
+    log(f"backends: {', '.join(names)}" + ("; documents kept apart" if s.document_reset else ""))
     k = s.sdclip_k or 8.0
-    predicted = predict_bytes(model, s, k) + code_bytes
+    predicted = (predict_bytes(model, s, k) + code_bytes) / 1e6
     log(
-        f"predicted artifact: {predicted / 1e6:.1f} MB at {k:g} standard deviations of {s.target_mb:g} MB, {code_bytes:,} bytes of it code"
+        f"predicted artifact: {predicted:.1f} MB of {s.target_mb:g} MB at SDCLIP_K={k:g}, {code_bytes:,} bytes of it code"
     )
-    steps = s.train_batch_tokens // (micro_batch * ranks.world_size)
+    micro_batches = s.train_batch_tokens // (micro_batch * world)
     log(
-        f"batch: {s.train_batch_tokens:,} tokens = {ranks.world_size} ranks × {steps} micro-batches × {micro_batch:,} (sequences of {s.train_seq_len:,})"
+        f"batch: {s.train_batch_tokens:,} tokens = {world} ranks × {micro_batches} micro-batches × {micro_batch:,} tokens"
     )
     if ranks.device.type == "cuda":
-        optimizer = sum(kinds.values()) * 4 * 6
-        log(
-            f"memory: about {(activation_bytes(s, micro_batch) + optimizer) / 1e9:.0f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB per GPU"
-        )
-    clock = (
-        f"{s.max_wallclock_seconds:g} s, {s.export_reserve_seconds:g} s of it for calibration and GPTQ"
-        if s.max_wallclock_seconds
-        else f"none: {s.iterations} steps"
+        needed = activation_bytes(s, micro_batch) + 24 * sum(kinds.values())
+        log(f"memory: about {needed / 1e9:.0f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB per GPU")
+    clock = f"{s.max_wallclock_seconds:g} s, the last {s.export_reserve_seconds:g} s for calibration and GPTQ"
+    log(
+        f"clocks: training {clock if s.max_wallclock_seconds else f'{s.iterations} steps'}; evaluation {s.eval_max_seconds:g} s"
     )
-    log(f"clocks: training {clock}; evaluation {s.eval_max_seconds:g} s")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device to finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class TrainingClock:
@@ -2800,9 +2756,7 @@ class Trainer:
                 self.log.progress(f"warm-up: order {number + 1}/{len(orders)}, step {step + 1}/{s.warmup_steps}")
         self.model.load_state_dict(kept)
         self.optimizers.forget()
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+        synchronize(self.ranks.device)
 
     def run(self, batches: Batches, validate) -> None:
         """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
@@ -2811,11 +2765,11 @@ class Trainer:
         """
         s, log, ranks = self.settings, self.log, self.ranks
         fake_quantization = None
-        previous_step_done = None
+        queued: collections.deque = collections.deque()
         self.clock.start()
         while True:
-            if previous_step_done is not None:
-                previous_step_done.synchronize()  # one step stays queued: the clock is right and the GPU never idles
+            if len(queued) > 1:  # wait for the last step but one: the clock is right and the GPU never idles
+                queued.popleft().synchronize()
             seconds = ranks.from_main(self.clock.seconds())
             now = schedule_at(s, self.steps_done, seconds)
             if now.progress >= 1:
@@ -2830,8 +2784,7 @@ class Trainer:
             self.steps_done += 1
             self.average.update(self.steps_done, now.progress)
             if ranks.device.type == "cuda":
-                previous_step_done = torch.cuda.Event()
-                previous_step_done.record()
+                queued.append(torch.cuda.current_stream().record_event())
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
                 self._log_step(loss, now)
             if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
@@ -2841,6 +2794,8 @@ class Trainer:
                 log.record("validation", step=self.steps_done, val_loss=score.val_loss, val_bpb=score.val_bpb)
                 self.clock.start()
         self.average.apply()
+        synchronize(ranks.device)
+        self.clock.pause()
 
     def _gradients(self, batches: Batches, order: tuple[int, ...]) -> Tensor:
         """Gradients of one global batch, averaged and clipped; returns this rank's mean loss (on the device)."""
@@ -2859,6 +2814,10 @@ class Trainer:
 
     def _log_step(self, loss: Tensor, now: Schedule) -> None:
         mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
+        if not math.isfinite(mean):
+            raise UserError(
+                f"the loss is {mean} at step {self.steps_done}: lower MATRIX_LR, MAMBA_MATRIX_LR or SCALAR_LR"
+            )
         milliseconds = 1000 * self.clock.seconds()
         average = milliseconds / self.steps_done
         s = self.settings
@@ -2900,8 +2859,7 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     )
     k = fit_sdclip(model, s, target_bytes)
     stored = quantize_model(model, s, ranks, hessians, k, log.progress)
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(ranks.device)
     trainer.clock.pause()
     gptq_seconds = time.perf_counter() - started
     log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
@@ -2998,7 +2956,6 @@ def train_and_export(settings: Settings, ranks: Ranks, tokenizer: Tokenizer, log
 
     plain = dataclasses.replace(settings, eval_mode="plain")
     trainer.run(batches, lambda recurrent: Evaluator(model, settings, ranks, validation, recurrent).score(plain))
-    trainer.clock.pause()
     steps, milliseconds = trainer.steps_done, 1000 * trainer.clock.seconds()
     log(f"trained {steps} steps in {milliseconds / 1000:.1f}s, {milliseconds / max(steps, 1):.2f}ms each")
     if ranks.device.type == "cuda":
