@@ -60,15 +60,14 @@ class UserError(Exception):
     """A mistake the user can mend. main() prints it as one line and exits with status 2; nothing else raises SystemExit."""
 
 
-# ======================================================================================================================
+# ========================================
 # 1. Settings
 # One dataclass holds every knob. The environment name is the field's name in capitals, and where the contest's scripts
 # have a name for a thing, that is the name here. Values are strings from outside exactly once, in read_settings().
-# ======================================================================================================================
 
 
-def setting(default, group: str, unit: str, text: str):
-    """A settings field: its default (whose type is the setting's type), group, unit and one line of help."""
+def setting(default, unit: str, text: str, group: str = ""):
+    """A settings field: its default (whose type is the setting's), unit, one line of help, and the group it begins."""
     return field(default=default, metadata={"group": group, "unit": unit, "help": text})
 
 
@@ -77,107 +76,107 @@ class Settings:
     """Every setting of a run. Layer lists are strings such as "0,2-4", "all" or "none": see parse_layers()."""
 
     # fmt: off
-    preset: str = setting("default", "run", "name", "set of defaults that single variables override: see below")
-    run_id: str = setting("", "run", "name", "names the logs and the artifact; empty: date, time and seed")
-    seed: int = setting(1337, "run", "integer", "seeds the weights and the order of batches")
-    device: str = setting("auto", "run", "auto|cuda|cpu", "where to run; auto takes a GPU if there is one")
-    compile: str = setting("auto", "run", "auto|on|off", "torch.compile with fullgraph=True; auto: on GPUs only")
-    log_dir: str = setting("logs", "run", "folder", "where logs and artifacts go")
-    artifact: str = setting("", "run", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
-    eval_only: bool = setting(False, "run", "0|1", "score ARTIFACT and train nothing")
-    sample: str = setting("", "run", "text", "continue this text with the exported model and print the result")
-    sample_tokens: int = setting(128, "run", "tokens", "length of that continuation")
-    sample_temperature: float = setting(0.8, "run", "factor", "temperature of that continuation; 0: the likeliest token")
+    preset: str = setting("default", "name", "defaults that single variables override: see below", "run")
+    run_id: str = setting("", "name", "names the logs and the artifact; empty: date, time and seed")
+    seed: int = setting(1337, "integer", "seeds the weights and the order of batches")
+    device: str = setting("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
+    compile: str = setting("auto", "auto|on|off", "torch.compile, one whole graph; auto: on GPUs only")
+    log_dir: str = setting("logs", "folder", "where logs and artifacts go")
+    artifact: str = setting("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
+    eval_only: bool = setting(False, "0|1", "score ARTIFACT and train nothing")
+    sample: str = setting("", "text", "text that the exported model continues; empty: none")
+    sample_tokens: int = setting(128, "tokens", "length of that continuation")
+    sample_temperature: float = setting(0.8, "factor", "its temperature; 0: the likeliest token")
 
-    data_path: str = setting("./data/datasets/fineweb10B_sp8192/", "data", "folder", "holds *_train_*.bin and *_val_*.bin")
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_8192_bpe.model", "data", "file", "SentencePiece model")
-    vocab_size: int = setting(8192, "data", "tokens", "must be the tokenizer's")
-    train_batch_tokens: int = setting(131_072, "data", "tokens", "one step's batch over all ranks")
-    train_seq_len: int = setting(2048, "data", "tokens", "length of a training sequence and of an evaluation window")
-    micro_batch_tokens: int = setting(0, "data", "tokens", "most tokens a rank runs at once; 0: what fits its memory")
-    document_reset: bool = setting(False, "data", "0|1", "BOS resets the state-space state and confines attention")
+    data_path: str = setting("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
+    vocab_size: int = setting(8192, "tokens", "must be the tokenizer's")
+    train_batch_tokens: int = setting(131_072, "tokens", "one step's batch over all ranks")
+    train_seq_len: int = setting(2048, "tokens", "training sequence and evaluation window")
+    micro_batch_tokens: int = setting(0, "tokens", "most tokens a rank runs at once; 0: what fits")
+    document_reset: bool = setting(False, "0|1", "BOS resets states and confines attention")
 
-    num_layers: int = setting(7, "model", "layers", "physical layers")
-    model_dim: int = setting(512, "model", "width", "residual stream")
-    layer_pattern: str = setting("", "model", "letters", "M Mamba, A attention, each with an MLP; m, a without: MMAMMAM")
-    mamba_layers: str = setting("0,1,3,4,6", "model", "layers", "which layers are Mamba; the others are attention")
-    mlp_layers: str = setting("all", "model", "layers", "which layers have an MLP")
-    mlp_mult: float = setting(3.0, "model", "× width", "hidden width of the MLP, LeakyReLU(0.5) squared")
-    num_heads: int = setting(8, "model", "heads", "attention query heads")
-    num_kv_heads: int = setting(4, "model", "heads", "attention key/value heads")
-    rope_base: float = setting(10_000.0, "model", "number", "attention's rotary base")
-    rope_fraction: float = setting(1.0, "model", "0 to 1", "part of each attention head that rotates")
-    qk_gain_init: float = setting(1.5, "model", "factor", "initial gain on normalized queries, learned per head")
-    attention_backend: str = setting("auto", "model", "auto|fa3|fa2|cudnn|flash|math", "attention kernel; auto: the first that works here")
-    mamba_version: int = setting(3, "model", "2|3", "Mamba-3, or the same scan as Mamba-2 with that block around it")
-    mamba_d_state: int = setting(64, "model", "numbers", "state-space state size per head channel, a power of two")
-    mamba_expand: float = setting(2.0, "model", "× width", "inner width of a Mamba layer")
-    mamba_head_dim: int = setting(64, "model", "numbers", "channels per Mamba head, a power of two")
-    mamba_rope_fraction: float = setting(0.5, "model", "0.5|1", "part of Mamba-3's state that rotates")
-    mamba_d_conv: int = setting(-1, "model", "tokens", "short convolution in Mamba; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
-    mamba_output_norm: bool = setting(False, "model", "0|1", "RMSNorm per head before Mamba-3's gate")
-    mamba_chunk_size: int = setting(64, "model", "tokens", "chunk of the chunked scans")
-    mamba_grad_checkpoint: bool = setting(False, "model", "0|1", "recompute Mamba layers in backward to save memory")
-    scan_backend: str = setting("auto", "model", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, chunked on the CPU")
-    unet_skips: bool = setting(True, "model", "0|1", "skips from the first half of the layers to the second")
-    bigram_vocab_size: int = setting(4096, "model", "rows", "hashed bigram embedding; 0: none")
-    bigram_dim: int = setting(128, "model", "width", "width of the bigram embedding before its projection")
-    tie_embeddings: bool = setting(True, "model", "0|1", "output matrix is the embedding")
-    logit_softcap: float = setting(30.0, "model", "nats", "logits are softcap·tanh(logits/softcap); 0: none")
+    num_layers: int = setting(7, "layers", "physical layers", "model")
+    model_dim: int = setting(512, "width", "residual stream")
+    layer_pattern: str = setting("", "letters", "M Mamba, A attention; lower case: without MLP")
+    mamba_layers: str = setting("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
+    mlp_layers: str = setting("all", "layers", "which layers have an MLP")
+    mlp_mult: float = setting(3.0, "× width", "hidden width of the MLP, LeakyReLU(0.5) squared")
+    num_heads: int = setting(8, "heads", "attention query heads")
+    num_kv_heads: int = setting(4, "heads", "attention key/value heads")
+    rope_base: float = setting(10_000.0, "number", "attention's rotary base")
+    rope_fraction: float = setting(1.0, "0 to 1", "part of each attention head that rotates")
+    qk_gain_init: float = setting(1.5, "factor", "initial gain on normalized queries, learned per head")
+    attention_backend: str = setting("auto", "auto|fa3|fa2|cudnn|flash|math", "attention kernel; auto: the first that works here")
+    mamba_version: int = setting(3, "2|3", "Mamba-3, or Mamba-2 on the same scan")
+    mamba_d_state: int = setting(64, "numbers", "state per channel, a power of two")
+    mamba_expand: float = setting(2.0, "× width", "inner width of a Mamba layer")
+    mamba_head_dim: int = setting(64, "numbers", "channels per Mamba head, a power of two")
+    mamba_rope_fraction: float = setting(0.5, "0.5|1", "part of Mamba-3's state that rotates")
+    mamba_d_conv: int = setting(-1, "tokens", "short convolution; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
+    mamba_output_norm: bool = setting(False, "0|1", "RMSNorm per head before Mamba-3's gate")
+    mamba_chunk_size: int = setting(64, "tokens", "chunk of the chunked scans")
+    mamba_grad_checkpoint: bool = setting(False, "0|1", "recompute Mamba layers in backward, to save memory")
+    scan_backend: str = setting("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, chunked on the CPU")
+    unet_skips: bool = setting(True, "0|1", "from the first half of the layers to the second")
+    bigram_vocab_size: int = setting(4096, "rows", "hashed bigram embedding; 0: none")
+    bigram_dim: int = setting(128, "width", "its width before the projection")
+    tie_embeddings: bool = setting(True, "0|1", "output matrix is the embedding")
+    logit_softcap: float = setting(30.0, "nats", "logits are softcap·tanh(logits/softcap); 0: none")
 
-    layer_order: str = setting("", "recurrence", "layers", "explicit virtual order, as in 0,1,2,3,2,3,4; overrides the next three")
-    recur_layers: str = setting("none", "recurrence", "layers", "layers that repeat")
-    recur_passes: int = setting(1, "recurrence", "passes", "extra passes through them")
-    recur_mode: str = setting("hinge", "recurrence", "hinge|spread", "repeat the group as a whole, or each layer by itself")
-    recur_start: float = setting(0.35, "recurrence", "of run", "when the repeated order starts; before it, each layer runs once")
+    layer_order: str = setting("", "layers", "explicit virtual order, as in 0,1,2,1,2,3; overrides the next three", "recurrence")
+    recur_layers: str = setting("none", "layers", "layers that repeat")
+    recur_passes: int = setting(1, "passes", "extra passes through them")
+    recur_mode: str = setting("hinge", "hinge|spread", "repeat the group as a whole, or each layer")
+    recur_start: float = setting(0.35, "of run", "before it, each layer runs once")
 
-    iterations: int = setting(20_000, "schedule", "steps", "most training steps")
-    max_wallclock_seconds: float = setting(600.0, "schedule", "seconds", "training clock, calibration and GPTQ included; 0: ITERATIONS rule")
-    export_reserve_seconds: float = setting(15.0, "schedule", "seconds", "kept free at the end of that clock for calibration and GPTQ")
-    warmup_steps: int = setting(3, "schedule", "steps", "compile warm-up steps, undone before the clock starts")
-    lr_warmup_fraction: float = setting(0.01, "schedule", "of run", "linear learning-rate warm-up")
-    warmdown_fraction: float = setting(0.6, "schedule", "of run", "linear decay to the end; WARMDOWN_ITERS overrides")
-    warmdown_iters: int = setting(0, "schedule", "steps", "decay over this many steps at the measured mean step time; 0: the fraction")
-    val_loss_every: int = setting(0, "schedule", "steps", "validation during training, off the clock; 0: at the end only")
-    train_log_every: int = setting(50, "schedule", "steps", "training loss lines")
+    iterations: int = setting(20_000, "steps", "most training steps", "schedule")
+    max_wallclock_seconds: float = setting(600.0, "seconds", "training clock, GPTQ included; 0: ITERATIONS rule")
+    export_reserve_seconds: float = setting(15.0, "seconds", "the end of it, kept for calibration and GPTQ")
+    warmup_steps: int = setting(3, "steps", "compile warm-up, undone before the clock starts")
+    lr_warmup_fraction: float = setting(0.01, "of run", "linear learning-rate warm-up")
+    warmdown_fraction: float = setting(0.6, "of run", "linear decay to the end; WARMDOWN_ITERS overrides")
+    warmdown_iters: int = setting(0, "steps", "decay over that many steps of mean length; 0: the fraction")
+    val_loss_every: int = setting(0, "steps", "validation off the clock; 0: at the end only")
+    train_log_every: int = setting(50, "steps", "training loss lines")
 
-    matrix_lr: float = setting(0.025, "optimizer", "rate", "Muon, attention and MLP matrices")
-    mamba_matrix_lr: float = setting(0.025, "optimizer", "rate", "Muon, Mamba's in_proj and out_proj")
-    tied_embed_lr: float = setting(0.03, "optimizer", "rate", "Adam, embeddings and, where untied, the output matrix")
-    scalar_lr: float = setting(0.02, "optimizer", "rate", "Adam, vectors, scales and Mamba's dynamics")
-    muon_momentum: float = setting(0.95, "optimizer", "below 1", "Nesterov momentum")
-    muon_momentum_start: float = setting(0.85, "optimizer", "below 1", "its value at the first step")
-    muon_momentum_warmup: float = setting(0.1, "optimizer", "of run", "how long it takes to rise")
-    muon_backend_steps: int = setting(5, "optimizer", "steps", "Newton-Schulz iterations (Polar Express coefficients)")
-    weight_decay: float = setting(0.05, "optimizer", "rate", "decoupled, on Muon's matrices and the embeddings")
-    beta1: float = setting(0.9, "optimizer", "below 1", "Adam")
-    beta2: float = setting(0.95, "optimizer", "below 1", "Adam")
-    grad_clip_norm: float = setting(1.0, "optimizer", "norm", "global gradient clipping; 0: none")
-    weight_average: str = setting("ema", "optimizer", "ema|swa|none", "which average of the weights is exported")
-    ema_decay: float = setting(0.997, "optimizer", "below 1", "at most; short runs use a shorter horizon (EMA_HORIZON)")
-    ema_horizon: float = setting(0.03, "optimizer", "of steps", "EMA remembers at most this part of the steps taken")
-    swa_fraction: float = setting(0.2, "optimizer", "of run", "SWA averages this last part of the run")
+    matrix_lr: float = setting(0.025, "rate", "Muon, attention and MLP matrices", "optimizer")
+    mamba_matrix_lr: float = setting(0.025, "rate", "Muon, Mamba's in_proj and out_proj")
+    tied_embed_lr: float = setting(0.03, "rate", "Adam, embeddings and output matrix")
+    scalar_lr: float = setting(0.02, "rate", "Adam, vectors, scales and Mamba's dynamics")
+    muon_momentum: float = setting(0.95, "below 1", "Nesterov momentum")
+    muon_momentum_start: float = setting(0.85, "below 1", "its value at the first step")
+    muon_momentum_warmup: float = setting(0.1, "of run", "how long it takes to rise")
+    muon_backend_steps: int = setting(5, "steps", "Newton-Schulz iterations (Polar Express coefficients)")
+    weight_decay: float = setting(0.05, "rate", "decoupled, matrices and embeddings")
+    beta1: float = setting(0.9, "below 1", "Adam")
+    beta2: float = setting(0.95, "below 1", "Adam")
+    grad_clip_norm: float = setting(1.0, "norm", "global gradient clipping; 0: none")
+    weight_average: str = setting("ema", "ema|swa|none", "which average of the weights is exported")
+    ema_decay: float = setting(0.997, "below 1", "at most; see EMA_HORIZON")
+    ema_horizon: float = setting(0.03, "of steps", "EMA remembers at most this part of them")
+    swa_fraction: float = setting(0.2, "of run", "SWA averages this last part of the run")
 
-    late_qat_threshold: float = setting(0.15, "export", "0 to 1", "fake-quantize once the LR factor is below; 0: never")
-    target_mb: float = setting(16.0, "export", "MB", "decimal megabytes the artifact and the code may take")
-    quant_clip: str = setting("sdclip", "export", "sdclip|percentile", "row scale: k standard deviations, or the best of several percentiles")
-    sdclip_k: float = setting(0.0, "export", "std", "int6 rows clip at k standard deviations; 0: as fine as TARGET_MB allows")
-    sdclip_k_int8: float = setting(16.0, "export", "std", "the same for 8-bit rows")
-    calibration: str = setting("train", "export", "train|self", "GPTQ's text: training tokens, or sampled from the model")
-    calibration_tokens: int = setting(131_072, "export", "tokens", "how much of it")
+    late_qat_threshold: float = setting(0.15, "0 to 1", "fake-quantize once the LR factor is below; 0: never", "export")
+    target_mb: float = setting(16.0, "MB", "decimal, for artifact and code")
+    quant_clip: str = setting("sdclip", "sdclip|percentile", "rows clip at k deviations or at the best percentile")
+    sdclip_k: float = setting(0.0, "std", "k of int6 rows; 0: as fine as TARGET_MB allows")
+    sdclip_k_int8: float = setting(16.0, "std", "k of 8-bit rows")
+    calibration: str = setting("train", "train|self", "GPTQ's text: training tokens, or the model's own")
+    calibration_tokens: int = setting(131_072, "tokens", "how much of it")
 
-    eval_mode: str = setting("sliding", "evaluation", "plain|sliding|stateful", "context of a scored token")
-    eval_stride: int = setting(512, "evaluation", "tokens", "sliding: how far each window moves")
-    eval_overlap: int = setting(1024, "evaluation", "tokens", "stateful: attention's cache, and context before a cold start")
-    val_batch_size: int = setting(524_288, "evaluation", "tokens", "most tokens scored at once over all ranks")
-    eval_max_seconds: float = setting(600.0, "evaluation", "seconds", "evaluation clock; adaptation gives way to keep it")
-    eval_nll_path: str = setting("", "evaluation", "file.npy", "write every target's nats, float32, in stream order")
-    ttt_enabled: bool = setting(True, "evaluation", "0|1", "score-first test-time training")
-    ttt_lr: float = setting(0.005, "evaluation", "rate", "SGD, cosine over the chunks")
-    ttt_epochs: int = setting(2, "evaluation", "epochs", "passes over each scored chunk")
-    ttt_momentum: float = setting(0.9, "evaluation", "below 1", "SGD")
-    ttt_chunk_tokens: int = setting(32_768, "evaluation", "tokens", "scored, then trained on")
-    ttt_grad_clip: float = setting(1.0, "evaluation", "norm", "gradient clipping; 0: none")
+    eval_mode: str = setting("sliding", "plain|sliding|stateful", "context of a scored token", "evaluation")
+    eval_stride: int = setting(512, "tokens", "sliding: how far each window moves")
+    eval_overlap: int = setting(1024, "tokens", "stateful: attention's cache, and context before a cold start")
+    val_batch_size: int = setting(524_288, "tokens", "most scored at once over all ranks")
+    eval_max_seconds: float = setting(600.0, "seconds", "evaluation clock; adaptation gives way to it")
+    eval_nll_path: str = setting("", "file.npy", "every target's nats, float32, in stream order")
+    ttt_enabled: bool = setting(True, "0|1", "score-first test-time training")
+    ttt_lr: float = setting(0.005, "rate", "SGD, cosine over the chunks")
+    ttt_epochs: int = setting(2, "epochs", "passes over each scored chunk")
+    ttt_momentum: float = setting(0.9, "below 1", "SGD")
+    ttt_chunk_tokens: int = setting(32_768, "tokens", "scored, then trained on")
+    ttt_grad_clip: float = setting(1.0, "norm", "gradient clipping; 0: none")
     # fmt: on
 
     @property
@@ -231,13 +230,22 @@ PRESET_HELP = {
     "peer7": "the shape of the best published state-space entry (25,159,984 parameters), for speed comparisons",
     "tiny": "two minutes on two CPU cores with the sample corpus",
 }
+
+
+def setting_groups() -> dict[str, list[dataclasses.Field]]:
+    """The settings by group, in the order of the table."""
+    groups: dict[str, list[dataclasses.Field]] = {}
+    for f in dataclasses.fields(Settings):
+        if f.metadata["group"]:
+            groups[f.metadata["group"]] = members = []
+        members.append(f)
+    return groups
+
+
 # Settings that a stored model is meaningless without: they travel in the artifact's header.
-MODEL_FIELDS = tuple(
-    f.name
-    for f in dataclasses.fields(Settings)
-    if f.metadata["group"] in ("model", "recurrence")
-    and f.name not in ("attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start")
-) + ("vocab_size", "document_reset")
+LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start"}
+MODEL_FIELDS = {f.name for group in ("model", "recurrence") for f in setting_groups()[group]} - LOCAL_FIELDS
+MODEL_FIELDS = tuple(sorted(MODEL_FIELDS | {"vocab_size", "document_reset"}))
 
 
 def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
@@ -334,12 +342,15 @@ def parse_value(name: str, text: str, kind: type):
     return text
 
 
+OTHERS = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # of package managers and builds
+
+
 def reject_misspelt(environment: dict[str, str], names: set[str]) -> None:
     """Raises UserError if a variable is nearly, but not quite, one of ours: a sweep with a typo trains the wrong model."""
     families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SWA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
     flat = {name.replace("_", ""): name for name in names}
     for variable in environment:
-        if variable in names or variable.startswith("_"):
+        if variable in names or variable.startswith("_") or variable in OTHERS:
             continue
         ours = variable.startswith(families)
         near = difflib.get_close_matches(variable.upper().replace("_", ""), flat, n=1, cutoff=0.0 if ours else 0.87)
@@ -447,10 +458,7 @@ def ttt_sequence_length(settings: Settings, world_size: int) -> int:
 def help_text() -> str:
     """The table that --help prints: settings by group, then the presets with what they change."""
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
-    groups = collections.defaultdict(list)
-    for f in dataclasses.fields(Settings):
-        groups[f.metadata["group"]].append(f)
-    for group, members in groups.items():
+    for group, members in setting_groups().items():
         lines += ["", f"[{group}]"]
         for f in members:
             default = int(f.default) if isinstance(f.default, bool) else f.default
@@ -463,11 +471,10 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# ======================================================================================================================
+# ========================================
 # 2. Ranks
 # The few things several processes need from each other. With one process every method is the identity, so that the
 # rest of the program never asks how many there are.
-# ======================================================================================================================
 
 
 @dataclass
@@ -540,11 +547,10 @@ def start_ranks(settings: Settings) -> Ranks:
     return Ranks(rank, world_size, device)
 
 
-# ======================================================================================================================
+# ========================================
 # 3. Data
 # The contest's shards, memory-mapped. Which tokens make up which batch depends on the seed and the settings alone: the
 # ranks cut one global sequence of batches among themselves, so 1, 2, 4 or 8 GPUs train on the same data.
-# ======================================================================================================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
 
@@ -715,12 +721,11 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
     return ValidationSet(tokens, tokenizer.target_bytes(tokens))
 
 
-# ======================================================================================================================
+# ========================================
 # 4. Scans
 # The Mamba-3 recurrence (arXiv 2603.15569) behind one function, scan(). Three backends compute the same thing:
 # sequential is the equation in a loop, chunked is its matmul form in plain PyTorch, mamba_ssm is the library's fused
 # Triton kernels. Mamba-2 is the same scan without trapezoid, rotation and biases.
-# ======================================================================================================================
 
 
 class ScanInputs(NamedTuple):
@@ -1128,12 +1133,11 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
     return "mamba_ssm" if fused else "chunked"
 
 
-# ======================================================================================================================
+# ========================================
 # 5. Model
 # Pre-norm blocks over a residual stream that is mixed with the embedding before each block. Weights are float32 and
 # cast where they are used; activations are bfloat16 on GPUs and float32 on CPUs. The order in which blocks run is an
 # argument, so that depth recurrence is nothing but another order.
-# ======================================================================================================================
 
 NORM_EPS = 1e-6
 DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
@@ -1671,11 +1675,10 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
     return Model(settings, ranks.device, backend)
 
 
-# ======================================================================================================================
+# ========================================
 # 6. Optimizers
 # Muon for the matrices inside the blocks, Adam for everything else, an average of the weights for export, and one
 # schedule that turns the clock into rates.
-# ======================================================================================================================
 
 # Coefficients of the odd polynomial at each Newton-Schulz step (Polar Express, arXiv 2505.16932): the last repeats, the
 # others stand a little back (SAFETY), as the authors advise for bfloat16.
@@ -1718,8 +1721,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.0})
-        self.ranks = ranks
-        self.steps = steps
+        self.ranks, self.steps = ranks, steps
 
     @torch.no_grad()
     def step(self) -> None:
@@ -1738,9 +1740,9 @@ class Muon(torch.optim.Optimizer):
         """(len(parameters), rows, columns) orthogonalized Nesterov updates."""
         gradients = [p.grad for p in parameters]
         for p in parameters:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in parameters]
+            if p not in self.state:
+                self.state[p] = torch.zeros_like(p)
+        buffers = [self.state[p] for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
         share = -(-len(parameters) // self.ranks.world_size)
@@ -1772,17 +1774,14 @@ class Optimizers:
                 groups["mamba" if name.endswith(("in_proj.weight", "out_proj.weight")) else "matrix"].append(p)
             else:
                 groups["embedding" if name.endswith(("embedding.weight", "head.weight")) else "scalar"].append(p)
-        muon_groups = [
-            {"params": groups[kind], "base_lr": rate, "weight_decay": s.weight_decay}
-            for kind, rate in (("matrix", s.matrix_lr), ("mamba", s.mamba_matrix_lr))
-            if groups[kind]
-        ]
-        self.muon = Muon(muon_groups, ranks, s.muon_backend_steps)
-        adam_groups = [
-            {"params": groups["embedding"], "base_lr": s.tied_embed_lr, "weight_decay": s.weight_decay},
-            {"params": groups["scalar"], "base_lr": s.scalar_lr, "weight_decay": 0.0},
-        ]
-        self.adam = torch.optim.AdamW(adam_groups, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
+        matrix, mamba, embedding, scalar = (
+            {"params": groups[kind], "base_lr": rate, "weight_decay": 0.0 if kind == "scalar" else s.weight_decay}
+            for kind, rate in (
+                ("matrix", s.matrix_lr), ("mamba", s.mamba_matrix_lr), ("embedding", s.tied_embed_lr), ("scalar", s.scalar_lr)
+            )
+        )  # fmt: skip
+        self.muon = Muon([group for group in (matrix, mamba) if group["params"]], ranks, s.muon_backend_steps)
+        self.adam = torch.optim.AdamW([embedding, scalar], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
         self.parameters = [p for group in groups.values() for p in group]
 
     def step(self, lr_factor: float, momentum: float) -> None:
@@ -1871,12 +1870,11 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
     return Schedule(progress, warmup * decay, momentum, progress >= s.recur_start, quantized)
 
 
-# ======================================================================================================================
+# ========================================
 # 7. Evaluation
 # One loop scores every mode: a plan of windows says which targets each forward pass scores and with what context, and
 # test-time training only adds what happens between chunks. Scores are kept per target, so that the sum, the audit file
 # and the check that every target was scored exactly once all read the same array.
-# ======================================================================================================================
 
 
 class Window(NamedTuple):
@@ -1922,9 +1920,7 @@ class Score(NamedTuple):
 class Evaluator:
     """Scores a validation set with one model: score() for frozen weights, score_and_adapt() for test-time training."""
 
-    def __init__(
-        self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent: bool = True
-    ):
+    def __init__(self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent=True):
         self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
         self.order = model.order(recurrent)
         self.score_function = maybe_compile(model.score, settings, ranks)
@@ -1972,9 +1968,9 @@ class Evaluator:
             synchronize(self.ranks.device)
             epoch_seconds = (time.perf_counter() - mark) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
-        if time.perf_counter() - clock_started > s.eval_max_seconds:
+        if self.ranks.from_main(time.perf_counter() - clock_started > s.eval_max_seconds):
             raise UserError(
-                f"evaluation passed EVAL_MAX_SECONDS={s.eval_max_seconds}; no score is claimed: use plain windows or a longer stride"
+                f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: use EVAL_MODE=plain or a longer EVAL_STRIDE"
             )
         return self._collect(clock_started, given_up)
 
@@ -2004,16 +2000,15 @@ class Evaluator:
             tokens, targets = self._read(context, s.train_seq_len)
             if stateful and batch[0].context != self.state_position:
                 self.state = None
-            nats, new_state = self.score_function(
-                tokens, targets, self.order, self.state, s.eval_overlap if stateful else 0
-            )
+            cache_tokens = s.eval_overlap if stateful else 0
+            nats, new_state = self.score_function(tokens, targets, self.order, self.state, cache_tokens)
             if stateful:  # padding at the end of a window spoils the state: it is carried from full windows only
                 full = batch[0].last - batch[0].context == s.train_seq_len
                 self.state, self.state_position = (new_state, batch[0].last) if full else (None, -1)
             self._record(batch, nats)
 
     def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (len(starts), length) from these positions on; past the stream's end, its last token."""
+        """Tokens and targets (len(starts), length) from these positions; past the stream's end, its last token."""
         stream = self.validation.tokens
         index = np.minimum(starts[:, None] + np.arange(length + 1), len(stream) - 1)
         both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
@@ -2088,11 +2083,10 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
     return torch.cat(tokens, dim=1)
 
 
-# ======================================================================================================================
+# ========================================
 # 8. Export
 # GPTQ moves every matrix to a grid of 6 or 8 bits per row; the integers, the row scales and the remaining vectors are
 # laid out one after another, compressed with LZMA and written behind a plain header. Nothing is ever unpickled.
-# ======================================================================================================================
 
 INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
@@ -2107,7 +2101,10 @@ class TensorPlan(NamedTuple):
     int8_rows: int = 0
 
 
-def plan_tensors(model: Model) -> dict[str, TensorPlan]:
+Plan = dict[str, TensorPlan]  # by parameter name
+
+
+def plan_tensors(model: Model) -> Plan:
     """The storage of every parameter, by name.
 
     Matrices are int6; the embedding and output matrix int8, and so are the rows of Mamba's in_proj that produce step
@@ -2214,11 +2211,9 @@ class FakeQuantization:
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings = settings
         self.k = fit_sdclip(model, settings, target_bytes)
-        self.entries = [
-            (p, grid_limits(len(p), int8_rows, p.device))
-            for name, (encoding, int8_rows) in plan_tensors(model).items()
-            if encoding == "int" and (p := model.get_parameter(name)) is not None
-        ]
+        plan = {name: item.int8_rows for name, item in plan_tensors(model).items() if item.encoding == "int"}
+        parameters = {name: model.get_parameter(name) for name in plan}
+        self.entries = [(p, grid_limits(len(p), plan[name], p.device)) for name, p in parameters.items()]
 
     @contextlib.contextmanager
     def __call__(self):
@@ -2315,13 +2310,16 @@ class Quantized(NamedTuple):
         return self.integers.float() * self.scale.float().unsqueeze(1)
 
 
+Stored = dict[str, Quantized | Tensor]  # every parameter as it is stored, by name
+
+
 @torch.no_grad()
 def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float, say=lambda text: None
-) -> dict[str, Quantized | Tensor]:
+) -> Stored:
     """Every parameter as it will be stored, on every rank; the ranks share the matrices among themselves."""
     plan = plan_tensors(model)
-    stored: dict[str, Quantized | Tensor] = {}
+    stored: Stored = {}
     matrices = [name for name in plan if plan[name].encoding == "int"]
     for index, name in enumerate(matrices):
         weight = model.get_parameter(name).detach()
@@ -2385,9 +2383,7 @@ def unpack_integers(data: bytes, rows: int, columns: int, int8_rows: int, packin
     return np.concatenate([values, eight]).reshape(rows, columns)
 
 
-def pack_artifact(
-    settings: Settings, plan: dict[str, TensorPlan], stored: dict[str, Quantized | Tensor], packing: str
-) -> bytes:
+def pack_artifact(settings: Settings, plan: Plan, stored: Stored, packing: str) -> bytes:
     """The whole artifact file as bytes, with its integers packed this way."""
     model_settings = {name: getattr(settings, name) for name in MODEL_FIELDS}
     raw, integer_parts = io.BytesIO(), []
@@ -2409,9 +2405,7 @@ def pack_artifact(
     return body + hashlib.sha256(body).digest()
 
 
-def smallest_artifact(
-    settings: Settings, plan: dict[str, TensorPlan], stored: dict[str, Quantized | Tensor]
-) -> tuple[bytes, str]:
+def smallest_artifact(settings: Settings, plan: Plan, stored: Stored) -> tuple[bytes, str]:
     """The smaller of the two packings, and its name. LZMA releases the interpreter, so that both run at once."""
     packings = ("bytes", "bits")
     with ThreadPoolExecutor(len(packings)) as pool:
@@ -2419,20 +2413,18 @@ def smallest_artifact(
     return min(zip(files, packings), key=lambda item: len(item[0]))
 
 
-def prune(
-    stored: dict[str, Quantized | Tensor], plan: dict[str, TensorPlan], count: int
-) -> dict[str, Quantized | Tensor]:
+def six_bit_rows(integers: Tensor, plan: TensorPlan) -> Tensor:
+    """The rows of a stored matrix that have 6 bits."""
+    return integers[: len(integers) - plan.int8_rows]
+
+
+def prune(stored: Stored, plan: Plan, count: int) -> Stored:
     """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest squared step."""
-    names = [name for name, item in plan.items() if item.encoding == "int" and item.int8_rows < len(stored[name].scale)]
-    costs, places = [], []
-    for name in names:
-        six = stored[name].integers[: len(stored[name].scale) - plan[name].int8_rows]
-        row, column = (six.abs() == 1).nonzero(as_tuple=True)
-        costs.append(stored[name].scale[row].float().square())
-        places.append((row, column))
-    order = torch.cat(costs).argsort(stable=True)[:count]
-    chosen = torch.zeros(sum(map(len, costs)), dtype=torch.bool, device=order.device)
-    chosen[order] = True
+    names = [name for name, item in stored.items() if isinstance(item, Quantized)]
+    places = [(six_bit_rows(stored[name].integers, plan[name]).abs() == 1).nonzero(as_tuple=True) for name in names]
+    costs = [stored[name].scale[row].float().square() for name, (row, _) in zip(names, places)]
+    chosen = torch.zeros(sum(map(len, costs)), dtype=torch.bool, device=costs[0].device)
+    chosen[torch.cat(costs).argsort(stable=True)[:count]] = True
     pruned = dict(stored)
     for name, (row, column), mine in zip(names, places, chosen.split([len(c) for c in costs])):
         integers = stored[name].integers.clone()
@@ -2441,27 +2433,20 @@ def prune(
     return pruned
 
 
-def fit_artifact(
-    settings: Settings, plan: dict[str, TensorPlan], stored: dict[str, Quantized | Tensor], target_bytes: int, say
-) -> bytes:
+def fit_artifact(settings: Settings, plan: Plan, stored: Stored, target_bytes: int, say) -> bytes:
     """The artifact in at most target_bytes, pruning ±1 values selectively if it must.
 
     Raises UserError if it does not fit even so.
     """
     data, packing = smallest_artifact(settings, plan, stored)
     say(f"packed as {packing}: {len(data)} bytes of at most {target_bytes}")
-    ones = sum(
-        int((item.integers[: len(item.scale) - plan[name].int8_rows].abs() == 1).sum())
-        for name, item in stored.items()
-        if isinstance(item, Quantized)
-    )
+    matrices = {name: item.integers for name, item in stored.items() if isinstance(item, Quantized)}
+    ones = sum(int((six_bit_rows(x, plan[name]).abs() == 1).sum()) for name, x in matrices.items())
     count, first_size = 0, len(data)
     while len(data) > target_bytes:
         if count >= ones:
-            raise UserError(
-                f"the artifact takes {len(data)} bytes of {target_bytes} left by the code, even with every ±1 pruned:"
-                " raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS, MLP_MULT)"
-            )
+            problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
+            raise UserError(f"{problem}: raise SDCLIP_K, or lower MODEL_DIM, NUM_LAYERS or MLP_MULT")
         saved_per_value = (first_size - len(data)) / count if count else 0.15  # bytes; an estimate for the first try
         count = min(ones, int(count + 1.1 * (len(data) - target_bytes) / max(saved_per_value, 0.02)) + 1)
         data, packing = smallest_artifact(settings, plan, prune(stored, plan, count))
@@ -2485,10 +2470,8 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
     need(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
     data = path.read_bytes()
     need(data[:8] == ARTIFACT_MAGIC, "wrong magic number")
-    need(
-        len(data) > 44 and hashlib.sha256(data[:-32]).digest() == data[-32:],
-        "its checksum does not match; it is truncated or altered",
-    )
+    intact = len(data) > 44 and hashlib.sha256(data[:-32]).digest() == data[-32:]
+    need(intact, "its checksum does not match; it is truncated or altered")
     header_bytes = struct.unpack_from("<I", data, 8)[0]
     need(12 + header_bytes + 32 <= len(data), "its header is longer than the file")
     try:
@@ -2496,22 +2479,17 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
         settings, packing, raw_bytes, table = (header[key] for key in ("settings", "packing", "raw_bytes", "tensors"))
         types = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
         need(set(settings) == set(MODEL_FIELDS), "its header holds other settings than this program's")
-        need(
-            all(type(settings[name]) is types[name] for name in settings), "a setting in its header has the wrong type"
-        )
-        need(packing in ("bytes", "bits") and type(raw_bytes) is int, "its header is malformed")
-        sizes = []
+        need(all(type(settings[key]) is types[key] for key in settings), "a setting in its header has the wrong type")
+        malformed = "its header is malformed"
+        need(packing in ("bytes", "bits") and type(raw_bytes) is int, malformed)
+        sizes = []  # of each tensor: bytes of its scales or floats, bytes of its packed integers
         for name, shape, encoding, int8_rows in table:
-            whole = all(type(n) is int and n >= 0 for n in (*shape, int8_rows))
-            need(
-                type(name) is str and whole and encoding in ("int", "float16", "float32"),
-                "a tensor's entry is malformed",
-            )
+            need(type(name) is str and all(type(n) is int and n >= 0 for n in (*shape, int8_rows)), malformed)
             if encoding == "int":
-                need(len(shape) == 2 and int8_rows <= shape[0], f"{name} has an impossible shape")
+                need(len(shape) == 2 and int8_rows <= shape[0], malformed)
                 sizes.append((2 * shape[0], packed_size(*shape, int8_rows, packing)))
             else:
-                sizes.append((math.prod(shape) * (2 if encoding == "float16" else 4), 0))
+                sizes.append((math.prod(shape) * {"float16": 2, "float32": 4}[encoding], 0))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a usable artifact: its header is malformed") from None
     expected = sum(a + b for a, b in sizes)
@@ -2545,9 +2523,8 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
     stored_settings, parameters = read_artifact(path)
     for name in sorted(given & set(stored_settings)):
         if getattr(settings, name) != stored_settings[name]:
-            raise UserError(
-                f"{name.upper()}={getattr(settings, name)} contradicts the artifact, which has {stored_settings[name]}: unset it"
-            )
+            ours, stored = getattr(settings, name), stored_settings[name]
+            raise UserError(f"{name.upper()}={ours} contradicts the artifact, which has {stored}: unset it")
     settings = dataclasses.replace(settings, **stored_settings)
     validate_settings(settings, ranks.world_size)
     expected = {}
@@ -2564,10 +2541,9 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
     return model, settings
 
 
-# ======================================================================================================================
+# ========================================
 # 9. Run
 # Logging, what is printed before a run begins, the compile warm-up, the training loop, and main().
-# ======================================================================================================================
 
 
 class Log:
@@ -2854,9 +2830,8 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     trainer.clock.start()
     sequences = calibration_sequences(model, batches, s, ranks)
     hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
-    log(
-        f"calibration: {len(sequences) * ranks.world_size} sequences of {s.calibration} text, {time.perf_counter() - started:.1f}s"
-    )
+    count, seconds = len(sequences) * ranks.world_size, time.perf_counter() - started
+    log(f"calibration: {count} sequences of {s.calibration} text, {seconds:.1f}s")
     k = fit_sdclip(model, s, target_bytes)
     stored = quantize_model(model, s, ranks, hessians, k, log.progress)
     synchronize(ranks.device)
@@ -2867,9 +2842,8 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     if ranks.is_main:
         data = fit_artifact(s, plan, stored, target_bytes, log)
         write_whole(s.artifact_path, data)
-        log(
-            f"artifact: {s.artifact_path}, {len(data)} bytes, packed in {time.perf_counter() - started - gptq_seconds:.1f}s"
-        )
+        packing_seconds = time.perf_counter() - started - gptq_seconds
+        log(f"artifact: {s.artifact_path}, {len(data)} bytes, packed in {packing_seconds:.1f}s")
     ranks.from_main(None)  # the others wait for the file
     return {"gptq_seconds": gptq_seconds, "sdclip_k": k, "train_clock_seconds": trainer.clock.seconds()}
 
@@ -2888,53 +2862,46 @@ def write_whole(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def evaluate_artifact(
-    settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, log: Log, diagnose: bool
-) -> None:
+def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, log: Log) -> None:
     """Loads ARTIFACT, scores it, samples from it, and prints the final line.
 
-    With diagnose, a frozen pass in plain windows is scored first, off the clock, to show what quantization cost.
+    After training, a frozen pass in plain windows comes first, off the clock, to show what quantization cost.
     """
     validation = load_validation(settings, tokenizer)
-    if diagnose:
+    if not settings.eval_only:
         model, loaded = load_model(settings.artifact_path, settings, given, ranks)
         score = Evaluator(model, loaded, ranks, validation).score(dataclasses.replace(loaded, eval_mode="plain"))
         report(log, "after_quantization", "final_int6_lzma_plain", score)
         del model
-    log(
-        f"evaluation: {validation.num_targets:,} targets, {settings.eval_mode} windows, "
-        + ("test-time training" if settings.ttt_enabled else "frozen weights")
-    )
-    clock_started = time.perf_counter()
-    model, settings = load_model(settings.artifact_path, settings, given, ranks)
-    evaluator = Evaluator(model, settings, ranks, validation)
     adapts = settings.ttt_enabled and settings.ttt_epochs > 0
-    if settings.sample:  # before adaptation: the sample shows what the artifact alone can do
-        prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(settings.sample)]], device=ranks.device)
-        with_sample = generate(
-            model, prompt, settings.sample_tokens, settings.sample_temperature, settings.train_seq_len, settings.seed
-        )
-        log(f"sample: {tokenizer.model.DecodeIds(with_sample[0, 1:].tolist())}")
+    what = "test-time training" if adapts else "frozen weights"
+    log(f"evaluation: {validation.num_targets:,} targets, {settings.eval_mode} windows, {what}")
+    clock_started = time.perf_counter()
+    model, s = load_model(settings.artifact_path, settings, given, ranks)
+    if s.sample:  # before adaptation: the sample shows what the artifact alone can do
+        prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)]], device=ranks.device)
+        text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
+        log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
+    evaluator = Evaluator(model, s, ranks, validation)
     score = evaluator.score_and_adapt(clock_started, log.progress) if adapts else evaluator.score()
-    if settings.eval_nll_path and ranks.is_main:
+    if s.eval_nll_path and ranks.is_main:
         buffer = io.BytesIO()
         np.save(buffer, score.nats)
-        write_whole(Path(settings.eval_nll_path), buffer.getvalue())
+        write_whole(Path(s.eval_nll_path), buffer.getvalue())
     if score.epochs_given_up:
         log(f"gave up {score.epochs_given_up} epochs of test-time training to keep EVAL_MAX_SECONDS")
-    log(f"evaluation took {time.perf_counter() - clock_started:.1f}s of {settings.eval_max_seconds:g}s")
-    report(log, "final", "final_int6_lzma_" + settings.eval_mode + ("_ttt" if adapts else ""), score)
+    seconds = time.perf_counter() - clock_started
+    log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s")
+    if ranks.from_main(seconds > s.eval_max_seconds):
+        raise UserError(
+            f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: use EVAL_MODE=plain or a longer EVAL_STRIDE"
+        )
+    report(log, "final", "final_int6_lzma_" + s.eval_mode + ("_ttt" if adapts else ""), score)
 
 
 def report(log: Log, event: str, label: str, score: Score) -> None:
     """The contest's line for a score, and its record."""
-    log.record(
-        event,
-        val_loss=score.val_loss,
-        val_bpb=score.val_bpb,
-        score_seconds=score.seconds,
-        epochs_given_up=score.epochs_given_up,
-    )
+    log.record(event, **{key: value for key, value in score._asdict().items() if key != "nats"})
     log(f"{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
 
 
@@ -2963,7 +2930,7 @@ def train_and_export(settings: Settings, ranks: Ranks, tokenizer: Tokenizer, log
 
     before = Evaluator(model, settings, ranks, validation).score(plain)
     log(
-        f"step:{steps}/{settings.iterations} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} (averaged weights, before quantization)"
+        f"step:{steps}/{settings.iterations} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} before quantization"
     )
     exported = export(trainer, batches, target_bytes)
     bytes_model = settings.artifact_path.stat().st_size
@@ -2985,10 +2952,8 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     if settings.eval_only and not (settings.artifact or settings.run_id):
         raise UserError("EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
     ranks = start_ranks(settings)
-    run_id = settings.run_id or ranks.from_main(
-        f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.preset}-{settings.seed}"
-    )
-    return dataclasses.replace(settings, run_id=run_id), given, ranks
+    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.preset}-{settings.seed}"
+    return dataclasses.replace(settings, run_id=ranks.from_main(settings.run_id or now)), given, ranks
 
 
 def main() -> None:
@@ -3007,7 +2972,7 @@ def main() -> None:
     tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
     if not settings.eval_only:
         train_and_export(settings, ranks, tokenizer, log)
-    evaluate_artifact(settings, given, ranks, tokenizer, log, diagnose=not settings.eval_only)
+    evaluate_artifact(settings, given, ranks, tokenizer, log)
     if dist.is_initialized():
         dist.destroy_process_group()
 

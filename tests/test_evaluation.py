@@ -86,17 +86,6 @@ def test_two_ranks_score_and_adapt_as_one(mode, ttt_enabled):
     assert np.allclose(first.nats, alone.nats, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_stateful_ranks_share_the_stream(world_size, ttt_enabled):
-    """Every target once, and to a similar score: only the warm-up of a rank's state differs from one rank."""
-    settings = tiny(eval_mode="stateful", ttt_enabled=ttt_enabled, ttt_chunk_tokens=96)
-    model, stream = random_model(settings), document_stream(300)
-    scores = run_ranks(world_size, lambda ranks: evaluate(model, settings, stream, ranks))
-    assert scores[0].val_bpb == scores[-1].val_bpb
-    assert scores[0].val_bpb == pytest.approx(evaluate(model, settings, stream).val_bpb, rel=0.02)
-
-
 # ---- What a score depends on -----------------------------------------------------------------------------------------
 
 
@@ -204,11 +193,29 @@ def test_stateful_evaluation_carries_its_state_over_chunks():
     assert np.allclose(evaluate(model, settings, stream).nats, full_forward_nats(model, stream), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("world_size", "chunk"), [(2, 64), (2, 128), (3, 96), (1, 16)])
+def test_a_state_is_warmed_up_where_it_was_not_carried(world_size, chunk):
+    """Each rank's share of each chunk is one forward pass that begins 16 tokens early. So is a chunk behind one that
+    ended within a window, whose state has read the padding."""
+    settings = tiny(eval_mode="stateful", mamba_layers="all", ttt_lr=0.0, ttt_chunk_tokens=chunk)
+    model, stream = random_model(settings), document_stream(230)
+    nats = run_ranks(world_size, lambda ranks: evaluate(model, settings, stream, ranks))[0].nats
+    for first in range(0, 229, chunk):
+        last = min(229, first + chunk)
+        share = -(-(last - first) // world_size)
+        for begin in range(first, last, share):
+            context, end = max(0, begin - 16), min(last, begin + share)
+            expected = full_forward_nats(model, stream[context : end + 1])[begin - context :]
+            assert np.allclose(nats[begin:end], expected, rtol=1e-4, atol=1e-4)
+
+
 @each_mode
-def test_batching_windows_does_not_change_scores(mode):
-    many, few = (tiny(eval_mode=mode, ttt_enabled=False, val_batch_size=size) for size in (32 * 7, 1))
+@pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
+def test_batching_windows_changes_neither_scores_nor_adaptation(mode, ttt_enabled):
+    changes = {"eval_mode": mode, "ttt_enabled": ttt_enabled, "ttt_grad_clip": 0.0, "ttt_momentum": 0.0}
+    many, few = (tiny(val_batch_size=size, **changes) for size in (32 * 7, 1))
     model, stream = random_model(many), document_stream(230)
-    assert np.allclose(evaluate(model, many, stream).nats, evaluate(model, few, stream).nats, atol=1e-5)
+    assert np.allclose(evaluate(model, many, stream).nats, evaluate(model, few, stream).nats, atol=1e-3)
 
 
 def test_bits_per_byte_of_real_text(sample):
@@ -252,10 +259,11 @@ def on_a_fake_clock(monkeypatch, budget: float, score_cost: float, epoch_cost: f
     return evaluator.score_and_adapt(1000.0), now[0] - 1000
 
 
-def test_epochs_are_given_up_to_keep_the_clock_and_every_target_is_scored(monkeypatch):
-    """Twice ten chunks of scoring at 1 s and 9 × 2 epochs at 10 s: 190 s would be needed, 80 s are allowed."""
-    score, seconds = on_a_fake_clock(monkeypatch, budget=80, score_cost=1, epoch_cost=10)
-    assert seconds <= 80
+@pytest.mark.parametrize(("budget", "score_cost"), [(80, 1), (150, 10)])
+def test_epochs_are_given_up_to_keep_the_clock_and_every_target_is_scored(monkeypatch, budget, score_cost):
+    """Ten chunks to score and 9 × 2 epochs at 10 s would take 190 s, or 280 s where scoring is slow, too."""
+    score, seconds = on_a_fake_clock(monkeypatch, budget, score_cost, epoch_cost=10)
+    assert seconds <= budget
     assert 0 < score.epochs_given_up < 18
     assert (score.nats > 0).all()
 

@@ -45,6 +45,23 @@ def test_gptq_beats_plain_rounding_on_correlated_inputs(clip):
     assert hessian_error(weight, clever, hessian) < hessian_error(weight, plain, hessian) / 3
 
 
+def test_gptq_is_column_by_column_rounding_with_the_rest_corrected():
+    """Against optimal brain quantization with the inverse Hessian itself, in float64: no blocks, no Cholesky factor."""
+    weight, hessian = correlated_problem()
+    limits = t.grid_limits(24, 4, weight.device)
+    scale = t.row_scales(weight, limits, tiny(), 4.0)
+    rest, expected = weight.double(), torch.zeros(24, 160)
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(160)
+    order = hessian.diagonal().argsort(descending=True).tolist()
+    for step, column in enumerate(order):
+        inverse = torch.linalg.inv(damped[order[step:]][:, order[step:]])
+        expected[:, column] = t.round_to_grid(rest[:, column, None], scale, limits)[:, 0].float()
+        error = (rest[:, column] - expected[:, column] * scale[:, 0]) / inverse[0, 0]
+        rest[:, order[step:]] -= error[:, None] * inverse[0]
+    integers = t.gptq(weight, hessian, scale, limits)
+    assert (integers == expected).float().mean() > 0.99  # float32 may round a tie the other way
+
+
 def test_gptq_with_independent_inputs_is_plain_rounding():
     weight, _ = correlated_problem()
     limits = t.grid_limits(24, 4, weight.device)

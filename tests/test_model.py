@@ -230,6 +230,79 @@ def test_rope_fraction_sets_how_many_pairs_rotate(fraction, pairs):
     assert hidden(model, random_tokens(1, 8)).isfinite().all()
 
 
+@torch.no_grad()
+def test_attention_follows_its_definition():
+    """Normed queries with a gain and normed keys, rotated; two query heads on each key head; one softmax per query."""
+    settings = tiny(num_layers=1, mamba_layers="none", rope_fraction=0.5)
+    model = random_model(settings)
+    block, x = model.blocks[0].mixer, torch.randn(1, 9, 32)
+    y, _ = block(x, model._context(random_tokens(1, 9), None, 0), None)
+
+    def rms_normed(v: torch.Tensor) -> torch.Tensor:
+        return v / v.square().mean(-1, keepdim=True).sqrt()
+
+    turn = torch.exp(1j * torch.arange(9)[:, None] * 10_000.0 ** -(torch.arange(2) / 2))
+
+    def rotated(v: torch.Tensor) -> torch.Tensor:
+        pairs = torch.complex(v[:, :2], v[:, 2:4]) * turn
+        return torch.cat([pairs.real, pairs.imag, v[:, 4:]], dim=1)
+
+    heads = []
+    for head in range(4):
+        q = rms_normed(x[0] @ block.query.weight[8 * head : 8 * head + 8].T) * block.query_gain[head]
+        shared = slice(8 * (head // 2), 8 * (head // 2) + 8)
+        k, v = rms_normed(x[0] @ block.key.weight[shared].T), x[0] @ block.value.weight[shared].T
+        scores = (rotated(q) @ rotated(k).T / 8**0.5).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+        heads.append(scores.softmax(-1) @ v)
+    assert relative(y[0], torch.cat(heads, dim=1) @ block.out.weight.T) < 1e-5
+
+
+@torch.no_grad()
+def test_the_mamba3_block_feeds_the_scan_what_its_definition_says():
+    """in_proj gives z, x, B, C, step size, decay, trapezoid and angles, in this order; B and C are normed, then biased."""
+    settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential")
+    model = random_model(settings)
+    block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
+    y, _ = block(u, model._context(random_tokens(2, 9), None, 0), None)
+    projected = u @ block.in_proj.weight.T
+    z, x, b, c = projected[..., :64], projected[..., 64:128], projected[..., 128:136], projected[..., 136:144]
+    dt, a, trapezoid, angle = (projected[..., 144 + 4 * i : 148 + 4 * i] for i in range(4))
+    assert angle.shape[-1] == 2  # 4 heads; half of the 8 state numbers rotate, in pairs
+
+    def normed(v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    dt = torch.log1p(torch.exp(dt + block.dt_bias))
+    inputs = t.ScanInputs(
+        x.view(2, 9, 4, 16), normed(b, block.B_norm), normed(c, block.C_norm), dt, -torch.log1p(torch.exp(a)) * dt,
+        block.B_bias, block.C_bias, block.D, trapezoid, angle, z.view(2, 9, 4, 16),
+    )  # fmt: skip
+    expected = t.sequential_scan(inputs, None)[0].flatten(2) @ block.out_proj.weight.T
+    assert relative(y, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_the_mamba2_block_has_its_convolution_in_front_and_its_gate_and_norm_at_the_end():
+    settings = tiny(num_layers=1, mamba_layers="all", mamba_version=2, scan_backend="sequential")
+    model = random_model(settings)
+    block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
+    y, _ = block(u, model._context(random_tokens(2, 9), None, 0), None)
+    projected = u @ block.in_proj.weight.T
+    convolved = torch.nn.functional.conv1d(
+        torch.nn.functional.pad(projected[..., 64:144].mT, (3, 0)),
+        block.conv.weight[:, None],
+        block.conv.bias,
+        groups=80,
+    ).mT
+    x, b, c = torch.nn.functional.silu(convolved).split([64, 8, 8], dim=-1)
+    dt = torch.log1p(torch.exp(projected[..., 144:] + block.dt_bias))
+    no_bias = torch.zeros(4, 8)
+    inputs = t.ScanInputs(x.reshape(2, 9, 4, 16), b, c, dt, -torch.exp(block.A_log) * dt, no_bias, no_bias, block.D)
+    gated = t.sequential_scan(inputs, None)[0].flatten(2) * torch.nn.functional.silu(projected[..., :64])
+    normed = gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.output_norm
+    assert relative(y, normed @ block.out_proj.weight.T) < 1e-5
+
+
 def test_grouped_query_attention_repeats_keys_in_consecutive_groups():
     """Query heads 0 and 1 read key head 0, query heads 2 and 3 key head 1."""
     query, key, value = (torch.randn(1, 5, heads, 8) for heads in (4, 2, 2))

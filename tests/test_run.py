@@ -3,6 +3,7 @@
 Most runs happen inside this process, with another os.environ; a few are real processes, for what only they can show.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -154,6 +155,15 @@ def test_the_records_say_what_the_log_says(trained):
     assert settings == dataclasses.asdict(tiny(**{k: settings[k] for k in settings}))
 
 
+def test_the_loss_after_quantization_is_that_of_the_artifact_in_plain_windows(trained, shards):
+    settings = tiny(data_path=str(shards), eval_mode="plain", ttt_enabled=False)
+    model, settings = t.load_model(trained.artifact, settings, set(), SOLO)
+    validation = t.load_validation(settings, t.Tokenizer(str(shards / "tokenizer.model"), 512))
+    score = t.Evaluator(model, settings, SOLO, validation).score()
+    (logged,) = (record for record in trained.records if record["event"] == "after_quantization")
+    assert score.val_loss == pytest.approx(logged["val_loss"], rel=1e-6)
+
+
 def test_six_steps_learn_something(trained):
     losses = [record["train_loss"] for record in trained.records if record["event"] == "train"]
     assert losses[-1] < losses[0] - 0.3
@@ -224,6 +234,26 @@ def train_here(shards: Path, micro_batch: int = 128, validate=lambda recurrent: 
     trainer.warm_up()
     trainer.run(t.Batches(settings, SOLO), validate)
     return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def test_the_training_loop_is_the_one_written_out_here(shards):
+    """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the mean of the last half."""
+    settings = tiny(**SIX_STEPS, data_path=str(shards), weight_average="swa", swa_fraction=0.5, matrix_lr=0.05)
+    model, batches = t.build_model(settings, SOLO), t.Batches(settings, SOLO)
+    optimizers = t.Optimizers(model, settings, SOLO)
+    kept = []
+    for step in range(6):
+        now = t.schedule_at(settings, step, 0.0)
+        tokens, targets = batches.next()
+        model.zero_grad()
+        with t.FakeQuantization(model, settings, 1e6)() if now.quantized else contextlib.nullcontext():
+            model.loss(tokens, targets, model.order(True)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(now.lr_factor, now.momentum)
+        kept.append([p.detach().clone() for p in model.parameters()])
+    expected = [torch.stack(tensors).mean(0) for tensors in zip(*kept[3:])]
+    for a, b in zip(train_here(shards, weight_average="swa", swa_fraction=0.5, matrix_lr=0.05), expected):
+        assert relative(a, b) < 1e-4
 
 
 def test_the_compile_warm_up_leaves_no_trace(shards):
