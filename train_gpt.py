@@ -261,8 +261,8 @@ def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
         first, last = int(first), int(last if dash else first)
-        if last >= num_layers:
-            raise UserError(f"{name}={text}: there is no layer {last}; NUM_LAYERS={num_layers} counts from 0")
+        if not first <= last < num_layers:
+            raise UserError(f"{name}={text}: there is no layer {part}; NUM_LAYERS={num_layers} counts from 0")
         layers += range(first, last + 1)
     return tuple(layers)
 
@@ -396,7 +396,7 @@ def validate_settings(settings: Settings, world_size: int) -> None:
         if not condition:
             raise UserError(message)
 
-    s = settings
+    s, model = settings, setting_groups()["model"]
     for f in dataclasses.fields(s):
         value, unit, name = getattr(s, f.name), f.metadata["unit"], f.name.upper()
         if isinstance(value, bool):
@@ -405,9 +405,9 @@ def validate_settings(settings: Settings, world_size: int) -> None:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             need(shown in unit.split("|"), f"{name}={shown} should be one of {unit.replace('|', ', ')}")
         elif not isinstance(value, str):
-            low, high = UNIT_RANGES.get(unit, (-1 if f.name == "mamba_d_conv" else 0, math.inf))
+            low, high = UNIT_RANGES.get(unit, (-1 if f.name == "mamba_d_conv" else 0, 2**20 if f in model else 2**50))
             need(value >= low, f"{name}={value} must not be negative")
-            need(value <= high, f"{name}={value} must be {'below' if unit == 'below 1' else 'at most'} 1")
+            need(value <= high, f"{name}={value} must be {'below 1' if unit == 'below 1' else f'at most {high}'}")
             need(value > 0 or f.name not in POSITIVE, f"{name}={value} must be greater than 0")
     need(s.num_layers <= 1024 and s.recur_passes <= 64, "NUM_LAYERS is at most 1024 and RECUR_PASSES at most 64")
     need(BOS_ID < s.vocab_size <= 65_536, f"VOCAB_SIZE={s.vocab_size}: shards hold 16-bit tokens, and BOS is {BOS_ID}")
@@ -417,26 +417,35 @@ def validate_settings(settings: Settings, world_size: int) -> None:
         need(not odd, f"LAYER_PATTERN={s.layer_pattern}: {odd} is unknown; letters are M, m, A, a")
         need(length == s.num_layers, f"LAYER_PATTERN={s.layer_pattern} is {length} layers, NUM_LAYERS={s.num_layers}")
 
-    order = virtual_layer_order(s)
-    need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
     group = parse_layers(s.recur_layers, s.num_layers, "RECUR_LAYERS")
     if group and s.recur_mode == "hinge" and not s.layer_order:
         consecutive = group == tuple(range(group[0], group[-1] + 1))
         need(consecutive, f"RECUR_LAYERS={s.recur_layers} must be consecutive in hinge mode; or set LAYER_ORDER")
+    order = virtual_layer_order(s)
+    need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
     mixers = {kind.mixer for kind in layer_kinds(s)}
-    divisions = [("TRAIN_BATCH_TOKENS", s.train_batch_tokens, world_size * s.train_seq_len, "ranks × TRAIN_SEQ_LEN")]
+    divisions = [
+        (
+            "TRAIN_BATCH_TOKENS",
+            s.train_batch_tokens,
+            world_size * s.train_seq_len,
+            f"{world_size} ranks × TRAIN_SEQ_LEN",
+        )
+    ]
     divisions += [("MICRO_BATCH_TOKENS", s.micro_batch_tokens, s.train_seq_len, "TRAIN_SEQ_LEN")]
     if "attention" in mixers:
         divisions += [("MODEL_DIM", s.model_dim, 2 * s.num_heads, "2 × NUM_HEADS")]
         divisions += [("NUM_HEADS", s.num_heads, s.num_kv_heads, "NUM_KV_HEADS")]
+    need(int(s.mlp_mult * s.model_dim) > 0, f"MLP_MULT={s.mlp_mult} leaves the MLP without a hidden width")
     if "mamba" in mixers:
+        need(s.mamba_inner_dim > 0, f"MAMBA_EXPAND={s.mamba_expand} leaves Mamba without a width")
         divisions += [("MAMBA_EXPAND × MODEL_DIM", s.mamba_inner_dim, s.mamba_head_dim, "MAMBA_HEAD_DIM")]
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             value = getattr(s, name)
             need(value >= 8 and value & (value - 1) == 0, f"{name.upper()}={value} must be a power of two, at least 8")
     if s.ttt_enabled and s.ttt_epochs:
         sequence = max(1, ttt_sequence_length(s, world_size))
-        divisions += [("TTT_CHUNK_TOKENS", s.ttt_chunk_tokens, world_size * sequence, "ranks × sequence")]
+        divisions += [("TTT_CHUNK_TOKENS", s.ttt_chunk_tokens, world_size * sequence, f"{world_size} ranks × sequence")]
     for name, value, divisor, divisor_name in divisions:
         need(value % divisor == 0, f"{name}={value} is not a multiple of {divisor_name} = {divisor}")
     need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 hashes every bigram alike; use 0 for none")
@@ -2442,16 +2451,20 @@ def fit_artifact(settings: Settings, plan: Plan, stored: Stored, target_bytes: i
     say(f"packed as {packing}: {len(data)} bytes of at most {target_bytes}")
     matrices = {name: item.integers for name, item in stored.items() if isinstance(item, Quantized)}
     ones = sum(int((six_bit_rows(x, plan[name]).abs() == 1).sum()) for name, x in matrices.items())
-    count, first_size = 0, len(data)
-    while len(data) > target_bytes:
-        if count >= ones:
-            problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
-            raise UserError(f"{problem}: raise SDCLIP_K, or lower MODEL_DIM, NUM_LAYERS or MLP_MULT")
-        saved_per_value = (first_size - len(data)) / count if count else 0.15  # bytes; an estimate for the first try
-        count = min(ones, int(count + 1.1 * (len(data) - target_bytes) / max(saved_per_value, 0.02)) + 1)
-        data, packing = smallest_artifact(settings, plan, prune(stored, plan, count))
-        say(f"pruned {count} of {ones} values of ±1: {len(data)} bytes")
-    return data
+    too_few, enough, best = 0, ones, data
+    count = min(ones, 1 + 7 * max(0, len(data) - target_bytes))  # a pruned value saves about a seventh of a byte
+    while len(best) > target_bytes or (len(best) < 0.995 * target_bytes and best is not data and enough > too_few + 1):
+        candidate, _ = smallest_artifact(settings, plan, prune(stored, plan, count))
+        say(f"pruned {count} of {ones} values of ±1: {len(candidate)} bytes")
+        if len(candidate) <= target_bytes:
+            best, enough = candidate, count
+        elif count == ones:
+            problem = f"the artifact takes {len(candidate)} of {target_bytes} bytes even with every ±1 pruned"
+            raise UserError(f"{problem}: raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
+        else:
+            too_few = count
+        count = (too_few + enough) // 2 if best is not data else min(ones, 2 * count)
+    return best
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -2484,13 +2497,14 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
         need(packing in ("bytes", "bits") and type(raw_bytes) is int, malformed)
         sizes = []  # of each tensor: bytes of its scales or floats, bytes of its packed integers
         for name, shape, encoding, int8_rows in table:
-            need(type(name) is str and all(type(n) is int and n >= 0 for n in (*shape, int8_rows)), malformed)
+            whole = all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in (*shape, int8_rows))
+            need(type(name) is str and whole and len(shape) <= 2, malformed)
             if encoding == "int":
                 need(len(shape) == 2 and int8_rows <= shape[0], malformed)
                 sizes.append((2 * shape[0], packed_size(*shape, int8_rows, packing)))
             else:
                 sizes.append((math.prod(shape) * {"float16": 2, "float32": 4}[encoding], 0))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a usable artifact: its header is malformed") from None
     expected = sum(a + b for a, b in sizes)
     need(raw_bytes == expected <= MAX_RAW_BYTES, f"its header promises {raw_bytes} bytes, its tensors need {expected}")
@@ -2532,7 +2546,7 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
         with torch.device("meta"):  # shapes only: nothing is allocated before they are known to be the file's
             skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
         expected = {name: p.shape for name, p in skeleton.named_parameters()}
-    if {name: p.shape for name, p in parameters.items()} != expected:
+    if not expected or {name: p.shape for name, p in parameters.items()} != expected:
         raise UserError(f"{path} is not a usable artifact: its tensors are not those of the model its header describes")
     model = build_model(settings, ranks)
     with torch.no_grad():

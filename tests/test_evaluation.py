@@ -195,16 +195,16 @@ def test_stateful_evaluation_carries_its_state_over_chunks():
 
 @pytest.mark.parametrize(("world_size", "chunk"), [(2, 64), (2, 128), (3, 96), (1, 16)])
 def test_a_state_is_warmed_up_where_it_was_not_carried(world_size, chunk):
-    """Each rank's share of each chunk is one forward pass that begins 16 tokens early. So is a chunk behind one that
+    """Each rank's share of each chunk is one forward pass that begins 8 tokens early. So is a chunk behind one that
     ended within a window, whose state has read the padding."""
-    settings = tiny(eval_mode="stateful", mamba_layers="all", ttt_lr=0.0, ttt_chunk_tokens=chunk)
+    settings = tiny(eval_mode="stateful", mamba_layers="all", ttt_lr=0.0, ttt_chunk_tokens=chunk, eval_overlap=8)
     model, stream = random_model(settings), document_stream(230)
     nats = run_ranks(world_size, lambda ranks: evaluate(model, settings, stream, ranks))[0].nats
     for first in range(0, 229, chunk):
         last = min(229, first + chunk)
         share = -(-(last - first) // world_size)
         for begin in range(first, last, share):
-            context, end = max(0, begin - 16), min(last, begin + share)
+            context, end = max(0, begin - 8), min(last, begin + share)
             expected = full_forward_nats(model, stream[context : end + 1])[begin - context :]
             assert np.allclose(nats[begin:end], expected, rtol=1e-4, atol=1e-4)
 
@@ -274,7 +274,7 @@ def test_no_epoch_is_given_up_while_there_is_time(monkeypatch):
 
 
 def test_a_score_over_the_clock_is_not_claimed(monkeypatch):
-    with pytest.raises(t.UserError, match="EVAL_MAX_SECONDS=5"):
+    with pytest.raises(t.UserError, match="EVAL_MAX_SECONDS"):
         on_a_fake_clock(monkeypatch, budget=5, score_cost=1, epoch_cost=0)
 
 

@@ -326,26 +326,26 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data_path": "nowhere"}, "no *_val_*.bin shards in nowhere"),
-        ({"tokenizer_path": "nowhere.model"}, "no tokenizer at nowhere.model"),
+        ({"data_path": "nowhere"}, "nowhere"),
+        ({"tokenizer_path": "nowhere.model"}, "nowhere.model"),
         ({"vocab_size": 500}, "512 tokens, but VOCAB_SIZE=500"),
         ({"train_seq_len": 1024, "train_batch_tokens": 1024, "ttt_chunk_tokens": 1024}, "less than one sequence"),
-        ({"model_dim": 33}, "NUM_HEADS=4 does not divide MODEL_DIM=33"),
-        ({"mamba_head_dim": 24}, "MAMBA_HEAD_DIM=24"),
+        ({"model_dim": 33}, "MODEL_DIM=33"),
+        ({"mamba_head_dim": 24}, "MAMBA_HEAD_DIM"),
         ({"train_batch_tokens": 100}, "TRAIN_BATCH_TOKENS=100"),
-        ({"mamba_layers": "0,9"}, "there is no layer 9"),
-        ({"iterations": "many"}, 'ITERATIONS="many" should be a whole number'),
-        ({"eval_mode": "slide"}, "EVAL_MODE=slide should be one of"),
+        ({"mamba_layers": "0,9"}, "no layer 9"),
+        ({"iterations": "many"}, 'ITERATIONS="many"'),
+        ({"eval_mode": "slide"}, "EVAL_MODE=slide"),
         ({"muon_momentun": 0.9}, "did you mean MUON_MOMENTUM?"),
         ({"preset": "tinny"}, "did you mean tiny?"),
-        ({"scan_backend": "mamba_ssm"}, "SCAN_BACKEND=mamba_ssm needs a GPU"),
-        ({"attention_backend": "fa3"}, "ATTENTION_BACKEND=fa3 does not run here"),
-        ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT=file"),
+        ({"scan_backend": "mamba_ssm"}, "SCAN_BACKEND=mamba_ssm"),
+        ({"attention_backend": "fa3"}, "ATTENTION_BACKEND=fa3"),
+        ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT"),
         ({"eval_only": True}, "no artifact at"),
-        ({"log_dir": "/dev/null/logs"}, "cannot write logs in LOG_DIR=/dev/null/logs"),
-        ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "cannot write /dev/null/x/y.lzma"),
-        ({"target_mb": 0.18, "iterations": 1}, "raise SDCLIP_K"),
-        ({"eval_max_seconds": 1e-6, "iterations": 1}, "evaluation passed EVAL_MAX_SECONDS"),
+        ({"log_dir": "/dev/null/logs"}, "LOG_DIR=/dev/null/logs"),
+        ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "/dev/null/x/y.lzma"),
+        ({"target_mb": 0.18, "iterations": 1}, "SDCLIP_K"),
+        ({"eval_max_seconds": 1e-6, "iterations": 1}, "EVAL_MAX_SECONDS"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -359,12 +359,12 @@ def test_a_users_mistake_ends_in_one_line(monkeypatch, capsys, shards, tmp_path,
         ("train", range(9, 400), {"magic": 7}, "wrong magic number"),
         ("train", range(9, 400), {"version": 2}, "version 2"),
         ("train", range(9, 400), {"count": 1000}, "its header says 3024"),
-        ("train", [600] * 400, {}, "the training shards hold token id 600, but VOCAB_SIZE=512"),
+        ("train", [600] * 400, {}, "token id 600, but VOCAB_SIZE=512"),
         ("train", range(9, 30), {}, "no training shard holds a sequence"),
         ("train", [], {}, "no training shard holds a sequence"),
         ("val", range(9, 400), {"magic": 7}, "wrong magic number"),
-        ("val", [600] * 400, {}, "the validation shards hold token id 600, but VOCAB_SIZE=512"),
-        ("val", range(9, 30), {}, "the validation shards hold 21 tokens, less than one sequence"),
+        ("val", [600] * 400, {}, "token id 600, but VOCAB_SIZE=512"),
+        ("val", range(9, 30), {}, "the validation shards hold 21 tokens"),
         ("val", [], {}, "the validation shards hold 0 tokens"),
     ],
     ids=str,
@@ -390,7 +390,7 @@ def test_asking_for_a_gpu_where_there_is_none_ends_in_one_line(monkeypatch, caps
 
 @pytest.mark.parametrize("arguments", [["--iterations=5"], ["ITERATIONS=5"], ["x", "y"]], ids=str)
 def test_arguments_are_refused(monkeypatch, capsys, arguments):
-    assert "settings are environment variables" in mistake(monkeypatch, capsys, {}, *arguments)
+    assert "environment variables" in mistake(monkeypatch, capsys, {}, *arguments)
 
 
 def test_a_damaged_or_contradicted_artifact_ends_in_one_line(monkeypatch, capsys, trained, shards, tmp_path):

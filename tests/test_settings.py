@@ -173,7 +173,7 @@ def test_impossible_settings_are_refused_by_name(changes, named):
 )
 def test_what_one_rank_can_share_out_more_may_not(changes, world_size):
     t.validate_settings(tiny(**changes), 1)
-    with pytest.raises(t.UserError, match=f"{world_size} ranks"):
+    with pytest.raises(t.UserError, match="ranks"):
         t.validate_settings(tiny(**changes), world_size)
 
 
