@@ -864,7 +864,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     The trapezoid folds into one weight per key. With g_t = (1 - lambda_{t+1}) dt_{t+1} (0 at the end of the sequence or
     document) and w_t = lambda_t dt_t + g_t,
 
-        y_t = sum_{s<=t} exp(sum_{s<r<=t} log_decay_r) w_s (q_t·k_s) v_s - g_t (q_t·k_t) v_t + D v_t
+        y_t = sum_{s<t} exp(sum_{s<r<=t} log_decay_r) w_s (q_t·k_s) v_s + lambda_t dt_t (q_t·k_t) v_t + D v_t
 
     and a state carried in adds exp(sum_{r<=t} log_decay_r) (S + (1 - lambda_1) dt_1 v k^T) q_t.
     """
@@ -894,7 +894,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 
     # 2. Within a chunk: masked, decayed attention. Masking before exp keeps what lies ahead from overflowing.
     total = decay_c.cumsum(dim=-1)  # (B, H, chunks, chunk)
-    visible = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
+    visible = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril(-1).unsqueeze(1)
     decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~visible, -torch.inf).exp()
     y = (query_c @ key_c.mT * decay * weight_c.unsqueeze(-2)) @ value_c
 
@@ -914,7 +914,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     from_start = total.exp() * (document == document_before.unsqueeze(-1)).unsqueeze(1)
     y = y + (query_c @ torch.stack(incoming, dim=2).mT) * from_start.unsqueeze(-1)
     y = y.movedim(1, 3).flatten(1, 2)[:, :length]
-    y = y - (ahead * (query * key).sum(dim=-1)).unsqueeze(-1) * value
+    y = y + (current * (query * key).sum(dim=-1)).unsqueeze(-1) * value
     final = ScanState(angle[:, -1] % (2 * math.pi), ssm, key[:, -1], value[:, -1])
     return finish_scan(inputs, y, value), final
 

@@ -367,7 +367,7 @@ def test_a_users_mistake_ends_in_one_line(monkeypatch, capsys, shards, tmp_path,
         ("val", range(9, 30), {}, "the validation shards hold 21 tokens"),
         ("val", [], {}, "the validation shards hold 0 tokens"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_a_bad_shard_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, split, tokens, options, said):
     for other in ("train", "val"):
