@@ -91,7 +91,7 @@ class Settings:
     data_path: str = setting("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
     vocab_size: int = setting(8192, "tokens", "must be the tokenizer's")
-    train_batch_tokens: int = setting(131_072, "tokens", "one step's batch over all ranks")
+    train_batch_tokens: int = setting(524_288, "tokens", "one step's batch over all ranks")
     train_seq_len: int = setting(2048, "tokens", "training sequence and evaluation window")
     micro_batch_tokens: int = setting(0, "tokens", "most tokens a rank runs at once; 0: what fits")
     document_reset: bool = setting(False, "0|1", "BOS resets states and confines attention")
@@ -140,15 +140,15 @@ class Settings:
     val_loss_every: int = setting(0, "steps", "validation off the clock; 0: at the end only")
     train_log_every: int = setting(50, "steps", "training loss lines")
 
-    matrix_lr: float = setting(0.025, "rate", "Muon, attention and MLP matrices", "optimizer")
-    mamba_matrix_lr: float = setting(0.025, "rate", "Muon, Mamba's in_proj and out_proj")
-    tied_embed_lr: float = setting(0.03, "rate", "Adam, embeddings and output matrix")
+    matrix_lr: float = setting(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
+    mamba_matrix_lr: float = setting(0.015, "rate", "Muon, Mamba's in_proj and out_proj")
+    tied_embed_lr: float = setting(0.015, "rate", "Adam, embeddings and output matrix")
     scalar_lr: float = setting(0.02, "rate", "Adam, vectors, scales and Mamba's dynamics")
     muon_momentum: float = setting(0.95, "below 1", "Nesterov momentum")
     muon_momentum_start: float = setting(0.85, "below 1", "its value at the first step")
     muon_momentum_warmup: float = setting(0.1, "of run", "how long it takes to rise")
     muon_backend_steps: int = setting(5, "steps", "Newton-Schulz iterations (Polar Express coefficients)")
-    weight_decay: float = setting(0.05, "rate", "decoupled, matrices and embeddings")
+    weight_decay: float = setting(0.1, "rate", "decoupled, matrices and embeddings")
     beta1: float = setting(0.9, "below 1", "Adam")
     beta2: float = setting(0.95, "below 1", "Adam")
     grad_clip_norm: float = setting(1.0, "norm", "global gradient clipping; 0: none")
@@ -565,20 +565,17 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of one shard, uint16, memory-mapped and read-only.
-
-    Raises UserError if the file is not a shard or is shorter than its header says.
-    """
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=256)
+    """The tokens of one shard, uint16, memory-mapped and read-only. Raises UserError if it is not a whole shard."""
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != SHARD_MAGIC:
         raise UserError(f"{path} is not a token shard (wrong magic number); make shards with data/prepare.py")
     if header[1] != SHARD_VERSION:
         raise UserError(f"{path} is a version {header[1]} shard; this program reads version {SHARD_VERSION}")
-    wanted = SHARD_HEADER_BYTES + 2 * int(header[2])
-    if header[2] < 0 or size < wanted:
+    count = int(header[2])
+    wanted = SHARD_HEADER_BYTES + 2 * count
+    if count < 0 or size < wanted:
         raise UserError(f"{path} has {size} bytes, but its header says {wanted}; download it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
@@ -591,31 +588,28 @@ def open_shards(folder: str, split: str) -> list[np.ndarray]:
 
 def check_token_range(tokens: np.ndarray, vocab_size: int, what: str) -> None:
     """Raises UserError if a token id is outside the vocabulary."""
-    if tokens.size and int(tokens.max()) >= vocab_size:
-        raise UserError(
-            f"{what} hold token id {int(tokens.max())}, but VOCAB_SIZE={vocab_size}: another tokenizer made them"
-        )
+    if (largest := int(tokens.max(initial=0))) >= vocab_size:
+        raise UserError(f"{what} hold token id {largest}, but VOCAB_SIZE={vocab_size}: another tokenizer made them")
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of training sequences for ever: each epoch visits every shard in a new order, and in
-    it every window of seq_len + 1 tokens in a new order and at a new phase.
+    """Yields (shard, first token) of training sequences for ever: each epoch visits every shard in a new order, one at a
+    time to keep reads local, and in it every window of seq_len + 1 tokens in a new order and at a new phase.
 
-    One shard is read at a time, so that a cold disk sees local reads. Raises UserError if no shard holds a sequence.
+    Raises UserError if no shard holds a sequence.
     """
-    if not any(length > seq_len for length in lengths):
+    if max(lengths, default=0) <= seq_len:
         raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
     for epoch in range(sys.maxsize):
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
             phase = int(generator.integers(max(1, min(seq_len, lengths[shard] - seq_len))))
-            count = (lengths[shard] - 1 - phase) // seq_len
-            for window in generator.permutation(max(0, count)):
+            for window in generator.permutation(max(0, (lengths[shard] - 1 - phase) // seq_len)):
                 yield int(shard), phase + int(window) * seq_len
 
 
 class Batches:
-    """The endless sequence of this rank's training batches, gathered in a thread and copied to the device ahead of time.
+    """This rank's endless training batches, gathered in a thread and copied to the device ahead of time.
 
     next() returns tokens and targets, each (sequences of this rank, seq_len) int64 on the device. Raises UserError for
     a token outside the vocabulary.
@@ -623,10 +617,8 @@ class Batches:
 
     def __init__(self, settings: Settings, ranks: Ranks):
         self.shards = open_shards(settings.data_path, "train")
-        self.seq_len = settings.train_seq_len
-        self.vocab_size = settings.vocab_size
-        self.device = ranks.device
-        self.batch_sequences = settings.train_batch_tokens // settings.train_seq_len
+        self.seq_len, self.vocab_size, self.device = settings.train_seq_len, settings.vocab_size, ranks.device
+        self.batch_sequences = settings.train_batch_tokens // self.seq_len
         share = self.batch_sequences // ranks.world_size
         self.mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
         self.windows = batch_windows([len(shard) for shard in self.shards], self.seq_len, settings.seed)
@@ -638,22 +630,20 @@ class Batches:
         try:
             while True:
                 batch = [next(self.windows) for _ in range(self.batch_sequences)]
-                self.queue.put(self._to_device(self._gather(batch[self.mine])))
+                self.queue.put(self._gather(batch[self.mine]))
         except BaseException as error:  # handed to the training loop, which raises it
             self.queue.put(error)
 
-    def _gather(self, windows: list[tuple[int, int]]) -> Tensor:
+    def _gather(self, windows: list[tuple[int, int]]):
+        """Their tokens (windows, seq_len + 1) on the device, and the CUDA event after which they are there."""
         tokens = np.stack([self.shards[shard][start : start + self.seq_len + 1] for shard, start in windows])
         check_token_range(tokens, self.vocab_size, "the training shards")
-        return torch.from_numpy(tokens.astype(np.int64))
-
-    def _to_device(self, tokens: Tensor):
+        tokens = torch.from_numpy(tokens.astype(np.int64))
         if self.stream is None:
             return tokens, None
         torch.cuda.set_device(self.device)
         with torch.cuda.stream(self.stream):
-            on_device = tokens.pin_memory().to(self.device, non_blocking=True)
-            return on_device, self.stream.record_event()
+            return tokens.pin_memory().to(self.device, non_blocking=True), self.stream.record_event()
 
     def next(self) -> tuple[Tensor, Tensor]:
         item = self.queue.get()
@@ -669,7 +659,7 @@ class Batches:
 class Tokenizer:
     """The SentencePiece model, and what the score needs of it: the bytes every token stands for.
 
-    Raises UserError if the file is missing, is not a SentencePiece model or has another vocabulary size.
+    Raises UserError if the file is missing, no SentencePiece model or of another vocabulary size.
     """
 
     def __init__(self, path: str, vocab_size: int):
@@ -677,26 +667,19 @@ class Tokenizer:
 
         if not Path(path).is_file():
             raise UserError(f"no tokenizer at {path}: set TOKENIZER_PATH, or make one with data/prepare.py")
-        self.model = sentencepiece.SentencePieceProcessor()
+        self.model = model = sentencepiece.SentencePieceProcessor()
         try:
-            self.model.Load(path)
+            model.Load(path)
         except (RuntimeError, OSError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        if self.model.vocab_size() != vocab_size:
-            raise UserError(
-                f"{path} has {self.model.vocab_size()} tokens, but VOCAB_SIZE={vocab_size}: set them to agree"
-            )
-        pieces = range(vocab_size)
-        special = [self.model.IsControl(i) or self.model.IsUnknown(i) or self.model.IsUnused(i) for i in pieces]
-        text = [self.model.IdToPiece(i) for i in pieces]
-        self.is_special = np.array(special)
-        self.has_space = np.array([not special[i] and text[i].startswith("▁") for i in pieces])
-        self.piece_bytes = np.array(
-            [
-                0 if special[i] else 1 if self.model.IsByte(i) else len(text[i].removeprefix("▁").encode())
-                for i in pieces
-            ]
-        )
+        if model.vocab_size() != vocab_size:
+            raise UserError(f"{path} has {model.vocab_size()} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
+        ids = range(vocab_size)
+        text = [model.IdToPiece(i) for i in ids]
+        lengths = [1 if model.IsByte(i) else len(text[i].removeprefix("▁").encode()) for i in ids]
+        self.is_special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
+        self.has_space = np.array([piece.startswith("▁") for piece in text]) & ~self.is_special
+        self.piece_bytes = np.where(self.is_special, 0, lengths)
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text that each target tokens[1:] stands for, int64, (len(tokens) - 1,).
@@ -723,9 +706,7 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
     """All validation shards as one stream. Raises UserError if it is shorter than one sequence or off the vocabulary."""
     tokens = np.concatenate(open_shards(settings.data_path, "val"))
     if len(tokens) <= settings.train_seq_len:
-        raise UserError(
-            f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target ({settings.train_seq_len + 1})"
-        )
+        raise UserError(f"the validation shards hold {len(tokens)} tokens, less than one sequence (TRAIN_SEQ_LEN + 1)")
     check_token_range(tokens, settings.vocab_size, "the validation shards")
     return ValidationSet(tokens, tokenizer.target_bytes(tokens))
 
@@ -740,13 +721,12 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
 class ScanInputs(NamedTuple):
     """What a scan reads. B batch, L length, H heads, P channels per head, N state size, R rotation angles (2R <= N).
 
-    key and query are shared by the heads (one B/C group). Without trapezoid, the current token has all the weight;
-    without angle_rate nothing rotates; without gate the output is ungated.
+    Without trapezoid the current token has all the weight; without angle_rate nothing rotates.
     """
 
     value: Tensor  # (B, L, H, P)
-    key: Tensor  # (B, L, N), "B" of the paper, normed
-    query: Tensor  # (B, L, N), "C" of the paper, normed
+    key: Tensor  # (B, L, N), "B" of the paper, normed, shared by the heads
+    query: Tensor  # (B, L, N), "C" of the paper, likewise
     step_size: Tensor  # (B, L, H) float32 or float64, dt > 0
     log_decay: Tensor  # (B, L, H) like step_size, A·dt <= 0
     key_bias: Tensor  # (H, N)
@@ -759,7 +739,7 @@ class ScanInputs(NamedTuple):
 
 
 class ScanState(NamedTuple):
-    """What a scan carries from one call to the next: the last position's angle, state, rotated key, and value."""
+    """What a scan carries from call to call: the last position's angle, state, rotated key, and value."""
 
     angle: Tensor  # (B, H, R)
     ssm: Tensor  # (B, H, P, N)
@@ -776,8 +756,8 @@ def scan(inputs: ScanInputs, state: ScanState | None, backend: str, chunk_size: 
         S_t = alpha_t S_{t-1} + (1 - lambda_t) dt_t alpha_t v_{t-1} k_{t-1}^T + lambda_t dt_t v_t k_t^T
         y_t = (S_t q_t + D v_t) * silu(gate_t)
 
-    A document start takes alpha_t = 0. The angle runs on across it: only differences of angles within a document ever
-    reach an output. Single tokens (decoding) always take the sequential form, the fastest there.
+    A document start takes alpha_t = 0; the angle runs on, since only its differences within a document reach an output.
+    Single tokens (decoding) always take the sequential form, the fastest there.
     """
     if backend == "sequential" or inputs.value.shape[1] == 1:
         return sequential_scan(inputs, state)
@@ -786,42 +766,39 @@ def scan(inputs: ScanInputs, state: ScanState | None, backend: str, chunk_size: 
     return mamba_ssm_scan(inputs, state, chunk_size)
 
 
-def zero_state(inputs: ScanInputs, dtype: torch.dtype) -> ScanState:
-    """The state before the first token."""
+def initial_state(inputs: ScanInputs, state: ScanState | None) -> ScanState:
+    """The state in step_size's dtype, or zeros where there is none."""
+    if state is not None:
+        return ScanState(*(x.to(inputs.step_size.dtype) for x in state))
     batch, _, heads, channels = inputs.value.shape
-    state_size = inputs.key.shape[-1]
-    num_angles = 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
-    zeros = functools.partial(inputs.value.new_zeros, dtype=dtype)
-    return ScanState(
-        zeros(batch, heads, num_angles),
-        zeros(batch, heads, channels, state_size),
-        zeros(batch, heads, state_size),
-        zeros(batch, heads, channels),
-    )
+    state_size, num_angles = inputs.key.shape[-1], 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
+    shapes = (num_angles,), (channels, state_size), (state_size,), (channels,)
+    return ScanState(*(inputs.step_size.new_zeros(batch, heads, *shape) for shape in shapes))
 
 
 def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
     """Rotates the first 2R entries of x (..., N) in adjacent pairs (2i, 2i + 1) by angle (..., R)."""
-    rotated, rest = x.split([2 * angle.shape[-1], x.shape[-1] - 2 * angle.shape[-1]], dim=-1)
+    rotated, rest = x.tensor_split([2 * angle.shape[-1]], dim=-1)
     even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angle.cos(), angle.sin()
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
 
-def biased_and_rotated(inputs: ScanInputs, state: ScanState, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def biased_and_rotated(inputs: ScanInputs, state: ScanState) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and queries (B, L, H, N) with bias and rotation, and the running angle (B, L, H, R)."""
+    dtype = inputs.step_size.dtype
     key = inputs.key.to(dtype).unsqueeze(2) + inputs.key_bias.to(dtype)
     query = inputs.query.to(dtype).unsqueeze(2) + inputs.query_bias.to(dtype)
     if inputs.angle_rate is None:
         return key, query, state.angle.unsqueeze(1).expand(-1, key.shape[1], -1, -1)
     turn = math.pi * torch.tanh(inputs.angle_rate.to(dtype)).unsqueeze(2) * inputs.step_size.unsqueeze(-1)
-    angle = state.angle.to(dtype).unsqueeze(1) + turn.cumsum(dim=1)
+    angle = state.angle.unsqueeze(1) + turn.cumsum(dim=1)
     return rotate_pairs(key, angle), rotate_pairs(query, angle), angle
 
 
 def trapezoid_weights(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """Weights (B, L, H) of the current and of the previous token's outer product: lambda·dt and (1 - lambda)·dt."""
+    """Weights (B, L, H) of the current and the previous token's outer product: lambda·dt and (1 - lambda)·dt."""
     if inputs.trapezoid is None:
         return inputs.step_size, torch.zeros_like(inputs.step_size)
     current = torch.sigmoid(inputs.trapezoid.to(inputs.step_size.dtype)) * inputs.step_size
@@ -838,15 +815,14 @@ def finish_scan(inputs: ScanInputs, y: Tensor, value: Tensor) -> Tensor:
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
     """The recurrence of scan() as it is written there, one token after another."""
-    dtype = inputs.step_size.dtype
-    state = zero_state(inputs, dtype) if state is None else state
-    key, query, angle = biased_and_rotated(inputs, state, dtype)
-    value = inputs.value.to(dtype)
+    state = initial_state(inputs, state)
+    key, query, angle = biased_and_rotated(inputs, state)
+    value = inputs.value.to(key.dtype)
     current, previous = trapezoid_weights(inputs)
     decay = inputs.log_decay.exp()
     if inputs.document_start is not None:
         decay = decay.masked_fill(inputs.document_start.unsqueeze(-1), 0.0)
-    ssm, last_key, last_value = state.ssm.to(dtype), state.key.to(dtype), state.value.to(dtype)
+    _, ssm, last_key, last_value = state
     outputs = []
     for t in range(value.shape[1]):
         before = ssm + (previous[:, t, :, None] * last_value).unsqueeze(-1) * last_key.unsqueeze(-2)
@@ -868,28 +844,24 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 
     and a state carried in adds exp(sum_{r<=t} log_decay_r) (S + (1 - lambda_1) dt_1 v k^T) q_t.
     """
-    dtype = inputs.step_size.dtype
-    batch, length, heads, channels = inputs.value.shape
-    state = zero_state(inputs, dtype) if state is None else state
-    key, query, angle = biased_and_rotated(inputs, state, dtype)
-    value = inputs.value.to(dtype)
+    state = initial_state(inputs, state)
+    key, query, angle = biased_and_rotated(inputs, state)
+    value = inputs.value.to(key.dtype)
     current, previous = trapezoid_weights(inputs)
     start = inputs.document_start
     if start is None:
-        start = torch.zeros(batch, length, dtype=torch.bool, device=value.device)
-    ahead = previous.masked_fill(start.unsqueeze(-1), 0.0)[:, 1:]
-    ahead = torch.cat([ahead, torch.zeros_like(previous[:, :1])], dim=1)  # g: what the next token will add of this one
+        start = torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
+    ahead = F.pad(previous.masked_fill(start.unsqueeze(-1), 0.0)[:, 1:], (0, 0, 0, 1))  # g: what the next token adds
 
     # 1. Cut into chunks: (B, H, chunks, chunk, ...). Padding tokens have weight 0 and decay 1: they change nothing.
+    length = value.shape[1]
     pad = -length % chunk_size
 
     def cut(x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
-        return x.unflatten(1, (-1, chunk_size)).movedim(3, 1) if x.dim() > 2 else x.unflatten(1, (-1, chunk_size))
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad)).unflatten(1, (-1, chunk_size)).movedim(3, 1)
 
     key_c, query_c, value_c, weight_c, decay_c = map(cut, (key, query, value, current + ahead, inputs.log_decay))
-    document = F.pad(start.long().cumsum(dim=1), (0, pad), mode="replicate") if pad else start.long().cumsum(dim=1)
-    document = document.unflatten(1, (-1, chunk_size))  # (B, chunks, chunk)
+    document = F.pad(start.long(), (0, pad)).cumsum(dim=1).unflatten(1, (-1, chunk_size))  # (B, chunks, chunk)
     document_before = F.pad(document[:, :-1, -1], (1, 0))  # the document that a chunk's incoming state belongs to
 
     # 2. Within a chunk: masked, decayed attention. Masking before exp keeps what lies ahead from overflowing.
@@ -903,8 +875,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     to_end = (total[..., -1:] - total).exp() * same_as_last * weight_c
     left_behind = (value_c * to_end.unsqueeze(-1)).mT @ key_c  # (B, H, chunks, P, N)
     passes = (document[..., -1] == document_before).unsqueeze(1) * total[..., -1].exp()
-    first = (previous[:, 0, :, None] * state.value.to(dtype)).unsqueeze(-1) * state.key.to(dtype).unsqueeze(-2)
-    ssm = state.ssm.to(dtype) + first
+    ssm = state.ssm + (previous[:, 0, :, None] * state.value).unsqueeze(-1) * state.key.unsqueeze(-2)
     incoming = []
     for chunk in range(left_behind.shape[2]):
         incoming.append(ssm)
@@ -919,10 +890,10 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, value), final
 
 
-# The library's kernels as torch.library operators: Dynamo sees one opaque call forward and one backward, so that the
-# whole model stays in one graph. Inputs and outputs are named as in the library, (B, H, L) where it wants them so.
-# The library tunes its kernels by trial at first use, for minutes; on GPUs measured before, PINNED_KERNELS says what
-# the trial finds: stages, warps, registers per thread (None: the compiler's choice), and for two of them the chunk.
+# The library's kernels as torch.library operators, one forward and one backward, so that the whole model stays in one
+# graph. Inputs and outputs are named as in the library, (B, H, L) where it wants them so. The library tunes its kernels
+# by trial for minutes; on GPUs measured before, PINNED_KERNELS says what the trial finds: stages, warps, registers per
+# thread (None: the compiler's choice), and for two of them the chunk.
 
 PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {
     (9, 0): {  # measured on an NVIDIA H200 with bench/tune_mamba_ssm.py
@@ -935,9 +906,7 @@ PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {
         "mamba3_siso_bwd_kernel_ddt_dtrap_dinput_states": (1, 8, None, 256),
     },
 }
-RESET_LOG_DECAY = (
-    -60.0
-)  # exp(-60) = 1e-26: a document start as the kernels can be told, without losing float32's digits
+RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
 
 
 def mamba_ssm_kernels():
@@ -955,13 +924,14 @@ def import_mamba_ssm():
     import triton
     from mamba_ssm.ops.triton.mamba3 import angle_dt, mamba3_siso_bwd, mamba3_siso_fwd
 
+    modules = angle_dt, mamba3_siso_fwd, mamba3_siso_bwd
     for name, (stages, warps, registers, chunk) in PINNED_KERNELS.get(torch.cuda.get_device_capability(), {}).items():
-        for module in (angle_dt, mamba3_siso_fwd, mamba3_siso_bwd):
-            kernel = getattr(module, name, None)
-            if kernel is not None:
-                chunk_option = {} if chunk is None else {"CHUNK_SIZE": chunk}
-                kernel.configs = [triton.Config(chunk_option, num_stages=stages, num_warps=warps, maxnreg=registers)]
-    return angle_dt, mamba3_siso_fwd, mamba3_siso_bwd
+        options = {} if chunk is None else {"CHUNK_SIZE": chunk}
+        config = triton.Config(options, num_stages=stages, num_warps=warps, maxnreg=registers)
+        for module in modules:
+            if hasattr(module, name):
+                getattr(module, name).configs = [config]
+    return modules
 
 
 _forward_schema = (
@@ -979,18 +949,16 @@ _backward_schema = (
 @torch.library.custom_op("golf::mamba3_forward", mutates_args=(), schema=_forward_schema)
 def mamba3_forward(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk, training):
     angle_dt, siso_fwd, _ = mamba_ssm_kernels()
-    running, angle_out = angle_dt.angle_dt_fwd(
-        angles, dt, init_state=angle_in, chunk_size=chunk, return_output_state=True
-    )
+    options = {"init_state": angle_in, "chunk_size": chunk, "return_output_state": True}
+    angle, angle_out = angle_dt.angle_dt_fwd(angles, dt, **options)
     states_in = None if ssm_in is None else (ssm_in, k_in, v_in)
     out, *saved, final = siso_fwd.mamba3_siso_fwd(
-        q, k, v, adt, dt, trap, q_bias, k_bias, running, d, z, states_in,
+        q, k, v, adt, dt, trap, q_bias, k_bias, angle, d, z, states_in,
         chunk_size=chunk, store_states_adt_outv=training, return_final_states=True,
     )  # fmt: skip
     ssm_out, k_out, v_out = (x.clone() for x in final)
-    if not training:  # only the outputs matter, but the operator's signature is fixed
-        running, saved = q.new_empty(0), [q.new_empty(0) for _ in saved]
-    return (out, angle_out, ssm_out, k_out, v_out, running, *saved)
+    saved = [angle, *saved] if training else [q.new_empty(0) for _ in range(10)]  # the operator's signature is fixed
+    return out, angle_out, ssm_out, k_out, v_out, *saved
 
 
 @mamba3_forward.register_fake
@@ -998,35 +966,25 @@ def _(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_
     batch, length, heads, channels = v.shape
     state_size, chunks = q.shape[-1], -(-length // chunk)
     fp32 = functools.partial(v.new_empty, dtype=torch.float32)
-    outputs = [
-        v.new_empty(batch, length, heads, channels),
-        angles.new_empty(batch, heads, angles.shape[-1]),
-        fp32(batch, heads, channels, state_size),
-        fp32(batch, heads, state_size),
-        v.new_empty(batch, heads, channels),
-    ]
+    outputs = (
+        v.new_empty(v.shape), angles.new_empty(batch, heads, angles.shape[-1]),
+        fp32(batch, heads, channels, state_size), fp32(batch, heads, state_size), v.new_empty(batch, heads, channels),
+    )  # fmt: skip
     if not training:
-        return (*outputs, *(q.new_empty(0) for _ in range(10)))
-    per_token = (batch, heads, length)
-    saved = [
-        angles.new_empty(batch, length, heads, angles.shape[-1]),
-        v.new_empty(batch, length, heads, channels),
-        q.new_empty(batch, heads, channels, chunks * state_size, dtype=torch.bfloat16),
-        fp32(per_token),
-        fp32(batch, heads, chunks),
-        q.new_empty(batch, length, heads, state_size),
-        k.new_empty(batch, length, heads, state_size),
-        fp32(per_token),
-        fp32(per_token),
-        fp32(per_token),
-    ]
-    return (*outputs, *saved)
+        return *outputs, *(q.new_empty(0) for _ in range(10))
+    per_token, per_head = (batch, heads, length), (batch, length, heads)
+    return (
+        *outputs, angles.new_empty(*per_head, angles.shape[-1]), v.new_empty(v.shape),
+        q.new_empty(batch, heads, channels, chunks * state_size, dtype=torch.bfloat16), fp32(per_token),
+        fp32(batch, heads, chunks), q.new_empty(*per_head, state_size), k.new_empty(*per_head, state_size),
+        fp32(per_token), fp32(per_token), fp32(per_token),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("golf::mamba3_backward", mutates_args=(), schema=_backward_schema)
 def mamba3_backward(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, saved, chunk):
     angle_dt, _, siso_bwd = mamba_ssm_kernels()
-    running, out_v, states, adt_sums, adt_totals, q_rotated, k_scaled, qk, scale, gamma = saved
+    angle, out_v, states, adt_sums, adt_totals, q_rotated, k_scaled, qk, scale, gamma = saved
     dz = grad.new_empty(0)
     if z is not None:
         dz, grad = siso_bwd.compute_dzdo(grad, z, out_v, chunk_size=chunk)
@@ -1035,18 +993,13 @@ def mamba3_backward(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_i
         D=d, chunk_size=chunk, has_input_state=ssm_in is not None,
     )  # fmt: skip
     dq, dk, dq_bias, dk_bias, dangle, dscale, dgamma = siso_bwd.compute_dqktheta(
-        q=q, k=k, scale=scale, gamma=gamma, q_bias=q_bias, k_bias=k_bias, angles=running, dq_in=dq, dk_in=dk, dqk=dqk,
+        q=q, k=k, scale=scale, gamma=gamma, q_bias=q_bias, k_bias=k_bias, angles=angle, dq_in=dq, dk_in=dk, dqk=dqk,
         chunk_size=chunk,
     )  # fmt: skip
     ddt, dtrap, *_ = siso_bwd.compute_ddt_dtrap_dinput_states(
-        dscale=dscale,
-        dgamma=dgamma,
-        dt=dt,
-        trap=trap.float(),
-        d_issm_state=dssm,
-        input_k_state=k_in,
-        input_v_state=v_in,
-    )
+        dscale=dscale, dgamma=dgamma, dt=dt, trap=trap.float(), d_issm_state=dssm,
+        input_k_state=k_in, input_v_state=v_in,
+    )  # fmt: skip
     dangles, ddt_angle, _ = angle_dt.angle_dt_bwd(
         grad_out=dangle, angle=angles, dt=dt, has_init_state=ssm_in is not None, chunk_size=chunk
     )
@@ -1056,28 +1009,21 @@ def mamba3_backward(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_i
 
 @mamba3_backward.register_fake
 def _(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, saved, chunk):
-    per_token = dt.new_empty(dt.shape, dtype=torch.float32)
-    dz = grad.new_empty(0) if z is None else grad.new_empty(grad.shape)
-    return (
-        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), per_token, torch.empty_like(per_token),
-        trap.new_empty(trap.shape), q_bias.new_empty(q_bias.shape), k_bias.new_empty(k_bias.shape),
-        angles.new_empty(angles.shape), d.new_empty(d.shape), dz,
-    )  # fmt: skip
+    dz = grad.new_empty(0) if z is None else grad
+    like = (q, k, v, dt.float(), dt.float(), trap, q_bias, k_bias, angles, d, dz)
+    return tuple(x.new_empty(x.shape) for x in like)
 
 
 def _mamba3_setup_context(ctx, inputs, output):
     q, k, v, _, dt, trap, q_bias, k_bias, angles, d, z, _, ssm_in, k_in, v_in, chunk, _ = inputs
-    ctx.chunk = chunk
+    ctx.chunk, ctx.gated = chunk, z is not None
     ctx.save_for_backward(q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, *output[5:])
 
 
 def _mamba3_autograd(ctx, grad, *_):
-    q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, *saved = ctx.saved_tensors
-    dq, dk, dv, dadt, ddt, dtrap, dq_bias, dk_bias, dangles, dd, dz = torch.ops.golf.mamba3_backward(
-        grad.contiguous(), q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, saved, ctx.chunk
-    )
-    dz = None if z is None else dz
-    return dq, dk, dv, dadt, ddt, dtrap, dq_bias, dk_bias, dangles, dd, dz, None, None, None, None, None, None
+    inputs, saved = ctx.saved_tensors[:13], list(ctx.saved_tensors[13:])
+    *grads, dz = torch.ops.golf.mamba3_backward(grad.contiguous(), *inputs, saved, ctx.chunk)
+    return *grads, dz if ctx.gated else None, *[None] * 6
 
 
 mamba3_forward.register_autograd(_mamba3_autograd, setup_context=_mamba3_setup_context)
@@ -1086,26 +1032,22 @@ mamba3_forward.register_autograd(_mamba3_autograd, setup_context=_mamba3_setup_c
 def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
     """The recurrence on mamba_ssm's Triton kernels: bfloat16 in and out, float32 decays and accumulation.
 
-    States are constants to it: no gradient flows through them. Switched-off parts take the values that switch them off.
+    No gradient flows through states. Switched-off parts take the values that switch them off.
     """
-    heads = inputs.value.shape[2]
-    bf16 = torch.bfloat16
-    trapezoid, angle_rate = inputs.trapezoid, inputs.angle_rate
+    bf16, heads = torch.bfloat16, inputs.value.shape[2]
+    trapezoid, angle_rate, log_decay = inputs.trapezoid, inputs.angle_rate, inputs.log_decay
     if trapezoid is None:
         trapezoid = torch.full_like(inputs.step_size, 30.0)  # sigmoid(30) = 1 in float32
     if angle_rate is None:
         angle_rate = inputs.key.new_zeros(*inputs.key.shape[:2], inputs.key.shape[-1] // 4)
-    log_decay = inputs.log_decay
     if inputs.document_start is not None:
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
     states_in = (None,) * 4
     if state is not None:
-        angle_in = (
-            state.angle
-            if inputs.angle_rate is not None
-            else angle_rate.new_zeros(*state.key.shape[:2], angle_rate.shape[-1])
-        )
-        states_in = (angle_in.to(bf16), state.ssm.float(), state.key.float(), state.value.to(bf16))
+        angle = state.angle
+        if inputs.angle_rate is None:
+            angle = angle_rate.new_zeros(*state.key.shape[:2], angle_rate.shape[-1])
+        states_in = (angle.to(bf16), state.ssm.float(), state.key.float(), state.value.to(bf16))
     y, angle, ssm, key, value, *_ = torch.ops.golf.mamba3_forward(
         inputs.query.to(bf16).unsqueeze(2),
         inputs.key.to(bf16).unsqueeze(2),
@@ -1128,17 +1070,13 @@ def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int)
 def choose_scan_backend(wanted: str, device: torch.device) -> str:
     """The backend that "auto" stands for on this device. Raises UserError where the one wanted cannot run."""
     fused = device.type == "cuda" and importlib.util.find_spec("mamba_ssm") is not None
-    if wanted == "mamba_ssm" and not fused:
+    if not fused and (wanted == "mamba_ssm" or wanted == "auto" and device.type == "cuda"):
         raise UserError(
-            "SCAN_BACKEND=mamba_ssm needs a GPU and the package: pip install -r requirements-cuda.txt --no-build-isolation"
+            "no fused scan here: SCAN_BACKEND=mamba_ssm needs a GPU and pip install -r requirements-cuda.txt"
+            " --no-build-isolation (or ask for a slower one by name: SCAN_BACKEND=chunked)"
         )
     if wanted != "auto":
         return wanted
-    if device.type == "cuda" and not fused:
-        raise UserError(
-            "no fused scan here: pip install -r requirements-cuda.txt --no-build-isolation"
-            " (or ask for a slower one by name: SCAN_BACKEND=chunked)"
-        )
     return "mamba_ssm" if fused else "chunked"
 
 
@@ -1153,8 +1091,7 @@ DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
 
 
 class AttentionState(NamedTuple):
-    """Attention's memory between calls: the last W keys before rotation, their values, and which of them the last
-    token's document holds."""
+    """Attention's memory between calls: the last W keys before rotation, their values, and which the document holds."""
 
     key: Tensor  # (B, W, kv heads, D)
     value: Tensor  # (B, W, kv heads, D)
@@ -1162,17 +1099,13 @@ class AttentionState(NamedTuple):
 
 
 class MambaState(NamedTuple):
-    """A Mamba layer's memory between calls: the scan's, and the short convolution's last inputs."""
-
     scan: ScanState
-    conv: Tensor  # (B, width - 1, channels)
+    conv: Tensor  # (B, width - 1, channels), the short convolution's last inputs
 
 
 class ModelState(NamedTuple):
-    """A model's memory between calls: one entry per virtual layer, and the last token (for bigrams)."""
-
-    layers: tuple
-    last_token: Tensor  # (B,)
+    layers: tuple  # of AttentionState and MambaState, one per virtual layer
+    last_token: Tensor  # (B,), for bigrams
 
 
 class Context(NamedTuple):
@@ -1208,7 +1141,7 @@ class Linear(nn.Linear):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """torch's attention; which kernel it takes was fixed by choose_attention_backend()."""
+    """torch's attention, on the kernel that choose_attention_backend() fixed."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
@@ -1248,28 +1181,24 @@ def choose_attention_backend(
     Leaves torch's own switches set for it. Raises UserError where the one asked for by name does not run.
     """
 
-    def works(name: str) -> str:
+    def trouble(name: str) -> str:
         for switch in ("cudnn", "flash", "math"):
             getattr(torch.backends.cuda, f"enable_{switch}_sdp")(switch == name or device.type == "cpu")
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        shape = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
-        query, key, value = (shape(1, 128, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
+        random = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+        query, key, value = (random(1, 128, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
         try:
             ATTENTION_BACKENDS[name](query, key, value).sum().backward()
         except (ImportError, RuntimeError, AssertionError, TypeError) as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            return f"{type(error).__name__}: {error}".splitlines()[0]
         return ""
 
-    if wanted != "auto":
-        trouble = works(wanted)
-        if trouble:
-            raise UserError(
-                f"ATTENTION_BACKEND={wanted} does not run here ({trouble}); ATTENTION_BACKEND=auto finds one"
-            )
-        return wanted
-    candidates = tuple(ATTENTION_BACKENDS) if device.type == "cuda" else ("math",)
-    return next(name for name in candidates if not works(name))
+    if wanted == "auto":
+        return next(name for name in (ATTENTION_BACKENDS if device.type == "cuda" else ("math",)) if not trouble(name))
+    if why := trouble(wanted):
+        raise UserError(f"ATTENTION_BACKEND={wanted} does not run here ({why}); ATTENTION_BACKEND=auto finds one")
+    return wanted
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1285,8 +1214,7 @@ class Attention(nn.Module):
 
     def __init__(self, settings: Settings, backend: str):
         super().__init__()
-        width = settings.model_dim
-        self.head_dim = width // settings.num_heads
+        width, self.head_dim = settings.model_dim, settings.model_dim // settings.num_heads
         self.query = Linear(width, width)
         self.key = Linear(width, settings.num_kv_heads * self.head_dim)
         self.value = Linear(width, settings.num_kv_heads * self.head_dim)
@@ -1298,18 +1226,15 @@ class Attention(nn.Module):
         self, x: Tensor, context: Context, state: AttentionState | None
     ) -> tuple[Tensor, AttentionState | None]:
         query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
-        query = norm(query) * self.query_gain.to(x.dtype)[:, None]
-        key = norm(key)
-        cached = 0 if state is None else state.key.shape[1]
+        query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
+        cached, new_state = 0, None
         if state is not None:
             key, value = torch.cat([state.key, key], dim=1), torch.cat([state.value, value], dim=1)
-            # Empty queries for the cached keys make the square, causal problem that every kernel knows.
-            query = F.pad(query, (0, 0, 0, 0, cached, 0))
-        new_state = None
+            cached = state.key.shape[1]
+            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # makes a square, causal problem, as every kernel knows
         if context.cache_tokens:
-            new_state = AttentionState(
-                *(t[:, -context.cache_tokens :] for t in (key, value, self._visible(x, context, state)))
-            )
+            memory = key, value, self._visible(x, context, state)
+            new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in memory))
         query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
         if context.mask is None:
             y = self.attend(query, key, value)
@@ -1322,29 +1247,26 @@ class Attention(nn.Module):
     @staticmethod
     def _visible(x: Tensor, context: Context, state: AttentionState | None) -> Tensor:
         """Which keys, cached and new, belong to the last token's document: (B, W + T) bool."""
-        if context.document_start is None:
-            visible = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            return visible if state is None else torch.cat([state.visible, visible], dim=1)
-        document = context.document_start.long().cumsum(dim=1)
+        start = context.document_start
+        document = x.new_zeros(x.shape[:2]) if start is None else start.long().cumsum(dim=1)
         visible = document == document[:, -1:]
         return visible if state is None else torch.cat([state.visible & (document[:, -1:] == 0), visible], dim=1)
 
 
-# The short convolution in front of Mamba-2 (and, if asked for, of Mamba-3): causal-conv1d's kernel as operators on CUDA,
-# a sum of shifted products elsewhere. Both include the SiLU and keep documents apart.
+# The short convolution in front of Mamba-2 (if asked for, of Mamba-3): causal-conv1d's kernel as operators on CUDA, a sum
+# of shifted products elsewhere. Both include the SiLU and keep documents apart.
 
 
 def short_conv_pytorch(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
     """Causal depthwise convolution and SiLU: x (B, L, C), weight (C, W), bias (C,) -> (B, L, C).
 
-    document (B, L) numbers the documents; a tap that would reach into an earlier one reads 0.
+    A tap that would reach into an earlier document reads 0; document (B, L) numbers them.
     """
     y = bias.to(x.dtype) + weight[:, -1].to(x.dtype) * x
     for back in range(1, weight.shape[1]):
         earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
         if document is not None:
-            same = F.pad(document, (back, 0), value=-1)[:, : x.shape[1]] == document
-            earlier = earlier * same.unsqueeze(-1)
+            earlier = earlier * (F.pad(document, (back, 0), value=-1)[:, : x.shape[1]] == document).unsqueeze(-1)
         y = y + weight[:, -1 - back].to(x.dtype) * earlier
     return F.silu(y)
 
@@ -1354,10 +1276,8 @@ def short_conv_cuda(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | 
     """short_conv_pytorch() on causal-conv1d's kernel, which wants channels last in a (B, C, L) view."""
     from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
 
-    x = x.contiguous().transpose(1, 2)
-    return causal_conv1d_fwd_function(x, weight.to(x.dtype), bias.to(x.dtype), document, None, None, True).transpose(
-        1, 2
-    )
+    x, weight, bias = x.contiguous().transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype)
+    return causal_conv1d_fwd_function(x, weight, bias, document, None, None, True).transpose(1, 2)
 
 
 @short_conv_cuda.register_fake
@@ -1410,49 +1330,38 @@ class ShortConv(nn.Module):
 
         Inputs of a document that has ended are handed on as zeros, as if the new document began the stream.
         """
-        reach = self.weight.shape[1] - 1
-        if history is None:
-            history = x.new_zeros(x.shape[0], reach, x.shape[2])
-        padded = torch.cat([history, x], dim=1)
-        document = None
+        reach, length = self.weight.shape[1] - 1, x.shape[1]
+        padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
+        last, document = padded[:, length:], None
         if context.document_start is not None:
             document = F.pad(context.document_start.int(), (reach, 0)).cumsum(dim=1, dtype=torch.int32)
-        y = self.convolve(padded, self.weight, self.bias, document)[:, reach:]
-        last = padded[:, padded.shape[1] - reach :]
-        if document is not None:
-            last = last * (document[:, padded.shape[1] - reach :] == document[:, -1:]).unsqueeze(-1)
-        return y, last
+            last = last * (document[:, length:] == document[:, -1:]).unsqueeze(-1)
+        return self.convolve(padded, self.weight, self.bias, document)[:, reach:], last
 
 
 class Mamba(nn.Module):
     """A Mamba-3 block, or with MAMBA_VERSION=2 a Mamba-2 block, around scan().
 
-    Mamba-3: in_proj gives z, x, B, C and per head step size, decay, trapezoid, and shared angles; B and C are normed
-    and biased. Mamba-2: no trapezoid, angles, norms or biases; one constant decay rate per head, a short convolution
-    over x, B, C in front, gate and norm at the end.
+    Mamba-3: in_proj gives z, x, B, C, per head step size, decay, trapezoid, and shared angles; B and C are normed and
+    biased. Mamba-2: constant decay rates, a short convolution over x, B, C in front, gate and norm at the end.
     """
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
         s = settings
         self.version, self.head_dim, self.state_size = s.mamba_version, s.mamba_head_dim, s.mamba_d_state
-        self.backend = choose_scan_backend(s.scan_backend, device)
-        self.chunk_size = s.mamba_chunk_size
-        inner = s.mamba_inner_dim
-        heads = inner // s.mamba_head_dim
-        angles = int(s.mamba_d_state * s.mamba_rope_fraction) // 2 if s.mamba_version == 3 else 0
-        per_head = 3 if s.mamba_version == 3 else 1
-        self.dynamics_rows = per_head * heads + angles  # the last rows of in_proj; they stay at 8 bits in the artifact
-        self.split_sizes = (
-            [inner, inner, s.mamba_d_state, s.mamba_d_state] + [heads] * per_head + [angles] * (angles > 0)
-        )
+        self.backend, self.chunk_size = choose_scan_backend(s.scan_backend, device), s.mamba_chunk_size
+        mamba3, inner, heads = s.mamba_version == 3, s.mamba_inner_dim, s.mamba_inner_dim // s.mamba_head_dim
+        dynamics = [heads] * 3 + [int(s.mamba_d_state * s.mamba_rope_fraction) // 2] if mamba3 else [heads]
+        self.dynamics_rows = sum(dynamics)  # the last rows of in_proj; they stay at 8 bits in the artifact
+        self.split_sizes = [inner, inner, s.mamba_d_state, s.mamba_d_state, *dynamics]
         self.in_proj = Linear(s.model_dim, sum(self.split_sizes))
         self.out_proj = Linear(inner, s.model_dim, zero=True)
 
         step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         self.D = nn.Parameter(torch.ones(heads))
-        if s.mamba_version == 3:
+        if mamba3:
             self.B_norm = nn.Parameter(torch.ones(s.mamba_d_state))
             self.C_norm = nn.Parameter(torch.ones(s.mamba_d_state))
             self.B_bias = nn.Parameter(torch.ones(heads, s.mamba_d_state))
@@ -1460,20 +1369,17 @@ class Mamba(nn.Module):
         else:
             self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
             self.register_buffer("no_bias", torch.zeros(heads, s.mamba_d_state), persistent=False)
-        conv_width = s.mamba_d_conv if s.mamba_d_conv >= 0 else (4 if s.mamba_version == 2 else 0)
+        conv_width = s.mamba_d_conv if s.mamba_d_conv >= 0 else (0 if mamba3 else 4)
         self.conv = ShortConv(inner + 2 * s.mamba_d_state, conv_width, device) if conv_width > 1 else None
-        self.gate_late = s.mamba_version == 2 or s.mamba_output_norm
-        if s.mamba_version == 2:
-            self.output_norm = nn.Parameter(torch.ones(inner))
-        elif s.mamba_output_norm:
-            self.output_norm = nn.Parameter(torch.ones(heads, s.mamba_head_dim))
+        self.gate_late = not mamba3 or s.mamba_output_norm
+        if self.gate_late:
+            self.output_norm = nn.Parameter(torch.ones((heads, s.mamba_head_dim) if mamba3 else inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
         gate, x, key, query, *dynamics = self.in_proj(u).split(self.split_sizes, dim=-1)
         history = None
         if self.conv is not None:
-            x = torch.cat([x, key, query], dim=-1)
-            x, history = self.conv(x, context, None if state is None else state.conv)
+            x, history = self.conv(torch.cat([x, key, query], dim=-1), context, None if state is None else state.conv)
             x, key, query = x.split([gate.shape[-1], self.state_size, self.state_size], dim=-1)
         value, gate = (t.unflatten(-1, (-1, self.head_dim)) for t in (x, gate))
         step_size = F.softplus(dynamics[0].float() + self.dt_bias)
@@ -1483,28 +1389,20 @@ class Mamba(nn.Module):
             key_bias, query_bias, trapezoid, angle_rate = self.B_bias, self.C_bias, dynamics[2], dynamics[3]
         else:
             decay_rate = -self.A_log.float().exp()
-            key_bias = query_bias = self.no_bias
-            trapezoid = angle_rate = None
-        y, scan_state = scan(
-            ScanInputs(
-                value, key, query, step_size, decay_rate * step_size, key_bias, query_bias, self.D,
-                trapezoid, angle_rate, None if self.gate_late else gate, context.document_start,
-            ),
-            None if state is None else state.scan,
-            self.backend,
-            self.chunk_size,
+            key_bias, query_bias, trapezoid, angle_rate = self.no_bias, self.no_bias, None, None
+        inputs = ScanInputs(
+            value, key, query, step_size, decay_rate * step_size, key_bias, query_bias, self.D,
+            trapezoid, angle_rate, None if self.gate_late else gate, context.document_start,
         )  # fmt: skip
+        y, scan_state = scan(inputs, None if state is None else state.scan, self.backend, self.chunk_size)
         if self.version == 2:
             y = norm((y * F.silu(gate)).flatten(2), self.output_norm, 1e-5)
         elif self.gate_late:
-            y = (norm(y, None, 1e-5) * self.output_norm.to(y.dtype) * F.silu(gate)).flatten(2)
-        else:
-            y = y.flatten(2)
+            y = norm(y, None, 1e-5) * self.output_norm.to(y.dtype) * F.silu(gate)
+        y = self.out_proj(y.flatten(2))
         if not context.cache_tokens:
-            return self.out_proj(y), None
-        if history is None:
-            history = u.new_zeros(u.shape[0], 0, 0)
-        return self.out_proj(y), MambaState(scan_state, history)
+            return y, None
+        return y, MambaState(scan_state, u.new_zeros(u.shape[0], 0, 0) if history is None else history)
 
 
 class MLP(nn.Module):
@@ -1555,8 +1453,7 @@ class Model(nn.Module):
 
     def __init__(self, settings: Settings, device: torch.device, attention_backend: str):
         super().__init__()
-        s = settings
-        self.settings = s
+        self.settings = s = settings
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.full_order = virtual_layer_order(s)
         self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
@@ -1570,8 +1467,7 @@ class Model(nn.Module):
         if s.unet_skips:
             self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2, s.model_dim))
         self.head = None if s.tie_embeddings else Linear(s.model_dim, s.vocab_size)
-        head_dim = s.model_dim // s.num_heads
-        pairs = int(head_dim * s.rope_fraction) // 2
+        pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = s.rope_base ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
         self.register_buffer("rotary_frequencies", frequencies, persistent=False)
         self.to(device)
@@ -1587,22 +1483,18 @@ class Model(nn.Module):
 
         With cache_tokens > 0 also the state to continue from, in which attention remembers that many tokens.
         """
-        s = self.settings
-        x = self._embed(tokens, state)
+        x = embedded = self._embed(tokens, state)
         context = self._context(tokens, state, cache_tokens)
-        embedded = x
-        half = len(order) // 2
+        half = len(order) // 2 if self.settings.unet_skips else 0
         skips, layer_states = [], []
         for position, layer in enumerate(order):
-            if s.unet_skips and position >= len(order) - half:
-                weight = self.skip_weights[position - (len(order) - half)]
-                x = x + weight.to(x.dtype) * skips.pop()
+            if position >= len(order) - half:
+                x = x + self.skip_weights[position - len(order) + half].to(x.dtype) * skips.pop()
             x, layer_state = self.blocks[layer](x, embedded, context, None if state is None else state.layers[position])
             layer_states.append(layer_state)
-            if s.unet_skips and position < half:
+            if position < half:
                 skips.append(x)
-        new_state = ModelState(tuple(layer_states), tokens[:, -1]) if cache_tokens else None
-        return norm(x), new_state
+        return norm(x), ModelState(tuple(layer_states), tokens[:, -1]) if cache_tokens else None
 
     def _embed(self, tokens: Tensor, state: ModelState | None) -> Tensor:
         """Normed embeddings (B, T, width) of tokens, with the hashed bigram's added."""
@@ -1613,15 +1505,14 @@ class Model(nn.Module):
             before = torch.cat([last, tokens[:, :-1]], dim=1)
             # Two odd multipliers spread the pair over the table; row 0 is for tokens that begin a document.
             row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
-            row = row.masked_fill(tokens == BOS_ID, 0)
-            bigram = F.embedding(row, self.bigram_embedding.weight).to(self.compute_dtype)
+            bigram = F.embedding(row.masked_fill(tokens == BOS_ID, 0), self.bigram_embedding.weight).to(x.dtype)
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
 
     def _context(self, tokens: Tensor, state: ModelState | None, cache_tokens: int) -> Context:
         """Rotary angles, document starts and attention mask for these tokens."""
-        attention = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
-        cached = attention[0].key.shape[1] if attention else 0
+        memories = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
+        cached = memories[0].key.shape[1] if memories else 0
         positions = torch.arange(cached + tokens.shape[1], dtype=torch.float32, device=tokens.device)
         angles = positions[:, None] * self.rotary_frequencies
         document_start = mask = None
@@ -1629,7 +1520,7 @@ class Model(nn.Module):
             document_start = tokens == BOS_ID
             document = document_start.long().cumsum(dim=1)
             if cached:
-                document = torch.cat([attention[0].visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
+                document = torch.cat([memories[0].visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
             if any(isinstance(block.mixer, Attention) for block in self.blocks):
                 mask = document_mask(document)
         return Context(document_start, angles.cos(), angles.sin(), mask, cache_tokens)
@@ -1643,8 +1534,8 @@ class Model(nn.Module):
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
-        logits = self.logits(hidden)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        logits = self.logits(hidden).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         """Mean nats per target: what training minimizes."""
@@ -1659,8 +1550,7 @@ class Model(nn.Module):
 
 
 def document_mask(document: Tensor):
-    """Attention mask, causal and within documents, from document numbers (B, T): bool (B, 1, T, T) on the CPU, a
-    FlexAttention block mask on CUDA."""
+    """Causal attention mask within documents, numbered (B, T): bool (B, 1, T, T) on the CPU, a BlockMask on CUDA."""
     batch, length = document.shape
     if document.device.type == "cpu":
         return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
@@ -1674,13 +1564,11 @@ def document_mask(document: Tensor):
 
 def build_model(settings: Settings, ranks: Ranks) -> Model:
     """A freshly initialized model on the rank's device, the same on every rank."""
-    backend = "math"
-    if any(kind.mixer == "attention" for kind in layer_kinds(settings)):
-        head_dim = settings.model_dim // settings.num_heads
-        backend = choose_attention_backend(
-            settings.attention_backend, ranks.device, settings.num_heads, settings.num_kv_heads, head_dim
-        )
-    torch.manual_seed(settings.seed)
+    s, backend = settings, "math"
+    if any(kind.mixer == "attention" for kind in layer_kinds(s)):
+        sizes = s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
+        backend = choose_attention_backend(s.attention_backend, ranks.device, *sizes)
+    torch.manual_seed(s.seed)
     return Model(settings, ranks.device, backend)
 
 
@@ -2029,7 +1917,7 @@ class Evaluator:
         cells = np.concatenate([np.arange(w.first, w.last) - w.context + row * length for row, w in enumerate(batch)])
         cells, where = (torch.from_numpy(x).to(self.ranks.device) for x in (cells, positions))
         self.nats[where] = nats.flatten()[cells].float()
-        self.times_scored[positions] += 1
+        np.add.at(self.times_scored, positions, 1)
 
     def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter], rate: float) -> None:
         """One step of SGD on the chunk's targets, every one of them scored before; each rank takes its part."""
