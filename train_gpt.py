@@ -558,15 +558,18 @@ def start_ranks(settings: Settings) -> Ranks:
 
 # ========================================
 # 3. Data
-# The contest's shards, memory-mapped. Which tokens make up which batch depends on the seed and the settings alone: the
-# ranks cut one global sequence of batches among themselves, so 1, 2, 4 or 8 GPUs train on the same data.
+# The contest's shards, memory-mapped. The ranks share one global sequence of batches, which depends on the seed and the
+# settings alone: 1, 2, 4 or 8 GPUs train on the same data.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
 
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of one shard, uint16, memory-mapped and read-only. Raises UserError if it is not a whole shard."""
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    try:
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     if len(header) < 256 or header[0] != SHARD_MAGIC:
         raise UserError(f"{path} is not a token shard (wrong magic number); make shards with data/prepare.py")
     if header[1] != SHARD_VERSION:
@@ -657,10 +660,7 @@ class Batches:
 
 
 class Tokenizer:
-    """The SentencePiece model, and what the score needs of it: the bytes every token stands for.
-
-    Raises UserError if the file is missing, no SentencePiece model or of another vocabulary size.
-    """
+    """The SentencePiece model, and the bytes every token stands for. Raises UserError if the file does not fit."""
 
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece
@@ -676,7 +676,7 @@ class Tokenizer:
             raise UserError(f"{path} has {model.vocab_size()} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
         ids = range(vocab_size)
         text = [model.IdToPiece(i) for i in ids]
-        lengths = [1 if model.IsByte(i) else len(text[i].removeprefix("▁").encode()) for i in ids]
+        lengths = [1 if model.IsByte(i) else len(text[i].removeprefix("▁").replace("▁", " ").encode()) for i in ids]
         self.is_special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
         self.has_space = np.array([piece.startswith("▁") for piece in text]) & ~self.is_special
         self.piece_bytes = np.where(self.is_special, 0, lengths)
@@ -703,7 +703,7 @@ class ValidationSet:
 
 
 def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
-    """All validation shards as one stream. Raises UserError if it is shorter than one sequence or off the vocabulary."""
+    """All validation shards as one stream. Raises UserError if it is too short or off the vocabulary."""
     tokens = np.concatenate(open_shards(settings.data_path, "val"))
     if len(tokens) <= settings.train_seq_len:
         raise UserError(f"the validation shards hold {len(tokens)} tokens, less than one sequence (TRAIN_SEQ_LEN + 1)")
@@ -713,9 +713,9 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
 
 # ========================================
 # 4. Scans
-# The Mamba-3 recurrence (arXiv 2603.15569) behind one function, scan(). Three backends compute the same thing:
-# sequential is the equation in a loop, chunked is its matmul form in plain PyTorch, mamba_ssm is the library's fused
-# Triton kernels. Mamba-2 is the same scan without trapezoid, rotation and biases.
+# The Mamba-3 recurrence (arXiv 2603.15569) behind one function, scan(). Of its backends, sequential is the equation in a
+# loop, chunked its matmul form in plain PyTorch, mamba_ssm the library's fused Triton kernels. Mamba-2 is the same scan
+# without trapezoid, rotation and biases.
 
 
 class ScanInputs(NamedTuple):
@@ -766,16 +766,6 @@ def scan(inputs: ScanInputs, state: ScanState | None, backend: str, chunk_size: 
     return mamba_ssm_scan(inputs, state, chunk_size)
 
 
-def initial_state(inputs: ScanInputs, state: ScanState | None) -> ScanState:
-    """The state in step_size's dtype, or zeros where there is none."""
-    if state is not None:
-        return ScanState(*(x.to(inputs.step_size.dtype) for x in state))
-    batch, _, heads, channels = inputs.value.shape
-    state_size, num_angles = inputs.key.shape[-1], 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
-    shapes = (num_angles,), (channels, state_size), (state_size,), (channels,)
-    return ScanState(*(inputs.step_size.new_zeros(batch, heads, *shape) for shape in shapes))
-
-
 def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
     """Rotates the first 2R entries of x (..., N) in adjacent pairs (2i, 2i + 1) by angle (..., R)."""
     rotated, rest = x.tensor_split([2 * angle.shape[-1]], dim=-1)
@@ -785,24 +775,30 @@ def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
 
-def biased_and_rotated(inputs: ScanInputs, state: ScanState) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and queries (B, L, H, N) with bias and rotation, and the running angle (B, L, H, R)."""
-    dtype = inputs.step_size.dtype
+def prepare_scan(inputs: ScanInputs, state: ScanState | None) -> tuple:
+    """What both PyTorch scans start from, in step_size's dtype: the state; keys and queries (B, L, H, N), biased and
+    rotated; the running angle (B, L, H, R); the values; and the weights (B, L, H) of the current and the previous
+    token's outer product, lambda·dt and (1 - lambda)·dt.
+    """
+    step_size, dtype = inputs.step_size, inputs.step_size.dtype
+    if state is None:
+        (batch, _, heads, channels), state_size = inputs.value.shape, inputs.key.shape[-1]
+        num_angles = 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
+        shapes = (num_angles,), (channels, state_size), (state_size,), (channels,)
+        state = ScanState(*(step_size.new_zeros(batch, heads, *shape) for shape in shapes))
+    state = ScanState(*(x.to(dtype) for x in state))
     key = inputs.key.to(dtype).unsqueeze(2) + inputs.key_bias.to(dtype)
     query = inputs.query.to(dtype).unsqueeze(2) + inputs.query_bias.to(dtype)
-    if inputs.angle_rate is None:
-        return key, query, state.angle.unsqueeze(1).expand(-1, key.shape[1], -1, -1)
-    turn = math.pi * torch.tanh(inputs.angle_rate.to(dtype)).unsqueeze(2) * inputs.step_size.unsqueeze(-1)
-    angle = state.angle.unsqueeze(1) + turn.cumsum(dim=1)
-    return rotate_pairs(key, angle), rotate_pairs(query, angle), angle
-
-
-def trapezoid_weights(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """Weights (B, L, H) of the current and the previous token's outer product: lambda·dt and (1 - lambda)·dt."""
-    if inputs.trapezoid is None:
-        return inputs.step_size, torch.zeros_like(inputs.step_size)
-    current = torch.sigmoid(inputs.trapezoid.to(inputs.step_size.dtype)) * inputs.step_size
-    return current, inputs.step_size - current
+    angle = state.angle.unsqueeze(1).expand(-1, key.shape[1], -1, -1)
+    if inputs.angle_rate is not None:
+        turn = math.pi * torch.tanh(inputs.angle_rate.to(dtype)).unsqueeze(2) * step_size.unsqueeze(-1)
+        angle = state.angle.unsqueeze(1) + turn.cumsum(dim=1)
+        key, query = rotate_pairs(key, angle), rotate_pairs(query, angle)
+    current, previous = step_size, torch.zeros_like(step_size)
+    if inputs.trapezoid is not None:
+        current = torch.sigmoid(inputs.trapezoid.to(dtype)) * step_size
+        previous = step_size - current
+    return state, key, query, angle, inputs.value.to(dtype), current, previous
 
 
 def finish_scan(inputs: ScanInputs, y: Tensor, value: Tensor) -> Tensor:
@@ -815,10 +811,7 @@ def finish_scan(inputs: ScanInputs, y: Tensor, value: Tensor) -> Tensor:
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
     """The recurrence of scan() as it is written there, one token after another."""
-    state = initial_state(inputs, state)
-    key, query, angle = biased_and_rotated(inputs, state)
-    value = inputs.value.to(key.dtype)
-    current, previous = trapezoid_weights(inputs)
+    state, key, query, angle, value, current, previous = prepare_scan(inputs, state)
     decay = inputs.log_decay.exp()
     if inputs.document_start is not None:
         decay = decay.masked_fill(inputs.document_start.unsqueeze(-1), 0.0)
@@ -844,10 +837,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 
     and a state carried in adds exp(sum_{r<=t} log_decay_r) (S + (1 - lambda_1) dt_1 v k^T) q_t.
     """
-    state = initial_state(inputs, state)
-    key, query, angle = biased_and_rotated(inputs, state)
-    value = inputs.value.to(key.dtype)
-    current, previous = trapezoid_weights(inputs)
+    state, key, query, angle, value, current, previous = prepare_scan(inputs, state)
     start = inputs.document_start
     if start is None:
         start = torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
@@ -864,13 +854,13 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     document = F.pad(start.long(), (0, pad)).cumsum(dim=1).unflatten(1, (-1, chunk_size))  # (B, chunks, chunk)
     document_before = F.pad(document[:, :-1, -1], (1, 0))  # the document that a chunk's incoming state belongs to
 
-    # 2. Within a chunk: masked, decayed attention. Masking before exp keeps what lies ahead from overflowing.
+    # 2. Within a chunk: masked, decayed attention, masked before exp, which could overflow on what lies ahead.
     total = decay_c.cumsum(dim=-1)  # (B, H, chunks, chunk)
     visible = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril(-1).unsqueeze(1)
     decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~visible, -torch.inf).exp()
     y = (query_c @ key_c.mT * decay * weight_c.unsqueeze(-2)) @ value_c
 
-    # 3. Between chunks: each leaves a state behind, decayed to its end; states pass on, decayed over whole chunks.
+    # 3. Between chunks: each leaves a state behind, decayed to its end; states pass on, decayed.
     same_as_last = (document == document[..., -1:]).unsqueeze(1)
     to_end = (total[..., -1:] - total).exp() * same_as_last * weight_c
     left_behind = (value_c * to_end.unsqueeze(-1)).mT @ key_c  # (B, H, chunks, P, N)
@@ -937,12 +927,12 @@ def import_mamba_ssm():
 _forward_schema = (
     "(Tensor q, Tensor k, Tensor v, Tensor adt, Tensor dt, Tensor trap, Tensor q_bias, Tensor k_bias, Tensor angles,"
     " Tensor d, Tensor? z, Tensor? angle_in, Tensor? ssm_in, Tensor? k_in, Tensor? v_in, int chunk, bool training)"
-    " -> (" + ", ".join(["Tensor"] * 15) + ")"
+    f" -> ({', '.join(['Tensor'] * 15)})"
 )
 _backward_schema = (
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor trap, Tensor q_bias, Tensor k_bias, Tensor angles,"
     " Tensor d, Tensor? z, Tensor? ssm_in, Tensor? k_in, Tensor? v_in, Tensor[] saved, int chunk)"
-    " -> (" + ", ".join(["Tensor"] * 11) + ")"
+    f" -> ({', '.join(['Tensor'] * 11)})"
 )
 
 
@@ -1003,8 +993,8 @@ def mamba3_backward(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_i
     dangles, ddt_angle, _ = angle_dt.angle_dt_bwd(
         grad_out=dangle, angle=angles, dt=dt, has_init_state=ssm_in is not None, chunk_size=chunk
     )
-    dtrap, dangles = dtrap.to(trap.dtype), dangles.to(angles.dtype)
-    return dq, dk, dv, dadt, ddt + ddt_angle, dtrap, dq_bias, dk_bias, dangles, dd, dz
+    ddt, dtrap, dangles = ddt + ddt_angle, dtrap.to(trap.dtype), dangles.to(angles.dtype)
+    return dq, dk, dv, dadt, ddt, dtrap, dq_bias, dk_bias, dangles, dd, dz
 
 
 @mamba3_backward.register_fake
@@ -1034,7 +1024,7 @@ def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int)
 
     No gradient flows through states. Switched-off parts take the values that switch them off.
     """
-    bf16, heads = torch.bfloat16, inputs.value.shape[2]
+    bf16 = torch.bfloat16
     trapezoid, angle_rate, log_decay = inputs.trapezoid, inputs.angle_rate, inputs.log_decay
     if trapezoid is None:
         trapezoid = torch.full_like(inputs.step_size, 30.0)  # sigmoid(30) = 1 in float32
@@ -1044,9 +1034,8 @@ def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int)
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
     states_in = (None,) * 4
     if state is not None:
-        angle = state.angle
-        if inputs.angle_rate is None:
-            angle = angle_rate.new_zeros(*state.key.shape[:2], angle_rate.shape[-1])
+        no_angle = angle_rate.new_zeros(*state.key.shape[:2], angle_rate.shape[-1])
+        angle = no_angle if inputs.angle_rate is None else state.angle
         states_in = (angle.to(bf16), state.ssm.float(), state.key.float(), state.value.to(bf16))
     y, angle, ssm, key, value, *_ = torch.ops.golf.mamba3_forward(
         inputs.query.to(bf16).unsqueeze(2),
@@ -1057,7 +1046,7 @@ def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int)
         trapezoid.to(bf16).transpose(1, 2).contiguous(),
         inputs.query_bias.float(),
         inputs.key_bias.float(),
-        angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(),
+        angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, inputs.value.shape[2], -1).contiguous(),
         inputs.skip.float(),
         None if inputs.gate is None else inputs.gate.to(bf16).contiguous(),
         *states_in,
@@ -1082,9 +1071,8 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
 
 # ========================================
 # 5. Model
-# Pre-norm blocks over a residual stream that is mixed with the embedding before each block. Weights are float32 and
-# cast where they are used; activations are bfloat16 on GPUs and float32 on CPUs. The order in which blocks run is an
-# argument, so that depth recurrence is nothing but another order.
+# Pre-norm blocks over a residual stream that is mixed with the embedding before each block. Weights are float32, cast
+# where they are used; activations are bfloat16 on GPUs, float32 on CPUs. Depth recurrence is but another block order.
 
 NORM_EPS = 1e-6
 DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
@@ -1140,11 +1128,16 @@ class Linear(nn.Linear):
 # Attention kernels: one signature, attend(query, key, value) with (B, T, heads, D) -> the same shape as query, causal.
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """torch's attention, on the kernel that choose_attention_backend() fixed."""
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask=None) -> Tensor:
+    """torch's attention on the kernel that choose_attention_backend() fixed, or FlexAttention where mask is for that."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    if mask is None or isinstance(mask, Tensor):
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    else:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        y = flex_attention(query, key, value, block_mask=mask, enable_gqa=gqa)
     return y.transpose(1, 2)
 
 
@@ -1161,15 +1154,6 @@ def flash_attention_2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return flash_attn_func(query, key, value, causal=True)
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, block_mask) -> Tensor:
-    """FlexAttention, for masks that keep documents apart."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    y = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=query.shape[1] != key.shape[1])
-    return y.transpose(1, 2)
-
-
 ATTENTION_BACKENDS = {"fa3": flash_attention_3, "fa2": flash_attention_2, "cudnn": sdpa, "flash": sdpa, "math": sdpa}
 
 
@@ -1181,6 +1165,7 @@ def choose_attention_backend(
     Leaves torch's own switches set for it. Raises UserError where the one asked for by name does not run.
     """
 
+    @torch.enable_grad()
     def trouble(name: str) -> str:
         for switch in ("cudnn", "flash", "math"):
             getattr(torch.backends.cuda, f"enable_{switch}_sdp")(switch == name or device.type == "cpu")
@@ -1215,9 +1200,8 @@ class Attention(nn.Module):
     def __init__(self, settings: Settings, backend: str):
         super().__init__()
         width, self.head_dim = settings.model_dim, settings.model_dim // settings.num_heads
-        self.query = Linear(width, width)
-        self.key = Linear(width, settings.num_kv_heads * self.head_dim)
-        self.value = Linear(width, settings.num_kv_heads * self.head_dim)
+        kv_width = settings.num_kv_heads * self.head_dim
+        self.query, self.key, self.value = (Linear(width, rows) for rows in (width, kv_width, kv_width))
         self.out = Linear(width, width, zero=True)
         self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
         self.attend = ATTENTION_BACKENDS[backend]
@@ -1233,34 +1217,25 @@ class Attention(nn.Module):
             cached = state.key.shape[1]
             query = F.pad(query, (0, 0, 0, 0, cached, 0))  # makes a square, causal problem, as every kernel knows
         if context.cache_tokens:
-            memory = key, value, self._visible(x, context, state)
-            new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in memory))
+            start = context.document_start
+            document = x.new_zeros(x.shape[:2]) if start is None else start.long().cumsum(dim=1)
+            visible = document == document[:, -1:]
+            if state is not None:
+                visible = torch.cat([state.visible & (document[:, -1:] == 0), visible], dim=1)
+            new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in (key, value, visible)))
         query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
-        if context.mask is None:
-            y = self.attend(query, key, value)
-        elif isinstance(context.mask, Tensor):
-            y = sdpa(query, key, value, context.mask)
-        else:
-            y = flex(query, key, value, context.mask)
+        y = self.attend(query, key, value) if context.mask is None else sdpa(query, key, value, context.mask)
         return self.out(y[:, cached:].flatten(2)), new_state
 
-    @staticmethod
-    def _visible(x: Tensor, context: Context, state: AttentionState | None) -> Tensor:
-        """Which keys, cached and new, belong to the last token's document: (B, W + T) bool."""
-        start = context.document_start
-        document = x.new_zeros(x.shape[:2]) if start is None else start.long().cumsum(dim=1)
-        visible = document == document[:, -1:]
-        return visible if state is None else torch.cat([state.visible & (document[:, -1:] == 0), visible], dim=1)
 
-
-# The short convolution in front of Mamba-2 (if asked for, of Mamba-3): causal-conv1d's kernel as operators on CUDA, a sum
-# of shifted products elsewhere. Both include the SiLU and keep documents apart.
+# The short convolution before Mamba-2 (and, if asked for, Mamba-3): causal-conv1d's kernel as operators on CUDA, a sum of
+# shifted products elsewhere. Both include the SiLU and keep documents apart.
 
 
 def short_conv_pytorch(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
     """Causal depthwise convolution and SiLU: x (B, L, C), weight (C, W), bias (C,) -> (B, L, C).
 
-    A tap that would reach into an earlier document reads 0; document (B, L) numbers them.
+    document (B, L) numbers the documents; what an earlier one holds reads as 0.
     """
     y = bias.to(x.dtype) + weight[:, -1].to(x.dtype) * x
     for back in range(1, weight.shape[1]):
@@ -1303,16 +1278,10 @@ def _(grad, x, weight, bias, document):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _short_conv_setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _short_conv_autograd(ctx, grad):
-    x, weight, bias, document = ctx.saved_tensors
-    return *torch.ops.golf.short_conv_backward(grad, x, weight, bias, document), None
-
-
-short_conv_cuda.register_autograd(_short_conv_autograd, setup_context=_short_conv_setup_context)
+short_conv_cuda.register_autograd(
+    lambda ctx, grad: (*torch.ops.golf.short_conv_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 class ShortConv(nn.Module):
@@ -1326,10 +1295,8 @@ class ShortConv(nn.Module):
         self.convolve = torch.ops.golf.short_conv if fused else short_conv_pytorch
 
     def forward(self, x: Tensor, context: Context, history: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and the last inputs of this call.
-
-        Inputs of a document that has ended are handed on as zeros, as if the new document began the stream.
-        """
+        """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs, zeros where
+        their document has ended."""
         reach, length = self.weight.shape[1] - 1, x.shape[1]
         padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
         last, document = padded[:, length:], None
@@ -1362,10 +1329,8 @@ class Mamba(nn.Module):
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         self.D = nn.Parameter(torch.ones(heads))
         if mamba3:
-            self.B_norm = nn.Parameter(torch.ones(s.mamba_d_state))
-            self.C_norm = nn.Parameter(torch.ones(s.mamba_d_state))
-            self.B_bias = nn.Parameter(torch.ones(heads, s.mamba_d_state))
-            self.C_bias = nn.Parameter(torch.ones(heads, s.mamba_d_state))
+            self.B_norm, self.C_norm = (nn.Parameter(torch.ones(s.mamba_d_state)) for _ in "BC")
+            self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, s.mamba_d_state)) for _ in "BC")
         else:
             self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
             self.register_buffer("no_bias", torch.zeros(heads, s.mamba_d_state), persistent=False)
@@ -1423,8 +1388,7 @@ class Block(nn.Module):
 
     def __init__(self, settings: Settings, kind: LayerKind, device: torch.device, attention_backend: str):
         super().__init__()
-        width = settings.model_dim
-        attention = kind.mixer == "attention"
+        width, attention = settings.model_dim, kind.mixer == "attention"
         self.mixer = Attention(settings, attention_backend) if attention else Mamba(settings, device)
         self.mlp = MLP(settings) if kind.mlp else None
         self.residual_mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
@@ -1435,13 +1399,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state) -> tuple[Tensor, object]:
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
-        normed = norm(x)
         if self.checkpoint and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint
 
-            y, new_state = checkpoint(self.mixer, normed, context, state, use_reentrant=False)
+            y, new_state = checkpoint(self.mixer, norm(x), context, state, use_reentrant=False)
         else:
-            y, new_state = self.mixer(normed, context, state)
+            y, new_state = self.mixer(norm(x), context, state)
         x = x + self.mixer_scale.to(x.dtype) * y
         if self.mlp is not None:
             x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
@@ -1544,7 +1507,7 @@ class Model(nn.Module):
     def score(
         self, tokens: Tensor, targets: Tensor, order: tuple[int, ...], state: ModelState | None, cache_tokens: int
     ) -> tuple[Tensor, ModelState | None]:
-        """Nats of each target (B, T), and the state to continue from where cache_tokens asks for one."""
+        """Nats of each target (B, T), and the state to continue from if cache_tokens > 0."""
         hidden, new_state = self(tokens, order, state, cache_tokens)
         return self.nats(hidden, targets), new_state
 
@@ -2884,10 +2847,9 @@ def run() -> int:
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train_gpt.py: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # torchrun stops all ranks when one ends: leave rank 0 the time to speak
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(3)  # where rank 0 has the same to say, torchrun stops this rank meanwhile
+        print(f"train_gpt.py: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
