@@ -5,20 +5,18 @@
     python train_gpt.py --help                                # every setting, its unit and default, and the presets
 
 It trains a hybrid of Mamba-3 and grouped-query attention by the clock, quantizes it with GPTQ to int6, packs it with
-LZMA into at most 16,000,000 bytes (code included), loads it back from the file and scores it in bits per byte, adapting
-to what it has already scored (score-first test-time training). Everything is set by environment variables.
-
-The sections stand in the order in which data flows:
+LZMA into 16,000,000 bytes (code included), loads it back and scores it in bits per byte, adapting to what it has
+already scored. The sections stand in the order in which data flows:
 
     1. Settings     one typed dataclass, presets, validation, --help
     2. Ranks        what several processes need from each other
     3. Data         shards, the order of batches, prefetching, bytes per token
-    4. Scans        the Mamba-3 recurrence: sequential, chunked, and mamba_ssm's kernels behind one signature
+    4. Scans        the Mamba-3 recurrence: sequential, chunked, mamba_ssm's kernels
     5. Model        attention, Mamba and MLP blocks, U-Net skips, depth recurrence
-    6. Optimizers   Muon, Adam, weight averaging, and the schedule that follows the clock
-    7. Evaluation   one scoring loop for plain, sliding, stateful and test-time-trained evaluation; sampling
+    6. Optimizers   Muon, Adam, weight averaging, the schedule that follows the clock
+    7. Evaluation   one scoring loop for every mode, test-time training, sampling
     8. Export       calibration, GPTQ, packing, the artifact file
-    9. Run          logging, plan, warm-up, training, and main(), which tells the story of a run
+    9. Run          logging, warm-up, training, and main(), the story of a run
 """
 
 import collections
@@ -66,7 +64,7 @@ class UserError(Exception):
 # have a name for a thing, that is the name here. Values are strings from outside exactly once, in read_settings().
 
 
-def setting(default, unit: str, text: str, group: str = ""):
+def env(default, unit: str, text: str, group: str = ""):
     """A settings field: its default (whose type is the setting's), unit, one line of help, and the group it begins."""
     return field(default=default, metadata={"group": group, "unit": unit, "help": text})
 
@@ -76,107 +74,105 @@ class Settings:
     """Every setting of a run. Layer lists are strings such as "0,2-4", "all" or "none": see parse_layers()."""
 
     # fmt: off
-    preset: str = setting("default", "name", "defaults that single variables override: see below", "run")
-    run_id: str = setting("", "name", "names the logs and the artifact; empty: date, time and seed")
-    seed: int = setting(1337, "integer", "seeds the weights and the order of batches")
-    device: str = setting("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
-    compile: str = setting("auto", "auto|on|off", "torch.compile, one whole graph; auto: on GPUs only")
-    log_dir: str = setting("logs", "folder", "where logs and artifacts go")
-    artifact: str = setting("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
-    eval_only: bool = setting(False, "0|1", "score ARTIFACT and train nothing")
-    sample: str = setting("", "text", "text that the exported model continues; empty: none")
-    sample_tokens: int = setting(128, "tokens", "length of that continuation")
-    sample_temperature: float = setting(0.8, "factor", "its temperature; 0: the likeliest token")
+    preset: str = env("default", "name", "defaults that single variables override: see below", "run")
+    run_id: str = env("", "name", "names the logs and the artifact; empty: date, time and seed")
+    seed: int = env(1337, "integer", "seeds the weights and the order of batches")
+    device: str = env("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
+    compile: str = env("auto", "auto|on|off", "torch.compile, one whole graph; auto: on GPUs only")
+    log_dir: str = env("logs", "folder", "where logs and artifacts go")
+    artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
+    eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
+    sample: str = env("", "text", "text that the exported model continues; empty: none")
+    sample_tokens: int = env(128, "tokens", "length of that continuation")
+    sample_temperature: float = env(0.8, "factor", "its temperature; 0: the likeliest token")
 
-    data_path: str = setting("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
-    vocab_size: int = setting(8192, "tokens", "must be the tokenizer's")
-    train_batch_tokens: int = setting(524_288, "tokens", "one step's batch over all ranks")
-    train_seq_len: int = setting(2048, "tokens", "training sequence and evaluation window")
-    micro_batch_tokens: int = setting(0, "tokens", "most tokens a rank runs at once; 0: what fits")
-    document_reset: bool = setting(False, "0|1", "BOS resets states and confines attention")
+    data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
+    tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
+    vocab_size: int = env(8192, "tokens", "must be the tokenizer's")
+    train_batch_tokens: int = env(524_288, "tokens", "one step's batch over all ranks")
+    train_seq_len: int = env(2048, "tokens", "training sequence and evaluation window")
+    micro_batch_tokens: int = env(0, "tokens", "most tokens a rank runs at once; 0: what fits")
+    document_reset: bool = env(False, "0|1", "BOS resets states and confines attention")
 
-    num_layers: int = setting(7, "layers", "physical layers", "model")
-    model_dim: int = setting(512, "width", "residual stream")
-    layer_pattern: str = setting("", "letters", "M Mamba, A attention; lower case: without MLP")
-    mamba_layers: str = setting("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
-    mlp_layers: str = setting("all", "layers", "which layers have an MLP")
-    mlp_mult: float = setting(3.0, "× width", "hidden width of the MLP, LeakyReLU(0.5) squared")
-    num_heads: int = setting(8, "heads", "attention query heads")
-    num_kv_heads: int = setting(4, "heads", "attention key/value heads")
-    rope_base: float = setting(10_000.0, "number", "attention's rotary base")
-    rope_fraction: float = setting(1.0, "0 to 1", "part of each attention head that rotates")
-    qk_gain_init: float = setting(1.5, "factor", "initial gain on normalized queries, learned per head")
-    attention_backend: str = setting("auto", "auto|fa3|fa2|cudnn|flash|math", "attention kernel; auto: the first that works here")
-    mamba_version: int = setting(3, "2|3", "Mamba-3, or Mamba-2 on the same scan")
-    mamba_d_state: int = setting(64, "numbers", "state per channel, a power of two")
-    mamba_expand: float = setting(2.0, "× width", "inner width of a Mamba layer")
-    mamba_head_dim: int = setting(64, "numbers", "channels per Mamba head, a power of two")
-    mamba_rope_fraction: float = setting(0.5, "0.5|1", "part of Mamba-3's state that rotates")
-    mamba_d_conv: int = setting(-1, "tokens", "short convolution; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
-    mamba_output_norm: bool = setting(False, "0|1", "RMSNorm per head before Mamba-3's gate")
-    mamba_chunk_size: int = setting(64, "tokens", "chunk of the chunked scans")
-    mamba_grad_checkpoint: bool = setting(False, "0|1", "recompute Mamba layers in backward, to save memory")
-    scan_backend: str = setting("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, chunked on the CPU")
-    unet_skips: bool = setting(True, "0|1", "from the first half of the layers to the second")
-    bigram_vocab_size: int = setting(4096, "rows", "hashed bigram embedding; 0: none")
-    bigram_dim: int = setting(128, "width", "its width before the projection")
-    tie_embeddings: bool = setting(True, "0|1", "output matrix is the embedding")
-    logit_softcap: float = setting(30.0, "nats", "logits are softcap·tanh(logits/softcap); 0: none")
+    num_layers: int = env(7, "layers", "physical layers", "model")
+    model_dim: int = env(512, "width", "residual stream")
+    layer_pattern: str = env("", "letters", "M Mamba, A attention; lower case: without MLP")
+    mamba_layers: str = env("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
+    mlp_layers: str = env("all", "layers", "which layers have an MLP")
+    mlp_mult: float = env(3.0, "× width", "hidden width of the MLP, LeakyReLU(0.5) squared")
+    num_heads: int = env(8, "heads", "attention query heads")
+    num_kv_heads: int = env(4, "heads", "attention key/value heads")
+    rope_base: float = env(10_000.0, "number", "attention's rotary base")
+    rope_fraction: float = env(1.0, "0 to 1", "part of each attention head that rotates")
+    qk_gain_init: float = env(1.5, "factor", "initial gain on normalized queries, learned per head")
+    attention_backend: str = env("auto", "auto|fa3|fa2|cudnn|flash|math", "attention kernel; auto: the first that works here")
+    mamba_version: int = env(3, "2|3", "Mamba-3, or Mamba-2 on the same scan")
+    mamba_d_state: int = env(64, "numbers", "state per channel, a power of two")
+    mamba_expand: float = env(2.0, "× width", "inner width of a Mamba layer")
+    mamba_head_dim: int = env(64, "numbers", "channels per Mamba head, a power of two")
+    mamba_rope_fraction: float = env(0.5, "0.5|1", "part of Mamba-3's state that rotates")
+    mamba_d_conv: int = env(-1, "tokens", "short convolution; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
+    mamba_chunk_size: int = env(64, "tokens", "chunk of the chunked scans")
+    mamba_grad_checkpoint: bool = env(False, "0|1", "recompute Mamba layers in backward, to save memory")
+    scan_backend: str = env("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, chunked on the CPU")
+    unet_skips: bool = env(True, "0|1", "from the first half of the layers to the second")
+    bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
+    bigram_dim: int = env(128, "width", "its width before the projection")
+    tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
+    logit_softcap: float = env(30.0, "nats", "logits are softcap·tanh(logits/softcap); 0: none")
 
-    layer_order: str = setting("", "layers", "explicit virtual order, as in 0,1,2,1,2,3; overrides the next three", "recurrence")
-    recur_layers: str = setting("none", "layers", "layers that repeat")
-    recur_passes: int = setting(1, "passes", "extra passes through them")
-    recur_mode: str = setting("hinge", "hinge|spread", "repeat the group as a whole, or each layer")
-    recur_start: float = setting(0.35, "of run", "before it, each layer runs once")
+    layer_order: str = env("", "layers", "explicit virtual order, as in 0,1,2,1,2,3; overrides the next three", "recurrence")
+    recur_layers: str = env("none", "layers", "layers that repeat")
+    recur_passes: int = env(1, "passes", "extra passes through them")
+    recur_mode: str = env("hinge", "hinge|spread", "repeat the group as a whole, or each layer")
+    recur_start: float = env(0.35, "of run", "before it, each layer runs once")
 
-    iterations: int = setting(20_000, "steps", "most training steps", "schedule")
-    max_wallclock_seconds: float = setting(600.0, "seconds", "training clock, GPTQ included; 0: ITERATIONS rule")
-    export_reserve_seconds: float = setting(15.0, "seconds", "the end of it, kept for calibration and GPTQ")
-    warmup_steps: int = setting(3, "steps", "compile warm-up, undone before the clock starts")
-    lr_warmup_fraction: float = setting(0.01, "of run", "linear learning-rate warm-up")
-    warmdown_fraction: float = setting(0.6, "of run", "linear decay to the end; WARMDOWN_ITERS overrides")
-    warmdown_iters: int = setting(0, "steps", "decay over that many steps of mean length; 0: the fraction")
-    val_loss_every: int = setting(0, "steps", "validation off the clock; 0: at the end only")
-    train_log_every: int = setting(50, "steps", "training loss lines")
+    iterations: int = env(20_000, "steps", "most training steps", "schedule")
+    max_wallclock_seconds: float = env(600.0, "seconds", "training clock, GPTQ included; 0: ITERATIONS rule")
+    export_reserve_seconds: float = env(15.0, "seconds", "the end of it, kept for calibration and GPTQ")
+    warmup_steps: int = env(3, "steps", "compile warm-up, undone before the clock starts")
+    lr_warmup_fraction: float = env(0.01, "of run", "linear learning-rate warm-up")
+    warmdown_fraction: float = env(0.6, "of run", "linear decay to the end; WARMDOWN_ITERS overrides")
+    warmdown_iters: int = env(0, "steps", "decay over that many steps of mean length; 0: the fraction")
+    val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
+    train_log_every: int = env(50, "steps", "training loss lines")
 
-    matrix_lr: float = setting(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
-    mamba_matrix_lr: float = setting(0.015, "rate", "Muon, Mamba's in_proj and out_proj")
-    tied_embed_lr: float = setting(0.015, "rate", "Adam, embeddings and output matrix")
-    scalar_lr: float = setting(0.02, "rate", "Adam, vectors, scales and Mamba's dynamics")
-    muon_momentum: float = setting(0.95, "below 1", "Nesterov momentum")
-    muon_momentum_start: float = setting(0.85, "below 1", "its value at the first step")
-    muon_momentum_warmup: float = setting(0.1, "of run", "how long it takes to rise")
-    muon_backend_steps: int = setting(5, "steps", "Newton-Schulz iterations (Polar Express coefficients)")
-    weight_decay: float = setting(0.1, "rate", "decoupled, matrices and embeddings")
-    beta1: float = setting(0.9, "below 1", "Adam")
-    beta2: float = setting(0.95, "below 1", "Adam")
-    grad_clip_norm: float = setting(1.0, "norm", "global gradient clipping; 0: none")
-    weight_average: str = setting("ema", "ema|swa|none", "which average of the weights is exported")
-    ema_decay: float = setting(0.997, "below 1", "at most; see EMA_HORIZON")
-    ema_horizon: float = setting(0.03, "of steps", "EMA remembers at most this part of them")
-    swa_fraction: float = setting(0.2, "of run", "SWA averages this last part of the run")
+    matrix_lr: float = env(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
+    mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's in_proj and out_proj")
+    tied_embed_lr: float = env(0.015, "rate", "Adam, embeddings and output matrix")
+    scalar_lr: float = env(0.02, "rate", "Adam, vectors, scales and Mamba's dynamics")
+    muon_momentum: float = env(0.95, "below 1", "Nesterov momentum")
+    muon_momentum_start: float = env(0.85, "below 1", "its value at the first step")
+    muon_momentum_warmup: float = env(0.1, "of run", "how long it takes to rise")
+    muon_backend_steps: int = env(5, "steps", "Newton-Schulz iterations (Polar Express coefficients)")
+    weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
+    beta1: float = env(0.9, "below 1", "Adam")
+    beta2: float = env(0.95, "below 1", "Adam")
+    grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
+    weight_average: str = env("ema", "ema|swa|none", "which average of the weights is exported")
+    ema_decay: float = env(0.997, "below 1", "at most; see EMA_HORIZON")
+    ema_horizon: float = env(0.03, "of steps", "EMA remembers at most this part of them")
+    swa_fraction: float = env(0.2, "of run", "SWA averages this last part of the run")
 
-    late_qat_threshold: float = setting(0.15, "0 to 1", "fake-quantize once the LR factor is below; 0: never", "export")
-    target_mb: float = setting(16.0, "MB", "decimal, for artifact and code")
-    quant_clip: str = setting("sdclip", "sdclip|percentile", "rows clip at k deviations or at the best percentile")
-    sdclip_k: float = setting(0.0, "std", "k of int6 rows; 0: as fine as TARGET_MB allows")
-    sdclip_k_int8: float = setting(16.0, "std", "k of 8-bit rows")
-    calibration: str = setting("train", "train|self", "GPTQ's text: training tokens, or the model's own")
-    calibration_tokens: int = setting(131_072, "tokens", "how much of it")
+    late_qat_threshold: float = env(0.15, "0 to 1", "fake-quantize once the LR factor is below; 0: never", "export")
+    target_mb: float = env(16.0, "MB", "decimal, for artifact and code")
+    sdclip_k: float = env(0.0, "std", "k of int6 rows; 0: as fine as TARGET_MB allows")
+    sdclip_k_int8: float = env(16.0, "std", "k of 8-bit rows")
+    calibration: str = env("train", "train|self", "GPTQ's text: training tokens, or the model's own")
+    calibration_tokens: int = env(131_072, "tokens", "how much of it")
 
-    eval_mode: str = setting("sliding", "plain|sliding|stateful", "context of a scored token", "evaluation")
-    eval_stride: int = setting(512, "tokens", "sliding: how far each window moves")
-    eval_overlap: int = setting(1024, "tokens", "stateful: attention's cache, and context before a cold start")
-    val_batch_size: int = setting(524_288, "tokens", "most scored at once over all ranks")
-    eval_max_seconds: float = setting(600.0, "seconds", "evaluation clock; adaptation gives way to it")
-    eval_nll_path: str = setting("", "file.npy", "every target's nats, float32, in stream order")
-    ttt_enabled: bool = setting(True, "0|1", "score-first test-time training")
-    ttt_lr: float = setting(0.005, "rate", "SGD, cosine over the chunks")
-    ttt_epochs: int = setting(2, "epochs", "passes over each scored chunk")
-    ttt_momentum: float = setting(0.9, "below 1", "SGD")
-    ttt_chunk_tokens: int = setting(32_768, "tokens", "scored, then trained on")
-    ttt_grad_clip: float = setting(1.0, "norm", "gradient clipping; 0: none")
+    eval_mode: str = env("sliding", "plain|sliding|stateful", "context of a scored token", "evaluation")
+    eval_stride: int = env(512, "tokens", "sliding: how far each window moves")
+    eval_overlap: int = env(1024, "tokens", "stateful: attention's cache, and context before a cold start")
+    val_batch_size: int = env(524_288, "tokens", "most scored at once over all ranks")
+    eval_max_seconds: float = env(600.0, "seconds", "evaluation clock; adaptation gives way to it")
+    eval_nll_path: str = env("", "file.npy", "every target's nats, float32, in stream order")
+    ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
+    ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
+    ttt_epochs: int = env(2, "epochs", "passes over each scored chunk")
+    ttt_momentum: float = env(0.9, "below 1", "SGD")
+    ttt_chunk_tokens: int = env(32_768, "tokens", "scored, then trained on")
+    ttt_grad_clip: float = env(1.0, "norm", "gradient clipping; 0: none")
     # fmt: on
 
     @property
@@ -284,8 +280,7 @@ def layer_kinds(settings: Settings) -> tuple[LayerKind, ...]:
 def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
     """The order in which physical layers run once recurrence is on; a layer that stands twice shares its weights.
 
-    hinge repeats the recurring layers as a group (3,4 with two extra passes: 3 4 3 4 3 4), spread repeats each by
-    itself (3 3 3 4 4 4). The group must be consecutive layers in hinge mode.
+    With two extra passes through 3,4 hinge gives 3 4 3 4 3 4, spread 3 3 3 4 4 4.
     """
     layers = tuple(range(settings.num_layers))
     if settings.layer_order:
@@ -302,7 +297,7 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     """Settings from environment variables over the preset's defaults, and the names of the fields that were given.
 
-    Raises UserError for an unknown preset, a value of the wrong type, and a variable that looks like a misspelt setting.
+    Raises UserError for an unknown preset, a value of the wrong type, and a misspelt variable.
     """
     fields = {f.name.upper(): f for f in dataclasses.fields(Settings)}
     reject_misspelt(environment, set(fields))
@@ -327,19 +322,13 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
 def parse_value(name: str, text: str, kind: type):
     """text as a bool (0/1), int, finite float or str; UserError otherwise."""
     try:
-        if kind is bool:
-            return {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
-        if kind is int:
-            return int(text.strip().replace("_", ""))
-        if kind is float:
-            value = float(text)
-            if not math.isfinite(value):
-                raise ValueError
-            return value
+        value = {"0": False, "1": True}[text.strip()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
     except (ValueError, KeyError):
         wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise UserError(f'{name}="{text}" should be {wanted}') from None
-    return text
+    return value
 
 
 OTHERS = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # of package managers and builds
@@ -512,22 +501,15 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
-        """Rank source's tensor, on every rank, in place."""
-        if self.world_size > 1:
-            dist.broadcast(tensor, src=source)
-        return tensor
-
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Replaces each gradient by its mean over the ranks, in one flat all-reduce."""
         if self.world_size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch._utils._flatten_dense_tensors(gradients)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        flat /= self.world_size
-        for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
-            gradient.copy_(mean)
+        means = (flat / self.world_size).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [mean.view_as(gradient) for mean, gradient in zip(means, gradients)])
 
 
 def start_ranks(settings: Settings) -> Ranks:
@@ -540,13 +522,9 @@ def start_ranks(settings: Settings) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
-        raise UserError(
-            "DEVICE=cuda, but torch sees no GPU; unset DEVICE or install a CUDA build of torch and a driver"
-        )
+        raise UserError("DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build and a driver")
     if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{local_rank + 1} or more ranks, but only {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
-        )
+        raise UserError(f"more ranks than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -926,7 +904,7 @@ def import_mamba_ssm():
 
 _forward_schema = (
     "(Tensor q, Tensor k, Tensor v, Tensor adt, Tensor dt, Tensor trap, Tensor q_bias, Tensor k_bias, Tensor angles,"
-    " Tensor d, Tensor? z, Tensor? angle_in, Tensor? ssm_in, Tensor? k_in, Tensor? v_in, int chunk, bool training)"
+    " Tensor d, Tensor? z, Tensor? angle_in, Tensor? ssm_in, Tensor? k_in, Tensor? v_in, int chunk)"
     f" -> ({', '.join(['Tensor'] * 15)})"
 )
 _backward_schema = (
@@ -937,34 +915,29 @@ _backward_schema = (
 
 
 @torch.library.custom_op("golf::mamba3_forward", mutates_args=(), schema=_forward_schema)
-def mamba3_forward(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk, training):
+def mamba3_forward(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk):
     angle_dt, siso_fwd, _ = mamba_ssm_kernels()
     options = {"init_state": angle_in, "chunk_size": chunk, "return_output_state": True}
     angle, angle_out = angle_dt.angle_dt_fwd(angles, dt, **options)
     states_in = None if ssm_in is None else (ssm_in, k_in, v_in)
     out, *saved, final = siso_fwd.mamba3_siso_fwd(
         q, k, v, adt, dt, trap, q_bias, k_bias, angle, d, z, states_in,
-        chunk_size=chunk, store_states_adt_outv=training, return_final_states=True,
+        chunk_size=chunk, store_states_adt_outv=True, return_final_states=True,
     )  # fmt: skip
     ssm_out, k_out, v_out = (x.clone() for x in final)
-    saved = [angle, *saved] if training else [q.new_empty(0) for _ in range(10)]  # the operator's signature is fixed
-    return out, angle_out, ssm_out, k_out, v_out, *saved
+    return out, angle_out, ssm_out, k_out, v_out, angle, *saved
 
 
 @mamba3_forward.register_fake
-def _(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk, training):
+def _(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk):
     batch, length, heads, channels = v.shape
     state_size, chunks = q.shape[-1], -(-length // chunk)
     fp32 = functools.partial(v.new_empty, dtype=torch.float32)
-    outputs = (
-        v.new_empty(v.shape), angles.new_empty(batch, heads, angles.shape[-1]),
-        fp32(batch, heads, channels, state_size), fp32(batch, heads, state_size), v.new_empty(batch, heads, channels),
-    )  # fmt: skip
-    if not training:
-        return *outputs, *(q.new_empty(0) for _ in range(10))
     per_token, per_head = (batch, heads, length), (batch, length, heads)
     return (
-        *outputs, angles.new_empty(*per_head, angles.shape[-1]), v.new_empty(v.shape),
+        v.new_empty(v.shape), angles.new_empty(batch, heads, angles.shape[-1]),
+        fp32(batch, heads, channels, state_size), fp32(batch, heads, state_size), v.new_empty(batch, heads, channels),
+        angles.new_empty(*per_head, angles.shape[-1]), v.new_empty(v.shape),
         q.new_empty(batch, heads, channels, chunks * state_size, dtype=torch.bfloat16), fp32(per_token),
         fp32(batch, heads, chunks), q.new_empty(*per_head, state_size), k.new_empty(*per_head, state_size),
         fp32(per_token), fp32(per_token), fp32(per_token),
@@ -1005,7 +978,7 @@ def _(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in,
 
 
 def _mamba3_setup_context(ctx, inputs, output):
-    q, k, v, _, dt, trap, q_bias, k_bias, angles, d, z, _, ssm_in, k_in, v_in, chunk, _ = inputs
+    q, k, v, _, dt, trap, q_bias, k_bias, angles, d, z, _, ssm_in, k_in, v_in, chunk = inputs
     ctx.chunk, ctx.gated = chunk, z is not None
     ctx.save_for_backward(q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, *output[5:])
 
@@ -1013,7 +986,7 @@ def _mamba3_setup_context(ctx, inputs, output):
 def _mamba3_autograd(ctx, grad, *_):
     inputs, saved = ctx.saved_tensors[:13], list(ctx.saved_tensors[13:])
     *grads, dz = torch.ops.golf.mamba3_backward(grad.contiguous(), *inputs, saved, ctx.chunk)
-    return *grads, dz if ctx.gated else None, *[None] * 6
+    return *grads, dz if ctx.gated else None, *[None] * 5
 
 
 mamba3_forward.register_autograd(_mamba3_autograd, setup_context=_mamba3_setup_context)
@@ -1051,7 +1024,6 @@ def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int)
         None if inputs.gate is None else inputs.gate.to(bf16).contiguous(),
         *states_in,
         chunk_size,
-        torch.is_grad_enabled(),
     )
     return y.to(inputs.value.dtype), ScanState(angle.float(), ssm, key, value)
 
@@ -1336,9 +1308,7 @@ class Mamba(nn.Module):
             self.register_buffer("no_bias", torch.zeros(heads, s.mamba_d_state), persistent=False)
         conv_width = s.mamba_d_conv if s.mamba_d_conv >= 0 else (0 if mamba3 else 4)
         self.conv = ShortConv(inner + 2 * s.mamba_d_state, conv_width, device) if conv_width > 1 else None
-        self.gate_late = not mamba3 or s.mamba_output_norm
-        if self.gate_late:
-            self.output_norm = nn.Parameter(torch.ones((heads, s.mamba_head_dim) if mamba3 else inner))
+        self.output_norm = None if mamba3 else nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
         gate, x, key, query, *dynamics = self.in_proj(u).split(self.split_sizes, dim=-1)
@@ -1357,13 +1327,11 @@ class Mamba(nn.Module):
             key_bias, query_bias, trapezoid, angle_rate = self.no_bias, self.no_bias, None, None
         inputs = ScanInputs(
             value, key, query, step_size, decay_rate * step_size, key_bias, query_bias, self.D,
-            trapezoid, angle_rate, None if self.gate_late else gate, context.document_start,
+            trapezoid, angle_rate, gate if self.version == 3 else None, context.document_start,
         )  # fmt: skip
         y, scan_state = scan(inputs, None if state is None else state.scan, self.backend, self.chunk_size)
         if self.version == 2:
             y = norm((y * F.silu(gate)).flatten(2), self.output_norm, 1e-5)
-        elif self.gate_late:
-            y = norm(y, None, 1e-5) * self.output_norm.to(y.dtype) * F.silu(gate)
         y = self.out_proj(y.flatten(2))
         if not context.cache_tokens:
             return y, None
@@ -1674,10 +1642,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps_done: int, progress: float) -> None:
-        """Takes in the weights after steps_done steps, at this part (0 to 1) of the run.
+        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run.
 
-        EMA's memory is at most EMA_HORIZON of the steps done, so that a short run is not averaged with its beginning.
-        SWA is the plain mean over the last SWA_FRACTION of the run.
+        EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning; SWA is the mean
+        over the last SWA_FRACTION of the run.
         """
         s = self.settings
         if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
@@ -1732,9 +1700,8 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
 
 # ========================================
 # 7. Evaluation
-# One loop scores every mode: a plan of windows says which targets each forward pass scores and with what context, and
-# test-time training only adds what happens between chunks. Scores are kept per target, so that the sum, the audit file
-# and the check that every target was scored exactly once all read the same array.
+# One loop scores every mode: a plan of windows says which targets a forward pass scores and with what context;
+# test-time training only adds what happens between chunks. Sum, audit file and checks read one array of scores.
 
 
 class Window(NamedTuple):
@@ -1748,9 +1715,8 @@ class Window(NamedTuple):
 def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
     """This rank's windows over the targets first <= p < last; together the ranks' windows cover each target once.
 
-    plain: windows of the training length side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is
-    new. stateful: each rank reads a contiguous share from left to right; its first window begins EVAL_OVERLAP tokens
-    early, to warm the state up where it was not carried here.
+    plain: windows side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is new. stateful: each
+    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early to warm the state up.
     """
     length = settings.train_seq_len
     if settings.eval_mode == "stateful":
@@ -1796,8 +1762,8 @@ class Evaluator:
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
         """Score-first test-time training: each chunk is scored, then trained on; the last is scored only.
 
-        clock_started is the perf_counter() at which the evaluation clock began. When the time left would not suffice,
-        later chunks get fewer epochs, then none, but all are scored. Raises UserError if scoring itself cannot keep it.
+        clock_started is the perf_counter() at which the evaluation clock began. When time runs short, later chunks get
+        fewer epochs, then none, but all are scored. Raises UserError if even scoring takes too long.
         """
         s = self.settings
         self._reset(s)
@@ -1829,9 +1795,7 @@ class Evaluator:
             epoch_seconds = (time.perf_counter() - mark) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
         if self.ranks.from_main(time.perf_counter() - clock_started > s.eval_max_seconds):
-            raise UserError(
-                f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: use EVAL_MODE=plain or a longer EVAL_STRIDE"
-            )
+            raise UserError(f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
         return self._collect(clock_started, given_up)
 
     def _reset(self, settings: Settings) -> None:
@@ -1945,13 +1909,12 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
 
 # ========================================
 # 8. Export
-# GPTQ moves every matrix to a grid of 6 or 8 bits per row; the integers, the row scales and the remaining vectors are
-# laid out one after another, compressed with LZMA and written behind a plain header. Nothing is ever unpickled.
+# GPTQ moves every matrix to a grid of 6 or 8 bits per row; integers, row scales and vectors are compressed with LZMA
+# and written behind a plain header. Nothing is ever unpickled.
 
 INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
-CLIP_PERCENTILES = (1.0, 0.9999, 0.9995, 0.999, 0.995, 0.99)
 
 
 class TensorPlan(NamedTuple):
@@ -1991,33 +1954,14 @@ def grid_limits(rows: int, int8_rows: int, device: torch.device) -> Tensor:
     return limits
 
 
-def row_scales(
-    weight: Tensor, limits: Tensor, settings: Settings, k: float, column_weight: Tensor | None = None
-) -> Tensor:
-    """Grid step of each row, float32 (rows, 1), exactly representable in float16.
+def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
+    """Grid step of each row, float32 (rows, 1), exactly representable in float16 (SDClip).
 
-    sdclip: the grid ends at k root-mean-squares of the row for int6, SDCLIP_K_INT8 for int8; a larger k is a coarser
-    grid, which compresses better. percentile: of several percentiles of |w|, the one with the least rounding error,
-    weighted by column_weight (the Hessian's diagonal).
+    The grid ends at k root-mean-squares of the row for int6, SDCLIP_K_INT8 for int8: a larger k is coarser and smaller.
     """
-
-    def storable(clip: Tensor) -> Tensor:
-        return (clip / limits).clamp(min=2**-14, max=60_000.0).half().float()
-
-    if settings.quant_clip == "sdclip":
-        spread = torch.where(limits == INT6_MAX, k, settings.sdclip_k_int8)
-        return storable(spread * weight.square().mean(dim=1, keepdim=True).sqrt())
-    magnitudes = weight.abs().sort(dim=1).values
-    last = weight.shape[1] - 1
-    best_error = torch.full_like(limits, torch.inf)
-    best = torch.ones_like(limits)
-    for percentile in CLIP_PERCENTILES:
-        scale = storable(magnitudes[:, round(percentile * last), None])
-        error = (weight - round_to_grid(weight, scale, limits) * scale).square()
-        error = (error if column_weight is None else error * column_weight).sum(dim=1, keepdim=True)
-        best = torch.where(error < best_error, scale, best)
-        best_error = torch.minimum(error, best_error)
-    return best
+    spread = torch.where(limits == INT6_MAX, k, settings.sdclip_k_int8)
+    clip = spread * weight.square().mean(dim=1, keepdim=True).sqrt()
+    return (clip / limits).clamp(min=2**-14, max=60_000.0).half().float()
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
@@ -2051,7 +1995,7 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     """SDCLIP_K, or where it is 0 the finest grid (least k from 4 to 16) whose predicted artifact fits target_bytes."""
-    if settings.sdclip_k or settings.quant_clip != "sdclip":
+    if settings.sdclip_k:
         return settings.sdclip_k
     low, high = 4.0, 16.0
     if predict_bytes(model, settings, low) <= target_bytes:
@@ -2188,16 +2132,16 @@ def quantize_model(
         if index % ranks.world_size == ranks.rank:
             limits = grid_limits(len(weight), plan[name].int8_rows, weight.device)
             hessian = hessians.get(name)
-            step = row_scales(weight, limits, settings, k, None if hessian is None else hessian.diagonal())
+            step = row_scales(weight, limits, settings, k)
             rounded = round_to_grid(weight, step, limits) if hessian is None else gptq(weight, hessian, step, limits)
             integers.copy_(rounded.to(torch.int8))
             scale.copy_(step.squeeze(1))
         stored[name] = Quantized(integers, scale)
         if (index + 1) % 8 == 0:
             say(f"GPTQ: {index + 1}/{len(matrices)} matrices")
-    for index, name in enumerate(matrices):
+    for name in matrices:
         for tensor in stored[name]:
-            ranks.broadcast_(tensor, source=index % ranks.world_size)
+            ranks.sum_(tensor)  # zeros everywhere but where it was computed
     for name, (encoding, _) in plan.items():
         if encoding != "int":
             stored[name] = model.get_parameter(name).detach().to(getattr(torch, encoding))
@@ -2321,8 +2265,7 @@ def fit_artifact(settings: Settings, plan: Plan, stored: Stored, target_bytes: i
 def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The model settings in an artifact's header, and its parameters, dequantized, by name.
 
-    Every length is checked before anything of that length is allocated. Raises UserError for a file that is missing,
-    truncated, altered, or not an artifact.
+    Every length is checked before it is allocated. Raises UserError for any file that is not a whole artifact.
     """
 
     def need(condition: bool, problem: str) -> None:
@@ -2518,29 +2461,21 @@ def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, c
     log(f"parameters: {sum(kinds.values()):,} ({', '.join(f'{k} {v:,}' for k, v in kinds.items())})")
     letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
     order = " ".join(f"{letters[i]}{i}" for i in model.full_order)
-    log(
-        f"virtual layer order: {order}"
-        + (f" from {s.recur_start:.0%} of the run" if s.num_layers < len(model.full_order) else "")
-    )
+    start = f" from {s.recur_start:.0%} of the run" if s.num_layers < len(model.full_order) else ""
+    log(f"virtual layer order: {order}{start}")
     mixers = [block.mixer for block in model.blocks]
     names = sorted({m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers})
     log(f"backends: {', '.join(names)}" + ("; documents kept apart" if s.document_reset else ""))
     k = s.sdclip_k or 8.0
     predicted = (predict_bytes(model, s, k) + code_bytes) / 1e6
-    log(
-        f"predicted artifact: {predicted:.1f} MB of {s.target_mb:g} MB at SDCLIP_K={k:g}, {code_bytes:,} bytes of it code"
-    )
-    micro_batches = s.train_batch_tokens // (micro_batch * world)
-    log(
-        f"batch: {s.train_batch_tokens:,} tokens = {world} ranks × {micro_batches} micro-batches × {micro_batch:,} tokens"
-    )
+    log(f"predicted artifact: {predicted:.1f} of {s.target_mb:g} MB at SDCLIP_K={k:g}, code {code_bytes:,} bytes")
+    number = s.train_batch_tokens // (micro_batch * world)
+    log(f"batch: {s.train_batch_tokens:,} tokens = {world} ranks × {number} micro-batches × {micro_batch:,}")
     if ranks.device.type == "cuda":
         needed = activation_bytes(s, micro_batch) + 24 * sum(kinds.values())
         log(f"memory: about {needed / 1e9:.0f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB per GPU")
-    clock = f"{s.max_wallclock_seconds:g} s, the last {s.export_reserve_seconds:g} s for calibration and GPTQ"
-    log(
-        f"clocks: training {clock if s.max_wallclock_seconds else f'{s.iterations} steps'}; evaluation {s.eval_max_seconds:g} s"
-    )
+    clock = f"{s.max_wallclock_seconds:g} s" if s.max_wallclock_seconds else f"{s.iterations} steps"
+    log(f"clocks: training {clock}, export reserve {s.export_reserve_seconds:g} s; evaluation {s.eval_max_seconds:g} s")
 
 
 def synchronize(device: torch.device) -> None:
@@ -2657,14 +2592,12 @@ class Trainer:
         mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
         if not math.isfinite(mean):
             raise UserError(
-                f"the loss is {mean} at step {self.steps_done}: lower MATRIX_LR, MAMBA_MATRIX_LR or SCALAR_LR"
+                f"the loss is {mean} at step {self.steps_done}: lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR"
             )
         milliseconds = 1000 * self.clock.seconds()
         average = milliseconds / self.steps_done
-        s = self.settings
-        self.log(
-            f"step:{self.steps_done}/{s.iterations} train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
-        )
+        step = f"step:{self.steps_done}/{self.settings.iterations}"
+        self.log(f"{step} train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms")
         self.log.record(
             "train", step=self.steps_done, train_loss=mean, train_ms=milliseconds, step_avg_ms=average,
             lr_factor=now.lr_factor, recurrent=now.recurrent, quantized=now.quantized,
@@ -2687,8 +2620,7 @@ def calibration_sequences(model: Model, batches: Batches, settings: Settings, ra
 def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what was measured on the way.
 
-    Calibration and GPTQ run on the training clock, packing does not. Raises UserError if the artifact cannot fit or
-    cannot be written.
+    Calibration and GPTQ run on the training clock, packing does not. Raises UserError if it cannot fit or be written.
     """
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     started = time.perf_counter()
@@ -2758,9 +2690,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     seconds = time.perf_counter() - clock_started
     log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s")
     if ranks.from_main(seconds > s.eval_max_seconds):
-        raise UserError(
-            f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: use EVAL_MODE=plain or a longer EVAL_STRIDE"
-        )
+        raise UserError(f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
     report(log, "final", "final_int6_lzma_" + s.eval_mode + ("_ttt" if adapts else ""), score)
 
 
@@ -2790,20 +2720,16 @@ def train_and_export(settings: Settings, ranks: Ranks, tokenizer: Tokenizer, log
     trainer.run(batches, lambda recurrent: Evaluator(model, settings, ranks, validation, recurrent).score(plain))
     steps, milliseconds = trainer.steps_done, 1000 * trainer.clock.seconds()
     log(f"trained {steps} steps in {milliseconds / 1000:.1f}s, {milliseconds / max(steps, 1):.2f}ms each")
-    if ranks.device.type == "cuda":
-        log(f"peak memory: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-
+    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
+    log(f"peak memory: {peak / 2**20:.0f} MiB" if peak else "peak memory: not measured on a CPU")
     before = Evaluator(model, settings, ranks, validation).score(plain)
-    log(
-        f"step:{steps}/{settings.iterations} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} before quantization"
-    )
+    step = f"step:{steps}/{settings.iterations}"
+    log(f"{step} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} before quantization")
     exported = export(trainer, batches, target_bytes)
     bytes_model = settings.artifact_path.stat().st_size
-    log(f"Code size: {code_bytes} bytes; model int6+lzma: {bytes_model} bytes")
     log(f"Total submission size int6+lzma: {code_bytes + bytes_model} bytes")
-    if code_bytes + bytes_model > ARTIFACT_CAP:
-        raise UserError(f"code and artifact take {code_bytes + bytes_model} bytes, over the cap of {ARTIFACT_CAP}")
-    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
+    if (total := code_bytes + bytes_model) > ARTIFACT_CAP:
+        raise UserError(f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
     log.record(
         "trained", steps=steps, step_avg_ms=milliseconds / max(steps, 1), val_loss=before.val_loss, val_bpb=before.val_bpb,
         bytes_total=code_bytes + bytes_model, bytes_code=code_bytes, peak_bytes=peak, **exported,

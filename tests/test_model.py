@@ -14,7 +14,7 @@ VARIANTS = {
     "hybrid": {},
     "recurrent": {"recur_layers": "1,2", "recur_passes": 1},
     "Mamba-2": {"mamba_version": 2, "mamba_layers": "all"},
-    "Mamba-3 with convolution and norm": {"mamba_d_conv": 3, "mamba_output_norm": True},
+    "Mamba-3 with convolution": {"mamba_d_conv": 3},
     "attention": {"mamba_layers": "none", "rope_fraction": 0.5},
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

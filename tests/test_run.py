@@ -294,7 +294,7 @@ def test_recurrence_and_late_quantization_switch_on_during_the_run(shards):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"calibration": "self", "weight_average": "swa", "quant_clip": "percentile", "eval_mode": "stateful"},
+        {"calibration": "self", "weight_average": "swa", "eval_mode": "stateful"},
         {"mamba_version": 2, "document_reset": True, "tie_embeddings": False, "sdclip_k": 0.0, "eval_mode": "plain"},
         {"layer_pattern": "MaA", "mamba_layers": None, "num_layers": None, "ttt_enabled": False, "unet_skips": False},
     ],
