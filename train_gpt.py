@@ -55,13 +55,13 @@ ARTIFACT_CAP = 16_000_000  # bytes, decimal, code included: the contest's limit
 
 
 class UserError(Exception):
-    """A mistake the user can mend. main() prints it as one line and exits with status 2; nothing else raises SystemExit."""
+    """A mistake the user can mend: run() prints it as one line and exits with status 2."""
 
 
-# ========================================
+# ============
 # 1. Settings
-# One dataclass holds every knob. The environment name is the field's name in capitals, and where the contest's scripts
-# have a name for a thing, that is the name here. Values are strings from outside exactly once, in read_settings().
+# One dataclass holds every knob. The environment's name for a field is its name in capitals, the contest's where it has
+# one. Values are strings exactly once, in read_settings().
 
 
 def env(default, unit: str, text: str, group: str = ""):
@@ -75,14 +75,14 @@ class Settings:
 
     # fmt: off
     preset: str = env("default", "name", "defaults that single variables override: see below", "run")
-    run_id: str = env("", "name", "names the logs and the artifact; empty: date, time and seed")
-    seed: int = env(1337, "integer", "seeds the weights and the order of batches")
+    run_id: str = env("", "name", "names logs and artifact; empty: date and seed")
+    seed: int = env(1337, "integer", "seeds weights and batches")
     device: str = env("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
-    compile: str = env("auto", "auto|on|off", "torch.compile, one whole graph; auto: on GPUs only")
-    log_dir: str = env("logs", "folder", "where logs and artifacts go")
+    compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
+    log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
-    sample: str = env("", "text", "text that the exported model continues; empty: none")
+    sample: str = env("", "text", "text for the exported model to continue")
     sample_tokens: int = env(128, "tokens", "length of that continuation")
     sample_temperature: float = env(0.8, "factor", "its temperature; 0: the likeliest token")
 
@@ -99,13 +99,13 @@ class Settings:
     layer_pattern: str = env("", "letters", "M Mamba, A attention; lower case: without MLP")
     mamba_layers: str = env("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
     mlp_layers: str = env("all", "layers", "which layers have an MLP")
-    mlp_mult: float = env(3.0, "× width", "hidden width of the MLP, LeakyReLU(0.5) squared")
+    mlp_mult: float = env(3.0, "× width", "hidden width of the MLP")
     num_heads: int = env(8, "heads", "attention query heads")
     num_kv_heads: int = env(4, "heads", "attention key/value heads")
     rope_base: float = env(10_000.0, "number", "attention's rotary base")
     rope_fraction: float = env(1.0, "0 to 1", "part of each attention head that rotates")
-    qk_gain_init: float = env(1.5, "factor", "initial gain on normalized queries, learned per head")
-    attention_backend: str = env("auto", "auto|fa3|fa2|cudnn|flash|math", "attention kernel; auto: the first that works here")
+    qk_gain_init: float = env(1.5, "factor", "initial gain on queries, learned per head")
+    attention_backend: str = env("auto", "auto|fa3|fa2|cudnn|flash|math", "auto: the first that works")
     mamba_version: int = env(3, "2|3", "Mamba-3, or Mamba-2 on the same scan")
     mamba_d_state: int = env(64, "numbers", "state per channel, a power of two")
     mamba_expand: float = env(2.0, "× width", "inner width of a Mamba layer")
@@ -114,14 +114,14 @@ class Settings:
     mamba_d_conv: int = env(-1, "tokens", "short convolution; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
     mamba_chunk_size: int = env(64, "tokens", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = env(False, "0|1", "recompute Mamba layers in backward, to save memory")
-    scan_backend: str = env("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, chunked on the CPU")
+    scan_backend: str = env("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, else chunked")
     unet_skips: bool = env(True, "0|1", "from the first half of the layers to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
     bigram_dim: int = env(128, "width", "its width before the projection")
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
-    logit_softcap: float = env(30.0, "nats", "logits are softcap·tanh(logits/softcap); 0: none")
+    logit_softcap: float = env(30.0, "nats", "cap·tanh(logits/cap); 0: none")
 
-    layer_order: str = env("", "layers", "explicit virtual order, as in 0,1,2,1,2,3; overrides the next three", "recurrence")
+    layer_order: str = env("", "layers", "explicit order, as in 0,1,2,1,2,3; overrides these:", "recurrence")
     recur_layers: str = env("none", "layers", "layers that repeat")
     recur_passes: int = env(1, "passes", "extra passes through them")
     recur_mode: str = env("hinge", "hinge|spread", "repeat the group as a whole, or each layer")
@@ -132,8 +132,8 @@ class Settings:
     export_reserve_seconds: float = env(15.0, "seconds", "the end of it, kept for calibration and GPTQ")
     warmup_steps: int = env(3, "steps", "compile warm-up, undone before the clock starts")
     lr_warmup_fraction: float = env(0.01, "of run", "linear learning-rate warm-up")
-    warmdown_fraction: float = env(0.6, "of run", "linear decay to the end; WARMDOWN_ITERS overrides")
-    warmdown_iters: int = env(0, "steps", "decay over that many steps of mean length; 0: the fraction")
+    warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
+    warmdown_iters: int = env(0, "steps", "the same in steps of mean length; 0: the fraction")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
     train_log_every: int = env(50, "steps", "training loss lines")
 
@@ -144,7 +144,7 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum")
     muon_momentum_start: float = env(0.85, "below 1", "its value at the first step")
     muon_momentum_warmup: float = env(0.1, "of run", "how long it takes to rise")
-    muon_backend_steps: int = env(5, "steps", "Newton-Schulz iterations (Polar Express coefficients)")
+    muon_backend_steps: int = env(5, "steps", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
     beta1: float = env(0.9, "below 1", "Adam")
     beta2: float = env(0.95, "below 1", "Adam")
@@ -154,7 +154,7 @@ class Settings:
     ema_horizon: float = env(0.03, "of steps", "EMA remembers at most this part of them")
     swa_fraction: float = env(0.2, "of run", "SWA averages this last part of the run")
 
-    late_qat_threshold: float = env(0.15, "0 to 1", "fake-quantize once the LR factor is below; 0: never", "export")
+    late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which weights are fake-quantized; 0: never", "export")
     target_mb: float = env(16.0, "MB", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "k of int6 rows; 0: as fine as TARGET_MB allows")
     sdclip_k_int8: float = env(16.0, "std", "k of 8-bit rows")
@@ -163,7 +163,7 @@ class Settings:
 
     eval_mode: str = env("sliding", "plain|sliding|stateful", "context of a scored token", "evaluation")
     eval_stride: int = env(512, "tokens", "sliding: how far each window moves")
-    eval_overlap: int = env(1024, "tokens", "stateful: attention's cache, and context before a cold start")
+    eval_overlap: int = env(1024, "tokens", "stateful: attention's cache, and a cold start's context")
     val_batch_size: int = env(524_288, "tokens", "most scored at once over all ranks")
     eval_max_seconds: float = env(600.0, "seconds", "evaluation clock; adaptation gives way to it")
     eval_nll_path: str = env("", "file.npy", "every target's nats, float32, in stream order")
@@ -187,43 +187,19 @@ class Settings:
 
 PRESETS = {
     "default": {},
-    "peer7": {
-        "train_batch_tokens": 1_048_576,
-        "train_seq_len": 4096,
-        "bigram_vocab_size": 0,
-    },
+    "peer7": {"train_batch_tokens": 1_048_576, "train_seq_len": 4096, "bigram_vocab_size": 0},
     "tiny": {
-        "data_path": "./data/sample/",
-        "tokenizer_path": "./data/sample/sample_1024_bpe.model",
-        "vocab_size": 1024,
-        "train_batch_tokens": 4096,
-        "train_seq_len": 256,
-        "num_layers": 4,
-        "mamba_layers": "0,1,3",
-        "model_dim": 128,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "mamba_d_state": 32,
-        "mamba_head_dim": 32,
-        "bigram_vocab_size": 1024,
-        "bigram_dim": 64,
-        "max_wallclock_seconds": 120.0,
-        "export_reserve_seconds": 6.0,
-        "warmup_steps": 1,
-        "train_log_every": 20,
-        "calibration_tokens": 16_384,
-        "target_mb": 16.0,
-        "sdclip_k": 5.0,
-        "eval_stride": 64,
-        "eval_overlap": 128,
-        "val_batch_size": 8192,
-        "ttt_chunk_tokens": 4096,
-        "sample": "The function returns",
+        "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model", "vocab_size": 1024,
+        "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4, "mamba_layers": "0,1,3", "model_dim": 128,
+        "num_heads": 4, "num_kv_heads": 2, "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024,
+        "bigram_dim": 64, "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
+        "train_log_every": 20, "calibration_tokens": 16_384, "sdclip_k": 5.0, "eval_stride": 64, "eval_overlap": 128,
+        "val_batch_size": 8192, "ttt_chunk_tokens": 4096, "sample": "The function returns",
     },
-}
+}  # fmt: skip
 PRESET_HELP = {
     "default": "the best we have: 8 GPUs, ten minutes, sp8192",
-    "peer7": "the shape of the best published state-space entry (25,159,984 parameters), for speed comparisons",
+    "peer7": "the best published state-space entry's shape, for speed comparisons",
     "tiny": "two minutes on two CPU cores with the sample corpus",
 }
 
@@ -238,7 +214,7 @@ def setting_groups() -> dict[str, list[dataclasses.Field]]:
     return groups
 
 
-# Settings that a stored model is meaningless without: they travel in the artifact's header.
+# What a stored model is meaningless without: it travels in the artifact's header.
 LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start"}
 MODEL_FIELDS = {f.name for group in ("model", "recurrence") for f in setting_groups()[group]} - LOCAL_FIELDS
 MODEL_FIELDS = tuple(sorted(MODEL_FIELDS | {"vocab_size", "document_reset"}))
@@ -295,7 +271,7 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """Settings from environment variables over the preset's defaults, and the names of the fields that were given.
+    """Settings from environment variables over the preset's, and the names of the fields that were given.
 
     Raises UserError for an unknown preset, a value of the wrong type, and a misspelt variable.
     """
@@ -315,14 +291,14 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
         values["num_layers"] = len(values["layer_pattern"])
     settings = Settings(**values)
     if settings.layer_pattern and ({"mamba_layers", "mlp_layers"} & given):
-        raise UserError("LAYER_PATTERN says which layers are Mamba and have an MLP: unset MAMBA_LAYERS and MLP_LAYERS")
+        raise UserError("LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
     return settings, given
 
 
 def parse_value(name: str, text: str, kind: type):
     """text as a bool (0/1), int, finite float or str; UserError otherwise."""
     try:
-        value = {"0": False, "1": True}[text.strip()] if kind is bool else kind(text)
+        value = {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError
     except (ValueError, KeyError):
@@ -331,11 +307,11 @@ def parse_value(name: str, text: str, kind: type):
     return value
 
 
-OTHERS = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # of package managers and builds
+OTHERS = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # other programs' own
 
 
-def reject_misspelt(environment: dict[str, str], names: set[str]) -> None:
-    """Raises UserError if a variable is nearly, but not quite, one of ours: a sweep with a typo trains the wrong model."""
+def reject_misspelt(environment: dict[str, str], names: set[str]):
+    """Raises UserError if a variable is nearly one of ours: a sweep with a typo trains the wrong model."""
     families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SWA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
     flat = {name.replace("_", ""): name for name in names}
     for variable in environment:
@@ -378,10 +354,10 @@ POSITIVE = [
 ]
 
 
-def validate_settings(settings: Settings, world_size: int) -> None:
+def validate_settings(settings: Settings, world_size: int):
     """Raises UserError at the first value, or relation between values, that cannot work."""
 
-    def need(condition: bool, message: str) -> None:
+    def need(condition: bool, message: str):
         if not condition:
             raise UserError(message)
 
@@ -438,7 +414,6 @@ def validate_settings(settings: Settings, world_size: int) -> None:
     for name, value, divisor, divisor_name in divisions:
         need(value % divisor == 0, f"{name}={value} is not a multiple of {divisor_name} = {divisor}")
     need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 hashes every bigram alike; use 0 for none")
-    need(s.bigram_vocab_size == 0 or s.bigram_dim > 0, "BIGRAM_DIM must be greater than 0 when BIGRAM_VOCAB_SIZE is")
     reserve, clock = s.export_reserve_seconds, s.max_wallclock_seconds
     need(not clock or reserve < clock, f"EXPORT_RESERVE_SECONDS={reserve} takes all of MAX_WALLCLOCK_SECONDS={clock}")
     need(s.target_mb * 1e6 <= ARTIFACT_CAP, f"TARGET_MB={s.target_mb} is over the contest's 16 decimal megabytes")
@@ -449,19 +424,18 @@ def validate_settings(settings: Settings, world_size: int) -> None:
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
-    """Tokens in a test-time training sequence: the training length, or shorter where the ranks share a small chunk."""
+    """Tokens in a test-time training sequence: shorter than in training where many ranks share a chunk."""
     return min(settings.train_seq_len, settings.ttt_chunk_tokens // world_size)
 
 
 def help_text() -> str:
-    """The table that --help prints: settings by group, then the presets with what they change."""
+    """What --help prints: settings by group, then the presets with what they change."""
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
     for group, members in setting_groups().items():
         lines += ["", f"[{group}]"]
         for f in members:
             default = int(f.default) if isinstance(f.default, bool) else f.default
-            shown = f'"{default}"' if default == "" else default
-            lines.append(f"  {f.name.upper():24} {shown!s:42} {f.metadata['unit']:22} {f.metadata['help']}")
+            lines.append(f"  {f.name.upper():24} {default!s:42} {f.metadata['unit']:22} {f.metadata['help']}")
     lines += ["", "Presets:"]
     for name, values in PRESETS.items():
         lines.append(f"  PRESET={name}: {PRESET_HELP[name]}")
@@ -469,10 +443,9 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# ========================================
+# ============
 # 2. Ranks
-# The few things several processes need from each other. With one process every method is the identity, so that the
-# rest of the program never asks how many there are.
+# What several processes need from each other. With one, every method is the identity.
 
 
 @dataclass
@@ -483,10 +456,6 @@ class Ranks:
     world_size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums tensor over the ranks, in place."""
         if self.world_size > 1:
@@ -494,15 +463,15 @@ class Ranks:
         return tensor
 
     def from_main(self, value):
-        """Rank 0's value of a small picklable object, on every rank (over gloo, so that no GPU is waited for)."""
+        """Rank 0's small object, on every rank (over gloo: no GPU is waited for)."""
         if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Replaces each gradient by its mean over the ranks, in one flat all-reduce."""
+    def average_gradients(self, parameters: list[nn.Parameter]):
+        """Replaces gradients by their means over the ranks, in one flat all-reduce."""
         if self.world_size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -513,7 +482,7 @@ class Ranks:
 
 
 def start_ranks(settings: Settings) -> Ranks:
-    """Joins the process group torchrun announces (NCCL for GPU tensors, gloo for CPU ones), or stands alone.
+    """Joins the process group torchrun announces (NCCL for GPUs, gloo for CPUs), or stands alone.
 
     Raises UserError where a GPU was asked for and there is none, or fewer than ranks.
     """
@@ -534,7 +503,7 @@ def start_ranks(settings: Settings) -> Ranks:
     return Ranks(rank, world_size, device)
 
 
-# ========================================
+# ============
 # 3. Data
 # The contest's shards, memory-mapped. The ranks share one global sequence of batches, which depends on the seed and the
 # settings alone: 1, 2, 4 or 8 GPUs train on the same data.
@@ -549,7 +518,7 @@ def open_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if len(header) < 256 or header[0] != SHARD_MAGIC:
-        raise UserError(f"{path} is not a token shard (wrong magic number); make shards with data/prepare.py")
+        raise UserError(f"{path} is not a token shard (wrong magic number); see data/prepare.py")
     if header[1] != SHARD_VERSION:
         raise UserError(f"{path} is a version {header[1]} shard; this program reads version {SHARD_VERSION}")
     count = int(header[2])
@@ -563,11 +532,11 @@ def open_shards(folder: str, split: str) -> list[np.ndarray]:
     """All shards of a split ("train" or "val") in the order of their names. Raises UserError if there are none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     if not paths:
-        raise UserError(f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or make some with data/prepare.py")
+        raise UserError(f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     return [open_shard(path) for path in paths]
 
 
-def check_token_range(tokens: np.ndarray, vocab_size: int, what: str) -> None:
+def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
     """Raises UserError if a token id is outside the vocabulary."""
     if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise UserError(f"{what} hold token id {largest}, but VOCAB_SIZE={vocab_size}: another tokenizer made them")
@@ -575,10 +544,7 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, what: str) -> None:
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
     """Yields (shard, first token) of training sequences for ever: each epoch visits every shard in a new order, one at a
-    time to keep reads local, and in it every window of seq_len + 1 tokens in a new order and at a new phase.
-
-    Raises UserError if no shard holds a sequence.
-    """
+    time to keep reads local, and in it every window of seq_len + 1 tokens in a new order and at a new phase."""
     if max(lengths, default=0) <= seq_len:
         raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
     for epoch in range(sys.maxsize):
@@ -590,11 +556,8 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's endless training batches, gathered in a thread and copied to the device ahead of time.
-
-    next() returns tokens and targets, each (sequences of this rank, seq_len) int64 on the device. Raises UserError for
-    a token outside the vocabulary.
-    """
+    """This rank's endless batches, gathered in a thread and copied to the device ahead of time. next() returns tokens and
+    targets, each (sequences, seq_len) int64 on the device, and raises UserError for a token outside the vocabulary."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
         self.shards = open_shards(settings.data_path, "train")
@@ -607,7 +570,7 @@ class Batches:
         self.queue: queue.Queue = queue.Queue(maxsize=2)
         threading.Thread(target=self._fill, daemon=True).start()
 
-    def _fill(self) -> None:
+    def _fill(self):
         try:
             while True:
                 batch = [next(self.windows) for _ in range(self.batch_sequences)]
@@ -644,7 +607,7 @@ class Tokenizer:
         import sentencepiece
 
         if not Path(path).is_file():
-            raise UserError(f"no tokenizer at {path}: set TOKENIZER_PATH, or make one with data/prepare.py")
+            raise UserError(f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
         self.model = model = sentencepiece.SentencePieceProcessor()
         try:
             model.Load(path)
@@ -689,11 +652,10 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
     return ValidationSet(tokens, tokenizer.target_bytes(tokens))
 
 
-# ========================================
+# ============
 # 4. Scans
-# The Mamba-3 recurrence (arXiv 2603.15569) behind one function, scan(). Of its backends, sequential is the equation in a
-# loop, chunked its matmul form in plain PyTorch, mamba_ssm the library's fused Triton kernels. Mamba-2 is the same scan
-# without trapezoid, rotation and biases.
+# The Mamba-3 recurrence (arXiv 2603.15569) behind one function: the equation in a loop, its matmul form in plain PyTorch,
+# and the mamba_ssm library's fused kernels. Mamba-2 is the same scan without trapezoid, rotation and biases.
 
 
 class ScanInputs(NamedTuple):
@@ -858,22 +820,19 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, value), final
 
 
-# The library's kernels as torch.library operators, one forward and one backward, so that the whole model stays in one
-# graph. Inputs and outputs are named as in the library, (B, H, L) where it wants them so. The library tunes its kernels
-# by trial for minutes; on GPUs measured before, PINNED_KERNELS says what the trial finds: stages, warps, registers per
-# thread (None: the compiler's choice), and for two of them the chunk.
+# The library's kernels as torch.library operators, so that the whole model stays in one graph; names are the library's.
+# It tunes its kernels by trial for minutes: PINNED_KERNELS holds what that finds on GPUs measured before: stages, warps,
+# registers per thread (None: the compiler's choice), and for two of them the chunk.
 
 PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {
     (9, 0): {  # measured on an NVIDIA H200 with bench/tune_mamba_ssm.py
-        "angle_dt_fwd_kernel": (3, 4, None, None),
-        "angle_dt_bwd_kernel": (3, 8, None, None),
-        "mamba3_siso_fwd_kernel": (3, 4, None, None),
-        "mamba3_siso_bwd_kernel_dzdo": (1, 8, None, 32),
+        "angle_dt_fwd_kernel": (3, 4, None, None), "angle_dt_bwd_kernel": (3, 8, None, None),
+        "mamba3_siso_fwd_kernel": (3, 4, None, None), "mamba3_siso_bwd_kernel_dzdo": (1, 8, None, 32),
         "mamba3_siso_bwd_kernel_dqkv": (2, 4, None, None),
         "mamba3_siso_bwd_kernel_rotary_bias_angles": (3, 4, None, None),
         "mamba3_siso_bwd_kernel_ddt_dtrap_dinput_states": (1, 8, None, 256),
     },
-}
+}  # fmt: skip
 RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
 
 
@@ -902,16 +861,12 @@ def import_mamba_ssm():
     return modules
 
 
-_forward_schema = (
-    "(Tensor q, Tensor k, Tensor v, Tensor adt, Tensor dt, Tensor trap, Tensor q_bias, Tensor k_bias, Tensor angles,"
-    " Tensor d, Tensor? z, Tensor? angle_in, Tensor? ssm_in, Tensor? k_in, Tensor? v_in, int chunk)"
-    f" -> ({', '.join(['Tensor'] * 15)})"
-)
-_backward_schema = (
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor trap, Tensor q_bias, Tensor k_bias, Tensor angles,"
-    " Tensor d, Tensor? z, Tensor? ssm_in, Tensor? k_in, Tensor? v_in, Tensor[] saved, int chunk)"
-    f" -> ({', '.join(['Tensor'] * 11)})"
-)
+_tensors = "Tensor q_bias, Tensor k_bias, Tensor angles, Tensor d, Tensor? z"
+_states = "Tensor? ssm_in, Tensor? k_in, Tensor? v_in"
+_forward_schema = f"(Tensor q, Tensor k, Tensor v, Tensor adt, Tensor dt, Tensor trap, {_tensors}, Tensor? angle_in, {_states}, int chunk)"
+_forward_schema += f" -> ({', '.join(['Tensor'] * 15)})"
+_backward_schema = f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor trap, {_tensors}, {_states}, Tensor[] saved, int chunk)"
+_backward_schema += f" -> ({', '.join(['Tensor'] * 11)})"
 
 
 @torch.library.custom_op("golf::mamba3_forward", mutates_args=(), schema=_forward_schema)
@@ -1041,10 +996,10 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
     return "mamba_ssm" if fused else "chunked"
 
 
-# ========================================
+# ============
 # 5. Model
-# Pre-norm blocks over a residual stream that is mixed with the embedding before each block. Weights are float32, cast
-# where they are used; activations are bfloat16 on GPUs, float32 on CPUs. Depth recurrence is but another block order.
+# Pre-norm blocks over a residual stream. Weights are float32, cast where they are used; activations are bfloat16 on GPUs,
+# float32 on CPUs. Depth recurrence is but another block order.
 
 NORM_EPS = 1e-6
 DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
@@ -1380,7 +1335,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """The language model. forward() gives hidden states, nats() scores targets, logits() reads hidden states out."""
+    """The language model: forward() gives hidden states, logits() and nats() read them out."""
 
     def __init__(self, settings: Settings, device: torch.device, attention_backend: str):
         super().__init__()
@@ -1503,13 +1458,12 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
     return Model(settings, ranks.device, backend)
 
 
-# ========================================
+# ============
 # 6. Optimizers
-# Muon for the matrices inside the blocks, Adam for everything else, an average of the weights for export, and one
-# schedule that turns the clock into rates.
+# Muon for matrices, Adam for the rest, an average of the weights for export, and a schedule that follows the clock.
 
-# Coefficients of the odd polynomial at each Newton-Schulz step (Polar Express, arXiv 2505.16932): the last repeats, the
-# others stand a little back (SAFETY), as the authors advise for bfloat16.
+# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932): the last repeats, the others stand a little
+# back (SAFETY), as the authors advise for bfloat16.
 SAFETY = 1.01
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -1552,7 +1506,7 @@ class Muon(torch.optim.Optimizer):
         self.ranks, self.steps = ranks, steps
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self):
         for group in self.param_groups:
             by_shape = collections.defaultdict(list)
             for p in group["params"]:
@@ -1585,20 +1539,17 @@ class Muon(torch.optim.Optimizer):
         return gathered[: len(parameters)]
 
 
-def is_muon_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon trains a parameter: the linear layers' weights, not tables, the output matrix or vectors."""
-    layers = ("query", "key", "value", "out", "up", "down", "in_proj", "out_proj", "bigram_proj")
-    return parameter.dim() == 2 and name.split(".")[-2:] in [[layer, "weight"] for layer in layers]
-
-
 class Optimizers:
-    """Muon and Adam with the base rate of every group, so that a schedule only supplies factors."""
+    """Muon and Adam with every group's base rate: a schedule supplies factors."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
         groups = collections.defaultdict(list)
+        matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)} - {
+            "head.weight"
+        }
         for name, p in model.named_parameters():
-            if is_muon_matrix(name, p):
+            if name in matrices:
                 groups["mamba" if name.endswith(("in_proj.weight", "out_proj.weight")) else "matrix"].append(p)
             else:
                 groups["embedding" if name.endswith(("embedding.weight", "head.weight")) else "scalar"].append(p)
@@ -1612,7 +1563,7 @@ class Optimizers:
         self.adam = torch.optim.AdamW([embedding, scalar], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
         self.parameters = [p for group in groups.values() for p in group]
 
-    def step(self, lr_factor: float, momentum: float) -> None:
+    def step(self, lr_factor: float, momentum: float):
         """One update of every parameter at its base rate times lr_factor."""
         for group in self.muon.param_groups + self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
@@ -1621,11 +1572,11 @@ class Optimizers:
         self.muon.step()
         self.adam.step()
 
-    def zero_grad(self) -> None:
+    def zero_grad(self):
         for p in self.parameters:
             p.grad = None
 
-    def forget(self) -> None:
+    def forget(self):
         """Drops all momentum, as before the first step."""
         self.muon.state.clear()
         self.adam.state.clear()
@@ -1641,7 +1592,7 @@ class WeightAverage:
         self.count = 0
 
     @torch.no_grad()
-    def update(self, steps_done: int, progress: float) -> None:
+    def update(self, steps_done: int, progress: float):
         """Takes in the weights after steps_done steps, at progress (0 to 1) of the run.
 
         EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning; SWA is the mean
@@ -1660,7 +1611,7 @@ class WeightAverage:
             torch._foreach_lerp_(self.average, self.parameters, max(1 - s.ema_decay, 1 / horizon))
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def apply(self):
         """Puts the average into the model, if there is one."""
         if self.average is not None:
             torch._foreach_copy_(self.parameters, self.average)
@@ -1698,10 +1649,10 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
     return Schedule(progress, warmup * decay, momentum, progress >= s.recur_start, quantized)
 
 
-# ========================================
+# ============
 # 7. Evaluation
 # One loop scores every mode: a plan of windows says which targets a forward pass scores and with what context;
-# test-time training only adds what happens between chunks. Sum, audit file and checks read one array of scores.
+# test-time training only adds what happens between chunks.
 
 
 class Window(NamedTuple):
@@ -1744,7 +1695,7 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores a validation set with one model: score() for frozen weights, score_and_adapt() for test-time training."""
+    """Scores a validation set: score() with frozen weights, score_and_adapt() with test-time training."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent=True):
         self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
@@ -1762,8 +1713,8 @@ class Evaluator:
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
         """Score-first test-time training: each chunk is scored, then trained on; the last is scored only.
 
-        clock_started is the perf_counter() at which the evaluation clock began. When time runs short, later chunks get
-        fewer epochs, then none, but all are scored. Raises UserError if even scoring takes too long.
+        clock_started is the perf_counter() at which the clock began. When time runs short, chunks get fewer epochs, then
+        none, but all are scored. Raises UserError if even scoring takes too long.
         """
         s = self.settings
         self._reset(s)
@@ -1798,19 +1749,19 @@ class Evaluator:
             raise UserError(f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
         return self._collect(clock_started, given_up)
 
-    def _reset(self, settings: Settings) -> None:
-        total = self.validation.num_targets
-        self.mode = settings
+    def _reset(self, settings: Settings):
+        s, total, world_size = settings, self.validation.num_targets, self.ranks.world_size
+        self.mode = s
         self.nats = torch.zeros(total, device=self.ranks.device)
         self.times_scored = np.zeros(total, dtype=np.uint8)
         self.state, self.state_position = None, -1
-        chunk = min(total, settings.ttt_chunk_tokens) if settings.ttt_enabled else total
-        most = len(plan_windows(settings, 0, chunk, 0, self.ranks.world_size))
-        fits = settings.val_batch_size // (self.ranks.world_size * settings.train_seq_len)
-        self.rows = 1 if settings.eval_mode == "stateful" else max(1, min(most, fits))
+        chunk = min(total, s.ttt_chunk_tokens) if s.ttt_enabled else total
+        most = len(plan_windows(s, 0, chunk, 0, world_size))
+        fits = s.val_batch_size // (world_size * s.train_seq_len)
+        self.rows = 1 if s.eval_mode == "stateful" else max(1, min(most, fits))
 
     @torch.no_grad()
-    def _score_targets(self, first: int, last: int) -> None:
+    def _score_targets(self, first: int, last: int):
         """Scores this rank's share of the targets first <= p < last."""
         s = self.mode
         stateful = s.eval_mode == "stateful"
@@ -1832,13 +1783,13 @@ class Evaluator:
             self._record(batch, nats)
 
     def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (len(starts), length) from these positions; past the stream's end, its last token."""
+        """Tokens and targets (len(starts), length); past the stream's end, its last token."""
         stream = self.validation.tokens
         index = np.minimum(starts[:, None] + np.arange(length + 1), len(stream) - 1)
         both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
-    def _record(self, batch: list[Window], nats: Tensor) -> None:
+    def _record(self, batch: list[Window], nats: Tensor):
         length = nats.shape[1]
         positions = np.concatenate([np.arange(w.first, w.last) for w in batch])
         cells = np.concatenate([np.arange(w.first, w.last) - w.context + row * length for row, w in enumerate(batch)])
@@ -1846,8 +1797,8 @@ class Evaluator:
         self.nats[where] = nats.flatten()[cells].float()
         np.add.at(self.times_scored, positions, 1)
 
-    def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter], rate: float) -> None:
-        """One step of SGD on the chunk's targets, every one of them scored before; each rank takes its part."""
+    def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter], rate: float):
+        """One step of SGD on the chunk's targets, all scored before; each rank takes its part."""
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
         starts = np.arange(first, last, length)
@@ -1867,7 +1818,7 @@ class Evaluator:
         sgd.zero_grad()
 
     def _collect(self, started: float, given_up: int) -> Score:
-        """Sums over ranks and targets, after checking that every target was scored once."""
+        """Sums over ranks and targets; every target must have been scored once."""
         times = self.ranks.sum_(torch.from_numpy(self.times_scored).to(self.ranks.device))
         if not bool((times == 1).all()):
             raise RuntimeError("a target was not scored exactly once")
@@ -1882,7 +1833,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
     """function, as one whole graph where compiling is on."""
     if settings.compile == "off" or (settings.compile == "auto" and ranks.device.type == "cpu"):
         return function
-    torch._dynamo.config.recompile_limit = 64  # orders, shapes and modes are few, but more than the default of 8
+    torch._dynamo.config.recompile_limit = 64  # orders, shapes and modes are more than the default of 8
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -1890,7 +1841,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
     """Continues prompt (B, T) by count tokens sampled at this temperature (0: the likeliest): (B, T + count).
 
-    The state is carried, so that every token costs one step; attention sees the last cache_tokens.
+    Every token costs one step; attention sees the last cache_tokens.
     """
     order = model.order(recurrent=True)
     generator = torch.Generator(prompt.device).manual_seed(seed)
@@ -1907,11 +1858,12 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
     return torch.cat(tokens, dim=1)
 
 
-# ========================================
+# ============
 # 8. Export
 # GPTQ moves every matrix to a grid of 6 or 8 bits per row; integers, row scales and vectors are compressed with LZMA
 # and written behind a plain header. Nothing is ever unpickled.
 
+DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
@@ -1930,8 +1882,8 @@ Plan = dict[str, TensorPlan]  # by parameter name
 def plan_tensors(model: Model) -> Plan:
     """The storage of every parameter, by name.
 
-    Matrices are int6; the embedding and output matrix int8, and so are the rows of Mamba's in_proj that produce step
-    size, decay, trapezoid and angles, whose errors a recurrence compounds. Per-head dynamics stay float32.
+    Matrices are int6; embedding and output matrix int8, and so the rows of Mamba's in_proj that produce step size,
+    decay, trapezoid and angles, whose errors a recurrence compounds. Per-head dynamics stay float32.
     """
     plan = {}
     for name, p in model.named_parameters():
@@ -1980,7 +1932,7 @@ LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained 
 
 
 def predict_bytes(model: Model, settings: Settings, k: float) -> float:
-    """Bytes of the artifact if int6 rows were rounded with this k: entropy of the integers, scales, vectors, header."""
+    """Bytes of the artifact if int6 rows were rounded with this k, by the integers' entropy."""
     total = 4096.0
     for name, (encoding, int8_rows) in plan_tensors(model).items():
         p = model.get_parameter(name).detach()
@@ -1994,7 +1946,9 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
 
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
-    """SDCLIP_K, or where it is 0 the finest grid (least k from 4 to 16) whose predicted artifact fits target_bytes."""
+    """SDCLIP_K, or where it is 0 the least k from 4 to 16 whose predicted artifact fits target_bytes."""
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise UserError(f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
     low, high = 4.0, 16.0
@@ -2007,10 +1961,8 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
 
 
 class FakeQuantization:
-    """Late QAT: while a step's gradients are computed, the matrices that will be integers stand on their grids.
-
-    The gradient with respect to the rounded weight is applied to the weight itself (straight-through).
-    """
+    """Late QAT: while a step's gradients are computed, matrices stand on their grids; the gradients then move the
+    weights themselves (straight-through)."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings = settings
@@ -2041,7 +1993,7 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
     """
     hessians = {}
 
-    def gather(name: str, x: Tensor) -> None:
+    def gather(name: str, x: Tensor):
         x = x.flatten(0, -2).float()
         product = 2 * (x.T @ x)
         hessians[name] = hessians[name] + product if name in hessians else product
@@ -2121,7 +2073,7 @@ Stored = dict[str, Quantized | Tensor]  # every parameter as it is stored, by na
 def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float, say=lambda text: None
 ) -> Stored:
-    """Every parameter as it will be stored, on every rank; the ranks share the matrices among themselves."""
+    """Every parameter as it will be stored, on every rank; the ranks share the work."""
     plan = plan_tensors(model)
     stored: Stored = {}
     matrices = [name for name in plan if plan[name].encoding == "int"]
@@ -2210,7 +2162,7 @@ def pack_artifact(settings: Settings, plan: Plan, stored: Stored, packing: str) 
 
 
 def smallest_artifact(settings: Settings, plan: Plan, stored: Stored) -> tuple[bytes, str]:
-    """The smaller of the two packings, and its name. LZMA releases the interpreter, so that both run at once."""
+    """The smaller of the two packings, and its name; LZMA lets both run at once."""
     packings = ("bytes", "bits")
     with ThreadPoolExecutor(len(packings)) as pool:
         files = list(pool.map(lambda packing: pack_artifact(settings, plan, stored, packing), packings))
@@ -2238,28 +2190,25 @@ def prune(stored: Stored, plan: Plan, count: int) -> Stored:
 
 
 def fit_artifact(settings: Settings, plan: Plan, stored: Stored, target_bytes: int, say) -> bytes:
-    """The artifact in at most target_bytes, pruning ±1 values selectively if it must.
-
-    Raises UserError if it does not fit even so.
-    """
+    """The artifact in at most target_bytes, with ±1 values pruned if it must; UserError if it does not fit even so."""
     data, packing = smallest_artifact(settings, plan, stored)
     say(f"packed as {packing}: {len(data)} bytes of at most {target_bytes}")
     matrices = {name: item.integers for name, item in stored.items() if isinstance(item, Quantized)}
     ones = sum(int((six_bit_rows(x, plan[name]).abs() == 1).sum()) for name, x in matrices.items())
-    too_few, enough, best = 0, ones, data
-    count = min(ones, 1 + 7 * max(0, len(data) - target_bytes))  # a pruned value saves about a seventh of a byte
-    while len(best) > target_bytes or (len(best) < 0.995 * target_bytes and best is not data and enough > too_few + 1):
-        candidate, _ = smallest_artifact(settings, plan, prune(stored, plan, count))
-        say(f"pruned {count} of {ones} values of ±1: {len(candidate)} bytes")
-        if len(candidate) <= target_bytes:
-            best, enough = candidate, count
-        elif count == ones:
-            problem = f"the artifact takes {len(candidate)} of {target_bytes} bytes even with every ±1 pruned"
+    count = 0
+    while len(data) > target_bytes:
+        if count == ones:
+            problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
             raise UserError(f"{problem}: raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
-        else:
-            too_few = count
-        count = (too_few + enough) // 2 if best is not data else min(ones, 2 * count)
-    return best
+        # A pruned value saves about a seventh of a byte; where that was too little, a quarter more.
+        count = min(ones, count * 5 // 4 + 1 if count else 7 * (len(data) - target_bytes))
+        data, _ = smallest_artifact(settings, plan, prune(stored, plan, count))
+        say(f"pruned {count} of {ones} values of ±1: {len(data)} bytes")
+    return data
+
+
+def unusable(path: Path, problem: str) -> UserError:
+    return UserError(f"{path} is not a usable artifact: {problem}")
 
 
 def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -2268,9 +2217,9 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
     Every length is checked before it is allocated. Raises UserError for any file that is not a whole artifact.
     """
 
-    def need(condition: bool, problem: str) -> None:
+    def need(condition: bool, problem: str):
         if not condition:
-            raise UserError(f"{path} is not a usable artifact: {problem}")
+            raise unusable(path, problem)
 
     if not path.is_file():
         raise UserError(f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
@@ -2299,7 +2248,7 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
             else:
                 sizes.append((math.prod(shape) * {"float16": 2, "float32": 4}[encoding], 0))
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is not a usable artifact: its header is malformed") from None
+        raise unusable(path, "its header is malformed") from None
     expected = sum(a + b for a, b in sizes)
     need(raw_bytes == expected <= MAX_RAW_BYTES, f"its header promises {raw_bytes} bytes, its tensors need {expected}")
     try:
@@ -2341,7 +2290,7 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
             skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
         expected = {name: p.shape for name, p in skeleton.named_parameters()}
     if not expected or {name: p.shape for name, p in parameters.items()} != expected:
-        raise UserError(f"{path} is not a usable artifact: its tensors are not those of the model its header describes")
+        raise unusable(path, "its tensors are not those of the model its header describes")
     model = build_model(settings, ranks)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -2349,19 +2298,16 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
     return model, settings
 
 
-# ========================================
+# ============
 # 9. Run
 # Logging, what is printed before a run begins, the compile warm-up, the training loop, and main().
 
 
 class Log:
-    """Rank 0's three outputs: the console, LOG_DIR/RUN_ID.txt (which begins with this script) and RUN_ID.jsonl.
-
-    Raises UserError if the folder cannot be written.
-    """
+    """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl. Raises UserError if they cannot be written."""
 
     def __init__(self, settings: Settings, ranks: Ranks, name: str):
-        self.quiet = not ranks.is_main
+        self.quiet = ranks.rank > 0
         self.started = time.perf_counter()
         self.last_progress = 0.0
         if self.quiet:
@@ -2373,26 +2319,22 @@ class Log:
             self.records = (folder / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise UserError(f"cannot write logs in LOG_DIR={settings.log_dir}: {error.strerror}") from None
-        print(f"logs: {folder / name}.txt and .jsonl", flush=True)
+        self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
+        print(f"logs: {folder / name}.txt, which begins with this script, and .jsonl", flush=True)
 
-    def source(self) -> None:
-        """Writes this script into the text log, and not to the console."""
-        if not self.quiet:
-            self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
-
-    def __call__(self, text: str) -> None:
+    def __call__(self, text: str):
         if not self.quiet:
             print(text, flush=True)
             self.text.write(text + "\n")
 
-    def progress(self, text: str) -> None:
+    def progress(self, text: str):
         """A line about a long phase, at most one every two seconds."""
         now = time.perf_counter()
         if now - self.last_progress > 2:
             self.last_progress = now
             self(f"  [{now - self.started:.0f}s] {text}")
 
-    def record(self, event: str, **values) -> None:
+    def record(self, event: str, **values):
         """One JSON object in the machine-readable log."""
         if not self.quiet:
             seconds = round(time.perf_counter() - self.started, 3)
@@ -2415,19 +2357,17 @@ def parameter_kinds(model: Model) -> dict[str, int]:
     """Number of parameters by kind."""
     kinds = collections.Counter()
     for name, p in model.named_parameters():
-        kind = "embeddings" if "embedding" in name or name.startswith(("bigram", "head")) else "scales"
+        kind = (
+            "mlp" if ".mlp." in name else "embeddings" if name.startswith(("embedding", "bigram", "head")) else "scales"
+        )
         if ".mixer." in name:
-            mixer = model.blocks[int(name.split(".")[1])].mixer
-            kind = "mamba" if isinstance(mixer, Mamba) else "attention"
-        kinds["mlp" if ".mlp." in name else kind] += p.numel()
+            kind = type(model.blocks[int(name.split(".")[1])].mixer).__name__.lower()
+        kinds[kind] += p.numel()
     return dict(kinds)
 
 
 def activation_bytes(settings: Settings, tokens: int) -> float:
-    """Rough device memory that forward and backward need for a micro-batch, in bytes.
-
-    The factors were fitted to measured peaks of the peer7 preset; logits come on top of the layers.
-    """
+    """Rough device memory of a micro-batch in bytes; the factors fit the peak measured with PRESET=peer7."""
     s = settings
     per_layer = 0.0
     kinds = layer_kinds(s)
@@ -2440,10 +2380,8 @@ def activation_bytes(settings: Settings, tokens: int) -> float:
 
 
 def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
-    """Tokens a rank runs at once: the most that divide its share, fit 70 % of its free memory and are at most 131,072.
-
-    Beyond that size kernels run no faster. MICRO_BATCH_TOKENS is an upper bound where it is given.
-    """
+    """Tokens a rank runs at once: the most that divide its share and fit 70 % of its free memory, at most 131,072 (beyond
+    that, kernels run no faster) or MICRO_BATCH_TOKENS."""
     sequences = settings.train_batch_tokens // (ranks.world_size * settings.train_seq_len)
     most = settings.micro_batch_tokens or 131_072
     if ranks.device.type == "cuda":
@@ -2454,7 +2392,7 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
     return settings.train_seq_len * next(n for n in range(min(limit, sequences), 0, -1) if sequences % n == 0)
 
 
-def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, code_bytes: int, log: Log) -> None:
+def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, code_bytes: int, log: Log):
     """Prints what will happen, before it does."""
     s, world = settings, ranks.world_size
     kinds = parameter_kinds(model)
@@ -2465,7 +2403,7 @@ def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, c
     log(f"virtual layer order: {order}{start}")
     mixers = [block.mixer for block in model.blocks]
     names = sorted({m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers})
-    log(f"backends: {', '.join(names)}" + ("; documents kept apart" if s.document_reset else ""))
+    log(f"backends: {', '.join(names)}")
     k = s.sdclip_k or 8.0
     predicted = (predict_bytes(model, s, k) + code_bytes) / 1e6
     log(f"predicted artifact: {predicted:.1f} of {s.target_mb:g} MB at SDCLIP_K={k:g}, code {code_bytes:,} bytes")
@@ -2478,7 +2416,7 @@ def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, c
     log(f"clocks: training {clock}, export reserve {s.export_reserve_seconds:g} s; evaluation {s.eval_max_seconds:g} s")
 
 
-def synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device):
     """Waits for the device to finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -2487,19 +2425,16 @@ def synchronize(device: torch.device) -> None:
 class TrainingClock:
     """Seconds of the training clock: it runs between start() and pause()."""
 
-    def __init__(self):
-        self.counted = 0.0
-        self.since: float | None = None
+    counted, since = 0.0, None
 
-    def start(self) -> None:
+    def start(self):
         self.since = time.perf_counter()
 
-    def pause(self) -> None:
-        self.counted = self.seconds()
-        self.since = None
+    def pause(self):
+        self.counted, self.since = self.seconds(), None
 
     def seconds(self) -> float:
-        return self.counted + (time.perf_counter() - self.since if self.since is not None else 0.0)
+        return self.counted + (0.0 if self.since is None else time.perf_counter() - self.since)
 
 
 class Trainer:
@@ -2507,23 +2442,19 @@ class Trainer:
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, micro_batch: int, target_bytes: float, log: Log):
         self.model, self.settings, self.ranks, self.log = model, settings, ranks, log
-        self.micro_sequences = micro_batch // settings.train_seq_len
-        self.target_bytes = target_bytes
+        self.micro_sequences, self.target_bytes = micro_batch // settings.train_seq_len, target_bytes
         self.optimizers = Optimizers(model, settings, ranks)
         self.average = WeightAverage(model, settings)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
-        self.clock = TrainingClock()
-        self.steps_done = 0
+        self.clock, self.steps_done = TrainingClock(), 0
 
-    def warm_up(self) -> None:
-        """Compiles both layer orders on random tokens and undoes every trace of it."""
+    def warm_up(self):
+        """Compiles both layer orders on random tokens and undoes every trace."""
         s = self.settings
         kept = copy.deepcopy(self.model.state_dict())
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
-        orders = [self.model.order(False)]
-        if self.model.order(True) != orders[0]:
-            orders.append(self.model.order(True))
-        for number, order in enumerate(orders):
+        orders = {self.model.order(False), self.model.order(True)}
+        for number, order in enumerate(sorted(orders)):
             for step in range(s.warmup_steps):
                 self.loss_function(tokens[:, :-1], tokens[:, 1:], order).backward()
                 self.ranks.average_gradients(self.optimizers.parameters)
@@ -2534,7 +2465,7 @@ class Trainer:
         self.optimizers.forget()
         synchronize(self.ranks.device)
 
-    def run(self, batches: Batches, validate) -> None:
+    def run(self, batches: Batches, validate):
         """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
 
         validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token.
@@ -2546,8 +2477,7 @@ class Trainer:
         while True:
             if len(queued) > 1:  # wait for the last step but one: the clock is right and the GPU never idles
                 queued.popleft().synchronize()
-            seconds = ranks.from_main(self.clock.seconds())
-            now = schedule_at(s, self.steps_done, seconds)
+            now = schedule_at(s, self.steps_done, ranks.from_main(self.clock.seconds()))
             if now.progress >= 1:
                 break
             if now.quantized and fake_quantization is None:
@@ -2564,6 +2494,7 @@ class Trainer:
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
                 self._log_step(loss, now)
             if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
+                synchronize(ranks.device)
                 self.clock.pause()
                 score = validate(now.recurrent)
                 log(f"step:{self.steps_done}/{s.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}")
@@ -2588,15 +2519,12 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(gradients, self.settings.grad_clip_norm)
         return total
 
-    def _log_step(self, loss: Tensor, now: Schedule) -> None:
+    def _log_step(self, loss: Tensor, now: Schedule):
         mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
         if not math.isfinite(mean):
-            raise UserError(
-                f"the loss is {mean} at step {self.steps_done}: lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR"
-            )
-        milliseconds = 1000 * self.clock.seconds()
+            raise UserError(f"the loss is {mean} at step {self.steps_done}: {DIVERGED}")
+        milliseconds, step = 1000 * self.clock.seconds(), f"step:{self.steps_done}/{self.settings.iterations}"
         average = milliseconds / self.steps_done
-        step = f"step:{self.steps_done}/{self.settings.iterations}"
         self.log(f"{step} train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms")
         self.log.record(
             "train", step=self.steps_done, train_loss=mean, train_ms=milliseconds, step_avg_ms=average,
@@ -2636,7 +2564,7 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     gptq_seconds = time.perf_counter() - started
     log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
     plan = plan_tensors(model)
-    if ranks.is_main:
+    if ranks.rank == 0:
         data = fit_artifact(s, plan, stored, target_bytes, log)
         write_whole(s.artifact_path, data)
         packing_seconds = time.perf_counter() - started - gptq_seconds
@@ -2645,8 +2573,8 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     return {"gptq_seconds": gptq_seconds, "sdclip_k": k, "train_clock_seconds": trainer.clock.seconds()}
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that no reader ever sees half of it."""
+def write_whole(path: Path, data: bytes):
+    """Writes a file under a temporary name and renames it: no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2659,7 +2587,7 @@ def write_whole(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, log: Log) -> None:
+def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, log: Log):
     """Loads ARTIFACT, scores it, samples from it, and prints the final line.
 
     After training, a frozen pass in plain windows comes first, off the clock, to show what quantization cost.
@@ -2681,7 +2609,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
         log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
     evaluator = Evaluator(model, s, ranks, validation)
     score = evaluator.score_and_adapt(clock_started, log.progress) if adapts else evaluator.score()
-    if s.eval_nll_path and ranks.is_main:
+    if s.eval_nll_path and ranks.rank == 0:
         buffer = io.BytesIO()
         np.save(buffer, score.nats)
         write_whole(Path(s.eval_nll_path), buffer.getvalue())
@@ -2694,13 +2622,13 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     report(log, "final", "final_int6_lzma_" + s.eval_mode + ("_ttt" if adapts else ""), score)
 
 
-def report(log: Log, event: str, label: str, score: Score) -> None:
+def report(log: Log, event: str, label: str, score: Score):
     """The contest's line for a score, and its record."""
     log.record(event, **{key: value for key, value in score._asdict().items() if key != "nats"})
     log(f"{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
 
 
-def train_and_export(settings: Settings, ranks: Ranks, tokenizer: Tokenizer, log: Log) -> None:
+def train_and_export(settings: Settings, ranks: Ranks, tokenizer: Tokenizer, log: Log):
     """From shards to a finished artifact."""
     validation = load_validation(settings, tokenizer)
     batches = Batches(settings, ranks)
@@ -2747,16 +2675,15 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     return dataclasses.replace(settings, run_id=ranks.from_main(settings.run_id or now)), given, ranks
 
 
-def main() -> None:
+def main():
     """The story of a run: settings, tokenizer, training, export, evaluation."""
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text())
         return
     if len(sys.argv) > 1:
-        raise UserError(f"{sys.argv[1]}: settings are environment variables, not arguments; --help lists them")
+        raise UserError(f"{sys.argv[1]}: settings are environment variables; --help lists them")
     settings, given, ranks = prepare_run(dict(os.environ))
     log = Log(settings, ranks, settings.run_id + (".eval" if settings.eval_only else ""))
-    log.source()
     for group in (describe_machine(ranks), dataclasses.asdict(settings)):
         log("  ".join(f"{key}={value}" for key, value in group.items()))
     log.record("settings", machine=describe_machine(ranks), settings=dataclasses.asdict(settings))
