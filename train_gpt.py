@@ -1,8 +1,8 @@
 """Parameter Golf with state-space layers: one file from token shards to a scored artifact.
 
-    python train_gpt.py                                       # one process: a GPU if there is one, else the CPU
+    python train_gpt.py                                       # one process, on a GPU if there is one
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # one process per GPU
-    python train_gpt.py --help                                # every setting, its unit and default, and the presets
+    python train_gpt.py --help                                # every setting and preset
 
 It trains a hybrid of Mamba-3 and grouped-query attention by the clock, quantizes it with GPTQ to int6, packs it with
 LZMA into 16,000,000 bytes (code included), loads it back and scores it in bits per byte, adapting to what it has
@@ -10,13 +10,13 @@ already scored. The sections stand in the order in which data flows:
 
     1. Settings     one typed dataclass, presets, validation, --help
     2. Ranks        what several processes need from each other
-    3. Data         shards, the order of batches, prefetching, bytes per token
+    3. Data         shards, batches, prefetching, bytes per token
     4. Scans        the Mamba-3 recurrence: sequential, chunked, mamba_ssm's kernels
     5. Model        attention, Mamba and MLP blocks, U-Net skips, depth recurrence
     6. Optimizers   Muon, Adam, weight averaging, the schedule that follows the clock
     7. Evaluation   one scoring loop for every mode, test-time training, sampling
     8. Export       calibration, GPTQ, packing, the artifact file
-    9. Run          logging, warm-up, training, and main(), the story of a run
+    9. Run          logging, warm-up, training, main()
 """
 
 import collections
@@ -311,7 +311,7 @@ OTHERS = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNE
 
 
 def reject_misspelt(environment: dict[str, str], names: set[str]):
-    """Raises UserError if a variable is nearly one of ours: a sweep with a typo trains the wrong model."""
+    """Raises UserError if a variable is nearly one of ours."""
     families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SWA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
     flat = {name.replace("_", ""): name for name in names}
     for variable in environment:
@@ -320,38 +320,17 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
         ours = variable.startswith(families)
         near = difflib.get_close_matches(variable.upper().replace("_", ""), flat, n=1, cutoff=0.0 if ours else 0.87)
         if near and len(variable) > 3:
-            raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (--help lists them all)")
+            raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (see --help)")
 
 
 UNIT_RANGES = {"of run": (0, 1), "0 to 1": (0, 1), "below 1": (0, 1 - 1e-9)}
-POSITIVE = [
-    "vocab_size",
-    "train_batch_tokens",
-    "train_seq_len",
-    "num_layers",
-    "model_dim",
-    "mlp_mult",
-    "num_heads",
-    "num_kv_heads",
-    "rope_base",
-    "mamba_d_state",
-    "mamba_expand",
-    "mamba_head_dim",
-    "mamba_chunk_size",
-    "iterations",
-    "muon_backend_steps",
-    "target_mb",
-    "eval_overlap",
-    "calibration_tokens",
-    "eval_stride",
-    "val_batch_size",
-    "eval_max_seconds",
-    "ttt_chunk_tokens",
-    "sample_tokens",
-    "train_log_every",
-    "sdclip_k_int8",
-    "ema_horizon",
-]
+POSITIVE = {  # the other numbers may be 0
+    "vocab_size", "train_batch_tokens", "train_seq_len", "num_layers", "model_dim", "mlp_mult", "num_heads",
+    "num_kv_heads", "rope_base", "mamba_d_state", "mamba_expand", "mamba_head_dim", "mamba_chunk_size", "iterations",
+    "muon_backend_steps", "target_mb", "eval_overlap", "calibration_tokens", "eval_stride", "val_batch_size",
+    "eval_max_seconds", "ttt_chunk_tokens", "sample_tokens", "train_log_every", "sdclip_k_int8", "ema_horizon",
+    "bigram_dim",
+}  # fmt: skip
 
 
 def validate_settings(settings: Settings, world_size: int):
@@ -529,7 +508,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
-    """All shards of a split ("train" or "val") in the order of their names. Raises UserError if there are none."""
+    """All shards of a split ("train" or "val") by name. Raises UserError if there are none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     if not paths:
         raise UserError(f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
@@ -716,9 +695,8 @@ def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def prepare_scan(inputs: ScanInputs, state: ScanState | None) -> tuple:
-    """What both PyTorch scans start from, in step_size's dtype: the state; keys and queries (B, L, H, N), biased and
-    rotated; the running angle (B, L, H, R); the values; and the weights (B, L, H) of the current and the previous
-    token's outer product, lambda·dt and (1 - lambda)·dt.
+    """What both PyTorch scans start from, in step_size's dtype: state; keys and queries (B, L, H, N), biased and rotated;
+    running angle (B, L, H, R); values; weights (B, L, H) lambda·dt of the current and (1 - lambda)·dt of the last token.
     """
     step_size, dtype = inputs.step_size, inputs.step_size.dtype
     if state is None:
@@ -783,7 +761,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
         start = torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
     ahead = F.pad(previous.masked_fill(start.unsqueeze(-1), 0.0)[:, 1:], (0, 0, 0, 1))  # g: what the next token adds
 
-    # 1. Cut into chunks: (B, H, chunks, chunk, ...). Padding tokens have weight 0 and decay 1: they change nothing.
+    # 1. Cut into chunks: (B, H, chunks, chunk, ...). Padding has weight 0 and decay 1.
     length = value.shape[1]
     pad = -length % chunk_size
 
@@ -1052,7 +1030,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-# Attention kernels: one signature, attend(query, key, value) with (B, T, heads, D) -> the same shape as query, causal.
+# Attention kernels: causal, (B, T, heads, D) -> the same shape as query.
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask=None) -> Tensor:
@@ -1389,7 +1367,7 @@ class Model(nn.Module):
         if s.bigram_vocab_size:
             last = torch.full_like(tokens[:, :1], BOS_ID) if state is None else state.last_token.unsqueeze(1)
             before = torch.cat([last, tokens[:, :-1]], dim=1)
-            # Two odd multipliers spread the pair over the table; row 0 is for tokens that begin a document.
+            # Row 0 is for tokens that begin a document.
             row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
             bigram = F.embedding(row.masked_fill(tokens == BOS_ID, 0), self.bigram_embedding.weight).to(x.dtype)
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
@@ -2234,7 +2212,7 @@ def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
         header = json.loads(data[12 : 12 + header_bytes])
         settings, packing, raw_bytes, table = (header[key] for key in ("settings", "packing", "raw_bytes", "tensors"))
         types = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
-        need(set(settings) == set(MODEL_FIELDS), "its header holds other settings than this program's")
+        need(set(settings) == set(MODEL_FIELDS), "it holds other settings than this program's")
         need(all(type(settings[key]) is types[key] for key in settings), "a setting in its header has the wrong type")
         malformed = "its header is malformed"
         need(packing in ("bytes", "bits") and type(raw_bytes) is int, malformed)
@@ -2300,7 +2278,7 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
 
 # ============
 # 9. Run
-# Logging, what is printed before a run begins, the compile warm-up, the training loop, and main().
+# Logging, the compile warm-up, the training loop, and main(), which tells the story of a run.
 
 
 class Log:
