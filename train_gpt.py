@@ -2298,7 +2298,7 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write logs in LOG_DIR={settings.log_dir}: {error.strerror}") from None
         self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
-        print(f"logs: {folder / name}.txt, which begins with this script, and .jsonl", flush=True)
+        print(f"logs: {folder / name}.txt and .jsonl", flush=True)
 
     def __call__(self, text: str):
         if not self.quiet:
@@ -2627,18 +2627,18 @@ def train_and_export(settings: Settings, ranks: Ranks, tokenizer: Tokenizer, log
     steps, milliseconds = trainer.steps_done, 1000 * trainer.clock.seconds()
     log(f"trained {steps} steps in {milliseconds / 1000:.1f}s, {milliseconds / max(steps, 1):.2f}ms each")
     peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
-    log(f"peak memory: {peak / 2**20:.0f} MiB" if peak else "peak memory: not measured on a CPU")
+    log(f"Code size: {code_bytes} bytes; peak GPU memory: {peak / 2**20:.0f} MiB")
     before = Evaluator(model, settings, ranks, validation).score(plain)
     step = f"step:{steps}/{settings.iterations}"
     log(f"{step} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} before quantization")
     exported = export(trainer, batches, target_bytes)
-    bytes_model = settings.artifact_path.stat().st_size
-    log(f"Total submission size int6+lzma: {code_bytes + bytes_model} bytes")
-    if (total := code_bytes + bytes_model) > ARTIFACT_CAP:
+    total = code_bytes + settings.artifact_path.stat().st_size
+    log(f"Total submission size int6+lzma: {total} bytes")
+    if total > ARTIFACT_CAP:
         raise UserError(f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
     log.record(
         "trained", steps=steps, step_avg_ms=milliseconds / max(steps, 1), val_loss=before.val_loss, val_bpb=before.val_bpb,
-        bytes_total=code_bytes + bytes_model, bytes_code=code_bytes, peak_bytes=peak, **exported,
+        bytes_total=total, bytes_code=code_bytes, peak_bytes=peak, **exported,
     )  # fmt: skip
 
 

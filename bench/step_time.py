@@ -65,14 +65,14 @@ def main() -> None:
         step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - mark)
-    if profile and ranks.is_main:
+    if profile and ranks.rank == 0:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
             step()
             torch.cuda.synchronize()
         Path(profile).write_text(
             trace.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90)
         )
-    if ranks.is_main:
+    if ranks.rank == 0:
         median = statistics.median(times)
         print(
             json.dumps(

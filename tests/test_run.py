@@ -76,7 +76,7 @@ sys.path.insert(0, sys.argv.pop(1))
 import train_gpt as t
 path, export = sys.argv.pop(1), t.export
 def keep_weights(trainer, *rest):
-    if trainer.ranks.is_main:
+    if trainer.ranks.rank == 0:
         torch.save(trainer.model.state_dict(), path)
     return export(trainer, *rest)
 t.export = keep_weights
@@ -202,7 +202,7 @@ def test_two_ranks_train_the_same_model_as_one(trained, trained_by_two):
     """Batches, gradients, Muon's shared updates, averages: all six steps, before quantization can hide or add anything."""
     for name, weight in trained.weights.items():
         other = trained_by_two.weights[name]
-        assert relative(other, weight) < 1e-4, name
+        assert relative(other, weight) < 1e-5, name
         # Adam turns a gradient that is 0 up to rounding into a whole step: let one weight in a thousand differ.
         assert ((other - weight).abs() > 1e-5).float().mean() <= 1e-3, name
 
@@ -344,7 +344,7 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
         ({"eval_only": True}, "no artifact at"),
         ({"log_dir": "/dev/null/logs"}, "LOG_DIR=/dev/null/logs"),
         ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "/dev/null/x/y.lzma"),
-        ({"target_mb": 0.18, "iterations": 1}, "SDCLIP_K"),
+        ({"target_mb": 0.15, "iterations": 1}, "SDCLIP_K"),
         ({"eval_max_seconds": 1e-6, "iterations": 1}, "EVAL_MAX_SECONDS"),
     ],
     ids=lambda value: str(value)[:60],
