@@ -443,3 +443,9 @@ def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
     assert t.run() == 2
     assert [(seconds >= 1, said) for seconds, said in said_before] == [(True, "")]
     assert capsys.readouterr().err == "train_gpt.py: error: the training shards hold token id 600\n"
+
+
+def test_the_script_stays_readable_in_an_hour():
+    source = SCRIPT.read_bytes()
+    assert len(source) < 140_000
+    assert source.count(b"\n") < 3_000
