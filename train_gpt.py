@@ -1336,6 +1336,10 @@ class Model(nn.Module):
         self.register_buffer("rotary_frequencies", frequencies, persistent=False)
         self.to(device)
 
+    def linear_layers(self) -> dict[str, Linear]:
+        """The linear layers by the names of their weights, without the output matrix."""
+        return {f"{n}.weight": m for n, m in self.named_modules() if isinstance(m, Linear) and n != "head"}
+
     def order(self, recurrent: bool) -> tuple[int, ...]:
         """The virtual layer order: with recurrence, or each layer once."""
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
@@ -1523,9 +1527,7 @@ class Optimizers:
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
         groups = collections.defaultdict(list)
-        matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)} - {
-            "head.weight"
-        }
+        matrices = model.linear_layers()
         for name, p in model.named_parameters():
             if name in matrices:
                 groups["mamba" if name.endswith(("in_proj.weight", "out_proj.weight")) else "matrix"].append(p)
@@ -1668,7 +1670,7 @@ class Score(NamedTuple):
     val_loss: float  # nats per target
     val_bpb: float  # bits per byte of text
     nats: np.ndarray  # (N,) float32, in stream order
-    seconds: float
+    score_seconds: float
     epochs_given_up: int  # test-time training epochs dropped to keep the clock
 
 
@@ -1977,9 +1979,8 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
         hessians[name] = hessians[name] + product if name in hessians else product
 
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: gather(f"{name}.weight", args[0]))
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and name != "head"
+        layer.register_forward_pre_hook(lambda _, args, name=name: gather(name, args[0]))
+        for name, layer in model.linear_layers().items()
     ]
     output_name = "embedding.weight" if model.head is None else "head.weight"
     try:
@@ -2565,12 +2566,11 @@ def write_whole(path: Path, data: bytes):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, log: Log):
+def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
     """Loads ARTIFACT, scores it, samples from it, and prints the final line.
 
     After training, a frozen pass in plain windows comes first, off the clock, to show what quantization cost.
     """
-    validation = load_validation(settings, tokenizer)
     if not settings.eval_only:
         model, loaded = load_model(settings.artifact_path, settings, given, ranks)
         score = Evaluator(model, loaded, ranks, validation).score(dataclasses.replace(loaded, eval_mode="plain"))
@@ -2606,9 +2606,8 @@ def report(log: Log, event: str, label: str, score: Score):
     log(f"{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
 
 
-def train_and_export(settings: Settings, ranks: Ranks, tokenizer: Tokenizer, log: Log):
+def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet, log: Log):
     """From shards to a finished artifact."""
-    validation = load_validation(settings, tokenizer)
     batches = Batches(settings, ranks)
     code_bytes = Path(__file__).stat().st_size
     target_bytes = int(settings.target_mb * 1e6) - code_bytes
@@ -2666,9 +2665,10 @@ def main():
         log("  ".join(f"{key}={value}" for key, value in group.items()))
     log.record("settings", machine=describe_machine(ranks), settings=dataclasses.asdict(settings))
     tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
+    validation = load_validation(settings, tokenizer)
     if not settings.eval_only:
-        train_and_export(settings, ranks, tokenizer, log)
-    evaluate_artifact(settings, given, ranks, tokenizer, log)
+        train_and_export(settings, ranks, validation, log)
+    evaluate_artifact(settings, given, ranks, tokenizer, validation, log)
     if dist.is_initialized():
         dist.destroy_process_group()
 
