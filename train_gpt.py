@@ -50,6 +50,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    import triton
+    import triton.language as tl
+
+    jit, constexpr = triton.jit, tl.constexpr
+except ImportError:  # CPU builds of torch come without it, and need none
+    triton, jit, constexpr = None, lambda function: function, None
+
 BOS_ID = 1  # every document in the contest's shards begins with this token
 ARTIFACT_CAP = 16_000_000  # bytes, decimal, code included: the contest's limit
 
@@ -114,7 +122,7 @@ class Settings:
     mamba_d_conv: int = env(-1, "tokens", "short convolution; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
     mamba_chunk_size: int = env(64, "tokens", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = env(False, "0|1", "recompute Mamba layers in backward, to save memory")
-    scan_backend: str = env("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, else chunked")
+    scan_backend: str = env("auto", "auto|triton|mamba_ssm|chunked|sequential", "auto: triton on CUDA, else chunked")
     unet_skips: bool = env(True, "0|1", "from the first half of the layers to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
     bigram_dim: int = env(128, "width", "its width before the projection")
@@ -666,23 +674,84 @@ class ScanState(NamedTuple):
     value: Tensor  # (B, H, P)
 
 
-def scan(inputs: ScanInputs, state: ScanState | None, backend: str, chunk_size: int) -> tuple[Tensor, ScanState]:
-    """Runs the recurrence from state (None: zeros); returns y (B, L, H, P) in value's dtype, and the state after it.
-
-    With S in R^{P×N} per head, alpha = exp(log_decay), lambda = sigmoid(trapezoid), and k, q biased and rotated by the
-    running angle theta_t = sum_{s<=t} pi·tanh(angle_rate_s)·dt_s:
-
-        S_t = alpha_t S_{t-1} + (1 - lambda_t) dt_t alpha_t v_{t-1} k_{t-1}^T + lambda_t dt_t v_t k_t^T
-        y_t = (S_t q_t + D v_t) * silu(gate_t)
-
-    A document start takes alpha_t = 0; the angle runs on, since only its differences within a document reach an output.
-    Single tokens (decoding) always take the sequential form, the fastest there.
+class MambaSizes(NamedTuple):
+    """How the columns that in_proj hands to a scan divide: for Mamba-3 gate and value (heads × channels each), key and
+    query (state each), step size, decay and trapezoid (heads each), angles; for Mamba-2 value, key, query, step size.
     """
-    if backend == "sequential" or inputs.value.shape[1] == 1:
-        return sequential_scan(inputs, state)
-    if backend == "chunked":
-        return chunked_scan(inputs, state, chunk_size)
-    return mamba_ssm_scan(inputs, state, chunk_size)
+
+    heads: int
+    channels: int
+    state: int
+    angles: int
+    version: int
+
+    def columns(self) -> list[int]:
+        inner, shared = self.heads * self.channels, [self.state, self.state]
+        if self.version == 3:
+            return [inner, inner, *shared, self.heads, self.heads, self.heads, self.angles]
+        return [inner, *shared, self.heads]
+
+
+class MambaParameters(NamedTuple):
+    """What a Mamba layer learns between its projections, float32. Mamba-2 has decay rates and no norms."""
+
+    step_bias: Tensor  # (H,), before softplus
+    skip: Tensor  # (H,)
+    key_bias: Tensor  # (H, N)
+    query_bias: Tensor  # (H, N)
+    key_norm: Tensor | None = None  # (N,)
+    query_norm: Tensor | None = None  # (N,)
+    decay_rate: Tensor | None = None  # (H,), A < 0
+
+
+DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
+
+
+def mamba_scan(
+    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None,
+    state: ScanState | None, backend: str, chunk_size: int,
+) -> tuple[Tensor, ScanState]:  # fmt: skip
+    """Everything between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P) in its dtype, and the state.
+
+    The backends agree up to rounding. Single tokens (decoding) always take the sequential form, the fastest there.
+    """
+    if backend == "triton" and projected.shape[1] > 1:
+        return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
+    inputs = scan_inputs(projected, parameters, sizes, document_start)
+    if backend == "sequential" or projected.shape[1] == 1:
+        y, state = sequential_scan(inputs, state)
+    elif backend == "chunked":
+        y, state = chunked_scan(inputs, state, chunk_size)
+    else:
+        y, state = mamba_ssm_scan(inputs, state, chunk_size)
+    return y.flatten(2), state
+
+
+def scan_inputs(
+    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None
+) -> ScanInputs:
+    """in_proj's columns as a scan reads them: dt = softplus(. + bias), A = -softplus(.), keys and queries normed."""
+    p, columns = parameters, projected.split(sizes.columns(), dim=-1)
+    gate, (value, key, query, step), dynamics = None, columns[:4], (None, None)
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    if sizes.version == 3:
+        gate, value, key, query, step, decay, *dynamics = columns
+        gate = gate.unflatten(-1, (sizes.heads, sizes.channels))
+        decay_rate = -F.softplus(decay.to(dtype)).clamp(min=DECAY_FLOOR)
+        key, query = norm(key, p.key_norm, 1e-5), norm(query, p.query_norm, 1e-5)
+    else:
+        decay_rate = p.decay_rate
+    step_size = F.softplus(step.to(dtype) + p.step_bias)
+    value = value.unflatten(-1, (sizes.heads, sizes.channels))
+    return ScanInputs(
+        value, key, query, step_size, decay_rate * step_size, p.key_bias, p.query_bias, p.skip, *dynamics, gate, document_start
+    )  # fmt: skip
+
+
+def norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """RMSNorm over the last dimension, in float32 or more, back in x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), (x.shape[-1],), None if weight is None else weight.to(wide), eps).to(x.dtype)
 
 
 def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
@@ -798,139 +867,565 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, value), final
 
 
-# The library's kernels as torch.library operators, so that the whole model stays in one graph; names are the library's.
-# It tunes its kernels by trial for minutes: PINNED_KERNELS holds what that finds on GPUs measured before: stages, warps,
-# registers per thread (None: the compiler's choice), and for two of them the chunk.
+# The fused scan: four Triton kernels for everything between in_proj and out_proj, reading and writing in_proj's rows where
+# they lie. Two run over tokens, all heads of a chunk in one program: tokens_forward turns raw columns into step sizes,
+# decays, normed keys and queries; tokens_backward sums over heads. Two run over the heads of each sequence, chunk after
+# chunk with the state in registers: scan_forward leaves each chunk's first state behind, scan_backward comes back over
+# them. No atomics: gradients are the same bits every time. Decays are kept as base-2 logarithms, angles in turns.
 
-PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {
-    (9, 0): {  # measured on an NVIDIA H200 with bench/tune_mamba_ssm.py
-        "angle_dt_fwd_kernel": (3, 4, None, None), "angle_dt_bwd_kernel": (3, 8, None, None),
-        "mamba3_siso_fwd_kernel": (3, 4, None, None), "mamba3_siso_bwd_kernel_dzdo": (1, 8, None, 32),
-        "mamba3_siso_bwd_kernel_dqkv": (2, 4, None, None),
-        "mamba3_siso_bwd_kernel_rotary_bias_angles": (3, 4, None, None),
-        "mamba3_siso_bwd_kernel_ddt_dtrap_dinput_states": (1, 8, None, 256),
-    },
-}  # fmt: skip
 RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
+LAUNCH = {  # warps and pipeline stages of each kernel by GPU architecture, measured with bench/tune.py
+    (9, 0): {"tokens_forward": (4, 1), "scan_forward": (4, 2), "scan_backward": (4, 1), "tokens_backward": (4, 2)},
+}
 
 
-def mamba_ssm_kernels():
-    """The library's modules (angle, forward, backward), ready to launch from this thread."""
-    import triton
+@jit
+def softplus(x):
+    """log(1 + exp(x)) to full relative precision."""
+    u = tl.exp(tl.minimum(x, 20.0))
+    w = 1.0 + u
+    return tl.where(x > 20.0, x, tl.where(w == 1.0, u, tl.log(w) * u / (w - 1.0 + (w == 1.0))))
+
+
+@jit
+def cos_sin(turn):
+    """cos and sin of 2·pi·turn, by polynomials in half the angle (largest error 1e-7)."""
+    x = turn - tl.floor(turn + 0.5)
+    s = x * x
+    sin = x * (3.14159258 + s * (-5.16770688 + s * (2.55003138 + s * (-0.598045193 + s * 0.0772201602))))
+    cos = 0.999999954 + s * (-4.93479287 + s * (4.05841209 + s * (-1.33188109 + s * 0.219698463)))
+    return 1.0 - 2.0 * sin * sin, 2.0 * sin * cos
+
+
+@jit
+def turn_pairs(x, cos, sin, CHUNK: constexpr, N: constexpr):
+    """x (CHUNK, N) with adjacent pairs rotated by angles whose cos and sin are (CHUNK, N/2)."""
+    even, odd = tl.split(tl.reshape(x, [CHUNK, N // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [CHUNK, N])
+
+
+@jit
+def rms_norm_rows(x, weight, N: constexpr):
+    """x (rows, N) normalized with eps 1e-5 and weighted, and the normalizing factor of each row."""
+    factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)
+    return x * factor[:, None] * weight[None, :], factor
+
+
+@jit
+def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, COLUMN: constexpr, MAMBA3: constexpr):
+    """Of rows (CHUNK,) and heads h: raw step size, step size, raw decay, decay rate, and the weight of the current token,
+    all (CHUNK, heads) float32."""
+    mask = live[:, None] & (h < H)[None, :]
+    raw = row[:, None] + COLUMN + h[None, :]
+    raw_step = tl.load(raw, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)[None, :]
+    step = softplus(raw_step)
+    if MAMBA3:
+        raw_decay = tl.load(raw + H, mask, 0.0).to(tl.float32)
+        rate = -tl.maximum(softplus(raw_decay), 1e-4)
+        share = tl.sigmoid(tl.load(raw + 2 * H, mask, 0.0).to(tl.float32))
+    else:
+        raw_decay = raw_step
+        rate = tl.zeros_like(step) + tl.load(decay_rate + h, h < H, 0.0)[None, :]
+        share = tl.full(step.shape, 1.0, tl.float32)
+    return raw_step, tl.where(mask, step, 0.0), raw_decay, rate, share
+
+
+@jit
+def tokens_forward(
+    projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars, features, half_turn,
+    length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr, RESETS: constexpr,
+):  # fmt: skip
+    chunk, b = tl.program_id(0), tl.program_id(1)
+    padded = tl.num_programs(0) * CHUNK
+    t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H)
+    live = t < length
+    row = projected + (b * length + t).to(tl.int64) * WIDTH
+    DYNAMICS: tl.constexpr = (1 + MAMBA3) * H * P + 2 * N
+    _, step, _, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, DYNAMICS, MAMBA3)
+    _, next_step, _, _, next_share = token_dynamics(
+        row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, DYNAMICS, MAMBA3
+    )
+    current = step * share
+    weight = current + next_step * (1.0 - next_share)
+    log_decay = rate * step * 1.4426950408889634
+    if RESETS:
+        start = tl.load(document_start + b * length + t, live, 0)
+        log_decay = tl.where((start != 0)[:, None], -60.0 * 1.4426950408889634, log_decay)
+    decay_sum = tl.cumsum(log_decay, axis=0)
+    plane = batch * H * padded
+    place = scalars + ((b * H + h) * padded)[None, :] + t[:, None]
+    heads = (h < H)[None, :] & (t < padded)[:, None]
+    tl.store(place, step, heads)
+    tl.store(place + plane, decay_sum, heads)
+    tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), heads)
+    tl.store(place + 3 * plane, current, heads)
+
+    n = tl.arange(0, N)
+    for i in tl.static_range(2):  # key, then query
+        x = tl.load(row[:, None] + (1 + MAMBA3) * H * P + i * N + n[None, :], live[:, None], 0.0).to(tl.float32)
+        if MAMBA3:
+            x, _ = rms_norm_rows(x, tl.load((query_norm if i else key_norm) + n), N)
+        place = features + ((i * batch + b) * length + t).to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(place, x.to(features.dtype.element_ty), live[:, None])
+    if MAMBA3:
+        r = tl.arange(0, BLOCK_R)
+        mask = live[:, None] & (r < R)[None, :]
+        angle = tl.load(row[:, None] + DYNAMICS + 3 * H + r[None, :], mask, 0.0).to(tl.float32)
+        tl.store(half_turn + (b * length + t)[:, None] * R + r[None, :], tl.sigmoid(2.0 * angle) - 0.5, mask)
+
+
+@jit
+def chunk_scalars(scalars, b, h, t, batch, padded, H: constexpr):
+    """Step size, sum of log2 decay, the same less log2 of the key's weight, and weight of the current token, of t."""
+    plane, place = batch * H * padded, scalars + (b * H + h) * padded + t
+    step, decay_sum = tl.load(place), tl.load(place + plane)
+    return step, decay_sum, tl.load(place + 2 * plane), tl.load(place + 3 * plane)
+
+
+@jit
+def chunk_features(features, half_turn, key_bias, query_bias, step, turn, b, t, live, batch, length, N: constexpr,
+                   R: constexpr, CHUNK: constexpr, MAMBA3: constexpr):  # fmt: skip
+    """Biased, rotated keys and queries (CHUNK, N) of tokens t, cos and sin of their angles, and the turn after them."""
+    n, r = tl.arange(0, N), tl.arange(0, N // 2)
+    place = features + (b * length + t).to(tl.int64)[:, None] * N + n[None, :]
+    key = tl.load(place, live[:, None], 0.0).to(tl.float32) + key_bias[None, :]
+    place += batch * length.to(tl.int64) * N
+    query = tl.load(place, live[:, None], 0.0).to(tl.float32) + query_bias[None, :]
+    cos, sin = tl.zeros([CHUNK, N // 2], tl.float32), tl.zeros([CHUNK, N // 2], tl.float32)
+    if MAMBA3:
+        mask = live[:, None] & (r < R)[None, :]
+        half = tl.load(half_turn + (b * length + t)[:, None] * R + r[None, :], mask, 0.0)
+        cos, sin = cos_sin(tl.cumsum(step[:, None] * half, axis=0) + turn[None, :])
+        turn += tl.sum(step[:, None] * half, axis=0)
+        key, query = turn_pairs(key, cos, sin, CHUNK, N), turn_pairs(query, cos, sin, CHUNK, N)
+    dtype = features.dtype.element_ty
+    return key.to(dtype), query.to(dtype), cos, sin, turn
+
+
+@jit
+def scan_forward(
+    projected, scalars, features, half_turn, key_bias, query_bias, skip, ssm_in, turn_in, y, states, turns, ssm_out,
+    turn_out, length, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
+    CHUNK: constexpr, MAMBA3: constexpr, HAS_STATE: constexpr,
+):  # fmt: skip
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    p, n, r, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, N // 2), tl.arange(0, CHUNK)
+    head = tl.program_id(0).to(tl.int64)
+    dtype = projected.dtype.element_ty
+    later, same = i[:, None] > i[None, :], i[:, None] == i[None, :]
+    k_bias, q_bias, d = tl.load(key_bias + h * N + n), tl.load(query_bias + h * N + n), tl.load(skip + h)
+    ssm, turn = tl.zeros([P, N], tl.float32), tl.zeros([N // 2], tl.float32)
+    if HAS_STATE:
+        ssm = tl.load(ssm_in + head * P * N + p[:, None] * N + n[None, :])
+        turn = tl.load(turn_in + head * R + r, r < R, 0.0)
+    for chunk in range(chunks):
+        t = chunk * CHUNK + i
+        live = t < length
+        row = (b * length + t).to(tl.int64)
+        place = head * chunks + chunk
+        if MAMBA3:
+            tl.store(turns + place * R + r, turn, r < R)
+        tl.store(states + place * P * N + p[:, None] * N + n[None, :], ssm.to(dtype))
+        value_place = projected + row[:, None] * WIDTH + MAMBA3 * H * P + h * P + p[None, :]
+        value = tl.load(value_place, live[:, None], 0.0)
+        step, decay_sum, key_log, current = chunk_scalars(scalars, b, h, t, batch, chunks * CHUNK, H)
+        end = tl.load(scalars + ((batch + b) * H + h) * chunks * CHUNK + chunk * CHUNK + CHUNK - 1)
+        key, query, _, _, turn = chunk_features(
+            features, half_turn, k_bias, q_bias, step, turn, b, t, live, batch, length, N, R, CHUNK, MAMBA3
+        )
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        decayed = tl.where(later, scores * tl.exp2(decay_sum[:, None] - key_log[None, :]), 0.0)
+        decayed = tl.where(same, scores * current[:, None] + d, decayed)
+        out = tl.dot(query, tl.trans(ssm.to(dtype)), input_precision="ieee") * tl.exp2(decay_sum)[:, None]
+        out = tl.dot(decayed.to(dtype), value, out, input_precision="ieee")
+        if MAMBA3:
+            gate = tl.load(value_place - H * P, live[:, None], 0.0).to(tl.float32)
+            out *= gate * tl.sigmoid(gate)
+        tl.store(y + row[:, None] * (H * P) + h * P + p[None, :], out.to(dtype), live[:, None])
+        to_end = (key.to(tl.float32) * tl.exp2(end - key_log)[:, None]).to(dtype)
+        ssm = tl.dot(tl.trans(value), to_end, ssm * tl.exp2(end), input_precision="ieee")
+    tl.store(ssm_out + head * P * N + p[:, None] * N + n[None, :], ssm)
+    if MAMBA3:
+        tl.store(turn_out + head * R + r, turn - tl.floor(turn), r < R)
+
+
+@jit
+def scan_backward(
+    d_y, d_ssm_out, d_turn_out, projected, scalars, features, half_turn, key_bias, query_bias, skip, states, turns,
+    ssm_out, d_projected, d_features, d_turn, d_scalars, d_skip, d_ssm_in, d_turn_in, length, batch, chunks,
+    WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
+):  # fmt: skip
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    p, n, r, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, N // 2), tl.arange(0, CHUNK)
+    head = tl.program_id(0).to(tl.int64)
+    dtype = projected.dtype.element_ty
+    later, same = i[:, None] > i[None, :], i[:, None] == i[None, :]
+    k_bias, q_bias, d = tl.load(key_bias + h * N + n), tl.load(query_bias + h * N + n), tl.load(skip + h)
+    square = p[:, None] * N + n[None, :]
+    d_ssm = tl.load(d_ssm_out + head * P * N + square)
+    at_end = tl.sum(d_ssm * tl.load(ssm_out + head * P * N + square))  # d of the decay after the chunk at hand
+    d_later = tl.load(d_turn_out + head * R + r, r < R, 0.0)  # d of the angle of all later tokens
+    d_diagonal = 0.0
+    plane, padded = batch * H * chunks * CHUNK, chunks * CHUNK
+    for back in range(chunks):
+        chunk = chunks - 1 - back
+        t = chunk * CHUNK + i
+        live = t < length
+        row = (b * length + t).to(tl.int64)
+        value_place = row[:, None] * WIDTH + MAMBA3 * H * P + h * P + p[None, :]
+        value = tl.load(projected + value_place, live[:, None], 0.0)
+        d_out = tl.load(d_y + row[:, None] * (H * P) + h * P + p[None, :], live[:, None], 0.0)
+        ssm = tl.load(states + (head * chunks + chunk) * P * N + square)
+        turn = tl.load(turns + (head * chunks + chunk) * R + r, r < R, 0.0)
+        step, decay_sum, key_log, current = chunk_scalars(scalars, b, h, t, batch, padded, H)
+        end = tl.load(scalars + ((batch + b) * H + h) * padded + chunk * CHUNK + CHUNK - 1)
+        key, query, cos, sin, _ = chunk_features(
+            features, half_turn, k_bias, q_bias, step, turn, b, t, live, batch, length, N, R, CHUNK, MAMBA3
+        )
+        from_start = tl.exp2(decay_sum)[:, None]
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        decay = tl.where(later, tl.exp2(decay_sum[:, None] - key_log[None, :]), 0.0)
+        decay = tl.where(same, current[:, None], decay)
+        decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
+        if MAMBA3:
+            out = tl.dot(query, tl.trans(ssm), input_precision="ieee") * from_start
+            out = tl.dot(decayed, value, out, input_precision="ieee")
+            gate = tl.load(projected + value_place - H * P, live[:, None], 0.0).to(tl.float32)
+            d_gated, sigmoid = d_out.to(tl.float32), tl.sigmoid(gate)
+            d_gate = d_gated * out * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            tl.store(d_projected + value_place - H * P, d_gate.to(dtype), live[:, None])
+            d_out = (d_gated * gate * sigmoid).to(dtype)
+        d_decayed = tl.dot(d_out, tl.trans(value), input_precision="ieee")
+        on_diagonal = tl.sum(tl.where(same, d_decayed, 0.0), axis=1)
+        own_score = tl.sum(tl.where(same, scores, 0.0), axis=1)
+        d_diagonal += tl.sum(on_diagonal)
+        d_scores = (d_decayed * decay).to(dtype)
+
+        to_end = tl.exp2(end - key_log)[:, None]
+        d_value = tl.dot(key, tl.trans(d_ssm.to(dtype)), input_precision="ieee") * to_end
+        d_value = tl.dot(tl.trans(decayed), d_out, d_value, input_precision="ieee")
+        tl.store(d_projected + value_place, d_value.to(dtype), live[:, None])
+        d_key = tl.dot(value, d_ssm.to(dtype), input_precision="ieee") * to_end
+        d_key = tl.dot(tl.trans(d_scores), query, d_key, input_precision="ieee")
+        d_decayed_out = (d_out.to(tl.float32) * from_start).to(dtype)
+        d_query = tl.dot(d_decayed_out, ssm, input_precision="ieee")
+        d_query = tl.dot(d_scores, key, d_query, input_precision="ieee")
+        d_ssm = tl.dot(tl.trans(d_decayed_out), query, d_ssm * tl.exp2(end), input_precision="ieee")
+
+        # d of the decays: what scales with exp(sum at t) less what scales with exp(-sum at t), their shared diagonal apart.
+        by_query = tl.sum(query.to(tl.float32) * d_query, axis=1)
+        by_key = tl.sum(key.to(tl.float32) * d_key, axis=1)
+        place = d_scalars + (b * H + h) * padded + t
+        tl.store(place, by_query - by_key + tl.where(i == CHUNK - 1, at_end, 0.0))
+        rounded = (on_diagonal * current).to(dtype).to(tl.float32)
+        tl.store(place + plane, by_key - rounded * own_score)
+        tl.store(place + 2 * plane, on_diagonal * own_score)
+        at_end = tl.sum(d_ssm * ssm.to(tl.float32))
+        if MAMBA3:
+            query_even, query_odd = tl.split(tl.reshape(query.to(tl.float32), [CHUNK, N // 2, 2]))
+            key_even, key_odd = tl.split(tl.reshape(key.to(tl.float32), [CHUNK, N // 2, 2]))
+            d_query_even, d_query_odd = tl.split(tl.reshape(d_query, [CHUNK, N // 2, 2]))
+            d_key_even, d_key_odd = tl.split(tl.reshape(d_key, [CHUNK, N // 2, 2]))
+            d_angle = query_even * d_query_odd - query_odd * d_query_even + key_even * d_key_odd - key_odd * d_key_even
+            d_angle *= 6.283185307179586
+            d_suffix = tl.cumsum(d_angle, axis=0, reverse=True) + d_later[None, :]
+            mask = live[:, None] & (r < R)[None, :]
+            tl.store(d_turn + (row * H + h)[:, None] * R + r[None, :], d_suffix.to(dtype), mask)
+            d_later += tl.sum(d_angle, axis=0)
+            d_query, d_key = turn_pairs(d_query, cos, -sin, CHUNK, N), turn_pairs(d_key, cos, -sin, CHUNK, N)
+        place = d_features + (row * H + h)[:, None] * N + n[None, :]
+        tl.store(place, d_key.to(dtype), live[:, None])
+        tl.store(place + batch * length.to(tl.int64) * (H * N), d_query.to(dtype), live[:, None])
+    tl.store(d_skip + head, d_diagonal)
+    tl.store(d_ssm_in + head * P * N + square, d_ssm)
+    tl.store(d_turn_in + head * R + r, d_later, r < R)
+
+
+@jit
+def tokens_backward(
+    projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars, half_turn, d_features, d_turn,
+    d_scalars, d_projected, d_heads, d_norms, d_biases, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr,
+    N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr,
+    RESETS: constexpr,
+):  # fmt: skip
+    chunk, b = tl.program_id(0), tl.program_id(1)
+    padded, program = tl.num_programs(0) * CHUNK, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    t, h, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H), tl.arange(0, N), tl.arange(0, BLOCK_R)
+    live = t < length
+    token = (b * length + t).to(tl.int64)
+    dtype = projected.dtype.element_ty
+    DYNAMICS: tl.constexpr = (1 + MAMBA3) * H * P + 2 * N
+
+    # 1. Sums over heads (keys, queries, angles) and over tokens (biases).
+    d_key = tl.zeros([CHUNK, N], tl.float32)
+    d_query = tl.zeros([CHUNK, N], tl.float32)
+    d_half = tl.zeros([CHUNK, BLOCK_R], tl.float32)
+    d_step = tl.zeros([CHUNK, BLOCK_H], tl.float32)
+    turning = live[:, None] & (r < R)[None, :]
+    half = tl.zeros([CHUNK, BLOCK_R], tl.float32)
+    if MAMBA3:
+        half = tl.load(half_turn + token[:, None] * R + r[None, :], turning, 0.0)
+    for head in range(H):
+        place = d_features + (token * H + head)[:, None] * N + n[None, :]
+        from_key = tl.load(place, live[:, None], 0.0).to(tl.float32)
+        from_query = tl.load(place + batch * length.to(tl.int64) * (H * N), live[:, None], 0.0).to(tl.float32)
+        place = d_biases + (program.to(tl.int64) * H + head) * 2 * N + n
+        tl.store(place, tl.sum(from_key, axis=0))
+        tl.store(place + N, tl.sum(from_query, axis=0))
+        d_key += from_key
+        d_query += from_query
+        if MAMBA3:
+            step = tl.load(scalars + (b * H + head) * padded + t)
+            turned = tl.load(d_turn + (token * H + head)[:, None] * R + r[None, :], turning, 0.0).to(tl.float32)
+            d_half += step[:, None] * turned
+            d_step += tl.where((h == head)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
+    row = projected + token * WIDTH
+    d_row = d_projected + token * WIDTH
+    for i in tl.static_range(2):  # key, then query
+        d_x = d_query if i else d_key
+        place = (1 + MAMBA3) * H * P + i * N + n[None, :]
+        if MAMBA3:
+            x = tl.load(row[:, None] + place, live[:, None], 0.0).to(tl.float32)
+            weight = tl.load((query_norm if i else key_norm) + n)
+            _, factor = rms_norm_rows(x, weight, N)
+            normed = x * factor[:, None]
+            tl.store(d_norms + (program * 2 + i) * N + n, tl.sum(d_x * normed, axis=0))
+            d_x *= weight[None, :]
+            d_x = factor[:, None] * (d_x - normed * (tl.sum(d_x * normed, axis=1) / N)[:, None])
+        tl.store(d_row[:, None] + place, d_x.to(dtype), live[:, None])
+
+    # 2. Step sizes, decays, trapezoid and angles.
+    mask = live[:, None] & (h < H)[None, :]
+    raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, DYNAMICS, MAMBA3)
+    place, plane = ((b * H + h) * padded)[None, :] + t[:, None], batch * H * padded
+    before = place - 1  # the last token's key is weighted by this token's step
+    _, next_step, _, _, next_share = token_dynamics(
+        row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, DYNAMICS, MAMBA3
+    )
+    weight = tl.maximum(step * share + next_step * (1.0 - next_share), 1e-37)
+    d_weight = tl.load(d_scalars + place + plane, mask, 0.0) / weight
+    d_current = tl.load(d_scalars + place + 2 * plane, mask, 0.0) + d_weight
+    d_log_decay = tl.cumsum(tl.load(d_scalars + place, (h < H)[None, :], 0.0), axis=0, reverse=True)
+    if RESETS:
+        start = tl.load(document_start + b * length + t, live, 0)
+        d_log_decay = tl.where((start != 0)[:, None], 0.0, d_log_decay)
+    d_step += share * d_current + rate * d_log_decay
+    if MAMBA3:
+        earlier = mask & (t > 0)[:, None]
+        _, last_step, _, _, last_share = token_dynamics(
+            row - WIDTH, live & (t > 0), step_bias, decay_rate, h, H, DYNAMICS, MAMBA3
+        )
+        last_weight = tl.maximum(last_step * last_share + step * (1.0 - share), 1e-37)
+        d_previous = tl.load(d_scalars + before + plane, earlier, 0.0) / last_weight
+        d_step += (1.0 - share) * d_previous
+        d_share = step * (d_current - d_previous) * share * (1.0 - share)
+        d_decay = tl.where(rate < -1e-4, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
+        place = d_row[:, None] + DYNAMICS + h[None, :]
+        tl.store(place + H, d_decay.to(dtype), mask)
+        tl.store(place + 2 * H, d_share.to(dtype), mask)
+        d_angle = d_half * (0.5 - 2.0 * half * half)
+        tl.store(d_row[:, None] + DYNAMICS + 3 * H + r[None, :], d_angle.to(dtype), turning)
+    else:
+        d_rate = tl.where(mask, step * d_log_decay, 0.0)
+        tl.store(d_heads + (program * 2 + 1) * H + h, tl.sum(d_rate, axis=0), h < H)
+    d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
+    tl.store(d_row[:, None] + DYNAMICS + h[None, :], d_raw.to(dtype), mask)
+    tl.store(d_heads + program * 2 * H + h, tl.sum(d_raw, axis=0), h < H)
+
+
+_inputs = (
+    "Tensor projected, Tensor step_bias, Tensor skip, Tensor key_bias, Tensor query_bias, Tensor? key_norm,"
+    " Tensor? query_norm, Tensor? decay_rate, Tensor? document_start"
+)
+_forward_schema = (
+    f"({_inputs}, Tensor? ssm_in, Tensor? turn_in, int[] sizes, int chunk) -> ({', '.join(['Tensor'] * 8)})"
+)
+_backward_schema = (
+    f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, {_inputs}, Tensor[] saved, int[] sizes, int chunk)"
+    f" -> ({', '.join(['Tensor'] * 10)})"
+)
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments):
+    """Runs a kernel as measured for this GPU's architecture, or for the newest one measured."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    warps, stages = LAUNCH.get(capability, LAUNCH[max(LAUNCH)])[kernel.__name__]
+    kernel[grid](*arguments, num_warps=warps, num_stages=stages)
+
+
+def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, tuple, tuple]:
+    """Number of chunks, the sizes every kernel is compiled for, and the tiles over heads and angles."""
+    heads, channels, state, angles, version = sizes
+    tiles = triton.next_power_of_2(heads), triton.next_power_of_2(max(angles, 1))
+    return -(-projected.shape[1] // chunk), (projected.shape[2], *sizes[:4], chunk, version == 3), tiles
+
+
+@torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=_forward_schema)
+def fused_scan(
+    projected, step_bias, skip, key_bias, query_bias, key_norm, query_norm, decay_rate, document_start, ssm_in, turn_in,
+    sizes, chunk,
+):  # fmt: skip
+    """y, last state and turn, and what the backward reads: scalars, features, half turns, chunks' first states, turns."""
+    outputs = fused_scan_outputs(projected, sizes, chunk)
+    y, ssm_out, turn_out, scalars, features, half_turn, states, turns = outputs
+    chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
+    batch, length, _ = projected.shape
+    launch(
+        tokens_forward, (chunks, batch), projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars,
+        features, half_turn, length, batch, *constants, *tiles, document_start is not None,
+    )  # fmt: skip
+    launch(
+        scan_forward, (batch * sizes[0],), projected, scalars, features, half_turn, key_bias, query_bias, skip, ssm_in,
+        turn_in, y, states, turns, ssm_out, turn_out, length, batch, chunks, *constants, ssm_in is not None,
+    )  # fmt: skip
+    return outputs
+
+
+def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple[Tensor, ...]:
+    """Empty outputs of fused_scan."""
+    heads, channels, state, angles, _ = sizes
+    batch, length, _ = projected.shape
+    chunks, new = -(-length // chunk), projected.new_empty
+    single = functools.partial(new, dtype=torch.float32)
+    return (
+        new(batch, length, heads * channels), single(batch, heads, channels, state), single(batch, heads, angles),
+        single(4, batch, heads, chunks * chunk), new(2, batch, length, state), single(batch, length, angles),
+        new(batch, heads, chunks, channels, state), single(batch, heads, chunks, angles),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("golf::fused_scan_backward", mutates_args=(), schema=_backward_schema)
+def fused_scan_backward(
+    d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, key_bias, query_bias, key_norm, query_norm, decay_rate,
+    document_start, saved, sizes, chunk,
+):  # fmt: skip
+    """Gradients of projected, the seven parameters (empty for those not there), the state and the turn carried in."""
+    ssm_out, scalars, features, half_turn, states, turns = saved
+    heads, channels, state, angles, _ = sizes
+    chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
+    batch, length, _ = projected.shape
+    single = functools.partial(projected.new_empty, dtype=torch.float32)
+    d_projected = torch.empty_like(projected)
+    d_features, d_turn = (projected.new_empty(*n, batch, length, heads, m) for n, m in (((2,), state), ((), angles)))
+    d_scalars, d_skip = single(3, *scalars.shape[1:]), single(batch, heads)
+    d_ssm_in, d_turn_in = torch.empty_like(ssm_out), single(batch, heads, angles)
+    launch(
+        scan_backward, (batch * heads,), d_y, d_ssm_out, d_turn_out, projected, scalars, features, half_turn, key_bias,
+        query_bias, skip, states, turns, ssm_out, d_projected, d_features, d_turn, d_scalars, d_skip, d_ssm_in,
+        d_turn_in, length, batch, chunks, *constants,
+    )  # fmt: skip
+    programs = batch * chunks
+    d_heads, d_norms, d_biases = (
+        single(programs, 2, heads),
+        single(programs, 2, state),
+        single(programs, heads, 2, state),
+    )
+    launch(
+        tokens_backward, (chunks, batch), projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars,
+        half_turn, d_features, d_turn, d_scalars, d_projected, d_heads, d_norms, d_biases, length, batch, *constants,
+        *tiles, document_start is not None,
+    )  # fmt: skip
+    d_heads, d_norms, d_biases = (x.sum(dim=0) for x in (d_heads, d_norms, d_biases))
+    d_parameters = d_heads[0], d_skip.sum(dim=0), *d_biases.unbind(1), *d_norms, d_heads[1]
+    return d_projected, *(x.clone() for x in d_parameters), d_ssm_in, d_turn_in  # operators may not return views
+
+
+fused_scan.register_fake(lambda projected, *rest: fused_scan_outputs(projected, rest[-2], rest[-1]))
+
+
+@fused_scan_backward.register_fake
+def _(d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, key_bias, query_bias, *rest):
+    state = key_bias.new_empty(key_bias.shape[1])
+    like = projected, step_bias, skip, key_bias, query_bias, state, state, step_bias, d_ssm_out, d_turn_out
+    return tuple(torch.empty_like(x) for x in like)
+
+
+def _fused_scan_context(ctx, inputs, output):
+    *tensors, _, _, ctx.sizes, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, output[1], *output[3:])
+    ctx.set_materialize_grads(True)
+
+
+def _fused_scan_autograd(ctx, d_y, d_ssm_out, d_turn_out, *_):
+    tensors, saved = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
+    grads = torch.ops.golf.fused_scan_backward(
+        d_y.contiguous(), d_ssm_out.contiguous(), d_turn_out.contiguous(), *tensors, saved, ctx.sizes, ctx.chunk
+    )
+    grads = [
+        grad if need else None for grad, need in zip(grads, (*ctx.needs_input_grad[:8], *ctx.needs_input_grad[9:11]))
+    ]
+    return *grads[:8], None, *grads[8:], None, None
+
+
+fused_scan.register_autograd(_fused_scan_autograd, setup_context=_fused_scan_context)
+
+
+def triton_scan(
+    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None,
+    state: ScanState | None, chunk_size: int,
+) -> tuple[Tensor, ScanState]:  # fmt: skip
+    """mamba_scan() on the kernels above: products in projected's dtype, decays, angles and sums in float32."""
+    projected = projected.contiguous()
+    ssm = turn = None
+    if state is not None:
+        first = scan_inputs(projected[:, :1], parameters, sizes, None)
+        *_, previous = prepare_scan(first, state)
+        added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(-1) * state.key.float().unsqueeze(-2)
+        ssm, turn = (state.ssm.float() + added).contiguous(), (state.angle.float() / (2 * math.pi)).contiguous()
+    y, ssm, turn, *_ = torch.ops.golf.fused_scan(projected, *parameters, document_start, ssm, turn, sizes, chunk_size)
+    last = scan_inputs(projected[:, -1:], parameters, sizes, None)
+    angle = 2 * math.pi * turn
+    key = rotate_pairs(last.key.float() + parameters.key_bias, angle)
+    return y, ScanState(angle, ssm, key, last.value[:, 0].float())
+
+
+# The mamba_ssm library's kernels, to check ours against: bfloat16 in and out. The operator keeps the graph whole; its
+# backward runs the forward again.
+
+
+def call_mamba_ssm(tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
+    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
 
     # Triton keeps its allocator per thread, and backward runs in autograd's own.
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, device="cuda", dtype=torch.int8))
-    return import_mamba_ssm()
+    options = {"chunk_size": chunk, "return_final_states": True, "Input_States": tuple(states) or None}
+    gate = tensors[10] if len(tensors) > 10 else None
+    return [x.clone() for x in mamba3_siso_combined(*tensors[:10], gate, **options)]
 
 
-@functools.cache
-def import_mamba_ssm():
-    """The library's modules, their autotuners pinned where this GPU was measured."""
-    import triton
-    from mamba_ssm.ops.triton.mamba3 import angle_dt, mamba3_siso_bwd, mamba3_siso_fwd
-
-    modules = angle_dt, mamba3_siso_fwd, mamba3_siso_bwd
-    for name, (stages, warps, registers, chunk) in PINNED_KERNELS.get(torch.cuda.get_device_capability(), {}).items():
-        options = {} if chunk is None else {"CHUNK_SIZE": chunk}
-        config = triton.Config(options, num_stages=stages, num_warps=warps, maxnreg=registers)
-        for module in modules:
-            if hasattr(module, name):
-                getattr(module, name).configs = [config]
-    return modules
+@torch.library.custom_op("golf::mamba_ssm", mutates_args=())
+def mamba_ssm_forward(tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
+    return call_mamba_ssm(tensors, states, chunk)
 
 
-_tensors = "Tensor q_bias, Tensor k_bias, Tensor angles, Tensor d, Tensor? z"
-_states = "Tensor? ssm_in, Tensor? k_in, Tensor? v_in"
-_forward_schema = f"(Tensor q, Tensor k, Tensor v, Tensor adt, Tensor dt, Tensor trap, {_tensors}, Tensor? angle_in, {_states}, int chunk)"
-_forward_schema += f" -> ({', '.join(['Tensor'] * 15)})"
-_backward_schema = f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor dt, Tensor trap, {_tensors}, {_states}, Tensor[] saved, int chunk)"
-_backward_schema += f" -> ({', '.join(['Tensor'] * 11)})"
+@torch.library.custom_op("golf::mamba_ssm_backward", mutates_args=())
+def mamba_ssm_backward(grad: Tensor, tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        return list(torch.autograd.grad(call_mamba_ssm(leaves, states, chunk)[0], leaves, grad))
 
 
-@torch.library.custom_op("golf::mamba3_forward", mutates_args=(), schema=_forward_schema)
-def mamba3_forward(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk):
-    angle_dt, siso_fwd, _ = mamba_ssm_kernels()
-    options = {"init_state": angle_in, "chunk_size": chunk, "return_output_state": True}
-    angle, angle_out = angle_dt.angle_dt_fwd(angles, dt, **options)
-    states_in = None if ssm_in is None else (ssm_in, k_in, v_in)
-    out, *saved, final = siso_fwd.mamba3_siso_fwd(
-        q, k, v, adt, dt, trap, q_bias, k_bias, angle, d, z, states_in,
-        chunk_size=chunk, store_states_adt_outv=True, return_final_states=True,
-    )  # fmt: skip
-    ssm_out, k_out, v_out = (x.clone() for x in final)
-    return out, angle_out, ssm_out, k_out, v_out, angle, *saved
+@mamba_ssm_forward.register_fake
+def _(tensors, states, chunk):
+    query, value, angle = tensors[0], tensors[2], tensors[8]
+    batch, _, heads, channels = value.shape
+    shapes = (value.shape, (batch, heads, angle.shape[-1]), (batch, heads, channels, query.shape[-1]),
+              (batch, heads, query.shape[-1]), (batch, heads, channels))  # fmt: skip
+    dtypes = value.dtype, torch.float32, torch.float32, torch.float32, value.dtype
+    return [value.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)]
 
 
-@mamba3_forward.register_fake
-def _(q, k, v, adt, dt, trap, q_bias, k_bias, angles, d, z, angle_in, ssm_in, k_in, v_in, chunk):
-    batch, length, heads, channels = v.shape
-    state_size, chunks = q.shape[-1], -(-length // chunk)
-    fp32 = functools.partial(v.new_empty, dtype=torch.float32)
-    per_token, per_head = (batch, heads, length), (batch, length, heads)
-    return (
-        v.new_empty(v.shape), angles.new_empty(batch, heads, angles.shape[-1]),
-        fp32(batch, heads, channels, state_size), fp32(batch, heads, state_size), v.new_empty(batch, heads, channels),
-        angles.new_empty(*per_head, angles.shape[-1]), v.new_empty(v.shape),
-        q.new_empty(batch, heads, channels, chunks * state_size, dtype=torch.bfloat16), fp32(per_token),
-        fp32(batch, heads, chunks), q.new_empty(*per_head, state_size), k.new_empty(*per_head, state_size),
-        fp32(per_token), fp32(per_token), fp32(per_token),
-    )  # fmt: skip
-
-
-@torch.library.custom_op("golf::mamba3_backward", mutates_args=(), schema=_backward_schema)
-def mamba3_backward(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, saved, chunk):
-    angle_dt, _, siso_bwd = mamba_ssm_kernels()
-    angle, out_v, states, adt_sums, adt_totals, q_rotated, k_scaled, qk, scale, gamma = saved
-    dz = grad.new_empty(0)
-    if z is not None:
-        dz, grad = siso_bwd.compute_dzdo(grad, z, out_v, chunk_size=chunk)
-    dq, dk, dv, dadt, dqk, dd, dssm = siso_bwd.compute_dqkv(
-        q=q_rotated, k=k_scaled, v=v, da_cs=adt_sums, da_cs_sum=adt_totals, qk_dot=qk, SSM_States=states, do=grad,
-        D=d, chunk_size=chunk, has_input_state=ssm_in is not None,
-    )  # fmt: skip
-    dq, dk, dq_bias, dk_bias, dangle, dscale, dgamma = siso_bwd.compute_dqktheta(
-        q=q, k=k, scale=scale, gamma=gamma, q_bias=q_bias, k_bias=k_bias, angles=angle, dq_in=dq, dk_in=dk, dqk=dqk,
-        chunk_size=chunk,
-    )  # fmt: skip
-    ddt, dtrap, *_ = siso_bwd.compute_ddt_dtrap_dinput_states(
-        dscale=dscale, dgamma=dgamma, dt=dt, trap=trap.float(), d_issm_state=dssm,
-        input_k_state=k_in, input_v_state=v_in,
-    )  # fmt: skip
-    dangles, ddt_angle, _ = angle_dt.angle_dt_bwd(
-        grad_out=dangle, angle=angles, dt=dt, has_init_state=ssm_in is not None, chunk_size=chunk
-    )
-    ddt, dtrap, dangles = ddt + ddt_angle, dtrap.to(trap.dtype), dangles.to(angles.dtype)
-    return dq, dk, dv, dadt, ddt, dtrap, dq_bias, dk_bias, dangles, dd, dz
-
-
-@mamba3_backward.register_fake
-def _(grad, q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, saved, chunk):
-    dz = grad.new_empty(0) if z is None else grad
-    like = (q, k, v, dt.float(), dt.float(), trap, q_bias, k_bias, angles, d, dz)
-    return tuple(x.new_empty(x.shape) for x in like)
-
-
-def _mamba3_setup_context(ctx, inputs, output):
-    q, k, v, _, dt, trap, q_bias, k_bias, angles, d, z, _, ssm_in, k_in, v_in, chunk = inputs
-    ctx.chunk, ctx.gated = chunk, z is not None
-    ctx.save_for_backward(q, k, v, dt, trap, q_bias, k_bias, angles, d, z, ssm_in, k_in, v_in, *output[5:])
-
-
-def _mamba3_autograd(ctx, grad, *_):
-    inputs, saved = ctx.saved_tensors[:13], list(ctx.saved_tensors[13:])
-    *grads, dz = torch.ops.golf.mamba3_backward(grad.contiguous(), *inputs, saved, ctx.chunk)
-    return *grads, dz if ctx.gated else None, *[None] * 5
-
-
-mamba3_forward.register_autograd(_mamba3_autograd, setup_context=_mamba3_setup_context)
+mamba_ssm_backward.register_fake(lambda grad, tensors, states, chunk: [torch.empty_like(x) for x in tensors])
+mamba_ssm_forward.register_autograd(
+    lambda ctx, grads: (torch.ops.golf.mamba_ssm_backward(grads[0], ctx.tensors, ctx.states, ctx.chunk), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.__dict__.update(zip(("tensors", "states", "chunk"), inputs)),
+)
 
 
 def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
-    """The recurrence on mamba_ssm's Triton kernels: bfloat16 in and out, float32 decays and accumulation.
-
-    No gradient flows through states. Switched-off parts take the values that switch them off.
-    """
-    bf16 = torch.bfloat16
+    """The recurrence on mamba_ssm. No gradient flows through states; switched-off parts take values that do nothing."""
+    bf16, heads = torch.bfloat16, inputs.value.shape[2]
     trapezoid, angle_rate, log_decay = inputs.trapezoid, inputs.angle_rate, inputs.log_decay
     if trapezoid is None:
         trapezoid = torch.full_like(inputs.step_size, 30.0)  # sigmoid(30) = 1 in float32
@@ -938,40 +1433,35 @@ def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int)
         angle_rate = inputs.key.new_zeros(*inputs.key.shape[:2], inputs.key.shape[-1] // 4)
     if inputs.document_start is not None:
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
-    states_in = (None,) * 4
+    states = []
     if state is not None:
         no_angle = angle_rate.new_zeros(*state.key.shape[:2], angle_rate.shape[-1])
         angle = no_angle if inputs.angle_rate is None else state.angle
-        states_in = (angle.to(bf16), state.ssm.float(), state.key.float(), state.value.to(bf16))
-    y, angle, ssm, key, value, *_ = torch.ops.golf.mamba3_forward(
-        inputs.query.to(bf16).unsqueeze(2),
-        inputs.key.to(bf16).unsqueeze(2),
-        inputs.value.to(bf16).contiguous(),  # the library would copy it four times, once for each kernel
-        log_decay.transpose(1, 2).contiguous(),
-        inputs.step_size.transpose(1, 2).contiguous(),
-        trapezoid.to(bf16).transpose(1, 2).contiguous(),
-        inputs.query_bias.float(),
-        inputs.key_bias.float(),
-        angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, inputs.value.shape[2], -1).contiguous(),
-        inputs.skip.float(),
-        None if inputs.gate is None else inputs.gate.to(bf16).contiguous(),
-        *states_in,
-        chunk_size,
-    )
-    return y.to(inputs.value.dtype), ScanState(angle.float(), ssm, key, value)
+        states = [angle.to(bf16), state.ssm.float(), state.key.float(), state.value.to(bf16)]
+    tensors = [
+        inputs.query.to(bf16).unsqueeze(2), inputs.key.to(bf16).unsqueeze(2), inputs.value.to(bf16).contiguous(),
+        *(x.transpose(1, 2).contiguous() for x in (log_decay, inputs.step_size, trapezoid.to(bf16))),
+        inputs.query_bias.float(), inputs.key_bias.float(),
+        angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(), inputs.skip.float(),
+    ]  # fmt: skip
+    if inputs.gate is not None:
+        tensors.append(inputs.gate.to(bf16).contiguous())
+    y, *final = torch.ops.golf.mamba_ssm(tensors, states, chunk_size)
+    return y.to(inputs.value.dtype), ScanState(*(x.float() for x in final))
 
 
 def choose_scan_backend(wanted: str, device: torch.device) -> str:
     """The backend that "auto" stands for on this device. Raises UserError where the one wanted cannot run."""
-    fused = device.type == "cuda" and importlib.util.find_spec("mamba_ssm") is not None
-    if not fused and (wanted == "mamba_ssm" or wanted == "auto" and device.type == "cuda"):
-        raise UserError(
-            "no fused scan here: SCAN_BACKEND=mamba_ssm needs a GPU and pip install -r requirements-cuda.txt"
-            " --no-build-isolation (or ask for a slower one by name: SCAN_BACKEND=chunked)"
-        )
-    if wanted != "auto":
-        return wanted
-    return "mamba_ssm" if fused else "chunked"
+    gpu = device.type == "cuda"
+    runs = {
+        "triton": triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1"),
+        "mamba_ssm": gpu and importlib.util.find_spec("mamba_ssm") is not None,
+    }
+    backend = wanted if wanted != "auto" else "triton" if gpu else "chunked"
+    if not runs.get(backend, True):
+        needs = "a GPU and triton, which torch's CUDA builds bring" if backend == "triton" else "a GPU and mamba_ssm"
+        raise UserError(f"SCAN_BACKEND={backend} needs {needs}; or ask for a slower one by name: SCAN_BACKEND=chunked")
+    return backend
 
 
 # ============
@@ -979,8 +1469,6 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
 # Pre-norm blocks over a residual stream. Weights are float32, cast where they are used; activations are bfloat16 on GPUs,
 # float32 on CPUs. Depth recurrence is but another block order.
 
-NORM_EPS = 1e-6
-DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
 
 
 class AttentionState(NamedTuple):
@@ -1009,11 +1497,6 @@ class Context(NamedTuple):
     sin: Tensor
     mask: object  # None (causal), a bool tensor (B, 1, T', T') or a FlexAttention BlockMask
     cache_tokens: int  # keys attention keeps for the next call; 0: no state is wanted
-
-
-def norm(x: Tensor, weight: Tensor | None = None, eps: float = NORM_EPS) -> Tensor:
-    """RMSNorm over the last dimension, in float32, back in x's dtype."""
-    return F.rms_norm(x.float(), (x.shape[-1],), None if weight is None else weight.float(), eps).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -1221,13 +1704,13 @@ class Mamba(nn.Module):
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
         s = settings
-        self.version, self.head_dim, self.state_size = s.mamba_version, s.mamba_head_dim, s.mamba_d_state
         self.backend, self.chunk_size = choose_scan_backend(s.scan_backend, device), s.mamba_chunk_size
         mamba3, inner, heads = s.mamba_version == 3, s.mamba_inner_dim, s.mamba_inner_dim // s.mamba_head_dim
-        dynamics = [heads] * 3 + [int(s.mamba_d_state * s.mamba_rope_fraction) // 2] if mamba3 else [heads]
-        self.dynamics_rows = sum(dynamics)  # the last rows of in_proj; they stay at 8 bits in the artifact
-        self.split_sizes = [inner, inner, s.mamba_d_state, s.mamba_d_state, *dynamics]
-        self.in_proj = Linear(s.model_dim, sum(self.split_sizes))
+        angles = int(s.mamba_d_state * s.mamba_rope_fraction) // 2 if mamba3 else 0
+        self.sizes = MambaSizes(heads, s.mamba_head_dim, s.mamba_d_state, angles, s.mamba_version)
+        columns = self.sizes.columns() if mamba3 else [inner, *self.sizes.columns()]
+        self.dynamics_rows = sum(columns[4:])  # the last rows of in_proj; they stay at 8 bits in the artifact
+        self.in_proj = Linear(s.model_dim, sum(columns))
         self.out_proj = Linear(inner, s.model_dim, zero=True)
 
         step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -1244,28 +1727,26 @@ class Mamba(nn.Module):
         self.output_norm = None if mamba3 else nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
-        gate, x, key, query, *dynamics = self.in_proj(u).split(self.split_sizes, dim=-1)
+        projected, inner = self.in_proj(u), self.out_proj.in_features
         history = None
         if self.conv is not None:
-            x, history = self.conv(torch.cat([x, key, query], dim=-1), context, None if state is None else state.conv)
-            x, key, query = x.split([gate.shape[-1], self.state_size, self.state_size], dim=-1)
-        value, gate = (t.unflatten(-1, (-1, self.head_dim)) for t in (x, gate))
-        step_size = F.softplus(dynamics[0].float() + self.dt_bias)
-        if self.version == 3:
-            decay_rate = -F.softplus(dynamics[1].float()).clamp(min=DECAY_FLOOR)
-            key, query = norm(key, self.B_norm, 1e-5), norm(query, self.C_norm, 1e-5)
-            key_bias, query_bias, trapezoid, angle_rate = self.B_bias, self.C_bias, dynamics[2], dynamics[3]
+            mixed = inner + 2 * self.sizes.state
+            gate, mixed, rest = projected.split([inner, mixed, projected.shape[-1] - inner - mixed], dim=-1)
+            mixed, history = self.conv(mixed, context, None if state is None else state.conv)
+            projected = torch.cat([gate, mixed, rest], dim=-1)
+        if self.sizes.version == 3:
+            parameters = MambaParameters(self.dt_bias, self.D, self.B_bias, self.C_bias, self.B_norm, self.C_norm)
         else:
-            decay_rate = -self.A_log.float().exp()
-            key_bias, query_bias, trapezoid, angle_rate = self.no_bias, self.no_bias, None, None
-        inputs = ScanInputs(
-            value, key, query, step_size, decay_rate * step_size, key_bias, query_bias, self.D,
-            trapezoid, angle_rate, gate if self.version == 3 else None, context.document_start,
-        )  # fmt: skip
-        y, scan_state = scan(inputs, None if state is None else state.scan, self.backend, self.chunk_size)
-        if self.version == 2:
-            y = norm((y * F.silu(gate)).flatten(2), self.output_norm, 1e-5)
-        y = self.out_proj(y.flatten(2))
+            gate, projected = projected.split([inner, projected.shape[-1] - inner], dim=-1)
+            decay_rate = -self.A_log.exp()
+            parameters = MambaParameters(self.dt_bias, self.D, self.no_bias, self.no_bias, decay_rate=decay_rate)
+        scan_state = None if state is None else state.scan
+        y, scan_state = mamba_scan(
+            projected, parameters, self.sizes, context.document_start, scan_state, self.backend, self.chunk_size
+        )
+        if self.sizes.version == 2:
+            y = norm(y * F.silu(gate), self.output_norm, 1e-5)
+        y = self.out_proj(y)
         if not context.cache_tokens:
             return y, None
         return y, MambaState(scan_state, u.new_zeros(u.shape[0], 0, 0) if history is None else history)
