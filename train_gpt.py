@@ -875,8 +875,31 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 
 RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
 LAUNCH = {  # warps and pipeline stages of each kernel by GPU architecture, measured with bench/tune.py
-    (9, 0): {"tokens_forward": (4, 1), "scan_forward": (4, 2), "scan_backward": (4, 1), "tokens_backward": (4, 2)},
+    (9, 0): {"rotations": (4, 1), "rotations_backward": (4, 1), "tokens_forward": (4, 1), "scan_forward": (4, 2), "scan_backward": (4, 1), "tokens_backward": (4, 2)},
 }
+
+
+@jit
+def exp2(x, FAST: constexpr):
+    """2**x, float32; FAST: in one instruction (bfloat16 operands leave no more digits, and the interpreter has none)."""
+    if FAST:  # marked impure: the compiler would rather compute it twice than convert a layout
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+    return tl.exp2(x)
+
+
+@jit
+def once(x, FAST: constexpr):
+    """x, computed once: the compiler cannot repeat what is behind it for another layout."""
+    if FAST:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, False, 2)
+    return x
+
+
+@jit
+def reciprocal(x, FAST: constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+    return 1.0 / x
 
 
 @jit
@@ -976,170 +999,209 @@ def tokens_forward(
 
 
 @jit
-def chunk_scalars(scalars, b, h, t, batch, padded, H: constexpr):
-    """Step size, sum of log2 decay, the same less log2 of the key's weight, and weight of the current token, of t."""
-    plane, place = batch * H * padded, scalars + (b * H + h) * padded + t
-    step, decay_sum = tl.load(place), tl.load(place + plane)
-    return step, decay_sum, tl.load(place + 2 * plane), tl.load(place + 3 * plane)
+def rotations(
+    scalars, half_turn, turn_in, rotation, turn_out, length, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr,
+    N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, BLOCK_R: constexpr, HAS_STATE: constexpr,
+):  # fmt: skip
+    b = tl.program_id(0) // H
+    head, padded = tl.program_id(0).to(tl.int64), chunks * CHUNK
+    r = tl.arange(0, BLOCK_R)
+    turn = tl.zeros([BLOCK_R], tl.float32)
+    if HAS_STATE:
+        turn = tl.load(turn_in + head * R + r, r < R, 0.0)
+    for chunk in range(chunks):
+        t = chunk * CHUNK + tl.arange(0, CHUNK)
+        mask = (t < length)[:, None] & (r < R)[None, :]
+        half = tl.load(half_turn + (b * length + t)[:, None] * R + r[None, :], mask, 0.0)
+        added = tl.load(scalars + head * padded + t)[:, None] * half
+        cos, sin = cos_sin(tl.cumsum(added, axis=0) + turn[None, :])
+        turn += tl.sum(added, axis=0)
+        place = rotation + (head * padded + t[:, None]) * R + r[None, :]
+        tl.store(place, cos.to(rotation.dtype.element_ty), (r < R)[None, :])
+        tl.store(place + batch * H * padded.to(tl.int64) * R, sin.to(rotation.dtype.element_ty), (r < R)[None, :])
+    tl.store(turn_out + head * R + r, turn - tl.floor(turn), r < R)
 
 
 @jit
-def chunk_features(features, half_turn, key_bias, query_bias, step, turn, b, t, live, batch, length, N: constexpr,
-                   R: constexpr, CHUNK: constexpr, MAMBA3: constexpr):  # fmt: skip
-    """Biased, rotated keys and queries (CHUNK, N) of tokens t, cos and sin of their angles, and the turn after them."""
+def chunk_scalars(scalars, head, chunk, batch, chunks, H: constexpr, CHUNK: constexpr):
+    """Of a chunk's tokens: sum of log2 decay, the same less log2 of the key's weight, weight of the current token; and
+    the sum at the chunk's end."""
+    plane = batch * H * chunks * CHUNK
+    place = scalars + plane + (head * chunks + chunk) * CHUNK
+    t, end = tl.arange(0, CHUNK), tl.load(place + CHUNK - 1)
+    return tl.load(place + t), tl.load(place + plane + t), tl.load(place + 2 * plane + t), end
+
+
+@jit
+def chunk_features(features, rotation, key_bias, query_bias, head, chunk, row, live, batch, length, chunks, H: constexpr,
+                   N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr):  # fmt: skip
+    """Biased, rotated keys and queries (CHUNK, N) of a chunk, and cos and sin of their angles."""
     n, r = tl.arange(0, N), tl.arange(0, N // 2)
-    place = features + (b * length + t).to(tl.int64)[:, None] * N + n[None, :]
+    place = features + row[:, None] * N + n[None, :]
     key = tl.load(place, live[:, None], 0.0).to(tl.float32) + key_bias[None, :]
     place += batch * length.to(tl.int64) * N
     query = tl.load(place, live[:, None], 0.0).to(tl.float32) + query_bias[None, :]
     cos, sin = tl.zeros([CHUNK, N // 2], tl.float32), tl.zeros([CHUNK, N // 2], tl.float32)
     if MAMBA3:
-        mask = live[:, None] & (r < R)[None, :]
-        half = tl.load(half_turn + (b * length + t)[:, None] * R + r[None, :], mask, 0.0)
-        cos, sin = cos_sin(tl.cumsum(step[:, None] * half, axis=0) + turn[None, :])
-        turn += tl.sum(step[:, None] * half, axis=0)
+        place = rotation + ((head * chunks + chunk) * CHUNK + tl.arange(0, CHUNK))[:, None] * R + r[None, :]
+        cos = tl.load(place, (r < R)[None, :], 1.0).to(tl.float32)
+        place += batch * H * chunks.to(tl.int64) * CHUNK * R
+        sin = tl.load(place, (r < R)[None, :], 0.0).to(tl.float32)
         key, query = turn_pairs(key, cos, sin, CHUNK, N), turn_pairs(query, cos, sin, CHUNK, N)
-    dtype = features.dtype.element_ty
-    return key.to(dtype), query.to(dtype), cos, sin, turn
+    return key.to(features.dtype.element_ty), query.to(features.dtype.element_ty), cos, sin
 
 
 @jit
 def scan_forward(
-    projected, scalars, features, half_turn, key_bias, query_bias, skip, ssm_in, turn_in, y, states, turns, ssm_out,
-    turn_out, length, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
-    CHUNK: constexpr, MAMBA3: constexpr, HAS_STATE: constexpr,
+    projected, scalars, features, rotation, key_bias, query_bias, skip, ssm_in, y, states, ssm_out, length, batch, chunks,
+    WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
+    EVEN: constexpr, FAST: constexpr, HAS_STATE: constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    p, n, r, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, N // 2), tl.arange(0, CHUNK)
+    p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
     head = tl.program_id(0).to(tl.int64)
     dtype = projected.dtype.element_ty
-    later, same = i[:, None] > i[None, :], i[:, None] == i[None, :]
     k_bias, q_bias, d = tl.load(key_bias + h * N + n), tl.load(query_bias + h * N + n), tl.load(skip + h)
-    ssm, turn = tl.zeros([P, N], tl.float32), tl.zeros([N // 2], tl.float32)
+    square = p[:, None] * N + n[None, :]
+    ssm = tl.zeros([P, N], tl.float32)
     if HAS_STATE:
-        ssm = tl.load(ssm_in + head * P * N + p[:, None] * N + n[None, :])
-        turn = tl.load(turn_in + head * R + r, r < R, 0.0)
+        ssm = tl.load(ssm_in + head * P * N + square)
     for chunk in range(chunks):
-        t = chunk * CHUNK + i
-        live = t < length
-        row = (b * length + t).to(tl.int64)
-        place = head * chunks + chunk
-        if MAMBA3:
-            tl.store(turns + place * R + r, turn, r < R)
-        tl.store(states + place * P * N + p[:, None] * N + n[None, :], ssm.to(dtype))
+        live = (chunk * CHUNK + i < length) | EVEN
+        row = (b * length + chunk * CHUNK + i).to(tl.int64)
+        tl.store(states + (head * chunks + chunk) * P * N + square, ssm.to(dtype))
         value_place = projected + row[:, None] * WIDTH + MAMBA3 * H * P + h * P + p[None, :]
         value = tl.load(value_place, live[:, None], 0.0)
-        step, decay_sum, key_log, current = chunk_scalars(scalars, b, h, t, batch, chunks * CHUNK, H)
-        end = tl.load(scalars + ((batch + b) * H + h) * chunks * CHUNK + chunk * CHUNK + CHUNK - 1)
-        key, query, _, _, turn = chunk_features(
-            features, half_turn, k_bias, q_bias, step, turn, b, t, live, batch, length, N, R, CHUNK, MAMBA3
+        decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
+        key, query, _, _ = chunk_features(
+            features, rotation, k_bias, q_bias, head, chunk, row, live, batch, length, chunks, H, N, R, CHUNK, MAMBA3
         )
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        decayed = tl.where(later, scores * tl.exp2(decay_sum[:, None] - key_log[None, :]), 0.0)
-        decayed = tl.where(same, scores * current[:, None] + d, decayed)
-        out = tl.dot(query, tl.trans(ssm.to(dtype)), input_precision="ieee") * tl.exp2(decay_sum)[:, None]
+        decay = tl.where(i[:, None] > i[None, :], exp2(decay_sum[:, None] - key_log[None, :], FAST), 0.0)
+        decay = tl.where(i[:, None] == i[None, :], current[:, None], decay)
+        decayed = scores * decay + tl.where(i[:, None] == i[None, :], d, 0.0)
+        out = tl.dot(query, tl.trans(ssm.to(dtype)), input_precision="ieee") * exp2(decay_sum, FAST)[:, None]
         out = tl.dot(decayed.to(dtype), value, out, input_precision="ieee")
         if MAMBA3:
-            gate = tl.load(value_place - H * P, live[:, None], 0.0).to(tl.float32)
-            out *= gate * tl.sigmoid(gate)
+            gate = gate_or_tiny(tl.load(value_place - H * P, live[:, None], 0.0))
+            out *= gate * reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
         tl.store(y + row[:, None] * (H * P) + h * P + p[None, :], out.to(dtype), live[:, None])
-        to_end = (key.to(tl.float32) * tl.exp2(end - key_log)[:, None]).to(dtype)
-        ssm = tl.dot(tl.trans(value), to_end, ssm * tl.exp2(end), input_precision="ieee")
-    tl.store(ssm_out + head * P * N + p[:, None] * N + n[None, :], ssm)
+        to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
+        ssm = tl.dot(tl.trans(value), to_end, ssm * exp2(end, FAST), input_precision="ieee")
+    tl.store(ssm_out + head * P * N + square, ssm)
+
+
+@jit
+def gate_or_tiny(gate):
+    """The gate in float32, never zero: so the backward finds what was gated in y / gate."""
+    return tl.where(gate == 0, 1e-20, gate.to(tl.float32))
+
+
+@jit
+def feature_backward(x, d_x, cos, sin, CHUNK: constexpr, N: constexpr, MAMBA3: constexpr):
+    """For rotated keys or queries x and their gradient (CHUNK, N): their product summed over N, d of the turns, and the
+    gradient before rotation."""
+    x = x.to(tl.float32)
+    product, d_turn = tl.sum(x * d_x, axis=1), cos
     if MAMBA3:
-        tl.store(turn_out + head * R + r, turn - tl.floor(turn), r < R)
+        even, odd = tl.split(tl.reshape(x, [CHUNK, N // 2, 2]))
+        d_even, d_odd = tl.split(tl.reshape(d_x, [CHUNK, N // 2, 2]))
+        d_turn = 6.283185307179586 * (even * d_odd - odd * d_even)
+        d_x = tl.reshape(tl.join(d_even * cos + d_odd * sin, d_odd * cos - d_even * sin), [CHUNK, N])
+    return product, d_turn, d_x
 
 
 @jit
 def scan_backward(
-    d_y, d_ssm_out, d_turn_out, projected, scalars, features, half_turn, key_bias, query_bias, skip, states, turns,
-    ssm_out, d_projected, d_features, d_turn, d_scalars, d_skip, d_ssm_in, d_turn_in, length, batch, chunks,
-    WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
+    d_y, d_ssm_out, projected, y, scalars, features, rotation, key_bias, query_bias, skip, states, ssm_out, d_projected,
+    d_features, d_turn, d_scalars, d_skip, d_ssm_in, length, batch, chunks, WIDTH: constexpr,
+    H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, EVEN: constexpr,
+    FAST: constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     p, n, r, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, N // 2), tl.arange(0, CHUNK)
     head = tl.program_id(0).to(tl.int64)
     dtype = projected.dtype.element_ty
-    later, same = i[:, None] > i[None, :], i[:, None] == i[None, :]
     k_bias, q_bias, d = tl.load(key_bias + h * N + n), tl.load(query_bias + h * N + n), tl.load(skip + h)
     square = p[:, None] * N + n[None, :]
     d_ssm = tl.load(d_ssm_out + head * P * N + square)
     at_end = tl.sum(d_ssm * tl.load(ssm_out + head * P * N + square))  # d of the decay after the chunk at hand
-    d_later = tl.load(d_turn_out + head * R + r, r < R, 0.0)  # d of the angle of all later tokens
-    d_diagonal = 0.0
-    plane, padded = batch * H * chunks * CHUNK, chunks * CHUNK
+    d_diagonal = tl.zeros([CHUNK], tl.float32)
     for back in range(chunks):
         chunk = chunks - 1 - back
-        t = chunk * CHUNK + i
-        live = t < length
-        row = (b * length + t).to(tl.int64)
+        live = (chunk * CHUNK + i < length) | EVEN
+        row = (b * length + chunk * CHUNK + i).to(tl.int64)
         value_place = row[:, None] * WIDTH + MAMBA3 * H * P + h * P + p[None, :]
-        value = tl.load(projected + value_place, live[:, None], 0.0)
-        d_out = tl.load(d_y + row[:, None] * (H * P) + h * P + p[None, :], live[:, None], 0.0)
-        ssm = tl.load(states + (head * chunks + chunk) * P * N + square)
-        turn = tl.load(turns + (head * chunks + chunk) * R + r, r < R, 0.0)
-        step, decay_sum, key_log, current = chunk_scalars(scalars, b, h, t, batch, padded, H)
-        end = tl.load(scalars + ((batch + b) * H + h) * padded + chunk * CHUNK + CHUNK - 1)
-        key, query, cos, sin, _ = chunk_features(
-            features, half_turn, k_bias, q_bias, step, turn, b, t, live, batch, length, N, R, CHUNK, MAMBA3
-        )
-        from_start = tl.exp2(decay_sum)[:, None]
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        decay = tl.where(later, tl.exp2(decay_sum[:, None] - key_log[None, :]), 0.0)
-        decay = tl.where(same, current[:, None], decay)
-        decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
+        y_place = row[:, None] * (H * P) + h * P + p[None, :]
+        d_out = tl.load(d_y + y_place, live[:, None], 0.0)
         if MAMBA3:
-            out = tl.dot(query, tl.trans(ssm), input_precision="ieee") * from_start
-            out = tl.dot(decayed, value, out, input_precision="ieee")
-            gate = tl.load(projected + value_place - H * P, live[:, None], 0.0).to(tl.float32)
-            d_gated, sigmoid = d_out.to(tl.float32), tl.sigmoid(gate)
-            d_gate = d_gated * out * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            tl.store(d_projected + value_place - H * P, d_gate.to(dtype), live[:, None])
+            gate = gate_or_tiny(tl.load(projected + value_place - H * P, live[:, None], 0.0))
+            sigmoid = reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
+            d_gated = d_out.to(tl.float32)
+            d_gate = tl.load(y + y_place, live[:, None], 0.0).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
+            tl.store(d_projected + value_place - H * P, (d_gated * d_gate).to(dtype), live[:, None])
             d_out = (d_gated * gate * sigmoid).to(dtype)
+        value = tl.load(projected + value_place, live[:, None], 0.0)
+        ssm = tl.load(states + (head * chunks + chunk) * P * N + square)
+        decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
+        key, query, cos, sin = chunk_features(
+            features, rotation, k_bias, q_bias, head, chunk, row, live, batch, length, chunks, H, N, R, CHUNK, MAMBA3
+        )
+        key, query = once(key, FAST), once(query, FAST)
+        same = i[:, None] == i[None, :]
+        decay = tl.where(i[:, None] > i[None, :], exp2(decay_sum[:, None] - key_log[None, :], FAST), 0.0)
+        decay = tl.where(same, current[:, None], decay)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         d_decayed = tl.dot(d_out, tl.trans(value), input_precision="ieee")
-        on_diagonal = tl.sum(tl.where(same, d_decayed, 0.0), axis=1)
         own_score = tl.sum(tl.where(same, scores, 0.0), axis=1)
-        d_diagonal += tl.sum(on_diagonal)
+        on_diagonal = tl.sum(tl.where(same, d_decayed, 0.0), axis=1)
+        d_diagonal += on_diagonal
+        decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
         d_scores = (d_decayed * decay).to(dtype)
-
-        to_end = tl.exp2(end - key_log)[:, None]
+        to_end, from_start = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None]
         d_value = tl.dot(key, tl.trans(d_ssm.to(dtype)), input_precision="ieee") * to_end
         d_value = tl.dot(tl.trans(decayed), d_out, d_value, input_precision="ieee")
         tl.store(d_projected + value_place, d_value.to(dtype), live[:, None])
         d_key = tl.dot(value, d_ssm.to(dtype), input_precision="ieee") * to_end
         d_key = tl.dot(tl.trans(d_scores), query, d_key, input_precision="ieee")
-        d_decayed_out = (d_out.to(tl.float32) * from_start).to(dtype)
-        d_query = tl.dot(d_decayed_out, ssm, input_precision="ieee")
+        d_query = tl.dot(d_out, ssm, input_precision="ieee") * from_start
         d_query = tl.dot(d_scores, key, d_query, input_precision="ieee")
-        d_ssm = tl.dot(tl.trans(d_decayed_out), query, d_ssm * tl.exp2(end), input_precision="ieee")
+        decayed_query = (query.to(tl.float32) * from_start).to(dtype)
+        d_ssm = tl.dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST), input_precision="ieee")
+
+        place = d_features + (row * H + h)[:, None] * N + n[None, :]
+        turn_place = d_turn + ((head * chunks + chunk) * CHUNK + i)[:, None] * R + r[None, :]
+        by_key, d_angle, d_key = feature_backward(key, d_key, cos, sin, CHUNK, N, MAMBA3)
+        tl.store(place, d_key.to(dtype), live[:, None])
+        by_query, d_angle_query, d_query = feature_backward(query, d_query, cos, sin, CHUNK, N, MAMBA3)
+        tl.store(place + batch * length.to(tl.int64) * (H * N), d_query.to(dtype), live[:, None])
+        if MAMBA3:
+            tl.store(turn_place, (d_angle + d_angle_query).to(dtype), (r < R)[None, :])
 
         # d of the decays: what scales with exp(sum at t) less what scales with exp(-sum at t), their shared diagonal apart.
-        by_query = tl.sum(query.to(tl.float32) * d_query, axis=1)
-        by_key = tl.sum(key.to(tl.float32) * d_key, axis=1)
-        place = d_scalars + (b * H + h) * padded + t
+        place, plane = d_scalars + (head * chunks + chunk) * CHUNK + i, batch * H * chunks * CHUNK
         tl.store(place, by_query - by_key + tl.where(i == CHUNK - 1, at_end, 0.0))
-        rounded = (on_diagonal * current).to(dtype).to(tl.float32)
-        tl.store(place + plane, by_key - rounded * own_score)
+        tl.store(place + plane, by_key - (on_diagonal * current).to(dtype).to(tl.float32) * own_score)
         tl.store(place + 2 * plane, on_diagonal * own_score)
         at_end = tl.sum(d_ssm * ssm.to(tl.float32))
-        if MAMBA3:
-            query_even, query_odd = tl.split(tl.reshape(query.to(tl.float32), [CHUNK, N // 2, 2]))
-            key_even, key_odd = tl.split(tl.reshape(key.to(tl.float32), [CHUNK, N // 2, 2]))
-            d_query_even, d_query_odd = tl.split(tl.reshape(d_query, [CHUNK, N // 2, 2]))
-            d_key_even, d_key_odd = tl.split(tl.reshape(d_key, [CHUNK, N // 2, 2]))
-            d_angle = query_even * d_query_odd - query_odd * d_query_even + key_even * d_key_odd - key_odd * d_key_even
-            d_angle *= 6.283185307179586
-            d_suffix = tl.cumsum(d_angle, axis=0, reverse=True) + d_later[None, :]
-            mask = live[:, None] & (r < R)[None, :]
-            tl.store(d_turn + (row * H + h)[:, None] * R + r[None, :], d_suffix.to(dtype), mask)
-            d_later += tl.sum(d_angle, axis=0)
-            d_query, d_key = turn_pairs(d_query, cos, -sin, CHUNK, N), turn_pairs(d_key, cos, -sin, CHUNK, N)
-        place = d_features + (row * H + h)[:, None] * N + n[None, :]
-        tl.store(place, d_key.to(dtype), live[:, None])
-        tl.store(place + batch * length.to(tl.int64) * (H * N), d_query.to(dtype), live[:, None])
-    tl.store(d_skip + head, d_diagonal)
+    tl.store(d_skip + head, tl.sum(d_diagonal))
     tl.store(d_ssm_in + head * P * N + square, d_ssm)
-    tl.store(d_turn_in + head * R + r, d_later, r < R)
+
+
+@jit
+def rotations_backward(
+    d_turn, d_turn_out, d_turn_in, chunks, R: constexpr, BLOCK_R: constexpr, CHUNK: constexpr
+):
+    head, r = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_R)
+    later = tl.load(d_turn_out + head * R + r, r < R, 0.0)
+    for back in range(chunks):
+        t = (chunks - 1 - back) * CHUNK + tl.arange(0, CHUNK)
+        place = d_turn + (head * chunks * CHUNK + t)[:, None] * R + r[None, :]
+        own = tl.load(place, (r < R)[None, :], 0.0).to(tl.float32)
+        suffix = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
+        tl.store(place, suffix.to(d_turn.dtype.element_ty), (r < R)[None, :])
+        later += tl.sum(own, axis=0)
+    tl.store(d_turn_in + head * R + r, later, r < R)
 
 
 @jit
@@ -1177,7 +1239,8 @@ def tokens_backward(
         d_query += from_query
         if MAMBA3:
             step = tl.load(scalars + (b * H + head) * padded + t)
-            turned = tl.load(d_turn + (token * H + head)[:, None] * R + r[None, :], turning, 0.0).to(tl.float32)
+            turned = tl.load(d_turn + ((b * H + head) * padded + t).to(tl.int64)[:, None] * R + r[None, :], turning, 0.0)
+            turned = turned.to(tl.float32)
             d_half += step[:, None] * turned
             d_step += tl.where((h == head)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
     row = projected + token * WIDTH
@@ -1266,18 +1329,24 @@ def fused_scan(
     projected, step_bias, skip, key_bias, query_bias, key_norm, query_norm, decay_rate, document_start, ssm_in, turn_in,
     sizes, chunk,
 ):  # fmt: skip
-    """y, last state and turn, and what the backward reads: scalars, features, half turns, chunks' first states, turns."""
+    """y, last state and turn, and what the backward reads: scalars, features, half turns, rotations, chunks' first states."""
     outputs = fused_scan_outputs(projected, sizes, chunk)
-    y, ssm_out, turn_out, scalars, features, half_turn, states, turns = outputs
+    y, ssm_out, turn_out, scalars, features, half_turn, rotation, states = outputs
     chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
     batch, length, _ = projected.shape
     launch(
         tokens_forward, (chunks, batch), projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars,
         features, half_turn, length, batch, *constants, *tiles, document_start is not None,
     )  # fmt: skip
+    if sizes[3]:
+        launch(
+            rotations, (batch * sizes[0],), scalars, half_turn, turn_in, rotation, turn_out, length, batch, chunks,
+            *constants, tiles[1], turn_in is not None,
+        )  # fmt: skip
     launch(
-        scan_forward, (batch * sizes[0],), projected, scalars, features, half_turn, key_bias, query_bias, skip, ssm_in,
-        turn_in, y, states, turns, ssm_out, turn_out, length, batch, chunks, *constants, ssm_in is not None,
+        scan_forward, (batch * sizes[0],), projected, scalars, features, rotation, key_bias, query_bias, skip, ssm_in, y,
+        states, ssm_out, length, batch, chunks, *constants, length % chunk == 0, projected.dtype == torch.bfloat16,
+        ssm_in is not None,
     )  # fmt: skip
     return outputs
 
@@ -1291,7 +1360,8 @@ def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple
     return (
         new(batch, length, heads * channels), single(batch, heads, channels, state), single(batch, heads, angles),
         single(4, batch, heads, chunks * chunk), new(2, batch, length, state), single(batch, length, angles),
-        new(batch, heads, chunks, channels, state), single(batch, heads, chunks, angles),
+        new(2, batch, heads, chunks * chunk, angles, dtype=torch.float32 if projected.dtype == torch.float32 else torch.float16),
+        new(batch, heads, chunks, channels, state),
     )  # fmt: skip
 
 
@@ -1301,20 +1371,23 @@ def fused_scan_backward(
     document_start, saved, sizes, chunk,
 ):  # fmt: skip
     """Gradients of projected, the seven parameters (empty for those not there), the state and the turn carried in."""
-    ssm_out, scalars, features, half_turn, states, turns = saved
+    y, ssm_out, scalars, features, half_turn, rotation, states = saved
     heads, channels, state, angles, _ = sizes
     chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
     batch, length, _ = projected.shape
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected = torch.empty_like(projected)
-    d_features, d_turn = (projected.new_empty(*n, batch, length, heads, m) for n, m in (((2,), state), ((), angles)))
+    d_features = projected.new_empty(2, batch, length, heads, state)
+    d_turn = projected.new_empty(batch, heads, chunks * chunk, angles)
     d_scalars, d_skip = single(3, *scalars.shape[1:]), single(batch, heads)
     d_ssm_in, d_turn_in = torch.empty_like(ssm_out), single(batch, heads, angles)
     launch(
-        scan_backward, (batch * heads,), d_y, d_ssm_out, d_turn_out, projected, scalars, features, half_turn, key_bias,
-        query_bias, skip, states, turns, ssm_out, d_projected, d_features, d_turn, d_scalars, d_skip, d_ssm_in,
-        d_turn_in, length, batch, chunks, *constants,
+        scan_backward, (batch * heads,), d_y, d_ssm_out, projected, y, scalars, features, rotation, key_bias,
+        query_bias, skip, states, ssm_out, d_projected, d_features, d_turn, d_scalars, d_skip, d_ssm_in, length,
+        batch, chunks, *constants, length % chunk == 0, projected.dtype == torch.bfloat16,
     )  # fmt: skip
+    if angles:
+        launch(rotations_backward, (batch * heads,), d_turn, d_turn_out, d_turn_in, chunks, angles, tiles[1], chunk)
     programs = batch * chunks
     d_heads, d_norms, d_biases = (
         single(programs, 2, heads),
@@ -1343,7 +1416,7 @@ def _(d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, key_bias, query_bi
 
 def _fused_scan_context(ctx, inputs, output):
     *tensors, _, _, ctx.sizes, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors, output[1], *output[3:])
+    ctx.save_for_backward(*tensors, *output[:2], *output[3:])
     ctx.set_materialize_grads(True)
 
 
