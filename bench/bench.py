@@ -315,13 +315,12 @@ def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[]
 
 
 def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
-    """What the part "scan" lists: our operator and the library's, where it is installed."""
-    backends = ["triton"] + ["mamba_ssm"] * (importlib.util.find_spec("mamba_ssm") is not None)
+    """What the part "scan" lists: our operator and the library's."""
     return {
         f"{backend}{'' if backward else ', forward only'}": functools.partial(
             scan_kernel, settings, ranks, backend, backward
         )
-        for backend in backends
+        for backend in ("triton", "mamba_ssm")
         for backward in (False, True)
     }
 
@@ -518,8 +517,9 @@ class Report:
         self.failures += "error" in row
         if self.quiet:
             return
-        if "error" in row:
-            print(f"{part:8} {name:40} FAILED: {row['error']}", flush=True)
+        if "error" in row or "skipped" in row:
+            ((outcome, reason),) = row.items()
+            print(f"{part:8} {name:40} {outcome.replace('error', 'FAILED')}: {reason}", flush=True)
         else:
             if (part, list(row)) != self.columns:
                 self.columns = part, list(row)
@@ -623,7 +623,10 @@ def run_parts(options: argparse.Namespace) -> int:
             report.measure("kernels", name, functools.partial(time_kernel, make, ceilings))
     if "scan" in options.parts:
         for name, make in scan_makers(kernel_settings, ranks).items():
-            report.measure("scan", name, functools.partial(time_kernel, make, ceilings))
+            if name.startswith("mamba_ssm") and importlib.util.find_spec("mamba_ssm") is None:
+                report.add("scan", name, {"skipped": "mamba_ssm is not installed"})
+            else:
+                report.measure("scan", name, functools.partial(time_kernel, make, ceilings))
     if "steps" in options.parts:
         time_step_cases(report, step_settings, ranks, options, ceilings)
     if "startup" in options.parts:
