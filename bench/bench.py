@@ -1,0 +1,689 @@
+"""Measures speed on this machine's NVIDIA GPU: kernels and their floors, the scan operator, training steps, start-up.
+
+    python bench/bench.py                                   # everything, about a minute for each part
+    python bench/bench.py kernels scan --out now.json       # some parts: kernels, scan, steps, startup
+    python bench/bench.py --compare before.json now.json    # two saved runs side by side; needs no GPU
+    PRESET=peer7 NUM_LAYERS=9 python bench/bench.py steps --profile table.txt
+    torchrun --standalone --nproc_per_node=2 bench/bench.py steps
+
+Settings are environment variables, as for train_gpt.py, and change whatever is measured. `steps` times PRESET=peer7 and
+the default with a batch of 131,072 tokens; with PRESET given, exactly that. Inputs and tokens are random.
+
+The machine's own ceilings come first: the rate of a large copy (bytes read plus written) and of a large bfloat16 matrix
+product. A kernel's floor is the longer of its bytes at the one and its matrix products at the other. MFU, the model
+FLOPs utilization, is the part of a peak rate that a step's necessary matrix products make up.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import gc
+import importlib.util
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t
+
+PARTS = ("kernels", "scan", "steps", "startup")
+DATASHEET_FLOPS = 989e12  # per second, dense bfloat16: NVIDIA's figure for the H100 and the H200 in SXM form,
+DATASHEET_GPUS = r"H100 80GB HBM3|H200(?! NVL)"  # which call themselves so
+KERNEL_SETTINGS = {"TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "4096"}  # one micro-batch of PRESET=peer7
+STEP_CASES = {
+    "peer7": {"PRESET": "peer7"},
+    "default, small batch": {"TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "2048"},
+}
+
+
+def read_settings(defaults: dict[str, str], world_size: int = 1) -> t.Settings:
+    """The environment's settings over these defaults. Raises UserError as train_gpt.py does."""
+    settings, _ = t.read_settings(defaults | os.environ)
+    t.validate_settings(settings, world_size)
+    return settings
+
+
+# ============
+# Timing and floors
+
+
+def milliseconds(call: Callable, seconds: float = 0.5) -> float:
+    """Median time of one call on the GPU, over about so many seconds."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repetitions = min(100, max(5, int(seconds / (time.perf_counter() - started))))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    torch.cuda._sleep(50_000_000)  # cycles, some 30 ms: the host gets ahead, so that its launches cost no time
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in zip(marks, marks[1:]))
+
+
+class Ceilings(NamedTuple):
+    """What this machine does at best."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Times a copy of 1 GiB and bfloat16 products of several shapes (the best counts) of random numbers: a GPU
+    multiplies zeros faster, since they draw less power."""
+    random = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
+    source = random(2**29)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / milliseconds(lambda: target.copy_(source))
+    rates = []
+    for rows, columns, inner in ((8192, 8192, 8192), (16384, 4096, 4096), (16384, 8192, 4096)):
+        left, right = random(rows, inner), random(inner, columns)
+        product = left @ right
+        multiply = functools.partial(torch.mm, left, right, out=product)
+        rates.append(2 * rows * columns * inner / milliseconds(multiply))
+    return Ceilings(1e3 * copy, 1e3 * max(rates))
+
+
+def floor(bytes_moved: float, flops: float, ceilings: Ceilings) -> tuple[float, str]:
+    """The least milliseconds that such a kernel can take, and what binds it: "memory" or "matmul"."""
+    memory, matmul = bytes_moved / ceilings.bytes_per_second, flops / ceilings.flops_per_second
+    return 1e3 * max(memory, matmul), "memory" if memory >= matmul else "matmul"
+
+
+# ============
+# FLOPs of matrix products. A backward pass takes twice its forward pass: one product for each operand.
+
+
+def attention_flops(tokens: int, sequence_length: int, width: int) -> float:
+    """Forward scores and weighted values of causal attention: half of all pairs. width: heads times their size."""
+    return 2 * tokens * sequence_length * width
+
+
+def scan_flops(tokens: int, heads: int, head_dim: int, state_size: int, chunk: int) -> float:
+    """Forward products of the chunked scan: scores and values within chunks (causal), states read and written."""
+    return tokens * heads * (chunk * (state_size + head_dim) + 4 * head_dim * state_size)
+
+
+def newton_schulz_flops(shape: torch.Size, steps: int) -> float:
+    """Orthogonalizing one matrix: each step has two products with its long side and one square."""
+    short, long = sorted(shape)
+    return steps * (4 * short**2 * long + 2 * short**3)
+
+
+def mixer_flops(settings: t.Settings, mixer: str, tokens: int) -> float:
+    """Forward products of one layer's scan or attention, without its projections."""
+    s = settings
+    if mixer == "attention":
+        return attention_flops(tokens, s.train_seq_len, s.model_dim)
+    heads = s.mamba_inner_dim // s.mamba_head_dim
+    return scan_flops(tokens, heads, s.mamba_head_dim, s.mamba_d_state, s.mamba_chunk_size)
+
+
+def step_flops(model: t.Model, tokens: int) -> float:
+    """Necessary matrix products of a training step: 6 FLOPs for each token and matrix entry (output matrix included,
+    layers that recur counted each time), and three times the forward products of attention and scans."""
+    s, kinds = model.settings, t.layer_kinds(model.settings)
+    entries = s.vocab_size * s.model_dim + (s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0)
+    for layer in model.full_order:
+        entries += sum(m.weight.numel() for m in model.blocks[layer].modules() if isinstance(m, t.Linear))
+    mixers = sum(mixer_flops(s, kinds[layer].mixer, tokens) for layer in model.full_order)
+    return 6 * tokens * entries + 3 * mixers
+
+
+# ============
+# Kernels, each with its least traffic and its matrix products
+
+
+class Kernel(NamedTuple):
+    call: Callable
+    bytes_moved: float  # least traffic with memory
+    flops: float  # of matrix products
+
+
+def operator(function: Callable, inputs: tuple, parameters: tuple, forward_flops: float, backward=True) -> Kernel:
+    """function(*inputs), and the gradients of inputs and parameters (what function reads besides) where they need any.
+
+    Forward reads all and writes the outputs; backward reads all again and the outputs' gradients, and writes the
+    others. What one pass keeps for the other counts as avoidable.
+    """
+
+    def run() -> tuple[Tensor, ...]:
+        outputs = function(*inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    read = [*inputs, *parameters]
+    leaves = [x for x in read if x.requires_grad]
+    with torch.set_grad_enabled(backward):  # compiles nothing but what is timed
+        gradients = [torch.randn_like(y) for y in run()]
+    forward_bytes = sum(x.nbytes for x in read + gradients)
+    if not backward:
+        return Kernel(torch.no_grad()(run), forward_bytes, forward_flops)
+    backward_bytes = forward_bytes + sum(x.nbytes for x in leaves)
+    call = lambda: torch.autograd.grad(run(), leaves, gradients)
+    return Kernel(call, forward_bytes + backward_bytes, 3 * forward_flops)
+
+
+def random_activations(settings: t.Settings, device: torch.device, *widths: int) -> Tensor:
+    """(sequences, TRAIN_SEQ_LEN, *widths) of a whole batch, standard normal, in the model's dtype there."""
+    shape = settings.train_batch_tokens // settings.train_seq_len, settings.train_seq_len, *widths
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+
+
+def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bool) -> Kernel:
+    """The scan operator from in_proj's output on, norms and copies included, compiled as in the model."""
+    s, device = settings, ranks.device
+    backend = t.choose_scan_backend(backend, device)
+    heads, angles = s.mamba_inner_dim // s.mamba_head_dim, int(s.mamba_d_state * s.mamba_rope_fraction) // 2
+    sizes = t.ScanSizes(
+        num_heads=heads, head_dim=s.mamba_head_dim, state_size=s.mamba_d_state, num_angles=angles, gated=True
+    )
+    random = functools.partial(torch.randn, device=device)
+    ones = functools.partial(torch.ones, device=device)
+    step = torch.exp(torch.empty(heads, device=device).uniform_(math.log(1e-3), math.log(1e-1)))
+    named = {
+        "step_bias": step.expm1().log(), "skip": ones(heads), "key_bias": 1 + 0.1 * random(heads, s.mamba_d_state),
+        "query_bias": 1 + 0.1 * random(heads, s.mamba_d_state), "key_norm": ones(s.mamba_d_state),
+        "query_norm": ones(s.mamba_d_state),
+    }  # fmt: skip
+    names, chunk = tuple(named), s.mamba_chunk_size
+    projected = random_activations(s, device, 2 * s.mamba_inner_dim + 2 * s.mamba_d_state + 3 * heads + angles)
+
+    def run(projected: Tensor, *tensors: Tensor) -> Tensor:
+        parameters = t.MambaParameters(**dict(zip(names, tensors)), decay_rate=None)
+        return t.mamba_scan(projected, parameters, sizes, None, None, backend, chunk)[0]
+
+    inputs = projected, *(x.requires_grad_() for x in named.values())
+    flops = mixer_flops(s, "mamba", s.train_batch_tokens)
+    return operator(t.maybe_compile(run, s, ranks), inputs, (), flops, backward)
+
+
+def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+    """From hidden states to the mean loss, the product with the output matrix included."""
+    s, model = settings, t.build_model(settings, ranks)
+    hidden = random_activations(s, ranks.device, s.model_dim)
+    targets = torch.randint(0, s.vocab_size, hidden.shape[:2], device=ranks.device)
+    matrix = model.embedding.weight if model.head is None else model.head.weight
+    loss = t.maybe_compile(lambda hidden, targets: model.nats(hidden, targets).mean(), s, ranks)
+    return operator(loss, (hidden, targets), (matrix,), 2 * s.train_batch_tokens * matrix.numel())
+
+
+def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+    """Causal attention on the backend that the settings choose."""
+    s = settings
+    head_dim = s.model_dim // s.num_heads
+    sizes = s.num_heads, s.num_kv_heads, head_dim
+    attend = t.ATTENTION_BACKENDS[t.choose_attention_backend(s.attention_backend, ranks.device, *sizes)]
+    inputs = tuple(
+        random_activations(s, ranks.device, heads, head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
+    )
+    return operator(attend, inputs, (), mixer_flops(s, "attention", s.train_batch_tokens))
+
+
+def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+    """The MLP's two matrices with LeakyReLU² between them."""
+    s, mlp = settings, t.MLP(settings).to(ranks.device)
+    matrices = tuple(mlp.parameters())
+    for matrix in matrices:  # one of them is zero at first, and zeros are fast
+        torch.nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
+    x = random_activations(s, ranks.device, s.model_dim)
+    flops = 2 * s.train_batch_tokens * sum(matrix.numel() for matrix in matrices)
+    return operator(t.maybe_compile(mlp, s, ranks), (x,), matrices, flops)
+
+
+def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+    """What stands between two layers: one's output is scaled and added, the embedding mixed in, the sum normed."""
+    s, device = settings, ranks.device
+    x, added, embedded = (random_activations(s, device, s.model_dim) for _ in range(3))
+    scale, keep, mix = (torch.rand(s.model_dim, device=device, requires_grad=True) for _ in range(3))
+
+    def run(x, added, embedded, scale, keep, mix):
+        x = keep.to(x.dtype) * (x + scale.to(x.dtype) * added) + mix.to(x.dtype) * embedded
+        return x, t.norm(x)
+
+    return operator(t.maybe_compile(run, s, ranks), (x, added, embedded, scale, keep, mix), (), 0)
+
+
+def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+    """Muon, Adam and the weight average on the whole model, in float32; gradients are not averaged or clipped."""
+    s, model = settings, t.build_model(settings, ranks)
+    optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+    def call():
+        optimizers.step(0.0, s.muon_momentum)  # with rate 0 the weights stay as they are, and the work is the same
+        average.update(1, 1.0)
+
+    matrices = [layer.weight for layer in model.linear_layers().values()]
+    muon = sum(p.numel() for p in matrices)
+    adam = sum(p.numel() for p in model.parameters()) - muon
+    # Read: gradient; read and written: weight, average, and Muon's one momentum or Adam's two moments.
+    numbers = (1 + 2 + 2 + 2) * muon + (1 + 2 + 2 + 4) * adam
+    return Kernel(call, 4 * numbers, sum(newton_schulz_flops(p.shape, s.muon_backend_steps) for p in matrices))
+
+
+def newton_schulz_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+    """Orthogonalizing all of the model's matrices, equal shapes as one batch."""
+    s, shapes = settings, {}
+    for layer in t.build_model(settings, ranks).linear_layers().values():
+        shapes[layer.weight.shape] = shapes.get(layer.weight.shape, 0) + 1
+    batches = [torch.randn(count, *shape, device=ranks.device) for shape, count in shapes.items()]
+
+    def call():
+        for batch in batches:
+            t.orthogonalize(batch, s.muon_backend_steps)
+
+    flops = sum(count * newton_schulz_flops(shape, s.muon_backend_steps) for shape, count in shapes.items())
+    return Kernel(call, (4 + 2) * sum(batch.numel() for batch in batches), flops)  # float32 in, bfloat16 out
+
+
+def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
+    """What the part "kernels" lists: forward and backward together, where there are two."""
+    half = dataclasses.replace(settings, train_seq_len=max(1, settings.train_seq_len // 2))
+    scan = functools.partial(scan_kernel, settings, ranks, settings.scan_backend)
+    return {
+        "scan, forward only": functools.partial(scan, False),
+        "scan": functools.partial(scan, True),
+        "cross-entropy, output matrix included": functools.partial(cross_entropy_kernel, settings, ranks),
+        f"attention, sequences of {half.train_seq_len:,}": functools.partial(attention_kernel, half, ranks),
+        f"attention, sequences of {settings.train_seq_len:,}": functools.partial(attention_kernel, settings, ranks),
+        "MLP": functools.partial(mlp_kernel, settings, ranks),
+        "residual mixing and RMSNorm": functools.partial(residual_kernel, settings, ranks),
+        "optimizer step": functools.partial(optimizer_kernel, settings, ranks),
+        "Newton-Schulz": functools.partial(newton_schulz_kernel, settings, ranks),
+    }
+
+
+def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
+    """What the part "scan" lists: our operator and the library's."""
+    return {
+        f"{backend}{'' if backward else ', forward only'}": functools.partial(
+            scan_kernel, settings, ranks, backend, backward
+        )
+        for backend in ("triton", "mamba_ssm")
+        for backward in (False, True)
+    }
+
+
+def time_kernel(make: Callable[[], Kernel], ceilings: Ceilings) -> dict:
+    """A row: milliseconds, the floor, how many times the floor it takes, and what binds the floor."""
+    kernel = make()
+    ms = milliseconds(kernel.call)
+    floor_ms, bound = floor(kernel.bytes_moved, kernel.flops, ceilings)
+    return {"ms": ms, "floor_ms": floor_ms, "ratio": ms / floor_ms, "bound": bound}
+
+
+# ============
+# Training steps
+
+
+class SilentLog:
+    """Stands in for the run's log."""
+
+    def __call__(self, text: str):
+        pass
+
+    progress = __call__
+
+    def record(self, event: str, **values):
+        pass
+
+
+class RandomBatches:
+    """Stands in for the data: the same random tokens every step. Marks the time of each call on the GPU, and profiles
+    from call number `profiled` on."""
+
+    def __init__(self, settings: t.Settings, ranks: t.Ranks, profiled: int = 0):
+        sequences = settings.train_batch_tokens // settings.train_seq_len // ranks.world_size
+        shape = sequences, settings.train_seq_len + 1
+        self.tokens = torch.randint(0, settings.vocab_size, shape, device=ranks.device)
+        self.marks: list[torch.cuda.Event] = []
+        self.profiled, self.profiler = profiled, None
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        self.marks.append(torch.cuda.Event(enable_timing=True))
+        self.marks[-1].record()
+        if len(self.marks) == self.profiled:
+            torch.cuda.synchronize()
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiler.start()
+        return self.tokens[:, :-1], self.tokens[:, 1:]
+
+
+def make_trainer(settings: t.Settings, ranks: t.Ranks, steps: int) -> tuple[t.Trainer, int]:
+    """A trainer whose run() makes so many steps, recurrence on and quantization off, and its micro-batch in tokens."""
+    settings = dataclasses.replace(
+        settings, iterations=steps, max_wallclock_seconds=0.0, recur_start=0.0, late_qat_threshold=0.0,
+        val_loss_every=0, train_log_every=2**40,
+    )  # fmt: skip
+    model = t.build_model(settings, ranks)
+    micro_batch = t.choose_micro_batch(settings, ranks)
+    return t.Trainer(model, settings, ranks, micro_batch, 16e6, SilentLog()), micro_batch
+
+
+def time_steps(
+    settings: t.Settings, ranks: t.Ranks, steps: int, ceilings: Ceilings, profile: bool
+) -> tuple[dict, list]:
+    """A row for these settings, the median of so many steps, and one more step's profile: see gpu_time_by_kernel()."""
+    discarded = 6  # the first five are logged, for which the host waits
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    trainer, micro_batch = make_trainer(settings, ranks, discarded + steps + 1)
+    trainer.warm_up()
+    torch.cuda.synchronize()
+    warm_up = time.perf_counter() - started
+    batches = RandomBatches(settings, ranks, profiled=discarded + steps + 1 if profile else 0)
+    trainer.run(batches, None)
+    torch.cuda.synchronize()
+    kernels = []
+    if batches.profiler is not None:
+        batches.profiler.stop()
+        kernels = gpu_time_by_kernel(batches.profiler.key_averages())
+    times = [start.elapsed_time(end) for start, end in zip(batches.marks, batches.marks[1:])][discarded:]
+    step_ms = statistics.median(times)
+    rate = step_flops(trainer.model, settings.train_batch_tokens) / ranks.world_size / (step_ms / 1e3)
+    known = re.search(DATASHEET_GPUS, torch.cuda.get_device_name())
+    row = {
+        "step_ms": step_ms, "fastest_ms": min(times),
+        "tokens_per_s": round(settings.train_batch_tokens * 1e3 / step_ms),
+        "MFU_datasheet": rate / DATASHEET_FLOPS if known else "unknown",
+        "MFU_measured": rate / ceilings.flops_per_second,
+        "peak_GB": torch.cuda.max_memory_allocated() / 1e9, "warm_up_s": warm_up,
+        "batch": settings.train_batch_tokens, "seq_len": settings.train_seq_len, "micro_batch": micro_batch,
+    }  # fmt: skip
+    return row, kernels
+
+
+# Kinds of kernels by their names; the first that fits counts. Attention's may also say "cutlass".
+KERNEL_KINDS = {
+    "communication": r"nccl",
+    "attention": r"sdpa|fmha|flash|flex_attention|attention",
+    "mamba": r"mamba|siso|angle_dt|causal_conv1d|(?<!device)scan",
+    "cross-entropy": r"cross_entropy|softmax|nll_loss|softcap|logsumexp",
+    "matmul": r"gemm|nvjet|cutlass|cublas|xmma|splitk|triton_tem_\w*mm",
+    "optimizer": r"multi_tensor_apply|foreach|adam|muon|lerp",
+    "copy": r"^memcpy|^memset",
+    "elementwise": r"triton_|elementwise|reduce|norm|catarray|copy|embedding|index|cub::",
+}
+
+
+def kernel_kind(name: str) -> str:
+    """What a GPU kernel of this name is for. Products of the optimizer are matmuls, norms and gates are elementwise."""
+    return next((kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def gpu_time_by_kernel(averages) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, launches) of each GPU kernel, the longest first, from a profiler's key_averages()."""
+    kernels = [
+        (row.key, row.self_device_time_total / 1e3, row.count)
+        for row in averages
+        if row.device_type != torch.autograd.DeviceType.CPU and not getattr(row, "is_user_annotation", False)
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel[1])
+
+
+def time_by_kind(kernels: list[tuple[str, float, int]]) -> dict[str, dict]:
+    """Rows of the table by kind: milliseconds, their part of the sum, launches."""
+    rows: dict[str, dict] = {}
+    total = sum(ms for _, ms, _ in kernels)
+    for name, ms, launches in kernels:
+        row = rows.setdefault(kernel_kind(name), {"ms": 0.0, "share": 0.0, "launches": 0})
+        row["ms"] += ms
+        row["share"] += ms / total
+        row["launches"] += launches
+    return dict(sorted(rows.items(), key=lambda item: -item[1]["ms"]))
+
+
+def profile_table(title: str, kernels: list[tuple[str, float, int]], rows: int = 60) -> str:
+    """One step's GPU time by kind and by kernel, as text."""
+    lines = [title, "", f"{'GPU ms':>10} {'share':>7} {'launches':>9}  kind"]
+    for kind, row in time_by_kind(kernels).items():
+        lines.append(f"{row['ms']:10.3f} {row['share']:7.1%} {row['launches']:9}  {kind}")
+    lines += ["", f"{'GPU ms':>10} {'launches':>9}  {'kind':14} kernel"]
+    lines += [f"{ms:10.3f} {launches:9}  {kernel_kind(name):14} {name[:200]}" for name, ms, launches in kernels[:rows]]
+    return "\n".join(lines) + "\n"
+
+
+# ============
+# Start-up
+
+
+def first_step(defaults: dict[str, str]):
+    """All that a run does up to the end of its first step, short of reading data; then prints the time of day."""
+    settings = read_settings(defaults)
+    ranks = t.start_ranks(settings)
+    trainer, _ = make_trainer(settings, ranks, 1)
+    trainer.warm_up()
+    trainer.run(RandomBatches(settings, ranks), None)
+    torch.cuda.synchronize()
+    print(time.time(), flush=True)
+
+
+def time_startup(folder: str) -> dict:
+    """A row: seconds from starting a new process, whose compile caches are in this folder, to the end of a step."""
+    caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+    environment = os.environ | {name: str(Path(folder, name.lower())) for name in caches}
+    command = [sys.executable, str(Path(__file__).resolve()), "--first-step"]
+    started = time.time()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "it printed nothing").splitlines()[-1])
+    return {"seconds": float(done.stdout.split()[-1]) - started}
+
+
+# ============
+# Reports
+
+
+def show(value) -> str:
+    """A number with as many digits as matter, or text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.{3 if abs(value) < 10 else 1}f}"
+
+
+class Report:
+    """The results: {part: {row: {column: value}}}. Rows are printed, and FILE rewritten, as they come."""
+
+    def __init__(self, out: str, quiet: bool):
+        self.out, self.quiet = out, quiet
+        self.results: dict[str, dict] = {}
+        self.failures, self.columns = 0, None
+
+    def add(self, part: str, name: str, row: dict):
+        self.results.setdefault(part, {})[name] = row
+        self.failures += "error" in row
+        if self.quiet:
+            return
+        if "error" in row or "skipped" in row:
+            ((outcome, reason),) = row.items()
+            print(f"{part:8} {name:40} {outcome.replace('error', 'FAILED')}: {reason}", flush=True)
+        else:
+            if (part, list(row)) != self.columns:
+                self.columns = part, list(row)
+                print("\n" + f"{part:49}" + "".join(f"{column:>14}" for column in row))
+            print(f"{'':8} {name:40}" + "".join(f"{show(value):>14}" for value in row.values()), flush=True)
+        if self.out:
+            Path(self.out).write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+
+    def measure(self, part: str, name: str, function: Callable[[], dict]):
+        """Adds the row that function returns, or why it failed. Leaves no memory behind, nor compiled code."""
+        try:
+            row = function()
+        except Exception as error:
+            if dist.is_initialized():  # the other ranks would wait for this one
+                raise
+            row = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        self.add(part, name, row)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+COMPARED = ("ms", "step_ms", "tokens_per_s", "peak_GB", "seconds", "GB_per_s", "TFLOP_per_s")
+
+
+def compare(before: dict, after: dict) -> str:
+    """Both reports as one table: what was measured, before, after, and after as a multiple of before."""
+    machines = [report.get("machine", {}) for report in (before, after)]
+    keys = dict.fromkeys((*machines[0], *machines[1]))
+    lines = [f"{key:12} {' | '.join(str(machine.get(key, '-')) for machine in machines)}" for key in keys]
+    lines += ["", f"{'':66}{'before':>14}{'after':>14}{'after/before':>14}"]
+    for part in dict.fromkeys((*before, *after)):
+        if part == "machine":
+            continue
+        rows = before.get(part, {}), after.get(part, {})
+        for name in dict.fromkeys((*rows[0], *rows[1])):
+            pair = [side.get(name, {}) for side in rows]
+            for column in COMPARED:
+                values = [row.get(column, "failed" if "error" in row else "-") for row in pair]
+                if not any(column in row for row in pair):
+                    continue
+                both = all(column in row for row in pair)
+                ratio = f"{values[1] / values[0]:.3f}" if both and values[0] else "-"
+                cells = "".join(f"{cell:>14}" for cell in (*map(show, values), ratio))
+                lines.append(f"{f'{part}: {name}: {column}':66}{cells}")
+    return "\n".join(lines)
+
+
+# ============
+# The command
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    def part(name: str) -> str:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"{name} is not a part; there are {', '.join(PARTS)}")
+        return name
+
+    summary, *rest = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", type=part, metavar="PART", help=f"of {', '.join(PARTS)}; none: all")
+    parser.add_argument("--out", default="", metavar="FILE", help="save the results as JSON")
+    parser.add_argument("--compare", nargs=2, metavar="FILE", help="print two saved results side by side and end")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="training steps to time (default 10)")
+    parser.add_argument("--profile", default="", metavar="FILE", help="write a step's GPU time by kind and kernel")
+    parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)  # what time_startup() starts
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and options.parts and options.parts != ["steps"]:
+        parser.error("only the part steps runs on several ranks")
+    options.parts = options.parts or (["steps"] if world_size > 1 else list(PARTS))
+    return options
+
+
+def run_parts(options: argparse.Namespace) -> int:
+    """Measures the parts in turn; returns the exit status, 1 if a row failed."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    cases = {"environment": {}} if "PRESET" in os.environ else STEP_CASES
+    step_settings = {name: read_settings(defaults, world_size) for name, defaults in cases.items()}
+    kernel_settings = read_settings(KERNEL_SETTINGS)
+    ranks = t.start_ranks(kernel_settings)
+    torch.manual_seed(0)
+    report = Report(options.out, quiet=ranks.rank > 0)
+    names = [f.name.upper() for f in dataclasses.fields(t.Settings)]
+    machine = t.describe_machine(ranks) | {
+        "settings": " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ),
+        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+    }
+    report.results["machine"] = machine
+    if not report.quiet:
+        print("  ".join(f"{key}={value}" for key, value in machine.items()))
+    ceilings = measure_ceilings(ranks.device)
+    report.add("ceilings", "copy, bytes read and written", {"GB_per_s": ceilings.bytes_per_second / 1e9})
+    report.add("ceilings", "bfloat16 matrix product", {"TFLOP_per_s": ceilings.flops_per_second / 1e12})
+    if "kernels" in options.parts:
+        for name, make in kernel_makers(kernel_settings, ranks).items():
+            report.measure("kernels", name, functools.partial(time_kernel, make, ceilings))
+    if "scan" in options.parts:
+        for name, make in scan_makers(kernel_settings, ranks).items():
+            if name.startswith("mamba_ssm") and importlib.util.find_spec("mamba_ssm") is None:
+                report.add("scan", name, {"skipped": "mamba_ssm is not installed"})
+            else:
+                report.measure("scan", name, functools.partial(time_kernel, make, ceilings))
+    if "steps" in options.parts:
+        time_step_cases(report, step_settings, ranks, options, ceilings)
+    if "startup" in options.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("cold, caches empty", "warm, the same again"):
+                report.measure("startup", name, functools.partial(time_startup, folder))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return int(report.failures > 0)
+
+
+def time_step_cases(report: Report, cases: dict[str, t.Settings], ranks: t.Ranks, options, ceilings: Ceilings):
+    """The part "steps", and with --profile its tables."""
+    tables = []
+    for name, settings in cases.items():
+        kernels: list = []
+
+        def row(settings=settings, kernels=kernels):
+            row, found = time_steps(settings, ranks, options.steps, ceilings, bool(options.profile))
+            kernels += found
+            return row
+
+        report.measure("steps", name, row)
+        for kind, by_kind in time_by_kind(kernels).items():
+            report.add("profile", f"{name}: {kind}", by_kind)
+        tables.append(profile_table(f"{name}: GPU time of one step", kernels))
+    if options.profile and ranks.rank == 0:
+        Path(options.profile).write_text("\n".join(tables), encoding="utf-8")
+    if not report.quiet:
+        print(f"MFU: of {DATASHEET_FLOPS / 1e12:.0f} TFLOP/s (the vendor's datasheet), and of the product timed above")
+
+
+def load(file: str) -> dict:
+    """A saved report. Raises UserError for a file that is none."""
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise t.UserError(f"{file} holds no saved results: {error}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if a row failed, 2 for a user's mistake, told in one line."""
+    options = parse_arguments(arguments)
+    try:
+        if options.compare:
+            print(compare(*map(load, options.compare)))
+            return 0
+        if not torch.cuda.is_available():
+            raise t.UserError("needs an NVIDIA GPU, and torch sees none here (--compare works without)")
+        if options.first_step:
+            first_step({} if "PRESET" in os.environ else STEP_CASES["peer7"])
+            return 0
+        return run_parts(options)
+    except t.UserError as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""The benchmark command, as far as it goes without a GPU: arithmetic, reports, and its kernels and steps on the CPU."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import SOLO, random_model, tiny
+
+import train_gpt as t
+from bench import bench
+
+ROOT = Path(__file__).resolve().parent.parent
+CEILINGS = bench.Ceilings(bytes_per_second=4e12, flops_per_second=800e12)
+
+
+class WallClockEvent:
+    """Stands in for torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool):
+        self.seconds = None
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: "WallClockEvent") -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Lets the GPU's code run on the CPU."""
+    monkeypatch.setattr(torch.cuda, "Event", WallClockEvent)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+
+
+# ---- Floors and FLOPs ------------------------------------------------------------------------------------------------
+
+
+def test_a_floor_is_the_longer_of_memory_and_matmul():
+    assert bench.floor(8e9, 800e9, CEILINGS) == (pytest.approx(2.0), "memory")
+    assert bench.floor(8e9, 8000e9, CEILINGS) == (pytest.approx(10.0), "matmul")
+
+
+def test_flops_of_a_known_step():
+    """peer7 layer by layer; its matrices alone are known to take 158 TFLOP a step."""
+    settings, _ = t.read_settings({"PRESET": "peer7", "SCAN_BACKEND": "chunked"})
+    model = t.Model(settings, torch.device("cpu"), "math")
+    mamba = 512 * (2 * 1024 + 2 * 64 + 3 * 16 + 16) + 1024 * 512
+    attention, mlp, output = 512 * (512 + 256 + 256 + 512), 2 * 512 * 1536, 8192 * 512
+    matrices = 6 * (5 * mamba + 2 * attention + 7 * mlp + output)
+    assert matrices * 1_048_576 == pytest.approx(158e12, rel=2e-3)
+    causal_attention = 2 * 3 * (2 * 2 * 4096 * 512 / 2)
+    scans = 5 * 3 * 16 * (2 * 64 * 64 / 2 + 2 * 64 * 64 / 2 + 2 * 64 * 64 + 2 * 64 * 64)
+    assert bench.step_flops(model, 1_048_576) == 1_048_576 * (matrices + causal_attention + scans)
+
+
+def test_layers_that_recur_count_each_time():
+    once, twice = (
+        random_model(tiny(bigram_vocab_size=0, recur_layers=layers, recur_passes=1, unet_skips=False))
+        for layers in ("none", "1")
+    )
+    entries = sum(m.weight.numel() for m in twice.blocks[1].modules() if isinstance(m, t.Linear))
+    more = 6 * entries + 3 * bench.attention_flops(1, 32, 32)
+    assert bench.step_flops(twice, 10) - bench.step_flops(once, 10) == 10 * more
+
+
+def test_newton_schulz_flops():
+    assert bench.newton_schulz_flops(torch.Size((64, 16)), 5) == 5 * (2 * 2 * 16 * 16 * 64 + 2 * 16**3)
+
+
+def test_an_operators_traffic():
+    """Forward: inputs and output; backward: inputs, the output's gradient, and the gradients of x and the matrix."""
+    x, mask = torch.randn(4, 8, requires_grad=True), torch.ones(4, 8)
+    matrix = torch.randn(2, 8, requires_grad=True)
+    function = lambda x, mask: (x * mask) @ matrix.T
+    both = bench.operator(function, (x, mask), (matrix,), forward_flops=128)
+    forward = bench.operator(function, (x, mask), (matrix,), forward_flops=128, backward=False)
+    inputs, output = 4 * (32 + 32 + 16), 4 * 8
+    assert (forward.bytes_moved, forward.flops) == (inputs + output, 128)
+    assert (both.bytes_moved, both.flops) == (2 * (inputs + output) + 4 * (32 + 16), 3 * 128)
+    assert [g.shape for g in both.call()] == [x.shape, matrix.shape]
+    assert not forward.call()[0].requires_grad
+
+
+# ---- Kernels, steps and start-up, on the CPU -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", bench.kernel_makers(tiny(), SOLO))
+def test_every_kernel_runs(name, pretended_gpu):
+    if name.startswith("scan") and not hasattr(t, "mamba_scan"):
+        pytest.skip("mamba_scan() is not there yet")
+    make = bench.kernel_makers(tiny(scan_backend="chunked"), SOLO)[name]
+    kernel = make()
+    assert kernel.bytes_moved > 0
+    assert (kernel.flops > 0) == ("residual" not in name)
+    row = bench.time_kernel(make, CEILINGS)
+    assert row["ratio"] == pytest.approx(row["ms"] / row["floor_ms"])
+
+
+def test_steps_are_those_of_training(pretended_gpu):
+    settings = tiny(train_batch_tokens=256, micro_batch_tokens=128)
+    row, kernels = bench.time_steps(settings, SOLO, 3, CEILINGS, profile=False)
+    assert kernels == []
+    assert 0 < row["fastest_ms"] <= row["step_ms"]
+    assert row["tokens_per_s"] == pytest.approx(256e3 / row["step_ms"], rel=1e-3)
+    assert (row["batch"], row["micro_batch"], row["peak_GB"]) == (256, 128, 3.0)
+    flops_per_second = bench.step_flops(random_model(settings), 256) / row["step_ms"] * 1e3
+    assert row["MFU_datasheet"] == pytest.approx(flops_per_second / 989e12)
+    assert row["MFU_measured"] == pytest.approx(flops_per_second / 800e12)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", "NVIDIA H200 NVL"])
+def test_the_datasheets_rate_is_for_the_gpus_it_names(name, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    row, _ = bench.time_steps(tiny(), SOLO, 1, CEILINGS, profile=False)
+    assert row["MFU_datasheet"] == "unknown"
+
+
+def test_the_first_step_of_a_process(pretended_gpu, monkeypatch, capsys):
+    monkeypatch.setenv("DEVICE", "cpu")
+    started = time.time()
+    bench.first_step({"PRESET": "tiny", "TRAIN_BATCH_TOKENS": "256", "NUM_LAYERS": "1", "MAMBA_LAYERS": "0"})
+    assert started < float(capsys.readouterr().out.split()[-1]) < time.time()
+
+
+def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_path):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import os, sys, time\n"
+        "cache = os.environ['TRITON_CACHE_DIR']\n"
+        "if os.path.exists(cache): sys.exit('the caches are warm')\n"
+        "os.makedirs(cache)\n"
+        "print('noise', time.time())\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(child))
+    assert 0 < bench.time_startup(str(tmp_path / "caches"))["seconds"] < 60
+    with pytest.raises(RuntimeError, match="the caches are warm"):
+        bench.time_startup(str(tmp_path / "caches"))
+
+
+# ---- The profile -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute", "matmul"),
+        ("triton_tem_fused__to_copy_mm_3", "matmul"),
+        ("mamba3_siso_bwd_kernel_dqkv", "mamba"),
+        ("angle_dt_fwd_kernel", "mamba"),
+        ("scan_backward_kernel", "mamba"),
+        ("void causal_conv1d_fwd_kernel<Causal_conv1d_fwd_kernel_traits<128, 4>>", "mamba"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64", "attention"),
+        ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>", "attention"),
+        ("triton_red_fused__log_softmax_div_mul_tanh_7", "cross-entropy"),
+        ("triton_poi_fused_leaky_relu_pow_2", "elementwise"),
+        ("triton_per_fused__fused_rms_norm_add_mul_5", "elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+        ("void at_cuda_detail::cub::DeviceScanKernel<...>", "elementwise"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...FusedAdamMathFunctor...>", "optimizer"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("something_new", "other"),
+    ],
+)
+def test_kernels_are_grouped_by_name(name, kind):
+    assert bench.kernel_kind(name) == kind
+
+
+def test_the_profile_counts_kernels_once_and_adds_up(tmp_path):
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def average(key, microseconds, count, device_type=cuda, is_user_annotation=False):
+        return SimpleNamespace(
+            key=key, self_device_time_total=microseconds, count=count, device_type=device_type,
+            is_user_annotation=is_user_annotation,
+        )  # fmt: skip
+
+    kernels = bench.gpu_time_by_kernel(
+        [
+            average("triton_poi_fused_add_1", 1000.0, 8), average("nvjet_a", 4000.0, 10), average("nvjet_b", 3000.0, 2),
+            average("cudaLaunchKernel", 9000.0, 99, cpu), average("Optimizer.step#AdamW.step", 9000.0, 1, cuda, True),
+        ]
+    )  # fmt: skip
+    assert kernels == [("nvjet_a", 4.0, 10), ("nvjet_b", 3.0, 2), ("triton_poi_fused_add_1", 1.0, 8)]
+    kinds = bench.time_by_kind(kernels)
+    assert list(kinds) == ["matmul", "elementwise"]
+    assert kinds["matmul"] == {"ms": 7.0, "share": 7 / 8, "launches": 12}
+    table = bench.profile_table("one step", kernels, rows=2)
+    assert re.search(r"7\.000 +87\.5% +12 +matmul\n", table)
+    assert "nvjet_b" in table
+    assert "triton_poi" not in table
+
+
+# ---- Reports and the command -----------------------------------------------------------------------------------------
+
+
+def failing_row():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 99 GiB.")
+
+
+def test_a_report_survives_a_failure_and_a_round_trip(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    report = bench.Report(str(file), quiet=False)
+    report.add("ceilings", "copy", {"GB_per_s": 4321.0})
+    report.measure("kernels", "MLP", failing_row)
+    report.add("scan", "mamba_ssm", {"skipped": "mamba_ssm is not installed"})
+    report.measure("kernels", "scan", lambda: {"ms": 1.25, "floor_ms": 0.5, "ratio": 2.5, "bound": "memory"})
+    assert bench.load(str(file)) == report.results
+    assert report.results["kernels"]["scan"]["ms"] == 1.25
+    assert report.failures == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "MLP" in line and line.endswith("FAILED: OutOfMemoryError: CUDA out of memory.")]
+    assert [line for line in lines if line.startswith("scan ") and "skipped: mamba_ssm is not installed" in line]
+    assert ["scan", "1.250", "0.500", "2.500", "memory"] in [line.split() for line in lines]
+
+
+def test_compare_prints_ratios_and_what_only_one_has(tmp_path, capsys):
+    before = {
+        "machine": {"hardware": "1 × X", "torch": "2.11"},
+        "kernels": {"scan": {"ms": 2.0, "ratio": 4.0}, "MLP": {"error": "OutOfMemoryError"}},
+        "steps": {"peer7": {"step_ms": 650.0, "tokens_per_s": 1_613_193, "peak_GB": 29.9}},
+    }
+    after = {
+        "machine": {"hardware": "1 × Y", "torch": "2.11"},
+        "kernels": {"scan": {"ms": 1.0, "ratio": 2.0}, "MLP": {"ms": 3.0}},
+        "startup": {"cold": {"seconds": 20.0}},
+    }
+    files = [tmp_path / "before.json", tmp_path / "after.json"]
+    for file, report in zip(files, (before, after)):
+        file.write_text(json.dumps(report))
+    assert bench.main(["--compare", *map(str, files)]) == 0
+    text = capsys.readouterr().out
+    assert "1 × X | 1 × Y" in text
+    rows = {line.rsplit(maxsplit=3)[0]: line.split()[-3:] for line in text.splitlines() if ": " in line}
+    assert rows == {
+        "kernels: scan: ms": ["2.000", "1.000", "0.500"],
+        "kernels: MLP: ms": ["failed", "3.000", "-"],
+        "steps: peer7: step_ms": ["650.0", "-", "-"],
+        "steps: peer7: tokens_per_s": ["1,613,193", "-", "-"],
+        "steps: peer7: peak_GB": ["29.9", "-", "-"],
+        "startup: cold: seconds": ["-", "20.0", "-"],
+    }
+
+
+def test_a_file_without_results_is_one_line(tmp_path, capsys):
+    (tmp_path / "broken.json").write_text("{")
+    assert bench.main(["--compare", str(tmp_path / "broken.json"), str(tmp_path / "missing.json")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line():
+    command = [sys.executable, str(ROOT / "bench" / "bench.py"), "kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"bench\.py: error: needs an NVIDIA GPU.*\n", done.stderr)
+
+
+def test_arguments(monkeypatch, capsys):
+    assert bench.parse_arguments([]).parts == ["kernels", "scan", "steps", "startup"]
+    assert bench.parse_arguments(["scan", "--steps", "3"]).parts == ["scan"]
+    for wrong in (["skan"], ["--steps", "0"], ["--compare", "one.json"]):
+        with pytest.raises(SystemExit):
+            bench.parse_arguments(wrong)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert bench.parse_arguments([]).parts == ["steps"]
+    with pytest.raises(SystemExit):
+        bench.parse_arguments(["kernels"])
+    assert "only the part steps" in capsys.readouterr().err
+
+
+def test_settings_in_the_environment_win(monkeypatch):
+    monkeypatch.setenv("TRAIN_SEQ_LEN", "1024")
+    settings = bench.read_settings(bench.STEP_CASES["peer7"])
+    assert (settings.preset, settings.train_batch_tokens, settings.train_seq_len) == ("peer7", 1_048_576, 1024)
