@@ -194,9 +194,7 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
     s, device = settings, ranks.device
     backend = t.choose_scan_backend(backend, device)
     heads, angles = s.mamba_inner_dim // s.mamba_head_dim, int(s.mamba_d_state * s.mamba_rope_fraction) // 2
-    sizes = t.ScanSizes(
-        num_heads=heads, head_dim=s.mamba_head_dim, state_size=s.mamba_d_state, num_angles=angles, gated=True
-    )
+    sizes = t.MambaSizes(heads, s.mamba_head_dim, s.mamba_d_state, angles, 3)
     random = functools.partial(torch.randn, device=device)
     ones = functools.partial(torch.ones, device=device)
     step = torch.exp(torch.empty(heads, device=device).uniform_(math.log(1e-3), math.log(1e-1)))

@@ -1,0 +1,71 @@
+"""Measures launch configurations of the fused scan's kernels on this GPU: python bench/tune.py [state size]
+
+Runs the operator forward and backward (131,072 tokens, 16 heads of 64) under every combination of warps and pipeline
+stages, takes each kernel's time from the profiler, and prints a table and an entry for LAUNCH in train_gpt.py.
+"""
+
+import collections
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t
+
+CONFIGURATIONS = tuple(itertools.product((4, 8), (1, 2, 3)))  # warps, stages
+
+
+def random_layer(state: int, device: torch.device) -> tuple[torch.Tensor, t.MambaParameters, t.MambaSizes]:
+    """in_proj's output and a layer's parameters, 32 sequences of 4,096 tokens."""
+    sizes = t.MambaSizes(16, 64, state, state // 4, 3)
+    projected = torch.randn(32, 4096, sum(sizes.columns()), device=device).bfloat16()
+    shapes = (16,), (16,), (16, state), (16, state), (state,), (state,)
+    tensors = [1 + 0.1 * torch.randn(shape, device=device) for shape in shapes]
+    tensors[0] = tensors[0] - 4  # step sizes about softplus(-3) = 0.05
+    return projected.requires_grad_(), t.MambaParameters(*(x.requires_grad_() for x in tensors)), sizes
+
+
+def kernel_times(run, repeats: int = 4) -> dict[str, float]:
+    """Milliseconds of GPU time for each kernel that run() launches, the mean of repeats."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    return {e.key: e.device_time_total / 1000 / repeats for e in trace.key_averages() if e.device_time_total}
+
+
+def main() -> None:
+    state = int(sys.argv[1]) if len(sys.argv) > 1 else 64
+    device, capability = torch.device("cuda"), torch.cuda.get_device_capability()
+    projected, parameters, sizes = random_layer(state, device)
+    inputs = [projected, *(x for x in parameters if x is not None)]
+    grad = torch.randn(32, 4096, 1024, device=device).bfloat16()
+
+    def run():
+        y, _ = t.mamba_scan(projected, parameters, sizes, None, None, "triton", 64)
+        torch.autograd.grad(y, inputs, grad)
+
+    names = list(t.LAUNCH[max(t.LAUNCH)])
+    times: dict[str, dict[tuple[int, int], float]] = collections.defaultdict(dict)
+    for configuration in CONFIGURATIONS:
+        t.LAUNCH[capability] = dict.fromkeys(names, configuration)
+        try:
+            measured = kernel_times(run)
+        except Exception as error:  # a configuration that does not fit is one that is not taken
+            print(f"{configuration}: {type(error).__name__} {str(error)[:100]}", flush=True)
+            continue
+        for name in names:
+            times[name][configuration] = measured[name]
+        shown = ", ".join(f"{name} {measured[name]:.3f}" for name in names)
+        print(f"{configuration}: {shown}; all kernels {sum(measured.values()):.3f} ms", flush=True)
+    best = {name: min(options, key=options.get) for name, options in times.items()}
+    print(f"best: {sum(times[name][best[name]] for name in best):.3f} ms")
+    print(f"    {capability}: {best},  # {torch.cuda.get_device_name()}")
+
+
+if __name__ == "__main__":
+    main()
