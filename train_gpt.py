@@ -867,16 +867,19 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, value), final
 
 
-# The fused scan: four Triton kernels for everything between in_proj and out_proj, reading and writing in_proj's rows where
-# they lie. Two run over tokens, all heads of a chunk in one program: tokens_forward turns raw columns into step sizes,
-# decays, normed keys and queries; tokens_backward sums over heads. Two run over the heads of each sequence, chunk after
-# chunk with the state in registers: scan_forward leaves each chunk's first state behind, scan_backward comes back over
-# them. No atomics: gradients are the same bits every time. Decays are kept as base-2 logarithms, angles in turns.
+# The fused scan: six Triton kernels for everything between in_proj and out_proj, which read and write in_proj's rows where
+# they lie. tokens_forward turns a chunk's raw columns into step sizes, decays, normed keys and queries; rotate biases and
+# turns those for one head; scan_forward goes from chunk to chunk of a head with the state in registers and leaves each
+# chunk's first state behind; scan_backward comes back over them; features_backward and tokens_backward undo the first two
+# and sum over heads. No atomics: gradients are the same bits every time. Decays are base-2 logarithms, angles are in turns.
 
 RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
 LAUNCH = {  # warps and pipeline stages of each kernel by GPU architecture, measured with bench/tune.py
-    (9, 0): {"rotations": (4, 1), "rotations_backward": (4, 1), "tokens_forward": (4, 1), "scan_forward": (4, 2), "scan_backward": (4, 1), "tokens_backward": (4, 2)},
-}
+    (9, 0): {
+        "tokens_forward": (4, 1), "rotate": (4, 1), "scan_forward": (4, 2), "scan_backward": (4, 2),
+        "features_backward": (4, 2), "tokens_backward": (4, 1),
+    },
+}  # fmt: skip
 
 
 @jit
@@ -885,14 +888,6 @@ def exp2(x, FAST: constexpr):
     if FAST:  # marked impure: the compiler would rather compute it twice than convert a layout
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
     return tl.exp2(x)
-
-
-@jit
-def once(x, FAST: constexpr):
-    """x, computed once: the compiler cannot repeat what is behind it for another layout."""
-    if FAST:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, False, 2)
-    return x
 
 
 @jit
@@ -921,56 +916,53 @@ def cos_sin(turn):
 
 
 @jit
-def turn_pairs(x, cos, sin, CHUNK: constexpr, N: constexpr):
+def turn_pairs(x, cos, sin):
     """x (CHUNK, N) with adjacent pairs rotated by angles whose cos and sin are (CHUNK, N/2)."""
-    even, odd = tl.split(tl.reshape(x, [CHUNK, N // 2, 2]))
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [CHUNK, N])
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
 
 
 @jit
-def rms_norm_rows(x, weight, N: constexpr):
-    """x (rows, N) normalized with eps 1e-5 and weighted, and the normalizing factor of each row."""
-    factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)
-    return x * factor[:, None] * weight[None, :], factor
-
-
-@jit
-def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, COLUMN: constexpr, MAMBA3: constexpr):
-    """Of rows (CHUNK,) and heads h: raw step size, step size, raw decay, decay rate, and the weight of the current token,
-    all (CHUNK, heads) float32."""
+def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, MAMBA3: constexpr):
+    """Of rows (CHUNK,), pointing at raw step sizes, and heads h: raw step size, step size, raw decay, decay rate, and the
+    part of the step that weighs the current token, all (CHUNK, heads) float32."""
     mask = live[:, None] & (h < H)[None, :]
-    raw = row[:, None] + COLUMN + h[None, :]
-    raw_step = tl.load(raw, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)[None, :]
-    step = softplus(raw_step)
+    place = row[:, None] + h[None, :]
+    raw_step = tl.load(place, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)[None, :]
+    step = tl.where(mask, softplus(raw_step), 0.0)
     if MAMBA3:
-        raw_decay = tl.load(raw + H, mask, 0.0).to(tl.float32)
+        raw_decay = tl.load(place + H, mask, 0.0).to(tl.float32)
         rate = -tl.maximum(softplus(raw_decay), 1e-4)
-        share = tl.sigmoid(tl.load(raw + 2 * H, mask, 0.0).to(tl.float32))
+        share = tl.sigmoid(tl.load(place + 2 * H, mask, 0.0).to(tl.float32))
     else:
         raw_decay = raw_step
         rate = tl.zeros_like(step) + tl.load(decay_rate + h, h < H, 0.0)[None, :]
         share = tl.full(step.shape, 1.0, tl.float32)
-    return raw_step, tl.where(mask, step, 0.0), raw_decay, rate, share
+    return raw_step, step, raw_decay, rate, share
 
 
 @jit
 def tokens_forward(
-    projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars, features, half_turn,
+    projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars, features, half_turn, turns,
     length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
     MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr, RESETS: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
-    t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H)
+    t, h, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H), tl.arange(0, N), tl.arange(0, BLOCK_R)
     live = t < length
-    row = projected + (b * length + t).to(tl.int64) * WIDTH
-    DYNAMICS: tl.constexpr = (1 + MAMBA3) * H * P + 2 * N
-    _, step, _, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, DYNAMICS, MAMBA3)
-    _, next_step, _, _, next_share = token_dynamics(
-        row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, DYNAMICS, MAMBA3
-    )
-    current = step * share
-    weight = current + next_step * (1.0 - next_share)
+    row = projected + (b * length + t).to(tl.int64) * WIDTH + (1 + MAMBA3) * H * P
+    for i in tl.static_range(2):  # key, then query
+        x = tl.load(row[:, None] + i * N + n[None, :], live[:, None], 0.0).to(tl.float32)
+        if MAMBA3:
+            x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
+            x *= tl.load((query_norm if i else key_norm) + n)[None, :]
+        place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(place, x.to(features.dtype.element_ty))
+    row += 2 * N
+    _, step, _, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, MAMBA3)
+    _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, MAMBA3)
+    weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * 1.4426950408889634
     if RESETS:
         start = tl.load(document_start + b * length + t, live, 0)
@@ -978,48 +970,42 @@ def tokens_forward(
     decay_sum = tl.cumsum(log_decay, axis=0)
     plane = batch * H * padded
     place = scalars + ((b * H + h) * padded)[None, :] + t[:, None]
-    heads = (h < H)[None, :] & (t < padded)[:, None]
-    tl.store(place, step, heads)
-    tl.store(place + plane, decay_sum, heads)
-    tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), heads)
-    tl.store(place + 3 * plane, current, heads)
-
-    n = tl.arange(0, N)
-    for i in tl.static_range(2):  # key, then query
-        x = tl.load(row[:, None] + (1 + MAMBA3) * H * P + i * N + n[None, :], live[:, None], 0.0).to(tl.float32)
-        if MAMBA3:
-            x, _ = rms_norm_rows(x, tl.load((query_norm if i else key_norm) + n), N)
-        place = features + ((i * batch + b) * length + t).to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(place, x.to(features.dtype.element_ty), live[:, None])
+    tl.store(place, step, (h < H)[None, :])
+    tl.store(place + plane, decay_sum, (h < H)[None, :])
+    tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), (h < H)[None, :])
+    tl.store(place + 3 * plane, step * share, (h < H)[None, :])
     if MAMBA3:
-        r = tl.arange(0, BLOCK_R)
-        mask = live[:, None] & (r < R)[None, :]
-        angle = tl.load(row[:, None] + DYNAMICS + 3 * H + r[None, :], mask, 0.0).to(tl.float32)
-        tl.store(half_turn + (b * length + t)[:, None] * R + r[None, :], tl.sigmoid(2.0 * angle) - 0.5, mask)
+        angle = tl.load(row[:, None] + 3 * H + r[None, :], live[:, None] & (r < R)[None, :], 0.0).to(tl.float32)
+        half = tl.where(live[:, None], tl.sigmoid(2.0 * angle) - 0.5, 0.0)
+        tl.store(half_turn + (b * padded + t)[:, None] * R + r[None, :], half, (r < R)[None, :])
+        place = turns + ((b * tl.num_programs(0) + chunk) * H + h)[:, None] * R + r[None, :]
+        total = tl.dot(tl.trans(step), half, input_precision="ieee")
+        tl.store(place, total, (h < H)[:, None] & (r < R)[None, :])
 
 
 @jit
-def rotations(
-    scalars, half_turn, turn_in, rotation, turn_out, length, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr,
-    N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, BLOCK_R: constexpr, HAS_STATE: constexpr,
+def rotate(
+    scalars, features, half_turn, turns, key_bias, query_bias, rotated, rotation, batch, WIDTH: constexpr, H: constexpr,
+    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0) // H
-    head, padded = tl.program_id(0).to(tl.int64), chunks * CHUNK
-    r = tl.arange(0, BLOCK_R)
-    turn = tl.zeros([BLOCK_R], tl.float32)
-    if HAS_STATE:
-        turn = tl.load(turn_in + head * R + r, r < R, 0.0)
-    for chunk in range(chunks):
-        t = chunk * CHUNK + tl.arange(0, CHUNK)
-        mask = (t < length)[:, None] & (r < R)[None, :]
-        half = tl.load(half_turn + (b * length + t)[:, None] * R + r[None, :], mask, 0.0)
+    chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
+    t, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, N // 2)
+    if MAMBA3:
+        half = tl.load(half_turn + (b * padded + t)[:, None] * R + r[None, :], (r < R)[None, :], 0.0)
         added = tl.load(scalars + head * padded + t)[:, None] * half
-        cos, sin = cos_sin(tl.cumsum(added, axis=0) + turn[None, :])
-        turn += tl.sum(added, axis=0)
-        place = rotation + (head * padded + t[:, None]) * R + r[None, :]
+        before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + r, r < R, 0.0)
+        cos, sin = cos_sin(tl.cumsum(added, axis=0) + before[None, :])
+        place = rotation + (head * padded + t)[:, None] * R + r[None, :]
         tl.store(place, cos.to(rotation.dtype.element_ty), (r < R)[None, :])
-        tl.store(place + batch * H * padded.to(tl.int64) * R, sin.to(rotation.dtype.element_ty), (r < R)[None, :])
-    tl.store(turn_out + head * R + r, turn - tl.floor(turn), r < R)
+        tl.store(place + batch.to(tl.int64) * H * padded * R, sin.to(rotation.dtype.element_ty), (r < R)[None, :])
+    for i in tl.static_range(2):  # key, then query
+        x = tl.load(features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]).to(tl.float32)
+        x += tl.load((query_bias if i else key_bias) + h * N + n)[None, :]
+        if MAMBA3:
+            x = turn_pairs(x, cos, sin)
+        place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t)[:, None] * N + n[None, :]
+        tl.store(place, x.to(rotated.dtype.element_ty))
 
 
 @jit
@@ -1033,35 +1019,27 @@ def chunk_scalars(scalars, head, chunk, batch, chunks, H: constexpr, CHUNK: cons
 
 
 @jit
-def chunk_features(features, rotation, key_bias, query_bias, head, chunk, row, live, batch, length, chunks, H: constexpr,
-                   N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr):  # fmt: skip
-    """Biased, rotated keys and queries (CHUNK, N) of a chunk, and cos and sin of their angles."""
-    n, r = tl.arange(0, N), tl.arange(0, N // 2)
-    place = features + row[:, None] * N + n[None, :]
-    key = tl.load(place, live[:, None], 0.0).to(tl.float32) + key_bias[None, :]
-    place += batch * length.to(tl.int64) * N
-    query = tl.load(place, live[:, None], 0.0).to(tl.float32) + query_bias[None, :]
-    cos, sin = tl.zeros([CHUNK, N // 2], tl.float32), tl.zeros([CHUNK, N // 2], tl.float32)
-    if MAMBA3:
-        place = rotation + ((head * chunks + chunk) * CHUNK + tl.arange(0, CHUNK))[:, None] * R + r[None, :]
-        cos = tl.load(place, (r < R)[None, :], 1.0).to(tl.float32)
-        place += batch * H * chunks.to(tl.int64) * CHUNK * R
-        sin = tl.load(place, (r < R)[None, :], 0.0).to(tl.float32)
-        key, query = turn_pairs(key, cos, sin, CHUNK, N), turn_pairs(query, cos, sin, CHUNK, N)
-    return key.to(features.dtype.element_ty), query.to(features.dtype.element_ty), cos, sin
+def decay_matrix(decay_sum, key_log, current, CHUNK: constexpr, FAST: constexpr):
+    """(CHUNK, CHUNK): what is left at the row's token of the column's, whose weight it includes."""
+    i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    return tl.where(i > j, exp2(decay_sum[:, None] - key_log[None, :], FAST), tl.where(i == j, current[:, None], 0.0))
+
+
+@jit
+def gate_or_tiny(gate):
+    """The gate in float32, never zero: so the backward finds what was gated in y / gate."""
+    return tl.where(gate == 0, 1e-20, gate.to(tl.float32))
 
 
 @jit
 def scan_forward(
-    projected, scalars, features, rotation, key_bias, query_bias, skip, ssm_in, y, states, ssm_out, length, batch, chunks,
-    WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
-    EVEN: constexpr, FAST: constexpr, HAS_STATE: constexpr,
+    projected, scalars, rotated, skip, ssm_in, y, states, ssm_out, length, batch, chunks, WIDTH: constexpr, H: constexpr,
+    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, EVEN: constexpr, FAST: constexpr,
+    HAS_STATE: constexpr,
 ):  # fmt: skip
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0).to(tl.int64)
     p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
-    head = tl.program_id(0).to(tl.int64)
-    dtype = projected.dtype.element_ty
-    k_bias, q_bias, d = tl.load(key_bias + h * N + n), tl.load(query_bias + h * N + n), tl.load(skip + h)
+    dtype, d = projected.dtype.element_ty, tl.load(skip + h)
     square = p[:, None] * N + n[None, :]
     ssm = tl.zeros([P, N], tl.float32)
     if HAS_STATE:
@@ -1069,18 +1047,17 @@ def scan_forward(
     for chunk in range(chunks):
         live = (chunk * CHUNK + i < length) | EVEN
         row = (b * length + chunk * CHUNK + i).to(tl.int64)
-        tl.store(states + (head * chunks + chunk) * P * N + square, ssm.to(dtype))
         value_place = projected + row[:, None] * WIDTH + MAMBA3 * H * P + h * P + p[None, :]
         value = tl.load(value_place, live[:, None], 0.0)
+        key_place = rotated + ((head * chunks + chunk) * CHUNK + i)[:, None] * N + n[None, :]
+        key, query = tl.load(key_place), tl.load(key_place + batch.to(tl.int64) * H * chunks * CHUNK * N)
         decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
-        key, query, _, _ = chunk_features(
-            features, rotation, k_bias, q_bias, head, chunk, row, live, batch, length, chunks, H, N, R, CHUNK, MAMBA3
-        )
+        old = ssm.to(dtype)
+        tl.store(states + (head * chunks + chunk) * P * N + square, old)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        decay = tl.where(i[:, None] > i[None, :], exp2(decay_sum[:, None] - key_log[None, :], FAST), 0.0)
-        decay = tl.where(i[:, None] == i[None, :], current[:, None], decay)
-        decayed = scores * decay + tl.where(i[:, None] == i[None, :], d, 0.0)
-        out = tl.dot(query, tl.trans(ssm.to(dtype)), input_precision="ieee") * exp2(decay_sum, FAST)[:, None]
+        decayed = scores * decay_matrix(decay_sum, key_log, current, CHUNK, FAST)
+        decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
+        out = tl.dot(query, tl.trans(old), input_precision="ieee") * exp2(decay_sum, FAST)[:, None]
         out = tl.dot(decayed.to(dtype), value, out, input_precision="ieee")
         if MAMBA3:
             gate = gate_or_tiny(tl.load(value_place - H * P, live[:, None], 0.0))
@@ -1092,41 +1069,17 @@ def scan_forward(
 
 
 @jit
-def gate_or_tiny(gate):
-    """The gate in float32, never zero: so the backward finds what was gated in y / gate."""
-    return tl.where(gate == 0, 1e-20, gate.to(tl.float32))
-
-
-@jit
-def feature_backward(x, d_x, cos, sin, CHUNK: constexpr, N: constexpr, MAMBA3: constexpr):
-    """For rotated keys or queries x and their gradient (CHUNK, N): their product summed over N, d of the turns, and the
-    gradient before rotation."""
-    x = x.to(tl.float32)
-    product, d_turn = tl.sum(x * d_x, axis=1), cos
-    if MAMBA3:
-        even, odd = tl.split(tl.reshape(x, [CHUNK, N // 2, 2]))
-        d_even, d_odd = tl.split(tl.reshape(d_x, [CHUNK, N // 2, 2]))
-        d_turn = 6.283185307179586 * (even * d_odd - odd * d_even)
-        d_x = tl.reshape(tl.join(d_even * cos + d_odd * sin, d_odd * cos - d_even * sin), [CHUNK, N])
-    return product, d_turn, d_x
-
-
-@jit
 def scan_backward(
-    d_y, d_ssm_out, projected, y, scalars, features, rotation, key_bias, query_bias, skip, states, ssm_out, d_projected,
-    d_features, d_turn, d_scalars, d_skip, d_ssm_in, length, batch, chunks, WIDTH: constexpr,
-    H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, EVEN: constexpr,
-    FAST: constexpr,
+    d_y, d_ssm_out, projected, y, scalars, rotated, skip, states, ssm_out, d_projected, d_rotated, d_diagonal, d_end,
+    d_ssm_in, length, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
+    CHUNK: constexpr, MAMBA3: constexpr, EVEN: constexpr, FAST: constexpr,
 ):  # fmt: skip
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    p, n, r, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, N // 2), tl.arange(0, CHUNK)
-    head = tl.program_id(0).to(tl.int64)
-    dtype = projected.dtype.element_ty
-    k_bias, q_bias, d = tl.load(key_bias + h * N + n), tl.load(query_bias + h * N + n), tl.load(skip + h)
+    b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0).to(tl.int64)
+    p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
+    dtype, d = projected.dtype.element_ty, tl.load(skip + h)
     square = p[:, None] * N + n[None, :]
     d_ssm = tl.load(d_ssm_out + head * P * N + square)
-    at_end = tl.sum(d_ssm * tl.load(ssm_out + head * P * N + square))  # d of the decay after the chunk at hand
-    d_diagonal = tl.zeros([CHUNK], tl.float32)
+    tl.store(d_end + head * chunks + chunks - 1, tl.sum(d_ssm * tl.load(ssm_out + head * P * N + square)))
     for back in range(chunks):
         chunk = chunks - 1 - back
         live = (chunk * CHUNK + i < length) | EVEN
@@ -1142,158 +1095,147 @@ def scan_backward(
             tl.store(d_projected + value_place - H * P, (d_gated * d_gate).to(dtype), live[:, None])
             d_out = (d_gated * gate * sigmoid).to(dtype)
         value = tl.load(projected + value_place, live[:, None], 0.0)
-        ssm = tl.load(states + (head * chunks + chunk) * P * N + square)
+        key_place = ((head * chunks + chunk) * CHUNK + i)[:, None] * N + n[None, :]
+        plane = batch.to(tl.int64) * H * chunks * CHUNK * N
+        key, query = tl.load(rotated + key_place), tl.load(rotated + plane + key_place)
         decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
-        key, query, cos, sin = chunk_features(
-            features, rotation, k_bias, q_bias, head, chunk, row, live, batch, length, chunks, H, N, R, CHUNK, MAMBA3
-        )
-        key, query = once(key, FAST), once(query, FAST)
-        same = i[:, None] == i[None, :]
-        decay = tl.where(i[:, None] > i[None, :], exp2(decay_sum[:, None] - key_log[None, :], FAST), 0.0)
-        decay = tl.where(same, current[:, None], decay)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        d_decayed = tl.dot(d_out, tl.trans(value), input_precision="ieee")
-        own_score = tl.sum(tl.where(same, scores, 0.0), axis=1)
-        on_diagonal = tl.sum(tl.where(same, d_decayed, 0.0), axis=1)
-        d_diagonal += on_diagonal
-        decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
-        d_scores = (d_decayed * decay).to(dtype)
         to_end, from_start = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None]
-        d_value = tl.dot(key, tl.trans(d_ssm.to(dtype)), input_precision="ieee") * to_end
+        same, old = i[:, None] == i[None, :], d_ssm.to(dtype)
+        decay = decay_matrix(decay_sum, key_log, current, CHUNK, FAST)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
+        d_decayed = tl.dot(d_out, tl.trans(value), input_precision="ieee")
+        diagonal = tl.sum(tl.where(same, d_decayed, 0.0), axis=1)
+        tl.store(d_diagonal + (head * chunks + chunk) * CHUNK + i, diagonal)
+        d_scores = (d_decayed * decay).to(dtype)
+        d_value = tl.dot(key, tl.trans(old), input_precision="ieee") * to_end
         d_value = tl.dot(tl.trans(decayed), d_out, d_value, input_precision="ieee")
         tl.store(d_projected + value_place, d_value.to(dtype), live[:, None])
-        d_key = tl.dot(value, d_ssm.to(dtype), input_precision="ieee") * to_end
+        d_key = tl.dot(value, old, input_precision="ieee") * to_end
         d_key = tl.dot(tl.trans(d_scores), query, d_key, input_precision="ieee")
+        tl.store(d_rotated + key_place, d_key.to(dtype))
+        ssm = tl.load(states + (head * chunks + chunk) * P * N + square)
         d_query = tl.dot(d_out, ssm, input_precision="ieee") * from_start
         d_query = tl.dot(d_scores, key, d_query, input_precision="ieee")
+        tl.store(d_rotated + plane + key_place, d_query.to(dtype))
         decayed_query = (query.to(tl.float32) * from_start).to(dtype)
         d_ssm = tl.dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST), input_precision="ieee")
-
-        place = d_features + (row * H + h)[:, None] * N + n[None, :]
-        turn_place = d_turn + ((head * chunks + chunk) * CHUNK + i)[:, None] * R + r[None, :]
-        by_key, d_angle, d_key = feature_backward(key, d_key, cos, sin, CHUNK, N, MAMBA3)
-        tl.store(place, d_key.to(dtype), live[:, None])
-        by_query, d_angle_query, d_query = feature_backward(query, d_query, cos, sin, CHUNK, N, MAMBA3)
-        tl.store(place + batch * length.to(tl.int64) * (H * N), d_query.to(dtype), live[:, None])
-        if MAMBA3:
-            tl.store(turn_place, (d_angle + d_angle_query).to(dtype), (r < R)[None, :])
-
-        # d of the decays: what scales with exp(sum at t) less what scales with exp(-sum at t), their shared diagonal apart.
-        place, plane = d_scalars + (head * chunks + chunk) * CHUNK + i, batch * H * chunks * CHUNK
-        tl.store(place, by_query - by_key + tl.where(i == CHUNK - 1, at_end, 0.0))
-        tl.store(place + plane, by_key - (on_diagonal * current).to(dtype).to(tl.float32) * own_score)
-        tl.store(place + 2 * plane, on_diagonal * own_score)
-        at_end = tl.sum(d_ssm * ssm.to(tl.float32))
-    tl.store(d_skip + head, tl.sum(d_diagonal))
+        if chunk > 0:  # d of the decay over the chunk before
+            tl.store(d_end + head * chunks + chunk - 1, tl.sum(d_ssm * ssm.to(tl.float32)))
     tl.store(d_ssm_in + head * P * N + square, d_ssm)
 
 
 @jit
-def rotations_backward(
-    d_turn, d_turn_out, d_turn_in, chunks, R: constexpr, BLOCK_R: constexpr, CHUNK: constexpr
-):
-    head, r = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_R)
-    later = tl.load(d_turn_out + head * R + r, r < R, 0.0)
-    for back in range(chunks):
-        t = (chunks - 1 - back) * CHUNK + tl.arange(0, CHUNK)
-        place = d_turn + (head * chunks * CHUNK + t)[:, None] * R + r[None, :]
-        own = tl.load(place, (r < R)[None, :], 0.0).to(tl.float32)
-        suffix = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
-        tl.store(place, suffix.to(d_turn.dtype.element_ty), (r < R)[None, :])
-        later += tl.sum(own, axis=0)
-    tl.store(d_turn_in + head * R + r, later, r < R)
+def features_backward(
+    projected, scalars, features, rotation, key_norm, query_norm, key_bias, query_bias, d_rotated, d_diagonal, d_end,
+    d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases, length, batch, WIDTH: constexpr, H: constexpr,
+    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
+):  # fmt: skip
+    chunk, b, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    padded, program = chunks * CHUNK, tl.program_id(1) * chunks + tl.program_id(0)
+    i, n, r = tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, N // 2)
+    t, dtype = chunk * CHUNK + i, projected.dtype.element_ty
+    plane, feature_plane = batch * H * padded, batch.to(tl.int64) * padded * N
+    place = features + (b * padded + t).to(tl.int64)[:, None] * N + n[None, :]
+    key, query = tl.load(place).to(tl.float32), tl.load(place + feature_plane).to(tl.float32)
+    d_key, d_query = tl.zeros([CHUNK, N], tl.float32), tl.zeros([CHUNK, N], tl.float32)
+    for h in range(H):
+        head = (b * H + h).to(tl.int64)
+        place = (head * padded + t)[:, None]
+        by_key = tl.load(d_rotated + place * N + n[None, :]).to(tl.float32)
+        by_query = tl.load(d_rotated + H * feature_plane + place * N + n[None, :]).to(tl.float32)
+        own_key = key + tl.load(key_bias + h * N + n)[None, :]
+        own_query = query + tl.load(query_bias + h * N + n)[None, :]
+        if MAMBA3:
+            place = place * R + r[None, :]
+            cos = tl.load(rotation + place, (r < R)[None, :], 1.0).to(tl.float32)
+            sin = tl.load(rotation + place + plane.to(tl.int64) * R, (r < R)[None, :], 0.0).to(tl.float32)
+            by_key, by_query = turn_pairs(by_key, cos, -sin), turn_pairs(by_query, cos, -sin)
+            key_even, key_odd = tl.split(tl.reshape(own_key, [CHUNK, N // 2, 2]))
+            query_even, query_odd = tl.split(tl.reshape(own_query, [CHUNK, N // 2, 2]))
+            d_key_even, d_key_odd = tl.split(tl.reshape(by_key, [CHUNK, N // 2, 2]))
+            d_query_even, d_query_odd = tl.split(tl.reshape(by_query, [CHUNK, N // 2, 2]))
+            turned = key_even * d_key_odd - key_odd * d_key_even + query_even * d_query_odd - query_odd * d_query_even
+            turned *= 6.283185307179586
+            tl.store(d_turn + place, turned.to(dtype), (r < R)[None, :])
+            tl.store(d_turns + (program * H + h) * R + r, tl.sum(turned, axis=0), r < R)
+        place = d_biases + (program.to(tl.int64) * H + h) * 2 * N + n
+        tl.store(place, tl.sum(by_key, axis=0))
+        tl.store(place + N, tl.sum(by_query, axis=0))
+        d_key += by_key
+        d_query += by_query
+        # d of the decays: what scales with exp(sum at t) less what scales with exp(-sum at t); d of the key's weight
+        # times the weight, without the diagonal, which has its own; d of the diagonal's.
+        key_part, query_part = tl.sum(own_key * by_key, axis=1), tl.sum(own_query * by_query, axis=1)
+        place = head * padded + t
+        diagonal = tl.load(d_diagonal + place) * tl.sum(own_key * own_query, axis=1)
+        d_decay = query_part - key_part + tl.where(i == CHUNK - 1, tl.load(d_end + head * chunks + chunk), 0.0)
+        tl.store(d_scalars + place, d_decay)
+        tl.store(d_scalars + place + plane, key_part - diagonal * tl.load(scalars + place + 3 * plane))
+        tl.store(d_scalars + place + 2 * plane, diagonal)
+    for k in tl.static_range(2):  # key, then query
+        d_x = d_query if k else d_key
+        place = (b * length + t).to(tl.int64)[:, None] * WIDTH + (1 + MAMBA3) * H * P + k * N + n[None, :]
+        if MAMBA3:
+            x = tl.load(projected + place, (t < length)[:, None], 0.0).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
+            x *= factor
+            tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(d_x * x, axis=0))
+            d_x *= tl.load((query_norm if k else key_norm) + n)[None, :]
+            d_x = factor * (d_x - x * (tl.sum(d_x * x, axis=1) / N)[:, None])
+        tl.store(d_projected + place, d_x.to(dtype), (t < length)[:, None])
 
 
 @jit
 def tokens_backward(
-    projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars, half_turn, d_features, d_turn,
-    d_scalars, d_projected, d_heads, d_norms, d_biases, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr,
-    N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr,
-    RESETS: constexpr,
+    projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_projected,
+    d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr, RESETS: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded, program = tl.num_programs(0) * CHUNK, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    t, h, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H), tl.arange(0, N), tl.arange(0, BLOCK_R)
-    live = t < length
-    token = (b * length + t).to(tl.int64)
-    dtype = projected.dtype.element_ty
-    DYNAMICS: tl.constexpr = (1 + MAMBA3) * H * P + 2 * N
-
-    # 1. Sums over heads (keys, queries, angles) and over tokens (biases).
-    d_key = tl.zeros([CHUNK, N], tl.float32)
-    d_query = tl.zeros([CHUNK, N], tl.float32)
-    d_half = tl.zeros([CHUNK, BLOCK_R], tl.float32)
-    d_step = tl.zeros([CHUNK, BLOCK_H], tl.float32)
-    turning = live[:, None] & (r < R)[None, :]
-    half = tl.zeros([CHUNK, BLOCK_R], tl.float32)
-    if MAMBA3:
-        half = tl.load(half_turn + token[:, None] * R + r[None, :], turning, 0.0)
-    for head in range(H):
-        place = d_features + (token * H + head)[:, None] * N + n[None, :]
-        from_key = tl.load(place, live[:, None], 0.0).to(tl.float32)
-        from_query = tl.load(place + batch * length.to(tl.int64) * (H * N), live[:, None], 0.0).to(tl.float32)
-        place = d_biases + (program.to(tl.int64) * H + head) * 2 * N + n
-        tl.store(place, tl.sum(from_key, axis=0))
-        tl.store(place + N, tl.sum(from_query, axis=0))
-        d_key += from_key
-        d_query += from_query
-        if MAMBA3:
-            step = tl.load(scalars + (b * H + head) * padded + t)
-            turned = tl.load(d_turn + ((b * H + head) * padded + t).to(tl.int64)[:, None] * R + r[None, :], turning, 0.0)
-            turned = turned.to(tl.float32)
-            d_half += step[:, None] * turned
-            d_step += tl.where((h == head)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
-    row = projected + token * WIDTH
-    d_row = d_projected + token * WIDTH
-    for i in tl.static_range(2):  # key, then query
-        d_x = d_query if i else d_key
-        place = (1 + MAMBA3) * H * P + i * N + n[None, :]
-        if MAMBA3:
-            x = tl.load(row[:, None] + place, live[:, None], 0.0).to(tl.float32)
-            weight = tl.load((query_norm if i else key_norm) + n)
-            _, factor = rms_norm_rows(x, weight, N)
-            normed = x * factor[:, None]
-            tl.store(d_norms + (program * 2 + i) * N + n, tl.sum(d_x * normed, axis=0))
-            d_x *= weight[None, :]
-            d_x = factor[:, None] * (d_x - normed * (tl.sum(d_x * normed, axis=1) / N)[:, None])
-        tl.store(d_row[:, None] + place, d_x.to(dtype), live[:, None])
-
-    # 2. Step sizes, decays, trapezoid and angles.
+    t, h, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
+    live, dtype = t < length, projected.dtype.element_ty
     mask = live[:, None] & (h < H)[None, :]
-    raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, DYNAMICS, MAMBA3)
+    place = (b * length + t).to(tl.int64) * WIDTH + (1 + MAMBA3) * H * P + 2 * N
+    row, d_row = projected + place, d_projected + place
+    raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, MAMBA3)
+    _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, MAMBA3)
     place, plane = ((b * H + h) * padded)[None, :] + t[:, None], batch * H * padded
-    before = place - 1  # the last token's key is weighted by this token's step
-    _, next_step, _, _, next_share = token_dynamics(
-        row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, DYNAMICS, MAMBA3
-    )
     weight = tl.maximum(step * share + next_step * (1.0 - next_share), 1e-37)
-    d_weight = tl.load(d_scalars + place + plane, mask, 0.0) / weight
-    d_current = tl.load(d_scalars + place + 2 * plane, mask, 0.0) + d_weight
+    d_current = tl.load(d_scalars + place + 2 * plane, mask, 0.0)
+    d_current += tl.load(d_scalars + place + plane, mask, 0.0) / weight
     d_log_decay = tl.cumsum(tl.load(d_scalars + place, (h < H)[None, :], 0.0), axis=0, reverse=True)
     if RESETS:
         start = tl.load(document_start + b * length + t, live, 0)
         d_log_decay = tl.where((start != 0)[:, None], 0.0, d_log_decay)
-    d_step += share * d_current + rate * d_log_decay
+    d_step = share * d_current + rate * d_log_decay
     if MAMBA3:
-        earlier = mask & (t > 0)[:, None]
-        _, last_step, _, _, last_share = token_dynamics(
-            row - WIDTH, live & (t > 0), step_bias, decay_rate, h, H, DYNAMICS, MAMBA3
-        )
+        # This token's step also weighs the key before it.
+        _, last_step, _, _, last_share = token_dynamics(row - WIDTH, live & (t > 0), step_bias, decay_rate, h, H, MAMBA3)
         last_weight = tl.maximum(last_step * last_share + step * (1.0 - share), 1e-37)
-        d_previous = tl.load(d_scalars + before + plane, earlier, 0.0) / last_weight
+        d_previous = tl.load(d_scalars + place + plane - 1, mask & (t > 0)[:, None], 0.0) / last_weight
         d_step += (1.0 - share) * d_previous
-        d_share = step * (d_current - d_previous) * share * (1.0 - share)
+        # An angle's rate turns all later tokens.
+        turning = live[:, None] & (r < R)[None, :]
+        half = tl.load(half_turn + (b * padded + t)[:, None] * R + r[None, :], turning, 0.0)
+        d_half = tl.zeros([CHUNK, BLOCK_R], tl.float32)
+        for k in range(H):
+            head = (b * H + k).to(tl.int64)
+            own = tl.load(d_turn + (head * padded + t)[:, None] * R + r[None, :], turning, 0.0).to(tl.float32)
+            later = tl.load(d_turns + (program * H + k) * R + r, r < R, 0.0)
+            turned = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
+            d_half += tl.load(scalars + head * padded + t)[:, None] * turned
+            d_step += tl.where((h == k)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
+        tl.store(d_row[:, None] + 3 * H + r[None, :], (d_half * (0.5 - 2.0 * half * half)).to(dtype), turning)
         d_decay = tl.where(rate < -1e-4, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
-        place = d_row[:, None] + DYNAMICS + h[None, :]
-        tl.store(place + H, d_decay.to(dtype), mask)
-        tl.store(place + 2 * H, d_share.to(dtype), mask)
-        d_angle = d_half * (0.5 - 2.0 * half * half)
-        tl.store(d_row[:, None] + DYNAMICS + 3 * H + r[None, :], d_angle.to(dtype), turning)
+        d_share = step * (d_current - d_previous) * share * (1.0 - share)
+        tl.store(d_row[:, None] + H + h[None, :], d_decay.to(dtype), mask)
+        tl.store(d_row[:, None] + 2 * H + h[None, :], d_share.to(dtype), mask)
     else:
-        d_rate = tl.where(mask, step * d_log_decay, 0.0)
-        tl.store(d_heads + (program * 2 + 1) * H + h, tl.sum(d_rate, axis=0), h < H)
+        tl.store(d_heads + (program * 2 + 1) * H + h, tl.sum(tl.where(mask, step * d_log_decay, 0.0), axis=0), h < H)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
-    tl.store(d_row[:, None] + DYNAMICS + h[None, :], d_raw.to(dtype), mask)
+    tl.store(d_row[:, None] + h[None, :], d_raw.to(dtype), mask)
     tl.store(d_heads + program * 2 * H + h, tl.sum(d_raw, axis=0), h < H)
 
 
@@ -1302,7 +1244,7 @@ _inputs = (
     " Tensor? query_norm, Tensor? decay_rate, Tensor? document_start"
 )
 _forward_schema = (
-    f"({_inputs}, Tensor? ssm_in, Tensor? turn_in, int[] sizes, int chunk) -> ({', '.join(['Tensor'] * 8)})"
+    f"({_inputs}, Tensor? ssm_in, Tensor? turn_in, int[] sizes, int chunk) -> ({', '.join(['Tensor'] * 9)})"
 )
 _backward_schema = (
     f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, {_inputs}, Tensor[] saved, int[] sizes, int chunk)"
@@ -1329,24 +1271,29 @@ def fused_scan(
     projected, step_bias, skip, key_bias, query_bias, key_norm, query_norm, decay_rate, document_start, ssm_in, turn_in,
     sizes, chunk,
 ):  # fmt: skip
-    """y, last state and turn, and what the backward reads: scalars, features, half turns, rotations, chunks' first states."""
+    """y, last state and turn, and what the backward reads."""
     outputs = fused_scan_outputs(projected, sizes, chunk)
-    y, ssm_out, turn_out, scalars, features, half_turn, rotation, states = outputs
+    y, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
+    (batch, length, _), heads, angles = projected.shape, sizes[0], sizes[3]
     chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
-    batch, length, _ = projected.shape
+    turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
         tokens_forward, (chunks, batch), projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars,
-        features, half_turn, length, batch, *constants, *tiles, document_start is not None,
+        features, half_turn, turns, length, batch, *constants, *tiles, document_start is not None,
     )  # fmt: skip
-    if sizes[3]:
-        launch(
-            rotations, (batch * sizes[0],), scalars, half_turn, turn_in, rotation, turn_out, length, batch, chunks,
-            *constants, tiles[1], turn_in is not None,
-        )  # fmt: skip
+    if turn_in is not None:
+        turns[:, 0] += turn_in
+    torch.remainder(turns.sum(dim=1), 1.0, out=turn_out)
+    before = turns.cumsum(dim=1) - turns
+    if turn_in is not None:
+        before[:, 0] = turn_in
     launch(
-        scan_forward, (batch * sizes[0],), projected, scalars, features, rotation, key_bias, query_bias, skip, ssm_in, y,
-        states, ssm_out, length, batch, chunks, *constants, length % chunk == 0, projected.dtype == torch.bfloat16,
-        ssm_in is not None,
+        rotate, (chunks, heads, batch), scalars, features, half_turn, before, key_bias, query_bias, rotated, rotation,
+        batch, *constants,
+    )  # fmt: skip
+    launch(
+        scan_forward, (batch * heads,), projected, scalars, rotated, skip, ssm_in, y, states, ssm_out, length, batch,
+        chunks, *constants, length % chunk == 0, projected.dtype == torch.bfloat16, ssm_in is not None,
     )  # fmt: skip
     return outputs
 
@@ -1356,11 +1303,12 @@ def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple
     heads, channels, state, angles, _ = sizes
     batch, length, _ = projected.shape
     chunks, new = -(-length // chunk), projected.new_empty
-    single = functools.partial(new, dtype=torch.float32)
+    padded, single = chunks * chunk, functools.partial(new, dtype=torch.float32)
+    half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # of numbers up to 1
     return (
         new(batch, length, heads * channels), single(batch, heads, channels, state), single(batch, heads, angles),
-        single(4, batch, heads, chunks * chunk), new(2, batch, length, state), single(batch, length, angles),
-        new(2, batch, heads, chunks * chunk, angles, dtype=torch.float32 if projected.dtype == torch.float32 else torch.float16),
+        single(4, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
+        new(2, batch, heads, padded, state), new(2, batch, heads, padded, angles, dtype=half),
         new(batch, heads, chunks, channels, state),
     )  # fmt: skip
 
@@ -1371,36 +1319,35 @@ def fused_scan_backward(
     document_start, saved, sizes, chunk,
 ):  # fmt: skip
     """Gradients of projected, the seven parameters (empty for those not there), the state and the turn carried in."""
-    y, ssm_out, scalars, features, half_turn, rotation, states = saved
+    y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
     heads, channels, state, angles, _ = sizes
     chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
     batch, length, _ = projected.shape
     single = functools.partial(projected.new_empty, dtype=torch.float32)
-    d_projected = torch.empty_like(projected)
-    d_features = projected.new_empty(2, batch, length, heads, state)
-    d_turn = projected.new_empty(batch, heads, chunks * chunk, angles)
-    d_scalars, d_skip = single(3, *scalars.shape[1:]), single(batch, heads)
-    d_ssm_in, d_turn_in = torch.empty_like(ssm_out), single(batch, heads, angles)
+    d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
+    d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks)
     launch(
-        scan_backward, (batch * heads,), d_y, d_ssm_out, projected, y, scalars, features, rotation, key_bias,
-        query_bias, skip, states, ssm_out, d_projected, d_features, d_turn, d_scalars, d_skip, d_ssm_in, length,
-        batch, chunks, *constants, length % chunk == 0, projected.dtype == torch.bfloat16,
+        scan_backward, (batch * heads,), d_y, d_ssm_out, projected, y, scalars, rotated, skip, states, ssm_out,
+        d_projected, d_rotated, d_diagonal, d_end, d_ssm_in, length, batch, chunks, *constants, length % chunk == 0,
+        projected.dtype == torch.bfloat16,
     )  # fmt: skip
-    if angles:
-        launch(rotations_backward, (batch * heads,), d_turn, d_turn_out, d_turn_in, chunks, angles, tiles[1], chunk)
     programs = batch * chunks
-    d_heads, d_norms, d_biases = (
-        single(programs, 2, heads),
-        single(programs, 2, state),
-        single(programs, heads, 2, state),
-    )
+    d_scalars, d_turn = single(3, *scalars.shape[1:]), projected.new_empty(rotation.shape[1:])
+    d_turns, d_heads = single(batch, chunks, heads, angles), single(programs, 2, heads)
+    d_norms, d_biases = single(programs, 2, state), single(programs, heads, 2, state)
     launch(
-        tokens_backward, (chunks, batch), projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars,
-        half_turn, d_features, d_turn, d_scalars, d_projected, d_heads, d_norms, d_biases, length, batch, *constants,
-        *tiles, document_start is not None,
+        features_backward, (chunks, batch), projected, scalars, features, rotation, key_norm, query_norm, key_bias,
+        query_bias, d_rotated, d_diagonal, d_end, d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases, length,
+        batch, *constants,
+    )  # fmt: skip
+    later = d_turns.flip(1).cumsum(dim=1).flip(1) - d_turns + d_turn_out.unsqueeze(1)
+    launch(
+        tokens_backward, (chunks, batch), projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn,
+        later, d_scalars, d_projected, d_heads, length, batch, *constants, *tiles, document_start is not None,
     )  # fmt: skip
     d_heads, d_norms, d_biases = (x.sum(dim=0) for x in (d_heads, d_norms, d_biases))
-    d_parameters = d_heads[0], d_skip.sum(dim=0), *d_biases.unbind(1), *d_norms, d_heads[1]
+    d_parameters = d_heads[0], d_diagonal.sum(dim=(0, 2)), *d_biases.unbind(1), *d_norms, d_heads[1]
+    d_turn_in = d_turns.sum(dim=1) + d_turn_out
     return d_projected, *(x.clone() for x in d_parameters), d_ssm_in, d_turn_in  # operators may not return views
 
 
