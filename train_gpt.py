@@ -54,7 +54,8 @@ try:
     import triton
     import triton.language as tl
 
-    jit, constexpr = triton.jit, tl.constexpr
+    constexpr = tl.constexpr
+    jit = triton.jit(do_not_specialize=["length", "batch", "chunks"])  # a 1 would become a number without a type
 except ImportError:  # CPU builds of torch come without it, and need none
     triton, jit, constexpr = None, lambda function: function, None
 
@@ -1039,7 +1040,8 @@ def scan_forward(
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0).to(tl.int64)
     p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
-    dtype, d = projected.dtype.element_ty, tl.load(skip + h)
+    dtype = projected.dtype.element_ty
+    d = tl.load(skip + h)
     square = p[:, None] * N + n[None, :]
     ssm = tl.zeros([P, N], tl.float32)
     if HAS_STATE:
@@ -1076,7 +1078,8 @@ def scan_backward(
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0).to(tl.int64)
     p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
-    dtype, d = projected.dtype.element_ty, tl.load(skip + h)
+    dtype = projected.dtype.element_ty
+    d = tl.load(skip + h)
     square = p[:, None] * N + n[None, :]
     d_ssm = tl.load(d_ssm_out + head * P * N + square)
     tl.store(d_end + head * chunks + chunks - 1, tl.sum(d_ssm * tl.load(ssm_out + head * P * N + square)))
@@ -1134,10 +1137,11 @@ def features_backward(
     chunk, b, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     padded, program = chunks * CHUNK, tl.program_id(1) * chunks + tl.program_id(0)
     i, n, r = tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, N // 2)
-    t, dtype = chunk * CHUNK + i, projected.dtype.element_ty
+    t = chunk * CHUNK + i
+    dtype = projected.dtype.element_ty
     plane, feature_plane = batch * H * padded, batch.to(tl.int64) * padded * N
-    place = features + (b * padded + t).to(tl.int64)[:, None] * N + n[None, :]
-    key, query = tl.load(place).to(tl.float32), tl.load(place + feature_plane).to(tl.float32)
+    origin = features + (b * padded + t).to(tl.int64)[:, None] * N + n[None, :]
+    key, query = tl.load(origin).to(tl.float32), tl.load(origin + feature_plane).to(tl.float32)
     d_key, d_query = tl.zeros([CHUNK, N], tl.float32), tl.zeros([CHUNK, N], tl.float32)
     for h in range(H):
         head = (b * H + h).to(tl.int64)
@@ -1195,7 +1199,8 @@ def tokens_backward(
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded, program = tl.num_programs(0) * CHUNK, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     t, h, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
-    live, dtype = t < length, projected.dtype.element_ty
+    live = t < length
+    dtype = projected.dtype.element_ty
     mask = live[:, None] & (h < H)[None, :]
     place = (b * length + t).to(tl.int64) * WIDTH + (1 + MAMBA3) * H * P + 2 * N
     row, d_row = projected + place, d_projected + place
