@@ -1041,30 +1041,32 @@ def scan_forward(
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0).to(tl.int64)
     p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
     dtype = projected.dtype.element_ty
+    plane = batch.to(tl.int64) * H * chunks
     d = tl.load(skip + h)
-    square = p[:, None] * N + n[None, :]
+    square, tile = p[:, None] * N + n[None, :], i[:, None] * N + n[None, :]
+    row_tile, y_tile = i[:, None] * WIDTH + p[None, :], i[:, None] * (H * P) + p[None, :]
     ssm = tl.zeros([P, N], tl.float32)
     if HAS_STATE:
         ssm = tl.load(ssm_in + head * P * N + square)
     for chunk in range(chunks):
         live = (chunk * CHUNK + i < length) | EVEN
-        row = (b * length + chunk * CHUNK + i).to(tl.int64)
-        value_place = projected + row[:, None] * WIDTH + MAMBA3 * H * P + h * P + p[None, :]
-        value = tl.load(value_place, live[:, None], 0.0)
-        key_place = rotated + ((head * chunks + chunk) * CHUNK + i)[:, None] * N + n[None, :]
-        key, query = tl.load(key_place), tl.load(key_place + batch.to(tl.int64) * H * chunks * CHUNK * N)
+        token, place = (b * length + chunk * CHUNK).to(tl.int64), head * chunks + chunk
+        row = projected + token * WIDTH + h * P
+        value = tl.load(row + MAMBA3 * H * P + row_tile, live[:, None], 0.0)
+        key = tl.load(rotated + place * (CHUNK * N) + tile)
+        query = tl.load(rotated + (place + plane) * (CHUNK * N) + tile)
         decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
         old = ssm.to(dtype)
-        tl.store(states + (head * chunks + chunk) * P * N + square, old)
+        tl.store(states + place * (P * N) + square, old)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         decayed = scores * decay_matrix(decay_sum, key_log, current, CHUNK, FAST)
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
         out = tl.dot(query, tl.trans(old), input_precision="ieee") * exp2(decay_sum, FAST)[:, None]
         out = tl.dot(decayed.to(dtype), value, out, input_precision="ieee")
         if MAMBA3:
-            gate = gate_or_tiny(tl.load(value_place - H * P, live[:, None], 0.0))
+            gate = gate_or_tiny(tl.load(row + row_tile, live[:, None], 0.0))
             out *= gate * reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
-        tl.store(y + row[:, None] * (H * P) + h * P + p[None, :], out.to(dtype), live[:, None])
+        tl.store(y + token * (H * P) + h * P + y_tile, out.to(dtype), live[:, None])
         to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
         ssm = tl.dot(tl.trans(value), to_end, ssm * exp2(end, FAST), input_precision="ieee")
     tl.store(ssm_out + head * P * N + square, ssm)
@@ -1079,28 +1081,29 @@ def scan_backward(
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0).to(tl.int64)
     p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
     dtype = projected.dtype.element_ty
+    plane = batch.to(tl.int64) * H * chunks
     d = tl.load(skip + h)
-    square = p[:, None] * N + n[None, :]
+    square, tile = p[:, None] * N + n[None, :], i[:, None] * N + n[None, :]
+    row_tile, y_tile = i[:, None] * WIDTH + p[None, :], i[:, None] * (H * P) + p[None, :]
     d_ssm = tl.load(d_ssm_out + head * P * N + square)
     tl.store(d_end + head * chunks + chunks - 1, tl.sum(d_ssm * tl.load(ssm_out + head * P * N + square)))
     for back in range(chunks):
         chunk = chunks - 1 - back
         live = (chunk * CHUNK + i < length) | EVEN
-        row = (b * length + chunk * CHUNK + i).to(tl.int64)
-        value_place = row[:, None] * WIDTH + MAMBA3 * H * P + h * P + p[None, :]
-        y_place = row[:, None] * (H * P) + h * P + p[None, :]
-        d_out = tl.load(d_y + y_place, live[:, None], 0.0)
+        token, place = (b * length + chunk * CHUNK).to(tl.int64), head * chunks + chunk
+        row, y_row = token * WIDTH + h * P, token * (H * P) + h * P
+        d_out = tl.load(d_y + y_row + y_tile, live[:, None], 0.0)
         if MAMBA3:
-            gate = gate_or_tiny(tl.load(projected + value_place - H * P, live[:, None], 0.0))
+            gate = gate_or_tiny(tl.load(projected + row + row_tile, live[:, None], 0.0))
             sigmoid = reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
             d_gated = d_out.to(tl.float32)
-            d_gate = tl.load(y + y_place, live[:, None], 0.0).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
-            tl.store(d_projected + value_place - H * P, (d_gated * d_gate).to(dtype), live[:, None])
+            d_gate = tl.load(y + y_row + y_tile, live[:, None], 0.0).to(tl.float32)
+            d_gate *= reciprocal(gate, FAST) + 1.0 - sigmoid
+            tl.store(d_projected + row + row_tile, (d_gated * d_gate).to(dtype), live[:, None])
             d_out = (d_gated * gate * sigmoid).to(dtype)
-        value = tl.load(projected + value_place, live[:, None], 0.0)
-        key_place = ((head * chunks + chunk) * CHUNK + i)[:, None] * N + n[None, :]
-        plane = batch.to(tl.int64) * H * chunks * CHUNK * N
-        key, query = tl.load(rotated + key_place), tl.load(rotated + plane + key_place)
+        value = tl.load(projected + row + MAMBA3 * H * P + row_tile, live[:, None], 0.0)
+        key = tl.load(rotated + place * (CHUNK * N) + tile)
+        query = tl.load(rotated + (place + plane) * (CHUNK * N) + tile)
         decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
         to_end, from_start = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None]
         same, old = i[:, None] == i[None, :], d_ssm.to(dtype)
@@ -1109,22 +1112,22 @@ def scan_backward(
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
         d_decayed = tl.dot(d_out, tl.trans(value), input_precision="ieee")
         diagonal = tl.sum(tl.where(same, d_decayed, 0.0), axis=1)
-        tl.store(d_diagonal + (head * chunks + chunk) * CHUNK + i, diagonal)
+        tl.store(d_diagonal + place * CHUNK + i, diagonal)
         d_scores = (d_decayed * decay).to(dtype)
         d_value = tl.dot(key, tl.trans(old), input_precision="ieee") * to_end
         d_value = tl.dot(tl.trans(decayed), d_out, d_value, input_precision="ieee")
-        tl.store(d_projected + value_place, d_value.to(dtype), live[:, None])
+        tl.store(d_projected + row + MAMBA3 * H * P + row_tile, d_value.to(dtype), live[:, None])
         d_key = tl.dot(value, old, input_precision="ieee") * to_end
         d_key = tl.dot(tl.trans(d_scores), query, d_key, input_precision="ieee")
-        tl.store(d_rotated + key_place, d_key.to(dtype))
-        ssm = tl.load(states + (head * chunks + chunk) * P * N + square)
+        tl.store(d_rotated + place * (CHUNK * N) + tile, d_key.to(dtype))
+        ssm = tl.load(states + place * (P * N) + square)
         d_query = tl.dot(d_out, ssm, input_precision="ieee") * from_start
         d_query = tl.dot(d_scores, key, d_query, input_precision="ieee")
-        tl.store(d_rotated + plane + key_place, d_query.to(dtype))
+        tl.store(d_rotated + (place + plane) * (CHUNK * N) + tile, d_query.to(dtype))
         decayed_query = (query.to(tl.float32) * from_start).to(dtype)
         d_ssm = tl.dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST), input_precision="ieee")
         if chunk > 0:  # d of the decay over the chunk before
-            tl.store(d_end + head * chunks + chunk - 1, tl.sum(d_ssm * ssm.to(tl.float32)))
+            tl.store(d_end + place - 1, tl.sum(d_ssm * ssm.to(tl.float32)))
     tl.store(d_ssm_in + head * P * N + square, d_ssm)
 
 
