@@ -875,10 +875,10 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # and sum over heads. No atomics: gradients are the same bits every time. Decays are base-2 logarithms, angles are in turns.
 
 RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
-LAUNCH = {  # warps and pipeline stages of each kernel by GPU architecture, measured with bench/tune.py
+LAUNCH = {  # warps, pipeline stages and registers (0: the compiler's choice) by GPU architecture; see bench/tune.py
     (9, 0): {
-        "tokens_forward": (4, 1), "rotate": (4, 1), "scan_forward": (4, 2), "scan_backward": (4, 2),
-        "features_backward": (4, 2), "tokens_backward": (4, 1),
+        "tokens_forward": (4, 1, 0), "rotate": (4, 1, 0), "scan_forward": (4, 2, 0), "scan_backward": (4, 2, 0),
+        "features_backward": (8, 1, 0), "tokens_backward": (4, 1, 0),
     },
 }  # fmt: skip
 
@@ -1144,15 +1144,15 @@ def features_backward(
     dtype = projected.dtype.element_ty
     plane, feature_plane = batch * H * padded, batch.to(tl.int64) * padded * N
     origin = features + (b * padded + t).to(tl.int64)[:, None] * N + n[None, :]
-    key, query = tl.load(origin).to(tl.float32), tl.load(origin + feature_plane).to(tl.float32)
+    key, query = tl.load(origin), tl.load(origin + feature_plane)
     d_key, d_query = tl.zeros([CHUNK, N], tl.float32), tl.zeros([CHUNK, N], tl.float32)
     for h in range(H):
         head = (b * H + h).to(tl.int64)
         place = (head * padded + t)[:, None]
         by_key = tl.load(d_rotated + place * N + n[None, :]).to(tl.float32)
         by_query = tl.load(d_rotated + H * feature_plane + place * N + n[None, :]).to(tl.float32)
-        own_key = key + tl.load(key_bias + h * N + n)[None, :]
-        own_query = query + tl.load(query_bias + h * N + n)[None, :]
+        own_key = key.to(tl.float32) + tl.load(key_bias + h * N + n)[None, :]
+        own_query = query.to(tl.float32) + tl.load(query_bias + h * N + n)[None, :]
         if MAMBA3:
             place = place * R + r[None, :]
             cos = tl.load(rotation + place, (r < R)[None, :], 1.0).to(tl.float32)
@@ -1263,8 +1263,8 @@ _backward_schema = (
 def launch(kernel, grid: tuple[int, ...], *arguments):
     """Runs a kernel as measured for this GPU's architecture, or for the newest one measured."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    warps, stages = LAUNCH.get(capability, LAUNCH[max(LAUNCH)])[kernel.__name__]
-    kernel[grid](*arguments, num_warps=warps, num_stages=stages)
+    warps, stages, registers = LAUNCH.get(capability, LAUNCH[max(LAUNCH)])[kernel.__name__]
+    kernel[grid](*arguments, num_warps=warps, num_stages=stages, maxnreg=registers or None)
 
 
 def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, tuple, tuple]:

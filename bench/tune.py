@@ -1,7 +1,7 @@
 """Measures launch configurations of the fused scan's kernels on this GPU: python bench/tune.py [state size]
 
-Runs the operator forward and backward (131,072 tokens, 16 heads of 64) under every combination of warps and pipeline
-stages, takes each kernel's time from the profiler, and prints a table and an entry for LAUNCH in train_gpt.py.
+Runs the operator forward and backward (131,072 tokens, 16 heads of 64) under every combination of warps, pipeline
+stages and register limits (0: none), takes each kernel's time from the profiler, and prints a table and an entry for LAUNCH in train_gpt.py.
 """
 
 import collections
@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t
 
-CONFIGURATIONS = tuple(itertools.product((4, 8), (1, 2, 3)))  # warps, stages
+CONFIGURATIONS = tuple(itertools.product((4, 8), (1, 2, 3), (0, 128)))  # warps, stages, registers
 
 
 def random_layer(state: int, device: torch.device) -> tuple[torch.Tensor, t.MambaParameters, t.MambaSizes]:
@@ -50,7 +50,7 @@ def main() -> None:
         torch.autograd.grad(y, inputs, grad)
 
     names = list(t.LAUNCH[max(t.LAUNCH)])
-    times: dict[str, dict[tuple[int, int], float]] = collections.defaultdict(dict)
+    times: dict[str, dict[tuple[int, int, int], float]] = collections.defaultdict(dict)
     for configuration in CONFIGURATIONS:
         t.LAUNCH[capability] = dict.fromkeys(names, configuration)
         try:
