@@ -19,6 +19,7 @@ already scored. The sections stand in the order in which data flows:
     9. Run          logging, warm-up, training, main()
 """
 
+import bisect
 import collections
 import contextlib
 import copy
@@ -35,11 +36,9 @@ import math
 import os
 import platform
 import queue
-import struct
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +55,12 @@ ARTIFACT_CAP = 16_000_000  # bytes, decimal, code included: the contest's limit
 
 class UserError(Exception):
     """A mistake the user can mend: run() prints it as one line and exits with status 2."""
+
+
+def need(condition: bool, message: str):
+    """Raises UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 # ============
@@ -1847,43 +1852,49 @@ DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TI
 INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
+LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained weights
+LZMA_FILTERS = [
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 26}
+]
+ARTIFACT_MAGIC = b"SSMGOLF2"
+MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is refused before anything is allocated
 
 
-class TensorPlan(NamedTuple):
-    """How one parameter is stored: "int" (rows on a grid, the last int8_rows of them with 8 bits), or a float type."""
+class Quantized(NamedTuple):
+    """A matrix on its grid: integers (rows, columns) int8, step of each row (rows,) float16, limits as grid_limits()."""
 
-    encoding: str  # "int", "float16" or "float32"
-    int8_rows: int = 0
+    integers: Tensor
+    scale: Tensor
+    limits: Tensor
+
+    def ones(self) -> Tensor:
+        """Where a row of 6 bits holds 1 or -1, bool (rows, columns)."""
+        return (self.integers.abs() == 1) & (self.limits == INT6_MAX)
 
 
-Plan = dict[str, TensorPlan]  # by parameter name
+Stored = dict[str, Quantized | Tensor]  # every parameter as it is stored, by name, in the model's order
 
 
-def plan_tensors(model: Model) -> Plan:
-    """The storage of every parameter, by name.
+def grid_limits(model: Model) -> dict[str, Tensor]:
+    """The matrices that are stored as integers, by name: the largest integer of each row, float32 (rows, 1).
 
-    Matrices are int6; embedding and output matrix int8, and so the rows of Mamba's in_proj that produce step size,
-    decay, trapezoid and angles, whose errors a recurrence compounds. Per-head dynamics stay float32.
+    They are int6; embedding and output matrix int8, and so the rows of Mamba's in_proj that produce step size, decay,
+    trapezoid and angles, whose errors a recurrence compounds.
     """
-    plan = {}
-    for name, p in model.named_parameters():
-        leaf = name.split(".")[-1]
-        if name in ("embedding.weight", "head.weight"):
-            plan[name] = TensorPlan("int", p.shape[0])
-        elif p.dim() == 2 and leaf == "weight" and ".conv." not in name:
-            is_mamba_input = name.endswith("in_proj.weight")
-            rows = model.get_submodule(name.removesuffix(".in_proj.weight")).dynamics_rows if is_mamba_input else 0
-            plan[name] = TensorPlan("int", rows)
-        else:
-            plan[name] = TensorPlan("float32" if leaf in ("dt_bias", "A_log", "D") else "float16")
-    return plan
-
-
-def grid_limits(rows: int, int8_rows: int, device: torch.device) -> Tensor:
-    """Largest integer of each row's grid, float32 (rows, 1)."""
-    limits = torch.full((rows, 1), float(INT6_MAX), device=device)
-    limits[rows - int8_rows :] = INT8_MAX
+    limits = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            limits[f"{name}.weight"] = rows = layer.weight.new_full((len(layer.weight), 1), INT6_MAX)
+            if name in ("embedding", "head"):
+                rows[:] = INT8_MAX
+            elif name.endswith(".in_proj"):
+                rows[-model.get_submodule(name.removesuffix(".in_proj")).dynamics_rows :] = INT8_MAX
     return limits
+
+
+def float_type(name: str) -> str:
+    """The type of a stored parameter that is not integers, or of a matrix's row steps."""
+    return "float32" if name.endswith((".dt_bias", ".A_log", ".D")) else "float16"
 
 
 def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
@@ -1903,41 +1914,32 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
 
 def entropy_bytes(integers: Tensor) -> float:
     """Bytes an ideal coder needs for these integers, each drawn from their common distribution."""
-    counts = torch.bincount((integers + INT8_MAX).flatten().long(), minlength=2 * INT8_MAX + 1).double()
+    counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
     p = counts[counts > 0] / counts.sum()
     return float(-(p * p.log2()).sum() * integers.numel() / 8)
 
 
-LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained weights
-
-
+@torch.no_grad()
 def predict_bytes(model: Model, settings: Settings, k: float) -> float:
     """Bytes of the artifact if int6 rows were rounded with this k, by the integers' entropy."""
-    total = 4096.0
-    for name, (encoding, int8_rows) in plan_tensors(model).items():
-        p = model.get_parameter(name).detach()
-        if encoding != "int":
-            total += p.numel() * (2 if encoding == "float16" else 4)
-            continue
-        limits = grid_limits(len(p), int8_rows, p.device)
-        integers = round_to_grid(p, row_scales(p, limits, settings, k), limits)
-        total += 2 * len(p) + LZMA_OVERHEAD * entropy_bytes(integers)
+    total, matrices = 4096.0, grid_limits(model)
+    for name, p in model.named_parameters():
+        if name in matrices:
+            integers = round_to_grid(p, row_scales(p, matrices[name], settings, k), matrices[name])
+            total += 2 * len(p) + LZMA_OVERHEAD * entropy_bytes(integers)
+        else:
+            total += p.numel() * np.dtype(float_type(name)).itemsize
     return total
 
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     """SDCLIP_K, or where it is 0 the least k from 4 to 16 whose predicted artifact fits target_bytes."""
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise UserError(f"the weights are no longer finite: {DIVERGED}")
+    need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    low, high = 4.0, 16.0
-    if predict_bytes(model, settings, low) <= target_bytes:
-        return low
-    for _ in range(8):
-        middle = (low + high) / 2
-        low, high = (low, middle) if predict_bytes(model, settings, middle) <= target_bytes else (middle, high)
-    return high
+    choices = [4 + 12 * i / 256 for i in range(257)]
+    fits = bisect.bisect_left(choices[:-1], True, key=lambda k: predict_bytes(model, settings, k) <= target_bytes)
+    return choices[fits]
 
 
 class FakeQuantization:
@@ -1945,24 +1947,21 @@ class FakeQuantization:
     weights themselves (straight-through)."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
-        self.settings = settings
-        self.k = fit_sdclip(model, settings, target_bytes)
-        plan = {name: item.int8_rows for name, item in plan_tensors(model).items() if item.encoding == "int"}
-        parameters = {name: model.get_parameter(name) for name in plan}
-        self.entries = [(p, grid_limits(len(p), plan[name], p.device)) for name, p in parameters.items()]
+        self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
+        self.matrices = [(model.get_parameter(name), limits) for name, limits in grid_limits(model).items()]
 
     @contextlib.contextmanager
     def __call__(self):
-        kept = [p.detach().clone() for p, _ in self.entries]
+        kept = [p.detach().clone() for p, _ in self.matrices]
         with torch.no_grad():
-            for p, limits in self.entries:
+            for p, limits in self.matrices:
                 scale = row_scales(p, limits, self.settings, self.k)
                 p.copy_(round_to_grid(p, scale, limits) * scale)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_([p for p, _ in self.entries], kept)
+                torch._foreach_copy_([p for p, _ in self.matrices], kept)
 
 
 @torch.no_grad()
@@ -1971,24 +1970,21 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 
     By parameter name, float32 (columns, columns); the output matrix has the final hidden states' H.
     """
-    hessians = {}
+    hessians = collections.defaultdict(float)
 
     def gather(name: str, x: Tensor):
         x = x.flatten(0, -2).float()
-        product = 2 * (x.T @ x)
-        hessians[name] = hessians[name] + product if name in hessians else product
+        hessians[name] = hessians[name] + 2 * (x.T @ x)
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: gather(name, args[0]))
         for name, layer in model.linear_layers().items()
     ]
     output_name = "embedding.weight" if model.head is None else "head.weight"
-    try:
-        for batch in sequences.split(rows):
-            gather(output_name, model(batch, model.order(recurrent=True))[0])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for batch in sequences.split(rows):
+        gather(output_name, model(batch, model.order(recurrent=True))[0])
+    for hook in hooks:
+        hook.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
 
 
@@ -1998,54 +1994,34 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 
     Columns are rounded in order of falling diagonal, and each column's error is spread over those still to come.
     """
-    weight, hessian = weight.float().clone(), hessian.float().clone()
-    diagonal = hessian.diagonal()
-    unused = diagonal == 0
-    diagonal[unused] = 1.0
-    weight[:, unused] = 0.0
-    order = diagonal.argsort(descending=True)
-    weight, hessian = weight[:, order], hessian[order][:, order]
-    upper = inverse_cholesky(hessian)
-    integers = torch.zeros_like(weight)
-    columns = weight.shape[1]
-    for first in range(0, columns, GPTQ_BLOCK):
-        last = min(first + GPTQ_BLOCK, columns)
+    hessian = hessian.float().clone()
+    unused = hessian.diagonal() == 0
+    hessian.diagonal()[unused] = 1.0
+    order = hessian.diagonal().argsort(descending=True)
+    weight = weight.float().masked_fill(unused, 0.0)[:, order]
+    upper = inverse_cholesky(hessian[order][:, order])
+    for first in range(0, len(order), GPTQ_BLOCK):
+        last = first + GPTQ_BLOCK
         errors = torch.zeros_like(weight[:, first:last])
-        for j in range(first, last):
-            column = weight[:, j : j + 1]
-            integers[:, j : j + 1] = round_to_grid(column, scale, limits)
-            error = (column - integers[:, j : j + 1] * scale) / upper[j, j]
-            weight[:, j:last] -= error * upper[j, j:last]
-            errors[:, j - first : j - first + 1] = error
+        for j in range(errors.shape[1]):
+            rest = weight[:, first + j : last]  # a view: the column to round, and those of the block still to come
+            integers = round_to_grid(rest[:, :1], scale, limits)
+            errors[:, j : j + 1] = (rest[:, :1] - integers * scale) / upper[first + j, first + j]
+            rest -= errors[:, j : j + 1] * upper[first + j, first + j : last]
+            rest[:, :1] = integers
         weight[:, last:] -= errors @ upper[first:last, last:]
-    return integers[:, order.argsort()]
+    return weight[:, order.argsort()]
 
 
 def inverse_cholesky(hessian: Tensor) -> Tensor:
     """Upper Cholesky factor of the damped inverse; damping grows until the factorization succeeds."""
-    mean = hessian.diagonal().mean()
-    damping = GPTQ_DAMPING
+    identity = torch.eye(len(hessian), device=hessian.device)
+    damping = GPTQ_DAMPING * hessian.diagonal().mean() * identity
     while True:
-        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return upper
+        lower, failed = torch.linalg.cholesky_ex((hessian + damping).flip(0, 1))
+        if not int(failed):  # flipped back, lower is the R of H = R R^T, R upper: the inverse's factor is R^-1
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         damping *= 10
-
-
-class Quantized(NamedTuple):
-    """A matrix on its grid: integers (rows, columns) int8, one step per row (rows,) float16."""
-
-    integers: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        return self.integers.float() * self.scale.float().unsqueeze(1)
-
-
-Stored = dict[str, Quantized | Tensor]  # every parameter as it is stored, by name
 
 
 @torch.no_grad()
@@ -2053,227 +2029,125 @@ def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float, say=lambda text: None
 ) -> Stored:
     """Every parameter as it will be stored, on every rank; the ranks share the work."""
-    plan = plan_tensors(model)
-    stored: Stored = {}
-    matrices = [name for name in plan if plan[name].encoding == "int"]
-    for index, name in enumerate(matrices):
-        weight = model.get_parameter(name).detach()
-        integers = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
-        scale = torch.zeros(len(weight), dtype=torch.float16, device=weight.device)
+    stored: Stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
+    matrices = grid_limits(model)
+    for index, (name, limits) in enumerate(matrices.items()):
+        weight = model.get_parameter(name)
+        integers = torch.zeros_like(weight, dtype=torch.int8)
+        scale = weight.new_zeros(len(weight), dtype=torch.float16)
         if index % ranks.world_size == ranks.rank:
-            limits = grid_limits(len(weight), plan[name].int8_rows, weight.device)
-            hessian = hessians.get(name)
             step = row_scales(weight, limits, settings, k)
+            hessian = hessians.get(name)
             rounded = round_to_grid(weight, step, limits) if hessian is None else gptq(weight, hessian, step, limits)
-            integers.copy_(rounded.to(torch.int8))
+            integers.copy_(rounded)
             scale.copy_(step.squeeze(1))
-        stored[name] = Quantized(integers, scale)
+        stored[name] = Quantized(integers, scale, limits)
         if (index + 1) % 8 == 0:
             say(f"GPTQ: {index + 1}/{len(matrices)} matrices")
     for name in matrices:
-        for tensor in stored[name]:
-            ranks.sum_(tensor)  # zeros everywhere but where it was computed
-    for name, (encoding, _) in plan.items():
-        if encoding != "int":
-            stored[name] = model.get_parameter(name).detach().to(getattr(torch, encoding))
-    return {name: stored[name] for name in plan}
+        ranks.sum_(stored[name].integers)  # zeros everywhere but where they were computed
+        ranks.sum_(stored[name].scale)
+    return stored
 
 
-# The artifact: magic, length of the header, header (JSON), LZMA stream, SHA-256 of all before it.
-
-ARTIFACT_MAGIC = b"SSMGOLF1"
-LZMA_FILTERS = [
-    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 26}
-]
-MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is refused before anything is allocated
+# The artifact: magic, the model's settings as a line of JSON, LZMA stream, SHA-256 of all before it. The stream holds,
+# in the order of the model's parameters, floats and row steps, and behind them all integers, one byte each: LZMA makes
+# 10 to 20 % less of those than of packed bits.
 
 
-def pack_integers(integers: np.ndarray, int8_rows: int, packing: str) -> bytes:
-    """int8 (rows, columns) as one byte per value ("bytes"), or 6-bit rows four values in three bytes ("bits")."""
-    if packing == "bytes":
-        return integers.tobytes()
-    six, eight = integers[: len(integers) - int8_rows], integers[len(integers) - int8_rows :]
-    values = (six.astype(np.int16).ravel() + 32).astype(np.uint32)
-    a, b, c, d = np.pad(values, (0, -len(values) % 4)).reshape(-1, 4).T
-    word = a | b << 6 | c << 12 | d << 18
-    return np.stack([word & 255, word >> 8 & 255, word >> 16], axis=1).astype(np.uint8).tobytes() + eight.tobytes()
-
-
-def packed_size(rows: int, columns: int, int8_rows: int, packing: str) -> int:
-    """Bytes that pack_integers() gives for a matrix of this shape."""
-    if packing == "bytes":
-        return rows * columns
-    return -(-(rows - int8_rows) * columns // 4) * 3 + int8_rows * columns
-
-
-def unpack_integers(data: bytes, rows: int, columns: int, int8_rows: int, packing: str) -> np.ndarray:
-    """The inverse of pack_integers()."""
-    if packing == "bytes":
-        return np.frombuffer(data, dtype=np.int8).reshape(rows, columns).copy()
-    count = (rows - int8_rows) * columns
-    packed = np.frombuffer(data[: -(-count // 4) * 3], dtype=np.uint8).reshape(-1, 3).astype(np.uint32)
-    word = packed[:, 0] | packed[:, 1] << 8 | packed[:, 2] << 16
-    values = np.stack([word >> shift & 63 for shift in (0, 6, 12, 18)], axis=1).ravel()[:count].astype(np.int8) - 32
-    eight = np.frombuffer(data[len(packed) * 3 :], dtype=np.int8)
-    return np.concatenate([values, eight]).reshape(rows, columns)
-
-
-def pack_artifact(settings: Settings, plan: Plan, stored: Stored, packing: str) -> bytes:
-    """The whole artifact file as bytes, with its integers packed this way."""
-    model_settings = {name: getattr(settings, name) for name in MODEL_FIELDS}
-    raw, integer_parts = io.BytesIO(), []
-    table = []
-    for name, item in stored.items():
-        encoding, int8_rows = plan[name]
-        if encoding == "int":
-            raw.write(item.scale.cpu().numpy().tobytes())
-            integer_parts.append(pack_integers(item.integers.cpu().numpy(), int8_rows, packing))
-        else:
-            raw.write(item.cpu().numpy().tobytes())
-        shape = list(item.integers.shape if encoding == "int" else item.shape)
-        table.append([name, shape, encoding, int8_rows])
-    content = raw.getvalue() + b"".join(integer_parts)
+def pack_artifact(settings: Settings, stored: Stored) -> bytes:
+    """The whole artifact file as bytes."""
+    matrices = [item for item in stored.values() if isinstance(item, Quantized)]
+    arrays = [item.scale if isinstance(item, Quantized) else item for item in stored.values()]
+    content = b"".join(x.cpu().numpy().tobytes() for x in arrays + [item.integers for item in matrices])
+    header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
     payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    header = {"settings": model_settings, "packing": packing, "raw_bytes": len(content), "tensors": table}
-    header = json.dumps(header, separators=(",", ":")).encode()
-    body = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + payload
+    body = ARTIFACT_MAGIC + header.encode() + b"\n" + payload
     return body + hashlib.sha256(body).digest()
 
 
-def smallest_artifact(settings: Settings, plan: Plan, stored: Stored) -> tuple[bytes, str]:
-    """The smaller of the two packings, and its name; LZMA lets both run at once."""
-    packings = ("bytes", "bits")
-    with ThreadPoolExecutor(len(packings)) as pool:
-        files = list(pool.map(lambda packing: pack_artifact(settings, plan, stored, packing), packings))
-    return min(zip(files, packings), key=lambda item: len(item[0]))
-
-
-def six_bit_rows(integers: Tensor, plan: TensorPlan) -> Tensor:
-    """The rows of a stored matrix that have 6 bits."""
-    return integers[: len(integers) - plan.int8_rows]
-
-
-def prune(stored: Stored, plan: Plan, count: int) -> Stored:
-    """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest squared step."""
-    names = [name for name, item in stored.items() if isinstance(item, Quantized)]
-    places = [(six_bit_rows(stored[name].integers, plan[name]).abs() == 1).nonzero(as_tuple=True) for name in names]
-    costs = [stored[name].scale[row].float().square() for name, (row, _) in zip(names, places)]
-    chosen = torch.zeros(sum(map(len, costs)), dtype=torch.bool, device=costs[0].device)
-    chosen[torch.cat(costs).argsort(stable=True)[:count]] = True
+def prune(stored: Stored, count: int) -> Stored:
+    """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest step."""
+    matrices = {name: item for name, item in stored.items() if isinstance(item, Quantized)}
+    places = [item.ones().nonzero(as_tuple=True) for item in matrices.values()]
+    steps = [item.scale[row] for item, (row, _) in zip(matrices.values(), places)]
+    chosen = torch.zeros(sum(map(len, steps)), dtype=torch.bool, device=steps[0].device)
+    chosen[torch.cat(steps).argsort(stable=True)[:count]] = True
     pruned = dict(stored)
-    for name, (row, column), mine in zip(names, places, chosen.split([len(c) for c in costs])):
+    for name, (row, column), mine in zip(matrices, places, chosen.split([len(step) for step in steps])):
         integers = stored[name].integers.clone()
         integers[row[mine], column[mine]] = 0
-        pruned[name] = Quantized(integers, stored[name].scale)
+        pruned[name] = stored[name]._replace(integers=integers)
     return pruned
 
 
-def fit_artifact(settings: Settings, plan: Plan, stored: Stored, target_bytes: int, say) -> bytes:
+def fit_artifact(settings: Settings, stored: Stored, target_bytes: int, say) -> bytes:
     """The artifact in at most target_bytes, with ±1 values pruned if it must; UserError if it does not fit even so."""
-    data, packing = smallest_artifact(settings, plan, stored)
-    say(f"packed as {packing}: {len(data)} bytes of at most {target_bytes}")
-    matrices = {name: item.integers for name, item in stored.items() if isinstance(item, Quantized)}
-    ones = sum(int((six_bit_rows(x, plan[name]).abs() == 1).sum()) for name, x in matrices.items())
+    data = pack_artifact(settings, stored)
+    say(f"packed: {len(data)} bytes of at most {target_bytes}")
+    ones = sum(int(item.ones().sum()) for item in stored.values() if isinstance(item, Quantized))
     count = 0
     while len(data) > target_bytes:
-        if count == ones:
-            problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
-            raise UserError(f"{problem}: raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
+        problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
+        need(count < ones, f"{problem}: raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
         # A pruned value saves about a seventh of a byte; where that was too little, a quarter more.
         count = min(ones, count * 5 // 4 + 1 if count else 7 * (len(data) - target_bytes))
-        data, _ = smallest_artifact(settings, plan, prune(stored, plan, count))
+        data = pack_artifact(settings, prune(stored, count))
         say(f"pruned {count} of {ones} values of ±1: {len(data)} bytes")
     return data
 
 
-def unusable(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} is not a usable artifact: {problem}")
-
-
-def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The model settings in an artifact's header, and its parameters, dequantized, by name.
-
-    Every length is checked before it is allocated. Raises UserError for any file that is not a whole artifact.
-    """
-
-    def need(condition: bool, problem: str):
-        if not condition:
-            raise unusable(path, problem)
-
-    if not path.is_file():
-        raise UserError(f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
-    need(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
+def read_artifact(path: Path) -> tuple[dict, bytes]:
+    """The model's settings in an artifact, and its LZMA stream. Raises UserError if it is not a whole artifact."""
+    need(path.is_file(), f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
+    unusable = f"{path} is not a usable artifact:"
+    need(path.stat().st_size <= 4 * ARTIFACT_CAP, f"{unusable} it is far larger than the cap")
     data = path.read_bytes()
-    need(data[:8] == ARTIFACT_MAGIC, "wrong magic number")
-    intact = len(data) > 44 and hashlib.sha256(data[:-32]).digest() == data[-32:]
-    need(intact, "its checksum does not match; it is truncated or altered")
-    header_bytes = struct.unpack_from("<I", data, 8)[0]
-    need(12 + header_bytes + 32 <= len(data), "its header is longer than the file")
+    need(data.startswith(ARTIFACT_MAGIC), f"{unusable} wrong magic number")
+    intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
+    need(intact, f"{unusable} its checksum does not match; it is truncated or altered")
+    header, _, payload = data[len(ARTIFACT_MAGIC) : -32].partition(b"\n")
     try:
-        header = json.loads(data[12 : 12 + header_bytes])
-        settings, packing, raw_bytes, table = (header[key] for key in ("settings", "packing", "raw_bytes", "tensors"))
-        types = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
-        need(set(settings) == set(MODEL_FIELDS), "it holds other settings than this program's")
-        need(all(type(settings[key]) is types[key] for key in settings), "a setting in its header has the wrong type")
-        malformed = "its header is malformed"
-        need(packing in ("bytes", "bits") and type(raw_bytes) is int, malformed)
-        sizes = []  # of each tensor: bytes of its scales or floats, bytes of its packed integers
-        for name, shape, encoding, int8_rows in table:
-            whole = all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in (*shape, int8_rows))
-            need(type(name) is str and whole and len(shape) <= 2, malformed)
-            if encoding == "int":
-                need(len(shape) == 2 and int8_rows <= shape[0], malformed)
-                sizes.append((2 * shape[0], packed_size(*shape, int8_rows, packing)))
-            else:
-                sizes.append((math.prod(shape) * {"float16": 2, "float32": 4}[encoding], 0))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise unusable(path, "its header is malformed") from None
-    expected = sum(a + b for a, b in sizes)
-    need(raw_bytes == expected <= MAX_RAW_BYTES, f"its header promises {raw_bytes} bytes, its tensors need {expected}")
-    try:
-        decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-        content = decompressor.decompress(data[12 + header_bytes : -32], max_length=raw_bytes)
-    except lzma.LZMAError:
-        content = b""
-    need(len(content) == raw_bytes, "its data does not unpack to the promised length")
-    parameters = {}
-    at, integers_at = 0, sum(a for a, _ in sizes)
-    for (name, shape, encoding, int8_rows), (plain, packed) in zip(table, sizes):
-        plain_bytes = content[at : at + plain]
-        if encoding == "int":
-            integers = unpack_integers(content[integers_at : integers_at + packed], *shape, int8_rows, packing)
-            scale = torch.from_numpy(np.frombuffer(plain_bytes, dtype=np.float16).copy())
-            parameters[name] = Quantized(torch.from_numpy(integers), scale).dequantize()
-        else:
-            array = np.frombuffer(plain_bytes, dtype=encoding).reshape(shape)
-            parameters[name] = torch.from_numpy(array.astype(np.float32))
-        at, integers_at = at + plain, integers_at + packed
-    return settings, parameters
+        settings = dict(json.loads(header))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{unusable} its header is malformed") from None
+    need(set(settings) == set(MODEL_FIELDS), f"{unusable} it holds other settings than this program's")
+    for name, value in settings.items():
+        need(type(value) is type(getattr(Settings, name)), f"{unusable} {name} in its header has the wrong type")
+    return settings, payload
 
 
 def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, and the settings with the header's in place of the run's.
+    """The model in an artifact, and the settings with the artifact's in place of the run's.
 
-    Raises UserError as read_artifact() does, and if a variable that was given contradicts the header.
+    Raises UserError as read_artifact() does, if the model is not the one that the header describes, and if a variable
+    that was given contradicts it.
     """
-    stored_settings, parameters = read_artifact(path)
-    for name in sorted(given & set(stored_settings)):
-        if getattr(settings, name) != stored_settings[name]:
-            ours, stored = getattr(settings, name), stored_settings[name]
-            raise UserError(f"{name.upper()}={ours} contradicts the artifact, which has {stored}: unset it")
-    settings = dataclasses.replace(settings, **stored_settings)
+    stored, payload = read_artifact(path)
+    for name in sorted(given & set(stored)):
+        ours, theirs = getattr(settings, name), stored[name]
+        need(ours == theirs, f"{name.upper()}={ours} contradicts the artifact, which has {theirs}: unset it")
+    settings = dataclasses.replace(settings, **stored)
     validate_settings(settings, ranks.world_size)
-    expected = {}
-    if settings.num_layers <= len(parameters):
-        with torch.device("meta"):  # shapes only: nothing is allocated before they are known to be the file's
-            skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
-        expected = {name: p.shape for name, p in skeleton.named_parameters()}
-    if not expected or {name: p.shape for name, p in parameters.items()} != expected:
-        raise unusable(path, "its tensors are not those of the model its header describes")
+    with torch.device("meta"):  # shapes only: nothing is allocated before they are known to be the file's
+        skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
+    matrices, parameters = grid_limits(skeleton), dict(skeleton.named_parameters())
+    arrays = [(name, p.shape[:1] if name in matrices else p.shape, float_type(name)) for name, p in parameters.items()]
+    arrays += [(name, parameters[name].shape, "int8") for name in matrices]
+    sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, shape, kind in arrays]
+    content = b""
+    if sum(sizes) <= MAX_RAW_BYTES:
+        with contextlib.suppress(lzma.LZMAError):
+            decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+            content = decompressor.decompress(payload, max_length=sum(sizes))
+    whole = len(content) == sum(sizes)
+    need(whole, f"{path} is not a usable artifact: its data are not the model that its header describes")
+    parts = np.split(np.frombuffer(content, np.uint8), np.cumsum(sizes)[:-1])
+    for (name, shape, kind), part in zip(arrays, parts):
+        tensor = torch.from_numpy(part.view(kind).reshape(shape).astype(np.float32))
+        parameters[name] = tensor * parameters[name].unsqueeze(1) if kind == "int8" else tensor
     model = build_model(settings, ranks)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(parameters[name])
+    model.load_state_dict(parameters)
     return model, settings
 
 
@@ -2542,9 +2416,8 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     trainer.clock.pause()
     gptq_seconds = time.perf_counter() - started
     log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
-    plan = plan_tensors(model)
     if ranks.rank == 0:
-        data = fit_artifact(s, plan, stored, target_bytes, log)
+        data = fit_artifact(s, stored, target_bytes, log)
         write_whole(s.artifact_path, data)
         packing_seconds = time.perf_counter() - started - gptq_seconds
         log(f"artifact: {s.artifact_path}, {len(data)} bytes, packed in {packing_seconds:.1f}s")
