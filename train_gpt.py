@@ -88,41 +88,41 @@ class Settings:
     artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
     sample: str = env("", "text", "text for the exported model to continue")
-    sample_tokens: int = env(128, "tokens", "length of that continuation")
+    sample_tokens: int = env(128, "tokens > 0", "length of that continuation")
     sample_temperature: float = env(0.8, "factor", "its temperature; 0: the likeliest token")
 
     data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
-    vocab_size: int = env(8192, "tokens", "must be the tokenizer's")
-    train_batch_tokens: int = env(524_288, "tokens", "one step's batch over all ranks")
-    train_seq_len: int = env(2048, "tokens", "training sequence and evaluation window")
+    vocab_size: int = env(8192, "tokens > 0", "must be the tokenizer's")
+    train_batch_tokens: int = env(524_288, "tokens > 0", "one step's batch over all ranks")
+    train_seq_len: int = env(2048, "tokens > 0", "training sequence and evaluation window")
     micro_batch_tokens: int = env(0, "tokens", "most tokens a rank runs at once; 0: what fits")
     document_reset: bool = env(False, "0|1", "BOS resets states and confines attention")
 
-    num_layers: int = env(7, "layers", "physical layers", "model")
-    model_dim: int = env(512, "width", "residual stream")
+    num_layers: int = env(7, "layers > 0", "physical layers", "model")
+    model_dim: int = env(512, "width > 0", "residual stream")
     layer_pattern: str = env("", "letters", "M Mamba, A attention; lower case: without MLP")
     mamba_layers: str = env("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
     mlp_layers: str = env("all", "layers", "which layers have an MLP")
-    mlp_mult: float = env(3.0, "× width", "hidden width of the MLP")
-    num_heads: int = env(8, "heads", "attention query heads")
-    num_kv_heads: int = env(4, "heads", "attention key/value heads")
-    rope_base: float = env(10_000.0, "number", "attention's rotary base")
+    mlp_mult: float = env(3.0, "× width > 0", "hidden width of the MLP")
+    num_heads: int = env(8, "heads > 0", "attention query heads")
+    num_kv_heads: int = env(4, "heads > 0", "attention key/value heads")
+    rope_base: float = env(10_000.0, "number > 0", "attention's rotary base")
     rope_fraction: float = env(1.0, "0 to 1", "part of each attention head that rotates")
     qk_gain_init: float = env(1.5, "factor", "initial gain on queries, learned per head")
     attention_backend: str = env("auto", "auto|fa3|fa2|cudnn|flash|math", "auto: the first that works")
     mamba_version: int = env(3, "2|3", "Mamba-3, or Mamba-2 on the same scan")
-    mamba_d_state: int = env(64, "numbers", "state per channel, a power of two")
-    mamba_expand: float = env(2.0, "× width", "inner width of a Mamba layer")
-    mamba_head_dim: int = env(64, "numbers", "channels per Mamba head, a power of two")
+    mamba_d_state: int = env(64, "numbers > 0", "state per channel, a power of two")
+    mamba_expand: float = env(2.0, "× width > 0", "inner width of a Mamba layer")
+    mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head, a power of two")
     mamba_rope_fraction: float = env(0.5, "0.5|1", "part of Mamba-3's state that rotates")
-    mamba_d_conv: int = env(-1, "tokens", "short convolution; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
-    mamba_chunk_size: int = env(64, "tokens", "chunk of the chunked scans")
+    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution's tokens; -1: 4 in Mamba-2, else none")
+    mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = env(False, "0|1", "recompute Mamba layers in backward, to save memory")
     scan_backend: str = env("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, else chunked")
     unet_skips: bool = env(True, "0|1", "from the first half of the layers to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
-    bigram_dim: int = env(128, "width", "its width before the projection")
+    bigram_dim: int = env(128, "width > 0", "its width before the projection")
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
     logit_softcap: float = env(30.0, "nats", "cap·tanh(logits/cap); 0: none")
 
@@ -132,7 +132,7 @@ class Settings:
     recur_mode: str = env("hinge", "hinge|spread", "repeat the group as a whole, or each layer")
     recur_start: float = env(0.35, "of run", "before it, each layer runs once")
 
-    iterations: int = env(20_000, "steps", "most training steps", "schedule")
+    iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
     max_wallclock_seconds: float = env(600.0, "seconds", "training clock, GPTQ included; 0: ITERATIONS rule")
     export_reserve_seconds: float = env(15.0, "seconds", "the end of it, kept for calibration and GPTQ")
     warmup_steps: int = env(3, "steps", "compile warm-up, undone before the clock starts")
@@ -140,7 +140,7 @@ class Settings:
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
     warmdown_iters: int = env(0, "steps", "the same in steps of mean length; 0: the fraction")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
-    train_log_every: int = env(50, "steps", "training loss lines")
+    train_log_every: int = env(50, "steps > 0", "training loss lines")
 
     matrix_lr: float = env(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
     mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's in_proj and out_proj")
@@ -149,34 +149,34 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum")
     muon_momentum_start: float = env(0.85, "below 1", "its value at the first step")
     muon_momentum_warmup: float = env(0.1, "of run", "how long it takes to rise")
-    muon_backend_steps: int = env(5, "steps", "Newton-Schulz iterations")
+    muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
     beta1: float = env(0.9, "below 1", "Adam")
     beta2: float = env(0.95, "below 1", "Adam")
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
     weight_average: str = env("ema", "ema|swa|none", "which average of the weights is exported")
     ema_decay: float = env(0.997, "below 1", "at most; see EMA_HORIZON")
-    ema_horizon: float = env(0.03, "of steps", "EMA remembers at most this part of them")
+    ema_horizon: float = env(0.03, "of steps > 0", "EMA remembers at most this part of them")
     swa_fraction: float = env(0.2, "of run", "SWA averages this last part of the run")
 
     late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which weights are fake-quantized; 0: never", "export")
-    target_mb: float = env(16.0, "MB", "decimal, for artifact and code")
+    target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "k of int6 rows; 0: as fine as TARGET_MB allows")
-    sdclip_k_int8: float = env(16.0, "std", "k of 8-bit rows")
+    sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
     calibration: str = env("train", "train|self", "GPTQ's text: training tokens, or the model's own")
-    calibration_tokens: int = env(131_072, "tokens", "how much of it")
+    calibration_tokens: int = env(131_072, "tokens > 0", "how much of it")
 
     eval_mode: str = env("sliding", "plain|sliding|stateful", "context of a scored token", "evaluation")
-    eval_stride: int = env(512, "tokens", "sliding: how far each window moves")
-    eval_overlap: int = env(1024, "tokens", "stateful: attention's cache, and a cold start's context")
-    val_batch_size: int = env(524_288, "tokens", "most scored at once over all ranks")
-    eval_max_seconds: float = env(600.0, "seconds", "evaluation clock; adaptation gives way to it")
+    eval_stride: int = env(512, "tokens > 0", "sliding: how far each window moves")
+    eval_overlap: int = env(1024, "tokens > 0", "stateful: attention's cache, and a cold start's context")
+    val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
+    eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock; adaptation gives way to it")
     eval_nll_path: str = env("", "file.npy", "every target's nats, float32, in stream order")
     ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
     ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
     ttt_epochs: int = env(2, "epochs", "passes over each scored chunk")
     ttt_momentum: float = env(0.9, "below 1", "SGD")
-    ttt_chunk_tokens: int = env(32_768, "tokens", "scored, then trained on")
+    ttt_chunk_tokens: int = env(32_768, "tokens > 0", "scored, then trained on")
     ttt_grad_clip: float = env(1.0, "norm", "gradient clipping; 0: none")
     # fmt: on
 
@@ -222,7 +222,7 @@ def setting_groups() -> dict[str, list[dataclasses.Field]]:
 # What a stored model is meaningless without: it travels in the artifact's header.
 LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start"}
 MODEL_FIELDS = {f.name for group in ("model", "recurrence") for f in setting_groups()[group]} - LOCAL_FIELDS
-MODEL_FIELDS = tuple(sorted(MODEL_FIELDS | {"vocab_size", "document_reset"}))
+MODEL_FIELDS = sorted(MODEL_FIELDS | {"vocab_size", "document_reset"})
 
 
 def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
@@ -280,24 +280,18 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
 
     Raises UserError for an unknown preset, a value of the wrong type, and a misspelt variable.
     """
-    fields = {f.name.upper(): f for f in dataclasses.fields(Settings)}
-    reject_misspelt(environment, set(fields))
+    kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
+    reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"PRESET={preset} is unknown; did you mean {near}? There are: {', '.join(PRESETS)}")
-    values = dict(PRESETS[preset])
-    given = set()
-    for name, f in fields.items():
-        if name in environment:
-            values[f.name] = parse_value(name, environment[name], type(f.default))
-            given.add(f.name)
-    if "layer_pattern" in given and "num_layers" not in given:
-        values["num_layers"] = len(values["layer_pattern"])
-    settings = Settings(**values)
-    if settings.layer_pattern and ({"mamba_layers", "mlp_layers"} & given):
-        raise UserError("LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
-    return settings, given
+    given = {name.lower(): parse_value(name, text, kinds[name]) for name, text in environment.items() if name in kinds}
+    pattern = given.get("layer_pattern")
+    clash = pattern and {"mamba_layers", "mlp_layers"} & set(given)
+    need(not clash, "LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
+    derived = {"num_layers": len(pattern)} if pattern else {}
+    return Settings(**PRESETS[preset] | derived | given), set(given)
 
 
 def parse_value(name: str, text: str, kind: type):
@@ -328,83 +322,69 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
             raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (see --help)")
 
 
-UNIT_RANGES = {"of run": (0, 1), "0 to 1": (0, 1), "below 1": (0, 1 - 1e-9)}
-POSITIVE = {  # the other numbers may be 0
-    "vocab_size", "train_batch_tokens", "train_seq_len", "num_layers", "model_dim", "mlp_mult", "num_heads",
-    "num_kv_heads", "rope_base", "mamba_d_state", "mamba_expand", "mamba_head_dim", "mamba_chunk_size", "iterations",
-    "muon_backend_steps", "target_mb", "eval_overlap", "calibration_tokens", "eval_stride", "val_batch_size",
-    "eval_max_seconds", "ttt_chunk_tokens", "sample_tokens", "train_log_every", "sdclip_k_int8", "ema_horizon",
-    "bigram_dim",
-}  # fmt: skip
-
-
 def validate_settings(settings: Settings, world_size: int):
     """Raises UserError at the first value, or relation between values, that cannot work."""
-
-    def need(condition: bool, message: str):
-        if not condition:
-            raise UserError(message)
-
     s, model = settings, setting_groups()["model"]
+
+    def check(name: str, condition: bool, problem: str):
+        need(condition, f"{name.upper()}={getattr(s, name)} {problem}")
+
+    def check_multiple(name: str, divisor: int, meaning: str):
+        check(name, getattr(s, name) % divisor == 0, f"is not a multiple of {meaning} = {divisor}")
+
     for f in dataclasses.fields(s):
-        value, unit, name = getattr(s, f.name), f.metadata["unit"], f.name.upper()
+        value, unit = getattr(s, f.name), f.metadata["unit"]
         if isinstance(value, bool):
             continue
         if "|" in unit:
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            need(shown in unit.split("|"), f"{name}={shown} should be one of {unit.replace('|', ', ')}")
+            choices = unit.split("|")
+            check(f.name, str(value).removesuffix(".0") in choices, f"should be one of {', '.join(choices)}")
         elif not isinstance(value, str):
-            low, high = UNIT_RANGES.get(unit, (-1 if f.name == "mamba_d_conv" else 0, 2**20 if f in model else 2**50))
-            need(value >= low, f"{name}={value} must not be negative")
-            need(value <= high, f"{name}={value} must be {'below 1' if unit == 'below 1' else f'at most {high}'}")
-            need(value > 0 or f.name not in POSITIVE, f"{name}={value} must be greater than 0")
-    need(s.num_layers <= 1024 and s.recur_passes <= 64, "NUM_LAYERS is at most 1024 and RECUR_PASSES at most 64")
-    need(BOS_ID < s.vocab_size <= 65_536, f"VOCAB_SIZE={s.vocab_size}: shards hold 16-bit tokens, and BOS is {BOS_ID}")
-    need(s.mamba_d_conv <= 4, f"MAMBA_D_CONV={s.mamba_d_conv} should be 0 to 4, or -1 for the version's own")
+            high = 1 if unit in ("of run", "0 to 1", "below 1") else 2**20 if f in model else 2**50
+            check(f.name, value >= 0, "must not be negative")
+            check(f.name, value <= high, f"must be at most {high}")
+            check(f.name, value < 1 or unit != "below 1", "must be below 1")
+            check(f.name, value > 0 or not unit.endswith("> 0"), "must be greater than 0")
+    check("num_layers", s.num_layers <= 1024, "must be at most 1024")
+    check("recur_passes", s.recur_passes <= 64, "must be at most 64")
+    check("vocab_size", BOS_ID < s.vocab_size <= 65_536, f"does not suit 16-bit tokens of which {BOS_ID} is BOS")
     if s.layer_pattern:
         length, odd = len(s.layer_pattern), "".join(sorted(set(s.layer_pattern) - set("MmAa")))
-        need(not odd, f"LAYER_PATTERN={s.layer_pattern}: {odd} is unknown; letters are M, m, A, a")
-        need(length == s.num_layers, f"LAYER_PATTERN={s.layer_pattern} is {length} layers, NUM_LAYERS={s.num_layers}")
+        check("layer_pattern", not odd, f"holds {odd}; letters are M, m, A, a")
+        check("layer_pattern", length == s.num_layers, f"is {length} layers, NUM_LAYERS={s.num_layers}")
 
     group = parse_layers(s.recur_layers, s.num_layers, "RECUR_LAYERS")
     if group and s.recur_mode == "hinge" and not s.layer_order:
         consecutive = group == tuple(range(group[0], group[-1] + 1))
-        need(consecutive, f"RECUR_LAYERS={s.recur_layers} must be consecutive in hinge mode; or set LAYER_ORDER")
+        check("recur_layers", consecutive, "must be consecutive in hinge mode; or set LAYER_ORDER")
     order = virtual_layer_order(s)
     need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
+    check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a hidden width")
     mixers = {kind.mixer for kind in layer_kinds(s)}
-    divisions = [
-        (
-            "TRAIN_BATCH_TOKENS",
-            s.train_batch_tokens,
-            world_size * s.train_seq_len,
-            f"{world_size} ranks × TRAIN_SEQ_LEN",
-        )
-    ]
-    divisions += [("MICRO_BATCH_TOKENS", s.micro_batch_tokens, s.train_seq_len, "TRAIN_SEQ_LEN")]
     if "attention" in mixers:
-        divisions += [("MODEL_DIM", s.model_dim, 2 * s.num_heads, "2 × NUM_HEADS")]
-        divisions += [("NUM_HEADS", s.num_heads, s.num_kv_heads, "NUM_KV_HEADS")]
-    need(int(s.mlp_mult * s.model_dim) > 0, f"MLP_MULT={s.mlp_mult} leaves the MLP without a hidden width")
+        check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
+        check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
     if "mamba" in mixers:
-        need(s.mamba_inner_dim > 0, f"MAMBA_EXPAND={s.mamba_expand} leaves Mamba without a width")
-        divisions += [("MAMBA_EXPAND × MODEL_DIM", s.mamba_inner_dim, s.mamba_head_dim, "MAMBA_HEAD_DIM")]
+        inner = s.mamba_inner_dim
+        check("mamba_expand", inner > 0, "leaves Mamba without a width")
+        check("mamba_head_dim", inner % s.mamba_head_dim == 0, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             value = getattr(s, name)
-            need(value >= 8 and value & (value - 1) == 0, f"{name.upper()}={value} must be a power of two, at least 8")
+            check(name, value >= 8 and value & (value - 1) == 0, "must be a power of two, at least 8")
+    check("bigram_vocab_size", s.bigram_vocab_size != 1, "hashes every bigram alike; use 0 for none")
+
+    length, clock = s.train_seq_len, s.max_wallclock_seconds
+    check_multiple("train_batch_tokens", world_size * length, f"{world_size} ranks × TRAIN_SEQ_LEN")
+    check_multiple("micro_batch_tokens", length, "TRAIN_SEQ_LEN")
+    fits = not clock or s.export_reserve_seconds < clock
+    check("export_reserve_seconds", fits, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
+    check("target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes")
+    check("eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
+    if s.eval_mode == "stateful":
+        check("eval_overlap", s.eval_overlap < length, f"must be below TRAIN_SEQ_LEN={length}")
     if s.ttt_enabled and s.ttt_epochs:
         sequence = max(1, ttt_sequence_length(s, world_size))
-        divisions += [("TTT_CHUNK_TOKENS", s.ttt_chunk_tokens, world_size * sequence, f"{world_size} ranks × sequence")]
-    for name, value, divisor, divisor_name in divisions:
-        need(value % divisor == 0, f"{name}={value} is not a multiple of {divisor_name} = {divisor}")
-    need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 hashes every bigram alike; use 0 for none")
-    reserve, clock = s.export_reserve_seconds, s.max_wallclock_seconds
-    need(not clock or reserve < clock, f"EXPORT_RESERVE_SECONDS={reserve} takes all of MAX_WALLCLOCK_SECONDS={clock}")
-    need(s.target_mb * 1e6 <= ARTIFACT_CAP, f"TARGET_MB={s.target_mb} is over the contest's 16 decimal megabytes")
-    length = s.train_seq_len
-    need(s.eval_stride <= length, f"EVAL_STRIDE={s.eval_stride} is longer than TRAIN_SEQ_LEN={length}")
-    stateful = s.eval_mode == "stateful"
-    need(not stateful or s.eval_overlap < length, f"EVAL_OVERLAP={s.eval_overlap} must be below TRAIN_SEQ_LEN={length}")
+        check_multiple("ttt_chunk_tokens", world_size * sequence, f"{world_size} ranks × sequence")
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
@@ -423,7 +403,7 @@ def help_text() -> str:
     lines += ["", "Presets:"]
     for name, values in PRESETS.items():
         lines.append(f"  PRESET={name}: {PRESET_HELP[name]}")
-        lines += [f"      {key.upper()}={int(v) if isinstance(v, bool) else v}" for key, v in values.items()]
+        lines += [f"      {key.upper()}={value}" for key, value in values.items()]
     return "\n".join(lines)
 
 
