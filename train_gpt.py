@@ -30,15 +30,15 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
-import queue
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -235,12 +235,12 @@ def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
     layers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        first, last = int(first), int(last if dash else first)
-        if not first <= last < num_layers:
-            raise UserError(f"{name}={text}: there is no layer {part}; NUM_LAYERS={num_layers} counts from 0")
-        layers += range(first, last + 1)
+        last = last if dash else first
+        numbers = first.isdecimal() and last.isdecimal()
+        need(numbers, f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
+        exists = int(first) <= int(last) < num_layers
+        need(exists, f"{name}={text}: there is no layer {part}; NUM_LAYERS={num_layers} counts from 0")
+        layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
 
@@ -481,22 +481,20 @@ def open_shard(path: Path) -> np.ndarray:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if len(header) < 256 or header[0] != SHARD_MAGIC:
-        raise UserError(f"{path} is not a token shard (wrong magic number); see data/prepare.py")
-    if header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is a version {header[1]} shard; this program reads version {SHARD_VERSION}")
-    count = int(header[2])
+    ours = len(header) == 256 and header[0] == SHARD_MAGIC
+    need(ours, f"{path} is not a token shard (wrong magic number); see data/prepare.py")
+    version, count = map(int, header[1:3])
+    known = version == SHARD_VERSION
+    need(known, f"{path} is a version {version} shard; this program reads version {SHARD_VERSION}")
     wanted = SHARD_HEADER_BYTES + 2 * count
-    if count < 0 or size < wanted:
-        raise UserError(f"{path} has {size} bytes, but its header says {wanted}; download it again")
+    need(count >= 0 and wanted <= size, f"{path} has {size} bytes, but its header says {wanted}; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
     """All shards of a split ("train" or "val") by name. Raises UserError if there are none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-    if not paths:
-        raise UserError(f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
+    need(bool(paths), f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     return [open_shard(path) for path in paths]
 
 
@@ -509,9 +507,9 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
     """Yields (shard, first token) of training sequences for ever: each epoch visits every shard in a new order, one at a
     time to keep reads local, and in it every window of seq_len + 1 tokens in a new order and at a new phase."""
-    if max(lengths, default=0) <= seq_len:
+    if max(lengths) <= seq_len:
         raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
-    for epoch in range(sys.maxsize):
+    for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
             phase = int(generator.integers(max(1, min(seq_len, lengths[shard] - seq_len))))
@@ -531,19 +529,12 @@ class Batches:
         self.mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
         self.windows = batch_windows([len(shard) for shard in self.shards], self.seq_len, settings.seed)
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
-        self.queue: queue.Queue = queue.Queue(maxsize=2)
-        threading.Thread(target=self._fill, daemon=True).start()
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
 
-    def _fill(self):
-        try:
-            while True:
-                batch = [next(self.windows) for _ in range(self.batch_sequences)]
-                self.queue.put(self._gather(batch[self.mine]))
-        except BaseException as error:  # handed to the training loop, which raises it
-            self.queue.put(error)
-
-    def _gather(self, windows: list[tuple[int, int]]):
-        """Their tokens (windows, seq_len + 1) on the device, and the CUDA event after which they are there."""
+    def _gather(self):
+        """The next tokens (sequences, seq_len + 1) on the device, and the CUDA event after which they are there."""
+        windows = list(itertools.islice(self.windows, self.batch_sequences))[self.mine]
         tokens = np.stack([self.shards[shard][start : start + self.seq_len + 1] for shard, start in windows])
         check_token_range(tokens, self.vocab_size, "the training shards")
         tokens = torch.from_numpy(tokens.astype(np.int64))
@@ -554,10 +545,8 @@ class Batches:
             return tokens.pin_memory().to(self.device, non_blocking=True), self.stream.record_event()
 
     def next(self) -> tuple[Tensor, Tensor]:
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        tokens, copied = item
+        tokens, copied = self.ahead.popleft().result()
+        self.ahead.append(self.thread.submit(self._gather))
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
             tokens.record_stream(torch.cuda.current_stream())
@@ -570,16 +559,15 @@ class Tokenizer:
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece
 
-        if not Path(path).is_file():
-            raise UserError(f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
+        need(Path(path).is_file(), f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
         self.model = model = sentencepiece.SentencePieceProcessor()
         try:
             model.Load(path)
         except (RuntimeError, OSError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        if model.vocab_size() != vocab_size:
-            raise UserError(f"{path} has {model.vocab_size()} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
-        ids = range(vocab_size)
+        size = model.vocab_size()
+        need(size == vocab_size, f"{path} has {size} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
+        ids = range(size)
         text = [model.IdToPiece(i) for i in ids]
         lengths = [1 if model.IsByte(i) else len(text[i].removeprefix("▁").replace("▁", " ").encode()) for i in ids]
         self.is_special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
@@ -1628,22 +1616,20 @@ class Window(NamedTuple):
     last: int
 
 
-def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
+def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int, read: int = -1) -> list[Window]:
     """This rank's windows over the targets first <= p < last; together the ranks' windows cover each target once.
 
     plain: windows side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is new. stateful: each
-    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early to warm the state up.
+    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early to warm the state up, unless it has just read to
+    there.
     """
     length = settings.train_seq_len
     if settings.eval_mode == "stateful":
         share = -(-(last - first) // world_size)
         begin, end = first + rank * share, min(last, first + (rank + 1) * share)
-        windows = []
-        while begin < end:
-            context = begin if windows else max(0, begin - settings.eval_overlap)
-            windows.append(Window(context, begin, min(context + length, end)))
-            begin = windows[-1].last
-        return windows
+        start = begin if begin == read else max(0, begin - settings.eval_overlap)
+        starts = range(start, end, length) if begin < end else ()
+        return [Window(p, max(p, begin), min(p + length, end)) for p in starts]
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
     windows = [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in range(first, last, stride)]
     return windows[rank::world_size]
@@ -1681,45 +1667,45 @@ class Evaluator:
         clock_started is the perf_counter() at which the clock began. When time runs short, chunks get fewer epochs, then
         none, but all are scored. Raises UserError if even scoring takes too long.
         """
-        s = self.settings
+        s, total = self.settings, self.validation.num_targets
         self._reset(s)
-        total = self.validation.num_targets
         starts = range(0, total, s.ttt_chunk_tokens)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         sgd = torch.optim.SGD(parameters, lr=0.0, momentum=s.ttt_momentum)
         epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
         for index, first in enumerate(starts):
             last = min(first + s.ttt_chunk_tokens, total)
-            mark = time.perf_counter()
+            started = self._now()
             self._score_targets(first, last)
-            synchronize(self.ranks.device)
-            score_seconds = time.perf_counter() - mark
-            if index == len(starts) - 1:
-                break
-            left = clock_started + s.eval_max_seconds - time.perf_counter()
+            scored = self._now()
             chunks_left = len(starts) - 1 - index
+            if not chunks_left:
+                break
+            left = clock_started + s.eval_max_seconds - scored
             if index > 1:  # the first two chunks compile
-                spare = left - 1.2 * chunks_left * score_seconds
+                spare = left - 1.2 * chunks_left * (scored - started)
                 epochs = min(s.ttt_epochs, max(0, int(spare / (chunks_left * max(epoch_seconds, 1e-9)))))
             epochs = self.ranks.from_main(epochs if left > 0 else 0)
             given_up += s.ttt_epochs - epochs
-            rate = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
-            mark = time.perf_counter()
+            sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
             for _ in range(epochs):
-                self._train_on(first, last, sgd, parameters, rate)
-            synchronize(self.ranks.device)
-            epoch_seconds = (time.perf_counter() - mark) / epochs if epochs else epoch_seconds
+                self._train_on(first, last, sgd, parameters)
+            epoch_seconds = (self._now() - scored) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
         if self.ranks.from_main(time.perf_counter() - clock_started > s.eval_max_seconds):
             raise UserError(f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
         return self._collect(clock_started, given_up)
 
+    def _now(self) -> float:
+        """perf_counter() when the device has finished what it was given."""
+        synchronize(self.ranks.device)
+        return time.perf_counter()
+
     def _reset(self, settings: Settings):
         s, total, world_size = settings, self.validation.num_targets, self.ranks.world_size
-        self.mode = s
+        self.mode, self.state, self.state_position = s, None, -1
         self.nats = torch.zeros(total, device=self.ranks.device)
         self.times_scored = np.zeros(total, dtype=np.uint8)
-        self.state, self.state_position = None, -1
         chunk = min(total, s.ttt_chunk_tokens) if s.ttt_enabled else total
         most = len(plan_windows(s, 0, chunk, 0, world_size))
         fits = s.val_batch_size // (world_size * s.train_seq_len)
@@ -1728,16 +1714,14 @@ class Evaluator:
     @torch.no_grad()
     def _score_targets(self, first: int, last: int):
         """Scores this rank's share of the targets first <= p < last."""
-        s = self.mode
+        s, device = self.mode, self.ranks.device
         stateful = s.eval_mode == "stateful"
-        if stateful and self.ranks.world_size == 1 and self.state_position == first:
-            windows = [Window(p, p, min(p + s.train_seq_len, last)) for p in range(first, last, s.train_seq_len)]
-        else:
-            windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size)
+        windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
         for i in range(0, len(windows), self.rows):
             batch = windows[i : i + self.rows]
-            context = np.array([w.context for w in batch] + [batch[-1].context] * (self.rows - len(batch)))
-            tokens, targets = self._read(context, s.train_seq_len)
+            batch += [Window(batch[-1].context, 0, 0)] * (self.rows - len(batch))  # every batch has one shape
+            context, begin, end = np.array(batch).T[:, :, None]
+            tokens, targets = self._read(context[:, 0], s.train_seq_len)
             if stateful and batch[0].context != self.state_position:
                 self.state = None
             cache_tokens = s.eval_overlap if stateful else 0
@@ -1745,7 +1729,11 @@ class Evaluator:
             if stateful:  # padding at the end of a window spoils the state: it is carried from full windows only
                 full = batch[0].last - batch[0].context == s.train_seq_len
                 self.state, self.state_position = (new_state, batch[0].last) if full else (None, -1)
-            self._record(batch, nats)
+            position = context + np.arange(s.train_seq_len)
+            cells = np.flatnonzero((begin <= position) & (position < end))
+            where = position.flatten()[cells]
+            np.add.at(self.times_scored, where, 1)
+            self.nats[torch.from_numpy(where).to(device)] = nats.flatten()[torch.from_numpy(cells).to(device)].float()
 
     def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets (len(starts), length); past the stream's end, its last token."""
@@ -1754,31 +1742,21 @@ class Evaluator:
         both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
-    def _record(self, batch: list[Window], nats: Tensor):
-        length = nats.shape[1]
-        positions = np.concatenate([np.arange(w.first, w.last) for w in batch])
-        cells = np.concatenate([np.arange(w.first, w.last) - w.context + row * length for row, w in enumerate(batch)])
-        cells, where = (torch.from_numpy(x).to(self.ranks.device) for x in (cells, positions))
-        self.nats[where] = nats.flatten()[cells].float()
-        np.add.at(self.times_scored, positions, 1)
-
-    def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter], rate: float):
+    def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter]):
         """One step of SGD on the chunk's targets, all scored before; each rank takes its part."""
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
         starts = np.arange(first, last, length)
         share = len(starts) // ranks.world_size
         mine = starts[ranks.rank * share : (ranks.rank + 1) * share]
-        rows = max(1, min(share, s.val_batch_size // (ranks.world_size * length)))
-        while share % rows:
-            rows -= 1
+        most = min(share, s.val_batch_size // (ranks.world_size * length))
+        rows = next((n for n in range(most, 1, -1) if share % n == 0), 1)
         for i in range(0, share, rows):
             tokens, targets = self._read(mine[i : i + rows], length)
             (self.loss_function(tokens, targets, self.order) * (rows / share)).backward()
         ranks.average_gradients(parameters)
         if s.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(parameters, s.ttt_grad_clip)
-        sgd.param_groups[0]["lr"] = rate
         sgd.step()
         sgd.zero_grad()
 
