@@ -522,27 +522,26 @@ class Batches:
     targets, each (sequences, seq_len) int64 on the device, and raises UserError for a token outside the vocabulary."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
+        self.settings, self.ranks = settings, ranks
         self.shards = open_shards(settings.data_path, "train")
-        self.seq_len, self.vocab_size, self.device = settings.train_seq_len, settings.vocab_size, ranks.device
-        self.batch_sequences = settings.train_batch_tokens // self.seq_len
-        share = self.batch_sequences // ranks.world_size
-        self.mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-        self.windows = batch_windows([len(shard) for shard in self.shards], self.seq_len, settings.seed)
-        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.windows = batch_windows([len(shard) for shard in self.shards], settings.train_seq_len, settings.seed)
+        self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1)
         self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
 
     def _gather(self):
         """The next tokens (sequences, seq_len + 1) on the device, and the CUDA event after which they are there."""
-        windows = list(itertools.islice(self.windows, self.batch_sequences))[self.mine]
-        tokens = np.stack([self.shards[shard][start : start + self.seq_len + 1] for shard, start in windows])
-        check_token_range(tokens, self.vocab_size, "the training shards")
+        length, device = self.settings.train_seq_len, self.ranks.device
+        batch = list(itertools.islice(self.windows, self.settings.train_batch_tokens // length))
+        mine = np.array_split(batch, self.ranks.world_size)[self.ranks.rank]
+        tokens = np.stack([self.shards[shard][start : start + length + 1] for shard, start in mine])
+        check_token_range(tokens, self.settings.vocab_size, "the training shards")
         tokens = torch.from_numpy(tokens.astype(np.int64))
         if self.stream is None:
             return tokens, None
-        torch.cuda.set_device(self.device)
+        torch.cuda.set_device(device)
         with torch.cuda.stream(self.stream):
-            return tokens.pin_memory().to(self.device, non_blocking=True), self.stream.record_event()
+            return tokens.pin_memory().to(device, non_blocking=True), self.stream.record_event()
 
     def next(self) -> tuple[Tensor, Tensor]:
         tokens, copied = self.ahead.popleft().result()
@@ -1646,19 +1645,25 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores a validation set: score() with frozen weights, score_and_adapt() with test-time training."""
+    """Scores a validation set once: score() with frozen weights, or score_and_adapt() with test-time training."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent=True):
         self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
         self.order = model.order(recurrent)
         self.score_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
+        self.state, self.state_position = None, -1
+        s, self.total = settings, validation.num_targets
+        self.nats = torch.zeros(self.total, device=ranks.device)
+        self.times_scored = np.zeros(self.total, dtype=np.uint8)
+        chunk = min(self.total, s.ttt_chunk_tokens) if s.ttt_enabled else self.total
+        windows = 1 if s.eval_mode == "stateful" else len(plan_windows(s, 0, chunk, 0, ranks.world_size))
+        self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
 
-    def score(self, settings: Settings | None = None) -> Score:
-        """Scores the whole stream with the weights as they are, in the mode of settings (default: the run's)."""
+    def score(self) -> Score:
+        """Scores the whole stream with the weights as they are."""
         started = time.perf_counter()
-        self._reset(settings or self.settings)
-        self._score_targets(0, self.validation.num_targets)
+        self._score_targets(0, self.total)
         return self._collect(started, 0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
@@ -1667,14 +1672,13 @@ class Evaluator:
         clock_started is the perf_counter() at which the clock began. When time runs short, chunks get fewer epochs, then
         none, but all are scored. Raises UserError if even scoring takes too long.
         """
-        s, total = self.settings, self.validation.num_targets
-        self._reset(s)
-        starts = range(0, total, s.ttt_chunk_tokens)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        s = self.settings
+        starts = range(0, self.total, s.ttt_chunk_tokens)
+        parameters = list(self.model.parameters())
         sgd = torch.optim.SGD(parameters, lr=0.0, momentum=s.ttt_momentum)
         epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
         for index, first in enumerate(starts):
-            last = min(first + s.ttt_chunk_tokens, total)
+            last = min(first + s.ttt_chunk_tokens, self.total)
             started = self._now()
             self._score_targets(first, last)
             scored = self._now()
@@ -1701,20 +1705,10 @@ class Evaluator:
         synchronize(self.ranks.device)
         return time.perf_counter()
 
-    def _reset(self, settings: Settings):
-        s, total, world_size = settings, self.validation.num_targets, self.ranks.world_size
-        self.mode, self.state, self.state_position = s, None, -1
-        self.nats = torch.zeros(total, device=self.ranks.device)
-        self.times_scored = np.zeros(total, dtype=np.uint8)
-        chunk = min(total, s.ttt_chunk_tokens) if s.ttt_enabled else total
-        most = len(plan_windows(s, 0, chunk, 0, world_size))
-        fits = s.val_batch_size // (world_size * s.train_seq_len)
-        self.rows = 1 if s.eval_mode == "stateful" else max(1, min(most, fits))
-
     @torch.no_grad()
     def _score_targets(self, first: int, last: int):
         """Scores this rank's share of the targets first <= p < last."""
-        s, device = self.mode, self.ranks.device
+        s, device = self.settings, self.ranks.device
         stateful = s.eval_mode == "stateful"
         windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
         for i in range(0, len(windows), self.rows):
@@ -1746,14 +1740,12 @@ class Evaluator:
         """One step of SGD on the chunk's targets, all scored before; each rank takes its part."""
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
-        starts = np.arange(first, last, length)
-        share = len(starts) // ranks.world_size
-        mine = starts[ranks.rank * share : (ranks.rank + 1) * share]
-        most = min(share, s.val_batch_size // (ranks.world_size * length))
-        rows = next((n for n in range(most, 1, -1) if share % n == 0), 1)
-        for i in range(0, share, rows):
-            tokens, targets = self._read(mine[i : i + rows], length)
-            (self.loss_function(tokens, targets, self.order) * (rows / share)).backward()
+        mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
+        most = min(len(mine), s.val_batch_size // (ranks.world_size * length))
+        rows = next((n for n in range(most, 1, -1) if len(mine) % n == 0), 1)
+        for starts in mine.reshape(-1, rows):
+            tokens, targets = self._read(starts, length)
+            (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
         ranks.average_gradients(parameters)
         if s.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(parameters, s.ttt_grad_clip)
@@ -1766,10 +1758,9 @@ class Evaluator:
         if not bool((times == 1).all()):
             raise RuntimeError("a target was not scored exactly once")
         nats = self.ranks.sum_(self.nats).cpu().numpy()
-        total = nats.sum(dtype=np.float64)
-        loss = total / len(nats)
-        bpb = total / math.log(2) / self.validation.target_bytes.sum(dtype=np.float64)
-        return Score(float(loss), float(bpb), nats, time.perf_counter() - started, given_up)
+        total = float(nats.sum(dtype=np.float64))
+        bpb = total / math.log(2) / int(self.validation.target_bytes.sum())
+        return Score(total / self.total, bpb, nats, time.perf_counter() - started, given_up)
 
 
 def maybe_compile(function, settings: Settings, ranks: Ranks):
@@ -1788,16 +1779,15 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
     """
     order = model.order(recurrent=True)
     generator = torch.Generator(prompt.device).manual_seed(seed)
-    hidden, state = model(prompt, order, None, cache_tokens)
-    tokens = [prompt]
+    tokens, state = [prompt], None
     for _ in range(count):
+        hidden, state = model(tokens[-1], order, state, cache_tokens)
         logits = model.logits(hidden[:, -1:])[:, -1]
         if temperature:
             choice = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
         else:
             choice = logits.argmax(dim=-1, keepdim=True)
         tokens.append(choice)
-        hidden, state = model(choice, order, state, cache_tokens)
     return torch.cat(tokens, dim=1)
 
 
@@ -1873,8 +1863,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
 def entropy_bytes(integers: Tensor) -> float:
     """Bytes an ideal coder needs for these integers, each drawn from their common distribution."""
     counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * p.log2()).sum() * integers.numel() / 8)
+    return float(torch.special.entr(counts / counts.sum()).sum()) / math.log(2) * integers.numel() / 8
 
 
 @torch.no_grad()
@@ -2027,15 +2016,13 @@ def pack_artifact(settings: Settings, stored: Stored) -> bytes:
 def prune(stored: Stored, count: int) -> Stored:
     """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest step."""
     matrices = {name: item for name, item in stored.items() if isinstance(item, Quantized)}
-    places = [item.ones().nonzero(as_tuple=True) for item in matrices.values()]
-    steps = [item.scale[row] for item, (row, _) in zip(matrices.values(), places)]
+    steps = [torch.where(item.ones(), item.scale.unsqueeze(1), torch.inf).flatten() for item in matrices.values()]
     chosen = torch.zeros(sum(map(len, steps)), dtype=torch.bool, device=steps[0].device)
     chosen[torch.cat(steps).argsort(stable=True)[:count]] = True
     pruned = dict(stored)
-    for name, (row, column), mine in zip(matrices, places, chosen.split([len(step) for step in steps])):
-        integers = stored[name].integers.clone()
-        integers[row[mine], column[mine]] = 0
-        pruned[name] = stored[name]._replace(integers=integers)
+    for (name, item), mine in zip(matrices.items(), chosen.split([len(step) for step in steps])):
+        integers = item.integers.masked_fill(mine.view_as(item.integers), 0)
+        pruned[name] = item._replace(integers=integers)
     return pruned
 
 
@@ -2404,7 +2391,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     """
     if not settings.eval_only:
         model, loaded = load_model(settings.artifact_path, settings, given, ranks)
-        score = Evaluator(model, loaded, ranks, validation).score(dataclasses.replace(loaded, eval_mode="plain"))
+        score = Evaluator(model, dataclasses.replace(loaded, eval_mode="plain"), ranks, validation).score()
         report(log, "after_quantization", "final_int6_lzma_plain", score)
         del model
     adapts = settings.ttt_enabled and settings.ttt_epochs > 0
@@ -2453,12 +2440,12 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     log.record("ready", startup_seconds=time.perf_counter() - log.started)
 
     plain = dataclasses.replace(settings, eval_mode="plain")
-    trainer.run(batches, lambda recurrent: Evaluator(model, settings, ranks, validation, recurrent).score(plain))
+    trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
     steps, milliseconds = trainer.steps_done, 1000 * trainer.clock.seconds()
     log(f"trained {steps} steps in {milliseconds / 1000:.1f}s, {milliseconds / max(steps, 1):.2f}ms each")
     peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
     log(f"Code size: {code_bytes} bytes; peak GPU memory: {peak / 2**20:.0f} MiB")
-    before = Evaluator(model, settings, ranks, validation).score(plain)
+    before = Evaluator(model, plain, ranks, validation).score()
     step = f"step:{steps}/{settings.iterations}"
     log(f"{step} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} before quantization")
     exported = export(trainer, batches, target_bytes)
