@@ -236,10 +236,10 @@ def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        numbers = first.isdecimal() and last.isdecimal()
-        need(numbers, f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        exists = int(first) <= int(last) < num_layers
-        need(exists, f"{name}={text}: there is no layer {part}; NUM_LAYERS={num_layers} counts from 0")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise UserError(f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
+        if not int(first) <= int(last) < num_layers:
+            raise UserError(f"{name}={text}: there is no layer {part}; NUM_LAYERS={num_layers} counts from 0")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
@@ -267,10 +267,8 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
     if settings.layer_order:
         return parse_layers(settings.layer_order, settings.num_layers, "LAYER_ORDER")
     group = parse_layers(settings.recur_layers, settings.num_layers, "RECUR_LAYERS")
-    if not group:
-        return layers
     repeats = settings.recur_passes + 1
-    if settings.recur_mode == "spread":
+    if settings.recur_mode == "spread" or not group:
         return tuple(i for i in layers for _ in range(repeats if i in group else 1))
     return layers[: group[0]] + group * repeats + layers[group[-1] + 1 :]
 
@@ -349,8 +347,8 @@ def validate_settings(settings: Settings, world_size: int):
     check("recur_passes", s.recur_passes <= 64, "must be at most 64")
     check("vocab_size", BOS_ID < s.vocab_size <= 65_536, f"does not suit 16-bit tokens of which {BOS_ID} is BOS")
     if s.layer_pattern:
-        length, odd = len(s.layer_pattern), "".join(sorted(set(s.layer_pattern) - set("MmAa")))
-        check("layer_pattern", not odd, f"holds {odd}; letters are M, m, A, a")
+        length = len(s.layer_pattern)
+        check("layer_pattern", set(s.layer_pattern) <= set("MmAa"), "has other letters than M, m, A, a")
         check("layer_pattern", length == s.num_layers, f"is {length} layers, NUM_LAYERS={s.num_layers}")
 
     group = parse_layers(s.recur_layers, s.num_layers, "RECUR_LAYERS")
@@ -373,15 +371,14 @@ def validate_settings(settings: Settings, world_size: int):
             check(name, value >= 8 and value & (value - 1) == 0, "must be a power of two, at least 8")
     check("bigram_vocab_size", s.bigram_vocab_size != 1, "hashes every bigram alike; use 0 for none")
 
-    length, clock = s.train_seq_len, s.max_wallclock_seconds
+    length, clock = s.train_seq_len, s.max_wallclock_seconds or math.inf
     check_multiple("train_batch_tokens", world_size * length, f"{world_size} ranks × TRAIN_SEQ_LEN")
     check_multiple("micro_batch_tokens", length, "TRAIN_SEQ_LEN")
-    fits = not clock or s.export_reserve_seconds < clock
-    check("export_reserve_seconds", fits, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
+    check("export_reserve_seconds", s.export_reserve_seconds < clock, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
     check("target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes")
     check("eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
-    if s.eval_mode == "stateful":
-        check("eval_overlap", s.eval_overlap < length, f"must be below TRAIN_SEQ_LEN={length}")
+    overlaps = s.eval_mode != "stateful" or s.eval_overlap < length
+    check("eval_overlap", overlaps, f"must be below TRAIN_SEQ_LEN={length}")
     if s.ttt_enabled and s.ttt_epochs:
         sequence = max(1, ttt_sequence_length(s, world_size))
         check_multiple("ttt_chunk_tokens", world_size * sequence, f"{world_size} ranks × sequence")
@@ -559,19 +556,18 @@ class Tokenizer:
         import sentencepiece
 
         need(Path(path).is_file(), f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
-        self.model = model = sentencepiece.SentencePieceProcessor()
         try:
-            model.Load(path)
+            self.model = model = sentencepiece.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError):
             raise UserError(f"{path} is not a SentencePiece model") from None
         size = model.vocab_size()
         need(size == vocab_size, f"{path} has {size} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
-        ids = range(size)
-        text = [model.IdToPiece(i) for i in ids]
-        lengths = [1 if model.IsByte(i) else len(text[i].removeprefix("▁").replace("▁", " ").encode()) for i in ids]
-        self.is_special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
-        self.has_space = np.array([piece.startswith("▁") for piece in text]) & ~self.is_special
-        self.piece_bytes = np.where(self.is_special, 0, lengths)
+        ids = list(range(size))
+        pieces, special = model.IdToPiece(ids), (model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids))
+        lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
+        self.is_special = np.any(special, axis=0)
+        self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_special
+        self.piece_bytes = np.where(self.is_special, 0, np.where(model.IsByte(ids), 1, lengths))
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text that each target tokens[1:] stands for, int64, (len(tokens) - 1,).
@@ -582,16 +578,11 @@ class Tokenizer:
         return self.piece_bytes[target] + (self.has_space[target] & ~self.is_special[before])
 
 
-@dataclass
-class ValidationSet:
-    """The validation stream: tokens (N + 1,) uint16, and the bytes (N,) int64 of its N targets."""
+class ValidationSet(NamedTuple):
+    """The validation stream, and how many bytes each of its N targets stands for."""
 
-    tokens: np.ndarray
-    target_bytes: np.ndarray
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.target_bytes)
+    tokens: np.ndarray  # (N + 1,) uint16
+    target_bytes: np.ndarray  # (N,) int64
 
 
 def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
@@ -1653,7 +1644,7 @@ class Evaluator:
         self.score_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
         self.state, self.state_position = None, -1
-        s, self.total = settings, validation.num_targets
+        s, self.total = settings, len(validation.target_bytes)
         self.nats = torch.zeros(self.total, device=ranks.device)
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
         chunk = min(self.total, s.ttt_chunk_tokens) if s.ttt_enabled else self.total
@@ -1801,11 +1792,9 @@ INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
 LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained weights
-LZMA_FILTERS = [
-    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 26}
-]
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 ARTIFACT_MAGIC = b"SSMGOLF2"
-MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is refused before anything is allocated
+MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is not unpacked
 
 
 class Quantized(NamedTuple):
@@ -1860,12 +1849,6 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     return (weight / scale).round().clamp(-limits, limits)
 
 
-def entropy_bytes(integers: Tensor) -> float:
-    """Bytes an ideal coder needs for these integers, each drawn from their common distribution."""
-    counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-    return float(torch.special.entr(counts / counts.sum()).sum()) / math.log(2) * integers.numel() / 8
-
-
 @torch.no_grad()
 def predict_bytes(model: Model, settings: Settings, k: float) -> float:
     """Bytes of the artifact if int6 rows were rounded with this k, by the integers' entropy."""
@@ -1873,7 +1856,9 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
     for name, p in model.named_parameters():
         if name in matrices:
             integers = round_to_grid(p, row_scales(p, matrices[name], settings, k), matrices[name])
-            total += 2 * len(p) + LZMA_OVERHEAD * entropy_bytes(integers)
+            counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
+            bits_each = float(torch.special.entr(counts / counts.sum()).sum()) / math.log(2)
+            total += 2 * len(p) + LZMA_OVERHEAD * bits_each * p.numel() / 8
         else:
             total += p.numel() * np.dtype(float_type(name)).itemsize
     return total
@@ -1919,17 +1904,15 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
     """
     hessians = collections.defaultdict(float)
 
-    def gather(name: str, x: Tensor):
-        x = x.flatten(0, -2).float()
+    def gather(name: str, _, inputs: tuple[Tensor]):
+        x = inputs[0].flatten(0, -2).float()
         hessians[name] = hessians[name] + 2 * (x.T @ x)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: gather(name, args[0]))
-        for name, layer in model.linear_layers().items()
-    ]
-    output_name = "embedding.weight" if model.head is None else "head.weight"
+    layers = model.linear_layers()
+    hooks = [layers[name].register_forward_pre_hook(functools.partial(gather, name)) for name in layers]
     for batch in sequences.split(rows):
-        gather(output_name, model(batch, model.order(recurrent=True))[0])
+        hidden = model(batch, model.order(recurrent=True))[:1]
+        gather("embedding.weight" if model.head is None else "head.weight", model, hidden)
     for hook in hooks:
         hook.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
@@ -1941,11 +1924,9 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 
     Columns are rounded in order of falling diagonal, and each column's error is spread over those still to come.
     """
-    hessian = hessian.float().clone()
-    unused = hessian.diagonal() == 0
-    hessian.diagonal()[unused] = 1.0
-    order = hessian.diagonal().argsort(descending=True)
-    weight = weight.float().masked_fill(unused, 0.0)[:, order]
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True)
+    weight = weight.masked_fill(diagonal == 0, 0.0)[:, order]  # inputs that never fire
     upper = inverse_cholesky(hessian[order][:, order])
     for first in range(0, len(order), GPTQ_BLOCK):
         last = first + GPTQ_BLOCK
@@ -1963,7 +1944,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 def inverse_cholesky(hessian: Tensor) -> Tensor:
     """Upper Cholesky factor of the damped inverse; damping grows until the factorization succeeds."""
     identity = torch.eye(len(hessian), device=hessian.device)
-    damping = GPTQ_DAMPING * hessian.diagonal().mean() * identity
+    damping = GPTQ_DAMPING * hessian.diagonal().mean().clamp(min=1e-9) * identity
     while True:
         lower, failed = torch.linalg.cholesky_ex((hessian + damping).flip(0, 1))
         if not int(failed):  # flipped back, lower is the R of H = R R^T, R upper: the inverse's factor is R^-1
@@ -2076,21 +2057,19 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
     validate_settings(settings, ranks.world_size)
     with torch.device("meta"):  # shapes only: nothing is allocated before they are known to be the file's
         skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
-    matrices, parameters = grid_limits(skeleton), dict(skeleton.named_parameters())
-    arrays = [(name, p.shape[:1] if name in matrices else p.shape, float_type(name)) for name, p in parameters.items()]
-    arrays += [(name, parameters[name].shape, "int8") for name in matrices]
-    sizes = [math.prod(shape) * np.dtype(kind).itemsize for _, shape, kind in arrays]
-    content = b""
-    if sum(sizes) <= MAX_RAW_BYTES:
-        with contextlib.suppress(lzma.LZMAError):
-            decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-            content = decompressor.decompress(payload, max_length=sum(sizes))
-    whole = len(content) == sum(sizes)
-    need(whole, f"{path} is not a usable artifact: its data are not the model that its header describes")
-    parts = np.split(np.frombuffer(content, np.uint8), np.cumsum(sizes)[:-1])
-    for (name, shape, kind), part in zip(arrays, parts):
-        tensor = torch.from_numpy(part.view(kind).reshape(shape).astype(np.float32))
-        parameters[name] = tensor * parameters[name].unsqueeze(1) if kind == "int8" else tensor
+    matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
+    fields = [(name, float_type(name), shape[:1] if name in matrices else shape) for name, shape in shapes.items()]
+    fields += [(f"{name} integers", "int8", shapes[name]) for name in matrices]
+    try:
+        layout = np.dtype(fields)
+        size = layout.itemsize if layout.itemsize <= MAX_RAW_BYTES else 0
+        content = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(payload, max_length=size)
+        (record,) = np.frombuffer(content, layout, count=1)
+    except (ValueError, lzma.LZMAError):
+        raise UserError(f"{path} is not a usable artifact: it does not hold the model that its header names") from None
+    parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in layout.names}
+    for name in matrices:
+        parameters[name] = parameters.pop(f"{name} integers") * parameters[name].unsqueeze(1)
     model = build_model(settings, ranks)
     model.load_state_dict(parameters)
     return model, settings
@@ -2396,7 +2375,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
         del model
     adapts = settings.ttt_enabled and settings.ttt_epochs > 0
     what = "test-time training" if adapts else "frozen weights"
-    log(f"evaluation: {validation.num_targets:,} targets, {settings.eval_mode} windows, {what}")
+    log(f"evaluation: {len(validation.target_bytes):,} targets, {settings.eval_mode} windows, {what}")
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: the sample shows what the artifact alone can do
