@@ -65,13 +65,13 @@ def need(condition: bool, message: str):
 
 # ============
 # 1. Settings
-# One dataclass holds every knob. The environment's name for a field is its name in capitals, the contest's where it has
-# one. Values are strings exactly once, in read_settings().
+# One dataclass holds every knob. A field in capitals is its environment variable, named as in the contest where it is
+# known there. Values are strings exactly once, in read_settings().
 
 
 def env(default, unit: str, text: str, group: str = ""):
-    """A settings field: its default (whose type is the setting's), unit, one line of help, and the group it begins."""
-    return field(default=default, metadata={"group": group, "unit": unit, "help": text})
+    """A setting: default (whose type is the setting's), unit, which may bound it, help, and the group it begins."""
+    return field(default=default, metadata={"unit": unit, "help": text, "group": group})
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Settings:
     """Every setting of a run. Layer lists are strings such as "0,2-4", "all" or "none": see parse_layers()."""
 
     # fmt: off
-    preset: str = env("default", "name", "defaults that single variables override: see below", "run")
+    preset: str = env("default", "name", "a set of defaults: see below", "run")
     run_id: str = env("", "name", "names logs and artifact; empty: date and seed")
     seed: int = env(1337, "integer", "seeds weights and batches")
     device: str = env("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
@@ -87,7 +87,7 @@ class Settings:
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
-    sample: str = env("", "text", "text for the exported model to continue")
+    sample: str = env("", "text", "for the exported model to continue")
     sample_tokens: int = env(128, "tokens > 0", "length of that continuation")
     sample_temperature: float = env(0.8, "factor", "its temperature; 0: the likeliest token")
 
@@ -118,7 +118,7 @@ class Settings:
     mamba_rope_fraction: float = env(0.5, "0.5|1", "part of Mamba-3's state that rotates")
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution's tokens; -1: 4 in Mamba-2, else none")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
-    mamba_grad_checkpoint: bool = env(False, "0|1", "recompute Mamba layers in backward, to save memory")
+    mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
     scan_backend: str = env("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, else chunked")
     unet_skips: bool = env(True, "0|1", "from the first half of the layers to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
@@ -126,7 +126,7 @@ class Settings:
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
     logit_softcap: float = env(30.0, "nats", "cap·tanh(logits/cap); 0: none")
 
-    layer_order: str = env("", "layers", "explicit order, as in 0,1,2,1,2,3; overrides these:", "recurrence")
+    layer_order: str = env("", "layers", "as in 0,1,2,1,2,3; overrides these:", "recurrence")
     recur_layers: str = env("none", "layers", "layers that repeat")
     recur_passes: int = env(1, "passes", "extra passes through them")
     recur_mode: str = env("hinge", "hinge|spread", "repeat the group as a whole, or each layer")
@@ -134,8 +134,8 @@ class Settings:
 
     iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
     max_wallclock_seconds: float = env(600.0, "seconds", "training clock, GPTQ included; 0: ITERATIONS rule")
-    export_reserve_seconds: float = env(15.0, "seconds", "the end of it, kept for calibration and GPTQ")
-    warmup_steps: int = env(3, "steps", "compile warm-up, undone before the clock starts")
+    export_reserve_seconds: float = env(15.0, "seconds", "its end, for calibration and GPTQ")
+    warmup_steps: int = env(3, "steps", "compile warm-up, undone, off the clock")
     lr_warmup_fraction: float = env(0.01, "of run", "linear learning-rate warm-up")
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
     warmdown_iters: int = env(0, "steps", "the same in steps of mean length; 0: the fraction")
@@ -154,10 +154,10 @@ class Settings:
     beta1: float = env(0.9, "below 1", "Adam")
     beta2: float = env(0.95, "below 1", "Adam")
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
-    weight_average: str = env("ema", "ema|swa|none", "which average of the weights is exported")
+    weight_average: str = env("ema", "ema|swa|none", "average of the weights to export")
     ema_decay: float = env(0.997, "below 1", "at most; see EMA_HORIZON")
     ema_horizon: float = env(0.03, "of steps > 0", "EMA remembers at most this part of them")
-    swa_fraction: float = env(0.2, "of run", "SWA averages this last part of the run")
+    swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
 
     late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which weights are fake-quantized; 0: never", "export")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
@@ -203,33 +203,29 @@ PRESETS = {
     },
 }  # fmt: skip
 PRESET_HELP = {
-    "default": "the best we have: 8 GPUs, ten minutes, sp8192",
-    "peer7": "the best published state-space entry's shape, for speed comparisons",
-    "tiny": "two minutes on two CPU cores with the sample corpus",
+    "default": "for the contest: 8 GPUs, ten minutes, sp8192",
+    "peer7": "a published state-space entry's shape, to compare speed",
+    "tiny": "two minutes on two CPU cores with the sample text",
 }
 
 
 def setting_groups() -> dict[str, list[dataclasses.Field]]:
     """The settings by group, in the order of the table."""
-    groups: dict[str, list[dataclasses.Field]] = {}
+    groups, group = collections.defaultdict(list), ""
     for f in dataclasses.fields(Settings):
-        if f.metadata["group"]:
-            groups[f.metadata["group"]] = members = []
-        members.append(f)
+        group = f.metadata["group"] or group
+        groups[group].append(f)
     return groups
 
 
 # What a stored model is meaningless without: it travels in the artifact's header.
 LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start"}
-MODEL_FIELDS = {f.name for group in ("model", "recurrence") for f in setting_groups()[group]} - LOCAL_FIELDS
-MODEL_FIELDS = sorted(MODEL_FIELDS | {"vocab_size", "document_reset"})
+ARCHITECTURE = setting_groups()["model"] + setting_groups()["recurrence"]
+MODEL_FIELDS = sorted({"vocab_size", "document_reset"} | {f.name for f in ARCHITECTURE} - LOCAL_FIELDS)
 
 
 def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
-    """The layers that "all", "none" or a list such as "0,2-4" names, in the order given.
-
-    Raises UserError for anything else and for a layer that does not exist.
-    """
+    """The layers that "all", "none" or a list such as "0,2-4" names, in its order. Raises UserError for anything else."""
     if text in ("all", "none", ""):
         return tuple(range(num_layers)) if text == "all" else ()
     layers = []
@@ -276,7 +272,7 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     """Settings from environment variables over the preset's, and the names of the fields that were given.
 
-    Raises UserError for an unknown preset, a value of the wrong type, and a misspelt variable.
+    Raises UserError for what it cannot read, and for a misspelt variable.
     """
     kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
     reject_misspelt(environment, set(kinds))
@@ -502,8 +498,8 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of training sequences for ever: each epoch visits every shard in a new order, one at a
-    time to keep reads local, and in it every window of seq_len + 1 tokens in a new order and at a new phase."""
+    """Yields (shard, first token) of training sequences for ever: each epoch visits the shards in a new order, one by one
+    to keep reads local, and in each all windows of seq_len + 1 tokens in a new order and at a new phase."""
     if max(lengths) <= seq_len:
         raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
     for epoch in itertools.count():
@@ -515,8 +511,8 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's endless batches, gathered in a thread and copied to the device ahead of time. next() returns tokens and
-    targets, each (sequences, seq_len) int64 on the device, and raises UserError for a token outside the vocabulary."""
+    """This rank's endless batches, gathered and copied to the device ahead of time. next() returns tokens and targets,
+    each (sequences, seq_len) int64 on the device, and raises UserError for a token outside the vocabulary."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
         self.settings, self.ranks = settings, ranks
@@ -572,7 +568,7 @@ class Tokenizer:
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text that each target tokens[1:] stands for, int64, (len(tokens) - 1,).
 
-        A leading space counts unless the token before is special: SentencePiece drops it at the start of a text.
+        A leading space counts unless the token before is special: decoding drops it at the start of a text.
         """
         before, target = tokens[:-1], tokens[1:]
         return self.piece_bytes[target] + (self.has_space[target] & ~self.is_special[before])
@@ -1610,8 +1606,7 @@ def plan_windows(settings: Settings, first: int, last: int, rank: int, world_siz
     """This rank's windows over the targets first <= p < last; together the ranks' windows cover each target once.
 
     plain: windows side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is new. stateful: each
-    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early to warm the state up, unless it has just read to
-    there.
+    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early to warm up, unless it has read up to there.
     """
     length = settings.train_seq_len
     if settings.eval_mode == "stateful":
@@ -1660,8 +1655,8 @@ class Evaluator:
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
         """Score-first test-time training: each chunk is scored, then trained on; the last is scored only.
 
-        clock_started is the perf_counter() at which the clock began. When time runs short, chunks get fewer epochs, then
-        none, but all are scored. Raises UserError if even scoring takes too long.
+        When time since clock_started, a perf_counter(), runs short, chunks get fewer epochs or none, but all are scored.
+        Raises UserError if even that takes too long.
         """
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
@@ -1700,20 +1695,18 @@ class Evaluator:
     def _score_targets(self, first: int, last: int):
         """Scores this rank's share of the targets first <= p < last."""
         s, device = self.settings, self.ranks.device
-        stateful = s.eval_mode == "stateful"
+        cache_tokens = s.eval_overlap if s.eval_mode == "stateful" else 0
         windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
         for i in range(0, len(windows), self.rows):
             batch = windows[i : i + self.rows]
             batch += [Window(batch[-1].context, 0, 0)] * (self.rows - len(batch))  # every batch has one shape
             context, begin, end = np.array(batch).T[:, :, None]
             tokens, targets = self._read(context[:, 0], s.train_seq_len)
-            if stateful and batch[0].context != self.state_position:
-                self.state = None
-            cache_tokens = s.eval_overlap if stateful else 0
-            nats, new_state = self.score_function(tokens, targets, self.order, self.state, cache_tokens)
-            if stateful:  # padding at the end of a window spoils the state: it is carried from full windows only
-                full = batch[0].last - batch[0].context == s.train_seq_len
-                self.state, self.state_position = (new_state, batch[0].last) if full else (None, -1)
+            state = self.state if batch[0].context == self.state_position else None
+            nats, state = self.score_function(tokens, targets, self.order, state, cache_tokens)
+            # Padding at the end of a window spoils the state: it is carried from full windows only.
+            full = batch[0].last - batch[0].context == s.train_seq_len
+            self.state, self.state_position = (state, batch[0].last) if full else (None, -1)
             position = context + np.arange(s.train_seq_len)
             cells = np.flatnonzero((begin <= position) & (position < end))
             where = position.flatten()[cells]
@@ -1764,10 +1757,8 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 
 @torch.no_grad()
 def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
-    """Continues prompt (B, T) by count tokens sampled at this temperature (0: the likeliest): (B, T + count).
-
-    Every token costs one step; attention sees the last cache_tokens.
-    """
+    """prompt (B, T) and count tokens sampled at this temperature (0: the likeliest), (B, T + count), one step each.
+    Attention sees the last cache_tokens."""
     order = model.order(recurrent=True)
     generator = torch.Generator(prompt.device).manual_seed(seed)
     tokens, state = [prompt], None
@@ -1775,10 +1766,9 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
         hidden, state = model(tokens[-1], order, state, cache_tokens)
         logits = model.logits(hidden[:, -1:])[:, -1]
         if temperature:
-            choice = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            tokens.append((logits / temperature).softmax(dim=-1).multinomial(1, generator=generator))
         else:
-            choice = logits.argmax(dim=-1, keepdim=True)
-        tokens.append(choice)
+            tokens.append(logits.argmax(dim=-1, keepdim=True))
     return torch.cat(tokens, dim=1)
 
 
@@ -1875,8 +1865,7 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
 
 
 class FakeQuantization:
-    """Late QAT: while a step's gradients are computed, matrices stand on their grids; the gradients then move the
-    weights themselves (straight-through)."""
+    """Late QAT: matrices stand on their grids while a step's gradients are computed, which then move the weights."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
@@ -1922,12 +1911,18 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     """Integers (rows, columns) on each row's grid that keep weight @ x close in the Hessian's norm (arXiv 2210.17323).
 
-    Columns are rounded in order of falling diagonal, and each column's error is spread over those still to come.
+    Columns are rounded in order of falling diagonal, and each one's error is spread over those still to come.
     """
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True)
     weight = weight.masked_fill(diagonal == 0, 0.0)[:, order]  # inputs that never fire
-    upper = inverse_cholesky(hessian[order][:, order])
+    identity = torch.eye(len(order), device=weight.device)
+    damping, failed = GPTQ_DAMPING * diagonal.mean().clamp(min=1e-9), True
+    while failed:  # until the damping, tenfold each time, is enough
+        lower, failed = torch.linalg.cholesky_ex((hessian[order][:, order] + damping * identity).flip(0, 1))
+        damping *= 10
+    # Flipped back, lower is an upper R with H = R R^T, so that R^-1 is the upper Cholesky factor of H's inverse.
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     for first in range(0, len(order), GPTQ_BLOCK):
         last = first + GPTQ_BLOCK
         errors = torch.zeros_like(weight[:, first:last])
@@ -1939,17 +1934,6 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
             rest[:, :1] = integers
         weight[:, last:] -= errors @ upper[first:last, last:]
     return weight[:, order.argsort()]
-
-
-def inverse_cholesky(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse; damping grows until the factorization succeeds."""
-    identity = torch.eye(len(hessian), device=hessian.device)
-    damping = GPTQ_DAMPING * hessian.diagonal().mean().clamp(min=1e-9) * identity
-    while True:
-        lower, failed = torch.linalg.cholesky_ex((hessian + damping).flip(0, 1))
-        if not int(failed):  # flipped back, lower is the R of H = R R^T, R upper: the inverse's factor is R^-1
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-        damping *= 10
 
 
 @torch.no_grad()
@@ -2026,28 +2010,30 @@ def fit_artifact(settings: Settings, stored: Stored, target_bytes: int, say) -> 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
     """The model's settings in an artifact, and its LZMA stream. Raises UserError if it is not a whole artifact."""
     need(path.is_file(), f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
-    unusable = f"{path} is not a usable artifact:"
-    need(path.stat().st_size <= 4 * ARTIFACT_CAP, f"{unusable} it is far larger than the cap")
+
+    def check(condition: bool, problem: str):
+        need(condition, f"{path} is not a usable artifact: {problem}")
+
+    check(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
     data = path.read_bytes()
-    need(data.startswith(ARTIFACT_MAGIC), f"{unusable} wrong magic number")
+    check(data.startswith(ARTIFACT_MAGIC), "wrong magic number")
     intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
-    need(intact, f"{unusable} its checksum does not match; it is truncated or altered")
+    check(intact, "its checksum does not match; it is truncated or altered")
     header, _, payload = data[len(ARTIFACT_MAGIC) : -32].partition(b"\n")
     try:
         settings = dict(json.loads(header))
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{unusable} its header is malformed") from None
-    need(set(settings) == set(MODEL_FIELDS), f"{unusable} it holds other settings than this program's")
+        settings = {}
+    check(set(settings) == set(MODEL_FIELDS), "it holds other settings than this program's")
     for name, value in settings.items():
-        need(type(value) is type(getattr(Settings, name)), f"{unusable} {name} in its header has the wrong type")
+        check(type(value) is type(getattr(Settings, name)), f"{name} in its header has the wrong type")
     return settings, payload
 
 
 def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
     """The model in an artifact, and the settings with the artifact's in place of the run's.
 
-    Raises UserError as read_artifact() does, if the model is not the one that the header describes, and if a variable
-    that was given contradicts it.
+    Raises UserError for a file that is not a whole artifact, and where a variable that was given contradicts it.
     """
     stored, payload = read_artifact(path)
     for name in sorted(given & set(stored)):
@@ -2066,7 +2052,7 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
         content = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(payload, max_length=size)
         (record,) = np.frombuffer(content, layout, count=1)
     except (ValueError, lzma.LZMAError):
-        raise UserError(f"{path} is not a usable artifact: it does not hold the model that its header names") from None
+        raise UserError(f"{path} is not a usable artifact: its data are not its header's model") from None
     parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in layout.names}
     for name in matrices:
         parameters[name] = parameters.pop(f"{name} integers") * parameters[name].unsqueeze(1)
