@@ -343,13 +343,12 @@ def validate_settings(settings: Settings, world_size: int):
     check("recur_passes", s.recur_passes <= 64, "must be at most 64")
     check("vocab_size", BOS_ID < s.vocab_size <= 65_536, f"does not suit 16-bit tokens of which {BOS_ID} is BOS")
     if s.layer_pattern:
-        length = len(s.layer_pattern)
         check("layer_pattern", set(s.layer_pattern) <= set("MmAa"), "has other letters than M, m, A, a")
-        check("layer_pattern", length == s.num_layers, f"is {length} layers, NUM_LAYERS={s.num_layers}")
+        check("layer_pattern", len(s.layer_pattern) == s.num_layers, f"does not have NUM_LAYERS={s.num_layers} letters")
 
     group = parse_layers(s.recur_layers, s.num_layers, "RECUR_LAYERS")
-    if group and s.recur_mode == "hinge" and not s.layer_order:
-        consecutive = group == tuple(range(group[0], group[-1] + 1))
+    if s.recur_mode == "hinge" and not s.layer_order:
+        consecutive = all(b - a == 1 for a, b in itertools.pairwise(group))
         check("recur_layers", consecutive, "must be consecutive in hinge mode; or set LAYER_ORDER")
     order = virtual_layer_order(s)
     need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
@@ -477,8 +476,7 @@ def open_shard(path: Path) -> np.ndarray:
     ours = len(header) == 256 and header[0] == SHARD_MAGIC
     need(ours, f"{path} is not a token shard (wrong magic number); see data/prepare.py")
     version, count = map(int, header[1:3])
-    known = version == SHARD_VERSION
-    need(known, f"{path} is a version {version} shard; this program reads version {SHARD_VERSION}")
+    need(version == SHARD_VERSION, f"{path} is a version {version} shard; this program reads version {SHARD_VERSION}")
     wanted = SHARD_HEADER_BYTES + 2 * count
     need(count >= 0 and wanted <= size, f"{path} has {size} bytes, but its header says {wanted}; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
@@ -1869,20 +1867,18 @@ class FakeQuantization:
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
-        self.matrices = [(model.get_parameter(name), limits) for name, limits in grid_limits(model).items()]
+        self.matrices = [(model.get_parameter(name).detach(), limits) for name, limits in grid_limits(model).items()]
 
     @contextlib.contextmanager
     def __call__(self):
-        kept = [p.detach().clone() for p, _ in self.matrices]
-        with torch.no_grad():
-            for p, limits in self.matrices:
-                scale = row_scales(p, limits, self.settings, self.k)
-                p.copy_(round_to_grid(p, scale, limits) * scale)
+        kept = [weight.clone() for weight, _ in self.matrices]
+        for weight, limits in self.matrices:
+            scale = row_scales(weight, limits, self.settings, self.k)
+            weight.copy_(round_to_grid(weight, scale, limits) * scale)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_([p for p, _ in self.matrices], kept)
+            torch._foreach_copy_([weight for weight, _ in self.matrices], kept)
 
 
 @torch.no_grad()
@@ -1949,9 +1945,10 @@ def quantize_model(
         scale = weight.new_zeros(len(weight), dtype=torch.float16)
         if index % ranks.world_size == ranks.rank:
             step = row_scales(weight, limits, settings, k)
-            hessian = hessians.get(name)
-            rounded = round_to_grid(weight, step, limits) if hessian is None else gptq(weight, hessian, step, limits)
-            integers.copy_(rounded)
+            if name in hessians:
+                integers.copy_(gptq(weight, hessians[name], step, limits))
+            else:
+                integers.copy_(round_to_grid(weight, step, limits))
             scale.copy_(step.squeeze(1))
         stored[name] = Quantized(integers, scale, limits)
         if (index + 1) % 8 == 0:
@@ -1981,14 +1978,13 @@ def pack_artifact(settings: Settings, stored: Stored) -> bytes:
 def prune(stored: Stored, count: int) -> Stored:
     """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest step."""
     matrices = {name: item for name, item in stored.items() if isinstance(item, Quantized)}
-    steps = [torch.where(item.ones(), item.scale.unsqueeze(1), torch.inf).flatten() for item in matrices.values()]
-    chosen = torch.zeros(sum(map(len, steps)), dtype=torch.bool, device=steps[0].device)
-    chosen[torch.cat(steps).argsort(stable=True)[:count]] = True
-    pruned = dict(stored)
-    for (name, item), mine in zip(matrices.items(), chosen.split([len(step) for step in steps])):
-        integers = item.integers.masked_fill(mine.view_as(item.integers), 0)
-        pruned[name] = item._replace(integers=integers)
-    return pruned
+    steps = torch.cat([torch.where(m.ones(), m.scale[:, None], torch.inf).flatten() for m in matrices.values()])
+    chosen = torch.zeros_like(steps, dtype=torch.bool)
+    chosen[steps.argsort(stable=True)[:count]] = True
+    masks = chosen.split([m.integers.numel() for m in matrices.values()])
+    for (name, m), mask in zip(matrices.items(), masks):
+        matrices[name] = m._replace(integers=m.integers.masked_fill(mask.view_as(m.integers), 0))
+    return stored | matrices
 
 
 def fit_artifact(settings: Settings, stored: Stored, target_bytes: int, say) -> bytes:
