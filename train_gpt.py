@@ -76,9 +76,8 @@ def env(default, unit: str, text: str, group: str = ""):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. Layer lists are strings such as "0,2-4", "all" or "none": see parse_layers()."""
+    """Every setting of a run. Of layer lists, see parse_layers()."""
 
-    # fmt: off
     preset: str = env("default", "name", "a set of defaults: see below", "run")
     run_id: str = env("", "name", "names logs and artifact; empty: date and seed")
     seed: int = env(1337, "integer", "seeds weights and batches")
@@ -159,7 +158,7 @@ class Settings:
     ema_horizon: float = env(0.03, "of steps > 0", "EMA remembers at most this part of them")
     swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
 
-    late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which weights are fake-quantized; 0: never", "export")
+    late_qat_threshold: float = env(0.15, "0 to 1", "LR factor that begins fake quantization; 0: never", "export")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "k of int6 rows; 0: as fine as TARGET_MB allows")
     sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
@@ -178,7 +177,6 @@ class Settings:
     ttt_momentum: float = env(0.9, "below 1", "SGD")
     ttt_chunk_tokens: int = env(32_768, "tokens > 0", "scored, then trained on")
     ttt_grad_clip: float = env(1.0, "norm", "gradient clipping; 0: none")
-    # fmt: on
 
     @property
     def mamba_inner_dim(self) -> int:
@@ -224,18 +222,19 @@ ARCHITECTURE = setting_groups()["model"] + setting_groups()["recurrence"]
 MODEL_FIELDS = sorted({"vocab_size", "document_reset"} | {f.name for f in ARCHITECTURE} - LOCAL_FIELDS)
 
 
-def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
-    """The layers that "all", "none" or a list such as "0,2-4" names, in its order. Raises UserError for anything else."""
+def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
+    """The layers that a setting names: "all", "none" or a list such as "0,2-4". Raises UserError for anything else."""
+    text, count = getattr(settings, name), settings.num_layers
     if text in ("all", "none", ""):
-        return tuple(range(num_layers)) if text == "all" else ()
-    layers = []
+        return tuple(range(count)) if text == "all" else ()
+    given, layers = f"{name.upper()}={text}", []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal()):
-            raise UserError(f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        if not int(first) <= int(last) < num_layers:
-            raise UserError(f"{name}={text}: there is no layer {part}; NUM_LAYERS={num_layers} counts from 0")
+            raise UserError(f'{given}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
+        if not int(first) <= int(last) < count:
+            raise UserError(f"{given}: there is no layer {part}; NUM_LAYERS={count} counts from 0")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
@@ -249,8 +248,7 @@ def layer_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     """What each physical layer is made of."""
     if settings.layer_pattern:
         return tuple(LayerKind("mamba" if c in "Mm" else "attention", c.isupper()) for c in settings.layer_pattern)
-    mamba = parse_layers(settings.mamba_layers, settings.num_layers, "MAMBA_LAYERS")
-    mlp = parse_layers(settings.mlp_layers, settings.num_layers, "MLP_LAYERS")
+    mamba, mlp = parse_layers(settings, "mamba_layers"), parse_layers(settings, "mlp_layers")
     return tuple(LayerKind("mamba" if i in mamba else "attention", i in mlp) for i in range(settings.num_layers))
 
 
@@ -261,9 +259,8 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
     """
     layers = tuple(range(settings.num_layers))
     if settings.layer_order:
-        return parse_layers(settings.layer_order, settings.num_layers, "LAYER_ORDER")
-    group = parse_layers(settings.recur_layers, settings.num_layers, "RECUR_LAYERS")
-    repeats = settings.recur_passes + 1
+        return parse_layers(settings, "layer_order")
+    group, repeats = parse_layers(settings, "recur_layers"), settings.recur_passes + 1
     if settings.recur_mode == "spread" or not group:
         return tuple(i for i in layers for _ in range(repeats if i in group else 1))
     return layers[: group[0]] + group * repeats + layers[group[-1] + 1 :]
@@ -319,6 +316,7 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 def validate_settings(settings: Settings, world_size: int):
     """Raises UserError at the first value, or relation between values, that cannot work."""
     s, model = settings, setting_groups()["model"]
+    most = {"num_layers": 1024, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
 
     def check(name: str, condition: bool, problem: str):
         need(condition, f"{name.upper()}={getattr(s, name)} {problem}")
@@ -334,21 +332,17 @@ def validate_settings(settings: Settings, world_size: int):
             choices = unit.split("|")
             check(f.name, str(value).removesuffix(".0") in choices, f"should be one of {', '.join(choices)}")
         elif not isinstance(value, str):
-            high = 1 if unit in ("of run", "0 to 1", "below 1") else 2**20 if f in model else 2**50
-            check(f.name, value >= 0, "must not be negative")
-            check(f.name, value <= high, f"must be at most {high}")
+            high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, 2**20 if f in model else 2**50)
+            check(f.name, 0 <= value <= high, f"must be from 0 to {high}")
             check(f.name, value < 1 or unit != "below 1", "must be below 1")
             check(f.name, value > 0 or not unit.endswith("> 0"), "must be greater than 0")
-    check("num_layers", s.num_layers <= 1024, "must be at most 1024")
-    check("recur_passes", s.recur_passes <= 64, "must be at most 64")
-    check("vocab_size", BOS_ID < s.vocab_size <= 65_536, f"does not suit 16-bit tokens of which {BOS_ID} is BOS")
+    check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
     if s.layer_pattern:
         check("layer_pattern", set(s.layer_pattern) <= set("MmAa"), "has other letters than M, m, A, a")
         check("layer_pattern", len(s.layer_pattern) == s.num_layers, f"does not have NUM_LAYERS={s.num_layers} letters")
 
-    group = parse_layers(s.recur_layers, s.num_layers, "RECUR_LAYERS")
+    consecutive = all(b - a == 1 for a, b in itertools.pairwise(parse_layers(s, "recur_layers")))
     if s.recur_mode == "hinge" and not s.layer_order:
-        consecutive = all(b - a == 1 for a, b in itertools.pairwise(group))
         check("recur_layers", consecutive, "must be consecutive in hinge mode; or set LAYER_ORDER")
     order = virtual_layer_order(s)
     need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
@@ -372,27 +366,26 @@ def validate_settings(settings: Settings, world_size: int):
     check("export_reserve_seconds", s.export_reserve_seconds < clock, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
     check("target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes")
     check("eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
-    overlaps = s.eval_mode != "stateful" or s.eval_overlap < length
-    check("eval_overlap", overlaps, f"must be below TRAIN_SEQ_LEN={length}")
+    check("eval_overlap", s.eval_mode != "stateful" or s.eval_overlap < length, f"must be below TRAIN_SEQ_LEN={length}")
     if s.ttt_enabled and s.ttt_epochs:
-        sequence = max(1, ttt_sequence_length(s, world_size))
-        check_multiple("ttt_chunk_tokens", world_size * sequence, f"{world_size} ranks × sequence")
+        together = world_size * ttt_sequence_length(s, world_size)
+        check_multiple("ttt_chunk_tokens", together, f"{world_size} ranks × sequence")
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
-    """Tokens in a test-time training sequence: shorter than in training where many ranks share a chunk."""
-    return min(settings.train_seq_len, settings.ttt_chunk_tokens // world_size)
+    """Tokens in a sequence of test-time training: fewer than in training where many ranks share a chunk."""
+    return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
 def help_text() -> str:
-    """What --help prints: settings by group, then the presets with what they change."""
+    """What --help prints: settings by group, then presets."""
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
     for group, members in setting_groups().items():
-        lines += ["", f"[{group}]"]
+        lines.append(f"\n[{group}]")
         for f in members:
             default = int(f.default) if isinstance(f.default, bool) else f.default
             lines.append(f"  {f.name.upper():24} {default!s:42} {f.metadata['unit']:22} {f.metadata['help']}")
-    lines += ["", "Presets:"]
+    lines.append("\nPresets:")
     for name, values in PRESETS.items():
         lines.append(f"  PRESET={name}: {PRESET_HELP[name]}")
         lines += [f"      {key.upper()}={value}" for key, value in values.items()]
@@ -496,8 +489,8 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of training sequences for ever: each epoch visits the shards in a new order, one by one
-    to keep reads local, and in each all windows of seq_len + 1 tokens in a new order and at a new phase."""
+    """Yields (shard, first token) of training sequences for ever: each epoch visits the shards in a new order, one by
+    one to keep reads local, and in each all windows of seq_len + 1 tokens in a new order and at a new phase."""
     if max(lengths) <= seq_len:
         raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
     for epoch in itertools.count():
@@ -1653,8 +1646,8 @@ class Evaluator:
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
         """Score-first test-time training: each chunk is scored, then trained on; the last is scored only.
 
-        When time since clock_started, a perf_counter(), runs short, chunks get fewer epochs or none, but all are scored.
-        Raises UserError if even that takes too long.
+        Where time since clock_started (a perf_counter()) runs short, chunks get fewer epochs or none, but all are
+        scored. Raises UserError if even that takes too long.
         """
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
@@ -1685,7 +1678,7 @@ class Evaluator:
         return self._collect(clock_started, given_up)
 
     def _now(self) -> float:
-        """perf_counter() when the device has finished what it was given."""
+        """perf_counter() once the device is done."""
         synchronize(self.ranks.device)
         return time.perf_counter()
 
@@ -1786,11 +1779,11 @@ MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB
 
 
 class Quantized(NamedTuple):
-    """A matrix on its grid: integers (rows, columns) int8, step of each row (rows,) float16, limits as grid_limits()."""
+    """A matrix on its grid."""
 
-    integers: Tensor
-    scale: Tensor
-    limits: Tensor
+    integers: Tensor  # (rows, columns) int8
+    scale: Tensor  # (rows,) float16, the step of each row
+    limits: Tensor  # as grid_limits() has them
 
     def ones(self) -> Tensor:
         """Where a row of 6 bits holds 1 or -1, bool (rows, columns)."""
@@ -1945,10 +1938,8 @@ def quantize_model(
         scale = weight.new_zeros(len(weight), dtype=torch.float16)
         if index % ranks.world_size == ranks.rank:
             step = row_scales(weight, limits, settings, k)
-            if name in hessians:
-                integers.copy_(gptq(weight, hessians[name], step, limits))
-            else:
-                integers.copy_(round_to_grid(weight, step, limits))
+            known = name in hessians
+            integers.copy_(gptq(weight, hessians[name], step, limits) if known else round_to_grid(weight, step, limits))
             scale.copy_(step.squeeze(1))
         stored[name] = Quantized(integers, scale, limits)
         if (index + 1) % 8 == 0:
@@ -1966,9 +1957,9 @@ def quantize_model(
 
 def pack_artifact(settings: Settings, stored: Stored) -> bytes:
     """The whole artifact file as bytes."""
-    matrices = [item for item in stored.values() if isinstance(item, Quantized)]
     arrays = [item.scale if isinstance(item, Quantized) else item for item in stored.values()]
-    content = b"".join(x.cpu().numpy().tobytes() for x in arrays + [item.integers for item in matrices])
+    arrays += [item.integers for item in stored.values() if isinstance(item, Quantized)]
+    content = b"".join(array.cpu().numpy().tobytes() for array in arrays)
     header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
     payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     body = ARTIFACT_MAGIC + header.encode() + b"\n" + payload
@@ -1991,8 +1982,7 @@ def fit_artifact(settings: Settings, stored: Stored, target_bytes: int, say) -> 
     """The artifact in at most target_bytes, with ±1 values pruned if it must; UserError if it does not fit even so."""
     data = pack_artifact(settings, stored)
     say(f"packed: {len(data)} bytes of at most {target_bytes}")
-    ones = sum(int(item.ones().sum()) for item in stored.values() if isinstance(item, Quantized))
-    count = 0
+    count, ones = 0, sum(int(item.ones().sum()) for item in stored.values() if isinstance(item, Quantized))
     while len(data) > target_bytes:
         problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
         need(count < ones, f"{problem}: raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
