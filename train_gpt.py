@@ -76,12 +76,12 @@ def env(default, unit: str, text: str, group: str = ""):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. Of layer lists, see parse_layers()."""
+    """Every setting of a run. Layer lists are explained at parse_layers()."""
 
     preset: str = env("default", "name", "a set of defaults: see below", "run")
     run_id: str = env("", "name", "names logs and artifact; empty: date and seed")
     seed: int = env(1337, "integer", "seeds weights and batches")
-    device: str = env("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
+    device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
@@ -119,7 +119,7 @@ class Settings:
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
     scan_backend: str = env("auto", "auto|mamba_ssm|chunked|sequential", "auto: fused on CUDA, else chunked")
-    unet_skips: bool = env(True, "0|1", "from the first half of the layers to the second")
+    unet_skips: bool = env(True, "0|1", "from the first half of layers to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
     bigram_dim: int = env(128, "width > 0", "its width before the projection")
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
@@ -128,7 +128,7 @@ class Settings:
     layer_order: str = env("", "layers", "as in 0,1,2,1,2,3; overrides these:", "recurrence")
     recur_layers: str = env("none", "layers", "layers that repeat")
     recur_passes: int = env(1, "passes", "extra passes through them")
-    recur_mode: str = env("hinge", "hinge|spread", "repeat the group as a whole, or each layer")
+    recur_mode: str = env("hinge", "hinge|spread", "repeat the group, or each layer")
     recur_start: float = env(0.35, "of run", "before it, each layer runs once")
 
     iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
@@ -286,7 +286,7 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
 
 
 def parse_value(name: str, text: str, kind: type):
-    """text as a bool (0/1), int, finite float or str; UserError otherwise."""
+    """text as a bool, int, finite float or str; UserError otherwise."""
     try:
         value = {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):
@@ -326,12 +326,10 @@ def validate_settings(settings: Settings, world_size: int):
 
     for f in dataclasses.fields(s):
         value, unit = getattr(s, f.name), f.metadata["unit"]
-        if isinstance(value, bool):
-            continue
-        if "|" in unit:
+        if "|" in unit and not isinstance(value, bool):
             choices = unit.split("|")
             check(f.name, str(value).removesuffix(".0") in choices, f"should be one of {', '.join(choices)}")
-        elif not isinstance(value, str):
+        elif not isinstance(value, (bool, str)):
             high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, 2**20 if f in model else 2**50)
             check(f.name, 0 <= value <= high, f"must be from 0 to {high}")
             check(f.name, value < 1 or unit != "below 1", "must be below 1")
@@ -1811,7 +1809,7 @@ def grid_limits(model: Model) -> dict[str, Tensor]:
 
 
 def float_type(name: str) -> str:
-    """The type of a stored parameter that is not integers, or of a matrix's row steps."""
+    """Type of a parameter that is not stored as integers, or of a matrix's row steps."""
     return "float32" if name.endswith((".dt_bias", ".A_log", ".D")) else "float16"
 
 
@@ -1832,7 +1830,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict_bytes(model: Model, settings: Settings, k: float) -> float:
-    """Bytes of the artifact if int6 rows were rounded with this k, by the integers' entropy."""
+    """Bytes of the artifact with this k for int6 rows, by the integers' entropy."""
     total, matrices = 4096.0, grid_limits(model)
     for name, p in model.named_parameters():
         if name in matrices:
@@ -1929,21 +1927,21 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float, say=lambda text: None
 ) -> Stored:
-    """Every parameter as it will be stored, on every rank; the ranks share the work."""
-    stored: Stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
+    """Every parameter as it is stored, on every rank; the ranks share the work."""
+    stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
     matrices = grid_limits(model)
-    for index, (name, limits) in enumerate(matrices.items()):
+    for number, (name, limits) in enumerate(matrices.items(), 1):
         weight = model.get_parameter(name)
         integers = torch.zeros_like(weight, dtype=torch.int8)
         scale = weight.new_zeros(len(weight), dtype=torch.float16)
-        if index % ranks.world_size == ranks.rank:
+        if number % ranks.world_size == ranks.rank:
             step = row_scales(weight, limits, settings, k)
             known = name in hessians
             integers.copy_(gptq(weight, hessians[name], step, limits) if known else round_to_grid(weight, step, limits))
             scale.copy_(step.squeeze(1))
         stored[name] = Quantized(integers, scale, limits)
-        if (index + 1) % 8 == 0:
-            say(f"GPTQ: {index + 1}/{len(matrices)} matrices")
+        if number % 8 == 0:
+            say(f"GPTQ: {number}/{len(matrices)} matrices")
     for name in matrices:
         ranks.sum_(stored[name].integers)  # zeros everywhere but where they were computed
         ranks.sum_(stored[name].scale)
@@ -2003,8 +2001,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
     check(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
     data = path.read_bytes()
     check(data.startswith(ARTIFACT_MAGIC), "wrong magic number")
-    intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
-    check(intact, "its checksum does not match; it is truncated or altered")
+    check(hashlib.sha256(data[:-32]).digest() == data[-32:], "its checksum does not match; it is truncated or altered")
     header, _, payload = data[len(ARTIFACT_MAGIC) : -32].partition(b"\n")
     try:
         settings = dict(json.loads(header))
