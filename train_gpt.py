@@ -19,6 +19,7 @@ already scored. The sections stand in the order in which data flows:
     9. Run          logging, warm-up, training, main()
 """
 
+import bisect
 import collections
 import contextlib
 import copy
@@ -29,15 +30,13 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
-import queue
-import struct
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,84 +66,89 @@ class UserError(Exception):
     """A mistake the user can mend: run() prints it as one line and exits with status 2."""
 
 
+def need(condition: bool, message: str):
+    """Raises UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 # ============
 # 1. Settings
-# One dataclass holds every knob. The environment's name for a field is its name in capitals, the contest's where it has
-# one. Values are strings exactly once, in read_settings().
+# One dataclass holds every knob. A field in capitals is its environment variable, named as in the contest where it is
+# known there. Values are strings exactly once, in read_settings().
 
 
 def env(default, unit: str, text: str, group: str = ""):
-    """A settings field: its default (whose type is the setting's), unit, one line of help, and the group it begins."""
-    return field(default=default, metadata={"group": group, "unit": unit, "help": text})
+    """A setting: default (whose type is the setting's), unit, which may bound it, help, and the group it begins."""
+    return field(default=default, metadata={"unit": unit, "help": text, "group": group})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. Layer lists are strings such as "0,2-4", "all" or "none": see parse_layers()."""
+    """Every setting of a run. Layer lists are explained at parse_layers()."""
 
-    # fmt: off
-    preset: str = env("default", "name", "defaults that single variables override: see below", "run")
+    preset: str = env("default", "name", "a set of defaults: see below", "run")
     run_id: str = env("", "name", "names logs and artifact; empty: date and seed")
     seed: int = env(1337, "integer", "seeds weights and batches")
-    device: str = env("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
+    device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
-    sample: str = env("", "text", "text for the exported model to continue")
-    sample_tokens: int = env(128, "tokens", "length of that continuation")
+    sample: str = env("", "text", "for the exported model to continue")
+    sample_tokens: int = env(128, "tokens > 0", "length of that continuation")
     sample_temperature: float = env(0.8, "factor", "its temperature; 0: the likeliest token")
 
     data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
-    vocab_size: int = env(8192, "tokens", "must be the tokenizer's")
-    train_batch_tokens: int = env(524_288, "tokens", "one step's batch over all ranks")
-    train_seq_len: int = env(2048, "tokens", "training sequence and evaluation window")
+    vocab_size: int = env(8192, "tokens > 0", "must be the tokenizer's")
+    train_batch_tokens: int = env(524_288, "tokens > 0", "one step's batch over all ranks")
+    train_seq_len: int = env(2048, "tokens > 0", "training sequence and evaluation window")
     micro_batch_tokens: int = env(0, "tokens", "most tokens a rank runs at once; 0: what fits")
     document_reset: bool = env(False, "0|1", "BOS resets states and confines attention")
 
-    num_layers: int = env(7, "layers", "physical layers", "model")
-    model_dim: int = env(512, "width", "residual stream")
+    num_layers: int = env(7, "layers > 0", "physical layers", "model")
+    model_dim: int = env(512, "width > 0", "residual stream")
     layer_pattern: str = env("", "letters", "M Mamba, A attention; lower case: without MLP")
     mamba_layers: str = env("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
     mlp_layers: str = env("all", "layers", "which layers have an MLP")
-    mlp_mult: float = env(3.0, "× width", "hidden width of the MLP")
-    num_heads: int = env(8, "heads", "attention query heads")
-    num_kv_heads: int = env(4, "heads", "attention key/value heads")
-    rope_base: float = env(10_000.0, "number", "attention's rotary base")
+    mlp_mult: float = env(3.0, "× width > 0", "hidden width of the MLP")
+    num_heads: int = env(8, "heads > 0", "attention query heads")
+    num_kv_heads: int = env(4, "heads > 0", "attention key/value heads")
+    rope_base: float = env(10_000.0, "number > 0", "attention's rotary base")
     rope_fraction: float = env(1.0, "0 to 1", "part of each attention head that rotates")
     qk_gain_init: float = env(1.5, "factor", "initial gain on queries, learned per head")
     attention_backend: str = env("auto", "auto|fa3|fa2|cudnn|flash|math", "auto: the first that works")
     mamba_version: int = env(3, "2|3", "Mamba-3, or Mamba-2 on the same scan")
-    mamba_d_state: int = env(64, "numbers", "state per channel, a power of two")
-    mamba_expand: float = env(2.0, "× width", "inner width of a Mamba layer")
-    mamba_head_dim: int = env(64, "numbers", "channels per Mamba head, a power of two")
+    mamba_d_state: int = env(64, "numbers > 0", "state per channel, a power of two")
+    mamba_expand: float = env(2.0, "× width > 0", "inner width of a Mamba layer")
+    mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head, a power of two")
     mamba_rope_fraction: float = env(0.5, "0.5|1", "part of Mamba-3's state that rotates")
-    mamba_d_conv: int = env(-1, "tokens", "short convolution; 0: none; -1: 4 in Mamba-2, none in Mamba-3")
-    mamba_chunk_size: int = env(64, "tokens", "chunk of the chunked scans")
-    mamba_grad_checkpoint: bool = env(False, "0|1", "recompute Mamba layers in backward, to save memory")
-    scan_backend: str = env("auto", "auto|triton|mamba_ssm|chunked|sequential", "auto: triton on CUDA, else chunked")
-    unet_skips: bool = env(True, "0|1", "from the first half of the layers to the second")
+    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution's tokens; -1: 4 in Mamba-2, else none")
+    mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
+    mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
+    scan_backend: str = env("auto", "auto|triton|mamba_ssm|chunked|sequential", "auto: triton on CUDA")
+    unet_skips: bool = env(True, "0|1", "from the first half of layers to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
-    bigram_dim: int = env(128, "width", "its width before the projection")
+    bigram_dim: int = env(128, "width > 0", "its width before the projection")
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
     logit_softcap: float = env(30.0, "nats", "cap·tanh(logits/cap); 0: none")
 
-    layer_order: str = env("", "layers", "explicit order, as in 0,1,2,1,2,3; overrides these:", "recurrence")
+    layer_order: str = env("", "layers", "as in 0,1,2,1,2,3; overrides these:", "recurrence")
     recur_layers: str = env("none", "layers", "layers that repeat")
     recur_passes: int = env(1, "passes", "extra passes through them")
-    recur_mode: str = env("hinge", "hinge|spread", "repeat the group as a whole, or each layer")
+    recur_mode: str = env("hinge", "hinge|spread", "repeat the group, or each layer")
     recur_start: float = env(0.35, "of run", "before it, each layer runs once")
 
-    iterations: int = env(20_000, "steps", "most training steps", "schedule")
+    iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
     max_wallclock_seconds: float = env(600.0, "seconds", "training clock, GPTQ included; 0: ITERATIONS rule")
-    export_reserve_seconds: float = env(15.0, "seconds", "the end of it, kept for calibration and GPTQ")
-    warmup_steps: int = env(3, "steps", "compile warm-up, undone before the clock starts")
+    export_reserve_seconds: float = env(15.0, "seconds", "its end, for calibration and GPTQ")
+    warmup_steps: int = env(3, "steps", "compile warm-up, undone, off the clock")
     lr_warmup_fraction: float = env(0.01, "of run", "linear learning-rate warm-up")
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
     warmdown_iters: int = env(0, "steps", "the same in steps of mean length; 0: the fraction")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
-    train_log_every: int = env(50, "steps", "training loss lines")
+    train_log_every: int = env(50, "steps > 0", "training loss lines")
 
     matrix_lr: float = env(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
     mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's in_proj and out_proj")
@@ -153,36 +157,35 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum")
     muon_momentum_start: float = env(0.85, "below 1", "its value at the first step")
     muon_momentum_warmup: float = env(0.1, "of run", "how long it takes to rise")
-    muon_backend_steps: int = env(5, "steps", "Newton-Schulz iterations")
+    muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
     beta1: float = env(0.9, "below 1", "Adam")
     beta2: float = env(0.95, "below 1", "Adam")
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
-    weight_average: str = env("ema", "ema|swa|none", "which average of the weights is exported")
+    weight_average: str = env("ema", "ema|swa|none", "average of the weights to export")
     ema_decay: float = env(0.997, "below 1", "at most; see EMA_HORIZON")
-    ema_horizon: float = env(0.03, "of steps", "EMA remembers at most this part of them")
-    swa_fraction: float = env(0.2, "of run", "SWA averages this last part of the run")
+    ema_horizon: float = env(0.03, "of steps > 0", "EMA remembers at most this part of them")
+    swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
 
-    late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which weights are fake-quantized; 0: never", "export")
-    target_mb: float = env(16.0, "MB", "decimal, for artifact and code")
+    late_qat_threshold: float = env(0.15, "0 to 1", "LR factor that begins fake quantization; 0: never", "export")
+    target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "k of int6 rows; 0: as fine as TARGET_MB allows")
-    sdclip_k_int8: float = env(16.0, "std", "k of 8-bit rows")
+    sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
     calibration: str = env("train", "train|self", "GPTQ's text: training tokens, or the model's own")
-    calibration_tokens: int = env(131_072, "tokens", "how much of it")
+    calibration_tokens: int = env(131_072, "tokens > 0", "how much of it")
 
     eval_mode: str = env("sliding", "plain|sliding|stateful", "context of a scored token", "evaluation")
-    eval_stride: int = env(512, "tokens", "sliding: how far each window moves")
-    eval_overlap: int = env(1024, "tokens", "stateful: attention's cache, and a cold start's context")
-    val_batch_size: int = env(524_288, "tokens", "most scored at once over all ranks")
-    eval_max_seconds: float = env(600.0, "seconds", "evaluation clock; adaptation gives way to it")
+    eval_stride: int = env(512, "tokens > 0", "sliding: how far each window moves")
+    eval_overlap: int = env(1024, "tokens > 0", "stateful: attention's cache, and a cold start's context")
+    val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
+    eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock; adaptation gives way to it")
     eval_nll_path: str = env("", "file.npy", "every target's nats, float32, in stream order")
     ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
     ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
     ttt_epochs: int = env(2, "epochs", "passes over each scored chunk")
     ttt_momentum: float = env(0.9, "below 1", "SGD")
-    ttt_chunk_tokens: int = env(32_768, "tokens", "scored, then trained on")
+    ttt_chunk_tokens: int = env(32_768, "tokens > 0", "scored, then trained on")
     ttt_grad_clip: float = env(1.0, "norm", "gradient clipping; 0: none")
-    # fmt: on
 
     @property
     def mamba_inner_dim(self) -> int:
@@ -207,44 +210,41 @@ PRESETS = {
     },
 }  # fmt: skip
 PRESET_HELP = {
-    "default": "the best we have: 8 GPUs, ten minutes, sp8192",
-    "peer7": "the best published state-space entry's shape, for speed comparisons",
-    "tiny": "two minutes on two CPU cores with the sample corpus",
+    "default": "for the contest: 8 GPUs, ten minutes, sp8192",
+    "peer7": "a published state-space entry's shape, to compare speed",
+    "tiny": "two minutes on two CPU cores with the sample text",
 }
 
 
 def setting_groups() -> dict[str, list[dataclasses.Field]]:
     """The settings by group, in the order of the table."""
-    groups: dict[str, list[dataclasses.Field]] = {}
+    groups, group = collections.defaultdict(list), ""
     for f in dataclasses.fields(Settings):
-        if f.metadata["group"]:
-            groups[f.metadata["group"]] = members = []
-        members.append(f)
+        group = f.metadata["group"] or group
+        groups[group].append(f)
     return groups
 
 
 # What a stored model is meaningless without: it travels in the artifact's header.
 LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start"}
-MODEL_FIELDS = {f.name for group in ("model", "recurrence") for f in setting_groups()[group]} - LOCAL_FIELDS
-MODEL_FIELDS = tuple(sorted(MODEL_FIELDS | {"vocab_size", "document_reset"}))
+ARCHITECTURE = setting_groups()["model"] + setting_groups()["recurrence"]
+MODEL_FIELDS = sorted({"vocab_size", "document_reset"} | {f.name for f in ARCHITECTURE} - LOCAL_FIELDS)
 
 
-def parse_layers(text: str, num_layers: int, name: str) -> tuple[int, ...]:
-    """The layers that "all", "none" or a list such as "0,2-4" names, in the order given.
-
-    Raises UserError for anything else and for a layer that does not exist.
-    """
+def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
+    """The layers that a setting names: "all", "none" or a list such as "0,2-4". Raises UserError for anything else."""
+    text, count = getattr(settings, name), settings.num_layers
     if text in ("all", "none", ""):
-        return tuple(range(num_layers)) if text == "all" else ()
-    layers = []
+        return tuple(range(count)) if text == "all" else ()
+    given, layers = f"{name.upper()}={text}", []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f'{name}={text}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        first, last = int(first), int(last if dash else first)
-        if not first <= last < num_layers:
-            raise UserError(f"{name}={text}: there is no layer {part}; NUM_LAYERS={num_layers} counts from 0")
-        layers += range(first, last + 1)
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()):
+            raise UserError(f'{given}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
+        if not int(first) <= int(last) < count:
+            raise UserError(f"{given}: there is no layer {part}; NUM_LAYERS={count} counts from 0")
+        layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
 
@@ -257,8 +257,7 @@ def layer_kinds(settings: Settings) -> tuple[LayerKind, ...]:
     """What each physical layer is made of."""
     if settings.layer_pattern:
         return tuple(LayerKind("mamba" if c in "Mm" else "attention", c.isupper()) for c in settings.layer_pattern)
-    mamba = parse_layers(settings.mamba_layers, settings.num_layers, "MAMBA_LAYERS")
-    mlp = parse_layers(settings.mlp_layers, settings.num_layers, "MLP_LAYERS")
+    mamba, mlp = parse_layers(settings, "mamba_layers"), parse_layers(settings, "mlp_layers")
     return tuple(LayerKind("mamba" if i in mamba else "attention", i in mlp) for i in range(settings.num_layers))
 
 
@@ -269,12 +268,9 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
     """
     layers = tuple(range(settings.num_layers))
     if settings.layer_order:
-        return parse_layers(settings.layer_order, settings.num_layers, "LAYER_ORDER")
-    group = parse_layers(settings.recur_layers, settings.num_layers, "RECUR_LAYERS")
-    if not group:
-        return layers
-    repeats = settings.recur_passes + 1
-    if settings.recur_mode == "spread":
+        return parse_layers(settings, "layer_order")
+    group, repeats = parse_layers(settings, "recur_layers"), settings.recur_passes + 1
+    if settings.recur_mode == "spread" or not group:
         return tuple(i for i in layers for _ in range(repeats if i in group else 1))
     return layers[: group[0]] + group * repeats + layers[group[-1] + 1 :]
 
@@ -282,30 +278,24 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     """Settings from environment variables over the preset's, and the names of the fields that were given.
 
-    Raises UserError for an unknown preset, a value of the wrong type, and a misspelt variable.
+    Raises UserError for what it cannot read, and for a misspelt variable.
     """
-    fields = {f.name.upper(): f for f in dataclasses.fields(Settings)}
-    reject_misspelt(environment, set(fields))
+    kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
+    reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
         raise UserError(f"PRESET={preset} is unknown; did you mean {near}? There are: {', '.join(PRESETS)}")
-    values = dict(PRESETS[preset])
-    given = set()
-    for name, f in fields.items():
-        if name in environment:
-            values[f.name] = parse_value(name, environment[name], type(f.default))
-            given.add(f.name)
-    if "layer_pattern" in given and "num_layers" not in given:
-        values["num_layers"] = len(values["layer_pattern"])
-    settings = Settings(**values)
-    if settings.layer_pattern and ({"mamba_layers", "mlp_layers"} & given):
-        raise UserError("LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
-    return settings, given
+    given = {name.lower(): parse_value(name, text, kinds[name]) for name, text in environment.items() if name in kinds}
+    pattern = given.get("layer_pattern")
+    clash = pattern and {"mamba_layers", "mlp_layers"} & set(given)
+    need(not clash, "LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
+    derived = {"num_layers": len(pattern)} if pattern else {}
+    return Settings(**PRESETS[preset] | derived | given), set(given)
 
 
 def parse_value(name: str, text: str, kind: type):
-    """text as a bool (0/1), int, finite float or str; UserError otherwise."""
+    """text as a bool, int, finite float or str; UserError otherwise."""
     try:
         value = {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):
@@ -332,102 +322,80 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
             raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (see --help)")
 
 
-UNIT_RANGES = {"of run": (0, 1), "0 to 1": (0, 1), "below 1": (0, 1 - 1e-9)}
-POSITIVE = {  # the other numbers may be 0
-    "vocab_size", "train_batch_tokens", "train_seq_len", "num_layers", "model_dim", "mlp_mult", "num_heads",
-    "num_kv_heads", "rope_base", "mamba_d_state", "mamba_expand", "mamba_head_dim", "mamba_chunk_size", "iterations",
-    "muon_backend_steps", "target_mb", "eval_overlap", "calibration_tokens", "eval_stride", "val_batch_size",
-    "eval_max_seconds", "ttt_chunk_tokens", "sample_tokens", "train_log_every", "sdclip_k_int8", "ema_horizon",
-    "bigram_dim",
-}  # fmt: skip
-
-
 def validate_settings(settings: Settings, world_size: int):
     """Raises UserError at the first value, or relation between values, that cannot work."""
-
-    def need(condition: bool, message: str):
-        if not condition:
-            raise UserError(message)
-
     s, model = settings, setting_groups()["model"]
-    for f in dataclasses.fields(s):
-        value, unit, name = getattr(s, f.name), f.metadata["unit"], f.name.upper()
-        if isinstance(value, bool):
-            continue
-        if "|" in unit:
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            need(shown in unit.split("|"), f"{name}={shown} should be one of {unit.replace('|', ', ')}")
-        elif not isinstance(value, str):
-            low, high = UNIT_RANGES.get(unit, (-1 if f.name == "mamba_d_conv" else 0, 2**20 if f in model else 2**50))
-            need(value >= low, f"{name}={value} must not be negative")
-            need(value <= high, f"{name}={value} must be {'below 1' if unit == 'below 1' else f'at most {high}'}")
-            need(value > 0 or f.name not in POSITIVE, f"{name}={value} must be greater than 0")
-    need(s.num_layers <= 1024 and s.recur_passes <= 64, "NUM_LAYERS is at most 1024 and RECUR_PASSES at most 64")
-    need(BOS_ID < s.vocab_size <= 65_536, f"VOCAB_SIZE={s.vocab_size}: shards hold 16-bit tokens, and BOS is {BOS_ID}")
-    need(s.mamba_d_conv <= 4, f"MAMBA_D_CONV={s.mamba_d_conv} should be 0 to 4, or -1 for the version's own")
-    if s.layer_pattern:
-        length, odd = len(s.layer_pattern), "".join(sorted(set(s.layer_pattern) - set("MmAa")))
-        need(not odd, f"LAYER_PATTERN={s.layer_pattern}: {odd} is unknown; letters are M, m, A, a")
-        need(length == s.num_layers, f"LAYER_PATTERN={s.layer_pattern} is {length} layers, NUM_LAYERS={s.num_layers}")
+    most = {"num_layers": 1024, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
 
-    group = parse_layers(s.recur_layers, s.num_layers, "RECUR_LAYERS")
-    if group and s.recur_mode == "hinge" and not s.layer_order:
-        consecutive = group == tuple(range(group[0], group[-1] + 1))
-        need(consecutive, f"RECUR_LAYERS={s.recur_layers} must be consecutive in hinge mode; or set LAYER_ORDER")
+    def check(name: str, condition: bool, problem: str):
+        need(condition, f"{name.upper()}={getattr(s, name)} {problem}")
+
+    def check_multiple(name: str, divisor: int, meaning: str):
+        check(name, getattr(s, name) % divisor == 0, f"is not a multiple of {meaning} = {divisor}")
+
+    for f in dataclasses.fields(s):
+        value, unit = getattr(s, f.name), f.metadata["unit"]
+        if "|" in unit and not isinstance(value, bool):
+            choices = unit.split("|")
+            check(f.name, str(value).removesuffix(".0") in choices, f"should be one of {', '.join(choices)}")
+        elif not isinstance(value, (bool, str)):
+            high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, 2**20 if f in model else 2**50)
+            check(f.name, 0 <= value <= high, f"must be from 0 to {high}")
+            check(f.name, value < 1 or unit != "below 1", "must be below 1")
+            check(f.name, value > 0 or not unit.endswith("> 0"), "must be greater than 0")
+    check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
+    if s.layer_pattern:
+        check("layer_pattern", set(s.layer_pattern) <= set("MmAa"), "has other letters than M, m, A, a")
+        check("layer_pattern", len(s.layer_pattern) == s.num_layers, f"does not have NUM_LAYERS={s.num_layers} letters")
+
+    consecutive = all(b - a == 1 for a, b in itertools.pairwise(parse_layers(s, "recur_layers")))
+    if s.recur_mode == "hinge" and not s.layer_order:
+        check("recur_layers", consecutive, "must be consecutive in hinge mode; or set LAYER_ORDER")
     order = virtual_layer_order(s)
     need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
+    check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a hidden width")
     mixers = {kind.mixer for kind in layer_kinds(s)}
-    divisions = [
-        (
-            "TRAIN_BATCH_TOKENS",
-            s.train_batch_tokens,
-            world_size * s.train_seq_len,
-            f"{world_size} ranks × TRAIN_SEQ_LEN",
-        )
-    ]
-    divisions += [("MICRO_BATCH_TOKENS", s.micro_batch_tokens, s.train_seq_len, "TRAIN_SEQ_LEN")]
     if "attention" in mixers:
-        divisions += [("MODEL_DIM", s.model_dim, 2 * s.num_heads, "2 × NUM_HEADS")]
-        divisions += [("NUM_HEADS", s.num_heads, s.num_kv_heads, "NUM_KV_HEADS")]
-    need(int(s.mlp_mult * s.model_dim) > 0, f"MLP_MULT={s.mlp_mult} leaves the MLP without a hidden width")
+        check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
+        check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
     if "mamba" in mixers:
-        need(s.mamba_inner_dim > 0, f"MAMBA_EXPAND={s.mamba_expand} leaves Mamba without a width")
-        divisions += [("MAMBA_EXPAND × MODEL_DIM", s.mamba_inner_dim, s.mamba_head_dim, "MAMBA_HEAD_DIM")]
+        inner = s.mamba_inner_dim
+        check("mamba_expand", inner > 0, "leaves Mamba without a width")
+        check("mamba_head_dim", inner % s.mamba_head_dim == 0, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             value = getattr(s, name)
-            need(value >= 8 and value & (value - 1) == 0, f"{name.upper()}={value} must be a power of two, at least 8")
+            check(name, value >= 8 and value & (value - 1) == 0, "must be a power of two, at least 8")
+    check("bigram_vocab_size", s.bigram_vocab_size != 1, "hashes every bigram alike; use 0 for none")
+
+    length, clock = s.train_seq_len, s.max_wallclock_seconds or math.inf
+    check_multiple("train_batch_tokens", world_size * length, f"{world_size} ranks × TRAIN_SEQ_LEN")
+    check_multiple("micro_batch_tokens", length, "TRAIN_SEQ_LEN")
+    check("export_reserve_seconds", s.export_reserve_seconds < clock, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
+    check("target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes")
+    check("eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
+    check("eval_overlap", s.eval_mode != "stateful" or s.eval_overlap < length, f"must be below TRAIN_SEQ_LEN={length}")
     if s.ttt_enabled and s.ttt_epochs:
-        sequence = max(1, ttt_sequence_length(s, world_size))
-        divisions += [("TTT_CHUNK_TOKENS", s.ttt_chunk_tokens, world_size * sequence, f"{world_size} ranks × sequence")]
-    for name, value, divisor, divisor_name in divisions:
-        need(value % divisor == 0, f"{name}={value} is not a multiple of {divisor_name} = {divisor}")
-    need(s.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 hashes every bigram alike; use 0 for none")
-    reserve, clock = s.export_reserve_seconds, s.max_wallclock_seconds
-    need(not clock or reserve < clock, f"EXPORT_RESERVE_SECONDS={reserve} takes all of MAX_WALLCLOCK_SECONDS={clock}")
-    need(s.target_mb * 1e6 <= ARTIFACT_CAP, f"TARGET_MB={s.target_mb} is over the contest's 16 decimal megabytes")
-    length = s.train_seq_len
-    need(s.eval_stride <= length, f"EVAL_STRIDE={s.eval_stride} is longer than TRAIN_SEQ_LEN={length}")
-    stateful = s.eval_mode == "stateful"
-    need(not stateful or s.eval_overlap < length, f"EVAL_OVERLAP={s.eval_overlap} must be below TRAIN_SEQ_LEN={length}")
+        together = world_size * ttt_sequence_length(s, world_size)
+        check_multiple("ttt_chunk_tokens", together, f"{world_size} ranks × sequence")
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
-    """Tokens in a test-time training sequence: shorter than in training where many ranks share a chunk."""
-    return min(settings.train_seq_len, settings.ttt_chunk_tokens // world_size)
+    """Tokens in a sequence of test-time training: fewer than in training where many ranks share a chunk."""
+    return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
 def help_text() -> str:
-    """What --help prints: settings by group, then the presets with what they change."""
+    """What --help prints: settings by group, then presets."""
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
     for group, members in setting_groups().items():
-        lines += ["", f"[{group}]"]
+        lines.append(f"\n[{group}]")
         for f in members:
             default = int(f.default) if isinstance(f.default, bool) else f.default
             lines.append(f"  {f.name.upper():24} {default!s:42} {f.metadata['unit']:22} {f.metadata['help']}")
-    lines += ["", "Presets:"]
+    lines.append("\nPresets:")
     for name, values in PRESETS.items():
         lines.append(f"  PRESET={name}: {PRESET_HELP[name]}")
-        lines += [f"      {key.upper()}={int(v) if isinstance(v, bool) else v}" for key, v in values.items()]
+        lines += [f"      {key.upper()}={value}" for key, value in values.items()]
     return "\n".join(lines)
 
 
@@ -505,22 +473,19 @@ def open_shard(path: Path) -> np.ndarray:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if len(header) < 256 or header[0] != SHARD_MAGIC:
-        raise UserError(f"{path} is not a token shard (wrong magic number); see data/prepare.py")
-    if header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is a version {header[1]} shard; this program reads version {SHARD_VERSION}")
-    count = int(header[2])
+    ours = len(header) == 256 and header[0] == SHARD_MAGIC
+    need(ours, f"{path} is not a token shard (wrong magic number); see data/prepare.py")
+    version, count = map(int, header[1:3])
+    need(version == SHARD_VERSION, f"{path} is a version {version} shard; this program reads version {SHARD_VERSION}")
     wanted = SHARD_HEADER_BYTES + 2 * count
-    if count < 0 or size < wanted:
-        raise UserError(f"{path} has {size} bytes, but its header says {wanted}; download it again")
+    need(count >= 0 and wanted <= size, f"{path} has {size} bytes, but its header says {wanted}; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
     """All shards of a split ("train" or "val") by name. Raises UserError if there are none."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-    if not paths:
-        raise UserError(f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
+    need(bool(paths), f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     return [open_shard(path) for path in paths]
 
 
@@ -531,11 +496,11 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of training sequences for ever: each epoch visits every shard in a new order, one at a
-    time to keep reads local, and in it every window of seq_len + 1 tokens in a new order and at a new phase."""
-    if max(lengths, default=0) <= seq_len:
+    """Yields (shard, first token) of training sequences for ever: each epoch visits the shards in a new order, one by
+    one to keep reads local, and in each all windows of seq_len + 1 tokens in a new order and at a new phase."""
+    if max(lengths) <= seq_len:
         raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
-    for epoch in range(sys.maxsize):
+    for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
             phase = int(generator.integers(max(1, min(seq_len, lengths[shard] - seq_len))))
@@ -544,44 +509,34 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's endless batches, gathered in a thread and copied to the device ahead of time. next() returns tokens and
-    targets, each (sequences, seq_len) int64 on the device, and raises UserError for a token outside the vocabulary."""
+    """This rank's endless batches, gathered and copied to the device ahead of time. next() returns tokens and targets,
+    each (sequences, seq_len) int64 on the device, and raises UserError for a token outside the vocabulary."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
+        self.settings, self.ranks = settings, ranks
         self.shards = open_shards(settings.data_path, "train")
-        self.seq_len, self.vocab_size, self.device = settings.train_seq_len, settings.vocab_size, ranks.device
-        self.batch_sequences = settings.train_batch_tokens // self.seq_len
-        share = self.batch_sequences // ranks.world_size
-        self.mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-        self.windows = batch_windows([len(shard) for shard in self.shards], self.seq_len, settings.seed)
-        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
-        self.queue: queue.Queue = queue.Queue(maxsize=2)
-        threading.Thread(target=self._fill, daemon=True).start()
+        self.windows = batch_windows([len(shard) for shard in self.shards], settings.train_seq_len, settings.seed)
+        self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
 
-    def _fill(self):
-        try:
-            while True:
-                batch = [next(self.windows) for _ in range(self.batch_sequences)]
-                self.queue.put(self._gather(batch[self.mine]))
-        except BaseException as error:  # handed to the training loop, which raises it
-            self.queue.put(error)
-
-    def _gather(self, windows: list[tuple[int, int]]):
-        """Their tokens (windows, seq_len + 1) on the device, and the CUDA event after which they are there."""
-        tokens = np.stack([self.shards[shard][start : start + self.seq_len + 1] for shard, start in windows])
-        check_token_range(tokens, self.vocab_size, "the training shards")
+    def _gather(self):
+        """The next tokens (sequences, seq_len + 1) on the device, and the CUDA event after which they are there."""
+        length, device = self.settings.train_seq_len, self.ranks.device
+        batch = list(itertools.islice(self.windows, self.settings.train_batch_tokens // length))
+        mine = np.array_split(batch, self.ranks.world_size)[self.ranks.rank]
+        tokens = np.stack([self.shards[shard][start : start + length + 1] for shard, start in mine])
+        check_token_range(tokens, self.settings.vocab_size, "the training shards")
         tokens = torch.from_numpy(tokens.astype(np.int64))
         if self.stream is None:
             return tokens, None
-        torch.cuda.set_device(self.device)
+        torch.cuda.set_device(device)
         with torch.cuda.stream(self.stream):
-            return tokens.pin_memory().to(self.device, non_blocking=True), self.stream.record_event()
+            return tokens.pin_memory().to(device, non_blocking=True), self.stream.record_event()
 
     def next(self) -> tuple[Tensor, Tensor]:
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        tokens, copied = item
+        tokens, copied = self.ahead.popleft().result()
+        self.ahead.append(self.thread.submit(self._gather))
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
             tokens.record_stream(torch.cuda.current_stream())
@@ -594,41 +549,34 @@ class Tokenizer:
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece
 
-        if not Path(path).is_file():
-            raise UserError(f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
-        self.model = model = sentencepiece.SentencePieceProcessor()
+        need(Path(path).is_file(), f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
         try:
-            model.Load(path)
+            self.model = model = sentencepiece.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        if model.vocab_size() != vocab_size:
-            raise UserError(f"{path} has {model.vocab_size()} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
-        ids = range(vocab_size)
-        text = [model.IdToPiece(i) for i in ids]
-        lengths = [1 if model.IsByte(i) else len(text[i].removeprefix("▁").replace("▁", " ").encode()) for i in ids]
-        self.is_special = np.array([model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i) for i in ids])
-        self.has_space = np.array([piece.startswith("▁") for piece in text]) & ~self.is_special
-        self.piece_bytes = np.where(self.is_special, 0, lengths)
+        size = model.vocab_size()
+        need(size == vocab_size, f"{path} has {size} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
+        ids = list(range(size))
+        pieces, special = model.IdToPiece(ids), (model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids))
+        lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
+        self.is_special = np.any(special, axis=0)
+        self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_special
+        self.piece_bytes = np.where(self.is_special, 0, np.where(model.IsByte(ids), 1, lengths))
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text that each target tokens[1:] stands for, int64, (len(tokens) - 1,).
 
-        A leading space counts unless the token before is special: SentencePiece drops it at the start of a text.
+        A leading space counts unless the token before is special: decoding drops it at the start of a text.
         """
         before, target = tokens[:-1], tokens[1:]
         return self.piece_bytes[target] + (self.has_space[target] & ~self.is_special[before])
 
 
-@dataclass
-class ValidationSet:
-    """The validation stream: tokens (N + 1,) uint16, and the bytes (N,) int64 of its N targets."""
+class ValidationSet(NamedTuple):
+    """The validation stream, and how many bytes each of its N targets stands for."""
 
-    tokens: np.ndarray
-    target_bytes: np.ndarray
-
-    @property
-    def num_targets(self) -> int:
-        return len(self.target_bytes)
+    tokens: np.ndarray  # (N + 1,) uint16
+    target_bytes: np.ndarray  # (N,) int64
 
 
 def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
@@ -2152,22 +2100,19 @@ class Window(NamedTuple):
     last: int
 
 
-def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
+def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int, read: int = -1) -> list[Window]:
     """This rank's windows over the targets first <= p < last; together the ranks' windows cover each target once.
 
     plain: windows side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is new. stateful: each
-    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early to warm the state up.
+    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early to warm up, unless it has read up to there.
     """
     length = settings.train_seq_len
     if settings.eval_mode == "stateful":
         share = -(-(last - first) // world_size)
         begin, end = first + rank * share, min(last, first + (rank + 1) * share)
-        windows = []
-        while begin < end:
-            context = begin if windows else max(0, begin - settings.eval_overlap)
-            windows.append(Window(context, begin, min(context + length, end)))
-            begin = windows[-1].last
-        return windows
+        start = begin if begin == read else max(0, begin - settings.eval_overlap)
+        starts = range(start, end, length) if begin < end else ()
+        return [Window(p, max(p, begin), min(p + length, end)) for p in starts]
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
     windows = [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in range(first, last, stride)]
     return windows[rank::world_size]
@@ -2184,92 +2129,87 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores a validation set: score() with frozen weights, score_and_adapt() with test-time training."""
+    """Scores a validation set once: score() with frozen weights, or score_and_adapt() with test-time training."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent=True):
         self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
         self.order = model.order(recurrent)
         self.score_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
+        self.state, self.state_position = None, -1
+        s, self.total = settings, len(validation.target_bytes)
+        self.nats = torch.zeros(self.total, device=ranks.device)
+        self.times_scored = np.zeros(self.total, dtype=np.uint8)
+        chunk = min(self.total, s.ttt_chunk_tokens) if s.ttt_enabled else self.total
+        windows = 1 if s.eval_mode == "stateful" else len(plan_windows(s, 0, chunk, 0, ranks.world_size))
+        self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
 
-    def score(self, settings: Settings | None = None) -> Score:
-        """Scores the whole stream with the weights as they are, in the mode of settings (default: the run's)."""
+    def score(self) -> Score:
+        """Scores the whole stream with the weights as they are."""
         started = time.perf_counter()
-        self._reset(settings or self.settings)
-        self._score_targets(0, self.validation.num_targets)
+        self._score_targets(0, self.total)
         return self._collect(started, 0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
         """Score-first test-time training: each chunk is scored, then trained on; the last is scored only.
 
-        clock_started is the perf_counter() at which the clock began. When time runs short, chunks get fewer epochs, then
-        none, but all are scored. Raises UserError if even scoring takes too long.
+        Where time since clock_started (a perf_counter()) runs short, chunks get fewer epochs or none, but all are
+        scored. Raises UserError if even that takes too long.
         """
         s = self.settings
-        self._reset(s)
-        total = self.validation.num_targets
-        starts = range(0, total, s.ttt_chunk_tokens)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        starts = range(0, self.total, s.ttt_chunk_tokens)
+        parameters = list(self.model.parameters())
         sgd = torch.optim.SGD(parameters, lr=0.0, momentum=s.ttt_momentum)
         epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
         for index, first in enumerate(starts):
-            last = min(first + s.ttt_chunk_tokens, total)
-            mark = time.perf_counter()
+            last = min(first + s.ttt_chunk_tokens, self.total)
+            started = self._now()
             self._score_targets(first, last)
-            synchronize(self.ranks.device)
-            score_seconds = time.perf_counter() - mark
-            if index == len(starts) - 1:
-                break
-            left = clock_started + s.eval_max_seconds - time.perf_counter()
+            scored = self._now()
             chunks_left = len(starts) - 1 - index
+            if not chunks_left:
+                break
+            left = clock_started + s.eval_max_seconds - scored
             if index > 1:  # the first two chunks compile
-                spare = left - 1.2 * chunks_left * score_seconds
+                spare = left - 1.2 * chunks_left * (scored - started)
                 epochs = min(s.ttt_epochs, max(0, int(spare / (chunks_left * max(epoch_seconds, 1e-9)))))
             epochs = self.ranks.from_main(epochs if left > 0 else 0)
             given_up += s.ttt_epochs - epochs
-            rate = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
-            mark = time.perf_counter()
+            sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
             for _ in range(epochs):
-                self._train_on(first, last, sgd, parameters, rate)
-            synchronize(self.ranks.device)
-            epoch_seconds = (time.perf_counter() - mark) / epochs if epochs else epoch_seconds
+                self._train_on(first, last, sgd, parameters)
+            epoch_seconds = (self._now() - scored) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
         if self.ranks.from_main(time.perf_counter() - clock_started > s.eval_max_seconds):
             raise UserError(f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
         return self._collect(clock_started, given_up)
 
-    def _reset(self, settings: Settings):
-        s, total, world_size = settings, self.validation.num_targets, self.ranks.world_size
-        self.mode = s
-        self.nats = torch.zeros(total, device=self.ranks.device)
-        self.times_scored = np.zeros(total, dtype=np.uint8)
-        self.state, self.state_position = None, -1
-        chunk = min(total, s.ttt_chunk_tokens) if s.ttt_enabled else total
-        most = len(plan_windows(s, 0, chunk, 0, world_size))
-        fits = s.val_batch_size // (world_size * s.train_seq_len)
-        self.rows = 1 if s.eval_mode == "stateful" else max(1, min(most, fits))
+    def _now(self) -> float:
+        """perf_counter() once the device is done."""
+        synchronize(self.ranks.device)
+        return time.perf_counter()
 
     @torch.no_grad()
     def _score_targets(self, first: int, last: int):
         """Scores this rank's share of the targets first <= p < last."""
-        s = self.mode
-        stateful = s.eval_mode == "stateful"
-        if stateful and self.ranks.world_size == 1 and self.state_position == first:
-            windows = [Window(p, p, min(p + s.train_seq_len, last)) for p in range(first, last, s.train_seq_len)]
-        else:
-            windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size)
+        s, device = self.settings, self.ranks.device
+        cache_tokens = s.eval_overlap if s.eval_mode == "stateful" else 0
+        windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
         for i in range(0, len(windows), self.rows):
             batch = windows[i : i + self.rows]
-            context = np.array([w.context for w in batch] + [batch[-1].context] * (self.rows - len(batch)))
-            tokens, targets = self._read(context, s.train_seq_len)
-            if stateful and batch[0].context != self.state_position:
-                self.state = None
-            cache_tokens = s.eval_overlap if stateful else 0
-            nats, new_state = self.score_function(tokens, targets, self.order, self.state, cache_tokens)
-            if stateful:  # padding at the end of a window spoils the state: it is carried from full windows only
-                full = batch[0].last - batch[0].context == s.train_seq_len
-                self.state, self.state_position = (new_state, batch[0].last) if full else (None, -1)
-            self._record(batch, nats)
+            batch += [Window(batch[-1].context, 0, 0)] * (self.rows - len(batch))  # every batch has one shape
+            context, begin, end = np.array(batch).T[:, :, None]
+            tokens, targets = self._read(context[:, 0], s.train_seq_len)
+            state = self.state if batch[0].context == self.state_position else None
+            nats, state = self.score_function(tokens, targets, self.order, state, cache_tokens)
+            # Padding at the end of a window spoils the state: it is carried from full windows only.
+            full = batch[0].last - batch[0].context == s.train_seq_len
+            self.state, self.state_position = (state, batch[0].last) if full else (None, -1)
+            position = context + np.arange(s.train_seq_len)
+            cells = np.flatnonzero((begin <= position) & (position < end))
+            where = position.flatten()[cells]
+            np.add.at(self.times_scored, where, 1)
+            self.nats[torch.from_numpy(where).to(device)] = nats.flatten()[torch.from_numpy(cells).to(device)].float()
 
     def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets (len(starts), length); past the stream's end, its last token."""
@@ -2278,31 +2218,19 @@ class Evaluator:
         both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
-    def _record(self, batch: list[Window], nats: Tensor):
-        length = nats.shape[1]
-        positions = np.concatenate([np.arange(w.first, w.last) for w in batch])
-        cells = np.concatenate([np.arange(w.first, w.last) - w.context + row * length for row, w in enumerate(batch)])
-        cells, where = (torch.from_numpy(x).to(self.ranks.device) for x in (cells, positions))
-        self.nats[where] = nats.flatten()[cells].float()
-        np.add.at(self.times_scored, positions, 1)
-
-    def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter], rate: float):
+    def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter]):
         """One step of SGD on the chunk's targets, all scored before; each rank takes its part."""
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
-        starts = np.arange(first, last, length)
-        share = len(starts) // ranks.world_size
-        mine = starts[ranks.rank * share : (ranks.rank + 1) * share]
-        rows = max(1, min(share, s.val_batch_size // (ranks.world_size * length)))
-        while share % rows:
-            rows -= 1
-        for i in range(0, share, rows):
-            tokens, targets = self._read(mine[i : i + rows], length)
-            (self.loss_function(tokens, targets, self.order) * (rows / share)).backward()
+        mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
+        most = min(len(mine), s.val_batch_size // (ranks.world_size * length))
+        rows = next((n for n in range(most, 1, -1) if len(mine) % n == 0), 1)
+        for starts in mine.reshape(-1, rows):
+            tokens, targets = self._read(starts, length)
+            (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
         ranks.average_gradients(parameters)
         if s.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(parameters, s.ttt_grad_clip)
-        sgd.param_groups[0]["lr"] = rate
         sgd.step()
         sgd.zero_grad()
 
@@ -2312,10 +2240,9 @@ class Evaluator:
         if not bool((times == 1).all()):
             raise RuntimeError("a target was not scored exactly once")
         nats = self.ranks.sum_(self.nats).cpu().numpy()
-        total = nats.sum(dtype=np.float64)
-        loss = total / len(nats)
-        bpb = total / math.log(2) / self.validation.target_bytes.sum(dtype=np.float64)
-        return Score(float(loss), float(bpb), nats, time.perf_counter() - started, given_up)
+        total = float(nats.sum(dtype=np.float64))
+        bpb = total / math.log(2) / int(self.validation.target_bytes.sum())
+        return Score(total / self.total, bpb, nats, time.perf_counter() - started, given_up)
 
 
 def maybe_compile(function, settings: Settings, ranks: Ranks):
@@ -2328,22 +2255,18 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 
 @torch.no_grad()
 def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
-    """Continues prompt (B, T) by count tokens sampled at this temperature (0: the likeliest): (B, T + count).
-
-    Every token costs one step; attention sees the last cache_tokens.
-    """
+    """prompt (B, T) and count tokens sampled at this temperature (0: the likeliest), (B, T + count), one step each.
+    Attention sees the last cache_tokens."""
     order = model.order(recurrent=True)
     generator = torch.Generator(prompt.device).manual_seed(seed)
-    hidden, state = model(prompt, order, None, cache_tokens)
-    tokens = [prompt]
+    tokens, state = [prompt], None
     for _ in range(count):
+        hidden, state = model(tokens[-1], order, state, cache_tokens)
         logits = model.logits(hidden[:, -1:])[:, -1]
         if temperature:
-            choice = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            tokens.append((logits / temperature).softmax(dim=-1).multinomial(1, generator=generator))
         else:
-            choice = logits.argmax(dim=-1, keepdim=True)
-        tokens.append(choice)
-        hidden, state = model(choice, order, state, cache_tokens)
+            tokens.append(logits.argmax(dim=-1, keepdim=True))
     return torch.cat(tokens, dim=1)
 
 
@@ -2356,43 +2279,47 @@ DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TI
 INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
+LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained weights
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
+ARTIFACT_MAGIC = b"SSMGOLF2"
+MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is not unpacked
 
 
-class TensorPlan(NamedTuple):
-    """How one parameter is stored: "int" (rows on a grid, the last int8_rows of them with 8 bits), or a float type."""
+class Quantized(NamedTuple):
+    """A matrix on its grid."""
 
-    encoding: str  # "int", "float16" or "float32"
-    int8_rows: int = 0
+    integers: Tensor  # (rows, columns) int8
+    scale: Tensor  # (rows,) float16, the step of each row
+    limits: Tensor  # as grid_limits() has them
+
+    def ones(self) -> Tensor:
+        """Where a row of 6 bits holds 1 or -1, bool (rows, columns)."""
+        return (self.integers.abs() == 1) & (self.limits == INT6_MAX)
 
 
-Plan = dict[str, TensorPlan]  # by parameter name
+Stored = dict[str, Quantized | Tensor]  # every parameter as it is stored, by name, in the model's order
 
 
-def plan_tensors(model: Model) -> Plan:
-    """The storage of every parameter, by name.
+def grid_limits(model: Model) -> dict[str, Tensor]:
+    """The matrices that are stored as integers, by name: the largest integer of each row, float32 (rows, 1).
 
-    Matrices are int6; embedding and output matrix int8, and so the rows of Mamba's in_proj that produce step size,
-    decay, trapezoid and angles, whose errors a recurrence compounds. Per-head dynamics stay float32.
+    They are int6; embedding and output matrix int8, and so the rows of Mamba's in_proj that produce step size, decay,
+    trapezoid and angles, whose errors a recurrence compounds.
     """
-    plan = {}
-    for name, p in model.named_parameters():
-        leaf = name.split(".")[-1]
-        if name in ("embedding.weight", "head.weight"):
-            plan[name] = TensorPlan("int", p.shape[0])
-        elif p.dim() == 2 and leaf == "weight" and ".conv." not in name:
-            is_mamba_input = name.endswith("in_proj.weight")
-            rows = model.get_submodule(name.removesuffix(".in_proj.weight")).dynamics_rows if is_mamba_input else 0
-            plan[name] = TensorPlan("int", rows)
-        else:
-            plan[name] = TensorPlan("float32" if leaf in ("dt_bias", "A_log", "D") else "float16")
-    return plan
-
-
-def grid_limits(rows: int, int8_rows: int, device: torch.device) -> Tensor:
-    """Largest integer of each row's grid, float32 (rows, 1)."""
-    limits = torch.full((rows, 1), float(INT6_MAX), device=device)
-    limits[rows - int8_rows :] = INT8_MAX
+    limits = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            limits[f"{name}.weight"] = rows = layer.weight.new_full((len(layer.weight), 1), INT6_MAX)
+            if name in ("embedding", "head"):
+                rows[:] = INT8_MAX
+            elif name.endswith(".in_proj"):
+                rows[-model.get_submodule(name.removesuffix(".in_proj")).dynamics_rows :] = INT8_MAX
     return limits
+
+
+def float_type(name: str) -> str:
+    """Type of a parameter that is not stored as integers, or of a matrix's row steps."""
+    return "float32" if name.endswith((".dt_bias", ".A_log", ".D")) else "float16"
 
 
 def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
@@ -2410,68 +2337,48 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     return (weight / scale).round().clamp(-limits, limits)
 
 
-def entropy_bytes(integers: Tensor) -> float:
-    """Bytes an ideal coder needs for these integers, each drawn from their common distribution."""
-    counts = torch.bincount((integers + INT8_MAX).flatten().long(), minlength=2 * INT8_MAX + 1).double()
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * p.log2()).sum() * integers.numel() / 8)
-
-
-LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained weights
-
-
+@torch.no_grad()
 def predict_bytes(model: Model, settings: Settings, k: float) -> float:
-    """Bytes of the artifact if int6 rows were rounded with this k, by the integers' entropy."""
-    total = 4096.0
-    for name, (encoding, int8_rows) in plan_tensors(model).items():
-        p = model.get_parameter(name).detach()
-        if encoding != "int":
-            total += p.numel() * (2 if encoding == "float16" else 4)
-            continue
-        limits = grid_limits(len(p), int8_rows, p.device)
-        integers = round_to_grid(p, row_scales(p, limits, settings, k), limits)
-        total += 2 * len(p) + LZMA_OVERHEAD * entropy_bytes(integers)
+    """Bytes of the artifact with this k for int6 rows, by the integers' entropy."""
+    total, matrices = 4096.0, grid_limits(model)
+    for name, p in model.named_parameters():
+        if name in matrices:
+            integers = round_to_grid(p, row_scales(p, matrices[name], settings, k), matrices[name])
+            counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
+            bits_each = float(torch.special.entr(counts / counts.sum()).sum()) / math.log(2)
+            total += 2 * len(p) + LZMA_OVERHEAD * bits_each * p.numel() / 8
+        else:
+            total += p.numel() * np.dtype(float_type(name)).itemsize
     return total
 
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     """SDCLIP_K, or where it is 0 the least k from 4 to 16 whose predicted artifact fits target_bytes."""
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise UserError(f"the weights are no longer finite: {DIVERGED}")
+    need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    low, high = 4.0, 16.0
-    if predict_bytes(model, settings, low) <= target_bytes:
-        return low
-    for _ in range(8):
-        middle = (low + high) / 2
-        low, high = (low, middle) if predict_bytes(model, settings, middle) <= target_bytes else (middle, high)
-    return high
+    choices = [4 + 12 * i / 256 for i in range(257)]
+    fits = bisect.bisect_left(choices[:-1], True, key=lambda k: predict_bytes(model, settings, k) <= target_bytes)
+    return choices[fits]
 
 
 class FakeQuantization:
-    """Late QAT: while a step's gradients are computed, matrices stand on their grids; the gradients then move the
-    weights themselves (straight-through)."""
+    """Late QAT: matrices stand on their grids while a step's gradients are computed, which then move the weights."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
-        self.settings = settings
-        self.k = fit_sdclip(model, settings, target_bytes)
-        plan = {name: item.int8_rows for name, item in plan_tensors(model).items() if item.encoding == "int"}
-        parameters = {name: model.get_parameter(name) for name in plan}
-        self.entries = [(p, grid_limits(len(p), plan[name], p.device)) for name, p in parameters.items()]
+        self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
+        self.matrices = [(model.get_parameter(name).detach(), limits) for name, limits in grid_limits(model).items()]
 
     @contextlib.contextmanager
     def __call__(self):
-        kept = [p.detach().clone() for p, _ in self.entries]
-        with torch.no_grad():
-            for p, limits in self.entries:
-                scale = row_scales(p, limits, self.settings, self.k)
-                p.copy_(round_to_grid(p, scale, limits) * scale)
+        kept = [weight.clone() for weight, _ in self.matrices]
+        for weight, limits in self.matrices:
+            scale = row_scales(weight, limits, self.settings, self.k)
+            weight.copy_(round_to_grid(weight, scale, limits) * scale)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_([p for p, _ in self.entries], kept)
+            torch._foreach_copy_([weight for weight, _ in self.matrices], kept)
 
 
 @torch.no_grad()
@@ -2480,24 +2387,19 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 
     By parameter name, float32 (columns, columns); the output matrix has the final hidden states' H.
     """
-    hessians = {}
+    hessians = collections.defaultdict(float)
 
-    def gather(name: str, x: Tensor):
-        x = x.flatten(0, -2).float()
-        product = 2 * (x.T @ x)
-        hessians[name] = hessians[name] + product if name in hessians else product
+    def gather(name: str, _, inputs: tuple[Tensor]):
+        x = inputs[0].flatten(0, -2).float()
+        hessians[name] = hessians[name] + 2 * (x.T @ x)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: gather(name, args[0]))
-        for name, layer in model.linear_layers().items()
-    ]
-    output_name = "embedding.weight" if model.head is None else "head.weight"
-    try:
-        for batch in sequences.split(rows):
-            gather(output_name, model(batch, model.order(recurrent=True))[0])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = model.linear_layers()
+    hooks = [layers[name].register_forward_pre_hook(functools.partial(gather, name)) for name in layers]
+    for batch in sequences.split(rows):
+        hidden = model(batch, model.order(recurrent=True))[:1]
+        gather("embedding.weight" if model.head is None else "head.weight", model, hidden)
+    for hook in hooks:
+        hook.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
 
 
@@ -2505,284 +2407,149 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     """Integers (rows, columns) on each row's grid that keep weight @ x close in the Hessian's norm (arXiv 2210.17323).
 
-    Columns are rounded in order of falling diagonal, and each column's error is spread over those still to come.
+    Columns are rounded in order of falling diagonal, and each one's error is spread over those still to come.
     """
-    weight, hessian = weight.float().clone(), hessian.float().clone()
     diagonal = hessian.diagonal()
-    unused = diagonal == 0
-    diagonal[unused] = 1.0
-    weight[:, unused] = 0.0
     order = diagonal.argsort(descending=True)
-    weight, hessian = weight[:, order], hessian[order][:, order]
-    upper = inverse_cholesky(hessian)
-    integers = torch.zeros_like(weight)
-    columns = weight.shape[1]
-    for first in range(0, columns, GPTQ_BLOCK):
-        last = min(first + GPTQ_BLOCK, columns)
-        errors = torch.zeros_like(weight[:, first:last])
-        for j in range(first, last):
-            column = weight[:, j : j + 1]
-            integers[:, j : j + 1] = round_to_grid(column, scale, limits)
-            error = (column - integers[:, j : j + 1] * scale) / upper[j, j]
-            weight[:, j:last] -= error * upper[j, j:last]
-            errors[:, j - first : j - first + 1] = error
-        weight[:, last:] -= errors @ upper[first:last, last:]
-    return integers[:, order.argsort()]
-
-
-def inverse_cholesky(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse; damping grows until the factorization succeeds."""
-    mean = hessian.diagonal().mean()
-    damping = GPTQ_DAMPING
-    while True:
-        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return upper
+    weight = weight.masked_fill(diagonal == 0, 0.0)[:, order]  # inputs that never fire
+    identity = torch.eye(len(order), device=weight.device)
+    damping, failed = GPTQ_DAMPING * diagonal.mean().clamp(min=1e-9), True
+    while failed:  # until the damping, tenfold each time, is enough
+        lower, failed = torch.linalg.cholesky_ex((hessian[order][:, order] + damping * identity).flip(0, 1))
         damping *= 10
-
-
-class Quantized(NamedTuple):
-    """A matrix on its grid: integers (rows, columns) int8, one step per row (rows,) float16."""
-
-    integers: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        return self.integers.float() * self.scale.float().unsqueeze(1)
-
-
-Stored = dict[str, Quantized | Tensor]  # every parameter as it is stored, by name
+    # Flipped back, lower is an upper R with H = R R^T, so that R^-1 is the upper Cholesky factor of H's inverse.
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    for first in range(0, len(order), GPTQ_BLOCK):
+        last = first + GPTQ_BLOCK
+        errors = torch.zeros_like(weight[:, first:last])
+        for j in range(errors.shape[1]):
+            rest = weight[:, first + j : last]  # a view: the column to round, and those of the block still to come
+            integers = round_to_grid(rest[:, :1], scale, limits)
+            errors[:, j : j + 1] = (rest[:, :1] - integers * scale) / upper[first + j, first + j]
+            rest -= errors[:, j : j + 1] * upper[first + j, first + j : last]
+            rest[:, :1] = integers
+        weight[:, last:] -= errors @ upper[first:last, last:]
+    return weight[:, order.argsort()]
 
 
 @torch.no_grad()
 def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float, say=lambda text: None
 ) -> Stored:
-    """Every parameter as it will be stored, on every rank; the ranks share the work."""
-    plan = plan_tensors(model)
-    stored: Stored = {}
-    matrices = [name for name in plan if plan[name].encoding == "int"]
-    for index, name in enumerate(matrices):
-        weight = model.get_parameter(name).detach()
-        integers = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
-        scale = torch.zeros(len(weight), dtype=torch.float16, device=weight.device)
-        if index % ranks.world_size == ranks.rank:
-            limits = grid_limits(len(weight), plan[name].int8_rows, weight.device)
-            hessian = hessians.get(name)
+    """Every parameter as it is stored, on every rank; the ranks share the work."""
+    stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
+    matrices = grid_limits(model)
+    for number, (name, limits) in enumerate(matrices.items(), 1):
+        weight = model.get_parameter(name)
+        integers = torch.zeros_like(weight, dtype=torch.int8)
+        scale = weight.new_zeros(len(weight), dtype=torch.float16)
+        if number % ranks.world_size == ranks.rank:
             step = row_scales(weight, limits, settings, k)
-            rounded = round_to_grid(weight, step, limits) if hessian is None else gptq(weight, hessian, step, limits)
-            integers.copy_(rounded.to(torch.int8))
+            known = name in hessians
+            integers.copy_(gptq(weight, hessians[name], step, limits) if known else round_to_grid(weight, step, limits))
             scale.copy_(step.squeeze(1))
-        stored[name] = Quantized(integers, scale)
-        if (index + 1) % 8 == 0:
-            say(f"GPTQ: {index + 1}/{len(matrices)} matrices")
+        stored[name] = Quantized(integers, scale, limits)
+        if number % 8 == 0:
+            say(f"GPTQ: {number}/{len(matrices)} matrices")
     for name in matrices:
-        for tensor in stored[name]:
-            ranks.sum_(tensor)  # zeros everywhere but where it was computed
-    for name, (encoding, _) in plan.items():
-        if encoding != "int":
-            stored[name] = model.get_parameter(name).detach().to(getattr(torch, encoding))
-    return {name: stored[name] for name in plan}
+        ranks.sum_(stored[name].integers)  # zeros everywhere but where they were computed
+        ranks.sum_(stored[name].scale)
+    return stored
 
 
-# The artifact: magic, length of the header, header (JSON), LZMA stream, SHA-256 of all before it.
-
-ARTIFACT_MAGIC = b"SSMGOLF1"
-LZMA_FILTERS = [
-    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0, "dict_size": 1 << 26}
-]
-MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is refused before anything is allocated
+# The artifact: magic, the model's settings as a line of JSON, LZMA stream, SHA-256 of all before it. The stream holds,
+# in the order of the model's parameters, floats and row steps, and behind them all integers, one byte each: LZMA makes
+# 10 to 20 % less of those than of packed bits.
 
 
-def pack_integers(integers: np.ndarray, int8_rows: int, packing: str) -> bytes:
-    """int8 (rows, columns) as one byte per value ("bytes"), or 6-bit rows four values in three bytes ("bits")."""
-    if packing == "bytes":
-        return integers.tobytes()
-    six, eight = integers[: len(integers) - int8_rows], integers[len(integers) - int8_rows :]
-    values = (six.astype(np.int16).ravel() + 32).astype(np.uint32)
-    a, b, c, d = np.pad(values, (0, -len(values) % 4)).reshape(-1, 4).T
-    word = a | b << 6 | c << 12 | d << 18
-    return np.stack([word & 255, word >> 8 & 255, word >> 16], axis=1).astype(np.uint8).tobytes() + eight.tobytes()
-
-
-def packed_size(rows: int, columns: int, int8_rows: int, packing: str) -> int:
-    """Bytes that pack_integers() gives for a matrix of this shape."""
-    if packing == "bytes":
-        return rows * columns
-    return -(-(rows - int8_rows) * columns // 4) * 3 + int8_rows * columns
-
-
-def unpack_integers(data: bytes, rows: int, columns: int, int8_rows: int, packing: str) -> np.ndarray:
-    """The inverse of pack_integers()."""
-    if packing == "bytes":
-        return np.frombuffer(data, dtype=np.int8).reshape(rows, columns).copy()
-    count = (rows - int8_rows) * columns
-    packed = np.frombuffer(data[: -(-count // 4) * 3], dtype=np.uint8).reshape(-1, 3).astype(np.uint32)
-    word = packed[:, 0] | packed[:, 1] << 8 | packed[:, 2] << 16
-    values = np.stack([word >> shift & 63 for shift in (0, 6, 12, 18)], axis=1).ravel()[:count].astype(np.int8) - 32
-    eight = np.frombuffer(data[len(packed) * 3 :], dtype=np.int8)
-    return np.concatenate([values, eight]).reshape(rows, columns)
-
-
-def pack_artifact(settings: Settings, plan: Plan, stored: Stored, packing: str) -> bytes:
-    """The whole artifact file as bytes, with its integers packed this way."""
-    model_settings = {name: getattr(settings, name) for name in MODEL_FIELDS}
-    raw, integer_parts = io.BytesIO(), []
-    table = []
-    for name, item in stored.items():
-        encoding, int8_rows = plan[name]
-        if encoding == "int":
-            raw.write(item.scale.cpu().numpy().tobytes())
-            integer_parts.append(pack_integers(item.integers.cpu().numpy(), int8_rows, packing))
-        else:
-            raw.write(item.cpu().numpy().tobytes())
-        shape = list(item.integers.shape if encoding == "int" else item.shape)
-        table.append([name, shape, encoding, int8_rows])
-    content = raw.getvalue() + b"".join(integer_parts)
+def pack_artifact(settings: Settings, stored: Stored) -> bytes:
+    """The whole artifact file as bytes."""
+    arrays = [item.scale if isinstance(item, Quantized) else item for item in stored.values()]
+    arrays += [item.integers for item in stored.values() if isinstance(item, Quantized)]
+    content = b"".join(array.cpu().numpy().tobytes() for array in arrays)
+    header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
     payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    header = {"settings": model_settings, "packing": packing, "raw_bytes": len(content), "tensors": table}
-    header = json.dumps(header, separators=(",", ":")).encode()
-    body = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + payload
+    body = ARTIFACT_MAGIC + header.encode() + b"\n" + payload
     return body + hashlib.sha256(body).digest()
 
 
-def smallest_artifact(settings: Settings, plan: Plan, stored: Stored) -> tuple[bytes, str]:
-    """The smaller of the two packings, and its name; LZMA lets both run at once."""
-    packings = ("bytes", "bits")
-    with ThreadPoolExecutor(len(packings)) as pool:
-        files = list(pool.map(lambda packing: pack_artifact(settings, plan, stored, packing), packings))
-    return min(zip(files, packings), key=lambda item: len(item[0]))
+def prune(stored: Stored, count: int) -> Stored:
+    """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest step."""
+    matrices = {name: item for name, item in stored.items() if isinstance(item, Quantized)}
+    steps = torch.cat([torch.where(m.ones(), m.scale[:, None], torch.inf).flatten() for m in matrices.values()])
+    chosen = torch.zeros_like(steps, dtype=torch.bool)
+    chosen[steps.argsort(stable=True)[:count]] = True
+    masks = chosen.split([m.integers.numel() for m in matrices.values()])
+    for (name, m), mask in zip(matrices.items(), masks):
+        matrices[name] = m._replace(integers=m.integers.masked_fill(mask.view_as(m.integers), 0))
+    return stored | matrices
 
 
-def six_bit_rows(integers: Tensor, plan: TensorPlan) -> Tensor:
-    """The rows of a stored matrix that have 6 bits."""
-    return integers[: len(integers) - plan.int8_rows]
-
-
-def prune(stored: Stored, plan: Plan, count: int) -> Stored:
-    """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest squared step."""
-    names = [name for name, item in stored.items() if isinstance(item, Quantized)]
-    places = [(six_bit_rows(stored[name].integers, plan[name]).abs() == 1).nonzero(as_tuple=True) for name in names]
-    costs = [stored[name].scale[row].float().square() for name, (row, _) in zip(names, places)]
-    chosen = torch.zeros(sum(map(len, costs)), dtype=torch.bool, device=costs[0].device)
-    chosen[torch.cat(costs).argsort(stable=True)[:count]] = True
-    pruned = dict(stored)
-    for name, (row, column), mine in zip(names, places, chosen.split([len(c) for c in costs])):
-        integers = stored[name].integers.clone()
-        integers[row[mine], column[mine]] = 0
-        pruned[name] = Quantized(integers, stored[name].scale)
-    return pruned
-
-
-def fit_artifact(settings: Settings, plan: Plan, stored: Stored, target_bytes: int, say) -> bytes:
+def fit_artifact(settings: Settings, stored: Stored, target_bytes: int, say) -> bytes:
     """The artifact in at most target_bytes, with ±1 values pruned if it must; UserError if it does not fit even so."""
-    data, packing = smallest_artifact(settings, plan, stored)
-    say(f"packed as {packing}: {len(data)} bytes of at most {target_bytes}")
-    matrices = {name: item.integers for name, item in stored.items() if isinstance(item, Quantized)}
-    ones = sum(int((six_bit_rows(x, plan[name]).abs() == 1).sum()) for name, x in matrices.items())
-    count = 0
+    data = pack_artifact(settings, stored)
+    say(f"packed: {len(data)} bytes of at most {target_bytes}")
+    count, ones = 0, sum(int(item.ones().sum()) for item in stored.values() if isinstance(item, Quantized))
     while len(data) > target_bytes:
-        if count == ones:
-            problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
-            raise UserError(f"{problem}: raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
+        problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
+        need(count < ones, f"{problem}: raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
         # A pruned value saves about a seventh of a byte; where that was too little, a quarter more.
         count = min(ones, count * 5 // 4 + 1 if count else 7 * (len(data) - target_bytes))
-        data, _ = smallest_artifact(settings, plan, prune(stored, plan, count))
+        data = pack_artifact(settings, prune(stored, count))
         say(f"pruned {count} of {ones} values of ±1: {len(data)} bytes")
     return data
 
 
-def unusable(path: Path, problem: str) -> UserError:
-    return UserError(f"{path} is not a usable artifact: {problem}")
+def read_artifact(path: Path) -> tuple[dict, bytes]:
+    """The model's settings in an artifact, and its LZMA stream. Raises UserError if it is not a whole artifact."""
+    need(path.is_file(), f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
 
+    def check(condition: bool, problem: str):
+        need(condition, f"{path} is not a usable artifact: {problem}")
 
-def read_artifact(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The model settings in an artifact's header, and its parameters, dequantized, by name.
-
-    Every length is checked before it is allocated. Raises UserError for any file that is not a whole artifact.
-    """
-
-    def need(condition: bool, problem: str):
-        if not condition:
-            raise unusable(path, problem)
-
-    if not path.is_file():
-        raise UserError(f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
-    need(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
+    check(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
     data = path.read_bytes()
-    need(data[:8] == ARTIFACT_MAGIC, "wrong magic number")
-    intact = len(data) > 44 and hashlib.sha256(data[:-32]).digest() == data[-32:]
-    need(intact, "its checksum does not match; it is truncated or altered")
-    header_bytes = struct.unpack_from("<I", data, 8)[0]
-    need(12 + header_bytes + 32 <= len(data), "its header is longer than the file")
+    check(data.startswith(ARTIFACT_MAGIC), "wrong magic number")
+    check(hashlib.sha256(data[:-32]).digest() == data[-32:], "its checksum does not match; it is truncated or altered")
+    header, _, payload = data[len(ARTIFACT_MAGIC) : -32].partition(b"\n")
     try:
-        header = json.loads(data[12 : 12 + header_bytes])
-        settings, packing, raw_bytes, table = (header[key] for key in ("settings", "packing", "raw_bytes", "tensors"))
-        types = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
-        need(set(settings) == set(MODEL_FIELDS), "it holds other settings than this program's")
-        need(all(type(settings[key]) is types[key] for key in settings), "a setting in its header has the wrong type")
-        malformed = "its header is malformed"
-        need(packing in ("bytes", "bits") and type(raw_bytes) is int, malformed)
-        sizes = []  # of each tensor: bytes of its scales or floats, bytes of its packed integers
-        for name, shape, encoding, int8_rows in table:
-            whole = all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in (*shape, int8_rows))
-            need(type(name) is str and whole and len(shape) <= 2, malformed)
-            if encoding == "int":
-                need(len(shape) == 2 and int8_rows <= shape[0], malformed)
-                sizes.append((2 * shape[0], packed_size(*shape, int8_rows, packing)))
-            else:
-                sizes.append((math.prod(shape) * {"float16": 2, "float32": 4}[encoding], 0))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise unusable(path, "its header is malformed") from None
-    expected = sum(a + b for a, b in sizes)
-    need(raw_bytes == expected <= MAX_RAW_BYTES, f"its header promises {raw_bytes} bytes, its tensors need {expected}")
-    try:
-        decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-        content = decompressor.decompress(data[12 + header_bytes : -32], max_length=raw_bytes)
-    except lzma.LZMAError:
-        content = b""
-    need(len(content) == raw_bytes, "its data does not unpack to the promised length")
-    parameters = {}
-    at, integers_at = 0, sum(a for a, _ in sizes)
-    for (name, shape, encoding, int8_rows), (plain, packed) in zip(table, sizes):
-        plain_bytes = content[at : at + plain]
-        if encoding == "int":
-            integers = unpack_integers(content[integers_at : integers_at + packed], *shape, int8_rows, packing)
-            scale = torch.from_numpy(np.frombuffer(plain_bytes, dtype=np.float16).copy())
-            parameters[name] = Quantized(torch.from_numpy(integers), scale).dequantize()
-        else:
-            array = np.frombuffer(plain_bytes, dtype=encoding).reshape(shape)
-            parameters[name] = torch.from_numpy(array.astype(np.float32))
-        at, integers_at = at + plain, integers_at + packed
-    return settings, parameters
+        settings = dict(json.loads(header))
+    except (ValueError, TypeError, RecursionError):
+        settings = {}
+    check(set(settings) == set(MODEL_FIELDS), "it holds other settings than this program's")
+    for name, value in settings.items():
+        check(type(value) is type(getattr(Settings, name)), f"{name} in its header has the wrong type")
+    return settings, payload
 
 
 def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, and the settings with the header's in place of the run's.
+    """The model in an artifact, and the settings with the artifact's in place of the run's.
 
-    Raises UserError as read_artifact() does, and if a variable that was given contradicts the header.
+    Raises UserError for a file that is not a whole artifact, and where a variable that was given contradicts it.
     """
-    stored_settings, parameters = read_artifact(path)
-    for name in sorted(given & set(stored_settings)):
-        if getattr(settings, name) != stored_settings[name]:
-            ours, stored = getattr(settings, name), stored_settings[name]
-            raise UserError(f"{name.upper()}={ours} contradicts the artifact, which has {stored}: unset it")
-    settings = dataclasses.replace(settings, **stored_settings)
+    stored, payload = read_artifact(path)
+    for name in sorted(given & set(stored)):
+        ours, theirs = getattr(settings, name), stored[name]
+        need(ours == theirs, f"{name.upper()}={ours} contradicts the artifact, which has {theirs}: unset it")
+    settings = dataclasses.replace(settings, **stored)
     validate_settings(settings, ranks.world_size)
-    expected = {}
-    if settings.num_layers <= len(parameters):
-        with torch.device("meta"):  # shapes only: nothing is allocated before they are known to be the file's
-            skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
-        expected = {name: p.shape for name, p in skeleton.named_parameters()}
-    if not expected or {name: p.shape for name, p in parameters.items()} != expected:
-        raise unusable(path, "its tensors are not those of the model its header describes")
+    with torch.device("meta"):  # shapes only: nothing is allocated before they are known to be the file's
+        skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
+    matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
+    fields = [(name, float_type(name), shape[:1] if name in matrices else shape) for name, shape in shapes.items()]
+    fields += [(f"{name} integers", "int8", shapes[name]) for name in matrices]
+    try:
+        layout = np.dtype(fields)
+        size = layout.itemsize if layout.itemsize <= MAX_RAW_BYTES else 0
+        content = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(payload, max_length=size)
+        (record,) = np.frombuffer(content, layout, count=1)
+    except (ValueError, lzma.LZMAError):
+        raise UserError(f"{path} is not a usable artifact: its data are not its header's model") from None
+    parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in layout.names}
+    for name in matrices:
+        parameters[name] = parameters.pop(f"{name} integers") * parameters[name].unsqueeze(1)
     model = build_model(settings, ranks)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(parameters[name])
+    model.load_state_dict(parameters)
     return model, settings
 
 
@@ -3051,9 +2818,8 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     trainer.clock.pause()
     gptq_seconds = time.perf_counter() - started
     log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
-    plan = plan_tensors(model)
     if ranks.rank == 0:
-        data = fit_artifact(s, plan, stored, target_bytes, log)
+        data = fit_artifact(s, stored, target_bytes, log)
         write_whole(s.artifact_path, data)
         packing_seconds = time.perf_counter() - started - gptq_seconds
         log(f"artifact: {s.artifact_path}, {len(data)} bytes, packed in {packing_seconds:.1f}s")
@@ -3082,12 +2848,12 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     """
     if not settings.eval_only:
         model, loaded = load_model(settings.artifact_path, settings, given, ranks)
-        score = Evaluator(model, loaded, ranks, validation).score(dataclasses.replace(loaded, eval_mode="plain"))
+        score = Evaluator(model, dataclasses.replace(loaded, eval_mode="plain"), ranks, validation).score()
         report(log, "after_quantization", "final_int6_lzma_plain", score)
         del model
     adapts = settings.ttt_enabled and settings.ttt_epochs > 0
     what = "test-time training" if adapts else "frozen weights"
-    log(f"evaluation: {validation.num_targets:,} targets, {settings.eval_mode} windows, {what}")
+    log(f"evaluation: {len(validation.target_bytes):,} targets, {settings.eval_mode} windows, {what}")
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: the sample shows what the artifact alone can do
@@ -3131,12 +2897,12 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     log.record("ready", startup_seconds=time.perf_counter() - log.started)
 
     plain = dataclasses.replace(settings, eval_mode="plain")
-    trainer.run(batches, lambda recurrent: Evaluator(model, settings, ranks, validation, recurrent).score(plain))
+    trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
     steps, milliseconds = trainer.steps_done, 1000 * trainer.clock.seconds()
     log(f"trained {steps} steps in {milliseconds / 1000:.1f}s, {milliseconds / max(steps, 1):.2f}ms each")
     peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
     log(f"Code size: {code_bytes} bytes; peak GPU memory: {peak / 2**20:.0f} MiB")
-    before = Evaluator(model, settings, ranks, validation).score(plain)
+    before = Evaluator(model, plain, ranks, validation).score()
     step = f"step:{steps}/{settings.iterations}"
     log(f"{step} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} before quantization")
     exported = export(trainer, batches, target_bytes)

@@ -74,7 +74,7 @@ def test_validation_is_all_shards_in_one_stream(tmp_path, byte_tokenizer):
     write_shard(tmp_path / "a_val_1.bin", range(100, 150))
     validation = t.load_validation(tiny(data_path=str(tmp_path)), t.Tokenizer(str(byte_tokenizer), 512))
     assert np.array_equal(validation.tokens, np.arange(150))
-    assert validation.num_targets == 149
+    assert len(validation.target_bytes) == 149
 
 
 @pytest.mark.parametrize(("tokens", "said"), [(range(32), "less than one sequence"), ([1] * 50 + [512], "id 512")])

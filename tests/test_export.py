@@ -5,15 +5,24 @@ import json
 import lzma
 import math
 import random
-import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import SOLO, bounded, random_model, random_tokens, relative, run_ranks, tiny
 
 import train_gpt as t
+
+
+def row_limits(rows: int, int8_rows: int) -> torch.Tensor:
+    """Limits of a matrix whose last rows have eight bits."""
+    return torch.tensor([[31.0]] * (rows - int8_rows) + [[127.0]] * int8_rows)
+
+
+def dequantized(item: t.Quantized | torch.Tensor) -> torch.Tensor:
+    """What a stored parameter stands for."""
+    return item.integers.float() * item.scale.float()[:, None] if isinstance(item, t.Quantized) else item.float()
+
 
 each_version = pytest.mark.parametrize("version", [2, 3], ids=["Mamba-2", "Mamba-3"])
 
@@ -37,7 +46,7 @@ def hessian_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Te
 def test_gptq_beats_plain_rounding_on_correlated_inputs():
     """In the norm that counts, the error of the layer's outputs: by a factor of three and more."""
     weight, hessian = correlated_problem()
-    settings, limits = tiny(), t.grid_limits(24, 4, weight.device)
+    settings, limits = tiny(), row_limits(24, 4)
     scale = t.row_scales(weight, limits, settings, 4.0)
     plain = t.round_to_grid(weight, scale, limits) * scale
     clever = t.gptq(weight, hessian, scale, limits) * scale
@@ -47,7 +56,7 @@ def test_gptq_beats_plain_rounding_on_correlated_inputs():
 def test_gptq_is_column_by_column_rounding_with_the_rest_corrected():
     """Against optimal brain quantization with the inverse Hessian itself, in float64: no blocks, no Cholesky factor."""
     weight, hessian = correlated_problem()
-    limits = t.grid_limits(24, 4, weight.device)
+    limits = row_limits(24, 4)
     scale = t.row_scales(weight, limits, tiny(), 4.0)
     rest, expected = weight.double(), torch.zeros(24, 160)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(160)
@@ -63,7 +72,7 @@ def test_gptq_is_column_by_column_rounding_with_the_rest_corrected():
 
 def test_gptq_with_independent_inputs_is_plain_rounding():
     weight, _ = correlated_problem()
-    limits = t.grid_limits(24, 4, weight.device)
+    limits = row_limits(24, 4)
     scale = t.row_scales(weight, limits, tiny(), 4.0)
     assert torch.equal(t.gptq(weight, torch.eye(160), scale, limits), t.round_to_grid(weight, scale, limits))
 
@@ -71,7 +80,7 @@ def test_gptq_with_independent_inputs_is_plain_rounding():
 def test_gptq_stays_on_the_grid_with_eight_bits_in_the_last_rows():
     weight, hessian = correlated_problem()
     weight[3] *= 100
-    limits = t.grid_limits(24, 4, weight.device)
+    limits = row_limits(24, 4)
     integers = t.gptq(weight, hessian, t.row_scales(weight, limits, tiny(sdclip_k_int8=2.0), 2.0), limits)
     assert torch.equal(integers, integers.round())
     assert integers[:20].abs().max() == 31
@@ -84,7 +93,7 @@ def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
     hessian[:, 7] = hessian[:, 5]
     hessian[7] = hessian[5]
     hessian[9] = hessian[:, 9] = 0
-    limits = t.grid_limits(24, 0, weight.device)
+    limits = row_limits(24, 0)
     scale = t.row_scales(weight, limits, tiny(), 4.0)
     integers = t.gptq(weight, hessian, scale, limits)
     assert integers.isfinite().all()
@@ -97,10 +106,10 @@ def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
 def test_row_scales_are_positive_and_survive_float16(rows):
     """A row of zeros must not divide by zero, and the stored scale must be the one that was rounded with."""
     weight = torch.randn(3, 64) * torch.tensor(rows)[:, None]
-    scale = t.row_scales(weight, t.grid_limits(3, 1, weight.device), tiny(), 5.0)
+    scale = t.row_scales(weight, row_limits(3, 1), tiny(), 5.0)
     assert torch.equal(scale.half().float(), scale)
     assert (scale > 0).all()
-    assert (t.round_to_grid(weight, scale, t.grid_limits(3, 1, weight.device)) * scale).isfinite().all()
+    assert (t.round_to_grid(weight, scale, row_limits(3, 1)) * scale).isfinite().all()
 
 
 @each_version
@@ -108,20 +117,24 @@ def test_rows_that_drive_the_recurrence_have_eight_bits_and_are_the_last(version
     """Step size, decay, trapezoid and angles: 3 heads' worth and the angles in Mamba-3, the step size in Mamba-2."""
     settings = tiny(mamba_version=version)
     model = random_model(settings)
-    plan = t.plan_tensors(model)
+    limits = t.grid_limits(model)
+    stored = t.quantize_model(model, settings, SOLO, {}, 12.85)
     heads, angles = 64 // 16, 8 // 2 // 2
     expected = 3 * heads + angles if version == 3 else heads
     for layer in (0, 2):
         name = f"blocks.{layer}.mixer.in_proj.weight"
-        assert plan[name] == ("int", expected)
-        assert len(model.get_parameter(name)) == 2 * 64 + 2 * 8 + expected
-        quantized = t.quantize_model(model, settings, SOLO, {}, 12.85)[name]
+        assert torch.equal(limits[name], row_limits(2 * 64 + 2 * 8 + expected, expected))
         weight = model.get_parameter(name).detach()
-        error = (quantized.dequantize() - weight).norm(dim=1) / weight.norm(dim=1)
+        error = (dequantized(stored[name]) - weight).norm(dim=1) / weight.norm(dim=1)
         assert error[-expected:].max() < error[:-expected].min() / 2
-    assert plan["embedding.weight"] == ("int", 512)
-    assert plan["blocks.1.mixer.query.weight"] == ("int", 0)
-    assert {plan[name].encoding for name in plan if name.endswith((".dt_bias", ".D", ".A_log"))} == {"float32"}
+    assert torch.equal(limits["embedding.weight"], row_limits(512, 512))
+    assert torch.equal(limits["blocks.1.mixer.query.weight"], row_limits(32, 0))
+    types = {name: item.dtype for name, item in stored.items() if name not in limits}
+    assert {types.pop(name) for name in list(types) if name.endswith((".dt_bias", ".D", ".A_log"))} == {torch.float32}
+    assert set(types.values()) == {torch.float16}
+    assert {name for name, p in model.named_parameters() if p.dim() == 2 and name.endswith("weight")} - set(limits) == (
+        {f"blocks.{layer}.mixer.conv.weight" for layer in (0, 2)} if version == 2 else set()
+    )
 
 
 def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
@@ -138,7 +151,7 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     assert len(seen) == 2
     assert relative(hessians["blocks.1.mixer.query.weight"], 2 * x.T @ x) < 1e-5
     assert relative(hessians["embedding.weight"], 2 * final.T @ final) < 1e-5
-    missing = {n for n, p in t.plan_tensors(model).items() if p.encoding == "int"} - set(hessians)
+    missing = set(t.grid_limits(model)) - set(hessians)
     assert missing == {"bigram_embedding.weight"}
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -149,9 +162,7 @@ def test_two_ranks_quantize_to_the_same_bits_as_one():
     hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
     alone = t.quantize_model(model, settings, SOLO, hessians, 5.0)
     for stored in run_ranks(2, lambda ranks: t.quantize_model(model, settings, ranks, hessians, 5.0)):
-        assert t.pack_artifact(settings, t.plan_tensors(model), stored, "bytes") == t.pack_artifact(
-            settings, t.plan_tensors(model), alone, "bytes"
-        )
+        assert t.pack_artifact(settings, stored) == t.pack_artifact(settings, alone)
 
 
 # ---- Late quantization-aware training --------------------------------------------------------------------------------
@@ -161,14 +172,14 @@ def test_fake_quantization_stands_on_the_grid_and_restores_the_weights_exactly()
     settings = tiny(sdclip_k=4.0)
     model = random_model(settings)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fake, plan = t.FakeQuantization(model, settings, 1e6), t.plan_tensors(model)
+    fake, matrices = t.FakeQuantization(model, settings, 1e6), t.grid_limits(model)
     with fake():
         for name, p in model.named_parameters():
-            if plan[name].encoding != "int":
+            if name not in matrices:
                 assert torch.equal(p, before[name])
                 continue
             assert not torch.equal(p, before[name]), name
-            limits = t.grid_limits(len(p), plan[name].int8_rows, p.device)
+            limits = matrices[name]
             steps = p / t.row_scales(before[name], limits, settings, 4.0)
             assert torch.allclose(steps, steps.round(), atol=1e-3)
             assert (steps.abs() <= limits + 1e-3).all()
@@ -186,7 +197,7 @@ def test_fake_quantization_is_what_export_without_a_hessian_stores():
     with t.FakeQuantization(model, settings, 1e6)():
         for name, item in stored.items():
             if isinstance(item, t.Quantized):
-                assert torch.equal(model.get_parameter(name), item.dequantize()), name
+                assert torch.equal(model.get_parameter(name), dequantized(item)), name
 
 
 def test_gradients_pass_straight_through_the_rounding():
@@ -221,7 +232,7 @@ def test_sdclip_is_as_fine_as_the_target_allows_and_the_real_file_fits():
     for target in (0.4 * coarsest + 0.6 * finest, 0.8 * coarsest + 0.2 * finest):
         k = t.fit_sdclip(model, settings, target)
         assert t.predict_bytes(model, settings, k) <= target < t.predict_bytes(model, settings, k - 0.1)
-        data, _ = t.smallest_artifact(settings, t.plan_tensors(model), exported(model, settings, k))
+        data = t.pack_artifact(settings, exported(model, settings, k))
         assert 0.9 * target < len(data) <= target
     assert t.fit_sdclip(model, settings, 1.01 * finest) == 4.0
     assert t.fit_sdclip(model, settings, 0.5 * coarsest) == 16.0
@@ -230,15 +241,11 @@ def test_sdclip_is_as_fine_as_the_target_allows_and_the_real_file_fits():
 
 def test_pruning_zeroes_the_cheapest_ones_only_and_shrinks_the_file():
     settings, model = wide_model()
-    plan, stored = t.plan_tensors(model), exported(model, settings)
-    before, _ = t.smallest_artifact(settings, plan, stored)
-    ones = sum(
-        int((stored[n].integers[: len(stored[n].scale) - p.int8_rows].abs() == 1).sum())
-        for n, p in plan.items()
-        if p.encoding == "int"
-    )
+    stored, limits = exported(model, settings), t.grid_limits(model)
+    before = t.pack_artifact(settings, stored)
+    ones = sum(int((stored[n].integers[limits[n][:, 0] == 31].abs() == 1).sum()) for n in limits)
     count = ones // 2
-    pruned = t.prune(stored, plan, count)
+    pruned = t.prune(stored, count)
     removed, costs_removed, costs_left = 0, [], []
     for name, item in stored.items():
         if not isinstance(item, t.Quantized):
@@ -248,82 +255,56 @@ def test_pruning_zeroes_the_cheapest_ones_only_and_shrinks_the_file():
         assert torch.equal(pruned[name].scale, item.scale)
         assert (item.integers[changed].abs() == 1).all()
         assert not pruned[name].integers[changed].any()
-        assert not changed[len(item.scale) - plan[name].int8_rows :].any(), "8-bit rows must stay as they are"
+        assert not changed[limits[name][:, 0] == 127].any(), "8-bit rows must stay as they are"
         removed += int(changed.sum())
-        six = torch.arange(len(item.scale))[:, None] < len(item.scale) - plan[name].int8_rows
+        six = limits[name] == 31
         cost = item.scale[:, None].float().expand(item.integers.shape)
         costs_removed.append(cost[changed])
         costs_left.append(cost[six & (pruned[name].integers.abs() == 1)])
     assert removed == count
     assert torch.cat(costs_removed).max() <= torch.cat(costs_left).min()
-    assert len(t.smallest_artifact(settings, plan, pruned)[0]) < len(before) - count // 20
+    assert len(t.pack_artifact(settings, pruned)) < len(before) - count // 20
 
 
 def test_an_artifact_that_is_too_large_is_pruned_until_it_fits_and_not_much_further(tmp_path):
     """Pruning a few values can make LZMA's file larger; that is no reason to prune all of them."""
     settings, model = wide_model()
-    plan, stored = t.plan_tensors(model), exported(model, settings, 12.0)
-    size = len(t.smallest_artifact(settings, plan, stored)[0])
+    stored = exported(model, settings, 12.0)
+    size = len(t.pack_artifact(settings, stored))
     said: list[str] = []
-    data = t.fit_artifact(settings, plan, stored, size - 2000, said.append)
+    data = t.fit_artifact(settings, stored, size - 2000, said.append)
     assert "pruned" in said[-1]
     assert size - 10_000 < len(data) <= size - 2000, said
     (tmp_path / "a").write_bytes(data)
-    t.read_artifact(tmp_path / "a")
+    t.load_model(tmp_path / "a", tiny(), set(), SOLO)
 
 
 def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do():
     settings = tiny()
     model = random_model(settings)
     with pytest.raises(t.UserError, match="SDCLIP_K"):
-        t.fit_artifact(settings, t.plan_tensors(model), exported(model, settings), 1000, lambda text: None)
+        t.fit_artifact(settings, exported(model, settings), 1000, lambda text: None)
 
 
 # ---- Packing ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packing", ["bytes", "bits"])
-@pytest.mark.parametrize(
-    ("rows", "columns", "int8_rows"), [(4, 4, 0), (3, 7, 0), (5, 3, 2), (1, 1, 0), (1, 2, 1), (6, 5, 6), (9, 33, 4)]
-)
-def test_integers_are_unpacked_as_they_were_packed(packing, rows, columns, int8_rows):
-    """At the edges of both grids too, and where the count of 6-bit values is not a multiple of four."""
-    generator = np.random.default_rng(0)
-    integers = generator.integers(-31, 32, (rows, columns)).astype(np.int8)
-    integers[rows - int8_rows :] = generator.integers(-127, 128, (int8_rows, columns))
-    integers.flat[0], integers.flat[-1] = -31, 31
-    data = t.pack_integers(integers, int8_rows, packing)
-    assert len(data) == t.packed_size(rows, columns, int8_rows, packing)
-    assert np.array_equal(t.unpack_integers(data, rows, columns, int8_rows, packing), integers)
 
 
 ODD = {"model_dim": 36, "num_heads": 2, "num_kv_heads": 1, "mamba_head_dim": 8, "mlp_mult": 1.3, "bigram_dim": 5}
 
 
 @each_version
-@pytest.mark.parametrize("packing", ["bytes", "bits"])
 @pytest.mark.parametrize("changes", [{}, ODD | {"tie_embeddings": False}], ids=["even", "odd sizes"])
-def test_what_is_read_back_is_bit_equal_to_what_was_quantized(version, packing, changes, tmp_path):
+def test_what_is_read_back_is_bit_equal_to_what_was_quantized(version, changes, tmp_path):
     settings = tiny(mamba_version=version, **changes)
     model = random_model(settings)
     stored = exported(model, settings)
-    (tmp_path / "a").write_bytes(t.pack_artifact(settings, t.plan_tensors(model), stored, packing))
-    header, parameters = t.read_artifact(tmp_path / "a")
+    (tmp_path / "a").write_bytes(t.pack_artifact(settings, stored))
+    header, _ = t.read_artifact(tmp_path / "a")
     assert header == {name: getattr(settings, name) for name in t.MODEL_FIELDS}
-    assert list(parameters) == list(stored)
-    for name, item in stored.items():
-        assert torch.equal(parameters[name], item.dequantize() if isinstance(item, t.Quantized) else item.float()), name
-    loaded, _ = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
-    assert all(torch.equal(p, parameters[name]) for name, p in loaded.named_parameters())
-
-
-def test_the_smaller_packing_is_kept():
-    settings = tiny()
-    model = random_model(settings)
-    plan, stored = t.plan_tensors(model), exported(model, settings)
-    sizes = {packing: len(t.pack_artifact(settings, plan, stored, packing)) for packing in ("bytes", "bits")}
-    data, packing = t.smallest_artifact(settings, plan, stored)
-    assert len(data) == sizes[packing] == min(sizes.values())
+    loaded, loaded_settings = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
+    assert {name: getattr(loaded_settings, name) for name in t.MODEL_FIELDS} == header
+    assert {name for name, _ in loaded.named_parameters()} == set(stored)
+    assert all(torch.equal(p, dequantized(stored[name])) for name, p in loaded.named_parameters())
 
 
 def test_an_artifact_replaces_the_old_one_whole(tmp_path):
@@ -348,20 +329,25 @@ def minute() -> bytes:
     settings = tiny(**MINUTE)
     t.validate_settings(settings, 1)
     model = random_model(settings)
-    return t.pack_artifact(settings, t.plan_tensors(model), exported(model, settings), "bits")
+    return t.pack_artifact(settings, exported(model, settings))
 
 
 def header_of(data: bytes) -> dict:
-    return json.loads(data[12 : 12 + struct.unpack_from("<I", data, 8)[0]])
+    return json.loads(data[8 : data.index(b"\n")])
 
 
-def sealed(data: bytes, header: dict | list | bytes, content: bytes | None = None) -> bytes:
-    """The artifact with another header, and perhaps other content, under a checksum that is right."""
+def payload_of(data: bytes) -> bytes:
+    return data[data.index(b"\n") + 1 : -32]
+
+
+def content_of(data: bytes) -> bytes:
+    return lzma.decompress(payload_of(data), format=lzma.FORMAT_RAW, filters=t.LZMA_FILTERS)
+
+
+def sealed(data: bytes, header: dict | list | bytes, payload: bytes | None = None) -> bytes:
+    """The artifact with another header, and perhaps another LZMA stream, under a checksum that is right."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    payload = data[12 + struct.unpack_from("<I", data, 8)[0] : -32]
-    if content is not None:
-        payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=t.LZMA_FILTERS)
-    body = data[:8] + struct.pack("<I", len(text)) + text + payload
+    body = data[:8] + text + b"\n" + (payload_of(data) if payload is None else payload)
     return body + hashlib.sha256(body).digest()
 
 
@@ -462,114 +448,41 @@ HUGE = 10**9
         {"logit_softcap": math.inf},
         {"tie_embeddings": 1},
         {"tie_embeddings": False},
-        {"unet_skips": False},
+        {"num_layers": 2, "mamba_layers": "0-1"},
     ],
     ids=lambda change: str(change)[:60],
 )
 def test_settings_in_the_header_that_cannot_be_are_refused(minute, tmp_path, change):
     """Quickly, and without building the monster they describe: its tensors are not in the file."""
-    header = header_of(minute)
-    header["settings"] |= change
-    refused(tmp_path / "a", sealed(minute, header))
+    refused(tmp_path / "a", sealed(minute, header_of(minute) | change))
 
 
-def replaced(table: list, index: int, **fields) -> list:
-    keys = ("name", "shape", "encoding", "int8_rows")
-    return [[fields.get(k, v) for k, v in zip(keys, row)] if i == index else row for i, row in enumerate(table)]
+@pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: c[: len(c) // 2], lambda c: b""])
+def test_content_shorter_than_the_model_is_refused(minute, tmp_path, change):
+    payload = lzma.compress(change(content_of(minute)), format=lzma.FORMAT_RAW, filters=t.LZMA_FILTERS)
+    assert "not its header's model" in refused(tmp_path / "a", sealed(minute, header_of(minute), payload))
 
 
-IMPOSSIBLE_ENTRIES = [
-    {"shape": [HUGE, HUGE]},
-    {"shape": [HUGE, 0]},
-    {"shape": [0, HUGE]},
-    {"shape": [0, 10**30]},
-    {"shape": [10**30, 0]},
-    {"shape": [1] * 100},
-    {"shape": [-1, 8]},
-    {"shape": [8.0, 8]},
-    {"shape": [True, 8]},
-    {"shape": ["8", 8]},
-    {"shape": 8},
-    {"shape": []},
-    {"shape": None},
-    {"name": 5},
-    {"name": None},
-    {"name": "x"},
-    {"name": ["a"]},
-    {"name": {}},
-    {"encoding": "float64"},
-    {"encoding": None},
-    {"encoding": ["int"]},
-    {"int8_rows": -1},
-    {"int8_rows": HUGE},
-    {"int8_rows": None},
-    {"int8_rows": 0.5},
-    {"int8_rows": False},
-]
-
-
-def with_entry(minute: bytes, encoding: str, fields: dict) -> tuple[dict, list, list]:
-    """The header with these fields in its first tensor of this encoding, and that entry as it was and as it is."""
-    header = header_of(minute)
-    index = next(i for i, row in enumerate(header["tensors"]) if row[2] == encoding and math.prod(row[1]) > 8)
-    before = header["tensors"][index]
-    header["tensors"] = replaced(header["tensors"], index, **fields)
-    return header, before, header["tensors"][index]
-
-
-@pytest.mark.parametrize("fields", IMPOSSIBLE_ENTRIES, ids=lambda fields: str(fields)[:40])
-@pytest.mark.parametrize("encoding", ["int", "float16"])
-def test_tensor_entries_that_cannot_be_are_refused(minute, tmp_path, fields, encoding):
-    if encoding == "float16" and fields.get("int8_rows") == HUGE:
-        return  # floats have no rows of eight bits: the number means nothing there
-    refused(tmp_path / "a", sealed(minute, with_entry(minute, encoding, fields)[0]))
-
-
-@pytest.mark.parametrize("fields", [*IMPOSSIBLE_ENTRIES[:5], {"name": "x"}], ids=lambda fields: str(fields)[:40])
-@pytest.mark.parametrize("encoding", ["int", "float16"])
-def test_tensor_entries_of_a_forger_who_adjusts_all_sizes_are_refused(minute, tmp_path, fields, encoding):
-    header, before, after = with_entry(minute, encoding, fields)
-    header["raw_bytes"] += packed_bytes(*after[1:]) - packed_bytes(*before[1:])
-    refused(tmp_path / "a", sealed(minute, header, bytes(min(header["raw_bytes"], 1 << 20))))
-
-
-def test_more_dimensions_than_numpy_has_are_refused(minute, tmp_path):
-    header, before, after = with_entry(minute, "float16", {"shape": [1] * 100})
-    header["raw_bytes"] += packed_bytes(*after[1:]) - packed_bytes(*before[1:])
-    refused(tmp_path / "a", sealed(minute, header, bytes(header["raw_bytes"])))
-
-
-def packed_bytes(shape: list[int], encoding: str, int8_rows: int) -> int:
-    if encoding == "int":
-        rows, columns = shape
-        return 2 * rows + -(-(rows - int8_rows) * columns // 4) * 3 + int8_rows * columns
-    return math.prod(shape) * {"float16": 2, "float32": 4}[encoding]
-
-
-@pytest.mark.parametrize("raw_bytes", [0, -1, 1 << 62, 10**100, 1.5, None, "9", True], ids=str)
-def test_a_false_promise_of_the_unpacked_size_is_refused(minute, tmp_path, raw_bytes):
-    refused(tmp_path / "a", sealed(minute, header_of(minute) | {"raw_bytes": raw_bytes}))
+@pytest.mark.parametrize("payload", [b"", b"\0", b"\xff" * 100, bytes(range(256)) * 10], ids=len)
+def test_content_that_does_not_unpack_is_refused(minute, tmp_path, payload):
+    assert "not its header's model" in refused(tmp_path / "a", sealed(minute, header_of(minute), payload))
 
 
 def test_a_decompression_bomb_is_not_unpacked(minute, tmp_path):
-    """40 KB that would become 256 MB: what the header promises is read, and no more; a promise of 400 MB is refused."""
-    header = header_of(minute)
+    """40 KB that would become 256 MB: what the model needs is read, and no more; a model of 400 MB is refused."""
     compressor = lzma.LZMACompressor(lzma.FORMAT_RAW, filters=[t.LZMA_FILTERS[0] | {"preset": 0}])
-    payload = b"".join([compressor.compress(bytes(1 << 20)) for _ in range(256)] + [compressor.flush()])
-    assert len(payload) < 1 << 17
-
-    def with_bomb(header: dict) -> bytes:
-        body = sealed(minute, header)[: -32 - len(minute) + 12 + struct.unpack_from("<I", minute, 8)[0] + 32] + payload
-        return body + hashlib.sha256(body).digest()
-
-    (tmp_path / "a").write_bytes(with_bomb(header))
+    bomb = b"".join([compressor.compress(bytes(1 << 20)) for _ in range(256)] + [compressor.flush()])
+    assert len(bomb) < 1 << 17
+    (tmp_path / "a").write_bytes(sealed(minute, header_of(minute), bomb))
     with bounded(more_memory=160 << 20):  # the decoder's own dictionary takes 64 MB
         t.load_model(tmp_path / "a", tiny(), set(), SOLO)
-    table = [["x", [100_000_000], "float32", 0]]
-    refused(tmp_path / "a", with_bomb(header | {"raw_bytes": 400_000_000, "tensors": table}))
+    huge = header_of(minute) | {"bigram_vocab_size": 1 << 20, "bigram_dim": 400}
+    (tmp_path / "a").write_bytes(sealed(minute, huge, bomb))
+    with bounded(more_memory=160 << 20), pytest.raises(t.UserError, match="not its header's model"):
+        t.load_model(tmp_path / "a", tiny(), set(), SOLO)
 
 
-@pytest.mark.parametrize("key", ["settings", "packing", "raw_bytes", "tensors"])
+@pytest.mark.parametrize("key", ["num_layers", "mamba_layers", "mlp_mult", "tie_embeddings"])
 @pytest.mark.parametrize("value", ["missing", None, 7, "text", [], {}, [[]], [None]], ids=str)
 def test_a_header_with_a_part_missing_or_of_the_wrong_kind_is_refused(minute, tmp_path, key, value):
     header = header_of(minute)
@@ -589,50 +502,25 @@ def test_a_header_that_is_not_an_object_is_refused(minute, tmp_path, text):
     refused(tmp_path / "a", sealed(minute, text))
 
 
-def test_a_header_longer_than_the_file_is_refused(minute, tmp_path):
-    for length in (len(minute), 2**32 - 1):
-        body = minute[:8] + struct.pack("<I", length) + minute[12:-32]
-        assert "header" in refused(tmp_path / "a", body + hashlib.sha256(body).digest())
+def test_a_header_without_an_end_is_refused(minute, tmp_path):
+    body = minute[:-32].replace(b"\n", b" ")
+    assert "other settings" in refused(tmp_path / "a", body + hashlib.sha256(body).digest())
 
 
 @pytest.mark.parametrize("settings", [lambda s: s | {"extra": 1}, lambda s: {k: s[k] for k in list(s)[1:]}])
 def test_a_header_of_another_version_of_the_program_is_refused(minute, tmp_path, settings):
-    header = header_of(minute)
-    header["settings"] = settings(header["settings"])
-    assert "other settings" in refused(tmp_path / "a", sealed(minute, header))
-
-
-@pytest.mark.parametrize("change", ["first missing", "last missing", "renamed", "none at all", "another order"])
-def test_a_table_of_other_tensors_is_refused(minute, tmp_path, change):
-    """Only their order is the writer's business."""
-    header = header_of(minute)
-    table = header["tensors"]
-    header["tensors"] = {
-        "first missing": table[1:],
-        "last missing": table[:-1],
-        "renamed": replaced(table, 0, name="other"),
-        "none at all": [],
-        "another order": table[::-1],
-    }[change]
-    header["raw_bytes"] = sum(packed_bytes(*row[1:]) for row in header["tensors"])
-    data = sealed(minute, header, bytes(header["raw_bytes"]))
-    if change == "another order":
-        load(tmp_path / "a", data)
-    else:
-        refused(tmp_path / "a", data)
+    assert "other settings" in refused(tmp_path / "a", sealed(minute, settings(header_of(minute))))
 
 
 def test_random_damage_under_a_right_checksum_never_ends_in_a_traceback(minute, tmp_path):
     """It may happen to be a model of the same shape; anything but that and UserError is a bug."""
     generator = random.Random(1)
-    size = struct.unpack_from("<I", minute, 8)[0]
+    size = minute.index(b"\n") - 8
     loaded = 0
     for _ in range(300):
         data = bytearray(minute[:-32])
         for _ in range(generator.choice((1, 1, 2, 5))):
-            place = (
-                generator.randrange(12, 12 + size) if generator.random() < 0.7 else generator.randrange(8, len(data))
-            )
+            place = generator.randrange(8, 8 + size) if generator.random() < 0.7 else generator.randrange(8, len(data))
             data[place] = generator.choice((generator.randrange(256), ord(generator.choice('0123456789"[]{},:-eE.'))))
         try:
             load(tmp_path / "a", bytes(data) + hashlib.sha256(data).digest())
