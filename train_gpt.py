@@ -451,13 +451,10 @@ class Ranks:
 
     def average_gradients(self, parameters: list[nn.Parameter]):
         """Replaces gradients by their means over the ranks, in one flat all-reduce."""
-        if self.world_size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        means = (flat / self.world_size).split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [mean.view_as(gradient) for mean, gradient in zip(means, gradients)])
+        if self.world_size > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            means = self.sum_(nn.utils.parameters_to_vector(gradients)) / self.world_size
+            nn.utils.vector_to_parameters(means, gradients)
 
 
 def start_ranks(settings: Settings) -> Ranks:
@@ -1448,13 +1445,13 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 # back (SAFETY), as the authors advise for bfloat16.
 SAFETY = 1.01
 POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (8.2872120, -23.5958865, 17.3003873),
+    (4.1070591, -2.9478499, 0.5448431),
+    (3.9486909, -2.9089021, 0.5518191),
+    (3.3184197, -2.4884880, 0.5100489),
+    (2.3006520, -1.6689040, 0.4188073),
+    (1.8913014, -1.2679958, 0.3768041),
+    (1.8750015, -1.2500016, 0.3750002),
 )
 
 
@@ -1472,57 +1469,59 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
         if step < len(POLAR_EXPRESS) - 1:
             a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized, for matrices (K. Jordan, 2024).
 
-    Equal shapes are orthogonalized as one batch; each rank does its share of it and gathers the others'. The update is
-    scaled by sqrt(max(1, rows/columns)).
+    Equal shapes are one batch, of which each rank keeps the momentum of its share, orthogonalizes that and gathers the
+    others' updates. They are scaled by sqrt(max(1, rows/columns)). As in torch's fused optimizers, found_inf, a float32
+    () that is 1, makes step() change nothing.
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.0})
-        self.ranks, self.steps = ranks, steps
+        self.ranks, self.steps, self.found_inf = ranks, steps, torch.zeros((), device=ranks.device)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            rate = group["lr"] * (1 - self.found_inf)
             by_shape = collections.defaultdict(list)
             for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[p.shape].append(p)
+                by_shape[p.shape].append(p)
             for shape, parameters in by_shape.items():
-                updates = self._orthogonal_updates(parameters, group["momentum"])
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                updates = self._orthogonal_updates(parameters, group["momentum"]).float()
+                torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
                 scale = max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_add_(parameters, list(updates.float().unbind()), alpha=-group["lr"] * scale)
+                torch._foreach_sub_(parameters, list((updates * (rate * scale)).unbind()))
 
     def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
-        """(len(parameters), rows, columns) orthogonalized Nesterov updates."""
-        gradients = [p.grad for p in parameters]
-        for p in parameters:
-            if p not in self.state:
-                self.state[p] = torch.zeros_like(p)
-        buffers = [self.state[p] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
-        share = -(-len(parameters) // self.ranks.world_size)
-        mine = nesterov[self.ranks.rank * share : (self.ranks.rank + 1) * share]
-        if self.ranks.world_size == 1:
-            return orthogonalize(mine, self.steps)
-        padded = nesterov.new_zeros(share, *nesterov.shape[1:])
-        padded[: len(mine)] = mine
-        result = orthogonalize(padded, self.steps)
-        gathered = result.new_empty(share * self.ranks.world_size, *result.shape[1:])
-        dist.all_gather_into_tensor(gathered, result.contiguous())
+        """(len(parameters), rows, columns) orthogonalized Nesterov updates, finite whatever the gradients are."""
+        ranks, first = self.ranks, parameters[0]
+        share = -(-len(parameters) // ranks.world_size)
+        mine = [p.grad for p in parameters[ranks.rank * share : (ranks.rank + 1) * share]]
+        gradients = torch.stack(mine + [torch.zeros_like(first)] * (share - len(mine)))
+        if first not in self.state:
+            self.state[first] = torch.zeros_like(gradients)
+        buffer = self.state[first]
+        gradients = torch.where(self.found_inf > 0, buffer, gradients)  # towards itself, momentum does not move
+        buffer.lerp_(gradients, 1 - momentum)
+        updates = orthogonalize(gradients.lerp(buffer, momentum), self.steps)
+        if ranks.world_size == 1:
+            return updates
+        gathered = updates.new_empty(share * ranks.world_size, *first.shape)
+        dist.all_gather_into_tensor(gathered, updates.contiguous())
         return gathered[: len(parameters)]
 
 
 class Optimizers:
-    """Muon and Adam with every group's base rate: a schedule supplies factors."""
+    """Muon and Adam with every group's base rate: a schedule supplies factors.
+
+    A step whose gradients are not finite is skipped: skipped, int64 (2,), counts such steps, all and the last in a row.
+    """
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
@@ -1542,24 +1541,33 @@ class Optimizers:
         self.muon = Muon([group for group in (matrix, mamba) if group["params"]], ranks, s.muon_backend_steps)
         self.adam = torch.optim.AdamW([embedding, scalar], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
         self.parameters = [p for group in groups.values() for p in group]
+        self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, dtype=torch.int64, device=ranks.device)
 
+    @torch.no_grad()
     def step(self, lr_factor: float, momentum: float):
-        """One update of every parameter at its base rate times lr_factor."""
-        for group in self.muon.param_groups + self.adam.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
-        for group in self.muon.param_groups:
-            group["momentum"] = momentum
-        self.muon.step()
-        self.adam.step()
+        """Clips the gradients, updates every parameter at its base rate times lr_factor, and drops the gradients.
 
-    def zero_grad(self):
+        Whether to skip is decided on the device, alike on every rank: the host does not wait for it.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        skip = ~norm.isfinite()
+        self.skipped += skip
+        self.skipped[1] *= skip
+        for optimizer in (self.muon, self.adam):
+            optimizer.found_inf = skip.float()
+            for group in optimizer.param_groups:
+                group.update(lr=group["base_lr"] * lr_factor, momentum=momentum)  # Adam does not look at momentum
+            optimizer.step()
         for p in self.parameters:
             p.grad = None
 
     def forget(self):
-        """Drops all momentum, as before the first step."""
+        """Drops all momentum and counts, as before the first step."""
         self.muon.state.clear()
         self.adam.state.clear()
+        self.skipped.zero_()
 
 
 class WeightAverage:
@@ -1572,8 +1580,8 @@ class WeightAverage:
         self.count = 0
 
     @torch.no_grad()
-    def update(self, steps_done: int, progress: float):
-        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run.
+    def update(self, steps_done: int, progress: float, skipped: Tensor):
+        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run, unless skipped, float32 (), is 1.
 
         EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning; SWA is the mean
         over the last SWA_FRACTION of the run.
@@ -1584,11 +1592,11 @@ class WeightAverage:
         self.count += 1
         if self.average is None:
             self.average = [p.detach().clone() for p in self.parameters]
-        elif s.weight_average == "swa":
-            torch._foreach_lerp_(self.average, self.parameters, 1 / self.count)
-        else:
-            horizon = max(1.0, s.ema_horizon * steps_done)
-            torch._foreach_lerp_(self.average, self.parameters, max(1 - s.ema_decay, 1 / horizon))
+        horizon = max(1.0, s.ema_horizon * steps_done)
+        rate = 1 / self.count if s.weight_average == "swa" else max(1 - s.ema_decay, 1 / horizon)
+        rate = rate * (1 - skipped)
+        torch._foreach_mul_(self.average, 1 - rate)
+        torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
 
     @torch.no_grad()
     def apply(self):
@@ -2281,6 +2289,8 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
 # 9. Run
 # Logging, the compile warm-up, the training loop, and main(), which tells the story of a run.
 
+MOST_SKIPPED = 10  # steps in a row: more than a bad batch explains
+
 
 class Log:
     """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl. Raises UserError if they cannot be written."""
@@ -2416,6 +2426,35 @@ class TrainingClock:
         return self.counted + (0.0 if self.since is None else time.perf_counter() - self.since)
 
 
+class TrainingLoss(nn.Module):
+    """Model.loss() as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        return self.model.loss(tokens, targets, order)
+
+
+def training_loss(model: Model, settings: Settings, ranks: Ranks) -> nn.Module:
+    """The training loss, as one graph where compiling is on; with several ranks, backward also averages gradients.
+
+    They are averaged in buckets while backward goes on: torch cuts the graph where a bucket ends.
+    """
+    loss = maybe_compile(TrainingLoss(model), settings, ranks)
+    if ranks.world_size == 1:
+        return loss
+    # Graphs with a checkpoint or FlexAttention cannot be cut on every torch: they stay whole, and overlap nothing.
+    torch._dynamo.config.optimize_ddp = not (settings.mamba_grad_checkpoint or settings.document_reset)
+    # A single layer has no U-Net skips, whose weights then get no gradient.
+    parallel = nn.parallel.DistributedDataParallel(
+        loss, gradient_as_bucket_view=True, find_unused_parameters=settings.num_layers == 1
+    )
+    parallel.broadcast_buffers = False  # they are constants; the argument of this name is going away
+    return parallel
+
+
 class Trainer:
     """Model, optimizers and data of a run; warm_up() compiles, run() trains by the clock."""
 
@@ -2424,7 +2463,7 @@ class Trainer:
         self.micro_sequences, self.target_bytes = micro_batch // settings.train_seq_len, target_bytes
         self.optimizers = Optimizers(model, settings, ranks)
         self.average = WeightAverage(model, settings)
-        self.loss_function = maybe_compile(model.loss, settings, ranks)
+        self.loss_function = training_loss(model, settings, ranks)
         self.clock, self.steps_done = TrainingClock(), 0
 
     def warm_up(self):
@@ -2435,10 +2474,8 @@ class Trainer:
         orders = {self.model.order(False), self.model.order(True)}
         for number, order in enumerate(sorted(orders)):
             for step in range(s.warmup_steps):
-                self.loss_function(tokens[:, :-1], tokens[:, 1:], order).backward()
-                self.ranks.average_gradients(self.optimizers.parameters)
+                self._gradients(tokens[:, :-1], tokens[:, 1:], order)
                 self.optimizers.step(0.0, s.muon_momentum)
-                self.optimizers.zero_grad()
                 self.log.progress(f"warm-up: order {number + 1}/{len(orders)}, step {step + 1}/{s.warmup_steps}")
         self.model.load_state_dict(kept)
         self.optimizers.forget()
@@ -2447,7 +2484,8 @@ class Trainer:
     def run(self, batches: Batches, validate):
         """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
 
-        validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token.
+        validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token,
+        and when training diverges.
         """
         s, log, ranks = self.settings, self.log, self.ranks
         fake_quantization = None
@@ -2463,11 +2501,10 @@ class Trainer:
                 fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
                 log(f"late QAT on at step {self.steps_done} (k={fake_quantization.k:.2f})")
             with fake_quantization() if now.quantized else contextlib.nullcontext():
-                loss = self._gradients(batches, self.model.order(now.recurrent))
+                loss = self._gradients(*batches.next(), self.model.order(now.recurrent))
             self.optimizers.step(now.lr_factor, now.momentum)
-            self.optimizers.zero_grad()
             self.steps_done += 1
-            self.average.update(self.steps_done, now.progress)
+            self.average.update(self.steps_done, now.progress, self.optimizers.muon.found_inf)
             if ranks.device.type == "cuda":
                 queued.append(torch.cuda.current_stream().record_event())
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
@@ -2482,31 +2519,38 @@ class Trainer:
         self.average.apply()
         synchronize(ranks.device)
         self.clock.pause()
+        self.skipped_steps()
 
-    def _gradients(self, batches: Batches, order: tuple[int, ...]) -> Tensor:
-        """Gradients of one global batch, averaged and clipped; returns this rank's mean loss (on the device)."""
-        tokens, targets = batches.next()
+    def _gradients(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """Gradients of one global batch, averaged over the ranks; returns this rank's mean loss (on the device)."""
         micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
         total = torch.zeros((), device=self.ranks.device)
-        for micro_tokens, micro_targets in micro_batches:
-            loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
-            loss.backward()
+        for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
+            alone = self.ranks.world_size == 1 or number == len(micro_batches)
+            with contextlib.nullcontext() if alone else self.loss_function.no_sync():
+                loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
+                loss.backward()
             total += loss.detach()
-        self.ranks.average_gradients(self.optimizers.parameters)
-        if self.settings.grad_clip_norm:
-            gradients = [p for p in self.optimizers.parameters if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(gradients, self.settings.grad_clip_norm)
+        return total
+
+    def skipped_steps(self) -> int:
+        """Steps skipped so far. Raises UserError if the last ones all were."""
+        total, in_a_row = self.optimizers.skipped.tolist()
+        if in_a_row >= MOST_SKIPPED:
+            raise UserError(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
         return total
 
     def _log_step(self, loss: Tensor, now: Schedule):
         mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
-        if not math.isfinite(mean):
-            raise UserError(f"the loss is {mean} at step {self.steps_done}: {DIVERGED}")
+        skipped = self.skipped_steps()
         milliseconds, step = 1000 * self.clock.seconds(), f"step:{self.steps_done}/{self.settings.iterations}"
         average = milliseconds / self.steps_done
-        self.log(f"{step} train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms")
+        self.log(
+            f"{step} train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+            + (f" skipped_steps:{skipped}" if skipped else "")
+        )
         self.log.record(
-            "train", step=self.steps_done, train_loss=mean, train_ms=milliseconds, step_avg_ms=average,
+            "train", step=self.steps_done, train_loss=mean, skipped_steps=skipped, train_ms=milliseconds, step_avg_ms=average,
             lr_factor=now.lr_factor, recurrent=now.recurrent, quantized=now.quantized,
         )  # fmt: skip
 

@@ -37,9 +37,7 @@ def main() -> None:
     started = time.perf_counter()
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     profile = os.environ.pop("PROFILE", "")
-    settings, _ = t.read_settings(dict(os.environ))
-    t.validate_settings(settings, int(os.environ.get("WORLD_SIZE", 1)))
-    ranks = t.start_ranks(settings)
+    settings, _, ranks = t.prepare_run(dict(os.environ))
     torch.manual_seed(0)
     model = t.build_model(settings, ranks)
     micro_batch = t.choose_micro_batch(settings, ranks)
@@ -50,11 +48,10 @@ def main() -> None:
     batches = RandomBatches(settings, ranks)
 
     def step() -> None:
-        trainer._gradients(batches, model.order(recurrent=True))
+        trainer._gradients(*batches.next(), model.order(recurrent=True))
         trainer.optimizers.step(1.0, settings.muon_momentum)
-        trainer.optimizers.zero_grad()
         trainer.steps_done += 1
-        trainer.average.update(trainer.steps_done, 0.5)
+        trainer.average.update(trainer.steps_done, 0.5, trainer.optimizers.muon.found_inf)
 
     times = []
     for _ in range(3):

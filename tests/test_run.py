@@ -216,6 +216,48 @@ def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
     assert trained_by_two.out.count("_exact val_loss") == 2
 
 
+# One of two ranks gets a gradient that is not finite in the third of six steps; both check that it changes nothing.
+POISON_ONE_RANK = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+import train_gpt as t
+from test_run import Quiet, SIX_STEPS
+from test_optimizers import optimizer_tensors
+from helpers import tiny
+settings = tiny(**SIX_STEPS, data_path=sys.argv[3])
+ranks = t.start_ranks(settings)
+trainer = t.Trainer(t.build_model(settings, ranks), settings, ranks, 32, 1e6, Quiet())
+trainer.model.blocks[0].mixer.out_proj.weight.register_hook(
+    lambda gradient: gradient * float("nan") if ranks.rank == 1 and trainer.steps_done == 2 else gradient
+)
+tensors, update = [], trainer.average.update
+def keep_tensors(*arguments):
+    update(*arguments)
+    tensors.append(optimizer_tensors(trainer.optimizers, trainer.average))
+trainer.average.update = keep_tensors
+trainer.run(t.Batches(settings, ranks), None)
+same = [all(map(torch.equal, before, after)) for before, after in zip(tensors, tensors[1:])]
+assert same == [False, True, False, False, False], same
+assert all(x.isfinite().all() for x in tensors[-1])
+assert trainer.skipped_steps() == 1
+print("nothing changed on rank", ranks.rank)
+"""
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_either(shards, tmp_path):
+    (tmp_path / "poison.py").write_text(POISON_ONE_RANK)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            str(tmp_path / "poison.py"), str(SCRIPT.parent), str(Path(__file__).parent), str(shards),
+        ],
+        env=process_environment({}), capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nothing changed on rank") == 2
+
+
 # ---- What must not change a run --------------------------------------------------------------------------------------
 
 
@@ -240,12 +282,11 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
     """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the mean of the last half."""
     settings = tiny(**SIX_STEPS, data_path=str(shards), weight_average="swa", swa_fraction=0.5, matrix_lr=0.05)
     model, batches = t.build_model(settings, SOLO), t.Batches(settings, SOLO)
-    optimizers = t.Optimizers(model, settings, SOLO)
+    optimizers = t.Optimizers(model, dataclasses.replace(settings, grad_clip_norm=0.0), SOLO)
     kept = []
     for step in range(6):
         now = t.schedule_at(settings, step, 0.0)
         tokens, targets = batches.next()
-        model.zero_grad()
         with t.FakeQuantization(model, settings, 1e6)() if now.quantized else contextlib.nullcontext():
             model.loss(tokens, targets, model.order(True)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -403,6 +444,25 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(monkeypatch, capsys
     path.write_bytes(data)
     wrong = environment | {"MODEL_DIM": "64"}
     assert "MODEL_DIM=64 contradicts the artifact, which has 32" in mistake(monkeypatch, capsys, wrong)
+
+
+@pytest.mark.parametrize("bad_steps", [range(5, 99), range(30, 99)], ids=str)
+def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, bad_steps):
+    """At the next line of the log, or after the last step if there is none; single bad steps before are only counted."""
+    loss = t.Model.loss
+    calls = iter(range(99))
+    spoil = lambda: float("nan") if (call := next(calls)) in bad_steps or call == 1 else 1.0
+    monkeypatch.setattr(t.Model, "loss", lambda *arguments: loss(*arguments) * spoil())
+    settings = {"iterations": 40, "warmup_steps": 0, "train_log_every": 25}
+    said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **settings))
+    ended = 25 if 5 in bad_steps else 40
+    assert f"the last {ended - bad_steps[0]} steps had gradients that are not finite: training diverged" in said
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    counts = {record["step"]: record["skipped_steps"] for record in records if record["event"] == "train"}
+    assert counts == dict.fromkeys(range(2, 6), 1) | {1: 0} | ({25: 1} if ended == 40 else {})
+    text = (tmp_path / "a.txt").read_text()
+    assert "step:2/40 train_loss:nan" in text
+    assert len(re.findall(r"step_avg:[\d.]+ms skipped_steps:1$", text, re.M)) == len(counts) - 1
 
 
 def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
