@@ -37,6 +37,7 @@ import platform
 import queue
 import struct
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,7 @@ class Settings:
     seed: int = env(1337, "integer", "seeds weights and batches")
     device: str = env("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
+    compile_cache: str = env("", "folder", "keeps compiled kernels for later runs; empty: torch's own folders")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
@@ -2685,12 +2687,26 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     )  # fmt: skip
 
 
+def keep_compiled(folder: str):
+    """Has torch and triton keep in folder what they compile. Raises UserError if it cannot be written."""
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        path = Path(folder, variable.split("_")[0].lower()).resolve()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise UserError(f"cannot write COMPILE_CACHE={folder}: {error.strerror}") from None
+        os.environ.setdefault(variable, str(path))  # what the user has set goes first
+
+
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
     """Settings, validated and with a run id all ranks share, and the ranks."""
     settings, given = read_settings(environment)
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     if settings.eval_only and not (settings.artifact or settings.run_id):
         raise UserError("EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
+    if settings.compile_cache:
+        keep_compiled(settings.compile_cache)
     ranks = start_ranks(settings)
     now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.preset}-{settings.seed}"
     return dataclasses.replace(settings, run_id=ranks.from_main(settings.run_id or now)), given, ranks

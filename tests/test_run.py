@@ -384,6 +384,7 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
         ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT"),
         ({"eval_only": True}, "no artifact at"),
         ({"log_dir": "/dev/null/logs"}, "LOG_DIR=/dev/null/logs"),
+        ({"compile_cache": "/dev/null/cache"}, "COMPILE_CACHE=/dev/null/cache"),
         ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "/dev/null/x/y.lzma"),
         ({"target_mb": 0.15, "iterations": 1}, "SDCLIP_K"),
         ({"eval_max_seconds": 1e-6, "iterations": 1}, "EVAL_MAX_SECONDS"),
@@ -463,6 +464,29 @@ def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_p
     text = (tmp_path / "a.txt").read_text()
     assert "step:2/40 train_loss:nan" in text
     assert len(re.findall(r"step_avg:[\d.]+ms skipped_steps:1$", text, re.M)) == len(counts) - 1
+
+
+@pytest.fixture
+def no_cache_variables(monkeypatch):
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # so that monkeypatch puts back what there was
+        monkeypatch.delenv(variable)
+
+
+def test_what_is_compiled_is_kept_in_the_folder_the_user_names(monkeypatch, tmp_path, no_cache_variables):
+    environment = tiny_environment(compile_cache=tmp_path / "cache", compile="on", device="cpu")
+    settings, _, ranks = t.prepare_run(environment)
+    double = t.maybe_compile(lambda x: 2 * x, settings, ranks)
+    assert double(torch.ones(3)).tolist() == [2, 2, 2]
+    assert [path for path in (tmp_path / "cache" / "torchinductor").rglob("*") if path.is_file()]
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
+
+
+def test_cache_folders_that_are_set_already_stay(monkeypatch, tmp_path, no_cache_variables):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    t.prepare_run(tiny_environment(compile_cache=tmp_path, device="cpu"))
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torchinductor")
 
 
 def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
