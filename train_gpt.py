@@ -21,7 +21,6 @@ already scored. The sections stand in the order in which data flows:
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import datetime
 import difflib
@@ -80,7 +79,7 @@ class Settings:
     seed: int = env(1337, "integer", "seeds weights and batches")
     device: str = env("auto", "auto|cuda|cpu", "auto takes a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
-    compile_cache: str = env("", "folder", "keeps compiled kernels for later runs; empty: torch's own folders")
+    compile_cache: str = env("", "folder", "keeps what is compiled; empty: torch's own place")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
@@ -1443,16 +1442,15 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 # 6. Optimizers
 # Muon for matrices, Adam for the rest, an average of the weights for export, and a schedule that follows the clock.
 
-# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932): the last repeats, the others stand a little
-# back (SAFETY), as the authors advise for bfloat16.
-SAFETY = 1.01
+# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow. As the authors
+# advise for bfloat16, the others are of x / 1.01.
 POLAR_EXPRESS = (
-    (8.2872120, -23.5958865, 17.3003873),
-    (4.1070591, -2.9478499, 0.5448431),
-    (3.9486909, -2.9089021, 0.5518191),
-    (3.3184197, -2.4884880, 0.5100489),
-    (2.3006520, -1.6689040, 0.4188073),
-    (1.8913014, -1.2679958, 0.3768041),
+    (8.2051604, -22.9019350, 16.4607249),
+    (4.0663952, -2.8611541, 0.5183995),
+    (3.9095949, -2.8233517, 0.5250370),
+    (3.2855640, -2.4153020, 0.4852941),
+    (2.2778733, -1.6198218, 0.3984808),
+    (1.8725757, -1.2307043, 0.3585162),
     (1.8750015, -1.2500016, 0.3750002),
 )
 
@@ -1465,11 +1463,9 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for step in range(steps):
         a, b, c = POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)]
-        if step < len(POLAR_EXPRESS) - 1:
-            a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -1478,9 +1474,9 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized, for matrices (K. Jordan, 2024).
 
-    Equal shapes are one batch, of which each rank keeps the momentum of its share, orthogonalizes that and gathers the
-    others' updates. They are scaled by sqrt(max(1, rows/columns)). As in torch's fused optimizers, found_inf, a float32
-    () that is 1, makes step() change nothing.
+    A group's matrices have one shape and are one batch: each rank keeps the momentum of its share, orthogonalizes that
+    and gathers the others' updates, which are scaled by sqrt(max(1, rows/columns)). As in torch's fused optimizers, a
+    found_inf, float32 (), of 1 makes step() change nothing.
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
@@ -1490,15 +1486,12 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            parameters, (rows, columns) = group["params"], group["params"][0].shape
             rate = group["lr"] * (1 - self.found_inf)
-            by_shape = collections.defaultdict(list)
-            for p in group["params"]:
-                by_shape[p.shape].append(p)
-            for shape, parameters in by_shape.items():
-                updates = self._orthogonal_updates(parameters, group["momentum"]).float()
-                torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-                scale = max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_sub_(parameters, list((updates * (rate * scale)).unbind()))
+            updates = self._orthogonal_updates(parameters, group["momentum"]).float()
+            updates *= rate * max(1, rows / columns) ** 0.5
+            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            torch._foreach_sub_(parameters, list(updates.unbind()))
 
     def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
         """(len(parameters), rows, columns) orthogonalized Nesterov updates, finite whatever the gradients are."""
@@ -1522,34 +1515,34 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """Muon and Adam with every group's base rate: a schedule supplies factors.
 
-    A step whose gradients are not finite is skipped: skipped, int64 (2,), counts such steps, all and the last in a row.
+    Steps whose gradients are not finite are skipped; skipped, int64 (2,), counts all of them and the last in a row.
     """
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
-        groups = collections.defaultdict(list)
+        groups = collections.defaultdict(list)  # by rate, weight decay and, for Muon, shape
         matrices = model.linear_layers()
         for name, p in model.named_parameters():
             if name in matrices:
-                groups["mamba" if name.endswith(("in_proj.weight", "out_proj.weight")) else "matrix"].append(p)
+                mamba = name.endswith(("in_proj.weight", "out_proj.weight"))
+                groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(p)
+            elif name.endswith(("embedding.weight", "head.weight")):
+                groups[s.tied_embed_lr, s.weight_decay, None].append(p)
             else:
-                groups["embedding" if name.endswith(("embedding.weight", "head.weight")) else "scalar"].append(p)
-        matrix, mamba, embedding, scalar = (
-            {"params": groups[kind], "base_lr": rate, "weight_decay": 0.0 if kind == "scalar" else s.weight_decay}
-            for kind, rate in (
-                ("matrix", s.matrix_lr), ("mamba", s.mamba_matrix_lr), ("embedding", s.tied_embed_lr), ("scalar", s.scalar_lr)
-            )
-        )  # fmt: skip
-        self.muon = Muon([group for group in (matrix, mamba) if group["params"]], ranks, s.muon_backend_steps)
-        self.adam = torch.optim.AdamW([embedding, scalar], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
-        self.parameters = [p for group in groups.values() for p in group]
+                groups[s.scalar_lr, 0.0, None].append(p)
+        muon, adam = [], []
+        for (rate, decay, shape), parameters in groups.items():
+            (muon if shape else adam).append({"params": parameters, "base_lr": rate, "weight_decay": decay})
+        self.muon = Muon(muon, ranks, s.muon_backend_steps)
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
+        self.parameters = [p for parameters in groups.values() for p in parameters]
         self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, dtype=torch.int64, device=ranks.device)
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float):
         """Clips the gradients, updates every parameter at its base rate times lr_factor, and drops the gradients.
 
-        Whether to skip is decided on the device, alike on every rank: the host does not wait for it.
+        The device decides, alike on every rank, whether to skip: the host does not wait.
         """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
@@ -1560,16 +1553,10 @@ class Optimizers:
         for optimizer in (self.muon, self.adam):
             optimizer.found_inf = skip.float()
             for group in optimizer.param_groups:
-                group.update(lr=group["base_lr"] * lr_factor, momentum=momentum)  # Adam does not look at momentum
+                group.update(lr=group["base_lr"] * lr_factor, momentum=momentum)  # Adam reads no momentum
             optimizer.step()
         for p in self.parameters:
             p.grad = None
-
-    def forget(self):
-        """Drops all momentum and counts, as before the first step."""
-        self.muon.state.clear()
-        self.adam.state.clear()
-        self.skipped.zero_()
 
 
 class WeightAverage:
@@ -1583,7 +1570,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps_done: int, progress: float, skipped: Tensor):
-        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run, unless skipped, float32 (), is 1.
+        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, float32 (), is 1.
 
         EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning; SWA is the mean
         over the last SWA_FRACTION of the run.
@@ -2294,6 +2281,15 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
 MOST_SKIPPED = 10  # steps in a row: more than a bad batch explains
 
 
+@contextlib.contextmanager
+def writing(what: str):
+    """Raises UserError where the body fails to write what it says."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {what}: {error.strerror}") from None
+
+
 class Log:
     """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl. Raises UserError if they cannot be written."""
 
@@ -2304,12 +2300,10 @@ class Log:
         if self.quiet:
             return
         folder = Path(settings.log_dir)
-        try:
+        with writing(f"logs in LOG_DIR={folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             self.text = (folder / f"{name}.txt").open("a", encoding="utf-8", buffering=1)
             self.records = (folder / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise UserError(f"cannot write logs in LOG_DIR={settings.log_dir}: {error.strerror}") from None
         self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
         print(f"logs: {folder / name}.txt and .jsonl", flush=True)
 
@@ -2344,19 +2338,6 @@ def describe_machine(ranks: Ranks) -> dict[str, str | int]:
     }  # fmt: skip
 
 
-def parameter_kinds(model: Model) -> dict[str, int]:
-    """Number of parameters by kind."""
-    kinds = collections.Counter()
-    for name, p in model.named_parameters():
-        kind = (
-            "mlp" if ".mlp." in name else "embeddings" if name.startswith(("embedding", "bigram", "head")) else "scales"
-        )
-        if ".mixer." in name:
-            kind = type(model.blocks[int(name.split(".")[1])].mixer).__name__.lower()
-        kinds[kind] += p.numel()
-    return dict(kinds)
-
-
 def activation_bytes(settings: Settings, tokens: int) -> float:
     """Rough device memory of a micro-batch in bytes; the factors fit the peak measured with PRESET=peer7."""
     s = settings
@@ -2386,8 +2367,7 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
 def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, code_bytes: int, log: Log):
     """Prints what will happen, before it does."""
     s, world = settings, ranks.world_size
-    kinds = parameter_kinds(model)
-    log(f"parameters: {sum(kinds.values()):,} ({', '.join(f'{k} {v:,}' for k, v in kinds.items())})")
+    log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
     order = " ".join(f"{letters[i]}{i}" for i in model.full_order)
     start = f" from {s.recur_start:.0%} of the run" if s.num_layers < len(model.full_order) else ""
@@ -2400,11 +2380,6 @@ def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, c
     log(f"predicted artifact: {predicted:.1f} of {s.target_mb:g} MB at SDCLIP_K={k:g}, code {code_bytes:,} bytes")
     number = s.train_batch_tokens // (micro_batch * world)
     log(f"batch: {s.train_batch_tokens:,} tokens = {world} ranks × {number} micro-batches × {micro_batch:,}")
-    if ranks.device.type == "cuda":
-        needed = activation_bytes(s, micro_batch) + 24 * sum(kinds.values())
-        log(f"memory: about {needed / 1e9:.0f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB per GPU")
-    clock = f"{s.max_wallclock_seconds:g} s" if s.max_wallclock_seconds else f"{s.iterations} steps"
-    log(f"clocks: training {clock}, export reserve {s.export_reserve_seconds:g} s; evaluation {s.eval_max_seconds:g} s")
 
 
 def synchronize(device: torch.device):
@@ -2428,31 +2403,17 @@ class TrainingClock:
         return self.counted + (0.0 if self.since is None else time.perf_counter() - self.since)
 
 
-class TrainingLoss(nn.Module):
-    """Model.loss() as a module, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        return self.model.loss(tokens, targets, order)
-
-
-def training_loss(model: Model, settings: Settings, ranks: Ranks) -> nn.Module:
-    """The training loss, as one graph where compiling is on; with several ranks, backward also averages gradients.
-
-    They are averaged in buckets while backward goes on: torch cuts the graph where a bucket ends.
-    """
-    loss = maybe_compile(TrainingLoss(model), settings, ranks)
+def training_loss(model: Model, settings: Settings, ranks: Ranks):
+    """model.loss; with several ranks, backward averages gradients, in buckets at whose ends torch cuts the compiled graph."""
+    loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
         return loss
-    # Graphs with a checkpoint or FlexAttention cannot be cut on every torch: they stay whole, and overlap nothing.
+    # Not every torch can cut a graph that holds a checkpoint or FlexAttention.
     torch._dynamo.config.optimize_ddp = not (settings.mamba_grad_checkpoint or settings.document_reset)
-    # A single layer has no U-Net skips, whose weights then get no gradient.
-    parallel = nn.parallel.DistributedDataParallel(
-        loss, gradient_as_bucket_view=True, find_unused_parameters=settings.num_layers == 1
-    )
+    module = nn.Module()
+    module.model, module.forward = model, loss
+    unused = settings.num_layers == 1  # one layer alone has no U-Net skip, whose weights then get no gradient
+    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=unused)
     parallel.broadcast_buffers = False  # they are constants; the argument of this name is going away
     return parallel
 
@@ -2469,33 +2430,28 @@ class Trainer:
         self.clock, self.steps_done = TrainingClock(), 0
 
     def warm_up(self):
-        """Compiles both layer orders on random tokens and undoes every trace."""
-        s = self.settings
-        kept = copy.deepcopy(self.model.state_dict())
+        """Compiles both layer orders on random tokens, in steps at rate 0 of optimizers that are forgotten."""
+        s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
-        orders = {self.model.order(False), self.model.order(True)}
-        for number, order in enumerate(sorted(orders)):
+        for order in sorted({self.model.order(False), self.model.order(True)}):
             for step in range(s.warmup_steps):
                 self._gradients(tokens[:, :-1], tokens[:, 1:], order)
-                self.optimizers.step(0.0, s.muon_momentum)
-                self.log.progress(f"warm-up: order {number + 1}/{len(orders)}, step {step + 1}/{s.warmup_steps}")
-        self.model.load_state_dict(kept)
-        self.optimizers.forget()
+                optimizers.step(0.0, s.muon_momentum)
+                self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
         synchronize(self.ranks.device)
 
     def run(self, batches: Batches, validate):
         """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
 
-        validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token,
+        validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token
         and when training diverges.
         """
         s, log, ranks = self.settings, self.log, self.ranks
-        fake_quantization = None
-        queued: collections.deque = collections.deque()
+        fake_quantization, queued = None, []
         self.clock.start()
         while True:
             if len(queued) > 1:  # wait for the last step but one: the clock is right and the GPU never idles
-                queued.popleft().synchronize()
+                queued.pop(0).synchronize()
             now = schedule_at(s, self.steps_done, ranks.from_main(self.clock.seconds()))
             if now.progress >= 1:
                 break
@@ -2514,9 +2470,7 @@ class Trainer:
             if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
                 synchronize(ranks.device)
                 self.clock.pause()
-                score = validate(now.recurrent)
-                log(f"step:{self.steps_done}/{s.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}")
-                log.record("validation", step=self.steps_done, val_loss=score.val_loss, val_bpb=score.val_bpb)
+                self.log_validation(validate(now.recurrent))
                 self.clock.start()
         self.average.apply()
         synchronize(ranks.device)
@@ -2528,8 +2482,8 @@ class Trainer:
         micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
         total = torch.zeros((), device=self.ranks.device)
         for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
-            alone = self.ranks.world_size == 1 or number == len(micro_batches)
-            with contextlib.nullcontext() if alone else self.loss_function.no_sync():
+            wait = number < len(micro_batches) and self.ranks.world_size > 1
+            with self.loss_function.no_sync() if wait else contextlib.nullcontext():
                 loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
                 loss.backward()
             total += loss.detach()
@@ -2542,18 +2496,24 @@ class Trainer:
             raise UserError(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
         return total
 
+    def log_validation(self, score: Score, when: str = ""):
+        """The contest's line for a score during training, and its record."""
+        text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
+        self._log("validation", text, val_loss=score.val_loss, val_bpb=score.val_bpb)
+
+    def _log(self, event: str, text: str, **values):
+        self.log(f"step:{self.steps_done}/{self.settings.iterations} {text}")
+        self.log.record(event, step=self.steps_done, **values)
+
     def _log_step(self, loss: Tensor, now: Schedule):
-        mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
-        skipped = self.skipped_steps()
-        milliseconds, step = 1000 * self.clock.seconds(), f"step:{self.steps_done}/{self.settings.iterations}"
+        mean, skipped = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size, self.skipped_steps()
+        milliseconds = 1000 * self.clock.seconds()
         average = milliseconds / self.steps_done
-        self.log(
-            f"{step} train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
-            + (f" skipped_steps:{skipped}" if skipped else "")
-        )
-        self.log.record(
-            "train", step=self.steps_done, train_loss=mean, skipped_steps=skipped, train_ms=milliseconds, step_avg_ms=average,
-            lr_factor=now.lr_factor, recurrent=now.recurrent, quantized=now.quantized,
+        text = f"train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+        self._log(
+            "train", text + (f" skipped_steps:{skipped}" if skipped else ""), train_loss=mean, train_ms=milliseconds,
+            step_avg_ms=average, skipped_steps=skipped, lr_factor=now.lr_factor, recurrent=now.recurrent,
+            quantized=now.quantized,
         )  # fmt: skip
 
 
@@ -2570,7 +2530,7 @@ def calibration_sequences(model: Model, batches: Batches, settings: Settings, ra
     return torch.cat(sequences)[:count]
 
 
-def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
+def export(trainer: Trainer, batches: Batches) -> dict:
     """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what was measured on the way.
 
     Calibration and GPTQ run on the training clock, packing does not. Raises UserError if it cannot fit or be written.
@@ -2580,17 +2540,16 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     trainer.clock.start()
     sequences = calibration_sequences(model, batches, s, ranks)
     hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
-    count, seconds = len(sequences) * ranks.world_size, time.perf_counter() - started
-    log(f"calibration: {count} sequences of {s.calibration} text, {seconds:.1f}s")
-    k = fit_sdclip(model, s, target_bytes)
+    k = fit_sdclip(model, s, trainer.target_bytes)
     stored = quantize_model(model, s, ranks, hessians, k, log.progress)
     synchronize(ranks.device)
     trainer.clock.pause()
     gptq_seconds = time.perf_counter() - started
-    log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
-    plan = plan_tensors(model)
+    log(
+        f"GPTQ: {gptq_seconds:.1f}s with calibration on {s.calibration} text, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s"
+    )
     if ranks.rank == 0:
-        data = fit_artifact(s, plan, stored, target_bytes, log)
+        data = fit_artifact(s, plan_tensors(model), stored, trainer.target_bytes, log)
         write_whole(s.artifact_path, data)
         packing_seconds = time.perf_counter() - started - gptq_seconds
         log(f"artifact: {s.artifact_path}, {len(data)} bytes, packed in {packing_seconds:.1f}s")
@@ -2601,15 +2560,13 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
 def write_whole(path: Path, data: bytes):
     """Writes a file under a temporary name and renames it: no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".part")
-    try:
+    with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
@@ -2623,8 +2580,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
         report(log, "after_quantization", "final_int6_lzma_plain", score)
         del model
     adapts = settings.ttt_enabled and settings.ttt_epochs > 0
-    what = "test-time training" if adapts else "frozen weights"
-    log(f"evaluation: {validation.num_targets:,} targets, {settings.eval_mode} windows, {what}")
+    log(f"evaluation: {validation.num_targets:,} targets, {settings.eval_mode} windows")
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: the sample shows what the artifact alone can do
@@ -2665,38 +2621,36 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     log("compiling and warming up ...")
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts")
-    log.record("ready", startup_seconds=time.perf_counter() - log.started)
+    log.record("ready")
 
     plain = dataclasses.replace(settings, eval_mode="plain")
     trainer.run(batches, lambda recurrent: Evaluator(model, settings, ranks, validation, recurrent).score(plain))
-    steps, milliseconds = trainer.steps_done, 1000 * trainer.clock.seconds()
-    log(f"trained {steps} steps in {milliseconds / 1000:.1f}s, {milliseconds / max(steps, 1):.2f}ms each")
+    steps, seconds = trainer.steps_done, trainer.clock.seconds()
+    step_ms = 1000 * seconds / max(steps, 1)
+    log(f"trained {steps} steps in {seconds:.1f}s, {step_ms:.2f}ms each")
     peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
     log(f"Code size: {code_bytes} bytes; peak GPU memory: {peak / 2**20:.0f} MiB")
     before = Evaluator(model, settings, ranks, validation).score(plain)
-    step = f"step:{steps}/{settings.iterations}"
-    log(f"{step} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} before quantization")
-    exported = export(trainer, batches, target_bytes)
+    trainer.log_validation(before, " before quantization")
+    exported = export(trainer, batches)
     total = code_bytes + settings.artifact_path.stat().st_size
     log(f"Total submission size int6+lzma: {total} bytes")
     if total > ARTIFACT_CAP:
         raise UserError(f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
     log.record(
-        "trained", steps=steps, step_avg_ms=milliseconds / max(steps, 1), val_loss=before.val_loss, val_bpb=before.val_bpb,
+        "trained", steps=steps, step_avg_ms=step_ms, val_loss=before.val_loss, val_bpb=before.val_bpb,
         bytes_total=total, bytes_code=code_bytes, peak_bytes=peak, **exported,
     )  # fmt: skip
 
 
 def keep_compiled(folder: str):
     """Has torch and triton keep in folder what they compile. Raises UserError if it cannot be written."""
-    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        path = Path(folder, variable.split("_")[0].lower()).resolve()
-        try:
+    for name in ("torchinductor", "triton"):
+        path = Path(folder, name).resolve()
+        with writing(f"in COMPILE_CACHE={folder}"):
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
-        except OSError as error:
-            raise UserError(f"cannot write COMPILE_CACHE={folder}: {error.strerror}") from None
-        os.environ.setdefault(variable, str(path))  # what the user has set goes first
+        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))  # what the user has set goes first
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
@@ -2708,7 +2662,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     if settings.compile_cache:
         keep_compiled(settings.compile_cache)
     ranks = start_ranks(settings)
-    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.preset}-{settings.seed}"
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{settings.seed}"
     return dataclasses.replace(settings, run_id=ranks.from_main(settings.run_id or now)), given, ranks
 
 
