@@ -5,6 +5,7 @@ Most runs happen inside this process, with another os.environ; a few are real pr
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SOLO, relative, tiny, tiny_environment, write_shard
+from helpers import SOLO, random_model, random_tokens, relative, tiny, tiny_environment, write_shard
 
 import train_gpt as t
 
@@ -214,6 +215,60 @@ def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
     assert after["val_bpb"] == pytest.approx(before["val_bpb"], abs=1e-4)
     assert float(trained_by_two.scores()[1]) == pytest.approx(float(trained.scores()[1]), abs=2e-3)
     assert trained_by_two.out.count("_exact val_loss") == 2
+
+
+@pytest.fixture
+def group_of_one():
+    """A process group with nobody else in it: several ranks' code, and one rank's gradients."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch._dynamo.reset()
+    yield t.Ranks(0, 2, torch.device("cpu"))
+    torch._dynamo.reset()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("changes", "cut"), [({}, True), ({"mamba_grad_checkpoint": True}, False)], ids=str)
+def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(monkeypatch, group_of_one, changes, cut):
+    """And has the same gradients, in every layer order and while weights stand on their grids."""
+    settings = tiny(compile="on", recur_layers="1", **changes)
+    buckets = []
+
+    def compile_graph(graph, inputs):
+        buckets.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compile_graph))
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 8192)
+    trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
+    trainer.loss_function.bucket_bytes_cap = 8192
+    model, tokens = trainer.model, random_tokens(4, 33)
+    on_grid = t.FakeQuantization(model, settings, 1e6)
+    for order in (model.order(False), model.order(True)):
+        for quantized in (contextlib.nullcontext, on_grid):
+            before = len(buckets)
+            with quantized():
+                trainer._gradients(tokens[:, :-1], tokens[:, 1:], order)
+                gradients = [p.grad for p in model.parameters()]
+                model.zero_grad()
+                model.loss(tokens[:, :-1], tokens[:, 1:], order).backward()
+            for (name, p), gradient in zip(model.named_parameters(), gradients):
+                assert relative(gradient, p.grad) < 1e-4, name
+            model.zero_grad()
+            graphs = len(buckets) - before
+            if quantized is on_grid:
+                assert graphs == 0
+            else:
+                assert graphs > 2 if cut else graphs == 1
+
+
+def test_a_single_layer_trains_on_several_ranks(group_of_one):
+    """It has no U-Net skip: those weights have no gradient, which must not keep the ranks waiting for it."""
+    settings = tiny(num_layers=1, mamba_layers="0")
+    trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
+    tokens = random_tokens(4, 33)
+    for _ in range(2):
+        trainer._gradients(tokens[:, :-1], tokens[:, 1:], (0,))
+    assert trainer.model.skip_weights.grad is None
 
 
 # One of two ranks gets a gradient that is not finite in the third of six steps; both check that it changes nothing.
