@@ -1581,9 +1581,8 @@ class WeightAverage:
         self.count += 1
         if self.average is None:
             self.average = [p.detach().clone() for p in self.parameters]
-        horizon = max(1.0, s.ema_horizon * steps_done)
-        rate = 1 / self.count if s.weight_average == "swa" else max(1 - s.ema_decay, 1 / horizon)
-        rate = rate * (1 - skipped)
+        ema_rate = max(1 - s.ema_decay, 1 / max(1.0, s.ema_horizon * steps_done))
+        rate = (1 - skipped) * (1 / self.count if s.weight_average == "swa" else ema_rate)
         torch._foreach_mul_(self.average, 1 - rate)
         torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
 
@@ -2510,8 +2509,9 @@ class Trainer:
         milliseconds = 1000 * self.clock.seconds()
         average = milliseconds / self.steps_done
         text = f"train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+        text += f" skipped_steps:{skipped}" if skipped else ""
         self._log(
-            "train", text + (f" skipped_steps:{skipped}" if skipped else ""), train_loss=mean, train_ms=milliseconds,
+            "train", text, train_loss=mean, train_ms=milliseconds,
             step_avg_ms=average, skipped_steps=skipped, lr_factor=now.lr_factor, recurrent=now.recurrent,
             quantized=now.quantized,
         )  # fmt: skip
