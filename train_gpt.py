@@ -1442,8 +1442,8 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 # 6. Optimizers
 # Muon for matrices, Adam for the rest, an average of the weights for export, and a schedule that follows the clock.
 
-# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow. As the authors
-# advise for bfloat16, the others are of x / 1.01.
+# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow. The others
+# are of x / 1.01, as the authors advise for bfloat16.
 POLAR_EXPRESS = (
     (8.2051604, -22.9019350, 16.4607249),
     (4.0663952, -2.8611541, 0.5183995),
@@ -1570,7 +1570,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps_done: int, progress: float, skipped: Tensor):
-        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, float32 (), is 1.
+        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, (), is 1.
 
         EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning; SWA is the mean
         over the last SWA_FRACTION of the run.
@@ -2403,7 +2403,7 @@ class TrainingClock:
 
 
 def training_loss(model: Model, settings: Settings, ranks: Ranks):
-    """model.loss; with several ranks, backward averages gradients, in buckets at whose ends torch cuts the compiled graph."""
+    """model.loss; with several ranks, backward averages gradients, in buckets whose ends cut the compiled graph."""
     loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
         return loss
@@ -2545,9 +2545,7 @@ def export(trainer: Trainer, batches: Batches) -> dict:
     synchronize(ranks.device)
     trainer.clock.pause()
     gptq_seconds = time.perf_counter() - started
-    log(
-        f"GPTQ: {gptq_seconds:.1f}s with calibration on {s.calibration} text, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s"
-    )
+    log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
     if ranks.rank == 0:
         data = fit_artifact(s, plan_tensors(model), stored, trainer.target_bytes, log)
         write_whole(s.artifact_path, data)

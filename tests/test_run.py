@@ -504,7 +504,7 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(monkeypatch, capsys
 
 @pytest.mark.parametrize("bad_steps", [range(5, 99), range(30, 99)], ids=str)
 def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, bad_steps):
-    """At the next line of the log, or after the last step if there is none; single bad steps before are only counted."""
+    """At the log's next line, or after the last step if there is none; a single bad step before is only counted."""
     loss = t.Model.loss
     calls = iter(range(99))
     spoil = lambda: float("nan") if (call := next(calls)) in bad_steps or call == 1 else 1.0
