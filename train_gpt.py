@@ -22,7 +22,6 @@ already scored. The sections stand in the order in which data flows:
 import bisect
 import collections
 import contextlib
-import copy
 import dataclasses
 import datetime
 import difflib
@@ -37,6 +36,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -92,6 +92,7 @@ class Settings:
     seed: int = env(1337, "integer", "seeds weights and batches")
     device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
+    compile_cache: str = env("", "folder", "keeps what is compiled; empty: torch's own place")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
@@ -428,13 +429,10 @@ class Ranks:
 
     def average_gradients(self, parameters: list[nn.Parameter]):
         """Replaces gradients by their means over the ranks, in one flat all-reduce."""
-        if self.world_size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        means = (flat / self.world_size).split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [mean.view_as(gradient) for mean, gradient in zip(means, gradients)])
+        if self.world_size > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            means = self.sum_(nn.utils.parameters_to_vector(gradients)) / self.world_size
+            nn.utils.vector_to_parameters(means, gradients)
 
 
 def start_ranks(settings: Settings) -> Ranks:
@@ -1168,7 +1166,9 @@ def tokens_backward(
     d_step = share * d_current + rate * d_log_decay
     if MAMBA3:
         # This token's step also weighs the key before it.
-        _, last_step, _, _, last_share = token_dynamics(row - WIDTH, live & (t > 0), step_bias, decay_rate, h, H, MAMBA3)
+        _, last_step, _, _, last_share = token_dynamics(
+            row - WIDTH, live & (t > 0), step_bias, decay_rate, h, H, MAMBA3
+        )
         last_weight = tl.maximum(last_step * last_share + step * (1.0 - share), 1e-37)
         d_previous = tl.load(d_scalars + place + plane - 1, mask & (t > 0)[:, None], 0.0) / last_weight
         d_step += (1.0 - share) * d_previous
@@ -1444,7 +1444,6 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
 # 5. Model
 # Pre-norm blocks over a residual stream. Weights are float32, cast where they are used; activations are bfloat16 on GPUs,
 # float32 on CPUs. Depth recurrence is but another block order.
-
 
 
 class AttentionState(NamedTuple):
@@ -1901,17 +1900,16 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 # 6. Optimizers
 # Muon for matrices, Adam for the rest, an average of the weights for export, and a schedule that follows the clock.
 
-# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932): the last repeats, the others stand a little
-# back (SAFETY), as the authors advise for bfloat16.
-SAFETY = 1.01
+# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow. The others
+# are of x / 1.01, as the authors advise for bfloat16.
 POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (8.2051604, -22.9019350, 16.4607249),
+    (4.0663952, -2.8611541, 0.5183995),
+    (3.9095949, -2.8233517, 0.5250370),
+    (3.2855640, -2.4153020, 0.4852941),
+    (2.2778733, -1.6198218, 0.3984808),
+    (1.8725757, -1.2307043, 0.3585162),
+    (1.8750015, -1.2500016, 0.3750002),
 )
 
 
@@ -1923,100 +1921,100 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for step in range(steps):
         a, b, c = POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)]
-        if step < len(POLAR_EXPRESS) - 1:
-            a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized, for matrices (K. Jordan, 2024).
 
-    Equal shapes are orthogonalized as one batch; each rank does its share of it and gathers the others'. The update is
-    scaled by sqrt(max(1, rows/columns)).
+    A group's matrices have one shape and are one batch: each rank keeps the momentum of its share, orthogonalizes that
+    and gathers the others' updates, which are scaled by sqrt(max(1, rows/columns)). As in torch's fused optimizers, a
+    found_inf, float32 (), of 1 makes step() change nothing.
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.0})
-        self.ranks, self.steps = ranks, steps
+        self.ranks, self.steps, self.found_inf = ranks, steps, torch.zeros((), device=ranks.device)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = collections.defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[p.shape].append(p)
-            for shape, parameters in by_shape.items():
-                updates = self._orthogonal_updates(parameters, group["momentum"])
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                scale = max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_add_(parameters, list(updates.float().unbind()), alpha=-group["lr"] * scale)
+            parameters, (rows, columns) = group["params"], group["params"][0].shape
+            rate = group["lr"] * (1 - self.found_inf)
+            updates = self._orthogonal_updates(parameters, group["momentum"]).float()
+            updates *= rate * max(1, rows / columns) ** 0.5
+            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            torch._foreach_sub_(parameters, list(updates.unbind()))
 
     def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
-        """(len(parameters), rows, columns) orthogonalized Nesterov updates."""
-        gradients = [p.grad for p in parameters]
-        for p in parameters:
-            if p not in self.state:
-                self.state[p] = torch.zeros_like(p)
-        buffers = [self.state[p] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
-        share = -(-len(parameters) // self.ranks.world_size)
-        mine = nesterov[self.ranks.rank * share : (self.ranks.rank + 1) * share]
-        if self.ranks.world_size == 1:
-            return orthogonalize(mine, self.steps)
-        padded = nesterov.new_zeros(share, *nesterov.shape[1:])
-        padded[: len(mine)] = mine
-        result = orthogonalize(padded, self.steps)
-        gathered = result.new_empty(share * self.ranks.world_size, *result.shape[1:])
-        dist.all_gather_into_tensor(gathered, result.contiguous())
+        """(len(parameters), rows, columns) orthogonalized Nesterov updates, finite whatever the gradients are."""
+        ranks, first = self.ranks, parameters[0]
+        share = -(-len(parameters) // ranks.world_size)
+        mine = [p.grad for p in parameters[ranks.rank * share : (ranks.rank + 1) * share]]
+        gradients = torch.stack(mine + [torch.zeros_like(first)] * (share - len(mine)))
+        if first not in self.state:
+            self.state[first] = torch.zeros_like(gradients)
+        buffer = self.state[first]
+        gradients = torch.where(self.found_inf > 0, buffer, gradients)  # towards itself, momentum does not move
+        buffer.lerp_(gradients, 1 - momentum)
+        updates = orthogonalize(gradients.lerp(buffer, momentum), self.steps)
+        if ranks.world_size == 1:
+            return updates
+        gathered = updates.new_empty(share * ranks.world_size, *first.shape)
+        dist.all_gather_into_tensor(gathered, updates.contiguous())
         return gathered[: len(parameters)]
 
 
 class Optimizers:
-    """Muon and Adam with every group's base rate: a schedule supplies factors."""
+    """Muon and Adam with every group's base rate: a schedule supplies factors.
+
+    Steps whose gradients are not finite are skipped; skipped, int64 (2,), counts all of them and the last in a row.
+    """
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
-        groups = collections.defaultdict(list)
+        groups = collections.defaultdict(list)  # by rate, weight decay and, for Muon, shape
         matrices = model.linear_layers()
         for name, p in model.named_parameters():
             if name in matrices:
-                groups["mamba" if name.endswith(("in_proj.weight", "out_proj.weight")) else "matrix"].append(p)
+                mamba = name.endswith(("in_proj.weight", "out_proj.weight"))
+                groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(p)
+            elif name.endswith(("embedding.weight", "head.weight")):
+                groups[s.tied_embed_lr, s.weight_decay, None].append(p)
             else:
-                groups["embedding" if name.endswith(("embedding.weight", "head.weight")) else "scalar"].append(p)
-        matrix, mamba, embedding, scalar = (
-            {"params": groups[kind], "base_lr": rate, "weight_decay": 0.0 if kind == "scalar" else s.weight_decay}
-            for kind, rate in (
-                ("matrix", s.matrix_lr), ("mamba", s.mamba_matrix_lr), ("embedding", s.tied_embed_lr), ("scalar", s.scalar_lr)
-            )
-        )  # fmt: skip
-        self.muon = Muon([group for group in (matrix, mamba) if group["params"]], ranks, s.muon_backend_steps)
-        self.adam = torch.optim.AdamW([embedding, scalar], lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
-        self.parameters = [p for group in groups.values() for p in group]
+                groups[s.scalar_lr, 0.0, None].append(p)
+        muon, adam = [], []
+        for (rate, decay, shape), parameters in groups.items():
+            (muon if shape else adam).append({"params": parameters, "base_lr": rate, "weight_decay": decay})
+        self.muon = Muon(muon, ranks, s.muon_backend_steps)
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
+        self.parameters = [p for parameters in groups.values() for p in parameters]
+        self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, dtype=torch.int64, device=ranks.device)
 
+    @torch.no_grad()
     def step(self, lr_factor: float, momentum: float):
-        """One update of every parameter at its base rate times lr_factor."""
-        for group in self.muon.param_groups + self.adam.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
-        for group in self.muon.param_groups:
-            group["momentum"] = momentum
-        self.muon.step()
-        self.adam.step()
+        """Clips the gradients, updates every parameter at its base rate times lr_factor, and drops the gradients.
 
-    def zero_grad(self):
+        The device decides, alike on every rank, whether to skip: the host does not wait.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        skip = ~norm.isfinite()
+        self.skipped += skip
+        self.skipped[1] *= skip
+        for optimizer in (self.muon, self.adam):
+            optimizer.found_inf = skip.float()
+            for group in optimizer.param_groups:
+                group.update(lr=group["base_lr"] * lr_factor, momentum=momentum)  # Adam reads no momentum
+            optimizer.step()
         for p in self.parameters:
             p.grad = None
-
-    def forget(self):
-        """Drops all momentum, as before the first step."""
-        self.muon.state.clear()
-        self.adam.state.clear()
 
 
 class WeightAverage:
@@ -2029,8 +2027,8 @@ class WeightAverage:
         self.count = 0
 
     @torch.no_grad()
-    def update(self, steps_done: int, progress: float):
-        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run.
+    def update(self, steps_done: int, progress: float, skipped: Tensor):
+        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, (), is 1.
 
         EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning; SWA is the mean
         over the last SWA_FRACTION of the run.
@@ -2041,11 +2039,10 @@ class WeightAverage:
         self.count += 1
         if self.average is None:
             self.average = [p.detach().clone() for p in self.parameters]
-        elif s.weight_average == "swa":
-            torch._foreach_lerp_(self.average, self.parameters, 1 / self.count)
-        else:
-            horizon = max(1.0, s.ema_horizon * steps_done)
-            torch._foreach_lerp_(self.average, self.parameters, max(1 - s.ema_decay, 1 / horizon))
+        ema_rate = max(1 - s.ema_decay, 1 / max(1.0, s.ema_horizon * steps_done))
+        rate = (1 - skipped) * (1 / self.count if s.weight_average == "swa" else ema_rate)
+        torch._foreach_mul_(self.average, 1 - rate)
+        torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
 
     @torch.no_grad()
     def apply(self):
@@ -2557,6 +2554,17 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
 # 9. Run
 # Logging, the compile warm-up, the training loop, and main(), which tells the story of a run.
 
+MOST_SKIPPED = 10  # steps in a row: more than a bad batch explains
+
+
+@contextlib.contextmanager
+def writing(what: str):
+    """Raises UserError where the body fails to write what it says."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {what}: {error.strerror}") from None
+
 
 class Log:
     """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl. Raises UserError if they cannot be written."""
@@ -2568,12 +2576,10 @@ class Log:
         if self.quiet:
             return
         folder = Path(settings.log_dir)
-        try:
+        with writing(f"logs in LOG_DIR={folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             self.text = (folder / f"{name}.txt").open("a", encoding="utf-8", buffering=1)
             self.records = (folder / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise UserError(f"cannot write logs in LOG_DIR={settings.log_dir}: {error.strerror}") from None
         self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
         print(f"logs: {folder / name}.txt and .jsonl", flush=True)
 
@@ -2608,19 +2614,6 @@ def describe_machine(ranks: Ranks) -> dict[str, str | int]:
     }  # fmt: skip
 
 
-def parameter_kinds(model: Model) -> dict[str, int]:
-    """Number of parameters by kind."""
-    kinds = collections.Counter()
-    for name, p in model.named_parameters():
-        kind = (
-            "mlp" if ".mlp." in name else "embeddings" if name.startswith(("embedding", "bigram", "head")) else "scales"
-        )
-        if ".mixer." in name:
-            kind = type(model.blocks[int(name.split(".")[1])].mixer).__name__.lower()
-        kinds[kind] += p.numel()
-    return dict(kinds)
-
-
 def activation_bytes(settings: Settings, tokens: int) -> float:
     """Rough device memory of a micro-batch in bytes; the factors fit the peak measured with PRESET=peer7."""
     s = settings
@@ -2650,8 +2643,7 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
 def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, code_bytes: int, log: Log):
     """Prints what will happen, before it does."""
     s, world = settings, ranks.world_size
-    kinds = parameter_kinds(model)
-    log(f"parameters: {sum(kinds.values()):,} ({', '.join(f'{k} {v:,}' for k, v in kinds.items())})")
+    log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
     order = " ".join(f"{letters[i]}{i}" for i in model.full_order)
     start = f" from {s.recur_start:.0%} of the run" if s.num_layers < len(model.full_order) else ""
@@ -2664,11 +2656,6 @@ def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, c
     log(f"predicted artifact: {predicted:.1f} of {s.target_mb:g} MB at SDCLIP_K={k:g}, code {code_bytes:,} bytes")
     number = s.train_batch_tokens // (micro_batch * world)
     log(f"batch: {s.train_batch_tokens:,} tokens = {world} ranks × {number} micro-batches × {micro_batch:,}")
-    if ranks.device.type == "cuda":
-        needed = activation_bytes(s, micro_batch) + 24 * sum(kinds.values())
-        log(f"memory: about {needed / 1e9:.0f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB per GPU")
-    clock = f"{s.max_wallclock_seconds:g} s" if s.max_wallclock_seconds else f"{s.iterations} steps"
-    log(f"clocks: training {clock}, export reserve {s.export_reserve_seconds:g} s; evaluation {s.eval_max_seconds:g} s")
 
 
 def synchronize(device: torch.device):
@@ -2692,6 +2679,21 @@ class TrainingClock:
         return self.counted + (0.0 if self.since is None else time.perf_counter() - self.since)
 
 
+def training_loss(model: Model, settings: Settings, ranks: Ranks):
+    """model.loss; with several ranks, backward averages gradients, in buckets whose ends cut the compiled graph."""
+    loss = maybe_compile(model.loss, settings, ranks)
+    if ranks.world_size == 1:
+        return loss
+    # Not every torch can cut a graph that holds a checkpoint or FlexAttention.
+    torch._dynamo.config.optimize_ddp = not (settings.mamba_grad_checkpoint or settings.document_reset)
+    module = nn.Module()
+    module.model, module.forward = model, loss
+    unused = settings.num_layers == 1  # one layer alone has no U-Net skip, whose weights then get no gradient
+    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=unused)
+    parallel.broadcast_buffers = False  # they are constants; the argument of this name is going away
+    return parallel
+
+
 class Trainer:
     """Model, optimizers and data of a run; warm_up() compiles, run() trains by the clock."""
 
@@ -2700,38 +2702,32 @@ class Trainer:
         self.micro_sequences, self.target_bytes = micro_batch // settings.train_seq_len, target_bytes
         self.optimizers = Optimizers(model, settings, ranks)
         self.average = WeightAverage(model, settings)
-        self.loss_function = maybe_compile(model.loss, settings, ranks)
+        self.loss_function = training_loss(model, settings, ranks)
         self.clock, self.steps_done = TrainingClock(), 0
 
     def warm_up(self):
-        """Compiles both layer orders on random tokens and undoes every trace."""
-        s = self.settings
-        kept = copy.deepcopy(self.model.state_dict())
+        """Compiles both layer orders on random tokens, in steps at rate 0 of optimizers that are forgotten."""
+        s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
-        orders = {self.model.order(False), self.model.order(True)}
-        for number, order in enumerate(sorted(orders)):
+        for order in sorted({self.model.order(False), self.model.order(True)}):
             for step in range(s.warmup_steps):
-                self.loss_function(tokens[:, :-1], tokens[:, 1:], order).backward()
-                self.ranks.average_gradients(self.optimizers.parameters)
-                self.optimizers.step(0.0, s.muon_momentum)
-                self.optimizers.zero_grad()
-                self.log.progress(f"warm-up: order {number + 1}/{len(orders)}, step {step + 1}/{s.warmup_steps}")
-        self.model.load_state_dict(kept)
-        self.optimizers.forget()
+                self._gradients(tokens[:, :-1], tokens[:, 1:], order)
+                optimizers.step(0.0, s.muon_momentum)
+                self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
         synchronize(self.ranks.device)
 
     def run(self, batches: Batches, validate):
         """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
 
-        validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token.
+        validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token
+        and when training diverges.
         """
         s, log, ranks = self.settings, self.log, self.ranks
-        fake_quantization = None
-        queued: collections.deque = collections.deque()
+        fake_quantization, queued = None, []
         self.clock.start()
         while True:
             if len(queued) > 1:  # wait for the last step but one: the clock is right and the GPU never idles
-                queued.popleft().synchronize()
+                queued.pop(0).synchronize()
             now = schedule_at(s, self.steps_done, ranks.from_main(self.clock.seconds()))
             if now.progress >= 1:
                 break
@@ -2739,11 +2735,10 @@ class Trainer:
                 fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
                 log(f"late QAT on at step {self.steps_done} (k={fake_quantization.k:.2f})")
             with fake_quantization() if now.quantized else contextlib.nullcontext():
-                loss = self._gradients(batches, self.model.order(now.recurrent))
+                loss = self._gradients(*batches.next(), self.model.order(now.recurrent))
             self.optimizers.step(now.lr_factor, now.momentum)
-            self.optimizers.zero_grad()
             self.steps_done += 1
-            self.average.update(self.steps_done, now.progress)
+            self.average.update(self.steps_done, now.progress, self.optimizers.muon.found_inf)
             if ranks.device.type == "cuda":
                 queued.append(torch.cuda.current_stream().record_event())
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
@@ -2751,39 +2746,51 @@ class Trainer:
             if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
                 synchronize(ranks.device)
                 self.clock.pause()
-                score = validate(now.recurrent)
-                log(f"step:{self.steps_done}/{s.iterations} val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}")
-                log.record("validation", step=self.steps_done, val_loss=score.val_loss, val_bpb=score.val_bpb)
+                self.log_validation(validate(now.recurrent))
                 self.clock.start()
         self.average.apply()
         synchronize(ranks.device)
         self.clock.pause()
+        self.skipped_steps()
 
-    def _gradients(self, batches: Batches, order: tuple[int, ...]) -> Tensor:
-        """Gradients of one global batch, averaged and clipped; returns this rank's mean loss (on the device)."""
-        tokens, targets = batches.next()
+    def _gradients(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """Gradients of one global batch, averaged over the ranks; returns this rank's mean loss (on the device)."""
         micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
         total = torch.zeros((), device=self.ranks.device)
-        for micro_tokens, micro_targets in micro_batches:
-            loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
-            loss.backward()
+        for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
+            wait = number < len(micro_batches) and self.ranks.world_size > 1
+            with self.loss_function.no_sync() if wait else contextlib.nullcontext():
+                loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
+                loss.backward()
             total += loss.detach()
-        self.ranks.average_gradients(self.optimizers.parameters)
-        if self.settings.grad_clip_norm:
-            gradients = [p for p in self.optimizers.parameters if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(gradients, self.settings.grad_clip_norm)
         return total
 
+    def skipped_steps(self) -> int:
+        """Steps skipped so far. Raises UserError if the last ones all were."""
+        total, in_a_row = self.optimizers.skipped.tolist()
+        if in_a_row >= MOST_SKIPPED:
+            raise UserError(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
+        return total
+
+    def log_validation(self, score: Score, when: str = ""):
+        """The contest's line for a score during training, and its record."""
+        text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
+        self._log("validation", text, val_loss=score.val_loss, val_bpb=score.val_bpb)
+
+    def _log(self, event: str, text: str, **values):
+        self.log(f"step:{self.steps_done}/{self.settings.iterations} {text}")
+        self.log.record(event, step=self.steps_done, **values)
+
     def _log_step(self, loss: Tensor, now: Schedule):
-        mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
-        if not math.isfinite(mean):
-            raise UserError(f"the loss is {mean} at step {self.steps_done}: {DIVERGED}")
-        milliseconds, step = 1000 * self.clock.seconds(), f"step:{self.steps_done}/{self.settings.iterations}"
+        mean, skipped = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size, self.skipped_steps()
+        milliseconds = 1000 * self.clock.seconds()
         average = milliseconds / self.steps_done
-        self.log(f"{step} train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms")
-        self.log.record(
-            "train", step=self.steps_done, train_loss=mean, train_ms=milliseconds, step_avg_ms=average,
-            lr_factor=now.lr_factor, recurrent=now.recurrent, quantized=now.quantized,
+        text = f"train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+        text += f" skipped_steps:{skipped}" if skipped else ""
+        self._log(
+            "train", text, train_loss=mean, train_ms=milliseconds,
+            step_avg_ms=average, skipped_steps=skipped, lr_factor=now.lr_factor, recurrent=now.recurrent,
+            quantized=now.quantized,
         )  # fmt: skip
 
 
@@ -2800,7 +2807,7 @@ def calibration_sequences(model: Model, batches: Batches, settings: Settings, ra
     return torch.cat(sequences)[:count]
 
 
-def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
+def export(trainer: Trainer, batches: Batches) -> dict:
     """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what was measured on the way.
 
     Calibration and GPTQ run on the training clock, packing does not. Raises UserError if it cannot fit or be written.
@@ -2810,16 +2817,14 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
     trainer.clock.start()
     sequences = calibration_sequences(model, batches, s, ranks)
     hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
-    count, seconds = len(sequences) * ranks.world_size, time.perf_counter() - started
-    log(f"calibration: {count} sequences of {s.calibration} text, {seconds:.1f}s")
-    k = fit_sdclip(model, s, target_bytes)
+    k = fit_sdclip(model, s, trainer.target_bytes)
     stored = quantize_model(model, s, ranks, hessians, k, log.progress)
     synchronize(ranks.device)
     trainer.clock.pause()
     gptq_seconds = time.perf_counter() - started
     log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
     if ranks.rank == 0:
-        data = fit_artifact(s, stored, target_bytes, log)
+        data = fit_artifact(s, stored, trainer.target_bytes, log)
         write_whole(s.artifact_path, data)
         packing_seconds = time.perf_counter() - started - gptq_seconds
         log(f"artifact: {s.artifact_path}, {len(data)} bytes, packed in {packing_seconds:.1f}s")
@@ -2830,15 +2835,13 @@ def export(trainer: Trainer, batches: Batches, target_bytes: int) -> dict:
 def write_whole(path: Path, data: bytes):
     """Writes a file under a temporary name and renames it: no reader ever sees half of it."""
     temporary = path.with_name(path.name + ".part")
-    try:
+    with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
@@ -2852,8 +2855,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
         report(log, "after_quantization", "final_int6_lzma_plain", score)
         del model
     adapts = settings.ttt_enabled and settings.ttt_epochs > 0
-    what = "test-time training" if adapts else "frozen weights"
-    log(f"evaluation: {len(validation.target_bytes):,} targets, {settings.eval_mode} windows, {what}")
+    log(f"evaluation: {len(validation.target_bytes):,} targets, {settings.eval_mode} windows")
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: the sample shows what the artifact alone can do
@@ -2894,26 +2896,36 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     log("compiling and warming up ...")
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts")
-    log.record("ready", startup_seconds=time.perf_counter() - log.started)
+    log.record("ready")
 
     plain = dataclasses.replace(settings, eval_mode="plain")
     trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
-    steps, milliseconds = trainer.steps_done, 1000 * trainer.clock.seconds()
-    log(f"trained {steps} steps in {milliseconds / 1000:.1f}s, {milliseconds / max(steps, 1):.2f}ms each")
+    steps, seconds = trainer.steps_done, trainer.clock.seconds()
+    step_ms = 1000 * seconds / max(steps, 1)
+    log(f"trained {steps} steps in {seconds:.1f}s, {step_ms:.2f}ms each")
     peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
     log(f"Code size: {code_bytes} bytes; peak GPU memory: {peak / 2**20:.0f} MiB")
     before = Evaluator(model, plain, ranks, validation).score()
-    step = f"step:{steps}/{settings.iterations}"
-    log(f"{step} val_loss:{before.val_loss:.4f} val_bpb:{before.val_bpb:.4f} before quantization")
-    exported = export(trainer, batches, target_bytes)
+    trainer.log_validation(before, " before quantization")
+    exported = export(trainer, batches)
     total = code_bytes + settings.artifact_path.stat().st_size
     log(f"Total submission size int6+lzma: {total} bytes")
     if total > ARTIFACT_CAP:
         raise UserError(f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
     log.record(
-        "trained", steps=steps, step_avg_ms=milliseconds / max(steps, 1), val_loss=before.val_loss, val_bpb=before.val_bpb,
+        "trained", steps=steps, step_avg_ms=step_ms, val_loss=before.val_loss, val_bpb=before.val_bpb,
         bytes_total=total, bytes_code=code_bytes, peak_bytes=peak, **exported,
     )  # fmt: skip
+
+
+def keep_compiled(folder: str):
+    """Has torch and triton keep in folder what they compile. Raises UserError if it cannot be written."""
+    for name in ("torchinductor", "triton"):
+        path = Path(folder, name).resolve()
+        with writing(f"in COMPILE_CACHE={folder}"):
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))  # what the user has set goes first
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
@@ -2922,8 +2934,10 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     if settings.eval_only and not (settings.artifact or settings.run_id):
         raise UserError("EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
+    if settings.compile_cache:
+        keep_compiled(settings.compile_cache)
     ranks = start_ranks(settings)
-    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.preset}-{settings.seed}"
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{settings.seed}"
     return dataclasses.replace(settings, run_id=ranks.from_main(settings.run_id or now)), given, ranks
 
 

@@ -124,11 +124,6 @@ class ThreadRanks(t.Ranks):
     def broadcast_(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         return tensor.copy_(self.gather(tensor.clone())[source])
 
-    def average_gradients(self, parameters) -> None:
-        for p in parameters:
-            if p.grad is not None:
-                self.sum_(p.grad).div_(self.world_size)
-
 
 def run_ranks(world_size: int, function) -> list:
     """function(ranks) on every one of world_size ranks at once; their results in order."""

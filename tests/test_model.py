@@ -29,7 +29,6 @@ def test_peer7_has_the_published_number_of_parameters():
     with torch.device("meta"):
         model = t.Model(settings, torch.device("meta"), "math")
     assert sum(p.numel() for p in model.parameters()) == 25_159_984
-    assert sum(t.parameter_kinds(model).values()) == 25_159_984
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS.values(), {"tie_embeddings": False}, {"bigram_vocab_size": 0}], ids=str)
@@ -364,7 +363,6 @@ def test_every_variant_learns(changes):
         loss = model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True))
         loss.backward()
         optimizers.step(1.0, 0.9)
-        optimizers.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
 

@@ -58,12 +58,56 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     assert relative(torch.stack(list(parameters)), expected) < 1e-3
 
 
-def test_muon_leaves_alone_what_has_no_gradient():
-    parameters = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
-    parameters[1].grad = torch.randn(4, 4)
-    t.Muon([{"params": parameters, "lr": 0.1, "weight_decay": 0.5}], SOLO, steps=5).step()
-    assert torch.equal(parameters[0], torch.ones(4, 4))
-    assert not torch.equal(parameters[1], torch.ones(4, 4))
+def fill_gradients(model: torch.nn.Module, poison: float | None = None):
+    """The same gradients every time; a poison stands in one of them only."""
+    for p in model.parameters():
+        p.grad = torch.cos(torch.arange(p.numel(), dtype=torch.float32)).view_as(p)
+    if poison is not None:
+        p.grad.view(-1)[-1] = poison
+
+
+def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> list[torch.Tensor]:
+    """Copies of all that a step may change: parameters, momentum, Adam's moments and step counts, the average."""
+    states = [*optimizers.muon.state.values()]
+    for state in optimizers.adam.state.values():
+        states += state.values()
+    return [x.detach().clone() for x in (*optimizers.parameters, *states, *average.average)]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("weight_average", ["ema", "swa"])
+@pytest.mark.parametrize("grad_clip_norm", [0.0, 1.0])
+def test_gradients_that_are_not_finite_change_nothing(poison, weight_average, grad_clip_norm):
+    """Neither parameters, nor momentum, Adam's state or the average, bit for bit. 1e30 is finite, its square is not."""
+    settings = tiny(weight_average=weight_average, swa_fraction=1.0, grad_clip_norm=grad_clip_norm)
+    model = random_model(settings)
+    optimizers, average = t.Optimizers(model, settings, SOLO), t.WeightAverage(model, settings)
+    counts, tensors = [], []
+    for number, value in enumerate([None, poison, poison, None, poison], 1):
+        fill_gradients(model, value)
+        optimizers.step(0.5, 0.9)
+        average.update(number, 0.5, optimizers.muon.found_inf)
+        counts.append(optimizers.skipped.tolist())
+        tensors.append(optimizer_tensors(optimizers, average))
+    assert counts == [[0, 0], [1, 1], [2, 2], [2, 0], [3, 1]]
+    first, *skipped, other, last = tensors
+    assert all(map(torch.equal, first, skipped[0]))
+    assert all(map(torch.equal, first, skipped[1]))
+    assert not any(map(torch.equal, first, other))
+    assert all(map(torch.equal, other, last))
+
+
+def test_a_skipped_first_step_is_as_if_it_had_never_been():
+    settings = tiny()
+    results = []
+    for poisons in ([None], [math.nan, None]):
+        model = random_model(settings)
+        optimizers = t.Optimizers(model, settings, SOLO)
+        for value in poisons:
+            fill_gradients(model, value)
+            optimizers.step(0.5, 0.9)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("changes", [{}, {"mamba_version": 2}, {"tie_embeddings": False, "mamba_d_conv": 4}], ids=str)
@@ -90,26 +134,18 @@ def test_every_parameter_is_trained_by_one_optimizer_at_its_own_rate(changes):
             assert found[p] == ("AdamW", 4.0, 0.0), name
 
 
-def test_a_step_at_factor_zero_changes_nothing_and_forgetting_restores_the_first_step():
-    """The compile warm-up relies on both."""
+def test_a_step_at_factor_zero_changes_no_weight():
+    """The compile warm-up relies on it."""
     settings = tiny()
     model = random_model(settings)
     optimizers = t.Optimizers(model, settings, SOLO)
     start = [p.detach().clone() for p in model.parameters()]
-
-    def step(factor: float) -> list[torch.Tensor]:
-        for p, value in zip(model.parameters(), start):
-            p.data.copy_(value)
-            p.grad = torch.cos(torch.arange(p.numel(), dtype=torch.float32)).view_as(p)
-        optimizers.step(factor, 0.9)
-        return [p.detach().clone() for p in model.parameters()]
-
-    first = step(1.0)
-    assert not any(map(torch.equal, first, start))
-    assert all(map(torch.equal, step(0.0), start))
-    assert not all(map(torch.equal, step(1.0), first))
-    optimizers.forget()
-    assert all(map(torch.equal, step(1.0), first))
+    fill_gradients(model)
+    optimizers.step(0.0, 0.9)
+    assert all(map(torch.equal, model.parameters(), start))
+    fill_gradients(model)
+    optimizers.step(1.0, 0.9)
+    assert not any(map(torch.equal, model.parameters(), start))
 
 
 # ---- Averages of the weights -----------------------------------------------------------------------------------------
@@ -129,7 +165,7 @@ def averaged(steps: int, **changes) -> float:
     average = t.WeightAverage(model, tiny(**changes))
     for step in range(1, steps + 1):
         model.weight.data.fill_(step)
-        average.update(step, (step - 1) / steps)
+        average.update(step, (step - 1) / steps, torch.zeros(()))
     average.apply()
     return model.weight.item()
 

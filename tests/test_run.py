@@ -5,6 +5,7 @@ Most runs happen inside this process, with another os.environ; a few are real pr
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SOLO, relative, tiny, tiny_environment, write_shard
+from helpers import SOLO, random_model, random_tokens, relative, tiny, tiny_environment, write_shard
 
 import train_gpt as t
 
@@ -216,6 +217,102 @@ def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
     assert trained_by_two.out.count("_exact val_loss") == 2
 
 
+@pytest.fixture
+def group_of_one():
+    """A process group with nobody else in it: several ranks' code, and one rank's gradients."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch._dynamo.reset()
+    yield t.Ranks(0, 2, torch.device("cpu"))
+    torch._dynamo.reset()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("changes", "cut"), [({}, True), ({"mamba_grad_checkpoint": True}, False)], ids=str)
+def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(monkeypatch, group_of_one, changes, cut):
+    """And has the same gradients, in every layer order and while weights stand on their grids."""
+    settings = tiny(compile="on", recur_layers="1", **changes)
+    buckets = []
+
+    def compile_graph(graph, inputs):
+        buckets.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compile_graph))
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 8192)
+    trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
+    trainer.loss_function.bucket_bytes_cap = 8192
+    model, tokens = trainer.model, random_tokens(4, 33)
+    on_grid = t.FakeQuantization(model, settings, 1e6)
+    for order in (model.order(False), model.order(True)):
+        for quantized in (contextlib.nullcontext, on_grid):
+            before = len(buckets)
+            with quantized():
+                trainer._gradients(tokens[:, :-1], tokens[:, 1:], order)
+                gradients = [p.grad for p in model.parameters()]
+                model.zero_grad()
+                model.loss(tokens[:, :-1], tokens[:, 1:], order).backward()
+            for (name, p), gradient in zip(model.named_parameters(), gradients):
+                assert relative(gradient, p.grad) < 1e-4, name
+            model.zero_grad()
+            graphs = len(buckets) - before
+            if quantized is on_grid:
+                assert graphs == 0
+            else:
+                assert graphs > 2 if cut else graphs == 1
+
+
+def test_a_single_layer_trains_on_several_ranks(group_of_one):
+    """It has no U-Net skip: those weights have no gradient, which must not keep the ranks waiting for it."""
+    settings = tiny(num_layers=1, mamba_layers="0")
+    trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
+    tokens = random_tokens(4, 33)
+    for _ in range(2):
+        trainer._gradients(tokens[:, :-1], tokens[:, 1:], (0,))
+    assert trainer.model.skip_weights.grad is None
+
+
+# One of two ranks gets a gradient that is not finite in the third of six steps; both check that it changes nothing.
+POISON_ONE_RANK = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+import train_gpt as t
+from test_run import Quiet, SIX_STEPS
+from test_optimizers import optimizer_tensors
+from helpers import tiny
+settings = tiny(**SIX_STEPS, data_path=sys.argv[3])
+ranks = t.start_ranks(settings)
+trainer = t.Trainer(t.build_model(settings, ranks), settings, ranks, 32, 1e6, Quiet())
+trainer.model.blocks[0].mixer.out_proj.weight.register_hook(
+    lambda gradient: gradient * float("nan") if ranks.rank == 1 and trainer.steps_done == 2 else gradient
+)
+tensors, update = [], trainer.average.update
+def keep_tensors(*arguments):
+    update(*arguments)
+    tensors.append(optimizer_tensors(trainer.optimizers, trainer.average))
+trainer.average.update = keep_tensors
+trainer.run(t.Batches(settings, ranks), None)
+same = [all(map(torch.equal, before, after)) for before, after in zip(tensors, tensors[1:])]
+assert same == [False, True, False, False, False], same
+assert all(x.isfinite().all() for x in tensors[-1])
+assert trainer.skipped_steps() == 1
+print("nothing changed on rank", ranks.rank)
+"""
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_either(shards, tmp_path):
+    (tmp_path / "poison.py").write_text(POISON_ONE_RANK)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            str(tmp_path / "poison.py"), str(SCRIPT.parent), str(Path(__file__).parent), str(shards),
+        ],
+        env=process_environment({}), capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nothing changed on rank") == 2
+
+
 # ---- What must not change a run --------------------------------------------------------------------------------------
 
 
@@ -240,12 +337,11 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
     """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the mean of the last half."""
     settings = tiny(**SIX_STEPS, data_path=str(shards), weight_average="swa", swa_fraction=0.5, matrix_lr=0.05)
     model, batches = t.build_model(settings, SOLO), t.Batches(settings, SOLO)
-    optimizers = t.Optimizers(model, settings, SOLO)
+    optimizers = t.Optimizers(model, dataclasses.replace(settings, grad_clip_norm=0.0), SOLO)
     kept = []
     for step in range(6):
         now = t.schedule_at(settings, step, 0.0)
         tokens, targets = batches.next()
-        model.zero_grad()
         with t.FakeQuantization(model, settings, 1e6)() if now.quantized else contextlib.nullcontext():
             model.loss(tokens, targets, model.order(True)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -343,6 +439,7 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
         ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT"),
         ({"eval_only": True}, "no artifact at"),
         ({"log_dir": "/dev/null/logs"}, "LOG_DIR=/dev/null/logs"),
+        ({"compile_cache": "/dev/null/cache"}, "COMPILE_CACHE=/dev/null/cache"),
         ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "/dev/null/x/y.lzma"),
         ({"target_mb": 0.15, "iterations": 1}, "SDCLIP_K"),
         ({"eval_max_seconds": 1e-6, "iterations": 1}, "EVAL_MAX_SECONDS"),
@@ -403,6 +500,48 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(monkeypatch, capsys
     path.write_bytes(data)
     wrong = environment | {"MODEL_DIM": "64"}
     assert "MODEL_DIM=64 contradicts the artifact, which has 32" in mistake(monkeypatch, capsys, wrong)
+
+
+@pytest.mark.parametrize("bad_steps", [range(5, 99), range(30, 99)], ids=str)
+def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, bad_steps):
+    """At the log's next line, or after the last step if there is none; a single bad step before is only counted."""
+    loss = t.Model.loss
+    calls = iter(range(99))
+    spoil = lambda: float("nan") if (call := next(calls)) in bad_steps or call == 1 else 1.0
+    monkeypatch.setattr(t.Model, "loss", lambda *arguments: loss(*arguments) * spoil())
+    settings = {"iterations": 40, "warmup_steps": 0, "train_log_every": 25}
+    said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **settings))
+    ended = 25 if 5 in bad_steps else 40
+    assert f"the last {ended - bad_steps[0]} steps had gradients that are not finite: training diverged" in said
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    counts = {record["step"]: record["skipped_steps"] for record in records if record["event"] == "train"}
+    assert counts == dict.fromkeys(range(2, 6), 1) | {1: 0} | ({25: 1} if ended == 40 else {})
+    text = (tmp_path / "a.txt").read_text()
+    assert "step:2/40 train_loss:nan" in text
+    assert len(re.findall(r"step_avg:[\d.]+ms skipped_steps:1$", text, re.M)) == len(counts) - 1
+
+
+@pytest.fixture
+def no_cache_variables(monkeypatch):
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # so that monkeypatch puts back what there was
+        monkeypatch.delenv(variable)
+
+
+def test_what_is_compiled_is_kept_in_the_folder_the_user_names(monkeypatch, tmp_path, no_cache_variables):
+    environment = tiny_environment(compile_cache=tmp_path / "cache", compile="on", device="cpu")
+    settings, _, ranks = t.prepare_run(environment)
+    double = t.maybe_compile(lambda x: 2 * x, settings, ranks)
+    assert double(torch.ones(3)).tolist() == [2, 2, 2]
+    assert [path for path in (tmp_path / "cache" / "torchinductor").rglob("*") if path.is_file()]
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
+
+
+def test_cache_folders_that_are_set_already_stay(monkeypatch, tmp_path, no_cache_variables):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    t.prepare_run(tiny_environment(compile_cache=tmp_path, device="cpu"))
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torchinductor")
 
 
 def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
