@@ -890,8 +890,8 @@ def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, MAMBA3: co
 
 @jit
 def tokens_forward(
-    projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars, features, half_turn, turns,
-    length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    projected, step_bias, decay_rate, norms, document_start, scalars, features, half_turn, turns, length, batch,
+    WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
     MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr, RESETS: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
@@ -903,7 +903,7 @@ def tokens_forward(
         x = tl.load(row[:, None] + i * N + n[None, :], live[:, None], 0.0).to(tl.float32)
         if MAMBA3:
             x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
-            x *= tl.load((query_norm if i else key_norm) + n)[None, :]
+            x *= tl.load(norms + i * N + n)[None, :]
         place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
         tl.store(place, x.to(features.dtype.element_ty))
     row += 2 * N
@@ -932,7 +932,7 @@ def tokens_forward(
 
 @jit
 def rotate(
-    scalars, features, half_turn, turns, key_bias, query_bias, rotated, rotation, batch, WIDTH: constexpr, H: constexpr,
+    scalars, features, half_turn, turns, biases, rotated, rotation, batch, WIDTH: constexpr, H: constexpr,
     P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
 ):  # fmt: skip
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -946,13 +946,16 @@ def rotate(
         place = rotation + (head * padded + t)[:, None] * R + r[None, :]
         tl.store(place, cos.to(rotation.dtype.element_ty), (r < R)[None, :])
         tl.store(place + batch.to(tl.int64) * H * padded * R, sin.to(rotation.dtype.element_ty), (r < R)[None, :])
+    product = tl.full([CHUNK, N], 1.0, tl.float32)
     for i in tl.static_range(2):  # key, then query
         x = tl.load(features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]).to(tl.float32)
-        x += tl.load((query_bias if i else key_bias) + h * N + n)[None, :]
+        x += tl.load(biases + (i * H + h) * N + n)[None, :]
+        product *= x
         if MAMBA3:
             x = turn_pairs(x, cos, sin)
         place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t)[:, None] * N + n[None, :]
         tl.store(place, x.to(rotated.dtype.element_ty))
+    tl.store(scalars + (4 * batch * H + head) * padded + t, tl.sum(product, axis=1))
 
 
 @jit
@@ -1079,70 +1082,50 @@ def scan_backward(
 
 @jit
 def features_backward(
-    projected, scalars, features, rotation, key_norm, query_norm, key_bias, query_bias, d_rotated, d_diagonal, d_end,
-    d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases, length, batch, WIDTH: constexpr, H: constexpr,
-    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
+    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases,
+    length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    MAMBA3: constexpr,
 ):  # fmt: skip
-    chunk, b, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    padded, program = chunks * CHUNK, tl.program_id(1) * chunks + tl.program_id(0)
-    i, n, r = tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, N // 2)
-    t = chunk * CHUNK + i
-    dtype = projected.dtype.element_ty
-    plane, feature_plane = batch * H * padded, batch.to(tl.int64) * padded * N
-    origin = features + (b * padded + t).to(tl.int64)[:, None] * N + n[None, :]
-    key, query = tl.load(origin), tl.load(origin + feature_plane)
-    d_key, d_query = tl.zeros([CHUNK, N], tl.float32), tl.zeros([CHUNK, N], tl.float32)
+    chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
+    padded, program = tl.num_programs(0) * CHUNK, b * tl.num_programs(0) + chunk
+    t, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, N // 2)
+    x = tl.load(features + ((k * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]).to(tl.float32)
+    total = tl.zeros([CHUNK, N], tl.float32)
     for h in range(H):
         head = (b * H + h).to(tl.int64)
-        place = (head * padded + t)[:, None]
-        by_key = tl.load(d_rotated + place * N + n[None, :]).to(tl.float32)
-        by_query = tl.load(d_rotated + H * feature_plane + place * N + n[None, :]).to(tl.float32)
-        own_key = key.to(tl.float32) + tl.load(key_bias + h * N + n)[None, :]
-        own_query = query.to(tl.float32) + tl.load(query_bias + h * N + n)[None, :]
+        place = (k * batch * H + head) * padded + t
+        d_x = tl.load(d_rotated + place[:, None] * N + n[None, :]).to(tl.float32)
+        own = x + tl.load(biases + (k * H + h) * N + n)[None, :]
         if MAMBA3:
-            place = place * R + r[None, :]
-            cos = tl.load(rotation + place, (r < R)[None, :], 1.0).to(tl.float32)
-            sin = tl.load(rotation + place + plane.to(tl.int64) * R, (r < R)[None, :], 0.0).to(tl.float32)
-            by_key, by_query = turn_pairs(by_key, cos, -sin), turn_pairs(by_query, cos, -sin)
-            key_even, key_odd = tl.split(tl.reshape(own_key, [CHUNK, N // 2, 2]))
-            query_even, query_odd = tl.split(tl.reshape(own_query, [CHUNK, N // 2, 2]))
-            d_key_even, d_key_odd = tl.split(tl.reshape(by_key, [CHUNK, N // 2, 2]))
-            d_query_even, d_query_odd = tl.split(tl.reshape(by_query, [CHUNK, N // 2, 2]))
-            turned = key_even * d_key_odd - key_odd * d_key_even + query_even * d_query_odd - query_odd * d_query_even
-            turned *= 6.283185307179586
-            tl.store(d_turn + place, turned.to(dtype), (r < R)[None, :])
-            tl.store(d_turns + (program * H + h) * R + r, tl.sum(turned, axis=0), r < R)
-        place = d_biases + (program.to(tl.int64) * H + h) * 2 * N + n
-        tl.store(place, tl.sum(by_key, axis=0))
-        tl.store(place + N, tl.sum(by_query, axis=0))
-        d_key += by_key
-        d_query += by_query
-        # d of the decays: what scales with exp(sum at t) less what scales with exp(-sum at t); d of the key's weight
-        # times the weight, without the diagonal, which has its own; d of the diagonal's.
-        key_part, query_part = tl.sum(own_key * by_key, axis=1), tl.sum(own_query * by_query, axis=1)
-        place = head * padded + t
-        diagonal = tl.load(d_diagonal + place) * tl.sum(own_key * own_query, axis=1)
-        d_decay = query_part - key_part + tl.where(i == CHUNK - 1, tl.load(d_end + head * chunks + chunk), 0.0)
-        tl.store(d_scalars + place, d_decay)
-        tl.store(d_scalars + place + plane, key_part - diagonal * tl.load(scalars + place + 3 * plane))
-        tl.store(d_scalars + place + 2 * plane, diagonal)
-    for k in tl.static_range(2):  # key, then query
-        d_x = d_query if k else d_key
-        place = (b * length + t).to(tl.int64)[:, None] * WIDTH + (1 + MAMBA3) * H * P + k * N + n[None, :]
-        if MAMBA3:
-            x = tl.load(projected + place, (t < length)[:, None], 0.0).to(tl.float32)
-            factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
-            x *= factor
-            tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(d_x * x, axis=0))
-            d_x *= tl.load((query_norm if k else key_norm) + n)[None, :]
-            d_x = factor * (d_x - x * (tl.sum(d_x * x, axis=1) / N)[:, None])
-        tl.store(d_projected + place, d_x.to(dtype), (t < length)[:, None])
+            turn_place = rotation + (head * padded + t)[:, None] * R + r[None, :]
+            cos = tl.load(turn_place, (r < R)[None, :], 1.0).to(tl.float32)
+            turn_place += (batch * H).to(tl.int64) * padded * R
+            sin = tl.load(turn_place, (r < R)[None, :], 0.0).to(tl.float32)
+            d_x = turn_pairs(d_x, cos, -sin)
+            even, odd = tl.split(tl.reshape(own, [CHUNK, N // 2, 2]))
+            d_even, d_odd = tl.split(tl.reshape(d_x, [CHUNK, N // 2, 2]))
+            turned = 6.283185307179586 * (even * d_odd - odd * d_even)
+            tl.store(d_turn + place[:, None] * R + r[None, :], turned.to(d_turn.dtype.element_ty), (r < R)[None, :])
+            turn_sum = d_turns + ((k * batch * tl.num_programs(0) + program) * H + h) * R + r
+            tl.store(turn_sum, tl.sum(turned, axis=0), r < R)
+        tl.store(d_scalars + place, tl.sum(own * d_x, axis=1))
+        tl.store(d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n, tl.sum(d_x, axis=0))
+        total += d_x
+    place = (b * length + t).to(tl.int64)[:, None] * WIDTH + (1 + MAMBA3) * H * P + k * N + n[None, :]
+    if MAMBA3:
+        x = tl.load(projected + place, (t < length)[:, None], 0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
+        x *= factor
+        tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(total * x, axis=0))
+        total *= tl.load(norms + k * N + n)[None, :]
+        total = factor * (total - x * (tl.sum(total * x, axis=1) / N)[:, None])
+    tl.store(d_projected + place, total.to(d_projected.dtype.element_ty), (t < length)[:, None])
 
 
 @jit
 def tokens_backward(
-    projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_projected,
-    d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
+    d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
     MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr, RESETS: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
@@ -1156,10 +1139,16 @@ def tokens_backward(
     raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, MAMBA3)
     _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, MAMBA3)
     place, plane = ((b * H + h) * padded)[None, :] + t[:, None], batch * H * padded
+    # By key and by query: what scales with exp(-sum of decays at t) and with exp(sum at t), with the diagonal, which does
+    # not, in both. A key's share is its weight times the weight's gradient.
+    heads = (h < H)[None, :]
+    diagonal = tl.load(d_diagonal + place, heads, 0.0) * tl.load(scalars + place + 4 * plane, heads, 0.0)
+    by_key, by_query = tl.load(d_scalars + place, heads, 0.0), tl.load(d_scalars + place + plane, heads, 0.0)
+    at_end = tl.load(d_end + (b * H + h) * tl.num_programs(0) + chunk, h < H, 0.0)[None, :]
+    d_decay_sum = by_query - by_key + tl.where((t == chunk * CHUNK + CHUNK - 1)[:, None], at_end, 0.0)
+    d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
     weight = tl.maximum(step * share + next_step * (1.0 - next_share), 1e-37)
-    d_current = tl.load(d_scalars + place + 2 * plane, mask, 0.0)
-    d_current += tl.load(d_scalars + place + plane, mask, 0.0) / weight
-    d_log_decay = tl.cumsum(tl.load(d_scalars + place, (h < H)[None, :], 0.0), axis=0, reverse=True)
+    d_current = diagonal + (by_key - diagonal * step * share) / weight
     if RESETS:
         start = tl.load(document_start + b * length + t, live, 0)
         d_log_decay = tl.where((start != 0)[:, None], 0.0, d_log_decay)
@@ -1170,7 +1159,10 @@ def tokens_backward(
             row - WIDTH, live & (t > 0), step_bias, decay_rate, h, H, MAMBA3
         )
         last_weight = tl.maximum(last_step * last_share + step * (1.0 - share), 1e-37)
-        d_previous = tl.load(d_scalars + place + plane - 1, mask & (t > 0)[:, None], 0.0) / last_weight
+        before = mask & (t > 0)[:, None]
+        diagonal = tl.load(d_diagonal + place - 1, before, 0.0) * tl.load(scalars + place + 4 * plane - 1, before, 0.0)
+        d_previous = tl.load(d_scalars + place - 1, before, 0.0) - diagonal * last_step * last_share
+        d_previous /= last_weight
         d_step += (1.0 - share) * d_previous
         # An angle's rate turns all later tokens.
         turning = live[:, None] & (r < R)[None, :]
@@ -1178,7 +1170,9 @@ def tokens_backward(
         d_half = tl.zeros([CHUNK, BLOCK_R], tl.float32)
         for k in range(H):
             head = (b * H + k).to(tl.int64)
-            own = tl.load(d_turn + (head * padded + t)[:, None] * R + r[None, :], turning, 0.0).to(tl.float32)
+            own_place = d_turn + (head * padded + t)[:, None] * R + r[None, :]
+            own = tl.load(own_place, turning, 0.0).to(tl.float32)
+            own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
             later = tl.load(d_turns + (program * H + k) * R + r, r < R, 0.0)
             turned = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
             d_half += tl.load(scalars + head * padded + t)[:, None] * turned
@@ -1196,15 +1190,15 @@ def tokens_backward(
 
 
 _inputs = (
-    "Tensor projected, Tensor step_bias, Tensor skip, Tensor key_bias, Tensor query_bias, Tensor? key_norm,"
-    " Tensor? query_norm, Tensor? decay_rate, Tensor? document_start"
+    "Tensor projected, Tensor step_bias, Tensor skip, Tensor biases, Tensor? norms, Tensor? decay_rate,"
+    " Tensor? document_start"
 )
 _forward_schema = (
     f"({_inputs}, Tensor? ssm_in, Tensor? turn_in, int[] sizes, int chunk) -> ({', '.join(['Tensor'] * 9)})"
 )
 _backward_schema = (
     f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, {_inputs}, Tensor[] saved, int[] sizes, int chunk)"
-    f" -> ({', '.join(['Tensor'] * 10)})"
+    f" -> ({', '.join(['Tensor'] * 8)})"
 )
 
 
@@ -1223,10 +1217,7 @@ def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, 
 
 
 @torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=_forward_schema)
-def fused_scan(
-    projected, step_bias, skip, key_bias, query_bias, key_norm, query_norm, decay_rate, document_start, ssm_in, turn_in,
-    sizes, chunk,
-):  # fmt: skip
+def fused_scan(projected, step_bias, skip, biases, norms, decay_rate, document_start, ssm_in, turn_in, sizes, chunk):
     """y, last state and turn, and what the backward reads."""
     outputs = fused_scan_outputs(projected, sizes, chunk)
     y, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
@@ -1234,8 +1225,8 @@ def fused_scan(
     chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
-        tokens_forward, (chunks, batch), projected, step_bias, decay_rate, key_norm, query_norm, document_start, scalars,
-        features, half_turn, turns, length, batch, *constants, *tiles, document_start is not None,
+        tokens_forward, (chunks, batch), projected, step_bias, decay_rate, norms, document_start, scalars, features, half_turn,
+        turns, length, batch, *constants, *tiles, document_start is not None,
     )  # fmt: skip
     if turn_in is not None:
         turns[:, 0] += turn_in
@@ -1244,8 +1235,8 @@ def fused_scan(
     if turn_in is not None:
         before[:, 0] = turn_in
     launch(
-        rotate, (chunks, heads, batch), scalars, features, half_turn, before, key_bias, query_bias, rotated, rotation,
-        batch, *constants,
+        rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch,
+        *constants,
     )  # fmt: skip
     launch(
         scan_forward, (batch * heads,), projected, scalars, rotated, skip, ssm_in, y, states, ssm_out, length, batch,
@@ -1263,7 +1254,7 @@ def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple
     half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # of numbers up to 1
     return (
         new(batch, length, heads * channels), single(batch, heads, channels, state), single(batch, heads, angles),
-        single(4, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
+        single(5, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
         new(2, batch, heads, padded, state), new(2, batch, heads, padded, angles, dtype=half),
         new(batch, heads, chunks, channels, state),
     )  # fmt: skip
@@ -1271,10 +1262,21 @@ def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple
 
 @torch.library.custom_op("golf::fused_scan_backward", mutates_args=(), schema=_backward_schema)
 def fused_scan_backward(
-    d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, key_bias, query_bias, key_norm, query_norm, decay_rate,
-    document_start, saved, sizes, chunk,
-):  # fmt: skip
-    """Gradients of projected, the seven parameters (empty for those not there), the state and the turn carried in."""
+    d_y,
+    d_ssm_out,
+    d_turn_out,
+    projected,
+    step_bias,
+    skip,
+    biases,
+    norms,
+    decay_rate,
+    document_start,
+    saved,
+    sizes,
+    chunk,
+):
+    """Gradients of projected, the five parameters (meaningless for those not there), the state and the turn carried in."""
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
     heads, channels, state, angles, _ = sizes
     chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
@@ -1288,50 +1290,45 @@ def fused_scan_backward(
         projected.dtype == torch.bfloat16,
     )  # fmt: skip
     programs = batch * chunks
-    d_scalars, d_turn = single(3, *scalars.shape[1:]), projected.new_empty(rotation.shape[1:])
-    d_turns, d_heads = single(batch, chunks, heads, angles), single(programs, 2, heads)
-    d_norms, d_biases = single(programs, 2, state), single(programs, heads, 2, state)
+    d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
+    d_turns, d_heads = single(2, batch, chunks, heads, angles), single(programs, 2, heads)
+    d_norms, d_biases = single(programs, 2, state), single(programs, 2, heads, state)
     launch(
-        features_backward, (chunks, batch), projected, scalars, features, rotation, key_norm, query_norm, key_bias,
-        query_bias, d_rotated, d_diagonal, d_end, d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases, length,
-        batch, *constants,
+        features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
+        d_scalars, d_turn, d_turns, d_norms, d_biases, length, batch, *constants,
     )  # fmt: skip
+    d_turns = d_turns.sum(dim=0)
     later = d_turns.flip(1).cumsum(dim=1).flip(1) - d_turns + d_turn_out.unsqueeze(1)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn,
-        later, d_scalars, d_projected, d_heads, length, batch, *constants, *tiles, document_start is not None,
+        later, d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants, *tiles,
+        document_start is not None,
     )  # fmt: skip
-    d_heads, d_norms, d_biases = (x.sum(dim=0) for x in (d_heads, d_norms, d_biases))
-    d_parameters = d_heads[0], d_diagonal.sum(dim=(0, 2)), *d_biases.unbind(1), *d_norms, d_heads[1]
-    d_turn_in = d_turns.sum(dim=1) + d_turn_out
-    return d_projected, *(x.clone() for x in d_parameters), d_ssm_in, d_turn_in  # operators may not return views
+    d_step_bias, d_decay_rate = (x.clone() for x in d_heads.sum(dim=0))  # operators may not return views
+    d_parameters = d_step_bias, d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0), d_decay_rate
+    return d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=1) + d_turn_out
 
 
 fused_scan.register_fake(lambda projected, *rest: fused_scan_outputs(projected, rest[-2], rest[-1]))
 
 
 @fused_scan_backward.register_fake
-def _(d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, key_bias, query_bias, *rest):
-    state = key_bias.new_empty(key_bias.shape[1])
-    like = projected, step_bias, skip, key_bias, query_bias, state, state, step_bias, d_ssm_out, d_turn_out
-    return tuple(torch.empty_like(x) for x in like)
+def _(d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, *rest):
+    like = projected, step_bias, skip, biases, biases[:, 0], step_bias, d_ssm_out, d_turn_out
+    return tuple(x.new_empty(x.shape) for x in like)
 
 
 def _fused_scan_context(ctx, inputs, output):
     *tensors, _, _, ctx.sizes, ctx.chunk = inputs
     ctx.save_for_backward(*tensors, *output[:2], *output[3:])
-    ctx.set_materialize_grads(True)
 
 
 def _fused_scan_autograd(ctx, d_y, d_ssm_out, d_turn_out, *_):
-    tensors, saved = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
-    grads = torch.ops.golf.fused_scan_backward(
-        d_y.contiguous(), d_ssm_out.contiguous(), d_turn_out.contiguous(), *tensors, saved, ctx.sizes, ctx.chunk
-    )
-    grads = [
-        grad if need else None for grad, need in zip(grads, (*ctx.needs_input_grad[:8], *ctx.needs_input_grad[9:11]))
-    ]
-    return *grads[:8], None, *grads[8:], None, None
+    tensors, saved = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    given = (d_y.contiguous(), d_ssm_out.contiguous(), d_turn_out.contiguous())
+    *grads, d_ssm_in, d_turn_in = torch.ops.golf.fused_scan_backward(*given, *tensors, saved, ctx.sizes, ctx.chunk)
+    grads = (*grads, None, d_ssm_in, d_turn_in)
+    return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad)), None, None
 
 
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_fused_scan_context)
@@ -1349,7 +1346,11 @@ def triton_scan(
         *_, previous = prepare_scan(first, state)
         added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(-1) * state.key.float().unsqueeze(-2)
         ssm, turn = (state.ssm.float() + added).contiguous(), (state.angle.float() / (2 * math.pi)).contiguous()
-    y, ssm, turn, *_ = torch.ops.golf.fused_scan(projected, *parameters, document_start, ssm, turn, sizes, chunk_size)
+    p = parameters
+    biases = torch.stack([p.key_bias, p.query_bias])
+    norms = None if p.key_norm is None else torch.stack([p.key_norm, p.query_norm])
+    tensors = projected, p.step_bias, p.skip, biases, norms, p.decay_rate, document_start, ssm, turn
+    y, ssm, turn, *_ = torch.ops.golf.fused_scan(*tensors, sizes, chunk_size)
     last = scan_inputs(projected[:, -1:], parameters, sizes, None)
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + parameters.key_bias, angle)
