@@ -52,6 +52,7 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     constexpr = tl.constexpr
     jit = triton.jit(do_not_specialize=["length", "batch", "chunks"])  # a 1 would become a number without a type
@@ -983,101 +984,88 @@ def gate_or_tiny(gate):
 
 @jit
 def scan_forward(
-    projected, scalars, rotated, skip, ssm_in, y, states, ssm_out, length, batch, chunks, WIDTH: constexpr, H: constexpr,
-    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, EVEN: constexpr, FAST: constexpr,
-    HAS_STATE: constexpr,
+    projected, rotated, y, states, scalars, skip, ssm_in, ssm_out, batch, chunks, WIDTH: constexpr, H: constexpr,
+    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, FAST: constexpr, HAS_STATE: constexpr,
 ):  # fmt: skip
-    b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0).to(tl.int64)
-    p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
-    dtype = projected.dtype.element_ty
-    plane = batch.to(tl.int64) * H * chunks
+    b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
+    i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
+    dtype = projected.dtype
     d = tl.load(skip + h)
-    square, tile = p[:, None] * N + n[None, :], i[:, None] * N + n[None, :]
-    row_tile, y_tile = i[:, None] * WIDTH + p[None, :], i[:, None] * (H * P) + p[None, :]
     ssm = tl.zeros([P, N], tl.float32)
     if HAS_STATE:
-        ssm = tl.load(ssm_in + head * P * N + square)
+        ssm = tl.load(ssm_in + head.to(tl.int64) * P * N + square)
     for chunk in range(chunks):
-        live = (chunk * CHUNK + i < length) | EVEN
-        token, place = (b * length + chunk * CHUNK).to(tl.int64), head * chunks + chunk
-        row = projected + token * WIDTH + h * P
-        value = tl.load(row + MAMBA3 * H * P + row_tile, live[:, None], 0.0)
-        key = tl.load(rotated + place * (CHUNK * N) + tile)
-        query = tl.load(rotated + (place + plane) * (CHUNK * N) + tile)
+        t = chunk * CHUNK
+        value = projected.load([b, t, MAMBA3 * H * P + h * P]).reshape(CHUNK, P)
+        key, query = rotated.load([head, t, 0]).reshape(CHUNK, N), rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N)
         decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
         old = ssm.to(dtype)
-        tl.store(states + place * (P * N) + square, old)
+        states.store([head * chunks + chunk, 0, 0], old.reshape(1, P, N))
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         decayed = scores * decay_matrix(decay_sum, key_log, current, CHUNK, FAST)
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
         out = tl.dot(query, tl.trans(old), input_precision="ieee") * exp2(decay_sum, FAST)[:, None]
         out = tl.dot(decayed.to(dtype), value, out, input_precision="ieee")
         if MAMBA3:
-            gate = gate_or_tiny(tl.load(row + row_tile, live[:, None], 0.0))
+            gate = gate_or_tiny(projected.load([b, t, h * P]).reshape(CHUNK, P))
             out *= gate * reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
-        tl.store(y + token * (H * P) + h * P + y_tile, out.to(dtype), live[:, None])
+        y.store([b, t, h * P], out.to(dtype).reshape(1, CHUNK, P))
         to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
         ssm = tl.dot(tl.trans(value), to_end, ssm * exp2(end, FAST), input_precision="ieee")
-    tl.store(ssm_out + head * P * N + square, ssm)
+    tl.store(ssm_out + head.to(tl.int64) * P * N + square, ssm)
 
 
 @jit
 def scan_backward(
-    d_y, d_ssm_out, projected, y, scalars, rotated, skip, states, ssm_out, d_projected, d_rotated, d_diagonal, d_end,
-    d_ssm_in, length, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
-    CHUNK: constexpr, MAMBA3: constexpr, EVEN: constexpr, FAST: constexpr,
+    d_y, projected, rotated, y, states, d_projected, d_rotated, scalars, skip, d_ssm_out, ssm_out, d_diagonal, d_end,
+    d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
+    CHUNK: constexpr, MAMBA3: constexpr, FAST: constexpr,
 ):  # fmt: skip
-    b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0).to(tl.int64)
-    p, n, i = tl.arange(0, P), tl.arange(0, N), tl.arange(0, CHUNK)
-    dtype = projected.dtype.element_ty
-    plane = batch.to(tl.int64) * H * chunks
-    d = tl.load(skip + h)
-    square, tile = p[:, None] * N + n[None, :], i[:, None] * N + n[None, :]
-    row_tile, y_tile = i[:, None] * WIDTH + p[None, :], i[:, None] * (H * P) + p[None, :]
-    d_ssm = tl.load(d_ssm_out + head * P * N + square)
-    tl.store(d_end + head * chunks + chunks - 1, tl.sum(d_ssm * tl.load(ssm_out + head * P * N + square)))
+    b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
+    i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
+    dtype = projected.dtype
+    d, same = tl.load(skip + h), i[:, None] == i[None, :]
+    d_ssm = tl.load(d_ssm_out + head.to(tl.int64) * P * N + square)
+    at_end = tl.sum(d_ssm * tl.load(ssm_out + head.to(tl.int64) * P * N + square))  # d of the decay over a whole chunk
     for back in range(chunks):
         chunk = chunks - 1 - back
-        live = (chunk * CHUNK + i < length) | EVEN
-        token, place = (b * length + chunk * CHUNK).to(tl.int64), head * chunks + chunk
-        row, y_row = token * WIDTH + h * P, token * (H * P) + h * P
-        d_out = tl.load(d_y + y_row + y_tile, live[:, None], 0.0)
+        t = chunk * CHUNK
+        place = head * chunks + chunk
+        tl.store(d_end + place, at_end)
+        d_out = d_y.load([b, t, h * P]).reshape(CHUNK, P)
         if MAMBA3:
-            gate = gate_or_tiny(tl.load(projected + row + row_tile, live[:, None], 0.0))
+            gate = gate_or_tiny(projected.load([b, t, h * P]).reshape(CHUNK, P))
             sigmoid = reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
             d_gated = d_out.to(tl.float32)
-            d_gate = tl.load(y + y_row + y_tile, live[:, None], 0.0).to(tl.float32)
-            d_gate *= reciprocal(gate, FAST) + 1.0 - sigmoid
-            tl.store(d_projected + row + row_tile, (d_gated * d_gate).to(dtype), live[:, None])
+            d_gate = y.load([b, t, h * P]).reshape(CHUNK, P).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
+            d_projected.store([b, t, h * P], (d_gated * d_gate).to(dtype).reshape(1, CHUNK, P))
             d_out = (d_gated * gate * sigmoid).to(dtype)
-        value = tl.load(projected + row + MAMBA3 * H * P + row_tile, live[:, None], 0.0)
-        key = tl.load(rotated + place * (CHUNK * N) + tile)
-        query = tl.load(rotated + (place + plane) * (CHUNK * N) + tile)
+        value = projected.load([b, t, MAMBA3 * H * P + h * P]).reshape(CHUNK, P)
+        key, query = rotated.load([head, t, 0]).reshape(CHUNK, N), rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N)
         decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
-        to_end, from_start = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None]
-        same, old = i[:, None] == i[None, :], d_ssm.to(dtype)
-        decay = decay_matrix(decay_sum, key_log, current, CHUNK, FAST)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        to_end, from_start, old = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None], d_ssm.to(dtype)
+        # Scores and decays here are (key's token, query's token), as their gradients want them: transposed.
+        decay = tl.where(i[:, None] < i[None, :], exp2(decay_sum[None, :] - key_log[:, None], FAST), 0.0)
+        decay = tl.where(same, current[:, None], decay)
+        scores = tl.dot(key, tl.trans(query), input_precision="ieee")
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
-        d_decayed = tl.dot(d_out, tl.trans(value), input_precision="ieee")
-        diagonal = tl.sum(tl.where(same, d_decayed, 0.0), axis=1)
-        tl.store(d_diagonal + place * CHUNK + i, diagonal)
-        d_scores = (d_decayed * decay).to(dtype)
         d_value = tl.dot(key, tl.trans(old), input_precision="ieee") * to_end
-        d_value = tl.dot(tl.trans(decayed), d_out, d_value, input_precision="ieee")
-        tl.store(d_projected + row + MAMBA3 * H * P + row_tile, d_value.to(dtype), live[:, None])
+        d_value = tl.dot(decayed, d_out, d_value, input_precision="ieee")
+        d_projected.store([b, t, MAMBA3 * H * P + h * P], d_value.to(dtype).reshape(1, CHUNK, P))
+        d_decayed = tl.dot(value, tl.trans(d_out), input_precision="ieee")
+        tl.store(d_diagonal + place * CHUNK + i, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
+        d_scores = (d_decayed * decay).to(dtype)
         d_key = tl.dot(value, old, input_precision="ieee") * to_end
-        d_key = tl.dot(tl.trans(d_scores), query, d_key, input_precision="ieee")
-        tl.store(d_rotated + place * (CHUNK * N) + tile, d_key.to(dtype))
-        ssm = tl.load(states + place * (P * N) + square)
+        d_key = tl.dot(d_scores, query, d_key, input_precision="ieee")
+        d_rotated.store([head, t, 0], d_key.to(dtype).reshape(1, CHUNK, N))
+        ssm = states.load([place, 0, 0]).reshape(P, N)
         d_query = tl.dot(d_out, ssm, input_precision="ieee") * from_start
-        d_query = tl.dot(d_scores, key, d_query, input_precision="ieee")
-        tl.store(d_rotated + (place + plane) * (CHUNK * N) + tile, d_query.to(dtype))
+        d_query = tl.dot(tl.trans(d_scores), key, d_query, input_precision="ieee")
+        d_rotated.store([batch * H + head, t, 0], d_query.to(dtype).reshape(1, CHUNK, N))
         decayed_query = (query.to(tl.float32) * from_start).to(dtype)
         d_ssm = tl.dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST), input_precision="ieee")
-        if chunk > 0:  # d of the decay over the chunk before
-            tl.store(d_end + place - 1, tl.sum(d_ssm * ssm.to(tl.float32)))
-    tl.store(d_ssm_in + head * P * N + square, d_ssm)
+        at_end = tl.sum(d_ssm * ssm.to(tl.float32))
+    tl.store(d_ssm_in + head.to(tl.int64) * P * N + square, d_ssm)
 
 
 @jit
@@ -1238,9 +1226,12 @@ def fused_scan(projected, step_bias, skip, biases, norms, decay_rate, document_s
         rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch,
         *constants,
     )  # fmt: skip
+    tile, feature_tile = [1, chunk, sizes[1]], [1, chunk, sizes[2]]
     launch(
-        scan_forward, (batch * heads,), projected, scalars, rotated, skip, ssm_in, y, states, ssm_out, length, batch,
-        chunks, *constants, length % chunk == 0, projected.dtype == torch.bfloat16, ssm_in is not None,
+        scan_forward, (batch * heads,), TensorDescriptor.from_tensor(projected, tile),
+        TensorDescriptor.from_tensor(rotated.flatten(0, 2), feature_tile), TensorDescriptor.from_tensor(y, tile),
+        TensorDescriptor.from_tensor(states.flatten(0, 2), [1, *states.shape[3:]]), scalars, skip, ssm_in, ssm_out, batch,
+        chunks, *constants, projected.dtype == torch.bfloat16, ssm_in is not None,
     )  # fmt: skip
     return outputs
 
@@ -1284,10 +1275,13 @@ def fused_scan_backward(
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks)
+    tiled = functools.partial(TensorDescriptor.from_tensor, block_shape=[1, chunk, channels])
+    turned = functools.partial(TensorDescriptor.from_tensor, block_shape=[1, chunk, state])
     launch(
-        scan_backward, (batch * heads,), d_y, d_ssm_out, projected, y, scalars, rotated, skip, states, ssm_out,
-        d_projected, d_rotated, d_diagonal, d_end, d_ssm_in, length, batch, chunks, *constants, length % chunk == 0,
-        projected.dtype == torch.bfloat16,
+        scan_backward, (batch * heads,), tiled(d_y), tiled(projected), turned(rotated.flatten(0, 2)), tiled(y),
+        TensorDescriptor.from_tensor(states.flatten(0, 2), [1, channels, state]), tiled(d_projected),
+        turned(d_rotated.flatten(0, 2)), scalars, skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks,
+        *constants, projected.dtype == torch.bfloat16,
     )  # fmt: skip
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
@@ -1339,10 +1333,10 @@ def triton_scan(
     state: ScanState | None, chunk_size: int,
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
     """mamba_scan() on the kernels above: products in projected's dtype, decays, angles and sums in float32."""
-    projected = projected.contiguous()
+    projected = F.pad(projected, (0, -projected.shape[-1] % 8)).contiguous()  # the GPU's tensor maps want 16-byte strides
     ssm = turn = None
     if state is not None:
-        first = scan_inputs(projected[:, :1], parameters, sizes, None)
+        first = scan_inputs(projected[:, :1, : sum(sizes.columns())], parameters, sizes, None)
         *_, previous = prepare_scan(first, state)
         added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(-1) * state.key.float().unsqueeze(-2)
         ssm, turn = (state.ssm.float() + added).contiguous(), (state.angle.float() / (2 * math.pi)).contiguous()
@@ -1351,7 +1345,7 @@ def triton_scan(
     norms = None if p.key_norm is None else torch.stack([p.key_norm, p.query_norm])
     tensors = projected, p.step_bias, p.skip, biases, norms, p.decay_rate, document_start, ssm, turn
     y, ssm, turn, *_ = torch.ops.golf.fused_scan(*tensors, sizes, chunk_size)
-    last = scan_inputs(projected[:, -1:], parameters, sizes, None)
+    last = scan_inputs(projected[:, -1:, : sum(sizes.columns())], parameters, sizes, None)
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + parameters.key_bias, angle)
     return y, ScanState(angle, ssm, key, last.value[:, 0].float())
