@@ -824,7 +824,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
 LAUNCH = {  # warps, pipeline stages and registers (0: the compiler's choice) by GPU architecture; see bench/tune.py
     (9, 0): {
-        "tokens_forward": (4, 1, 0), "rotate": (4, 1, 0), "scan_forward": (4, 2, 0), "scan_backward": (4, 2, 0),
+        "tokens_forward": (4, 1, 0), "rotate": (4, 1, 0), "scan_forward": (4, 3, 0), "scan_backward": (4, 2, 0),
         "features_backward": (8, 1, 0), "tokens_backward": (4, 1, 0),
     },
 }  # fmt: skip
@@ -864,13 +864,6 @@ def cos_sin(turn):
 
 
 @jit
-def turn_pairs(x, cos, sin):
-    """x (CHUNK, N) with adjacent pairs rotated by angles whose cos and sin are (CHUNK, N/2)."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
-
-
-@jit
 def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, MAMBA3: constexpr):
     """Of rows (CHUNK,), pointing at raw step sizes, and heads h: raw step size, step size, raw decay, decay rate, and the
     part of the step that weighs the current token, all (CHUNK, heads) float32."""
@@ -905,8 +898,10 @@ def tokens_forward(
         if MAMBA3:
             x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
             x *= tl.load(norms + i * N + n)[None, :]
-        place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(place, x.to(features.dtype.element_ty))
+        even, odd = tl.split(tl.reshape(x.to(features.dtype.element_ty), [CHUNK, N // 2, 2]))
+        place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + tl.arange(0, N // 2)[None, :]
+        tl.store(place, even)
+        tl.store(place + N // 2, odd)
     row += 2 * N
     _, step, _, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, MAMBA3)
     _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, MAMBA3)
@@ -933,40 +928,44 @@ def tokens_forward(
 
 @jit
 def rotate(
-    scalars, features, half_turn, turns, biases, rotated, rotation, batch, WIDTH: constexpr, H: constexpr,
-    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
+    scalars, features, half_turn, turns, biases, rotated, rotation, batch, WIDTH: constexpr, H: constexpr, P: constexpr,
+    N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
 ):  # fmt: skip
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
-    t, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, N // 2)
+    t, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)
     if MAMBA3:
-        half = tl.load(half_turn + (b * padded + t)[:, None] * R + r[None, :], (r < R)[None, :], 0.0)
+        half = tl.load(half_turn + (b * padded + t)[:, None] * R + n[None, :], (n < R)[None, :], 0.0)
         added = tl.load(scalars + head * padded + t)[:, None] * half
-        before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + r, r < R, 0.0)
+        before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + n, n < R, 0.0)
         cos, sin = cos_sin(tl.cumsum(added, axis=0) + before[None, :])
-        place = rotation + (head * padded + t)[:, None] * R + r[None, :]
-        tl.store(place, cos.to(rotation.dtype.element_ty), (r < R)[None, :])
-        tl.store(place + batch.to(tl.int64) * H * padded * R, sin.to(rotation.dtype.element_ty), (r < R)[None, :])
-    product = tl.full([CHUNK, N], 1.0, tl.float32)
+        place = rotation + (head * padded + t)[:, None] * R + n[None, :]
+        tl.store(place, cos.to(rotation.dtype.element_ty), (n < R)[None, :])
+        tl.store(place + batch.to(tl.int64) * H * padded * R, sin.to(rotation.dtype.element_ty), (n < R)[None, :])
+    even_product, odd_product = tl.full([CHUNK, N // 2], 1.0, tl.float32), tl.full([CHUNK, N // 2], 1.0, tl.float32)
     for i in tl.static_range(2):  # key, then query
-        x = tl.load(features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]).to(tl.float32)
-        x += tl.load(biases + (i * H + h) * N + n)[None, :]
-        product *= x
+        place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
+        bias = biases + (i * H + h) * N + n
+        even = tl.load(place).to(tl.float32) + tl.load(bias)[None, :]
+        odd = tl.load(place + N // 2).to(tl.float32) + tl.load(bias + N // 2)[None, :]
+        even_product *= even
+        odd_product *= odd
         if MAMBA3:
-            x = turn_pairs(x, cos, sin)
+            even, odd = even * cos - odd * sin, even * sin + odd * cos
         place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t)[:, None] * N + n[None, :]
-        tl.store(place, x.to(rotated.dtype.element_ty))
-    tl.store(scalars + (4 * batch * H + head) * padded + t, tl.sum(product, axis=1))
+        tl.store(place, even.to(rotated.dtype.element_ty))
+        tl.store(place + N // 2, odd.to(rotated.dtype.element_ty))
+    tl.store(scalars + (4 * batch * H + head) * padded + t, tl.sum(even_product + odd_product, axis=1))
 
 
 @jit
-def chunk_scalars(scalars, head, chunk, batch, chunks, H: constexpr, CHUNK: constexpr):
+def chunk_scalars(scalars, decay_ends, head, chunk, heads, chunks, CHUNK: constexpr):
     """Of a chunk's tokens: sum of log2 decay, the same less log2 of the key's weight, weight of the current token; and
     the sum at the chunk's end."""
-    plane = batch * H * chunks * CHUNK
-    place = scalars + plane + (head * chunks + chunk) * CHUNK
-    t, end = tl.arange(0, CHUNK), tl.load(place + CHUNK - 1)
-    return tl.load(place + t), tl.load(place + plane + t), tl.load(place + 2 * plane + t), end
+    t, end = chunk * CHUNK, tl.load(decay_ends + (head * chunks + chunk) * CHUNK + CHUNK - 1)
+    decay_sum, key_log = scalars.load([heads + head, t]), scalars.load([2 * heads + head, t])
+    current = scalars.load([3 * heads + head, t])
+    return decay_sum.reshape(CHUNK), key_log.reshape(CHUNK), current.reshape(CHUNK), end
 
 
 @jit
@@ -984,7 +983,7 @@ def gate_or_tiny(gate):
 
 @jit
 def scan_forward(
-    projected, rotated, y, states, scalars, skip, ssm_in, ssm_out, batch, chunks, WIDTH: constexpr, H: constexpr,
+    projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, batch, chunks, WIDTH: constexpr, H: constexpr,
     P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, FAST: constexpr, HAS_STATE: constexpr,
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
@@ -994,11 +993,11 @@ def scan_forward(
     ssm = tl.zeros([P, N], tl.float32)
     if HAS_STATE:
         ssm = tl.load(ssm_in + head.to(tl.int64) * P * N + square)
-    for chunk in range(chunks):
+    for chunk in tl.range(chunks, num_stages=2):
         t = chunk * CHUNK
         value = projected.load([b, t, MAMBA3 * H * P + h * P]).reshape(CHUNK, P)
         key, query = rotated.load([head, t, 0]).reshape(CHUNK, N), rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N)
-        decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
+        decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         old = ssm.to(dtype)
         states.store([head * chunks + chunk, 0, 0], old.reshape(1, P, N))
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -1017,7 +1016,7 @@ def scan_forward(
 
 @jit
 def scan_backward(
-    d_y, projected, rotated, y, states, d_projected, d_rotated, scalars, skip, d_ssm_out, ssm_out, d_diagonal, d_end,
+    d_y, projected, rotated, y, states, d_projected, d_rotated, scalars, decay_ends, skip, d_ssm_out, ssm_out, d_diagonal, d_end,
     d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
     CHUNK: constexpr, MAMBA3: constexpr, FAST: constexpr,
 ):  # fmt: skip
@@ -1027,7 +1026,7 @@ def scan_backward(
     d, same = tl.load(skip + h), i[:, None] == i[None, :]
     d_ssm = tl.load(d_ssm_out + head.to(tl.int64) * P * N + square)
     at_end = tl.sum(d_ssm * tl.load(ssm_out + head.to(tl.int64) * P * N + square))  # d of the decay over a whole chunk
-    for back in range(chunks):
+    for back in tl.range(chunks, num_stages=2):
         chunk = chunks - 1 - back
         t = chunk * CHUNK
         place = head * chunks + chunk
@@ -1042,7 +1041,7 @@ def scan_backward(
             d_out = (d_gated * gate * sigmoid).to(dtype)
         value = projected.load([b, t, MAMBA3 * H * P + h * P]).reshape(CHUNK, P)
         key, query = rotated.load([head, t, 0]).reshape(CHUNK, N), rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N)
-        decay_sum, key_log, current, end = chunk_scalars(scalars, head, chunk, batch, chunks, H, CHUNK)
+        decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         to_end, from_start, old = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None], d_ssm.to(dtype)
         # Scores and decays here are (key's token, query's token), as their gradients want them: transposed.
         decay = tl.where(i[:, None] < i[None, :], exp2(decay_sum[None, :] - key_log[:, None], FAST), 0.0)
@@ -1076,29 +1075,33 @@ def features_backward(
 ):  # fmt: skip
     chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
     padded, program = tl.num_programs(0) * CHUNK, b * tl.num_programs(0) + chunk
-    t, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, N // 2)
-    x = tl.load(features + ((k * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]).to(tl.float32)
-    total = tl.zeros([CHUNK, N], tl.float32)
+    t, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)
+    origin = features + ((k * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
+    even, odd = tl.load(origin).to(tl.float32), tl.load(origin + N // 2).to(tl.float32)
+    all_even, all_odd = tl.zeros([CHUNK, N // 2], tl.float32), tl.zeros([CHUNK, N // 2], tl.float32)
     for h in range(H):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
-        d_x = tl.load(d_rotated + place[:, None] * N + n[None, :]).to(tl.float32)
-        own = x + tl.load(biases + (k * H + h) * N + n)[None, :]
+        bias, d_bias = biases + (k * H + h) * N + n, d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n
+        own_even, own_odd = even + tl.load(bias)[None, :], odd + tl.load(bias + N // 2)[None, :]
+        d_place = d_rotated + place[:, None] * N + n[None, :]
+        d_even, d_odd = tl.load(d_place).to(tl.float32), tl.load(d_place + N // 2).to(tl.float32)
         if MAMBA3:
-            turn_place = rotation + (head * padded + t)[:, None] * R + r[None, :]
-            cos = tl.load(turn_place, (r < R)[None, :], 1.0).to(tl.float32)
+            turn_place = rotation + (head * padded + t)[:, None] * R + n[None, :]
+            cos = tl.load(turn_place, (n < R)[None, :], 1.0).to(tl.float32)
             turn_place += (batch * H).to(tl.int64) * padded * R
-            sin = tl.load(turn_place, (r < R)[None, :], 0.0).to(tl.float32)
-            d_x = turn_pairs(d_x, cos, -sin)
-            even, odd = tl.split(tl.reshape(own, [CHUNK, N // 2, 2]))
-            d_even, d_odd = tl.split(tl.reshape(d_x, [CHUNK, N // 2, 2]))
-            turned = 6.283185307179586 * (even * d_odd - odd * d_even)
-            tl.store(d_turn + place[:, None] * R + r[None, :], turned.to(d_turn.dtype.element_ty), (r < R)[None, :])
-            turn_sum = d_turns + ((k * batch * tl.num_programs(0) + program) * H + h) * R + r
-            tl.store(turn_sum, tl.sum(turned, axis=0), r < R)
-        tl.store(d_scalars + place, tl.sum(own * d_x, axis=1))
-        tl.store(d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n, tl.sum(d_x, axis=0))
-        total += d_x
+            sin = tl.load(turn_place, (n < R)[None, :], 0.0).to(tl.float32)
+            d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
+            turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
+            tl.store(d_turn + place[:, None] * R + n[None, :], turned.to(d_turn.dtype.element_ty), (n < R)[None, :])
+            turn_sum = d_turns + ((k * batch * tl.num_programs(0) + program) * H + h) * R + n
+            tl.store(turn_sum, tl.sum(turned, axis=0), n < R)
+        tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1))
+        tl.store(d_bias, tl.sum(d_even, axis=0))
+        tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0))
+        all_even += d_even
+        all_odd += d_odd
+    total, n = tl.reshape(tl.join(all_even, all_odd), [CHUNK, N]), tl.arange(0, N)
     place = (b * length + t).to(tl.int64)[:, None] * WIDTH + (1 + MAMBA3) * H * P + k * N + n[None, :]
     if MAMBA3:
         x = tl.load(projected + place, (t < length)[:, None], 0.0).to(tl.float32)
@@ -1230,7 +1233,8 @@ def fused_scan(projected, step_bias, skip, biases, norms, decay_rate, document_s
     launch(
         scan_forward, (batch * heads,), TensorDescriptor.from_tensor(projected, tile),
         TensorDescriptor.from_tensor(rotated.flatten(0, 2), feature_tile), TensorDescriptor.from_tensor(y, tile),
-        TensorDescriptor.from_tensor(states.flatten(0, 2), [1, *states.shape[3:]]), scalars, skip, ssm_in, ssm_out, batch,
+        TensorDescriptor.from_tensor(states.flatten(0, 2), [1, *states.shape[3:]]),
+        TensorDescriptor.from_tensor(scalars.flatten(0, 2), [1, chunk]), scalars[1], skip, ssm_in, ssm_out, batch,
         chunks, *constants, projected.dtype == torch.bfloat16, ssm_in is not None,
     )  # fmt: skip
     return outputs
@@ -1280,7 +1284,7 @@ def fused_scan_backward(
     launch(
         scan_backward, (batch * heads,), tiled(d_y), tiled(projected), turned(rotated.flatten(0, 2)), tiled(y),
         TensorDescriptor.from_tensor(states.flatten(0, 2), [1, channels, state]), tiled(d_projected),
-        turned(d_rotated.flatten(0, 2)), scalars, skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks,
+        turned(d_rotated.flatten(0, 2)), TensorDescriptor.from_tensor(scalars.flatten(0, 2), [1, chunk]), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks,
         *constants, projected.dtype == torch.bfloat16,
     )  # fmt: skip
     programs = batch * chunks
@@ -1333,22 +1337,30 @@ def triton_scan(
     state: ScanState | None, chunk_size: int,
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
     """mamba_scan() on the kernels above: products in projected's dtype, decays, angles and sums in float32."""
-    projected = F.pad(projected, (0, -projected.shape[-1] % 8)).contiguous()  # the GPU's tensor maps want 16-byte strides
+    p, columns = parameters, sum(sizes.columns())
+    if columns % 8:  # the GPU's tensor maps want rows of 16 bytes
+        projected = F.pad(projected, (0, -columns % 8))
+    projected = projected.contiguous()
     ssm = turn = None
     if state is not None:
-        first = scan_inputs(projected[:, :1, : sum(sizes.columns())], parameters, sizes, None)
+        first = scan_inputs(projected[:, :1, :columns], p, sizes, None)
         *_, previous = prepare_scan(first, state)
         added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(-1) * state.key.float().unsqueeze(-2)
-        ssm, turn = (state.ssm.float() + added).contiguous(), (state.angle.float() / (2 * math.pi)).contiguous()
-    p = parameters
-    biases = torch.stack([p.key_bias, p.query_bias])
+        ssm, turn = evens_first(state.ssm.float() + added), (state.angle.float() / (2 * math.pi)).contiguous()
+    biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
     norms = None if p.key_norm is None else torch.stack([p.key_norm, p.query_norm])
     tensors = projected, p.step_bias, p.skip, biases, norms, p.decay_rate, document_start, ssm, turn
     y, ssm, turn, *_ = torch.ops.golf.fused_scan(*tensors, sizes, chunk_size)
-    last = scan_inputs(projected[:, -1:, : sum(sizes.columns())], parameters, sizes, None)
+    last = scan_inputs(projected[:, -1:, :columns], p, sizes, None)
     angle = 2 * math.pi * turn
-    key = rotate_pairs(last.key.float() + parameters.key_bias, angle)
+    key = rotate_pairs(last.key.float() + p.key_bias, angle)
+    ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     return y, ScanState(angle, ssm, key, last.value[:, 0].float())
+
+
+def evens_first(x: Tensor) -> Tensor:
+    """The last dimension's even entries, then its odd ones: the kernels' order of the state, where pairs are far apart."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 # The mamba_ssm library's kernels, to check ours against: bfloat16 in and out. The operator keeps the graph whole; its
