@@ -1775,6 +1775,64 @@ class Block(nn.Module):
         return x, new_state
 
 
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Nats (T,), float32, of targets (T,) under softcapped logits of hidden (T, width), for an output matrix (V, width)."""
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, reduction="none")
+
+
+@jit
+def cross_entropy_rows(
+    logits, targets, nats, V: constexpr, cap: constexpr, BLOCK: constexpr, SLOPES: constexpr, FAST: constexpr
+):
+    row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    x = tl.load(logits + row * V + v, v < V, float("-inf")).to(tl.float32)
+    bend = 1.0
+    if cap:
+        tanh = 1.0 - 2.0 * reciprocal(1.0 + exp2(x * (2.8853900817779268 / cap), FAST), FAST)
+        x, bend = tl.where(v < V, cap * tanh, float("-inf")), 1.0 - tanh * tanh
+    top = tl.max(x, axis=0)
+    share = exp2((x - top) * 1.4426950408889634, FAST)
+    total = tl.sum(share, axis=0)
+    tl.store(nats + row, top + tl.log(total) - tl.sum(tl.where(v == target, x, 0.0), axis=0))
+    if SLOPES:
+        slope = (share / total - tl.where(v == target, 1.0, 0.0)) * bend
+        tl.store(logits + row * V + v, slope.to(logits.dtype.element_ty), v < V)
+
+
+@torch.library.custom_op("golf::cross_entropy", mutates_args=())
+def fused_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool
+) -> tuple[Tensor, Tensor]:
+    """cross_entropy() in one pass over logits in hidden's dtype, which the gradients of the nats overwrite (T, V)."""
+    logits = F.linear(hidden, weight)
+    nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
+    block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
+    warps = min(16, max(4, block // 1024))
+    cross_entropy_rows[(len(hidden),)](logits, targets, nats, size, cap, block, slopes, fast, num_warps=warps)
+    return nats, logits if slopes else logits.new_empty(0)
+
+
+@fused_cross_entropy.register_fake
+def _(hidden, weight, targets, cap, slopes):
+    shape = (len(hidden), len(weight)) if slopes else (0,)
+    return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(shape)
+
+
+def _cross_entropy_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _cross_entropy_autograd(ctx, d_nats, _):
+    hidden, weight, slopes = ctx.saved_tensors
+    scale = d_nats.unsqueeze(1).to(hidden.dtype)
+    return slopes @ weight * scale, slopes.mT @ (hidden * scale), None, None, None
+
+
+fused_cross_entropy.register_autograd(_cross_entropy_autograd, setup_context=_cross_entropy_context)
+
+
 class Model(nn.Module):
     """The language model: forward() gives hidden states, logits() and nats() read them out."""
 
@@ -1865,8 +1923,11 @@ class Model(nn.Module):
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
-        logits = self.logits(hidden).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+        weight = (self.embedding.weight if self.head is None else self.head.weight).to(hidden.dtype)
+        inputs = hidden.flatten(0, 1), weight, targets.flatten(), self.settings.logit_softcap
+        if hidden.is_cuda and triton is not None:
+            return fused_cross_entropy(*inputs, torch.is_grad_enabled())[0].view(targets.shape)
+        return cross_entropy(*inputs).view(targets.shape)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         """Mean nats per target: what training minimizes."""
