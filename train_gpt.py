@@ -824,8 +824,8 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
 LAUNCH = {  # warps, pipeline stages and registers (0: the compiler's choice) by GPU architecture; see bench/tune.py
     (9, 0): {
-        "tokens_forward": (4, 1, 0), "rotate": (4, 1, 0), "scan_forward": (4, 3, 0), "scan_backward": (4, 2, 0),
-        "features_backward": (8, 1, 0), "tokens_backward": (4, 1, 0),
+        "tokens_forward": (4, 1, 128), "rotate": (4, 1, 0), "scan_forward": (4, 1, 0), "scan_backward": (4, 1, 0),
+        "features_backward": (4, 1, 128), "tokens_backward": (4, 1, 128),
     },
 }  # fmt: skip
 
@@ -1069,7 +1069,7 @@ def scan_backward(
 
 @jit
 def features_backward(
-    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases,
+    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_norms, d_biases,
     length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
     MAMBA3: constexpr,
 ):  # fmt: skip
@@ -1094,8 +1094,6 @@ def features_backward(
             d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
             turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
             tl.store(d_turn + place[:, None] * R + n[None, :], turned.to(d_turn.dtype.element_ty), (n < R)[None, :])
-            turn_sum = d_turns + ((k * batch * tl.num_programs(0) + program) * H + h) * R + n
-            tl.store(turn_sum, tl.sum(turned, axis=0), n < R)
         tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1))
         tl.store(d_bias, tl.sum(d_even, axis=0))
         tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0))
@@ -1164,7 +1162,7 @@ def tokens_backward(
             own_place = d_turn + (head * padded + t)[:, None] * R + r[None, :]
             own = tl.load(own_place, turning, 0.0).to(tl.float32)
             own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
-            later = tl.load(d_turns + (program * H + k) * R + r, r < R, 0.0)
+            later = tl.load(d_turns + (head * tl.num_programs(0) + chunk) * R + r, r < R, 0.0)
             turned = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
             d_half += tl.load(scalars + head * padded + t)[:, None] * turned
             d_step += tl.where((h == k)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
@@ -1289,14 +1287,14 @@ def fused_scan_backward(
     )  # fmt: skip
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
-    d_turns, d_heads = single(2, batch, chunks, heads, angles), single(programs, 2, heads)
+    d_heads = single(programs, 2, heads)
     d_norms, d_biases = single(programs, 2, state), single(programs, 2, heads, state)
     launch(
         features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
-        d_scalars, d_turn, d_turns, d_norms, d_biases, length, batch, *constants,
+        d_scalars, d_turn, d_norms, d_biases, length, batch, *constants,
     )  # fmt: skip
-    d_turns = d_turns.sum(dim=0)
-    later = d_turns.flip(1).cumsum(dim=1).flip(1) - d_turns + d_turn_out.unsqueeze(1)
+    d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
+    later = d_turns.flip(2).cumsum(dim=2).flip(2) - d_turns + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn,
         later, d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants, *tiles,
@@ -1304,7 +1302,7 @@ def fused_scan_backward(
     )  # fmt: skip
     d_step_bias, d_decay_rate = (x.clone() for x in d_heads.sum(dim=0))  # operators may not return views
     d_parameters = d_step_bias, d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0), d_decay_rate
-    return d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=1) + d_turn_out
+    return d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out
 
 
 fused_scan.register_fake(lambda projected, *rest: fused_scan_outputs(projected, rest[-2], rest[-1]))
@@ -1789,7 +1787,7 @@ def cross_entropy_rows(
     target = tl.load(targets + row)
     x = tl.load(logits + row * V + v, v < V, float("-inf")).to(tl.float32)
     bend = 1.0
-    if cap:
+    if cap > 0:
         tanh = 1.0 - 2.0 * reciprocal(1.0 + exp2(x * (2.8853900817779268 / cap), FAST), FAST)
         x, bend = tl.where(v < V, cap * tanh, float("-inf")), 1.0 - tanh * tanh
     top = tl.max(x, axis=0)
