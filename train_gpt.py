@@ -1079,7 +1079,7 @@ def features_backward(
     origin = features + ((k * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
     even, odd = tl.load(origin).to(tl.float32), tl.load(origin + N // 2).to(tl.float32)
     all_even, all_odd = tl.zeros([CHUNK, N // 2], tl.float32), tl.zeros([CHUNK, N // 2], tl.float32)
-    for h in range(H):
+    for h in tl.range(H, num_stages=2):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
         bias, d_bias = biases + (k * H + h) * N + n, d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n
@@ -1852,7 +1852,9 @@ class Model(nn.Module):
         self.head = None if s.tie_embeddings else Linear(s.model_dim, s.vocab_size)
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = s.rope_base ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
-        self.register_buffer("rotary_frequencies", frequencies, persistent=False)
+        # A table, or the compiler would compute it anew in each kernel: for a window and what may be cached before it.
+        angles = torch.arange(2 * s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
+        self.register_buffer("rotary_table", torch.stack([angles.cos(), angles.sin()]), persistent=False)
         self.to(device)
 
     def linear_layers(self) -> dict[str, Linear]:
@@ -1900,8 +1902,7 @@ class Model(nn.Module):
         """Rotary angles, document starts and attention mask for these tokens."""
         memories = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
         cached = memories[0].key.shape[1] if memories else 0
-        positions = torch.arange(cached + tokens.shape[1], dtype=torch.float32, device=tokens.device)
-        angles = positions[:, None] * self.rotary_frequencies
+        cos, sin = self.rotary_table[:, : cached + tokens.shape[1]]
         document_start = mask = None
         if self.settings.document_reset:
             document_start = tokens == BOS_ID
@@ -1910,7 +1911,7 @@ class Model(nn.Module):
                 document = torch.cat([memories[0].visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
             if any(isinstance(block.mixer, Attention) for block in self.blocks):
                 mask = document_mask(document)
-        return Context(document_start, angles.cos(), angles.sin(), mask, cache_tokens)
+        return Context(document_start, cos, sin, mask, cache_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits (B, T, vocabulary)."""
@@ -2925,7 +2926,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: the sample shows what the artifact alone can do
-        prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)]], device=ranks.device)
+        prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)][-s.train_seq_len :]], device=ranks.device)
         text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
         log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
     evaluator = Evaluator(model, s, ranks, validation)

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t
 
-CONFIGURATIONS = ((4, 1, 0), (4, 2, 0), (4, 1, 128), (8, 1, 0))  # warps, stages, registers
+CONFIGURATIONS = ((4, 1, 0), (4, 1, 128), (4, 1, 168))  # warps, stages, registers
 
 
 def random_layer(state: int, device: torch.device) -> tuple[torch.Tensor, t.MambaParameters, t.MambaSizes]:
