@@ -822,10 +822,10 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # and sum over heads. No atomics: gradients are the same bits every time. Decays are base-2 logarithms, angles are in turns.
 
 RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
-LAUNCH = {  # warps, pipeline stages and registers (0: the compiler's choice) by GPU architecture; see bench/tune.py
+LAUNCH = {  # warps and registers (0: the compiler's choice) of each kernel by GPU architecture; see bench/tune.py
     (9, 0): {
-        "tokens_forward": (4, 1, 128), "rotate": (4, 1, 0), "scan_forward": (4, 1, 0), "scan_backward": (4, 1, 0),
-        "features_backward": (4, 1, 128), "tokens_backward": (4, 1, 128),
+        "tokens_forward": (4, 128), "rotate": (4, 0), "scan_forward": (4, 0), "scan_backward": (4, 0),
+        "features_backward": (4, 0), "tokens_backward": (4, 128),
     },
 }  # fmt: skip
 
@@ -886,7 +886,7 @@ def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, MAMBA3: co
 def tokens_forward(
     projected, step_bias, decay_rate, norms, document_start, scalars, features, half_turn, turns, length, batch,
     WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-    MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr, RESETS: constexpr,
+    MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
@@ -907,7 +907,7 @@ def tokens_forward(
     _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, MAMBA3)
     weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * 1.4426950408889634
-    if RESETS:
+    if document_start is not None:
         start = tl.load(document_start + b * length + t, live, 0)
         log_decay = tl.where((start != 0)[:, None], -60.0 * 1.4426950408889634, log_decay)
     decay_sum = tl.cumsum(log_decay, axis=0)
@@ -984,19 +984,21 @@ def gate_or_tiny(gate):
 @jit
 def scan_forward(
     projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, batch, chunks, WIDTH: constexpr, H: constexpr,
-    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr, FAST: constexpr, HAS_STATE: constexpr,
+    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
     dtype = projected.dtype
+    FAST: tl.constexpr = dtype == tl.bfloat16
     d = tl.load(skip + h)
-    ssm = tl.zeros([P, N], tl.float32)
-    if HAS_STATE:
-        ssm = tl.load(ssm_in + head.to(tl.int64) * P * N + square)
+    ssm = tl.load(ssm_in + head.to(tl.int64) * P * N + square)
     for chunk in tl.range(chunks, num_stages=2):
         t = chunk * CHUNK
         value = projected.load([b, t, MAMBA3 * H * P + h * P]).reshape(CHUNK, P)
-        key, query = rotated.load([head, t, 0]).reshape(CHUNK, N), rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N)
+        key, query = (
+            rotated.load([head, t, 0]).reshape(CHUNK, N),
+            rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N),
+        )
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         old = ssm.to(dtype)
         states.store([head * chunks + chunk, 0, 0], old.reshape(1, P, N))
@@ -1018,11 +1020,12 @@ def scan_forward(
 def scan_backward(
     d_y, projected, rotated, y, states, d_projected, d_rotated, scalars, decay_ends, skip, d_ssm_out, ssm_out, d_diagonal, d_end,
     d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
-    CHUNK: constexpr, MAMBA3: constexpr, FAST: constexpr,
+    CHUNK: constexpr, MAMBA3: constexpr,
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
     dtype = projected.dtype
+    FAST: tl.constexpr = dtype == tl.bfloat16
     d, same = tl.load(skip + h), i[:, None] == i[None, :]
     d_ssm = tl.load(d_ssm_out + head.to(tl.int64) * P * N + square)
     at_end = tl.sum(d_ssm * tl.load(ssm_out + head.to(tl.int64) * P * N + square))  # d of the decay over a whole chunk
@@ -1040,7 +1043,10 @@ def scan_backward(
             d_projected.store([b, t, h * P], (d_gated * d_gate).to(dtype).reshape(1, CHUNK, P))
             d_out = (d_gated * gate * sigmoid).to(dtype)
         value = projected.load([b, t, MAMBA3 * H * P + h * P]).reshape(CHUNK, P)
-        key, query = rotated.load([head, t, 0]).reshape(CHUNK, N), rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N)
+        key, query = (
+            rotated.load([head, t, 0]).reshape(CHUNK, N),
+            rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N),
+        )
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         to_end, from_start, old = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None], d_ssm.to(dtype)
         # Scores and decays here are (key's token, query's token), as their gradients want them: transposed.
@@ -1115,7 +1121,7 @@ def features_backward(
 def tokens_backward(
     projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
     d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-    MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr, RESETS: constexpr,
+    MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded, program = tl.num_programs(0) * CHUNK, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -1138,7 +1144,7 @@ def tokens_backward(
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
     weight = tl.maximum(step * share + next_step * (1.0 - next_share), 1e-37)
     d_current = diagonal + (by_key - diagonal * step * share) / weight
-    if RESETS:
+    if document_start is not None:
         start = tl.load(document_start + b * length + t, live, 0)
         d_log_decay = tl.where((start != 0)[:, None], 0.0, d_log_decay)
     d_step = share * d_current + rate * d_log_decay
@@ -1178,15 +1184,13 @@ def tokens_backward(
     tl.store(d_heads + program * 2 * H + h, tl.sum(d_raw, axis=0), h < H)
 
 
-_inputs = (
+_given = (
     "Tensor projected, Tensor step_bias, Tensor skip, Tensor biases, Tensor? norms, Tensor? decay_rate,"
-    " Tensor? document_start"
+    " Tensor? document_start, Tensor ssm_in, Tensor turn_in"
 )
-_forward_schema = (
-    f"({_inputs}, Tensor? ssm_in, Tensor? turn_in, int[] sizes, int chunk) -> ({', '.join(['Tensor'] * 9)})"
-)
+_forward_schema = f"({_given}, int[] sizes, int chunk) -> ({', '.join(['Tensor'] * 9)})"
 _backward_schema = (
-    f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, {_inputs}, Tensor[] saved, int[] sizes, int chunk)"
+    f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, {_given}, Tensor[] saved, int[] sizes, int chunk)"
     f" -> ({', '.join(['Tensor'] * 8)})"
 )
 
@@ -1194,15 +1198,19 @@ _backward_schema = (
 def launch(kernel, grid: tuple[int, ...], *arguments):
     """Runs a kernel as measured for this GPU's architecture, or for the newest one measured."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    warps, stages, registers = LAUNCH.get(capability, LAUNCH[max(LAUNCH)])[kernel.__name__]
-    kernel[grid](*arguments, num_warps=warps, num_stages=stages, maxnreg=registers or None)
+    warps, registers = LAUNCH.get(capability, LAUNCH[max(LAUNCH)])[kernel.__name__]
+    kernel[grid](*arguments, num_warps=warps, maxnreg=registers or None)
 
 
 def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, tuple, tuple]:
     """Number of chunks, the sizes every kernel is compiled for, and the tiles over heads and angles."""
-    heads, channels, state, angles, version = sizes
-    tiles = triton.next_power_of_2(heads), triton.next_power_of_2(max(angles, 1))
-    return -(-projected.shape[1] // chunk), (projected.shape[2], *sizes[:4], chunk, version == 3), tiles
+    blocks = triton.next_power_of_2(sizes[0]), triton.next_power_of_2(max(sizes[3], 1))
+    return -(-projected.shape[1] // chunk), (projected.shape[2], *sizes[:4], chunk, sizes[4] == 3), blocks
+
+
+def tiles(tensor: Tensor, *block: int):
+    """What scan kernels read and write tensor's last dimensions through, one block at a time: the GPU's tensor map."""
+    return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
 
 
 @torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=_forward_schema)
@@ -1210,41 +1218,47 @@ def fused_scan(projected, step_bias, skip, biases, norms, decay_rate, document_s
     """y, last state and turn, and what the backward reads."""
     outputs = fused_scan_outputs(projected, sizes, chunk)
     y, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
-    (batch, length, _), heads, angles = projected.shape, sizes[0], sizes[3]
-    chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
+    (batch, length, _), (heads, channels, state, angles, _) = projected.shape, sizes
+    chunks, constants, blocks = kernel_sizes(projected, sizes, chunk)
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
-        tokens_forward, (chunks, batch), projected, step_bias, decay_rate, norms, document_start, scalars, features, half_turn,
-        turns, length, batch, *constants, *tiles, document_start is not None,
+        tokens_forward, (chunks, batch), projected, step_bias, decay_rate, norms, document_start, scalars, features,
+        half_turn, turns, length, batch, *constants, *blocks,
     )  # fmt: skip
-    if turn_in is not None:
-        turns[:, 0] += turn_in
-    torch.remainder(turns.sum(dim=1), 1.0, out=turn_out)
-    before = turns.cumsum(dim=1) - turns
-    if turn_in is not None:
-        before[:, 0] = turn_in
+    before = turns.cumsum(dim=1) - turns + turn_in.unsqueeze(1)
+    turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
-        rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch,
+        rotate,
+        (chunks, heads, batch),
+        scalars,
+        features,
+        half_turn,
+        before,
+        biases,
+        rotated,
+        rotation,
+        batch,
         *constants,
-    )  # fmt: skip
-    tile, feature_tile = [1, chunk, sizes[1]], [1, chunk, sizes[2]]
+    )
     launch(
-        scan_forward, (batch * heads,), TensorDescriptor.from_tensor(projected, tile),
-        TensorDescriptor.from_tensor(rotated.flatten(0, 2), feature_tile), TensorDescriptor.from_tensor(y, tile),
-        TensorDescriptor.from_tensor(states.flatten(0, 2), [1, *states.shape[3:]]),
-        TensorDescriptor.from_tensor(scalars.flatten(0, 2), [1, chunk]), scalars[1], skip, ssm_in, ssm_out, batch,
-        chunks, *constants, projected.dtype == torch.bfloat16, ssm_in is not None,
+        scan_forward, (batch * heads,), tiles(projected, chunk, channels), tiles(rotated, chunk, state),
+        tiles(y, chunk, channels), tiles(states, channels, state), tiles(scalars, chunk), scalars[1], skip, ssm_in,
+        ssm_out, batch, chunks, *constants,
     )  # fmt: skip
     return outputs
 
 
+@fused_scan.register_fake
+def _(projected, *rest):
+    return fused_scan_outputs(projected, *rest[-2:])
+
+
 def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple[Tensor, ...]:
     """Empty outputs of fused_scan."""
-    heads, channels, state, angles, _ = sizes
-    batch, length, _ = projected.shape
+    (batch, length, _), (heads, channels, state, angles, _) = projected.shape, sizes
     chunks, new = -(-length // chunk), projected.new_empty
     padded, single = chunks * chunk, functools.partial(new, dtype=torch.float32)
-    half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # of numbers up to 1
+    half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # finer than bfloat16 up to 1
     return (
         new(batch, length, heads * channels), single(batch, heads, channels, state), single(batch, heads, angles),
         single(5, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
@@ -1255,40 +1269,25 @@ def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple
 
 @torch.library.custom_op("golf::fused_scan_backward", mutates_args=(), schema=_backward_schema)
 def fused_scan_backward(
-    d_y,
-    d_ssm_out,
-    d_turn_out,
-    projected,
-    step_bias,
-    skip,
-    biases,
-    norms,
-    decay_rate,
-    document_start,
-    saved,
-    sizes,
-    chunk,
-):
+    d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, norms, decay_rate, document_start, ssm_in, turn_in,
+    saved, sizes, chunk,
+):  # fmt: skip
     """Gradients of projected, the five parameters (meaningless for those not there), the state and the turn carried in."""
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
-    heads, channels, state, angles, _ = sizes
-    chunks, constants, tiles = kernel_sizes(projected, sizes, chunk)
-    batch, length, _ = projected.shape
+    (batch, length, _), (heads, channels, state, *_) = projected.shape, sizes
+    chunks, constants, blocks = kernel_sizes(projected, sizes, chunk)
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks)
-    tiled = functools.partial(TensorDescriptor.from_tensor, block_shape=[1, chunk, channels])
-    turned = functools.partial(TensorDescriptor.from_tensor, block_shape=[1, chunk, state])
     launch(
-        scan_backward, (batch * heads,), tiled(d_y), tiled(projected), turned(rotated.flatten(0, 2)), tiled(y),
-        TensorDescriptor.from_tensor(states.flatten(0, 2), [1, channels, state]), tiled(d_projected),
-        turned(d_rotated.flatten(0, 2)), TensorDescriptor.from_tensor(scalars.flatten(0, 2), [1, chunk]), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks,
-        *constants, projected.dtype == torch.bfloat16,
+        scan_backward, (batch * heads,), tiles(d_y, chunk, channels), tiles(projected, chunk, channels),
+        tiles(rotated, chunk, state), tiles(y, chunk, channels), tiles(states, channels, state),
+        tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state), tiles(scalars, chunk), scalars[1], skip,
+        d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *constants,
     )  # fmt: skip
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
-    d_heads = single(programs, 2, heads)
-    d_norms, d_biases = single(programs, 2, state), single(programs, 2, heads, state)
+    d_heads, d_norms, d_biases = (single(programs, 2, *n) for n in ((heads,), (state,), (heads, state)))
     launch(
         features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
         d_scalars, d_turn, d_norms, d_biases, length, batch, *constants,
@@ -1297,15 +1296,11 @@ def fused_scan_backward(
     later = d_turns.flip(2).cumsum(dim=2).flip(2) - d_turns + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn,
-        later, d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants, *tiles,
-        document_start is not None,
+        later, d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants, *blocks,
     )  # fmt: skip
     d_step_bias, d_decay_rate = (x.clone() for x in d_heads.sum(dim=0))  # operators may not return views
     d_parameters = d_step_bias, d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0), d_decay_rate
     return d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out
-
-
-fused_scan.register_fake(lambda projected, *rest: fused_scan_outputs(projected, rest[-2], rest[-1]))
 
 
 @fused_scan_backward.register_fake
@@ -1315,15 +1310,16 @@ def _(d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, *rest):
 
 
 def _fused_scan_context(ctx, inputs, output):
-    *tensors, _, _, ctx.sizes, ctx.chunk = inputs
+    *tensors, ctx.sizes, ctx.chunk = inputs
     ctx.save_for_backward(*tensors, *output[:2], *output[3:])
 
 
 def _fused_scan_autograd(ctx, d_y, d_ssm_out, d_turn_out, *_):
-    tensors, saved = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
-    given = (d_y.contiguous(), d_ssm_out.contiguous(), d_turn_out.contiguous())
-    *grads, d_ssm_in, d_turn_in = torch.ops.golf.fused_scan_backward(*given, *tensors, saved, ctx.sizes, ctx.chunk)
-    grads = (*grads, None, d_ssm_in, d_turn_in)
+    grads = torch.ops.golf.fused_scan_backward(
+        d_y.contiguous(), d_ssm_out.contiguous(), d_turn_out.contiguous(), *ctx.saved_tensors[:9],
+        list(ctx.saved_tensors[9:]), ctx.sizes, ctx.chunk,
+    )  # fmt: skip
+    grads = *grads[:6], None, *grads[6:]
     return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad)), None, None
 
 
@@ -1336,20 +1332,20 @@ def triton_scan(
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
     """mamba_scan() on the kernels above: products in projected's dtype, decays, angles and sums in float32."""
     p, columns = parameters, sum(sizes.columns())
-    if columns % 8:  # the GPU's tensor maps want rows of 16 bytes
+    first, last = (scan_inputs(x, p, sizes, None) for x in (projected[:, :1], projected[:, -1:]))
+    if columns % 8:  # tensor maps want rows of 16 bytes
         projected = F.pad(projected, (0, -columns % 8))
-    projected = projected.contiguous()
-    ssm = turn = None
+    ssm, turn = (
+        p.skip.new_zeros(len(projected), sizes.heads, *n) for n in ((sizes.channels, sizes.state), (sizes.angles,))
+    )
     if state is not None:
-        first = scan_inputs(projected[:, :1, :columns], p, sizes, None)
         *_, previous = prepare_scan(first, state)
         added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(-1) * state.key.float().unsqueeze(-2)
-        ssm, turn = evens_first(state.ssm.float() + added), (state.angle.float() / (2 * math.pi)).contiguous()
+        ssm, turn = evens_first(state.ssm.float() + added), state.angle.float() / (2 * math.pi)
     biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
     norms = None if p.key_norm is None else torch.stack([p.key_norm, p.query_norm])
-    tensors = projected, p.step_bias, p.skip, biases, norms, p.decay_rate, document_start, ssm, turn
-    y, ssm, turn, *_ = torch.ops.golf.fused_scan(*tensors, sizes, chunk_size)
-    last = scan_inputs(projected[:, -1:, :columns], p, sizes, None)
+    tensors = p.step_bias, p.skip, biases, norms, p.decay_rate, document_start, ssm.contiguous(), turn.contiguous()
+    y, ssm, turn, *_ = torch.ops.golf.fused_scan(projected.contiguous(), *tensors, sizes, chunk_size)
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -2926,7 +2922,9 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: the sample shows what the artifact alone can do
-        prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)][-s.train_seq_len :]], device=ranks.device)
+        prompt = torch.tensor(
+            [[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)][-s.train_seq_len :]], device=ranks.device
+        )
         text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
         log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
     evaluator = Evaluator(model, s, ranks, validation)

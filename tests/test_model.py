@@ -225,7 +225,7 @@ def test_partial_rotary_embedding_leaves_the_other_dimensions_alone_and_sees_onl
 @torch.no_grad()
 def test_rope_fraction_sets_how_many_pairs_rotate(fraction, pairs):
     model = random_model(tiny(rope_fraction=fraction))
-    assert model.rotary_table.shape == (2, 2 * settings.train_seq_len, pairs)
+    assert model.rotary_table.shape == (2, 2 * model.settings.train_seq_len, pairs)
     assert hidden(model, random_tokens(1, 8)).isfinite().all()
 
 
