@@ -1591,11 +1591,7 @@ class Attention(nn.Module):
         return self.out(y[:, cached:].flatten(2)), new_state
 
 
-# The short convolution before Mamba-2 (and, if asked for, Mamba-3): causal-conv1d's kernel as operators on CUDA, a sum of
-# shifted products elsewhere. Both include the SiLU and keep documents apart.
-
-
-def short_conv_pytorch(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
     """Causal depthwise convolution and SiLU: x (B, L, C), weight (C, W), bias (C,) -> (B, L, C).
 
     document (B, L) numbers the documents; what an earlier one holds reads as 0.
@@ -1609,53 +1605,13 @@ def short_conv_pytorch(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor
     return F.silu(y)
 
 
-@torch.library.custom_op("golf::short_conv", mutates_args=())
-def short_conv_cuda(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
-    """short_conv_pytorch() on causal-conv1d's kernel, which wants channels last in a (B, C, L) view."""
-    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
-
-    x, weight, bias = x.contiguous().transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype)
-    return causal_conv1d_fwd_function(x, weight, bias, document, None, None, True).transpose(1, 2)
-
-
-@short_conv_cuda.register_fake
-def _(x, weight, bias, document):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("golf::short_conv_backward", mutates_args=())
-def short_conv_cuda_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
-
-    x, grad = x.contiguous().transpose(1, 2), grad.contiguous().transpose(1, 2)
-    dx, dweight, dbias, _ = causal_conv1d_bwd_function(
-        x, weight.to(x.dtype), bias.to(x.dtype), grad, document, None, None, None, False, True
-    )
-    return dx.transpose(1, 2).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype)
-
-
-@short_conv_cuda_backward.register_fake
-def _(grad, x, weight, bias, document):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-short_conv_cuda.register_autograd(
-    lambda ctx, grad: (*torch.ops.golf.short_conv_backward(grad, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
 class ShortConv(nn.Module):
     """The short convolution with its memory of the last width - 1 inputs."""
 
-    def __init__(self, channels: int, width: int, device: torch.device):
+    def __init__(self, channels: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
         self.bias = nn.Parameter(torch.zeros(channels))
-        fused = device.type == "cuda" and importlib.util.find_spec("causal_conv1d") is not None
-        self.convolve = torch.ops.golf.short_conv if fused else short_conv_pytorch
 
     def forward(self, x: Tensor, context: Context, history: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs, zeros where
@@ -1664,9 +1620,9 @@ class ShortConv(nn.Module):
         padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
         last, document = padded[:, length:], None
         if context.document_start is not None:
-            document = F.pad(context.document_start.int(), (reach, 0)).cumsum(dim=1, dtype=torch.int32)
+            document = F.pad(context.document_start.long(), (reach, 0)).cumsum(dim=1)
             last = last * (document[:, length:] == document[:, -1:]).unsqueeze(-1)
-        return self.convolve(padded, self.weight, self.bias, document)[:, reach:], last
+        return short_conv(padded, self.weight, self.bias, document)[:, reach:], last
 
 
 class Mamba(nn.Module):
@@ -1698,7 +1654,7 @@ class Mamba(nn.Module):
             self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
             self.register_buffer("no_bias", torch.zeros(heads, s.mamba_d_state), persistent=False)
         conv_width = s.mamba_d_conv if s.mamba_d_conv >= 0 else (0 if mamba3 else 4)
-        self.conv = ShortConv(inner + 2 * s.mamba_d_state, conv_width, device) if conv_width > 1 else None
+        self.conv = ShortConv(inner + 2 * s.mamba_d_state, conv_width) if conv_width > 1 else None
         self.output_norm = None if mamba3 else nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:

@@ -416,7 +416,7 @@ def time_steps(
 KERNEL_KINDS = {
     "communication": r"nccl",
     "attention": r"sdpa|fmha|flash|flex_attention|attention",
-    "mamba": r"mamba|siso|angle_dt|causal_conv1d|(?<!device)scan",
+    "mamba": r"mamba|siso|angle_dt|(?<!device)scan",
     "cross-entropy": r"cross_entropy|softmax|nll_loss|softcap|logsumexp",
     "matmul": r"gemm|nvjet|cutlass|cublas|xmma|splitk|triton_tem_\w*mm",
     "optimizer": r"multi_tensor_apply|foreach|adam|muon|lerp",

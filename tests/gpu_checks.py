@@ -1,13 +1,12 @@
-"""Checks that need a CUDA GPU with mamba_ssm (and, where installed, causal-conv1d).
+"""Checks that need a CUDA GPU with mamba_ssm.
 
-    python tests/gpu_checks.py [scans] [convolution] [attention] [model]
+    python tests/gpu_checks.py [scans] [attention] [model]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error. Prints a table and
 exits with status 1 if a row fails.
 """
 
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -117,30 +116,6 @@ def invariant(result: t.ScanState, reference: t.ScanState) -> float:
     return relative(*back)
 
 
-def check_short_convolution() -> None:
-    if importlib.util.find_spec("causal_conv1d") is None:
-        print("skip causal-conv1d is not installed")
-        return
-    for documents in (False, True):
-        x = torch.randn(2, 300, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        weight, bias = (
-            torch.randn(64, 4, device=DEVICE, requires_grad=True),
-            torch.randn(64, device=DEVICE, requires_grad=True),
-        )
-        document = (torch.rand(2, 300, device=DEVICE) < 0.05).cumsum(1, dtype=torch.int32) if documents else None
-        grad = torch.randn_like(x)
-        fused = torch.ops.golf.short_conv(x, weight, bias, document)
-        plain = t.short_conv_pytorch(x.float(), weight, bias, document)
-        label = f"causal-conv1d{', documents' if documents else ''}"
-        check(f"{label}: y", relative(fused, plain), BF16_TOLERANCE)
-        for name, a, b in zip(
-            ("x", "weight", "bias"),
-            torch.autograd.grad(fused, (x, weight, bias), grad),
-            torch.autograd.grad(plain, (x, weight, bias), grad.float()),
-        ):
-            check(f"{label}: d {name}", relative(a, b), BF16_TOLERANCE)
-
-
 def check_attention() -> None:
     query = torch.randn(2, 512, 8, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     key, value = (torch.randn(2, 512, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
@@ -210,11 +185,9 @@ def check_model(**overrides) -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    wanted = sys.argv[1:] or ["scans", "convolution", "attention", "model"]
+    wanted = sys.argv[1:] or ["scans", "attention", "model"]
     if "scans" in wanted:
         check_scans()
-    if "convolution" in wanted:
-        check_short_convolution()
     if "attention" in wanted:
         check_attention()
     if "model" in wanted:

@@ -160,7 +160,6 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
         ("mamba3_siso_bwd_kernel_dqkv", "mamba"),
         ("angle_dt_fwd_kernel", "mamba"),
         ("scan_backward_kernel", "mamba"),
-        ("void causal_conv1d_fwd_kernel<Causal_conv1d_fwd_kernel_traits<128, 4>>", "mamba"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64", "attention"),
         ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>", "attention"),
         ("triton_red_fused__log_softmax_div_mul_tanh_7", "cross-entropy"),
