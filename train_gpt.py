@@ -11,7 +11,7 @@ already scored. The sections stand in the order in which data flows:
     1. Settings     one typed dataclass, presets, validation, --help
     2. Ranks        what several processes need from each other
     3. Data         shards, batches, prefetching, bytes per token
-    4. Scans        the Mamba-3 recurrence: sequential, chunked, mamba_ssm's kernels
+    4. Scans        the Mamba-3 recurrence: sequential, chunked, fused in Triton kernels
     5. Model        attention, Mamba and MLP blocks, U-Net skips, depth recurrence
     6. Optimizers   Muon, Adam, weight averaging, the schedule that follows the clock
     7. Evaluation   one scoring loop for every mode, test-time training, sampling
@@ -27,7 +27,6 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -128,7 +127,7 @@ class Settings:
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution's tokens; -1: 4 in Mamba-2, else none")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
-    scan_backend: str = env("auto", "auto|triton|mamba_ssm|chunked|sequential", "auto: triton on CUDA")
+    scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, chunked on a CPU")
     unet_skips: bool = env(True, "0|1", "from the first half of layers to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
     bigram_dim: int = env(128, "width > 0", "its width before the projection")
@@ -589,7 +588,7 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
 # ============
 # 4. Scans
 # The Mamba-3 recurrence (arXiv 2603.15569) behind one function: the equation in a loop, its matmul form in plain PyTorch,
-# and the mamba_ssm library's fused kernels. Mamba-2 is the same scan without trapezoid, rotation and biases.
+# and that form fused into Triton kernels. Mamba-2 is the same scan without trapezoid, rotation and biases.
 
 
 class ScanInputs(NamedTuple):
@@ -667,10 +666,8 @@ def mamba_scan(
     inputs = scan_inputs(projected, parameters, sizes, document_start)
     if backend == "sequential" or projected.shape[1] == 1:
         y, state = sequential_scan(inputs, state)
-    elif backend == "chunked":
-        y, state = chunked_scan(inputs, state, chunk_size)
     else:
-        y, state = mamba_ssm_scan(inputs, state, chunk_size)
+        y, state = chunked_scan(inputs, state, chunk_size)
     return y.flatten(2), state
 
 
@@ -744,7 +741,7 @@ def finish_scan(inputs: ScanInputs, y: Tensor, value: Tensor) -> Tensor:
 
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
-    """The recurrence of scan() as it is written there, one token after another."""
+    """The recurrence as the paper writes it, one token after another."""
     state, key, query, angle, value, current, previous = prepare_scan(inputs, state)
     decay = inputs.log_decay.exp()
     if inputs.document_start is not None:
@@ -819,8 +816,8 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # turns those for one head; scan_forward goes from chunk to chunk of a head with the state in registers and leaves each
 # chunk's first state behind; scan_backward comes back over them; features_backward and tokens_backward undo the first two
 # and sum over heads. No atomics: gradients are the same bits every time. Decays are base-2 logarithms, angles are in turns.
+# A document start decays by exp(-60) = 1e-26, so that sums of logarithms keep float32's digits.
 
-RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
 LAUNCH = {  # warps, pipeline stages and registers (0: the compiler's choice) by GPU architecture; see bench/tune.py
     (9, 0): {
         "tokens_forward": (4, 1, 0), "rotate": (4, 1, 0), "scan_forward": (4, 2, 0), "scan_backward": (4, 2, 0),
@@ -1356,87 +1353,15 @@ def triton_scan(
     return y, ScanState(angle, ssm, key, last.value[:, 0].float())
 
 
-# The mamba_ssm library's kernels, to check ours against: bfloat16 in and out. The operator keeps the graph whole; its
-# backward runs the forward again.
-
-
-def call_mamba_ssm(tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
-    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
-
-    # Triton keeps its allocator per thread, and backward runs in autograd's own.
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, device="cuda", dtype=torch.int8))
-    options = {"chunk_size": chunk, "return_final_states": True, "Input_States": tuple(states) or None}
-    gate = tensors[10] if len(tensors) > 10 else None
-    return [x.clone() for x in mamba3_siso_combined(*tensors[:10], gate, **options)]
-
-
-@torch.library.custom_op("golf::mamba_ssm", mutates_args=())
-def mamba_ssm_forward(tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
-    return call_mamba_ssm(tensors, states, chunk)
-
-
-@torch.library.custom_op("golf::mamba_ssm_backward", mutates_args=())
-def mamba_ssm_backward(grad: Tensor, tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        return list(torch.autograd.grad(call_mamba_ssm(leaves, states, chunk)[0], leaves, grad))
-
-
-@mamba_ssm_forward.register_fake
-def _(tensors, states, chunk):
-    query, value, angle = tensors[0], tensors[2], tensors[8]
-    batch, _, heads, channels = value.shape
-    shapes = (value.shape, (batch, heads, angle.shape[-1]), (batch, heads, channels, query.shape[-1]),
-              (batch, heads, query.shape[-1]), (batch, heads, channels))  # fmt: skip
-    dtypes = value.dtype, torch.float32, torch.float32, torch.float32, value.dtype
-    return [value.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)]
-
-
-mamba_ssm_backward.register_fake(lambda grad, tensors, states, chunk: [torch.empty_like(x) for x in tensors])
-mamba_ssm_forward.register_autograd(
-    lambda ctx, grads: (torch.ops.golf.mamba_ssm_backward(grads[0], ctx.tensors, ctx.states, ctx.chunk), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.__dict__.update(zip(("tensors", "states", "chunk"), inputs)),
-)
-
-
-def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
-    """The recurrence on mamba_ssm. No gradient flows through states; switched-off parts take values that do nothing."""
-    bf16, heads = torch.bfloat16, inputs.value.shape[2]
-    trapezoid, angle_rate, log_decay = inputs.trapezoid, inputs.angle_rate, inputs.log_decay
-    if trapezoid is None:
-        trapezoid = torch.full_like(inputs.step_size, 30.0)  # sigmoid(30) = 1 in float32
-    if angle_rate is None:
-        angle_rate = inputs.key.new_zeros(*inputs.key.shape[:2], inputs.key.shape[-1] // 4)
-    if inputs.document_start is not None:
-        log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
-    states = []
-    if state is not None:
-        no_angle = angle_rate.new_zeros(*state.key.shape[:2], angle_rate.shape[-1])
-        angle = no_angle if inputs.angle_rate is None else state.angle
-        states = [angle.to(bf16), state.ssm.float(), state.key.float(), state.value.to(bf16)]
-    tensors = [
-        inputs.query.to(bf16).unsqueeze(2), inputs.key.to(bf16).unsqueeze(2), inputs.value.to(bf16).contiguous(),
-        *(x.transpose(1, 2).contiguous() for x in (log_decay, inputs.step_size, trapezoid.to(bf16))),
-        inputs.query_bias.float(), inputs.key_bias.float(),
-        angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(), inputs.skip.float(),
-    ]  # fmt: skip
-    if inputs.gate is not None:
-        tensors.append(inputs.gate.to(bf16).contiguous())
-    y, *final = torch.ops.golf.mamba_ssm(tensors, states, chunk_size)
-    return y.to(inputs.value.dtype), ScanState(*(x.float() for x in final))
-
-
 def choose_scan_backend(wanted: str, device: torch.device) -> str:
     """The backend that "auto" stands for on this device. Raises UserError where the one wanted cannot run."""
     gpu = device.type == "cuda"
-    runs = {
-        "triton": triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1"),
-        "mamba_ssm": gpu and importlib.util.find_spec("mamba_ssm") is not None,
-    }
     backend = wanted if wanted != "auto" else "triton" if gpu else "chunked"
-    if not runs.get(backend, True):
-        needs = "a GPU and triton, which torch's CUDA builds bring" if backend == "triton" else "a GPU and mamba_ssm"
-        raise UserError(f"SCAN_BACKEND={backend} needs {needs}; or ask for a slower one by name: SCAN_BACKEND=chunked")
+    runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
+    need(
+        runs or backend != "triton",
+        "SCAN_BACKEND=triton needs a GPU and triton, which torch's CUDA builds bring; a slower one: SCAN_BACKEND=chunked",
+    )
     return backend
 
 
@@ -1626,7 +1551,7 @@ class ShortConv(nn.Module):
 
 
 class Mamba(nn.Module):
-    """A Mamba-3 block, or with MAMBA_VERSION=2 a Mamba-2 block, around scan().
+    """A Mamba-3 block, or with MAMBA_VERSION=2 a Mamba-2 block, around mamba_scan().
 
     Mamba-3: in_proj gives z, x, B, C, per head step size, decay, trapezoid, and shared angles; B and C are normed and
     biased. Mamba-2: constant decay rates, a short convolution over x, B, C in front, gate and norm at the end.
@@ -2561,11 +2486,11 @@ class Log:
 def describe_machine(ranks: Ranks) -> dict[str, str | int]:
     """Versions and hardware, for the log."""
     cuda = ranks.device.type == "cuda"
-    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
     gpus = f"{ranks.world_size} × {torch.cuda.get_device_name()}" if cuda else ""
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton,
-        "numpy": np.__version__, "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": triton and triton.__version__, "numpy": np.__version__,
+        "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(), "world_size": ranks.world_size,
     }  # fmt: skip
 
