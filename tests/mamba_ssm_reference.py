@@ -1,6 +1,6 @@
-"""The mamba_ssm library's Mamba-3 operator, to check our fused scan against and to time it beside (requirements-cuda.txt).
+"""The mamba_ssm library's Mamba-3 operator, to check our fused scan against and to time beside it.
 
-It computes in bfloat16, angles included. Needs a GPU.
+It computes in bfloat16, angles included, and needs a GPU. requirements-cuda.txt installs it.
 """
 
 import functools

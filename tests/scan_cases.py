@@ -54,9 +54,11 @@ def random_case(
     return ScanCase(projected, parameters, sizes, document_start, carried_state)
 
 
-def results(scan: Callable, case: ScanCase, dtype: torch.dtype, wide: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Outputs, final state and every gradient of a random weighting of both, of projected's gradient each group of
-    columns. projected is in dtype, the rest in wide (None: the same)."""
+def results(
+    scan: Callable, case: ScanCase, dtype: torch.dtype, wide: torch.dtype | None = None, from_state: bool = True
+) -> dict[str, Tensor]:
+    """Outputs, final state and every gradient of a random weighting of both, or of the outputs alone; of projected's
+    gradient each group of columns. projected is in dtype, the rest in wide (None: the same)."""
     wide = wide or dtype
 
     def leaf(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -68,7 +70,7 @@ def results(scan: Callable, case: ScanCase, dtype: torch.dtype, wide: torch.dtyp
     y, final = scan(projected, parameters, case.sizes, case.document_start, state)
     generator = torch.Generator().manual_seed(1)
     loss = 0.0
-    for x in (y, *final):
+    for x in (y, *final) if from_state else (y,):
         weight = torch.randn(x.shape, generator=generator).bfloat16().to(x)
         loss = loss + (x * weight).double().sum()
     learned = {f"d {name}": x for name, x in parameters._asdict().items() if x is not None}

@@ -1,4 +1,4 @@
-"""The fused scan's Triton kernels in Triton's interpreter, on the CPU: float32 against the equation in a loop, in float64.
+"""The fused scan's kernels in Triton's interpreter, on the CPU: float32 against the equation in a loop, in float64.
 
 The interpreter takes a second for each few programs, so the shapes are small. gpu_checks.py checks the compiled kernels.
 """
