@@ -11,7 +11,7 @@ already scored. The sections stand in the order in which data flows:
     1. Settings     one typed dataclass, presets, validation, --help
     2. Ranks        what several processes need from each other
     3. Data         shards, batches, prefetching, bytes per token
-    4. Scans        the Mamba-3 recurrence: sequential, chunked, mamba_ssm's kernels
+    4. Scans        the Mamba-3 recurrence: sequential, chunked, fused in Triton kernels
     5. Model        attention, Mamba and MLP blocks, U-Net skips, depth recurrence
     6. Optimizers   Muon, Adam, weight averaging, the schedule that follows the clock
     7. Evaluation   one scoring loop for every mode, test-time training, sampling
@@ -27,7 +27,6 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -129,7 +128,7 @@ class Settings:
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution's tokens; -1: 4 in Mamba-2, else none")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
-    scan_backend: str = env("auto", "auto|triton|mamba_ssm|chunked|sequential", "auto: triton on CUDA")
+    scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, chunked on a CPU")
     unet_skips: bool = env(True, "0|1", "from the first half of layers to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
     bigram_dim: int = env(128, "width > 0", "its width before the projection")
@@ -590,7 +589,7 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
 # ============
 # 4. Scans
 # The Mamba-3 recurrence (arXiv 2603.15569) behind one function: the equation in a loop, its matmul form in plain PyTorch,
-# and the mamba_ssm library's fused kernels. Mamba-2 is the same scan without trapezoid, rotation and biases.
+# and that form fused into Triton kernels. Mamba-2 is the same scan without trapezoid, rotation and biases.
 
 
 class ScanInputs(NamedTuple):
@@ -668,10 +667,8 @@ def mamba_scan(
     inputs = scan_inputs(projected, parameters, sizes, document_start)
     if backend == "sequential" or projected.shape[1] == 1:
         y, state = sequential_scan(inputs, state)
-    elif backend == "chunked":
-        y, state = chunked_scan(inputs, state, chunk_size)
     else:
-        y, state = mamba_ssm_scan(inputs, state, chunk_size)
+        y, state = chunked_scan(inputs, state, chunk_size)
     return y.flatten(2), state
 
 
@@ -745,7 +742,7 @@ def finish_scan(inputs: ScanInputs, y: Tensor, value: Tensor) -> Tensor:
 
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
-    """The recurrence of scan() as it is written there, one token after another."""
+    """The recurrence as the paper writes it, one token after another."""
     state, key, query, angle, value, current, previous = prepare_scan(inputs, state)
     decay = inputs.log_decay.exp()
     if inputs.document_start is not None:
@@ -820,8 +817,8 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # turns those for one head; scan_forward goes from chunk to chunk of a head with the state in registers and leaves each
 # chunk's first state behind; scan_backward comes back over them; features_backward and tokens_backward undo the first two
 # and sum over heads. No atomics: gradients are the same bits every time. Decays are base-2 logarithms, angles are in turns.
+# A document start decays by exp(-60) = 1e-26, so that sums of logarithms keep float32's digits.
 
-RESET_LOG_DECAY = -60.0  # a document start for the kernels: exp(-60) = 1e-26, and sums of it keep float32's digits
 LAUNCH = {  # warps and registers (0: the compiler's choice) of each kernel by GPU architecture; see bench/tune.py
     (9, 0): {
         "tokens_forward": (4, 128), "rotate": (4, 0), "scan_forward": (4, 0), "scan_backward": (4, 0),
@@ -1357,87 +1354,15 @@ def evens_first(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-# The mamba_ssm library's kernels, to check ours against: bfloat16 in and out. The operator keeps the graph whole; its
-# backward runs the forward again.
-
-
-def call_mamba_ssm(tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
-    from mamba_ssm.ops.triton.mamba3.mamba3_siso_combined import mamba3_siso_combined
-
-    # Triton keeps its allocator per thread, and backward runs in autograd's own.
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, device="cuda", dtype=torch.int8))
-    options = {"chunk_size": chunk, "return_final_states": True, "Input_States": tuple(states) or None}
-    gate = tensors[10] if len(tensors) > 10 else None
-    return [x.clone() for x in mamba3_siso_combined(*tensors[:10], gate, **options)]
-
-
-@torch.library.custom_op("golf::mamba_ssm", mutates_args=())
-def mamba_ssm_forward(tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
-    return call_mamba_ssm(tensors, states, chunk)
-
-
-@torch.library.custom_op("golf::mamba_ssm_backward", mutates_args=())
-def mamba_ssm_backward(grad: Tensor, tensors: list[Tensor], states: list[Tensor], chunk: int) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in tensors]
-        return list(torch.autograd.grad(call_mamba_ssm(leaves, states, chunk)[0], leaves, grad))
-
-
-@mamba_ssm_forward.register_fake
-def _(tensors, states, chunk):
-    query, value, angle = tensors[0], tensors[2], tensors[8]
-    batch, _, heads, channels = value.shape
-    shapes = (value.shape, (batch, heads, angle.shape[-1]), (batch, heads, channels, query.shape[-1]),
-              (batch, heads, query.shape[-1]), (batch, heads, channels))  # fmt: skip
-    dtypes = value.dtype, torch.float32, torch.float32, torch.float32, value.dtype
-    return [value.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)]
-
-
-mamba_ssm_backward.register_fake(lambda grad, tensors, states, chunk: [torch.empty_like(x) for x in tensors])
-mamba_ssm_forward.register_autograd(
-    lambda ctx, grads: (torch.ops.golf.mamba_ssm_backward(grads[0], ctx.tensors, ctx.states, ctx.chunk), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.__dict__.update(zip(("tensors", "states", "chunk"), inputs)),
-)
-
-
-def mamba_ssm_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
-    """The recurrence on mamba_ssm. No gradient flows through states; switched-off parts take values that do nothing."""
-    bf16, heads = torch.bfloat16, inputs.value.shape[2]
-    trapezoid, angle_rate, log_decay = inputs.trapezoid, inputs.angle_rate, inputs.log_decay
-    if trapezoid is None:
-        trapezoid = torch.full_like(inputs.step_size, 30.0)  # sigmoid(30) = 1 in float32
-    if angle_rate is None:
-        angle_rate = inputs.key.new_zeros(*inputs.key.shape[:2], inputs.key.shape[-1] // 4)
-    if inputs.document_start is not None:
-        log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
-    states = []
-    if state is not None:
-        no_angle = angle_rate.new_zeros(*state.key.shape[:2], angle_rate.shape[-1])
-        angle = no_angle if inputs.angle_rate is None else state.angle
-        states = [angle.to(bf16), state.ssm.float(), state.key.float(), state.value.to(bf16)]
-    tensors = [
-        inputs.query.to(bf16).unsqueeze(2), inputs.key.to(bf16).unsqueeze(2), inputs.value.to(bf16).contiguous(),
-        *(x.transpose(1, 2).contiguous() for x in (log_decay, inputs.step_size, trapezoid.to(bf16))),
-        inputs.query_bias.float(), inputs.key_bias.float(),
-        angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(), inputs.skip.float(),
-    ]  # fmt: skip
-    if inputs.gate is not None:
-        tensors.append(inputs.gate.to(bf16).contiguous())
-    y, *final = torch.ops.golf.mamba_ssm(tensors, states, chunk_size)
-    return y.to(inputs.value.dtype), ScanState(*(x.float() for x in final))
-
-
 def choose_scan_backend(wanted: str, device: torch.device) -> str:
     """The backend that "auto" stands for on this device. Raises UserError where the one wanted cannot run."""
     gpu = device.type == "cuda"
-    runs = {
-        "triton": triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1"),
-        "mamba_ssm": gpu and importlib.util.find_spec("mamba_ssm") is not None,
-    }
     backend = wanted if wanted != "auto" else "triton" if gpu else "chunked"
-    if not runs.get(backend, True):
-        needs = "a GPU and triton, which torch's CUDA builds bring" if backend == "triton" else "a GPU and mamba_ssm"
-        raise UserError(f"SCAN_BACKEND={backend} needs {needs}; or ask for a slower one by name: SCAN_BACKEND=chunked")
+    runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
+    need(
+        runs or backend != "triton",
+        "SCAN_BACKEND=triton needs a GPU and triton, which torch's CUDA builds bring; a slower one: SCAN_BACKEND=chunked",
+    )
     return backend
 
 
@@ -1592,11 +1517,7 @@ class Attention(nn.Module):
         return self.out(y[:, cached:].flatten(2)), new_state
 
 
-# The short convolution before Mamba-2 (and, if asked for, Mamba-3): causal-conv1d's kernel as operators on CUDA, a sum of
-# shifted products elsewhere. Both include the SiLU and keep documents apart.
-
-
-def short_conv_pytorch(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
     """Causal depthwise convolution and SiLU: x (B, L, C), weight (C, W), bias (C,) -> (B, L, C).
 
     document (B, L) numbers the documents; what an earlier one holds reads as 0.
@@ -1610,53 +1531,13 @@ def short_conv_pytorch(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor
     return F.silu(y)
 
 
-@torch.library.custom_op("golf::short_conv", mutates_args=())
-def short_conv_cuda(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
-    """short_conv_pytorch() on causal-conv1d's kernel, which wants channels last in a (B, C, L) view."""
-    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
-
-    x, weight, bias = x.contiguous().transpose(1, 2), weight.to(x.dtype), bias.to(x.dtype)
-    return causal_conv1d_fwd_function(x, weight, bias, document, None, None, True).transpose(1, 2)
-
-
-@short_conv_cuda.register_fake
-def _(x, weight, bias, document):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("golf::short_conv_backward", mutates_args=())
-def short_conv_cuda_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
-
-    x, grad = x.contiguous().transpose(1, 2), grad.contiguous().transpose(1, 2)
-    dx, dweight, dbias, _ = causal_conv1d_bwd_function(
-        x, weight.to(x.dtype), bias.to(x.dtype), grad, document, None, None, None, False, True
-    )
-    return dx.transpose(1, 2).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype)
-
-
-@short_conv_cuda_backward.register_fake
-def _(grad, x, weight, bias, document):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
-short_conv_cuda.register_autograd(
-    lambda ctx, grad: (*torch.ops.golf.short_conv_backward(grad, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
 class ShortConv(nn.Module):
     """The short convolution with its memory of the last width - 1 inputs."""
 
-    def __init__(self, channels: int, width: int, device: torch.device):
+    def __init__(self, channels: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
         self.bias = nn.Parameter(torch.zeros(channels))
-        fused = device.type == "cuda" and importlib.util.find_spec("causal_conv1d") is not None
-        self.convolve = torch.ops.golf.short_conv if fused else short_conv_pytorch
 
     def forward(self, x: Tensor, context: Context, history: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs, zeros where
@@ -1665,13 +1546,13 @@ class ShortConv(nn.Module):
         padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
         last, document = padded[:, length:], None
         if context.document_start is not None:
-            document = F.pad(context.document_start.int(), (reach, 0)).cumsum(dim=1, dtype=torch.int32)
+            document = F.pad(context.document_start.long(), (reach, 0)).cumsum(dim=1)
             last = last * (document[:, length:] == document[:, -1:]).unsqueeze(-1)
-        return self.convolve(padded, self.weight, self.bias, document)[:, reach:], last
+        return short_conv(padded, self.weight, self.bias, document)[:, reach:], last
 
 
 class Mamba(nn.Module):
-    """A Mamba-3 block, or with MAMBA_VERSION=2 a Mamba-2 block, around scan().
+    """A Mamba-3 block, or with MAMBA_VERSION=2 a Mamba-2 block, around mamba_scan().
 
     Mamba-3: in_proj gives z, x, B, C, per head step size, decay, trapezoid, and shared angles; B and C are normed and
     biased. Mamba-2: constant decay rates, a short convolution over x, B, C in front, gate and norm at the end.
@@ -1699,7 +1580,7 @@ class Mamba(nn.Module):
             self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
             self.register_buffer("no_bias", torch.zeros(heads, s.mamba_d_state), persistent=False)
         conv_width = s.mamba_d_conv if s.mamba_d_conv >= 0 else (0 if mamba3 else 4)
-        self.conv = ShortConv(inner + 2 * s.mamba_d_state, conv_width, device) if conv_width > 1 else None
+        self.conv = ShortConv(inner + 2 * s.mamba_d_state, conv_width) if conv_width > 1 else None
         self.output_norm = None if mamba3 else nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
@@ -2668,11 +2549,11 @@ class Log:
 def describe_machine(ranks: Ranks) -> dict[str, str | int]:
     """Versions and hardware, for the log."""
     cuda = ranks.device.type == "cuda"
-    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
     gpus = f"{ranks.world_size} × {torch.cuda.get_device_name()}" if cuda else ""
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton,
-        "numpy": np.__version__, "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": triton and triton.__version__, "numpy": np.__version__,
+        "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(), "world_size": ranks.world_size,
     }  # fmt: skip
 

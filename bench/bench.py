@@ -19,7 +19,6 @@ import dataclasses
 import datetime
 import functools
 import gc
-import importlib.util
 import json
 import math
 import os
@@ -38,6 +37,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
+import mamba_ssm_reference
+
 import train_gpt as t
 
 PARTS = ("kernels", "scan", "steps", "startup")
@@ -190,29 +192,35 @@ def random_activations(settings: t.Settings, device: torch.device, *widths: int)
 
 
 def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bool) -> Kernel:
-    """The scan operator from in_proj's output on, norms and copies included, compiled as in the model."""
-    s, device = settings, ranks.device
-    backend = t.choose_scan_backend(backend, device)
-    heads, angles = s.mamba_inner_dim // s.mamba_head_dim, int(s.mamba_d_state * s.mamba_rope_fraction) // 2
-    sizes = t.MambaSizes(heads, s.mamba_head_dim, s.mamba_d_state, angles, 3)
+    """A scan from in_proj's output on, norms and copies included, compiled as in the model. backend may also be
+    mamba_ssm: then what stands before the library's operator is compiled."""
+    s, device, state = settings, ranks.device, settings.mamba_d_state
+    heads, chunk = s.mamba_inner_dim // s.mamba_head_dim, s.mamba_chunk_size
+    sizes = t.MambaSizes(heads, s.mamba_head_dim, state, int(state * s.mamba_rope_fraction) // 2, 3)
     random = functools.partial(torch.randn, device=device)
     ones = functools.partial(torch.ones, device=device)
     step = torch.exp(torch.empty(heads, device=device).uniform_(math.log(1e-3), math.log(1e-1)))
-    named = {
-        "step_bias": step.expm1().log(), "skip": ones(heads), "key_bias": 1 + 0.1 * random(heads, s.mamba_d_state),
-        "query_bias": 1 + 0.1 * random(heads, s.mamba_d_state), "key_norm": ones(s.mamba_d_state),
-        "query_norm": ones(s.mamba_d_state),
-    }  # fmt: skip
-    names, chunk = tuple(named), s.mamba_chunk_size
-    projected = random_activations(s, device, 2 * s.mamba_inner_dim + 2 * s.mamba_d_state + 3 * heads + angles)
+    learned = (  # step_bias, skip, key_bias, query_bias, key_norm, query_norm
+        step.expm1().log(), ones(heads), 1 + 0.1 * random(heads, state), 1 + 0.1 * random(heads, state), ones(state),
+        ones(state),
+    )  # fmt: skip
 
-    def run(projected: Tensor, *tensors: Tensor) -> Tensor:
-        parameters = t.MambaParameters(**dict(zip(names, tensors)), decay_rate=None)
-        return t.mamba_scan(projected, parameters, sizes, None, None, backend, chunk)[0]
+    def ours(projected: Tensor, *learned: Tensor) -> Tensor:
+        return t.mamba_scan(projected, t.MambaParameters(*learned), sizes, None, None, backend, chunk)[0]
 
-    inputs = projected, *(x.requires_grad_() for x in named.values())
-    flops = mixer_flops(s, "mamba", s.train_batch_tokens)
-    return operator(t.maybe_compile(run, s, ranks), inputs, (), flops, backward)
+    def before_library(projected: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
+        inputs = t.scan_inputs(projected, t.MambaParameters(*learned), sizes, None)
+        return mamba_ssm_reference.library_tensors(inputs)
+
+    if backend == "mamba_ssm":
+        prepare = t.maybe_compile(before_library, s, ranks)
+        run = lambda *tensors: mamba_ssm_reference.library_operator()(*prepare(*tensors), chunk_size=chunk)
+    else:
+        backend = t.choose_scan_backend(backend, device)
+        run = t.maybe_compile(ours, s, ranks)
+    projected = random_activations(s, device, sum(sizes.columns()))
+    inputs = projected, *(x.requires_grad_() for x in learned)
+    return operator(run, inputs, (), mixer_flops(s, "mamba", s.train_batch_tokens), backward)
 
 
 def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
@@ -262,15 +270,16 @@ def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """Muon, Adam and the weight average on the whole model, in float32; gradients are not averaged or clipped."""
+    """Muon, Adam and the weight average on the whole model, in float32, clipping included; gradients are not averaged."""
     s, model = settings, t.build_model(settings, ranks)
     optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
+    gradients = {p: torch.randn_like(p) for p in model.parameters()}
 
     def call():
+        for p, gradient in gradients.items():  # a step drops them
+            p.grad = gradient
         optimizers.step(0.0, s.muon_momentum)  # with rate 0 the weights stay as they are, and the work is the same
-        average.update(1, 1.0)
+        average.update(1, 1.0, optimizers.muon.found_inf)
 
     matrices = [layer.weight for layer in model.linear_layers().values()]
     muon = sum(p.numel() for p in matrices)
@@ -416,7 +425,7 @@ def time_steps(
 KERNEL_KINDS = {
     "communication": r"nccl",
     "attention": r"sdpa|fmha|flash|flex_attention|attention",
-    "mamba": r"mamba|siso|angle_dt|causal_conv1d|(?<!device)scan",
+    "mamba": r"(?<!device)scan|" + "|".join(f"^{name}$" for name in t.LAUNCH[max(t.LAUNCH)]),
     "cross-entropy": r"cross_entropy|softmax|nll_loss|softcap|logsumexp",
     "matmul": r"gemm|nvjet|cutlass|cublas|xmma|splitk|triton_tem_\w*mm",
     "optimizer": r"multi_tensor_apply|foreach|adam|muon|lerp",
@@ -621,7 +630,7 @@ def run_parts(options: argparse.Namespace) -> int:
             report.measure("kernels", name, functools.partial(time_kernel, make, ceilings))
     if "scan" in options.parts:
         for name, make in scan_makers(kernel_settings, ranks).items():
-            if name.startswith("mamba_ssm") and importlib.util.find_spec("mamba_ssm") is None:
+            if name.startswith("mamba_ssm") and not mamba_ssm_reference.is_installed():
                 report.add("scan", name, {"skipped": "mamba_ssm is not installed"})
             else:
                 report.measure("scan", name, functools.partial(time_kernel, make, ceilings))

@@ -1,5 +1,6 @@
 """Fixtures: data made once per session. Plain helpers are in helpers.py."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are too small to gain from more, and the machine may be shared
+if not torch.cuda.is_available():  # the fused scan's kernels run on the CPU; triton reads this when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog, and then it rests beneath an old oak tree.",

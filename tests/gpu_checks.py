@@ -1,19 +1,23 @@
-"""Checks that need a CUDA GPU with mamba_ssm (and, where installed, causal-conv1d).
+"""Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python tests/gpu_checks.py [scans] [convolution] [attention] [model]
+    python tests/gpu_checks.py [scans] [attention] [model]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error. Prints a table and
 exits with status 1 if a row fails.
 """
 
 import dataclasses
-import importlib.util
+import functools
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import mamba_ssm_reference
+from helpers import relative
+from scan_cases import ScanCase, errors, random_case, results
+
 import train_gpt as t
 
 BF16_TOLERANCE = 2e-2  # bf16 operands leave 1e-3 to 1e-2; the library also rounds angles to bf16
@@ -29,116 +33,92 @@ def check(name: str, error: float, tolerance: float) -> None:
     print(f"{'ok  ' if good else 'FAIL'} {name:70} {error:.2e} (at most {tolerance:.0e})", flush=True)
 
 
-def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
-    result, reference = result.detach().double(), reference.detach().double()
-    return float((result - reference).norm() / reference.norm().clamp_min(1e-30))
+def check_errors(label: str, off: dict[str, float], tolerance: float) -> None:
+    """Two rows: the worst of outputs and final states, and the worst gradient, which may be three times as far off."""
+    for gradient in (False, True):
+        part = {name: error for name, error in off.items() if name.startswith("d ") == gradient}
+        worst = max(part, key=lambda name: part[name] if part[name] == part[name] else torch.inf)  # NaN is worst
+        check(
+            f"{label}: worst {'gradient' if gradient else 'output'} ({worst})",
+            part[worst],
+            (1 + 2 * gradient) * tolerance,
+        )
 
 
-def scan_inputs(batch, length, heads, channels, state_size, angles, gate, resets, mamba2=False) -> t.ScanInputs:
-    def normal(*shape):
-        return torch.randn(*shape, device=DEVICE).bfloat16().float()
-
-    step_size = torch.nn.functional.softplus(torch.randn(batch, length, heads, device=DEVICE) - 3)
-    log_decay = -step_size * torch.nn.functional.softplus(torch.randn(batch, length, heads, device=DEVICE))
-    return t.ScanInputs(
-        normal(batch, length, heads, channels),
-        normal(batch, length, state_size),
-        normal(batch, length, state_size),
-        step_size,
-        log_decay,
-        torch.zeros(heads, state_size, device=DEVICE) if mamba2 else 1 + 0.1 * normal(heads, state_size),
-        torch.zeros(heads, state_size, device=DEVICE) if mamba2 else 1 + 0.1 * normal(heads, state_size),
-        normal(heads),
-        None if mamba2 else normal(batch, length, heads),
-        None if mamba2 else normal(batch, length, angles),
-        normal(batch, length, heads, channels) if gate else None,
-        torch.rand(batch, length, device=DEVICE) < 0.02 if resets else None,
-    )
+def fused_scan(projected, parameters, sizes, document_start, state, chunk_size: int = 64):
+    return t.mamba_scan(projected, parameters, sizes, document_start, state, "triton", chunk_size)
 
 
-def differentiable(inputs: t.ScanInputs) -> t.ScanInputs:
-    return t.ScanInputs(
-        *(x.detach().clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs)
-    )
+def fused_scan_in_two_calls(projected, parameters, sizes, document_start, state, place: int = 192):
+    outputs = []
+    for part in (slice(place), slice(place, None)):
+        start = None if document_start is None else document_start[:, part].contiguous()
+        y, state = fused_scan(projected[:, part], parameters, sizes, start, state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+def library_scan(projected, parameters, sizes, document_start, state):
+    inputs = t.scan_inputs(projected, parameters, sizes, document_start)
+    y, state = mamba_ssm_reference.mamba_ssm_scan(inputs, state, 64)
+    return y.flatten(2), state
 
 
 def check_scans() -> None:
-    cases = [
-        ("heads 16×64, state 64", (2, 512, 16, 64, 64, 16, True, False, False)),
-        ("heads 16×64, state 64, odd length", (2, 333, 16, 64, 64, 16, True, False, False)),
-        ("heads 4×64, state 128, all rotate, no gate", (2, 256, 4, 64, 128, 64, False, False, False)),
-        ("heads 16×64, state 64, documents", (2, 512, 16, 64, 64, 16, True, True, False)),
-        ("Mamba-2 form", (2, 512, 16, 64, 64, 0, False, True, True)),
-    ]
-    for name, case in cases:
-        inputs = scan_inputs(*case)
-        exact = t.ScanInputs(*(x.double() if x is not None and x.is_floating_point() else x for x in inputs))
-        grad = torch.randn_like(inputs.value)
-        outcomes = []
-        for backend, version in (("chunked", exact), ("chunked", inputs), ("mamba_ssm", inputs)):
-            leaves = differentiable(version)
-            y, state = t.scan(leaves, None, backend, 64)
-            names = [n for n, x in zip(leaves._fields, leaves) if x is not None and x.requires_grad]
-            wanted = [getattr(leaves, n) for n in names]
-            outcomes.append((y, state, dict(zip(names, torch.autograd.grad(y, wanted, grad.to(y.dtype))))))
-        (y, state, grads), chunked, fused = outcomes
-        check(f"chunked float32: {name}: y", relative(chunked[0], y), 1e-4)
-        check(f"mamba_ssm: {name}: y", relative(fused[0], y), BF16_TOLERANCE)
-        check(
-            f"mamba_ssm: {name}: final state",
-            relative(fused[1].ssm, state.ssm) if case[5] == 0 else invariant(fused[1], state),
-            BF16_TOLERANCE,
-        )
-        for key in grads:
-            check(f"mamba_ssm: {name}: d {key}", relative(fused[2][key], grads[key]), 3 * BF16_TOLERANCE)
-        # A sequence in two calls is the sequence in one.
-        half = 192
-        first = t.ScanInputs(
-            *(
-                x[:, :half] if x is not None and x.dim() > 2 or x is inputs.document_start and x is not None else x
-                for x in inputs
+    """Each new combination of sizes and switches costs seconds of compilation, hence the few cases."""
+    starts = (0, 63, 64, 65, 200, 332)
+    cases = {
+        "16 heads of 64, state 64": random_case(2, 512, 16, 64, 64, device=DEVICE),
+        "16 heads of 64, state 64, odd length, documents, carried": random_case(
+            2, 333, 16, 64, 64, starts=starts, carried=True, device=DEVICE
+        ),
+        "4 heads of 64, state 128, all rotate, carried": random_case(
+            1, 256, 4, 64, 128, rope_fraction=1.0, carried=True, device=DEVICE
+        ),
+        "Mamba-2, odd length, documents, carried": random_case(
+            2, 333, 16, 64, 64, version=2, starts=starts, carried=True, device=DEVICE
+        ),
+    }
+    chunked = functools.partial(t.mamba_scan, backend="chunked", chunk_size=64)
+    narrow, wide = torch.bfloat16, torch.float32
+    for name, case in cases.items():
+        expected = results(chunked, case, torch.float64)
+        found, again = (results(fused_scan, case, narrow, wide) for _ in range(2))
+        check_errors(f"fused, {name}", errors(found, expected), BF16_TOLERANCE)
+        different = [x for x in found if not torch.equal(found[x], again[x])]
+        check(f"fused, {name}: results whose bits differ in a second run", len(different), 0)
+        if case.state is not None:
+            found = results(fused_scan_in_two_calls, case, narrow, wide)
+            check_errors(f"fused in two calls, {name}", errors(found, expected), BF16_TOLERANCE)
+        elif mamba_ssm_reference.is_installed():
+            expected, found, library = (
+                results(scan, case, *dtypes, from_state=False)
+                for scan, *dtypes in (
+                    (chunked, torch.float64),
+                    (fused_scan, narrow, wide),
+                    (library_scan, narrow, wide),
+                )
             )
-        )
-        second = t.ScanInputs(
-            *(
-                x[:, half:] if x is not None and x.dim() > 2 or x is inputs.document_start and x is not None else x
-                for x in inputs
-            )
-        )
-        with torch.no_grad():
-            y1, carried = t.scan(first, None, "mamba_ssm", 64)
-            y2, _ = t.scan(second, carried, "mamba_ssm", 64)
-        check(f"mamba_ssm: {name}: state carry", relative(torch.cat([y1, y2], 1), y), BF16_TOLERANCE)
+            check_errors(f"mamba_ssm, {name}", errors(library, expected), BF16_TOLERANCE)
+            check_errors(f"fused against mamba_ssm, {name}", errors(found, library), BF16_TOLERANCE)
+        else:
+            print("skip mamba_ssm is not installed")
+    small = random_case(1, 70, 2, 32, 32, starts=(5, 40), carried=True, device=DEVICE)
+    found = results(functools.partial(fused_scan, chunk_size=32), small, torch.float32)
+    check_errors("fused, float32, 2 heads of 32", errors(found, results(chunked, small, torch.float64)), 1e-4)
+    check_causality(cases["16 heads of 64, state 64"])
 
 
-def invariant(result: t.ScanState, reference: t.ScanState) -> float:
-    """Error of the state in a frame without rotation: S as rotated back by the angle it goes with."""
-    back = [t.rotate_pairs(s.ssm.double(), -s.angle.double().unsqueeze(2)) for s in (result, reference)]
-    return relative(*back)
-
-
-def check_short_convolution() -> None:
-    if importlib.util.find_spec("causal_conv1d") is None:
-        print("skip causal-conv1d is not installed")
-        return
-    for documents in (False, True):
-        x = torch.randn(2, 300, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        weight, bias = (
-            torch.randn(64, 4, device=DEVICE, requires_grad=True),
-            torch.randn(64, device=DEVICE, requires_grad=True),
-        )
-        document = (torch.rand(2, 300, device=DEVICE) < 0.05).cumsum(1, dtype=torch.int32) if documents else None
-        grad = torch.randn_like(x)
-        fused = torch.ops.golf.short_conv(x, weight, bias, document)
-        plain = t.short_conv_pytorch(x.float(), weight, bias, document)
-        label = f"causal-conv1d{', documents' if documents else ''}"
-        check(f"{label}: y", relative(fused, plain), BF16_TOLERANCE)
-        for name, a, b in zip(
-            ("x", "weight", "bias"),
-            torch.autograd.grad(fused, (x, weight, bias), grad),
-            torch.autograd.grad(plain, (x, weight, bias), grad.float()),
-        ):
-            check(f"{label}: d {name}", relative(a, b), BF16_TOLERANCE)
+def check_causality(case: ScanCase) -> None:
+    """Outputs must not depend on later tokens by a single bit."""
+    parameters = t.MambaParameters(*(x if x is None else x.float() for x in case.parameters))
+    projected = case.projected.bfloat16()
+    y, _ = fused_scan(projected, parameters, case.sizes, None, None)
+    for position in (62, 63, 64, 300):
+        changed = torch.cat([projected[:, : position + 1], projected[:, position + 1 :].flip(1)], dim=1)
+        z, _ = fused_scan(changed, parameters, case.sizes, None, None)
+        different = (y != z)[:, : position + 1].sum()
+        check(f"fused: outputs up to token {position} that depend on later tokens", float(different), 0)
 
 
 def check_attention() -> None:
@@ -210,11 +190,9 @@ def check_model(**overrides) -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    wanted = sys.argv[1:] or ["scans", "convolution", "attention", "model"]
+    wanted = sys.argv[1:] or ["scans", "attention", "model"]
     if "scans" in wanted:
         check_scans()
-    if "convolution" in wanted:
-        check_short_convolution()
     if "attention" in wanted:
         check_attention()
     if "model" in wanted:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, relative
+from helpers import relative
 
 import train_gpt as t
 
@@ -262,7 +262,7 @@ def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit(scan, position):
 
 
 def make_conv(width: int) -> t.ShortConv:
-    conv = t.ShortConv(6, width, CPU).double()
+    conv = t.ShortConv(6, width).double()
     torch.nn.init.normal_(conv.bias)
     return conv
 

@@ -124,7 +124,7 @@ IMPOSSIBLE = [
     ({"mlp_mult": 0.001}, "MLP_MULT"),
     ({"mlp_mult": 1e308}, "MLP_MULT"),
     ({"mamba_expand": 1e308}, "MAMBA_EXPAND"),
-    ({"scan_backend": "fast"}, "SCAN_BACKEND"),
+    ({"scan_backend": "mamba_ssm"}, "SCAN_BACKEND"),
     ({"mamba_layers": "0,7"}, "MAMBA_LAYERS"),
     ({"mamba_layers": "0;1"}, "MAMBA_LAYERS"),
     ({"mamba_layers": "0-"}, "MAMBA_LAYERS"),

@@ -1,0 +1,90 @@
+"""Random Mamba layers and all that a scan makes of them, by name: for test_fused_scan.py and gpu_checks.py."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from helpers import relative
+from torch import Tensor
+
+import train_gpt as t
+
+COLUMNS = {  # of in_proj's output, as MambaSizes.columns() divides them
+    3: ("gate", "value", "key", "query", "step", "decay", "trapezoid", "angle"),
+    2: ("value", "key", "query", "step"),
+}
+
+
+class ScanCase(NamedTuple):
+    """What mamba_scan() reads, in float64, but for backend and chunk."""
+
+    projected: Tensor  # (B, L, columns)
+    parameters: t.MambaParameters
+    sizes: t.MambaSizes
+    document_start: Tensor | None  # (B, L)
+    state: t.ScanState | None
+
+
+def random_case(
+    batch: int, length: int, heads: int, channels: int, state: int, version: int = 3, rope_fraction: float = 0.5,
+    starts: Sequence[int] = (), carried: bool = False, seed: int = 0, device: torch.device | str = "cpu",
+) -> ScanCase:  # fmt: skip
+    """A layer with random inputs, exact in bfloat16; starts are document starts, in the last sequence only."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+    angles = int(state * rope_fraction) // 2 if version == 3 else 0
+    sizes = t.MambaSizes(heads, channels, state, angles, version)
+    projected = normal(batch, length, sum(sizes.columns())).bfloat16().double()
+    step_bias, skip = normal(heads) - 3, normal(heads)
+    if version == 3:
+        biases, norms = (1 + 0.1 * normal(2, *shape) for shape in ((heads, state), (state,)))
+        parameters = t.MambaParameters(step_bias, skip, *biases, *norms)
+    else:
+        no_bias = torch.zeros_like(normal(heads, state))
+        parameters = t.MambaParameters(step_bias, skip, no_bias, no_bias, decay_rate=-normal(heads).exp())
+    document_start = None
+    if starts:
+        document_start = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        document_start[-1, list(starts)] = True
+    shapes = ((heads, angles), (heads, channels, state), (heads, state), (heads, channels))
+    carried_state = t.ScanState(*(normal(batch, *shape) for shape in shapes)) if carried else None
+    return ScanCase(projected, parameters, sizes, document_start, carried_state)
+
+
+def results(
+    scan: Callable, case: ScanCase, dtype: torch.dtype, wide: torch.dtype | None = None, from_state: bool = True
+) -> dict[str, Tensor]:
+    """Outputs, final state and every gradient of a random weighting of both, or of the outputs alone; of projected's
+    gradient each group of columns. projected is in dtype, the rest in wide (None: the same)."""
+    wide = wide or dtype
+
+    def leaf(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if x is None else x.to(dtype).clone().requires_grad_()
+
+    projected = leaf(case.projected, dtype)
+    parameters = t.MambaParameters(*(leaf(x, wide) for x in case.parameters))
+    state = None if case.state is None else t.ScanState(*(leaf(x, wide) for x in case.state))
+    y, final = scan(projected, parameters, case.sizes, case.document_start, state)
+    generator = torch.Generator().manual_seed(1)
+    loss = 0.0
+    for x in (y, *final) if from_state else (y,):
+        weight = torch.randn(x.shape, generator=generator).bfloat16().to(x)
+        loss = loss + (x * weight).double().sum()
+    learned = {f"d {name}": x for name, x in parameters._asdict().items() if x is not None}
+    if state is not None:
+        learned |= {f"d state.{name}": x for name, x in state._asdict().items()}
+    d_projected, *gradients = torch.autograd.grad(loss, [projected, *learned.values()])
+    outcome = {"y": y, **{f"final {name}": x for name, x in final._asdict().items()}}
+    outcome["final angle"] = torch.stack([final.angle.cos(), final.angle.sin()])  # a point on the circle
+    groups = d_projected.split(case.sizes.columns(), dim=-1)
+    outcome |= {f"d {name}": x for name, x in zip(COLUMNS[case.sizes.version], groups)}
+    return {name: x.detach() for name, x in (outcome | dict(zip(learned, gradients))).items()}
+
+
+def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Norm-relative errors by name, of all that is not empty."""
+    assert found.keys() == expected.keys()
+    return {name: relative(found[name], x) for name, x in expected.items() if x.numel()}
