@@ -975,7 +975,8 @@ def decay_matrix(decay_sum, key_log, current, CHUNK: constexpr, FAST: constexpr)
 @jit
 def gate_or_tiny(gate):
     """The gate in float32, never zero: so the backward finds what was gated in y / gate."""
-    return tl.where(gate == 0, 1e-20, gate.to(tl.float32))
+    gate = gate.to(tl.float32)
+    return tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
 
 
 @jit
@@ -1222,7 +1223,7 @@ def fused_scan(projected, step_bias, skip, biases, norms, decay_rate, document_s
         tokens_forward, (chunks, batch), projected, step_bias, decay_rate, norms, document_start, scalars, features,
         half_turn, turns, length, batch, *constants, *blocks,
     )  # fmt: skip
-    before = turns.cumsum(dim=1) - turns + turn_in.unsqueeze(1)
+    before = F.pad(turns.cumsum(dim=1), (0, 0, 0, 0, 1, -1)) + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
         rotate,
@@ -1341,7 +1342,8 @@ def triton_scan(
         ssm, turn = evens_first(state.ssm.float() + added), state.angle.float() / (2 * math.pi)
     biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
     norms = None if p.key_norm is None else torch.stack([p.key_norm, p.query_norm])
-    tensors = p.step_bias, p.skip, biases, norms, p.decay_rate, document_start, ssm.contiguous(), turn.contiguous()
+    start = None if document_start is None else document_start.contiguous()
+    tensors = p.step_bias, p.skip, biases, norms, p.decay_rate, start, ssm.contiguous(), turn.contiguous()
     y, ssm, turn, *_ = torch.ops.golf.fused_scan(projected.contiguous(), *tensors, sizes, chunk_size)
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
