@@ -36,7 +36,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -170,7 +169,7 @@ class Settings:
 
     late_qat_threshold: float = env(0.15, "0 to 1", "LR factor that begins fake quantization; 0: never", "export")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
-    sdclip_k: float = env(0.0, "std", "k of int6 rows; 0: as fine as TARGET_MB allows")
+    sdclip_k: float = env(0.0, "std", "least k of int6 rows; 0: as fine as TARGET_MB allows")
     sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
     calibration: str = env("train", "train|self", "GPTQ's text: training tokens, or the model's own")
     calibration_tokens: int = env(131_072, "tokens > 0", "how much of it")
@@ -2098,10 +2097,10 @@ class Window(NamedTuple):
 
 
 def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int, read: int = -1) -> list[Window]:
-    """This rank's windows over the targets first <= p < last; together the ranks' windows cover each target once.
+    """This rank's windows over the targets first <= p < last, each of which is scored once by some rank.
 
     plain: windows side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is new. stateful: each
-    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early to warm up, unless it has read up to there.
+    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early unless it has read up to there.
     """
     length = settings.train_seq_len
     if settings.eval_mode == "stateful":
@@ -2121,8 +2120,7 @@ class Score(NamedTuple):
     val_loss: float  # nats per target
     val_bpb: float  # bits per byte of text
     nats: np.ndarray  # (N,) float32, in stream order
-    score_seconds: float
-    epochs_given_up: int  # test-time training epochs dropped to keep the clock
+    epochs_given_up: int  # of test-time training, to keep the clock
 
 
 class Evaluator:
@@ -2133,7 +2131,7 @@ class Evaluator:
         self.order = model.order(recurrent)
         self.score_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
-        self.state, self.state_position = None, -1
+        self.state, self.state_position = None, -1  # the state after reading tokens up to this position
         s, self.total = settings, len(validation.target_bytes)
         self.nats = torch.zeros(self.total, device=ranks.device)
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
@@ -2143,15 +2141,13 @@ class Evaluator:
 
     def score(self) -> Score:
         """Scores the whole stream with the weights as they are."""
-        started = time.perf_counter()
         self._score_targets(0, self.total)
-        return self._collect(started, 0)
+        return self._collect(0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
         """Score-first test-time training: each chunk is scored, then trained on; the last is scored only.
 
-        Where time since clock_started (a perf_counter()) runs short, chunks get fewer epochs or none, but all are
-        scored. Raises UserError if even that takes too long.
+        Where time since clock_started (a perf_counter()) runs short, chunks get fewer epochs or none.
         """
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
@@ -2177,9 +2173,7 @@ class Evaluator:
                 self._train_on(first, last, sgd, parameters)
             epoch_seconds = (self._now() - scored) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
-        if self.ranks.from_main(time.perf_counter() - clock_started > s.eval_max_seconds):
-            raise UserError(f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
-        return self._collect(clock_started, given_up)
+        return self._collect(given_up)
 
     def _now(self) -> float:
         """perf_counter() once the device is done."""
@@ -2216,7 +2210,7 @@ class Evaluator:
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
     def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter]):
-        """One step of SGD on the chunk's targets, all scored before; each rank takes its part."""
+        """One step of SGD on a chunk that is scored; each rank takes its part."""
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
         mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
@@ -2231,7 +2225,7 @@ class Evaluator:
         sgd.step()
         sgd.zero_grad()
 
-    def _collect(self, started: float, given_up: int) -> Score:
+    def _collect(self, given_up: int) -> Score:
         """Sums over ranks and targets; every target must have been scored once."""
         times = self.ranks.sum_(torch.from_numpy(self.times_scored).to(self.ranks.device))
         if not bool((times == 1).all()):
@@ -2239,7 +2233,7 @@ class Evaluator:
         nats = self.ranks.sum_(self.nats).cpu().numpy()
         total = float(nats.sum(dtype=np.float64))
         bpb = total / math.log(2) / int(self.validation.target_bytes.sum())
-        return Score(total / self.total, bpb, nats, time.perf_counter() - started, given_up)
+        return Score(total / self.total, bpb, nats, given_up)
 
 
 def maybe_compile(function, settings: Settings, ranks: Ranks):
@@ -2252,14 +2246,13 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 
 @torch.no_grad()
 def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
-    """prompt (B, T) and count tokens sampled at this temperature (0: the likeliest), (B, T + count), one step each.
+    """prompt (B, T) and count tokens sampled at this temperature (0: the likeliest), (B, T + count), one by one.
     Attention sees the last cache_tokens."""
-    order = model.order(recurrent=True)
     generator = torch.Generator(prompt.device).manual_seed(seed)
     tokens, state = [prompt], None
     for _ in range(count):
-        hidden, state = model(tokens[-1], order, state, cache_tokens)
-        logits = model.logits(hidden[:, -1:])[:, -1]
+        hidden, state = model(tokens[-1], model.full_order, state, cache_tokens)
+        logits = model.logits(hidden[:, -1])
         if temperature:
             tokens.append((logits / temperature).softmax(dim=-1).multinomial(1, generator=generator))
         else:
@@ -2276,6 +2269,7 @@ DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TI
 INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
+SDCLIP_MOST = 16.0  # the largest k that is tried unasked: it leaves a typical weight 2 steps from zero
 LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained weights
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 ARTIFACT_MAGIC = b"SSMGOLF2"
@@ -2287,11 +2281,6 @@ class Quantized(NamedTuple):
 
     integers: Tensor  # (rows, columns) int8
     scale: Tensor  # (rows,) float16, the step of each row
-    limits: Tensor  # as grid_limits() has them
-
-    def ones(self) -> Tensor:
-        """Where a row of 6 bits holds 1 or -1, bool (rows, columns)."""
-        return (self.integers.abs() == 1) & (self.limits == INT6_MAX)
 
 
 Stored = dict[str, Quantized | Tensor]  # every parameter as it is stored, by name, in the model's order
@@ -2354,7 +2343,7 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    choices = [4 + 12 * i / 256 for i in range(257)]
+    choices = [4 + (SDCLIP_MOST - 4) * i / 256 for i in range(257)]
     fits = bisect.bisect_left(choices[:-1], True, key=lambda k: predict_bytes(model, settings, k) <= target_bytes)
     return choices[fits]
 
@@ -2445,7 +2434,7 @@ def quantize_model(
             known = name in hessians
             integers.copy_(gptq(weight, hessians[name], step, limits) if known else round_to_grid(weight, step, limits))
             scale.copy_(step.squeeze(1))
-        stored[name] = Quantized(integers, scale, limits)
+        stored[name] = Quantized(integers, scale)
         if number % 8 == 0:
             say(f"GPTQ: {number}/{len(matrices)} matrices")
     for name in matrices:
@@ -2468,33 +2457,6 @@ def pack_artifact(settings: Settings, stored: Stored) -> bytes:
     payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     body = ARTIFACT_MAGIC + header.encode() + b"\n" + payload
     return body + hashlib.sha256(body).digest()
-
-
-def prune(stored: Stored, count: int) -> Stored:
-    """A copy with the count int6 values of ±1 set to zero that cost least: those with the smallest step."""
-    matrices = {name: item for name, item in stored.items() if isinstance(item, Quantized)}
-    steps = torch.cat([torch.where(m.ones(), m.scale[:, None], torch.inf).flatten() for m in matrices.values()])
-    chosen = torch.zeros_like(steps, dtype=torch.bool)
-    chosen[steps.argsort(stable=True)[:count]] = True
-    masks = chosen.split([m.integers.numel() for m in matrices.values()])
-    for (name, m), mask in zip(matrices.items(), masks):
-        matrices[name] = m._replace(integers=m.integers.masked_fill(mask.view_as(m.integers), 0))
-    return stored | matrices
-
-
-def fit_artifact(settings: Settings, stored: Stored, target_bytes: int, say) -> bytes:
-    """The artifact in at most target_bytes, with ±1 values pruned if it must; UserError if it does not fit even so."""
-    data = pack_artifact(settings, stored)
-    say(f"packed: {len(data)} bytes of at most {target_bytes}")
-    count, ones = 0, sum(int(item.ones().sum()) for item in stored.values() if isinstance(item, Quantized))
-    while len(data) > target_bytes:
-        problem = f"the artifact takes {len(data)} of {target_bytes} bytes even with every ±1 pruned"
-        need(count < ones, f"{problem}: raise SDCLIP_K, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
-        # A pruned value saves about a seventh of a byte; where that was too little, a quarter more.
-        count = min(ones, count * 5 // 4 + 1 if count else 7 * (len(data) - target_bytes))
-        data = pack_artifact(settings, prune(stored, count))
-        say(f"pruned {count} of {ones} values of ±1: {len(data)} bytes")
-    return data
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
@@ -2570,9 +2532,7 @@ class Log:
     """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl. Raises UserError if they cannot be written."""
 
     def __init__(self, settings: Settings, ranks: Ranks, name: str):
-        self.quiet = ranks.rank > 0
-        self.started = time.perf_counter()
-        self.last_progress = 0.0
+        self.started, self.last_progress, self.quiet = time.perf_counter(), 0.0, ranks.rank > 0
         if self.quiet:
             return
         folder = Path(settings.log_dir)
@@ -2605,52 +2565,38 @@ class Log:
 def describe_machine(ranks: Ranks) -> dict[str, str | int]:
     """Versions and hardware, for the log."""
     cuda = ranks.device.type == "cuda"
-    triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
     gpus = f"{ranks.world_size} × {torch.cuda.get_device_name()}" if cuda else ""
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton,
-        "numpy": np.__version__, "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(), "world_size": ranks.world_size,
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": triton and triton.__version__, "world_size": ranks.world_size, "threads": torch.get_num_threads(),
+        "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
     }  # fmt: skip
 
 
-def activation_bytes(settings: Settings, tokens: int) -> float:
-    """Rough device memory of a micro-batch in bytes; the factors fit the peak measured with PRESET=peer7."""
-    s = settings
-    per_layer = 0.0
-    kinds = layer_kinds(s)
-    for layer in virtual_layer_order(s):
-        hidden = s.mlp_mult * s.model_dim if kinds[layer].mlp else 0
-        inner = 5 * s.mamba_inner_dim + 3 * (s.mamba_inner_dim // s.mamba_head_dim) * s.mamba_d_state
-        mixer = inner if kinds[layer].mixer == "mamba" else 6 * s.model_dim
-        per_layer += 2 * (mixer + 2 * hidden + 4 * s.model_dim)
-    return tokens * (per_layer + 5 * s.vocab_size)
-
-
 def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
-    """Tokens a rank runs at once: the most that divide its share and fit 70 % of its free memory, at most 131,072 (beyond
-    that, kernels run no faster) or MICRO_BATCH_TOKENS."""
-    sequences = settings.train_batch_tokens // (ranks.world_size * settings.train_seq_len)
-    most = settings.micro_batch_tokens or 131_072
-    if ranks.device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-        while most > settings.train_seq_len and activation_bytes(settings, most) > 0.7 * free:
-            most //= 2
-    limit = max(1, most // settings.train_seq_len)
-    return settings.train_seq_len * next(n for n in range(min(limit, sequences), 0, -1) if sequences % n == 0)
+    """Tokens a rank runs at once: MICRO_BATCH_TOKENS, or 131,072 (beyond that, kernels run no faster) where 70 % of the
+    free memory allow; less where that does not divide its share of the batch."""
+    s = settings
+    most = s.micro_batch_tokens or 131_072
+    if ranks.device.type == "cuda" and not s.micro_batch_tokens:
+        # Bytes per token, as if every layer were Mamba with an MLP; the factors fit the peak measured with PRESET=peer7.
+        mixer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
+        layer = mixer + (8 + 4 * s.mlp_mult) * s.model_dim
+        token = len(virtual_layer_order(s)) * layer + 5 * s.vocab_size
+        most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token)
+    sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
+    limit = max(1, min(sequences, int(most // s.train_seq_len)))
+    return s.train_seq_len * next(n for n in range(limit, 0, -1) if sequences % n == 0)
 
 
 def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, code_bytes: int, log: Log):
     """Prints what will happen, before it does."""
     s, world = settings, ranks.world_size
-    log(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
-    letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
-    order = " ".join(f"{letters[i]}{i}" for i in model.full_order)
-    start = f" from {s.recur_start:.0%} of the run" if s.num_layers < len(model.full_order) else ""
-    log(f"virtual layer order: {order}{start}")
     mixers = [block.mixer for block in model.blocks]
-    names = sorted({m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers})
-    log(f"backends: {', '.join(names)}")
+    backends = {m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers}
+    log(f"parameters: {sum(p.numel() for p in model.parameters()):,}; backends: {', '.join(sorted(backends))}")
+    letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
+    log("virtual layer order: " + " ".join(f"{letters[i]}{i}" for i in model.full_order))
     k = s.sdclip_k or 8.0
     predicted = (predict_bytes(model, s, k) + code_bytes) / 1e6
     log(f"predicted artifact: {predicted:.1f} of {s.target_mb:g} MB at SDCLIP_K={k:g}, code {code_bytes:,} bytes")
@@ -2719,11 +2665,9 @@ class Trainer:
     def run(self, batches: Batches, validate):
         """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
 
-        validate(recurrent) is called off the clock every VAL_LOSS_EVERY steps. Raises UserError for a bad token
-        and when training diverges.
+        validate(recurrent) scores the model every VAL_LOSS_EVERY steps. Raises UserError when training diverges.
         """
-        s, log, ranks = self.settings, self.log, self.ranks
-        fake_quantization, queued = None, []
+        s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
         self.clock.start()
         while True:
             if len(queued) > 1:  # wait for the last step but one: the clock is right and the GPU never idles
@@ -2733,7 +2677,7 @@ class Trainer:
                 break
             if now.quantized and fake_quantization is None:
                 fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
-                log(f"late QAT on at step {self.steps_done} (k={fake_quantization.k:.2f})")
+                self.log(f"late QAT on at step {self.steps_done} (k={fake_quantization.k:.2f})")
             with fake_quantization() if now.quantized else contextlib.nullcontext():
                 loss = self._gradients(*batches.next(), self.model.order(now.recurrent))
             self.optimizers.step(now.lr_factor, now.momentum)
@@ -2746,7 +2690,7 @@ class Trainer:
             if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
                 synchronize(ranks.device)
                 self.clock.pause()
-                self.log_validation(validate(now.recurrent))
+                self.log_score(validate(now.recurrent))
                 self.clock.start()
         self.average.apply()
         synchronize(ranks.device)
@@ -2758,8 +2702,8 @@ class Trainer:
         micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
         total = torch.zeros((), device=self.ranks.device)
         for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
-            wait = number < len(micro_batches) and self.ranks.world_size > 1
-            with self.loss_function.no_sync() if wait else contextlib.nullcontext():
+            more = number < len(micro_batches) and self.ranks.world_size > 1
+            with self.loss_function.no_sync() if more else contextlib.nullcontext():
                 loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
                 loss.backward()
             total += loss.detach()
@@ -2772,7 +2716,7 @@ class Trainer:
             raise UserError(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
         return total
 
-    def log_validation(self, score: Score, when: str = ""):
+    def log_score(self, score: Score, when: str = ""):
         """The contest's line for a score during training, and its record."""
         text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
         self._log("validation", text, val_loss=score.val_loss, val_bpb=score.val_bpb)
@@ -2783,15 +2727,12 @@ class Trainer:
 
     def _log_step(self, loss: Tensor, now: Schedule):
         mean, skipped = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size, self.skipped_steps()
-        milliseconds = 1000 * self.clock.seconds()
-        average = milliseconds / self.steps_done
-        text = f"train_loss:{mean:.4f} train_time:{milliseconds:.0f}ms step_avg:{average:.2f}ms"
+        total = 1000 * self.clock.seconds()
+        average = total / self.steps_done
+        text = f"train_loss:{mean:.4f} train_time:{total:.0f}ms step_avg:{average:.2f}ms"
         text += f" skipped_steps:{skipped}" if skipped else ""
-        self._log(
-            "train", text, train_loss=mean, train_ms=milliseconds,
-            step_avg_ms=average, skipped_steps=skipped, lr_factor=now.lr_factor, recurrent=now.recurrent,
-            quantized=now.quantized,
-        )  # fmt: skip
+        values = {"train_loss": mean, "train_ms": total, "step_avg_ms": average, "skipped_steps": skipped}
+        self._log("train", text, **values, **now._asdict())
 
 
 def calibration_sequences(model: Model, batches: Batches, settings: Settings, ranks: Ranks) -> Tensor:
@@ -2801,35 +2742,40 @@ def calibration_sequences(model: Model, batches: Batches, settings: Settings, ra
     if s.calibration == "self":
         start = torch.full((count, 1), BOS_ID, device=ranks.device)
         return generate(model, start, s.train_seq_len - 1, 1.0, s.train_seq_len, s.seed + ranks.rank)
-    sequences: list[Tensor] = []
-    while sum(map(len, sequences)) < count:
-        sequences.append(batches.next()[0])
-    return torch.cat(sequences)[:count]
+    steps = -(-s.calibration_tokens // s.train_batch_tokens)
+    return torch.cat([batches.next()[0] for _ in range(steps)])[:count]
 
 
 def export(trainer: Trainer, batches: Batches) -> dict:
-    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what was measured on the way.
+    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what a record of the run should hold.
 
-    Calibration and GPTQ run on the training clock, packing does not. Raises UserError if it cannot fit or be written.
+    Calibration and GPTQ run on the training clock, packing does not. Where the file is larger than predicted, GPTQ runs
+    again with a larger k. Raises UserError if it cannot fit or be written.
     """
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
-    started = time.perf_counter()
-    trainer.clock.start()
+    clock, target = trainer.clock, trainer.target_bytes
+    clock.start()
     sequences = calibration_sequences(model, batches, s, ranks)
     hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
-    k = fit_sdclip(model, s, trainer.target_bytes)
-    stored = quantize_model(model, s, ranks, hessians, k, log.progress)
-    synchronize(ranks.device)
-    trainer.clock.pause()
-    gptq_seconds = time.perf_counter() - started
-    log(f"GPTQ: {gptq_seconds:.1f}s with calibration, k={k:.2f}; training clock {trainer.clock.seconds():.1f}s")
+    k = fit_sdclip(model, s, target)
+    while True:
+        stored = quantize_model(model, s, ranks, hessians, k, log.progress)
+        synchronize(ranks.device)
+        clock.pause()
+        log(f"GPTQ at k={k:.2f}; training clock {clock.seconds():.1f}s")
+        data = pack_artifact(s, stored) if ranks.rank == 0 else b""
+        size = ranks.from_main(len(data))
+        log(f"{s.artifact_path}: {size} bytes of at most {target}")
+        if size <= target:
+            break
+        problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
+        need(k < SDCLIP_MOST, f"{problem}: raise it, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
+        k = min(SDCLIP_MOST, k + 5 * k * (size - target) / size)  # a size falls with the logarithm of its k
+        clock.start()
     if ranks.rank == 0:
-        data = fit_artifact(s, stored, trainer.target_bytes, log)
         write_whole(s.artifact_path, data)
-        packing_seconds = time.perf_counter() - started - gptq_seconds
-        log(f"artifact: {s.artifact_path}, {len(data)} bytes, packed in {packing_seconds:.1f}s")
     ranks.from_main(None)  # the others wait for the file
-    return {"gptq_seconds": gptq_seconds, "sdclip_k": k, "train_clock_seconds": trainer.clock.seconds()}
+    return {"sdclip_k": k, "train_clock_seconds": clock.seconds()}
 
 
 def write_whole(path: Path, data: bytes):
@@ -2845,16 +2791,7 @@ def write_whole(path: Path, data: bytes):
 
 
 def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
-    """Loads ARTIFACT, scores it, samples from it, and prints the final line.
-
-    After training, a frozen pass in plain windows comes first, off the clock, to show what quantization cost.
-    """
-    if not settings.eval_only:
-        model, loaded = load_model(settings.artifact_path, settings, given, ranks)
-        score = Evaluator(model, dataclasses.replace(loaded, eval_mode="plain"), ranks, validation).score()
-        report(log, "after_quantization", "final_int6_lzma_plain", score)
-        del model
-    adapts = settings.ttt_enabled and settings.ttt_epochs > 0
+    """Loads ARTIFACT, samples from it, scores it, and prints the final line."""
     log(f"evaluation: {len(validation.target_bytes):,} targets, {settings.eval_mode} windows")
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
@@ -2862,18 +2799,17 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
         prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)]], device=ranks.device)
         text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
         log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
-    evaluator = Evaluator(model, s, ranks, validation)
+    evaluator, adapts = Evaluator(model, s, ranks, validation), s.ttt_enabled and s.ttt_epochs > 0
     score = evaluator.score_and_adapt(clock_started, log.progress) if adapts else evaluator.score()
     if s.eval_nll_path and ranks.rank == 0:
         buffer = io.BytesIO()
         np.save(buffer, score.nats)
         write_whole(Path(s.eval_nll_path), buffer.getvalue())
-    if score.epochs_given_up:
-        log(f"gave up {score.epochs_given_up} epochs of test-time training to keep EVAL_MAX_SECONDS")
     seconds = time.perf_counter() - clock_started
-    log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s")
-    if ranks.from_main(seconds > s.eval_max_seconds):
-        raise UserError(f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
+    given_up = f", {score.epochs_given_up} epochs of test-time training given up" if score.epochs_given_up else ""
+    log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s{given_up}")
+    late = ranks.from_main(seconds > s.eval_max_seconds)
+    need(not late, f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
     report(log, "final", "final_int6_lzma_" + s.eval_mode + ("_ttt" if adapts else ""), score)
 
 
@@ -2884,21 +2820,19 @@ def report(log: Log, event: str, label: str, score: Score):
 
 
 def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet, log: Log):
-    """From shards to a finished artifact."""
-    batches = Batches(settings, ranks)
+    """From shards to a finished artifact, with frozen scores before and after quantization, off the clock."""
+    batches, plain = Batches(settings, ranks), dataclasses.replace(settings, eval_mode="plain")
     code_bytes = Path(__file__).stat().st_size
-    target_bytes = int(settings.target_mb * 1e6) - code_bytes
     model = build_model(settings, ranks)
     micro_batch = choose_micro_batch(settings, ranks)
     announce(model, settings, ranks, micro_batch, code_bytes, log)
 
-    trainer = Trainer(model, settings, ranks, micro_batch, target_bytes, log)
+    trainer = Trainer(model, settings, ranks, micro_batch, int(settings.target_mb * 1e6) - code_bytes, log)
     log("compiling and warming up ...")
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts")
     log.record("ready")
 
-    plain = dataclasses.replace(settings, eval_mode="plain")
     trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
     steps, seconds = trainer.steps_done, trainer.clock.seconds()
     step_ms = 1000 * seconds / max(steps, 1)
@@ -2906,25 +2840,25 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
     log(f"Code size: {code_bytes} bytes; peak GPU memory: {peak / 2**20:.0f} MiB")
     before = Evaluator(model, plain, ranks, validation).score()
-    trainer.log_validation(before, " before quantization")
+    trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)
     total = code_bytes + settings.artifact_path.stat().st_size
     log(f"Total submission size int6+lzma: {total} bytes")
-    if total > ARTIFACT_CAP:
-        raise UserError(f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
+    need(total <= ARTIFACT_CAP, f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
     log.record(
         "trained", steps=steps, step_avg_ms=step_ms, val_loss=before.val_loss, val_bpb=before.val_bpb,
         bytes_total=total, bytes_code=code_bytes, peak_bytes=peak, **exported,
     )  # fmt: skip
+    model, loaded = load_model(settings.artifact_path, plain, set(), ranks)
+    report(log, "after_quantization", "final_int6_lzma_plain", Evaluator(model, loaded, ranks, validation).score())
 
 
 def keep_compiled(folder: str):
-    """Has torch and triton keep in folder what they compile. Raises UserError if it cannot be written."""
+    """Has torch and triton keep in folder what they compile."""
     for name in ("torchinductor", "triton"):
         path = Path(folder, name).resolve()
         with writing(f"in COMPILE_CACHE={folder}"):
             path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
         os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))  # what the user has set goes first
 
 
@@ -2932,8 +2866,8 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     """Settings, validated and with a run id all ranks share, and the ranks."""
     settings, given = read_settings(environment)
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
-    if settings.eval_only and not (settings.artifact or settings.run_id):
-        raise UserError("EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
+    known = settings.artifact or settings.run_id or not settings.eval_only
+    need(bool(known), "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
     if settings.compile_cache:
         keep_compiled(settings.compile_cache)
     ranks = start_ranks(settings)
@@ -2946,13 +2880,12 @@ def main():
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text())
         return
-    if len(sys.argv) > 1:
-        raise UserError(f"{sys.argv[1]}: settings are environment variables; --help lists them")
+    need(len(sys.argv) == 1, f"{sys.argv[-1]}: settings are environment variables; --help lists them")
     settings, given, ranks = prepare_run(dict(os.environ))
     log = Log(settings, ranks, settings.run_id + (".eval" if settings.eval_only else ""))
-    for group in (describe_machine(ranks), dataclasses.asdict(settings)):
-        log("  ".join(f"{key}={value}" for key, value in group.items()))
-    log.record("settings", machine=describe_machine(ranks), settings=dataclasses.asdict(settings))
+    machine, values = describe_machine(ranks), dataclasses.asdict(settings)
+    log("  ".join(f"{key}={value}" for key, value in (machine | values).items()))
+    log.record("settings", machine=machine, settings=values)
     tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
     validation = load_validation(settings, tokenizer)
     if not settings.eval_only:

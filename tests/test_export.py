@@ -1,15 +1,18 @@
 """Export: GPTQ, the grids, packing, and an artifact file that is either read exactly or refused in one line."""
 
+import copy
 import hashlib
 import json
 import lzma
 import math
 import random
+import re
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SOLO, bounded, random_model, random_tokens, relative, run_ranks, tiny
+from helpers import SOLO, bounded, random_model, random_tokens, relative, run_ranks, tiny, with_settings
 
 import train_gpt as t
 
@@ -239,51 +242,60 @@ def test_sdclip_is_as_fine_as_the_target_allows_and_the_real_file_fits():
     assert t.fit_sdclip(model, tiny(sdclip_k=7.0), 1.0) == 7.0
 
 
-def test_pruning_zeroes_the_cheapest_ones_only_and_shrinks_the_file():
+class Quiet:
+    """A log that keeps what it was told."""
+
+    def __init__(self):
+        self.said: list[str] = []
+        self.progress = self.said.append
+
+    def __call__(self, text: str) -> None:
+        self.said.append(text)
+
+
+def export_to(path: Path, settings: t.Settings, model: t.Model, target: int, ranks: t.Ranks = SOLO) -> list[str]:
+    """Runs export() as behind a training run, on random tokens; returns what it logged."""
+    settings = with_settings(settings, artifact=str(path))
+    trainer = types.SimpleNamespace(
+        model=model, settings=settings, ranks=ranks, log=Quiet(), micro_sequences=2, clock=t.TrainingClock(),
+        target_bytes=target,
+    )  # fmt: skip
+    tokens = random_tokens(4 // ranks.world_size, 32, seed=ranks.rank)
+    values = t.export(trainer, types.SimpleNamespace(next=lambda: (tokens, tokens)))
+    assert values == {"sdclip_k": values["sdclip_k"], "train_clock_seconds": trainer.clock.seconds()}
+    return trainer.log.said
+
+
+@pytest.mark.parametrize("sdclip_k", [0.0, 5.0])
+def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_much_further(
+    tmp_path, monkeypatch, sdclip_k
+):
+    """Whether the prediction was wrong or SDCLIP_K too fine; on every rank alike, and all of it on the training clock."""
     settings, model = wide_model()
-    stored, limits = exported(model, settings), t.grid_limits(model)
-    before = t.pack_artifact(settings, stored)
-    ones = sum(int((stored[n].integers[limits[n][:, 0] == 31].abs() == 1).sum()) for n in limits)
-    count = ones // 2
-    pruned = t.prune(stored, count)
-    removed, costs_removed, costs_left = 0, [], []
-    for name, item in stored.items():
-        if not isinstance(item, t.Quantized):
-            assert pruned[name] is item
-            continue
-        changed = pruned[name].integers != item.integers
-        assert torch.equal(pruned[name].scale, item.scale)
-        assert (item.integers[changed].abs() == 1).all()
-        assert not pruned[name].integers[changed].any()
-        assert not changed[limits[name][:, 0] == 127].any(), "8-bit rows must stay as they are"
-        removed += int(changed.sum())
-        six = limits[name] == 31
-        cost = item.scale[:, None].float().expand(item.integers.shape)
-        costs_removed.append(cost[changed])
-        costs_left.append(cost[six & (pruned[name].integers.abs() == 1)])
-    assert removed == count
-    assert torch.cat(costs_removed).max() <= torch.cat(costs_left).min()
-    assert len(t.pack_artifact(settings, pruned)) < len(before) - count // 20
+    settings = with_settings(settings, sdclip_k=sdclip_k)
+    predict = t.predict_bytes
+    monkeypatch.setattr(t, "predict_bytes", lambda *arguments: 0.93 * predict(*arguments))
+    target = int(predict(model, settings, 6.0))
+
+    def export(ranks: t.Ranks) -> list[str]:
+        said = export_to(tmp_path / f"{ranks.world_size}", settings, copy.deepcopy(model), target, ranks)
+        return [re.sub(r"training clock .*", "", text) for text in said]
+
+    for world_size in (1, 2):
+        said, *others = run_ranks(world_size, export)
+        assert all(other == said for other in others)
+        assert len([text for text in said if text.startswith("GPTQ at k=")]) >= 2
+        assert 0.9 * target < (tmp_path / f"{world_size}").stat().st_size <= target, said
+        t.load_model(tmp_path / f"{world_size}", tiny(), set(), SOLO)
 
 
-def test_an_artifact_that_is_too_large_is_pruned_until_it_fits_and_not_much_further(tmp_path):
-    """Pruning a few values can make LZMA's file larger; that is no reason to prune all of them."""
-    settings, model = wide_model()
-    stored = exported(model, settings, 12.0)
-    size = len(t.pack_artifact(settings, stored))
-    said: list[str] = []
-    data = t.fit_artifact(settings, stored, size - 2000, said.append)
-    assert "pruned" in said[-1]
-    assert size - 10_000 < len(data) <= size - 2000, said
-    (tmp_path / "a").write_bytes(data)
-    t.load_model(tmp_path / "a", tiny(), set(), SOLO)
-
-
-def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do():
-    settings = tiny()
-    model = random_model(settings)
-    with pytest.raises(t.UserError, match="SDCLIP_K"):
-        t.fit_artifact(settings, exported(model, settings), 1000, lambda text: None)
+@pytest.mark.parametrize("sdclip_k", [0.0, 5.0, 20.0])
+@pytest.mark.parametrize("target", [1000, -1000])
+def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do(tmp_path, sdclip_k, target):
+    settings = tiny(sdclip_k=sdclip_k)
+    with pytest.raises(t.UserError, match=f"of {target} at SDCLIP_K=.*raise it, or make the model smaller"):
+        export_to(tmp_path / "a", settings, random_model(settings), target)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- Packing ---------------------------------------------------------------------------------------------------------
