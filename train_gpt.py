@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # one process per GPU
     python train_gpt.py --help                                # every setting and preset
 
-It trains a hybrid of Mamba-3 and grouped-query attention by the clock, quantizes it with GPTQ to int6, packs it with
-LZMA into 16,000,000 bytes (code included), loads it back and scores it in bits per byte, adapting to what it has
-already scored. The sections stand in the order in which data flows:
+It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ to int6, packs it with LZMA into
+16,000,000 bytes (code included), loads it back and scores it in bits per byte, adapting to what it has already scored.
+The sections stand in the order in which data flows:
 
     1. Settings     one typed dataclass, presets, validation, --help
     2. Ranks        what several processes need from each other
@@ -62,7 +62,7 @@ ARTIFACT_CAP = 16_000_000  # bytes, decimal, code included: the contest's limit
 
 
 class UserError(Exception):
-    """A mistake the user can mend: run() prints it as one line and exits with status 2."""
+    """A mistake the user can mend: run() prints it as one line."""
 
 
 def need(condition: bool, message: str):
@@ -73,12 +73,11 @@ def need(condition: bool, message: str):
 
 # ============
 # 1. Settings
-# One dataclass holds every knob. A field in capitals is its environment variable, named as in the contest where it is
-# known there. Values are strings exactly once, in read_settings().
+# One dataclass holds every knob. A field in capitals is its environment variable, named as in the contest.
 
 
 def env(default, unit: str, text: str, group: str = ""):
-    """A setting: default (whose type is the setting's), unit, which may bound it, help, and the group it begins."""
+    """A setting: default (whose type is its own), unit, which may bound it, help, and the group it begins."""
     return field(default=default, metadata={"unit": unit, "help": text, "group": group})
 
 
@@ -118,7 +117,7 @@ class Settings:
     rope_base: float = env(10_000.0, "number > 0", "attention's rotary base")
     rope_fraction: float = env(1.0, "0 to 1", "part of each attention head that rotates")
     qk_gain_init: float = env(1.5, "factor", "initial gain on queries, learned per head")
-    attention_backend: str = env("auto", "auto|fa3|fa2|cudnn|flash|math", "auto: the first that works")
+    attention_backend: str = env("auto", "auto|fa3|cudnn|flash|math", "auto: the first that works")
     mamba_version: int = env(3, "2|3", "Mamba-3, or Mamba-2 on the same scan")
     mamba_d_state: int = env(64, "numbers > 0", "state per channel, a power of two")
     mamba_expand: float = env(2.0, "× width > 0", "inner width of a Mamba layer")
@@ -189,7 +188,6 @@ class Settings:
 
     @property
     def mamba_inner_dim(self) -> int:
-        """Inner width of a Mamba layer."""
         return int(self.mamba_expand * self.model_dim)
 
     @property
@@ -217,7 +215,6 @@ PRESET_HELP = {
 
 
 def setting_groups() -> dict[str, list[dataclasses.Field]]:
-    """The settings by group, in the order of the table."""
     groups, group = collections.defaultdict(list), ""
     for f in dataclasses.fields(Settings):
         group = f.metadata["group"] or group
@@ -232,7 +229,7 @@ MODEL_FIELDS = sorted({"vocab_size", "document_reset"} | {f.name for f in ARCHIT
 
 
 def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
-    """The layers that a setting names: "all", "none" or a list such as "0,2-4". Raises UserError for anything else."""
+    """The layers that a setting names: "all", "none" or a list such as "0,2-4"."""
     text, count = getattr(settings, name), settings.num_layers
     if text in ("all", "none", ""):
         return tuple(range(count)) if text == "all" else ()
@@ -240,10 +237,10 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()):
-            raise UserError(f'{given}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        if not int(first) <= int(last) < count:
-            raise UserError(f"{given}: there is no layer {part}; NUM_LAYERS={count} counts from 0")
+        number = first.isdecimal() and last.isdecimal()
+        need(number, f'{given}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
+        known = int(first) <= int(last) < count
+        need(known, f"{given}: there is no layer {part}; NUM_LAYERS={count} counts from 0")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
@@ -262,7 +259,7 @@ def layer_kinds(settings: Settings) -> tuple[LayerKind, ...]:
 
 
 def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
-    """The order in which physical layers run once recurrence is on; a layer that stands twice shares its weights.
+    """The order in which layers run once recurrence is on; one that stands twice shares its weights.
 
     With two extra passes through 3,4 hinge gives 3 4 3 4 3 4, spread 3 3 3 4 4 4.
     """
@@ -276,26 +273,23 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """Settings from environment variables over the preset's, and the names of the fields that were given.
-
-    Raises UserError for what it cannot read, and for a misspelt variable.
-    """
+    """Settings from environment variables over the preset's, and the names of the fields that were given."""
     kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
     reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
-        raise UserError(f"PRESET={preset} is unknown; did you mean {near}? There are: {', '.join(PRESETS)}")
+    near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
+    need(preset in PRESETS, f"PRESET={preset} is unknown; did you mean {near}? (see --help)")
     given = {name.lower(): parse_value(name, text, kinds[name]) for name, text in environment.items() if name in kinds}
-    pattern = given.get("layer_pattern")
-    clash = pattern and {"mamba_layers", "mlp_layers"} & set(given)
-    need(not clash, "LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
-    derived = {"num_layers": len(pattern)} if pattern else {}
+    derived = {}
+    if pattern := given.get("layer_pattern"):
+        derived["num_layers"] = len(pattern)
+        clash = given.keys() & {"mamba_layers", "mlp_layers"}
+        need(not clash, "LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
     return Settings(**PRESETS[preset] | derived | given), set(given)
 
 
 def parse_value(name: str, text: str, kind: type):
-    """text as a bool, int, finite float or str; UserError otherwise."""
+    """text as a bool, int, finite float or str."""
     try:
         value = {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):
@@ -306,15 +300,13 @@ def parse_value(name: str, text: str, kind: type):
     return value
 
 
-OTHERS = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # other programs' own
-
-
 def reject_misspelt(environment: dict[str, str], names: set[str]):
     """Raises UserError if a variable is nearly one of ours."""
     families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SWA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
+    others = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # other programs' own
     flat = {name.replace("_", ""): name for name in names}
     for variable in environment:
-        if variable in names or variable.startswith("_") or variable in OTHERS:
+        if variable in names or variable in others or variable.startswith("_"):
             continue
         ours = variable.startswith(families)
         near = difflib.get_close_matches(variable.upper().replace("_", ""), flat, n=1, cutoff=0.0 if ours else 0.87)
@@ -323,7 +315,7 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 
 
 def validate_settings(settings: Settings, world_size: int):
-    """Raises UserError at the first value, or relation between values, that cannot work."""
+    """Raises UserError at the first value, or relation of values, that cannot work."""
     s, model = settings, setting_groups()["model"]
     most = {"num_layers": 1024, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
 
@@ -380,12 +372,12 @@ def validate_settings(settings: Settings, world_size: int):
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
-    """Tokens in a sequence of test-time training: fewer than in training where many ranks share a chunk."""
+    """Tokens in a sequence of test-time training: fewer where many ranks share a chunk."""
     return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
 def help_text() -> str:
-    """What --help prints: settings by group, then presets."""
+    """What --help prints."""
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
     for group, members in setting_groups().items():
         lines.append(f"\n[{group}]")
@@ -406,7 +398,7 @@ def help_text() -> str:
 
 @dataclass
 class Ranks:
-    """This process among its peers: rank of world_size, and the device it owns."""
+    """This process among its peers, and the device it owns."""
 
     rank: int
     world_size: int
@@ -435,24 +427,18 @@ class Ranks:
 
 
 def start_ranks(settings: Settings) -> Ranks:
-    """Joins the process group torchrun announces (NCCL for GPUs, gloo for CPUs), or stands alone.
-
-    Raises UserError where a GPU was asked for and there is none, or fewer than ranks.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise UserError("DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build and a driver")
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"more ranks than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    """Joins the process group that torchrun announces, or stands alone."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if settings.device == "cuda" or (settings.device == "auto" and gpus):
+        need(gpus > 0, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build and a driver")
+        need(local_rank < gpus, f"more ranks than the {gpus} GPUs here: lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20), device_id=device if cuda else None)
+        backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20), device_id=device_id)
     return Ranks(rank, world_size, device)
 
 
@@ -1441,12 +1427,12 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
 
 # ============
 # 5. Model
-# Pre-norm blocks over a residual stream. Weights are float32, cast where they are used; activations are bfloat16 on GPUs,
-# float32 on CPUs. Depth recurrence is but another block order.
+# Pre-norm blocks over a residual stream. Weights are float32, cast where they are used; activations are bfloat16 on
+# GPUs. Depth recurrence is but another order of the blocks.
 
 
 class AttentionState(NamedTuple):
-    """Attention's memory between calls: the last W keys before rotation, their values, and which the document holds."""
+    """Attention's memory: the last W keys before rotation, their values, and which belong to the document."""
 
     key: Tensor  # (B, W, kv heads, D)
     value: Tensor  # (B, W, kv heads, D)
@@ -1474,7 +1460,7 @@ class Context(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer whose float32 weight is cast to the input's dtype."""
+    """A linear layer without bias, whose weight is cast to the input's dtype."""
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -1510,22 +1496,12 @@ def flash_attention_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def flash_attention_2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(query, key, value, causal=True)
+ATTENTION_BACKENDS = {"fa3": flash_attention_3, "cudnn": sdpa, "flash": sdpa, "math": sdpa}
 
 
-ATTENTION_BACKENDS = {"fa3": flash_attention_3, "fa2": flash_attention_2, "cudnn": sdpa, "flash": sdpa, "math": sdpa}
-
-
-def choose_attention_backend(
-    wanted: str, device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int
-) -> str:
-    """The backend that "auto" stands for: the first of ATTENTION_BACKENDS that runs forward and backward here.
-
-    Leaves torch's own switches set for it. Raises UserError where the one asked for by name does not run.
-    """
+def choose_attention_backend(wanted: str, device: torch.device, heads: int, kv_heads: int, head_dim: int) -> str:
+    """wanted, or for "auto" the first of ATTENTION_BACKENDS that runs forward and backward here. Leaves torch's own
+    switches set for it."""
 
     @torch.enable_grad()
     def trouble(name: str) -> str:
@@ -1534,7 +1510,7 @@ def choose_attention_backend(
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         random = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
-        query, key, value = (random(1, 128, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads))
+        query, key, value = (random(1, 128, count, head_dim) for count in (heads, kv_heads, kv_heads))
         try:
             ATTENTION_BACKENDS[name](query, key, value).sum().backward()
         except (ImportError, RuntimeError, AssertionError, TypeError) as error:
@@ -1543,13 +1519,13 @@ def choose_attention_backend(
 
     if wanted == "auto":
         return next(name for name in (ATTENTION_BACKENDS if device.type == "cuda" else ("math",)) if not trouble(name))
-    if why := trouble(wanted):
-        raise UserError(f"ATTENTION_BACKEND={wanted} does not run here ({why}); ATTENTION_BACKEND=auto finds one")
+    why = trouble(wanted)
+    need(not why, f"ATTENTION_BACKEND={wanted} does not run here ({why}); ATTENTION_BACKEND=auto finds one")
     return wanted
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first 2·R entries of each head of x (B, T, heads, D), halves as pairs, by angles (T, R)."""
+    """Turns the first 2R entries of each head of x (B, T, heads, D), halves as pairs, by angles (T, R)."""
     half = cos.shape[-1]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -1557,7 +1533,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normalized, gained queries, normalized keys, and full or partial RoPE."""
+    """Causal grouped-query attention with normed keys, normed and gained queries, and full or partial RoPE."""
 
     def __init__(self, settings: Settings, backend: str):
         super().__init__()
@@ -1577,7 +1553,7 @@ class Attention(nn.Module):
         if state is not None:
             key, value = torch.cat([state.key, key], dim=1), torch.cat([state.value, value], dim=1)
             cached = state.key.shape[1]
-            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # makes a square, causal problem, as every kernel knows
+            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square, causal problem, as every kernel knows it
         if context.cache_tokens:
             start = context.document_start
             document = x.new_zeros(x.shape[:2]) if start is None else start.long().cumsum(dim=1)
@@ -1740,7 +1716,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A mixer and, where the layer has one, an MLP, each with a learned scale per channel on what it adds."""
+    """A mixer and perhaps an MLP, each with a learned scale per channel on what it adds."""
 
     def __init__(self, settings: Settings, kind: LayerKind, device: torch.device, attention_backend: str):
         super().__init__()
@@ -1792,7 +1768,7 @@ class Model(nn.Module):
         self.to(device)
 
     def linear_layers(self) -> dict[str, Linear]:
-        """The linear layers by the names of their weights, without the output matrix."""
+        """All but the output matrix, by the names of their weights."""
         return {f"{n}.weight": m for n, m in self.named_modules() if isinstance(m, Linear) and n != "head"}
 
     def order(self, recurrent: bool) -> tuple[int, ...]:
@@ -1802,10 +1778,8 @@ class Model(nn.Module):
     def forward(
         self, tokens: Tensor, order: tuple[int, ...], state: ModelState | None = None, cache_tokens: int = 0
     ) -> tuple[Tensor, ModelState | None]:
-        """Hidden states (B, T, width) of tokens (B, T) int64, normed and ready for logits().
-
-        With cache_tokens > 0 also the state to continue from, in which attention remembers that many tokens.
-        """
+        """Hidden states (B, T, width) of tokens (B, T) int64, ready for logits(); with cache_tokens > 0 also the state to
+        continue from, in which attention remembers that many tokens."""
         x = embedded = self._embed(tokens, state)
         context = self._context(tokens, state, cache_tokens)
         half = len(order) // 2 if self.settings.unet_skips else 0
@@ -1856,12 +1830,12 @@ class Model(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
+        """Negative log-likelihood of each target (B, T), float32: a softmax over the whole vocabulary."""
         logits = self.logits(hidden).flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Mean nats per target: what training minimizes."""
+        """Mean nats per target."""
         return self.nats(self(tokens, order)[0], targets).mean()
 
     def score(
@@ -1873,7 +1847,7 @@ class Model(nn.Module):
 
 
 def document_mask(document: Tensor):
-    """Causal attention mask within documents, numbered (B, T): bool (B, 1, T, T) on the CPU, a BlockMask on CUDA."""
+    """Causal mask within documents, numbered (B, T): bool (B, 1, T, T) on the CPU, a BlockMask on CUDA."""
     batch, length = document.shape
     if document.device.type == "cpu":
         return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
@@ -1886,7 +1860,7 @@ def document_mask(document: Tensor):
 
 
 def build_model(settings: Settings, ranks: Ranks) -> Model:
-    """A freshly initialized model on the rank's device, the same on every rank."""
+    """A new model on the rank's device, the same on every rank."""
     s, backend = settings, "math"
     if any(kind.mixer == "attention" for kind in layer_kinds(s)):
         sizes = s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
@@ -1899,8 +1873,8 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 # 6. Optimizers
 # Muon for matrices, Adam for the rest, an average of the weights for export, and a schedule that follows the clock.
 
-# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow. The others
-# are of x / 1.01, as the authors advise for bfloat16.
+# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow; the others are
+# of x / 1.01, as the authors advise for bfloat16.
 POLAR_EXPRESS = (
     (8.2051604, -22.9019350, 16.4607249),
     (4.0663952, -2.8611541, 0.5183995),
@@ -1913,10 +1887,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrices to a batch (n, rows, columns), by Newton-Schulz iteration.
-
-    Works in bfloat16 on GPUs, in float32 on CPUs; returns that dtype.
-    """
+    """Nearest semi-orthogonal matrices to a batch (n, rows, columns), by Newton-Schulz iteration in bfloat16 on GPUs."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -1931,8 +1902,8 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized, for matrices (K. Jordan, 2024).
 
-    A group's matrices have one shape and are one batch: each rank keeps the momentum of its share, orthogonalizes that
-    and gathers the others' updates, which are scaled by sqrt(max(1, rows/columns)). As in torch's fused optimizers, a
+    A group's matrices have one shape: each rank keeps the momentum of its share, orthogonalizes that as one batch and
+    gathers the others' updates, which are scaled by sqrt(max(1, rows/columns)). As in torch's fused optimizers, a
     found_inf, float32 (), of 1 makes step() change nothing.
     """
 
@@ -1951,7 +1922,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_sub_(parameters, list(updates.unbind()))
 
     def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
-        """(len(parameters), rows, columns) orthogonalized Nesterov updates, finite whatever the gradients are."""
+        """Nesterov updates (len(parameters), rows, columns), finite whatever the gradients are."""
         ranks, first = self.ranks, parameters[0]
         share = -(-len(parameters) // ranks.world_size)
         mine = [p.grad for p in parameters[ranks.rank * share : (ranks.rank + 1) * share]]
@@ -1970,15 +1941,12 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon and Adam with every group's base rate: a schedule supplies factors.
-
-    Steps whose gradients are not finite are skipped; skipped, int64 (2,), counts all of them and the last in a row.
-    """
+    """Muon and Adam. Steps whose gradients are not finite are skipped; skipped, int64 (2,), counts all of them and the
+    last in a row."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
-        groups = collections.defaultdict(list)  # by rate, weight decay and, for Muon, shape
-        matrices = model.linear_layers()
+        groups, matrices = collections.defaultdict(list), model.linear_layers()
         for name, p in model.named_parameters():
             if name in matrices:
                 mamba = name.endswith(("in_proj.weight", "out_proj.weight"))
@@ -1988,7 +1956,7 @@ class Optimizers:
             else:
                 groups[s.scalar_lr, 0.0, None].append(p)
         muon, adam = [], []
-        for (rate, decay, shape), parameters in groups.items():
+        for (rate, decay, shape), parameters in groups.items():  # Muon's have one shape
             (muon if shape else adam).append({"params": parameters, "base_lr": rate, "weight_decay": decay})
         self.muon = Muon(muon, ranks, s.muon_backend_steps)
         self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
@@ -1997,10 +1965,8 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float):
-        """Clips the gradients, updates every parameter at its base rate times lr_factor, and drops the gradients.
-
-        The device decides, alike on every rank, whether to skip: the host does not wait.
-        """
+        """Clips the gradients, updates every parameter at its group's rate times lr_factor, and drops the gradients. The
+        device decides, alike on every rank, whether to skip: the host does not wait."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
@@ -2020,17 +1986,14 @@ class WeightAverage:
     """EMA or SWA of the weights: both move an average towards the weights, at their own rate."""
 
     def __init__(self, model: Model, settings: Settings):
-        self.settings = settings
-        self.parameters = list(model.parameters())
-        self.average: list[Tensor] | None = None
-        self.count = 0
+        self.settings, self.parameters = settings, list(model.parameters())
+        self.average, self.count = None, 0
 
     @torch.no_grad()
     def update(self, steps_done: int, progress: float, skipped: Tensor):
         """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, (), is 1.
 
-        EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning; SWA is the mean
-        over the last SWA_FRACTION of the run.
+        EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning.
         """
         s = self.settings
         if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
@@ -2051,8 +2014,6 @@ class WeightAverage:
 
 
 class Schedule(NamedTuple):
-    """What the clock says for one step."""
-
     progress: float  # part of the run that is over, 0 to 1
     lr_factor: float
     momentum: float
@@ -2061,10 +2022,7 @@ class Schedule(NamedTuple):
 
 
 def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
-    """The schedule for step (from 0) after seconds of the training clock.
-
-    Progress follows the clock, or steps where MAX_WALLCLOCK_SECONDS=0; ITERATIONS bounds both.
-    """
+    """What holds for step (from 0) after seconds of the training clock: the run is over when that or ITERATIONS is."""
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
     by_steps = step / s.iterations
@@ -2078,8 +2036,7 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
     warmup = min(1.0, (progress + 1 / s.iterations) / s.lr_warmup_fraction) if s.lr_warmup_fraction else 1.0
     rise = min(1.0, progress / s.muon_momentum_warmup) if s.muon_momentum_warmup else 1.0
     momentum = s.muon_momentum_start + rise * (s.muon_momentum - s.muon_momentum_start)
-    quantized = decay < s.late_qat_threshold
-    return Schedule(progress, warmup * decay, momentum, progress >= s.recur_start, quantized)
+    return Schedule(progress, warmup * decay, momentum, progress >= s.recur_start, decay < s.late_qat_threshold)
 
 
 # ============
@@ -2151,8 +2108,7 @@ class Evaluator:
         """
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
-        parameters = list(self.model.parameters())
-        sgd = torch.optim.SGD(parameters, lr=0.0, momentum=s.ttt_momentum)
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=s.ttt_momentum)
         epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
         for index, first in enumerate(starts):
             last = min(first + s.ttt_chunk_tokens, self.total)
@@ -2170,7 +2126,7 @@ class Evaluator:
             given_up += s.ttt_epochs - epochs
             sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
             for _ in range(epochs):
-                self._train_on(first, last, sgd, parameters)
+                self._train_on(first, last, sgd)
             epoch_seconds = (self._now() - scored) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
         return self._collect(given_up)
@@ -2209,7 +2165,7 @@ class Evaluator:
         both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
-    def _train_on(self, first: int, last: int, sgd, parameters: list[nn.Parameter]):
+    def _train_on(self, first: int, last: int, sgd: torch.optim.SGD):
         """One step of SGD on a chunk that is scored; each rank takes its part."""
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
@@ -2219,9 +2175,9 @@ class Evaluator:
         for starts in mine.reshape(-1, rows):
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
-        ranks.average_gradients(parameters)
+        ranks.average_gradients(list(self.model.parameters()))
         if s.ttt_grad_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, s.ttt_grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.ttt_grad_clip)
         sgd.step()
         sgd.zero_grad()
 
@@ -2276,16 +2232,6 @@ ARTIFACT_MAGIC = b"SSMGOLF2"
 MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is not unpacked
 
 
-class Quantized(NamedTuple):
-    """A matrix on its grid."""
-
-    integers: Tensor  # (rows, columns) int8
-    scale: Tensor  # (rows,) float16, the step of each row
-
-
-Stored = dict[str, Quantized | Tensor]  # every parameter as it is stored, by name, in the model's order
-
-
 def grid_limits(model: Model) -> dict[str, Tensor]:
     """The matrices that are stored as integers, by name: the largest integer of each row, float32 (rows, 1).
 
@@ -2304,7 +2250,7 @@ def grid_limits(model: Model) -> dict[str, Tensor]:
 
 
 def float_type(name: str) -> str:
-    """Type of a parameter that is not stored as integers, or of a matrix's row steps."""
+    """Type in which a parameter, or the row steps of a matrix, are stored."""
     return "float32" if name.endswith((".dt_bias", ".A_log", ".D")) else "float16"
 
 
@@ -2420,39 +2366,33 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 
 @torch.no_grad()
 def quantize_model(
-    model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float, say=lambda text: None
-) -> Stored:
-    """Every parameter as it is stored, on every rank; the ranks share the work."""
+    model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float
+) -> dict[str, Tensor]:
+    """What is stored, in this order, on every rank: by the parameters' names all vectors and the row steps of matrices,
+    then as "NAME integers" the int8 matrices. The ranks share the work."""
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
     matrices = grid_limits(model)
-    for number, (name, limits) in enumerate(matrices.items(), 1):
+    for number, (name, limits) in enumerate(matrices.items()):
         weight = model.get_parameter(name)
-        integers = torch.zeros_like(weight, dtype=torch.int8)
-        scale = weight.new_zeros(len(weight), dtype=torch.float16)
+        scale = row_scales(weight, limits, settings, k)
+        stored[name] = scale.squeeze(1).half()
+        stored[f"{name} integers"] = integers = torch.zeros_like(weight, dtype=torch.int8)
         if number % ranks.world_size == ranks.rank:
-            step = row_scales(weight, limits, settings, k)
             known = name in hessians
-            integers.copy_(gptq(weight, hessians[name], step, limits) if known else round_to_grid(weight, step, limits))
-            scale.copy_(step.squeeze(1))
-        stored[name] = Quantized(integers, scale)
-        if number % 8 == 0:
-            say(f"GPTQ: {number}/{len(matrices)} matrices")
+            rounded = gptq(weight, hessians[name], scale, limits) if known else round_to_grid(weight, scale, limits)
+            integers.copy_(rounded)
     for name in matrices:
-        ranks.sum_(stored[name].integers)  # zeros everywhere but where they were computed
-        ranks.sum_(stored[name].scale)
+        ranks.sum_(stored[f"{name} integers"])  # zeros everywhere but where they were computed
     return stored
 
 
-# The artifact: magic, the model's settings as a line of JSON, LZMA stream, SHA-256 of all before it. The stream holds,
-# in the order of the model's parameters, floats and row steps, and behind them all integers, one byte each: LZMA makes
-# 10 to 20 % less of those than of packed bits.
+# The artifact: magic, the model's settings as a line of JSON, LZMA stream of what quantize_model() returns, SHA-256 of
+# all before it. Integers take one byte each: LZMA makes 10 to 20 % less of those than of packed bits.
 
 
-def pack_artifact(settings: Settings, stored: Stored) -> bytes:
+def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
     """The whole artifact file as bytes."""
-    arrays = [item.scale if isinstance(item, Quantized) else item for item in stored.values()]
-    arrays += [item.integers for item in stored.values() if isinstance(item, Quantized)]
-    content = b"".join(array.cpu().numpy().tobytes() for array in arrays)
+    content = b"".join(array.cpu().numpy().tobytes() for array in stored.values())
     header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
     payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     body = ARTIFACT_MAGIC + header.encode() + b"\n" + payload
@@ -2543,10 +2483,15 @@ class Log:
         self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
         print(f"logs: {folder / name}.txt and .jsonl", flush=True)
 
-    def __call__(self, text: str):
-        if not self.quiet:
-            print(text, flush=True)
-            self.text.write(text + "\n")
+    def __call__(self, text: str, event: str = "", **values):
+        """A line of text; where it is an event, also one JSON object in the machine-readable log."""
+        if self.quiet:
+            return
+        print(text, flush=True)
+        self.text.write(text + "\n")
+        if event:
+            seconds = round(time.perf_counter() - self.started, 3)
+            self.records.write(json.dumps({"event": event, "seconds": seconds, **values}) + "\n")
 
     def progress(self, text: str):
         """A line about a long phase, at most one every two seconds."""
@@ -2554,12 +2499,6 @@ class Log:
         if now - self.last_progress > 2:
             self.last_progress = now
             self(f"  [{now - self.started:.0f}s] {text}")
-
-    def record(self, event: str, **values):
-        """One JSON object in the machine-readable log."""
-        if not self.quiet:
-            seconds = round(time.perf_counter() - self.started, 3)
-            self.records.write(json.dumps({"event": event, "seconds": seconds, **values}) + "\n")
 
 
 def describe_machine(ranks: Ranks) -> dict[str, str | int]:
@@ -2587,21 +2526,6 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
     sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
     limit = max(1, min(sequences, int(most // s.train_seq_len)))
     return s.train_seq_len * next(n for n in range(limit, 0, -1) if sequences % n == 0)
-
-
-def announce(model: Model, settings: Settings, ranks: Ranks, micro_batch: int, code_bytes: int, log: Log):
-    """Prints what will happen, before it does."""
-    s, world = settings, ranks.world_size
-    mixers = [block.mixer for block in model.blocks]
-    backends = {m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers}
-    log(f"parameters: {sum(p.numel() for p in model.parameters()):,}; backends: {', '.join(sorted(backends))}")
-    letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
-    log("virtual layer order: " + " ".join(f"{letters[i]}{i}" for i in model.full_order))
-    k = s.sdclip_k or 8.0
-    predicted = (predict_bytes(model, s, k) + code_bytes) / 1e6
-    log(f"predicted artifact: {predicted:.1f} of {s.target_mb:g} MB at SDCLIP_K={k:g}, code {code_bytes:,} bytes")
-    number = s.train_batch_tokens // (micro_batch * world)
-    log(f"batch: {s.train_batch_tokens:,} tokens = {world} ranks × {number} micro-batches × {micro_batch:,}")
 
 
 def synchronize(device: torch.device):
@@ -2650,6 +2574,20 @@ class Trainer:
         self.average = WeightAverage(model, settings)
         self.loss_function = training_loss(model, settings, ranks)
         self.clock, self.steps_done = TrainingClock(), 0
+
+    def announce(self):
+        """Prints what will happen, before it does."""
+        model, s, world = self.model, self.settings, self.ranks.world_size
+        count = sum(p.numel() for p in model.parameters())
+        self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
+        letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
+        self.log("virtual layer order: " + " ".join(f"{letters[i]}{i}" for i in model.full_order))
+        mixers = [block.mixer for block in model.blocks]
+        backends = {m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers}
+        self.log(f"backends: {', '.join(sorted(backends))}")
+        micro_batch = self.micro_sequences * s.train_seq_len
+        number = s.train_batch_tokens // (micro_batch * world)
+        self.log(f"batch: {s.train_batch_tokens:,} tokens = {world} ranks × {number} micro-batches × {micro_batch:,}")
 
     def warm_up(self):
         """Compiles both layer orders on random tokens, in steps at rate 0 of optimizers that are forgotten."""
@@ -2717,13 +2655,12 @@ class Trainer:
         return total
 
     def log_score(self, score: Score, when: str = ""):
-        """The contest's line for a score during training, and its record."""
+        """The contest's line for a score during training."""
         text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
-        self._log("validation", text, val_loss=score.val_loss, val_bpb=score.val_bpb)
+        self._log(text, "validation", val_loss=score.val_loss, val_bpb=score.val_bpb)
 
-    def _log(self, event: str, text: str, **values):
-        self.log(f"step:{self.steps_done}/{self.settings.iterations} {text}")
-        self.log.record(event, step=self.steps_done, **values)
+    def _log(self, text: str, event: str, **values):
+        self.log(f"step:{self.steps_done}/{self.settings.iterations} {text}", event, step=self.steps_done, **values)
 
     def _log_step(self, loss: Tensor, now: Schedule):
         mean, skipped = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size, self.skipped_steps()
@@ -2732,7 +2669,7 @@ class Trainer:
         text = f"train_loss:{mean:.4f} train_time:{total:.0f}ms step_avg:{average:.2f}ms"
         text += f" skipped_steps:{skipped}" if skipped else ""
         values = {"train_loss": mean, "train_ms": total, "step_avg_ms": average, "skipped_steps": skipped}
-        self._log("train", text, **values, **now._asdict())
+        self._log(text, "train", **values, **now._asdict())
 
 
 def calibration_sequences(model: Model, batches: Batches, settings: Settings, ranks: Ranks) -> Tensor:
@@ -2759,7 +2696,7 @@ def export(trainer: Trainer, batches: Batches) -> dict:
     hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
     k = fit_sdclip(model, s, target)
     while True:
-        stored = quantize_model(model, s, ranks, hessians, k, log.progress)
+        stored = quantize_model(model, s, ranks, hessians, k)
         synchronize(ranks.device)
         clock.pause()
         log(f"GPTQ at k={k:.2f}; training clock {clock.seconds():.1f}s")
@@ -2783,11 +2720,8 @@ def write_whole(path: Path, data: bytes):
     temporary = path.with_name(path.name + ".part")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(data)
+        temporary.replace(path)
 
 
 def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
@@ -2810,28 +2744,25 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s{given_up}")
     late = ranks.from_main(seconds > s.eval_max_seconds)
     need(not late, f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
-    report(log, "final", "final_int6_lzma_" + s.eval_mode + ("_ttt" if adapts else ""), score)
+    report(log, "final", s.eval_mode + ("_ttt" if adapts else ""), score)
 
 
 def report(log: Log, event: str, label: str, score: Score):
-    """The contest's line for a score, and its record."""
-    log.record(event, **{key: value for key, value in score._asdict().items() if key != "nats"})
-    log(f"{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}")
+    """The contest's line for the artifact's score."""
+    text = f"final_int6_lzma_{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
+    log(text, event, val_loss=score.val_loss, val_bpb=score.val_bpb, epochs_given_up=score.epochs_given_up)
 
 
 def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet, log: Log):
     """From shards to a finished artifact, with frozen scores before and after quantization, off the clock."""
     batches, plain = Batches(settings, ranks), dataclasses.replace(settings, eval_mode="plain")
     code_bytes = Path(__file__).stat().st_size
-    model = build_model(settings, ranks)
-    micro_batch = choose_micro_batch(settings, ranks)
-    announce(model, settings, ranks, micro_batch, code_bytes, log)
-
-    trainer = Trainer(model, settings, ranks, micro_batch, int(settings.target_mb * 1e6) - code_bytes, log)
+    model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes
+    trainer = Trainer(model, settings, ranks, choose_micro_batch(settings, ranks), target_bytes, log)
+    trainer.announce()
     log("compiling and warming up ...")
     trainer.warm_up()
-    log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts")
-    log.record("ready")
+    log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
 
     trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
     steps, seconds = trainer.steps_done, trainer.clock.seconds()
@@ -2843,23 +2774,14 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)
     total = code_bytes + settings.artifact_path.stat().st_size
-    log(f"Total submission size int6+lzma: {total} bytes")
-    need(total <= ARTIFACT_CAP, f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
-    log.record(
-        "trained", steps=steps, step_avg_ms=step_ms, val_loss=before.val_loss, val_bpb=before.val_bpb,
-        bytes_total=total, bytes_code=code_bytes, peak_bytes=peak, **exported,
+    log(
+        f"Total submission size int6+lzma: {total} bytes", "trained", steps=steps, step_avg_ms=step_ms,
+        val_loss=before.val_loss, val_bpb=before.val_bpb, bytes_total=total, bytes_code=code_bytes, peak_bytes=peak,
+        **exported,
     )  # fmt: skip
+    need(total <= ARTIFACT_CAP, f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
     model, loaded = load_model(settings.artifact_path, plain, set(), ranks)
-    report(log, "after_quantization", "final_int6_lzma_plain", Evaluator(model, loaded, ranks, validation).score())
-
-
-def keep_compiled(folder: str):
-    """Has torch and triton keep in folder what they compile."""
-    for name in ("torchinductor", "triton"):
-        path = Path(folder, name).resolve()
-        with writing(f"in COMPILE_CACHE={folder}"):
-            path.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))  # what the user has set goes first
+    report(log, "after_quantization", "plain", Evaluator(model, loaded, ranks, validation).score())
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
@@ -2868,8 +2790,11 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     known = settings.artifact or settings.run_id or not settings.eval_only
     need(bool(known), "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
-    if settings.compile_cache:
-        keep_compiled(settings.compile_cache)
+    for name in ("torchinductor", "triton") if settings.compile_cache else ():
+        path = Path(settings.compile_cache, name).resolve()
+        with writing(f"in COMPILE_CACHE={settings.compile_cache}"):
+            path.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))  # what the user has set goes first
     ranks = start_ranks(settings)
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{settings.seed}"
     return dataclasses.replace(settings, run_id=ranks.from_main(settings.run_id or now)), given, ranks
@@ -2884,8 +2809,8 @@ def main():
     settings, given, ranks = prepare_run(dict(os.environ))
     log = Log(settings, ranks, settings.run_id + (".eval" if settings.eval_only else ""))
     machine, values = describe_machine(ranks), dataclasses.asdict(settings)
-    log("  ".join(f"{key}={value}" for key, value in (machine | values).items()))
-    log.record("settings", machine=machine, settings=values)
+    text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())
+    log(text, "settings", machine=machine, settings=values)
     tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
     validation = load_validation(settings, tokenizer)
     if not settings.eval_only:

@@ -338,13 +338,10 @@ def time_kernel(make: Callable[[], Kernel], ceilings: Ceilings) -> dict:
 class SilentLog:
     """Stands in for the run's log."""
 
-    def __call__(self, text: str):
+    def __call__(self, text: str, event: str = "", **values):
         pass
 
     progress = __call__
-
-    def record(self, event: str, **values):
-        pass
 
 
 class RandomBatches:
