@@ -28,7 +28,6 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import lzma
@@ -191,6 +190,10 @@ class Settings:
         return int(self.mamba_expand * self.model_dim)
 
     @property
+    def adapts(self) -> bool:
+        return self.ttt_enabled and self.ttt_epochs > 0
+
+    @property
     def artifact_path(self) -> Path:
         return Path(self.artifact) if self.artifact else Path(self.log_dir) / f"{self.run_id}.int6.lzma"
 
@@ -245,17 +248,13 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-class LayerKind(NamedTuple):
-    mixer: str  # "mamba" or "attention"
-    mlp: bool
-
-
-def layer_kinds(settings: Settings) -> tuple[LayerKind, ...]:
-    """What each physical layer is made of."""
+def layer_letters(settings: Settings) -> str:
+    """What each physical layer is made of, as LAYER_PATTERN says it."""
     if settings.layer_pattern:
-        return tuple(LayerKind("mamba" if c in "Mm" else "attention", c.isupper()) for c in settings.layer_pattern)
+        return settings.layer_pattern
     mamba, mlp = parse_layers(settings, "mamba_layers"), parse_layers(settings, "mlp_layers")
-    return tuple(LayerKind("mamba" if i in mamba else "attention", i in mlp) for i in range(settings.num_layers))
+    letters = ("M" if layer in mamba else "A" for layer in range(settings.num_layers))
+    return "".join(c if layer in mlp else c.lower() for layer, c in enumerate(letters))
 
 
 def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
@@ -332,28 +331,27 @@ def validate_settings(settings: Settings, world_size: int):
             check(f.name, str(value).removesuffix(".0") in choices, f"should be one of {', '.join(choices)}")
         elif not isinstance(value, (bool, str)):
             high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, 2**20 if f in model else 2**50)
-            check(f.name, 0 <= value <= high, f"must be from 0 to {high}")
-            check(f.name, value < 1 or unit != "below 1", "must be below 1")
-            check(f.name, value > 0 or not unit.endswith("> 0"), "must be greater than 0")
+            open_end = (value == 0 and unit.endswith("> 0")) or (value == 1 and unit == "below 1")
+            check(f.name, 0 <= value <= high and not open_end, f"must be from 0 to {high} ({unit})")
     check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
     if s.layer_pattern:
-        check("layer_pattern", set(s.layer_pattern) <= set("MmAa"), "has other letters than M, m, A, a")
-        check("layer_pattern", len(s.layer_pattern) == s.num_layers, f"does not have NUM_LAYERS={s.num_layers} letters")
+        fits = set(s.layer_pattern) <= set("MmAa") and len(s.layer_pattern) == s.num_layers
+        check("layer_pattern", fits, f"is not NUM_LAYERS={s.num_layers} letters of M, m, A, a")
 
     consecutive = all(b - a == 1 for a, b in itertools.pairwise(parse_layers(s, "recur_layers")))
     if s.recur_mode == "hinge" and not s.layer_order:
-        check("recur_layers", consecutive, "must be consecutive in hinge mode; or set LAYER_ORDER")
+        check("recur_layers", consecutive, "must be consecutive in hinge mode")
     order = virtual_layer_order(s)
     need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
     check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a hidden width")
-    mixers = {kind.mixer for kind in layer_kinds(s)}
-    if "attention" in mixers:
+    mixers = set(layer_letters(s).upper())
+    if "A" in mixers:
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
         check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
-    if "mamba" in mixers:
+    if "M" in mixers:
         inner = s.mamba_inner_dim
-        check("mamba_expand", inner > 0, "leaves Mamba without a width")
-        check("mamba_head_dim", inner % s.mamba_head_dim == 0, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
+        fits = inner > 0 and inner % s.mamba_head_dim == 0
+        check("mamba_head_dim", fits, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             value = getattr(s, name)
             check(name, value >= 8 and value & (value - 1) == 0, "must be a power of two, at least 8")
@@ -366,9 +364,8 @@ def validate_settings(settings: Settings, world_size: int):
     check("target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes")
     check("eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
     check("eval_overlap", s.eval_mode != "stateful" or s.eval_overlap < length, f"must be below TRAIN_SEQ_LEN={length}")
-    if s.ttt_enabled and s.ttt_epochs:
-        together = world_size * ttt_sequence_length(s, world_size)
-        check_multiple("ttt_chunk_tokens", together, f"{world_size} ranks × sequence")
+    if s.adapts:
+        check_multiple("ttt_chunk_tokens", world_size * ttt_sequence_length(s, world_size), "ranks × sequence")
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
@@ -411,7 +408,7 @@ class Ranks:
         return tensor
 
     def from_main(self, value):
-        """Rank 0's small object, on every rank (over gloo: no GPU is waited for)."""
+        """Rank 0's small object, over gloo: no GPU is waited for."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -419,7 +416,7 @@ class Ranks:
         return box[0]
 
     def average_gradients(self, parameters: list[nn.Parameter]):
-        """Replaces gradients by their means over the ranks, in one flat all-reduce."""
+        """Replaces gradients by their means over the ranks."""
         if self.world_size > 1:
             gradients = [p.grad for p in parameters if p.grad is not None]
             means = self.sum_(nn.utils.parameters_to_vector(gradients)) / self.world_size
@@ -1464,10 +1461,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
-        if zero:
-            nn.init.zeros_(self.weight)
-        else:
-            nn.init.normal_(self.weight, std=in_features**-0.5)
+        nn.init.normal_(self.weight, std=0.0 if zero else in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -1533,7 +1527,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normed keys, normed and gained queries, and full or partial RoPE."""
+    """Causal grouped-query attention with normed keys, and normed queries with a gain."""
 
     def __init__(self, settings: Settings, backend: str):
         super().__init__()
@@ -1718,14 +1712,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A mixer and perhaps an MLP, each with a learned scale per channel on what it adds."""
 
-    def __init__(self, settings: Settings, kind: LayerKind, device: torch.device, attention_backend: str):
+    def __init__(self, settings: Settings, letter: str, device: torch.device, attention_backend: str):
         super().__init__()
-        width, attention = settings.model_dim, kind.mixer == "attention"
+        width, attention = settings.model_dim, letter in "Aa"
         self.mixer = Attention(settings, attention_backend) if attention else Mamba(settings, device)
-        self.mlp = MLP(settings) if kind.mlp else None
+        self.mlp = MLP(settings) if letter.isupper() else None
         self.residual_mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
         self.mixer_scale = nn.Parameter(torch.ones(width))
-        self.mlp_scale = nn.Parameter(torch.ones(width)) if kind.mlp else None
+        self.mlp_scale = nn.Parameter(torch.ones(width)) if letter.isupper() else None
         self.checkpoint = settings.mamba_grad_checkpoint and not attention
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state) -> tuple[Tensor, object]:
@@ -1744,7 +1738,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """The language model: forward() gives hidden states, logits() and nats() read them out."""
+    """forward() gives hidden states, logits() and nats() read them out."""
 
     def __init__(self, settings: Settings, device: torch.device, attention_backend: str):
         super().__init__()
@@ -1758,7 +1752,7 @@ class Model(nn.Module):
             nn.init.zeros_(self.bigram_embedding.weight)
             self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
             self.bigram_scale = nn.Parameter(torch.tensor(0.05))
-        self.blocks = nn.ModuleList(Block(s, kind, device, attention_backend) for kind in layer_kinds(s))
+        self.blocks = nn.ModuleList(Block(s, letter, device, attention_backend) for letter in layer_letters(s))
         if s.unet_skips:
             self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2, s.model_dim))
         self.head = None if s.tie_embeddings else Linear(s.model_dim, s.vocab_size)
@@ -1772,7 +1766,6 @@ class Model(nn.Module):
         return {f"{n}.weight": m for n, m in self.named_modules() if isinstance(m, Linear) and n != "head"}
 
     def order(self, recurrent: bool) -> tuple[int, ...]:
-        """The virtual layer order: with recurrence, or each layer once."""
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
 
     def forward(
@@ -1794,7 +1787,7 @@ class Model(nn.Module):
         return norm(x), ModelState(tuple(layer_states), tokens[:, -1]) if cache_tokens else None
 
     def _embed(self, tokens: Tensor, state: ModelState | None) -> Tensor:
-        """Normed embeddings (B, T, width) of tokens, with the hashed bigram's added."""
+        """Normed embeddings (B, T, width), with the hashed bigram's added."""
         s = self.settings
         x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
         if s.bigram_vocab_size:
@@ -1807,7 +1800,6 @@ class Model(nn.Module):
         return norm(x)
 
     def _context(self, tokens: Tensor, state: ModelState | None, cache_tokens: int) -> Context:
-        """Rotary angles, document starts and attention mask for these tokens."""
         memories = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
         cached = memories[0].key.shape[1] if memories else 0
         positions = torch.arange(cached + tokens.shape[1], dtype=torch.float32, device=tokens.device)
@@ -1862,7 +1854,7 @@ def document_mask(document: Tensor):
 def build_model(settings: Settings, ranks: Ranks) -> Model:
     """A new model on the rank's device, the same on every rank."""
     s, backend = settings, "math"
-    if any(kind.mixer == "attention" for kind in layer_kinds(s)):
+    if "A" in layer_letters(s).upper():
         sizes = s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
         backend = choose_attention_backend(s.attention_backend, ranks.device, *sizes)
     torch.manual_seed(s.seed)
@@ -1908,7 +1900,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
-        super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.0})
+        super().__init__(groups, {})
         self.ranks, self.steps, self.found_inf = ranks, steps, torch.zeros((), device=ranks.device)
 
     @torch.no_grad()
@@ -2041,12 +2033,12 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
 
 # ============
 # 7. Evaluation
-# One loop scores every mode: a plan of windows says which targets a forward pass scores and with what context;
-# test-time training only adds what happens between chunks.
+# One loop scores every mode: a plan of windows says which targets a forward pass scores and with what context.
+# Test-time training only adds what happens between chunks.
 
 
 class Window(NamedTuple):
-    """Reads tokens[context:last] and scores the targets of positions first <= p < last (target p is tokens[p + 1])."""
+    """Reads tokens[context:last] and scores the targets first <= p < last (target p is tokens[p + 1])."""
 
     context: int
     first: int
@@ -2072,8 +2064,6 @@ def plan_windows(settings: Settings, first: int, last: int, rank: int, world_siz
 
 
 class Score(NamedTuple):
-    """The outcome of one evaluation."""
-
     val_loss: float  # nats per target
     val_bpb: float  # bits per byte of text
     nats: np.ndarray  # (N,) float32, in stream order
@@ -2081,7 +2071,7 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores a validation set once: score() with frozen weights, or score_and_adapt() with test-time training."""
+    """Scores a validation set once: with frozen weights, or with test-time training."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent=True):
         self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
@@ -2102,10 +2092,8 @@ class Evaluator:
         return self._collect(0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
-        """Score-first test-time training: each chunk is scored, then trained on; the last is scored only.
-
-        Where time since clock_started (a perf_counter()) runs short, chunks get fewer epochs or none.
-        """
+        """Score-first test-time training: each chunk is scored, then trained on; the last is scored only. Where time since
+        clock_started (a perf_counter()) runs short, chunks get fewer epochs or none."""
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=s.ttt_momentum)
@@ -2229,11 +2217,10 @@ SDCLIP_MOST = 16.0  # the largest k that is tried unasked: it leaves a typical w
 LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured on trained weights
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 ARTIFACT_MAGIC = b"SSMGOLF2"
-MAX_RAW_BYTES = 1 << 28  # an artifact that claims to unpack to more than 268 MB is not unpacked
 
 
 def grid_limits(model: Model) -> dict[str, Tensor]:
-    """The matrices that are stored as integers, by name: the largest integer of each row, float32 (rows, 1).
+    """The largest integer in each row, float32 (rows, 1), of the matrices that are stored as integers, by name.
 
     They are int6; embedding and output matrix int8, and so the rows of Mamba's in_proj that produce step size, decay,
     trapezoid and angles, whose errors a recurrence compounds.
@@ -2255,10 +2242,8 @@ def float_type(name: str) -> str:
 
 
 def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
-    """Grid step of each row, float32 (rows, 1), exactly representable in float16 (SDClip).
-
-    The grid ends at k root-mean-squares of the row for int6, SDCLIP_K_INT8 for int8: a larger k is coarser and smaller.
-    """
+    """Grid step of each row, float32 (rows, 1), exactly representable in float16 (SDClip): the grid ends at k
+    root-mean-squares of the row for int6, SDCLIP_K_INT8 for int8. A larger k is coarser and smaller."""
     spread = torch.where(limits == INT6_MAX, k, settings.sdclip_k_int8)
     clip = spread * weight.square().mean(dim=1, keepdim=True).sqrt()
     return (clip / limits).clamp(min=2**-14, max=60_000.0).half().float()
@@ -2271,7 +2256,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict_bytes(model: Model, settings: Settings, k: float) -> float:
-    """Bytes of the artifact with this k for int6 rows, by the integers' entropy."""
+    """Bytes of the artifact with this k, by the integers' entropy."""
     total, matrices = 4096.0, grid_limits(model)
     for name, p in model.named_parameters():
         if name in matrices:
@@ -2285,7 +2270,7 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
 
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
-    """SDCLIP_K, or where it is 0 the least k from 4 to 16 whose predicted artifact fits target_bytes."""
+    """SDCLIP_K, or where it is 0 the least k from 4 to 16 whose artifact should fit target_bytes."""
     need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
@@ -2295,7 +2280,7 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
 
 
 class FakeQuantization:
-    """Late QAT: matrices stand on their grids while a step's gradients are computed, which then move the weights."""
+    """Late QAT: matrices stand on their grids while a step's gradients are computed."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
@@ -2315,10 +2300,8 @@ class FakeQuantization:
 
 @torch.no_grad()
 def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -> dict[str, Tensor]:
-    """H = 2·sum x x^T of every linear layer's inputs over sequences (n, T) of this rank, summed over the ranks.
-
-    By parameter name, float32 (columns, columns); the output matrix has the final hidden states' H.
-    """
+    """H = 2·sum x x^T of every linear layer's inputs, and of the final hidden states for the output matrix, over all
+    ranks' sequences (n, T): by parameter name, float32 (columns, columns)."""
     hessians = collections.defaultdict(float)
 
     def gather(name: str, _, inputs: tuple[Tensor]):
@@ -2328,7 +2311,7 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
     layers = model.linear_layers()
     hooks = [layers[name].register_forward_pre_hook(functools.partial(gather, name)) for name in layers]
     for batch in sequences.split(rows):
-        hidden = model(batch, model.order(recurrent=True))[:1]
+        hidden = model(batch, model.full_order)[:1]
         gather("embedding.weight" if model.head is None else "head.weight", model, hidden)
     for hook in hooks:
         hook.remove()
@@ -2337,10 +2320,8 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 
 @torch.no_grad()
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Integers (rows, columns) on each row's grid that keep weight @ x close in the Hessian's norm (arXiv 2210.17323).
-
-    Columns are rounded in order of falling diagonal, and each one's error is spread over those still to come.
-    """
+    """Integers (rows, columns) on each row's grid that keep weight @ x close (arXiv 2210.17323): columns are rounded in
+    order of falling diagonal, and each one's error is spread over those still to come."""
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True)
     weight = weight.masked_fill(diagonal == 0, 0.0)[:, order]  # inputs that never fire
@@ -2400,7 +2381,7 @@ def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
-    """The model's settings in an artifact, and its LZMA stream. Raises UserError if it is not a whole artifact."""
+    """The model's settings in an artifact, and its LZMA stream."""
     need(path.is_file(), f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
 
     def check(condition: bool, problem: str):
@@ -2422,24 +2403,22 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 
 
 def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, and the settings with the artifact's in place of the run's.
-
-    Raises UserError for a file that is not a whole artifact, and where a variable that was given contradicts it.
-    """
+    """The model in an artifact, and the settings with the artifact's in place of the run's. Raises UserError where a
+    variable that was given contradicts it."""
     stored, payload = read_artifact(path)
     for name in sorted(given & set(stored)):
         ours, theirs = getattr(settings, name), stored[name]
         need(ours == theirs, f"{name.upper()}={ours} contradicts the artifact, which has {theirs}: unset it")
     settings = dataclasses.replace(settings, **stored)
     validate_settings(settings, ranks.world_size)
-    with torch.device("meta"):  # shapes only: nothing is allocated before they are known to be the file's
+    with torch.device("meta"):  # nothing is allocated before the shapes are known to be the file's
         skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"), "math")
     matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
     fields = [(name, float_type(name), shape[:1] if name in matrices else shape) for name, shape in shapes.items()]
     fields += [(f"{name} integers", "int8", shapes[name]) for name in matrices]
     try:
         layout = np.dtype(fields)
-        size = layout.itemsize if layout.itemsize <= MAX_RAW_BYTES else 0
+        size = layout.itemsize if layout.itemsize <= 1 << 28 else 0  # larger ones are not unpacked
         content = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(payload, max_length=size)
         (record,) = np.frombuffer(content, layout, count=1)
     except (ValueError, lzma.LZMAError):
@@ -2456,12 +2435,10 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
 # 9. Run
 # Logging, the compile warm-up, the training loop, and main(), which tells the story of a run.
 
-MOST_SKIPPED = 10  # steps in a row: more than a bad batch explains
-
 
 @contextlib.contextmanager
 def writing(what: str):
-    """Raises UserError where the body fails to write what it says."""
+    """Raises UserError where the body fails to write."""
     try:
         yield
     except OSError as error:
@@ -2469,7 +2446,7 @@ def writing(what: str):
 
 
 class Log:
-    """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl. Raises UserError if they cannot be written."""
+    """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl."""
 
     def __init__(self, settings: Settings, ranks: Ranks, name: str):
         self.started, self.last_progress, self.quiet = time.perf_counter(), 0.0, ranks.rank > 0
@@ -2494,7 +2471,7 @@ class Log:
             self.records.write(json.dumps({"event": event, "seconds": seconds, **values}) + "\n")
 
     def progress(self, text: str):
-        """A line about a long phase, at most one every two seconds."""
+        """A line about a long phase, at most every two seconds."""
         now = time.perf_counter()
         if now - self.last_progress > 2:
             self.last_progress = now
@@ -2578,19 +2555,17 @@ class Trainer:
     def announce(self):
         """Prints what will happen, before it does."""
         model, s, world = self.model, self.settings, self.ranks.world_size
-        count = sum(p.numel() for p in model.parameters())
+        count, letters = sum(p.numel() for p in model.parameters()), layer_letters(s)
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
-        letters = [k.mixer[0].upper() if k.mlp else k.mixer[0] for k in layer_kinds(s)]
         self.log("virtual layer order: " + " ".join(f"{letters[i]}{i}" for i in model.full_order))
         mixers = [block.mixer for block in model.blocks]
         backends = {m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers}
         self.log(f"backends: {', '.join(sorted(backends))}")
-        micro_batch = self.micro_sequences * s.train_seq_len
-        number = s.train_batch_tokens // (micro_batch * world)
-        self.log(f"batch: {s.train_batch_tokens:,} tokens = {world} ranks × {number} micro-batches × {micro_batch:,}")
+        together = self.micro_sequences * s.train_seq_len
+        self.log(f"batch: {s.train_batch_tokens:,} tokens, {together:,} at once on each of {world} ranks")
 
     def warm_up(self):
-        """Compiles both layer orders on random tokens, in steps at rate 0 of optimizers that are forgotten."""
+        """Compiles both layer orders, in steps at rate 0 of optimizers that are forgotten."""
         s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
         for order in sorted({self.model.order(False), self.model.order(True)}):
@@ -2608,7 +2583,7 @@ class Trainer:
         s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
         self.clock.start()
         while True:
-            if len(queued) > 1:  # wait for the last step but one: the clock is right and the GPU never idles
+            if len(queued) > 1:  # the last step but one is over: the clock is right and the GPU never idles
                 queued.pop(0).synchronize()
             now = schedule_at(s, self.steps_done, ranks.from_main(self.clock.seconds()))
             if now.progress >= 1:
@@ -2636,7 +2611,7 @@ class Trainer:
         self.skipped_steps()
 
     def _gradients(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Gradients of one global batch, averaged over the ranks; returns this rank's mean loss (on the device)."""
+        """Gradients of one global batch, averaged over the ranks; returns this rank's mean loss, ()."""
         micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
         total = torch.zeros((), device=self.ranks.device)
         for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
@@ -2650,8 +2625,8 @@ class Trainer:
     def skipped_steps(self) -> int:
         """Steps skipped so far. Raises UserError if the last ones all were."""
         total, in_a_row = self.optimizers.skipped.tolist()
-        if in_a_row >= MOST_SKIPPED:
-            raise UserError(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
+        finite = in_a_row < 10  # a bad batch explains one or two
+        need(finite, f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
         return total
 
     def log_score(self, score: Score, when: str = ""):
@@ -2684,10 +2659,10 @@ def calibration_sequences(model: Model, batches: Batches, settings: Settings, ra
 
 
 def export(trainer: Trainer, batches: Batches) -> dict:
-    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what a record of the run should hold.
+    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what the records should hold.
 
     Calibration and GPTQ run on the training clock, packing does not. Where the file is larger than predicted, GPTQ runs
-    again with a larger k. Raises UserError if it cannot fit or be written.
+    again with a larger k.
     """
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
@@ -2716,7 +2691,7 @@ def export(trainer: Trainer, batches: Batches) -> dict:
 
 
 def write_whole(path: Path, data: bytes):
-    """Writes a file under a temporary name and renames it: no reader ever sees half of it."""
+    """Writes a file that no reader ever sees half of."""
     temporary = path.with_name(path.name + ".part")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2726,25 +2701,23 @@ def write_whole(path: Path, data: bytes):
 
 def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
     """Loads ARTIFACT, samples from it, scores it, and prints the final line."""
-    log(f"evaluation: {len(validation.target_bytes):,} targets, {settings.eval_mode} windows")
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: the sample shows what the artifact alone can do
         prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)]], device=ranks.device)
         text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
         log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
-    evaluator, adapts = Evaluator(model, s, ranks, validation), s.ttt_enabled and s.ttt_epochs > 0
-    score = evaluator.score_and_adapt(clock_started, log.progress) if adapts else evaluator.score()
-    if s.eval_nll_path and ranks.rank == 0:
-        buffer = io.BytesIO()
-        np.save(buffer, score.nats)
-        write_whole(Path(s.eval_nll_path), buffer.getvalue())
+    evaluator = Evaluator(model, s, ranks, validation)
+    score = evaluator.score_and_adapt(clock_started, log.progress) if s.adapts else evaluator.score()
     seconds = time.perf_counter() - clock_started
     given_up = f", {score.epochs_given_up} epochs of test-time training given up" if score.epochs_given_up else ""
     log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s{given_up}")
     late = ranks.from_main(seconds > s.eval_max_seconds)
     need(not late, f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
-    report(log, "final", s.eval_mode + ("_ttt" if adapts else ""), score)
+    report(log, "final", s.eval_mode + ("_ttt" if s.adapts else ""), score)
+    if s.eval_nll_path and ranks.rank == 0:
+        with writing(f"EVAL_NLL_PATH={s.eval_nll_path}"):
+            np.save(s.eval_nll_path, score.nats)
 
 
 def report(log: Log, event: str, label: str, score: Score):
@@ -2767,9 +2740,9 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
     steps, seconds = trainer.steps_done, trainer.clock.seconds()
     step_ms = 1000 * seconds / max(steps, 1)
-    log(f"trained {steps} steps in {seconds:.1f}s, {step_ms:.2f}ms each")
     peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
-    log(f"Code size: {code_bytes} bytes; peak GPU memory: {peak / 2**20:.0f} MiB")
+    log(f"trained {steps} steps in {seconds:.1f}s, {step_ms:.2f}ms each; peak GPU memory {peak / 1e9:.1f} GB")
+    log(f"Code size: {code_bytes} bytes")
     before = Evaluator(model, plain, ranks, validation).score()
     trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)
@@ -2785,7 +2758,7 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
-    """Settings, validated and with a run id all ranks share, and the ranks."""
+    """Validated settings with a run id all ranks share, the names of those given, and the ranks."""
     settings, given = read_settings(environment)
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     known = settings.artifact or settings.run_id or not settings.eval_only
@@ -2801,7 +2774,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
 
 
 def main():
-    """The story of a run: settings, tokenizer, training, export, evaluation."""
+    """The story of a run."""
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text())
         return
@@ -2821,7 +2794,7 @@ def main():
 
 
 def run() -> int:
-    """main(), with a user's mistake printed as one line by one rank; returns the exit status."""
+    """main(), with a user's mistake printed as one line; returns the exit status."""
     try:
         main()
     except UserError as error:

@@ -129,10 +129,10 @@ def newton_schulz_flops(shape: torch.Size, steps: int) -> float:
     return steps * (4 * short**2 * long + 2 * short**3)
 
 
-def mixer_flops(settings: t.Settings, mixer: str, tokens: int) -> float:
+def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
     """Forward products of one layer's scan or attention, without its projections."""
     s = settings
-    if mixer == "attention":
+    if letter in "Aa":
         return attention_flops(tokens, s.train_seq_len, s.model_dim)
     heads = s.mamba_inner_dim // s.mamba_head_dim
     return scan_flops(tokens, heads, s.mamba_head_dim, s.mamba_d_state, s.mamba_chunk_size)
@@ -141,11 +141,11 @@ def mixer_flops(settings: t.Settings, mixer: str, tokens: int) -> float:
 def step_flops(model: t.Model, tokens: int) -> float:
     """Necessary matrix products of a training step: 6 FLOPs for each token and matrix entry (output matrix included,
     layers that recur counted each time), and three times the forward products of attention and scans."""
-    s, kinds = model.settings, t.layer_kinds(model.settings)
+    s, letters = model.settings, t.layer_letters(model.settings)
     entries = s.vocab_size * s.model_dim + (s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0)
     for layer in model.full_order:
         entries += sum(m.weight.numel() for m in model.blocks[layer].modules() if isinstance(m, t.Linear))
-    mixers = sum(mixer_flops(s, kinds[layer].mixer, tokens) for layer in model.full_order)
+    mixers = sum(mixer_flops(s, letters[layer], tokens) for layer in model.full_order)
     return 6 * tokens * entries + 3 * mixers
 
 
@@ -211,7 +211,7 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
         return t.mamba_scan(projected, parameters, sizes, None, None, backend, chunk)[0]
 
     inputs = projected, *(x.requires_grad_() for x in named.values())
-    flops = mixer_flops(s, "mamba", s.train_batch_tokens)
+    flops = mixer_flops(s, "M", s.train_batch_tokens)
     return operator(t.maybe_compile(run, s, ranks), inputs, (), flops, backward)
 
 
@@ -234,7 +234,7 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     inputs = tuple(
         random_activations(s, ranks.device, heads, head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     )
-    return operator(attend, inputs, (), mixer_flops(s, "attention", s.train_batch_tokens))
+    return operator(attend, inputs, (), mixer_flops(s, "A", s.train_batch_tokens))
 
 
 def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
@@ -270,7 +270,7 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
     def call():
         optimizers.step(0.0, s.muon_momentum)  # with rate 0 the weights stay as they are, and the work is the same
-        average.update(1, 1.0)
+        average.update(1, 1.0, optimizers.muon.found_inf)
 
     matrices = [layer.weight for layer in model.linear_layers().values()]
     muon = sum(p.numel() for p in matrices)
