@@ -23,7 +23,6 @@ import bisect
 import collections
 import contextlib
 import dataclasses
-import datetime
 import difflib
 import functools
 import hashlib
@@ -85,16 +84,16 @@ class Settings:
     """Every setting of a run. Layer lists are explained at parse_layers()."""
 
     preset: str = env("default", "name", "a set of defaults: see below", "run")
-    run_id: str = env("", "name", "names logs and artifact; empty: date and seed")
+    run_id: str = env("", "name", "names logs and artifact; empty: by date")
     seed: int = env(1337, "integer", "seeds weights and batches")
     device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
-    compile_cache: str = env("", "folder", "keeps what is compiled; empty: torch's own place")
+    compile_cache: str = env("", "folder", "keeps what is compiled")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
-    artifact: str = env("", "file", "the exported model; empty: LOG_DIR/RUN_ID.int6.lzma")
+    artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
     sample: str = env("", "text", "for the exported model to continue")
-    sample_tokens: int = env(128, "tokens > 0", "length of that continuation")
+    sample_tokens: int = env(128, "tokens > 0", "length of the continuation")
     sample_temperature: float = env(0.8, "factor", "its temperature; 0: the likeliest token")
 
     data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
@@ -102,7 +101,7 @@ class Settings:
     vocab_size: int = env(8192, "tokens > 0", "must be the tokenizer's")
     train_batch_tokens: int = env(524_288, "tokens > 0", "one step's batch over all ranks")
     train_seq_len: int = env(2048, "tokens > 0", "training sequence and evaluation window")
-    micro_batch_tokens: int = env(0, "tokens", "most tokens a rank runs at once; 0: what fits")
+    micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
     document_reset: bool = env(False, "0|1", "BOS resets states and confines attention")
 
     num_layers: int = env(7, "layers > 0", "physical layers", "model")
@@ -122,11 +121,11 @@ class Settings:
     mamba_expand: float = env(2.0, "× width > 0", "inner width of a Mamba layer")
     mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head, a power of two")
     mamba_rope_fraction: float = env(0.5, "0.5|1", "part of Mamba-3's state that rotates")
-    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution's tokens; -1: 4 in Mamba-2, else none")
+    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4 in Mamba-2, else none")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
     scan_backend: str = env("auto", "auto|triton|mamba_ssm|chunked|sequential", "auto: triton on CUDA")
-    unet_skips: bool = env(True, "0|1", "from the first half of layers to the second")
+    unet_skips: bool = env(True, "0|1", "from the first half to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
     bigram_dim: int = env(128, "width > 0", "its width before the projection")
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
@@ -144,7 +143,7 @@ class Settings:
     warmup_steps: int = env(3, "steps", "compile warm-up, undone, off the clock")
     lr_warmup_fraction: float = env(0.01, "of run", "linear learning-rate warm-up")
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
-    warmdown_iters: int = env(0, "steps", "the same in steps of mean length; 0: the fraction")
+    warmdown_iters: int = env(0, "steps", "the same in steps; 0: the fraction")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
     train_log_every: int = env(50, "steps > 0", "training loss lines")
 
@@ -162,21 +161,21 @@ class Settings:
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
     weight_average: str = env("ema", "ema|swa|none", "average of the weights to export")
     ema_decay: float = env(0.997, "below 1", "at most; see EMA_HORIZON")
-    ema_horizon: float = env(0.03, "of steps > 0", "EMA remembers at most this part of them")
+    ema_horizon: float = env(0.03, "of steps > 0", "the most that EMA remembers")
     swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
 
-    late_qat_threshold: float = env(0.15, "0 to 1", "LR factor that begins fake quantization; 0: never", "export")
+    late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which QAT is on; 0: never", "export")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "least k of int6 rows; 0: as fine as TARGET_MB allows")
     sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
-    calibration: str = env("train", "train|self", "GPTQ's text: training tokens, or the model's own")
+    calibration: str = env("train", "train|self", "GPTQ's text: training's, or the model's own")
     calibration_tokens: int = env(131_072, "tokens > 0", "how much of it")
 
     eval_mode: str = env("sliding", "plain|sliding|stateful", "context of a scored token", "evaluation")
     eval_stride: int = env(512, "tokens > 0", "sliding: how far each window moves")
-    eval_overlap: int = env(1024, "tokens > 0", "stateful: attention's cache, and a cold start's context")
+    eval_overlap: int = env(1024, "tokens > 0", "stateful: attention's cache, a cold start's context")
     val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
-    eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock; adaptation gives way to it")
+    eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock, which adaptation keeps")
     eval_nll_path: str = env("", "file.npy", "every target's nats, float32, in stream order")
     ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
     ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
@@ -212,7 +211,7 @@ PRESETS = {
 }  # fmt: skip
 PRESET_HELP = {
     "default": "for the contest: 8 GPUs, ten minutes, sp8192",
-    "peer7": "a published state-space entry's shape, to compare speed",
+    "peer7": "a published entry's shape, to compare speed",
     "tiny": "two minutes on two CPU cores with the sample text",
 }
 
@@ -240,10 +239,10 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        number = first.isdecimal() and last.isdecimal()
-        need(number, f'{given}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        known = int(first) <= int(last) < count
-        need(known, f"{given}: there is no layer {part}; NUM_LAYERS={count} counts from 0")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise UserError(f'{given}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
+        if not int(first) <= int(last) < count:
+            raise UserError(f"{given}: there is no layer {part}; NUM_LAYERS={count} counts from 0")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
@@ -343,7 +342,7 @@ def validate_settings(settings: Settings, world_size: int):
         check("recur_layers", consecutive, "must be consecutive in hinge mode")
     order = virtual_layer_order(s)
     need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
-    check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a hidden width")
+    check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
     mixers = set(layer_letters(s).upper())
     if "A" in mixers:
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
@@ -435,7 +434,7 @@ def start_ranks(settings: Settings) -> Ranks:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=20), device_id=device_id)
+        dist.init_process_group(backend, device_id=device_id)
     return Ranks(rank, world_size, device)
 
 
@@ -1461,7 +1460,10 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
-        nn.init.normal_(self.weight, std=0.0 if zero else in_features**-0.5)
+        if zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -1493,29 +1495,23 @@ def flash_attention_3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 ATTENTION_BACKENDS = {"fa3": flash_attention_3, "cudnn": sdpa, "flash": sdpa, "math": sdpa}
 
 
+@torch.enable_grad()
 def choose_attention_backend(wanted: str, device: torch.device, heads: int, kv_heads: int, head_dim: int) -> str:
-    """wanted, or for "auto" the first of ATTENTION_BACKENDS that runs forward and backward here. Leaves torch's own
+    """wanted, or for "auto" the first of ATTENTION_BACKENDS, if it runs forward and backward here. Leaves torch's own
     switches set for it."""
-
-    @torch.enable_grad()
-    def trouble(name: str) -> str:
+    choices, dtype = (ATTENTION_BACKENDS, torch.bfloat16) if device.type == "cuda" else (("math",), torch.float32)
+    random = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    for name in choices if wanted == "auto" else (wanted,):
         for switch in ("cudnn", "flash", "math"):
             getattr(torch.backends.cuda, f"enable_{switch}_sdp")(switch == name or device.type == "cpu")
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        random = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
         query, key, value = (random(1, 128, count, head_dim) for count in (heads, kv_heads, kv_heads))
         try:
             ATTENTION_BACKENDS[name](query, key, value).sum().backward()
+            return name
         except (ImportError, RuntimeError, AssertionError, TypeError) as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-        return ""
-
-    if wanted == "auto":
-        return next(name for name in (ATTENTION_BACKENDS if device.type == "cuda" else ("math",)) if not trouble(name))
-    why = trouble(wanted)
-    need(not why, f"ATTENTION_BACKEND={wanted} does not run here ({why}); ATTENTION_BACKEND=auto finds one")
-    return wanted
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise UserError(f"ATTENTION_BACKEND={wanted} does not run here ({why}); ATTENTION_BACKEND=auto finds one")
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2126,7 +2122,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _score_targets(self, first: int, last: int):
-        """Scores this rank's share of the targets first <= p < last."""
+        """Scores this rank's share of the targets from first to last."""
         s, device = self.settings, self.ranks.device
         cache_tokens = s.eval_overlap if s.eval_mode == "stateful" else 0
         windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
@@ -2192,8 +2188,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
     """prompt (B, T) and count tokens sampled at this temperature (0: the likeliest), (B, T + count), one by one.
     Attention sees the last cache_tokens."""
-    generator = torch.Generator(prompt.device).manual_seed(seed)
-    tokens, state = [prompt], None
+    generator, tokens, state = torch.Generator(prompt.device).manual_seed(seed), [prompt], None
     for _ in range(count):
         hidden, state = model(tokens[-1], model.full_order, state, cache_tokens)
         logits = model.logits(hidden[:, -1])
@@ -2274,9 +2269,9 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    choices = [4 + (SDCLIP_MOST - 4) * i / 256 for i in range(257)]
-    fits = bisect.bisect_left(choices[:-1], True, key=lambda k: predict_bytes(model, settings, k) <= target_bytes)
-    return choices[fits]
+    choice = lambda i: 4 + (SDCLIP_MOST - 4) * i / 256
+    fits = lambda i: predict_bytes(model, settings, choice(i)) <= target_bytes
+    return choice(bisect.bisect_left(range(256), True, key=fits))
 
 
 class FakeQuantization:
@@ -2458,10 +2453,9 @@ class Log:
             self.text = (folder / f"{name}.txt").open("a", encoding="utf-8", buffering=1)
             self.records = (folder / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
         self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
-        print(f"logs: {folder / name}.txt and .jsonl", flush=True)
 
     def __call__(self, text: str, event: str = "", **values):
-        """A line of text; where it is an event, also one JSON object in the machine-readable log."""
+        """A line of text; for an event, also a JSON object in the machine-readable log."""
         if self.quiet:
             return
         print(text, flush=True)
@@ -2480,22 +2474,21 @@ class Log:
 
 def describe_machine(ranks: Ranks) -> dict[str, str | int]:
     """Versions and hardware, for the log."""
-    cuda = ranks.device.type == "cuda"
-    gpus = f"{ranks.world_size} × {torch.cuda.get_device_name()}" if cuda else ""
+    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else cpu
     return {
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": triton and triton.__version__, "world_size": ranks.world_size, "threads": torch.get_num_threads(),
-        "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
+        "triton": triton and triton.__version__, "hardware": f"{ranks.world_size} × {device}",
     }  # fmt: skip
 
 
 def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
-    """Tokens a rank runs at once: MICRO_BATCH_TOKENS, or 131,072 (beyond that, kernels run no faster) where 70 % of the
-    free memory allow; less where that does not divide its share of the batch."""
+    """Tokens a rank runs at once, a divisor of its share: at most MICRO_BATCH_TOKENS, or 131,072 (beyond that, kernels run
+    no faster) where 70 % of the free memory allow."""
     s = settings
     most = s.micro_batch_tokens or 131_072
     if ranks.device.type == "cuda" and not s.micro_batch_tokens:
-        # Bytes per token, as if every layer were Mamba with an MLP; the factors fit the peak measured with PRESET=peer7.
+        # Bytes per token, all layers taken for Mamba with an MLP; the factors fit the peak of PRESET=peer7.
         mixer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
         layer = mixer + (8 + 4 * s.mlp_mult) * s.model_dim
         token = len(virtual_layer_order(s)) * layer + 5 * s.vocab_size
@@ -2514,20 +2507,20 @@ def synchronize(device: torch.device):
 class TrainingClock:
     """Seconds of the training clock: it runs between start() and pause()."""
 
-    counted, since = 0.0, None
+    counted, since = 0.0, math.inf
 
     def start(self):
         self.since = time.perf_counter()
 
     def pause(self):
-        self.counted, self.since = self.seconds(), None
+        self.counted, self.since = self.seconds(), math.inf
 
     def seconds(self) -> float:
-        return self.counted + (0.0 if self.since is None else time.perf_counter() - self.since)
+        return self.counted + max(0.0, time.perf_counter() - self.since)
 
 
 def training_loss(model: Model, settings: Settings, ranks: Ranks):
-    """model.loss; with several ranks, backward averages gradients, in buckets whose ends cut the compiled graph."""
+    """model.loss; with several ranks, backward averages gradients in buckets that cut the compiled graph."""
     loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
         return loss
@@ -2542,7 +2535,7 @@ def training_loss(model: Model, settings: Settings, ranks: Ranks):
 
 
 class Trainer:
-    """Model, optimizers and data of a run; warm_up() compiles, run() trains by the clock."""
+    """warm_up() compiles, run() trains by the clock."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, micro_batch: int, target_bytes: float, log: Log):
         self.model, self.settings, self.ranks, self.log = model, settings, ranks, log
@@ -2554,7 +2547,7 @@ class Trainer:
 
     def announce(self):
         """Prints what will happen, before it does."""
-        model, s, world = self.model, self.settings, self.ranks.world_size
+        model, s = self.model, self.settings
         count, letters = sum(p.numel() for p in model.parameters()), layer_letters(s)
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
         self.log("virtual layer order: " + " ".join(f"{letters[i]}{i}" for i in model.full_order))
@@ -2562,7 +2555,7 @@ class Trainer:
         backends = {m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers}
         self.log(f"backends: {', '.join(sorted(backends))}")
         together = self.micro_sequences * s.train_seq_len
-        self.log(f"batch: {s.train_batch_tokens:,} tokens, {together:,} at once on each of {world} ranks")
+        self.log(f"batch: {s.train_batch_tokens:,} tokens, {together:,} at once per rank")
 
     def warm_up(self):
         """Compiles both layer orders, in steps at rate 0 of optimizers that are forgotten."""
@@ -2578,7 +2571,7 @@ class Trainer:
     def run(self, batches: Batches, validate):
         """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
 
-        validate(recurrent) scores the model every VAL_LOSS_EVERY steps. Raises UserError when training diverges.
+        validate(recurrent) scores the model every VAL_LOSS_EVERY steps.
         """
         s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
         self.clock.start()
@@ -2590,7 +2583,7 @@ class Trainer:
                 break
             if now.quantized and fake_quantization is None:
                 fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
-                self.log(f"late QAT on at step {self.steps_done} (k={fake_quantization.k:.2f})")
+                self.log(f"late QAT from step {self.steps_done}, k={fake_quantization.k:.2f}")
             with fake_quantization() if now.quantized else contextlib.nullcontext():
                 loss = self._gradients(*batches.next(), self.model.order(now.recurrent))
             self.optimizers.step(now.lr_factor, now.momentum)
@@ -2623,7 +2616,7 @@ class Trainer:
         return total
 
     def skipped_steps(self) -> int:
-        """Steps skipped so far. Raises UserError if the last ones all were."""
+        """Steps skipped so far; UserError if the last ones all were."""
         total, in_a_row = self.optimizers.skipped.tolist()
         finite = in_a_row < 10  # a bad batch explains one or two
         need(finite, f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
@@ -2647,27 +2640,19 @@ class Trainer:
         self._log(text, "train", **values, **now._asdict())
 
 
-def calibration_sequences(model: Model, batches: Batches, settings: Settings, ranks: Ranks) -> Tensor:
-    """This rank's part of the text GPTQ sees, (n, TRAIN_SEQ_LEN): the next training tokens, or the model's own."""
-    s = settings
-    count = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size))
-    if s.calibration == "self":
-        start = torch.full((count, 1), BOS_ID, device=ranks.device)
-        return generate(model, start, s.train_seq_len - 1, 1.0, s.train_seq_len, s.seed + ranks.rank)
-    steps = -(-s.calibration_tokens // s.train_batch_tokens)
-    return torch.cat([batches.next()[0] for _ in range(steps)])[:count]
-
-
 def export(trainer: Trainer, batches: Batches) -> dict:
-    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what the records should hold.
-
-    Calibration and GPTQ run on the training clock, packing does not. Where the file is larger than predicted, GPTQ runs
-    again with a larger k.
-    """
+    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what the records should hold. Packing is
+    off the training clock. Where the file is larger than predicted, GPTQ runs again, on the clock, with a larger k."""
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
     clock.start()
-    sequences = calibration_sequences(model, batches, s, ranks)
+    count, length = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size)), s.train_seq_len
+    if s.calibration == "self":
+        begin = torch.full((count, 1), BOS_ID, device=ranks.device)
+        sequences = generate(model, begin, length - 1, 1.0, length, s.seed + ranks.rank)
+    else:
+        steps = -(-s.calibration_tokens // s.train_batch_tokens)
+        sequences = torch.cat([batches.next()[0] for _ in range(steps)])[:count]
     hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
     k = fit_sdclip(model, s, target)
     while True:
@@ -2703,17 +2688,16 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     """Loads ARTIFACT, samples from it, scores it, and prints the final line."""
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
-    if s.sample:  # before adaptation: the sample shows what the artifact alone can do
+    if s.sample:  # before adaptation: what the artifact alone can do
         prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)]], device=ranks.device)
         text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
         log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
     evaluator = Evaluator(model, s, ranks, validation)
     score = evaluator.score_and_adapt(clock_started, log.progress) if s.adapts else evaluator.score()
     seconds = time.perf_counter() - clock_started
-    given_up = f", {score.epochs_given_up} epochs of test-time training given up" if score.epochs_given_up else ""
-    log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s{given_up}")
-    late = ranks.from_main(seconds > s.eval_max_seconds)
-    need(not late, f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
+    log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s; {score.epochs_given_up} epochs given up")
+    in_time = ranks.from_main(seconds <= s.eval_max_seconds)
+    need(in_time, f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
     report(log, "final", s.eval_mode + ("_ttt" if s.adapts else ""), score)
     if s.eval_nll_path and ranks.rank == 0:
         with writing(f"EVAL_NLL_PATH={s.eval_nll_path}"):
@@ -2740,7 +2724,7 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
     steps, seconds = trainer.steps_done, trainer.clock.seconds()
     step_ms = 1000 * seconds / max(steps, 1)
-    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated()
     log(f"trained {steps} steps in {seconds:.1f}s, {step_ms:.2f}ms each; peak GPU memory {peak / 1e9:.1f} GB")
     log(f"Code size: {code_bytes} bytes")
     before = Evaluator(model, plain, ranks, validation).score()

@@ -262,13 +262,14 @@ def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """Muon, Adam and the weight average on the whole model, in float32; gradients are not averaged or clipped."""
+    """Muon, Adam and the weight average on the whole model, in float32; gradients are clipped, but not averaged."""
     s, model = settings, t.build_model(settings, ranks)
     optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
+    gradients = [torch.randn_like(p) for p in model.parameters()]
 
     def call():
+        for p, gradient in zip(model.parameters(), gradients):
+            p.grad = gradient  # a step drops it
         optimizers.step(0.0, s.muon_momentum)  # with rate 0 the weights stay as they are, and the work is the same
         average.update(1, 1.0, optimizers.muon.found_inf)
 
