@@ -131,10 +131,10 @@ def newton_schulz_flops(shape: torch.Size, steps: int) -> float:
     return steps * (4 * short**2 * long + 2 * short**3)
 
 
-def mixer_flops(settings: t.Settings, mixer: str, tokens: int) -> float:
+def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
     """Forward products of one layer's scan or attention, without its projections."""
     s = settings
-    if mixer == "attention":
+    if letter in "Aa":
         return attention_flops(tokens, s.train_seq_len, s.model_dim)
     heads = s.mamba_inner_dim // s.mamba_head_dim
     return scan_flops(tokens, heads, s.mamba_head_dim, s.mamba_d_state, s.mamba_chunk_size)
@@ -143,11 +143,11 @@ def mixer_flops(settings: t.Settings, mixer: str, tokens: int) -> float:
 def step_flops(model: t.Model, tokens: int) -> float:
     """Necessary matrix products of a training step: 6 FLOPs for each token and matrix entry (output matrix included,
     layers that recur counted each time), and three times the forward products of attention and scans."""
-    s, kinds = model.settings, t.layer_kinds(model.settings)
+    s, letters = model.settings, t.layer_letters(model.settings)
     entries = s.vocab_size * s.model_dim + (s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0)
     for layer in model.full_order:
         entries += sum(m.weight.numel() for m in model.blocks[layer].modules() if isinstance(m, t.Linear))
-    mixers = sum(mixer_flops(s, kinds[layer].mixer, tokens) for layer in model.full_order)
+    mixers = sum(mixer_flops(s, letters[layer], tokens) for layer in model.full_order)
     return 6 * tokens * entries + 3 * mixers
 
 
@@ -208,6 +208,7 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
     def ours(projected: Tensor, *learned: Tensor) -> Tensor:
         return t.mamba_scan(projected, t.MambaParameters(*learned), sizes, None, None, backend, chunk)[0]
 
+<<<<<<< HEAD
     def before_library(projected: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
         inputs = t.scan_inputs(projected, t.MambaParameters(*learned), sizes, None)
         return mamba_ssm_reference.library_tensors(inputs)
@@ -221,6 +222,11 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
     projected = random_activations(s, device, sum(sizes.columns()))
     inputs = projected, *(x.requires_grad_() for x in learned)
     return operator(run, inputs, (), mixer_flops(s, "mamba", s.train_batch_tokens), backward)
+=======
+    inputs = projected, *(x.requires_grad_() for x in named.values())
+    flops = mixer_flops(s, "M", s.train_batch_tokens)
+    return operator(t.maybe_compile(run, s, ranks), inputs, (), flops, backward)
+>>>>>>> trim2
 
 
 def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
@@ -242,7 +248,7 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     inputs = tuple(
         random_activations(s, ranks.device, heads, head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     )
-    return operator(attend, inputs, (), mixer_flops(s, "attention", s.train_batch_tokens))
+    return operator(attend, inputs, (), mixer_flops(s, "A", s.train_batch_tokens))
 
 
 def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
@@ -270,6 +276,7 @@ def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+<<<<<<< HEAD
     """Muon, Adam and the weight average on the whole model, in float32, clipping included; gradients are not averaged."""
     s, model = settings, t.build_model(settings, ranks)
     optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
@@ -278,6 +285,16 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     def call():
         for p, gradient in gradients.items():  # a step drops them
             p.grad = gradient
+=======
+    """Muon, Adam and the weight average on the whole model, in float32; gradients are clipped, but not averaged."""
+    s, model = settings, t.build_model(settings, ranks)
+    optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
+    gradients = [torch.randn_like(p) for p in model.parameters()]
+
+    def call():
+        for p, gradient in zip(model.parameters(), gradients):
+            p.grad = gradient  # a step drops it
+>>>>>>> trim2
         optimizers.step(0.0, s.muon_momentum)  # with rate 0 the weights stay as they are, and the work is the same
         average.update(1, 1.0, optimizers.muon.found_inf)
 
@@ -347,13 +364,10 @@ def time_kernel(make: Callable[[], Kernel], ceilings: Ceilings) -> dict:
 class SilentLog:
     """Stands in for the run's log."""
 
-    def __call__(self, text: str):
+    def __call__(self, text: str, event: str = "", **values):
         pass
 
     progress = __call__
-
-    def record(self, event: str, **values):
-        pass
 
 
 class RandomBatches:

@@ -1,15 +1,18 @@
 """Export: GPTQ, the grids, packing, and an artifact file that is either read exactly or refused in one line."""
 
+import copy
 import hashlib
 import json
 import lzma
 import math
 import random
+import re
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SOLO, bounded, random_model, random_tokens, relative, run_ranks, tiny
+from helpers import SOLO, bounded, random_model, random_tokens, relative, run_ranks, tiny, with_settings
 
 import train_gpt as t
 
@@ -19,9 +22,10 @@ def row_limits(rows: int, int8_rows: int) -> torch.Tensor:
     return torch.tensor([[31.0]] * (rows - int8_rows) + [[127.0]] * int8_rows)
 
 
-def dequantized(item: t.Quantized | torch.Tensor) -> torch.Tensor:
+def dequantized(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """What a stored parameter stands for."""
-    return item.integers.float() * item.scale.float()[:, None] if isinstance(item, t.Quantized) else item.float()
+    integers = stored.get(f"{name} integers")
+    return stored[name].float() if integers is None else integers.float() * stored[name].float()[:, None]
 
 
 each_version = pytest.mark.parametrize("version", [2, 3], ids=["Mamba-2", "Mamba-3"])
@@ -125,11 +129,13 @@ def test_rows_that_drive_the_recurrence_have_eight_bits_and_are_the_last(version
         name = f"blocks.{layer}.mixer.in_proj.weight"
         assert torch.equal(limits[name], row_limits(2 * 64 + 2 * 8 + expected, expected))
         weight = model.get_parameter(name).detach()
-        error = (dequantized(stored[name]) - weight).norm(dim=1) / weight.norm(dim=1)
+        error = (dequantized(stored, name) - weight).norm(dim=1) / weight.norm(dim=1)
         assert error[-expected:].max() < error[:-expected].min() / 2
     assert torch.equal(limits["embedding.weight"], row_limits(512, 512))
     assert torch.equal(limits["blocks.1.mixer.query.weight"], row_limits(32, 0))
-    types = {name: item.dtype for name, item in stored.items() if name not in limits}
+    assert {stored[f"{name} integers"].dtype for name in limits} == {torch.int8}
+    assert {stored[name].dtype for name in limits} == {torch.float16}
+    types = {name: stored[name].dtype for name, _ in model.named_parameters() if name not in limits}
     assert {types.pop(name) for name in list(types) if name.endswith((".dt_bias", ".D", ".A_log"))} == {torch.float32}
     assert set(types.values()) == {torch.float16}
     assert {name for name, p in model.named_parameters() if p.dim() == 2 and name.endswith("weight")} - set(limits) == (
@@ -195,9 +201,8 @@ def test_fake_quantization_is_what_export_without_a_hessian_stores():
     model = random_model(settings)
     stored = t.quantize_model(model, settings, SOLO, {}, 4.0)
     with t.FakeQuantization(model, settings, 1e6)():
-        for name, item in stored.items():
-            if isinstance(item, t.Quantized):
-                assert torch.equal(model.get_parameter(name), dequantized(item)), name
+        for name in t.grid_limits(model):
+            assert torch.equal(model.get_parameter(name), dequantized(stored, name)), name
 
 
 def test_gradients_pass_straight_through_the_rounding():
@@ -221,7 +226,7 @@ def wide_model() -> tuple[t.Settings, t.Model]:
     return settings, random_model(settings)
 
 
-def exported(model: t.Model, settings: t.Settings, k: float = 5.0) -> dict[str, t.Quantized | torch.Tensor]:
+def exported(model: t.Model, settings: t.Settings, k: float = 5.0) -> dict[str, torch.Tensor]:
     return t.quantize_model(model, settings, SOLO, {}, k)
 
 
@@ -239,51 +244,60 @@ def test_sdclip_is_as_fine_as_the_target_allows_and_the_real_file_fits():
     assert t.fit_sdclip(model, tiny(sdclip_k=7.0), 1.0) == 7.0
 
 
-def test_pruning_zeroes_the_cheapest_ones_only_and_shrinks_the_file():
+class Quiet:
+    """A log that keeps what it was told."""
+
+    def __init__(self):
+        self.said: list[str] = []
+        self.progress = self.said.append
+
+    def __call__(self, text: str, event: str = "", **values) -> None:
+        self.said.append(text)
+
+
+def export_to(path: Path, settings: t.Settings, model: t.Model, target: int, ranks: t.Ranks = SOLO) -> list[str]:
+    """Runs export() as behind a training run, on random tokens; returns what it logged."""
+    settings = with_settings(settings, artifact=str(path))
+    trainer = types.SimpleNamespace(
+        model=model, settings=settings, ranks=ranks, log=Quiet(), micro_sequences=2, clock=t.TrainingClock(),
+        target_bytes=target,
+    )  # fmt: skip
+    tokens = random_tokens(4 // ranks.world_size, 32, seed=ranks.rank)
+    values = t.export(trainer, types.SimpleNamespace(next=lambda: (tokens, tokens)))
+    assert values == {"sdclip_k": values["sdclip_k"], "train_clock_seconds": trainer.clock.seconds()}
+    return trainer.log.said
+
+
+@pytest.mark.parametrize("sdclip_k", [0.0, 5.0])
+def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_much_further(
+    tmp_path, monkeypatch, sdclip_k
+):
+    """Whether the prediction was wrong or SDCLIP_K too fine; on every rank alike, and all of it on the training clock."""
     settings, model = wide_model()
-    stored, limits = exported(model, settings), t.grid_limits(model)
-    before = t.pack_artifact(settings, stored)
-    ones = sum(int((stored[n].integers[limits[n][:, 0] == 31].abs() == 1).sum()) for n in limits)
-    count = ones // 2
-    pruned = t.prune(stored, count)
-    removed, costs_removed, costs_left = 0, [], []
-    for name, item in stored.items():
-        if not isinstance(item, t.Quantized):
-            assert pruned[name] is item
-            continue
-        changed = pruned[name].integers != item.integers
-        assert torch.equal(pruned[name].scale, item.scale)
-        assert (item.integers[changed].abs() == 1).all()
-        assert not pruned[name].integers[changed].any()
-        assert not changed[limits[name][:, 0] == 127].any(), "8-bit rows must stay as they are"
-        removed += int(changed.sum())
-        six = limits[name] == 31
-        cost = item.scale[:, None].float().expand(item.integers.shape)
-        costs_removed.append(cost[changed])
-        costs_left.append(cost[six & (pruned[name].integers.abs() == 1)])
-    assert removed == count
-    assert torch.cat(costs_removed).max() <= torch.cat(costs_left).min()
-    assert len(t.pack_artifact(settings, pruned)) < len(before) - count // 20
+    settings = with_settings(settings, sdclip_k=sdclip_k)
+    predict = t.predict_bytes
+    monkeypatch.setattr(t, "predict_bytes", lambda *arguments: 0.93 * predict(*arguments))
+    target = int(predict(model, settings, 6.0))
+
+    def export(ranks: t.Ranks) -> list[str]:
+        said = export_to(tmp_path / f"{ranks.world_size}", settings, copy.deepcopy(model), target, ranks)
+        return [re.sub(r"training clock .*", "", text) for text in said]
+
+    for world_size in (1, 2):
+        said, *others = run_ranks(world_size, export)
+        assert all(other == said for other in others)
+        assert len([text for text in said if text.startswith("GPTQ at k=")]) >= 2
+        assert 0.9 * target < (tmp_path / f"{world_size}").stat().st_size <= target, said
+        t.load_model(tmp_path / f"{world_size}", tiny(), set(), SOLO)
 
 
-def test_an_artifact_that_is_too_large_is_pruned_until_it_fits_and_not_much_further(tmp_path):
-    """Pruning a few values can make LZMA's file larger; that is no reason to prune all of them."""
-    settings, model = wide_model()
-    stored = exported(model, settings, 12.0)
-    size = len(t.pack_artifact(settings, stored))
-    said: list[str] = []
-    data = t.fit_artifact(settings, stored, size - 2000, said.append)
-    assert "pruned" in said[-1]
-    assert size - 10_000 < len(data) <= size - 2000, said
-    (tmp_path / "a").write_bytes(data)
-    t.load_model(tmp_path / "a", tiny(), set(), SOLO)
-
-
-def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do():
-    settings = tiny()
-    model = random_model(settings)
-    with pytest.raises(t.UserError, match="SDCLIP_K"):
-        t.fit_artifact(settings, exported(model, settings), 1000, lambda text: None)
+@pytest.mark.parametrize("sdclip_k", [0.0, 5.0, 20.0])
+@pytest.mark.parametrize("target", [1000, -1000])
+def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do(tmp_path, sdclip_k, target):
+    settings = tiny(sdclip_k=sdclip_k)
+    with pytest.raises(t.UserError, match=f"of {target} at SDCLIP_K=.*raise it, or make the model smaller"):
+        export_to(tmp_path / "a", settings, random_model(settings), target)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- Packing ---------------------------------------------------------------------------------------------------------
@@ -303,8 +317,9 @@ def test_what_is_read_back_is_bit_equal_to_what_was_quantized(version, changes, 
     assert header == {name: getattr(settings, name) for name in t.MODEL_FIELDS}
     loaded, loaded_settings = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
     assert {name: getattr(loaded_settings, name) for name in t.MODEL_FIELDS} == header
-    assert {name for name, _ in loaded.named_parameters()} == set(stored)
-    assert all(torch.equal(p, dequantized(stored[name])) for name, p in loaded.named_parameters())
+    integers = {f"{name} integers" for name in t.grid_limits(model)}
+    assert {name for name, _ in loaded.named_parameters()} | integers == set(stored)
+    assert all(torch.equal(p, dequantized(stored, name)) for name, p in loaded.named_parameters())
 
 
 def test_an_artifact_replaces_the_old_one_whole(tmp_path):

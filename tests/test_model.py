@@ -64,8 +64,8 @@ def test_nats_are_a_softmax_over_the_whole_vocabulary(cap):
 
 
 def names(settings: t.Settings) -> str:
-    kinds = t.layer_kinds(settings)
-    return " ".join(f"{'M' if kinds[i].mixer == 'mamba' else 'A'}{i}" for i in t.virtual_layer_order(settings))
+    letters = t.layer_letters(settings)
+    return " ".join(f"{letters[i].upper()}{i}" for i in t.virtual_layer_order(settings))
 
 
 EIGHT = {"num_layers": 8, "mamba_layers": "0-3,5-7"}

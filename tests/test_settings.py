@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from helpers import bounded, tiny, with_settings
+from helpers import SOLO, bounded, tiny, with_settings
 
 import train_gpt as t
 
@@ -48,9 +48,13 @@ def test_a_variable_overrides_the_preset_and_the_preset_the_default():
 def test_layer_pattern_says_how_many_layers_there_are():
     settings, _ = t.read_settings({"PRESET": "tiny", "LAYER_PATTERN": "MmAaMM"})
     assert settings.num_layers == 6
-    kinds = t.layer_kinds(settings)
-    assert [kind.mixer for kind in kinds] == ["mamba", "mamba", "attention", "attention", "mamba", "mamba"]
-    assert [kind.mlp for kind in kinds] == [True, False, True, False, True, True]
+    model = t.build_model(settings, SOLO)
+    assert "".join(type(block.mixer).__name__[0] for block in model.blocks) == "MMAAMM"
+    assert [block.mlp is not None for block in model.blocks] == [True, False, True, False, True, True]
+
+
+def test_lists_of_layers_say_the_same_as_a_pattern():
+    assert t.layer_letters(tiny(num_layers=6, mamba_layers="0-1,4,5", mlp_layers="0,2,4-5")) == "MmAaMM"
 
 
 @pytest.mark.parametrize(
