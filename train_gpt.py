@@ -26,11 +26,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-<<<<<<< HEAD
-import io
-=======
-import importlib.util
->>>>>>> trim2
 import itertools
 import json
 import lzma
@@ -129,13 +124,8 @@ class Settings:
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4 in Mamba-2, else none")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
     mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
-<<<<<<< HEAD
-    scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, chunked on a CPU")
-    unet_skips: bool = env(True, "0|1", "from the first half of layers to the second")
-=======
-    scan_backend: str = env("auto", "auto|triton|mamba_ssm|chunked|sequential", "auto: triton on CUDA")
+    scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, else chunked")
     unet_skips: bool = env(True, "0|1", "from the first half to the second")
->>>>>>> trim2
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
     bigram_dim: int = env(128, "width > 0", "its width before the projection")
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
@@ -1771,18 +1761,12 @@ class Model(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-<<<<<<< HEAD
         """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
         weight = (self.embedding.weight if self.head is None else self.head.weight).to(hidden.dtype)
         inputs = hidden.flatten(0, 1), weight, targets.flatten(), self.settings.logit_softcap
         if hidden.is_cuda and triton is not None:
             return fused_cross_entropy(*inputs, torch.is_grad_enabled())[0].view(targets.shape)
         return cross_entropy(*inputs).view(targets.shape)
-=======
-        """Negative log-likelihood of each target (B, T), float32: a softmax over the whole vocabulary."""
-        logits = self.logits(hidden).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
->>>>>>> trim2
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         """Mean nats per target."""
@@ -2436,21 +2420,11 @@ class Log:
 
 def describe_machine(ranks: Ranks) -> dict[str, str | int]:
     """Versions and hardware, for the log."""
-<<<<<<< HEAD
-    cuda = ranks.device.type == "cuda"
-    gpus = f"{ranks.world_size} × {torch.cuda.get_device_name()}" if cuda else ""
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": triton and triton.__version__, "numpy": np.__version__,
-        "hardware": gpus or f"CPU {platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(), "world_size": ranks.world_size,
-=======
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else cpu
     return {
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "triton": triton and triton.__version__, "hardware": f"{ranks.world_size} × {device}",
->>>>>>> trim2
     }  # fmt: skip
 
 
@@ -2660,15 +2634,9 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     """Loads ARTIFACT, samples from it, scores it, and prints the final line."""
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
-<<<<<<< HEAD
-    if s.sample:  # before adaptation: the sample shows what the artifact alone can do
-        prompt = torch.tensor(
-            [[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)][-s.train_seq_len :]], device=ranks.device
-        )
-=======
     if s.sample:  # before adaptation: what the artifact alone can do
-        prompt = torch.tensor([[BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)]], device=ranks.device)
->>>>>>> trim2
+        prompt = [BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)][-s.train_seq_len :]
+        prompt = torch.tensor([prompt], device=ranks.device)
         text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
         log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
     evaluator = Evaluator(model, s, ranks, validation)

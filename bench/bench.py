@@ -208,7 +208,6 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
     def ours(projected: Tensor, *learned: Tensor) -> Tensor:
         return t.mamba_scan(projected, t.MambaParameters(*learned), sizes, None, None, backend, chunk)[0]
 
-<<<<<<< HEAD
     def before_library(projected: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
         inputs = t.scan_inputs(projected, t.MambaParameters(*learned), sizes, None)
         return mamba_ssm_reference.library_tensors(inputs)
@@ -221,12 +220,7 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
         run = t.maybe_compile(ours, s, ranks)
     projected = random_activations(s, device, sum(sizes.columns()))
     inputs = projected, *(x.requires_grad_() for x in learned)
-    return operator(run, inputs, (), mixer_flops(s, "mamba", s.train_batch_tokens), backward)
-=======
-    inputs = projected, *(x.requires_grad_() for x in named.values())
-    flops = mixer_flops(s, "M", s.train_batch_tokens)
-    return operator(t.maybe_compile(run, s, ranks), inputs, (), flops, backward)
->>>>>>> trim2
+    return operator(run, inputs, (), mixer_flops(s, "M", s.train_batch_tokens), backward)
 
 
 def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
@@ -276,16 +270,6 @@ def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-<<<<<<< HEAD
-    """Muon, Adam and the weight average on the whole model, in float32, clipping included; gradients are not averaged."""
-    s, model = settings, t.build_model(settings, ranks)
-    optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
-    gradients = {p: torch.randn_like(p) for p in model.parameters()}
-
-    def call():
-        for p, gradient in gradients.items():  # a step drops them
-            p.grad = gradient
-=======
     """Muon, Adam and the weight average on the whole model, in float32; gradients are clipped, but not averaged."""
     s, model = settings, t.build_model(settings, ranks)
     optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
@@ -294,7 +278,6 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     def call():
         for p, gradient in zip(model.parameters(), gradients):
             p.grad = gradient  # a step drops it
->>>>>>> trim2
         optimizers.step(0.0, s.muon_momentum)  # with rate 0 the weights stay as they are, and the work is the same
         average.update(1, 1.0, optimizers.muon.found_inf)
 
