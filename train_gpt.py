@@ -603,9 +603,7 @@ class ScanState(NamedTuple):
 
 
 class MambaSizes(NamedTuple):
-    """How the columns that in_proj hands to a scan divide: for Mamba-3 gate and value (heads × channels each), key and
-    query (state each), step size, decay and trapezoid (heads each), angles; for Mamba-2 value, key, query, step size.
-    """
+    """Sizes of a Mamba layer; Mamba-2 has no angles."""
 
     heads: int
     channels: int
@@ -614,10 +612,10 @@ class MambaSizes(NamedTuple):
     version: int
 
     def columns(self) -> list[int]:
-        inner, shared = self.heads * self.channels, [self.state, self.state]
-        if self.version == 3:
-            return [inner, inner, *shared, self.heads, self.heads, self.heads, self.angles]
-        return [inner, *shared, self.heads]
+        """How in_proj's columns divide: gate (Mamba-3), value, key, query, step, and Mamba-3's decay, trapezoid, angles."""
+        inner = self.heads * self.channels
+        columns = [inner, self.state, self.state, self.heads]
+        return columns if self.version == 2 else [inner, *columns, self.heads, self.heads, self.angles]
 
 
 class MambaParameters(NamedTuple):
@@ -793,12 +791,12 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, value), final
 
 
-# The fused scan: six Triton kernels for everything between in_proj and out_proj, which read and write in_proj's rows where
-# they lie. tokens_forward turns a chunk's raw columns into step sizes, decays, normed keys and queries; rotate biases and
-# turns those for one head; scan_forward goes from chunk to chunk of a head with the state in registers and leaves each
-# chunk's first state behind; scan_backward comes back over them; features_backward and tokens_backward undo the first two
-# and sum over heads. No atomics: gradients are the same bits every time. Decays are base-2 logarithms, angles are in turns.
-# A document start decays by exp(-60) = 1e-26, so that sums of logarithms keep float32's digits.
+# The fused scan: six Triton kernels that read and write in_proj's rows where they lie. tokens_forward makes step sizes,
+# decays, normed keys and queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes from
+# chunk to chunk of a head with the state in registers and leaves each chunk's first state behind; scan_backward comes
+# back over them; features_backward and tokens_backward undo the first two and sum over heads, without atomics: the same
+# bits every time. Decays are base-2 logarithms, angles are in turns. A document start decays by exp(-60) = 1e-26, so that
+# sums of logarithms keep float32's digits.
 
 LAUNCH = {  # warps and registers (0: the compiler's choice) of each kernel by GPU architecture; see bench/tune.py
     (9, 0): {
@@ -810,7 +808,7 @@ LAUNCH = {  # warps and registers (0: the compiler's choice) of each kernel by G
 
 @jit
 def exp2(x, FAST: constexpr):
-    """2**x, float32; FAST: in one instruction (bfloat16 operands leave no more digits, and the interpreter has none)."""
+    """2**x; FAST: in one instruction, for bfloat16 products (the interpreter has none)."""
     if FAST:  # marked impure: the compiler would rather compute it twice than convert a layout
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
     return tl.exp2(x)
@@ -947,17 +945,18 @@ def chunk_scalars(scalars, decay_ends, head, chunk, heads, chunks, CHUNK: conste
 
 
 @jit
-def decay_matrix(decay_sum, key_log, current, CHUNK: constexpr, FAST: constexpr):
-    """(CHUNK, CHUNK): what is left at the row's token of the column's, whose weight it includes."""
-    i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    return tl.where(i > j, exp2(decay_sum[:, None] - key_log[None, :], FAST), tl.where(i == j, current[:, None], 0.0))
+def decays(exponents, seen, current, FAST: constexpr):
+    """(CHUNK, CHUNK): what is left at one token of what another added, by base-2 exponents, where it is seen at all."""
+    i = tl.arange(0, exponents.shape[0])
+    return tl.where(i[:, None] == i[None, :], current[:, None], tl.where(seen, exp2(exponents, FAST), 0.0))
 
 
 @jit
-def gate_or_tiny(gate):
-    """The gate in float32, never zero: so the backward finds what was gated in y / gate."""
+def gate_and_sigmoid(gate, FAST: constexpr):
+    """The gate in float32, never zero, so that the backward finds what was gated in y / gate; and its sigmoid."""
     gate = gate.to(tl.float32)
-    return tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
+    gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
+    return gate, reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
 
 
 @jit
@@ -982,13 +981,14 @@ def scan_forward(
         old = ssm.to(dtype)
         states.store([head * chunks + chunk, 0, 0], old.reshape(1, P, N))
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        decayed = scores * decay_matrix(decay_sum, key_log, current, CHUNK, FAST)
+        exponents = decay_sum[:, None] - key_log[None, :]
+        decayed = scores * decays(exponents, i[:, None] > i[None, :], current, FAST)
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
         out = tl.dot(query, tl.trans(old), input_precision="ieee") * exp2(decay_sum, FAST)[:, None]
         out = tl.dot(decayed.to(dtype), value, out, input_precision="ieee")
         if MAMBA3:
-            gate = gate_or_tiny(projected.load([b, t, h * P]).reshape(CHUNK, P))
-            out *= gate * reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
+            gate, sigmoid = gate_and_sigmoid(projected.load([b, t, h * P]).reshape(CHUNK, P), FAST)
+            out *= gate * sigmoid
         y.store([b, t, h * P], out.to(dtype).reshape(1, CHUNK, P))
         to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
         ssm = tl.dot(tl.trans(value), to_end, ssm * exp2(end, FAST), input_precision="ieee")
@@ -1015,8 +1015,7 @@ def scan_backward(
         tl.store(d_end + place, at_end)
         d_out = d_y.load([b, t, h * P]).reshape(CHUNK, P)
         if MAMBA3:
-            gate = gate_or_tiny(projected.load([b, t, h * P]).reshape(CHUNK, P))
-            sigmoid = reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
+            gate, sigmoid = gate_and_sigmoid(projected.load([b, t, h * P]).reshape(CHUNK, P), FAST)
             d_gated = d_out.to(tl.float32)
             d_gate = y.load([b, t, h * P]).reshape(CHUNK, P).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
             d_projected.store([b, t, h * P], (d_gated * d_gate).to(dtype).reshape(1, CHUNK, P))
@@ -1029,8 +1028,7 @@ def scan_backward(
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         to_end, from_start, old = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None], d_ssm.to(dtype)
         # Scores and decays here are (key's token, query's token), as their gradients want them: transposed.
-        decay = tl.where(i[:, None] < i[None, :], exp2(decay_sum[None, :] - key_log[:, None], FAST), 0.0)
-        decay = tl.where(same, current[:, None], decay)
+        decay = decays(decay_sum[None, :] - key_log[:, None], i[:, None] < i[None, :], current, FAST)
         scores = tl.dot(key, tl.trans(query), input_precision="ieee")
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
         d_value = tl.dot(key, tl.trans(old), input_precision="ieee") * to_end
