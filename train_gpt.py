@@ -741,8 +741,7 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
     """The recurrence as matmuls within chunks and a short loop between them, after Mamba-2's SSD (arXiv 2405.21060).
 
-    The trapezoid folds into one weight per key. With g_t = (1 - lambda_{t+1}) dt_{t+1} (0 at the end of the sequence or
-    document) and w_t = lambda_t dt_t + g_t,
+    The trapezoid folds into one weight per key, w_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}:
 
         y_t = sum_{s<t} exp(sum_{s<r<=t} log_decay_r) w_s (q_t·k_s) v_s + lambda_t dt_t (q_t·k_t) v_t + D v_t
 
@@ -798,12 +797,9 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # bits every time. Decays are base-2 logarithms, angles are in turns. A document start decays by exp(-60) = 1e-26, so that
 # sums of logarithms keep float32's digits.
 
-LAUNCH = {  # warps and registers (0: the compiler's choice) of each kernel by GPU architecture; see bench/tune.py
-    (9, 0): {
-        "tokens_forward": (4, 128), "rotate": (4, 0), "scan_forward": (4, 0), "scan_backward": (4, 0),
-        "features_backward": (4, 0), "tokens_backward": (4, 128),
-    },
-}  # fmt: skip
+REGISTERS = {  # per thread, of kernels that run faster with a limit, by GPU architecture; see bench/tune.py
+    (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
+}
 
 
 @jit
@@ -1173,10 +1169,9 @@ _backward_schema = (
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments):
-    """Runs a kernel as measured for this GPU's architecture, or for the newest one measured."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    warps, registers = LAUNCH.get(capability, LAUNCH[max(LAUNCH)])[kernel.__name__]
-    kernel[grid](*arguments, num_warps=warps, maxnreg=registers or None)
+    """Runs a kernel as measured for this GPU's architecture."""
+    limits = REGISTERS.get(torch.cuda.get_device_capability(), {}) if torch.cuda.is_available() else {}
+    kernel[grid](*arguments, num_warps=4, maxnreg=limits.get(kernel.__name__))
 
 
 def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, tuple, tuple]:

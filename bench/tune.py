@@ -1,7 +1,8 @@
 """Measures launch configurations of the fused scan's kernels on this GPU: python bench/tune.py [state size]
 
 Runs the operator forward and backward (131,072 tokens, 16 heads of 64) with different numbers of warps and registers
-(0: no limit), takes each kernel's time from the profiler, and prints a table and an entry for LAUNCH in train_gpt.py.
+(0: no limit), takes each kernel's time from the profiler, and prints a table. What train_gpt.py
+launches is in its launch() and REGISTERS.
 """
 
 import collections
@@ -13,6 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t
 
+KERNELS = (
+    "tokens_forward", "rotate", "scan_forward", "scan_backward", "features_backward", "tokens_backward",
+)  # fmt: skip
 CONFIGURATIONS = ((4, 0), (4, 128), (4, 168), (8, 0), (8, 128))  # warps, registers
 
 
@@ -39,7 +43,7 @@ def kernel_times(run, repeats: int = 4) -> dict[str, float]:
 
 def main() -> None:
     state = int(sys.argv[1]) if len(sys.argv) > 1 else 64
-    device, capability = torch.device("cuda"), torch.cuda.get_device_capability()
+    device = torch.device("cuda")
     projected, parameters, sizes = random_layer(state, device)
     inputs = [projected, *(x for x in parameters if x is not None)]
     grad = torch.randn(32, 4096, 1024, device=device).bfloat16()
@@ -48,22 +52,23 @@ def main() -> None:
         y, _ = t.mamba_scan(projected, parameters, sizes, None, None, "triton", 64)
         torch.autograd.grad(y, inputs, grad)
 
-    names = list(t.LAUNCH[max(t.LAUNCH)])
     times: dict[str, dict[tuple[int, int], float]] = collections.defaultdict(dict)
     for configuration in CONFIGURATIONS:
-        t.LAUNCH[capability] = dict.fromkeys(names, configuration)
+        warps, registers = configuration
+        options = {"num_warps": warps, "maxnreg": registers or None}
+        t.launch = lambda kernel, grid, *arguments, options=options: kernel[grid](*arguments, **options)
         try:
             measured = kernel_times(run)
         except Exception as error:  # a configuration that does not fit is one that is not taken
             print(f"{configuration}: {type(error).__name__} {str(error)[:100]}", flush=True)
             continue
-        for name in names:
+        for name in KERNELS:
             times[name][configuration] = measured[name]
-        shown = ", ".join(f"{name} {measured[name]:.3f}" for name in names)
+        shown = ", ".join(f"{name} {measured[name]:.3f}" for name in KERNELS)
         print(f"{configuration}: {shown}; all kernels {sum(measured.values()):.3f} ms", flush=True)
     best = {name: min(options, key=options.get) for name, options in times.items()}
-    print(f"best: {sum(times[name][best[name]] for name in best):.3f} ms")
-    print(f"    {capability}: {best},  # {torch.cuda.get_device_name()}")
+    total = sum(times[name][best[name]] for name in best)
+    print(f"best on {torch.cuda.get_device_name()}: {total:.3f} ms with {best}")
 
 
 if __name__ == "__main__":
