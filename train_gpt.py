@@ -889,6 +889,7 @@ def tokens_forward(
     tl.store(place + plane, decay_sum, (h < H)[None, :])
     tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), (h < H)[None, :])
     tl.store(place + 3 * plane, step * share, (h < H)[None, :])
+    tl.store(place + 5 * plane, weight, (h < H)[None, :])
     if MAMBA3:
         angle = tl.load(row[:, None] + 3 * H + r[None, :], live[:, None] & (r < R)[None, :], 0.0).to(tl.float32)
         half = tl.where(live[:, None], tl.sigmoid(2.0 * angle) - 0.5, 0.0)
@@ -1091,6 +1092,15 @@ def features_backward(
 
 
 @jit
+def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
+    """d of a key's weight for its own token, and of its weight for later ones: what scales with a key is its gradient's
+    product with it."""
+    own = tl.load(d_diagonal + place, mask, 0.0) * tl.load(scalars + place + 4 * plane, mask, 0.0)
+    later = tl.load(d_scalars + place, mask, 0.0) - own * tl.load(scalars + place + 3 * plane, mask, 0.0)
+    return own, later / tl.maximum(tl.load(scalars + place + 5 * plane, mask, 1.0), 1e-37)
+
+
+@jit
 def tokens_backward(
     projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
     d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
@@ -1105,32 +1115,22 @@ def tokens_backward(
     place = (b * length + t).to(tl.int64) * WIDTH + (1 + MAMBA3) * H * P + 2 * N
     row, d_row = projected + place, d_projected + place
     raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, MAMBA3)
-    _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, MAMBA3)
-    place, plane = ((b * H + h) * padded)[None, :] + t[:, None], batch * H * padded
-    # By key and by query: what scales with exp(-sum of decays at t) and with exp(sum at t), with the diagonal, which does
-    # not, in both. A key's share is its weight times the weight's gradient.
-    heads = (h < H)[None, :]
-    diagonal = tl.load(d_diagonal + place, heads, 0.0) * tl.load(scalars + place + 4 * plane, heads, 0.0)
-    by_key, by_query = tl.load(d_scalars + place, heads, 0.0), tl.load(d_scalars + place + plane, heads, 0.0)
+    place, plane, heads = ((b * H + h) * padded)[None, :] + t[:, None], batch * H * padded, (h < H)[None, :]
+    d_own, d_weight = weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
+    d_current = d_own + d_weight
+    # What scales with exp(sum of decays at t) less what scales with exp(-sum): the diagonal, in both, cancels.
+    d_decay_sum = tl.load(d_scalars + place + plane, heads, 0.0) - tl.load(d_scalars + place, heads, 0.0)
     at_end = tl.load(d_end + (b * H + h) * tl.num_programs(0) + chunk, h < H, 0.0)[None, :]
-    d_decay_sum = by_query - by_key + tl.where((t == chunk * CHUNK + CHUNK - 1)[:, None], at_end, 0.0)
+    d_decay_sum += tl.where((t == chunk * CHUNK + CHUNK - 1)[:, None], at_end, 0.0)
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
-    weight = tl.maximum(step * share + next_step * (1.0 - next_share), 1e-37)
-    d_current = diagonal + (by_key - diagonal * step * share) / weight
     if document_start is not None:
         start = tl.load(document_start + b * length + t, live, 0)
         d_log_decay = tl.where((start != 0)[:, None], 0.0, d_log_decay)
     d_step = share * d_current + rate * d_log_decay
     if MAMBA3:
         # This token's step also weighs the key before it.
-        _, last_step, _, _, last_share = token_dynamics(
-            row - WIDTH, live & (t > 0), step_bias, decay_rate, h, H, MAMBA3
-        )
-        last_weight = tl.maximum(last_step * last_share + step * (1.0 - share), 1e-37)
         before = mask & (t > 0)[:, None]
-        diagonal = tl.load(d_diagonal + place - 1, before, 0.0) * tl.load(scalars + place + 4 * plane - 1, before, 0.0)
-        d_previous = tl.load(d_scalars + place - 1, before, 0.0) - diagonal * last_step * last_share
-        d_previous /= last_weight
+        _, d_previous = weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
         d_step += (1.0 - share) * d_previous
         # An angle's rate turns all later tokens.
         turning = live[:, None] & (r < R)[None, :]
@@ -1233,7 +1233,7 @@ def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple
     half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # finer than bfloat16 up to 1
     return (
         new(batch, length, heads * channels), single(batch, heads, channels, state), single(batch, heads, angles),
-        single(5, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
+        single(6, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
         new(2, batch, heads, padded, state), new(2, batch, heads, padded, angles, dtype=half),
         new(batch, heads, chunks, channels, state),
     )  # fmt: skip
