@@ -795,7 +795,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # chunk to chunk of a head with the state in registers and leaves each chunk's first state behind; scan_backward comes
 # back over them; features_backward and tokens_backward undo the first two and sum over heads, without atomics: the same
 # bits every time. Decays are base-2 logarithms, angles are in turns. A document start decays by exp(-60) = 1e-26, so that
-# sums of logarithms keep float32's digits.
+# sums of logarithms keep float32's digits. Without angles (R = 0) the layer is Mamba-2's: no gate, norms, trapezoid.
 
 REGISTERS = {  # per thread, of kernels that run faster with a limit, by GPU architecture; see bench/tune.py
     (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
@@ -836,14 +836,14 @@ def cos_sin(turn):
 
 
 @jit
-def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, MAMBA3: constexpr):
+def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, R: constexpr):
     """Of rows (CHUNK,), pointing at raw step sizes, and heads h: raw step size, step size, raw decay, decay rate, and the
     part of the step that weighs the current token, all (CHUNK, heads) float32."""
     mask = live[:, None] & (h < H)[None, :]
     place = row[:, None] + h[None, :]
     raw_step = tl.load(place, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)[None, :]
     step = tl.where(mask, softplus(raw_step), 0.0)
-    if MAMBA3:
+    if R > 0:
         raw_decay = tl.load(place + H, mask, 0.0).to(tl.float32)
         rate = -tl.maximum(softplus(raw_decay), 1e-4)
         share = tl.sigmoid(tl.load(place + 2 * H, mask, 0.0).to(tl.float32))
@@ -858,16 +858,16 @@ def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, MAMBA3: co
 def tokens_forward(
     projected, step_bias, decay_rate, norms, document_start, scalars, features, half_turn, turns, length, batch,
     WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-    MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr,
+    BLOCK_H: constexpr, BLOCK_R: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
     t, h, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H), tl.arange(0, N), tl.arange(0, BLOCK_R)
     live = t < length
-    row = projected + (b * length + t).to(tl.int64) * WIDTH + (1 + MAMBA3) * H * P
+    row = projected + (b * length + t).to(tl.int64) * WIDTH + (1 + (R > 0)) * H * P
     for i in tl.static_range(2):  # key, then query
         x = tl.load(row[:, None] + i * N + n[None, :], live[:, None], 0.0).to(tl.float32)
-        if MAMBA3:
+        if R > 0:
             x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
             x *= tl.load(norms + i * N + n)[None, :]
         even, odd = tl.split(tl.reshape(x.to(features.dtype.element_ty), [CHUNK, N // 2, 2]))
@@ -875,8 +875,8 @@ def tokens_forward(
         tl.store(place, even)
         tl.store(place + N // 2, odd)
     row += 2 * N
-    _, step, _, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, MAMBA3)
-    _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, MAMBA3)
+    _, step, _, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, R)
+    _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, R)
     weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * 1.4426950408889634
     if document_start is not None:
@@ -890,7 +890,7 @@ def tokens_forward(
     tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), (h < H)[None, :])
     tl.store(place + 3 * plane, step * share, (h < H)[None, :])
     tl.store(place + 5 * plane, weight, (h < H)[None, :])
-    if MAMBA3:
+    if R > 0:
         angle = tl.load(row[:, None] + 3 * H + r[None, :], live[:, None] & (r < R)[None, :], 0.0).to(tl.float32)
         half = tl.where(live[:, None], tl.sigmoid(2.0 * angle) - 0.5, 0.0)
         tl.store(half_turn + (b * padded + t)[:, None] * R + r[None, :], half, (r < R)[None, :])
@@ -902,12 +902,12 @@ def tokens_forward(
 @jit
 def rotate(
     scalars, features, half_turn, turns, biases, rotated, rotation, batch, WIDTH: constexpr, H: constexpr, P: constexpr,
-    N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
+    N: constexpr, R: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
     t, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)
-    if MAMBA3:
+    if R > 0:
         half = tl.load(half_turn + (b * padded + t)[:, None] * R + n[None, :], (n < R)[None, :], 0.0)
         added = tl.load(scalars + head * padded + t)[:, None] * half
         before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + n, n < R, 0.0)
@@ -923,7 +923,7 @@ def rotate(
         odd = tl.load(place + N // 2).to(tl.float32) + tl.load(bias + N // 2)[None, :]
         even_product *= even
         odd_product *= odd
-        if MAMBA3:
+        if R > 0:
             even, odd = even * cos - odd * sin, even * sin + odd * cos
         place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t)[:, None] * N + n[None, :]
         tl.store(place, even.to(rotated.dtype.element_ty))
@@ -959,7 +959,7 @@ def gate_and_sigmoid(gate, FAST: constexpr):
 @jit
 def scan_forward(
     projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, batch, chunks, WIDTH: constexpr, H: constexpr,
-    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, MAMBA3: constexpr,
+    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
@@ -969,7 +969,7 @@ def scan_forward(
     ssm = tl.load(ssm_in + head.to(tl.int64) * P * N + square)
     for chunk in tl.range(chunks, num_stages=2):
         t = chunk * CHUNK
-        value = projected.load([b, t, MAMBA3 * H * P + h * P]).reshape(CHUNK, P)
+        value = projected.load([b, t, (R > 0) * H * P + h * P]).reshape(CHUNK, P)
         key, query = (
             rotated.load([head, t, 0]).reshape(CHUNK, N),
             rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N),
@@ -983,7 +983,7 @@ def scan_forward(
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
         out = tl.dot(query, tl.trans(old), input_precision="ieee") * exp2(decay_sum, FAST)[:, None]
         out = tl.dot(decayed.to(dtype), value, out, input_precision="ieee")
-        if MAMBA3:
+        if R > 0:
             gate, sigmoid = gate_and_sigmoid(projected.load([b, t, h * P]).reshape(CHUNK, P), FAST)
             out *= gate * sigmoid
         y.store([b, t, h * P], out.to(dtype).reshape(1, CHUNK, P))
@@ -996,7 +996,7 @@ def scan_forward(
 def scan_backward(
     d_y, projected, rotated, y, states, d_projected, d_rotated, scalars, decay_ends, skip, d_ssm_out, ssm_out, d_diagonal, d_end,
     d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
-    CHUNK: constexpr, MAMBA3: constexpr,
+    CHUNK: constexpr,
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
@@ -1011,13 +1011,13 @@ def scan_backward(
         place = head * chunks + chunk
         tl.store(d_end + place, at_end)
         d_out = d_y.load([b, t, h * P]).reshape(CHUNK, P)
-        if MAMBA3:
+        if R > 0:
             gate, sigmoid = gate_and_sigmoid(projected.load([b, t, h * P]).reshape(CHUNK, P), FAST)
             d_gated = d_out.to(tl.float32)
             d_gate = y.load([b, t, h * P]).reshape(CHUNK, P).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
             d_projected.store([b, t, h * P], (d_gated * d_gate).to(dtype).reshape(1, CHUNK, P))
             d_out = (d_gated * gate * sigmoid).to(dtype)
-        value = projected.load([b, t, MAMBA3 * H * P + h * P]).reshape(CHUNK, P)
+        value = projected.load([b, t, (R > 0) * H * P + h * P]).reshape(CHUNK, P)
         key, query = (
             rotated.load([head, t, 0]).reshape(CHUNK, N),
             rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N),
@@ -1030,7 +1030,7 @@ def scan_backward(
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
         d_value = tl.dot(key, tl.trans(old), input_precision="ieee") * to_end
         d_value = tl.dot(decayed, d_out, d_value, input_precision="ieee")
-        d_projected.store([b, t, MAMBA3 * H * P + h * P], d_value.to(dtype).reshape(1, CHUNK, P))
+        d_projected.store([b, t, (R > 0) * H * P + h * P], d_value.to(dtype).reshape(1, CHUNK, P))
         d_decayed = tl.dot(value, tl.trans(d_out), input_precision="ieee")
         tl.store(d_diagonal + place * CHUNK + i, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
         d_scores = (d_decayed * decay).to(dtype)
@@ -1051,7 +1051,6 @@ def scan_backward(
 def features_backward(
     projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_norms, d_biases,
     length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-    MAMBA3: constexpr,
 ):  # fmt: skip
     chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
     padded, program = tl.num_programs(0) * CHUNK, b * tl.num_programs(0) + chunk
@@ -1066,7 +1065,7 @@ def features_backward(
         own_even, own_odd = even + tl.load(bias)[None, :], odd + tl.load(bias + N // 2)[None, :]
         d_place = d_rotated + place[:, None] * N + n[None, :]
         d_even, d_odd = tl.load(d_place).to(tl.float32), tl.load(d_place + N // 2).to(tl.float32)
-        if MAMBA3:
+        if R > 0:
             turn_place = rotation + (head * padded + t)[:, None] * R + n[None, :]
             cos = tl.load(turn_place, (n < R)[None, :], 1.0).to(tl.float32)
             turn_place += (batch * H).to(tl.int64) * padded * R
@@ -1080,8 +1079,8 @@ def features_backward(
         all_even += d_even
         all_odd += d_odd
     total, n = tl.reshape(tl.join(all_even, all_odd), [CHUNK, N]), tl.arange(0, N)
-    place = (b * length + t).to(tl.int64)[:, None] * WIDTH + (1 + MAMBA3) * H * P + k * N + n[None, :]
-    if MAMBA3:
+    place = (b * length + t).to(tl.int64)[:, None] * WIDTH + (1 + (R > 0)) * H * P + k * N + n[None, :]
+    if R > 0:
         x = tl.load(projected + place, (t < length)[:, None], 0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
         x *= factor
@@ -1104,7 +1103,7 @@ def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 def tokens_backward(
     projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
     d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-    MAMBA3: constexpr, BLOCK_H: constexpr, BLOCK_R: constexpr,
+    BLOCK_H: constexpr, BLOCK_R: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded, program = tl.num_programs(0) * CHUNK, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -1112,9 +1111,9 @@ def tokens_backward(
     live = t < length
     dtype = projected.dtype.element_ty
     mask = live[:, None] & (h < H)[None, :]
-    place = (b * length + t).to(tl.int64) * WIDTH + (1 + MAMBA3) * H * P + 2 * N
+    place = (b * length + t).to(tl.int64) * WIDTH + (1 + (R > 0)) * H * P + 2 * N
     row, d_row = projected + place, d_projected + place
-    raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, MAMBA3)
+    raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, R)
     place, plane, heads = ((b * H + h) * padded)[None, :] + t[:, None], batch * H * padded, (h < H)[None, :]
     d_own, d_weight = weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_current = d_own + d_weight
@@ -1127,7 +1126,7 @@ def tokens_backward(
         start = tl.load(document_start + b * length + t, live, 0)
         d_log_decay = tl.where((start != 0)[:, None], 0.0, d_log_decay)
     d_step = share * d_current + rate * d_log_decay
-    if MAMBA3:
+    if R > 0:
         # This token's step also weighs the key before it.
         before = mask & (t > 0)[:, None]
         _, d_previous = weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
@@ -1177,7 +1176,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments):
 def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, tuple, tuple]:
     """Number of chunks, the sizes every kernel is compiled for, and the tiles over heads and angles."""
     blocks = triton.next_power_of_2(sizes[0]), triton.next_power_of_2(max(sizes[3], 1))
-    return -(-projected.shape[1] // chunk), (projected.shape[2], *sizes[:4], chunk, sizes[4] == 3), blocks
+    return -(-projected.shape[1] // chunk), (projected.shape[2], *sizes[:4], chunk), blocks
 
 
 def tiles(tensor: Tensor, *block: int):
