@@ -106,9 +106,8 @@ class Settings:
 
     num_layers: int = env(7, "layers > 0", "physical layers", "model")
     model_dim: int = env(512, "width > 0", "residual stream")
-    layer_pattern: str = env("", "letters", "M Mamba, A attention; lower case: without MLP")
     mamba_layers: str = env("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
-    mlp_layers: str = env("all", "layers", "which layers have an MLP")
+    layer_pattern: str = env("", "letters", "instead: M Mamba, A attention; lower case: without MLP")
     mlp_mult: float = env(3.0, "× width > 0", "hidden width of the MLP")
     num_heads: int = env(8, "heads > 0", "attention query heads")
     num_kv_heads: int = env(4, "heads > 0", "attention key/value heads")
@@ -123,7 +122,6 @@ class Settings:
     mamba_rope_fraction: float = env(0.5, "0.5|1", "part of Mamba-3's state that rotates")
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4 in Mamba-2, else none")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
-    mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
     scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, else chunked")
     unet_skips: bool = env(True, "0|1", "from the first half to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
@@ -198,9 +196,10 @@ class Settings:
 
 
 PRESETS = {
-    "default": {},
+    "default": {},  # for the contest: 8 GPUs, ten minutes, sp8192
+    # A published entry's shape, to compare speed.
     "peer7": {"train_batch_tokens": 1_048_576, "train_seq_len": 4096, "bigram_vocab_size": 0},
-    "tiny": {
+    "tiny": {  # two minutes on two CPU cores with the sample text
         "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model", "vocab_size": 1024,
         "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4, "mamba_layers": "0,1,3", "model_dim": 128,
         "num_heads": 4, "num_kv_heads": 2, "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024,
@@ -209,25 +208,13 @@ PRESETS = {
         "val_batch_size": 8192, "ttt_chunk_tokens": 4096, "sample": "The function returns",
     },
 }  # fmt: skip
-PRESET_HELP = {
-    "default": "for the contest: 8 GPUs, ten minutes, sp8192",
-    "peer7": "a published entry's shape, to compare speed",
-    "tiny": "two minutes on two CPU cores with the sample text",
-}
 
 
-def setting_groups() -> dict[str, list[dataclasses.Field]]:
-    groups, group = collections.defaultdict(list), ""
-    for f in dataclasses.fields(Settings):
-        group = f.metadata["group"] or group
-        groups[group].append(f)
-    return groups
-
-
+FIELDS = [f.name for f in dataclasses.fields(Settings)]
+ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
 # What a stored model is meaningless without: it travels in the artifact's header.
-LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start"}
-ARCHITECTURE = setting_groups()["model"] + setting_groups()["recurrence"]
-MODEL_FIELDS = sorted({"vocab_size", "document_reset"} | {f.name for f in ARCHITECTURE} - LOCAL_FIELDS)
+LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "recur_start"}
+MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - LOCAL_FIELDS)
 
 
 def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
@@ -248,12 +235,11 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
 
 
 def layer_letters(settings: Settings) -> str:
-    """What each physical layer is made of, as LAYER_PATTERN says it."""
+    """LAYER_PATTERN, or what MAMBA_LAYERS means in its letters."""
     if settings.layer_pattern:
         return settings.layer_pattern
-    mamba, mlp = parse_layers(settings, "mamba_layers"), parse_layers(settings, "mlp_layers")
-    letters = ("M" if layer in mamba else "A" for layer in range(settings.num_layers))
-    return "".join(c if layer in mlp else c.lower() for layer, c in enumerate(letters))
+    mamba = parse_layers(settings, "mamba_layers")
+    return "".join("M" if layer in mamba else "A" for layer in range(settings.num_layers))
 
 
 def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
@@ -278,28 +264,24 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
     need(preset in PRESETS, f"PRESET={preset} is unknown; did you mean {near}? (see --help)")
     given = {name.lower(): parse_value(name, text, kinds[name]) for name, text in environment.items() if name in kinds}
-    derived = {}
-    if pattern := given.get("layer_pattern"):
-        derived["num_layers"] = len(pattern)
-        clash = given.keys() & {"mamba_layers", "mlp_layers"}
-        need(not clash, "LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
+    pattern = given.get("layer_pattern")
+    derived = {"num_layers": len(pattern)} if pattern else {}
     return Settings(**PRESETS[preset] | derived | given), set(given)
 
 
 def parse_value(name: str, text: str, kind: type):
-    """text as a bool, int, finite float or str."""
     try:
         value = {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError
+        return value
     except (ValueError, KeyError):
         wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise UserError(f'{name}="{text}" should be {wanted}') from None
-    return value
 
 
 def reject_misspelt(environment: dict[str, str], names: set[str]):
-    """Raises UserError if a variable is nearly one of ours."""
+    """Refuses a variable that is nearly one of ours."""
     families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SWA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
     others = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # other programs' own
     flat = {name.replace("_", ""): name for name in names}
@@ -313,8 +295,8 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 
 
 def validate_settings(settings: Settings, world_size: int):
-    """Raises UserError at the first value, or relation of values, that cannot work."""
-    s, model = settings, setting_groups()["model"]
+    """Refuses values, and relations of values, that cannot work."""
+    s = settings
     most = {"num_layers": 1024, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
 
     def check(name: str, condition: bool, problem: str):
@@ -329,7 +311,8 @@ def validate_settings(settings: Settings, world_size: int):
             choices = unit.split("|")
             check(f.name, str(value).removesuffix(".0") in choices, f"should be one of {', '.join(choices)}")
         elif not isinstance(value, (bool, str)):
-            high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, 2**20 if f in model else 2**50)
+            usual = 2**20 if f.name in ARCHITECTURE else 2**50
+            high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, usual)
             open_end = (value == 0 and unit.endswith("> 0")) or (value == 1 and unit == "below 1")
             check(f.name, 0 <= value <= high and not open_end, f"must be from 0 to {high} ({unit})")
     check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
@@ -368,28 +351,28 @@ def validate_settings(settings: Settings, world_size: int):
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
-    """Tokens in a sequence of test-time training: fewer where many ranks share a chunk."""
+    """Of test-time training: shorter where many ranks share a chunk."""
     return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
 def help_text() -> str:
     """What --help prints."""
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
-    for group, members in setting_groups().items():
-        lines.append(f"\n[{group}]")
-        for f in members:
-            default = int(f.default) if isinstance(f.default, bool) else f.default
-            lines.append(f"  {f.name.upper():24} {default!s:42} {f.metadata['unit']:22} {f.metadata['help']}")
-    lines.append("\nPresets:")
+    for f in dataclasses.fields(Settings):
+        unit, text, group = f.metadata.values()
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        lines += [f"\n[{group}]"] if group else []
+        lines.append(f"  {f.name.upper():24} {default!s:42} {unit:22} {text}")
+    lines.append("\nPresets change these:")
     for name, values in PRESETS.items():
-        lines.append(f"  PRESET={name}: {PRESET_HELP[name]}")
-        lines += [f"      {key.upper()}={value}" for key, value in values.items()]
+        changes = [f"{key.upper()}={value}" for key, value in values.items()]
+        lines.append(f"  PRESET={name}: " + "\n      ".join(changes or ["none of them"]))
     return "\n".join(lines)
 
 
 # ============
 # 2. Ranks
-# What several processes need from each other. With one, every method is the identity.
+# With one process, every method is the identity.
 
 
 @dataclass
@@ -407,7 +390,7 @@ class Ranks:
         return tensor
 
     def from_main(self, value):
-        """Rank 0's small object, over gloo: no GPU is waited for."""
+        """Rank 0's object, over gloo: no GPU is waited for."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -428,7 +411,7 @@ def start_ranks(settings: Settings) -> Ranks:
     world_size, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device == "cuda" or (settings.device == "auto" and gpus):
-        need(gpus > 0, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build and a driver")
+        need(gpus > 0, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build")
         need(local_rank < gpus, f"more ranks than the {gpus} GPUs here: lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -447,7 +430,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of one shard, uint16, memory-mapped and read-only. Raises UserError if it is not a whole shard."""
+    """The tokens of one shard, uint16, memory-mapped and read-only."""
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
@@ -462,14 +445,14 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
-    """All shards of a split ("train" or "val") by name. Raises UserError if there are none."""
+    """All shards of a split ("train" or "val"), by name."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     need(bool(paths), f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     return [open_shard(path) for path in paths]
 
 
 def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
-    """Raises UserError if a token id is outside the vocabulary."""
+    """Refuses token ids outside the vocabulary."""
     if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise UserError(f"{what} hold token id {largest}, but VOCAB_SIZE={vocab_size}: another tokenizer made them")
 
@@ -488,8 +471,7 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's endless batches, gathered and copied to the device ahead of time. next() returns tokens and targets,
-    each (sequences, seq_len) int64 on the device, and raises UserError for a token outside the vocabulary."""
+    """This rank's endless batches, gathered and copied to the device ahead of time."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
         self.settings, self.ranks = settings, ranks
@@ -514,6 +496,7 @@ class Batches:
             return tokens.pin_memory().to(device, non_blocking=True), self.stream.record_event()
 
     def next(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, each (sequences, seq_len) int64 on the device."""
         tokens, copied = self.ahead.popleft().result()
         self.ahead.append(self.thread.submit(self._gather))
         if copied is not None:
@@ -523,7 +506,7 @@ class Batches:
 
 
 class Tokenizer:
-    """The SentencePiece model, and the bytes every token stands for. Raises UserError if the file does not fit."""
+    """The SentencePiece model, and the bytes every token stands for."""
 
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece
@@ -552,14 +535,12 @@ class Tokenizer:
 
 
 class ValidationSet(NamedTuple):
-    """The validation stream, and how many bytes each of its N targets stands for."""
-
     tokens: np.ndarray  # (N + 1,) uint16
-    target_bytes: np.ndarray  # (N,) int64
+    target_bytes: np.ndarray  # (N,) int64, of text that each target stands for
 
 
 def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
-    """All validation shards as one stream. Raises UserError if it is too short or off the vocabulary."""
+    """All validation shards as one stream."""
     tokens = np.concatenate(open_shards(settings.data_path, "val"))
     if len(tokens) <= settings.train_seq_len:
         raise UserError(f"the validation shards hold {len(tokens)} tokens, less than one sequence (TRAIN_SEQ_LEN + 1)")
@@ -1356,11 +1337,9 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
 
 
 class AttentionState(NamedTuple):
-    """Attention's memory: the last W keys before rotation, their values, and which belong to the document."""
-
-    key: Tensor  # (B, W, kv heads, D)
+    key: Tensor  # (B, W, kv heads, D), the last W before rotation
     value: Tensor  # (B, W, kv heads, D)
-    visible: Tensor  # (B, W) bool
+    visible: Tensor  # (B, W) bool: which belong to the document
 
 
 class MambaState(NamedTuple):
@@ -1384,7 +1363,7 @@ class Context(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias, whose weight is cast to the input's dtype."""
+    """Without bias; its weight is cast to the input's dtype."""
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -1484,22 +1463,8 @@ class Attention(nn.Module):
         return self.out(y[:, cached:].flatten(2)), new_state
 
 
-def short_conv(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
-    """Causal depthwise convolution and SiLU: x (B, L, C), weight (C, W), bias (C,) -> (B, L, C).
-
-    document (B, L) numbers the documents; what an earlier one holds reads as 0.
-    """
-    y = bias.to(x.dtype) + weight[:, -1].to(x.dtype) * x
-    for back in range(1, weight.shape[1]):
-        earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
-        if document is not None:
-            earlier = earlier * (F.pad(document, (back, 0), value=-1)[:, : x.shape[1]] == document).unsqueeze(-1)
-        y = y + weight[:, -1 - back].to(x.dtype) * earlier
-    return F.silu(y)
-
-
 class ShortConv(nn.Module):
-    """The short convolution with its memory of the last width - 1 inputs."""
+    """Causal depthwise convolution and SiLU. What an earlier document holds reads as 0."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -1507,15 +1472,19 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, context: Context, history: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs, zeros where
-        their document has ended."""
-        reach, length = self.weight.shape[1] - 1, x.shape[1]
-        padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
-        last, document = padded[:, length:], None
+        """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs."""
+        weight, reach, length = self.weight.to(x.dtype), self.weight.shape[1] - 1, x.shape[1]
+        inputs = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
+        last, y, document = inputs[:, length:], self.bias.to(x.dtype) + weight[:, reach] * x, None
         if context.document_start is not None:
-            document = F.pad(context.document_start.long(), (reach, 0)).cumsum(dim=1)
-            last = last * (document[:, length:] == document[:, -1:]).unsqueeze(-1)
-        return short_conv(padded, self.weight, self.bias, document)[:, reach:], last
+            document = F.pad(context.document_start.long(), (reach, 0)).cumsum(dim=1).unsqueeze(-1)
+            last = last * (document[:, length:] == document[:, -1:])
+        for tap in reversed(range(reach)):
+            earlier = inputs[:, tap : tap + length]
+            if document is not None:
+                earlier = earlier * (document[:, tap : tap + length] == document[:, reach:])
+            y = y + weight[:, tap] * earlier
+        return F.silu(y), last
 
 
 class Mamba(nn.Module):
@@ -1594,33 +1563,21 @@ class Block(nn.Module):
 
     def __init__(self, settings: Settings, letter: str, device: torch.device, attention_backend: str):
         super().__init__()
-        width, attention = settings.model_dim, letter in "Aa"
-        self.mixer = Attention(settings, attention_backend) if attention else Mamba(settings, device)
+        width = settings.model_dim
+        self.mixer = Attention(settings, attention_backend) if letter in "Aa" else Mamba(settings, device)
         self.mlp = MLP(settings) if letter.isupper() else None
         self.residual_mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
         self.mixer_scale = nn.Parameter(torch.ones(width))
         self.mlp_scale = nn.Parameter(torch.ones(width)) if letter.isupper() else None
-        self.checkpoint = settings.mamba_grad_checkpoint and not attention
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state) -> tuple[Tensor, object]:
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
-        if self.checkpoint and torch.is_grad_enabled():
-            from torch.utils.checkpoint import checkpoint
-
-            y, new_state = checkpoint(self.mixer, norm(x), context, state, use_reentrant=False)
-        else:
-            y, new_state = self.mixer(norm(x), context, state)
+        y, new_state = self.mixer(norm(x), context, state)
         x = x + self.mixer_scale.to(x.dtype) * y
         if self.mlp is not None:
             x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
         return x, new_state
-
-
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Nats (T,), float32, of targets (T,) under softcapped logits of hidden (T, width), for an output matrix (V, width)."""
-    logits = F.linear(hidden, weight).float()
-    return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, reduction="none")
 
 
 @jit
@@ -1647,7 +1604,8 @@ def cross_entropy_rows(
 def fused_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool
 ) -> tuple[Tensor, Tensor]:
-    """cross_entropy() in one pass over logits in hidden's dtype, which the gradients of the nats overwrite (T, V)."""
+    """Model.nats() of hidden (T, width) and targets (T,) for an output matrix (V, width), in one pass over logits in
+    hidden's dtype, which the gradients of the nats overwrite (T, V)."""
     logits = F.linear(hidden, weight)
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
@@ -1711,8 +1669,8 @@ class Model(nn.Module):
     def forward(
         self, tokens: Tensor, order: tuple[int, ...], state: ModelState | None = None, cache_tokens: int = 0
     ) -> tuple[Tensor, ModelState | None]:
-        """Hidden states (B, T, width) of tokens (B, T) int64, ready for logits(); with cache_tokens > 0 also the state to
-        continue from, in which attention remembers that many tokens."""
+        """Hidden states (B, T, width) of tokens (B, T) int64; with cache_tokens > 0 also the state to continue from, in
+        which attention remembers that many tokens."""
         x = embedded = self._embed(tokens, state)
         context = self._context(tokens, state, cache_tokens)
         half = len(order) // 2 if self.settings.unet_skips else 0
@@ -1727,15 +1685,14 @@ class Model(nn.Module):
         return norm(x), ModelState(tuple(layer_states), tokens[:, -1]) if cache_tokens else None
 
     def _embed(self, tokens: Tensor, state: ModelState | None) -> Tensor:
-        """Normed embeddings (B, T, width), with the hashed bigram's added."""
         s = self.settings
         x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
         if s.bigram_vocab_size:
             last = torch.full_like(tokens[:, :1], BOS_ID) if state is None else state.last_token.unsqueeze(1)
             before = torch.cat([last, tokens[:, :-1]], dim=1)
-            # Row 0 is for tokens that begin a document.
             row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
-            bigram = F.embedding(row.masked_fill(tokens == BOS_ID, 0), self.bigram_embedding.weight).to(x.dtype)
+            row = row.masked_fill(tokens == BOS_ID, 0)  # what begins a document, follows nothing
+            bigram = F.embedding(row, self.bigram_embedding.weight).to(x.dtype)
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
 
@@ -1754,19 +1711,22 @@ class Model(nn.Module):
         return Context(document_start, cos, sin, mask, cache_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped float32 logits (B, T, vocabulary)."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight.to(hidden.dtype)).float()
-        cap = self.settings.logit_softcap
+        """Softcapped float32 logits, one for each token of the vocabulary."""
+        logits, cap = F.linear(hidden, self._output_matrix(hidden.dtype)).float(), self.settings.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def _output_matrix(self, dtype: torch.dtype) -> Tensor:
+        return (self.embedding if self.head is None else self.head).weight.to(dtype)
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
-        weight = (self.embedding.weight if self.head is None else self.head.weight).to(hidden.dtype)
-        inputs = hidden.flatten(0, 1), weight, targets.flatten(), self.settings.logit_softcap
+        rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton is not None:
-            return fused_cross_entropy(*inputs, torch.is_grad_enabled())[0].view(targets.shape)
-        return cross_entropy(*inputs).view(targets.shape)
+            weight, cap = self._output_matrix(hidden.dtype), self.settings.logit_softcap
+            nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
+        else:
+            nats = F.cross_entropy(self.logits(rows), flat, reduction="none")
+        return nats.view(targets.shape)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         """Mean nats per target."""
@@ -1805,7 +1765,7 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 
 # ============
 # 6. Optimizers
-# Muon for matrices, Adam for the rest, an average of the weights for export, and a schedule that follows the clock.
+# Muon for matrices, Adam for the rest.
 
 # Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow; the others are
 # of x / 1.01, as the authors advise for bfloat16.
@@ -1834,11 +1794,10 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalized, for matrices (K. Jordan, 2024).
+    """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024).
 
     A group's matrices have one shape: each rank keeps the momentum of its share, orthogonalizes that as one batch and
-    gathers the others' updates, which are scaled by sqrt(max(1, rows/columns)). As in torch's fused optimizers, a
-    found_inf, float32 (), of 1 makes step() change nothing.
+    gathers the others' updates. As in torch's fused optimizers, a found_inf, float32 (), of 1 makes step() change nothing.
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
@@ -1875,8 +1834,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon and Adam. Steps whose gradients are not finite are skipped; skipped, int64 (2,), counts all of them and the
-    last in a row."""
+    """Muon and Adam. skipped, int64 (2,), counts steps whose gradients are not finite: all, and the last in a row."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
@@ -1899,8 +1857,8 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float):
-        """Clips the gradients, updates every parameter at its group's rate times lr_factor, and drops the gradients. The
-        device decides, alike on every rank, whether to skip: the host does not wait."""
+        """Clips the gradients, updates every parameter, and drops the gradients. The device decides, alike on every rank,
+        whether to skip: the host does not wait."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
@@ -1917,7 +1875,7 @@ class Optimizers:
 
 
 class WeightAverage:
-    """EMA or SWA of the weights: both move an average towards the weights, at their own rate."""
+    """EMA or SWA of the weights: an average that moves towards them."""
 
     def __init__(self, model: Model, settings: Settings):
         self.settings, self.parameters = settings, list(model.parameters())
@@ -1925,16 +1883,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps_done: int, progress: float, skipped: Tensor):
-        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, (), is 1.
-
-        EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning.
-        """
+        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, (), is 1."""
         s = self.settings
         if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
             return
         self.count += 1
         if self.average is None:
             self.average = [p.detach().clone() for p in self.parameters]
+        # EMA_HORIZON: a short run must not be averaged with its beginning.
         ema_rate = max(1 - s.ema_decay, 1 / max(1.0, s.ema_horizon * steps_done))
         rate = (1 - skipped) * (1 / self.count if s.weight_average == "swa" else ema_rate)
         torch._foreach_mul_(self.average, 1 - rate)
@@ -1942,7 +1898,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self):
-        """Puts the average into the model, if there is one."""
+        """Puts the average into the model."""
         if self.average is not None:
             torch._foreach_copy_(self.parameters, self.average)
 
@@ -1956,7 +1912,7 @@ class Schedule(NamedTuple):
 
 
 def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
-    """What holds for step (from 0) after seconds of the training clock: the run is over when that or ITERATIONS is."""
+    """What holds for step (from 0) after seconds of the training clock."""
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
     by_steps = step / s.iterations
@@ -1976,7 +1932,6 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
 # ============
 # 7. Evaluation
 # One loop scores every mode: a plan of windows says which targets a forward pass scores and with what context.
-# Test-time training only adds what happens between chunks.
 
 
 class Window(NamedTuple):
@@ -2013,7 +1968,7 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores a validation set once: with frozen weights, or with test-time training."""
+    """Scores a validation set, once."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent=True):
         self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
@@ -2029,12 +1984,12 @@ class Evaluator:
         self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
 
     def score(self) -> Score:
-        """Scores the whole stream with the weights as they are."""
+        """With the weights as they are."""
         self._score_targets(0, self.total)
         return self._collect(0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
-        """Score-first test-time training: each chunk is scored, then trained on; the last is scored only. Where time since
+        """With test-time training: each chunk is scored, then trained on; the last is scored only. Where time since
         clock_started (a perf_counter()) runs short, chunks get fewer epochs or none."""
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
@@ -2042,9 +1997,9 @@ class Evaluator:
         epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
         for index, first in enumerate(starts):
             last = min(first + s.ttt_chunk_tokens, self.total)
-            started = self._now()
+            started = synchronized_time()
             self._score_targets(first, last)
-            scored = self._now()
+            scored = synchronized_time()
             chunks_left = len(starts) - 1 - index
             if not chunks_left:
                 break
@@ -2057,18 +2012,12 @@ class Evaluator:
             sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
             for _ in range(epochs):
                 self._train_on(first, last, sgd)
-            epoch_seconds = (self._now() - scored) / epochs if epochs else epoch_seconds
+            epoch_seconds = (synchronized_time() - scored) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
         return self._collect(given_up)
 
-    def _now(self) -> float:
-        """perf_counter() once the device is done."""
-        synchronize(self.ranks.device)
-        return time.perf_counter()
-
     @torch.no_grad()
     def _score_targets(self, first: int, last: int):
-        """Scores this rank's share of the targets from first to last."""
         s, device = self.settings, self.ranks.device
         cache_tokens = s.eval_overlap if s.eval_mode == "stateful" else 0
         windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
@@ -2089,7 +2038,7 @@ class Evaluator:
             self.nats[torch.from_numpy(where).to(device)] = nats.flatten()[torch.from_numpy(cells).to(device)].float()
 
     def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (len(starts), length); past the stream's end, its last token."""
+        """Tokens and targets (len(starts), length); past the end, the last token."""
         stream = self.validation.tokens
         index = np.minimum(starts[:, None] + np.arange(length + 1), len(stream) - 1)
         both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
@@ -2112,7 +2061,6 @@ class Evaluator:
         sgd.zero_grad()
 
     def _collect(self, given_up: int) -> Score:
-        """Sums over ranks and targets; every target must have been scored once."""
         times = self.ranks.sum_(torch.from_numpy(self.times_scored).to(self.ranks.device))
         if not bool((times == 1).all()):
             raise RuntimeError("a target was not scored exactly once")
@@ -2132,8 +2080,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 
 @torch.no_grad()
 def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
-    """prompt (B, T) and count tokens sampled at this temperature (0: the likeliest), (B, T + count), one by one.
-    Attention sees the last cache_tokens."""
+    """prompt (B, T) and count tokens sampled one by one, (B, T + count). Attention sees the last cache_tokens."""
     generator, tokens, state = torch.Generator(prompt.device).manual_seed(seed), [prompt], None
     for _ in range(count):
         hidden, state = model(tokens[-1], model.full_order, state, cache_tokens)
@@ -2178,26 +2125,26 @@ def grid_limits(model: Model) -> dict[str, Tensor]:
 
 
 def float_type(name: str) -> str:
-    """Type in which a parameter, or the row steps of a matrix, are stored."""
+    """In which a parameter, or the row steps of a matrix, are stored."""
     return "float32" if name.endswith((".dt_bias", ".A_log", ".D")) else "float16"
 
 
 def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
-    """Grid step of each row, float32 (rows, 1), exactly representable in float16 (SDClip): the grid ends at k
-    root-mean-squares of the row for int6, SDCLIP_K_INT8 for int8. A larger k is coarser and smaller."""
+    """SDClip: the grid step of each row, float32 (rows, 1), exact in float16. The grid ends at k root-mean-squares of the
+    row for int6, SDCLIP_K_INT8 for int8: a larger k is coarser and smaller."""
     spread = torch.where(limits == INT6_MAX, k, settings.sdclip_k_int8)
     clip = spread * weight.square().mean(dim=1, keepdim=True).sqrt()
     return (clip / limits).clamp(min=2**-14, max=60_000.0).half().float()
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Nearest integers on each row's grid, as floats."""
+    """The nearest integers, as floats."""
     return (weight / scale).round().clamp(-limits, limits)
 
 
 @torch.no_grad()
 def predict_bytes(model: Model, settings: Settings, k: float) -> float:
-    """Bytes of the artifact with this k, by the integers' entropy."""
+    """Of the artifact with this k, by the integers' entropy."""
     total, matrices = 4096.0, grid_limits(model)
     for name, p in model.named_parameters():
         if name in matrices:
@@ -2211,7 +2158,7 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
 
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
-    """SDCLIP_K, or where it is 0 the least k from 4 to 16 whose artifact should fit target_bytes."""
+    """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
     need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
@@ -2241,8 +2188,7 @@ class FakeQuantization:
 
 @torch.no_grad()
 def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -> dict[str, Tensor]:
-    """H = 2·sum x x^T of every linear layer's inputs, and of the final hidden states for the output matrix, over all
-    ranks' sequences (n, T): by parameter name, float32 (columns, columns)."""
+    """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T), by name."""
     hessians = collections.defaultdict(float)
 
     def gather(name: str, _, inputs: tuple[Tensor]):
@@ -2290,8 +2236,8 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float
 ) -> dict[str, Tensor]:
-    """What is stored, in this order, on every rank: by the parameters' names all vectors and the row steps of matrices,
-    then as "NAME integers" the int8 matrices. The ranks share the work."""
+    """What is stored, in this order: by the parameters' names all vectors and the row steps of matrices, then as
+    "NAME integers" the int8 matrices. The ranks share the work, and all get the result."""
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
     matrices = grid_limits(model)
     for number, (name, limits) in enumerate(matrices.items()):
@@ -2313,7 +2259,7 @@ def quantize_model(
 
 
 def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
-    """The whole artifact file as bytes."""
+    """The artifact file's bytes."""
     content = b"".join(array.cpu().numpy().tobytes() for array in stored.values())
     header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
     payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -2344,8 +2290,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 
 
 def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, and the settings with the artifact's in place of the run's. Raises UserError where a
-    variable that was given contradicts it."""
+    """The model in an artifact, and the settings with the artifact's in place of the run's."""
     stored, payload = read_artifact(path)
     for name in sorted(given & set(stored)):
         ours, theirs = getattr(settings, name), stored[name]
@@ -2374,12 +2319,12 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
 
 # ============
 # 9. Run
-# Logging, the compile warm-up, the training loop, and main(), which tells the story of a run.
+# main(), at the end, tells the story of a run.
 
 
 @contextlib.contextmanager
 def writing(what: str):
-    """Raises UserError where the body fails to write."""
+    """Makes a failure to write the user's."""
     try:
         yield
     except OSError as error:
@@ -2401,7 +2346,7 @@ class Log:
         self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
 
     def __call__(self, text: str, event: str = "", **values):
-        """A line of text; for an event, also a JSON object in the machine-readable log."""
+        """A line of text; for an event, also a JSON object."""
         if self.quiet:
             return
         print(text, flush=True)
@@ -2429,7 +2374,7 @@ def describe_machine(ranks: Ranks) -> dict[str, str | int]:
 
 
 def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
-    """Tokens a rank runs at once, a divisor of its share: at most MICRO_BATCH_TOKENS, or 131,072 (beyond that, kernels run
+    """Tokens a rank runs at once, a divisor of its share: at most MICRO_BATCH_TOKENS, or 131,072 (beyond which kernels run
     no faster) where 70 % of the free memory allow."""
     s = settings
     most = s.micro_batch_tokens or 131_072
@@ -2444,14 +2389,15 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
     return s.train_seq_len * next(n for n in range(limit, 0, -1) if sequences % n == 0)
 
 
-def synchronize(device: torch.device):
-    """Waits for the device to finish what it was given."""
-    if device.type == "cuda":
+def synchronized_time() -> float:
+    """perf_counter() once the GPU has done what it was given."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class TrainingClock:
-    """Seconds of the training clock: it runs between start() and pause()."""
+    """It runs between start() and pause(), which waits for the GPU."""
 
     counted, since = 0.0, math.inf
 
@@ -2459,6 +2405,7 @@ class TrainingClock:
         self.since = time.perf_counter()
 
     def pause(self):
+        synchronized_time()
         self.counted, self.since = self.seconds(), math.inf
 
     def seconds(self) -> float:
@@ -2470,8 +2417,7 @@ def training_loss(model: Model, settings: Settings, ranks: Ranks):
     loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
         return loss
-    # Not every torch can cut a graph that holds a checkpoint or FlexAttention.
-    torch._dynamo.config.optimize_ddp = not (settings.mamba_grad_checkpoint or settings.document_reset)
+    torch._dynamo.config.optimize_ddp = not settings.document_reset  # not every torch can cut FlexAttention's graph
     module = nn.Module()
     module.model, module.forward = model, loss
     unused = settings.num_layers == 1  # one layer alone has no U-Net skip, whose weights then get no gradient
@@ -2492,16 +2438,15 @@ class Trainer:
         self.clock, self.steps_done = TrainingClock(), 0
 
     def announce(self):
-        """Prints what will happen, before it does."""
+        """Says what will happen."""
         model, s = self.model, self.settings
         count, letters = sum(p.numel() for p in model.parameters()), layer_letters(s)
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
         self.log("virtual layer order: " + " ".join(f"{letters[i]}{i}" for i in model.full_order))
         mixers = [block.mixer for block in model.blocks]
         backends = {m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers}
-        self.log(f"backends: {', '.join(sorted(backends))}")
         together = self.micro_sequences * s.train_seq_len
-        self.log(f"batch: {s.train_batch_tokens:,} tokens, {together:,} at once per rank")
+        self.log(f"backends: {', '.join(sorted(backends))}; {together:,} tokens at once per rank")
 
     def warm_up(self):
         """Compiles both layer orders, in steps at rate 0 of optimizers that are forgotten."""
@@ -2512,13 +2457,10 @@ class Trainer:
                 self._gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
-        synchronize(self.ranks.device)
+        synchronized_time()
 
     def run(self, batches: Batches, validate):
-        """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
-
-        validate(recurrent) scores the model every VAL_LOSS_EVERY steps.
-        """
+        """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights."""
         s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
         self.clock.start()
         while True:
@@ -2540,17 +2482,15 @@ class Trainer:
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
                 self._log_step(loss, now)
             if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
-                synchronize(ranks.device)
                 self.clock.pause()
                 self.log_score(validate(now.recurrent))
                 self.clock.start()
         self.average.apply()
-        synchronize(ranks.device)
         self.clock.pause()
         self.skipped_steps()
 
     def _gradients(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Gradients of one global batch, averaged over the ranks; returns this rank's mean loss, ()."""
+        """Gradients of one global batch; returns this rank's mean loss, ()."""
         micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
         total = torch.zeros((), device=self.ranks.device)
         for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
@@ -2588,7 +2528,7 @@ class Trainer:
 
 def export(trainer: Trainer, batches: Batches) -> dict:
     """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what the records should hold. Packing is
-    off the training clock. Where the file is larger than predicted, GPTQ runs again, on the clock, with a larger k."""
+    off the training clock. Where the file is too large, GPTQ runs again, on the clock, with a larger k."""
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
     clock.start()
@@ -2603,7 +2543,6 @@ def export(trainer: Trainer, batches: Batches) -> dict:
     k = fit_sdclip(model, s, target)
     while True:
         stored = quantize_model(model, s, ranks, hessians, k)
-        synchronize(ranks.device)
         clock.pause()
         log(f"GPTQ at k={k:.2f}; training clock {clock.seconds():.1f}s")
         data = pack_artifact(s, stored) if ranks.rank == 0 else b""
@@ -2622,7 +2561,7 @@ def export(trainer: Trainer, batches: Batches) -> dict:
 
 
 def write_whole(path: Path, data: bytes):
-    """Writes a file that no reader ever sees half of."""
+    """No reader ever sees half of the file."""
     temporary = path.with_name(path.name + ".part")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2631,7 +2570,7 @@ def write_whole(path: Path, data: bytes):
 
 
 def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
-    """Loads ARTIFACT, samples from it, scores it, and prints the final line."""
+    """Loads ARTIFACT, samples from it and scores it."""
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: what the artifact alone can do
@@ -2658,7 +2597,7 @@ def report(log: Log, event: str, label: str, score: Score):
 
 
 def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet, log: Log):
-    """From shards to a finished artifact, with frozen scores before and after quantization, off the clock."""
+    """From shards to an artifact, with frozen scores before and after quantization, off the clock."""
     batches, plain = Batches(settings, ranks), dataclasses.replace(settings, eval_mode="plain")
     code_bytes = Path(__file__).stat().st_size
     model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes
@@ -2689,7 +2628,7 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
-    """Validated settings with a run id all ranks share, the names of those given, and the ranks."""
+    """Settings with a run id all ranks share, the names of those given, and the ranks."""
     settings, given = read_settings(environment)
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     known = settings.artifact or settings.run_id or not settings.eval_only
