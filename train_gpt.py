@@ -8,15 +8,15 @@ It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ
 16,000,000 bytes (code included), loads it back and scores it in bits per byte, adapting to what it has already scored.
 The sections stand in the order in which data flows:
 
-    1. Settings     one typed dataclass, presets, validation, --help
+    1. Settings     with presets and --help
     2. Ranks        what several processes need from each other
-    3. Data         shards, batches, prefetching, bytes per token
+    3. Data         shards, batches, bytes per token
     4. Scans        the Mamba-3 recurrence: sequential, chunked, fused in Triton kernels
-    5. Model        attention, Mamba and MLP blocks, U-Net skips, depth recurrence
-    6. Optimizers   Muon, Adam, weight averaging, the schedule that follows the clock
-    7. Evaluation   one scoring loop for every mode, test-time training, sampling
-    8. Export       calibration, GPTQ, packing, the artifact file
-    9. Run          logging, warm-up, training, main()
+    5. Model        attention, Mamba and MLP blocks
+    6. Optimizers   Muon, Adam, weight average, schedule
+    7. Evaluation   scores, test-time training, sampling
+    8. Export       GPTQ and the artifact file
+    9. Run          log, training loop, main()
 """
 
 import bisect
@@ -63,15 +63,15 @@ class UserError(Exception):
     """A mistake the user can mend: run() prints it as one line."""
 
 
-def need(condition: bool, message: str):
-    """Raises UserError with this message unless the condition holds."""
+def need(condition, message: str):
+    """Raises UserError unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 # ============
 # 1. Settings
-# One dataclass holds every knob. A field in capitals is its environment variable, named as in the contest.
+# A field in capitals is its environment variable, named as in the contest.
 
 
 def env(default, unit: str, text: str, group: str = ""):
@@ -81,7 +81,7 @@ def env(default, unit: str, text: str, group: str = ""):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. Layer lists are explained at parse_layers()."""
+    """Layer lists are explained at parse_layers()."""
 
     preset: str = env("default", "name", "a set of defaults: see below", "run")
     run_id: str = env("", "name", "names logs and artifact; empty: by date")
@@ -222,14 +222,12 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
     text, count = getattr(settings, name), settings.num_layers
     if text in ("all", "none", ""):
         return tuple(range(count)) if text == "all" else ()
-    given, layers = f"{name.upper()}={text}", []
+    layers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()):
-            raise UserError(f'{given}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        if not int(first) <= int(last) < count:
-            raise UserError(f"{given}: there is no layer {part}; NUM_LAYERS={count} counts from 0")
+        exists = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < count
+        need(exists, f"{name.upper()}={text}: no layer {part}; from 0 to {count - 1}, write 0,2-4, or all, or none")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
@@ -391,10 +389,9 @@ class Ranks:
 
     def from_main(self, value):
         """Rank 0's object, over gloo: no GPU is waited for."""
-        if self.world_size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def average_gradients(self, parameters: list[nn.Parameter]):
@@ -423,8 +420,7 @@ def start_ranks(settings: Settings) -> Ranks:
 
 # ============
 # 3. Data
-# The contest's shards, memory-mapped. The ranks share one global sequence of batches, which depends on the seed and the
-# settings alone: 1, 2, 4 or 8 GPUs train on the same data.
+# The ranks share one sequence of batches, which depends on seed and settings alone: 1 or 8 GPUs train on the same data.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
 
@@ -438,7 +434,7 @@ def open_shard(path: Path) -> np.ndarray:
     ours = len(header) == 256 and header[0] == SHARD_MAGIC
     need(ours, f"{path} is not a token shard (wrong magic number); see data/prepare.py")
     version, count = map(int, header[1:3])
-    need(version == SHARD_VERSION, f"{path} is a version {version} shard; this program reads version {SHARD_VERSION}")
+    need(version == SHARD_VERSION, f"{path} is a version {version} shard, not version {SHARD_VERSION}")
     wanted = SHARD_HEADER_BYTES + 2 * count
     need(count >= 0 and wanted <= size, f"{path} has {size} bytes, but its header says {wanted}; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
@@ -447,7 +443,7 @@ def open_shard(path: Path) -> np.ndarray:
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
     """All shards of a split ("train" or "val"), by name."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-    need(bool(paths), f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
+    need(paths, f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     return [open_shard(path) for path in paths]
 
 
@@ -458,10 +454,9 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of training sequences for ever: each epoch visits the shards in a new order, one by
-    one to keep reads local, and in each all windows of seq_len + 1 tokens in a new order and at a new phase."""
-    if max(lengths) <= seq_len:
-        raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
+    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: each epoch visits the shards in a new order,
+    one by one to keep reads local, and in each all windows in a new order and at a new phase."""
+    need(max(lengths) > seq_len, f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
@@ -542,8 +537,8 @@ class ValidationSet(NamedTuple):
 def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
     """All validation shards as one stream."""
     tokens = np.concatenate(open_shards(settings.data_path, "val"))
-    if len(tokens) <= settings.train_seq_len:
-        raise UserError(f"the validation shards hold {len(tokens)} tokens, less than one sequence (TRAIN_SEQ_LEN + 1)")
+    longer = len(tokens) > settings.train_seq_len
+    need(longer, f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target")
     check_token_range(tokens, settings.vocab_size, "the validation shards")
     return ValidationSet(tokens, tokenizer.target_bytes(tokens))
 
@@ -1380,7 +1375,7 @@ class Linear(nn.Linear):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask=None) -> Tensor:
-    """torch's attention on the kernel that choose_attention_backend() fixed, or FlexAttention where mask is for that."""
+    """torch's attention, FlexAttention where mask is for that."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     if mask is None or isinstance(mask, Tensor):
@@ -1672,13 +1667,14 @@ class Model(nn.Module):
         """Hidden states (B, T, width) of tokens (B, T) int64; with cache_tokens > 0 also the state to continue from, in
         which attention remembers that many tokens."""
         x = embedded = self._embed(tokens, state)
-        context = self._context(tokens, state, cache_tokens)
+        memories = (None,) * len(order) if state is None else state.layers
+        context = self._context(tokens, memories, cache_tokens)
         half = len(order) // 2 if self.settings.unet_skips else 0
         skips, layer_states = [], []
-        for position, layer in enumerate(order):
+        for position, (layer, memory) in enumerate(zip(order, memories)):
             if position >= len(order) - half:
                 x = x + self.skip_weights[position - len(order) + half].to(x.dtype) * skips.pop()
-            x, layer_state = self.blocks[layer](x, embedded, context, None if state is None else state.layers[position])
+            x, layer_state = self.blocks[layer](x, embedded, context, memory)
             layer_states.append(layer_state)
             if position < half:
                 skips.append(x)
@@ -1696,16 +1692,16 @@ class Model(nn.Module):
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
 
-    def _context(self, tokens: Tensor, state: ModelState | None, cache_tokens: int) -> Context:
-        memories = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
-        cached = memories[0].key.shape[1] if memories else 0
+    def _context(self, tokens: Tensor, memories: tuple, cache_tokens: int) -> Context:
+        memory = next((m for m in memories if isinstance(m, AttentionState)), None)
+        cached = 0 if memory is None else memory.key.shape[1]
         cos, sin = self.rotary_table[:, : cached + tokens.shape[1]]
         document_start = mask = None
         if self.settings.document_reset:
             document_start = tokens == BOS_ID
             document = document_start.long().cumsum(dim=1)
             if cached:
-                document = torch.cat([memories[0].visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
+                document = torch.cat([memory.visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
             if any(isinstance(block.mixer, Attention) for block in self.blocks):
                 mask = document_mask(document)
         return Context(document_start, cos, sin, mask, cache_tokens)
@@ -1781,7 +1777,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrices to a batch (n, rows, columns), by Newton-Schulz iteration in bfloat16 on GPUs."""
+    """Nearest semi-orthogonal matrices to a batch (n, rows, columns), by Newton-Schulz iteration."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -1922,11 +1918,12 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
     if s.warmdown_iters:
         step_part = 1 / s.iterations if by_steps >= by_clock else seconds / max(step, 1) / train_seconds
         warmdown = min(1.0, s.warmdown_iters * step_part)
-    decay = min(1.0, (1 - progress) / warmdown) if warmdown else 1.0
-    warmup = min(1.0, (progress + 1 / s.iterations) / s.lr_warmup_fraction) if s.lr_warmup_fraction else 1.0
-    rise = min(1.0, progress / s.muon_momentum_warmup) if s.muon_momentum_warmup else 1.0
-    momentum = s.muon_momentum_start + rise * (s.muon_momentum - s.muon_momentum_start)
-    return Schedule(progress, warmup * decay, momentum, progress >= s.recur_start, decay < s.late_qat_threshold)
+    ramp = lambda part, whole: min(1.0, part / whole) if whole else 1.0
+    decay = ramp(1 - progress, warmdown)
+    factor = ramp(progress + 1 / s.iterations, s.lr_warmup_fraction) * decay
+    rise = ramp(progress, s.muon_momentum_warmup) * (s.muon_momentum - s.muon_momentum_start)
+    momentum = s.muon_momentum_start + rise
+    return Schedule(progress, factor, momentum, progress >= s.recur_start, decay < s.late_qat_threshold)
 
 
 # ============
@@ -2025,7 +2022,7 @@ class Evaluator:
             batch = windows[i : i + self.rows]
             batch += [Window(batch[-1].context, 0, 0)] * (self.rows - len(batch))  # every batch has one shape
             context, begin, end = np.array(batch).T[:, :, None]
-            tokens, targets = self._read(context[:, 0], s.train_seq_len)
+            tokens, targets = self._read(context, s.train_seq_len)
             state = self.state if batch[0].context == self.state_position else None
             nats, state = self.score_function(tokens, targets, self.order, state, cache_tokens)
             # Padding at the end of a window spoils the state: it is carried from full windows only.
@@ -2035,12 +2032,12 @@ class Evaluator:
             cells = np.flatnonzero((begin <= position) & (position < end))
             where = position.flatten()[cells]
             np.add.at(self.times_scored, where, 1)
-            self.nats[torch.from_numpy(where).to(device)] = nats.flatten()[torch.from_numpy(cells).to(device)].float()
+            self.nats[torch.from_numpy(where).to(device)] = nats.flatten()[torch.from_numpy(cells).to(device)]
 
     def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (len(starts), length); past the end, the last token."""
+        """Tokens and targets from starts (B, 1) on, (B, length); past the end, the last token."""
         stream = self.validation.tokens
-        index = np.minimum(starts[:, None] + np.arange(length + 1), len(stream) - 1)
+        index = np.minimum(starts + np.arange(length + 1), len(stream) - 1)
         both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
@@ -2049,9 +2046,8 @@ class Evaluator:
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
         mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
-        most = min(len(mine), s.val_batch_size // (ranks.world_size * length))
-        rows = next((n for n in range(most, 1, -1) if len(mine) % n == 0), 1)
-        for starts in mine.reshape(-1, rows):
+        rows = divisor(len(mine), s.val_batch_size // (ranks.world_size * length))
+        for starts in mine.reshape(-1, rows, 1):
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
         ranks.average_gradients(list(self.model.parameters()))
@@ -2068,6 +2064,11 @@ class Evaluator:
         total = float(nats.sum(dtype=np.float64))
         bpb = total / math.log(2) / int(self.validation.target_bytes.sum())
         return Score(total / self.total, bpb, nats, given_up)
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest up to most, or 1."""
+    return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
 def maybe_compile(function, settings: Settings, ranks: Ranks):
@@ -2162,13 +2163,13 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    choice = lambda i: 4 + (SDCLIP_MOST - 4) * i / 256
-    fits = lambda i: predict_bytes(model, settings, choice(i)) <= target_bytes
-    return choice(bisect.bisect_left(range(256), True, key=fits))
+    choices = [4 + (SDCLIP_MOST - 4) * i / 256 for i in range(257)]
+    fits = lambda k: predict_bytes(model, settings, k) <= target_bytes
+    return choices[bisect.bisect_left(choices, True, hi=256, key=fits)]
 
 
 class FakeQuantization:
-    """Late QAT: matrices stand on their grids while a step's gradients are computed."""
+    """Late QAT: matrices stand on their grids while gradients are computed."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
@@ -2385,8 +2386,7 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
         token = len(virtual_layer_order(s)) * layer + 5 * s.vocab_size
         most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token)
     sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
-    limit = max(1, min(sequences, int(most // s.train_seq_len)))
-    return s.train_seq_len * next(n for n in range(limit, 0, -1) if sequences % n == 0)
+    return s.train_seq_len * divisor(sequences, int(most // s.train_seq_len))
 
 
 def synchronized_time() -> float:
@@ -2502,10 +2502,10 @@ class Trainer:
         return total
 
     def skipped_steps(self) -> int:
-        """Steps skipped so far; UserError if the last ones all were."""
+        """So far; too many in a row end the run."""
         total, in_a_row = self.optimizers.skipped.tolist()
-        finite = in_a_row < 10  # a bad batch explains one or two
-        need(finite, f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
+        # A bad batch explains one or two.
+        need(in_a_row < 10, f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
         return total
 
     def log_score(self, score: Score, when: str = ""):
@@ -2608,11 +2608,10 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
 
     trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
-    steps, seconds = trainer.steps_done, trainer.clock.seconds()
-    step_ms = 1000 * seconds / max(steps, 1)
+    steps = trainer.steps_done
+    step_ms = 1000 * trainer.clock.seconds() / max(steps, 1)
     peak = torch.cuda.max_memory_allocated()
-    log(f"trained {steps} steps in {seconds:.1f}s, {step_ms:.2f}ms each; peak GPU memory {peak / 1e9:.1f} GB")
-    log(f"Code size: {code_bytes} bytes")
+    log(f"Code size: {code_bytes} bytes; {steps} steps of {step_ms:.2f}ms; peak GPU memory {peak / 1e9:.1f} GB")
     before = Evaluator(model, plain, ranks, validation).score()
     trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)
@@ -2632,7 +2631,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     settings, given = read_settings(environment)
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     known = settings.artifact or settings.run_id or not settings.eval_only
-    need(bool(known), "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
+    need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
     for name in ("torchinductor", "triton") if settings.compile_cache else ():
         path = Path(settings.compile_cache, name).resolve()
         with writing(f"in COMPILE_CACHE={settings.compile_cache}"):
