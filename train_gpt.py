@@ -13,7 +13,7 @@ The sections stand in the order in which data flows:
     3. Data         shards, batches, bytes per token
     4. Scans        the Mamba-3 recurrence: sequential, chunked, fused in Triton kernels
     5. Model        attention, Mamba and MLP blocks
-    6. Optimizers   Muon, Adam, weight average, schedule
+    6. Optimizers   Muon for matrices, Adam for the rest, weight average, schedule
     7. Evaluation   scores, test-time training, sampling
     8. Export       GPTQ and the artifact file
     9. Run          log, training loop, main()
@@ -75,7 +75,7 @@ def need(condition, message: str):
 
 
 def env(default, unit: str, text: str, group: str = ""):
-    """A setting: default (whose type is its own), unit, which may bound it, help, and the group it begins."""
+    """A setting of the default's type: unit, which may bound it, help, and the group it begins."""
     return field(default=default, metadata={"unit": unit, "help": text, "group": group})
 
 
@@ -241,7 +241,7 @@ def layer_letters(settings: Settings) -> str:
 
 
 def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
-    """The order in which layers run once recurrence is on; one that stands twice shares its weights.
+    """The order in which layers run once recurrence is on.
 
     With two extra passes through 3,4 hinge gives 3 4 3 4 3 4, spread 3 3 3 4 4 4.
     """
@@ -255,7 +255,7 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """Settings from environment variables over the preset's, and the names of the fields that were given."""
+    """Settings from the environment over the preset's, and the names of those given."""
     kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
     reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
@@ -314,9 +314,8 @@ def validate_settings(settings: Settings, world_size: int):
             open_end = (value == 0 and unit.endswith("> 0")) or (value == 1 and unit == "below 1")
             check(f.name, 0 <= value <= high and not open_end, f"must be from 0 to {high} ({unit})")
     check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
-    if s.layer_pattern:
-        fits = set(s.layer_pattern) <= set("MmAa") and len(s.layer_pattern) == s.num_layers
-        check("layer_pattern", fits, f"is not NUM_LAYERS={s.num_layers} letters of M, m, A, a")
+    fits = set(s.layer_pattern) <= set("MmAa") and len(s.layer_pattern) in (0, s.num_layers)
+    check("layer_pattern", fits, f"is not NUM_LAYERS={s.num_layers} letters of M, m, A, a")
 
     consecutive = all(b - a == 1 for a, b in itertools.pairwise(parse_layers(s, "recur_layers")))
     if s.recur_mode == "hinge" and not s.layer_order:
@@ -408,7 +407,7 @@ def start_ranks(settings: Settings) -> Ranks:
     world_size, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device == "cuda" or (settings.device == "auto" and gpus):
-        need(gpus > 0, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build")
+        need(gpus, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build")
         need(local_rank < gpus, f"more ranks than the {gpus} GPUs here: lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -1327,8 +1326,8 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
 
 # ============
 # 5. Model
-# Pre-norm blocks over a residual stream. Weights are float32, cast where they are used; activations are bfloat16 on
-# GPUs. Depth recurrence is but another order of the blocks.
+# Weights are float32, cast where they are used; activations are bfloat16 on GPUs. Depth recurrence is but another order
+# of the blocks.
 
 
 class AttentionState(NamedTuple):
@@ -1483,11 +1482,8 @@ class ShortConv(nn.Module):
 
 
 class Mamba(nn.Module):
-    """A Mamba-3 block, or with MAMBA_VERSION=2 a Mamba-2 block, around mamba_scan().
-
-    Mamba-3: in_proj gives z, x, B, C, per head step size, decay, trapezoid, and shared angles; B and C are normed and
-    biased. Mamba-2: constant decay rates, a short convolution over x, B, C in front, gate and norm at the end.
-    """
+    """A Mamba-3 block around mamba_scan(), or a Mamba-2 block: constant decay rates, a short convolution over x, B, C in
+    front, gate and norm at the end."""
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
@@ -1554,7 +1550,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A mixer and perhaps an MLP, each with a learned scale per channel on what it adds."""
+    """A mixer and perhaps an MLP, each with a learned scale on what it adds."""
 
     def __init__(self, settings: Settings, letter: str, device: torch.device, attention_backend: str):
         super().__init__()
@@ -1599,8 +1595,8 @@ def cross_entropy_rows(
 def fused_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool
 ) -> tuple[Tensor, Tensor]:
-    """Model.nats() of hidden (T, width) and targets (T,) for an output matrix (V, width), in one pass over logits in
-    hidden's dtype, which the gradients of the nats overwrite (T, V)."""
+    """Model.nats() of hidden (T, width), targets (T,) and output matrix (V, width), in one pass over logits (T, V) in
+    hidden's dtype, which the gradients of the nats overwrite."""
     logits = F.linear(hidden, weight)
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
@@ -1668,7 +1664,7 @@ class Model(nn.Module):
         which attention remembers that many tokens."""
         x = embedded = self._embed(tokens, state)
         memories = (None,) * len(order) if state is None else state.layers
-        context = self._context(tokens, memories, cache_tokens)
+        context = self._context(tokens, state, cache_tokens)
         half = len(order) // 2 if self.settings.unet_skips else 0
         skips, layer_states = [], []
         for position, (layer, memory) in enumerate(zip(order, memories)):
@@ -1692,16 +1688,16 @@ class Model(nn.Module):
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
 
-    def _context(self, tokens: Tensor, memories: tuple, cache_tokens: int) -> Context:
-        memory = next((m for m in memories if isinstance(m, AttentionState)), None)
-        cached = 0 if memory is None else memory.key.shape[1]
+    def _context(self, tokens: Tensor, state: ModelState | None, cache_tokens: int) -> Context:
+        memories = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
+        cached = memories[0].key.shape[1] if memories else 0
         cos, sin = self.rotary_table[:, : cached + tokens.shape[1]]
         document_start = mask = None
         if self.settings.document_reset:
             document_start = tokens == BOS_ID
             document = document_start.long().cumsum(dim=1)
             if cached:
-                document = torch.cat([memory.visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
+                document = torch.cat([memories[0].visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
             if any(isinstance(block.mixer, Attention) for block in self.blocks):
                 mask = document_mask(document)
         return Context(document_start, cos, sin, mask, cache_tokens)
@@ -1731,13 +1727,13 @@ class Model(nn.Module):
     def score(
         self, tokens: Tensor, targets: Tensor, order: tuple[int, ...], state: ModelState | None, cache_tokens: int
     ) -> tuple[Tensor, ModelState | None]:
-        """Nats of each target (B, T), and the state to continue from if cache_tokens > 0."""
+        """nats() of each target, and the state to continue from if cache_tokens > 0."""
         hidden, new_state = self(tokens, order, state, cache_tokens)
         return self.nats(hidden, targets), new_state
 
 
 def document_mask(document: Tensor):
-    """Causal mask within documents, numbered (B, T): bool (B, 1, T, T) on the CPU, a BlockMask on CUDA."""
+    """Causal within documents, numbered (B, T): bool (B, 1, T, T) on the CPU, a BlockMask on CUDA."""
     batch, length = document.shape
     if document.device.type == "cpu":
         return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
@@ -1761,7 +1757,6 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 
 # ============
 # 6. Optimizers
-# Muon for matrices, Adam for the rest.
 
 # Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow; the others are
 # of x / 1.01, as the authors advise for bfloat16.
@@ -1853,11 +1848,11 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float):
-        """Clips the gradients, updates every parameter, and drops the gradients. The device decides, alike on every rank,
-        whether to skip: the host does not wait."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        """Clips, uses and drops the gradients. The device decides, alike on every rank, whether to skip: the host does not
+        wait."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         skip = ~norm.isfinite()
         self.skipped += skip
         self.skipped[1] *= skip
@@ -1940,10 +1935,10 @@ class Window(NamedTuple):
 
 
 def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int, read: int = -1) -> list[Window]:
-    """This rank's windows over the targets first <= p < last, each of which is scored once by some rank.
+    """This rank's windows; some rank scores each target once.
 
-    plain: windows side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is new. stateful: each
-    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early unless it has read up to there.
+    plain: windows side by side. sliding: they move by EVAL_STRIDE, each scoring what is new. stateful: each rank reads a
+    contiguous share, beginning EVAL_OVERLAP tokens early unless it has read up to there.
     """
     length = settings.train_seq_len
     if settings.eval_mode == "stateful":
@@ -1986,8 +1981,8 @@ class Evaluator:
         return self._collect(0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
-        """With test-time training: each chunk is scored, then trained on; the last is scored only. Where time since
-        clock_started (a perf_counter()) runs short, chunks get fewer epochs or none."""
+        """With test-time training: each chunk but the last is trained on once it is scored. Where time since clock_started
+        (a perf_counter()) runs short, chunks get fewer epochs or none."""
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=s.ttt_momentum)
@@ -2015,7 +2010,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _score_targets(self, first: int, last: int):
-        s, device = self.settings, self.ranks.device
+        s = self.settings
         cache_tokens = s.eval_overlap if s.eval_mode == "stateful" else 0
         windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
         for i in range(0, len(windows), self.rows):
@@ -2032,7 +2027,7 @@ class Evaluator:
             cells = np.flatnonzero((begin <= position) & (position < end))
             where = position.flatten()[cells]
             np.add.at(self.times_scored, where, 1)
-            self.nats[torch.from_numpy(where).to(device)] = nats.flatten()[torch.from_numpy(cells).to(device)]
+            self.nats[where] = nats.flatten()[cells]
 
     def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets from starts (B, 1) on, (B, length); past the end, the last token."""
@@ -2046,13 +2041,13 @@ class Evaluator:
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
         mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
-        rows = divisor(len(mine), s.val_batch_size // (ranks.world_size * length))
+        rows = largest_divisor(len(mine), s.val_batch_size // (ranks.world_size * length))
         for starts in mine.reshape(-1, rows, 1):
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
         ranks.average_gradients(list(self.model.parameters()))
         if s.ttt_grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.ttt_grad_clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), s.ttt_grad_clip)
         sgd.step()
         sgd.zero_grad()
 
@@ -2066,8 +2061,8 @@ class Evaluator:
         return Score(total / self.total, bpb, nats, given_up)
 
 
-def divisor(number: int, most: int) -> int:
-    """The largest up to most, or 1."""
+def largest_divisor(number: int, most: int) -> int:
+    """Of number, up to most; at least 1."""
     return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
@@ -2109,11 +2104,8 @@ ARTIFACT_MAGIC = b"SSMGOLF2"
 
 
 def grid_limits(model: Model) -> dict[str, Tensor]:
-    """The largest integer in each row, float32 (rows, 1), of the matrices that are stored as integers, by name.
-
-    They are int6; embedding and output matrix int8, and so the rows of Mamba's in_proj that produce step size, decay,
-    trapezoid and angles, whose errors a recurrence compounds.
-    """
+    """The largest integer in each row, float32 (rows, 1), of the matrices that are stored as integers, by name: int6, but
+    int8 in embedding, output matrix, and the rows of Mamba's in_proj whose errors a recurrence compounds."""
     limits = {}
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
@@ -2208,8 +2200,8 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 
 @torch.no_grad()
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Integers (rows, columns) on each row's grid that keep weight @ x close (arXiv 2210.17323): columns are rounded in
-    order of falling diagonal, and each one's error is spread over those still to come."""
+    """Integers on each row's grid that keep weight @ x close (arXiv 2210.17323): columns are rounded in order of falling
+    diagonal, and each one's error is spread over those still to come."""
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True)
     weight = weight.masked_fill(diagonal == 0, 0.0)[:, order]  # inputs that never fire
@@ -2270,7 +2262,7 @@ def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
     """The model's settings in an artifact, and its LZMA stream."""
-    need(path.is_file(), f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
+    need(path.is_file(), f"no artifact at {path}: set ARTIFACT or RUN_ID")
 
     def check(condition: bool, problem: str):
         need(condition, f"{path} is not a usable artifact: {problem}")
@@ -2278,7 +2270,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
     check(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
     data = path.read_bytes()
     check(data.startswith(ARTIFACT_MAGIC), "wrong magic number")
-    check(hashlib.sha256(data[:-32]).digest() == data[-32:], "its checksum does not match; it is truncated or altered")
+    check(hashlib.sha256(data[:-32]).digest() == data[-32:], "its checksum does not match")
     header, _, payload = data[len(ARTIFACT_MAGIC) : -32].partition(b"\n")
     try:
         settings = dict(json.loads(header))
@@ -2320,7 +2312,6 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
 
 # ============
 # 9. Run
-# main(), at the end, tells the story of a run.
 
 
 @contextlib.contextmanager
@@ -2386,7 +2377,7 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
         token = len(virtual_layer_order(s)) * layer + 5 * s.vocab_size
         most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token)
     sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
-    return s.train_seq_len * divisor(sequences, int(most // s.train_seq_len))
+    return s.train_seq_len * largest_divisor(sequences, int(most // s.train_seq_len))
 
 
 def synchronized_time() -> float:
@@ -2460,7 +2451,7 @@ class Trainer:
         synchronized_time()
 
     def run(self, batches: Batches, validate):
-        """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights."""
+        """Trains until the clock or ITERATIONS ends it, on every rank at the same step; leaves the averaged weights."""
         s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
         self.clock.start()
         while True:
@@ -2509,7 +2500,7 @@ class Trainer:
         return total
 
     def log_score(self, score: Score, when: str = ""):
-        """The contest's line for a score during training."""
+        """The contest's line during training."""
         text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
         self._log(text, "validation", val_loss=score.val_loss, val_bpb=score.val_bpb)
 
@@ -2527,8 +2518,8 @@ class Trainer:
 
 
 def export(trainer: Trainer, batches: Batches) -> dict:
-    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what the records should hold. Packing is
-    off the training clock. Where the file is too large, GPTQ runs again, on the clock, with a larger k."""
+    """Calibrates, quantizes and packs the model into ARTIFACT; returns what the records should hold. Packing is off the
+    training clock. Where the file is too large, GPTQ runs again, on the clock, with a larger k."""
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
     clock.start()
@@ -2551,7 +2542,7 @@ def export(trainer: Trainer, batches: Batches) -> dict:
         if size <= target:
             break
         problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
-        need(k < SDCLIP_MOST, f"{problem}: raise it, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
+        need(k < SDCLIP_MOST, f"{problem}: raise it, or make the model smaller")
         k = min(SDCLIP_MOST, k + 5 * k * (size - target) / size)  # a size falls with the logarithm of its k
         clock.start()
     if ranks.rank == 0:
@@ -2591,7 +2582,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
 
 
 def report(log: Log, event: str, label: str, score: Score):
-    """The contest's line for the artifact's score."""
+    """The contest's line for the artifact."""
     text = f"final_int6_lzma_{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
     log(text, event, val_loss=score.val_loss, val_bpb=score.val_bpb, epochs_given_up=score.epochs_given_up)
 
