@@ -476,7 +476,7 @@ class Batches:
         self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
 
     def _gather(self):
-        """The next tokens (sequences, seq_len + 1) on the device, and the CUDA event after which they are there."""
+        """The next tokens (sequences, seq_len + 1), and the CUDA event after which they are on the device."""
         length, device = self.settings.train_seq_len, self.ranks.device
         batch = list(itertools.islice(self.windows, self.settings.train_batch_tokens // length))
         mine = np.array_split(batch, self.ranks.world_size)[self.ranks.rank]
@@ -1435,9 +1435,7 @@ class Attention(nn.Module):
         self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
         self.attend = ATTENTION_BACKENDS[backend]
 
-    def forward(
-        self, x: Tensor, context: Context, state: AttentionState | None
-    ) -> tuple[Tensor, AttentionState | None]:
+    def forward(self, x: Tensor, context: Context, state: AttentionState | None) -> tuple:
         query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
         query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
         cached, new_state = 0, None
@@ -1848,8 +1846,7 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float):
-        """Clips, uses and drops the gradients. The device decides, alike on every rank, whether to skip: the host does not
-        wait."""
+        """Clips, uses and drops the gradients. The device decides, alike on all ranks, whether to skip: no host waits."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
@@ -1916,8 +1913,8 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
     ramp = lambda part, whole: min(1.0, part / whole) if whole else 1.0
     decay = ramp(1 - progress, warmdown)
     factor = ramp(progress + 1 / s.iterations, s.lr_warmup_fraction) * decay
-    rise = ramp(progress, s.muon_momentum_warmup) * (s.muon_momentum - s.muon_momentum_start)
-    momentum = s.muon_momentum_start + rise
+    rise = ramp(progress, s.muon_momentum_warmup)
+    momentum = s.muon_momentum_start + rise * (s.muon_momentum - s.muon_momentum_start)
     return Schedule(progress, factor, momentum, progress >= s.recur_start, decay < s.late_qat_threshold)
 
 
@@ -2247,8 +2244,8 @@ def quantize_model(
     return stored
 
 
-# The artifact: magic, the model's settings as a line of JSON, LZMA stream of what quantize_model() returns, SHA-256 of
-# all before it. Integers take one byte each: LZMA makes 10 to 20 % less of those than of packed bits.
+# The artifact: magic, the model's settings as a line of JSON, LZMA stream of quantize_model()'s result, SHA-256 of all
+# before it. Integers take one byte each: LZMA makes 10 to 20 % less of those than of packed bits.
 
 
 def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
@@ -2366,12 +2363,12 @@ def describe_machine(ranks: Ranks) -> dict[str, str | int]:
 
 
 def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
-    """Tokens a rank runs at once, a divisor of its share: at most MICRO_BATCH_TOKENS, or 131,072 (beyond which kernels run
-    no faster) where 70 % of the free memory allow."""
+    """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (beyond which kernels run no faster) where 70 %
+    of the free memory allow."""
     s = settings
     most = s.micro_batch_tokens or 131_072
     if ranks.device.type == "cuda" and not s.micro_batch_tokens:
-        # Bytes per token, all layers taken for Mamba with an MLP; the factors fit the peak of PRESET=peer7.
+        # Bytes per token, as if all layers were Mamba; the factors fit the peak of PRESET=peer7.
         mixer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
         layer = mixer + (8 + 4 * s.mlp_mult) * s.model_dim
         token = len(virtual_layer_order(s)) * layer + 5 * s.vocab_size
@@ -2381,7 +2378,7 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
 
 
 def synchronized_time() -> float:
-    """perf_counter() once the GPU has done what it was given."""
+    """perf_counter() once the GPU is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -2440,7 +2437,7 @@ class Trainer:
         self.log(f"backends: {', '.join(sorted(backends))}; {together:,} tokens at once per rank")
 
     def warm_up(self):
-        """Compiles both layer orders, in steps at rate 0 of optimizers that are forgotten."""
+        """Compiles both layer orders, in steps at rate 0."""
         s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
         for order in sorted({self.model.order(False), self.model.order(True)}):
