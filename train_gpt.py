@@ -8,15 +8,15 @@ It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ
 16,000,000 bytes (code included), loads it back and scores it in bits per byte, adapting to what it has already scored.
 The sections stand in the order in which data flows:
 
-    1. Settings     one typed dataclass, presets, validation, --help
+    1. Settings     with presets and --help
     2. Ranks        what several processes need from each other
-    3. Data         shards, batches, prefetching, bytes per token
+    3. Data         shards, batches, bytes per token
     4. Scans        the Mamba-3 recurrence: sequential, chunked, fused in Triton kernels
-    5. Model        attention, Mamba and MLP blocks, U-Net skips, depth recurrence
-    6. Optimizers   Muon, Adam, weight averaging, the schedule that follows the clock
-    7. Evaluation   one scoring loop for every mode, test-time training, sampling
-    8. Export       calibration, GPTQ, packing, the artifact file
-    9. Run          logging, warm-up, training, main()
+    5. Model        attention, Mamba and MLP blocks
+    6. Optimizers   Muon for matrices, Adam for the rest, weight average, schedule
+    7. Evaluation   scores, test-time training, sampling
+    8. Export       GPTQ and the artifact file
+    9. Run          log, training loop, main()
 """
 
 import bisect
@@ -63,25 +63,25 @@ class UserError(Exception):
     """A mistake the user can mend: run() prints it as one line."""
 
 
-def need(condition: bool, message: str):
-    """Raises UserError with this message unless the condition holds."""
+def need(condition, message: str):
+    """Raises UserError unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
 # ============
 # 1. Settings
-# One dataclass holds every knob. A field in capitals is its environment variable, named as in the contest.
+# A field in capitals is its environment variable, named as in the contest.
 
 
 def env(default, unit: str, text: str, group: str = ""):
-    """A setting: default (whose type is its own), unit, which may bound it, help, and the group it begins."""
+    """A setting of the default's type: unit, which may bound it, help, and the group it begins."""
     return field(default=default, metadata={"unit": unit, "help": text, "group": group})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. Layer lists are explained at parse_layers()."""
+    """Layer lists are explained at parse_layers()."""
 
     preset: str = env("default", "name", "a set of defaults: see below", "run")
     run_id: str = env("", "name", "names logs and artifact; empty: by date")
@@ -106,9 +106,8 @@ class Settings:
 
     num_layers: int = env(7, "layers > 0", "physical layers", "model")
     model_dim: int = env(512, "width > 0", "residual stream")
-    layer_pattern: str = env("", "letters", "M Mamba, A attention; lower case: without MLP")
     mamba_layers: str = env("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
-    mlp_layers: str = env("all", "layers", "which layers have an MLP")
+    layer_pattern: str = env("", "letters", "instead: M Mamba, A attention; lower case: without MLP")
     mlp_mult: float = env(3.0, "× width > 0", "hidden width of the MLP")
     num_heads: int = env(8, "heads > 0", "attention query heads")
     num_kv_heads: int = env(4, "heads > 0", "attention key/value heads")
@@ -123,7 +122,6 @@ class Settings:
     mamba_rope_fraction: float = env(0.5, "0.5|1", "part of Mamba-3's state that rotates")
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4 in Mamba-2, else none")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
-    mamba_grad_checkpoint: bool = env(False, "0|1", "recompute in backward, to save memory")
     scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, else chunked")
     unet_skips: bool = env(True, "0|1", "from the first half to the second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
@@ -198,9 +196,10 @@ class Settings:
 
 
 PRESETS = {
-    "default": {},
+    "default": {},  # for the contest: 8 GPUs, ten minutes, sp8192
+    # A published entry's shape, to compare speed.
     "peer7": {"train_batch_tokens": 1_048_576, "train_seq_len": 4096, "bigram_vocab_size": 0},
-    "tiny": {
+    "tiny": {  # two minutes on two CPU cores with the sample text
         "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model", "vocab_size": 1024,
         "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4, "mamba_layers": "0,1,3", "model_dim": 128,
         "num_heads": 4, "num_kv_heads": 2, "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024,
@@ -209,25 +208,13 @@ PRESETS = {
         "val_batch_size": 8192, "ttt_chunk_tokens": 4096, "sample": "The function returns",
     },
 }  # fmt: skip
-PRESET_HELP = {
-    "default": "for the contest: 8 GPUs, ten minutes, sp8192",
-    "peer7": "a published entry's shape, to compare speed",
-    "tiny": "two minutes on two CPU cores with the sample text",
-}
 
 
-def setting_groups() -> dict[str, list[dataclasses.Field]]:
-    groups, group = collections.defaultdict(list), ""
-    for f in dataclasses.fields(Settings):
-        group = f.metadata["group"] or group
-        groups[group].append(f)
-    return groups
-
-
+FIELDS = [f.name for f in dataclasses.fields(Settings)]
+ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
 # What a stored model is meaningless without: it travels in the artifact's header.
-LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "mamba_grad_checkpoint", "recur_start"}
-ARCHITECTURE = setting_groups()["model"] + setting_groups()["recurrence"]
-MODEL_FIELDS = sorted({"vocab_size", "document_reset"} | {f.name for f in ARCHITECTURE} - LOCAL_FIELDS)
+LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "recur_start"}
+MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - LOCAL_FIELDS)
 
 
 def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
@@ -235,29 +222,26 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
     text, count = getattr(settings, name), settings.num_layers
     if text in ("all", "none", ""):
         return tuple(range(count)) if text == "all" else ()
-    given, layers = f"{name.upper()}={text}", []
+    layers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()):
-            raise UserError(f'{given}: "{part}" is not a layer; write layers as in 0,2-4, or all, or none')
-        if not int(first) <= int(last) < count:
-            raise UserError(f"{given}: there is no layer {part}; NUM_LAYERS={count} counts from 0")
+        exists = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < count
+        need(exists, f"{name.upper()}={text}: no layer {part}; from 0 to {count - 1}, write 0,2-4, or all, or none")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
 
 def layer_letters(settings: Settings) -> str:
-    """What each physical layer is made of, as LAYER_PATTERN says it."""
+    """LAYER_PATTERN, or what MAMBA_LAYERS means in its letters."""
     if settings.layer_pattern:
         return settings.layer_pattern
-    mamba, mlp = parse_layers(settings, "mamba_layers"), parse_layers(settings, "mlp_layers")
-    letters = ("M" if layer in mamba else "A" for layer in range(settings.num_layers))
-    return "".join(c if layer in mlp else c.lower() for layer, c in enumerate(letters))
+    mamba = parse_layers(settings, "mamba_layers")
+    return "".join("M" if layer in mamba else "A" for layer in range(settings.num_layers))
 
 
 def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
-    """The order in which layers run once recurrence is on; one that stands twice shares its weights.
+    """The order in which layers run once recurrence is on.
 
     With two extra passes through 3,4 hinge gives 3 4 3 4 3 4, spread 3 3 3 4 4 4.
     """
@@ -271,35 +255,31 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """Settings from environment variables over the preset's, and the names of the fields that were given."""
+    """Settings from the environment over the preset's, and the names of those given."""
     kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
     reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
     near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
     need(preset in PRESETS, f"PRESET={preset} is unknown; did you mean {near}? (see --help)")
     given = {name.lower(): parse_value(name, text, kinds[name]) for name, text in environment.items() if name in kinds}
-    derived = {}
-    if pattern := given.get("layer_pattern"):
-        derived["num_layers"] = len(pattern)
-        clash = given.keys() & {"mamba_layers", "mlp_layers"}
-        need(not clash, "LAYER_PATTERN stands for MAMBA_LAYERS and MLP_LAYERS: unset them")
+    pattern = given.get("layer_pattern")
+    derived = {"num_layers": len(pattern)} if pattern else {}
     return Settings(**PRESETS[preset] | derived | given), set(given)
 
 
 def parse_value(name: str, text: str, kind: type):
-    """text as a bool, int, finite float or str."""
     try:
         value = {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError
+        return value
     except (ValueError, KeyError):
         wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise UserError(f'{name}="{text}" should be {wanted}') from None
-    return value
 
 
 def reject_misspelt(environment: dict[str, str], names: set[str]):
-    """Raises UserError if a variable is nearly one of ours."""
+    """Refuses a variable that is nearly one of ours."""
     families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SWA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
     others = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # other programs' own
     flat = {name.replace("_", ""): name for name in names}
@@ -313,8 +293,8 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 
 
 def validate_settings(settings: Settings, world_size: int):
-    """Raises UserError at the first value, or relation of values, that cannot work."""
-    s, model = settings, setting_groups()["model"]
+    """Refuses values, and relations of values, that cannot work."""
+    s = settings
     most = {"num_layers": 1024, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
 
     def check(name: str, condition: bool, problem: str):
@@ -329,13 +309,13 @@ def validate_settings(settings: Settings, world_size: int):
             choices = unit.split("|")
             check(f.name, str(value).removesuffix(".0") in choices, f"should be one of {', '.join(choices)}")
         elif not isinstance(value, (bool, str)):
-            high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, 2**20 if f in model else 2**50)
+            usual = 2**20 if f.name in ARCHITECTURE else 2**50
+            high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, usual)
             open_end = (value == 0 and unit.endswith("> 0")) or (value == 1 and unit == "below 1")
             check(f.name, 0 <= value <= high and not open_end, f"must be from 0 to {high} ({unit})")
     check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
-    if s.layer_pattern:
-        fits = set(s.layer_pattern) <= set("MmAa") and len(s.layer_pattern) == s.num_layers
-        check("layer_pattern", fits, f"is not NUM_LAYERS={s.num_layers} letters of M, m, A, a")
+    fits = set(s.layer_pattern) <= set("MmAa") and len(s.layer_pattern) in (0, s.num_layers)
+    check("layer_pattern", fits, f"is not NUM_LAYERS={s.num_layers} letters of M, m, A, a")
 
     consecutive = all(b - a == 1 for a, b in itertools.pairwise(parse_layers(s, "recur_layers")))
     if s.recur_mode == "hinge" and not s.layer_order:
@@ -368,28 +348,28 @@ def validate_settings(settings: Settings, world_size: int):
 
 
 def ttt_sequence_length(settings: Settings, world_size: int) -> int:
-    """Tokens in a sequence of test-time training: fewer where many ranks share a chunk."""
+    """Of test-time training: shorter where many ranks share a chunk."""
     return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
 def help_text() -> str:
     """What --help prints."""
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
-    for group, members in setting_groups().items():
-        lines.append(f"\n[{group}]")
-        for f in members:
-            default = int(f.default) if isinstance(f.default, bool) else f.default
-            lines.append(f"  {f.name.upper():24} {default!s:42} {f.metadata['unit']:22} {f.metadata['help']}")
-    lines.append("\nPresets:")
+    for f in dataclasses.fields(Settings):
+        unit, text, group = f.metadata.values()
+        default = int(f.default) if isinstance(f.default, bool) else f.default
+        lines += [f"\n[{group}]"] if group else []
+        lines.append(f"  {f.name.upper():24} {default!s:42} {unit:22} {text}")
+    lines.append("\nPresets change these:")
     for name, values in PRESETS.items():
-        lines.append(f"  PRESET={name}: {PRESET_HELP[name]}")
-        lines += [f"      {key.upper()}={value}" for key, value in values.items()]
+        changes = [f"{key.upper()}={value}" for key, value in values.items()]
+        lines.append(f"  PRESET={name}: " + "\n      ".join(changes or ["none of them"]))
     return "\n".join(lines)
 
 
 # ============
 # 2. Ranks
-# What several processes need from each other. With one, every method is the identity.
+# With one process, every method is the identity.
 
 
 @dataclass
@@ -407,11 +387,10 @@ class Ranks:
         return tensor
 
     def from_main(self, value):
-        """Rank 0's small object, over gloo: no GPU is waited for."""
-        if self.world_size == 1:
-            return value
+        """Rank 0's object, over gloo: no GPU is waited for."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def average_gradients(self, parameters: list[nn.Parameter]):
@@ -428,7 +407,7 @@ def start_ranks(settings: Settings) -> Ranks:
     world_size, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device == "cuda" or (settings.device == "auto" and gpus):
-        need(gpus > 0, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build and a driver")
+        need(gpus, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build")
         need(local_rank < gpus, f"more ranks than the {gpus} GPUs here: lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -440,14 +419,13 @@ def start_ranks(settings: Settings) -> Ranks:
 
 # ============
 # 3. Data
-# The contest's shards, memory-mapped. The ranks share one global sequence of batches, which depends on the seed and the
-# settings alone: 1, 2, 4 or 8 GPUs train on the same data.
+# The ranks share one sequence of batches, which depends on seed and settings alone: 1 or 8 GPUs train on the same data.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of one shard, uint16, memory-mapped and read-only. Raises UserError if it is not a whole shard."""
+    """The tokens of one shard, uint16, memory-mapped and read-only."""
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
@@ -455,30 +433,29 @@ def open_shard(path: Path) -> np.ndarray:
     ours = len(header) == 256 and header[0] == SHARD_MAGIC
     need(ours, f"{path} is not a token shard (wrong magic number); see data/prepare.py")
     version, count = map(int, header[1:3])
-    need(version == SHARD_VERSION, f"{path} is a version {version} shard; this program reads version {SHARD_VERSION}")
+    need(version == SHARD_VERSION, f"{path} is a version {version} shard, not version {SHARD_VERSION}")
     wanted = SHARD_HEADER_BYTES + 2 * count
     need(count >= 0 and wanted <= size, f"{path} has {size} bytes, but its header says {wanted}; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
-    """All shards of a split ("train" or "val") by name. Raises UserError if there are none."""
+    """All shards of a split ("train" or "val"), by name."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-    need(bool(paths), f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
+    need(paths, f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     return [open_shard(path) for path in paths]
 
 
 def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
-    """Raises UserError if a token id is outside the vocabulary."""
+    """Refuses token ids outside the vocabulary."""
     if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise UserError(f"{what} hold token id {largest}, but VOCAB_SIZE={vocab_size}: another tokenizer made them")
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of training sequences for ever: each epoch visits the shards in a new order, one by
-    one to keep reads local, and in each all windows of seq_len + 1 tokens in a new order and at a new phase."""
-    if max(lengths) <= seq_len:
-        raise UserError(f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
+    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: each epoch visits the shards in a new order,
+    one by one to keep reads local, and in each all windows in a new order and at a new phase."""
+    need(max(lengths) > seq_len, f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
@@ -488,8 +465,7 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's endless batches, gathered and copied to the device ahead of time. next() returns tokens and targets,
-    each (sequences, seq_len) int64 on the device, and raises UserError for a token outside the vocabulary."""
+    """This rank's endless batches, gathered and copied to the device ahead of time."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
         self.settings, self.ranks = settings, ranks
@@ -500,7 +476,7 @@ class Batches:
         self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
 
     def _gather(self):
-        """The next tokens (sequences, seq_len + 1) on the device, and the CUDA event after which they are there."""
+        """The next tokens (sequences, seq_len + 1), and the CUDA event after which they are on the device."""
         length, device = self.settings.train_seq_len, self.ranks.device
         batch = list(itertools.islice(self.windows, self.settings.train_batch_tokens // length))
         mine = np.array_split(batch, self.ranks.world_size)[self.ranks.rank]
@@ -514,6 +490,7 @@ class Batches:
             return tokens.pin_memory().to(device, non_blocking=True), self.stream.record_event()
 
     def next(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, each (sequences, seq_len) int64 on the device."""
         tokens, copied = self.ahead.popleft().result()
         self.ahead.append(self.thread.submit(self._gather))
         if copied is not None:
@@ -523,7 +500,7 @@ class Batches:
 
 
 class Tokenizer:
-    """The SentencePiece model, and the bytes every token stands for. Raises UserError if the file does not fit."""
+    """The SentencePiece model, and the bytes every token stands for."""
 
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece
@@ -552,17 +529,15 @@ class Tokenizer:
 
 
 class ValidationSet(NamedTuple):
-    """The validation stream, and how many bytes each of its N targets stands for."""
-
     tokens: np.ndarray  # (N + 1,) uint16
-    target_bytes: np.ndarray  # (N,) int64
+    target_bytes: np.ndarray  # (N,) int64, of text that each target stands for
 
 
 def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
-    """All validation shards as one stream. Raises UserError if it is too short or off the vocabulary."""
+    """All validation shards as one stream."""
     tokens = np.concatenate(open_shards(settings.data_path, "val"))
-    if len(tokens) <= settings.train_seq_len:
-        raise UserError(f"the validation shards hold {len(tokens)} tokens, less than one sequence (TRAIN_SEQ_LEN + 1)")
+    longer = len(tokens) > settings.train_seq_len
+    need(longer, f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target")
     check_token_range(tokens, settings.vocab_size, "the validation shards")
     return ValidationSet(tokens, tokenizer.target_bytes(tokens))
 
@@ -1343,16 +1318,14 @@ def choose_scan_backend(wanted: str, device: torch.device) -> str:
 
 # ============
 # 5. Model
-# Pre-norm blocks over a residual stream. Weights are float32, cast where they are used; activations are bfloat16 on
-# GPUs. Depth recurrence is but another order of the blocks.
+# Weights are float32, cast where they are used; activations are bfloat16 on GPUs. Depth recurrence is but another order
+# of the blocks.
 
 
 class AttentionState(NamedTuple):
-    """Attention's memory: the last W keys before rotation, their values, and which belong to the document."""
-
-    key: Tensor  # (B, W, kv heads, D)
+    key: Tensor  # (B, W, kv heads, D), the last W before rotation
     value: Tensor  # (B, W, kv heads, D)
-    visible: Tensor  # (B, W) bool
+    visible: Tensor  # (B, W) bool: which belong to the document
 
 
 class MambaState(NamedTuple):
@@ -1376,7 +1349,7 @@ class Context(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias, whose weight is cast to the input's dtype."""
+    """Without bias; its weight is cast to the input's dtype."""
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -1393,7 +1366,7 @@ class Linear(nn.Linear):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask=None) -> Tensor:
-    """torch's attention on the kernel that choose_attention_backend() fixed, or FlexAttention where mask is for that."""
+    """torch's attention, FlexAttention where mask is for that."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     if mask is None or isinstance(mask, Tensor):
@@ -1454,9 +1427,7 @@ class Attention(nn.Module):
         self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
         self.attend = ATTENTION_BACKENDS[backend]
 
-    def forward(
-        self, x: Tensor, context: Context, state: AttentionState | None
-    ) -> tuple[Tensor, AttentionState | None]:
+    def forward(self, x: Tensor, context: Context, state: AttentionState | None) -> tuple:
         query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
         query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
         cached, new_state = 0, None
@@ -1476,22 +1447,8 @@ class Attention(nn.Module):
         return self.out(y[:, cached:].flatten(2)), new_state
 
 
-def short_conv(x: Tensor, weight: Tensor, bias: Tensor, document: Tensor | None) -> Tensor:
-    """Causal depthwise convolution and SiLU: x (B, L, C), weight (C, W), bias (C,) -> (B, L, C).
-
-    document (B, L) numbers the documents; what an earlier one holds reads as 0.
-    """
-    y = bias.to(x.dtype) + weight[:, -1].to(x.dtype) * x
-    for back in range(1, weight.shape[1]):
-        earlier = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
-        if document is not None:
-            earlier = earlier * (F.pad(document, (back, 0), value=-1)[:, : x.shape[1]] == document).unsqueeze(-1)
-        y = y + weight[:, -1 - back].to(x.dtype) * earlier
-    return F.silu(y)
-
-
 class ShortConv(nn.Module):
-    """The short convolution with its memory of the last width - 1 inputs."""
+    """Causal depthwise convolution and SiLU. What an earlier document holds reads as 0."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -1499,23 +1456,24 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, context: Context, history: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs, zeros where
-        their document has ended."""
-        reach, length = self.weight.shape[1] - 1, x.shape[1]
-        padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
-        last, document = padded[:, length:], None
+        """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs."""
+        weight, reach, length = self.weight.to(x.dtype), self.weight.shape[1] - 1, x.shape[1]
+        inputs = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
+        last, y, document = inputs[:, length:], self.bias.to(x.dtype) + weight[:, reach] * x, None
         if context.document_start is not None:
-            document = F.pad(context.document_start.long(), (reach, 0)).cumsum(dim=1)
-            last = last * (document[:, length:] == document[:, -1:]).unsqueeze(-1)
-        return short_conv(padded, self.weight, self.bias, document)[:, reach:], last
+            document = F.pad(context.document_start.long(), (reach, 0)).cumsum(dim=1).unsqueeze(-1)
+            last = last * (document[:, length:] == document[:, -1:])
+        for tap in reversed(range(reach)):
+            earlier = inputs[:, tap : tap + length]
+            if document is not None:
+                earlier = earlier * (document[:, tap : tap + length] == document[:, reach:])
+            y = y + weight[:, tap] * earlier
+        return F.silu(y), last
 
 
 class Mamba(nn.Module):
-    """A Mamba-3 block, or with MAMBA_VERSION=2 a Mamba-2 block, around mamba_scan().
-
-    Mamba-3: in_proj gives z, x, B, C, per head step size, decay, trapezoid, and shared angles; B and C are normed and
-    biased. Mamba-2: constant decay rates, a short convolution over x, B, C in front, gate and norm at the end.
-    """
+    """A Mamba-3 block around mamba_scan(), or a Mamba-2 block: constant decay rates, a short convolution over x, B, C in
+    front, gate and norm at the end."""
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
@@ -1582,37 +1540,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A mixer and perhaps an MLP, each with a learned scale per channel on what it adds."""
+    """A mixer and perhaps an MLP, each with a learned scale on what it adds."""
 
     def __init__(self, settings: Settings, letter: str, device: torch.device, attention_backend: str):
         super().__init__()
-        width, attention = settings.model_dim, letter in "Aa"
-        self.mixer = Attention(settings, attention_backend) if attention else Mamba(settings, device)
+        width = settings.model_dim
+        self.mixer = Attention(settings, attention_backend) if letter in "Aa" else Mamba(settings, device)
         self.mlp = MLP(settings) if letter.isupper() else None
         self.residual_mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
         self.mixer_scale = nn.Parameter(torch.ones(width))
         self.mlp_scale = nn.Parameter(torch.ones(width)) if letter.isupper() else None
-        self.checkpoint = settings.mamba_grad_checkpoint and not attention
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state) -> tuple[Tensor, object]:
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
-        if self.checkpoint and torch.is_grad_enabled():
-            from torch.utils.checkpoint import checkpoint
-
-            y, new_state = checkpoint(self.mixer, norm(x), context, state, use_reentrant=False)
-        else:
-            y, new_state = self.mixer(norm(x), context, state)
+        y, new_state = self.mixer(norm(x), context, state)
         x = x + self.mixer_scale.to(x.dtype) * y
         if self.mlp is not None:
             x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
         return x, new_state
-
-
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Nats (T,), float32, of targets (T,) under softcapped logits of hidden (T, width), for an output matrix (V, width)."""
-    logits = F.linear(hidden, weight).float()
-    return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, reduction="none")
 
 
 @jit
@@ -1639,7 +1585,8 @@ def cross_entropy_rows(
 def fused_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool
 ) -> tuple[Tensor, Tensor]:
-    """cross_entropy() in one pass over logits in hidden's dtype, which the gradients of the nats overwrite (T, V)."""
+    """Model.nats() of hidden (T, width), targets (T,) and output matrix (V, width), in one pass over logits (T, V) in
+    hidden's dtype, which the gradients of the nats overwrite."""
     logits = F.linear(hidden, weight)
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
@@ -1703,31 +1650,31 @@ class Model(nn.Module):
     def forward(
         self, tokens: Tensor, order: tuple[int, ...], state: ModelState | None = None, cache_tokens: int = 0
     ) -> tuple[Tensor, ModelState | None]:
-        """Hidden states (B, T, width) of tokens (B, T) int64, ready for logits(); with cache_tokens > 0 also the state to
-        continue from, in which attention remembers that many tokens."""
+        """Hidden states (B, T, width) of tokens (B, T) int64; with cache_tokens > 0 also the state to continue from, in
+        which attention remembers that many tokens."""
         x = embedded = self._embed(tokens, state)
+        memories = (None,) * len(order) if state is None else state.layers
         context = self._context(tokens, state, cache_tokens)
         half = len(order) // 2 if self.settings.unet_skips else 0
         skips, layer_states = [], []
-        for position, layer in enumerate(order):
+        for position, (layer, memory) in enumerate(zip(order, memories)):
             if position >= len(order) - half:
                 x = x + self.skip_weights[position - len(order) + half].to(x.dtype) * skips.pop()
-            x, layer_state = self.blocks[layer](x, embedded, context, None if state is None else state.layers[position])
+            x, layer_state = self.blocks[layer](x, embedded, context, memory)
             layer_states.append(layer_state)
             if position < half:
                 skips.append(x)
         return norm(x), ModelState(tuple(layer_states), tokens[:, -1]) if cache_tokens else None
 
     def _embed(self, tokens: Tensor, state: ModelState | None) -> Tensor:
-        """Normed embeddings (B, T, width), with the hashed bigram's added."""
         s = self.settings
         x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
         if s.bigram_vocab_size:
             last = torch.full_like(tokens[:, :1], BOS_ID) if state is None else state.last_token.unsqueeze(1)
             before = torch.cat([last, tokens[:, :-1]], dim=1)
-            # Row 0 is for tokens that begin a document.
             row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
-            bigram = F.embedding(row.masked_fill(tokens == BOS_ID, 0), self.bigram_embedding.weight).to(x.dtype)
+            row = row.masked_fill(tokens == BOS_ID, 0)  # what begins a document, follows nothing
+            bigram = F.embedding(row, self.bigram_embedding.weight).to(x.dtype)
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
 
@@ -1746,19 +1693,22 @@ class Model(nn.Module):
         return Context(document_start, cos, sin, mask, cache_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped float32 logits (B, T, vocabulary)."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight.to(hidden.dtype)).float()
-        cap = self.settings.logit_softcap
+        """Softcapped float32 logits, one for each token of the vocabulary."""
+        logits, cap = F.linear(hidden, self._output_matrix(hidden.dtype)).float(), self.settings.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def _output_matrix(self, dtype: torch.dtype) -> Tensor:
+        return (self.embedding if self.head is None else self.head).weight.to(dtype)
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
-        weight = (self.embedding.weight if self.head is None else self.head.weight).to(hidden.dtype)
-        inputs = hidden.flatten(0, 1), weight, targets.flatten(), self.settings.logit_softcap
+        rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton is not None:
-            return fused_cross_entropy(*inputs, torch.is_grad_enabled())[0].view(targets.shape)
-        return cross_entropy(*inputs).view(targets.shape)
+            weight, cap = self._output_matrix(hidden.dtype), self.settings.logit_softcap
+            nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
+        else:
+            nats = F.cross_entropy(self.logits(rows), flat, reduction="none")
+        return nats.view(targets.shape)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         """Mean nats per target."""
@@ -1767,13 +1717,13 @@ class Model(nn.Module):
     def score(
         self, tokens: Tensor, targets: Tensor, order: tuple[int, ...], state: ModelState | None, cache_tokens: int
     ) -> tuple[Tensor, ModelState | None]:
-        """Nats of each target (B, T), and the state to continue from if cache_tokens > 0."""
+        """nats() of each target, and the state to continue from if cache_tokens > 0."""
         hidden, new_state = self(tokens, order, state, cache_tokens)
         return self.nats(hidden, targets), new_state
 
 
 def document_mask(document: Tensor):
-    """Causal mask within documents, numbered (B, T): bool (B, 1, T, T) on the CPU, a BlockMask on CUDA."""
+    """Causal within documents, numbered (B, T): bool (B, 1, T, T) on the CPU, a BlockMask on CUDA."""
     batch, length = document.shape
     if document.device.type == "cpu":
         return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
@@ -1797,7 +1747,6 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 
 # ============
 # 6. Optimizers
-# Muon for matrices, Adam for the rest, an average of the weights for export, and a schedule that follows the clock.
 
 # Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow; the others are
 # of x / 1.01, as the authors advise for bfloat16.
@@ -1813,7 +1762,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Nearest semi-orthogonal matrices to a batch (n, rows, columns), by Newton-Schulz iteration in bfloat16 on GPUs."""
+    """Nearest semi-orthogonal matrices to a batch (n, rows, columns), by Newton-Schulz iteration."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -1826,11 +1775,10 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalized, for matrices (K. Jordan, 2024).
+    """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024).
 
     A group's matrices have one shape: each rank keeps the momentum of its share, orthogonalizes that as one batch and
-    gathers the others' updates, which are scaled by sqrt(max(1, rows/columns)). As in torch's fused optimizers, a
-    found_inf, float32 (), of 1 makes step() change nothing.
+    gathers the others' updates. As in torch's fused optimizers, a found_inf, float32 (), of 1 makes step() change nothing.
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
@@ -1867,8 +1815,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon and Adam. Steps whose gradients are not finite are skipped; skipped, int64 (2,), counts all of them and the
-    last in a row."""
+    """Muon and Adam. skipped, int64 (2,), counts steps whose gradients are not finite: all, and the last in a row."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
@@ -1891,11 +1838,10 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float):
-        """Clips the gradients, updates every parameter at its group's rate times lr_factor, and drops the gradients. The
-        device decides, alike on every rank, whether to skip: the host does not wait."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        """Clips, uses and drops the gradients. The device decides, alike on all ranks, whether to skip: no host waits."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         skip = ~norm.isfinite()
         self.skipped += skip
         self.skipped[1] *= skip
@@ -1909,7 +1855,7 @@ class Optimizers:
 
 
 class WeightAverage:
-    """EMA or SWA of the weights: both move an average towards the weights, at their own rate."""
+    """EMA or SWA of the weights: an average that moves towards them."""
 
     def __init__(self, model: Model, settings: Settings):
         self.settings, self.parameters = settings, list(model.parameters())
@@ -1917,16 +1863,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps_done: int, progress: float, skipped: Tensor):
-        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, (), is 1.
-
-        EMA remembers at most EMA_HORIZON of the steps, lest a short run be averaged with its beginning.
-        """
+        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, (), is 1."""
         s = self.settings
         if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
             return
         self.count += 1
         if self.average is None:
             self.average = [p.detach().clone() for p in self.parameters]
+        # EMA_HORIZON: a short run must not be averaged with its beginning.
         ema_rate = max(1 - s.ema_decay, 1 / max(1.0, s.ema_horizon * steps_done))
         rate = (1 - skipped) * (1 / self.count if s.weight_average == "swa" else ema_rate)
         torch._foreach_mul_(self.average, 1 - rate)
@@ -1934,7 +1878,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self):
-        """Puts the average into the model, if there is one."""
+        """Puts the average into the model."""
         if self.average is not None:
             torch._foreach_copy_(self.parameters, self.average)
 
@@ -1948,7 +1892,7 @@ class Schedule(NamedTuple):
 
 
 def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
-    """What holds for step (from 0) after seconds of the training clock: the run is over when that or ITERATIONS is."""
+    """What holds for step (from 0) after seconds of the training clock."""
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
     by_steps = step / s.iterations
@@ -1958,17 +1902,17 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
     if s.warmdown_iters:
         step_part = 1 / s.iterations if by_steps >= by_clock else seconds / max(step, 1) / train_seconds
         warmdown = min(1.0, s.warmdown_iters * step_part)
-    decay = min(1.0, (1 - progress) / warmdown) if warmdown else 1.0
-    warmup = min(1.0, (progress + 1 / s.iterations) / s.lr_warmup_fraction) if s.lr_warmup_fraction else 1.0
-    rise = min(1.0, progress / s.muon_momentum_warmup) if s.muon_momentum_warmup else 1.0
+    ramp = lambda part, whole: min(1.0, part / whole) if whole else 1.0
+    decay = ramp(1 - progress, warmdown)
+    factor = ramp(progress + 1 / s.iterations, s.lr_warmup_fraction) * decay
+    rise = ramp(progress, s.muon_momentum_warmup)
     momentum = s.muon_momentum_start + rise * (s.muon_momentum - s.muon_momentum_start)
-    return Schedule(progress, warmup * decay, momentum, progress >= s.recur_start, decay < s.late_qat_threshold)
+    return Schedule(progress, factor, momentum, progress >= s.recur_start, decay < s.late_qat_threshold)
 
 
 # ============
 # 7. Evaluation
 # One loop scores every mode: a plan of windows says which targets a forward pass scores and with what context.
-# Test-time training only adds what happens between chunks.
 
 
 class Window(NamedTuple):
@@ -1980,10 +1924,10 @@ class Window(NamedTuple):
 
 
 def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int, read: int = -1) -> list[Window]:
-    """This rank's windows over the targets first <= p < last, each of which is scored once by some rank.
+    """This rank's windows; some rank scores each target once.
 
-    plain: windows side by side. sliding: windows that move by EVAL_STRIDE, each scoring what is new. stateful: each
-    rank reads a contiguous share, beginning EVAL_OVERLAP tokens early unless it has read up to there.
+    plain: windows side by side. sliding: they move by EVAL_STRIDE, each scoring what is new. stateful: each rank reads a
+    contiguous share, beginning EVAL_OVERLAP tokens early unless it has read up to there.
     """
     length = settings.train_seq_len
     if settings.eval_mode == "stateful":
@@ -2005,7 +1949,7 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores a validation set once: with frozen weights, or with test-time training."""
+    """Scores a validation set, once."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent=True):
         self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
@@ -2021,22 +1965,22 @@ class Evaluator:
         self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
 
     def score(self) -> Score:
-        """Scores the whole stream with the weights as they are."""
+        """With the weights as they are."""
         self._score_targets(0, self.total)
         return self._collect(0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
-        """Score-first test-time training: each chunk is scored, then trained on; the last is scored only. Where time since
-        clock_started (a perf_counter()) runs short, chunks get fewer epochs or none."""
+        """With test-time training: each chunk but the last is trained on once it is scored. Where time since clock_started
+        (a perf_counter()) runs short, chunks get fewer epochs or none."""
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=s.ttt_momentum)
         epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
         for index, first in enumerate(starts):
             last = min(first + s.ttt_chunk_tokens, self.total)
-            started = self._now()
+            started = synchronized_time()
             self._score_targets(first, last)
-            scored = self._now()
+            scored = synchronized_time()
             chunks_left = len(starts) - 1 - index
             if not chunks_left:
                 break
@@ -2049,26 +1993,20 @@ class Evaluator:
             sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
             for _ in range(epochs):
                 self._train_on(first, last, sgd)
-            epoch_seconds = (self._now() - scored) / epochs if epochs else epoch_seconds
+            epoch_seconds = (synchronized_time() - scored) / epochs if epochs else epoch_seconds
             say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
         return self._collect(given_up)
 
-    def _now(self) -> float:
-        """perf_counter() once the device is done."""
-        synchronize(self.ranks.device)
-        return time.perf_counter()
-
     @torch.no_grad()
     def _score_targets(self, first: int, last: int):
-        """Scores this rank's share of the targets from first to last."""
-        s, device = self.settings, self.ranks.device
+        s = self.settings
         cache_tokens = s.eval_overlap if s.eval_mode == "stateful" else 0
         windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
         for i in range(0, len(windows), self.rows):
             batch = windows[i : i + self.rows]
             batch += [Window(batch[-1].context, 0, 0)] * (self.rows - len(batch))  # every batch has one shape
             context, begin, end = np.array(batch).T[:, :, None]
-            tokens, targets = self._read(context[:, 0], s.train_seq_len)
+            tokens, targets = self._read(context, s.train_seq_len)
             state = self.state if batch[0].context == self.state_position else None
             nats, state = self.score_function(tokens, targets, self.order, state, cache_tokens)
             # Padding at the end of a window spoils the state: it is carried from full windows only.
@@ -2078,12 +2016,12 @@ class Evaluator:
             cells = np.flatnonzero((begin <= position) & (position < end))
             where = position.flatten()[cells]
             np.add.at(self.times_scored, where, 1)
-            self.nats[torch.from_numpy(where).to(device)] = nats.flatten()[torch.from_numpy(cells).to(device)].float()
+            self.nats[where] = nats.flatten()[cells]
 
     def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (len(starts), length); past the stream's end, its last token."""
+        """Tokens and targets from starts (B, 1) on, (B, length); past the end, the last token."""
         stream = self.validation.tokens
-        index = np.minimum(starts[:, None] + np.arange(length + 1), len(stream) - 1)
+        index = np.minimum(starts + np.arange(length + 1), len(stream) - 1)
         both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
@@ -2092,19 +2030,17 @@ class Evaluator:
         s, ranks = self.settings, self.ranks
         length = ttt_sequence_length(s, ranks.world_size)
         mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
-        most = min(len(mine), s.val_batch_size // (ranks.world_size * length))
-        rows = next((n for n in range(most, 1, -1) if len(mine) % n == 0), 1)
-        for starts in mine.reshape(-1, rows):
+        rows = largest_divisor(len(mine), s.val_batch_size // (ranks.world_size * length))
+        for starts in mine.reshape(-1, rows, 1):
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
         ranks.average_gradients(list(self.model.parameters()))
         if s.ttt_grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.ttt_grad_clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), s.ttt_grad_clip)
         sgd.step()
         sgd.zero_grad()
 
     def _collect(self, given_up: int) -> Score:
-        """Sums over ranks and targets; every target must have been scored once."""
         times = self.ranks.sum_(torch.from_numpy(self.times_scored).to(self.ranks.device))
         if not bool((times == 1).all()):
             raise RuntimeError("a target was not scored exactly once")
@@ -2112,6 +2048,11 @@ class Evaluator:
         total = float(nats.sum(dtype=np.float64))
         bpb = total / math.log(2) / int(self.validation.target_bytes.sum())
         return Score(total / self.total, bpb, nats, given_up)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Of number, up to most; at least 1."""
+    return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
 def maybe_compile(function, settings: Settings, ranks: Ranks):
@@ -2124,8 +2065,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 
 @torch.no_grad()
 def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
-    """prompt (B, T) and count tokens sampled at this temperature (0: the likeliest), (B, T + count), one by one.
-    Attention sees the last cache_tokens."""
+    """prompt (B, T) and count tokens sampled one by one, (B, T + count). Attention sees the last cache_tokens."""
     generator, tokens, state = torch.Generator(prompt.device).manual_seed(seed), [prompt], None
     for _ in range(count):
         hidden, state = model(tokens[-1], model.full_order, state, cache_tokens)
@@ -2153,11 +2093,8 @@ ARTIFACT_MAGIC = b"SSMGOLF2"
 
 
 def grid_limits(model: Model) -> dict[str, Tensor]:
-    """The largest integer in each row, float32 (rows, 1), of the matrices that are stored as integers, by name.
-
-    They are int6; embedding and output matrix int8, and so the rows of Mamba's in_proj that produce step size, decay,
-    trapezoid and angles, whose errors a recurrence compounds.
-    """
+    """The largest integer in each row, float32 (rows, 1), of the matrices that are stored as integers, by name: int6, but
+    int8 in embedding, output matrix, and the rows of Mamba's in_proj whose errors a recurrence compounds."""
     limits = {}
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
@@ -2170,26 +2107,26 @@ def grid_limits(model: Model) -> dict[str, Tensor]:
 
 
 def float_type(name: str) -> str:
-    """Type in which a parameter, or the row steps of a matrix, are stored."""
+    """In which a parameter, or the row steps of a matrix, are stored."""
     return "float32" if name.endswith((".dt_bias", ".A_log", ".D")) else "float16"
 
 
 def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
-    """Grid step of each row, float32 (rows, 1), exactly representable in float16 (SDClip): the grid ends at k
-    root-mean-squares of the row for int6, SDCLIP_K_INT8 for int8. A larger k is coarser and smaller."""
+    """SDClip: the grid step of each row, float32 (rows, 1), exact in float16. The grid ends at k root-mean-squares of the
+    row for int6, SDCLIP_K_INT8 for int8: a larger k is coarser and smaller."""
     spread = torch.where(limits == INT6_MAX, k, settings.sdclip_k_int8)
     clip = spread * weight.square().mean(dim=1, keepdim=True).sqrt()
     return (clip / limits).clamp(min=2**-14, max=60_000.0).half().float()
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Nearest integers on each row's grid, as floats."""
+    """The nearest integers, as floats."""
     return (weight / scale).round().clamp(-limits, limits)
 
 
 @torch.no_grad()
 def predict_bytes(model: Model, settings: Settings, k: float) -> float:
-    """Bytes of the artifact with this k, by the integers' entropy."""
+    """Of the artifact with this k, by the integers' entropy."""
     total, matrices = 4096.0, grid_limits(model)
     for name, p in model.named_parameters():
         if name in matrices:
@@ -2203,17 +2140,17 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
 
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
-    """SDCLIP_K, or where it is 0 the least k from 4 to 16 whose artifact should fit target_bytes."""
+    """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
     need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    choice = lambda i: 4 + (SDCLIP_MOST - 4) * i / 256
-    fits = lambda i: predict_bytes(model, settings, choice(i)) <= target_bytes
-    return choice(bisect.bisect_left(range(256), True, key=fits))
+    choices = [4 + (SDCLIP_MOST - 4) * i / 256 for i in range(257)]
+    fits = lambda k: predict_bytes(model, settings, k) <= target_bytes
+    return choices[bisect.bisect_left(choices, True, hi=256, key=fits)]
 
 
 class FakeQuantization:
-    """Late QAT: matrices stand on their grids while a step's gradients are computed."""
+    """Late QAT: matrices stand on their grids while gradients are computed."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
@@ -2233,8 +2170,7 @@ class FakeQuantization:
 
 @torch.no_grad()
 def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -> dict[str, Tensor]:
-    """H = 2·sum x x^T of every linear layer's inputs, and of the final hidden states for the output matrix, over all
-    ranks' sequences (n, T): by parameter name, float32 (columns, columns)."""
+    """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T), by name."""
     hessians = collections.defaultdict(float)
 
     def gather(name: str, _, inputs: tuple[Tensor]):
@@ -2253,8 +2189,8 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 
 @torch.no_grad()
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Integers (rows, columns) on each row's grid that keep weight @ x close (arXiv 2210.17323): columns are rounded in
-    order of falling diagonal, and each one's error is spread over those still to come."""
+    """Integers on each row's grid that keep weight @ x close (arXiv 2210.17323): columns are rounded in order of falling
+    diagonal, and each one's error is spread over those still to come."""
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True)
     weight = weight.masked_fill(diagonal == 0, 0.0)[:, order]  # inputs that never fire
@@ -2282,8 +2218,8 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float
 ) -> dict[str, Tensor]:
-    """What is stored, in this order, on every rank: by the parameters' names all vectors and the row steps of matrices,
-    then as "NAME integers" the int8 matrices. The ranks share the work."""
+    """What is stored, in this order: by the parameters' names all vectors and the row steps of matrices, then as
+    "NAME integers" the int8 matrices. The ranks share the work, and all get the result."""
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
     matrices = grid_limits(model)
     for number, (name, limits) in enumerate(matrices.items()):
@@ -2300,12 +2236,12 @@ def quantize_model(
     return stored
 
 
-# The artifact: magic, the model's settings as a line of JSON, LZMA stream of what quantize_model() returns, SHA-256 of
-# all before it. Integers take one byte each: LZMA makes 10 to 20 % less of those than of packed bits.
+# The artifact: magic, the model's settings as a line of JSON, LZMA stream of quantize_model()'s result, SHA-256 of all
+# before it. Integers take one byte each: LZMA makes 10 to 20 % less of those than of packed bits.
 
 
 def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
-    """The whole artifact file as bytes."""
+    """The artifact file's bytes."""
     content = b"".join(array.cpu().numpy().tobytes() for array in stored.values())
     header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
     payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -2315,7 +2251,7 @@ def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
     """The model's settings in an artifact, and its LZMA stream."""
-    need(path.is_file(), f"no artifact at {path}: set ARTIFACT, or RUN_ID for the default place")
+    need(path.is_file(), f"no artifact at {path}: set ARTIFACT or RUN_ID")
 
     def check(condition: bool, problem: str):
         need(condition, f"{path} is not a usable artifact: {problem}")
@@ -2323,7 +2259,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
     check(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
     data = path.read_bytes()
     check(data.startswith(ARTIFACT_MAGIC), "wrong magic number")
-    check(hashlib.sha256(data[:-32]).digest() == data[-32:], "its checksum does not match; it is truncated or altered")
+    check(hashlib.sha256(data[:-32]).digest() == data[-32:], "its checksum does not match")
     header, _, payload = data[len(ARTIFACT_MAGIC) : -32].partition(b"\n")
     try:
         settings = dict(json.loads(header))
@@ -2336,8 +2272,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 
 
 def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, and the settings with the artifact's in place of the run's. Raises UserError where a
-    variable that was given contradicts it."""
+    """The model in an artifact, and the settings with the artifact's in place of the run's."""
     stored, payload = read_artifact(path)
     for name in sorted(given & set(stored)):
         ours, theirs = getattr(settings, name), stored[name]
@@ -2366,12 +2301,11 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
 
 # ============
 # 9. Run
-# Logging, the compile warm-up, the training loop, and main(), which tells the story of a run.
 
 
 @contextlib.contextmanager
 def writing(what: str):
-    """Raises UserError where the body fails to write."""
+    """Makes a failure to write the user's."""
     try:
         yield
     except OSError as error:
@@ -2393,7 +2327,7 @@ class Log:
         self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
 
     def __call__(self, text: str, event: str = "", **values):
-        """A line of text; for an event, also a JSON object in the machine-readable log."""
+        """A line of text; for an event, also a JSON object."""
         if self.quiet:
             return
         print(text, flush=True)
@@ -2421,29 +2355,29 @@ def describe_machine(ranks: Ranks) -> dict[str, str | int]:
 
 
 def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
-    """Tokens a rank runs at once, a divisor of its share: at most MICRO_BATCH_TOKENS, or 131,072 (beyond that, kernels run
-    no faster) where 70 % of the free memory allow."""
+    """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (beyond which kernels run no faster) where 70 %
+    of the free memory allow."""
     s = settings
     most = s.micro_batch_tokens or 131_072
     if ranks.device.type == "cuda" and not s.micro_batch_tokens:
-        # Bytes per token, all layers taken for Mamba with an MLP; the factors fit the peak of PRESET=peer7.
+        # Bytes per token, as if all layers were Mamba; the factors fit the peak of PRESET=peer7.
         mixer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
         layer = mixer + (8 + 4 * s.mlp_mult) * s.model_dim
         token = len(virtual_layer_order(s)) * layer + 5 * s.vocab_size
         most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token)
     sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
-    limit = max(1, min(sequences, int(most // s.train_seq_len)))
-    return s.train_seq_len * next(n for n in range(limit, 0, -1) if sequences % n == 0)
+    return s.train_seq_len * largest_divisor(sequences, int(most // s.train_seq_len))
 
 
-def synchronize(device: torch.device):
-    """Waits for the device to finish what it was given."""
-    if device.type == "cuda":
+def synchronized_time() -> float:
+    """perf_counter() once the GPU is done."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class TrainingClock:
-    """Seconds of the training clock: it runs between start() and pause()."""
+    """It runs between start() and pause(), which waits for the GPU."""
 
     counted, since = 0.0, math.inf
 
@@ -2451,6 +2385,7 @@ class TrainingClock:
         self.since = time.perf_counter()
 
     def pause(self):
+        synchronized_time()
         self.counted, self.since = self.seconds(), math.inf
 
     def seconds(self) -> float:
@@ -2462,8 +2397,7 @@ def training_loss(model: Model, settings: Settings, ranks: Ranks):
     loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
         return loss
-    # Not every torch can cut a graph that holds a checkpoint or FlexAttention.
-    torch._dynamo.config.optimize_ddp = not (settings.mamba_grad_checkpoint or settings.document_reset)
+    torch._dynamo.config.optimize_ddp = not settings.document_reset  # not every torch can cut FlexAttention's graph
     module = nn.Module()
     module.model, module.forward = model, loss
     unused = settings.num_layers == 1  # one layer alone has no U-Net skip, whose weights then get no gradient
@@ -2484,19 +2418,18 @@ class Trainer:
         self.clock, self.steps_done = TrainingClock(), 0
 
     def announce(self):
-        """Prints what will happen, before it does."""
+        """Says what will happen."""
         model, s = self.model, self.settings
         count, letters = sum(p.numel() for p in model.parameters()), layer_letters(s)
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
         self.log("virtual layer order: " + " ".join(f"{letters[i]}{i}" for i in model.full_order))
         mixers = [block.mixer for block in model.blocks]
         backends = {m.backend if isinstance(m, Mamba) else m.attend.__name__ for m in mixers}
-        self.log(f"backends: {', '.join(sorted(backends))}")
         together = self.micro_sequences * s.train_seq_len
-        self.log(f"batch: {s.train_batch_tokens:,} tokens, {together:,} at once per rank")
+        self.log(f"backends: {', '.join(sorted(backends))}; {together:,} tokens at once per rank")
 
     def warm_up(self):
-        """Compiles both layer orders, in steps at rate 0 of optimizers that are forgotten."""
+        """Compiles both layer orders, in steps at rate 0."""
         s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
         for order in sorted({self.model.order(False), self.model.order(True)}):
@@ -2504,13 +2437,10 @@ class Trainer:
                 self._gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
-        synchronize(self.ranks.device)
+        synchronized_time()
 
     def run(self, batches: Batches, validate):
-        """Trains until the clock or ITERATIONS ends the run, on every rank at the same step; leaves the averaged weights.
-
-        validate(recurrent) scores the model every VAL_LOSS_EVERY steps.
-        """
+        """Trains until the clock or ITERATIONS ends it, on every rank at the same step; leaves the averaged weights."""
         s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
         self.clock.start()
         while True:
@@ -2532,17 +2462,15 @@ class Trainer:
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
                 self._log_step(loss, now)
             if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
-                synchronize(ranks.device)
                 self.clock.pause()
                 self.log_score(validate(now.recurrent))
                 self.clock.start()
         self.average.apply()
-        synchronize(ranks.device)
         self.clock.pause()
         self.skipped_steps()
 
     def _gradients(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Gradients of one global batch, averaged over the ranks; returns this rank's mean loss, ()."""
+        """Gradients of one global batch; returns this rank's mean loss, ()."""
         micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
         total = torch.zeros((), device=self.ranks.device)
         for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
@@ -2554,14 +2482,14 @@ class Trainer:
         return total
 
     def skipped_steps(self) -> int:
-        """Steps skipped so far; UserError if the last ones all were."""
+        """So far; too many in a row end the run."""
         total, in_a_row = self.optimizers.skipped.tolist()
-        finite = in_a_row < 10  # a bad batch explains one or two
-        need(finite, f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
+        # A bad batch explains one or two.
+        need(in_a_row < 10, f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
         return total
 
     def log_score(self, score: Score, when: str = ""):
-        """The contest's line for a score during training."""
+        """The contest's line during training."""
         text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
         self._log(text, "validation", val_loss=score.val_loss, val_bpb=score.val_bpb)
 
@@ -2579,8 +2507,8 @@ class Trainer:
 
 
 def export(trainer: Trainer, batches: Batches) -> dict:
-    """Calibrates, quantizes and packs the trained model into ARTIFACT; returns what the records should hold. Packing is
-    off the training clock. Where the file is larger than predicted, GPTQ runs again, on the clock, with a larger k."""
+    """Calibrates, quantizes and packs the model into ARTIFACT; returns what the records should hold. Packing is off the
+    training clock. Where the file is too large, GPTQ runs again, on the clock, with a larger k."""
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
     clock.start()
@@ -2595,7 +2523,6 @@ def export(trainer: Trainer, batches: Batches) -> dict:
     k = fit_sdclip(model, s, target)
     while True:
         stored = quantize_model(model, s, ranks, hessians, k)
-        synchronize(ranks.device)
         clock.pause()
         log(f"GPTQ at k={k:.2f}; training clock {clock.seconds():.1f}s")
         data = pack_artifact(s, stored) if ranks.rank == 0 else b""
@@ -2604,7 +2531,7 @@ def export(trainer: Trainer, batches: Batches) -> dict:
         if size <= target:
             break
         problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
-        need(k < SDCLIP_MOST, f"{problem}: raise it, or make the model smaller (MODEL_DIM, NUM_LAYERS)")
+        need(k < SDCLIP_MOST, f"{problem}: raise it, or make the model smaller")
         k = min(SDCLIP_MOST, k + 5 * k * (size - target) / size)  # a size falls with the logarithm of its k
         clock.start()
     if ranks.rank == 0:
@@ -2614,7 +2541,7 @@ def export(trainer: Trainer, batches: Batches) -> dict:
 
 
 def write_whole(path: Path, data: bytes):
-    """Writes a file that no reader ever sees half of."""
+    """No reader ever sees half of the file."""
     temporary = path.with_name(path.name + ".part")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2623,7 +2550,7 @@ def write_whole(path: Path, data: bytes):
 
 
 def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
-    """Loads ARTIFACT, samples from it, scores it, and prints the final line."""
+    """Loads ARTIFACT, samples from it and scores it."""
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     if s.sample:  # before adaptation: what the artifact alone can do
@@ -2644,13 +2571,13 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
 
 
 def report(log: Log, event: str, label: str, score: Score):
-    """The contest's line for the artifact's score."""
+    """The contest's line for the artifact."""
     text = f"final_int6_lzma_{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
     log(text, event, val_loss=score.val_loss, val_bpb=score.val_bpb, epochs_given_up=score.epochs_given_up)
 
 
 def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet, log: Log):
-    """From shards to a finished artifact, with frozen scores before and after quantization, off the clock."""
+    """From shards to an artifact, with frozen scores before and after quantization, off the clock."""
     batches, plain = Batches(settings, ranks), dataclasses.replace(settings, eval_mode="plain")
     code_bytes = Path(__file__).stat().st_size
     model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes
@@ -2661,11 +2588,10 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
 
     trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
-    steps, seconds = trainer.steps_done, trainer.clock.seconds()
-    step_ms = 1000 * seconds / max(steps, 1)
+    steps = trainer.steps_done
+    step_ms = 1000 * trainer.clock.seconds() / max(steps, 1)
     peak = torch.cuda.max_memory_allocated()
-    log(f"trained {steps} steps in {seconds:.1f}s, {step_ms:.2f}ms each; peak GPU memory {peak / 1e9:.1f} GB")
-    log(f"Code size: {code_bytes} bytes")
+    log(f"Code size: {code_bytes} bytes; {steps} steps of {step_ms:.2f}ms; peak GPU memory {peak / 1e9:.1f} GB")
     before = Evaluator(model, plain, ranks, validation).score()
     trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)
@@ -2681,11 +2607,11 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
-    """Validated settings with a run id all ranks share, the names of those given, and the ranks."""
+    """Settings with a run id all ranks share, the names of those given, and the ranks."""
     settings, given = read_settings(environment)
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     known = settings.artifact or settings.run_id or not settings.eval_only
-    need(bool(known), "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
+    need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
     for name in ("torchinductor", "triton") if settings.compile_cache else ():
         path = Path(settings.compile_cache, name).resolve()
         with writing(f"in COMPILE_CACHE={settings.compile_cache}"):

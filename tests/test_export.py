@@ -334,7 +334,7 @@ def test_an_artifact_replaces_the_old_one_whole(tmp_path):
 
 # The smallest model there is: its artifact is read in a fraction of a millisecond.
 MINUTE = {
-    "num_layers": 1, "mamba_layers": "0", "mlp_layers": "none", "vocab_size": 16, "model_dim": 8, "num_heads": 1,
+    "num_layers": 1, "mamba_layers": "0", "mlp_mult": 1.0, "vocab_size": 16, "model_dim": 8, "num_heads": 1,
     "num_kv_heads": 1, "mamba_head_dim": 8, "bigram_vocab_size": 0,
 }  # fmt: skip
 
@@ -441,8 +441,8 @@ HUGE = 10**9
         {"model_dim": -8},
         {"vocab_size": 65_536, "model_dim": 1 << 16},
         {"vocab_size": 17},
-        {"mlp_layers": "all", "mlp_mult": 1e300},
-        {"mlp_layers": "all", "mlp_mult": 1e7},
+        {"mlp_mult": 1e300},
+        {"mlp_mult": 1e7},
         {"mamba_expand": 1e300},
         {"mamba_expand": 1e7},
         {"mamba_expand": math.inf},

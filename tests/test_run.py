@@ -227,7 +227,7 @@ def group_of_one():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("changes", "cut"), [({}, True), ({"mamba_grad_checkpoint": True}, False)], ids=str)
+@pytest.mark.parametrize(("changes", "cut"), [({}, True), ({"document_reset": True}, False)], ids=str)
 def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(monkeypatch, group_of_one, changes, cut):
     """And has the same gradients, in every layer order and while weights stand on their grids."""
     settings = tiny(compile="on", recur_layers="1", **changes)

@@ -53,8 +53,13 @@ def test_layer_pattern_says_how_many_layers_there_are():
     assert [block.mlp is not None for block in model.blocks] == [True, False, True, False, True, True]
 
 
-def test_lists_of_layers_say_the_same_as_a_pattern():
-    assert t.layer_letters(tiny(num_layers=6, mamba_layers="0-1,4,5", mlp_layers="0,2,4-5")) == "MmAaMM"
+def test_a_list_of_layers_says_the_same_as_a_pattern():
+    assert t.layer_letters(tiny(num_layers=6, mamba_layers="0-1,4,5")) == "MMAAMM"
+
+
+def test_a_pattern_takes_the_place_of_the_list():
+    settings, _ = t.read_settings({"PRESET": "tiny", "LAYER_PATTERN": "aM", "MAMBA_LAYERS": "0"})
+    assert t.layer_letters(settings) == "aM"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ IMPOSSIBLE = [
     ({"mamba_layers": "2-0"}, "MAMBA_LAYERS"),
     ({"mamba_layers": "0-99999999999"}, "MAMBA_LAYERS"),
     ({"num_layers": 10**9, "mamba_layers": "all"}, "NUM_LAYERS"),
-    ({"mlp_layers": "-1"}, "MLP_LAYERS"),
+    ({"mamba_layers": "-1"}, "MAMBA_LAYERS"),
     ({"layer_pattern": "MXA"}, "LAYER_PATTERN"),
     ({"layer_pattern": "MA"}, "LAYER_PATTERN"),
     ({"layer_order": "0,1"}, "leaves out a layer"),
