@@ -606,6 +606,7 @@ class MambaParameters(NamedTuple):
 
 
 DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
+RESET_LOG_DECAY = -60.0  # a document start in sums of logarithms: exp(-60) = 1e-26, and they keep float32's digits
 
 
 def mamba_scan(
@@ -723,42 +724,35 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     and a state carried in adds exp(sum_{r<=t} log_decay_r) (S + (1 - lambda_1) dt_1 v k^T) q_t.
     """
     state, key, query, angle, value, current, previous = prepare_scan(inputs, state)
-    start = inputs.document_start
-    if start is None:
-        start = torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
-    ahead = F.pad(previous.masked_fill(start.unsqueeze(-1), 0.0)[:, 1:], (0, 0, 0, 1))  # g: what the next token adds
+    log_decay, length = inputs.log_decay, value.shape[1]
+    if inputs.document_start is not None:
+        log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
+    weight = current + F.pad(previous[:, 1:], (0, 0, 0, 1))
 
     # 1. Cut into chunks: (B, H, chunks, chunk, ...). Padding has weight 0 and decay 1.
-    length = value.shape[1]
-    pad = -length % chunk_size
-
     def cut(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad)).unflatten(1, (-1, chunk_size)).movedim(3, 1)
+        padding = (0, 0) * (x.dim() - 2) + (0, -length % chunk_size)
+        return F.pad(x, padding).unflatten(1, (-1, chunk_size)).movedim(3, 1)
 
-    key_c, query_c, value_c, weight_c, decay_c = map(cut, (key, query, value, current + ahead, inputs.log_decay))
-    document = F.pad(start.long(), (0, pad)).cumsum(dim=1).unflatten(1, (-1, chunk_size))  # (B, chunks, chunk)
-    document_before = F.pad(document[:, :-1, -1], (1, 0))  # the document that a chunk's incoming state belongs to
+    key_c, query_c, value_c, weight_c, decay_c = map(cut, (key, query, value, weight, log_decay))
 
     # 2. Within a chunk: masked, decayed attention, masked before exp, which could overflow on what lies ahead.
     total = decay_c.cumsum(dim=-1)  # (B, H, chunks, chunk)
-    visible = (document.unsqueeze(-1) == document.unsqueeze(-2)).tril(-1).unsqueeze(1)
-    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~visible, -torch.inf).exp()
+    ahead = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=value.device).triu()
+    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(ahead, -torch.inf).exp()
     y = (query_c @ key_c.mT * decay * weight_c.unsqueeze(-2)) @ value_c
 
     # 3. Between chunks: each leaves a state behind, decayed to its end; states pass on, decayed.
-    same_as_last = (document == document[..., -1:]).unsqueeze(1)
-    to_end = (total[..., -1:] - total).exp() * same_as_last * weight_c
+    to_end = (total[..., -1:] - total).exp() * weight_c
     left_behind = (value_c * to_end.unsqueeze(-1)).mT @ key_c  # (B, H, chunks, P, N)
-    passes = (document[..., -1] == document_before).unsqueeze(1) * total[..., -1].exp()
     ssm = state.ssm + (previous[:, 0, :, None] * state.value).unsqueeze(-1) * state.key.unsqueeze(-2)
     incoming = []
     for chunk in range(left_behind.shape[2]):
         incoming.append(ssm)
-        ssm = passes[:, :, chunk, None, None] * ssm + left_behind[:, :, chunk]
+        ssm = total[:, :, chunk, -1, None, None].exp() * ssm + left_behind[:, :, chunk]
 
     # 4. What the incoming state adds to each token of its chunk.
-    from_start = total.exp() * (document == document_before.unsqueeze(-1)).unsqueeze(1)
-    y = y + (query_c @ torch.stack(incoming, dim=2).mT) * from_start.unsqueeze(-1)
+    y = y + (query_c @ torch.stack(incoming, dim=2).mT) * total.exp().unsqueeze(-1)
     y = y.movedim(1, 3).flatten(1, 2)[:, :length]
     y = y + (current * (query * key).sum(dim=-1)).unsqueeze(-1) * value
     final = ScanState(angle[:, -1] % (2 * math.pi), ssm, key[:, -1], value[:, -1])
@@ -769,8 +763,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # decays, normed keys and queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes from
 # chunk to chunk of a head with the state in registers and leaves each chunk's first state behind; scan_backward comes
 # back over them; features_backward and tokens_backward undo the first two and sum over heads, without atomics: the same
-# bits every time. Decays are base-2 logarithms, angles are in turns. A document start decays by exp(-60) = 1e-26, so that
-# sums of logarithms keep float32's digits. Without angles (R = 0) the layer is Mamba-2's: no gate, norms, trapezoid.
+# bits every time. Decays are base-2 logarithms, angles are in turns. Without angles (R = 0) the layer is Mamba-2's: no gate, norms, trapezoid.
 
 REGISTERS = {  # per thread, of kernels that run faster with a limit, by GPU architecture; see bench/tune.py
     (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
@@ -1601,17 +1594,15 @@ def _(hidden, weight, targets, cap, slopes):
     return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(shape)
 
 
-def _cross_entropy_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2], output[1])
-
-
 def _cross_entropy_autograd(ctx, d_nats, _):
     hidden, weight, slopes = ctx.saved_tensors
     scale = d_nats.unsqueeze(1).to(hidden.dtype)
     return slopes @ weight * scale, slopes.mT @ (hidden * scale), None, None, None
 
 
-fused_cross_entropy.register_autograd(_cross_entropy_autograd, setup_context=_cross_entropy_context)
+fused_cross_entropy.register_autograd(
+    _cross_entropy_autograd, setup_context=lambda ctx, given, made: ctx.save_for_backward(*given[:2], made[1])
+)
 
 
 class Model(nn.Module):
