@@ -1,12 +1,12 @@
 """Parameter Golf with state-space layers: one file from token shards to a scored artifact.
 
-    python train_gpt.py                                       # one process, on a GPU if there is one
-    torchrun --standalone --nproc_per_node=8 train_gpt.py     # one process per GPU
-    python train_gpt.py --help                                # every setting and preset
+    python train_gpt.py                                     # one process, on a GPU if there is one
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   # one process per GPU
+    python train_gpt.py --help                              # every setting and preset
 
 It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ to int6, packs it with LZMA into
-16,000,000 bytes (code included), loads it back and scores it in bits per byte, adapting to what it has already scored.
-The sections stand in the order in which data flows:
+16,000,000 bytes (code included), loads it back and scores it, adapting to what it has scored. Sections stand in the order
+in which data flows:
 
     1. Settings     with presets and --help
     2. Ranks        what several processes need from each other
@@ -83,8 +83,8 @@ def env(default, unit: str, text: str, group: str = ""):
 class Settings:
     """Layer lists are explained at parse_layers()."""
 
-    preset: str = env("default", "name", "a set of defaults: see below", "run")
-    run_id: str = env("", "name", "names logs and artifact; empty: by date")
+    preset: str = env("default", "name", "a set of defaults", "run")
+    run_id: str = env("", "name", "names logs and artifact")
     seed: int = env(1337, "integer", "seeds weights and batches")
     device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
@@ -92,40 +92,40 @@ class Settings:
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
-    sample: str = env("", "text", "for the exported model to continue")
+    sample: str = env("", "text", "for the artifact to continue")
     sample_tokens: int = env(128, "tokens > 0", "length of the continuation")
-    sample_temperature: float = env(0.8, "factor", "its temperature; 0: the likeliest token")
+    sample_temperature: float = env(0.8, "factor", "0: the likeliest token")
 
     data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
     vocab_size: int = env(8192, "tokens > 0", "must be the tokenizer's")
-    train_batch_tokens: int = env(524_288, "tokens > 0", "one step's batch over all ranks")
-    train_seq_len: int = env(2048, "tokens > 0", "training sequence and evaluation window")
+    train_batch_tokens: int = env(524_288, "tokens > 0", "a step's, over all ranks")
+    train_seq_len: int = env(2048, "tokens > 0", "training and evaluation window")
     micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
-    document_reset: bool = env(False, "0|1", "BOS resets states and confines attention")
+    document_reset: bool = env(False, "0|1", "BOS resets states, confines attention")
 
     num_layers: int = env(7, "layers > 0", "physical layers", "model")
     model_dim: int = env(512, "width > 0", "residual stream")
-    mamba_layers: str = env("0,1,3,4,6", "layers", "Mamba layers; the others are attention")
-    layer_pattern: str = env("", "letters", "instead: M Mamba, A attention; lower case: without MLP")
-    mlp_mult: float = env(3.0, "× width > 0", "hidden width of the MLP")
-    num_heads: int = env(8, "heads > 0", "attention query heads")
-    num_kv_heads: int = env(4, "heads > 0", "attention key/value heads")
+    mamba_layers: str = env("0,1,3,4,6", "layers", "the others are attention")
+    layer_pattern: str = env("", "letters", "instead, as MMAm: lower case has no MLP")
+    mlp_mult: float = env(3.0, "× width > 0", "MLP's hidden width")
+    num_heads: int = env(8, "heads > 0", "query heads")
+    num_kv_heads: int = env(4, "heads > 0", "key/value heads")
     rope_base: float = env(10_000.0, "number > 0", "attention's rotary base")
-    rope_fraction: float = env(1.0, "0 to 1", "part of each attention head that rotates")
-    qk_gain_init: float = env(1.5, "factor", "initial gain on queries, learned per head")
+    rope_fraction: float = env(1.0, "0 to 1", "of attention's heads")
+    qk_gain_init: float = env(1.5, "factor", "queries' first gain")
     attention_backend: str = env("auto", "auto|fa3|cudnn|flash|math", "auto: the first that works")
-    mamba_version: int = env(3, "2|3", "Mamba-3, or Mamba-2 on the same scan")
-    mamba_d_state: int = env(64, "numbers > 0", "state per channel, a power of two")
-    mamba_expand: float = env(2.0, "× width > 0", "inner width of a Mamba layer")
-    mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head, a power of two")
-    mamba_rope_fraction: float = env(0.5, "0.5|1", "part of Mamba-3's state that rotates")
+    mamba_version: int = env(3, "2|3", "Mamba-3 or Mamba-2")
+    mamba_d_state: int = env(64, "numbers > 0", "state per channel")
+    mamba_expand: float = env(2.0, "× width > 0", "Mamba's inner width")
+    mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head")
+    mamba_rope_fraction: float = env(0.5, "0.5|1", "of Mamba-3's state")
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4 in Mamba-2, else none")
-    mamba_chunk_size: int = env(64, "tokens > 0", "chunk of the chunked scans")
+    mamba_chunk_size: int = env(64, "tokens > 0", "chunk of a scan")
     scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, else chunked")
-    unet_skips: bool = env(True, "0|1", "from the first half to the second")
-    bigram_vocab_size: int = env(4096, "rows", "hashed bigram embedding; 0: none")
-    bigram_dim: int = env(128, "width > 0", "its width before the projection")
+    unet_skips: bool = env(True, "0|1", "first half to second")
+    bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
+    bigram_dim: int = env(128, "width > 0", "before its projection")
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
     logit_softcap: float = env(30.0, "nats", "cap·tanh(logits/cap); 0: none")
 
@@ -136,10 +136,10 @@ class Settings:
     recur_start: float = env(0.35, "of run", "before it, each layer runs once")
 
     iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
-    max_wallclock_seconds: float = env(600.0, "seconds", "training clock, GPTQ included; 0: ITERATIONS rule")
-    export_reserve_seconds: float = env(15.0, "seconds", "its end, for calibration and GPTQ")
-    warmup_steps: int = env(3, "steps", "compile warm-up, undone, off the clock")
-    lr_warmup_fraction: float = env(0.01, "of run", "linear learning-rate warm-up")
+    max_wallclock_seconds: float = env(600.0, "seconds", "training and GPTQ; 0: ITERATIONS rule")
+    export_reserve_seconds: float = env(15.0, "seconds", "of these, for GPTQ")
+    warmup_steps: int = env(3, "steps", "to compile, off the clock")
+    lr_warmup_fraction: float = env(0.01, "of run", "linear warm-up")
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
     warmdown_iters: int = env(0, "steps", "the same in steps; 0: the fraction")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
@@ -241,10 +241,8 @@ def layer_letters(settings: Settings) -> str:
 
 
 def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
-    """The order in which layers run once recurrence is on.
-
-    With two extra passes through 3,4 hinge gives 3 4 3 4 3 4, spread 3 3 3 4 4 4.
-    """
+    """The order in which layers run once recurrence is on: with two extra passes through 3,4 hinge gives 3 4 3 4 3 4,
+    spread 3 3 3 4 4 4."""
     layers = tuple(range(settings.num_layers))
     if settings.layer_order:
         return parse_layers(settings, "layer_order")
@@ -520,10 +518,8 @@ class Tokenizer:
         self.piece_bytes = np.where(self.is_special, 0, np.where(model.IsByte(ids), 1, lengths))
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that each target tokens[1:] stands for, int64, (len(tokens) - 1,).
-
-        A leading space counts unless the token before is special: decoding drops it at the start of a text.
-        """
+        """Bytes of text that each target tokens[1:] stands for, int64, (len(tokens) - 1,). A leading space counts unless
+        the token before is special: decoding drops it at the start of a text."""
         before, target = tokens[:-1], tokens[1:]
         return self.piece_bytes[target] + (self.has_space[target] & ~self.is_special[before])
 
@@ -550,9 +546,7 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
 
 class ScanInputs(NamedTuple):
     """What a scan reads. B batch, L length, H heads, P channels per head, N state size, R rotation angles (2R <= N).
-
-    Without trapezoid the current token has all the weight; without angle_rate nothing rotates.
-    """
+    Without trapezoid the current token has all the weight; without angle_rate nothing rotates."""
 
     value: Tensor  # (B, L, H, P)
     key: Tensor  # (B, L, N), "B" of the paper, normed, shared by the heads
@@ -614,9 +608,7 @@ def mamba_scan(
     state: ScanState | None, backend: str, chunk_size: int,
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
     """Everything between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P) in its dtype, and the state.
-
-    The backends agree up to rounding. Single tokens (decoding) always take the sequential form, the fastest there.
-    """
+    Single tokens always take the sequential form, the fastest there."""
     if backend == "triton" and projected.shape[1] > 1:
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
@@ -664,9 +656,8 @@ def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def prepare_scan(inputs: ScanInputs, state: ScanState | None) -> tuple:
-    """What both PyTorch scans start from, in step_size's dtype: state; keys and queries (B, L, H, N), biased and rotated;
-    running angle (B, L, H, R); values; weights (B, L, H) lambda·dt of the current and (1 - lambda)·dt of the last token.
-    """
+    """What both PyTorch scans start from: state; keys and queries (B, L, H, N), biased and rotated; running angle
+    (B, L, H, R); values; weights (B, L, H) lambda·dt of the current and (1 - lambda)·dt of the last token."""
     step_size, dtype = inputs.step_size, inputs.step_size.dtype
     if state is None:
         (batch, _, heads, channels), state_size = inputs.value.shape, inputs.key.shape[-1]
@@ -736,13 +727,13 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 
     key_c, query_c, value_c, weight_c, decay_c = map(cut, (key, query, value, weight, log_decay))
 
-    # 2. Within a chunk: masked, decayed attention, masked before exp, which could overflow on what lies ahead.
+    # 2. Within a chunk: decayed attention, masked before exp, which could overflow on what lies ahead.
     total = decay_c.cumsum(dim=-1)  # (B, H, chunks, chunk)
     ahead = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=value.device).triu()
     decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(ahead, -torch.inf).exp()
     y = (query_c @ key_c.mT * decay * weight_c.unsqueeze(-2)) @ value_c
 
-    # 3. Between chunks: each leaves a state behind, decayed to its end; states pass on, decayed.
+    # 3. Between chunks: each leaves a state behind; states pass on, decayed.
     to_end = (total[..., -1:] - total).exp() * weight_c
     left_behind = (value_c * to_end.unsqueeze(-1)).mT @ key_c  # (B, H, chunks, P, N)
     ssm = state.ssm + (previous[:, 0, :, None] * state.value).unsqueeze(-1) * state.key.unsqueeze(-2)
@@ -761,9 +752,9 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 
 # The fused scan: six Triton kernels that read and write in_proj's rows where they lie. tokens_forward makes step sizes,
 # decays, normed keys and queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes from
-# chunk to chunk of a head with the state in registers and leaves each chunk's first state behind; scan_backward comes
-# back over them; features_backward and tokens_backward undo the first two and sum over heads, without atomics: the same
-# bits every time. Decays are base-2 logarithms, angles are in turns. Without angles (R = 0) the layer is Mamba-2's: no gate, norms, trapezoid.
+# chunk to chunk of a head and leaves each chunk's first state behind; scan_backward comes back over them; the other two
+# undo the first two and sum over heads, without atomics: the same bits every time. Decays are base-2 logarithms, angles are in turns. Without angles (R = 0) the
+# layer is Mamba-2's, which has no gate here, norms or trapezoid.
 
 REGISTERS = {  # per thread, of kernels that run faster with a limit, by GPU architecture; see bench/tune.py
     (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
@@ -805,8 +796,8 @@ def cos_sin(turn):
 
 @jit
 def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, R: constexpr):
-    """Of rows (CHUNK,), pointing at raw step sizes, and heads h: raw step size, step size, raw decay, decay rate, and the
-    part of the step that weighs the current token, all (CHUNK, heads) float32."""
+    """Raw step size, step size, raw decay, decay rate, and the step's share for the current token, of rows that point at
+    raw step sizes, and heads h: (CHUNK, heads) float32."""
     mask = live[:, None] & (h < H)[None, :]
     place = row[:, None] + h[None, :]
     raw_step = tl.load(place, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)[None, :]
@@ -826,11 +817,11 @@ def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, R: constex
 def tokens_forward(
     projected, step_bias, decay_rate, norms, document_start, scalars, features, half_turn, turns, length, batch,
     WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-    BLOCK_H: constexpr, BLOCK_R: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
-    t, h, n, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H), tl.arange(0, N), tl.arange(0, BLOCK_R)
+    t, n, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, triton.next_power_of_2(H))
+    r = tl.arange(0, triton.next_power_of_2(R + (R == 0)))
     live = t < length
     row = projected + (b * length + t).to(tl.int64) * WIDTH + (1 + (R > 0)) * H * P
     for i in tl.static_range(2):  # key, then query
@@ -900,6 +891,23 @@ def rotate(
 
 
 @jit
+def dot(a, b, c=None):
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+@jit
+def read(tensor, place):
+    """The matrix at a place of a tensor map."""
+    block = tensor.load(place)
+    return block.reshape(block.shape[1], block.shape[2])
+
+
+@jit
+def write(tensor, place, x):
+    tensor.store(place, x.to(tensor.dtype).reshape(1, x.shape[0], x.shape[1]))
+
+
+@jit
 def chunk_scalars(scalars, decay_ends, head, chunk, heads, chunks, CHUNK: constexpr):
     """Of a chunk's tokens: sum of log2 decay, the same less log2 of the key's weight, weight of the current token; and
     the sum at the chunk's end."""
@@ -911,7 +919,7 @@ def chunk_scalars(scalars, decay_ends, head, chunk, heads, chunks, CHUNK: conste
 
 @jit
 def decays(exponents, seen, current, FAST: constexpr):
-    """(CHUNK, CHUNK): what is left at one token of what another added, by base-2 exponents, where it is seen at all."""
+    """(CHUNK, CHUNK): what is left at one token of what another added, if seen at all."""
     i = tl.arange(0, exponents.shape[0])
     return tl.where(i[:, None] == i[None, :], current[:, None], tl.where(seen, exp2(exponents, FAST), 0.0))
 
@@ -937,26 +945,23 @@ def scan_forward(
     ssm = tl.load(ssm_in + head.to(tl.int64) * P * N + square)
     for chunk in tl.range(chunks, num_stages=2):
         t = chunk * CHUNK
-        value = projected.load([b, t, (R > 0) * H * P + h * P]).reshape(CHUNK, P)
-        key, query = (
-            rotated.load([head, t, 0]).reshape(CHUNK, N),
-            rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N),
-        )
+        value = read(projected, [b, t, (R > 0) * H * P + h * P])
+        key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         old = ssm.to(dtype)
-        states.store([head * chunks + chunk, 0, 0], old.reshape(1, P, N))
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        write(states, [head * chunks + chunk, 0, 0], old)
+        scores = dot(query, tl.trans(key))
         exponents = decay_sum[:, None] - key_log[None, :]
         decayed = scores * decays(exponents, i[:, None] > i[None, :], current, FAST)
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
-        out = tl.dot(query, tl.trans(old), input_precision="ieee") * exp2(decay_sum, FAST)[:, None]
-        out = tl.dot(decayed.to(dtype), value, out, input_precision="ieee")
+        out = dot(query, tl.trans(old)) * exp2(decay_sum, FAST)[:, None]
+        out = dot(decayed.to(dtype), value, out)
         if R > 0:
-            gate, sigmoid = gate_and_sigmoid(projected.load([b, t, h * P]).reshape(CHUNK, P), FAST)
+            gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
             out *= gate * sigmoid
-        y.store([b, t, h * P], out.to(dtype).reshape(1, CHUNK, P))
+        write(y, [b, t, h * P], out)
         to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
-        ssm = tl.dot(tl.trans(value), to_end, ssm * exp2(end, FAST), input_precision="ieee")
+        ssm = dot(tl.trans(value), to_end, ssm * exp2(end, FAST))
     tl.store(ssm_out + head.to(tl.int64) * P * N + square, ssm)
 
 
@@ -978,39 +983,36 @@ def scan_backward(
         t = chunk * CHUNK
         place = head * chunks + chunk
         tl.store(d_end + place, at_end)
-        d_out = d_y.load([b, t, h * P]).reshape(CHUNK, P)
+        d_out = read(d_y, [b, t, h * P])
         if R > 0:
-            gate, sigmoid = gate_and_sigmoid(projected.load([b, t, h * P]).reshape(CHUNK, P), FAST)
+            gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
             d_gated = d_out.to(tl.float32)
-            d_gate = y.load([b, t, h * P]).reshape(CHUNK, P).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
-            d_projected.store([b, t, h * P], (d_gated * d_gate).to(dtype).reshape(1, CHUNK, P))
+            d_gate = read(y, [b, t, h * P]).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
+            write(d_projected, [b, t, h * P], d_gated * d_gate)
             d_out = (d_gated * gate * sigmoid).to(dtype)
-        value = projected.load([b, t, (R > 0) * H * P + h * P]).reshape(CHUNK, P)
-        key, query = (
-            rotated.load([head, t, 0]).reshape(CHUNK, N),
-            rotated.load([batch * H + head, t, 0]).reshape(CHUNK, N),
-        )
+        value = read(projected, [b, t, (R > 0) * H * P + h * P])
+        key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         to_end, from_start, old = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None], d_ssm.to(dtype)
-        # Scores and decays here are (key's token, query's token), as their gradients want them: transposed.
+        # Scores and decays are transposed here, (key's token, query's token), as their gradients want them.
         decay = decays(decay_sum[None, :] - key_log[:, None], i[:, None] < i[None, :], current, FAST)
-        scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+        scores = dot(key, tl.trans(query))
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
-        d_value = tl.dot(key, tl.trans(old), input_precision="ieee") * to_end
-        d_value = tl.dot(decayed, d_out, d_value, input_precision="ieee")
-        d_projected.store([b, t, (R > 0) * H * P + h * P], d_value.to(dtype).reshape(1, CHUNK, P))
-        d_decayed = tl.dot(value, tl.trans(d_out), input_precision="ieee")
+        d_value = dot(key, tl.trans(old)) * to_end
+        d_value = dot(decayed, d_out, d_value)
+        write(d_projected, [b, t, (R > 0) * H * P + h * P], d_value)
+        d_decayed = dot(value, tl.trans(d_out))
         tl.store(d_diagonal + place * CHUNK + i, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
         d_scores = (d_decayed * decay).to(dtype)
-        d_key = tl.dot(value, old, input_precision="ieee") * to_end
-        d_key = tl.dot(d_scores, query, d_key, input_precision="ieee")
-        d_rotated.store([head, t, 0], d_key.to(dtype).reshape(1, CHUNK, N))
-        ssm = states.load([place, 0, 0]).reshape(P, N)
-        d_query = tl.dot(d_out, ssm, input_precision="ieee") * from_start
-        d_query = tl.dot(tl.trans(d_scores), key, d_query, input_precision="ieee")
-        d_rotated.store([batch * H + head, t, 0], d_query.to(dtype).reshape(1, CHUNK, N))
+        d_key = dot(value, old) * to_end
+        d_key = dot(d_scores, query, d_key)
+        write(d_rotated, [head, t, 0], d_key)
+        ssm = read(states, [place, 0, 0])
+        d_query = dot(d_out, ssm) * from_start
+        d_query = dot(tl.trans(d_scores), key, d_query)
+        write(d_rotated, [batch * H + head, t, 0], d_query)
         decayed_query = (query.to(tl.float32) * from_start).to(dtype)
-        d_ssm = tl.dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST), input_precision="ieee")
+        d_ssm = dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST))
         at_end = tl.sum(d_ssm * ssm.to(tl.float32))
     tl.store(d_ssm_in + head.to(tl.int64) * P * N + square, d_ssm)
 
@@ -1060,8 +1062,7 @@ def features_backward(
 
 @jit
 def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
-    """d of a key's weight for its own token, and of its weight for later ones: what scales with a key is its gradient's
-    product with it."""
+    """d of a key's weight for its own token, and of its weight for later ones."""
     own = tl.load(d_diagonal + place, mask, 0.0) * tl.load(scalars + place + 4 * plane, mask, 0.0)
     later = tl.load(d_scalars + place, mask, 0.0) - own * tl.load(scalars + place + 3 * plane, mask, 0.0)
     return own, later / tl.maximum(tl.load(scalars + place + 5 * plane, mask, 1.0), 1e-37)
@@ -1071,11 +1072,11 @@ def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 def tokens_backward(
     projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
     d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-    BLOCK_H: constexpr, BLOCK_R: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded, program = tl.num_programs(0) * CHUNK, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    t, h, r = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_R)
+    t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, triton.next_power_of_2(H))
+    r = tl.arange(0, triton.next_power_of_2(R + (R == 0)))
     live = t < length
     dtype = projected.dtype.element_ty
     mask = live[:, None] & (h < H)[None, :]
@@ -1102,7 +1103,7 @@ def tokens_backward(
         # An angle's rate turns all later tokens.
         turning = live[:, None] & (r < R)[None, :]
         half = tl.load(half_turn + (b * padded + t)[:, None] * R + r[None, :], turning, 0.0)
-        d_half = tl.zeros([CHUNK, BLOCK_R], tl.float32)
+        d_half = tl.zeros_like(half)
         for k in range(H):
             head = (b * H + k).to(tl.int64)
             own_place = d_turn + (head * padded + t)[:, None] * R + r[None, :]
@@ -1141,14 +1142,13 @@ def launch(kernel, grid: tuple[int, ...], *arguments):
     kernel[grid](*arguments, num_warps=4, maxnreg=limits.get(kernel.__name__))
 
 
-def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, tuple, tuple]:
-    """Number of chunks, the sizes every kernel is compiled for, and the tiles over heads and angles."""
-    blocks = triton.next_power_of_2(sizes[0]), triton.next_power_of_2(max(sizes[3], 1))
-    return -(-projected.shape[1] // chunk), (projected.shape[2], *sizes[:4], chunk), blocks
+def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, ...]:
+    """Number of chunks, and the sizes every kernel is compiled for."""
+    return -(-projected.shape[1] // chunk), projected.shape[2], *sizes[:4], chunk
 
 
 def tiles(tensor: Tensor, *block: int):
-    """What scan kernels read and write tensor's last dimensions through, one block at a time: the GPU's tensor map."""
+    """A map of tensor that scan kernels read and write by blocks of its last dimensions."""
     return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
 
 
@@ -1158,11 +1158,11 @@ def fused_scan(projected, step_bias, skip, biases, norms, decay_rate, document_s
     outputs = fused_scan_outputs(projected, sizes, chunk)
     y, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
     (batch, length, _), (heads, channels, state, angles, _) = projected.shape, sizes
-    chunks, constants, blocks = kernel_sizes(projected, sizes, chunk)
+    chunks, *constants = kernel_sizes(projected, sizes, chunk)
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
         tokens_forward, (chunks, batch), projected, step_bias, decay_rate, norms, document_start, scalars, features,
-        half_turn, turns, length, batch, *constants, *blocks,
+        half_turn, turns, length, batch, *constants,
     )  # fmt: skip
     before = F.pad(turns.cumsum(dim=1), (0, 0, 0, 0, 1, -1)) + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
@@ -1211,10 +1211,10 @@ def fused_scan_backward(
     d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, norms, decay_rate, document_start, ssm_in, turn_in,
     saved, sizes, chunk,
 ):  # fmt: skip
-    """Gradients of projected, the five parameters (meaningless for those not there), the state and the turn carried in."""
+    """Gradients of projected, the five parameters (whether they are there or not), state and turn carried in."""
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
     (batch, length, _), (heads, channels, state, *_) = projected.shape, sizes
-    chunks, constants, blocks = kernel_sizes(projected, sizes, chunk)
+    chunks, *constants = kernel_sizes(projected, sizes, chunk)
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks)
@@ -1235,7 +1235,7 @@ def fused_scan_backward(
     later = d_turns.flip(2).cumsum(dim=2).flip(2) - d_turns + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn,
-        later, d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants, *blocks,
+        later, d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants,
     )  # fmt: skip
     d_step_bias, d_decay_rate = (x.clone() for x in d_heads.sum(dim=0))  # operators may not return views
     d_parameters = d_step_bias, d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0), d_decay_rate
@@ -1293,7 +1293,7 @@ def triton_scan(
 
 
 def evens_first(x: Tensor) -> Tensor:
-    """The last dimension's even entries, then its odd ones: the kernels' order of the state, where pairs are far apart."""
+    """The last dimension's even entries, then its odd ones: in the kernels' order of the state, pairs are far apart."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
@@ -1626,7 +1626,7 @@ class Model(nn.Module):
         self.head = None if s.tie_embeddings else Linear(s.model_dim, s.vocab_size)
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = s.rope_base ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
-        # A table, or the compiler would compute it anew in each kernel: for a window and what may be cached before it.
+        # A table, or each kernel would compute it anew: for a window and what may be cached before it.
         angles = torch.arange(2 * s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
         self.register_buffer("rotary_table", torch.stack([angles.cos(), angles.sin()]), persistent=False)
         self.to(device)
@@ -1747,7 +1747,6 @@ POLAR_EXPRESS = (
     (3.9095949, -2.8233517, 0.5250370),
     (3.2855640, -2.4153020, 0.4852941),
     (2.2778733, -1.6198218, 0.3984808),
-    (1.8725757, -1.2307043, 0.3585162),
     (1.8750015, -1.2500016, 0.3750002),
 )
 
@@ -1907,7 +1906,7 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
 
 
 class Window(NamedTuple):
-    """Reads tokens[context:last] and scores the targets first <= p < last (target p is tokens[p + 1])."""
+    """Reads tokens[context:last] and scores targets first <= p < last, which are tokens[p + 1]."""
 
     context: int
     first: int
@@ -1915,11 +1914,8 @@ class Window(NamedTuple):
 
 
 def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int, read: int = -1) -> list[Window]:
-    """This rank's windows; some rank scores each target once.
-
-    plain: windows side by side. sliding: they move by EVAL_STRIDE, each scoring what is new. stateful: each rank reads a
-    contiguous share, beginning EVAL_OVERLAP tokens early unless it has read up to there.
-    """
+    """This rank's windows; some rank scores each target once. plain: side by side. sliding: they move by EVAL_STRIDE and
+    score what is new. stateful: contiguous shares, begun EVAL_OVERLAP tokens early unless read up to there."""
     length = settings.train_seq_len
     if settings.eval_mode == "stateful":
         share = -(-(last - first) // world_size)
@@ -2335,8 +2331,7 @@ class Log:
             self(f"  [{now - self.started:.0f}s] {text}")
 
 
-def describe_machine(ranks: Ranks) -> dict[str, str | int]:
-    """Versions and hardware, for the log."""
+def describe_machine(ranks: Ranks) -> dict[str, str]:
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else cpu
     return {
@@ -2475,7 +2470,6 @@ class Trainer:
     def skipped_steps(self) -> int:
         """So far; too many in a row end the run."""
         total, in_a_row = self.optimizers.skipped.tolist()
-        # A bad batch explains one or two.
         need(in_a_row < 10, f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
         return total
 
