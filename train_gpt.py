@@ -1601,7 +1601,7 @@ def _cross_entropy_autograd(ctx, d_nats, _):
 
 
 fused_cross_entropy.register_autograd(
-    _cross_entropy_autograd, setup_context=lambda ctx, given, made: ctx.save_for_backward(*given[:2], made[1])
+    _cross_entropy_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1])
 )
 
 

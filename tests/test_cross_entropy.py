@@ -1,0 +1,45 @@
+"""The fused softcapped cross-entropy, in Triton's interpreter, against the same in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fused_scan import interpreted
+
+import train_gpt as t
+
+
+def case(vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """Hidden states (37, 32), output matrix, targets and the gradient of the nats."""
+    hidden, weight = torch.randn(37, 32), torch.randn(vocabulary, 32)
+    return hidden, weight, torch.randint(0, vocabulary, (37,)), torch.randn(37)
+
+
+def exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+    logits = hidden @ weight.mT
+    return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, reduction="none")
+
+
+def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+    return t.fused_cross_entropy(hidden, weight, targets, cap, True)[0]
+
+
+@interpreted
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("vocabulary", "cap"), [(1000, 30.0), (1024, 0.0), (17, 3.0)])
+def test_nats_and_gradients(vocabulary, cap, compiled):
+    *given, grad = case(vocabulary)
+    function = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
+    outcomes = []
+    for nats, dtype in ((exact, torch.float64), (function, torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in given[:2]]
+        y = nats(*leaves, given[2], cap)
+        outcomes.append((y, *torch.autograd.grad(y, leaves, grad.to(dtype))))
+    for wanted, found in zip(*outcomes):
+        assert (found.double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@interpreted
+def test_without_slopes_nothing_is_stored_and_nats_are_the_same():
+    *given, _ = case(100)
+    nats, slopes = t.fused_cross_entropy(*given, 30.0, False)
+    assert torch.equal(nats, fused(*given, 30.0)) and slopes.numel() == 0
