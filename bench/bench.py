@@ -238,11 +238,11 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     s = settings
     head_dim = s.model_dim // s.num_heads
     sizes = s.num_heads, s.num_kv_heads, head_dim
-    attend = t.ATTENTION_BACKENDS[t.choose_attention_backend(s.attention_backend, ranks.device, *sizes)]
+    t.choose_attention_backend(s.attention_backend, ranks.device, *sizes)
     inputs = tuple(
         random_activations(s, ranks.device, heads, head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     )
-    return operator(attend, inputs, (), mixer_flops(s, "A", s.train_batch_tokens))
+    return operator(t.sdpa, inputs, (), mixer_flops(s, "A", s.train_batch_tokens))
 
 
 def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:

@@ -54,7 +54,7 @@ def test_a_floor_is_the_longer_of_memory_and_matmul():
 def test_flops_of_a_known_step():
     """peer7 layer by layer; its matrices alone are known to take 158 TFLOP a step."""
     settings, _ = t.read_settings({"PRESET": "peer7", "SCAN_BACKEND": "chunked"})
-    model = t.Model(settings, torch.device("cpu"), "math")
+    model = t.Model(settings, torch.device("cpu"))
     mamba = 512 * (2 * 1024 + 2 * 64 + 3 * 16 + 16) + 1024 * 512
     attention, mlp, output = 512 * (512 + 256 + 256 + 512), 2 * 512 * 1536, 8192 * 512
     matrices = 6 * (5 * mamba + 2 * attention + 7 * mlp + output)

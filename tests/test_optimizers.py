@@ -43,7 +43,8 @@ def test_a_batch_is_orthogonalized_as_each_matrix_alone():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
-    """Three steps against the formula written out with a singular value decomposition, on two matrices at once."""
+    """Three steps against the formula (rows of one length, then the nearest orthogonal matrix) written out with a singular
+    value decomposition, on two matrices at once."""
     start, gradients = matrices(2, *shape, seed=1), matrices(3, 2, *shape, seed=2)
     parameters = [torch.nn.Parameter(p.clone()) for p in start]
     muon = t.Muon([{"params": parameters, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}], SOLO, steps=12)
@@ -53,7 +54,8 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
             p.grad = g.clone()
         muon.step()
         momentum = 0.9 * momentum + 0.1 * gradient
-        u, _, v = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
+        nesterov = 0.1 * gradient + 0.9 * momentum
+        u, _, v = torch.linalg.svd(nesterov / nesterov.norm(dim=-1, keepdim=True), full_matrices=False)
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(max(1, shape[0] / shape[1])) * (u @ v)
     assert relative(torch.stack(list(parameters)), expected) < 1e-3
 

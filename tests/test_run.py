@@ -434,7 +434,7 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
         ({"muon_momentun": 0.9}, "did you mean MUON_MOMENTUM?"),
         ({"preset": "tinny"}, "did you mean tiny?"),
         ({"scan_backend": "triton"}, "SCAN_BACKEND=triton needs a GPU"),
-        ({"attention_backend": "fa3"}, "ATTENTION_BACKEND=fa3"),
+        ({"attention_backend": "cudnn"}, "ATTENTION_BACKEND=cudnn"),
         ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT"),
         ({"eval_only": True}, "no artifact at"),
         ({"log_dir": "/dev/null/logs"}, "LOG_DIR=/dev/null/logs"),
