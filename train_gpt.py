@@ -1799,14 +1799,15 @@ class Optimizers:
                 mamba = name.endswith(("in_proj.weight", "out_proj.weight"))
                 groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(p)
             elif name.endswith(("embedding.weight", "head.weight")):
-                groups[s.tied_embed_lr, s.weight_decay, None].append(p)
-            else:
-                groups[s.scalar_lr, 0.0, None].append(p)
+                groups[s.tied_embed_lr, s.weight_decay, 1e-8].append(p)
+            else:  # an eps for a residual mix, whose first gradients are but rounding errors
+                groups[s.scalar_lr, 0.0, 1e-6].append(p)
         muon, adam = [], []
-        for (rate, decay, shape), parameters in groups.items():
-            (muon if shape else adam).append({"params": parameters, "base_lr": rate, "weight_decay": decay})
+        for (rate, decay, kind), parameters in groups.items():
+            group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
+            muon.append(group) if isinstance(kind, torch.Size) else adam.append(group | {"eps": kind})
         self.muon = Muon(muon, ranks, s.muon_backend_steps)
-        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), eps=1e-8, fused=True)
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), fused=True)
         self.parameters = [p for parameters in groups.values() for p in parameters]
         self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, dtype=torch.int64, device=ranks.device)
 

@@ -203,7 +203,7 @@ def test_two_ranks_train_the_same_model_as_one(trained, trained_by_two):
     """Batches, gradients, Muon's shared updates, averages: all six steps, before quantization can hide or add anything."""
     for name, weight in trained.weights.items():
         other = trained_by_two.weights[name]
-        assert relative(other, weight) < 3e-5, name
+        assert relative(other, weight) < 2e-5, name
         # Adam turns a gradient that is 0 up to rounding into a whole step: let one weight in a thousand differ.
         assert ((other - weight).abs() > 1e-5).float().mean() <= 1e-3, name
 
@@ -357,10 +357,8 @@ def test_the_compile_warm_up_leaves_no_trace(shards):
 
 
 def test_gradient_accumulation_trains_the_same_model(shards):
-    """Up to rounding, of which Adam makes the most where a gradient nearly cancels: a scalar's is a sum over all tokens."""
     for a, b in zip(train_here(shards, micro_batch=128), train_here(shards, micro_batch=32)):
-        assert relative(a, b) < 2e-3
-        assert ((a - b).abs() < 3e-4).all()
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_validation_during_training_does_not_change_it(shards, byte_tokenizer):
