@@ -179,7 +179,6 @@ class Settings:
     ttt_epochs: int = env(2, "epochs", "passes over each scored chunk")
     ttt_momentum: float = env(0.9, "below 1", "SGD")
     ttt_chunk_tokens: int = env(32_768, "tokens > 0", "scored, then trained on")
-    ttt_grad_clip: float = env(1.0, "norm", "gradient clipping; 0: none")
 
     @property
     def mamba_inner_dim(self) -> int:
@@ -256,7 +255,7 @@ def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """Settings from the environment over the preset's, and the names of those given."""
+    """The environment's settings over the preset's, and the names of those given."""
     kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
     reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
@@ -294,7 +293,7 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 
 
 def validate_settings(settings: Settings, world_size: int):
-    """Refuses values, and relations of values, that cannot work."""
+    """Refuses what cannot work."""
     s = settings
     most = {"num_layers": 1024, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
 
@@ -329,6 +328,7 @@ def validate_settings(settings: Settings, world_size: int):
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
         check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
     if "M" in mixers:
+        check("scan_backend", s.scan_backend != "triton" or s.mamba_version == 3, "is for MAMBA_VERSION=3")
         inner = s.mamba_inner_dim
         fits = inner > 0 and inner % s.mamba_head_dim == 0
         check("mamba_head_dim", fits, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
@@ -382,7 +382,7 @@ class Ranks:
     device: torch.device
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sums tensor over the ranks, in place."""
+        """Over the ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -395,7 +395,7 @@ class Ranks:
         return box[0]
 
     def average_gradients(self, parameters: list[nn.Parameter]):
-        """Replaces gradients by their means over the ranks."""
+        """Over the ranks."""
         if self.world_size > 1:
             gradients = [p.grad for p in parameters if p.grad is not None]
             means = self.sum_(nn.utils.parameters_to_vector(gradients)) / self.world_size
@@ -426,7 +426,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of one shard, uint16, memory-mapped and read-only."""
+    """One shard's tokens, uint16, memory-mapped, read-only."""
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
@@ -456,7 +456,7 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
     """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: an epoch visits the shards one by one, to
     keep reads local, and the windows of each, all in a new order and at a new phase."""
-    need(max(lengths) > seq_len, f"no training shard holds a sequence of TRAIN_SEQ_LEN={seq_len} tokens and its target")
+    need(max(lengths) > seq_len, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
@@ -466,7 +466,7 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's endless batches, gathered and copied to the device ahead of time."""
+    """This rank's batches, gathered and copied to the device ahead of time."""
 
     def __init__(self, settings: Settings, ranks: Ranks):
         self.settings, self.ranks = settings, ranks
@@ -566,7 +566,7 @@ class ScanInputs(NamedTuple):
 
 
 class ScanState(NamedTuple):
-    """What a scan carries from call to call: the last position's angle, state, rotated key, and value."""
+    """What goes from call to call: the last position's angle, state, rotated key, and value."""
 
     angle: Tensor  # (B, H, R)
     ssm: Tensor  # (B, H, P, N)
@@ -584,7 +584,7 @@ class MambaSizes(NamedTuple):
     version: int
 
     def columns(self) -> list[int]:
-        """How in_proj's columns divide: gate (Mamba-3), value, key, query, step, and Mamba-3's decay, trapezoid, angles."""
+        """in_proj's: gate (Mamba-3), value, key, query, step, and Mamba-3's decay, trapezoid, angles."""
         inner = self.heads * self.channels
         columns = [inner, self.state, self.state, self.heads]
         return columns if self.version == 2 else [inner, *columns, self.heads, self.heads, self.angles]
@@ -757,7 +757,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # decays, normed keys and queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes from
 # chunk to chunk of a head and leaves each one's first state behind; scan_backward comes back; the other two undo the first
 # two and sum over heads without atomics: the same bits every time. Decays are
-# base-2 logarithms, angles are in turns. Without angles (R = 0) the scan is Mamba-2's.
+# base-2 logarithms, angles turns.
 
 REGISTERS = {  # per thread, where a limit helps, by GPU architecture; see bench/tune.py
     (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
@@ -798,47 +798,41 @@ def cos_sin(turn):
 
 
 @jit
-def token_dynamics(row, live, step_bias, decay_rate, h, H: constexpr, R: constexpr):
+def token_dynamics(row, live, step_bias, h, H: constexpr):
     """Raw step size, step size, raw decay, decay rate, and the step's share for the current token, of rows at raw step sizes
     and heads h: (CHUNK, heads) float32."""
     mask = live[:, None] & (h < H)[None, :]
     place = row[:, None] + h[None, :]
     raw_step = tl.load(place, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)[None, :]
     step = tl.where(mask, softplus(raw_step), 0.0)
-    if R > 0:
-        raw_decay = tl.load(place + H, mask, 0.0).to(tl.float32)
-        rate = -tl.maximum(softplus(raw_decay), 1e-4)
-        share = tl.sigmoid(tl.load(place + 2 * H, mask, 0.0).to(tl.float32))
-    else:
-        raw_decay = raw_step
-        rate = tl.zeros_like(step) + tl.load(decay_rate + h, h < H, 0.0)[None, :]
-        share = tl.full(step.shape, 1.0, tl.float32)
+    raw_decay = tl.load(place + H, mask, 0.0).to(tl.float32)
+    rate = -tl.maximum(softplus(raw_decay), 1e-4)
+    share = tl.sigmoid(tl.load(place + 2 * H, mask, 0.0).to(tl.float32))
     return raw_step, step, raw_decay, rate, share
 
 
 @jit
 def tokens_forward(
-    projected, step_bias, decay_rate, norms, document_start, scalars, features, half_turn, turns, length, batch,
+    projected, step_bias, norms, document_start, scalars, features, half_turn, turns, length, batch,
     WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
     t, n, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, triton.next_power_of_2(H))
-    r = tl.arange(0, triton.next_power_of_2(R + (R == 0)))
+    r = tl.arange(0, triton.next_power_of_2(R))
     live = t < length
-    row = projected + (b * length + t).to(tl.int64) * WIDTH + (1 + (R > 0)) * H * P
+    row = projected + (b * length + t).to(tl.int64) * WIDTH + 2 * H * P
     for i in tl.static_range(2):  # key, then query
         x = tl.load(row[:, None] + i * N + n[None, :], live[:, None], 0.0).to(tl.float32)
-        if R > 0:
-            x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
-            x *= tl.load(norms + i * N + n)[None, :]
+        x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
+        x *= tl.load(norms + i * N + n)[None, :]
         even, odd = tl.split(tl.reshape(x.to(features.dtype.element_ty), [CHUNK, N // 2, 2]))
         place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + tl.arange(0, N // 2)[None, :]
         tl.store(place, even)
         tl.store(place + N // 2, odd)
     row += 2 * N
-    _, step, _, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, R)
-    _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, decay_rate, h, H, R)
+    _, step, _, rate, share = token_dynamics(row, live, step_bias, h, H)
+    _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, h, H)
     weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * 1.4426950408889634
     if document_start is not None:
@@ -852,13 +846,12 @@ def tokens_forward(
     tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), (h < H)[None, :])
     tl.store(place + 3 * plane, step * share, (h < H)[None, :])
     tl.store(place + 5 * plane, weight, (h < H)[None, :])
-    if R > 0:
-        angle = tl.load(row[:, None] + 3 * H + r[None, :], live[:, None] & (r < R)[None, :], 0.0).to(tl.float32)
-        half = tl.where(live[:, None], tl.sigmoid(2.0 * angle) - 0.5, 0.0)
-        tl.store(half_turn + (b * padded + t)[:, None] * R + r[None, :], half, (r < R)[None, :])
-        place = turns + ((b * tl.num_programs(0) + chunk) * H + h)[:, None] * R + r[None, :]
-        total = tl.dot(tl.trans(step), half, input_precision="ieee")
-        tl.store(place, total, (h < H)[:, None] & (r < R)[None, :])
+    angle = tl.load(row[:, None] + 3 * H + r[None, :], live[:, None] & (r < R)[None, :], 0.0).to(tl.float32)
+    half = tl.where(live[:, None], tl.sigmoid(2.0 * angle) - 0.5, 0.0)
+    tl.store(half_turn + (b * padded + t)[:, None] * R + r[None, :], half, (r < R)[None, :])
+    place = turns + ((b * tl.num_programs(0) + chunk) * H + h)[:, None] * R + r[None, :]
+    total = tl.dot(tl.trans(step), half, input_precision="ieee")
+    tl.store(place, total, (h < H)[:, None] & (r < R)[None, :])
 
 
 @jit
@@ -869,14 +862,13 @@ def rotate(
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
     t, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)
-    if R > 0:
-        half = tl.load(half_turn + (b * padded + t)[:, None] * R + n[None, :], (n < R)[None, :], 0.0)
-        added = tl.load(scalars + head * padded + t)[:, None] * half
-        before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + n, n < R, 0.0)
-        cos, sin = cos_sin(tl.cumsum(added, axis=0) + before[None, :])
-        place = rotation + (head * padded + t)[:, None] * R + n[None, :]
-        tl.store(place, cos.to(rotation.dtype.element_ty), (n < R)[None, :])
-        tl.store(place + batch.to(tl.int64) * H * padded * R, sin.to(rotation.dtype.element_ty), (n < R)[None, :])
+    half = tl.load(half_turn + (b * padded + t)[:, None] * R + n[None, :], (n < R)[None, :], 0.0)
+    added = tl.load(scalars + head * padded + t)[:, None] * half
+    before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + n, n < R, 0.0)
+    cos, sin = cos_sin(tl.cumsum(added, axis=0) + before[None, :])
+    place = rotation + (head * padded + t)[:, None] * R + n[None, :]
+    tl.store(place, cos.to(rotation.dtype.element_ty), (n < R)[None, :])
+    tl.store(place + batch.to(tl.int64) * H * padded * R, sin.to(rotation.dtype.element_ty), (n < R)[None, :])
     even_product, odd_product = tl.full([CHUNK, N // 2], 1.0, tl.float32), tl.full([CHUNK, N // 2], 1.0, tl.float32)
     for i in tl.static_range(2):  # key, then query
         place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
@@ -885,8 +877,7 @@ def rotate(
         odd = tl.load(place + N // 2).to(tl.float32) + tl.load(bias + N // 2)[None, :]
         even_product *= even
         odd_product *= odd
-        if R > 0:
-            even, odd = even * cos - odd * sin, even * sin + odd * cos
+        even, odd = even * cos - odd * sin, even * sin + odd * cos
         place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t)[:, None] * N + n[None, :]
         tl.store(place, even.to(rotated.dtype.element_ty))
         tl.store(place + N // 2, odd.to(rotated.dtype.element_ty))
@@ -948,7 +939,7 @@ def scan_forward(
     ssm = tl.load(ssm_in + head.to(tl.int64) * P * N + square)
     for chunk in tl.range(chunks, num_stages=2):
         t = chunk * CHUNK
-        value = read(projected, [b, t, (R > 0) * H * P + h * P])
+        value = read(projected, [b, t, (H + h) * P])
         key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         old = ssm.to(dtype)
@@ -959,9 +950,8 @@ def scan_forward(
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
         out = dot(query, tl.trans(old)) * exp2(decay_sum, FAST)[:, None]
         out = dot(decayed.to(dtype), value, out)
-        if R > 0:
-            gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
-            out *= gate * sigmoid
+        gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
+        out *= gate * sigmoid
         write(y, [b, t, h * P], out)
         to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
         ssm = dot(tl.trans(value), to_end, ssm * exp2(end, FAST))
@@ -987,13 +977,12 @@ def scan_backward(
         place = head * chunks + chunk
         tl.store(d_end + place, at_end)
         d_out = read(d_y, [b, t, h * P])
-        if R > 0:
-            gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
-            d_gated = d_out.to(tl.float32)
-            d_gate = read(y, [b, t, h * P]).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
-            write(d_projected, [b, t, h * P], d_gated * d_gate)
-            d_out = (d_gated * gate * sigmoid).to(dtype)
-        value = read(projected, [b, t, (R > 0) * H * P + h * P])
+        gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
+        d_gated = d_out.to(tl.float32)
+        d_gate = read(y, [b, t, h * P]).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
+        write(d_projected, [b, t, h * P], d_gated * d_gate)
+        d_out = (d_gated * gate * sigmoid).to(dtype)
+        value = read(projected, [b, t, (H + h) * P])
         key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         to_end, from_start, old = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None], d_ssm.to(dtype)
@@ -1003,7 +992,7 @@ def scan_backward(
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
         d_value = dot(key, tl.trans(old)) * to_end
         d_value = dot(decayed, d_out, d_value)
-        write(d_projected, [b, t, (R > 0) * H * P + h * P], d_value)
+        write(d_projected, [b, t, (H + h) * P], d_value)
         d_decayed = dot(value, tl.trans(d_out))
         tl.store(d_diagonal + place * CHUNK + i, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
         d_scores = (d_decayed * decay).to(dtype)
@@ -1038,28 +1027,26 @@ def features_backward(
         own_even, own_odd = even + tl.load(bias)[None, :], odd + tl.load(bias + N // 2)[None, :]
         d_place = d_rotated + place[:, None] * N + n[None, :]
         d_even, d_odd = tl.load(d_place).to(tl.float32), tl.load(d_place + N // 2).to(tl.float32)
-        if R > 0:
-            turn_place = rotation + (head * padded + t)[:, None] * R + n[None, :]
-            cos = tl.load(turn_place, (n < R)[None, :], 1.0).to(tl.float32)
-            turn_place += (batch * H).to(tl.int64) * padded * R
-            sin = tl.load(turn_place, (n < R)[None, :], 0.0).to(tl.float32)
-            d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
-            turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
-            tl.store(d_turn + place[:, None] * R + n[None, :], turned.to(d_turn.dtype.element_ty), (n < R)[None, :])
+        turn_place = rotation + (head * padded + t)[:, None] * R + n[None, :]
+        cos = tl.load(turn_place, (n < R)[None, :], 1.0).to(tl.float32)
+        turn_place += (batch * H).to(tl.int64) * padded * R
+        sin = tl.load(turn_place, (n < R)[None, :], 0.0).to(tl.float32)
+        d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
+        turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
+        tl.store(d_turn + place[:, None] * R + n[None, :], turned.to(d_turn.dtype.element_ty), (n < R)[None, :])
         tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1))
         tl.store(d_bias, tl.sum(d_even, axis=0))
         tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0))
         all_even += d_even
         all_odd += d_odd
     total, n = tl.reshape(tl.join(all_even, all_odd), [CHUNK, N]), tl.arange(0, N)
-    place = (b * length + t).to(tl.int64)[:, None] * WIDTH + (1 + (R > 0)) * H * P + k * N + n[None, :]
-    if R > 0:
-        x = tl.load(projected + place, (t < length)[:, None], 0.0).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
-        x *= factor
-        tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(total * x, axis=0))
-        total *= tl.load(norms + k * N + n)[None, :]
-        total = factor * (total - x * (tl.sum(total * x, axis=1) / N)[:, None])
+    place = (b * length + t).to(tl.int64)[:, None] * WIDTH + 2 * H * P + k * N + n[None, :]
+    x = tl.load(projected + place, (t < length)[:, None], 0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
+    x *= factor
+    tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(total * x, axis=0))
+    total *= tl.load(norms + k * N + n)[None, :]
+    total = factor * (total - x * (tl.sum(total * x, axis=1) / N)[:, None])
     tl.store(d_projected + place, total.to(d_projected.dtype.element_ty), (t < length)[:, None])
 
 
@@ -1073,19 +1060,19 @@ def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 
 @jit
 def tokens_backward(
-    projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
+    projected, step_bias, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
     d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded, program = tl.num_programs(0) * CHUNK, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, triton.next_power_of_2(H))
-    r = tl.arange(0, triton.next_power_of_2(R + (R == 0)))
+    r = tl.arange(0, triton.next_power_of_2(R))
     live = t < length
     dtype = projected.dtype.element_ty
     mask = live[:, None] & (h < H)[None, :]
-    place = (b * length + t).to(tl.int64) * WIDTH + (1 + (R > 0)) * H * P + 2 * N
+    place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + 2 * N
     row, d_row = projected + place, d_projected + place
-    raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, decay_rate, h, H, R)
+    raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, h, H)
     place, plane, heads = ((b * H + h) * padded)[None, :] + t[:, None], batch * H * padded, (h < H)[None, :]
     d_own, d_weight = weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_current = d_own + d_weight
@@ -1098,44 +1085,41 @@ def tokens_backward(
         start = tl.load(document_start + b * length + t, live, 0)
         d_log_decay = tl.where((start != 0)[:, None], 0.0, d_log_decay)
     d_step = share * d_current + rate * d_log_decay
-    if R > 0:
-        # This token's step also weighs the key before it.
-        before = mask & (t > 0)[:, None]
-        _, d_previous = weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
-        d_step += (1.0 - share) * d_previous
-        # An angle's rate turns all later tokens.
-        turning = live[:, None] & (r < R)[None, :]
-        half = tl.load(half_turn + (b * padded + t)[:, None] * R + r[None, :], turning, 0.0)
-        d_half = tl.zeros_like(half)
-        for k in range(H):
-            head = (b * H + k).to(tl.int64)
-            own_place = d_turn + (head * padded + t)[:, None] * R + r[None, :]
-            own = tl.load(own_place, turning, 0.0).to(tl.float32)
-            own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
-            later = tl.load(d_turns + (head * tl.num_programs(0) + chunk) * R + r, r < R, 0.0)
-            turned = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
-            d_half += tl.load(scalars + head * padded + t)[:, None] * turned
-            d_step += tl.where((h == k)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
-        tl.store(d_row[:, None] + 3 * H + r[None, :], (d_half * (0.5 - 2.0 * half * half)).to(dtype), turning)
-        d_decay = tl.where(rate < -1e-4, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
-        d_share = step * (d_current - d_previous) * share * (1.0 - share)
-        tl.store(d_row[:, None] + H + h[None, :], d_decay.to(dtype), mask)
-        tl.store(d_row[:, None] + 2 * H + h[None, :], d_share.to(dtype), mask)
-    else:
-        tl.store(d_heads + (program * 2 + 1) * H + h, tl.sum(tl.where(mask, step * d_log_decay, 0.0), axis=0), h < H)
+    # This token's step also weighs the key before it.
+    before = mask & (t > 0)[:, None]
+    _, d_previous = weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
+    d_step += (1.0 - share) * d_previous
+    # An angle's rate turns all later tokens.
+    turning = live[:, None] & (r < R)[None, :]
+    half = tl.load(half_turn + (b * padded + t)[:, None] * R + r[None, :], turning, 0.0)
+    d_half = tl.zeros_like(half)
+    for k in range(H):
+        head = (b * H + k).to(tl.int64)
+        own_place = d_turn + (head * padded + t)[:, None] * R + r[None, :]
+        own = tl.load(own_place, turning, 0.0).to(tl.float32)
+        own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
+        later = tl.load(d_turns + (head * tl.num_programs(0) + chunk) * R + r, r < R, 0.0)
+        turned = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
+        d_half += tl.load(scalars + head * padded + t)[:, None] * turned
+        d_step += tl.where((h == k)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
+    tl.store(d_row[:, None] + 3 * H + r[None, :], (d_half * (0.5 - 2.0 * half * half)).to(dtype), turning)
+    d_decay = tl.where(rate < -1e-4, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
+    d_share = step * (d_current - d_previous) * share * (1.0 - share)
+    tl.store(d_row[:, None] + H + h[None, :], d_decay.to(dtype), mask)
+    tl.store(d_row[:, None] + 2 * H + h[None, :], d_share.to(dtype), mask)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
     tl.store(d_row[:, None] + h[None, :], d_raw.to(dtype), mask)
-    tl.store(d_heads + program * 2 * H + h, tl.sum(d_raw, axis=0), h < H)
+    tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0), h < H)
 
 
 _given = (
-    "Tensor projected, Tensor step_bias, Tensor skip, Tensor biases, Tensor? norms, Tensor? decay_rate,"
-    " Tensor? document_start, Tensor ssm_in, Tensor turn_in"
+    "Tensor projected, Tensor step_bias, Tensor skip, Tensor biases, Tensor norms, Tensor? document_start,"
+    " Tensor ssm_in, Tensor turn_in"
 )
 _forward_schema = f"({_given}, int[] sizes, int chunk) -> ({', '.join(['Tensor'] * 9)})"
 _backward_schema = (
     f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, {_given}, Tensor[] saved, int[] sizes, int chunk)"
-    f" -> ({', '.join(['Tensor'] * 8)})"
+    f" -> ({', '.join(['Tensor'] * 7)})"
 )
 
 
@@ -1156,7 +1140,7 @@ def tiles(tensor: Tensor, *block: int):
 
 
 @torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=_forward_schema)
-def fused_scan(projected, step_bias, skip, biases, norms, decay_rate, document_start, ssm_in, turn_in, sizes, chunk):
+def fused_scan(projected, step_bias, skip, biases, norms, document_start, ssm_in, turn_in, sizes, chunk):
     """y, last state and turn, and what the backward reads."""
     outputs = fused_scan_outputs(projected, sizes, chunk)
     y, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
@@ -1164,8 +1148,8 @@ def fused_scan(projected, step_bias, skip, biases, norms, decay_rate, document_s
     chunks, *constants = kernel_sizes(projected, sizes, chunk)
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
-        tokens_forward, (chunks, batch), projected, step_bias, decay_rate, norms, document_start, scalars, features,
-        half_turn, turns, length, batch, *constants,
+        tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
+        turns, length, batch, *constants,
     )  # fmt: skip
     before = F.pad(turns.cumsum(dim=1), (0, 0, 0, 0, 1, -1)) + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
@@ -1201,10 +1185,10 @@ def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple
 
 @torch.library.custom_op("golf::fused_scan_backward", mutates_args=(), schema=_backward_schema)
 def fused_scan_backward(
-    d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, norms, decay_rate, document_start, ssm_in, turn_in,
-    saved, sizes, chunk,
+    d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, norms, document_start, ssm_in, turn_in, saved,
+    sizes, chunk,
 ):  # fmt: skip
-    """Gradients of projected, the five parameters (whether they are there or not), state and turn carried in."""
+    """Gradients of projected, the four parameters, state and turn carried in."""
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
     (batch, length, _), (heads, channels, state, *_) = projected.shape, sizes
     chunks, *constants = kernel_sizes(projected, sizes, chunk)
@@ -1219,7 +1203,7 @@ def fused_scan_backward(
     )  # fmt: skip
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
-    d_heads, d_norms, d_biases = (single(programs, 2, *n) for n in ((heads,), (state,), (heads, state)))
+    d_heads, d_norms, d_biases = (single(programs, *n) for n in ((heads,), (2, state), (2, heads, state)))
     launch(
         features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
         d_scalars, d_turn, d_norms, d_biases, length, batch, *constants,
@@ -1227,17 +1211,16 @@ def fused_scan_backward(
     d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
     later = d_turns.flip(2).cumsum(dim=2).flip(2) - d_turns + d_turn_out.unsqueeze(2)
     launch(
-        tokens_backward, (chunks, batch), projected, step_bias, decay_rate, document_start, scalars, half_turn, d_turn,
-        later, d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants,
+        tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
+        d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants,
     )  # fmt: skip
-    d_step_bias, d_decay_rate = (x.clone() for x in d_heads.sum(dim=0))  # operators may not return views
-    d_parameters = d_step_bias, d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0), d_decay_rate
+    d_parameters = d_heads.sum(dim=0), d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0)
     return d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out
 
 
 @fused_scan_backward.register_fake
 def _(d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, *rest):
-    like = projected, step_bias, skip, biases, biases[:, 0], step_bias, d_ssm_out, d_turn_out
+    like = projected, step_bias, skip, biases, biases[:, 0], d_ssm_out, d_turn_out
     return tuple(x.new_empty(x.shape) for x in like)
 
 
@@ -1248,10 +1231,10 @@ def _fused_scan_context(ctx, inputs, output):
 
 def _fused_scan_autograd(ctx, d_y, d_ssm_out, d_turn_out, *_):
     grads = torch.ops.golf.fused_scan_backward(
-        d_y.contiguous(), d_ssm_out.contiguous(), d_turn_out.contiguous(), *ctx.saved_tensors[:9],
-        list(ctx.saved_tensors[9:]), ctx.sizes, ctx.chunk,
+        d_y.contiguous(), d_ssm_out.contiguous(), d_turn_out.contiguous(), *ctx.saved_tensors[:8],
+        list(ctx.saved_tensors[8:]), ctx.sizes, ctx.chunk,
     )  # fmt: skip
-    grads = *grads[:6], None, *grads[6:]
+    grads = *grads[:5], None, *grads[5:]
     return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad)), None, None
 
 
@@ -1275,9 +1258,9 @@ def triton_scan(
         added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(-1) * state.key.float().unsqueeze(-2)
         ssm, turn = evens_first(state.ssm.float() + added), state.angle.float() / (2 * math.pi)
     biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
-    norms = None if p.key_norm is None else torch.stack([p.key_norm, p.query_norm])
+    norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()
-    tensors = p.step_bias, p.skip, biases, norms, p.decay_rate, start, ssm.contiguous(), turn.contiguous()
+    tensors = p.step_bias, p.skip, biases, norms, start, ssm.contiguous(), turn.contiguous()
     y, ssm, turn, *_ = torch.ops.golf.fused_scan(projected.contiguous(), *tensors, sizes, chunk_size)
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
@@ -1286,19 +1269,16 @@ def triton_scan(
 
 
 def evens_first(x: Tensor) -> Tensor:
-    """The last dimension's even entries, then its odd ones: in the kernels' order of the state, pairs are far apart."""
+    """The last dimension's even entries, then its odd ones: the kernels' order of the state."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def choose_scan_backend(wanted: str, device: torch.device) -> str:
-    """The backend that "auto" stands for on this device. Raises UserError where the one wanted cannot run."""
+    """wanted, or what "auto" stands for on this device. Raises UserError where it cannot run."""
     gpu = device.type == "cuda"
     backend = wanted if wanted != "auto" else "triton" if gpu else "chunked"
     runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
-    need(
-        runs or backend != "triton",
-        "SCAN_BACKEND=triton needs a GPU and triton, which torch's CUDA builds bring; a slower one: SCAN_BACKEND=chunked",
-    )
+    need(runs or backend != "triton", "SCAN_BACKEND=triton needs a GPU and a CUDA build of torch; slower: chunked")
     return backend
 
 
@@ -1454,7 +1434,8 @@ class Mamba(nn.Module):
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
         s = settings
-        self.backend, self.chunk_size = choose_scan_backend(s.scan_backend, device), s.mamba_chunk_size
+        wanted = "chunked" if (s.scan_backend, s.mamba_version) == ("auto", 2) else s.scan_backend
+        self.backend, self.chunk_size = choose_scan_backend(wanted, device), s.mamba_chunk_size
         mamba3, inner, heads = s.mamba_version == 3, s.mamba_inner_dim, s.mamba_inner_dim // s.mamba_head_dim
         angles = int(s.mamba_d_state * s.mamba_rope_fraction) // 2 if mamba3 else 0
         self.sizes = MambaSizes(heads, s.mamba_head_dim, s.mamba_d_state, angles, s.mamba_version)
@@ -1503,7 +1484,7 @@ class Mamba(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices around LeakyReLU(0.5) squared."""
+    """LeakyReLU(0.5) squared between two matrices."""
 
     def __init__(self, settings: Settings):
         super().__init__()
@@ -1981,7 +1962,7 @@ class Evaluator:
             tokens, targets = self._read(context, s.train_seq_len)
             state = self.state if batch[0].context == self.state_position else None
             nats, state = self.score_function(tokens, targets, self.order, state, cache_tokens)
-            # Padding spoils the state: it is carried from full windows only.
+            # Padding spoils the state.
             full = batch[0].last - batch[0].context == s.train_seq_len
             self.state, self.state_position = (state, batch[0].last) if full else (None, -1)
             position = context + np.arange(s.train_seq_len)
@@ -2007,8 +1988,7 @@ class Evaluator:
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
         ranks.average_gradients(list(self.model.parameters()))
-        if s.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), s.ttt_grad_clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         sgd.step()
         sgd.zero_grad()
 
@@ -2052,16 +2032,15 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
 # ============
 # 8. Export
 # GPTQ moves every matrix to a grid of 6 or 8 bits per row; what is stored is compressed with LZMA behind a plain
-# header. Nothing is unpickled.
+# header, never unpickled.
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
 SDCLIP_MOST = 16.0  # the largest k tried unasked: a typical weight is 2 steps from zero
-LZMA_OVERHEAD = 1.05  # LZMA's bytes over the entropy's, as measured
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
-ARTIFACT_MAGIC = b"SSMGOLF2"
+ANS_LANES = 256  # symbols coded at once
+ARTIFACT_MAGIC = b"SSMGOLF3"
 
 
 def grid_limits(model: Model) -> dict[str, Tensor]:
@@ -2105,7 +2084,7 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
             integers = round_to_grid(p, row_scales(p, matrices[name], settings, k), matrices[name])
             counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
             bits_each = float(torch.special.entr(counts / counts.sum()).sum()) / math.log(2)
-            total += 2 * len(p) + LZMA_OVERHEAD * bits_each * p.numel() / 8
+            total += 2 * len(p) + 4 * ANS_LANES + 256 + 1.002 * bits_each * p.numel() / 8
         else:
             total += p.numel() * np.dtype(float_type(name)).itemsize
     return total
@@ -2208,21 +2187,66 @@ def quantize_model(
     return stored
 
 
-# The artifact: magic, the model's settings as a line of JSON, LZMA stream of quantize_model()'s result, SHA-256 of all
-# before it. Integers take one byte each: LZMA makes 10 to 20 % less of those than of packed bits.
+# The artifact: magic, the model's settings as a line of JSON, LZMA stream of vectors, row steps and frequencies of integers,
+# the integers, SHA-256 of all before it. LZMA would take a minute for those and 3 to 8 % more than their entropy: they are
+# coded by asymmetric numeral systems (arXiv 1311.2540).
+
+
+def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How often, of 65,536, each value of an int8 array comes, uint32 (256,), and its code, uint16. Every ANS_LANES-th number
+    goes into one state, the last first, which sheds 16 of its 32 bits where it would run over."""
+    symbols = integers.view(np.uint8).ravel()
+    counts = np.bincount(symbols, minlength=256)
+    symbols = np.append(symbols, np.full(-len(symbols) % ANS_LANES, counts.argmax(), np.uint8)).reshape(-1, ANS_LANES)
+    frequencies = np.maximum(counts * 65_536 // counts.sum(), counts > 0).astype(np.uint64)
+    frequencies[counts.argmax()] += np.uint64(65_536) - frequencies.sum()
+    starts, state, words = frequencies.cumsum() - frequencies, np.full(ANS_LANES, 65_536, np.uint64), []
+    for row in symbols[::-1]:
+        frequency = frequencies[row]
+        full = state >= frequency << 16
+        words.append(state[full] & 65_535)
+        state = np.where(full, state >> 16, state)
+        state = (state // frequency << 16) + state % frequency + starts[row]
+    words += [state >> 16, state & 65_535]
+    return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
+
+
+def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The count integers that encode_integers() was given, and the words behind its own; ValueError for others."""
+    frequencies, words = frequencies.astype(np.uint64), words.astype(np.uint64, copy=False)
+    if frequencies.sum() != 65_536:
+        raise ValueError
+    symbol_of, starts = np.repeat(np.arange(256), frequencies.astype(int)), frequencies.cumsum() - frequencies
+    low, high, words = words[:ANS_LANES], words[ANS_LANES : 2 * ANS_LANES], words[2 * ANS_LANES :]
+    state, symbols = (high << 16) + low, np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
+    for row in symbols:
+        slot = state & 65_535
+        row[:] = symbol = symbol_of[slot]
+        state = frequencies[symbol] * (state >> 16) + slot - starts[symbol]
+        (empty,) = np.nonzero(state < 65_536)
+        state[empty] = (state[empty] << 16) + words[: len(empty)]
+        words = words[len(empty) :]
+    if (state != 65_536).any():
+        raise ValueError
+    return symbols.ravel()[:count].view(np.int8), words
 
 
 def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
     """The artifact file's bytes."""
-    content = b"".join(array.cpu().numpy().tobytes() for array in stored.values())
+    arrays, codes = [], []
+    for array in (tensor.cpu().numpy() for tensor in stored.values()):
+        if array.dtype == np.int8:
+            array, code = encode_integers(array)
+            codes.append(code)
+        arrays.append(array)
+    join = lambda parts: b"".join(part.tobytes() for part in parts)
     header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
-    payload = lzma.compress(content, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    body = ARTIFACT_MAGIC + header.encode() + b"\n" + payload
+    body = ARTIFACT_MAGIC + header.encode() + b"\n" + lzma.compress(join(arrays)) + join(codes)
     return body + hashlib.sha256(body).digest()
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
-    """The model's settings in an artifact, and its LZMA stream."""
+    """The model's settings in an artifact, and what follows them."""
     need(path.is_file(), f"no artifact at {path}: set ARTIFACT or RUN_ID")
 
     def check(condition: bool, problem: str):
@@ -2255,17 +2279,21 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
         skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"))
     matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
     fields = [(name, float_type(name), shape[:1] if name in matrices else shape) for name, shape in shapes.items()]
-    fields += [(f"{name} integers", "int8", shapes[name]) for name in matrices]
+    fields += [(f"{name} integers", "<u4", 256) for name in matrices]
     try:
-        layout = np.dtype(fields)
-        size = layout.itemsize if layout.itemsize <= 1 << 28 else 0  # larger ones are not unpacked
-        content = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(payload, max_length=size)
-        (record,) = np.frombuffer(content, layout, count=1)
+        if sum(map(math.prod, shapes.values())) > 1 << 26:  # far over the cap
+            raise ValueError
+        layout, unpacker = np.dtype(fields), lzma.LZMADecompressor()
+        (record,) = np.frombuffer(unpacker.decompress(payload, layout.itemsize + 1), layout)
+        parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in shapes}
+        words = np.frombuffer(unpacker.unused_data, "<u2")
+        for name in matrices:
+            integers, words = decode_integers(record[f"{name} integers"], words, math.prod(shapes[name]))
+            parameters[name] = torch.tensor(integers).view(shapes[name]) * parameters[name].unsqueeze(1)
+        if len(words):
+            raise ValueError
     except (ValueError, lzma.LZMAError):
         raise UserError(f"{path} is not a usable artifact: its data are not its header's model") from None
-    parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in layout.names}
-    for name in matrices:
-        parameters[name] = parameters.pop(f"{name} integers") * parameters[name].unsqueeze(1)
     model = build_model(settings, ranks)
     model.load_state_dict(parameters)
     return model, settings
@@ -2389,7 +2417,6 @@ class Trainer:
         self.clock, self.steps_done = TrainingClock(), 0
 
     def announce(self):
-        """Says what will happen."""
         model, s = self.model, self.settings
         count, letters = sum(p.numel() for p in model.parameters()), layer_letters(s)
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
@@ -2575,7 +2602,7 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
-    """Settings with a run id all ranks share, the names of those given, and the ranks."""
+    """Settings with a run id that ranks share, the names of those given, and the ranks."""
     settings, given = read_settings(environment)
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     known = settings.artifact or settings.run_id or not settings.eval_only

@@ -9,10 +9,8 @@ from torch import Tensor
 
 import train_gpt as t
 
-COLUMNS = {  # of in_proj's output, as MambaSizes.columns() divides them
-    3: ("gate", "value", "key", "query", "step", "decay", "trapezoid", "angle"),
-    2: ("value", "key", "query", "step"),
-}
+# The groups of in_proj's columns, as MambaSizes.columns() divides them.
+COLUMNS = ("gate", "value", "key", "query", "step", "decay", "trapezoid", "angle")
 
 
 class ScanCase(NamedTuple):
@@ -26,8 +24,8 @@ class ScanCase(NamedTuple):
 
 
 def random_case(
-    batch: int, length: int, heads: int, channels: int, state: int, version: int = 3, rope_fraction: float = 0.5,
-    starts: Sequence[int] = (), carried: bool = False, seed: int = 0, device: torch.device | str = "cpu",
+    batch: int, length: int, heads: int, channels: int, state: int, rope_fraction: float = 0.5, starts: Sequence[int] = (),
+    carried: bool = False, seed: int = 0, device: torch.device | str = "cpu",
 ) -> ScanCase:  # fmt: skip
     """A layer with random inputs, exact in bfloat16; starts are document starts, in the last sequence only."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,16 +33,12 @@ def random_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
-    angles = int(state * rope_fraction) // 2 if version == 3 else 0
-    sizes = t.MambaSizes(heads, channels, state, angles, version)
+    angles = int(state * rope_fraction) // 2
+    sizes = t.MambaSizes(heads, channels, state, angles, 3)
     projected = normal(batch, length, sum(sizes.columns())).bfloat16().double()
     step_bias, skip = normal(heads) - 3, normal(heads)
-    if version == 3:
-        biases, norms = (1 + 0.1 * normal(2, *shape) for shape in ((heads, state), (state,)))
-        parameters = t.MambaParameters(step_bias, skip, *biases, *norms)
-    else:
-        no_bias = torch.zeros_like(normal(heads, state))
-        parameters = t.MambaParameters(step_bias, skip, no_bias, no_bias, decay_rate=-normal(heads).exp())
+    biases, norms = (1 + 0.1 * normal(2, *shape) for shape in ((heads, state), (state,)))
+    parameters = t.MambaParameters(step_bias, skip, *biases, *norms)
     document_start = None
     if starts:
         document_start = torch.zeros(batch, length, dtype=torch.bool, device=device)
@@ -80,7 +74,7 @@ def results(
     outcome = {"y": y, **{f"final {name}": x for name, x in final._asdict().items()}}
     outcome["final angle"] = torch.stack([final.angle.cos(), final.angle.sin()])  # a point on the circle
     groups = d_projected.split(case.sizes.columns(), dim=-1)
-    outcome |= {f"d {name}": x for name, x in zip(COLUMNS[case.sizes.version], groups)}
+    outcome |= {f"d {name}": x for name, x in zip(COLUMNS, groups)}
     return {name: x.detach() for name, x in (outcome | dict(zip(learned, gradients))).items()}
 
 

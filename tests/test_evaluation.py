@@ -212,7 +212,7 @@ def test_a_state_is_warmed_up_where_it_was_not_carried(world_size, chunk):
 @each_mode
 @pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
 def test_batching_windows_changes_neither_scores_nor_adaptation(mode, ttt_enabled):
-    changes = {"eval_mode": mode, "ttt_enabled": ttt_enabled, "ttt_grad_clip": 0.0, "ttt_momentum": 0.0}
+    changes = {"eval_mode": mode, "ttt_enabled": ttt_enabled, "ttt_momentum": 0.0}
     many, few = (tiny(val_batch_size=size, **changes) for size in (32 * 7, 1))
     model, stream = random_model(many), document_stream(230)
     assert np.allclose(evaluate(model, many, stream).nats, evaluate(model, few, stream).nats, atol=1e-3)

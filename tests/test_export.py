@@ -10,9 +10,12 @@ import re
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import SOLO, bounded, random_model, random_tokens, relative, run_ranks, tiny, with_settings
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_gpt as t
 
@@ -221,7 +224,7 @@ def test_gradients_pass_straight_through_the_rounding():
 
 
 def wide_model() -> tuple[t.Settings, t.Model]:
-    """Some 250,000 Gaussian weights: enough for LZMA to behave as on a real model."""
+    """Some 250,000 Gaussian weights."""
     settings = tiny(model_dim=128, mamba_head_dim=32, sdclip_k=0.0)
     return settings, random_model(settings)
 
@@ -355,12 +358,14 @@ def payload_of(data: bytes) -> bytes:
     return data[data.index(b"\n") + 1 : -32]
 
 
-def content_of(data: bytes) -> bytes:
-    return lzma.decompress(payload_of(data), format=lzma.FORMAT_RAW, filters=t.LZMA_FILTERS)
+def parts_of(data: bytes) -> tuple[bytes, bytes]:
+    """What the LZMA stream holds, and the coded integers behind it."""
+    unpacker = lzma.LZMADecompressor()
+    return unpacker.decompress(payload_of(data)), unpacker.unused_data
 
 
 def sealed(data: bytes, header: dict | list | bytes, payload: bytes | None = None) -> bytes:
-    """The artifact with another header, and perhaps another LZMA stream, under a checksum that is right."""
+    """The artifact with another header, and perhaps other data, under a checksum that is right."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     body = data[:8] + text + b"\n" + (payload_of(data) if payload is None else payload)
     return body + hashlib.sha256(body).digest()
@@ -472,10 +477,56 @@ def test_settings_in_the_header_that_cannot_be_are_refused(minute, tmp_path, cha
     refused(tmp_path / "a", sealed(minute, header_of(minute) | change))
 
 
-@pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: c[: len(c) // 2], lambda c: b""])
-def test_content_shorter_than_the_model_is_refused(minute, tmp_path, change):
-    payload = lzma.compress(change(content_of(minute)), format=lzma.FORMAT_RAW, filters=t.LZMA_FILTERS)
+@pytest.mark.parametrize(
+    "change", [lambda c: c[:-1], lambda c: c[: len(c) // 2], lambda c: b"", lambda c: c + b"xx"],
+    ids=["shorter", "half", "none", "longer"],
+)  # fmt: skip
+@pytest.mark.parametrize("part", [0, 1], ids=["LZMA", "integers"])
+def test_data_of_another_length_than_the_model_s_are_refused(minute, tmp_path, part, change):
+    parts = list(parts_of(minute))
+    parts[part] = change(parts[part])
+    payload = lzma.compress(parts[0]) + parts[1]
     assert "not its header's model" in refused(tmp_path / "a", sealed(minute, header_of(minute), payload))
+
+
+@pytest.mark.parametrize("sums", [0, 65_535, 65_537, 2**32 - 1])
+def test_frequencies_that_do_not_sum_up_are_refused(minute, tmp_path, sums):
+    content, codes = parts_of(minute)
+    table = np.frombuffer(content, "<u4", 256, len(content) - 4 * 256).astype(np.int64)
+    assert table.sum() == 65_536
+    table[table.argmax()] += sums - 65_536
+    payload = lzma.compress(content[: -4 * 256] + table.astype("<u4").tobytes()) + codes
+    assert "not its header's model" in refused(tmp_path / "a", sealed(minute, header_of(minute), payload))
+
+
+def test_integers_that_are_altered_are_refused(minute, tmp_path):
+    """Without the checksum's help: the last state of every code must be the first of the coding."""
+    content, codes = parts_of(minute)
+    for place in range(0, len(codes), 97):
+        altered = bytearray(codes)
+        altered[place] ^= 1
+        data = sealed(minute, header_of(minute), lzma.compress(content) + bytes(altered))
+        assert "not its header's model" in refused(tmp_path / "a", data)
+
+
+@given(
+    st.one_of(
+        st.lists(st.integers(-128, 127), min_size=1, max_size=2000),
+        st.tuples(st.integers(0, 2**32 - 1), st.floats(0.01, 60), st.integers(1, 70_000)).map(
+            lambda drawn: np.random.default_rng(drawn[0]).normal(size=drawn[2]) * drawn[1]
+        ),
+    )
+)
+def test_coded_integers_come_back_and_take_their_entropy(numbers):
+    integers = np.clip(np.round(numbers), -128, 127).astype(np.int8)
+    frequencies, words = t.encode_integers(integers)
+    decoded, rest = t.decode_integers(frequencies, np.append(words, np.uint16(7)), len(integers))
+    assert (decoded == integers).all()
+    assert rest.tolist() == [7]
+    counts = np.bincount(integers.view(np.uint8), minlength=256)
+    entropy = -(counts[counts > 0] * np.log2(counts[counts > 0] / len(integers))).sum()
+    # A lane's state takes 32 bits, of which 16 hold numbers; the last row may not be full; rare values cost a little more.
+    assert 16 * len(words) <= 1.004 * entropy + 32 * t.ANS_LANES + 16 * 256
 
 
 @pytest.mark.parametrize("payload", [b"", b"\0", b"\xff" * 100, bytes(range(256)) * 10], ids=len)
@@ -484,12 +535,12 @@ def test_content_that_does_not_unpack_is_refused(minute, tmp_path, payload):
 
 
 def test_a_decompression_bomb_is_not_unpacked(minute, tmp_path):
-    """40 KB that would become 256 MB: what the model needs is read, and no more; a model of 400 MB is refused."""
-    compressor = lzma.LZMACompressor(lzma.FORMAT_RAW, filters=[t.LZMA_FILTERS[0] | {"preset": 0}])
+    """40 KB that would become 256 MB: no more than the model needs is read; a model of 400 million numbers is refused."""
+    compressor = lzma.LZMACompressor(preset=0)
     bomb = b"".join([compressor.compress(bytes(1 << 20)) for _ in range(256)] + [compressor.flush()])
     assert len(bomb) < 1 << 17
     (tmp_path / "a").write_bytes(sealed(minute, header_of(minute), bomb))
-    with bounded(more_memory=160 << 20):  # the decoder's own dictionary takes 64 MB
+    with bounded(more_memory=160 << 20), pytest.raises(t.UserError, match="not its header's model"):
         t.load_model(tmp_path / "a", tiny(), set(), SOLO)
     huge = header_of(minute) | {"bigram_vocab_size": 1 << 20, "bigram_dim": 400}
     (tmp_path / "a").write_bytes(sealed(minute, huge, bomb))

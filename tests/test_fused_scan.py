@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_model, random_tokens, relative, tiny, tiny_environment
-from scan_cases import ScanCase, errors, random_case, results
+from scan_cases import COLUMNS, ScanCase, errors, random_case, results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
@@ -54,8 +54,6 @@ CASES = {  # chunk and case; a start is a position in the last sequence
     "heads of 64, state 128": (64, random_case(1, 65, 1, 64, 128, rope_fraction=1.0)),
     "documents": (16, random_case(2, 40, 1, 16, 16, starts=(0, 16, 20, 21), carried=True)),
     "documents at both ends": (16, random_case(1, 33, 1, 16, 16, starts=(0, 15, 31, 32))),
-    "Mamba-2": (16, random_case(1, 20, 3, 16, 16, version=2, carried=True)),
-    "Mamba-2, documents": (16, random_case(2, 33, 1, 16, 16, version=2, starts=(5, 16, 17), carried=True)),
 }
 
 
@@ -64,19 +62,18 @@ CASES = {  # chunk and case; a start is a position in the last sequence
 def test_outputs_states_and_every_gradient(name):
     chunk, case = CASES[name]
     expected = sequential(case)
-    without = {"d state.key", "d state.value"} if case.sizes.version == 2 else set()  # Mamba-2 has no trapezoid
     silent = {name for name, x in expected.items() if x.numel() and not x.any()}
-    assert silent <= without, "without influence the comparison is empty"
+    assert not silent, "without influence the comparison is empty"
     # Sums of logarithms that hold a document start's lose digits.
     tolerance = 1e-5 if case.document_start is None else 5e-4
     assert_all_close(results(functools.partial(fused_scan, chunk_size=chunk), case, torch.float32), expected, tolerance)
 
 
 @interpreted
-@pytest.mark.parametrize(("version", "place"), [(3, 1), (3, 16), (3, 21), (2, 16)])
-def test_a_sequence_in_two_calls_equals_one_call(version, place):
+@pytest.mark.parametrize("place", [1, 16, 21])
+def test_a_sequence_in_two_calls_equals_one_call(place):
     """Gradients too, which flow through the state between the calls."""
-    case = random_case(2, 24, 1, 16, 16, version=version, starts=(20, 21), carried=True)
+    case = random_case(2, 24, 1, 16, 16, starts=(20, 21), carried=True)
 
     def two_calls(projected, parameters, sizes, document_start, state):
         outputs = []
@@ -98,11 +95,10 @@ def test_document_starts_may_be_a_slice():
 
 
 @interpreted
-@pytest.mark.parametrize("version", [2, 3])
-def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit(version):
-    case = random_case(1, 40, 1, 16, 16, version=version)
+def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit():
+    case = random_case(1, 40, 1, 16, 16)
     parameters = t.MambaParameters(*(x if x is None else x.float() for x in case.parameters))
-    projected, other = case.projected.float(), random_case(1, 40, 1, 16, 16, version=version, seed=2).projected.float()
+    projected, other = case.projected.float(), random_case(1, 40, 1, 16, 16, seed=2).projected.float()
     y, _ = fused_scan(projected, parameters, case.sizes, None, None)
     for position in (6, 15, 16, 31, 38):
         changed = torch.cat([projected[:, : position + 1], 10 * other[:, position + 1 :]], dim=1)
@@ -112,18 +108,16 @@ def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit(version):
 
 
 @interpreted
-@pytest.mark.parametrize("version", [2, 3])
-def test_two_runs_give_the_same_bits(version):
-    case = random_case(2, 17, 1, 16, 16, version=version, starts=(3,), carried=True)
+def test_two_runs_give_the_same_bits():
+    case = random_case(2, 17, 1, 16, 16, starts=(3,), carried=True)
     first, second = (results(fused_scan, case, torch.float32) for _ in range(2))
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 def with_columns(case: ScanCase, **values: torch.Tensor | float) -> ScanCase:
     """The case with other numbers in these groups of columns of projected: gate, step, ..."""
-    names = ("gate", "value", "key", "query", "step", "decay", "trapezoid", "angle")
     projected = case.projected.clone()
-    for name, columns in zip(names, projected.split(case.sizes.columns(), dim=-1)):
+    for name, columns in zip(COLUMNS, projected.split(case.sizes.columns(), dim=-1)):
         if name in values:
             columns.copy_(torch.as_tensor(values[name], dtype=torch.float64).expand_as(columns))
     return case._replace(projected=projected)
@@ -194,9 +188,9 @@ class GolfCalls(TorchDispatchMode):
 
 
 @interpreted
-@pytest.mark.parametrize("version", [2, 3])
-def test_the_operators_keep_what_they_promise_to_the_compiler(version):
-    case = random_case(1, 17, 2, 16, 16, version=version, starts=(3,) if version == 3 else (), carried=version == 3)
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_operators_keep_what_they_promise_to_the_compiler(documents):
+    case = random_case(1, 17, 2, 16, 16, starts=(3,) if documents else (), carried=documents)
     with GolfCalls() as noted:
         results(fused_scan, case, torch.float32)
     assert len(noted.calls) >= 2  # forward and backward
@@ -205,7 +199,7 @@ def test_the_operators_keep_what_they_promise_to_the_compiler(version):
 
 
 @interpreted
-@pytest.mark.parametrize("changes", [{}, {"document_reset": True}, {"mamba_version": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"document_reset": True}], ids=str)
 def test_the_model_is_that_of_the_chunked_scan(changes):
     tokens = random_tokens(1, 33, seed=5)
     tokens[0, 13] = t.BOS_ID
