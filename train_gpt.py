@@ -2031,7 +2031,7 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
 
 # ============
 # 8. Export
-# GPTQ moves every matrix to a grid of 6 or 8 bits per row; what is stored is compressed with LZMA behind a plain
+# GPTQ moves every matrix to a grid of 6 or 8 bits per row; these and the rest are coded behind a plain
 # header, never unpickled.
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
