@@ -3,7 +3,7 @@
     python tools/package.py logs/a.txt logs/b.txt logs/c.txt --out FOLDER --name NAME --author A --github-id G
     python tools/package.py logs/a.txt ... --out FOLDER --baseline logs/x.txt logs/y.txt   # is the gain significant?
 
-FOLDER gets the script as the logs hold it, the logs, requirements.txt, submission.json and a README.md with the results.
+FOLDER gets the script as the logs hold it, the logs, requirements.txt, submission.json and a README.md with results.
 Nothing is written unless every run keeps the contest's limits and all are runs of one script with the same settings.
 What is not three seeds of FineWeb on 8×H100 is packaged as non-record, with the reasons.
 """
@@ -12,7 +12,6 @@ import argparse
 import ast
 import contextlib
 import datetime
-import io
 import itertools
 import json
 import math
@@ -107,9 +106,8 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, with the line ends that train_gpt.py writes into its log."""
     try:
-        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8").read()
+        return read_bytes(path).decode()
     except UnicodeDecodeError:
         raise PackageError(f"cannot read {path}: it is not UTF-8 text") from None
 
