@@ -165,7 +165,8 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
         "val_loss": 3.01, "val_bpb": round(bpb(3.01), 8),
         "val_loss_std": 0.01, "val_bpb_std": round(bpb(0.01), 8),  # of the sample: n - 1
         "seeds": [11, 22, 33], "bytes_total": 15_900_003, "bytes_code": (project / "train_gpt.py").stat().st_size,
-        "train_steps": 5017, "step_avg_ms": 118.17, "hardware": H100, "pytorch_version": "2.9.0", "cuda_version": "12.8",
+        "train_steps": 5017, "step_avg_ms": 118.17, "hardware": H100, "pytorch_version": "2.9.0",
+        "cuda_version": "12.8",
     }  # fmt: skip
 
 
@@ -619,7 +620,7 @@ def test_a_baseline_may_be_another_scripts_log(tmp_path):
         lines = ["some code", f"other_exact val_loss:9.9 val_bpb:{bpb(9.9):.8f}", f"ttt_exact val_loss:{loss:.8f} "]
         theirs[-1].write_text("\n".join(lines) + f"val_bpb:{bpb(loss):.8f}\nbye\n")
     assert pack(tmp_path / "out", *write_runs(tmp_path / "ours"), "--baseline", *theirs) == 0
-    assert "the baseline's 3.10500 (n=2)" in packed(tmp_path / "out")[1]
+    assert "the baseline's 3.10500 (n=2: 3.10000, 3.11000)" in packed(tmp_path / "out")[1]
 
 
 def test_an_unsound_baseline_is_refused_in_one_line(tmp_path, capsys):

@@ -263,19 +263,18 @@ def welch(ours: list[float], baseline: list[float]) -> tuple[float, float]:
 
 
 def gain_text(ours: list[float], baseline: list[float]) -> str:
-    """The test's outcome in a sentence or two."""
-    a, b = statistics.fmean(ours), statistics.fmean(baseline)
-    means = (
-        f"mean val_loss {a:.5f} (n={len(ours)}), the baseline's {b:.5f} (n={len(baseline)}), difference {a - b:+.5f}"
-    )
+    """What the test says, in sentences that hold all that is needed to repeat it."""
+    a, b, runs = statistics.fmean(ours), statistics.fmean(baseline), ", ".join(f"{loss:.5f}" for loss in baseline)
+    means = f"mean val_loss {a:.5f} (n={len(ours)}), the baseline's {b:.5f} (n={len(baseline)}: {runs})"
+    means += f", difference {a - b:+.5f} nats"
     claim = f"a gain of more than {GAIN} nats"
     if min(len(ours), len(baseline)) < 2:
-        return f"{means} nats. Whether this is {claim} cannot be tested: that takes two runs or more on each side."
+        return f"{means}. Whether this is {claim} cannot be tested: that takes two runs or more on each side."
     if len(set(ours)) == len(set(baseline)) == 1:
-        return f"{means} nats. Whether this is {claim} cannot be tested: the runs on each side do not differ."
+        return f"{means}. Whether this is {claim} cannot be tested: the runs on each side do not differ."
     t, p = welch(ours, baseline)
     verdict = f"{claim} {'holds' if p < SIGNIFICANCE else 'does NOT hold'} at p < {SIGNIFICANCE}"
-    return f"{means} nats. Welch's one-sided test: t = {t:.3f}, p = {p:.3g}; {verdict}."
+    return f"{means}. Welch's one-sided test: t = {t:.3f}, p = {p:.3g}; {verdict}."
 
 
 # ============
@@ -396,6 +395,7 @@ def readme(runs: list[Run], entry: dict, script: str, reasons: list[str], gain: 
     adapted = settings.get("ttt_enabled") and settings.get("ttt_epochs", 0) > 0
     final = f"{settings.get('eval_mode', 'its')} windows, {'with' if adapted else 'without'} test-time training"
     deviation = "" if entry["val_bpb_std"] is None else f" ± {entry['val_bpb_std']:.5f}"
+    cuda = f" and CUDA {entry['cuda_version']}" if entry["cuda_version"] else ""
     lines = [
         f"# {entry['name']}", "", entry["blurb"], "",
         f"**val_bpb {entry['val_bpb']:.5f}{deviation}** over {len(runs)} seed{'s' * (len(runs) > 1)}, "
@@ -405,11 +405,10 @@ def readme(runs: list[Run], entry: dict, script: str, reasons: list[str], gain: 
         lines += ["**Non-record**, because:", "", *(f"- {reason}" for reason in reasons), ""]
     lines += [
         "## Results", "", *results_table(runs), "",
-        f"Bytes are code ({entry['bytes_code']:,}) and artifact. std is the sample standard deviation. Before and after "
-        f"quantization: plain windows, frozen weights. Final: {final}.", "",
+        f"Bytes are code ({entry['bytes_code']:,}) and artifact. std is the sample standard deviation. Before and "
+        f"after quantization: plain windows, frozen weights. Final: {final}.", "",
         f"Training took at most {most('train_seconds'):.1f} s, evaluation {most('evaluation_seconds'):.1f} s, on "
-f"{entry['hardware']} with PyTorch {entry['pytorch_version']}"
-        + (f" and CUDA {entry['cuda_version']}." if entry["cuda_version"] else "."), "",
+        f"{entry['hardware']} with PyTorch {entry['pytorch_version']}{cuda}.", "",
     ]  # fmt: skip
     if gain:
         lines += ["## Against the baseline", "", gain[0].upper() + gain[1:], ""]
