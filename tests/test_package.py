@@ -1,0 +1,652 @@
+"""The submission folder: what it holds, what is refused in one line, and the test against a baseline."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from scipy import stats
+
+import train_gpt as t
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import package  # noqa: E402
+
+FIELDS = [
+    "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_loss_std", "val_bpb_std",
+    "seeds", "seed_results", "bytes_total", "bytes_code", "train_steps", "step_avg_ms", "hardware", "pytorch_version",
+    "cuda_version",
+]  # fmt: skip
+FILES = {"train_gpt.py", "README.md", "submission.json", "requirements.txt"}
+H100 = "8 × NVIDIA H100 80GB HBM3"
+BYTES_PER_TOKEN = 3.7
+RECORD = (11, 22, 33)  # seeds enough for one
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path_factory, monkeypatch) -> Path:
+    """A project whose script is the beginning of ours, with its settings: short, so that the tests are fast."""
+    folder = tmp_path_factory.mktemp("package") / "project"
+    folder.mkdir()
+    shutil.copy(ROOT / "requirements.txt", folder)
+    beginning, found, _ = (ROOT / "train_gpt.py").read_text().partition("\n\nFIELDS = ")
+    assert found
+    (folder / "train_gpt.py").write_text(beginning + "\nLAST = 1\n")
+    monkeypatch.setattr(package, "ROOT", folder)
+    return folder
+
+
+def bpb(loss: float, bytes_per_token: float = BYTES_PER_TOKEN) -> float:
+    return loss / math.log(2) / bytes_per_token
+
+
+def write_run(
+    folder: Path,
+    name: str,
+    loss: float = 3.0,
+    hardware: str = H100,
+    evaluation: float = 400.0,
+    bytes_per_token: float = BYTES_PER_TOKEN,
+    trained: dict | None = None,
+    machine: dict | None = None,
+    script: Path | None = None,
+    **settings,
+) -> Path:
+    """Both logs of a finished run, through the classes that write real ones; returns the text log's path. trained and
+    machine replace values of those records, keyword arguments are settings."""
+    script = script or package.ROOT / "train_gpt.py"
+    s = t.Settings(**({"run_id": name, "log_dir": str(folder)} | settings))
+    code_bytes = script.stat().st_size
+    values = {"steps": 5000, "step_avg_ms": 117.0, "bytes_total": 15_900_000, "bytes_code": code_bytes}
+    values |= {"val_loss": loss + 0.04, "val_bpb": bpb(loss + 0.04), "train_clock_seconds": 599.0} | (trained or {})
+    about = {"python": "3.12.3", "torch": "2.9.0", "cuda": "12.8", "triton": "3.5.0", "hardware": hardware}
+    about |= machine or {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "__file__", str(script))  # what Log writes first
+        log = t.Log(s, SimpleNamespace(rank=0), name)
+    asked = dataclasses.asdict(s)
+    log(
+        "  ".join(f"{key}={value}" for key, value in (about | asked).items()), "settings", machine=about, settings=asked
+    )
+    log(f"Total submission size int6+lzma: {values['bytes_total']} bytes", "trained", **values)
+    score = lambda loss: t.Score(loss, bpb(loss, bytes_per_token), None, 0)
+    t.report(log, "after_quantization", "plain", score(loss + 0.05))
+    log(f"evaluation took {evaluation:.1f}s of {s.eval_max_seconds:g}s; 0 epochs given up")
+    t.report(log, "final", "sliding_ttt", score(loss))
+    log.text.close()
+    log.records.close()
+    return folder / f"{name}.txt"
+
+
+def write_runs(folder: Path, losses=(3.00, 3.01, 3.02), **options) -> list[Path]:
+    """A run for each loss, with seeds 11, 22, 33 ..."""
+    return [write_run(folder, f"run{i}", loss, seed=11 * i, **options) for i, loss in enumerate(losses, 1)]
+
+
+def edit(path: Path, old: str, new: str, count: int = 1) -> Path:
+    text = path.read_text()
+    assert text.count(old) == count, (text.count(old), old)
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def pack(out: Path, *arguments, author: str = "A. Author") -> int:
+    """Runs the command in this process."""
+    return package.main([*map(str, arguments), "--out", str(out), "--author", author, "--name", "Entry"])
+
+
+def packed(out: Path) -> tuple[dict, str]:
+    """submission.json and README.md."""
+    return json.loads((out / "submission.json").read_text()), (out / "README.md").read_text()
+
+
+def refusal(out: Path, capsys, *arguments) -> str:
+    """The one line of a refused command, which must leave no trace."""
+    state = lambda: {path: path.stat().st_mtime_ns for path in out.parent.rglob("*") if path != out}
+    before = state()
+    assert pack(out, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("package.py: error: ")
+    assert state() == before
+    return printed.err.removeprefix("package.py: error: ").rstrip("\n")
+
+
+# ============
+# What the folder holds
+
+
+def test_the_folder_holds_script_logs_requirements_and_results(tmp_path, project):
+    logs, out = write_runs(tmp_path / "logs"), tmp_path / "new" / "entry"
+    assert pack(out, *logs, "--github-id", "someone", "--blurb", "Short.") == 0
+    copies = {f"train_seed{seed}{suffix}" for seed in RECORD for suffix in (".txt", ".jsonl")}
+    assert {path.name for path in out.iterdir()} == FILES | copies
+    assert list(out.parent.iterdir()) == [out]  # nothing temporary is left
+    assert (out / "train_gpt.py").read_bytes() == (project / "train_gpt.py").read_bytes()
+    assert (out / "requirements.txt").read_bytes() == (ROOT / "requirements.txt").read_bytes()
+    for seed, log in zip(RECORD, logs):
+        for suffix in (".txt", ".jsonl"):
+            assert (out / f"train_seed{seed}{suffix}").read_bytes() == log.with_suffix(suffix).read_bytes()
+
+
+def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, project):
+    sizes = (15_900_001, 15_900_003, 15_900_002)
+    logs = [
+        write_run(
+            tmp_path, f"run{i}", loss, seed=seed, trained={"bytes_total": size, "steps": steps, "step_avg_ms": ms}
+        )
+        for i, (loss, seed, size, steps, ms) in enumerate(
+            zip((3.00, 3.01, 3.02), RECORD, sizes, (5000, 5010, 5041), (117.0, 118.0, 119.5))
+        )
+    ]
+    assert pack(tmp_path / "out", *logs, "--github-id", "someone", "--blurb", "Short.") == 0
+    entry, _ = packed(tmp_path / "out")
+    assert list(entry) == FIELDS
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", entry.pop("date"))
+    results = entry.pop("seed_results")
+    assert list(results) == ["11", "22", "33"]
+    assert results["22"] == {
+        "val_loss": 3.01, "val_bpb": round(bpb(3.01), 8), "train_steps": 5010, "step_avg_ms": 118.0,
+        "bytes_total": 15_900_003,
+    }  # fmt: skip
+    assert entry == {
+        "author": "A. Author", "github_id": "someone", "name": "Entry", "blurb": "Short.", "track": "track_10min_16mb",
+        "val_loss": 3.01, "val_bpb": round(bpb(3.01), 8),
+        "val_loss_std": 0.01, "val_bpb_std": round(bpb(0.01), 8),  # of the sample: n - 1
+        "seeds": [11, 22, 33], "bytes_total": 15_900_003, "bytes_code": (project / "train_gpt.py").stat().st_size,
+        "train_steps": 5017, "step_avg_ms": 118.17, "hardware": H100, "pytorch_version": "2.9.0",
+        "cuda_version": "12.8",
+    }  # fmt: skip
+
+
+def test_readme_has_a_row_per_seed_their_mean_and_their_deviation(tmp_path):
+    assert pack(tmp_path / "out", *write_runs(tmp_path / "logs")) == 0
+    rows = [line.strip("| ").split(" | ") for line in packed(tmp_path / "out")[1].split("\n") if line.startswith("|")]
+    assert [row[0] for row in rows] == ["seed", "---", "11", "22", "33", "mean", "std"]
+    assert len({len(row) for row in rows}) == 1
+    second, mean, std = (dict(zip(rows[0], row)) for row in (rows[3], rows[5], rows[6]))
+    assert second["steps"] == "5,000"
+    assert second["ms/step"] == "117.00"
+    assert second["BPB before quantization"] == f"{bpb(3.05):.5f}"
+    assert second["after"] == f"{bpb(3.06):.5f}"
+    assert second["final"] == f"{bpb(3.01):.5f}"
+    assert second["bytes"] == "15,900,000"
+    assert (mean["final val_loss"], std["final val_loss"]) == ("3.01000", "0.01000")
+    assert (mean["final"], std["final"]) == (f"{bpb(3.01):.5f}", f"{bpb(0.01):.5f}")
+    assert std["bytes"] == "0"
+
+
+def test_one_run_has_no_deviation(tmp_path):
+    assert pack(tmp_path / "out", *write_runs(tmp_path / "logs", [3.0])) == 0
+    entry, text = packed(tmp_path / "out")
+    assert (entry["val_loss"], entry["val_loss_std"], entry["val_bpb_std"]) == (3.0, None, None)
+    assert "±" not in text
+    assert re.search(r"^\| std( \| –)+ \|$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "options", "reason"),
+    [
+        (3, {}, None),
+        (4, {"hardware": "8 × NVIDIA H100 SXM5 80GB"}, None),
+        (3, {"data_path": "/elsewhere/fineweb10B_sp1024"}, None),
+        (3, {"hardware": "4 × NVIDIA H100 80GB HBM3"}, "the hardware is 4 × NVIDIA H100 80GB HBM3, not 8 × H100 SXM"),
+        (3, {"hardware": "8 × NVIDIA H100 PCIe"}, "the hardware is 8 × NVIDIA H100 PCIe, not 8 × H100 SXM"),
+        (3, {"hardware": "8 × NVIDIA H1000"}, "the hardware is 8 × NVIDIA H1000, not 8 × H100 SXM"),
+        (3, {"hardware": "8 × NVIDIA H200"}, "the hardware is 8 × NVIDIA H200, not 8 × H100 SXM"),
+        (3, {"hardware": "18 × NVIDIA H100"}, "the hardware is 18 × NVIDIA H100, not 8 × H100 SXM"),
+        (3, {"data_path": "data/fineweb/books"}, "DATA_PATH=data/fineweb/books is not a folder named fineweb…"),
+        (2, {}, "2 seeds, not three or more"),
+        (1, {}, "1 seed, not three or more"),
+    ],
+)
+def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(tmp_path, capsys, seeds, options, reason):
+    logs = write_runs(tmp_path / "logs", [3.0 + i / 100 for i in range(seeds)], **options)
+    assert pack(tmp_path / "out", *logs) == 0
+    entry, text = packed(tmp_path / "out")
+    printed = capsys.readouterr().out
+    if reason is None:
+        assert entry["track"] == "track_10min_16mb"
+        assert "non-record" not in (text + printed).lower()
+    else:
+        assert entry["track"] == "non-record"
+        assert printed.count("\nnon-record: ") == 1
+        assert f"\nnon-record: {reason}" in printed
+        assert f"\n- {reason}" in text
+
+
+@pytest.mark.parametrize(
+    ("hardware", "settings"),
+    [
+        (H100, {}),
+        (H100, {"matrix_lr": 0.03, "ttt_enabled": False, "max_wallclock_seconds": 590.5, "recur_layers": "3,4"}),
+        ("2 × NVIDIA H200", {"preset": "short", "train_batch_tokens": 131_072, "sample": 'it\'s $HOME; a "b"'}),
+        ("1 × CPU x86_64, 2 threads", {"preset": "tiny", "num_layers": 2, "layer_pattern": "MA", "scalar_lr": 1e-5}),
+    ],
+)
+def test_the_readmes_command_asks_for_the_same_settings(tmp_path, hardware, settings):
+    options = {"hardware": hardware, "evaluation": 60.0, "trained": {"train_clock_seconds": 110.0}}
+    preset = t.PRESETS[settings.get("preset", "default")]
+    logs = write_runs(tmp_path / "logs", [3.0, 3.1], **options, **(preset | settings))
+    assert pack(tmp_path / "out", *logs) == 0
+    loop = re.search(r"^for seed in 11 22; do\n    (.*)\ndone$", packed(tmp_path / "out")[1], re.MULTILINE)
+    words = shlex.split(loop[1])
+    given = list(itertools.takewhile(lambda word: "=" in word, words))
+    ranks = hardware.split()[0]
+    launch = ["python"] if ranks == "1" else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    assert words[len(given) :] == [*launch, "train_gpt.py"]
+    assert given[0] == "SEED=$seed"
+    assert {word.split("=")[0].lower() for word in given[1:]} == set(settings)  # no more than what differs
+    read, _ = t.read_settings(dict(word.split("=", 1) for word in given[1:]) | {"SEED": "11"})
+    ran = json.loads(logs[0].with_suffix(".jsonl").read_text().split("\n")[0])["settings"]
+    assert dataclasses.asdict(read) | {"run_id": ran["run_id"], "log_dir": ran["log_dir"]} == ran
+
+
+def test_the_last_of_several_runs_in_one_log_counts(tmp_path, project):
+    older = tmp_path / "older.py"
+    older.write_text("# another script\n" + (project / "train_gpt.py").read_text())
+    write_run(tmp_path, "again", 3.5, seed=1, script=older)
+    log = write_run(tmp_path, "again", 3.0, seed=2)
+    assert pack(tmp_path / "out", log) == 0
+    entry, _ = packed(tmp_path / "out")
+    assert (entry["seeds"], entry["val_loss"]) == ([2], 3.0)
+
+
+def test_author_and_name_come_from_submission_json_but_not_its_blurb(tmp_path, capsys, project):
+    log, out = write_run(tmp_path / "logs", "a"), str(tmp_path / "out")
+    assert package.main([str(log), "--out", out]) == 2
+    assert "--author is missing" in capsys.readouterr().err
+    known = {"author": "Known", "github_id": None, "name": "Known name", "blurb": "Of another run.", "val_bpb": 1.0}
+    (project / "submission.json").write_text(json.dumps(known))
+    assert package.main([str(log), "--out", out, "--name", "New name"]) == 0
+    entry, text = packed(tmp_path / "out")
+    assert (entry["author"], entry["github_id"], entry["name"]) == ("Known", None, "New name")
+    assert entry["val_bpb"] == round(bpb(3.0), 8)
+    assert "Of another run" not in text + entry["blurb"]
+    assert f"{bpb(3.0):.4f} bits per byte" in entry["blurb"]
+    assert "github_id is empty" in capsys.readouterr().out
+    (project / "submission.json").write_text("{")
+    assert package.main([str(log), "--out", out, "--force"]) == 2
+    assert capsys.readouterr().err == f"package.py: error: {project}/submission.json is not JSON\n"
+
+
+def test_the_repositorys_own_log(tmp_path):
+    log = ROOT / "logs" / "h200-45s.txt"
+    script = tmp_path / "script.py"
+    script.write_text(log.read_text().split("\n" + "=" * 100 + "\n")[0])
+    command = [sys.executable, str(ROOT / "tools" / "package.py"), str(log), "--script", str(script), "--out", "entry"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("entry: 1 run(s), val_bpb 1.36226, track non-record\n")
+    entry, text = packed(tmp_path / "entry")
+    assert (tmp_path / "entry" / "train_gpt.py").read_bytes() == script.read_bytes()
+    assert list(entry) == FIELDS
+    figures = ("val_loss", "val_bpb", "bytes_total", "bytes_code", "train_steps", "step_avg_ms", "hardware")
+    wanted = [3.47191322, 1.3622593, 15_636_376, 139_974, 554, 70.53, "1 × NVIDIA H200"]
+    assert [entry[name] for name in figures] == wanted
+    assert "| 1337 | 554 | 70.53 | 1.36672 | 1.36828 | 1.36226 | 3.47191 | 15,636,376 |" in text
+    assert "MAX_WALLCLOCK_SECONDS=45 EXPORT_RESERVE_SECONDS=6 EVAL_MAX_SECONDS=180 python train_gpt.py" in text
+
+
+# ============
+# What is refused: every case writes logs, of which the first is sound, and names the line
+
+
+def other_code(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    return [edit(log, "\nclass Settings:", "\nclass settings:")]
+
+
+def shorter_code(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    return [edit(log, "\nLAST = 1\n\n===", "\n\n===")]
+
+
+def other_code_in_the_second_run(folder: Path) -> list[Path]:
+    write_run(folder, "b", seed=2)
+    script = folder.parent / "changed.py"
+    script.write_text("# new\n" + (package.ROOT / "train_gpt.py").read_text())
+    return [write_run(folder, "b", seed=2, script=script)]
+
+
+def other_code_size(folder: Path) -> list[Path]:
+    return [write_run(folder, "b", seed=2, trained={"bytes_code": 1000})]
+
+
+def without_text_score(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    lines = log.read_text().split("\n")
+    log.write_text("\n".join(lines[:-3]) + "\n")
+    return [log]
+
+
+def without_recorded_score(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    records = log.with_suffix(".jsonl")
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:-1]))
+    return [log]
+
+
+def unfinished_second_run(folder: Path) -> list[Path]:
+    """The first run's score must not stand for the second's, which stopped after its settings."""
+    log = write_run(folder, "b", seed=2)
+    settings = log.with_suffix(".jsonl").read_text().split("\n")[0]
+    with log.open("a") as text, log.with_suffix(".jsonl").open("a") as records:
+        text.write((package.ROOT / "train_gpt.py").read_text() + "\n" + "=" * 100 + "\nsettings\n")
+        records.write(settings + "\n")
+    return [log]
+
+
+def scores_disagree(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    return [edit(log, "_exact val_loss:3.00000000", "_exact val_loss:2.99000000")]
+
+
+def bpb_disagrees(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    edit(log.with_suffix(".jsonl"), f'"val_bpb": {bpb(3.0)}', f'"val_bpb": {bpb(2.99)}')
+    return [log]
+
+
+def score_is_nan(folder: Path) -> list[Path]:
+    return [write_run(folder, "b", float("nan"), seed=2)]
+
+
+def records_are_missing(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    log.with_suffix(".jsonl").unlink()
+    return [log]
+
+
+def records_are_broken(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    log.with_suffix(".jsonl").write_text('{"event": "settings"\n')
+    return [log]
+
+
+def record_is_missing(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    edit(log.with_suffix(".jsonl"), '"event": "trained"', '"event": "other"')
+    return [log]
+
+
+def text_is_binary(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    log.write_bytes(b"\xff\xfe")
+    return [log]
+
+
+def text_is_a_folder(folder: Path) -> list[Path]:
+    (folder / "b.txt").mkdir()
+    return [folder / "b.txt"]
+
+
+def text_without_script(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    log.write_text(log.read_text().split("=" * 100 + "\n")[1])
+    return [log]
+
+
+PLANTED = [
+    (
+        other_code,
+        "{b}.txt holds another script than {script}: line {changed} has 'class settings:', not 'class Settings:'",
+    ),
+    (shorter_code, "{b}.txt holds another script than {script}: line {last} has '', not 'LAST = 1'"),
+    (other_code_in_the_second_run, "{b}.txt holds another script than {script}: line 1 has '# new', not '\"\"\"Param"),
+    (other_code_size, "{b}.txt counts 1000 bytes of code, but its script has {size}"),
+    (without_text_score, "{b}.txt has no final score: the run did not finish"),
+    (without_recorded_score, "{b}.jsonl has no final score: the run did not finish"),
+    (unfinished_second_run, "{b}.txt has no final score: the run did not finish"),
+    (
+        scores_disagree,
+        "{b}.txt has the final score val_loss 2.99000000 and val_bpb {bpb}, but {b}.jsonl 3.00000000 and",
+    ),
+    (bpb_disagrees, "{b}.txt has the final score val_loss 3.00000000 and val_bpb {bpb}, but {b}.jsonl 3.00000000 and"),
+    (score_is_nan, "{b}.txt has no usable final score: val_loss nan"),
+    (records_are_missing, "cannot read {b}.jsonl: No such file or directory"),
+    (records_are_broken, "{b}.jsonl is not a run's .jsonl log"),
+    (record_is_missing, "{b}.jsonl is not a finished run's log: KeyError('trained')"),
+    (text_is_binary, "cannot read {b}.txt: it is not UTF-8 text"),
+    (text_is_a_folder, "cannot read {b}.txt: Is a directory"),
+    (text_without_script, "{b}.txt is not a run's text log: no line of 100 = ends the script in it"),
+    (lambda folder: [folder / "b.txt"], "cannot read {b}.txt: No such file or directory"),
+    (lambda folder: [folder / "b.jsonl"], "{b}.jsonl: give the run's .txt log"),
+    (lambda folder: [folder / "a.txt"], "{a}.txt is given twice"),
+]
+# The same for runs that differ from the first in one thing.
+DIFFERENT = [
+    ({"seed": 1}, "{b}.txt has SEED=1, as {a}.txt has"),
+    ({"matrix_lr": 0.03}, "{b}.txt has MATRIX_LR=0.03, but {a}.txt has 0.02"),
+    ({"tie_embeddings": False}, "{b}.txt has TIE_EMBEDDINGS=False, but {a}.txt has True"),
+    ({"sample": "Hello"}, "{b}.txt has SAMPLE=Hello, but {a}.txt has "),
+    ({"eval_only": True}, "{b}.txt is of an EVAL_ONLY run: give the log of the run that trained"),
+    ({"hardware": "8 × NVIDIA H200"}, "{b}.txt ran with hardware 8 × NVIDIA H200, but {a}.txt with " + H100),
+    ({"hardware": "H100"}, "{b}.jsonl is not a finished run's log: ValueError("),
+    ({"machine": {"torch": "2.10.0"}}, "{b}.txt ran with torch 2.10.0, but {a}.txt with 2.9.0"),
+    ({"bytes_per_token": 3.8}, "{b}.txt scored another text or used another tokenizer: 3.80000 bytes per token there"),
+    (
+        {"trained": {"bytes_total": 16_000_001}},
+        "{b}.txt: code and artifact take 16,000,001 bytes, over the cap of 16,00",
+    ),
+    ({"trained": {"train_clock_seconds": 600.2}}, "{b}.txt: training took 600.2 s, over MAX_WALLCLOCK_SECONDS=600"),
+    (
+        {"trained": {"train_clock_seconds": float("nan")}},
+        "{b}.txt: training took nan s, over MAX_WALLCLOCK_SECONDS=600",
+    ),
+    ({"max_wallclock_seconds": 500.0}, "{b}.txt: training took 599.0 s, over MAX_WALLCLOCK_SECONDS=500"),
+    (
+        {"max_wallclock_seconds": 900.0, "trained": {"train_clock_seconds": 601.0}},
+        "{b}.txt: training took 601.0 s, over the contest's 600 s",
+    ),
+    (
+        {"max_wallclock_seconds": 0.0, "trained": {"train_clock_seconds": 601.0}},
+        "{b}.txt: training took 601.0 s, over the contest's 600 s",
+    ),
+    ({"evaluation": 600.1}, "{b}.txt: evaluation took 600.1 s, over EVAL_MAX_SECONDS=600"),
+    ({"eval_max_seconds": 300.0}, "{b}.txt: evaluation took 400.0 s, over EVAL_MAX_SECONDS=300"),
+    ({"eval_max_seconds": 900.0, "evaluation": 601.0}, "{b}.txt: evaluation took 601.0 s, over the contest's 600 s"),
+]
+
+
+@pytest.mark.parametrize(("plant", "line"), PLANTED)
+def test_an_unsound_log_is_refused_in_one_line(tmp_path, capsys, project, plant, line):
+    logs, script = tmp_path / "logs", project / "train_gpt.py"
+    sound, out = write_run(logs, "a", seed=1), tmp_path / "out"
+    planted, code = plant(logs), script.read_text()
+    facts = {"a": logs / "a", "b": logs / "b", "script": script, "size": len(code.encode()), "bpb": f"{bpb(3.0):.8f}"}
+    facts |= {"changed": code.split("\n").index("class Settings:") + 1, "last": code.count("\n")}
+    capsys.readouterr()  # what the runs printed
+    assert refusal(out, capsys, sound, *planted).startswith(line.format(**facts))
+
+
+@pytest.mark.parametrize(("options", "line"), DIFFERENT)
+def test_runs_over_a_limit_or_of_other_settings_are_refused_in_one_line(tmp_path, capsys, options, line):
+    logs = tmp_path / "logs"
+    runs = [write_run(logs, "a", seed=1), write_run(logs, "b", **({"seed": 2} | options))]
+    capsys.readouterr()
+    assert refusal(tmp_path / "out", capsys, *runs).startswith(line.format(a=logs / "a", b=logs / "b"))
+
+
+def test_runs_at_the_limits_and_in_other_places_are_packaged(tmp_path):
+    at_limit = {"bytes_total": 16_000_000, "train_clock_seconds": 600.0}
+    places = {"data_path": "x/fineweb10B_sp8192", "tokenizer_path": "x/t.model", "compile_cache": "c", "artifact": "m"}
+    one = write_run(tmp_path / "one", "same", seed=1, trained=at_limit, evaluation=600.0)
+    two = write_run(tmp_path / "two", "same", seed=2, eval_nll_path="nats.npy", **places)
+    assert pack(tmp_path / "out", one, two) == 0
+    assert packed(tmp_path / "out")[0]["bytes_total"] == 16_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "the following arguments are required: LOG, --out"),
+        (["--out", "x"], "the following arguments are required: LOG"),
+        (["a.txt"], "the following arguments are required: --out"),
+        (["a.txt", "--out", "x", "--sedd", "1"], "unrecognized arguments: --sedd 1"),
+        (["a.txt", "--out", "x", "--script", "none.py"], "cannot read none.py: No such file or directory"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(tmp_path, capsys, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    assert package.main(arguments) == 2
+    assert capsys.readouterr().err == f"package.py: error: {line}\n"
+
+
+# ============
+# The folder is written whole or not at all
+
+
+def test_a_folder_with_contents_is_replaced_only_by_force(tmp_path, capsys):
+    log, out = write_run(tmp_path / "logs", "a"), tmp_path / "out"
+    out.mkdir()
+    assert pack(out, log) == 0  # it was empty
+    (out / "mine.txt").write_text("keep")
+    capsys.readouterr()
+    assert refusal(out, capsys, log) == f"{out} is not empty: --force replaces it"
+    assert (out / "mine.txt").read_text() == "keep"
+    edit(log, "_exact val_loss:3.00000000", "_exact val_loss:2.99000000")
+    assert "has the final score" in refusal(out, capsys, log, "--force")
+    edit(log, "_exact val_loss:2.99000000", "_exact val_loss:3.00000000")
+    assert pack(out, log, "--force") == 0
+    assert not (out / "mine.txt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "out"}
+
+
+@pytest.mark.parametrize("failing", ["write_bytes", "rename"])
+def test_a_failure_leaves_the_old_folder_and_nothing_half_made(tmp_path, capsys, monkeypatch, failing):
+    log, out = write_run(tmp_path / "logs", "a"), tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    original = getattr(Path, failing)
+
+    def fail(path: Path, *arguments):
+        if path.name in ("README.md", "new"):
+            raise OSError(28, "No space left on device")
+        return original(path, *arguments)
+
+    monkeypatch.setattr(Path, failing, fail)
+    capsys.readouterr()
+    assert refusal(out, capsys, log, "--force") == f"cannot write {out}: No space left on device"
+    assert (out / "old.txt").read_text() == "old"
+
+
+def test_force_never_replaces_what_is_being_read(tmp_path, capsys, monkeypatch, project):
+    log, file = write_run(tmp_path / "logs", "a"), tmp_path / "file"
+    file.touch()
+    capsys.readouterr()
+    assert refusal(tmp_path / "logs", capsys, log, "--force") == f"--out {log.parent} would replace {log}"
+    assert refusal(project, capsys, log, "--force") == f"--out {project} would replace {project}/train_gpt.py"
+    assert refusal(file, capsys, log, "--force") == f"{file} is not a folder"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert refusal(tmp_path / "here", capsys, log, "--force").startswith(f"--out {tmp_path / 'here'} would replace")
+
+
+# ============
+# The baseline
+
+
+def hand_computed_p(t_value: float) -> float:
+    """P(T < t) of Student's distribution with 4 degrees of freedom, in closed form."""
+    square = t_value**2 / (1 + t_value**2 / 4)
+    return 0.5 + 3 / 8 * math.copysign(math.sqrt(square), t_value) * (1 - square / 12)
+
+
+@pytest.mark.parametrize(("baseline_mean", "p", "holds"), [(3.045, 0.01066, False), (3.046, 0.00958, True)])
+def test_the_test_agrees_with_one_done_by_hand(tmp_path, capsys, baseline_mean, p, holds):
+    """Both samples have deviation 0.01 and n = 3: Welch's degrees of freedom are 4, the standard error is
+    0.01·sqrt(2/3), and t = (3.01 + 0.005 - the baseline's mean) / that."""
+    t_value = (3.01 + 0.005 - baseline_mean) / (0.01 * math.sqrt(2 / 3))
+    assert hand_computed_p(t_value) == pytest.approx(p, abs=5e-6)
+    losses = [baseline_mean - 0.01, baseline_mean, baseline_mean + 0.01]
+    assert package.welch([3.00, 3.01, 3.02], losses) == pytest.approx((t_value, hand_computed_p(t_value)), rel=1e-6)
+
+    ours, theirs = write_runs(tmp_path / "ours"), write_runs(tmp_path / "baseline", losses)
+    assert pack(tmp_path / "out", *ours, "--baseline", *theirs) == 0
+    sentence = packed(tmp_path / "out")[1].split("## Against the baseline\n\n")[1].split("\n")[0]
+    assert f"difference {3.01 - baseline_mean:+.5f} nats" in sentence
+    assert f"t = {t_value:.3f}, p = {p:.3g}" in sentence
+    assert ("nats holds at p < 0.01" in sentence) == holds
+    assert ("does NOT hold" in sentence) != holds
+    assert sentence[1:] in capsys.readouterr().out
+
+
+def test_the_test_is_welchs_one_sided_with_unequal_sizes_and_spreads():
+    ours, baseline = [2.991, 2.987, 2.995, 2.989], [3.012, 2.999, 3.025]
+    a, b = statistics.variance(ours) / 4, statistics.variance(baseline) / 3
+    t_value = (statistics.fmean(ours) + 0.005 - statistics.fmean(baseline)) / math.sqrt(a + b)
+    p = stats.t.cdf(t_value, (a + b) ** 2 / (a**2 / 3 + b**2 / 2))
+    assert package.welch(ours, baseline) == pytest.approx((t_value, p), rel=1e-9)
+    assert package.welch(baseline, ours)[1] > 0.9  # a worse result is no gain, however clear the difference
+
+
+def test_means_and_deviations_are_scipys():
+    values = [3.0123, 2.9987, 3.0451, 3.0002]
+    assert package.spread(values) == pytest.approx((stats.tmean(values), stats.tstd(values)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "why"),
+    [
+        ([3.0], [3.1, 3.2], "that takes two runs or more on each side"),
+        ([3.0, 3.1], [3.2], "that takes two runs or more on each side"),
+        ([3.0, 3.0], [3.1, 3.1], "the runs on each side do not differ"),
+    ],
+)
+def test_too_few_runs_cannot_be_tested(tmp_path, ours, theirs, why):
+    ours, theirs = write_runs(tmp_path / "ours", ours), write_runs(tmp_path / "theirs", theirs)
+    assert pack(tmp_path / "out", *ours, "--baseline", *theirs) == 0
+    text = packed(tmp_path / "out")[1]
+    assert f"cannot be tested: {why}." in text
+    assert " p = " not in text
+
+
+def test_a_baseline_may_be_another_scripts_log(tmp_path):
+    theirs = []
+    for i, loss in enumerate((3.1, 3.11)):
+        theirs.append(tmp_path / f"theirs{i}.log")
+        lines = ["some code", f"other_exact val_loss:9.9 val_bpb:{bpb(9.9):.8f}", f"ttt_exact val_loss:{loss:.8f} "]
+        theirs[-1].write_text("\n".join(lines) + f"val_bpb:{bpb(loss):.8f}\nbye\n")
+    assert pack(tmp_path / "out", *write_runs(tmp_path / "ours"), "--baseline", *theirs) == 0
+    assert "the baseline's 3.10500 (n=2: 3.10000, 3.11000)" in packed(tmp_path / "out")[1]
+
+
+def test_an_unsound_baseline_is_refused_in_one_line(tmp_path, capsys):
+    ours, logs, out = write_runs(tmp_path / "ours"), tmp_path / "logs", tmp_path / "out"
+    other_text = write_run(logs, "text", 3.1, seed=1, bytes_per_token=3.2)
+    same_seed = [write_run(logs, "c", 3.1, seed=1), write_run(logs, "d", 3.2, seed=1)]
+    unfinished = without_recorded_score(logs)[0]
+    empty = logs / "empty.log"
+    empty.write_text("nothing\n")
+    zero = logs / "zero.log"
+    zero.write_text("_exact val_loss:0.0 val_bpb:0.0\n")
+    capsys.readouterr()
+    refused = lambda *baseline: refusal(out, capsys, *ours, "--baseline", *baseline)
+    assert refused(other_text).startswith(f"{other_text} scored another text or used another tokenizer: 3.20000 bytes")
+    assert refused(*same_seed) == f"{same_seed[1]} has SEED=1, as another run of the baseline has"
+    assert refused(unfinished).startswith(f"{logs}/b.jsonl has no final score")
+    assert refused(empty) == f"{empty} has no final score"
+    assert refused(zero) == f"{zero} has no usable final score: val_loss 0.0, val_bpb 0.0"
+    assert refused(logs / "none.txt") == f"cannot read {logs}/none.txt: No such file or directory"
+    assert refused(ours[0]) == f"{ours[0]} is given twice"
+
+
+def test_without_scipy_a_baseline_is_refused_and_nothing_else(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    ours, theirs = write_runs(tmp_path / "ours"), write_runs(tmp_path / "theirs", [3.1, 3.2])
+    capsys.readouterr()
+    line = refusal(tmp_path / "out", capsys, *ours, "--baseline", *theirs)
+    assert line == "--baseline needs SciPy: pip install scipy"
+    assert pack(tmp_path / "out", *ours) == 0

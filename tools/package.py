@@ -1,0 +1,555 @@
+"""Makes the contest's submission folder from the logs of finished runs, one per seed.
+
+    python tools/package.py logs/a.txt logs/b.txt logs/c.txt --out FOLDER --name NAME --author A --github-id G
+    python tools/package.py logs/a.txt ... --out FOLDER --baseline logs/x.txt logs/y.txt   # is the gain significant?
+
+FOLDER gets the script as the logs hold it, the logs, requirements.txt, submission.json and a README.md with results.
+Nothing is written unless every run keeps the contest's limits and all are runs of one script with the same settings.
+What is not three seeds of FineWeb on 8×H100 is packaged as non-record, with the reasons.
+"""
+
+import argparse
+import ast
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from summary import CAP, last_run
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation
+GAIN, SIGNIFICANCE = 0.005, 0.01  # nats by which a record must beat the one before, and at which p
+SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a text log
+# The last two messages of a finished run: seconds; val_loss, val_bpb.
+FINAL = re.compile(r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
+FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*$", re.MULTILINE)
+# What one run may choose differently from the next: its seed, and where its files lie.
+OUTPUTS = {"run_id", "log_dir", "artifact", "compile_cache", "eval_nll_path"}
+MAY_DIFFER = {"seed", "data_path", "tokenizer_path"} | OUTPUTS
+
+
+class PackageError(Exception):
+    """Why there is nothing to package: main() prints it as one line."""
+
+
+def need(condition, message: str) -> None:
+    """Raises PackageError unless the condition holds."""
+    if not condition:
+        raise PackageError(message)
+
+
+# ============
+# Logs
+
+
+class Score(NamedTuple):
+    """Of the validation text: nats per token, bits per byte."""
+
+    val_loss: float
+    val_bpb: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The same for every model, so it tells the validation text and the tokenizer."""
+        return self.val_loss / (self.val_bpb * math.log(2))
+
+
+class Finished(NamedTuple):
+    """What is known of every finished run, ours or a baseline's."""
+
+    text: str
+    events: dict[str, dict]
+    seed: int
+    score: Score
+    evaluation_seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run's two logs say. Seconds are of the clocks, limits what the settings allow them."""
+
+    path: Path
+    settings: dict
+    machine: dict
+    ranks: int
+    seed: int
+    steps: int
+    step_ms: float
+    before_bpb: float
+    after_bpb: float
+    final: Score
+    bytes_total: int
+    bytes_code: int
+    train_seconds: float
+    train_limit: float
+    evaluation_seconds: float
+    evaluation_limit: float
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PackageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise PackageError(f"cannot read {path}: it is not UTF-8 text") from None
+
+
+def read_final(path: Path) -> Finished:
+    """The last run in a text log and in the records beside it, which must agree on the final score."""
+    text, records = read_text(path), path.with_suffix(".jsonl")
+    try:
+        events = last_run(records)
+        seed = int(events["settings"]["settings"]["seed"])
+        score = Score(*(float(events["final"][name]) for name in Score._fields)) if "final" in events else None
+    except OSError as error:
+        raise PackageError(f"cannot read {records}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise PackageError(f"{records} is not a run's .jsonl log") from None
+    need(SEPARATOR in text, f"{path} is not a run's text log: no line of 100 = ends the script in it")
+    written = FINAL.findall(text.rpartition(SEPARATOR)[2])
+    need(written, f"{path} has no final score: the run did not finish")
+    need(score, f"{records} has no final score: the run did not finish")
+    seconds, *in_text = written[-1]
+    in_records = [f"{value:.8f}" for value in score]
+    differ = f"val_loss {in_text[0]} and val_bpb {in_text[1]}, but {records} {in_records[0]} and {in_records[1]}"
+    need(in_text == in_records, f"{path} has the final score {differ}")
+    check_score(path, score)
+    return Finished(text, events, seed, score, float(seconds))
+
+
+def check_score(path: Path, score: Score) -> None:
+    usable = all(math.isfinite(value) and value > 0 for value in score)
+    need(usable, f"{path} has no usable final score: val_loss {score.val_loss}, val_bpb {score.val_bpb}")
+
+
+def read_run(path: Path, script_path: Path, script: str) -> Run:
+    """A run that may be packaged: finished, of this script, and within the contest's limits."""
+    finished = read_final(path)
+    events = finished.events
+    try:
+        settings, machine = events["settings"]["settings"], events["settings"]["machine"]
+        need(not settings["eval_only"], f"{path} is of an EVAL_ONLY run: give the log of the run that trained")
+        trained, hardware = events["trained"], str(machine["hardware"])
+        run = Run(
+            path=path,
+            settings=settings,
+            machine={"hardware": hardware, "torch": machine["torch"], "cuda": machine["cuda"]},
+            ranks=int(hardware.split(" × ")[0]),
+            seed=finished.seed,
+            steps=int(trained["steps"]),
+            step_ms=float(trained["step_avg_ms"]),
+            before_bpb=float(trained["val_bpb"]),
+            after_bpb=float(events["after_quantization"]["val_bpb"]),
+            final=finished.score,
+            bytes_total=int(trained["bytes_total"]),
+            bytes_code=int(trained["bytes_code"]),
+            train_seconds=float(trained["train_clock_seconds"]),
+            train_limit=float(settings["max_wallclock_seconds"]) or math.inf,  # 0: no limit
+            evaluation_seconds=finished.evaluation_seconds,
+            evaluation_limit=float(settings["eval_max_seconds"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackageError(f"{path.with_suffix('.jsonl')} is not a finished run's log: {error!r}") from None
+    check_code(run, finished.text, script_path, script)
+    check_limits(run)
+    return run
+
+
+def check_code(run: Run, text: str, script_path: Path, script: str) -> None:
+    """Refuses a run of another script; the text log holds the one that ran."""
+    code = text.rpartition(SEPARATOR)[0]
+    if SEPARATOR in code:  # an earlier run's messages stand before the script
+        code = code.encode()[-run.bytes_code :].decode(errors="replace")
+    lines = itertools.zip_longest(code.split("\n"), script.split("\n"))
+    for number, (ran, here) in enumerate(lines, 1):
+        if ran != here:
+            start = max(0, len(os.path.commonprefix([ran or "", here or ""])) - 20)
+            ran, here = ("nothing" if line is None else repr(line[start : start + 60]) for line in (ran, here))
+            raise PackageError(
+                f"{run.path} holds another script than {script_path}: line {number} has {ran}, not {here}"
+            )
+    size = len(code.encode())
+    need(size == run.bytes_code, f"{run.path} counts {run.bytes_code} bytes of code, but its script has {size}")
+
+
+def check_limits(run: Run) -> None:
+    """Refuses what the contest would: too many bytes, or too much time."""
+    over = f"code and artifact take {run.bytes_total:,} bytes, over the cap of {CAP:,}"
+    need(run.bytes_total <= CAP, f"{run.path}: {over}")
+    for phase, seconds, limit, name in (
+        ("training", run.train_seconds, run.train_limit, "MAX_WALLCLOCK_SECONDS"),
+        ("evaluation", run.evaluation_seconds, run.evaluation_limit, "EVAL_MAX_SECONDS"),
+    ):
+        took = f"{run.path}: {phase} took {seconds:.1f} s"
+        need(seconds <= limit, f"{took}, over {name}={limit:g}")
+        need(seconds <= MOST_SECONDS, f"{took}, over the contest's {MOST_SECONDS} s")
+
+
+def check_agreement(runs: list[Run]) -> None:
+    """Refuses runs that are not repetitions of one experiment with other seeds."""
+    first, seen = runs[0], {}
+    for run in runs:
+        need(run.seed not in seen, f"{run.path} has SEED={run.seed}, as {seen.get(run.seed)} has")
+        seen[run.seed] = run.path
+    for run in runs[1:]:
+        for name in dict.fromkeys([*first.settings, *run.settings]):
+            a, b = first.settings.get(name), run.settings.get(name)
+            need(a == b or name in MAY_DIFFER, f"{run.path} has {name.upper()}={b}, but {first.path} has {a}")
+        for name, value in first.machine.items():  # submission.json has one field for each
+            ours = run.machine[name]
+            need(ours == value, f"{run.path} ran with {name} {ours}, but {first.path} with {value}")
+        check_same_text(first.path, first.final, run.path, run.final)
+
+
+def check_same_text(path: Path, score: Score, other_path: Path, other: Score) -> None:
+    """Refuses to compare scores of different texts or tokenizers. The tolerance admits a last sequence left out."""
+    a, b = score.bytes_per_token, other.bytes_per_token
+    differ = f"{b:.5f} bytes per token there, {a:.5f} in {path}"
+    need(math.isclose(a, b, rel_tol=1e-5), f"{other_path} scored another text or used another tokenizer: {differ}")
+
+
+def read_baseline(path: Path) -> tuple[Score, int | None]:
+    """The final score and the seed of a run to compare with. Other scripts' logs have no .jsonl: then the text's last
+    exact score counts, and the seed is not known."""
+    if path.with_suffix(".jsonl").exists():
+        finished = read_final(path)
+        return finished.score, finished.seed
+    found = FOREIGN_FINAL.findall(read_text(path))
+    need(found, f"{path} has no final score")
+    score = Score(*map(float, found[-1]))
+    check_score(path, score)
+    return score, None
+
+
+# ============
+# Statistics
+
+
+class Spread(NamedTuple):
+    mean: float
+    std: float | None  # of the sample; None for a single value
+
+
+def spread(values: list[float]) -> Spread:
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def welch(ours: list[float], baseline: list[float]) -> tuple[float, float]:
+    """t and p of Welch's one-sided test that our mean lies more than GAIN below the baseline's."""
+    try:
+        from scipy.stats import ttest_ind  # only needed with a baseline
+    except ImportError:
+        raise PackageError("--baseline needs SciPy: pip install scipy") from None
+    result = ttest_ind(ours, [loss - GAIN for loss in baseline], equal_var=False, alternative="less")
+    return float(result.statistic), float(result.pvalue)
+
+
+def gain_text(ours: list[float], baseline: list[float]) -> str:
+    """What the test says, in sentences that hold all that is needed to repeat it."""
+    a, b, runs = statistics.fmean(ours), statistics.fmean(baseline), ", ".join(f"{loss:.5f}" for loss in baseline)
+    means = f"mean val_loss {a:.5f} (n={len(ours)}), the baseline's {b:.5f} (n={len(baseline)}: {runs})"
+    means += f", difference {a - b:+.5f} nats"
+    claim = f"a gain of more than {GAIN} nats"
+    if min(len(ours), len(baseline)) < 2:
+        return f"{means}. Whether this is {claim} cannot be tested: that takes two runs or more on each side."
+    if len(set(ours)) == len(set(baseline)) == 1:
+        return f"{means}. Whether this is {claim} cannot be tested: the runs on each side do not differ."
+    t, p = welch(ours, baseline)
+    verdict = f"{claim} {'holds' if p < SIGNIFICANCE else 'does NOT hold'} at p < {SIGNIFICANCE}"
+    return f"{means}. Welch's one-sided test: t = {t:.3f}, p = {p:.3g}; {verdict}."
+
+
+# ============
+# The folder
+
+
+def non_record_reasons(runs: list[Run]) -> list[str]:
+    """What keeps these runs from being a record, or nothing."""
+    reasons, hardware = [], runs[0].machine["hardware"]
+    if not re.match(r"8 × NVIDIA H100(?! PCIe| NVL)\b", hardware):
+        reasons.append(f"the hardware is {hardware}, not 8 × H100 SXM")
+    for folder in dict.fromkeys(str(run.settings.get("data_path")) for run in runs):
+        if not Path(folder).name.lower().startswith("fineweb"):
+            reasons.append(f"DATA_PATH={folder} is not a folder named fineweb…, as the contest's data are")
+    if len(runs) < 3:
+        reasons.append(f"{len(runs)} seed{'s' * (len(runs) > 1)}, not three or more")
+    return reasons
+
+
+def submission(runs: list[Run], fields: dict, record: bool) -> dict:
+    """The contest's submission.json. Steps and their time are means; bytes_total is the largest."""
+    loss, bpb = spread([run.final.val_loss for run in runs]), spread([run.final.val_bpb for run in runs])
+    rounded = lambda value: None if value is None else round(value, 8)  # as many digits as the logs
+    return {
+        **fields,
+        "date": datetime.date.today().isoformat(),
+        "track": "track_10min_16mb" if record else "non-record",
+        "val_loss": rounded(loss.mean),
+        "val_bpb": rounded(bpb.mean),
+        "val_loss_std": rounded(loss.std),
+        "val_bpb_std": rounded(bpb.std),
+        "seeds": [run.seed for run in runs],
+        "seed_results": {
+            str(run.seed): {
+                "val_loss": rounded(run.final.val_loss), "val_bpb": rounded(run.final.val_bpb),
+                "train_steps": run.steps, "step_avg_ms": round(run.step_ms, 2), "bytes_total": run.bytes_total,
+            }
+            for run in runs
+        },
+        "bytes_total": max(run.bytes_total for run in runs),
+        "bytes_code": runs[0].bytes_code,
+        "train_steps": round(statistics.fmean(run.steps for run in runs)),
+        "step_avg_ms": round(statistics.fmean(run.step_ms for run in runs), 2),
+        "hardware": runs[0].machine["hardware"],
+        "pytorch_version": runs[0].machine["torch"],
+        "cuda_version": runs[0].machine["cuda"],
+    }  # fmt: skip
+
+
+def read_defaults(script: str) -> tuple[dict, dict[str, dict]]:
+    """Defaults of the settings and of every preset, from the source: to import the script would need torch."""
+    defaults, presets = {}, {}
+    for node in ast.parse(script).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Settings":
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call) and line.value.args:
+                    with contextlib.suppress(ValueError):  # not a literal: the setting will be shown
+                        defaults[line.target.id] = ast.literal_eval(line.value.args[0])
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
+            with contextlib.suppress(ValueError):
+                presets = ast.literal_eval(node.value)
+    return defaults, presets
+
+
+def variables(run: Run, script: str) -> list[str]:
+    """NAME=value of the settings that differ from the defaults, as a shell takes them; not the seed and the outputs."""
+    try:
+        defaults, presets = read_defaults(script)
+    except SyntaxError:  # written for a newer Python: show every setting
+        defaults, presets = {}, {}
+    defaults = defaults | presets.get(run.settings.get("preset"), {})
+    shown = []
+    for name, value in run.settings.items():
+        if name in OUTPUTS | {"seed"} or (name in defaults and defaults[name] == value):
+            continue
+        text = str(int(value)) if isinstance(value, bool) else str(value)
+        text = text.removesuffix(".0") if isinstance(value, float) else text
+        shown.append(f"{name.upper()}={shlex.quote(text)}")
+    return shown
+
+
+def command(runs: list[Run], script: str) -> str:
+    """What repeats the runs, in a shell."""
+    ranks = runs[0].ranks
+    launch = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
+    line = " ".join([*variables(runs[0], script), launch, "train_gpt.py"])
+    if len(runs) == 1:
+        return f"SEED={runs[0].seed} {line}"
+    seeds = " ".join(str(run.seed) for run in runs)
+    return f"for seed in {seeds}; do\n    SEED=$seed {line}\ndone"
+
+
+def results_table(runs: list[Run]) -> list[str]:
+    """A row per seed, their mean and their standard deviation, in Markdown."""
+    columns = {
+        "steps": ([run.steps for run in runs], ",.0f"),
+        "ms/step": ([run.step_ms for run in runs], ".2f"),
+        "BPB before quantization": ([run.before_bpb for run in runs], ".5f"),
+        "after": ([run.after_bpb for run in runs], ".5f"),
+        "final": ([run.final.val_bpb for run in runs], ".5f"),
+        "final val_loss": ([run.final.val_loss for run in runs], ".5f"),
+        "bytes": ([run.bytes_total for run in runs], ",.0f"),
+    }
+    row = lambda label, cells: f"| {' | '.join([label, *cells])} |"
+    spreads = [(spread(values), form) for values, form in columns.values()]
+    return [
+        row("seed", columns),
+        row("---", ["---"] * len(columns)),
+        *(row(str(run.seed), [format(v[i], form) for v, form in columns.values()]) for i, run in enumerate(runs)),
+        row("mean", [format(s.mean, form) for s, form in spreads]),
+        row("std", ["–" if s.std is None else format(s.std, form) for s, form in spreads]),
+    ]
+
+
+def readme(runs: list[Run], entry: dict, script: str, reasons: list[str], gain: str) -> str:
+    """The folder's README.md; gain is the sentence about the baseline, or empty."""
+    settings, most = runs[0].settings, lambda name: max(getattr(run, name) for run in runs)
+    adapted = settings.get("ttt_enabled") and settings.get("ttt_epochs", 0) > 0
+    final = f"{settings.get('eval_mode', 'its')} windows, {'with' if adapted else 'without'} test-time training"
+    deviation = "" if entry["val_bpb_std"] is None else f" ± {entry['val_bpb_std']:.5f}"
+    cuda = f" and CUDA {entry['cuda_version']}" if entry["cuda_version"] else ""
+    lines = [
+        f"# {entry['name']}", "", entry["blurb"], "",
+        f"**val_bpb {entry['val_bpb']:.5f}{deviation}** over {len(runs)} seed{'s' * (len(runs) > 1)}, "
+        f"at most {entry['bytes_total']:,} of {CAP:,} bytes.", "",
+    ]  # fmt: skip
+    if reasons:
+        lines += ["**Non-record**, because:", "", *(f"- {reason}" for reason in reasons), ""]
+    lines += [
+        "## Results", "", *results_table(runs), "",
+        f"Bytes are code ({entry['bytes_code']:,}) and artifact. std is the sample standard deviation. Before and "
+        f"after quantization: plain windows, frozen weights. Final: {final}.", "",
+        f"Training took at most {most('train_seconds'):.1f} s, evaluation {most('evaluation_seconds'):.1f} s, on "
+        f"{entry['hardware']} with PyTorch {entry['pytorch_version']}{cuda}.", "",
+    ]  # fmt: skip
+    if gain:
+        lines += ["## Against the baseline", "", gain[0].upper() + gain[1:], ""]
+    lines += [
+        "## Reproduce", "", "```", "pip install -r requirements.txt", *command(runs, script).split("\n"), "```", "",
+        "The logs `train_seed*.txt` begin with the script; `train_seed*.jsonl` hold the same figures for programs.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def check_folder(out: Path, force: bool, inputs: list[Path]) -> None:
+    """Refuses a folder that must not be replaced: one in use, or one with contents unless forced."""
+    need(not out.exists() or out.is_dir(), f"{out} is not a folder")
+    for path in (*inputs, Path.cwd()):
+        need(not path.resolve().is_relative_to(out), f"--out {out} would replace {path.resolve()}")
+    try:
+        occupied = out.is_dir() and any(out.iterdir())
+    except OSError as error:
+        raise PackageError(f"cannot read {out}: {error.strerror}") from None
+    need(force or not occupied, f"{out} is not empty: --force replaces it")
+
+
+def write_folder(out: Path, files: dict[str, bytes]) -> None:
+    """Writes all of the files or none: they are put beside out, which is replaced when they are complete."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".part", dir=out.parent))
+        new, old = beside / "new", beside / "old"
+        try:
+            new.mkdir()
+            for name, data in files.items():
+                (new / name).write_bytes(data)
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            shutil.rmtree(beside)
+            raise
+        shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise PackageError(f"cannot write {out}: {error.strerror}") from None
+
+
+# ============
+# The command
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str):
+        raise PackageError(message)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a run's .txt, with its .jsonl beside it")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    parser.add_argument("--name", help="of the entry; default: submission.json's")
+    parser.add_argument("--author", help="default: submission.json's")
+    parser.add_argument("--github-id", help="default: submission.json's")
+    parser.add_argument("--blurb", help="a sentence or two on the entry; default: its result")
+    parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="LOG", help="logs of runs to beat")
+    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="what must have run; default: ours")
+    parser.add_argument("--force", action="store_true", help="replace FOLDER and all that is in it")
+    return parser.parse_args(arguments)
+
+
+def entry_fields(given: argparse.Namespace, runs: list[Run]) -> dict:
+    """Author, name and blurb. A blurb of submission.json is about other runs, so it is not taken over."""
+    path = ROOT / "submission.json"
+    try:
+        known = json.loads(read_text(path)) if path.exists() else {}
+    except ValueError:
+        raise PackageError(f"{path} is not JSON") from None
+    fields = {name: getattr(given, name) or known.get(name) for name in ("author", "github_id", "name")}
+    for name in ("author", "name"):
+        need(fields[name], f"--{name} is missing, and submission.json has none")
+    bpb = statistics.fmean(run.final.val_bpb for run in runs)
+    facts = f"{bpb:.4f} bits per byte, trained {max(run.train_seconds for run in runs):.0f} s on"
+    return fields | {"blurb": given.blurb or f"{facts} {runs[0].machine['hardware']}."}
+
+
+def package(given: argparse.Namespace) -> list[str]:
+    """Checks everything, then writes the folder; returns what to tell the user."""
+    out, paths, baseline_paths = given.out.resolve(), given.logs, given.baseline
+    for path in paths:
+        need(path.suffix == ".txt", f"{path}: give the run's .txt log")
+    for path in baseline_paths:
+        need(path.suffix in (".txt", ".log"), f"{path}: give the baseline's .txt or .log")
+    together = [path.resolve() for path in (*paths, *baseline_paths)]
+    for path in together:
+        need(together.count(path) == 1, f"{path} is given twice")
+    requirements = ROOT / "requirements.txt"
+    check_folder(out, given.force, [*paths, *baseline_paths, given.script, requirements])
+
+    script = read_text(given.script)
+    runs = [read_run(path, given.script, script) for path in paths]
+    check_agreement(runs)
+    gain = ""
+    if baseline_paths:
+        losses, seeds = [], set()
+        for path in baseline_paths:
+            score, seed = read_baseline(path)
+            check_same_text(runs[0].path, runs[0].final, path, score)
+            need(seed is None or seed not in seeds, f"{path} has SEED={seed}, as another run of the baseline has")
+            losses.append(score.val_loss)
+            seeds.add(seed)
+        gain = gain_text([run.final.val_loss for run in runs], losses)
+
+    reasons = non_record_reasons(runs)
+    entry = submission(runs, entry_fields(given, runs), record=not reasons)
+    files = {
+        "train_gpt.py": script.encode(),
+        "requirements.txt": read_bytes(requirements),
+        "submission.json": (json.dumps(entry, indent=2, ensure_ascii=False) + "\n").encode(),
+        "README.md": readme(runs, entry, script, reasons, gain).encode(),
+    }
+    for run in runs:  # named by seed: logs of several folders may share a name
+        for suffix in (".txt", ".jsonl"):
+            files[f"train_seed{run.seed}{suffix}"] = read_bytes(run.path.with_suffix(suffix))
+    write_folder(out, files)
+
+    deviation = "" if entry["val_bpb_std"] is None else f" ± {entry['val_bpb_std']:.5f}"
+    lines = [f"{given.out}: {len(runs)} run(s), val_bpb {entry['val_bpb']:.5f}{deviation}, track {entry['track']}"]
+    lines += [f"non-record: {reason}" for reason in reasons]
+    lines += ["github_id is empty: give --github-id before you submit"] * (not entry["github_id"])
+    return lines + [f"baseline: {gain}"] * bool(gain)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Packages as the command line asks; returns the exit status."""
+    try:
+        print(*package(parse(arguments)), sep="\n")
+    except PackageError as error:
+        print(f"package.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
