@@ -6,6 +6,7 @@ SAMPLE tells it what to do.
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import ablate  # noqa: E402
 
+DRAW_PLOTS = ablate.draw_plots
+
 STUB = """
 import json, os, sys, time
 from pathlib import Path
@@ -31,9 +34,9 @@ sample, seed, rate = env.get("SAMPLE", ""), int(env["SEED"]), float(env.get("MAT
 journal = Path(__file__).with_name("journal.jsonl")
 
 def note(event):
-    gpus = env.get("CUDA_VISIBLE_DEVICES")
+    gpus, pid = env.get("CUDA_VISIBLE_DEVICES"), os.getpid()
+    record = {"event": event, "run": env["RUN_ID"], "time": time.time(), "pid": pid, "gpus": gpus, "argv": sys.argv}
     with journal.open("a") as file:
-        record = {"event": event, "run": env["RUN_ID"], "time": time.time(), "pid": os.getpid(), "gpus": gpus}
         file.write(json.dumps(record) + "\\n")
 
 log = (Path(env["LOG_DIR"]) / (env["RUN_ID"] + ".jsonl")).open("a", buffering=1)
@@ -74,8 +77,6 @@ import subprocess, sys
 sys.exit(subprocess.run([sys.executable, sys.argv[2]], start_new_session=True).returncode)
 """
 
-START = "import sys, ablate; ablate.LAUNCHER = [sys.executable, sys.argv.pop(1)]; sys.exit(ablate.run(sys.argv[1:]))"
-
 
 class Bench:
     """A folder with a settings file, the stub and the output of ablate.py."""
@@ -94,13 +95,17 @@ class Bench:
             self.file.write_text(text)
         return ablate.run(self.arguments(*more))
 
-    def start(self, text: str) -> subprocess.Popen:
-        """ablate.py as a process."""
-        self.file.write_text(text)
-        command = [sys.executable, "-c", START, str(self.folder / "launcher.py"), *self.arguments()]
-        paths = {"PYTHONPATH": f"{ROOT / 'tools'}"}
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=os.environ | paths, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    def start(self, text: str) -> multiprocessing.Process:
+        """ablate.py in a copy of this process, which has imported all it needs; prints to printed.txt."""
+
+        def work():
+            with (self.folder / "printed.txt").open("w") as sys.stdout:
+                status = self.run(text)
+            os._exit(status)
+
+        process = multiprocessing.get_context("fork").Process(target=work)
+        process.start()
+        return process
 
     def journal(self, event: str) -> list[dict]:
         path = self.folder / "journal.jsonl"
@@ -147,6 +152,7 @@ def bench(tmp_path, monkeypatch) -> Bench:
     monkeypatch.setattr(ablate, "LAUNCHER", [sys.executable, "-I", "-S", "-c", at_once])
     monkeypatch.setattr(ablate, "visible_gpus", list)
     monkeypatch.setattr(ablate, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(ablate, "draw_plots", lambda *_: [])  # a second each
     return bench
 
 
@@ -186,6 +192,7 @@ def test_runs_side_by_side_have_gpus_of_their_own(bench, monkeypatch):
     assert bench.run(text) == 0
     ends, starts = ({r["run"]: r for r in bench.journal(event)} for event in ("end", "start"))
     assert {r["gpus"] for r in starts.values()} == {"0,3", "5,6"}
+    assert all("--nproc_per_node=2" in r["argv"] for r in starts.values())
     for one in starts:  # those that overlap in time differ in GPUs
         for two in starts:
             overlap = starts[two]["time"] < ends[one]["time"] and starts[one]["time"] < ends[two]["time"]
@@ -257,21 +264,22 @@ def test_failed_runs_are_repeated_on_a_restart(bench):
 HANGING = 'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nSAMPLE = "hang"\n'
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, monkeypatch, number):
+    monkeypatch.setattr(ablate, "LAUNCHER", [sys.executable, str(bench.folder / "launcher.py")])
     process = bench.start(HANGING)
     bench.wait_for_starts(4)  # base-1, slow-1, base-2, and then slow-2 beside slow-1
     hanging = [record["pid"] for record in bench.journal("start") if record["run"].startswith("slow")]
     assert len(hanging) == 2
-    process.send_signal(number)
-    text, _ = process.communicate(timeout=30) if number == signal.SIGTERM else ("", process.wait(30))
-    if number == signal.SIGTERM:
-        assert process.returncode == 130
-        assert "the same command continues" in text
+    os.kill(process.pid, number)
+    process.join(30)
+    if number == signal.SIGKILL:
+        assert all(map(is_alive, hanging))  # nobody could stop them
+    else:
+        assert process.exitcode == 130
+        assert "the same command continues" in (bench.folder / "printed.txt").read_text()
         assert "4 of 6 runs have not ended" in bench.table
         assert not any(map(is_alive, hanging))
-    else:
-        assert all(map(is_alive, hanging))  # nobody could stop them
 
     (bench.folder / "released").touch()
     assert bench.run() == 0
@@ -357,7 +365,8 @@ def test_welchs_p_is_left_out_where_it_is_undefined():
     assert ablate.welch_p([1.0, 1.0], [1.0, 1.0]) is None
 
 
-def test_plots_are_drawn_where_there_are_figures(bench):
+def test_plots_are_drawn_where_there_are_figures(bench, monkeypatch):
+    monkeypatch.setattr(ablate, "draw_plots", DRAW_PLOTS)
     bench.run(TWO)
     assert sorted(path.name for path in bench.out.glob("*.png")) == ["bpb.png", "loss.png"]
     assert "no run has a record `quantization_loss`" in bench.table
@@ -443,6 +452,15 @@ def test_without_a_reader_of_toml_the_line_says_what_to_install(bench, monkeypat
 
 # ---- The ready files, and the real program ---------------------------------------------------------------------------
 
+
+def test_help_shows_the_format():
+    command = [sys.executable, str(ROOT / "tools" / "ablate.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "[[variant]]" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
 READY = sorted((ROOT / "tools" / "ablations").glob("*.toml"))
 
 
@@ -463,31 +481,27 @@ def test_ready_files_are_valid_and_their_variants_differ(path, processes, bench)
 
 def test_the_example_in_the_help_is_valid(bench):
     lines = ablate.__doc__.splitlines()
-    first, last = (
-        lines.index("    [base]                      # what all variants share, and itself the first row of the table"),
-        -1,
-    )
-    last = max(i for i, line in enumerate(lines) if line.startswith("    seeds"))
-    bench.file.write_text("\n".join(line.strip() for line in lines[first - 4 : last + 1]))
+    first, last = (place for place, line in enumerate(lines) if line.startswith("    seeds"))
+    bench.file.write_text("\n".join(lines[first : last + 1]))
     plan = ablate.read_plan(bench.file, bench.out, t)
     assert plan.variants == ["base", "no position in attention", "hinge, one pass"]
     assert [run.seed for run in plan.runs if run.variant == "hinge, one pass"] == [1337, 1338]
     assert plan.parallel == 8
 
 
-def test_a_real_run_on_two_processes(bench, shards, monkeypatch):
+def test_a_real_run(bench, shards, monkeypatch):
     """train_gpt.py under the real torchrun writes what ablate.py reads."""
     monkeypatch.undo()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     steps = {"iterations": 2, "max_wallclock_seconds": 0.0, "device": "cpu", "ttt_enabled": False}
     paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
     settings = "".join(f'{name} = "{value}"\n' for name, value in tiny_environment(**steps, **paths).items())
-    bench.file.write_text("seeds = [7]\nprocesses = 2\n[base]\n" + settings)
+    bench.file.write_text("seeds = [7]\n[base]\n" + settings)
     assert ablate.run([str(bench.file), "--out", str(bench.out)]) == 0
     run = bench.results()["base-7"]
     log = [json.loads(line) for line in (bench.out / "runs" / "base-7" / "base-7.jsonl").read_text().splitlines()]
     assert log[0]["settings"]["seed"] == 7
-    assert log[0]["machine"]["hardware"].startswith("2 ×")
+    assert log[0]["machine"]["hardware"].startswith("1 ×")
     assert run["figures"]["bpb_final"] == log[-1]["val_bpb"] > 0
     artifact = bench.out / "runs" / "base-7" / "base-7.int6.lzma"
     assert run["figures"]["artifact_bytes"] == artifact.stat().st_size

@@ -572,8 +572,8 @@ def grouped_bars(path: Path, groups: dict[str, dict[str, list[float]]], series: 
         room = max(max(every) - min(every), 1e-3)
         axes.set_ylim(min(every) - 0.3 * room, max(every) + 0.6 * room)
     axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
-    axes.set_ylabel(unit)
-    axes.legend()
+    axes.set_ylabel(unit if from_zero else f"{unit} (not from 0)")
+    figure.legend(loc="outside upper center", ncols=len(series))
     figure.savefig(path, dpi=120)
 
 
