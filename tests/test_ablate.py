@@ -27,7 +27,7 @@ import ablate  # noqa: E402
 DRAW_PLOTS = ablate.draw_plots
 
 STUB = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 env = os.environ
 sample, seed, rate = env.get("SAMPLE", ""), int(env["SEED"]), float(env.get("MATRIX_LR", 0))
@@ -47,10 +47,15 @@ note("start")
 record("settings", settings={})
 for step in range(1, 11):
     record("train", step=step, train_loss=9 / step, train_ms=100.0 * step, progress=step / 10)
-if "hang" in sample and not journal.with_name("released").exists():
+if "wait" in sample and not journal.with_name("released").exists():
     time.sleep(60)
-if "sleep" in sample:
-    time.sleep(0.4)
+if "meet" in sample:  # goes on when so many runs have started
+    deadline = time.time() + 20
+    while journal.read_text().count('"start"') < int(sample.split()[-1]) and time.time() < deadline:
+        time.sleep(0.02)
+if "hang up" in sample:
+    os.kill(os.getppid(), signal.SIGHUP)
+    time.sleep(0.2)
 if "own error" in sample:
     print("train_gpt.py: error: no *_train_*.bin shards in data | here", file=sys.stderr)
     print("a launcher's own words about it", file=sys.stderr)
@@ -178,7 +183,7 @@ def test_every_variant_runs_with_one_seed_before_the_next_seed_and_one_at_a_time
 
 
 def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
-    text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nSAMPLE = "sleep"\n'
+    text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nSAMPLE = "meet 3"\n'
     assert bench.run(text) == 0
     moments = [(r["time"], 1) for r in bench.journal("start")] + [(r["time"], -1) for r in bench.journal("end")]
     running = [sum(change for _, change in sorted(moments)[: i + 1]) for i in range(len(moments))]
@@ -188,7 +193,7 @@ def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
 
 def test_runs_side_by_side_have_gpus_of_their_own(bench, monkeypatch):
     monkeypatch.setattr(ablate, "visible_gpus", lambda: ["0", "3", "5", "6", "7"])
-    text = 'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nSAMPLE = "sleep"\n'
+    text = 'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nSAMPLE = "meet 2"\n'
     assert bench.run(text) == 0
     ends, starts = ({r["run"]: r for r in bench.journal(event)} for event in ("end", "start"))
     assert {r["gpus"] for r in starts.values()} == {"0,3", "5,6"}
@@ -252,8 +257,7 @@ def test_a_setting_of_the_environment_counts_as_a_setting(bench, monkeypatch):
 
 
 def test_failed_runs_are_repeated_on_a_restart(bench):
-    text = TWO + 'SAMPLE = "hang silent"\nseeds = [1]\n'
-    (bench.folder / "released").touch()
+    text = TWO + 'SAMPLE = "silent"\nseeds = [1]\n'
     assert bench.run(text) == 1
     (bench.folder / "stub.py").write_text(STUB.replace('"silent"', '"nothing"'))
     assert bench.run() == 0
@@ -261,7 +265,7 @@ def test_failed_runs_are_repeated_on_a_restart(bench):
     assert "2 versions of the script" in bench.table
 
 
-HANGING = 'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nSAMPLE = "hang"\n'
+HANGING = 'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nSAMPLE = "wait"\n'
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
@@ -282,12 +286,25 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, monkeypatch, nu
         assert not any(map(is_alive, hanging))
 
     (bench.folder / "released").touch()
+    start, left_over = ablate.Runner._start, []
+    look = lambda runner, run: (left_over.extend(filter(is_alive, hanging)), start(runner, run))
+    monkeypatch.setattr(ablate.Runner, "_start", look)
     assert bench.run() == 0
-    assert not any(map(is_alive, hanging))
+    assert not left_over  # they would share the GPUs, and the folder, with the new runs
     assert sorted(bench.started()[4:]) == ["base-3", "slow-1", "slow-2", "slow-3"]
     assert {run["status"] for run in bench.results().values()} == {"complete"}
     records = (bench.out / "runs" / "slow-1" / "slow-1.jsonl").read_text()
     assert records.count('"settings"') == 2  # one record (its name and a field): nothing of the half run is left
+
+
+@pytest.mark.parametrize(("before", "status"), [(signal.SIG_IGN, 0), (signal.SIG_DFL, 130)])
+def test_a_lost_terminal_stops_it_unless_nohup_says_otherwise(bench, before, status):
+    previous = signal.signal(signal.SIGHUP, before)
+    try:
+        assert bench.run('seeds = [1]\n[base]\nPRESET = "tiny"\nSAMPLE = "hang up"\n') == status
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_two_at_once_on_one_folder_are_refused(bench, capsys):

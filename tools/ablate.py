@@ -281,8 +281,9 @@ def read_figures(run: Run) -> dict:
     if "bytes_total" in trained and "bytes_code" in trained:
         figures["artifact_bytes"] = trained["bytes_total"] - trained["bytes_code"]
     figures |= {name: trained[name] for name in ("steps", "step_avg_ms", "sdclip_k") if name in trained}
-    if "bpb_by_kind" in events.get("quantization_loss", {}):
-        figures["bpb_by_kind"] = events["quantization_loss"]["bpb_by_kind"]
+    kinds = events.get("quantization_loss", {}).get("bpb_by_kind")
+    if isinstance(kinds, dict):
+        figures["bpb_by_kind"] = {kind: lost for kind, lost in kinds.items() if isinstance(lost, (int, float))}
     return figures
 
 
@@ -374,8 +375,10 @@ class Runner:
 
     def run(self) -> bool:
         """Until all runs have ended, or a signal asks to stop; whether they have. No process is left over."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = [signal.signal(number, self._stop) for number in numbers]
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # unless ignored, as nohup does with the last
+        before = {number: signal.getsignal(number) for number in handled}
+        for number, handler in before.items():
+            signal.signal(number, handler if handler == signal.SIG_IGN else self._stop)
         try:
             while (self.waiting or self.jobs) and not self.stopping:
                 while self.waiting and self.free:
@@ -387,7 +390,7 @@ class Runner:
         finally:
             stop_processes(self.out, [job.process for job in self.jobs])
             self.bar.close()
-            for number, handler in zip(numbers, before):
+            for number, handler in before.items():
                 signal.signal(number, handler)
         return not self.jobs and not self.waiting
 
@@ -452,7 +455,7 @@ class Runner:
         for job in self.jobs:
             last = (read_records(job.run) or [{}])[-1]
             stage = {"validation": "exporting", "trained": "scoring", "after_quantization": "scoring"}
-            part = f"{last['progress']:.0%}" if "progress" in last else stage.get(last.get("event"), "starting")
+            part = f"{last['progress']:.0%} trained" if "progress" in last else stage.get(last.get("event"), "starting")
             stages.append(f"{job.run.title}: {part}")
         self.bar.set_postfix_str("; ".join([self._time_left(), *stages]), refresh=True)
 
