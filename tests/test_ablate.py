@@ -1,0 +1,525 @@
+"""Ablations: what runs, in which order and how often, what survives an interruption, and what the table says.
+
+Nearly all runs are of a stub that writes records as train_gpt.py does; its scores follow from MATRIX_LR and the seed, and
+SAMPLE tells it what to do.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import tiny_environment
+from scipy import stats
+
+import train_gpt as t
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import ablate  # noqa: E402
+
+DRAW_PLOTS = ablate.draw_plots
+
+STUB = """
+import json, os, signal, sys, time
+from pathlib import Path
+env = os.environ
+sample, seed, rate = env.get("SAMPLE", ""), int(env["SEED"]), float(env.get("MATRIX_LR", 0))
+journal = Path(__file__).with_name("journal.jsonl")
+
+def note(event):
+    gpus, pid = env.get("CUDA_VISIBLE_DEVICES"), os.getpid()
+    record = {"event": event, "run": env["RUN_ID"], "time": time.time(), "pid": pid, "gpus": gpus, "argv": sys.argv}
+    with journal.open("a") as file:
+        file.write(json.dumps(record) + "\\n")
+
+log = (Path(env["LOG_DIR"]) / (env["RUN_ID"] + ".jsonl")).open("a", buffering=1)
+def record(event, **values):
+    log.write(json.dumps({"event": event, "seconds": 0.0, **values}) + "\\n")
+
+note("start")
+record("settings", settings={})
+for step in range(1, 11):
+    record("train", step=step, train_loss=9 / step, train_ms=100.0 * step, progress=step / 10)
+if "wait" in sample and not journal.with_name("released").exists():
+    time.sleep(60)
+if "meet" in sample:  # goes on when so many runs have started
+    deadline = time.time() + 20
+    while journal.read_text().count('"start"') < int(sample.split()[-1]) and time.time() < deadline:
+        time.sleep(0.02)
+if "hang up" in sample:
+    os.kill(os.getppid(), signal.SIGHUP)
+    time.sleep(0.2)
+if "own error" in sample:
+    print("train_gpt.py: error: no *_train_*.bin shards in data | here", file=sys.stderr)
+    print("a launcher's own words about it", file=sys.stderr)
+    sys.exit(2)
+if "bug" in sample:
+    raise ZeroDivisionError("a bug")
+if "silent" in sample:
+    sys.exit(0)
+score = 1 + rate + seed / 1000
+record("trained", val_bpb=score + 0.2, bytes_total=15_000_000 + seed, bytes_code=140_000, steps=10, step_avg_ms=50.5)
+if "kinds" in sample:
+    record("quantization_loss", bpb_by_kind={"mamba": 0.002, "attention": 0.001})
+record("after_quantization", val_bpb=score + 0.3)
+if "late" in sample:
+    print("train_gpt.py: error: no score in EVAL_MAX_SECONDS", file=sys.stderr)
+    sys.exit(2)
+record("final", val_bpb=score)
+note("end")
+"""
+
+# As torchrun: the worker has a session of its own. Unlike torchrun it leaves the worker alone when it is stopped.
+LAUNCHER = """
+import subprocess, sys
+sys.exit(subprocess.run([sys.executable, sys.argv[2]], start_new_session=True).returncode)
+"""
+
+
+class Bench:
+    """A folder with a settings file, the stub and the output of ablate.py."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.file, self.out = folder, folder / "plan.toml", folder / "out"
+        (folder / "stub.py").write_text(STUB)
+        (folder / "launcher.py").write_text(LAUNCHER)
+
+    def arguments(self, *more: str) -> list[str]:
+        return [str(self.file), "--out", str(self.out), "--script", str(self.folder / "stub.py"), *more]
+
+    def run(self, text: str = "", *more: str) -> int:
+        """ablate.py in this process, on the text or the file as it was; returns the exit status."""
+        if text:
+            self.file.write_text(text)
+        return ablate.run(self.arguments(*more))
+
+    def start(self, text: str) -> multiprocessing.Process:
+        """ablate.py in a copy of this process, which has imported all it needs; prints to printed.txt."""
+
+        def work():
+            with (self.folder / "printed.txt").open("w") as sys.stdout:
+                status = self.run(text)
+            os._exit(status)
+
+        process = multiprocessing.get_context("fork").Process(target=work)
+        process.start()
+        return process
+
+    def journal(self, event: str) -> list[dict]:
+        path = self.folder / "journal.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [record for record in records if record["event"] == event]
+
+    def started(self) -> list[str]:
+        return [record["run"] for record in self.journal("start")]
+
+    def wait_for_starts(self, count: int):
+        deadline = time.monotonic() + 60
+        while len(self.started()) < count:
+            assert time.monotonic() < deadline, f"only {self.started()} started"
+            time.sleep(0.05)
+
+    @property
+    def table(self) -> str:
+        return (self.out / "table.md").read_text()
+
+    def row(self, variant: str) -> list[str]:
+        """Cells of the table's row that begins with the variant."""
+        (line,) = (line for line in self.table.splitlines() if line.startswith(f"| {variant} |"))
+        return [cell.strip() for cell in line.strip("|").replace("\\|", "/").split("|")]
+
+    def results(self) -> dict[str, dict]:
+        """results.json by run."""
+        runs = json.loads((self.out / "results.json").read_text())["runs"]
+        return {f"{run['variant']}-{run['seed']}": run for run in runs}
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Bench:
+    for name in [field.upper() for field in t.FIELDS]:
+        monkeypatch.delenv(name, raising=False)
+    bench = Bench(tmp_path)
+    at_once = "import runpy, sys; runpy.run_path(sys.argv[2])"  # no launcher, and a Python that starts quickly
+    monkeypatch.setattr(ablate, "LAUNCHER", [sys.executable, "-I", "-S", "-c", at_once])
+    monkeypatch.setattr(ablate, "visible_gpus", list)
+    monkeypatch.setattr(ablate, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(ablate, "draw_plots", lambda *_: [])  # a second each
+    return bench
+
+
+TWO = """
+seeds = [1, 2]
+[base]
+PRESET = "tiny"
+[[variant]]
+name = "high rate"
+MATRIX_LR = 0.5
+"""
+
+
+# ---- What runs, and when ---------------------------------------------------------------------------------------------
+
+
+def test_every_variant_runs_with_one_seed_before_the_next_seed_and_one_at_a_time(bench):
+    assert bench.run(TWO) == 0
+    assert bench.started() == ["base-1", "high-rate-1", "base-2", "high-rate-2"]
+    ends = [record["time"] for record in bench.journal("end")]
+    starts = [record["time"] for record in bench.journal("start")]
+    assert all(end <= start for end, start in zip(ends, starts[1:]))
+
+
+def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
+    text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nSAMPLE = "meet 3"\n'
+    assert bench.run(text) == 0
+    moments = [(r["time"], 1) for r in bench.journal("start")] + [(r["time"], -1) for r in bench.journal("end")]
+    running = [sum(change for _, change in sorted(moments)[: i + 1]) for i in range(len(moments))]
+    assert max(running) == 3
+    assert len(bench.journal("end")) == 6
+
+
+def test_runs_side_by_side_have_gpus_of_their_own(bench, monkeypatch):
+    monkeypatch.setattr(ablate, "visible_gpus", lambda: ["0", "3", "5", "6", "7"])
+    text = 'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nSAMPLE = "meet 2"\n'
+    assert bench.run(text) == 0
+    ends, starts = ({r["run"]: r for r in bench.journal(event)} for event in ("end", "start"))
+    assert {r["gpus"] for r in starts.values()} == {"0,3", "5,6"}
+    assert all("--nproc_per_node=2" in r["argv"] for r in starts.values())
+    for one in starts:  # those that overlap in time differ in GPUs
+        for two in starts:
+            overlap = starts[two]["time"] < ends[one]["time"] and starts[one]["time"] < ends[two]["time"]
+            assert one == two or not overlap or starts[one]["gpus"] != starts[two]["gpus"]
+    assert starts["base-2"]["time"] < ends["base-1"]["time"]
+
+
+def test_more_processes_than_gpus_are_refused(bench, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "visible_gpus", lambda: ["0", "1"])
+    assert bench.run(TWO, "--processes", "4") == 2
+    assert "only 2 GPUs" in capsys.readouterr().err
+    assert not bench.out.exists()
+
+
+def test_a_dry_run_lists_the_runs_and_changes_nothing(bench, capsys):
+    assert bench.run(TWO, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "high rate, seed 2 (would run): SEED=2 PRESET=tiny MATRIX_LR=0.5" in printed
+    assert "4 of 4 runs to do" in printed
+    assert not bench.out.exists()
+    assert not bench.started()
+
+
+# ---- Restarts --------------------------------------------------------------------------------------------------------
+
+
+def test_complete_runs_are_not_repeated(bench, capsys):
+    bench.run(TWO)
+    table = bench.table
+    assert bench.run() == 0
+    assert len(bench.started()) == 4
+    assert bench.table == table
+    bench.run("", "--dry-run")
+    assert "0 of 4 runs to do" in capsys.readouterr().out
+
+
+def test_only_runs_whose_settings_changed_are_repeated(bench):
+    bench.run(TWO)
+    changed = TWO.replace("0.5", "0.25").replace("[1, 2]", "[1, 2, 3]") + '[[variant]]\nname = "new"\nBETA1 = 0.8\n'
+    assert bench.run(changed) == 0
+    assert sorted(bench.started()[4:]) == [
+        "base-3", "high-rate-1", "high-rate-2", "high-rate-3", "new-1", "new-2", "new-3",
+    ]  # fmt: skip
+    assert bench.results()["high rate-1"]["figures"]["bpb_final"] == pytest.approx(1.251)
+    assert bench.run(changed.replace("0.25", "0.250")) == 0
+    assert len(bench.started()) == 11  # the same number, written otherwise
+
+
+def test_a_setting_of_the_environment_counts_as_a_setting(bench, monkeypatch):
+    monkeypatch.setenv("MATRIX_LR", "0.125")
+    bench.run(TWO)
+    assert bench.results()["base-1"]["figures"]["bpb_final"] == pytest.approx(1.126)
+    assert bench.results()["high rate-1"]["figures"]["bpb_final"] == pytest.approx(1.501)
+    monkeypatch.setenv("MATRIX_LR", "0.25")
+    bench.run()
+    assert bench.started()[4:] == ["base-1", "base-2"]
+
+
+def test_failed_runs_are_repeated_on_a_restart(bench):
+    text = TWO + 'SAMPLE = "silent"\nseeds = [1]\n'
+    assert bench.run(text) == 1
+    (bench.folder / "stub.py").write_text(STUB.replace('"silent"', '"nothing"'))
+    assert bench.run() == 0
+    assert bench.started()[3:] == ["high-rate-1"]
+    assert "2 versions of the script" in bench.table
+
+
+HANGING = 'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nSAMPLE = "wait"\n'
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, monkeypatch, number):
+    monkeypatch.setattr(ablate, "LAUNCHER", [sys.executable, str(bench.folder / "launcher.py")])
+    process = bench.start(HANGING)
+    bench.wait_for_starts(4)  # base-1, slow-1, base-2, and then slow-2 beside slow-1
+    hanging = [record["pid"] for record in bench.journal("start") if record["run"].startswith("slow")]
+    assert len(hanging) == 2
+    os.kill(process.pid, number)
+    process.join(30)
+    if number == signal.SIGKILL:
+        assert all(map(is_alive, hanging))  # nobody could stop them
+    else:
+        assert process.exitcode == 130
+        assert "the same command continues" in (bench.folder / "printed.txt").read_text()
+        assert "4 of 6 runs have not ended" in bench.table
+        assert not any(map(is_alive, hanging))
+
+    (bench.folder / "released").touch()
+    start, left_over = ablate.Runner._start, []
+    look = lambda runner, run: (left_over.extend(filter(is_alive, hanging)), start(runner, run))
+    monkeypatch.setattr(ablate.Runner, "_start", look)
+    assert bench.run() == 0
+    assert not left_over  # they would share the GPUs, and the folder, with the new runs
+    assert sorted(bench.started()[4:]) == ["base-3", "slow-1", "slow-2", "slow-3"]
+    assert {run["status"] for run in bench.results().values()} == {"complete"}
+    records = (bench.out / "runs" / "slow-1" / "slow-1.jsonl").read_text()
+    assert records.count('"settings"') == 2  # one record (its name and a field): nothing of the half run is left
+
+
+@pytest.mark.parametrize(("before", "status"), [(signal.SIG_IGN, 0), (signal.SIG_DFL, 130)])
+def test_a_lost_terminal_stops_it_unless_nohup_says_otherwise(bench, before, status):
+    previous = signal.signal(signal.SIGHUP, before)
+    try:
+        assert bench.run('seeds = [1]\n[base]\nPRESET = "tiny"\nSAMPLE = "hang up"\n') == status
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_two_at_once_on_one_folder_are_refused(bench, capsys):
+    bench.out.mkdir()
+    with (bench.out / ".lock").open("w") as lock:
+        ablate.fcntl.flock(lock, ablate.fcntl.LOCK_EX)
+        assert bench.run(TWO) == 2
+    assert "another ablate.py is at work" in capsys.readouterr().err
+    assert not bench.started()
+    assert bench.run() == 0
+
+
+# ---- Results ---------------------------------------------------------------------------------------------------------
+
+
+def test_failed_runs_are_rows_that_say_why(bench, capsys):
+    kinds = {"own": "own error", "bug": "bug", "silent": "silent", "late": "late"}
+    rows = "".join(f'[[variant]]\nname = "{name}"\nSAMPLE = "{text}"\n' for name, text in kinds.items())
+    assert bench.run('seeds = [1, 2]\n[base]\nPRESET = "tiny"\n' + rows) == 1
+    assert bench.row("own")[1:4] == ["0 of 2", "–", "–"]
+    error = "train_gpt.py: error: no *_train_*.bin shards in data / here"
+    assert bench.row("own, seed 2")[1] == f"failed: {error}"
+    assert bench.row("bug, seed 1")[1] == "failed: exit status 1: ZeroDivisionError: a bug"
+    assert bench.row("silent, seed 1")[1] == "failed: exit status 0: no output"
+    assert "no score in EVAL_MAX_SECONDS" in bench.row("late, seed 1")[1]
+    late = bench.results()["late-1"]
+    assert late["status"] == "failed"
+    assert late["figures"]["bpb_before"] == pytest.approx(1.201)  # what it had come to
+    assert bench.row("late")[5] == "–"  # but no mean is made of it
+    assert len({len(line.replace("\\|", "").split("|")) for line in bench.table.splitlines() if "|" in line}) == 1
+    assert "no *_train_*.bin shards" in capsys.readouterr().out
+
+
+def test_the_table_holds_means_deviations_and_the_test(bench):
+    bench.run(TWO.replace("[1, 2]", "[1, 2, 6]"))
+    heads = ["variant", "n", "BPB, final", "difference", "p", "before quantization", "after quantization"]
+    assert bench.row("variant") == [*heads, "artifact bytes", "ms/step"]
+    assert bench.row("base (base)") == [
+        "base (base)", "3", "1.0030 ± 0.0026", "–", "–", "1.2030 ± 0.0026", "1.3030 ± 0.0026", "14,860,003",
+        "50.5 ± 0.0",
+    ]  # fmt: skip
+    name, count, final, difference, p, *_ = bench.row("high rate")
+    assert (name, count, final, difference) == ("high rate", "3", "1.5030 ± 0.0026", "+0.5000")
+    expected = stats.ttest_ind([1.501, 1.502, 1.506], [1.001, 1.002, 1.006], equal_var=False).pvalue
+    assert float(p) == pytest.approx(expected, rel=0.05)
+    assert "2 of" not in bench.table
+
+
+def test_results_hold_every_run_with_its_settings_and_figures(bench):
+    bench.run(TWO)
+    run = bench.results()["high rate-2"]
+    assert run["settings"] == {"PRESET": "tiny", "MATRIX_LR": 0.5}
+    assert run["status"] == "complete"
+    wanted = {"bpb_before": 1.702, "bpb_after": 1.802, "bpb_final": 1.502, "artifact_bytes": 14_860_002}
+    assert run["figures"] == pytest.approx(wanted | {"steps": 10, "step_avg_ms": 50.5})
+    assert set(bench.results()) == {"base-1", "base-2", "high rate-1", "high rate-2"}
+
+
+def test_welchs_p_agrees_with_cases_computed_by_hand():
+    # Equal variances 2 and means 4 apart: t = 4/√2 with 2 degrees of freedom, where p = 1 - t/√(2 + t²) = 1 - 2/√5.
+    assert ablate.welch_p([0.0, 2.0], [4.0, 6.0]) == pytest.approx(1 - 2 / math.sqrt(5))
+    # Variances 2 and 0: t = 4 with 1 degree of freedom, where p = 1 - 2/π·atan(t). Student's test would have 2.
+    assert ablate.welch_p([0.0, 2.0], [5.0, 5.0]) == pytest.approx(1 - 2 / math.pi * math.atan(4))
+
+
+def test_welchs_p_agrees_with_scipy_on_uneven_groups():
+    one, two = [1.31, 1.35, 1.32, 1.40], [1.28, 1.29]
+    means_and_spreads = (stats.tmean(one), stats.tstd(one), 4, stats.tmean(two), stats.tstd(two), 2)
+    expected = stats.ttest_ind_from_stats(*means_and_spreads, equal_var=False).pvalue
+    assert ablate.welch_p(one, two) == pytest.approx(expected)
+
+
+def test_welchs_p_is_left_out_where_it_is_undefined():
+    assert ablate.welch_p([1.0], [2.0, 3.0]) is None
+    assert ablate.welch_p([1.0, 1.0], [1.0, 1.0]) is None
+
+
+def test_plots_are_drawn_where_there_are_figures(bench, monkeypatch):
+    monkeypatch.setattr(ablate, "draw_plots", DRAW_PLOTS)
+    bench.run(TWO)
+    assert sorted(path.name for path in bench.out.glob("*.png")) == ["bpb.png", "loss.png"]
+    assert "no run has a record `quantization_loss`" in bench.table
+    bench.run(TWO.replace('"tiny"', '"tiny"\nSAMPLE = "kinds"'))
+    pictures = {path.name: path.read_bytes() for path in bench.out.glob("*.png")}
+    assert set(pictures) == {"bpb.png", "loss.png", "quantization_loss.png"}
+    assert all(data.startswith(b"\x89PNG") and len(data) > 5000 for data in pictures.values())
+    assert "no run has a record" not in bench.table
+
+
+# ---- Mistakes --------------------------------------------------------------------------------------------------------
+
+BASE = 'seeds = [1]\n[base]\nPRESET = "tiny"\n'
+MISTAKES = {
+    "a misspelt setting": (BASE + "MATRX_LR = 1\n", "[base]: MATRX_LR is not a setting; did you mean MATRIX_LR?"),
+    "a setting in lower case": (BASE + "num_layers = 3\n", "num_layers is not a setting; did you mean NUM_LAYERS?"),
+    "a value of the wrong type": (BASE + "NUM_LAYERS = 3.5\n", 'NUM_LAYERS="3.5" should be a whole number'),
+    "a list": (BASE + "MAMBA_LAYERS = [0, 1]\n", "MAMBA_LAYERS should be a string, a number, true or false"),
+    "an impossible value": (
+        BASE + '[[variant]]\nname = "x"\nBETA1 = 2\n',
+        "variant 'x': BETA1=2.0 must be from 0 to 1",
+    ),
+    "an unknown preset": (BASE.replace("tiny", "tny"), "PRESET=tny is unknown; did you mean tiny"),
+    "a seed among the settings": (BASE + "SEED = 3\n", "SEED cannot be set here: write seeds = [...] instead"),
+    "one name twice": (BASE + '[[variant]]\nname = "x y"\n[[variant]]\nname = "X-y"\n', "has the same name as 'x y'"),
+    "the base's name": (BASE + '[[variant]]\nname = "base"\n', "has the same name as 'base'"),
+    "no name": (BASE + "[[variant]]\nBETA1 = 0.8\n", "None cannot be a variant's name"),
+    "a name that breaks the table": (BASE + '[[variant]]\nname = "a|b"\n', "'a|b' cannot be a variant's name"),
+    "no base": ('seeds = [1]\n[[variant]]\nname = "x"\n', "there is no [base]"),
+    "no seeds": ('[base]\nPRESET = "tiny"\n', "seeds should be a list of whole numbers"),
+    "an empty list of seeds": (BASE.replace("[1]", "[]"), "seeds should be a list of whole numbers"),
+    "seeds that are no numbers": (BASE.replace("[1]", "[true]"), "seeds should be a list of whole numbers"),
+    "a seed twice": (BASE.replace("[1]", "[1, 1]"), "names a seed twice"),
+    "a setting outside of base": ("NUM_LAYERS = 3\n" + BASE, "NUM_LAYERS is unknown here"),
+    "variants": (BASE + '[[variants]]\nname = "x"\n', "variants is unknown here; did you mean variant?"),
+    "one variant": (BASE + '[variant]\nname = "x"\n', "variants are tables that begin with [[variant]]"),
+    "no processes": ("processes = 0\n" + BASE, "processes should be a whole number above 0"),
+    "bad TOML": (BASE + "MATRIX_LR = = 1\n", "line 4"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_runs(bench, capsys, mistake):
+    text, message = MISTAKES[mistake]
+    assert bench.run(text) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ablate.py: error: ")
+    assert message in line
+    assert not bench.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"EVAL_ONLY": "1"}, "unset EVAL_ONLY in the environment: every run trains"),
+        ({"MATRIX_LRS": "1"}, "environment: MATRIX_LRS is not a setting; did you mean MATRIX_LR?"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_one_line(bench, monkeypatch, capsys, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert bench.run(TWO) == 2
+    assert message in capsys.readouterr().err
+    assert not bench.out.exists()
+
+
+def test_missing_files_and_wrong_options_are_one_line(bench, capsys):
+    assert bench.run() == 2
+    assert ablate.run([]) == 2
+    assert bench.run(TWO, "--parallel", "0") == 2
+    assert bench.run(TWO, "--script", "none.py") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ", 2)[1] for line in lines] == ["error"] * 4
+    for line, message in zip(lines, ("No such file", "FILE.toml", "--parallel", "no such program")):
+        assert message in line
+
+
+def test_without_a_reader_of_toml_the_line_says_what_to_install(bench, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "tomllib", None)
+    assert bench.run(TWO) == 2
+    assert capsys.readouterr().err == "ablate.py: error: Python 3.10 cannot read TOML: pip install tomli\n"
+
+
+# ---- The ready files, and the real program ---------------------------------------------------------------------------
+
+
+def test_help_shows_the_format():
+    command = [sys.executable, str(ROOT / "tools" / "ablate.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "[[variant]]" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
+READY = sorted((ROOT / "tools" / "ablations").glob("*.toml"))
+
+
+def test_there_are_ready_files():
+    names = {"architecture", "quantization", "recurrence", "ttt"}
+    assert names <= {path.stem for path in READY}
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+@pytest.mark.parametrize("processes", [1, 8])
+def test_ready_files_are_valid_and_their_variants_differ(path, processes, bench):
+    plan = ablate.read_plan(path, bench.out, t, processes)  # checks names and values as train_gpt.py does
+    assert {run.settings["PRESET"] for run in plan.runs} == {"short"}
+    assert len(plan.runs) == 3 * len(plan.variants)
+    settings = {run.variant: t.read_settings(run.variables)[0] for run in plan.runs}
+    assert len(set(settings.values())) == len(plan.variants) > 4
+
+
+def test_the_example_in_the_help_is_valid(bench):
+    lines = ablate.__doc__.splitlines()
+    first, last = (place for place, line in enumerate(lines) if line.startswith("    seeds"))
+    bench.file.write_text("\n".join(lines[first : last + 1]))
+    plan = ablate.read_plan(bench.file, bench.out, t)
+    assert plan.variants == ["base", "no position in attention", "hinge, one pass"]
+    assert [run.seed for run in plan.runs if run.variant == "hinge, one pass"] == [1337, 1338]
+    assert plan.parallel == 8
+
+
+def test_a_real_run(bench, shards, monkeypatch):
+    """train_gpt.py under the real torchrun writes what ablate.py reads."""
+    monkeypatch.undo()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    steps = {"iterations": 2, "max_wallclock_seconds": 0.0, "device": "cpu", "ttt_enabled": False}
+    paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
+    settings = "".join(f'{name} = "{value}"\n' for name, value in tiny_environment(**steps, **paths).items())
+    bench.file.write_text("seeds = [7]\n[base]\n" + settings)
+    assert ablate.run([str(bench.file), "--out", str(bench.out)]) == 0
+    run = bench.results()["base-7"]
+    log = [json.loads(line) for line in (bench.out / "runs" / "base-7" / "base-7.jsonl").read_text().splitlines()]
+    assert log[0]["settings"]["seed"] == 7
+    assert log[0]["machine"]["hardware"].startswith("1 ×")
+    assert run["figures"]["bpb_final"] == log[-1]["val_bpb"] > 0
+    artifact = bench.out / "runs" / "base-7" / "base-7.int6.lzma"
+    assert run["figures"]["artifact_bytes"] == artifact.stat().st_size
+    assert run["figures"]["steps"] == 2
