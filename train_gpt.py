@@ -756,8 +756,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # The fused scan: six Triton kernels that read and write in_proj's rows where they lie. tokens_forward makes step sizes,
 # decays, normed keys and queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes from
 # chunk to chunk of a head and leaves each one's first state behind; scan_backward comes back; the other two undo the first
-# two and sum over heads without atomics: the same bits every time. Decays are
-# base-2 logarithms, angles turns.
+# two and sum over heads without atomics: the same bits every time. Decays are base-2 logarithms, angles are in turns.
 
 REGISTERS = {  # per thread, where a limit helps, by GPU architecture; see bench/tune.py
     (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
@@ -1702,8 +1701,8 @@ def build_model(settings: Settings, ranks: Ranks) -> Model:
 # ============
 # 6. Optimizers
 
-# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow; of
-# x / 1.01, as the authors advise for bfloat16.
+# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow; the others of
+# x / 1.01, as advised for bfloat16.
 POLAR_EXPRESS = (
     (8.2051604, -22.9019350, 16.4607249),
     (4.0663952, -2.8611541, 0.5183995),
@@ -2031,8 +2030,7 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
 
 # ============
 # 8. Export
-# GPTQ moves every matrix to a grid of 6 or 8 bits per row; these and the rest are coded behind a plain
-# header, never unpickled.
+# GPTQ moves every matrix to a grid of 6 or 8 bits per row; all is coded behind a plain header. Nothing is unpickled.
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 INT6_MAX, INT8_MAX = 31, 127
