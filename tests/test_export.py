@@ -347,7 +347,8 @@ def minute() -> bytes:
     settings = tiny(**MINUTE)
     t.validate_settings(settings, 1)
     model = random_model(settings)
-    torch.empty(1, device="meta").normal_()  # torch's first on this device takes it seconds to import
+    with torch.device("meta"):  # torch's first on this device takes it seconds to import
+        t.Model(settings, torch.device("meta"))
     return t.pack_artifact(settings, exported(model, settings))
 
 
