@@ -509,12 +509,13 @@ class Tokenizer:
         need(Path(path).is_file(), f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError):
+            ids = list(range(model.vocab_size()))
+            pieces = model.IdToPiece(ids)
+        except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        size = model.vocab_size()
+        size = len(ids)
         need(size == vocab_size, f"{path} has {size} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
-        ids = list(range(size))
-        pieces, special = model.IdToPiece(ids), (model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids))
+        special = model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)
         lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
         self.is_special = np.any(special, axis=0)
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_special
@@ -2239,7 +2240,8 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
         settings = {}
     check(set(settings) == set(MODEL_FIELDS), "it holds other settings than this program's")
     for name, value in settings.items():
-        check(type(value) is type(getattr(Settings, name)), f"{name} in its header has the wrong type")
+        usual = type(value) is type(getattr(Settings, name)) and str(value).isprintable()  # errors quote it
+        check(usual, f"{name} in its header has the wrong type")
     return settings, payload
 
 
