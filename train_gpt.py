@@ -229,7 +229,8 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        exists = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < count
+        digits = (first + last).isdecimal() and 0 < len(first) <= 9 and 0 < len(last) <= 9
+        exists = digits and int(first) <= int(last) < count
         need(exists, f"{name.upper()}={text}: no layer {part}; from 0 to {count - 1}, write 0,2-4, or all, or none")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
