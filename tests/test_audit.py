@@ -47,6 +47,12 @@ def run(shards, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(environment=environment, artifact=folder / "a.int6.lzma", log=folder / "a.txt", data=data)
 
 
+@pytest.fixture(autouse=True)
+def few_cuts(monkeypatch):
+    """One random cut and two at the end of a chunk: every cut costs an evaluation."""
+    monkeypatch.setattr(audit, "CUTS", 1)
+
+
 @pytest.fixture
 def entry_of(run):
     """entry_of(**settings): the run's artifact, to be evaluated with other settings; with the log where it fits."""
