@@ -39,7 +39,8 @@ from helpers import SOLO, random_model, tiny, write_shard
 import train_gpt as t
 
 MIB = 1 << 20
-SECONDS = 20.0  # a case may take; the largest models that are read take two
+# A case may take this long: a header may ask for 1,024 layers, which takes ten seconds on a busy machine to refuse.
+SECONDS = 60.0
 # Memory above an idle worker's, in bytes. An artifact may unpack to 2^28 bytes before it is refused, and a model that
 # is read takes a few copies in float32 of its one byte per weight.
 MEMORY = {"shard": 64 * MIB, "tokenizer": 256 * MIB, "artifact": 768 * MIB}
@@ -412,7 +413,7 @@ def work(numbers: list[int], seed: int, kinds: tuple[str, ...], originals: Origi
         watch, folder, idle = Watch(), Path(name), 1 << 62
         for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32", "utf-32-be", "utf-32-le"):
             codecs.lookup(encoding)  # JSON may have any of these
-        for kind in READERS:  # imports what reading needs
+        for kind in kinds:  # imports what reading needs
             run_case(-1, Case(kind, "none", originals[kind]), folder, originals, watch, idle)
         idle = peak_memory()
         results.send(None)

@@ -96,7 +96,7 @@ def test_a_reader_that_misbehaves_is_found(originals, monkeypatch, name):
 def find(originals: fuzz.Originals, patch: pytest.MonkeyPatch, case: fuzz.Case) -> str:
     """What is found with this file."""
     patch.setattr(fuzz, "make_case", lambda *_: case)
-    (outcome,) = fuzz.fuzz(originals, 1, kinds=("shard",), jobs=1)
+    (outcome,) = fuzz.fuzz(originals, 1, kinds=(case.kind,), jobs=1)
     return outcome.reason if outcome.result == "finding" else ""
 
 
@@ -117,10 +117,11 @@ def test_a_reader_that_reads_wrong_or_too_much_is_found(originals, monkeypatch):
         assert find(originals, patch, fuzz.Case("artifact", "", originals["artifact"])) == ""
         patch.setattr(t, "load_model", wrong)
         assert find(originals, patch, fuzz.Case("artifact", "", originals["artifact"])) == "other weights were read"
-    damaged = originals["artifact"][:-32] + bytes(32)
+    damaged = originals["artifact"].replace(b'"qk_gain_init":1.5', b'"qk_gain_init":1.7')
+    assert damaged != originals["artifact"]
     with monkeypatch.context() as patch:
         assert find(originals, patch, fuzz.Case("artifact", "", damaged)) == ""
-        digest = SimpleNamespace(digest=lambda: bytes(32))
+        digest = SimpleNamespace(digest=lambda: damaged[-32:])
         patch.setattr(t.hashlib, "sha256", lambda data: digest if data == damaged[:-32] else sha256(data))
         assert "wrong checksum was read" in find(originals, patch, fuzz.Case("artifact", "", damaged))
 
