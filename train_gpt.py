@@ -228,7 +228,8 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
-        exists = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < count
+        digits = (first + last).isdecimal() and 0 < len(first) <= 9 and 0 < len(last) <= 9
+        exists = digits and int(first) <= int(last) < count
         need(exists, f"{name.upper()}={text}: no layer {part}; from 0 to {count - 1}, write 0,2-4, or all, or none")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
@@ -509,12 +510,13 @@ class Tokenizer:
         need(Path(path).is_file(), f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError):
+            ids = list(range(model.vocab_size()))
+            pieces = model.IdToPiece(ids)
+        except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        size = model.vocab_size()
+        size = len(ids)
         need(size == vocab_size, f"{path} has {size} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
-        ids = list(range(size))
-        pieces, special = model.IdToPiece(ids), (model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids))
+        special = model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)
         lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
         self.is_special = np.any(special, axis=0)
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_special
@@ -2261,7 +2263,8 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
         settings = {}
     check(set(settings) == set(MODEL_FIELDS), "it holds other settings than this program's")
     for name, value in settings.items():
-        check(type(value) is type(getattr(Settings, name)), f"{name} in its header has the wrong type")
+        usual = type(value) is type(getattr(Settings, name)) and str(value).isprintable()  # errors quote it
+        check(usual, f"{name} in its header has the wrong type")
     return settings, payload
 
 
