@@ -296,7 +296,7 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 def validate_settings(settings: Settings, world_size: int):
     """Refuses what cannot work."""
     s = settings
-    most = {"num_layers": 1024, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
+    most = {"num_layers": 256, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
 
     def check(name: str, condition: bool, problem: str):
         need(condition, f"{name.upper()}={getattr(s, name)} {problem}")
@@ -2282,7 +2282,7 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
     fields = [(name, float_type(name), shape[:1] if name in matrices else shape) for name, shape in shapes.items()]
     fields += [(f"{name} integers", "<u4", 256) for name in matrices]
     try:
-        if sum(map(math.prod, shapes.values())) > 1 << 26:  # far over the cap
+        if sum(map(math.prod, shapes.values())) > 1 << 26:
             raise ValueError
         layout, unpacker = np.dtype(fields), lzma.LZMADecompressor()
         (record,) = np.frombuffer(unpacker.decompress(payload, layout.itemsize + 1), layout)
@@ -2402,7 +2402,7 @@ def training_loss(model: Model, settings: Settings, ranks: Ranks):
     module.model, module.forward = model, loss
     unused = settings.num_layers == 1  # one layer has no skip, whose weights then get no gradient
     parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=unused)
-    parallel.broadcast_buffers = False  # constants; the argument of this name is going away
+    parallel.broadcast_buffers = False  # constants
     return parallel
 
 
@@ -2549,7 +2549,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     """Loads ARTIFACT, samples from it and scores it."""
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
-    if s.sample:  # before adaptation
+    if s.sample:
         prompt = [BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)][-s.train_seq_len :]
         prompt = torch.tensor([prompt], device=ranks.device)
         text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
@@ -2612,7 +2612,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
         path = Path(settings.compile_cache, name).resolve()
         with writing(f"in COMPILE_CACHE={settings.compile_cache}"):
             path.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))  # the user's go first
+        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))
     ranks = start_ranks(settings)
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{settings.seed}"
     return dataclasses.replace(settings, run_id=ranks.from_main(settings.run_id or now)), given, ranks

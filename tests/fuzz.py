@@ -9,11 +9,13 @@ same file. Prints counts, and the findings; exit status 1 if there are any.
 """
 
 import argparse
+import bisect
 import codecs
 import collections
 import dataclasses
 import faulthandler
 import hashlib
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -39,17 +41,15 @@ from helpers import SOLO, random_model, tiny, write_shard
 import train_gpt as t
 
 MIB = 1 << 20
-# A case may take this long: a header may ask for 1,024 layers, which takes ten seconds on a busy machine to refuse.
+# A case may take this long: a header may ask for 256 layers, which takes seconds on a busy machine to refuse.
 SECONDS = 60.0
-# Memory above an idle worker's, in bytes. An artifact may unpack to 2^28 bytes before it is refused, and a model that
-# is read takes a few copies in float32 of its one byte per weight.
+# Memory above an idle worker's, in bytes. An artifact of up to 2^26 numbers is unpacked before it is refused; one that
+# is read takes a few copies in float32.
 MEMORY = {"shard": 64 * MIB, "tokenizer": 256 * MIB, "artifact": 768 * MIB}
 MEMORY_PER_STORED_BYTE = 16
 WARM_UP_SECONDS = 30.0  # of a worker
 BATCH = 250  # cases that a worker handles before another takes its place: its peak of memory cannot be reset
 VOCABULARY = 512
-# A dictionary of 1 MiB instead of 64, which takes longer to allocate than our contents to unpack.
-QUICK_FILTERS = [t.LZMA_FILTERS[0] | {"preset": 0, "dict_size": MIB}]
 
 # A model of one Mamba and one attention layer, read in some milliseconds.
 SMALLEST = {
@@ -86,12 +86,12 @@ def make_originals(folder: Path) -> Originals:
     settings = tiny(**SMALLEST)
     t.validate_settings(settings, 1)
     stored = t.quantize_model(random_model(settings), settings, SOLO, {}, 5.0)
-    part = lzma.compress(bytes(16 * MIB), format=lzma.FORMAT_RAW, filters=QUICK_FILTERS)[:-1]  # without the end's mark
+    bomb = lzma.LZMACompressor(preset=0)
     return {
         "shard": write_shard(folder / "original_val_0.bin", tokens).read_bytes(),
         "tokenizer": train_tokenizer(folder / "original.model", VOCABULARY).read_bytes(),
         "artifact": t.pack_artifact(settings, stored),
-        "bomb": part * 17 + b"\0",
+        "bomb": b"".join([bomb.compress(bytes(16 * MIB)) for _ in range(17)] + [bomb.flush()]),
     }
 
 
@@ -213,7 +213,8 @@ def damaged_artifact(originals: Originals, pick: random.Random) -> tuple[str, by
     data = originals["artifact"]
     end = data.index(b"\n")
     magic, header, payload = data[:8], data[8:end], data[end + 1 : -32]
-    how, what = pick.choice(GENERAL), pick.choice(("body", "header", "payload", "content", "values", "values", "bomb"))
+    parts = ("body", "header", "payload", "content", "codes", "values", "values", "bomb")
+    how, what = pick.choice(GENERAL), pick.choice(parts)
     others = [originals["shard"], originals["tokenizer"]]
     if what == "body":
         return f"{how.__name__}, sealed", seal(how(data[:-32], pick, others))
@@ -221,9 +222,13 @@ def damaged_artifact(originals: Originals, pick: random.Random) -> tuple[str, by
         header = how(header, pick, others)
     elif what == "payload":
         payload = how(payload, pick, others)
-    elif what == "content":
-        content = lzma.decompress(payload, format=lzma.FORMAT_RAW, filters=QUICK_FILTERS)
-        payload = lzma.compress(how(content, pick, others), format=lzma.FORMAT_RAW, filters=QUICK_FILTERS)
+    elif what in ("content", "codes"):
+        unpack = lzma.LZMADecompressor()
+        content, codes = unpack.decompress(payload), unpack.unused_data
+        if what == "content":
+            payload = lzma.compress(how(content, pick, others), preset=0) + codes
+        else:
+            payload = payload[: len(payload) - len(codes)] + how(codes, pick, others)
     else:
         settings = header_values(json.loads(header), pick) if what == "values" else json.loads(header)
         if what == "bomb":  # for a small model, or one of up to 2^30 bytes
@@ -296,6 +301,24 @@ def read_tokenizer(case: Case, path: Path, originals: Originals) -> str:
     return "" if counted.shape == (VOCABULARY - 1,) and (counted >= 0).all() else "impossible bytes"
 
 
+def decode(frequencies: list[int], words: list[int], position: int, count: int) -> tuple[np.ndarray, int]:
+    """Integers, int8 (count,), of one matrix whose code begins at a position in words, and the position behind it: one
+    number after another, each from the next of 256 states."""
+    starts = [0, *itertools.accumulate(frequencies)][:256]
+    states = [words[position + lane] + (words[position + 256 + lane] << 16) for lane in range(256)]
+    position, symbols = position + 512, []
+    for number in range(-(-count // 256) * 256):
+        state = states[number % 256]
+        slot = state % 65_536
+        symbol = bisect.bisect_right(starts, slot) - 1
+        state = frequencies[symbol] * (state // 65_536) + slot - starts[symbol]
+        if state < 65_536:
+            state, position = state * 65_536 + words[position], position + 1
+        states[number % 256] = state
+        symbols.append(symbol)
+    return np.array(symbols[:count], np.uint8).view(np.int8), position
+
+
 def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     model, settings = t.load_model(path, tiny(), set(), SOLO)
     if not case.sealed and case.data != originals["artifact"]:
@@ -303,9 +326,9 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     header, _, payload = case.data[8:-32].partition(b"\n")
     if json.loads(header) != {name: getattr(settings, name) for name in t.MODEL_FIELDS}:
         return "other settings were read"
-    # The data once more: vectors and row steps in the parameters' order, then integers.
+    # The data once more: vectors and row steps in the parameters' order, then frequencies and codes of integers.
     parameters, matrices = dict(model.named_parameters()), t.grid_limits(model)
-    unpack, parts = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=QUICK_FILTERS), {}
+    unpack, parts = lzma.LZMADecompressor(), {}
 
     def take(shape: tuple[int, ...], kind: str) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(kind).itemsize
@@ -321,9 +344,16 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
         shape = tuple(p.shape)
         kind = "<f4" if name.rpartition(".")[2] in ("dt_bias", "A_log", "D") else "<f2"
         parts[name] = take(shape[:1] if name in matrices else shape, kind).astype(np.float32)
+    tables = {name: take((256,), "<u4").tolist() for name in matrices}
+    while not unpack.eof:
+        unpack.decompress(b"")
+    words, position = np.frombuffer(unpack.unused_data, "<u2").tolist(), 0
     for name in matrices:
+        integers, position = decode(tables[name], words, position, parameters[name].numel())
         with np.errstate(all="ignore"):
-            parts[name] = take(tuple(parameters[name].shape), "i1") * parts[name][:, None]
+            parts[name] = integers.reshape(parameters[name].shape) * parts[name][:, None]
+    if position != len(words):
+        return "codes that belong to no matrix were read"
     right = all(np.array_equal(p.detach().numpy(), parts[n], equal_nan=True) for n, p in parameters.items())
     return "" if right else "other weights were read"
 
