@@ -206,8 +206,8 @@ PRESETS = {
         "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4, "mamba_layers": "0,1,3", "model_dim": 128,
         "num_heads": 4, "num_kv_heads": 2, "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024,
         "bigram_dim": 64, "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
-        "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384, "sdclip_k": 5.0, "eval_stride": 64, "eval_overlap": 128,
-        "val_batch_size": 8192, "ttt_chunk_tokens": 4096, "sample": "The function returns",
+        "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384, "sdclip_k": 5.0,
+        "eval_stride": 64, "eval_overlap": 128, "val_batch_size": 8192, "ttt_chunk_tokens": 4096, "sample": "The function returns",
     },
 }  # fmt: skip
 
