@@ -1274,10 +1274,10 @@ def evens_first(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-def choose_scan_backend(wanted: str, device: torch.device) -> str:
+def choose_scan_backend(wanted: str, device: torch.device, version: int = 3) -> str:
     """wanted, or what "auto" stands for on this device. Raises UserError where it cannot run."""
     gpu = device.type == "cuda"
-    backend = wanted if wanted != "auto" else "triton" if gpu else "chunked"
+    backend = wanted if wanted != "auto" else "triton" if gpu and version == 3 else "chunked"
     runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
     need(runs or backend != "triton", "SCAN_BACKEND=triton needs a GPU and a CUDA build of torch; slower: chunked")
     return backend
@@ -1435,8 +1435,8 @@ class Mamba(nn.Module):
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
         s = settings
-        wanted = "chunked" if (s.scan_backend, s.mamba_version) == ("auto", 2) else s.scan_backend
-        self.backend, self.chunk_size = choose_scan_backend(wanted, device), s.mamba_chunk_size
+        self.backend = choose_scan_backend(s.scan_backend, device, s.mamba_version)
+        self.chunk_size = s.mamba_chunk_size
         mamba3, inner, heads = s.mamba_version == 3, s.mamba_inner_dim, s.mamba_inner_dim // s.mamba_head_dim
         angles = int(s.mamba_d_state * s.mamba_rope_fraction) // 2 if mamba3 else 0
         self.sizes = MambaSizes(heads, s.mamba_head_dim, s.mamba_d_state, angles, s.mamba_version)
