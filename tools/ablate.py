@@ -65,6 +65,8 @@ except ImportError as missing:
     print(f"ablate.py: error: {missing.name} is not installed: pip install -r requirements-dev.txt", file=sys.stderr)
     sys.exit(2)
 
+from summary import spread
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # torchrun; it picks a free port
 OWN_SETTINGS = {  # train_gpt.py's settings that a file may not give, and why
@@ -478,14 +480,6 @@ def describe_run(run: Run) -> dict:
     }  # fmt: skip
 
 
-def spread(values: list[float]) -> dict:
-    """Mean and sample standard deviation, None where there are too few values."""
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-    }
-
-
 def welch_p(values: list[float], others: list[float]) -> float | None:
     """Two-sided p-value of Welch's t-test, whose groups may differ in variance; None where it is undefined."""
     if min(len(values), len(others)) < 2:
@@ -507,7 +501,7 @@ def summarize(plan: Plan, runs: list[dict]) -> list[dict]:
     for variant in plan.variants:
         final, is_base = values(variant, "bpb_final"), variant == plan.base
         row = {"variant": variant, "n": len(final), "runs": sum(run["variant"] == variant for run in runs)}
-        row |= {name: spread(values(variant, name)) for name in (*BPB, "artifact_bytes", "step_avg_ms")}
+        row |= {name: spread(values(variant, name))._asdict() for name in (*BPB, "artifact_bytes", "step_avg_ms")}
         compared = bool(final and base) and not is_base
         row["difference"] = statistics.fmean(final) - statistics.fmean(base) if compared else None
         row["p"] = welch_p(final, base) if compared else None
@@ -565,8 +559,8 @@ def grouped_bars(path: Path, groups: dict[str, dict[str, list[float]]], series: 
     for place, name in enumerate(series):
         figures = [spread(values.get(name, [])) for values in groups.values()]
         left = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        heights = [math.nan if f["mean"] is None else f["mean"] for f in figures]
-        bars = axes.bar(left, heights, width, yerr=[f["std"] or 0.0 for f in figures], capsize=2, label=name)
+        heights = [math.nan if f.mean is None else f.mean for f in figures]
+        bars = axes.bar(left, heights, width, yerr=[f.std or 0.0 for f in figures], capsize=2, label=name)
         if not from_zero:
             labels = ["" if math.isnan(height) else f"{height:.4f}" for height in heights]
             axes.bar_label(bars, labels, rotation=90, padding=3, fontsize=7)

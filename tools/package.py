@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from summary import CAP, last_run
+from summary import CAP, last_run, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation
@@ -241,15 +241,6 @@ def read_baseline(path: Path) -> tuple[Score, int | None]:
 
 # ============
 # Statistics
-
-
-class Spread(NamedTuple):
-    mean: float
-    std: float | None  # of the sample; None for a single value
-
-
-def spread(values: list[float]) -> Spread:
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def welch(ours: list[float], baseline: list[float]) -> tuple[float, float]:

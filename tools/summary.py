@@ -2,8 +2,10 @@
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 CAP = 16_000_000
 
@@ -17,6 +19,20 @@ def last_run(path: Path) -> dict[str, dict]:
             events = {}
         events[record["event"]] = record
     return events
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation; None where there are too few values."""
+
+    mean: float | None
+    std: float | None
+
+
+def spread(values: list[float]) -> Spread:
+    return Spread(
+        statistics.fmean(values) if values else None,
+        statistics.stdev(values) if len(values) > 1 else None,
+    )
 
 
 def last_sample(path: Path) -> str:
