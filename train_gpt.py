@@ -101,11 +101,11 @@ class Settings:
     train_batch_tokens: int = env(524_288, "tokens > 0", "a step's, over all ranks")
     train_seq_len: int = env(2048, "tokens > 0", "training and evaluation window")
     micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
-    document_reset: bool = env(False, "0|1", "BOS resets states, confines attention")
+    document_reset: bool = env(False, "0|1", "BOS resets Mamba's states")
 
-    num_layers: int = env(7, "layers > 0", "physical layers", "model")
+    num_layers: int = env(9, "layers > 0", "physical layers", "model")
     model_dim: int = env(512, "width > 0", "residual stream")
-    mamba_layers: str = env("0,1,3,4,6", "layers", "the others are attention")
+    mamba_layers: str = env("0,1,3-5,7,8", "layers", "the others are attention")
     layer_pattern: str = env("", "letters", "instead, as MMAm: lower case has no MLP")
     mlp_mult: float = env(3.0, "× width > 0", "MLP's hidden width")
     num_heads: int = env(8, "heads > 0", "query heads")
@@ -168,9 +168,8 @@ class Settings:
     calibration: str = env("train", "train|self", "GPTQ's text: training's, or the model's own")
     calibration_tokens: int = env(131_072, "tokens > 0", "how much of it")
 
-    eval_mode: str = env("sliding", "plain|sliding|stateful", "context of a scored token", "evaluation")
+    eval_mode: str = env("sliding", "plain|sliding", "context of a scored token", "evaluation")
     eval_stride: int = env(512, "tokens > 0", "sliding: how far each window moves")
-    eval_overlap: int = env(1024, "tokens > 0", "stateful: attention's cache, a cold start's context")
     val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
     eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock, which adaptation keeps")
     eval_nll_path: str = env("", "file.npy", "every target's nats, float32, in stream order")
@@ -200,14 +199,17 @@ PRESETS = {
         "eval_max_seconds": 180.0,
     },
     # A published entry's shape, to compare speed.
-    "peer7": {"train_batch_tokens": 1_048_576, "train_seq_len": 4096, "bigram_vocab_size": 0},
+    "peer7": {
+        "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7, "mamba_layers": "0,1,3,4,6",
+        "bigram_vocab_size": 0,
+    },
     "tiny": {  # two minutes on two CPU cores with the sample text
         "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model", "vocab_size": 1024,
         "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4, "mamba_layers": "0,1,3", "model_dim": 128,
         "num_heads": 4, "num_kv_heads": 2, "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024,
         "bigram_dim": 64, "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
         "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384, "sdclip_k": 5.0,
-        "eval_stride": 64, "eval_overlap": 128, "val_batch_size": 8192, "ttt_chunk_tokens": 4096, "sample": "The function returns",
+        "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096, "sample": "The function returns",
     },
 }  # fmt: skip
 
@@ -344,7 +346,6 @@ def validate_settings(settings: Settings, world_size: int):
     check("export_reserve_seconds", s.export_reserve_seconds < clock, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
     check("target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes")
     check("eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
-    check("eval_overlap", s.eval_mode != "stateful" or s.eval_overlap < length, f"must be below TRAIN_SEQ_LEN={length}")
     if s.adapts:
         check_multiple("ttt_chunk_tokens", world_size * ttt_sequence_length(s, world_size), "ranks × sequence")
 
@@ -1291,7 +1292,6 @@ def choose_scan_backend(wanted: str, device: torch.device, version: int = 3) -> 
 class AttentionState(NamedTuple):
     key: Tensor  # (B, W, kv heads, D), the last W before rotation
     value: Tensor  # (B, W, kv heads, D)
-    visible: Tensor  # (B, W) bool: which belong to the document
 
 
 class MambaState(NamedTuple):
@@ -1310,7 +1310,6 @@ class Context(NamedTuple):
     document_start: Tensor | None  # (B, T) bool, or None where documents do not matter
     cos: Tensor  # (cache + T, rotating pairs), from the oldest cached key on
     sin: Tensor
-    mask: object  # None (causal), bool (B, 1, T', T') or a BlockMask
     cache_tokens: int  # keys to keep for the next call; 0: no state is wanted
 
 
@@ -1328,17 +1327,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, mask=None) -> Tensor:
-    """Causal attention, (B, T, heads, D) -> the same shape as query; by FlexAttention where mask is for that."""
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention, (B, T, heads, D) -> the same shape as query."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
-    if mask is None or isinstance(mask, Tensor):
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-    else:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        y = flex_attention(query, key, value, block_mask=mask, enable_gqa=gqa)
-    return y.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
 ATTENTION_BACKENDS = "cudnn", "flash", "math"
@@ -1392,14 +1385,9 @@ class Attention(nn.Module):
             cached = state.key.shape[1]
             query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square, causal problem, as every kernel knows it
         if context.cache_tokens:
-            start = context.document_start
-            document = x.new_zeros(x.shape[:2]) if start is None else start.long().cumsum(dim=1)
-            visible = document == document[:, -1:]
-            if state is not None:
-                visible = torch.cat([state.visible & (document[:, -1:] == 0), visible], dim=1)
-            new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in (key, value, visible)))
+            new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in (key, value)))
         query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
-        y = sdpa(query, key, value, context.mask)
+        y = sdpa(query, key, value)
         gate = 2 * F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)).sigmoid()
         return self.out((y[:, cached:] * gate.unsqueeze(-1)).flatten(2)), new_state
 
@@ -1635,15 +1623,8 @@ class Model(nn.Module):
         memories = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
         cached = memories[0].key.shape[1] if memories else 0
         cos, sin = self.rotary_table[:, : cached + tokens.shape[1]]
-        document_start = mask = None
-        if self.settings.document_reset:
-            document_start = tokens == BOS_ID
-            document = document_start.long().cumsum(dim=1)
-            if cached:
-                document = torch.cat([memories[0].visible.long() - 1, document], dim=1)  # 0: goes on; -1: over
-            if any(isinstance(block.mixer, Attention) for block in self.blocks):
-                mask = document_mask(document)
-        return Context(document_start, cos, sin, mask, cache_tokens)
+        document_start = tokens == BOS_ID if self.settings.document_reset else None
+        return Context(document_start, cos, sin, cache_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits, one for each token of the vocabulary."""
@@ -1663,29 +1644,13 @@ class Model(nn.Module):
             nats = F.cross_entropy(self.logits(rows), flat, reduction="none")
         return nats.view(targets.shape)
 
+    def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """nats() of each target."""
+        return self.nats(self(tokens, order)[0], targets)
+
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         """Mean nats per target."""
-        return self.nats(self(tokens, order)[0], targets).mean()
-
-    def score(
-        self, tokens: Tensor, targets: Tensor, order: tuple[int, ...], state: ModelState | None, cache_tokens: int
-    ) -> tuple[Tensor, ModelState | None]:
-        """nats() of each target, and the state to continue from if cache_tokens > 0."""
-        hidden, new_state = self(tokens, order, state, cache_tokens)
-        return self.nats(hidden, targets), new_state
-
-
-def document_mask(document: Tensor):
-    """Causal within documents, numbered (B, T): bool (B, 1, T, T) on the CPU, a BlockMask on CUDA."""
-    batch, length = document.shape
-    if document.device.type == "cpu":
-        return (document.unsqueeze(-1) == document.unsqueeze(-2)).tril().unsqueeze(1)
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(b, head, query, key):
-        return (query >= key) & (document[b, query] == document[b, key])
-
-    return create_block_mask(visible, batch, None, length, length, device=document.device)
+        return self.score(tokens, targets, order).mean()
 
 
 def build_model(settings: Settings, ranks: Ranks) -> Model:
@@ -1788,13 +1753,13 @@ class Optimizers:
         for (rate, decay, kind), parameters in groups.items():
             group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
             muon.append(group) if isinstance(kind, torch.Size) else adam.append(group | {"eps": kind})
-        self.muon = Muon(muon, ranks, s.muon_backend_steps)
-        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), fused=True)
+        self.muon, cuda = Muon(muon, ranks, s.muon_backend_steps), ranks.device.type == "cuda"
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), fused=True, capturable=cuda)
         self.parameters = [p for parameters in groups.values() for p in parameters]
         self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, dtype=torch.int64, device=ranks.device)
 
     @torch.no_grad()
-    def step(self, lr_factor: float, momentum: float):
+    def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
         """Clips, uses and drops the gradients. The device decides, alike on all ranks, whether to skip: no host waits."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
@@ -1880,16 +1845,10 @@ class Window(NamedTuple):
     last: int
 
 
-def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int, read: int = -1) -> list[Window]:
+def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
     """This rank's windows; some rank scores each target once. plain: side by side. sliding: they move by EVAL_STRIDE and
-    score what is new. stateful: contiguous shares, begun EVAL_OVERLAP tokens early unless read up to there."""
+    score what is new."""
     length = settings.train_seq_len
-    if settings.eval_mode == "stateful":
-        share = -(-(last - first) // world_size)
-        begin, end = first + rank * share, min(last, first + (rank + 1) * share)
-        start = begin if begin == read else max(0, begin - settings.eval_overlap)
-        starts = range(start, end, length) if begin < end else ()
-        return [Window(p, max(p, begin), min(p + length, end)) for p in starts]
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
     windows = [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in range(first, last, stride)]
     return windows[rank::world_size]
@@ -1910,12 +1869,11 @@ class Evaluator:
         self.order = model.order(recurrent)
         self.score_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
-        self.state, self.state_position = None, -1  # after reading tokens up to this position
         s, self.total = settings, len(validation.target_bytes)
         self.nats = torch.zeros(self.total, device=ranks.device)
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
         chunk = min(self.total, s.ttt_chunk_tokens) if s.ttt_enabled else self.total
-        windows = 1 if s.eval_mode == "stateful" else len(plan_windows(s, 0, chunk, 0, ranks.world_size))
+        windows = len(plan_windows(s, 0, chunk, 0, ranks.world_size))
         self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
 
     def score(self) -> Score:
@@ -1954,18 +1912,13 @@ class Evaluator:
     @torch.no_grad()
     def _score_targets(self, first: int, last: int):
         s = self.settings
-        cache_tokens = s.eval_overlap if s.eval_mode == "stateful" else 0
-        windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size, self.state_position)
+        windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size)
         for i in range(0, len(windows), self.rows):
             batch = windows[i : i + self.rows]
             batch += [Window(batch[-1].context, 0, 0)] * (self.rows - len(batch))  # every batch has one shape
             context, begin, end = np.array(batch).T[:, :, None]
             tokens, targets = self._read(context, s.train_seq_len)
-            state = self.state if batch[0].context == self.state_position else None
-            nats, state = self.score_function(tokens, targets, self.order, state, cache_tokens)
-            # Padding spoils the state.
-            full = batch[0].last - batch[0].context == s.train_seq_len
-            self.state, self.state_position = (state, batch[0].last) if full else (None, -1)
+            nats = self.score_function(tokens, targets, self.order)
             position = context + np.arange(s.train_seq_len)
             cells = np.flatnonzero((begin <= position) & (position < end))
             where = position.flatten()[cells]
@@ -2397,7 +2350,6 @@ def training_loss(model: Model, settings: Settings, ranks: Ranks):
     loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
         return loss
-    torch._dynamo.config.optimize_ddp = not settings.document_reset  # FlexAttention's graph cannot always be cut
     module = nn.Module()
     module.model, module.forward = model, loss
     unused = settings.num_layers == 1  # one layer has no skip, whose weights then get no gradient
@@ -2415,7 +2367,7 @@ class Trainer:
         self.optimizers = Optimizers(model, settings, ranks)
         self.average = WeightAverage(model, settings)
         self.loss_function = training_loss(model, settings, ranks)
-        self.clock, self.steps_done = TrainingClock(), 0
+        self.clock, self.steps_done, self.graph = TrainingClock(), 0, None
 
     def announce(self):
         model, s = self.model, self.settings
@@ -2449,9 +2401,8 @@ class Trainer:
             if now.quantized and fake_quantization is None:
                 fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
                 self.log(f"late QAT from step {self.steps_done}, k={fake_quantization.k:.2f}")
-            with fake_quantization() if now.quantized else contextlib.nullcontext():
-                loss = self._gradients(*batches.next(), self.model.order(now.recurrent))
-            self.optimizers.step(now.lr_factor, now.momentum)
+            kind = self.model.order(now.recurrent), fake_quantization if now.quantized else contextlib.nullcontext
+            loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
             self.steps_done += 1
             self.average.update(self.steps_done, now.progress, self.optimizers.muon.found_inf)
             if ranks.device.type == "cuda":
@@ -2462,9 +2413,34 @@ class Trainer:
                 self.clock.pause()
                 self.log_score(validate(now.recurrent))
                 self.clock.start()
+        self.graph = None  # its memory is its own
         self.average.apply()
         self.clock.pause()
         self.skipped_steps()
+
+    def _graphed_step(self, kind: tuple, *inputs) -> Tensor:
+        """_step(). On one GPU it is a CUDA graph, for the host launches kernels more slowly than a small batch takes them;
+        the first two steps are none, in which the optimizers make their states."""
+        if self.ranks.device.type == "cpu" or self.ranks.world_size > 1 or self.steps_done < 2:
+            return self._step(kind, *inputs)
+        inputs = *inputs[:2], *torch.tensor(inputs[2:]).to(self.ranks.device, non_blocking=True)
+        if self.graph is None or self.graph[0] != kind:
+            self.graph, graph = None, torch.cuda.CUDAGraph()
+            held = [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # batches are copied meanwhile
+                self.graph = kind, graph, held, self._step(kind, *held)
+        _, graph, held, loss = self.graph
+        torch._foreach_copy_(held, inputs)
+        graph.replay()
+        return loss
+
+    def _step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
+        """One step of a kind: an order of layers, and a context for the gradients. Returns this rank's mean loss, ()."""
+        order, context = kind
+        with context():
+            loss = self._gradients(tokens, targets, order)
+        self.optimizers.step(lr_factor, momentum)
+        return loss
 
     def _gradients(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         """Gradients of one global batch; returns this rank's mean loss, ()."""
