@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "bench"))
 import mamba_ssm_reference
 from helpers import relative
 from scan_cases import ScanCase, errors, random_case, results
 
 import train_gpt as t
+from bench import RandomBatches, SilentLog
 
 BF16_TOLERANCE = 2e-2  # bf16 operands leave 1e-3 to 1e-2; the library also rounds angles to bf16
 DEVICE = torch.device("cuda")
@@ -140,15 +142,20 @@ def check_attention() -> None:
     print("auto attention backend:", t.choose_attention_backend("auto", DEVICE, 8, 4, 64))
 
 
-def check_model(**overrides) -> None:
-    """A compiled model (one whole graph) against the same weights in float32 on the CPU with the chunked scan."""
+def model_settings(**overrides) -> t.Settings:
+    """Of a small model with every kind of block."""
     environment = {
         "NUM_LAYERS": "4", "MAMBA_LAYERS": "0,1,3", "MODEL_DIM": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
         "TRAIN_SEQ_LEN": "512", "RECUR_LAYERS": "1,2", "VOCAB_SIZE": "1024", "RECUR_START": "0",
     }  # fmt: skip
-    environment |= {k.upper(): str(v) for k, v in overrides.items()}
-    settings, _ = t.read_settings(environment)
+    settings, _ = t.read_settings(environment | {k.upper(): str(v) for k, v in overrides.items()})
     t.validate_settings(settings, 1)
+    return settings
+
+
+def check_model(**overrides) -> None:
+    """A compiled model (one whole graph) against the same weights in float32 on the CPU with the chunked scan."""
+    settings = model_settings(**overrides)
     gpu = t.build_model(settings, t.Ranks(0, 1, DEVICE))
     with torch.no_grad():
         for p in gpu.parameters():
@@ -173,15 +180,31 @@ def check_model(**overrides) -> None:
         if q.grad.norm() > 1e-6
     )
     check(f"fullgraph model, {label}: worst gradient ({worst[1]})", worst[0], 0.15)
-    score = t.maybe_compile(gpu.score, settings, t.Ranks(0, 1, DEVICE))
+    forward = t.maybe_compile(gpu.forward, settings, t.Ranks(0, 1, DEVICE))
     with torch.no_grad():
         order, state, parts = gpu.order(True), None, []
-        whole, _ = cpu.score(tokens[:, :-1], tokens[:, 1:], order, None, 0)
-        for part in range(2):
-            piece = tokens[:, part * 256 : part * 256 + 257].to(DEVICE)
-            nats, state = score(piece[:, :-1].contiguous(), piece[:, 1:].contiguous(), order, state, 512)
-            parts.append(nats)
-    check(f"fullgraph stateful scoring, {label}", relative(torch.cat(parts, 1).cpu(), whole), 5e-3)
+        whole, _ = cpu(tokens[:, :-1], order)
+        for piece in tokens[:, :-1].to(DEVICE).split(256, dim=1):
+            hidden, state = forward(piece.contiguous(), order, state, 512)
+            parts.append(hidden)
+    check(f"fullgraph forward in two parts, {label}", relative(torch.cat(parts, 1).float().cpu(), whole), 2e-2)
+
+
+def check_graphed_steps() -> None:
+    """Twelve steps with and without CUDA graphs; recurrence and late QAT begin on the way."""
+    settings = model_settings(
+        train_batch_tokens=8192, iterations=12, max_wallclock_seconds=0, recur_start=0.3, late_qat_threshold=0.5
+    )
+    results, ranks = [], t.Ranks(0, 1, DEVICE)
+    batches = RandomBatches(settings, ranks)
+    for graphed in (True, False):
+        trainer = t.Trainer(t.build_model(settings, ranks), settings, ranks, 8192, 16e6, SilentLog())
+        if not graphed:
+            trainer._graphed_step = trainer._step
+        trainer.warm_up()
+        trainer.run(batches, None)
+        results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    check("twelve graphed steps: weights", relative(*results), 1e-3)
 
 
 def main() -> None:
@@ -197,6 +220,7 @@ def main() -> None:
         check_model(document_reset=1)
         check_model(mamba_version=2, document_reset=1)
         check_model(mamba_d_state=128)
+        check_graphed_steps()
     print(f"{failures} failed")
     sys.exit(failures > 0)
 

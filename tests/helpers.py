@@ -32,7 +32,6 @@ SMALL = {
     "bigram_vocab_size": 64,
     "bigram_dim": 8,
     "eval_stride": 8,
-    "eval_overlap": 16,
     "val_batch_size": 128,
     "ttt_chunk_tokens": 64,
     "calibration_tokens": 256,

@@ -13,7 +13,7 @@ from helpers import SOLO, document_stream, random_model, random_tokens, run_rank
 
 import train_gpt as t
 
-MODES = ("plain", "sliding", "stateful")
+MODES = ("plain", "sliding")
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -39,17 +39,9 @@ def test_windows_of_all_ranks_cover_every_target_once(mode, world_size, length):
         scored = sorted(p for w in windows for p in range(w.first, w.last))
         assert scored == list(range(first, first + length))
         for w in windows:
-            assert 0 <= w.context <= w.first < w.last <= w.context + (32 if mode != "stateful" else 32 + 16)
+            assert 0 <= w.context <= w.first < w.last <= w.context + 32
             if mode == "sliding" and w.last - w.first == stride:
                 assert w.last - w.context == min(32, w.last)
-
-
-def test_a_stateful_rank_reads_its_share_from_left_to_right_without_gaps():
-    for rank in range(3):
-        windows = t.plan_windows(tiny(eval_mode="stateful"), 0, 500, rank, 3)
-        assert len(windows) > 3
-        assert all(a.last == b.first == b.context for a, b in itertools.pairwise(windows))
-        assert windows[0].context == max(0, windows[0].first - 16)
 
 
 @each_mode
@@ -74,7 +66,7 @@ def test_a_target_left_out_or_scored_twice_is_an_error(monkeypatch, change):
         evaluate(random_model(settings), settings, document_stream(100))
 
 
-@pytest.mark.parametrize("mode", ["plain", "sliding"])
+@each_mode
 @pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
 def test_two_ranks_score_and_adapt_as_one(mode, ttt_enabled):
     settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled, ttt_lr=0.05)
@@ -174,39 +166,6 @@ def test_every_window_scores_what_a_forward_pass_over_its_context_gives():
         context = max(0, 8 * (position // 8 + 1) - 32)
         expected = full_forward_nats(model, stream[context : last + 1])[position - context]
         assert nats[position] == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "many documents"])
-def test_stateful_evaluation_of_a_state_space_model_is_one_long_forward(version, documents):
-    settings = tiny(
-        eval_mode="stateful", ttt_enabled=False, mamba_layers="all", mamba_version=version, document_reset=documents
-    )
-    model, stream = random_model(settings), document_stream(230)
-    assert np.allclose(evaluate(model, settings, stream).nats, full_forward_nats(model, stream), rtol=1e-4, atol=1e-4)
-
-
-def test_stateful_evaluation_carries_its_state_over_chunks():
-    """With one rank and a learning rate of 0, chunks change nothing: the state goes on from one to the next."""
-    settings = tiny(eval_mode="stateful", mamba_layers="all", ttt_lr=0.0)
-    model, stream = random_model(settings), document_stream(230)
-    assert np.allclose(evaluate(model, settings, stream).nats, full_forward_nats(model, stream), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("world_size", "chunk"), [(2, 64), (2, 128), (3, 96), (1, 16)])
-def test_a_state_is_warmed_up_where_it_was_not_carried(world_size, chunk):
-    """Each rank's share of each chunk is one forward pass that begins 8 tokens early. So is a chunk behind one that
-    ended within a window, whose state has read the padding."""
-    settings = tiny(eval_mode="stateful", mamba_layers="all", ttt_lr=0.0, ttt_chunk_tokens=chunk, eval_overlap=8)
-    model, stream = random_model(settings), document_stream(230)
-    nats = run_ranks(world_size, lambda ranks: evaluate(model, settings, stream, ranks))[0].nats
-    for first in range(0, 229, chunk):
-        last = min(229, first + chunk)
-        share = -(-(last - first) // world_size)
-        for begin in range(first, last, share):
-            context, end = max(0, begin - 8), min(last, begin + share)
-            expected = full_forward_nats(model, stream[context : end + 1])[begin - context :]
-            assert np.allclose(nats[begin:end], expected, rtol=1e-4, atol=1e-4)
 
 
 @each_mode

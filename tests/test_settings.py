@@ -156,7 +156,6 @@ IMPOSSIBLE = [
     ({"target_mb": 16.5}, "TARGET_MB"),
     ({"target_mb": 0.0}, "TARGET_MB"),
     ({"eval_stride": 33}, "EVAL_STRIDE"),
-    ({"eval_mode": "stateful", "eval_overlap": 32}, "EVAL_OVERLAP"),
     ({"ttt_chunk_tokens": 100}, "TTT_CHUNK_TOKENS"),
     ({"ttt_momentum": 1.0}, "TTT_MOMENTUM"),
     ({"muon_momentum": 1.0}, "MUON_MOMENTUM"),

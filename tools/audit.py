@@ -332,7 +332,7 @@ def sample_targets(evaluator: Any, call: dict, where: np.ndarray, values: Tensor
     """Compares the scores of the targets at where with the distribution of the model as it now is. call: what the last
     scoring function got."""
     model, sampled = evaluator.model, []
-    hidden, _ = model(call["tokens"], call["order"], call["state"], call["cache_tokens"])
+    hidden, _ = model(call["tokens"], call["order"])
     for position, value in zip(where.tolist(), values.tolist()):
         target, candidates = int(stream[position + 1]), []
         for row, start in enumerate(call["starts"].tolist()):
@@ -381,10 +381,10 @@ def observe(script: ModuleType, entry: Entry) -> Observation:
             call["starts"] = np.asarray(starts).reshape(-1)
             return tokens, targets
 
-        def score_function(tokens, targets, order, state, cache_tokens):
+        def score_function(tokens, targets, order):
             seen.with_gradients |= torch.is_grad_enabled()
-            call.update(tokens=tokens, order=order, state=state, cache_tokens=cache_tokens)
-            return original["score_function"](tokens, targets, order, state, cache_tokens)
+            call.update(tokens=tokens, order=order)
+            return original["score_function"](tokens, targets, order)
 
         def loss_function(tokens, *rest):
             # Tokens that came from elsewhere could be any: they count as all of the stream.
