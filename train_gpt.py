@@ -1760,9 +1760,6 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
         super().__init__(groups, {})
         self.ranks, self.steps, self.found_inf = ranks, steps, torch.zeros((), device=ranks.device)
-        for first, *others in (group["params"] for group in groups):  # padded to a multiple of the ranks
-            count = -(-(1 + len(others)) // ranks.world_size) * ranks.world_size
-            self.state[first] = first.new_zeros(count, *first.shape, requires_grad=False)
 
     def gather_momentum(self) -> list[Tensor]:
         """Of every group's matrices, from all ranks."""
@@ -1785,14 +1782,17 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
         """Nesterov updates (len(parameters), rows, columns), finite whatever the gradients are."""
-        ranks, buffer = self.ranks, self._share(self.state[parameters[0]])
+        ranks, first, count = self.ranks, parameters[0], len(parameters)
+        if first not in self.state:
+            self.state[first] = first.new_zeros(count + -count % ranks.world_size, *first.shape)
+        buffer = self._share(self.state[first])
         mine = [p.grad for p in parameters[ranks.rank * len(buffer) :][: len(buffer)]]
         gradients = torch.stack(mine + [torch.zeros_like(buffer[0])] * (len(buffer) - len(mine)))
         gradients = torch.where(self.found_inf > 0, buffer, gradients)  # towards itself, momentum does not move
         buffer.lerp_(gradients, 1 - momentum)
         updates = gradients.lerp(buffer, momentum)
         updates /= updates.norm(dim=-1, keepdim=True) + 1e-12  # rows of one length (MuonEq-R)
-        return ranks.concatenate(orthogonalize(updates, self.steps))[: len(parameters)]
+        return ranks.concatenate(orthogonalize(updates, self.steps))[:count]
 
 
 class Optimizers:
@@ -1815,9 +1815,6 @@ class Optimizers:
             muon.append(group) if isinstance(kind, torch.Size) else adam.append(group | {"eps": kind})
         self.muon = Muon(muon, ranks, s.muon_backend_steps)
         self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), fused=True)
-        for p in itertools.chain(*(group["params"] for group in adam)):  # as its first step would
-            zeros = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
-            self.adam.state[p] = dict(zip(("step", "exp_avg", "exp_avg_sq"), zeros))
         self.parameters = [p for parameters in groups.values() for p in parameters]
         self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, device=ranks.device)
 
@@ -2273,18 +2270,17 @@ def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
     """The model's settings in an artifact, and what follows them."""
-    usual = {name: getattr(Settings, name) for name in MODEL_FIELDS}
-    return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
+    return read_sealed(path, "artifact", ARTIFACT_MAGIC, {name: getattr(Settings, name) for name in MODEL_FIELDS})
 
 
-def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """The header of a file of at most so many bytes, with names and types as in usual, and what follows it."""
+def read_sealed(path: Path, what: str, magic: bytes, usual: dict) -> tuple[dict, bytes]:
+    """Header, of names and types as in usual, and payload."""
     need(path.is_file(), f"no {what} at {path}: set {what.upper()} or RUN_ID")
 
     def check(condition: bool, problem: str):
         need(condition, f"{path} is not a usable {what}: {problem}")
 
-    check(path.stat().st_size <= most, "it is far too large")
+    check(path.stat().st_size <= (1 << 31 if what == "checkpoint" else 4 * ARTIFACT_CAP), "it is far too large")
     data = path.read_bytes()
     check(data.startswith(magic), "wrong magic number")
     check(hashlib.sha256(memoryview(data)[:-32]).digest() == data[-32:], "its checksum does not match")
@@ -2450,6 +2446,10 @@ class Trainer:
         self.optimizers = Optimizers(model, settings, ranks)
         self.average = WeightAverage(model, settings)
         self.loss_function = training_loss(model, settings, ranks)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan)
+        self.optimizers.step(0.0, 0.0)  # is skipped, but makes the optimizers' state
+        self.optimizers.skipped.zero_()
         self.clock, self.steps_done, self.qat_k = TrainingClock(), 0, 0.0
         self.thread, self.writing, self.saved = ThreadPoolExecutor(1), None, time.perf_counter()
 
@@ -2477,7 +2477,7 @@ class Trainer:
         s, ours, tensors = self.settings, self.header(), self.tensors()
         for path in {"auto": filter(Path.exists, s.checkpoint_paths), "never": ()}.get(s.resume, [Path(s.resume)]):
             try:
-                found, payload = read_sealed(path, "checkpoint", CHECKPOINT_MAGIC, 1 << 31, ours)
+                found, payload = read_sealed(path, "checkpoint", CHECKPOINT_MAGIC, ours)
             except UserError as error:
                 need(s.resume == "auto", error)
                 self.log(f"warning: {error}")
@@ -2509,11 +2509,13 @@ class Trainer:
             if copied:
                 copied.wait()
             numbers = numbers.cpu().numpy()
-        first = CHECKPOINT_MAGIC + json.dumps(header).encode() + b"\n"
+        first, (newest, before) = CHECKPOINT_MAGIC + json.dumps(header).encode() + b"\n", self.settings.checkpoint_paths
         digest = hashlib.sha256(first)
         digest.update(numbers)
         try:
-            write_whole(self.settings.checkpoint_paths, first, numbers, digest.digest())
+            if newest.exists():
+                newest.replace(before)
+            write_whole(newest, first, numbers, digest.digest())
         except UserError as error:
             self.log(f"warning: {error}; training goes on")
 
@@ -2639,24 +2641,22 @@ def export(trainer: Trainer, batches: Batches) -> dict:
         k = min(SDCLIP_MOST, k + 5 * k * (size - target) / size)  # a size falls with the logarithm of its k
         clock.start()
     if ranks.rank == 0:
-        write_whole([s.artifact_path], data)
+        write_whole(s.artifact_path, data)
     ranks.from_main(None)  # the others wait for the file
     return {"sdclip_k": k, "train_clock_seconds": clock.seconds()}
 
 
-def write_whole(paths: list[Path], *parts):
-    """No reader ever sees half of the first path's file; what was there before moves to the next."""
-    temporary = paths[0].with_name(paths[0].name + ".part")
-    with writing(str(paths[0])):
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
+def write_whole(path: Path, *parts):
+    """No reader ever sees half of the file."""
+    temporary = path.with_name(path.name + ".part")
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
-            if paths[0].exists():
-                paths[0].replace(paths[-1])
-            temporary.replace(paths[0])
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -2774,11 +2774,11 @@ def run() -> int:
     except RuntimeError as error:
         if "imed out" not in str(error):
             raise
-        store = dist.distributed_c10d._get_default_store()  # in which all that noticed say so
-        store.set(f"late {dist.get_rank()}", "")
+        store = dist.distributed_c10d._get_default_store()  # where all that can say so
+        store.set(f"rank {dist.get_rank()}", "")
         time.sleep(5)
-        silent = [rank for rank in range(dist.get_world_size()) if not store.check([f"late {rank}"])]
-        problem = f"no answer from ranks {silent} in {COLLECTIVE_SECONDS:g} s; the same command goes on"
+        silent = [rank for rank in range(dist.get_world_size()) if not store.check([f"rank {rank}"])]
+        problem = f"ranks {silent} did not answer for {COLLECTIVE_SECONDS:g} s"
     print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
     return 2
 
