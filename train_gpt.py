@@ -435,8 +435,11 @@ def start_ranks(settings: Settings) -> Ranks:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        store, *_ = next(dist.rendezvous("env://"))
+        # What ranks wrote before torchrun restarted them may still be there.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        dist.init_process_group(backend, None, timeout, world_size, rank, store, device_id=device_id)
     return Ranks(rank, world_size, device)
 
 
@@ -2772,7 +2775,7 @@ def run() -> int:
     except torch.OutOfMemoryError:
         problem = "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
     except RuntimeError as error:
-        if "imed out" not in str(error):
+        if "imed out" not in str(error) or not dist.is_initialized():
             raise
         store = dist.distributed_c10d._get_default_store()  # where all that can say so
         store.set(f"rank {dist.get_rank()}", "")
