@@ -383,7 +383,7 @@ def help_text() -> str:
 # 2. Ranks
 # With one process, every method is the identity.
 
-COLLECTIVE_SECONDS = 600.0  # after which a rank that does not answer ends the run
+COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 
 
 @dataclass
@@ -408,7 +408,7 @@ class Ranks:
         return box[0]
 
     def concatenate(self, tensor: Tensor) -> Tensor:
-        """Every rank's rows, (n, ...) each."""
+        """Every rank's rows."""
         if self.world_size == 1:
             return tensor
         gathered = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
@@ -436,8 +436,7 @@ def start_ranks(settings: Settings) -> Ranks:
     if world_size > 1:
         backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         store, *_ = next(dist.rendezvous("env://"))
-        # What ranks wrote before torchrun restarted them may still be there.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # it survives a restart
         timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
         dist.init_process_group(backend, None, timeout, world_size, rank, store, device_id=device_id)
     return Ranks(rank, world_size, device)
@@ -2451,7 +2450,7 @@ class Trainer:
         self.loss_function = training_loss(model, settings, ranks)
         for p in model.parameters():
             p.grad = torch.full_like(p, math.nan)
-        self.optimizers.step(0.0, 0.0)  # is skipped, but makes the optimizers' state
+        self.optimizers.step(0.0, 0.0)  # skipped, it makes the optimizers' state
         self.optimizers.skipped.zero_()
         self.clock, self.steps_done, self.qat_k = TrainingClock(), 0, 0.0
         self.thread, self.writing, self.saved = ThreadPoolExecutor(1), None, time.perf_counter()
@@ -2527,7 +2526,7 @@ class Trainer:
         s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
         for order in sorted({self.model.order(False), self.model.order(True)}):
-            for step in range(max(s.warmup_steps, self.steps_done > 0)):  # DDP sums its first batch in another order
+            for step in range(max(s.warmup_steps, self.steps_done > 0)):  # DDP's first step sums in another order
                 self._gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
@@ -2545,8 +2544,8 @@ class Trainer:
                 queued.pop(0).synchronize()
             idle = not self.writing or self.writing.done()
             due = idle and 0 < s.checkpoint_every <= time.perf_counter() - self.saved
-            ours = torch.tensor([self.clock.seconds(), due], dtype=torch.float64) * (ranks.rank == 0)
-            seconds, due, stopped = ranks.sum_(torch.cat([ours, torch.tensor([len(noted)])])).tolist()
+            shared = [self.clock.seconds(), due, len(noted)] if ranks.rank == 0 else [0, 0, len(noted)]
+            seconds, due, stopped = ranks.sum_(torch.tensor(shared, dtype=torch.float64)).tolist()
             if due or stopped:
                 self.save(stopped and f"stopped by a signal at step {self.steps_done}")
             now = schedule_at(s, self.steps_done, seconds)
@@ -2733,11 +2732,12 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
         with writing(f"in COMPILE_CACHE={settings.compile_cache}"):
             path.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))
-    if settings.deterministic:  # cuBLAS and Inductor read these when they start
+    if settings.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
         torch.use_deterministic_algorithms(True)
-    ranks, restarts = start_ranks(settings), environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    launch = environment["TORCHELASTIC_RUN_ID"] if restarts else time.strftime("%Y%m%d-%H%M%S")  # lasts over restarts
+    ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
+    if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
+        launch = environment["TORCHELASTIC_RUN_ID"]
     run_id = settings.run_id or f"{launch}-{settings.preset}-{settings.seed}"
     return dataclasses.replace(settings, run_id=ranks.from_main(run_id)), given, ranks
 
