@@ -2272,17 +2272,18 @@ def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
     """The model's settings in an artifact, and what follows them."""
-    return read_sealed(path, "artifact", ARTIFACT_MAGIC, {name: getattr(Settings, name) for name in MODEL_FIELDS})
+    usual = {name: getattr(Settings, name) for name in MODEL_FIELDS}
+    return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
 
 
-def read_sealed(path: Path, what: str, magic: bytes, usual: dict) -> tuple[dict, bytes]:
-    """Header, of names and types as in usual, and payload."""
+def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
+    """Header, of names and types as in usual, and payload of a file of at most so many bytes."""
     need(path.is_file(), f"no {what} at {path}: set {what.upper()} or RUN_ID")
 
     def check(condition: bool, problem: str):
         need(condition, f"{path} is not a usable {what}: {problem}")
 
-    check(path.stat().st_size <= (1 << 31 if what == "checkpoint" else 4 * ARTIFACT_CAP), "it is far too large")
+    check(path.stat().st_size <= most, "it is far too large")
     data = path.read_bytes()
     check(data.startswith(magic), "wrong magic number")
     check(hashlib.sha256(memoryview(data)[:-32]).digest() == data[-32:], "its checksum does not match")
@@ -2479,7 +2480,7 @@ class Trainer:
         s, ours, tensors = self.settings, self.header(), self.tensors()
         for path in {"auto": filter(Path.exists, s.checkpoint_paths), "never": ()}.get(s.resume, [Path(s.resume)]):
             try:
-                found, payload = read_sealed(path, "checkpoint", CHECKPOINT_MAGIC, ours)
+                found, payload = read_sealed(path, "checkpoint", CHECKPOINT_MAGIC, 1 << 31, ours)
             except UserError as error:
                 need(s.resume == "auto", error)
                 self.log(f"warning: {error}")
@@ -2515,9 +2516,7 @@ class Trainer:
         digest = hashlib.sha256(first)
         digest.update(numbers)
         try:
-            if newest.exists():
-                newest.replace(before)
-            write_whole(newest, first, numbers, digest.digest())
+            write_whole(newest, first, numbers, digest.digest(), before=before)
         except UserError as error:
             self.log(f"warning: {error}; training goes on")
 
@@ -2648,8 +2647,8 @@ def export(trainer: Trainer, batches: Batches) -> dict:
     return {"sdclip_k": k, "train_clock_seconds": clock.seconds()}
 
 
-def write_whole(path: Path, *parts):
-    """No reader ever sees half of the file."""
+def write_whole(path: Path, *parts, before: Path | None = None):
+    """No reader ever sees half of the file; one that is there already is kept as before."""
     temporary = path.with_name(path.name + ".part")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2658,6 +2657,8 @@ def write_whole(path: Path, *parts):
                 file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
+            if before and path.exists():
+                path.replace(before)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

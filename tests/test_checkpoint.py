@@ -125,7 +125,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, u
                 break
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        assert "a.checkpoint" in checkpoints(tmp_path) or "a.checkpoint-before" in checkpoints(tmp_path)
+        assert "a.checkpoint-before" in checkpoints(tmp_path)  # the other may be on its way
     process = start(environment)
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 0, out
@@ -159,22 +159,26 @@ sys.exit(t.run())
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, undisturbed):
-    """Without a RUN_ID; and one process has the same losses."""
+    """Without a RUN_ID, to the same artifact as two undisturbed ranks; and one process has the same losses."""
     (tmp_path / "kill.py").write_text(KILL_ONE_RANK_ONCE)
-    process = start(
-        quick_environment(shards, tmp_path, run_id=None), *torchrun("--nproc_per_node=2", "--max-restarts=1"),
-        str(tmp_path / "kill.py"), str(SCRIPT.parent), str(tmp_path / "mark"),
-    )  # fmt: skip
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, out
-    assert (tmp_path / "mark").exists()
-    assert "resumed" in out
-    assert ": step 5," in out
-    (log,) = tmp_path.glob("*-tiny-1337.jsonl")
-    log.rename(tmp_path / "a.jsonl")
-    for mine, other in zip(losses(tmp_path).values(), losses(undisturbed).values()):
-        assert mine == pytest.approx(other, rel=2e-5)
-    assert [path.name for path in tmp_path.glob("*checkpoint*")] == []
+    environment = quick_environment(shards, tmp_path, run_id=None)
+    command = *torchrun("--nproc_per_node=2", "--max-restarts=1"), str(tmp_path / "kill.py"), str(SCRIPT.parent)
+    artifacts = []
+    for killed in (True, False):
+        process = start(environment, *command, str(tmp_path / "mark"))
+        out = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, out
+        assert (tmp_path / "mark").exists()  # from here on, it kills none
+        assert (": step 5," in out) == ("resumed" in out) == killed
+        (log,) = tmp_path.glob("*-tiny-1337.jsonl")
+        (file,) = tmp_path.glob("*-tiny-1337.int6.lzma")
+        artifacts.append(file.read_bytes())
+        assert [path.name for path in tmp_path.glob("*checkpoint*")] == []
+        log.rename(tmp_path / "a.jsonl")
+        file.unlink()
+        for mine, other in zip(losses(tmp_path).values(), losses(undisturbed).values()):
+            assert mine == pytest.approx(other, rel=2e-5)
+    assert artifacts[0] == artifacts[1]
 
 
 def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
@@ -353,7 +357,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(monkeypatch, capsys, sha
     out = capsys.readouterr().out
     line = f"warning: cannot write {tmp_path}/a.checkpoint: No space left on device; training goes on\n"
     assert out.count(line) == out.count("warning") == 2
-    assert checkpoints(tmp_path) == ["a.checkpoint-before"]
+    assert checkpoints(tmp_path) == ["a.checkpoint", "a.checkpoint-before"]
     assert run_here(monkeypatch, environment) == 0
     assert "step 2," in capsys.readouterr().out
     assert artifact(tmp_path) == artifact(undisturbed)
