@@ -2278,7 +2278,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
     """Header, of names and types as in usual, and payload of a file of at most so many bytes."""
-    need(path.is_file(), f"no {what} at {path}: set {what.upper()} or RUN_ID")
+    need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
 
     def check(condition: bool, problem: str):
         need(condition, f"{path} is not a usable {what}: {problem}")
