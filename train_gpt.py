@@ -22,6 +22,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -31,6 +32,7 @@ import lzma
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -84,10 +86,18 @@ class Settings:
 
     preset: str = env("default", "name", "a set of defaults", "run")
     run_id: str = env("", "name", "names logs and artifact")
-    seed: int = env(1337, "integer", "seeds weights and batches")
     device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
     compile_cache: str = env("", "folder", "keeps what is compiled")
+    attention_backend: str = env("auto", "auto|cudnn|flash|math", "auto: the first that works")
+    scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, else chunked")
+    micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
+    warmup_steps: int = env(3, "steps", "to compile, off the clock")
+    val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
+    train_log_every: int = env(50, "steps > 0", "training loss lines")
+    deterministic: bool = env(False, "0|1", "the same bits again; slower on GPUs")
+    checkpoint_every: float = env(120.0, "seconds", "0: only when stopped")
+    resume: str = env("auto", "auto, never, file", "checkpoint; auto: RUN_ID's last")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
@@ -97,10 +107,10 @@ class Settings:
 
     data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
+    seed: int = env(1337, "integer", "seeds weights and batches")
     vocab_size: int = env(8192, "tokens > 0", "must be the tokenizer's")
     train_batch_tokens: int = env(524_288, "tokens > 0", "a step's, over all ranks")
     train_seq_len: int = env(2048, "tokens > 0", "training and evaluation window")
-    micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
     document_reset: bool = env(False, "0|1", "BOS resets Mamba's states")
 
     num_layers: int = env(9, "layers > 0", "physical layers", "model")
@@ -113,7 +123,6 @@ class Settings:
     rope_base: float = env(10_000.0, "number > 0", "attention's rotary base")
     rope_fraction: float = env(1.0, "0 to 1", "of attention's heads")
     qk_gain_init: float = env(1.5, "factor", "queries' first gain")
-    attention_backend: str = env("auto", "auto|cudnn|flash|math", "auto: the first that works")
     mamba_version: int = env(3, "2|3", "Mamba-3 or Mamba-2")
     mamba_d_state: int = env(64, "numbers > 0", "state per channel")
     mamba_expand: float = env(2.0, "× width > 0", "Mamba's inner width")
@@ -121,7 +130,6 @@ class Settings:
     mamba_rope_fraction: float = env(0.5, "0.5|1", "of Mamba-3's state")
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4 in Mamba-2, else none")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of a scan")
-    scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, else chunked")
     unet_skips: bool = env(True, "0|1", "first half to second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
     bigram_dim: int = env(128, "width > 0", "before its projection")
@@ -137,12 +145,9 @@ class Settings:
     iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
     max_wallclock_seconds: float = env(600.0, "seconds", "training and GPTQ; 0: ITERATIONS rule")
     export_reserve_seconds: float = env(15.0, "seconds", "of these, for GPTQ")
-    warmup_steps: int = env(3, "steps", "to compile, off the clock")
     lr_warmup_fraction: float = env(0.01, "of run", "linear warm-up")
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
     warmdown_iters: int = env(0, "steps", "the same in steps; 0: the fraction")
-    val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
-    train_log_every: int = env(50, "steps > 0", "training loss lines")
 
     matrix_lr: float = env(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
     mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's in_proj and out_proj")
@@ -191,6 +196,10 @@ class Settings:
     def artifact_path(self) -> Path:
         return Path(self.artifact) if self.artifact else Path(self.log_dir) / f"{self.run_id}.int6.lzma"
 
+    @property
+    def checkpoint_paths(self) -> list[Path]:
+        return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
+
 
 PRESETS = {
     "default": {},  # for the contest: 8 GPUs, ten minutes, sp8192
@@ -217,8 +226,9 @@ PRESETS = {
 FIELDS = [f.name for f in dataclasses.fields(Settings)]
 ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
 # What a stored model is meaningless without: it travels in the artifact's header.
-LOCAL_FIELDS = {"attention_backend", "scan_backend", "mamba_chunk_size", "recur_start"}
+LOCAL_FIELDS = {"mamba_chunk_size", "recur_start"}
 MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - LOCAL_FIELDS)
+TRAINING_FIELDS = FIELDS[FIELDS.index("seed") : FIELDS.index("eval_mode")]  # which a run that is resumed must keep
 
 
 def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
@@ -374,6 +384,8 @@ def help_text() -> str:
 # 2. Ranks
 # With one process, every method is the identity.
 
+COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
+
 
 @dataclass
 class Ranks:
@@ -396,6 +408,14 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def concatenate(self, tensor: Tensor) -> Tensor:
+        """Every rank's rows."""
+        if self.world_size == 1:
+            return tensor
+        gathered = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        return gathered
+
     def average_gradients(self, parameters: list[nn.Parameter]):
         """Over the ranks."""
         if self.world_size > 1:
@@ -416,7 +436,10 @@ def start_ranks(settings: Settings) -> Ranks:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, device_id=device_id)
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # it survives a restart
+        timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+        dist.init_process_group(backend, None, timeout, world_size, rank, store, device_id=device_id)
     return Ranks(rank, world_size, device)
 
 
@@ -468,12 +491,13 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's batches, gathered and copied to the device ahead of time."""
+    """This rank's batches behind the first, gathered and copied to the device ahead of time."""
 
-    def __init__(self, settings: Settings, ranks: Ranks):
+    def __init__(self, settings: Settings, ranks: Ranks, first: int = 0):
         self.settings, self.ranks = settings, ranks
         self.shards = open_shards(settings.data_path, "train")
-        self.windows = batch_windows([len(shard) for shard in self.shards], settings.train_seq_len, settings.seed)
+        windows = batch_windows([len(shard) for shard in self.shards], settings.train_seq_len, settings.seed)
+        self.windows = itertools.islice(windows, first * settings.train_batch_tokens // settings.train_seq_len, None)
         self.stream = torch.cuda.Stream() if ranks.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1)
         self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
@@ -1704,6 +1728,15 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {})
         self.ranks, self.steps, self.found_inf = ranks, steps, torch.zeros((), device=ranks.device)
 
+    def gather_momentum(self) -> list[Tensor]:
+        """Of every group's matrices, from all ranks."""
+        for buffer in self.state.values():
+            buffer.copy_(self.ranks.concatenate(self._share(buffer)))
+        return [self.state[group["params"][0]][: len(group["params"])] for group in self.param_groups]
+
+    def _share(self, buffer: Tensor) -> Tensor:
+        return buffer.chunk(self.ranks.world_size)[self.ranks.rank]
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -1716,27 +1749,21 @@ class Muon(torch.optim.Optimizer):
 
     def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
         """Nesterov updates (len(parameters), rows, columns), finite whatever the gradients are."""
-        ranks, first = self.ranks, parameters[0]
-        share = -(-len(parameters) // ranks.world_size)
-        mine = [p.grad for p in parameters[ranks.rank * share : (ranks.rank + 1) * share]]
-        gradients = torch.stack(mine + [torch.zeros_like(first)] * (share - len(mine)))
+        ranks, first, count = self.ranks, parameters[0], len(parameters)
         if first not in self.state:
-            self.state[first] = torch.zeros_like(gradients)
-        buffer = self.state[first]
+            self.state[first] = first.new_zeros(count + -count % ranks.world_size, *first.shape)
+        buffer = self._share(self.state[first])
+        mine = [p.grad for p in parameters[ranks.rank * len(buffer) :][: len(buffer)]]
+        gradients = torch.stack(mine + [torch.zeros_like(buffer[0])] * (len(buffer) - len(mine)))
         gradients = torch.where(self.found_inf > 0, buffer, gradients)  # towards itself, momentum does not move
         buffer.lerp_(gradients, 1 - momentum)
         updates = gradients.lerp(buffer, momentum)
         updates /= updates.norm(dim=-1, keepdim=True) + 1e-12  # rows of one length (MuonEq-R)
-        updates = orthogonalize(updates, self.steps)
-        if ranks.world_size == 1:
-            return updates
-        gathered = updates.new_empty(share * ranks.world_size, *first.shape)
-        dist.all_gather_into_tensor(gathered, updates.contiguous())
-        return gathered[: len(parameters)]
+        return ranks.concatenate(orthogonalize(updates, self.steps))[:count]
 
 
 class Optimizers:
-    """Muon and Adam. skipped, int64 (2,), counts steps whose gradients are not finite: all, and the last in a row."""
+    """Muon and Adam. skipped, float32 (2,), counts steps whose gradients are not finite: all, and the last in a row."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks):
         s = settings
@@ -1756,7 +1783,7 @@ class Optimizers:
         self.muon, cuda = Muon(muon, ranks, s.muon_backend_steps), ranks.device.type == "cuda"
         self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), fused=True, capturable=cuda)
         self.parameters = [p for parameters in groups.values() for p in parameters]
-        self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, dtype=torch.int64, device=ranks.device)
+        self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, device=ranks.device)
 
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
@@ -1780,8 +1807,8 @@ class WeightAverage:
     """EMA or SWA of the weights: an average that moves towards them."""
 
     def __init__(self, model: Model, settings: Settings):
-        self.settings, self.parameters = settings, list(model.parameters())
-        self.average, self.count = None, 0
+        self.settings, self.parameters, self.count = settings, list(model.parameters()), 0
+        self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self, steps_done: int, progress: float, skipped: Tensor):
@@ -1790,8 +1817,6 @@ class WeightAverage:
         if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
             return
         self.count += 1
-        if self.average is None:
-            self.average = [p.detach().clone() for p in self.parameters]
         # A short run must not be averaged with its beginning.
         ema_rate = max(1 - s.ema_decay, 1 / max(1.0, s.ema_horizon * steps_done))
         rate = (1 - skipped) * (1 / self.count if s.weight_average == "swa" else ema_rate)
@@ -1801,7 +1826,7 @@ class WeightAverage:
     @torch.no_grad()
     def apply(self):
         """Puts the average into the model."""
-        if self.average is not None:
+        if self.count:
             torch._foreach_copy_(self.parameters, self.average)
 
 
@@ -2200,25 +2225,31 @@ def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
     """The model's settings in an artifact, and what follows them."""
-    need(path.is_file(), f"no artifact at {path}: set ARTIFACT or RUN_ID")
+    usual = {name: getattr(Settings, name) for name in MODEL_FIELDS}
+    return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
+
+
+def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
+    """Header, of names and types as in usual, and payload of a file of at most so many bytes."""
+    need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
 
     def check(condition: bool, problem: str):
-        need(condition, f"{path} is not a usable artifact: {problem}")
+        need(condition, f"{path} is not a usable {what}: {problem}")
 
-    check(path.stat().st_size <= 4 * ARTIFACT_CAP, "it is far larger than the cap")
+    check(path.stat().st_size <= most, "it is far too large")
     data = path.read_bytes()
-    check(data.startswith(ARTIFACT_MAGIC), "wrong magic number")
-    check(hashlib.sha256(data[:-32]).digest() == data[-32:], "its checksum does not match")
-    header, _, payload = data[len(ARTIFACT_MAGIC) : -32].partition(b"\n")
+    check(data.startswith(magic), "wrong magic number")
+    check(hashlib.sha256(memoryview(data)[:-32]).digest() == data[-32:], "its checksum does not match")
+    line, _, payload = data[len(magic) : -32].partition(b"\n")
     try:
-        settings = dict(json.loads(header))
+        header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
-        settings = {}
-    check(set(settings) == set(MODEL_FIELDS), "it holds other settings than this program's")
-    for name, value in settings.items():
-        usual = type(value) is type(getattr(Settings, name)) and str(value).isprintable()  # errors quote it
-        check(usual, f"{name} in its header has the wrong type")
-    return settings, payload
+        header = {}
+    check(set(header) == set(usual), "it holds other settings than this program's")
+    for name, value in header.items():
+        same = type(value) is type(usual[name]) and str(value).isprintable()  # errors quote it
+        check(same, f"{name} in its header has the wrong type")
+    return header, payload
 
 
 def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
@@ -2276,19 +2307,18 @@ class Log:
         folder = Path(settings.log_dir)
         with writing(f"logs in LOG_DIR={folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            self.text = (folder / f"{name}.txt").open("a", encoding="utf-8", buffering=1)
-            self.records = (folder / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
-        self.text.write(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n")
+            self.text, self.records = ((folder / f"{name}.{end}").open("ab", 0) for end in ("txt", "jsonl"))
+            self.text.write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
 
     def __call__(self, text: str, event: str = "", **values):
         """A line of text; for an event, also a JSON object."""
         if self.quiet:
             return
         print(text, flush=True)
-        self.text.write(text + "\n")
-        if event:
-            seconds = round(time.perf_counter() - self.started, 3)
-            self.records.write(json.dumps({"event": event, "seconds": seconds, **values}) + "\n")
+        record = {"event": event, "seconds": round(time.perf_counter() - self.started, 3), **values}
+        with writing("logs"):
+            self.text.write(f"{text}\n".encode())
+            self.records.write(f"{json.dumps(record)}\n".encode() if event else b"")
 
     def progress(self, text: str):
         """A line about a long phase, at most every two seconds."""
@@ -2358,8 +2388,12 @@ def training_loss(model: Model, settings: Settings, ranks: Ranks):
     return parallel
 
 
+CHECKPOINT_MAGIC = b"SSMCHKP1"  # changes with Trainer.tensors()
+PROGRESS = "steps", "seconds", "averaged", "qat_k"
+
+
 class Trainer:
-    """warm_up() compiles, run() trains by the clock."""
+    """warm_up() compiles, run() trains by the clock; rank 0 writes checkpoints, which resume() takes up."""
 
     def __init__(self, model: Model, settings: Settings, ranks: Ranks, micro_batch: int, target_bytes: float, log: Log):
         self.model, self.settings, self.ranks, self.log = model, settings, ranks, log
@@ -2367,7 +2401,13 @@ class Trainer:
         self.optimizers = Optimizers(model, settings, ranks)
         self.average = WeightAverage(model, settings)
         self.loss_function = training_loss(model, settings, ranks)
-        self.clock, self.steps_done, self.graph = TrainingClock(), 0, None
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan)
+        self.optimizers.step(0.0, 0.0)  # skipped, it makes the optimizers' state
+        self.optimizers.skipped.zero_()
+        self.clock, self.steps_done, self.qat_k = TrainingClock(), 0, 0.0
+        self.thread, self.writing, self.saved = ThreadPoolExecutor(1), None, time.perf_counter()
+        self.graph, self.times_run = None, collections.Counter()
 
     def announce(self):
         model, s = self.model, self.settings
@@ -2377,12 +2417,68 @@ class Trainer:
         together = self.micro_sequences * s.train_seq_len
         self.log(f"backends: {', '.join(sorted(model.backends))}; {together:,} tokens at once per rank")
 
+    def tensors(self) -> list[Tensor]:
+        """What training changes, float32, whatever the number of ranks."""
+        moments = [x for state in self.optimizers.adam.state.values() for x in state.values()]
+        momentum = self.optimizers.muon.gather_momentum()
+        return [*self.average.parameters, *self.average.average, *moments, *momentum, self.optimizers.skipped]
+
+    def header(self) -> dict:
+        progress = self.steps_done, self.clock.seconds(), self.average.count, self.qat_k
+        return {name: getattr(self.settings, name) for name in TRAINING_FIELDS} | dict(zip(PROGRESS, progress))
+
+    @torch.no_grad()
+    def resume(self):
+        """Takes up the checkpoint that RESUME names."""
+        s, ours, tensors = self.settings, self.header(), self.tensors()
+        for path in {"auto": filter(Path.exists, s.checkpoint_paths), "never": ()}.get(s.resume, [Path(s.resume)]):
+            try:
+                found, payload = read_sealed(path, "checkpoint", CHECKPOINT_MAGIC, 1 << 31, ours)
+            except UserError as error:
+                need(s.resume == "auto", error)
+                self.log(f"warning: {error}")
+                continue
+            differ = [f"{f.upper()}={found[f]}, not {ours[f]}" for f in TRAINING_FIELDS if found[f] != ours[f]]
+            need(not differ, f"{path} has {'; '.join(differ)}; RESUME=never starts anew")
+            self.steps_done, self.clock.counted, self.average.count, self.qat_k = (found[name] for name in PROGRESS)
+            sizes, sane = [x.numel() for x in tensors], 0 <= self.steps_done <= s.iterations and self.clock.counted >= 0
+            need(sane and len(payload) == 4 * sum(sizes), f"{path} is not a usable checkpoint")
+            stored = torch.tensor(np.frombuffer(payload, "<f4"), device=self.ranks.device)
+            torch._foreach_copy_([x.view(-1) for x in tensors], stored.split(sizes))
+            self.log(f"resumed {path}: step {self.steps_done}, {self.clock.counted:.1f}s", "resumed")
+            break
+        need(self.ranks.from_main(self.steps_done) == self.steps_done, "the ranks must share LOG_DIR")
+
+    @torch.no_grad()
+    def save(self, why: str = ""):
+        """Has rank 0 write a checkpoint while training goes on; given a reason, ends the run on all ranks."""
+        numbers, self.saved = torch.cat([x.view(-1) for x in self.tensors()]), time.perf_counter()
+        copied = numbers.is_cuda and torch.cuda.current_stream().record_event()
+        if self.ranks.rank == 0:
+            self.writing = self.thread.submit(self._write, self.header(), numbers, copied)
+        if why:
+            self.ranks.from_main(self.writing and self.writing.result())  # the others wait for the file
+            raise UserError(f"{why}; RUN_ID={self.settings.run_id} goes on from the last checkpoint")
+
+    def _write(self, header: dict, numbers: Tensor, copied):
+        with torch.cuda.stream(torch.cuda.Stream(numbers.device) if copied else None):
+            if copied:
+                copied.wait()
+            numbers = numbers.cpu().numpy()
+        first, (newest, before) = CHECKPOINT_MAGIC + json.dumps(header).encode() + b"\n", self.settings.checkpoint_paths
+        digest = hashlib.sha256(first)
+        digest.update(numbers)
+        try:
+            write_whole(newest, first, numbers, digest.digest(), before=before)
+        except UserError as error:
+            self.log(f"warning: {error}; training goes on")
+
     def warm_up(self):
         """Compiles both layer orders, in steps at rate 0."""
         s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
         for order in sorted({self.model.order(False), self.model.order(True)}):
-            for step in range(s.warmup_steps):
+            for step in range(max(s.warmup_steps, self.steps_done > 0)):  # DDP's first step sums in another order
                 self._gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
@@ -2391,16 +2487,26 @@ class Trainer:
     def run(self, batches: Batches, validate):
         """Trains until the clock or ITERATIONS ends it, on every rank at the same step; leaves the averaged weights."""
         s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
+        signals, noted = (signal.SIGTERM, signal.SIGINT), []
+        for number in signals:
+            signal.signal(number, lambda number, _: noted.append(number))
         self.clock.start()
         while True:
             if len(queued) > 1:  # the last step but one is over: the clock is right and the GPU never idles
                 queued.pop(0).synchronize()
-            now = schedule_at(s, self.steps_done, ranks.from_main(self.clock.seconds()))
+            idle = not self.writing or self.writing.done()
+            due = idle and 0 < s.checkpoint_every <= time.perf_counter() - self.saved
+            shared = [self.clock.seconds(), due, len(noted)] if ranks.rank == 0 else [0, 0, len(noted)]
+            seconds, due, stopped = ranks.sum_(torch.tensor(shared, dtype=torch.float64)).tolist()
+            if due or stopped:
+                self.save(stopped and f"stopped by a signal at step {self.steps_done}")
+            now = schedule_at(s, self.steps_done, seconds)
             if now.progress >= 1:
                 break
             if now.quantized and fake_quantization is None:
                 fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
-                self.log(f"late QAT from step {self.steps_done}, k={fake_quantization.k:.2f}")
+                self.qat_k = fake_quantization.k = self.qat_k or fake_quantization.k
+                self.log(f"late QAT from step {self.steps_done}, k={self.qat_k:.2f}")
             kind = self.model.order(now.recurrent), fake_quantization if now.quantized else contextlib.nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
             self.steps_done += 1
@@ -2413,23 +2519,27 @@ class Trainer:
                 self.clock.pause()
                 self.log_score(validate(now.recurrent))
                 self.clock.start()
+        self.skipped_steps()
         self.graph = None  # its memory is its own
         self.average.apply()
         self.clock.pause()
-        self.skipped_steps()
+        self.thread.shutdown()
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
 
     def _graphed_step(self, kind: tuple, *inputs) -> Tensor:
-        """_step(). On one GPU it is a CUDA graph, for the host launches kernels more slowly than a small batch takes them;
-        the first two steps are none, in which the optimizers make their states."""
-        if self.ranks.device.type == "cpu" or self.ranks.world_size > 1 or self.steps_done < 2:
+        """_step(). On one GPU, from the third of a kind on, it is a CUDA graph: the host launches kernels more slowly than
+        a small batch takes them."""
+        self.times_run[kind] += 1
+        if self.times_run[kind] < 3 or self.ranks.device.type == "cpu" or self.ranks.world_size > 1:
+            self.graph = None
             return self._step(kind, *inputs)
         inputs = *inputs[:2], *torch.tensor(inputs[2:]).to(self.ranks.device, non_blocking=True)
-        if self.graph is None or self.graph[0] != kind:
-            self.graph, graph = None, torch.cuda.CUDAGraph()
-            held = [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
+        if self.graph is None:
+            graph, held = torch.cuda.CUDAGraph(), [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # batches are copied meanwhile
-                self.graph = kind, graph, held, self._step(kind, *held)
-        _, graph, held, loss = self.graph
+                self.graph = graph, held, self._step(kind, *held)
+        graph, held, loss = self.graph
         torch._foreach_copy_(held, inputs)
         graph.replay()
         return loss
@@ -2456,8 +2566,9 @@ class Trainer:
 
     def skipped_steps(self) -> int:
         """So far; too many in a row end the run."""
-        total, in_a_row = self.optimizers.skipped.tolist()
-        need(in_a_row < 10, f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
+        total, in_a_row = self.optimizers.skipped.int().tolist()
+        if in_a_row >= 10:
+            self.save(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
         return total
 
     def log_score(self, score: Score, when: str = ""):
@@ -2497,6 +2608,8 @@ def export(trainer: Trainer, batches: Batches) -> dict:
         stored = quantize_model(model, s, ranks, hessians, k)
         clock.pause()
         log(f"GPTQ at k={k:.2f}; training clock {clock.seconds():.1f}s")
+        in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
+        need(in_time, "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS")
         data = pack_artifact(s, stored) if ranks.rank == 0 else b""
         size = ranks.from_main(len(data))
         log(f"{s.artifact_path}: {size} bytes of at most {target}")
@@ -2512,13 +2625,21 @@ def export(trainer: Trainer, batches: Batches) -> dict:
     return {"sdclip_k": k, "train_clock_seconds": clock.seconds()}
 
 
-def write_whole(path: Path, data: bytes):
-    """No reader ever sees half of the file."""
+def write_whole(path: Path, *parts, before: Path | None = None):
+    """No reader ever sees half of the file; one that is there already is kept as before."""
     temporary = path.with_name(path.name + ".part")
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            if before and path.exists():
+                path.replace(before)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
@@ -2550,11 +2671,12 @@ def report(log: Log, event: str, label: str, score: Score):
 
 def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet, log: Log):
     """From shards to an artifact, scored before and after quantization, off the clock."""
-    batches, plain = Batches(settings, ranks), dataclasses.replace(settings, eval_mode="plain")
-    code_bytes = Path(__file__).stat().st_size
+    plain, code_bytes = dataclasses.replace(settings, eval_mode="plain"), Path(__file__).stat().st_size
     model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes
     trainer = Trainer(model, settings, ranks, choose_micro_batch(settings, ranks), target_bytes, log)
     trainer.announce()
+    trainer.resume()
+    batches = Batches(settings, ranks, trainer.steps_done)
     log("compiling and warming up ...")
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
@@ -2589,9 +2711,14 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
         with writing(f"in COMPILE_CACHE={settings.compile_cache}"):
             path.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))
-    ranks = start_ranks(settings)
-    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.preset}-{settings.seed}"
-    return dataclasses.replace(settings, run_id=ranks.from_main(settings.run_id or now)), given, ranks
+    if settings.deterministic:
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
+        torch.use_deterministic_algorithms(True)
+    ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
+    if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
+        launch = environment["TORCHELASTIC_RUN_ID"]
+    run_id = settings.run_id or f"{launch}-{settings.preset}-{settings.seed}"
+    return dataclasses.replace(settings, run_id=ranks.from_main(run_id)), given, ranks
 
 
 def main():
@@ -2610,6 +2737,8 @@ def main():
     if not settings.eval_only:
         train_and_export(settings, ranks, validation, log)
     evaluate_artifact(settings, given, ranks, tokenizer, validation, log)
+    for path in () if settings.eval_only else settings.checkpoint_paths:
+        path.unlink(missing_ok=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -2618,12 +2747,22 @@ def run() -> int:
     """main(), with a user's mistake printed as one line; returns the exit status."""
     try:
         main()
+        return 0
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(3)  # torchrun stops this rank if rank 0 says the same
-        print(f"train_gpt.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+        problem, rank = error, int(os.environ.get("RANK", 0))
+        time.sleep(rank and 2 + rank)  # torchrun stops this rank if another says the same
+    except torch.OutOfMemoryError:
+        problem = "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
+    except RuntimeError as error:
+        if "imed out" not in str(error) or not dist.is_initialized():
+            raise
+        store = dist.distributed_c10d._get_default_store()  # where all that can say so
+        store.set(f"rank {dist.get_rank()}", "")
+        time.sleep(5)
+        silent = [rank for rank in range(dist.get_world_size()) if not store.check([f"rank {rank}"])]
+        problem = f"ranks {silent} did not answer for {COLLECTIVE_SECONDS:g} s"
+    print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
+    return 2
 
 
 if __name__ == "__main__":

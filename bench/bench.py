@@ -378,7 +378,7 @@ def make_trainer(settings: t.Settings, ranks: t.Ranks, steps: int) -> tuple[t.Tr
     """A trainer whose run() makes so many steps, recurrence on and quantization off, and its micro-batch in tokens."""
     settings = dataclasses.replace(
         settings, iterations=steps, max_wallclock_seconds=0.0, recur_start=0.0, late_qat_threshold=0.0,
-        val_loss_every=0, train_log_every=2**40,
+        val_loss_every=0, train_log_every=2**40, checkpoint_every=0.0,
     )  # fmt: skip
     model = t.build_model(settings, ranks)
     micro_batch = t.choose_micro_batch(settings, ranks)

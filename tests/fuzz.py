@@ -1,4 +1,4 @@
-"""Damages valid shards, tokenizers and artifacts, and requires that train_gpt.py reads them right or refuses them.
+"""Damages valid shards, tokenizers, artifacts and checkpoints, and requires that train_gpt.py reads them right or refuses them.
 
     python tests/fuzz.py [--count 10000] [--seed 0]
 
@@ -45,7 +45,7 @@ MIB = 1 << 20
 SECONDS = 60.0
 # Memory above an idle worker's, in bytes. An artifact of up to 2^26 numbers is unpacked before it is refused; one that
 # is read takes a few copies in float32.
-MEMORY = {"shard": 64 * MIB, "tokenizer": 256 * MIB, "artifact": 768 * MIB}
+MEMORY = {"shard": 64 * MIB, "tokenizer": 256 * MIB, "artifact": 768 * MIB, "checkpoint": 64 * MIB}
 MEMORY_PER_STORED_BYTE = 16
 WARM_UP_SECONDS = 30.0  # of a worker
 BATCH = 250  # cases that a worker handles before another takes its place: its peak of memory cannot be reset
@@ -63,10 +63,10 @@ Originals = dict[str, bytes]
 class Case(NamedTuple):
     """A damaged file."""
 
-    kind: str  # shard, tokenizer, artifact
+    kind: str  # shard, tokenizer, artifact, checkpoint
     damage: str  # what was done
     data: bytes
-    sealed: bool = False  # an artifact whose checksum was computed anew
+    sealed: bool = False  # an artifact or a checkpoint whose checksum was computed anew
 
 
 class Outcome(NamedTuple):
@@ -87,12 +87,24 @@ def make_originals(folder: Path) -> Originals:
     t.validate_settings(settings, 1)
     stored = t.quantize_model(random_model(settings), settings, SOLO, {}, 5.0)
     bomb = lzma.LZMACompressor(preset=0)
+    settings = tiny(**SMALLEST, log_dir=str(folder), run_id="original")
+    trainer = make_trainer(settings)
+    trainer.save()
+    trainer.writing.result()
     return {
+        "checkpoint": settings.checkpoint_paths[0].read_bytes(),
         "shard": write_shard(folder / "original_val_0.bin", tokens).read_bytes(),
         "tokenizer": train_tokenizer(folder / "original.model", VOCABULARY).read_bytes(),
         "artifact": t.pack_artifact(settings, stored),
         "bomb": b"".join([bomb.compress(bytes(16 * MIB)) for _ in range(17)] + [bomb.flush()]),
     }
+
+
+def make_trainer(settings: t.Settings) -> t.Trainer:
+    """Of a small model, after two steps of an average, as a checkpoint may find it."""
+    trainer = t.Trainer(random_model(settings), settings, SOLO, 32, 1e6, lambda *_, **__: None)
+    trainer.steps_done, trainer.average.count, trainer.clock.counted, trainer.qat_k = 3, 2, 1.5, 5.0
+    return trainer
 
 
 # ---- Damage ----------------------------------------------------------------------------------------------------------
@@ -239,15 +251,40 @@ def damaged_artifact(originals: Originals, pick: random.Random) -> tuple[str, by
     return f"{what}, sealed", seal(magic + header + b"\n" + payload)
 
 
-OWN = {"shard": (shard_header, large_token), "tokenizer": (field_lengths, piece_text), "artifact": ()}
+def damaged_checkpoint(originals: Originals, pick: random.Random) -> tuple[str, bytes]:
+    """What was done, and a checkpoint that is wrong in its parts, or has other numbers, but has the right checksum."""
+    data = originals["checkpoint"]
+    end = data.index(b"\n")
+    magic, header, payload = data[:8], data[8:end], data[end + 1 : -32]
+    others = [originals["shard"], originals["tokenizer"], originals["artifact"]]
+    how, what = pick.choice(GENERAL), pick.choice(("body", "header", "payload", "numbers", "values", "progress"))
+    if what == "body":
+        return f"{how.__name__}, sealed", seal(how(data[:-32], pick, others))
+    if what == "header":
+        header = how(header, pick, others)
+    elif what == "payload":
+        payload = how(payload, pick, others)
+    elif what == "numbers":
+        payload = flip_bits(payload, pick, others)
+    else:
+        values = json.loads(header)
+        names = t.PROGRESS if what == "progress" else tuple(values)
+        kept = {name: value for name, value in values.items() if name not in names}
+        values = kept | header_values({name: values[name] for name in names}, pick)
+        header = json.dumps(values).encode("utf-8", "surrogatepass")
+    return f"{what}, sealed", seal(magic + header + b"\n" + payload)
+
+
+OWN = {"shard": (shard_header, large_token), "tokenizer": (field_lengths, piece_text), "artifact": (), "checkpoint": ()}
+SEALED = {"artifact": damaged_artifact, "checkpoint": damaged_checkpoint}
 
 
 def make_case(number: int, seed: int, kinds: tuple[str, ...], originals: Originals) -> Case:
     """Case number of a seed."""
     pick = random.Random(f"{seed} {number}")
     kind = kinds[number % len(kinds)]
-    if kind == "artifact" and pick.random() < 0.7:
-        return Case(kind, *damaged_artifact(originals, pick), sealed=True)
+    if kind in SEALED and pick.random() < 0.7:
+        return Case(kind, *SEALED[kind](originals, pick), sealed=True)
     how = pick.choice((*GENERAL, *OWN[kind], *OWN[kind]))
     others = [data for other, data in originals.items() if other not in (kind, "bomb")]
     data = how(originals[kind], pick, others)
@@ -358,11 +395,32 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     return "" if right else "other weights were read"
 
 
-READERS = {"shard": read_shard, "tokenizer": read_tokenizer, "artifact": read_artifact}
+def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
+    settings = tiny(**SMALLEST, resume=str(path))
+    trainer = make_trainer(settings)
+    trainer.resume()
+    if not case.sealed and case.data != originals["checkpoint"]:
+        return "a checkpoint with a wrong checksum was read"
+    header, _, payload = case.data[8:-32].partition(b"\n")
+    header = json.loads(header)
+    if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {n: getattr(settings, n) for n in t.TRAINING_FIELDS}:
+        return "a checkpoint of other settings was read"
+    progress = trainer.steps_done, trainer.clock.counted, trainer.average.count, trainer.qat_k
+    if repr(progress) != repr(tuple(header[name] for name in ("steps", "seconds", "averaged", "qat_k"))):
+        return "other progress was read"
+    numbers = torch.cat([x.detach().flatten() for x in trainer.tensors()])
+    return "" if numbers.numpy().tobytes() == payload else "other numbers were read"
+
+
+READERS = {
+    "shard": read_shard, "tokenizer": read_tokenizer, "artifact": read_artifact, "checkpoint": read_checkpoint,
+}  # fmt: skip
 
 
 def reason_of(message: str, path: Path) -> str:
     """The class of a refusal: the message without what differs from file to file."""
+    if " RESUME=never " in message:
+        return "other settings"
     if re.match(r"[A-Z0-9_]+=", message) or message.startswith("the virtual layer order"):
         return "a setting in the header that cannot be"
     text = message.replace(str(path), "FILE").replace(str(path.parent), "FOLDER")
@@ -394,7 +452,7 @@ def peak_memory() -> int:
 
 def run_case(number: int, case: Case, folder: Path, originals: Originals, watch: Watch, idle: int) -> Outcome:
     """Reads one damaged file. idle: peak_memory() of a worker that has read valid files only."""
-    name = {"shard": "case_val_0.bin", "tokenizer": "case.model", "artifact": "case.lzma"}[case.kind]
+    name = {"shard": "case_val_0.bin", "tokenizer": "case.model", "artifact": "case.lzma", "checkpoint": "c"}[case.kind]
     path = folder / name
     path.write_bytes(case.data)
     watch.allowed, watch.seen, watch.on = (str(path), str(folder / "valid.model")), "", True

@@ -120,6 +120,9 @@ class ThreadRanks(t.Ranks):
     def from_main(self, value):
         return self.gather(value)[0]
 
+    def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self.gather(tensor.clone()))
+
     def broadcast_(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         return tensor.copy_(self.gather(tensor.clone())[source])
 

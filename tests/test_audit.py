@@ -144,7 +144,7 @@ def test_a_swollen_artifact_a_wrong_sum_and_another_script_are_seen(entry_of, ru
         file.truncate(audit.CAP_BYTES - SCRIPT.stat().st_size + 1)
     fails(audit.check_bytes, dataclasses.replace(entry, artifact=swollen, log=None), "over the cap")
     fails(audit.check_bytes, dataclasses.replace(entry, log=entry.log._replace(total_bytes=1)), "the log says 1")
-    other = changed_script(tmp_path, ("return 0\n\n\nif __name__", "return 0  \n\n\nif __name__"))
+    other = changed_script(tmp_path, ("return 2\n\n\nif __name__", "return 2  \n\n\nif __name__"))
     fails(audit.check_bytes, dataclasses.replace(entry, script=other), "another script")
 
 

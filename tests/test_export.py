@@ -423,7 +423,7 @@ def test_appended_bytes_are_refused(minute, tmp_path, extra):
 def test_a_file_far_over_the_cap_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "a").open("wb") as file:
         file.truncate(1 << 40)  # sparse
-    with bounded(), pytest.raises(t.UserError, match="larger than the cap"):
+    with bounded(), pytest.raises(t.UserError, match="far too large"):
         t.read_artifact(tmp_path / "a")
 
 

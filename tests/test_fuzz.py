@@ -23,10 +23,10 @@ def originals(tmp_path_factory) -> fuzz.Originals:
 
 
 def test_damaged_files_are_read_right_or_refused(originals):
-    outcomes = fuzz.fuzz(originals, 240)
+    outcomes = fuzz.fuzz(originals, 320)
     text = fuzz.report(outcomes)
-    assert text.splitlines()[-1] == "240 cases, 0 findings", text
-    assert [outcome.case for outcome in outcomes] == list(range(240))
+    assert text.splitlines()[-1] == "320 cases, 0 findings", text
+    assert [outcome.case for outcome in outcomes] == list(range(320))
     for kind in fuzz.READERS:  # neither is all refused nor all harmless
         results = [outcome.result for outcome in outcomes if outcome.kind == kind]
         assert results.count("read") >= 5 or kind == "artifact"  # hardly any damage passes an artifact's checks
@@ -124,6 +124,25 @@ def test_a_reader_that_reads_wrong_or_too_much_is_found(originals, monkeypatch):
         digest = SimpleNamespace(digest=lambda: damaged[-32:])
         patch.setattr(t.hashlib, "sha256", lambda data: digest if data == damaged[:-32] else sha256(data))
         assert "wrong checksum was read" in find(originals, patch, fuzz.Case("artifact", "", damaged))
+
+
+def test_a_reader_of_checkpoints_that_reads_wrong_is_found(originals, monkeypatch):
+    """By a bit, or a step."""
+    resume, data = t.Trainer.resume, originals["checkpoint"]
+
+    def other_bit(trainer):
+        resume(trainer)
+        trainer.average.average[0].view(torch.int32).view(-1)[0] += 1
+
+    def other_step(trainer):
+        resume(trainer)
+        trainer.steps_done += 1
+
+    for wrong, said in ((other_bit, "other numbers were read"), (other_step, "other progress was read")):
+        with monkeypatch.context() as patch:
+            assert find(originals, patch, fuzz.Case("checkpoint", "", data)) == ""
+            patch.setattr(t.Trainer, "resume", wrong)
+            assert find(originals, patch, fuzz.Case("checkpoint", "", data)) == said
 
 
 def test_a_piece_that_is_no_text_and_a_header_that_writes_to_the_terminal_are_refused(originals, tmp_path):

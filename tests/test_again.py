@@ -1,0 +1,80 @@
+"""A run started again from its logs: the same script, settings and losses; and logs that are none."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_run import SCRIPT, process_environment, run_environment, run_here
+
+TOOL = SCRIPT.parent / "tools" / "again.py"
+
+
+@pytest.fixture(scope="module")
+def logs(shards, tmp_path_factory) -> Path:
+    """Of a run of four steps, behind another's in the same files."""
+    folder = tmp_path_factory.mktemp("logs")
+    with pytest.MonkeyPatch.context() as patch:
+        settings = {"eval_mode": "plain", "ttt_enabled": False, "sample": "a  'b\" $c", "calibration_tokens": 64}
+        for iterations in (1, 4):
+            environment = run_environment(shards, folder, **settings, iterations=iterations, train_log_every=1)
+            assert run_here(patch, environment) == 0
+    return folder
+
+
+def again(log: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(TOOL), str(log), *arguments], env=process_environment(settings), capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+
+
+def losses(path: Path) -> list[float]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [record["train_loss"] for record in records if record["event"] == "train"]
+
+
+def test_a_run_can_be_repeated_from_its_logs(logs):
+    done = again(logs / "a.txt")
+    assert done.returncode == 0, done.stderr
+    assert (logs / "a-again.py").read_bytes() == SCRIPT.read_bytes()
+    assert losses(logs / "a-again.jsonl") == losses(logs / "a.jsonl")[-4:]
+    assert (logs / "a-again.int6.lzma").read_bytes() == (logs / "a.int6.lzma").read_bytes()
+
+
+def test_the_command_is_shown_and_the_environment_goes_before(logs):
+    done = again(logs / "a.txt", "--dry-run", SEED="7", RUN_ID="b")
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert " SEED=7 " in out
+    assert " RUN_ID=b " in out
+    assert " ITERATIONS=4 " in out
+    assert " TTT_ENABLED=0 " in out
+    assert not (logs / "b.txt").exists()
+    shell = f"{out.strip().rpartition(' ')[0]} -c 'import os; print(os.environ[\"SAMPLE\"])'"
+    assert subprocess.run(shell, shell=True, capture_output=True, text=True).stdout == "a  'b\" $c\n"
+
+
+def test_as_many_processes_as_the_run_had(logs, tmp_path):
+    shutil.copy(logs / "a.txt", tmp_path)
+    text = (logs / "a.jsonl").read_text().replace('"hardware": "1 ', '"hardware": "8 ')
+    text = text.replace('"hardware": "1 \\u00d7', '"hardware": "8 \\u00d7')
+    (tmp_path / "a.jsonl").write_text(text)
+    assert "--nproc_per_node=8 " in again(tmp_path / "a.txt", "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.txt", "a"), ("a.jsonl", "{}"), ("a.jsonl", "a"), ("a.txt", None)], ids=str
+)
+def test_other_files_are_refused_in_one_line(logs, tmp_path, name, text):
+    for other in ("a.txt", "a.jsonl"):
+        shutil.copy(logs / other, tmp_path)
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    done = again(tmp_path / "a.txt")
+    assert done.returncode == 2
+    assert done.stderr.startswith("again.py: error: ")
+    assert done.stderr.count("\n") == 1

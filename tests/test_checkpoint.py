@@ -1,0 +1,467 @@
+"""Checkpoints: a run that is killed, stopped or disturbed loses nothing, and says in one line what happened.
+
+What only real processes can show (signals, torchrun) is shown by real processes; the rest happens inside this one.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SOLO, random_model, relative, run_ranks, tiny
+from test_optimizers import fill_gradients
+from test_run import SCRIPT, Quiet, mistake, process_environment, run_environment, run_here
+
+import train_gpt as t
+
+# Twelve steps, late QAT in the last ones, a checkpoint as often as one can be written, and a quick score.
+QUICK = {
+    "iterations": 12, "warmup_steps": 0, "train_log_every": 1, "checkpoint_every": 1e-6, "eval_mode": "plain",
+    "ttt_enabled": False, "late_qat_threshold": 0.5, "sdclip_k": 0.0, "calibration_tokens": 64,
+}  # fmt: skip
+
+
+def quick_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
+    return run_environment(shards, folder, **(QUICK | changes))
+
+
+def start(environment: dict[str, str], *command: str) -> subprocess.Popen:
+    """A process of the script, or of another command; it writes all to stdout."""
+    return subprocess.Popen(
+        [sys.executable, *(command or [str(SCRIPT)])], env=process_environment(environment), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def torchrun(*arguments: str) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", *arguments]
+
+
+@contextlib.contextmanager
+def interrupted_at(step: int, error: BaseException):
+    """Training ends with an error before this step, and every checkpoint that was begun is complete."""
+    gradients, save = t.Trainer._gradients, t.Trainer.save
+
+    def fail(trainer, *arguments):
+        if trainer.steps_done == step:
+            raise error
+        return gradients(trainer, *arguments)
+
+    def save_now(trainer, *arguments):
+        save(trainer, *arguments)
+        trainer.writing.result()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t.Trainer, "_gradients", fail)
+        patch.setattr(t.Trainer, "save", save_now)
+        yield
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def kill_here(monkeypatch, environment: dict[str, str], step: int = 7):
+    with interrupted_at(step, Killed()), pytest.raises(Killed):
+        run_here(monkeypatch, environment)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run that fails leaves its own behind."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_here(patch, quick_environment(shards, folder, checkpoint_every=0)) == 0
+    return folder
+
+
+def artifact(folder: Path) -> bytes:
+    return (folder / "a.int6.lzma").read_bytes()
+
+
+def records(folder: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+    return [record for record in lines if record["event"] == event]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Of the last time that each step was made."""
+    return {record["step"]: record["train_loss"] for record in records(folder, "train")}
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if "checkpoint" in path.name)
+
+
+# ---- Killed ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, undisturbed):
+    """SIGKILL in early and late steps and in GPTQ, one after the other; no run repeats a step that a checkpoint holds."""
+    environment = quick_environment(shards, tmp_path)
+    for moment in ("step:3/", "late QAT", "GPTQ at"):
+        process = start(environment)
+        for line in process.stdout:
+            if line.startswith(moment):
+                break
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert "a.checkpoint-before" in checkpoints(tmp_path)  # the other may be on its way
+    process = start(environment)
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, out
+    assert "warning" not in out
+    assert artifact(tmp_path) == artifact(undisturbed)
+    assert losses(tmp_path) == losses(undisturbed)
+    resumed = [int(step) for step in re.findall(r"^resumed .*: step (\d+),", (tmp_path / "a.txt").read_text(), re.M)]
+    assert len(resumed) == 3
+    assert resumed == sorted(resumed)
+    assert resumed[-1] > 7
+    assert checkpoints(tmp_path) == []
+
+
+KILL_ONE_RANK_ONCE = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv.pop(1))
+import train_gpt as t
+mark, save, gradients = Path(sys.argv.pop(1)), t.Trainer.save, t.Trainer._gradients
+def save_now(trainer, *arguments):
+    save(trainer, *arguments)
+    trainer.ranks.from_main(trainer.writing and trainer.writing.result())
+def kill_once(trainer, *arguments):
+    if trainer.ranks.rank == 1 and trainer.steps_done == 5 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gradients(trainer, *arguments)
+t.Trainer.save, t.Trainer._gradients = save_now, kill_once
+sys.exit(t.run())
+"""
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, undisturbed):
+    """Without a RUN_ID, to the same artifact as two undisturbed ranks; and one process has the same losses."""
+    (tmp_path / "kill.py").write_text(KILL_ONE_RANK_ONCE)
+    environment = quick_environment(shards, tmp_path, run_id=None)
+    command = *torchrun("--nproc_per_node=2", "--max-restarts=1"), str(tmp_path / "kill.py"), str(SCRIPT.parent)
+    artifacts = []
+    for killed in (True, False):
+        process = start(environment, *command, str(tmp_path / "mark"))
+        out = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, out
+        assert (tmp_path / "mark").exists()  # from here on, it kills none
+        assert (": step 5," in out) == ("resumed" in out) == killed
+        (log,) = tmp_path.glob("*-tiny-1337.jsonl")
+        (file,) = tmp_path.glob("*-tiny-1337.int6.lzma")
+        artifacts.append(file.read_bytes())
+        assert [path.name for path in tmp_path.glob("*checkpoint*")] == []
+        log.rename(tmp_path / "a.jsonl")
+        file.unlink()
+        for mine, other in zip(losses(tmp_path).values(), losses(undisturbed).values()):
+            assert mine == pytest.approx(other, rel=2e-5)
+    assert artifacts[0] == artifacts[1]
+
+
+def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
+    """Ranks are threads here, and gradients are given. Steps by three ranks, then two, then one end where one rank would
+    have come alone."""
+    monkeypatch.setattr(t, "training_loss", lambda model, settings, ranks: model.loss)
+    settings = tiny(run_id="a", log_dir=str(tmp_path), num_layers=5, mamba_layers="0,2,4")
+
+    def steps(count: int):
+        models = [random_model(settings) for _ in range(3)]  # from one generator, which threads would share
+
+        def work(ranks: t.Ranks) -> list[torch.Tensor]:
+            trainer = t.Trainer(models[ranks.rank], settings, ranks, 32, 1e6, Quiet())
+            trainer.resume()
+            for _ in range(count):
+                fill_gradients(trainer.model, np.nan if trainer.steps_done == 3 else None)
+                trainer.optimizers.step(0.5, 0.9)
+                trainer.steps_done += 1
+                trainer.average.update(trainer.steps_done, 0.5, trainer.optimizers.muon.found_inf)
+            trainer.save()
+            ranks.from_main(trainer.writing and trainer.writing.result())
+            assert trainer.skipped_steps() == int(trainer.steps_done > 3)
+            return [x.detach().clone() for x in trainer.tensors()]
+
+        return work
+
+    for world_size, count in ((3, 2), (2, 2), (1, 2)):
+        tensors = run_ranks(world_size, steps(count))
+        again = run_ranks(2, steps(0))
+        for other in (*tensors, *again):
+            assert all(map(torch.equal, tensors[0], other))
+    for path in tmp_path.glob("*checkpoint*"):
+        path.unlink()
+    for a, b in zip(tensors[0], run_ranks(1, steps(6))[0]):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_stops_a_run_with_a_checkpoint(monkeypatch, capsys, shards, tmp_path, undisturbed, number):
+    """Even where none is due; then the same command goes on. Once trained, a run ends at once."""
+    environment = quick_environment(shards, tmp_path, checkpoint_every=0)
+    gradients = t.Trainer._gradients
+
+    def signalled(trainer, *arguments):
+        if trainer.steps_done == 3:
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # as from a launcher and a terminal
+        return gradients(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t.Trainer, "_gradients", signalled)
+        said = mistake(patch, capsys, environment)
+    assert "stopped by a signal at step 4; RUN_ID=a goes on from the last checkpoint" in said
+    assert checkpoints(tmp_path) == ["a.checkpoint"]
+    assert run_here(monkeypatch, environment) == 0
+    assert "step 4," in capsys.readouterr().out
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert artifact(tmp_path) == artifact(undisturbed)
+
+
+def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(monkeypatch, shards, tmp_path):
+    """Time that nothing holds any more does not count: here, none."""
+    clock = {"max_wallclock_seconds": 3.0, "export_reserve_seconds": 1.0, "iterations": 10_000}
+    environment = quick_environment(shards, tmp_path, **clock)
+    kill_here(monkeypatch, environment, 8)
+    assert run_here(monkeypatch, environment) == 0
+    (resumed,) = re.findall(r"^resumed .*: step 8, ([\d.]+)s", (tmp_path / "a.txt").read_text(), re.M)
+    steps = records(tmp_path, "train")
+    assert float(resumed) > 0.05
+    assert [record["step"] for record in steps][5:12] == [*range(6, 13)]
+    assert steps[8]["train_ms"] >= 1000 * float(resumed) - 50
+    assert 1900 < steps[-1]["train_ms"] < 3000
+    assert records(tmp_path, "trained")[0]["train_clock_seconds"] <= 3
+
+
+# ---- Which checkpoint ------------------------------------------------------------------------------------------------
+
+
+def test_the_last_two_are_kept_and_gone_after_the_run(monkeypatch, shards, tmp_path):
+    kill_here(monkeypatch, quick_environment(shards, tmp_path))
+    assert checkpoints(tmp_path) == ["a.checkpoint", "a.checkpoint-before"]
+    steps = [json.loads((tmp_path / name).read_bytes()[8:].split(b"\n")[0])["steps"] for name in checkpoints(tmp_path)]
+    assert steps == [7, 6]
+    assert run_here(monkeypatch, quick_environment(shards, tmp_path)) == 0
+    assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:99] + b"?" + data[100:]]
+)
+@pytest.mark.parametrize("names", [["a.checkpoint"], ["a.checkpoint", "a.checkpoint-before"]], ids=str)
+def test_a_damaged_checkpoint_is_left_out_with_a_warning(
+    monkeypatch, capsys, shards, tmp_path, undisturbed, damage, names
+):
+    """For the one before; a run whose checkpoints are all damaged starts anew."""
+    environment = quick_environment(shards, tmp_path, checkpoint_every=1e-6)
+    kill_here(monkeypatch, environment)
+    for name in names:
+        (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    capsys.readouterr()
+    assert run_here(monkeypatch, environment) == 0
+    out = capsys.readouterr().out
+    warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert [f"{name} is not a usable checkpoint: " in line for name, line in zip(names, warnings)] == [True] * len(
+        names
+    )
+    assert len(warnings) == len(names)
+    assert ("resumed" in out) == (len(names) == 1)
+    assert artifact(tmp_path) == artifact(undisturbed)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(monkeypatch, capsys, shards, tmp_path):
+    """But not one of other paths, logs, validation, evaluation or kernels; and not where it is not wanted."""
+    kill_here(monkeypatch, quick_environment(shards, tmp_path))
+    other = {"matrix_lr": 0.03, "num_layers": 2, "mamba_layers": "0", "seed": 7}
+    said = mistake(monkeypatch, capsys, quick_environment(shards, tmp_path, **other))
+    for part in ("MATRIX_LR=0.02, not 0.03", "NUM_LAYERS=3, not 2", "SEED=1337, not 7", "RESUME=never starts anew"):
+        assert part in said
+    assert "ITERATIONS" not in said
+    assert len(checkpoints(tmp_path)) == 2
+    free = {"train_log_every": 3, "eval_mode": "sliding", "scan_backend": "sequential", "micro_batch_tokens": 32}
+    assert run_here(monkeypatch, quick_environment(shards, tmp_path, **free, val_loss_every=5)) == 0
+    assert "resumed" in capsys.readouterr().out
+    kill_here(monkeypatch, quick_environment(shards, tmp_path))
+    capsys.readouterr()
+    assert run_here(monkeypatch, quick_environment(shards, tmp_path, **other, resume="never")) == 0
+    assert "resumed" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_may_be_named(monkeypatch, capsys, shards, tmp_path, undisturbed):
+    kill_here(monkeypatch, quick_environment(shards, tmp_path / "first"))
+    kept = tmp_path / "kept"
+    (tmp_path / "first" / "a.checkpoint-before").rename(kept)
+    environment = quick_environment(shards, tmp_path, resume=kept)
+    capsys.readouterr()
+    assert run_here(monkeypatch, environment) == 0
+    assert "step 6," in capsys.readouterr().out
+    assert artifact(tmp_path) == artifact(undisturbed)
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert "kept is not a usable checkpoint: its checksum" in mistake(monkeypatch, capsys, environment)
+    kept.unlink()
+    assert f"no checkpoint at {kept}" in mistake(monkeypatch, capsys, environment)
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(monkeypatch, capsys, shards, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    path = tmp_path / "evil.checkpoint"
+    environment = quick_environment(shards, tmp_path, resume=path)
+    torch.save({"steps": Evil()}, path)
+    assert "wrong magic number" in mistake(monkeypatch, capsys, environment)
+    body = t.CHECKPOINT_MAGIC + pickle.dumps(Evil())
+    path.write_bytes(body + t.hashlib.sha256(body).digest())
+    assert "is not a usable checkpoint" in mistake(monkeypatch, capsys, environment)
+    assert not (tmp_path / "evil").exists()
+
+
+# ---- Trouble while it runs -------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(monkeypatch, capsys, shards, tmp_path, undisturbed):
+    """What was written before stays, and no half file takes up the rest of the disk."""
+    fsync, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if 3 < len(calls) < 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    environment = quick_environment(shards, tmp_path)
+    kill_here(monkeypatch, environment, 4)
+    out = capsys.readouterr().out
+    line = f"warning: cannot write {tmp_path}/a.checkpoint: No space left on device; training goes on\n"
+    assert out.count(line) == out.count("warning") == 2
+    assert checkpoints(tmp_path) == ["a.checkpoint", "a.checkpoint-before"]
+    assert run_here(monkeypatch, environment) == 0
+    assert "step 2," in capsys.readouterr().out
+    assert artifact(tmp_path) == artifact(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_log_that_can_no_longer_be_written_ends_in_one_line(shards, tmp_path, name):
+    """In a real process: nothing may be said as it ends, either."""
+    (tmp_path / name).symlink_to("/dev/full")
+    process = start(quick_environment(shards, tmp_path))
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert re.fullmatch(r"train_gpt.py: error: cannot write logs.*: No space left on device", out.splitlines()[-1])
+    assert "Traceback" not in out
+    assert "Exception" not in out
+
+
+def test_a_run_that_diverges_stops_with_a_checkpoint(monkeypatch, capsys, shards, tmp_path):
+    loss, calls = t.Model.loss, iter(range(99))
+    monkeypatch.setattr(t.Model, "loss", lambda *a: loss(*a) * (float("nan") if next(calls) >= 5 else 1.0))
+    settings = {"iterations": 40, "train_log_every": 15, "checkpoint_every": 0}
+    said = mistake(monkeypatch, capsys, quick_environment(shards, tmp_path, **settings))
+    assert "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR" in said
+    assert "RUN_ID=a goes on from the last checkpoint" in said
+    assert checkpoints(tmp_path) == ["a.checkpoint"]
+    monkeypatch.setattr(t.Model, "loss", loss)
+    assert run_here(monkeypatch, quick_environment(shards, tmp_path, **settings)) == 0
+    assert "step 15," in capsys.readouterr().out
+    assert records(tmp_path, "train")[-1]["skipped_steps"] == 10
+
+
+@pytest.mark.parametrize("where", ["Trainer._gradients", "Evaluator._score_targets"])
+def test_a_lack_of_gpu_memory_names_the_setting_to_halve(monkeypatch, capsys, shards, tmp_path, where):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    name, method = where.split(".")
+    monkeypatch.setattr(getattr(t, name), method, fail)
+    said = mistake(monkeypatch, capsys, quick_environment(shards, tmp_path))
+    assert "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE" in said
+
+
+def test_a_training_clock_that_runs_over_ends_without_a_score(monkeypatch, capsys, shards, tmp_path):
+    """As when GPTQ is held up."""
+    quantize = t.quantize_model
+    monkeypatch.setattr(t, "quantize_model", lambda *arguments: (t.time.sleep(1.2), quantize(*arguments))[1])
+    environment = quick_environment(shards, tmp_path, max_wallclock_seconds=2.0, export_reserve_seconds=1.0)
+    environment["ITERATIONS"] = "10000"
+    assert "GPTQ ended after MAX_WALLCLOCK_SECONDS" in mistake(monkeypatch, capsys, environment)
+    assert "_exact" not in (tmp_path / "a.txt").read_text().split("=" * 100)[-1]
+
+
+STALL = """
+import os, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import train_gpt as t
+t.COLLECTIVE_SECONDS, gradients = 4.0, t.Trainer._gradients
+def stall(trainer, *arguments):
+    if trainer.ranks.rank == 1 and trainer.steps_done == 5:
+        time.sleep(600)
+    return gradients(trainer, *arguments)
+t.Trainer._gradients = stall
+sys.exit(t.run())
+"""
+
+
+def test_a_rank_that_stalls_is_named(shards, tmp_path):
+    """Two processes without a launcher, which would take half a minute to end the one that stalls."""
+    (tmp_path / "stall.py").write_text(STALL)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = quick_environment(shards, tmp_path)
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [
+        start(environment | {"RANK": str(rank)}, str(tmp_path / "stall.py"), str(SCRIPT.parent)) for rank in (0, 1)
+    ]
+    out = ranks[0].communicate(timeout=60)[0]
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == 2
+    assert out.splitlines()[-1] == "train_gpt.py: error: ranks [1] did not answer for 4 s"
+    assert "Traceback" not in out
+    assert checkpoints(tmp_path)
+
+
+# ---- Twice the same --------------------------------------------------------------------------------------------------
+
+
+def test_a_deterministic_run_asks_torch_for_it(monkeypatch, shards, tmp_path, undisturbed):
+    environment = quick_environment(shards, tmp_path, deterministic=1)
+    try:
+        assert run_here(monkeypatch, environment) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert artifact(tmp_path) == artifact(undisturbed)
+
+
+def test_batches_go_on_where_they_were(shards):
+    settings = tiny(data_path=str(shards))
+    whole, rest = t.Batches(settings, SOLO), t.Batches(settings, SOLO, 3)
+    for _ in range(3):
+        whole.next()
+    for _ in range(40):  # into the next epoch
+        assert all(map(torch.equal, whole.next(), rest.next()))
