@@ -1,11 +1,11 @@
-"""Parameter Golf with state-space layers: one file from token shards to a scored artifact.
+"""Parameter Golf with state-space layers: from token shards to a scored artifact.
 
     python train_gpt.py                                     # one process, on a GPU if there is one
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # one process per GPU
     python train_gpt.py --help                              # every setting and preset
 
-It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ, packs it into 16,000,000 bytes (code
-included), loads it back and scores it, adapting to what it has scored. Sections stand in the order in which data flows:
+It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ, packs it into 16,000,000 bytes with the
+code, loads it back and scores it, adapting to what it has scored. Sections follow the data:
 
     1. Settings     with presets and --help
     2. Ranks        what several processes need from each other
@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     import triton
@@ -53,11 +54,11 @@ try:
 
     constexpr = tl.constexpr
     jit = triton.jit(do_not_specialize=["length", "batch", "chunks"])  # a 1 would become a number without a type
-except ImportError:  # CPU builds of torch come without it, and need none
+except ImportError:  # CPU builds of torch need none
     triton, jit, constexpr = None, lambda function: function, None
 
-BOS_ID = 1  # every document in the contest's shards begins with this token
-ARTIFACT_CAP = 16_000_000  # bytes, decimal, code included: the contest's limit
+BOS_ID = 1  # begins every document
+ARTIFACT_CAP = 16_000_000  # bytes with the code: the contest's limit
 
 
 class UserError(Exception):
@@ -65,7 +66,6 @@ class UserError(Exception):
 
 
 def need(condition, message: str):
-    """Raises UserError unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -76,20 +76,18 @@ def need(condition, message: str):
 
 
 def env(default, unit: str, text: str, group: str = ""):
-    """A setting of the default's type: unit, which may bound it, help, and the group it begins."""
+    """A setting: its unit, which may bound it, help, and the group it begins."""
     return field(default=default, metadata={"unit": unit, "help": text, "group": group})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Layer lists are explained at parse_layers()."""
+    """Layers are "all", "none" or a list such as "0,2-4"."""
 
     preset: str = env("default", "name", "a set of defaults", "run")
     run_id: str = env("", "name", "names logs and artifact")
     device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
-    compile_cache: str = env("", "folder", "keeps what is compiled")
-    attention_backend: str = env("auto", "auto|cudnn|flash|math", "auto: the first that works")
     scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, else chunked")
     micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
     warmup_steps: int = env(3, "steps", "to compile, off the clock")
@@ -101,9 +99,7 @@ class Settings:
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
-    sample: str = env("", "text", "for the artifact to continue")
-    sample_tokens: int = env(128, "tokens > 0", "length of the continuation")
-    sample_temperature: float = env(0.8, "factor", "0: the likeliest token")
+    sample: str = env("", "text", "for the artifact to continue, 128 tokens")
 
     data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
@@ -111,7 +107,7 @@ class Settings:
     vocab_size: int = env(8192, "tokens > 0", "must be the tokenizer's")
     train_batch_tokens: int = env(524_288, "tokens > 0", "a step's, over all ranks")
     train_seq_len: int = env(2048, "tokens > 0", "training and evaluation window")
-    document_reset: bool = env(False, "0|1", "BOS resets Mamba's states")
+    document_reset: bool = env(False, "0|1", "BOS resets the scans")
 
     num_layers: int = env(9, "layers > 0", "physical layers", "model")
     model_dim: int = env(512, "width > 0", "residual stream")
@@ -136,10 +132,7 @@ class Settings:
     tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
     logit_softcap: float = env(30.0, "nats", "cap·tanh(logits/cap); 0: none")
 
-    layer_order: str = env("", "layers", "as in 0,1,2,1,2,3; overrides these:", "recurrence")
-    recur_layers: str = env("none", "layers", "layers that repeat")
-    recur_passes: int = env(1, "passes", "extra passes through them")
-    recur_mode: str = env("hinge", "hinge|spread", "repeat the group, or each layer")
+    layer_order: str = env("all", "layers", "in which they run, as 0-4,3,4,5", "recurrence")
     recur_start: float = env(0.35, "of run", "before it, each layer runs once")
 
     iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
@@ -153,18 +146,14 @@ class Settings:
     mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's in_proj and out_proj")
     tied_embed_lr: float = env(0.008, "rate", "Adam, embeddings and output matrix")
     scalar_lr: float = env(0.02, "rate", "Adam, vectors, scales and Mamba's dynamics")
-    muon_momentum: float = env(0.95, "below 1", "Nesterov momentum")
-    muon_momentum_start: float = env(0.85, "below 1", "its value at the first step")
-    muon_momentum_warmup: float = env(0.1, "of run", "how long it takes to rise")
+    muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
     beta1: float = env(0.9, "below 1", "Adam")
     beta2: float = env(0.95, "below 1", "Adam")
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
-    weight_average: str = env("ema", "ema|swa|none", "average of the weights to export")
-    ema_decay: float = env(0.997, "below 1", "at most; see EMA_HORIZON")
-    ema_horizon: float = env(0.03, "of steps > 0", "the most that EMA remembers")
-    swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
+    weight_average: str = env("ema", "ema|swa|none", "of what to export; swa: the last fifth")
+    ema_decay: float = env(0.997, "below 1", "at most, EMA")
 
     late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which QAT is on; 0: never", "export")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
@@ -202,7 +191,7 @@ class Settings:
 
 
 PRESETS = {
-    "default": {},  # for the contest: 8 GPUs, ten minutes, sp8192
+    "default": {},  # 8 GPUs, ten minutes
     "short": {  # three minutes on one GPU
         "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0, "export_reserve_seconds": 6.0,
         "eval_max_seconds": 180.0,
@@ -212,7 +201,7 @@ PRESETS = {
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7, "mamba_layers": "0,1,3,4,6",
         "bigram_vocab_size": 0,
     },
-    "tiny": {  # two minutes on two CPU cores with the sample text
+    "tiny": {  # two minutes on two CPU cores
         "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model", "vocab_size": 1024,
         "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4, "mamba_layers": "0,1,3", "model_dim": 128,
         "num_heads": 4, "num_kv_heads": 2, "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024,
@@ -232,7 +221,7 @@ TRAINING_FIELDS = FIELDS[FIELDS.index("seed") : FIELDS.index("eval_mode")]  # wh
 
 
 def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
-    """The layers that a setting names: "all", "none" or a list such as "0,2-4"."""
+    """The layers that a setting names."""
     text, count = getattr(settings, name), settings.num_layers
     if text in ("all", "none", ""):
         return tuple(range(count)) if text == "all" else ()
@@ -255,20 +244,8 @@ def layer_letters(settings: Settings) -> str:
     return "".join("M" if layer in mamba else "A" for layer in range(settings.num_layers))
 
 
-def virtual_layer_order(settings: Settings) -> tuple[int, ...]:
-    """In which layers run once recurrence is on: two extra passes through 3,4 are 3 4 3 4 3 4 in hinge mode, 3 3 3 4 4 4
-    in spread."""
-    layers = tuple(range(settings.num_layers))
-    if settings.layer_order:
-        return parse_layers(settings, "layer_order")
-    group, repeats = parse_layers(settings, "recur_layers"), settings.recur_passes + 1
-    if settings.recur_mode == "spread" or not group:
-        return tuple(i for i in layers for _ in range(repeats if i in group else 1))
-    return layers[: group[0]] + group * repeats + layers[group[-1] + 1 :]
-
-
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """The environment's settings over the preset's, and the names of those given."""
+    """The environment's settings over the preset's, and the given ones' names."""
     kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
     reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
@@ -308,7 +285,7 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 def validate_settings(settings: Settings, world_size: int):
     """Refuses what cannot work."""
     s = settings
-    most = {"num_layers": 256, "recur_passes": 64, "vocab_size": 65_536}  # shards hold 16-bit tokens
+    most = {"num_layers": 256, "vocab_size": 65_536}  # shards hold 16-bit tokens
 
     def check(name: str, condition: bool, problem: str):
         need(condition, f"{name.upper()}={getattr(s, name)} {problem}")
@@ -330,11 +307,8 @@ def validate_settings(settings: Settings, world_size: int):
     fits = set(s.layer_pattern) <= set("MmAa") and len(s.layer_pattern) in (0, s.num_layers)
     check("layer_pattern", fits, f"is not NUM_LAYERS={s.num_layers} letters of M, m, A, a")
 
-    consecutive = all(b - a == 1 for a, b in itertools.pairwise(parse_layers(s, "recur_layers")))
-    if s.recur_mode == "hinge" and not s.layer_order:
-        check("recur_layers", consecutive, "must be consecutive in hinge mode")
-    order = virtual_layer_order(s)
-    need(set(order) == set(range(s.num_layers)), f"the virtual layer order {order} leaves out a layer")
+    order = parse_layers(s, "layer_order")
+    check("layer_order", set(order) == set(range(s.num_layers)), "leaves out a layer")
     check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
     mixers = set(layer_letters(s).upper())
     if "A" in mixers:
@@ -366,7 +340,6 @@ def ttt_sequence_length(settings: Settings, world_size: int) -> int:
 
 
 def help_text() -> str:
-    """What --help prints."""
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
     for f in dataclasses.fields(Settings):
         unit, text, group = f.metadata.values()
@@ -389,14 +362,13 @@ COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 
 @dataclass
 class Ranks:
-    """This process among its peers, and the device it owns."""
+    """This process among its peers, and its device."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Over the ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -416,16 +388,8 @@ class Ranks:
         dist.all_gather_into_tensor(gathered, tensor.contiguous())
         return gathered
 
-    def average_gradients(self, parameters: list[nn.Parameter]):
-        """Over the ranks."""
-        if self.world_size > 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            means = self.sum_(nn.utils.parameters_to_vector(gradients)) / self.world_size
-            nn.utils.vector_to_parameters(means, gradients)
-
 
 def start_ranks(settings: Settings) -> Ranks:
-    """Joins the process group that torchrun announces, or stands alone."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -445,9 +409,9 @@ def start_ranks(settings: Settings) -> Ranks:
 
 # ============
 # 3. Data
-# The ranks share one sequence of batches, which depends on seed and settings alone: 1 or 8 GPUs train on the same data.
+# Batches depend on seed and settings alone: 1 or 8 GPUs train on the same data.
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20_240_520, 1, 256 * 4
+SHARD_MAGIC, SHARD_HEADER_BYTES = [20_240_520, 1], 256 * 4
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -456,31 +420,28 @@ def open_shard(path: Path) -> np.ndarray:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    ours = len(header) == 256 and header[0] == SHARD_MAGIC
-    need(ours, f"{path} is not a token shard (wrong magic number); see data/prepare.py")
-    version, count = map(int, header[1:3])
-    need(version == SHARD_VERSION, f"{path} is a version {version} shard, not version {SHARD_VERSION}")
+    ours = len(header) == 256 and header[:2].tolist() == SHARD_MAGIC
+    need(ours, f"{path} is not a token shard of version 1 (wrong magic number); see data/prepare.py")
+    count = int(header[2])
     wanted = SHARD_HEADER_BYTES + 2 * count
     need(count >= 0 and wanted <= size, f"{path} has {size} bytes, but its header says {wanted}; download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
-    """All shards of a split ("train" or "val"), by name."""
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     need(paths, f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     return [open_shard(path) for path in paths]
 
 
 def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
-    """Refuses token ids outside the vocabulary."""
     if (largest := int(tokens.max(initial=0))) >= vocab_size:
         raise UserError(f"{what} hold token id {largest}, but VOCAB_SIZE={vocab_size}: another tokenizer made them")
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: an epoch visits the shards one by one, to
-    keep reads local, and the windows of each, all in a new order and at a new phase."""
+    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: an epoch visits shard by shard, to keep reads
+    local, and a shard's windows in a new order and at a new phase."""
     need(max(lengths) > seq_len, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
@@ -548,8 +509,8 @@ class Tokenizer:
         self.piece_bytes = np.where(self.is_special, 0, np.where(model.IsByte(ids), 1, lengths))
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of text that each target tokens[1:] stands for, int64, (len(tokens) - 1,). A leading space counts unless
-        the token before is special: decoding drops that."""
+        """Bytes of text that each target tokens[1:] stands for, int64. A leading space counts unless the token before is
+        special: decoding drops that."""
         before, target = tokens[:-1], tokens[1:]
         return self.piece_bytes[target] + (self.has_space[target] & ~self.is_special[before])
 
@@ -560,7 +521,6 @@ class ValidationSet(NamedTuple):
 
 
 def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
-    """All validation shards as one stream."""
     tokens = np.concatenate(open_shards(settings.data_path, "val"))
     longer = len(tokens) > settings.train_seq_len
     need(longer, f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target")
@@ -570,13 +530,12 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
 
 # ============
 # 4. Scans
-# The Mamba-3 recurrence (arXiv 2603.15569): the equation in a loop, its matmul form in plain PyTorch, and that form fused
-# into Triton kernels. Mamba-2 is the same without trapezoid, rotation and biases.
+# The Mamba-3 recurrence (arXiv 2603.15569): in a loop, as matmuls in PyTorch, and those fused into Triton kernels. Mamba-2
+# is the same without trapezoid, rotation and biases.
 
 
 class ScanInputs(NamedTuple):
-    """B batch, L length, H heads, P channels per head, N state size, R rotation angles (2R <= N). Without trapezoid the
-    current token has all the weight; without angle_rate nothing rotates."""
+    """B batch, L length, H heads, P channels per head, N state size, R rotation angles (2R <= N)."""
 
     value: Tensor  # (B, L, H, P)
     key: Tensor  # (B, L, N), "B" of the paper, normed, shared by the heads
@@ -602,8 +561,6 @@ class ScanState(NamedTuple):
 
 
 class MambaSizes(NamedTuple):
-    """Sizes of a Mamba layer; Mamba-2 has no angles."""
-
     heads: int
     channels: int
     state: int
@@ -618,7 +575,7 @@ class MambaSizes(NamedTuple):
 
 
 class MambaParameters(NamedTuple):
-    """What a Mamba layer learns between its projections, float32. Mamba-2 has decay rates and no norms."""
+    """What a Mamba layer learns between its projections, float32."""
 
     step_bias: Tensor  # (H,), before softplus
     skip: Tensor  # (H,)
@@ -626,7 +583,7 @@ class MambaParameters(NamedTuple):
     query_bias: Tensor  # (H, N)
     key_norm: Tensor | None = None  # (N,)
     query_norm: Tensor | None = None  # (N,)
-    decay_rate: Tensor | None = None  # (H,), A < 0
+    decay_rate: Tensor | None = None  # (H,), A < 0 of Mamba-2
 
 
 DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
@@ -637,8 +594,7 @@ def mamba_scan(
     projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None,
     state: ScanState | None, backend: str, chunk_size: int,
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
-    """Between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P) in its dtype, and the state. The sequential
-    form is fastest for single tokens."""
+    """Between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P) in its dtype, and the state."""
     if backend == "triton" and projected.shape[1] > 1:
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
@@ -652,7 +608,7 @@ def mamba_scan(
 def scan_inputs(
     projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None
 ) -> ScanInputs:
-    """in_proj's columns as a scan reads them: dt = softplus(. + bias), A = -softplus(.), keys and queries normed."""
+    """in_proj's columns as a scan reads them."""
     p, columns = parameters, projected.split(sizes.columns(), dim=-1)
     gate, (value, key, query, step), dynamics = None, columns[:4], (None, None)
     dtype = torch.promote_types(projected.dtype, torch.float32)
@@ -736,7 +692,7 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 
 
 def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
-    """The recurrence as matmuls within chunks and a short loop between them, after Mamba-2's SSD (arXiv 2405.21060).
+    """As matmuls within chunks and a short loop between them, after Mamba-2's SSD (arXiv 2405.21060).
 
     The trapezoid folds into one weight per key, w_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}:
 
@@ -750,7 +706,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
     weight = current + F.pad(previous[:, 1:], (0, 0, 0, 1))
 
-    # 1. Cut into chunks: (B, H, chunks, chunk, ...). Padding has weight 0 and decay 1.
+    # 1. Chunks, (B, H, chunks, chunk, ...). Padding has weight 0 and decay 1.
     def cut(x: Tensor) -> Tensor:
         padding = (0, 0) * (x.dim() - 2) + (0, -length % chunk_size)
         return F.pad(x, padding).unflatten(1, (-1, chunk_size)).movedim(3, 1)
@@ -780,10 +736,10 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, value), final
 
 
-# The fused scan: six Triton kernels that read and write in_proj's rows where they lie. tokens_forward makes step sizes,
-# decays, normed keys and queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes from
-# chunk to chunk of a head and leaves each one's first state behind; scan_backward comes back; the other two undo the first
-# two and sum over heads without atomics: the same bits every time. Decays are base-2 logarithms, angles are in turns.
+# The fused scan reads and writes in_proj's rows where they lie. tokens_forward makes step sizes, decays, normed keys and
+# queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes from chunk to chunk of a head and
+# leaves each one's first state behind; scan_backward comes back; the other two undo the first two and sum over heads without
+# atomics: the same bits every time. Decays are base-2 logarithms, angles are in turns.
 
 REGISTERS = {  # per thread, where a limit helps, by GPU architecture; see bench/tune.py
     (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
@@ -825,8 +781,7 @@ def cos_sin(turn):
 
 @jit
 def token_dynamics(row, live, step_bias, h, H: constexpr):
-    """Raw step size, step size, raw decay, decay rate, and the step's share for the current token, of rows at raw step sizes
-    and heads h: (CHUNK, heads) float32."""
+    """Raw step size, step size, raw decay, decay rate, and the current token's share of the step, (CHUNK, heads) float32."""
     mask = live[:, None] & (h < H)[None, :]
     place = row[:, None] + h[None, :]
     raw_step = tl.load(place, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)[None, :]
@@ -929,8 +884,7 @@ def write(tensor, place, x):
 
 @jit
 def chunk_scalars(scalars, decay_ends, head, chunk, heads, chunks, CHUNK: constexpr):
-    """Of a chunk's tokens: sum of log2 decay, that less log2 of the key's weight, weight of the current token; and the sum
-    at the end."""
+    """Sums of log2 decay, those less log2 of the key's weight, weights of the current token; and the last sum."""
     t, end = chunk * CHUNK, tl.load(decay_ends + (head * chunks + chunk) * CHUNK + CHUNK - 1)
     decay_sum, key_log = scalars.load([heads + head, t]), scalars.load([2 * heads + head, t])
     current = scalars.load([3 * heads + head, t])
@@ -1150,7 +1104,7 @@ _backward_schema = (
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments):
-    """Runs a kernel as measured for this GPU's architecture."""
+    """Runs a kernel as is best on this GPU."""
     limits = REGISTERS.get(torch.cuda.get_device_capability(), {}) if torch.cuda.is_available() else {}
     kernel[grid](*arguments, num_warps=4, maxnreg=limits.get(kernel.__name__))
 
@@ -1161,7 +1115,7 @@ def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, 
 
 
 def tiles(tensor: Tensor, *block: int):
-    """A map of tensor that scan kernels read and write by blocks of its last dimensions."""
+    """A map of tensor by blocks of its last dimensions."""
     return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
 
 
@@ -1271,7 +1225,7 @@ def triton_scan(
     projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None,
     state: ScanState | None, chunk_size: int,
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
-    """mamba_scan() on the kernels above: products in projected's dtype, decays, angles and sums in float32."""
+    """mamba_scan() on the kernels: products in projected's dtype, all else in float32."""
     p, columns = parameters, sum(sizes.columns())
     first, last = (scan_inputs(x, p, sizes, None) for x in (projected[:, :1], projected[:, -1:]))
     if columns % 8:  # tensor maps want rows of 16 bytes
@@ -1300,7 +1254,7 @@ def evens_first(x: Tensor) -> Tensor:
 
 
 def choose_scan_backend(wanted: str, device: torch.device, version: int = 3) -> str:
-    """wanted, or what "auto" stands for on this device. Raises UserError where it cannot run."""
+    """wanted, or what "auto" stands for on this device."""
     gpu = device.type == "cuda"
     backend = wanted if wanted != "auto" else "triton" if gpu and version == 3 else "chunked"
     runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
@@ -1331,7 +1285,7 @@ class ModelState(NamedTuple):
 class Context(NamedTuple):
     """What every block of one forward pass shares."""
 
-    document_start: Tensor | None  # (B, T) bool, or None where documents do not matter
+    document_start: Tensor | None  # (B, T) bool
     cos: Tensor  # (cache + T, rotating pairs), from the oldest cached key on
     sin: Tensor
     cache_tokens: int  # keys to keep for the next call; 0: no state is wanted
@@ -1351,33 +1305,15 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+ATTENTION_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the first that can
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention, (B, T, heads, D) -> the same shape as query."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-
-
-ATTENTION_BACKENDS = "cudnn", "flash", "math"
-
-
-@torch.enable_grad()
-def choose_attention_backend(wanted: str, device: torch.device, heads: int, kv_heads: int, head_dim: int) -> str:
-    """wanted, or for "auto" the first of ATTENTION_BACKENDS, if it runs here. Leaves torch's switches set for it."""
-    cpu, why = device.type == "cpu", "no GPU"
-    random = functools.partial(torch.randn, device=device, dtype=torch.bfloat16, requires_grad=True)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    for name in ("math",) if cpu else ATTENTION_BACKENDS:
-        if wanted not in ("auto", name):
-            continue
-        for switch in ATTENTION_BACKENDS:
-            getattr(torch.backends.cuda, f"enable_{switch}_sdp")(switch == name or cpu)
-        try:
-            sdpa(*(random(1, 128, count, head_dim) for count in (heads, kv_heads, kv_heads))).sum().backward()
-            return name
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-    raise UserError(f"ATTENTION_BACKEND={wanted} does not run here ({why}); ATTENTION_BACKEND=auto finds one")
+    with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1407,7 +1343,7 @@ class Attention(nn.Module):
         if state is not None:
             key, value = torch.cat([state.key, key], dim=1), torch.cat([state.value, value], dim=1)
             cached = state.key.shape[1]
-            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square, causal problem, as every kernel knows it
+            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square, as every kernel knows it
         if context.cache_tokens:
             new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in (key, value)))
         query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
@@ -1417,32 +1353,24 @@ class Attention(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution and SiLU. What an earlier document holds reads as 0."""
+    """Causal depthwise convolution and SiLU."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, context: Context, history: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs."""
         weight, reach, length = self.weight.to(x.dtype), self.weight.shape[1] - 1, x.shape[1]
         inputs = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
-        last, y, document = inputs[:, length:], self.bias.to(x.dtype) + weight[:, reach] * x, None
-        if context.document_start is not None:
-            document = F.pad(context.document_start.long(), (reach, 0)).cumsum(dim=1).unsqueeze(-1)
-            last = last * (document[:, length:] == document[:, -1:])
-        for tap in reversed(range(reach)):
-            earlier = inputs[:, tap : tap + length]
-            if document is not None:
-                earlier = earlier * (document[:, tap : tap + length] == document[:, reach:])
-            y = y + weight[:, tap] * earlier
-        return F.silu(y), last
+        y = self.bias.to(x.dtype) + sum(weight[:, tap] * inputs[:, tap : tap + length] for tap in range(reach + 1))
+        return F.silu(y), inputs[:, length:]
 
 
 class Mamba(nn.Module):
-    """A Mamba-3 block around mamba_scan(), or a Mamba-2 block: constant decay rates, a short convolution over x, B, C in
-    front, the gate at the end. Without the norm, outputs grow a hundredfold in the first steps."""
+    """A Mamba-3 block, or a Mamba-2 block: constant decay rates, a short convolution over x, B, C in front, the gate at the
+    end. Without the norm, outputs grow a hundredfold in the first steps."""
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
@@ -1476,7 +1404,7 @@ class Mamba(nn.Module):
         if self.conv is not None:
             mixed = inner + 2 * self.sizes.state
             gate, mixed, rest = projected.split([inner, mixed, projected.shape[-1] - inner - mixed], dim=-1)
-            mixed, history = self.conv(mixed, context, None if state is None else state.conv)
+            mixed, history = self.conv(mixed, None if state is None else state.conv)
             projected = torch.cat([gate, mixed, rest], dim=-1)
         if self.sizes.version == 3:
             parameters = MambaParameters(self.dt_bias, self.D, self.B_bias, self.C_bias, self.B_norm, self.C_norm)
@@ -1552,8 +1480,7 @@ def cross_entropy_rows(
 def fused_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool
 ) -> tuple[Tensor, Tensor]:
-    """Model.nats() of hidden (T, width), targets (T,) and output matrix (V, width), in one pass over logits (T, V), which
-    the nats' gradients overwrite."""
+    """Model.nats() of hidden (T, width), targets (T,) and output matrix (V, width); and their gradients by logits (T, V)."""
     logits = F.linear(hidden, weight)
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
@@ -1586,7 +1513,7 @@ class Model(nn.Module):
         super().__init__()
         self.settings = s = settings
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.full_order = virtual_layer_order(s)
+        self.full_order = parse_layers(s, "layer_order")
         self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
         nn.init.normal_(self.embedding.weight, std=0.005)
         if s.bigram_vocab_size:
@@ -1600,7 +1527,7 @@ class Model(nn.Module):
         self.head = None if s.tie_embeddings else Linear(s.model_dim, s.vocab_size)
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = s.rope_base ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
-        # A table for a window and what is cached before it, or each kernel would compute it anew.
+        # A table, or each kernel would compute it anew.
         angles = torch.arange(2 * s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
         self.register_buffer("rotary_table", torch.stack([angles.cos(), angles.sin()]), persistent=False)
         self.to(device)
@@ -1615,8 +1542,7 @@ class Model(nn.Module):
     def forward(
         self, tokens: Tensor, order: tuple[int, ...], state: ModelState | None = None, cache_tokens: int = 0
     ) -> tuple[Tensor, ModelState | None]:
-        """Hidden states (B, T, width) of tokens (B, T) int64; with cache_tokens > 0 also the state to continue from, in
-        which attention remembers that many tokens."""
+        """Hidden states (B, T, width) of tokens (B, T) int64; with cache_tokens > 0 also the state to continue from."""
         x = embedded = self._embed(tokens, state)
         memories = (None,) * len(order) if state is None else state.layers
         context = self._context(tokens, state, cache_tokens)
@@ -1669,31 +1595,22 @@ class Model(nn.Module):
         return nats.view(targets.shape)
 
     def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        """nats() of each target."""
         return self.nats(self(tokens, order)[0], targets)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Mean nats per target."""
         return self.score(tokens, targets, order).mean()
 
 
 def build_model(settings: Settings, ranks: Ranks) -> Model:
     """A new model on the rank's device, the same on every rank."""
-    s, backends = settings, set()
-    if "A" in layer_letters(s).upper():
-        sizes = s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
-        backends.add(choose_attention_backend(s.attention_backend, ranks.device, *sizes))
-    torch.manual_seed(s.seed)
-    model = Model(settings, ranks.device)
-    model.backends = backends | {module.backend for module in model.modules() if isinstance(module, Mamba)}
-    return model
+    torch.manual_seed(settings.seed)
+    return Model(settings, ranks.device)
 
 
 # ============
 # 6. Optimizers
 
-# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow; the others of
-# x / 1.01, as advised for bfloat16.
+# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow.
 POLAR_EXPRESS = (
     (8.2051604, -22.9019350, 16.4607249),
     (4.0663952, -2.8611541, 0.5183995),
@@ -1720,8 +1637,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024).
 
-    A group's matrices have one shape: each rank keeps its share's momentum, orthogonalizes it as one batch and gathers the
-    others'. As in torch's fused optimizers, with a found_inf, float32 (), of 1 step() changes nothing.
+    A group's matrices have one shape: each rank orthogonalizes its share as one batch and gathers the others'. As in torch's fused optimizers, with a found_inf, float32 (), of 1 step() changes nothing.
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
@@ -1787,7 +1703,7 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
-        """Clips, uses and drops the gradients. The device decides, alike on all ranks, whether to skip: no host waits."""
+        """Clips, uses and drops the gradients. The device decides whether to skip: no host waits."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
@@ -1812,20 +1728,19 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps_done: int, progress: float, skipped: Tensor):
-        """Takes in the weights after steps_done steps, at progress (0 to 1) of the run; not if skipped, (), is 1."""
+        """Takes in the weights after steps_done steps; not if skipped, (), is 1."""
         s = self.settings
-        if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
+        if s.weight_average == "none" or (s.weight_average == "swa" and progress < 0.8):
             return
         self.count += 1
         # A short run must not be averaged with its beginning.
-        ema_rate = max(1 - s.ema_decay, 1 / max(1.0, s.ema_horizon * steps_done))
+        ema_rate = max(1 - s.ema_decay, 1 / max(1.0, 0.03 * steps_done))
         rate = (1 - skipped) * (1 / self.count if s.weight_average == "swa" else ema_rate)
         torch._foreach_mul_(self.average, 1 - rate)
         torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
 
     @torch.no_grad()
     def apply(self):
-        """Puts the average into the model."""
         if self.count:
             torch._foreach_copy_(self.parameters, self.average)
 
@@ -1852,8 +1767,7 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
     ramp = lambda part, whole: min(1.0, part / whole) if whole else 1.0
     decay = ramp(1 - progress, warmdown)
     factor = ramp(progress + 1 / s.iterations, s.lr_warmup_fraction) * decay
-    rise = ramp(progress, s.muon_momentum_warmup)
-    momentum = s.muon_momentum_start + rise * (s.muon_momentum - s.muon_momentum_start)
+    momentum = s.muon_momentum * (0.9 + 0.1 * ramp(progress, 0.1))
     return Schedule(progress, factor, momentum, progress >= s.recur_start, decay < s.late_qat_threshold)
 
 
@@ -1871,8 +1785,7 @@ class Window(NamedTuple):
 
 
 def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
-    """This rank's windows; some rank scores each target once. plain: side by side. sliding: they move by EVAL_STRIDE and
-    score what is new."""
+    """This rank's windows; some rank scores each target once. Sliding, they move by EVAL_STRIDE and score what is new."""
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
     windows = [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in range(first, last, stride)]
@@ -1881,9 +1794,9 @@ def plan_windows(settings: Settings, first: int, last: int, rank: int, world_siz
 
 class Score(NamedTuple):
     val_loss: float  # nats per target
-    val_bpb: float  # bits per byte of text
+    val_bpb: float
     nats: np.ndarray  # (N,) float32, in stream order
-    epochs_given_up: int  # of test-time training, to keep the clock
+    epochs_given_up: int  # of test-time training
 
 
 class Evaluator:
@@ -1902,12 +1815,11 @@ class Evaluator:
         self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
 
     def score(self) -> Score:
-        """With the weights as they are."""
         self._score_targets(0, self.total)
         return self._collect(0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
-        """With test-time training: each chunk but the last is trained on once it is scored, in fewer epochs where time since
+        """With test-time training: each chunk but the last is trained on once it is scored, less where time since
         clock_started (a perf_counter()) runs short."""
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
@@ -1966,7 +1878,9 @@ class Evaluator:
         for starts in mine.reshape(-1, rows, 1):
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
-        ranks.average_gradients(list(self.model.parameters()))
+        for p in self.model.parameters():
+            if p.grad is not None:
+                ranks.sum_(p.grad).div_(ranks.world_size)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         sgd.step()
         sgd.zero_grad()
@@ -1982,7 +1896,6 @@ class Evaluator:
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """Of number, up to most; at least 1."""
     return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
@@ -1990,7 +1903,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
     """function, as one whole graph where compiling is on."""
     if settings.compile == "off" or (settings.compile == "auto" and ranks.device.type == "cpu"):
         return function
-    torch._dynamo.config.recompile_limit = 64  # orders, shapes and modes are more than the default of 8
+    torch._dynamo.config.recompile_limit = 64  # 8 are too few
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -2022,8 +1935,8 @@ ARTIFACT_MAGIC = b"SSMGOLF3"
 
 
 def grid_limits(model: Model) -> dict[str, Tensor]:
-    """The largest integer in each row, float32 (rows, 1), of the matrices stored as integers, by name: int6, but int8 in
-    embedding, output matrix, and the rows of Mamba's in_proj whose errors a recurrence compounds."""
+    """The largest integer in each row, float32 (rows, 1), of the matrices stored as integers: int6, but int8 in embedding,
+    output matrix, and the rows of Mamba's in_proj whose errors a recurrence compounds."""
     limits = {}
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
@@ -2041,15 +1954,14 @@ def float_type(name: str) -> str:
 
 
 def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
-    """SDClip: the grid step of each row, float32 (rows, 1), exact in float16. The grid ends at k root-mean-squares of the
-    row, SDCLIP_K_INT8 for int8: a larger k is coarser and smaller."""
+    """SDClip: the grid step of each row, float32 (rows, 1), exact in float16. The grid ends at k, or SDCLIP_K_INT8,
+    root-mean-squares of the row."""
     spread = torch.where(limits == INT6_MAX, k, settings.sdclip_k_int8)
     clip = spread * weight.square().mean(dim=1, keepdim=True).sqrt()
     return (clip / limits).clamp(min=2**-14, max=60_000.0).half().float()
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """The nearest integers, as floats."""
     return (weight / scale).round().clamp(-limits, limits)
 
 
@@ -2099,7 +2011,7 @@ class FakeQuantization:
 
 @torch.no_grad()
 def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -> dict[str, Tensor]:
-    """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T), by name."""
+    """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T)."""
     hessians = collections.defaultdict(float)
 
     def gather(name: str, _, inputs: tuple[Tensor]):
@@ -2134,7 +2046,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
         last = first + GPTQ_BLOCK
         errors = torch.zeros_like(weight[:, first:last])
         for j in range(errors.shape[1]):
-            rest = weight[:, first + j : last]  # a view: the column to round, and those to come
+            rest = weight[:, first + j : last]  # a view: what is to round
             integers = round_to_grid(rest[:, :1], scale, limits)
             errors[:, j : j + 1] = (rest[:, :1] - integers * scale) / upper[first + j, first + j]
             rest -= errors[:, j : j + 1] * upper[first + j, first + j : last]
@@ -2147,8 +2059,8 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float
 ) -> dict[str, Tensor]:
-    """What is stored, in this order: by the parameters' names all vectors and the row steps of matrices, then int8
-    matrices as "NAME integers". The ranks share the work; all get the result."""
+    """What is stored, in this order: all vectors and the row steps of matrices, then int8 matrices as "NAME integers". The
+    ranks share the work; all get the result."""
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
     matrices = grid_limits(model)
     for number, (name, limits) in enumerate(matrices.items()):
@@ -2166,8 +2078,8 @@ def quantize_model(
 
 
 # The artifact: magic, the model's settings as a line of JSON, LZMA stream of vectors, row steps and frequencies of integers,
-# the integers, SHA-256 of all before it. LZMA would take a minute for those and 3 to 8 % more than their entropy: they are
-# coded by asymmetric numeral systems (arXiv 1311.2540).
+# the integers, SHA-256 of all before it. LZMA would take 3 to 8 % more than the integers' entropy: they are coded by
+# asymmetric numeral systems (arXiv 1311.2540).
 
 
 def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -2210,7 +2122,6 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> t
 
 
 def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
-    """The artifact file's bytes."""
     arrays, codes = [], []
     for array in (tensor.cpu().numpy() for tensor in stored.values()):
         if array.dtype == np.int8:
@@ -2321,7 +2232,7 @@ class Log:
             self.records.write(f"{json.dumps(record)}\n".encode() if event else b"")
 
     def progress(self, text: str):
-        """A line about a long phase, at most every two seconds."""
+        """A line at most every two seconds."""
         now = time.perf_counter()
         if now - self.last_progress > 2:
             self.last_progress = now
@@ -2340,14 +2251,12 @@ def describe_machine(ranks: Ranks) -> dict[str, str]:
 def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
     """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (more run no faster) where 70 % of the free
     memory allow."""
-    s = settings
-    most = s.micro_batch_tokens or 131_072
+    s, most = settings, settings.micro_batch_tokens or 131_072
     if ranks.device.type == "cuda" and not s.micro_batch_tokens:
-        # Bytes per token, as if all layers were Mamba; the factors fit the peak of PRESET=peer7.
-        mixer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
-        layer = mixer + (8 + 4 * s.mlp_mult) * s.model_dim
-        token = len(virtual_layer_order(s)) * layer + 5 * s.vocab_size
-        most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token)
+        # As if all layers were Mamba; the factors fit the peak of PRESET=peer7.
+        layer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim) + (8 + 4 * s.mlp_mult) * s.model_dim
+        token_bytes = len(parse_layers(s, "layer_order")) * layer + 5 * s.vocab_size
+        most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token_bytes)
     sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
     return s.train_seq_len * largest_divisor(sequences, int(most // s.train_seq_len))
 
@@ -2376,7 +2285,7 @@ class TrainingClock:
 
 
 def training_loss(model: Model, settings: Settings, ranks: Ranks):
-    """model.loss; with several ranks, backward averages gradients in buckets that cut the compiled graph."""
+    """model.loss; with several ranks, backward averages gradients in buckets."""
     loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
         return loss
@@ -2410,12 +2319,12 @@ class Trainer:
         self.graph, self.times_run = None, collections.Counter()
 
     def announce(self):
-        model, s = self.model, self.settings
-        count, letters = sum(p.numel() for p in model.parameters()), layer_letters(s)
+        s, blocks, count = self.settings, self.model.blocks, sum(p.numel() for p in self.model.parameters())
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
-        self.log("virtual layer order: " + " ".join(f"{letters[i]}{i}" for i in model.full_order))
-        together = self.micro_sequences * s.train_seq_len
-        self.log(f"backends: {', '.join(sorted(model.backends))}; {together:,} tokens at once per rank")
+        letters, scans = layer_letters(s), {b.mixer.backend for b in blocks if isinstance(b.mixer, Mamba)}
+        self.log("layers: " + " ".join(f"{letters[i]}{i}" for i in self.model.full_order))
+        tokens = self.micro_sequences * s.train_seq_len
+        self.log(f"scan: {', '.join(scans) or 'none'}; {tokens:,} tokens at once per rank")
 
     def tensors(self) -> list[Tensor]:
         """What training changes, float32, whatever the number of ranks."""
@@ -2485,7 +2394,7 @@ class Trainer:
         synchronized_time()
 
     def run(self, batches: Batches, validate):
-        """Trains until the clock or ITERATIONS ends it, on every rank at the same step; leaves the averaged weights."""
+        """Trains until the clock or ITERATIONS ends it; leaves the averaged weights."""
         s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
         signals, noted = (signal.SIGTERM, signal.SIGINT), []
         for number in signals:
@@ -2572,7 +2481,6 @@ class Trainer:
         return total
 
     def log_score(self, score: Score, when: str = ""):
-        """The contest's line during training."""
         text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
         self._log(text, "validation", val_loss=score.val_loss, val_bpb=score.val_bpb)
 
@@ -2590,8 +2498,8 @@ class Trainer:
 
 
 def export(trainer: Trainer, batches: Batches) -> dict:
-    """Calibrates, quantizes and packs the model into ARTIFACT, packing off the training clock, GPTQ again on it with a
-    larger k where the file is too large. Returns what records should hold."""
+    """Calibrates, quantizes and packs the model into ARTIFACT, packing off the training clock, with a larger k where the
+    file is too large. Returns what records should hold."""
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
     clock.start()
@@ -2649,7 +2557,7 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
     if s.sample:
         prompt = [BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)][-s.train_seq_len :]
         prompt = torch.tensor([prompt], device=ranks.device)
-        text = generate(model, prompt, s.sample_tokens, s.sample_temperature, s.train_seq_len, s.seed)
+        text = generate(model, prompt, 128, 0.8, s.train_seq_len, s.seed)
         log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
     evaluator = Evaluator(model, s, ranks, validation)
     score = evaluator.score_and_adapt(clock_started, log.progress) if s.adapts else evaluator.score()
@@ -2664,7 +2572,6 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokeniz
 
 
 def report(log: Log, event: str, label: str, score: Score):
-    """The contest's line for the artifact."""
     text = f"final_int6_lzma_{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
     log(text, event, val_loss=score.val_loss, val_bpb=score.val_bpb, epochs_given_up=score.epochs_given_up)
 
@@ -2706,11 +2613,6 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     known = settings.artifact or settings.run_id or not settings.eval_only
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
-    for name in ("torchinductor", "triton") if settings.compile_cache else ():
-        path = Path(settings.compile_cache, name).resolve()
-        with writing(f"in COMPILE_CACHE={settings.compile_cache}"):
-            path.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(f"{name.upper()}_CACHE_DIR", str(path))
     if settings.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
         torch.use_deterministic_algorithms(True)
