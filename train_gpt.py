@@ -152,8 +152,9 @@ class Settings:
     beta1: float = env(0.9, "below 1", "Adam")
     beta2: float = env(0.95, "below 1", "Adam")
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
-    weight_average: str = env("ema", "ema|swa|none", "of what to export; swa: the last fifth")
+    weight_average: str = env("ema", "ema|swa|none", "of what to export")
     ema_decay: float = env(0.997, "below 1", "at most, EMA")
+    swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
 
     late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which QAT is on; 0: never", "export")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
@@ -1730,7 +1731,7 @@ class WeightAverage:
     def update(self, steps_done: int, progress: float, skipped: Tensor):
         """Takes in the weights after steps_done steps; not if skipped, (), is 1."""
         s = self.settings
-        if s.weight_average == "none" or (s.weight_average == "swa" and progress < 0.8):
+        if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
             return
         self.count += 1
         # A short run must not be averaged with its beginning.

@@ -234,11 +234,9 @@ def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """Causal attention on the backend that the settings choose."""
+    """Causal attention."""
     s = settings
     head_dim = s.model_dim // s.num_heads
-    sizes = s.num_heads, s.num_kv_heads, head_dim
-    t.choose_attention_backend(s.attention_backend, ranks.device, *sizes)
     inputs = tuple(
         random_activations(s, ranks.device, heads, head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     )

@@ -124,29 +124,23 @@ def check_attention() -> None:
     query = torch.randn(2, 512, 8, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     key, value = (torch.randn(2, 512, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     leaves = (query, key, value)
-    mask = torch.ones(512, 512, dtype=torch.bool, device=DEVICE).tril().expand(2, 1, -1, -1)
-    t.choose_attention_backend("math", DEVICE, 8, 4, 64)
-    exact = t.sdpa(*(x.float() for x in leaves), mask)
+    exact = t.sdpa(*(x.float() for x in leaves))
     grad = torch.randn_like(query)
     exact_grads = torch.autograd.grad(exact, leaves, grad.float())
-    for name in t.ATTENTION_BACKENDS:
-        try:
-            t.choose_attention_backend(name, DEVICE, 8, 4, 64)
-        except t.UserError as error:
-            print(f"skip attention {name}: {error}")
-            continue
-        y = t.sdpa(*leaves)
-        check(f"attention {name}: y", relative(y, exact), BF16_TOLERANCE)
-        for leaf, a, b in zip("qkv", torch.autograd.grad(y, leaves, grad), exact_grads):
-            check(f"attention {name}: d {leaf}", relative(a, b), BF16_TOLERANCE)
-    print("auto attention backend:", t.choose_attention_backend("auto", DEVICE, 8, 4, 64))
+    y = t.sdpa(*leaves)
+    check("attention: y", relative(y, exact), BF16_TOLERANCE)
+    for leaf, a, b in zip("qkv", torch.autograd.grad(y, leaves, grad), exact_grads):
+        check(f"attention: d {leaf}", relative(a, b), BF16_TOLERANCE)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        t.sdpa(*leaves)
+    print("attention's kernels:", [row.key[:80] for row in profile.key_averages()])
 
 
 def model_settings(**overrides) -> t.Settings:
     """Of a small model with every kind of block."""
     environment = {
         "NUM_LAYERS": "4", "MAMBA_LAYERS": "0,1,3", "MODEL_DIM": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
-        "TRAIN_SEQ_LEN": "512", "RECUR_LAYERS": "1,2", "VOCAB_SIZE": "1024", "RECUR_START": "0",
+        "TRAIN_SEQ_LEN": "512", "LAYER_ORDER": "0-2,1-3", "VOCAB_SIZE": "1024", "RECUR_START": "0",
     }  # fmt: skip
     settings, _ = t.read_settings(environment | {k.upper(): str(v) for k, v in overrides.items()})
     t.validate_settings(settings, 1)
@@ -160,7 +154,7 @@ def check_model(**overrides) -> None:
     with torch.no_grad():
         for p in gpu.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    cpu_settings = dataclasses.replace(settings, scan_backend="chunked", attention_backend="math")
+    cpu_settings = dataclasses.replace(settings, scan_backend="chunked")
     cpu = t.build_model(cpu_settings, t.Ranks(0, 1, torch.device("cpu")))
     cpu.load_state_dict({k: v.cpu() for k, v in gpu.state_dict().items()})
     tokens = torch.randint(2, 1024, (4, 513))

@@ -66,8 +66,7 @@ def test_flops_of_a_known_step():
 
 def test_layers_that_recur_count_each_time():
     once, twice = (
-        random_model(tiny(bigram_vocab_size=0, recur_layers=layers, recur_passes=1, unet_skips=False))
-        for layers in ("none", "1")
+        random_model(tiny(bigram_vocab_size=0, layer_order=order, unet_skips=False)) for order in ("all", "0,1,1,2")
     )
     entries = sum(m.weight.numel() for m in twice.blocks[1].modules() if isinstance(m, t.Linear))
     more = 6 * entries + 3 * bench.attention_flops(1, 32, 32)

@@ -148,7 +148,7 @@ def test_rows_that_drive_the_recurrence_have_eight_bits_and_are_the_last(version
 
 def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     """Of every linear layer, over all batches and over both passes of a layer that repeats."""
-    settings = tiny(recur_layers="1", unet_skips=False)
+    settings = tiny(layer_order="0,1,1,2", unet_skips=False)
     model, tokens = random_model(settings), random_tokens(5, 32)
     seen = []
     handle = model.blocks[1].mixer.query.register_forward_hook(lambda module, args, out: seen.append(args[0]))
@@ -461,10 +461,8 @@ HUGE = 10**9
         {"mamba_layers": "nonsense"},
         {"mamba_layers": ["0"]},
         {"layer_order": ",".join(["0"] * 100_000)},
-        {"recur_layers": "0", "recur_passes": HUGE},
         {"bigram_vocab_size": HUGE},
         {"bigram_vocab_size": 1 << 20, "bigram_dim": 1 << 20},
-        {"recur_mode": "other"},
         {"rope_base": 0.0},
         {"rope_fraction": 2.0},
         {"logit_softcap": math.inf},

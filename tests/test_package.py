@@ -230,7 +230,7 @@ def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(tmp_path
     ("hardware", "settings"),
     [
         (H100, {}),
-        (H100, {"matrix_lr": 0.03, "ttt_enabled": False, "max_wallclock_seconds": 590.5, "recur_layers": "3,4"}),
+        (H100, {"matrix_lr": 0.03, "ttt_enabled": False, "max_wallclock_seconds": 590.5, "layer_order": "0-3,3-8"}),
         ("2 × NVIDIA H200", {"preset": "short", "train_batch_tokens": 131_072, "sample": 'it\'s $HOME; a "b"'}),
         ("1 × CPU x86_64, 2 threads", {"preset": "tiny", "num_layers": 2, "layer_pattern": "MA", "scalar_lr": 1e-5}),
     ],
@@ -481,7 +481,7 @@ def test_runs_over_a_limit_or_of_other_settings_are_refused_in_one_line(tmp_path
 
 def test_runs_at_the_limits_and_in_other_places_are_packaged(tmp_path):
     at_limit = {"bytes_total": 16_000_000, "train_clock_seconds": 600.0}
-    places = {"data_path": "x/fineweb10B_sp8192", "tokenizer_path": "x/t.model", "compile_cache": "c", "artifact": "m"}
+    places = {"data_path": "x/fineweb10B_sp8192", "tokenizer_path": "x/t.model", "artifact": "m"}
     one = write_run(tmp_path / "one", "same", seed=1, trained=at_limit, evaluation=600.0)
     two = write_run(tmp_path / "two", "same", seed=2, eval_nll_path="nats.npy", **places)
     assert pack(tmp_path / "out", one, two) == 0

@@ -111,7 +111,7 @@ def train(shards, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(train) -> Run:
     """The run that most tests look at: one process, six steps, sliding windows, test-time training."""
-    return train(1, eval_nll_path="nll.npy", sample="The", sample_tokens=5)
+    return train(1, eval_nll_path="nll.npy", sample="The")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def group_of_one(monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"document_reset": True}], ids=str)
 def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(monkeypatch, group_of_one, changes):
     """And has the same gradients, in every layer order and while weights stand on their grids."""
-    settings = tiny(compile="on", recur_layers="1", **changes)
+    settings = tiny(compile="on", layer_order="0,1,1,2", **changes)
     buckets = []
 
     def compile_graph(graph, inputs):
@@ -378,7 +378,7 @@ def test_validation_during_training_does_not_change_it(shards, byte_tokenizer):
 
 def test_recurrence_and_late_quantization_switch_on_during_the_run(shards):
     """Without a switch the run would be that of the plain model, bit for bit."""
-    plain = {"late_qat_threshold": 0.0, "recur_layers": "1", "recur_start": 1.0}
+    plain = {"late_qat_threshold": 0.0, "layer_order": "0,1,1,2", "recur_start": 1.0}
     base = train_here(shards, **plain)
     assert not all(map(torch.equal, train_here(shards, **plain | {"recur_start": 0.5}), base))
     assert not all(map(torch.equal, train_here(shards, **plain | {"late_qat_threshold": 0.5}), base))
@@ -432,11 +432,9 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
         ({"muon_momentun": 0.9}, "did you mean MUON_MOMENTUM?"),
         ({"preset": "tinny"}, "did you mean tiny?"),
         ({"scan_backend": "triton"}, "SCAN_BACKEND=triton needs a GPU"),
-        ({"attention_backend": "cudnn"}, "ATTENTION_BACKEND=cudnn"),
         ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT"),
         ({"eval_only": True}, "no artifact at"),
         ({"log_dir": "/dev/null/logs"}, "LOG_DIR=/dev/null/logs"),
-        ({"compile_cache": "/dev/null/cache"}, "COMPILE_CACHE=/dev/null/cache"),
         ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "/dev/null/x/y.lzma"),
         ({"target_mb": 0.15, "iterations": 1}, "SDCLIP_K"),
         ({"eval_max_seconds": 1e-6, "iterations": 1}, "EVAL_MAX_SECONDS"),
@@ -517,29 +515,6 @@ def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_p
     text = (tmp_path / "a.txt").read_text()
     assert "step:2/40 train_loss:nan" in text
     assert len(re.findall(r"step_avg:[\d.]+ms skipped_steps:1$", text, re.M)) == len(counts) - 1
-
-
-@pytest.fixture
-def no_cache_variables(monkeypatch):
-    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(variable, "")  # so that monkeypatch puts back what there was
-        monkeypatch.delenv(variable)
-
-
-def test_what_is_compiled_is_kept_in_the_folder_the_user_names(monkeypatch, tmp_path, no_cache_variables):
-    environment = tiny_environment(compile_cache=tmp_path / "cache", compile="on", device="cpu")
-    settings, _, ranks = t.prepare_run(environment)
-    double = t.maybe_compile(lambda x: 2 * x, settings, ranks)
-    assert double(torch.ones(3)).tolist() == [2, 2, 2]
-    assert [path for path in (tmp_path / "cache" / "torchinductor").rglob("*") if path.is_file()]
-    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
-
-
-def test_cache_folders_that_are_set_already_stay(monkeypatch, tmp_path, no_cache_variables):
-    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
-    t.prepare_run(tiny_environment(compile_cache=tmp_path, device="cpu"))
-    assert os.environ["TRITON_CACHE_DIR"] == "mine"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torchinductor")
 
 
 def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):

@@ -267,41 +267,20 @@ def make_conv(width: int) -> t.ShortConv:
     return conv
 
 
-def context(document_start: torch.Tensor | None) -> t.Context:
-    return t.Context(document_start, None, None, None, 1)
-
-
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_short_convolution_is_conv1d_with_silu(width):
     conv, x = make_conv(width), torch.randn(2, 11, 6, dtype=torch.float64)
     padded = F.pad(x.mT, (width - 1, 0))
     expected = F.silu(F.conv1d(padded, conv.weight.unsqueeze(1), conv.bias, groups=6)).mT
-    assert_close(conv(x, context(None), None)[0], expected)
+    assert_close(conv(x, None)[0], expected)
 
 
 @pytest.mark.parametrize("places", [(1,), (2, 3), (4, 5, 6), (10,)], ids=str)
-@pytest.mark.parametrize("starts", [None, (0, 4, 5), (9,)], ids=str)
-def test_short_convolution_in_several_calls_equals_one_call(places, starts):
-    """Also where a document began within reach of the next call's taps."""
+def test_short_convolution_in_several_calls_equals_one_call(places):
     conv, x = make_conv(4), torch.randn(2, 11, 6, dtype=torch.float64)
-    document_start = None
-    if starts is not None:
-        document_start = torch.zeros(2, 11, dtype=torch.bool)
-        document_start[0, list(starts)] = True
-    expected, _ = conv(x, context(document_start), None)
+    expected, _ = conv(x, None)
     history, outputs = None, []
     for first, last in zip((0, *places), (*places, 11)):
-        part = None if document_start is None else document_start[:, first:last]
-        y, history = conv(x[:, first:last], context(part), history)
+        y, history = conv(x[:, first:last], history)
         outputs.append(y)
     assert_close(torch.cat(outputs, dim=1), expected)
-
-
-@pytest.mark.parametrize("starts", [(0, 5), (0, 1, 2, 3), (0, 10)], ids=str)
-def test_short_convolution_keeps_documents_apart(starts):
-    conv, x = make_conv(4), torch.randn(1, 11, 6, dtype=torch.float64)
-    document_start = torch.zeros(1, 11, dtype=torch.bool)
-    document_start[0, list(starts)] = True
-    y, _ = conv(x, context(document_start), torch.randn(1, 3, 6, dtype=torch.float64))
-    for first, last in zip(starts, (*starts[1:], 11)):
-        assert_close(y[:, first:last], conv(x[:, first:last], context(None), None)[0])

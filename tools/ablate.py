@@ -18,7 +18,7 @@ A TOML file says what to compare. Settings are those of train_gpt.py, in capital
 
     [[variant]]
     name = "hinge, one pass"
-    RECUR_LAYERS = "3,4"
+    LAYER_ORDER = "0-4,3-8"
     seeds = [1337, 1338]        # instead of the seeds above
 
 `name` may stand in [base] too. Settings in the environment, such as DATA_PATH, hold for all runs where the file says

@@ -154,7 +154,7 @@ def open_entry(
     log: Path | None = None,
 ) -> Entry:
     """Reads and validates all that the checks need. environment: the evaluation's settings among other variables."""
-    alone = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "EVAL_NLL_PATH", "COMPILE_CACHE", "LOG_DIR"}
+    alone = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "EVAL_NLL_PATH", "LOG_DIR"}
     paths = {"ARTIFACT": str(artifact), "DATA_PATH": str(data), "TOKENIZER_PATH": str(tokenizer)}
     kept = {name: value for name, value in environment.items() if name not in alone}
     environment = kept | paths | {"EVAL_ONLY": "1", "RUN_ID": "audit"}

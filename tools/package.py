@@ -36,7 +36,7 @@ SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a 
 FINAL = re.compile(r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
 FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*$", re.MULTILINE)
 # What one run may choose differently from the next: its seed, and where its files lie.
-OUTPUTS = {"run_id", "log_dir", "artifact", "compile_cache", "eval_nll_path", "checkpoint_every", "resume"}
+OUTPUTS = {"run_id", "log_dir", "artifact", "eval_nll_path", "checkpoint_every", "resume"}
 MAY_DIFFER = {"seed", "data_path", "tokenizer_path"} | OUTPUTS
 
 
