@@ -412,7 +412,7 @@ def start_ranks(settings: Settings) -> Ranks:
 # 3. Data
 # Batches depend on seed and settings alone: 1 or 8 GPUs train on the same data.
 
-SHARD_MAGIC, SHARD_HEADER_BYTES = [20_240_520, 1], 256 * 4
+SHARD_MAGIC, SHARD_HEADER_BYTES = 20_240_520, 256 * 4
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -421,7 +421,7 @@ def open_shard(path: Path) -> np.ndarray:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    ours = len(header) == 256 and header[:2].tolist() == SHARD_MAGIC
+    ours = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, 1]
     need(ours, f"{path} is not a token shard of version 1 (wrong magic number); see data/prepare.py")
     count = int(header[2])
     wanted = SHARD_HEADER_BYTES + 2 * count
@@ -2616,7 +2616,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
     if settings.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
     if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
         launch = environment["TORCHELASTIC_RUN_ID"]

@@ -217,9 +217,9 @@ each_mode = pytest.mark.parametrize("mode", [CLOCK, STEPS], ids=["clock", "steps
 @pytest.mark.parametrize(
     ("part", "factor", "momentum", "recurrent", "quantized"),
     [
-        (0.0, 0.0, 0.8, False, False),
-        (0.05, 0.5, 0.825, False, False),
-        (0.1, 1.0, 0.85, False, False),
+        (0.0, 0.0, 0.81, False, False),
+        (0.05, 0.5, 0.855, False, False),
+        (0.1, 1.0, 0.9, False, False),
         (0.3, 1.0, 0.9, False, False),
         (0.35, 1.0, 0.9, True, False),
         (0.5, 1.0, 0.9, True, False),
