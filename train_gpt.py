@@ -156,7 +156,7 @@ class Settings:
     ema_decay: float = env(0.997, "below 1", "at most, EMA")
     swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
 
-    late_qat_threshold: float = env(0.15, "0 to 1", "LR factor below which QAT is on; 0: never", "export")
+    late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never", "export")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "least k of int6 rows; 0: as fine as TARGET_MB allows")
     sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
@@ -422,7 +422,7 @@ def open_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     ours = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, 1]
-    need(ours, f"{path} is not a token shard of version 1 (wrong magic number); see data/prepare.py")
+    need(ours, f"{path} is not a token shard (wrong magic number or version); see data/prepare.py")
     count = int(header[2])
     wanted = SHARD_HEADER_BYTES + 2 * count
     need(count >= 0 and wanted <= size, f"{path} has {size} bytes, but its header says {wanted}; download it again")

@@ -1,6 +1,6 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python tests/gpu_checks.py [scans] [attention] [model]
+    python tests/gpu_checks.py [scans] [attention] [model] [checkpoints]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error. Prints a table and
 exits with status 1 if a row fails.
@@ -8,7 +8,9 @@ exits with status 1 if a row fails.
 
 import dataclasses
 import functools
+import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -201,10 +203,36 @@ def check_graphed_steps() -> None:
     check("twelve graphed steps: weights", relative(*results), 1e-3)
 
 
+def check_checkpoints() -> None:
+    """How much longer a step takes while a checkpoint is written, with a model of contest size; and that a trainer which
+    takes it up goes on as the one that wrote it."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PRESET": "short", "MAX_WALLCLOCK_SECONDS": "0", "LOG_DIR": folder, "RUN_ID": "checks"}
+        settings, _ = t.read_settings(environment | {"ITERATIONS": "60", "CHECKPOINT_EVERY": "1e-3"})
+        ranks = t.Ranks(0, 1, DEVICE)
+        batches, micro_batch = RandomBatches(settings, ranks), t.choose_micro_batch(settings, ranks)
+
+        def trainer_of(settings: t.Settings) -> t.Trainer:
+            return t.Trainer(t.build_model(settings, ranks), settings, ranks, micro_batch, 16e6, SilentLog())
+
+        trainer = trainer_of(settings)
+        trainer.warm_up()
+        half = trainer_of(dataclasses.replace(settings, iterations=60))
+        trainer.run(batches, None)
+        times = [a.elapsed_time(b) for a, b in zip(batches.marks[5:], batches.marks[6:])]
+        usual = statistics.median(times)
+        check(f"checkpoints: longest of {len(times)} steps, ms over the median {usual:.1f}", max(times) - usual, 50.0)
+        half.resume()
+        check("checkpoints: steps that were not taken up", float(not 0 < half.steps_done <= 60), 0)
+        half.run(batches, None)
+        weights = [torch.cat([p.detach().flatten() for p in x.model.parameters()]) for x in (half, trainer)]
+        check(f"checkpoints: weights after going on from step {half.steps_done}", relative(*weights), 1e-2)
+
+
 def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    wanted = sys.argv[1:] or ["scans", "attention", "model"]
+    wanted = sys.argv[1:] or ["scans", "attention", "model", "checkpoints"]
     if "scans" in wanted:
         check_scans()
     if "attention" in wanted:
@@ -215,6 +243,8 @@ def main() -> None:
         check_model(mamba_version=2, document_reset=1)
         check_model(mamba_d_state=128)
         check_graphed_steps()
+    if "checkpoints" in wanted:
+        check_checkpoints()
     print(f"{failures} failed")
     sys.exit(failures > 0)
 

@@ -450,7 +450,7 @@ def test_a_users_mistake_ends_in_one_line(monkeypatch, capsys, shards, tmp_path,
     ("split", "tokens", "options", "said"),
     [
         ("train", range(9, 400), {"magic": 7}, "wrong magic number"),
-        ("train", range(9, 400), {"version": 2}, "version 2"),
+        ("train", range(9, 400), {"version": 2}, "or version"),
         ("train", range(9, 400), {"count": 1000}, "its header says 3024"),
         ("train", [600] * 400, {}, "token id 600, but VOCAB_SIZE=512"),
         ("train", range(9, 30), {}, "no training shard holds TRAIN_SEQ_LEN"),
