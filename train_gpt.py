@@ -10,7 +10,7 @@ code, loads it back and scores it, adapting to what it has scored. Sections foll
     1. Settings     with presets and --help
     2. Ranks        what several processes need from each other
     3. Data         shards, batches, bytes per token
-    4. Scans        the Mamba-3 recurrence: sequential, chunked, fused in Triton kernels
+    4. Scans        the recurrences of Mamba-3, Mamba-2 and the first Mamba, slow and fast
     5. Model        attention, Mamba and MLP blocks
     6. Optimizers   Muon for matrices, Adam for the rest, weight average, schedule
     7. Evaluation   scores, test-time training, sampling
@@ -46,6 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -88,7 +89,7 @@ class Settings:
     run_id: str = env("", "name", "names logs and artifact")
     device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
-    scan_backend: str = env("auto", "auto|triton|chunked|sequential", "auto: triton on CUDA, else chunked")
+    scan_backend: str = env("auto", "auto|triton|chunked|fused|parallel|sequential", "auto: the fastest here")
     micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
     warmup_steps: int = env(3, "steps", "to compile, off the clock")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
@@ -112,6 +113,7 @@ class Settings:
     num_layers: int = env(9, "layers > 0", "physical layers", "model")
     model_dim: int = env(512, "width > 0", "residual stream")
     mamba_layers: str = env("0,1,3-5,7,8", "layers", "the others are attention")
+    mlp_layers: str = env("all", "layers", "have an MLP")
     layer_pattern: str = env("", "letters", "instead, as MMAm: lower case has no MLP")
     mlp_mult: float = env(3.0, "× width > 0", "MLP's hidden width")
     num_heads: int = env(8, "heads > 0", "query heads")
@@ -119,12 +121,13 @@ class Settings:
     rope_base: float = env(10_000.0, "number > 0", "attention's rotary base")
     rope_fraction: float = env(1.0, "0 to 1", "of attention's heads")
     qk_gain_init: float = env(1.5, "factor", "queries' first gain")
-    mamba_version: int = env(3, "2|3", "Mamba-3 or Mamba-2")
+    mamba_version: int = env(3, "1|2|3", "Mamba-3, Mamba-2, or the first, a selective scan")
     mamba_d_state: int = env(64, "numbers > 0", "state per channel")
     mamba_expand: float = env(2.0, "× width > 0", "Mamba's inner width")
     mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head")
     mamba_rope_fraction: float = env(0.5, "0.5|1", "of Mamba-3's state")
-    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4 in Mamba-2, else none")
+    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: none in Mamba-3, else 4")
+    mamba_dt_rank: int = env(16, "numbers > 0", "the first Mamba's step sizes come from so many")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of a scan")
     unet_skips: bool = env(True, "0|1", "first half to second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
@@ -143,7 +146,7 @@ class Settings:
     warmdown_iters: int = env(0, "steps", "the same in steps; 0: the fraction")
 
     matrix_lr: float = env(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
-    mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's in_proj and out_proj")
+    mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's matrices")
     tied_embed_lr: float = env(0.008, "rate", "Adam, embeddings and output matrix")
     scalar_lr: float = env(0.02, "rate", "Adam, vectors, scales and Mamba's dynamics")
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
@@ -179,6 +182,10 @@ class Settings:
         return int(self.mamba_expand * self.model_dim)
 
     @property
+    def mamba_conv_width(self) -> int:
+        return (0 if self.mamba_version == 3 else 4) if self.mamba_d_conv < 0 else self.mamba_d_conv
+
+    @property
     def adapts(self) -> bool:
         return self.ttt_enabled and self.ttt_epochs > 0
 
@@ -191,6 +198,10 @@ class Settings:
         return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
 
 
+SP1024 = {
+    "data_path": "./data/datasets/fineweb10B_sp1024/", "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model",
+    "vocab_size": 1024, "mamba_version": 1,
+}  # fmt: skip
 PRESETS = {
     "default": {},  # 8 GPUs, ten minutes
     "short": {  # three minutes on one GPU
@@ -201,6 +212,16 @@ PRESETS = {
     "peer7": {
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7, "mamba_layers": "0,1,3,4,6",
         "bigram_vocab_size": 0,
+    },
+    # Published systems: Mamba-3 with recurrence at the U-net's hinge, and two hybrids of the first Mamba.
+    "nemotron_hinge": {
+        "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7", "recur_start": 0.0,
+        "train_seq_len": 4096,
+    },
+    "hybrid11": SP1024 | {"num_layers": 11, "mamba_layers": "0,2,4,6,8", "mamba_d_state": 16},
+    "hybrid18": SP1024 | {
+        "num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14", "mamba_d_state": 32,
+        "mamba_expand": 1.5, "bigram_vocab_size": 2048, "target_mb": 15.9,
     },
     "tiny": {  # two minutes on two CPU cores
         "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model", "vocab_size": 1024,
@@ -238,11 +259,10 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
 
 
 def layer_letters(settings: Settings) -> str:
-    """LAYER_PATTERN, or what MAMBA_LAYERS means in its letters."""
-    if settings.layer_pattern:
-        return settings.layer_pattern
-    mamba = parse_layers(settings, "mamba_layers")
-    return "".join("M" if layer in mamba else "A" for layer in range(settings.num_layers))
+    """LAYER_PATTERN, or what MAMBA_LAYERS and MLP_LAYERS mean in its letters."""
+    mamba, mlp = (parse_layers(settings, name) for name in ("mamba_layers", "mlp_layers"))
+    letters = ("amAM"[2 * (layer in mlp) + (layer in mamba)] for layer in range(settings.num_layers))
+    return settings.layer_pattern or "".join(letters)
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
@@ -316,7 +336,10 @@ def validate_settings(settings: Settings, world_size: int):
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
         check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
     if "M" in mixers:
-        check("scan_backend", s.scan_backend != "triton" or s.mamba_version == 3, "is for MAMBA_VERSION=3")
+        backends = SCAN_BACKENDS[s.mamba_version]
+        check("scan_backend", s.scan_backend in ("auto", *backends), f"is none of this Mamba's: {', '.join(backends)}")
+        check("mamba_d_conv", s.mamba_version > 1 or s.mamba_conv_width > 1, "leaves out the convolution")
+        check("scan_backend", s.scan_backend != "fused" or not s.document_reset, "cannot keep to DOCUMENT_RESET=1")
         inner = s.mamba_inner_dim
         fits = inner > 0 and inner % s.mamba_head_dim == 0
         check("mamba_head_dim", fits, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
@@ -532,7 +555,7 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
 # ============
 # 4. Scans
 # The Mamba-3 recurrence (arXiv 2603.15569): in a loop, as matmuls in PyTorch, and those fused into Triton kernels. Mamba-2
-# is the same without trapezoid, rotation and biases.
+# is the same without trapezoid, rotation and biases. The first Mamba's is at the end.
 
 
 class ScanInputs(NamedTuple):
@@ -569,10 +592,10 @@ class MambaSizes(NamedTuple):
     version: int
 
     def columns(self) -> list[int]:
-        """in_proj's: gate (Mamba-3), value, key, query, step, and Mamba-3's decay, trapezoid, angles."""
+        """in_proj's: gate, value, key, query, step, and Mamba-3's decay, trapezoid, angles."""
         inner = self.heads * self.channels
-        columns = [inner, self.state, self.state, self.heads]
-        return columns if self.version == 2 else [inner, *columns, self.heads, self.heads, self.angles]
+        columns = [inner, inner, self.state, self.state, self.heads]
+        return columns if self.version == 2 else [*columns, self.heads, self.heads, self.angles]
 
 
 class MambaParameters(NamedTuple):
@@ -610,18 +633,17 @@ def scan_inputs(
     projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None
 ) -> ScanInputs:
     """in_proj's columns as a scan reads them."""
-    p, columns = parameters, projected.split(sizes.columns(), dim=-1)
-    gate, (value, key, query, step), dynamics = None, columns[:4], (None, None)
+    p, decay_rate = parameters, parameters.decay_rate
+    gate, value, key, query, step, *dynamics = projected.split(sizes.columns(), dim=-1)
+    gate, value = (x.unflatten(-1, (sizes.heads, sizes.channels)) for x in (gate, value))
     dtype = torch.promote_types(projected.dtype, torch.float32)
     if sizes.version == 3:
-        gate, value, key, query, step, decay, *dynamics = columns
-        gate = gate.unflatten(-1, (sizes.heads, sizes.channels))
+        decay, *dynamics = dynamics
         decay_rate = -F.softplus(decay.to(dtype)).clamp(min=DECAY_FLOOR)
         key, query = norm(key, p.key_norm, 1e-5), norm(query, p.query_norm, 1e-5)
     else:
-        decay_rate = p.decay_rate
+        dynamics = None, None
     step_size = F.softplus(step.to(dtype) + p.step_bias)
-    value = value.unflatten(-1, (sizes.heads, sizes.channels))
     return ScanInputs(
         value, key, query, step_size, decay_rate * step_size, p.key_bias, p.query_bias, p.skip, *dynamics, gate, document_start
     )  # fmt: skip
@@ -1227,7 +1249,7 @@ def triton_scan(
     state: ScanState | None, chunk_size: int,
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
     """mamba_scan() on the kernels: products in projected's dtype, all else in float32."""
-    p, columns = parameters, sum(sizes.columns())
+    p, columns = parameters, projected.shape[-1]
     first, last = (scan_inputs(x, p, sizes, None) for x in (projected[:, :1], projected[:, -1:]))
     if columns % 8:  # tensor maps want rows of 16 bytes
         projected = F.pad(projected, (0, -columns % 8))
@@ -1254,12 +1276,111 @@ def evens_first(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
+# The selective scan of the first Mamba (arXiv 2312.00752), element by element: a decay rate for each channel and state.
+
+
+def selective_scan(
+    value: Tensor, step: Tensor, decay_rate: Tensor, key: Tensor, query: Tensor, skip: Tensor, gate: Tensor,
+    step_bias: Tensor, document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """h = exp(dt A) h + dt B x; (C h + D x) · SiLU(gate), where dt = softplus(step + bias), and the last h (B, C, N).
+    value, step, gate (B, L, C), key, query (B, L, N), A (C, N), skip, bias (C,), document_start (B, L)."""
+    dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    value, step, key, query, gate = (x.to(wide) for x in (value, step, key, query, gate))
+    step, reset = F.softplus(step + step_bias), step.new_zeros(step.shape[:2])
+    if document_start is not None:
+        reset = reset.masked_fill(document_start, -torch.inf)
+    state, outputs = value.new_zeros(len(value), *decay_rate.shape) if state is None else state, []
+    # Of L·C·N numbers only a chunk's exist at a time, in backward too.
+    for part in zip(*(x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))):
+        y, state = checkpoint(
+            selective_chunk, *part, decay_rate, state, backend == "sequential", use_reentrant=False,
+            preserve_rng_state=False,
+        )  # fmt: skip
+        outputs.append(y)
+    return ((torch.cat(outputs, dim=1) + skip * value) * F.silu(gate)).to(dtype), state
+
+
+def selective_chunk(value, step, key, query, reset, decay_rate, state, in_loop: bool) -> tuple[Tensor, Tensor]:
+    """C h (B, T, C) and the last h: in a loop, or as Hillis and Steele's inclusive scan, log2 T rounds in which each
+    token takes in what reach tokens before it holds."""
+    decay = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate).exp()  # (B, T, C, N)
+    states = (step * value).unsqueeze(-1) * key.unsqueeze(2)
+    if in_loop:
+        seen = []
+        for a, b in zip(decay.unbind(1), states.unbind(1)):
+            state = a * state + b
+            seen.append(state)
+        states = torch.stack(seen, dim=1)
+    else:
+        states = torch.cat([states[:, :1] + decay[:, :1] * state.unsqueeze(1), states[:, 1:]], dim=1)
+        decay, reach = decay[:, 1:], 1  # of the tokens from reach on, over their last reach steps
+        while reach < states.shape[1]:
+            states = torch.cat([states[:, :reach], states[:, reach:].addcmul(decay, states[:, :-reach])], dim=1)
+            decay, reach = decay[:, reach:] * decay[:, :-reach], 2 * reach
+    return (states * query.unsqueeze(2)).sum(-1), states[:, -1]
+
+
+def library_operator(function):
+    """function, of tensors, as an operator for compiled graphs; its result is shaped like its first argument. Backward
+    runs it again: only its arguments are kept."""
+    name = f"golf::{function.__name__}"
+    operator = torch.library.custom_op(name, function, mutates_args=())
+
+    @torch.library.custom_op(f"{name}_backward", mutates_args=())
+    def backward(d_y: Tensor, arguments: list[Tensor]) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in arguments]
+            return [x.contiguous() for x in torch.autograd.grad(function(*leaves), leaves, d_y)]
+
+    operator.register_fake(lambda first, *_: first.new_empty(first.shape))
+    backward.register_fake(lambda _, arguments: [x.new_empty(x.shape) for x in arguments])
+    operator.register_autograd(
+        lambda ctx, d_y: tuple(backward(d_y.contiguous(), list(ctx.saved_tensors))),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return operator
+
+
+@library_operator
+def library_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ShortConv of x (B, C, L), by causal_conv1d."""
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x, weight, bias, activation="silu")
+
+
+@library_operator
+def library_scan(
+    value: Tensor, step: Tensor, decay_rate: Tensor, key: Tensor, query: Tensor, skip: Tensor, gate: Tensor,
+    step_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """selective_scan() by mamba_ssm, from zero; the length last: value (B, C, L), key (B, N, L)."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn(value, step, decay_rate, key, query, skip, gate, step_bias, delta_softplus=True)
+
+
+# By version of Mamba: "auto" is the first on GPUs, the last but one on CPUs.
+SCAN_BACKENDS = {
+    1: ("fused", "parallel", "sequential"), 2: ("chunked", "sequential"), 3: ("triton", "chunked", "sequential")
+}  # fmt: skip
+
+
 def choose_scan_backend(wanted: str, device: torch.device, version: int = 3) -> str:
     """wanted, or what "auto" stands for on this device."""
-    gpu = device.type == "cuda"
-    backend = wanted if wanted != "auto" else "triton" if gpu and version == 3 else "chunked"
+    gpu, backends = device.type == "cuda", SCAN_BACKENDS[version]
+    backend = backends[0 if gpu else -2] if wanted == "auto" else wanted
     runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
-    need(runs or backend != "triton", "SCAN_BACKEND=triton needs a GPU and a CUDA build of torch; slower: chunked")
+    fits = runs or backend not in ("triton", "fused")
+    need(fits, f"SCAN_BACKEND={backend} needs a GPU and a CUDA build of torch; slower: {backends[-2]}")
+    if backend == "fused":
+        try:
+            import causal_conv1d  # noqa: F401
+            import mamba_ssm.ops.selective_scan_interface  # noqa: F401
+        except ImportError as error:
+            install = "pip install mamba-ssm causal-conv1d --no-build-isolation"
+            raise UserError(f"{error}: {install}; slower: SCAN_BACKEND=parallel") from None
     return backend
 
 
@@ -1274,7 +1395,7 @@ class AttentionState(NamedTuple):
 
 
 class MambaState(NamedTuple):
-    scan: ScanState
+    scan: ScanState | Tensor  # the first Mamba's: (B, C, N)
     conv: Tensor  # (B, width - 1, channels), the short convolution's last inputs
 
 
@@ -1369,6 +1490,12 @@ class ShortConv(nn.Module):
         return F.silu(y), inputs[:, length:]
 
 
+def step_bias(count: int) -> nn.Parameter:
+    """Softplus of it is from 0.001 to 0.1."""
+    step = torch.exp(torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)))
+    return nn.Parameter(step + torch.log(-torch.expm1(-step)))
+
+
 class Mamba(nn.Module):
     """A Mamba-3 block, or a Mamba-2 block: constant decay rates, a short convolution over x, B, C in front, the gate at the
     end. Without the norm, outputs grow a hundredfold in the first steps."""
@@ -1381,48 +1508,78 @@ class Mamba(nn.Module):
         mamba3, inner, heads = s.mamba_version == 3, s.mamba_inner_dim, s.mamba_inner_dim // s.mamba_head_dim
         angles = int(s.mamba_d_state * s.mamba_rope_fraction) // 2 if mamba3 else 0
         self.sizes = MambaSizes(heads, s.mamba_head_dim, s.mamba_d_state, angles, s.mamba_version)
-        columns = self.sizes.columns() if mamba3 else [inner, *self.sizes.columns()]
+        columns = self.sizes.columns()
         self.dynamics_rows = sum(columns[4:])  # the last rows of in_proj; they stay at 8 bits in the artifact
         self.in_proj = Linear(s.model_dim, sum(columns))
         self.out_proj = Linear(inner, s.model_dim, zero=True)
 
-        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
-        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias, self.D = step_bias(heads), nn.Parameter(torch.ones(heads))
         if mamba3:
             self.B_norm, self.C_norm = (nn.Parameter(torch.ones(s.mamba_d_state)) for _ in "BC")
             self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, s.mamba_d_state)) for _ in "BC")
         else:
             self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
-            self.register_buffer("no_bias", torch.zeros(heads, s.mamba_d_state), persistent=False)
-        conv_width = s.mamba_d_conv if s.mamba_d_conv >= 0 else (0 if mamba3 else 4)
-        self.conv = ShortConv(inner + 2 * s.mamba_d_state, conv_width) if conv_width > 1 else None
+        width = s.mamba_conv_width
+        self.conv = ShortConv(inner + 2 * s.mamba_d_state, width) if width > 1 else None
         self.output_norm = nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
-        projected, inner = self.in_proj(u), self.out_proj.in_features
-        history = None
+        projected, (inner, _, n, *_) = self.in_proj(u), self.sizes.columns()
+        scan_state, history = (None, None) if state is None else state
         if self.conv is not None:
-            mixed = inner + 2 * self.sizes.state
+            mixed = inner + 2 * n
             gate, mixed, rest = projected.split([inner, mixed, projected.shape[-1] - inner - mixed], dim=-1)
-            mixed, history = self.conv(mixed, None if state is None else state.conv)
+            mixed, history = self.conv(mixed, history)
             projected = torch.cat([gate, mixed, rest], dim=-1)
         if self.sizes.version == 3:
             parameters = MambaParameters(self.dt_bias, self.D, self.B_bias, self.C_bias, self.B_norm, self.C_norm)
         else:
-            gate, projected = projected.split([inner, projected.shape[-1] - inner], dim=-1)
-            decay_rate = -self.A_log.exp()
-            parameters = MambaParameters(self.dt_bias, self.D, self.no_bias, self.no_bias, decay_rate=decay_rate)
-        scan_state = None if state is None else state.scan
+            no_bias = torch.zeros_like(self.D).unsqueeze(1)
+            parameters = MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=-self.A_log.exp())
         y, scan_state = mamba_scan(
             projected, parameters, self.sizes, context.document_start, scan_state, self.backend, self.chunk_size
         )
-        if self.sizes.version == 2:
-            y = y * F.silu(gate)
         y = self.out_proj(norm(y, self.output_norm, 1e-5))
-        if not context.cache_tokens:
-            return y, None
-        return y, MambaState(scan_state, u.new_zeros(u.shape[0], 0, 0) if history is None else history)
+        return y, MambaState(scan_state, history) if context.cache_tokens else None
+
+
+class SelectiveMamba(nn.Module):
+    """A block of the first Mamba: its convolution's outputs make steps, by a bottleneck, keys and queries."""
+
+    def __init__(self, settings: Settings, device: torch.device):
+        super().__init__()
+        s, inner = settings, settings.mamba_inner_dim
+        wanted = "parallel" if s.document_reset and s.scan_backend == "auto" else s.scan_backend
+        self.backend, self.chunk_size = choose_scan_backend(wanted, device, 1), s.mamba_chunk_size
+        self.columns, self.dynamics_rows = [s.mamba_dt_rank, s.mamba_d_state, s.mamba_d_state], 0
+        self.in_proj, self.out_proj = Linear(s.model_dim, 2 * inner), Linear(inner, s.model_dim, zero=True)
+        self.conv = ShortConv(inner, s.mamba_conv_width)
+        self.x_proj, self.dt_proj = Linear(inner, sum(self.columns)), Linear(s.mamba_dt_rank, inner)
+        self.dt_bias, self.D = step_bias(inner), nn.Parameter(torch.ones(inner))
+        self.A_log = nn.Parameter(torch.arange(1.0, s.mamba_d_state + 1).log().repeat(inner, 1))
+
+    def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
+        x, gate = self.in_proj(u).chunk(2, dim=-1)
+        scan_state, history = (None, None) if state is None else state
+        # The libraries neither take up a state nor reset it.
+        fused = self.backend == "fused" and state is None and not context.cache_tokens
+        turn = lambda x: x.mT.contiguous()
+        if fused:
+            x = library_conv(turn(x), self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)).mT
+        else:
+            x, history = self.conv(x, history)
+        step, key, query = self.x_proj(x).split(self.columns, dim=-1)
+        step, decay_rate = self.dt_proj(step), -self.A_log.exp()
+        if fused:
+            y = library_scan(
+                turn(x), turn(step), decay_rate, turn(key), turn(query), self.D, turn(gate), self.dt_bias
+            ).mT  # fmt: skip
+        else:
+            y, scan_state = selective_scan(
+                x, step, decay_rate, key, query, self.D, gate, self.dt_bias, context.document_start, scan_state,
+                self.backend, self.chunk_size,
+            )  # fmt: skip
+        return self.out_proj(y), MambaState(scan_state, history) if context.cache_tokens else None
 
 
 class MLP(nn.Module):
@@ -1443,7 +1600,8 @@ class Block(nn.Module):
 
     def __init__(self, settings: Settings, letter: str, device: torch.device):
         super().__init__()
-        self.mixer = Attention(settings) if letter in "Aa" else Mamba(settings, device)
+        mamba = SelectiveMamba if settings.mamba_version == 1 else Mamba
+        self.mixer = Attention(settings) if letter in "Aa" else mamba(settings, device)
         self.mlp = MLP(settings) if letter.isupper() else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
@@ -1687,7 +1845,7 @@ class Optimizers:
         groups, matrices = collections.defaultdict(list), model.linear_layers()
         for name, p in model.named_parameters():
             if name in matrices:
-                mamba = name.endswith(("in_proj.weight", "out_proj.weight"))
+                mamba = "mixer" in name and "_proj" in name
                 groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(p)
             elif name.endswith(("embedding.weight", "head.weight")):
                 groups[s.tied_embed_lr, s.weight_decay, 1e-8].append(p)
@@ -1937,21 +2095,21 @@ ARTIFACT_MAGIC = b"SSMGOLF3"
 
 def grid_limits(model: Model) -> dict[str, Tensor]:
     """The largest integer in each row, float32 (rows, 1), of the matrices stored as integers: int6, but int8 in embedding,
-    output matrix, and the rows of Mamba's in_proj whose errors a recurrence compounds."""
+    output matrix, and the rows that make what Mamba's recurrence compounds the errors of."""
     limits = {}
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             limits[f"{name}.weight"] = rows = layer.weight.new_full((len(layer.weight), 1), INT6_MAX)
-            if name in ("embedding", "head"):
+            if name in ("embedding", "head") or name.endswith((".x_proj", ".dt_proj")):
                 rows[:] = INT8_MAX
             elif name.endswith(".in_proj"):
-                rows[-model.get_submodule(name.removesuffix(".in_proj")).dynamics_rows :] = INT8_MAX
+                rows[len(rows) - model.get_submodule(name.removesuffix(".in_proj")).dynamics_rows :] = INT8_MAX
     return limits
 
 
 def float_type(name: str) -> str:
     """In which a parameter, or the row steps of a matrix, are stored."""
-    return "float32" if name.endswith((".dt_bias", ".A_log", ".D")) else "float16"
+    return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
 def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
@@ -2173,7 +2331,7 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
     settings = dataclasses.replace(settings, **stored)
     validate_settings(settings, ranks.world_size)
     with torch.device("meta"):  # nothing is allocated before the shapes are known to be the file's
-        skeleton = Model(dataclasses.replace(settings, scan_backend="chunked"), torch.device("meta"))
+        skeleton = Model(dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta"))
     matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
     fields = [(name, float_type(name), shape[:1] if name in matrices else shape) for name, shape in shapes.items()]
     fields += [(f"{name} integers", "<u4", 256) for name in matrices]

@@ -128,7 +128,7 @@ IMPOSSIBLE = [
     ({"mamba_d_state": 4}, "MAMBA_D_STATE"),
     ({"mamba_chunk_size": 48}, "MAMBA_CHUNK_SIZE"),
     ({"mamba_d_conv": 5}, "MAMBA_D_CONV"),
-    ({"mamba_version": 1}, "MAMBA_VERSION"),
+    ({"mamba_version": 4}, "MAMBA_VERSION"),
     ({"mamba_expand": 0.001}, "MAMBA_EXPAND"),
     ({"mlp_mult": 0.001}, "MLP_MULT"),
     ({"mlp_mult": 1e308}, "MLP_MULT"),
