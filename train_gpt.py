@@ -26,6 +26,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import lzma
@@ -186,6 +187,13 @@ class Settings:
         return (0 if self.mamba_version == 3 else 4) if self.mamba_d_conv < 0 else self.mamba_d_conv
 
     @property
+    def scan_backends(self) -> list[str]:
+        """For this Mamba; "auto" is the first on GPUs, the last but one on CPUs."""
+        names = {1: "fused parallel sequential", 2: "chunked sequential", 3: "triton chunked sequential"}
+        unfit = self.mamba_version == 1 and self.document_reset  # the libraries cannot reset a state
+        return names[self.mamba_version].split()[unfit:]
+
+    @property
     def adapts(self) -> bool:
         return self.ttt_enabled and self.ttt_epochs > 0
 
@@ -200,7 +208,7 @@ class Settings:
 
 SP1024 = {
     "data_path": "./data/datasets/fineweb10B_sp1024/", "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model",
-    "vocab_size": 1024, "mamba_version": 1,
+    "vocab_size": 1024, "mamba_version": 1, "mamba_chunk_size": 256,
 }  # fmt: skip
 PRESETS = {
     "default": {},  # 8 GPUs, ten minutes
@@ -336,10 +344,9 @@ def validate_settings(settings: Settings, world_size: int):
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
         check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
     if "M" in mixers:
-        backends = SCAN_BACKENDS[s.mamba_version]
-        check("scan_backend", s.scan_backend in ("auto", *backends), f"is none of this Mamba's: {', '.join(backends)}")
+        backends = ", ".join(s.scan_backends)
+        check("scan_backend", s.scan_backend in f"auto, {backends}", f"is none of what runs here: {backends}")
         check("mamba_d_conv", s.mamba_version > 1 or s.mamba_conv_width > 1, "leaves out the convolution")
-        check("scan_backend", s.scan_backend != "fused" or not s.document_reset, "cannot keep to DOCUMENT_RESET=1")
         inner = s.mamba_inner_dim
         fits = inner > 0 and inner % s.mamba_head_dim == 0
         check("mamba_head_dim", fits, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
@@ -592,10 +599,9 @@ class MambaSizes(NamedTuple):
     version: int
 
     def columns(self) -> list[int]:
-        """in_proj's: gate, value, key, query, step, and Mamba-3's decay, trapezoid, angles."""
-        inner = self.heads * self.channels
-        columns = [inner, inner, self.state, self.state, self.heads]
-        return columns if self.version == 2 else [*columns, self.heads, self.heads, self.angles]
+        """in_proj's: gate, value; key, query, step; and Mamba-3's decay, trapezoid, angles."""
+        inner, n = self.heads * self.channels, self.state
+        return [inner, inner, n, n, *[self.heads] * 3, self.angles][: {1: 2, 2: 5, 3: 8}[self.version]]
 
 
 class MambaParameters(NamedTuple):
@@ -1276,111 +1282,95 @@ def evens_first(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-# The selective scan of the first Mamba (arXiv 2312.00752), element by element: a decay rate for each channel and state.
+# The selective scan of the first Mamba (arXiv 2312.00752): a decay rate for each channel and state.
 
 
 def selective_scan(
-    value: Tensor, step: Tensor, decay_rate: Tensor, key: Tensor, query: Tensor, skip: Tensor, gate: Tensor,
-    step_bias: Tensor, document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """h = exp(dt A) h + dt B x; (C h + D x) · SiLU(gate), where dt = softplus(step + bias), and the last h (B, C, N).
-    value, step, gate (B, L, C), key, query (B, L, N), A (C, N), skip, bias (C,), document_start (B, L)."""
-    dtype, wide = value.dtype, torch.promote_types(value.dtype, torch.float32)
-    value, step, key, query, gate = (x.to(wide) for x in (value, step, key, query, gate))
-    step, reset = F.softplus(step + step_bias), step.new_zeros(step.shape[:2])
+    tensors: list[Tensor], document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """(C h + D x) · SiLU(gate) with h = exp(dt A) h + dt B x, dt = softplus(step + bias); and the last h (B, C, N).
+    tensors: x, step (B, L, C), A (C, N), B, C (B, L, N), D (C,), gate (B, L, C), bias (C,)."""
+    if backend == "fused":
+        return library_scan([x.mT.contiguous() if x.dim() == 3 else x for x in tensors]).mT, None
+    dtype, wide = tensors[0].dtype, torch.promote_types(tensors[0].dtype, torch.float32)
+    value, step, decay_rate, key, query, skip, gate, bias = (x.to(wide) for x in tensors)
+    step, reset = F.softplus(step + bias), step.new_zeros(step.shape[:2])
     if document_start is not None:
         reset = reset.masked_fill(document_start, -torch.inf)
     state, outputs = value.new_zeros(len(value), *decay_rate.shape) if state is None else state, []
-    # Of L·C·N numbers only a chunk's exist at a time, in backward too.
     for part in zip(*(x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))):
-        y, state = checkpoint(
-            selective_chunk, *part, decay_rate, state, backend == "sequential", use_reentrant=False,
-            preserve_rng_state=False,
-        )  # fmt: skip
+        y, state = checkpoint(  # of L·C·N numbers, only a chunk's exist at a time
+            selective_chunk, *part, decay_rate, state, backend, use_reentrant=False, preserve_rng_state=False
+        )
         outputs.append(y)
     return ((torch.cat(outputs, dim=1) + skip * value) * F.silu(gate)).to(dtype), state
 
 
-def selective_chunk(value, step, key, query, reset, decay_rate, state, in_loop: bool) -> tuple[Tensor, Tensor]:
-    """C h (B, T, C) and the last h: in a loop, or as Hillis and Steele's inclusive scan, log2 T rounds in which each
-    token takes in what reach tokens before it holds."""
+def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: str) -> tuple[Tensor, Tensor]:
+    """C h, and the last h: in a loop, or by Hillis and Steele's inclusive scan: in round k each token adds what the one
+    2^k before it holds, decayed."""
     decay = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate).exp()  # (B, T, C, N)
     states = (step * value).unsqueeze(-1) * key.unsqueeze(2)
-    if in_loop:
-        seen = []
-        for a, b in zip(decay.unbind(1), states.unbind(1)):
-            state = a * state + b
-            seen.append(state)
-        states = torch.stack(seen, dim=1)
+    first = torch.addcmul(states[:, :1], decay[:, :1], state.unsqueeze(1))
+    if backend == "sequential":
+        held = [first]
+        for t in range(1, states.shape[1]):
+            held.append(decay[:, t : t + 1] * held[-1] + states[:, t : t + 1])
+        states = torch.cat(held, dim=1)
     else:
-        states = torch.cat([states[:, :1] + decay[:, :1] * state.unsqueeze(1), states[:, 1:]], dim=1)
-        decay, reach = decay[:, 1:], 1  # of the tokens from reach on, over their last reach steps
+        states, reach = torch.cat([first, states[:, 1:]], dim=1), 1
+        decay = decay[:, 1:]  # of tokens from reach on, over reach tokens
         while reach < states.shape[1]:
             states = torch.cat([states[:, :reach], states[:, reach:].addcmul(decay, states[:, :-reach])], dim=1)
             decay, reach = decay[:, reach:] * decay[:, :-reach], 2 * reach
     return (states * query.unsqueeze(2)).sum(-1), states[:, -1]
 
 
-def library_operator(function):
-    """function, of tensors, as an operator for compiled graphs; its result is shaped like its first argument. Backward
-    runs it again: only its arguments are kept."""
-    name = f"golf::{function.__name__}"
-    operator = torch.library.custom_op(name, function, mutates_args=())
+def library_operator(module: str, name: str, **options):
+    """A library's function of tensors as an operator that graphs can hold. Its result has the first one's shape. Backward
+    runs it again, so that only the tensors are kept."""
 
-    @torch.library.custom_op(f"{name}_backward", mutates_args=())
-    def backward(d_y: Tensor, arguments: list[Tensor]) -> list[Tensor]:
+    def function(tensors: list[Tensor]) -> Tensor:
+        return getattr(importlib.import_module(module), name)(*tensors, **options)
+
+    def again(d_y: Tensor, tensors: list[Tensor]) -> list[Tensor]:
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in arguments]
-            return [x.contiguous() for x in torch.autograd.grad(function(*leaves), leaves, d_y)]
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            return [x.contiguous() for x in torch.autograd.grad(function(leaves), leaves, d_y)]
 
-    operator.register_fake(lambda first, *_: first.new_empty(first.shape))
-    backward.register_fake(lambda _, arguments: [x.new_empty(x.shape) for x in arguments])
-    operator.register_autograd(
-        lambda ctx, d_y: tuple(backward(d_y.contiguous(), list(ctx.saved_tensors))),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    forward, backward = (
+        torch.library.custom_op(f"golf::{name}{suffix}", f, mutates_args=())
+        for suffix, f in (("", function), ("_backward", again))
     )
-    return operator
+    forward.register_fake(lambda tensors: tensors[0].new_empty(tensors[0].shape))
+    backward.register_fake(lambda _, tensors: [x.new_empty(x.shape) for x in tensors])
+    forward.register_autograd(
+        lambda ctx, d_y: backward(d_y.contiguous(), ctx.saved_tensors),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0]),
+    )
+    return forward
 
 
-@library_operator
-def library_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ShortConv of x (B, C, L), by causal_conv1d."""
-    from causal_conv1d import causal_conv1d_fn
-
-    return causal_conv1d_fn(x, weight, bias, activation="silu")
+CONV_LIBRARY, SCAN_LIBRARY = "causal_conv1d", "mamba_ssm.ops.selective_scan_interface"
+library_conv = library_operator(CONV_LIBRARY, "causal_conv1d_fn", activation="silu")
+library_scan = library_operator(SCAN_LIBRARY, "selective_scan_fn", delta_softplus=True)
 
 
-@library_operator
-def library_scan(
-    value: Tensor, step: Tensor, decay_rate: Tensor, key: Tensor, query: Tensor, skip: Tensor, gate: Tensor,
-    step_bias: Tensor,
-) -> Tensor:  # fmt: skip
-    """selective_scan() by mamba_ssm, from zero; the length last: value (B, C, L), key (B, N, L)."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    return selective_scan_fn(value, step, decay_rate, key, query, skip, gate, step_bias, delta_softplus=True)
-
-
-# By version of Mamba: "auto" is the first on GPUs, the last but one on CPUs.
-SCAN_BACKENDS = {
-    1: ("fused", "parallel", "sequential"), 2: ("chunked", "sequential"), 3: ("triton", "chunked", "sequential")
-}  # fmt: skip
-
-
-def choose_scan_backend(wanted: str, device: torch.device, version: int = 3) -> str:
-    """wanted, or what "auto" stands for on this device."""
-    gpu, backends = device.type == "cuda", SCAN_BACKENDS[version]
-    backend = backends[0 if gpu else -2] if wanted == "auto" else wanted
-    runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
-    fits = runs or backend not in ("triton", "fused")
-    need(fits, f"SCAN_BACKEND={backend} needs a GPU and a CUDA build of torch; slower: {backends[-2]}")
-    if backend == "fused":
-        try:
-            import causal_conv1d  # noqa: F401
-            import mamba_ssm.ops.selective_scan_interface  # noqa: F401
-        except ImportError as error:
-            install = "pip install mamba-ssm causal-conv1d --no-build-isolation"
-            raise UserError(f"{error}: {install}; slower: SCAN_BACKEND=parallel") from None
+def choose_scan_backend(settings: Settings, device: torch.device) -> str:
+    """SCAN_BACKEND, or what "auto" stands for on this device."""
+    gpu, backend, backends = device.type == "cuda", settings.scan_backend, settings.scan_backends
+    backend = backends[0 if gpu else -2] if backend == "auto" else backend
+    fits = gpu or backend not in ("triton", "fused") or os.environ.get("TRITON_INTERPRET") == "1"
+    slower = f"slower: SCAN_BACKEND={backends[-2]}"
+    need(
+        fits and (triton or backend != "triton"),
+        f"SCAN_BACKEND={backend} needs a GPU and a CUDA build of torch; {slower}",
+    )
+    try:
+        for module in (CONV_LIBRARY, SCAN_LIBRARY) if backend == "fused" else ():
+            importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install mamba-ssm causal-conv1d --no-build-isolation; {slower}") from None
     return backend
 
 
@@ -1482,54 +1472,63 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, history: Tensor | None, fused: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs."""
+        if fused:
+            return library_conv([x.mT.contiguous(), self.weight.to(x.dtype), self.bias.to(x.dtype)]).mT, None
         weight, reach, length = self.weight.to(x.dtype), self.weight.shape[1] - 1, x.shape[1]
         inputs = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
         y = self.bias.to(x.dtype) + sum(weight[:, tap] * inputs[:, tap : tap + length] for tap in range(reach + 1))
         return F.silu(y), inputs[:, length:]
 
 
-def step_bias(count: int) -> nn.Parameter:
-    """Softplus of it is from 0.001 to 0.1."""
-    step = torch.exp(torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)))
-    return nn.Parameter(step + torch.log(-torch.expm1(-step)))
-
-
 class Mamba(nn.Module):
-    """A Mamba-3 block, or a Mamba-2 block: constant decay rates, a short convolution over x, B, C in front, the gate at the
-    end. Without the norm, outputs grow a hundredfold in the first steps."""
+    """A block of Mamba-3; of Mamba-2: constant decay rates, a short convolution over x, B, C in front; or of the first Mamba,
+    which convolves x and makes step, B and C of that. Without the norm, the newer ones' outputs grow a hundredfold in the
+    first steps."""
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
-        s = settings
-        self.backend = choose_scan_backend(s.scan_backend, device, s.mamba_version)
-        self.chunk_size = s.mamba_chunk_size
-        mamba3, inner, heads = s.mamba_version == 3, s.mamba_inner_dim, s.mamba_inner_dim // s.mamba_head_dim
-        angles = int(s.mamba_d_state * s.mamba_rope_fraction) // 2 if mamba3 else 0
-        self.sizes = MambaSizes(heads, s.mamba_head_dim, s.mamba_d_state, angles, s.mamba_version)
+        s, version, inner, n = settings, settings.mamba_version, settings.mamba_inner_dim, settings.mamba_d_state
+        self.backend, self.chunk_size = choose_scan_backend(s, device), s.mamba_chunk_size
+        channels = 1 if version == 1 else s.mamba_head_dim
+        heads, angles = inner // channels, int(n * s.mamba_rope_fraction) // 2
+        self.sizes = MambaSizes(heads, channels, n, angles, version)
         columns = self.sizes.columns()
         self.dynamics_rows = sum(columns[4:])  # the last rows of in_proj; they stay at 8 bits in the artifact
         self.in_proj = Linear(s.model_dim, sum(columns))
         self.out_proj = Linear(inner, s.model_dim, zero=True)
 
-        self.dt_bias, self.D = step_bias(heads), nn.Parameter(torch.ones(heads))
-        if mamba3:
-            self.B_norm, self.C_norm = (nn.Parameter(torch.ones(s.mamba_d_state)) for _ in "BC")
-            self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, s.mamba_d_state)) for _ in "BC")
-        else:
+        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
+        self.D = nn.Parameter(torch.ones(heads))
+        if version == 3:
+            self.B_norm, self.C_norm = (nn.Parameter(torch.ones(n)) for _ in "BC")
+            self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, n)) for _ in "BC")
+        elif version == 2:
             self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        else:
+            self.x_proj, self.dt_proj = Linear(inner, s.mamba_dt_rank + 2 * n), Linear(s.mamba_dt_rank, inner)
+            self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
         width = s.mamba_conv_width
-        self.conv = ShortConv(inner + 2 * s.mamba_d_state, width) if width > 1 else None
-        self.output_norm = nn.Parameter(torch.ones(inner))
+        self.conv = ShortConv(inner + sum(columns[2:4]), width) if width > 1 else None
+        if version > 1:
+            self.output_norm = nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
-        projected, (inner, _, n, *_) = self.in_proj(u), self.sizes.columns()
-        scan_state, history = (None, None) if state is None else state
+        projected, inner, backend = self.in_proj(u), self.out_proj.in_features, self.backend
+        scan_state, history = state or (None, None)
+        if backend == "fused" and (state or context.cache_tokens):  # the libraries do not carry a state
+            backend = "parallel"
         if self.conv is not None:
-            mixed = inner + 2 * n
-            gate, mixed, rest = projected.split([inner, mixed, projected.shape[-1] - inner - mixed], dim=-1)
-            mixed, history = self.conv(mixed, history)
+            gate, mixed, rest = projected.tensor_split([inner, inner + len(self.conv.weight)], dim=-1)
+            mixed, history = self.conv(mixed, history, backend == "fused")
+            if self.sizes.version == 1:
+                n = self.sizes.state
+                step, key, query = self.x_proj(mixed).tensor_split([-2 * n, -n], dim=-1)
+                tensors = mixed, self.dt_proj(step), -self.A_log.exp(), key, query, self.D, gate, self.dt_bias
+                y, scan_state = selective_scan(tensors, context.document_start, scan_state, backend, self.chunk_size)
+                return self.out_proj(y), MambaState(scan_state, history) if context.cache_tokens else None
             projected = torch.cat([gate, mixed, rest], dim=-1)
         if self.sizes.version == 3:
             parameters = MambaParameters(self.dt_bias, self.D, self.B_bias, self.C_bias, self.B_norm, self.C_norm)
@@ -1537,49 +1536,10 @@ class Mamba(nn.Module):
             no_bias = torch.zeros_like(self.D).unsqueeze(1)
             parameters = MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=-self.A_log.exp())
         y, scan_state = mamba_scan(
-            projected, parameters, self.sizes, context.document_start, scan_state, self.backend, self.chunk_size
+            projected, parameters, self.sizes, context.document_start, scan_state, backend, self.chunk_size
         )
         y = self.out_proj(norm(y, self.output_norm, 1e-5))
         return y, MambaState(scan_state, history) if context.cache_tokens else None
-
-
-class SelectiveMamba(nn.Module):
-    """A block of the first Mamba: its convolution's outputs make steps, by a bottleneck, keys and queries."""
-
-    def __init__(self, settings: Settings, device: torch.device):
-        super().__init__()
-        s, inner = settings, settings.mamba_inner_dim
-        wanted = "parallel" if s.document_reset and s.scan_backend == "auto" else s.scan_backend
-        self.backend, self.chunk_size = choose_scan_backend(wanted, device, 1), s.mamba_chunk_size
-        self.columns, self.dynamics_rows = [s.mamba_dt_rank, s.mamba_d_state, s.mamba_d_state], 0
-        self.in_proj, self.out_proj = Linear(s.model_dim, 2 * inner), Linear(inner, s.model_dim, zero=True)
-        self.conv = ShortConv(inner, s.mamba_conv_width)
-        self.x_proj, self.dt_proj = Linear(inner, sum(self.columns)), Linear(s.mamba_dt_rank, inner)
-        self.dt_bias, self.D = step_bias(inner), nn.Parameter(torch.ones(inner))
-        self.A_log = nn.Parameter(torch.arange(1.0, s.mamba_d_state + 1).log().repeat(inner, 1))
-
-    def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
-        x, gate = self.in_proj(u).chunk(2, dim=-1)
-        scan_state, history = (None, None) if state is None else state
-        # The libraries neither take up a state nor reset it.
-        fused = self.backend == "fused" and state is None and not context.cache_tokens
-        turn = lambda x: x.mT.contiguous()
-        if fused:
-            x = library_conv(turn(x), self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)).mT
-        else:
-            x, history = self.conv(x, history)
-        step, key, query = self.x_proj(x).split(self.columns, dim=-1)
-        step, decay_rate = self.dt_proj(step), -self.A_log.exp()
-        if fused:
-            y = library_scan(
-                turn(x), turn(step), decay_rate, turn(key), turn(query), self.D, turn(gate), self.dt_bias
-            ).mT  # fmt: skip
-        else:
-            y, scan_state = selective_scan(
-                x, step, decay_rate, key, query, self.D, gate, self.dt_bias, context.document_start, scan_state,
-                self.backend, self.chunk_size,
-            )  # fmt: skip
-        return self.out_proj(y), MambaState(scan_state, history) if context.cache_tokens else None
 
 
 class MLP(nn.Module):
@@ -1600,8 +1560,7 @@ class Block(nn.Module):
 
     def __init__(self, settings: Settings, letter: str, device: torch.device):
         super().__init__()
-        mamba = SelectiveMamba if settings.mamba_version == 1 else Mamba
-        self.mixer = Attention(settings) if letter in "Aa" else mamba(settings, device)
+        self.mixer = Attention(settings) if letter in "Aa" else Mamba(settings, device)
         self.mlp = MLP(settings) if letter.isupper() else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 

@@ -216,7 +216,7 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
         prepare = t.maybe_compile(before_library, s, ranks)
         run = lambda *tensors: mamba_ssm_reference.library_operator()(*prepare(*tensors), chunk_size=chunk)
     else:
-        backend = t.choose_scan_backend(backend, device)
+        backend = t.choose_scan_backend(dataclasses.replace(s, scan_backend=backend, mamba_version=3), device)
         run = t.maybe_compile(ours, s, ranks)
     projected = random_activations(s, device, sum(sizes.columns()))
     inputs = projected, *(x.requires_grad_() for x in learned)
