@@ -122,13 +122,13 @@ class Settings:
     rope_base: float = env(10_000.0, "number > 0", "attention's rotary base")
     rope_fraction: float = env(1.0, "0 to 1", "of attention's heads")
     qk_gain_init: float = env(1.5, "factor", "queries' first gain")
-    mamba_version: int = env(3, "1|2|3", "Mamba-3, Mamba-2, or the first, a selective scan")
+    mamba_version: int = env(3, "1|2|3", "1: the first Mamba, a selective scan")
     mamba_d_state: int = env(64, "numbers > 0", "state per channel")
     mamba_expand: float = env(2.0, "× width > 0", "Mamba's inner width")
     mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head")
     mamba_rope_fraction: float = env(0.5, "0.5|1", "of Mamba-3's state")
-    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: none in Mamba-3, else 4")
-    mamba_dt_rank: int = env(16, "numbers > 0", "the first Mamba's step sizes come from so many")
+    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4, in Mamba-3 none")
+    mamba_dt_rank: int = env(16, "numbers > 0", "the first Mamba's bottleneck of step sizes")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of a scan")
     unet_skips: bool = env(True, "0|1", "first half to second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
@@ -183,17 +183,6 @@ class Settings:
         return int(self.mamba_expand * self.model_dim)
 
     @property
-    def mamba_conv_width(self) -> int:
-        return (0 if self.mamba_version == 3 else 4) if self.mamba_d_conv < 0 else self.mamba_d_conv
-
-    @property
-    def scan_backends(self) -> list[str]:
-        """For this Mamba; "auto" is the first on GPUs, the last but one on CPUs."""
-        names = {1: "fused parallel sequential", 2: "chunked sequential", 3: "triton chunked sequential"}
-        unfit = self.mamba_version == 1 and self.document_reset  # the libraries cannot reset a state
-        return names[self.mamba_version].split()[unfit:]
-
-    @property
     def adapts(self) -> bool:
         return self.ttt_enabled and self.ttt_epochs > 0
 
@@ -206,9 +195,10 @@ class Settings:
         return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
 
 
-SP1024 = {
+HYBRID11 = {
     "data_path": "./data/datasets/fineweb10B_sp1024/", "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model",
-    "vocab_size": 1024, "mamba_version": 1, "mamba_chunk_size": 256,
+    "vocab_size": 1024, "num_layers": 11, "mamba_layers": "0,2,4,6,8", "mamba_version": 1, "mamba_d_state": 16,
+    "mamba_chunk_size": 256,
 }  # fmt: skip
 PRESETS = {
     "default": {},  # 8 GPUs, ten minutes
@@ -221,13 +211,13 @@ PRESETS = {
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7, "mamba_layers": "0,1,3,4,6",
         "bigram_vocab_size": 0,
     },
-    # Published systems: Mamba-3 with recurrence at the U-net's hinge, and two hybrids of the first Mamba.
+    # Three published systems.
     "nemotron_hinge": {
         "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7", "recur_start": 0.0,
         "train_seq_len": 4096,
     },
-    "hybrid11": SP1024 | {"num_layers": 11, "mamba_layers": "0,2,4,6,8", "mamba_d_state": 16},
-    "hybrid18": SP1024 | {
+    "hybrid11": HYBRID11,
+    "hybrid18": HYBRID11 | {
         "num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14", "mamba_d_state": 32,
         "mamba_expand": 1.5, "bigram_vocab_size": 2048, "target_mb": 15.9,
     },
@@ -344,9 +334,6 @@ def validate_settings(settings: Settings, world_size: int):
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
         check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
     if "M" in mixers:
-        backends = ", ".join(s.scan_backends)
-        check("scan_backend", s.scan_backend in f"auto, {backends}", f"is none of what runs here: {backends}")
-        check("mamba_d_conv", s.mamba_version > 1 or s.mamba_conv_width > 1, "leaves out the convolution")
         inner = s.mamba_inner_dim
         fits = inner > 0 and inner % s.mamba_head_dim == 0
         check("mamba_head_dim", fits, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
@@ -599,9 +586,9 @@ class MambaSizes(NamedTuple):
     version: int
 
     def columns(self) -> list[int]:
-        """in_proj's: gate, value; key, query, step; and Mamba-3's decay, trapezoid, angles."""
-        inner, n = self.heads * self.channels, self.state
-        return [inner, inner, n, n, *[self.heads] * 3, self.angles][: {1: 2, 2: 5, 3: 8}[self.version]]
+        """in_proj's: gate, value; from Mamba-2 on key, query, step; and Mamba-3's decay, trapezoid, angles."""
+        inner, n, heads = self.heads * self.channels, self.state, self.heads
+        return [inner, inner, n, n, heads, heads, heads, self.angles][: 3 * self.version - 1]
 
 
 class MambaParameters(NamedTuple):
@@ -1286,40 +1273,39 @@ def evens_first(x: Tensor) -> Tensor:
 
 
 def selective_scan(
-    tensors: list[Tensor], document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int
+    tensors: tuple[Tensor, ...], document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """(C h + D x) · SiLU(gate) with h = exp(dt A) h + dt B x, dt = softplus(step + bias); and the last h (B, C, N).
+    """(C h + D x) · SiLU(gate) with h = exp(dt A) h + dt B x and dt = softplus(step + bias); and the last h (B, C, N).
     tensors: x, step (B, L, C), A (C, N), B, C (B, L, N), D (C,), gate (B, L, C), bias (C,)."""
     if backend == "fused":
-        return library_scan([x.mT.contiguous() if x.dim() == 3 else x for x in tensors]).mT, None
-    dtype, wide = tensors[0].dtype, torch.promote_types(tensors[0].dtype, torch.float32)
-    value, step, decay_rate, key, query, skip, gate, bias = (x.to(wide) for x in tensors)
-    step, reset = F.softplus(step + bias), step.new_zeros(step.shape[:2])
+        return library_scan(*(x.mT.contiguous() if x.dim() == 3 else x for x in tensors)).mT, None
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    value, step, decay_rate, key, query, skip, gate, bias = (x.to(dtype) for x in tensors)
+    step, reset = F.softplus(step + bias), torch.zeros_like(step[..., 0])
     if document_start is not None:
         reset = reset.masked_fill(document_start, -torch.inf)
     state, outputs = value.new_zeros(len(value), *decay_rate.shape) if state is None else state, []
     for part in zip(*(x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))):
-        y, state = checkpoint(  # of L·C·N numbers, only a chunk's exist at a time
+        y, state = checkpoint(  # of L·C·N numbers only a chunk's exist at a time
             selective_chunk, *part, decay_rate, state, backend, use_reentrant=False, preserve_rng_state=False
         )
         outputs.append(y)
-    return ((torch.cat(outputs, dim=1) + skip * value) * F.silu(gate)).to(dtype), state
+    return ((torch.cat(outputs, dim=1) + skip * value) * F.silu(gate)).to(tensors[0].dtype), state
 
 
 def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: str) -> tuple[Tensor, Tensor]:
-    """C h, and the last h: in a loop, or by Hillis and Steele's inclusive scan: in round k each token adds what the one
-    2^k before it holds, decayed."""
+    """C h and the last h: in a loop, or by Hillis and Steele's scan, in whose round k each token adds what the one 2^k
+    before it holds, decayed."""
     decay = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate).exp()  # (B, T, C, N)
-    states = (step * value).unsqueeze(-1) * key.unsqueeze(2)
-    first = torch.addcmul(states[:, :1], decay[:, :1], state.unsqueeze(1))
+    states, reach = (step * value).unsqueeze(-1) * key.unsqueeze(2), 1
     if backend == "sequential":
-        held = [first]
-        for t in range(1, states.shape[1]):
-            held.append(decay[:, t : t + 1] * held[-1] + states[:, t : t + 1])
-        states = torch.cat(held, dim=1)
+        held = [state]
+        for a, b in zip(decay.unbind(1), states.unbind(1)):
+            held.append(a * held[-1] + b)
+        states = torch.stack(held[1:], dim=1)
     else:
-        states, reach = torch.cat([first, states[:, 1:]], dim=1), 1
-        decay = decay[:, 1:]  # of tokens from reach on, over reach tokens
+        states = torch.cat([states[:, :1] + decay[:, :1] * state.unsqueeze(1), states[:, 1:]], dim=1)
+        decay = decay[:, 1:]  # of the tokens from reach on, over reach tokens
         while reach < states.shape[1]:
             states = torch.cat([states[:, :reach], states[:, reach:].addcmul(decay, states[:, :-reach])], dim=1)
             decay, reach = decay[:, reach:] * decay[:, :-reach], 2 * reach
@@ -1327,50 +1313,50 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
 
 
 def library_operator(module: str, name: str, **options):
-    """A library's function of tensors as an operator that graphs can hold. Its result has the first one's shape. Backward
-    runs it again, so that only the tensors are kept."""
+    """A library's function of tensors, shaped like the first, as an operator for graphs. Backward runs it again."""
 
-    def function(tensors: list[Tensor]) -> Tensor:
-        return getattr(importlib.import_module(module), name)(*tensors, **options)
-
-    def again(d_y: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    def run(tensors: list[Tensor], d_y: Tensor | None) -> list[Tensor]:
+        """The result, or gradients."""
+        function = getattr(importlib.import_module(module), name)
+        if d_y is None:
+            return [function(*tensors, **options)]
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in tensors]
-            return [x.contiguous() for x in torch.autograd.grad(function(leaves), leaves, d_y)]
+            return [x.contiguous() for x in torch.autograd.grad(function(*leaves, **options), leaves, d_y)]
 
-    forward, backward = (
-        torch.library.custom_op(f"golf::{name}{suffix}", f, mutates_args=())
-        for suffix, f in (("", function), ("_backward", again))
+    operator = torch.library.custom_op(f"golf::{name}", run, mutates_args=())
+    operator.register_fake(
+        lambda tensors, d_y: [x.new_empty(x.shape) for x in (tensors[:1] if d_y is None else tensors)]
     )
-    forward.register_fake(lambda tensors: tensors[0].new_empty(tensors[0].shape))
-    backward.register_fake(lambda _, tensors: [x.new_empty(x.shape) for x in tensors])
-    forward.register_autograd(
-        lambda ctx, d_y: backward(d_y.contiguous(), ctx.saved_tensors),
+    operator.register_autograd(
+        lambda ctx, grads: (operator(ctx.saved_tensors, grads[0].contiguous()), None),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0]),
     )
-    return forward
+    return lambda *tensors: operator(tensors, None)[0]
 
 
-CONV_LIBRARY, SCAN_LIBRARY = "causal_conv1d", "mamba_ssm.ops.selective_scan_interface"
-library_conv = library_operator(CONV_LIBRARY, "causal_conv1d_fn", activation="silu")
-library_scan = library_operator(SCAN_LIBRARY, "selective_scan_fn", delta_softplus=True)
+LIBRARIES = "causal_conv1d", "mamba_ssm.ops.selective_scan_interface"
+library_conv = library_operator(LIBRARIES[0], "causal_conv1d_fn", activation="silu")
+library_scan = library_operator(LIBRARIES[1], "selective_scan_fn", delta_softplus=True)
 
 
 def choose_scan_backend(settings: Settings, device: torch.device) -> str:
     """SCAN_BACKEND, or what "auto" stands for on this device."""
-    gpu, backend, backends = device.type == "cuda", settings.scan_backend, settings.scan_backends
-    backend = backends[0 if gpu else -2] if backend == "auto" else backend
-    fits = gpu or backend not in ("triton", "fused") or os.environ.get("TRITON_INTERPRET") == "1"
-    slower = f"slower: SCAN_BACKEND={backends[-2]}"
-    need(
-        fits and (triton or backend != "triton"),
-        f"SCAN_BACKEND={backend} needs a GPU and a CUDA build of torch; {slower}",
-    )
+    s, gpu = settings, device.type == "cuda"
+    names = ["fused parallel", "chunked", "triton chunked"][s.mamba_version - 1].split() + ["sequential"]
+    runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
+    if not runs or (s.mamba_version == 1 and s.document_reset):  # the libraries cannot reset a state
+        names = names[-2:]
+    backend = names[0 if gpu else -2] if s.scan_backend == "auto" else s.scan_backend
+    unfit = "needs a GPU, a CUDA build of torch, or another MAMBA_VERSION or DOCUMENT_RESET"
+    need(backend in names, f"SCAN_BACKEND={backend} {unfit}; slower: {', '.join(names)}")
     try:
-        for module in (CONV_LIBRARY, SCAN_LIBRARY) if backend == "fused" else ():
+        for module in LIBRARIES if backend == "fused" else ():
             importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{error}: pip install mamba-ssm causal-conv1d --no-build-isolation; {slower}") from None
+        raise UserError(
+            f"{error}: pip install --no-build-isolation mamba-ssm causal-conv1d; slower: SCAN_BACKEND=parallel"
+        ) from None
     return backend
 
 
@@ -1474,8 +1460,8 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, history: Tensor | None, fused: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs."""
-        if fused:
-            return library_conv([x.mT.contiguous(), self.weight.to(x.dtype), self.bias.to(x.dtype)]).mT, None
+        if fused and self.weight.shape[1] > 1:
+            return library_conv(x.mT.contiguous(), self.weight.to(x.dtype), self.bias.to(x.dtype)).mT, None
         weight, reach, length = self.weight.to(x.dtype), self.weight.shape[1] - 1, x.shape[1]
         inputs = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
         y = self.bias.to(x.dtype) + sum(weight[:, tap] * inputs[:, tap : tap + length] for tap in range(reach + 1))
@@ -1483,9 +1469,8 @@ class ShortConv(nn.Module):
 
 
 class Mamba(nn.Module):
-    """A block of Mamba-3; of Mamba-2: constant decay rates, a short convolution over x, B, C in front; or of the first Mamba,
-    which convolves x and makes step, B and C of that. Without the norm, the newer ones' outputs grow a hundredfold in the
-    first steps."""
+    """A block of Mamba-3; of Mamba-2: constant decay rates, a short convolution over x, B, C in front; or of the first Mamba:
+    step, B and C made of the convolved x. Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
@@ -1510,36 +1495,34 @@ class Mamba(nn.Module):
         else:
             self.x_proj, self.dt_proj = Linear(inner, s.mamba_dt_rank + 2 * n), Linear(s.mamba_dt_rank, inner)
             self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
-        width = s.mamba_conv_width
-        self.conv = ShortConv(inner + sum(columns[2:4]), width) if width > 1 else None
+        width = s.mamba_d_conv if s.mamba_d_conv >= 0 else 4 * (version < 3)
+        mixed = inner + sum(columns[2:4])
+        self.conv = ShortConv(mixed, max(1, width)) if width > 1 or version == 1 else None
         if version > 1:
             self.output_norm = nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
-        projected, inner, backend = self.in_proj(u), self.out_proj.in_features, self.backend
+        projected, inner, version = self.in_proj(u), self.out_proj.in_features, self.sizes.version
         scan_state, history = state or (None, None)
-        if backend == "fused" and (state or context.cache_tokens):  # the libraries do not carry a state
-            backend = "parallel"
+        alone = not (state or context.cache_tokens)
+        backend = "parallel" if self.backend == "fused" and not alone else self.backend  # the libraries carry no state
         if self.conv is not None:
             gate, mixed, rest = projected.tensor_split([inner, inner + len(self.conv.weight)], dim=-1)
             mixed, history = self.conv(mixed, history, backend == "fused")
-            if self.sizes.version == 1:
-                n = self.sizes.state
-                step, key, query = self.x_proj(mixed).tensor_split([-2 * n, -n], dim=-1)
-                tensors = mixed, self.dt_proj(step), -self.A_log.exp(), key, query, self.D, gate, self.dt_bias
-                y, scan_state = selective_scan(tensors, context.document_start, scan_state, backend, self.chunk_size)
-                return self.out_proj(y), MambaState(scan_state, history) if context.cache_tokens else None
             projected = torch.cat([gate, mixed, rest], dim=-1)
-        if self.sizes.version == 3:
-            parameters = MambaParameters(self.dt_bias, self.D, self.B_bias, self.C_bias, self.B_norm, self.C_norm)
+        rest = context.document_start, scan_state, backend, self.chunk_size
+        decay_rate = None if version == 3 else -self.A_log.exp()
+        if version == 1:
+            step, key, query = self.x_proj(mixed).tensor_split([-2 * self.sizes.state, -self.sizes.state], dim=-1)
+            tensors = mixed, self.dt_proj(step), decay_rate, key, query, self.D, gate, self.dt_bias
+            y, scan_state = selective_scan(tensors, *rest)
         else:
             no_bias = torch.zeros_like(self.D).unsqueeze(1)
-            parameters = MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=-self.A_log.exp())
-        y, scan_state = mamba_scan(
-            projected, parameters, self.sizes, context.document_start, scan_state, backend, self.chunk_size
-        )
-        y = self.out_proj(norm(y, self.output_norm, 1e-5))
-        return y, MambaState(scan_state, history) if context.cache_tokens else None
+            learned = (self.B_bias, self.C_bias, self.B_norm, self.C_norm) if version == 3 else (no_bias, no_bias)
+            parameters = MambaParameters(self.dt_bias, self.D, *learned, decay_rate=decay_rate)
+            y, scan_state = mamba_scan(projected, parameters, self.sizes, *rest)
+            y = norm(y, self.output_norm, 1e-5)
+        return self.out_proj(y), MambaState(scan_state, history) if context.cache_tokens else None
 
 
 class MLP(nn.Module):

@@ -283,18 +283,21 @@ def libraries(monkeypatch):
 def operator_arguments() -> dict:
     x = {name: value.mT.contiguous() if name in PER_TOKEN else value for name, value in make_inputs(9).items()}
     conv = [x["value"], torch.randn(CHANNELS, 4, dtype=torch.float64), torch.randn(CHANNELS, dtype=torch.float64)]
-    return {t.library_conv: conv, t.library_scan: list(x.values())}
+    return {"causal_conv1d_fn": (t.library_conv, conv), "selective_scan_fn": (t.library_scan, list(x.values()))}
 
 
-@pytest.mark.parametrize("operator", [t.library_conv, t.library_scan], ids=["conv", "scan"])
-def test_operators_have_the_schema_fake_and_gradients_that_torch_wants(operator, libraries):
-    torch.library.opcheck(operator, ([x.requires_grad_() for x in operator_arguments()[operator]],))
-    assert str(operator._opoverload._schema).endswith("_fn(Tensor[] tensors) -> Tensor")
+@pytest.mark.parametrize("name", operator_arguments())
+def test_operators_have_the_schema_fake_and_gradients_that_torch_wants(name, libraries):
+    operator, tensors = getattr(torch.ops.golf, name).default, operator_arguments()[name][1]
+    assert str(operator._schema) == f"golf::{name}(Tensor[] tensors, Tensor? d_y) -> Tensor[]"
+    torch.library.opcheck(operator, ([x.requires_grad_() for x in tensors], None))
+    gradient = torch.randn_like(tensors[0])
+    torch.library.opcheck(operator, ([x.detach() for x in tensors], gradient))
 
 
 def test_operators_compute_shapes_without_their_libraries():
-    for operator, tensors in operator_arguments().items():
-        y = operator([x.to("meta") for x in tensors])
+    for operator, tensors in operator_arguments().values():
+        y = operator(*(x.to("meta") for x in tensors))
         assert (y.shape, y.dtype, y.device.type) == (tensors[0].shape, torch.float64, "meta")
 
 
@@ -331,12 +334,12 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch):
     choose = lambda wanted, device: t.choose_scan_backend(tiny(scan_backend=wanted, **FIRST), torch.device(device))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert choose("auto", "cpu") == "parallel"
-    with pytest.raises(t.UserError, match="fused needs a GPU .*; slower: SCAN_BACKEND=parallel"):
+    with pytest.raises(t.UserError, match="SCAN_BACKEND=fused needs a GPU.*; slower: parallel"):
         choose("fused", "cpu")
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)  # an import of it fails
     for wanted in ("auto", "fused"):
         with pytest.raises(
-            t.UserError, match="causal_conv1d.*pip install mamba-ssm causal-conv1d .*SCAN_BACKEND=parallel"
+            t.UserError, match="causal_conv1d.*pip install .* mamba-ssm causal-conv1d; slower: SCAN_BACKEND=parallel"
         ):
             choose(wanted, "cuda")
     for wanted in ("parallel", "sequential"):
@@ -344,20 +347,23 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"scan_backend": "fused", "document_reset": True}, "SCAN_BACKEND=fused is none of what runs here: parallel"),
-        ({"scan_backend": "chunked"}, "SCAN_BACKEND=chunked"),
-        ({"scan_backend": "triton"}, "SCAN_BACKEND=triton"),
-        ({"scan_backend": "parallel", "mamba_version": 3}, "SCAN_BACKEND=parallel"),
-        ({"mamba_d_conv": 1}, "MAMBA_D_CONV=1"),
-        ({"mamba_dt_rank": 0}, "MAMBA_DT_RANK=0"),
-    ],
+    "changes",
+    [{"scan_backend": "chunked"}, {"scan_backend": "triton"}, {"scan_backend": "fused", "document_reset": True}]
+    + [{"scan_backend": "parallel", "mamba_version": 3}],
     ids=str,
 )
-def test_what_does_not_fit_the_first_mamba_is_refused(changes, named):
-    with pytest.raises(t.UserError, match=named):
-        t.validate_settings(tiny(**(FIRST | changes)), 1)
+def test_what_does_not_fit_a_mamba_is_refused(changes, libraries):
+    settings = tiny(**(FIRST | changes))
+    with pytest.raises(t.UserError, match=f"SCAN_BACKEND={settings.scan_backend} needs .* another MAMBA_VERSION"):
+        t.build_model(settings, SOLO)
+
+
+@torch.no_grad()
+def test_a_convolution_of_one_token_is_the_libraries_affair_no_more(libraries):
+    """causal_conv1d knows widths from 2 to 4."""
+    tokens = random_tokens(1, 9)
+    fused, parallel = (random_model(tiny(mamba_d_conv=1, scan_backend=b, **FIRST)) for b in ("fused", "parallel"))
+    assert relative(fused(tokens, (0, 1, 2))[0], parallel(tokens, (0, 1, 2))[0]) < 1e-5
 
 
 # ---- The published systems -------------------------------------------------------------------------------------------
