@@ -10,7 +10,7 @@ code, loads it back and scores it, adapting to what it has scored. Sections foll
     1. Settings     with presets and --help
     2. Ranks        what several processes need from each other
     3. Data         shards, batches, bytes per token
-    4. Scans        the recurrences of Mamba-3, Mamba-2 and the first Mamba, slow and fast
+    4. Scans        the recurrences of Mamba-3, Mamba-2 and Mamba, slow and fast
     5. Model        attention, Mamba and MLP blocks
     6. Optimizers   Muon for matrices, Adam for the rest, weight average, schedule
     7. Evaluation   scores, test-time training, sampling
@@ -549,7 +549,7 @@ def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
 # ============
 # 4. Scans
 # The Mamba-3 recurrence (arXiv 2603.15569): in a loop, as matmuls in PyTorch, and those fused into Triton kernels. Mamba-2
-# is the same without trapezoid, rotation and biases. The first Mamba's is at the end.
+# is the same without trapezoid, rotation and biases. At the end, the first Mamba's.
 
 
 class ScanInputs(NamedTuple):
@@ -634,11 +634,10 @@ def scan_inputs(
         decay, *dynamics = dynamics
         decay_rate = -F.softplus(decay.to(dtype)).clamp(min=DECAY_FLOOR)
         key, query = norm(key, p.key_norm, 1e-5), norm(query, p.query_norm, 1e-5)
-    else:
-        dynamics = None, None
     step_size = F.softplus(step.to(dtype) + p.step_bias)
     return ScanInputs(
-        value, key, query, step_size, decay_rate * step_size, p.key_bias, p.query_bias, p.skip, *dynamics, gate, document_start
+        value, key, query, step_size, decay_rate * step_size, p.key_bias, p.query_bias, p.skip, *dynamics, gate=gate,
+        document_start=document_start,
     )  # fmt: skip
 
 
@@ -1269,14 +1268,11 @@ def evens_first(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-# The selective scan of the first Mamba (arXiv 2312.00752): a decay rate for each channel and state.
-
-
 def selective_scan(
     tensors: tuple[Tensor, ...], document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """(C h + D x) · SiLU(gate) with h = exp(dt A) h + dt B x and dt = softplus(step + bias); and the last h (B, C, N).
-    tensors: x, step (B, L, C), A (C, N), B, C (B, L, N), D (C,), gate (B, L, C), bias (C,)."""
+    """The first Mamba's (arXiv 2312.00752): h = exp(dt A) h + dt B x with dt = softplus(step + bias), (C h + D x) · SiLU(gate)
+    in x's dtype, and the last h (B, C, N). tensors: x, step (B, L, C), A (C, N), B, C (B, L, N), D (C,), gate, bias."""
     if backend == "fused":
         return library_scan(*(x.mT.contiguous() if x.dim() == 3 else x for x in tensors)).mT, None
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
@@ -1284,7 +1280,9 @@ def selective_scan(
     step, reset = F.softplus(step + bias), torch.zeros_like(step[..., 0])
     if document_start is not None:
         reset = reset.masked_fill(document_start, -torch.inf)
-    state, outputs = value.new_zeros(len(value), *decay_rate.shape) if state is None else state, []
+    if state is None:
+        state = value.new_zeros(len(value), *decay_rate.shape)
+    outputs = []
     for part in zip(*(x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))):
         y, state = checkpoint(  # of L·C·N numbers only a chunk's exist at a time
             selective_chunk, *part, decay_rate, state, backend, use_reentrant=False, preserve_rng_state=False
@@ -1294,8 +1292,7 @@ def selective_scan(
 
 
 def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: str) -> tuple[Tensor, Tensor]:
-    """C h and the last h: in a loop, or by Hillis and Steele's scan, in whose round k each token adds what the one 2^k
-    before it holds, decayed."""
+    """C h and the last h: in a loop, or by Hillis and Steele's scan, in log2 T rounds."""
     decay = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate).exp()  # (B, T, C, N)
     states, reach = (step * value).unsqueeze(-1) * key.unsqueeze(2), 1
     if backend == "sequential":
@@ -1305,7 +1302,7 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
         states = torch.stack(held[1:], dim=1)
     else:
         states = torch.cat([states[:, :1] + decay[:, :1] * state.unsqueeze(1), states[:, 1:]], dim=1)
-        decay = decay[:, 1:]  # of the tokens from reach on, over reach tokens
+        decay = decay[:, 1:]  # from token reach on, over reach tokens
         while reach < states.shape[1]:
             states = torch.cat([states[:, :reach], states[:, reach:].addcmul(decay, states[:, :-reach])], dim=1)
             decay, reach = decay[:, reach:] * decay[:, :-reach], 2 * reach
@@ -1316,18 +1313,15 @@ def library_operator(module: str, name: str, **options):
     """A library's function of tensors, shaped like the first, as an operator for graphs. Backward runs it again."""
 
     def run(tensors: list[Tensor], d_y: Tensor | None) -> list[Tensor]:
-        """The result, or gradients."""
-        function = getattr(importlib.import_module(module), name)
+        function = functools.partial(getattr(importlib.import_module(module), name), **options)
         if d_y is None:
-            return [function(*tensors, **options)]
+            return [function(*tensors)]
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in tensors]
-            return [x.contiguous() for x in torch.autograd.grad(function(*leaves, **options), leaves, d_y)]
+            return [x.contiguous() for x in torch.autograd.grad(function(*leaves), leaves, d_y)]
 
     operator = torch.library.custom_op(f"golf::{name}", run, mutates_args=())
-    operator.register_fake(
-        lambda tensors, d_y: [x.new_empty(x.shape) for x in (tensors[:1] if d_y is None else tensors)]
-    )
+    operator.register_fake(lambda xs, d_y: [x.new_empty(x.shape) for x in (xs[:1] if d_y is None else xs)])
     operator.register_autograd(
         lambda ctx, grads: (operator(ctx.saved_tensors, grads[0].contiguous()), None),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0]),
@@ -1342,21 +1336,20 @@ library_scan = library_operator(LIBRARIES[1], "selective_scan_fn", delta_softplu
 
 def choose_scan_backend(settings: Settings, device: torch.device) -> str:
     """SCAN_BACKEND, or what "auto" stands for on this device."""
-    s, gpu = settings, device.type == "cuda"
-    names = ["fused parallel", "chunked", "triton chunked"][s.mamba_version - 1].split() + ["sequential"]
+    gpu, version = device.type == "cuda", settings.mamba_version
+    names = [["fused", "parallel"], ["chunked"], ["triton", "chunked"]][version - 1] + ["sequential"]
     runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
-    if not runs or (s.mamba_version == 1 and s.document_reset):  # the libraries cannot reset a state
+    if not runs or (version == 1 and settings.document_reset):  # the libraries cannot reset a state
         names = names[-2:]
-    backend = names[0 if gpu else -2] if s.scan_backend == "auto" else s.scan_backend
+    backend = names[0 if gpu else -2] if settings.scan_backend == "auto" else settings.scan_backend
     unfit = "needs a GPU, a CUDA build of torch, or another MAMBA_VERSION or DOCUMENT_RESET"
     need(backend in names, f"SCAN_BACKEND={backend} {unfit}; slower: {', '.join(names)}")
     try:
         for module in LIBRARIES if backend == "fused" else ():
             importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"{error}: pip install --no-build-isolation mamba-ssm causal-conv1d; slower: SCAN_BACKEND=parallel"
-        ) from None
+        install = "pip install --no-build-isolation mamba-ssm causal-conv1d"
+        raise UserError(f"{error}: {install}; slower: SCAN_BACKEND=parallel") from None
     return backend
 
 
@@ -1469,8 +1462,8 @@ class ShortConv(nn.Module):
 
 
 class Mamba(nn.Module):
-    """A block of Mamba-3; of Mamba-2: constant decay rates, a short convolution over x, B, C in front; or of the first Mamba:
-    step, B and C made of the convolved x. Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
+    """A block of Mamba-3, of Mamba-2 (constant decay rates, a short convolution over x, B, C), or of the first Mamba (makes
+    step, B, C of the convolved x). Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__()
@@ -1502,10 +1495,15 @@ class Mamba(nn.Module):
             self.output_norm = nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
-        projected, inner, version = self.in_proj(u), self.out_proj.in_features, self.sizes.version
+        projected, inner, version, backend = (
+            self.in_proj(u),
+            self.out_proj.in_features,
+            self.sizes.version,
+            self.backend,
+        )
         scan_state, history = state or (None, None)
-        alone = not (state or context.cache_tokens)
-        backend = "parallel" if self.backend == "fused" and not alone else self.backend  # the libraries carry no state
+        if backend == "fused" and (state or context.cache_tokens):  # the libraries carry no state
+            backend = "parallel"
         if self.conv is not None:
             gate, mixed, rest = projected.tensor_split([inner, inner + len(self.conv.weight)], dim=-1)
             mixed, history = self.conv(mixed, history, backend == "fused")
@@ -1671,8 +1669,8 @@ class Model(nn.Module):
         return norm(x)
 
     def _context(self, tokens: Tensor, state: ModelState | None, cache_tokens: int) -> Context:
-        memories = [layer for layer in (() if state is None else state.layers) if isinstance(layer, AttentionState)]
-        cached = memories[0].key.shape[1] if memories else 0
+        layers = () if state is None else state.layers
+        cached = max([0] + [memory.key.shape[1] for memory in layers if isinstance(memory, AttentionState)])
         cos, sin = self.rotary_table[:, : cached + tokens.shape[1]]
         document_start = tokens == BOS_ID if self.settings.document_reset else None
         return Context(document_start, cos, sin, cache_tokens)
