@@ -136,6 +136,8 @@ def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
     s = settings
     if letter in "Aa":
         return attention_flops(tokens, s.train_seq_len, s.model_dim)
+    if s.mamba_version == 1:  # element by element
+        return 0
     heads = s.mamba_inner_dim // s.mamba_head_dim
     return scan_flops(tokens, heads, s.mamba_head_dim, s.mamba_d_state, s.mamba_chunk_size)
 
@@ -221,6 +223,27 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
     projected = random_activations(s, device, sum(sizes.columns()))
     inputs = projected, *(x.requires_grad_() for x in learned)
     return operator(run, inputs, (), mixer_flops(s, "M", s.train_batch_tokens), backward)
+
+
+def selective_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bool) -> Kernel:
+    """The first Mamba's scan. The loop is not compiled: it would be a graph of thousands of nodes. No scan of this kind
+    multiplies matrices."""
+    s, device, state = settings, ranks.device, settings.mamba_d_state
+    inner = s.mamba_inner_dim
+    tokens = functools.partial(random_activations, s, device)
+    rates = -torch.arange(1.0, state + 1, device=device).repeat(inner, 1)
+    learned = tuple(
+        x.requires_grad_() for x in (rates, torch.ones(inner, device=device), torch.zeros(inner, device=device))
+    )
+    step = (tokens(inner).detach() * 0.5 - 4).requires_grad_()
+
+    def scan(x, step, rates, key, query, skip, gate, bias) -> Tensor:
+        tensors = x, step, rates, key, query, skip, gate, bias
+        return t.selective_scan(tensors, None, None, backend, s.mamba_chunk_size)[0]
+
+    run = scan if backend == "sequential" else t.maybe_compile(scan, s, ranks)
+    inputs = tokens(inner), step, learned[0], tokens(state), tokens(state), learned[1], tokens(inner), learned[2]
+    return operator(run, inputs, (), 0, backward)
 
 
 def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
@@ -320,12 +343,17 @@ def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[]
 
 
 def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
-    """What the part "scan" lists: our operator and the library's."""
+    """What the part "scan" lists: our operator and the library's; and the first Mamba's scan in hybrid18's sizes, on one
+    sequence of 2,048 tokens."""
+    first = {"mamba_version": 1, "mamba_d_state": 32, "mamba_expand": 1.5, "mamba_chunk_size": 256}
+    shrunk = {"train_batch_tokens": 2048, "train_seq_len": 2048}
+    selective = dataclasses.replace(settings, scan_backend="auto", **first, **shrunk)
+    kernels = [(backend, scan_kernel, settings, backend) for backend in ("triton", "mamba_ssm")]
+    for backend in ("sequential", "parallel", "fused"):
+        kernels.append((f"first Mamba, {backend}", selective_kernel, selective, backend))
     return {
-        f"{backend}{'' if backward else ', forward only'}": functools.partial(
-            scan_kernel, settings, ranks, backend, backward
-        )
-        for backend in ("triton", "mamba_ssm")
+        f"{name}{'' if backward else ', forward only'}": functools.partial(kernel, sizes, ranks, backend, backward)
+        for name, kernel, sizes, backend in kernels
         for backward in (False, True)
     }
 
@@ -625,7 +653,7 @@ def run_parts(options: argparse.Namespace) -> int:
             report.measure("kernels", name, functools.partial(time_kernel, make, ceilings))
     if "scan" in options.parts:
         for name, make in scan_makers(kernel_settings, ranks).items():
-            if name.startswith("mamba_ssm") and not mamba_ssm_reference.is_installed():
+            if ("mamba_ssm" in name or "fused" in name) and not mamba_ssm_reference.is_installed():
                 report.add("scan", name, {"skipped": "mamba_ssm is not installed"})
             else:
                 report.measure("scan", name, functools.partial(time_kernel, make, ceilings))

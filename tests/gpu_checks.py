@@ -1,6 +1,6 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python tests/gpu_checks.py [scans] [attention] [model] [checkpoints]
+    python tests/gpu_checks.py [scans] [selective] [attention] [model] [checkpoints]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error. Prints a table and
 exits with status 1 if a row fails.
@@ -8,6 +8,7 @@ exits with status 1 if a row fails.
 
 import dataclasses
 import functools
+import importlib
 import statistics
 import sys
 import tempfile
@@ -122,6 +123,62 @@ def check_causality(case: ScanCase) -> None:
         check(f"fused: outputs up to token {position} that depend on later tokens", float(different), 0)
 
 
+def check_selective() -> None:
+    """The first Mamba's scan in parallel, compiled as one graph, and fused where the libraries are installed, against the
+    loop in float64; and the libraries' convolution against ours."""
+    random = functools.partial(torch.randn, device=DEVICE, dtype=torch.float64)
+    batch, length, channels, state = 2, 1000, 768, 32
+    tokens, narrow = functools.partial(random, batch, length), torch.bfloat16
+    rates = -torch.arange(1.0, state + 1, device=DEVICE, dtype=torch.float64).repeat(channels, 1)
+    tensors = (
+        tokens(channels), tokens(channels), rates, tokens(state), tokens(state), random(channels), tokens(channels),
+        random(channels) - 4,
+    )  # fmt: skip
+    names = ("x", "step", "A", "B", "C", "D", "gate", "bias")
+    weights = tokens(channels)
+
+    def outputs(scan, cast) -> dict[str, torch.Tensor]:
+        leaves = [cast(x).requires_grad_() for x in tensors]
+        y, _ = scan(leaves)
+        gradients = torch.autograd.grad(y, leaves, weights.to(y.dtype))
+        return {"y": y} | {f"d {name}": gradient for name, gradient in zip(names, gradients)}
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        return x.to(narrow if x.dim() == 3 else torch.float32)
+
+    scans = {
+        backend: torch.compile(
+            lambda tensors, backend=backend: t.selective_scan(tensors, None, None, backend, 256),
+            fullgraph=True,
+            dynamic=False,
+        )
+        for backend in ("parallel", "fused")
+    }
+    exact = lambda tensors: t.selective_scan(tensors, None, None, "sequential", 256)
+    expected = outputs(exact, lambda x: mixed(x).double())
+    found = outputs(scans["parallel"], lambda x: mixed(x).float())
+    check_errors("selective scan, parallel, float32", {n: relative(x, expected[n]) for n, x in found.items()}, 1e-4)
+    found = outputs(scans["parallel"], mixed)
+    off = {n: relative(x, expected[n]) for n, x in found.items()}
+    check_errors("selective scan, parallel, bfloat16", off, BF16_TOLERANCE)
+    try:
+        for library in t.LIBRARIES:
+            importlib.import_module(library)
+    except ImportError as error:
+        print(f"skip the fused selective scan: {error}")
+        return
+    off = {n: relative(x, expected[n]) for n, x in outputs(scans["fused"], mixed).items()}
+    check_errors("selective scan, fused, bfloat16", off, BF16_TOLERANCE)
+    conv = t.ShortConv(channels, 4).to(DEVICE)
+    x = tokens(channels).to(narrow).requires_grad_()
+    leaves = (x, *conv.parameters())
+    (ours, _), (theirs, _) = conv(x, None), conv(x, None, fused=True)
+    check("causal_conv1d: y", relative(theirs, ours), BF16_TOLERANCE)
+    pairs = (torch.autograd.grad(y, leaves, weights.to(narrow)) for y in (theirs, ours))
+    for name, a, b in zip(("x", "weight", "bias"), *pairs):
+        check(f"causal_conv1d: d {name}", relative(a, b), BF16_TOLERANCE)
+
+
 def check_attention() -> None:
     query = torch.randn(2, 512, 8, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     key, value = (torch.randn(2, 512, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
@@ -156,7 +213,8 @@ def check_model(**overrides) -> None:
     with torch.no_grad():
         for p in gpu.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    cpu_settings = dataclasses.replace(settings, scan_backend="chunked")
+    slow = "parallel" if settings.mamba_version == 1 else "chunked"
+    cpu_settings = dataclasses.replace(settings, scan_backend=slow)
     cpu = t.build_model(cpu_settings, t.Ranks(0, 1, torch.device("cpu")))
     cpu.load_state_dict({k: v.cpu() for k, v in gpu.state_dict().items()})
     tokens = torch.randint(2, 1024, (4, 513))
@@ -232,15 +290,18 @@ def check_checkpoints() -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    wanted = sys.argv[1:] or ["scans", "attention", "model", "checkpoints"]
+    wanted = sys.argv[1:] or ["scans", "selective", "attention", "model", "checkpoints"]
     if "scans" in wanted:
         check_scans()
+    if "selective" in wanted:
+        check_selective()
     if "attention" in wanted:
         check_attention()
     if "model" in wanted:
         check_model()
         check_model(document_reset=1)
         check_model(mamba_version=2, document_reset=1)
+        check_model(mamba_version=1, document_reset=1, mamba_chunk_size=128)
         check_model(mamba_d_state=128)
         check_graphed_steps()
     if "checkpoints" in wanted:

@@ -104,6 +104,15 @@ def test_every_kernel_runs(name, pretended_gpu):
     assert row["ratio"] == pytest.approx(row["ms"] / row["floor_ms"])
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backend", ["sequential", "parallel"])
+def test_the_first_mambas_scans_run(backend, backward, pretended_gpu):
+    settings = tiny(mamba_version=1)
+    make = bench.scan_makers(settings, SOLO)[f"first Mamba, {backend}{'' if backward else ', forward only'}"]
+    assert make.args[0].mamba_inner_dim == 48
+    assert bench.time_kernel(make, CEILINGS)["bound"] == "memory"
+
+
 def test_steps_are_those_of_training(pretended_gpu):
     settings = tiny(train_batch_tokens=256, micro_batch_tokens=128)
     row, kernels = bench.time_steps(settings, SOLO, 3, CEILINGS, profile=False)
