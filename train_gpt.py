@@ -1342,7 +1342,7 @@ def choose_scan_backend(settings: Settings, device: torch.device) -> str:
     if not runs or (version == 1 and settings.document_reset):  # the libraries cannot reset a state
         names = names[-2:]
     backend = names[0 if gpu else -2] if settings.scan_backend == "auto" else settings.scan_backend
-    unfit = "needs a GPU, a CUDA build of torch, or another MAMBA_VERSION or DOCUMENT_RESET"
+    unfit = "needs a GPU, torch with CUDA, or another MAMBA_VERSION or DOCUMENT_RESET"
     need(backend in names, f"SCAN_BACKEND={backend} {unfit}; slower: {', '.join(names)}")
     try:
         for module in LIBRARIES if backend == "fused" else ():
@@ -1365,7 +1365,7 @@ class AttentionState(NamedTuple):
 
 class MambaState(NamedTuple):
     scan: ScanState | Tensor  # the first Mamba's: (B, C, N)
-    conv: Tensor  # (B, width - 1, channels), the short convolution's last inputs
+    conv: Tensor | None  # (B, width - 1, channels), the short convolution's last inputs
 
 
 class ModelState(NamedTuple):
@@ -1469,8 +1469,8 @@ class Mamba(nn.Module):
         super().__init__()
         s, version, inner, n = settings, settings.mamba_version, settings.mamba_inner_dim, settings.mamba_d_state
         self.backend, self.chunk_size = choose_scan_backend(s, device), s.mamba_chunk_size
-        channels = 1 if version == 1 else s.mamba_head_dim
-        heads, angles = inner // channels, int(n * s.mamba_rope_fraction) // 2
+        channels, angles = s.mamba_head_dim if version > 1 else 1, int(n * s.mamba_rope_fraction) // 2
+        heads = inner // channels
         self.sizes = MambaSizes(heads, channels, n, angles, version)
         columns = self.sizes.columns()
         self.dynamics_rows = sum(columns[4:])  # the last rows of in_proj; they stay at 8 bits in the artifact
@@ -1495,30 +1495,27 @@ class Mamba(nn.Module):
             self.output_norm = nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
-        projected, inner, version, backend = (
-            self.in_proj(u),
-            self.out_proj.in_features,
-            self.sizes.version,
-            self.backend,
-        )
+        projected, sizes, backend = self.in_proj(u), self.sizes, self.backend
         scan_state, history = state or (None, None)
         if backend == "fused" and (state or context.cache_tokens):  # the libraries carry no state
             backend = "parallel"
         if self.conv is not None:
+            inner = self.out_proj.in_features
             gate, mixed, rest = projected.tensor_split([inner, inner + len(self.conv.weight)], dim=-1)
             mixed, history = self.conv(mixed, history, backend == "fused")
             projected = torch.cat([gate, mixed, rest], dim=-1)
-        rest = context.document_start, scan_state, backend, self.chunk_size
-        decay_rate = None if version == 3 else -self.A_log.exp()
-        if version == 1:
-            step, key, query = self.x_proj(mixed).tensor_split([-2 * self.sizes.state, -self.sizes.state], dim=-1)
-            tensors = mixed, self.dt_proj(step), decay_rate, key, query, self.D, gate, self.dt_bias
-            y, scan_state = selective_scan(tensors, *rest)
+        shared = context.document_start, scan_state, backend, self.chunk_size
+        if sizes.version == 1:
+            step, key, query = self.x_proj(mixed).tensor_split([-2 * sizes.state, -sizes.state], dim=-1)
+            tensors = mixed, self.dt_proj(step), -self.A_log.exp(), key, query, self.D, gate, self.dt_bias
+            y, scan_state = selective_scan(tensors, *shared)
         else:
-            no_bias = torch.zeros_like(self.D).unsqueeze(1)
-            learned = (self.B_bias, self.C_bias, self.B_norm, self.C_norm) if version == 3 else (no_bias, no_bias)
-            parameters = MambaParameters(self.dt_bias, self.D, *learned, decay_rate=decay_rate)
-            y, scan_state = mamba_scan(projected, parameters, self.sizes, *rest)
+            if sizes.version == 3:
+                learned = self.B_bias, self.C_bias, self.B_norm, self.C_norm
+            else:
+                no_bias = torch.zeros_like(self.D).unsqueeze(1)
+                learned = no_bias, no_bias, None, None, -self.A_log.exp()
+            y, scan_state = mamba_scan(projected, MambaParameters(self.dt_bias, self.D, *learned), sizes, *shared)
             y = norm(y, self.output_norm, 1e-5)
         return self.out_proj(y), MambaState(scan_state, history) if context.cache_tokens else None
 
