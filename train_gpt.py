@@ -258,9 +258,10 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
 
 def layer_letters(settings: Settings) -> str:
     """LAYER_PATTERN, or what MAMBA_LAYERS and MLP_LAYERS mean in its letters."""
+    if settings.layer_pattern:
+        return settings.layer_pattern
     mamba, mlp = (parse_layers(settings, name) for name in ("mamba_layers", "mlp_layers"))
-    letters = ("amAM"[2 * (layer in mlp) + (layer in mamba)] for layer in range(settings.num_layers))
-    return settings.layer_pattern or "".join(letters)
+    return "".join("amAM"[2 * (layer in mlp) + (layer in mamba)] for layer in range(settings.num_layers))
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
@@ -1320,7 +1321,8 @@ def library_operator(module: str, name: str, **options):
             leaves = [x.detach().requires_grad_() for x in tensors]
             return [x.contiguous() for x in torch.autograd.grad(function(*leaves), leaves, d_y)]
 
-    operator = torch.library.custom_op(f"golf::{name}", run, mutates_args=())
+    schema = "(Tensor[] tensors, Tensor? d_y) -> Tensor[]"
+    operator = torch.library.custom_op(f"golf::{name}", run, mutates_args=(), schema=schema)
     operator.register_fake(lambda xs, d_y: [x.new_empty(x.shape) for x in (xs[:1] if d_y is None else xs)])
     operator.register_autograd(
         lambda ctx, grads: (operator(ctx.saved_tensors, grads[0].contiguous()), None),

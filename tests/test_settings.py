@@ -60,6 +60,12 @@ def test_a_list_of_layers_says_the_same_as_a_pattern():
 def test_a_pattern_takes_the_place_of_the_list():
     settings, _ = t.read_settings({"PRESET": "tiny", "LAYER_PATTERN": "aM", "MAMBA_LAYERS": "0"})
     assert t.layer_letters(settings) == "aM"
+    assert t.layer_letters(t.read_settings({"LAYER_PATTERN": "aM"})[0]) == "aM"
+
+
+def test_layers_without_an_mlp_are_lower_case():
+    assert t.layer_letters(tiny(num_layers=6, mamba_layers="0-2", mlp_layers="1,4")) == "mMmaAa"
+    assert t.layer_letters(tiny(mlp_layers="none")) == "mam"
 
 
 @pytest.mark.parametrize(
