@@ -97,7 +97,7 @@ class Settings:
     deterministic: bool = env(False, "0|1", "the same bits again; slower on GPUs")
     checkpoint_every: float = env(120.0, "seconds", "0: only when stopped")
     resume: str = env("auto", "auto, never, file", "checkpoint; auto: RUN_ID's last")
-    quantization_report: bool = env(False, "0|1", "BPB that each kind of layer loses, off the clock")
+    quantization_report: bool = env(False, "0|1", "BPB lost by each kind of layer")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
@@ -158,7 +158,7 @@ class Settings:
     ema_decay: float = env(0.997, "below 1", "at most, EMA")
     swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
 
-    quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "see section 8; ternary trains with it", "export")
+    quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export")
     late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "least k of int6 rows; 0: as fine as TARGET_MB allows")
@@ -1950,7 +1950,7 @@ def grid_limits(model: Model) -> dict[str, Tensor]:
     limits, usual = {}, 1 if model.settings.quantizer == "ternary" else INT6_MAX
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
-            limits[f"{name}.weight"] = rows = layer.weight.new_full((len(layer.weight), 1), usual)
+            limits[f"{name}.weight"] = rows = torch.full_like(layer.weight[:, :1], usual)
             if name in ("embedding", "head"):
                 rows[:] = INT8_MAX
             elif name.endswith(".in_proj"):
@@ -1959,7 +1959,7 @@ def grid_limits(model: Model) -> dict[str, Tensor]:
 
 
 def float_type(name: str) -> str:
-    """In which a parameter, or the row steps of a matrix, are stored."""
+    """In which a parameter, or the steps of a matrix, are stored."""
     return "float32" if name.endswith((".dt_bias", ".A_log", ".D")) else "float16"
 
 
@@ -2005,7 +2005,7 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
-    need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
+    need(all(p.isfinite().all() for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
     choices = np.linspace(4, SDCLIP_MOST, 257).tolist()
@@ -2014,7 +2014,7 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
 
 
 class FakeQuantization:
-    """QAT with straight-through gradients: matrices stand on their grids while these are computed."""
+    """QAT: matrices stand on their grids while gradients are computed."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
@@ -2209,7 +2209,7 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
         for name in matrices:
             integers, words = decode_integers(record[f"{name} integers"], words, math.prod(shapes[name]))
             rows, columns = parameters[name].split(shapes[name])
-            parameters[name] = torch.tensor(integers).view(shapes[name]) * rows.unsqueeze(1) * columns
+            parameters[name] = torch.tensor(integers).view(shapes[name]) * rows[:, None] * columns
         if len(words):
             raise ValueError
     except (ValueError, lzma.LZMAError):
@@ -2641,9 +2641,8 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
             names = {name for name in left if part in name}
             left -= names
             model.load_state_dict(floats | {name: quantized.get_parameter(name) for name in names})
-            lost[kind] = score(model).val_bpb - before.val_bpb
-        text = ", ".join(f"{kind} {bpb:.5f}" for kind, bpb in lost.items())
-        log(f"quantization loses in BPB: {text}", "quantization_loss", bpb_by_kind=lost)
+            lost[kind] = round(score(model).val_bpb - before.val_bpb, 6)
+        log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
