@@ -1968,10 +1968,10 @@ def grid_steps(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> 
     ends at k, or SDCLIP_K_INT8, root-mean-squares of the row."""
     columns, clips = torch.ones_like(weight[0]), torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
     exact = lambda step: step.clamp(min=2**-14, max=60_000.0).half().float()
-    if settings.quantizer == "dsq":  # decoupled scales (Q-Mamba, arXiv 2501.13624)
+    if settings.quantizer == "dsq":  # decoupled scales, as for states in Q-Mamba (2025.findings-acl.551)
         columns = exact(F.normalize(weight).norm(dim=0))
     clip = clips * (weight / columns).square().mean(dim=1, keepdim=True).sqrt()
-    if settings.quantizer == "ternary":  # the mean magnitude
+    if settings.quantizer == "ternary":  # the mean magnitude, here by row
         clip = torch.where(limits == 1, weight.abs().mean(dim=1, keepdim=True), clip)
     rows = exact(clip / limits)
     if settings.quantizer == "percentile":  # k/3 of that which errs least; SDClip: the 99.7th, if Gaussian
@@ -2535,8 +2535,8 @@ def export(trainer: Trainer, batches: Batches) -> dict:
             begin = torch.full((count, 1), BOS_ID, device=ranks.device)
             sequences = generate(model, begin, length - 1, 1.0, length, s.seed + ranks.rank)
         else:
-            steps = -(-s.calibration_tokens // s.train_batch_tokens)
-            sequences = torch.cat([batches.next()[0] for _ in range(steps)])[:count]
+            steps = range(0, s.calibration_tokens, s.train_batch_tokens)
+            sequences = torch.cat([batches.next()[0] for _ in steps])[:count]
         hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
     k = fit_sdclip(model, s, target)
     while True:
