@@ -21,6 +21,7 @@ code, loads it back and scores it, adapting to what it has scored. Sections foll
 import bisect
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -98,6 +99,7 @@ class Settings:
     deterministic: bool = env(False, "0|1", "the same bits again; slower on GPUs")
     checkpoint_every: float = env(120.0, "seconds", "0: only when stopped")
     resume: str = env("auto", "auto, never, file", "checkpoint; auto: RUN_ID's last")
+    quantization_report: bool = env(False, "0|1", "BPB lost by each kind of layer")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
@@ -160,7 +162,8 @@ class Settings:
     ema_decay: float = env(0.997, "below 1", "at most, EMA")
     swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
 
-    late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never", "export")
+    quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export")
+    late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "least k of int6 rows; 0: as fine as TARGET_MB allows")
     sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
@@ -1866,7 +1869,8 @@ def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
     decay = ramp(1 - progress, warmdown)
     factor = ramp(progress + 1 / s.iterations, s.lr_warmup_fraction) * decay
     momentum = s.muon_momentum * (0.9 + 0.1 * ramp(progress, 0.1))
-    return Schedule(progress, factor, momentum, progress >= s.recur_start, decay < s.late_qat_threshold)
+    quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
+    return Schedule(progress, factor, momentum, progress >= s.recur_start, quantized)
 
 
 # ============
@@ -2021,24 +2025,29 @@ def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache
 
 # ============
 # 8. Export
-# GPTQ moves every matrix to a grid of 6 or 8 bits per row; all is coded behind a plain header. Nothing is unpickled.
+# Matrices become integers times the steps of a grid; all is coded behind a plain header. Nothing is unpickled. QUANTIZER:
+# gptq on SDClip's grid, or round to it; percentile and dsq, GPTQ on other grids; ternary for int6 (BitNet b1.58, arXiv
+# 2402.17764), a grid on which gradients are computed from the first step on.
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 INT6_MAX, INT8_MAX = 31, 127
+PERCENTILES = 0.99, 0.995, 0.998, 1.0
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
 SDCLIP_MOST = 16.0  # the largest k tried unasked: a typical weight is 2 steps from zero
 ANS_LANES = 256  # symbols coded at once
-ARTIFACT_MAGIC = b"SSMGOLF3"
+ARTIFACT_MAGIC = b"SSMGOLF4"
+# The first part that a matrix's name has, and what the report calls it.
+KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "Mamba in", "mixer": "attention"}
 
 
 def grid_limits(model: Model) -> dict[str, Tensor]:
-    """The largest integer in each row, float32 (rows, 1), of the matrices stored as integers: int6, but int8 in embedding,
-    output matrix, and the rows that make what Mamba's recurrence compounds the errors of."""
-    limits = {}
+    """The largest integer in each row, float32 (rows, 1), of the matrices stored as integers: int6 or ternary, but int8 in
+    embedding, output matrix, and the rows that make what Mamba's recurrence compounds the errors of."""
+    limits, usual = {}, 1 if model.settings.quantizer == "ternary" else INT6_MAX
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
-            limits[f"{name}.weight"] = rows = layer.weight.new_full((len(layer.weight), 1), INT6_MAX)
+            limits[f"{name}.weight"] = rows = torch.full_like(layer.weight[:, :1], usual)
             if name in ("embedding", "head") or name.endswith((".x_proj", ".dt_proj")):
                 rows[:] = INT8_MAX
             elif name.endswith(".in_proj"):
@@ -2047,16 +2056,28 @@ def grid_limits(model: Model) -> dict[str, Tensor]:
 
 
 def float_type(name: str) -> str:
-    """In which a parameter, or the row steps of a matrix, are stored."""
+    """In which a parameter, or the steps of a matrix, are stored."""
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
-def row_scales(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> Tensor:
-    """SDClip: the grid step of each row, float32 (rows, 1), exact in float16. The grid ends at k, or SDCLIP_K_INT8,
-    root-mean-squares of the row."""
-    spread = torch.where(limits == INT6_MAX, k, settings.sdclip_k_int8)
-    clip = spread * weight.square().mean(dim=1, keepdim=True).sqrt()
-    return (clip / limits).clamp(min=2**-14, max=60_000.0).half().float()
+def grid_steps(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> tuple[Tensor, Tensor]:
+    """Steps of rows (rows, 1) and columns (columns,), exact in float16, whose products are the grid's. SDClip: a row's grid
+    ends at k, or SDCLIP_K_INT8, root-mean-squares of the row."""
+    columns, clips = torch.ones_like(weight[0]), torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
+    exact = lambda step: step.clamp(min=2**-14, max=60_000.0).half().float()
+    if settings.quantizer == "dsq":  # decoupled scales, as for states in Q-Mamba (2025.findings-acl.551)
+        columns = exact(F.normalize(weight).norm(dim=0))
+    clip = clips * (weight / columns).square().mean(dim=1, keepdim=True).sqrt()
+    if settings.quantizer == "ternary":  # the mean magnitude, here by row
+        clip = torch.where(limits == 1, weight.abs().mean(dim=1, keepdim=True), clip)
+    rows = exact(clip / limits)
+    if settings.quantizer == "percentile":  # k/3 of that which errs least; SDClip: the 99.7th, if Gaussian
+        ordered, least = weight.abs().sort(dim=1).values, math.inf
+        for part in PERCENTILES:
+            step = exact(clips / 3 * ordered[:, int(part * len(columns)) - 1, None] / limits)
+            error = (weight - round_to_grid(weight, step, limits) * step).norm(dim=1, keepdim=True)
+            rows, least = torch.where(error < least, step, rows), error.clamp(max=least)
+    return rows, columns
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
@@ -2069,10 +2090,11 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
     total, matrices = 4096.0, grid_limits(model)
     for name, p in model.named_parameters():
         if name in matrices:
-            integers = round_to_grid(p, row_scales(p, matrices[name], settings, k), matrices[name])
+            rows, columns = grid_steps(p, matrices[name], settings, k)
+            integers = round_to_grid(p, rows * columns, matrices[name])
             counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-            bits_each = float(torch.special.entr(counts / counts.sum()).sum()) / math.log(2)
-            total += 2 * len(p) + 4 * ANS_LANES + 256 + 1.002 * bits_each * p.numel() / 8
+            entropy = float(torch.special.entr(counts / p.numel()).sum()) / math.log(256)  # in bytes
+            total += 2 * (len(p) + int((columns != 1).sum())) + 4 * ANS_LANES + 256 + 1.002 * entropy * p.numel()
         else:
             total += p.numel() * np.dtype(float_type(name)).itemsize
     return total
@@ -2080,16 +2102,16 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
-    need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
+    need(all(p.isfinite().all() for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    choices = [4 + (SDCLIP_MOST - 4) * i / 256 for i in range(257)]
+    choices = np.linspace(4, SDCLIP_MOST, 257).tolist()
     fits = lambda k: predict_bytes(model, settings, k) <= target_bytes
     return choices[bisect.bisect_left(choices, True, hi=256, key=fits)]
 
 
 class FakeQuantization:
-    """Late QAT: matrices stand on their grids while gradients are computed."""
+    """QAT: matrices stand on their grids while gradients are computed."""
 
     def __init__(self, model: Model, settings: Settings, target_bytes: float):
         self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
@@ -2099,7 +2121,7 @@ class FakeQuantization:
     def __call__(self):
         kept = [weight.clone() for weight, _ in self.matrices]
         for weight, limits in self.matrices:
-            scale = row_scales(weight, limits, self.settings, self.k)
+            scale = math.prod(grid_steps(weight, limits, self.settings, self.k))
             weight.copy_(round_to_grid(weight, scale, limits) * scale)
         try:
             yield
@@ -2114,10 +2136,10 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 
     def gather(name: str, _, inputs: tuple[Tensor]):
         x = inputs[0].flatten(0, -2).float()
-        hessians[name] = hessians[name] + 2 * (x.T @ x)
+        hessians[name] += 2 * (x.T @ x)
 
-    layers = model.linear_layers()
-    hooks = [layers[name].register_forward_pre_hook(functools.partial(gather, name)) for name in layers]
+    layers = model.linear_layers().items()
+    hooks = [layer.register_forward_pre_hook(functools.partial(gather, name)) for name, layer in layers]
     for batch in sequences.split(rows):
         hidden = model(batch, model.full_order)[:1]
         gather("embedding.weight" if model.head is None else "head.weight", model, hidden)
@@ -2127,12 +2149,15 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Integers on each row's grid that keep weight @ x close (arXiv 2210.17323): columns are rounded by falling diagonal,
+def gptq(weight: Tensor, hessian: Tensor | None, scale: Tensor, limits: Tensor) -> Tensor:
+    """Integers that keep, times scale, weight @ x close (arXiv 2210.17323): columns are rounded by falling diagonal,
     each one's error spread over those still to come."""
+    if hessian is None:
+        return round_to_grid(weight, scale, limits)
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True)
     weight = weight.masked_fill(diagonal == 0, 0.0)[:, order]  # inputs that never fire
+    scale = scale.expand_as(weight)[:, order]
     identity = torch.eye(len(order), device=weight.device)
     damping, failed = GPTQ_DAMPING * diagonal.mean().clamp(min=1e-9), True
     while failed:  # until the damping, tenfold each time, is enough
@@ -2140,16 +2165,16 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
         damping *= 10
     # Flipped back, lower is an upper R with H = R R^T, so that R^-1 is the upper Cholesky factor of H's inverse.
     upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    errors = torch.zeros_like(weight)
     for first in range(0, len(order), GPTQ_BLOCK):
-        last = first + GPTQ_BLOCK
-        errors = torch.zeros_like(weight[:, first:last])
-        for j in range(errors.shape[1]):
-            rest = weight[:, first + j : last]  # a view: what is to round
-            integers = round_to_grid(rest[:, :1], scale, limits)
-            errors[:, j : j + 1] = (rest[:, :1] - integers * scale) / upper[first + j, first + j]
-            rest -= errors[:, j : j + 1] * upper[first + j, first + j : last]
+        last = min(first + GPTQ_BLOCK, len(order))
+        for j in range(first, last):
+            rest, error, step = weight[:, j:last], errors[:, j, None], scale[:, j, None]  # views
+            integers = round_to_grid(rest[:, :1], step, limits)
+            error.copy_((rest[:, :1] - integers * step) / upper[j, j])
+            rest -= error * upper[j, j:last]
             rest[:, :1] = integers
-        weight[:, last:] -= errors @ upper[first:last, last:]
+        weight[:, last:] -= errors[:, first:last] @ upper[first:last, last:]
     return weight[:, order.argsort()]
 
 
@@ -2157,26 +2182,24 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 def quantize_model(
     model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float
 ) -> dict[str, Tensor]:
-    """What is stored, in this order: all vectors and the row steps of matrices, then int8 matrices as "NAME integers". The
-    ranks share the work; all get the result."""
+    """What is stored, in this order: all vectors and the steps of matrices, then int8 matrices as "NAME integers". The ranks
+    share the work; all get the result."""
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
     matrices = grid_limits(model)
     for number, (name, limits) in enumerate(matrices.items()):
         weight = model.get_parameter(name)
-        scale = row_scales(weight, limits, settings, k)
-        stored[name] = scale.squeeze(1).half()
+        rows, columns = grid_steps(weight, limits, settings, k)
+        stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = integers = torch.zeros_like(weight, dtype=torch.int8)
         if number % ranks.world_size == ranks.rank:
-            known = name in hessians
-            rounded = gptq(weight, hessians[name], scale, limits) if known else round_to_grid(weight, scale, limits)
-            integers.copy_(rounded)
+            integers.copy_(gptq(weight, hessians.get(name), rows * columns, limits))
     for name in matrices:
         ranks.sum_(stored[f"{name} integers"])  # zeros but where they were computed
     return stored
 
 
-# The artifact: magic, the model's settings as a line of JSON, LZMA stream of vectors, row steps and frequencies of integers,
-# the integers, SHA-256 of all before it. LZMA would take 3 to 8 % more than the integers' entropy: they are coded by
+# The artifact: magic, the model's settings as a line of JSON, LZMA stream of vectors, steps and frequencies of integers, the
+# integers, SHA-256 of all before it. LZMA would take 3 to 8 % more than the integers' entropy: they are coded by
 # asymmetric numeral systems (arXiv 1311.2540).
 
 
@@ -2220,15 +2243,14 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> t
 
 
 def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
-    arrays, codes = [], []
+    content = codes = b""
     for array in (tensor.cpu().numpy() for tensor in stored.values()):
         if array.dtype == np.int8:
-            array, code = encode_integers(array)
-            codes.append(code)
-        arrays.append(array)
-    join = lambda parts: b"".join(part.tobytes() for part in parts)
+            array, words = encode_integers(array)
+            codes += words.tobytes()
+        content += array.tobytes()
     header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
-    body = ARTIFACT_MAGIC + header.encode() + b"\n" + lzma.compress(join(arrays)) + join(codes)
+    body = ARTIFACT_MAGIC + header.encode() + b"\n" + lzma.compress(content) + codes
     return body + hashlib.sha256(body).digest()
 
 
@@ -2272,7 +2294,7 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
     with torch.device("meta"):  # nothing is allocated before the shapes are known to be the file's
         skeleton = Model(dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta"))
     matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
-    fields = [(name, float_type(name), shape[:1] if name in matrices else shape) for name, shape in shapes.items()]
+    fields = [(name, float_type(name), sum(shape) if name in matrices else shape) for name, shape in shapes.items()]
     fields += [(f"{name} integers", "<u4", 256) for name in matrices]
     try:
         if sum(map(math.prod, shapes.values())) > 1 << 26:
@@ -2283,7 +2305,8 @@ def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) ->
         words = np.frombuffer(unpacker.unused_data, "<u2")
         for name in matrices:
             integers, words = decode_integers(record[f"{name} integers"], words, math.prod(shapes[name]))
-            parameters[name] = torch.tensor(integers).view(shapes[name]) * parameters[name].unsqueeze(1)
+            rows, columns = parameters[name].split(shapes[name])
+            parameters[name] = torch.tensor(integers).view(shapes[name]) * rows[:, None] * columns
         if len(words):
             raise ValueError
     except (ValueError, lzma.LZMAError):
@@ -2513,7 +2536,7 @@ class Trainer:
             if now.quantized and fake_quantization is None:
                 fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
                 self.qat_k = fake_quantization.k = self.qat_k or fake_quantization.k
-                self.log(f"late QAT from step {self.steps_done}, k={self.qat_k:.2f}")
+                self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
             kind = self.model.order(now.recurrent), fake_quantization if now.quantized else contextlib.nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
             self.steps_done += 1
@@ -2524,7 +2547,8 @@ class Trainer:
                 self._log_step(loss, now)
             if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
                 self.clock.pause()
-                self.log_score(validate(now.recurrent))
+                with kind[1]():
+                    self.log_score(validate(now.recurrent))
                 self.clock.start()
         self.skipped_steps()
         self.graph = None  # its memory is its own
@@ -2601,19 +2625,21 @@ def export(trainer: Trainer, batches: Batches) -> dict:
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
     clock.start()
-    count, length = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size)), s.train_seq_len
-    if s.calibration == "self":
-        begin = torch.full((count, 1), BOS_ID, device=ranks.device)
-        sequences = generate(model, begin, length - 1, 1.0, length, s.seed + ranks.rank)
-    else:
-        steps = -(-s.calibration_tokens // s.train_batch_tokens)
-        sequences = torch.cat([batches.next()[0] for _ in range(steps)])[:count]
-    hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
+    hessians = {}
+    if s.quantizer not in ("round", "ternary"):
+        count, length = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size)), s.train_seq_len
+        if s.calibration == "self":
+            begin = torch.full((count, 1), BOS_ID, device=ranks.device)
+            sequences = generate(model, begin, length - 1, 1.0, length, s.seed + ranks.rank)
+        else:
+            steps = range(0, s.calibration_tokens, s.train_batch_tokens)
+            sequences = torch.cat([batches.next()[0] for _ in steps])[:count]
+        hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
     k = fit_sdclip(model, s, target)
     while True:
         stored = quantize_model(model, s, ranks, hessians, k)
         clock.pause()
-        log(f"GPTQ at k={k:.2f}; training clock {clock.seconds():.1f}s")
+        log(f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s")
         in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
         need(in_time, "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS")
         data = pack_artifact(s, stored) if ranks.rank == 0 else b""
@@ -2686,12 +2712,15 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
 
-    trainer.run(batches, lambda recurrent: Evaluator(model, plain, ranks, validation, recurrent).score())
+    score = lambda model, recurrent=True: Evaluator(model, plain, ranks, validation, recurrent).score()
+    trainer.run(batches, functools.partial(score, model))
     steps = trainer.steps_done
     step_ms = 1000 * trainer.clock.seconds() / max(steps, 1)
     peak = torch.cuda.max_memory_allocated()
     log(f"Code size: {code_bytes} bytes; {steps} steps of {step_ms:.2f}ms; peak GPU memory {peak / 1e9:.1f} GB")
-    before = Evaluator(model, plain, ranks, validation).score()
+    ternary = settings.quantizer == "ternary"
+    with FakeQuantization(model, settings, target_bytes)() if ternary else contextlib.nullcontext():
+        before, floats = score(model), copy.deepcopy(model.state_dict())
     trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)
     total = code_bytes + settings.artifact_path.stat().st_size
@@ -2701,8 +2730,16 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
         **exported,
     )  # fmt: skip
     need(total <= ARTIFACT_CAP, f"code and artifact take {total} bytes, over the cap of {ARTIFACT_CAP}")
-    model, loaded = load_model(settings.artifact_path, plain, set(), ranks)
-    report(log, "after_quantization", "plain", Evaluator(model, loaded, ranks, validation).score())
+    quantized, _ = load_model(settings.artifact_path, plain, set(), ranks)
+    report(log, "after_quantization", "plain", score(quantized))
+    if settings.quantization_report:
+        left, lost = set(grid_limits(model)), {}
+        for part, kind in (KINDS | {"": "embedding"}).items():
+            names = {name for name in left if part in name}
+            left -= names
+            model.load_state_dict(floats | {name: quantized.get_parameter(name) for name in names})
+            lost[kind] = round(score(model).val_bpb - before.val_bpb, 6)
+        log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
 
 
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:

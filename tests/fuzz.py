@@ -363,7 +363,7 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     header, _, payload = case.data[8:-32].partition(b"\n")
     if json.loads(header) != {name: getattr(settings, name) for name in t.MODEL_FIELDS}:
         return "other settings were read"
-    # The data once more: vectors and row steps in the parameters' order, then frequencies and codes of integers.
+    # The data once more: vectors and steps in the parameters' order, then frequencies and codes of integers.
     parameters, matrices = dict(model.named_parameters()), t.grid_limits(model)
     unpack, parts = lzma.LZMADecompressor(), {}
 
@@ -380,7 +380,7 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     for name, p in parameters.items():
         shape = tuple(p.shape)
         kind = "<f4" if name.rpartition(".")[2] in ("dt_bias", "A_log", "D") else "<f2"
-        parts[name] = take(shape[:1] if name in matrices else shape, kind).astype(np.float32)
+        parts[name] = take((sum(shape),) if name in matrices else shape, kind).astype(np.float32)
     tables = {name: take((256,), "<u4").tolist() for name in matrices}
     while not unpack.eof:
         unpack.decompress(b"")
@@ -388,7 +388,8 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     for name in matrices:
         integers, position = decode(tables[name], words, position, parameters[name].numel())
         with np.errstate(all="ignore"):
-            parts[name] = integers.reshape(parameters[name].shape) * parts[name][:, None]
+            rows, columns = np.split(parts[name], parameters[name].shape[:1])
+            parts[name] = integers.reshape(parameters[name].shape) * rows[:, None] * columns
     if position != len(words):
         return "codes that belong to no matrix were read"
     right = all(np.array_equal(p.detach().numpy(), parts[n], equal_nan=True) for n, p in parameters.items())

@@ -244,11 +244,12 @@ def check_model(**overrides) -> None:
     check(f"fullgraph forward in two parts, {label}", relative(torch.cat(parts, 1).float().cpu(), whole), 2e-2)
 
 
-def check_graphed_steps() -> None:
+def check_graphed_steps(quantizer: str) -> None:
     """Twelve steps with and without CUDA graphs; recurrence and late QAT begin on the way."""
     settings = model_settings(
-        train_batch_tokens=8192, iterations=12, max_wallclock_seconds=0, recur_start=0.3, late_qat_threshold=0.5
-    )
+        train_batch_tokens=8192, iterations=12, max_wallclock_seconds=0, recur_start=0.3, late_qat_threshold=0.5,
+        quantizer=quantizer,
+    )  # fmt: skip
     results, ranks = [], t.Ranks(0, 1, DEVICE)
     batches = RandomBatches(settings, ranks)
     for graphed in (True, False):
@@ -258,7 +259,7 @@ def check_graphed_steps() -> None:
         trainer.warm_up()
         trainer.run(batches, None)
         results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-    check("twelve graphed steps: weights", relative(*results), 1e-3)
+    check(f"twelve graphed steps, {quantizer}: weights", relative(*results), 1e-3)
 
 
 def check_checkpoints() -> None:
@@ -303,7 +304,8 @@ def main() -> None:
         check_model(mamba_version=2, document_reset=1)
         check_model(mamba_version=1, document_reset=1, mamba_chunk_size=128)
         check_model(mamba_d_state=128)
-        check_graphed_steps()
+        for quantizer in ("gptq", "percentile", "dsq", "ternary"):
+            check_graphed_steps(quantizer)
     if "checkpoints" in wanted:
         check_checkpoints()
     print(f"{failures} failed")

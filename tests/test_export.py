@@ -28,9 +28,19 @@ def row_limits(rows: int, int8_rows: int) -> torch.Tensor:
 def dequantized(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """What a stored parameter stands for."""
     integers = stored.get(f"{name} integers")
-    return stored[name].float() if integers is None else integers.float() * stored[name].float()[:, None]
+    if integers is None:
+        return stored[name].float()
+    rows, columns = stored[name].float().split(integers.shape)
+    return integers.float() * (rows[:, None] * columns)
 
 
+def grid_scale(weight: torch.Tensor, limits: torch.Tensor, settings: t.Settings, k: float) -> torch.Tensor:
+    """The grid's step at each weight."""
+    return math.prod(t.grid_steps(weight, limits, settings, k))
+
+
+QUANTIZERS = t.Settings.__dataclass_fields__["quantizer"].metadata["unit"].split("|")
+each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
 each_version = pytest.mark.parametrize("version", [2, 3], ids=["Mamba-2", "Mamba-3"])
 
 
@@ -54,7 +64,7 @@ def test_gptq_beats_plain_rounding_on_correlated_inputs():
     """In the norm that counts, the error of the layer's outputs: by a factor of three and more."""
     weight, hessian = correlated_problem()
     settings, limits = tiny(), row_limits(24, 4)
-    scale = t.row_scales(weight, limits, settings, 4.0)
+    scale = grid_scale(weight, limits, settings, 4.0)
     plain = t.round_to_grid(weight, scale, limits) * scale
     clever = t.gptq(weight, hessian, scale, limits) * scale
     assert hessian_error(weight, clever, hessian) < hessian_error(weight, plain, hessian) / 3
@@ -64,14 +74,14 @@ def test_gptq_is_column_by_column_rounding_with_the_rest_corrected():
     """Against optimal brain quantization with the inverse Hessian itself, in float64: no blocks, no Cholesky factor."""
     weight, hessian = correlated_problem()
     limits = row_limits(24, 4)
-    scale = t.row_scales(weight, limits, tiny(), 4.0)
+    scale = grid_scale(weight, limits, tiny(), 4.0)
     rest, expected = weight.double(), torch.zeros(24, 160)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(160)
     order = hessian.diagonal().argsort(descending=True).tolist()
     for step, column in enumerate(order):
         inverse = torch.linalg.inv(damped[order[step:]][:, order[step:]])
-        expected[:, column] = t.round_to_grid(rest[:, column, None], scale, limits)[:, 0].float()
-        error = (rest[:, column] - expected[:, column] * scale[:, 0]) / inverse[0, 0]
+        expected[:, column] = t.round_to_grid(rest[:, column, None], scale[:, column, None], limits)[:, 0].float()
+        error = (rest[:, column] - expected[:, column] * scale[:, column]) / inverse[0, 0]
         rest[:, order[step:]] -= error[:, None] * inverse[0]
     integers = t.gptq(weight, hessian, scale, limits)
     assert (integers == expected).float().mean() > 0.99  # float32 may round a tie the other way
@@ -80,7 +90,7 @@ def test_gptq_is_column_by_column_rounding_with_the_rest_corrected():
 def test_gptq_with_independent_inputs_is_plain_rounding():
     weight, _ = correlated_problem()
     limits = row_limits(24, 4)
-    scale = t.row_scales(weight, limits, tiny(), 4.0)
+    scale = grid_scale(weight, limits, tiny(), 4.0)
     assert torch.equal(t.gptq(weight, torch.eye(160), scale, limits), t.round_to_grid(weight, scale, limits))
 
 
@@ -88,7 +98,7 @@ def test_gptq_stays_on_the_grid_with_eight_bits_in_the_last_rows():
     weight, hessian = correlated_problem()
     weight[3] *= 100
     limits = row_limits(24, 4)
-    integers = t.gptq(weight, hessian, t.row_scales(weight, limits, tiny(sdclip_k_int8=2.0), 2.0), limits)
+    integers = t.gptq(weight, hessian, grid_scale(weight, limits, tiny(sdclip_k_int8=2.0), 2.0), limits)
     assert torch.equal(integers, integers.round())
     assert integers[:20].abs().max() == 31
     assert integers[20:].abs().max() == 127
@@ -101,7 +111,7 @@ def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
     hessian[7] = hessian[5]
     hessian[9] = hessian[:, 9] = 0
     limits = row_limits(24, 0)
-    scale = t.row_scales(weight, limits, tiny(), 4.0)
+    scale = grid_scale(weight, limits, tiny(), 4.0)
     integers = t.gptq(weight, hessian, scale, limits)
     assert integers.isfinite().all()
     assert not integers[:, 9].any()
@@ -110,13 +120,15 @@ def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
 
 
 @pytest.mark.parametrize("rows", [(1e-9, 1.0, 1e4), (0.0, 1.0, 1.0)], ids=str)
-def test_row_scales_are_positive_and_survive_float16(rows):
-    """A row of zeros must not divide by zero, and the stored scale must be the one that was rounded with."""
+@each_quantizer
+def test_steps_are_positive_and_survive_float16(rows, quantizer):
+    """Rows and columns of zeros must not divide by zero, and the stored steps must be those that were rounded with."""
     weight = torch.randn(3, 64) * torch.tensor(rows)[:, None]
-    scale = t.row_scales(weight, row_limits(3, 1), tiny(), 5.0)
-    assert torch.equal(scale.half().float(), scale)
-    assert (scale > 0).all()
-    assert (t.round_to_grid(weight, scale, row_limits(3, 1)) * scale).isfinite().all()
+    weight[:, 5] = 0
+    steps = t.grid_steps(weight, row_limits(3, 1), tiny(quantizer=quantizer), 5.0)
+    assert [step.shape for step in steps] == [(3, 1), (64,)]
+    assert all(torch.equal(step.half().float(), step) and (step > 0).all() for step in steps)
+    assert (t.round_to_grid(weight, math.prod(steps), row_limits(3, 1)) * math.prod(steps)).isfinite().all()
 
 
 @each_version
@@ -165,8 +177,9 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_two_ranks_quantize_to_the_same_bits_as_one():
-    settings = tiny()
+@each_quantizer
+def test_two_ranks_quantize_to_the_same_bits_as_one(quantizer):
+    settings = tiny(quantizer=quantizer)
     model, tokens = random_model(settings), random_tokens(4, 32)
     hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
     alone = t.quantize_model(model, settings, SOLO, hessians, 5.0)
@@ -174,7 +187,79 @@ def test_two_ranks_quantize_to_the_same_bits_as_one():
         assert t.pack_artifact(settings, stored) == t.pack_artifact(settings, alone)
 
 
-# ---- Late quantization-aware training --------------------------------------------------------------------------------
+def layer_error(quantizer: str, weight: torch.Tensor, hessian: torch.Tensor, k: float = 5.0) -> float:
+    """Of the outputs of a layer that is quantized as export() does it, as a part of the outputs."""
+    settings, limits = tiny(quantizer=quantizer), row_limits(len(weight), 0)
+    scale = grid_scale(weight, limits, settings, k)
+    known = None if quantizer == "round" else hessian
+    error = hessian_error(weight, t.gptq(weight, known, scale, limits) * scale, hessian)
+    return error / hessian_error(weight, torch.zeros_like(weight), hessian)
+
+
+def test_with_outliers_the_other_grids_beat_plain_rounding_and_on_outlying_columns_sdclip_too():
+    """Outliers widen a row's grid for all its weights: a percentile ignores them, steps of columns take them out."""
+    weight, hessian = correlated_problem()
+    generator = torch.Generator().manual_seed(1)
+    error = lambda quantizer, weights: layer_error(quantizer, weights, hessian)
+    scattered = torch.where(torch.rand(24, 160, generator=generator) < 0.01, 30 * weight, weight)
+    assert error("gptq", scattered) < error("round", scattered)
+    assert error("percentile", scattered) < error("gptq", scattered)
+    assert error("dsq", scattered) < error("round", scattered)
+    columns = weight.clone()
+    columns[:, ::40] *= 30
+    for grid in ("percentile", "dsq"):
+        assert error(grid, columns) < error("round", columns)
+    assert error("dsq", columns) < error("gptq", columns) / 2
+
+
+def test_percentile_takes_the_one_that_errs_least_in_each_row():
+    weight, _ = correlated_problem()
+    weight[::3] = weight[::3] ** 5  # heavy tails, which the grid should cut in another place
+    limits, settings = row_limits(24, 4), tiny(quantizer="percentile", sdclip_k_int8=3.0)
+    rows, columns = t.grid_steps(weight, limits, settings, 3.0)
+    assert (columns == 1).all()
+    for row, limit, step in zip(weight, limits, rows):
+        ordered, errors = row.abs().sort().values, {}
+        for percentile in (0.99, 0.995, 0.998, 1.0):
+            scale = (ordered[int(percentile * 160) - 1] / limit).half().float()
+            errors[float(scale)] = float((row - t.round_to_grid(row, scale, limit) * scale).square().sum())
+        assert float(step) == min(errors, key=errors.get)
+    assert len({float(row.abs().max() / step / limit) for row, step, limit in zip(weight, rows, limits)}) > 2
+
+
+def test_decoupled_scales_make_rows_and_columns_alike():
+    """A matrix that is but scaled along both sides has the same integers."""
+    weight, _ = correlated_problem()
+    limits, settings = row_limits(24, 4), tiny(quantizer="dsq")
+    scaled = weight * 2.0 ** torch.arange(-5, 7).repeat(2)[:, None] * 2.0 ** torch.arange(-4, 4).repeat(20)
+    rows, columns = t.grid_steps(scaled, limits, settings, 5.0)
+    integers = t.round_to_grid(scaled, rows * columns, limits)
+    sizes = integers.square().mean(dim=0).sqrt()
+    assert sizes.max() < 1.6 * sizes.min()
+    assert (columns[7] / columns[0]).log2() == pytest.approx(7, abs=0.6)
+
+
+def test_ternary_rows_are_rounded_by_their_mean_magnitude():
+    """BitNet b1.58's rule; the rows that need eight bits keep them."""
+    settings = tiny(quantizer="ternary")
+    model = random_model(settings)
+    limits = t.grid_limits(model)
+    stored = exported(model, settings)
+    for name, row_limit in limits.items():
+        integers, weight = stored[f"{name} integers"], model.get_parameter(name).detach()
+        assert set(row_limit.flatten().tolist()) <= {1.0, 127.0}
+        ternary = row_limit.flatten() == 1
+        mean = weight[ternary].abs().mean(dim=1, keepdim=True)
+        assert set(integers[ternary].unique().tolist()) <= {-1, 0, 1}
+        agree = integers[ternary] == (weight[ternary] / mean).round().clamp(-1, 1)
+        assert (~agree).sum() <= 0.01 * agree.numel()  # the stored step is a float16
+        assert ternary.all() or integers[~ternary].abs().max() > 1
+    assert {name for name in limits if (limits[name] == 1).any()} == set(model.linear_layers()) | {
+        "bigram_embedding.weight"
+    }
+
+
+# ---- Quantization-aware training -------------------------------------------------------------------------------------
 
 
 def test_fake_quantization_stands_on_the_grid_and_restores_the_weights_exactly():
@@ -189,7 +274,7 @@ def test_fake_quantization_stands_on_the_grid_and_restores_the_weights_exactly()
                 continue
             assert not torch.equal(p, before[name]), name
             limits = matrices[name]
-            steps = p / t.row_scales(before[name], limits, settings, 4.0)
+            steps = p / grid_scale(before[name], limits, settings, 4.0)
             assert torch.allclose(steps, steps.round(), atol=1e-3)
             assert (steps.abs() <= limits + 1e-3).all()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -198,9 +283,10 @@ def test_fake_quantization_stands_on_the_grid_and_restores_the_weights_exactly()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_fake_quantization_is_what_export_without_a_hessian_stores():
+@each_quantizer
+def test_fake_quantization_is_what_export_without_a_hessian_stores(quantizer):
     """Otherwise training would adapt to another grid than the artifact has."""
-    settings = tiny(sdclip_k=4.0)
+    settings = tiny(sdclip_k=4.0, quantizer=quantizer)
     model = random_model(settings)
     stored = t.quantize_model(model, settings, SOLO, {}, 4.0)
     with t.FakeQuantization(model, settings, 1e6)():
@@ -223,9 +309,9 @@ def test_gradients_pass_straight_through_the_rounding():
 # ---- Fitting the size ------------------------------------------------------------------------------------------------
 
 
-def wide_model() -> tuple[t.Settings, t.Model]:
+def wide_model(quantizer: str = "gptq") -> tuple[t.Settings, t.Model]:
     """Some 250,000 Gaussian weights."""
-    settings = tiny(model_dim=128, mamba_head_dim=32, sdclip_k=0.0)
+    settings = tiny(model_dim=128, mamba_head_dim=32, sdclip_k=0.0, quantizer=quantizer)
     return settings, random_model(settings)
 
 
@@ -233,8 +319,9 @@ def exported(model: t.Model, settings: t.Settings, k: float = 5.0) -> dict[str, 
     return t.quantize_model(model, settings, SOLO, {}, k)
 
 
-def test_sdclip_is_as_fine_as_the_target_allows_and_the_real_file_fits():
-    settings, model = wide_model()
+@pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name != "ternary"])
+def test_the_grid_is_as_fine_as_the_target_allows_and_the_real_file_fits(quantizer):
+    settings, model = wide_model(quantizer)
     finest, coarsest = (t.predict_bytes(model, settings, k) for k in (4.0, 16.0))
     assert coarsest < 0.9 * finest
     for target in (0.4 * coarsest + 0.6 * finest, 0.8 * coarsest + 0.2 * finest):
@@ -294,6 +381,22 @@ def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_
         t.load_model(tmp_path / f"{world_size}", tiny(), set(), SOLO)
 
 
+@each_quantizer
+def test_every_quantizer_exports_within_the_target_and_reads_its_own_grid_back(tmp_path, quantizer):
+    settings, model = wide_model(quantizer)
+    target = int(t.predict_bytes(model, settings, 6.0)) + 1000
+    said = export_to(tmp_path / "a", settings, model, target)
+    assert said[0].startswith(f"{quantizer.upper()} at k=")
+    assert (tmp_path / "a").stat().st_size <= target
+    loaded, _ = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
+    k = float(re.search(r"k=(.+);", said[-2])[1])
+    for name, limits in t.grid_limits(model).items():
+        scale = grid_scale(model.get_parameter(name).detach(), limits, settings, k)
+        steps = loaded.get_parameter(name).detach() / scale
+        assert relative(steps, steps.round()) < 5e-3  # k is a rounded one
+        assert (steps.abs() <= 1.01 * limits).all()
+
+
 @pytest.mark.parametrize("sdclip_k", [0.0, 5.0, 20.0])
 @pytest.mark.parametrize("target", [1000, -1000])
 def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do(tmp_path, sdclip_k, target):
@@ -310,9 +413,10 @@ ODD = {"model_dim": 36, "num_heads": 2, "num_kv_heads": 1, "mamba_head_dim": 8, 
 
 
 @each_version
+@each_quantizer
 @pytest.mark.parametrize("changes", [{}, ODD | {"tie_embeddings": False}], ids=["even", "odd sizes"])
-def test_what_is_read_back_is_bit_equal_to_what_was_quantized(version, changes, tmp_path):
-    settings = tiny(mamba_version=version, **changes)
+def test_what_is_read_back_is_bit_equal_to_what_was_quantized(version, quantizer, changes, tmp_path):
+    settings = tiny(mamba_version=version, quantizer=quantizer, **changes)
     model = random_model(settings)
     stored = exported(model, settings)
     (tmp_path / "a").write_bytes(t.pack_artifact(settings, stored))

@@ -295,6 +295,11 @@ def test_phases_can_be_switched_off(mode, off):
     assert not at(0.999, mode, late_qat_threshold=0.0).quantized
 
 
+@each_mode
+def test_ternary_training_is_quantized_from_the_start(mode):
+    assert all(at(part, mode, quantizer="ternary", late_qat_threshold=0.0).quantized for part in (0.0, 0.5, 0.999))
+
+
 def test_the_training_clock_stands_still_while_paused(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(t.time, "perf_counter", lambda: now[0])

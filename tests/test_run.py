@@ -269,6 +269,47 @@ def test_a_single_layer_trains_on_several_ranks(group_of_one):
     assert trainer.model.skip_weights.grad is None
 
 
+KINDS = {"embedding", "bigrams", "Mamba in", "Mamba out", "MLP", "attention"}
+
+
+def run_and_read(monkeypatch, shards: Path, folder: Path, **settings) -> dict[str, dict]:
+    """A run in this process; its last record of each event."""
+    assert run_here(monkeypatch, run_environment(shards, folder, **settings)) == 0
+    return {record["event"]: record for record in map(json.loads, (folder / "a.jsonl").read_text().splitlines())}
+
+
+def test_the_loss_of_each_kind_of_layer_is_reported_and_they_explain_the_whole(monkeypatch, shards, tmp_path):
+    """With coarse grids, on layers that have learned something."""
+    coarse = {"sdclip_k": 60.0, "sdclip_k_int8": 200.0, "quantizer": "round", "matrix_lr": 0.1, "mamba_matrix_lr": 0.1}
+    events = run_and_read(monkeypatch, shards, tmp_path, quantization_report=True, iterations=40, **coarse)
+    lost = events["quantization_loss"]["bpb_by_kind"]
+    assert set(lost) == KINDS
+    whole = events["after_quantization"]["val_bpb"] - events["trained"]["val_bpb"]
+    assert sum(lost.values()) == pytest.approx(whole, rel=0.3)
+    assert len({round(loss, 9) for loss in lost.values()}) == len(KINDS)
+    assert lost["MLP"] > 0.01
+
+
+def test_there_is_no_report_unless_it_is_asked_for(trained):
+    assert not any(record["event"] == "quantization_loss" for record in trained.records)
+
+
+def test_a_ternary_model_scores_as_it_trained_and_loses_nothing(monkeypatch, shards, tmp_path):
+    """Its score before export is that of the integers, of which all kinds of layers are made already."""
+    events = run_and_read(
+        monkeypatch, shards, tmp_path, quantizer="ternary", quantization_report=True, val_loss_every=6, iterations=6
+    )
+    assert events["trained"]["val_bpb"] == pytest.approx(events["after_quantization"]["val_bpb"], abs=1e-3)
+    assert all(abs(loss) < 1e-6 for loss in events["quantization_loss"]["bpb_by_kind"].values())
+    assert "QAT from step 0, " in (tmp_path / "a.txt").read_text(encoding="utf-8")
+    model, _ = t.load_model(tmp_path / "a.int6.lzma", tiny(), set(), SOLO)
+    ternary = t.grid_limits(t.build_model(tiny(quantizer="ternary"), SOLO))
+    for name, limits in ternary.items():
+        rows = model.get_parameter(name).detach()[limits.flatten() == 1]
+        assert all(len(row.abs().unique()) <= 2 for row in rows)
+        assert not name.startswith("blocks") or any(row.any() for row in rows)
+
+
 # One of two ranks gets a gradient that is not finite in the third of six steps; both check that it changes nothing.
 POISON_ONE_RANK = """
 import sys
