@@ -57,7 +57,7 @@ try:
 except ImportError:  # CPU builds of torch need none
     triton, jit, constexpr = None, lambda function: function, None
 
-BOS_ID = 1  # begins every document
+BOS_ID = 1
 ARTIFACT_CAP = 16_000_000  # bytes with the code: the contest's limit
 
 
@@ -93,7 +93,7 @@ class Settings:
     warmup_steps: int = env(3, "steps", "to compile, off the clock")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
     train_log_every: int = env(50, "steps > 0", "training loss lines")
-    deterministic: bool = env(False, "0|1", "the same bits again; slower on GPUs")
+    deterministic: bool = env(False, "0|1", "the same bits again, slower")
     checkpoint_every: float = env(120.0, "seconds", "0: only when stopped")
     resume: str = env("auto", "auto, never, file", "checkpoint; auto: RUN_ID's last")
     log_dir: str = env("logs", "folder", "of logs and artifacts")
@@ -1306,15 +1306,17 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-ATTENTION_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the first that can
+# For good: chosen inside a graph, they would keep it out of the compiler's cache.
+first_that_can = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+attention_kernels = contextlib.ExitStack()
+attention_kernels.enter_context(sdpa_kernel(first_that_can, set_priority=True))
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention, (B, T, heads, D) -> the same shape as query."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
-    with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1344,7 +1346,7 @@ class Attention(nn.Module):
         if state is not None:
             key, value = torch.cat([state.key, key], dim=1), torch.cat([state.value, value], dim=1)
             cached = state.key.shape[1]
-            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square, as every kernel knows it
+            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square again
         if context.cache_tokens:
             new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in (key, value)))
         query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
@@ -1904,7 +1906,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
     """function, as one whole graph where compiling is on."""
     if settings.compile == "off" or (settings.compile == "auto" and ranks.device.type == "cpu"):
         return function
-    torch._dynamo.config.recompile_limit = 64  # 8 are too few
+    torch._dynamo.config.recompile_limit = 64  # not 8
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -2254,7 +2256,7 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
     memory allow."""
     s, most = settings, settings.micro_batch_tokens or 131_072
     if ranks.device.type == "cuda" and not s.micro_batch_tokens:
-        # As if all layers were Mamba; the factors fit the peak of PRESET=peer7.
+        # As if all layers were Mamba; fits the peak of PRESET=peer7.
         layer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim) + (8 + 4 * s.mlp_mult) * s.model_dim
         token_bytes = len(parse_layers(s, "layer_order")) * layer + 5 * s.vocab_size
         most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token_bytes)
