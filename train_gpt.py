@@ -216,8 +216,7 @@ PRESETS = {
 FIELDS = [f.name for f in dataclasses.fields(Settings)]
 ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
 # What a stored model is meaningless without: it travels in the artifact's header.
-LOCAL_FIELDS = {"mamba_chunk_size", "recur_start"}
-MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - LOCAL_FIELDS)
+MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - {"mamba_chunk_size", "recur_start"})
 TRAINING_FIELDS = FIELDS[FIELDS.index("seed") : FIELDS.index("eval_mode")]  # which a run that is resumed must keep
 
 
@@ -1640,7 +1639,8 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024).
 
-    A group's matrices have one shape: each rank orthogonalizes its share as one batch and gathers the others'. As in torch's fused optimizers, with a found_inf, float32 (), of 1 step() changes nothing.
+    Each rank orthogonalizes its share of a group, matrices of one shape, and gathers the others'. With a found_inf, float32
+    (), of 1 step() changes nothing, as in torch's fused optimizers.
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
@@ -1881,9 +1881,10 @@ class Evaluator:
         for starts in mine.reshape(-1, rows, 1):
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
-        for p in self.model.parameters():
-            if p.grad is not None:
-                ranks.sum_(p.grad).div_(ranks.world_size)
+        if ranks.world_size > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            means = ranks.sum_(nn.utils.parameters_to_vector(gradients)) / ranks.world_size
+            nn.utils.vector_to_parameters(means, gradients)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         sgd.step()
         sgd.zero_grad()
@@ -1906,7 +1907,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
     """function, as one whole graph where compiling is on."""
     if settings.compile == "off" or (settings.compile == "auto" and ranks.device.type == "cpu"):
         return function
-    torch._dynamo.config.recompile_limit = 64  # not 8
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -1985,10 +1986,10 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
 
 def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
     """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
-    need(all(bool(p.isfinite().all()) for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
+    need(all(p.isfinite().all() for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    choices = [4 + (SDCLIP_MOST - 4) * i / 256 for i in range(257)]
+    choices = np.linspace(4, SDCLIP_MOST, 257).tolist()
     fits = lambda k: predict_bytes(model, settings, k) <= target_bytes
     return choices[bisect.bisect_left(choices, True, hi=256, key=fits)]
 
@@ -1996,8 +1997,8 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
 class FakeQuantization:
     """Late QAT: matrices stand on their grids while gradients are computed."""
 
-    def __init__(self, model: Model, settings: Settings, target_bytes: float):
-        self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
+    def __init__(self, model: Model, settings: Settings, k: float):
+        self.settings, self.k = settings, k
         self.matrices = [(model.get_parameter(name).detach(), limits) for name, limits in grid_limits(model).items()]
 
     @contextlib.contextmanager
@@ -2416,8 +2417,8 @@ class Trainer:
             if now.progress >= 1:
                 break
             if now.quantized and fake_quantization is None:
-                fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
-                self.qat_k = fake_quantization.k = self.qat_k or fake_quantization.k
+                self.qat_k = self.qat_k or fit_sdclip(self.model, s, self.target_bytes)
+                fake_quantization = FakeQuantization(self.model, s, self.qat_k)
                 self.log(f"late QAT from step {self.steps_done}, k={self.qat_k:.2f}")
             kind = self.model.order(now.recurrent), fake_quantization if now.quantized else contextlib.nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
