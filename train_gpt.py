@@ -60,7 +60,7 @@ try:
 except ImportError:  # CPU builds of torch need none
     triton, jit, constexpr = None, lambda function: function, None
 
-BOS_ID = 1  # begins every document
+BOS_ID = 1
 ARTIFACT_CAP = 16_000_000  # bytes with the code: the contest's limit
 
 
@@ -96,7 +96,7 @@ class Settings:
     warmup_steps: int = env(3, "steps", "to compile, off the clock")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end only")
     train_log_every: int = env(50, "steps > 0", "training loss lines")
-    deterministic: bool = env(False, "0|1", "the same bits again; slower on GPUs")
+    deterministic: bool = env(False, "0|1", "the same bits again, slower")
     checkpoint_every: float = env(120.0, "seconds", "0: only when stopped")
     resume: str = env("auto", "auto, never, file", "checkpoint; auto: RUN_ID's last")
     quantization_report: bool = env(False, "0|1", "BPB lost by each kind of layer")
@@ -238,8 +238,7 @@ PRESETS = {
 FIELDS = [f.name for f in dataclasses.fields(Settings)]
 ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
 # What a stored model is meaningless without: it travels in the artifact's header.
-LOCAL_FIELDS = {"mamba_chunk_size", "recur_start"}
-MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - LOCAL_FIELDS)
+MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - {"mamba_chunk_size", "recur_start"})
 TRAINING_FIELDS = FIELDS[FIELDS.index("seed") : FIELDS.index("eval_mode")]  # which a run that is resumed must keep
 
 
@@ -1401,15 +1400,17 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-ATTENTION_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the first that can
+# For good: chosen inside a graph, they would keep it out of the compiler's cache.
+first_that_can = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+attention_kernels = contextlib.ExitStack()
+attention_kernels.enter_context(sdpa_kernel(first_that_can, set_priority=True))
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention, (B, T, heads, D) -> the same shape as query."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
-    with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1439,7 +1440,7 @@ class Attention(nn.Module):
         if state is not None:
             key, value = torch.cat([state.key, key], dim=1), torch.cat([state.value, value], dim=1)
             cached = state.key.shape[1]
-            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square, as every kernel knows it
+            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square again
         if context.cache_tokens:
             new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in (key, value)))
         query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
@@ -1738,7 +1739,8 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024).
 
-    A group's matrices have one shape: each rank orthogonalizes its share as one batch and gathers the others'. As in torch's fused optimizers, with a found_inf, float32 (), of 1 step() changes nothing.
+    Each rank orthogonalizes its share of a group, matrices of one shape, and gathers the others'. With a found_inf, float32
+    (), of 1 step() changes nothing, as in torch's fused optimizers.
     """
 
     def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
@@ -1980,9 +1982,10 @@ class Evaluator:
         for starts in mine.reshape(-1, rows, 1):
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
-        for p in self.model.parameters():
-            if p.grad is not None:
-                ranks.sum_(p.grad).div_(ranks.world_size)
+        if ranks.world_size > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            means = ranks.sum_(nn.utils.parameters_to_vector(gradients)) / ranks.world_size
+            nn.utils.vector_to_parameters(means, gradients)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         sgd.step()
         sgd.zero_grad()
@@ -2005,7 +2008,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
     """function, as one whole graph where compiling is on."""
     if settings.compile == "off" or (settings.compile == "auto" and ranks.device.type == "cpu"):
         return function
-    torch._dynamo.config.recompile_limit = 64  # 8 are too few
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -2113,8 +2116,8 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
 class FakeQuantization:
     """QAT: matrices stand on their grids while gradients are computed."""
 
-    def __init__(self, model: Model, settings: Settings, target_bytes: float):
-        self.settings, self.k = settings, fit_sdclip(model, settings, target_bytes)
+    def __init__(self, model: Model, settings: Settings, k: float):
+        self.settings, self.k = settings, k
         self.matrices = [(model.get_parameter(name).detach(), limits) for name, limits in grid_limits(model).items()]
 
     @contextlib.contextmanager
@@ -2374,7 +2377,7 @@ def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
     memory allow."""
     s, most = settings, settings.micro_batch_tokens or 131_072
     if ranks.device.type == "cuda" and not s.micro_batch_tokens:
-        # As if all layers were Mamba; the factors fit the peak of PRESET=peer7.
+        # As if all layers were Mamba; fits the peak of PRESET=peer7.
         layer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim) + (8 + 4 * s.mlp_mult) * s.model_dim
         token_bytes = len(parse_layers(s, "layer_order")) * layer + 5 * s.vocab_size
         most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token_bytes)
@@ -2534,8 +2537,8 @@ class Trainer:
             if now.progress >= 1:
                 break
             if now.quantized and fake_quantization is None:
-                fake_quantization = FakeQuantization(self.model, s, self.target_bytes)
-                self.qat_k = fake_quantization.k = self.qat_k or fake_quantization.k
+                self.qat_k = self.qat_k or fit_sdclip(self.model, s, self.target_bytes)
+                fake_quantization = FakeQuantization(self.model, s, self.qat_k)
                 self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
             kind = self.model.order(now.recurrent), fake_quantization if now.quantized else contextlib.nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
@@ -2719,7 +2722,7 @@ def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet
     peak = torch.cuda.max_memory_allocated()
     log(f"Code size: {code_bytes} bytes; {steps} steps of {step_ms:.2f}ms; peak GPU memory {peak / 1e9:.1f} GB")
     ternary = settings.quantizer == "ternary"
-    with FakeQuantization(model, settings, target_bytes)() if ternary else contextlib.nullcontext():
+    with FakeQuantization(model, settings, trainer.qat_k)() if ternary else contextlib.nullcontext():
         before, floats = score(model), copy.deepcopy(model.state_dict())
     trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -220,21 +220,34 @@ def seal(body: bytes) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
+def sealed_parts(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Magic number, header and payload of an artifact or a checkpoint."""
+    first, _, payload = data[:-32].partition(b"\n")
+    return first[:8], first[8:], payload
+
+
+def damaged_part(
+    magic: bytes, header: bytes, payload: bytes, how: Callable, what: str, pick: random.Random, others: list[bytes]
+) -> tuple[str, bytes]:
+    """What was done, and the sealed file with its body, header or payload damaged as any file is."""
+    if what == "body":
+        return f"{how.__name__}, sealed", seal(how(magic + header + b"\n" + payload, pick, others))
+    if what == "header":
+        header = how(header, pick, others)
+    else:
+        payload = how(payload, pick, others)
+    return f"{what}, sealed", seal(magic + header + b"\n" + payload)
+
+
 def damaged_artifact(originals: Originals, pick: random.Random) -> tuple[str, bytes]:
     """What was done, and an artifact that is wrong in its parts but has the right checksum."""
-    data = originals["artifact"]
-    end = data.index(b"\n")
-    magic, header, payload = data[:8], data[8:end], data[end + 1 : -32]
+    magic, header, payload = sealed_parts(originals["artifact"])
     parts = ("body", "header", "payload", "content", "codes", "values", "values", "bomb")
     how, what = pick.choice(GENERAL), pick.choice(parts)
     others = [originals["shard"], originals["tokenizer"]]
-    if what == "body":
-        return f"{how.__name__}, sealed", seal(how(data[:-32], pick, others))
-    if what == "header":
-        header = how(header, pick, others)
-    elif what == "payload":
-        payload = how(payload, pick, others)
-    elif what in ("content", "codes"):
+    if what in ("body", "header", "payload"):
+        return damaged_part(magic, header, payload, how, what, pick, others)
+    if what in ("content", "codes"):
         unpack = lzma.LZMADecompressor()
         content, codes = unpack.decompress(payload), unpack.unused_data
         if what == "content":
@@ -253,18 +266,12 @@ def damaged_artifact(originals: Originals, pick: random.Random) -> tuple[str, by
 
 def damaged_checkpoint(originals: Originals, pick: random.Random) -> tuple[str, bytes]:
     """What was done, and a checkpoint that is wrong in its parts, or has other numbers, but has the right checksum."""
-    data = originals["checkpoint"]
-    end = data.index(b"\n")
-    magic, header, payload = data[:8], data[8:end], data[end + 1 : -32]
+    magic, header, payload = sealed_parts(originals["checkpoint"])
     others = [originals["shard"], originals["tokenizer"], originals["artifact"]]
     how, what = pick.choice(GENERAL), pick.choice(("body", "header", "payload", "numbers", "values", "progress"))
-    if what == "body":
-        return f"{how.__name__}, sealed", seal(how(data[:-32], pick, others))
-    if what == "header":
-        header = how(header, pick, others)
-    elif what == "payload":
-        payload = how(payload, pick, others)
-    elif what == "numbers":
+    if what in ("body", "header", "payload"):
+        return damaged_part(magic, header, payload, how, what, pick, others)
+    if what == "numbers":
         payload = flip_bits(payload, pick, others)
     else:
         values = json.loads(header)
@@ -422,7 +429,7 @@ def reason_of(message: str, path: Path) -> str:
     """The class of a refusal: the message without what differs from file to file."""
     if " RESUME=never " in message:
         return "other settings"
-    if re.match(r"[A-Z0-9_]+=", message) or message.startswith("the virtual layer order"):
+    if re.match(r"[A-Z0-9_]+=", message):
         return "a setting in the header that cannot be"
     text = message.replace(str(path), "FILE").replace(str(path.parent), "FOLDER")
     text = re.sub(r"-?\d+", "N", re.sub(r"\b[a-z0-9_]+ in its header", "NAME in its header", text))

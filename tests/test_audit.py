@@ -16,7 +16,9 @@ import torch
 from helpers import tiny_environment, write_shard
 
 import train_gpt as t
-from tools import audit
+
+sys.path.insert(0, str(Path(t.__file__).resolve().parent / "tools"))
+import audit  # noqa: E402
 
 SCRIPT = Path(t.__file__).resolve()
 MODES = ("plain", "sliding")
@@ -486,5 +488,5 @@ def test_unusable_input_is_one_line(run, monkeypatch, capsys, tmp_path):
 def test_a_file_that_is_not_the_script_is_refused(tmp_path, text):
     (tmp_path / "script.py").write_text(text)
     for path in (tmp_path / "script.py", tmp_path / "missing.py"):
-        with pytest.raises(audit.BadInput, match=re.escape(str(path))):
+        with pytest.raises(audit.UserError, match=re.escape(str(path))):
             audit.load_script(path)

@@ -65,6 +65,7 @@ except ImportError as missing:
     print(f"ablate.py: error: {missing.name} is not installed: pip install -r requirements-dev.txt", file=sys.stderr)
     sys.exit(2)
 
+from command import Parser, UserError, need
 from summary import spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,16 +83,6 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for processes that were asked to stop
 OVERHEAD_SECONDS = 120.0  # guess of a run's time off the training clock, until a run has shown it
 BPB = {"bpb_before": "before quantization", "bpb_after": "after quantization", "bpb_final": "final"}
-
-
-class UserError(Exception):
-    """A mistake the user can mend: run() prints it as one line."""
-
-
-def need(condition, message: str):
-    """Raises UserError unless the condition holds."""
-    if not condition:
-        raise UserError(message)
 
 
 # ---- What to run -----------------------------------------------------------------------------------------------------
@@ -623,11 +614,6 @@ def draw_plots(plan: Plan, out: Path, runs: list[dict]) -> list[str]:
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message + " (see --help)")
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     def count(text: str) -> int:
         if not text.isdecimal() or not int(text):
@@ -636,6 +622,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     summary, _, rest = __doc__.partition("\n\n")
     parser = Parser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.hint = " (see --help)"
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="what to compare")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="output folder (default: logs/ and FILE's name)")
     parser.add_argument("--processes", type=count, default=0, metavar="N", help="of each run, instead of FILE's")

@@ -16,19 +16,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from summary import last_run
-
-SEPARATOR = b"\n" + b"=" * 100 + b"\n"  # between the script and the messages of a text log
-
-
-class UserError(Exception):
-    """A mistake the user can mend: main() prints it as one line."""
+from command import UserError
+from summary import SEPARATOR, last_run
 
 
 def read_script(path: Path) -> bytes:
     """Of the last run in a text log: it begins with the docstring that every version has."""
     text = path.read_bytes()
-    script, found, _ = text.rpartition(SEPARATOR)
+    script, found, _ = text.rpartition(SEPARATOR.encode())
     if not found:
         raise UserError(f"{path} is not a run's text log: no line of 100 = ends the script in it")
     return script[max(0, script.rfind(b'\n"""Parameter Golf') + 1) :]

@@ -13,7 +13,6 @@ What it cannot prove: Python reports every file that Python opens, but not what 
 tokenizer is read so); and what training did can be read from its log alone.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -39,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 import torch
+from command import Parser, UserError
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -59,10 +59,6 @@ GPU_SCORE_NOISE = 1e-3  # BPB between two runs
 OTHER_MACHINE_NOISE = 1e-2  # BPB between two kinds of machine
 CPU_NATS_ERROR, GPU_NATS_ERROR = 2e-4, 5e-2  # of one target, float32 and bfloat16
 CPU_SUM_ERROR, GPU_SUM_ERROR = 1e-4, 1e-2  # of a sum of probabilities
-
-
-class BadInput(Exception):
-    """What the user gave cannot be audited; one line says why."""
 
 
 class LogFigures(NamedTuple):
@@ -107,16 +103,16 @@ def load_script(path: Path) -> ModuleType:
     """The script as a module; it is not run."""
     spec = importlib.util.spec_from_file_location("audited_script", path)
     if not path.is_file() or spec is None:
-        raise BadInput(f"no script at {path}")
+        raise UserError(f"no script at {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise BadInput(f"{path} cannot be loaded: {error!r}") from None
+        raise UserError(f"{path} cannot be loaded: {error!r}") from None
     needed = ("Evaluator", "ValidationSet", "Tokenizer", "load_model", "load_validation", "prepare_run", "UserError")
     if missing := [name for name in needed if not hasattr(module, name)]:
-        raise BadInput(f"{path} is not a train_gpt.py: it has no {missing[0]}")
+        raise UserError(f"{path} is not a train_gpt.py: it has no {missing[0]}")
     return module
 
 
@@ -125,7 +121,7 @@ def read_log(path: Path) -> LogFigures:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the log {path}: {error}") from None
+        raise UserError(f"cannot read the log {path}: {error}") from None
     *before, run = re.split(r"^={100}\n", text, flags=re.MULTILINE)
 
     def last(pattern: str) -> tuple[str, ...] | None:
@@ -135,7 +131,7 @@ def read_log(path: Path) -> LogFigures:
     final = last(r"^final_int6_lzma_(\w+)_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})$")
     took = last(r"^evaluation took ([\d.]+)s of ([\d.e+]+)s; (\d+) epochs given up$")
     if not (before and final and took):
-        raise BadInput(f"{path} is not the log of a finished run")
+        raise UserError(f"{path} is not the log of a finished run")
     total, clock = last(r"^Total submission size int6\+lzma: (\d+) bytes$"), last(r"training clock ([\d.]+)s")
     pairs = (item.split("=", 1) for item in run.partition("\n")[0].split("  ") if "=" in item)
     return LogFigures(
@@ -164,7 +160,7 @@ def open_entry(
         validation = script.load_validation(settings, pieces)
         _, settings = script.load_model(artifact, settings, given, ranks)
     except script.UserError as error:
-        raise BadInput(str(error)) from None
+        raise UserError(str(error)) from None
     figures = read_log(log) if log else None
     # Another evaluation has another score; the clock alone does not change it, where no epoch was given up.
     free = ("eval_nll_path", "eval_max_seconds")
@@ -172,7 +168,7 @@ def open_entry(
     for name in ["vocab_size", "train_seq_len", *names[names.index("eval_mode") :]] if figures else ():
         ours, theirs = str(getattr(settings, name)), figures.settings.get(name)
         if name not in free and ours != theirs:
-            raise BadInput(f"the log was made with {name.upper()}={theirs}, here it is {ours}: set it")
+            raise UserError(f"the log was made with {name.upper()}={theirs}, here it is {ours}: set it")
     path = Path(script.__file__).resolve()
     return Entry(path, artifact, environment, settings, given, ranks, pieces, validation, figures)
 
@@ -658,11 +654,6 @@ def table(results: dict[str, tuple[bool, str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [["check", "result", "evidence"], ["---"] * 3, *cells])
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise BadInput(message)
-
-
 def main() -> int:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("artifact", type=Path)
@@ -678,7 +669,7 @@ def main() -> int:
         with contextlib.redirect_stdout(sys.stderr):
             entry = open_entry(script, given.artifact, given.data, given.tokenizer, dict(os.environ), given.log)
             results = audit(script, entry)
-    except BadInput as error:
+    except UserError as error:
         print(f"audit.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(table(results))

@@ -26,28 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from summary import CAP, last_run, spread
+from command import Parser, UserError, need
+from summary import CAP, SEPARATOR, last_run, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation
 GAIN, SIGNIFICANCE = 0.005, 0.01  # nats by which a record must beat the one before, and at which p
-SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a text log
 # The last two messages of a finished run: seconds; val_loss, val_bpb.
 FINAL = re.compile(r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
 FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*$", re.MULTILINE)
 # What one run may choose differently from the next: its seed, and where its files lie.
 OUTPUTS = {"run_id", "log_dir", "artifact", "eval_nll_path", "checkpoint_every", "resume"}
 MAY_DIFFER = {"seed", "data_path", "tokenizer_path"} | OUTPUTS
-
-
-class PackageError(Exception):
-    """Why there is nothing to package: main() prints it as one line."""
-
-
-def need(condition, message: str) -> None:
-    """Raises PackageError unless the condition holds."""
-    if not condition:
-        raise PackageError(message)
 
 
 # ============
@@ -102,14 +92,14 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise PackageError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError:
-        raise PackageError(f"cannot read {path}: it is not UTF-8 text") from None
+        raise UserError(f"cannot read {path}: it is not UTF-8 text") from None
 
 
 def read_final(path: Path) -> Finished:
@@ -120,9 +110,9 @@ def read_final(path: Path) -> Finished:
         seed = int(events["settings"]["settings"]["seed"])
         score = Score(*(float(events["final"][name]) for name in Score._fields)) if "final" in events else None
     except OSError as error:
-        raise PackageError(f"cannot read {records}: {error.strerror}") from None
+        raise UserError(f"cannot read {records}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise PackageError(f"{records} is not a run's .jsonl log") from None
+        raise UserError(f"{records} is not a run's .jsonl log") from None
     need(SEPARATOR in text, f"{path} is not a run's text log: no line of 100 = ends the script in it")
     written = FINAL.findall(text.rpartition(SEPARATOR)[2])
     need(written, f"{path} has no final score: the run did not finish")
@@ -167,7 +157,7 @@ def read_run(path: Path, script_path: Path, script: str) -> Run:
             evaluation_limit=float(settings["eval_max_seconds"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise PackageError(f"{path.with_suffix('.jsonl')} is not a finished run's log: {error!r}") from None
+        raise UserError(f"{path.with_suffix('.jsonl')} is not a finished run's log: {error!r}") from None
     check_code(run, finished.text, script_path, script)
     check_limits(run)
     return run
@@ -183,9 +173,7 @@ def check_code(run: Run, text: str, script_path: Path, script: str) -> None:
         if ran != here:
             start = max(0, len(os.path.commonprefix([ran or "", here or ""])) - 20)
             ran, here = ("nothing" if line is None else repr(line[start : start + 60]) for line in (ran, here))
-            raise PackageError(
-                f"{run.path} holds another script than {script_path}: line {number} has {ran}, not {here}"
-            )
+            raise UserError(f"{run.path} holds another script than {script_path}: line {number} has {ran}, not {here}")
     size = len(code.encode())
     need(size == run.bytes_code, f"{run.path} counts {run.bytes_code} bytes of code, but its script has {size}")
 
@@ -248,7 +236,7 @@ def welch(ours: list[float], baseline: list[float]) -> tuple[float, float]:
     try:
         from scipy.stats import ttest_ind  # only needed with a baseline
     except ImportError:
-        raise PackageError("--baseline needs SciPy: pip install scipy") from None
+        raise UserError("--baseline needs SciPy: pip install scipy") from None
     result = ttest_ind(ours, [loss - GAIN for loss in baseline], equal_var=False, alternative="less")
     return float(result.statistic), float(result.pvalue)
 
@@ -418,7 +406,7 @@ def check_folder(out: Path, force: bool, inputs: list[Path]) -> None:
     try:
         occupied = out.is_dir() and any(out.iterdir())
     except OSError as error:
-        raise PackageError(f"cannot read {out}: {error.strerror}") from None
+        raise UserError(f"cannot read {out}: {error.strerror}") from None
     need(force or not occupied, f"{out} is not empty: --force replaces it")
 
 
@@ -442,18 +430,11 @@ def write_folder(out: Path, files: dict[str, bytes]) -> None:
             raise
         shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
-        raise PackageError(f"cannot write {out}: {error.strerror}") from None
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
 # ============
 # The command
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as everything here does."""
-
-    def error(self, message: str):
-        raise PackageError(message)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -476,7 +457,7 @@ def entry_fields(given: argparse.Namespace, runs: list[Run]) -> dict:
     try:
         known = json.loads(read_text(path)) if path.exists() else {}
     except ValueError:
-        raise PackageError(f"{path} is not JSON") from None
+        raise UserError(f"{path} is not JSON") from None
     fields = {name: getattr(given, name) or known.get(name) for name in ("author", "github_id", "name")}
     for name in ("author", "name"):
         need(fields[name], f"--{name} is missing, and submission.json has none")
@@ -536,7 +517,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Packages as the command line asks; returns the exit status."""
     try:
         print(*package(parse(arguments)), sep="\n")
-    except PackageError as error:
+    except UserError as error:
         print(f"package.py: error: {error}", file=sys.stderr)
         return 2
     return 0

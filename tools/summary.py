@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CAP = 16_000_000
+SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a text log
 
 
 def last_run(path: Path) -> dict[str, dict]:
