@@ -61,6 +61,7 @@ except ImportError:  # CPU builds of torch need none
     triton, jit, constexpr = None, lambda function: function, None
 
 BOS_ID = 1
+ROPE_BASE = 10_000.0
 ARTIFACT_CAP = 16_000_000  # bytes with the code: the contest's limit
 
 
@@ -103,7 +104,6 @@ class Settings:
     log_dir: str = env("logs", "folder", "of logs and artifacts")
     artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
-    sample: str = env("", "text", "for the artifact to continue, 128 tokens")
 
     data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "holds *_train_*.bin and *_val_*.bin", "data")
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
@@ -117,25 +117,21 @@ class Settings:
     model_dim: int = env(512, "width > 0", "residual stream")
     mamba_layers: str = env("0,1,3-5,7,8", "layers", "the others are attention")
     mlp_layers: str = env("all", "layers", "have an MLP")
-    layer_pattern: str = env("", "letters", "instead, as MMAm: lower case has no MLP")
     mlp_mult: float = env(3.0, "× width > 0", "MLP's hidden width")
     num_heads: int = env(8, "heads > 0", "query heads")
     num_kv_heads: int = env(4, "heads > 0", "key/value heads")
-    rope_base: float = env(10_000.0, "number > 0", "attention's rotary base")
     rope_fraction: float = env(1.0, "0 to 1", "of attention's heads")
     qk_gain_init: float = env(1.5, "factor", "queries' first gain")
     mamba_version: int = env(3, "1|2|3", "1: the first Mamba, a selective scan")
     mamba_d_state: int = env(64, "numbers > 0", "state per channel")
     mamba_expand: float = env(2.0, "× width > 0", "Mamba's inner width")
     mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head")
-    mamba_rope_fraction: float = env(0.5, "0.5|1", "of Mamba-3's state")
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4, in Mamba-3 none")
     mamba_dt_rank: int = env(16, "numbers > 0", "the first Mamba's bottleneck of step sizes")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of a scan")
     unet_skips: bool = env(True, "0|1", "first half to second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
     bigram_dim: int = env(128, "width > 0", "before its projection")
-    tie_embeddings: bool = env(True, "0|1", "output matrix is the embedding")
     logit_softcap: float = env(30.0, "nats", "cap·tanh(logits/cap); 0: none")
 
     layer_order: str = env("all", "layers", "in which they run, as 0-4,3,4,5", "recurrence")
@@ -155,8 +151,7 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
-    beta1: float = env(0.9, "below 1", "Adam")
-    beta2: float = env(0.95, "below 1", "Adam")
+    beta2: float = env(0.95, "below 1", "Adam's second; the first is 0.9")
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
     weight_average: str = env("ema", "ema|swa|none", "of what to export")
     ema_decay: float = env(0.997, "below 1", "at most, EMA")
@@ -230,7 +225,7 @@ PRESETS = {
         "num_heads": 4, "num_kv_heads": 2, "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024,
         "bigram_dim": 64, "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
         "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384, "sdclip_k": 5.0,
-        "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096, "sample": "The function returns",
+        "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096,
     },
 }  # fmt: skip
 
@@ -258,14 +253,6 @@ def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def layer_letters(settings: Settings) -> str:
-    """LAYER_PATTERN, or what MAMBA_LAYERS and MLP_LAYERS mean in its letters."""
-    if settings.layer_pattern:
-        return settings.layer_pattern
-    mamba, mlp = (parse_layers(settings, name) for name in ("mamba_layers", "mlp_layers"))
-    return "".join("amAM"[2 * (layer in mlp) + (layer in mamba)] for layer in range(settings.num_layers))
-
-
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     """The environment's settings over the preset's, and the given ones' names."""
     kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
@@ -274,9 +261,7 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
     need(preset in PRESETS, f"PRESET={preset} is unknown; did you mean {near}? (see --help)")
     given = {name.lower(): parse_value(name, text, kinds[name]) for name, text in environment.items() if name in kinds}
-    pattern = given.get("layer_pattern")
-    derived = {"num_layers": len(pattern)} if pattern else {}
-    return Settings(**PRESETS[preset] | derived | given), set(given)
+    return Settings(**PRESETS[preset] | given), set(given)
 
 
 def parse_value(name: str, text: str, kind: type):
@@ -326,17 +311,14 @@ def validate_settings(settings: Settings, world_size: int):
             open_end = (value == 0 and unit.endswith("> 0")) or (value == 1 and unit == "below 1")
             check(f.name, 0 <= value <= high and not open_end, f"must be from 0 to {high} ({unit})")
     check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
-    fits = set(s.layer_pattern) <= set("MmAa") and len(s.layer_pattern) in (0, s.num_layers)
-    check("layer_pattern", fits, f"is not NUM_LAYERS={s.num_layers} letters of M, m, A, a")
 
-    order = parse_layers(s, "layer_order")
-    check("layer_order", set(order) == set(range(s.num_layers)), "leaves out a layer")
+    mamba, _, order = (set(parse_layers(s, name)) for name in ("mamba_layers", "mlp_layers", "layer_order"))
+    check("layer_order", len(order) == s.num_layers, "leaves out a layer")
     check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
-    mixers = set(layer_letters(s).upper())
-    if "A" in mixers:
+    if len(mamba) < s.num_layers:
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
         check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
-    if "M" in mixers:
+    if mamba:
         inner = s.mamba_inner_dim
         fits = inner > 0 and inner % s.mamba_head_dim == 0
         check("mamba_head_dim", fits, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
@@ -1475,9 +1457,9 @@ class Mamba(nn.Module):
         super().__init__()
         s, version, inner, n = settings, settings.mamba_version, settings.mamba_inner_dim, settings.mamba_d_state
         self.backend, self.chunk_size = choose_scan_backend(s, device), s.mamba_chunk_size
-        channels, angles = s.mamba_head_dim if version > 1 else 1, int(n * s.mamba_rope_fraction) // 2
+        channels = s.mamba_head_dim if version > 1 else 1
         heads = inner // channels
-        self.sizes = MambaSizes(heads, channels, n, angles, version)
+        self.sizes = MambaSizes(heads, channels, n, n // 4, version)  # half of the state turns, in pairs
         columns = self.sizes.columns()
         self.dynamics_rows = sum(columns[4:])  # the last rows of in_proj; they stay at 8 bits in the artifact
         self.in_proj = Linear(s.model_dim, sum(columns))
@@ -1542,10 +1524,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A mixer and perhaps an MLP, each adding to the residual stream."""
 
-    def __init__(self, settings: Settings, letter: str, device: torch.device):
+    def __init__(self, settings: Settings, layer: int, device: torch.device):
         super().__init__()
-        self.mixer = Attention(settings) if letter in "Aa" else Mamba(settings, device)
-        self.mlp = MLP(settings) if letter.isupper() else None
+        mamba, mlp = (layer in parse_layers(settings, name) for name in ("mamba_layers", "mlp_layers"))
+        self.mixer = Mamba(settings, device) if mamba else Attention(settings)
+        self.mlp = MLP(settings) if mlp else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state) -> tuple[Tensor, object]:
@@ -1623,20 +1606,19 @@ class Model(nn.Module):
             nn.init.zeros_(self.bigram_embedding.weight)
             self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
             self.bigram_scale = nn.Parameter(torch.tensor(0.05))
-        self.blocks = nn.ModuleList(Block(s, letter, device) for letter in layer_letters(s))
+        self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
         if s.unet_skips:
             self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2, s.model_dim))
-        self.head = None if s.tie_embeddings else Linear(s.model_dim, s.vocab_size)
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
-        frequencies = s.rope_base ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
+        frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
         # A table, or each kernel would compute it anew.
         angles = torch.arange(2 * s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
         self.register_buffer("rotary_table", torch.stack([angles.cos(), angles.sin()]), persistent=False)
         self.to(device)
 
     def linear_layers(self) -> dict[str, Linear]:
-        """All but the output matrix, by the names of their weights."""
-        return {f"{n}.weight": m for n, m in self.named_modules() if isinstance(m, Linear) and n != "head"}
+        """By the names of their weights."""
+        return {f"{name}.weight": m for name, m in self.named_modules() if isinstance(m, Linear)}
 
     def order(self, recurrent: bool) -> tuple[int, ...]:
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
@@ -1680,17 +1662,14 @@ class Model(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits, one for each token of the vocabulary."""
-        logits, cap = F.linear(hidden, self._output_matrix(hidden.dtype)).float(), self.settings.logit_softcap
+        logits, cap = F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float(), self.settings.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
-
-    def _output_matrix(self, dtype: torch.dtype) -> Tensor:
-        return (self.embedding if self.head is None else self.head).weight.to(dtype)
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
         rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton is not None:
-            weight, cap = self._output_matrix(hidden.dtype), self.settings.logit_softcap
+            weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
         else:
             nats = F.cross_entropy(self.logits(rows), flat, reduction="none")
@@ -1791,7 +1770,7 @@ class Optimizers:
             if name in matrices:
                 mamba = "mixer" in name and "_proj" in name
                 groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(p)
-            elif name.endswith(("embedding.weight", "head.weight")):
+            elif name.endswith("embedding.weight"):
                 groups[s.tied_embed_lr, s.weight_decay, 1e-8].append(p)
             else:  # an eps for a residual mix, whose first gradients are but rounding errors
                 groups[s.scalar_lr, 0.0, 1e-6].append(p)
@@ -1800,7 +1779,7 @@ class Optimizers:
             group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
             muon.append(group) if isinstance(kind, torch.Size) else adam.append(group | {"eps": kind})
         self.muon, cuda = Muon(muon, ranks, s.muon_backend_steps), ranks.device.type == "cuda"
-        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(s.beta1, s.beta2), fused=True, capturable=cuda)
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(0.9, s.beta2), fused=True, capturable=cuda)
         self.parameters = [p for parameters in groups.values() for p in parameters]
         self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, device=ranks.device)
 
@@ -2013,16 +1992,12 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 
 
 @torch.no_grad()
-def generate(model: Model, prompt: Tensor, count: int, temperature: float, cache_tokens: int, seed: int) -> Tensor:
-    """prompt (B, T) and count tokens sampled one by one, (B, T + count). Attention sees the last cache_tokens."""
+def generate(model: Model, prompt: Tensor, count: int, seed: int) -> Tensor:
+    """prompt (B, T) and count tokens sampled one by one, (B, T + count)."""
     generator, tokens, state = torch.Generator(prompt.device).manual_seed(seed), [prompt], None
     for _ in range(count):
-        hidden, state = model(tokens[-1], model.full_order, state, cache_tokens)
-        logits = model.logits(hidden[:, -1])
-        if temperature:
-            tokens.append((logits / temperature).softmax(dim=-1).multinomial(1, generator=generator))
-        else:
-            tokens.append(logits.argmax(dim=-1, keepdim=True))
+        hidden, state = model(tokens[-1], model.full_order, state, prompt.shape[1] + count)
+        tokens.append(model.logits(hidden[:, -1]).softmax(dim=-1).multinomial(1, generator=generator))
     return torch.cat(tokens, dim=1)
 
 
@@ -2046,12 +2021,12 @@ KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "M
 
 def grid_limits(model: Model) -> dict[str, Tensor]:
     """The largest integer in each row, float32 (rows, 1), of the matrices stored as integers: int6 or ternary, but int8 in
-    embedding, output matrix, and the rows that make what Mamba's recurrence compounds the errors of."""
+    the embedding and the rows that make what Mamba's recurrence compounds the errors of."""
     limits, usual = {}, 1 if model.settings.quantizer == "ternary" else INT6_MAX
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             limits[f"{name}.weight"] = rows = torch.full_like(layer.weight[:, :1], usual)
-            if name in ("embedding", "head") or name.endswith((".x_proj", ".dt_proj")):
+            if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
                 rows[:] = INT8_MAX
             elif name.endswith(".in_proj"):
                 rows[len(rows) - model.get_submodule(name.removesuffix(".in_proj")).dynamics_rows :] = INT8_MAX
@@ -2144,8 +2119,7 @@ def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -
     layers = model.linear_layers().items()
     hooks = [layer.register_forward_pre_hook(functools.partial(gather, name)) for name, layer in layers]
     for batch in sequences.split(rows):
-        hidden = model(batch, model.full_order)[:1]
-        gather("embedding.weight" if model.head is None else "head.weight", model, hidden)
+        gather("embedding.weight", model, model(batch, model.full_order)[:1])
     for hook in hooks:
         hook.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
@@ -2445,8 +2419,9 @@ class Trainer:
     def announce(self):
         s, blocks, count = self.settings, self.model.blocks, sum(p.numel() for p in self.model.parameters())
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
-        letters, scans = layer_letters(s), {b.mixer.backend for b in blocks if isinstance(b.mixer, Mamba)}
-        self.log("layers: " + " ".join(f"{letters[i]}{i}" for i in self.model.full_order))
+        mixers = [block.mixer for block in blocks]
+        scans = {mixer.backend for mixer in mixers if isinstance(mixer, Mamba)}
+        self.log("layers: " + " ".join(f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order))
         tokens = self.micro_sequences * s.train_seq_len
         self.log(f"scan: {', '.join(scans) or 'none'}; {tokens:,} tokens at once per rank")
 
@@ -2633,7 +2608,7 @@ def export(trainer: Trainer, batches: Batches) -> dict:
         count, length = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size)), s.train_seq_len
         if s.calibration == "self":
             begin = torch.full((count, 1), BOS_ID, device=ranks.device)
-            sequences = generate(model, begin, length - 1, 1.0, length, s.seed + ranks.rank)
+            sequences = generate(model, begin, length - 1, s.seed + ranks.rank)
         else:
             steps = range(0, s.calibration_tokens, s.train_batch_tokens)
             sequences = torch.cat([batches.next()[0] for _ in steps])[:count]
@@ -2677,15 +2652,10 @@ def write_whole(path: Path, *parts, before: Path | None = None):
             temporary.unlink(missing_ok=True)
 
 
-def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, tokenizer: Tokenizer, validation, log: Log):
-    """Loads ARTIFACT, samples from it and scores it."""
+def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, validation: ValidationSet, log: Log):
+    """Loads ARTIFACT and scores it."""
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
-    if s.sample:
-        prompt = [BOS_ID, *tokenizer.model.EncodeAsIds(s.sample)][-s.train_seq_len :]
-        prompt = torch.tensor([prompt], device=ranks.device)
-        text = generate(model, prompt, 128, 0.8, s.train_seq_len, s.seed)
-        log(f"sample: {tokenizer.model.DecodeIds(text[0, 1:].tolist())}")
     evaluator = Evaluator(model, s, ranks, validation)
     score = evaluator.score_and_adapt(clock_started, log.progress) if s.adapts else evaluator.score()
     seconds = time.perf_counter() - clock_started
@@ -2772,11 +2742,10 @@ def main():
     machine, values = describe_machine(ranks), dataclasses.asdict(settings)
     text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())
     log(text, "settings", machine=machine, settings=values)
-    tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
-    validation = load_validation(settings, tokenizer)
+    validation = load_validation(settings, Tokenizer(settings.tokenizer_path, settings.vocab_size))
     if not settings.eval_only:
         train_and_export(settings, ranks, validation, log)
-    evaluate_artifact(settings, given, ranks, tokenizer, validation, log)
+    evaluate_artifact(settings, given, ranks, validation, log)
     for path in () if settings.eval_only else settings.checkpoint_paths:
         path.unlink(missing_ok=True)
     if dist.is_initialized():

@@ -134,7 +134,7 @@ def newton_schulz_flops(shape: torch.Size, steps: int) -> float:
 def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
     """Forward products of one layer's scan or attention, without its projections."""
     s = settings
-    if letter in "Aa":
+    if letter == "A":
         return attention_flops(tokens, s.train_seq_len, s.model_dim)
     if s.mamba_version == 1:  # element by element
         return 0
@@ -145,7 +145,7 @@ def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
 def step_flops(model: t.Model, tokens: int) -> float:
     """Necessary matrix products of a training step: 6 FLOPs for each token and matrix entry (output matrix included,
     layers that recur counted each time), and three times the forward products of attention and scans."""
-    s, letters = model.settings, t.layer_letters(model.settings)
+    s, letters = model.settings, ["MA"[isinstance(block.mixer, t.Attention)] for block in model.blocks]
     entries = s.vocab_size * s.model_dim + (s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0)
     for layer in model.full_order:
         entries += sum(m.weight.numel() for m in model.blocks[layer].modules() if isinstance(m, t.Linear))
@@ -198,7 +198,7 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
     mamba_ssm: then what stands before the library's operator is compiled."""
     s, device, state = settings, ranks.device, settings.mamba_d_state
     heads, chunk = s.mamba_inner_dim // s.mamba_head_dim, s.mamba_chunk_size
-    sizes = t.MambaSizes(heads, s.mamba_head_dim, state, int(state * s.mamba_rope_fraction) // 2, 3)
+    sizes = t.MambaSizes(heads, s.mamba_head_dim, state, state // 4, 3)
     random = functools.partial(torch.randn, device=device)
     ones = functools.partial(torch.ones, device=device)
     step = torch.exp(torch.empty(heads, device=device).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -251,7 +251,7 @@ def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     s, model = settings, t.build_model(settings, ranks)
     hidden = random_activations(s, ranks.device, s.model_dim)
     targets = torch.randint(0, s.vocab_size, hidden.shape[:2], device=ranks.device)
-    matrix = model.embedding.weight if model.head is None else model.head.weight
+    matrix = model.embedding.weight
     loss = t.maybe_compile(lambda hidden, targets: model.nats(hidden, targets).mean(), s, ranks)
     return operator(loss, (hidden, targets), (matrix,), 2 * s.train_batch_tokens * matrix.numel())
 

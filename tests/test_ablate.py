@@ -1,7 +1,7 @@
 """Ablations: what runs, in which order and how often, what survives an interruption, and what the table says.
 
 Nearly all runs are of a stub that writes records as train_gpt.py does; its scores follow from MATRIX_LR and the seed, and
-SAMPLE tells it what to do.
+EVAL_NLL_PATH tells it what to do.
 """
 
 import json
@@ -30,7 +30,7 @@ STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
 env = os.environ
-sample, seed, rate = env.get("SAMPLE", ""), int(env["SEED"]), float(env.get("MATRIX_LR", 0))
+behaviour, seed, rate = env.get("EVAL_NLL_PATH", ""), int(env["SEED"]), float(env.get("MATRIX_LR", 0))
 journal = Path(__file__).with_name("journal.jsonl")
 
 def note(event):
@@ -47,29 +47,29 @@ note("start")
 record("settings", settings={})
 for step in range(1, 11):
     record("train", step=step, train_loss=9 / step, train_ms=100.0 * step, progress=step / 10)
-if "wait" in sample and not journal.with_name("released").exists():
+if "wait" in behaviour and not journal.with_name("released").exists():
     time.sleep(60)
-if "meet" in sample:  # goes on when so many runs have started
+if "meet" in behaviour:  # goes on when so many runs have started
     deadline = time.time() + 20
-    while journal.read_text().count('"start"') < int(sample.split()[-1]) and time.time() < deadline:
+    while journal.read_text().count('"start"') < int(behaviour.split()[-1]) and time.time() < deadline:
         time.sleep(0.02)
-if "hang up" in sample:
+if "hang up" in behaviour:
     os.kill(os.getppid(), signal.SIGHUP)
     time.sleep(0.2)
-if "own error" in sample:
+if "own error" in behaviour:
     print("train_gpt.py: error: no *_train_*.bin shards in data | here", file=sys.stderr)
     print("a launcher's own words about it", file=sys.stderr)
     sys.exit(2)
-if "bug" in sample:
+if "bug" in behaviour:
     raise ZeroDivisionError("a bug")
-if "silent" in sample:
+if "silent" in behaviour:
     sys.exit(0)
 score = 1 + rate + seed / 1000
 record("trained", val_bpb=score + 0.2, bytes_total=15_000_000 + seed, bytes_code=140_000, steps=10, step_avg_ms=50.5)
-if "kinds" in sample:
+if "kinds" in behaviour:
     record("quantization_loss", bpb_by_kind={"mamba": 0.002, "attention": 0.001})
 record("after_quantization", val_bpb=score + 0.3)
-if "late" in sample:
+if "late" in behaviour:
     print("train_gpt.py: error: no score in EVAL_MAX_SECONDS", file=sys.stderr)
     sys.exit(2)
 record("final", val_bpb=score)
@@ -183,7 +183,7 @@ def test_every_variant_runs_with_one_seed_before_the_next_seed_and_one_at_a_time
 
 
 def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
-    text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nSAMPLE = "meet 3"\n'
+    text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nEVAL_NLL_PATH = "meet 3"\n'
     assert bench.run(text) == 0
     moments = [(r["time"], 1) for r in bench.journal("start")] + [(r["time"], -1) for r in bench.journal("end")]
     running = [sum(change for _, change in sorted(moments)[: i + 1]) for i in range(len(moments))]
@@ -193,7 +193,7 @@ def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
 
 def test_runs_side_by_side_have_gpus_of_their_own(bench, monkeypatch):
     monkeypatch.setattr(ablate, "visible_gpus", lambda: ["0", "3", "5", "6", "7"])
-    text = 'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nSAMPLE = "meet 2"\n'
+    text = 'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nEVAL_NLL_PATH = "meet 2"\n'
     assert bench.run(text) == 0
     ends, starts = ({r["run"]: r for r in bench.journal(event)} for event in ("end", "start"))
     assert {r["gpus"] for r in starts.values()} == {"0,3", "5,6"}
@@ -236,7 +236,7 @@ def test_complete_runs_are_not_repeated(bench, capsys):
 
 def test_only_runs_whose_settings_changed_are_repeated(bench):
     bench.run(TWO)
-    changed = TWO.replace("0.5", "0.25").replace("[1, 2]", "[1, 2, 3]") + '[[variant]]\nname = "new"\nBETA1 = 0.8\n'
+    changed = TWO.replace("0.5", "0.25").replace("[1, 2]", "[1, 2, 3]") + '[[variant]]\nname = "new"\nBETA2 = 0.8\n'
     assert bench.run(changed) == 0
     assert sorted(bench.started()[4:]) == [
         "base-3", "high-rate-1", "high-rate-2", "high-rate-3", "new-1", "new-2", "new-3",
@@ -257,7 +257,7 @@ def test_a_setting_of_the_environment_counts_as_a_setting(bench, monkeypatch):
 
 
 def test_failed_runs_are_repeated_on_a_restart(bench):
-    text = TWO + 'SAMPLE = "silent"\nseeds = [1]\n'
+    text = TWO + 'EVAL_NLL_PATH = "silent"\nseeds = [1]\n'
     assert bench.run(text) == 1
     (bench.folder / "stub.py").write_text(STUB.replace('"silent"', '"nothing"'))
     assert bench.run() == 0
@@ -265,7 +265,9 @@ def test_failed_runs_are_repeated_on_a_restart(bench):
     assert "2 versions of the script" in bench.table
 
 
-HANGING = 'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nSAMPLE = "wait"\n'
+HANGING = (
+    'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nEVAL_NLL_PATH = "wait"\n'
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
@@ -301,7 +303,7 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, monkeypatch, nu
 def test_a_lost_terminal_stops_it_unless_nohup_says_otherwise(bench, before, status):
     previous = signal.signal(signal.SIGHUP, before)
     try:
-        assert bench.run('seeds = [1]\n[base]\nPRESET = "tiny"\nSAMPLE = "hang up"\n') == status
+        assert bench.run('seeds = [1]\n[base]\nPRESET = "tiny"\nEVAL_NLL_PATH = "hang up"\n') == status
         assert signal.getsignal(signal.SIGHUP) == before
     finally:
         signal.signal(signal.SIGHUP, previous)
@@ -322,7 +324,7 @@ def test_two_at_once_on_one_folder_are_refused(bench, capsys):
 
 def test_failed_runs_are_rows_that_say_why(bench, capsys):
     kinds = {"own": "own error", "bug": "bug", "silent": "silent", "late": "late"}
-    rows = "".join(f'[[variant]]\nname = "{name}"\nSAMPLE = "{text}"\n' for name, text in kinds.items())
+    rows = "".join(f'[[variant]]\nname = "{name}"\nEVAL_NLL_PATH = "{text}"\n' for name, text in kinds.items())
     assert bench.run('seeds = [1, 2]\n[base]\nPRESET = "tiny"\n' + rows) == 1
     assert bench.row("own")[1:4] == ["0 of 2", "–", "–"]
     error = "train_gpt.py: error: no *_train_*.bin shards in data / here"
@@ -387,7 +389,7 @@ def test_plots_are_drawn_where_there_are_figures(bench, monkeypatch):
     bench.run(TWO)
     assert sorted(path.name for path in bench.out.glob("*.png")) == ["bpb.png", "loss.png"]
     assert "no run has a record `quantization_loss`" in bench.table
-    bench.run(TWO.replace('"tiny"', '"tiny"\nSAMPLE = "kinds"'))
+    bench.run(TWO.replace('"tiny"', '"tiny"\nEVAL_NLL_PATH = "kinds"'))
     pictures = {path.name: path.read_bytes() for path in bench.out.glob("*.png")}
     assert set(pictures) == {"bpb.png", "loss.png", "quantization_loss.png"}
     assert all(data.startswith(b"\x89PNG") and len(data) > 5000 for data in pictures.values())
@@ -403,14 +405,14 @@ MISTAKES = {
     "a value of the wrong type": (BASE + "NUM_LAYERS = 3.5\n", 'NUM_LAYERS="3.5" should be a whole number'),
     "a list": (BASE + "MAMBA_LAYERS = [0, 1]\n", "MAMBA_LAYERS should be a string, a number, true or false"),
     "an impossible value": (
-        BASE + '[[variant]]\nname = "x"\nBETA1 = 2\n',
-        "variant 'x': BETA1=2.0 must be from 0 to 1",
+        BASE + '[[variant]]\nname = "x"\nBETA2 = 2\n',
+        "variant 'x': BETA2=2.0 must be from 0 to 1",
     ),
     "an unknown preset": (BASE.replace("tiny", "tny"), "PRESET=tny is unknown; did you mean tiny"),
     "a seed among the settings": (BASE + "SEED = 3\n", "SEED cannot be set here: write seeds = [...] instead"),
     "one name twice": (BASE + '[[variant]]\nname = "x y"\n[[variant]]\nname = "X-y"\n', "has the same name as 'x y'"),
     "the base's name": (BASE + '[[variant]]\nname = "base"\n', "has the same name as 'base'"),
-    "no name": (BASE + "[[variant]]\nBETA1 = 0.8\n", "None cannot be a variant's name"),
+    "no name": (BASE + "[[variant]]\nBETA2 = 0.8\n", "None cannot be a variant's name"),
     "a name that breaks the table": (BASE + '[[variant]]\nname = "a|b"\n', "'a|b' cannot be a variant's name"),
     "no base": ('seeds = [1]\n[[variant]]\nname = "x"\n', "there is no [base]"),
     "no seeds": ('[base]\nPRESET = "tiny"\n', "seeds should be a list of whole numbers"),

@@ -17,7 +17,8 @@ def logs(shards, tmp_path_factory) -> Path:
     """Of a run of four steps, behind another's in the same files."""
     folder = tmp_path_factory.mktemp("logs")
     with pytest.MonkeyPatch.context() as patch:
-        settings = {"eval_mode": "plain", "ttt_enabled": False, "sample": "a  'b\" $c", "calibration_tokens": 64}
+        settings = {"eval_mode": "plain", "ttt_enabled": False, "calibration_tokens": 64}
+        settings["eval_nll_path"] = str(folder / "a  'b\" $c.npy")
         for iterations in (1, 4):
             environment = run_environment(shards, folder, **settings, iterations=iterations, train_log_every=1)
             assert run_here(patch, environment) == 0
@@ -53,8 +54,8 @@ def test_the_command_is_shown_and_the_environment_goes_before(logs):
     assert " ITERATIONS=4 " in out
     assert " TTT_ENABLED=0 " in out
     assert not (logs / "b.txt").exists()
-    shell = f"{out.strip().rpartition(' ')[0]} -c 'import os; print(os.environ[\"SAMPLE\"])'"
-    assert subprocess.run(shell, shell=True, capture_output=True, text=True).stdout == "a  'b\" $c\n"
+    shell = f"{out.strip().rpartition(' ')[0]} -c 'import os; print(os.environ[\"EVAL_NLL_PATH\"])'"
+    assert subprocess.run(shell, shell=True, capture_output=True, text=True).stdout == f"{logs}/a  'b\" $c.npy\n"
 
 
 def test_as_many_processes_as_the_run_had(logs, tmp_path):

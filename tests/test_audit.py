@@ -40,7 +40,7 @@ def run(shards, tmp_path_factory) -> SimpleNamespace:
     write_shard(data / "words_val_000000.bin", t.open_shard(shards / "words_val_000000.bin")[:250])
     environment = tiny_environment(
         data_path=data, tokenizer_path=data / "tokenizer.model", log_dir=folder, run_id="a", device="cpu", iterations=2,
-        max_wallclock_seconds=0.0, matrix_lr=0.1, eval_mode="plain", ttt_lr=0.05, sample="",
+        max_wallclock_seconds=0.0, matrix_lr=0.1, eval_mode="plain", ttt_lr=0.05,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "environ", environment)

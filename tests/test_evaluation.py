@@ -246,14 +246,14 @@ def test_without_any_time_everything_is_scored_and_nothing_trained_on(monkeypatc
     "changes", [{}, {"mamba_version": 2}, {"document_reset": True, "layer_order": "0,1,1,2"}], ids=str
 )
 @torch.no_grad()
-def test_generation_at_temperature_zero_takes_the_likeliest_token_of_a_full_forward(changes):
+def test_generation_draws_from_the_distributions_of_a_full_forward(changes):
     model = random_model(tiny(**changes))
     prompt = random_tokens(2, 7)
-    tokens = prompt
+    tokens, generator = prompt, torch.Generator().manual_seed(3)
     for _ in range(12):
-        logits = model.logits(model(tokens, model.order(True))[0])[:, -1]
-        tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
-    assert torch.equal(t.generate(model, prompt, 12, 0.0, cache_tokens=64, seed=0), tokens)
+        shares = model.logits(model(tokens, model.order(True))[0])[:, -1].softmax(dim=-1)
+        tokens = torch.cat([tokens, shares.multinomial(1, generator=generator)], dim=1)
+    assert torch.equal(t.generate(model, prompt, 12, seed=3), tokens)
 
 
 def test_generation_samples_from_the_softmax():
@@ -262,9 +262,9 @@ def test_generation_samples_from_the_softmax():
     prompt = random_tokens(1, 5)
     with torch.no_grad():
         logits = model.logits(model(prompt, model.order(True))[0])[0, -1]
-    drawn = t.generate(model, prompt.expand(4000, -1), 1, 0.7, cache_tokens=8, seed=1)[:, -1]
+    drawn = t.generate(model, prompt.expand(4000, -1), 1, seed=1)[:, -1]
     found = torch.bincount(drawn, minlength=512) / 4000
-    assert (found - torch.softmax(logits / 0.7, dim=-1)).abs().max() < 0.03
-    again = [t.generate(model, prompt, 20, 1.0, cache_tokens=8, seed=seed) for seed in (1, 1, 2)]
+    assert (found - torch.softmax(logits, dim=-1)).abs().max() < 0.03
+    again = [t.generate(model, prompt, 20, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(again[0], again[1])
     assert not torch.equal(again[0], again[2])

@@ -41,31 +41,15 @@ def test_values_of_the_wrong_type_are_refused_by_name(text, kind):
 
 def test_a_variable_overrides_the_preset_and_the_preset_the_default():
     settings, given = t.read_settings({"PRESET": "tiny", "MODEL_DIM": "64"})
-    assert (settings.model_dim, settings.num_heads, settings.rope_base) == (64, 4, 10_000.0)
+    assert (settings.model_dim, settings.num_heads, settings.qk_gain_init) == (64, 4, 1.5)
     assert given == {"preset", "model_dim"}
 
 
-def test_layer_pattern_says_how_many_layers_there_are():
-    settings, _ = t.read_settings({"PRESET": "tiny", "LAYER_PATTERN": "MmAaMM"})
-    assert settings.num_layers == 6
-    model = t.build_model(settings, SOLO)
+def test_lists_say_which_layers_are_mamba_and_have_an_mlp():
+    model = t.build_model(tiny(num_layers=6, mamba_layers="0-1,4,5", mlp_layers="0,2,4-5"), SOLO)
     assert "".join(type(block.mixer).__name__[0] for block in model.blocks) == "MMAAMM"
     assert [block.mlp is not None for block in model.blocks] == [True, False, True, False, True, True]
-
-
-def test_a_list_of_layers_says_the_same_as_a_pattern():
-    assert t.layer_letters(tiny(num_layers=6, mamba_layers="0-1,4,5")) == "MMAAMM"
-
-
-def test_a_pattern_takes_the_place_of_the_list():
-    settings, _ = t.read_settings({"PRESET": "tiny", "LAYER_PATTERN": "aM", "MAMBA_LAYERS": "0"})
-    assert t.layer_letters(settings) == "aM"
-    assert t.layer_letters(t.read_settings({"LAYER_PATTERN": "aM"})[0]) == "aM"
-
-
-def test_layers_without_an_mlp_are_lower_case():
-    assert t.layer_letters(tiny(num_layers=6, mamba_layers="0-2", mlp_layers="1,4")) == "mMmaAa"
-    assert t.layer_letters(tiny(mlp_layers="none")) == "mam"
+    assert all(block.mlp is None for block in t.build_model(tiny(mlp_layers="none"), SOLO).blocks)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +131,7 @@ IMPOSSIBLE = [
     ({"mamba_layers": "0-99999999999"}, "MAMBA_LAYERS"),
     ({"num_layers": 10**9, "mamba_layers": "all"}, "NUM_LAYERS"),
     ({"mamba_layers": "-1"}, "MAMBA_LAYERS"),
-    ({"layer_pattern": "MXA"}, "LAYER_PATTERN"),
-    ({"layer_pattern": "MA"}, "LAYER_PATTERN"),
+    ({"mlp_layers": "0,7"}, "MLP_LAYERS"),
     ({"layer_order": "0,1"}, "leaves out a layer"),
     ({"layer_order": "0,1,2,3"}, "LAYER_ORDER"),
     ({"bigram_vocab_size": 1}, "BIGRAM_VOCAB_SIZE"),

@@ -1,7 +1,6 @@
 """Prints what a run achieved, from its logs: python tools/summary.py logs/demo.jsonl"""
 
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -34,13 +33,6 @@ def spread(values: list[float]) -> Spread:
         statistics.fmean(values) if values else None,
         statistics.stdev(values) if len(values) > 1 else None,
     )
-
-
-def last_sample(path: Path) -> str:
-    """The text that the model wrote, or "". It may have several lines, and ends before the evaluation's next message."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.findall(r"^sample: (.*?)\n(?=  \[\d+s\] |gave up |evaluation took )", text, re.DOTALL | re.MULTILINE)
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in "".join(found[-1:]))
 
 
 def main() -> int:
@@ -79,8 +71,6 @@ def main() -> int:
         "",
         f"Size: {total:,} of {CAP:,} bytes ({code:,} code + {total - code:,} model)",
     ]
-    if sample := last_sample(path.with_suffix(".txt")):
-        lines += ["", "The model continues its prompt:", *("  " + line for line in sample.split("\n"))]
     if settings["preset"] == "tiny":
         command = f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {sys.executable} train_gpt.py"
         lines += ["", "Next, the same model for ten minutes:", "  " + command.replace(f"{Path.cwd()}/", "")]
