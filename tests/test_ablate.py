@@ -1,7 +1,7 @@
 """Ablations: what runs, in which order and how often, what survives an interruption, and what the table says.
 
 Nearly all runs are of a stub that writes records as train_gpt.py does; its scores follow from MATRIX_LR and the seed, and
-EVAL_NLL_PATH tells it what to do.
+TOKENIZER_PATH tells it what to do.
 """
 
 import json
@@ -30,7 +30,7 @@ STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
 env = os.environ
-behaviour, seed, rate = env.get("EVAL_NLL_PATH", ""), int(env["SEED"]), float(env.get("MATRIX_LR", 0))
+behaviour, seed, rate = env.get("TOKENIZER_PATH", ""), int(env["SEED"]), float(env.get("MATRIX_LR", 0))
 journal = Path(__file__).with_name("journal.jsonl")
 
 def note(event):
@@ -183,7 +183,7 @@ def test_every_variant_runs_with_one_seed_before_the_next_seed_and_one_at_a_time
 
 
 def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
-    text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nEVAL_NLL_PATH = "meet 3"\n'
+    text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "meet 3"\n'
     assert bench.run(text) == 0
     moments = [(r["time"], 1) for r in bench.journal("start")] + [(r["time"], -1) for r in bench.journal("end")]
     running = [sum(change for _, change in sorted(moments)[: i + 1]) for i in range(len(moments))]
@@ -193,7 +193,7 @@ def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
 
 def test_runs_side_by_side_have_gpus_of_their_own(bench, monkeypatch):
     monkeypatch.setattr(ablate, "visible_gpus", lambda: ["0", "3", "5", "6", "7"])
-    text = 'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nEVAL_NLL_PATH = "meet 2"\n'
+    text = 'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "meet 2"\n'
     assert bench.run(text) == 0
     ends, starts = ({r["run"]: r for r in bench.journal(event)} for event in ("end", "start"))
     assert {r["gpus"] for r in starts.values()} == {"0,3", "5,6"}
@@ -257,7 +257,7 @@ def test_a_setting_of_the_environment_counts_as_a_setting(bench, monkeypatch):
 
 
 def test_failed_runs_are_repeated_on_a_restart(bench):
-    text = TWO + 'EVAL_NLL_PATH = "silent"\nseeds = [1]\n'
+    text = TWO + 'TOKENIZER_PATH = "silent"\nseeds = [1]\n'
     assert bench.run(text) == 1
     (bench.folder / "stub.py").write_text(STUB.replace('"silent"', '"nothing"'))
     assert bench.run() == 0
@@ -266,7 +266,7 @@ def test_failed_runs_are_repeated_on_a_restart(bench):
 
 
 HANGING = (
-    'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nEVAL_NLL_PATH = "wait"\n'
+    'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nTOKENIZER_PATH = "wait"\n'
 )
 
 
@@ -303,7 +303,7 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, monkeypatch, nu
 def test_a_lost_terminal_stops_it_unless_nohup_says_otherwise(bench, before, status):
     previous = signal.signal(signal.SIGHUP, before)
     try:
-        assert bench.run('seeds = [1]\n[base]\nPRESET = "tiny"\nEVAL_NLL_PATH = "hang up"\n') == status
+        assert bench.run('seeds = [1]\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "hang up"\n') == status
         assert signal.getsignal(signal.SIGHUP) == before
     finally:
         signal.signal(signal.SIGHUP, previous)
@@ -324,7 +324,7 @@ def test_two_at_once_on_one_folder_are_refused(bench, capsys):
 
 def test_failed_runs_are_rows_that_say_why(bench, capsys):
     kinds = {"own": "own error", "bug": "bug", "silent": "silent", "late": "late"}
-    rows = "".join(f'[[variant]]\nname = "{name}"\nEVAL_NLL_PATH = "{text}"\n' for name, text in kinds.items())
+    rows = "".join(f'[[variant]]\nname = "{name}"\nTOKENIZER_PATH = "{text}"\n' for name, text in kinds.items())
     assert bench.run('seeds = [1, 2]\n[base]\nPRESET = "tiny"\n' + rows) == 1
     assert bench.row("own")[1:4] == ["0 of 2", "–", "–"]
     error = "train_gpt.py: error: no *_train_*.bin shards in data / here"
@@ -389,7 +389,7 @@ def test_plots_are_drawn_where_there_are_figures(bench, monkeypatch):
     bench.run(TWO)
     assert sorted(path.name for path in bench.out.glob("*.png")) == ["bpb.png", "loss.png"]
     assert "no run has a record `quantization_loss`" in bench.table
-    bench.run(TWO.replace('"tiny"', '"tiny"\nEVAL_NLL_PATH = "kinds"'))
+    bench.run(TWO.replace('"tiny"', '"tiny"\nTOKENIZER_PATH = "kinds"'))
     pictures = {path.name: path.read_bytes() for path in bench.out.glob("*.png")}
     assert set(pictures) == {"bpb.png", "loss.png", "quantization_loss.png"}
     assert all(data.startswith(b"\x89PNG") and len(data) > 5000 for data in pictures.values())

@@ -231,7 +231,7 @@ def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(tmp_path
     [
         (H100, {}),
         (H100, {"matrix_lr": 0.03, "ttt_enabled": False, "max_wallclock_seconds": 590.5, "layer_order": "0-3,3-8"}),
-        ("2 × NVIDIA H200", {"preset": "short", "train_batch_tokens": 131_072, "eval_nll_path": 'it\'s $HOME; a "b"'}),
+        ("2 × NVIDIA H200", {"preset": "short", "train_batch_tokens": 131_072, "tokenizer_path": 'it\'s $HOME; a "b"'}),
         ("1 × CPU x86_64, 2 threads", {"preset": "tiny", "num_layers": 2, "mamba_layers": "0", "scalar_lr": 1e-5}),
     ],
 )
@@ -430,7 +430,7 @@ DIFFERENT = [
     ({"seed": 1}, "{b}.txt has SEED=1, as {a}.txt has"),
     ({"matrix_lr": 0.03}, "{b}.txt has MATRIX_LR=0.03, but {a}.txt has 0.02"),
     ({"unet_skips": False}, "{b}.txt has UNET_SKIPS=False, but {a}.txt has True"),
-    ({"eval_nll_path": "Hello"}, "{b}.txt has EVAL_NLL_PATH=Hello, but {a}.txt has "),
+    ({"scan_backend": "chunked"}, "{b}.txt has SCAN_BACKEND=chunked, but {a}.txt has auto"),
     ({"eval_only": True}, "{b}.txt is of an EVAL_ONLY run: give the log of the run that trained"),
     ({"hardware": "8 × NVIDIA H200"}, "{b}.txt ran with hardware 8 × NVIDIA H200, but {a}.txt with " + H100),
     ({"hardware": "H100"}, "{b}.jsonl is not a finished run's log: ValueError("),

@@ -303,19 +303,30 @@ def submission(runs: list[Run], fields: dict, record: bool) -> dict:
     }  # fmt: skip
 
 
+def literal(node: ast.expr, known: dict[str, object]) -> object:
+    """A value that is written out, perhaps with names of such values and unions of dictionaries in it."""
+    if isinstance(node, ast.Name):
+        return known[node.id]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return literal(node.left, known) | literal(node.right, known)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {ast.literal_eval(key): literal(value, known) for key, value in zip(node.keys, node.values)}
+    return ast.literal_eval(node)
+
+
 def read_defaults(script: str) -> tuple[dict, dict[str, dict]]:
     """Defaults of the settings and of every preset, from the source: to import the script would need torch."""
-    defaults, presets = {}, {}
+    defaults, known = {}, {}
     for node in ast.parse(script).body:
         if isinstance(node, ast.ClassDef) and node.name == "Settings":
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call) and line.value.args:
                     with contextlib.suppress(ValueError):  # not a literal: the setting will be shown
                         defaults[line.target.id] = ast.literal_eval(line.value.args[0])
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PRESETS":
-            with contextlib.suppress(ValueError):
-                presets = ast.literal_eval(node.value)
-    return defaults, presets
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                known[node.targets[0].id] = literal(node.value, known)
+    return defaults, known.get("PRESETS", {})
 
 
 def variables(run: Run, script: str) -> list[str]:
