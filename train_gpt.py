@@ -801,7 +801,7 @@ def tokens_forward(
     padded = tl.num_programs(0) * CHUNK
     t, n, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, triton.next_power_of_2(H))
     r = tl.arange(0, triton.next_power_of_2(R))
-    live = t < length
+    live, heads = t < length, (h < H)[None, :]
     row = projected + (b * length + t).to(tl.int64) * WIDTH + 2 * H * P
     for i in tl.static_range(2):  # key, then query
         x = tl.load(row[:, None] + i * N + n[None, :], live[:, None], 0.0).to(tl.float32)
@@ -822,11 +822,11 @@ def tokens_forward(
     decay_sum = tl.cumsum(log_decay, axis=0)
     plane = batch * H * padded
     place = scalars + ((b * H + h) * padded)[None, :] + t[:, None]
-    tl.store(place, step, (h < H)[None, :])
-    tl.store(place + plane, decay_sum, (h < H)[None, :])
-    tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), (h < H)[None, :])
-    tl.store(place + 3 * plane, step * share, (h < H)[None, :])
-    tl.store(place + 5 * plane, weight, (h < H)[None, :])
+    tl.store(place, step, heads)
+    tl.store(place + plane, decay_sum, heads)
+    tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), heads)
+    tl.store(place + 3 * plane, step * share, heads)
+    tl.store(place + 5 * plane, weight, heads)
     angle = tl.load(row[:, None] + 3 * H + r[None, :], live[:, None] & (r < R)[None, :], 0.0).to(tl.float32)
     half = tl.where(live[:, None], tl.sigmoid(2.0 * angle) - 0.5, 0.0)
     tl.store(half_turn + (b * padded + t)[:, None] * R + r[None, :], half, (r < R)[None, :])
@@ -848,9 +848,9 @@ def rotate(
     before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + n, n < R, 0.0)
     cos, sin = cos_sin(tl.cumsum(added, axis=0) + before[None, :])
     place = rotation + (head * padded + t)[:, None] * R + n[None, :]
-    tl.store(place, cos.to(rotation.dtype.element_ty), (n < R)[None, :])
-    tl.store(place + batch.to(tl.int64) * H * padded * R, sin.to(rotation.dtype.element_ty), (n < R)[None, :])
-    even_product, odd_product = tl.full([CHUNK, N // 2], 1.0, tl.float32), tl.full([CHUNK, N // 2], 1.0, tl.float32)
+    tl.store(place, cos, (n < R)[None, :])
+    tl.store(place + batch.to(tl.int64) * H * padded * R, sin, (n < R)[None, :])
+    even_product, odd_product = 1.0, 1.0
     for i in tl.static_range(2):  # key, then query
         place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
         bias = biases + (i * H + h) * N + n
@@ -860,8 +860,8 @@ def rotate(
         odd_product *= odd
         even, odd = even * cos - odd * sin, even * sin + odd * cos
         place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t)[:, None] * N + n[None, :]
-        tl.store(place, even.to(rotated.dtype.element_ty))
-        tl.store(place + N // 2, odd.to(rotated.dtype.element_ty))
+        tl.store(place, even)
+        tl.store(place + N // 2, odd)
     tl.store(scalars + (4 * batch * H + head) * padded + t, tl.sum(even_product + odd_product, axis=1))
 
 
@@ -913,10 +913,11 @@ def scan_forward(
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
+    square += head.to(tl.int64) * P * N
     dtype = projected.dtype
     FAST: tl.constexpr = dtype == tl.bfloat16
     d = tl.load(skip + h)
-    ssm = tl.load(ssm_in + head.to(tl.int64) * P * N + square)
+    ssm = tl.load(ssm_in + square)
     for chunk in tl.range(chunks, num_stages=2):
         t = chunk * CHUNK
         value = read(projected, [b, t, (H + h) * P])
@@ -935,7 +936,7 @@ def scan_forward(
         write(y, [b, t, h * P], out)
         to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
         ssm = dot(tl.trans(value), to_end, ssm * exp2(end, FAST))
-    tl.store(ssm_out + head.to(tl.int64) * P * N + square, ssm)
+    tl.store(ssm_out + square, ssm)
 
 
 @jit
@@ -946,11 +947,12 @@ def scan_backward(
 ):  # fmt: skip
     b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
+    square += head.to(tl.int64) * P * N
     dtype = projected.dtype
     FAST: tl.constexpr = dtype == tl.bfloat16
     d, same = tl.load(skip + h), i[:, None] == i[None, :]
-    d_ssm = tl.load(d_ssm_out + head.to(tl.int64) * P * N + square)
-    at_end = tl.sum(d_ssm * tl.load(ssm_out + head.to(tl.int64) * P * N + square))  # d of the decay over a whole chunk
+    d_ssm = tl.load(d_ssm_out + square)
+    at_end = tl.sum(d_ssm * tl.load(ssm_out + square))  # d of the decay over a whole chunk
     for back in tl.range(chunks, num_stages=2):
         chunk = chunks - 1 - back
         t = chunk * CHUNK
@@ -986,7 +988,7 @@ def scan_backward(
         decayed_query = (query.to(tl.float32) * from_start).to(dtype)
         d_ssm = dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST))
         at_end = tl.sum(d_ssm * ssm.to(tl.float32))
-    tl.store(d_ssm_in + head.to(tl.int64) * P * N + square, d_ssm)
+    tl.store(d_ssm_in + square, d_ssm)
 
 
 @jit
@@ -1013,7 +1015,7 @@ def features_backward(
         sin = tl.load(turn_place, (n < R)[None, :], 0.0).to(tl.float32)
         d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
         turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
-        tl.store(d_turn + place[:, None] * R + n[None, :], turned.to(d_turn.dtype.element_ty), (n < R)[None, :])
+        tl.store(d_turn + place[:, None] * R + n[None, :], turned, (n < R)[None, :])
         tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1))
         tl.store(d_bias, tl.sum(d_even, axis=0))
         tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0))
@@ -1027,7 +1029,7 @@ def features_backward(
     tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(total * x, axis=0))
     total *= tl.load(norms + k * N + n)[None, :]
     total = factor * (total - x * (tl.sum(total * x, axis=1) / N)[:, None])
-    tl.store(d_projected + place, total.to(d_projected.dtype.element_ty), (t < length)[:, None])
+    tl.store(d_projected + place, total, (t < length)[:, None])
 
 
 @jit
@@ -1044,11 +1046,11 @@ def tokens_backward(
     d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
-    padded, program = tl.num_programs(0) * CHUNK, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    chunks = tl.num_programs(0)
+    padded, program = chunks * CHUNK, b * chunks + chunk
     t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, triton.next_power_of_2(H))
     r = tl.arange(0, triton.next_power_of_2(R))
     live = t < length
-    dtype = projected.dtype.element_ty
     mask = live[:, None] & (h < H)[None, :]
     place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + 2 * N
     row, d_row = projected + place, d_projected + place
@@ -1058,7 +1060,7 @@ def tokens_backward(
     d_current = d_own + d_weight
     # What scales with exp(sum of decays) less what scales with exp(-sum): the diagonal, in both, cancels.
     d_decay_sum = tl.load(d_scalars + place + plane, heads, 0.0) - tl.load(d_scalars + place, heads, 0.0)
-    at_end = tl.load(d_end + (b * H + h) * tl.num_programs(0) + chunk, h < H, 0.0)[None, :]
+    at_end = tl.load(d_end + (b * H + h) * chunks + chunk, h < H, 0.0)[None, :]
     d_decay_sum += tl.where((t == chunk * CHUNK + CHUNK - 1)[:, None], at_end, 0.0)
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
     if document_start is not None:
@@ -1078,28 +1080,23 @@ def tokens_backward(
         own_place = d_turn + (head * padded + t)[:, None] * R + r[None, :]
         own = tl.load(own_place, turning, 0.0).to(tl.float32)
         own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
-        later = tl.load(d_turns + (head * tl.num_programs(0) + chunk) * R + r, r < R, 0.0)
+        later = tl.load(d_turns + (head * chunks + chunk) * R + r, r < R, 0.0)
         turned = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
         d_half += tl.load(scalars + head * padded + t)[:, None] * turned
         d_step += tl.where((h == k)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
-    tl.store(d_row[:, None] + 3 * H + r[None, :], (d_half * (0.5 - 2.0 * half * half)).to(dtype), turning)
+    tl.store(d_row[:, None] + 3 * H + r[None, :], d_half * (0.5 - 2.0 * half * half), turning)
     d_decay = tl.where(rate < -1e-4, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
     d_share = step * (d_current - d_previous) * share * (1.0 - share)
-    tl.store(d_row[:, None] + H + h[None, :], d_decay.to(dtype), mask)
-    tl.store(d_row[:, None] + 2 * H + h[None, :], d_share.to(dtype), mask)
+    tl.store(d_row[:, None] + H + h[None, :], d_decay, mask)
+    tl.store(d_row[:, None] + 2 * H + h[None, :], d_share, mask)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
-    tl.store(d_row[:, None] + h[None, :], d_raw.to(dtype), mask)
+    tl.store(d_row[:, None] + h[None, :], d_raw, mask)
     tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0), h < H)
 
 
 _given = (
     "Tensor projected, Tensor step_bias, Tensor skip, Tensor biases, Tensor norms, Tensor? document_start,"
-    " Tensor ssm_in, Tensor turn_in"
-)
-_forward_schema = f"({_given}, int[] sizes, int chunk) -> ({', '.join(['Tensor'] * 9)})"
-_backward_schema = (
-    f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, {_given}, Tensor[] saved, int[] sizes, int chunk)"
-    f" -> ({', '.join(['Tensor'] * 7)})"
+    " Tensor ssm_in, Tensor turn_in, int[] sizes"
 )
 
 
@@ -1109,49 +1106,43 @@ def launch(kernel, grid: tuple[int, ...], *arguments):
     kernel[grid](*arguments, num_warps=4, maxnreg=limits.get(kernel.__name__))
 
 
-def kernel_sizes(projected: Tensor, sizes: list[int], chunk: int) -> tuple[int, ...]:
-    """Number of chunks, and the sizes every kernel is compiled for."""
-    return -(-projected.shape[1] // chunk), projected.shape[2], *sizes[:4], chunk
-
-
 def tiles(tensor: Tensor, *block: int):
     """A map of tensor by blocks of its last dimensions."""
     return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
 
 
-@torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=_forward_schema)
-def fused_scan(projected, step_bias, skip, biases, norms, document_start, ssm_in, turn_in, sizes, chunk):
-    """y, last state and turn, and what the backward reads."""
-    outputs = fused_scan_outputs(projected, sizes, chunk)
+@torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=f"({_given}) -> ({'Tensor, ' * 8}Tensor)")
+def fused_scan(projected, step_bias, skip, biases, norms, document_start, ssm_in, turn_in, sizes):
+    """y, last state and turn, and what the backward reads. sizes: the kernels' constants."""
+    outputs = empty_outputs(projected, sizes)
     y, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
-    (batch, length, _), (heads, channels, state, angles, _) = projected.shape, sizes
-    chunks, *constants = kernel_sizes(projected, sizes, chunk)
+    (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
         tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
-        turns, length, batch, *constants,
+        turns, length, batch, *sizes,
     )  # fmt: skip
     before = F.pad(turns.cumsum(dim=1), (0, 0, 0, 0, 1, -1)) + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
-        rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *constants
-    )  # fmt: skip
+        rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *sizes
+    )
     launch(
         scan_forward, (batch * heads,), tiles(projected, chunk, channels), tiles(rotated, chunk, state),
         tiles(y, chunk, channels), tiles(states, channels, state), tiles(scalars, chunk), scalars[1], skip, ssm_in,
-        ssm_out, batch, chunks, *constants,
+        ssm_out, batch, chunks, *sizes,
     )  # fmt: skip
     return outputs
 
 
 @fused_scan.register_fake
 def _(projected, *rest):
-    return fused_scan_outputs(projected, *rest[-2:])
+    return empty_outputs(projected, rest[-1])
 
 
-def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple[Tensor, ...]:
-    """Empty outputs of fused_scan."""
-    (batch, length, _), (heads, channels, state, angles, _) = projected.shape, sizes
+def empty_outputs(projected: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Of fused_scan."""
+    (batch, length, _), (_, heads, channels, state, angles, chunk) = projected.shape, sizes
     chunks, new = -(-length // chunk), projected.new_empty
     padded, single = chunks * chunk, functools.partial(new, dtype=torch.float32)
     half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # finer than bfloat16 up to 1
@@ -1163,15 +1154,16 @@ def fused_scan_outputs(projected: Tensor, sizes: list[int], chunk: int) -> tuple
     )  # fmt: skip
 
 
-@torch.library.custom_op("golf::fused_scan_backward", mutates_args=(), schema=_backward_schema)
+@torch.library.custom_op(
+    "golf::fused_scan_backward", mutates_args=(),
+    schema=f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, Tensor[] saved, {_given}) -> ({'Tensor, ' * 6}Tensor)",
+)  # fmt: skip
 def fused_scan_backward(
-    d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, norms, document_start, ssm_in, turn_in, saved,
-    sizes, chunk,
-):  # fmt: skip
+    d_y, d_ssm_out, d_turn_out, saved, projected, step_bias, skip, biases, norms, document_start, ssm_in, turn_in, sizes
+):
     """Gradients of projected, the four parameters, state and turn carried in."""
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
-    (batch, length, _), (heads, channels, state, *_) = projected.shape, sizes
-    chunks, *constants = kernel_sizes(projected, sizes, chunk)
+    (batch, length, _), (_, heads, channels, state, _, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks)
@@ -1179,43 +1171,40 @@ def fused_scan_backward(
         scan_backward, (batch * heads,), tiles(d_y, chunk, channels), tiles(projected, chunk, channels),
         tiles(rotated, chunk, state), tiles(y, chunk, channels), tiles(states, channels, state),
         tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state), tiles(scalars, chunk), scalars[1], skip,
-        d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *constants,
+        d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes,
     )  # fmt: skip
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
     d_heads, d_norms, d_biases = (single(programs, *n) for n in ((heads,), (2, state), (2, heads, state)))
     launch(
         features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
-        d_scalars, d_turn, d_norms, d_biases, length, batch, *constants,
+        d_scalars, d_turn, d_norms, d_biases, length, batch, *sizes,
     )  # fmt: skip
     d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
     later = d_turns.flip(2).cumsum(dim=2).flip(2) - d_turns + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
-        d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants,
+        d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes,
     )  # fmt: skip
     d_parameters = d_heads.sum(dim=0), d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0)
     return d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out
 
 
 @fused_scan_backward.register_fake
-def _(d_y, d_ssm_out, d_turn_out, projected, step_bias, skip, biases, *rest):
-    like = projected, step_bias, skip, biases, biases[:, 0], d_ssm_out, d_turn_out
-    return tuple(x.new_empty(x.shape) for x in like)
+def _(d_y, d_ssm_out, d_turn_out, saved, *given):
+    return tuple(torch.empty_like(x) for x in (*given[:5], d_ssm_out, d_turn_out))
 
 
 def _fused_scan_context(ctx, inputs, output):
-    *tensors, ctx.sizes, ctx.chunk = inputs
+    *tensors, ctx.sizes = inputs
     ctx.save_for_backward(*tensors, *output[:2], *output[3:])
 
 
 def _fused_scan_autograd(ctx, d_y, d_ssm_out, d_turn_out, *_):
-    grads = torch.ops.golf.fused_scan_backward(
-        d_y.contiguous(), d_ssm_out.contiguous(), d_turn_out.contiguous(), *ctx.saved_tensors[:8],
-        list(ctx.saved_tensors[8:]), ctx.sizes, ctx.chunk,
-    )  # fmt: skip
-    grads = *grads[:5], None, *grads[5:]
-    return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad)), None, None
+    given, saved = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
+    d_outputs = (x.contiguous() for x in (d_y, d_ssm_out, d_turn_out))
+    grads = torch.ops.golf.fused_scan_backward(*d_outputs, saved, *given, ctx.sizes)
+    return *grads[:5], None, *grads[5:], None
 
 
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_fused_scan_context)
@@ -1241,7 +1230,8 @@ def triton_scan(
     norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()
     tensors = p.step_bias, p.skip, biases, norms, start, ssm.contiguous(), turn.contiguous()
-    y, ssm, turn, *_ = torch.ops.golf.fused_scan(projected.contiguous(), *tensors, sizes, chunk_size)
+    constants = [projected.shape[2], *sizes[:4], chunk_size]
+    y, ssm, turn, *_ = torch.ops.golf.fused_scan(projected.contiguous(), *tensors, constants)
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -1558,7 +1548,7 @@ def cross_entropy_rows(
     tl.store(nats + row, top + tl.log(total) - tl.sum(tl.where(v == target, x, 0.0), axis=0))
     if SLOPES:
         slope = (share / total - tl.where(v == target, 1.0, 0.0)) * bend
-        tl.store(logits + row * V + v, slope.to(logits.dtype.element_ty), v < V)
+        tl.store(logits + row * V + v, slope, v < V)
 
 
 @torch.library.custom_op("golf::cross_entropy", mutates_args=())
