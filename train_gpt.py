@@ -237,7 +237,7 @@ MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - {"mamba_
 TRAINING_FIELDS = FIELDS[FIELDS.index("seed") : FIELDS.index("eval_mode")]  # which a run that is resumed must keep
 
 
-def parse_layers(settings: Settings, name: str) -> tuple[int, ...]:
+def parse_layers(settings, name: str) -> tuple[int, ...]:
     """The layers that a setting names."""
     text, count = getattr(settings, name), settings.num_layers
     if text in ("all", "none", ""):
@@ -289,7 +289,7 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
             raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (see --help)")
 
 
-def validate_settings(settings: Settings, world_size: int):
+def validate_settings(settings, world_size: int):
     """Refuses what cannot work."""
     s = settings
     most = {"num_layers": 256, "vocab_size": 65_536}  # shards hold 16-bit tokens
@@ -337,7 +337,7 @@ def validate_settings(settings: Settings, world_size: int):
         check_multiple("ttt_chunk_tokens", world_size * ttt_sequence_length(s, world_size), "ranks × sequence")
 
 
-def ttt_sequence_length(settings: Settings, world_size: int) -> int:
+def ttt_sequence_length(settings, world_size: int) -> int:
     """Of test-time training: shorter where many ranks share a chunk."""
     return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
@@ -392,7 +392,7 @@ class Ranks:
         return gathered
 
 
-def start_ranks(settings: Settings) -> Ranks:
+def start_ranks(settings) -> Ranks:
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -437,9 +437,9 @@ def open_shards(folder: str, split: str) -> list[np.ndarray]:
     return [open_shard(path) for path in paths]
 
 
-def check_token_range(tokens: np.ndarray, vocab_size: int, what: str):
-    if (largest := int(tokens.max(initial=0))) >= vocab_size:
-        raise UserError(f"{what} hold token id {largest}, but VOCAB_SIZE={vocab_size}: another tokenizer made them")
+def check_token_range(tokens: np.ndarray, size: int, what: str):
+    largest = int(tokens.max(initial=0))
+    need(largest < size, f"{what} hold token id {largest}, but VOCAB_SIZE={size}: another tokenizer made them")
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
@@ -457,7 +457,7 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 class Batches:
     """This rank's batches behind the first, gathered and copied to the device ahead of time."""
 
-    def __init__(self, settings: Settings, ranks: Ranks, first: int = 0):
+    def __init__(self, settings, ranks, first: int = 0):
         self.settings, self.ranks = settings, ranks
         self.shards = open_shards(settings.data_path, "train")
         windows = batch_windows([len(shard) for shard in self.shards], settings.train_seq_len, settings.seed)
@@ -523,7 +523,7 @@ class ValidationSet(NamedTuple):
     target_bytes: np.ndarray  # (N,) int64, of text that each target stands for
 
 
-def load_validation(settings: Settings, tokenizer: Tokenizer) -> ValidationSet:
+def load_validation(settings, tokenizer) -> ValidationSet:
     tokens = np.concatenate(open_shards(settings.data_path, "val"))
     longer = len(tokens) > settings.train_seq_len
     need(longer, f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target")
@@ -548,9 +548,9 @@ class ScanInputs(NamedTuple):
     key_bias: Tensor  # (H, N)
     query_bias: Tensor  # (H, N)
     skip: Tensor  # (H,), "D" of the paper
+    gate: Tensor  # (B, L, H, P), before SiLU
     trapezoid: Tensor | None = None  # (B, L, H), before the sigmoid
     angle_rate: Tensor | None = None  # (B, L, R), before tanh
-    gate: Tensor | None = None  # (B, L, H, P), before SiLU
     document_start: Tensor | None = None  # (B, L) bool: nothing before such a token reaches it
 
 
@@ -597,21 +597,17 @@ def mamba_scan(
     state: ScanState | None, backend: str, chunk_size: int,
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
     """Between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P) in its dtype, and the state."""
-    if backend == "triton" and projected.shape[1] > 1:
+    backend = backend if projected.shape[1] > 1 else "sequential"
+    if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
-    if backend == "sequential" or projected.shape[1] == 1:
-        y, state = sequential_scan(inputs, state)
-    else:
-        y, state = chunked_scan(inputs, state, chunk_size)
+    y, state = sequential_scan(inputs, state) if backend == "sequential" else chunked_scan(inputs, state, chunk_size)
     return y.flatten(2), state
 
 
-def scan_inputs(
-    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None
-) -> ScanInputs:
+def scan_inputs(projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start: Tensor | None) -> ScanInputs:
     """in_proj's columns as a scan reads them."""
-    p, decay_rate = parameters, parameters.decay_rate
+    decay_rate = p.decay_rate
     gate, value, key, query, step, *dynamics = projected.split(sizes.columns(), dim=-1)
     gate, value = (x.unflatten(-1, (sizes.heads, sizes.channels)) for x in (gate, value))
     dtype = torch.promote_types(projected.dtype, torch.float32)
@@ -620,10 +616,8 @@ def scan_inputs(
         decay_rate = -F.softplus(decay.to(dtype)).clamp(min=DECAY_FLOOR)
         key, query = norm(key, p.key_norm, 1e-5), norm(query, p.query_norm, 1e-5)
     step_size = F.softplus(step.to(dtype) + p.step_bias)
-    return ScanInputs(
-        value, key, query, step_size, decay_rate * step_size, p.key_bias, p.query_bias, p.skip, *dynamics, gate=gate,
-        document_start=document_start,
-    )  # fmt: skip
+    dynamics = step_size, decay_rate * step_size, p.key_bias, p.query_bias, p.skip, gate, *dynamics
+    return ScanInputs(value, key, query, *dynamics, document_start=document_start)
 
 
 def norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -668,9 +662,7 @@ def prepare_scan(inputs: ScanInputs, state: ScanState | None) -> tuple:
 def finish_scan(inputs: ScanInputs, y: Tensor, value: Tensor) -> Tensor:
     """Adds the skip, applies the gate, and returns to value's dtype."""
     y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * value
-    if inputs.gate is not None:
-        y = y * F.silu(inputs.gate.to(y.dtype))
-    return y.to(inputs.value.dtype)
+    return (y * F.silu(inputs.gate.to(y.dtype))).to(inputs.value.dtype)
 
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
@@ -1203,25 +1195,20 @@ def _fused_scan_context(ctx, inputs, output):
 def _fused_scan_autograd(ctx, d_y, d_ssm_out, d_turn_out, *_):
     given, saved = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
     d_outputs = (x.contiguous() for x in (d_y, d_ssm_out, d_turn_out))
-    grads = torch.ops.golf.fused_scan_backward(*d_outputs, saved, *given, ctx.sizes)
+    grads = fused_scan_backward(*d_outputs, saved, *given, ctx.sizes)
     return *grads[:5], None, *grads[5:], None
 
 
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_fused_scan_context)
 
 
-def triton_scan(
-    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None,
-    state: ScanState | None, chunk_size: int,
-) -> tuple[Tensor, ScanState]:  # fmt: skip
+def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start, state, chunk: int) -> tuple:
     """mamba_scan() on the kernels: products in projected's dtype, all else in float32."""
-    p, columns = parameters, projected.shape[-1]
     first, last = (scan_inputs(x, p, sizes, None) for x in (projected[:, :1], projected[:, -1:]))
-    if columns % 8:  # tensor maps want rows of 16 bytes
-        projected = F.pad(projected, (0, -columns % 8))
-    ssm, turn = (
-        p.skip.new_zeros(len(projected), sizes.heads, *n) for n in ((sizes.channels, sizes.state), (sizes.angles,))
-    )
+    if padding := -projected.shape[-1] % 8:  # tensor maps want rows of 16 bytes
+        projected = F.pad(projected, (0, padding))
+    shapes = (sizes.channels, sizes.state), (sizes.angles,)
+    ssm, turn = (p.skip.new_zeros(len(projected), sizes.heads, *shape) for shape in shapes)
     if state is not None:
         *_, previous = prepare_scan(first, state)
         added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(-1) * state.key.float().unsqueeze(-2)
@@ -1230,8 +1217,8 @@ def triton_scan(
     norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()
     tensors = p.step_bias, p.skip, biases, norms, start, ssm.contiguous(), turn.contiguous()
-    constants = [projected.shape[2], *sizes[:4], chunk_size]
-    y, ssm, turn, *_ = torch.ops.golf.fused_scan(projected.contiguous(), *tensors, constants)
+    constants = [projected.shape[2], *sizes[:4], chunk]
+    y, ssm, turn, *_ = fused_scan(projected.contiguous(), *tensors, constants)
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -1310,7 +1297,7 @@ library_conv = library_operator(LIBRARIES[0], "causal_conv1d_fn", activation="si
 library_scan = library_operator(LIBRARIES[1], "selective_scan_fn", delta_softplus=True)
 
 
-def choose_scan_backend(settings: Settings, device: torch.device) -> str:
+def choose_scan_backend(settings, device: torch.device) -> str:
     """SCAN_BACKEND, or what "auto" stands for on this device."""
     gpu, version = device.type == "cuda", settings.mamba_version
     names = [["fused", "parallel"], ["chunked"], ["triton", "chunked"]][version - 1] + ["sequential"]
@@ -1363,10 +1350,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
-        if zero:
-            nn.init.zeros_(self.weight)
-        else:
-            nn.init.normal_(self.weight, std=in_features**-0.5)
+        nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -1396,7 +1380,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention: keys normed, queries normed with a gain, heads gated."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings):
         super().__init__()
         width, self.head_dim = settings.model_dim, settings.model_dim // settings.num_heads
         kv_width = settings.num_kv_heads * self.head_dim
@@ -1405,7 +1389,7 @@ class Attention(nn.Module):
         self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(settings.num_heads, min(16, width)))
 
-    def forward(self, x: Tensor, context: Context, state: AttentionState | None) -> tuple:
+    def forward(self, x: Tensor, context, state: AttentionState | None) -> tuple:
         query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
         query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
         cached, new_state = 0, None
@@ -1443,7 +1427,7 @@ class Mamba(nn.Module):
     """A block of Mamba-3, of Mamba-2 (constant decay rates, a short convolution over x, B, C), or of the first Mamba (makes
     step, B, C of the convolved x). Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
 
-    def __init__(self, settings: Settings, device: torch.device):
+    def __init__(self, settings, device: torch.device):
         super().__init__()
         s, version, inner, n = settings, settings.mamba_version, settings.mamba_inner_dim, settings.mamba_d_state
         self.backend, self.chunk_size = choose_scan_backend(s, device), s.mamba_chunk_size
@@ -1472,7 +1456,7 @@ class Mamba(nn.Module):
         if version > 1:
             self.output_norm = nn.Parameter(torch.ones(inner))
 
-    def forward(self, u: Tensor, context: Context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
+    def forward(self, u: Tensor, context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
         projected, sizes, backend = self.in_proj(u), self.sizes, self.backend
         scan_state, history = state or (None, None)
         if backend == "fused" and (state or context.cache_tokens):  # the libraries carry no state
@@ -1501,7 +1485,7 @@ class Mamba(nn.Module):
 class MLP(nn.Module):
     """LeakyReLU(0.5) squared between two matrices."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings):
         super().__init__()
         hidden = int(settings.mlp_mult * settings.model_dim)
         self.up = Linear(settings.model_dim, hidden)
@@ -1514,14 +1498,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A mixer and perhaps an MLP, each adding to the residual stream."""
 
-    def __init__(self, settings: Settings, layer: int, device: torch.device):
+    def __init__(self, settings, layer: int, device: torch.device):
         super().__init__()
         mamba, mlp = (layer in parse_layers(settings, name) for name in ("mamba_layers", "mlp_layers"))
         self.mixer = Mamba(settings, device) if mamba else Attention(settings)
         self.mlp = MLP(settings) if mlp else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, x: Tensor, embedded: Tensor, context: Context, state) -> tuple[Tensor, object]:
+    def forward(self, x: Tensor, embedded: Tensor, context, state) -> tuple[Tensor, object]:
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
         y, new_state = self.mixer(norm(x), context, state)
@@ -1584,7 +1568,7 @@ fused_cross_entropy.register_autograd(
 class Model(nn.Module):
     """forward() gives hidden states, logits() and nats() read them out."""
 
-    def __init__(self, settings: Settings, device: torch.device):
+    def __init__(self, settings, device: torch.device):
         super().__init__()
         self.settings = s = settings
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -1619,7 +1603,7 @@ class Model(nn.Module):
         """Hidden states (B, T, width) of tokens (B, T) int64; with cache_tokens > 0 also the state to continue from."""
         x = embedded = self._embed(tokens, state)
         memories = (None,) * len(order) if state is None else state.layers
-        context = self._context(tokens, state, cache_tokens)
+        context = self._context(tokens, memories, cache_tokens)
         half = len(order) // 2 if self.settings.unet_skips else 0
         skips, layer_states = [], []
         for position, (layer, memory) in enumerate(zip(order, memories)):
@@ -1643,9 +1627,8 @@ class Model(nn.Module):
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
 
-    def _context(self, tokens: Tensor, state: ModelState | None, cache_tokens: int) -> Context:
-        layers = () if state is None else state.layers
-        cached = max([0] + [memory.key.shape[1] for memory in layers if isinstance(memory, AttentionState)])
+    def _context(self, tokens: Tensor, memories: tuple, cache_tokens: int) -> Context:
+        cached = max([0] + [memory.key.shape[1] for memory in memories if isinstance(memory, AttentionState)])
         cos, sin = self.rotary_table[:, : cached + tokens.shape[1]]
         document_start = tokens == BOS_ID if self.settings.document_reset else None
         return Context(document_start, cos, sin, cache_tokens)
@@ -1672,7 +1655,7 @@ class Model(nn.Module):
         return self.score(tokens, targets, order).mean()
 
 
-def build_model(settings: Settings, ranks: Ranks) -> Model:
+def build_model(settings, ranks) -> Model:
     """A new model on the rank's device, the same on every rank."""
     torch.manual_seed(settings.seed)
     return Model(settings, ranks.device)
@@ -1712,7 +1695,7 @@ class Muon(torch.optim.Optimizer):
     (), of 1 step() changes nothing, as in torch's fused optimizers.
     """
 
-    def __init__(self, groups: list[dict], ranks: Ranks, steps: int):
+    def __init__(self, groups: list[dict], ranks, steps: int):
         super().__init__(groups, {})
         self.ranks, self.steps, self.found_inf = ranks, steps, torch.zeros((), device=ranks.device)
 
@@ -1753,7 +1736,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """Muon and Adam. skipped, float32 (2,), counts steps whose gradients are not finite: all, and the last in a row."""
 
-    def __init__(self, model: Model, settings: Settings, ranks: Ranks):
+    def __init__(self, model, settings, ranks):
         s = settings
         groups, matrices = collections.defaultdict(list), model.linear_layers()
         for name, p in model.named_parameters():
@@ -1794,7 +1777,7 @@ class Optimizers:
 class WeightAverage:
     """EMA or SWA of the weights: an average that moves towards them."""
 
-    def __init__(self, model: Model, settings: Settings):
+    def __init__(self, model, settings):
         self.settings, self.parameters, self.count = settings, list(model.parameters()), 0
         self.average = [p.detach().clone() for p in self.parameters]
 
@@ -1825,7 +1808,7 @@ class Schedule(NamedTuple):
     quantized: bool
 
 
-def schedule_at(settings: Settings, step: int, seconds: float) -> Schedule:
+def schedule_at(settings, step: int, seconds: float) -> Schedule:
     """What holds for step (from 0) after seconds of the training clock."""
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
@@ -1857,7 +1840,7 @@ class Window(NamedTuple):
     last: int
 
 
-def plan_windows(settings: Settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
+def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
     """This rank's windows; some rank scores each target once. Sliding, they move by EVAL_STRIDE and score what is new."""
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
@@ -1875,7 +1858,7 @@ class Score(NamedTuple):
 class Evaluator:
     """Scores a validation set, once."""
 
-    def __init__(self, model: Model, settings: Settings, ranks: Ranks, validation: ValidationSet, recurrent=True):
+    def __init__(self, model, settings, ranks, validation: ValidationSet, recurrent=True):
         self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
         self.order = model.order(recurrent)
         self.score_function = maybe_compile(model.score, settings, ranks)
@@ -1973,7 +1956,7 @@ def largest_divisor(number: int, most: int) -> int:
     return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
-def maybe_compile(function, settings: Settings, ranks: Ranks):
+def maybe_compile(function, settings, ranks):
     """function, as one whole graph where compiling is on."""
     if settings.compile == "off" or (settings.compile == "auto" and ranks.device.type == "cpu"):
         return function
@@ -1982,7 +1965,7 @@ def maybe_compile(function, settings: Settings, ranks: Ranks):
 
 
 @torch.no_grad()
-def generate(model: Model, prompt: Tensor, count: int, seed: int) -> Tensor:
+def generate(model, prompt: Tensor, count: int, seed: int) -> Tensor:
     """prompt (B, T) and count tokens sampled one by one, (B, T + count)."""
     generator, tokens, state = torch.Generator(prompt.device).manual_seed(seed), [prompt], None
     for _ in range(count):
@@ -2009,7 +1992,7 @@ ARTIFACT_MAGIC = b"SSMGOLF4"
 KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "Mamba in", "mixer": "attention"}
 
 
-def grid_limits(model: Model) -> dict[str, Tensor]:
+def grid_limits(model) -> dict[str, Tensor]:
     """The largest integer in each row, float32 (rows, 1), of the matrices stored as integers: int6 or ternary, but int8 in
     the embedding and the rows that make what Mamba's recurrence compounds the errors of."""
     limits, usual = {}, 1 if model.settings.quantizer == "ternary" else INT6_MAX
@@ -2028,7 +2011,7 @@ def float_type(name: str) -> str:
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
-def grid_steps(weight: Tensor, limits: Tensor, settings: Settings, k: float) -> tuple[Tensor, Tensor]:
+def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
     """Steps of rows (rows, 1) and columns (columns,), exact in float16, whose products are the grid's. SDClip: a row's grid
     ends at k, or SDCLIP_K_INT8, root-mean-squares of the row."""
     columns, clips = torch.ones_like(weight[0]), torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
@@ -2053,7 +2036,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict_bytes(model: Model, settings: Settings, k: float) -> float:
+def predict_bytes(model, settings, k: float) -> float:
     """Of the artifact with this k, by the integers' entropy."""
     total, matrices = 4096.0, grid_limits(model)
     for name, p in model.named_parameters():
@@ -2068,7 +2051,7 @@ def predict_bytes(model: Model, settings: Settings, k: float) -> float:
     return total
 
 
-def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
+def fit_sdclip(model, settings, target_bytes: float) -> float:
     """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
     need(all(p.isfinite().all() for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
@@ -2081,7 +2064,7 @@ def fit_sdclip(model: Model, settings: Settings, target_bytes: float) -> float:
 class FakeQuantization:
     """QAT: matrices stand on their grids while gradients are computed."""
 
-    def __init__(self, model: Model, settings: Settings, k: float):
+    def __init__(self, model, settings, k: float):
         self.settings, self.k = settings, k
         self.matrices = [(model.get_parameter(name).detach(), limits) for name, limits in grid_limits(model).items()]
 
@@ -2098,7 +2081,7 @@ class FakeQuantization:
 
 
 @torch.no_grad()
-def collect_hessians(model: Model, sequences: Tensor, ranks: Ranks, rows: int) -> dict[str, Tensor]:
+def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Tensor]:
     """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T)."""
     hessians = collections.defaultdict(float)
 
@@ -2146,9 +2129,7 @@ def gptq(weight: Tensor, hessian: Tensor | None, scale: Tensor, limits: Tensor) 
 
 
 @torch.no_grad()
-def quantize_model(
-    model: Model, settings: Settings, ranks: Ranks, hessians: dict[str, Tensor], k: float
-) -> dict[str, Tensor]:
+def quantize_model(model, settings, ranks, hessians: dict[str, Tensor], k: float) -> dict[str, Tensor]:
     """What is stored, in this order: all vectors and the steps of matrices, then int8 matrices as "NAME integers". The ranks
     share the work; all get the result."""
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
@@ -2209,16 +2190,23 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> t
     return symbols.ravel()[:count].view(np.int8), words
 
 
-def pack_artifact(settings: Settings, stored: dict[str, Tensor]) -> bytes:
+def pack_artifact(settings, stored: dict[str, Tensor]) -> bytes:
     content = codes = b""
     for array in (tensor.cpu().numpy() for tensor in stored.values()):
         if array.dtype == np.int8:
             array, words = encode_integers(array)
             codes += words.tobytes()
         content += array.tobytes()
-    header = json.dumps({name: getattr(settings, name) for name in MODEL_FIELDS}, separators=(",", ":"))
-    body = ARTIFACT_MAGIC + header.encode() + b"\n" + lzma.compress(content) + codes
-    return body + hashlib.sha256(body).digest()
+    header = {name: getattr(settings, name) for name in MODEL_FIELDS}
+    return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(content) + codes))
+
+
+def seal(magic: bytes, header: dict, payload) -> tuple:
+    """The parts of a file: magic and header, payload, SHA-256 of these."""
+    first = magic + json.dumps(header, separators=(",", ":")).encode() + b"\n"
+    digest = hashlib.sha256(first)
+    digest.update(payload)
+    return first, payload, digest.digest()
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
@@ -2250,7 +2238,7 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
     return header, payload
 
 
-def load_model(path: Path, settings: Settings, given: set[str], ranks: Ranks) -> tuple[Model, Settings]:
+def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
     """The model in an artifact, and the settings with the artifact's in place of the run's."""
     stored, payload = read_artifact(path)
     for name in sorted(given & set(stored)):
@@ -2299,7 +2287,7 @@ def writing(what: str):
 class Log:
     """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl."""
 
-    def __init__(self, settings: Settings, ranks: Ranks, name: str):
+    def __init__(self, settings, ranks, name: str):
         self.started, self.last_progress, self.quiet = time.perf_counter(), 0.0, ranks.rank > 0
         if self.quiet:
             return
@@ -2327,7 +2315,7 @@ class Log:
             self(f"  [{now - self.started:.0f}s] {text}")
 
 
-def describe_machine(ranks: Ranks) -> dict[str, str]:
+def describe_machine(ranks) -> dict[str, str]:
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else cpu
     return {
@@ -2336,7 +2324,7 @@ def describe_machine(ranks: Ranks) -> dict[str, str]:
     }  # fmt: skip
 
 
-def choose_micro_batch(settings: Settings, ranks: Ranks) -> int:
+def choose_micro_batch(settings, ranks) -> int:
     """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (more run no faster) where 70 % of the free
     memory allow."""
     s, most = settings, settings.micro_batch_tokens or 131_072
@@ -2372,7 +2360,7 @@ class TrainingClock:
         return self.counted + max(0.0, time.perf_counter() - self.since)
 
 
-def training_loss(model: Model, settings: Settings, ranks: Ranks):
+def training_loss(model, settings, ranks):
     """model.loss; with several ranks, backward averages gradients in buckets."""
     loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
@@ -2392,7 +2380,7 @@ PROGRESS = "steps", "seconds", "averaged", "qat_k"
 class Trainer:
     """warm_up() compiles, run() trains by the clock; rank 0 writes checkpoints, which resume() takes up."""
 
-    def __init__(self, model: Model, settings: Settings, ranks: Ranks, micro_batch: int, target_bytes: float, log: Log):
+    def __init__(self, model, settings, ranks, micro_batch: int, target_bytes: float, log):
         self.model, self.settings, self.ranks, self.log = model, settings, ranks, log
         self.micro_sequences, self.target_bytes = micro_batch // settings.train_seq_len, target_bytes
         self.optimizers = Optimizers(model, settings, ranks)
@@ -2407,12 +2395,11 @@ class Trainer:
         self.graph, self.times_run = None, collections.Counter()
 
     def announce(self):
-        s, blocks, count = self.settings, self.model.blocks, sum(p.numel() for p in self.model.parameters())
+        mixers, count = [block.mixer for block in self.model.blocks], sum(map(Tensor.numel, self.model.parameters()))
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
-        mixers = [block.mixer for block in blocks]
-        scans = {mixer.backend for mixer in mixers if isinstance(mixer, Mamba)}
         self.log("layers: " + " ".join(f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order))
-        tokens = self.micro_sequences * s.train_seq_len
+        tokens = self.micro_sequences * self.settings.train_seq_len
+        scans = {mixer.backend for mixer in mixers if isinstance(mixer, Mamba)}
         self.log(f"scan: {', '.join(scans) or 'none'}; {tokens:,} tokens at once per rank")
 
     def tensors(self) -> list[Tensor]:
@@ -2463,11 +2450,9 @@ class Trainer:
             if copied:
                 copied.wait()
             numbers = numbers.cpu().numpy()
-        first, (newest, before) = CHECKPOINT_MAGIC + json.dumps(header).encode() + b"\n", self.settings.checkpoint_paths
-        digest = hashlib.sha256(first)
-        digest.update(numbers)
+        newest, before = self.settings.checkpoint_paths
         try:
-            write_whole(newest, first, numbers, digest.digest(), before=before)
+            write_whole(newest, *seal(CHECKPOINT_MAGIC, header, numbers), before=before)
         except UserError as error:
             self.log(f"warning: {error}; training goes on")
 
@@ -2482,7 +2467,7 @@ class Trainer:
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
         synchronized_time()
 
-    def run(self, batches: Batches, validate):
+    def run(self, batches, validate):
         """Trains until the clock or ITERATIONS ends it; leaves the averaged weights."""
         s, ranks, fake_quantization, queued = self.settings, self.ranks, None, []
         signals, noted = (signal.SIGTERM, signal.SIGINT), []
@@ -2587,7 +2572,7 @@ class Trainer:
         self._log(text, "train", **values, **now._asdict())
 
 
-def export(trainer: Trainer, batches: Batches) -> dict:
+def export(trainer, batches) -> dict:
     """Calibrates, quantizes and packs the model into ARTIFACT, packing off the training clock, with a larger k where the
     file is too large. Returns what records should hold."""
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
@@ -2642,7 +2627,7 @@ def write_whole(path: Path, *parts, before: Path | None = None):
             temporary.unlink(missing_ok=True)
 
 
-def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, validation: ValidationSet, log: Log):
+def evaluate_artifact(settings, given: set[str], ranks, validation: ValidationSet, log):
     """Loads ARTIFACT and scores it."""
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
@@ -2658,12 +2643,12 @@ def evaluate_artifact(settings: Settings, given: set[str], ranks: Ranks, validat
             np.save(s.eval_nll_path, score.nats)
 
 
-def report(log: Log, event: str, label: str, score: Score):
+def report(log, event: str, label: str, score: Score):
     text = f"final_int6_lzma_{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
     log(text, event, val_loss=score.val_loss, val_bpb=score.val_bpb, epochs_given_up=score.epochs_given_up)
 
 
-def train_and_export(settings: Settings, ranks: Ranks, validation: ValidationSet, log: Log):
+def train_and_export(settings, ranks, validation: ValidationSet, log):
     """From shards to an artifact, scored before and after quantization, off the clock."""
     plain, code_bytes = dataclasses.replace(settings, eval_mode="plain"), Path(__file__).stat().st_size
     model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes

@@ -232,7 +232,7 @@ def test_attention_follows_its_definition():
     settings = tiny(num_layers=1, mamba_layers="none", rope_fraction=0.5)
     model = random_model(settings)
     block, x = model.blocks[0].mixer, torch.randn(1, 9, 32)
-    y, _ = block(x, model._context(random_tokens(1, 9), None, 0), None)
+    y, _ = block(x, model._context(random_tokens(1, 9), (), 0), None)
 
     def rms_normed(v: torch.Tensor) -> torch.Tensor:
         return v / v.square().mean(-1, keepdim=True).sqrt()
@@ -261,7 +261,7 @@ def test_the_mamba3_block_feeds_the_scan_what_its_definition_says():
     settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential")
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y, _ = block(u, model._context(random_tokens(2, 9), None, 0), None)
+    y, _ = block(u, model._context(random_tokens(2, 9), (), 0), None)
     projected = u @ block.in_proj.weight.T
     z, x, b, c = projected[..., :64], projected[..., 64:128], projected[..., 128:136], projected[..., 136:144]
     dt, a, trapezoid, angle = (projected[..., 144 + 4 * i : 148 + 4 * i] for i in range(4))
@@ -273,7 +273,7 @@ def test_the_mamba3_block_feeds_the_scan_what_its_definition_says():
     dt = torch.log1p(torch.exp(dt + block.dt_bias))
     inputs = t.ScanInputs(
         x.view(2, 9, 4, 16), normed(b, block.B_norm), normed(c, block.C_norm), dt, -torch.log1p(torch.exp(a)) * dt,
-        block.B_bias, block.C_bias, block.D, trapezoid, angle, z.view(2, 9, 4, 16),
+        block.B_bias, block.C_bias, block.D, z.view(2, 9, 4, 16), trapezoid, angle,
     )  # fmt: skip
     scanned = t.sequential_scan(inputs, None)[0].flatten(2)
     assert relative(y, normed(scanned, block.output_norm) @ block.out_proj.weight.T) < 1e-5
@@ -284,7 +284,7 @@ def test_the_mamba2_block_has_its_convolution_in_front_and_its_gate_and_norm_at_
     settings = tiny(num_layers=1, mamba_layers="all", mamba_version=2, scan_backend="sequential")
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y, _ = block(u, model._context(random_tokens(2, 9), None, 0), None)
+    y, _ = block(u, model._context(random_tokens(2, 9), (), 0), None)
     projected = u @ block.in_proj.weight.T
     convolved = torch.nn.functional.conv1d(
         torch.nn.functional.pad(projected[..., 64:144].mT, (3, 0)),
@@ -295,8 +295,11 @@ def test_the_mamba2_block_has_its_convolution_in_front_and_its_gate_and_norm_at_
     x, b, c = torch.nn.functional.silu(convolved).split([64, 8, 8], dim=-1)
     dt = torch.log1p(torch.exp(projected[..., 144:] + block.dt_bias))
     no_bias = torch.zeros(4, 8)
-    inputs = t.ScanInputs(x.reshape(2, 9, 4, 16), b, c, dt, -torch.exp(block.A_log) * dt, no_bias, no_bias, block.D)
-    gated = t.sequential_scan(inputs, None)[0].flatten(2) * torch.nn.functional.silu(projected[..., :64])
+    inputs = t.ScanInputs(
+        x.reshape(2, 9, 4, 16), b, c, dt, -torch.exp(block.A_log) * dt, no_bias, no_bias, block.D,
+        projected[..., :64].view(2, 9, 4, 16),
+    )  # fmt: skip
+    gated = t.sequential_scan(inputs, None)[0].flatten(2)
     normed = gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.output_norm
     assert relative(y, normed @ block.out_proj.weight.T) < 1e-5
 

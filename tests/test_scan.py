@@ -167,12 +167,12 @@ def test_packed_documents_equal_each_document_alone(scan, switch, starts):
 @each_scan
 def test_a_document_start_hides_the_trapezoids_previous_token(scan):
     """Zero decay must also take away (1 - lambda) dt v k of the token before, within a call and between calls."""
-    inputs = make_inputs(2, batch=1, starts=[1], gate=None)
+    inputs = make_inputs(2, batch=1, starts=[1])
     second = cut(inputs, 1, 2)
     key = second.key[0, 0] + second.key_bias  # the rotation is the same for key and query: it cancels
     query = second.query[0, 0] + second.query_bias
     weight = torch.sigmoid(second.trapezoid[0, 0]) * second.step_size[0, 0] * (key * query).sum(-1)
-    expected = (weight + second.skip).unsqueeze(-1) * second.value[0, 0]
+    expected = (weight + second.skip).unsqueeze(-1) * second.value[0, 0] * F.silu(second.gate[0, 0])
     assert_close(scan(inputs, None)[0][0, 1], expected)
     assert_close(scan(second, make_state(batch=1))[0][0, 0], expected)
 
