@@ -774,9 +774,9 @@ def cos_sin(turn):
 @jit
 def token_dynamics(row, live, step_bias, h, H: constexpr):
     """Raw step size, step size, raw decay, decay rate, and the current token's share of the step, (CHUNK, heads) float32."""
-    mask = live[:, None] & (h < H)[None, :]
-    place = row[:, None] + h[None, :]
-    raw_step = tl.load(place, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)[None, :]
+    mask = live & (h < H)
+    place = row + h
+    raw_step = tl.load(place, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)
     step = tl.where(mask, softplus(raw_step), 0.0)
     raw_decay = tl.load(place + H, mask, 0.0).to(tl.float32)
     rate = -tl.maximum(softplus(raw_decay), 1e-4)
@@ -791,16 +791,17 @@ def tokens_forward(
 ):  # fmt: skip
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
-    t, n, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N), tl.arange(0, triton.next_power_of_2(H))
-    r = tl.arange(0, triton.next_power_of_2(R))
-    live, heads = t < length, (h < H)[None, :]
+    token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N)[None, :]
+    t = token[:, None]
+    h, r = tl.arange(0, triton.next_power_of_2(H))[None, :], tl.arange(0, triton.next_power_of_2(R))[None, :]
+    live, heads = t < length, h < H
     row = projected + (b * length + t).to(tl.int64) * WIDTH + 2 * H * P
     for i in tl.static_range(2):  # key, then query
-        x = tl.load(row[:, None] + i * N + n[None, :], live[:, None], 0.0).to(tl.float32)
+        x = tl.load(row + i * N + n, live, 0.0).to(tl.float32)
         x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
-        x *= tl.load(norms + i * N + n)[None, :]
+        x *= tl.load(norms + i * N + n)
         even, odd = tl.split(tl.reshape(x.to(features.dtype.element_ty), [CHUNK, N // 2, 2]))
-        place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + tl.arange(0, N // 2)[None, :]
+        place = features + ((i * batch + b) * padded + t).to(tl.int64) * N + tl.arange(0, N // 2)[None, :]
         tl.store(place, even)
         tl.store(place + N // 2, odd)
     row += 2 * N
@@ -809,22 +810,22 @@ def tokens_forward(
     weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * 1.4426950408889634
     if document_start is not None:
-        start = tl.load(document_start + b * length + t, live, 0)
-        log_decay = tl.where((start != 0)[:, None], -60.0 * 1.4426950408889634, log_decay)
+        start = tl.load(document_start + b * length + token, token < length, 0)[:, None]
+        log_decay = tl.where(start != 0, -60.0 * 1.4426950408889634, log_decay)
     decay_sum = tl.cumsum(log_decay, axis=0)
     plane = batch * H * padded
-    place = scalars + ((b * H + h) * padded)[None, :] + t[:, None]
+    place = scalars + (b * H + h) * padded + t
     tl.store(place, step, heads)
     tl.store(place + plane, decay_sum, heads)
     tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), heads)
     tl.store(place + 3 * plane, step * share, heads)
     tl.store(place + 5 * plane, weight, heads)
-    angle = tl.load(row[:, None] + 3 * H + r[None, :], live[:, None] & (r < R)[None, :], 0.0).to(tl.float32)
-    half = tl.where(live[:, None], tl.sigmoid(2.0 * angle) - 0.5, 0.0)
-    tl.store(half_turn + (b * padded + t)[:, None] * R + r[None, :], half, (r < R)[None, :])
-    place = turns + ((b * tl.num_programs(0) + chunk) * H + h)[:, None] * R + r[None, :]
+    angle = tl.load(row + 3 * H + r, live & (r < R), 0.0).to(tl.float32)
+    half = tl.where(live, tl.sigmoid(2.0 * angle) - 0.5, 0.0)
+    tl.store(half_turn + (b * padded + t) * R + r, half, r < R)
+    place = turns + ((b * tl.num_programs(0) + chunk) * H + tl.trans(h)) * R + r
     total = tl.dot(tl.trans(step), half, input_precision="ieee")
-    tl.store(place, total, (h < H)[:, None] & (r < R)[None, :])
+    tl.store(place, total, tl.trans(heads) & (r < R))
 
 
 @jit
@@ -834,27 +835,28 @@ def rotate(
 ):  # fmt: skip
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
-    t, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)
-    half = tl.load(half_turn + (b * padded + t)[:, None] * R + n[None, :], (n < R)[None, :], 0.0)
-    added = tl.load(scalars + head * padded + t)[:, None] * half
+    token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)[None, :]
+    t = token[:, None]
+    half = tl.load(half_turn + (b * padded + t) * R + n, n < R, 0.0)
+    added = tl.load(scalars + head * padded + token)[:, None] * half
     before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + n, n < R, 0.0)
-    cos, sin = cos_sin(tl.cumsum(added, axis=0) + before[None, :])
-    place = rotation + (head * padded + t)[:, None] * R + n[None, :]
-    tl.store(place, cos, (n < R)[None, :])
-    tl.store(place + batch.to(tl.int64) * H * padded * R, sin, (n < R)[None, :])
+    cos, sin = cos_sin(tl.cumsum(added, axis=0) + before)
+    place = rotation + (head * padded + t) * R + n
+    tl.store(place, cos, n < R)
+    tl.store(place + batch.to(tl.int64) * H * padded * R, sin, n < R)
     even_product, odd_product = 1.0, 1.0
     for i in tl.static_range(2):  # key, then query
-        place = features + ((i * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
+        place = features + ((i * batch + b) * padded + t).to(tl.int64) * N + n
         bias = biases + (i * H + h) * N + n
-        even = tl.load(place).to(tl.float32) + tl.load(bias)[None, :]
-        odd = tl.load(place + N // 2).to(tl.float32) + tl.load(bias + N // 2)[None, :]
+        even = tl.load(place).to(tl.float32) + tl.load(bias)
+        odd = tl.load(place + N // 2).to(tl.float32) + tl.load(bias + N // 2)
         even_product *= even
         odd_product *= odd
         even, odd = even * cos - odd * sin, even * sin + odd * cos
-        place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t)[:, None] * N + n[None, :]
+        place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t) * N + n
         tl.store(place, even)
         tl.store(place + N // 2, odd)
-    tl.store(scalars + (4 * batch * H + head) * padded + t, tl.sum(even_product + odd_product, axis=1))
+    tl.store(scalars + (4 * batch * H + head) * padded + token, tl.sum(even_product + odd_product, axis=1))
 
 
 @jit
@@ -990,38 +992,38 @@ def features_backward(
 ):  # fmt: skip
     chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
     padded, program = tl.num_programs(0) * CHUNK, b * tl.num_programs(0) + chunk
-    t, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)
-    origin = features + ((k * batch + b) * padded + t).to(tl.int64)[:, None] * N + n[None, :]
+    t, n = chunk * CHUNK + tl.arange(0, CHUNK)[:, None], tl.arange(0, N // 2)[None, :]
+    origin = features + ((k * batch + b) * padded + t).to(tl.int64) * N + n
     even, odd = tl.load(origin).to(tl.float32), tl.load(origin + N // 2).to(tl.float32)
     all_even, all_odd = tl.zeros([CHUNK, N // 2], tl.float32), tl.zeros([CHUNK, N // 2], tl.float32)
     for h in tl.range(H, num_stages=2):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
         bias, d_bias = biases + (k * H + h) * N + n, d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n
-        own_even, own_odd = even + tl.load(bias)[None, :], odd + tl.load(bias + N // 2)[None, :]
-        d_place = d_rotated + place[:, None] * N + n[None, :]
+        own_even, own_odd = even + tl.load(bias), odd + tl.load(bias + N // 2)
+        d_place = d_rotated + place * N + n
         d_even, d_odd = tl.load(d_place).to(tl.float32), tl.load(d_place + N // 2).to(tl.float32)
-        turn_place = rotation + (head * padded + t)[:, None] * R + n[None, :]
-        cos = tl.load(turn_place, (n < R)[None, :], 1.0).to(tl.float32)
+        turn_place = rotation + (head * padded + t) * R + n
+        cos = tl.load(turn_place, n < R, 1.0).to(tl.float32)
         turn_place += (batch * H).to(tl.int64) * padded * R
-        sin = tl.load(turn_place, (n < R)[None, :], 0.0).to(tl.float32)
+        sin = tl.load(turn_place, n < R, 0.0).to(tl.float32)
         d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
         turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
-        tl.store(d_turn + place[:, None] * R + n[None, :], turned, (n < R)[None, :])
-        tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1))
-        tl.store(d_bias, tl.sum(d_even, axis=0))
-        tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0))
+        tl.store(d_turn + place * R + n, turned, n < R)
+        tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1)[:, None])
+        tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
+        tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0)[None, :])
         all_even += d_even
         all_odd += d_odd
-    total, n = tl.reshape(tl.join(all_even, all_odd), [CHUNK, N]), tl.arange(0, N)
-    place = (b * length + t).to(tl.int64)[:, None] * WIDTH + 2 * H * P + k * N + n[None, :]
-    x = tl.load(projected + place, (t < length)[:, None], 0.0).to(tl.float32)
+    total, n = tl.reshape(tl.join(all_even, all_odd), [CHUNK, N]), tl.arange(0, N)[None, :]
+    place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + k * N + n
+    x = tl.load(projected + place, t < length, 0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
     x *= factor
-    tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(total * x, axis=0))
-    total *= tl.load(norms + k * N + n)[None, :]
+    tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(total * x, axis=0)[None, :])
+    total *= tl.load(norms + k * N + n)
     total = factor * (total - x * (tl.sum(total * x, axis=1) / N)[:, None])
-    tl.store(d_projected + place, total, (t < length)[:, None])
+    tl.store(d_projected + place, total, t < length)
 
 
 @jit
@@ -1040,50 +1042,51 @@ def tokens_backward(
     chunk, b = tl.program_id(0), tl.program_id(1)
     chunks = tl.num_programs(0)
     padded, program = chunks * CHUNK, b * chunks + chunk
-    t, h = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, triton.next_power_of_2(H))
-    r = tl.arange(0, triton.next_power_of_2(R))
-    live = t < length
-    mask = live[:, None] & (h < H)[None, :]
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    t = token[:, None]
+    h, r = tl.arange(0, triton.next_power_of_2(H))[None, :], tl.arange(0, triton.next_power_of_2(R))[None, :]
+    live, heads = t < length, h < H
+    mask = live & heads
     place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + 2 * N
     row, d_row = projected + place, d_projected + place
     raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, h, H)
-    place, plane, heads = ((b * H + h) * padded)[None, :] + t[:, None], batch * H * padded, (h < H)[None, :]
+    place, plane = (b * H + h) * padded + t, batch * H * padded
     d_own, d_weight = weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_current = d_own + d_weight
     # What scales with exp(sum of decays) less what scales with exp(-sum): the diagonal, in both, cancels.
     d_decay_sum = tl.load(d_scalars + place + plane, heads, 0.0) - tl.load(d_scalars + place, heads, 0.0)
-    at_end = tl.load(d_end + (b * H + h) * chunks + chunk, h < H, 0.0)[None, :]
-    d_decay_sum += tl.where((t == chunk * CHUNK + CHUNK - 1)[:, None], at_end, 0.0)
+    at_end = tl.load(d_end + (b * H + h) * chunks + chunk, heads, 0.0)
+    d_decay_sum += tl.where(t == chunk * CHUNK + CHUNK - 1, at_end, 0.0)
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
     if document_start is not None:
-        start = tl.load(document_start + b * length + t, live, 0)
-        d_log_decay = tl.where((start != 0)[:, None], 0.0, d_log_decay)
+        start = tl.load(document_start + b * length + token, token < length, 0)[:, None]
+        d_log_decay = tl.where(start != 0, 0.0, d_log_decay)
     d_step = share * d_current + rate * d_log_decay
     # This token's step also weighs the key before it.
-    before = mask & (t > 0)[:, None]
+    before = mask & (t > 0)
     _, d_previous = weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
     d_step += (1.0 - share) * d_previous
     # An angle's rate turns all later tokens.
-    turning = live[:, None] & (r < R)[None, :]
-    half = tl.load(half_turn + (b * padded + t)[:, None] * R + r[None, :], turning, 0.0)
+    turning = live & (r < R)
+    half = tl.load(half_turn + (b * padded + t) * R + r, turning, 0.0)
     d_half = tl.zeros_like(half)
     for k in range(H):
         head = (b * H + k).to(tl.int64)
-        own_place = d_turn + (head * padded + t)[:, None] * R + r[None, :]
+        own_place = d_turn + (head * padded + t) * R + r
         own = tl.load(own_place, turning, 0.0).to(tl.float32)
         own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
         later = tl.load(d_turns + (head * chunks + chunk) * R + r, r < R, 0.0)
-        turned = tl.cumsum(own, axis=0, reverse=True) + later[None, :]
-        d_half += tl.load(scalars + head * padded + t)[:, None] * turned
-        d_step += tl.where((h == k)[None, :], tl.sum(half * turned, axis=1)[:, None], 0.0)
-    tl.store(d_row[:, None] + 3 * H + r[None, :], d_half * (0.5 - 2.0 * half * half), turning)
+        turned = tl.cumsum(own, axis=0, reverse=True) + later
+        d_half += tl.load(scalars + head * padded + token)[:, None] * turned
+        d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
+    tl.store(d_row + 3 * H + r, d_half * (0.5 - 2.0 * half * half), turning)
     d_decay = tl.where(rate < -1e-4, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
     d_share = step * (d_current - d_previous) * share * (1.0 - share)
-    tl.store(d_row[:, None] + H + h[None, :], d_decay, mask)
-    tl.store(d_row[:, None] + 2 * H + h[None, :], d_share, mask)
+    tl.store(d_row + H + h, d_decay, mask)
+    tl.store(d_row + 2 * H + h, d_share, mask)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
-    tl.store(d_row[:, None] + h[None, :], d_raw, mask)
-    tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0), h < H)
+    tl.store(d_row + h, d_raw, mask)
+    tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0)[None, :], heads)
 
 
 _given = (
