@@ -62,7 +62,7 @@ def library_tensors(inputs: t.ScanInputs) -> tuple[Tensor | None, ...]:
         *(x.transpose(1, 2).contiguous() for x in (log_decay, inputs.step_size, trapezoid.to(bf16))),
         inputs.query_bias.float(), inputs.key_bias.float(),
         angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(), inputs.skip.float(),
-        None if inputs.gate is None else inputs.gate.to(bf16).contiguous(),
+        inputs.gate.to(bf16).contiguous(),
     )  # fmt: skip
 
 

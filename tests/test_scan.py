@@ -67,10 +67,9 @@ def assert_close(result, reference, tolerance: float = 1e-10) -> None:
 
 SWITCHES = {
     "Mamba-3": {},
-    "ungated": {"gate": None},
     "without trapezoid": {"trapezoid": None},
     "without rotation": {"angle_rate": None},
-    "Mamba-2": {"gate": None, "trapezoid": None, "angle_rate": None},
+    "Mamba-2": {"trapezoid": None, "angle_rate": None},
 }
 SCANS = {"sequential": t.sequential_scan, "chunked": lambda inputs, state: t.chunked_scan(inputs, state, 8)}
 each_scan = pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS)
@@ -229,7 +228,7 @@ def test_mamba3_follows_the_papers_complex_form(scan, starts, carried):
 
 @each_scan
 def test_mamba2_is_the_plain_recurrence(scan):
-    """h <- exp(A dt) h + dt v k^T; y = h q + D v."""
+    """h <- exp(A dt) h + dt v k^T; y = (h q + D v) · SiLU(gate)."""
     zeros = torch.zeros(HEADS, STATE, dtype=torch.float64)
     inputs = make_inputs(20, key_bias=zeros, query_bias=zeros, **SWITCHES["Mamba-2"])
     expected = torch.zeros_like(inputs.value)
@@ -240,7 +239,7 @@ def test_mamba2_is_the_plain_recurrence(scan):
                 dt, v = inputs.step_size[b, i, h], inputs.value[b, i, h]
                 memory = math.exp(inputs.log_decay[b, i, h]) * memory + dt * torch.outer(v, inputs.key[b, i])
                 expected[b, i, h] = memory @ inputs.query[b, i] + inputs.skip[h] * v
-    assert_close(scan(inputs, None)[0], expected)
+    assert_close(scan(inputs, None)[0], expected * F.silu(inputs.gate))
 
 
 @each_scan
