@@ -151,7 +151,6 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
-    beta2: float = env(0.95, "below 1", "Adam's second; the first is 0.9")
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
     weight_average: str = env("ema", "ema|swa|none", "of what to export")
     ema_decay: float = env(0.997, "below 1", "at most, EMA")
@@ -186,7 +185,7 @@ class Settings:
 
     @property
     def artifact_path(self) -> Path:
-        return Path(self.artifact) if self.artifact else Path(self.log_dir) / f"{self.run_id}.int6.lzma"
+        return Path(self.artifact or Path(self.log_dir, f"{self.run_id}.int6.lzma"))
 
     @property
     def checkpoint_paths(self) -> list[Path]:
@@ -905,7 +904,8 @@ def scan_forward(
     projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, batch, chunks, WIDTH: constexpr, H: constexpr,
     P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
-    b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
+    head = tl.program_id(0)
+    b, h = head // H, head % H
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
     square += head.to(tl.int64) * P * N
     dtype = projected.dtype
@@ -939,7 +939,8 @@ def scan_backward(
     d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
     CHUNK: constexpr,
 ):  # fmt: skip
-    b, h, head = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(0)
+    head = tl.program_id(0)
+    b, h = head // H, head % H
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
     square += head.to(tl.int64) * P * N
     dtype = projected.dtype
@@ -1755,7 +1756,7 @@ class Optimizers:
             group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
             muon.append(group) if isinstance(kind, torch.Size) else adam.append(group | {"eps": kind})
         self.muon, cuda = Muon(muon, ranks, s.muon_backend_steps), ranks.device.type == "cuda"
-        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(0.9, s.beta2), fused=True, capturable=cuda)
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), fused=True, capturable=cuda)
         self.parameters = [p for parameters in groups.values() for p in parameters]
         self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, device=ranks.device)
 
@@ -1787,13 +1788,13 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, steps_done: int, progress: float, skipped: Tensor):
         """Takes in the weights after steps_done steps; not if skipped, (), is 1."""
-        s = self.settings
-        if s.weight_average == "none" or (s.weight_average == "swa" and progress < 1 - s.swa_fraction):
+        s, swa = self.settings, self.settings.weight_average == "swa"
+        if s.weight_average == "none" or (swa and progress < 1 - s.swa_fraction):
             return
         self.count += 1
         # A short run must not be averaged with its beginning.
         ema_rate = max(1 - s.ema_decay, 1 / max(1.0, 0.03 * steps_done))
-        rate = (1 - skipped) * (1 / self.count if s.weight_average == "swa" else ema_rate)
+        rate = (1 - skipped) * (1 / self.count if swa else ema_rate)
         torch._foreach_mul_(self.average, 1 - rate)
         torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
 

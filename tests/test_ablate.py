@@ -236,7 +236,7 @@ def test_complete_runs_are_not_repeated(bench, capsys):
 
 def test_only_runs_whose_settings_changed_are_repeated(bench):
     bench.run(TWO)
-    changed = TWO.replace("0.5", "0.25").replace("[1, 2]", "[1, 2, 3]") + '[[variant]]\nname = "new"\nBETA2 = 0.8\n'
+    changed = TWO.replace("0.5", "0.25").replace("[1, 2]", "[1, 2, 3]") + '[[variant]]\nname = "new"\nEMA_DECAY = 0.8\n'
     assert bench.run(changed) == 0
     assert sorted(bench.started()[4:]) == [
         "base-3", "high-rate-1", "high-rate-2", "high-rate-3", "new-1", "new-2", "new-3",
@@ -405,14 +405,14 @@ MISTAKES = {
     "a value of the wrong type": (BASE + "NUM_LAYERS = 3.5\n", 'NUM_LAYERS="3.5" should be a whole number'),
     "a list": (BASE + "MAMBA_LAYERS = [0, 1]\n", "MAMBA_LAYERS should be a string, a number, true or false"),
     "an impossible value": (
-        BASE + '[[variant]]\nname = "x"\nBETA2 = 2\n',
-        "variant 'x': BETA2=2.0 must be from 0 to 1",
+        BASE + '[[variant]]\nname = "x"\nEMA_DECAY = 2\n',
+        "variant 'x': EMA_DECAY=2.0 must be from 0 to 1",
     ),
     "an unknown preset": (BASE.replace("tiny", "tny"), "PRESET=tny is unknown; did you mean tiny"),
     "a seed among the settings": (BASE + "SEED = 3\n", "SEED cannot be set here: write seeds = [...] instead"),
     "one name twice": (BASE + '[[variant]]\nname = "x y"\n[[variant]]\nname = "X-y"\n', "has the same name as 'x y'"),
     "the base's name": (BASE + '[[variant]]\nname = "base"\n', "has the same name as 'base'"),
-    "no name": (BASE + "[[variant]]\nBETA2 = 0.8\n", "None cannot be a variant's name"),
+    "no name": (BASE + "[[variant]]\nEMA_DECAY = 0.8\n", "None cannot be a variant's name"),
     "a name that breaks the table": (BASE + '[[variant]]\nname = "a|b"\n', "'a|b' cannot be a variant's name"),
     "no base": ('seeds = [1]\n[[variant]]\nname = "x"\n', "there is no [base]"),
     "no seeds": ('[base]\nPRESET = "tiny"\n', "seeds should be a list of whole numbers"),
