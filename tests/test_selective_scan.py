@@ -181,7 +181,7 @@ def test_the_block_is_the_papers():
     settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential", **FIRST)
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y, _ = block(u, model._context(random_tokens(2, 9), None, 0), None)
+    y, _ = block(u, model._context(random_tokens(2, 9), (), 0), None)
     z, x = (u @ block.in_proj.weight.T).split(64, dim=-1)
     padded = F.pad(x.mT, (3, 0))
     x = F.silu(F.conv1d(padded, block.conv.weight.unsqueeze(1), block.conv.bias, groups=64)).mT
