@@ -1090,12 +1090,6 @@ def tokens_backward(
     tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0)[None, :], heads)
 
 
-_given = (
-    "Tensor projected, Tensor step_bias, Tensor skip, Tensor biases, Tensor norms, Tensor? document_start,"
-    " Tensor ssm_in, Tensor turn_in, int[] sizes"
-)
-
-
 def launch(kernel, grid: tuple[int, ...], *arguments):
     """Runs a kernel as is best on this GPU."""
     limits = REGISTERS.get(torch.cuda.get_device_capability(), {}) if torch.cuda.is_available() else {}
@@ -1107,10 +1101,14 @@ def tiles(tensor: Tensor, *block: int):
     return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
 
 
-@torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=f"({_given}) -> ({'Tensor, ' * 8}Tensor)")
-def fused_scan(projected, step_bias, skip, biases, norms, document_start, ssm_in, turn_in, sizes):
+_schema = "(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
+
+
+@torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=_schema)
+def fused_scan(tensors, document_start, sizes):
     """y, last state and turn, and what the backward reads. sizes: the kernels' constants."""
-    outputs = empty_outputs(projected, sizes)
+    projected, step_bias, skip, biases, norms, ssm_in, turn_in = tensors
+    outputs = empty_outputs(tensors, document_start, sizes)
     y, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
     (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
     turns = half_turn.new_empty(batch, chunks, heads, angles)
@@ -1132,32 +1130,27 @@ def fused_scan(projected, step_bias, skip, biases, norms, document_start, ssm_in
 
 
 @fused_scan.register_fake
-def _(projected, *rest):
-    return empty_outputs(projected, rest[-1])
-
-
-def empty_outputs(projected: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Of fused_scan."""
-    (batch, length, _), (_, heads, channels, state, angles, chunk) = projected.shape, sizes
+def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
+    projected, (_, heads, channels, state, angles, chunk) = tensors[0], sizes
+    batch, length, _ = projected.shape
     chunks, new = -(-length // chunk), projected.new_empty
     padded, single = chunks * chunk, functools.partial(new, dtype=torch.float32)
     half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # finer than bfloat16 up to 1
-    return (
+    return [
         new(batch, length, heads * channels), single(batch, heads, channels, state), single(batch, heads, angles),
         single(6, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
         new(2, batch, heads, padded, state), new(2, batch, heads, padded, angles, dtype=half),
         new(batch, heads, chunks, channels, state),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
-@torch.library.custom_op(
-    "golf::fused_scan_backward", mutates_args=(),
-    schema=f"(Tensor d_y, Tensor d_ssm_out, Tensor d_turn_out, Tensor[] saved, {_given}) -> ({'Tensor, ' * 6}Tensor)",
-)  # fmt: skip
-def fused_scan_backward(
-    d_y, d_ssm_out, d_turn_out, saved, projected, step_bias, skip, biases, norms, document_start, ssm_in, turn_in, sizes
-):
-    """Gradients of projected, the four parameters, state and turn carried in."""
+_schema = "(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
+
+
+@torch.library.custom_op("golf::fused_scan_backward", mutates_args=(), schema=_schema)
+def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
+    """Gradients of tensors, from those of y, last state and turn."""
+    (d_y, d_ssm_out, d_turn_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
     (batch, length, _), (_, heads, channels, state, _, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = functools.partial(projected.new_empty, dtype=torch.float32)
@@ -1183,24 +1176,23 @@ def fused_scan_backward(
         d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes,
     )  # fmt: skip
     d_parameters = d_heads.sum(dim=0), d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0)
-    return d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out
+    return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out]
 
 
 @fused_scan_backward.register_fake
-def _(d_y, d_ssm_out, d_turn_out, saved, *given):
-    return tuple(torch.empty_like(x) for x in (*given[:5], d_ssm_out, d_turn_out))
+def _(gradients, saved, tensors, *_):
+    return [torch.empty_like(x) for x in tensors]
 
 
 def _fused_scan_context(ctx, inputs, output):
-    *tensors, ctx.sizes = inputs
-    ctx.save_for_backward(*tensors, *output[:2], *output[3:])
+    tensors, document_start, ctx.sizes = inputs
+    ctx.save_for_backward(document_start, *tensors, *output[:2], *output[3:])
 
 
-def _fused_scan_autograd(ctx, d_y, d_ssm_out, d_turn_out, *_):
-    given, saved = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
-    d_outputs = (x.contiguous() for x in (d_y, d_ssm_out, d_turn_out))
-    grads = fused_scan_backward(*d_outputs, saved, *given, ctx.sizes)
-    return *grads[:5], None, *grads[5:], None
+def _fused_scan_autograd(ctx, gradients):
+    document_start, *saved = ctx.saved_tensors
+    gradients = [x.contiguous() for x in gradients[:3]]
+    return fused_scan_backward(gradients, saved[7:], saved[:7], document_start, ctx.sizes), None, None
 
 
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_fused_scan_context)
@@ -1220,9 +1212,8 @@ def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
     biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
     norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()
-    tensors = p.step_bias, p.skip, biases, norms, start, ssm.contiguous(), turn.contiguous()
-    constants = [projected.shape[2], *sizes[:4], chunk]
-    y, ssm, turn, *_ = fused_scan(projected.contiguous(), *tensors, constants)
+    tensors = projected.contiguous(), p.step_bias, p.skip, biases, norms, ssm.contiguous(), turn.contiguous()
+    y, ssm, turn, *_ = fused_scan(tensors, start, [projected.shape[2], *sizes[:4], chunk])
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
