@@ -570,7 +570,7 @@ HUGE = 10**9
         {"rope_fraction": 2.0},
         {"logit_softcap": math.inf},
         {"unet_skips": 1},
-        {"unet_skips": False},
+        {"mlp_layers": "none"},
         {"num_layers": 2, "mamba_layers": "0-1"},
     ],
     ids=lambda change: str(change)[:60],
