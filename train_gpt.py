@@ -596,7 +596,6 @@ def mamba_scan(
     state: ScanState | None, backend: str, chunk_size: int,
 ) -> tuple[Tensor, ScanState]:  # fmt: skip
     """Between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P) in its dtype, and the state."""
-    backend = backend if projected.shape[1] > 1 else "sequential"
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
@@ -1316,28 +1315,12 @@ def choose_scan_backend(settings, device: torch.device) -> str:
 # Weights are float32, activations bfloat16 on GPUs. Depth recurrence is but another order of the blocks.
 
 
-class AttentionState(NamedTuple):
-    key: Tensor  # (B, W, kv heads, D), the last W before rotation
-    value: Tensor  # (B, W, kv heads, D)
-
-
-class MambaState(NamedTuple):
-    scan: ScanState | Tensor  # the first Mamba's: (B, C, N)
-    conv: Tensor | None  # (B, width - 1, channels), the short convolution's last inputs
-
-
-class ModelState(NamedTuple):
-    layers: tuple  # of AttentionState and MambaState, one per virtual layer
-    last_token: Tensor  # (B,), for bigrams
-
-
 class Context(NamedTuple):
     """What every block of one forward pass shares."""
 
     document_start: Tensor | None  # (B, T) bool
-    cos: Tensor  # (cache + T, rotating pairs), from the oldest cached key on
+    cos: Tensor  # (T, rotating pairs)
     sin: Tensor
-    cache_tokens: int  # keys to keep for the next call; 0: no state is wanted
 
 
 class Linear(nn.Linear):
@@ -1384,20 +1367,13 @@ class Attention(nn.Module):
         self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(settings.num_heads, min(16, width)))
 
-    def forward(self, x: Tensor, context, state: AttentionState | None) -> tuple:
+    def forward(self, x: Tensor, context) -> Tensor:
         query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
         query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
-        cached, new_state = 0, None
-        if state is not None:
-            key, value = torch.cat([state.key, key], dim=1), torch.cat([state.value, value], dim=1)
-            cached = state.key.shape[1]
-            query = F.pad(query, (0, 0, 0, 0, cached, 0))  # a square again
-        if context.cache_tokens:
-            new_state = AttentionState(*(t[:, -context.cache_tokens :] for t in (key, value)))
         query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
         y = sdpa(query, key, value)
         gate = 2 * F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)).sigmoid()
-        return self.out((y[:, cached:] * gate.unsqueeze(-1)).flatten(2)), new_state
+        return self.out((y * gate.unsqueeze(-1)).flatten(2))
 
 
 class ShortConv(nn.Module):
@@ -1408,14 +1384,13 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, history: Tensor | None, fused: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, C) and the last inputs (B, width - 1, C) -> outputs (B, L, C), and this call's last inputs."""
-        if fused and self.weight.shape[1] > 1:
-            return library_conv(x.mT.contiguous(), self.weight.to(x.dtype), self.bias.to(x.dtype)).mT, None
-        weight, reach, length = self.weight.to(x.dtype), self.weight.shape[1] - 1, x.shape[1]
-        inputs = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat([history, x], dim=1)
-        y = self.bias.to(x.dtype) + sum(weight[:, tap] * inputs[:, tap : tap + length] for tap in range(reach + 1))
-        return F.silu(y), inputs[:, length:]
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        """x (B, L, C) -> the same shape."""
+        weight, bias, reach = self.weight.to(x.dtype), self.bias.to(x.dtype), self.weight.shape[1] - 1
+        if fused and reach:
+            return library_conv(x.mT.contiguous(), weight, bias).mT
+        inputs = F.pad(x, (0, 0, reach, 0))
+        return F.silu(bias + sum(weight[:, tap] * inputs[:, tap : tap + x.shape[1]] for tap in range(reach + 1)))
 
 
 class Mamba(nn.Module):
@@ -1451,30 +1426,27 @@ class Mamba(nn.Module):
         if version > 1:
             self.output_norm = nn.Parameter(torch.ones(inner))
 
-    def forward(self, u: Tensor, context, state: MambaState | None) -> tuple[Tensor, MambaState | None]:
+    def forward(self, u: Tensor, context) -> Tensor:
         projected, sizes, backend = self.in_proj(u), self.sizes, self.backend
-        scan_state, history = state or (None, None)
-        if backend == "fused" and (state or context.cache_tokens):  # the libraries carry no state
-            backend = "parallel"
         if self.conv is not None:
             inner = self.out_proj.in_features
             gate, mixed, rest = projected.tensor_split([inner, inner + len(self.conv.weight)], dim=-1)
-            mixed, history = self.conv(mixed, history, backend == "fused")
+            mixed = self.conv(mixed, backend == "fused")
             projected = torch.cat([gate, mixed, rest], dim=-1)
-        shared = context.document_start, scan_state, backend, self.chunk_size
+        shared = context.document_start, None, backend, self.chunk_size
         if sizes.version == 1:
             step, key, query = self.x_proj(mixed).tensor_split([-2 * sizes.state, -sizes.state], dim=-1)
             tensors = mixed, self.dt_proj(step), -self.A_log.exp(), key, query, self.D, gate, self.dt_bias
-            y, scan_state = selective_scan(tensors, *shared)
+            y, _ = selective_scan(tensors, *shared)
         else:
             if sizes.version == 3:
                 learned = self.B_bias, self.C_bias, self.B_norm, self.C_norm
             else:
                 no_bias = torch.zeros_like(self.D).unsqueeze(1)
                 learned = no_bias, no_bias, None, None, -self.A_log.exp()
-            y, scan_state = mamba_scan(projected, MambaParameters(self.dt_bias, self.D, *learned), sizes, *shared)
+            y, _ = mamba_scan(projected, MambaParameters(self.dt_bias, self.D, *learned), sizes, *shared)
             y = norm(y, self.output_norm, 1e-5)
-        return self.out_proj(y), MambaState(scan_state, history) if context.cache_tokens else None
+        return self.out_proj(y)
 
 
 class MLP(nn.Module):
@@ -1500,14 +1472,11 @@ class Block(nn.Module):
         self.mlp = MLP(settings) if mlp else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, x: Tensor, embedded: Tensor, context, state) -> tuple[Tensor, object]:
+    def forward(self, x: Tensor, embedded: Tensor, context) -> Tensor:
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
-        y, new_state = self.mixer(norm(x), context, state)
-        x = x + y
-        if self.mlp is not None:
-            x = x + self.mlp(norm(x))
-        return x, new_state
+        x = x + self.mixer(norm(x), context)
+        return x if self.mlp is None else x + self.mlp(norm(x))
 
 
 @jit
@@ -1581,7 +1550,7 @@ class Model(nn.Module):
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
         # A table, or each kernel would compute it anew.
-        angles = torch.arange(2 * s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
+        angles = torch.arange(s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
         self.register_buffer("rotary_table", torch.stack([angles.cos(), angles.sin()]), persistent=False)
         self.to(device)
 
@@ -1592,41 +1561,30 @@ class Model(nn.Module):
     def order(self, recurrent: bool) -> tuple[int, ...]:
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
 
-    def forward(
-        self, tokens: Tensor, order: tuple[int, ...], state: ModelState | None = None, cache_tokens: int = 0
-    ) -> tuple[Tensor, ModelState | None]:
-        """Hidden states (B, T, width) of tokens (B, T) int64; with cache_tokens > 0 also the state to continue from."""
-        x = embedded = self._embed(tokens, state)
-        memories = (None,) * len(order) if state is None else state.layers
-        context = self._context(tokens, memories, cache_tokens)
-        half = len(order) // 2 if self.settings.unet_skips else 0
-        skips, layer_states = [], []
-        for position, (layer, memory) in enumerate(zip(order, memories)):
+    def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
+        """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
+        x = embedded = self._embed(tokens)
+        cos, sin = self.rotary_table[:, : tokens.shape[1]]
+        context = Context(tokens == BOS_ID if self.settings.document_reset else None, cos, sin)
+        half, skips = len(order) // 2 if self.settings.unet_skips else 0, []
+        for position, layer in enumerate(order):
             if position >= len(order) - half:
                 x = x + self.skip_weights[position - len(order) + half].to(x.dtype) * skips.pop()
-            x, layer_state = self.blocks[layer](x, embedded, context, memory)
-            layer_states.append(layer_state)
+            x = self.blocks[layer](x, embedded, context)
             if position < half:
                 skips.append(x)
-        return norm(x), ModelState(tuple(layer_states), tokens[:, -1]) if cache_tokens else None
+        return norm(x)
 
-    def _embed(self, tokens: Tensor, state: ModelState | None) -> Tensor:
+    def _embed(self, tokens: Tensor) -> Tensor:
         s = self.settings
         x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
         if s.bigram_vocab_size:
-            last = torch.full_like(tokens[:, :1], BOS_ID) if state is None else state.last_token.unsqueeze(1)
-            before = torch.cat([last, tokens[:, :-1]], dim=1)
+            before = F.pad(tokens[:, :-1], (1, 0), value=BOS_ID)
             row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
             row = row.masked_fill(tokens == BOS_ID, 0)  # what begins a document, follows nothing
             bigram = F.embedding(row, self.bigram_embedding.weight).to(x.dtype)
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
-
-    def _context(self, tokens: Tensor, memories: tuple, cache_tokens: int) -> Context:
-        cached = max([0] + [memory.key.shape[1] for memory in memories if isinstance(memory, AttentionState)])
-        cos, sin = self.rotary_table[:, : cached + tokens.shape[1]]
-        document_start = tokens == BOS_ID if self.settings.document_reset else None
-        return Context(document_start, cos, sin, cache_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits, one for each token of the vocabulary."""
@@ -1644,7 +1602,7 @@ class Model(nn.Module):
         return nats.view(targets.shape)
 
     def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        return self.nats(self(tokens, order)[0], targets)
+        return self.nats(self(tokens, order), targets)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
         return self.score(tokens, targets, order).mean()
@@ -1960,13 +1918,15 @@ def maybe_compile(function, settings, ranks):
 
 
 @torch.no_grad()
-def generate(model, prompt: Tensor, count: int, seed: int) -> Tensor:
-    """prompt (B, T) and count tokens sampled one by one, (B, T + count)."""
-    generator, tokens, state = torch.Generator(prompt.device).manual_seed(seed), [prompt], None
-    for _ in range(count):
-        hidden, state = model(tokens[-1], model.full_order, state, prompt.shape[1] + count)
-        tokens.append(model.logits(hidden[:, -1]).softmax(dim=-1).multinomial(1, generator=generator))
-    return torch.cat(tokens, dim=1)
+def generate(model, count: int, length: int, seed: int) -> Tensor:
+    """Texts sampled token by token, (count, length), each behind a BOS."""
+    device = model.embedding.weight.device
+    generator, tokens = torch.Generator(device).manual_seed(seed), torch.full((count, length), BOS_ID, device=device)
+    for place in range(1, length):
+        seen = min(length, place + -place % 64)  # few lengths; what lies ahead has no effect
+        logits = model.logits(model(tokens[:, :seen], model.full_order)[:, place - 1])
+        tokens[:, place] = logits.softmax(dim=-1).multinomial(1, generator=generator).squeeze(1)
+    return tokens
 
 
 # ============
@@ -2087,7 +2047,7 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
     layers = model.linear_layers().items()
     hooks = [layer.register_forward_pre_hook(functools.partial(gather, name)) for name, layer in layers]
     for batch in sequences.split(rows):
-        gather("embedding.weight", model, model(batch, model.full_order)[:1])
+        gather("embedding.weight", model, (model(batch, model.full_order),))
     for hook in hooks:
         hook.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
@@ -2577,8 +2537,7 @@ def export(trainer, batches) -> dict:
     if s.quantizer not in ("round", "ternary"):
         count, length = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size)), s.train_seq_len
         if s.calibration == "self":
-            begin = torch.full((count, 1), BOS_ID, device=ranks.device)
-            sequences = generate(model, begin, length - 1, s.seed + ranks.rank)
+            sequences = generate(model, count, length, s.seed + ranks.rank)
         else:
             steps = range(0, s.calibration_tokens, s.train_batch_tokens)
             sequences = torch.cat([batches.next()[0] for _ in steps])[:count]

@@ -165,7 +165,7 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     seen = []
     handle = model.blocks[1].mixer.query.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     with torch.no_grad():
-        final = model(tokens, model.order(True))[0].flatten(0, 1)
+        final = model(tokens, model.order(True)).flatten(0, 1)
     handle.remove()
     hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
     x = torch.cat([part.flatten(0, 1) for part in seen])

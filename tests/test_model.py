@@ -21,7 +21,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANT
 
 
 def hidden(model: t.Model, tokens: torch.Tensor) -> torch.Tensor:
-    return model(tokens, model.order(True))[0]
+    return model(tokens, model.order(True))
 
 
 def test_peer7_has_the_published_parameters_but_for_scales_norms_and_gates():
@@ -96,11 +96,11 @@ class Mark(nn.Module):
         super().__init__()
         self.layer, self.ran = layer, ran
 
-    def forward(self, x, embedded, context, state):
+    def forward(self, x, embedded, context):
         self.ran.append(self.layer)
         x = x.clone()
         x[..., self.layer] += 1
-        return x, None
+        return x
 
 
 def test_skips_pair_the_first_virtual_layers_with_the_last_innermost_first():
@@ -127,42 +127,7 @@ def test_repeated_layers_share_their_weights():
     assert hinge.order(True) == (0, 1, 2, 1, 2)
 
 
-# ---- State carried from call to call ---------------------------------------------------------------------------------
-
-
-@each_variant
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "many documents"])
-@pytest.mark.parametrize("places", [(1,), (16,), (5, 6, 7), (12, 24)], ids=str)
-@torch.no_grad()
-def test_forward_in_parts_equals_one_forward(variant, documents, places):
-    """With a cache as long as the text, carried state makes the parts one sequence again, also across documents."""
-    model = random_model(tiny(document_reset=documents, **variant))
-    tokens = random_tokens(2, 32)
-    tokens[0, [0, 4, 13, 14, 30]] = t.BOS_ID
-    expected = hidden(model, tokens)
-    state, outputs = None, []
-    for first, last in zip((0, *places), (*places, 32)):
-        h, state = model(tokens[:, first:last], model.order(True), state, 64)
-        outputs.append(h)
-    assert relative(torch.cat(outputs, dim=1), expected) < 1e-5
-
-
-@torch.no_grad()
-def test_attention_forgets_what_is_older_than_its_cache():
-    """Single tokens with a cache of 6: the 7 latest tokens decide in one attention layer, and nothing before them."""
-    model = random_model(tiny(num_layers=1, mamba_layers="none", bigram_vocab_size=0))
-    tokens = random_tokens(1, 20)
-
-    def last_of(tokens: torch.Tensor) -> torch.Tensor:
-        state = None
-        for position in range(tokens.shape[1]):
-            h, state = model(tokens[:, position : position + 1], model.order(True), state, 6)
-        return h
-
-    for position in range(20):
-        changed = tokens.clone()
-        changed[0, position] = 4 + (changed[0, position] - 3) % 500
-        assert torch.allclose(last_of(changed), last_of(tokens), atol=1e-6) == (position < 13), position
+# ---- Documents -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", [{}, {"mamba_version": 2, "mamba_d_conv": 0}], ids=str)
@@ -221,7 +186,7 @@ def test_partial_rotary_embedding_leaves_the_other_dimensions_alone_and_sees_onl
 @torch.no_grad()
 def test_rope_fraction_sets_how_many_pairs_rotate(fraction, pairs):
     model = random_model(tiny(rope_fraction=fraction))
-    assert model.rotary_table.shape == (2, 2 * model.settings.train_seq_len, pairs)
+    assert model.rotary_table.shape == (2, model.settings.train_seq_len, pairs)
     assert hidden(model, random_tokens(1, 8)).isfinite().all()
 
 
@@ -232,7 +197,7 @@ def test_attention_follows_its_definition():
     settings = tiny(num_layers=1, mamba_layers="none", rope_fraction=0.5)
     model = random_model(settings)
     block, x = model.blocks[0].mixer, torch.randn(1, 9, 32)
-    y, _ = block(x, model._context(random_tokens(1, 9), (), 0), None)
+    y = block(x, t.Context(None, *model.rotary_table[:, :9]))
 
     def rms_normed(v: torch.Tensor) -> torch.Tensor:
         return v / v.square().mean(-1, keepdim=True).sqrt()
@@ -261,7 +226,7 @@ def test_the_mamba3_block_feeds_the_scan_what_its_definition_says():
     settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential")
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y, _ = block(u, model._context(random_tokens(2, 9), (), 0), None)
+    y = block(u, t.Context(None, *model.rotary_table[:, :9]))
     projected = u @ block.in_proj.weight.T
     z, x, b, c = projected[..., :64], projected[..., 64:128], projected[..., 128:136], projected[..., 136:144]
     dt, a, trapezoid, angle = (projected[..., 144 + 4 * i : 148 + 4 * i] for i in range(4))
@@ -284,7 +249,7 @@ def test_the_mamba2_block_has_its_convolution_in_front_and_its_gate_and_norm_at_
     settings = tiny(num_layers=1, mamba_layers="all", mamba_version=2, scan_backend="sequential")
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y, _ = block(u, model._context(random_tokens(2, 9), (), 0), None)
+    y = block(u, t.Context(None, *model.rotary_table[:, :9]))
     projected = u @ block.in_proj.weight.T
     convolved = torch.nn.functional.conv1d(
         torch.nn.functional.pad(projected[..., 64:144].mT, (3, 0)),

@@ -271,15 +271,4 @@ def test_short_convolution_is_conv1d_with_silu(width):
     conv, x = make_conv(width), torch.randn(2, 11, 6, dtype=torch.float64)
     padded = F.pad(x.mT, (width - 1, 0))
     expected = F.silu(F.conv1d(padded, conv.weight.unsqueeze(1), conv.bias, groups=6)).mT
-    assert_close(conv(x, None)[0], expected)
-
-
-@pytest.mark.parametrize("places", [(1,), (2, 3), (4, 5, 6), (10,)], ids=str)
-def test_short_convolution_in_several_calls_equals_one_call(places):
-    conv, x = make_conv(4), torch.randn(2, 11, 6, dtype=torch.float64)
-    expected, _ = conv(x, None)
-    history, outputs = None, []
-    for first, last in zip((0, *places), (*places, 11)):
-        y, history = conv(x[:, first:last], history)
-        outputs.append(y)
-    assert_close(torch.cat(outputs, dim=1), expected)
+    assert_close(conv(x), expected)
