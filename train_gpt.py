@@ -1131,7 +1131,8 @@ def fused_scan(projected, step_bias, skip, biases, norms, document_start, ssm_in
         tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
         turns, length, batch, *constants,
     )  # fmt: skip
-    before = F.pad(turns.cumsum(dim=1), (0, 0, 0, 0, 1, -1)) + turn_in.unsqueeze(1)
+    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)  # cumsum has no deterministic form
+    before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
         rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *constants
@@ -1189,7 +1190,8 @@ def fused_scan_backward(
         d_scalars, d_turn, d_norms, d_biases, length, batch, *constants,
     )  # fmt: skip
     d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
-    later = d_turns.flip(2).cumsum(dim=2).flip(2) - d_turns + d_turn_out.unsqueeze(2)
+    after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
+    later = (after @ d_turns.double()).float() + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
         d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *constants,
@@ -2619,7 +2621,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
     if settings.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
     if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
         launch = environment["TORCHELASTIC_RUN_ID"]
