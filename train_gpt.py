@@ -2379,12 +2379,13 @@ class Trainer:
         with torch.cuda.stream(torch.cuda.Stream(numbers.device) if copied else None):
             if copied:
                 copied.wait()
-            numbers = numbers.cpu().numpy()
+            parts = [x.cpu().numpy() for x in numbers.split(1 << 22)]  # a copy holds up all other launches
         first, (newest, before) = CHECKPOINT_MAGIC + json.dumps(header).encode() + b"\n", self.settings.checkpoint_paths
         digest = hashlib.sha256(first)
-        digest.update(numbers)
+        for part in parts:
+            digest.update(part)
         try:
-            write_whole(newest, first, numbers, digest.digest(), before=before)
+            write_whole(newest, first, *parts, digest.digest(), before=before)
         except UserError as error:
             self.log(f"warning: {error}; training goes on")
 
