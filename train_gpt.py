@@ -1115,7 +1115,8 @@ def fused_scan(tensors, document_start, sizes):
         tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
         turns, length, batch, *sizes,
     )  # fmt: skip
-    before = F.pad(turns.cumsum(dim=1), (0, 0, 0, 0, 1, -1)) + turn_in.unsqueeze(1)
+    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)  # cumsum has no deterministic form
+    before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
         rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *sizes
@@ -1169,7 +1170,8 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
         d_scalars, d_turn, d_norms, d_biases, length, batch, *sizes,
     )  # fmt: skip
     d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
-    later = d_turns.flip(2).cumsum(dim=2).flip(2) - d_turns + d_turn_out.unsqueeze(2)
+    after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
+    later = (after @ d_turns.double()).float() + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
         d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes,
@@ -2156,12 +2158,13 @@ def pack_artifact(settings, stored: dict[str, Tensor]) -> bytes:
     return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(content) + codes))
 
 
-def seal(magic: bytes, header: dict, payload) -> tuple:
-    """The parts of a file: magic and header, payload, SHA-256 of these."""
-    first = magic + json.dumps(header, separators=(",", ":")).encode() + b"\n"
-    digest = hashlib.sha256(first)
-    digest.update(payload)
-    return first, payload, digest.digest()
+def seal(magic: bytes, header: dict, *parts) -> list:
+    """The parts of a file: magic and header, these, SHA-256 of all."""
+    parts = [magic + json.dumps(header, separators=(",", ":")).encode() + b"\n", *parts]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return [*parts, digest.digest()]
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
@@ -2404,10 +2407,10 @@ class Trainer:
         with torch.cuda.stream(torch.cuda.Stream(numbers.device) if copied else None):
             if copied:
                 copied.wait()
-            numbers = numbers.cpu().numpy()
+            parts = [x.cpu().numpy() for x in numbers.split(1 << 22)]  # a copy holds up all other launches
         newest, before = self.settings.checkpoint_paths
         try:
-            write_whole(newest, *seal(CHECKPOINT_MAGIC, header, numbers), before=before)
+            write_whole(newest, *seal(CHECKPOINT_MAGIC, header, *parts), before=before)
         except UserError as error:
             self.log(f"warning: {error}; training goes on")
 
@@ -2652,7 +2655,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
     if settings.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
     if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
         launch = environment["TORCHELASTIC_RUN_ID"]

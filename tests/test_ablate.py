@@ -205,6 +205,23 @@ def test_runs_side_by_side_have_gpus_of_their_own(bench, monkeypatch):
     assert starts["base-2"]["time"] < ends["base-1"]["time"]
 
 
+def test_more_runs_at_once_than_gpus_share_them_and_the_table_says_so(bench, monkeypatch):
+    monkeypatch.setattr(ablate, "visible_gpus", lambda: ["0", "3", "5"])
+    assert bench.run(TWO, "--parallel", "3") == 0
+    assert "Runs shared GPUs" not in (bench.out / "table.md").read_text()
+    plan = ablate.read_plan(bench.file, bench.out, t, parallel=5)
+    assert ablate.share_gpus(plan) == [["0"], ["3"], ["5"], ["0"], ["3"]]
+    more = TWO.replace("[1, 2]", "[1, 2, 3]")
+    assert bench.run(more, "--parallel", "4") == 0
+    assert bench.run(more, "--parallel", "3") == 0  # nothing left to do: it was so nevertheless
+    assert "Runs shared GPUs" in (bench.out / "table.md").read_text()
+
+
+def test_only_the_first_seeds_run_if_asked(bench):
+    assert bench.run(TWO, "--seeds", "1") == 0
+    assert bench.started() == ["base-1", "high-rate-1"]
+
+
 def test_more_processes_than_gpus_are_refused(bench, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "visible_gpus", lambda: ["0", "1"])
     assert bench.run(TWO, "--processes", "4") == 2

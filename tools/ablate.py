@@ -7,7 +7,7 @@ A TOML file says what to compare. Settings are those of train_gpt.py, in capital
 
     seeds = [1337, 1338, 1339]  # every variant runs once with each
     processes = 1               # of each run, as in torchrun --nproc_per_node; 1 if left out
-    parallel = 8                # most runs at once; as many as there are GPUs for if left out, on a CPU one
+    parallel = 8                # runs at once; as many as there are GPUs for if left out, on a CPU one. More share GPUs
 
     [base]                      # what all variants share, and itself the first row of the table
     PRESET = "short"
@@ -22,7 +22,8 @@ A TOML file says what to compare. Settings are those of train_gpt.py, in capital
     seeds = [1337, 1338]        # instead of the seeds above
 
 `name` may stand in [base] too. Settings in the environment, such as DATA_PATH, hold for all runs where the file says
-nothing else. RUN_ID, SEED and LOG_DIR are chosen here. Runs side by side have GPUs of their own.
+nothing else. RUN_ID, SEED and LOG_DIR are chosen here. Runs that share a GPU hide each other's compiling; compare them by
+steps, with MAX_WALLCLOCK_SECONDS=0 and ITERATIONS, since no clock is fair to them.
 
 The output folder, logs/NAME-OF-THE-FILE, gets table.md, results.json, plots and, in runs/, a folder per run. Ctrl-C stops
 the runs; the same command continues. A run that is complete is kept as long as its settings and the number of its
@@ -180,8 +181,11 @@ def folder_name(variant: str) -> str:
     return re.sub(r"[^\w.+=-]+", "-", variant)
 
 
-def read_plan(path: Path, out: Path, train_gpt: ModuleType, processes: int = 0, parallel: int = 0) -> Plan:
-    """The file's runs, their settings checked by train_gpt.py; processes and parallel go before the file's."""
+def read_plan(
+    path: Path, out: Path, train_gpt: ModuleType, processes: int = 0, parallel: int = 0, num_seeds: int | None = None
+) -> Plan:
+    """The file's runs, their settings checked by train_gpt.py; processes and parallel go before the file's, and of the
+    seeds the first num_seeds."""
     content, environment = read_toml(path), dict(os.environ)
     known = ("seeds", "processes", "parallel", "base", "variant")
     for key in content:
@@ -209,7 +213,7 @@ def read_plan(path: Path, out: Path, train_gpt: ModuleType, processes: int = 0, 
         twin = [other for other in names if folder_name(other).casefold() == folder_name(name).casefold()]
         need(not twin, f"{where} has the same name as {''.join(twin[:1])!r}: names must differ in letters or digits")
         names.append(name)
-        seeds = read_seeds(table if "seeds" in table else content, where if "seeds" in table else str(path))
+        seeds = read_seeds(table if "seeds" in table else content, where if "seeds" in table else str(path))[:num_seeds]
         variables = shared | read_variables(table, where, train_gpt)
         with as_user_error(where, train_gpt):
             settings, given = train_gpt.read_settings(environment | variables)
@@ -242,13 +246,13 @@ def visible_gpus() -> list[str]:
 
 
 def share_gpus(plan: Plan) -> list[list[str]]:
-    """The GPUs of each run that may go on at once: disjoint lists, empty on a CPU."""
+    """The GPUs of each run that may go on at once: disjoint lists as far as they go, empty on a CPU."""
     gpus = visible_gpus() if any(run.uses_gpu for run in plan.runs) else []
     if not gpus:
         return [[] for _ in range(plan.parallel or 1)]
     fit, size = len(gpus) // plan.processes, plan.processes
     need(fit, f"processes = {plan.processes}, but there are only {len(gpus)} GPUs here")
-    return [gpus[i * size : (i + 1) * size] for i in range(min(plan.parallel or fit, fit))]
+    return [gpus[i % fit * size : (i % fit + 1) * size] for i in range(plan.parallel or fit)]
 
 
 # ---- What a run left behind ------------------------------------------------------------------------------------------
@@ -358,6 +362,7 @@ class Runner:
     def __init__(self, plan: Plan, out: Path, script: Path, gpus: list[list[str]]):
         self.plan, self.out, self.script, self.free = plan, out, script, list(gpus)
         self.parallel, self.jobs, self.stopping, self.next_show = len(gpus), [], False, 0.0
+        self.shared = any(gpus.count(own) > 1 for own in gpus if own)
         self.waiting = [run for run in plan.runs if not is_complete(run)]
         kept = [run for run in plan.runs if is_complete(run)]
         self.durations = [read_outcome(run)["seconds"] for run in kept]
@@ -420,7 +425,12 @@ class Runner:
             error = last_words(run.folder / "output.txt", status)
         else:
             self.durations.append(seconds)
-        outcome = {"status": "failed" if error else "complete", "error": error, "seconds": seconds}
+        outcome = {
+            "status": "failed" if error else "complete",
+            "error": error,
+            "seconds": seconds,
+            "shared": self.shared,
+        }
         write_whole(run.folder / "outcome.json", json.dumps(outcome | run.identity | {"script": job.digest}))
         self.jobs.remove(job)
         self.free.append(job.gpus)
@@ -466,8 +476,8 @@ def describe_run(run: Run) -> dict:
     status = outcome.get("status", "waiting")
     return {
         "variant": run.variant, "seed": run.seed, "status": status, "error": outcome.get("error", ""),
-        **run.identity, "seconds": outcome.get("seconds"), "script": outcome.get("script"), "folder": str(run.folder),
-        "figures": read_figures(run) if outcome else {},
+        **run.identity, "seconds": outcome.get("seconds"), "shared": outcome.get("shared"),
+        "script": outcome.get("script"), "folder": str(run.folder), "figures": read_figures(run) if outcome else {},
     }  # fmt: skip
 
 
@@ -527,8 +537,10 @@ def format_table(plan: Plan, runs: list[dict], notes: Iterable[str] = ()) -> str
         "The difference is to the base's final BPB; p is Welch's two-sided t-test, uncorrected for many variants."
     )
     waiting = sum(run["status"] == "waiting" for run in runs)
+    shared = any(run["shared"] for run in runs)
     scripts = len({run["script"] for run in runs if run["status"] == "complete"})
     notes = [f"{waiting} of {len(runs)} runs have not ended."] * bool(waiting) + list(notes)
+    notes += ["Runs shared GPUs: ms/step compares nothing."] * shared
     notes += [f"The runs were made with {scripts} versions of the script."] * (scripts > 1)
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
 
@@ -627,6 +639,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="output folder (default: logs/ and FILE's name)")
     parser.add_argument("--processes", type=count, default=0, metavar="N", help="of each run, instead of FILE's")
     parser.add_argument("--parallel", type=count, default=0, metavar="N", help="most runs at once, instead of FILE's")
+    parser.add_argument("--seeds", type=count, metavar="N", help="only the first N of each variant's")
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="program to run (train_gpt.py)")
     parser.add_argument("--dry-run", action="store_true", help="list what would run, and change nothing")
     return parser.parse_args(arguments)
@@ -646,7 +659,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     out, script = (options.out or Path("logs") / options.file.stem).resolve(), options.script.resolve()
     need(script.is_file(), f"{script}: no such program")
-    plan = read_plan(options.file, out, load_train_gpt(), options.processes, options.parallel)
+    plan = read_plan(options.file, out, load_train_gpt(), options.processes, options.parallel, options.seeds)
     gpus = share_gpus(plan)
     if options.dry_run:
         list_runs(plan, gpus)
