@@ -13,7 +13,7 @@ code, loads it back and scores it, adapting to what it has scored. Sections foll
     4. Scans        the recurrences of Mamba-3, Mamba-2 and Mamba, slow and fast
     5. Model        attention, Mamba and MLP blocks
     6. Optimizers   Muon for matrices, Adam for the rest, weight average, schedule
-    7. Evaluation   scores, test-time training, sampling
+    7. Evaluation   scores, test-time training
     8. Export       GPTQ and the artifact file
     9. Run          log, training loop, main()
 """
@@ -152,17 +152,14 @@ class Settings:
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
     grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
-    weight_average: str = env("ema", "ema|swa|none", "of what to export")
-    ema_decay: float = env(0.997, "below 1", "at most, EMA")
-    swa_fraction: float = env(0.2, "of run", "SWA averages this last part")
+    ema_decay: float = env(0.997, "below 1", "weight average; of a short run less")
 
     quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export")
     late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "least k of int6 rows; 0: as fine as TARGET_MB allows")
     sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
-    calibration: str = env("train", "train|self", "GPTQ's text: training's, or the model's own")
-    calibration_tokens: int = env(131_072, "tokens > 0", "how much of it")
+    calibration_tokens: int = env(131_072, "tokens > 0", "of training text that GPTQ sees")
 
     eval_mode: str = env("sliding", "plain|sliding", "context of a scored token", "evaluation")
     eval_stride: int = env(512, "tokens > 0", "sliding: how far each window moves")
@@ -276,7 +273,7 @@ def parse_value(name: str, text: str, kind: type):
 
 def reject_misspelt(environment: dict[str, str], names: set[str]):
     """Refuses a variable that is nearly one of ours."""
-    families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SWA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
+    families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
     others = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # other programs' own
     flat = {name.replace("_", ""): name for name in names}
     for variable in environment:
@@ -1730,29 +1727,23 @@ class Optimizers:
 
 
 class WeightAverage:
-    """EMA or SWA of the weights: an average that moves towards them."""
+    """Exponential moving average of the weights."""
 
     def __init__(self, model, settings):
-        self.settings, self.parameters, self.count = settings, list(model.parameters()), 0
+        self.decay, self.parameters = settings.ema_decay, list(model.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
-    def update(self, steps_done: int, progress: float, skipped: Tensor):
+    def update(self, steps_done: int, skipped: Tensor):
         """Takes in the weights after steps_done steps; not if skipped, (), is 1."""
-        s, swa = self.settings, self.settings.weight_average == "swa"
-        if s.weight_average == "none" or (swa and progress < 1 - s.swa_fraction):
-            return
-        self.count += 1
         # A short run must not be averaged with its beginning.
-        ema_rate = max(1 - s.ema_decay, 1 / max(1.0, 0.03 * steps_done))
-        rate = (1 - skipped) * (1 / self.count if swa else ema_rate)
+        rate = (1 - skipped) * max(1 - self.decay, 1 / max(1.0, 0.03 * steps_done))
         torch._foreach_mul_(self.average, 1 - rate)
         torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
 
     @torch.no_grad()
     def apply(self):
-        if self.count:
-            torch._foreach_copy_(self.parameters, self.average)
+        torch._foreach_copy_(self.parameters, self.average)
 
 
 class Schedule(NamedTuple):
@@ -1917,18 +1908,6 @@ def maybe_compile(function, settings, ranks):
         return function
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-@torch.no_grad()
-def generate(model, count: int, length: int, seed: int) -> Tensor:
-    """Texts sampled token by token, (count, length), each behind a BOS."""
-    device = model.embedding.weight.device
-    generator, tokens = torch.Generator(device).manual_seed(seed), torch.full((count, length), BOS_ID, device=device)
-    for place in range(1, length):
-        seen = min(length, place + -place % 64)  # few lengths; what lies ahead has no effect
-        logits = model.logits(model(tokens[:, :seen], model.full_order)[:, place - 1])
-        tokens[:, place] = logits.softmax(dim=-1).multinomial(1, generator=generator).squeeze(1)
-    return tokens
 
 
 # ============
@@ -2331,8 +2310,8 @@ def training_loss(model, settings, ranks):
     return parallel
 
 
-CHECKPOINT_MAGIC = b"SSMCHKP1"  # changes with Trainer.tensors()
-PROGRESS = "steps", "seconds", "averaged", "qat_k"
+CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
+PROGRESS = "steps", "seconds", "qat_k"
 
 
 class Trainer:
@@ -2367,7 +2346,7 @@ class Trainer:
         return [*self.average.parameters, *self.average.average, *moments, *momentum, self.optimizers.skipped]
 
     def header(self) -> dict:
-        progress = self.steps_done, self.clock.seconds(), self.average.count, self.qat_k
+        progress = self.steps_done, self.clock.seconds(), self.qat_k
         return {name: getattr(self.settings, name) for name in TRAINING_FIELDS} | dict(zip(PROGRESS, progress))
 
     @torch.no_grad()
@@ -2383,7 +2362,7 @@ class Trainer:
                 continue
             differ = [f"{f.upper()}={found[f]}, not {ours[f]}" for f in TRAINING_FIELDS if found[f] != ours[f]]
             need(not differ, f"{path} has {'; '.join(differ)}; RESUME=never starts anew")
-            self.steps_done, self.clock.counted, self.average.count, self.qat_k = (found[name] for name in PROGRESS)
+            self.steps_done, self.clock.counted, self.qat_k = (found[name] for name in PROGRESS)
             sizes, sane = [x.numel() for x in tensors], 0 <= self.steps_done <= s.iterations and self.clock.counted >= 0
             need(sane and len(payload) == 4 * sum(sizes), f"{path} is not a usable checkpoint")
             stored = torch.tensor(np.frombuffer(payload, "<f4"), device=self.ranks.device)
@@ -2451,7 +2430,7 @@ class Trainer:
             kind = self.model.order(now.recurrent), fake_quantization if now.quantized else contextlib.nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
             self.steps_done += 1
-            self.average.update(self.steps_done, now.progress, self.optimizers.muon.found_inf)
+            self.average.update(self.steps_done, self.optimizers.muon.found_inf)
             if ranks.device.type == "cuda":
                 queued.append(torch.cuda.current_stream().record_event())
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
@@ -2538,12 +2517,9 @@ def export(trainer, batches) -> dict:
     clock.start()
     hessians = {}
     if s.quantizer not in ("round", "ternary"):
-        count, length = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size)), s.train_seq_len
-        if s.calibration == "self":
-            sequences = generate(model, count, length, s.seed + ranks.rank)
-        else:
-            steps = range(0, s.calibration_tokens, s.train_batch_tokens)
-            sequences = torch.cat([batches.next()[0] for _ in steps])[:count]
+        count = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size))
+        steps = range(0, s.calibration_tokens, s.train_batch_tokens)
+        sequences = torch.cat([batches.next()[0] for _ in steps])[:count]
         hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
     k = fit_sdclip(model, s, target)
     while True:

@@ -413,8 +413,8 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
     header = json.loads(header)
     if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {n: getattr(settings, n) for n in t.TRAINING_FIELDS}:
         return "a checkpoint of other settings was read"
-    progress = trainer.steps_done, trainer.clock.counted, trainer.average.count, trainer.qat_k
-    if repr(progress) != repr(tuple(header[name] for name in ("steps", "seconds", "averaged", "qat_k"))):
+    progress = trainer.steps_done, trainer.clock.counted, trainer.qat_k
+    if repr(progress) != repr(tuple(header[name] for name in t.PROGRESS)):
         return "other progress was read"
     numbers = torch.cat([x.detach().flatten() for x in trainer.tensors()])
     return "" if numbers.numpy().tobytes() == payload else "other numbers were read"

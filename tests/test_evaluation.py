@@ -237,31 +237,3 @@ def test_without_any_time_everything_is_scored_and_nothing_trained_on(monkeypatc
     score, seconds = on_a_fake_clock(monkeypatch, budget=0.5, score_cost=1, epoch_cost=10)
     assert (score.epochs_given_up, seconds) == (18, 10)
     assert (score.nats > 0).all()
-
-
-# ---- Generation ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"mamba_version": 2}, {"document_reset": True, "layer_order": "0,1,1,2"}], ids=str
-)
-@torch.no_grad()
-def test_generation_draws_from_the_distributions_of_a_full_forward(changes):
-    model = random_model(tiny(train_seq_len=128, **changes))
-    tokens, generator = torch.full((2, 1), t.BOS_ID), torch.Generator().manual_seed(3)
-    for _ in range(69):
-        shares = model.logits(model(tokens, model.order(True)))[:, -1].softmax(dim=-1)
-        tokens = torch.cat([tokens, shares.multinomial(1, generator=generator)], dim=1)
-    assert torch.equal(t.generate(model, 2, 70, seed=3), tokens)
-
-
-def test_generation_samples_from_the_softmax():
-    """Frequencies of 4,000 draws of one token against the probabilities; and a seed means the same text."""
-    model = random_model(tiny(num_layers=1, mamba_layers="all"), spread=0.5)
-    with torch.no_grad():
-        logits = model.logits(model(torch.tensor([[t.BOS_ID]]), model.order(True)))[0, -1]
-    found = torch.bincount(t.generate(model, 4000, 2, seed=1)[:, 1], minlength=512) / 4000
-    assert (found - torch.softmax(logits, dim=-1)).abs().max() < 0.03
-    again = [t.generate(model, 2, 20, seed=seed) for seed in (1, 1, 2)]
-    assert torch.equal(again[0], again[1])
-    assert not torch.equal(again[0], again[2])

@@ -77,18 +77,17 @@ def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> lis
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
-@pytest.mark.parametrize("weight_average", ["ema", "swa"])
 @pytest.mark.parametrize("grad_clip_norm", [0.0, 1.0])
-def test_gradients_that_are_not_finite_change_nothing(poison, weight_average, grad_clip_norm):
+def test_gradients_that_are_not_finite_change_nothing(poison, grad_clip_norm):
     """Neither parameters, nor momentum, Adam's state or the average, bit for bit. 1e30 is finite, its square is not."""
-    settings = tiny(weight_average=weight_average, swa_fraction=1.0, grad_clip_norm=grad_clip_norm)
+    settings = tiny(grad_clip_norm=grad_clip_norm)
     model = random_model(settings)
     optimizers, average = t.Optimizers(model, settings, SOLO), t.WeightAverage(model, settings)
     counts, tensors = [], []
     for number, value in enumerate([None, poison, poison, None, poison], 1):
         fill_gradients(model, value)
         optimizers.step(0.5, 0.9)
-        average.update(number, 0.5, optimizers.muon.found_inf)
+        average.update(number, optimizers.muon.found_inf)
         counts.append(optimizers.skipped.tolist())
         tensors.append(optimizer_tensors(optimizers, average))
     assert counts == [[0, 0], [1, 1], [2, 2], [2, 0], [3, 1]]
@@ -167,7 +166,7 @@ def averaged(steps: int, **changes) -> float:
     average = t.WeightAverage(model, tiny(**changes))
     for step in range(1, steps + 1):
         model.weight.data.fill_(step)
-        average.update(step, (step - 1) / steps, torch.zeros(()))
+        average.update(step, torch.zeros(()))
     average.apply()
     return model.weight.item()
 
@@ -175,22 +174,17 @@ def averaged(steps: int, **changes) -> float:
 @pytest.mark.parametrize("steps", [1, 2, 10, 100, 300])
 def test_ema_of_a_short_run_looks_back_over_a_part_of_it_only(steps):
     """With decay 0.997 alone, an average over 100 steps would lag behind by most of them."""
-    lag = steps - averaged(steps, weight_average="ema", ema_decay=0.997)
+    lag = steps - averaged(steps, ema_decay=0.997)
     assert 0 <= lag <= max(0.0, 0.03 * steps) + 1e-3
 
 
 def test_ema_of_a_long_run_has_the_decay_it_was_given():
     """A weight that grows by 1 a step is behind its EMA by decay / (1 - decay) in the long run."""
-    assert 3000 - averaged(3000, weight_average="ema", ema_decay=0.9) == pytest.approx(9, abs=0.01)
-
-
-def test_swa_is_the_plain_mean_of_the_last_part():
-    """Of 100 steps and the last fifth: steps 81 to 100, which began at a progress of 0.8 to 0.99."""
-    assert averaged(100, weight_average="swa", swa_fraction=0.2) == pytest.approx(sum(range(81, 101)) / 20)
+    assert 3000 - averaged(3000, ema_decay=0.9) == pytest.approx(9, abs=0.01)
 
 
 def test_without_averaging_the_last_weights_stay():
-    assert averaged(50, weight_average="none") == 50
+    assert averaged(50, ema_decay=0.0) == 50
 
 
 # ---- The schedule ----------------------------------------------------------------------------------------------------

@@ -371,11 +371,11 @@ def train_here(shards: Path, micro_batch: int = 128, validate=lambda recurrent: 
 
 
 def test_the_training_loop_is_the_one_written_out_here(shards):
-    """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the mean of the last half."""
-    settings = tiny(**SIX_STEPS, data_path=str(shards), weight_average="swa", swa_fraction=0.5, matrix_lr=0.05)
+    """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the weights' average."""
+    settings = tiny(**SIX_STEPS, data_path=str(shards), matrix_lr=0.05)
     model, batches = t.build_model(settings, SOLO), t.Batches(settings, SOLO)
     optimizers = t.Optimizers(model, dataclasses.replace(settings, grad_clip_norm=0.0), SOLO)
-    kept = []
+    average = t.WeightAverage(model, settings)
     for step in range(6):
         now = t.schedule_at(settings, step, 0.0)
         tokens, targets = batches.next()
@@ -387,9 +387,8 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
             model.loss(tokens, targets, model.order(True)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(now.lr_factor, now.momentum)
-        kept.append([p.detach().clone() for p in model.parameters()])
-    expected = [torch.stack(tensors).mean(0) for tensors in zip(*kept[3:])]
-    for a, b in zip(train_here(shards, weight_average="swa", swa_fraction=0.5, matrix_lr=0.05), expected):
+        average.update(step + 1, torch.zeros(()))
+    for a, b in zip(train_here(shards, matrix_lr=0.05), average.average):
         assert relative(a, b) < 1e-4
 
 
@@ -431,11 +430,10 @@ def test_recurrence_and_late_quantization_switch_on_during_the_run(shards):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"calibration": "self", "weight_average": "swa"},
         {"mamba_version": 2, "document_reset": True, "sdclip_k": 0.0, "eval_mode": "plain"},
         {"mamba_layers": "0", "mlp_layers": "0,2", "ttt_enabled": False, "unet_skips": False},
     ],
-    ids=["self-calibrated", "Mamba-2", "a layer without MLP"],
+    ids=["Mamba-2", "a layer without MLP"],
 )
 def test_other_choices_run_from_shards_to_a_score(monkeypatch, capsys, shards, tmp_path, changes):
     settings = {"iterations": 2, "warmup_steps": 0, "val_loss_every": 1, **changes}
