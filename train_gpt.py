@@ -126,8 +126,8 @@ class Settings:
     mamba_d_state: int = env(64, "numbers > 0", "state per channel")
     mamba_expand: float = env(2.0, "× width > 0", "Mamba's inner width")
     mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head")
+    mamba_decay: str = env("softplus", "softplus|heavy_tail", "Mamba-3's decay rates")
     mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4, in Mamba-3 none")
-    mamba_dt_rank: int = env(16, "numbers > 0", "the first Mamba's bottleneck of step sizes")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of a scan")
     unet_skips: bool = env(True, "0|1", "first half to second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
@@ -582,6 +582,7 @@ class MambaParameters(NamedTuple):
     key_norm: Tensor | None = None  # (N,)
     query_norm: Tensor | None = None  # (N,)
     decay_rate: Tensor | None = None  # (H,), A < 0 of Mamba-2
+    heavy_tail: bool = False
 
 
 DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
@@ -608,7 +609,9 @@ def scan_inputs(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
     dtype = torch.promote_types(projected.dtype, torch.float32)
     if sizes.version == 3:
         decay, *dynamics = dynamics
-        decay_rate = -F.softplus(decay.to(dtype)).clamp(min=DECAY_FLOOR)
+        size = decay.to(dtype).abs() + 1  # softplus falls like exp(x), 1 / (1 - x) more slowly
+        rate = torch.where(decay > 0, size, 1 / size) if p.heavy_tail else F.softplus(decay.to(dtype))
+        decay_rate = -rate.clamp(min=DECAY_FLOOR)
         key, query = norm(key, p.key_norm, 1e-5), norm(query, p.query_norm, 1e-5)
     step_size = F.softplus(step.to(dtype) + p.step_bias)
     dynamics = step_size, decay_rate * step_size, p.key_bias, p.query_bias, p.skip, gate, *dynamics
@@ -1295,11 +1298,11 @@ def choose_scan_backend(settings, device: torch.device) -> str:
     gpu, version = device.type == "cuda", settings.mamba_version
     names = [["fused", "parallel"], ["chunked"], ["triton", "chunked"]][version - 1] + ["sequential"]
     runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
-    if not runs or (version == 1 and settings.document_reset):  # the libraries cannot reset a state
+    unknown = version == 1 and settings.document_reset or settings.mamba_decay != "softplus"  # to fast kernels
+    if unknown or not runs:
         names = names[-2:]
     backend = names[0 if gpu else -2] if settings.scan_backend == "auto" else settings.scan_backend
-    unfit = "needs a GPU, torch with CUDA, or another MAMBA_VERSION or DOCUMENT_RESET"
-    need(backend in names, f"SCAN_BACKEND={backend} {unfit}; slower: {', '.join(names)}")
+    need(backend in names, f"SCAN_BACKEND={backend} needs a GPU or other layers; slower: {', '.join(names)}")
     try:
         for module in LIBRARIES if backend == "fused" else ():
             importlib.import_module(module)
@@ -1392,6 +1395,9 @@ class ShortConv(nn.Module):
         return F.silu(bias + sum(weight[:, tap] * inputs[:, tap : tap + x.shape[1]] for tap in range(reach + 1)))
 
 
+STEP_RANK = 16  # of the first Mamba's step sizes
+
+
 class Mamba(nn.Module):
     """A block of Mamba-3, of Mamba-2 (constant decay rates, a short convolution over x, B, C), or of the first Mamba (makes
     step, B, C of the convolved x). Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
@@ -1411,13 +1417,14 @@ class Mamba(nn.Module):
         step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         self.D = nn.Parameter(torch.ones(heads))
+        self.heavy_tail = s.mamba_decay == "heavy_tail"
         if version == 3:
             self.B_norm, self.C_norm = (nn.Parameter(torch.ones(n)) for _ in "BC")
             self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, n)) for _ in "BC")
         elif version == 2:
             self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         else:
-            self.x_proj, self.dt_proj = Linear(inner, s.mamba_dt_rank + 2 * n), Linear(s.mamba_dt_rank, inner)
+            self.x_proj, self.dt_proj = Linear(inner, STEP_RANK + 2 * n), Linear(STEP_RANK, inner)
             self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
         width = s.mamba_d_conv if s.mamba_d_conv >= 0 else 4 * (version < 3)
         mixed = inner + sum(columns[2:4])
@@ -1439,7 +1446,7 @@ class Mamba(nn.Module):
             y, _ = selective_scan(tensors, *shared)
         else:
             if sizes.version == 3:
-                learned = self.B_bias, self.C_bias, self.B_norm, self.C_norm
+                learned = self.B_bias, self.C_bias, self.B_norm, self.C_norm, None, self.heavy_tail
             else:
                 no_bias = torch.zeros_like(self.D).unsqueeze(1)
                 learned = no_bias, no_bias, None, None, -self.A_log.exp()

@@ -219,11 +219,12 @@ def test_attention_follows_its_definition():
     assert relative(y[0], torch.cat(heads, dim=1) @ block.out.weight.T) < 1e-5
 
 
+@pytest.mark.parametrize("decay", ["softplus", "heavy_tail"])
 @torch.no_grad()
-def test_the_mamba3_block_feeds_the_scan_what_its_definition_says():
+def test_the_mamba3_block_feeds_the_scan_what_its_definition_says(decay):
     """in_proj gives z, x, B, C, step size, decay, trapezoid and angles, in this order; B and C are normed, then biased; what
     comes out of the scan is normed before out_proj."""
-    settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential")
+    settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential", mamba_decay=decay)
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
     y = block(u, t.Context(None, *model.rotary_table[:, :9]))
@@ -236,8 +237,12 @@ def test_the_mamba3_block_feeds_the_scan_what_its_definition_says():
         return v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     dt = torch.log1p(torch.exp(dt + block.dt_bias))
+    if decay == "softplus":
+        rate = torch.log1p(torch.exp(a))
+    else:
+        rate = torch.tensor([1 + v if v > 0 else 1 / (1 - v) for v in a.flatten().tolist()]).view(a.shape)
     inputs = t.ScanInputs(
-        x.view(2, 9, 4, 16), normed(b, block.B_norm), normed(c, block.C_norm), dt, -torch.log1p(torch.exp(a)) * dt,
+        x.view(2, 9, 4, 16), normed(b, block.B_norm), normed(c, block.C_norm), dt, -rate * dt,
         block.B_bias, block.C_bias, block.D, z.view(2, 9, 4, 16), trapezoid, angle,
     )  # fmt: skip
     scanned = t.sequential_scan(inputs, None)[0].flatten(2)
@@ -332,3 +337,6 @@ def test_a_scan_backend_that_cannot_run_here_is_refused(monkeypatch):
     with pytest.raises(t.UserError, match="SCAN_BACKEND=triton"):
         t.choose_scan_backend(tiny(scan_backend="triton"), CPU)
     assert t.choose_scan_backend(tiny(), CPU) == "chunked"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(t.UserError, match="other layers; slower: chunked, sequential"):
+        t.choose_scan_backend(tiny(scan_backend="triton", mamba_decay="heavy_tail"), CPU)
