@@ -113,7 +113,7 @@ def check_scans() -> None:
 
 def check_causality(case: ScanCase) -> None:
     """Outputs must not depend on later tokens by a single bit."""
-    parameters = t.MambaParameters(*(x if x is None else x.float() for x in case.parameters))
+    parameters = t.MambaParameters(*(x.float() if isinstance(x, torch.Tensor) else x for x in case.parameters))
     projected = case.projected.bfloat16()
     y, _ = fused_scan(projected, parameters, case.sizes, None, None)
     for position in (62, 63, 64, 300):

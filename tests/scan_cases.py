@@ -55,8 +55,8 @@ def results(
     gradient each group of columns. projected is in dtype, the rest in wide (None: the same)."""
     wide = wide or dtype
 
-    def leaf(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        return None if x is None else x.to(dtype).clone().requires_grad_()
+    def leaf(x, dtype: torch.dtype):
+        return x.to(dtype).clone().requires_grad_() if isinstance(x, Tensor) else x
 
     projected = leaf(case.projected, dtype)
     parameters = t.MambaParameters(*(leaf(x, wide) for x in case.parameters))
@@ -67,7 +67,7 @@ def results(
     for x in (y, *final) if from_state else (y,):
         weight = torch.randn(x.shape, generator=generator).bfloat16().to(x)
         loss = loss + (x * weight).double().sum()
-    learned = {f"d {name}": x for name, x in parameters._asdict().items() if x is not None}
+    learned = {f"d {name}": x for name, x in parameters._asdict().items() if isinstance(x, Tensor)}
     if state is not None:
         learned |= {f"d state.{name}": x for name, x in state._asdict().items()}
     d_projected, *gradients = torch.autograd.grad(loss, [projected, *learned.values()])

@@ -328,7 +328,7 @@ def sample_targets(evaluator: Any, call: dict, where: np.ndarray, values: Tensor
     """Compares the scores of the targets at where with the distribution of the model as it now is. call: what the last
     scoring function got."""
     model, sampled = evaluator.model, []
-    hidden, _ = model(call["tokens"], call["order"])
+    hidden = model(call["tokens"], call["order"])
     for position, value in zip(where.tolist(), values.tolist()):
         target, candidates = int(stream[position + 1]), []
         for row, start in enumerate(call["starts"].tolist()):
