@@ -2393,7 +2393,7 @@ class Trainer:
         with torch.cuda.stream(torch.cuda.Stream(numbers.device) if copied else None):
             if copied:
                 copied.wait()
-            parts = [x.cpu().numpy() for x in numbers.split(1 << 22)]  # a copy holds up all other launches
+            parts = [x.cpu().numpy() for x in numbers.split(1 << 20)]  # a copy holds up all other launches
         newest, before = self.settings.checkpoint_paths
         try:
             write_whole(newest, *seal(CHECKPOINT_MAGIC, header, *parts), before=before)
