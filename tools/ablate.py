@@ -578,21 +578,23 @@ def grouped_bars(path: Path, groups: dict[str, dict[str, list[float]]], series: 
 
 
 def plot_loss(path: Path, plan: Plan):
-    """A PNG of training loss over the training clock, a colour for each variant and a line for each run."""
+    """A PNG of training loss over the training clock, a colour for each variant and a line for each run; over steps, if
+    runs shared GPUs."""
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes, late = figure.add_subplot(), []
+    axes, late, shared = figure.add_subplot(), [], any(read_outcome(run).get("shared") for run in plan.runs)
     for number, variant in enumerate(plan.variants):
         color, dashes = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
         for place, run in enumerate(run for run in plan.runs if run.variant == variant and is_complete(run)):
             steps = [record for record in read_records(run) if record["event"] == "train"]
-            seconds, losses = [s["train_ms"] / 1000 for s in steps], [s["train_loss"] for s in steps]
+            places = [s["step"] if shared else s["train_ms"] / 1000 for s in steps]
+            losses = [s["train_loss"] for s in steps]
             label = "" if place else variant
-            axes.plot(seconds, losses, color=color, linestyle=dashes, linewidth=1, label=label)
-            late += [loss for loss, second in zip(losses, seconds) if second >= 0.1 * seconds[-1]]
+            axes.plot(places, losses, color=color, linestyle=dashes, linewidth=1, label=label)
+            late += [loss for loss, at in zip(losses, places) if at >= 0.1 * places[-1]]
     if late:  # the first steps' loss would hide all differences
         axes.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
         axes.legend()
-    axes.set_xlabel("seconds of training")
+    axes.set_xlabel("steps" if shared else "seconds of training")
     axes.set_ylabel("training loss, nats per token")
     figure.savefig(path, dpi=120)
 
