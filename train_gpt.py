@@ -132,7 +132,7 @@ class Settings:
     unet_skips: bool = env(True, "0|1", "first half to second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
     bigram_dim: int = env(128, "width > 0", "before its projection")
-    logit_softcap: float = env(30.0, "nats", "cap·tanh(logits/cap); 0: none")
+    logit_softcap: float = env(30.0, "nats > 0", "cap·tanh(logits/cap)")
 
     layer_order: str = env("all", "layers", "in which they run, as 0-4,3,4,5", "recurrence")
     recur_start: float = env(0.35, "of run", "before it, each layer runs once")
@@ -165,7 +165,7 @@ class Settings:
     eval_stride: int = env(512, "tokens > 0", "sliding: how far each window moves")
     val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
     eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock, which adaptation keeps")
-    eval_nll_path: str = env("", "file.npy", "every target's nats, float32, in stream order")
+    eval_nll_path: str = env("", "file.npy", "every target's nats, float32")
     ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
     ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
     ttt_epochs: int = env(2, "epochs", "passes over each scored chunk")
@@ -273,7 +273,7 @@ def parse_value(name: str, text: str, kind: type):
 
 def reject_misspelt(environment: dict[str, str], names: set[str]):
     """Refuses a variable that is nearly one of ours."""
-    families = ("MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "EMA_", "SDCLIP_", "WARMDOWN_", "ROPE_", "QK_")
+    families = ("LAYER_", "MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "SDCLIP_", "WARMDOWN_", "ROPE_")
     others = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # other programs' own
     flat = {name.replace("_", ""): name for name in names}
     for variable in environment:
@@ -731,6 +731,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # leaves each one's first state behind; scan_backward comes back; the other two undo the first two and sum over heads without
 # atomics: the same bits every time. Decays are base-2 logarithms, angles are in turns.
 
+# fmt: off
 REGISTERS = {  # per thread, where a limit helps, by GPU architecture; see bench/tune.py
     (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
 }
@@ -786,7 +787,7 @@ def token_dynamics(row, live, step_bias, h, H: constexpr):
 def tokens_forward(
     projected, step_bias, norms, document_start, scalars, features, half_turn, turns, length, batch,
     WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-):  # fmt: skip
+):
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
     token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N)[None, :]
@@ -830,7 +831,7 @@ def tokens_forward(
 def rotate(
     scalars, features, half_turn, turns, biases, rotated, rotation, batch, WIDTH: constexpr, H: constexpr, P: constexpr,
     N: constexpr, R: constexpr, CHUNK: constexpr,
-):  # fmt: skip
+):
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
     token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)[None, :]
@@ -902,7 +903,7 @@ def gate_and_sigmoid(gate, FAST: constexpr):
 def scan_forward(
     projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, batch, chunks, WIDTH: constexpr, H: constexpr,
     P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-):  # fmt: skip
+):
     head = tl.program_id(0)
     b, h = head // H, head % H
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
@@ -937,7 +938,7 @@ def scan_backward(
     d_y, projected, rotated, y, states, d_projected, d_rotated, scalars, decay_ends, skip, d_ssm_out, ssm_out, d_diagonal, d_end,
     d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
     CHUNK: constexpr,
-):  # fmt: skip
+):
     head = tl.program_id(0)
     b, h = head // H, head % H
     i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
@@ -989,7 +990,7 @@ def scan_backward(
 def features_backward(
     projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_norms, d_biases,
     length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-):  # fmt: skip
+):
     chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
     padded, program = tl.num_programs(0) * CHUNK, b * tl.num_programs(0) + chunk
     t, n = chunk * CHUNK + tl.arange(0, CHUNK)[:, None], tl.arange(0, N // 2)[None, :]
@@ -1038,7 +1039,7 @@ def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 def tokens_backward(
     projected, step_bias, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
     d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
-):  # fmt: skip
+):
     chunk, b = tl.program_id(0), tl.program_id(1)
     chunks = tl.num_programs(0)
     padded, program = chunks * CHUNK, b * chunks + chunk
@@ -1114,7 +1115,7 @@ def fused_scan(tensors, document_start, sizes):
     launch(
         tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
         turns, length, batch, *sizes,
-    )  # fmt: skip
+    )
     earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)  # cumsum has no deterministic form
     before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
@@ -1125,7 +1126,7 @@ def fused_scan(tensors, document_start, sizes):
         scan_forward, (batch * heads,), tiles(projected, chunk, channels), tiles(rotated, chunk, state),
         tiles(y, chunk, channels), tiles(states, channels, state), tiles(scalars, chunk), scalars[1], skip, ssm_in,
         ssm_out, batch, chunks, *sizes,
-    )  # fmt: skip
+    )
     return outputs
 
 
@@ -1141,7 +1142,7 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
         single(6, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
         new(2, batch, heads, padded, state), new(2, batch, heads, padded, angles, dtype=half),
         new(batch, heads, chunks, channels, state),
-    ]  # fmt: skip
+    ]
 
 
 _schema = "(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
@@ -1161,21 +1162,21 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
         tiles(rotated, chunk, state), tiles(y, chunk, channels), tiles(states, channels, state),
         tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state), tiles(scalars, chunk), scalars[1], skip,
         d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes,
-    )  # fmt: skip
+    )
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
     d_heads, d_norms, d_biases = (single(programs, *n) for n in ((heads,), (2, state), (2, heads, state)))
     launch(
         features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
         d_scalars, d_turn, d_norms, d_biases, length, batch, *sizes,
-    )  # fmt: skip
+    )
     d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
     after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
     later = (after @ d_turns.double()).float() + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
         d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes,
-    )  # fmt: skip
+    )
     d_parameters = d_heads.sum(dim=0), d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0)
     return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out]
 
@@ -1224,6 +1225,7 @@ def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
 def evens_first(x: Tensor) -> Tensor:
     """The last dimension's even entries, then its odd ones: the kernels' order of the state."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+# fmt: on
 
 
 def selective_scan(
@@ -1264,7 +1266,7 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
         while reach < states.shape[1]:
             states = torch.cat([states[:, :reach], states[:, reach:].addcmul(decay, states[:, :-reach])], dim=1)
             decay, reach = decay[:, reach:] * decay[:, :-reach], 2 * reach
-    return (states * query.unsqueeze(2)).sum(-1), states[:, -1]
+    return (states * query.unsqueeze(2)).sum(-1), states[:, -1].clone()
 
 
 def library_operator(module: str, name: str, **options):
@@ -1303,6 +1305,8 @@ def choose_scan_backend(settings, device: torch.device) -> str:
         names = names[-2:]
     backend = names[0 if gpu else -2] if settings.scan_backend == "auto" else settings.scan_backend
     need(backend in names, f"SCAN_BACKEND={backend} needs a GPU or other layers; slower: {', '.join(names)}")
+    same_bits = backend in ("triton", "parallel") or not (gpu and settings.deterministic)
+    need(same_bits, f"DETERMINISTIC=1 needs another SCAN_BACKEND than {backend}")
     try:
         for module in LIBRARIES if backend == "fused" else ():
             importlib.import_module(module)
@@ -1492,10 +1496,8 @@ def cross_entropy_rows(
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     target = tl.load(targets + row)
     x = tl.load(logits + row * V + v, v < V, float("-inf")).to(tl.float32)
-    bend = 1.0
-    if cap > 0:
-        tanh = 1.0 - 2.0 * reciprocal(1.0 + exp2(x * (2.8853900817779268 / cap), FAST), FAST)
-        x, bend = tl.where(v < V, cap * tanh, float("-inf")), 1.0 - tanh * tanh
+    tanh = 1.0 - 2.0 * reciprocal(1.0 + exp2(x * (2.8853900817779268 / cap), FAST), FAST)
+    x, bend = tl.where(v < V, cap * tanh, float("-inf")), 1.0 - tanh * tanh
     top = tl.max(x, axis=0)
     share = exp2((x - top) * 1.4426950408889634, FAST)
     total = tl.sum(share, axis=0)
@@ -1595,7 +1597,7 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits, one for each token of the vocabulary."""
         logits, cap = F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float(), self.settings.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return cap * torch.tanh(logits / cap)
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
@@ -1819,7 +1821,7 @@ class Evaluator:
         s, self.total = settings, len(validation.target_bytes)
         self.nats = torch.zeros(self.total, device=ranks.device)
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
-        chunk = min(self.total, s.ttt_chunk_tokens) if s.ttt_enabled else self.total
+        chunk = min(self.total, s.ttt_chunk_tokens) if s.adapts else self.total
         windows = len(plan_windows(s, 0, chunk, 0, ranks.world_size))
         self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
 
@@ -2271,7 +2273,7 @@ def describe_machine(ranks) -> dict[str, str]:
 def choose_micro_batch(settings, ranks) -> int:
     """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (more run no faster) where 70 % of the free
     memory allow."""
-    s, most = settings, settings.micro_batch_tokens or 131_072
+    s, most = settings, settings.micro_batch_tokens or 131_072 >> (settings.mamba_version == 1)
     if ranks.device.type == "cuda" and not s.micro_batch_tokens:
         # As if all layers were Mamba; fits the peak of PRESET=peer7.
         layer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim) + (8 + 4 * s.mlp_mult) * s.model_dim

@@ -16,7 +16,7 @@ def case(vocabulary: int) -> tuple[torch.Tensor, ...]:
 
 def exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
     logits = hidden @ weight.mT
-    return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, targets, reduction="none")
+    return F.cross_entropy(cap * torch.tanh(logits / cap), targets, reduction="none")
 
 
 def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
@@ -25,7 +25,7 @@ def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap
 
 @interpreted
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("vocabulary", "cap"), [(1000, 30.0), (1024, 0.0), (17, 3.0)])
+@pytest.mark.parametrize(("vocabulary", "cap"), [(1000, 30.0), (1024, 15.0), (17, 3.0)])
 def test_nats_and_gradients(vocabulary, cap, compiled):
     *given, grad = case(vocabulary)
     function = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused

@@ -301,6 +301,22 @@ def test_operators_compute_shapes_without_their_libraries():
         assert (y.shape, y.dtype, y.device.type) == (tensors[0].shape, torch.float64, "meta")
 
 
+@each_backend
+def test_only_a_chunk_at_a_time_is_remembered_in_full(backend):
+    """What waits for backward: inputs and one state for each chunk, less than a tenth of all states."""
+    inputs = {name: x.float().requires_grad_() for name, x in make_inputs(512, dtype=torch.float32).items()}
+    storages = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        y, _ = scan(inputs, backend, chunk=64)
+    given = sum(x.untyped_storage().nbytes() for x in inputs.values())
+    assert sum(storages.values()) < 4 * given + 0.1 * 4 * y.numel() * STATE
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_fused_model_trains_as_a_sequential_one(compiled, libraries):
     settings = tiny(num_layers=2, mamba_layers="0", **FIRST)
