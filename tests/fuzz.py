@@ -367,7 +367,7 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     model, settings = t.load_model(path, tiny(), set(), SOLO)
     if not case.sealed and case.data != originals["artifact"]:
         return "an artifact with a wrong checksum was read"
-    header, _, payload = case.data[8:-32].partition(b"\n")
+    _, header, payload = sealed_parts(case.data)
     if json.loads(header) != {name: getattr(settings, name) for name in t.MODEL_FIELDS}:
         return "other settings were read"
     # The data once more: vectors and steps in the parameters' order, then frequencies and codes of integers.
@@ -409,7 +409,7 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
     trainer.resume()
     if not case.sealed and case.data != originals["checkpoint"]:
         return "a checkpoint with a wrong checksum was read"
-    header, _, payload = case.data[8:-32].partition(b"\n")
+    _, header, payload = sealed_parts(case.data)
     header = json.loads(header)
     if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {n: getattr(settings, n) for n in t.TRAINING_FIELDS}:
         return "a checkpoint of other settings was read"

@@ -169,6 +169,14 @@ def bounded(seconds: float = 10.0, more_memory: int = 1 << 30):
         signal.signal(signal.SIGALRM, previous)
 
 
+def gradients(model: t.Model) -> dict[str, torch.Tensor]:
+    """Of every parameter, by the loss of the same 64 random tokens."""
+    tokens = random_tokens(2, 33)
+    model.zero_grad()
+    model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
 def with_settings(settings: t.Settings, **changes) -> t.Settings:
     """A copy of settings with some of them changed."""
     return dataclasses.replace(settings, **changes)

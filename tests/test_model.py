@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import CPU, SOLO, random_model, random_tokens, relative, tiny
+from helpers import CPU, SOLO, gradients, random_model, random_tokens, relative, tiny
 from torch import nn
 
 import train_gpt as t
@@ -279,13 +279,6 @@ def test_grouped_query_attention_repeats_keys_in_consecutive_groups():
     query, key, value = (torch.randn(1, 5, heads, 8) for heads in (4, 2, 2))
     expected = t.sdpa(query, key.repeat_interleave(2, dim=2), value.repeat_interleave(2, dim=2))
     assert relative(t.sdpa(query, key, value), expected) < 1e-6
-
-
-def gradients(model: t.Model) -> dict[str, torch.Tensor]:
-    tokens = random_tokens(2, 33)
-    model.zero_grad()
-    model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_sequential_and_chunked_backends_train_alike():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, SOLO, random_model, random_tokens, relative, tiny
+from helpers import CPU, SOLO, gradients, random_model, random_tokens, relative, tiny
 from test_run import FINAL, run_environment, run_here
 
 import train_gpt as t
@@ -192,13 +192,6 @@ def test_the_block_is_the_papers():
         h = torch.exp(-dt[:, i, :, None] * block.A_log.exp()) * h + (dt * x)[:, i, :, None] * b[:, i, None]
         outputs.append((h * c[:, i, None]).sum(-1) + block.D * x[:, i])
     assert relative(y, (torch.stack(outputs, 1) * F.silu(z)) @ block.out_proj.weight.T) < 1e-5
-
-
-def gradients(model: t.Model) -> dict[str, torch.Tensor]:
-    tokens = random_tokens(2, 33)
-    model.zero_grad()
-    model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_both_backends_train_alike():
