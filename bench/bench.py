@@ -145,7 +145,7 @@ def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
 def step_flops(model: t.Model, tokens: int) -> float:
     """Necessary matrix products of a training step: 6 FLOPs for each token and matrix entry (output matrix included,
     layers that recur counted each time), and three times the forward products of attention and scans."""
-    s, letters = model.settings, ["MA"[isinstance(block.mixer, t.Attention)] for block in model.blocks]
+    s, letters = model.settings, [type(block.mixer).__name__[0] for block in model.blocks]
     entries = s.vocab_size * s.model_dim + (s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0)
     for layer in model.full_order:
         entries += sum(m.weight.numel() for m in model.blocks[layer].modules() if isinstance(m, t.Linear))
