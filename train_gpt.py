@@ -1101,10 +1101,9 @@ def tiles(tensor: Tensor, *block: int):
     return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
 
 
-_schema = "(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
-
-
-@torch.library.custom_op("golf::fused_scan", mutates_args=(), schema=_schema)
+@torch.library.custom_op(
+    "golf::fused_scan", mutates_args=(), schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
+)
 def fused_scan(tensors, document_start, sizes):
     """y, last state and turn, and what the backward reads. sizes: the kernels' constants."""
     projected, step_bias, skip, biases, norms, ssm_in, turn_in = tensors
@@ -1145,10 +1144,10 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
     ]
 
 
-_schema = "(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
-
-
-@torch.library.custom_op("golf::fused_scan_backward", mutates_args=(), schema=_schema)
+@torch.library.custom_op(
+    "golf::fused_scan_backward", mutates_args=(),
+    schema="(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
+)
 def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     """Gradients of tensors, from those of y, last state and turn."""
     (d_y, d_ssm_out, d_turn_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
@@ -1915,7 +1914,7 @@ def maybe_compile(function, settings, ranks):
     """function, as one whole graph where compiling is on."""
     if settings.compile == "off" or (settings.compile == "auto" and ranks.device.type == "cpu"):
         return function
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 64  # 8 are too few
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
