@@ -439,15 +439,16 @@ def check_token_range(tokens: np.ndarray, size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: an epoch visits shard by shard, to keep reads
-    local, and a shard's windows in a new order and at a new phase."""
+    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: shard by shard, to keep reads local. An epoch has
+    a phase of its own and the order of all epochs: text that comes back while it is still remembered teaches little."""
     need(max(lengths) > seq_len, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
     for epoch in itertools.count():
-        generator = np.random.default_rng([seed, epoch])
-        for shard in generator.permutation(len(lengths)):
-            phase = int(generator.integers(max(1, min(seq_len, lengths[shard] - seq_len))))
-            for window in generator.permutation(max(0, (lengths[shard] - 1 - phase) // seq_len)):
-                yield int(shard), phase + int(window) * seq_len
+        order, phases = (np.random.default_rng([seed, number]) for number in (0, epoch + 1))
+        for shard in order.permutation(len(lengths)):
+            phase = int(phases.integers(max(1, min(seq_len, lengths[shard] - seq_len))))
+            for window in order.permutation(max(0, lengths[shard] - 1) // seq_len):
+                if phase + (window + 1) * seq_len < lengths[shard]:
+                    yield int(shard), phase + int(window) * seq_len
 
 
 class Batches:
@@ -1553,7 +1554,7 @@ class Model(nn.Module):
             self.bigram_scale = nn.Parameter(torch.tensor(0.05))
         self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
         if s.unet_skips:
-            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2, s.model_dim))
+            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2))
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
         # A table, or each kernel would compute it anew.
