@@ -38,7 +38,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,10 +80,10 @@ def need(condition, message: str):
 
 def env(default, unit: str, text: str, group: str = ""):
     """A setting: its unit, which may bound it, help, and the group it begins."""
-    return field(default=default, metadata={"unit": unit, "help": text, "group": group})
+    return dataclasses.field(default=default, metadata={"unit": unit, "help": text, "group": group})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Layers are "all", "none" or a list such as "0,2-4"."""
 
@@ -310,6 +309,7 @@ def validate_settings(settings, world_size: int):
 
     mamba, _, order = (set(parse_layers(s, name)) for name in ("mamba_layers", "mlp_layers", "layer_order"))
     check("layer_order", len(order) == s.num_layers, "leaves out a layer")
+    check("unet_skips", s.num_layers > 1 or not s.unet_skips, "skips nothing in one layer: use 0")
     check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
     if len(mamba) < s.num_layers:
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
@@ -359,7 +359,7 @@ def help_text() -> str:
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 
 
-@dataclass
+@dataclasses.dataclass
 class Ranks:
     """This process among its peers, and its device."""
 
@@ -439,8 +439,8 @@ def check_token_range(tokens: np.ndarray, size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: shard by shard, to keep reads local. An epoch has
-    a phase of its own and the order of all epochs: text that comes back while it is still remembered teaches little."""
+    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever, shard by shard to keep reads local. Epochs
+    differ in phase, but not in order, so that no text comes back early."""
     need(max(lengths) > seq_len, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
     for epoch in itertools.count():
         order, phases = (np.random.default_rng([seed, number]) for number in (0, epoch + 1))
@@ -500,8 +500,7 @@ class Tokenizer:
             pieces = model.IdToPiece(ids)
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        size = len(ids)
-        need(size == vocab_size, f"{path} has {size} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
+        need(len(ids) == vocab_size, f"{path} has {len(ids)} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
         special = model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)
         lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
         self.is_special = np.any(special, axis=0)
@@ -989,7 +988,7 @@ def scan_backward(
 
 @jit
 def features_backward(
-    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_norms, d_biases,
+    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases,
     length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
 ):
     chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
@@ -1001,7 +1000,8 @@ def features_backward(
     for h in tl.range(H, num_stages=2):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
-        bias, d_bias = biases + (k * H + h) * N + n, d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n
+        slot = (program * 2 + k).to(tl.int64) * H + h
+        bias, d_bias = biases + (k * H + h) * N + n, d_biases + slot * N + n
         own_even, own_odd = even + tl.load(bias), odd + tl.load(bias + N // 2)
         d_place = d_rotated + place * N + n
         d_even, d_odd = tl.load(d_place).to(tl.float32), tl.load(d_place + N // 2).to(tl.float32)
@@ -1012,6 +1012,7 @@ def features_backward(
         d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
         turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
         tl.store(d_turn + place * R + n, turned, n < R)
+        tl.store(d_turns + slot * R + n, tl.sum(turned, axis=0)[None, :], n < R)
         tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1)[:, None])
         tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
         tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0)[None, :])
@@ -1077,7 +1078,7 @@ def tokens_backward(
         own_place = d_turn + (head * padded + t) * R + r
         own = tl.load(own_place, turning, 0.0).to(tl.float32)
         own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
-        later = tl.load(d_turns + (head * chunks + chunk) * R + r, r < R, 0.0)
+        later = tl.load(d_turns + (program * H + k) * R + r, r < R, 0.0)
         turned = tl.cumsum(own, axis=0, reverse=True) + later
         d_half += tl.load(scalars + head * padded + token)[:, None] * turned
         d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
@@ -1102,6 +1103,12 @@ def tiles(tensor: Tensor, *block: int):
     return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
 
 
+def sum_before(x: Tensor) -> Tensor:
+    """For each chunk, the sum of those of x (B, chunks, ...) before it; cumsum has no deterministic form."""
+    before = x.new_ones(x.shape[1], x.shape[1], dtype=torch.float64).tril(-1)
+    return (before @ x.flatten(2).double()).view(x.shape).float()
+
+
 @torch.library.custom_op(
     "golf::fused_scan", mutates_args=(), schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
 )
@@ -1116,8 +1123,7 @@ def fused_scan(tensors, document_start, sizes):
         tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
         turns, length, batch, *sizes,
     )
-    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)  # cumsum has no deterministic form
-    before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
+    before = sum_before(turns) + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
         rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *sizes
@@ -1153,7 +1159,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     """Gradients of tensors, from those of y, last state and turn."""
     (d_y, d_ssm_out, d_turn_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
-    (batch, length, _), (_, heads, channels, state, _, chunk), chunks = projected.shape, sizes, states.shape[2]
+    (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks)
@@ -1166,19 +1172,19 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
     d_heads, d_norms, d_biases = (single(programs, *n) for n in ((heads,), (2, state), (2, heads, state)))
+    d_turns = single(batch, chunks, 2, heads, angles)
     launch(
         features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
-        d_scalars, d_turn, d_norms, d_biases, length, batch, *sizes,
+        d_scalars, d_turn, d_turns, d_norms, d_biases, length, batch, *sizes,
     )
-    d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
-    after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
-    later = (after @ d_turns.double()).float() + d_turn_out.unsqueeze(2)
+    d_turns = d_turns.sum(dim=2)
+    later = sum_before(d_turns.flip(1)).flip(1) + d_turn_out.unsqueeze(1)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
         d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes,
     )
     d_parameters = d_heads.sum(dim=0), d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0)
-    return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out]
+    return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=1) + d_turn_out]
 
 
 @fused_scan_backward.register_fake
@@ -1340,10 +1346,10 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-# For good: chosen inside a graph, they would keep it out of the compiler's cache.
+# For good: chosen in a graph, they would keep it out of the compiler's cache.
 first_that_can = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-attention_kernels = contextlib.ExitStack()
-attention_kernels.enter_context(sdpa_kernel(first_that_can, set_priority=True))
+attention_kernels = sdpa_kernel(first_that_can, set_priority=True)
+attention_kernels.__enter__()
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -1720,7 +1726,7 @@ class Optimizers:
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
         """Clips, uses and drops the gradients. The device decides whether to skip: no host waits."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         skip = ~norm.isfinite()
@@ -1890,7 +1896,7 @@ class Evaluator:
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
         if ranks.world_size > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.model.parameters()]
             means = ranks.sum_(nn.utils.parameters_to_vector(gradients)) / ranks.world_size
             nn.utils.vector_to_parameters(means, gradients)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -1927,7 +1933,6 @@ def maybe_compile(function, settings, ranks):
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 INT6_MAX, INT8_MAX = 31, 127
-PERCENTILES = 0.99, 0.995, 0.998, 1.0
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
 SDCLIP_MOST = 16.0  # the largest k tried unasked: a typical weight is 2 steps from zero
@@ -1969,7 +1974,7 @@ def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tens
     rows = exact(clip / limits)
     if settings.quantizer == "percentile":  # k/3 of that which errs least; SDClip: the 99.7th, if Gaussian
         ordered, least = weight.abs().sort(dim=1).values, math.inf
-        for part in PERCENTILES:
+        for part in (0.99, 0.995, 0.998, 1.0):
             step = exact(clips / 3 * ordered[:, int(part * len(columns)) - 1, None] / limits)
             error = (weight - round_to_grid(weight, step, limits) * step).norm(dim=1, keepdim=True)
             rows, least = torch.where(error < least, step, rows), error.clamp(max=least)
@@ -2313,8 +2318,7 @@ def training_loss(model, settings, ranks):
         return loss
     module = nn.Module()
     module.model, module.forward = model, loss
-    unused = settings.num_layers == 1  # one layer has no skip, whose weights then get no gradient
-    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=unused)
+    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     parallel.broadcast_buffers = False  # constants
     return parallel
 
@@ -2461,10 +2465,10 @@ class Trainer:
         """_step(). On one GPU, from the third of a kind on, it is a CUDA graph: the host launches kernels more slowly than
         a small batch takes them."""
         self.times_run[kind] += 1
+        inputs = *inputs[:2], *torch.tensor(inputs[2:]).to(self.ranks.device, non_blocking=True)
         if self.times_run[kind] < 3 or self.ranks.device.type == "cpu" or self.ranks.world_size > 1:
             self.graph = None
             return self._step(kind, *inputs)
-        inputs = *inputs[:2], *torch.tensor(inputs[2:]).to(self.ranks.device, non_blocking=True)
         if self.graph is None:
             graph, held = torch.cuda.CUDAGraph(), [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # batches are copied meanwhile
@@ -2475,7 +2479,7 @@ class Trainer:
         return loss
 
     def _step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
-        """One step of a kind: an order of layers, and a context for the gradients. Returns this rank's mean loss, ()."""
+        """One step of a kind: layers in order, and a context for the gradients. Returns this rank's mean loss, ()."""
         order, context = kind
         with context():
             loss = self._gradients(tokens, targets, order)
@@ -2514,8 +2518,9 @@ class Trainer:
         average = total / self.steps_done
         text = f"train_loss:{mean:.4f} train_time:{total:.0f}ms step_avg:{average:.2f}ms"
         text += f" skipped_steps:{skipped}" if skipped else ""
-        values = {"train_loss": mean, "train_ms": total, "step_avg_ms": average, "skipped_steps": skipped}
-        self._log(text, "train", **values, **now._asdict())
+        self._log(
+            text, "train", train_loss=mean, train_ms=total, step_avg_ms=average, skipped_steps=skipped, **now._asdict()
+        )
 
 
 def export(trainer, batches) -> dict:
@@ -2650,12 +2655,12 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
 
 def main():
     """The story of a run."""
-    if "--help" in sys.argv or "-h" in sys.argv:
+    if {"--help", "-h"} & set(sys.argv):
         print(help_text())
         return
     need(len(sys.argv) == 1, f"{sys.argv[-1]}: settings are environment variables; --help lists them")
     settings, given, ranks = prepare_run(dict(os.environ))
-    log = Log(settings, ranks, settings.run_id + (".eval" if settings.eval_only else ""))
+    log = Log(settings, ranks, settings.run_id + ".eval" * settings.eval_only)
     machine, values = describe_machine(ranks), dataclasses.asdict(settings)
     text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())
     log(text, "settings", machine=machine, settings=values)

@@ -30,7 +30,9 @@ def test_peer7_has_the_published_parameters_but_for_scales_norms_and_gates():
     settings, _ = t.read_settings({"PRESET": "peer7"})
     with torch.device("meta"):
         model = t.Model(settings, torch.device("meta"))
-    assert sum(p.numel() for p in model.parameters()) == 25_159_984 - 7 * (4 * 512 - 2) - 3 * 511 + 5 * 1024 + 2 * 8 * 16
+    assert (
+        sum(p.numel() for p in model.parameters()) == 25_159_984 - 7 * (4 * 512 - 2) - 3 * 511 + 5 * 1024 + 2 * 8 * 16
+    )
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS.values(), {"bigram_vocab_size": 0}], ids=str)

@@ -121,6 +121,7 @@ IMPOSSIBLE = [
     ({"mamba_version": 4}, "MAMBA_VERSION"),
     ({"mamba_expand": 0.001}, "MAMBA_EXPAND"),
     ({"mlp_mult": 0.001}, "MLP_MULT"),
+    ({"num_layers": 1, "mamba_layers": "0"}, "UNET_SKIPS"),
     ({"mlp_mult": 1e308}, "MLP_MULT"),
     ({"mamba_expand": 1e308}, "MAMBA_EXPAND"),
     ({"scan_backend": "mamba_ssm"}, "SCAN_BACKEND"),
