@@ -309,7 +309,6 @@ def validate_settings(settings, world_size: int):
 
     mamba, _, order = (set(parse_layers(s, name)) for name in ("mamba_layers", "mlp_layers", "layer_order"))
     check("layer_order", len(order) == s.num_layers, "leaves out a layer")
-    check("unet_skips", s.num_layers > 1 or not s.unet_skips, "skips nothing in one layer: use 0")
     check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
     if len(mamba) < s.num_layers:
         check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
@@ -321,6 +320,7 @@ def validate_settings(settings, world_size: int):
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             value = getattr(s, name)
             check(name, value >= 8 and value & (value - 1) == 0, "must be a power of two, at least 8")
+    check("mamba_decay", s.mamba_decay == "softplus" or s.mamba_version == 3, "needs MAMBA_VERSION=3")
     check("bigram_vocab_size", s.bigram_vocab_size != 1, "hashes every bigram alike; use 0 for none")
 
     length, clock = s.train_seq_len, s.max_wallclock_seconds or math.inf
@@ -439,16 +439,15 @@ def check_token_range(tokens: np.ndarray, size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever, shard by shard to keep reads local. Epochs
-    differ in phase, but not in order, so that no text comes back early."""
+    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: an epoch visits shard by shard, to keep reads
+    local, and a shard's windows in a new order and at a new phase."""
     need(max(lengths) > seq_len, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
     for epoch in itertools.count():
-        order, phases = (np.random.default_rng([seed, number]) for number in (0, epoch + 1))
-        for shard in order.permutation(len(lengths)):
-            phase = int(phases.integers(max(1, min(seq_len, lengths[shard] - seq_len))))
-            for window in order.permutation(max(0, lengths[shard] - 1) // seq_len):
-                if phase + (window + 1) * seq_len < lengths[shard]:
-                    yield int(shard), phase + int(window) * seq_len
+        generator = np.random.default_rng([seed, epoch])
+        for shard in generator.permutation(len(lengths)):
+            phase = int(generator.integers(max(1, min(seq_len, lengths[shard] - seq_len))))
+            for window in generator.permutation(max(0, (lengths[shard] - 1 - phase) // seq_len)):
+                yield int(shard), phase + int(window) * seq_len
 
 
 class Batches:
@@ -988,7 +987,7 @@ def scan_backward(
 
 @jit
 def features_backward(
-    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases,
+    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_norms, d_biases,
     length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
 ):
     chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
@@ -1000,8 +999,7 @@ def features_backward(
     for h in tl.range(H, num_stages=2):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
-        slot = (program * 2 + k).to(tl.int64) * H + h
-        bias, d_bias = biases + (k * H + h) * N + n, d_biases + slot * N + n
+        bias, d_bias = biases + (k * H + h) * N + n, d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n
         own_even, own_odd = even + tl.load(bias), odd + tl.load(bias + N // 2)
         d_place = d_rotated + place * N + n
         d_even, d_odd = tl.load(d_place).to(tl.float32), tl.load(d_place + N // 2).to(tl.float32)
@@ -1012,7 +1010,6 @@ def features_backward(
         d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
         turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
         tl.store(d_turn + place * R + n, turned, n < R)
-        tl.store(d_turns + slot * R + n, tl.sum(turned, axis=0)[None, :], n < R)
         tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1)[:, None])
         tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
         tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0)[None, :])
@@ -1078,7 +1075,7 @@ def tokens_backward(
         own_place = d_turn + (head * padded + t) * R + r
         own = tl.load(own_place, turning, 0.0).to(tl.float32)
         own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
-        later = tl.load(d_turns + (program * H + k) * R + r, r < R, 0.0)
+        later = tl.load(d_turns + (head * chunks + chunk) * R + r, r < R, 0.0)
         turned = tl.cumsum(own, axis=0, reverse=True) + later
         d_half += tl.load(scalars + head * padded + token)[:, None] * turned
         d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
@@ -1103,12 +1100,6 @@ def tiles(tensor: Tensor, *block: int):
     return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
 
 
-def sum_before(x: Tensor) -> Tensor:
-    """For each chunk, the sum of those of x (B, chunks, ...) before it; cumsum has no deterministic form."""
-    before = x.new_ones(x.shape[1], x.shape[1], dtype=torch.float64).tril(-1)
-    return (before @ x.flatten(2).double()).view(x.shape).float()
-
-
 @torch.library.custom_op(
     "golf::fused_scan", mutates_args=(), schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
 )
@@ -1123,7 +1114,8 @@ def fused_scan(tensors, document_start, sizes):
         tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
         turns, length, batch, *sizes,
     )
-    before = sum_before(turns) + turn_in.unsqueeze(1)
+    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)  # cumsum has no deterministic form
+    before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
         rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *sizes
@@ -1159,7 +1151,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     """Gradients of tensors, from those of y, last state and turn."""
     (d_y, d_ssm_out, d_turn_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
-    (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
+    (batch, length, _), (_, heads, channels, state, _, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks)
@@ -1172,19 +1164,19 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
     d_heads, d_norms, d_biases = (single(programs, *n) for n in ((heads,), (2, state), (2, heads, state)))
-    d_turns = single(batch, chunks, 2, heads, angles)
     launch(
         features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
-        d_scalars, d_turn, d_turns, d_norms, d_biases, length, batch, *sizes,
+        d_scalars, d_turn, d_norms, d_biases, length, batch, *sizes,
     )
-    d_turns = d_turns.sum(dim=2)
-    later = sum_before(d_turns.flip(1)).flip(1) + d_turn_out.unsqueeze(1)
+    d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
+    after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
+    later = (after @ d_turns.double()).float() + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
         d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes,
     )
     d_parameters = d_heads.sum(dim=0), d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0)
-    return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=1) + d_turn_out]
+    return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out]
 
 
 @fused_scan_backward.register_fake
@@ -1346,7 +1338,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-# For good: chosen in a graph, they would keep it out of the compiler's cache.
+# For good: chosen inside a graph, they would keep it out of the compiler's cache.
 first_that_can = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 attention_kernels = sdpa_kernel(first_that_can, set_priority=True)
 attention_kernels.__enter__()
@@ -1560,7 +1552,7 @@ class Model(nn.Module):
             self.bigram_scale = nn.Parameter(torch.tensor(0.05))
         self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
         if s.unet_skips:
-            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2))
+            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2, s.model_dim))
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
         # A table, or each kernel would compute it anew.
@@ -1726,7 +1718,7 @@ class Optimizers:
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
         """Clips, uses and drops the gradients. The device decides whether to skip: no host waits."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         skip = ~norm.isfinite()
@@ -1896,7 +1888,7 @@ class Evaluator:
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
         if ranks.world_size > 1:
-            gradients = [p.grad for p in self.model.parameters()]
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             means = ranks.sum_(nn.utils.parameters_to_vector(gradients)) / ranks.world_size
             nn.utils.vector_to_parameters(means, gradients)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -2318,9 +2310,10 @@ def training_loss(model, settings, ranks):
         return loss
     module = nn.Module()
     module.model, module.forward = model, loss
-    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    parallel.broadcast_buffers = False  # constants
-    return parallel
+    unused = settings.num_layers == 1  # one layer has no skip, whose weights then get no gradient
+    return nn.parallel.DistributedDataParallel(
+        module, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
+    )
 
 
 CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
@@ -2479,7 +2472,7 @@ class Trainer:
         return loss
 
     def _step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
-        """One step of a kind: layers in order, and a context for the gradients. Returns this rank's mean loss, ()."""
+        """One step of a kind: an order of layers, and a context for the gradients. Returns this rank's mean loss, ()."""
         order, context = kind
         with context():
             loss = self._gradients(tokens, targets, order)
@@ -2518,9 +2511,8 @@ class Trainer:
         average = total / self.steps_done
         text = f"train_loss:{mean:.4f} train_time:{total:.0f}ms step_avg:{average:.2f}ms"
         text += f" skipped_steps:{skipped}" if skipped else ""
-        self._log(
-            text, "train", train_loss=mean, train_ms=total, step_avg_ms=average, skipped_steps=skipped, **now._asdict()
-        )
+        values = {"train_loss": mean, "train_ms": total, "step_avg_ms": average, "skipped_steps": skipped}
+        self._log(text, "train", **values, **now._asdict())
 
 
 def export(trainer, batches) -> dict:

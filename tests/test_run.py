@@ -259,13 +259,13 @@ def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(monkeypatch, g
 
 
 def test_a_single_layer_trains_on_several_ranks(group_of_one):
-    """It has no U-Net skip, whose weights would have no gradient, and the ranks would wait for it."""
-    settings = tiny(num_layers=1, mamba_layers="0", unet_skips=False)
+    """It has no U-Net skip: those weights have no gradient, which must not keep the ranks waiting for it."""
+    settings = tiny(num_layers=1, mamba_layers="0")
     trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
     tokens = random_tokens(4, 33)
     for _ in range(2):
         trainer._gradients(tokens[:, :-1], tokens[:, 1:], (0,))
-    assert all(p.grad.isfinite().all() for p in trainer.model.parameters())
+    assert trainer.model.skip_weights.grad is None
 
 
 KINDS = {"embedding", "bigrams", "Mamba in", "Mamba out", "MLP", "attention"}
@@ -279,14 +279,14 @@ def run_and_read(monkeypatch, shards: Path, folder: Path, **settings) -> dict[st
 
 def test_the_loss_of_each_kind_of_layer_is_reported_and_they_explain_the_whole(monkeypatch, shards, tmp_path):
     """With coarse grids, on layers that have learned something."""
-    coarse = {"sdclip_k": 30.0, "sdclip_k_int8": 100.0, "quantizer": "round", "matrix_lr": 0.1, "mamba_matrix_lr": 0.1}
+    coarse = {"sdclip_k": 60.0, "sdclip_k_int8": 200.0, "quantizer": "round", "matrix_lr": 0.1, "mamba_matrix_lr": 0.1}
     events = run_and_read(monkeypatch, shards, tmp_path, quantization_report=True, iterations=40, **coarse)
     lost = events["quantization_loss"]["bpb_by_kind"]
     assert set(lost) == KINDS
     whole = events["after_quantization"]["val_bpb"] - events["trained"]["val_bpb"]
     assert sum(lost.values()) == pytest.approx(whole, rel=0.3)
     assert len({round(loss, 9) for loss in lost.values()}) == len(KINDS)
-    assert lost["MLP"] > 0.005
+    assert lost["MLP"] > 0.01
 
 
 def test_there_is_no_report_unless_it_is_asked_for(trained):
