@@ -462,6 +462,22 @@ def test_a_deterministic_run_asks_torch_for_it(monkeypatch, shards, tmp_path, un
     assert artifact(tmp_path) == artifact(undisturbed)
 
 
+def test_rates_reach_every_step_as_float32(monkeypatch, shards, tmp_path):
+    """A CUDA graph takes tensors. Were the first steps, which run before there is one, given Python's wider numbers, a run
+    that is resumed would round otherwise than one that is not."""
+    seen, step = [], t.Optimizers.step
+
+    def remember(optimizers, *rates):
+        seen.append(rates)
+        step(optimizers, *rates)
+
+    monkeypatch.setattr(t.Optimizers, "step", remember)
+    assert run_here(monkeypatch, quick_environment(shards, tmp_path)) == 0
+    rates = [rates for rates in seen if float(rates[0])]  # construction and warm-up have a rate of 0
+    assert len(rates) > 5
+    assert all(x.dtype == torch.float32 and x.shape == () for pair in rates for x in pair)
+
+
 def test_batches_go_on_where_they_were(shards):
     settings = tiny(data_path=str(shards))
     whole, rest = t.Batches(settings, SOLO), t.Batches(settings, SOLO, 3)
