@@ -2309,10 +2309,11 @@ def training_loss(model, settings, ranks):
         return loss
     module = nn.Module()
     module.model, module.forward = model, loss
-    unused = settings.num_layers == 1  # one layer has no skip, whose weights then get no gradient
-    return nn.parallel.DistributedDataParallel(
-        module, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused
+    parallel = nn.parallel.DistributedDataParallel(  # one layer has no skip: its weights get no gradient
+        module, gradient_as_bucket_view=True, find_unused_parameters=settings.num_layers == 1
     )
+    parallel.broadcast_buffers = False
+    return parallel
 
 
 CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
@@ -2637,7 +2638,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     if settings.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
         torch.use_deterministic_algorithms(True)
-    if settings.mamba_version == 1:  # torch 2.11 fails on such fusions
+    if settings.mamba_version == 1:  # torch 2.11 fails at it
         os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
     ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
     if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
