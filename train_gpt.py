@@ -59,6 +59,9 @@ try:
 except ImportError:  # CPU builds of torch need none
     triton, jit, constexpr = None, lambda function: function, None
 
+# Wrong in torch 2.10, may not compile in 2.11 (pytorch#190796, #176131).
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+
 BOS_ID = 1
 ROPE_BASE = 10_000.0
 ARTIFACT_CAP = 16_000_000  # bytes with the code: the contest's limit
@@ -2638,8 +2641,6 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     if settings.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
         torch.use_deterministic_algorithms(True)
-    if settings.mamba_version == 1:  # torch 2.11 fails at it
-        os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
     ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
     if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
         launch = environment["TORCHELASTIC_RUN_ID"]

@@ -1,6 +1,6 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python tests/gpu_checks.py [scans] [selective] [attention] [model] [checkpoints]
+    python tests/gpu_checks.py [scans] [selective] [attention] [model] [checkpoints] [systems]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error. Prints a table and
 exits with status 1 if a row fails.
@@ -9,7 +9,9 @@ exits with status 1 if a row fails.
 import dataclasses
 import functools
 import importlib
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -285,10 +287,39 @@ def check_checkpoints() -> None:
         check(f"checkpoints: weights after going on from step {half.steps_done}", relative(*weights), 1e-2)
 
 
+def check_systems() -> None:
+    """The presets of published systems from shards to a score with test-time training, on the text of `make demo`. Settings
+    in the environment go before these."""
+    root = Path(t.__file__).parent
+    sample = root / "data" / "sample"
+    if not sample.is_dir():
+        print("skip the published systems: make their text by `python data/prepare.py sample`")
+        return
+    try:
+        for library in t.LIBRARIES:
+            importlib.import_module(library)
+        first_mamba = "fused"
+    except ImportError:
+        first_mamba = "parallel"
+    for preset in ("nemotron_hinge", "hybrid11", "hybrid18"):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {
+                "PRESET": preset, "DATA_PATH": str(sample), "TOKENIZER_PATH": str(sample / "sample_1024_bpe.model"),
+                "VOCAB_SIZE": "1024", "TRAIN_SEQ_LEN": "512", "TRAIN_BATCH_TOKENS": "32768", "ITERATIONS": "30",
+                "MAX_WALLCLOCK_SECONDS": "0", "LOG_DIR": folder, "RUN_ID": preset,
+                "SCAN_BACKEND": "auto" if preset == "nemotron_hinge" else first_mamba,
+            }  # fmt: skip
+            command = [sys.executable, str(root / "train_gpt.py")]
+            done = subprocess.run(command, env=environment | os.environ, capture_output=True, text=True)
+        scored = done.returncode == 0 and "final_int6_lzma_sliding_ttt_exact" in done.stdout.splitlines()[-1]
+        check(f"PRESET={preset}: runs without a score", float(not scored), 0)
+        print("     " + (done.stdout if scored else done.stderr or "?").strip().splitlines()[-1])
+
+
 def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    wanted = sys.argv[1:] or ["scans", "selective", "attention", "model", "checkpoints"]
+    wanted = sys.argv[1:] or ["scans", "selective", "attention", "model", "checkpoints", "systems"]
     if "scans" in wanted:
         check_scans()
     if "selective" in wanted:
@@ -305,6 +336,8 @@ def main() -> None:
             check_graphed_steps(quantizer)
     if "checkpoints" in wanted:
         check_checkpoints()
+    if "systems" in wanted:
+        check_systems()
     print(f"{failures} failed")
     sys.exit(failures > 0)
 

@@ -600,6 +600,17 @@ def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == "train_gpt.py: error: the training shards hold token id 600\n"
 
 
+@pytest.mark.parametrize("wanted", [None, "1"])
+def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for(wanted):
+    """The compiler reads the variable when it is first imported, which importing the script must not do too early."""
+    code = "import train_gpt, torch._inductor.config as c; print(getattr(c.triton, 'mix_order_reduction', 'unknown'))"
+    asked = {} if wanted is None else {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": wanted}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=process_environment(asked), capture_output=True, text=True, cwd=SCRIPT.parent
+    )
+    assert done.stdout.strip() in (str(wanted == "1"), "unknown"), done.stderr
+
+
 def test_the_script_stays_readable_in_an_hour():
     source = SCRIPT.read_bytes()
     assert len(source) < 140_000

@@ -422,8 +422,6 @@ def test_a_published_system_runs_from_shards_to_a_score(preset, monkeypatch, cap
         "PRESET": preset.lower()
     }
     assert run_here(monkeypatch, environment) == 0
-    without = environment.get("TORCHINDUCTOR_MIX_ORDER_REDUCTION") == "0"  # on a GPU it would not compile
-    assert without == preset.startswith("hybrid")
     assert FINAL.fullmatch(capsys.readouterr().out.strip().splitlines()[-1])
     _, settings = t.load_model(tmp_path / "a.int6.lzma", t.read_settings(environment)[0], set(), SOLO)
     assert (settings.mamba_version, settings.num_layers) == {
