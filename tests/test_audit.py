@@ -165,17 +165,18 @@ def test_clocks_that_are_not_kept_are_seen(entry_of, run, monkeypatch):
 
 
 def test_looking_for_a_driver_as_triton_does_is_no_offence(entry_of, run, tmp_path):
-    """CUDA builds of torch do so on any machine; other programs of that name are still seen."""
+    """CUDA builds of torch do so on any machine; other calls, and other programs by that name, are still seen."""
     asks = """def main():
     \"\"\"The story of a run.\"\"\"
     with contextlib.suppress(OSError):
         __import__("subprocess").run(["/sbin/ldconfig", "-p"], capture_output=True)
         __import__("subprocess").run(["/sbin/ldconfig", "--version"], capture_output=True)
+        __import__("subprocess").run(["/sbin/ldconfig", "-p"], executable="/bin/true")
 """
     script = changed_script(tmp_path, ('def main():\n    """The story of a run."""\n', asks))
     alone = audit.run_alone(dataclasses.replace(entry_of(log=run.log), script=script))
     assert alone.status == 0, alone.said
-    assert len(alone.programs) == 1
+    assert alone.programs == ["'/sbin/ldconfig'", "'/bin/true'"]
 
 
 def test_a_script_that_does_elsewhere_what_it_does_not_do_when_watched_is_seen(entry_of, run, tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def watch(event, arguments):
     if event == "open" and isinstance(arguments[0], (str, bytes)):
         note("open", os.fsdecode(arguments[0]))
     elif event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec"):
-        if event != "subprocess.Popen" or arguments[1] != ["/sbin/ldconfig", "-p"]:  # so Triton looks for a driver
+        if arguments[:2] != ("/sbin/ldconfig", ["/sbin/ldconfig", "-p"]):  # so Triton looks for a driver
             note("program", repr(arguments[0]))
     elif event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
         if not isinstance(arguments[-1], (str, bytes)) or event.startswith("socket.get"):  # not a socket file's name
