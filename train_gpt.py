@@ -1,21 +1,21 @@
 """Parameter Golf with state-space layers: from token shards to a scored artifact.
 
-    python train_gpt.py                                     # one process, on a GPU if there is one
-    torchrun --standalone --nproc_per_node=8 train_gpt.py   # one process per GPU
-    python train_gpt.py --help                              # every setting and preset
+    python train_gpt.py  # one process, on a GPU if there is one
+    torchrun --standalone --nproc_per_node=8 train_gpt.py  # one process per GPU
+    python train_gpt.py --help  # every setting and preset
 
 It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ, packs it into 16,000,000 bytes with the
 code, loads it back and scores it, adapting to what it has scored. Sections follow the data:
 
-    1. Settings     with presets and --help
-    2. Ranks        what several processes need from each other
-    3. Data         shards, batches, bytes per token
-    4. Scans        the recurrences of Mamba-3, Mamba-2 and Mamba, slow and fast
-    5. Model        attention, Mamba and MLP blocks
-    6. Optimizers   Muon for matrices, Adam for the rest, weight average, schedule
-    7. Evaluation   scores, test-time training
-    8. Export       GPTQ and the artifact file
-    9. Run          log, training loop, main()
+    1. Settings: with presets and --help
+    2. Ranks: what several processes need from each other
+    3. Data: shards, batches, bytes per token
+    4. Scans: the recurrences of Mamba-3, Mamba-2 and Mamba, slow and fast
+    5. Model: attention, Mamba and MLP blocks
+    6. Optimizers: Muon for matrices, Adam for the rest, weight average, schedule
+    7. Evaluation: scores, test-time training
+    8. Export: GPTQ and the artifact file
+    9. Run: log, training loop, main()
 """
 
 import bisect
@@ -141,7 +141,7 @@ class Settings:
 
     iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
     max_wallclock_seconds: float = env(600.0, "seconds", "training and GPTQ; 0: ITERATIONS rule")
-    export_reserve_seconds: float = env(15.0, "seconds", "of these, for GPTQ")
+    export_reserve_seconds: float = env(8.0, "seconds", "of these, for GPTQ")
     lr_warmup_fraction: float = env(0.01, "of run", "linear warm-up")
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
     warmdown_iters: int = env(0, "steps", "the same in steps; 0: the fraction")
@@ -199,7 +199,7 @@ HYBRID11 = {
 PRESETS = {
     "default": {},  # 8 GPUs, ten minutes
     "short": {  # three minutes on one GPU
-        "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0, "export_reserve_seconds": 7.0,
+        "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0, "export_reserve_seconds": 4.0,
         "eval_max_seconds": 180.0,
     },
     # A published entry's shape, to compare speed; then three published systems.
@@ -255,8 +255,7 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
     reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
-    near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)[0]
-    need(preset in PRESETS, f"PRESET={preset} is unknown; did you mean {near}? (see --help)")
+    need(preset in PRESETS, f"PRESET={preset} should be one of {', '.join(PRESETS)}")
     given = {name.lower(): parse_value(name, text, kinds[name]) for name, text in environment.items() if name in kinds}
     return Settings(**PRESETS[preset] | given), set(given)
 
@@ -280,8 +279,8 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
     for variable in environment:
         if variable in names or variable in others or variable.startswith("_"):
             continue
-        ours = variable.startswith(families)
-        near = difflib.get_close_matches(variable.upper().replace("_", ""), flat, n=1, cutoff=0.0 if ours else 0.87)
+        cutoff = 0.0 if variable.startswith(families) else 0.87
+        near = difflib.get_close_matches(variable.upper().replace("_", ""), flat, 1, cutoff)
         if near and len(variable) > 3:
             raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (see --help)")
 
@@ -441,8 +440,8 @@ def check_token_range(tokens: np.ndarray, size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: an epoch visits shard by shard, to keep reads
-    local, and a shard's windows in a new order and at a new phase."""
+    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: shard by shard, to keep reads local, in a new
+    order and at a new phase in each epoch."""
     need(max(lengths) > seq_len, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
@@ -453,7 +452,7 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's batches behind the first, gathered and copied to the device ahead of time."""
+    """This rank's batches behind the first, gathered and copied ahead of time."""
 
     def __init__(self, settings, ranks, first: int = 0):
         self.settings, self.ranks = settings, ranks
@@ -552,7 +551,7 @@ class ScanInputs(NamedTuple):
 
 
 class ScanState(NamedTuple):
-    """What goes from call to call: the last position's angle, state, rotated key, and value."""
+    """What the last position leaves to the next call."""
 
     angle: Tensor  # (B, H, R)
     ssm: Tensor  # (B, H, P, N)
@@ -658,10 +657,11 @@ def prepare_scan(inputs: ScanInputs, state: ScanState | None) -> tuple:
     return state, key, query, angle, inputs.value.to(dtype), current, previous
 
 
-def finish_scan(inputs: ScanInputs, y: Tensor, value: Tensor) -> Tensor:
-    """Adds the skip, applies the gate, and returns to value's dtype."""
+def finish_scan(inputs: ScanInputs, y: Tensor, angle: Tensor, ssm: Tensor, key: Tensor, value: Tensor) -> tuple:
+    """y with skip and gate, in value's dtype, and the state."""
     y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * value
-    return (y * F.silu(inputs.gate.to(y.dtype))).to(inputs.value.dtype)
+    y = (y * F.silu(inputs.gate.to(y.dtype))).to(inputs.value.dtype)
+    return y, ScanState(angle[:, -1] % (2 * math.pi), ssm, key[:, -1], value[:, -1])
 
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
@@ -678,8 +678,7 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
         now = (current[:, t, :, None] * last_value).unsqueeze(-1) * last_key.unsqueeze(-2)
         ssm = decay[:, t, :, None, None] * before + now
         outputs.append((ssm @ query[:, t].unsqueeze(-1)).squeeze(-1))
-    y = finish_scan(inputs, torch.stack(outputs, dim=1), value)
-    return y, ScanState(angle[:, -1] % (2 * math.pi), ssm, last_key, last_value)
+    return finish_scan(inputs, torch.stack(outputs, dim=1), angle, ssm, key, value)
 
 
 def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
@@ -723,14 +722,13 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     y = y + (query_c @ torch.stack(incoming, dim=2).mT) * total.exp().unsqueeze(-1)
     y = y.movedim(1, 3).flatten(1, 2)[:, :length]
     y = y + (current * (query * key).sum(dim=-1)).unsqueeze(-1) * value
-    final = ScanState(angle[:, -1] % (2 * math.pi), ssm, key[:, -1], value[:, -1])
-    return finish_scan(inputs, y, value), final
+    return finish_scan(inputs, y, angle, ssm, key, value)
 
 
 # The fused scan reads and writes in_proj's rows where they lie. tokens_forward makes step sizes, decays, normed keys and
-# queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes from chunk to chunk of a head and
-# leaves each one's first state behind; scan_backward comes back; the other two undo the first two and sum over heads without
-# atomics: the same bits every time. Decays are base-2 logarithms, angles are in turns.
+# queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes through a head's chunks and stores
+# the state before each; scan_backward comes back; the other two undo the first two and sum over heads without atomics: the
+# same bits every time. Decays are base-2 logarithms, angles are in turns.
 
 # fmt: off
 REGISTERS = {  # per thread, where a limit helps, by GPU architecture; see bench/tune.py
@@ -948,12 +946,12 @@ def scan_backward(
     FAST: tl.constexpr = dtype == tl.bfloat16
     d, same = tl.load(skip + h), i[:, None] == i[None, :]
     d_ssm = tl.load(d_ssm_out + square)
-    at_end = tl.sum(d_ssm * tl.load(ssm_out + square))  # d of the decay over a whole chunk
+    at_end = tl.sum(d_ssm * tl.load(ssm_out + square), axis=1)  # d of a chunk's decay; one number would be a barrier
     for back in tl.range(chunks, num_stages=2):
         chunk = chunks - 1 - back
         t = chunk * CHUNK
         place = head * chunks + chunk
-        tl.store(d_end + place, at_end)
+        tl.store(d_end + place * P + tl.arange(0, P), at_end)
         d_out = read(d_y, [b, t, h * P])
         gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
         d_gated = d_out.to(tl.float32)
@@ -983,7 +981,7 @@ def scan_backward(
         write(d_rotated, [batch * H + head, t, 0], d_query)
         decayed_query = (query.to(tl.float32) * from_start).to(dtype)
         d_ssm = dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST))
-        at_end = tl.sum(d_ssm * ssm.to(tl.float32))
+        at_end = tl.sum(d_ssm * ssm.to(tl.float32), axis=1)
     tl.store(d_ssm_in + square, d_ssm)
 
 
@@ -1156,7 +1154,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     (batch, length, _), (_, heads, channels, state, _, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
-    d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks)
+    d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, channels)
     launch(
         scan_backward, (batch * heads,), tiles(d_y, chunk, channels), tiles(projected, chunk, channels),
         tiles(rotated, chunk, state), tiles(y, chunk, channels), tiles(states, channels, state),
@@ -1175,7 +1173,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     later = (after @ d_turns.double()).float() + d_turn_out.unsqueeze(2)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
-        d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes,
+        d_scalars, d_diagonal, d_end.sum(dim=3), d_projected, d_heads, length, batch, *sizes,
     )
     d_parameters = d_heads.sum(dim=0), d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0)
     return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out]
@@ -1376,7 +1374,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context) -> Tensor:
         query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
         query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
-        query, key = rotary(query, context.cos, context.sin), rotary(key, context.cos, context.sin)
+        query, key = (rotary(x, context.cos, context.sin) for x in (query, key))
         y = sdpa(query, key, value)
         gate = 2 * F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)).sigmoid()
         return self.out((y * gate.unsqueeze(-1)).flatten(2))
@@ -1414,8 +1412,8 @@ class Mamba(nn.Module):
         heads = inner // channels
         self.sizes = MambaSizes(heads, channels, n, n // 4, version)  # half of the state turns, in pairs
         columns = self.sizes.columns()
-        self.dynamics_rows = sum(columns[4:])  # the last rows of in_proj; they stay at 8 bits in the artifact
         self.in_proj = Linear(s.model_dim, sum(columns))
+        self.in_proj.dynamics_rows = sum(columns[4:])  # the last; 8 bits in the artifact
         self.out_proj = Linear(inner, s.model_dim, zero=True)
 
         step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
@@ -1515,8 +1513,8 @@ def fused_cross_entropy(
     logits = F.linear(hidden, weight)
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
-    warps = min(16, max(4, block // 1024))
-    cross_entropy_rows[(len(hidden),)](logits, targets, nats, size, cap, block, slopes, fast, num_warps=warps)
+    constants = size, cap, block, slopes, fast
+    cross_entropy_rows[(len(hidden),)](logits, targets, nats, *constants, num_warps=min(16, max(4, block // 1024)))
     return nats, logits if slopes else logits.new_empty(0)
 
 
@@ -1846,8 +1844,8 @@ class Evaluator:
                 break
             left = clock_started + s.eval_max_seconds - scored
             if index > 1:  # the first two chunks compile
-                spare = left - 1.2 * chunks_left * (scored - started)
-                epochs = min(s.ttt_epochs, max(0, int(spare / (chunks_left * max(epoch_seconds, 1e-9)))))
+                spare = left / chunks_left - 1.2 * (scored - started)
+                epochs = min(s.ttt_epochs, max(0, int(spare / max(epoch_seconds, 1e-9))))
             epochs = self.ranks.from_main(epochs if left > 0 else 0)
             given_up += s.ttt_epochs - epochs
             sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
@@ -1889,10 +1887,8 @@ class Evaluator:
         for starts in mine.reshape(-1, rows, 1):
             tokens, targets = self._read(starts, length)
             (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
-        if ranks.world_size > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            means = ranks.sum_(nn.utils.parameters_to_vector(gradients)) / ranks.world_size
-            nn.utils.vector_to_parameters(means, gradients)
+        gradients = [ranks.sum_(p.grad) for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_div_(gradients, ranks.world_size)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         sgd.step()
         sgd.zero_grad()
@@ -1946,7 +1942,7 @@ def grid_limits(model) -> dict[str, Tensor]:
             if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
                 rows[:] = INT8_MAX
             elif name.endswith(".in_proj"):
-                rows[len(rows) - model.get_submodule(name.removesuffix(".in_proj")).dynamics_rows :] = INT8_MAX
+                rows[len(rows) - layer.dynamics_rows :] = INT8_MAX
     return limits
 
 
@@ -2043,48 +2039,49 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor | None, scale: Tensor, limits: Tensor) -> Tensor:
-    """Integers that keep, times scale, weight @ x close (arXiv 2210.17323): columns are rounded by falling diagonal,
-    each one's error spread over those still to come."""
-    if hessian is None:
-        return round_to_grid(weight, scale, limits)
-    diagonal = hessian.diagonal()
-    order = diagonal.argsort(descending=True)
-    weight = weight.masked_fill(diagonal == 0, 0.0)[:, order]  # inputs that never fire
-    scale = scale.expand_as(weight)[:, order]
-    identity = torch.eye(len(order), device=weight.device)
-    damping, failed = GPTQ_DAMPING * diagonal.mean().clamp(min=1e-9), True
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    """Integers that keep, times scale, weight @ x close (arXiv 2210.17323), of matrices (..., rows, columns): columns are
+    rounded by falling diagonal, each one's error spread over those still to come; none is, if the Hessian is diagonal."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    damping, order = GPTQ_DAMPING * diagonal.mean(-1).clamp(min=1e-9), diagonal.argsort(descending=True)
+    sort = lambda x, order=order: x.take_along_dim(order.unsqueeze(-2), -1)
+    weight = sort(weight.masked_fill((diagonal == 0).unsqueeze(-2), 0.0))  # inputs that never fire
+    scale, hessian = sort(scale), sort(sort(hessian).mT)
+    identity, failed = torch.eye(order.shape[-1], device=weight.device), True
     while failed:  # until the damping, tenfold each time, is enough
-        lower, failed = torch.linalg.cholesky_ex((hessian[order][:, order] + damping * identity).flip(0, 1))
-        damping *= 10
+        lower, failed = torch.linalg.cholesky_ex((hessian + damping[..., None, None] * identity).flip(-2, -1))
+        damping, failed = 10 * damping, failed.any()
     # Flipped back, lower is an upper R with H = R R^T, so that R^-1 is the upper Cholesky factor of H's inverse.
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    upper = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
     errors = torch.zeros_like(weight)
-    for first in range(0, len(order), GPTQ_BLOCK):
-        last = min(first + GPTQ_BLOCK, len(order))
+    for first in range(0, len(identity), GPTQ_BLOCK):
+        last = min(first + GPTQ_BLOCK, len(identity))
         for j in range(first, last):
-            rest, error, step = weight[:, j:last], errors[:, j, None], scale[:, j, None]  # views
-            integers = round_to_grid(rest[:, :1], step, limits)
-            error.copy_((rest[:, :1] - integers * step) / upper[j, j])
-            rest -= error * upper[j, j:last]
-            rest[:, :1] = integers
-        weight[:, last:] -= errors[:, first:last] @ upper[first:last, last:]
-    return weight[:, order.argsort()]
+            rest, error, step = weight[..., j:last], errors[..., j, None], scale[..., j, None]  # views
+            integers = round_to_grid(rest[..., :1], step, limits)
+            error.copy_((rest[..., :1] - integers * step) / upper[..., j, j, None, None])
+            rest -= error * upper[..., j, None, j:last]
+            rest[..., :1] = integers
+        weight[..., last:] -= errors[..., first:last] @ upper[..., first:last, last:]
+    return sort(weight, order.argsort())
 
 
 @torch.no_grad()
 def quantize_model(model, settings, ranks, hessians: dict[str, Tensor], k: float) -> dict[str, Tensor]:
-    """What is stored, in this order: all vectors and the steps of matrices, then int8 matrices as "NAME integers". The ranks
-    share the work; all get the result."""
+    """What is stored, in this order: all vectors and the steps of matrices, then int8 matrices as "NAME integers". Ranks
+    share the work, matrices of one shape at once; all get the result."""
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
-    matrices = grid_limits(model)
-    for number, (name, limits) in enumerate(matrices.items()):
+    matrices, groups = grid_limits(model), collections.defaultdict(list)
+    for name, limits in matrices.items():
         weight = model.get_parameter(name)
         rows, columns = grid_steps(weight, limits, settings, k)
         stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = integers = torch.zeros_like(weight, dtype=torch.int8)
-        if number % ranks.world_size == ranks.rank:
-            integers.copy_(gptq(weight, hessians.get(name), rows * columns, limits))
+        hessian = hessians.get(name, torch.eye(weight.shape[1], device=weight.device))
+        groups[weight.shape].append((integers, weight, hessian, rows * columns, limits))
+    for group in itertools.islice(groups.values(), ranks.rank, None, ranks.world_size):
+        integers, *tensors = zip(*group)
+        torch._foreach_copy_(integers, list(gptq(*map(torch.stack, tensors))))
     for name in matrices:
         ranks.sum_(stored[f"{name} integers"])  # zeros but where they were computed
     return stored
@@ -2345,8 +2342,8 @@ class Trainer:
         self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
         self.log("layers: " + " ".join(f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order))
         tokens = self.micro_sequences * self.settings.train_seq_len
-        scans = {mixer.backend for mixer in mixers if isinstance(mixer, Mamba)}
-        self.log(f"scan: {', '.join(scans) or 'none'}; {tokens:,} tokens at once per rank")
+        scan = next((mixer.backend for mixer in mixers if isinstance(mixer, Mamba)), "none")
+        self.log(f"scan: {scan}; {tokens:,} tokens at once per rank")
 
     def tensors(self) -> list[Tensor]:
         """What training changes, float32, whatever the number of ranks."""
@@ -2510,12 +2507,10 @@ class Trainer:
 
     def _log_step(self, loss: Tensor, now: Schedule):
         mean, skipped = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size, self.skipped_steps()
-        total = 1000 * self.clock.seconds()
-        average = total / self.steps_done
-        text = f"train_loss:{mean:.4f} train_time:{total:.0f}ms step_avg:{average:.2f}ms"
-        text += f" skipped_steps:{skipped}" if skipped else ""
-        values = {"train_loss": mean, "train_ms": total, "step_avg_ms": average, "skipped_steps": skipped}
-        self._log(text, "train", **values, **now._asdict())
+        ms = 1000 * self.clock.seconds()
+        values = {"train_loss": mean, "train_ms": ms, "step_avg_ms": ms / self.steps_done, "skipped_steps": skipped}
+        text = f"train_loss:{mean:.4f} train_time:{ms:.0f}ms step_avg:{ms / self.steps_done:.2f}ms"
+        self._log(text + f" skipped_steps:{skipped}" * (skipped > 0), "train", **values, **now._asdict())
 
 
 def export(trainer, batches) -> dict:
@@ -2577,8 +2572,8 @@ def evaluate_artifact(settings, given: set[str], ranks, validation: ValidationSe
     score = evaluator.score_and_adapt(clock_started, log.progress) if s.adapts else evaluator.score()
     seconds = time.perf_counter() - clock_started
     log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s; {score.epochs_given_up} epochs given up")
-    in_time = ranks.from_main(seconds <= s.eval_max_seconds)
-    need(in_time, f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain")
+    late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
+    need(ranks.from_main(seconds <= s.eval_max_seconds), late)
     report(log, "final", s.eval_mode + ("_ttt" if s.adapts else ""), score)
     if s.eval_nll_path and ranks.rank == 0:
         with writing(f"EVAL_NLL_PATH={s.eval_nll_path}"):

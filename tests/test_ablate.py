@@ -425,7 +425,7 @@ MISTAKES = {
         BASE + '[[variant]]\nname = "x"\nEMA_DECAY = 2\n',
         "variant 'x': EMA_DECAY=2.0 must be from 0 to 1",
     ),
-    "an unknown preset": (BASE.replace("tiny", "tny"), "PRESET=tny is unknown; did you mean tiny"),
+    "an unknown preset": (BASE.replace("tiny", "tny"), "PRESET=tny should be one of default, short"),
     "a seed among the settings": (BASE + "SEED = 3\n", "SEED cannot be set here: write seeds = [...] instead"),
     "one name twice": (BASE + '[[variant]]\nname = "x y"\n[[variant]]\nname = "X-y"\n', "has the same name as 'x y'"),
     "the base's name": (BASE + '[[variant]]\nname = "base"\n', "has the same name as 'base'"),

@@ -473,7 +473,7 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
         ({"iterations": "many"}, 'ITERATIONS="many"'),
         ({"eval_mode": "slide"}, "EVAL_MODE=slide"),
         ({"muon_momentun": 0.9}, "did you mean MUON_MOMENTUM?"),
-        ({"preset": "tinny"}, "did you mean tiny?"),
+        ({"preset": "tinny"}, "should be one of default, short"),
         ({"scan_backend": "triton"}, "SCAN_BACKEND=triton needs a GPU"),
         ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT"),
         ({"eval_only": True}, "no artifact at"),
