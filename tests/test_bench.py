@@ -291,3 +291,33 @@ def test_settings_in_the_environment_win(monkeypatch):
     monkeypatch.setenv("TRAIN_SEQ_LEN", "1024")
     settings = bench.read_settings(bench.STEP_CASES["peer7"])
     assert (settings.preset, settings.train_batch_tokens, settings.train_seq_len) == ("peer7", 1_048_576, 1024)
+
+
+@pytest.mark.skipif(t.triton is None, reason="needs triton")
+def test_products_with_the_activation_in_their_epilogue():
+    """In Triton's interpreter, in float32: more tiles than programs, several steps of depth, forward and backward."""
+    from bench import products
+
+    tiling = (16, 32, 16, 4, 2, 2)
+    x, up = torch.randn(48, 32), torch.randn(64, 32)
+    hidden, out = torch.full((48, 64), torch.nan), torch.full((48, 64), torch.nan)
+    products.fused(x, up, hidden, out, False, tiling)
+    assert torch.allclose(hidden, x @ up.T, atol=1e-5)
+    assert torch.allclose(out, products.activation(hidden), atol=1e-5)
+
+    gradient, down = torch.randn(48, 32), torch.randn(32, 64)
+    leaf = hidden.clone().requires_grad_()
+    (products.activation(leaf) * (gradient @ down)).sum().backward()
+    products.fused(gradient, down, hidden, out, True, tiling)
+    assert torch.allclose(out, leaf.grad, atol=1e-4)
+    assert torch.allclose(products.activation_backward(gradient @ down, hidden), leaf.grad, atol=1e-4)
+
+
+@pytest.mark.skipif(t.triton is None, reason="needs triton")
+def test_products_without_a_gpu_is_one_line():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = [sys.executable, str(ROOT / "bench" / "products.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("products.py: error: torch sees no GPU")
