@@ -42,6 +42,7 @@ import mamba_ssm_reference
 
 import train_gpt as t
 
+tl, constexpr = t.triton and t.tl, t.constexpr  # as the kernel names them
 PARTS = ("kernels", "scan", "steps", "startup")
 DATASHEET_FLOPS = 989e12  # per second, dense bfloat16: NVIDIA's figure for the H100 and the H200 in SXM form,
 DATASHEET_GPUS = r"H100 80GB HBM3|H200(?! NVL)"  # which call themselves so
@@ -277,6 +278,97 @@ def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     return operator(t.maybe_compile(mlp, s, ranks), (x,), matrices, flops)
 
 
+def product_kernel(settings: t.Settings, ranks: t.Ranks, shape: torch.Size, eight_bits: bool) -> Kernel:
+    """A linear layer's product with a weight of this shape, and its input's gradient; in 8-bit floats, casts left out."""
+    outputs, inputs = shape
+    x, gradient = (random_activations(settings, ranks.device, n).detach().flatten(0, 1) for n in (inputs, outputs))
+    weight = torch.randn(shape, device=ranks.device, dtype=x.dtype)
+    pairs, multiply, out_bytes = [(x, weight.mT), (gradient, weight)], torch.matmul, x.nbytes + gradient.nbytes
+    if eight_bits:  # the second by columns, as those products want it
+        one, short = torch.ones((), device=ranks.device), lambda x: x.to(torch.float8_e4m3fn)
+        pairs = [(short(a), short(b.mT.contiguous()).mT) for a, b in pairs]
+        options = {"scale_a": one, "scale_b": one, "out_dtype": x.dtype, "use_fast_accum": True}
+        multiply = functools.partial(torch._scaled_mm, **options)
+    read_bytes = sum(x.nbytes for pair in pairs for x in pair)
+    return Kernel(lambda: [multiply(*pair) for pair in pairs], read_bytes + out_bytes, 4 * len(x) * shape.numel())
+
+
+@t.jit
+def product_and_activation(
+    x, weight, hidden, out, rows, columns, depth, BM: constexpr, BN: constexpr, BK: constexpr,
+    PROGRAMS: constexpr, BACKWARD: constexpr,
+):  # fmt: skip
+    """hidden = x weight^T and out = LeakyReLU(hidden, 0.5)²; BACKWARD: out = x weight · the derivative at hidden. Tensor
+    maps; rows and columns are numbers of tiles."""
+    for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
+        m, n = tile // columns * BM, tile % columns * BN
+        total = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, depth, BK):
+            if BACKWARD:
+                total = tl.dot(x.load([m, k]), weight.load([k, n]), total, input_precision="ieee")
+            else:
+                total = tl.dot(x.load([m, k]), tl.trans(weight.load([n, k])), total, input_precision="ieee")
+        if BACKWARD:
+            at = hidden.load([m, n]).to(tl.float32)
+            total *= tl.where(at > 0, 2.0 * at, 0.5 * at)
+        else:
+            hidden.store([m, n], total.to(hidden.dtype))
+            total = tl.where(total > 0, total, 0.5 * total)
+            total *= total
+        out.store([m, n], total.to(out.dtype))
+
+
+# Rows, columns and depth of a tile, warps, pipeline stages, programs on a multiprocessor: the best of ten on an H200.
+FORWARD_TILES, BACKWARD_TILES = (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 4, 2)
+
+
+def fused_mlp_product(x: Tensor, weight: Tensor, hidden: Tensor, out: Tensor, backward: bool, tiles: tuple[int, ...]):
+    """Launches product_and_activation() on matrices of whole tiles: x (M, K), weight (N, K) or, backward, (K, N), hidden and
+    out (M, N)."""
+    bm, bn, bk, warps, stages, programs = tiles
+    programs *= torch.cuda.get_device_properties(0).multi_processor_count if x.is_cuda else 1
+    blocks = (bm, bk), (bk, bn) if backward else (bn, bk), (bm, bn), (bm, bn)
+    maps = [t.TensorDescriptor.from_tensor(y, block) for y, block in zip((x, weight, hidden, out), map(list, blocks))]
+    sizes = len(x) // bm, hidden.shape[1] // bn, x.shape[1], bm, bn, bk, programs, backward
+    product_and_activation[(programs,)](*maps, *sizes, num_warps=warps, num_stages=stages)
+
+
+def activation_kernel(settings: t.Settings, ranks: t.Ranks, backward: bool, together: bool) -> Kernel:
+    """The MLP's first product and LeakyReLU², or the second's input gradient and that of LeakyReLU²; in one kernel or not."""
+    s, width = settings, int(settings.mlp_mult * settings.model_dim)
+    x, hidden = (random_activations(s, ranks.device, n).detach().flatten(0, 1) for n in (s.model_dim, width))
+    shape = (s.model_dim, width) if backward else (width, s.model_dim)
+    weight, out = torch.randn(shape, device=x.device, dtype=x.dtype), torch.empty_like(hidden)
+    activation = t.maybe_compile(lambda hidden: torch.nn.functional.leaky_relu(hidden, 0.5).square(), s, ranks)
+    if together:
+        tiles = BACKWARD_TILES if backward else FORWARD_TILES
+        call = functools.partial(fused_mlp_product, x, weight, hidden, out, backward, tiles)
+    elif backward:
+        activated = activation(hidden.requires_grad_())
+        call = lambda: torch.autograd.grad(activated, hidden, x @ weight, retain_graph=True)
+    else:
+        call = lambda: activation(x @ weight.mT)
+    return Kernel(call, x.nbytes + weight.nbytes + 2 * hidden.nbytes, 2 * len(x) * weight.numel())
+
+
+def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
+    """Each large product of the model; on a GPU also what 8-bit floats, or the activation in a kernel of ours, would make
+    of it."""
+    gpu, makers = ranks.device.type == "cuda", {}
+    with torch.device("meta"):
+        model = t.Model(dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta"))
+    matrices = [model.embedding.weight, *(layer.weight for layer in model.linear_layers().values())]
+    for shape in dict.fromkeys(matrix.shape for matrix in matrices if matrix.numel() >= 500_000):
+        for eight_bits in (False, True)[: 1 + gpu]:
+            name = f"product {shape[1]:,} × {shape[0]:,}{', 8 bits' * eight_bits}"
+            makers[name] = functools.partial(product_kernel, settings, ranks, shape, eight_bits)
+    for backward in (False, True):
+        for together in (False, True)[: 1 + gpu]:
+            name = f"product, LeakyReLU²{', gradient' * backward}{', one kernel' * together}"
+            makers[name] = functools.partial(activation_kernel, settings, ranks, backward, together)
+    return makers
+
+
 def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """What stands between two layers: one's output is scaled and added, the embedding mixed in, the sum normed."""
     s, device = settings, ranks.device
@@ -339,6 +431,7 @@ def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[]
         "residual mixing and RMSNorm": functools.partial(residual_kernel, settings, ranks),
         "optimizer step": functools.partial(optimizer_kernel, settings, ranks),
         "Newton-Schulz": functools.partial(newton_schulz_kernel, settings, ranks),
+        **product_makers(settings, ranks),
     }
 
 

@@ -294,30 +294,30 @@ def test_settings_in_the_environment_win(monkeypatch):
 
 
 @pytest.mark.skipif(t.triton is None, reason="needs triton")
-def test_products_with_the_activation_in_their_epilogue():
+def test_a_product_with_the_activation_in_its_kernel():
     """In Triton's interpreter, in float32: more tiles than programs, several steps of depth, forward and backward."""
-    from bench import products
-
-    tiling = (16, 32, 16, 4, 2, 2)
-    x, up = torch.randn(48, 32), torch.randn(64, 32)
+    tiles = (16, 32, 16, 4, 2, 2)
+    x, up, activation = (
+        torch.randn(48, 32),
+        torch.randn(64, 32),
+        lambda x: torch.nn.functional.leaky_relu(x, 0.5).square(),
+    )
     hidden, out = torch.full((48, 64), torch.nan), torch.full((48, 64), torch.nan)
-    products.fused(x, up, hidden, out, False, tiling)
+    bench.fused_mlp_product(x, up, hidden, out, False, tiles)
     assert torch.allclose(hidden, x @ up.T, atol=1e-5)
-    assert torch.allclose(out, products.activation(hidden), atol=1e-5)
+    assert torch.allclose(out, activation(hidden), atol=1e-5)
 
     gradient, down = torch.randn(48, 32), torch.randn(32, 64)
     leaf = hidden.clone().requires_grad_()
-    (products.activation(leaf) * (gradient @ down)).sum().backward()
-    products.fused(gradient, down, hidden, out, True, tiling)
-    assert torch.allclose(out, leaf.grad, atol=1e-4)
-    assert torch.allclose(products.activation_backward(gradient @ down, hidden), leaf.grad, atol=1e-4)
+    (expected,) = torch.autograd.grad(activation(leaf), leaf, gradient @ down)
+    bench.fused_mlp_product(gradient, down, hidden, out, True, tiles)
+    assert torch.allclose(out, expected, atol=1e-4)
 
 
-@pytest.mark.skipif(t.triton is None, reason="needs triton")
-def test_products_without_a_gpu_is_one_line():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    command = [sys.executable, str(ROOT / "bench" / "products.py")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("products.py: error: torch sees no GPU")
+def test_every_large_product_has_a_row():
+    """peer7's: in_proj, out_proj, the MLP's two, and the output matrix; not the small ones of attention."""
+    settings, _ = t.read_settings({"PRESET": "peer7"})
+    products = [name for name in bench.product_makers(settings, SOLO) if "LeakyReLU" not in name]
+    assert sorted(products) == [
+        "product 1,024 × 512", "product 1,536 × 512", "product 512 × 1,536", "product 512 × 2,240", "product 512 × 8,192",
+    ]  # fmt: skip

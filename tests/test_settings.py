@@ -87,7 +87,7 @@ def test_ordinary_variables_are_not_taken_for_misspelt_ones(variable):
     t.reject_misspelt({variable: "1"}, NAMES)
 
 
-def test_an_unknown_preset_is_refused_and_the_nearest_name_offered():
+def test_an_unknown_preset_is_refused_and_all_names_are_listed():
     with pytest.raises(t.UserError, match="PRESET=tny should be one of default, short, .* tiny"):
         t.read_settings({"PRESET": "tny"})
 
