@@ -6,8 +6,8 @@
     PRESET=peer7 NUM_LAYERS=9 python bench/bench.py steps --profile table.txt
     torchrun --standalone --nproc_per_node=2 bench/bench.py steps
 
-Settings are environment variables, as for train_gpt.py, and change whatever is measured. `steps` times PRESET=peer7 and
-the default with a batch of 131,072 tokens; with PRESET given, exactly that. Inputs and tokens are random.
+Settings are environment variables, as for train_gpt.py, and change whatever is measured. `steps` times PRESET=peer7,
+and it and the default with a batch of 131,072 tokens; with PRESET given, exactly that. Inputs and tokens are random.
 
 The machine's own ceilings come first: the rate of a large copy (bytes read plus written) and of a large bfloat16 matrix
 product. A kernel's floor is the longer of its bytes at the one and its matrix products at the other. MFU, the model
@@ -49,6 +49,7 @@ DATASHEET_GPUS = r"H100 80GB HBM3|H200(?! NVL)"  # which call themselves so
 KERNEL_SETTINGS = {"TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "4096"}  # one micro-batch of PRESET=peer7
 STEP_CASES = {
     "peer7": {"PRESET": "peer7"},
+    "peer7, small batch": {"PRESET": "peer7", "TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "2048"},
     "default, small batch": {"TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "2048"},
 }
 
