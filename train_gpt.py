@@ -592,13 +592,13 @@ RESET_LOG_DECAY = -60.0  # a document start in sums of logarithms: exp(-60) = 1e
 def mamba_scan(
     projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None,
     state: ScanState | None, backend: str, chunk_size: int,
-) -> tuple[Tensor, ScanState]:  # fmt: skip
-    """Between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P) in its dtype, and the state."""
+) -> tuple[Tensor, Tensor, ScanState]:  # fmt: skip
+    """Between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P), its mean square (B, L), and the state."""
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
     y, state = sequential_scan(inputs, state) if backend == "sequential" else chunked_scan(inputs, state, chunk_size)
-    return y.flatten(2), state
+    return y.flatten(2), y.to(inputs.step_size.dtype).square().mean((2, 3)), state
 
 
 def scan_inputs(projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start: Tensor | None) -> ScanInputs:
@@ -900,8 +900,8 @@ def gate_and_sigmoid(gate, FAST: constexpr):
 
 @jit
 def scan_forward(
-    projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, batch, chunks, WIDTH: constexpr, H: constexpr,
-    P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, squares, batch, chunks, WIDTH: constexpr,
+    H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
 ):
     head = tl.program_id(0)
     b, h = head // H, head % H
@@ -927,6 +927,7 @@ def scan_forward(
         gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
         out *= gate * sigmoid
         write(y, [b, t, h * P], out)
+        tl.store(squares + (head * chunks + chunk) * CHUNK + i, tl.sum(out * out, axis=1))
         to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
         ssm = dot(tl.trans(value), to_end, ssm * exp2(end, FAST))
     tl.store(ssm_out + square, ssm)
@@ -934,8 +935,8 @@ def scan_forward(
 
 @jit
 def scan_backward(
-    d_y, projected, rotated, y, states, d_projected, d_rotated, scalars, decay_ends, skip, d_ssm_out, ssm_out, d_diagonal, d_end,
-    d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
+    d_y, d_squares, projected, rotated, y, states, d_projected, d_rotated, scalars, decay_ends, skip, d_ssm_out, ssm_out,
+    d_diagonal, d_end, d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
     CHUNK: constexpr,
 ):
     head = tl.program_id(0)
@@ -952,10 +953,10 @@ def scan_backward(
         t = chunk * CHUNK
         place = head * chunks + chunk
         tl.store(d_end + place * P + tl.arange(0, P), at_end)
-        d_out = read(d_y, [b, t, h * P])
         gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
-        d_gated = d_out.to(tl.float32)
-        d_gate = read(y, [b, t, h * P]).to(tl.float32) * (reciprocal(gate, FAST) + 1.0 - sigmoid)
+        out = read(y, [b, t, h * P]).to(tl.float32)
+        d_gated = read(d_y, [b, t, h * P]).to(tl.float32) + 2.0 * d_squares.load([head, t]).reshape(CHUNK)[:, None] * out
+        d_gate = out * (reciprocal(gate, FAST) + 1.0 - sigmoid)
         write(d_projected, [b, t, h * P], d_gated * d_gate)
         d_out = (d_gated * gate * sigmoid).to(dtype)
         value = read(projected, [b, t, (H + h) * P])
@@ -1104,10 +1105,11 @@ def tiles(tensor: Tensor, *block: int):
     "golf::fused_scan", mutates_args=(), schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
 )
 def fused_scan(tensors, document_start, sizes):
-    """y, last state and turn, and what the backward reads. sizes: the kernels' constants."""
+    """y, its squares' sums over each head's channels, last state and turn, and what the backward reads. sizes: the kernels'
+    constants."""
     projected, step_bias, skip, biases, norms, ssm_in, turn_in = tensors
     outputs = empty_outputs(tensors, document_start, sizes)
-    y, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
+    y, squares, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
     (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
@@ -1123,7 +1125,7 @@ def fused_scan(tensors, document_start, sizes):
     launch(
         scan_forward, (batch * heads,), tiles(projected, chunk, channels), tiles(rotated, chunk, state),
         tiles(y, chunk, channels), tiles(states, channels, state), tiles(scalars, chunk), scalars[1], skip, ssm_in,
-        ssm_out, batch, chunks, *sizes,
+        ssm_out, squares, batch, chunks, *sizes,
     )
     return outputs
 
@@ -1136,8 +1138,8 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
     padded, single = chunks * chunk, functools.partial(new, dtype=torch.float32)
     half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # finer than bfloat16 up to 1
     return [
-        new(batch, length, heads * channels), single(batch, heads, channels, state), single(batch, heads, angles),
-        single(6, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
+        new(batch, length, heads * channels), single(batch, heads, padded), single(batch, heads, channels, state),
+        single(batch, heads, angles), single(6, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
         new(2, batch, heads, padded, state), new(2, batch, heads, padded, angles, dtype=half),
         new(batch, heads, chunks, channels, state),
     ]
@@ -1148,18 +1150,18 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
     schema="(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
 )
 def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
-    """Gradients of tensors, from those of y, last state and turn."""
-    (d_y, d_ssm_out, d_turn_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
+    """Gradients of tensors, from those of y, squares, last state and turn."""
+    (d_y, d_squares, d_ssm_out, d_turn_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
     (batch, length, _), (_, heads, channels, state, _, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, channels)
     launch(
-        scan_backward, (batch * heads,), tiles(d_y, chunk, channels), tiles(projected, chunk, channels),
-        tiles(rotated, chunk, state), tiles(y, chunk, channels), tiles(states, channels, state),
-        tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state), tiles(scalars, chunk), scalars[1], skip,
-        d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes,
+        scan_backward, (batch * heads,), tiles(d_y, chunk, channels), tiles(d_squares, chunk),
+        tiles(projected, chunk, channels), tiles(rotated, chunk, state), tiles(y, chunk, channels),
+        tiles(states, channels, state), tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state),
+        tiles(scalars, chunk), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes,
     )
     programs = batch * chunks
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
@@ -1186,12 +1188,12 @@ def _(gradients, saved, tensors, *_):
 
 def _fused_scan_context(ctx, inputs, output):
     tensors, document_start, ctx.sizes = inputs
-    ctx.save_for_backward(document_start, *tensors, *output[:2], *output[3:])
+    ctx.save_for_backward(document_start, *tensors, output[0], output[2], *output[4:])
 
 
 def _fused_scan_autograd(ctx, gradients):
     document_start, *saved = ctx.saved_tensors
-    gradients = [x.contiguous() for x in gradients[:3]]
+    gradients = [x.contiguous() for x in gradients[:4]]
     return fused_scan_backward(gradients, saved[7:], saved[:7], document_start, ctx.sizes), None, None
 
 
@@ -1213,11 +1215,12 @@ def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
     norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()
     tensors = projected.contiguous(), p.step_bias, p.skip, biases, norms, ssm.contiguous(), turn.contiguous()
-    y, ssm, turn, *_ = fused_scan(tensors, start, [projected.shape[2], *sizes[:4], chunk])
+    y, squares, ssm, turn, *_ = fused_scan(tensors, start, [projected.shape[2], *sizes[:4], chunk])
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-    return y, ScanState(angle, ssm, key, last.value[:, 0].float())
+    mean_square = squares[..., : y.shape[1]].sum(1) / y.shape[2]
+    return y, mean_square, ScanState(angle, ssm, key, last.value[:, 0].float())
 
 
 def evens_first(x: Tensor) -> Tensor:
@@ -1328,14 +1331,15 @@ class Context(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """Without bias; its weight is cast to the input's dtype."""
+    """Without bias; its weight is cast to the input's dtype. Rows may be scaled, as if before, after the product."""
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
         nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=in_features**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight.to(x.dtype))
+        return y if scale is None else (y * scale).to(x.dtype)
 
 
 # For good: chosen in a graph, they would keep it out of the compiler's cache.
@@ -1431,8 +1435,6 @@ class Mamba(nn.Module):
         width = s.mamba_d_conv if s.mamba_d_conv >= 0 else 4 * (version < 3)
         mixed = inner + sum(columns[2:4])
         self.conv = ShortConv(mixed, max(1, width)) if width > 1 or version == 1 else None
-        if version > 1:
-            self.output_norm = nn.Parameter(torch.ones(inner))
 
     def forward(self, u: Tensor, context) -> Tensor:
         projected, sizes, backend = self.in_proj(u), self.sizes, self.backend
@@ -1445,16 +1447,16 @@ class Mamba(nn.Module):
         if sizes.version == 1:
             step, key, query = self.x_proj(mixed).tensor_split([-2 * sizes.state, -sizes.state], dim=-1)
             tensors = mixed, self.dt_proj(step), -self.A_log.exp(), key, query, self.D, gate, self.dt_bias
-            y, _ = selective_scan(tensors, *shared)
+            (y, _), scale = selective_scan(tensors, *shared), None
         else:
             if sizes.version == 3:
                 learned = self.B_bias, self.C_bias, self.B_norm, self.C_norm, None, self.heavy_tail
             else:
                 no_bias = torch.zeros_like(self.D).unsqueeze(1)
                 learned = no_bias, no_bias, None, None, -self.A_log.exp()
-            y, _ = mamba_scan(projected, MambaParameters(self.dt_bias, self.D, *learned), sizes, *shared)
-            y = norm(y, self.output_norm, 1e-5)
-        return self.out_proj(y)
+            y, square, _ = mamba_scan(projected, MambaParameters(self.dt_bias, self.D, *learned), sizes, *shared)
+            scale = (square + 1e-5).rsqrt().unsqueeze(-1)  # a norm without a weight: no pass over y
+        return self.out_proj(y, scale)
 
 
 class MLP(nn.Module):
@@ -2025,8 +2027,8 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
     """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T)."""
     hessians = collections.defaultdict(float)
 
-    def gather(name: str, _, inputs: tuple[Tensor]):
-        x = inputs[0].flatten(0, -2).float()
+    def gather(name: str, _, inputs: tuple[Tensor, ...]):
+        x = math.prod(x.float() for x in inputs if x is not None).flatten(0, -2)
         hessians[name] += 2 * (x.T @ x)
 
     layers = model.linear_layers().items()

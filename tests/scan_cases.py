@@ -61,17 +61,17 @@ def results(
     projected = leaf(case.projected, dtype)
     parameters = t.MambaParameters(*(leaf(x, wide) for x in case.parameters))
     state = None if case.state is None else t.ScanState(*(leaf(x, wide) for x in case.state))
-    y, final = scan(projected, parameters, case.sizes, case.document_start, state)
+    y, mean_square, final = scan(projected, parameters, case.sizes, case.document_start, state)
     generator = torch.Generator().manual_seed(1)
     loss = 0.0
-    for x in (y, *final) if from_state else (y,):
+    for x in (y, mean_square, *final) if from_state else (y, mean_square):
         weight = torch.randn(x.shape, generator=generator).bfloat16().to(x)
         loss = loss + (x * weight).double().sum()
     learned = {f"d {name}": x for name, x in parameters._asdict().items() if isinstance(x, Tensor)}
     if state is not None:
         learned |= {f"d state.{name}": x for name, x in state._asdict().items()}
     d_projected, *gradients = torch.autograd.grad(loss, [projected, *learned.values()])
-    outcome = {"y": y, **{f"final {name}": x for name, x in final._asdict().items()}}
+    outcome = {"y": y, "mean square": mean_square, **{f"final {name}": x for name, x in final._asdict().items()}}
     outcome["final angle"] = torch.stack([final.angle.cos(), final.angle.sin()])  # a point on the circle
     groups = d_projected.split(case.sizes.columns(), dim=-1)
     outcome |= {f"d {name}": x for name, x in zip(COLUMNS, groups)}

@@ -78,9 +78,9 @@ def test_a_sequence_in_two_calls_equals_one_call(place):
     def two_calls(projected, parameters, sizes, document_start, state):
         outputs = []
         for part in (slice(place), slice(place, None)):
-            y, state = fused_scan(projected[:, part], parameters, sizes, document_start[:, part].contiguous(), state)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1), state
+            *own, state = fused_scan(projected[:, part], parameters, sizes, document_start[:, part].contiguous(), state)
+            outputs.append(own)
+        return *(torch.cat(parts, dim=1) for parts in zip(*outputs)), state
 
     assert_all_close(results(two_calls, case, torch.float32), sequential(case), 5e-4)
 
@@ -99,10 +99,10 @@ def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit():
     case = random_case(1, 40, 1, 16, 16)
     parameters = t.MambaParameters(*(x.float() if isinstance(x, torch.Tensor) else x for x in case.parameters))
     projected, other = case.projected.float(), random_case(1, 40, 1, 16, 16, seed=2).projected.float()
-    y, _ = fused_scan(projected, parameters, case.sizes, None, None)
+    y, *_ = fused_scan(projected, parameters, case.sizes, None, None)
     for position in (6, 15, 16, 31, 38):
         changed = torch.cat([projected[:, : position + 1], 10 * other[:, position + 1 :]], dim=1)
-        z, _ = fused_scan(changed, parameters, case.sizes, None, None)
+        z, *_ = fused_scan(changed, parameters, case.sizes, None, None)
         assert torch.equal(y[:, : position + 1], z[:, : position + 1])
         assert not torch.equal(y, z)
 
