@@ -142,7 +142,6 @@ class Settings:
     iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
     max_wallclock_seconds: float = env(600.0, "seconds", "training and GPTQ; 0: ITERATIONS rule")
     export_reserve_seconds: float = env(8.0, "seconds", "of these, for GPTQ")
-    lr_warmup_fraction: float = env(0.01, "of run", "linear warm-up")
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
     warmdown_iters: int = env(0, "steps", "the same in steps; 0: the fraction")
 
@@ -153,19 +152,18 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
-    grad_clip_norm: float = env(1.0, "norm", "global gradient clipping; 0: none")
     ema_decay: float = env(0.997, "below 1", "weight average; of a short run less")
 
     quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export")
     late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
-    sdclip_k: float = env(0.0, "std", "least k of int6 rows; 0: as fine as TARGET_MB allows")
+    sdclip_k: float = env(0.0, "std", "int6 rows' k; 0: as fine as TARGET_MB allows")
     sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
-    calibration_tokens: int = env(131_072, "tokens > 0", "of training text that GPTQ sees")
+    calibration_tokens: int = env(131_072, "tokens > 0", "of training text for GPTQ")
 
     eval_mode: str = env("sliding", "plain|sliding", "context of a scored token", "evaluation")
     eval_stride: int = env(512, "tokens > 0", "sliding: how far windows move")
-    val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
+    val_batch_size: int = env(524_288, "tokens > 0", "scored at once over all ranks")
     eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock, which adaptation keeps")
     eval_nll_path: str = env("", "file.npy", "every target's nats, float32")
     ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
@@ -288,7 +286,7 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 def validate_settings(settings, world_size: int):
     """Refuses what cannot work."""
     s = settings
-    most = {"num_layers": 256, "vocab_size": 65_536}  # shards hold 16-bit tokens
+    most = {"num_layers": 256, "vocab_size": 65_536, "logit_softcap": 60}  # 16-bit tokens; exp(60) is finite
 
     def check(name: str, condition: bool, problem: str):
         need(condition, f"{name.upper()}={getattr(s, name)} {problem}")
@@ -731,9 +729,8 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # same bits every time. Decays are base-2 logarithms, angles are in turns.
 
 # fmt: off
-REGISTERS = {  # per thread, where a limit helps, by GPU architecture; see bench/tune.py
-    (9, 0): {"tokens_forward": 128, "tokens_backward": 128},
-}
+# Per thread, where a limit helps, by GPU architecture; see bench/tune.py.
+REGISTERS = {(9, 0): {"tokens_forward": 128, "tokens_backward": 128}}
 
 
 @jit
@@ -770,15 +767,25 @@ def cos_sin(turn):
 
 
 @jit
+def number(place, mask):
+    return tl.load(place, mask, 0.0).to(tl.float32)
+
+
+@jit
+def row_of(columns: constexpr):
+    return tl.arange(0, triton.next_power_of_2(columns))[None, :]
+
+
+@jit
 def token_dynamics(row, live, step_bias, h, H: constexpr):
-    """Raw step size, step size, raw decay, decay rate, and the current token's share of the step, (CHUNK, heads) float32."""
+    """Raw step, step, raw decay, decay rate, and the current token's share of the step, (CHUNK, heads)."""
     mask = live & (h < H)
     place = row + h
-    raw_step = tl.load(place, mask, 0.0).to(tl.float32) + tl.load(step_bias + h, h < H, 0.0)
+    raw_step = number(place, mask) + number(step_bias + h, h < H)
     step = tl.where(mask, softplus(raw_step), 0.0)
-    raw_decay = tl.load(place + H, mask, 0.0).to(tl.float32)
+    raw_decay = number(place + H, mask)
     rate = -tl.maximum(softplus(raw_decay), 1e-4)
-    share = tl.sigmoid(tl.load(place + 2 * H, mask, 0.0).to(tl.float32))
+    share = tl.sigmoid(number(place + 2 * H, mask))
     return raw_step, step, raw_decay, rate, share
 
 
@@ -791,11 +798,11 @@ def tokens_forward(
     padded = tl.num_programs(0) * CHUNK
     token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N)[None, :]
     t = token[:, None]
-    h, r = tl.arange(0, triton.next_power_of_2(H))[None, :], tl.arange(0, triton.next_power_of_2(R))[None, :]
+    h, r = row_of(H), row_of(R)
     live, heads = t < length, h < H
     row = projected + (b * length + t).to(tl.int64) * WIDTH + 2 * H * P
     for i in tl.static_range(2):  # key, then query
-        x = tl.load(row + i * N + n, live, 0.0).to(tl.float32)
+        x = number(row + i * N + n, live)
         x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
         x *= tl.load(norms + i * N + n)
         even, odd = tl.split(tl.reshape(x.to(features.dtype.element_ty), [CHUNK, N // 2, 2]))
@@ -818,7 +825,7 @@ def tokens_forward(
     tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), heads)
     tl.store(place + 3 * plane, step * share, heads)
     tl.store(place + 5 * plane, weight, heads)
-    angle = tl.load(row + 3 * H + r, live & (r < R), 0.0).to(tl.float32)
+    angle = number(row + 3 * H + r, live & (r < R))
     half = tl.where(live, tl.sigmoid(2.0 * angle) - 0.5, 0.0)
     tl.store(half_turn + (b * padded + t) * R + r, half, r < R)
     place = turns + ((b * tl.num_programs(0) + chunk) * H + tl.trans(h)) * R + r
@@ -835,7 +842,7 @@ def rotate(
     padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
     token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)[None, :]
     t = token[:, None]
-    half = tl.load(half_turn + (b * padded + t) * R + n, n < R, 0.0)
+    half = number(half_turn + (b * padded + t) * R + n, n < R)
     added = tl.load(scalars + head * padded + token)[:, None] * half
     before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + n, n < R, 0.0)
     cos, sin = cos_sin(tl.cumsum(added, axis=0) + before)
@@ -905,13 +912,13 @@ def scan_forward(
 ):
     head = tl.program_id(0)
     b, h = head // H, head % H
-    i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
+    i, square = tl.arange(0, CHUNK), tl.arange(0, P)[None, :] * N + tl.arange(0, N)[:, None]
     square += head.to(tl.int64) * P * N
     dtype = projected.dtype
     FAST: tl.constexpr = dtype == tl.bfloat16
     d = tl.load(skip + h)
     ssm = tl.load(ssm_in + square)
-    for chunk in tl.range(chunks, num_stages=2):
+    for chunk in tl.range(chunks, num_stages=3 if N <= 64 else 2):  # two programs fit
         t = chunk * CHUNK
         value = read(projected, [b, t, (H + h) * P])
         key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
@@ -922,14 +929,14 @@ def scan_forward(
         exponents = decay_sum[:, None] - key_log[None, :]
         decayed = scores * decays(exponents, i[:, None] > i[None, :], current, FAST)
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
-        out = dot(query, tl.trans(old)) * exp2(decay_sum, FAST)[:, None]
+        out = dot(query, old) * exp2(decay_sum, FAST)[:, None]
         out = dot(decayed.to(dtype), value, out)
         gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
         out *= gate * sigmoid
         write(y, [b, t, h * P], out)
         tl.store(squares + (head * chunks + chunk) * CHUNK + i, tl.sum(out * out, axis=1))
-        to_end = (key.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
-        ssm = dot(tl.trans(value), to_end, ssm * exp2(end, FAST))
+        to_end = (value.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
+        ssm = dot(tl.trans(key), to_end, ssm * exp2(end, FAST))
     tl.store(ssm_out + square, ssm)
 
 
@@ -941,7 +948,7 @@ def scan_backward(
 ):
     head = tl.program_id(0)
     b, h = head // H, head % H
-    i, square = tl.arange(0, CHUNK), tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
+    i, square = tl.arange(0, CHUNK), tl.arange(0, P)[None, :] * N + tl.arange(0, N)[:, None]
     square += head.to(tl.int64) * P * N
     dtype = projected.dtype
     FAST: tl.constexpr = dtype == tl.bfloat16
@@ -952,36 +959,35 @@ def scan_backward(
         chunk = chunks - 1 - back
         t = chunk * CHUNK
         place = head * chunks + chunk
-        tl.store(d_end + place * P + tl.arange(0, P), at_end)
+        tl.store(d_end + place * N + tl.arange(0, N), at_end)
         gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
         out = read(y, [b, t, h * P]).to(tl.float32)
         d_gated = read(d_y, [b, t, h * P]).to(tl.float32) + 2.0 * d_squares.load([head, t]).reshape(CHUNK)[:, None] * out
-        d_gate = out * (reciprocal(gate, FAST) + 1.0 - sigmoid)
-        write(d_projected, [b, t, h * P], d_gated * d_gate)
+        write(d_projected, [b, t, h * P], d_gated * out * (reciprocal(gate, FAST) + 1.0 - sigmoid))
         d_out = (d_gated * gate * sigmoid).to(dtype)
         value = read(projected, [b, t, (H + h) * P])
         key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
-        to_end, from_start, old = exp2(end - key_log, FAST)[:, None], exp2(decay_sum, FAST)[:, None], d_ssm.to(dtype)
+        to_end, old = exp2(end - key_log, FAST)[:, None], d_ssm.to(dtype)
         # Scores and decays are transposed here, (key's token, query's token), as their gradients want them.
         decay = decays(decay_sum[None, :] - key_log[:, None], i[:, None] < i[None, :], current, FAST)
         scores = dot(key, tl.trans(query))
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
-        d_value = dot(key, tl.trans(old)) * to_end
+        d_value = dot(key, old) * to_end
         d_value = dot(decayed, d_out, d_value)
         write(d_projected, [b, t, (H + h) * P], d_value)
         d_decayed = dot(value, tl.trans(d_out))
         tl.store(d_diagonal + place * CHUNK + i, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
         d_scores = (d_decayed * decay).to(dtype)
-        d_key = dot(value, old) * to_end
+        d_key = dot(value, tl.trans(old)) * to_end
         d_key = dot(d_scores, query, d_key)
         write(d_rotated, [head, t, 0], d_key)
+        d_state = (d_out.to(tl.float32) * exp2(decay_sum, FAST)[:, None]).to(dtype)
         ssm = read(states, [place, 0, 0])
-        d_query = dot(d_out, ssm) * from_start
-        d_query = dot(tl.trans(d_scores), key, d_query)
-        write(d_rotated, [batch * H + head, t, 0], d_query)
-        decayed_query = (query.to(tl.float32) * from_start).to(dtype)
-        d_ssm = dot(tl.trans(d_out), decayed_query, d_ssm * exp2(end, FAST))
+        d_query = dot(ssm, tl.trans(d_state))
+        d_query = dot(tl.trans(key), d_scores, d_query)
+        write(d_rotated, [batch * H + head, t, 0], tl.trans(d_query))
+        d_ssm = dot(tl.trans(query), d_state, d_ssm * exp2(end, FAST))
         at_end = tl.sum(d_ssm * ssm.to(tl.float32), axis=1)
     tl.store(d_ssm_in + square, d_ssm)
 
@@ -997,7 +1003,7 @@ def features_backward(
     origin = features + ((k * batch + b) * padded + t).to(tl.int64) * N + n
     even, odd = tl.load(origin).to(tl.float32), tl.load(origin + N // 2).to(tl.float32)
     all_even, all_odd = tl.zeros([CHUNK, N // 2], tl.float32), tl.zeros([CHUNK, N // 2], tl.float32)
-    for h in tl.range(H, num_stages=2):
+    for h in tl.range(H, num_stages=3):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
         bias, d_bias = biases + (k * H + h) * N + n, d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n
@@ -1007,7 +1013,7 @@ def features_backward(
         turn_place = rotation + (head * padded + t) * R + n
         cos = tl.load(turn_place, n < R, 1.0).to(tl.float32)
         turn_place += (batch * H).to(tl.int64) * padded * R
-        sin = tl.load(turn_place, n < R, 0.0).to(tl.float32)
+        sin = number(turn_place, n < R)
         d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
         turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
         tl.store(d_turn + place * R + n, turned, n < R)
@@ -1018,7 +1024,7 @@ def features_backward(
         all_odd += d_odd
     total, n = tl.reshape(tl.join(all_even, all_odd), [CHUNK, N]), tl.arange(0, N)[None, :]
     place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + k * N + n
-    x = tl.load(projected + place, t < length, 0.0).to(tl.float32)
+    x = number(projected + place, t < length)
     factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
     x *= factor
     tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(total * x, axis=0)[None, :])
@@ -1030,8 +1036,8 @@ def features_backward(
 @jit
 def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
     """d of a key's weight for its own token, and of its weight for later ones."""
-    own = tl.load(d_diagonal + place, mask, 0.0) * tl.load(scalars + place + 4 * plane, mask, 0.0)
-    later = tl.load(d_scalars + place, mask, 0.0) - own * tl.load(scalars + place + 3 * plane, mask, 0.0)
+    own = number(d_diagonal + place, mask) * number(scalars + place + 4 * plane, mask)
+    later = number(d_scalars + place, mask) - own * number(scalars + place + 3 * plane, mask)
     return own, later / tl.maximum(tl.load(scalars + place + 5 * plane, mask, 1.0), 1e-37)
 
 
@@ -1045,7 +1051,7 @@ def tokens_backward(
     padded, program = chunks * CHUNK, b * chunks + chunk
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     t = token[:, None]
-    h, r = tl.arange(0, triton.next_power_of_2(H))[None, :], tl.arange(0, triton.next_power_of_2(R))[None, :]
+    h, r = row_of(H), row_of(R)
     live, heads = t < length, h < H
     mask = live & heads
     place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + 2 * N
@@ -1055,8 +1061,8 @@ def tokens_backward(
     d_own, d_weight = weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_current = d_own + d_weight
     # What scales with exp(sum of decays) less what scales with exp(-sum): the diagonal, in both, cancels.
-    d_decay_sum = tl.load(d_scalars + place + plane, heads, 0.0) - tl.load(d_scalars + place, heads, 0.0)
-    at_end = tl.load(d_end + (b * H + h) * chunks + chunk, heads, 0.0)
+    d_decay_sum = number(d_scalars + place + plane, heads) - number(d_scalars + place, heads)
+    at_end = number(d_end + (b * H + h) * chunks + chunk, heads)
     d_decay_sum += tl.where(t == chunk * CHUNK + CHUNK - 1, at_end, 0.0)
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
     if document_start is not None:
@@ -1069,14 +1075,14 @@ def tokens_backward(
     d_step += (1.0 - share) * d_previous
     # An angle's rate turns all later tokens.
     turning = live & (r < R)
-    half = tl.load(half_turn + (b * padded + t) * R + r, turning, 0.0)
+    half = number(half_turn + (b * padded + t) * R + r, turning)
     d_half = tl.zeros_like(half)
-    for k in range(H):
+    for k in tl.range(H, num_stages=3):
         head = (b * H + k).to(tl.int64)
         own_place = d_turn + (head * padded + t) * R + r
-        own = tl.load(own_place, turning, 0.0).to(tl.float32)
-        own += tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0).to(tl.float32)
-        later = tl.load(d_turns + (head * chunks + chunk) * R + r, r < R, 0.0)
+        own = number(own_place, turning)
+        own += number(own_place + plane.to(tl.int64) * R, turning)
+        later = number(d_turns + (head * chunks + chunk) * R + r, r < R)
         turned = tl.cumsum(own, axis=0, reverse=True) + later
         d_half += tl.load(scalars + head * padded + token)[:, None] * turned
         d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
@@ -1090,10 +1096,10 @@ def tokens_backward(
     tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0)[None, :], heads)
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments):
+def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4):
     """Runs a kernel as is best on this GPU."""
     limits = REGISTERS.get(torch.cuda.get_device_capability(), {}) if torch.cuda.is_available() else {}
-    kernel[grid](*arguments, num_warps=4, maxnreg=limits.get(kernel.__name__))
+    kernel[grid](*arguments, num_warps=warps, maxnreg=limits.get(kernel.__name__))
 
 
 def tiles(tensor: Tensor, *block: int):
@@ -1105,11 +1111,10 @@ def tiles(tensor: Tensor, *block: int):
     "golf::fused_scan", mutates_args=(), schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
 )
 def fused_scan(tensors, document_start, sizes):
-    """y, its squares' sums over each head's channels, last state and turn, and what the backward reads. sizes: the kernels'
-    constants."""
+    """y's squares summed by head, last turn, y, last state, and what else the backward reads. sizes: kernels' constants."""
     projected, step_bias, skip, biases, norms, ssm_in, turn_in = tensors
     outputs = empty_outputs(tensors, document_start, sizes)
-    y, squares, ssm_out, turn_out, scalars, features, half_turn, rotated, rotation, states = outputs
+    squares, turn_out, y, ssm_out, scalars, features, half_turn, rotated, rotation, states = outputs
     (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
@@ -1124,7 +1129,7 @@ def fused_scan(tensors, document_start, sizes):
     )
     launch(
         scan_forward, (batch * heads,), tiles(projected, chunk, channels), tiles(rotated, chunk, state),
-        tiles(y, chunk, channels), tiles(states, channels, state), tiles(scalars, chunk), scalars[1], skip, ssm_in,
+        tiles(y, chunk, channels), tiles(states, state, channels), tiles(scalars, chunk), scalars[1], skip, ssm_in,
         ssm_out, squares, batch, chunks, *sizes,
     )
     return outputs
@@ -1138,10 +1143,10 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
     padded, single = chunks * chunk, functools.partial(new, dtype=torch.float32)
     half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # finer than bfloat16 up to 1
     return [
-        new(batch, length, heads * channels), single(batch, heads, padded), single(batch, heads, channels, state),
-        single(batch, heads, angles), single(6, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
+        single(batch, heads, padded), single(batch, heads, angles), new(batch, length, heads * channels),
+        single(batch, heads, channels, state), single(6, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
         new(2, batch, heads, padded, state), new(2, batch, heads, padded, angles, dtype=half),
-        new(batch, heads, chunks, channels, state),
+        new(batch, heads, chunks, state, channels),
     ]
 
 
@@ -1150,17 +1155,17 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
     schema="(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
 )
 def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
-    """Gradients of tensors, from those of y, squares, last state and turn."""
-    (d_y, d_squares, d_ssm_out, d_turn_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
+    """Gradients of tensors, from those of the first four outputs."""
+    (d_squares, d_turn_out, d_y, d_ssm_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
     (batch, length, _), (_, heads, channels, state, _, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
-    d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, channels)
+    d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, state)
     launch(
         scan_backward, (batch * heads,), tiles(d_y, chunk, channels), tiles(d_squares, chunk),
         tiles(projected, chunk, channels), tiles(rotated, chunk, state), tiles(y, chunk, channels),
-        tiles(states, channels, state), tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state),
+        tiles(states, state, channels), tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state),
         tiles(scalars, chunk), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes,
     )
     programs = batch * chunks
@@ -1168,7 +1173,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     d_heads, d_norms, d_biases = (single(programs, *n) for n in ((heads,), (2, state), (2, heads, state)))
     launch(
         features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
-        d_scalars, d_turn, d_norms, d_biases, length, batch, *sizes,
+        d_scalars, d_turn, d_norms, d_biases, length, batch, *sizes, warps=max(1, state // 32),
     )
     d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
     after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
@@ -1188,7 +1193,7 @@ def _(gradients, saved, tensors, *_):
 
 def _fused_scan_context(ctx, inputs, output):
     tensors, document_start, ctx.sizes = inputs
-    ctx.save_for_backward(document_start, *tensors, output[0], output[2], *output[4:])
+    ctx.save_for_backward(document_start, *tensors, *output[2:])
 
 
 def _fused_scan_autograd(ctx, gradients):
@@ -1215,7 +1220,7 @@ def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
     norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()
     tensors = projected.contiguous(), p.step_bias, p.skip, biases, norms, ssm.contiguous(), turn.contiguous()
-    y, squares, ssm, turn, *_ = fused_scan(tensors, start, [projected.shape[2], *sizes[:4], chunk])
+    squares, turn, y, ssm, *_ = fused_scan(tensors, start, [projected.shape[2], *sizes[:4], chunk])
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -1300,7 +1305,7 @@ def choose_scan_backend(settings, device: torch.device) -> str:
     """SCAN_BACKEND, or what "auto" stands for on this device."""
     gpu, version = device.type == "cuda", settings.mamba_version
     names = [["fused", "parallel"], ["chunked"], ["triton", "chunked"]][version - 1] + ["sequential"]
-    runs = triton is not None and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
+    runs = triton and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
     unknown = version == 1 and settings.document_reset or settings.mamba_decay != "softplus"  # to fast kernels
     if unknown or not runs:
         names = names[-2:]
@@ -1331,7 +1336,7 @@ class Context(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """Without bias; its weight is cast to the input's dtype. Rows may be scaled, as if before, after the product."""
+    """Without bias, in the input's dtype. scale multiplies rows after the product, as if before."""
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -1490,21 +1495,27 @@ class Block(nn.Module):
 
 
 @jit
+def capped(x, cap: constexpr, FAST: constexpr):
+    """cap·tanh(x / cap), and its slope."""
+    tanh = 1.0 - 2.0 * reciprocal(1.0 + exp2(x * (2.8853900817779268 / cap), FAST), FAST)
+    return cap * tanh, 1.0 - tanh * tanh
+
+
+@jit
 def cross_entropy_rows(
     logits, targets, nats, V: constexpr, cap: constexpr, BLOCK: constexpr, SLOPES: constexpr, FAST: constexpr
 ):
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    logits += row * V
     target = tl.load(targets + row)
-    x = tl.load(logits + row * V + v, v < V, float("-inf")).to(tl.float32)
-    tanh = 1.0 - 2.0 * reciprocal(1.0 + exp2(x * (2.8853900817779268 / cap), FAST), FAST)
-    x, bend = tl.where(v < V, cap * tanh, float("-inf")), 1.0 - tanh * tanh
-    top = tl.max(x, axis=0)
-    share = exp2((x - top) * 1.4426950408889634, FAST)
+    own, _ = capped(tl.load(logits + target).to(tl.float32), cap, FAST)
+    x, bend = capped(number(logits + v, v < V), cap, FAST)
+    share = tl.where(v < V, exp2(x * 1.4426950408889634, FAST), 0.0)
     total = tl.sum(share, axis=0)
-    tl.store(nats + row, top + tl.log(total) - tl.sum(tl.where(v == target, x, 0.0), axis=0))
+    tl.store(nats + row, tl.log(total) - own)
     if SLOPES:
         slope = (share / total - tl.where(v == target, 1.0, 0.0)) * bend
-        tl.store(logits + row * V + v, slope, v < V)
+        tl.store(logits + v, slope, v < V)
 
 
 @torch.library.custom_op("golf::cross_entropy", mutates_args=())
@@ -1516,7 +1527,7 @@ def fused_cross_entropy(
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
     constants = size, cap, block, slopes, fast
-    cross_entropy_rows[(len(hidden),)](logits, targets, nats, *constants, num_warps=min(16, max(4, block // 1024)))
+    cross_entropy_rows[(len(hidden),)](logits, targets, nats, *constants, num_warps=max(4, block // 2048))
     return nats, logits if slopes else logits.new_empty(0)
 
 
@@ -1554,7 +1565,7 @@ class Model(nn.Module):
             self.bigram_scale = nn.Parameter(torch.tensor(0.05))
         self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
         if s.unet_skips:
-            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2, s.model_dim))
+            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2))
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
         # A table, or each kernel would compute it anew.
@@ -1602,7 +1613,7 @@ class Model(nn.Module):
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
         rows, flat = hidden.flatten(0, 1), targets.flatten()
-        if hidden.is_cuda and triton is not None:
+        if hidden.is_cuda and triton:
             weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
         else:
@@ -1715,15 +1726,12 @@ class Optimizers:
         self.muon, cuda = Muon(muon, ranks, s.muon_backend_steps), ranks.device.type == "cuda"
         self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), fused=True, capturable=cuda)
         self.parameters = list(model.parameters())
-        self.clip_norm, self.skipped = s.grad_clip_norm, torch.zeros(2, device=ranks.device)
+        self.skipped = torch.zeros(2, device=ranks.device)
 
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
         """Clips, uses and drops the gradients. The device decides whether to skip: no host waits."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        skip = ~norm.isfinite()
+        skip = ~nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite()
         self.skipped += skip
         self.skipped[1] *= skip
         for optimizer in (self.muon, self.adam):
@@ -1776,7 +1784,7 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
         warmdown = min(1.0, s.warmdown_iters * step_part)
     ramp = lambda part, whole: min(1.0, part / whole) if whole else 1.0
     decay = ramp(1 - progress, warmdown)
-    factor = ramp(progress + 1 / s.iterations, s.lr_warmup_fraction) * decay
+    factor = ramp(progress + 1 / s.iterations, 0.01) * decay
     momentum = s.muon_momentum * (0.9 + 0.1 * ramp(progress, 0.1))
     quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
     return Schedule(progress, factor, momentum, progress >= s.recur_start, quantized)
@@ -2457,8 +2465,7 @@ class Trainer:
             signal.signal(number, signal.SIG_DFL)
 
     def _graphed_step(self, kind: tuple, *inputs) -> Tensor:
-        """_step(). On one GPU, from the third of a kind on, it is a CUDA graph: the host launches kernels more slowly than
-        a small batch takes them."""
+        """_step(); on one GPU, from the third of a kind on, as a CUDA graph: a small batch outruns the host's launches."""
         self.times_run[kind] += 1
         inputs = *inputs[:2], *torch.tensor(inputs[2:]).to(self.ranks.device, non_blocking=True)
         if self.times_run[kind] < 3 or self.ranks.device.type == "cpu" or self.ranks.world_size > 1:
@@ -2545,7 +2552,7 @@ def export(trainer, batches) -> dict:
         clock.start()
     if ranks.rank == 0:
         write_whole(s.artifact_path, data)
-    ranks.from_main(None)  # the others wait for the file
+    ranks.from_main(None)  # all wait for it
     return {"sdclip_k": k, "train_clock_seconds": clock.seconds()}
 
 

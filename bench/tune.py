@@ -56,7 +56,7 @@ def main() -> None:
     for configuration in CONFIGURATIONS:
         warps, registers = configuration
         options = {"num_warps": warps, "maxnreg": registers or None}
-        t.launch = lambda kernel, grid, *arguments, options=options: kernel[grid](*arguments, **options)
+        t.launch = lambda kernel, grid, *arguments, options=options, **_: kernel[grid](*arguments, **options)
         try:
             measured = kernel_times(run)
         except Exception as error:  # a configuration that does not fit is one that is not taken

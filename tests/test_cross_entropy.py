@@ -25,7 +25,7 @@ def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap
 
 @interpreted
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("vocabulary", "cap"), [(1000, 30.0), (1024, 15.0), (17, 3.0)])
+@pytest.mark.parametrize(("vocabulary", "cap"), [(1000, 30.0), (1024, 15.0), (17, 3.0), (1000, 60.0)])
 def test_nats_and_gradients(vocabulary, cap, compiled):
     *given, grad = case(vocabulary)
     function = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused

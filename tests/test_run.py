@@ -371,10 +371,10 @@ def train_here(shards: Path, micro_batch: int = 128, validate=lambda recurrent: 
 
 
 def test_the_training_loop_is_the_one_written_out_here(shards):
-    """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the weights' average."""
+    """One batch, one backward, one step at the scheduled rate, gradients gone; and the weights' average."""
     settings = tiny(**SIX_STEPS, data_path=str(shards), matrix_lr=0.05)
     model, batches = t.build_model(settings, SOLO), t.Batches(settings, SOLO)
-    optimizers = t.Optimizers(model, dataclasses.replace(settings, grad_clip_norm=0.0), SOLO)
+    optimizers = t.Optimizers(model, settings, SOLO)
     average = t.WeightAverage(model, settings)
     for step in range(6):
         now = t.schedule_at(settings, step, 0.0)
@@ -385,7 +385,6 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
             else contextlib.nullcontext()
         ):
             model.loss(tokens, targets, model.order(True)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(now.lr_factor, now.momentum)
         average.update(step + 1, torch.zeros(()))
     for a, b in zip(train_here(shards, matrix_lr=0.05), average.average):
