@@ -152,7 +152,7 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
-    ema_decay: float = env(0.997, "below 1", "weight average; of a short run less")
+    ema_decay: float = env(0.997, "below 1", "average; of a short run less")
 
     quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export")
     late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
@@ -170,7 +170,7 @@ class Settings:
     ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
     ttt_epochs: int = env(2, "epochs", "passes over each scored chunk")
     ttt_momentum: float = env(0.9, "below 1", "SGD")
-    ttt_chunk_tokens: int = env(32_768, "tokens > 0", "scored, then trained on")
+    ttt_chunk_tokens: int = env(32_768, "tokens > 0", "then trained on")
 
     @property
     def mamba_inner_dim(self) -> int:
@@ -438,7 +438,7 @@ def check_token_range(tokens: np.ndarray, size: int, what: str):
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
-    """Yields (shard, first token) of windows of seq_len + 1 tokens for ever: shard by shard, to keep reads local, in a new
+    """(shard, first token) of windows of seq_len + 1 tokens for ever: shard by shard, to keep reads local, in a new
     order and at a new phase in each epoch."""
     need(max(lengths) > seq_len, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
     for epoch in itertools.count():
@@ -719,7 +719,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     # 4. What the incoming state adds to each token of its chunk.
     y = y + (query_c @ torch.stack(incoming, dim=2).mT) * total.exp().unsqueeze(-1)
     y = y.movedim(1, 3).flatten(1, 2)[:, :length]
-    y = y + (current * (query * key).sum(dim=-1)).unsqueeze(-1) * value
+    y = y + (current * (query * key).sum(-1)).unsqueeze(-1) * value
     return finish_scan(inputs, y, angle, ssm, key, value)
 
 
@@ -728,11 +728,8 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
 # the state before each; scan_backward comes back; the other two undo the first two and sum over heads without atomics: the
 # same bits every time. Decays are base-2 logarithms, angles are in turns.
 
+
 # fmt: off
-# Per thread, where a limit helps, by GPU architecture; see bench/tune.py.
-REGISTERS = {(9, 0): {"tokens_forward": 128, "tokens_backward": 128}}
-
-
 @jit
 def exp2(x, FAST: constexpr):
     """2**x; FAST: in one instruction, for bfloat16 products (the interpreter has none)."""
@@ -994,19 +991,20 @@ def scan_backward(
 
 @jit
 def features_backward(
-    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_norms, d_biases,
-    length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases,
+    length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, ROWS: constexpr,
 ):
-    chunk, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
-    padded, program = tl.num_programs(0) * CHUNK, b * tl.num_programs(0) + chunk
-    t, n = chunk * CHUNK + tl.arange(0, CHUNK)[:, None], tl.arange(0, N // 2)[None, :]
+    part, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
+    padded, program = tl.num_programs(0) * ROWS, b * tl.num_programs(0) + part
+    t, n = part * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, N // 2)[None, :]
     origin = features + ((k * batch + b) * padded + t).to(tl.int64) * N + n
     even, odd = tl.load(origin).to(tl.float32), tl.load(origin + N // 2).to(tl.float32)
-    all_even, all_odd = tl.zeros([CHUNK, N // 2], tl.float32), tl.zeros([CHUNK, N // 2], tl.float32)
+    all_even, all_odd = tl.zeros([ROWS, N // 2], tl.float32), tl.zeros([ROWS, N // 2], tl.float32)
     for h in tl.range(H, num_stages=3):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
-        bias, d_bias = biases + (k * H + h) * N + n, d_biases + ((program * 2 + k).to(tl.int64) * H + h) * N + n
+        row = (program * 2 + k).to(tl.int64) * H + h
+        bias, d_bias = biases + (k * H + h) * N + n, d_biases + row * N + n
         own_even, own_odd = even + tl.load(bias), odd + tl.load(bias + N // 2)
         d_place = d_rotated + place * N + n
         d_even, d_odd = tl.load(d_place).to(tl.float32), tl.load(d_place + N // 2).to(tl.float32)
@@ -1017,12 +1015,13 @@ def features_backward(
         d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
         turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
         tl.store(d_turn + place * R + n, turned, n < R)
+        tl.store(d_turns + row * R + n, tl.sum(turned, axis=0)[None, :], n < R)
         tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1)[:, None])
         tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
         tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0)[None, :])
         all_even += d_even
         all_odd += d_odd
-    total, n = tl.reshape(tl.join(all_even, all_odd), [CHUNK, N]), tl.arange(0, N)[None, :]
+    total, n = tl.reshape(tl.join(all_even, all_odd), [ROWS, N]), tl.arange(0, N)[None, :]
     place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + k * N + n
     x = number(projected + place, t < length)
     factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
@@ -1082,7 +1081,7 @@ def tokens_backward(
         own_place = d_turn + (head * padded + t) * R + r
         own = number(own_place, turning)
         own += number(own_place + plane.to(tl.int64) * R, turning)
-        later = number(d_turns + (head * chunks + chunk) * R + r, r < R)
+        later = number(d_turns + (program * H + k) * R + r, r < R)
         turned = tl.cumsum(own, axis=0, reverse=True) + later
         d_half += tl.load(scalars + head * padded + token)[:, None] * turned
         d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
@@ -1096,10 +1095,9 @@ def tokens_backward(
     tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0)[None, :], heads)
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4):
-    """Runs a kernel as is best on this GPU."""
-    limits = REGISTERS.get(torch.cuda.get_device_capability(), {}) if torch.cuda.is_available() else {}
-    kernel[grid](*arguments, num_warps=warps, maxnreg=limits.get(kernel.__name__))
+def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, registers: int | None = None):
+    """Runs a kernel, as is best on an H200: see bench/tune.py."""
+    kernel[grid](*arguments, num_warps=warps, maxnreg=registers)
 
 
 def tiles(tensor: Tensor, *block: int):
@@ -1119,7 +1117,7 @@ def fused_scan(tensors, document_start, sizes):
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
         tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
-        turns, length, batch, *sizes,
+        turns, length, batch, *sizes, registers=128,
     )
     earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)  # cumsum has no deterministic form
     before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
@@ -1155,10 +1153,10 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
     schema="(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
 )
 def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
-    """Gradients of tensors, from those of the first four outputs."""
+    """Gradients of tensors, from the first four outputs'."""
     (d_squares, d_turn_out, d_y, d_ssm_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
-    (batch, length, _), (_, heads, channels, state, _, chunk), chunks = projected.shape, sizes, states.shape[2]
+    (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = functools.partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, state)
@@ -1168,22 +1166,24 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
         tiles(states, state, channels), tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state),
         tiles(scalars, chunk), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes,
     )
-    programs = batch * chunks
+    rows = min(chunk, 1024 // state)  # of a warp, which waits for no other
+    parts = chunks * chunk // rows
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
-    d_heads, d_norms, d_biases = (single(programs, *n) for n in ((heads,), (2, state), (2, heads, state)))
+    sums = (state,), (heads, state), (heads, angles)
+    d_heads, d_norms, d_biases, d_turns = single(batch * chunks, heads), *(single(batch * parts, 2, *n) for n in sums)
     launch(
-        features_backward, (chunks, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
-        d_scalars, d_turn, d_norms, d_biases, length, batch, *sizes, warps=max(1, state // 32),
+        features_backward, (parts, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
+        d_scalars, d_turn, d_turns, d_norms, d_biases, length, batch, *sizes, rows, warps=1,
     )
-    d_turns = d_turn.unflatten(3, (chunks, chunk)).sum(dim=(0, 4), dtype=torch.float32)  # (B, H, chunks, R)
+    d_turns = d_turns.view(batch, chunks, -1, heads * angles).sum(2)
     after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
-    later = (after @ d_turns.double()).float() + d_turn_out.unsqueeze(2)
+    later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
-        d_scalars, d_diagonal, d_end.sum(dim=3), d_projected, d_heads, length, batch, *sizes,
+        d_scalars, d_diagonal, d_end.sum(3), d_projected, d_heads, length, batch, *sizes, registers=128,
     )
-    d_parameters = d_heads.sum(dim=0), d_diagonal.sum(dim=(0, 2)), d_biases.sum(dim=0), d_norms.sum(dim=0)
-    return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(dim=2) + d_turn_out]
+    d_parameters = d_heads.sum(0), d_diagonal.sum((0, 2)), d_biases.sum(0), d_norms.sum(0)
+    return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(1).view_as(d_turn_out) + d_turn_out]
 
 
 @fused_scan_backward.register_fake
@@ -2003,7 +2003,7 @@ def predict_bytes(model, settings, k: float) -> float:
 
 def fit_sdclip(model, settings, target_bytes: float) -> float:
     """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
-    need(all(p.isfinite().all() for p in model.parameters()), f"the weights are no longer finite: {DIVERGED}")
+    need(all(p.isfinite().all() for p in model.parameters()), f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
     choices = np.linspace(4, SDCLIP_MOST, 257).tolist()

@@ -1,8 +1,8 @@
 """Measures launch configurations of the fused scan's kernels on this GPU: python bench/tune.py [state size]
 
 Runs the operator forward and backward (131,072 tokens, 16 heads of 64) with different numbers of warps and registers
-(0: no limit), takes each kernel's time from the profiler, and prints a table. What train_gpt.py
-launches is in its launch() and REGISTERS.
+(0: no limit), takes each kernel's time from the profiler, and prints a table. What train_gpt.py takes stands where it
+calls launch().
 """
 
 import collections
@@ -17,7 +17,7 @@ import train_gpt as t
 KERNELS = (
     "tokens_forward", "rotate", "scan_forward", "scan_backward", "features_backward", "tokens_backward",
 )  # fmt: skip
-CONFIGURATIONS = ((4, 0), (4, 128), (4, 168), (8, 0), (8, 128))  # warps, registers
+CONFIGURATIONS = ((1, 0), (2, 0), (4, 0), (4, 128), (4, 168), (8, 0), (8, 128))  # warps, registers
 
 
 def random_layer(state: int, device: torch.device) -> tuple[torch.Tensor, t.MambaParameters, t.MambaSizes]:

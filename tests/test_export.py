@@ -174,16 +174,23 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     """Of every linear layer, over all batches and over both passes of a layer that repeats."""
     settings = tiny(layer_order="0,1,1,2", unet_skips=False)
     model, tokens = random_model(settings), random_tokens(5, 32)
-    seen = []
-    handle = model.blocks[1].mixer.query.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    seen, scanned = [], []
+    handles = [
+        model.blocks[1].mixer.query.register_forward_hook(lambda module, args, out: seen.append(args[0])),
+        model.blocks[0].mixer.out_proj.register_forward_hook(lambda module, args, out: scanned.append(args[0])),
+    ]
     with torch.no_grad():
         final = model(tokens, model.order(True)).flatten(0, 1)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
     x = torch.cat([part.flatten(0, 1) for part in seen])
     assert len(seen) == 2
     assert relative(hessians["blocks.1.mixer.query.weight"], 2 * x.T @ x) < 1e-5
     assert relative(hessians["embedding.weight"], 2 * final.T @ final) < 1e-5
+    (y,) = (part.flatten(0, 1) for part in scanned)  # what is normed behind the product counts as normed
+    y = y / (y.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    assert relative(hessians["blocks.0.mixer.out_proj.weight"], 2 * y.T @ y) < 1e-5
     missing = set(t.grid_limits(model)) - set(hessians)
     assert missing == {"bigram_embedding.weight"}
     assert not any(module._forward_pre_hooks for module in model.modules())
