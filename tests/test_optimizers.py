@@ -68,6 +68,23 @@ def fill_gradients(model: torch.nn.Module, poison: float | None = None):
         p.grad.view(-1)[-1] = poison
 
 
+@pytest.mark.parametrize("size", [0.5, 40.0])
+def test_gradients_are_clipped_to_a_norm_of_one(size):
+    """What comes to the optimizers; a smaller norm stays. Their first steps do not depend on it."""
+    settings = tiny()
+    model = random_model(settings)
+    optimizers, sizes = t.Optimizers(model, settings, SOLO), []
+    norm = lambda: torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    fill_gradients(model)
+    before = norm()
+    for p in model.parameters():
+        p.grad *= size / before
+    for optimizer in (optimizers.muon, optimizers.adam):
+        optimizer.register_step_pre_hook(lambda *_: sizes.append(float(norm())))
+    optimizers.step(0.5, 0.9)
+    assert sizes == pytest.approx([min(size, 1.0)] * 2, rel=1e-4)
+
+
 def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> list[torch.Tensor]:
     """Copies of all that a step may change: parameters, momentum, Adam's moments and step counts, the average."""
     states = [*optimizers.muon.state.values()]

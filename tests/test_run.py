@@ -279,12 +279,12 @@ def run_and_read(monkeypatch, shards: Path, folder: Path, **settings) -> dict[st
 
 def test_the_loss_of_each_kind_of_layer_is_reported_and_they_explain_the_whole(monkeypatch, shards, tmp_path):
     """With coarse grids, on layers that have learned something."""
-    coarse = {"sdclip_k": 30.0, "sdclip_k_int8": 100.0, "quantizer": "round", "matrix_lr": 0.1, "mamba_matrix_lr": 0.1}
+    coarse = {"sdclip_k": 40.0, "sdclip_k_int8": 40.0, "quantizer": "round", "matrix_lr": 0.02, "mamba_matrix_lr": 0.02}
     events = run_and_read(monkeypatch, shards, tmp_path, quantization_report=True, iterations=40, **coarse)
     lost = events["quantization_loss"]["bpb_by_kind"]
     assert set(lost) == KINDS
     whole = events["after_quantization"]["val_bpb"] - events["trained"]["val_bpb"]
-    assert sum(lost.values()) == pytest.approx(whole, rel=0.5)  # errors together cost more than alone
+    assert sum(lost.values()) == pytest.approx(whole, rel=0.3)
     assert len({round(loss, 9) for loss in lost.values()}) == len(KINDS)
     assert lost["MLP"] > 0.01
 
@@ -371,7 +371,7 @@ def train_here(shards: Path, micro_batch: int = 128, validate=lambda recurrent: 
 
 
 def test_the_training_loop_is_the_one_written_out_here(shards):
-    """One batch, one backward, one step at the scheduled rate, gradients gone; and the weights' average."""
+    """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the weights' average."""
     settings = tiny(**SIX_STEPS, data_path=str(shards), matrix_lr=0.05)
     model, batches = t.build_model(settings, SOLO), t.Batches(settings, SOLO)
     optimizers = t.Optimizers(model, settings, SOLO)
@@ -385,6 +385,7 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
             else contextlib.nullcontext()
         ):
             model.loss(tokens, targets, model.order(True)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(now.lr_factor, now.momentum)
         average.update(step + 1, torch.zeros(()))
     for a, b in zip(train_here(shards, matrix_lr=0.05), average.average):
