@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "bench"))
 import mamba_ssm_reference
 from helpers import relative
-from scan_cases import ScanCase, errors, random_case, results
+from scan_cases import ScanCase, errors, in_two_calls, random_case, results
 
 import train_gpt as t
 from bench import RandomBatches, SilentLog
@@ -56,15 +56,6 @@ def fused_scan(projected, parameters, sizes, document_start, state, chunk_size: 
     return t.mamba_scan(projected, parameters, sizes, document_start, state, "triton", chunk_size)
 
 
-def fused_scan_in_two_calls(projected, parameters, sizes, document_start, state, place: int = 192):
-    outputs = []
-    for part in (slice(place), slice(place, None)):
-        start = None if document_start is None else document_start[:, part].contiguous()
-        *own, state = fused_scan(projected[:, part], parameters, sizes, start, state)
-        outputs.append(own)
-    return *(torch.cat(parts, dim=1) for parts in zip(*outputs)), state
-
-
 def library_scan(projected, parameters, sizes, document_start, state):
     inputs = t.scan_inputs(projected, parameters, sizes, document_start)
     y, state = mamba_ssm_reference.mamba_ssm_scan(inputs, state, 64)
@@ -93,7 +84,7 @@ def check_scans() -> None:
         different = [x for x in found if not torch.equal(found[x], again[x])]
         check(f"fused, {name}: results whose bits differ in a second run", len(different), 0)
         if case.state is not None:
-            found = results(fused_scan_in_two_calls, case, narrow, wide)
+            found = results(in_two_calls(fused_scan, 192), case, narrow, wide)
             check_errors(f"fused in two calls, {name}", errors(found, expected), BF16_TOLERANCE)
         elif mamba_ssm_reference.is_installed():
             expected, found, library = (

@@ -78,6 +78,20 @@ def results(
     return {name: x.detach() for name, x in (outcome | dict(zip(learned, gradients))).items()}
 
 
+def in_two_calls(scan: Callable, place: int) -> Callable:
+    """The scan, of the tokens before place and then, from its state, of the others."""
+
+    def run(projected, parameters, sizes, document_start, state):
+        outputs = []
+        for part in (slice(place), slice(place, None)):
+            start = None if document_start is None else document_start[:, part].contiguous()
+            *own, state = scan(projected[:, part], parameters, sizes, start, state)
+            outputs.append(own)
+        return *(torch.cat(parts, dim=1) for parts in zip(*outputs)), state
+
+    return run
+
+
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Norm-relative errors by name, of all that is not empty."""
     assert found.keys() == expected.keys()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_model, random_tokens, relative, tiny, tiny_environment
-from scan_cases import COLUMNS, ScanCase, errors, random_case, results
+from scan_cases import COLUMNS, ScanCase, errors, in_two_calls, random_case, results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
@@ -74,15 +74,7 @@ def test_outputs_states_and_every_gradient(name):
 def test_a_sequence_in_two_calls_equals_one_call(place):
     """Gradients too, which flow through the state between the calls."""
     case = random_case(2, 24, 1, 16, 16, starts=(20, 21), carried=True)
-
-    def two_calls(projected, parameters, sizes, document_start, state):
-        outputs = []
-        for part in (slice(place), slice(place, None)):
-            *own, state = fused_scan(projected[:, part], parameters, sizes, document_start[:, part].contiguous(), state)
-            outputs.append(own)
-        return *(torch.cat(parts, dim=1) for parts in zip(*outputs)), state
-
-    assert_all_close(results(two_calls, case, torch.float32), sequential(case), 5e-4)
+    assert_all_close(results(in_two_calls(fused_scan, place), case, torch.float32), sequential(case), 5e-4)
 
 
 @interpreted
