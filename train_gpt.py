@@ -25,7 +25,6 @@ import copy
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import importlib
 import itertools
@@ -38,6 +37,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,7 +129,7 @@ class Settings:
     mamba_expand: float = env(2.0, "× width > 0", "Mamba's inner width")
     mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head")
     mamba_decay: str = env("softplus", "softplus|heavy_tail", "Mamba-3's decay rates")
-    mamba_d_conv: int = env(-1, "-1|0|1|2|3|4", "short convolution; -1: 4, in Mamba-3 none")
+    mamba_d_conv: int = env(4, "2|3|4", "short convolution; none in Mamba-3")
     mamba_chunk_size: int = env(64, "tokens > 0", "chunk of a scan")
     unet_skips: bool = env(True, "0|1", "first half to second")
     bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
@@ -152,7 +152,7 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
-    ema_decay: float = env(0.997, "below 1", "average; of a short run less")
+    ema_decay: float = env(0.997, "below 1", "weight average; of short runs less")
 
     quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export")
     late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
@@ -163,14 +163,14 @@ class Settings:
 
     eval_mode: str = env("sliding", "plain|sliding", "context of a scored token", "evaluation")
     eval_stride: int = env(512, "tokens > 0", "sliding: how far windows move")
-    val_batch_size: int = env(524_288, "tokens > 0", "scored at once over all ranks")
+    val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
     eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock, which adaptation keeps")
     eval_nll_path: str = env("", "file.npy", "every target's nats, float32")
     ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
     ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
     ttt_epochs: int = env(2, "epochs", "passes over each scored chunk")
     ttt_momentum: float = env(0.9, "below 1", "SGD")
-    ttt_chunk_tokens: int = env(32_768, "tokens > 0", "then trained on")
+    ttt_chunk_tokens: int = env(32_768, "tokens > 0", "scored, then trained on")
 
     @property
     def mamba_inner_dim(self) -> int:
@@ -227,9 +227,9 @@ PRESETS = {
 
 FIELDS = [f.name for f in dataclasses.fields(Settings)]
 ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
-# What a stored model is meaningless without: it travels in the artifact's header.
+# What an artifact's header holds.
 MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - {"mamba_chunk_size", "recur_start"})
-TRAINING_FIELDS = FIELDS[FIELDS.index("seed") : FIELDS.index("eval_mode")]  # which a run that is resumed must keep
+TRAINING_FIELDS = FIELDS[FIELDS.index("seed") : FIELDS.index("eval_mode")]  # a resumed run keeps them
 
 
 def parse_layers(settings, name: str) -> tuple[int, ...]:
@@ -286,7 +286,7 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
 def validate_settings(settings, world_size: int):
     """Refuses what cannot work."""
     s = settings
-    most = {"num_layers": 256, "vocab_size": 65_536, "logit_softcap": 60}  # 16-bit tokens; exp(60) is finite
+    most = {"num_layers": 256, "vocab_size": 65_536, "logit_softcap": 60, "mamba_d_state": 1024}
 
     def check(name: str, condition: bool, problem: str):
         need(condition, f"{name.upper()}={getattr(s, name)} {problem}")
@@ -527,8 +527,8 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 
 # ============
 # 4. Scans
-# The Mamba-3 recurrence (arXiv 2603.15569): in a loop, as matmuls in PyTorch, and those fused into Triton kernels. Mamba-2
-# is the same without trapezoid, rotation and biases. At the end, the first Mamba's.
+# Mamba-3's (arXiv 2603.15569): in a loop, as matmuls, and those fused into Triton kernels. Mamba-2's is the same without
+# trapezoid, rotation and biases. At the end, the first Mamba's.
 
 
 class ScanInputs(NamedTuple):
@@ -723,10 +723,10 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, angle, ssm, key, value)
 
 
-# The fused scan reads and writes in_proj's rows where they lie. tokens_forward makes step sizes, decays, normed keys and
-# queries of a chunk's rows; rotate biases and turns these for one head; scan_forward goes through a head's chunks and stores
-# the state before each; scan_backward comes back; the other two undo the first two and sum over heads without atomics: the
-# same bits every time. Decays are base-2 logarithms, angles are in turns.
+# The fused scan reads and writes in_proj's rows in place. tokens_forward makes a chunk's step sizes, decays, normed keys and
+# queries; rotate biases and turns these for one head; scan_forward goes through a head's chunks, storing each one's first
+# state; scan_backward comes back; the other two undo the first two and sum over heads without atomics: the same bits every
+# time. Decays are base-2 logarithms, angles are in turns.
 
 
 # fmt: off
@@ -850,8 +850,8 @@ def rotate(
     for i in tl.static_range(2):  # key, then query
         place = features + ((i * batch + b) * padded + t).to(tl.int64) * N + n
         bias = biases + (i * H + h) * N + n
-        even = tl.load(place).to(tl.float32) + tl.load(bias)
-        odd = tl.load(place + N // 2).to(tl.float32) + tl.load(bias + N // 2)
+        even = tl.load(place) + tl.load(bias)
+        odd = tl.load(place + N // 2) + tl.load(bias + N // 2)
         even_product *= even
         odd_product *= odd
         even, odd = even * cos - odd * sin, even * sin + odd * cos
@@ -880,7 +880,7 @@ def write(tensor, place, x):
 
 @jit
 def chunk_scalars(scalars, decay_ends, head, chunk, heads, chunks, CHUNK: constexpr):
-    """Sums of log2 decay, those less log2 of the key's weight, weights of the current token; and the last sum."""
+    """Sums of log2 decay, those less log2 of keys' weights, weights of the current token; the last sum."""
     t, end = chunk * CHUNK, tl.load(decay_ends + (head * chunks + chunk) * CHUNK + CHUNK - 1)
     decay_sum, key_log = scalars.load([heads + head, t]), scalars.load([2 * heads + head, t])
     current = scalars.load([3 * heads + head, t])
@@ -896,7 +896,7 @@ def decays(exponents, seen, current, FAST: constexpr):
 
 @jit
 def gate_and_sigmoid(gate, FAST: constexpr):
-    """The gate in float32, never zero, so that the backward finds what was gated in y / gate; and its sigmoid."""
+    """The gate, float32, never 0, so that y / gate tells the backward what was gated; and its sigmoid."""
     gate = gate.to(tl.float32)
     gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
     return gate, reciprocal(1.0 + exp2(gate * -1.4426950408889634, FAST), FAST)
@@ -932,7 +932,7 @@ def scan_forward(
         out *= gate * sigmoid
         write(y, [b, t, h * P], out)
         tl.store(squares + (head * chunks + chunk) * CHUNK + i, tl.sum(out * out, axis=1))
-        to_end = (value.to(tl.float32) * exp2(end - key_log, FAST)[:, None]).to(dtype)
+        to_end = (value * exp2(end - key_log, FAST)[:, None]).to(dtype)
         ssm = dot(tl.trans(key), to_end, ssm * exp2(end, FAST))
     tl.store(ssm_out + square, ssm)
 
@@ -951,7 +951,7 @@ def scan_backward(
     FAST: tl.constexpr = dtype == tl.bfloat16
     d, same = tl.load(skip + h), i[:, None] == i[None, :]
     d_ssm = tl.load(d_ssm_out + square)
-    at_end = tl.sum(d_ssm * tl.load(ssm_out + square), axis=1)  # d of a chunk's decay; one number would be a barrier
+    at_end = tl.sum(d_ssm * tl.load(ssm_out + square), axis=1)  # d of a chunk's decay, unsummed: no barrier
     for back in tl.range(chunks, num_stages=2):
         chunk = chunks - 1 - back
         t = chunk * CHUNK
@@ -959,14 +959,14 @@ def scan_backward(
         tl.store(d_end + place * N + tl.arange(0, N), at_end)
         gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
         out = read(y, [b, t, h * P]).to(tl.float32)
-        d_gated = read(d_y, [b, t, h * P]).to(tl.float32) + 2.0 * d_squares.load([head, t]).reshape(CHUNK)[:, None] * out
+        d_gated = read(d_y, [b, t, h * P]) + 2.0 * d_squares.load([head, t]).reshape(CHUNK)[:, None] * out
         write(d_projected, [b, t, h * P], d_gated * out * (reciprocal(gate, FAST) + 1.0 - sigmoid))
         d_out = (d_gated * gate * sigmoid).to(dtype)
         value = read(projected, [b, t, (H + h) * P])
         key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
         decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
         to_end, old = exp2(end - key_log, FAST)[:, None], d_ssm.to(dtype)
-        # Scores and decays are transposed here, (key's token, query's token), as their gradients want them.
+        # Scores and decays are transposed here, (key's token, query's), as their gradients want them.
         decay = decays(decay_sum[None, :] - key_log[:, None], i[:, None] < i[None, :], current, FAST)
         scores = dot(key, tl.trans(query))
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
@@ -979,19 +979,19 @@ def scan_backward(
         d_key = dot(value, tl.trans(old)) * to_end
         d_key = dot(d_scores, query, d_key)
         write(d_rotated, [head, t, 0], d_key)
-        d_state = (d_out.to(tl.float32) * exp2(decay_sum, FAST)[:, None]).to(dtype)
+        d_state = (d_out * exp2(decay_sum, FAST)[:, None]).to(dtype)
         ssm = read(states, [place, 0, 0])
         d_query = dot(ssm, tl.trans(d_state))
         d_query = dot(tl.trans(key), d_scores, d_query)
         write(d_rotated, [batch * H + head, t, 0], tl.trans(d_query))
         d_ssm = dot(tl.trans(query), d_state, d_ssm * exp2(end, FAST))
-        at_end = tl.sum(d_ssm * ssm.to(tl.float32), axis=1)
+        at_end = tl.sum(d_ssm * ssm, axis=1)
     tl.store(d_ssm_in + square, d_ssm)
 
 
 @jit
 def features_backward(
-    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_norms, d_biases,
+    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_features,
     length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, ROWS: constexpr,
 ):
     part, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
@@ -1000,14 +1000,14 @@ def features_backward(
     origin = features + ((k * batch + b) * padded + t).to(tl.int64) * N + n
     even, odd = tl.load(origin).to(tl.float32), tl.load(origin + N // 2).to(tl.float32)
     all_even, all_odd = tl.zeros([ROWS, N // 2], tl.float32), tl.zeros([ROWS, N // 2], tl.float32)
-    for h in tl.range(H, num_stages=3):
+    row = (program * 2 + k).to(tl.int64)
+    for h in tl.range(H, num_stages=4):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
-        row = (program * 2 + k).to(tl.int64) * H + h
-        bias, d_bias = biases + (k * H + h) * N + n, d_biases + row * N + n
+        bias, d_bias = biases + (k * H + h) * N + n, d_features + (row * (H + 1) + h) * N + n
         own_even, own_odd = even + tl.load(bias), odd + tl.load(bias + N // 2)
         d_place = d_rotated + place * N + n
-        d_even, d_odd = tl.load(d_place).to(tl.float32), tl.load(d_place + N // 2).to(tl.float32)
+        d_even, d_odd = tl.load(d_place), tl.load(d_place + N // 2)
         turn_place = rotation + (head * padded + t) * R + n
         cos = tl.load(turn_place, n < R, 1.0).to(tl.float32)
         turn_place += (batch * H).to(tl.int64) * padded * R
@@ -1015,7 +1015,7 @@ def features_backward(
         d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
         turned = 6.283185307179586 * (own_even * d_odd - own_odd * d_even)
         tl.store(d_turn + place * R + n, turned, n < R)
-        tl.store(d_turns + row * R + n, tl.sum(turned, axis=0)[None, :], n < R)
+        tl.store(d_turns + (row * H + h) * R + n, tl.sum(turned, axis=0)[None, :], n < R)
         tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1)[:, None])
         tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
         tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0)[None, :])
@@ -1026,7 +1026,7 @@ def features_backward(
     x = number(projected + place, t < length)
     factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
     x *= factor
-    tl.store(d_norms + (program * 2 + k) * N + n, tl.sum(total * x, axis=0)[None, :])
+    tl.store(d_features + (row * (H + 1) + H) * N + n, tl.sum(total * x, axis=0)[None, :])
     total *= tl.load(norms + k * N + n)
     total = factor * (total - x * (tl.sum(total * x, axis=1) / N)[:, None])
     tl.store(d_projected + place, total, t < length)
@@ -1059,9 +1059,10 @@ def tokens_backward(
     place, plane = (b * H + h) * padded + t, batch * H * padded
     d_own, d_weight = weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_current = d_own + d_weight
-    # What scales with exp(sum of decays) less what scales with exp(-sum): the diagonal, in both, cancels.
+    # What scales with exp(sum of decays) less what does with exp(-sum): the diagonal cancels.
     d_decay_sum = number(d_scalars + place + plane, heads) - number(d_scalars + place, heads)
-    at_end = number(d_end + (b * H + h) * chunks + chunk, heads)
+    end_place = ((b * H + tl.trans(h)) * chunks + chunk) * N + tl.arange(0, N)[None, :]
+    at_end = tl.sum(number(d_end + end_place, tl.trans(heads)), axis=1)[None, :]
     d_decay_sum += tl.where(t == chunk * CHUNK + CHUNK - 1, at_end, 0.0)
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
     if document_start is not None:
@@ -1075,14 +1076,14 @@ def tokens_backward(
     # An angle's rate turns all later tokens.
     turning = live & (r < R)
     half = number(half_turn + (b * padded + t) * R + r, turning)
-    d_half = tl.zeros_like(half)
-    for k in tl.range(H, num_stages=3):
+    d_half, onward = tl.zeros_like(half), (t <= token[None, :]).to(d_turn.dtype.element_ty)
+    for k in tl.range(H, num_stages=4):
         head = (b * H + k).to(tl.int64)
         own_place = d_turn + (head * padded + t) * R + r
-        own = number(own_place, turning)
-        own += number(own_place + plane.to(tl.int64) * R, turning)
+        own = tl.load(own_place, turning, 0.0)
+        other = tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0)
         later = number(d_turns + (program * H + k) * R + r, r < R)
-        turned = tl.cumsum(own, axis=0, reverse=True) + later
+        turned = dot(onward, other, dot(onward, own)) + later  # in a cumsum, warps wait
         d_half += tl.load(scalars + head * padded + token)[:, None] * turned
         d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
     tl.store(d_row + 3 * H + r, d_half * (0.5 - 2.0 * half * half), turning)
@@ -1109,7 +1110,7 @@ def tiles(tensor: Tensor, *block: int):
     "golf::fused_scan", mutates_args=(), schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
 )
 def fused_scan(tensors, document_start, sizes):
-    """y's squares summed by head, last turn, y, last state, and what else the backward reads. sizes: kernels' constants."""
+    """y's squares summed by head, last turn, y, last state, what the backward reads. sizes: kernels' constants."""
     projected, step_bias, skip, biases, norms, ssm_in, turn_in = tensors
     outputs = empty_outputs(tensors, document_start, sizes)
     squares, turn_out, y, ssm_out, scalars, features, half_turn, rotated, rotation, states = outputs
@@ -1138,7 +1139,7 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
     projected, (_, heads, channels, state, angles, chunk) = tensors[0], sizes
     batch, length, _ = projected.shape
     chunks, new = -(-length // chunk), projected.new_empty
-    padded, single = chunks * chunk, functools.partial(new, dtype=torch.float32)
+    padded, single = chunks * chunk, partial(new, dtype=torch.float32)
     half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # finer than bfloat16 up to 1
     return [
         single(batch, heads, padded), single(batch, heads, angles), new(batch, length, heads * channels),
@@ -1157,7 +1158,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     (d_squares, d_turn_out, d_y, d_ssm_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
     (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
-    single = functools.partial(projected.new_empty, dtype=torch.float32)
+    single = partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, state)
     launch(
@@ -1166,23 +1167,24 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
         tiles(states, state, channels), tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state),
         tiles(scalars, chunk), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes,
     )
-    rows = min(chunk, 1024 // state)  # of a warp, which waits for no other
+    rows = min(chunk, 1024 // state)  # of one warp: no barriers
     parts = chunks * chunk // rows
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
-    sums = (state,), (heads, state), (heads, angles)
-    d_heads, d_norms, d_biases, d_turns = single(batch * chunks, heads), *(single(batch * parts, 2, *n) for n in sums)
+    d_turns, d_features = single(batch * parts, 2, heads, angles), single(batch * parts, 2, heads + 1, state)
+    d_heads = single(batch * chunks, heads)
     launch(
         features_backward, (parts, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
-        d_scalars, d_turn, d_turns, d_norms, d_biases, length, batch, *sizes, rows, warps=1,
+        d_scalars, d_turn, d_turns, d_features, length, batch, *sizes, rows, warps=1,
     )
     d_turns = d_turns.view(batch, chunks, -1, heads * angles).sum(2)
     after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
     later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
     launch(
         tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
-        d_scalars, d_diagonal, d_end.sum(3), d_projected, d_heads, length, batch, *sizes, registers=128,
+        d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes, registers=128,
     )
-    d_parameters = d_heads.sum(0), d_diagonal.sum((0, 2)), d_biases.sum(0), d_norms.sum(0)
+    sums = (d_features.new_ones(len(d_features)) @ d_features.flatten(1)).view(2, -1, state)  # faster than sum()
+    d_parameters = d_heads.sum(0), d_diagonal.sum((0, 2)), sums[:, :heads].clone(), sums[:, heads].clone()
     return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(1).view_as(d_turn_out) + d_turn_out]
 
 
@@ -1250,7 +1252,7 @@ def selective_scan(
         state = value.new_zeros(len(value), *decay_rate.shape)
     outputs = []
     for part in zip(*(x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))):
-        y, state = checkpoint(  # of L·C·N numbers only a chunk's exist at a time
+        y, state = checkpoint(  # L·C·N numbers for a chunk at a time only
             selective_chunk, *part, decay_rate, state, backend, use_reentrant=False, preserve_rng_state=False
         )
         outputs.append(y)
@@ -1276,10 +1278,10 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
 
 
 def library_operator(module: str, name: str, **options):
-    """A library's function of tensors, shaped like the first, as an operator for graphs. Backward runs it again."""
+    """A library's function of tensors, shaped like the first, as an operator. Backward runs it again."""
 
     def run(tensors: list[Tensor], d_y: Tensor | None) -> list[Tensor]:
-        function = functools.partial(getattr(importlib.import_module(module), name), **options)
+        function = partial(getattr(importlib.import_module(module), name), **options)
         if d_y is None:
             return [function(*tensors)]
         with torch.enable_grad():
@@ -1324,7 +1326,7 @@ def choose_scan_backend(settings, device: torch.device) -> str:
 
 # ============
 # 5. Model
-# Weights are float32, activations bfloat16 on GPUs. Depth recurrence is but another order of the blocks.
+# Weights are float32, activations bfloat16 on GPUs. Depth recurrence is another order of blocks.
 
 
 class Context(NamedTuple):
@@ -1347,7 +1349,7 @@ class Linear(nn.Linear):
         return y if scale is None else (y * scale).to(x.dtype)
 
 
-# For good: chosen in a graph, they would keep it out of the compiler's cache.
+# For good: in a graph, they would keep it out of the compiler's cache.
 first_that_can = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 attention_kernels = sdpa_kernel(first_that_can, set_priority=True)
 attention_kernels.__enter__()
@@ -1399,19 +1401,19 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """x (B, L, C) -> the same shape."""
-        weight, bias, reach = self.weight.to(x.dtype), self.bias.to(x.dtype), self.weight.shape[1] - 1
-        if fused and reach:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if fused:
             return library_conv(x.mT.contiguous(), weight, bias).mT
-        inputs = F.pad(x, (0, 0, reach, 0))
-        return F.silu(bias + sum(weight[:, tap] * inputs[:, tap : tap + x.shape[1]] for tap in range(reach + 1)))
+        inputs, taps = F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight.unbind(1)
+        return F.silu(bias + sum(tap * inputs[:, i : i + x.shape[1]] for i, tap in enumerate(taps)))
 
 
 STEP_RANK = 16  # of the first Mamba's step sizes
 
 
 class Mamba(nn.Module):
-    """A block of Mamba-3, of Mamba-2 (constant decay rates, a short convolution over x, B, C), or of the first Mamba (makes
-    step, B, C of the convolved x). Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
+    """Mamba-3, Mamba-2 (constant decay rates, a short convolution over x, B, C), or the first Mamba (step, B, C made of the
+    convolved x). Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
 
     def __init__(self, settings, device: torch.device):
         super().__init__()
@@ -1419,7 +1421,7 @@ class Mamba(nn.Module):
         self.backend, self.chunk_size = choose_scan_backend(s, device), s.mamba_chunk_size
         channels = s.mamba_head_dim if version > 1 else 1
         heads = inner // channels
-        self.sizes = MambaSizes(heads, channels, n, n // 4, version)  # half of the state turns, in pairs
+        self.sizes = MambaSizes(heads, channels, n, n // 4, version)  # half the state turns, in pairs
         columns = self.sizes.columns()
         self.in_proj = Linear(s.model_dim, sum(columns))
         self.in_proj.dynamics_rows = sum(columns[4:])  # the last; 8 bits in the artifact
@@ -1437,9 +1439,7 @@ class Mamba(nn.Module):
         else:
             self.x_proj, self.dt_proj = Linear(inner, STEP_RANK + 2 * n), Linear(STEP_RANK, inner)
             self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
-        width = s.mamba_d_conv if s.mamba_d_conv >= 0 else 4 * (version < 3)
-        mixed = inner + sum(columns[2:4])
-        self.conv = ShortConv(mixed, max(1, width)) if width > 1 or version == 1 else None
+        self.conv = ShortConv(inner + sum(columns[2:4]), s.mamba_d_conv) if version < 3 else None
 
     def forward(self, u: Tensor, context) -> Tensor:
         projected, sizes, backend = self.in_proj(u), self.sizes, self.backend
@@ -1564,7 +1564,7 @@ class Model(nn.Module):
             self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
             self.bigram_scale = nn.Parameter(torch.tensor(0.05))
         self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
-        if s.unet_skips:
+        if s.unet_skips and len(self.full_order) > 1:
             self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2))
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
@@ -1660,53 +1660,61 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
+def momentum_updates(gradients: list[list[Tensor]], buffers: list[Tensor], momentum, found_inf, steps: int):
+    """Each group's Nesterov update, orthogonalized, and finite."""
+    updates = []
+    for mine, buffer in zip(gradients, buffers):
+        gradient = torch.where(found_inf > 0, buffer, torch.stack(mine))  # momentum stays
+        buffer.lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(buffer, momentum)
+        update = update / (update.norm(dim=-1, keepdim=True) + 1e-12)  # rows of one length (MuonEq-R)
+        updates.append(orthogonalize(update, steps))
+    return updates
+
+
+def apply_updates(parameters: list[list[Tensor]], updates: list[Tensor], rates: list, decays: list[float], found_inf):
+    """Decay and step of each group's matrices."""
+    for group, update, rate, decay in zip(parameters, updates, rates, decays):
+        rate = rate * (1 - found_inf)
+        step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
+        for p, change in zip(group, update.unbind()):
+            p.mul_(1 - rate * decay).sub_(step * change.float())
+
+
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024).
+    """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024). Groups hold matrices of one shape; each rank
+    orthogonalizes its share, and gathers the others'. With a found_inf, float32 (), of 1 step() changes nothing."""
 
-    Each rank orthogonalizes its share of a group, matrices of one shape, and gathers the others'. With a found_inf, float32
-    (), of 1 step() changes nothing, as in torch's fused optimizers.
-    """
-
-    def __init__(self, groups: list[dict], ranks, steps: int):
+    def __init__(self, groups: list[dict], ranks, steps: int, compiled=lambda function: function):
         super().__init__(groups, {})
         self.ranks, self.steps, self.found_inf = ranks, steps, torch.zeros((), device=ranks.device)
+        self.updates, self.apply = compiled(momentum_updates), compiled(apply_updates)
+        for first, *rest in (group["params"] for group in self.param_groups):
+            count = -(-(len(rest) + 1) // ranks.world_size) * ranks.world_size
+            self.state[first] = first.new_zeros(count, *first.shape)
 
     def gather_momentum(self) -> list[Tensor]:
         """Of every group's matrices, from all ranks."""
         for buffer in self.state.values():
             buffer.copy_(self.ranks.concatenate(self._share(buffer)))
-        return [self.state[group["params"][0]][: len(group["params"])] for group in self.param_groups]
+        return [buffer[: len(g["params"])] for buffer, g in zip(self.state.values(), self.param_groups)]
 
     def _share(self, buffer: Tensor) -> Tensor:
         return buffer.chunk(self.ranks.world_size)[self.ranks.rank]
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            parameters, (rows, columns) = group["params"], group["params"][0].shape
-            rate = group["lr"] * (1 - self.found_inf)
-            updates = self._orthogonal_updates(parameters, group["momentum"]).float()
-            updates *= rate * max(1, rows / columns) ** 0.5
-            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-            torch._foreach_sub_(parameters, list(updates.unbind()))
-
-    def _orthogonal_updates(self, parameters: list[nn.Parameter], momentum: float) -> Tensor:
-        """Nesterov updates (len(parameters), rows, columns), finite whatever the gradients are."""
-        ranks, first, count = self.ranks, parameters[0], len(parameters)
-        if first not in self.state:
-            self.state[first] = first.new_zeros(count + -count % ranks.world_size, *first.shape)
-        buffer = self._share(self.state[first])
-        mine = [p.grad for p in parameters[ranks.rank * len(buffer) :][: len(buffer)]]
-        gradients = torch.stack(mine + [torch.zeros_like(buffer[0])] * (len(buffer) - len(mine)))
-        gradients = torch.where(self.found_inf > 0, buffer, gradients)  # towards itself, momentum does not move
-        buffer.lerp_(gradients, 1 - momentum)
-        updates = gradients.lerp(buffer, momentum)
-        updates /= updates.norm(dim=-1, keepdim=True) + 1e-12  # rows of one length (MuonEq-R)
-        return ranks.concatenate(orthogonalize(updates, self.steps))[:count]
+        parameters, rates, decays = ([g[name] for g in self.param_groups] for name in ("params", "lr", "weight_decay"))
+        gradients, buffers = [], [self._share(buffer) for buffer in self.state.values()]
+        for group, buffer in zip(parameters, buffers):
+            mine = [p.grad for p in group[self.ranks.rank * len(buffer) :][: len(buffer)]]
+            gradients.append(mine + [torch.zeros_like(x) for x in buffer[len(mine) :]])
+        updates = self.updates(gradients, buffers, self.param_groups[0]["momentum"], self.found_inf, self.steps)
+        self.apply(parameters, list(map(self.ranks.concatenate, updates)), rates, decays, self.found_inf)
 
 
 class Optimizers:
-    """Muon and Adam. skipped, float32 (2,), counts steps whose gradients are not finite: all, and the last in a row."""
+    """Muon and Adam. skipped, float32 (2,), counts steps without finite gradients: all, and the last in a row."""
 
     def __init__(self, model, settings, ranks):
         s = settings
@@ -1717,13 +1725,14 @@ class Optimizers:
                 groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(p)
             elif name.endswith("embedding.weight"):
                 groups[s.tied_embed_lr, s.weight_decay, 1e-8].append(p)
-            else:  # an eps for a residual mix, whose first gradients are but rounding errors
+            else:  # eps: a residual mix's first gradients are rounding errors
                 groups[s.scalar_lr, 0.0, 1e-6].append(p)
         muon, adam = [], []
         for (rate, decay, kind), parameters in groups.items():
             group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
             muon.append(group) if isinstance(kind, torch.Size) else adam.append(group | {"eps": kind})
-        self.muon, cuda = Muon(muon, ranks, s.muon_backend_steps), ranks.device.type == "cuda"
+        compiled, cuda = partial(maybe_compile, settings=s, ranks=ranks), ranks.device.type == "cuda"
+        self.muon = Muon(muon, ranks, s.muon_backend_steps, compiled)
         self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), fused=True, capturable=cuda)
         self.parameters = list(model.parameters())
         self.skipped = torch.zeros(2, device=ranks.device)
@@ -1731,6 +1740,7 @@ class Optimizers:
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
         """Clips, uses and drops the gradients. The device decides whether to skip: no host waits."""
+        lr_factor, momentum = (torch.as_tensor(x, device=self.skipped.device) for x in (lr_factor, momentum))
         skip = ~nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite()
         self.skipped += skip
         self.skipped[1] *= skip
@@ -1752,8 +1762,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps_done: int, skipped: Tensor):
-        """Takes in the weights after steps_done steps; not if skipped, (), is 1."""
-        # A short run must not be averaged with its beginning.
+        """Takes in the weights after steps_done steps; not if skipped, (), is 1. Short runs look back less."""
         rate = (1 - skipped) * max(1 - self.decay, 1 / max(1.0, 0.03 * steps_done))
         torch._foreach_mul_(self.average, 1 - rate)
         torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
@@ -1792,7 +1801,7 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
 
 # ============
 # 7. Evaluation
-# One loop for every mode: a plan of windows says which targets a forward pass scores, with what context.
+# A plan of windows says which targets a forward pass scores, with what context.
 
 
 class Window(NamedTuple):
@@ -1804,7 +1813,7 @@ class Window(NamedTuple):
 
 
 def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
-    """This rank's windows; some rank scores each target once. Sliding, they move by EVAL_STRIDE and score what is new."""
+    """This rank's windows; each target is scored once. Sliding, they move by EVAL_STRIDE and score what is new."""
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
     windows = [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in range(first, last, stride)]
@@ -1838,8 +1847,8 @@ class Evaluator:
         return self._collect(0)
 
     def score_and_adapt(self, clock_started: float, say=lambda text: None) -> Score:
-        """With test-time training: each chunk but the last is trained on once scored, less where time since
-        clock_started (a perf_counter()) runs short."""
+        """With test-time training: each chunk but the last is trained on once scored, less if time since clock_started
+        (a perf_counter()) runs short."""
         s = self.settings
         starts = range(0, self.total, s.ttt_chunk_tokens)
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=s.ttt_momentum)
@@ -1896,9 +1905,9 @@ class Evaluator:
         rows = largest_divisor(len(mine), s.val_batch_size // (ranks.world_size * length))
         for starts in mine.reshape(-1, rows, 1):
             tokens, targets = self._read(starts, length)
-            (self.loss_function(tokens, targets, self.order) * (rows / len(mine))).backward()
-        gradients = [ranks.sum_(p.grad) for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_div_(gradients, ranks.world_size)
+            (self.loss_function(tokens, targets, self.order) * (rows / len(mine) / ranks.world_size)).backward()
+        for p in self.model.parameters():
+            ranks.sum_(p.grad)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         sgd.step()
         sgd.zero_grad()
@@ -1927,15 +1936,15 @@ def maybe_compile(function, settings, ranks):
 
 # ============
 # 8. Export
-# Matrices become integers times the steps of a grid; all is coded behind a plain header. Nothing is unpickled. QUANTIZER:
-# gptq on SDClip's grid, or round to it; percentile and dsq, GPTQ on other grids; ternary for int6 (BitNet b1.58, arXiv
-# 2402.17764), a grid on which gradients are computed from the first step on.
+# Matrices become integers times the steps of a grid, coded behind a plain header. Nothing is unpickled. QUANTIZER: gptq on
+# SDClip's grid, or round to it; percentile and dsq, GPTQ on other grids; ternary for int6 (BitNet b1.58, arXiv 2402.17764),
+# on which gradients are computed from the first step on.
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 INT6_MAX, INT8_MAX = 31, 127
 GPTQ_BLOCK = 128  # columns whose error is spread at once
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
-SDCLIP_MOST = 16.0  # the largest k tried unasked: a typical weight is 2 steps from zero
+SDCLIP_MOST = 16.0  # the largest k unasked: a typical weight is 2 steps
 ANS_LANES = 256  # symbols coded at once
 ARTIFACT_MAGIC = b"SSMGOLF4"
 # The first part that a matrix's name has, and what the report calls it.
@@ -1943,8 +1952,8 @@ KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "M
 
 
 def grid_limits(model) -> dict[str, Tensor]:
-    """The largest integer in each row, float32 (rows, 1), of the matrices stored as integers: int6 or ternary, but int8 in
-    the embedding and the rows that make what Mamba's recurrence compounds the errors of."""
+    """The largest integer in each row, float32 (rows, 1), of matrices stored as integers: int6 or ternary, but int8 in the
+    embedding and the rows whose errors Mamba's recurrence compounds."""
     limits, usual = {}, 1 if model.settings.quantizer == "ternary" else INT6_MAX
     for name, layer in model.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
@@ -2040,7 +2049,7 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
         hessians[name] += 2 * (x.T @ x)
 
     layers = model.linear_layers().items()
-    hooks = [layer.register_forward_pre_hook(functools.partial(gather, name)) for name, layer in layers]
+    hooks = [layer.register_forward_pre_hook(partial(gather, name)) for name, layer in layers]
     for batch in sequences.split(rows):
         gather("embedding.weight", model, (model(batch, model.full_order),))
     for hook in hooks:
@@ -2051,17 +2060,18 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
 @torch.no_grad()
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     """Integers that keep, times scale, weight @ x close (arXiv 2210.17323), of matrices (..., rows, columns): columns are
-    rounded by falling diagonal, each one's error spread over those still to come; none is, if the Hessian is diagonal."""
+    rounded by falling diagonal, each one's error spread over those to come."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     damping, order = GPTQ_DAMPING * diagonal.mean(-1).clamp(min=1e-9), diagonal.argsort(descending=True)
     sort = lambda x, order=order: x.take_along_dim(order.unsqueeze(-2), -1)
-    weight = sort(weight.masked_fill((diagonal == 0).unsqueeze(-2), 0.0))  # inputs that never fire
+    weight = sort(weight.masked_fill((diagonal == 0).unsqueeze(-2), 0.0))  # inputs never seen
     scale, hessian = sort(scale), sort(sort(hessian).mT)
     identity, failed = torch.eye(order.shape[-1], device=weight.device), True
     while failed:  # until the damping, tenfold each time, is enough
+        need(damping.isfinite().all(), DIVERGED)
         lower, failed = torch.linalg.cholesky_ex((hessian + damping[..., None, None] * identity).flip(-2, -1))
         damping, failed = 10 * damping, failed.any()
-    # Flipped back, lower is an upper R with H = R R^T, so that R^-1 is the upper Cholesky factor of H's inverse.
+    # Flipped back, lower is an upper R with H = R R^T: R^-1 is the upper Cholesky factor of H's inverse.
     upper = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
     errors = torch.zeros_like(weight)
     for first in range(0, len(identity), GPTQ_BLOCK):
@@ -2078,8 +2088,8 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tens
 
 @torch.no_grad()
 def quantize_model(model, settings, ranks, hessians: dict[str, Tensor], k: float) -> dict[str, Tensor]:
-    """What is stored, in this order: all vectors and the steps of matrices, then int8 matrices as "NAME integers". Ranks
-    share the work, matrices of one shape at once; all get the result."""
+    """What is stored, in order: vectors and steps of matrices, then int8 matrices as "NAME integers". Ranks share the work,
+    matrices of one shape at once."""
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
     matrices, groups = grid_limits(model), collections.defaultdict(list)
     for name, limits in matrices.items():
@@ -2098,13 +2108,12 @@ def quantize_model(model, settings, ranks, hessians: dict[str, Tensor], k: float
 
 
 # The artifact: magic, the model's settings as a line of JSON, LZMA stream of vectors, steps and frequencies of integers, the
-# integers, SHA-256 of all before it. LZMA would take 3 to 8 % more than the integers' entropy: they are coded by
-# asymmetric numeral systems (arXiv 1311.2540).
+# integers by asymmetric numeral systems (arXiv 1311.2540; LZMA takes 3 to 8 % more), SHA-256 of all before it.
 
 
 def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How often, of 65,536, each value of an int8 array comes, uint32 (256,), and its code, uint16. Every ANS_LANES-th number
-    goes into one state, the last first, which sheds 16 of its 32 bits where it would run over."""
+    goes into one state, the last first, which sheds 16 of its 32 bits when full."""
     symbols = integers.view(np.uint8).ravel()
     counts = np.bincount(symbols, minlength=256)
     symbols = np.append(symbols, np.full(-len(symbols) % ANS_LANES, counts.argmax(), np.uint8)).reshape(-1, ANS_LANES)
@@ -2122,7 +2131,7 @@ def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The count integers that encode_integers() was given, and the words behind its own; ValueError for others."""
+    """The count integers that encode_integers() was given, and the words behind; ValueError for others."""
     frequencies, words = frequencies.astype(np.uint64), words.astype(np.uint64, copy=False)
     if frequencies.sum() != 65_536:
         raise ValueError
@@ -2198,7 +2207,7 @@ def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Set
         need(ours == theirs, f"{name.upper()}={ours} contradicts the artifact, which has {theirs}: unset it")
     settings = dataclasses.replace(settings, **stored)
     validate_settings(settings, ranks.world_size)
-    with torch.device("meta"):  # nothing is allocated before the shapes are known to be the file's
+    with torch.device("meta"):  # nothing is allocated before the shapes fit the file
         skeleton = Model(dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta"))
     matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
     fields = [(name, float_type(name), sum(shape) if name in matrices else shape) for name, shape in shapes.items()]
@@ -2277,11 +2286,10 @@ def describe_machine(ranks) -> dict[str, str]:
 
 
 def choose_micro_batch(settings, ranks) -> int:
-    """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (more run no faster) where 70 % of the free
-    memory allow."""
+    """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (more run no faster) in 70 % of free memory."""
     s, most = settings, settings.micro_batch_tokens or 131_072 >> (settings.mamba_version == 1)
     if ranks.device.type == "cuda" and not s.micro_batch_tokens:
-        # As if all layers were Mamba; fits the peak of PRESET=peer7.
+        # As if all layers were Mamba.
         layer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim) + (8 + 4 * s.mlp_mult) * s.model_dim
         token_bytes = len(parse_layers(s, "layer_order")) * layer + 5 * s.vocab_size
         most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token_bytes)
@@ -2319,9 +2327,7 @@ def training_loss(model, settings, ranks):
         return loss
     module = nn.Module()
     module.model, module.forward = model, loss
-    parallel = nn.parallel.DistributedDataParallel(  # one layer has no skip: its weights get no gradient
-        module, gradient_as_bucket_view=True, find_unused_parameters=settings.num_layers == 1
-    )
+    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     parallel.broadcast_buffers = False
     return parallel
 
@@ -2389,7 +2395,7 @@ class Trainer:
 
     @torch.no_grad()
     def save(self, why: str = ""):
-        """Has rank 0 write a checkpoint while training goes on; given a reason, ends the run on all ranks."""
+        """Rank 0 writes a checkpoint while training goes on; a reason ends the run on all ranks."""
         numbers, self.saved = torch.cat([x.view(-1) for x in self.tensors()]), time.perf_counter()
         copied = numbers.is_cuda and torch.cuda.current_stream().record_event()
         if self.ranks.rank == 0:
@@ -2402,7 +2408,7 @@ class Trainer:
         with torch.cuda.stream(torch.cuda.Stream(numbers.device) if copied else None):
             if copied:
                 copied.wait()
-            parts = [x.cpu().numpy() for x in numbers.split(1 << 20)]  # a copy holds up all other launches
+            parts = [x.cpu().numpy() for x in numbers.split(1 << 20)]  # a copy holds up launches
         newest, before = self.settings.checkpoint_paths
         try:
             write_whole(newest, *seal(CHECKPOINT_MAGIC, header, *parts), before=before)
@@ -2414,7 +2420,7 @@ class Trainer:
         s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
         tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
         for order in sorted({self.model.order(False), self.model.order(True)}):
-            for step in range(max(s.warmup_steps, self.steps_done > 0)):  # DDP's first step sums in another order
+            for step in range(max(s.warmup_steps, self.steps_done > 0)):  # DDP's first sums in another order
                 self._gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
@@ -2428,7 +2434,7 @@ class Trainer:
             signal.signal(number, lambda number, _: noted.append(number))
         self.clock.start()
         while True:
-            if len(queued) > 1:  # the last step but one is over: the clock is right and the GPU never idles
+            if len(queued) > 1:  # one step late, so that the GPU never idles
                 queued.pop(0).synchronize()
             idle = not self.writing or self.writing.done()
             due = idle and 0 < s.checkpoint_every <= time.perf_counter() - self.saved
@@ -2465,7 +2471,7 @@ class Trainer:
             signal.signal(number, signal.SIG_DFL)
 
     def _graphed_step(self, kind: tuple, *inputs) -> Tensor:
-        """_step(); on one GPU, from the third of a kind on, as a CUDA graph: a small batch outruns the host's launches."""
+        """_step(); on one GPU, from the third of a kind on, as a CUDA graph: launches take time."""
         self.times_run[kind] += 1
         inputs = *inputs[:2], *torch.tensor(inputs[2:]).to(self.ranks.device, non_blocking=True)
         if self.times_run[kind] < 3 or self.ranks.device.type == "cpu" or self.ranks.world_size > 1:
@@ -2481,7 +2487,7 @@ class Trainer:
         return loss
 
     def _step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
-        """One step of a kind: layers in order, and a context for the gradients. Returns this rank's mean loss, ()."""
+        """A step with layers in this order and a context for gradients. Returns this rank's mean loss, ()."""
         order, context = kind
         with context():
             loss = self._gradients(tokens, targets, order)
@@ -2523,8 +2529,8 @@ class Trainer:
 
 
 def export(trainer, batches) -> dict:
-    """Calibrates, quantizes and packs the model into ARTIFACT, packing off the training clock, with a larger k where the
-    file is too large. Returns what records should hold."""
+    """Calibrates, quantizes and packs the model into ARTIFACT, packing off the clock, with a larger k if the file is too
+    large. Returns what records should hold."""
     model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
     clock.start()
@@ -2607,7 +2613,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
 
     score = lambda model, recurrent=True: Evaluator(model, plain, ranks, validation, recurrent).score()
-    trainer.run(batches, functools.partial(score, model))
+    trainer.run(batches, partial(score, model))
     steps = trainer.steps_done
     step_ms = 1000 * trainer.clock.seconds() / max(steps, 1)
     peak = torch.cuda.max_memory_allocated()

@@ -19,14 +19,21 @@ KERNELS = (
 CONFIGURATIONS = ((1, 0), (2, 0), (4, 0), (4, 128), (4, 168), (8, 0), (8, 128))  # warps, registers
 
 
-def random_layer(state: int, device: torch.device) -> tuple[torch.Tensor, t.MambaParameters, t.MambaSizes]:
-    """in_proj's output and a layer's parameters, 32 sequences of 4,096 tokens."""
+def random_layer(
+    state: int, device: torch.device, batch: int = 32, length: int = 4096
+) -> tuple[torch.Tensor, t.MambaParameters, t.MambaSizes]:
+    """in_proj's output, a layer's parameters, and its sizes."""
     sizes = t.MambaSizes(16, 64, state, state // 4, 3)
-    projected = torch.randn(32, 4096, sum(sizes.columns()), device=device).bfloat16()
+    projected = torch.randn(batch, length, sum(sizes.columns()), device=device).bfloat16()
     shapes = (16,), (16,), (16, state), (16, state), (state,), (state,)
     tensors = [1 + 0.1 * torch.randn(shape, device=device) for shape in shapes]
     tensors[0] = tensors[0] - 4  # step sizes about softplus(-3) = 0.05
     return projected.requires_grad_(), t.MambaParameters(*(x.requires_grad_() for x in tensors)), sizes
+
+
+def learned(projected: torch.Tensor, parameters: t.MambaParameters) -> list[torch.Tensor]:
+    """What the operator has gradients of."""
+    return [projected, *(x for x in parameters if isinstance(x, torch.Tensor))]
 
 
 def kernel_times(run, repeats: int = 4) -> dict[str, float]:
@@ -44,8 +51,8 @@ def main() -> None:
     state = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     device = torch.device("cuda")
     projected, parameters, sizes = random_layer(state, device)
-    inputs = [projected, *(x for x in parameters if x is not None)]
-    grad = torch.randn(32, 4096, 1024, device=device).bfloat16()
+    inputs = learned(projected, parameters)
+    grad = torch.randn(*projected.shape[:2], 1024, device=device).bfloat16()
 
     def run():
         y, mean_square, _ = t.mamba_scan(projected, parameters, sizes, None, None, "triton", 64)

@@ -13,7 +13,7 @@ import torch
 from helpers import SOLO, random_model, tiny
 
 import train_gpt as t
-from bench import bench
+from bench import bench, tune
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = bench.Ceilings(bytes_per_second=4e12, flops_per_second=800e12)
@@ -41,6 +41,18 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+
+
+# ---- Launch configurations -------------------------------------------------------------------------------------------
+
+
+def test_the_layer_that_is_tuned_has_gradients_of_all_that_it_learns():
+    projected, parameters, sizes = tune.random_layer(16, SOLO.device, batch=1, length=32)
+    y, mean_square, _ = t.mamba_scan(projected, parameters, sizes, None, None, "chunked", 16)
+    inputs = tune.learned(projected, parameters)
+    gradients = torch.autograd.grad(y.float().sum() + mean_square.sum(), inputs)
+    assert len(gradients) == 7
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
 # ---- Floors and FLOPs ------------------------------------------------------------------------------------------------

@@ -131,6 +131,16 @@ def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
     assert hessian_error(weight, integers * scale, hessian) < hessian_error(weight, plain * scale, hessian) / 3
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_gptq_ends_where_no_damping_helps(poison):
+    """Activations that are not finite make such a Hessian."""
+    weight, hessian = correlated_problem()
+    hessian[3, 3] = poison
+    limits = row_limits(24, 0)
+    with pytest.raises(t.UserError, match="training diverged"):
+        t.gptq(weight, hessian, grid_scale(weight, limits, tiny(), 4.0), limits)
+
+
 @pytest.mark.parametrize("rows", [(1e-9, 1.0, 1e4), (0.0, 1.0, 1.0)], ids=str)
 @each_quantizer
 def test_steps_are_positive_and_survive_float16(rows, quantizer):

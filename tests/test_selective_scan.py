@@ -347,14 +347,6 @@ def test_what_does_not_fit_a_mamba_is_refused(changes, libraries):
         t.build_model(settings, SOLO)
 
 
-@torch.no_grad()
-def test_a_convolution_of_one_token_is_the_libraries_affair_no_more(libraries):
-    """causal_conv1d knows widths from 2 to 4."""
-    tokens = random_tokens(1, 9)
-    fused, parallel = (random_model(tiny(mamba_d_conv=1, scan_backend=b, **FIRST)) for b in ("fused", "parallel"))
-    assert relative(fused(tokens, (0, 1, 2))[0], parallel(tokens, (0, 1, 2))[0]) < 1e-5
-
-
 # ---- The published systems -------------------------------------------------------------------------------------------
 
 PUBLISHED = {  # parameters, and within which part of that
