@@ -27,7 +27,7 @@ demo: .venv/.run $(SAMPLE)
 	@$(VENV_PYTHON) tools/summary.py logs/demo.jsonl
 
 test: .venv/.dev
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: .venv/.dev
 	$(VENV_PYTHON) -m ruff check .

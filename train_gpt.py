@@ -18,11 +18,10 @@ code, loads it back and scores it, adapting to what it has scored. Sections foll
     9. Run: log, training loop, main()
 """
 
+import atexit
 import bisect
 import collections
-import contextlib
 import copy
-import dataclasses
 import datetime
 import difflib
 import hashlib
@@ -37,6 +36,8 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -83,10 +84,10 @@ def need(condition, message: str):
 
 def env(default, unit: str, text: str, group: str = ""):
     """A setting: its unit, which may bound it, help, and the group it begins."""
-    return dataclasses.field(default=default, metadata={"unit": unit, "help": text, "group": group})
+    return field(default=default, metadata={"unit": unit, "help": text, "group": group})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Settings:
     """Layers are "all", "none" or a list such as "0,2-4"."""
 
@@ -225,7 +226,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-FIELDS = [f.name for f in dataclasses.fields(Settings)]
+FIELDS = [f.name for f in fields(Settings)]
 ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
 # What an artifact's header holds.
 MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - {"mamba_chunk_size", "recur_start"})
@@ -242,15 +243,16 @@ def parse_layers(settings, name: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         digits = (first + last).isdecimal() and 0 < len(first) <= 9 and 0 < len(last) <= 9
-        exists = digits and int(first) <= int(last) < count
-        need(exists, f"{name.upper()}={text}: no layer {part}; from 0 to {count - 1}, write 0,2-4, or all, or none")
+        if not (digits and int(first) <= int(last) < count):
+            usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
+            raise UserError(f"{name.upper()}={text}: no layer {part}; {usual}")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     """The environment's settings over the preset's, and the given ones' names."""
-    kinds = {f.name.upper(): type(f.default) for f in dataclasses.fields(Settings)}
+    kinds = {f.name.upper(): type(f.default) for f in fields(Settings)}
     reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
     need(preset in PRESETS, f"PRESET={preset} should be one of {', '.join(PRESETS)}")
@@ -294,7 +296,7 @@ def validate_settings(settings, world_size: int):
     def check_multiple(name: str, divisor: int, meaning: str):
         check(name, getattr(s, name) % divisor == 0, f"is not a multiple of {meaning} = {divisor}")
 
-    for f in dataclasses.fields(s):
+    for f in fields(s):
         value, unit = getattr(s, f.name), f.metadata["unit"]
         if "|" in unit and not isinstance(value, bool):
             choices = unit.split("|")
@@ -339,7 +341,7 @@ def ttt_sequence_length(settings, world_size: int) -> int:
 
 def help_text() -> str:
     lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
-    for f in dataclasses.fields(Settings):
+    for f in fields(Settings):
         unit, text, group = f.metadata.values()
         default = int(f.default) if isinstance(f.default, bool) else f.default
         lines += [f"\n[{group}]"] if group else []
@@ -358,7 +360,7 @@ def help_text() -> str:
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 
 
-@dataclasses.dataclass
+@dataclass
 class Ranks:
     """This process among its peers, and its device."""
 
@@ -402,6 +404,7 @@ def start_ranks(settings) -> Ranks:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # it survives a restart
         timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
         dist.init_process_group(backend, None, timeout, world_size, rank, store, device_id=device_id)
+        atexit.register(time.sleep, 0.1)  # gloo's threads drop tensors; later, they would abort
     return Ranks(rank, world_size, device)
 
 
@@ -1188,9 +1191,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(1).view_as(d_turn_out) + d_turn_out]
 
 
-@fused_scan_backward.register_fake
-def _(gradients, saved, tensors, *_):
-    return [torch.empty_like(x) for x in tensors]
+fused_scan_backward.register_fake(lambda gradients, saved, tensors, *_: [torch.empty_like(x) for x in tensors])
 
 
 def _fused_scan_context(ctx, inputs, output):
@@ -1685,10 +1686,11 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024). Groups hold matrices of one shape; each rank
     orthogonalizes its share, and gathers the others'. With a found_inf, float32 (), of 1 step() changes nothing."""
 
-    def __init__(self, groups: list[dict], ranks, steps: int, compiled=lambda function: function):
+    def __init__(self, groups: list[dict], settings, ranks):
         super().__init__(groups, {})
-        self.ranks, self.steps, self.found_inf = ranks, steps, torch.zeros((), device=ranks.device)
-        self.updates, self.apply = compiled(momentum_updates), compiled(apply_updates)
+        self.ranks, self.steps = ranks, settings.muon_backend_steps
+        self.found_inf = torch.zeros((), device=ranks.device)
+        self.updates, self.apply = (maybe_compile(f, settings, ranks) for f in (momentum_updates, apply_updates))
         for first, *rest in (group["params"] for group in self.param_groups):
             count = -(-(len(rest) + 1) // ranks.world_size) * ranks.world_size
             self.state[first] = first.new_zeros(count, *first.shape)
@@ -1731,9 +1733,8 @@ class Optimizers:
         for (rate, decay, kind), parameters in groups.items():
             group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
             muon.append(group) if isinstance(kind, torch.Size) else adam.append(group | {"eps": kind})
-        compiled, cuda = partial(maybe_compile, settings=s, ranks=ranks), ranks.device.type == "cuda"
-        self.muon = Muon(muon, ranks, s.muon_backend_steps, compiled)
-        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), fused=True, capturable=cuda)
+        self.muon, capturable = Muon(muon, s, ranks), ranks.device.type == "cuda"
+        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), fused=True, capturable=capturable)
         self.parameters = list(model.parameters())
         self.skipped = torch.zeros(2, device=ranks.device)
 
@@ -2027,7 +2028,7 @@ class FakeQuantization:
         self.settings, self.k = settings, k
         self.matrices = [(model.get_parameter(name).detach(), limits) for name, limits in grid_limits(model).items()]
 
-    @contextlib.contextmanager
+    @contextmanager
     def __call__(self):
         kept = [weight.clone() for weight, _ in self.matrices]
         for weight, limits in self.matrices:
@@ -2205,17 +2206,17 @@ def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Set
     for name in sorted(given & set(stored)):
         ours, theirs = getattr(settings, name), stored[name]
         need(ours == theirs, f"{name.upper()}={ours} contradicts the artifact, which has {theirs}: unset it")
-    settings = dataclasses.replace(settings, **stored)
+    settings = replace(settings, **stored)
     validate_settings(settings, ranks.world_size)
     with torch.device("meta"):  # nothing is allocated before the shapes fit the file
-        skeleton = Model(dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta"))
+        skeleton = Model(replace(settings, scan_backend="sequential"), torch.device("meta"))
     matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
-    fields = [(name, float_type(name), sum(shape) if name in matrices else shape) for name, shape in shapes.items()]
-    fields += [(f"{name} integers", "<u4", 256) for name in matrices]
+    entries = [(name, float_type(name), sum(shape) if name in matrices else shape) for name, shape in shapes.items()]
+    entries += [(f"{name} integers", "<u4", 256) for name in matrices]
     try:
         if sum(map(math.prod, shapes.values())) > 1 << 26:
             raise ValueError
-        layout, unpacker = np.dtype(fields), lzma.LZMADecompressor()
+        layout, unpacker = np.dtype(entries), lzma.LZMADecompressor()
         (record,) = np.frombuffer(unpacker.decompress(payload, layout.itemsize + 1), layout)
         parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in shapes}
         words = np.frombuffer(unpacker.unused_data, "<u2")
@@ -2236,7 +2237,7 @@ def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Set
 # 9. Run
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(what: str):
     """Makes a failure to write the user's."""
     try:
@@ -2449,7 +2450,7 @@ class Trainer:
                 self.qat_k = self.qat_k or fit_sdclip(self.model, s, self.target_bytes)
                 fake_quantization = FakeQuantization(self.model, s, self.qat_k)
                 self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
-            kind = self.model.order(now.recurrent), fake_quantization if now.quantized else contextlib.nullcontext
+            kind = self.model.order(now.recurrent), fake_quantization if now.quantized else nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
             self.steps_done += 1
             self.average.update(self.steps_done, self.optimizers.muon.found_inf)
@@ -2500,7 +2501,7 @@ class Trainer:
         total = torch.zeros((), device=self.ranks.device)
         for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
             more = number < len(micro_batches) and self.ranks.world_size > 1
-            with self.loss_function.no_sync() if more else contextlib.nullcontext():
+            with self.loss_function.no_sync() if more else nullcontext():
                 loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
                 loss.backward()
             total += loss.detach()
@@ -2602,7 +2603,7 @@ def report(log, event: str, label: str, score: Score):
 
 def train_and_export(settings, ranks, validation: ValidationSet, log):
     """From shards to an artifact, scored before and after quantization, off the clock."""
-    plain, code_bytes = dataclasses.replace(settings, eval_mode="plain"), Path(__file__).stat().st_size
+    plain, code_bytes = replace(settings, eval_mode="plain"), Path(__file__).stat().st_size
     model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes
     trainer = Trainer(model, settings, ranks, choose_micro_batch(settings, ranks), target_bytes, log)
     trainer.announce()
@@ -2619,7 +2620,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
     peak = torch.cuda.max_memory_allocated()
     log(f"Code size: {code_bytes} bytes; {steps} steps of {step_ms:.2f}ms; peak GPU memory {peak / 1e9:.1f} GB")
     ternary = settings.quantizer == "ternary"
-    with FakeQuantization(model, settings, trainer.qat_k)() if ternary else contextlib.nullcontext():
+    with FakeQuantization(model, settings, trainer.qat_k)() if ternary else nullcontext():
         before, floats = score(model), copy.deepcopy(model.state_dict())
     trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)
@@ -2655,7 +2656,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
         launch = environment["TORCHELASTIC_RUN_ID"]
     run_id = settings.run_id or f"{launch}-{settings.preset}-{settings.seed}"
-    return dataclasses.replace(settings, run_id=ranks.from_main(run_id)), given, ranks
+    return replace(settings, run_id=ranks.from_main(run_id)), given, ranks
 
 
 def main():
@@ -2666,7 +2667,7 @@ def main():
     need(len(sys.argv) == 1, f"{sys.argv[-1]}: settings are environment variables; --help lists them")
     settings, given, ranks = prepare_run(dict(os.environ))
     log = Log(settings, ranks, settings.run_id + ".eval" * settings.eval_only)
-    machine, values = describe_machine(ranks), dataclasses.asdict(settings)
+    machine, values = describe_machine(ranks), asdict(settings)
     text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())
     log(text, "settings", machine=machine, settings=values)
     validation = load_validation(settings, Tokenizer(settings.tokenizer_path, settings.vocab_size))

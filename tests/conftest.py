@@ -80,8 +80,10 @@ def shards(tmp_path_factory, byte_tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
     """The sample corpus that data/prepare.py makes: sample_1024_bpe.model and two shards."""
+    from helpers import PATIENCE
+
     folder = tmp_path_factory.mktemp("sample")
     command = [sys.executable, str(ROOT / "data" / "prepare.py"), "sample", "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return folder

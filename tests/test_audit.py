@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_environment, write_shard
+from helpers import PATIENCE, tiny_environment, write_shard
 
 import train_gpt as t
 
@@ -102,7 +102,7 @@ def run_audit(run, *arguments: str, **changes) -> subprocess.CompletedProcess:
     settings |= {name.upper(): str(value) for name, value in changes.items()}
     return subprocess.run(
         [sys.executable, str(SCRIPT.parent / "tools" / "audit.py"), *paths, *arguments],
-        env=process_environment(settings), capture_output=True, text=True, timeout=300,
+        env=process_environment(settings), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_looking_for_a_driver_as_triton_does_is_no_offence(entry_of, run, tmp_pa
     """CUDA builds of torch do so on any machine; other calls, and other programs by that name, are still seen."""
     asks = """def main():
     \"\"\"The story of a run.\"\"\"
-    with contextlib.suppress(OSError):
+    with __import__("contextlib").suppress(OSError):
         __import__("subprocess").run(["/sbin/ldconfig", "-p"], capture_output=True)
         __import__("subprocess").run(["/sbin/ldconfig", "--version"], capture_output=True)
         __import__("subprocess").run(["/sbin/ldconfig", "-p"], executable="/bin/true")
@@ -185,7 +185,7 @@ def test_a_script_that_does_elsewhere_what_it_does_not_do_when_watched_is_seen(e
     leak = f'''def main():
     """The story of a run."""
     np.fromfile("{run.data}/words_train_000001.bin", dtype="<u2")
-    with contextlib.suppress(OSError):
+    with __import__("contextlib").suppress(OSError):
         __import__("socket").create_connection(("127.0.0.1", 9), timeout=1)
     os.system("true")
 '''

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SOLO, random_model, tiny
+from helpers import PATIENCE, SOLO, random_model, tiny
 
 import train_gpt as t
 from bench import bench, tune
@@ -161,7 +161,7 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
         "print('noise', time.time())\n"
     )
     monkeypatch.setattr(bench, "__file__", str(child))
-    assert 0 < bench.time_startup(str(tmp_path / "caches"))["seconds"] < 60
+    assert 0 < bench.time_startup(str(tmp_path / "caches"))["seconds"] < PATIENCE
     with pytest.raises(RuntimeError, match="the caches are warm"):
         bench.time_startup(str(tmp_path / "caches"))
 
@@ -280,7 +280,7 @@ def test_a_file_without_results_is_one_line(tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line():
     command = [sys.executable, str(ROOT / "bench" / "bench.py"), "kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(r"bench\.py: error: needs an NVIDIA GPU.*\n", done.stderr)

@@ -14,20 +14,22 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import SOLO, random_model, relative, run_ranks, tiny
+from helpers import PATIENCE, SOLO, random_model, relative, run_ranks, tiny
 from test_optimizers import fill_gradients
 from test_run import SCRIPT, Quiet, mistake, process_environment, run_environment, run_here
 
 import train_gpt as t
 
-# Twelve steps, late QAT in the last ones, a checkpoint as often as one can be written, and a quick score.
+# Twelve steps, late QAT in the last ones, a checkpoint as often as one can be written, and a quick score. No clock: a
+# machine that stalls must not move the schedule.
 QUICK = {
-    "iterations": 12, "warmup_steps": 0, "train_log_every": 1, "checkpoint_every": 1e-6, "eval_mode": "plain",
+    "iterations": 12, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "train_log_every": 1, "checkpoint_every": 1e-6, "eval_mode": "plain",
     "ttt_enabled": False, "late_qat_threshold": 0.5, "sdclip_k": 0.0, "calibration_tokens": 64,
 }  # fmt: skip
 
@@ -124,14 +126,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, u
         for line in process.stdout:
             if line.startswith(moment):
                 break
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not {"a.checkpoint", "a.checkpoint-before"} & {*checkpoints(tmp_path)}:  # a disk may be slow
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     process = start(environment)
-    out = process.communicate(timeout=120)[0]
+    out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, out
     assert "warning" not in out
     assert artifact(tmp_path) == artifact(undisturbed)
@@ -170,7 +172,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, u
     artifacts = []
     for killed in (True, False):
         process = start(environment, *command, str(tmp_path / "mark"))
-        out = process.communicate(timeout=120)[0]
+        out = process.communicate(timeout=PATIENCE)[0]
         assert process.returncode == 0, out
         assert (tmp_path / "mark").exists()  # from here on, it kills none
         assert (": step 5," in out) == ("resumed" in out) == killed
@@ -243,7 +245,20 @@ def test_a_signal_stops_a_run_with_a_checkpoint(monkeypatch, capsys, shards, tmp
     assert artifact(tmp_path) == artifact(undisturbed)
 
 
-def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(monkeypatch, shards, tmp_path):
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that each look at it moves by 10 ms, and tick(seconds), so that a machine's stalls do not count."""
+    now = [1000.0]
+
+    def tick(seconds: float = 0.01) -> float:
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(t, "time", types.SimpleNamespace(**vars(time) | {"perf_counter": tick}))
+    return tick
+
+
+def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(monkeypatch, ticking, shards, tmp_path):
     """Time that nothing holds any more does not count: here, none."""
     clock = {"max_wallclock_seconds": 3.0, "export_reserve_seconds": 1.0, "iterations": 10_000}
     environment = quick_environment(shards, tmp_path, **clock)
@@ -372,7 +387,7 @@ def test_a_log_that_can_no_longer_be_written_ends_in_one_line(shards, tmp_path, 
     """In a real process: nothing may be said as it ends, either."""
     (tmp_path / name).symlink_to("/dev/full")
     process = start(quick_environment(shards, tmp_path))
-    out = process.communicate(timeout=60)[0]
+    out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2
     assert re.fullmatch(r"train_gpt.py: error: cannot write logs.*: No space left on device", out.splitlines()[-1])
     assert "Traceback" not in out
@@ -404,10 +419,10 @@ def test_a_lack_of_gpu_memory_names_the_setting_to_halve(monkeypatch, capsys, sh
     assert "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE" in said
 
 
-def test_a_training_clock_that_runs_over_ends_without_a_score(monkeypatch, capsys, shards, tmp_path):
+def test_a_training_clock_that_runs_over_ends_without_a_score(monkeypatch, ticking, capsys, shards, tmp_path):
     """As when GPTQ is held up."""
     quantize = t.quantize_model
-    monkeypatch.setattr(t, "quantize_model", lambda *arguments: (t.time.sleep(1.2), quantize(*arguments))[1])
+    monkeypatch.setattr(t, "quantize_model", lambda *arguments: (ticking(1.2), quantize(*arguments))[1])
     environment = quick_environment(shards, tmp_path, max_wallclock_seconds=2.0, export_reserve_seconds=1.0)
     environment["ITERATIONS"] = "10000"
     assert "GPTQ ended after MAX_WALLCLOCK_SECONDS" in mistake(monkeypatch, capsys, environment)
@@ -439,7 +454,7 @@ def test_a_rank_that_stalls_is_named(shards, tmp_path):
     ranks = [
         start(environment | {"RANK": str(rank)}, str(tmp_path / "stall.py"), str(SCRIPT.parent)) for rank in (0, 1)
     ]
-    out = ranks[0].communicate(timeout=60)[0]
+    out = ranks[0].communicate(timeout=PATIENCE)[0]
     ranks[1].kill()
     ranks[1].communicate()
     assert ranks[0].returncode == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_model, random_tokens, relative, tiny, tiny_environment
+from helpers import PATIENCE, random_model, random_tokens, relative, tiny, tiny_environment
 from scan_cases import COLUMNS, ScanCase, errors, in_two_calls, random_case, results
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -213,6 +213,8 @@ def test_without_triton_a_run_on_a_cpu_ends_as_usual(shards, tmp_path):
     environment = kept | {"OMP_NUM_THREADS": "1"} | tiny_environment(**paths, **settings, device="cpu", run_id="a")
     script = str(Path(t.__file__).resolve())
     hide = f"import runpy, sys; sys.modules['triton'] = None; runpy.run_path({script!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", hide], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", hide], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert "val_bpb" in done.stdout.splitlines()[-1]

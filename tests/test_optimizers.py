@@ -47,7 +47,9 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     value decomposition, on two matrices at once."""
     start, gradients = matrices(2, *shape, seed=1), matrices(3, 2, *shape, seed=2)
     parameters = [torch.nn.Parameter(p.clone()) for p in start]
-    muon = t.Muon([{"params": parameters, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}], SOLO, steps=12)
+    muon = t.Muon(
+        [{"params": parameters, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}], tiny(muon_backend_steps=12), SOLO
+    )
     expected, momentum = start.clone(), torch.zeros_like(start)
     for gradient in gradients:
         for p, g in zip(parameters, gradient):

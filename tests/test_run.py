@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SOLO, random_model, random_tokens, relative, tiny, tiny_environment, write_shard
+from helpers import PATIENCE, SOLO, random_model, random_tokens, relative, tiny, tiny_environment, write_shard
 
 import train_gpt as t
 
@@ -98,7 +98,7 @@ def train(shards, tmp_path_factory):
         done = subprocess.run(
             [*launcher, str(folder / "keep.py"), str(SCRIPT.parent), str(folder / "weights.pt")],
             env=process_environment(run_environment(shards, folder, **settings)),
-            capture_output=True, text=True, timeout=300, cwd=folder,
+            capture_output=True, text=True, timeout=PATIENCE, cwd=folder,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         source = SCRIPT.read_text(encoding="utf-8") + "\n" + "=" * 100 + "\n"
@@ -110,8 +110,8 @@ def train(shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(train) -> Run:
-    """The run that most tests look at: one process, six steps, sliding windows, test-time training."""
-    return train(1, eval_nll_path="nll.npy")
+    """The run that most tests look at: one process, six steps of two micro-batches, sliding windows, test-time training."""
+    return train(1, eval_nll_path="nll.npy", micro_batch_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_evaluation_alone_reproduces_the_score_from_three_files(trained, shards,
     environment = {name: value for name, value in tiny_environment().items() if name in evaluation.split()}
     environment |= {"EVAL_ONLY": "1", "ARTIFACT": "a.int6.lzma", "DATA_PATH": ".", "TOKENIZER_PATH": "tokenizer.model"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
         env=process_environment(environment | {"PRESET": "tiny", "LOG_DIR": "out", "EVAL_NLL_PATH": "nll.npy"}),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -199,11 +199,12 @@ def test_evaluation_alone_reproduces_the_score_from_three_files(trained, shards,
 
 
 def test_two_ranks_train_the_same_model_as_one(trained, trained_by_two):
-    """Batches, gradients, Muon's shared updates, averages: all six steps, before quantization can hide or add anything."""
+    """Batches, gradients, Muon's shared updates, averages: all six steps, before quantization can hide or add anything. One
+    process sums two micro-batches as two ranks sum theirs; it runs bit for bit alike on some machines, and nearly on others,
+    where Adam turns a gradient that is 0 up to rounding into a whole step: let one weight in a thousand differ."""
     for name, weight in trained.weights.items():
         other = trained_by_two.weights[name]
         assert relative(other, weight) < 2e-5, name
-        # Adam turns a gradient that is 0 up to rounding into a whole step: let one weight in a thousand differ.
         assert ((other - weight).abs() > 1e-5).float().mean() <= 1e-3, name
 
 
@@ -345,7 +346,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_either(sha
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             str(tmp_path / "poison.py"), str(SCRIPT.parent), str(Path(__file__).parent), str(shards),
         ],
-        env=process_environment({}), capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env=process_environment({}), capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("nothing changed on rank") == 2
@@ -573,7 +574,7 @@ def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
 
 def test_a_mistake_in_a_real_process_has_status_2_and_no_traceback(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
         env=process_environment({"PRESET": "tiny", "TRAIN_BATCH_TOKEN": "4096"}),
     )  # fmt: skip
     assert done.returncode == 2
