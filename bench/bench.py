@@ -128,9 +128,10 @@ def scan_flops(tokens: int, heads: int, head_dim: int, state_size: int, chunk: i
 
 
 def newton_schulz_flops(shape: torch.Size, steps: int) -> float:
-    """Orthogonalizing one matrix: each step has two products with its long side and one square."""
-    short, long = sorted(shape)
-    return steps * (4 * short**2 * long + 2 * short**3)
+    """Orthogonalizing one matrix: every three steps two products with its long side; each step squares its Gram matrix, and
+    between steps there are three more products of that size."""
+    (short, long), parts = sorted(shape), math.ceil(steps / 3)
+    return 2 * short**2 * (2 * parts * long + (steps + 3 * (steps - parts)) * short)
 
 
 def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
@@ -404,18 +405,16 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def newton_schulz_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """Orthogonalizing all of the model's matrices, equal shapes as one batch."""
+    """Orthogonalizing all of the model's matrices, Gram matrices as one batch."""
     s, shapes = settings, {}
     for layer in t.build_model(settings, ranks).linear_layers().values():
         shapes[layer.weight.shape] = shapes.get(layer.weight.shape, 0) + 1
     batches = [torch.randn(count, *shape, device=ranks.device) for shape, count in shapes.items()]
 
-    def call():
-        for batch in batches:
-            t.orthogonalize(batch, s.muon_backend_steps)
-
+    orthogonalize = t.maybe_compile(t.orthogonalize, s, ranks)
     flops = sum(count * newton_schulz_flops(shape, s.muon_backend_steps) for shape, count in shapes.items())
-    return Kernel(call, (4 + 2) * sum(batch.numel() for batch in batches), flops)  # float32 in, bfloat16 out
+    call = functools.partial(orthogonalize, batches, s.muon_backend_steps)
+    return Kernel(call, (4 + 2) * sum(batch.numel() for batch in batches), flops)  # float32 in, float16 out
 
 
 def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:

@@ -1,6 +1,6 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python tests/gpu_checks.py [scans] [selective] [attention] [model] [checkpoints] [systems]
+    python tests/gpu_checks.py [scans] [selective] [attention] [optimizer] [model] [checkpoints] [systems]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error; and runs the presets of
 published systems to a score. Prints a table and exits with status 1 if a row fails.
@@ -23,6 +23,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "bench"))
 import mamba_ssm_reference
 from helpers import relative
 from scan_cases import ScanCase, errors, in_two_calls, random_case, results
+from test_optimizers import newton_schulz
 
 import train_gpt as t
 from bench import RandomBatches, SilentLog
@@ -196,6 +197,19 @@ def check_attention() -> None:
     print("attention's kernels:", [row.key[:80] for row in profile.key_averages()])
 
 
+def check_optimizer() -> None:
+    """Newton-Schulz steps in half precision against float64; singular values fall evenly, by as many powers of ten."""
+    shapes, batches = ((512, 1536), (1536, 512), (512, 512), (256, 512)), []
+    for powers in (0, 3, 5):
+        for shape in shapes:
+            u, _, v = torch.linalg.svd(torch.randn(2, *shape, device=DEVICE), full_matrices=False)
+            batches.append(u * torch.logspace(0, -powers, u.shape[-1], device=DEVICE) @ v)
+    for x, result in zip(batches, torch.compile(t.orthogonalize, fullgraph=True)(batches, 5), strict=True):
+        tall = x.shape[-2] > x.shape[-1]
+        expected = newton_schulz(x.double().mT, 5).mT if tall else newton_schulz(x.double(), 5)
+        check(f"Newton-Schulz, {tuple(x.shape)}", relative(result, expected), BF16_TOLERANCE)
+
+
 def model_settings(**overrides) -> t.Settings:
     """Of a small model with every kind of block."""
     environment = {
@@ -313,13 +327,15 @@ def check_systems() -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    wanted = sys.argv[1:] or ["scans", "selective", "attention", "model", "checkpoints", "systems"]
+    wanted = sys.argv[1:] or ["scans", "selective", "attention", "optimizer", "model", "checkpoints", "systems"]
     if "scans" in wanted:
         check_scans()
     if "selective" in wanted:
         check_selective()
     if "attention" in wanted:
         check_attention()
+    if "optimizer" in wanted:
+        check_optimizer()
     if "model" in wanted:
         check_model()
         check_model(document_reset=1)

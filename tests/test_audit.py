@@ -383,7 +383,7 @@ def test_bits_per_byte_over_other_bytes_are_seen(entry_of, monkeypatch):
 
 
 def adapt(self, order: str) -> t.Score:
-    """score_and_adapt() with its parts in another order: s scores a chunk, t trains on it, l trains on the last, too."""
+    """score() with its parts in another order: s scores a chunk, t trains on it, l trains on the last, too."""
     sgd = torch.optim.SGD(self.model.parameters(), lr=0.05)
     for first in range(0, self.total, 64):
         last = min(first + 64, self.total)
@@ -399,7 +399,7 @@ def adapt(self, order: str) -> t.Score:
     ("order", "said"), [("st", ""), ("ts", "before it is scored"), ("tst", "before it"), ("sl", "of the last chunk")]
 )
 def test_updates_before_scoring_or_on_the_last_chunk_are_seen(entry_of, monkeypatch, order, said):
-    monkeypatch.setattr(t.Evaluator, "score_and_adapt", lambda self, *_: adapt(self, order))
+    monkeypatch.setattr(t.Evaluator, "score", lambda self, *_: adapt(self, order))
     entry = entry_of()
     if said:
         fails(audit.check_order, entry, said)
@@ -439,7 +439,7 @@ def test_weights_that_change_by_other_ways_are_seen(entry_of, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(t.Evaluator, "_train_on", cheat)
             fails(audit.check_order, entry_of(), said)
-    monkeypatch.setattr(t.Evaluator, "score", lambda self: adapt(self, "st"))
+    monkeypatch.setattr(t.Evaluator, "score", lambda self, *_: adapt(self, "st"))
     fails(audit.check_order, entry_of(ttt_enabled=0))
 
 

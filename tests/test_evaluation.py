@@ -22,7 +22,7 @@ def evaluate(model: t.Model, settings: t.Settings, tokens: np.ndarray, ranks: t.
     model = copy.deepcopy(model)
     model.requires_grad_(True)
     evaluator = t.Evaluator(model, settings, ranks, validation_set(tokens))
-    return evaluator.score_and_adapt(t.time.perf_counter()) if settings.ttt_enabled else evaluator.score()
+    return evaluator.score(t.time.perf_counter())
 
 
 # ---- Who scores what -------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_the_last_chunk_is_not_trained_on_and_the_others_are_after_they_are_scor
         train_on(first, last, *rest)
 
     evaluator._train_on = watch
-    evaluator.score_and_adapt(t.time.perf_counter())
+    evaluator.score(t.time.perf_counter())
     assert trained == [(64 * c, 64 * c + 64) for c in range(chunks) for _ in range(2)]
 
 
@@ -215,7 +215,7 @@ def on_a_fake_clock(monkeypatch, budget: float, score_cost: float, epoch_cost: f
     monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     evaluator._score_targets = costing(evaluator._score_targets, score_cost)
     evaluator._train_on = costing(evaluator._train_on, epoch_cost)
-    return evaluator.score_and_adapt(1000.0), now[0] - 1000
+    return evaluator.score(1000.0), now[0] - 1000
 
 
 @pytest.mark.parametrize(("budget", "score_cost"), [(80, 1), (150, 10)])

@@ -27,18 +27,38 @@ def matrices(*shape: int, condition: float = 10.0, seed: int = 0) -> torch.Tenso
 def test_orthogonalized_matrices_have_singular_values_near_one(shape, steps, tolerance, scale):
     """And the directions of the original: the result is close to U V^T of its singular value decomposition."""
     x = matrices(3, *shape)
-    result = t.orthogonalize(scale * x, steps)
+    (result,) = t.orthogonalize([scale * x], steps)
     assert (torch.linalg.svdvals(result) - 1).abs().max() < tolerance
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     assert relative(result, u @ v) < tolerance
 
 
+def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """As its authors write it: every step multiplies the matrices themselves."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in [*t.POLAR_EXPRESS, *[t.POLAR_EXPRESS[-1]] * steps][:steps]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_steps_of_gram_matrices_are_steps_of_the_matrices(steps):
+    """In float64, so that nothing but the order of products differs; matrices of several sizes go together."""
+    batches = [matrices(3, *shape, seed=seed).double() for seed, shape in enumerate([*SHAPES, SHAPES[0]])]
+    for x, result in zip(batches, t.orthogonalize(batches, steps), strict=True):
+        assert result.shape == x.shape
+        tall = x.shape[-2] > x.shape[-1]
+        expected = newton_schulz(x.mT, steps).mT if tall else newton_schulz(x, steps)
+        assert relative(result, expected) < 1e-9
+
+
 def test_a_batch_is_orthogonalized_as_each_matrix_alone():
     x = torch.randn(5, 24, 40) * torch.tensor([1e-3, 1.0, 5.0, 1e3, 0.0])[:, None, None]
-    result = t.orthogonalize(x, 5)
+    (result,) = t.orthogonalize([x], 5)
     assert result.isfinite().all()
     for one, expected in zip(x, result):
-        assert torch.allclose(t.orthogonalize(one[None], 5)[0], expected, atol=1e-5)
+        assert torch.allclose(t.orthogonalize([one[None]], 5)[0][0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

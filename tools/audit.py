@@ -321,7 +321,7 @@ def evaluate(script: ModuleType, entry: Entry, tokens: np.ndarray, watch: Callab
     validation = script.ValidationSet(tokens, entry.tokenizer.target_bytes(tokens))
     evaluator = script.Evaluator(model, settings, entry.ranks, validation)
     watch(evaluator)
-    return evaluator.score_and_adapt(time.perf_counter()) if settings.adapts else evaluator.score()
+    return evaluator.score(time.perf_counter())
 
 
 @torch.no_grad()
