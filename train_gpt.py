@@ -1658,7 +1658,7 @@ POLAR_EXPRESS = (
 
 def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
     """Nearest semi-orthogonal matrices to batches (n, rows, columns), by Newton-Schulz steps from x to P x, P = a + b G + c G²,
-    and from G = x x^T to P G P: for three steps at a time, of G alone, which is small and, padded, of one shape."""
+    and G = x x^T to P G P: three at a time of G alone, padded to one shape (dao-lab.ai/blog/2026/gram-newton-schulz)."""
     xs = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]
     xs = [x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7) for x in xs]
     xs, size = [x.half() if x.is_cuda else x for x in xs], max(x.shape[-2] for x in xs)

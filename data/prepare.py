@@ -3,6 +3,7 @@
     python data/prepare.py sample                                       a small English sample, without any download
     python data/prepare.py text a.txt b.txt --out data/my --name my     your own text (also: jsonl, parquet)
     python data/prepare.py fineweb --variant sp1024 --train-shards 10   the published FineWeb shards
+    python data/prepare.py development data/my --out data/development   a dataset to choose settings on
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then that many
 little-endian uint16 tokens. Every document starts with the beginning-of-sequence token (BOS, id 1); a document may
@@ -462,6 +463,75 @@ def standard_library_documents() -> list[str]:
     return documents
 
 
+# ---- Finished shards ------------------------------------------------------------------------------------------------
+
+
+def fault_of_shard(path: Path) -> str | None:
+    """Say what is wrong with a shard's header or size, or None if nothing is."""
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+    if len(header) < HEADER_INTS or tuple(header[:2]) != (MAGIC, VERSION):
+        return "not a token shard (magic number or version)"
+    if (size := path.stat().st_size) != HEADER_BYTES + 2 * int(header[2]):
+        return f"the header says {header[2]} tokens, which does not fit {size} bytes"
+    return None
+
+
+def read_shards(folder: Path, split: str) -> np.ndarray:
+    """Return all tokens of a dataset's split, "train" or "val", in order."""
+    paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise PrepareError(f"{folder} holds no *_{split}_*.bin shards")
+    for path in paths:
+        if fault := fault_of_shard(path):
+            raise PrepareError(f"{path}: {fault}")
+    return np.concatenate([np.fromfile(path, dtype="<u2", offset=HEADER_BYTES) for path in paths])
+
+
+def run_development(args: argparse.Namespace) -> None:
+    """Make a dataset that validates on the end of another's training text; the rest may come several times, reordered.
+
+    With `args.part` 0, the validation text stays the other dataset's.
+    """
+    if not 0 <= args.part < 1:
+        raise PrepareError(f"--part {args.part} is not between 0 and 1")
+    if not 0 <= args.orders <= 100:
+        raise PrepareError(f"--orders {args.orders} is not between 0 and 100")
+    if others := [path.name for path in args.out.glob("*.bin") if not path.name.startswith("development_")]:
+        raise PrepareError(f"{args.out} already holds another dataset ({min(others)}); give each its own --out folder")
+    if args.out.resolve() == args.dataset.resolve():
+        raise PrepareError(f"{args.out} is the dataset itself; give --out another folder")
+    train = read_shards(args.dataset, "train")
+    starts = np.flatnonzero(train == BOS_ID)
+    kept = int((1 - args.part) * len(starts))
+    if not 0 < kept < len(starts) + (args.part == 0):
+        raise PrepareError(f"--part {args.part} of {len(starts)} training documents leaves one side without any")
+    if args.part:
+        train, validation = np.split(train, starts[kept : kept + 1])
+    else:
+        validation = read_shards(args.dataset, "val")
+    texts, generator = [train], np.random.default_rng(args.seed)
+    if args.orders:
+        documents = np.split(train, starts[1:kept])
+        orders = (generator.permutation(len(documents)) for _ in range(args.orders))
+        texts = (np.concatenate([documents[i] for i in order]) for order in orders)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished-") as temporary:
+        work = Path(temporary)
+        with contextlib.closing(ShardWriter(work, "development_val", MAX_SHARD_TOKENS)) as writer:
+            writer.append("", validation)
+        writer = ShardWriter(work, "development_train", min(len(train), MAX_SHARD_TOKENS))  # a shard for each order
+        for text in texts:
+            writer.append("", text)
+        writer.close()
+        for old in args.out.glob("development_*.bin"):
+            old.unlink()
+        for path in sorted(work.iterdir()):
+            os.replace(path, args.out / path.name)
+    print(f"training: {len(train):,} tokens, shards: {writer.shards}; validation: {len(validation):,} tokens")
+    print(f"environment for train_gpt.py: DATA_PATH={shlex.quote(str(args.out))}")
+
+
 # ---- FineWeb: the published shards ----------------------------------------------------------------------------------
 
 
@@ -472,13 +542,8 @@ def fault_of(path: Path, entry: Any) -> str | None:
     """
     if path.stat().st_size != entry.size:
         return f"{path.stat().st_size} bytes instead of {entry.size}"
-    if path.suffix == ".bin":
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
-        if len(header) < HEADER_INTS or tuple(header[:2]) != (MAGIC, VERSION):
-            return "not a token shard (magic number or version)"
-        if entry.size != HEADER_BYTES + 2 * int(header[2]):
-            return f"the header says {header[2]} tokens, which does not fit {entry.size} bytes"
+    if path.suffix == ".bin" and (fault := fault_of_shard(path)):
+        return fault
     if entry.lfs:
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -622,6 +687,20 @@ def make_parser() -> argparse.ArgumentParser:
         add("--val", type=Path, nargs="+", default=[], metavar="INPUT", help="files to validate on")
         chosen = "part of the documents to validate on, chosen by a hash of their text (default: %(default)s)"
         add("--val-fraction", type=float, default=0.02, metavar="X", help=chosen)
+
+    text = "set the end of a dataset's training text aside, to choose settings on; the rest may come in several orders"
+    add = add_command(run_development, "development", text).add_argument
+    add("dataset", type=Path, help="folder of a finished dataset")
+    add("--out", type=Path, required=True, help="folder for the shards; replaces an earlier development split")
+    text = (
+        "of the training documents, the last, to validate on; 0: the dataset's validation text (default: %(default)s)"
+    )
+    add("--part", type=float, default=0.02, metavar="X", help=text)
+    text = (
+        "write the training documents so many times, each in a new order; 0: once, as they are (default: %(default)s)"
+    )
+    add("--orders", type=int, default=0, metavar="N", help=text)
+    add("--seed", type=int, default=0, help="of the orders (default: %(default)s)")
 
     text = "download the published FineWeb shards and tokenizer; run again to resume"
     add = add_command(run_fineweb, "fineweb", text).add_argument

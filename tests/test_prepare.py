@@ -366,6 +366,88 @@ def test_command_line_exit_status_without_traceback(tmp_path):
 # ---- Sample ----
 
 
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """A dataset of two training shards, which a document goes over, and one of validation text."""
+    rng, folder = np.random.default_rng(0), tmp_path / "finished"
+    folder.mkdir()
+
+    def documents(count: int) -> np.ndarray:
+        texts = [np.append(1, rng.integers(2, 500, rng.integers(3, 30))) for _ in range(count)]
+        return np.concatenate(texts).astype("<u2")
+
+    train = documents(50)
+    for name, tokens in (("train_000000", train[:300]), ("train_000001", train[300:]), ("val_000000", documents(5))):
+        writer = prepare.ShardWriter(folder, f"d_{name[:-7]}", len(tokens))
+        writer.shards = int(name[-6:])
+        writer.append("", tokens)
+    return folder
+
+
+def shards_of(folder: Path, split: str) -> list[np.ndarray]:
+    return [read_shard(path) for path in sorted(folder.glob(f"*_{split}_*.bin"))]
+
+
+def split_documents(tokens: np.ndarray) -> list[bytes]:
+    return [part.tobytes() for part in np.split(tokens, np.flatnonzero(tokens == 1)[1:])]
+
+
+def test_a_development_split_is_the_end_of_the_training_text(finished, tmp_path, capsys):
+    """Cut between documents; the dataset itself stays as it is, and its validation text out of it."""
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    out = tmp_path / "out"
+    assert run("development", finished, "--out", out, "--part", 0.1) == 0
+    (train,), (validation,) = shards_of(out, "train"), shards_of(out, "val")
+    assert np.array_equal(np.append(train, validation), np.concatenate(shards_of(finished, "train")))
+    assert len(split_documents(validation)) == 5
+    assert validation[0] == 1
+    assert f"DATA_PATH={out}" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize("part", [0, 0.1])
+def test_documents_come_in_as_many_orders_as_asked_for(finished, tmp_path, part):
+    """A shard for each, with the same documents; and another part or number replaces what an earlier run made."""
+    out = tmp_path / "out"
+    assert run("development", finished, "--out", out, "--orders", 5) == 0
+    assert run("development", finished, "--out", out, "--orders", 3, "--part", part) == 0
+    orders = [split_documents(tokens) for tokens in shards_of(out, "train")]
+    originals = split_documents(np.concatenate(shards_of(finished, "train")))
+    assert len(orders) == 3
+    assert len({tuple(order) for order in orders} | {tuple(originals)}) == 4
+    assert all(sorted(order) == sorted(originals[: len(orders[0])]) for order in orders)
+    assert len(orders[0]) == (45 if part else 50)
+    if not part:
+        assert np.array_equal(shards_of(out, "val"), shards_of(finished, "val"))
+    assert run("development", finished, "--out", tmp_path / "again", "--orders", 3, "--part", part) == 0
+    assert [split_documents(tokens) for tokens in shards_of(tmp_path / "again", "train")] == orders
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--part", 1], "--part 1.0 is not between 0 and 1"),
+        (["--part", 1e-20], "leaves one side without any"),
+        (["--part", 0.999], "leaves one side without any"),
+        (["--orders", -1], "--orders -1 is not between"),
+        (["--out", "finished"], "already holds another dataset (d_train_000000.bin)"),
+        (["--out", "mine"], "mine is the dataset itself"),
+        (["damaged"], "d_train_000000.bin: the header says 300 tokens"),
+        (["nothing"], "nothing holds no *_train_*.bin shards"),
+    ],
+)
+def test_development_splits_that_cannot_be(finished, tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "damaged")
+    with open("damaged/d_train_000000.bin", "ab") as file:
+        file.write(b"xx")
+    assert run("development", finished, "--out", "mine") == 0
+    dataset = "mine" if arguments[-1] == "mine" else arguments.pop(0) if len(arguments) == 1 else finished
+    assert run("development", dataset, "--out", "out", *arguments) == 1
+    assert said in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_sample_is_about_2_megabytes_and_deterministic(tmp_path):
     runs = [
         subprocess.Popen(

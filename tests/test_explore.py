@@ -1,0 +1,111 @@
+"""tools/explore.py: a variant scores as train_gpt.py's own run of it does; averages of several lengths; and mistakes."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from helpers import SOLO, tiny
+from test_run import SCRIPT, run_environment, run_here
+
+import train_gpt as t
+
+sys.path.insert(0, str(SCRIPT.parent / "tools"))
+import explore  # noqa: E402
+
+
+@pytest.fixture
+def explore_here(monkeypatch, capsys, shards, tmp_path):
+    """explore_here(*arguments): the status, the lines on the standard output as objects, and what else was said."""
+
+    def start(*arguments: str):
+        monkeypatch.setattr(os, "environ", run_environment(shards, tmp_path, train_log_every=1))
+        monkeypatch.setattr(sys, "argv", ["explore.py", *arguments])
+        capsys.readouterr()
+        status = explore.main()
+        said = capsys.readouterr()
+        return status, [json.loads(line) for line in said.out.splitlines()], said.err
+
+    return start
+
+
+def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp_path):
+    """Before and after quantization and in the end, to the last digit shown."""
+    assert run_here(monkeypatch, run_environment(shards, tmp_path, sdclip_k=6.0)) == 0
+    records = {r["event"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())}
+    status, (first, second), _ = explore_here("other: MLP_MULT=1", "it: SDCLIP_K=6", "--every", "1", "--export")
+    assert status == 0
+    assert second["name"] == "it"
+    assert second["steps"] == records["trained"]["steps"] == 6
+    assert second["bpb"] == {"0.03": pytest.approx(records["trained"]["val_bpb"], abs=1e-5)}
+    assert second["last_loss"] == pytest.approx(records["train"]["train_loss"], abs=1e-4)
+    assert second["k"] == 6.0
+    assert second["quantized"] == pytest.approx(records["after_quantization"]["val_bpb"], abs=1e-5)
+    assert second["final"] == pytest.approx(records["final"]["val_bpb"], abs=1e-5)
+    assert first["bpb"] != second["bpb"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.int6.lzma", "a.jsonl", "a.txt"]  # nothing new
+
+
+def test_each_average_looks_back_over_its_part_of_the_run():
+    """Against the sums written out, on weights that are the number of the step; and a skipped step counts in none."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    averages = explore.Averages(model, tiny(), [0.1, 0.4], every=5)
+    expected = {0.1: float(model.weight.detach()), 0.4: float(model.weight.detach())}
+    for step in range(1, 201):
+        torch.nn.init.constant_(model.weight, step)
+        averages.update(step, torch.tensor(float(step == 150)))
+        if step % 5 == 0 and step != 150:
+            for part in expected:
+                rate = min(1.0, 5 / (part * step))
+                expected[part] += rate * (step - expected[part])
+    for part, average in averages.each.items():
+        assert float(average.average[0]) == pytest.approx(expected[part], rel=1e-5)
+    assert 180 < expected[0.1] < 190
+    assert 120 < expected[0.4] < 160
+
+
+def test_lines_are_appended_to_the_file(explore_here, tmp_path):
+    for name in ("one", "two"):
+        status, lines, _ = explore_here(f"{name}:", "--averages", "0.1,0.9", "--out", str(tmp_path / "out"))
+        assert status == 0
+        assert list(lines[0]["bpb"]) == ["0.1", "0.9"]
+    assert [json.loads(line)["name"] for line in (tmp_path / "out").read_text().splitlines()] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no colon"], "a name, a colon and settings"),
+        ([": MLP_MULT=4"], "a name, a colon and settings"),
+        (["a: MLP_MULT"], '"a": MLP_MULT should be SETTING=VALUE'),
+        (["a: MLP_MULTI=4"], '"a": MLP_MULTI is not a setting'),
+        (["a: MLP_MULT=x"], '"a": MLP_MULT="x" should be a number'),
+        (["a: NUM_LAYERS=0"], '"a": NUM_LAYERS=0 must be'),
+        (["a:", "--averages", "0.1,x"], "--averages 0.1,x: write numbers below 1"),
+        (["a:", "--averages", "1.5"], "--averages 1.5: write numbers below 1"),
+        (["a:", "--every", "0"], "--every 0 should be above 0"),
+        (["a: DATA_PATH=/nowhere"], "no *_val_*.bin shards in /nowhere"),
+        (["a:", "b: EVAL_STRIDE=9999"], '"b": EVAL_STRIDE=9999 is longer'),  # before a has trained
+        (["a:", "--out", "/nowhere/out"], "/nowhere/out: No such file or directory"),
+        ([], "required"),
+    ],
+)
+def test_mistakes_end_in_one_line(explore_here, arguments, said):
+    status, lines, error = explore_here(*arguments)
+    assert status == 2
+    assert lines == []
+    assert error.splitlines()[-1].startswith("explore.py: error: ")
+    assert said in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_the_usual_part_is_that_of_the_script():
+    """An average over it looks back as a run's own does."""
+    model = torch.nn.Linear(3, 3)
+    own, ours = t.WeightAverage(model, tiny(ema_decay=0.99999)), explore.Averages(model, tiny(), [0.03], every=1)
+    for step in range(1, 100):
+        torch.nn.init.normal_(model.weight)
+        for average in (own, ours):
+            average.update(step, torch.zeros((), device=SOLO.device))
+    assert torch.allclose(own.average[0], ours.each[0.03].average[0])
