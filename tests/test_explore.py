@@ -47,6 +47,14 @@ def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.int6.lzma", "a.jsonl", "a.txt"]  # nothing new
 
 
+def test_an_export_that_fails_costs_no_score(explore_here):
+    status, (line,), _ = explore_here("too large: TARGET_MB=0.142 NUM_LAYERS=5 MAMBA_LAYERS=0 SDCLIP_K=16", "--export")
+    assert status == 0
+    assert 0 < line["bpb"]["0.03"] < 9
+    assert "make the model smaller" in line["error"]
+    assert "final" not in line
+
+
 def test_each_average_looks_back_over_its_part_of_the_run():
     """Against the sums written out, on weights that are the number of the step; and a skipped step counts in none."""
     model = torch.nn.Linear(1, 1, bias=False)

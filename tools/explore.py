@@ -11,7 +11,7 @@ train_gpt.py; checkpoints are not written. On several GPUs, start a process for 
 Each variant becomes a line of JSON on the standard output and in --out: steps, milliseconds of each, the mean training loss
 of the last tenth, and BPB in plain windows for each of --averages, the parts of a run over which weights are averaged. With
 --export also the grid's k and BPB after quantization, in plain windows and as EVAL_MODE and TTT_ENABLED say, of the average
-that was best.
+that was best; or the error that export ended with.
 """
 
 import argparse
@@ -117,14 +117,18 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
     for part, average in trainer.average.each.items():
         average.apply()
         line["bpb"][part] = round(t.Evaluator(model, plain, ranks, validation).score().val_bpb, 5)
-    if export:
-        trainer.average.each[min(line["bpb"], key=line["bpb"].get)].apply()
-        trainer.average.each.clear()
+    if not export:
+        return line
+    trainer.average.each[min(line["bpb"], key=line["bpb"].get)].apply()
+    trainer.average.each.clear()
+    try:
         line["k"] = round(t.export(trainer, batches)["sdclip_k"], 3)
-        for label, chosen in (("quantized", plain), ("final", settings)):
-            model, chosen = t.load_model(settings.artifact_path, chosen, set(), ranks)
-            score = t.Evaluator(model, chosen, ranks, validation).score(time.perf_counter())
-            line[label] = round(score.val_bpb, 5)
+    except t.UserError as error:  # what was scored is not lost
+        return line | {"error": str(error)}
+    for label, chosen in (("quantized", plain), ("final", settings)):
+        model, chosen = t.load_model(settings.artifact_path, chosen, set(), ranks)
+        score = t.Evaluator(model, chosen, ranks, validation).score(time.perf_counter())
+        line[label] = round(score.val_bpb, 5)
     return line
 
 
