@@ -408,7 +408,7 @@ def start_ranks(settings) -> Ranks:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # it survives a restart
         timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
         dist.init_process_group(backend, None, timeout, world_size, rank, store, device_id=device_id)
-        atexit.register(time.sleep, 0.1)  # gloo's threads drop tensors; later, they would abort
+        atexit.register(time.sleep, 0.1)  # gloo's threads drop tensors: later, they abort
     return Ranks(rank, world_size, device)
 
 
@@ -762,7 +762,7 @@ def softplus(x):
 
 @jit
 def cos_sin(turn):
-    """cos and sin of 2·pi·turn, by polys in half the angle (largest error 1e-7)."""
+    """cos and sin of 2·pi·turn, by polynomials in half the angle (largest error 1e-7)."""
     x = turn - tl.floor(turn + 0.5)
     s = x * x
     sin = x * (3.14159258 + s * (-5.16770688 + s * (2.55003138 + s * (-0.598045193 + s * 0.0772201602))))
@@ -1856,7 +1856,7 @@ class Evaluator:
         windows = len(plan_windows(s, 0, self.chunk, 0, ranks.world_size))
         self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
 
-    def score(self, clock_started=0.0, say=lambda text: None) -> Score:
+    def score(self, clock_started: float, say=lambda text: None) -> Score:
         """With test-time training, each chunk but the last is trained on once scored, less if time since clock_started
         (a perf_counter()) runs short."""
         s = self.settings
@@ -2619,7 +2619,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
 
-    score = lambda model, recurrent=True: Evaluator(model, plain, ranks, validation, recurrent).score()
+    score = lambda model, recurrent=True: Evaluator(model, plain, ranks, validation, recurrent).score(0.0)
     trainer.run(batches, partial(score, model))
     steps = trainer.steps_done
     step_ms = 1000 * trainer.clock.seconds() / max(steps, 1)

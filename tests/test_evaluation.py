@@ -186,7 +186,7 @@ def test_bits_per_byte_of_real_text(sample):
     tokens = tokens[: starts[2]].copy()
     model = random_model(settings)
     validation = t.ValidationSet(tokens, tokenizer.target_bytes(tokens))
-    score = t.Evaluator(model, settings, SOLO, validation).score()
+    score = t.Evaluator(model, settings, SOLO, validation).score(0.0)
     texts = (tokenizer.model.DecodeIds(part.tolist()) for part in (tokens[1 : starts[1]], tokens[starts[1] + 1 :]))
     probabilities = [
         np.exp(-full_forward_nats(model, tokens[p : p + 33])) for p in range(0, len(tokens) - 1, 32)

@@ -116,7 +116,7 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
     }  # fmt: skip
     for part, average in trainer.average.each.items():
         average.apply()
-        line["bpb"][part] = round(t.Evaluator(model, plain, ranks, validation).score().val_bpb, 5)
+        line["bpb"][part] = round(t.Evaluator(model, plain, ranks, validation).score(0.0).val_bpb, 5)
     if not export:
         return line
     trainer.average.each[min(line["bpb"], key=line["bpb"].get)].apply()
