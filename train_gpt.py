@@ -396,7 +396,7 @@ class Ranks:
 def start_ranks(settings) -> Ranks:
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count()
     if settings.device == "cuda" or (settings.device == "auto" and gpus):
         need(gpus, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build")
         need(local_rank < gpus, f"more ranks than the {gpus} GPUs here: lower --nproc_per_node")
@@ -486,8 +486,8 @@ class Batches:
         """Tokens and targets, each (sequences, seq_len) int64 on the device."""
         tokens, copied = self.ahead.popleft().result()
         self.ahead.append(self.thread.submit(self._gather))
-        if copied is not None:
-            torch.cuda.current_stream().wait_event(copied)
+        if copied:
+            copied.wait()
             tokens.record_stream(torch.cuda.current_stream())
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -730,10 +730,8 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, angle, ssm, key, value)
 
 
-# The fused scan reads and writes in_proj's rows in place. tokens_forward makes a chunk's step sizes, decays, normed keys and
-# queries; rotate biases and turns these for one head; scan_forward goes through a head's chunks, storing each one's first
-# state; scan_backward comes back; the other two undo the first two and sum over heads without atomics: the same bits every
-# time. Decays are base-2 logarithms, angles are in turns.
+# The fused scan reads and writes in_proj's rows in place, and sums without atomics: the same bits every time. Decays are
+# base-2 logarithms, angles are in turns.
 
 
 # fmt: off
@@ -796,8 +794,9 @@ def token_dynamics(row, live, step_bias, h, H: constexpr):
 @jit
 def tokens_forward(
     projected, step_bias, norms, document_start, scalars, features, half_turn, turns, length, batch,
-    WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    WIDTH: constexpr, R: constexpr, H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr,
 ):
+    """A chunk's step sizes, decays, normed keys and queries."""
     chunk, b = tl.program_id(0), tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
     token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N)[None, :]
@@ -839,9 +838,10 @@ def tokens_forward(
 
 @jit
 def rotate(
-    scalars, features, half_turn, turns, biases, rotated, rotation, batch, WIDTH: constexpr, H: constexpr, P: constexpr,
-    N: constexpr, R: constexpr, CHUNK: constexpr,
+    scalars, features, half_turn, turns, biases, rotated, rotation, batch, R: constexpr, H: constexpr, P: constexpr,
+    N: constexpr, CHUNK: constexpr,
 ):
+    """A chunk's keys and queries, biased and turned for one head."""
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
     token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)[None, :]
@@ -917,9 +917,10 @@ def state_place(head, P: constexpr, N: constexpr):
 
 @jit
 def scan_forward(
-    projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, squares, batch, chunks, WIDTH: constexpr,
-    H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, squares, batch, chunks,
+    H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr,
 ):
+    """Goes through a head's chunks and stores each one's first state."""
     head = tl.program_id(0)
     b, h = head // H, head % H
     i, square = tl.arange(0, CHUNK), state_place(head, P, N)
@@ -952,9 +953,9 @@ def scan_forward(
 @jit
 def scan_backward(
     d_y, d_squares, projected, rotated, y, states, d_projected, d_rotated, scalars, decay_ends, skip, d_ssm_out, ssm_out,
-    d_diagonal, d_end, d_ssm_in, batch, chunks, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr,
-    CHUNK: constexpr,
+    d_diagonal, d_end, d_ssm_in, batch, chunks, H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr,
 ):
+    """Comes back through them."""
     head = tl.program_id(0)
     b, h = head // H, head % H
     i, square = tl.arange(0, CHUNK), state_place(head, P, N)
@@ -1003,8 +1004,9 @@ def scan_backward(
 @jit
 def features_backward(
     projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_features,
-    length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr, ROWS: constexpr,
+    length, batch, WIDTH: constexpr, R: constexpr, H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr, ROWS: constexpr,
 ):
+    """Undoes rotate() and the norms, summed over heads."""
     part, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
     padded, program = tl.num_programs(0) * ROWS, b * tl.num_programs(0) + part
     t, n = part * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, N // 2)[None, :]
@@ -1054,8 +1056,9 @@ def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 @jit
 def tokens_backward(
     projected, step_bias, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
-    d_projected, d_heads, length, batch, WIDTH: constexpr, H: constexpr, P: constexpr, N: constexpr, R: constexpr, CHUNK: constexpr,
+    d_projected, d_heads, length, batch, WIDTH: constexpr, R: constexpr, H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr,
 ):
+    """Undoes the rest of tokens_forward()."""
     chunk, b = tl.program_id(0), tl.program_id(1)
     chunks = tl.num_programs(0)
     padded, program = chunks * CHUNK, b * chunks + chunk
@@ -1125,7 +1128,7 @@ def fused_scan(tensors, document_start, sizes):
     projected, step_bias, skip, biases, norms, ssm_in, turn_in = tensors
     outputs = empty_outputs(tensors, document_start, sizes)
     squares, turn_out, y, ssm_out, scalars, features, half_turn, rotated, rotation, states = outputs
-    (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
+    (batch, length, _), (_, angles, heads, channels, state, chunk), chunks = projected.shape, sizes, states.shape[2]
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
         tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
@@ -1135,19 +1138,20 @@ def fused_scan(tensors, document_start, sizes):
     before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
-        rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *sizes
+        rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *sizes[1:]
     )
     launch(
         scan_forward, (batch * heads,), tiles(projected, chunk, channels), tiles(rotated, chunk, state),
         tiles(y, chunk, channels), tiles(states, state, channels), tiles(scalars, chunk), scalars[1], skip, ssm_in,
-        ssm_out, squares, batch, chunks, *sizes,
+        ssm_out, squares, batch, chunks, *sizes[2:],
     )
     return outputs
 
 
 @fused_scan.register_fake
 def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
-    projected, (_, heads, channels, state, angles, chunk) = tensors[0], sizes
+    """Of fused_scan(). scalars: step, sum of log2 decay, that less log2 weight, current weight, k·q, weight."""
+    projected, (_, angles, heads, channels, state, chunk) = tensors[0], sizes
     batch, length, _ = projected.shape
     chunks, new = -(-length // chunk), projected.new_empty
     padded, single = chunks * chunk, partial(new, dtype=torch.float32)
@@ -1168,7 +1172,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     """Gradients of tensors, from the first four outputs'."""
     (d_squares, d_turn_out, d_y, d_ssm_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
-    (batch, length, _), (_, heads, channels, state, angles, chunk), chunks = projected.shape, sizes, states.shape[2]
+    (batch, length, _), (_, angles, heads, channels, state, chunk), chunks = projected.shape, sizes, states.shape[2]
     single = partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, state)
@@ -1176,7 +1180,7 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
         scan_backward, (batch * heads,), tiles(d_y, chunk, channels), tiles(d_squares, chunk),
         tiles(projected, chunk, channels), tiles(rotated, chunk, state), tiles(y, chunk, channels),
         tiles(states, state, channels), tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state),
-        tiles(scalars, chunk), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes,
+        tiles(scalars, chunk), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes[2:],
     )
     rows = min(chunk, 1024 // state)  # of one warp: no barriers
     parts = chunks * chunk // rows
@@ -1231,7 +1235,7 @@ def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
     norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()
     tensors = projected.contiguous(), p.step_bias, p.skip, biases, norms, ssm.contiguous(), turn.contiguous()
-    squares, turn, y, ssm, *_ = fused_scan(tensors, start, [projected.shape[2], *sizes[:4], chunk])
+    squares, turn, y, ssm, *_ = fused_scan(tensors, start, [projected.shape[2], sizes.angles, *sizes[:3], chunk])
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -1536,7 +1540,7 @@ def fused_cross_entropy(
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
     constants = size, cap, block, slopes, fast
-    cross_entropy_rows[(len(hidden),)](logits, targets, nats, *constants, num_warps=max(4, block // 2048))
+    launch(cross_entropy_rows, (len(hidden),), logits, targets, nats, *constants, warps=max(4, block // 2048))
     return nats, logits if slopes else logits.new_empty(0)
 
 
@@ -1592,8 +1596,8 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
         """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
         x = embedded = self._embed(tokens)
-        cos, sin = self.rotary_table[:, : tokens.shape[1]]
-        context = Context(tokens == BOS_ID if self.settings.document_reset else None, cos, sin)
+        document_start = tokens == BOS_ID if self.settings.document_reset else None
+        context = Context(document_start, *self.rotary_table[:, : tokens.shape[1]])
         half, skips = len(order) // 2 if self.settings.unet_skips else 0, []
         for position, layer in enumerate(order):
             if position >= len(order) - half:
@@ -1605,12 +1609,12 @@ class Model(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         s = self.settings
-        x = F.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
+        x = self.embedding(tokens).to(self.compute_dtype)
         if s.bigram_vocab_size:
             before = F.pad(tokens[:, :-1], (1, 0), value=BOS_ID)
             row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
             row = row.masked_fill(tokens == BOS_ID, 0)  # what begins a document, follows nothing
-            bigram = F.embedding(row, self.bigram_embedding.weight).to(x.dtype)
+            bigram = self.bigram_embedding(row).to(x.dtype)
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
 
@@ -1904,7 +1908,7 @@ class Evaluator:
         """Tokens and targets from starts (B, 1) on, (B, length); past the end, the last token."""
         stream = self.validation.tokens
         index = np.minimum(starts + np.arange(length + 1), len(stream) - 1)
-        both = torch.from_numpy(stream[index].astype(np.int64)).to(self.ranks.device, non_blocking=True)
+        both = torch.tensor(stream[index], dtype=torch.int64, device=self.ranks.device)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
     def _train_on(self, first: int, last: int, sgd: torch.optim.SGD):
@@ -1923,8 +1927,8 @@ class Evaluator:
         sgd.zero_grad()
 
     def _collect(self, given_up: int) -> Score:
-        times = self.ranks.sum_(torch.from_numpy(self.times_scored).to(self.ranks.device))
-        if not bool((times == 1).all()):
+        times = self.ranks.sum_(torch.tensor(self.times_scored, device=self.ranks.device))
+        if (times != 1).any():
             raise RuntimeError("a target was not scored exactly once")
         nats = self.ranks.sum_(self.nats).cpu().numpy()
         total = float(nats.sum(dtype=np.float64))
