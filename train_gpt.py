@@ -2035,13 +2035,12 @@ def fit_sdclip(model, settings, target_bytes: float) -> float:
 
 
 @contextmanager
-def fake_quantization(model, settings, k: float):
+def fake_quantization(model, matrices: dict, k: float):
     """QAT: matrices stand on their grids while gradients are computed."""
-    matrices = grid_limits(model)
     weights = [model.get_parameter(name).detach() for name in matrices]
     kept = [weight.clone() for weight in weights]
     for weight, limits in zip(weights, matrices.values()):
-        scale = math.prod(grid_steps(weight, limits, settings, k))
+        scale = math.prod(grid_steps(weight, limits, model.settings, k))
         weight.copy_(round_to_grid(weight, scale, limits) * scale)
     try:
         yield
@@ -2457,7 +2456,7 @@ class Trainer:
                 break
             if now.quantized and on_grids is None:
                 self.qat_k = self.qat_k or fit_sdclip(self.model, s, self.target_bytes)
-                on_grids = partial(fake_quantization, self.model, s, self.qat_k)
+                on_grids = partial(fake_quantization, self.model, grid_limits(self.model), self.qat_k)
                 self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
             kind = self.model.order(now.recurrent), on_grids if now.quantized else nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
@@ -2630,7 +2629,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
     peak = torch.cuda.max_memory_allocated()
     log(f"Code size: {code_bytes} bytes; {steps} steps of {step_ms:.2f}ms; peak GPU memory {peak / 1e9:.1f} GB")
     ternary = settings.quantizer == "ternary"
-    with fake_quantization(model, settings, trainer.qat_k) if ternary else nullcontext():
+    with fake_quantization(model, grid_limits(model), trainer.qat_k) if ternary else nullcontext():
         before, floats = score(model), copy.deepcopy(model.state_dict())
     trainer.log_score(before, " before quantization")
     exported = export(trainer, batches)

@@ -319,6 +319,21 @@ class ShardWriter:
             self.file = None
 
 
+def refuse_other_dataset(out: Path, name: str) -> None:
+    """Raise PrepareError if there are training shards in `out` that are not this dataset's."""
+    if others := [path.name for path in out.glob("*_train_*.bin") if not path.name.startswith(f"{name}_train_")]:
+        raise PrepareError(f"{out} already holds another dataset ({min(others)}); give each its own --out folder")
+
+
+def publish(work: Path, out: Path, name: str) -> None:
+    """Move finished files from `work` to `out`, where they replace an earlier dataset of that name."""
+    # Shards that an earlier, longer run left would be read as part of this dataset.
+    for old in itertools.chain(out.glob(f"{name}_train_*.bin"), out.glob(f"{name}_val_*.bin")):
+        old.unlink()
+    for path in sorted(work.iterdir()):
+        os.replace(path, out / path.name)
+
+
 def build_dataset(documents: Callable[[], Iterable[Document]], input_bytes: int, args: argparse.Namespace) -> None:
     """Write the shards of a dataset, and its tokenizer unless `args.tokenizer` is given, into the folder `args.out`.
 
@@ -331,8 +346,7 @@ def build_dataset(documents: Callable[[], Iterable[Document]], input_bytes: int,
     for option, most in (("vocab_size", MAX_VOCAB_SIZE), ("shard_tokens", MAX_SHARD_TOKENS), ("workers", 1024)):
         if not 1 <= getattr(args, option) <= most:
             raise PrepareError(f"--{option.replace('_', '-')} {getattr(args, option)} is not between 1 and {most}")
-    if others := [path.name for path in out.glob("*_train_*.bin") if not path.name.startswith(f"{name}_train_")]:
-        raise PrepareError(f"{out} already holds another dataset ({min(others)}); give each its own --out folder")
+    refuse_other_dataset(out, name)
 
     def progress(title: str) -> Iterator[Document]:
         with tqdm(desc=title, total=input_bytes, unit="B", unit_scale=True, disable=None) as bar:
@@ -368,11 +382,7 @@ def build_dataset(documents: Callable[[], Iterable[Document]], input_bytes: int,
                     f"none of the {train.documents + validation.documents} documents is for {split}; "
                     "change --val-fraction, give --val files, or (text) tell documents apart by --separator"
                 )
-        # Shards that an earlier, longer run left would be read as part of this dataset.
-        for old in itertools.chain(out.glob(f"{name}_train_*.bin"), out.glob(f"{name}_val_*.bin")):
-            old.unlink()
-        for path in sorted(work.iterdir()):
-            os.replace(path, out / path.name)
+        publish(work, out, name)
     for split, writer in (("training", train), ("validation", validation)):
         ratio = writer.text_bytes / writer.tokens
         print(
@@ -497,8 +507,7 @@ def run_development(args: argparse.Namespace) -> None:
         raise PrepareError(f"--part {args.part} is not between 0 and 1")
     if not 0 <= args.orders <= 100:
         raise PrepareError(f"--orders {args.orders} is not between 0 and 100")
-    if others := [path.name for path in args.out.glob("*.bin") if not path.name.startswith("development_")]:
-        raise PrepareError(f"{args.out} already holds another dataset ({min(others)}); give each its own --out folder")
+    refuse_other_dataset(args.out, "development")
     if args.out.resolve() == args.dataset.resolve():
         raise PrepareError(f"{args.out} is the dataset itself; give --out another folder")
     train = read_shards(args.dataset, "train")
@@ -524,10 +533,7 @@ def run_development(args: argparse.Namespace) -> None:
         for text in texts:
             writer.append("", text)
         writer.close()
-        for old in args.out.glob("development_*.bin"):
-            old.unlink()
-        for path in sorted(work.iterdir()):
-            os.replace(path, args.out / path.name)
+        publish(work, args.out, "development")
     print(f"training: {len(train):,} tokens, shards: {writer.shards}; validation: {len(validation):,} tokens")
     print(f"environment for train_gpt.py: DATA_PATH={shlex.quote(str(args.out))}")
 
@@ -692,13 +698,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = add_command(run_development, "development", text).add_argument
     add("dataset", type=Path, help="folder of a finished dataset")
     add("--out", type=Path, required=True, help="folder for the shards; replaces an earlier development split")
-    text = (
-        "of the training documents, the last, to validate on; 0: the dataset's validation text (default: %(default)s)"
-    )
+    text = "of the training documents, the last, to validate on; 0: keep the validation text (default: %(default)s)"
     add("--part", type=float, default=0.02, metavar="X", help=text)
-    text = (
-        "write the training documents so many times, each in a new order; 0: once, as they are (default: %(default)s)"
-    )
+    text = "write the training documents N times, each in a new order; 0: once, as they are (default: %(default)s)"
     add("--orders", type=int, default=0, metavar="N", help=text)
     add("--seed", type=int, default=0, help="of the orders (default: %(default)s)")
 

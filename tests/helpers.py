@@ -152,23 +152,22 @@ def run_ranks(world_size: int, function) -> list:
 
 @contextlib.contextmanager
 def bounded(seconds: float = 10.0, more_memory: int = 1 << 30):
-    """Turns an allocation beyond more_memory bytes, or so many seconds of a processor, into an exception instead of a dead
-    machine. What others make this process wait does not count."""
+    """Turns an allocation beyond more_memory bytes, or a stall, into an exception instead of a dead machine."""
 
     def stop(*_):
         raise TimeoutError(f"took longer than {seconds} s")
 
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    previous = signal.signal(signal.SIGPROF, stop)
+    previous = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (now + more_memory, hard))
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGPROF, previous)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def gradients(model: t.Model) -> dict[str, torch.Tensor]:

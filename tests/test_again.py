@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE
 from test_run import SCRIPT, process_environment, run_environment, run_here
 
 TOOL = SCRIPT.parent / "tools" / "again.py"
@@ -29,7 +28,7 @@ def logs(shards, tmp_path_factory) -> Path:
 def again(log: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(TOOL), str(log), *arguments], env=process_environment(settings), capture_output=True,
-        text=True, timeout=PATIENCE,
+        text=True, timeout=120,
     )  # fmt: skip
 
 

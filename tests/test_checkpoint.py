@@ -29,7 +29,8 @@ import train_gpt as t
 # Twelve steps, late QAT in the last ones, a checkpoint as often as one can be written, and a quick score. No clock: a
 # machine that stalls must not move the schedule.
 QUICK = {
-    "iterations": 12, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "train_log_every": 1, "checkpoint_every": 1e-6, "eval_mode": "plain",
+    "iterations": 12, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "train_log_every": 1, "checkpoint_every": 1e-6,
+    "eval_mode": "plain",
     "ttt_enabled": False, "late_qat_threshold": 0.5, "sdclip_k": 0.0, "calibration_tokens": 64,
 }  # fmt: skip
 

@@ -296,7 +296,7 @@ def test_fake_quantization_stands_on_the_grid_and_restores_the_weights_exactly()
     model = random_model(settings)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     k, matrices = t.fit_sdclip(model, settings, 1e6), t.grid_limits(model)
-    with t.fake_quantization(model, settings, k):
+    with t.fake_quantization(model, matrices, k):
         for name, p in model.named_parameters():
             if name not in matrices:
                 assert torch.equal(p, before[name])
@@ -307,7 +307,7 @@ def test_fake_quantization_stands_on_the_grid_and_restores_the_weights_exactly()
             assert torch.allclose(steps, steps.round(), atol=1e-3)
             assert (steps.abs() <= limits + 1e-3).all()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    with pytest.raises(ZeroDivisionError), t.fake_quantization(model, settings, k):
+    with pytest.raises(ZeroDivisionError), t.fake_quantization(model, matrices, k):
         raise ZeroDivisionError
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -318,7 +318,7 @@ def test_fake_quantization_is_what_export_without_a_hessian_stores(quantizer):
     settings = tiny(sdclip_k=4.0, quantizer=quantizer)
     model = random_model(settings)
     stored = t.quantize_model(model, settings, SOLO, {}, 4.0)
-    with t.fake_quantization(model, settings, t.fit_sdclip(model, settings, 1e6)):
+    with t.fake_quantization(model, t.grid_limits(model), t.fit_sdclip(model, settings, 1e6)):
         for name in t.grid_limits(model):
             assert torch.equal(model.get_parameter(name), dequantized(stored, name)), name
 
@@ -327,7 +327,7 @@ def test_gradients_pass_straight_through_the_rounding():
     settings = tiny()
     model, other = random_model(settings), random_model(settings)
     tokens = random_tokens(2, 33)
-    with t.fake_quantization(model, settings, t.fit_sdclip(model, settings, 1e6)):
+    with t.fake_quantization(model, t.grid_limits(model), t.fit_sdclip(model, settings, 1e6)):
         rounded = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
     other.load_state_dict(rounded)

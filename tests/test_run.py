@@ -243,7 +243,7 @@ def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(monkeypatch, g
     trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
     trainer.loss_function.bucket_bytes_cap = 8192
     model, tokens = trainer.model, random_tokens(4, 33)
-    on_grid = functools.partial(t.fake_quantization, model, settings, t.fit_sdclip(model, settings, 1e6))
+    on_grid = functools.partial(t.fake_quantization, model, t.grid_limits(model), t.fit_sdclip(model, settings, 1e6))
     for order in (model.order(False), model.order(True)):
         for quantized in (contextlib.nullcontext, on_grid):
             before = len(buckets)
@@ -381,7 +381,7 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
         now = t.schedule_at(settings, step, 0.0)
         tokens, targets = batches.next()
         with (
-            t.fake_quantization(model, settings, t.fit_sdclip(model, settings, 1e6))
+            t.fake_quantization(model, t.grid_limits(model), t.fit_sdclip(model, settings, 1e6))
             if now.quantized
             else contextlib.nullcontext()
         ):
