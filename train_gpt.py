@@ -153,7 +153,7 @@ class Settings:
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
-    ema_decay: float = env(0.997, "below 1", "weight average; of short runs less")
+    ema_decay: float = env(0.999, "below 1", "weight average; of short runs less")
 
     quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export")
     late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
@@ -165,7 +165,7 @@ class Settings:
     eval_mode: str = env("sliding", "plain|sliding", "context of a scored token", "evaluation")
     eval_stride: int = env(512, "tokens > 0", "sliding: how far windows move")
     val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
-    eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock, which adaptation keeps")
+    eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock")
     eval_nll_path: str = env("", "file.npy", "every target's nats, float32")
     ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
     ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
@@ -1780,8 +1780,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps_done: int, skipped: Tensor):
-        """Takes in the weights after steps_done steps; not if skipped, (), is 1. Short runs look back less."""
-        rate = (1 - skipped) * max(1 - self.decay, 1 / max(1.0, 0.03 * steps_done))
+        """Takes in the weights after steps_done steps; not if skipped, (), is 1. It looks back a tenth of a run."""
+        rate = (1 - skipped) * max(1 - self.decay, 1 / max(1.0, 0.1 * steps_done))
         torch._foreach_mul_(self.average, 1 - rate)
         torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
 
@@ -1952,7 +1952,7 @@ def maybe_compile(function, settings, ranks):
 # 8. Export
 # Matrices become integers times the steps of a grid, coded behind a plain header. Nothing is unpickled. QUANTIZER: gptq on
 # SDClip's grid, or round to it; percentile and dsq, GPTQ on other grids; ternary for int6 (BitNet b1.58, arXiv 2402.17764),
-# on which gradients are computed from the first step on.
+# in training too.
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 INT6_MAX, INT8_MAX = 31, 127
@@ -2656,7 +2656,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     settings, given = read_settings(environment)
     validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
     known = settings.artifact or settings.run_id or not settings.eval_only
-    need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID of the run that wrote it")
+    need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
     if settings.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
         torch.use_deterministic_algorithms(True)

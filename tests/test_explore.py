@@ -38,7 +38,7 @@ def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp
     assert status == 0
     assert second["name"] == "it"
     assert second["steps"] == records["trained"]["steps"] == 6
-    assert second["bpb"] == {"0.03": pytest.approx(records["trained"]["val_bpb"], abs=1e-5)}
+    assert second["bpb"] == {"0.1": pytest.approx(records["trained"]["val_bpb"], abs=1e-5)}
     assert second["last_loss"] == pytest.approx(records["train"]["train_loss"], abs=1e-4)
     assert second["k"] == 6.0
     assert second["quantized"] == pytest.approx(records["after_quantization"]["val_bpb"], abs=1e-5)
@@ -50,7 +50,7 @@ def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp
 def test_an_export_that_fails_costs_no_score(explore_here):
     status, (line,), _ = explore_here("too large: TARGET_MB=0.142 NUM_LAYERS=5 MAMBA_LAYERS=0 SDCLIP_K=16", "--export")
     assert status == 0
-    assert 0 < line["bpb"]["0.03"] < 9
+    assert 0 < line["bpb"]["0.1"] < 9
     assert "make the model smaller" in line["error"]
     assert "final" not in line
 
@@ -111,9 +111,9 @@ def test_mistakes_end_in_one_line(explore_here, arguments, said):
 def test_the_usual_part_is_that_of_the_script():
     """An average over it looks back as a run's own does."""
     model = torch.nn.Linear(3, 3)
-    own, ours = t.WeightAverage(model, tiny(ema_decay=0.99999)), explore.Averages(model, tiny(), [0.03], every=1)
+    own, ours = t.WeightAverage(model, tiny(ema_decay=0.99999)), explore.Averages(model, tiny(), [0.1], every=1)
     for step in range(1, 100):
         torch.nn.init.normal_(model.weight)
         for average in (own, ours):
             average.update(step, torch.zeros((), device=SOLO.device))
-    assert torch.allclose(own.average[0], ours.each[0.03].average[0])
+    assert torch.allclose(own.average[0], ours.each[0.1].average[0])

@@ -32,7 +32,7 @@ from command import Parser, UserError, need
 
 import train_gpt as t
 
-USUAL_PART = 0.03  # of a run, over which t.WeightAverage averages
+USUAL_PART = 0.1  # of a run, over which t.WeightAverage averages
 
 
 class Averages:
@@ -135,7 +135,7 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", metavar="NAME: SETTING=VALUE ...")
-    parser.add_argument("--averages", default=str(USUAL_PART), metavar="PART,PART", help="of a run; 0.03 if left out")
+    parser.add_argument("--averages", default=str(USUAL_PART), metavar="PART,PART", help="of a run; 0.1 if left out")
     parser.add_argument("--every", type=int, default=10, metavar="STEPS", help="between weights that are averaged (10)")
     parser.add_argument("--export", action="store_true", help="quantize, and score what the artifact holds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has")
