@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -53,6 +54,28 @@ def test_an_export_that_fails_costs_no_score(explore_here):
     assert 0 < line["bpb"]["0.1"] < 9
     assert "make the model smaller" in line["error"]
     assert "final" not in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(explore_here, monkeypatch, number):
+    update = explore.Averages.update
+
+    def stop(averages, steps_done, skipped):
+        update(averages, steps_done, skipped)
+        stop.steps = getattr(stop, "steps", 0) + 1
+        if stop.steps == 8:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(explore.Averages, "update", stop)
+    try:
+        status, (line,), error = explore_here("first:", "second:", "third:")
+    finally:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else signal.default_int_handler)
+    assert status == 2
+    assert line["name"] == "first"
+    assert error.splitlines()[-1] == 'explore.py: error: "second": stopped by a signal at step 2'
+    assert "Traceback" not in error
 
 
 def test_each_average_looks_back_over_its_part_of_the_run():

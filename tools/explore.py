@@ -17,6 +17,7 @@ that was best; or the error that export ended with.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -94,6 +95,11 @@ def read_parts(text: str) -> list[float]:
     return parts
 
 
+def give_up(name: str, why: str) -> None:
+    """Stands in for a trainer's save(), which without CHECKPOINT_EVERY is called with a reason to end the run."""
+    raise UserError(f'"{name}": {why}')
+
+
 def explore(name: str, settings: t.Settings, parts: list[float], every: int, export: bool) -> dict:
     """Trains one variant; returns what its line holds."""
     torch._dynamo.reset()  # or the variants before count as recompilations
@@ -104,6 +110,7 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
     model = t.build_model(settings, ranks)
     trainer = t.Trainer(model, settings, ranks, t.choose_micro_batch(settings, ranks), target, log)
     trainer.average = Averages(model, settings, parts, every)
+    trainer.save = functools.partial(give_up, name)
     trainer.announce()
     batches = t.Batches(settings, ranks)
     trainer.warm_up()
