@@ -212,6 +212,7 @@ def test_ema_of_a_short_run_looks_back_over_a_part_of_it_only(steps):
     """With decay 0.997 alone, an average over 100 steps would lag behind by most of them."""
     lag = steps - averaged(steps, ema_decay=0.997)
     assert 0 <= lag <= max(0.0, 0.1 * steps) + 1e-3
+    assert steps < 100 or lag > 0.08 * steps
 
 
 def test_ema_of_a_long_run_has_the_decay_it_was_given():
