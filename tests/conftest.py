@@ -1,6 +1,7 @@
 """Fixtures: data made once per session. Plain helpers are in helpers.py."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ def train_tokenizer(path: Path, vocab_size: int, **options) -> Path:
         **({"byte_fallback": True, "add_dummy_prefix": False, "character_coverage": 0.98} | options),
     )  # fmt: skip
     return path
+
+
+@pytest.fixture
+def signal_handlers():
+    """A run that fails leaves its own behind."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from test_run import SCRIPT, Quiet, mistake, process_environment, run_environmen
 
 import train_gpt as t
 
+pytestmark = pytest.mark.usefixtures("signal_handlers")
+
 # Twelve steps, late QAT in the last ones, a checkpoint as often as one can be written, and a quick score. No clock: a
 # machine that stalls must not move the schedule.
 QUICK = {
@@ -78,15 +80,6 @@ class Killed(Exception):
 def kill_here(monkeypatch, environment: dict[str, str], step: int = 7):
     with interrupted_at(step, Killed()), pytest.raises(Killed):
         run_here(monkeypatch, environment)
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run that fails leaves its own behind."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import explore  # noqa: E402
 
 
 @pytest.fixture
-def explore_here(monkeypatch, capsys, shards, tmp_path):
+def explore_here(monkeypatch, capsys, shards, tmp_path, signal_handlers):
     """explore_here(*arguments): the status, the lines on the standard output as objects, and what else was said."""
 
     def start(*arguments: str):
@@ -67,11 +67,7 @@ def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(ex
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(explore.Averages, "update", stop)
-    try:
-        status, (line,), error = explore_here("first:", "second:", "third:")
-    finally:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else signal.default_int_handler)
+    status, (line,), error = explore_here("first:", "second:", "third:")
     assert status == 2
     assert line["name"] == "first"
     assert error.splitlines()[-1] == 'explore.py: error: "second": stopped by a signal at step 2'
