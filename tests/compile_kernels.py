@@ -1,0 +1,86 @@
+"""Compiles the program's Triton kernels for an NVIDIA GPU that need not be here: python tests/compile_kernels.py [90]
+
+90 is a compute capability, here the H100's and H200's. Each kernel becomes a line of JSON: the layer's state size, and the
+bytes of shared memory that a program needs and of local memory that a thread does (the compiler puts there what finds no
+register). Needs a triton with NVIDIA's assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says what
+must hold.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # triton reads it when it is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia import compiler as nvidia  # noqa: E402
+
+import train_gpt as t  # noqa: E402
+from bench import tune  # noqa: E402
+
+TOKENS = 256  # a chunk and its neighbours: more would compile to the same
+
+
+class AbsentGpu:
+    """Stands in for the driver of a GPU of this compute capability: says what compiling asks for."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def local_bytes(cubin: bytes) -> int:
+    """A thread's local memory, as the machine code declares it."""
+    dump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return sum(map(int, re.findall(r"\bSTACK:(\d+)", text)))
+
+
+def compile_all(capability: int) -> None:
+    """Prints a line for each kernel that a forward and a backward would launch, in bfloat16."""
+    triton.runtime.driver.set_active(AbsentGpu(capability))
+    found, state = {}, 0
+
+    def compile_only(kernel, grid, *arguments, warps: int = 4, registers: int | None = None):
+        built = kernel.run(*arguments, grid=grid, warmup=True, num_warps=warps, maxnreg=registers)
+        found[kernel.__name__, state] = built
+
+    t.launch = compile_only
+    for state in (64, 128):
+        for starts in (None, torch.zeros(1, TOKENS, dtype=torch.bool)):  # with documents last
+            projected, parameters, sizes = tune.random_layer(state, torch.device("cpu"), 1, TOKENS)
+            y, square, _ = t.mamba_scan(projected, parameters, sizes, starts, None, "triton", 64)
+            torch.autograd.grad(y.sum().float() + square.sum(), tune.learned(projected, parameters))
+    state = 0
+    hidden, matrix = torch.randn(TOKENS, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
+    t.fused_cross_entropy(hidden, matrix, torch.zeros(TOKENS, dtype=torch.int64), 30.0, True)
+    for (name, state), built in found.items():
+        line = {
+            "kernel": name,
+            "state": state,
+            "shared": built.metadata.shared,
+            "local": local_bytes(built.asm["cubin"]),
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    compile_all(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
