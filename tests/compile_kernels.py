@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "0"  # triton reads it when it is imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,22 +29,6 @@ from bench import tune  # noqa: E402
 TOKENS = 256  # a chunk and its neighbours: more would compile to the same
 
 
-class AbsentGpu:
-    """Stands in for the driver of a GPU of this compute capability: says what compiling asks for."""
-
-    def __init__(self, capability: int):
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 def local_bytes(cubin: bytes) -> int:
     """A thread's local memory, as the machine code declares it."""
     dump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -55,31 +40,34 @@ def local_bytes(cubin: bytes) -> int:
 
 
 def compile_all(capability: int) -> None:
-    """Prints a line for each kernel that a forward and a backward would launch, in bfloat16."""
-    triton.runtime.driver.set_active(AbsentGpu(capability))
-    found, state = {}, 0
+    """Prints a line for each kernel that a forward and a backward launch, in bfloat16, with what train_gpt.py launches it."""
+    absent_gpu = SimpleNamespace(  # what compiling asks a driver for
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+    )
+    triton.runtime.driver.set_active(absent_gpu)
+    run, built = triton.JITFunction.run, {}
 
-    def compile_only(kernel, grid, *arguments, warps: int = 4, registers: int | None = None):
-        built = kernel.run(*arguments, grid=grid, warmup=True, num_warps=warps, maxnreg=registers)
-        found[kernel.__name__, state] = built
+    def compile_only(kernel, *arguments, **options):
+        built[kernel.__name__] = run(kernel, *arguments, **options | {"warmup": True})
 
-    t.launch = compile_only
+    def report(state: int):
+        for name, kernel in built.items():
+            line = {"kernel": name, "state": state, "shared": kernel.metadata.shared}
+            print(json.dumps(line | {"local": local_bytes(kernel.asm["cubin"])}), flush=True)
+        built.clear()
+
+    triton.JITFunction.run = compile_only
     for state in (64, 128):
-        for starts in (None, torch.zeros(1, TOKENS, dtype=torch.bool)):  # with documents last
+        for starts in (torch.zeros(1, TOKENS, dtype=torch.bool), None):  # the default, without documents, is told
             projected, parameters, sizes = tune.random_layer(state, torch.device("cpu"), 1, TOKENS)
             y, square, _ = t.mamba_scan(projected, parameters, sizes, starts, None, "triton", 64)
             torch.autograd.grad(y.sum().float() + square.sum(), tune.learned(projected, parameters))
-    state = 0
+        report(state)
     hidden, matrix = torch.randn(TOKENS, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
     t.fused_cross_entropy(hidden, matrix, torch.zeros(TOKENS, dtype=torch.int64), 30.0, True)
-    for (name, state), built in found.items():
-        line = {
-            "kernel": name,
-            "state": state,
-            "shared": built.metadata.shared,
-            "local": local_bytes(built.asm["cubin"]),
-        }
-        print(json.dumps(line), flush=True)
+    report(0)
 
 
 if __name__ == "__main__":

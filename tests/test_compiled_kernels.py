@@ -10,9 +10,9 @@ import pytest
 from helpers import PATIENCE
 
 import train_gpt as t
+from bench import tune
 
 SCRIPT = Path(__file__).resolve().parent / "compile_kernels.py"
-SCAN = {"tokens_forward", "rotate", "scan_forward", "scan_backward", "features_backward", "tokens_backward"}
 SHARED_OF_TWO = 115_712  # bytes a program may use where two are to share a multiprocessor of compute capability 9.0
 SHARED_OF_ONE = 232_448
 
@@ -30,7 +30,7 @@ def kernels(tmp_path_factory) -> dict[tuple[str, int], dict]:
 
 
 def test_every_kernel_compiles_with_both_state_sizes_and_fits(kernels):
-    assert set(kernels) == {(name, state) for name in SCAN for state in (64, 128)} | {("cross_entropy_rows", 0)}
+    assert set(kernels) == {(name, state) for name in tune.KERNELS for state in (64, 128)} | {("cross_entropy_rows", 0)}
     assert max(line["shared"] for line in kernels.values()) <= SHARED_OF_ONE
 
 
