@@ -114,6 +114,8 @@ def test_lines_are_appended_to_the_file(explore_here, tmp_path):
         (["a:", "--every", "0"], "--every 0 should be above 0"),
         (["a: DATA_PATH=/nowhere"], "no *_val_*.bin shards in /nowhere"),
         (["a:", "b: EVAL_STRIDE=9999"], '"b": EVAL_STRIDE=9999 is longer'),  # before a has trained
+        (["a:", "--idea", "/nowhere/idea.py"], "--idea /nowhere/idea.py: no such file"),
+        (["a:", "--idea", __file__], "has no install(script)"),
         (["a:", "--out", "/nowhere/out"], "/nowhere/out: No such file or directory"),
         ([], "required"),
     ],

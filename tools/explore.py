@@ -8,6 +8,9 @@ A variant is a name, a colon and the settings of train_gpt.py that it has in pla
 development split (`python data/prepare.py development`), not on the validation text. What trains and scores is
 train_gpt.py; checkpoints are not written. On several GPUs, start a process for each, with CUDA_VISIBLE_DEVICES.
 
+What no setting says, --idea does for all variants: a Python file whose install(script) changes train_gpt.py's module, as those
+in tools/ideas do.
+
 Each variant becomes a line of JSON on the standard output and in --out: steps, milliseconds of each, the mean training loss
 of the last tenth, and BPB in plain windows for each of --averages, the parts of a run over which weights are averaged. With
 --export also the grid's k and BPB after quantization, in plain windows and as EVAL_MODE and TTT_ENABLED say, of the average
@@ -18,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import statistics
@@ -95,6 +99,15 @@ def read_parts(text: str) -> list[float]:
     return parts
 
 
+def install_idea(path: Path) -> None:
+    """Changes train_gpt.py as a file of --idea does."""
+    need(path.is_file(), f"--idea {path}: no such file")
+    sys.path.insert(0, str(path.resolve().parent))
+    idea = importlib.import_module(path.stem)
+    need(hasattr(idea, "install"), f"--idea {path} has no install(script)")
+    idea.install(t)
+
+
 def give_up(name: str, why: str) -> None:
     """Stands in for a trainer's save(), which without CHECKPOINT_EVERY is called with a reason to end the run."""
     raise UserError(f'"{name}": {why}')
@@ -145,12 +158,17 @@ def main() -> int:
     parser.add_argument("--averages", default=str(USUAL_PART), metavar="PART,PART", help="of a run; 0.1 if left out")
     parser.add_argument("--every", type=int, default=10, metavar="STEPS", help="between weights that are averaged (10)")
     parser.add_argument("--export", action="store_true", help="quantize, and score what the artifact holds")
+    parser.add_argument(
+        "--idea", type=Path, action="append", default=[], metavar="FILE", help="changes the script first"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has")
     try:
         given = parser.parse_args()
         parts = read_parts(given.averages)
         need(given.every > 0, f"--every {given.every} should be above 0")
         variants = [read_variant(text, dict(os.environ)) for text in given.variants]
+        for path in given.idea:
+            install_idea(path)
         with given.out.open("a") if given.out else contextlib.nullcontext() as file:
             for name, settings in variants:
                 with tempfile.TemporaryDirectory() as folder:

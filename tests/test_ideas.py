@@ -1,0 +1,202 @@
+"""tools/ideas: which pairs BPE never writes, against the tokenizer itself; spelling that leaves nothing behind in the file."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from conftest import TEXT
+from helpers import SOLO, random_model, random_tokens, tiny
+from test_explore import explore_here  # noqa: F401
+from test_fused_scan import interpreted
+from test_run import SCRIPT
+
+import train_gpt as t
+
+sys.path.insert(0, str(SCRIPT.parent / "tools" / "ideas"))
+import impossible_pairs as pairs  # noqa: E402
+import spelling  # noqa: E402
+
+MARK = "\u2603"  # no piece holds it: what stands between two is encoded as if alone
+IDEAS = SCRIPT.parent / "tools" / "ideas"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """train_gpt.py's module, as it was once the test is over."""
+    for name in ("Model", "Trainer", "export"):
+        monkeypatch.setattr(t, name, getattr(t, name))
+    return t
+
+
+def never_encoded(tokenizer: t.Tokenizer, rows: np.ndarray) -> np.ndarray:
+    """Which pairs of pieces the tokenizer writes otherwise, but for those with two spaces, which it makes one: (rows, V)."""
+    ids = list(range(tokenizer.model.vocab_size()))
+    pieces, made = tokenizer.model.IdToPiece(ids), list(pairs.merge_order(tokenizer).values())
+    never, tail = np.zeros((len(rows), len(ids)), bool), [i for i in tokenizer.model.encode(MARK) if i not in made]
+    for row, first in enumerate(rows):
+        others = [i for i in made if first in made and "▁▁" not in pieces[first] + pieces[i]]
+        codes = tokenizer.model.encode([MARK + pieces[first] + pieces[i] + MARK for i in others])
+        never[row, others] = [code[-2 - len(tail) :] != [first, i, *tail] for i, code in zip(others, codes)]
+    return never
+
+
+@pytest.mark.parametrize("name", ["byte_tokenizer", "plain_tokenizer", "dummy_prefix_tokenizer", "sample"])
+def test_pairs_are_those_that_the_tokenizer_never_writes(request, name):
+    path = request.getfixturevalue(name)
+    path = path / "sample_1024_bpe.model" if name == "sample" else path
+    size = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+    tokenizer = t.Tokenizer(str(path), size)
+    found = pairs.impossible_pairs(pairs.merge_order(tokenizer), size)
+    rows = np.arange(0, size, 1 if size < 1000 else 7)
+    assert (found[rows] == never_encoded(tokenizer, rows)).all()
+    assert found.sum() > size / 2
+
+
+def test_merges_of_one_rank_are_made_from_the_left():
+    """Of "aaa", BPE makes "aa" and "a": behind "a" there is no "aa"."""
+    found = pairs.impossible_pairs({"aa": 0, "a": 1}, 2)
+    assert found.tolist() == [[False, False], [True, True]]
+
+
+def test_no_text_holds_such_a_pair(sample):
+    tokenizer = t.Tokenizer(str(sample / "sample_1024_bpe.model"), 1024)
+    never = pairs.impossible_pairs(pairs.merge_order(tokenizer), 1024)
+    for split in ("train", "val"):
+        for shard in t.open_shards(str(sample), split):
+            assert not never[shard[:-1], shard[1:]].any()
+
+
+def test_a_unigram_model_has_none(tmp_path):
+    path = tmp_path / "unigram.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 3), model_prefix=str(path.with_suffix("")), vocab_size=100, model_type="unigram",
+        minloglevel=2,
+    )  # fmt: skip
+    assert pairs.merge_order(t.Tokenizer(str(path), 100)) == {}
+    assert not pairs.impossible_pairs({}, 100).any()
+
+
+def test_a_model_knows_them(script, byte_tokenizer):
+    """Probabilities sum to one, those of impossible tokens are nothing, others are in the same proportion as before."""
+    settings, tokens, targets = (
+        tiny(tokenizer_path=str(byte_tokenizer)),
+        random_tokens(2, 9),
+        random_tokens(2, 9, seed=1),
+    )
+    usual = random_model(settings)
+    pairs.install(script)
+    model = random_model(settings)
+    never = model.impossible[tokens]
+    hidden = model(tokens, model.order(True))
+    every = torch.arange(512).expand(2, 9, 512)
+    nats = torch.stack([model.nats(hidden, tokens, every[..., token]) for token in range(512)], dim=-1)
+    assert torch.allclose(nats.neg().exp().sum(-1), torch.ones(2, 9))
+    assert never.any()
+    assert (nats[never] > settings.logit_softcap - 5).all()
+    before = torch.log_softmax(usual.logits(usual(tokens, usual.order(True))), dim=-1)
+    gained = (before + nats)[~never]
+    row = torch.arange(18).view(2, 9, 1).expand_as(never)[~never]
+    for i in range(18):
+        assert torch.allclose(gained[row == i], gained[row == i][0], atol=1e-5)
+    assert torch.equal(model.score(tokens, targets, model.order(True)), model.nats(hidden, tokens, targets))
+    assert set(model.state_dict()) == set(usual.state_dict())  # an artifact holds what it held
+
+
+@interpreted
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("size", "cap"), [(1000, 30.0), (17, 3.0)])
+def test_the_fused_cross_entropy(size, cap, compiled):
+    """Nats and gradients against float64, also of a target that cannot be."""
+    fused = pairs.fused_cross_entropy
+    function = torch.compile(lambda *given: fused(*given), fullgraph=True, backend="aot_eager") if compiled else fused
+    torch.manual_seed(0)
+    hidden, weight, grad = torch.randn(37, 32), torch.randn(size, 32), torch.randn(37)
+    tokens, targets = torch.randint(0, size, (2, 37))
+    never = torch.rand(size, size) < 0.3
+    never[tokens[0], targets[0]] = True
+    outcomes = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        if dtype == torch.float64:
+            logits = (cap * torch.tanh(leaves[0] @ leaves[1].mT / cap)).masked_fill(never[tokens], -cap)
+            y = F.cross_entropy(logits, targets, reduction="none")
+        else:
+            y, _ = function(*leaves, tokens, targets, never, cap, True)
+        outcomes.append((y, *torch.autograd.grad(y, leaves, grad.to(dtype))))
+    for wanted, found in zip(*outcomes):
+        assert (found.double() - wanted).norm() < 1e-5 * wanted.norm()
+    stored = fused(hidden, weight, tokens, targets, never, cap, False)
+    assert torch.equal(stored[0], outcomes[1][0])
+    assert stored[1].numel() == 0
+
+
+def test_features_are_shared_by_spelling(byte_tokenizer):
+    assert spelling.features("▁The") == [
+        "space",
+        "capital",
+        "word the",
+        "<t",
+        "th",
+        "he",
+        "e>",
+        "<th",
+        "the",
+        "he>",
+        "<the",
+        "the>",
+    ]
+    tokenizer = t.Tokenizer(str(byte_tokenizer), 512)
+    matrix = spelling.feature_matrix(tokenizer, 100)
+    assert matrix.shape == (512, 100)
+    assert not matrix[:260].any()  # controls and bytes
+    lengths = matrix[260:].norm(dim=1)
+    assert (lengths < spelling.SCALE + 1e-6).all()
+    assert (lengths > 0).float().mean() > 0.9
+
+
+def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(script, byte_tokenizer, monkeypatch):
+    settings = tiny(tokenizer_path=str(byte_tokenizer))
+    names = [name for name, _ in t.build_model(settings, SOLO).named_parameters()]
+    spelling.install(script)
+    folded = []
+    monkeypatch.setattr(t, "quantize_model", lambda model, *_: folded.append(model) or {})
+    model = t.build_model(settings, SOLO)
+    trainer = t.Trainer(model, settings, SOLO, 128, 10**6, lambda *_: None)
+    (group,) = (g for g in trainer.optimizers.adam.param_groups if g["base_lr"] == settings.tied_embed_lr)
+    assert {tuple(p.shape) for p in group["params"]} >= {
+        (512, 32),
+        (model.embedding.parametrizations.weight[0].matrix.shape[1], 32),
+    }
+    tokens = random_tokens(2, 33)
+    before = model.embedding.weight.detach().clone()
+    for _ in range(3):
+        trainer._gradients(tokens[:, :-1], tokens[:, 1:], model.order(True))
+        trainer.optimizers.step(1.0, 0.9)
+    own = model.embedding.parametrizations.weight.original
+    assert not torch.equal(model.embedding.weight, before)
+    assert not torch.equal(model.embedding.weight, own)  # both parts have learned
+    nats = model.score(tokens[:, :-1], tokens[:, 1:], model.order(True))
+    whole = torch.compile(model.score, fullgraph=True, backend="aot_eager")  # as on a GPU
+    assert torch.allclose(whole(tokens[:, :-1], tokens[:, 1:], model.order(True)), nats, atol=1e-5)
+    sequences = type("Batches", (), {"next": lambda self: (tokens[:, :-1], tokens[:, 1:])})()
+    monkeypatch.setattr(t, "pack_artifact", lambda *_: b"")
+    monkeypatch.setattr(t, "write_whole", lambda *_: None)
+    t.export(trainer, sequences)
+    assert [name for name, _ in folded[0].named_parameters()] == names
+    assert torch.allclose(folded[0].score(tokens[:, :-1], tokens[:, 1:], model.order(True)), nats, atol=1e-5)
+
+
+@pytest.mark.parametrize("idea", ["impossible_pairs", "spelling"])
+def test_explore_trains_and_exports_with_an_idea(script, explore_here, idea):  # noqa: F811
+    usual = "it: SDCLIP_K=6", "--every", "1", "--export"
+    status, (without,), _ = explore_here(*usual)
+    assert status == 0
+    status, (line,), _ = explore_here(*usual, "--idea", str(IDEAS / f"{idea}.py"))
+    assert status == 0
+    assert line["bpb"] != without["bpb"]
+    assert abs(line["quantized"] - line["bpb"]["0.1"]) < 0.1
+    assert math.isfinite(line["final"])
