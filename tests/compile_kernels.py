@@ -16,7 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "0"  # triton reads it when it is imported
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "ideas")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -25,6 +26,7 @@ from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 from bench import tune  # noqa: E402
+from impossible_pairs import fused_cross_entropy  # noqa: E402
 
 TOKENS = 256  # a chunk and its neighbours: more would compile to the same
 
@@ -66,7 +68,9 @@ def compile_all(capability: int) -> None:
             torch.autograd.grad(y.sum().float() + square.sum(), tune.learned(projected, parameters))
         report(state)
     hidden, matrix = torch.randn(TOKENS, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
-    t.fused_cross_entropy(hidden, matrix, torch.zeros(TOKENS, dtype=torch.int64), 30.0, True)
+    targets, pairs = torch.zeros(TOKENS, dtype=torch.int64), torch.zeros(8192, 8192, dtype=torch.bool)
+    t.fused_cross_entropy(hidden, matrix, targets, 30.0, True)
+    fused_cross_entropy(hidden, matrix, targets, targets, pairs, 30.0, True)
     report(0)
 
 
