@@ -21,12 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "ideas")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from impossible_pairs import fused_cross_entropy  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 
 import train_gpt as t  # noqa: E402
 from bench import tune  # noqa: E402
-from impossible_pairs import fused_cross_entropy  # noqa: E402
 
 TOKENS = 256  # a chunk and its neighbours: more would compile to the same
 
