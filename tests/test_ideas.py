@@ -82,11 +82,8 @@ def test_a_unigram_model_has_none(tmp_path):
 
 def test_a_model_knows_them(script, byte_tokenizer):
     """Probabilities sum to one, those of impossible tokens are nothing, others are in the same proportion as before."""
-    settings, tokens, targets = (
-        tiny(tokenizer_path=str(byte_tokenizer)),
-        random_tokens(2, 9),
-        random_tokens(2, 9, seed=1),
-    )
+    settings = tiny(tokenizer_path=str(byte_tokenizer))
+    tokens, targets = random_tokens(2, 9), random_tokens(2, 9, seed=1)
     usual = random_model(settings)
     pairs.install(script)
     model = random_model(settings)
@@ -135,20 +132,7 @@ def test_the_fused_cross_entropy(size, cap, compiled):
 
 
 def test_features_are_shared_by_spelling(byte_tokenizer):
-    assert spelling.features("▁The") == [
-        "space",
-        "capital",
-        "word the",
-        "<t",
-        "th",
-        "he",
-        "e>",
-        "<th",
-        "the",
-        "he>",
-        "<the",
-        "the>",
-    ]
+    assert " ".join(spelling.features("▁The")) == "space capital word:the <t th he e> <th the he> <the the>"
     tokenizer = t.Tokenizer(str(byte_tokenizer), 512)
     matrix = spelling.feature_matrix(tokenizer, 100)
     assert matrix.shape == (512, 100)
@@ -167,10 +151,9 @@ def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(script, byt
     model = t.build_model(settings, SOLO)
     trainer = t.Trainer(model, settings, SOLO, 128, 10**6, lambda *_: None)
     (group,) = (g for g in trainer.optimizers.adam.param_groups if g["base_lr"] == settings.tied_embed_lr)
-    assert {tuple(p.shape) for p in group["params"]} >= {
-        (512, 32),
-        (model.embedding.parametrizations.weight[0].matrix.shape[1], 32),
-    }
+    shared = model.embedding.parametrizations.weight[0].shared
+    assert any(p is shared for p in group["params"])
+    assert any(p is model.embedding.parametrizations.weight.original for p in group["params"])
     tokens = random_tokens(2, 33)
     before = model.embedding.weight.detach().clone()
     for _ in range(3):

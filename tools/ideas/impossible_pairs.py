@@ -62,48 +62,17 @@ def table(path: str, vocab_size: int) -> Tensor:
     return torch.from_numpy(impossible_pairs(merge_order(t.Tokenizer(path, vocab_size)), vocab_size))
 
 
-# ---- On a GPU, as train_gpt.py's cross-entropy ------------------------------------------------------------------------
-
-tl, exp2, reciprocal, number, constexpr = getattr(t, "tl", None), t.exp2, t.reciprocal, t.number, t.constexpr
-
-
-@t.jit
-def capped(logits, impossible, v, V: constexpr, cap: constexpr, FAST: constexpr):
-    """cap·tanh(logits / cap), and its slope; -cap and 0 for impossible tokens."""
-    tanh = 1.0 - 2.0 * reciprocal(1.0 + exp2(number(logits + v, v < V) * (2.88539008 / cap), FAST), FAST)
-    tanh = tl.where(tl.load(impossible + v, v < V, 0) != 0, -1.0, tanh)
-    return cap * tanh, 1.0 - tanh * tanh
-
-
-@t.jit
-def possible_cross_entropy_rows(
-    logits, tokens, targets, impossible, nats, V: constexpr, cap: constexpr, BLOCK: constexpr, SLOPES: constexpr,
-    FAST: constexpr,
-):  # fmt: skip
-    row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    logits += row * V
-    impossible += tl.load(tokens + row) * V
-    target = tl.load(targets + row)
-    own, _ = capped(logits, impossible, target, V, cap, FAST)
-    x, bend = capped(logits, impossible, v, V, cap, FAST)
-    share = tl.where(v < V, exp2(x * 1.44269504, FAST), 0.0)
-    total = tl.sum(share, axis=0)
-    tl.store(nats + row, tl.log(total) - own)
-    if SLOPES:
-        slope = (share / total - tl.where(v == target, 1.0, 0.0)) * bend
-        tl.store(logits + v, slope, v < V)
-
-
 @torch.library.custom_op("ideas::possible_cross_entropy", mutates_args=())
 def fused_cross_entropy(
     hidden: Tensor, weight: Tensor, tokens: Tensor, targets: Tensor, impossible: Tensor, cap: float, slopes: bool
 ) -> tuple[Tensor, Tensor]:
-    """t.fused_cross_entropy() of targets behind tokens (T,), with impossible pairs (V, V) bool."""
-    logits = F.linear(hidden, weight)
+    """t.fused_cross_entropy() of targets behind tokens (T,), with impossible pairs (V, V) bool. A logit of -infinity is capped at
+    -cap and has a slope of 0. In the script, the kernel could read the pairs itself; here they are a pass of their own."""
+    logits = F.linear(hidden, weight).masked_fill_(impossible[tokens], -torch.inf)
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = t.triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
-    arguments = logits, tokens, targets, impossible, nats, size, cap, block, slopes, fast
-    t.launch(possible_cross_entropy_rows, (len(hidden),), *arguments, warps=max(4, block // 2048))
+    arguments = logits, targets, nats, size, cap, block, slopes, fast
+    t.launch(t.cross_entropy_rows, (len(hidden),), *arguments, warps=max(4, block // 2048))
     return nats, logits if slopes else logits.new_empty(0)
 
 

@@ -23,7 +23,7 @@ def features(piece: str) -> list[str]:
     core = piece.lstrip("▁")
     framed = f"<{core.lower()}>"
     groups = [framed[i : i + size] for size in (2, 3, 4) for i in range(len(framed) - size + 1)]
-    return ["space"] * piece.startswith("▁") + ["capital"] * core[:1].isupper() + [f"word {core.lower()}", *groups]
+    return ["space"] * piece.startswith("▁") + ["capital"] * core[:1].isupper() + [f"word:{core.lower()}", *groups]
 
 
 def feature_matrix(tokenizer: t.Tokenizer, most: int) -> Tensor:
@@ -66,9 +66,8 @@ def install(script) -> None:
         def __init__(self, model, settings, *others):
             tokenizer = script.Tokenizer(settings.tokenizer_path, settings.vocab_size)
             matrix = feature_matrix(tokenizer, FEATURES).to(model.embedding.weight.device)
-            parametrize.register_parametrization(
-                model.embedding, "weight", SharedBySpelling(matrix, settings.model_dim)
-            )
+            shared = SharedBySpelling(matrix, settings.model_dim)
+            parametrize.register_parametrization(model.embedding, "weight", shared)
             super().__init__(model, settings, *others)
 
     def export(trainer, batches) -> dict:
