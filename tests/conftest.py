@@ -1,5 +1,6 @@
 """Fixtures: data made once per session. Plain helpers are in helpers.py."""
 
+import json
 import os
 import signal
 import subprocess
@@ -44,6 +45,24 @@ def signal_handlers():
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def explore_here(monkeypatch, capsys, shards, tmp_path, signal_handlers):
+    """explore_here(*arguments): tools/explore.py's status, the lines on its standard output as objects, and what else it said."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import explore
+    from test_run import run_environment
+
+    def start(*arguments: str):
+        monkeypatch.setattr(os, "environ", run_environment(shards, tmp_path, train_log_every=1))
+        monkeypatch.setattr(sys, "argv", ["explore.py", *arguments])
+        capsys.readouterr()
+        status = explore.main()
+        said = capsys.readouterr()
+        return status, [json.loads(line) for line in said.out.splitlines()], said.err
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -23,19 +23,24 @@ def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap
     return t.fused_cross_entropy(hidden, weight, targets, cap, True)[0]
 
 
+def assert_equal_in_float64(exact, fused, compiled: bool, hidden, weight, grad, *others) -> None:
+    """Nats and gradients of exact(hidden, weight, *others) in float64 and of fused() in float32, perhaps compiled."""
+    function = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
+    outcomes = []
+    for nats, dtype in ((exact, torch.float64), (function, torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        y = nats(*leaves, *others)
+        outcomes.append((y, *torch.autograd.grad(y, leaves, grad.to(dtype))))
+    for wanted, found in zip(*outcomes):
+        assert (found.double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
 @interpreted
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("vocabulary", "cap"), [(1000, 30.0), (1024, 15.0), (17, 3.0), (1000, 60.0)])
 def test_nats_and_gradients(vocabulary, cap, compiled):
-    *given, grad = case(vocabulary)
-    function = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
-    outcomes = []
-    for nats, dtype in ((exact, torch.float64), (function, torch.float32)):
-        leaves = [x.to(dtype).requires_grad_() for x in given[:2]]
-        y = nats(*leaves, given[2], cap)
-        outcomes.append((y, *torch.autograd.grad(y, leaves, grad.to(dtype))))
-    for wanted, found in zip(*outcomes):
-        assert (found.double() - wanted).norm() < 1e-5 * wanted.norm()
+    hidden, weight, targets, grad = case(vocabulary)
+    assert_equal_in_float64(exact, fused, compiled, hidden, weight, grad, targets, cap)
 
 
 @interpreted

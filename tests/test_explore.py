@@ -16,21 +16,6 @@ sys.path.insert(0, str(SCRIPT.parent / "tools"))
 import explore  # noqa: E402
 
 
-@pytest.fixture
-def explore_here(monkeypatch, capsys, shards, tmp_path, signal_handlers):
-    """explore_here(*arguments): the status, the lines on the standard output as objects, and what else was said."""
-
-    def start(*arguments: str):
-        monkeypatch.setattr(os, "environ", run_environment(shards, tmp_path, train_log_every=1))
-        monkeypatch.setattr(sys, "argv", ["explore.py", *arguments])
-        capsys.readouterr()
-        status = explore.main()
-        said = capsys.readouterr()
-        return status, [json.loads(line) for line in said.out.splitlines()], said.err
-
-    return start
-
-
 def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp_path):
     """Before and after quantization and in the end, to the last digit shown."""
     assert run_here(monkeypatch, run_environment(shards, tmp_path, sdclip_k=6.0)) == 0

@@ -104,7 +104,7 @@ def install(script) -> None:
         def nats(self, hidden: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
             """Negative log-likelihood of targets (B, T) behind tokens, float32 nats."""
             rows, before, flat = hidden.flatten(0, 1), tokens.flatten(), targets.flatten()
-            if hidden.is_cuda and script.triton:
+            if hidden.is_cuda and t.triton:
                 weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
                 slopes = torch.is_grad_enabled()
                 nats, _ = fused_cross_entropy(rows, weight, before, flat, self.impossible, cap, slopes)

@@ -7,6 +7,7 @@ training the sum replaces them, so that the artifact holds no more than before. 
 
 from collections import Counter
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -29,14 +30,14 @@ def features(piece: str) -> list[str]:
 def feature_matrix(tokenizer: t.Tokenizer, most: int) -> Tensor:
     """Of each token the features that several have, at most so many, float32 (V, features); rows of length SCALE or less."""
     ids = list(range(len(tokenizer.is_special)))
-    ordinary = ~tokenizer.is_special & ~torch.tensor(tokenizer.model.IsByte(ids)).numpy()
-    found = [features(piece) if kept else [] for piece, kept in zip(tokenizer.model.IdToPiece(ids), ordinary)]
-    counts = Counter(name for names in found for name in set(names))
-    column = {name: i for i, (name, count) in enumerate(counts.most_common(most)) if count > 1}
+    ordinary = ~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids))
+    found = [Counter(features(piece) if kept else ()) for piece, kept in zip(tokenizer.model.IdToPiece(ids), ordinary)]
+    tokens_with = Counter(name for names in found for name in names)  # in one order in every process, also of equals
+    column = {name: i for i, (name, count) in enumerate(tokens_with.most_common(most)) if count > 1}
     matrix = torch.zeros(len(ids), len(column))
     for row, names in zip(matrix, found):
-        for name in set(names) & set(column):
-            row[column[name]] = names.count(name)
+        for name in names.keys() & column.keys():
+            row[column[name]] = names[name]
     return SCALE * matrix / matrix.norm(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -64,7 +65,7 @@ def install(script) -> None:
 
     class Trainer(script.Trainer):
         def __init__(self, model, settings, *others):
-            tokenizer = script.Tokenizer(settings.tokenizer_path, settings.vocab_size)
+            tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
             matrix = feature_matrix(tokenizer, FEATURES).to(model.embedding.weight.device)
             shared = SharedBySpelling(matrix, settings.model_dim)
             parametrize.register_parametrization(model.embedding, "weight", shared)
