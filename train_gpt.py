@@ -8,14 +8,17 @@ It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ
 code, loads it back and scores it, adapting to what it has scored. Sections follow the data:
 
     1. Settings: with presets and --help
-    2. Ranks: what several processes need from each other
+    2. Ranks and device: what several processes need from each other
     3. Data: shards, batches, bytes per token
-    4. Scans: the recurrences of Mamba-3, Mamba-2 and Mamba, slow and fast
+    4. The recurrence: Mamba-3's, in a loop and as matmuls
     5. Model: attention, Mamba and MLP blocks
     6. Optimizers: Muon for matrices, Adam for the rest, weight average, schedule
     7. Evaluation: scores, test-time training
-    8. Export: GPTQ and the artifact file
-    9. Run: log, training loop, main()
+    8. Quantization: GPTQ and grids
+    9. Artifact: entropy coding, the file, loading
+    10. Training and main: log, training loop, export, main()
+    11. Fused kernels: the scan and the cross-entropy in Triton
+    12. Published peers: the first Mamba and library kernels
 """
 
 import atexit
@@ -56,7 +59,9 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     constexpr = tl.constexpr
-    jit = triton.jit(do_not_specialize=["length", "batch", "chunks"])  # a 1 would become a number without a type
+    jit = triton.jit(
+        do_not_specialize=["length", "batch", "chunks"]
+    )  # a 1 would become a number without a type
 except ImportError:  # CPU builds of torch need none
     triton, jit, constexpr = None, lambda function: function, None
 
@@ -77,7 +82,7 @@ def need(condition, message: str):
         raise UserError(message)
 
 
-# ============
+# ==================================================================================================
 # 1. Settings
 # A field in capitals is its environment variable, named as in the contest.
 
@@ -95,7 +100,9 @@ class Settings:
     run_id: str = env("", "name", "names logs and artifact")
     device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
     compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
-    scan_backend: str = env("auto", "auto|triton|chunked|fused|parallel|sequential", "auto: the fastest here")
+    scan_backend: str = env(
+        "auto", "auto|triton|chunked|fused|parallel|sequential", "auto: the fastest here"
+    )
     micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
     warmup_steps: int = env(3, "steps", "to compile, off the clock")
     val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end")
@@ -108,8 +115,12 @@ class Settings:
     artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
     eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
 
-    data_path: str = env("./data/datasets/fineweb10B_sp8192/", "folder", "of *_train_*.bin and *_val_*.bin", "data")
-    tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model")
+    data_path: str = env(
+        "./data/datasets/fineweb10B_sp8192/", "folder", "of *_train_*.bin and *_val_*.bin", "data"
+    )
+    tokenizer_path: str = env(
+        "./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model"
+    )
     seed: int = env(1337, "integer", "of weights and batches")
     vocab_size: int = env(8192, "tokens > 0", "must be the tokenizer's")
     train_batch_tokens: int = env(524_288, "tokens > 0", "a step's, over all ranks")
@@ -155,7 +166,9 @@ class Settings:
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
     ema_decay: float = env(0.999, "below 1", "weight average; of short runs less")
 
-    quantizer: str = env("gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export")
+    quantizer: str = env(
+        "gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export"
+    )
     late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
     target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
     sdclip_k: float = env(0.0, "std", "int6 rows' k; 0: as fine as TARGET_MB allows")
@@ -195,6 +208,8 @@ HYBRID11 = {
     "vocab_size": 1024, "num_layers": 11, "mamba_layers": "0,2,4,6,8", "mamba_version": 1, "mamba_d_state": 16,
     "mamba_chunk_size": 256,
 }  # fmt: skip
+
+
 PRESETS = {
     "default": {},  # 8 GPUs, ten minutes
     "short": {  # three minutes on one GPU
@@ -227,10 +242,20 @@ PRESETS = {
 
 
 FIELDS = [f.name for f in fields(Settings)]
+
+
 ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
+
+
 # What an artifact's header holds.
-MODEL_FIELDS = sorted({"vocab_size", "document_reset", *ARCHITECTURE} - {"mamba_chunk_size", "recur_start"})
-TRAINING_FIELDS = FIELDS[FIELDS.index("seed") : FIELDS.index("eval_mode")]  # a resumed run keeps them
+MODEL_FIELDS = sorted(
+    {"vocab_size", "document_reset", *ARCHITECTURE} - {"mamba_chunk_size", "recur_start"}
+)
+
+
+TRAINING_FIELDS = FIELDS[
+    FIELDS.index("seed") : FIELDS.index("eval_mode")
+]  # a resumed run keeps them
 
 
 def parse_layers(settings, name: str) -> tuple[int, ...]:
@@ -256,13 +281,21 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     reject_misspelt(environment, set(kinds))
     preset = environment.get("PRESET", "default")
     need(preset in PRESETS, f"PRESET={preset} should be one of {', '.join(PRESETS)}")
-    given = {name.lower(): parse_value(name, text, kinds[name]) for name, text in environment.items() if name in kinds}
+    given = {
+        name.lower(): parse_value(name, text, kinds[name])
+        for name, text in environment.items()
+        if name in kinds
+    }
     return Settings(**PRESETS[preset] | given), set(given)
 
 
 def parse_value(name: str, text: str, kind: type):
     try:
-        value = {"0": False, "1": True, "false": False, "true": True}[text.lower()] if kind is bool else kind(text)
+        value = (
+            {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+            if kind is bool
+            else kind(text)
+        )
         if kind is float and not math.isfinite(value):
             raise ValueError
         return value
@@ -273,8 +306,23 @@ def parse_value(name: str, text: str, kind: type):
 
 def reject_misspelt(environment: dict[str, str], names: set[str]):
     """Refuses a variable that is nearly one of ours."""
-    families = ("LAYER_", "MAMBA_", "MUON_", "TTT_", "RECUR_", "BIGRAM_", "SDCLIP_", "WARMDOWN_", "ROPE_")
-    others = ("MAMBA_EXE", "MAMBA_ROOT_PREFIX", "MAMBA_FORCE_BUILD", "MAMBA_NO_BANNER")  # other programs' own
+    families = (
+        "LAYER_",
+        "MAMBA_",
+        "MUON_",
+        "TTT_",
+        "RECUR_",
+        "BIGRAM_",
+        "SDCLIP_",
+        "WARMDOWN_",
+        "ROPE_",
+    )
+    others = (
+        "MAMBA_EXE",
+        "MAMBA_ROOT_PREFIX",
+        "MAMBA_FORCE_BUILD",
+        "MAMBA_NO_BANNER",
+    )  # other programs' own
     flat = {name.replace("_", ""): name for name in names}
     for variable in environment:
         if variable in names or variable in others or variable.startswith("_"):
@@ -282,7 +330,9 @@ def reject_misspelt(environment: dict[str, str], names: set[str]):
         cutoff = 0.0 if variable.startswith(families) else 0.87
         near = difflib.get_close_matches(variable.upper().replace("_", ""), flat, 1, cutoff)
         if near and len(variable) > 3:
-            raise UserError(f"{variable} is not a setting; did you mean {flat[near[0]]}? (see --help)")
+            raise UserError(
+                f"{variable} is not a setting; did you mean {flat[near[0]]}? (see --help)"
+            )
 
 
 def validate_settings(settings, world_size: int):
@@ -308,7 +358,9 @@ def validate_settings(settings, world_size: int):
             check(f.name, 0 <= value <= high and not open_end, f"must be from 0 to {high} ({unit})")
     check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
 
-    mamba, _, order = (set(parse_layers(s, name)) for name in ("mamba_layers", "mlp_layers", "layer_order"))
+    mamba, _, order = (
+        set(parse_layers(s, name)) for name in ("mamba_layers", "mlp_layers", "layer_order")
+    )
     check("layer_order", len(order) == s.num_layers, "leaves out a layer")
     check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
     if len(mamba) < s.num_layers:
@@ -320,18 +372,32 @@ def validate_settings(settings, world_size: int):
         check("mamba_head_dim", fits, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             value = getattr(s, name)
-            check(name, value >= 8 and value & (value - 1) == 0, "must be a power of two, at least 8")
-    check("mamba_decay", s.mamba_decay == "softplus" or s.mamba_version == 3, "needs MAMBA_VERSION=3")
-    check("bigram_vocab_size", s.bigram_vocab_size != 1, "hashes every bigram alike; use 0 for none")
+            check(
+                name, value >= 8 and value & (value - 1) == 0, "must be a power of two, at least 8"
+            )
+    check(
+        "mamba_decay", s.mamba_decay == "softplus" or s.mamba_version == 3, "needs MAMBA_VERSION=3"
+    )
+    check(
+        "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes every bigram alike; use 0 for none"
+    )
 
     length, clock = s.train_seq_len, s.max_wallclock_seconds or math.inf
     check_multiple("train_batch_tokens", world_size * length, f"{world_size} ranks × TRAIN_SEQ_LEN")
     check_multiple("micro_batch_tokens", length, "TRAIN_SEQ_LEN")
-    check("export_reserve_seconds", s.export_reserve_seconds < clock, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
-    check("target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes")
+    check(
+        "export_reserve_seconds",
+        s.export_reserve_seconds < clock,
+        f"takes all of MAX_WALLCLOCK_SECONDS={clock}",
+    )
+    check(
+        "target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes"
+    )
     check("eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
     if s.adapts:
-        check_multiple("ttt_chunk_tokens", world_size * ttt_sequence_length(s, world_size), "ranks × sequence")
+        check_multiple(
+            "ttt_chunk_tokens", world_size * ttt_sequence_length(s, world_size), "ranks × sequence"
+        )
 
 
 def ttt_sequence_length(settings, world_size: int) -> int:
@@ -353,9 +419,10 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# ============
-# 2. Ranks
-# With one process, every method is the identity.
+# ==================================================================================================
+# 2. Ranks and device
+# What several processes need from each other. With one process, every method is the identity.
+
 
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 
@@ -403,18 +470,44 @@ def start_ranks(settings) -> Ranks:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        backend, device_id = (
+            ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        )
         store, *_ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # it survives a restart
+        store = dist.PrefixStore(
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store
+        )  # it survives a restart
         timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
-        dist.init_process_group(backend, None, timeout, world_size, rank, store, device_id=device_id)
+        dist.init_process_group(
+            backend, None, timeout, world_size, rank, store, device_id=device_id
+        )
         atexit.register(time.sleep, 0.1)  # gloo's threads drop tensors: later, they abort
     return Ranks(rank, world_size, device)
 
 
-# ============
+def largest_divisor(number: int, most: int) -> int:
+    return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
+
+
+def maybe_compile(function, settings, ranks):
+    """function, as one whole graph where compiling is on."""
+    if settings.compile == "off" or (settings.compile == "auto" and not ranks.gpu):
+        return function
+    torch._dynamo.config.recompile_limit = 64  # 8 are too few
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def synchronized_time() -> float:
+    """perf_counter() once the GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ==================================================================================================
 # 3. Data
 # Batches depend on seed and settings: 1 or 8 GPUs train on the same data.
+
 
 SHARD_MAGIC, SHARD_HEADER_BYTES = 20_240_520, 256 * 4
 
@@ -429,7 +522,10 @@ def open_shard(path: Path) -> np.ndarray:
     need(ours, f"{path} is not a token shard (wrong magic number or version); see data/prepare.py")
     count = int(header[2])
     wanted = SHARD_HEADER_BYTES + 2 * count
-    need(count >= 0 and wanted <= size, f"{path} has {size} bytes, but its header says {wanted}; download it again")
+    need(
+        count >= 0 and wanted <= size,
+        f"{path} has {size} bytes, but its header says {wanted}; download it again",
+    )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
@@ -441,13 +537,19 @@ def open_shards(folder: str, split: str) -> list[np.ndarray]:
 
 def check_token_range(tokens: np.ndarray, size: int, what: str):
     largest = int(tokens.max(initial=0))
-    need(largest < size, f"{what} hold token id {largest}, but VOCAB_SIZE={size}: another tokenizer made them")
+    need(
+        largest < size,
+        f"{what} hold token id {largest}, but VOCAB_SIZE={size}: another tokenizer made them",
+    )
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
     """(shard, first token) of windows of seq_len + 1 tokens for ever: shard by shard, to keep reads local, in a new
     order and at a new phase in each epoch."""
-    need(max(lengths) > seq_len, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
+    need(
+        max(lengths) > seq_len,
+        f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target",
+    )
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
@@ -462,8 +564,12 @@ class Batches:
     def __init__(self, settings, ranks, first: int = 0):
         self.settings, self.ranks = settings, ranks
         self.shards = open_shards(settings.data_path, "train")
-        windows = batch_windows([len(shard) for shard in self.shards], settings.train_seq_len, settings.seed)
-        self.windows = itertools.islice(windows, first * settings.train_batch_tokens // settings.train_seq_len, None)
+        windows = batch_windows(
+            [len(shard) for shard in self.shards], settings.train_seq_len, settings.seed
+        )
+        self.windows = itertools.islice(
+            windows, first * settings.train_batch_tokens // settings.train_seq_len, None
+        )
         self.stream = torch.cuda.Stream() if ranks.gpu else None
         self.thread = ThreadPoolExecutor(1)
         self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
@@ -498,14 +604,20 @@ class Tokenizer:
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece
 
-        need(Path(path).is_file(), f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
+        need(
+            Path(path).is_file(),
+            f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py",
+        )
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_file=path)
             ids = list(range(model.vocab_size()))
             pieces = model.IdToPiece(ids)
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        need(len(ids) == vocab_size, f"{path} has {len(ids)} tokens, but VOCAB_SIZE={vocab_size}: set them to agree")
+        need(
+            len(ids) == vocab_size,
+            f"{path} has {len(ids)} tokens, but VOCAB_SIZE={vocab_size}: set them to agree",
+        )
         special = model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)
         lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
         self.is_special = np.any(special, axis=0)
@@ -527,15 +639,17 @@ class ValidationSet(NamedTuple):
 def load_validation(settings, tokenizer) -> ValidationSet:
     tokens = np.concatenate(open_shards(settings.data_path, "val"))
     longer = len(tokens) > settings.train_seq_len
-    need(longer, f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target")
+    need(
+        longer,
+        f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target",
+    )
     check_token_range(tokens, settings.vocab_size, "the validation shards")
     return ValidationSet(tokens, tokenizer.target_bytes(tokens))
 
 
-# ============
-# 4. Scans
-# Mamba-3's (arXiv 2603.15569): in a loop, as matmuls, and those fused into Triton kernels. Mamba-2's is the same without
-# trapezoid, rotation and biases. At the end, the first Mamba's.
+# ==================================================================================================
+# 4. The recurrence
+# Mamba-3's (arXiv 2603.15569): in a loop, and as matmuls. Mamba-2's is the same without trapezoid, rotation and biases.
 
 
 class ScanInputs(NamedTuple):
@@ -591,22 +705,35 @@ class MambaParameters(NamedTuple):
 
 
 DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
+
+
 RESET_LOG_DECAY = -60.0  # a document start in sums of logarithms: exp(-60) = 1e-26
 
 
 def mamba_scan(
-    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, document_start: Tensor | None,
-    state: ScanState | None, backend: str, chunk_size: int,
-) -> tuple[Tensor, Tensor, ScanState]:  # fmt: skip
+    projected: Tensor,
+    parameters: MambaParameters,
+    sizes: MambaSizes,
+    document_start: Tensor | None,
+    state: ScanState | None,
+    backend: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, ScanState]:
     """Between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P), its mean square (B, L), and the state."""
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
-    y, state = sequential_scan(inputs, state) if backend == "sequential" else chunked_scan(inputs, state, chunk_size)
+    y, state = (
+        sequential_scan(inputs, state)
+        if backend == "sequential"
+        else chunked_scan(inputs, state, chunk_size)
+    )
     return y.flatten(2), y.to(inputs.step_size.dtype).square().mean((2, 3)), state
 
 
-def scan_inputs(projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start: Tensor | None) -> ScanInputs:
+def scan_inputs(
+    projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start: Tensor | None
+) -> ScanInputs:
     """in_proj's columns as a scan reads them."""
     decay_rate = p.decay_rate
     gate, value, key, query, step, *dynamics = projected.split(sizes.columns(), dim=-1)
@@ -615,7 +742,9 @@ def scan_inputs(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
     if sizes.version == 3:
         decay, *dynamics = dynamics
         size = decay.to(dtype).abs() + 1  # softplus falls like exp(x), 1 / (1 - x) more slowly
-        rate = torch.where(decay > 0, size, 1 / size) if p.heavy_tail else F.softplus(decay.to(dtype))
+        rate = (
+            torch.where(decay > 0, size, 1 / size) if p.heavy_tail else F.softplus(decay.to(dtype))
+        )
         decay_rate = -rate.clamp(min=DECAY_FLOOR)
         key, query = norm(key, p.key_norm, 1e-5), norm(query, p.query_norm, 1e-5)
     step_size = F.softplus(step.to(dtype) + p.step_bias)
@@ -626,7 +755,9 @@ def scan_inputs(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
 def norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dimension, in float32 or more, back in x's dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), (x.shape[-1],), None if weight is None else weight.to(wide), eps).to(x.dtype)
+    return F.rms_norm(
+        x.to(wide), (x.shape[-1],), None if weight is None else weight.to(wide), eps
+    ).to(x.dtype)
 
 
 def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
@@ -652,7 +783,9 @@ def prepare_scan(inputs: ScanInputs, state: ScanState | None) -> tuple:
     query = inputs.query.to(dtype).unsqueeze(2) + inputs.query_bias.to(dtype)
     angle = state.angle.unsqueeze(1).expand(-1, key.shape[1], -1, -1)
     if inputs.angle_rate is not None:
-        turn = math.pi * torch.tanh(inputs.angle_rate.to(dtype)).unsqueeze(2) * step_size.unsqueeze(-1)
+        turn = (
+            math.pi * torch.tanh(inputs.angle_rate.to(dtype)).unsqueeze(2) * step_size.unsqueeze(-1)
+        )
         angle = state.angle.unsqueeze(1) + turn.cumsum(dim=1)
         key, query = rotate_pairs(key, angle), rotate_pairs(query, angle)
     current, previous = step_size, torch.zeros_like(step_size)
@@ -662,7 +795,9 @@ def prepare_scan(inputs: ScanInputs, state: ScanState | None) -> tuple:
     return state, key, query, angle, inputs.value.to(dtype), current, previous
 
 
-def finish_scan(inputs: ScanInputs, y: Tensor, angle: Tensor, ssm: Tensor, key: Tensor, value: Tensor) -> tuple:
+def finish_scan(
+    inputs: ScanInputs, y: Tensor, angle: Tensor, ssm: Tensor, key: Tensor, value: Tensor
+) -> tuple:
     """y with skip and gate, in value's dtype, and the state."""
     y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * value
     y = (y * F.silu(inputs.gate.to(y.dtype))).to(inputs.value.dtype)
@@ -686,7 +821,9 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
     return finish_scan(inputs, torch.stack(outputs, dim=1), angle, ssm, key, value)
 
 
-def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -> tuple[Tensor, ScanState]:
+def chunked_scan(
+    inputs: ScanInputs, state: ScanState | None, chunk_size: int
+) -> tuple[Tensor, ScanState]:
     """As matmuls within chunks and a short loop between them, after Mamba-2's SSD (arXiv 2405.21060).
 
     The trapezoid folds into one weight per key, w_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}:
@@ -717,7 +854,9 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     # 3. Between chunks: each leaves a state behind; states pass on, decayed.
     to_end = (total[..., -1:] - total).exp() * weight_c
     left_behind = (value_c * to_end.unsqueeze(-1)).mT @ key_c  # (B, H, chunks, P, N)
-    ssm = state.ssm + (previous[:, 0, :, None] * state.value).unsqueeze(-1) * state.key.unsqueeze(-2)
+    ssm = state.ssm + (previous[:, 0, :, None] * state.value).unsqueeze(-1) * state.key.unsqueeze(
+        -2
+    )
     incoming = []
     for chunk in range(left_behind.shape[2]):
         incoming.append(ssm)
@@ -730,23 +869,1627 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int) -
     return finish_scan(inputs, y, angle, ssm, key, value)
 
 
+def choose_scan_backend(settings, device: torch.device) -> str:
+    """SCAN_BACKEND, or what "auto" stands for on this device."""
+    gpu, version = device.type == "cuda", settings.mamba_version
+    names = [["fused", "parallel"], ["chunked"], ["triton", "chunked"]][version - 1] + [
+        "sequential"
+    ]
+    runs = triton and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
+    unknown = (
+        version == 1 and settings.document_reset or settings.mamba_decay != "softplus"
+    )  # to fast kernels
+    if unknown or not runs:
+        names = names[-2:]
+    backend = names[0 if gpu else -2] if settings.scan_backend == "auto" else settings.scan_backend
+    need(
+        backend in names,
+        f"SCAN_BACKEND={backend} needs a GPU or other layers; slower: {', '.join(names)}",
+    )
+    same_bits = backend in ("triton", "parallel") or not (gpu and settings.deterministic)
+    need(same_bits, f"DETERMINISTIC=1 needs another SCAN_BACKEND than {backend}")
+    try:
+        for module in LIBRARIES if backend == "fused" else ():
+            importlib.import_module(module)
+    except ImportError as error:
+        install = "pip install --no-build-isolation mamba-ssm causal-conv1d"
+        raise UserError(f"{error}: {install}; slower: SCAN_BACKEND=parallel") from None
+    return backend
+
+
+# ==================================================================================================
+# 5. Model
+# Weights are float32, activations bfloat16 on GPUs. Depth recurrence is another order of blocks.
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    document_start: Tensor | None  # (B, T) bool
+    cos: Tensor  # (T, rotating pairs)
+    sin: Tensor
+
+
+class Linear(nn.Linear):
+    """Without bias, in the input's dtype. scale multiplies rows after the product, as if before."""
+
+    def __init__(self, in_features: int, out_features: int, zero: bool = False):
+        super().__init__(in_features, out_features, bias=False)
+        nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=in_features**-0.5)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight.to(x.dtype))
+        return y if scale is None else (y * scale).to(x.dtype)
+
+
+# For good: in a graph, they would keep it out of the compiler's cache.
+first_that_can = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+attention_kernels = sdpa_kernel(first_that_can, set_priority=True)
+
+
+attention_kernels.__enter__()
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention, (B, T, heads, D) -> the same shape as query."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=gqa
+    ).transpose(1, 2)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the first 2R entries of each head of x (B, T, heads, D), halves as pairs, by angles (T, R)."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: keys normed, queries normed with a gain, heads gated."""
+
+    def __init__(self, settings):
+        super().__init__()
+        width, self.head_dim = settings.model_dim, settings.model_dim // settings.num_heads
+        kv_width = settings.num_kv_heads * self.head_dim
+        self.query, self.key, self.value = (
+            Linear(width, rows) for rows in (width, kv_width, kv_width)
+        )
+        self.out = Linear(width, width, zero=True)
+        self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
+        self.gate = nn.Parameter(torch.zeros(settings.num_heads, min(16, width)))
+
+    def forward(self, x: Tensor, context) -> Tensor:
+        query, key, value = (
+            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value)
+        )
+        query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
+        query, key = (rotary(x, context.cos, context.sin) for x in (query, key))
+        y = sdpa(query, key, value)
+        gate = 2 * F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)).sigmoid()
+        return self.out((y * gate.unsqueeze(-1)).flatten(2))
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution and SiLU."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5)
+        )
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        """x (B, L, C) -> the same shape."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if fused:
+            return library_conv(x.mT.contiguous(), weight, bias).mT
+        inputs, taps = F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight.unbind(1)
+        return F.silu(bias + sum(tap * inputs[:, i : i + x.shape[1]] for i, tap in enumerate(taps)))
+
+
+STEP_RANK = 16  # of the first Mamba's step sizes
+
+
+class Mamba(nn.Module):
+    """Mamba-3, Mamba-2 (constant decay rates, a short convolution over x, B, C), or the first Mamba (step, B, C made of the
+    convolved x). Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
+
+    def __init__(self, settings, device: torch.device):
+        super().__init__()
+        s, version, inner, n = (
+            settings,
+            settings.mamba_version,
+            settings.mamba_inner_dim,
+            settings.mamba_d_state,
+        )
+        self.backend, self.chunk_size = choose_scan_backend(s, device), s.mamba_chunk_size
+        channels = s.mamba_head_dim if version > 1 else 1
+        heads = inner // channels
+        self.sizes = MambaSizes(
+            heads, channels, n, n // 4, version
+        )  # half the state turns, in pairs
+        columns = self.sizes.columns()
+        self.in_proj = Linear(s.model_dim, sum(columns))
+        self.in_proj.dynamics_rows = sum(columns[4:])  # the last; 8 bits in the artifact
+        self.out_proj = Linear(inner, s.model_dim, zero=True)
+
+        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(
+            step + torch.log(-torch.expm1(-step))
+        )  # softplus(dt_bias) = step
+        self.D = nn.Parameter(torch.ones(heads))
+        self.heavy_tail = s.mamba_decay == "heavy_tail"
+        if version == 3:
+            self.B_norm, self.C_norm = (nn.Parameter(torch.ones(n)) for _ in "BC")
+            self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, n)) for _ in "BC")
+        elif version == 2:
+            self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        else:
+            self.x_proj, self.dt_proj = Linear(inner, STEP_RANK + 2 * n), Linear(STEP_RANK, inner)
+            self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
+        self.conv = ShortConv(inner + sum(columns[2:4]), s.mamba_d_conv) if version < 3 else None
+
+    def forward(self, u: Tensor, context) -> Tensor:
+        projected, sizes, backend = self.in_proj(u), self.sizes, self.backend
+        if self.conv is not None:
+            inner = self.out_proj.in_features
+            gate, mixed, rest = projected.tensor_split(
+                [inner, inner + len(self.conv.weight)], dim=-1
+            )
+            mixed = self.conv(mixed, backend == "fused")
+            projected = torch.cat([gate, mixed, rest], dim=-1)
+        shared = context.document_start, None, backend, self.chunk_size
+        if sizes.version == 1:
+            step, key, query = self.x_proj(mixed).tensor_split(
+                [-2 * sizes.state, -sizes.state], dim=-1
+            )
+            tensors = (
+                mixed,
+                self.dt_proj(step),
+                -self.A_log.exp(),
+                key,
+                query,
+                self.D,
+                gate,
+                self.dt_bias,
+            )
+            (y, _), scale = selective_scan(tensors, *shared), None
+        else:
+            if sizes.version == 3:
+                learned = self.B_bias, self.C_bias, self.B_norm, self.C_norm, None, self.heavy_tail
+            else:
+                no_bias = torch.zeros_like(self.D).unsqueeze(1)
+                learned = no_bias, no_bias, None, None, -self.A_log.exp()
+            y, square, _ = mamba_scan(
+                projected, MambaParameters(self.dt_bias, self.D, *learned), sizes, *shared
+            )
+            scale = (square + 1e-5).rsqrt().unsqueeze(-1)  # a norm without a weight: no pass over y
+        return self.out_proj(y, scale)
+
+
+class MLP(nn.Module):
+    """LeakyReLU(0.5) squared between two matrices."""
+
+    def __init__(self, settings):
+        super().__init__()
+        hidden = int(settings.mlp_mult * settings.model_dim)
+        self.up = Linear(settings.model_dim, hidden)
+        self.down = Linear(hidden, settings.model_dim, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x), 0.5).square())
+
+
+class Block(nn.Module):
+    """A mixer and perhaps an MLP, each adding to the residual stream."""
+
+    def __init__(self, settings, layer: int, device: torch.device):
+        super().__init__()
+        mamba, mlp = (
+            layer in parse_layers(settings, name) for name in ("mamba_layers", "mlp_layers")
+        )
+        self.mixer = Mamba(settings, device) if mamba else Attention(settings)
+        self.mlp = MLP(settings) if mlp else None
+        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, x: Tensor, embedded: Tensor, context) -> Tensor:
+        keep, mix = self.residual_mix.to(x.dtype)
+        x = keep * x + mix * embedded
+        x = x + self.mixer(norm(x), context)
+        return x if self.mlp is None else x + self.mlp(norm(x))
+
+
+class Model(nn.Module):
+    """forward() gives hidden states, logits() and nats() read them out."""
+
+    def __init__(self, settings, device: torch.device):
+        super().__init__()
+        self.settings = s = settings
+        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.full_order = parse_layers(s, "layer_order")
+        self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
+        nn.init.normal_(self.embedding.weight, std=0.005)
+        if s.bigram_vocab_size:
+            self.bigram_embedding = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
+            nn.init.zeros_(self.bigram_embedding.weight)
+            self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
+            self.bigram_scale = nn.Parameter(torch.tensor(0.05))
+        self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
+        if s.unet_skips and len(self.full_order) > 1:
+            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2))
+        pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
+        frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
+        # A table, or each kernel would compute it anew.
+        angles = torch.arange(s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
+        self.register_buffer(
+            "rotary_table", torch.stack([angles.cos(), angles.sin()]), persistent=False
+        )
+        self.to(device)
+
+    def linear_layers(self) -> dict[str, Linear]:
+        """By the names of their weights."""
+        return {f"{name}.weight": m for name, m in self.named_modules() if isinstance(m, Linear)}
+
+    def order(self, recurrent: bool) -> tuple[int, ...]:
+        return self.full_order if recurrent else tuple(range(len(self.blocks)))
+
+    def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
+        """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
+        x = embedded = self._embed(tokens)
+        document_start = tokens == BOS_ID if self.settings.document_reset else None
+        context = Context(document_start, *self.rotary_table[:, : tokens.shape[1]])
+        half, skips = len(order) // 2 if self.settings.unet_skips else 0, []
+        for position, layer in enumerate(order):
+            if position >= len(order) - half:
+                x = x + self.skip_weights[position - len(order) + half].to(x.dtype) * skips.pop()
+            x = self.blocks[layer](x, embedded, context)
+            if position < half:
+                skips.append(x)
+        return norm(x)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        s = self.settings
+        x = self.embedding(tokens).to(self.compute_dtype)
+        if s.bigram_vocab_size:
+            before = F.pad(tokens[:, :-1], (1, 0), value=BOS_ID)
+            row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
+            row = row.masked_fill(tokens == BOS_ID, 0)  # what begins a document, follows nothing
+            bigram = self.bigram_embedding(row).to(x.dtype)
+            x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
+        return norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped float32 logits, one for each token of the vocabulary."""
+        logits, cap = (
+            F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float(),
+            self.settings.logit_softcap,
+        )
+        return cap * torch.tanh(logits / cap)
+
+    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
+        rows, flat = hidden.flatten(0, 1), targets.flatten()
+        if hidden.is_cuda and triton:
+            weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
+            nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
+        else:
+            nats = F.cross_entropy(self.logits(rows), flat, reduction="none")
+        return nats.view(targets.shape)
+
+    def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        return self.nats(self(tokens, order), targets)
+
+    def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        return self.score(tokens, targets, order).mean()
+
+
+def build_model(settings, ranks) -> Model:
+    """A new model on the rank's device, the same on every rank."""
+    torch.manual_seed(settings.seed)
+    return Model(settings, ranks.device)
+
+
+# ==================================================================================================
+# 6. Optimizers
+# Muon for matrices, Adam for the rest, weight average, schedule.
+
+
+# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow.
+POLAR_EXPRESS = (
+    (8.20516, -22.90194, 16.46072),
+    (4.06640, -2.86115, 0.51840),
+    (3.90959, -2.82335, 0.52504),
+    (3.28556, -2.41530, 0.48529),
+    (2.27787, -1.61982, 0.39848),
+    (1.875, -1.25, 0.375),
+)
+
+
+def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
+    """Nearest semi-orthogonal matrices to batches (n, rows, columns), by Newton-Schulz steps from x to P x, P = a + b G + c G²,
+    and G = x x^T to P G P: three at a time of G alone, padded to one shape (dao-lab.ai/blog/2026/gram-newton-schulz)."""
+    xs = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]
+    xs = [x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7) for x in xs]
+    xs, size = [x.half() if x.is_cuda else x for x in xs], max(x.shape[-2] for x in xs)
+    for first in range(0, steps, 3):
+        gram, product = torch.cat([F.pad(x @ x.mT, 2 * (0, size - x.shape[-2])) for x in xs]), None
+        for step in range(first, min(first + 3, steps)):
+            a, b, c = POLAR_EXPRESS[min(step, 5)]
+            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            poly.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = poly if product is None else poly @ product
+            gram = poly @ gram @ poly
+        products = product.split([len(x) for x in xs])
+        xs = [y[:, : x.shape[-2], : x.shape[-2]] @ x for x, y in zip(xs, products)]
+    return [x if x.shape == like.shape else x.mT for x, like in zip(xs, batches)]
+
+
+def momentum_updates(
+    gradients: list[list[Tensor]], buffers: list[Tensor], momentum, found_inf, steps: int
+):
+    """Each group's Nesterov update, orthogonalized, and finite."""
+    updates = []
+    for mine, buffer in zip(gradients, buffers):
+        gradient = torch.where(found_inf > 0, buffer, torch.stack(mine))  # momentum stays
+        buffer.lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(buffer, momentum)
+        updates.append(
+            update / (update.norm(dim=-1, keepdim=True) + 1e-12)
+        )  # rows of one length (MuonEq-R)
+    return orthogonalize(updates, steps)
+
+
+def apply_updates(
+    parameters: list[list[Tensor]],
+    updates: list[Tensor],
+    rates: list,
+    decays: list[float],
+    found_inf,
+):
+    """Decay and step of each group's matrices."""
+    for group, update, rate, decay in zip(parameters, updates, rates, decays):
+        rate = rate * (1 - found_inf)
+        step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
+        for p, change in zip(group, update.unbind()):
+            p.mul_(1 - rate * decay).sub_(step * change.float())
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024). Groups hold matrices of one shape; each rank
+    orthogonalizes its share, and gathers the others'. With a found_inf, float32 (), of 1 step() changes nothing."""
+
+    def __init__(self, groups: list[dict], settings, ranks):
+        super().__init__(groups, {})
+        self.ranks, self.steps = ranks, settings.muon_backend_steps
+        self.found_inf = torch.zeros((), device=ranks.device)
+        self.updates, self.apply = (
+            maybe_compile(f, settings, ranks) for f in (momentum_updates, apply_updates)
+        )
+        for first, *rest in (group["params"] for group in self.param_groups):
+            count = -(-(len(rest) + 1) // ranks.world_size) * ranks.world_size
+            self.state[first] = first.new_zeros(count, *first.shape)
+
+    def gather_momentum(self) -> list[Tensor]:
+        """Of every group's matrices, from all ranks."""
+        for buffer in self.state.values():
+            buffer.copy_(self.ranks.concatenate(self._share(buffer)))
+        return [
+            buffer[: len(g["params"])] for buffer, g in zip(self.state.values(), self.param_groups)
+        ]
+
+    def _share(self, buffer: Tensor) -> Tensor:
+        return buffer.chunk(self.ranks.world_size)[self.ranks.rank]
+
+    @torch.no_grad()
+    def step(self):
+        parameters, rates, decays = (
+            [g[name] for g in self.param_groups] for name in ("params", "lr", "weight_decay")
+        )
+        gradients, buffers = [], [self._share(buffer) for buffer in self.state.values()]
+        for group, buffer in zip(parameters, buffers):
+            mine = [p.grad for p in group[self.ranks.rank * len(buffer) :][: len(buffer)]]
+            gradients.append(mine + [torch.zeros_like(x) for x in buffer[len(mine) :]])
+        updates = self.updates(
+            gradients, buffers, self.param_groups[0]["momentum"], self.found_inf, self.steps
+        )
+        self.apply(
+            parameters, list(map(self.ranks.concatenate, updates)), rates, decays, self.found_inf
+        )
+
+
+class Optimizers:
+    """Muon and Adam. skipped, float32 (2,), counts steps without finite gradients: all, and the last in a row."""
+
+    def __init__(self, model, settings, ranks):
+        s = settings
+        groups, matrices = collections.defaultdict(list), model.linear_layers()
+        for name, p in model.named_parameters():
+            if name in matrices:
+                mamba = "mixer" in name and "_proj" in name
+                groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(
+                    p
+                )
+            elif name.endswith("embedding.weight"):
+                groups[s.tied_embed_lr, s.weight_decay, 1e-8].append(p)
+            else:  # eps: a residual mix's first gradients are rounding errors
+                groups[s.scalar_lr, 0.0, 1e-6].append(p)
+        muon, adam = [], []
+        for (rate, decay, kind), parameters in groups.items():
+            group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
+            muon.append(group) if isinstance(kind, torch.Size) else adam.append(
+                group | {"eps": kind}
+            )
+        self.muon = Muon(muon, s, ranks)
+        self.adam = torch.optim.AdamW(
+            adam, lr=0.0, betas=(0.9, 0.95), fused=True, capturable=ranks.gpu
+        )
+        self.parameters = list(model.parameters())
+        self.skipped = torch.zeros(2, device=ranks.device)
+
+    @torch.no_grad()
+    def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
+        """Clips, uses and drops the gradients. The device decides whether to skip: no host waits."""
+        lr_factor, momentum = (
+            torch.as_tensor(x, device=self.skipped.device) for x in (lr_factor, momentum)
+        )
+        skip = ~nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite()
+        self.skipped += skip
+        self.skipped[1] *= skip
+        for optimizer in (self.muon, self.adam):
+            optimizer.found_inf = skip.float()
+            for group in optimizer.param_groups:
+                group.update(lr=group["base_lr"] * lr_factor, momentum=momentum)
+            optimizer.step()
+        for p in self.parameters:
+            p.grad = None
+
+
+class WeightAverage:
+    """Exponential moving average of the weights."""
+
+    def __init__(self, model, settings):
+        self.decay, self.parameters = settings.ema_decay, list(model.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, steps_done: int, skipped: Tensor):
+        """Takes in the weights after steps_done steps; not if skipped, (), is 1. It looks back a tenth of a run."""
+        rate = (1 - skipped) * max(1 - self.decay, 1 / max(1.0, 0.1 * steps_done))
+        torch._foreach_mul_(self.average, 1 - rate)
+        torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
+
+    @torch.no_grad()
+    def apply(self):
+        torch._foreach_copy_(self.parameters, self.average)
+
+
+class Schedule(NamedTuple):
+    progress: float  # part of the run that is over
+    lr_factor: float
+    momentum: float
+    recurrent: bool
+    quantized: bool
+
+
+def schedule_at(settings, step: int, seconds: float) -> Schedule:
+    """What holds for step (from 0) after seconds of the training clock."""
+    s = settings
+    train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
+    by_steps = step / s.iterations
+    by_clock = seconds / train_seconds if s.max_wallclock_seconds else 0.0
+    progress = min(1.0, max(by_steps, by_clock))
+    warmdown = s.warmdown_fraction
+    if s.warmdown_iters:
+        step_part = (
+            1 / s.iterations if by_steps >= by_clock else seconds / max(step, 1) / train_seconds
+        )
+        warmdown = min(1.0, s.warmdown_iters * step_part)
+    ramp = lambda part, whole: min(1.0, part / whole) if whole else 1.0
+    decay = ramp(1 - progress, warmdown)
+    factor = ramp(progress + 1 / s.iterations, 0.01) * decay
+    momentum = s.muon_momentum * (0.9 + 0.1 * ramp(progress, 0.1))
+    quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
+    return Schedule(progress, factor, momentum, progress >= s.recur_start, quantized)
+
+
+# ==================================================================================================
+# 7. Evaluation
+# A plan of windows says which targets a forward pass scores, with what context.
+
+
+class Window(NamedTuple):
+    """Reads tokens[context:last] and scores targets first <= p < last, which are tokens[p + 1]."""
+
+    context: int
+    first: int
+    last: int
+
+
+def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
+    """This rank's windows; each target is scored once. Sliding, they move by EVAL_STRIDE and score what is new."""
+    length = settings.train_seq_len
+    stride = settings.eval_stride if settings.eval_mode == "sliding" else length
+    windows = [
+        Window(max(0, p + stride - length), p, min(p + stride, last))
+        for p in range(first, last, stride)
+    ]
+    return windows[rank::world_size]
+
+
+class Score(NamedTuple):
+    val_loss: float  # nats per target
+    val_bpb: float
+    nats: np.ndarray  # (N,) float32, in stream order
+    epochs_given_up: int  # of test-time training
+
+
+class Evaluator:
+    """Scores a validation set, once."""
+
+    def __init__(self, model, settings, ranks, validation: ValidationSet, recurrent=True):
+        self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
+        self.order = model.order(recurrent)
+        self.score_function = maybe_compile(model.score, settings, ranks)
+        self.loss_function = maybe_compile(model.loss, settings, ranks)
+        s, self.total = settings, len(validation.target_bytes)
+        self.nats = torch.zeros(self.total, device=ranks.device)
+        self.times_scored = np.zeros(self.total, dtype=np.uint8)
+        self.chunk = min(self.total, s.ttt_chunk_tokens) if s.adapts else self.total
+        windows = len(plan_windows(s, 0, self.chunk, 0, ranks.world_size))
+        self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
+
+    def score(self, clock_started: float, say=lambda text: None) -> Score:
+        """With test-time training, each chunk but the last is trained on once scored, less if time since clock_started
+        (a perf_counter()) runs short."""
+        s = self.settings
+        starts = range(0, self.total, self.chunk)
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=s.ttt_momentum)
+        epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
+        for index, first in enumerate(starts):
+            last = min(first + self.chunk, self.total)
+            started = synchronized_time()
+            self._score_targets(first, last)
+            scored = synchronized_time()
+            chunks_left = len(starts) - 1 - index
+            if not chunks_left:
+                break
+            left = clock_started + s.eval_max_seconds - scored
+            if index > 1:  # the first two chunks compile
+                spare = left / chunks_left - 1.2 * (scored - started)
+                epochs = min(s.ttt_epochs, max(0, int(spare / max(epoch_seconds, 1e-9))))
+            epochs = self.ranks.from_main(epochs if left > 0 else 0)
+            given_up += s.ttt_epochs - epochs
+            sgd.param_groups[0]["lr"] = (
+                s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
+            )
+            for _ in range(epochs):
+                self._train_on(first, last, sgd)
+            epoch_seconds = (synchronized_time() - scored) / epochs if epochs else epoch_seconds
+            say(
+                f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left"
+            )
+        return self._collect(given_up)
+
+    @torch.no_grad()
+    def _score_targets(self, first: int, last: int):
+        s = self.settings
+        windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size)
+        for i in range(0, len(windows), self.rows):
+            batch = windows[i : i + self.rows]
+            batch += [Window(batch[-1].context, 0, 0)] * (
+                self.rows - len(batch)
+            )  # every batch has one shape
+            context, begin, end = np.array(batch).T[:, :, None]
+            tokens, targets = self._read(context, s.train_seq_len)
+            nats = self.score_function(tokens, targets, self.order)
+            position = context + np.arange(s.train_seq_len)
+            cells = np.flatnonzero((begin <= position) & (position < end))
+            where = position.flatten()[cells]
+            np.add.at(self.times_scored, where, 1)
+            self.nats[where] = nats.flatten()[cells]
+
+    def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets from starts (B, 1) on, (B, length); past the end, the last token."""
+        stream = self.validation.tokens
+        index = np.minimum(starts + np.arange(length + 1), len(stream) - 1)
+        both = torch.tensor(stream[index], dtype=torch.int64, device=self.ranks.device)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def _train_on(self, first: int, last: int, sgd: torch.optim.SGD):
+        """One step of SGD on a chunk that is scored; each rank takes its part."""
+        s, ranks = self.settings, self.ranks
+        length = ttt_sequence_length(s, ranks.world_size)
+        mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
+        rows = largest_divisor(len(mine), s.val_batch_size // (ranks.world_size * length))
+        for starts in mine.reshape(-1, rows, 1):
+            tokens, targets = self._read(starts, length)
+            (
+                self.loss_function(tokens, targets, self.order)
+                * (rows / len(mine) / ranks.world_size)
+            ).backward()
+        for p in self.model.parameters():
+            ranks.sum_(p.grad)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        sgd.step()
+        sgd.zero_grad()
+
+    def _collect(self, given_up: int) -> Score:
+        times = self.ranks.sum_(torch.tensor(self.times_scored, device=self.ranks.device))
+        if (times != 1).any():
+            raise RuntimeError("a target was not scored exactly once")
+        nats = self.ranks.sum_(self.nats).cpu().numpy()
+        total = float(nats.sum(dtype=np.float64))
+        bpb = total / math.log(2) / int(self.validation.target_bytes.sum())
+        return Score(total / self.total, bpb, nats, given_up)
+
+
+# ==================================================================================================
+# 8. Quantization
+# Matrices become integers times the steps of a grid. QUANTIZER: gptq on SDClip's grid, or round to it; percentile and dsq,
+# GPTQ on other grids; ternary for int6 (BitNet b1.58, arXiv 2402.17764), in training too.
+
+
+DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
+
+
+INT6_MAX, INT8_MAX = 31, 127
+
+
+GPTQ_BLOCK = 128  # columns whose error is spread at once
+
+
+GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
+
+
+SDCLIP_MOST = 16.0  # the largest k unasked: a typical weight is 2 steps
+
+
+# The first part that a matrix's name has, and what the report calls it.
+KINDS = {
+    "bigram": "bigrams",
+    "mlp": "MLP",
+    "out_proj": "Mamba out",
+    "_proj": "Mamba in",
+    "mixer": "attention",
+}
+
+
+def grid_limits(model) -> dict[str, Tensor]:
+    """The largest integer in each row, float32 (rows, 1), of matrices stored as integers: int6 or ternary, but int8 in the
+    embedding and the rows whose errors Mamba's recurrence compounds."""
+    limits, usual = {}, 1 if model.settings.quantizer == "ternary" else INT6_MAX
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            limits[f"{name}.weight"] = rows = torch.full_like(layer.weight[:, :1], usual)
+            if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
+                rows[:] = INT8_MAX
+            elif name.endswith(".in_proj"):
+                rows[len(rows) - layer.dynamics_rows :] = INT8_MAX
+    return limits
+
+
+def float_type(name: str) -> str:
+    """In which a parameter, or the steps of a matrix, are stored."""
+    return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
+
+
+def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
+    """Steps of rows (rows, 1) and columns (columns,), exact in float16, whose products are the grid's. SDClip: a row's grid
+    ends at k, or SDCLIP_K_INT8, root-mean-squares of the row."""
+    columns, clips = (
+        torch.ones_like(weight[0]),
+        torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k),
+    )
+    exact = lambda step: step.clamp(min=2**-14, max=60_000.0).half().float()
+    if (
+        settings.quantizer == "dsq"
+    ):  # decoupled scales, as for states in Q-Mamba (2025.findings-acl.551)
+        columns = exact(F.normalize(weight).norm(dim=0))
+    clip = clips * (weight / columns).square().mean(dim=1, keepdim=True).sqrt()
+    if settings.quantizer == "ternary":  # the mean magnitude, here by row
+        clip = torch.where(limits == 1, weight.abs().mean(dim=1, keepdim=True), clip)
+    rows = exact(clip / limits)
+    if (
+        settings.quantizer == "percentile"
+    ):  # k/3 of that which errs least; SDClip: the 99.7th, if Gaussian
+        ordered, least = weight.abs().sort(dim=1).values, math.inf
+        for part in (0.99, 0.995, 0.998, 1.0):
+            step = exact(clips / 3 * ordered[:, int(part * len(columns)) - 1, None] / limits)
+            error = (weight - round_to_grid(weight, step, limits) * step).norm(dim=1, keepdim=True)
+            rows, least = torch.where(error < least, step, rows), error.clamp(max=least)
+    return rows, columns
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    return (weight / scale).round().clamp(-limits, limits)
+
+
+@torch.no_grad()
+def predict_bytes(model, settings, k: float) -> float:
+    """Of the artifact with this k, by the integers' entropy."""
+    total, matrices = 4096.0, grid_limits(model)
+    for name, p in model.named_parameters():
+        if name in matrices:
+            rows, columns = grid_steps(p, matrices[name], settings, k)
+            integers = round_to_grid(p, rows * columns, matrices[name])
+            counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
+            entropy = float(torch.special.entr(counts / p.numel()).sum()) / math.log(
+                256
+            )  # in bytes
+            total += (
+                2 * (len(p) + int((columns != 1).sum()))
+                + 4 * ANS_LANES
+                + 256
+                + 1.002 * entropy * p.numel()
+            )
+        else:
+            total += p.numel() * np.dtype(float_type(name)).itemsize
+    return total
+
+
+def fit_sdclip(model, settings, target_bytes: float) -> float:
+    """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
+    need(
+        all(p.isfinite().all() for p in model.parameters()),
+        f"weights are no longer finite: {DIVERGED}",
+    )
+    if settings.sdclip_k:
+        return settings.sdclip_k
+    choices = np.linspace(4, SDCLIP_MOST, 257).tolist()
+    fits = lambda k: predict_bytes(model, settings, k) <= target_bytes
+    return choices[bisect.bisect_left(choices, True, hi=256, key=fits)]
+
+
+@contextmanager
+def fake_quantization(model, matrices: dict, k: float):
+    """QAT: matrices stand on their grids while gradients are computed."""
+    weights = [model.get_parameter(name).detach() for name in matrices]
+    kept = [weight.clone() for weight in weights]
+    for weight, limits in zip(weights, matrices.values()):
+        scale = math.prod(grid_steps(weight, limits, model.settings, k))
+        weight.copy_(round_to_grid(weight, scale, limits) * scale)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(weights, kept)
+
+
+@torch.no_grad()
+def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Tensor]:
+    """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T)."""
+    hessians = collections.defaultdict(float)
+
+    def gather(name: str, _, inputs: tuple[Tensor, ...]):
+        x = math.prod(x.float() for x in inputs if x is not None).flatten(0, -2)
+        hessians[name] += 2 * (x.T @ x)
+
+    layers = model.linear_layers().items()
+    hooks = [layer.register_forward_pre_hook(partial(gather, name)) for name, layer in layers]
+    for batch in sequences.split(rows):
+        gather("embedding.weight", model, (model(batch, model.full_order),))
+    for hook in hooks:
+        hook.remove()
+    return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    """Integers that keep, times scale, weight @ x close (arXiv 2210.17323), of matrices (..., rows, columns): columns are
+    rounded by falling diagonal, each one's error spread over those to come."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    damping, order = (
+        GPTQ_DAMPING * diagonal.mean(-1).clamp(min=1e-9),
+        diagonal.argsort(descending=True),
+    )
+    sort = lambda x, order=order: x.take_along_dim(order.unsqueeze(-2), -1)
+    weight = sort(weight.masked_fill((diagonal == 0).unsqueeze(-2), 0.0))  # inputs never seen
+    scale, hessian = sort(scale), sort(sort(hessian).mT)
+    identity, failed = torch.eye(order.shape[-1], device=weight.device), True
+    while failed:  # until the damping, tenfold each time, is enough
+        need(damping.isfinite().all(), DIVERGED)
+        lower, failed = torch.linalg.cholesky_ex(
+            (hessian + damping[..., None, None] * identity).flip(-2, -1)
+        )
+        damping, failed = 10 * damping, failed.any()
+    # Flipped back, lower is an upper R with H = R R^T: R^-1 is the upper Cholesky factor of H's inverse.
+    upper = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+    errors = torch.zeros_like(weight)
+    for first in range(0, len(identity), GPTQ_BLOCK):
+        last = min(first + GPTQ_BLOCK, len(identity))
+        for j in range(first, last):
+            rest, error, step = (
+                weight[..., j:last],
+                errors[..., j, None],
+                scale[..., j, None],
+            )  # views
+            integers = round_to_grid(rest[..., :1], step, limits)
+            error.copy_((rest[..., :1] - integers * step) / upper[..., j, j, None, None])
+            rest -= error * upper[..., j, None, j:last]
+            rest[..., :1] = integers
+        weight[..., last:] -= errors[..., first:last] @ upper[..., first:last, last:]
+    return sort(weight, order.argsort())
+
+
+@torch.no_grad()
+def quantize_model(
+    model, settings, ranks, hessians: dict[str, Tensor], k: float
+) -> dict[str, Tensor]:
+    """What is stored, in order: vectors and steps of matrices, then int8 matrices as "NAME integers". Ranks share the work,
+    matrices of one shape at once."""
+    stored = {
+        name: p.detach().to(getattr(torch, float_type(name)))
+        for name, p in model.named_parameters()
+    }
+    matrices, groups = grid_limits(model), collections.defaultdict(list)
+    for name, limits in matrices.items():
+        weight = model.get_parameter(name)
+        rows, columns = grid_steps(weight, limits, settings, k)
+        stored[name] = torch.cat([rows.squeeze(1), columns]).half()
+        stored[f"{name} integers"] = integers = torch.zeros_like(weight, dtype=torch.int8)
+        hessian = hessians.get(name, torch.eye(weight.shape[1], device=weight.device))
+        groups[weight.shape].append((integers, weight, hessian, rows * columns, limits))
+    for group in itertools.islice(groups.values(), ranks.rank, None, ranks.world_size):
+        integers, *tensors = zip(*group)
+        torch._foreach_copy_(integers, list(gptq(*map(torch.stack, tensors))))
+    for name in matrices:
+        ranks.sum_(stored[f"{name} integers"])  # zeros but where they were computed
+    return stored
+
+
+# ==================================================================================================
+# 9. Artifact
+# Integers coded near their entropy behind a plain header. Nothing is unpickled.
+
+
+ANS_LANES = 256  # symbols coded at once
+
+
+ARTIFACT_MAGIC = b"SSMGOLF4"
+
+
+# The artifact: magic, the model's settings as a line of JSON, LZMA stream of vectors, steps and frequencies of integers, the
+# integers by asymmetric numeral systems (arXiv 1311.2540; LZMA takes 3 to 8 % more), SHA-256 of all before it.
+
+
+def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How often, of 65,536, each value of an int8 array comes, uint32 (256,), and its code, uint16. Every ANS_LANES-th number
+    goes into one state, the last first, which sheds 16 of its 32 bits when full."""
+    symbols = integers.view(np.uint8).ravel()
+    counts = np.bincount(symbols, minlength=256)
+    symbols = np.append(
+        symbols, np.full(-len(symbols) % ANS_LANES, counts.argmax(), np.uint8)
+    ).reshape(-1, ANS_LANES)
+    frequencies = np.maximum(counts * 65_536 // counts.sum(), counts > 0).astype(np.uint64)
+    frequencies[counts.argmax()] += np.uint64(65_536) - frequencies.sum()
+    starts, state, words = (
+        frequencies.cumsum() - frequencies,
+        np.full(ANS_LANES, 65_536, np.uint64),
+        [],
+    )
+    for row in symbols[::-1]:
+        frequency = frequencies[row]
+        full = state >= frequency << 16
+        words.append(state[full] & 65_535)
+        state = np.where(full, state >> 16, state)
+        state = (state // frequency << 16) + state % frequency + starts[row]
+    words += [state >> 16, state & 65_535]
+    return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
+
+
+def decode_integers(
+    frequencies: np.ndarray, words: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The count integers that encode_integers() was given, and the words behind; ValueError for others."""
+    frequencies, words = frequencies.astype(np.uint64), words.astype(np.uint64, copy=False)
+    if frequencies.sum() != 65_536:
+        raise ValueError
+    symbol_of, starts = (
+        np.repeat(np.arange(256), frequencies.astype(int)),
+        frequencies.cumsum() - frequencies,
+    )
+    low, high, words = words[:ANS_LANES], words[ANS_LANES : 2 * ANS_LANES], words[2 * ANS_LANES :]
+    state, symbols = (high << 16) + low, np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
+    for row in symbols:
+        slot = state & 65_535
+        row[:] = symbol = symbol_of[slot]
+        state = frequencies[symbol] * (state >> 16) + slot - starts[symbol]
+        (empty,) = np.nonzero(state < 65_536)
+        state[empty] = (state[empty] << 16) + words[: len(empty)]
+        words = words[len(empty) :]
+    if (state != 65_536).any():
+        raise ValueError
+    return symbols.ravel()[:count].view(np.int8), words
+
+
+def pack_artifact(settings, stored: dict[str, Tensor]) -> bytes:
+    content = codes = b""
+    for array in (tensor.cpu().numpy() for tensor in stored.values()):
+        if array.dtype == np.int8:
+            array, words = encode_integers(array)
+            codes += words.tobytes()
+        content += array.tobytes()
+    header = {name: getattr(settings, name) for name in MODEL_FIELDS}
+    return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(content) + codes))
+
+
+def seal(magic: bytes, header: dict, *parts) -> list:
+    """The parts of a file: magic and header, these, SHA-256 of all."""
+    parts = [magic + json.dumps(header, separators=(",", ":")).encode() + b"\n", *parts]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return [*parts, digest.digest()]
+
+
+def read_artifact(path: Path) -> tuple[dict, bytes]:
+    """The model's settings in an artifact, and what follows them."""
+    usual = {name: getattr(Settings, name) for name in MODEL_FIELDS}
+    return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
+
+
+def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
+    """Header, of names and types as in usual, and payload of a file of at most so many bytes."""
+    need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
+
+    def check(condition: bool, problem: str):
+        need(condition, f"{path} is not a usable {what}: {problem}")
+
+    check(path.stat().st_size <= most, "it is far too large")
+    data = path.read_bytes()
+    check(data.startswith(magic), "wrong magic number")
+    check(
+        hashlib.sha256(memoryview(data)[:-32]).digest() == data[-32:], "its checksum does not match"
+    )
+    line, _, payload = data[len(magic) : -32].partition(b"\n")
+    try:
+        header = dict(json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        header = {}
+    check(set(header) == set(usual), "it holds other settings than this program's")
+    for name, value in header.items():
+        same = type(value) is type(usual[name]) and str(value).isprintable()  # errors quote it
+        check(same, f"{name} in its header has the wrong type")
+    return header, payload
+
+
+def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
+    """The model in an artifact, and the settings with the artifact's in place of the run's."""
+    stored, payload = read_artifact(path)
+    for name in sorted(given & set(stored)):
+        ours, theirs = getattr(settings, name), stored[name]
+        need(
+            ours == theirs,
+            f"{name.upper()}={ours} contradicts the artifact, which has {theirs}: unset it",
+        )
+    settings = replace(settings, **stored)
+    validate_settings(settings, ranks.world_size)
+    with torch.device("meta"):  # nothing is allocated before the shapes fit the file
+        skeleton = Model(replace(settings, scan_backend="sequential"), torch.device("meta"))
+    matrices, shapes = (
+        grid_limits(skeleton),
+        {name: p.shape for name, p in skeleton.named_parameters()},
+    )
+    entries = [
+        (name, float_type(name), sum(shape) if name in matrices else shape)
+        for name, shape in shapes.items()
+    ]
+    entries += [(f"{name} integers", "<u4", 256) for name in matrices]
+    try:
+        if sum(map(math.prod, shapes.values())) > 1 << 26:
+            raise ValueError
+        layout, unpacker = np.dtype(entries), lzma.LZMADecompressor()
+        (record,) = np.frombuffer(unpacker.decompress(payload, layout.itemsize + 1), layout)
+        parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in shapes}
+        words = np.frombuffer(unpacker.unused_data, "<u2")
+        for name in matrices:
+            integers, words = decode_integers(
+                record[f"{name} integers"], words, math.prod(shapes[name])
+            )
+            rows, columns = parameters[name].split(shapes[name])
+            parameters[name] = torch.tensor(integers).view(shapes[name]) * rows[:, None] * columns
+        if len(words):
+            raise ValueError
+    except (ValueError, lzma.LZMAError):
+        raise UserError(
+            f"{path} is not a usable artifact: its data are not its header's model"
+        ) from None
+    model = build_model(settings, ranks)
+    model.load_state_dict(parameters)
+    return model, settings
+
+
+# ==================================================================================================
+# 10. Training and main
+# Log, clock, checkpoints, loop, export, and the story of a run.
+
+
+@contextmanager
+def writing(what: str):
+    """Makes a failure to write the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {what}: {error.strerror}") from None
+
+
+class Log:
+    """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl."""
+
+    def __init__(self, settings, ranks, name: str):
+        self.started, self.last_progress, self.quiet = time.perf_counter(), 0.0, ranks.rank > 0
+        if self.quiet:
+            return
+        folder = Path(settings.log_dir)
+        with writing(f"logs in LOG_DIR={folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.text, self.records = (
+                (folder / f"{name}.{end}").open("ab", 0) for end in ("txt", "jsonl")
+            )
+            self.text.write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
+
+    def __call__(self, text: str, event: str = "", **values):
+        """A line of text; for an event, also a JSON object."""
+        if self.quiet:
+            return
+        print(text, flush=True)
+        record = {"event": event, "seconds": round(time.perf_counter() - self.started, 3), **values}
+        with writing("logs"):
+            self.text.write(f"{text}\n".encode())
+            self.records.write(f"{json.dumps(record)}\n".encode() if event else b"")
+
+    def progress(self, text: str):
+        """A line at most every two seconds."""
+        now = time.perf_counter()
+        if now - self.last_progress > 2:
+            self.last_progress = now
+            self(f"  [{now - self.started:.0f}s] {text}")
+
+
+def describe_machine(ranks) -> dict[str, str]:
+    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if ranks.gpu else cpu
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton and triton.__version__,
+        "hardware": f"{ranks.world_size} × {device}",
+    }
+
+
+def choose_micro_batch(settings, ranks) -> int:
+    """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (more run no faster) in 70 % of free memory."""
+    s, most = settings, settings.micro_batch_tokens or 131_072 >> (settings.mamba_version == 1)
+    if ranks.gpu and not s.micro_batch_tokens:
+        # As if all layers were Mamba.
+        layer = (
+            s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
+            + (8 + 4 * s.mlp_mult) * s.model_dim
+        )
+        token_bytes = len(parse_layers(s, "layer_order")) * layer + 5 * s.vocab_size
+        most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token_bytes)
+    sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
+    return s.train_seq_len * largest_divisor(sequences, int(most // s.train_seq_len))
+
+
+class TrainingClock:
+    """It runs between start() and pause(), which waits for the GPU."""
+
+    counted, since = 0.0, math.inf
+
+    def start(self):
+        self.since = time.perf_counter()
+
+    def pause(self):
+        synchronized_time()
+        self.counted, self.since = self.seconds(), math.inf
+
+    def seconds(self) -> float:
+        return self.counted + max(0.0, time.perf_counter() - self.since)
+
+
+def training_loss(model, settings, ranks):
+    """model.loss; with several ranks, backward averages gradients in buckets."""
+    loss = maybe_compile(model.loss, settings, ranks)
+    if ranks.world_size == 1:
+        return loss
+    module = nn.Module()
+    module.model, module.forward = model, loss
+    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    parallel.broadcast_buffers = False
+    return parallel
+
+
+CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
+
+
+PROGRESS = "steps", "seconds", "qat_k"
+
+
+class Trainer:
+    """warm_up() compiles, run() trains by the clock; rank 0 writes checkpoints, which resume() takes up."""
+
+    def __init__(self, model, settings, ranks, micro_batch: int, target_bytes: float, log):
+        self.model, self.settings, self.ranks, self.log = model, settings, ranks, log
+        self.micro_sequences, self.target_bytes = (
+            micro_batch // settings.train_seq_len,
+            target_bytes,
+        )
+        self.optimizers = Optimizers(model, settings, ranks)
+        self.average = WeightAverage(model, settings)
+        self.loss_function = training_loss(model, settings, ranks)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan)
+        self.optimizers.step(0.0, 0.0)  # skipped, it makes the optimizers' state
+        self.optimizers.skipped.zero_()
+        self.clock, self.steps_done, self.qat_k = TrainingClock(), 0, 0.0
+        self.thread, self.writing, self.saved = ThreadPoolExecutor(1), None, time.perf_counter()
+        self.graph, self.times_run = None, collections.Counter()
+
+    def announce(self):
+        mixers, count = (
+            [block.mixer for block in self.model.blocks],
+            sum(map(Tensor.numel, self.model.parameters())),
+        )
+        self.log(
+            f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB"
+        )
+        self.log(
+            "layers: "
+            + " ".join(f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order)
+        )
+        tokens = self.micro_sequences * self.settings.train_seq_len
+        scan = next((mixer.backend for mixer in mixers if isinstance(mixer, Mamba)), "none")
+        self.log(f"scan: {scan}; {tokens:,} tokens at once per rank")
+
+    def tensors(self) -> list[Tensor]:
+        """What training changes, float32, whatever the number of ranks."""
+        moments = [x for state in self.optimizers.adam.state.values() for x in state.values()]
+        momentum = self.optimizers.muon.gather_momentum()
+        return [
+            *self.average.parameters,
+            *self.average.average,
+            *moments,
+            *momentum,
+            self.optimizers.skipped,
+        ]
+
+    def header(self) -> dict:
+        progress = self.steps_done, self.clock.seconds(), self.qat_k
+        return {name: getattr(self.settings, name) for name in TRAINING_FIELDS} | dict(
+            zip(PROGRESS, progress)
+        )
+
+    @torch.no_grad()
+    def resume(self):
+        """Takes up the checkpoint that RESUME names."""
+        s, ours, tensors = self.settings, self.header(), self.tensors()
+        for path in {"auto": filter(Path.exists, s.checkpoint_paths), "never": ()}.get(
+            s.resume, [Path(s.resume)]
+        ):
+            try:
+                found, payload = read_sealed(path, "checkpoint", CHECKPOINT_MAGIC, 1 << 31, ours)
+            except UserError as error:
+                need(s.resume == "auto", error)
+                self.log(f"warning: {error}")
+                continue
+            differ = [
+                f"{f.upper()}={found[f]}, not {ours[f]}"
+                for f in TRAINING_FIELDS
+                if found[f] != ours[f]
+            ]
+            need(not differ, f"{path} has {'; '.join(differ)}; RESUME=never starts anew")
+            self.steps_done, self.clock.counted, self.qat_k = (found[name] for name in PROGRESS)
+            sizes, sane = (
+                [x.numel() for x in tensors],
+                0 <= self.steps_done <= s.iterations and self.clock.counted >= 0,
+            )
+            need(sane and len(payload) == 4 * sum(sizes), f"{path} is not a usable checkpoint")
+            stored = torch.tensor(np.frombuffer(payload, "<f4"), device=self.ranks.device)
+            torch._foreach_copy_([x.view(-1) for x in tensors], stored.split(sizes))
+            self.log(
+                f"resumed {path}: step {self.steps_done}, {self.clock.counted:.1f}s", "resumed"
+            )
+            break
+        need(
+            self.ranks.from_main(self.steps_done) == self.steps_done, "the ranks must share LOG_DIR"
+        )
+
+    @torch.no_grad()
+    def save(self, why: str = ""):
+        """Rank 0 writes a checkpoint while training goes on; a reason ends the run on all ranks."""
+        numbers, self.saved = torch.cat([x.view(-1) for x in self.tensors()]), time.perf_counter()
+        copied = numbers.is_cuda and torch.cuda.current_stream().record_event()
+        if self.ranks.rank == 0:
+            self.writing = self.thread.submit(self._write, self.header(), numbers, copied)
+        if why:
+            self.ranks.from_main(
+                self.writing and self.writing.result()
+            )  # the others wait for the file
+            raise UserError(
+                f"{why}; RUN_ID={self.settings.run_id} goes on from the last checkpoint"
+            )
+
+    def _write(self, header: dict, numbers: Tensor, copied):
+        with torch.cuda.stream(torch.cuda.Stream(numbers.device) if copied else None):
+            if copied:
+                copied.wait()
+            parts = [x.cpu().numpy() for x in numbers.split(1 << 20)]  # a copy holds up launches
+        newest, before = self.settings.checkpoint_paths
+        try:
+            write_whole(newest, *seal(CHECKPOINT_MAGIC, header, *parts), before=before)
+        except UserError as error:
+            self.log(f"warning: {error}; training goes on")
+
+    def warm_up(self):
+        """Compiles both layer orders, in steps at rate 0."""
+        s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
+        tokens = torch.randint(
+            0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device
+        )
+        for order in sorted({self.model.order(False), self.model.order(True)}):
+            for step in range(
+                max(s.warmup_steps, self.steps_done > 0)
+            ):  # DDP's first sums in another order
+                self._gradients(tokens[:, :-1], tokens[:, 1:], order)
+                optimizers.step(0.0, s.muon_momentum)
+                self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
+        synchronized_time()
+
+    def run(self, batches, validate):
+        """Trains until the clock or ITERATIONS ends it; leaves the averaged weights."""
+        s, ranks, on_grids, queued = self.settings, self.ranks, None, []
+        signals, noted = (signal.SIGTERM, signal.SIGINT), []
+        for number in signals:
+            signal.signal(number, lambda number, _: noted.append(number))
+        self.clock.start()
+        while True:
+            if len(queued) > 1:  # one step late, so that the GPU never idles
+                queued.pop(0).synchronize()
+            idle = not self.writing or self.writing.done()
+            due = idle and 0 < s.checkpoint_every <= time.perf_counter() - self.saved
+            shared = (
+                [self.clock.seconds(), due, len(noted)] if ranks.rank == 0 else [0, 0, len(noted)]
+            )
+            seconds, due, stopped = ranks.sum_(torch.tensor(shared, dtype=torch.float64)).tolist()
+            if due or stopped:
+                self.save(stopped and f"stopped by a signal at step {self.steps_done}")
+            now = schedule_at(s, self.steps_done, seconds)
+            if now.progress >= 1:
+                break
+            if now.quantized and on_grids is None:
+                self.qat_k = self.qat_k or fit_sdclip(self.model, s, self.target_bytes)
+                on_grids = partial(
+                    fake_quantization, self.model, grid_limits(self.model), self.qat_k
+                )
+                self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
+            kind = self.model.order(now.recurrent), on_grids if now.quantized else nullcontext
+            loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
+            self.steps_done += 1
+            self.average.update(self.steps_done, self.optimizers.muon.found_inf)
+            if ranks.gpu:
+                queued.append(torch.cuda.current_stream().record_event())
+            if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
+                self._log_step(loss, now)
+            if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
+                self.clock.pause()
+                with kind[1]():
+                    self.log_score(validate(now.recurrent))
+                self.clock.start()
+        self.skipped_steps()
+        self.graph = None  # its memory is its own
+        self.average.apply()
+        self.clock.pause()
+        self.thread.shutdown()
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _graphed_step(self, kind: tuple, *inputs) -> Tensor:
+        """_step(); on one GPU, from the third of a kind on, as a CUDA graph: launches take time."""
+        self.times_run[kind] += 1
+        inputs = *inputs[:2], *torch.tensor(inputs[2:]).to(self.ranks.device, non_blocking=True)
+        if self.times_run[kind] < 3 or not self.ranks.gpu or self.ranks.world_size > 1:
+            self.graph = None
+            return self._step(kind, *inputs)
+        if self.graph is None:
+            graph, held = (
+                torch.cuda.CUDAGraph(),
+                [x.new_empty_strided(x.shape, x.stride()) for x in inputs],
+            )
+            with torch.cuda.graph(
+                graph, capture_error_mode="thread_local"
+            ):  # batches are copied meanwhile
+                self.graph = graph, held, self._step(kind, *held)
+        graph, held, loss = self.graph
+        torch._foreach_copy_(held, inputs)
+        graph.replay()
+        return loss
+
+    def _step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
+        """A step with layers in this order and a context for gradients. Returns this rank's mean loss, ()."""
+        order, context = kind
+        with context():
+            loss = self._gradients(tokens, targets, order)
+        self.optimizers.step(lr_factor, momentum)
+        return loss
+
+    def _gradients(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """Gradients of one global batch; returns this rank's mean loss, ()."""
+        micro_batches = list(
+            zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences))
+        )
+        total = torch.zeros((), device=self.ranks.device)
+        for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
+            more = number < len(micro_batches) and self.ranks.world_size > 1
+            with self.loss_function.no_sync() if more else nullcontext():
+                loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def skipped_steps(self) -> int:
+        """So far; too many in a row end the run."""
+        total, in_a_row = self.optimizers.skipped.int().tolist()
+        if in_a_row >= 10:
+            self.save(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
+        return total
+
+    def log_score(self, score: Score, when: str = ""):
+        text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
+        self._log(text, "validation", val_loss=score.val_loss, val_bpb=score.val_bpb)
+
+    def _log(self, text: str, event: str, **values):
+        self.log(
+            f"step:{self.steps_done}/{self.settings.iterations} {text}",
+            event,
+            step=self.steps_done,
+            **values,
+        )
+
+    def _log_step(self, loss: Tensor, now: Schedule):
+        mean, skipped = (
+            float(self.ranks.sum_(loss.clone())) / self.ranks.world_size,
+            self.skipped_steps(),
+        )
+        ms = 1000 * self.clock.seconds()
+        each = ms / self.steps_done
+        values = {"train_loss": mean, "train_ms": ms, "step_avg_ms": each, "skipped_steps": skipped}
+        text = f"train_loss:{mean:.4f} train_time:{ms:.0f}ms step_avg:{each:.2f}ms"
+        self._log(
+            text + f" skipped_steps:{skipped}" * (skipped > 0), "train", **values, **now._asdict()
+        )
+
+
+def export(trainer, batches) -> dict:
+    """Calibrates, quantizes and packs the model into ARTIFACT, packing off the clock, with a larger k if the file is too
+    large. Returns what records should hold."""
+    model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
+    clock, target = trainer.clock, trainer.target_bytes
+    clock.start()
+    hessians = {}
+    if s.quantizer not in ("round", "ternary"):
+        count = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size))
+        steps = range(0, s.calibration_tokens, s.train_batch_tokens)
+        sequences = torch.cat([batches.next()[0] for _ in steps])[:count]
+        hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
+    k = fit_sdclip(model, s, target)
+    while True:
+        stored = quantize_model(model, s, ranks, hessians, k)
+        clock.pause()
+        log(f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s")
+        in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
+        need(in_time, "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS")
+        data = pack_artifact(s, stored) if ranks.rank == 0 else b""
+        size = ranks.from_main(len(data))
+        log(f"{s.artifact_path}: {size} bytes of at most {target}")
+        if size <= target:
+            break
+        problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
+        need(k < SDCLIP_MOST, f"{problem}: raise it, or make the model smaller")
+        k = min(
+            SDCLIP_MOST, k + 5 * k * (size - target) / size
+        )  # a size falls with the logarithm of its k
+        clock.start()
+    if ranks.rank == 0:
+        write_whole(s.artifact_path, data)
+    ranks.from_main(None)  # all wait for it
+    return {"sdclip_k": k, "train_clock_seconds": clock.seconds()}
+
+
+def write_whole(path: Path, *parts, before: Path | None = None):
+    """No reader ever sees half of the file; one that is there already is kept as before."""
+    temporary = path.with_name(path.name + ".part")
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            if before and path.exists():
+                path.replace(before)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def evaluate_artifact(settings, given: set[str], ranks, validation: ValidationSet, log):
+    """Loads ARTIFACT and scores it."""
+    clock_started = time.perf_counter()
+    model, s = load_model(settings.artifact_path, settings, given, ranks)
+    score = Evaluator(model, s, ranks, validation).score(clock_started, log.progress)
+    seconds = time.perf_counter() - clock_started
+    log(
+        f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s; {score.epochs_given_up} epochs given up"
+    )
+    late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
+    need(ranks.from_main(seconds <= s.eval_max_seconds), late)
+    report(log, "final", s.eval_mode + ("_ttt" if s.adapts else ""), score)
+    if s.eval_nll_path and ranks.rank == 0:
+        with writing(f"EVAL_NLL_PATH={s.eval_nll_path}"):
+            np.save(s.eval_nll_path, score.nats)
+
+
+def report(log, event: str, label: str, score: Score):
+    text = (
+        f"final_int6_lzma_{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
+    )
+    log(
+        text,
+        event,
+        val_loss=score.val_loss,
+        val_bpb=score.val_bpb,
+        epochs_given_up=score.epochs_given_up,
+    )
+
+
+def train_and_export(settings, ranks, validation: ValidationSet, log):
+    """From shards to an artifact, scored before and after quantization, off the clock."""
+    plain = replace(settings, eval_mode="plain", ttt_enabled=False)
+    code_bytes = Path(__file__).stat().st_size
+    model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes
+    trainer = Trainer(
+        model, settings, ranks, choose_micro_batch(settings, ranks), target_bytes, log
+    )
+    trainer.announce()
+    trainer.resume()
+    batches = Batches(settings, ranks, trainer.steps_done)
+    log("compiling and warming up ...")
+    trainer.warm_up()
+    log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
+
+    score = lambda model, recurrent=True: Evaluator(
+        model, plain, ranks, validation, recurrent
+    ).score(0.0)
+    trainer.run(batches, partial(score, model))
+    steps = trainer.steps_done
+    step_ms = 1000 * trainer.clock.seconds() / max(steps, 1)
+    peak = torch.cuda.max_memory_allocated()
+    log(
+        f"Code size: {code_bytes} bytes; {steps} steps of {step_ms:.2f}ms; peak GPU memory {peak / 1e9:.1f} GB"
+    )
+    ternary = settings.quantizer == "ternary"
+    with fake_quantization(model, grid_limits(model), trainer.qat_k) if ternary else nullcontext():
+        before, floats = score(model), copy.deepcopy(model.state_dict())
+    trainer.log_score(before, " before quantization")
+    exported = export(trainer, batches)
+    total = code_bytes + settings.artifact_path.stat().st_size
+    log(
+        f"Total submission size int6+lzma: {total} bytes",
+        "trained",
+        steps=steps,
+        step_avg_ms=step_ms,
+        val_loss=before.val_loss,
+        val_bpb=before.val_bpb,
+        bytes_total=total,
+        bytes_code=code_bytes,
+        peak_bytes=peak,
+        **exported,
+    )
+    quantized, _ = load_model(settings.artifact_path, plain, set(), ranks)
+    report(log, "after_quantization", "plain", score(quantized))
+    if settings.quantization_report:
+        left, lost = set(grid_limits(model)), {}
+        for part, kind in (KINDS | {"": "embedding"}).items():
+            names = {name for name in left if part in name}
+            left -= names
+            model.load_state_dict(floats | {name: quantized.get_parameter(name) for name in names})
+            lost[kind] = round(score(model).val_bpb - before.val_bpb, 6)
+        log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
+
+
+def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
+    """Settings with a run id that ranks share, the names of those given, and the ranks."""
+    settings, given = read_settings(environment)
+    validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
+    known = settings.artifact or settings.run_id or not settings.eval_only
+    need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
+    if settings.deterministic:
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
+        torch.use_deterministic_algorithms(True)
+    ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
+    if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
+        launch = environment["TORCHELASTIC_RUN_ID"]
+    run_id = settings.run_id or f"{launch}-{settings.preset}-{settings.seed}"
+    return replace(settings, run_id=ranks.from_main(run_id)), given, ranks
+
+
+def main():
+    """The story of a run."""
+    if {"--help", "-h"} & set(sys.argv):
+        print(help_text())
+        return
+    need(
+        len(sys.argv) == 1, f"{sys.argv[-1]}: settings are environment variables; --help lists them"
+    )
+    settings, given, ranks = prepare_run(dict(os.environ))
+    log = Log(settings, ranks, settings.run_id + ".eval" * settings.eval_only)
+    machine, values = describe_machine(ranks), asdict(settings)
+    text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())
+    log(text, "settings", machine=machine, settings=values)
+    validation = load_validation(settings, Tokenizer(settings.tokenizer_path, settings.vocab_size))
+    if not settings.eval_only:
+        train_and_export(settings, ranks, validation, log)
+    evaluate_artifact(settings, given, ranks, validation, log)
+    for path in () if settings.eval_only else settings.checkpoint_paths:
+        path.unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run() -> int:
+    """main(), with a user's mistake printed as one line; returns the exit status."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        problem, rank = error, int(os.environ.get("RANK", 0))
+        time.sleep(rank and 2 + rank)  # torchrun stops this rank if another says the same
+    except torch.OutOfMemoryError:
+        problem = "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
+    except RuntimeError as error:
+        if "imed out" not in str(error) or not dist.is_initialized():
+            raise
+        store = dist.distributed_c10d._get_default_store()  # where all that can say so
+        store.set(f"rank {dist.get_rank()}", "")
+        time.sleep(5)
+        silent = [
+            rank for rank in range(dist.get_world_size()) if not store.check([f"rank {rank}"])
+        ]
+        problem = f"ranks {silent} did not answer for {COLLECTIVE_SECONDS:g} s"
+    print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
+    return 2
+
+
+# ==================================================================================================
+# 11. Fused kernels
+# The scan of section 4 and the cross-entropy of section 5 in Triton.
+
+
 # The fused scan reads and writes in_proj's rows in place, and sums without atomics: the same bits every time. Decays are
 # base-2 logarithms, angles are in turns.
-
-
-# fmt: off
 @jit
 def exp2(x, FAST: constexpr):
     """2**x; FAST: in one instruction, for bfloat16 products (the interpreter has none)."""
     if FAST:  # marked impure: the compiler would rather compute it twice than convert a layout
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1
+        )
     return tl.exp2(x)
 
 
 @jit
 def reciprocal(x, FAST: constexpr):
     if FAST:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1
+        )
     return 1.0 / x
 
 
@@ -763,7 +2506,9 @@ def cos_sin(turn):
     """cos and sin of 2·pi·turn, by polynomials in half the angle (largest error 1e-7)."""
     x = turn - tl.floor(turn + 0.5)
     s = x * x
-    sin = x * (3.14159258 + s * (-5.16770688 + s * (2.55003138 + s * (-0.598045193 + s * 0.0772201602))))
+    sin = x * (
+        3.14159258 + s * (-5.16770688 + s * (2.55003138 + s * (-0.598045193 + s * 0.0772201602)))
+    )
     cos = 0.999999954 + s * (-4.93479287 + s * (4.05841209 + s * (-1.33188109 + s * 0.219698463)))
     return 1.0 - 2.0 * sin * sin, 2.0 * sin * cos
 
@@ -793,8 +2538,22 @@ def token_dynamics(row, live, step_bias, h, H: constexpr):
 
 @jit
 def tokens_forward(
-    projected, step_bias, norms, document_start, scalars, features, half_turn, turns, length, batch,
-    WIDTH: constexpr, R: constexpr, H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr,
+    projected,
+    step_bias,
+    norms,
+    document_start,
+    scalars,
+    features,
+    half_turn,
+    turns,
+    length,
+    batch,
+    WIDTH: constexpr,
+    R: constexpr,
+    H: constexpr,
+    P: constexpr,
+    N: constexpr,
+    CHUNK: constexpr,
 ):
     """A chunk's step sizes, decays, normed keys and queries."""
     chunk, b = tl.program_id(0), tl.program_id(1)
@@ -809,7 +2568,11 @@ def tokens_forward(
         x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
         x *= tl.load(norms + i * N + n)
         even, odd = tl.split(tl.reshape(x.to(features.dtype.element_ty), [CHUNK, N // 2, 2]))
-        place = features + ((i * batch + b) * padded + t).to(tl.int64) * N + tl.arange(0, N // 2)[None, :]
+        place = (
+            features
+            + ((i * batch + b) * padded + t).to(tl.int64) * N
+            + tl.arange(0, N // 2)[None, :]
+        )
         tl.store(place, even)
         tl.store(place + N // 2, odd)
     row += 2 * N
@@ -838,8 +2601,19 @@ def tokens_forward(
 
 @jit
 def rotate(
-    scalars, features, half_turn, turns, biases, rotated, rotation, batch, R: constexpr, H: constexpr, P: constexpr,
-    N: constexpr, CHUNK: constexpr,
+    scalars,
+    features,
+    half_turn,
+    turns,
+    biases,
+    rotated,
+    rotation,
+    batch,
+    R: constexpr,
+    H: constexpr,
+    P: constexpr,
+    N: constexpr,
+    CHUNK: constexpr,
 ):
     """A chunk's keys and queries, biased and turned for one head."""
     chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -865,7 +2639,10 @@ def rotate(
         place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t) * N + n
         tl.store(place, even)
         tl.store(place + N // 2, odd)
-    tl.store(scalars + (4 * batch * H + head) * padded + token, tl.sum(even_product + odd_product, axis=1))
+    tl.store(
+        scalars + (4 * batch * H + head) * padded + token,
+        tl.sum(even_product + odd_product, axis=1),
+    )
 
 
 @jit
@@ -898,7 +2675,9 @@ def chunk_scalars(scalars, decay_ends, head, chunk, heads, chunks, CHUNK: conste
 def decays(exponents, seen, current, FAST: constexpr):
     """(CHUNK, CHUNK): what is left at one token of what another added, if seen at all."""
     i = tl.arange(0, exponents.shape[0])
-    return tl.where(i[:, None] == i[None, :], current[:, None], tl.where(seen, exp2(exponents, FAST), 0.0))
+    return tl.where(
+        i[:, None] == i[None, :], current[:, None], tl.where(seen, exp2(exponents, FAST), 0.0)
+    )
 
 
 @jit
@@ -917,8 +2696,22 @@ def state_place(head, P: constexpr, N: constexpr):
 
 @jit
 def scan_forward(
-    projected, rotated, y, states, scalars, decay_ends, skip, ssm_in, ssm_out, squares, batch, chunks,
-    H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr,
+    projected,
+    rotated,
+    y,
+    states,
+    scalars,
+    decay_ends,
+    skip,
+    ssm_in,
+    ssm_out,
+    squares,
+    batch,
+    chunks,
+    H: constexpr,
+    P: constexpr,
+    N: constexpr,
+    CHUNK: constexpr,
 ):
     """Goes through a head's chunks and stores each one's first state."""
     head = tl.program_id(0)
@@ -932,7 +2725,9 @@ def scan_forward(
         t = chunk * CHUNK
         value = read(projected, [b, t, (H + h) * P])
         key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
-        decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
+        decay_sum, key_log, current, end = chunk_scalars(
+            scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK
+        )
         old = ssm.to(dtype)
         write(states, [head * chunks + chunk, 0, 0], old)
         scores = dot(query, tl.trans(key))
@@ -952,8 +2747,28 @@ def scan_forward(
 
 @jit
 def scan_backward(
-    d_y, d_squares, projected, rotated, y, states, d_projected, d_rotated, scalars, decay_ends, skip, d_ssm_out, ssm_out,
-    d_diagonal, d_end, d_ssm_in, batch, chunks, H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr,
+    d_y,
+    d_squares,
+    projected,
+    rotated,
+    y,
+    states,
+    d_projected,
+    d_rotated,
+    scalars,
+    decay_ends,
+    skip,
+    d_ssm_out,
+    ssm_out,
+    d_diagonal,
+    d_end,
+    d_ssm_in,
+    batch,
+    chunks,
+    H: constexpr,
+    P: constexpr,
+    N: constexpr,
+    CHUNK: constexpr,
 ):
     """Comes back through them."""
     head = tl.program_id(0)
@@ -963,7 +2778,9 @@ def scan_backward(
     FAST: tl.constexpr = dtype == tl.bfloat16
     d, same = tl.load(skip + h), i[:, None] == i[None, :]
     d_ssm = tl.load(d_ssm_out + square)
-    at_end = tl.sum(d_ssm * tl.load(ssm_out + square), axis=1)  # d of a chunk's decay, unsummed: no barrier
+    at_end = tl.sum(
+        d_ssm * tl.load(ssm_out + square), axis=1
+    )  # d of a chunk's decay, unsummed: no barrier
     for back in tl.range(chunks, num_stages=2):
         chunk = chunks - 1 - back
         t = chunk * CHUNK
@@ -971,15 +2788,21 @@ def scan_backward(
         tl.store(d_end + place * N + tl.arange(0, N), at_end)
         gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
         out = read(y, [b, t, h * P]).to(tl.float32)
-        d_gated = read(d_y, [b, t, h * P]) + 2.0 * d_squares.load([head, t]).reshape(CHUNK)[:, None] * out
+        d_gated = (
+            read(d_y, [b, t, h * P]) + 2.0 * d_squares.load([head, t]).reshape(CHUNK)[:, None] * out
+        )
         write(d_projected, [b, t, h * P], d_gated * out * (reciprocal(gate, FAST) + 1.0 - sigmoid))
         d_out = (d_gated * gate * sigmoid).to(dtype)
         value = read(projected, [b, t, (H + h) * P])
         key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
-        decay_sum, key_log, current, end = chunk_scalars(scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK)
+        decay_sum, key_log, current, end = chunk_scalars(
+            scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK
+        )
         to_end, old = exp2(end - key_log, FAST)[:, None], d_ssm.to(dtype)
         # Scores and decays are transposed here, (key's token, query's), as their gradients want them.
-        decay = decays(decay_sum[None, :] - key_log[:, None], i[:, None] < i[None, :], current, FAST)
+        decay = decays(
+            decay_sum[None, :] - key_log[:, None], i[:, None] < i[None, :], current, FAST
+        )
         scores = dot(key, tl.trans(query))
         decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
         d_value = dot(key, old) * to_end
@@ -1003,11 +2826,33 @@ def scan_backward(
 
 @jit
 def features_backward(
-    projected, features, rotation, norms, biases, d_rotated, d_projected, d_scalars, d_turn, d_turns, d_features,
-    length, batch, WIDTH: constexpr, R: constexpr, H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr, ROWS: constexpr,
+    projected,
+    features,
+    rotation,
+    norms,
+    biases,
+    d_rotated,
+    d_projected,
+    d_scalars,
+    d_turn,
+    d_turns,
+    d_features,
+    length,
+    batch,
+    WIDTH: constexpr,
+    R: constexpr,
+    H: constexpr,
+    P: constexpr,
+    N: constexpr,
+    CHUNK: constexpr,
+    ROWS: constexpr,
 ):
     """Undoes rotate() and the norms, summed over heads."""
-    part, b, k = tl.program_id(0), tl.program_id(1), tl.program_id(2)  # k: 0 for keys, 1 for queries
+    part, b, k = (
+        tl.program_id(0),
+        tl.program_id(1),
+        tl.program_id(2),
+    )  # k: 0 for keys, 1 for queries
     padded, program = tl.num_programs(0) * ROWS, b * tl.num_programs(0) + part
     t, n = part * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, N // 2)[None, :]
     origin = features + ((k * batch + b) * padded + t).to(tl.int64) * N + n
@@ -1055,8 +2900,26 @@ def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 
 @jit
 def tokens_backward(
-    projected, step_bias, document_start, scalars, half_turn, d_turn, d_turns, d_scalars, d_diagonal, d_end,
-    d_projected, d_heads, length, batch, WIDTH: constexpr, R: constexpr, H: constexpr, P: constexpr, N: constexpr, CHUNK: constexpr,
+    projected,
+    step_bias,
+    document_start,
+    scalars,
+    half_turn,
+    d_turn,
+    d_turns,
+    d_scalars,
+    d_diagonal,
+    d_end,
+    d_projected,
+    d_heads,
+    length,
+    batch,
+    WIDTH: constexpr,
+    R: constexpr,
+    H: constexpr,
+    P: constexpr,
+    N: constexpr,
+    CHUNK: constexpr,
 ):
     """Undoes the rest of tokens_forward()."""
     chunk, b = tl.program_id(0), tl.program_id(1)
@@ -1121,29 +2984,71 @@ def tiles(tensor: Tensor, *block: int):
 
 
 @torch.library.custom_op(
-    "golf::fused_scan", mutates_args=(), schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]"
+    "golf::fused_scan",
+    mutates_args=(),
+    schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
 )
 def fused_scan(tensors, document_start, sizes):
     """y's squares summed by head, last turn, y, last state, what the backward reads. sizes: kernels' constants."""
     projected, step_bias, skip, biases, norms, ssm_in, turn_in = tensors
     outputs = empty_outputs(tensors, document_start, sizes)
     squares, turn_out, y, ssm_out, scalars, features, half_turn, rotated, rotation, states = outputs
-    (batch, length, _), (_, angles, heads, channels, state, chunk), chunks = projected.shape, sizes, states.shape[2]
+    (batch, length, _), (_, angles, heads, channels, state, chunk), chunks = (
+        projected.shape,
+        sizes,
+        states.shape[2],
+    )
     turns = half_turn.new_empty(batch, chunks, heads, angles)
     launch(
-        tokens_forward, (chunks, batch), projected, step_bias, norms, document_start, scalars, features, half_turn,
-        turns, length, batch, *sizes, registers=128,
+        tokens_forward,
+        (chunks, batch),
+        projected,
+        step_bias,
+        norms,
+        document_start,
+        scalars,
+        features,
+        half_turn,
+        turns,
+        length,
+        batch,
+        *sizes,
+        registers=128,
     )
-    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)  # cumsum has no deterministic form
+    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(
+        -1
+    )  # cumsum has no deterministic form
     before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     launch(
-        rotate, (chunks, heads, batch), scalars, features, half_turn, before, biases, rotated, rotation, batch, *sizes[1:]
+        rotate,
+        (chunks, heads, batch),
+        scalars,
+        features,
+        half_turn,
+        before,
+        biases,
+        rotated,
+        rotation,
+        batch,
+        *sizes[1:],
     )
     launch(
-        scan_forward, (batch * heads,), tiles(projected, chunk, channels), tiles(rotated, chunk, state),
-        tiles(y, chunk, channels), tiles(states, state, channels), tiles(scalars, chunk), scalars[1], skip, ssm_in,
-        ssm_out, squares, batch, chunks, *sizes[2:],
+        scan_forward,
+        (batch * heads,),
+        tiles(projected, chunk, channels),
+        tiles(rotated, chunk, state),
+        tiles(y, chunk, channels),
+        tiles(states, state, channels),
+        tiles(scalars, chunk),
+        scalars[1],
+        skip,
+        ssm_in,
+        ssm_out,
+        squares,
+        batch,
+        chunks,
+        *sizes[2:],
     )
     return outputs
 
@@ -1155,55 +3060,132 @@ def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
     batch, length, _ = projected.shape
     chunks, new = -(-length // chunk), projected.new_empty
     padded, single = chunks * chunk, partial(new, dtype=torch.float32)
-    half = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # finer than bfloat16 up to 1
+    half = (
+        torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype
+    )  # finer than bfloat16 up to 1
     return [
-        single(batch, heads, padded), single(batch, heads, angles), new(batch, length, heads * channels),
-        single(batch, heads, channels, state), single(6, batch, heads, padded), new(2, batch, padded, state), single(batch, padded, angles),
-        new(2, batch, heads, padded, state), new(2, batch, heads, padded, angles, dtype=half),
+        single(batch, heads, padded),
+        single(batch, heads, angles),
+        new(batch, length, heads * channels),
+        single(batch, heads, channels, state),
+        single(6, batch, heads, padded),
+        new(2, batch, padded, state),
+        single(batch, padded, angles),
+        new(2, batch, heads, padded, state),
+        new(2, batch, heads, padded, angles, dtype=half),
         new(batch, heads, chunks, state, channels),
     ]
 
 
 @torch.library.custom_op(
-    "golf::fused_scan_backward", mutates_args=(),
+    "golf::fused_scan_backward",
+    mutates_args=(),
     schema="(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
 )
 def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     """Gradients of tensors, from the first four outputs'."""
-    (d_squares, d_turn_out, d_y, d_ssm_out), (projected, step_bias, skip, biases, norms, *_) = gradients, tensors
+    (d_squares, d_turn_out, d_y, d_ssm_out), (projected, step_bias, skip, biases, norms, *_) = (
+        gradients,
+        tensors,
+    )
     y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
-    (batch, length, _), (_, angles, heads, channels, state, chunk), chunks = projected.shape, sizes, states.shape[2]
+    (batch, length, _), (_, angles, heads, channels, state, chunk), chunks = (
+        projected.shape,
+        sizes,
+        states.shape[2],
+    )
     single = partial(projected.new_empty, dtype=torch.float32)
     d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
     d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, state)
     launch(
-        scan_backward, (batch * heads,), tiles(d_y, chunk, channels), tiles(d_squares, chunk),
-        tiles(projected, chunk, channels), tiles(rotated, chunk, state), tiles(y, chunk, channels),
-        tiles(states, state, channels), tiles(d_projected, chunk, channels), tiles(d_rotated, chunk, state),
-        tiles(scalars, chunk), scalars[1], skip, d_ssm_out, ssm_out, d_diagonal, d_end, d_ssm_in, batch, chunks, *sizes[2:],
+        scan_backward,
+        (batch * heads,),
+        tiles(d_y, chunk, channels),
+        tiles(d_squares, chunk),
+        tiles(projected, chunk, channels),
+        tiles(rotated, chunk, state),
+        tiles(y, chunk, channels),
+        tiles(states, state, channels),
+        tiles(d_projected, chunk, channels),
+        tiles(d_rotated, chunk, state),
+        tiles(scalars, chunk),
+        scalars[1],
+        skip,
+        d_ssm_out,
+        ssm_out,
+        d_diagonal,
+        d_end,
+        d_ssm_in,
+        batch,
+        chunks,
+        *sizes[2:],
     )
     rows = min(chunk, 1024 // state)  # of one warp: no barriers
     parts = chunks * chunk // rows
     d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
-    d_turns, d_features = single(batch * parts, 2, heads, angles), single(batch * parts, 2, heads + 1, state)
+    d_turns, d_features = (
+        single(batch * parts, 2, heads, angles),
+        single(batch * parts, 2, heads + 1, state),
+    )
     d_heads = single(batch * chunks, heads)
     launch(
-        features_backward, (parts, batch, 2), projected, features, rotation, norms, biases, d_rotated, d_projected,
-        d_scalars, d_turn, d_turns, d_features, length, batch, *sizes, rows, warps=1,
+        features_backward,
+        (parts, batch, 2),
+        projected,
+        features,
+        rotation,
+        norms,
+        biases,
+        d_rotated,
+        d_projected,
+        d_scalars,
+        d_turn,
+        d_turns,
+        d_features,
+        length,
+        batch,
+        *sizes,
+        rows,
+        warps=1,
     )
     d_turns = d_turns.view(batch, chunks, -1, heads * angles).sum(2)
     after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
     later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
     launch(
-        tokens_backward, (chunks, batch), projected, step_bias, document_start, scalars, half_turn, d_turn, later,
-        d_scalars, d_diagonal, d_end, d_projected, d_heads, length, batch, *sizes, registers=128,
+        tokens_backward,
+        (chunks, batch),
+        projected,
+        step_bias,
+        document_start,
+        scalars,
+        half_turn,
+        d_turn,
+        later,
+        d_scalars,
+        d_diagonal,
+        d_end,
+        d_projected,
+        d_heads,
+        length,
+        batch,
+        *sizes,
+        registers=128,
     )
-    sums = (d_features.new_ones(len(d_features)) @ d_features.flatten(1)).view(2, -1, state)  # faster than sum()
-    d_parameters = d_heads.sum(0), d_diagonal.sum((0, 2)), sums[:, :heads].clone(), sums[:, heads].clone()
+    sums = (d_features.new_ones(len(d_features)) @ d_features.flatten(1)).view(
+        2, -1, state
+    )  # faster than sum()
+    d_parameters = (
+        d_heads.sum(0),
+        d_diagonal.sum((0, 2)),
+        sums[:, :heads].clone(),
+        sums[:, heads].clone(),
+    )
     return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(1).view_as(d_turn_out) + d_turn_out]
 
 
-fused_scan_backward.register_fake(lambda gradients, saved, tensors, *_: [torch.empty_like(x) for x in tensors])
+fused_scan_backward.register_fake(
+    lambda gradients, saved, tensors, *_: [torch.empty_like(x) for x in tensors]
+)
 
 
 def _fused_scan_context(ctx, inputs, output):
@@ -1214,13 +3196,19 @@ def _fused_scan_context(ctx, inputs, output):
 def _fused_scan_autograd(ctx, gradients):
     document_start, *saved = ctx.saved_tensors
     gradients = [x.contiguous() for x in gradients[:4]]
-    return fused_scan_backward(gradients, saved[7:], saved[:7], document_start, ctx.sizes), None, None
+    return (
+        fused_scan_backward(gradients, saved[7:], saved[:7], document_start, ctx.sizes),
+        None,
+        None,
+    )
 
 
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_fused_scan_context)
 
 
-def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start, state, chunk: int) -> tuple:
+def triton_scan(
+    projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start, state, chunk: int
+) -> tuple:
     """mamba_scan() on the kernels: products in projected's dtype, all else in float32."""
     first, last = (scan_inputs(x, p, sizes, None) for x in (projected[:, :1], projected[:, -1:]))
     if padding := -projected.shape[-1] % 8:  # tensor maps want rows of 16 bytes
@@ -1229,13 +3217,25 @@ def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
     ssm, turn = (p.skip.new_zeros(len(projected), sizes.heads, *shape) for shape in shapes)
     if state is not None:
         *_, previous = prepare_scan(first, state)
-        added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(-1) * state.key.float().unsqueeze(-2)
+        added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(
+            -1
+        ) * state.key.float().unsqueeze(-2)
         ssm, turn = evens_first(state.ssm.float() + added), state.angle.float() / (2 * math.pi)
     biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
     norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()
-    tensors = projected.contiguous(), p.step_bias, p.skip, biases, norms, ssm.contiguous(), turn.contiguous()
-    squares, turn, y, ssm, *_ = fused_scan(tensors, start, [projected.shape[2], sizes.angles, *sizes[:3], chunk])
+    tensors = (
+        projected.contiguous(),
+        p.step_bias,
+        p.skip,
+        biases,
+        norms,
+        ssm.contiguous(),
+        turn.contiguous(),
+    )
+    squares, turn, y, ssm, *_ = fused_scan(
+        tensors, start, [projected.shape[2], sizes.angles, *sizes[:3], chunk]
+    )
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -1246,265 +3246,6 @@ def triton_scan(projected: Tensor, p: MambaParameters, sizes: MambaSizes, docume
 def evens_first(x: Tensor) -> Tensor:
     """The last dimension's even entries, then its odd ones: the kernels' order of the state."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-# fmt: on
-
-
-def selective_scan(
-    tensors: tuple[Tensor, ...], document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int
-) -> tuple[Tensor, Tensor | None]:
-    """The first Mamba's (arXiv 2312.00752): h = exp(dt A) h + dt B x with dt = softplus(step + bias), (C h + D x) · SiLU(gate)
-    in x's dtype, and the last h (B, C, N). tensors: x, step (B, L, C), A (C, N), B, C (B, L, N), D (C,), gate, bias."""
-    if backend == "fused":
-        return library_scan(*(x.mT.contiguous() if x.dim() == 3 else x for x in tensors)).mT, None
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    value, step, decay_rate, key, query, skip, gate, bias = (x.to(dtype) for x in tensors)
-    step, reset = F.softplus(step + bias), torch.zeros_like(step[..., 0])
-    if document_start is not None:
-        reset = reset.masked_fill(document_start, -torch.inf)
-    if state is None:
-        state = value.new_zeros(len(value), *decay_rate.shape)
-    outputs = []
-    for part in zip(*(x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))):
-        y, state = checkpoint(  # L·C·N numbers for a chunk at a time only
-            selective_chunk, *part, decay_rate, state, backend, use_reentrant=False, preserve_rng_state=False
-        )
-        outputs.append(y)
-    return ((torch.cat(outputs, dim=1) + skip * value) * F.silu(gate)).to(tensors[0].dtype), state
-
-
-def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: str) -> tuple[Tensor, Tensor]:
-    """C h and the last h: in a loop, or by Hillis and Steele's scan, in log2 T rounds."""
-    decay = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate).exp()  # (B, T, C, N)
-    states, reach = (step * value).unsqueeze(-1) * key.unsqueeze(2), 1
-    if backend == "sequential":
-        held = [state]
-        for a, b in zip(decay.unbind(1), states.unbind(1)):
-            held.append(a * held[-1] + b)
-        states = torch.stack(held[1:], dim=1)
-    else:
-        states = torch.cat([states[:, :1] + decay[:, :1] * state.unsqueeze(1), states[:, 1:]], dim=1)
-        decay = decay[:, 1:]  # from token reach on, over reach tokens
-        while reach < states.shape[1]:
-            states = torch.cat([states[:, :reach], states[:, reach:].addcmul(decay, states[:, :-reach])], dim=1)
-            decay, reach = decay[:, reach:] * decay[:, :-reach], 2 * reach
-    return (states * query.unsqueeze(2)).sum(-1), states[:, -1].clone()
-
-
-def library_operator(module: str, name: str, **options):
-    """A library's function of tensors, shaped like the first, as an operator. Backward runs it again."""
-
-    def run(tensors: list[Tensor], d_y: Tensor | None) -> list[Tensor]:
-        function = partial(getattr(importlib.import_module(module), name), **options)
-        if d_y is None:
-            return [function(*tensors)]
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in tensors]
-            return [x.contiguous() for x in torch.autograd.grad(function(*leaves), leaves, d_y)]
-
-    schema = "(Tensor[] tensors, Tensor? d_y) -> Tensor[]"
-    operator = torch.library.custom_op(f"golf::{name}", run, mutates_args=(), schema=schema)
-    operator.register_fake(lambda xs, d_y: [x.new_empty(x.shape) for x in (xs[:1] if d_y is None else xs)])
-    operator.register_autograd(
-        lambda ctx, grads: (operator(ctx.saved_tensors, grads[0].contiguous()), None),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0]),
-    )
-    return lambda *tensors: operator(tensors, None)[0]
-
-
-LIBRARIES = "causal_conv1d", "mamba_ssm.ops.selective_scan_interface"
-library_conv = library_operator(LIBRARIES[0], "causal_conv1d_fn", activation="silu")
-library_scan = library_operator(LIBRARIES[1], "selective_scan_fn", delta_softplus=True)
-
-
-def choose_scan_backend(settings, device: torch.device) -> str:
-    """SCAN_BACKEND, or what "auto" stands for on this device."""
-    gpu, version = device.type == "cuda", settings.mamba_version
-    names = [["fused", "parallel"], ["chunked"], ["triton", "chunked"]][version - 1] + ["sequential"]
-    runs = triton and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
-    unknown = version == 1 and settings.document_reset or settings.mamba_decay != "softplus"  # to fast kernels
-    if unknown or not runs:
-        names = names[-2:]
-    backend = names[0 if gpu else -2] if settings.scan_backend == "auto" else settings.scan_backend
-    need(backend in names, f"SCAN_BACKEND={backend} needs a GPU or other layers; slower: {', '.join(names)}")
-    same_bits = backend in ("triton", "parallel") or not (gpu and settings.deterministic)
-    need(same_bits, f"DETERMINISTIC=1 needs another SCAN_BACKEND than {backend}")
-    try:
-        for module in LIBRARIES if backend == "fused" else ():
-            importlib.import_module(module)
-    except ImportError as error:
-        install = "pip install --no-build-isolation mamba-ssm causal-conv1d"
-        raise UserError(f"{error}: {install}; slower: SCAN_BACKEND=parallel") from None
-    return backend
-
-
-# ============
-# 5. Model
-# Weights are float32, activations bfloat16 on GPUs. Depth recurrence is another order of blocks.
-
-
-class Context(NamedTuple):
-    """What every block of one forward pass shares."""
-
-    document_start: Tensor | None  # (B, T) bool
-    cos: Tensor  # (T, rotating pairs)
-    sin: Tensor
-
-
-class Linear(nn.Linear):
-    """Without bias, in the input's dtype. scale multiplies rows after the product, as if before."""
-
-    def __init__(self, in_features: int, out_features: int, zero: bool = False):
-        super().__init__(in_features, out_features, bias=False)
-        nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=in_features**-0.5)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype))
-        return y if scale is None else (y * scale).to(x.dtype)
-
-
-# For good: in a graph, they would keep it out of the compiler's cache.
-first_that_can = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-attention_kernels = sdpa_kernel(first_that_can, set_priority=True)
-attention_kernels.__enter__()
-
-
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention, (B, T, heads, D) -> the same shape as query."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first 2R entries of each head of x (B, T, heads, D), halves as pairs, by angles (T, R)."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention: keys normed, queries normed with a gain, heads gated."""
-
-    def __init__(self, settings):
-        super().__init__()
-        width, self.head_dim = settings.model_dim, settings.model_dim // settings.num_heads
-        kv_width = settings.num_kv_heads * self.head_dim
-        self.query, self.key, self.value = (Linear(width, rows) for rows in (width, kv_width, kv_width))
-        self.out = Linear(width, width, zero=True)
-        self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
-        self.gate = nn.Parameter(torch.zeros(settings.num_heads, min(16, width)))
-
-    def forward(self, x: Tensor, context) -> Tensor:
-        query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
-        query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
-        query, key = (rotary(x, context.cos, context.sin) for x in (query, key))
-        y = sdpa(query, key, value)
-        gate = 2 * F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)).sigmoid()
-        return self.out((y * gate.unsqueeze(-1)).flatten(2))
-
-
-class ShortConv(nn.Module):
-    """Causal depthwise convolution and SiLU."""
-
-    def __init__(self, channels: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        """x (B, L, C) -> the same shape."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if fused:
-            return library_conv(x.mT.contiguous(), weight, bias).mT
-        inputs, taps = F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight.unbind(1)
-        return F.silu(bias + sum(tap * inputs[:, i : i + x.shape[1]] for i, tap in enumerate(taps)))
-
-
-STEP_RANK = 16  # of the first Mamba's step sizes
-
-
-class Mamba(nn.Module):
-    """Mamba-3, Mamba-2 (constant decay rates, a short convolution over x, B, C), or the first Mamba (step, B, C made of the
-    convolved x). Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
-
-    def __init__(self, settings, device: torch.device):
-        super().__init__()
-        s, version, inner, n = settings, settings.mamba_version, settings.mamba_inner_dim, settings.mamba_d_state
-        self.backend, self.chunk_size = choose_scan_backend(s, device), s.mamba_chunk_size
-        channels = s.mamba_head_dim if version > 1 else 1
-        heads = inner // channels
-        self.sizes = MambaSizes(heads, channels, n, n // 4, version)  # half the state turns, in pairs
-        columns = self.sizes.columns()
-        self.in_proj = Linear(s.model_dim, sum(columns))
-        self.in_proj.dynamics_rows = sum(columns[4:])  # the last; 8 bits in the artifact
-        self.out_proj = Linear(inner, s.model_dim, zero=True)
-
-        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
-        self.D = nn.Parameter(torch.ones(heads))
-        self.heavy_tail = s.mamba_decay == "heavy_tail"
-        if version == 3:
-            self.B_norm, self.C_norm = (nn.Parameter(torch.ones(n)) for _ in "BC")
-            self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, n)) for _ in "BC")
-        elif version == 2:
-            self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
-        else:
-            self.x_proj, self.dt_proj = Linear(inner, STEP_RANK + 2 * n), Linear(STEP_RANK, inner)
-            self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
-        self.conv = ShortConv(inner + sum(columns[2:4]), s.mamba_d_conv) if version < 3 else None
-
-    def forward(self, u: Tensor, context) -> Tensor:
-        projected, sizes, backend = self.in_proj(u), self.sizes, self.backend
-        if self.conv is not None:
-            inner = self.out_proj.in_features
-            gate, mixed, rest = projected.tensor_split([inner, inner + len(self.conv.weight)], dim=-1)
-            mixed = self.conv(mixed, backend == "fused")
-            projected = torch.cat([gate, mixed, rest], dim=-1)
-        shared = context.document_start, None, backend, self.chunk_size
-        if sizes.version == 1:
-            step, key, query = self.x_proj(mixed).tensor_split([-2 * sizes.state, -sizes.state], dim=-1)
-            tensors = mixed, self.dt_proj(step), -self.A_log.exp(), key, query, self.D, gate, self.dt_bias
-            (y, _), scale = selective_scan(tensors, *shared), None
-        else:
-            if sizes.version == 3:
-                learned = self.B_bias, self.C_bias, self.B_norm, self.C_norm, None, self.heavy_tail
-            else:
-                no_bias = torch.zeros_like(self.D).unsqueeze(1)
-                learned = no_bias, no_bias, None, None, -self.A_log.exp()
-            y, square, _ = mamba_scan(projected, MambaParameters(self.dt_bias, self.D, *learned), sizes, *shared)
-            scale = (square + 1e-5).rsqrt().unsqueeze(-1)  # a norm without a weight: no pass over y
-        return self.out_proj(y, scale)
-
-
-class MLP(nn.Module):
-    """LeakyReLU(0.5) squared between two matrices."""
-
-    def __init__(self, settings):
-        super().__init__()
-        hidden = int(settings.mlp_mult * settings.model_dim)
-        self.up = Linear(settings.model_dim, hidden)
-        self.down = Linear(hidden, settings.model_dim, zero=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x), 0.5).square())
-
-
-class Block(nn.Module):
-    """A mixer and perhaps an MLP, each adding to the residual stream."""
-
-    def __init__(self, settings, layer: int, device: torch.device):
-        super().__init__()
-        mamba, mlp = (layer in parse_layers(settings, name) for name in ("mamba_layers", "mlp_layers"))
-        self.mixer = Mamba(settings, device) if mamba else Attention(settings)
-        self.mlp = MLP(settings) if mlp else None
-        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
-
-    def forward(self, x: Tensor, embedded: Tensor, context) -> Tensor:
-        keep, mix = self.residual_mix.to(x.dtype)
-        x = keep * x + mix * embedded
-        x = x + self.mixer(norm(x), context)
-        return x if self.mlp is None else x + self.mlp(norm(x))
 
 
 @jit
@@ -1516,7 +3257,14 @@ def capped(x, cap: constexpr, FAST: constexpr):
 
 @jit
 def cross_entropy_rows(
-    logits, targets, nats, V: constexpr, cap: constexpr, BLOCK: constexpr, SLOPES: constexpr, FAST: constexpr
+    logits,
+    targets,
+    nats,
+    V: constexpr,
+    cap: constexpr,
+    BLOCK: constexpr,
+    SLOPES: constexpr,
+    FAST: constexpr,
 ):
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits += row * V
@@ -1540,7 +3288,15 @@ def fused_cross_entropy(
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
     constants = size, cap, block, slopes, fast
-    launch(cross_entropy_rows, (len(hidden),), logits, targets, nats, *constants, warps=max(4, block // 2048))
+    launch(
+        cross_entropy_rows,
+        (len(hidden),),
+        logits,
+        targets,
+        nats,
+        *constants,
+        warps=max(4, block // 2048),
+    )
     return nats, logits if slopes else logits.new_empty(0)
 
 
@@ -1557,1157 +3313,105 @@ def _cross_entropy_autograd(ctx, d_nats, _):
 
 
 fused_cross_entropy.register_autograd(
-    _cross_entropy_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1])
+    _cross_entropy_autograd,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
 )
 
 
-class Model(nn.Module):
-    """forward() gives hidden states, logits() and nats() read them out."""
-
-    def __init__(self, settings, device: torch.device):
-        super().__init__()
-        self.settings = s = settings
-        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.full_order = parse_layers(s, "layer_order")
-        self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
-        nn.init.normal_(self.embedding.weight, std=0.005)
-        if s.bigram_vocab_size:
-            self.bigram_embedding = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
-            nn.init.zeros_(self.bigram_embedding.weight)
-            self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
-            self.bigram_scale = nn.Parameter(torch.tensor(0.05))
-        self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
-        if s.unet_skips and len(self.full_order) > 1:
-            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2))
-        pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
-        frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
-        # A table, or each kernel would compute it anew.
-        angles = torch.arange(s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
-        self.register_buffer("rotary_table", torch.stack([angles.cos(), angles.sin()]), persistent=False)
-        self.to(device)
-
-    def linear_layers(self) -> dict[str, Linear]:
-        """By the names of their weights."""
-        return {f"{name}.weight": m for name, m in self.named_modules() if isinstance(m, Linear)}
-
-    def order(self, recurrent: bool) -> tuple[int, ...]:
-        return self.full_order if recurrent else tuple(range(len(self.blocks)))
-
-    def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
-        x = embedded = self._embed(tokens)
-        document_start = tokens == BOS_ID if self.settings.document_reset else None
-        context = Context(document_start, *self.rotary_table[:, : tokens.shape[1]])
-        half, skips = len(order) // 2 if self.settings.unet_skips else 0, []
-        for position, layer in enumerate(order):
-            if position >= len(order) - half:
-                x = x + self.skip_weights[position - len(order) + half].to(x.dtype) * skips.pop()
-            x = self.blocks[layer](x, embedded, context)
-            if position < half:
-                skips.append(x)
-        return norm(x)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        s = self.settings
-        x = self.embedding(tokens).to(self.compute_dtype)
-        if s.bigram_vocab_size:
-            before = F.pad(tokens[:, :-1], (1, 0), value=BOS_ID)
-            row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
-            row = row.masked_fill(tokens == BOS_ID, 0)  # what begins a document, follows nothing
-            bigram = self.bigram_embedding(row).to(x.dtype)
-            x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
-        return norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped float32 logits, one for each token of the vocabulary."""
-        logits, cap = F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float(), self.settings.logit_softcap
-        return cap * torch.tanh(logits / cap)
-
-    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
-        rows, flat = hidden.flatten(0, 1), targets.flatten()
-        if hidden.is_cuda and triton:
-            weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
-            nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
-        else:
-            nats = F.cross_entropy(self.logits(rows), flat, reduction="none")
-        return nats.view(targets.shape)
-
-    def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        return self.nats(self(tokens, order), targets)
-
-    def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        return self.score(tokens, targets, order).mean()
-
-
-def build_model(settings, ranks) -> Model:
-    """A new model on the rank's device, the same on every rank."""
-    torch.manual_seed(settings.seed)
-    return Model(settings, ranks.device)
-
-
-# ============
-# 6. Optimizers
-
-# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow.
-POLAR_EXPRESS = (
-    (8.20516, -22.90194, 16.46072),
-    (4.06640, -2.86115, 0.51840),
-    (3.90959, -2.82335, 0.52504),
-    (3.28556, -2.41530, 0.48529),
-    (2.27787, -1.61982, 0.39848),
-    (1.875, -1.25, 0.375),
-)
-
-
-def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
-    """Nearest semi-orthogonal matrices to batches (n, rows, columns), by Newton-Schulz steps from x to P x, P = a + b G + c G²,
-    and G = x x^T to P G P: three at a time of G alone, padded to one shape (dao-lab.ai/blog/2026/gram-newton-schulz)."""
-    xs = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]
-    xs = [x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7) for x in xs]
-    xs, size = [x.half() if x.is_cuda else x for x in xs], max(x.shape[-2] for x in xs)
-    for first in range(0, steps, 3):
-        gram, product = torch.cat([F.pad(x @ x.mT, 2 * (0, size - x.shape[-2])) for x in xs]), None
-        for step in range(first, min(first + 3, steps)):
-            a, b, c = POLAR_EXPRESS[min(step, 5)]
-            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            poly.diagonal(dim1=-2, dim2=-1).add_(a)
-            product = poly if product is None else poly @ product
-            gram = poly @ gram @ poly
-        products = product.split([len(x) for x in xs])
-        xs = [y[:, : x.shape[-2], : x.shape[-2]] @ x for x, y in zip(xs, products)]
-    return [x if x.shape == like.shape else x.mT for x, like in zip(xs, batches)]
-
-
-def momentum_updates(gradients: list[list[Tensor]], buffers: list[Tensor], momentum, found_inf, steps: int):
-    """Each group's Nesterov update, orthogonalized, and finite."""
-    updates = []
-    for mine, buffer in zip(gradients, buffers):
-        gradient = torch.where(found_inf > 0, buffer, torch.stack(mine))  # momentum stays
-        buffer.lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(buffer, momentum)
-        updates.append(update / (update.norm(dim=-1, keepdim=True) + 1e-12))  # rows of one length (MuonEq-R)
-    return orthogonalize(updates, steps)
-
-
-def apply_updates(parameters: list[list[Tensor]], updates: list[Tensor], rates: list, decays: list[float], found_inf):
-    """Decay and step of each group's matrices."""
-    for group, update, rate, decay in zip(parameters, updates, rates, decays):
-        rate = rate * (1 - found_inf)
-        step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
-        for p, change in zip(group, update.unbind()):
-            p.mul_(1 - rate * decay).sub_(step * change.float())
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024). Groups hold matrices of one shape; each rank
-    orthogonalizes its share, and gathers the others'. With a found_inf, float32 (), of 1 step() changes nothing."""
-
-    def __init__(self, groups: list[dict], settings, ranks):
-        super().__init__(groups, {})
-        self.ranks, self.steps = ranks, settings.muon_backend_steps
-        self.found_inf = torch.zeros((), device=ranks.device)
-        self.updates, self.apply = (maybe_compile(f, settings, ranks) for f in (momentum_updates, apply_updates))
-        for first, *rest in (group["params"] for group in self.param_groups):
-            count = -(-(len(rest) + 1) // ranks.world_size) * ranks.world_size
-            self.state[first] = first.new_zeros(count, *first.shape)
-
-    def gather_momentum(self) -> list[Tensor]:
-        """Of every group's matrices, from all ranks."""
-        for buffer in self.state.values():
-            buffer.copy_(self.ranks.concatenate(self._share(buffer)))
-        return [buffer[: len(g["params"])] for buffer, g in zip(self.state.values(), self.param_groups)]
-
-    def _share(self, buffer: Tensor) -> Tensor:
-        return buffer.chunk(self.ranks.world_size)[self.ranks.rank]
-
-    @torch.no_grad()
-    def step(self):
-        parameters, rates, decays = ([g[name] for g in self.param_groups] for name in ("params", "lr", "weight_decay"))
-        gradients, buffers = [], [self._share(buffer) for buffer in self.state.values()]
-        for group, buffer in zip(parameters, buffers):
-            mine = [p.grad for p in group[self.ranks.rank * len(buffer) :][: len(buffer)]]
-            gradients.append(mine + [torch.zeros_like(x) for x in buffer[len(mine) :]])
-        updates = self.updates(gradients, buffers, self.param_groups[0]["momentum"], self.found_inf, self.steps)
-        self.apply(parameters, list(map(self.ranks.concatenate, updates)), rates, decays, self.found_inf)
-
-
-class Optimizers:
-    """Muon and Adam. skipped, float32 (2,), counts steps without finite gradients: all, and the last in a row."""
-
-    def __init__(self, model, settings, ranks):
-        s = settings
-        groups, matrices = collections.defaultdict(list), model.linear_layers()
-        for name, p in model.named_parameters():
-            if name in matrices:
-                mamba = "mixer" in name and "_proj" in name
-                groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(p)
-            elif name.endswith("embedding.weight"):
-                groups[s.tied_embed_lr, s.weight_decay, 1e-8].append(p)
-            else:  # eps: a residual mix's first gradients are rounding errors
-                groups[s.scalar_lr, 0.0, 1e-6].append(p)
-        muon, adam = [], []
-        for (rate, decay, kind), parameters in groups.items():
-            group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
-            muon.append(group) if isinstance(kind, torch.Size) else adam.append(group | {"eps": kind})
-        self.muon = Muon(muon, s, ranks)
-        self.adam = torch.optim.AdamW(adam, lr=0.0, betas=(0.9, 0.95), fused=True, capturable=ranks.gpu)
-        self.parameters = list(model.parameters())
-        self.skipped = torch.zeros(2, device=ranks.device)
-
-    @torch.no_grad()
-    def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
-        """Clips, uses and drops the gradients. The device decides whether to skip: no host waits."""
-        lr_factor, momentum = (torch.as_tensor(x, device=self.skipped.device) for x in (lr_factor, momentum))
-        skip = ~nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite()
-        self.skipped += skip
-        self.skipped[1] *= skip
-        for optimizer in (self.muon, self.adam):
-            optimizer.found_inf = skip.float()
-            for group in optimizer.param_groups:
-                group.update(lr=group["base_lr"] * lr_factor, momentum=momentum)
-            optimizer.step()
-        for p in self.parameters:
-            p.grad = None
-
-
-class WeightAverage:
-    """Exponential moving average of the weights."""
-
-    def __init__(self, model, settings):
-        self.decay, self.parameters = settings.ema_decay, list(model.parameters())
-        self.average = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def update(self, steps_done: int, skipped: Tensor):
-        """Takes in the weights after steps_done steps; not if skipped, (), is 1. It looks back a tenth of a run."""
-        rate = (1 - skipped) * max(1 - self.decay, 1 / max(1.0, 0.1 * steps_done))
-        torch._foreach_mul_(self.average, 1 - rate)
-        torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
-
-    @torch.no_grad()
-    def apply(self):
-        torch._foreach_copy_(self.parameters, self.average)
-
-
-class Schedule(NamedTuple):
-    progress: float  # part of the run that is over
-    lr_factor: float
-    momentum: float
-    recurrent: bool
-    quantized: bool
-
-
-def schedule_at(settings, step: int, seconds: float) -> Schedule:
-    """What holds for step (from 0) after seconds of the training clock."""
-    s = settings
-    train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
-    by_steps = step / s.iterations
-    by_clock = seconds / train_seconds if s.max_wallclock_seconds else 0.0
-    progress = min(1.0, max(by_steps, by_clock))
-    warmdown = s.warmdown_fraction
-    if s.warmdown_iters:
-        step_part = 1 / s.iterations if by_steps >= by_clock else seconds / max(step, 1) / train_seconds
-        warmdown = min(1.0, s.warmdown_iters * step_part)
-    ramp = lambda part, whole: min(1.0, part / whole) if whole else 1.0
-    decay = ramp(1 - progress, warmdown)
-    factor = ramp(progress + 1 / s.iterations, 0.01) * decay
-    momentum = s.muon_momentum * (0.9 + 0.1 * ramp(progress, 0.1))
-    quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
-    return Schedule(progress, factor, momentum, progress >= s.recur_start, quantized)
-
-
-# ============
-# 7. Evaluation
-# A plan of windows says which targets a forward pass scores, with what context.
-
-
-class Window(NamedTuple):
-    """Reads tokens[context:last] and scores targets first <= p < last, which are tokens[p + 1]."""
-
-    context: int
-    first: int
-    last: int
-
-
-def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
-    """This rank's windows; each target is scored once. Sliding, they move by EVAL_STRIDE and score what is new."""
-    length = settings.train_seq_len
-    stride = settings.eval_stride if settings.eval_mode == "sliding" else length
-    windows = [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in range(first, last, stride)]
-    return windows[rank::world_size]
-
-
-class Score(NamedTuple):
-    val_loss: float  # nats per target
-    val_bpb: float
-    nats: np.ndarray  # (N,) float32, in stream order
-    epochs_given_up: int  # of test-time training
-
-
-class Evaluator:
-    """Scores a validation set, once."""
-
-    def __init__(self, model, settings, ranks, validation: ValidationSet, recurrent=True):
-        self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
-        self.order = model.order(recurrent)
-        self.score_function = maybe_compile(model.score, settings, ranks)
-        self.loss_function = maybe_compile(model.loss, settings, ranks)
-        s, self.total = settings, len(validation.target_bytes)
-        self.nats = torch.zeros(self.total, device=ranks.device)
-        self.times_scored = np.zeros(self.total, dtype=np.uint8)
-        self.chunk = min(self.total, s.ttt_chunk_tokens) if s.adapts else self.total
-        windows = len(plan_windows(s, 0, self.chunk, 0, ranks.world_size))
-        self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
-
-    def score(self, clock_started: float, say=lambda text: None) -> Score:
-        """With test-time training, each chunk but the last is trained on once scored, less if time since clock_started
-        (a perf_counter()) runs short."""
-        s = self.settings
-        starts = range(0, self.total, self.chunk)
-        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=s.ttt_momentum)
-        epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
-        for index, first in enumerate(starts):
-            last = min(first + self.chunk, self.total)
-            started = synchronized_time()
-            self._score_targets(first, last)
-            scored = synchronized_time()
-            chunks_left = len(starts) - 1 - index
-            if not chunks_left:
-                break
-            left = clock_started + s.eval_max_seconds - scored
-            if index > 1:  # the first two chunks compile
-                spare = left / chunks_left - 1.2 * (scored - started)
-                epochs = min(s.ttt_epochs, max(0, int(spare / max(epoch_seconds, 1e-9))))
-            epochs = self.ranks.from_main(epochs if left > 0 else 0)
-            given_up += s.ttt_epochs - epochs
-            sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
-            for _ in range(epochs):
-                self._train_on(first, last, sgd)
-            epoch_seconds = (synchronized_time() - scored) / epochs if epochs else epoch_seconds
-            say(f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left")
-        return self._collect(given_up)
-
-    @torch.no_grad()
-    def _score_targets(self, first: int, last: int):
-        s = self.settings
-        windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size)
-        for i in range(0, len(windows), self.rows):
-            batch = windows[i : i + self.rows]
-            batch += [Window(batch[-1].context, 0, 0)] * (self.rows - len(batch))  # every batch has one shape
-            context, begin, end = np.array(batch).T[:, :, None]
-            tokens, targets = self._read(context, s.train_seq_len)
-            nats = self.score_function(tokens, targets, self.order)
-            position = context + np.arange(s.train_seq_len)
-            cells = np.flatnonzero((begin <= position) & (position < end))
-            where = position.flatten()[cells]
-            np.add.at(self.times_scored, where, 1)
-            self.nats[where] = nats.flatten()[cells]
-
-    def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets from starts (B, 1) on, (B, length); past the end, the last token."""
-        stream = self.validation.tokens
-        index = np.minimum(starts + np.arange(length + 1), len(stream) - 1)
-        both = torch.tensor(stream[index], dtype=torch.int64, device=self.ranks.device)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-    def _train_on(self, first: int, last: int, sgd: torch.optim.SGD):
-        """One step of SGD on a chunk that is scored; each rank takes its part."""
-        s, ranks = self.settings, self.ranks
-        length = ttt_sequence_length(s, ranks.world_size)
-        mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
-        rows = largest_divisor(len(mine), s.val_batch_size // (ranks.world_size * length))
-        for starts in mine.reshape(-1, rows, 1):
-            tokens, targets = self._read(starts, length)
-            (self.loss_function(tokens, targets, self.order) * (rows / len(mine) / ranks.world_size)).backward()
-        for p in self.model.parameters():
-            ranks.sum_(p.grad)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        sgd.step()
-        sgd.zero_grad()
-
-    def _collect(self, given_up: int) -> Score:
-        times = self.ranks.sum_(torch.tensor(self.times_scored, device=self.ranks.device))
-        if (times != 1).any():
-            raise RuntimeError("a target was not scored exactly once")
-        nats = self.ranks.sum_(self.nats).cpu().numpy()
-        total = float(nats.sum(dtype=np.float64))
-        bpb = total / math.log(2) / int(self.validation.target_bytes.sum())
-        return Score(total / self.total, bpb, nats, given_up)
-
-
-def largest_divisor(number: int, most: int) -> int:
-    return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
-
-
-def maybe_compile(function, settings, ranks):
-    """function, as one whole graph where compiling is on."""
-    if settings.compile == "off" or (settings.compile == "auto" and not ranks.gpu):
-        return function
-    torch._dynamo.config.recompile_limit = 64  # 8 are too few
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-# ============
-# 8. Export
-# Matrices become integers times the steps of a grid, coded behind a plain header. Nothing is unpickled. QUANTIZER: gptq on
-# SDClip's grid, or round to it; percentile and dsq, GPTQ on other grids; ternary for int6 (BitNet b1.58, arXiv 2402.17764),
-# in training too.
-
-DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
-INT6_MAX, INT8_MAX = 31, 127
-GPTQ_BLOCK = 128  # columns whose error is spread at once
-GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
-SDCLIP_MOST = 16.0  # the largest k unasked: a typical weight is 2 steps
-ANS_LANES = 256  # symbols coded at once
-ARTIFACT_MAGIC = b"SSMGOLF4"
-# The first part that a matrix's name has, and what the report calls it.
-KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "Mamba in", "mixer": "attention"}
-
-
-def grid_limits(model) -> dict[str, Tensor]:
-    """The largest integer in each row, float32 (rows, 1), of matrices stored as integers: int6 or ternary, but int8 in the
-    embedding and the rows whose errors Mamba's recurrence compounds."""
-    limits, usual = {}, 1 if model.settings.quantizer == "ternary" else INT6_MAX
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Embedding)):
-            limits[f"{name}.weight"] = rows = torch.full_like(layer.weight[:, :1], usual)
-            if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
-                rows[:] = INT8_MAX
-            elif name.endswith(".in_proj"):
-                rows[len(rows) - layer.dynamics_rows :] = INT8_MAX
-    return limits
-
-
-def float_type(name: str) -> str:
-    """In which a parameter, or the steps of a matrix, are stored."""
-    return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
-
-
-def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
-    """Steps of rows (rows, 1) and columns (columns,), exact in float16, whose products are the grid's. SDClip: a row's grid
-    ends at k, or SDCLIP_K_INT8, root-mean-squares of the row."""
-    columns, clips = torch.ones_like(weight[0]), torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
-    exact = lambda step: step.clamp(min=2**-14, max=60_000.0).half().float()
-    if settings.quantizer == "dsq":  # decoupled scales, as for states in Q-Mamba (2025.findings-acl.551)
-        columns = exact(F.normalize(weight).norm(dim=0))
-    clip = clips * (weight / columns).square().mean(dim=1, keepdim=True).sqrt()
-    if settings.quantizer == "ternary":  # the mean magnitude, here by row
-        clip = torch.where(limits == 1, weight.abs().mean(dim=1, keepdim=True), clip)
-    rows = exact(clip / limits)
-    if settings.quantizer == "percentile":  # k/3 of that which errs least; SDClip: the 99.7th, if Gaussian
-        ordered, least = weight.abs().sort(dim=1).values, math.inf
-        for part in (0.99, 0.995, 0.998, 1.0):
-            step = exact(clips / 3 * ordered[:, int(part * len(columns)) - 1, None] / limits)
-            error = (weight - round_to_grid(weight, step, limits) * step).norm(dim=1, keepdim=True)
-            rows, least = torch.where(error < least, step, rows), error.clamp(max=least)
-    return rows, columns
-
-
-def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    return (weight / scale).round().clamp(-limits, limits)
-
-
-@torch.no_grad()
-def predict_bytes(model, settings, k: float) -> float:
-    """Of the artifact with this k, by the integers' entropy."""
-    total, matrices = 4096.0, grid_limits(model)
-    for name, p in model.named_parameters():
-        if name in matrices:
-            rows, columns = grid_steps(p, matrices[name], settings, k)
-            integers = round_to_grid(p, rows * columns, matrices[name])
-            counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-            entropy = float(torch.special.entr(counts / p.numel()).sum()) / math.log(256)  # in bytes
-            total += 2 * (len(p) + int((columns != 1).sum())) + 4 * ANS_LANES + 256 + 1.002 * entropy * p.numel()
-        else:
-            total += p.numel() * np.dtype(float_type(name)).itemsize
-    return total
-
-
-def fit_sdclip(model, settings, target_bytes: float) -> float:
-    """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
-    need(all(p.isfinite().all() for p in model.parameters()), f"weights are no longer finite: {DIVERGED}")
-    if settings.sdclip_k:
-        return settings.sdclip_k
-    choices = np.linspace(4, SDCLIP_MOST, 257).tolist()
-    fits = lambda k: predict_bytes(model, settings, k) <= target_bytes
-    return choices[bisect.bisect_left(choices, True, hi=256, key=fits)]
-
-
-@contextmanager
-def fake_quantization(model, matrices: dict, k: float):
-    """QAT: matrices stand on their grids while gradients are computed."""
-    weights = [model.get_parameter(name).detach() for name in matrices]
-    kept = [weight.clone() for weight in weights]
-    for weight, limits in zip(weights, matrices.values()):
-        scale = math.prod(grid_steps(weight, limits, model.settings, k))
-        weight.copy_(round_to_grid(weight, scale, limits) * scale)
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(weights, kept)
-
-
-@torch.no_grad()
-def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Tensor]:
-    """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T)."""
-    hessians = collections.defaultdict(float)
-
-    def gather(name: str, _, inputs: tuple[Tensor, ...]):
-        x = math.prod(x.float() for x in inputs if x is not None).flatten(0, -2)
-        hessians[name] += 2 * (x.T @ x)
-
-    layers = model.linear_layers().items()
-    hooks = [layer.register_forward_pre_hook(partial(gather, name)) for name, layer in layers]
-    for batch in sequences.split(rows):
-        gather("embedding.weight", model, (model(batch, model.full_order),))
-    for hook in hooks:
-        hook.remove()
-    return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
-
-
-@torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Integers that keep, times scale, weight @ x close (arXiv 2210.17323), of matrices (..., rows, columns): columns are
-    rounded by falling diagonal, each one's error spread over those to come."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    damping, order = GPTQ_DAMPING * diagonal.mean(-1).clamp(min=1e-9), diagonal.argsort(descending=True)
-    sort = lambda x, order=order: x.take_along_dim(order.unsqueeze(-2), -1)
-    weight = sort(weight.masked_fill((diagonal == 0).unsqueeze(-2), 0.0))  # inputs never seen
-    scale, hessian = sort(scale), sort(sort(hessian).mT)
-    identity, failed = torch.eye(order.shape[-1], device=weight.device), True
-    while failed:  # until the damping, tenfold each time, is enough
-        need(damping.isfinite().all(), DIVERGED)
-        lower, failed = torch.linalg.cholesky_ex((hessian + damping[..., None, None] * identity).flip(-2, -1))
-        damping, failed = 10 * damping, failed.any()
-    # Flipped back, lower is an upper R with H = R R^T: R^-1 is the upper Cholesky factor of H's inverse.
-    upper = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
-    errors = torch.zeros_like(weight)
-    for first in range(0, len(identity), GPTQ_BLOCK):
-        last = min(first + GPTQ_BLOCK, len(identity))
-        for j in range(first, last):
-            rest, error, step = weight[..., j:last], errors[..., j, None], scale[..., j, None]  # views
-            integers = round_to_grid(rest[..., :1], step, limits)
-            error.copy_((rest[..., :1] - integers * step) / upper[..., j, j, None, None])
-            rest -= error * upper[..., j, None, j:last]
-            rest[..., :1] = integers
-        weight[..., last:] -= errors[..., first:last] @ upper[..., first:last, last:]
-    return sort(weight, order.argsort())
-
-
-@torch.no_grad()
-def quantize_model(model, settings, ranks, hessians: dict[str, Tensor], k: float) -> dict[str, Tensor]:
-    """What is stored, in order: vectors and steps of matrices, then int8 matrices as "NAME integers". Ranks share the work,
-    matrices of one shape at once."""
-    stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in model.named_parameters()}
-    matrices, groups = grid_limits(model), collections.defaultdict(list)
-    for name, limits in matrices.items():
-        weight = model.get_parameter(name)
-        rows, columns = grid_steps(weight, limits, settings, k)
-        stored[name] = torch.cat([rows.squeeze(1), columns]).half()
-        stored[f"{name} integers"] = integers = torch.zeros_like(weight, dtype=torch.int8)
-        hessian = hessians.get(name, torch.eye(weight.shape[1], device=weight.device))
-        groups[weight.shape].append((integers, weight, hessian, rows * columns, limits))
-    for group in itertools.islice(groups.values(), ranks.rank, None, ranks.world_size):
-        integers, *tensors = zip(*group)
-        torch._foreach_copy_(integers, list(gptq(*map(torch.stack, tensors))))
-    for name in matrices:
-        ranks.sum_(stored[f"{name} integers"])  # zeros but where they were computed
-    return stored
-
-
-# The artifact: magic, the model's settings as a line of JSON, LZMA stream of vectors, steps and frequencies of integers, the
-# integers by asymmetric numeral systems (arXiv 1311.2540; LZMA takes 3 to 8 % more), SHA-256 of all before it.
-
-
-def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How often, of 65,536, each value of an int8 array comes, uint32 (256,), and its code, uint16. Every ANS_LANES-th number
-    goes into one state, the last first, which sheds 16 of its 32 bits when full."""
-    symbols = integers.view(np.uint8).ravel()
-    counts = np.bincount(symbols, minlength=256)
-    symbols = np.append(symbols, np.full(-len(symbols) % ANS_LANES, counts.argmax(), np.uint8)).reshape(-1, ANS_LANES)
-    frequencies = np.maximum(counts * 65_536 // counts.sum(), counts > 0).astype(np.uint64)
-    frequencies[counts.argmax()] += np.uint64(65_536) - frequencies.sum()
-    starts, state, words = frequencies.cumsum() - frequencies, np.full(ANS_LANES, 65_536, np.uint64), []
-    for row in symbols[::-1]:
-        frequency = frequencies[row]
-        full = state >= frequency << 16
-        words.append(state[full] & 65_535)
-        state = np.where(full, state >> 16, state)
-        state = (state // frequency << 16) + state % frequency + starts[row]
-    words += [state >> 16, state & 65_535]
-    return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
-
-
-def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The count integers that encode_integers() was given, and the words behind; ValueError for others."""
-    frequencies, words = frequencies.astype(np.uint64), words.astype(np.uint64, copy=False)
-    if frequencies.sum() != 65_536:
-        raise ValueError
-    symbol_of, starts = np.repeat(np.arange(256), frequencies.astype(int)), frequencies.cumsum() - frequencies
-    low, high, words = words[:ANS_LANES], words[ANS_LANES : 2 * ANS_LANES], words[2 * ANS_LANES :]
-    state, symbols = (high << 16) + low, np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
-    for row in symbols:
-        slot = state & 65_535
-        row[:] = symbol = symbol_of[slot]
-        state = frequencies[symbol] * (state >> 16) + slot - starts[symbol]
-        (empty,) = np.nonzero(state < 65_536)
-        state[empty] = (state[empty] << 16) + words[: len(empty)]
-        words = words[len(empty) :]
-    if (state != 65_536).any():
-        raise ValueError
-    return symbols.ravel()[:count].view(np.int8), words
-
-
-def pack_artifact(settings, stored: dict[str, Tensor]) -> bytes:
-    content = codes = b""
-    for array in (tensor.cpu().numpy() for tensor in stored.values()):
-        if array.dtype == np.int8:
-            array, words = encode_integers(array)
-            codes += words.tobytes()
-        content += array.tobytes()
-    header = {name: getattr(settings, name) for name in MODEL_FIELDS}
-    return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(content) + codes))
-
-
-def seal(magic: bytes, header: dict, *parts) -> list:
-    """The parts of a file: magic and header, these, SHA-256 of all."""
-    parts = [magic + json.dumps(header, separators=(",", ":")).encode() + b"\n", *parts]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return [*parts, digest.digest()]
-
-
-def read_artifact(path: Path) -> tuple[dict, bytes]:
-    """The model's settings in an artifact, and what follows them."""
-    usual = {name: getattr(Settings, name) for name in MODEL_FIELDS}
-    return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
-
-
-def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Header, of names and types as in usual, and payload of a file of at most so many bytes."""
-    need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
-
-    def check(condition: bool, problem: str):
-        need(condition, f"{path} is not a usable {what}: {problem}")
-
-    check(path.stat().st_size <= most, "it is far too large")
-    data = path.read_bytes()
-    check(data.startswith(magic), "wrong magic number")
-    check(hashlib.sha256(memoryview(data)[:-32]).digest() == data[-32:], "its checksum does not match")
-    line, _, payload = data[len(magic) : -32].partition(b"\n")
-    try:
-        header = dict(json.loads(line))
-    except (ValueError, TypeError, RecursionError):
-        header = {}
-    check(set(header) == set(usual), "it holds other settings than this program's")
-    for name, value in header.items():
-        same = type(value) is type(usual[name]) and str(value).isprintable()  # errors quote it
-        check(same, f"{name} in its header has the wrong type")
-    return header, payload
-
-
-def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, and the settings with the artifact's in place of the run's."""
-    stored, payload = read_artifact(path)
-    for name in sorted(given & set(stored)):
-        ours, theirs = getattr(settings, name), stored[name]
-        need(ours == theirs, f"{name.upper()}={ours} contradicts the artifact, which has {theirs}: unset it")
-    settings = replace(settings, **stored)
-    validate_settings(settings, ranks.world_size)
-    with torch.device("meta"):  # nothing is allocated before the shapes fit the file
-        skeleton = Model(replace(settings, scan_backend="sequential"), torch.device("meta"))
-    matrices, shapes = grid_limits(skeleton), {name: p.shape for name, p in skeleton.named_parameters()}
-    entries = [(name, float_type(name), sum(shape) if name in matrices else shape) for name, shape in shapes.items()]
-    entries += [(f"{name} integers", "<u4", 256) for name in matrices]
-    try:
-        if sum(map(math.prod, shapes.values())) > 1 << 26:
-            raise ValueError
-        layout, unpacker = np.dtype(entries), lzma.LZMADecompressor()
-        (record,) = np.frombuffer(unpacker.decompress(payload, layout.itemsize + 1), layout)
-        parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in shapes}
-        words = np.frombuffer(unpacker.unused_data, "<u2")
-        for name in matrices:
-            integers, words = decode_integers(record[f"{name} integers"], words, math.prod(shapes[name]))
-            rows, columns = parameters[name].split(shapes[name])
-            parameters[name] = torch.tensor(integers).view(shapes[name]) * rows[:, None] * columns
-        if len(words):
-            raise ValueError
-    except (ValueError, lzma.LZMAError):
-        raise UserError(f"{path} is not a usable artifact: its data are not its header's model") from None
-    model = build_model(settings, ranks)
-    model.load_state_dict(parameters)
-    return model, settings
-
-
-# ============
-# 9. Run
-
-
-@contextmanager
-def writing(what: str):
-    """Makes a failure to write the user's."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {what}: {error.strerror}") from None
-
-
-class Log:
-    """Rank 0's outputs: console, LOG_DIR/RUN_ID.txt and .jsonl."""
-
-    def __init__(self, settings, ranks, name: str):
-        self.started, self.last_progress, self.quiet = time.perf_counter(), 0.0, ranks.rank > 0
-        if self.quiet:
-            return
-        folder = Path(settings.log_dir)
-        with writing(f"logs in LOG_DIR={folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.text, self.records = ((folder / f"{name}.{end}").open("ab", 0) for end in ("txt", "jsonl"))
-            self.text.write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
-
-    def __call__(self, text: str, event: str = "", **values):
-        """A line of text; for an event, also a JSON object."""
-        if self.quiet:
-            return
-        print(text, flush=True)
-        record = {"event": event, "seconds": round(time.perf_counter() - self.started, 3), **values}
-        with writing("logs"):
-            self.text.write(f"{text}\n".encode())
-            self.records.write(f"{json.dumps(record)}\n".encode() if event else b"")
-
-    def progress(self, text: str):
-        """A line at most every two seconds."""
-        now = time.perf_counter()
-        if now - self.last_progress > 2:
-            self.last_progress = now
-            self(f"  [{now - self.started:.0f}s] {text}")
-
-
-def describe_machine(ranks) -> dict[str, str]:
-    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if ranks.gpu else cpu
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": triton and triton.__version__, "hardware": f"{ranks.world_size} × {device}",
-    }  # fmt: skip
-
-
-def choose_micro_batch(settings, ranks) -> int:
-    """Tokens a rank runs at once: at most MICRO_BATCH_TOKENS, or 131,072 (more run no faster) in 70 % of free memory."""
-    s, most = settings, settings.micro_batch_tokens or 131_072 >> (settings.mamba_version == 1)
-    if ranks.gpu and not s.micro_batch_tokens:
-        # As if all layers were Mamba.
-        layer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim) + (8 + 4 * s.mlp_mult) * s.model_dim
-        token_bytes = len(parse_layers(s, "layer_order")) * layer + 5 * s.vocab_size
-        most = min(most, 0.7 * torch.cuda.mem_get_info()[0] / token_bytes)
-    sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
-    return s.train_seq_len * largest_divisor(sequences, int(most // s.train_seq_len))
-
-
-def synchronized_time() -> float:
-    """perf_counter() once the GPU is done."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class TrainingClock:
-    """It runs between start() and pause(), which waits for the GPU."""
-
-    counted, since = 0.0, math.inf
-
-    def start(self):
-        self.since = time.perf_counter()
-
-    def pause(self):
-        synchronized_time()
-        self.counted, self.since = self.seconds(), math.inf
-
-    def seconds(self) -> float:
-        return self.counted + max(0.0, time.perf_counter() - self.since)
-
-
-def training_loss(model, settings, ranks):
-    """model.loss; with several ranks, backward averages gradients in buckets."""
-    loss = maybe_compile(model.loss, settings, ranks)
-    if ranks.world_size == 1:
-        return loss
-    module = nn.Module()
-    module.model, module.forward = model, loss
-    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    parallel.broadcast_buffers = False
-    return parallel
-
-
-CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
-PROGRESS = "steps", "seconds", "qat_k"
-
-
-class Trainer:
-    """warm_up() compiles, run() trains by the clock; rank 0 writes checkpoints, which resume() takes up."""
-
-    def __init__(self, model, settings, ranks, micro_batch: int, target_bytes: float, log):
-        self.model, self.settings, self.ranks, self.log = model, settings, ranks, log
-        self.micro_sequences, self.target_bytes = micro_batch // settings.train_seq_len, target_bytes
-        self.optimizers = Optimizers(model, settings, ranks)
-        self.average = WeightAverage(model, settings)
-        self.loss_function = training_loss(model, settings, ranks)
-        for p in model.parameters():
-            p.grad = torch.full_like(p, math.nan)
-        self.optimizers.step(0.0, 0.0)  # skipped, it makes the optimizers' state
-        self.optimizers.skipped.zero_()
-        self.clock, self.steps_done, self.qat_k = TrainingClock(), 0, 0.0
-        self.thread, self.writing, self.saved = ThreadPoolExecutor(1), None, time.perf_counter()
-        self.graph, self.times_run = None, collections.Counter()
-
-    def announce(self):
-        mixers, count = [block.mixer for block in self.model.blocks], sum(map(Tensor.numel, self.model.parameters()))
-        self.log(f"parameters: {count:,}, {8 * self.target_bytes / count:.2f} bits each within TARGET_MB")
-        self.log("layers: " + " ".join(f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order))
-        tokens = self.micro_sequences * self.settings.train_seq_len
-        scan = next((mixer.backend for mixer in mixers if isinstance(mixer, Mamba)), "none")
-        self.log(f"scan: {scan}; {tokens:,} tokens at once per rank")
-
-    def tensors(self) -> list[Tensor]:
-        """What training changes, float32, whatever the number of ranks."""
-        moments = [x for state in self.optimizers.adam.state.values() for x in state.values()]
-        momentum = self.optimizers.muon.gather_momentum()
-        return [*self.average.parameters, *self.average.average, *moments, *momentum, self.optimizers.skipped]
-
-    def header(self) -> dict:
-        progress = self.steps_done, self.clock.seconds(), self.qat_k
-        return {name: getattr(self.settings, name) for name in TRAINING_FIELDS} | dict(zip(PROGRESS, progress))
-
-    @torch.no_grad()
-    def resume(self):
-        """Takes up the checkpoint that RESUME names."""
-        s, ours, tensors = self.settings, self.header(), self.tensors()
-        for path in {"auto": filter(Path.exists, s.checkpoint_paths), "never": ()}.get(s.resume, [Path(s.resume)]):
-            try:
-                found, payload = read_sealed(path, "checkpoint", CHECKPOINT_MAGIC, 1 << 31, ours)
-            except UserError as error:
-                need(s.resume == "auto", error)
-                self.log(f"warning: {error}")
-                continue
-            differ = [f"{f.upper()}={found[f]}, not {ours[f]}" for f in TRAINING_FIELDS if found[f] != ours[f]]
-            need(not differ, f"{path} has {'; '.join(differ)}; RESUME=never starts anew")
-            self.steps_done, self.clock.counted, self.qat_k = (found[name] for name in PROGRESS)
-            sizes, sane = [x.numel() for x in tensors], 0 <= self.steps_done <= s.iterations and self.clock.counted >= 0
-            need(sane and len(payload) == 4 * sum(sizes), f"{path} is not a usable checkpoint")
-            stored = torch.tensor(np.frombuffer(payload, "<f4"), device=self.ranks.device)
-            torch._foreach_copy_([x.view(-1) for x in tensors], stored.split(sizes))
-            self.log(f"resumed {path}: step {self.steps_done}, {self.clock.counted:.1f}s", "resumed")
-            break
-        need(self.ranks.from_main(self.steps_done) == self.steps_done, "the ranks must share LOG_DIR")
-
-    @torch.no_grad()
-    def save(self, why: str = ""):
-        """Rank 0 writes a checkpoint while training goes on; a reason ends the run on all ranks."""
-        numbers, self.saved = torch.cat([x.view(-1) for x in self.tensors()]), time.perf_counter()
-        copied = numbers.is_cuda and torch.cuda.current_stream().record_event()
-        if self.ranks.rank == 0:
-            self.writing = self.thread.submit(self._write, self.header(), numbers, copied)
-        if why:
-            self.ranks.from_main(self.writing and self.writing.result())  # the others wait for the file
-            raise UserError(f"{why}; RUN_ID={self.settings.run_id} goes on from the last checkpoint")
-
-    def _write(self, header: dict, numbers: Tensor, copied):
-        with torch.cuda.stream(torch.cuda.Stream(numbers.device) if copied else None):
-            if copied:
-                copied.wait()
-            parts = [x.cpu().numpy() for x in numbers.split(1 << 20)]  # a copy holds up launches
-        newest, before = self.settings.checkpoint_paths
-        try:
-            write_whole(newest, *seal(CHECKPOINT_MAGIC, header, *parts), before=before)
-        except UserError as error:
-            self.log(f"warning: {error}; training goes on")
-
-    def warm_up(self):
-        """Compiles both layer orders, in steps at rate 0."""
-        s, optimizers = self.settings, Optimizers(self.model, self.settings, self.ranks)
-        tokens = torch.randint(0, s.vocab_size, (self.micro_sequences, s.train_seq_len + 1), device=self.ranks.device)
-        for order in sorted({self.model.order(False), self.model.order(True)}):
-            for step in range(max(s.warmup_steps, self.steps_done > 0)):  # DDP's first sums in another order
-                self._gradients(tokens[:, :-1], tokens[:, 1:], order)
-                optimizers.step(0.0, s.muon_momentum)
-                self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{s.warmup_steps}")
-        synchronized_time()
-
-    def run(self, batches, validate):
-        """Trains until the clock or ITERATIONS ends it; leaves the averaged weights."""
-        s, ranks, on_grids, queued = self.settings, self.ranks, None, []
-        signals, noted = (signal.SIGTERM, signal.SIGINT), []
-        for number in signals:
-            signal.signal(number, lambda number, _: noted.append(number))
-        self.clock.start()
-        while True:
-            if len(queued) > 1:  # one step late, so that the GPU never idles
-                queued.pop(0).synchronize()
-            idle = not self.writing or self.writing.done()
-            due = idle and 0 < s.checkpoint_every <= time.perf_counter() - self.saved
-            shared = [self.clock.seconds(), due, len(noted)] if ranks.rank == 0 else [0, 0, len(noted)]
-            seconds, due, stopped = ranks.sum_(torch.tensor(shared, dtype=torch.float64)).tolist()
-            if due or stopped:
-                self.save(stopped and f"stopped by a signal at step {self.steps_done}")
-            now = schedule_at(s, self.steps_done, seconds)
-            if now.progress >= 1:
-                break
-            if now.quantized and on_grids is None:
-                self.qat_k = self.qat_k or fit_sdclip(self.model, s, self.target_bytes)
-                on_grids = partial(fake_quantization, self.model, grid_limits(self.model), self.qat_k)
-                self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
-            kind = self.model.order(now.recurrent), on_grids if now.quantized else nullcontext
-            loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
-            self.steps_done += 1
-            self.average.update(self.steps_done, self.optimizers.muon.found_inf)
-            if ranks.gpu:
-                queued.append(torch.cuda.current_stream().record_event())
-            if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
-                self._log_step(loss, now)
-            if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
-                self.clock.pause()
-                with kind[1]():
-                    self.log_score(validate(now.recurrent))
-                self.clock.start()
-        self.skipped_steps()
-        self.graph = None  # its memory is its own
-        self.average.apply()
-        self.clock.pause()
-        self.thread.shutdown()
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-
-    def _graphed_step(self, kind: tuple, *inputs) -> Tensor:
-        """_step(); on one GPU, from the third of a kind on, as a CUDA graph: launches take time."""
-        self.times_run[kind] += 1
-        inputs = *inputs[:2], *torch.tensor(inputs[2:]).to(self.ranks.device, non_blocking=True)
-        if self.times_run[kind] < 3 or not self.ranks.gpu or self.ranks.world_size > 1:
-            self.graph = None
-            return self._step(kind, *inputs)
-        if self.graph is None:
-            graph, held = torch.cuda.CUDAGraph(), [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # batches are copied meanwhile
-                self.graph = graph, held, self._step(kind, *held)
-        graph, held, loss = self.graph
-        torch._foreach_copy_(held, inputs)
-        graph.replay()
-        return loss
-
-    def _step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
-        """A step with layers in this order and a context for gradients. Returns this rank's mean loss, ()."""
-        order, context = kind
-        with context():
-            loss = self._gradients(tokens, targets, order)
-        self.optimizers.step(lr_factor, momentum)
-        return loss
-
-    def _gradients(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Gradients of one global batch; returns this rank's mean loss, ()."""
-        micro_batches = list(zip(tokens.split(self.micro_sequences), targets.split(self.micro_sequences)))
-        total = torch.zeros((), device=self.ranks.device)
-        for number, (micro_tokens, micro_targets) in enumerate(micro_batches, 1):
-            more = number < len(micro_batches) and self.ranks.world_size > 1
-            with self.loss_function.no_sync() if more else nullcontext():
-                loss = self.loss_function(micro_tokens, micro_targets, order) / len(micro_batches)
-                loss.backward()
-            total += loss.detach()
-        return total
-
-    def skipped_steps(self) -> int:
-        """So far; too many in a row end the run."""
-        total, in_a_row = self.optimizers.skipped.int().tolist()
-        if in_a_row >= 10:
-            self.save(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
-        return total
-
-    def log_score(self, score: Score, when: str = ""):
-        text = f"val_loss:{score.val_loss:.4f} val_bpb:{score.val_bpb:.4f}{when}"
-        self._log(text, "validation", val_loss=score.val_loss, val_bpb=score.val_bpb)
-
-    def _log(self, text: str, event: str, **values):
-        self.log(f"step:{self.steps_done}/{self.settings.iterations} {text}", event, step=self.steps_done, **values)
-
-    def _log_step(self, loss: Tensor, now: Schedule):
-        mean, skipped = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size, self.skipped_steps()
-        ms = 1000 * self.clock.seconds()
-        each = ms / self.steps_done
-        values = {"train_loss": mean, "train_ms": ms, "step_avg_ms": each, "skipped_steps": skipped}
-        text = f"train_loss:{mean:.4f} train_time:{ms:.0f}ms step_avg:{each:.2f}ms"
-        self._log(text + f" skipped_steps:{skipped}" * (skipped > 0), "train", **values, **now._asdict())
-
-
-def export(trainer, batches) -> dict:
-    """Calibrates, quantizes and packs the model into ARTIFACT, packing off the clock, with a larger k if the file is too
-    large. Returns what records should hold."""
-    model, s, ranks, log = trainer.model, trainer.settings, trainer.ranks, trainer.log
-    clock, target = trainer.clock, trainer.target_bytes
-    clock.start()
-    hessians = {}
-    if s.quantizer not in ("round", "ternary"):
-        count = max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size))
-        steps = range(0, s.calibration_tokens, s.train_batch_tokens)
-        sequences = torch.cat([batches.next()[0] for _ in steps])[:count]
-        hessians = collect_hessians(model, sequences, ranks, trainer.micro_sequences)
-    k = fit_sdclip(model, s, target)
-    while True:
-        stored = quantize_model(model, s, ranks, hessians, k)
-        clock.pause()
-        log(f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s")
-        in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
-        need(in_time, "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS")
-        data = pack_artifact(s, stored) if ranks.rank == 0 else b""
-        size = ranks.from_main(len(data))
-        log(f"{s.artifact_path}: {size} bytes of at most {target}")
-        if size <= target:
-            break
-        problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
-        need(k < SDCLIP_MOST, f"{problem}: raise it, or make the model smaller")
-        k = min(SDCLIP_MOST, k + 5 * k * (size - target) / size)  # a size falls with the logarithm of its k
-        clock.start()
-    if ranks.rank == 0:
-        write_whole(s.artifact_path, data)
-    ranks.from_main(None)  # all wait for it
-    return {"sdclip_k": k, "train_clock_seconds": clock.seconds()}
-
-
-def write_whole(path: Path, *parts, before: Path | None = None):
-    """No reader ever sees half of the file; one that is there already is kept as before."""
-    temporary = path.with_name(path.name + ".part")
-    with writing(str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-            if before and path.exists():
-                path.replace(before)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def evaluate_artifact(settings, given: set[str], ranks, validation: ValidationSet, log):
-    """Loads ARTIFACT and scores it."""
-    clock_started = time.perf_counter()
-    model, s = load_model(settings.artifact_path, settings, given, ranks)
-    score = Evaluator(model, s, ranks, validation).score(clock_started, log.progress)
-    seconds = time.perf_counter() - clock_started
-    log(f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s; {score.epochs_given_up} epochs given up")
-    late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
-    need(ranks.from_main(seconds <= s.eval_max_seconds), late)
-    report(log, "final", s.eval_mode + ("_ttt" if s.adapts else ""), score)
-    if s.eval_nll_path and ranks.rank == 0:
-        with writing(f"EVAL_NLL_PATH={s.eval_nll_path}"):
-            np.save(s.eval_nll_path, score.nats)
-
-
-def report(log, event: str, label: str, score: Score):
-    text = f"final_int6_lzma_{label}_exact val_loss:{score.val_loss:.8f} val_bpb:{score.val_bpb:.8f}"
-    log(text, event, val_loss=score.val_loss, val_bpb=score.val_bpb, epochs_given_up=score.epochs_given_up)
-
-
-def train_and_export(settings, ranks, validation: ValidationSet, log):
-    """From shards to an artifact, scored before and after quantization, off the clock."""
-    plain = replace(settings, eval_mode="plain", ttt_enabled=False)
-    code_bytes = Path(__file__).stat().st_size
-    model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes
-    trainer = Trainer(model, settings, ranks, choose_micro_batch(settings, ranks), target_bytes, log)
-    trainer.announce()
-    trainer.resume()
-    batches = Batches(settings, ranks, trainer.steps_done)
-    log("compiling and warming up ...")
-    trainer.warm_up()
-    log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
-
-    score = lambda model, recurrent=True: Evaluator(model, plain, ranks, validation, recurrent).score(0.0)
-    trainer.run(batches, partial(score, model))
-    steps = trainer.steps_done
-    step_ms = 1000 * trainer.clock.seconds() / max(steps, 1)
-    peak = torch.cuda.max_memory_allocated()
-    log(f"Code size: {code_bytes} bytes; {steps} steps of {step_ms:.2f}ms; peak GPU memory {peak / 1e9:.1f} GB")
-    ternary = settings.quantizer == "ternary"
-    with fake_quantization(model, grid_limits(model), trainer.qat_k) if ternary else nullcontext():
-        before, floats = score(model), copy.deepcopy(model.state_dict())
-    trainer.log_score(before, " before quantization")
-    exported = export(trainer, batches)
-    total = code_bytes + settings.artifact_path.stat().st_size
-    log(
-        f"Total submission size int6+lzma: {total} bytes", "trained", steps=steps, step_avg_ms=step_ms,
-        val_loss=before.val_loss, val_bpb=before.val_bpb, bytes_total=total, bytes_code=code_bytes, peak_bytes=peak,
-        **exported,
-    )  # fmt: skip
-    quantized, _ = load_model(settings.artifact_path, plain, set(), ranks)
-    report(log, "after_quantization", "plain", score(quantized))
-    if settings.quantization_report:
-        left, lost = set(grid_limits(model)), {}
-        for part, kind in (KINDS | {"": "embedding"}).items():
-            names = {name for name in left if part in name}
-            left -= names
-            model.load_state_dict(floats | {name: quantized.get_parameter(name) for name in names})
-            lost[kind] = round(score(model).val_bpb - before.val_bpb, 6)
-        log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
-
-
-def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
-    """Settings with a run id that ranks share, the names of those given, and the ranks."""
-    settings, given = read_settings(environment)
-    validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
-    known = settings.artifact or settings.run_id or not settings.eval_only
-    need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
-    if settings.deterministic:
-        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
-        torch.use_deterministic_algorithms(True)
-    ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
-    if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
-        launch = environment["TORCHELASTIC_RUN_ID"]
-    run_id = settings.run_id or f"{launch}-{settings.preset}-{settings.seed}"
-    return replace(settings, run_id=ranks.from_main(run_id)), given, ranks
-
-
-def main():
-    """The story of a run."""
-    if {"--help", "-h"} & set(sys.argv):
-        print(help_text())
-        return
-    need(len(sys.argv) == 1, f"{sys.argv[-1]}: settings are environment variables; --help lists them")
-    settings, given, ranks = prepare_run(dict(os.environ))
-    log = Log(settings, ranks, settings.run_id + ".eval" * settings.eval_only)
-    machine, values = describe_machine(ranks), asdict(settings)
-    text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())
-    log(text, "settings", machine=machine, settings=values)
-    validation = load_validation(settings, Tokenizer(settings.tokenizer_path, settings.vocab_size))
-    if not settings.eval_only:
-        train_and_export(settings, ranks, validation, log)
-    evaluate_artifact(settings, given, ranks, validation, log)
-    for path in () if settings.eval_only else settings.checkpoint_paths:
-        path.unlink(missing_ok=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def run() -> int:
-    """main(), with a user's mistake printed as one line; returns the exit status."""
-    try:
-        main()
-        return 0
-    except UserError as error:
-        problem, rank = error, int(os.environ.get("RANK", 0))
-        time.sleep(rank and 2 + rank)  # torchrun stops this rank if another says the same
-    except torch.OutOfMemoryError:
-        problem = "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
-    except RuntimeError as error:
-        if "imed out" not in str(error) or not dist.is_initialized():
-            raise
-        store = dist.distributed_c10d._get_default_store()  # where all that can say so
-        store.set(f"rank {dist.get_rank()}", "")
-        time.sleep(5)
-        silent = [rank for rank in range(dist.get_world_size()) if not store.check([f"rank {rank}"])]
-        problem = f"ranks {silent} did not answer for {COLLECTIVE_SECONDS:g} s"
-    print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
-    return 2
+# ==================================================================================================
+# 12. Published peers
+# The first Mamba's scan, and the libraries' kernels.
+
+
+def selective_scan(
+    tensors: tuple[Tensor, ...],
+    document_start: Tensor | None,
+    state: Tensor | None,
+    backend: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The first Mamba's (arXiv 2312.00752): h = exp(dt A) h + dt B x with dt = softplus(step + bias), (C h + D x) · SiLU(gate)
+    in x's dtype, and the last h (B, C, N). tensors: x, step (B, L, C), A (C, N), B, C (B, L, N), D (C,), gate, bias."""
+    if backend == "fused":
+        return library_scan(*(x.mT.contiguous() if x.dim() == 3 else x for x in tensors)).mT, None
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    value, step, decay_rate, key, query, skip, gate, bias = (x.to(dtype) for x in tensors)
+    step, reset = F.softplus(step + bias), torch.zeros_like(step[..., 0])
+    if document_start is not None:
+        reset = reset.masked_fill(document_start, -torch.inf)
+    if state is None:
+        state = value.new_zeros(len(value), *decay_rate.shape)
+    outputs = []
+    for part in zip(*(x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))):
+        y, state = checkpoint(  # L·C·N numbers for a chunk at a time only
+            selective_chunk,
+            *part,
+            decay_rate,
+            state,
+            backend,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        outputs.append(y)
+    return ((torch.cat(outputs, dim=1) + skip * value) * F.silu(gate)).to(tensors[0].dtype), state
+
+
+def selective_chunk(
+    value, step, key, query, reset, decay_rate, state, backend: str
+) -> tuple[Tensor, Tensor]:
+    """C h and the last h: in a loop, or by Hillis and Steele's scan, in log2 T rounds."""
+    decay = torch.addcmul(
+        reset[..., None, None], step.unsqueeze(-1), decay_rate
+    ).exp()  # (B, T, C, N)
+    states, reach = (step * value).unsqueeze(-1) * key.unsqueeze(2), 1
+    if backend == "sequential":
+        held = [state]
+        for a, b in zip(decay.unbind(1), states.unbind(1)):
+            held.append(a * held[-1] + b)
+        states = torch.stack(held[1:], dim=1)
+    else:
+        states = torch.cat(
+            [states[:, :1] + decay[:, :1] * state.unsqueeze(1), states[:, 1:]], dim=1
+        )
+        decay = decay[:, 1:]  # from token reach on, over reach tokens
+        while reach < states.shape[1]:
+            states = torch.cat(
+                [states[:, :reach], states[:, reach:].addcmul(decay, states[:, :-reach])], dim=1
+            )
+            decay, reach = decay[:, reach:] * decay[:, :-reach], 2 * reach
+    return (states * query.unsqueeze(2)).sum(-1), states[:, -1].clone()
+
+
+def library_operator(module: str, name: str, **options):
+    """A library's function of tensors, shaped like the first, as an operator. Backward runs it again."""
+
+    def run(tensors: list[Tensor], d_y: Tensor | None) -> list[Tensor]:
+        function = partial(getattr(importlib.import_module(module), name), **options)
+        if d_y is None:
+            return [function(*tensors)]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            return [x.contiguous() for x in torch.autograd.grad(function(*leaves), leaves, d_y)]
+
+    schema = "(Tensor[] tensors, Tensor? d_y) -> Tensor[]"
+    operator = torch.library.custom_op(f"golf::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(
+        lambda xs, d_y: [x.new_empty(x.shape) for x in (xs[:1] if d_y is None else xs)]
+    )
+    operator.register_autograd(
+        lambda ctx, grads: (operator(ctx.saved_tensors, grads[0].contiguous()), None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0]),
+    )
+    return lambda *tensors: operator(tensors, None)[0]
+
+
+LIBRARIES = "causal_conv1d", "mamba_ssm.ops.selective_scan_interface"
+
+
+library_conv = library_operator(LIBRARIES[0], "causal_conv1d_fn", activation="silu")
+
+
+library_scan = library_operator(LIBRARIES[1], "selective_scan_fn", delta_softplus=True)
 
 
 if __name__ == "__main__":

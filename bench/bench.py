@@ -44,12 +44,21 @@ import train_gpt as t
 
 tl, constexpr = t.triton and t.tl, t.constexpr  # as the kernel names them
 PARTS = ("kernels", "scan", "steps", "startup")
-DATASHEET_FLOPS = 989e12  # per second, dense bfloat16: NVIDIA's figure for the H100 and the H200 in SXM form,
+DATASHEET_FLOPS = (
+    989e12  # per second, dense bfloat16: NVIDIA's figure for the H100 and the H200 in SXM form,
+)
 DATASHEET_GPUS = r"H100 80GB HBM3|H200(?! NVL)"  # which call themselves so
-KERNEL_SETTINGS = {"TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "4096"}  # one micro-batch of PRESET=peer7
+KERNEL_SETTINGS = {
+    "TRAIN_BATCH_TOKENS": "131072",
+    "TRAIN_SEQ_LEN": "4096",
+}  # one micro-batch of PRESET=peer7
 STEP_CASES = {
     "peer7": {"PRESET": "peer7"},
-    "peer7, small batch": {"PRESET": "peer7", "TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "2048"},
+    "peer7, small batch": {
+        "PRESET": "peer7",
+        "TRAIN_BATCH_TOKENS": "131072",
+        "TRAIN_SEQ_LEN": "2048",
+    },
     "default, small batch": {"TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "2048"},
 }
 
@@ -75,7 +84,9 @@ def milliseconds(call: Callable, seconds: float = 0.5) -> float:
     torch.cuda.synchronize()
     repetitions = min(100, max(5, int(seconds / (time.perf_counter() - started))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
-    torch.cuda._sleep(50_000_000)  # cycles, some 30 ms: the host gets ahead, so that its launches cost no time
+    torch.cuda._sleep(
+        50_000_000
+    )  # cycles, some 30 ms: the host gets ahead, so that its launches cost no time
     marks[0].record()
     for mark in marks[1:]:
         call()
@@ -149,9 +160,13 @@ def step_flops(model: t.Model, tokens: int) -> float:
     """Necessary matrix products of a training step: 6 FLOPs for each token and matrix entry (output matrix included,
     layers that recur counted each time), and three times the forward products of attention and scans."""
     s, letters = model.settings, [type(block.mixer).__name__[0] for block in model.blocks]
-    entries = s.vocab_size * s.model_dim + (s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0)
+    entries = s.vocab_size * s.model_dim + (
+        s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0
+    )
     for layer in model.full_order:
-        entries += sum(m.weight.numel() for m in model.blocks[layer].modules() if isinstance(m, t.Linear))
+        entries += sum(
+            m.weight.numel() for m in model.blocks[layer].modules() if isinstance(m, t.Linear)
+        )
     mixers = sum(mixer_flops(s, letters[layer], tokens) for layer in model.full_order)
     return 6 * tokens * entries + 3 * mixers
 
@@ -166,7 +181,9 @@ class Kernel(NamedTuple):
     flops: float  # of matrix products
 
 
-def operator(function: Callable, inputs: tuple, parameters: tuple, forward_flops: float, backward=True) -> Kernel:
+def operator(
+    function: Callable, inputs: tuple, parameters: tuple, forward_flops: float, backward=True
+) -> Kernel:
     """function(*inputs), and the gradients of inputs and parameters (what function reads besides) where they need any.
 
     Forward reads all and writes the outputs; backward reads all again and the outputs' gradients, and writes the
@@ -211,7 +228,9 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
     )  # fmt: skip
 
     def ours(projected: Tensor, *learned: Tensor) -> Tensor:
-        return t.mamba_scan(projected, t.MambaParameters(*learned), sizes, None, None, backend, chunk)[0]
+        return t.mamba_scan(
+            projected, t.MambaParameters(*learned), sizes, None, None, backend, chunk
+        )[0]
 
     def before_library(projected: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
         inputs = t.scan_inputs(projected, t.MambaParameters(*learned), sizes, None)
@@ -219,9 +238,13 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
 
     if backend == "mamba_ssm":
         prepare = t.maybe_compile(before_library, s, ranks)
-        run = lambda *tensors: mamba_ssm_reference.library_operator()(*prepare(*tensors), chunk_size=chunk)
+        run = lambda *tensors: mamba_ssm_reference.library_operator()(
+            *prepare(*tensors), chunk_size=chunk
+        )
     else:
-        backend = t.choose_scan_backend(dataclasses.replace(s, scan_backend=backend, mamba_version=3), device)
+        backend = t.choose_scan_backend(
+            dataclasses.replace(s, scan_backend=backend, mamba_version=3), device
+        )
         run = t.maybe_compile(ours, s, ranks)
     projected = random_activations(s, device, sum(sizes.columns()))
     inputs = projected, *(x.requires_grad_() for x in learned)
@@ -236,7 +259,8 @@ def selective_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backwar
     tokens = functools.partial(random_activations, s, device)
     rates = -torch.arange(1.0, state + 1, device=device).repeat(inner, 1)
     learned = tuple(
-        x.requires_grad_() for x in (rates, torch.ones(inner, device=device), torch.zeros(inner, device=device))
+        x.requires_grad_()
+        for x in (rates, torch.ones(inner, device=device), torch.zeros(inner, device=device))
     )
     step = (tokens(inner).detach() * 0.5 - 4).requires_grad_()
 
@@ -245,7 +269,16 @@ def selective_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backwar
         return t.selective_scan(tensors, None, None, backend, s.mamba_chunk_size)[0]
 
     run = scan if backend == "sequential" else t.maybe_compile(scan, s, ranks)
-    inputs = tokens(inner), step, learned[0], tokens(state), tokens(state), learned[1], tokens(inner), learned[2]
+    inputs = (
+        tokens(inner),
+        step,
+        learned[0],
+        tokens(state),
+        tokens(state),
+        learned[1],
+        tokens(inner),
+        learned[2],
+    )
     return operator(run, inputs, (), 0, backward)
 
 
@@ -264,7 +297,8 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     s = settings
     head_dim = s.model_dim // s.num_heads
     inputs = tuple(
-        random_activations(s, ranks.device, heads, head_dim) for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
+        random_activations(s, ranks.device, heads, head_dim)
+        for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     )
     return operator(t.sdpa, inputs, (), mixer_flops(s, "A", s.train_batch_tokens))
 
@@ -280,19 +314,32 @@ def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     return operator(t.maybe_compile(mlp, s, ranks), (x,), matrices, flops)
 
 
-def product_kernel(settings: t.Settings, ranks: t.Ranks, shape: torch.Size, eight_bits: bool) -> Kernel:
+def product_kernel(
+    settings: t.Settings, ranks: t.Ranks, shape: torch.Size, eight_bits: bool
+) -> Kernel:
     """A linear layer's product with a weight of this shape, and its input's gradient; in 8-bit floats, casts left out."""
     outputs, inputs = shape
-    x, gradient = (random_activations(settings, ranks.device, n).detach().flatten(0, 1) for n in (inputs, outputs))
+    x, gradient = (
+        random_activations(settings, ranks.device, n).detach().flatten(0, 1)
+        for n in (inputs, outputs)
+    )
     weight = torch.randn(shape, device=ranks.device, dtype=x.dtype)
-    pairs, multiply, out_bytes = [(x, weight.mT), (gradient, weight)], torch.matmul, x.nbytes + gradient.nbytes
+    pairs, multiply, out_bytes = (
+        [(x, weight.mT), (gradient, weight)],
+        torch.matmul,
+        x.nbytes + gradient.nbytes,
+    )
     if eight_bits:  # the second by columns, as those products want it
         one, short = torch.ones((), device=ranks.device), lambda x: x.to(torch.float8_e4m3fn)
         pairs = [(short(a), short(b.mT.contiguous()).mT) for a, b in pairs]
         options = {"scale_a": one, "scale_b": one, "out_dtype": x.dtype, "use_fast_accum": True}
         multiply = functools.partial(torch._scaled_mm, **options)
     read_bytes = sum(x.nbytes for pair in pairs for x in pair)
-    return Kernel(lambda: [multiply(*pair) for pair in pairs], read_bytes + out_bytes, 4 * len(x) * shape.numel())
+    return Kernel(
+        lambda: [multiply(*pair) for pair in pairs],
+        read_bytes + out_bytes,
+        4 * len(x) * shape.numel(),
+    )
 
 
 @t.jit
@@ -309,7 +356,9 @@ def product_and_activation(
             if BACKWARD:
                 total = tl.dot(x.load([m, k]), weight.load([k, n]), total, input_precision="ieee")
             else:
-                total = tl.dot(x.load([m, k]), tl.trans(weight.load([n, k])), total, input_precision="ieee")
+                total = tl.dot(
+                    x.load([m, k]), tl.trans(weight.load([n, k])), total, input_precision="ieee"
+                )
         if BACKWARD:
             at = hidden.load([m, n]).to(tl.float32)
             total *= tl.where(at > 0, 2.0 * at, 0.5 * at)
@@ -324,24 +373,35 @@ def product_and_activation(
 FORWARD_TILES, BACKWARD_TILES = (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 4, 2)
 
 
-def fused_mlp_product(x: Tensor, weight: Tensor, hidden: Tensor, out: Tensor, backward: bool, tiles: tuple[int, ...]):
+def fused_mlp_product(
+    x: Tensor, weight: Tensor, hidden: Tensor, out: Tensor, backward: bool, tiles: tuple[int, ...]
+):
     """Launches product_and_activation() on matrices of whole tiles: x (M, K), weight (N, K) or, backward, (K, N), hidden and
     out (M, N)."""
     bm, bn, bk, warps, stages, programs = tiles
     programs *= torch.cuda.get_device_properties(0).multi_processor_count if x.is_cuda else 1
     blocks = (bm, bk), (bk, bn) if backward else (bn, bk), (bm, bn), (bm, bn)
-    maps = [t.TensorDescriptor.from_tensor(y, block) for y, block in zip((x, weight, hidden, out), map(list, blocks))]
+    maps = [
+        t.TensorDescriptor.from_tensor(y, block)
+        for y, block in zip((x, weight, hidden, out), map(list, blocks))
+    ]
     sizes = len(x) // bm, hidden.shape[1] // bn, x.shape[1], bm, bn, bk, programs, backward
     product_and_activation[(programs,)](*maps, *sizes, num_warps=warps, num_stages=stages)
 
 
-def activation_kernel(settings: t.Settings, ranks: t.Ranks, backward: bool, together: bool) -> Kernel:
+def activation_kernel(
+    settings: t.Settings, ranks: t.Ranks, backward: bool, together: bool
+) -> Kernel:
     """The MLP's first product and LeakyReLU², or the second's input gradient and that of LeakyReLU²; in one kernel or not."""
     s, width = settings, int(settings.mlp_mult * settings.model_dim)
-    x, hidden = (random_activations(s, ranks.device, n).detach().flatten(0, 1) for n in (s.model_dim, width))
+    x, hidden = (
+        random_activations(s, ranks.device, n).detach().flatten(0, 1) for n in (s.model_dim, width)
+    )
     shape = (s.model_dim, width) if backward else (width, s.model_dim)
     weight, out = torch.randn(shape, device=x.device, dtype=x.dtype), torch.empty_like(hidden)
-    activation = t.maybe_compile(lambda hidden: torch.nn.functional.leaky_relu(hidden, 0.5).square(), s, ranks)
+    activation = t.maybe_compile(
+        lambda hidden: torch.nn.functional.leaky_relu(hidden, 0.5).square(), s, ranks
+    )
     if together:
         tiles = BACKWARD_TILES if backward else FORWARD_TILES
         call = functools.partial(fused_mlp_product, x, weight, hidden, out, backward, tiles)
@@ -358,7 +418,9 @@ def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[
     of it."""
     gpu, makers = ranks.device.type == "cuda", {}
     with torch.device("meta"):
-        model = t.Model(dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta"))
+        model = t.Model(
+            dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta")
+        )
     matrices = [model.embedding.weight, *(layer.weight for layer in model.linear_layers().values())]
     for shape in dict.fromkeys(matrix.shape for matrix in matrices if matrix.numel() >= 500_000):
         for eight_bits in (False, True)[: 1 + gpu]:
@@ -375,7 +437,9 @@ def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """What stands between two layers: one's output is scaled and added, the embedding mixed in, the sum normed."""
     s, device = settings, ranks.device
     x, added, embedded = (random_activations(s, device, s.model_dim) for _ in range(3))
-    scale, keep, mix = (torch.rand(s.model_dim, device=device, requires_grad=True) for _ in range(3))
+    scale, keep, mix = (
+        torch.rand(s.model_dim, device=device, requires_grad=True) for _ in range(3)
+    )
 
     def run(x, added, embedded, scale, keep, mix):
         x = keep.to(x.dtype) * (x + scale.to(x.dtype) * added) + mix.to(x.dtype) * embedded
@@ -393,7 +457,9 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     def call():
         for p, gradient in zip(model.parameters(), gradients):
             p.grad = gradient  # a step drops it
-        optimizers.step(0.0, s.muon_momentum)  # with rate 0 the weights stay as they are, and the work is the same
+        optimizers.step(
+            0.0, s.muon_momentum
+        )  # with rate 0 the weights stay as they are, and the work is the same
         average.update(1, optimizers.muon.found_inf)
 
     matrices = [layer.weight for layer in model.linear_layers().values()]
@@ -401,7 +467,9 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     adam = sum(p.numel() for p in model.parameters()) - muon
     # Read: gradient; read and written: weight, average, and Muon's one momentum or Adam's two moments.
     numbers = (1 + 2 + 2 + 2) * muon + (1 + 2 + 2 + 4) * adam
-    return Kernel(call, 4 * numbers, sum(newton_schulz_flops(p.shape, s.muon_backend_steps) for p in matrices))
+    return Kernel(
+        call, 4 * numbers, sum(newton_schulz_flops(p.shape, s.muon_backend_steps) for p in matrices)
+    )
 
 
 def newton_schulz_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
@@ -412,9 +480,13 @@ def newton_schulz_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     batches = [torch.randn(count, *shape, device=ranks.device) for shape, count in shapes.items()]
 
     orthogonalize = t.maybe_compile(t.orthogonalize, s, ranks)
-    flops = sum(count * newton_schulz_flops(shape, s.muon_backend_steps) for shape, count in shapes.items())
+    flops = sum(
+        count * newton_schulz_flops(shape, s.muon_backend_steps) for shape, count in shapes.items()
+    )
     call = functools.partial(orthogonalize, batches, s.muon_backend_steps)
-    return Kernel(call, (4 + 2) * sum(batch.numel() for batch in batches), flops)  # float32 in, float16 out
+    return Kernel(
+        call, (4 + 2) * sum(batch.numel() for batch in batches), flops
+    )  # float32 in, float16 out
 
 
 def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
@@ -424,9 +496,15 @@ def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[]
     return {
         "scan, forward only": functools.partial(scan, False),
         "scan": functools.partial(scan, True),
-        "cross-entropy, output matrix included": functools.partial(cross_entropy_kernel, settings, ranks),
-        f"attention, sequences of {half.train_seq_len:,}": functools.partial(attention_kernel, half, ranks),
-        f"attention, sequences of {settings.train_seq_len:,}": functools.partial(attention_kernel, settings, ranks),
+        "cross-entropy, output matrix included": functools.partial(
+            cross_entropy_kernel, settings, ranks
+        ),
+        f"attention, sequences of {half.train_seq_len:,}": functools.partial(
+            attention_kernel, half, ranks
+        ),
+        f"attention, sequences of {settings.train_seq_len:,}": functools.partial(
+            attention_kernel, settings, ranks
+        ),
         "MLP": functools.partial(mlp_kernel, settings, ranks),
         "residual mixing and RMSNorm": functools.partial(residual_kernel, settings, ranks),
         "optimizer step": functools.partial(optimizer_kernel, settings, ranks),
@@ -445,7 +523,9 @@ def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], 
     for backend in ("sequential", "parallel", "fused"):
         kernels.append((f"first Mamba, {backend}", selective_kernel, selective, backend))
     return {
-        f"{name}{'' if backward else ', forward only'}": functools.partial(kernel, sizes, ranks, backend, backward)
+        f"{name}{'' if backward else ', forward only'}": functools.partial(
+            kernel, sizes, ranks, backend, backward
+        )
         for name, kernel, sizes, backend in kernels
         for backward in (False, True)
     }
@@ -488,7 +568,9 @@ class RandomBatches:
         self.marks[-1].record()
         if len(self.marks) == self.profiled:
             torch.cuda.synchronize()
-            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiler = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            )
             self.profiler.start()
         return self.tokens[:, :-1], self.tokens[:, 1:]
 
@@ -522,9 +604,13 @@ def time_steps(
     if batches.profiler is not None:
         batches.profiler.stop()
         kernels = gpu_time_by_kernel(batches.profiler.key_averages())
-    times = [start.elapsed_time(end) for start, end in zip(batches.marks, batches.marks[1:])][discarded:]
+    times = [start.elapsed_time(end) for start, end in zip(batches.marks, batches.marks[1:])][
+        discarded:
+    ]
     step_ms = statistics.median(times)
-    rate = step_flops(trainer.model, settings.train_batch_tokens) / ranks.world_size / (step_ms / 1e3)
+    rate = (
+        step_flops(trainer.model, settings.train_batch_tokens) / ranks.world_size / (step_ms / 1e3)
+    )
     known = re.search(DATASHEET_GPUS, torch.cuda.get_device_name())
     row = {
         "step_ms": step_ms, "fastest_ms": min(times),
@@ -552,7 +638,10 @@ KERNEL_KINDS = {
 
 def kernel_kind(name: str) -> str:
     """What a GPU kernel of this name is for. Products of the optimizer are matmuls, norms and gates are elementwise."""
-    return next((kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+    return next(
+        (kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, name, re.IGNORECASE)),
+        "other",
+    )
 
 
 def gpu_time_by_kernel(averages) -> list[tuple[str, float, int]]:
@@ -560,7 +649,8 @@ def gpu_time_by_kernel(averages) -> list[tuple[str, float, int]]:
     kernels = [
         (row.key, row.self_device_time_total / 1e3, row.count)
         for row in averages
-        if row.device_type != torch.autograd.DeviceType.CPU and not getattr(row, "is_user_annotation", False)
+        if row.device_type != torch.autograd.DeviceType.CPU
+        and not getattr(row, "is_user_annotation", False)
     ]
     return sorted(kernels, key=lambda kernel: -kernel[1])
 
@@ -583,7 +673,10 @@ def profile_table(title: str, kernels: list[tuple[str, float, int]], rows: int =
     for kind, row in time_by_kind(kernels).items():
         lines.append(f"{row['ms']:10.3f} {row['share']:7.1%} {row['launches']:9}  {kind}")
     lines += ["", f"{'GPU ms':>10} {'launches':>9}  {'kind':14} kernel"]
-    lines += [f"{ms:10.3f} {launches:9}  {kernel_kind(name):14} {name[:200]}" for name, ms, launches in kernels[:rows]]
+    lines += [
+        f"{ms:10.3f} {launches:9}  {kernel_kind(name):14} {name[:200]}"
+        for name, ms, launches in kernels[:rows]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -647,7 +740,10 @@ class Report:
             if (part, list(row)) != self.columns:
                 self.columns = part, list(row)
                 print("\n" + f"{part:49}" + "".join(f"{column:>14}" for column in row))
-            print(f"{'':8} {name:40}" + "".join(f"{show(value):>14}" for value in row.values()), flush=True)
+            print(
+                f"{'':8} {name:40}" + "".join(f"{show(value):>14}" for value in row.values()),
+                flush=True,
+            )
         if self.out:
             Path(self.out).write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
@@ -672,7 +768,9 @@ def compare(before: dict, after: dict) -> str:
     """Both reports as one table: what was measured, before, after, and after as a multiple of before."""
     machines = [report.get("machine", {}) for report in (before, after)]
     keys = dict.fromkeys((*machines[0], *machines[1]))
-    lines = [f"{key:12} {' | '.join(str(machine.get(key, '-')) for machine in machines)}" for key in keys]
+    lines = [
+        f"{key:12} {' | '.join(str(machine.get(key, '-')) for machine in machines)}" for key in keys
+    ]
     lines += ["", f"{'':66}{'before':>14}{'after':>14}{'after/before':>14}"]
     for part in dict.fromkeys((*before, *after)):
         if part == "machine":
@@ -703,14 +801,26 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     summary, *rest = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        description=summary, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
+        description=summary,
+        epilog="\n\n".join(rest),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", type=part, metavar="PART", help=f"of {', '.join(PARTS)}; none: all")
+    parser.add_argument(
+        "parts", nargs="*", type=part, metavar="PART", help=f"of {', '.join(PARTS)}; none: all"
+    )
     parser.add_argument("--out", default="", metavar="FILE", help="save the results as JSON")
-    parser.add_argument("--compare", nargs=2, metavar="FILE", help="print two saved results side by side and end")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="training steps to time (default 10)")
-    parser.add_argument("--profile", default="", metavar="FILE", help="write a step's GPU time by kind and kernel")
-    parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)  # what time_startup() starts
+    parser.add_argument(
+        "--compare", nargs=2, metavar="FILE", help="print two saved results side by side and end"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="N", help="training steps to time (default 10)"
+    )
+    parser.add_argument(
+        "--profile", default="", metavar="FILE", help="write a step's GPU time by kind and kernel"
+    )
+    parser.add_argument(
+        "--first-step", action="store_true", help=argparse.SUPPRESS
+    )  # what time_startup() starts
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
@@ -739,8 +849,12 @@ def run_parts(options: argparse.Namespace) -> int:
     if not report.quiet:
         print("  ".join(f"{key}={value}" for key, value in machine.items()))
     ceilings = measure_ceilings(ranks.device)
-    report.add("ceilings", "copy, bytes read and written", {"GB_per_s": ceilings.bytes_per_second / 1e9})
-    report.add("ceilings", "bfloat16 matrix product", {"TFLOP_per_s": ceilings.flops_per_second / 1e12})
+    report.add(
+        "ceilings", "copy, bytes read and written", {"GB_per_s": ceilings.bytes_per_second / 1e9}
+    )
+    report.add(
+        "ceilings", "bfloat16 matrix product", {"TFLOP_per_s": ceilings.flops_per_second / 1e12}
+    )
     if "kernels" in options.parts:
         for name, make in kernel_makers(kernel_settings, ranks).items():
             report.measure("kernels", name, functools.partial(time_kernel, make, ceilings))
@@ -761,7 +875,9 @@ def run_parts(options: argparse.Namespace) -> int:
     return int(report.failures > 0)
 
 
-def time_step_cases(report: Report, cases: dict[str, t.Settings], ranks: t.Ranks, options, ceilings: Ceilings):
+def time_step_cases(
+    report: Report, cases: dict[str, t.Settings], ranks: t.Ranks, options, ceilings: Ceilings
+):
     """The part "steps", and with --profile its tables."""
     tables = []
     for name, settings in cases.items():
@@ -779,7 +895,9 @@ def time_step_cases(report: Report, cases: dict[str, t.Settings], ranks: t.Ranks
     if options.profile and ranks.rank == 0:
         Path(options.profile).write_text("\n".join(tables), encoding="utf-8")
     if not report.quiet:
-        print(f"MFU: of {DATASHEET_FLOPS / 1e12:.0f} TFLOP/s (the vendor's datasheet), and of the product timed above")
+        print(
+            f"MFU: of {DATASHEET_FLOPS / 1e12:.0f} TFLOP/s (the vendor's datasheet), and of the product timed above"
+        )
 
 
 def load(file: str) -> dict:
@@ -798,7 +916,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(compare(*map(load, options.compare)))
             return 0
         if not torch.cuda.is_available():
-            raise t.UserError("needs an NVIDIA GPU, and torch sees none here (--compare works without)")
+            raise t.UserError(
+                "needs an NVIDIA GPU, and torch sees none here (--compare works without)"
+            )
         if options.first_step:
             first_step({} if "PRESET" in os.environ else STEP_CASES["peer7"])
             return 0

@@ -28,7 +28,13 @@ def plot(steps: list[tuple[int, float]], tokens: int, out: Path) -> None:
     axes.plot(gpus, linear, linestyle="--", color="gray", label="linear")
     axes.plot(gpus, rates, marker="o", label="measured")
     for number, rate, ideal in zip(gpus, rates, linear):
-        axes.annotate(f"{rate / ideal:.0%}", (number, rate), textcoords="offset points", xytext=(-6, 6), ha="right")
+        axes.annotate(
+            f"{rate / ideal:.0%}",
+            (number, rate),
+            textcoords="offset points",
+            xytext=(-6, 6),
+            ha="right",
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(gpus, [str(number) for number in gpus])
@@ -41,10 +47,16 @@ def plot(steps: list[tuple[int, float]], tokens: int, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="+", type=pair, metavar="GPUS:MS", help="a number of GPUs and its step")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "steps", nargs="+", type=pair, metavar="GPUS:MS", help="a number of GPUs and its step"
+    )
     parser.add_argument("--tokens", type=int, default=1_048_576, help="of a step (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/scaling.png"), help="the plot (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/scaling.png"), help="the plot (%(default)s)"
+    )
     options = parser.parse_args()
     plot(sorted(options.steps), options.tokens, options.out)
 

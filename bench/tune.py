@@ -28,7 +28,11 @@ def random_layer(
     shapes = (16,), (16,), (16, state), (16, state), (state,), (state,)
     tensors = [1 + 0.1 * torch.randn(shape, device=device) for shape in shapes]
     tensors[0] = tensors[0] - 4  # step sizes about softplus(-3) = 0.05
-    return projected.requires_grad_(), t.MambaParameters(*(x.requires_grad_() for x in tensors)), sizes
+    return (
+        projected.requires_grad_(),
+        t.MambaParameters(*(x.requires_grad_() for x in tensors)),
+        sizes,
+    )
 
 
 def learned(projected: torch.Tensor, parameters: t.MambaParameters) -> list[torch.Tensor]:
@@ -44,7 +48,11 @@ def kernel_times(run, repeats: int = 4) -> dict[str, float]:
         for _ in range(repeats):
             run()
         torch.cuda.synchronize()
-    return {e.key: e.device_time_total / 1000 / repeats for e in trace.key_averages() if e.device_time_total}
+    return {
+        e.key: e.device_time_total / 1000 / repeats
+        for e in trace.key_averages()
+        if e.device_time_total
+    }
 
 
 def main() -> None:
@@ -63,7 +71,9 @@ def main() -> None:
         if configuration != "as launched":
             warps, registers = configuration
             options = {"num_warps": warps, "maxnreg": registers or None}
-            t.launch = lambda kernel, grid, *arguments, options=options, **_: kernel[grid](*arguments, **options)
+            t.launch = lambda kernel, grid, *arguments, options=options, **_: kernel[grid](
+                *arguments, **options
+            )
         try:
             measured = kernel_times(run)
         except Exception as error:  # a configuration that does not fit is one that is not taken

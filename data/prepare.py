@@ -56,7 +56,10 @@ TOKENIZER_TRAINING_CHARACTERS = 100_000_000
 
 SEPARATORS = {"nul": rb"\0", "blank-line": rb"\n[ \t\r]*\n"}
 PROCESSORS = os.cpu_count() or 1
-FINEWEB = {"sp1024": ("willdepueoai/parameter-golf", 1024), "sp8192": ("kevclark/parameter-golf", 8192)}
+FINEWEB = {
+    "sp1024": ("willdepueoai/parameter-golf", 1024),
+    "sp8192": ("kevclark/parameter-golf", 8192),
+}
 
 
 class PrepareError(Exception):
@@ -79,7 +82,9 @@ def decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PrepareError(f"{where} is not valid UTF-8 (byte {error.start}); convert the file to UTF-8") from None
+        raise PrepareError(
+            f"{where} is not valid UTF-8 (byte {error.start}); convert the file to UTF-8"
+        ) from None
 
 
 def checked_text(value: Any, where: str) -> str:
@@ -93,13 +98,17 @@ def checked_text(value: Any, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise PrepareError(f"{where}: half of a surrogate pair (character {error.start}) is not text") from None
+        raise PrepareError(
+            f"{where}: half of a surrogate pair (character {error.start}) is not text"
+        ) from None
     return value
 
 
 def read_text(path: Path, separator: str | None) -> Iterator[tuple[str, int]]:
     """Yield the documents of a text file, which are what stands between separators (None: the file is one document)."""
-    pattern = re.compile(SEPARATORS.get(separator, re.escape(separator.encode())) if separator else rb"(?!)")
+    pattern = re.compile(
+        SEPARATORS.get(separator, re.escape(separator.encode())) if separator else rb"(?!)"
+    )
     rest, number = b"", itertools.count(1)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -108,7 +117,9 @@ def read_text(path: Path, separator: str | None) -> Iterator[tuple[str, int]]:
                 yield decode(raw, f"{path}: document {next(number)}"), len(raw)
             if len(rest) > MAX_DOCUMENT_BYTES:
                 where = f"{path}: document {next(number)}"
-                raise PrepareError(f"{where} exceeds {MAX_DOCUMENT_BYTES:,} bytes; tell documents apart by --separator")
+                raise PrepareError(
+                    f"{where} exceeds {MAX_DOCUMENT_BYTES:,} bytes; tell documents apart by --separator"
+                )
     yield decode(rest, f"{path}: document {next(number)}"), len(rest)
 
 
@@ -122,11 +133,17 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
             try:
                 record = json.loads(decode(line, where))
             except (ValueError, RecursionError) as error:
-                raise PrepareError(f"{where}: invalid JSON ({getattr(error, 'msg', error)})") from None
+                raise PrepareError(
+                    f"{where}: invalid JSON ({getattr(error, 'msg', error)})"
+                ) from None
             if not isinstance(record, dict):
-                raise PrepareError(f"{where}: expected a JSON object, found a {type(record).__name__}")
+                raise PrepareError(
+                    f"{where}: expected a JSON object, found a {type(record).__name__}"
+                )
             if field not in record:
-                raise PrepareError(f"{where}: no field {field!r}; it has {', '.join(record) or 'none'} (see --field)")
+                raise PrepareError(
+                    f"{where}: no field {field!r}; it has {', '.join(record) or 'none'} (see --field)"
+                )
             yield checked_text(record[field], where), len(line)
 
 
@@ -136,12 +153,16 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, int]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise PrepareError("reading Parquet needs a package that is missing: pip install pyarrow") from None
+        raise PrepareError(
+            "reading Parquet needs a package that is missing: pip install pyarrow"
+        ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if field not in names:
-                raise PrepareError(f"{path}: no field {field!r}; it has {', '.join(names)} (see --field)")
+                raise PrepareError(
+                    f"{path}: no field {field!r}; it has {', '.join(names)} (see --field)"
+                )
             row_bytes = path.stat().st_size // max(1, file.metadata.num_rows)
             number = itertools.count(1)
             for batch in file.iter_batches(batch_size=1000, columns=[field]):
@@ -157,7 +178,10 @@ def hash_fraction(text: str) -> float:
 
 
 def split_documents(
-    inputs: Iterable, val_inputs: Iterable, val_fraction: float, read: Callable[[Any], Iterable[tuple[str, int]]]
+    inputs: Iterable,
+    val_inputs: Iterable,
+    val_fraction: float,
+    read: Callable[[Any], Iterable[tuple[str, int]]],
 ) -> Iterator[Document]:
     """Yield the non-empty documents of `inputs`, in their order, and then those of `val_inputs`.
 
@@ -168,14 +192,18 @@ def split_documents(
         for source in sources:
             for text, input_bytes in read(source):
                 if text := text.strip():
-                    is_validation = is_val_input or (not val_inputs and hash_fraction(text) < val_fraction)
+                    is_validation = is_val_input or (
+                        not val_inputs and hash_fraction(text) < val_fraction
+                    )
                     yield Document(text, is_validation, input_bytes)
 
 
 # ---- Tokenizer ------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_sample(documents: Iterable[Document], limit: int = TOKENIZER_TRAINING_CHARACTERS) -> list[str]:
+def tokenizer_sample(
+    documents: Iterable[Document], limit: int = TOKENIZER_TRAINING_CHARACTERS
+) -> list[str]:
     """Return the texts of the training documents, or of an even choice of them with at most `limit` characters."""
     kept: list[tuple[float, str]] = []
     size, threshold = 0, 0.0
@@ -202,7 +230,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     """
     # Pieces never cross a space, so long documents can be cut there; SentencePiece leaves out over-long lines.
     words = (text.split() for text in texts)
-    sentences = (" ".join(part[start : start + 100]) for part in words for start in range(0, len(part), 100))
+    sentences = (
+        " ".join(part[start : start + 100]) for part in words for start in range(0, len(part), 100)
+    )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -229,8 +259,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
                 f"too little text for a vocabulary of {vocab_size} (at most {most[1]}); lower --vocab-size or add text"
             ) from None
         if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-            raise PrepareError(f"--vocab-size {vocab_size} is too small: this text needs at least {least[1]}") from None
-        raise PrepareError(f"SentencePiece cannot train a tokenizer on this text ({first_line(error)})") from None
+            raise PrepareError(
+                f"--vocab-size {vocab_size} is too small: this text needs at least {least[1]}"
+            ) from None
+        raise PrepareError(
+            f"SentencePiece cannot train a tokenizer on this text ({first_line(error)})"
+        ) from None
     return model.getvalue()
 
 
@@ -244,7 +278,9 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     if tokenizer.bos_id() != BOS_ID:
         raise PrepareError(f"{path}: its BOS id is {tokenizer.bos_id()}, but shards need {BOS_ID}")
     if tokenizer.vocab_size() > MAX_VOCAB_SIZE:
-        raise PrepareError(f"{path}: {tokenizer.vocab_size()} pieces; shards hold uint16, at most {MAX_VOCAB_SIZE}")
+        raise PrepareError(
+            f"{path}: {tokenizer.vocab_size()} pieces; shards hold uint16, at most {MAX_VOCAB_SIZE}"
+        )
     return tokenizer
 
 
@@ -254,13 +290,18 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 def start_worker(model: bytes) -> None:
     """Load the tokenizer once per worker process."""
     global worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Control-C the parent alone reports and cleans up
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # on Control-C the parent alone reports and cleans up
     worker_tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 def encode_batch(texts: list[str]) -> list[np.ndarray]:
     """Return the uint16 tokens of each text, shape (number of tokens,), with BOS in front; runs in a worker."""
-    return [np.array(tokens, "<u2") for tokens in worker_tokenizer.encode(texts, add_bos=True, num_threads=1)]
+    return [
+        np.array(tokens, "<u2")
+        for tokens in worker_tokenizer.encode(texts, add_bos=True, num_threads=1)
+    ]
 
 
 def encode_documents(
@@ -274,7 +315,9 @@ def encode_documents(
                 batch.append(document)
                 characters += len(document.text)
             if batch and (document is None or characters >= BATCH_CHARACTERS):
-                waiting.append((batch, pool.submit(encode_batch, [document.text for document in batch])))
+                waiting.append(
+                    (batch, pool.submit(encode_batch, [document.text for document in batch]))
+                )
                 batch, characters = [], 0
             while waiting and (document is None or len(waiting) > 3 * workers):
                 done, tokens = waiting.popleft()
@@ -299,7 +342,10 @@ class ShardWriter:
         self.tokens += len(tokens)
         while len(tokens):
             if self.file is None:
-                self.file, self.filled = (self.folder / f"{self.prefix}_{self.shards:06d}.bin").open("wb"), 0
+                self.file, self.filled = (
+                    (self.folder / f"{self.prefix}_{self.shards:06d}.bin").open("wb"),
+                    0,
+                )
                 self.file.write(bytes(HEADER_BYTES))
                 self.shards += 1
             part, tokens = np.split(tokens, [self.shard_tokens - self.filled])
@@ -321,8 +367,14 @@ class ShardWriter:
 
 def refuse_other_dataset(out: Path, name: str) -> None:
     """Raise PrepareError if there are training shards in `out` that are not this dataset's."""
-    if others := [path.name for path in out.glob("*_train_*.bin") if not path.name.startswith(f"{name}_train_")]:
-        raise PrepareError(f"{out} already holds another dataset ({min(others)}); give each its own --out folder")
+    if others := [
+        path.name
+        for path in out.glob("*_train_*.bin")
+        if not path.name.startswith(f"{name}_train_")
+    ]:
+        raise PrepareError(
+            f"{out} already holds another dataset ({min(others)}); give each its own --out folder"
+        )
 
 
 def publish(work: Path, out: Path, name: str) -> None:
@@ -334,7 +386,9 @@ def publish(work: Path, out: Path, name: str) -> None:
         os.replace(path, out / path.name)
 
 
-def build_dataset(documents: Callable[[], Iterable[Document]], input_bytes: int, args: argparse.Namespace) -> None:
+def build_dataset(
+    documents: Callable[[], Iterable[Document]], input_bytes: int, args: argparse.Namespace
+) -> None:
     """Write the shards of a dataset, and its tokenizer unless `args.tokenizer` is given, into the folder `args.out`.
 
     `documents` is called once per pass over the input, whose size is `input_bytes`. All files are complete before the
@@ -343,9 +397,15 @@ def build_dataset(documents: Callable[[], Iterable[Document]], input_bytes: int,
     out, name = args.out, args.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise PrepareError(f"--name {name!r}: use only letters, digits, '.', '_' and '-'")
-    for option, most in (("vocab_size", MAX_VOCAB_SIZE), ("shard_tokens", MAX_SHARD_TOKENS), ("workers", 1024)):
+    for option, most in (
+        ("vocab_size", MAX_VOCAB_SIZE),
+        ("shard_tokens", MAX_SHARD_TOKENS),
+        ("workers", 1024),
+    ):
         if not 1 <= getattr(args, option) <= most:
-            raise PrepareError(f"--{option.replace('_', '-')} {getattr(args, option)} is not between 1 and {most}")
+            raise PrepareError(
+                f"--{option.replace('_', '-')} {getattr(args, option)} is not between 1 and {most}"
+            )
     refuse_other_dataset(out, name)
 
     def progress(title: str) -> Iterator[Document]:
@@ -362,9 +422,14 @@ def build_dataset(documents: Callable[[], Iterable[Document]], input_bytes: int,
         if tokenizer is None:
             texts = tokenizer_sample(progress("reading for the tokenizer"))
             if not texts:
-                raise PrepareError("no training document to train a tokenizer on: the input is empty or all validation")
+                raise PrepareError(
+                    "no training document to train a tokenizer on: the input is empty or all validation"
+                )
             characters = sum(map(len, texts)) / 1e6
-            print(f"training a tokenizer of {args.vocab_size} pieces on {characters:.1f} M characters", flush=True)
+            print(
+                f"training a tokenizer of {args.vocab_size} pieces on {characters:.1f} M characters",
+                flush=True,
+            )
             (work / tokenizer_path.name).write_bytes(train_tokenizer(texts, args.vocab_size))
             del texts
             tokenizer = load_tokenizer(work / tokenizer_path.name)
@@ -425,7 +490,11 @@ def source_texts(source: str, tree: ast.Module) -> list[str]:
     """Return the docstrings and the comments (adjacent lines joined) of a module, in the order of the source."""
     found, nodes = [], [tree]
     for node in nodes:  # all statements; ast.walk would also visit the many more expressions, which have no docstring
-        nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.excepthandler))]
+        nodes += [
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, (ast.stmt, ast.excepthandler))
+        ]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             found.append((getattr(node, "lineno", 0), ast.get_docstring(node) or ""))
     lines = [(number, line.strip()) for number, line in enumerate(source.splitlines(), 1)]
@@ -452,7 +521,9 @@ def standard_library_documents() -> list[str]:
         try:
             source = path.read_text(encoding="utf-8")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in the sources are not the user's concern
+                warnings.simplefilter(
+                    "ignore"
+                )  # invalid escapes in the sources are not the user's concern
                 tree = ast.parse(source)
         except (SyntaxError, ValueError):  # deliberately broken, or not in UTF-8
             continue
@@ -468,7 +539,9 @@ def standard_library_documents() -> list[str]:
             if fresh:
                 documents.append("\n\n".join(fresh))
     if not documents:
-        raise PrepareError(f"this Python has no standard-library sources in {folder}; use the text command instead")
+        raise PrepareError(
+            f"this Python has no standard-library sources in {folder}; use the text command instead"
+        )
     random.Random(0).shuffle(documents)
     return documents
 
@@ -514,7 +587,9 @@ def run_development(args: argparse.Namespace) -> None:
     starts = np.flatnonzero(train == BOS_ID)
     kept = int((1 - args.part) * len(starts))
     if not 0 < kept < len(starts) + (args.part == 0):
-        raise PrepareError(f"--part {args.part} of {len(starts)} training documents leaves one side without any")
+        raise PrepareError(
+            f"--part {args.part} of {len(starts)} training documents leaves one side without any"
+        )
     if args.part:
         train, validation = np.split(train, starts[kept : kept + 1])
     else:
@@ -529,12 +604,16 @@ def run_development(args: argparse.Namespace) -> None:
         work = Path(temporary)
         with contextlib.closing(ShardWriter(work, "development_val", MAX_SHARD_TOKENS)) as writer:
             writer.append("", validation)
-        writer = ShardWriter(work, "development_train", min(len(train), MAX_SHARD_TOKENS))  # a shard for each order
+        writer = ShardWriter(
+            work, "development_train", min(len(train), MAX_SHARD_TOKENS)
+        )  # a shard for each order
         for text in texts:
             writer.append("", text)
         writer.close()
         publish(work, args.out, "development")
-    print(f"training: {len(train):,} tokens, shards: {writer.shards}; validation: {len(validation):,} tokens")
+    print(
+        f"training: {len(train):,} tokens, shards: {writer.shards}; validation: {len(validation):,} tokens"
+    )
     print(f"environment for train_gpt.py: DATA_PATH={shlex.quote(str(args.out))}")
 
 
@@ -565,7 +644,9 @@ def run_fineweb(args: argparse.Namespace) -> None:
     try:
         import huggingface_hub
     except ImportError:
-        raise PrepareError("downloading needs a package that is missing: pip install huggingface_hub") from None
+        raise PrepareError(
+            "downloading needs a package that is missing: pip install huggingface_hub"
+        ) from None
     if args.train_shards < 1:
         raise PrepareError(f"--train-shards {args.train_shards} must be at least 1")
     repository, vocab_size = FINEWEB[args.variant]
@@ -573,34 +654,52 @@ def run_fineweb(args: argparse.Namespace) -> None:
     listing = {}
     try:
         for folder in (f"datasets/datasets/{dataset}", "datasets/tokenizers"):
-            for entry in huggingface_hub.HfApi().list_repo_tree(repository, folder, repo_type="dataset"):
+            for entry in huggingface_hub.HfApi().list_repo_tree(
+                repository, folder, repo_type="dataset"
+            ):
                 listing[Path(entry.path).name] = entry
     except Exception as error:  # the package's network errors have no common base class
         raise PrepareError(f"cannot list the files of {repository}: {first_line(error)}") from None
     val_names = sorted(name for name in listing if re.fullmatch(r"fineweb_val_\d{6}\.bin", name))
-    train_names = sorted(name for name in listing if re.fullmatch(r"fineweb_train_\d{6}\.bin", name))
+    train_names = sorted(
+        name for name in listing if re.fullmatch(r"fineweb_train_\d{6}\.bin", name)
+    )
     if not val_names or model not in listing:
         raise PrepareError(f"{repository} has no validation shards of {dataset}, or no {model}")
     if args.train_shards > len(train_names):
-        raise PrepareError(f"--train-shards {args.train_shards}: {dataset} has only {len(train_names)} training shards")
+        raise PrepareError(
+            f"--train-shards {args.train_shards}: {dataset} has only {len(train_names)} training shards"
+        )
 
     # The repository's folder `datasets/` has the layout that the contest uses under `data/`.
     names = [model, *val_names, *train_names[: args.train_shards]]
     target = {name: args.out / listing[name].path.removeprefix("datasets/") for name in names}
-    missing = [name for name in names if not target[name].is_file() or fault_of(target[name], listing[name])]
+    missing = [
+        name
+        for name in names
+        if not target[name].is_file() or fault_of(target[name], listing[name])
+    ]
     print(f"{len(names) - len(missing)} of {len(names)} files are already there and good")
     args.out.mkdir(parents=True, exist_ok=True)
-    staging = args.out / f".download-{args.variant}"  # stays after an interruption: some clients resume a partial file
+    staging = (
+        args.out / f".download-{args.variant}"
+    )  # stays after an interruption: some clients resume a partial file
     for number, name in enumerate(missing, 1):
         entry = listing[name]
         print(f"file {number} of {len(missing)}: {name}, {entry.size / 1e6:.1f} MB", flush=True)
         try:
-            staged = huggingface_hub.hf_hub_download(repository, entry.path, repo_type="dataset", local_dir=staging)
+            staged = huggingface_hub.hf_hub_download(
+                repository, entry.path, repo_type="dataset", local_dir=staging
+            )
         except Exception as error:
-            raise PrepareError(f"download of {name} failed, run again to resume: {first_line(error)}") from None
+            raise PrepareError(
+                f"download of {name} failed, run again to resume: {first_line(error)}"
+            ) from None
         if fault := fault_of(Path(staged), entry):
             os.unlink(staged)
-            raise PrepareError(f"the download of {name} is corrupt and was deleted ({fault}); run again")
+            raise PrepareError(
+                f"the download of {name} is corrupt and was deleted ({fault}); run again"
+            )
         target[name].parent.mkdir(parents=True, exist_ok=True)
         os.replace(staged, target[name])
     shutil.rmtree(staging, ignore_errors=True)
@@ -628,7 +727,9 @@ def require_file(path: Path) -> None:
 def run_sample(args: argparse.Namespace) -> None:
     """Build the sample dataset."""
     texts = [(text, len(text.encode())) for text in standard_library_documents()]
-    build_dataset(lambda: split_documents([texts], [], 0.05, iter), sum(size for _, size in texts), args)
+    build_dataset(
+        lambda: split_documents([texts], [], 0.05, iter), sum(size for _, size in texts), args
+    )
 
 
 def run_files(args: argparse.Namespace) -> None:
@@ -648,7 +749,9 @@ def run_files(args: argparse.Namespace) -> None:
         return (read_jsonl if args.command == "jsonl" else read_parquet)(path, args.field)
 
     input_bytes = sum(path.stat().st_size for path in args.inputs + args.val)
-    build_dataset(lambda: split_documents(args.inputs, args.val, args.val_fraction, read), input_bytes, args)
+    build_dataset(
+        lambda: split_documents(args.inputs, args.val, args.val_fraction, read), input_bytes, args
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -663,15 +766,33 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    sample = add_command(run_sample, "sample", "make a small English dataset from this Python's documentation")
+    sample = add_command(
+        run_sample, "sample", "make a small English dataset from this Python's documentation"
+    )
     add = sample.add_argument
-    add("--out", type=Path, default=Path("data/sample"), help="folder for shards and tokenizer (default: %(default)s)")
-    add("--vocab-size", type=int, default=1024, metavar="N", help="pieces of the tokenizer (default: %(default)s)")
-    sample.set_defaults(name="sample", tokenizer=None, shard_tokens=SHARD_TOKENS, workers=PROCESSORS)
+    add(
+        "--out",
+        type=Path,
+        default=Path("data/sample"),
+        help="folder for shards and tokenizer (default: %(default)s)",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="pieces of the tokenizer (default: %(default)s)",
+    )
+    sample.set_defaults(
+        name="sample", tokenizer=None, shard_tokens=SHARD_TOKENS, workers=PROCESSORS
+    )
 
     for name, text in (
         ("text", "make a dataset from plain text files (UTF-8)"),
-        ("jsonl", "make a dataset from files with one JSON object per line; each object is a document"),
+        (
+            "jsonl",
+            "make a dataset from files with one JSON object per line; each object is a document",
+        ),
         ("parquet", "make a dataset from Parquet files; each row is a document"),
     ):
         command = add_command(run_files, name, text)
@@ -679,16 +800,48 @@ def make_parser() -> argparse.ArgumentParser:
         add("inputs", type=Path, nargs="+", metavar="INPUT", help="files, read in the order given")
         if name == "text":
             kinds = "nul, blank-line, or any other text as it is"
-            add("--separator", metavar="TEXT", help=f"between documents: {kinds} (default: each file is one document)")
+            add(
+                "--separator",
+                metavar="TEXT",
+                help=f"between documents: {kinds} (default: each file is one document)",
+            )
         else:
             add("--field", default="text", help="field that holds the text (default: %(default)s)")
-        add("--out", type=Path, required=True, help="folder for shards and tokenizer; replaces a dataset of that name")
+        add(
+            "--out",
+            type=Path,
+            required=True,
+            help="folder for shards and tokenizer; replaces a dataset of that name",
+        )
         add("--name", required=True, help="first part of the file names")
-        add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="per shard (default: %(default)s)")
-        add("--workers", type=int, default=PROCESSORS, metavar="N", help="encoding processes (default: all processors)")
+        add(
+            "--shard-tokens",
+            type=int,
+            default=SHARD_TOKENS,
+            metavar="N",
+            help="per shard (default: %(default)s)",
+        )
+        add(
+            "--workers",
+            type=int,
+            default=PROCESSORS,
+            metavar="N",
+            help="encoding processes (default: all processors)",
+        )
         add = command.add_mutually_exclusive_group().add_argument
-        add("--tokenizer", type=Path, metavar="FILE.model", help="SentencePiece model to use (default: train one)")
-        add("--vocab-size", type=int, default=1024, metavar="N", help="pieces of a trained one (default: %(default)s)")
+        add(
+            "--tokenizer",
+            type=Path,
+            metavar="FILE.model",
+            help="SentencePiece model to use (default: train one)",
+        )
+        add(
+            "--vocab-size",
+            type=int,
+            default=1024,
+            metavar="N",
+            help="pieces of a trained one (default: %(default)s)",
+        )
         add = command.add_mutually_exclusive_group().add_argument
         add("--val", type=Path, nargs="+", default=[], metavar="INPUT", help="files to validate on")
         chosen = "part of the documents to validate on, chosen by a hash of their text (default: %(default)s)"
@@ -697,7 +850,12 @@ def make_parser() -> argparse.ArgumentParser:
     text = "set the end of a dataset's training text aside, to choose settings on; the rest may come in several orders"
     add = add_command(run_development, "development", text).add_argument
     add("dataset", type=Path, help="folder of a finished dataset")
-    add("--out", type=Path, required=True, help="folder for the shards; replaces an earlier development split")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the shards; replaces an earlier development split",
+    )
     text = "of the training documents, the last, to validate on; 0: keep the validation text (default: %(default)s)"
     add("--part", type=float, default=0.02, metavar="X", help=text)
     text = "write the training documents N times, each in a new order; 0: once, as they are (default: %(default)s)"
@@ -709,20 +867,30 @@ def make_parser() -> argparse.ArgumentParser:
     add("--variant", choices=sorted(FINEWEB), required=True, help="which tokenizer")
     text = "the first N training shards, 200 MB each (default: %(default)s)"
     add("--train-shards", type=int, default=80, metavar="N", help=text)
-    add("--out", type=Path, default=Path("data"), help="gets datasets/ and tokenizers/ (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("data"),
+        help="gets datasets/ and tokenizers/ (default: %(default)s)",
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 after an error, 130 after Control-C."""
     args = make_parser().parse_args(arguments)
-    tqdm.monitor_interval = 0  # its thread is not needed, and worker processes are safer started without threads
+    tqdm.monitor_interval = (
+        0  # its thread is not needed, and worker processes are safer started without threads
+    )
     try:
         args.run(args)
     except PrepareError as error:
         message, status = str(error), 1
     except BrokenProcessPool:
-        message, status = "a worker process died, perhaps for lack of memory; try fewer --workers", 1
+        message, status = (
+            "a worker process died, perhaps for lack of memory; try fewer --workers",
+            1,
+        )
     except OSError as error:
         message, status = f"{error.filename or args.out}: {error.strerror or error}", 1
     except KeyboardInterrupt:

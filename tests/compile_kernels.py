@@ -35,7 +35,9 @@ def local_bytes(cubin: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [dump, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return sum(map(int, re.findall(r"\bSTACK:(\d+)", text)))
 
 
@@ -60,7 +62,10 @@ def compile_all(capability: int) -> None:
 
     triton.JITFunction.run = compile_only
     for state in (64, 128):
-        for starts in (torch.zeros(1, TOKENS, dtype=torch.bool), None):  # the default, without documents, is told
+        for starts in (
+            torch.zeros(1, TOKENS, dtype=torch.bool),
+            None,
+        ):  # the default, without documents, is told
             projected, parameters, sizes = tune.random_layer(state, torch.device("cpu"), 1, TOKENS)
             y, square, _ = t.mamba_scan(projected, parameters, sizes, starts, None, "triton", 64)
             torch.autograd.grad(y.sum().float() + square.sum(), tune.learned(projected, parameters))

@@ -14,8 +14,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the models are too small to gain from more, and the machine may be shared
-if not torch.cuda.is_available():  # the fused scan's kernels run on the CPU; triton reads this when it is imported
+torch.set_num_threads(
+    1
+)  # the models are too small to gain from more, and the machine may be shared
+if (
+    not torch.cuda.is_available()
+):  # the fused scan's kernels run on the CPU; triton reads this when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 TEXT = (
@@ -96,7 +100,9 @@ def shards(tmp_path_factory, byte_tokenizer) -> Path:
     words = " ".join(TEXT).split()
 
     def text_tokens(documents: int) -> np.ndarray:
-        texts = (" ".join(generator.choice(words, generator.integers(5, 60))) for _ in range(documents))
+        texts = (
+            " ".join(generator.choice(words, generator.integers(5, 60))) for _ in range(documents)
+        )
         return np.concatenate([model.encode(text, add_bos=True) for text in texts])
 
     write_shard(folder / "words_train_000000.bin", text_tokens(60))

@@ -111,11 +111,15 @@ def make_trainer(settings: t.Settings) -> t.Trainer:
 
 
 def truncate(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
-    return data[: pick.choice((pick.randrange(len(data) + 1), max(0, len(data) - pick.randrange(1, 64))))]
+    return data[
+        : pick.choice((pick.randrange(len(data) + 1), max(0, len(data) - pick.randrange(1, 64))))
+    ]
 
 
 def extend(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
-    extra = pick.choice((bytes(pick.randrange(1, 5000)), pick.randbytes(pick.randrange(1, 200)), data))
+    extra = pick.choice(
+        (bytes(pick.randrange(1, 5000)), pick.randbytes(pick.randrange(1, 200)), data)
+    )
     return pick.choice((data + extra, extra + data))
 
 
@@ -137,7 +141,11 @@ def overwrite(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
 def splice(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
     """A part of this or another file replaces, or is put before, another part."""
     source = pick.choice([data, *others])
-    begin, place, size = pick.randrange(len(source)), pick.randrange(len(data)), pick.randrange(1, 300)
+    begin, place, size = (
+        pick.randrange(len(source)),
+        pick.randrange(len(data)),
+        pick.randrange(1, 300),
+    )
     return data[:place] + source[begin : begin + size] + data[place + pick.choice((0, size)) :]
 
 
@@ -178,7 +186,10 @@ def large_token(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
 
 def field_lengths(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
     """A byte of the protobuf, likely a length or a tag, becomes a number of up to 2^64."""
-    number, place = pick.choice((0, 127, 2**14, 2**31 - 1, 2**32, 2**63, 2**64 - 1)), pick.randrange(len(data))
+    number, place = (
+        pick.choice((0, 127, 2**14, 2**31 - 1, 2**32, 2**63, 2**64 - 1)),
+        pick.randrange(len(data)),
+    )
     varint = b""
     while number > 127:
         varint, number = varint + bytes([number & 127 | 128]), number >> 7
@@ -190,11 +201,37 @@ def piece_text(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
     pieces = list(re.finditer(rb"\x0a([\x01-\x20])(?=([ -\xff]{1,32}))", data))
     piece = pick.choice(pieces)
     size, place = piece.group(1)[0], piece.end(1)
-    texts = (b"\xff" * size, b"\x80" * size, b"\0" * size, ("▁" * size).encode()[:size], b"<0xFF>"[:size].ljust(size))
+    texts = (
+        b"\xff" * size,
+        b"\x80" * size,
+        b"\0" * size,
+        ("▁" * size).encode()[:size],
+        b"<0xFF>"[:size].ljust(size),
+    )
     return data[:place] + pick.choice(texts) + data[place + size :]
 
 
-NUMBERS = (0, -1, 1, 2, 3, 7, 8, 16, 24, 64, 1000, 1025, 2**16, 2**20, 2**20 + 1, 2**31, 2**40, 2**63, 10**30)
+NUMBERS = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    8,
+    16,
+    24,
+    64,
+    1000,
+    1025,
+    2**16,
+    2**20,
+    2**20 + 1,
+    2**31,
+    2**40,
+    2**63,
+    10**30,
+)
 FRACTIONS = (0.0, -1.0, -0.0, 0.5, 1.0, 1.5, 1e-300, 1e6, 1e300, float("inf"), float("nan"))
 TEXTS = (
     "", "0", "0,1", "1,0,1", "M", "MA", "ma", "all", "none", "0-1", "0-999999999", "9" * 5000, "\n", "a\nb", "\0", "²",
@@ -227,7 +264,13 @@ def sealed_parts(data: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def damaged_part(
-    magic: bytes, header: bytes, payload: bytes, how: Callable, what: str, pick: random.Random, others: list[bytes]
+    magic: bytes,
+    header: bytes,
+    payload: bytes,
+    how: Callable,
+    what: str,
+    pick: random.Random,
+    others: list[bytes],
 ) -> tuple[str, bytes]:
     """What was done, and the sealed file with its body, header or payload damaged as any file is."""
     if what == "body":
@@ -255,7 +298,9 @@ def damaged_artifact(originals: Originals, pick: random.Random) -> tuple[str, by
         else:
             payload = payload[: len(payload) - len(codes)] + how(codes, pick, others)
     else:
-        settings = header_values(json.loads(header), pick) if what == "values" else json.loads(header)
+        settings = (
+            header_values(json.loads(header), pick) if what == "values" else json.loads(header)
+        )
         if what == "bomb":  # for a small model, or one of up to 2^30 bytes
             payload = originals["bomb"]
             settings["bigram_vocab_size"] = 2 ** pick.randrange(1, 21)
@@ -268,7 +313,10 @@ def damaged_checkpoint(originals: Originals, pick: random.Random) -> tuple[str, 
     """What was done, and a checkpoint that is wrong in its parts, or has other numbers, but has the right checksum."""
     magic, header, payload = sealed_parts(originals["checkpoint"])
     others = [originals["shard"], originals["tokenizer"], originals["artifact"]]
-    how, what = pick.choice(GENERAL), pick.choice(("body", "header", "payload", "numbers", "values", "progress"))
+    how, what = (
+        pick.choice(GENERAL),
+        pick.choice(("body", "header", "payload", "numbers", "values", "progress")),
+    )
     if what in ("body", "header", "payload"):
         return damaged_part(magic, header, payload, how, what, pick, others)
     if what == "numbers":
@@ -282,7 +330,12 @@ def damaged_checkpoint(originals: Originals, pick: random.Random) -> tuple[str, 
     return f"{what}, sealed", seal(magic + header + b"\n" + payload)
 
 
-OWN = {"shard": (shard_header, large_token), "tokenizer": (field_lengths, piece_text), "artifact": (), "checkpoint": ()}
+OWN = {
+    "shard": (shard_header, large_token),
+    "tokenizer": (field_lengths, piece_text),
+    "artifact": (),
+    "checkpoint": (),
+}
 SEALED = {"artifact": damaged_artifact, "checkpoint": damaged_checkpoint}
 
 
@@ -306,7 +359,9 @@ def make_case(number: int, seed: int, kinds: tuple[str, ...], originals: Origina
 
 def read_shard(case: Case, path: Path, originals: Originals) -> str:
     """Reads a shard alone and as validation set; "" or what is wrong."""
-    header = np.frombuffer(case.data[: t.SHARD_HEADER_BYTES].ljust(t.SHARD_HEADER_BYTES, b"\0"), "<i4").astype(int)
+    header = np.frombuffer(
+        case.data[: t.SHARD_HEADER_BYTES].ljust(t.SHARD_HEADER_BYTES, b"\0"), "<i4"
+    ).astype(int)
     count, body = int(header[2]), case.data[t.SHARD_HEADER_BYTES :]
     valid = len(case.data) >= t.SHARD_HEADER_BYTES and header[0] == t.SHARD_MAGIC and header[1] == 1
     valid = valid and 0 <= 2 * count <= len(body)
@@ -317,10 +372,14 @@ def read_shard(case: Case, path: Path, originals: Originals) -> str:
     if not np.array_equal(tokens, expected):
         return "other tokens were read"
     usable = count > tiny().train_seq_len and expected.max(initial=0) < VOCABULARY
-    validation = t.load_validation(tiny(data_path=str(path.parent)), worker_tokenizer(path.parent, originals))
+    validation = t.load_validation(
+        tiny(data_path=str(path.parent)), worker_tokenizer(path.parent, originals)
+    )
     if not usable:
         return "a validation set that is not usable was read"
-    right = np.array_equal(validation.tokens, expected) and len(validation.target_bytes) == count - 1
+    right = (
+        np.array_equal(validation.tokens, expected) and len(validation.target_bytes) == count - 1
+    )
     return "" if right else "another validation set was read"
 
 
@@ -335,7 +394,10 @@ def read_tokenizer(case: Case, path: Path, originals: Originals) -> str:
     tokenizer = t.Tokenizer(str(path), VOCABULARY)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for i in range(VOCABULARY):
-        piece, special = model.id_to_piece(i), model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+        piece, special = (
+            model.id_to_piece(i),
+            model.is_control(i) or model.is_unknown(i) or model.is_unused(i),
+        )
         inner = piece[1:] if piece[:1] == "▁" else piece
         size = 1 if model.is_byte(i) else sum(1 if c == "▁" else len(c.encode()) for c in inner)
         wanted = (special, 0 if special else size, piece[:1] == "▁" and not special)
@@ -345,7 +407,9 @@ def read_tokenizer(case: Case, path: Path, originals: Originals) -> str:
     return "" if counted.shape == (VOCABULARY - 1,) and (counted >= 0).all() else "impossible bytes"
 
 
-def decode(frequencies: list[int], words: list[int], position: int, count: int) -> tuple[np.ndarray, int]:
+def decode(
+    frequencies: list[int], words: list[int], position: int, count: int
+) -> tuple[np.ndarray, int]:
     """Integers, int8 (count,), of one matrix whose code begins at a position in words, and the position behind it: one
     number after another, each from the next of 256 states."""
     starts = [0, *itertools.accumulate(frequencies)][:256]
@@ -399,7 +463,9 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
             parts[name] = integers.reshape(parameters[name].shape) * rows[:, None] * columns
     if position != len(words):
         return "codes that belong to no matrix were read"
-    right = all(np.array_equal(p.detach().numpy(), parts[n], equal_nan=True) for n, p in parameters.items())
+    right = all(
+        np.array_equal(p.detach().numpy(), parts[n], equal_nan=True) for n, p in parameters.items()
+    )
     return "" if right else "other weights were read"
 
 
@@ -411,7 +477,9 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
         return "a checkpoint with a wrong checksum was read"
     _, header, payload = sealed_parts(case.data)
     header = json.loads(header)
-    if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {n: getattr(settings, n) for n in t.TRAINING_FIELDS}:
+    if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {
+        n: getattr(settings, n) for n in t.TRAINING_FIELDS
+    }:
         return "a checkpoint of other settings was read"
     progress = trainer.steps_done, trainer.clock.counted, trainer.qat_k
     if repr(progress) != repr(tuple(header[name] for name in t.PROGRESS)):
@@ -439,7 +507,15 @@ def reason_of(message: str, path: Path) -> str:
 class Watch:
     """Notes code that runs, programs that start, and files that are opened, while it is on."""
 
-    EVENTS = ("exec", "compile", "import", "pickle.find_class", "marshal.loads", "subprocess.Popen", "os.system")
+    EVENTS = (
+        "exec",
+        "compile",
+        "import",
+        "pickle.find_class",
+        "marshal.loads",
+        "subprocess.Popen",
+        "os.system",
+    )
     EVENTS += ("os.exec", "os.posix_spawn", "os.fork", "socket.connect", "os.remove", "os.rename")
 
     def __init__(self):
@@ -458,9 +534,16 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run_case(number: int, case: Case, folder: Path, originals: Originals, watch: Watch, idle: int) -> Outcome:
+def run_case(
+    number: int, case: Case, folder: Path, originals: Originals, watch: Watch, idle: int
+) -> Outcome:
     """Reads one damaged file. idle: peak_memory() of a worker that has read valid files only."""
-    name = {"shard": "case_val_0.bin", "tokenizer": "case.model", "artifact": "case.lzma", "checkpoint": "c"}[case.kind]
+    name = {
+        "shard": "case_val_0.bin",
+        "tokenizer": "case.model",
+        "artifact": "case.lzma",
+        "checkpoint": "c",
+    }[case.kind]
     path = folder / name
     path.write_bytes(case.data)
     watch.allowed, watch.seen, watch.on = (str(path), str(folder / "valid.model")), "", True
@@ -497,7 +580,9 @@ def run_case(number: int, case: Case, folder: Path, originals: Originals, watch:
 # ---- Workers ---------------------------------------------------------------------------------------------------------
 
 
-def work(numbers: list[int], seed: int, kinds: tuple[str, ...], originals: Originals, results: Connection) -> None:
+def work(
+    numbers: list[int], seed: int, kinds: tuple[str, ...], originals: Originals, results: Connection
+) -> None:
     """Handles cases in this process: sends None when warm, then their outcomes."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -507,7 +592,15 @@ def work(numbers: list[int], seed: int, kinds: tuple[str, ...], originals: Origi
     os.dup2(sys.stderr.fileno(), 2)  # native code writes of what it refuses
     with tempfile.TemporaryDirectory() as name:
         watch, folder, idle = Watch(), Path(name), 1 << 62
-        for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32", "utf-32-be", "utf-32-le"):
+        for encoding in (
+            "utf-8-sig",
+            "utf-16",
+            "utf-16-be",
+            "utf-16-le",
+            "utf-32",
+            "utf-32-be",
+            "utf-32-le",
+        ):
             codecs.lookup(encoding)  # JSON may have any of these
         for kind in kinds:  # imports what reading needs
             run_case(-1, Case(kind, "none", originals[kind]), folder, originals, watch, idle)
@@ -569,7 +662,9 @@ def fuzz(
     for job in range(jobs):
         receiver, sender = fork.Pipe(duplex=False)
         numbers = list(range(job, count, jobs))
-        supervisors.append(fork.Process(target=send_all, args=(sender, numbers, seed, kinds, originals, seconds)))
+        supervisors.append(
+            fork.Process(target=send_all, args=(sender, numbers, seed, kinds, originals, seconds))
+        )
         supervisors[-1].start()
         sender.close()
         receivers.append(receiver)
@@ -593,9 +688,12 @@ def report(outcomes: list[Outcome]) -> str:
         mine = [outcome for outcome in outcomes if outcome.kind == kind]
         counts = collections.Counter(outcome.result for outcome in mine)
         lines.append(
-            f"{kind}: {len(mine)} cases, " + ", ".join(f"{counts[r]} {r}" for r in ("read", "refused", "finding"))
+            f"{kind}: {len(mine)} cases, "
+            + ", ".join(f"{counts[r]} {r}" for r in ("read", "refused", "finding"))
         )
-        reasons = collections.Counter(outcome.reason for outcome in mine if outcome.result == "refused")
+        reasons = collections.Counter(
+            outcome.reason for outcome in mine if outcome.result == "refused"
+        )
         lines += [f"  {number:6} refused: {reason}" for reason, number in reasons.most_common()]
     findings = [outcome for outcome in outcomes if outcome.result == "finding"]
     lines += [f"FINDING in case {f.case}, {f.kind}, {f.damage}: {f.reason}" for f in findings]
@@ -606,7 +704,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=int, metavar="CASE", help="write this case's file to fuzz-CASE instead")
+    parser.add_argument(
+        "--keep", type=int, metavar="CASE", help="write this case's file to fuzz-CASE instead"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -38,14 +38,18 @@ def check(name: str, error: float, tolerance: float) -> None:
     global failures
     good = error <= tolerance
     failures += not good
-    print(f"{'ok  ' if good else 'FAIL'} {name:70} {error:.2e} (at most {tolerance:.0e})", flush=True)
+    print(
+        f"{'ok  ' if good else 'FAIL'} {name:70} {error:.2e} (at most {tolerance:.0e})", flush=True
+    )
 
 
 def check_errors(label: str, off: dict[str, float], tolerance: float) -> None:
     """Two rows: the worst of outputs and final states, and the worst gradient, which may be three times as far off."""
     for gradient in (False, True):
         part = {name: error for name, error in off.items() if name.startswith("d ") == gradient}
-        worst = max(part, key=lambda name: part[name] if part[name] == part[name] else torch.inf)  # NaN is worst
+        worst = max(
+            part, key=lambda name: part[name] if part[name] == part[name] else torch.inf
+        )  # NaN is worst
         check(
             f"{label}: worst {'gradient' if gradient else 'output'} ({worst})",
             part[worst],
@@ -102,20 +106,30 @@ def check_scans() -> None:
             print("skip mamba_ssm is not installed")
     small = random_case(1, 70, 2, 32, 32, starts=(5, 40), carried=True, device=DEVICE)
     found = results(functools.partial(fused_scan, chunk_size=32), small, torch.float32)
-    check_errors("fused, float32, 2 heads of 32", errors(found, results(chunked, small, torch.float64)), 1e-4)
+    check_errors(
+        "fused, float32, 2 heads of 32", errors(found, results(chunked, small, torch.float64)), 1e-4
+    )
     check_causality(cases["16 heads of 64, state 64"])
 
 
 def check_causality(case: ScanCase) -> None:
     """Outputs must not depend on later tokens by a single bit."""
-    parameters = t.MambaParameters(*(x.float() if isinstance(x, torch.Tensor) else x for x in case.parameters))
+    parameters = t.MambaParameters(
+        *(x.float() if isinstance(x, torch.Tensor) else x for x in case.parameters)
+    )
     projected = case.projected.bfloat16()
     y, *_ = fused_scan(projected, parameters, case.sizes, None, None)
     for position in (62, 63, 64, 300):
-        changed = torch.cat([projected[:, : position + 1], projected[:, position + 1 :].flip(1)], dim=1)
+        changed = torch.cat(
+            [projected[:, : position + 1], projected[:, position + 1 :].flip(1)], dim=1
+        )
         z, *_ = fused_scan(changed, parameters, case.sizes, None, None)
         different = (y != z)[:, : position + 1].sum()
-        check(f"fused: outputs up to token {position} that depend on later tokens", float(different), 0)
+        check(
+            f"fused: outputs up to token {position} that depend on later tokens",
+            float(different),
+            0,
+        )
 
 
 def missing_library() -> str:
@@ -162,7 +176,11 @@ def check_selective() -> None:
     exact = lambda tensors: t.selective_scan(tensors, None, None, "sequential", 256)
     expected = outputs(exact, lambda x: mixed(x).double())
     found = outputs(scans["parallel"], lambda x: mixed(x).float())
-    check_errors("selective scan, parallel, float32", {n: relative(x, expected[n]) for n, x in found.items()}, 1e-4)
+    check_errors(
+        "selective scan, parallel, float32",
+        {n: relative(x, expected[n]) for n, x in found.items()},
+        1e-4,
+    )
     found = outputs(scans["parallel"], mixed)
     off = {n: relative(x, expected[n]) for n, x in found.items()}
     check_errors("selective scan, parallel, bfloat16", off, BF16_TOLERANCE)
@@ -183,7 +201,10 @@ def check_selective() -> None:
 
 def check_attention() -> None:
     query = torch.randn(2, 512, 8, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    key, value = (torch.randn(2, 512, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    key, value = (
+        torch.randn(2, 512, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
     leaves = (query, key, value)
     exact = t.sdpa(*(x.float() for x in leaves))
     grad = torch.randn_like(query)
@@ -204,8 +225,14 @@ def check_optimizer() -> None:
         for shape in shapes:
             u, _, v = torch.linalg.svd(torch.randn(2, *shape, device=DEVICE), full_matrices=False)
             batches.append(u * torch.logspace(0, -powers, u.shape[-1], device=DEVICE) @ v)
-    for x, result in zip(batches, torch.compile(t.orthogonalize, fullgraph=True)(batches, 5), strict=True):
-        check(f"Newton-Schulz, {tuple(x.shape)}", relative(result, newton_schulz(x.double(), 5)), BF16_TOLERANCE)
+    for x, result in zip(
+        batches, torch.compile(t.orthogonalize, fullgraph=True)(batches, 5), strict=True
+    ):
+        check(
+            f"Newton-Schulz, {tuple(x.shape)}",
+            relative(result, newton_schulz(x.double(), 5)),
+            BF16_TOLERANCE,
+        )
 
 
 def model_settings(**overrides) -> t.Settings:
@@ -240,7 +267,11 @@ def check_model(**overrides) -> None:
         loss.backward()
         reference = cpu.loss(tokens[:, :-1], tokens[:, 1:], order)
         reference.backward()
-        check(f"fullgraph model, {label}, recurrent={recurrent}: loss", relative(loss.cpu(), reference), 5e-3)
+        check(
+            f"fullgraph model, {label}, recurrent={recurrent}: loss",
+            relative(loss.cpu(), reference),
+            5e-3,
+        )
     worst = max(
         (relative(p.grad.cpu(), q.grad), n)
         for (n, p), q in zip(gpu.named_parameters(), cpu.parameters())
@@ -263,7 +294,9 @@ def check_graphed_steps(quantizer: str) -> None:
     results, ranks = [], t.Ranks(0, 1, DEVICE)
     batches = RandomBatches(settings, ranks)
     for graphed in (True, False):
-        trainer = t.Trainer(t.build_model(settings, ranks), settings, ranks, 8192, 16e6, SilentLog())
+        trainer = t.Trainer(
+            t.build_model(settings, ranks), settings, ranks, 8192, 16e6, SilentLog()
+        )
         if not graphed:
             trainer._graphed_step = trainer._step
         trainer.warm_up()
@@ -276,13 +309,22 @@ def check_checkpoints() -> None:
     """How much longer a step takes while a checkpoint is written, with a model of contest size; and that a trainer which
     takes it up goes on as the one that wrote it."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"PRESET": "short", "MAX_WALLCLOCK_SECONDS": "0", "LOG_DIR": folder, "RUN_ID": "checks"}
-        settings, _ = t.read_settings(environment | {"ITERATIONS": "60", "CHECKPOINT_EVERY": "1e-3"})
+        environment = {
+            "PRESET": "short",
+            "MAX_WALLCLOCK_SECONDS": "0",
+            "LOG_DIR": folder,
+            "RUN_ID": "checks",
+        }
+        settings, _ = t.read_settings(
+            environment | {"ITERATIONS": "60", "CHECKPOINT_EVERY": "1e-3"}
+        )
         ranks = t.Ranks(0, 1, DEVICE)
         batches, micro_batch = RandomBatches(settings, ranks), t.choose_micro_batch(settings, ranks)
 
         def trainer_of(settings: t.Settings) -> t.Trainer:
-            return t.Trainer(t.build_model(settings, ranks), settings, ranks, micro_batch, 16e6, SilentLog())
+            return t.Trainer(
+                t.build_model(settings, ranks), settings, ranks, micro_batch, 16e6, SilentLog()
+            )
 
         trainer = trainer_of(settings)
         trainer.warm_up()
@@ -290,12 +332,22 @@ def check_checkpoints() -> None:
         trainer.run(batches, None)
         times = [a.elapsed_time(b) for a, b in zip(batches.marks[5:], batches.marks[6:])]
         usual = statistics.median(times)
-        check(f"checkpoints: longest of {len(times)} steps, ms over the median {usual:.1f}", max(times) - usual, 50.0)
+        check(
+            f"checkpoints: longest of {len(times)} steps, ms over the median {usual:.1f}",
+            max(times) - usual,
+            50.0,
+        )
         half.resume()
         check("checkpoints: steps that were not taken up", float(not 0 < half.steps_done <= 60), 0)
         half.run(batches, None)
-        weights = [torch.cat([p.detach().flatten() for p in x.model.parameters()]) for x in (half, trainer)]
-        check(f"checkpoints: weights after going on from step {half.steps_done}", relative(*weights), 1e-2)
+        weights = [
+            torch.cat([p.detach().flatten() for p in x.model.parameters()]) for x in (half, trainer)
+        ]
+        check(
+            f"checkpoints: weights after going on from step {half.steps_done}",
+            relative(*weights),
+            1e-2,
+        )
 
 
 def check_systems() -> None:
@@ -316,7 +368,9 @@ def check_systems() -> None:
                 "SCAN_BACKEND": "auto" if preset == "nemotron_hinge" else first_mamba,
             }  # fmt: skip
             command = [sys.executable, str(root / "train_gpt.py")]
-            done = subprocess.run(command, env=environment | os.environ, capture_output=True, text=True)
+            done = subprocess.run(
+                command, env=environment | os.environ, capture_output=True, text=True
+            )
         scored = done.returncode == 0 and "final_int6_lzma_sliding_ttt_exact" in done.stdout
         check(f"PRESET={preset}: runs without a score", float(not scored), 0)
         print("     " + (done.stdout if scored else done.stderr or "?").strip().splitlines()[-1])
@@ -325,7 +379,15 @@ def check_systems() -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
-    wanted = sys.argv[1:] or ["scans", "selective", "attention", "optimizer", "model", "checkpoints", "systems"]
+    wanted = sys.argv[1:] or [
+        "scans",
+        "selective",
+        "attention",
+        "optimizer",
+        "model",
+        "checkpoints",
+        "systems",
+    ]
     if "scans" in wanted:
         check_scans()
     if "selective" in wanted:

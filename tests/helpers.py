@@ -49,7 +49,11 @@ def tiny(**overrides) -> t.Settings:
 def tiny_environment(**overrides) -> dict[str, str]:
     """The same as environment variables; keyword arguments are settings, None leaves a variable out."""
     values = {name.upper(): value for name, value in (SMALL | overrides).items()}
-    return {name: str(int(v) if isinstance(v, bool) else v) for name, v in values.items() if v is not None}
+    return {
+        name: str(int(v) if isinstance(v, bool) else v)
+        for name, v in values.items()
+        if v is not None
+    }
 
 
 def random_model(settings: t.Settings, seed: int = 0, spread: float = 0.3) -> t.Model:
@@ -92,7 +96,9 @@ def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
     return float((result - reference).norm() / reference.norm().clamp_min(1e-300))
 
 
-def write_shard(path: Path, tokens, magic: int = t.SHARD_MAGIC, version: int = 1, count: int | None = None) -> Path:
+def write_shard(
+    path: Path, tokens, magic: int = t.SHARD_MAGIC, version: int = 1, count: int | None = None
+) -> Path:
     """Writes a shard whose header says what it is told."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
@@ -146,7 +152,9 @@ def run_ranks(world_size: int, function) -> list:
     for thread in threads:
         thread.join()
     if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        raise next(
+            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
+        )
     return results
 
 

@@ -34,9 +34,16 @@ def is_installed() -> bool:
 def library_operator():
     """mamba3_siso_combined(), its kernels pinned where this GPU was measured."""
     import triton
-    from mamba_ssm.ops.triton.mamba3 import angle_dt, mamba3_siso_bwd, mamba3_siso_combined, mamba3_siso_fwd
+    from mamba_ssm.ops.triton.mamba3 import (
+        angle_dt,
+        mamba3_siso_bwd,
+        mamba3_siso_combined,
+        mamba3_siso_fwd,
+    )
 
-    for name, (stages, warps, registers, chunk) in PINNED_KERNELS.get(torch.cuda.get_device_capability(), {}).items():
+    for name, (stages, warps, registers, chunk) in PINNED_KERNELS.get(
+        torch.cuda.get_device_capability(), {}
+    ).items():
         options = {} if chunk is None else {"CHUNK_SIZE": chunk}
         config = triton.Config(options, num_stages=stages, num_warps=warps, maxnreg=registers)
         for module in (angle_dt, mamba3_siso_fwd, mamba3_siso_bwd):
@@ -66,15 +73,26 @@ def library_tensors(inputs: t.ScanInputs) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def mamba_ssm_scan(inputs: t.ScanInputs, state: t.ScanState | None, chunk_size: int) -> tuple[Tensor, t.ScanState]:
+def mamba_ssm_scan(
+    inputs: t.ScanInputs, state: t.ScanState | None, chunk_size: int
+) -> tuple[Tensor, t.ScanState]:
     """What chunked_scan() computes, by the library. No gradient flows through states."""
     states = None
     if state is not None:
-        angles = inputs.key.shape[-1] // 4 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
-        angle = state.angle if inputs.angle_rate is not None else state.key.new_zeros(*state.key.shape[:2], angles)
+        angles = (
+            inputs.key.shape[-1] // 4 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
+        )
+        angle = (
+            state.angle
+            if inputs.angle_rate is not None
+            else state.key.new_zeros(*state.key.shape[:2], angles)
+        )
         states = (angle.bfloat16(), state.ssm.float(), state.key.float(), state.value.bfloat16())
         states = tuple(x.detach().contiguous() for x in states)
     y, *final = library_operator()(
-        *library_tensors(inputs), Input_States=states, chunk_size=chunk_size, return_final_states=True
+        *library_tensors(inputs),
+        Input_States=states,
+        chunk_size=chunk_size,
+        return_final_states=True,
     )
     return y.to(inputs.value.dtype), t.ScanState(*(x.detach().float() for x in final))

@@ -49,7 +49,11 @@ def random_case(
 
 
 def results(
-    scan: Callable, case: ScanCase, dtype: torch.dtype, wide: torch.dtype | None = None, from_state: bool = True
+    scan: Callable,
+    case: ScanCase,
+    dtype: torch.dtype,
+    wide: torch.dtype | None = None,
+    from_state: bool = True,
 ) -> dict[str, Tensor]:
     """Outputs, final state and every gradient of a random weighting of both, or of the outputs alone; of projected's
     gradient each group of columns. projected is in dtype, the rest in wide (None: the same)."""
@@ -71,8 +75,14 @@ def results(
     if state is not None:
         learned |= {f"d state.{name}": x for name, x in state._asdict().items()}
     d_projected, *gradients = torch.autograd.grad(loss, [projected, *learned.values()])
-    outcome = {"y": y, "mean square": mean_square, **{f"final {name}": x for name, x in final._asdict().items()}}
-    outcome["final angle"] = torch.stack([final.angle.cos(), final.angle.sin()])  # a point on the circle
+    outcome = {
+        "y": y,
+        "mean square": mean_square,
+        **{f"final {name}": x for name, x in final._asdict().items()},
+    }
+    outcome["final angle"] = torch.stack(
+        [final.angle.cos(), final.angle.sin()]
+    )  # a point on the circle
     groups = d_projected.split(case.sizes.columns(), dim=-1)
     outcome |= {f"d {name}": x for name, x in zip(COLUMNS, groups)}
     return {name: x.detach() for name, x in (outcome | dict(zip(learned, gradients))).items()}

@@ -92,7 +92,14 @@ class Bench:
         (folder / "launcher.py").write_text(LAUNCHER)
 
     def arguments(self, *more: str) -> list[str]:
-        return [str(self.file), "--out", str(self.out), "--script", str(self.folder / "stub.py"), *more]
+        return [
+            str(self.file),
+            "--out",
+            str(self.out),
+            "--script",
+            str(self.folder / "stub.py"),
+            *more,
+        ]
 
     def run(self, text: str = "", *more: str) -> int:
         """ablate.py in this process, on the text or the file as it was; returns the exit status."""
@@ -114,7 +121,9 @@ class Bench:
 
     def journal(self, event: str) -> list[dict]:
         path = self.folder / "journal.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        records = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
         return [record for record in records if record["event"] == event]
 
     def started(self) -> list[str]:
@@ -185,7 +194,9 @@ def test_every_variant_runs_with_one_seed_before_the_next_seed_and_one_at_a_time
 def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
     text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "meet 3"\n'
     assert bench.run(text) == 0
-    moments = [(r["time"], 1) for r in bench.journal("start")] + [(r["time"], -1) for r in bench.journal("end")]
+    moments = [(r["time"], 1) for r in bench.journal("start")] + [
+        (r["time"], -1) for r in bench.journal("end")
+    ]
     running = [sum(change for _, change in sorted(moments)[: i + 1]) for i in range(len(moments))]
     assert max(running) == 3
     assert len(bench.journal("end")) == 6
@@ -193,14 +204,18 @@ def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
 
 def test_runs_side_by_side_have_gpus_of_their_own(bench, monkeypatch):
     monkeypatch.setattr(ablate, "visible_gpus", lambda: ["0", "3", "5", "6", "7"])
-    text = 'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "meet 2"\n'
+    text = (
+        'seeds = [1, 2, 3, 4]\nprocesses = 2\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "meet 2"\n'
+    )
     assert bench.run(text) == 0
     ends, starts = ({r["run"]: r for r in bench.journal(event)} for event in ("end", "start"))
     assert {r["gpus"] for r in starts.values()} == {"0,3", "5,6"}
     assert all("--nproc_per_node=2" in r["argv"] for r in starts.values())
     for one in starts:  # those that overlap in time differ in GPUs
         for two in starts:
-            overlap = starts[two]["time"] < ends[one]["time"] and starts[one]["time"] < ends[two]["time"]
+            overlap = (
+                starts[two]["time"] < ends[one]["time"] and starts[one]["time"] < ends[two]["time"]
+            )
             assert one == two or not overlap or starts[one]["gpus"] != starts[two]["gpus"]
     assert starts["base-2"]["time"] < ends["base-1"]["time"]
 
@@ -253,7 +268,10 @@ def test_complete_runs_are_not_repeated(bench, capsys):
 
 def test_only_runs_whose_settings_changed_are_repeated(bench):
     bench.run(TWO)
-    changed = TWO.replace("0.5", "0.25").replace("[1, 2]", "[1, 2, 3]") + '[[variant]]\nname = "new"\nEMA_DECAY = 0.8\n'
+    changed = (
+        TWO.replace("0.5", "0.25").replace("[1, 2]", "[1, 2, 3]")
+        + '[[variant]]\nname = "new"\nEMA_DECAY = 0.8\n'
+    )
     assert bench.run(changed) == 0
     assert sorted(bench.started()[4:]) == [
         "base-3", "high-rate-1", "high-rate-2", "high-rate-3", "new-1", "new-2", "new-3",
@@ -282,17 +300,19 @@ def test_failed_runs_are_repeated_on_a_restart(bench):
     assert "2 versions of the script" in bench.table
 
 
-HANGING = (
-    'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nTOKENIZER_PATH = "wait"\n'
+HANGING = 'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nTOKENIZER_PATH = "wait"\n'
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name
 )
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, monkeypatch, number):
     monkeypatch.setattr(ablate, "LAUNCHER", [sys.executable, str(bench.folder / "launcher.py")])
     process = bench.start(HANGING)
     bench.wait_for_starts(4)  # base-1, slow-1, base-2, and then slow-2 beside slow-1
-    hanging = [record["pid"] for record in bench.journal("start") if record["run"].startswith("slow")]
+    hanging = [
+        record["pid"] for record in bench.journal("start") if record["run"].startswith("slow")
+    ]
     assert len(hanging) == 2
     os.kill(process.pid, number)
     process.join(30)
@@ -313,14 +333,19 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, monkeypatch, nu
     assert sorted(bench.started()[4:]) == ["base-3", "slow-1", "slow-2", "slow-3"]
     assert {run["status"] for run in bench.results().values()} == {"complete"}
     records = (bench.out / "runs" / "slow-1" / "slow-1.jsonl").read_text()
-    assert records.count('"settings"') == 2  # one record (its name and a field): nothing of the half run is left
+    assert (
+        records.count('"settings"') == 2
+    )  # one record (its name and a field): nothing of the half run is left
 
 
 @pytest.mark.parametrize(("before", "status"), [(signal.SIG_IGN, 0), (signal.SIG_DFL, 130)])
 def test_a_lost_terminal_stops_it_unless_nohup_says_otherwise(bench, before, status):
     previous = signal.signal(signal.SIGHUP, before)
     try:
-        assert bench.run('seeds = [1]\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "hang up"\n') == status
+        assert (
+            bench.run('seeds = [1]\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "hang up"\n')
+            == status
+        )
         assert signal.getsignal(signal.SIGHUP) == before
     finally:
         signal.signal(signal.SIGHUP, previous)
@@ -341,7 +366,9 @@ def test_two_at_once_on_one_folder_are_refused(bench, capsys):
 
 def test_failed_runs_are_rows_that_say_why(bench, capsys):
     kinds = {"own": "own error", "bug": "bug", "silent": "silent", "late": "late"}
-    rows = "".join(f'[[variant]]\nname = "{name}"\nTOKENIZER_PATH = "{text}"\n' for name, text in kinds.items())
+    rows = "".join(
+        f'[[variant]]\nname = "{name}"\nTOKENIZER_PATH = "{text}"\n' for name, text in kinds.items()
+    )
     assert bench.run('seeds = [1, 2]\n[base]\nPRESET = "tiny"\n' + rows) == 1
     assert bench.row("own")[1:4] == ["0 of 2", "–", "–"]
     error = "train_gpt.py: error: no *_train_*.bin shards in data / here"
@@ -353,13 +380,30 @@ def test_failed_runs_are_rows_that_say_why(bench, capsys):
     assert late["status"] == "failed"
     assert late["figures"]["bpb_before"] == pytest.approx(1.201)  # what it had come to
     assert bench.row("late")[5] == "–"  # but no mean is made of it
-    assert len({len(line.replace("\\|", "").split("|")) for line in bench.table.splitlines() if "|" in line}) == 1
+    assert (
+        len(
+            {
+                len(line.replace("\\|", "").split("|"))
+                for line in bench.table.splitlines()
+                if "|" in line
+            }
+        )
+        == 1
+    )
     assert "no *_train_*.bin shards" in capsys.readouterr().out
 
 
 def test_the_table_holds_means_deviations_and_the_test(bench):
     bench.run(TWO.replace("[1, 2]", "[1, 2, 6]"))
-    heads = ["variant", "n", "BPB, final", "difference", "p", "before quantization", "after quantization"]
+    heads = [
+        "variant",
+        "n",
+        "BPB, final",
+        "difference",
+        "p",
+        "before quantization",
+        "after quantization",
+    ]
     assert bench.row("variant") == [*heads, "artifact bytes", "ms/step"]
     assert bench.row("base (base)") == [
         "base (base)", "3", "1.0030 ± 0.0026", "–", "–", "1.2030 ± 0.0026", "1.3030 ± 0.0026", "14,860,003",
@@ -377,7 +421,12 @@ def test_results_hold_every_run_with_its_settings_and_figures(bench):
     run = bench.results()["high rate-2"]
     assert run["settings"] == {"PRESET": "tiny", "MATRIX_LR": 0.5}
     assert run["status"] == "complete"
-    wanted = {"bpb_before": 1.702, "bpb_after": 1.802, "bpb_final": 1.502, "artifact_bytes": 14_860_002}
+    wanted = {
+        "bpb_before": 1.702,
+        "bpb_after": 1.802,
+        "bpb_final": 1.502,
+        "artifact_bytes": 14_860_002,
+    }
     assert run["figures"] == pytest.approx(wanted | {"steps": 10, "step_avg_ms": 50.5})
     assert set(bench.results()) == {"base-1", "base-2", "high rate-1", "high rate-2"}
 
@@ -417,28 +466,64 @@ def test_plots_are_drawn_where_there_are_figures(bench, monkeypatch):
 
 BASE = 'seeds = [1]\n[base]\nPRESET = "tiny"\n'
 MISTAKES = {
-    "a misspelt setting": (BASE + "MATRX_LR = 1\n", "[base]: MATRX_LR is not a setting; did you mean MATRIX_LR?"),
-    "a setting in lower case": (BASE + "num_layers = 3\n", "num_layers is not a setting; did you mean NUM_LAYERS?"),
-    "a value of the wrong type": (BASE + "NUM_LAYERS = 3.5\n", 'NUM_LAYERS="3.5" should be a whole number'),
-    "a list": (BASE + "MAMBA_LAYERS = [0, 1]\n", "MAMBA_LAYERS should be a string, a number, true or false"),
+    "a misspelt setting": (
+        BASE + "MATRX_LR = 1\n",
+        "[base]: MATRX_LR is not a setting; did you mean MATRIX_LR?",
+    ),
+    "a setting in lower case": (
+        BASE + "num_layers = 3\n",
+        "num_layers is not a setting; did you mean NUM_LAYERS?",
+    ),
+    "a value of the wrong type": (
+        BASE + "NUM_LAYERS = 3.5\n",
+        'NUM_LAYERS="3.5" should be a whole number',
+    ),
+    "a list": (
+        BASE + "MAMBA_LAYERS = [0, 1]\n",
+        "MAMBA_LAYERS should be a string, a number, true or false",
+    ),
     "an impossible value": (
         BASE + '[[variant]]\nname = "x"\nEMA_DECAY = 2\n',
         "variant 'x': EMA_DECAY=2.0 must be from 0 to 1",
     ),
-    "an unknown preset": (BASE.replace("tiny", "tny"), "PRESET=tny should be one of default, short"),
-    "a seed among the settings": (BASE + "SEED = 3\n", "SEED cannot be set here: write seeds = [...] instead"),
-    "one name twice": (BASE + '[[variant]]\nname = "x y"\n[[variant]]\nname = "X-y"\n', "has the same name as 'x y'"),
+    "an unknown preset": (
+        BASE.replace("tiny", "tny"),
+        "PRESET=tny should be one of default, short",
+    ),
+    "a seed among the settings": (
+        BASE + "SEED = 3\n",
+        "SEED cannot be set here: write seeds = [...] instead",
+    ),
+    "one name twice": (
+        BASE + '[[variant]]\nname = "x y"\n[[variant]]\nname = "X-y"\n',
+        "has the same name as 'x y'",
+    ),
     "the base's name": (BASE + '[[variant]]\nname = "base"\n', "has the same name as 'base'"),
     "no name": (BASE + "[[variant]]\nEMA_DECAY = 0.8\n", "None cannot be a variant's name"),
-    "a name that breaks the table": (BASE + '[[variant]]\nname = "a|b"\n', "'a|b' cannot be a variant's name"),
+    "a name that breaks the table": (
+        BASE + '[[variant]]\nname = "a|b"\n',
+        "'a|b' cannot be a variant's name",
+    ),
     "no base": ('seeds = [1]\n[[variant]]\nname = "x"\n', "there is no [base]"),
     "no seeds": ('[base]\nPRESET = "tiny"\n', "seeds should be a list of whole numbers"),
-    "an empty list of seeds": (BASE.replace("[1]", "[]"), "seeds should be a list of whole numbers"),
-    "seeds that are no numbers": (BASE.replace("[1]", "[true]"), "seeds should be a list of whole numbers"),
+    "an empty list of seeds": (
+        BASE.replace("[1]", "[]"),
+        "seeds should be a list of whole numbers",
+    ),
+    "seeds that are no numbers": (
+        BASE.replace("[1]", "[true]"),
+        "seeds should be a list of whole numbers",
+    ),
     "a seed twice": (BASE.replace("[1]", "[1, 1]"), "names a seed twice"),
     "a setting outside of base": ("NUM_LAYERS = 3\n" + BASE, "NUM_LAYERS is unknown here"),
-    "variants": (BASE + '[[variants]]\nname = "x"\n', "variants is unknown here; did you mean variant?"),
-    "one variant": (BASE + '[variant]\nname = "x"\n', "variants are tables that begin with [[variant]]"),
+    "variants": (
+        BASE + '[[variants]]\nname = "x"\n',
+        "variants is unknown here; did you mean variant?",
+    ),
+    "one variant": (
+        BASE + '[variant]\nname = "x"\n',
+        "variants are tables that begin with [[variant]]",
+    ),
     "no processes": ("processes = 0\n" + BASE, "processes should be a whole number above 0"),
     "bad TOML": (BASE + "MATRIX_LR = = 1\n", "line 4"),
 }
@@ -483,7 +568,10 @@ def test_missing_files_and_wrong_options_are_one_line(bench, capsys):
 def test_without_a_reader_of_toml_the_line_says_what_to_install(bench, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "tomllib", None)
     assert bench.run(TWO) == 2
-    assert capsys.readouterr().err == "ablate.py: error: Python 3.10 cannot read TOML: pip install tomli\n"
+    assert (
+        capsys.readouterr().err
+        == "ablate.py: error: Python 3.10 cannot read TOML: pip install tomli\n"
+    )
 
 
 # ---- The ready files, and the real program ---------------------------------------------------------------------------
@@ -508,7 +596,9 @@ def test_there_are_ready_files():
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
 @pytest.mark.parametrize("processes", [1, 8])
 def test_ready_files_are_valid_and_their_variants_differ(path, processes, bench):
-    plan = ablate.read_plan(path, bench.out, t, processes)  # checks names and values as train_gpt.py does
+    plan = ablate.read_plan(
+        path, bench.out, t, processes
+    )  # checks names and values as train_gpt.py does
     assert {run.settings["PRESET"] for run in plan.runs} <= {"short", "nemotron_hinge"}
     assert len(plan.runs) == 3 * len(plan.variants)
     settings = {run.variant: t.read_settings(run.variables)[0] for run in plan.runs}
@@ -531,11 +621,16 @@ def test_a_real_run(bench, shards, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     steps = {"iterations": 2, "max_wallclock_seconds": 0.0, "device": "cpu", "ttt_enabled": False}
     paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
-    settings = "".join(f'{name} = "{value}"\n' for name, value in tiny_environment(**steps, **paths).items())
+    settings = "".join(
+        f'{name} = "{value}"\n' for name, value in tiny_environment(**steps, **paths).items()
+    )
     bench.file.write_text("seeds = [7]\n[base]\n" + settings)
     assert ablate.run([str(bench.file), "--out", str(bench.out)]) == 0
     run = bench.results()["base-7"]
-    log = [json.loads(line) for line in (bench.out / "runs" / "base-7" / "base-7.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (bench.out / "runs" / "base-7" / "base-7.jsonl").read_text().splitlines()
+    ]
     assert log[0]["settings"]["seed"] == 7
     assert log[0]["machine"]["hardware"].startswith("1 ×")
     assert run["figures"]["bpb_final"] == log[-1]["val_bpb"] > 0

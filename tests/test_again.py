@@ -20,7 +20,9 @@ def logs(shards, tmp_path_factory) -> Path:
         settings = {"eval_mode": "plain", "ttt_enabled": False, "calibration_tokens": 64}
         settings["eval_nll_path"] = str(folder / "a  'b\" $c.npy")
         for iterations in (1, 4):
-            environment = run_environment(shards, folder, **settings, iterations=iterations, train_log_every=1)
+            environment = run_environment(
+                shards, folder, **settings, iterations=iterations, train_log_every=1
+            )
             assert run_here(patch, environment) == 0
     return folder
 
@@ -55,7 +57,10 @@ def test_the_command_is_shown_and_the_environment_goes_before(logs):
     assert " TTT_ENABLED=0 " in out
     assert not (logs / "b.txt").exists()
     shell = f"{out.strip().rpartition(' ')[0]} -c 'import os; print(os.environ[\"EVAL_NLL_PATH\"])'"
-    assert subprocess.run(shell, shell=True, capture_output=True, text=True).stdout == f"{logs}/a  'b\" $c.npy\n"
+    assert (
+        subprocess.run(shell, shell=True, capture_output=True, text=True).stdout
+        == f"{logs}/a  'b\" $c.npy\n"
+    )
 
 
 def test_as_many_processes_as_the_run_had(logs, tmp_path):
@@ -67,7 +72,9 @@ def test_as_many_processes_as_the_run_had(logs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("a.txt", "a"), ("a.jsonl", "{}"), ("a.jsonl", "a"), ("a.txt", None)], ids=str
+    ("name", "text"),
+    [("a.txt", "a"), ("a.jsonl", "{}"), ("a.jsonl", "a"), ("a.txt", None)],
+    ids=str,
 )
 def test_other_files_are_refused_in_one_line(logs, tmp_path, name, text):
     for other in ("a.txt", "a.jsonl"):

@@ -46,7 +46,9 @@ def run(shards, tmp_path_factory) -> SimpleNamespace:
         patch.setattr(os, "environ", environment)
         patch.setattr(sys, "argv", [str(SCRIPT)])
         assert t.run() == 0
-    return SimpleNamespace(environment=environment, artifact=folder / "a.int6.lzma", log=folder / "a.txt", data=data)
+    return SimpleNamespace(
+        environment=environment, artifact=folder / "a.int6.lzma", log=folder / "a.txt", data=data
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,9 @@ def entry_of(run):
     """entry_of(**settings): the run's artifact, to be evaluated with other settings; with the log where it fits."""
 
     def build(script=t, log: Path | None = None, **changes) -> audit.Entry:
-        environment = run.environment | {name.upper(): str(value) for name, value in changes.items()}
+        environment = run.environment | {
+            name.upper(): str(value) for name, value in changes.items()
+        }
         tokenizer = run.data / "tokenizer.model"
         return audit.open_entry(script, run.artifact, run.data, tokenizer, environment, log)
 
@@ -68,7 +72,9 @@ def entry_of(run):
 
 
 def process_environment(settings: dict[str, str]) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
+    }
     return kept | {"OMP_NUM_THREADS": "1"} | settings
 
 
@@ -96,7 +102,13 @@ def changed_script(folder: Path, *replacements: tuple[str, str]) -> Path:
 
 def run_audit(run, *arguments: str, **changes) -> subprocess.CompletedProcess:
     """The tool as a reviewer starts it."""
-    paths = [str(run.artifact), "--data", str(run.data), "--tokenizer", str(run.data / "tokenizer.model")]
+    paths = [
+        str(run.artifact),
+        "--data",
+        str(run.data),
+        "--tokenizer",
+        str(run.data / "tokenizer.model"),
+    ]
     drop = ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR", "RUN_ID")
     settings = {name: value for name, value in run.environment.items() if name not in drop}
     settings |= {name.upper(): str(value) for name, value in changes.items()}
@@ -119,7 +131,10 @@ def test_an_honest_run_passes_every_check_and_its_score_is_reproduced_to_the_las
     assert reproduced.startswith(f"{claimed} BPB")
     assert f"the log says {claimed} on such a machine" in reproduced
     assert "data are data/words_val_000000.bin" in reproduced
-    assert f"= {SCRIPT.stat().st_size + run.artifact.stat().st_size:,} of" in evidence["16,000,000 bytes"]
+    assert (
+        f"= {SCRIPT.stat().st_size + run.artifact.stat().st_size:,} of"
+        in evidence["16,000,000 bytes"]
+    )
     assert "6 updates on 192 of 249 targets" in evidence["score first, then train"]
 
 
@@ -145,7 +160,11 @@ def test_a_swollen_artifact_a_wrong_sum_and_another_script_are_seen(entry_of, ru
     with swollen.open("wb") as file:
         file.truncate(audit.CAP_BYTES - SCRIPT.stat().st_size + 1)
     fails(audit.check_bytes, dataclasses.replace(entry, artifact=swollen, log=None), "over the cap")
-    fails(audit.check_bytes, dataclasses.replace(entry, log=entry.log._replace(total_bytes=1)), "the log says 1")
+    fails(
+        audit.check_bytes,
+        dataclasses.replace(entry, log=entry.log._replace(total_bytes=1)),
+        "the log says 1",
+    )
     other = changed_script(tmp_path, ("return 2\n\n\nif __name__", "return 2  \n\n\nif __name__"))
     fails(audit.check_bytes, dataclasses.replace(entry, script=other), "another script")
 
@@ -156,7 +175,11 @@ def test_clocks_that_are_not_kept_are_seen(entry_of, run, monkeypatch):
     monkeypatch.setattr(audit, "run_alone", lambda entry: alone)
     assert audit.check_clocks(t, entry)[0]
     for changes in ({"training_seconds": 600.1}, {"evaluation_seconds": 600.1}):
-        fails(audit.check_clocks, dataclasses.replace(entry, log=entry.log._replace(**changes)), "600.1s of 600s")
+        fails(
+            audit.check_clocks,
+            dataclasses.replace(entry, log=entry.log._replace(**changes)),
+            "600.1s of 600s",
+        )
     short = dataclasses.replace(entry.settings, eval_max_seconds=2.9)
     fails(audit.check_clocks, dataclasses.replace(entry, settings=short, log=None), "3.0s of 2.9s")
 
@@ -179,7 +202,9 @@ def test_looking_for_a_driver_as_triton_does_is_no_offence(entry_of, run, tmp_pa
     assert alone.programs == ["'/sbin/ldconfig'", "'/bin/true'"]
 
 
-def test_a_script_that_does_elsewhere_what_it_does_not_do_when_watched_is_seen(entry_of, run, tmp_path, monkeypatch):
+def test_a_script_that_does_elsewhere_what_it_does_not_do_when_watched_is_seen(
+    entry_of, run, tmp_path, monkeypatch
+):
     """It reads training data, calls out, starts a program, takes its time, and polishes the score behind the evaluator;
     all of it without a trace in its log. One violation after the other is taken away."""
     leak = f'''def main():
@@ -192,7 +217,9 @@ def test_a_script_that_does_elsewhere_what_it_does_not_do_when_watched_is_seen(e
     polished = """score = score._replace(val_bpb=score.val_bpb - 0.001, nats=score.nats - 0.001)
     report(log, "final","""
     script = changed_script(
-        tmp_path, ('def main():\n    """The story of a run."""\n', leak), ('report(log, "final",', polished)
+        tmp_path,
+        ('def main():\n    """The story of a run."""\n', leak),
+        ('report(log, "final",', polished),
     )
     entry = dataclasses.replace(entry_of(log=run.log), script=script)
     alone, log = audit.run_alone(entry), entry.log
@@ -230,7 +257,11 @@ def test_a_log_that_claims_another_score_is_seen(entry_of, run, monkeypatch):
     monkeypatch.setattr(audit, "run_alone", lambda entry: alone)
     assert audit.check_reproduced(t, entry)[0]
     last_digit = log.val_bpb[:-1] + str((int(log.val_bpb[-1]) + 1) % 10)
-    fails(audit.check_reproduced, dataclasses.replace(entry, log=log._replace(val_bpb=last_digit)), last_digit)
+    fails(
+        audit.check_reproduced,
+        dataclasses.replace(entry, log=log._replace(val_bpb=last_digit)),
+        last_digit,
+    )
     elsewhere = log._replace(settings=log.settings | {"hardware": "1 × GPU"}, val_bpb=last_digit)
     assert audit.check_reproduced(t, dataclasses.replace(entry, log=elsewhere))[0]
     far = elsewhere._replace(val_bpb=f"{float(log.val_bpb) - 0.011:.8f}")
@@ -264,7 +295,9 @@ def test_a_score_that_depends_on_the_whole_text_is_seen(entry_of, monkeypatch):
 
 
 def test_a_scorer_that_ignores_the_tokens_does_not_pass_for_causal(entry_of, monkeypatch):
-    monkeypatch.setattr(t.Model, "nats", lambda self, hidden, targets: hidden.new_ones(targets.shape))
+    monkeypatch.setattr(
+        t.Model, "nats", lambda self, hidden, targets: hidden.new_ones(targets.shape)
+    )
     fails(audit.check_causal, entry_of(ttt_enabled=0), "would not see")
 
 
@@ -294,7 +327,11 @@ def test_targets_left_out_and_scores_polished_afterwards_are_seen(entry_of, monk
         patch.setattr(t, "plan_windows", lambda *arguments: plan(*arguments)[1:])
         fails(audit.check_scored_once, entry_of(), "more than once")
     with monkeypatch.context() as patch:
-        patch.setattr(t.Evaluator, "_collect", lambda self, given_up: (self.nats.mul_(0.9), collect(self, given_up))[1])
+        patch.setattr(
+            t.Evaluator,
+            "_collect",
+            lambda self, given_up: (self.nats.mul_(0.9), collect(self, given_up))[1],
+        )
         fails(audit.check_scored_once, entry_of(), "not what was scored")
 
 
@@ -356,14 +393,21 @@ def test_one_byte_too_many_behind_a_documents_start_is_seen(entry_of, monkeypatc
 
         with monkeypatch.context() as patch:
             patch.setattr(t.Tokenizer, "target_bytes", wrong)
-            fails(audit.check_text_bytes, entry_of(), "their text has" if place else "of them in text")
+            fails(
+                audit.check_text_bytes, entry_of(), "their text has" if place else "of them in text"
+            )
 
 
 def test_texts_with_and_cut_within_characters_have_the_bytes_of_their_pieces(byte_tokenizer):
     """U+FFFD that was in the text has three bytes; half of a character has those that are there."""
     model = t.Tokenizer(str(byte_tokenizer), 512).model
     start = model.encode("a")
-    for raw, wanted in (("\ufffd".encode(), 4), ("東".encode()[:2], 3), ("\ufffd🙂".encode()[:6], 7), (b"\xff\xfe", 3)):
+    for raw, wanted in (
+        ("\ufffd".encode(), 4),
+        ("東".encode()[:2], 3),
+        ("\ufffd🙂".encode()[:6], 7),
+        (b"\xff\xfe", 3),
+    ):
         tokens = start + [model.piece_to_id(f"<0x{byte:02X}>") for byte in raw]
         text = model.decode(tokens)
         assert "\ufffd" in text
@@ -374,7 +418,9 @@ def test_texts_with_and_cut_within_characters_have_the_bytes_of_their_pieces(byt
 def test_bits_per_byte_over_other_bytes_are_seen(entry_of, monkeypatch):
     collect = t.Evaluator._collect
     monkeypatch.setattr(
-        t.Evaluator, "_collect", lambda self, n: (s := collect(self, n))._replace(val_bpb=s.val_bpb * 0.99)
+        t.Evaluator,
+        "_collect",
+        lambda self, n: (s := collect(self, n))._replace(val_bpb=s.val_bpb * 0.99),
     )
     fails(audit.check_text_bytes, entry_of())
 
@@ -396,7 +442,8 @@ def adapt(self, order: str) -> t.Score:
 
 
 @pytest.mark.parametrize(
-    ("order", "said"), [("st", ""), ("ts", "before it is scored"), ("tst", "before it"), ("sl", "of the last chunk")]
+    ("order", "said"),
+    [("st", ""), ("ts", "before it is scored"), ("tst", "before it"), ("sl", "of the last chunk")],
 )
 def test_updates_before_scoring_or_on_the_last_chunk_are_seen(entry_of, monkeypatch, order, said):
     monkeypatch.setattr(t.Evaluator, "score", lambda self, *_: adapt(self, order))
@@ -413,7 +460,11 @@ def test_updates_that_read_on_are_seen(entry_of, monkeypatch):
     """A chunk's update that sees one token of the next chunk; and one whose tokens come from nobody knows where."""
     train_on = t.Evaluator._train_on
     with monkeypatch.context() as patch:
-        patch.setattr(t.Evaluator, "_train_on", lambda self, first, last, sgd: train_on(self, first + 1, last + 1, sgd))
+        patch.setattr(
+            t.Evaluator,
+            "_train_on",
+            lambda self, first, last, sgd: train_on(self, first + 1, last + 1, sgd),
+        )
         fails(audit.check_order, entry_of(), "before it is scored")
 
     def secret(self, first, last, sgd):
@@ -462,7 +513,9 @@ def test_a_check_that_breaks_off_has_failed_and_the_table_stays_one(entry_of, mo
     def broken(script, entry):
         raise RuntimeError("a | b\nc")
 
-    monkeypatch.setattr(audit, "CHECKS", {"broken": broken, "fine": lambda script, entry: (True, "yes")})
+    monkeypatch.setattr(
+        audit, "CHECKS", {"broken": broken, "fine": lambda script, entry: (True, "yes")}
+    )
     results = audit.audit(t, entry_of())
     assert results == {"broken": (False, "RuntimeError: a | b\nc"), "fine": (True, "yes")}
     assert audit.table(results).splitlines()[2:] == [
@@ -472,7 +525,11 @@ def test_a_check_that_breaks_off_has_failed_and_the_table_stays_one(entry_of, mo
 
 
 def test_unusable_input_is_one_line(run, monkeypatch, capsys, tmp_path):
-    environment = {name: v for name, v in run.environment.items() if name not in ("DATA_PATH", "TOKENIZER_PATH")}
+    environment = {
+        name: v
+        for name, v in run.environment.items()
+        if name not in ("DATA_PATH", "TOKENIZER_PATH")
+    }
     monkeypatch.setattr(os, "environ", environment)
     tokenizer = str(run.data / "tokenizer.model")
     paths = ["--data", str(run.data), "--tokenizer", tokenizer]

@@ -78,7 +78,8 @@ def test_flops_of_a_known_step():
 
 def test_layers_that_recur_count_each_time():
     once, twice = (
-        random_model(tiny(bigram_vocab_size=0, layer_order=order, unet_skips=False)) for order in ("all", "0,1,1,2")
+        random_model(tiny(bigram_vocab_size=0, layer_order=order, unet_skips=False))
+        for order in ("all", "0,1,1,2")
     )
     entries = sum(m.weight.numel() for m in twice.blocks[1].modules() if isinstance(m, t.Linear))
     more = 6 * entries + 3 * bench.attention_flops(1, 32, 32)
@@ -87,7 +88,10 @@ def test_layers_that_recur_count_each_time():
 
 def test_newton_schulz_flops():
     """Five steps: twice G = x x^T and x = Q x; five squares of G, and thrice P G P and P Q."""
-    assert bench.newton_schulz_flops(torch.Size((64, 16)), 5) == 4 * (2 * 16 * 16 * 64) + (5 + 9) * 2 * 16**3
+    assert (
+        bench.newton_schulz_flops(torch.Size((64, 16)), 5)
+        == 4 * (2 * 16 * 16 * 64) + (5 + 9) * 2 * 16**3
+    )
 
 
 def test_an_operators_traffic():
@@ -121,7 +125,9 @@ def test_every_kernel_runs(name, pretended_gpu):
 @pytest.mark.parametrize("backend", ["sequential", "parallel"])
 def test_the_first_mambas_scans_run(backend, backward, pretended_gpu):
     settings = tiny(mamba_version=1)
-    make = bench.scan_makers(settings, SOLO)[f"first Mamba, {backend}{'' if backward else ', forward only'}"]
+    make = bench.scan_makers(settings, SOLO)[
+        f"first Mamba, {backend}{'' if backward else ', forward only'}"
+    ]
     assert make.args[0].mamba_inner_dim == 48
     assert bench.time_kernel(make, CEILINGS)["bound"] == "memory"
 
@@ -148,7 +154,9 @@ def test_the_datasheets_rate_is_for_the_gpus_it_names(name, pretended_gpu, monke
 def test_the_first_step_of_a_process(pretended_gpu, monkeypatch, capsys):
     monkeypatch.setenv("DEVICE", "cpu")
     started = time.time()
-    bench.first_step({"PRESET": "tiny", "TRAIN_BATCH_TOKENS": "256", "NUM_LAYERS": "1", "MAMBA_LAYERS": "0"})
+    bench.first_step(
+        {"PRESET": "tiny", "TRAIN_BATCH_TOKENS": "256", "NUM_LAYERS": "1", "MAMBA_LAYERS": "0"}
+    )
     assert started < float(capsys.readouterr().out.split()[-1]) < time.time()
 
 
@@ -174,19 +182,31 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
     ("name", "kind"),
     [
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "matmul"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute", "matmul"),
+        (
+            "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute",
+            "matmul",
+        ),
         ("triton_tem_fused__to_copy_mm_3", "matmul"),
         ("scan_backward", "mamba"),
         ("rotate", "mamba"),
         ("tokens_forward", "mamba"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64", "attention"),
+        (
+            "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64",
+            "attention",
+        ),
         ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>", "attention"),
         ("triton_red_fused__log_softmax_div_mul_tanh_7", "cross-entropy"),
         ("triton_poi_fused_leaky_relu_pow_2", "elementwise"),
         ("triton_per_fused__fused_rms_norm_add_mul_5", "elementwise"),
-        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+            "elementwise",
+        ),
         ("void at_cuda_detail::cub::DeviceScanKernel<...>", "elementwise"),
-        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...FusedAdamMathFunctor...>", "optimizer"),
+        (
+            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...FusedAdamMathFunctor...>",
+            "optimizer",
+        ),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
         ("Memcpy DtoD (Device -> Device)", "copy"),
         ("something_new", "other"),
@@ -211,7 +231,11 @@ def test_the_profile_counts_kernels_once_and_adds_up(tmp_path):
             average("cudaLaunchKernel", 9000.0, 99, cpu), average("Optimizer.step#AdamW.step", 9000.0, 1, cuda, True),
         ]
     )  # fmt: skip
-    assert kernels == [("nvjet_a", 4.0, 10), ("nvjet_b", 3.0, 2), ("triton_poi_fused_add_1", 1.0, 8)]
+    assert kernels == [
+        ("nvjet_a", 4.0, 10),
+        ("nvjet_b", 3.0, 2),
+        ("triton_poi_fused_add_1", 1.0, 8),
+    ]
     kinds = bench.time_by_kind(kernels)
     assert list(kinds) == ["matmul", "elementwise"]
     assert kinds["matmul"] == {"ms": 7.0, "share": 7 / 8, "launches": 12}
@@ -234,13 +258,23 @@ def test_a_report_survives_a_failure_and_a_round_trip(tmp_path, capsys):
     report.add("ceilings", "copy", {"GB_per_s": 4321.0})
     report.measure("kernels", "MLP", failing_row)
     report.add("scan", "mamba_ssm", {"skipped": "mamba_ssm is not installed"})
-    report.measure("kernels", "scan", lambda: {"ms": 1.25, "floor_ms": 0.5, "ratio": 2.5, "bound": "memory"})
+    report.measure(
+        "kernels", "scan", lambda: {"ms": 1.25, "floor_ms": 0.5, "ratio": 2.5, "bound": "memory"}
+    )
     assert bench.load(str(file)) == report.results
     assert report.results["kernels"]["scan"]["ms"] == 1.25
     assert report.failures == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "MLP" in line and line.endswith("FAILED: OutOfMemoryError: CUDA out of memory.")]
-    assert [line for line in lines if line.startswith("scan ") and "skipped: mamba_ssm is not installed" in line]
+    assert [
+        line
+        for line in lines
+        if "MLP" in line and line.endswith("FAILED: OutOfMemoryError: CUDA out of memory.")
+    ]
+    assert [
+        line
+        for line in lines
+        if line.startswith("scan ") and "skipped: mamba_ssm is not installed" in line
+    ]
     assert ["scan", "1.250", "0.500", "2.500", "memory"] in [line.split() for line in lines]
 
 
@@ -261,7 +295,9 @@ def test_compare_prints_ratios_and_what_only_one_has(tmp_path, capsys):
     assert bench.main(["--compare", *map(str, files)]) == 0
     text = capsys.readouterr().out
     assert "1 × X | 1 × Y" in text
-    rows = {line.rsplit(maxsplit=3)[0]: line.split()[-3:] for line in text.splitlines() if ": " in line}
+    rows = {
+        line.rsplit(maxsplit=3)[0]: line.split()[-3:] for line in text.splitlines() if ": " in line
+    }
     assert rows == {
         "kernels: scan: ms": ["2.000", "1.000", "0.500"],
         "kernels: MLP: ms": ["failed", "3.000", "-"],
@@ -274,7 +310,10 @@ def test_compare_prints_ratios_and_what_only_one_has(tmp_path, capsys):
 
 def test_a_file_without_results_is_one_line(tmp_path, capsys):
     (tmp_path / "broken.json").write_text("{")
-    assert bench.main(["--compare", str(tmp_path / "broken.json"), str(tmp_path / "missing.json")]) == 2
+    assert (
+        bench.main(["--compare", str(tmp_path / "broken.json"), str(tmp_path / "missing.json")])
+        == 2
+    )
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -303,7 +342,11 @@ def test_arguments(monkeypatch, capsys):
 def test_settings_in_the_environment_win(monkeypatch):
     monkeypatch.setenv("TRAIN_SEQ_LEN", "1024")
     settings = bench.read_settings(bench.STEP_CASES["peer7"])
-    assert (settings.preset, settings.train_batch_tokens, settings.train_seq_len) == ("peer7", 1_048_576, 1024)
+    assert (settings.preset, settings.train_batch_tokens, settings.train_seq_len) == (
+        "peer7",
+        1_048_576,
+        1024,
+    )
 
 
 @pytest.mark.skipif(t.triton is None, reason="needs triton")

@@ -121,7 +121,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, u
             if line.startswith(moment):
                 break
         deadline = time.monotonic() + PATIENCE
-        while not {"a.checkpoint", "a.checkpoint-before"} & {*checkpoints(tmp_path)}:  # a disk may be slow
+        while not {"a.checkpoint", "a.checkpoint-before"} & {
+            *checkpoints(tmp_path)
+        }:  # a disk may be slow
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
@@ -132,7 +134,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, u
     assert "warning" not in out
     assert artifact(tmp_path) == artifact(undisturbed)
     assert losses(tmp_path) == losses(undisturbed)
-    resumed = [int(step) for step in re.findall(r"^resumed .*: step (\d+),", (tmp_path / "a.txt").read_text(), re.M)]
+    resumed = [
+        int(step)
+        for step in re.findall(r"^resumed .*: step (\d+),", (tmp_path / "a.txt").read_text(), re.M)
+    ]
     assert len(resumed) == 3
     assert resumed == sorted(resumed)
     assert resumed[0] > 0
@@ -162,7 +167,11 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, u
     """Without a RUN_ID, to the same artifact as two undisturbed ranks; and one process has the same losses."""
     (tmp_path / "kill.py").write_text(KILL_ONE_RANK_ONCE)
     environment = quick_environment(shards, tmp_path, run_id=None)
-    command = *torchrun("--nproc_per_node=2", "--max-restarts=1"), str(tmp_path / "kill.py"), str(SCRIPT.parent)
+    command = (
+        *torchrun("--nproc_per_node=2", "--max-restarts=1"),
+        str(tmp_path / "kill.py"),
+        str(SCRIPT.parent),
+    )
     artifacts = []
     for killed in (True, False):
         process = start(environment, *command, str(tmp_path / "mark"))
@@ -188,7 +197,9 @@ def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
     settings = tiny(run_id="a", log_dir=str(tmp_path), num_layers=5, mamba_layers="0,2,4")
 
     def steps(count: int):
-        models = [random_model(settings) for _ in range(3)]  # from one generator, which threads would share
+        models = [
+            random_model(settings) for _ in range(3)
+        ]  # from one generator, which threads would share
 
         def work(ranks: t.Ranks) -> list[torch.Tensor]:
             trainer = t.Trainer(models[ranks.rank], settings, ranks, 32, 1e6, Quiet())
@@ -217,7 +228,9 @@ def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_stops_a_run_with_a_checkpoint(monkeypatch, capsys, shards, tmp_path, undisturbed, number):
+def test_a_signal_stops_a_run_with_a_checkpoint(
+    monkeypatch, capsys, shards, tmp_path, undisturbed, number
+):
     """Even where none is due; then the same command goes on. Once trained, a run ends at once."""
     environment = quick_environment(shards, tmp_path, checkpoint_every=0)
     gradients = t.Trainer._gradients
@@ -252,13 +265,17 @@ def ticking(monkeypatch):
     return tick
 
 
-def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(monkeypatch, ticking, shards, tmp_path):
+def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(
+    monkeypatch, ticking, shards, tmp_path
+):
     """Time that nothing holds any more does not count: here, none."""
     clock = {"max_wallclock_seconds": 3.0, "export_reserve_seconds": 1.0, "iterations": 10_000}
     environment = quick_environment(shards, tmp_path, **clock)
     kill_here(monkeypatch, environment, 8)
     assert run_here(monkeypatch, environment) == 0
-    (resumed,) = re.findall(r"^resumed .*: step 8, ([\d.]+)s", (tmp_path / "a.txt").read_text(), re.M)
+    (resumed,) = re.findall(
+        r"^resumed .*: step 8, ([\d.]+)s", (tmp_path / "a.txt").read_text(), re.M
+    )
     steps = records(tmp_path, "train")
     assert float(resumed) > 0.05
     assert [record["step"] for record in steps][5:12] == [*range(6, 13)]
@@ -273,7 +290,10 @@ def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(monkeypatch, tic
 def test_the_last_two_are_kept_and_gone_after_the_run(monkeypatch, shards, tmp_path):
     kill_here(monkeypatch, quick_environment(shards, tmp_path))
     assert checkpoints(tmp_path) == ["a.checkpoint", "a.checkpoint-before"]
-    steps = [json.loads((tmp_path / name).read_bytes()[8:].split(b"\n")[0])["steps"] for name in checkpoints(tmp_path)]
+    steps = [
+        json.loads((tmp_path / name).read_bytes()[8:].split(b"\n")[0])["steps"]
+        for name in checkpoints(tmp_path)
+    ]
     assert steps == [7, 6]
     assert run_here(monkeypatch, quick_environment(shards, tmp_path)) == 0
     assert checkpoints(tmp_path) == []
@@ -282,7 +302,9 @@ def test_the_last_two_are_kept_and_gone_after_the_run(monkeypatch, shards, tmp_p
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:99] + b"?" + data[100:]]
 )
-@pytest.mark.parametrize("names", [["a.checkpoint"], ["a.checkpoint", "a.checkpoint-before"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [["a.checkpoint"], ["a.checkpoint", "a.checkpoint-before"]], ids=str
+)
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(
     monkeypatch, capsys, shards, tmp_path, undisturbed, damage, names
 ):
@@ -295,24 +317,36 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(
     assert run_here(monkeypatch, environment) == 0
     out = capsys.readouterr().out
     warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
-    assert [f"{name} is not a usable checkpoint: " in line for name, line in zip(names, warnings)] == [True] * len(
-        names
-    )
+    assert [
+        f"{name} is not a usable checkpoint: " in line for name, line in zip(names, warnings)
+    ] == [True] * len(names)
     assert len(warnings) == len(names)
     assert ("resumed" in out) == (len(names) == 1)
     assert artifact(tmp_path) == artifact(undisturbed)
 
 
-def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(monkeypatch, capsys, shards, tmp_path):
+def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(
+    monkeypatch, capsys, shards, tmp_path
+):
     """But not one of other paths, logs, validation, evaluation or kernels; and not where it is not wanted."""
     kill_here(monkeypatch, quick_environment(shards, tmp_path))
     other = {"matrix_lr": 0.03, "num_layers": 2, "mamba_layers": "0", "seed": 7}
     said = mistake(monkeypatch, capsys, quick_environment(shards, tmp_path, **other))
-    for part in ("MATRIX_LR=0.02, not 0.03", "NUM_LAYERS=3, not 2", "SEED=1337, not 7", "RESUME=never starts anew"):
+    for part in (
+        "MATRIX_LR=0.02, not 0.03",
+        "NUM_LAYERS=3, not 2",
+        "SEED=1337, not 7",
+        "RESUME=never starts anew",
+    ):
         assert part in said
     assert "ITERATIONS" not in said
     assert len(checkpoints(tmp_path)) == 2
-    free = {"train_log_every": 3, "eval_mode": "sliding", "scan_backend": "sequential", "micro_batch_tokens": 32}
+    free = {
+        "train_log_every": 3,
+        "eval_mode": "sliding",
+        "scan_backend": "sequential",
+        "micro_batch_tokens": 32,
+    }
     assert run_here(monkeypatch, quick_environment(shards, tmp_path, **free, val_loss_every=5)) == 0
     assert "resumed" in capsys.readouterr().out
     kill_here(monkeypatch, quick_environment(shards, tmp_path))
@@ -331,7 +365,9 @@ def test_a_checkpoint_may_be_named(monkeypatch, capsys, shards, tmp_path, undist
     assert "step 6," in capsys.readouterr().out
     assert artifact(tmp_path) == artifact(undisturbed)
     kept.write_bytes(kept.read_bytes()[:-1])
-    assert "kept is not a usable checkpoint: its checksum" in mistake(monkeypatch, capsys, environment)
+    assert "kept is not a usable checkpoint: its checksum" in mistake(
+        monkeypatch, capsys, environment
+    )
     kept.unlink()
     assert f"no checkpoint at {kept}" in mistake(monkeypatch, capsys, environment)
 
@@ -354,7 +390,9 @@ def test_nothing_in_a_checkpoint_is_unpickled(monkeypatch, capsys, shards, tmp_p
 # ---- Trouble while it runs -------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_costs_a_checkpoint_but_not_the_run(monkeypatch, capsys, shards, tmp_path, undisturbed):
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
+    monkeypatch, capsys, shards, tmp_path, undisturbed
+):
     """What was written before stays, and no half file takes up the rest of the disk."""
     fsync, calls = os.fsync, []
 
@@ -383,14 +421,18 @@ def test_a_log_that_can_no_longer_be_written_ends_in_one_line(shards, tmp_path, 
     process = start(quick_environment(shards, tmp_path))
     out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2
-    assert re.fullmatch(r"train_gpt.py: error: cannot write logs.*: No space left on device", out.splitlines()[-1])
+    assert re.fullmatch(
+        r"train_gpt.py: error: cannot write logs.*: No space left on device", out.splitlines()[-1]
+    )
     assert "Traceback" not in out
     assert "Exception" not in out
 
 
 def test_a_run_that_diverges_stops_with_a_checkpoint(monkeypatch, capsys, shards, tmp_path):
     loss, calls = t.Model.loss, iter(range(99))
-    monkeypatch.setattr(t.Model, "loss", lambda *a: loss(*a) * (float("nan") if next(calls) >= 5 else 1.0))
+    monkeypatch.setattr(
+        t.Model, "loss", lambda *a: loss(*a) * (float("nan") if next(calls) >= 5 else 1.0)
+    )
     settings = {"iterations": 40, "train_log_every": 15, "checkpoint_every": 0}
     said = mistake(monkeypatch, capsys, quick_environment(shards, tmp_path, **settings))
     assert "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR" in said
@@ -403,9 +445,13 @@ def test_a_run_that_diverges_stops_with_a_checkpoint(monkeypatch, capsys, shards
 
 
 @pytest.mark.parametrize("where", ["Trainer._gradients", "Evaluator._score_targets"])
-def test_a_lack_of_gpu_memory_names_the_setting_to_halve(monkeypatch, capsys, shards, tmp_path, where):
+def test_a_lack_of_gpu_memory_names_the_setting_to_halve(
+    monkeypatch, capsys, shards, tmp_path, where
+):
     def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"
+        )
 
     name, method = where.split(".")
     monkeypatch.setattr(getattr(t, name), method, fail)
@@ -413,11 +459,17 @@ def test_a_lack_of_gpu_memory_names_the_setting_to_halve(monkeypatch, capsys, sh
     assert "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE" in said
 
 
-def test_a_training_clock_that_runs_over_ends_without_a_score(monkeypatch, ticking, capsys, shards, tmp_path):
+def test_a_training_clock_that_runs_over_ends_without_a_score(
+    monkeypatch, ticking, capsys, shards, tmp_path
+):
     """As when GPTQ is held up."""
     quantize = t.quantize_model
-    monkeypatch.setattr(t, "quantize_model", lambda *arguments: (ticking(1.2), quantize(*arguments))[1])
-    environment = quick_environment(shards, tmp_path, max_wallclock_seconds=2.0, export_reserve_seconds=1.0)
+    monkeypatch.setattr(
+        t, "quantize_model", lambda *arguments: (ticking(1.2), quantize(*arguments))[1]
+    )
+    environment = quick_environment(
+        shards, tmp_path, max_wallclock_seconds=2.0, export_reserve_seconds=1.0
+    )
     environment["ITERATIONS"] = "10000"
     assert "GPTQ ended after MAX_WALLCLOCK_SECONDS" in mistake(monkeypatch, capsys, environment)
     assert "_exact" not in (tmp_path / "a.txt").read_text().split("=" * 100)[-1]
@@ -446,7 +498,8 @@ def test_a_rank_that_stalls_is_named(shards, tmp_path):
     environment = quick_environment(shards, tmp_path)
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     ranks = [
-        start(environment | {"RANK": str(rank)}, str(tmp_path / "stall.py"), str(SCRIPT.parent)) for rank in (0, 1)
+        start(environment | {"RANK": str(rank)}, str(tmp_path / "stall.py"), str(SCRIPT.parent))
+        for rank in (0, 1)
     ]
     out = ranks[0].communicate(timeout=PATIENCE)[0]
     ranks[1].kill()
@@ -482,7 +535,9 @@ def test_rates_reach_every_step_as_float32(monkeypatch, shards, tmp_path):
 
     monkeypatch.setattr(t.Optimizers, "step", remember)
     assert run_here(monkeypatch, quick_environment(shards, tmp_path)) == 0
-    rates = [rates for rates in seen if float(rates[0])]  # construction and warm-up have a rate of 0
+    rates = [
+        rates for rates in seen if float(rates[0])
+    ]  # construction and warm-up have a rate of 0
     assert len(rates) > 5
     assert all(x.dtype == torch.float32 and x.shape == () for pair in rates for x in pair)
 

@@ -23,14 +23,22 @@ def kernels(tmp_path_factory) -> dict[tuple[str, int], dict]:
         pytest.skip("needs triton")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "90"], env=environment, capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, str(SCRIPT), "90"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
-    return {(line["kernel"], line["state"]): line for line in map(json.loads, done.stdout.splitlines())}
+    return {
+        (line["kernel"], line["state"]): line for line in map(json.loads, done.stdout.splitlines())
+    }
 
 
 def test_every_kernel_compiles_with_both_state_sizes_and_fits(kernels):
-    assert set(kernels) == {(name, state) for name in tune.KERNELS for state in (64, 128)} | {("cross_entropy_rows", 0)}
+    assert set(kernels) == {(name, state) for name in tune.KERNELS for state in (64, 128)} | {
+        ("cross_entropy_rows", 0)
+    }
     assert max(line["shared"] for line in kernels.values()) <= SHARED_OF_ONE
 
 

@@ -14,12 +14,16 @@ def case(vocabulary: int) -> tuple[torch.Tensor, ...]:
     return hidden, weight, torch.randint(0, vocabulary, (37,)), torch.randn(37)
 
 
-def exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+def exact(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float
+) -> torch.Tensor:
     logits = hidden @ weight.mT
     return F.cross_entropy(cap * torch.tanh(logits / cap), targets, reduction="none")
 
 
-def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+def fused(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float
+) -> torch.Tensor:
     return t.fused_cross_entropy(hidden, weight, targets, cap, True)[0]
 
 
@@ -37,7 +41,9 @@ def assert_equal_in_float64(exact, fused, compiled: bool, hidden, weight, grad, 
 
 @interpreted
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("vocabulary", "cap"), [(1000, 30.0), (1024, 15.0), (17, 3.0), (1000, 60.0)])
+@pytest.mark.parametrize(
+    ("vocabulary", "cap"), [(1000, 30.0), (1024, 15.0), (17, 3.0), (1000, 60.0)]
+)
 def test_nats_and_gradients(vocabulary, cap, compiled):
     hidden, weight, targets, grad = case(vocabulary)
     assert_equal_in_float64(exact, fused, compiled, hidden, weight, grad, targets, cap)

@@ -20,7 +20,10 @@ def test_a_shard_gives_back_its_tokens(tmp_path):
 
 
 def test_tokens_beyond_the_count_in_the_header_are_not_read(tmp_path):
-    assert list(t.open_shard(write_shard(tmp_path / "a_train_0.bin", [1, 2, 3, 4], count=2))) == [1, 2]
+    assert list(t.open_shard(write_shard(tmp_path / "a_train_0.bin", [1, 2, 3, 4], count=2))) == [
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,12 +75,16 @@ def test_shards_come_in_the_order_of_their_names_and_splits_do_not_mix(tmp_path)
 def test_validation_is_all_shards_in_one_stream(tmp_path, byte_tokenizer):
     write_shard(tmp_path / "a_val_0.bin", range(100))
     write_shard(tmp_path / "a_val_1.bin", range(100, 150))
-    validation = t.load_validation(tiny(data_path=str(tmp_path)), t.Tokenizer(str(byte_tokenizer), 512))
+    validation = t.load_validation(
+        tiny(data_path=str(tmp_path)), t.Tokenizer(str(byte_tokenizer), 512)
+    )
     assert np.array_equal(validation.tokens, np.arange(150))
     assert len(validation.target_bytes) == 149
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(range(32), "less than one sequence"), ([1] * 50 + [512], "id 512")])
+@pytest.mark.parametrize(
+    ("tokens", "said"), [(range(32), "less than one sequence"), ([1] * 50 + [512], "id 512")]
+)
 def test_unusable_validation_is_refused(tmp_path, byte_tokenizer, tokens, said):
     write_shard(tmp_path / "a_val_0.bin", tokens)
     with pytest.raises(t.UserError, match=said):
@@ -182,7 +189,9 @@ TEXTS = [
 
 def encode(tokenizer: t.Tokenizer, documents: list[str]) -> np.ndarray:
     """The documents as in a shard: each behind BOS."""
-    return np.concatenate([[t.BOS_ID, *tokenizer.model.EncodeAsIds(text)] for text in documents]).astype(np.uint16)
+    return np.concatenate(
+        [[t.BOS_ID, *tokenizer.model.EncodeAsIds(text)] for text in documents]
+    ).astype(np.uint16)
 
 
 @pytest.mark.parametrize("kind", ["byte_tokenizer", "dummy_prefix_tokenizer"])
@@ -191,7 +200,9 @@ def test_bytes_are_those_of_the_decoded_text(kind, documents, request):
     """Counting a space twice, or not at all, or a byte piece as its name, would show in the sum."""
     tokenizer = t.Tokenizer(str(request.getfixturevalue(kind)), 512)
     decoded = [tokenizer.model.DecodeIds(tokenizer.model.EncodeAsIds(text)) for text in documents]
-    assert tokenizer.target_bytes(encode(tokenizer, documents)).sum() == sum(len(text.encode()) for text in decoded)
+    assert tokenizer.target_bytes(encode(tokenizer, documents)).sum() == sum(
+        len(text.encode()) for text in decoded
+    )
 
 
 def test_the_bytes_of_a_known_sentence(byte_tokenizer):
@@ -216,7 +227,9 @@ def test_unknown_tokens_have_no_bytes_and_do_not_pass_for_text(plain_tokenizer):
     tokens = encode(tokenizer, ["the ☃ market"])
     assert collections.Counter(tokens.tolist())[model.unk_id()] == 1
     assert tokenizer.target_bytes(tokens).sum() == len("the ") + len("market")
-    assert tokenizer.target_bytes(encode(tokenizer, ["a☃b", "the market"])).sum() == 2 + len("the market")
+    assert tokenizer.target_bytes(encode(tokenizer, ["a☃b", "the market"])).sum() == 2 + len(
+        "the market"
+    )
 
 
 def test_pieces_of_several_spaces_count_one_byte_a_space(tmp_path):
@@ -237,7 +250,11 @@ def test_pieces_of_several_spaces_count_one_byte_a_space(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "vocab_size", "said"),
-    [(None, 512, "no tokenizer at"), (b"", 512, "not a SentencePiece"), (b"\x00junk" * 99, 512, "not a SentencePiece")],
+    [
+        (None, 512, "no tokenizer at"),
+        (b"", 512, "not a SentencePiece"),
+        (b"\x00junk" * 99, 512, "not a SentencePiece"),
+    ],
 )
 def test_an_unusable_tokenizer_is_refused(tmp_path, content, vocab_size, said):
     path = tmp_path / "t.model"

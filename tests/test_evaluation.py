@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SOLO, document_stream, random_model, random_tokens, run_ranks, tiny, validation_set
+from helpers import (
+    SOLO,
+    document_stream,
+    random_model,
+    random_tokens,
+    run_ranks,
+    tiny,
+    validation_set,
+)
 
 import train_gpt as t
 
@@ -17,7 +25,9 @@ MODES = ("plain", "sliding")
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
-def evaluate(model: t.Model, settings: t.Settings, tokens: np.ndarray, ranks: t.Ranks = SOLO) -> t.Score:
+def evaluate(
+    model: t.Model, settings: t.Settings, tokens: np.ndarray, ranks: t.Ranks = SOLO
+) -> t.Score:
     """The score that a run would claim, with a copy of the model."""
     model = copy.deepcopy(model)
     model.requires_grad_(True)
@@ -35,7 +45,11 @@ def test_windows_of_all_ranks_cover_every_target_once(mode, world_size, length):
     """Whatever the stride, and also in a later part of the stream; no window is longer than a training sequence."""
     for stride, first in itertools.product((1, 8, 20, 32), (0, 64)):
         settings = tiny(eval_mode=mode, eval_stride=stride)
-        windows = [w for r in range(world_size) for w in t.plan_windows(settings, first, first + length, r, world_size)]
+        windows = [
+            w
+            for r in range(world_size)
+            for w in t.plan_windows(settings, first, first + length, r, world_size)
+        ]
         scored = sorted(p for w in windows for p in range(w.first, w.last))
         assert scored == list(range(first, first + length))
         for w in windows:
@@ -54,14 +68,18 @@ def test_streams_of_every_length_are_scored_whole(mode, ttt_enabled, length):
     assert score.nats.shape == (length - 1,)
     assert (score.nats > 0).all()
     assert score.val_loss == pytest.approx(score.nats.mean(dtype=np.float64), rel=1e-6)
-    assert score.val_bpb == pytest.approx(score.nats.sum(dtype=np.float64) / math.log(2) / (2 * (length - 1)), rel=1e-6)
+    assert score.val_bpb == pytest.approx(
+        score.nats.sum(dtype=np.float64) / math.log(2) / (2 * (length - 1)), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("change", [0, 2])
 def test_a_target_left_out_or_scored_twice_is_an_error(monkeypatch, change):
     settings = tiny(eval_mode="plain", ttt_enabled=False)
     plan = t.plan_windows
-    monkeypatch.setattr(t, "plan_windows", lambda *args: [plan(*args)[0]] * change + plan(*args)[1:])
+    monkeypatch.setattr(
+        t, "plan_windows", lambda *args: [plan(*args)[0]] * change + plan(*args)[1:]
+    )
     with pytest.raises(RuntimeError, match="exactly once"):
         evaluate(random_model(settings), settings, document_stream(100))
 
@@ -84,12 +102,18 @@ def test_two_ranks_score_and_adapt_as_one(mode, ttt_enabled):
 @each_mode
 @pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"document_reset": True}, {"mamba_version": 2}], ids=["Mamba-3", "documents", "Mamba-2"]
+    "changes",
+    [{}, {"document_reset": True}, {"mamba_version": 2}],
+    ids=["Mamba-3", "documents", "Mamba-2"],
 )
 def test_later_tokens_change_no_score_by_a_single_bit(mode, ttt_enabled, changes):
     """Position p scores tokens[p + 1]. All tokens after that one are replaced; scores up to p must not notice."""
     settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled, ttt_lr=0.05, **changes)
-    model, stream, other = random_model(settings), document_stream(230, seed=1), document_stream(230, seed=2)
+    model, stream, other = (
+        random_model(settings),
+        document_stream(230, seed=1),
+        document_stream(230, seed=2),
+    )
     expected = evaluate(model, settings, stream).nats
     for position in (0, 40, 63, 64, 150, 191):
         changed = np.concatenate([stream[: position + 2], other[position + 2 :]])
@@ -117,7 +141,9 @@ def test_adapting_changes_later_chunks_and_never_the_first(mode, world_size):
 @pytest.mark.parametrize(("targets", "chunks"), [(64, 0), (65, 1), (128, 1), (192, 2), (230, 3)])
 def test_the_last_chunk_is_not_trained_on_and_the_others_are_after_they_are_scored(targets, chunks):
     settings = tiny(eval_mode="plain", ttt_lr=0.05)
-    evaluator = t.Evaluator(random_model(settings), settings, SOLO, validation_set(document_stream(targets + 1)))
+    evaluator = t.Evaluator(
+        random_model(settings), settings, SOLO, validation_set(document_stream(targets + 1))
+    )
     train_on, trained = evaluator._train_on, []
 
     def watch(first: int, last: int, *rest) -> None:
@@ -133,9 +159,14 @@ def test_the_last_chunk_is_not_trained_on_and_the_others_are_after_they_are_scor
 def test_adapting_helps_on_a_text_that_repeats_itself():
     """If gradients had the wrong sign, or other targets, the second half would not be easier than the frozen one."""
     stream = np.tile(random_tokens(64, seed=3).numpy().astype(np.uint16), 8)
-    frozen, adapting = (tiny(eval_mode="plain", ttt_enabled=on, ttt_lr=0.05, ttt_epochs=4) for on in (False, True))
+    frozen, adapting = (
+        tiny(eval_mode="plain", ttt_enabled=on, ttt_lr=0.05, ttt_epochs=4) for on in (False, True)
+    )
     model = random_model(frozen)
-    assert evaluate(model, adapting, stream).nats[256:].mean() < 0.9 * evaluate(model, frozen, stream).nats[256:].mean()
+    assert (
+        evaluate(model, adapting, stream).nats[256:].mean()
+        < 0.9 * evaluate(model, frozen, stream).nats[256:].mean()
+    )
 
 
 # ---- The modes against each other, and against the definition --------------------------------------------------------
@@ -174,7 +205,9 @@ def test_batching_windows_changes_neither_scores_nor_adaptation(mode, ttt_enable
     changes = {"eval_mode": mode, "ttt_enabled": ttt_enabled, "ttt_momentum": 0.0}
     many, few = (tiny(val_batch_size=size, **changes) for size in (32 * 7, 1))
     model, stream = random_model(many), document_stream(230)
-    assert np.allclose(evaluate(model, many, stream).nats, evaluate(model, few, stream).nats, atol=1e-3)
+    assert np.allclose(
+        evaluate(model, many, stream).nats, evaluate(model, few, stream).nats, atol=1e-3
+    )
 
 
 def test_bits_per_byte_of_real_text(sample):
@@ -187,18 +220,25 @@ def test_bits_per_byte_of_real_text(sample):
     model = random_model(settings)
     validation = t.ValidationSet(tokens, tokenizer.target_bytes(tokens))
     score = t.Evaluator(model, settings, SOLO, validation).score(0.0)
-    texts = (tokenizer.model.DecodeIds(part.tolist()) for part in (tokens[1 : starts[1]], tokens[starts[1] + 1 :]))
+    texts = (
+        tokenizer.model.DecodeIds(part.tolist())
+        for part in (tokens[1 : starts[1]], tokens[starts[1] + 1 :])
+    )
     probabilities = [
         np.exp(-full_forward_nats(model, tokens[p : p + 33])) for p in range(0, len(tokens) - 1, 32)
     ]  # windows of 32 side by side
     bits = -np.log2(np.concatenate(probabilities)).sum()
-    assert score.val_bpb == pytest.approx(bits / sum(len(text.encode()) for text in texts), rel=1e-5)
+    assert score.val_bpb == pytest.approx(
+        bits / sum(len(text.encode()) for text in texts), rel=1e-5
+    )
 
 
 # ---- The evaluation clock --------------------------------------------------------------------------------------------
 
 
-def on_a_fake_clock(monkeypatch, budget: float, score_cost: float, epoch_cost: float) -> tuple[t.Score, float]:
+def on_a_fake_clock(
+    monkeypatch, budget: float, score_cost: float, epoch_cost: float
+) -> tuple[t.Score, float]:
     """Evaluates ten chunks where scoring and training take so many seconds; returns the score and the time taken."""
     settings = tiny(eval_mode="plain", ttt_lr=0.05, eval_max_seconds=budget)
     model = random_model(settings)
@@ -219,7 +259,9 @@ def on_a_fake_clock(monkeypatch, budget: float, score_cost: float, epoch_cost: f
 
 
 @pytest.mark.parametrize(("budget", "score_cost"), [(80, 1), (150, 10)])
-def test_epochs_are_given_up_to_keep_the_clock_and_every_target_is_scored(monkeypatch, budget, score_cost):
+def test_epochs_are_given_up_to_keep_the_clock_and_every_target_is_scored(
+    monkeypatch, budget, score_cost
+):
     """Ten chunks to score and 9 × 2 epochs at 10 s would take 190 s, or 280 s where scoring is slow, too."""
     score, seconds = on_a_fake_clock(monkeypatch, budget, score_cost, epoch_cost=10)
     assert seconds <= budget

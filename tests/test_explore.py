@@ -19,8 +19,12 @@ import explore  # noqa: E402
 def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp_path):
     """Before and after quantization and in the end, to the last digit shown."""
     assert run_here(monkeypatch, run_environment(shards, tmp_path, sdclip_k=6.0)) == 0
-    records = {r["event"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())}
-    status, (first, second), _ = explore_here("other: MLP_MULT=1", "it: SDCLIP_K=6", "--every", "1", "--export")
+    records = {
+        r["event"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    }
+    status, (first, second), _ = explore_here(
+        "other: MLP_MULT=1", "it: SDCLIP_K=6", "--every", "1", "--export"
+    )
     assert status == 0
     assert second["name"] == "it"
     assert second["steps"] == records["trained"]["steps"] == 6
@@ -30,11 +34,17 @@ def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp
     assert second["quantized"] == pytest.approx(records["after_quantization"]["val_bpb"], abs=1e-5)
     assert second["final"] == pytest.approx(records["final"]["val_bpb"], abs=1e-5)
     assert first["bpb"] != second["bpb"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.int6.lzma", "a.jsonl", "a.txt"]  # nothing new
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.int6.lzma",
+        "a.jsonl",
+        "a.txt",
+    ]  # nothing new
 
 
 def test_an_export_that_fails_costs_no_score(explore_here):
-    status, (line,), _ = explore_here("too large: TARGET_MB=0.142 NUM_LAYERS=5 MAMBA_LAYERS=0 SDCLIP_K=16", "--export")
+    status, (line,), _ = explore_here(
+        "too large: TARGET_MB=0.142 NUM_LAYERS=5 MAMBA_LAYERS=0 SDCLIP_K=16", "--export"
+    )
     assert status == 0
     assert 0 < line["bpb"]["0.1"] < 9
     assert "make the model smaller" in line["error"]
@@ -42,7 +52,9 @@ def test_an_export_that_fails_costs_no_score(explore_here):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(explore_here, monkeypatch, number):
+def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(
+    explore_here, monkeypatch, number
+):
     update = explore.Averages.update
 
     def stop(averages, steps_done, skipped):
@@ -79,10 +91,15 @@ def test_each_average_looks_back_over_its_part_of_the_run():
 
 def test_lines_are_appended_to_the_file(explore_here, tmp_path):
     for name in ("one", "two"):
-        status, lines, _ = explore_here(f"{name}:", "--averages", "0.1,0.9", "--out", str(tmp_path / "out"))
+        status, lines, _ = explore_here(
+            f"{name}:", "--averages", "0.1,0.9", "--out", str(tmp_path / "out")
+        )
         assert status == 0
         assert list(lines[0]["bpb"]) == ["0.1", "0.9"]
-    assert [json.loads(line)["name"] for line in (tmp_path / "out").read_text().splitlines()] == ["one", "two"]
+    assert [json.loads(line)["name"] for line in (tmp_path / "out").read_text().splitlines()] == [
+        "one",
+        "two",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +134,10 @@ def test_mistakes_end_in_one_line(explore_here, arguments, said):
 def test_the_usual_part_is_that_of_the_script():
     """An average over it looks back as a run's own does."""
     model = torch.nn.Linear(3, 3)
-    own, ours = t.WeightAverage(model, tiny(ema_decay=0.99999)), explore.Averages(model, tiny(), [0.1], every=1)
+    own, ours = (
+        t.WeightAverage(model, tiny(ema_decay=0.99999)),
+        explore.Averages(model, tiny(), [0.1], every=1),
+    )
     for step in range(1, 100):
         torch.nn.init.normal_(model.weight)
         for average in (own, ours):

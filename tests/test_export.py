@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SOLO, bounded, random_model, random_tokens, relative, run_ranks, tiny, with_settings
+from helpers import (
+    SOLO,
+    bounded,
+    random_model,
+    random_tokens,
+    relative,
+    run_ranks,
+    tiny,
+    with_settings,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +43,9 @@ def dequantized(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return integers.float() * (rows[:, None] * columns)
 
 
-def grid_scale(weight: torch.Tensor, limits: torch.Tensor, settings: t.Settings, k: float) -> torch.Tensor:
+def grid_scale(
+    weight: torch.Tensor, limits: torch.Tensor, settings: t.Settings, k: float
+) -> torch.Tensor:
     """The grid's step at each weight."""
     return math.prod(t.grid_steps(weight, limits, settings, k))
 
@@ -47,7 +58,9 @@ each_version = pytest.mark.parametrize("version", [2, 3], ids=["Mamba-2", "Mamba
 # ---- Rounding --------------------------------------------------------------------------------------------------------
 
 
-def correlated_problem(rows: int = 24, columns: int = 160, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def correlated_problem(
+    rows: int = 24, columns: int = 160, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and the Hessian of inputs that a few directions explain, as activations are. More than one GPTQ block."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2000, 12, generator=generator) @ torch.randn(12, columns, generator=generator)
@@ -80,7 +93,9 @@ def test_gptq_is_column_by_column_rounding_with_the_rest_corrected():
     order = hessian.diagonal().argsort(descending=True).tolist()
     for step, column in enumerate(order):
         inverse = torch.linalg.inv(damped[order[step:]][:, order[step:]])
-        expected[:, column] = t.round_to_grid(rest[:, column, None], scale[:, column, None], limits)[:, 0].float()
+        expected[:, column] = t.round_to_grid(
+            rest[:, column, None], scale[:, column, None], limits
+        )[:, 0].float()
         error = (rest[:, column] - expected[:, column] * scale[:, column]) / inverse[0, 0]
         rest[:, order[step:]] -= error[:, None] * inverse[0]
     integers = t.gptq(weight, hessian, scale, limits)
@@ -91,7 +106,9 @@ def test_gptq_with_independent_inputs_is_plain_rounding():
     weight, _ = correlated_problem()
     limits = row_limits(24, 4)
     scale = grid_scale(weight, limits, tiny(), 4.0)
-    assert torch.equal(t.gptq(weight, torch.eye(160), scale, limits), t.round_to_grid(weight, scale, limits))
+    assert torch.equal(
+        t.gptq(weight, torch.eye(160), scale, limits), t.round_to_grid(weight, scale, limits)
+    )
 
 
 def test_gptq_of_a_stack_is_gptq_of_each():
@@ -100,17 +117,23 @@ def test_gptq_of_a_stack_is_gptq_of_each():
     problems = []
     for seed, own in enumerate(limits):
         weight, hessian = correlated_problem(seed=seed)
-        problems.append((weight, (1 + seed) * hessian, grid_scale(weight, own, tiny(), 4.0 + seed), own))
+        problems.append(
+            (weight, (1 + seed) * hessian, grid_scale(weight, own, tiny(), 4.0 + seed), own)
+        )
     alone = torch.stack([t.gptq(*problem) for problem in problems])
     together = t.gptq(*(torch.stack(parts) for parts in zip(*problems)))
-    assert (together == alone).float().mean() > 0.999  # a product of stacks may round a tie the other way
+    assert (
+        together == alone
+    ).float().mean() > 0.999  # a product of stacks may round a tie the other way
 
 
 def test_gptq_stays_on_the_grid_with_eight_bits_in_the_last_rows():
     weight, hessian = correlated_problem()
     weight[3] *= 100
     limits = row_limits(24, 4)
-    integers = t.gptq(weight, hessian, grid_scale(weight, limits, tiny(sdclip_k_int8=2.0), 2.0), limits)
+    integers = t.gptq(
+        weight, hessian, grid_scale(weight, limits, tiny(sdclip_k_int8=2.0), 2.0), limits
+    )
     assert torch.equal(integers, integers.round())
     assert integers[:20].abs().max() == 31
     assert integers[20:].abs().max() == 127
@@ -128,7 +151,10 @@ def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
     assert integers.isfinite().all()
     assert not integers[:, 9].any()
     plain = t.round_to_grid(weight, scale, limits)
-    assert hessian_error(weight, integers * scale, hessian) < hessian_error(weight, plain * scale, hessian) / 3
+    assert (
+        hessian_error(weight, integers * scale, hessian)
+        < hessian_error(weight, plain * scale, hessian) / 3
+    )
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -150,7 +176,11 @@ def test_steps_are_positive_and_survive_float16(rows, quantizer):
     steps = t.grid_steps(weight, row_limits(3, 1), tiny(quantizer=quantizer), 5.0)
     assert [step.shape for step in steps] == [(3, 1), (64,)]
     assert all(torch.equal(step.half().float(), step) and (step > 0).all() for step in steps)
-    assert (t.round_to_grid(weight, math.prod(steps), row_limits(3, 1)) * math.prod(steps)).isfinite().all()
+    assert (
+        (t.round_to_grid(weight, math.prod(steps), row_limits(3, 1)) * math.prod(steps))
+        .isfinite()
+        .all()
+    )
 
 
 @each_version
@@ -173,9 +203,13 @@ def test_rows_that_drive_the_recurrence_have_eight_bits_and_are_the_last(version
     assert {stored[f"{name} integers"].dtype for name in limits} == {torch.int8}
     assert {stored[name].dtype for name in limits} == {torch.float16}
     types = {name: stored[name].dtype for name, _ in model.named_parameters() if name not in limits}
-    assert {types.pop(name) for name in list(types) if name.endswith((".dt_bias", ".D"))} == {torch.float32}
+    assert {types.pop(name) for name in list(types) if name.endswith((".dt_bias", ".D"))} == {
+        torch.float32
+    }
     assert set(types.values()) == {torch.float16}
-    assert {name for name, p in model.named_parameters() if p.dim() == 2 and name.endswith("weight")} - set(limits) == (
+    assert {
+        name for name, p in model.named_parameters() if p.dim() == 2 and name.endswith("weight")
+    } - set(limits) == (
         {f"blocks.{layer}.mixer.conv.weight" for layer in (0, 2)} if version == 2 else set()
     )
 
@@ -186,8 +220,12 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     model, tokens = random_model(settings), random_tokens(5, 32)
     seen, scanned = [], []
     handles = [
-        model.blocks[1].mixer.query.register_forward_hook(lambda module, args, out: seen.append(args[0])),
-        model.blocks[0].mixer.out_proj.register_forward_hook(lambda module, args, out: scanned.append(args[0])),
+        model.blocks[1].mixer.query.register_forward_hook(
+            lambda module, args, out: seen.append(args[0])
+        ),
+        model.blocks[0].mixer.out_proj.register_forward_hook(
+            lambda module, args, out: scanned.append(args[0])
+        ),
     ]
     with torch.no_grad():
         final = model(tokens, model.order(True)).flatten(0, 1)
@@ -198,7 +236,9 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     assert len(seen) == 2
     assert relative(hessians["blocks.1.mixer.query.weight"], 2 * x.T @ x) < 1e-5
     assert relative(hessians["embedding.weight"], 2 * final.T @ final) < 1e-5
-    (y,) = (part.flatten(0, 1) for part in scanned)  # what is normed behind the product counts as normed
+    (y,) = (
+        part.flatten(0, 1) for part in scanned
+    )  # what is normed behind the product counts as normed
     y = y / (y.square().mean(1, keepdim=True) + 1e-5).sqrt()
     assert relative(hessians["blocks.0.mixer.out_proj.weight"], 2 * y.T @ y) < 1e-5
     missing = set(t.grid_limits(model)) - set(hessians)
@@ -212,11 +252,15 @@ def test_two_ranks_quantize_to_the_same_bits_as_one(quantizer):
     model, tokens = random_model(settings), random_tokens(4, 32)
     hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
     alone = t.quantize_model(model, settings, SOLO, hessians, 5.0)
-    for stored in run_ranks(2, lambda ranks: t.quantize_model(model, settings, ranks, hessians, 5.0)):
+    for stored in run_ranks(
+        2, lambda ranks: t.quantize_model(model, settings, ranks, hessians, 5.0)
+    ):
         assert t.pack_artifact(settings, stored) == t.pack_artifact(settings, alone)
 
 
-def layer_error(quantizer: str, weight: torch.Tensor, hessian: torch.Tensor, k: float = 5.0) -> float:
+def layer_error(
+    quantizer: str, weight: torch.Tensor, hessian: torch.Tensor, k: float = 5.0
+) -> float:
     """Of the outputs of a layer that is quantized as export() does it, as a part of the outputs."""
     settings, limits = tiny(quantizer=quantizer), row_limits(len(weight), 0)
     scale = grid_scale(weight, limits, settings, k)
@@ -251,16 +295,30 @@ def test_percentile_takes_the_one_that_errs_least_in_each_row():
         ordered, errors = row.abs().sort().values, {}
         for percentile in (0.99, 0.995, 0.998, 1.0):
             scale = (ordered[int(percentile * 160) - 1] / limit).half().float()
-            errors[float(scale)] = float((row - t.round_to_grid(row, scale, limit) * scale).square().sum())
+            errors[float(scale)] = float(
+                (row - t.round_to_grid(row, scale, limit) * scale).square().sum()
+            )
         assert float(step) == min(errors, key=errors.get)
-    assert len({float(row.abs().max() / step / limit) for row, step, limit in zip(weight, rows, limits)}) > 2
+    assert (
+        len(
+            {
+                float(row.abs().max() / step / limit)
+                for row, step, limit in zip(weight, rows, limits)
+            }
+        )
+        > 2
+    )
 
 
 def test_decoupled_scales_make_rows_and_columns_alike():
     """A matrix that is but scaled along both sides has the same integers."""
     weight, _ = correlated_problem()
     limits, settings = row_limits(24, 4), tiny(quantizer="dsq")
-    scaled = weight * 2.0 ** torch.arange(-5, 7).repeat(2)[:, None] * 2.0 ** torch.arange(-4, 4).repeat(20)
+    scaled = (
+        weight
+        * 2.0 ** torch.arange(-5, 7).repeat(2)[:, None]
+        * 2.0 ** torch.arange(-4, 4).repeat(20)
+    )
     rows, columns = t.grid_steps(scaled, limits, settings, 5.0)
     integers = t.round_to_grid(scaled, rows * columns, limits)
     sizes = integers.square().mean(dim=0).sqrt()
@@ -355,7 +413,11 @@ def test_the_grid_is_as_fine_as_the_target_allows_and_the_real_file_fits(quantiz
     assert coarsest < 0.9 * finest
     for target in (0.4 * coarsest + 0.6 * finest, 0.8 * coarsest + 0.2 * finest):
         k = t.fit_sdclip(model, settings, target)
-        assert t.predict_bytes(model, settings, k) <= target < t.predict_bytes(model, settings, k - 0.1)
+        assert (
+            t.predict_bytes(model, settings, k)
+            <= target
+            < t.predict_bytes(model, settings, k - 0.1)
+        )
         data = t.pack_artifact(settings, exported(model, settings, k))
         assert 0.9 * target < len(data) <= target
     assert t.fit_sdclip(model, settings, 1.01 * finest) == 4.0
@@ -374,7 +436,9 @@ class Quiet:
         self.said.append(text)
 
 
-def export_to(path: Path, settings: t.Settings, model: t.Model, target: int, ranks: t.Ranks = SOLO) -> list[str]:
+def export_to(
+    path: Path, settings: t.Settings, model: t.Model, target: int, ranks: t.Ranks = SOLO
+) -> list[str]:
     """Runs export() as behind a training run, on random tokens; returns what it logged."""
     settings = with_settings(settings, artifact=str(path))
     trainer = types.SimpleNamespace(
@@ -383,7 +447,10 @@ def export_to(path: Path, settings: t.Settings, model: t.Model, target: int, ran
     )  # fmt: skip
     tokens = random_tokens(4 // ranks.world_size, 32, seed=ranks.rank)
     values = t.export(trainer, types.SimpleNamespace(next=lambda: (tokens, tokens)))
-    assert values == {"sdclip_k": values["sdclip_k"], "train_clock_seconds": trainer.clock.seconds()}
+    assert values == {
+        "sdclip_k": values["sdclip_k"],
+        "train_clock_seconds": trainer.clock.seconds(),
+    }
     return trainer.log.said
 
 
@@ -399,7 +466,9 @@ def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_
     target = int(predict(model, settings, 6.0))
 
     def export(ranks: t.Ranks) -> list[str]:
-        said = export_to(tmp_path / f"{ranks.world_size}", settings, copy.deepcopy(model), target, ranks)
+        said = export_to(
+            tmp_path / f"{ranks.world_size}", settings, copy.deepcopy(model), target, ranks
+        )
         return [re.sub(r"training clock .*", "", text) for text in said]
 
     for world_size in (1, 2):
@@ -430,7 +499,9 @@ def test_every_quantizer_exports_within_the_target_and_reads_its_own_grid_back(t
 @pytest.mark.parametrize("target", [1000, -1000])
 def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do(tmp_path, sdclip_k, target):
     settings = tiny(sdclip_k=sdclip_k)
-    with pytest.raises(t.UserError, match=f"of {target} at SDCLIP_K=.*raise it, or make the model smaller"):
+    with pytest.raises(
+        t.UserError, match=f"of {target} at SDCLIP_K=.*raise it, or make the model smaller"
+    ):
         export_to(tmp_path / "a", settings, random_model(settings), target)
     assert not list(tmp_path.iterdir())
 
@@ -438,13 +509,22 @@ def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do(tmp_path, 
 # ---- Packing ---------------------------------------------------------------------------------------------------------
 
 
-ODD = {"model_dim": 36, "num_heads": 2, "num_kv_heads": 1, "mamba_head_dim": 8, "mlp_mult": 1.3, "bigram_dim": 5}
+ODD = {
+    "model_dim": 36,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "mamba_head_dim": 8,
+    "mlp_mult": 1.3,
+    "bigram_dim": 5,
+}
 
 
 @each_version
 @each_quantizer
 @pytest.mark.parametrize("changes", [{}, ODD], ids=["even", "odd sizes"])
-def test_what_is_read_back_is_bit_equal_to_what_was_quantized(version, quantizer, changes, tmp_path):
+def test_what_is_read_back_is_bit_equal_to_what_was_quantized(
+    version, quantizer, changes, tmp_path
+):
     settings = tiny(mamba_version=version, quantizer=quantizer, **changes)
     model = random_model(settings)
     stored = exported(model, settings)
@@ -618,7 +698,9 @@ def test_data_of_another_length_than_the_model_s_are_refused(minute, tmp_path, p
     parts = list(parts_of(minute))
     parts[part] = change(parts[part])
     payload = lzma.compress(parts[0]) + parts[1]
-    assert "not its header's model" in refused(tmp_path / "a", sealed(minute, header_of(minute), payload))
+    assert "not its header's model" in refused(
+        tmp_path / "a", sealed(minute, header_of(minute), payload)
+    )
 
 
 @pytest.mark.parametrize("sums", [0, 65_535, 65_537, 2**32 - 1])
@@ -628,7 +710,9 @@ def test_frequencies_that_do_not_sum_up_are_refused(minute, tmp_path, sums):
     assert table.sum() == 65_536
     table[table.argmax()] += sums - 65_536
     payload = lzma.compress(content[: -4 * 256] + table.astype("<u4").tobytes()) + codes
-    assert "not its header's model" in refused(tmp_path / "a", sealed(minute, header_of(minute), payload))
+    assert "not its header's model" in refused(
+        tmp_path / "a", sealed(minute, header_of(minute), payload)
+    )
 
 
 def test_integers_that_are_altered_are_refused(minute, tmp_path):
@@ -663,13 +747,17 @@ def test_coded_integers_come_back_and_take_their_entropy(numbers):
 
 @pytest.mark.parametrize("payload", [b"", b"\0", b"\xff" * 100, bytes(range(256)) * 10], ids=len)
 def test_content_that_does_not_unpack_is_refused(minute, tmp_path, payload):
-    assert "not its header's model" in refused(tmp_path / "a", sealed(minute, header_of(minute), payload))
+    assert "not its header's model" in refused(
+        tmp_path / "a", sealed(minute, header_of(minute), payload)
+    )
 
 
 def test_a_decompression_bomb_is_not_unpacked(minute, tmp_path):
     """40 KB that would become 256 MB: no more than the model needs is read; a model of 400 million numbers is refused."""
     compressor = lzma.LZMACompressor(preset=0)
-    bomb = b"".join([compressor.compress(bytes(1 << 20)) for _ in range(256)] + [compressor.flush()])
+    bomb = b"".join(
+        [compressor.compress(bytes(1 << 20)) for _ in range(256)] + [compressor.flush()]
+    )
     assert len(bomb) < 1 << 17
     (tmp_path / "a").write_bytes(sealed(minute, header_of(minute), bomb))
     with bounded(more_memory=160 << 20), pytest.raises(t.UserError, match="not its header's model"):
@@ -693,7 +781,18 @@ def test_a_header_with_a_part_missing_or_of_the_wrong_kind_is_refused(minute, tm
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b"null", b"7", b'"x"', b"\xff\xfe", b"[" * 200_000, b'{"a":' * 100_000, b"9" * 10_000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"7",
+        b'"x"',
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b"9" * 10_000,
+    ],
     ids=lambda text: repr(text[:8]),
 )
 def test_a_header_that_is_not_an_object_is_refused(minute, tmp_path, text):
@@ -705,7 +804,9 @@ def test_a_header_without_an_end_is_refused(minute, tmp_path):
     assert "other settings" in refused(tmp_path / "a", body + hashlib.sha256(body).digest())
 
 
-@pytest.mark.parametrize("settings", [lambda s: s | {"extra": 1}, lambda s: {k: s[k] for k in list(s)[1:]}])
+@pytest.mark.parametrize(
+    "settings", [lambda s: s | {"extra": 1}, lambda s: {k: s[k] for k in list(s)[1:]}]
+)
 def test_a_header_of_another_version_of_the_program_is_refused(minute, tmp_path, settings):
     assert "other settings" in refused(tmp_path / "a", sealed(minute, settings(header_of(minute))))
 
@@ -718,8 +819,14 @@ def test_random_damage_under_a_right_checksum_never_ends_in_a_traceback(minute, 
     for _ in range(300):
         data = bytearray(minute[:-32])
         for _ in range(generator.choice((1, 1, 2, 5))):
-            place = generator.randrange(8, 8 + size) if generator.random() < 0.7 else generator.randrange(8, len(data))
-            data[place] = generator.choice((generator.randrange(256), ord(generator.choice('0123456789"[]{},:-eE.'))))
+            place = (
+                generator.randrange(8, 8 + size)
+                if generator.random() < 0.7
+                else generator.randrange(8, len(data))
+            )
+            data[place] = generator.choice(
+                (generator.randrange(256), ord(generator.choice('0123456789"[]{},:-eE.')))
+            )
         try:
             load(tmp_path / "a", bytes(data) + hashlib.sha256(data).digest())
             loaded += 1
@@ -732,5 +839,7 @@ def test_a_variable_that_contradicts_the_artifact_is_refused(minute, tmp_path):
     (tmp_path / "a").write_bytes(minute)
     with pytest.raises(t.UserError, match="NUM_LAYERS=2 contradicts the artifact, which has 1"):
         t.load_model(tmp_path / "a", tiny(**MINUTE | {"num_layers": 2}), {"num_layers"}, SOLO)
-    _, settings = t.load_model(tmp_path / "a", tiny(num_layers=2, eval_mode="plain"), {"eval_mode"}, SOLO)
+    _, settings = t.load_model(
+        tmp_path / "a", tiny(num_layers=2, eval_mode="plain"), {"eval_mode"}, SOLO
+    )
     assert (settings.num_layers, settings.eval_mode) == (1, "plain")

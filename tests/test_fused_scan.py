@@ -30,14 +30,18 @@ pytestmark = [
 
 def sequential(case: ScanCase) -> dict[str, torch.Tensor]:
     """The reference."""
-    return results(functools.partial(t.mamba_scan, backend="sequential", chunk_size=CHUNK), case, torch.float64)
+    return results(
+        functools.partial(t.mamba_scan, backend="sequential", chunk_size=CHUNK), case, torch.float64
+    )
 
 
 def fused_scan(projected, parameters, sizes, document_start, state, chunk_size: int = CHUNK):
     return t.mamba_scan(projected, parameters, sizes, document_start, state, "triton", chunk_size)
 
 
-def assert_all_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_all_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> None:
     off = errors(found, expected)
     assert {name: error for name, error in off.items() if not error <= tolerance} == {}
 
@@ -66,7 +70,11 @@ def test_outputs_states_and_every_gradient(name):
     assert not silent, "without influence the comparison is empty"
     # Sums of logarithms that hold a document start's lose digits.
     tolerance = 1e-5 if case.document_start is None else 5e-4
-    assert_all_close(results(functools.partial(fused_scan, chunk_size=chunk), case, torch.float32), expected, tolerance)
+    assert_all_close(
+        results(functools.partial(fused_scan, chunk_size=chunk), case, torch.float32),
+        expected,
+        tolerance,
+    )
 
 
 @interpreted
@@ -74,7 +82,9 @@ def test_outputs_states_and_every_gradient(name):
 def test_a_sequence_in_two_calls_equals_one_call(place):
     """Gradients too, which flow through the state between the calls."""
     case = random_case(2, 24, 1, 16, 16, starts=(20, 21), carried=True)
-    assert_all_close(results(in_two_calls(fused_scan, place), case, torch.float32), sequential(case), 5e-4)
+    assert_all_close(
+        results(in_two_calls(fused_scan, place), case, torch.float32), sequential(case), 5e-4
+    )
 
 
 @interpreted
@@ -89,8 +99,13 @@ def test_document_starts_may_be_a_slice():
 @interpreted
 def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit():
     case = random_case(1, 40, 1, 16, 16)
-    parameters = t.MambaParameters(*(x.float() if isinstance(x, torch.Tensor) else x for x in case.parameters))
-    projected, other = case.projected.float(), random_case(1, 40, 1, 16, 16, seed=2).projected.float()
+    parameters = t.MambaParameters(
+        *(x.float() if isinstance(x, torch.Tensor) else x for x in case.parameters)
+    )
+    projected, other = (
+        case.projected.float(),
+        random_case(1, 40, 1, 16, 16, seed=2).projected.float(),
+    )
     y, *_ = fused_scan(projected, parameters, case.sizes, None, None)
     for position in (6, 15, 16, 31, 38):
         changed = torch.cat([projected[:, : position + 1], 10 * other[:, position + 1 :]], dim=1)
@@ -152,7 +167,9 @@ def test_extreme_inputs_leave_numbers(extreme):
     case = random_case(1, 20, 1, 16, 16, carried=True)
     if extreme == "all at random":
         generator = torch.Generator().manual_seed(4)
-        pick = lambda: torch.tensor([-100.0, -20.0, 0.0, 20.0])[torch.randint(0, 4, (1, 20, 1), generator=generator)]
+        pick = lambda: torch.tensor([-100.0, -20.0, 0.0, 20.0])[
+            torch.randint(0, 4, (1, 20, 1), generator=generator)
+        ]
         case = with_columns(case, step=pick(), decay=pick(), trapezoid=pick())
     else:
         case = with_columns(case, **EXTREMES.get(extreme, {"gate": 1e-39}))
@@ -160,7 +177,11 @@ def test_extreme_inputs_leave_numbers(extreme):
     assert [name for name, x in found.items() if not x.isfinite().all()] == []
     noise = 1e-5 * max(x.norm() for x in expected.values())  # what cancels leaves some
     off = {name: float((found[name] - x).norm()) for name, x in expected.items()}
-    assert {name: error for name, error in off.items() if error > max(noise, 1e-3 * expected[name].norm())} == {}
+    assert {
+        name: error
+        for name, error in off.items()
+        if error > max(noise, 1e-3 * expected[name].norm())
+    } == {}
 
 
 # ---- The operators, the model, and machines without triton -----------------------------------------------------------
@@ -208,13 +229,28 @@ def test_the_model_is_that_of_the_chunked_scan(changes):
 
 def test_without_triton_a_run_on_a_cpu_ends_as_usual(shards, tmp_path):
     paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model", "log_dir": tmp_path}
-    settings = {"iterations": 1, "max_wallclock_seconds": 0.0, "eval_mode": "plain", "ttt_enabled": False}
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
-    environment = kept | {"OMP_NUM_THREADS": "1"} | tiny_environment(**paths, **settings, device="cpu", run_id="a")
+    settings = {
+        "iterations": 1,
+        "max_wallclock_seconds": 0.0,
+        "eval_mode": "plain",
+        "ttt_enabled": False,
+    }
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
+    }
+    environment = (
+        kept
+        | {"OMP_NUM_THREADS": "1"}
+        | tiny_environment(**paths, **settings, device="cpu", run_id="a")
+    )
     script = str(Path(t.__file__).resolve())
     hide = f"import runpy, sys; sys.modules['triton'] = None; runpy.run_path({script!r}, run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", hide], env=environment, capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-c", hide],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert "val_bpb" in done.stdout.splitlines()[-1]

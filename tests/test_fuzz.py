@@ -14,7 +14,9 @@ import torch
 
 import train_gpt as t
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="workers are forked, which CUDA does not survive")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="workers are forked, which CUDA does not survive"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +31,26 @@ def test_damaged_files_are_read_right_or_refused(originals):
     assert [outcome.case for outcome in outcomes] == list(range(320))
     for kind in fuzz.READERS:  # neither is all refused nor all harmless
         results = [outcome.result for outcome in outcomes if outcome.kind == kind]
-        assert results.count("read") >= 5 or kind == "artifact"  # hardly any damage passes an artifact's checks
+        assert (
+            results.count("read") >= 5 or kind == "artifact"
+        )  # hardly any damage passes an artifact's checks
         assert results.count("refused") >= 20
     assert len({outcome.reason for outcome in outcomes if outcome.result == "refused"}) >= 8
 
 
 def test_a_case_is_the_same_file_each_time(originals):
     kinds = tuple(fuzz.READERS)
-    files = [[fuzz.make_case(n, seed, kinds, originals).data for n in range(60)] for seed in (1, 1, 2)]
+    files = [
+        [fuzz.make_case(n, seed, kinds, originals).data for n in range(60)] for seed in (1, 1, 2)
+    ]
     assert files[0] == files[1]
     assert sum(a != b for a, b in zip(files[0], files[2])) > 50
 
 
 @pytest.mark.parametrize(
-    "how", [*fuzz.GENERAL, *(how for own in fuzz.OWN.values() for how in own)], ids=lambda h: h.__name__
+    "how",
+    [*fuzz.GENERAL, *(how for own in fuzz.OWN.values() for how in own)],
+    ids=lambda h: h.__name__,
 )
 def test_every_damage_changes_files_of_every_size(originals, how):
     """Short files, too, as a second damage may find them."""
@@ -65,7 +73,10 @@ def raise_(error: Exception) -> None:
 MISDEEDS = {
     "another exception": (lambda: raise_(KeyError("x")), "KeyError"),
     "a message of two lines": (lambda: raise_(t.UserError("a\nb")), "message 'a"),
-    "a crash": (lambda: os.kill(os.getpid(), signal.SIGSEGV), f"ended with status -{signal.SIGSEGV.value}"),
+    "a crash": (
+        lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        f"ended with status -{signal.SIGSEGV.value}",
+    ),
     "a silent end": (lambda: os._exit(0), "ended with status 0"),
     "a hang": (lambda: time.sleep(60), "took longer than 1 s"),
     "too much memory": (lambda: np.ones(100 << 17).sum(), "MiB of memory, more than 64"),
@@ -87,7 +98,9 @@ def test_a_reader_that_misbehaves_is_found(originals, monkeypatch, name):
         return open_shard(path)
 
     monkeypatch.setattr(t, "open_shard", reader)
-    outcomes = fuzz.fuzz(originals, 2, kinds=("shard",), jobs=1, seconds=1 if name == "a hang" else 30)
+    outcomes = fuzz.fuzz(
+        originals, 2, kinds=("shard",), jobs=1, seconds=1 if name == "a hang" else 30
+    )
     assert [outcome.result for outcome in outcomes] == ["finding"] * 2
     assert all(said in outcome.reason for outcome in outcomes), outcomes
     assert re.search(r"FINDING in case 0, shard, \w+: ", fuzz.report(outcomes))
@@ -106,7 +119,10 @@ def test_a_reader_that_reads_wrong_or_too_much_is_found(originals, monkeypatch):
     with monkeypatch.context() as patch:
         assert find(originals, patch, fuzz.Case("shard", "", originals["shard"])) == ""
         patch.setattr(t, "open_shard", lambda path: np.append(open_shard(path)[:-1], 5))
-        assert find(originals, patch, fuzz.Case("shard", "", originals["shard"])) == "other tokens were read"
+        assert (
+            find(originals, patch, fuzz.Case("shard", "", originals["shard"]))
+            == "other tokens were read"
+        )
 
     def wrong(*arguments):
         model, settings = load_model(*arguments)
@@ -116,14 +132,21 @@ def test_a_reader_that_reads_wrong_or_too_much_is_found(originals, monkeypatch):
     with monkeypatch.context() as patch:
         assert find(originals, patch, fuzz.Case("artifact", "", originals["artifact"])) == ""
         patch.setattr(t, "load_model", wrong)
-        assert find(originals, patch, fuzz.Case("artifact", "", originals["artifact"])) == "other weights were read"
+        assert (
+            find(originals, patch, fuzz.Case("artifact", "", originals["artifact"]))
+            == "other weights were read"
+        )
     damaged = originals["artifact"].replace(b'"qk_gain_init":1.5', b'"qk_gain_init":1.7')
     assert damaged != originals["artifact"]
     with monkeypatch.context() as patch:
         assert find(originals, patch, fuzz.Case("artifact", "", damaged)) == ""
         digest = SimpleNamespace(digest=lambda: damaged[-32:])
-        patch.setattr(t.hashlib, "sha256", lambda data: digest if data == damaged[:-32] else sha256(data))
-        assert "wrong checksum was read" in find(originals, patch, fuzz.Case("artifact", "", damaged))
+        patch.setattr(
+            t.hashlib, "sha256", lambda data: digest if data == damaged[:-32] else sha256(data)
+        )
+        assert "wrong checksum was read" in find(
+            originals, patch, fuzz.Case("artifact", "", damaged)
+        )
 
 
 def test_a_reader_of_checkpoints_that_reads_wrong_is_found(originals, monkeypatch):
@@ -138,14 +161,19 @@ def test_a_reader_of_checkpoints_that_reads_wrong_is_found(originals, monkeypatc
         resume(trainer)
         trainer.steps_done += 1
 
-    for wrong, said in ((other_bit, "other numbers were read"), (other_step, "other progress was read")):
+    for wrong, said in (
+        (other_bit, "other numbers were read"),
+        (other_step, "other progress was read"),
+    ):
         with monkeypatch.context() as patch:
             assert find(originals, patch, fuzz.Case("checkpoint", "", data)) == ""
             patch.setattr(t.Trainer, "resume", wrong)
             assert find(originals, patch, fuzz.Case("checkpoint", "", data)) == said
 
 
-def test_a_piece_that_is_no_text_and_a_header_that_writes_to_the_terminal_are_refused(originals, tmp_path):
+def test_a_piece_that_is_no_text_and_a_header_that_writes_to_the_terminal_are_refused(
+    originals, tmp_path
+):
     """As the fuzzer found them."""
     piece = re.search(rb"\x0a\x04(\xe2\x96\x81[a-z])", originals["tokenizer"])
     path = tmp_path / "t.model"
@@ -154,6 +182,8 @@ def test_a_piece_that_is_no_text_and_a_header_that_writes_to_the_terminal_are_re
         t.Tokenizer(str(path), fuzz.VOCABULARY)
     body = originals["artifact"][:-32]
     for text in (b"\\u001b[2J", b"0\\n", b"\\ud800"):
-        path.write_bytes(fuzz.seal(body.replace(b'"mamba_layers":"0"', b'"mamba_layers":"' + text + b'"')))
+        path.write_bytes(
+            fuzz.seal(body.replace(b'"mamba_layers":"0"', b'"mamba_layers":"' + text + b'"'))
+        )
         with pytest.raises(t.UserError, match="mamba_layers in its header has the wrong type"):
             t.read_artifact(path)

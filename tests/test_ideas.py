@@ -38,15 +38,22 @@ def never_encoded(tokenizer: t.Tokenizer, rows: np.ndarray) -> np.ndarray:
     """Which pairs of pieces the tokenizer writes otherwise, but for those with two spaces, which it makes one: (rows, V)."""
     ids = list(range(tokenizer.model.vocab_size()))
     pieces, made = tokenizer.model.IdToPiece(ids), list(pairs.merge_order(tokenizer).values())
-    never, tail = np.zeros((len(rows), len(ids)), bool), [i for i in tokenizer.model.encode(MARK) if i not in made]
+    never, tail = (
+        np.zeros((len(rows), len(ids)), bool),
+        [i for i in tokenizer.model.encode(MARK) if i not in made],
+    )
     for row, first in enumerate(rows):
         others = [i for i in made if first in made and "▁▁" not in pieces[first] + pieces[i]]
         codes = tokenizer.model.encode([MARK + pieces[first] + pieces[i] + MARK for i in others])
-        never[row, others] = [code[-2 - len(tail) :] != [first, i, *tail] for i, code in zip(others, codes)]
+        never[row, others] = [
+            code[-2 - len(tail) :] != [first, i, *tail] for i, code in zip(others, codes)
+        ]
     return never
 
 
-@pytest.mark.parametrize("name", ["byte_tokenizer", "plain_tokenizer", "dummy_prefix_tokenizer", "sample"])
+@pytest.mark.parametrize(
+    "name", ["byte_tokenizer", "plain_tokenizer", "dummy_prefix_tokenizer", "sample"]
+)
 def test_pairs_are_those_that_the_tokenizer_never_writes(request, name):
     path = request.getfixturevalue(name)
     path = path / "sample_1024_bpe.model" if name == "sample" else path
@@ -92,7 +99,9 @@ def test_a_model_knows_them(script, byte_tokenizer):
     never = model.impossible[tokens]
     hidden = model(tokens, model.order(True))
     every = torch.arange(512).expand(2, 9, 512)
-    nats = torch.stack([model.nats(hidden, tokens, every[..., token]) for token in range(512)], dim=-1)
+    nats = torch.stack(
+        [model.nats(hidden, tokens, every[..., token]) for token in range(512)], dim=-1
+    )
     assert torch.allclose(nats.neg().exp().sum(-1), torch.ones(2, 9))
     assert never.any()
     assert (nats[never] > settings.logit_softcap - 5).all()
@@ -101,7 +110,9 @@ def test_a_model_knows_them(script, byte_tokenizer):
     row = torch.arange(18).view(2, 9, 1).expand_as(never)[~never]
     for i in range(18):
         assert torch.allclose(gained[row == i], gained[row == i][0], atol=1e-5)
-    assert torch.equal(model.score(tokens, targets, model.order(True)), model.nats(hidden, tokens, targets))
+    assert torch.equal(
+        model.score(tokens, targets, model.order(True)), model.nats(hidden, tokens, targets)
+    )
     assert set(model.state_dict()) == set(usual.state_dict())  # an artifact holds what it held
 
 
@@ -122,14 +133,19 @@ def test_the_fused_cross_entropy(size, cap, compiled):
     def fused(hidden, weight, slopes=True):
         return pairs.fused_cross_entropy(hidden, weight, tokens, targets, never, cap, slopes)
 
-    assert_equal_in_float64(exact, lambda *leaves: fused(*leaves)[0], compiled, hidden, weight, grad)
+    assert_equal_in_float64(
+        exact, lambda *leaves: fused(*leaves)[0], compiled, hidden, weight, grad
+    )
     nats, stored = fused(hidden, weight, slopes=False)
     assert torch.equal(nats, fused(hidden, weight)[0])
     assert stored.numel() == 0
 
 
 def test_features_are_shared_by_spelling(byte_tokenizer):
-    assert " ".join(spelling.features("▁The")) == "space capital word:the <t th he e> <th the he> <the the>"
+    assert (
+        " ".join(spelling.features("▁The"))
+        == "space capital word:the <t th he e> <th the he> <the the>"
+    )
     tokenizer = t.Tokenizer(str(byte_tokenizer), 512)
     matrix = spelling.feature_matrix(tokenizer, 100)
     assert matrix.shape == (512, 100)
@@ -139,7 +155,9 @@ def test_features_are_shared_by_spelling(byte_tokenizer):
     assert (lengths > 0).float().mean() > 0.9
 
 
-def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(script, byte_tokenizer, monkeypatch):
+def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(
+    script, byte_tokenizer, monkeypatch
+):
     settings = tiny(tokenizer_path=str(byte_tokenizer))
     names = [name for name, _ in t.build_model(settings, SOLO).named_parameters()]
     spelling.install(script)
@@ -147,7 +165,9 @@ def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(script, byt
     monkeypatch.setattr(t, "quantize_model", lambda model, *_: folded.append(model) or {})
     model = t.build_model(settings, SOLO)
     trainer = t.Trainer(model, settings, SOLO, 128, 10**6, lambda *_: None)
-    (group,) = (g for g in trainer.optimizers.adam.param_groups if g["base_lr"] == settings.tied_embed_lr)
+    (group,) = (
+        g for g in trainer.optimizers.adam.param_groups if g["base_lr"] == settings.tied_embed_lr
+    )
     shared = model.embedding.parametrizations.weight[0].shared
     assert any(p is shared for p in group["params"])
     assert any(p is model.embedding.parametrizations.weight.original for p in group["params"])
@@ -167,7 +187,9 @@ def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(script, byt
     monkeypatch.setattr(t, "write_whole", lambda *_: None)
     t.export(trainer, sequences)
     assert [name for name, _ in folded[0].named_parameters()] == names
-    assert torch.allclose(folded[0].score(tokens[:, :-1], tokens[:, 1:], model.order(True)), nats, atol=1e-5)
+    assert torch.allclose(
+        folded[0].score(tokens[:, :-1], tokens[:, 1:], model.order(True)), nats, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("idea", ["impossible_pairs", "spelling"])
@@ -187,7 +209,14 @@ def test_features_are_the_same_in_every_process(byte_tokenizer):
     code = "import sys, spelling, train_gpt as t; sys.stdout.buffer.write(spelling.feature_matrix(t.Tokenizer(sys.argv[1], 512), 50).numpy())"
     found = set()
     for seed in "12":
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{SCRIPT.parent}:{IDEAS}"}
+        environment = os.environ | {
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": f"{SCRIPT.parent}:{IDEAS}",
+        }
         command = [sys.executable, "-c", code, str(byte_tokenizer)]
-        found.add(subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=PATIENCE, check=True).stdout)
+        found.add(
+            subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, timeout=PATIENCE, check=True
+            ).stdout
+        )
     assert len(found) == 1

@@ -28,7 +28,10 @@ def test_peer7_has_the_published_parameters_but_for_scales_norms_and_gates():
     settings, _ = t.read_settings({"PRESET": "peer7"})
     with torch.device("meta"):
         model = t.Model(settings, torch.device("meta"))
-    assert sum(p.numel() for p in model.parameters()) == 25_159_984 - 7 * (4 * 512 - 2) - 3 * 511 + 2 * 8 * 16
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == 25_159_984 - 7 * (4 * 512 - 2) - 3 * 511 + 2 * 8 * 16
+    )
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS.values(), {"bigram_vocab_size": 0}], ids=str)
@@ -36,7 +39,9 @@ def test_every_parameter_gets_a_gradient(variant):
     model = random_model(tiny(**variant))
     tokens = random_tokens(2, 33)
     model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
 
 
 def test_the_first_model_predicts_nothing_and_is_the_same_for_the_same_seed():
@@ -54,7 +59,9 @@ def test_nats_are_a_softmax_over_the_whole_vocabulary(cap):
     model = random_model(tiny(logit_softcap=cap))
     with torch.no_grad():
         h = hidden(model, random_tokens(1, 5))
-        total = sum(torch.exp(-model.nats(h, torch.full((1, 5), token)).double()) for token in range(512))
+        total = sum(
+            torch.exp(-model.nats(h, torch.full((1, 5), token)).double()) for token in range(512)
+        )
         largest = model.logits(h).abs().max()
     assert torch.allclose(total, torch.ones_like(total), atol=1e-4)
     assert cap == 0.0 or largest <= cap
@@ -104,7 +111,9 @@ class Mark(nn.Module):
 
 def test_skips_pair_the_first_virtual_layers_with_the_last_innermost_first():
     """Five virtual layers: 4th gets what the 2nd left, 5th what the 1st left, each by its own weight."""
-    model = random_model(tiny(num_layers=4, mamba_layers="all", layer_order="0,1,1-3", bigram_vocab_size=0))
+    model = random_model(
+        tiny(num_layers=4, mamba_layers="all", layer_order="0,1,1-3", bigram_vocab_size=0)
+    )
     ran: list[int] = []
     model.blocks = nn.ModuleList(Mark(layer, ran) for layer in range(4))
     tokens = random_tokens(1, 3)
@@ -120,7 +129,10 @@ def test_skips_pair_the_first_virtual_layers_with_the_last_innermost_first():
 
 
 def test_repeated_layers_share_their_weights():
-    plain, hinge = (t.build_model(tiny(layer_order=order, unet_skips=False), SOLO) for order in ("all", "0-2,1,2"))
+    plain, hinge = (
+        t.build_model(tiny(layer_order=order, unet_skips=False), SOLO)
+        for order in ("all", "0-2,1,2")
+    )
     assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in hinge.parameters())
     assert hinge.order(False) == plain.order(True) == (0, 1, 2)
     assert hinge.order(True) == (0, 1, 2, 1, 2)
@@ -157,7 +169,9 @@ def test_hidden_states_do_not_depend_on_later_tokens(changes):
     model = random_model(tiny(**changes))
     tokens = random_tokens(1, 32, bos=True)
     for position in (0, 7, 20):
-        changed = torch.cat([tokens[:, : position + 1], random_tokens(1, 31 - position, seed=5)], dim=1)
+        changed = torch.cat(
+            [tokens[:, : position + 1], random_tokens(1, 31 - position, seed=5)], dim=1
+        )
         h, other = hidden(model, tokens), hidden(model, changed)
         assert torch.equal(h[:, : position + 1], other[:, : position + 1])
         assert not torch.equal(h[:, position + 1], other[:, position + 1])
@@ -211,10 +225,15 @@ def test_attention_follows_its_definition():
 
     heads = []
     for head in range(4):
-        q = rms_normed(x[0] @ block.query.weight[8 * head : 8 * head + 8].T) * block.query_gain[head]
+        q = (
+            rms_normed(x[0] @ block.query.weight[8 * head : 8 * head + 8].T)
+            * block.query_gain[head]
+        )
         shared = slice(8 * (head // 2), 8 * (head // 2) + 8)
         k, v = rms_normed(x[0] @ block.key.weight[shared].T), x[0] @ block.value.weight[shared].T
-        scores = (rotated(q) @ rotated(k).T / 8**0.5).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+        scores = (rotated(q) @ rotated(k).T / 8**0.5).masked_fill(
+            torch.ones(9, 9).triu(1).bool(), -torch.inf
+        )
         gate = 2 / (1 + torch.exp(-x[0, :, :16] @ block.gate[head]))
         heads.append(scores.softmax(-1) @ v * gate[:, None])
     assert relative(y[0], torch.cat(heads, dim=1) @ block.out.weight.T) < 1e-5
@@ -230,7 +249,12 @@ def test_the_mamba3_block_feeds_the_scan_what_its_definition_says(decay):
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
     y = block(u, t.Context(None, *model.rotary_table[:, :9]))
     projected = u @ block.in_proj.weight.T
-    z, x, b, c = projected[..., :64], projected[..., 64:128], projected[..., 128:136], projected[..., 136:144]
+    z, x, b, c = (
+        projected[..., :64],
+        projected[..., 64:128],
+        projected[..., 128:136],
+        projected[..., 136:144],
+    )
     dt, a, trapezoid, angle = (projected[..., 144 + 4 * i : 148 + 4 * i] for i in range(4))
     assert angle.shape[-1] == 2  # 4 heads; half of the 8 state numbers rotate, in pairs
 
@@ -241,7 +265,9 @@ def test_the_mamba3_block_feeds_the_scan_what_its_definition_says(decay):
     if decay == "softplus":
         rate = torch.log1p(torch.exp(a))
     else:
-        rate = torch.tensor([1 + v if v > 0 else 1 / (1 - v) for v in a.flatten().tolist()]).view(a.shape)
+        rate = torch.tensor([1 + v if v > 0 else 1 / (1 - v) for v in a.flatten().tolist()]).view(
+            a.shape
+        )
     inputs = t.ScanInputs(
         x.view(2, 9, 4, 16), normed(b, block.B_norm), normed(c, block.C_norm), dt, -rate * dt,
         block.B_bias, block.C_bias, block.D, z.view(2, 9, 4, 16), trapezoid, angle,
@@ -289,7 +315,9 @@ def test_sequential_and_chunked_backends_train_alike():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"layer_order": "0,1,1"}, {"mamba_version": 2, "document_reset": True}], ids=["Mamba-3", "Mamba-2"]
+    "changes",
+    [{"layer_order": "0,1,1"}, {"mamba_version": 2, "document_reset": True}],
+    ids=["Mamba-3", "Mamba-2"],
 )
 def test_the_whole_model_compiles_as_one_graph_in_either_order(changes):
     """fullgraph=True fails at anything Dynamo cannot trace, forward and backward."""
@@ -301,7 +329,9 @@ def test_the_whole_model_compiles_as_one_graph_in_either_order(changes):
         model.zero_grad()
         loss = model.loss(tokens[:, :-1], tokens[:, 1:], order)
         loss.backward()
-        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        expected = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
         model.zero_grad()
         compiled_loss = compiled(tokens[:, :-1], tokens[:, 1:], order)
         compiled_loss.backward()
@@ -338,7 +368,9 @@ def test_a_scan_backend_that_cannot_run_here_is_refused(monkeypatch):
 
 def test_on_a_gpu_what_adds_in_any_order_is_refused_where_the_same_bits_are_wanted():
     gpu = torch.device("cuda")
-    with pytest.raises(t.UserError, match="DETERMINISTIC=1 needs another SCAN_BACKEND than chunked"):
+    with pytest.raises(
+        t.UserError, match="DETERMINISTIC=1 needs another SCAN_BACKEND than chunked"
+    ):
         t.choose_scan_backend(tiny(mamba_version=2, deterministic=True), gpu)
     assert t.choose_scan_backend(tiny(mamba_version=2), gpu) == "chunked"
     assert t.choose_scan_backend(tiny(deterministic=True), gpu) == "triton"

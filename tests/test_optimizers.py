@@ -45,7 +45,9 @@ def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize("steps", range(1, 9))
 def test_steps_of_gram_matrices_are_steps_of_the_matrices(steps):
     """In float64, so that nothing but the order of products differs; matrices of several sizes go together."""
-    batches = [matrices(3, *shape, seed=seed).double() for seed, shape in enumerate([*SHAPES, SHAPES[0]])]
+    batches = [
+        matrices(3, *shape, seed=seed).double() for seed, shape in enumerate([*SHAPES, SHAPES[0]])
+    ]
     for x, result in zip(batches, t.orthogonalize(batches, steps), strict=True):
         assert result.shape == x.shape
         assert relative(result, newton_schulz(x, steps)) < 1e-9
@@ -66,7 +68,9 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     start, gradients = matrices(2, *shape, seed=1), matrices(3, 2, *shape, seed=2)
     parameters = [torch.nn.Parameter(p.clone()) for p in start]
     muon = t.Muon(
-        [{"params": parameters, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}], tiny(muon_backend_steps=12), SOLO
+        [{"params": parameters, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}],
+        tiny(muon_backend_steps=12),
+        SOLO,
     )
     expected, momentum = start.clone(), torch.zeros_like(start)
     for gradient in gradients:
@@ -75,8 +79,12 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
         muon.step()
         momentum = 0.9 * momentum + 0.1 * gradient
         nesterov = 0.1 * gradient + 0.9 * momentum
-        u, _, v = torch.linalg.svd(nesterov / nesterov.norm(dim=-1, keepdim=True), full_matrices=False)
-        expected = expected * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(max(1, shape[0] / shape[1])) * (u @ v)
+        u, _, v = torch.linalg.svd(
+            nesterov / nesterov.norm(dim=-1, keepdim=True), full_matrices=False
+        )
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(max(1, shape[0] / shape[1])) * (
+            u @ v
+        )
     assert relative(torch.stack(list(parameters)), expected) < 1e-3
 
 
@@ -149,7 +157,14 @@ def test_a_skipped_first_step_is_as_if_it_had_never_been():
 
 @pytest.mark.parametrize("changes", [{}, {"mamba_version": 2}], ids=str)
 def test_every_parameter_is_trained_by_one_optimizer_at_its_own_rate(changes):
-    settings = tiny(matrix_lr=1.0, mamba_matrix_lr=2.0, tied_embed_lr=3.0, scalar_lr=4.0, weight_decay=0.1, **changes)
+    settings = tiny(
+        matrix_lr=1.0,
+        mamba_matrix_lr=2.0,
+        tied_embed_lr=3.0,
+        scalar_lr=4.0,
+        weight_decay=0.1,
+        **changes,
+    )
     model = t.build_model(settings, SOLO)
     optimizers = t.Optimizers(model, settings, SOLO)
     found = {}
@@ -229,7 +244,12 @@ def test_without_averaging_the_last_weights_stay():
 # 100 seconds of training in clock mode; 1000 steps in step mode.
 CLOCK = {"max_wallclock_seconds": 120.0, "export_reserve_seconds": 20.0, "iterations": 1_000_000}
 STEPS = {"max_wallclock_seconds": 0.0, "export_reserve_seconds": 20.0, "iterations": 1000}
-SHAPE = {"warmdown_fraction": 0.5, "recur_start": 0.35, "late_qat_threshold": 0.2, "muon_momentum": 0.9}
+SHAPE = {
+    "warmdown_fraction": 0.5,
+    "recur_start": 0.35,
+    "late_qat_threshold": 0.2,
+    "muon_momentum": 0.9,
+}
 
 
 def at(part: float, mode: dict, **changes) -> t.Schedule:
@@ -287,7 +307,9 @@ def test_step_mode_does_not_look_at_the_clock_and_iterations_bound_the_clock():
     assert t.schedule_at(tiny(**(CLOCK | {"iterations": 50})), 50, 1.0).progress == 1
 
 
-@pytest.mark.parametrize(("step_seconds", "warmdown"), [(0.1, 0.2), (0.2, 0.4), (0.05, 0.1), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("step_seconds", "warmdown"), [(0.1, 0.2), (0.2, 0.4), (0.05, 0.1), (1.0, 1.0)]
+)
 def test_warmdown_iters_counts_steps_at_the_measured_step_time(step_seconds, warmdown):
     """200 steps of 0.1 s are a fifth of 100 s; of 1 s, they are more than the whole run."""
     for part in (0.5, 0.7, 0.85, 0.95):
@@ -303,7 +325,9 @@ def test_warmdown_iters_in_step_mode():
 
 
 @each_mode
-@pytest.mark.parametrize("changes", [{}, {"warmdown_iters": 200}, {"warmdown_fraction": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"warmdown_iters": 200}, {"warmdown_fraction": 0.0}], ids=str
+)
 def test_a_run_only_ever_moves_forward(mode, changes):
     """At an uneven step time: progress, momentum and both switches never go back, and the factor stays in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
@@ -330,7 +354,10 @@ def test_phases_can_be_switched_off(mode, off):
 
 @each_mode
 def test_ternary_training_is_quantized_from_the_start(mode):
-    assert all(at(part, mode, quantizer="ternary", late_qat_threshold=0.0).quantized for part in (0.0, 0.5, 0.999))
+    assert all(
+        at(part, mode, quantizer="ternary", late_qat_threshold=0.0).quantized
+        for part in (0.0, 0.5, 0.999)
+    )
 
 
 def test_the_training_clock_stands_still_while_paused(monkeypatch):

@@ -67,16 +67,34 @@ def write_run(
     script = script or package.ROOT / "train_gpt.py"
     s = t.Settings(**({"run_id": name, "log_dir": str(folder)} | settings))
     code_bytes = script.stat().st_size
-    values = {"steps": 5000, "step_avg_ms": 117.0, "bytes_total": 15_900_000, "bytes_code": code_bytes}
-    values |= {"val_loss": loss + 0.04, "val_bpb": bpb(loss + 0.04), "train_clock_seconds": 599.0} | (trained or {})
-    about = {"python": "3.12.3", "torch": "2.9.0", "cuda": "12.8", "triton": "3.5.0", "hardware": hardware}
+    values = {
+        "steps": 5000,
+        "step_avg_ms": 117.0,
+        "bytes_total": 15_900_000,
+        "bytes_code": code_bytes,
+    }
+    values |= {
+        "val_loss": loss + 0.04,
+        "val_bpb": bpb(loss + 0.04),
+        "train_clock_seconds": 599.0,
+    } | (trained or {})
+    about = {
+        "python": "3.12.3",
+        "torch": "2.9.0",
+        "cuda": "12.8",
+        "triton": "3.5.0",
+        "hardware": hardware,
+    }
     about |= machine or {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "__file__", str(script))  # what Log writes first
         log = t.Log(s, SimpleNamespace(rank=0), name)
     asked = dataclasses.asdict(s)
     log(
-        "  ".join(f"{key}={value}" for key, value in (about | asked).items()), "settings", machine=about, settings=asked
+        "  ".join(f"{key}={value}" for key, value in (about | asked).items()),
+        "settings",
+        machine=about,
+        settings=asked,
     )
     log(f"Total submission size int6+lzma: {values['bytes_total']} bytes", "trained", **values)
     score = lambda loss: t.Score(loss, bpb(loss, bytes_per_token), None, 0)
@@ -90,7 +108,10 @@ def write_run(
 
 def write_runs(folder: Path, losses=(3.00, 3.01, 3.02), **options) -> list[Path]:
     """A run for each loss, with seeds 11, 22, 33 ..."""
-    return [write_run(folder, f"run{i}", loss, seed=11 * i, **options) for i, loss in enumerate(losses, 1)]
+    return [
+        write_run(folder, f"run{i}", loss, seed=11 * i, **options)
+        for i, loss in enumerate(losses, 1)
+    ]
 
 
 def edit(path: Path, old: str, new: str, count: int = 1) -> Path:
@@ -102,7 +123,9 @@ def edit(path: Path, old: str, new: str, count: int = 1) -> Path:
 
 def pack(out: Path, *arguments, author: str = "A. Author") -> int:
     """Runs the command in this process."""
-    return package.main([*map(str, arguments), "--out", str(out), "--author", author, "--name", "Entry"])
+    return package.main(
+        [*map(str, arguments), "--out", str(out), "--author", author, "--name", "Entry"]
+    )
 
 
 def packed(out: Path) -> tuple[dict, str]:
@@ -137,14 +160,20 @@ def test_the_folder_holds_script_logs_requirements_and_results(tmp_path, project
     assert (out / "requirements.txt").read_bytes() == (ROOT / "requirements.txt").read_bytes()
     for seed, log in zip(RECORD, logs):
         for suffix in (".txt", ".jsonl"):
-            assert (out / f"train_seed{seed}{suffix}").read_bytes() == log.with_suffix(suffix).read_bytes()
+            assert (out / f"train_seed{seed}{suffix}").read_bytes() == log.with_suffix(
+                suffix
+            ).read_bytes()
 
 
 def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, project):
     sizes = (15_900_001, 15_900_003, 15_900_002)
     logs = [
         write_run(
-            tmp_path, f"run{i}", loss, seed=seed, trained={"bytes_total": size, "steps": steps, "step_avg_ms": ms}
+            tmp_path,
+            f"run{i}",
+            loss,
+            seed=seed,
+            trained={"bytes_total": size, "steps": steps, "step_avg_ms": ms},
         )
         for i, (loss, seed, size, steps, ms) in enumerate(
             zip((3.00, 3.01, 3.02), RECORD, sizes, (5000, 5010, 5041), (117.0, 118.0, 119.5))
@@ -172,7 +201,11 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
 
 def test_readme_has_a_row_per_seed_their_mean_and_their_deviation(tmp_path):
     assert pack(tmp_path / "out", *write_runs(tmp_path / "logs")) == 0
-    rows = [line.strip("| ").split(" | ") for line in packed(tmp_path / "out")[1].split("\n") if line.startswith("|")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in packed(tmp_path / "out")[1].split("\n")
+        if line.startswith("|")
+    ]
     assert [row[0] for row in rows] == ["seed", "---", "11", "22", "33", "mean", "std"]
     assert len({len(row) for row in rows}) == 1
     second, mean, std = (dict(zip(rows[0], row)) for row in (rows[3], rows[5], rows[6]))
@@ -201,17 +234,31 @@ def test_one_run_has_no_deviation(tmp_path):
         (3, {}, None),
         (4, {"hardware": "8 × NVIDIA H100 SXM5 80GB"}, None),
         (3, {"data_path": "/elsewhere/fineweb10B_sp1024"}, None),
-        (3, {"hardware": "4 × NVIDIA H100 80GB HBM3"}, "the hardware is 4 × NVIDIA H100 80GB HBM3, not 8 × H100 SXM"),
-        (3, {"hardware": "8 × NVIDIA H100 PCIe"}, "the hardware is 8 × NVIDIA H100 PCIe, not 8 × H100 SXM"),
+        (
+            3,
+            {"hardware": "4 × NVIDIA H100 80GB HBM3"},
+            "the hardware is 4 × NVIDIA H100 80GB HBM3, not 8 × H100 SXM",
+        ),
+        (
+            3,
+            {"hardware": "8 × NVIDIA H100 PCIe"},
+            "the hardware is 8 × NVIDIA H100 PCIe, not 8 × H100 SXM",
+        ),
         (3, {"hardware": "8 × NVIDIA H1000"}, "the hardware is 8 × NVIDIA H1000, not 8 × H100 SXM"),
         (3, {"hardware": "8 × NVIDIA H200"}, "the hardware is 8 × NVIDIA H200, not 8 × H100 SXM"),
         (3, {"hardware": "18 × NVIDIA H100"}, "the hardware is 18 × NVIDIA H100, not 8 × H100 SXM"),
-        (3, {"data_path": "data/fineweb/books"}, "DATA_PATH=data/fineweb/books is not a folder named fineweb…"),
+        (
+            3,
+            {"data_path": "data/fineweb/books"},
+            "DATA_PATH=data/fineweb/books is not a folder named fineweb…",
+        ),
         (2, {}, "2 seeds, not three or more"),
         (1, {}, "1 seed, not three or more"),
     ],
 )
-def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(tmp_path, capsys, seeds, options, reason):
+def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(
+    tmp_path, capsys, seeds, options, reason
+):
     logs = write_runs(tmp_path / "logs", [3.0 + i / 100 for i in range(seeds)], **options)
     assert pack(tmp_path / "out", *logs) == 0
     entry, text = packed(tmp_path / "out")
@@ -230,9 +277,27 @@ def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(tmp_path
     ("hardware", "settings"),
     [
         (H100, {}),
-        (H100, {"matrix_lr": 0.03, "ttt_enabled": False, "max_wallclock_seconds": 590.5, "layer_order": "0-3,3-8"}),
-        ("2 × NVIDIA H200", {"preset": "short", "train_batch_tokens": 131_072, "tokenizer_path": 'it\'s $HOME; a "b"'}),
-        ("1 × CPU x86_64, 2 threads", {"preset": "tiny", "num_layers": 2, "mamba_layers": "0", "scalar_lr": 1e-5}),
+        (
+            H100,
+            {
+                "matrix_lr": 0.03,
+                "ttt_enabled": False,
+                "max_wallclock_seconds": 590.5,
+                "layer_order": "0-3,3-8",
+            },
+        ),
+        (
+            "2 × NVIDIA H200",
+            {
+                "preset": "short",
+                "train_batch_tokens": 131_072,
+                "tokenizer_path": 'it\'s $HOME; a "b"',
+            },
+        ),
+        (
+            "1 × CPU x86_64, 2 threads",
+            {"preset": "tiny", "num_layers": 2, "mamba_layers": "0", "scalar_lr": 1e-5},
+        ),
     ],
 )
 def test_the_readmes_command_asks_for_the_same_settings(tmp_path, hardware, settings):
@@ -240,14 +305,20 @@ def test_the_readmes_command_asks_for_the_same_settings(tmp_path, hardware, sett
     preset = t.PRESETS[settings.get("preset", "default")]
     logs = write_runs(tmp_path / "logs", [3.0, 3.1], **options, **(preset | settings))
     assert pack(tmp_path / "out", *logs) == 0
-    loop = re.search(r"^for seed in 11 22; do\n    (.*)\ndone$", packed(tmp_path / "out")[1], re.MULTILINE)
+    loop = re.search(
+        r"^for seed in 11 22; do\n    (.*)\ndone$", packed(tmp_path / "out")[1], re.MULTILINE
+    )
     words = shlex.split(loop[1])
     given = list(itertools.takewhile(lambda word: "=" in word, words))
     ranks = hardware.split()[0]
-    launch = ["python"] if ranks == "1" else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    launch = (
+        ["python"] if ranks == "1" else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    )
     assert words[len(given) :] == [*launch, "train_gpt.py"]
     assert given[0] == "SEED=$seed"
-    assert {word.split("=")[0].lower() for word in given[1:]} == set(settings)  # no more than what differs
+    assert {word.split("=")[0].lower() for word in given[1:]} == set(
+        settings
+    )  # no more than what differs
     read, _ = t.read_settings(dict(word.split("=", 1) for word in given[1:]) | {"SEED": "11"})
     ran = json.loads(logs[0].with_suffix(".jsonl").read_text().split("\n")[0])["settings"]
     assert dataclasses.asdict(read) | {"run_id": ran["run_id"], "log_dir": ran["log_dir"]} == ran
@@ -267,7 +338,13 @@ def test_author_and_name_come_from_submission_json_but_not_its_blurb(tmp_path, c
     log, out = write_run(tmp_path / "logs", "a"), str(tmp_path / "out")
     assert package.main([str(log), "--out", out]) == 2
     assert "--author is missing" in capsys.readouterr().err
-    known = {"author": "Known", "github_id": None, "name": "Known name", "blurb": "Of another run.", "val_bpb": 1.0}
+    known = {
+        "author": "Known",
+        "github_id": None,
+        "name": "Known name",
+        "blurb": "Of another run.",
+        "val_bpb": 1.0,
+    }
     (project / "submission.json").write_text(json.dumps(known))
     assert package.main([str(log), "--out", out, "--name", "New name"]) == 0
     entry, text = packed(tmp_path / "out")
@@ -285,18 +362,37 @@ def test_the_repositorys_own_log(tmp_path):
     log = ROOT / "logs" / "h200-45s.txt"
     script = tmp_path / "script.py"
     script.write_text(log.read_text().split("\n" + "=" * 100 + "\n")[0])
-    command = [sys.executable, str(ROOT / "tools" / "package.py"), str(log), "--script", str(script), "--out", "entry"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "package.py"),
+        str(log),
+        "--script",
+        str(script),
+        "--out",
+        "entry",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("entry: 1 run(s), val_bpb 1.36226, track non-record\n")
     entry, text = packed(tmp_path / "entry")
     assert (tmp_path / "entry" / "train_gpt.py").read_bytes() == script.read_bytes()
     assert list(entry) == FIELDS
-    figures = ("val_loss", "val_bpb", "bytes_total", "bytes_code", "train_steps", "step_avg_ms", "hardware")
+    figures = (
+        "val_loss",
+        "val_bpb",
+        "bytes_total",
+        "bytes_code",
+        "train_steps",
+        "step_avg_ms",
+        "hardware",
+    )
     wanted = [3.47191322, 1.3622593, 15_636_376, 139_974, 554, 70.53, "1 × NVIDIA H200"]
     assert [entry[name] for name in figures] == wanted
     assert "| 1337 | 554 | 70.53 | 1.36672 | 1.36828 | 1.36226 | 3.47191 | 15,636,376 |" in text
-    assert "MAX_WALLCLOCK_SECONDS=45 EXPORT_RESERVE_SECONDS=6 EVAL_MAX_SECONDS=180 python train_gpt.py" in text
+    assert (
+        "MAX_WALLCLOCK_SECONDS=45 EXPORT_RESERVE_SECONDS=6 EVAL_MAX_SECONDS=180 python train_gpt.py"
+        in text
+    )
 
 
 # ============
@@ -403,8 +499,14 @@ PLANTED = [
         other_code,
         "{b}.txt holds another script than {script}: line {changed} has 'class settings:', not 'class Settings:'",
     ),
-    (shorter_code, "{b}.txt holds another script than {script}: line {last} has '', not 'LAST = 1'"),
-    (other_code_in_the_second_run, "{b}.txt holds another script than {script}: line 1 has '# new', not '\"\"\"Param"),
+    (
+        shorter_code,
+        "{b}.txt holds another script than {script}: line {last} has '', not 'LAST = 1'",
+    ),
+    (
+        other_code_in_the_second_run,
+        "{b}.txt holds another script than {script}: line 1 has '# new', not '\"\"\"Param",
+    ),
     (other_code_size, "{b}.txt counts 1000 bytes of code, but its script has {size}"),
     (without_text_score, "{b}.txt has no final score: the run did not finish"),
     (without_recorded_score, "{b}.jsonl has no final score: the run did not finish"),
@@ -413,14 +515,20 @@ PLANTED = [
         scores_disagree,
         "{b}.txt has the final score val_loss 2.99000000 and val_bpb {bpb}, but {b}.jsonl 3.00000000 and",
     ),
-    (bpb_disagrees, "{b}.txt has the final score val_loss 3.00000000 and val_bpb {bpb}, but {b}.jsonl 3.00000000 and"),
+    (
+        bpb_disagrees,
+        "{b}.txt has the final score val_loss 3.00000000 and val_bpb {bpb}, but {b}.jsonl 3.00000000 and",
+    ),
     (score_is_nan, "{b}.txt has no usable final score: val_loss nan"),
     (records_are_missing, "cannot read {b}.jsonl: No such file or directory"),
     (records_are_broken, "{b}.jsonl is not a run's .jsonl log"),
     (record_is_missing, "{b}.jsonl is not a finished run's log: KeyError('trained')"),
     (text_is_binary, "cannot read {b}.txt: it is not UTF-8 text"),
     (text_is_a_folder, "cannot read {b}.txt: Is a directory"),
-    (text_without_script, "{b}.txt is not a run's text log: no line of 100 = ends the script in it"),
+    (
+        text_without_script,
+        "{b}.txt is not a run's text log: no line of 100 = ends the script in it",
+    ),
     (lambda folder: [folder / "b.txt"], "cannot read {b}.txt: No such file or directory"),
     (lambda folder: [folder / "b.jsonl"], "{b}.jsonl: give the run's .txt log"),
     (lambda folder: [folder / "a.txt"], "{a}.txt is given twice"),
@@ -432,20 +540,32 @@ DIFFERENT = [
     ({"unet_skips": False}, "{b}.txt has UNET_SKIPS=False, but {a}.txt has True"),
     ({"scan_backend": "chunked"}, "{b}.txt has SCAN_BACKEND=chunked, but {a}.txt has auto"),
     ({"eval_only": True}, "{b}.txt is of an EVAL_ONLY run: give the log of the run that trained"),
-    ({"hardware": "8 × NVIDIA H200"}, "{b}.txt ran with hardware 8 × NVIDIA H200, but {a}.txt with " + H100),
+    (
+        {"hardware": "8 × NVIDIA H200"},
+        "{b}.txt ran with hardware 8 × NVIDIA H200, but {a}.txt with " + H100,
+    ),
     ({"hardware": "H100"}, "{b}.jsonl is not a finished run's log: ValueError("),
     ({"machine": {"torch": "2.10.0"}}, "{b}.txt ran with torch 2.10.0, but {a}.txt with 2.9.0"),
-    ({"bytes_per_token": 3.8}, "{b}.txt scored another text or used another tokenizer: 3.80000 bytes per token there"),
+    (
+        {"bytes_per_token": 3.8},
+        "{b}.txt scored another text or used another tokenizer: 3.80000 bytes per token there",
+    ),
     (
         {"trained": {"bytes_total": 16_000_001}},
         "{b}.txt: code and artifact take 16,000,001 bytes, over the cap of 16,00",
     ),
-    ({"trained": {"train_clock_seconds": 600.2}}, "{b}.txt: training took 600.2 s, over MAX_WALLCLOCK_SECONDS=600"),
+    (
+        {"trained": {"train_clock_seconds": 600.2}},
+        "{b}.txt: training took 600.2 s, over MAX_WALLCLOCK_SECONDS=600",
+    ),
     (
         {"trained": {"train_clock_seconds": float("nan")}},
         "{b}.txt: training took nan s, over MAX_WALLCLOCK_SECONDS=600",
     ),
-    ({"max_wallclock_seconds": 500.0}, "{b}.txt: training took 599.0 s, over MAX_WALLCLOCK_SECONDS=500"),
+    (
+        {"max_wallclock_seconds": 500.0},
+        "{b}.txt: training took 599.0 s, over MAX_WALLCLOCK_SECONDS=500",
+    ),
     (
         {"max_wallclock_seconds": 900.0, "trained": {"train_clock_seconds": 601.0}},
         "{b}.txt: training took 601.0 s, over the contest's 600 s",
@@ -456,7 +576,10 @@ DIFFERENT = [
     ),
     ({"evaluation": 600.1}, "{b}.txt: evaluation took 600.1 s, over EVAL_MAX_SECONDS=600"),
     ({"eval_max_seconds": 300.0}, "{b}.txt: evaluation took 400.0 s, over EVAL_MAX_SECONDS=300"),
-    ({"eval_max_seconds": 900.0, "evaluation": 601.0}, "{b}.txt: evaluation took 601.0 s, over the contest's 600 s"),
+    (
+        {"eval_max_seconds": 900.0, "evaluation": 601.0},
+        "{b}.txt: evaluation took 601.0 s, over the contest's 600 s",
+    ),
 ]
 
 
@@ -465,18 +588,28 @@ def test_an_unsound_log_is_refused_in_one_line(tmp_path, capsys, project, plant,
     logs, script = tmp_path / "logs", project / "train_gpt.py"
     sound, out = write_run(logs, "a", seed=1), tmp_path / "out"
     planted, code = plant(logs), script.read_text()
-    facts = {"a": logs / "a", "b": logs / "b", "script": script, "size": len(code.encode()), "bpb": f"{bpb(3.0):.8f}"}
+    facts = {
+        "a": logs / "a",
+        "b": logs / "b",
+        "script": script,
+        "size": len(code.encode()),
+        "bpb": f"{bpb(3.0):.8f}",
+    }
     facts |= {"changed": code.split("\n").index("class Settings:") + 1, "last": code.count("\n")}
     capsys.readouterr()  # what the runs printed
     assert refusal(out, capsys, sound, *planted).startswith(line.format(**facts))
 
 
 @pytest.mark.parametrize(("options", "line"), DIFFERENT)
-def test_runs_over_a_limit_or_of_other_settings_are_refused_in_one_line(tmp_path, capsys, options, line):
+def test_runs_over_a_limit_or_of_other_settings_are_refused_in_one_line(
+    tmp_path, capsys, options, line
+):
     logs = tmp_path / "logs"
     runs = [write_run(logs, "a", seed=1), write_run(logs, "b", **({"seed": 2} | options))]
     capsys.readouterr()
-    assert refusal(tmp_path / "out", capsys, *runs).startswith(line.format(a=logs / "a", b=logs / "b"))
+    assert refusal(tmp_path / "out", capsys, *runs).startswith(
+        line.format(a=logs / "a", b=logs / "b")
+    )
 
 
 def test_runs_at_the_limits_and_in_other_places_are_packaged(tmp_path):
@@ -495,10 +628,15 @@ def test_runs_at_the_limits_and_in_other_places_are_packaged(tmp_path):
         (["--out", "x"], "the following arguments are required: LOG"),
         (["a.txt"], "the following arguments are required: --out"),
         (["a.txt", "--out", "x", "--sedd", "1"], "unrecognized arguments: --sedd 1"),
-        (["a.txt", "--out", "x", "--script", "none.py"], "cannot read none.py: No such file or directory"),
+        (
+            ["a.txt", "--out", "x", "--script", "none.py"],
+            "cannot read none.py: No such file or directory",
+        ),
     ],
 )
-def test_a_wrong_command_line_is_refused_in_one_line(tmp_path, capsys, monkeypatch, arguments, line):
+def test_a_wrong_command_line_is_refused_in_one_line(
+    tmp_path, capsys, monkeypatch, arguments, line
+):
     monkeypatch.chdir(tmp_path)
     assert package.main(arguments) == 2
     assert capsys.readouterr().err == f"package.py: error: {line}\n"
@@ -525,7 +663,9 @@ def test_a_folder_with_contents_is_replaced_only_by_force(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("failing", ["write_bytes", "rename"])
-def test_a_failure_leaves_the_old_folder_and_nothing_half_made(tmp_path, capsys, monkeypatch, failing):
+def test_a_failure_leaves_the_old_folder_and_nothing_half_made(
+    tmp_path, capsys, monkeypatch, failing
+):
     log, out = write_run(tmp_path / "logs", "a"), tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("old")
@@ -546,12 +686,20 @@ def test_force_never_replaces_what_is_being_read(tmp_path, capsys, monkeypatch, 
     log, file = write_run(tmp_path / "logs", "a"), tmp_path / "file"
     file.touch()
     capsys.readouterr()
-    assert refusal(tmp_path / "logs", capsys, log, "--force") == f"--out {log.parent} would replace {log}"
-    assert refusal(project, capsys, log, "--force") == f"--out {project} would replace {project}/train_gpt.py"
+    assert (
+        refusal(tmp_path / "logs", capsys, log, "--force")
+        == f"--out {log.parent} would replace {log}"
+    )
+    assert (
+        refusal(project, capsys, log, "--force")
+        == f"--out {project} would replace {project}/train_gpt.py"
+    )
     assert refusal(file, capsys, log, "--force") == f"{file} is not a folder"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert refusal(tmp_path / "here", capsys, log, "--force").startswith(f"--out {tmp_path / 'here'} would replace")
+    assert refusal(tmp_path / "here", capsys, log, "--force").startswith(
+        f"--out {tmp_path / 'here'} would replace"
+    )
 
 
 # ============
@@ -564,14 +712,18 @@ def hand_computed_p(t_value: float) -> float:
     return 0.5 + 3 / 8 * math.copysign(math.sqrt(square), t_value) * (1 - square / 12)
 
 
-@pytest.mark.parametrize(("baseline_mean", "p", "holds"), [(3.045, 0.01066, False), (3.046, 0.00958, True)])
+@pytest.mark.parametrize(
+    ("baseline_mean", "p", "holds"), [(3.045, 0.01066, False), (3.046, 0.00958, True)]
+)
 def test_the_test_agrees_with_one_done_by_hand(tmp_path, capsys, baseline_mean, p, holds):
     """Both samples have deviation 0.01 and n = 3: Welch's degrees of freedom are 4, the standard error is
     0.01·sqrt(2/3), and t = (3.01 + 0.005 - the baseline's mean) / that."""
     t_value = (3.01 + 0.005 - baseline_mean) / (0.01 * math.sqrt(2 / 3))
     assert hand_computed_p(t_value) == pytest.approx(p, abs=5e-6)
     losses = [baseline_mean - 0.01, baseline_mean, baseline_mean + 0.01]
-    assert package.welch([3.00, 3.01, 3.02], losses) == pytest.approx((t_value, hand_computed_p(t_value)), rel=1e-6)
+    assert package.welch([3.00, 3.01, 3.02], losses) == pytest.approx(
+        (t_value, hand_computed_p(t_value)), rel=1e-6
+    )
 
     ours, theirs = write_runs(tmp_path / "ours"), write_runs(tmp_path / "baseline", losses)
     assert pack(tmp_path / "out", *ours, "--baseline", *theirs) == 0
@@ -589,12 +741,16 @@ def test_the_test_is_welchs_one_sided_with_unequal_sizes_and_spreads():
     t_value = (statistics.fmean(ours) + 0.005 - statistics.fmean(baseline)) / math.sqrt(a + b)
     p = stats.t.cdf(t_value, (a + b) ** 2 / (a**2 / 3 + b**2 / 2))
     assert package.welch(ours, baseline) == pytest.approx((t_value, p), rel=1e-9)
-    assert package.welch(baseline, ours)[1] > 0.9  # a worse result is no gain, however clear the difference
+    assert (
+        package.welch(baseline, ours)[1] > 0.9
+    )  # a worse result is no gain, however clear the difference
 
 
 def test_means_and_deviations_are_scipys():
     values = [3.0123, 2.9987, 3.0451, 3.0002]
-    assert package.spread(values) == pytest.approx((stats.tmean(values), stats.tstd(values)), rel=1e-12)
+    assert package.spread(values) == pytest.approx(
+        (stats.tmean(values), stats.tstd(values)), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -617,7 +773,11 @@ def test_a_baseline_may_be_another_scripts_log(tmp_path):
     theirs = []
     for i, loss in enumerate((3.1, 3.11)):
         theirs.append(tmp_path / f"theirs{i}.log")
-        lines = ["some code", f"other_exact val_loss:9.9 val_bpb:{bpb(9.9):.8f}", f"ttt_exact val_loss:{loss:.8f} "]
+        lines = [
+            "some code",
+            f"other_exact val_loss:9.9 val_bpb:{bpb(9.9):.8f}",
+            f"ttt_exact val_loss:{loss:.8f} ",
+        ]
         theirs[-1].write_text("\n".join(lines) + f"val_bpb:{bpb(loss):.8f}\nbye\n")
     assert pack(tmp_path / "out", *write_runs(tmp_path / "ours"), "--baseline", *theirs) == 0
     assert "the baseline's 3.10500 (n=2: 3.10000, 3.11000)" in packed(tmp_path / "out")[1]
@@ -634,7 +794,9 @@ def test_an_unsound_baseline_is_refused_in_one_line(tmp_path, capsys):
     zero.write_text("_exact val_loss:0.0 val_bpb:0.0\n")
     capsys.readouterr()
     refused = lambda *baseline: refusal(out, capsys, *ours, "--baseline", *baseline)
-    assert refused(other_text).startswith(f"{other_text} scored another text or used another tokenizer: 3.20000 bytes")
+    assert refused(other_text).startswith(
+        f"{other_text} scored another text or used another tokenizer: 3.20000 bytes"
+    )
     assert refused(*same_seed) == f"{same_seed[1]} has SEED=1, as another run of the baseline has"
     assert refused(unfinished).startswith(f"{logs}/b.jsonl has no final score")
     assert refused(empty) == f"{empty} has no final score"

@@ -30,7 +30,11 @@ def test_seeds_are_one_point_and_clocks_are_in_order(tmp_path):
     ]
     points = plot_scores.read_points(logs)
     assert points["final"] == [(180.0, [1.22, 1.23]), (180.0, [1.29]), (400.0, [1.20])]
-    assert points["before quantization"] == [(180.0, [1.24, 1.26]), (180.0, [1.30]), (400.0, [1.21])]
+    assert points["before quantization"] == [
+        (180.0, [1.24, 1.26]),
+        (180.0, [1.30]),
+        (400.0, [1.21]),
+    ]
 
 
 def test_the_command_draws_a_picture(tmp_path):

@@ -37,8 +37,15 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     documents = []
     for index in range(count):
-        words = [rng.choice(WORDS) + rng.choice(["", "s", "ed", ", and", "."]) for _ in range(rng.randint(5, 60))]
-        documents.append(" ".join([f"Number {seed}-{index}:", *words, rng.choice(["", "café", "東京 🙂", "x = 10"])]))
+        words = [
+            rng.choice(WORDS) + rng.choice(["", "s", "ed", ", and", "."])
+            for _ in range(rng.randint(5, 60))
+        ]
+        documents.append(
+            " ".join(
+                [f"Number {seed}-{index}:", *words, rng.choice(["", "café", "東京 🙂", "x = 10"])]
+            )
+        )
     return [document.strip() for document in documents]
 
 
@@ -60,7 +67,9 @@ def read_split(out: Path, name: str, split: str, model: Path | None = None) -> l
     """Decode all documents of a split; every one must start with BOS and hold no BOS, end or unknown token."""
     model = model or next(out.glob(f"{name}_*_bpe.model"))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    tokens = np.concatenate([read_shard(path) for path in sorted(out.glob(f"{name}_{split}_*.bin"))])
+    tokens = np.concatenate(
+        [read_shard(path) for path in sorted(out.glob(f"{name}_{split}_*.bin"))]
+    )
     assert tokens[0] == 1
     assert tokens.max() < tokenizer.vocab_size()
     assert not np.isin(tokens, [tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id()]).any()
@@ -74,7 +83,11 @@ def write_text(path: Path, documents: list[str], separator: str = "\0") -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -99,14 +112,22 @@ def test_shards_decode_to_the_text_in_order_and_split_is_disjoint(tmp_path, caps
     in_val = set(val)
     assert train == [document for document in documents if document not in in_val]
     assert val == [document for document in documents if document in in_val]
-    assert sorted(contents(out)) == ["toy_400_bpe.model", "toy_train_000000.bin", "toy_val_000000.bin"]
+    assert sorted(contents(out)) == [
+        "toy_400_bpe.model",
+        "toy_train_000000.bin",
+        "toy_val_000000.bin",
+    ]
     environment = capsys.readouterr().out.splitlines()[-1]
-    assert environment == f"DATA_PATH='{out}' TOKENIZER_PATH='{out}/toy_400_bpe.model' VOCAB_SIZE=400"
+    assert (
+        environment == f"DATA_PATH='{out}' TOKENIZER_PATH='{out}/toy_400_bpe.model' VOCAB_SIZE=400"
+    )
 
 
 def test_equal_documents_are_in_one_split_and_blank_ones_are_left_out(tmp_path, model):
     documents = make_documents(50)
-    source = write_text(tmp_path / "in.txt", [*documents, "", " \n", *(f"  {document}\n" for document in documents)])
+    source = write_text(
+        tmp_path / "in.txt", [*documents, "", " \n", *(f"  {document}\n" for document in documents)]
+    )
     options = ("--out", tmp_path / "o", "--name", "n", "--tokenizer", model, "--val-fraction", 0.3)
     assert run("text", source, "--separator", "nul", *options) == 0
     train, val = (read_split(tmp_path / "o", "n", split, model) for split in ("train", "val"))
@@ -115,10 +136,21 @@ def test_equal_documents_are_in_one_split_and_blank_ones_are_left_out(tmp_path, 
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 500)  # many small batches, which finish in any order
+    monkeypatch.setattr(
+        prepare, "BATCH_CHARACTERS", 500
+    )  # many small batches, which finish in any order
     source = write_text(tmp_path / "in.txt", make_documents(300))
     for workers in (1, 2):
-        options = ("--out", tmp_path / str(workers), "--name", "n", "--vocab-size", 400, "--workers", workers)
+        options = (
+            "--out",
+            tmp_path / str(workers),
+            "--name",
+            "n",
+            "--vocab-size",
+            400,
+            "--workers",
+            workers,
+        )
         assert run("text", source, "--separator", "nul", *options) == 0
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
@@ -139,17 +171,39 @@ def test_a_file_is_one_document_by_default(tmp_path, model):
     texts = make_documents(3)
     paths = [write_text(tmp_path / f"{index}.txt", [text]) for index, text in enumerate(texts)]
     out = tmp_path / "o"
-    assert run("text", paths[2], paths[0], "--val", paths[1], "--out", out, "--name", "n", "--tokenizer", model) == 0
+    assert (
+        run(
+            "text",
+            paths[2],
+            paths[0],
+            "--val",
+            paths[1],
+            "--out",
+            out,
+            "--name",
+            "n",
+            "--tokenizer",
+            model,
+        )
+        == 0
+    )
     assert read_split(out, "n", "train", model) == [texts[2], texts[0]]
     assert read_split(out, "n", "val", model) == [texts[1]]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
-@given(pieces=st.lists(st.text("aé\r\n \0#"), max_size=8), separator=st.sampled_from(["nul", "blank-line", "##", None]))
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
+)
+@given(
+    pieces=st.lists(st.text("aé\r\n \0#"), max_size=8),
+    separator=st.sampled_from(["nul", "blank-line", "##", None]),
+)
 def test_separators_are_found_across_the_chunks_of_a_file(tmp_path, pieces, separator):
     """Reading 3 bytes at a time must give the same documents as reading the whole file at once."""
     path = tmp_path / "in.txt"
-    path.write_bytes({"nul": "\0", "blank-line": "\n\n", "##": "##", None: ""}[separator].join(pieces).encode())
+    path.write_bytes(
+        {"nul": "\0", "blank-line": "\n\n", "##": "##", None: ""}[separator].join(pieces).encode()
+    )
     results = []
     for chunk_bytes in (3, 2**24):
         with pytest.MonkeyPatch.context() as patch:
@@ -196,7 +250,13 @@ def test_parquet_field_null_and_errors(tmp_path, model, capsys):
 
 def test_tokenizer_has_the_settings_of_the_contest(model):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    assert [tokenizer.id_to_piece(index) for index in range(5)] == ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
+    assert [tokenizer.id_to_piece(index) for index in range(5)] == [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x00>",
+    ]
     assert tokenizer.vocab_size() == 400
     assert tokenizer.encode("a1234", out_type=str)[-4:] == list("1234")
     assert not tokenizer.encode("a", out_type=str)[0].startswith("▁")
@@ -204,7 +264,9 @@ def test_tokenizer_has_the_settings_of_the_contest(model):
 
 
 def test_tokenizer_sample_is_bounded_even_and_without_validation():
-    documents = [prepare.Document(text, index % 5 == 0, 0) for index, text in enumerate(make_documents(1000))]
+    documents = [
+        prepare.Document(text, index % 5 == 0, 0) for index, text in enumerate(make_documents(1000))
+    ]
     total = sum(len(document.text) for document in documents if not document.is_validation)
     kept = prepare.tokenizer_sample(documents, total // 3)
     assert total / 8 < sum(map(len, kept)) <= total // 3
@@ -231,11 +293,21 @@ BAD_INPUTS = {
     "missing": ("text", None, [], "no such file"),
     "empty": ("text", b"", [], "no document that is not empty"),
     "blank": ("text", b" \n\n ", ["--separator", "blank-line"], "no document that is not empty"),
-    "utf8": ("text", b"fine\0caf\xe9 \0", ["--separator", "nul"], "document 2 is not valid UTF-8 (byte 3)"),
+    "utf8": (
+        "text",
+        b"fine\0caf\xe9 \0",
+        ["--separator", "nul"],
+        "document 2 is not valid UTF-8 (byte 3)",
+    ),
     "json": ("jsonl", b'{"text": "a"}\n{"text": \n', [], "line 2: invalid JSON"),
     "deep": ("jsonl", b"[" * 200_000, [], "line 1: invalid JSON"),
     "list": ("jsonl", b"[1]\n", [], "line 1: expected a JSON object, found a list"),
-    "field": ("jsonl", b'{"title": "a", "body": "b"}\n', [], "line 1: no field 'text'; it has title, body"),
+    "field": (
+        "jsonl",
+        b'{"title": "a", "body": "b"}\n',
+        [],
+        "line 1: no field 'text'; it has title, body",
+    ),
     "type": ("jsonl", b'\n{"text": 3}\n', [], "line 2: the field is of type int, not text"),
     "surrogate": ("jsonl", b'{"text": "\\ud83d"}\n', [], "line 1: half of a surrogate pair"),
     "jsonutf8": ("jsonl", b'{"text": "\xff"}\n', [], "line 1 is not valid UTF-8"),
@@ -264,7 +336,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, model, case)
 
 @pytest.mark.parametrize(
     ("vocab_size", "message"),
-    [(70_000, "--vocab-size 70000 is not between 1 and 65536"), (5000, "too little text"), (100, "too small")],
+    [
+        (70_000, "--vocab-size 70000 is not between 1 and 65536"),
+        (5000, "too little text"),
+        (100, "too small"),
+    ],
 )
 def test_vocabulary_that_does_not_fit(tmp_path, capsys, vocab_size, message):
     source, out = write_text(tmp_path / "in.txt", make_documents(50)), tmp_path / "out"
@@ -291,7 +367,9 @@ def test_bad_tokenizers(tmp_path, capsys, monkeypatch, model):
 def test_folders_that_cannot_be_used(tmp_path, capsys, model):
     source = write_text(tmp_path / "in.txt", make_documents(50))
     options = ("--separator", "nul", "--name", "n", "--tokenizer", model)
-    check_error(capsys, run("text", tmp_path, "--out", tmp_path / "o", *options), "not a regular file")
+    check_error(
+        capsys, run("text", tmp_path, "--out", tmp_path / "o", *options), "not a regular file"
+    )
     check_error(capsys, run("text", source, "--out", source, *options), f"{source}: File exists")
     check_error(capsys, run("text", source, "--out", source / "below", *options), "Not a directory")
     both = run("text", source, "--val", source, "--out", tmp_path / "o", *options)
@@ -301,7 +379,9 @@ def test_folders_that_cannot_be_used(tmp_path, capsys, model):
     check_error(capsys, other, "already holds another dataset (n_train_000000.bin)")
 
 
-def test_a_failed_run_leaves_the_earlier_dataset_and_a_good_one_replaces_it(tmp_path, capsys, monkeypatch, model):
+def test_a_failed_run_leaves_the_earlier_dataset_and_a_good_one_replaces_it(
+    tmp_path, capsys, monkeypatch, model
+):
     source, out = write_text(tmp_path / "in.txt", make_documents(100)), tmp_path / "out"
     options = ("--separator", "nul", "--out", out, "--name", "n", "--tokenizer", model)
     assert run("text", source, *options, "--shard-tokens", 1000) == 0
@@ -311,7 +391,11 @@ def test_a_failed_run_leaves_the_earlier_dataset_and_a_good_one_replaces_it(tmp_
     for error, status, message in (
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (prepare.BrokenProcessPool(), 1, "a worker process died, perhaps for lack of memory; try fewer --workers"),
+        (
+            prepare.BrokenProcessPool(),
+            1,
+            "a worker process died, perhaps for lack of memory; try fewer --workers",
+        ),
     ):
 
         def fail(writer, text, tokens, error=error):
@@ -336,7 +420,11 @@ def test_a_document_without_end_is_refused(tmp_path, capsys, monkeypatch, model)
     options = ("--out", tmp_path / "out", "--name", "n", "--tokenizer", model)
     check_error(capsys, run("text", source, *options), "document 1 exceeds 1,000 bytes")
     monkeypatch.setattr(prepare, "CHUNK_BYTES", 100)
-    check_error(capsys, run("text", source, *options, "--separator", "nul"), "document 2 exceeds 1,000 bytes")
+    check_error(
+        capsys,
+        run("text", source, *options, "--separator", "nul"),
+        "document 2 exceeds 1,000 bytes",
+    )
 
 
 @pytest.mark.parametrize(
@@ -377,7 +465,11 @@ def finished(tmp_path) -> Path:
         return np.concatenate(texts).astype("<u2")
 
     train = documents(50)
-    for name, tokens in (("train_000000", train[:300]), ("train_000001", train[300:]), ("val_000000", documents(5))):
+    for name, tokens in (
+        ("train_000000", train[:300]),
+        ("train_000001", train[300:]),
+        ("val_000000", documents(5)),
+    ):
         writer = prepare.ShardWriter(folder, f"d_{name[:-7]}", len(tokens))
         writer.shards = int(name[-6:])
         writer.append("", tokens)
@@ -398,7 +490,9 @@ def test_a_development_split_is_the_end_of_the_training_text(finished, tmp_path,
     out = tmp_path / "out"
     assert run("development", finished, "--out", out, "--part", 0.1) == 0
     (train,), (validation,) = shards_of(out, "train"), shards_of(out, "val")
-    assert np.array_equal(np.append(train, validation), np.concatenate(shards_of(finished, "train")))
+    assert np.array_equal(
+        np.append(train, validation), np.concatenate(shards_of(finished, "train"))
+    )
     assert len(split_documents(validation)) == 5
     assert validation[0] == 1
     assert f"DATA_PATH={out}" in capsys.readouterr().out
@@ -419,7 +513,10 @@ def test_documents_come_in_as_many_orders_as_asked_for(finished, tmp_path, part)
     assert len(orders[0]) == (45 if part else 50)
     if not part:
         assert np.array_equal(shards_of(out, "val"), shards_of(finished, "val"))
-    assert run("development", finished, "--out", tmp_path / "again", "--orders", 3, "--part", part) == 0
+    assert (
+        run("development", finished, "--out", tmp_path / "again", "--orders", 3, "--part", part)
+        == 0
+    )
     assert [split_documents(tokens) for tokens in shards_of(tmp_path / "again", "train")] == orders
 
 
@@ -436,13 +533,17 @@ def test_documents_come_in_as_many_orders_as_asked_for(finished, tmp_path, part)
         (["nothing"], "nothing holds no *_train_*.bin shards"),
     ],
 )
-def test_development_splits_that_cannot_be(finished, tmp_path, capsys, monkeypatch, arguments, said):
+def test_development_splits_that_cannot_be(
+    finished, tmp_path, capsys, monkeypatch, arguments, said
+):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "damaged")
     with open("damaged/d_train_000000.bin", "ab") as file:
         file.write(b"xx")
     assert run("development", finished, "--out", "mine") == 0
-    dataset = "mine" if arguments[-1] == "mine" else arguments.pop(0) if len(arguments) == 1 else finished
+    dataset = (
+        "mine" if arguments[-1] == "mine" else arguments.pop(0) if len(arguments) == 1 else finished
+    )
     assert run("development", dataset, "--out", "out", *arguments) == 1
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
@@ -462,8 +563,15 @@ def test_sample_is_about_2_megabytes_and_deterministic(tmp_path):
     assert [process.returncode for process in runs] == [0, 0]
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     out = tmp_path / "1"
-    assert sorted(contents(out)) == ["sample_1024_bpe.model", "sample_train_000000.bin", "sample_val_000000.bin"]
-    assert f"DATA_PATH={out} TOKENIZER_PATH={out}/sample_1024_bpe.model VOCAB_SIZE=1024" in output[0].splitlines()
+    assert sorted(contents(out)) == [
+        "sample_1024_bpe.model",
+        "sample_train_000000.bin",
+        "sample_val_000000.bin",
+    ]
+    assert (
+        f"DATA_PATH={out} TOKENIZER_PATH={out}/sample_1024_bpe.model VOCAB_SIZE=1024"
+        in output[0].splitlines()
+    )
     train, val = read_split(out, "sample", "train"), read_split(out, "sample", "val")
     assert 1.5e6 < sum(len(text.encode()) for text in train + val) < 3e6
     assert not set(train) & set(val)
@@ -476,7 +584,9 @@ def test_sample_needs_sources_and_enough_text(tmp_path, capsys, monkeypatch):
     library = tmp_path / "lib"
     library.mkdir()
     monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
-    check_error(capsys, run("sample", "--out", tmp_path / "o"), "no standard-library sources", str(library))
+    check_error(
+        capsys, run("sample", "--out", tmp_path / "o"), "no standard-library sources", str(library)
+    )
     (library / "broken.py").write_text("def (")
     (library / "latin.py").write_bytes(b"# caf\xe9")
     (library / "good.py").write_text(
@@ -487,7 +597,9 @@ def test_sample_needs_sources_and_enough_text(tmp_path, capsys, monkeypatch):
         "This is the text of the module.\n\nThis is an example of it:\n\nReturn the result of the call."
         "\n\nThis comment is in two lines of the source."
     ]
-    check_error(capsys, run("sample", "--out", tmp_path / "o"), "too little text for a vocabulary of 1024")
+    check_error(
+        capsys, run("sample", "--out", tmp_path / "o"), "too little text for a vocabulary of 1024"
+    )
 
 
 # ---- FineWeb ----
@@ -507,7 +619,9 @@ class FakeHub(types.SimpleNamespace):
         for path in sorted((self.root / path_in_repo).iterdir()):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             lfs = types.SimpleNamespace(sha256=digest) if self.lfs else None
-            yield types.SimpleNamespace(path=f"{path_in_repo}/{path.name}", size=path.stat().st_size, lfs=lfs)
+            yield types.SimpleNamespace(
+                path=f"{path_in_repo}/{path.name}", size=path.stat().st_size, lfs=lfs
+            )
 
     def hf_hub_download(self, repo_id, filename, *, repo_type, local_dir):
         assert (repo_id, repo_type) == ("willdepueoai/parameter-golf", "dataset")
@@ -559,7 +673,9 @@ def test_fineweb_gets_the_layout_of_the_contest_and_skips_good_files(hub, capsys
     paths = "DATA_PATH=data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=data/tokenizers/fineweb_1024_bpe.model"
     assert capsys.readouterr().out.splitlines()[-1] == f"{paths} VOCAB_SIZE=1024"
     remote = contents(hub.root / "datasets")
-    assert contents(Path("data")) == {path: remote[path] for path in remote if Path(path).name in hub.fetched}
+    assert contents(Path("data")) == {
+        path: remote[path] for path in remote if Path(path).name in hub.fetched
+    }
     hub.fetched.clear()
     assert run(*COMMAND, 3) == 0
     assert hub.fetched == [TRAIN[2]]
@@ -584,7 +700,11 @@ def test_fineweb_resumes_after_a_lost_connection(hub, capsys):
             raise RuntimeError("connection lost\nmore lines")
 
     hub.before_download = lose_connection
-    check_error(capsys, run(*COMMAND, 3), f"download of {TRAIN[1]} failed, run again to resume: connection lost")
+    check_error(
+        capsys,
+        run(*COMMAND, 3),
+        f"download of {TRAIN[1]} failed, run again to resume: connection lost",
+    )
     assert TRAIN[0] in local_files()
     assert not Path("data/datasets/fineweb10B_sp1024", TRAIN[1]).exists()
     hub.fetched.clear()
@@ -605,7 +725,9 @@ def test_fineweb_refuses_corrupt_downloads(hub, capsys):
         (TRAIN[0], lambda copy: copy.write_bytes(copy.read_bytes() + b"xx"), "bytes instead of"),
         (TOKENIZER, flip_last_byte, "SHA-256 differs"),
     ):
-        hub.before_download = lambda path, copy, name=name, damage=damage: damage(copy) if path == name else None
+        hub.before_download = lambda path, copy, name=name, damage=damage: (
+            damage(copy) if path == name else None
+        )
         shutil.rmtree("data", ignore_errors=True)
         check_error(capsys, run(*COMMAND, 1), f"the download of {name} is corrupt", message)
         assert name not in local_files()
@@ -620,7 +742,9 @@ def test_fineweb_checks_headers_even_without_checksums(hub, capsys, place):
     raw = bytearray(path.read_bytes())
     raw[4 * place] ^= 1  # magic number, version, number of tokens
     path.write_bytes(raw)
-    check_error(capsys, run(*COMMAND, 1), TRAIN[0], "the header says" if place == 2 else "not a token shard")
+    check_error(
+        capsys, run(*COMMAND, 1), TRAIN[0], "the header says" if place == 2 else "not a token shard"
+    )
     assert TRAIN[0] not in local_files()
 
 

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PATIENCE, SOLO, random_model, random_tokens, relative, tiny, tiny_environment, write_shard
+from helpers import (
+    PATIENCE,
+    SOLO,
+    random_model,
+    random_tokens,
+    relative,
+    tiny,
+    tiny_environment,
+    write_shard,
+)
 
 import train_gpt as t
 
@@ -35,7 +44,9 @@ def run_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
 
 def process_environment(settings: dict[str, str]) -> dict[str, str]:
     """Settings among what a process needs to start, without any variable that could be taken for a setting."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
+    }
     return kept | {"OMP_NUM_THREADS": "1"} | settings
 
 
@@ -94,7 +105,12 @@ def train(shards, tmp_path_factory):
         (folder / "keep.py").write_text(KEEP_WEIGHTS)
         launcher = [sys.executable]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            launcher += [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={processes}",
+            ]
         done = subprocess.run(
             [*launcher, str(folder / "keep.py"), str(SCRIPT.parent), str(folder / "weights.pt")],
             env=process_environment(run_environment(shards, folder, **settings)),
@@ -136,11 +152,19 @@ def test_the_logged_submission_size_is_that_of_the_files(trained):
 
 def test_log_lines_have_the_contests_form(trained):
     steps = re.findall(
-        r"^step:(\d+)/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", trained.text, re.M
+        r"^step:(\d+)/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$",
+        trained.text,
+        re.M,
     )
     assert [int(step) for step in steps] == [1, 2, 3, 4, 5, 6]
-    assert re.search(r"^step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} .*before quantization", trained.text, re.M)
-    assert re.search(r"^final_int6_lzma_plain_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$", trained.text, re.M)
+    assert re.search(
+        r"^step:6/6 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} .*before quantization",
+        trained.text,
+        re.M,
+    )
+    assert re.search(
+        r"^final_int6_lzma_plain_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$", trained.text, re.M
+    )
     assert trained.text.strip().splitlines()[-1].startswith("final_int6_lzma_sliding_ttt_exact ")
     assert trained.text.strip() in trained.out
 
@@ -148,8 +172,13 @@ def test_log_lines_have_the_contests_form(trained):
 def test_the_records_say_what_the_log_says(trained):
     events = {record["event"]: record for record in trained.records}
     assert events.keys() >= {"settings", "ready", "train", "trained", "after_quantization", "final"}
-    assert (f"{events['final']['val_loss']:.8f}", f"{events['final']['val_bpb']:.8f}") == trained.scores()
-    assert events["trained"]["bytes_total"] == SCRIPT.stat().st_size + trained.artifact.stat().st_size
+    assert (
+        f"{events['final']['val_loss']:.8f}",
+        f"{events['final']['val_bpb']:.8f}",
+    ) == trained.scores()
+    assert (
+        events["trained"]["bytes_total"] == SCRIPT.stat().st_size + trained.artifact.stat().st_size
+    )
     assert events["trained"]["steps"] == 6
     settings = events["settings"]["settings"]
     assert settings == dataclasses.asdict(tiny(**{k: settings[k] for k in settings}))
@@ -186,9 +215,18 @@ def test_evaluation_alone_reproduces_the_score_from_three_files(trained, shards,
     """In a folder without training data and without the log: artifact, tokenizer, validation shard; to the last digit."""
     for file in (trained.artifact, shards / "tokenizer.model", shards / "words_val_000000.bin"):
         shutil.copy(file, tmp_path)
-    evaluation = "EVAL_STRIDE VAL_BATCH_SIZE TTT_CHUNK_TOKENS TRAIN_SEQ_LEN MAMBA_CHUNK_SIZE VOCAB_SIZE"
-    environment = {name: value for name, value in tiny_environment().items() if name in evaluation.split()}
-    environment |= {"EVAL_ONLY": "1", "ARTIFACT": "a.int6.lzma", "DATA_PATH": ".", "TOKENIZER_PATH": "tokenizer.model"}
+    evaluation = (
+        "EVAL_STRIDE VAL_BATCH_SIZE TTT_CHUNK_TOKENS TRAIN_SEQ_LEN MAMBA_CHUNK_SIZE VOCAB_SIZE"
+    )
+    environment = {
+        name: value for name, value in tiny_environment().items() if name in evaluation.split()
+    }
+    environment |= {
+        "EVAL_ONLY": "1",
+        "ARTIFACT": "a.int6.lzma",
+        "DATA_PATH": ".",
+        "TOKENIZER_PATH": "tokenizer.model",
+    }
     done = subprocess.run(
         [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
         env=process_environment(environment | {"PRESET": "tiny", "LOG_DIR": "out", "EVAL_NLL_PATH": "nll.npy"}),
@@ -210,7 +248,9 @@ def test_two_ranks_train_the_same_model_as_one(trained, trained_by_two):
 
 def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
     """A rounding error may move a weight by one step of its grid, which moves the score a little."""
-    before, after = ([r for r in run.records if r["event"] == "trained"][0] for run in (trained, trained_by_two))
+    before, after = (
+        [r for r in run.records if r["event"] == "trained"][0] for run in (trained, trained_by_two)
+    )
     assert after["val_loss"] == pytest.approx(before["val_loss"], abs=1e-4)
     assert after["val_bpb"] == pytest.approx(before["val_bpb"], abs=1e-4)
     assert float(trained_by_two.scores()[1]) == pytest.approx(float(trained.scores()[1]), abs=2e-3)
@@ -220,8 +260,12 @@ def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
 @pytest.fixture
 def group_of_one(monkeypatch):
     """A process group with nobody else in it: several ranks' code, and one rank's gradients."""
-    monkeypatch.setattr(t.Ranks, "concatenate", lambda ranks, rows: torch.cat([rows] * ranks.world_size))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(
+        t.Ranks, "concatenate", lambda ranks, rows: torch.cat([rows] * ranks.world_size)
+    )
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     torch._dynamo.reset()
     yield t.Ranks(0, 2, torch.device("cpu"))
     torch._dynamo.reset()
@@ -229,7 +273,9 @@ def group_of_one(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"document_reset": True}], ids=str)
-def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(monkeypatch, group_of_one, changes):
+def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(
+    monkeypatch, group_of_one, changes
+):
     """And has the same gradients, in every layer order and while weights stand on their grids."""
     settings = tiny(compile="on", layer_order="0,1,1,2", **changes)
     buckets = []
@@ -243,7 +289,9 @@ def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(monkeypatch, g
     trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
     trainer.loss_function.bucket_bytes_cap = 8192
     model, tokens = trainer.model, random_tokens(4, 33)
-    on_grid = functools.partial(t.fake_quantization, model, t.grid_limits(model), t.fit_sdclip(model, settings, 1e6))
+    on_grid = functools.partial(
+        t.fake_quantization, model, t.grid_limits(model), t.fit_sdclip(model, settings, 1e6)
+    )
     for order in (model.order(False), model.order(True)):
         for quantized in (contextlib.nullcontext, on_grid):
             before = len(buckets)
@@ -275,13 +323,26 @@ KINDS = {"embedding", "bigrams", "Mamba in", "Mamba out", "MLP", "attention"}
 def run_and_read(monkeypatch, shards: Path, folder: Path, **settings) -> dict[str, dict]:
     """A run in this process; its last record of each event."""
     assert run_here(monkeypatch, run_environment(shards, folder, **settings)) == 0
-    return {record["event"]: record for record in map(json.loads, (folder / "a.jsonl").read_text().splitlines())}
+    return {
+        record["event"]: record
+        for record in map(json.loads, (folder / "a.jsonl").read_text().splitlines())
+    }
 
 
-def test_the_loss_of_each_kind_of_layer_is_reported_and_they_explain_the_whole(monkeypatch, shards, tmp_path):
+def test_the_loss_of_each_kind_of_layer_is_reported_and_they_explain_the_whole(
+    monkeypatch, shards, tmp_path
+):
     """With coarse grids, on layers that have learned something."""
-    coarse = {"sdclip_k": 40.0, "sdclip_k_int8": 40.0, "quantizer": "round", "matrix_lr": 0.02, "mamba_matrix_lr": 0.02}
-    events = run_and_read(monkeypatch, shards, tmp_path, quantization_report=True, iterations=40, **coarse)
+    coarse = {
+        "sdclip_k": 40.0,
+        "sdclip_k_int8": 40.0,
+        "quantizer": "round",
+        "matrix_lr": 0.02,
+        "mamba_matrix_lr": 0.02,
+    }
+    events = run_and_read(
+        monkeypatch, shards, tmp_path, quantization_report=True, iterations=40, **coarse
+    )
     lost = events["quantization_loss"]["bpb_by_kind"]
     assert set(lost) == KINDS
     whole = events["after_quantization"]["val_bpb"] - events["trained"]["val_bpb"]
@@ -297,9 +358,17 @@ def test_there_is_no_report_unless_it_is_asked_for(trained):
 def test_a_ternary_model_scores_as_it_trained_and_loses_nothing(monkeypatch, shards, tmp_path):
     """Its score before export is that of the integers, of which all kinds of layers are made already."""
     events = run_and_read(
-        monkeypatch, shards, tmp_path, quantizer="ternary", quantization_report=True, val_loss_every=6, iterations=6
+        monkeypatch,
+        shards,
+        tmp_path,
+        quantizer="ternary",
+        quantization_report=True,
+        val_loss_every=6,
+        iterations=6,
     )
-    assert events["trained"]["val_bpb"] == pytest.approx(events["after_quantization"]["val_bpb"], abs=1e-3)
+    assert events["trained"]["val_bpb"] == pytest.approx(
+        events["after_quantization"]["val_bpb"], abs=1e-3
+    )
     assert all(abs(loss) < 1e-6 for loss in events["quantization_loss"]["bpb_by_kind"].values())
     assert "QAT from step 0, " in (tmp_path / "a.txt").read_text(encoding="utf-8")
     model, _ = t.load_model(tmp_path / "a.int6.lzma", tiny(), set(), SOLO)
@@ -362,7 +431,9 @@ class Quiet:
     def progress(self, text: str) -> None: ...
 
 
-def train_here(shards: Path, micro_batch: int = 128, validate=lambda recurrent: None, **changes) -> list[torch.Tensor]:
+def train_here(
+    shards: Path, micro_batch: int = 128, validate=lambda recurrent: None, **changes
+) -> list[torch.Tensor]:
     """The weights after six steps in this process."""
     settings = tiny(**(SIX_STEPS | {"data_path": str(shards)} | changes))
     trainer = t.Trainer(t.build_model(settings, SOLO), settings, SOLO, micro_batch, 1e6, Quiet())
@@ -395,7 +466,9 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
 
 def test_the_compile_warm_up_leaves_no_trace(shards):
     """Neither in the weights, nor in momentum: with or without it, six steps end at the same bits."""
-    assert all(map(torch.equal, train_here(shards, warmup_steps=3), train_here(shards, warmup_steps=0)))
+    assert all(
+        map(torch.equal, train_here(shards, warmup_steps=3), train_here(shards, warmup_steps=0))
+    )
 
 
 def test_gradient_accumulation_trains_the_same_model(shards):
@@ -425,7 +498,9 @@ def test_recurrence_and_late_quantization_switch_on_during_the_run(shards):
     plain = {"late_qat_threshold": 0.0, "layer_order": "0,1,1,2", "recur_start": 1.0}
     base = train_here(shards, **plain)
     assert not all(map(torch.equal, train_here(shards, **plain | {"recur_start": 0.5}), base))
-    assert not all(map(torch.equal, train_here(shards, **plain | {"late_qat_threshold": 0.5}), base))
+    assert not all(
+        map(torch.equal, train_here(shards, **plain | {"late_qat_threshold": 0.5}), base)
+    )
 
 
 @pytest.mark.parametrize(
@@ -466,7 +541,10 @@ def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -
         ({"data_path": "nowhere"}, "nowhere"),
         ({"tokenizer_path": "nowhere.model"}, "nowhere.model"),
         ({"vocab_size": 500}, "512 tokens, but VOCAB_SIZE=500"),
-        ({"train_seq_len": 1024, "train_batch_tokens": 1024, "ttt_chunk_tokens": 1024}, "less than one sequence"),
+        (
+            {"train_seq_len": 1024, "train_batch_tokens": 1024, "ttt_chunk_tokens": 1024},
+            "less than one sequence",
+        ),
         ({"model_dim": 33}, "MODEL_DIM=33"),
         ({"mamba_head_dim": 24}, "MAMBA_HEAD_DIM"),
         ({"train_batch_tokens": 100}, "TRAIN_BATCH_TOKENS=100"),
@@ -506,7 +584,9 @@ def test_a_users_mistake_ends_in_one_line(monkeypatch, capsys, shards, tmp_path,
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_bad_shard_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, split, tokens, options, said):
+def test_a_bad_shard_ends_in_one_line(
+    monkeypatch, capsys, shards, tmp_path, split, tokens, options, said
+):
     for other in ("train", "val"):
         shutil.copy(shards / f"words_{other}_000000.bin", tmp_path)
     write_shard(tmp_path / f"words_{split}_000000.bin", tokens, **options)
@@ -514,15 +594,21 @@ def test_a_bad_shard_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, spl
     assert said in mistake(monkeypatch, capsys, environment)
 
 
-def test_a_training_folder_without_training_shards_ends_in_one_line(monkeypatch, capsys, shards, tmp_path):
+def test_a_training_folder_without_training_shards_ends_in_one_line(
+    monkeypatch, capsys, shards, tmp_path
+):
     shutil.copy(shards / "words_val_000000.bin", tmp_path)
     environment = run_environment(shards, tmp_path / "logs", data_path=tmp_path)
     assert "no *_train_*.bin shards" in mistake(monkeypatch, capsys, environment)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_asking_for_a_gpu_where_there_is_none_ends_in_one_line(monkeypatch, capsys, shards, tmp_path):
-    assert "sees no GPU" in mistake(monkeypatch, capsys, run_environment(shards, tmp_path, device="cuda"))
+def test_asking_for_a_gpu_where_there_is_none_ends_in_one_line(
+    monkeypatch, capsys, shards, tmp_path
+):
+    assert "sees no GPU" in mistake(
+        monkeypatch, capsys, run_environment(shards, tmp_path, device="cuda")
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--iterations=5"], ["ITERATIONS=5"], ["x", "y"]], ids=str)
@@ -530,7 +616,9 @@ def test_arguments_are_refused(monkeypatch, capsys, arguments):
     assert "environment variables" in mistake(monkeypatch, capsys, {}, *arguments)
 
 
-def test_a_damaged_or_contradicted_artifact_ends_in_one_line(monkeypatch, capsys, trained, shards, tmp_path):
+def test_a_damaged_or_contradicted_artifact_ends_in_one_line(
+    monkeypatch, capsys, trained, shards, tmp_path
+):
     data = trained.artifact.read_bytes()
     path = tmp_path / "x.lzma"
     environment = run_environment(shards, tmp_path, eval_only=True, artifact=path)
@@ -539,7 +627,9 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(monkeypatch, capsys
         assert "is not a usable artifact" in mistake(monkeypatch, capsys, environment)
     path.write_bytes(data)
     wrong = environment | {"MODEL_DIM": "64"}
-    assert "MODEL_DIM=64 contradicts the artifact, which has 32" in mistake(monkeypatch, capsys, wrong)
+    assert "MODEL_DIM=64 contradicts the artifact, which has 32" in mistake(
+        monkeypatch, capsys, wrong
+    )
 
 
 @pytest.mark.parametrize("bad_steps", [range(5, 99), range(30, 99)], ids=str)
@@ -552,9 +642,14 @@ def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_p
     settings = {"iterations": 40, "warmup_steps": 0, "train_log_every": 25}
     said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **settings))
     ended = 25 if 5 in bad_steps else 40
-    assert f"the last {ended - bad_steps[0]} steps had gradients that are not finite: training diverged" in said
+    assert (
+        f"the last {ended - bad_steps[0]} steps had gradients that are not finite: training diverged"
+        in said
+    )
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    counts = {record["step"]: record["skipped_steps"] for record in records if record["event"] == "train"}
+    counts = {
+        record["step"]: record["skipped_steps"] for record in records if record["event"] == "train"
+    }
     assert counts == dict.fromkeys(range(2, 6), 1) | {1: 0} | ({25: 1} if ended == 40 else {})
     text = (tmp_path / "a.txt").read_text()
     assert "step:2/40 train_loss:nan" in text
@@ -594,7 +689,9 @@ def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
 
     said_before = []
     monkeypatch.setattr(t, "main", main)
-    monkeypatch.setattr(t.time, "sleep", lambda seconds: said_before.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setattr(
+        t.time, "sleep", lambda seconds: said_before.append((seconds, capsys.readouterr().err))
+    )
     monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2"})
     assert t.run() == 2
     assert [(seconds >= 1, said) for seconds, said in said_before] == [(True, "")]
@@ -607,7 +704,11 @@ def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for(wanted):
     code = "import train_gpt, torch._inductor.config as c; print(getattr(c.triton, 'mix_order_reduction', 'unknown'))"
     asked = {} if wanted is None else {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": wanted}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=process_environment(asked), capture_output=True, text=True, cwd=SCRIPT.parent
+        [sys.executable, "-c", code],
+        env=process_environment(asked),
+        capture_output=True,
+        text=True,
+        cwd=SCRIPT.parent,
     )
     assert done.stdout.strip() in (str(wanted == "1"), "unknown"), done.stderr
 

@@ -44,13 +44,20 @@ def make_inputs(length: int, batch: int = 2, seed: int = 0, starts=(), **changes
 def make_state(batch: int = 2, seed: int = 9) -> t.ScanState:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((HEADS, ANGLES), (HEADS, CHANNELS, STATE), (HEADS, STATE), (HEADS, CHANNELS))
-    return t.ScanState(*(torch.randn(batch, *s, generator=generator, dtype=torch.float64) for s in shapes))
+    return t.ScanState(
+        *(torch.randn(batch, *s, generator=generator, dtype=torch.float64) for s in shapes)
+    )
 
 
 def cut(inputs: t.ScanInputs, first: int, last: int) -> t.ScanInputs:
     """Positions first to last - 1."""
     shared = ("key_bias", "query_bias", "skip")
-    return t.ScanInputs(*(x if x is None or f in shared else x[:, first:last] for f, x in zip(inputs._fields, inputs)))
+    return t.ScanInputs(
+        *(
+            x if x is None or f in shared else x[:, first:last]
+            for f, x in zip(inputs._fields, inputs)
+        )
+    )
 
 
 def assert_close(result, reference, tolerance: float = 1e-10) -> None:
@@ -71,7 +78,10 @@ SWITCHES = {
     "without rotation": {"angle_rate": None},
     "Mamba-2": {"trapezoid": None, "angle_rate": None},
 }
-SCANS = {"sequential": t.sequential_scan, "chunked": lambda inputs, state: t.chunked_scan(inputs, state, 8)}
+SCANS = {
+    "sequential": t.sequential_scan,
+    "chunked": lambda inputs, state: t.chunked_scan(inputs, state, 8),
+}
 each_scan = pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS)
 
 
@@ -102,11 +112,17 @@ def test_chunked_equals_sequential_with_parts_switched_off(switch):
 
 def gradients(scan, inputs: t.ScanInputs, state: t.ScanState) -> dict[str, torch.Tensor]:
     """Of a random weighting of outputs and final state, with respect to every input and the state."""
-    leaves = {f: getattr(inputs, f).clone().requires_grad_() for f in DIFFERENTIABLE if getattr(inputs, f) is not None}
+    leaves = {
+        f: getattr(inputs, f).clone().requires_grad_()
+        for f in DIFFERENTIABLE
+        if getattr(inputs, f) is not None
+    }
     carried = t.ScanState(*(x.clone().requires_grad_() for x in state))
     y, final = scan(inputs._replace(**leaves), carried)
     generator = torch.Generator().manual_seed(5)
-    loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in (y, *final))
+    loss = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in (y, *final)
+    )
     loss.backward()
     found = leaves | {f"state.{f}": x for f, x in zip(carried._fields, carried)}
     return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in found.items()}
@@ -168,7 +184,9 @@ def test_a_document_start_hides_the_trapezoids_previous_token(scan):
     """Zero decay must also take away (1 - lambda) dt v k of the token before, within a call and between calls."""
     inputs = make_inputs(2, batch=1, starts=[1])
     second = cut(inputs, 1, 2)
-    key = second.key[0, 0] + second.key_bias  # the rotation is the same for key and query: it cancels
+    key = (
+        second.key[0, 0] + second.key_bias
+    )  # the rotation is the same for key and query: it cancels
     query = second.query[0, 0] + second.query_bias
     weight = torch.sigmoid(second.trapezoid[0, 0]) * second.step_size[0, 0] * (key * query).sum(-1)
     expected = (weight + second.skip).unsqueeze(-1) * second.value[0, 0] * F.silu(second.gate[0, 0])
@@ -188,16 +206,23 @@ def complex_mamba3(inputs: t.ScanInputs, state: t.ScanState | None = None) -> np
 
     def pairs(vector: np.ndarray) -> np.ndarray:
         """Rotating pairs as complex numbers; what does not rotate as complex numbers that never turn."""
-        return np.concatenate([vector[: 2 * ANGLES : 2] + 1j * vector[1 : 2 * ANGLES : 2], vector[2 * ANGLES :]])
+        return np.concatenate(
+            [vector[: 2 * ANGLES : 2] + 1j * vector[1 : 2 * ANGLES : 2], vector[2 * ANGLES :]]
+        )
 
     for b in range(batch):
         for h in range(HEADS):
             memory = np.zeros((CHANNELS, STATE - ANGLES), dtype=complex)
             k_before, v_before = np.zeros(STATE - ANGLES, dtype=complex), np.zeros(CHANNELS)
             if state is not None:  # into the frame of the last position: turned back by its angle
-                back = np.exp(-1j * np.concatenate([state.angle[b, h].numpy(), np.zeros(STATE - 2 * ANGLES)]))
+                back = np.exp(
+                    -1j * np.concatenate([state.angle[b, h].numpy(), np.zeros(STATE - 2 * ANGLES)])
+                )
                 memory = np.array([pairs(row) for row in state.ssm[b, h].numpy()]) * back
-                k_before, v_before = pairs(state.key[b, h].numpy()) * back, state.value[b, h].numpy()
+                k_before, v_before = (
+                    pairs(state.key[b, h].numpy()) * back,
+                    state.value[b, h].numpy(),
+                )
             for i in range(length):
                 dt = x["step_size"][b, i, h]
                 turn = np.pi * np.tanh(x["angle_rate"][b, i]) * dt
@@ -209,7 +234,9 @@ def complex_mamba3(inputs: t.ScanInputs, state: t.ScanState | None = None) -> np
                 if x["document_start"] is not None and x["document_start"][b, i]:
                     memory, v_before = memory * 0, v_before * 0
                 euler_back = (1 - share) * dt * np.outer(v_before, k_before)
-                memory = np.exp(x["log_decay"][b, i, h]) * back * (memory + euler_back) + share * dt * np.outer(v, k)
+                memory = np.exp(x["log_decay"][b, i, h]) * back * (
+                    memory + euler_back
+                ) + share * dt * np.outer(v, k)
                 gate = x["gate"][b, i, h]
                 y = (memory @ q.conj()).real + x["skip"][h] * v
                 out[b, i, h] = y * gate / (1 + np.exp(-gate))
@@ -237,7 +264,9 @@ def test_mamba2_is_the_plain_recurrence(scan):
             memory = torch.zeros(CHANNELS, STATE, dtype=torch.float64)
             for i in range(20):
                 dt, v = inputs.step_size[b, i, h], inputs.value[b, i, h]
-                memory = math.exp(inputs.log_decay[b, i, h]) * memory + dt * torch.outer(v, inputs.key[b, i])
+                memory = math.exp(inputs.log_decay[b, i, h]) * memory + dt * torch.outer(
+                    v, inputs.key[b, i]
+                )
                 expected[b, i, h] = memory @ inputs.query[b, i] + inputs.skip[h] * v
     assert_close(scan(inputs, None)[0], expected * F.silu(inputs.gate))
 
@@ -248,10 +277,13 @@ def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit(scan, position):
     """A weight that looks one token ahead and is subtracted again is causal on paper, but not in floating point."""
     inputs, other = make_inputs(20, seed=1), make_inputs(20, seed=2)
     for dtype in (torch.float64, torch.float32):
-        a, b = (t.ScanInputs(*(x if x is None else x.to(dtype) for x in i)) for i in (inputs, other))
+        a, b = (
+            t.ScanInputs(*(x if x is None else x.to(dtype) for x in i)) for i in (inputs, other)
+        )
         per_token = (f for f in a._fields if getattr(a, f) is not None and getattr(a, f).dim() > 2)
         changed = {
-            f: torch.cat([getattr(a, f)[:, : position + 1], getattr(b, f)[:, position + 1 :]], 1) for f in per_token
+            f: torch.cat([getattr(a, f)[:, : position + 1], getattr(b, f)[:, position + 1 :]], 1)
+            for f in per_token
         }
         y, z = scan(a, None)[0], scan(a._replace(**changed), None)[0]
         assert torch.equal(y[:, : position + 1], z[:, : position + 1])

@@ -20,7 +20,9 @@ BACKENDS = ("sequential", "parallel")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def make_inputs(length: int, batch: int = 2, dtype=torch.float64, seed: int = 0) -> dict[str, torch.Tensor]:
+def make_inputs(
+    length: int, batch: int = 2, dtype=torch.float64, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """The tensors of selective_scan(), whose rates are as those of a new layer."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -68,8 +70,14 @@ def test_the_scan_is_the_papers_recurrence(backend, starts):
     for b, c in np.ndindex(2, CHANNELS):
         h = np.zeros(STATE)
         for i in range(20):
-            dt, value = np.log1p(np.exp(x["step"][b, i, c] + x["step_bias"][c])), x["value"][b, i, c]
-            h = h * (0 if b == 0 and i in starts else np.exp(dt * x["decay_rate"][c])) + dt * x["key"][b, i] * value
+            dt, value = (
+                np.log1p(np.exp(x["step"][b, i, c] + x["step_bias"][c])),
+                x["value"][b, i, c],
+            )
+            h = (
+                h * (0 if b == 0 and i in starts else np.exp(dt * x["decay_rate"][c]))
+                + dt * x["key"][b, i] * value
+            )
             y, z = x["query"][b, i] @ h + x["skip"][c] * value, x["gate"][b, i, c]
             expected[b, i, c] = y * z / (1 + np.exp(-z))
     y, _ = scan(inputs, backend, 8, document_starts(20, *starts) if starts else None)
@@ -81,7 +89,23 @@ def test_parallel_equals_sequential_at_every_length(chunk):
     """At each length from 1 to 64 and a spread up to 2048; and a long run's prefix is the shorter run."""
     whole = make_inputs(2048, batch=1)
     expected, _ = scan(whole, "sequential", 256)
-    for length in [*range(1, 65), 65, 100, 127, 128, 129, 255, 500, 777, 1023, 1024, 1025, 1500, 2047, 2048]:
+    for length in [
+        *range(1, 65),
+        65,
+        100,
+        127,
+        128,
+        129,
+        255,
+        500,
+        777,
+        1023,
+        1024,
+        1025,
+        1500,
+        2047,
+        2048,
+    ]:
         y, last = scan(cut(whole, 0, length), "parallel", chunk)
         assert relative(y, expected[:, :length]) < 1e-12, length
         if length <= 64:
@@ -99,10 +123,14 @@ def test_gradients_agree(length, starts):
         random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: B023
         leaves = {name: x.requires_grad_() for name, x in make_inputs(length).items()}
         state = random(2, CHANNELS, STATE).requires_grad_()
-        places = None if starts is None else document_starts(length, *(s for s in starts if s < length))
+        places = (
+            None if starts is None else document_starts(length, *(s for s in starts if s < length))
+        )
         outputs = scan(leaves, backend, chunk, places, state)
         loss = sum((y * random(*y.shape)).sum() for y in outputs)
-        found.append(dict(zip((*leaves, "state"), torch.autograd.grad(loss, (*leaves.values(), state)))))
+        found.append(
+            dict(zip((*leaves, "state"), torch.autograd.grad(loss, (*leaves.values(), state))))
+        )
     for name, expected in found[0].items():
         assert expected.norm() > 0
         for other in found[1:]:
@@ -133,7 +161,9 @@ def test_narrow_inputs_leave_neither_nan_nor_infinity(backend, dtype):
 def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit(backend, position):
     one, other = make_inputs(40, dtype=torch.float32), make_inputs(40, dtype=torch.float32, seed=1)
     changed = {
-        name: torch.cat([x[:, : position + 1], other[name][:, position + 1 :]], 1) if name in PER_TOKEN else x
+        name: torch.cat([x[:, : position + 1], other[name][:, position + 1 :]], 1)
+        if name in PER_TOKEN
+        else x
         for name, x in one.items()
     }
     y, z = scan(one, backend, 16)[0], scan(changed, backend, 16)[0]
@@ -159,14 +189,18 @@ def test_packed_documents_equal_each_document_alone(backend):
     inputs, carried = make_inputs(30), torch.randn(2, CHANNELS, STATE, dtype=torch.float64)
     y, _ = scan(inputs, backend, 8, document_starts(30, 0, 8, 19), carried)
     for first, last in ((0, 8), (8, 19), (19, 30)):
-        assert relative(y[:1, first:last], scan(cut(inputs, first, last), backend, 8)[0][:1]) < 1e-12
+        assert (
+            relative(y[:1, first:last], scan(cut(inputs, first, last), backend, 8)[0][:1]) < 1e-12
+        )
 
 
 def test_backward_keeps_no_more_than_a_chunk_of_states():
     """Else a layer of contest size would keep gigabytes."""
     inputs = {name: x.requires_grad_() for name, x in make_inputs(1024).items()}
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         scan(inputs, "parallel", 32)
     assert sum(kept) < 1024 * CHANNELS * STATE * 2 * 2
 
@@ -189,13 +223,18 @@ def test_the_block_is_the_papers():
     dt = F.softplus(low @ block.dt_proj.weight.T + block.dt_bias)
     h, outputs = torch.zeros(2, 64, 8), []
     for i in range(9):
-        h = torch.exp(-dt[:, i, :, None] * block.A_log.exp()) * h + (dt * x)[:, i, :, None] * b[:, i, None]
+        h = (
+            torch.exp(-dt[:, i, :, None] * block.A_log.exp()) * h
+            + (dt * x)[:, i, :, None] * b[:, i, None]
+        )
         outputs.append((h * c[:, i, None]).sum(-1) + block.D * x[:, i])
     assert relative(y, (torch.stack(outputs, 1) * F.silu(z)) @ block.out_proj.weight.T) < 1e-5
 
 
 def test_both_backends_train_alike():
-    parallel, sequential = (gradients(random_model(tiny(scan_backend=backend, **FIRST))) for backend in BACKENDS[::-1])
+    parallel, sequential = (
+        gradients(random_model(tiny(scan_backend=backend, **FIRST))) for backend in BACKENDS[::-1]
+    )
     assert all(relative(parallel[name], gradient) < 1e-4 for name, gradient in sequential.items())
 
 
@@ -209,9 +248,17 @@ def test_new_steps_and_rates_are_the_papers():
 @torch.no_grad()
 def test_what_makes_steps_keys_and_queries_has_eight_bits():
     model = random_model(tiny(**FIRST))
-    limits = {name.rpartition("mixer.")[2]: rows.unique().tolist() for name, rows in t.grid_limits(model).items()}
+    limits = {
+        name.rpartition("mixer.")[2]: rows.unique().tolist()
+        for name, rows in t.grid_limits(model).items()
+    }
     assert limits["x_proj.weight"] == limits["dt_proj.weight"] == [t.INT8_MAX]
-    assert limits["in_proj.weight"] == limits["out_proj.weight"] == limits["query.weight"] == [t.INT6_MAX]
+    assert (
+        limits["in_proj.weight"]
+        == limits["out_proj.weight"]
+        == limits["query.weight"]
+        == [t.INT6_MAX]
+    )
 
 
 # ---- The libraries' operators ----------------------------------------------------------------------------------------
@@ -245,7 +292,11 @@ def plain_conv(x, weight, bias, activation):
     assert x.stride(-1) == 1
 
     def conv(x, weight, bias):
-        return F.silu(F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight.unsqueeze(1), bias, groups=len(weight)))
+        return F.silu(
+            F.conv1d(
+                F.pad(x, (weight.shape[1] - 1, 0)), weight.unsqueeze(1), bias, groups=len(weight)
+            )
+        )
 
     return autograd_function(conv)(x, weight, bias)
 
@@ -265,18 +316,33 @@ def plain_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):  # the libr
 def libraries(monkeypatch):
     """Stand-ins for both libraries, and a CPU that is taken for a GPU where a scan is chosen."""
     conv, ssm = types.ModuleType("causal_conv1d"), types.ModuleType("mamba_ssm")
-    ops, interface = types.ModuleType("mamba_ssm.ops"), types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    ops, interface = (
+        types.ModuleType("mamba_ssm.ops"),
+        types.ModuleType("mamba_ssm.ops.selective_scan_interface"),
+    )
     conv.causal_conv1d_fn, interface.selective_scan_fn = plain_conv, plain_scan
     for module in (conv, ssm, ops, interface):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     choose = t.choose_scan_backend
-    monkeypatch.setattr(t, "choose_scan_backend", lambda settings, _: choose(settings, torch.device("cuda")))
+    monkeypatch.setattr(
+        t, "choose_scan_backend", lambda settings, _: choose(settings, torch.device("cuda"))
+    )
 
 
 def operator_arguments() -> dict:
-    x = {name: value.mT.contiguous() if name in PER_TOKEN else value for name, value in make_inputs(9).items()}
-    conv = [x["value"], torch.randn(CHANNELS, 4, dtype=torch.float64), torch.randn(CHANNELS, dtype=torch.float64)]
-    return {"causal_conv1d_fn": (t.library_conv, conv), "selective_scan_fn": (t.library_scan, list(x.values()))}
+    x = {
+        name: value.mT.contiguous() if name in PER_TOKEN else value
+        for name, value in make_inputs(9).items()
+    }
+    conv = [
+        x["value"],
+        torch.randn(CHANNELS, 4, dtype=torch.float64),
+        torch.randn(CHANNELS, dtype=torch.float64),
+    ]
+    return {
+        "causal_conv1d_fn": (t.library_conv, conv),
+        "selective_scan_fn": (t.library_scan, list(x.values())),
+    }
 
 
 @pytest.mark.parametrize("name", operator_arguments())
@@ -304,12 +370,16 @@ def test_a_state_that_is_passed_on_does_not_hold_its_chunks_states(backend):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_fused_model_trains_as_a_sequential_one(compiled, libraries):
     settings = tiny(num_layers=2, mamba_layers="0", **FIRST)
-    fused, sequential = (random_model(dataclasses.replace(settings, scan_backend=b)) for b in ("fused", "sequential"))
+    fused, sequential = (
+        random_model(dataclasses.replace(settings, scan_backend=b)) for b in ("fused", "sequential")
+    )
     assert fused.blocks[0].mixer.backend == "fused"
     if compiled:
         fused.loss = torch.compile(fused.loss, backend="aot_eager", fullgraph=True, dynamic=False)
     expected = gradients(sequential)
-    assert all(relative(gradient, expected[name]) < 1e-4 for name, gradient in gradients(fused).items())
+    assert all(
+        relative(gradient, expected[name]) < 1e-4 for name, gradient in gradients(fused).items()
+    )
 
 
 def test_auto_is_fused_on_gpus_parallel_on_cpus_and_with_documents(libraries):
@@ -320,7 +390,9 @@ def test_auto_is_fused_on_gpus_parallel_on_cpus_and_with_documents(libraries):
 
 
 def test_a_missing_library_is_told_with_what_to_install(monkeypatch):
-    choose = lambda wanted, device: t.choose_scan_backend(tiny(scan_backend=wanted, **FIRST), torch.device(device))
+    choose = lambda wanted, device: t.choose_scan_backend(
+        tiny(scan_backend=wanted, **FIRST), torch.device(device)
+    )
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert choose("auto", "cpu") == "parallel"
     with pytest.raises(t.UserError, match="SCAN_BACKEND=fused needs a GPU.*; slower: parallel"):
@@ -328,7 +400,8 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)  # an import of it fails
     for wanted in ("auto", "fused"):
         with pytest.raises(
-            t.UserError, match="causal_conv1d.*pip install .* mamba-ssm causal-conv1d; slower: SCAN_BACKEND=parallel"
+            t.UserError,
+            match="causal_conv1d.*pip install .* mamba-ssm causal-conv1d; slower: SCAN_BACKEND=parallel",
         ):
             choose(wanted, "cuda")
     for wanted in ("parallel", "sequential"):
@@ -337,13 +410,19 @@ def test_a_missing_library_is_told_with_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scan_backend": "chunked"}, {"scan_backend": "triton"}, {"scan_backend": "fused", "document_reset": True}]
+    [
+        {"scan_backend": "chunked"},
+        {"scan_backend": "triton"},
+        {"scan_backend": "fused", "document_reset": True},
+    ]
     + [{"scan_backend": "parallel", "mamba_version": 3}],
     ids=str,
 )
 def test_what_does_not_fit_a_mamba_is_refused(changes, libraries):
     settings = tiny(**(FIRST | changes))
-    with pytest.raises(t.UserError, match=f"SCAN_BACKEND={settings.scan_backend} needs .* other layers"):
+    with pytest.raises(
+        t.UserError, match=f"SCAN_BACKEND={settings.scan_backend} needs .* other layers"
+    ):
         t.build_model(settings, SOLO)
 
 
@@ -359,13 +438,17 @@ def skeleton(environment: dict[str, str]) -> t.Model:
     settings, _ = t.read_settings(environment)
     t.validate_settings(settings, 8)
     with torch.device("meta"):
-        return t.Model(dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta"))
+        return t.Model(
+            dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta")
+        )
 
 
 @pytest.mark.parametrize(("preset", "published"), PUBLISHED.items(), ids=PUBLISHED)
 def test_a_published_hybrid_has_its_parameters(preset, published):
     total, tolerance = published
-    assert sum(p.numel() for p in skeleton({"PRESET": preset}).parameters()) == pytest.approx(total, rel=tolerance)
+    assert sum(p.numel() for p in skeleton({"PRESET": preset}).parameters()) == pytest.approx(
+        total, rel=tolerance
+    )
 
 
 def test_hybrid18s_mamba_blocks_have_exactly_the_published_parameters():
@@ -381,16 +464,28 @@ def test_hybrid18_takes_the_published_command():
         SEED=42"""
     given = skeleton({"PRESET": "hybrid18"} | dict(word.split("=") for word in command.split()))
     plain = skeleton({"PRESET": "hybrid18"})
-    assert [(n, p.shape) for n, p in given.named_parameters()] == [(n, p.shape) for n, p in plain.named_parameters()]
-    assert (given.settings.warmdown_iters, given.settings.seed, plain.settings.target_mb) == (3500, 42, 15.9)
+    assert [(n, p.shape) for n, p in given.named_parameters()] == [
+        (n, p.shape) for n, p in plain.named_parameters()
+    ]
+    assert (given.settings.warmdown_iters, given.settings.seed, plain.settings.target_mb) == (
+        3500,
+        42,
+        15.9,
+    )
     letters = "".join(type(block.mixer).__name__[0] for block in given.blocks)
     assert letters == "M" * 12 + "AAA" + "M" * 3
-    assert [layer for layer, block in enumerate(given.blocks) if block.mlp is not None] == [12, 13, 14]
+    assert [layer for layer, block in enumerate(given.blocks) if block.mlp is not None] == [
+        12,
+        13,
+        14,
+    ]
 
 
 def test_nemotron_hinge_runs_the_published_order():
     model = skeleton({"PRESET": "nemotron_hinge"})
-    order = " ".join(f"{type(model.blocks[layer].mixer).__name__[0]}{layer}" for layer in model.order(True))
+    order = " ".join(
+        f"{type(model.blocks[layer].mixer).__name__[0]}{layer}" for layer in model.order(True)
+    )
     assert order == "M0 M1 M2 M3 A4 M3 A4 M3 A4 M5 M6 M7"
     assert t.schedule_at(model.settings, 0, 0.0).recurrent
     sizes = model.blocks[0].mixer.sizes
@@ -406,7 +501,9 @@ SHRINK = {
 
 
 @pytest.mark.parametrize("preset", ["nemotron_hinge", "hybrid11", "hybrid18"])
-def test_a_published_system_runs_from_shards_to_a_score(preset, monkeypatch, capsys, shards, tmp_path):
+def test_a_published_system_runs_from_shards_to_a_score(
+    preset, monkeypatch, capsys, shards, tmp_path
+):
     """Trains, exports, loads again and scores, shrunk by nothing but variables."""
     environment = run_environment(shards, tmp_path, **SHRINK)
     kept = {"DATA_PATH", "TOKENIZER_PATH", "LOG_DIR", "RUN_ID", "DEVICE", "MAX_WALLCLOCK_SECONDS"}
@@ -415,7 +512,9 @@ def test_a_published_system_runs_from_shards_to_a_score(preset, monkeypatch, cap
     }
     assert run_here(monkeypatch, environment) == 0
     assert FINAL.fullmatch(capsys.readouterr().out.strip().splitlines()[-1])
-    _, settings = t.load_model(tmp_path / "a.int6.lzma", t.read_settings(environment)[0], set(), SOLO)
+    _, settings = t.load_model(
+        tmp_path / "a.int6.lzma", t.read_settings(environment)[0], set(), SOLO
+    )
     assert (settings.mamba_version, settings.num_layers) == {
         "nemotron_hinge": (3, 8), "hybrid11": (1, 11), "hybrid18": (1, 18)
     }[preset]  # fmt: skip
@@ -424,7 +523,10 @@ def test_a_published_system_runs_from_shards_to_a_score(preset, monkeypatch, cap
 def test_learning_brings_the_loss_down():
     settings = dataclasses.replace(tiny(mamba_layers="all", **FIRST), matrix_lr=0.02)
     model = t.build_model(settings, SOLO)
-    optimizers, tokens = t.Optimizers(model, settings, SOLO), random_tokens(1, 8).repeat(4, 5)[:, :33]
+    optimizers, tokens = (
+        t.Optimizers(model, settings, SOLO),
+        random_tokens(1, 8).repeat(4, 5)[:, :33],
+    )
     for step in range(20):
         loss = model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True))
         loss.backward()

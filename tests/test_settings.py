@@ -31,7 +31,16 @@ def test_values_get_the_type_of_the_default(text, kind, value):
 
 @pytest.mark.parametrize(
     ("text", "kind"),
-    [("2", bool), ("yes", bool), ("", bool), ("1.0", int), ("1e3", int), ("", int), ("nan", float), ("inf", float)]
+    [
+        ("2", bool),
+        ("yes", bool),
+        ("", bool),
+        ("1.0", int),
+        ("1e3", int),
+        ("", int),
+        ("nan", float),
+        ("inf", float),
+    ]
     + [("-inf", float), ("0,1", float), ("9" * 5000, int)],
 )
 def test_values_of_the_wrong_type_are_refused_by_name(text, kind):
@@ -48,7 +57,14 @@ def test_a_variable_overrides_the_preset_and_the_preset_the_default():
 def test_lists_say_which_layers_are_mamba_and_have_an_mlp():
     model = t.build_model(tiny(num_layers=6, mamba_layers="0-1,4,5", mlp_layers="0,2,4-5"), SOLO)
     assert "".join(type(block.mixer).__name__[0] for block in model.blocks) == "MMAAMM"
-    assert [block.mlp is not None for block in model.blocks] == [True, False, True, False, True, True]
+    assert [block.mlp is not None for block in model.blocks] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
     assert all(block.mlp is None for block in t.build_model(tiny(mlp_layers="none"), SOLO).blocks)
 
 
@@ -159,7 +175,9 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), IMPOSSIBLE, ids=[", ".join(f"{k}={v}" for k, v in c.items()) for c, _ in IMPOSSIBLE]
+    ("changes", "named"),
+    IMPOSSIBLE,
+    ids=[", ".join(f"{k}={v}" for k, v in c.items()) for c, _ in IMPOSSIBLE],
 )
 def test_impossible_settings_are_refused_by_name(changes, named):
     with bounded(), pytest.raises(t.UserError, match=named):
@@ -179,7 +197,11 @@ def test_what_one_rank_can_share_out_more_may_not(changes, world_size):
 @pytest.mark.parametrize("field", dataclasses.fields(t.Settings), ids=lambda field: field.name)
 def test_no_single_value_gets_past_validation_as_another_exception(field):
     """Every setting at odd values: validation passes or raises UserError, and never divides by zero."""
-    values = {int: (-1, 0, 1, 3, 10**30), float: (-0.5, 0.0, 1e-12, 1.5, 1e308), bool: (False, True)}
+    values = {
+        int: (-1, 0, 1, 3, 10**30),
+        float: (-0.5, 0.0, 1e-12, 1.5, 1e308),
+        bool: (False, True),
+    }
     with bounded():
         for value in values.get(type(field.default), ("", "none", "0", "x,y", "9")):
             try:

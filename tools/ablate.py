@@ -63,14 +63,22 @@ try:
     from scipy import stats
     from tqdm import tqdm
 except ImportError as missing:
-    print(f"ablate.py: error: {missing.name} is not installed: pip install -r requirements-dev.txt", file=sys.stderr)
+    print(
+        f"ablate.py: error: {missing.name} is not installed: pip install -r requirements-dev.txt",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 from command import Parser, UserError, need
 from summary import spread
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # torchrun; it picks a free port
+LAUNCHER = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+]  # torchrun; it picks a free port
 OWN_SETTINGS = {  # train_gpt.py's settings that a file may not give, and why
     "RUN_ID": "ablate.py names the runs",
     "SEED": "write seeds = [...] instead",
@@ -167,10 +175,15 @@ def read_variables(table: dict, where: str, train_gpt: ModuleType) -> dict[str, 
     for name, value in table.items():
         if name in ("name", "seeds"):
             continue
-        need(name not in OWN_SETTINGS, f"{where}: {name} cannot be set here: {OWN_SETTINGS.get(name)}")
+        need(
+            name not in OWN_SETTINGS,
+            f"{where}: {name} cannot be set here: {OWN_SETTINGS.get(name)}",
+        )
         if name not in names:
             near = difflib.get_close_matches(name.upper(), sorted(names), n=1, cutoff=0.0)[0]
-            raise UserError(f"{where}: {name} is not a setting; did you mean {near}? (see train_gpt.py --help)")
+            raise UserError(
+                f"{where}: {name} is not a setting; did you mean {near}? (see train_gpt.py --help)"
+            )
         simple = isinstance(value, (str, int, float)) and "\0" not in str(value)
         need(simple, f"{where}: {name} should be a string, a number, true or false")
         variables[name] = str(int(value) if isinstance(value, bool) else value)
@@ -182,7 +195,12 @@ def folder_name(variant: str) -> str:
 
 
 def read_plan(
-    path: Path, out: Path, train_gpt: ModuleType, processes: int = 0, parallel: int = 0, num_seeds: int | None = None
+    path: Path,
+    out: Path,
+    train_gpt: ModuleType,
+    processes: int = 0,
+    parallel: int = 0,
+    num_seeds: int | None = None,
 ) -> Plan:
     """The file's runs, their settings checked by train_gpt.py; processes and parallel go before the file's, and of the
     seeds the first num_seeds."""
@@ -190,13 +208,21 @@ def read_plan(
     known = ("seeds", "processes", "parallel", "base", "variant")
     for key in content:
         near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.0)[0]
-        need(key in known, f"{path}: {key} is unknown here; did you mean {near}? (settings belong under [base])")
+        need(
+            key in known,
+            f"{path}: {key} is unknown here; did you mean {near}? (settings belong under [base])",
+        )
     for key in ("processes", "parallel"):
         value = content.get(key, 1)
         need(type(value) is int and value > 0, f"{path}: {key} should be a whole number above 0")
-    processes, parallel = processes or content.get("processes", 1), parallel or content.get("parallel", 0)
+    processes, parallel = (
+        processes or content.get("processes", 1),
+        parallel or content.get("parallel", 0),
+    )
     base, variants = content.get("base"), content.get("variant", [])
-    need(isinstance(base, dict), f"{path}: there is no [base], the settings that all variants share")
+    need(
+        isinstance(base, dict), f"{path}: there is no [base], the settings that all variants share"
+    )
     listed = isinstance(variants, list) and all(isinstance(variant, dict) for variant in variants)
     need(listed, f"{path}: variants are tables that begin with [[variant]]")
     for name, reason in OWN_SETTINGS.items():
@@ -208,12 +234,24 @@ def read_plan(
     for table in ({"name": "base"} | base, *variants):
         name = table.get("name")
         fits = isinstance(name, str) and re.fullmatch(r"\w[\w .,:;+=×/()-]{0,59}", name)
-        need(fits, f"{path}: {name!r} cannot be a variant's name: up to 60 letters, digits, spaces and .,:;+-=/()")
+        need(
+            fits,
+            f"{path}: {name!r} cannot be a variant's name: up to 60 letters, digits, spaces and .,:;+-=/()",
+        )
         where = f"{path}: variant {name!r}"
-        twin = [other for other in names if folder_name(other).casefold() == folder_name(name).casefold()]
-        need(not twin, f"{where} has the same name as {''.join(twin[:1])!r}: names must differ in letters or digits")
+        twin = [
+            other
+            for other in names
+            if folder_name(other).casefold() == folder_name(name).casefold()
+        ]
+        need(
+            not twin,
+            f"{where} has the same name as {''.join(twin[:1])!r}: names must differ in letters or digits",
+        )
         names.append(name)
-        seeds = read_seeds(table if "seeds" in table else content, where if "seeds" in table else str(path))[:num_seeds]
+        seeds = read_seeds(
+            table if "seeds" in table else content, where if "seeds" in table else str(path)
+        )[:num_seeds]
         variables = shared | read_variables(table, where, train_gpt)
         with as_user_error(where, train_gpt):
             settings, given = train_gpt.read_settings(environment | variables)
@@ -224,7 +262,9 @@ def read_plan(
             clock, gpu = settings.max_wallclock_seconds, settings.device != "cpu"
             rows.append(Run(name, seed, processes, values, variables, clock, gpu, folder))
     order = {seed: place for place, seed in enumerate(dict.fromkeys(run.seed for run in rows))}
-    return Plan(path.stem, names, sorted(rows, key=lambda run: order[run.seed]), processes, parallel)
+    return Plan(
+        path.stem, names, sorted(rows, key=lambda run: order[run.seed]), processes, parallel
+    )
 
 
 @contextlib.contextmanager
@@ -262,7 +302,11 @@ def read_records(run: Run) -> list[dict]:
     """Records of the run's log; a line that was cut off is left out."""
     records = []
     with contextlib.suppress(OSError):
-        for line in (run.folder / f"{run.run_id}.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in (
+            (run.folder / f"{run.run_id}.jsonl")
+            .read_text(encoding="utf-8", errors="replace")
+            .splitlines()
+        ):
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "event" in record]
@@ -272,15 +316,23 @@ def read_figures(run: Run) -> dict:
     """The run's numbers, as far as it came."""
     events = {record["event"]: record for record in read_records(run)}
     trained, figures = events.get("trained", {}), {}
-    for name, event in (("bpb_before", "trained"), ("bpb_after", "after_quantization"), ("bpb_final", "final")):
+    for name, event in (
+        ("bpb_before", "trained"),
+        ("bpb_after", "after_quantization"),
+        ("bpb_final", "final"),
+    ):
         if event in events:
             figures[name] = events[event].get("val_bpb")
     if "bytes_total" in trained and "bytes_code" in trained:
         figures["artifact_bytes"] = trained["bytes_total"] - trained["bytes_code"]
-    figures |= {name: trained[name] for name in ("steps", "step_avg_ms", "sdclip_k") if name in trained}
+    figures |= {
+        name: trained[name] for name in ("steps", "step_avg_ms", "sdclip_k") if name in trained
+    }
     kinds = events.get("quantization_loss", {}).get("bpb_by_kind")
     if isinstance(kinds, dict):
-        figures["bpb_by_kind"] = {kind: lost for kind, lost in kinds.items() if isinstance(lost, (int, float))}
+        figures["bpb_by_kind"] = {
+            kind: lost for kind, lost in kinds.items() if isinstance(lost, (int, float))
+        }
     return figures
 
 
@@ -294,12 +346,19 @@ def read_outcome(run: Run) -> dict:
 
 
 def is_complete(run: Run) -> bool:
-    return read_outcome(run).get("status") == "complete" and read_figures(run).get("bpb_final") is not None
+    return (
+        read_outcome(run).get("status") == "complete"
+        and read_figures(run).get("bpb_final") is not None
+    )
 
 
 def last_words(output: Path, exit_status: int) -> str:
     """The line of a failed run's output that says why: the program's own error, else an exception, else the last."""
-    lines = [line.strip() for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in output.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     exception = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|Interrupt)\b")
     own = [line for line in lines if re.match(r"\w+\.py: error: ", line)]
     raised = [line for line in lines if exception.match(line) and "ChildFailedError" not in line]
@@ -373,7 +432,11 @@ class Runner:
 
     def run(self) -> bool:
         """Until all runs have ended, or a signal asks to stop; whether they have. No process is left over."""
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # unless ignored, as nohup does with the last
+        handled = (
+            signal.SIGINT,
+            signal.SIGTERM,
+            signal.SIGHUP,
+        )  # unless ignored, as nohup does with the last
         before = {number: signal.getsignal(number) for number in handled}
         for number, handler in before.items():
             signal.signal(number, handler if handler == signal.SIG_IGN else self._stop)
@@ -400,14 +463,21 @@ class Runner:
         shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True)
         gpus, environment = self.free.pop(0), os.environ | run.variables
-        environment |= {"SEED": str(run.seed), "RUN_ID": run.run_id, "LOG_DIR": str(run.folder), MARK: str(run.folder)}
+        environment |= {
+            "SEED": str(run.seed),
+            "RUN_ID": run.run_id,
+            "LOG_DIR": str(run.folder),
+            MARK: str(run.folder),
+        }
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         else:  # runs side by side would take every core each
             cores = max(1, (os.cpu_count() or 1) // (self.parallel * run.processes))
             environment.setdefault("OMP_NUM_THREADS", str(cores))
         command = [*LAUNCHER, f"--nproc_per_node={run.processes}", str(self.script)]
-        with (run.folder / "output.txt").open("wb") as output:  # a session of its own: Ctrl-C reaches only ablate.py
+        with (run.folder / "output.txt").open(
+            "wb"
+        ) as output:  # a session of its own: Ctrl-C reaches only ablate.py
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -420,7 +490,11 @@ class Runner:
         """Writes down how a run ended and gives its GPUs to the next."""
         run, status = job.run, job.process.returncode
         stop_processes(run.folder)  # a launcher that was killed leaves workers behind
-        seconds, final, error = round(time.monotonic() - job.started, 1), read_figures(run).get("bpb_final"), ""
+        seconds, final, error = (
+            round(time.monotonic() - job.started, 1),
+            read_figures(run).get("bpb_final"),
+            "",
+        )
         if status or final is None:
             error = last_words(run.folder / "output.txt", status)
         else:
@@ -431,7 +505,9 @@ class Runner:
             "seconds": seconds,
             "shared": self.shared,
         }
-        write_whole(run.folder / "outcome.json", json.dumps(outcome | run.identity | {"script": job.digest}))
+        write_whole(
+            run.folder / "outcome.json", json.dumps(outcome | run.identity | {"script": job.digest})
+        )
         self.jobs.remove(job)
         self.free.append(job.gpus)
         self.bar.update()
@@ -443,11 +519,15 @@ class Runner:
         """From what complete runs took; until there is one, from the training clock."""
         now, seconds = time.monotonic(), 0.0
         usual = statistics.mean(self.durations) if self.durations else math.nan
-        for run, spent in [(run, 0.0) for run in self.waiting] + [(job.run, now - job.started) for job in self.jobs]:
+        for run, spent in [(run, 0.0) for run in self.waiting] + [
+            (job.run, now - job.started) for job in self.jobs
+        ]:
             guess = run.train_seconds + OVERHEAD_SECONDS if run.train_seconds else math.nan
             seconds += max(0.0, (guess if math.isnan(usual) else usual) - spent)
         minutes = seconds / 60 / self.parallel
-        return "time left unknown" if math.isnan(minutes) else f"about {math.ceil(minutes)} min left"
+        return (
+            "time left unknown" if math.isnan(minutes) else f"about {math.ceil(minutes)} min left"
+        )
 
     def _show(self):
         """Brings the bar up to date, every other second."""
@@ -457,8 +537,16 @@ class Runner:
         stages = []
         for job in self.jobs:
             last = (read_records(job.run) or [{}])[-1]
-            stage = {"validation": "exporting", "trained": "scoring", "after_quantization": "scoring"}
-            part = f"{last['progress']:.0%} trained" if "progress" in last else stage.get(last.get("event"), "starting")
+            stage = {
+                "validation": "exporting",
+                "trained": "scoring",
+                "after_quantization": "scoring",
+            }
+            part = (
+                f"{last['progress']:.0%} trained"
+                if "progress" in last
+                else stage.get(last.get("event"), "starting")
+            )
             stages.append(f"{job.run.title}: {part}")
         self.bar.set_postfix_str("; ".join([self._time_left(), *stages]), refresh=True)
 
@@ -495,14 +583,25 @@ def summarize(plan: Plan, runs: list[dict]) -> list[dict]:
     """A row for each variant: counts, the spread of each figure over complete runs, and the test against the base."""
 
     def values(variant: str, name: str) -> list[float]:
-        complete = [run["figures"] for run in runs if run["variant"] == variant and run["status"] == "complete"]
+        complete = [
+            run["figures"]
+            for run in runs
+            if run["variant"] == variant and run["status"] == "complete"
+        ]
         return [figures[name] for figures in complete if figures.get(name) is not None]
 
     rows, base = [], values(plan.base, "bpb_final")
     for variant in plan.variants:
         final, is_base = values(variant, "bpb_final"), variant == plan.base
-        row = {"variant": variant, "n": len(final), "runs": sum(run["variant"] == variant for run in runs)}
-        row |= {name: spread(values(variant, name))._asdict() for name in (*BPB, "artifact_bytes", "step_avg_ms")}
+        row = {
+            "variant": variant,
+            "n": len(final),
+            "runs": sum(run["variant"] == variant for run in runs),
+        }
+        row |= {
+            name: spread(values(variant, name))._asdict()
+            for name in (*BPB, "artifact_bytes", "step_avg_ms")
+        }
         compared = bool(final and base) and not is_base
         row["difference"] = statistics.fmean(final) - statistics.fmean(base) if compared else None
         row["p"] = welch_p(final, base) if compared else None
@@ -517,22 +616,47 @@ def format_table(plan: Plan, runs: list[dict], notes: Iterable[str] = ()) -> str
         return "–" if value is None else format(value, form)
 
     def plus_minus(figure: dict, form: str) -> str:
-        return number(figure["mean"], form) + (f" ± {figure['std']:{form}}" if figure["std"] is not None else "")
+        return number(figure["mean"], form) + (
+            f" ± {figure['std']:{form}}" if figure["std"] is not None else ""
+        )
 
-    heads = ["variant", "n", "BPB, final", "difference", "p", *list(BPB.values())[:2], "artifact bytes", "ms/step"]
+    heads = [
+        "variant",
+        "n",
+        "BPB, final",
+        "difference",
+        "p",
+        *list(BPB.values())[:2],
+        "artifact bytes",
+        "ms/step",
+    ]
     lines = [f"# {plan.name}", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in summarize(plan, runs):
         count = str(row["n"]) if row["n"] == row["runs"] else f"{row['n']} of {row['runs']}"
         name = row["variant"] + (" (base)" if row["variant"] == plan.base else "")
-        cells = [name, count, plus_minus(row["bpb_final"], ".4f"), number(row["difference"], "+.4f")]
+        cells = [
+            name,
+            count,
+            plus_minus(row["bpb_final"], ".4f"),
+            number(row["difference"], "+.4f"),
+        ]
         cells += [number(row["p"], ".2g"), *(plus_minus(row[key], ".4f") for key in list(BPB)[:2])]
-        cells += [number(row["artifact_bytes"]["mean"], ",.0f"), plus_minus(row["step_avg_ms"], ".1f")]
+        cells += [
+            number(row["artifact_bytes"]["mean"], ",.0f"),
+            plus_minus(row["step_avg_ms"], ".1f"),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
         for run in runs:
             if run["variant"] == row["variant"] and run["status"] == "failed":
                 error = run["error"].replace("|", "\\|")
-                lines.append(f"| {run['variant']}, seed {run['seed']} | failed: {error} |" + "  |" * (len(heads) - 2))
-    lines += ["", "BPB is bits per byte, lower is better: mean ± sample standard deviation over n seeds."]
+                lines.append(
+                    f"| {run['variant']}, seed {run['seed']} | failed: {error} |"
+                    + "  |" * (len(heads) - 2)
+                )
+    lines += [
+        "",
+        "BPB is bits per byte, lower is better: mean ± sample standard deviation over n seeds.",
+    ]
     lines.append(
         "The difference is to the base's final BPB; p is Welch's two-sided t-test, uncorrected for many variants."
     )
@@ -548,13 +672,24 @@ def format_table(plan: Plan, runs: list[dict], notes: Iterable[str] = ()) -> str
 def write_results(plan: Plan, out: Path, notes: Iterable[str] = ()) -> list[dict]:
     """Writes results.json and table.md for the runs as they stand, and returns them."""
     runs = [describe_run(run) for run in plan.runs]
-    results = {"name": plan.name, "base": plan.base, "variants": summarize(plan, runs), "runs": runs}
+    results = {
+        "name": plan.name,
+        "base": plan.base,
+        "variants": summarize(plan, runs),
+        "runs": runs,
+    }
     write_whole(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_whole(out / "table.md", format_table(plan, runs, notes))
     return runs
 
 
-def grouped_bars(path: Path, groups: dict[str, dict[str, list[float]]], series: list[str], unit: str, from_zero: bool):
+def grouped_bars(
+    path: Path,
+    groups: dict[str, dict[str, list[float]]],
+    series: list[str],
+    unit: str,
+    from_zero: bool,
+):
     """A PNG of means with their standard deviations: groups of bars, one bar for each series. Bars that do not begin at
     zero bear their values."""
     figure = Figure(figsize=(max(7.0, 1.2 * len(groups) + 3), 5), layout="constrained")
@@ -563,12 +698,16 @@ def grouped_bars(path: Path, groups: dict[str, dict[str, list[float]]], series: 
         figures = [spread(values.get(name, [])) for values in groups.values()]
         left = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
         heights = [math.nan if f.mean is None else f.mean for f in figures]
-        bars = axes.bar(left, heights, width, yerr=[f.std or 0.0 for f in figures], capsize=2, label=name)
+        bars = axes.bar(
+            left, heights, width, yerr=[f.std or 0.0 for f in figures], capsize=2, label=name
+        )
         if not from_zero:
             labels = ["" if math.isnan(height) else f"{height:.4f}" for height in heights]
             axes.bar_label(bars, labels, rotation=90, padding=3, fontsize=7)
     if not from_zero:
-        every = [value for values in groups.values() for numbers in values.values() for value in numbers]
+        every = [
+            value for values in groups.values() for numbers in values.values() for value in numbers
+        ]
         room = max(max(every) - min(every), 1e-3)
         axes.set_ylim(min(every) - 0.3 * room, max(every) + 0.6 * room)
     axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
@@ -581,10 +720,16 @@ def plot_loss(path: Path, plan: Plan):
     """A PNG of training loss over the training clock, a colour for each variant and a line for each run; over steps, if
     runs shared GPUs."""
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes, late, shared = figure.add_subplot(), [], any(read_outcome(run).get("shared") for run in plan.runs)
+    axes, late, shared = (
+        figure.add_subplot(),
+        [],
+        any(read_outcome(run).get("shared") for run in plan.runs),
+    )
     for number, variant in enumerate(plan.variants):
         color, dashes = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
-        for place, run in enumerate(run for run in plan.runs if run.variant == variant and is_complete(run)):
+        for place, run in enumerate(
+            run for run in plan.runs if run.variant == variant and is_complete(run)
+        ):
             steps = [record for record in read_records(run) if record["event"] == "train"]
             places = [s["step"] if shared else s["train_ms"] / 1000 for s in steps]
             losses = [s["train_loss"] for s in steps]
@@ -610,18 +755,34 @@ def draw_plots(plan: Plan, out: Path, runs: list[dict]) -> list[str]:
                 groups[run["variant"]].setdefault(name, []).append(value)
         return {variant: values for variant, values in groups.items() if values}
 
-    for name in ("loss.png", "bpb.png", "quantization_loss.png"):  # a plot of an earlier call says nothing any more
+    for name in (
+        "loss.png",
+        "bpb.png",
+        "quantization_loss.png",
+    ):  # a plot of an earlier call says nothing any more
         (out / name).unlink(missing_ok=True)
-    scores = collect(lambda figures: {text: figures[key] for key, text in BPB.items() if figures.get(key) is not None})
+    scores = collect(
+        lambda figures: {
+            text: figures[key] for key, text in BPB.items() if figures.get(key) is not None
+        }
+    )
     if not scores:
         return ["No plots: no run is complete."]
     plot_loss(out / "loss.png", plan)
     grouped_bars(out / "bpb.png", scores, list(BPB.values()), "bits per byte", from_zero=False)
     kinds = collect(lambda figures: figures.get("bpb_by_kind", {}))
     if not kinds:
-        return ["No plot of quantization loss by kind of layer: no run has a record `quantization_loss`."]
+        return [
+            "No plot of quantization loss by kind of layer: no run has a record `quantization_loss`."
+        ]
     names = sorted({name for values in kinds.values() for name in values})
-    grouped_bars(out / "quantization_loss.png", kinds, names, "bits per byte lost by quantization", from_zero=True)
+    grouped_bars(
+        out / "quantization_loss.png",
+        kinds,
+        names,
+        "bits per byte lost by quantization",
+        from_zero=True,
+    )
     return []
 
 
@@ -635,15 +796,33 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         return int(text)
 
     summary, _, rest = __doc__.partition("\n\n")
-    parser = Parser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.hint = " (see --help)"
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="what to compare")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="output folder (default: logs/ and FILE's name)")
-    parser.add_argument("--processes", type=count, default=0, metavar="N", help="of each run, instead of FILE's")
-    parser.add_argument("--parallel", type=count, default=0, metavar="N", help="most runs at once, instead of FILE's")
-    parser.add_argument("--seeds", type=count, metavar="N", help="only the first N of each variant's")
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="program to run (train_gpt.py)")
-    parser.add_argument("--dry-run", action="store_true", help="list what would run, and change nothing")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="output folder (default: logs/ and FILE's name)"
+    )
+    parser.add_argument(
+        "--processes", type=count, default=0, metavar="N", help="of each run, instead of FILE's"
+    )
+    parser.add_argument(
+        "--parallel",
+        type=count,
+        default=0,
+        metavar="N",
+        help="most runs at once, instead of FILE's",
+    )
+    parser.add_argument(
+        "--seeds", type=count, metavar="N", help="only the first N of each variant's"
+    )
+    parser.add_argument(
+        "--script", type=Path, default=ROOT / "train_gpt.py", help="program to run (train_gpt.py)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list what would run, and change nothing"
+    )
     return parser.parse_args(arguments)
 
 
@@ -653,15 +832,22 @@ def list_runs(plan: Plan, gpus: list[list[str]]):
     for run, kept in zip(plan.runs, complete):
         settings = " ".join(f"{name}={value}" for name, value in run.variables.items())
         print(f"{run.title} ({'is complete' if kept else 'would run'}): SEED={run.seed} {settings}")
-    print(f"{complete.count(False)} of {len(plan.runs)} runs to do; at once: {len(gpus)}; processes: {plan.processes}")
+    print(
+        f"{complete.count(False)} of {len(plan.runs)} runs to do; at once: {len(gpus)}; processes: {plan.processes}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads, runs, reports. Exit status: 0, 1 if a run failed, 130 if interrupted."""
     options = parse_arguments(arguments)
-    out, script = (options.out or Path("logs") / options.file.stem).resolve(), options.script.resolve()
+    out, script = (
+        (options.out or Path("logs") / options.file.stem).resolve(),
+        options.script.resolve(),
+    )
     need(script.is_file(), f"{script}: no such program")
-    plan = read_plan(options.file, out, load_train_gpt(), options.processes, options.parallel, options.seeds)
+    plan = read_plan(
+        options.file, out, load_train_gpt(), options.processes, options.parallel, options.seeds
+    )
     gpus = share_gpus(plan)
     if options.dry_run:
         list_runs(plan, gpus)
@@ -684,7 +870,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"stopped; the same command continues. So far: {out}/table.md", flush=True)
             return 130
         write_results(plan, out, draw_plots(plan, out, runs))
-    print("\n" + (out / "table.md").read_text(encoding="utf-8") + f"\nResults and plots: {out}", flush=True)
+    print(
+        "\n" + (out / "table.md").read_text(encoding="utf-8") + f"\nResults and plots: {out}",
+        flush=True,
+    )
     return int(any(run["status"] != "complete" for run in runs))
 
 

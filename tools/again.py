@@ -29,23 +29,34 @@ def read_script(path: Path) -> bytes:
     return script[max(0, script.rfind(b'\n"""Parameter Golf') + 1) :]
 
 
-def read_command(path: Path, environment: dict[str, str], script: Path) -> tuple[dict[str, str], list[str]]:
+def read_command(
+    path: Path, environment: dict[str, str], script: Path
+) -> tuple[dict[str, str], list[str]]:
     """Settings as environment variables, and what starts them."""
     records = path.with_suffix(".jsonl")
     try:
         started = last_run(records)["settings"]
         settings, ranks = started["settings"], int(started["machine"]["hardware"].split(" × ")[0])
-        settings = {name.upper(): str(int(v)) if isinstance(v, bool) else str(v) for name, v in settings.items()}
+        settings = {
+            name.upper(): str(int(v)) if isinstance(v, bool) else str(v)
+            for name, v in settings.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{records} is not a run's .jsonl log") from None
     settings["RUN_ID"] += "-again"
     settings |= {name: environment[name] for name in settings if name in environment}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else []
+    )
     return settings, [sys.executable, *launcher, str(script)]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("log", type=Path, help="LOG_DIR/RUN_ID.txt, with RUN_ID.jsonl beside it")
     parser.add_argument("--dry-run", action="store_true", help="start nothing")
     given = parser.parse_args()
@@ -60,7 +71,14 @@ def main() -> int:
     except OSError as error:
         print(f"again.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in settings.items()), shlex.join(command)]))
+    print(
+        " ".join(
+            [
+                *(f"{name}={shlex.quote(value)}" for name, value in settings.items()),
+                shlex.join(command),
+            ]
+        )
+    )
     return 0 if given.dry_run else subprocess.run(command, env=os.environ | settings).returncode
 
 

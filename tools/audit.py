@@ -110,7 +110,15 @@ def load_script(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"{path} cannot be loaded: {error!r}") from None
-    needed = ("Evaluator", "ValidationSet", "Tokenizer", "load_model", "load_validation", "prepare_run", "UserError")
+    needed = (
+        "Evaluator",
+        "ValidationSet",
+        "Tokenizer",
+        "load_model",
+        "load_validation",
+        "prepare_run",
+        "UserError",
+    )
     if missing := [name for name in needed if not hasattr(module, name)]:
         raise UserError(f"{path} is not a train_gpt.py: it has no {missing[0]}")
     return module
@@ -132,7 +140,10 @@ def read_log(path: Path) -> LogFigures:
     took = last(r"^evaluation took ([\d.]+)s of ([\d.e+]+)s; (\d+) epochs given up$")
     if not (before and final and took):
         raise UserError(f"{path} is not the log of a finished run")
-    total, clock = last(r"^Total submission size int6\+lzma: (\d+) bytes$"), last(r"training clock ([\d.]+)s")
+    total, clock = (
+        last(r"^Total submission size int6\+lzma: (\d+) bytes$"),
+        last(r"training clock ([\d.]+)s"),
+    )
     pairs = (item.split("=", 1) for item in run.partition("\n")[0].split("  ") if "=" in item)
     return LogFigures(
         source=before[-1], settings=dict(pairs), total_bytes=int(total) if total else None, label=final[0],
@@ -165,10 +176,14 @@ def open_entry(
     # Another evaluation has another score; the clock alone does not change it, where no epoch was given up.
     free = ("eval_nll_path", "eval_max_seconds")
     names = [f.name for f in dataclasses.fields(settings)]
-    for name in ["vocab_size", "train_seq_len", *names[names.index("eval_mode") :]] if figures else ():
+    for name in (
+        ["vocab_size", "train_seq_len", *names[names.index("eval_mode") :]] if figures else ()
+    ):
         ours, theirs = str(getattr(settings, name)), figures.settings.get(name)
         if name not in free and ours != theirs:
-            raise UserError(f"the log was made with {name.upper()}={theirs}, here it is {ours}: set it")
+            raise UserError(
+                f"the log was made with {name.upper()}={theirs}, here it is {ours}: set it"
+            )
     path = Path(script.__file__).resolve()
     return Entry(path, artifact, environment, settings, given, ranks, pieces, validation, figures)
 
@@ -242,13 +257,41 @@ def run_alone(entry: Entry) -> Alone:
             "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "guard.py"], cwd=folder, env=environment, capture_output=True, text=True, errors="replace"
+            [sys.executable, "guard.py"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
-        record = [json.loads(line) for line in (folder / "record.jsonl").read_text(encoding="utf-8").splitlines()]
-        opened = list(dict.fromkeys(os.path.realpath(folder / what) for _, kind, what in record if kind == "open"))
-        began = [when for when, kind, what in record if kind == "open" and Path(what).name == "artifact"]
-        python = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *site.getsitepackages()]
-        python += [site.getusersitepackages(), "/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64"]
+        record = [
+            json.loads(line)
+            for line in (folder / "record.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        opened = list(
+            dict.fromkeys(
+                os.path.realpath(folder / what) for _, kind, what in record if kind == "open"
+            )
+        )
+        began = [
+            when for when, kind, what in record if kind == "open" and Path(what).name == "artifact"
+        ]
+        python = [
+            sys.prefix,
+            sys.base_prefix,
+            *sysconfig.get_paths().values(),
+            *site.getsitepackages(),
+        ]
+        python += [
+            site.getusersitepackages(),
+            "/proc",
+            "/sys",
+            "/dev",
+            "/etc",
+            "/usr",
+            "/lib",
+            "/lib64",
+        ]
         known = [os.path.realpath(path) for path in python] + [str(folder)]
         training = re.compile(r"_train_[^/]*\.bin$")
         lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
@@ -259,7 +302,9 @@ def run_alone(entry: Entry) -> Alone:
             nats=np.load(folder / "nats.npy") if (folder / "nats.npy").is_file() else None,
             seconds=record[-1][0] - min(began, default=record[0][0]),
             opened=[path.removeprefix(f"{folder}/") for path in opened],
-            strangers=[path for path in opened if training.search(path) or not belongs(path, known)],
+            strangers=[
+                path for path in opened if training.search(path) or not belongs(path, known)
+            ],
             programs=[what for _, kind, what in record if kind == "program"],
             network=[what for _, kind, what in record if kind == "network"],
         )
@@ -314,7 +359,9 @@ def fingerprint(model: torch.nn.Module) -> bytes:
     return digest.digest()
 
 
-def evaluate(script: ModuleType, entry: Entry, tokens: np.ndarray, watch: Callable = lambda evaluator: None) -> Any:
+def evaluate(
+    script: ModuleType, entry: Entry, tokens: np.ndarray, watch: Callable = lambda evaluator: None
+) -> Any:
     """The score of tokens, as evaluate_artifact() makes it but without a clock; watch(evaluator) is called first."""
     model, settings = script.load_model(entry.artifact, entry.settings, entry.given, entry.ranks)
     settings = dataclasses.replace(settings, eval_max_seconds=2.0**40)
@@ -325,7 +372,9 @@ def evaluate(script: ModuleType, entry: Entry, tokens: np.ndarray, watch: Callab
 
 
 @torch.no_grad()
-def sample_targets(evaluator: Any, call: dict, where: np.ndarray, values: Tensor, stream: np.ndarray) -> list[Sampled]:
+def sample_targets(
+    evaluator: Any, call: dict, where: np.ndarray, values: Tensor, stream: np.ndarray
+) -> list[Sampled]:
     """Compares the scores of the targets at where with the distribution of the model as it now is. call: what the last
     scoring function got."""
     model, sampled = evaluator.model, []
@@ -352,29 +401,39 @@ def observe(script: ModuleType, entry: Entry) -> Observation:
     """Evaluates the whole validation set and records every score, update and step, in order."""
     stream, count = entry.validation.tokens, len(entry.validation.tokens) - 1
     seen = Observation(np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.float32))
-    wanted = np.random.default_rng(entry.seed).choice(count, min(SAMPLED_TARGETS, count), replace=False)
+    wanted = np.random.default_rng(entry.seed).choice(
+        count, min(SAMPLED_TARGETS, count), replace=False
+    )
     nothing = np.empty(0, dtype=np.int64)
     call, read = {}, {"tokens": None, "targets": nothing}
     weights = {"print": b"", "stepped": False}
 
     def watch(evaluator: Any) -> None:
         original = {
-            name: getattr(evaluator, name) for name in ("_read", "_score_targets", "score_function", "loss_function")
+            name: getattr(evaluator, name)
+            for name in ("_read", "_score_targets", "score_function", "loss_function")
         }
 
         def report(where: Any, values: Tensor) -> None:
-            positions = np.arange(count)[where.cpu().numpy() if isinstance(where, Tensor) else where]
+            positions = np.arange(count)[
+                where.cpu().numpy() if isinstance(where, Tensor) else where
+            ]
             values = values.detach().float().cpu().reshape(-1)
             np.add.at(seen.times_written, positions, 1)
             seen.written[positions] = values.numpy()
             seen.events.append(Event("score", positions))
             here = np.isin(positions, wanted)
             if here.any():
-                seen.sampled += sample_targets(evaluator, call, positions[here], values[torch.from_numpy(here)], stream)
+                seen.sampled += sample_targets(
+                    evaluator, call, positions[here], values[torch.from_numpy(here)], stream
+                )
 
         def read_(starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
             tokens, targets = original["_read"](starts, length)
-            read["tokens"], read["targets"] = tokens, np.unique(np.minimum(starts + np.arange(length), count - 1))
+            read["tokens"], read["targets"] = (
+                tokens,
+                np.unique(np.minimum(starts + np.arange(length), count - 1)),
+            )
             call["starts"] = np.asarray(starts).reshape(-1)
             return tokens, targets
 
@@ -385,7 +444,9 @@ def observe(script: ModuleType, entry: Entry) -> Observation:
 
         def loss_function(tokens, *rest):
             # Tokens that came from elsewhere could be any: they count as all of the stream.
-            seen.events.append(Event("train", read["targets"] if tokens is read["tokens"] else np.arange(count)))
+            seen.events.append(
+                Event("train", read["targets"] if tokens is read["tokens"] else np.arange(count))
+            )
             return original["loss_function"](tokens, *rest)
 
         def note_change() -> None:
@@ -438,7 +499,9 @@ def check_bytes(script: ModuleType, entry: Entry) -> tuple[bool, str]:
 def same_machine(script: ModuleType, entry: Entry) -> bool:
     """Whether the log comes from a machine like this."""
     here = script.describe_machine(entry.ranks)
-    return all(entry.log.settings.get(name) == str(here[name]) for name in ("torch", "cuda", "hardware"))
+    return all(
+        entry.log.settings.get(name) == str(here[name]) for name in ("torch", "cuda", "hardware")
+    )
 
 
 def check_reproduced(script: ModuleType, entry: Entry) -> tuple[bool, str]:
@@ -447,15 +510,26 @@ def check_reproduced(script: ModuleType, entry: Entry) -> tuple[bool, str]:
     for what, found in (("used the network", alone.network), ("opened", alone.strangers)):
         if found:
             return False, f"it {what}: {', '.join(found[:3])}"
-    if alone.programs and entry.on_cpu and entry.settings.compile != "on":  # compiling starts compilers
+    if (
+        alone.programs and entry.on_cpu and entry.settings.compile != "on"
+    ):  # compiling starts compilers
         return False, f"it started {alone.programs[0]}"
     if alone.status:
         return False, f"the script ended with status {alone.status}: {alone.said}"
     if alone.log.epochs_given_up:
-        return False, f"{alone.log.epochs_given_up} epochs were given up: raise EVAL_MAX_SECONDS to reproduce a score"
+        return (
+            False,
+            f"{alone.log.epochs_given_up} epochs were given up: raise EVAL_MAX_SECONDS to reproduce a score",
+        )
     watched, noise = observe(script, entry).score, 0.0 if entry.on_cpu else GPU_SCORE_NOISE
-    if not np.array_equal(alone.nats, watched.nats) and abs(float(alone.log.val_bpb) - watched.val_bpb) >= noise:
-        return False, f"{alone.log.val_bpb} BPB there, {watched.val_bpb:.{EXACT_DIGITS}f} in the watched evaluation"
+    if (
+        not np.array_equal(alone.nats, watched.nats)
+        and abs(float(alone.log.val_bpb) - watched.val_bpb) >= noise
+    ):
+        return (
+            False,
+            f"{alone.log.val_bpb} BPB there, {watched.val_bpb:.{EXACT_DIGITS}f} in the watched evaluation",
+        )
     shards = [path for path in alone.opened if path.startswith("data/")]
     evidence = f"{alone.log.val_bpb} BPB; of {len(alone.opened)} files that Python opened, data are {', '.join(shards)}"
     evidence += "; no network"
@@ -481,25 +555,37 @@ def check_causal(script: ModuleType, entry: Entry) -> tuple[bool, str]:
     cuts = sorted({*ends, *generator.integers(1, count, CUTS).tolist()})
     before = evaluate(script, entry, tokens).nats
     # On a GPU, gradients differ from run to run by rounding.
-    noise = 0.0 if entry.on_cpu else 4 * float(np.abs(evaluate(script, entry, tokens).nats - before).max())
+    noise = (
+        0.0
+        if entry.on_cpu
+        else 4 * float(np.abs(evaluate(script, entry, tokens).nats - before).max())
+    )
     moved = []
     for cut in cuts:  # tokens[:cut + 1] stay, which hold the targets of scores[:cut]
         other = tokens.astype(np.int64)
         other[cut + 1 :] += generator.integers(1, s.vocab_size, count - cut)
         after = evaluate(script, entry, (other % s.vocab_size).astype(tokens.dtype)).nats
         if wrong := np.flatnonzero(~(np.abs(after[:cut] - before[:cut]) <= noise)).tolist():
-            problem = (
-                f"with other tokens from {cut + 1} on, {len(wrong)} earlier scores move, first that of {wrong[0] + 1}"
-            )
+            problem = f"with other tokens from {cut + 1} on, {len(wrong)} earlier scores move, first that of {wrong[0] + 1}"
             return False, problem
         moved.append(float((after[cut:] != before[cut:]).mean()))
     if min(moved) < 0.5:
-        return False, f"only {min(moved):.0%} of the scores behind a cut move: the test would not see a dependence"
-    bound = "by a single bit" if not noise else f"by more than {noise:.1g} nats, the noise of two runs being a quarter"
+        return (
+            False,
+            f"only {min(moved):.0%} of the scores behind a cut move: the test would not see a dependence",
+        )
+    bound = (
+        "by a single bit"
+        if not noise
+        else f"by more than {noise:.1g} nats, the noise of two runs being a quarter"
+    )
     adapting = "with" if s.adapts else "without"
     places = ", ".join(map(str, cuts))
     evidence = f"{len(cuts)} cuts of {count:,} targets (at {places}), {s.eval_mode} windows, {adapting} TTT"
-    return True, f"{evidence}: no score up to a cut moves {bound}, {min(moved):.0%} or more behind it do"
+    return (
+        True,
+        f"{evidence}: no score up to a cut moves {bound}, {min(moved):.0%} or more behind it do",
+    )
 
 
 def check_scored_once(script: ModuleType, entry: Entry) -> tuple[bool, str]:
@@ -511,19 +597,21 @@ def check_scored_once(script: ModuleType, entry: Entry) -> tuple[bool, str]:
     if not np.array_equal(seen.written, seen.score.nats):
         return False, "what is summed is not what was scored"
     loss = float(seen.written.mean(dtype=np.float64))
-    holds = math.isclose(loss, seen.score.val_loss, rel_tol=1e-9) and bool((seen.written >= 0).all())
+    holds = math.isclose(loss, seen.score.val_loss, rel_tol=1e-9) and bool(
+        (seen.written >= 0).all()
+    )
     return holds, f"{len(seen.written):,} targets, each written once; their mean is {loss:.8f} nats"
 
 
 def check_probabilities(script: ModuleType, entry: Entry) -> tuple[bool, str]:
     """Scores are -log of probabilities that sum to one over the vocabulary."""
     sampled = observe(script, entry).sampled
-    most_nats, most_sum = (CPU_NATS_ERROR, CPU_SUM_ERROR) if entry.on_cpu else (GPU_NATS_ERROR, GPU_SUM_ERROR)
+    most_nats, most_sum = (
+        (CPU_NATS_ERROR, CPU_SUM_ERROR) if entry.on_cpu else (GPU_NATS_ERROR, GPU_SUM_ERROR)
+    )
     nats = max((abs(one.nats - one.expected) for one in sampled), default=math.inf)
     total = max((abs(one.total - 1) for one in sampled), default=math.inf)
-    evidence = (
-        f"{len(sampled)} random targets: sums over {entry.settings.vocab_size:,} tokens within {total:.1e} of 1, "
-    )
+    evidence = f"{len(sampled)} random targets: sums over {entry.settings.vocab_size:,} tokens within {total:.1e} of 1, "
     evidence += f"scores within {nats:.1e} nats of -log softmax in float64"
     return bool(nats <= most_nats and total <= most_sum), evidence  # false for NaN too
 
@@ -537,13 +625,17 @@ def read_tokens(folder: str) -> np.ndarray:
     return np.concatenate(shards)
 
 
-def text_bytes(model: sentencepiece.SentencePieceProcessor, tokens: list[int], text: str) -> int | None:
+def text_bytes(
+    model: sentencepiece.SentencePieceProcessor, tokens: list[int], text: str
+) -> int | None:
     """UTF-8 bytes of the text that tokens decode to. A text that was cut within a character decodes to replacement
     characters: then those of the pieces. None if the pieces contradict the text."""
     if "\N{REPLACEMENT CHARACTER}" not in text:
         return len(text.encode())
     pieces = zip(model.id_to_piece(tokens), model.is_byte(tokens))
-    raw = b"".join(bytes([int(p[3:5], 16)]) if byte else p.replace("▁", " ").encode() for p, byte in pieces)
+    raw = b"".join(
+        bytes([int(p[3:5], 16)]) if byte else p.replace("▁", " ").encode() for p, byte in pieces
+    )
     raw = raw.removeprefix(b" ")
     try:
         return len(raw) if raw.decode() == text else None
@@ -558,22 +650,32 @@ def check_text_bytes(script: ModuleType, entry: Entry) -> tuple[bool, str]:
         return False, "the script's tokens are not those of the shards"
     model = sentencepiece.SentencePieceProcessor(model_file=entry.environment["TOKENIZER_PATH"])
     ids = list(range(model.vocab_size()))
-    silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)[tokens]
+    silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)[
+        tokens
+    ]
     # Texts are what stands between tokens without text; decoding drops the first space of each, as of a document.
     edges = np.flatnonzero(np.diff(np.concatenate([[True], silent, [True]]).astype(np.int8)))
     spans = list(zip(edges[::2].tolist(), edges[1::2].tolist()))
     pieces = [tokens[first:last].tolist() for first, last in spans]
-    counted = np.concatenate([[0, 0], np.cumsum(entry.validation.target_bytes)])  # [i]: of tokens[:i]
+    counted = np.concatenate(
+        [[0, 0], np.cumsum(entry.validation.target_bytes)]
+    )  # [i]: of tokens[:i]
     total = 0
     for (first, last), part, text in zip(spans, pieces, model.decode(pieces) if pieces else []):
         truth, ours = text_bytes(model, part, text), int(counted[last] - counted[first])
         if truth is not None and first == 0:  # the stream's first token is no target
             truth -= len(model.decode(part[:1]).encode())
         if truth != ours:
-            return False, f"tokens {first} to {last - 1} count as {ours} bytes; their text has {truth}: {text[:40]!r}"
+            return (
+                False,
+                f"tokens {first} to {last - 1} count as {ours} bytes; their text has {truth}: {text[:40]!r}",
+            )
         total += ours
     if total != entry.validation.target_bytes.sum():
-        return False, f"{entry.validation.target_bytes.sum():,} bytes are counted, {total:,} of them in text"
+        return (
+            False,
+            f"{entry.validation.target_bytes.sum():,} bytes are counted, {total:,} of them in text",
+        )
     seen = observe(script, entry)
     bpb = float(seen.written.sum(dtype=np.float64)) / math.log(2) / total
     evidence = f"{int((tokens == BOS_ID).sum()):,} documents, {total:,} bytes of decoded text; so {bpb:.8f} BPB"
@@ -585,7 +687,12 @@ def check_order(script: ModuleType, entry: Entry) -> tuple[bool, str]:
     seen, s = observe(script, entry), entry.settings
     count = len(seen.times_written)
     last_chunk = (count - 1) // s.ttt_chunk_tokens * s.ttt_chunk_tokens if s.adapts else 0
-    scored, trained, steps, waiting = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool), 0, False
+    scored, trained, steps, waiting = (
+        np.zeros(count, dtype=bool),
+        np.zeros(count, dtype=bool),
+        0,
+        False,
+    )
     if seen.with_gradients:
         return False, "a score was computed with gradients"
     for kind, targets in seen.events:
@@ -593,7 +700,10 @@ def check_order(script: ModuleType, entry: Entry) -> tuple[bool, str]:
             scored[targets] = True
         elif kind == "train":
             if not scored[targets].all():
-                return False, f"an update sees target {targets[~scored[targets]][0]} before it is scored"
+                return (
+                    False,
+                    f"an update sees target {targets[~scored[targets]][0]} before it is scored",
+                )
             if (targets >= last_chunk).any():
                 return False, f"an update sees target {targets.max()}, of the last chunk"
             trained[targets], waiting = True, True
@@ -650,17 +760,26 @@ def audit(script: ModuleType, entry: Entry) -> dict[str, tuple[bool, str]]:
 
 def table(results: dict[str, tuple[bool, str]]) -> str:
     """The results in Markdown."""
-    rows = [(name, "holds" if holds else "FAILS", evidence) for name, (holds, evidence) in results.items()]
+    rows = [
+        (name, "holds" if holds else "FAILS", evidence)
+        for name, (holds, evidence) in results.items()
+    ]
     cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [["check", "result", "evidence"], ["---"] * 3, *cells])
+    return "\n".join(
+        f"| {' | '.join(row)} |" for row in [["check", "result", "evidence"], ["---"] * 3, *cells]
+    )
 
 
 def main() -> int:
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the validation shards")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the validation shards"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--script", type=Path, default=Path(__file__).resolve().parent.parent / "train_gpt.py")
+    parser.add_argument(
+        "--script", type=Path, default=Path(__file__).resolve().parent.parent / "train_gpt.py"
+    )
     parser.add_argument("--log", type=Path, help="LOG_DIR/RUN_ID.txt of the run")
     try:
         given = parser.parse_args()
@@ -668,7 +787,9 @@ def main() -> int:
             os.environ.pop(name, None)
         script = load_script(given.script)
         with contextlib.redirect_stdout(sys.stderr):
-            entry = open_entry(script, given.artifact, given.data, given.tokenizer, dict(os.environ), given.log)
+            entry = open_entry(
+                script, given.artifact, given.data, given.tokenizer, dict(os.environ), given.log
+            )
             results = audit(script, entry)
     except UserError as error:
         print(f"audit.py: error: {' '.join(str(error).split())}", file=sys.stderr)

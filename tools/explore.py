@@ -73,12 +73,18 @@ class Tally:
 def read_variant(text: str, environment: dict[str, str]) -> tuple[str, t.Settings]:
     """Name and settings of a variant as it is written on the command line."""
     name, colon, settings = text.partition(":")
-    need(colon and name.strip(), f'"{text}" should be a name, a colon and settings, such as "wide: MLP_MULT=4"')
+    need(
+        colon and name.strip(),
+        f'"{text}" should be a name, a colon and settings, such as "wide: MLP_MULT=4"',
+    )
     changes = {}
     for part in settings.split():
         variable, equals, value = part.partition("=")
         need(equals, f'"{name}": {part} should be SETTING=VALUE')
-        need(variable.lower() in t.FIELDS, f'"{name}": {variable} is not a setting (see train_gpt.py --help)')
+        need(
+            variable.lower() in t.FIELDS,
+            f'"{name}": {variable} is not a setting (see train_gpt.py --help)',
+        )
         changes[variable] = value
     try:
         chosen, _ = t.read_settings(environment | changes)
@@ -95,7 +101,10 @@ def read_parts(text: str) -> list[float]:
         parts = [float(part) for part in text.split(",")]
     except ValueError:
         parts = []
-    need(parts and all(0 < part < 1 for part in parts), f"--averages {text}: write numbers below 1, such as 0.03,0.06")
+    need(
+        parts and all(0 < part < 1 for part in parts),
+        f"--averages {text}: write numbers below 1, such as 0.03,0.06",
+    )
     return parts
 
 
@@ -118,7 +127,9 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
     torch._dynamo.reset()  # or the variants before count as recompilations
     ranks, log = t.start_ranks(settings), Tally(name)
     plain = dataclasses.replace(settings, eval_mode="plain", ttt_enabled=False)
-    validation = t.load_validation(settings, t.Tokenizer(settings.tokenizer_path, settings.vocab_size))
+    validation = t.load_validation(
+        settings, t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
+    )
     target = int(settings.target_mb * 1e6) - Path(t.__file__).stat().st_size
     model = t.build_model(settings, ranks)
     trainer = t.Trainer(model, settings, ranks, t.choose_micro_batch(settings, ranks), target, log)
@@ -129,14 +140,19 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s", "ready")
     trainer.run(batches, None)
-    steps, last = trainer.steps_done, [loss for progress, loss in log.losses if progress >= 0.9] or log.losses[-1][1:]
+    steps, last = (
+        trainer.steps_done,
+        [loss for progress, loss in log.losses if progress >= 0.9] or log.losses[-1][1:],
+    )
     line = {
         "name": name, "steps": steps, "step_ms": round(1000 * trainer.clock.seconds() / steps, 3),
         "last_loss": round(statistics.mean(last), 4), "bpb": {},
     }  # fmt: skip
     for part, average in trainer.average.each.items():
         average.apply()
-        line["bpb"][part] = round(t.Evaluator(model, plain, ranks, validation).score(0.0).val_bpb, 5)
+        line["bpb"][part] = round(
+            t.Evaluator(model, plain, ranks, validation).score(0.0).val_bpb, 5
+        )
     if not export:
         return line
     trainer.average.each[min(line["bpb"], key=line["bpb"].get)].apply()
@@ -155,13 +171,30 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", metavar="NAME: SETTING=VALUE ...")
-    parser.add_argument("--averages", default=str(USUAL_PART), metavar="PART,PART", help="of a run; 0.1 if left out")
-    parser.add_argument("--every", type=int, default=10, metavar="STEPS", help="between weights that are averaged (10)")
-    parser.add_argument("--export", action="store_true", help="quantize, and score what the artifact holds")
     parser.add_argument(
-        "--idea", type=Path, action="append", default=[], metavar="FILE", help="changes the script first"
+        "--averages", default=str(USUAL_PART), metavar="PART,PART", help="of a run; 0.1 if left out"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has")
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=10,
+        metavar="STEPS",
+        help="between weights that are averaged (10)",
+    )
+    parser.add_argument(
+        "--export", action="store_true", help="quantize, and score what the artifact holds"
+    )
+    parser.add_argument(
+        "--idea",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="changes the script first",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has"
+    )
     try:
         given = parser.parse_args()
         parts = read_parts(given.averages)

@@ -39,7 +39,15 @@ def make_venv(*options: str) -> None:
 
 
 def install(requirement: str, *options: str, **environment: str) -> bool:
-    command = [VENV_PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *options, requirement]
+    command = [
+        VENV_PYTHON,
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        *options,
+        requirement,
+    ]
     print("+", " ".join(command), flush=True)
     done = subprocess.run(command, env=os.environ | environment).returncode == 0
     if not done:
@@ -52,7 +60,9 @@ def main() -> None:
     if not output(VENV_PYTHON, "--version"):
         share = not wanted and find_torch(sys.executable)
         make_venv(*["--system-site-packages"] * bool(share))
-        if share and not find_torch(VENV_PYTHON):  # it belongs to a virtual environment, which cannot be shared
+        if share and not find_torch(
+            VENV_PYTHON
+        ):  # it belongs to a virtual environment, which cannot be shared
             make_venv()
     elif not output(VENV_PYTHON, "-m", "pip", "--version"):  # made by a tool that leaves pip out
         subprocess.run([VENV_PYTHON, "-m", "ensurepip"], check=True)
@@ -69,8 +79,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036 - the Python that make finds may be any
-        sys.exit("make_venv.py: error: this project needs Python 3.10 or newer: make PYTHON=python3.12 ...")
+        sys.exit(
+            "make_venv.py: error: this project needs Python 3.10 or newer: make PYTHON=python3.12 ..."
+        )
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(f"make_venv.py: error: {' '.join(error.cmd)} failed; on Debian and Ubuntu, install python3-venv")
+        sys.exit(
+            f"make_venv.py: error: {' '.join(error.cmd)} failed; on Debian and Ubuntu, install python3-venv"
+        )

@@ -33,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation
 GAIN, SIGNIFICANCE = 0.005, 0.01  # nats by which a record must beat the one before, and at which p
 # The last two messages of a finished run: seconds; val_loss, val_bpb.
-FINAL = re.compile(r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
+FINAL = re.compile(
+    r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE
+)
 FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*$", re.MULTILINE)
 # What one run may choose differently from the next: its seed, and where its files lie.
 OUTPUTS = {"run_id", "log_dir", "artifact", "eval_nll_path", "checkpoint_every", "resume"}
@@ -108,12 +110,18 @@ def read_final(path: Path) -> Finished:
     try:
         events = last_run(records)
         seed = int(events["settings"]["settings"]["seed"])
-        score = Score(*(float(events["final"][name]) for name in Score._fields)) if "final" in events else None
+        score = (
+            Score(*(float(events["final"][name]) for name in Score._fields))
+            if "final" in events
+            else None
+        )
     except OSError as error:
         raise UserError(f"cannot read {records}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{records} is not a run's .jsonl log") from None
-    need(SEPARATOR in text, f"{path} is not a run's text log: no line of 100 = ends the script in it")
+    need(
+        SEPARATOR in text, f"{path} is not a run's text log: no line of 100 = ends the script in it"
+    )
     written = FINAL.findall(text.rpartition(SEPARATOR)[2])
     need(written, f"{path} has no final score: the run did not finish")
     need(score, f"{records} has no final score: the run did not finish")
@@ -127,7 +135,10 @@ def read_final(path: Path) -> Finished:
 
 def check_score(path: Path, score: Score) -> None:
     usable = all(math.isfinite(value) and value > 0 for value in score)
-    need(usable, f"{path} has no usable final score: val_loss {score.val_loss}, val_bpb {score.val_bpb}")
+    need(
+        usable,
+        f"{path} has no usable final score: val_loss {score.val_loss}, val_bpb {score.val_bpb}",
+    )
 
 
 def read_run(path: Path, script_path: Path, script: str) -> Run:
@@ -136,7 +147,10 @@ def read_run(path: Path, script_path: Path, script: str) -> Run:
     events = finished.events
     try:
         settings, machine = events["settings"]["settings"], events["settings"]["machine"]
-        need(not settings["eval_only"], f"{path} is of an EVAL_ONLY run: give the log of the run that trained")
+        need(
+            not settings["eval_only"],
+            f"{path} is of an EVAL_ONLY run: give the log of the run that trained",
+        )
         trained, hardware = events["trained"], str(machine["hardware"])
         run = Run(
             path=path,
@@ -157,7 +171,9 @@ def read_run(path: Path, script_path: Path, script: str) -> Run:
             evaluation_limit=float(settings["eval_max_seconds"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path.with_suffix('.jsonl')} is not a finished run's log: {error!r}") from None
+        raise UserError(
+            f"{path.with_suffix('.jsonl')} is not a finished run's log: {error!r}"
+        ) from None
     check_code(run, finished.text, script_path, script)
     check_limits(run)
     return run
@@ -172,10 +188,18 @@ def check_code(run: Run, text: str, script_path: Path, script: str) -> None:
     for number, (ran, here) in enumerate(lines, 1):
         if ran != here:
             start = max(0, len(os.path.commonprefix([ran or "", here or ""])) - 20)
-            ran, here = ("nothing" if line is None else repr(line[start : start + 60]) for line in (ran, here))
-            raise UserError(f"{run.path} holds another script than {script_path}: line {number} has {ran}, not {here}")
+            ran, here = (
+                "nothing" if line is None else repr(line[start : start + 60])
+                for line in (ran, here)
+            )
+            raise UserError(
+                f"{run.path} holds another script than {script_path}: line {number} has {ran}, not {here}"
+            )
     size = len(code.encode())
-    need(size == run.bytes_code, f"{run.path} counts {run.bytes_code} bytes of code, but its script has {size}")
+    need(
+        size == run.bytes_code,
+        f"{run.path} counts {run.bytes_code} bytes of code, but its script has {size}",
+    )
 
 
 def check_limits(run: Run) -> None:
@@ -200,7 +224,10 @@ def check_agreement(runs: list[Run]) -> None:
     for run in runs[1:]:
         for name in dict.fromkeys([*first.settings, *run.settings]):
             a, b = first.settings.get(name), run.settings.get(name)
-            need(a == b or name in MAY_DIFFER, f"{run.path} has {name.upper()}={b}, but {first.path} has {a}")
+            need(
+                a == b or name in MAY_DIFFER,
+                f"{run.path} has {name.upper()}={b}, but {first.path} has {a}",
+            )
         for name, value in first.machine.items():  # submission.json has one field for each
             ours = run.machine[name]
             need(ours == value, f"{run.path} ran with {name} {ours}, but {first.path} with {value}")
@@ -211,7 +238,10 @@ def check_same_text(path: Path, score: Score, other_path: Path, other: Score) ->
     """Refuses to compare scores of different texts or tokenizers. The tolerance admits a last sequence left out."""
     a, b = score.bytes_per_token, other.bytes_per_token
     differ = f"{b:.5f} bytes per token there, {a:.5f} in {path}"
-    need(math.isclose(a, b, rel_tol=1e-5), f"{other_path} scored another text or used another tokenizer: {differ}")
+    need(
+        math.isclose(a, b, rel_tol=1e-5),
+        f"{other_path} scored another text or used another tokenizer: {differ}",
+    )
 
 
 def read_baseline(path: Path) -> tuple[Score, int | None]:
@@ -237,14 +267,22 @@ def welch(ours: list[float], baseline: list[float]) -> tuple[float, float]:
         from scipy.stats import ttest_ind  # only needed with a baseline
     except ImportError:
         raise UserError("--baseline needs SciPy: pip install scipy") from None
-    result = ttest_ind(ours, [loss - GAIN for loss in baseline], equal_var=False, alternative="less")
+    result = ttest_ind(
+        ours, [loss - GAIN for loss in baseline], equal_var=False, alternative="less"
+    )
     return float(result.statistic), float(result.pvalue)
 
 
 def gain_text(ours: list[float], baseline: list[float]) -> str:
     """What the test says, in sentences that hold all that is needed to repeat it."""
-    a, b, runs = statistics.fmean(ours), statistics.fmean(baseline), ", ".join(f"{loss:.5f}" for loss in baseline)
-    means = f"mean val_loss {a:.5f} (n={len(ours)}), the baseline's {b:.5f} (n={len(baseline)}: {runs})"
+    a, b, runs = (
+        statistics.fmean(ours),
+        statistics.fmean(baseline),
+        ", ".join(f"{loss:.5f}" for loss in baseline),
+    )
+    means = (
+        f"mean val_loss {a:.5f} (n={len(ours)}), the baseline's {b:.5f} (n={len(baseline)}: {runs})"
+    )
     means += f", difference {a - b:+.5f} nats"
     claim = f"a gain of more than {GAIN} nats"
     if min(len(ours), len(baseline)) < 2:
@@ -267,7 +305,9 @@ def non_record_reasons(runs: list[Run]) -> list[str]:
         reasons.append(f"the hardware is {hardware}, not 8 × H100 SXM")
     for folder in dict.fromkeys(str(run.settings.get("data_path")) for run in runs):
         if not Path(folder).name.lower().startswith("fineweb"):
-            reasons.append(f"DATA_PATH={folder} is not a folder named fineweb…, as the contest's data are")
+            reasons.append(
+                f"DATA_PATH={folder} is not a folder named fineweb…, as the contest's data are"
+            )
     if len(runs) < 3:
         reasons.append(f"{len(runs)} seed{'s' * (len(runs) > 1)}, not three or more")
     return reasons
@@ -275,7 +315,10 @@ def non_record_reasons(runs: list[Run]) -> list[str]:
 
 def submission(runs: list[Run], fields: dict, record: bool) -> dict:
     """The contest's submission.json. Steps and their time are means; bytes_total is the largest."""
-    loss, bpb = spread([run.final.val_loss for run in runs]), spread([run.final.val_bpb for run in runs])
+    loss, bpb = (
+        spread([run.final.val_loss for run in runs]),
+        spread([run.final.val_bpb for run in runs]),
+    )
     rounded = lambda value: None if value is None else round(value, 8)  # as many digits as the logs
     return {
         **fields,
@@ -310,7 +353,10 @@ def literal(node: ast.expr, known: dict[str, object]) -> object:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return literal(node.left, known) | literal(node.right, known)
     if isinstance(node, ast.Dict) and None not in node.keys:
-        return {ast.literal_eval(key): literal(value, known) for key, value in zip(node.keys, node.values)}
+        return {
+            ast.literal_eval(key): literal(value, known)
+            for key, value in zip(node.keys, node.values)
+        }
     return ast.literal_eval(node)
 
 
@@ -320,8 +366,14 @@ def read_defaults(script: str) -> tuple[dict, dict[str, dict]]:
     for node in ast.parse(script).body:
         if isinstance(node, ast.ClassDef) and node.name == "Settings":
             for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call) and line.value.args:
-                    with contextlib.suppress(ValueError):  # not a literal: the setting will be shown
+                if (
+                    isinstance(line, ast.AnnAssign)
+                    and isinstance(line.value, ast.Call)
+                    and line.value.args
+                ):
+                    with contextlib.suppress(
+                        ValueError
+                    ):  # not a literal: the setting will be shown
                         defaults[line.target.id] = ast.literal_eval(line.value.args[0])
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -373,7 +425,10 @@ def results_table(runs: list[Run]) -> list[str]:
     return [
         row("seed", columns),
         row("---", ["---"] * len(columns)),
-        *(row(str(run.seed), [format(v[i], form) for v, form in columns.values()]) for i, run in enumerate(runs)),
+        *(
+            row(str(run.seed), [format(v[i], form) for v, form in columns.values()])
+            for i, run in enumerate(runs)
+        ),
         row("mean", [format(s.mean, form) for s, form in spreads]),
         row("std", ["–" if s.std is None else format(s.std, form) for s, form in spreads]),
     ]
@@ -450,14 +505,25 @@ def write_folder(out: Path, files: dict[str, bytes]) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a run's .txt, with its .jsonl beside it")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    parser.add_argument(
+        "logs", nargs="+", type=Path, metavar="LOG", help="a run's .txt, with its .jsonl beside it"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="the folder to make"
+    )
     parser.add_argument("--name", help="of the entry; default: submission.json's")
     parser.add_argument("--author", help="default: submission.json's")
     parser.add_argument("--github-id", help="default: submission.json's")
     parser.add_argument("--blurb", help="a sentence or two on the entry; default: its result")
-    parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="LOG", help="logs of runs to beat")
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="what must have run; default: ours")
+    parser.add_argument(
+        "--baseline", nargs="+", type=Path, default=[], metavar="LOG", help="logs of runs to beat"
+    )
+    parser.add_argument(
+        "--script",
+        type=Path,
+        default=ROOT / "train_gpt.py",
+        help="what must have run; default: ours",
+    )
     parser.add_argument("--force", action="store_true", help="replace FOLDER and all that is in it")
     return parser.parse_args(arguments)
 
@@ -469,7 +535,9 @@ def entry_fields(given: argparse.Namespace, runs: list[Run]) -> dict:
         known = json.loads(read_text(path)) if path.exists() else {}
     except ValueError:
         raise UserError(f"{path} is not JSON") from None
-    fields = {name: getattr(given, name) or known.get(name) for name in ("author", "github_id", "name")}
+    fields = {
+        name: getattr(given, name) or known.get(name) for name in ("author", "github_id", "name")
+    }
     for name in ("author", "name"):
         need(fields[name], f"--{name} is missing, and submission.json has none")
     bpb = statistics.fmean(run.final.val_bpb for run in runs)
@@ -499,7 +567,10 @@ def package(given: argparse.Namespace) -> list[str]:
         for path in baseline_paths:
             score, seed = read_baseline(path)
             check_same_text(runs[0].path, runs[0].final, path, score)
-            need(seed is None or seed not in seeds, f"{path} has SEED={seed}, as another run of the baseline has")
+            need(
+                seed is None or seed not in seeds,
+                f"{path} has SEED={seed}, as another run of the baseline has",
+            )
             losses.append(score.val_loss)
             seeds.add(seed)
         gain = gain_text([run.final.val_loss for run in runs], losses)
@@ -518,7 +589,9 @@ def package(given: argparse.Namespace) -> list[str]:
     write_folder(out, files)
 
     deviation = "" if entry["val_bpb_std"] is None else f" ± {entry['val_bpb_std']:.5f}"
-    lines = [f"{given.out}: {len(runs)} run(s), val_bpb {entry['val_bpb']:.5f}{deviation}, track {entry['track']}"]
+    lines = [
+        f"{given.out}: {len(runs)} run(s), val_bpb {entry['val_bpb']:.5f}{deviation}, track {entry['track']}"
+    ]
     lines += [f"non-record: {reason}" for reason in reasons]
     lines += ["github_id is empty: give --github-id before you submit"] * (not entry["github_id"])
     return lines + [f"baseline: {gain}"] * bool(gain)

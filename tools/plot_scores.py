@@ -24,20 +24,30 @@ def read_points(paths: list[Path]) -> dict[str, list[tuple[float, list[float]]]]
         try:
             events = last_run(path)
             settings = events["settings"]["settings"]
-            scores = {"before quantization": events["trained"]["val_bpb"], "final": events["final"]["val_bpb"]}
+            scores = {
+                "before quantization": events["trained"]["val_bpb"],
+                "final": events["final"]["val_bpb"],
+            }
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not the .jsonl log of a finished run") from None
-        key = tuple(sorted((name, repr(value)) for name, value in settings.items() if name not in NAMES))
-        group = groups.setdefault((settings["max_wallclock_seconds"], key), {name: [] for name in scores})
+        key = tuple(
+            sorted((name, repr(value)) for name, value in settings.items() if name not in NAMES)
+        )
+        group = groups.setdefault(
+            (settings["max_wallclock_seconds"], key), {name: [] for name in scores}
+        )
         for name, score in scores.items():
             group[name].append(score)
     ordered = sorted(groups.items(), key=lambda item: item[0][0])
     return {
-        name: [(seconds, group[name]) for (seconds, _), group in ordered] for name in ("before quantization", "final")
+        name: [(seconds, group[name]) for (seconds, _), group in ordered]
+        for name in ("before quantization", "final")
     }
 
 
-def plot(points: dict[str, list[tuple[float, list[float]]]], marks: list[tuple[float, str]], out: Path) -> None:
+def plot(
+    points: dict[str, list[tuple[float, list[float]]]], marks: list[tuple[float, str]], out: Path
+) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -57,7 +67,9 @@ def plot(points: dict[str, list[tuple[float, list[float]]]], marks: list[tuple[f
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a run's .jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="PNG")
     parser.add_argument("--mark", nargs=2, action="append", default=[], metavar=("BPB", "TEXT"))

@@ -50,7 +50,10 @@ def main() -> int:
         return 1
     wanted = ("settings", "trained", "after_quantization", "final")
     if missing := [name for name in wanted if name not in events]:
-        print(f"summary.py: error: {path} is of a run that has not finished: no {missing[0]!r} yet", file=sys.stderr)
+        print(
+            f"summary.py: error: {path} is of a run that has not finished: no {missing[0]!r} yet",
+            file=sys.stderr,
+        )
         return 1
     settings, trained, quantized, final = (events[name] for name in wanted)
     machine, settings = settings["machine"], settings["settings"]
@@ -72,8 +75,14 @@ def main() -> int:
         f"Size: {total:,} of {CAP:,} bytes ({code:,} code + {total - code:,} model)",
     ]
     if settings["preset"] == "tiny":
-        command = f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {sys.executable} train_gpt.py"
-        lines += ["", "Next, the same model for ten minutes:", "  " + command.replace(f"{Path.cwd()}/", "")]
+        command = (
+            f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {sys.executable} train_gpt.py"
+        )
+        lines += [
+            "",
+            "Next, the same model for ten minutes:",
+            "  " + command.replace(f"{Path.cwd()}/", ""),
+        ]
     width = 100
     print("\n" + "=" * width, *lines, "=" * width, sep="\n")
     return 0

@@ -34,12 +34,17 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
     at the same time while BPE makes the two, are merged before they are gone. So each piece is made as BPE makes it, and
     what has stood at its two ends is noted with the merge that took it away.
     """
-    never, latest = np.zeros((size, size), bool), defaultdict(lambda: -1)  # latest: the last merge a piece is made by
+    never, latest = (
+        np.zeros((size, size), bool),
+        defaultdict(lambda: -1),
+    )  # latest: the last merge a piece is made by
     chains, sides = ({}, {}), (defaultdict(list), defaultdict(list))  # of beginnings, of ends
     for piece in sorted(merges, key=len):
         parts, token = list(piece), merges[piece]
         while len(parts) > 2:  # the first merge of the order, the leftmost if it fits twice
-            at = min(range(len(parts) - 1), key=lambda k: merges.get(parts[k] + parts[k + 1], math.inf))
+            at = min(
+                range(len(parts) - 1), key=lambda k: merges.get(parts[k] + parts[k + 1], math.inf)
+            )
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
             latest[piece] = max(token, latest[parts[0]], latest[parts[1]])
@@ -51,7 +56,9 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
     for piece, merge in merges.items():
         for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece))):
             rows = [token for token, gone in ends[left] if gone > max(merge, latest[right])]
-            columns = [token for token, gone in begins[right] if gone >= merge and gone > latest[left]]
+            columns = [
+                token for token, gone in begins[right] if gone >= merge and gone > latest[left]
+            ]
             never[np.ix_(rows, columns)] = True
     return never
 
@@ -59,12 +66,20 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def table(path: str, vocab_size: int) -> Tensor:
     """impossible_pairs() of a tokenizer's file."""
-    return torch.from_numpy(impossible_pairs(merge_order(t.Tokenizer(path, vocab_size)), vocab_size))
+    return torch.from_numpy(
+        impossible_pairs(merge_order(t.Tokenizer(path, vocab_size)), vocab_size)
+    )
 
 
 @torch.library.custom_op("ideas::possible_cross_entropy", mutates_args=())
 def fused_cross_entropy(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, targets: Tensor, impossible: Tensor, cap: float, slopes: bool
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    targets: Tensor,
+    impossible: Tensor,
+    cap: float,
+    slopes: bool,
 ) -> tuple[Tensor, Tensor]:
     """t.fused_cross_entropy() of targets behind tokens (T,), with impossible pairs (V, V) bool. A logit of -infinity is capped at
     -cap and has a slope of 0. In the script, the kernel could read the pairs itself; here they are a pass of their own."""
@@ -99,7 +114,11 @@ def install(script) -> None:
 
         def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
             """Softcapped float32 logits of the vocabulary behind tokens."""
-            return super().logits(hidden).masked_fill(self.impossible[tokens], -self.settings.logit_softcap)
+            return (
+                super()
+                .logits(hidden)
+                .masked_fill(self.impossible[tokens], -self.settings.logit_softcap)
+            )
 
         def nats(self, hidden: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
             """Negative log-likelihood of targets (B, T) behind tokens, float32 nats."""
@@ -107,7 +126,9 @@ def install(script) -> None:
             if hidden.is_cuda and t.triton:
                 weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
                 slopes = torch.is_grad_enabled()
-                nats, _ = fused_cross_entropy(rows, weight, before, flat, self.impossible, cap, slopes)
+                nats, _ = fused_cross_entropy(
+                    rows, weight, before, flat, self.impossible, cap, slopes
+                )
             else:
                 nats = F.cross_entropy(self.logits(rows, before), flat, reduction="none")
             return nats.view(targets.shape)

@@ -16,7 +16,10 @@ import train_gpt as t
 
 FEATURES = 4096  # the most frequent
 SCALE = 0.4  # of their sum, beside the token's own vector
-OWN, SHARED = "embedding.parametrizations.weight.original", "embedding.parametrizations.weight.0.shared"
+OWN, SHARED = (
+    "embedding.parametrizations.weight.original",
+    "embedding.parametrizations.weight.0.shared",
+)
 
 
 def features(piece: str) -> list[str]:
@@ -24,15 +27,24 @@ def features(piece: str) -> list[str]:
     core = piece.lstrip("▁")
     framed = f"<{core.lower()}>"
     groups = [framed[i : i + size] for size in (2, 3, 4) for i in range(len(framed) - size + 1)]
-    return ["space"] * piece.startswith("▁") + ["capital"] * core[:1].isupper() + [f"word:{core.lower()}", *groups]
+    return (
+        ["space"] * piece.startswith("▁")
+        + ["capital"] * core[:1].isupper()
+        + [f"word:{core.lower()}", *groups]
+    )
 
 
 def feature_matrix(tokenizer: t.Tokenizer, most: int) -> Tensor:
     """Of each token the features that several have, at most so many, float32 (V, features); rows of length SCALE or less."""
     ids = list(range(len(tokenizer.is_special)))
     ordinary = ~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids))
-    found = [Counter(features(piece) if kept else ()) for piece, kept in zip(tokenizer.model.IdToPiece(ids), ordinary)]
-    tokens_with = Counter(name for names in found for name in names)  # in one order in every process, also of equals
+    found = [
+        Counter(features(piece) if kept else ())
+        for piece, kept in zip(tokenizer.model.IdToPiece(ids), ordinary)
+    ]
+    tokens_with = Counter(
+        name for names in found for name in names
+    )  # in one order in every process, also of equals
     column = {name: i for i, (name, count) in enumerate(tokens_with.most_common(most)) if count > 1}
     matrix = torch.zeros(len(ids), len(column))
     for row, names in zip(matrix, found):
@@ -47,7 +59,9 @@ class SharedBySpelling(nn.Module):
     def __init__(self, matrix: Tensor, width: int):
         super().__init__()
         self.shared = nn.Parameter(matrix.new_zeros(matrix.shape[1], width))
-        self.register_buffer("matrix", matrix.bfloat16() if matrix.is_cuda else matrix, persistent=False)
+        self.register_buffer(
+            "matrix", matrix.bfloat16() if matrix.is_cuda else matrix, persistent=False
+        )
 
     def forward(self, table: Tensor) -> Tensor:
         return table + (self.matrix @ self.shared.to(self.matrix.dtype)).to(table.dtype)
@@ -72,7 +86,9 @@ def install(script) -> None:
             super().__init__(model, settings, *others)
 
     def export(trainer, batches) -> dict:
-        parametrize.remove_parametrizations(trainer.model.embedding, "weight", leave_parametrized=True)
+        parametrize.remove_parametrizations(
+            trainer.model.embedding, "weight", leave_parametrized=True
+        )
         return exported(trainer, batches)
 
     exported, script.export, script.Model, script.Trainer = script.export, export, Model, Trainer
