@@ -165,7 +165,7 @@ def test_a_swollen_artifact_a_wrong_sum_and_another_script_are_seen(entry_of, ru
         dataclasses.replace(entry, log=entry.log._replace(total_bytes=1)),
         "the log says 1",
     )
-    other = changed_script(tmp_path, ("return 2\n\n\nif __name__", "return 2  \n\n\nif __name__"))
+    other = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  \n"))
     fails(audit.check_bytes, dataclasses.replace(entry, script=other), "another script")
 
 
