@@ -1833,8 +1833,19 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
     return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
 
 
+# What an artifact or a checkpoint means that was written before there was a setting. Whoever adds
+# one that a header holds (MODEL_FIELDS, TRAINING_FIELDS, PROGRESS) adds here what the script did
+# without it, which stays for good, whatever becomes of the setting's default.
+FORMER_DEFAULTS = {}
+
+
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Header, of names and types as in usual, and payload of a file of at most so many bytes."""
+    """Reads an artifact or a checkpoint.
+
+    path may hold at most so many bytes; usual has the names and types that the header must have.
+    Names that an older file lacks take their FORMER_DEFAULTS. Returns header and payload. Raises
+    UserError for any file that seal() did not make, or whose header says what nobody here knows.
+    """
     need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
 
     def check(condition: bool, problem: str):
@@ -1851,7 +1862,12 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
-    check(set(header) == set(usual), "it holds other settings than this program's")
+    unknown = sorted(name for name in header if name not in usual)
+    check(not unknown, f"its header has settings that this script lacks: {ascii(unknown[:3])[:99]}")
+    former = {name: value for name, value in FORMER_DEFAULTS.items() if name in usual}
+    header = former | header
+    lacking = sorted(name for name in usual if name not in header)
+    check(not lacking, f"its header lacks settings of this script: {', '.join(lacking[:3])}")
     for name, value in header.items():
         same = type(value) is type(usual[name]) and str(value).isprintable()  # errors quote it
         check(same, f"{name} in its header has the wrong type")

@@ -427,12 +427,19 @@ def decode(
     return np.array(symbols[:count], np.uint8).view(np.int8), position
 
 
+def former(*names: tuple[str, ...]) -> dict:
+    """What a header means that lacks some of these."""
+    return {n: t.FORMER_DEFAULTS[n] for n in itertools.chain(*names) if n in t.FORMER_DEFAULTS}
+
+
 def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     model, settings = t.load_model(path, tiny(), set(), SOLO)
     if not case.sealed and case.data != originals["artifact"]:
         return "an artifact with a wrong checksum was read"
     _, header, payload = sealed_parts(case.data)
-    if json.loads(header) != {name: getattr(settings, name) for name in t.MODEL_FIELDS}:
+    if former(t.MODEL_FIELDS) | json.loads(header) != {
+        name: getattr(settings, name) for name in t.MODEL_FIELDS
+    }:
         return "other settings were read"
     # The data once more: vectors and steps in the parameters' order, then frequencies and codes of integers.
     parameters, matrices = dict(model.named_parameters()), t.grid_limits(model)
@@ -476,7 +483,7 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
     if not case.sealed and case.data != originals["checkpoint"]:
         return "a checkpoint with a wrong checksum was read"
     _, header, payload = sealed_parts(case.data)
-    header = json.loads(header)
+    header = former(t.TRAINING_FIELDS, t.PROGRESS) | json.loads(header)
     if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {
         n: getattr(settings, n) for n in t.TRAINING_FIELDS
     }:

@@ -1,0 +1,129 @@
+"""Makes the files in tests/data with an older version of train_gpt.py, and notes what it computed from them.
+
+    python tests/make_former_files.py COMMIT
+
+test_former_files.py reads them with today's script: an artifact and a checkpoint must mean the same for good.
+A commit whose files differ in layout gets files of its own beside the older ones.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "tests" / "data"
+
+# One Mamba-3 layer and one of attention, in files of some kilobytes.
+MODEL = {
+    "preset": "tiny", "vocab_size": 256, "train_seq_len": 32, "train_batch_tokens": 64, "num_layers": 2,
+    "mamba_layers": "0", "mlp_layers": "1", "mlp_mult": 2.0, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2,
+    "mamba_d_state": 8, "mamba_head_dim": 16, "mamba_chunk_size": 8, "bigram_vocab_size": 32, "bigram_dim": 8,
+    "document_reset": True, "layer_order": "0,1,0,1", "recur_start": 0.0, "calibration_tokens": 64, "eval_stride": 8, "ttt_chunk_tokens": 64,
+}  # fmt: skip
+# A checkpoint holds every number in float32, four or five times.
+SMALLER = {
+    "vocab_size": 64, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mamba_head_dim": 8, "mamba_expand": 1.0,
+}  # fmt: skip
+RUN = {
+    "iterations": 5, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "checkpoint_every": 0.0,
+    "train_log_every": 1, "warmdown_fraction": 0.9,
+}  # fmt: skip
+
+
+def fixed_tokens(vocab_size: int, sequences: int = 2, length: int = 33, step: int = 0):
+    """Tokens (sequences, length) int64 by a formula, so that no generator's version matters."""
+    places = torch.arange(sequences * length).view(sequences, length) + 1000 * step
+    return places * places * 7919 % 10_007 % (vocab_size - 4) + 3
+
+
+def fixed_weights(model) -> None:
+    """Gives every parameter another value, by a formula of its place."""
+    for number, p in enumerate(model.parameters()):
+        wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 12.9898 + number)
+        noise = (wave * 43_758.5453).frac().float().view(p.shape)
+        p.data += noise * (0.3 if p.dim() < 2 else 1.5 * p.shape[-1] ** -0.5)
+
+
+class FixedBatches:
+    """Batches of fixed tokens, from a step on."""
+
+    def __init__(self, settings, step: int):
+        self.settings, self.step = settings, step
+
+    def next(self):
+        tokens = fixed_tokens(self.settings.vocab_size, step=self.step)
+        self.step += 1
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def nats(model) -> list[list[float]]:
+    """Of every target in fixed tokens, with recurrence."""
+    tokens = fixed_tokens(model.settings.vocab_size)
+    tokens[:, 11] = 1  # a document begins
+    with torch.no_grad():
+        return model.score(tokens[:, :-1], tokens[:, 1:], model.order(True)).tolist()
+
+
+def load_script(commit: str, folder: Path):
+    """train_gpt.py of a commit as a module."""
+    source = subprocess.run(
+        ["git", "show", f"{commit}:train_gpt.py"], cwd=ROOT, check=True, capture_output=True
+    )
+    path = folder / "train_gpt.py"
+    path.write_bytes(source.stdout)
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    script = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def main() -> None:
+    """Writes COMMIT.artifact, COMMIT.checkpoint and COMMIT.json."""
+    commit = sys.argv[1]
+    FOLDER.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        script = load_script(commit, Path(name))
+        solo = script.Ranks(0, 1, torch.device("cpu"))
+        settings = script.Settings(**MODEL)
+        model = script.build_model(settings, solo)
+        fixed_weights(model)
+        tokens = fixed_tokens(settings.vocab_size)[:, :-1]
+        hessians = script.collect_hessians(model, tokens, solo, 2)
+        stored = script.quantize_model(model, settings, solo, hessians, 8.0)
+        artifact = FOLDER / f"{commit}.artifact"
+        artifact.write_bytes(script.pack_artifact(settings, stored))
+        loaded, _ = script.load_model(artifact, settings, set(), solo)
+
+        settings = script.Settings(**MODEL | SMALLER | RUN, log_dir=name, run_id="former")
+        model = script.build_model(settings, solo)
+        fixed_weights(model)
+
+        def log(*_, **__):
+            pass
+
+        trainer = script.Trainer(model, settings, solo, 64, 1e6, log)
+        batches = FixedBatches(settings, 0)
+        for _ in range(3):
+            now = script.schedule_at(settings, trainer.steps_done, 0.0)
+            kind = model.order(now.recurrent), script.nullcontext
+            trainer._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
+            trainer.steps_done += 1
+            trainer.average.update(trainer.steps_done, trainer.optimizers.muon.found_inf)
+        trainer.qat_k, trainer.clock.counted = 6.5, 1.25
+        trainer.save()
+        trainer.writing.result()
+        checkpoint = settings.checkpoint_paths[0].read_bytes()
+        (FOLDER / f"{commit}.checkpoint").write_bytes(checkpoint)
+        trainer.run(batches, None)
+        known = {"artifact": nats(loaded), "checkpoint": nats(model)}
+    (FOLDER / f"{commit}.json").write_text(json.dumps(known) + "\n")
+
+
+if __name__ == "__main__":
+    main()

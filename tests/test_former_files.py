@@ -1,0 +1,156 @@
+"""Files of older versions of the script mean what they meant: tests/data holds some, with what was computed from them.
+
+They were made by make_former_files.py. Who adds a setting that a header holds adds to FORMER_DEFAULTS what older
+files mean by its absence; these tests fail until then.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SOLO, tiny
+from make_former_files import FOLDER, FixedBatches, nats
+
+import train_gpt as t
+
+COMMITS = ["b6028ee"]
+each_commit = pytest.mark.parametrize("commit", COMMITS)
+
+
+def header_of(path: Path) -> dict:
+    """The header of an artifact or a checkpoint."""
+    return json.loads(path.read_bytes()[8:].split(b"\n", 1)[0])
+
+
+def with_header(path: Path, header: dict, folder: Path) -> Path:
+    """The same file with another header under a right checksum."""
+    data = path.read_bytes()
+    payload = data[:-32].split(b"\n", 1)[1]
+    copy = folder / path.name
+    copy.write_bytes(b"".join(t.seal(data[:8], header, payload)))
+    return copy
+
+
+def known(commit: str, what: str) -> torch.Tensor:
+    """The nats that the commit's own script computed."""
+    return torch.tensor(json.loads((FOLDER / f"{commit}.json").read_text())[what])
+
+
+def assert_same(nats: list[list[float]], expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Up to what another torch or processor rounds otherwise."""
+    torch.testing.assert_close(torch.tensor(nats), expected, rtol=tolerance, atol=tolerance)
+
+
+def checkpoint_settings(path: Path) -> t.Settings:
+    """Settings of the run that wrote a checkpoint, which a resumed one must have."""
+    header = header_of(path)
+    former = {n: t.FORMER_DEFAULTS[n] for n in t.TRAINING_FIELDS if n in t.FORMER_DEFAULTS}
+    training = {n: header[n] for n in t.TRAINING_FIELDS if n in header}
+    free = {"resume": str(path), "warmup_steps": 0, "train_log_every": 1, "checkpoint_every": 0.0}
+    return dataclasses.replace(tiny(), **former | training | free)
+
+
+def make_trainer(settings: t.Settings) -> t.Trainer:
+    """A trainer of a new model, as before a run, that says nothing."""
+
+    def log(*_, **__):
+        pass
+
+    return t.Trainer(t.build_model(settings, SOLO), settings, SOLO, 64, 1e6, log)
+
+
+@each_commit
+def test_every_setting_that_an_older_file_lacks_has_a_former_default(commit):
+    """And none that is written in every file, which a default would never reach."""
+    names = {
+        "artifact": set(t.MODEL_FIELDS),
+        "checkpoint": {*t.TRAINING_FIELDS, *t.PROGRESS},
+    }
+    for what, ours in names.items():
+        theirs = set(header_of(FOLDER / f"{commit}.{what}"))
+        assert theirs <= ours, "the script no longer knows what these mean"
+        assert ours - theirs <= set(t.FORMER_DEFAULTS), "what do older files mean by their absence?"
+    settings = {field.name: field.default for field in dataclasses.fields(t.Settings)}
+    for name, value in t.FORMER_DEFAULTS.items():
+        assert any(name in ours for ours in names.values())
+        assert type(value) is type(settings.get(name, value))
+
+
+@each_commit
+def test_an_older_artifact_has_the_scores_that_it_had(commit):
+    model, settings = t.load_model(FOLDER / f"{commit}.artifact", tiny(), set(), SOLO)
+    assert_same(nats(model), known(commit, "artifact"))
+    header = header_of(FOLDER / f"{commit}.artifact")
+    assert all(getattr(settings, name) == value for name, value in header.items())
+
+
+@each_commit
+def test_an_older_checkpoint_goes_on_as_it_would_have(commit, signal_handlers):
+    """Two more steps, with optimizers' state and average, end at the same model."""
+    settings = checkpoint_settings(FOLDER / f"{commit}.checkpoint")
+    trainer = make_trainer(settings)
+    trainer.resume()
+    assert (trainer.steps_done, trainer.clock.seconds(), trainer.qat_k) == (3, 1.25, 6.5)
+    trainer.run(FixedBatches(settings, 3), None)
+    assert_same(nats(trainer.model), known(commit, "checkpoint"), 1e-4)
+
+
+def test_a_field_that_a_header_lacks_is_its_former_default(monkeypatch, tmp_path):
+    """Not the setting's default of today, nor what the environment says of it."""
+    path = FOLDER / "b6028ee.artifact"
+    header = header_of(path)
+    del header["logit_softcap"], header["document_reset"]
+    copy = with_header(path, header, tmp_path)
+    with pytest.raises(t.UserError, match="its header lacks settings .*: document_reset, logit"):
+        t.load_model(copy, tiny(), set(), SOLO)
+    monkeypatch.setitem(t.FORMER_DEFAULTS, "logit_softcap", 12.5)
+    monkeypatch.setitem(t.FORMER_DEFAULTS, "document_reset", True)
+    monkeypatch.setitem(t.FORMER_DEFAULTS, "seed", 5)  # no artifact's field
+    model, settings = t.load_model(copy, tiny(), set(), SOLO)
+    assert (settings.logit_softcap, settings.document_reset) == (12.5, True)
+    assert settings.seed == tiny().seed
+    assert (torch.tensor(nats(model)) - known("b6028ee", "artifact")).abs().max() > 0.01
+    with pytest.raises(t.UserError, match="LOGIT_SOFTCAP=20.0 contradicts .* has 12.5"):
+        t.load_model(copy, tiny(logit_softcap=20.0), {"logit_softcap"}, SOLO)
+    monkeypatch.setitem(t.FORMER_DEFAULTS, "logit_softcap", 30.0)
+    model, _ = t.load_model(copy, tiny(logit_softcap=20.0), set(), SOLO)
+    assert_same(nats(model), known("b6028ee", "artifact"))
+
+
+def test_a_checkpoint_that_lacks_a_field_belongs_to_runs_with_its_former_default(
+    monkeypatch, tmp_path
+):
+    path = FOLDER / "b6028ee.checkpoint"
+    header = header_of(path)
+    decay = header.pop("ema_decay")
+    copy = with_header(path, header, tmp_path)
+    settings = dataclasses.replace(checkpoint_settings(path), resume=str(copy))
+    with pytest.raises(t.UserError, match="its header lacks settings of this script: ema_decay"):
+        make_trainer(settings).resume()
+    monkeypatch.setitem(t.FORMER_DEFAULTS, "ema_decay", decay)
+    make_trainer(settings).resume()
+    monkeypatch.setitem(t.FORMER_DEFAULTS, "ema_decay", 0.5)
+    with pytest.raises(t.UserError, match=f"EMA_DECAY=0.5, not {decay}"):
+        make_trainer(settings).resume()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("model_dims", "'model_dims'"), ("a\nb", r"'a\\nb'"), ("x" * 1000, "'xxx"), ("é", r"\\xe9")],
+    ids=["plain", "two lines", "long", "not ASCII"],
+)
+@pytest.mark.parametrize("what", ["artifact", "checkpoint"])
+def test_a_field_that_nobody_knows_is_refused_by_name(tmp_path, what, name, said):
+    """Of a newer version: what it means cannot be guessed."""
+    path = FOLDER / f"b6028ee.{what}"
+    copy = with_header(path, header_of(path) | {name: 1}, tmp_path)
+    settings = checkpoint_settings(FOLDER / "b6028ee.checkpoint")
+    with pytest.raises(t.UserError, match=f"settings that this script lacks: .*{said}") as error:
+        if what == "artifact":
+            t.load_model(copy, tiny(), set(), SOLO)
+        else:
+            make_trainer(dataclasses.replace(settings, resume=str(copy))).resume()
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
