@@ -933,64 +933,101 @@ attention_kernels.__enter__()
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention, (B, T, heads, D) -> the same shape as query."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=gqa
-    ).transpose(1, 2)
+    """Causal softmax attention: y_t = sum over s <= t of softmax_s(q_t·k_s / sqrt(D)) v_s.
+
+    query (B, T, heads, D); key and value (B, T, kv heads, D), where query head h reads key/value
+    head h // (heads / kv heads): grouped queries (arXiv 2305.13245). Returns query's shape.
+    """
+    grouped = query.shape[2] != key.shape[2]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, D)
+    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first 2R entries of each head of x (B, T, heads, D), halves as pairs, by angles (T, R)."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, heads, D), in its dtype.
+
+    cos and sin (T, R) are of the angles position × frequency. Pair i < R of a head is its entries
+    i and R + i, turned as a point of the plane; what lies behind the first 2R does not turn. A
+    query's product with a key then depends on their distance, not on where they stand.
+    """
+    pairs = cos.shape[-1]
+    cos = cos[:, None].to(x.dtype)  # (T, 1, R): every head turns alike
+    sin = sin[:, None].to(x.dtype)
+    first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    turned_first = first * cos - second * sin
+    turned_second = first * sin + second * cos
+    return torch.cat([turned_first, turned_second, rest], dim=-1)
+
+
+GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention: keys normed, queries normed with a gain, heads gated."""
+    """Causal grouped-query attention with normed queries and keys and a gate on every head.
+
+    Queries and keys are RMS-normed (QK norm, arXiv 2010.04245), so that scores stay bounded
+    whatever the weights do; queries take a learned gain per head instead of the lost length. Each
+    head's output is gated by twice a sigmoid (arXiv 2505.06708, here of the first channels only,
+    as in modded-nanogpt): a head may be silent, which softmax alone does not allow.
+    """
 
     def __init__(self, settings):
         super().__init__()
-        width, self.head_dim = settings.model_dim, settings.model_dim // settings.num_heads
+        width = settings.model_dim
+        self.head_dim = width // settings.num_heads
         kv_width = settings.num_kv_heads * self.head_dim
-        self.query, self.key, self.value = (
-            Linear(width, rows) for rows in (width, kv_width, kv_width)
-        )
+        self.query = Linear(width, width)
+        self.key = Linear(width, kv_width)
+        self.value = Linear(width, kv_width)
         self.out = Linear(width, width, zero=True)
         self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
-        self.gate = nn.Parameter(torch.zeros(settings.num_heads, min(16, width)))
+        self.gate = nn.Parameter(torch.zeros(settings.num_heads, min(GATE_INPUTS, width)))
 
     def forward(self, x: Tensor, context) -> Tensor:
-        query, key, value = (
-            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value)
-        )
-        query, key = norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key)
-        query, key = (rotary(x, context.cos, context.sin) for x in (query, key))
-        y = sdpa(query, key, value)
-        gate = 2 * F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype)).sigmoid()
+        """x (B, T, width), normed, -> what the layer adds to the residual stream, same shape."""
+        query, key, value = self.project(x, context.cos, context.sin)
+        return self.read_out(x, sdpa(query, key, value))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, T, heads, D), key and value (B, T, kv heads, D), at positions of cos, sin."""
+        heads = (-1, self.head_dim)
+        query = self.query(x).unflatten(-1, heads)
+        key = self.key(x).unflatten(-1, heads)
+        value = self.value(x).unflatten(-1, heads)
+        gain = self.query_gain.to(x.dtype)[:, None]
+        return rotary(norm(query) * gain, cos, sin), rotary(norm(key), cos, sin), value
+
+    def read_out(self, x: Tensor, y: Tensor) -> Tensor:
+        """Heads' outputs y (B, T, heads, D), gated by the layer's input x, -> (B, T, width)."""
+        opening = F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype))
+        gate = 2 * opening.sigmoid()  # (B, T, heads), 1 for a new model
         return self.out((y * gate.unsqueeze(-1)).flatten(2))
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution and SiLU."""
+    """Causal depthwise convolution over the last few tokens, then SiLU, before a Mamba's scan.
+
+    y_t = SiLU(bias + sum over i of weight_i x_(t - width + 1 + i)), each channel by itself, as in
+    the first Mamba (arXiv 2312.00752) and Mamba-2; Mamba-3 does without it.
+    """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5)
-        )
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        """x (B, L, C) -> the same shape."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        """x (B, T, channels) -> the same shape; fused: by the library causal_conv1d, on a GPU."""
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
         if fused:
             return library_conv(x.mT.contiguous(), weight, bias).mT
-        inputs, taps = F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight.unbind(1)
-        return F.silu(bias + sum(tap * inputs[:, i : i + x.shape[1]] for i, tap in enumerate(taps)))
+        length = x.shape[1]
+        padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))  # nothing stands before the first token
+        taps = (tap * padded[:, i : i + length] for i, tap in enumerate(weight.unbind(1)))
+        return F.silu(bias + sum(taps))
 
 
 STEP_RANK = 16  # of the first Mamba's step sizes
