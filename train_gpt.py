@@ -156,13 +156,20 @@ class Settings:
     export_reserve_seconds: float = env(8.0, "seconds", "of these, for GPTQ")
     warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
     warmdown_iters: int = env(0, "steps", "the same in steps; 0: the fraction")
+    min_lr: float = env(0.0, "0 to 1", "of the rates: decay ends there")
 
     matrix_lr: float = env(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
     mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's matrices")
     tied_embed_lr: float = env(0.008, "rate", "Adam, embeddings and output matrix")
     scalar_lr: float = env(0.02, "rate", "Adam, vectors, scales and Mamba's dynamics")
     muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
+    muon_momentum_warmup_start: float = env(0.0, "below 1", "the first; 0: MUON_MOMENTUM × 0.9")
+    muon_momentum_warmup_steps: int = env(0, "steps", "until it is reached; 0: a tenth of the run")
     muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
+    beta1: float = env(0.9, "below 1", "Adam, of the mean gradient")
+    beta2: float = env(0.95, "below 1", "Adam, of the mean square")
+    adam_eps: float = env(1e-8, "size > 0", "Adam; of vectors and scales at least 1e-6")
+    grad_clip_norm: float = env(1.0, "norm", "most of all gradients together; 0: not clipped")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
     ema_decay: float = env(0.999, "below 1", "weight average; of short runs less")
 
@@ -1234,10 +1241,26 @@ def build_model(settings, ranks) -> Model:
 
 # ==================================================================================================
 # 6. Optimizers
-# Muon for matrices, Adam for the rest, weight average, schedule.
+# Muon turns a matrix's gradient into the nearest rotation; Adam trains all else. Behind each step
+# stands an average of the weights, and over both a schedule that knows the clock.
 
 
-# Coefficients of each Newton-Schulz step (Polar Express, arXiv 2505.16932), the last for all that follow.
+def parameter_kind(name: str, parameter: Tensor) -> str:
+    """Who trains a parameter of the model, by its name: the one place that tells.
+
+    "matrix" (of attention, MLPs, bigrams) and "mamba_matrix": Muon, at MATRIX_LR and
+    MAMBA_MATRIX_LR. "embedding" (also the output matrix, which is tied to it) and "scalar"
+    (vectors, scales, short convolutions, Mamba's dynamics): Adam, at TIED_EMBED_LR and SCALAR_LR.
+    """
+    if name.endswith("embedding.weight"):
+        return "embedding"
+    if parameter.dim() != 2 or not name.endswith(".weight") or name.endswith("conv.weight"):
+        return "scalar"
+    return "mamba_matrix" if ".mixer." in name and "_proj." in name else "matrix"
+
+
+# Coefficients (a, b, c) of each Newton-Schulz step, chosen so that five bring singular values from
+# 0.001 to 1 near 1 (Polar Express, arXiv 2505.16932); the last ones for all steps that follow.
 POLAR_EXPRESS = (
     (8.20516, -22.90194, 16.46072),
     (4.06640, -2.86115, 0.51840),
@@ -1246,145 +1269,292 @@ POLAR_EXPRESS = (
     (2.27787, -1.61982, 0.39848),
     (1.875, -1.25, 0.375),
 )
+STEPS_OF_GRAM = 3  # in a row on Gram matrices alone: their rounding errors grow
 
 
 def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
-    """Nearest semi-orthogonal matrices to batches (n, rows, columns), by Newton-Schulz steps from x to P x, P = a + b G + c G²,
-    and G = x x^T to P G P: three at a time of G alone, padded to one shape (dao-lab.ai/blog/2026/gram-newton-schulz)."""
-    xs = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]
-    xs = [x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7) for x in xs]
-    xs, size = [x.half() if x.is_cuda else x for x in xs], max(x.shape[-2] for x in xs)
-    for first in range(0, steps, 3):
-        gram, product = torch.cat([F.pad(x @ x.mT, 2 * (0, size - x.shape[-2])) for x in xs]), None
-        for step in range(first, min(first + 3, steps)):
-            a, b, c = POLAR_EXPRESS[min(step, 5)]
-            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            poly.diagonal(dim1=-2, dim2=-1).add_(a)
-            product = poly if product is None else poly @ product
-            gram = poly @ gram @ poly
-        products = product.split([len(x) for x in xs])
-        xs = [y[:, : x.shape[-2], : x.shape[-2]] @ x for x, y in zip(xs, products)]
-    return [x if x.shape == like.shape else x.mT for x, like in zip(xs, batches)]
+    """The nearest semi-orthogonal matrices: U V^T of each x = U S V^T, up to what steps leave.
+
+    batches: (n, rows, columns) each, n matrices of one shape. Returns the same shapes, in float16
+    on a GPU, else in the dtype given.
+
+    A Newton-Schulz step takes x to P x, where G = x x^T and P = a + b G + c G^2. That is the
+    polynomial a s + b s^3 + c s^5 of every singular value s, and brings it nearer to 1. The next
+    step's Gram matrix is P G P, so that a few steps need G alone, which is square and small: x is
+    multiplied once, by the product of their P (dao-lab.ai/blog/2026/gram-newton-schulz). Small
+    matrices leave a GPU idle: the Gram matrices of all batches are padded to one size and
+    multiplied together.
+    """
+    wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]  # rows <= columns
+    # No singular value is larger than the Frobenius norm; 1 % is room for float16's rounding.
+    wide = [x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7) for x in wide]
+    wide = [x.half() if x.is_cuda else x for x in wide]
+    coefficients = [POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)] for step in range(steps)]
+    counts = [len(x) for x in wide]
+    for first in range(0, steps, STEPS_OF_GRAM):
+        product = newton_schulz_product(
+            padded_gram(wide), coefficients[first : first + STEPS_OF_GRAM]
+        )
+        wide = [
+            p[:, : x.shape[-2], : x.shape[-2]] @ x
+            for p, x in zip(product.split(counts), wide, strict=True)
+        ]
+    return [
+        x if x.shape == original.shape else x.mT for x, original in zip(wide, batches, strict=True)
+    ]
+
+
+def padded_gram(batches: list[Tensor]) -> Tensor:
+    """G = x x^T of all batches' matrices, one behind the other (all, size, size).
+
+    size is the largest number of rows; smaller ones have zeros behind, which stay apart.
+    """
+    size = max(x.shape[-2] for x in batches)
+    grams = []
+    for x in batches:
+        missing = size - x.shape[-2]
+        grams.append(F.pad(x @ x.mT, (0, missing, 0, missing)))
+    return torch.cat(grams)
+
+
+def newton_schulz_product(gram: Tensor, coefficients: list[tuple]) -> Tensor:
+    """P_n ... P_2 P_1 of Newton-Schulz steps that begin with Gram matrices gram (n, size, size)."""
+    product = None
+    for a, b, c in coefficients:
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    return product
+
+
+@dataclass
+class MatrixGroup:
+    """Matrices of one shape, rate and decay, which Muon treats as a batch."""
+
+    parameters: list[Tensor]  # (rows, columns) each, float32
+    momentum: Tensor  # (n, rows, columns) float32; n: their number, up to a multiple of the ranks'
+    base_lr: float
+    weight_decay: float
 
 
 def momentum_updates(
-    gradients: list[list[Tensor]], buffers: list[Tensor], momentum, found_inf, steps: int
-):
-    """Each group's Nesterov update, orthogonalized, and finite."""
+    gradients: list[list[Tensor]],
+    momenta: list[Tensor],
+    momentum: Tensor,
+    skip: Tensor,
+    steps: int,
+) -> list[Tensor]:
+    """Moves each group's momentum on and returns its update, orthogonalized: (n, rows, columns).
+
+    gradients: n matrices (rows, columns) of each group. momenta: (n, rows, columns) each, changed
+    in place: m <- momentum m + (1 - momentum) g. The update looks one step ahead, as Nesterov's:
+    momentum m + (1 - momentum) g with the new m. Where skip, float32 (), is 1, the momentum stays
+    to the bit, and the update, though of no use, is finite. momentum: float32 ().
+    """
     updates = []
-    for mine, buffer in zip(gradients, buffers):
-        gradient = torch.where(found_inf > 0, buffer, torch.stack(mine))  # momentum stays
-        buffer.lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(buffer, momentum)
-        updates.append(
-            update / (update.norm(dim=-1, keepdim=True) + 1e-12)
-        )  # rows of one length (MuonEq-R)
+    for group, old in zip(gradients, momenta, strict=True):
+        gradient = torch.where(skip > 0, old, torch.stack(group))
+        old.lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(old, momentum)
+        # Rows of one length first, so that no unit of a layer is left behind (MuonEq-R).
+        updates.append(update / (update.norm(dim=-1, keepdim=True) + 1e-12))
     return orthogonalize(updates, steps)
 
 
 def apply_updates(
     parameters: list[list[Tensor]],
     updates: list[Tensor],
-    rates: list,
+    rates: list[Tensor],
     decays: list[float],
-    found_inf,
+    skip: Tensor,
 ):
-    """Decay and step of each group's matrices."""
-    for group, update, rate, decay in zip(parameters, updates, rates, decays):
-        rate = rate * (1 - found_inf)
+    """Decays each group's matrices and moves them along their updates, in place.
+
+    p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update: the root keeps the change
+    of a layer's outputs alike whatever its shape. rates: float32 () each. Where skip is 1, nothing
+    changes. updates may hold more than the group's matrices: padding, behind them.
+    """
+    for group, update, rate, decay in zip(parameters, updates, rates, decays, strict=True):
+        rate = rate * (1 - skip)
         step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
-        for p, change in zip(group, update.unbind()):
+        for p, change in zip(group, update.unbind(), strict=False):
             p.mul_(1 - rate * decay).sub_(step * change.float())
 
 
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalized (K. Jordan, 2024). Groups hold matrices of one shape; each rank
-    orthogonalizes its share, and gathers the others'. With a found_inf, float32 (), of 1 step() changes nothing."""
+class Muon:
+    """Momentum whose update is orthogonalized (K. Jordan, 2024, kellerjordan.github.io/posts/muon).
 
-    def __init__(self, groups: list[dict], settings, ranks):
-        super().__init__(groups, {})
-        self.ranks, self.steps = ranks, settings.muon_backend_steps
-        self.found_inf = torch.zeros((), device=ranks.device)
-        self.updates, self.apply = (
-            maybe_compile(f, settings, ranks) for f in (momentum_updates, apply_updates)
-        )
-        for first, *rest in (group["params"] for group in self.param_groups):
-            count = -(-(len(rest) + 1) // ranks.world_size) * ranks.world_size
-            self.state[first] = first.new_zeros(count, *first.shape)
+    A gradient's few large singular values drown the others. The nearest semi-orthogonal matrix has
+    the same directions, all of one size: the steepest descent if a step's size is measured by how
+    far it can move a layer's outputs. Adam needs two moments, Muon one.
+
+    Each rank orthogonalizes its share of every group and gathers the others' updates.
+    """
+
+    def __init__(self, groups: list[MatrixGroup], settings, ranks):
+        self.groups = groups
+        self.ranks = ranks
+        self.newton_schulz_steps = settings.muon_backend_steps
+        self.momentum_updates = maybe_compile(momentum_updates, settings, ranks)
+        self.apply_updates = maybe_compile(apply_updates, settings, ranks)
 
     def gather_momentum(self) -> list[Tensor]:
-        """Of every group's matrices, from all ranks."""
-        for buffer in self.state.values():
-            buffer.copy_(self.ranks.concatenate(self._share(buffer)))
-        return [
-            buffer[: len(g["params"])] for buffer, g in zip(self.state.values(), self.param_groups)
-        ]
+        """The momentum of every group's matrices (n, rows, columns), gathered from all ranks."""
+        for group in self.groups:
+            group.momentum.copy_(self.ranks.concatenate(self._share(group.momentum)))
+        return [group.momentum[: len(group.parameters)] for group in self.groups]
 
-    def _share(self, buffer: Tensor) -> Tensor:
-        return buffer.chunk(self.ranks.world_size)[self.ranks.rank]
+    def _share(self, momentum: Tensor) -> Tensor:
+        """This rank's part of a group's momentum, a view; the others' is out of date here."""
+        return momentum.chunk(self.ranks.world_size)[self.ranks.rank]
+
+    def _gradients(self, group: MatrixGroup) -> list[Tensor]:
+        """Those of this rank's share of a group; the last shares are filled up with zeros."""
+        count = len(self._share(group.momentum))
+        mine = group.parameters[self.ranks.rank * count :][:count]
+        padding = group.momentum.new_zeros(count - len(mine), *group.momentum.shape[1:])
+        return [p.grad for p in mine] + list(padding)
 
     @torch.no_grad()
-    def step(self):
-        parameters, rates, decays = (
-            [g[name] for g in self.param_groups] for name in ("params", "lr", "weight_decay")
+    def step(self, lr_factor: Tensor, momentum: Tensor, skip: Tensor):
+        """One step at this part of the groups' rates; float32 () each. skip of 1: of no effect."""
+        updates = self.momentum_updates(
+            [self._gradients(group) for group in self.groups],
+            [self._share(group.momentum) for group in self.groups],
+            momentum,
+            skip,
+            self.newton_schulz_steps,
         )
-        gradients, buffers = [], [self._share(buffer) for buffer in self.state.values()]
-        for group, buffer in zip(parameters, buffers):
-            mine = [p.grad for p in group[self.ranks.rank * len(buffer) :][: len(buffer)]]
-            gradients.append(mine + [torch.zeros_like(x) for x in buffer[len(mine) :]])
-        updates = self.updates(
-            gradients, buffers, self.param_groups[0]["momentum"], self.found_inf, self.steps
+        self.apply_updates(
+            [group.parameters for group in self.groups],
+            [self.ranks.concatenate(update) for update in updates],
+            [group.base_lr * lr_factor for group in self.groups],
+            [group.weight_decay for group in self.groups],
+            skip,
         )
-        self.apply(
-            parameters, list(map(self.ranks.concatenate, updates)), rates, decays, self.found_inf
-        )
+
+
+# Adam's epsilon of vectors and scales is no less: a residual mix's first gradients are rounding
+# errors, which a smaller one would take for a direction.
+LEAST_SCALAR_EPS = 1e-6
 
 
 class Optimizers:
-    """Muon and Adam. skipped, float32 (2,), counts steps without finite gradients: all, and the last in a row."""
+    """Muon and Adam, as one optimizer that skips steps whose gradients are not finite.
+
+    Whether a step is skipped is decided on the device, so that no host waits for a gradient. skip,
+    float32 (): 1 if the latest step was. skipped, float32 (3,), counts such steps: all, the
+    current streak, and the longest streak since this object was made.
+    """
 
     def __init__(self, model, settings, ranks):
-        s = settings
-        groups, matrices = collections.defaultdict(list), model.linear_layers()
-        for name, p in model.named_parameters():
-            if name in matrices:
-                mamba = "mixer" in name and "_proj" in name
-                groups[s.mamba_matrix_lr if mamba else s.matrix_lr, s.weight_decay, p.shape].append(
-                    p
-                )
-            elif name.endswith("embedding.weight"):
-                groups[s.tied_embed_lr, s.weight_decay, 1e-8].append(p)
-            else:  # eps: a residual mix's first gradients are rounding errors
-                groups[s.scalar_lr, 0.0, 1e-6].append(p)
-        muon, adam = [], []
-        for (rate, decay, kind), parameters in groups.items():
-            group = {"params": parameters, "base_lr": rate, "weight_decay": decay}
-            muon.append(group) if isinstance(kind, torch.Size) else adam.append(
-                group | {"eps": kind}
-            )
-        self.muon = Muon(muon, s, ranks)
-        self.adam = torch.optim.AdamW(
-            adam, lr=0.0, betas=(0.9, 0.95), fused=True, capturable=ranks.gpu
-        )
         self.parameters = list(model.parameters())
-        self.skipped = torch.zeros(2, device=ranks.device)
+        self.clip_norm = settings.grad_clip_norm
+        self.skip = torch.zeros((), device=ranks.device)
+        self.skipped = torch.zeros(3, device=ranks.device)
+        self.muon = Muon(matrix_groups(model, settings, ranks), settings, ranks)
+        self.adam = torch.optim.AdamW(
+            adam_groups(model, settings),
+            lr=0.0,
+            betas=(settings.beta1, settings.beta2),
+            fused=True,
+            capturable=ranks.gpu,
+        )
+        self.allocate_state()
+
+    def allocate_state(self):
+        """Makes Adam's moments, by torch's names for them.
+
+        AdamW would make them in its first step: too late for a CUDA graph, whose tensors must
+        outlive it, and for a checkpoint that is read before.
+        """
+        for group in self.adam.param_groups:
+            for p in group["params"]:
+                self.adam.state[p] = {
+                    "step": p.new_zeros(()),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+    def tensors(self) -> list[Tensor]:
+        """What steps change besides the weights, float32, whatever the number of ranks."""
+        moments = [x for state in self.adam.state.values() for x in state.values()]
+        return [*moments, *self.muon.gather_momentum(), self.skipped[:2]]
 
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
-        """Clips, uses and drops the gradients. The device decides whether to skip: no host waits."""
-        lr_factor, momentum = (
-            torch.as_tensor(x, device=self.skipped.device) for x in (lr_factor, momentum)
-        )
-        skip = ~nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite()
-        self.skipped += skip
-        self.skipped[1] *= skip
-        for optimizer in (self.muon, self.adam):
-            optimizer.found_inf = skip.float()
-            for group in optimizer.param_groups:
-                group.update(lr=group["base_lr"] * lr_factor, momentum=momentum)
-            optimizer.step()
+        """Clips, uses and drops the gradients, at this part of all rates and Muon's momentum."""
+        lr_factor = torch.as_tensor(lr_factor, device=self.skip.device)
+        momentum = torch.as_tensor(momentum, device=self.skip.device)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        self._count(~norm.isfinite())
+        self.muon.step(lr_factor, momentum, self.skip)
+        self._adam_step(lr_factor)
         for p in self.parameters:
             p.grad = None
+
+    def _count(self, skip: Tensor):
+        """Takes note of whether this step is skipped, bool ()."""
+        self.skip.copy_(skip)
+        total, streak, longest = self.skipped.unbind()
+        total.add_(skip)
+        streak.add_(skip).mul_(skip)
+        torch.maximum(longest, streak, out=longest)
+
+    def _adam_step(self, lr_factor: Tensor):
+        """A step of torch's fused AdamW, of no effect where skip is 1.
+
+        The fused kernel reads the optimizer's attribute found_inf, which torch.amp.GradScaler sets
+        for such steps: where it is 1, weights and moments stay, and the counts of steps, by then
+        one higher, are lowered again. test_gradients_that_are_not_finite_change_nothing sees it.
+        """
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        self.adam.found_inf = self.skip
+        self.adam.step()
+
+
+def matrix_groups(model, settings, ranks) -> list[MatrixGroup]:
+    """Muon's parameters, grouped by rate and shape, with momentum of zero."""
+    rates = {"matrix": settings.matrix_lr, "mamba_matrix": settings.mamba_matrix_lr}
+    alike = collections.defaultdict(list)
+    for name, p in model.named_parameters():
+        kind = parameter_kind(name, p)
+        if kind in rates:
+            alike[rates[kind], p.shape].append(p)
+    groups = []
+    for (rate, shape), parameters in alike.items():
+        share = math.ceil(len(parameters) / ranks.world_size)
+        momentum = parameters[0].new_zeros(share * ranks.world_size, *shape)
+        groups.append(MatrixGroup(parameters, momentum, rate, settings.weight_decay))
+    return groups
+
+
+def adam_groups(model, settings) -> list[dict]:
+    """Adam's parameters as torch's groups, a kind's with its rate, decay and epsilon."""
+    s = settings
+    options = {
+        "embedding": {
+            "base_lr": s.tied_embed_lr,
+            "weight_decay": s.weight_decay,
+            "eps": s.adam_eps,
+        },
+        "scalar": {
+            "base_lr": s.scalar_lr,
+            "weight_decay": 0.0,
+            "eps": max(s.adam_eps, LEAST_SCALAR_EPS),
+        },
+    }
+    groups = {}  # in the order of the model's parameters, which a checkpoint's is
+    for name, p in model.named_parameters():
+        kind = parameter_kind(name, p)
+        if kind in options:
+            group = groups.setdefault(kind, {"params": [], **options[kind]})
+            group["params"].append(p)
+    return list(groups.values())
 
 
 class WeightAverage:
@@ -1406,33 +1576,57 @@ class WeightAverage:
         torch._foreach_copy_(self.parameters, self.average)
 
 
+LR_WARMUP = 0.01  # of the run, in which rates rise from 0
+MOMENTUM_WARMUP = 0.1  # of the run, where MUON_MOMENTUM_WARMUP_STEPS does not say otherwise
+FIRST_MOMENTUM = 0.9  # of MUON_MOMENTUM, where MUON_MOMENTUM_WARMUP_START does not
+
+
 class Schedule(NamedTuple):
+    """What holds for one step."""
+
     progress: float  # part of the run that is over
-    lr_factor: float
-    momentum: float
-    recurrent: bool
-    quantized: bool
+    lr_factor: float  # of every learning rate
+    momentum: float  # Muon's
+    recurrent: bool  # layers run in LAYER_ORDER
+    quantized: bool  # gradients are those at weights on their grids
+
+
+def ramp(part: float, whole: float) -> float:
+    """Rises from 0 to 1 while part goes from 0 to whole, then stays; without a whole, 1."""
+    return min(1.0, part / whole) if whole else 1.0
 
 
 def schedule_at(settings, step: int, seconds: float) -> Schedule:
-    """What holds for step (from 0) after seconds of the training clock."""
+    """What holds for step (from 0) after seconds of the training clock.
+
+    The run is over when ITERATIONS are done or its clock has run out, whichever is first; parts of
+    it are parts of that one. The learning rate is a trapezoid: up in a hundredth of the run, then
+    level, then down in a straight line over WARMDOWN_FRACTION to MIN_LR.
+    """
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
     by_steps = step / s.iterations
     by_clock = seconds / train_seconds if s.max_wallclock_seconds else 0.0
     progress = min(1.0, max(by_steps, by_clock))
+
+    step_part = 1 / s.iterations  # what a step takes of the run: by the clock, the mean so far
+    if by_clock > by_steps:
+        step_part = seconds / max(step, 1) / train_seconds
     warmdown = s.warmdown_fraction
     if s.warmdown_iters:
-        step_part = (
-            1 / s.iterations if by_steps >= by_clock else seconds / max(step, 1) / train_seconds
-        )
         warmdown = min(1.0, s.warmdown_iters * step_part)
-    ramp = lambda part, whole: min(1.0, part / whole) if whole else 1.0
     decay = ramp(1 - progress, warmdown)
-    factor = ramp(progress + 1 / s.iterations, 0.01) * decay
-    momentum = s.muon_momentum * (0.9 + 0.1 * ramp(progress, 0.1))
+    lr_factor = ramp(progress + 1 / s.iterations, LR_WARMUP) * max(decay, s.min_lr)
+
+    first = s.muon_momentum_warmup_start or FIRST_MOMENTUM * s.muon_momentum
+    risen = ramp(progress, MOMENTUM_WARMUP)
+    if s.muon_momentum_warmup_steps:
+        risen = ramp(step, s.muon_momentum_warmup_steps)
+    momentum = first + (s.muon_momentum - first) * risen
+
+    # Not the floor of MIN_LR: it would keep a small threshold from being reached.
     quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
-    return Schedule(progress, factor, momentum, progress >= s.recur_start, quantized)
+    return Schedule(progress, lr_factor, momentum, progress >= s.recur_start, quantized)
 
 
 # ==================================================================================================
@@ -1873,7 +2067,15 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 # What an artifact or a checkpoint means that was written before there was a setting. Whoever adds
 # one that a header holds (MODEL_FIELDS, TRAINING_FIELDS, PROGRESS) adds here what the script did
 # without it, which stays for good, whatever becomes of the setting's default.
-FORMER_DEFAULTS = {}
+FORMER_DEFAULTS = {
+    "min_lr": 0.0,
+    "muon_momentum_warmup_start": 0.0,
+    "muon_momentum_warmup_steps": 0,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "adam_eps": 1e-8,
+    "grad_clip_norm": 1.0,
+}
 
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
@@ -2077,10 +2279,6 @@ class Trainer:
         self.optimizers = Optimizers(model, settings, ranks)
         self.average = WeightAverage(model, settings)
         self.loss_function = training_loss(model, settings, ranks)
-        for p in model.parameters():
-            p.grad = torch.full_like(p, math.nan)
-        self.optimizers.step(0.0, 0.0)  # skipped, it makes the optimizers' state
-        self.optimizers.skipped.zero_()
         self.clock, self.steps_done, self.qat_k = TrainingClock(), 0, 0.0
         self.thread, self.writing, self.saved = ThreadPoolExecutor(1), None, time.perf_counter()
         self.graph, self.times_run = None, collections.Counter()
@@ -2103,14 +2301,10 @@ class Trainer:
 
     def tensors(self) -> list[Tensor]:
         """What training changes, float32, whatever the number of ranks."""
-        moments = [x for state in self.optimizers.adam.state.values() for x in state.values()]
-        momentum = self.optimizers.muon.gather_momentum()
         return [
             *self.average.parameters,
             *self.average.average,
-            *moments,
-            *momentum,
-            self.optimizers.skipped,
+            *self.optimizers.tensors(),
         ]
 
     def header(self) -> dict:
@@ -2225,7 +2419,7 @@ class Trainer:
             kind = self.model.order(now.recurrent), on_grids if now.quantized else nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
             self.steps_done += 1
-            self.average.update(self.steps_done, self.optimizers.muon.found_inf)
+            self.average.update(self.steps_done, self.optimizers.skip)
             if ranks.gpu:
                 queued.append(torch.cuda.current_stream().record_event())
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
@@ -2288,9 +2482,9 @@ class Trainer:
 
     def skipped_steps(self) -> int:
         """So far; too many in a row end the run."""
-        total, in_a_row = self.optimizers.skipped.int().tolist()
-        if in_a_row >= 10:
-            self.save(f"the last {in_a_row} steps had gradients that are not finite: {DIVERGED}")
+        total, _, longest = self.optimizers.skipped.int().tolist()
+        if longest >= 10:
+            self.save(f"{longest} steps in a row had gradients that are not finite: {DIVERGED}")
         return total
 
     def log_score(self, score: Score, when: str = ""):

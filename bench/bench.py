@@ -460,7 +460,7 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
         optimizers.step(
             0.0, s.muon_momentum
         )  # with rate 0 the weights stay as they are, and the work is the same
-        average.update(1, optimizers.muon.found_inf)
+        average.update(1, optimizers.skip)
 
     matrices = [layer.weight for layer in model.linear_layers().values()]
     muon = sum(p.numel() for p in matrices)

@@ -67,16 +67,13 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     value decomposition, on two matrices at once."""
     start, gradients = matrices(2, *shape, seed=1), matrices(3, 2, *shape, seed=2)
     parameters = [torch.nn.Parameter(p.clone()) for p in start]
-    muon = t.Muon(
-        [{"params": parameters, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}],
-        tiny(muon_backend_steps=12),
-        SOLO,
-    )
+    group = t.MatrixGroup(parameters, torch.zeros(2, *shape), base_lr=0.2, weight_decay=0.5)
+    muon = t.Muon([group], tiny(muon_backend_steps=12), SOLO)
     expected, momentum = start.clone(), torch.zeros_like(start)
     for gradient in gradients:
         for p, g in zip(parameters, gradient):
             p.grad = g.clone()
-        muon.step()
+        muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.zeros(()))
         momentum = 0.9 * momentum + 0.1 * gradient
         nesterov = 0.1 * gradient + 0.9 * momentum
         u, _, v = torch.linalg.svd(
@@ -97,25 +94,30 @@ def fill_gradients(model: torch.nn.Module, poison: float | None = None):
 
 
 @pytest.mark.parametrize("size", [0.5, 40.0])
-def test_gradients_are_clipped_to_a_norm_of_one(size):
-    """What comes to the optimizers; a smaller norm stays. Their first steps do not depend on it."""
-    settings = tiny()
+@pytest.mark.parametrize("most", [1.0, 2.5, 0.0])
+def test_gradients_are_clipped_to_a_norm(monkeypatch, size, most):
+    """What comes to both optimizers; a smaller norm stays, and GRAD_CLIP_NORM=0 clips nothing."""
+    settings = tiny(grad_clip_norm=most)
     model = random_model(settings)
     optimizers, sizes = t.Optimizers(model, settings, SOLO), []
-    norm = lambda: torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+
+    def norm() -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+
     fill_gradients(model)
     before = norm()
     for p in model.parameters():
         p.grad *= size / before
     for optimizer in (optimizers.muon, optimizers.adam):
-        optimizer.register_step_pre_hook(lambda *_: sizes.append(float(norm())))
+        monkeypatch.setattr(optimizer, "step", lambda *_: sizes.append(float(norm())))
     optimizers.step(0.5, 0.9)
-    assert sizes == pytest.approx([min(size, 1.0)] * 2, rel=1e-4)
+    expected = min(size, most) if most else size
+    assert sizes == pytest.approx([expected] * 2, rel=1e-4)
 
 
 def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> list[torch.Tensor]:
     """Copies of all that a step may change: parameters, momentum, Adam's moments and step counts, the average."""
-    states = [*optimizers.muon.state.values()]
+    states = [group.momentum for group in optimizers.muon.groups]
     for state in optimizers.adam.state.values():
         states += state.values()
     return [x.detach().clone() for x in (*optimizers.parameters, *states, *average.average)]
@@ -131,10 +133,10 @@ def test_gradients_that_are_not_finite_change_nothing(poison):
     for number, value in enumerate([None, poison, poison, None, poison], 1):
         fill_gradients(model, value)
         optimizers.step(0.5, 0.9)
-        average.update(number, optimizers.muon.found_inf)
+        average.update(number, optimizers.skip)
         counts.append(optimizers.skipped.tolist())
         tensors.append(optimizer_tensors(optimizers, average))
-    assert counts == [[0, 0], [1, 1], [2, 2], [2, 0], [3, 1]]
+    assert counts == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 0, 2], [3, 1, 2]]
     first, *skipped, other, last = tensors
     assert all(map(torch.equal, first, skipped[0]))
     assert all(map(torch.equal, first, skipped[1]))
@@ -167,12 +169,14 @@ def test_every_parameter_is_trained_by_one_optimizer_at_its_own_rate(changes):
     )
     model = t.build_model(settings, SOLO)
     optimizers = t.Optimizers(model, settings, SOLO)
-    found = {}
-    for optimizer in (optimizers.muon, optimizers.adam):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                assert p not in found
-                found[p] = (type(optimizer).__name__, group["base_lr"], group["weight_decay"])
+    found, count = {}, 0
+    for group in optimizers.muon.groups:
+        count += len(group.parameters)
+        found |= dict.fromkeys(group.parameters, ("Muon", group.base_lr, group.weight_decay))
+    for group in optimizers.adam.param_groups:
+        count += len(group["params"])
+        found |= dict.fromkeys(group["params"], ("AdamW", group["base_lr"], group["weight_decay"]))
+    assert count == len(found)  # each once
     for name, p in model.named_parameters():
         if name.endswith(("in_proj.weight", "out_proj.weight")):
             assert found[p] == ("Muon", 2.0, 0.1), name

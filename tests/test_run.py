@@ -643,7 +643,7 @@ def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_p
     said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **settings))
     ended = 25 if 5 in bad_steps else 40
     assert (
-        f"the last {ended - bad_steps[0]} steps had gradients that are not finite: training diverged"
+        f"{ended - bad_steps[0]} steps in a row had gradients that are not finite: training diverged"
         in said
     )
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
