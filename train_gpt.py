@@ -656,20 +656,55 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 
 # ==================================================================================================
 # 4. The recurrence
-# Mamba-3's (arXiv 2603.15569): in a loop, and as matmuls. Mamba-2's is the same without trapezoid, rotation and biases.
+#
+# A state-space layer reads its tokens one after another. Each of its heads keeps one matrix, the
+# state S (P x N). A token adds to it the outer product of its value and its key, scaled by the step
+# size; what was there before decays; and the token reads the state with its query.
+#
+# Letters of all shapes, here and in the kernels of section 11:
+#
+#     B  sequences in a batch         P  channels of a head: the numbers of a value
+#     L  tokens in a sequence         N  state size: the numbers of a key and of a query
+#     H  heads                        R  angles: 2R <= N numbers of keys and queries turn in pairs
+#
+# Mamba-3 (arXiv 2603.15569), for each head and each token t:
+#
+#     dt_t     = softplus(step_t + step_bias)                        step size, above 0
+#     a_t      = exp(A_t dt_t)                                       decay, from 0 to 1
+#     lambda_t = sigmoid(trapezoid_t)                                the step's part at its end
+#     theta_t  = theta_{t-1} + pi tanh(angle_rate_t) dt_t            angle, by which pairs turn
+#     k_t      = turn(norm(key_t) + key_bias, theta_t)               likewise q_t
+#     S_t      = a_t (S_{t-1} + (1 - lambda_t) dt_t v_{t-1} k_{t-1}^T) + lambda_t dt_t v_t k_t^T
+#     y_t      = (S_t q_t + D v_t) silu(gate_t)
+#
+# The trapezoid is the rule by which the paper integrates over a step: a part of the step's size is
+# spent on the token at its beginning, t-1, the rest on the one at its end, t.
+# Mamba-2 is the same with lambda = 1, without angles, norms and biases, and with one A for a head.
+#
+# Three functions compute it: sequential_scan() as it stands above, chunked_scan() as matmuls, and
+# triton_scan() (section 11) as chunked_scan() in fused kernels. Each takes the state that earlier
+# tokens left and returns the one that it leaves: generation is sequential_scan() of one token.
+
+DECAY_FLOOR = 1e-4  # A_t of Mamba-3 is at most -DECAY_FLOOR: no state lasts for ever
+RESET_LOG_DECAY = -60.0  # a document's start in sums of log decays: exp(-60) is 1e-26
+SCAN_NORM_EPS = 1e-5  # of the norms of keys, queries and a scan's outputs, beside a mean square
 
 
 class ScanInputs(NamedTuple):
-    """B batch, L length, H heads, P channels per head, N state size, R rotation angles (2R <= N)."""
+    """What the recurrence reads of L tokens, before their keys and queries are biased and turned.
+
+    Step sizes and decays are float32 or float64, and the recurrence is computed in their dtype; the
+    others may be narrower. trapezoid and angle_rate are None in Mamba-2.
+    """
 
     value: Tensor  # (B, L, H, P)
-    key: Tensor  # (B, L, N), "B" of the paper, normed, shared by the heads
-    query: Tensor  # (B, L, N), "C" of the paper, likewise
-    step_size: Tensor  # (B, L, H) float32 or float64, dt > 0
-    log_decay: Tensor  # (B, L, H) like step_size, A·dt <= 0
+    key: Tensor  # (B, L, N), the paper's B: normed, shared by the heads
+    query: Tensor  # (B, L, N), the paper's C: likewise
+    step_size: Tensor  # (B, L, H), dt > 0
+    log_decay: Tensor  # (B, L, H), A·dt <= 0
     key_bias: Tensor  # (H, N)
     query_bias: Tensor  # (H, N)
-    skip: Tensor  # (H,), "D" of the paper
+    skip: Tensor  # (H,), the paper's D
     gate: Tensor  # (B, L, H, P), before SiLU
     trapezoid: Tensor | None = None  # (B, L, H), before the sigmoid
     angle_rate: Tensor | None = None  # (B, L, R), before tanh
@@ -677,25 +712,44 @@ class ScanInputs(NamedTuple):
 
 
 class ScanState(NamedTuple):
-    """What the last position leaves to the next call."""
+    """What the tokens so far leave to the next: the state, and their last key, value and angle."""
 
-    angle: Tensor  # (B, H, R)
+    angle: Tensor  # (B, H, R), from 0 to 2 pi
     ssm: Tensor  # (B, H, P, N)
-    key: Tensor  # (B, H, N)
+    key: Tensor  # (B, H, N), biased and turned
     value: Tensor  # (B, H, P)
 
 
+class ScanTerms(NamedTuple):
+    """What stands in the recurrence's equations, for each head, float32 or float64."""
+
+    state: ScanState  # before the first token
+    angle: Tensor  # (B, L, H, R), theta_t
+    key: Tensor  # (B, L, H, N), k_t
+    query: Tensor  # (B, L, H, N), q_t
+    value: Tensor  # (B, L, H, P), v_t
+    current: Tensor  # (B, L, H), lambda_t dt_t: the weight of the token itself
+    previous: Tensor  # (B, L, H), (1 - lambda_t) dt_t: the weight of the token before
+
+
 class MambaSizes(NamedTuple):
+    """The shape of one Mamba layer's recurrence, and which Mamba it is."""
+
     heads: int
     channels: int
     state: int
     angles: int
     version: int
 
-    def columns(self) -> list[int]:
-        """in_proj's: gate, value; from Mamba-2 on key, query, step; and Mamba-3's decay, trapezoid, angles."""
-        inner, n, heads = self.heads * self.channels, self.state, self.heads
-        return [inner, inner, n, n, heads, heads, heads, self.angles][: 3 * self.version - 1]
+    def columns(self) -> dict[str, int]:
+        """The widths of in_proj's groups of outputs, in their order."""
+        inner = self.heads * self.channels
+        widths = {"gate": inner, "value": inner}
+        if self.version >= 2:
+            widths |= {"key": self.state, "query": self.state, "step": self.heads}
+        if self.version == 3:
+            widths |= {"decay": self.heads, "trapezoid": self.heads, "angle_rate": self.angles}
+        return widths
 
 
 class MambaParameters(NamedTuple):
@@ -705,16 +759,10 @@ class MambaParameters(NamedTuple):
     skip: Tensor  # (H,)
     key_bias: Tensor  # (H, N)
     query_bias: Tensor  # (H, N)
-    key_norm: Tensor | None = None  # (N,)
-    query_norm: Tensor | None = None  # (N,)
-    decay_rate: Tensor | None = None  # (H,), A < 0 of Mamba-2
-    heavy_tail: bool = False
-
-
-DECAY_FLOOR = 1e-4  # A of Mamba-3 is at most -1e-4: no state lasts for ever
-
-
-RESET_LOG_DECAY = -60.0  # a document start in sums of logarithms: exp(-60) = 1e-26
+    key_norm: Tensor | None = None  # (N,), Mamba-3
+    query_norm: Tensor | None = None  # (N,), Mamba-3
+    decay_rate: Tensor | None = None  # (H,), Mamba-2's A < 0
+    heavy_tail: bool = False  # Mamba-3's decay rates by another function than softplus
 
 
 def mamba_scan(
@@ -726,154 +774,230 @@ def mamba_scan(
     backend: str,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, ScanState]:
-    """Between in_proj and out_proj: projected (B, L, columns) -> y (B, L, H·P), its mean square (B, L), and the state."""
+    """All that a Mamba layer computes between in_proj and out_proj.
+
+    projected: (B, L, columns), in_proj's outputs in the order of MambaSizes.columns().
+    document_start: (B, L) bool or None. state: what earlier tokens left, None before a text begins.
+    Returns the gated outputs (B, L, H·P) in projected's dtype, their mean squares (B, L) and the
+    state that the tokens leave.
+    """
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
-    y, state = (
-        sequential_scan(inputs, state)
-        if backend == "sequential"
-        else chunked_scan(inputs, state, chunk_size)
-    )
-    return y.flatten(2), y.to(inputs.step_size.dtype).square().mean((2, 3)), state
+    if backend == "sequential":
+        y, state = sequential_scan(inputs, state)
+    else:
+        y, state = chunked_scan(inputs, state, chunk_size)
+    mean_square = y.to(inputs.step_size.dtype).square().mean((2, 3))
+    return y.flatten(2), mean_square, state
 
 
 def scan_inputs(
-    projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start: Tensor | None
+    projected: Tensor,
+    parameters: MambaParameters,
+    sizes: MambaSizes,
+    document_start: Tensor | None,
 ) -> ScanInputs:
-    """in_proj's columns as a scan reads them."""
-    decay_rate = p.decay_rate
-    gate, value, key, query, step, *dynamics = projected.split(sizes.columns(), dim=-1)
-    gate, value = (x.unflatten(-1, (sizes.heads, sizes.channels)) for x in (gate, value))
+    """in_proj's outputs (B, L, columns) as the recurrence reads them, Mamba-2's or Mamba-3's."""
+    widths = sizes.columns()
+    groups = projected.split(list(widths.values()), dim=-1)
+    column = dict(zip(widths, groups, strict=True))
     dtype = torch.promote_types(projected.dtype, torch.float32)
+
+    step_size = F.softplus(column["step"].to(dtype) + parameters.step_bias)
+    key, query, decay_rate = column["key"], column["query"], parameters.decay_rate
     if sizes.version == 3:
-        decay, *dynamics = dynamics
-        size = decay.to(dtype).abs() + 1  # softplus falls like exp(x), 1 / (1 - x) more slowly
-        rate = (
-            torch.where(decay > 0, size, 1 / size) if p.heavy_tail else F.softplus(decay.to(dtype))
-        )
-        decay_rate = -rate.clamp(min=DECAY_FLOOR)
-        key, query = norm(key, p.key_norm, 1e-5), norm(query, p.query_norm, 1e-5)
-    step_size = F.softplus(step.to(dtype) + p.step_bias)
-    dynamics = step_size, decay_rate * step_size, p.key_bias, p.query_bias, p.skip, gate, *dynamics
-    return ScanInputs(value, key, query, *dynamics, document_start=document_start)
+        key = norm(key, parameters.key_norm, SCAN_NORM_EPS)
+        query = norm(query, parameters.query_norm, SCAN_NORM_EPS)
+        decay_rate = decay_rates(column["decay"].to(dtype), parameters.heavy_tail)
+    return ScanInputs(
+        value=column["value"].unflatten(-1, (sizes.heads, sizes.channels)),
+        key=key,
+        query=query,
+        step_size=step_size,
+        log_decay=decay_rate * step_size,
+        key_bias=parameters.key_bias,
+        query_bias=parameters.query_bias,
+        skip=parameters.skip,
+        gate=column["gate"].unflatten(-1, (sizes.heads, sizes.channels)),
+        trapezoid=column.get("trapezoid"),
+        angle_rate=column.get("angle_rate"),
+        document_start=document_start,
+    )
+
+
+def decay_rates(decay: Tensor, heavy_tail: bool) -> Tensor:
+    """Mamba-3's A_t <= -DECAY_FLOOR from in_proj's decay.
+
+    The rate is softplus(decay), which falls like exp(decay) below 0; with heavy_tail it is
+    1 + decay above 0 and 1 / (1 - decay) below, which falls more slowly.
+    """
+    if heavy_tail:
+        size = decay.abs() + 1
+        rate = torch.where(decay > 0, size, 1 / size)
+    else:
+        rate = F.softplus(decay)
+    return -rate.clamp(min=DECAY_FLOOR)
 
 
 def norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """RMSNorm over the last dimension, in float32 or more, back in x's dtype."""
+    """RMSNorm over the last dimension, in float32 or more; the result has x's dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(
-        x.to(wide), (x.shape[-1],), None if weight is None else weight.to(wide), eps
-    ).to(x.dtype)
+    weight = None if weight is None else weight.to(wide)
+    return F.rms_norm(x.to(wide), (x.shape[-1],), weight, eps).to(x.dtype)
 
 
 def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotates the first 2R entries of x (..., N) in adjacent pairs (2i, 2i + 1) by angle (..., R)."""
+    """Turns the first 2R numbers of x (..., N), in pairs of neighbours, by angle (..., R)."""
     rotated, rest = x.tensor_split([2 * angle.shape[-1]], dim=-1)
-    even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # (..., R) each
     cos, sin = angle.cos(), angle.sin()
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
 
-def prepare_scan(inputs: ScanInputs, state: ScanState | None) -> tuple:
-    """State; keys and queries (B, L, H, N), biased and rotated; running angle (B, L, H, R); values; weights (B, L, H)
-    lambda·dt of the current and (1 - lambda)·dt of the last token."""
+def add_outer(ssm: Tensor, weight: Tensor, value: Tensor, key: Tensor) -> Tensor:
+    """S + weight v k^T: (B, H, P, N), (B, H), (B, H, P), (B, H, N) -> (B, H, P, N)."""
+    weighted = weight.unsqueeze(-1) * value
+    return ssm + weighted.unsqueeze(-1) * key.unsqueeze(-2)
+
+
+def empty_state(inputs: ScanInputs) -> ScanState:
+    """The state before a text's first token: zeros, in the recurrence's dtype."""
+    batch, _, heads, channels = inputs.value.shape
+    state_size = inputs.key.shape[-1]
+    angles = 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
+    zeros = partial(inputs.step_size.new_zeros, batch, heads)
+    return ScanState(zeros(angles), zeros(channels, state_size), zeros(state_size), zeros(channels))
+
+
+def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
+    """What stands in the equations: biased and turned keys and queries, angles, weights."""
     step_size, dtype = inputs.step_size, inputs.step_size.dtype
-    if state is None:
-        (batch, _, heads, channels), state_size = inputs.value.shape, inputs.key.shape[-1]
-        num_angles = 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
-        shapes = (num_angles,), (channels, state_size), (state_size,), (channels,)
-        state = ScanState(*(step_size.new_zeros(batch, heads, *shape) for shape in shapes))
-    state = ScanState(*(x.to(dtype) for x in state))
-    key = inputs.key.to(dtype).unsqueeze(2) + inputs.key_bias.to(dtype)
+    state = empty_state(inputs) if state is None else ScanState(*(x.to(dtype) for x in state))
+    key = inputs.key.to(dtype).unsqueeze(2) + inputs.key_bias.to(dtype)  # (B, L, H, N)
     query = inputs.query.to(dtype).unsqueeze(2) + inputs.query_bias.to(dtype)
-    angle = state.angle.unsqueeze(1).expand(-1, key.shape[1], -1, -1)
+    angle = state.angle.unsqueeze(1).expand(-1, key.shape[1], -1, -1)  # (B, L, H, R)
     if inputs.angle_rate is not None:
-        turn = (
-            math.pi * torch.tanh(inputs.angle_rate.to(dtype)).unsqueeze(2) * step_size.unsqueeze(-1)
-        )
+        rate = math.pi * torch.tanh(inputs.angle_rate.to(dtype))
+        turn = rate.unsqueeze(2) * step_size.unsqueeze(-1)
         angle = state.angle.unsqueeze(1) + turn.cumsum(dim=1)
-        key, query = rotate_pairs(key, angle), rotate_pairs(query, angle)
-    current, previous = step_size, torch.zeros_like(step_size)
+        key = rotate_pairs(key, angle)
+        query = rotate_pairs(query, angle)
+    current = step_size
+    previous = torch.zeros_like(step_size)
     if inputs.trapezoid is not None:
         current = torch.sigmoid(inputs.trapezoid.to(dtype)) * step_size
         previous = step_size - current
-    return state, key, query, angle, inputs.value.to(dtype), current, previous
+    return ScanTerms(state, angle, key, query, inputs.value.to(dtype), current, previous)
 
 
 def finish_scan(
-    inputs: ScanInputs, y: Tensor, angle: Tensor, ssm: Tensor, key: Tensor, value: Tensor
-) -> tuple:
-    """y with skip and gate, in value's dtype, and the state."""
-    y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * value
-    y = (y * F.silu(inputs.gate.to(y.dtype))).to(inputs.value.dtype)
-    return y, ScanState(angle[:, -1] % (2 * math.pi), ssm, key[:, -1], value[:, -1])
+    inputs: ScanInputs, terms: ScanTerms, y: Tensor, ssm: Tensor
+) -> tuple[Tensor, ScanState]:
+    """Adds the skip D v to y = S q (B, L, H, P), gates it, and puts the state left together."""
+    y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * terms.value
+    y = y * F.silu(inputs.gate.to(y.dtype))
+    angle = terms.angle[:, -1] % (2 * math.pi)
+    state = ScanState(angle, ssm, terms.key[:, -1], terms.value[:, -1])
+    return y.to(inputs.value.dtype), state
 
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
-    """The recurrence as the paper writes it, one token after another."""
-    state, key, query, angle, value, current, previous = prepare_scan(inputs, state)
+    """The recurrence as the paper writes it, one token after another.
+
+    Returns the gated outputs (B, L, H, P) in value's dtype, and the state that the tokens leave.
+    It is the reference of the other scans and, with one token, a step of generation.
+    """
+    terms = scan_terms(inputs, state)
     decay = inputs.log_decay.exp()
-    if inputs.document_start is not None:
+    if inputs.document_start is not None:  # no decay could be stronger: the state is forgotten
         decay = decay.masked_fill(inputs.document_start.unsqueeze(-1), 0.0)
-    _, ssm, last_key, last_value = state
+
+    _, ssm, last_key, last_value = terms.state
     outputs = []
-    for t in range(value.shape[1]):
-        before = ssm + (previous[:, t, :, None] * last_value).unsqueeze(-1) * last_key.unsqueeze(-2)
-        last_key, last_value = key[:, t], value[:, t]
-        now = (current[:, t, :, None] * last_value).unsqueeze(-1) * last_key.unsqueeze(-2)
-        ssm = decay[:, t, :, None, None] * before + now
-        outputs.append((ssm @ query[:, t].unsqueeze(-1)).squeeze(-1))
-    return finish_scan(inputs, torch.stack(outputs, dim=1), angle, ssm, key, value)
+    for t in range(terms.value.shape[1]):
+        ssm = add_outer(ssm, terms.previous[:, t], last_value, last_key)
+        ssm = decay[:, t, :, None, None] * ssm
+        ssm = add_outer(ssm, terms.current[:, t], terms.value[:, t], terms.key[:, t])
+        outputs.append((ssm @ terms.query[:, t].unsqueeze(-1)).squeeze(-1))  # (B, H, P)
+        last_key, last_value = terms.key[:, t], terms.value[:, t]
+    return finish_scan(inputs, terms, torch.stack(outputs, dim=1), ssm)
+
+
+# The same as matmuls, after Mamba-2's SSD (arXiv 2405.21060).
+#
+# The folded key weight. The outer product v_s k_s^T enters the state twice: with its own token s,
+# times lambda_s dt_s; and with the next one, times (1 - lambda_{s+1}) dt_{s+1} and the decay a_{s+1}.
+# Up to a later token t the first decays by a_{s+1} ... a_t. So does the second: it comes with a_{s+1},
+# and a_{s+2} ... a_t follow. Both decay alike, and one weight for each key holds the two,
+#
+#     w_s = lambda_s dt_s + (1 - lambda_{s+1}) dt_{s+1}                          (the key weight)
+#     S_t = sum_{s<t} (a_{s+1} ... a_t) w_s v_s k_s^T + lambda_t dt_t v_t k_t^T
+#
+# where token t's own outer product still lacks its second half, which the next token adds. What is
+# left has no trapezoid any more: decayed linear attention with weighted keys,
+#
+#     S_t q_t = sum_{s<t} (a_{s+1} ... a_t) w_s (q_t·k_s) v_s + lambda_t dt_t (q_t·k_t) v_t
+#
+# A state that is carried in gets the second half of its last token's outer product first:
+# S_in + (1 - lambda_1) dt_1 v_0 k_0^T, and adds (a_1 ... a_t) times that, applied to q_t.
+#
+# Chunks of C tokens. The sum over s is a masked matmul within a chunk, and a state between chunks:
+#
+#     tokens     0 ......... C-1     C ........ 2C-1     2C ....... 3C-1
+#               +---------------+   +---------------+   +---------------+
+#     outputs   | (Q K^T · M) V |   | (Q K^T · M) V |   | (Q K^T · M) V |    step 2
+#               +-------+-------+   +-------+-------+   +-------+-------+
+#                ^      | leaves     ^      | leaves     ^      | leaves     step 3
+#     incoming   |      v behind     |      v behind     |      v behind
+#     S_in ------+--- a·S + L -------+--- a·S + L -------+--- a·S + L -----> S_out
+#
+# M holds decays times key weights, a is a whole chunk's decay, L the chunk's own outer products, as
+# they have decayed by its end. The incoming state is read by each of the chunk's queries (step 4).
 
 
 def chunked_scan(
     inputs: ScanInputs, state: ScanState | None, chunk_size: int
 ) -> tuple[Tensor, ScanState]:
-    """As matmuls within chunks and a short loop between them, after Mamba-2's SSD (arXiv 2405.21060).
-
-    The trapezoid folds into one weight per key, w_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}:
-
-        y_t = sum_{s<t} exp(sum_{s<r<=t} log_decay_r) w_s (q_t·k_s) v_s + lambda_t dt_t (q_t·k_t) v_t + D v_t
-
-    and a state carried in adds exp(sum_{r<=t} log_decay_r) (S + (1 - lambda_1) dt_1 v k^T) q_t.
-    """
-    state, key, query, angle, value, current, previous = prepare_scan(inputs, state)
-    log_decay, length = inputs.log_decay, value.shape[1]
+    """sequential_scan() as matmuls within chunks and a short loop between them."""
+    terms = scan_terms(inputs, state)
+    log_decay, length = inputs.log_decay, terms.value.shape[1]
     if inputs.document_start is not None:
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
-    weight = current + F.pad(previous[:, 1:], (0, 0, 0, 1))
+    weight = terms.current + F.pad(terms.previous[:, 1:], (0, 0, 0, 1))  # the key weight
 
-    # 1. Chunks, (B, H, chunks, chunk, ...). Padding has weight 0 and decay 1.
+    # 1. Cut (B, L, H, ...) into (B, H, chunks, C, ...). Padding has weight 0 and decay 1.
     def cut(x: Tensor) -> Tensor:
         padding = (0, 0) * (x.dim() - 2) + (0, -length % chunk_size)
         return F.pad(x, padding).unflatten(1, (-1, chunk_size)).movedim(3, 1)
 
-    key_c, query_c, value_c, weight_c, decay_c = map(cut, (key, query, value, weight, log_decay))
+    key, query, value = cut(terms.key), cut(terms.query), cut(terms.value)
+    key_weight = cut(weight)
+    total = cut(log_decay).cumsum(dim=-1)  # (B, H, chunks, C), from the chunk's beginning on
 
-    # 2. Within a chunk: decayed attention, masked before exp, which could overflow on what lies ahead.
-    total = decay_c.cumsum(dim=-1)  # (B, H, chunks, chunk)
+    # 2. Within a chunk. Masked before exp(), which could overflow on what lies ahead.
+    between = total.unsqueeze(-1) - total.unsqueeze(-2)  # (B, H, chunks, C, C)
     ahead = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=value.device).triu()
-    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(ahead, -torch.inf).exp()
-    y = (query_c @ key_c.mT * decay * weight_c.unsqueeze(-2)) @ value_c
+    decay = between.masked_fill(ahead, -torch.inf).exp()
+    y = (query @ key.mT * decay * key_weight.unsqueeze(-2)) @ value
 
-    # 3. Between chunks: each leaves a state behind; states pass on, decayed.
-    to_end = (total[..., -1:] - total).exp() * weight_c
-    left_behind = (value_c * to_end.unsqueeze(-1)).mT @ key_c  # (B, H, chunks, P, N)
-    ssm = state.ssm + (previous[:, 0, :, None] * state.value).unsqueeze(-1) * state.key.unsqueeze(
-        -2
-    )
+    # 3. Between chunks: here the state is passed on. Each chunk reads what came before it.
+    to_end = (total[..., -1:] - total).exp() * key_weight
+    left_behind = (value * to_end.unsqueeze(-1)).mT @ key  # (B, H, chunks, P, N)
+    whole_chunk = total[..., -1, None, None].exp()  # (B, H, chunks, 1, 1)
+    ssm = add_outer(terms.state.ssm, terms.previous[:, 0], terms.state.value, terms.state.key)
     incoming = []
     for chunk in range(left_behind.shape[2]):
         incoming.append(ssm)
-        ssm = total[:, :, chunk, -1, None, None].exp() * ssm + left_behind[:, :, chunk]
+        ssm = whole_chunk[:, :, chunk] * ssm + left_behind[:, :, chunk]
 
-    # 4. What the incoming state adds to each token of its chunk.
-    y = y + (query_c @ torch.stack(incoming, dim=2).mT) * total.exp().unsqueeze(-1)
-    y = y.movedim(1, 3).flatten(1, 2)[:, :length]
-    y = y + (current * (query * key).sum(-1)).unsqueeze(-1) * value
-    return finish_scan(inputs, y, angle, ssm, key, value)
+    # 4. What the incoming state adds to each token of its chunk, and the token's own product.
+    y = y + (query @ torch.stack(incoming, dim=2).mT) * total.exp().unsqueeze(-1)
+    y = y.movedim(1, 3).flatten(1, 2)[:, :length]  # (B, L, H, P)
+    own = terms.current * (terms.query * terms.key).sum(-1)
+    y = y + own.unsqueeze(-1) * terms.value
+    return finish_scan(inputs, terms, y, ssm)
 
 
 def choose_scan_backend(settings, device: torch.device) -> str:
@@ -1058,7 +1182,7 @@ class Mamba(nn.Module):
         self.sizes = MambaSizes(
             heads, channels, n, n // 4, version
         )  # half the state turns, in pairs
-        columns = self.sizes.columns()
+        columns = list(self.sizes.columns().values())
         self.in_proj = Linear(s.model_dim, sum(columns))
         self.in_proj.dynamics_rows = sum(columns[4:])  # the last; 8 bits in the artifact
         self.out_proj = Linear(inner, s.model_dim, zero=True)
@@ -3463,11 +3587,10 @@ def triton_scan(
     shapes = (sizes.channels, sizes.state), (sizes.angles,)
     ssm, turn = (p.skip.new_zeros(len(projected), sizes.heads, *shape) for shape in shapes)
     if state is not None:
-        *_, previous = prepare_scan(first, state)
-        added = (previous[:, 0, :, None] * state.value.float()).unsqueeze(
-            -1
-        ) * state.key.float().unsqueeze(-2)
-        ssm, turn = evens_first(state.ssm.float() + added), state.angle.float() / (2 * math.pi)
+        terms = scan_terms(first, state)
+        before, previous = terms.state, terms.previous[:, 0]
+        ssm = evens_first(add_outer(before.ssm, previous, before.value, before.key))
+        turn = before.angle / (2 * math.pi)
     biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
     norms = torch.stack([p.key_norm, p.query_norm])
     start = None if document_start is None else document_start.contiguous()

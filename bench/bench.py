@@ -246,7 +246,7 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
             dataclasses.replace(s, scan_backend=backend, mamba_version=3), device
         )
         run = t.maybe_compile(ours, s, ranks)
-    projected = random_activations(s, device, sum(sizes.columns()))
+    projected = random_activations(s, device, sum(sizes.columns().values()))
     inputs = projected, *(x.requires_grad_() for x in learned)
     return operator(run, inputs, (), mixer_flops(s, "M", s.train_batch_tokens), backward)
 

@@ -24,7 +24,7 @@ def random_layer(
 ) -> tuple[torch.Tensor, t.MambaParameters, t.MambaSizes]:
     """in_proj's output, a layer's parameters, and its sizes."""
     sizes = t.MambaSizes(16, 64, state, state // 4, 3)
-    projected = torch.randn(batch, length, sum(sizes.columns()), device=device).bfloat16()
+    projected = torch.randn(batch, length, sum(sizes.columns().values()), device=device).bfloat16()
     shapes = (16,), (16,), (16, state), (16, state), (state,), (state,)
     tensors = [1 + 0.1 * torch.randn(shape, device=device) for shape in shapes]
     tensors[0] = tensors[0] - 4  # step sizes about softplus(-3) = 0.05

@@ -9,8 +9,11 @@ from torch import Tensor
 
 import train_gpt as t
 
-# The groups of in_proj's columns, as MambaSizes.columns() divides them.
-COLUMNS = ("gate", "value", "key", "query", "step", "decay", "trapezoid", "angle")
+
+def columns(projected: Tensor, sizes: t.MambaSizes) -> dict[str, Tensor]:
+    """The groups of in_proj's outputs, or of their gradients, by name."""
+    widths = sizes.columns()
+    return dict(zip(widths, projected.split(list(widths.values()), dim=-1), strict=True))
 
 
 class ScanCase(NamedTuple):
@@ -35,7 +38,7 @@ def random_case(
 
     angles = int(state * rope_fraction) // 2
     sizes = t.MambaSizes(heads, channels, state, angles, 3)
-    projected = normal(batch, length, sum(sizes.columns())).bfloat16().double()
+    projected = normal(batch, length, sum(sizes.columns().values())).bfloat16().double()
     step_bias, skip = normal(heads) - 3, normal(heads)
     biases, norms = (1 + 0.1 * normal(2, *shape) for shape in ((heads, state), (state,)))
     parameters = t.MambaParameters(step_bias, skip, *biases, *norms)
@@ -83,8 +86,7 @@ def results(
     outcome["final angle"] = torch.stack(
         [final.angle.cos(), final.angle.sin()]
     )  # a point on the circle
-    groups = d_projected.split(case.sizes.columns(), dim=-1)
-    outcome |= {f"d {name}": x for name, x in zip(COLUMNS, groups)}
+    outcome |= {f"d {name}": x for name, x in columns(d_projected, case.sizes).items()}
     return {name: x.detach() for name, x in (outcome | dict(zip(learned, gradients))).items()}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import PATIENCE, random_model, random_tokens, relative, tiny, tiny_environment
-from scan_cases import COLUMNS, ScanCase, errors, in_two_calls, random_case, results
+from scan_cases import ScanCase, columns, errors, in_two_calls, random_case, results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
@@ -124,9 +124,9 @@ def test_two_runs_give_the_same_bits():
 def with_columns(case: ScanCase, **values: torch.Tensor | float) -> ScanCase:
     """The case with other numbers in these groups of columns of projected: gate, step, ..."""
     projected = case.projected.clone()
-    for name, columns in zip(COLUMNS, projected.split(case.sizes.columns(), dim=-1)):
-        if name in values:
-            columns.copy_(torch.as_tensor(values[name], dtype=torch.float64).expand_as(columns))
+    group = columns(projected, case.sizes)
+    for name, value in values.items():
+        group[name].copy_(torch.as_tensor(value, dtype=torch.float64).expand_as(group[name]))
     return case._replace(projected=projected)
 
 
@@ -135,7 +135,7 @@ def with_columns(case: ScanCase, **values: torch.Tensor | float) -> ScanCase:
 def test_a_gate_of_exactly_zero(share):
     """The backward finds what was gated in y / gate."""
     case = random_case(1, 20, 2, 16, 16)
-    gate = case.projected.split(case.sizes.columns(), dim=-1)[0]
+    gate = columns(case.projected, case.sizes)["gate"]
     zeros = torch.rand(gate.shape, generator=torch.Generator().manual_seed(3)) < share
     case = with_columns(case, gate=gate.masked_fill(zeros, 0.0))
     found, expected = results(fused_scan, case, torch.float32), sequential(case)
