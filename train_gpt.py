@@ -1755,7 +1755,8 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
 
 # ==================================================================================================
 # 7. Evaluation
-# A plan of windows says which targets a forward pass scores, with what context.
+# A plan of windows says which targets a forward pass scores, with what context. A chunk is scored
+# whole before test-time training may read any of it.
 
 
 class Window(NamedTuple):
@@ -1767,121 +1768,236 @@ class Window(NamedTuple):
 
 
 def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
-    """This rank's windows; each target is scored once. Sliding, they move by EVAL_STRIDE and score what is new."""
+    """This rank's windows of targets first <= p < last: each target in one window of one rank.
+
+    Plain windows stand side by side. Sliding ones move by EVAL_STRIDE and score only what is new,
+    so that a target is predicted from TRAIN_SEQ_LEN - EVAL_STRIDE earlier tokens or more, as soon
+    as the stream has so many. Windows go to the ranks in turn.
+    """
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
-    windows = [
-        Window(max(0, p + stride - length), p, min(p + stride, last))
-        for p in range(first, last, stride)
-    ]
+    windows = []
+    for position in range(first, last, stride):
+        end = position + stride
+        windows.append(Window(max(0, end - length), position, min(end, last)))
     return windows[rank::world_size]
 
 
+class Excerpt(NamedTuple):
+    """A part of the stream as the model reads it; the target at position p is tokens[p + 1]."""
+
+    positions: np.ndarray  # (B, T) int64; past the stream's end, they repeat its last target
+    tokens: Tensor  # (B, T) int64, on the rank's device
+    targets: Tensor  # (B, T) int64
+
+
+class EvaluationObserver:
+    """What an Evaluator tells while it works; this one listens to nothing. tools/audit.py does."""
+
+    def on_read(self, excerpt: Excerpt):
+        """These tokens were read, to be scored or trained on; no other tokens ever are."""
+
+    def on_score(self, excerpt: Excerpt, scored: np.ndarray, nats: Tensor):
+        """Of an excerpt's targets, those where scored (B, T) is true got the scores nats (B, T)."""
+
+    def on_train(self, excerpt: Excerpt):
+        """An update is about to compute its gradient from this excerpt."""
+
+
 class Score(NamedTuple):
+    """What an evaluation comes to."""
+
     val_loss: float  # nats per target
-    val_bpb: float
+    val_bpb: float  # bits per byte of text
     nats: np.ndarray  # (N,) float32, in stream order
     epochs_given_up: int  # of test-time training
 
 
-class Evaluator:
-    """Scores a validation set, once."""
+class AdaptationClock:
+    """How many epochs of test-time training each chunk gets, so that all can be scored in time.
 
-    def __init__(self, model, settings, ranks, validation: ValidationSet, recurrent=True):
-        self.model, self.settings, self.ranks, self.validation = model, settings, ranks, validation
+    Scoring comes first: of the seconds that each chunk to come may take, a fifth more than scoring
+    took last is kept back, and epochs fill the rest. On the first two chunks, whose times hold what
+    compiling took, all epochs are granted.
+    """
+
+    def __init__(self, settings, chunks: int, started: float):
+        self.most_epochs = settings.ttt_epochs
+        self.chunks = chunks
+        self.deadline = started + settings.eval_max_seconds
+        self.scoring_seconds = 0.0  # of the latest chunk
+        self.epoch_seconds = 0.0  # of one epoch on the latest chunk that was trained on
+        self.epochs_given_up = 0
+
+    def seconds_left(self) -> float:
+        """Until EVAL_MAX_SECONDS are over; negative behind them."""
+        return self.deadline - synchronized_time()
+
+    def affordable_epochs(self, index: int, seconds_left: float) -> int:
+        """Epochs on chunk number index, which is not the last."""
+        if seconds_left <= 0:
+            return 0
+        if index < 2:
+            return self.most_epochs
+        chunks_left = self.chunks - 1 - index
+        spare = seconds_left / chunks_left - 1.2 * self.scoring_seconds
+        epochs = int(spare / max(self.epoch_seconds, 1e-9))
+        return min(self.most_epochs, max(0, epochs))
+
+
+class Evaluator:
+    """Scores a validation set once, and adapts the model to what it has scored.
+
+    Why test-time training cannot see a target before it is scored: evaluate() goes through the
+    stream in chunks of TTT_CHUNK_TOKENS targets, in order. On each it first calls _score_chunk(),
+    which fixes the nats of every target in the chunk, and only then _adapt(), which reads this
+    chunk's tokens and targets and none behind them. So the weights that score a target have been
+    trained on earlier chunks alone; within a chunk, the model is causal, so that a target's score
+    depends on the tokens before it alone. No target is scored again with weights that know it:
+    _keep() counts, and _collect() raises unless each was scored exactly once. The last chunk is
+    not trained on, since nothing comes after it.
+
+    Without test-time training, the whole stream is one chunk. Each rank scores some of a chunk's
+    windows and trains on a part of it; gradients are summed, so that all ranks keep the same
+    weights.
+    """
+
+    def __init__(
+        self, model, settings, ranks, validation: ValidationSet, recurrent=True, observer=None
+    ):
+        """recurrent: whether layers are applied again as LAYER_ORDER says. observer: is told of
+        everything, see EvaluationObserver. The model's weights change if settings.adapts."""
+        self.model = model
+        self.settings = settings
+        self.ranks = ranks
+        self.validation = validation
+        self.observer = observer or EvaluationObserver()
         self.order = model.order(recurrent)
-        self.score_function = maybe_compile(model.score, settings, ranks)
+        self.nats_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
-        s, self.total = settings, len(validation.target_bytes)
+        self.total = len(validation.target_bytes)
         self.nats = torch.zeros(self.total, device=ranks.device)
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
-        self.chunk = min(self.total, s.ttt_chunk_tokens) if s.adapts else self.total
-        windows = len(plan_windows(s, 0, self.chunk, 0, ranks.world_size))
-        self.rows = max(1, min(windows, s.val_batch_size // (ranks.world_size * s.train_seq_len)))
+        self.chunk = min(self.total, settings.ttt_chunk_tokens) if settings.adapts else self.total
+        self.rows = self._windows_at_once()
 
-    def score(self, clock_started: float, say=lambda text: None) -> Score:
-        """With test-time training, each chunk but the last is trained on once scored, less if time since clock_started
-        (a perf_counter()) runs short."""
-        s = self.settings
-        starts = range(0, self.total, self.chunk)
-        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=s.ttt_momentum)
-        epochs, given_up, epoch_seconds = s.ttt_epochs, 0, 0.0
-        for index, first in enumerate(starts):
+    def _windows_at_once(self) -> int:
+        """The rows of a batch: as VAL_BATCH_SIZE allows, and no more than a chunk has windows."""
+        world_size = self.ranks.world_size
+        windows = plan_windows(self.settings, 0, self.chunk, 0, world_size)
+        most = self.settings.val_batch_size // (world_size * self.settings.train_seq_len)
+        return max(1, min(len(windows), most))
+
+    def evaluate(self, started: float | None = None, say=lambda text: None) -> Score:
+        """Scores every chunk, and adapts to each but the last once it is scored.
+
+        started is the perf_counter() at which the evaluation clock began (left out: now), by which
+        epochs of test-time training are given up. say(text) hears of each chunk. Raises
+        RuntimeError if a target was not scored exactly once.
+        """
+        started = time.perf_counter() if started is None else started
+        firsts = range(0, self.total, self.chunk)
+        clock = AdaptationClock(self.settings, len(firsts), started)
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=self.settings.ttt_momentum)
+        for index, first in enumerate(firsts):
             last = min(first + self.chunk, self.total)
-            started = synchronized_time()
-            self._score_targets(first, last)
-            scored = synchronized_time()
-            chunks_left = len(starts) - 1 - index
-            if not chunks_left:
+            scoring_started = synchronized_time()
+            self._score_chunk(first, last)
+            clock.scoring_seconds = synchronized_time() - scoring_started
+            if last == self.total:
                 break
-            left = clock_started + s.eval_max_seconds - scored
-            if index > 1:  # the first two chunks compile
-                spare = left / chunks_left - 1.2 * (scored - started)
-                epochs = min(s.ttt_epochs, max(0, int(spare / max(epoch_seconds, 1e-9))))
-            epochs = self.ranks.from_main(epochs if left > 0 else 0)
-            given_up += s.ttt_epochs - epochs
-            sgd.param_groups[0]["lr"] = (
-                s.ttt_lr * 0.5 * (1 + math.cos(math.pi * index / len(starts)))
-            )
-            for _ in range(epochs):
-                self._train_on(first, last, sgd)
-            epoch_seconds = (synchronized_time() - scored) / epochs if epochs else epoch_seconds
+            progress = index / len(firsts)
+            sgd.param_groups[0]["lr"] = self._learning_rate(progress)
+            epochs, seconds_left = self._adapt(index, first, last, sgd, clock)
             say(
-                f"test-time training: chunk {index + 1}/{len(starts)}, {epochs} epochs, {left:.0f}s left"
+                f"test-time training: chunk {index + 1}/{len(firsts)}, {epochs} epochs, "
+                f"{seconds_left:.0f}s left"
             )
-        return self._collect(given_up)
+        return self._collect(clock.epochs_given_up)
+
+    def _learning_rate(self, progress: float) -> float:
+        """TTT_LR, falling to zero along a cosine as progress, a part of the stream, goes to 1."""
+        return self.settings.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     @torch.no_grad()
-    def _score_targets(self, first: int, last: int):
-        s = self.settings
-        windows = plan_windows(s, first, last, self.ranks.rank, self.ranks.world_size)
-        for i in range(0, len(windows), self.rows):
-            batch = windows[i : i + self.rows]
-            batch += [Window(batch[-1].context, 0, 0)] * (
-                self.rows - len(batch)
-            )  # every batch has one shape
-            context, begin, end = np.array(batch).T[:, :, None]
-            tokens, targets = self._read(context, s.train_seq_len)
-            nats = self.score_function(tokens, targets, self.order)
-            position = context + np.arange(s.train_seq_len)
-            cells = np.flatnonzero((begin <= position) & (position < end))
-            where = position.flatten()[cells]
-            np.add.at(self.times_scored, where, 1)
-            self.nats[where] = nats.flatten()[cells]
+    def _score_chunk(self, first: int, last: int):
+        """Scores targets first <= p < last, this rank's part of them."""
+        windows = plan_windows(self.settings, first, last, self.ranks.rank, self.ranks.world_size)
+        for start in range(0, len(windows), self.rows):
+            self._score_windows(windows[start : start + self.rows])
 
-    def _read(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens and targets from starts (B, 1) on, (B, length); past the end, the last token."""
+    def _score_windows(self, windows: list[Window]):
+        """One forward pass, of as many rows as any other: where windows lack, rows score nothing."""
+        nothing = Window(windows[-1].context, 0, 0)
+        windows = windows + [nothing] * (self.rows - len(windows))
+        context, first, last = (np.array(column)[:, None] for column in zip(*windows, strict=True))
+        excerpt = self._read(context, self.settings.train_seq_len)
+        nats = self.nats_function(excerpt.tokens, excerpt.targets, self.order)
+        scored = (first <= excerpt.positions) & (excerpt.positions < last)
+        self._keep(excerpt, scored, nats)
+
+    def _read(self, starts: np.ndarray, length: int) -> Excerpt:
+        """The stream from each of starts (B, 1) on; behind its end, its last token again."""
         stream = self.validation.tokens
-        index = np.minimum(starts + np.arange(length + 1), len(stream) - 1)
-        both = torch.tensor(stream[index], dtype=torch.int64, device=self.ranks.device)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        places = np.minimum(starts + np.arange(length + 1), len(stream) - 1)
+        tokens = torch.tensor(stream[places], dtype=torch.int64, device=self.ranks.device)
+        positions = starts + np.arange(length)
+        excerpt = Excerpt(positions, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        self.observer.on_read(excerpt)
+        return excerpt
 
-    def _train_on(self, first: int, last: int, sgd: torch.optim.SGD):
-        """One step of SGD on a chunk that is scored; each rank takes its part."""
-        s, ranks = self.settings, self.ranks
-        length = ttt_sequence_length(s, ranks.world_size)
-        mine = np.array_split(np.arange(first, last, length), ranks.world_size)[ranks.rank]
-        rows = largest_divisor(len(mine), s.val_batch_size // (ranks.world_size * length))
-        for starts in mine.reshape(-1, rows, 1):
-            tokens, targets = self._read(starts, length)
-            (
-                self.loss_function(tokens, targets, self.order)
-                * (rows / len(mine) / ranks.world_size)
-            ).backward()
-        for p in self.model.parameters():
-            ranks.sum_(p.grad)
+    def _keep(self, excerpt: Excerpt, scored: np.ndarray, nats: Tensor):
+        """Writes down the nats (B, T) of an excerpt's targets where scored (B, T) is true."""
+        cells = np.flatnonzero(scored)
+        where = excerpt.positions.flatten()[cells]
+        np.add.at(self.times_scored, where, 1)
+        self.nats[where] = nats.flatten()[cells]
+        self.observer.on_score(excerpt, scored, nats)
+
+    def _adapt(self, index: int, first: int, last: int, sgd, clock) -> tuple[int, float]:
+        """Trains on a chunk that is scored, as long as the clock allows: epochs, seconds left."""
+        seconds_left = clock.seconds_left()
+        # One rank's clock speaks for all, or they would wait for each other's gradients for ever.
+        epochs = self.ranks.from_main(clock.affordable_epochs(index, seconds_left))
+        started = synchronized_time()
+        for _ in range(epochs):
+            self._train_epoch(first, last, sgd)
+        if epochs:
+            clock.epoch_seconds = (synchronized_time() - started) / epochs
+        clock.epochs_given_up += self.settings.ttt_epochs - epochs
+        return epochs, seconds_left
+
+    def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD):
+        """One step of SGD on targets first <= p < last; each rank takes its part of them."""
+        settings = self.settings
+        ranks = self.ranks
+        length = ttt_sequence_length(settings, ranks.world_size)
+        starts = np.arange(first, last, length)
+        mine = np.array_split(starts, ranks.world_size)[ranks.rank]
+        most = settings.val_batch_size // (ranks.world_size * length)
+        rows = largest_divisor(len(mine), most)
+        share = rows / len(mine) / ranks.world_size  # of a batch in the chunk's mean
+        for batch in mine.reshape(-1, rows, 1):
+            excerpt = self._read(batch, length)
+            self.observer.on_train(excerpt)
+            loss = self.loss_function(excerpt.tokens, excerpt.targets, self.order)
+            (loss * share).backward()
+        for parameter in self.model.parameters():
+            ranks.sum_(parameter.grad)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         sgd.step()
         sgd.zero_grad()
 
-    def _collect(self, given_up: int) -> Score:
+    def _collect(self, epochs_given_up: int) -> Score:
+        """All ranks' scores together."""
         times = self.ranks.sum_(torch.tensor(self.times_scored, device=self.ranks.device))
         if (times != 1).any():
             raise RuntimeError("a target was not scored exactly once")
         nats = self.ranks.sum_(self.nats).cpu().numpy()
         total = float(nats.sum(dtype=np.float64))
-        bpb = total / math.log(2) / int(self.validation.target_bytes.sum())
-        return Score(total / self.total, bpb, nats, given_up)
+        bits = total / math.log(2)
+        text_bytes = int(self.validation.target_bytes.sum())
+        return Score(total / self.total, bits / text_bytes, nats, epochs_given_up)
 
 
 # ==================================================================================================
@@ -2694,7 +2810,7 @@ def evaluate_artifact(settings, given: set[str], ranks, validation: ValidationSe
     """Loads ARTIFACT and scores it."""
     clock_started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
-    score = Evaluator(model, s, ranks, validation).score(clock_started, log.progress)
+    score = Evaluator(model, s, ranks, validation).evaluate(clock_started, log.progress)
     seconds = time.perf_counter() - clock_started
     log(
         f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s; {score.epochs_given_up} epochs given up"
@@ -2737,7 +2853,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
 
     score = lambda model, recurrent=True: Evaluator(
         model, plain, ranks, validation, recurrent
-    ).score(0.0)
+    ).evaluate()
     trainer.run(batches, partial(score, model))
     steps = trainer.steps_done
     step_ms = 1000 * trainer.clock.seconds() / max(steps, 1)

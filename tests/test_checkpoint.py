@@ -444,7 +444,7 @@ def test_a_run_that_diverges_stops_with_a_checkpoint(monkeypatch, capsys, shards
     assert records(tmp_path, "train")[-1]["skipped_steps"] == 10
 
 
-@pytest.mark.parametrize("where", ["Trainer._gradients", "Evaluator._score_targets"])
+@pytest.mark.parametrize("where", ["Trainer._gradients", "Evaluator._score_chunk"])
 def test_a_lack_of_gpu_memory_names_the_setting_to_halve(
     monkeypatch, capsys, shards, tmp_path, where
 ):

@@ -26,13 +26,16 @@ each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def evaluate(
-    model: t.Model, settings: t.Settings, tokens: np.ndarray, ranks: t.Ranks = SOLO
+    model: t.Model,
+    settings: t.Settings,
+    tokens: np.ndarray,
+    ranks: t.Ranks = SOLO,
+    observer: t.EvaluationObserver | None = None,
 ) -> t.Score:
     """The score that a run would claim, with a copy of the model."""
     model = copy.deepcopy(model)
     model.requires_grad_(True)
-    evaluator = t.Evaluator(model, settings, ranks, validation_set(tokens))
-    return evaluator.score(t.time.perf_counter())
+    return t.Evaluator(model, settings, ranks, validation_set(tokens), observer=observer).evaluate()
 
 
 # ---- Who scores what -------------------------------------------------------------------------------------------------
@@ -141,19 +144,49 @@ def test_adapting_changes_later_chunks_and_never_the_first(mode, world_size):
 @pytest.mark.parametrize(("targets", "chunks"), [(64, 0), (65, 1), (128, 1), (192, 2), (230, 3)])
 def test_the_last_chunk_is_not_trained_on_and_the_others_are_after_they_are_scored(targets, chunks):
     settings = tiny(eval_mode="plain", ttt_lr=0.05)
-    evaluator = t.Evaluator(
-        random_model(settings), settings, SOLO, validation_set(document_stream(targets + 1))
-    )
-    train_on, trained = evaluator._train_on, []
+    scored, trained = np.zeros(targets, dtype=int), []
 
-    def watch(first: int, last: int, *rest) -> None:
-        assert (evaluator.times_scored[:last] == 1).all()
-        trained.append((first, last))
-        train_on(first, last, *rest)
+    class Watch(t.EvaluationObserver):
+        def on_score(self, excerpt, where, nats):
+            scored[excerpt.positions[where]] += 1
 
-    evaluator._train_on = watch
-    evaluator.score(t.time.perf_counter())
+        def on_train(self, excerpt):
+            assert (scored[: excerpt.positions.max() + 1] == 1).all()
+            trained.append((excerpt.positions.min(), excerpt.positions.max() + 1))
+
+    evaluate(random_model(settings), settings, document_stream(targets + 1), observer=Watch())
     assert trained == [(64 * c, 64 * c + 64) for c in range(chunks) for _ in range(2)]
+
+
+@each_mode
+@pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
+def test_an_observer_hears_of_everything_and_changes_nothing(mode, ttt_enabled):
+    """What is read is the stream at the positions that it tells; what it hears scored, is the score."""
+    settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled, ttt_lr=0.05)
+    model, stream = random_model(settings), document_stream(230)
+    heard = np.full(229, np.nan, dtype=np.float32)
+    read, trained = [], []
+
+    class Listener(t.EvaluationObserver):
+        def on_read(self, excerpt):
+            read.append(excerpt)
+            for place, tokens in ((0, excerpt.tokens), (1, excerpt.targets)):
+                expected = stream[np.minimum(excerpt.positions + place, 229)]
+                assert np.array_equal(tokens.numpy(), expected)
+
+        def on_score(self, excerpt, scored, nats):
+            assert excerpt is read[-1] and nats.shape == scored.shape
+            assert np.isnan(heard[excerpt.positions[scored]]).all()
+            heard[excerpt.positions[scored]] = nats[torch.from_numpy(scored)]
+
+        def on_train(self, excerpt):
+            assert excerpt is read[-1] and torch.is_grad_enabled()
+            trained.append(excerpt)
+
+    observed = evaluate(model, settings, stream, observer=Listener()).nats
+    assert np.array_equal(observed, heard)
+    assert np.array_equal(observed, evaluate(model, settings, stream).nats)
+    assert bool(trained) == ttt_enabled
 
 
 def test_adapting_helps_on_a_text_that_repeats_itself():
@@ -219,7 +252,7 @@ def test_bits_per_byte_of_real_text(sample):
     tokens = tokens[: starts[2]].copy()
     model = random_model(settings)
     validation = t.ValidationSet(tokens, tokenizer.target_bytes(tokens))
-    score = t.Evaluator(model, settings, SOLO, validation).score(0.0)
+    score = t.Evaluator(model, settings, SOLO, validation).evaluate()
     texts = (
         tokenizer.model.DecodeIds(part.tolist())
         for part in (tokens[1 : starts[1]], tokens[starts[1] + 1 :])
@@ -241,21 +274,30 @@ def on_a_fake_clock(
 ) -> tuple[t.Score, float]:
     """Evaluates ten chunks where scoring and training take so many seconds; returns the score and the time taken."""
     settings = tiny(eval_mode="plain", ttt_lr=0.05, eval_max_seconds=budget)
-    model = random_model(settings)
-    evaluator = t.Evaluator(model, settings, SOLO, validation_set(document_stream(641)))
     now = [1000.0]
 
-    def costing(function, cost: float):
-        def wrapped(*args):
-            now[0] += cost
-            return function(*args)
+    class Costly(t.EvaluationObserver):
+        """A chunk is scored in one batch and trained on in one."""
 
-        return wrapped
+        def on_score(self, *_):
+            now[0] += score_cost
+
+        def on_train(self, *_):
+            now[0] += epoch_cost
 
     monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    evaluator._score_targets = costing(evaluator._score_targets, score_cost)
-    evaluator._train_on = costing(evaluator._train_on, epoch_cost)
-    return evaluator.score(1000.0), now[0] - 1000
+    score = evaluate(random_model(settings), settings, document_stream(641), observer=Costly())
+    return score, now[0] - 1000
+
+
+def test_the_clock_runs_from_when_the_caller_says(monkeypatch):
+    """What loading the artifact took is no longer there for epochs."""
+    settings = tiny(eval_mode="plain", eval_max_seconds=100.0)
+    monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: 1000.0))
+    validation = validation_set(document_stream(193))
+    for started, given_up in ((None, 0), (950.0, 0), (900.0, 4)):
+        evaluator = t.Evaluator(random_model(settings), settings, SOLO, validation)
+        assert evaluator.evaluate(started).epochs_given_up == given_up
 
 
 @pytest.mark.parametrize(("budget", "score_cost"), [(80, 1), (150, 10)])

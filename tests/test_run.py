@@ -188,7 +188,7 @@ def test_the_loss_after_quantization_is_that_of_the_artifact_in_plain_windows(tr
     settings = tiny(data_path=str(shards), eval_mode="plain", ttt_enabled=False)
     model, settings = t.load_model(trained.artifact, settings, set(), SOLO)
     validation = t.load_validation(settings, t.Tokenizer(str(shards / "tokenizer.model"), 512))
-    score = t.Evaluator(model, settings, SOLO, validation).score(0.0)
+    score = t.Evaluator(model, settings, SOLO, validation).evaluate()
     (logged,) = (record for record in trained.records if record["event"] == "after_quantization")
     assert score.val_loss == pytest.approx(logged["val_loss"], rel=1e-6)
 
@@ -487,7 +487,7 @@ def test_validation_during_training_does_not_change_it(shards, byte_tokenizer):
             chosen = dataclasses.replace(settings, eval_mode=mode, ttt_enabled=False)
             model = t.build_model(settings, SOLO)
             calls.append(recurrent)
-            return t.Evaluator(model, chosen, SOLO, validation, recurrent).score(0.0)
+            return t.Evaluator(model, chosen, SOLO, validation, recurrent).evaluate()
 
         assert all(map(torch.equal, train_here(shards, validate=validate, val_loss_every=2), plain))
         assert len(calls) == 3

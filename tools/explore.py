@@ -151,7 +151,7 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
     for part, average in trainer.average.each.items():
         average.apply()
         line["bpb"][part] = round(
-            t.Evaluator(model, plain, ranks, validation).score(0.0).val_bpb, 5
+            t.Evaluator(model, plain, ranks, validation).evaluate().val_bpb, 5
         )
     if not export:
         return line
@@ -163,7 +163,7 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
         return line | {"error": str(error)}
     for label, chosen in (("quantized", plain), ("final", settings)):
         model, chosen = t.load_model(settings.artifact_path, chosen, set(), ranks)
-        score = t.Evaluator(model, chosen, ranks, validation).score(time.perf_counter())
+        score = t.Evaluator(model, chosen, ranks, validation).evaluate()
         line[label] = round(score.val_bpb, 5)
     return line
 
