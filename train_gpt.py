@@ -171,7 +171,11 @@ class Settings:
     adam_eps: float = env(1e-8, "size > 0", "Adam; of vectors and scales at least 1e-6")
     grad_clip_norm: float = env(1.0, "norm", "most of all gradients together; 0: not clipped")
     weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
-    ema_decay: float = env(0.999, "below 1", "weight average; of short runs less")
+    average: str = env("ema", "ema|swa|ema+swa|none", "of the weights, which a run leaves")
+    average_horizon: float = env(0.1, "of run", "ema: how far it looks back")
+    ema_decay: float = env(0.999, "below 1", "ema: bounds it at 1 / (1 - EMA_DECAY) steps")
+    swa_start_frac: float = env(0.2, "0 to 1", "swa: LR factor below which it takes snapshots")
+    swa_every: int = env(50, "steps > 0", "swa: from one snapshot to the next")
 
     quantizer: str = env(
         "gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export"
@@ -1365,8 +1369,8 @@ def build_model(settings, ranks) -> Model:
 
 # ==================================================================================================
 # 6. Optimizers
-# Muon turns a matrix's gradient into the nearest rotation; Adam trains all else. Behind each step
-# stands an average of the weights, and over both a schedule that knows the clock.
+# Muon trains matrices, Adam all else. An average of the weights is what a run leaves; a schedule
+# that knows the clock says what holds for each step.
 
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
@@ -1660,44 +1664,68 @@ def matrix_groups(model, settings, ranks) -> list[MatrixGroup]:
 def adam_groups(model, settings) -> list[dict]:
     """Adam's parameters as torch's groups, a kind's with its rate, decay and epsilon."""
     s = settings
-    options = {
-        "embedding": {
-            "base_lr": s.tied_embed_lr,
-            "weight_decay": s.weight_decay,
-            "eps": s.adam_eps,
-        },
-        "scalar": {
-            "base_lr": s.scalar_lr,
-            "weight_decay": 0.0,
-            "eps": max(s.adam_eps, LEAST_SCALAR_EPS),
-        },
+    options = {  # rate, decay, epsilon
+        "embedding": (s.tied_embed_lr, s.weight_decay, s.adam_eps),
+        "scalar": (s.scalar_lr, 0.0, max(s.adam_eps, LEAST_SCALAR_EPS)),
     }
     groups = {}  # in the order of the model's parameters, which a checkpoint's is
     for name, p in model.named_parameters():
         kind = parameter_kind(name, p)
         if kind in options:
-            group = groups.setdefault(kind, {"params": [], **options[kind]})
-            group["params"].append(p)
+            rate, decay, eps = options[kind]
+            group = {"params": [], "base_lr": rate, "weight_decay": decay, "eps": eps}
+            groups.setdefault(kind, group)["params"].append(p)
     return list(groups.values())
 
 
 class WeightAverage:
-    """Exponential moving average of the weights."""
+    """The average of the weights that a run leaves, as AVERAGE says.
+
+    ema: exponential. Weights after step n come in with a rate of 1 / (AVERAGE_HORIZON n), so that
+    it looks back over that part of the run, however long the run is; at least of 1 - EMA_DECAY.
+    swa: the mean of snapshots (arXiv 1803.05407), taken when Schedule says so.
+    ema+swa: the same of the ema's snapshots. none: the last weights; takes no memory.
+    """
 
     def __init__(self, model, settings):
-        self.decay, self.parameters = settings.ema_decay, list(model.parameters())
-        self.average = [p.detach().clone() for p in self.parameters]
+        kinds = settings.average.split("+")
+        self.settings = settings
+        self.parameters = list(model.parameters())
+        self.ema = [p.detach().clone() for p in self.parameters] if "ema" in kinds else []
+        self.swa = [torch.zeros_like(p) for p in self.parameters] if "swa" in kinds else []
+        self.snapshots = self.parameters[0].new_zeros(())  # in swa, float32 ()
+
+    def tensors(self) -> list[Tensor]:
+        """What update() changes, float32."""
+        return [*self.ema, *self.swa, self.snapshots] if self.swa else self.ema
 
     @torch.no_grad()
-    def update(self, steps_done: int, skipped: Tensor):
-        """Takes in the weights after steps_done steps; not if skipped, (), is 1. It looks back a tenth of a run."""
-        rate = (1 - skipped) * max(1 - self.decay, 1 / max(1.0, 0.1 * steps_done))
-        torch._foreach_mul_(self.average, 1 - rate)
-        torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, rate))
+    def update(self, steps_done: int, skip: Tensor, snapshot: bool = False):
+        """Takes in the weights after steps_done steps; not if skip, float32 (), is 1."""
+        taken = 1 - skip
+        if self.ema:
+            horizon = max(1.0, self.settings.average_horizon * steps_done)
+            rate = taken * max(1 - self.settings.ema_decay, 1 / horizon)
+            self._take_in(self.ema, self.parameters, rate)
+        if self.swa and snapshot:
+            self._take_in(self.swa, self.ema or self.parameters, taken / (self.snapshots + 1))
+            self.snapshots += taken
+
+    def _take_in(self, average: list[Tensor], weights: list[Tensor], rate: Tensor):
+        """Moves an average towards weights by this part of the way, float32 ()."""
+        torch._foreach_mul_(average, 1 - rate)
+        torch._foreach_add_(average, torch._foreach_mul(weights, rate))
 
     @torch.no_grad()
-    def apply(self):
-        torch._foreach_copy_(self.parameters, self.average)
+    def apply(self) -> str:
+        """Puts the average in the weights' place; says what it was. Without snapshots, swa is not."""
+        if self.swa and self.snapshots > 0:
+            torch._foreach_copy_(self.parameters, self.swa)
+            return f"{int(self.snapshots)} snapshots of {'the ema' if self.ema else 'the weights'}"
+        if self.ema:
+            torch._foreach_copy_(self.parameters, self.ema)
+            return "ema"
+        return "none: the last weights"
 
 
 LR_WARMUP = 0.01  # of the run, in which rates rise from 0
@@ -1713,6 +1741,7 @@ class Schedule(NamedTuple):
     momentum: float  # Muon's
     recurrent: bool  # layers run in LAYER_ORDER
     quantized: bool  # gradients are those at weights on their grids
+    snapshot: bool  # swa takes the weights behind this step
 
 
 def ramp(part: float, whole: float) -> float:
@@ -1748,9 +1777,15 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
         risen = ramp(step, s.muon_momentum_warmup_steps)
     momentum = first + (s.muon_momentum - first) * risen
 
-    # Not the floor of MIN_LR: it would keep a small threshold from being reached.
-    quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
-    return Schedule(progress, lr_factor, momentum, progress >= s.recur_start, quantized)
+    # What begins as rates decay looks at the decay itself, which MIN_LR does not hold up.
+    return Schedule(
+        progress=progress,
+        lr_factor=lr_factor,
+        momentum=momentum,
+        recurrent=progress >= s.recur_start,
+        quantized=decay < s.late_qat_threshold or s.quantizer == "ternary",
+        snapshot=decay < s.swa_start_frac and (step + 1) % s.swa_every == 0,
+    )
 
 
 # ==================================================================================================
@@ -2315,6 +2350,10 @@ FORMER_DEFAULTS = {
     "beta2": 0.95,
     "adam_eps": 1e-8,
     "grad_clip_norm": 1.0,
+    "average": "ema",
+    "average_horizon": 0.1,
+    "swa_start_frac": 0.2,
+    "swa_every": 50,
 }
 
 
@@ -2543,7 +2582,7 @@ class Trainer:
         """What training changes, float32, whatever the number of ranks."""
         return [
             *self.average.parameters,
-            *self.average.average,
+            *self.average.tensors(),
             *self.optimizers.tensors(),
         ]
 
@@ -2659,7 +2698,7 @@ class Trainer:
             kind = self.model.order(now.recurrent), on_grids if now.quantized else nullcontext
             loss = self._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
             self.steps_done += 1
-            self.average.update(self.steps_done, self.optimizers.skip)
+            self.average.update(self.steps_done, self.optimizers.skip, now.snapshot)
             if ranks.gpu:
                 queued.append(torch.cuda.current_stream().record_event())
             if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
@@ -2671,7 +2710,7 @@ class Trainer:
                 self.clock.start()
         self.skipped_steps()
         self.graph = None  # its memory is its own
-        self.average.apply()
+        self.log(f"average: {self.average.apply()}")
         self.clock.pause()
         self.thread.shutdown()
         for number in signals:

@@ -57,8 +57,8 @@ def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(
 ):
     update = explore.Averages.update
 
-    def stop(averages, steps_done, skipped):
-        update(averages, steps_done, skipped)
+    def stop(averages, *arguments):
+        update(averages, *arguments)
         stop.steps = getattr(stop, "steps", 0) + 1
         if stop.steps == 8:
             os.kill(os.getpid(), number)
@@ -84,7 +84,7 @@ def test_each_average_looks_back_over_its_part_of_the_run():
                 rate = min(1.0, 5 / (part * step))
                 expected[part] += rate * (step - expected[part])
     for part, average in averages.each.items():
-        assert float(average.average[0]) == pytest.approx(expected[part], rel=1e-5)
+        assert float(average.ema[0]) == pytest.approx(expected[part], rel=1e-5)
     assert 180 < expected[0.1] < 190
     assert 120 < expected[0.4] < 160
 
@@ -142,4 +142,4 @@ def test_the_usual_part_is_that_of_the_script():
         torch.nn.init.normal_(model.weight)
         for average in (own, ours):
             average.update(step, torch.zeros((), device=SOLO.device))
-    assert torch.allclose(own.average[0], ours.each[0.1].average[0])
+    assert torch.allclose(own.ema[0], ours.each[0.1].ema[0])

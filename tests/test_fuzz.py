@@ -155,7 +155,7 @@ def test_a_reader_of_checkpoints_that_reads_wrong_is_found(originals, monkeypatc
 
     def other_bit(trainer):
         resume(trainer)
-        trainer.average.average[0].view(torch.int32).view(-1)[0] += 1
+        trainer.average.ema[0].view(torch.int32).view(-1)[0] += 1
 
     def other_step(trainer):
         resume(trainer)

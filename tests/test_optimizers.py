@@ -120,7 +120,7 @@ def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> lis
     states = [group.momentum for group in optimizers.muon.groups]
     for state in optimizers.adam.state.values():
         states += state.values()
-    return [x.detach().clone() for x in (*optimizers.parameters, *states, *average.average)]
+    return [x.detach().clone() for x in (*optimizers.parameters, *states, *average.tensors())]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
@@ -157,6 +157,18 @@ def test_a_skipped_first_step_is_as_if_it_had_never_been():
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_muon_trains_the_matrices_of_linear_layers(version):
+    """Kinds are told by names alone; short convolutions and gates have two dimensions as well."""
+    model = t.build_model(tiny(mamba_version=version), SOLO)
+    found = {
+        name
+        for name, p in model.named_parameters()
+        if t.parameter_kind(name, p) in ("matrix", "mamba_matrix")
+    }
+    assert found == set(model.linear_layers())
+
+
 @pytest.mark.parametrize("changes", [{}, {"mamba_version": 2}], ids=str)
 def test_every_parameter_is_trained_by_one_optimizer_at_its_own_rate(changes):
     settings = tiny(
@@ -190,6 +202,24 @@ def test_every_parameter_is_trained_by_one_optimizer_at_its_own_rate(changes):
             assert found[p] == ("AdamW", 4.0, 0.0), name
 
 
+def test_adam_takes_its_betas_and_epsilon_from_the_settings():
+    """Against the formula, after two steps with one gradient; an epsilon this large tells."""
+    settings = tiny(beta1=0.5, beta2=0.75, adam_eps=0.01, grad_clip_norm=0.0, scalar_lr=0.1)
+    model = random_model(settings)
+    optimizers = t.Optimizers(model, settings, SOLO)
+    p = model.skip_weights
+    expected, mean, square = p.detach().clone(), 0.0, 0.0
+    for step in (1, 2):
+        fill_gradients(model)
+        gradient = p.grad.clone()
+        optimizers.step(1.0, 0.9)
+        mean = 0.5 * mean + 0.5 * gradient
+        square = 0.75 * square + 0.25 * gradient**2
+        root = (square / (1 - 0.75**step)).sqrt()
+        expected -= 0.1 * mean / (1 - 0.5**step) / (root + 0.01)
+    assert torch.allclose(p, expected, atol=1e-6)
+
+
 def test_a_step_at_factor_zero_changes_no_weight():
     """The compile warm-up relies on it."""
     settings = tiny()
@@ -215,15 +245,108 @@ class Line(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
 
-def averaged(steps: int, **changes) -> float:
-    """The average after so many steps of a run, for a weight that counts them."""
+def averaged(steps: int, skipped: tuple[int, ...] = (), every: int = 0, **changes) -> float:
+    """The average after so many steps of a run, for a weight that counts them.
+
+    Snapshots are due every few steps, and of no effect where AVERAGE names no swa.
+    """
     model = Line()
     average = t.WeightAverage(model, tiny(**changes))
     for step in range(1, steps + 1):
         model.weight.data.fill_(step)
-        average.update(step, torch.zeros(()))
+        skip = torch.tensor(float(step in skipped))
+        average.update(step, skip, snapshot=bool(every) and step % every == 0)
     average.apply()
     return model.weight.item()
+
+
+def slow_ema(steps: int, skipped: tuple[int, ...], horizon: float, decay: float) -> list[float]:
+    """The ema behind each step of the weight that counts them, by the formula."""
+    values = [0.0]
+    for step in range(1, steps + 1):
+        rate = max(1 - decay, 1 / max(1.0, horizon * step))
+        values.append(values[-1] + (0 if step in skipped else rate) * (step - values[-1]))
+    return values
+
+
+SKIPPED = (7, 8, 60)
+
+
+@pytest.mark.parametrize("horizon", [0.0, 0.1, 0.5, 1.0])
+def test_ema_looks_back_over_the_horizon(horizon):
+    found = averaged(120, SKIPPED, average_horizon=horizon, ema_decay=0.9999)
+    assert found == pytest.approx(slow_ema(120, SKIPPED, horizon, 0.9999)[-1], rel=1e-5)
+    assert 120 - found == pytest.approx(horizon / (1 + horizon) * 120, rel=0.1, abs=0.5)
+
+
+def test_swa_is_the_mean_of_snapshots_whose_step_was_not_skipped():
+    taken = [step for step in range(5, 101, 5) if step not in SKIPPED]
+    found = averaged(100, SKIPPED, every=5, average="swa")
+    assert found == pytest.approx(sum(taken) / len(taken), rel=1e-6)
+
+
+def test_swa_of_an_ema_is_the_mean_of_the_emas_snapshots():
+    ema = slow_ema(100, SKIPPED, 0.3, 0.9)
+    taken = [ema[step] for step in range(5, 101, 5) if step not in SKIPPED]
+    changes = {"average": "ema+swa", "average_horizon": 0.3, "ema_decay": 0.9}
+    found = averaged(100, SKIPPED, every=5, **changes)
+    assert found == pytest.approx(sum(taken) / len(taken), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("average", "left"),
+    [("none", 50.0), ("swa", 50.0), ("ema+swa", slow_ema(50, (), 0.1, 0.999)[-1])],
+)
+def test_what_stays_where_nothing_was_averaged(average, left):
+    """Without an average, or without a snapshot: a run too short for one."""
+    assert averaged(50, average=average) == pytest.approx(left, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("average", "copies"), [("none", 0), ("ema", 1), ("swa", 1), ("ema+swa", 2)]
+)
+def test_an_average_takes_the_memory_that_it_needs(average, copies):
+    model = random_model(tiny())
+    tensors = t.WeightAverage(model, tiny(average=average)).tensors()
+    weights = sum(p.numel() for p in model.parameters())
+    assert sum(x.numel() for x in tensors) == copies * weights + ("swa" in average)
+
+
+@pytest.mark.parametrize("average", ["none", "ema", "swa", "ema+swa"])
+def test_a_checkpoint_holds_all_of_an_average(tmp_path, average):
+    """Eight steps in one go, or seven, a checkpoint and one more by another trainer: the same bits.
+
+    Rates decay from the fifth step on: snapshots are due behind the sixth and the eighth.
+    """
+    settings = tiny(
+        **(STEPS | {"iterations": 8}), average=average, average_horizon=0.9, swa_start_frac=1.0,
+        swa_every=2, run_id="a", log_dir=str(tmp_path),
+    )  # fmt: skip
+
+    def train(steps: int) -> tuple[t.Trainer, list[torch.Tensor]]:
+        model = random_model(settings)
+        trainer = t.Trainer(model, settings, SOLO, 128, 1e6, lambda *_: None)
+        trainer.resume()
+        for _ in range(steps):
+            now = t.schedule_at(settings, trainer.steps_done, 0.0)
+            fill_gradients(model)
+            trainer.optimizers.step(now.lr_factor, now.momentum)
+            trainer.steps_done += 1
+            trainer.average.update(trainer.steps_done, trainer.optimizers.skip, now.snapshot)
+        return trainer, [x.detach().clone() for x in trainer.tensors()]
+
+    _, expected = train(8)
+    trainer, _ = train(7)
+    trainer.save()
+    trainer.writing.result()
+    trainer, found = train(1)
+    assert trainer.steps_done == 8
+    assert all(map(torch.equal, found, expected))
+    assert trainer.average.snapshots == (2 if "swa" in average else 0)
+    last = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.average.apply()
+    kept = all(map(torch.equal, trainer.model.parameters(), last))
+    assert kept == (average == "none")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 100, 300])
@@ -345,6 +468,35 @@ def test_a_run_only_ever_moves_forward(mode, changes):
         assert now.recurrent >= before.recurrent
         assert 0 <= now.lr_factor <= 1
         before = now
+
+
+@each_mode
+def test_rates_decay_to_a_floor(mode):
+    """MIN_LR is a part of the peak; warm-up still begins below it, and QAT begins as without it."""
+    floor = {"min_lr": 0.3}
+    assert at(0.75, mode, **floor).lr_factor == pytest.approx(0.5)
+    assert at(0.999, mode, **floor).lr_factor == pytest.approx(0.3)
+    assert at(0.0, mode, **floor).lr_factor < 0.11
+    assert at(0.91, mode, **floor).quantized
+    assert not at(0.89, mode, **floor).quantized
+
+
+@each_mode
+def test_muons_momentum_rises_in_steps(mode):
+    """At 500 of 1,000 steps it is half way from its start."""
+    changes = {"muon_momentum_warmup_start": 0.5, "muon_momentum_warmup_steps": 1000}
+    assert at(0.0, mode, **changes).momentum == pytest.approx(0.5)
+    assert at(0.5, mode, **changes).momentum == pytest.approx(0.7)
+    assert at(0.05, mode, muon_momentum_warmup_start=0.5).momentum == pytest.approx(0.7)
+    assert at(0.05, mode, muon_momentum_warmup_steps=100).momentum == pytest.approx(0.855)
+
+
+@each_mode
+def test_snapshots_are_due_once_rates_have_decayed(mode):
+    """Below a LR factor of 0.2, which is behind step 900 of 1,000, behind every 20th step."""
+    settings = tiny(**(mode | SHAPE), swa_start_frac=0.2, swa_every=20)
+    due = [t.schedule_at(settings, step, step / 10).snapshot for step in range(1000)]
+    assert [step + 1 for step in range(1000) if due[step]] == [920, 940, 960, 980, 1000]
 
 
 @each_mode

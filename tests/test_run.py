@@ -460,7 +460,7 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(now.lr_factor, now.momentum)
         average.update(step + 1, torch.zeros(()))
-    for a, b in zip(train_here(shards, matrix_lr=0.05), average.average):
+    for a, b in zip(train_here(shards, matrix_lr=0.05), average.ema):
         assert relative(a, b) < 1e-4
 
 

@@ -37,23 +37,27 @@ from command import Parser, UserError, need
 
 import train_gpt as t
 
-USUAL_PART = 0.1  # of a run, over which t.WeightAverage averages
-
 
 class Averages:
     """Several averages of a model's weights in place of a trainer's one, taken in every few steps, which costs less."""
 
     def __init__(self, model, settings: t.Settings, parts: list[float], every: int):
-        endless = dataclasses.replace(settings, ema_decay=1 - 1e-9)  # the part alone decides
-        self.every, self.each = every, {part: t.WeightAverage(model, endless) for part in parts}
+        self.every, self.each = every, {}
+        for part in parts:  # which alone decides: EMA_DECAY bounds nothing
+            one = dataclasses.replace(
+                settings, average="ema", average_horizon=part, ema_decay=1 - 1e-9
+            )
+            self.each[part] = t.WeightAverage(model, one)
 
-    def update(self, steps_done: int, skipped: torch.Tensor) -> None:
+    def update(self, steps_done: int, skip: torch.Tensor, snapshot: bool = False) -> None:
+        """Takes in the weights after every few steps; not if skip is 1."""
         if steps_done % self.every == 0:
-            for part, average in self.each.items():
-                average.update(steps_done / self.every * part / USUAL_PART, skipped)
+            for average in self.each.values():
+                average.update(steps_done // self.every, skip)
 
-    def apply(self) -> None:
+    def apply(self) -> str:
         """Nothing: each is applied and scored in turn."""
+        return f"ema over {', '.join(map(str, self.each))} of the run"
 
 
 class Tally:
@@ -172,7 +176,10 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", metavar="NAME: SETTING=VALUE ...")
     parser.add_argument(
-        "--averages", default=str(USUAL_PART), metavar="PART,PART", help="of a run; 0.1 if left out"
+        "--averages",
+        default=str(t.Settings.average_horizon),
+        metavar="PART,PART",
+        help="of a run; 0.1 if left out",
     )
     parser.add_argument(
         "--every",
