@@ -307,7 +307,7 @@ def test_a_chunk_that_is_scored_again_is_seen(entry_of, monkeypatch, first):
     collect = t.Evaluator._collect
 
     def again(self, given_up):
-        self._score_targets(first, first + 64)
+        self._score_chunk(first, first + 64)
         self.times_scored[:] = 1
         return collect(self, given_up)
 
@@ -429,15 +429,15 @@ def test_bits_per_byte_over_other_bytes_are_seen(entry_of, monkeypatch):
 
 
 def adapt(self, order: str) -> t.Score:
-    """score() with its parts in another order: s scores a chunk, t trains on it, l trains on the last, too."""
+    """evaluate() with its parts in another order: s scores a chunk, t trains on it, l trains on the last, too."""
     sgd = torch.optim.SGD(self.model.parameters(), lr=0.05)
     for first in range(0, self.total, 64):
         last = min(first + 64, self.total)
         for part in order:
             if part == "s":
-                self._score_targets(first, last)
+                self._score_chunk(first, last)
             elif part == "l" or last < self.total:
-                self._train_on(first, last, sgd)
+                self._train_epoch(first, last, sgd)
     return self._collect(0)
 
 
@@ -446,7 +446,7 @@ def adapt(self, order: str) -> t.Score:
     [("st", ""), ("ts", "before it is scored"), ("tst", "before it"), ("sl", "of the last chunk")],
 )
 def test_updates_before_scoring_or_on_the_last_chunk_are_seen(entry_of, monkeypatch, order, said):
-    monkeypatch.setattr(t.Evaluator, "score", lambda self, *_: adapt(self, order))
+    monkeypatch.setattr(t.Evaluator, "evaluate", lambda self, *_: adapt(self, order))
     entry = entry_of()
     if said:
         fails(audit.check_order, entry, said)
@@ -457,23 +457,64 @@ def test_updates_before_scoring_or_on_the_last_chunk_are_seen(entry_of, monkeypa
 
 
 def test_updates_that_read_on_are_seen(entry_of, monkeypatch):
-    """A chunk's update that sees one token of the next chunk; and one whose tokens come from nobody knows where."""
-    train_on = t.Evaluator._train_on
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            t.Evaluator,
-            "_train_on",
-            lambda self, first, last, sgd: train_on(self, first + 1, last + 1, sgd),
-        )
-        fails(audit.check_order, entry_of(), "before it is scored")
+    """A chunk's update that sees one token of the next chunk."""
+    train = t.Evaluator._train_epoch
+    monkeypatch.setattr(
+        t.Evaluator,
+        "_train_epoch",
+        lambda self, first, last, sgd: train(self, first + 1, last + 1, sgd),
+    )
+    fails(audit.check_order, entry_of(), "before it is scored")
+
+
+@pytest.mark.parametrize("told", ["nothing", "other positions", "other tokens"])
+def test_updates_on_tokens_from_nobody_knows_where_are_seen(entry_of, monkeypatch, told):
+    """What the audit is told of them is nothing, or not what stands there."""
 
     def secret(self, first, last, sgd):
-        tokens = torch.from_numpy(self.validation.tokens[None, :33].astype(np.int64))
-        self.loss_function(tokens[:, :-1], tokens[:, 1:], self.order).backward()
+        tokens = torch.from_numpy(self.validation.tokens[None, 100:133].astype(np.int64))
+        read = t.Excerpt(np.arange(32)[None], tokens[:, :-1], tokens[:, 1:])
+        if told == "other positions":
+            self.observer.on_train(read)
+        elif told == "other tokens":
+            self.observer.on_train(read._replace(positions=read.positions + 100))
+        self.loss_function(read.tokens, read.targets, self.order).backward()
         sgd.step()
 
-    monkeypatch.setattr(t.Evaluator, "_train_on", secret)
-    fails(audit.check_order, entry_of(), "before it is scored")
+    monkeypatch.setattr(t.Evaluator, "_train_epoch", secret)
+    said = "without a loss" if told == "nothing" else "before it is scored"
+    fails(audit.check_order, entry_of(), said)
+
+
+def test_an_update_that_reads_on_behind_an_honest_one_is_seen(entry_of, monkeypatch):
+    """It takes one step with both gradients, and tells of the honest one: later tokens move scores."""
+    train = t.Evaluator._train_epoch
+
+    def both(self, first, last, sgd):
+        ahead = self.validation.tokens[None, last : last + 33]
+        tokens = torch.from_numpy(ahead.astype(np.int64))
+        self.loss_function(tokens[:, :-1], tokens[:, 1:], self.order).backward()
+        train(self, first, last, sgd)
+
+    monkeypatch.setattr(t.Evaluator, "_train_epoch", both)
+    entry = entry_of()
+    assert audit.check_order(t, entry)[0]
+    fails(audit.check_causal, entry, "earlier scores move")
+
+
+def test_scores_that_the_audit_is_not_told_of_are_seen(entry_of, monkeypatch):
+    """A chunk is written anew with weights that know it, and only the first scores are told."""
+    train = t.Evaluator._train_epoch
+
+    def again(self, first, last, sgd):
+        train(self, first, last, sgd)
+        self.observer, observer = t.EvaluationObserver(), self.observer
+        self.times_scored[first:last] = 0
+        self._score_chunk(first, last)
+        self.observer = observer
+
+    monkeypatch.setattr(t.Evaluator, "_train_epoch", again)
+    fails(audit.check_scored_once, entry_of(), "not what was scored")
 
 
 def test_weights_that_change_by_other_ways_are_seen(entry_of, monkeypatch):
@@ -483,26 +524,27 @@ def test_weights_that_change_by_other_ways_are_seen(entry_of, monkeypatch):
         self.model.embedding.weight.data[5] *= 1.01
 
     def unseen(self, first, last, sgd):
-        self.model.loss(*self._read(np.array([[last]]), 32), self.order).backward()
+        read = self._read(np.array([[last]]), 32)
+        self.model.loss(read.tokens, read.targets, self.order).backward()
         sgd.step()
 
     for cheat, said in ((by_hand, "without a step"), (unseen, "without a loss")):
         with monkeypatch.context() as patch:
-            patch.setattr(t.Evaluator, "_train_on", cheat)
+            patch.setattr(t.Evaluator, "_train_epoch", cheat)
             fails(audit.check_order, entry_of(), said)
-    monkeypatch.setattr(t.Evaluator, "score", lambda self, *_: adapt(self, "st"))
+    monkeypatch.setattr(t.Evaluator, "evaluate", lambda self, *_: adapt(self, "st"))
     fails(audit.check_order, entry_of(ttt_enabled=0))
 
 
 def test_scoring_with_gradients_is_seen(entry_of, monkeypatch):
-    nats, score_targets = t.Model.nats, t.Evaluator._score_targets.__wrapped__
+    nats, score_chunk = t.Model.nats, t.Evaluator._score_chunk.__wrapped__
 
     def with_gradients(self, first, last):
         with torch.enable_grad():
-            score_targets(self, first, last)
+            score_chunk(self, first, last)
 
     monkeypatch.setattr(t.Model, "nats", lambda self, *arguments: nats(self, *arguments).detach())
-    monkeypatch.setattr(t.Evaluator, "_score_targets", with_gradients)
+    monkeypatch.setattr(t.Evaluator, "_score_chunk", with_gradients)
     fails(audit.check_order, entry_of(ttt_enabled=0), "with gradients")
 
 

@@ -16,7 +16,6 @@ tokenizer is read so); and what training did can be read from its log alone.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import math
@@ -28,7 +27,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +110,7 @@ def load_script(path: Path) -> ModuleType:
         raise UserError(f"{path} cannot be loaded: {error!r}") from None
     needed = (
         "Evaluator",
+        "EvaluationObserver",
         "ValidationSet",
         "Tokenizer",
         "load_model",
@@ -341,141 +340,131 @@ class Observation:
     with_gradients: bool = False  # whether a score was computed with gradients
 
 
-class WatchedScores(torch.Tensor):
-    """A tensor that tells report(where, values) of every assignment. Made by as_subclass()."""
+class Watcher:
+    """An observer of the script's Evaluator, which tells it of what it does while it does it.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    What it is told it holds against what it can see for itself: the stream's tokens, the weights,
+    and (by torch's hook, which the script has no part in) every step of an optimizer.
+    """
 
-    def __setitem__(self, where, values):
-        self.report(where, values)
-        super().__setitem__(where, values)
+    def __init__(self, model: torch.nn.Module, stream: np.ndarray, seed: int):
+        self.model = model
+        self.stream = stream
+        self.count = len(stream) - 1
+        sampled = min(SAMPLED_TARGETS, self.count)
+        self.wanted = np.random.default_rng(seed).choice(self.count, sampled, replace=False)
+        self.weights = fingerprint(model)
+        self.stepped = False  # since the weights were last looked at
+        self.seen = Observation(
+            times_written=np.zeros(self.count, dtype=np.int64),
+            written=np.zeros(self.count, dtype=np.float32),
+        )
 
+    def on_read(self, excerpt: Any) -> None:
+        """Weights are looked at before each use of them; also of those with which scores are made."""
+        self.note_change()
 
-def fingerprint(model: torch.nn.Module) -> bytes:
-    """A hash of all weights."""
-    digest = hashlib.blake2b()
-    for p in model.parameters():
-        digest.update(p.detach().float().cpu().numpy().tobytes())
-    return digest.digest()
+    def on_score(self, excerpt: Any, scored: np.ndarray, nats: Tensor) -> None:
+        """Counts the scores, and computes a few of them anew."""
+        self.seen.with_gradients |= torch.is_grad_enabled()
+        self.note_change()
+        positions = excerpt.positions[scored]
+        np.add.at(self.seen.times_written, positions, 1)
+        self.seen.written[positions] = nats.detach().float().cpu().numpy()[scored]
+        self.seen.events.append(Event("score", positions))
+        sampled = scored & np.isin(excerpt.positions, self.wanted)
+        if sampled.any():
+            self.seen.sampled += self.sample(excerpt, sampled, nats)
 
+    def on_train(self, excerpt: Any) -> None:
+        """An update sees the excerpt's targets, or else any of the stream."""
+        self.seen.events.append(Event("train", self.targets_in(excerpt)))
 
-def evaluate(
-    script: ModuleType, entry: Entry, tokens: np.ndarray, watch: Callable = lambda evaluator: None
-) -> Any:
-    """The score of tokens, as evaluate_artifact() makes it but without a clock; watch(evaluator) is called first."""
-    model, settings = script.load_model(entry.artifact, entry.settings, entry.given, entry.ranks)
-    settings = dataclasses.replace(settings, eval_max_seconds=2.0**40)
-    validation = script.ValidationSet(tokens, entry.tokenizer.target_bytes(tokens))
-    evaluator = script.Evaluator(model, settings, entry.ranks, validation)
-    watch(evaluator)
-    return evaluator.score(time.perf_counter())
+    def on_step(self, *_: Any) -> None:
+        """torch's hook behind every step of an optimizer."""
+        self.stepped = True
+        self.seen.events.append(Event("step", np.empty(0, dtype=np.int64)))
 
+    def note_change(self) -> None:
+        """Weights may change by steps only."""
+        now = fingerprint(self.model)
+        if now != self.weights and not self.stepped:
+            self.seen.events.append(Event("changed", np.empty(0, dtype=np.int64)))
+        self.weights = now
+        self.stepped = False
 
-@torch.no_grad()
-def sample_targets(
-    evaluator: Any, call: dict, where: np.ndarray, values: Tensor, stream: np.ndarray
-) -> list[Sampled]:
-    """Compares the scores of the targets at where with the distribution of the model as it now is. call: what the last
-    scoring function got."""
-    model, sampled = evaluator.model, []
-    hidden = model(call["tokens"], call["order"])
-    for position, value in zip(where.tolist(), values.tolist()):
-        target, candidates = int(stream[position + 1]), []
-        for row, start in enumerate(call["starts"].tolist()):
-            if not start <= position < start + hidden.shape[1]:
-                continue
-            one = hidden[row : row + 1, position - start : position - start + 1]
-            logits = model.logits(one)[0, 0].double()
-            total = 0.0
-            for every in torch.arange(len(logits), device=logits.device).split(CANDIDATES):
-                nats = model.nats(one.expand(1, len(every), -1).contiguous(), every[None])
-                total += float(nats.double().neg().exp().sum())
+    def targets_in(self, excerpt: Any) -> np.ndarray:
+        """Positions of the targets; all of them if these are not the stream's tokens there."""
+        for tokens, ahead in ((excerpt.tokens, 0), (excerpt.targets, 1)):
+            places = np.minimum(excerpt.positions + ahead, self.count)
+            if not np.array_equal(tokens.cpu().numpy(), self.stream[places]):
+                return np.arange(self.count)
+        return np.unique(np.minimum(excerpt.positions, self.count - 1))
+
+    @torch.no_grad()
+    def sample(self, excerpt: Any, where: np.ndarray, nats: Tensor) -> list[Sampled]:
+        """Compares the scores where (B, T) is true with the distribution of the model as it is."""
+        hidden = self.model(excerpt.tokens, self.model.order(True))
+        sampled = []
+        for row, column in np.argwhere(where):
+            position = int(excerpt.positions[row, column])
+            one = hidden[row : row + 1, column : column + 1]
+            logits = self.model.logits(one)[0, 0].double()
+            target = int(self.stream[position + 1])
             expected = float(-torch.log_softmax(logits, dim=0)[target])
-            candidates.append(Sampled(position, value, expected, total))
-        sampled.append(min(candidates, key=lambda one: abs(one.nats - one.expected)))
-    return sampled
+            total = self.total_probability(one, len(logits))
+            sampled.append(Sampled(position, float(nats[row, column]), expected, total))
+        return sampled
+
+    def total_probability(self, hidden: Tensor, vocabulary: int) -> float:
+        """Sum over all tokens of the probability that the script's own nats() gives to each."""
+        total = 0.0
+        for tokens in torch.arange(vocabulary, device=hidden.device).split(CANDIDATES):
+            every = hidden.expand(1, len(tokens), -1).contiguous()
+            total += float(self.model.nats(every, tokens[None]).double().neg().exp().sum())
+        return total
+
+
+def fingerprint(model: torch.nn.Module) -> list[int]:
+    """A number for each parameter, which a change to any one of its bits changes.
+
+    The sum, modulo 2**64, of its bits in parts of 16, each times an odd number of its own; computed
+    where the parameter lies, as it is asked for with every batch.
+    """
+    sums = []
+    for parameter in model.parameters():
+        parts = parameter.detach().contiguous().view(-1).view(torch.int16).to(torch.int64)
+        place = torch.arange(len(parts), device=parts.device)
+        factors = (place * 0x5851F42D4C957F2D + 0x14057B7EF767814F) | 1
+        sums.append((parts * factors).sum())
+    return torch.stack(sums).tolist()
+
+
+def load(script: ModuleType, entry: Entry) -> tuple[Any, Any]:
+    """The artifact's model, and settings to evaluate it by without a clock."""
+    model, settings = script.load_model(entry.artifact, entry.settings, entry.given, entry.ranks)
+    return model, dataclasses.replace(settings, eval_max_seconds=2.0**40)
+
+
+def evaluate(script: ModuleType, entry: Entry, tokens: np.ndarray) -> Any:
+    """The score of tokens, as evaluate_artifact() makes it."""
+    model, settings = load(script, entry)
+    validation = script.ValidationSet(tokens, entry.tokenizer.target_bytes(tokens))
+    return script.Evaluator(model, settings, entry.ranks, validation).evaluate()
 
 
 @functools.lru_cache(maxsize=1)
 def observe(script: ModuleType, entry: Entry) -> Observation:
     """Evaluates the whole validation set and records every score, update and step, in order."""
-    stream, count = entry.validation.tokens, len(entry.validation.tokens) - 1
-    seen = Observation(np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.float32))
-    wanted = np.random.default_rng(entry.seed).choice(
-        count, min(SAMPLED_TARGETS, count), replace=False
-    )
-    nothing = np.empty(0, dtype=np.int64)
-    call, read = {}, {"tokens": None, "targets": nothing}
-    weights = {"print": b"", "stepped": False}
-
-    def watch(evaluator: Any) -> None:
-        original = {
-            name: getattr(evaluator, name)
-            for name in ("_read", "_score_targets", "score_function", "loss_function")
-        }
-
-        def report(where: Any, values: Tensor) -> None:
-            positions = np.arange(count)[
-                where.cpu().numpy() if isinstance(where, Tensor) else where
-            ]
-            values = values.detach().float().cpu().reshape(-1)
-            np.add.at(seen.times_written, positions, 1)
-            seen.written[positions] = values.numpy()
-            seen.events.append(Event("score", positions))
-            here = np.isin(positions, wanted)
-            if here.any():
-                seen.sampled += sample_targets(
-                    evaluator, call, positions[here], values[torch.from_numpy(here)], stream
-                )
-
-        def read_(starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-            tokens, targets = original["_read"](starts, length)
-            read["tokens"], read["targets"] = (
-                tokens,
-                np.unique(np.minimum(starts + np.arange(length), count - 1)),
-            )
-            call["starts"] = np.asarray(starts).reshape(-1)
-            return tokens, targets
-
-        def score_function(tokens, targets, order):
-            seen.with_gradients |= torch.is_grad_enabled()
-            call.update(tokens=tokens, order=order)
-            return original["score_function"](tokens, targets, order)
-
-        def loss_function(tokens, *rest):
-            # Tokens that came from elsewhere could be any: they count as all of the stream.
-            seen.events.append(
-                Event("train", read["targets"] if tokens is read["tokens"] else np.arange(count))
-            )
-            return original["loss_function"](tokens, *rest)
-
-        def note_change() -> None:
-            now = fingerprint(evaluator.model)
-            if now != weights["print"] and not weights["stepped"]:
-                seen.events.append(Event("changed", nothing))
-            weights.update(print=now, stepped=False)
-
-        def score_targets(first: int, last: int) -> None:
-            note_change()
-            original["_score_targets"](first, last)
-            note_change()
-
-        weights["print"] = fingerprint(evaluator.model)
-        evaluator._read, evaluator._score_targets = read_, score_targets
-        evaluator.score_function, evaluator.loss_function = score_function, loss_function
-        evaluator.nats = evaluator.nats.as_subclass(WatchedScores)
-        evaluator.nats.report = report
-
-    def stepped(*_: Any) -> None:
-        weights["stepped"] = True
-        seen.events.append(Event("step", nothing))
-
-    hook = register_optimizer_step_post_hook(stepped)
+    model, settings = load(script, entry)
+    watcher = Watcher(model, entry.validation.tokens, entry.seed)
+    evaluator = script.Evaluator(model, settings, entry.ranks, entry.validation, observer=watcher)
+    hook = register_optimizer_step_post_hook(watcher.on_step)
     try:
-        seen.score = evaluate(script, entry, stream, watch)
+        watcher.seen.score = evaluator.evaluate()
     finally:
         hook.remove()
-    return seen
+    return watcher.seen
 
 
 # ---- Checks: each takes the script's module and returns whether it holds, and the evidence ------------------------------
@@ -537,7 +526,11 @@ def check_reproduced(script: ModuleType, entry: Entry) -> tuple[bool, str]:
         return True, evidence + "; no log to compare with"
     claimed, difference = entry.log, abs(float(alone.log.val_bpb) - float(entry.log.val_bpb))
     if same_machine(script, entry) and not claimed.epochs_given_up:
-        same = (alone.log.label, alone.log.val_loss, alone.log.val_bpb) == claimed[3:6]
+        same = (alone.log.label, alone.log.val_loss, alone.log.val_bpb) == (
+            claimed.label,
+            claimed.val_loss,
+            claimed.val_bpb,
+        )
         holds = same if entry.on_cpu else difference <= GPU_SCORE_NOISE
         return holds, f"{evidence}; the log says {claimed.val_bpb} on such a machine"
     why = f"on {claimed.settings.get('hardware')}, {claimed.epochs_given_up} epochs given up"
