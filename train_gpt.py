@@ -38,6 +38,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -84,170 +85,267 @@ def need(condition, message: str):
 
 # ==================================================================================================
 # 1. Settings
-# A field in capitals is its environment variable, named as in the contest.
+# A field of Settings in capitals is its environment variable, named as in the contest. What a
+# variable may hold stands beside its default; help, validation and docs/settings.md come from it.
 
 
-def env(default, unit: str, text: str, group: str = ""):
-    """A setting: its unit, which may bound it, help, and the group it begins."""
-    return field(default=default, metadata={"unit": unit, "help": text, "group": group})
+UNBOUNDED = 2**50  # more than any count or number of seconds that means something
+WIDEST = 2**20  # the most that a width, a number of heads or a state may be
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values that a setting may take.
+
+    unit says what is counted. Numbers lie from low to high; above_zero leaves out 0 and below_one
+    leaves out 1 and more. choices, where there are any, are the only values. one_line refuses line
+    breaks and other control characters, which would spoil names, headers and errors.
+    """
+
+    unit: str = ""
+    low: float = 0
+    high: float = UNBOUNDED
+    above_zero: bool = False
+    below_one: bool = False
+    choices: tuple = ()
+    one_line: bool = True
+
+    def describe(self, kind: type) -> str:
+        """Unit and bounds of a setting of this type in a few words, for the help."""
+        if kind is bool:
+            return "0|1"
+        if self.choices:
+            return "|".join(str(choice) for choice in self.choices)
+        bounds = []
+        if self.above_zero:
+            bounds.append("> 0")
+        elif self.low != 0:
+            bounds.append(f">= {self.low}")
+        if self.below_one:
+            bounds.append("< 1")
+        elif self.high < WIDEST:
+            bounds.append(f"<= {self.high}")
+        return f"{self.unit} {', '.join(bounds)}".strip()
+
+    def problem(self, value) -> str:
+        """What is wrong with a value of the setting's type; empty where nothing is."""
+        if self.choices:
+            wanted = ", ".join(str(choice) for choice in self.choices)
+            return "" if value in self.choices else f"should be one of {wanted}"
+        if isinstance(value, bool):
+            return ""
+        if isinstance(value, str):
+            broken = self.one_line and not value.isprintable()
+            return "holds a line break or another character that does not print" if broken else ""
+        if not self.low <= value <= self.high:
+            return f"must be from {self.low} to {self.high} ({self.unit})"
+        if self.above_zero and value == 0:
+            return f"must be above 0 ({self.unit})"
+        if self.below_one and value >= 1:
+            return f"must be below 1 ({self.unit})"
+        return ""
+
+
+def env(default, help, unit="", *, group="", **bounds):
+    """A setting: its default, whose type is the setting's, help, and what bounds say of its Domain.
+
+    group is the name of the group of settings that begins with this one.
+    """
+    metadata = {"help": help, "domain": Domain(unit, **bounds), "group": group}
+    return field(default=default, metadata=metadata)
+
+
+def width(default, help, unit="numbers", **options):
+    """A setting that is a width, or a count of heads or states, of the model: above 0, bounded."""
+    return env(default, help, unit, high=WIDEST, above_zero=True, **options)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Layers are "all", "none" or a list such as "0,2-4"."""
+    """All that a run can be told. Layers are "all", "none" or a list such as "0,2-4"."""
 
-    preset: str = env("default", "name", "a set of defaults", "run")
-    run_id: str = env("", "name", "names logs and artifact")
-    device: str = env("auto", "auto|cuda|cpu", "auto: a GPU if there is one")
-    compile: str = env("auto", "auto|on|off", "torch.compile; auto: on GPUs")
+    preset: str = env("default", "a set of defaults", "name", group="run")
+    run_id: str = env("", "names logs and artifact", "name")
+    device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
+    compile: str = env("auto", "torch.compile; auto: on GPUs", choices=("auto", "on", "off"))
     scan_backend: str = env(
-        "auto", "auto|triton|chunked|fused|parallel|sequential", "auto: the fastest here"
+        "auto",
+        "auto: the fastest here",
+        choices=("auto", "triton", "chunked", "fused", "parallel", "sequential"),
     )
-    micro_batch_tokens: int = env(0, "tokens", "most at once on a rank; 0: what fits")
-    warmup_steps: int = env(3, "steps", "to compile, off the clock")
-    val_loss_every: int = env(0, "steps", "validation off the clock; 0: at the end")
-    train_log_every: int = env(50, "steps > 0", "training loss lines")
-    deterministic: bool = env(False, "0|1", "the same bits again, slower")
-    checkpoint_every: float = env(120.0, "seconds", "0: only when stopped")
-    resume: str = env("auto", "auto, never, file", "checkpoint; auto: RUN_ID's last")
-    quantization_report: bool = env(False, "0|1", "BPB lost by each kind of layer")
-    log_dir: str = env("logs", "folder", "of logs and artifacts")
-    artifact: str = env("", "file", "empty: LOG_DIR/RUN_ID.int6.lzma")
-    eval_only: bool = env(False, "0|1", "score ARTIFACT and train nothing")
+    micro_batch_tokens: int = env(0, "most at once on a rank; 0: what fits", "tokens")
+    warmup_steps: int = env(3, "to compile, off the clock", "steps")
+    val_loss_every: int = env(0, "validation off the clock; 0: at the end", "steps")
+    train_log_every: int = env(50, "training loss lines", "steps", above_zero=True)
+    deterministic: bool = env(False, "the same bits again, slower")
+    checkpoint_every: float = env(120.0, "0: only when stopped", "seconds")
+    resume: str = env("auto", "checkpoint; auto: RUN_ID's last", "auto, never, file")
+    quantization_report: bool = env(False, "BPB lost by each kind of layer")
+    log_dir: str = env("logs", "of logs and artifacts", "folder")
+    artifact: str = env("", "empty: LOG_DIR/RUN_ID.int6.lzma", "file")
+    eval_only: bool = env(False, "score ARTIFACT and train nothing")
 
     data_path: str = env(
-        "./data/datasets/fineweb10B_sp8192/", "folder", "of *_train_*.bin and *_val_*.bin", "data"
+        "./data/datasets/fineweb10B_sp8192/",
+        "of *_train_*.bin and *_val_*.bin",
+        "folder",
+        group="data",
     )
     tokenizer_path: str = env(
-        "./data/tokenizers/fineweb_8192_bpe.model", "file", "SentencePiece model"
+        "./data/tokenizers/fineweb_8192_bpe.model", "SentencePiece model", "file"
     )
-    seed: int = env(1337, "integer", "of weights and batches")
-    vocab_size: int = env(8192, "tokens > 0", "must be the tokenizer's")
-    train_batch_tokens: int = env(524_288, "tokens > 0", "a step's, over all ranks")
-    train_seq_len: int = env(2048, "tokens > 0", "training and evaluation window")
-    document_reset: bool = env(False, "0|1", "BOS resets the scans")
+    seed: int = env(1337, "of weights and batches", "integer")
+    vocab_size: int = env(8192, "must be the tokenizer's", "tokens", high=65_536, above_zero=True)
+    train_batch_tokens: int = env(524_288, "a step's, over all ranks", "tokens", above_zero=True)
+    train_seq_len: int = env(2048, "training and evaluation window", "tokens", above_zero=True)
+    document_reset: bool = env(False, "BOS resets the scans")
 
-    num_layers: int = env(9, "layers > 0", "physical layers", "model")
-    model_dim: int = env(512, "width > 0", "residual stream")
-    mamba_layers: str = env("0,1,3-5,7,8", "layers", "the others are attention")
-    mlp_layers: str = env("all", "layers", "have an MLP")
-    mlp_mult: float = env(3.0, "× width > 0", "MLP's hidden width")
-    num_heads: int = env(8, "heads > 0", "query heads")
-    num_kv_heads: int = env(4, "heads > 0", "key/value heads")
-    rope_fraction: float = env(1.0, "0 to 1", "of attention's heads")
-    qk_gain_init: float = env(1.5, "factor", "queries' first gain")
-    mamba_version: int = env(3, "1|2|3", "1: the first Mamba, a selective scan")
-    mamba_d_state: int = env(64, "numbers > 0", "state per channel")
-    mamba_expand: float = env(2.0, "× width > 0", "Mamba's inner width")
-    mamba_head_dim: int = env(64, "numbers > 0", "channels per Mamba head")
-    mamba_decay: str = env("softplus", "softplus|heavy_tail", "Mamba-3's decay rates")
-    mamba_d_conv: int = env(4, "2|3|4", "short convolution; none in Mamba-3")
-    mamba_chunk_size: int = env(64, "tokens > 0", "chunk of a scan")
-    unet_skips: bool = env(True, "0|1", "first half to second")
-    bigram_vocab_size: int = env(4096, "rows", "hashed bigrams; 0: none")
-    bigram_dim: int = env(128, "width > 0", "before its projection")
-    logit_softcap: float = env(30.0, "nats > 0", "cap·tanh(logits/cap)")
+    num_layers: int = env(9, "physical layers", "layers", high=256, above_zero=True, group="model")
+    model_dim: int = width(512, "residual stream")
+    mamba_layers: str = env("0,1,3-5,7,8", "the others are attention", "layers")
+    mlp_layers: str = env("all", "have an MLP", "layers")
+    mlp_mult: float = width(3.0, "MLP's hidden width", "× width")
+    num_heads: int = width(8, "query heads", "heads")
+    num_kv_heads: int = width(4, "key/value heads", "heads")
+    rope_fraction: float = env(1.0, "of attention's heads", "part", high=1)
+    qk_gain_init: float = env(1.5, "queries' first gain", "factor", high=WIDEST)
+    mamba_version: int = env(3, "1: the first Mamba, a selective scan", choices=(1, 2, 3))
+    mamba_d_state: int = env(64, "state per channel", "numbers", high=1024, above_zero=True)
+    mamba_expand: float = width(2.0, "Mamba's inner width", "× width")
+    mamba_head_dim: int = width(64, "channels per Mamba head")
+    mamba_decay: str = env("softplus", "Mamba-3's decay rates", choices=("softplus", "heavy_tail"))
+    mamba_d_conv: int = env(4, "short convolution; none in Mamba-3", choices=(2, 3, 4))
+    mamba_chunk_size: int = width(64, "chunk of a scan", "tokens")
+    unet_skips: bool = env(True, "first half to second")
+    bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", high=WIDEST)
+    bigram_dim: int = width(128, "before its projection")
+    logit_softcap: float = env(30.0, "cap·tanh(logits/cap)", "nats", high=60, above_zero=True)
 
-    layer_order: str = env("all", "layers", "in which they run, as 0-4,3,4,5", "recurrence")
-    recur_start: float = env(0.35, "of run", "before it, each layer runs once")
+    layer_order: str = env("all", "in which they run, as 0-4,3,4,5", "layers", group="recurrence")
+    recur_start: float = env(0.35, "before it, each layer runs once", "of run", high=1)
 
-    iterations: int = env(20_000, "steps > 0", "most training steps", "schedule")
-    max_wallclock_seconds: float = env(600.0, "seconds", "training and GPTQ; 0: ITERATIONS rule")
-    export_reserve_seconds: float = env(8.0, "seconds", "of these, for GPTQ")
-    warmdown_fraction: float = env(0.6, "of run", "linear decay to the end")
-    warmdown_iters: int = env(0, "steps", "the same in steps; 0: the fraction")
-    min_lr: float = env(0.0, "0 to 1", "of the rates: decay ends there")
+    iterations: int = env(20_000, "most training steps", "steps", above_zero=True, group="schedule")
+    max_wallclock_seconds: float = env(600.0, "training and GPTQ; 0: ITERATIONS rule", "seconds")
+    export_reserve_seconds: float = env(8.0, "of these, for GPTQ", "seconds")
+    warmdown_fraction: float = env(0.6, "linear decay to the end", "of run", high=1)
+    warmdown_iters: int = env(0, "the same in steps; 0: the fraction", "steps")
+    min_lr: float = env(0.0, "of the rates: decay ends there", "part", high=1)
 
-    matrix_lr: float = env(0.02, "rate", "Muon, attention and MLP matrices", "optimizer")
-    mamba_matrix_lr: float = env(0.015, "rate", "Muon, Mamba's matrices")
-    tied_embed_lr: float = env(0.008, "rate", "Adam, embeddings and output matrix")
-    scalar_lr: float = env(0.02, "rate", "Adam, vectors, scales and Mamba's dynamics")
-    muon_momentum: float = env(0.95, "below 1", "Nesterov momentum, a tenth less at first")
-    muon_momentum_warmup_start: float = env(0.0, "below 1", "the first; 0: MUON_MOMENTUM × 0.9")
-    muon_momentum_warmup_steps: int = env(0, "steps", "until it is reached; 0: a tenth of the run")
-    muon_backend_steps: int = env(5, "steps > 0", "Newton-Schulz iterations")
-    beta1: float = env(0.9, "below 1", "Adam, of the mean gradient")
-    beta2: float = env(0.95, "below 1", "Adam, of the mean square")
-    adam_eps: float = env(1e-8, "size > 0", "Adam; of vectors and scales at least 1e-6")
-    grad_clip_norm: float = env(1.0, "norm", "most of all gradients together; 0: not clipped")
-    weight_decay: float = env(0.1, "rate", "decoupled, matrices and embeddings")
-    average: str = env("ema", "ema|swa|ema+swa|none", "of the weights, which a run leaves")
-    average_horizon: float = env(0.1, "of run", "ema: how far it looks back")
-    ema_decay: float = env(0.999, "below 1", "ema: bounds it at 1 / (1 - EMA_DECAY) steps")
-    swa_start_frac: float = env(0.2, "0 to 1", "swa: LR factor below which it takes snapshots")
-    swa_every: int = env(50, "steps > 0", "swa: from one snapshot to the next")
+    matrix_lr: float = env(0.02, "Muon, attention and MLP matrices", "rate", group="optimizer")
+    mamba_matrix_lr: float = env(0.015, "Muon, Mamba's matrices", "rate")
+    tied_embed_lr: float = env(0.008, "Adam, embeddings and output matrix", "rate")
+    scalar_lr: float = env(0.02, "Adam, vectors, scales and Mamba's dynamics", "rate")
+    muon_momentum: float = env(0.95, "Nesterov momentum", "part", below_one=True)
+    muon_momentum_warmup_start: float = env(
+        0.0, "the first; 0: MUON_MOMENTUM × 0.9", "part", below_one=True
+    )
+    muon_momentum_warmup_steps: int = env(0, "until it is reached; 0: a tenth of the run", "steps")
+    muon_backend_steps: int = env(5, "Newton-Schulz iterations", "steps", above_zero=True)
+    beta1: float = env(0.9, "Adam, of the mean gradient", "part", below_one=True)
+    beta2: float = env(0.95, "Adam, of the mean square", "part", below_one=True)
+    adam_eps: float = env(
+        1e-8, "Adam; of vectors and scales at least 1e-6", "size", above_zero=True
+    )
+    grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
+    weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
+    average: str = env(
+        "ema", "of the weights, which a run leaves", choices=("ema", "swa", "ema+swa", "none")
+    )
+    average_horizon: float = env(0.1, "ema: how far it looks back", "of run", high=1)
+    ema_decay: float = env(
+        0.999, "ema: bounds it at 1 / (1 - EMA_DECAY) steps", "part", below_one=True
+    )
+    swa_start_frac: float = env(
+        0.2, "swa: LR factor below which it takes snapshots", "factor", high=1
+    )
+    swa_every: int = env(50, "swa: from one snapshot to the next", "steps", above_zero=True)
 
     quantizer: str = env(
-        "gptq", "gptq|round|percentile|dsq|ternary", "section 8; ternary trains with it", "export"
+        "gptq",
+        "section 8; ternary trains with it",
+        choices=("gptq", "round", "percentile", "dsq", "ternary"),
+        group="export",
     )
-    late_qat_threshold: float = env(0.0, "0 to 1", "LR factor below which QAT is on; 0: never")
-    target_mb: float = env(16.0, "MB > 0", "decimal, for artifact and code")
-    sdclip_k: float = env(0.0, "std", "int6 rows' k; 0: as fine as TARGET_MB allows")
-    sdclip_k_int8: float = env(16.0, "std > 0", "k of 8-bit rows")
-    calibration_tokens: int = env(131_072, "tokens > 0", "of training text for GPTQ")
+    late_qat_threshold: float = env(
+        0.0, "LR factor below which QAT is on; 0: never", "factor", high=1
+    )
+    target_mb: float = env(16.0, "decimal, for artifact and code", "MB", above_zero=True)
+    sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
+    sdclip_k_int8: float = env(16.0, "k of 8-bit rows", "std", above_zero=True)
+    calibration_tokens: int = env(131_072, "of training text for GPTQ", "tokens", above_zero=True)
 
-    eval_mode: str = env("sliding", "plain|sliding", "context of a scored token", "evaluation")
-    eval_stride: int = env(512, "tokens > 0", "sliding: how far windows move")
-    val_batch_size: int = env(524_288, "tokens > 0", "most scored at once over all ranks")
-    eval_max_seconds: float = env(600.0, "seconds > 0", "evaluation clock")
-    eval_nll_path: str = env("", "file.npy", "every target's nats, float32")
-    ttt_enabled: bool = env(True, "0|1", "score-first test-time training")
-    ttt_lr: float = env(0.005, "rate", "SGD, cosine over the chunks")
-    ttt_epochs: int = env(2, "epochs", "passes over each scored chunk")
-    ttt_momentum: float = env(0.9, "below 1", "SGD")
-    ttt_chunk_tokens: int = env(32_768, "tokens > 0", "scored, then trained on")
+    eval_mode: str = env(
+        "sliding", "context of a scored token", choices=("plain", "sliding"), group="evaluation"
+    )
+    eval_stride: int = env(512, "sliding: how far windows move", "tokens", above_zero=True)
+    val_batch_size: int = env(
+        524_288, "most scored at once over all ranks", "tokens", above_zero=True
+    )
+    eval_max_seconds: float = env(600.0, "evaluation clock", "seconds", above_zero=True)
+    eval_nll_path: str = env("", "every target's nats, float32", "file.npy")
+    ttt_enabled: bool = env(True, "score-first test-time training")
+    ttt_lr: float = env(0.005, "SGD, cosine over the chunks", "rate")
+    ttt_epochs: int = env(2, "passes over each scored chunk", "epochs")
+    ttt_momentum: float = env(0.9, "SGD", "part", below_one=True)
+    ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", above_zero=True)
 
     @property
     def mamba_inner_dim(self) -> int:
+        """Channels inside a Mamba layer."""
         return int(self.mamba_expand * self.model_dim)
 
     @property
     def adapts(self) -> bool:
+        """Whether evaluation trains on what it has scored."""
         return self.ttt_enabled and self.ttt_epochs > 0
 
     @property
     def artifact_path(self) -> Path:
+        """Where the artifact is written and read."""
         return Path(self.artifact or Path(self.log_dir, f"{self.run_id}.int6.lzma"))
 
     @property
     def checkpoint_paths(self) -> list[Path]:
+        """The last checkpoint, and the one before it."""
         return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
 
 
 HYBRID11 = {
-    "data_path": "./data/datasets/fineweb10B_sp1024/", "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model",
-    "vocab_size": 1024, "num_layers": 11, "mamba_layers": "0,2,4,6,8", "mamba_version": 1, "mamba_d_state": 16,
-    "mamba_chunk_size": 256,
+    "data_path": "./data/datasets/fineweb10B_sp1024/",
+    "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model",
+    "vocab_size": 1024, "num_layers": 11, "mamba_layers": "0,2,4,6,8",
+    "mamba_version": 1, "mamba_d_state": 16, "mamba_chunk_size": 256,
 }  # fmt: skip
 
-
+# Defaults that PRESET changes. Variables of the environment go before them.
 PRESETS = {
     "default": {},  # 8 GPUs, ten minutes
     "short": {  # three minutes on one GPU
-        "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0, "export_reserve_seconds": 4.0,
-        "eval_max_seconds": 180.0,
+        "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
+        "export_reserve_seconds": 4.0, "eval_max_seconds": 180.0,
     },
     # A published entry's shape, to compare speed; then three published systems.
     "peer7": {
-        "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7, "mamba_layers": "0,1,3,4,6",
-        "bigram_vocab_size": 0,
+        "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
+        "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0,
     },
-    "nemotron_hinge": {
-        "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7", "recur_start": 0.0,
-        "train_seq_len": 4096,
+    "nemotron_hinge": {  # the layers before the U-Net's turning point run three times
+        "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7",
+        "recur_start": 0.0, "train_seq_len": 4096,
     },
     "hybrid11": HYBRID11,
     "hybrid18": HYBRID11 | {
-        "num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14", "mamba_d_state": 32,
-        "mamba_expand": 1.5, "bigram_vocab_size": 2048, "target_mb": 15.9,
+        "num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14",
+        "mamba_d_state": 32, "mamba_expand": 1.5, "bigram_vocab_size": 2048, "target_mb": 15.9,
     },
     "tiny": {  # two minutes on two CPU cores
-        "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model", "vocab_size": 1024,
-        "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4, "mamba_layers": "0,1,3", "model_dim": 128,
-        "num_heads": 4, "num_kv_heads": 2, "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024,
-        "bigram_dim": 64, "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
-        "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384, "sdclip_k": 5.0,
-        "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096,
+        "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model",
+        "vocab_size": 1024, "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4,
+        "mamba_layers": "0,1,3", "model_dim": 128, "num_heads": 4, "num_kv_heads": 2,
+        "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024, "bigram_dim": 64,
+        "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
+        "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384,
+        "sdclip_k": 5.0, "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096,
     },
 }  # fmt: skip
 
@@ -255,178 +353,495 @@ PRESETS = {
 FIELDS = [f.name for f in fields(Settings)]
 
 
-ARCHITECTURE = FIELDS[FIELDS.index("num_layers") : FIELDS.index("iterations")]
+def fields_of(*groups: str) -> list[str]:
+    """Names of the settings of some groups, in their order."""
+    names, group = [], ""
+    for f in fields(Settings):
+        group = f.metadata["group"] or group
+        if group in groups:
+            names.append(f.name)
+    return names
 
 
-# What an artifact's header holds.
+# What an artifact's header holds: all that the model's shapes and its forward pass depend on.
 MODEL_FIELDS = sorted(
-    {"vocab_size", "document_reset", *ARCHITECTURE} - {"mamba_chunk_size", "recur_start"}
+    {"vocab_size", "document_reset", *fields_of("model", "recurrence")}
+    - {"mamba_chunk_size", "recur_start"}
 )
 
+# What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
+TRAINING_FIELDS = [
+    name
+    for name in fields_of("data", "model", "recurrence", "schedule", "optimizer", "export")
+    if name not in ("data_path", "tokenizer_path")
+]
 
-TRAINING_FIELDS = FIELDS[
-    FIELDS.index("seed") : FIELDS.index("eval_mode")
-]  # a resumed run keeps them
+
+# ---- Names that are not ours ---------------------------------------------------------------------
+# The contest's published scripts read 137 variables, and people reach for others. A name that were
+# ignored would make a sweep of equal runs, so each is another name of a setting, or is refused.
 
 
-def parse_layers(settings, name: str) -> tuple[int, ...]:
-    """The layers that a setting names."""
-    text, count = getattr(settings, name), settings.num_layers
-    if text in ("all", "none", ""):
-        return tuple(range(count)) if text == "all" else ()
+class Alias(NamedTuple):
+    """Another name of the setting ours (in capitals).
+
+    convert, where the values differ, takes the environment and the Settings without aliases and
+    returns the text for ours; names with one convert are translated together.
+    """
+
+    ours: str
+    convert: Callable | None = None
+
+
+def read_count(environment: dict[str, str], name: str, default: int) -> int:
+    """A variable's whole number from 0 to 10,000."""
+    count = parse_value(name, environment.get(name, str(default)), int)
+    need(0 <= count <= 10_000, f"{name}={count} must be from 0 to 10000")
+    return count
+
+
+def repeat_layers(num_layers: int, layers: tuple[int, ...], repeats: int, block: bool) -> str:
+    """LAYER_ORDER in which some layers run repeats more times, together as a block or each alone."""
+    if not layers or not repeats:
+        return "all"
+    order = []
+    for layer in range(num_layers):
+        order.append(layer)
+        if block and layer == max(layers):
+            order += sorted(layers) * repeats
+        elif not block and layer in layers:
+            order += [layer] * repeats
+    return ",".join(str(layer) for layer in order)
+
+
+def convert_loops(environment: dict[str, str], settings) -> str:
+    """LAYER_ORDER of NUM_LOOPS more passes over the layers from LOOP_START to LOOP_END."""
+    need("NUM_LOOPS" in environment, "LOOP_START and LOOP_END need NUM_LOOPS, the passes to add")
+    first = read_count(environment, "LOOP_START", 3)
+    last = read_count(environment, "LOOP_END", 4)
+    inside = first <= last < settings.num_layers
+    need(inside, f"LOOP_START={first} LOOP_END={last} are not layers of {settings.num_layers}")
+    layers = tuple(range(first, last + 1))
+    return repeat_layers(
+        settings.num_layers, layers, read_count(environment, "NUM_LOOPS", 0), block=True
+    )
+
+
+def convert_recurrence(environment: dict[str, str], settings) -> str:
+    """LAYER_ORDER of RECUR_REPEATS (1) more passes over RECUR_LAYERS, as RECUR_MODE says."""
+    need("RECUR_LAYERS" in environment, "RECUR_REPEATS and RECUR_MODE need RECUR_LAYERS")
+    mode = environment.get("RECUR_MODE", "block").strip()
+    need(mode in ("block", "layer"), f"RECUR_MODE={mode} should be one of block, layer")
+    layers = read_layers("RECUR_LAYERS", environment["RECUR_LAYERS"], settings.num_layers)
+    repeats = read_count(environment, "RECUR_REPEATS", 1)
+    return repeat_layers(settings.num_layers, layers, repeats, block=mode == "block")
+
+
+def convert_attention(environment: dict[str, str], settings) -> str:
+    """MAMBA_LAYERS that leave NUM_ATTN_LAYERS (1) to attention where ATTN_PLACEMENT says."""
+    count = settings.num_layers
+    placement = environment.get("ATTN_PLACEMENT", "even").strip()
+    if placement == "even":
+        wanted = read_count(environment, "NUM_ATTN_LAYERS", 1)
+        need(wanted <= count, f"NUM_ATTN_LAYERS={wanted} is more than NUM_LAYERS={count}")
+        attention = {round(count * (i + 1) / (wanted + 1)) for i in range(wanted)}
+    else:
+        attention = set(read_layers("ATTN_PLACEMENT", placement, count))
+        wanted = read_count(environment, "NUM_ATTN_LAYERS", len(attention))
+    need(
+        len(attention - {count}) == wanted,
+        f"ATTN_PLACEMENT={placement} does not place NUM_ATTN_LAYERS={wanted}: set MAMBA_LAYERS",
+    )
+    mamba = [str(layer) for layer in range(count) if layer not in attention]
+    return ",".join(mamba) or "none"
+
+
+def convert_rope_dims(environment: dict[str, str], settings) -> str:
+    """ROPE_FRACTION that turns ROPE_DIMS dimensions of each head; 0 is all."""
+    head = settings.model_dim // max(1, settings.num_heads)
+    dims = read_count(environment, "ROPE_DIMS", 0) or head
+    need(dims <= head, f"ROPE_DIMS={dims} is more than a head has, {head}")
+    fraction = dims / max(1, head)
+    if int(head * fraction) < dims:  # it was rounded down
+        fraction = math.nextafter(fraction, 1.0)
+    return repr(fraction)
+
+
+def convert_bigrams(environment: dict[str, str], settings) -> str:
+    """BIGRAM_VOCAB_SIZE of BIGRAM_BUCKETS rows, or of none where USE_BIGRAM_HASH=0."""
+    if not parse_value("USE_BIGRAM_HASH", environment.get("USE_BIGRAM_HASH", "1"), bool):
+        return "0"
+    usual = settings.bigram_vocab_size or Settings.bigram_vocab_size
+    return environment.get("BIGRAM_BUCKETS", str(usual))
+
+
+def convert_quantizer(environment: dict[str, str], settings) -> str:
+    """QUANTIZER of USE_GPTQ and GPTQ_LITE, the search for each row's clipping."""
+    hessians = parse_value("USE_GPTQ", environment.get("USE_GPTQ", "1"), bool)
+    search = parse_value("GPTQ_LITE", environment.get("GPTQ_LITE", "0"), bool)
+    need(hessians or not search, "GPTQ_LITE=1 searches clips for GPTQ here: leave out USE_GPTQ=0")
+    if not hessians:
+        return "round"
+    return "percentile" if search else "gptq"
+
+
+def convert_calibration(environment: dict[str, str], settings) -> str:
+    """CALIBRATION_TOKENS of GPTQ_CALIB_BATCHES batches of TRAIN_BATCH_TOKENS."""
+    batches = read_count(environment, "GPTQ_CALIB_BATCHES", 1)
+    return str(batches * settings.train_batch_tokens)
+
+
+def convert_cuda(environment: dict[str, str], settings) -> str:
+    """SCAN_BACKEND of MAMBA_USE_CUDA: the fastest, or the loop."""
+    cuda = parse_value("MAMBA_USE_CUDA", environment.get("MAMBA_USE_CUDA", "1"), bool)
+    return "auto" if cuda else "sequential"
+
+
+# Every other name that is understood.
+ALIASES = {
+    "ATTN_PLACEMENT": Alias("MAMBA_LAYERS", convert_attention),
+    "BIGRAM_BUCKETS": Alias("BIGRAM_VOCAB_SIZE", convert_bigrams),
+    "BIGRAM_HASH_DIM": Alias("BIGRAM_DIM"),
+    "ENABLE_LOOPING_AT": Alias("RECUR_START"),
+    "GPTQ_CALIB_BATCHES": Alias("CALIBRATION_TOKENS", convert_calibration),
+    "GPTQ_CLIP_SIGMAS": Alias("SDCLIP_K"),
+    "GPTQ_EMBED_CLIP_SIGMAS": Alias("SDCLIP_K_INT8"),
+    "GPTQ_LITE": Alias("QUANTIZER", convert_quantizer),
+    "LOOP_END": Alias("LAYER_ORDER", convert_loops),
+    "LOOP_START": Alias("LAYER_ORDER", convert_loops),
+    "MAMBA3_CHUNK_SIZE": Alias("MAMBA_CHUNK_SIZE"),
+    "MAMBA3_D_STATE": Alias("MAMBA_D_STATE"),
+    "MAMBA3_EXPAND": Alias("MAMBA_EXPAND"),
+    "MAMBA3_HEADDIM": Alias("MAMBA_HEAD_DIM"),
+    "MAMBA_USE_CUDA": Alias("SCAN_BACKEND", convert_cuda),
+    "MUON_WD": Alias("WEIGHT_DECAY"),
+    "NUM_ATTN_LAYERS": Alias("MAMBA_LAYERS", convert_attention),
+    "NUM_LOOPS": Alias("LAYER_ORDER", convert_loops),
+    "RECUR_LAYERS": Alias("LAYER_ORDER", convert_recurrence),
+    "RECUR_MODE": Alias("LAYER_ORDER", convert_recurrence),
+    "RECUR_REPEATS": Alias("LAYER_ORDER", convert_recurrence),
+    "RECUR_START_FRAC": Alias("RECUR_START"),
+    "ROPE_DIMS": Alias("ROPE_FRACTION", convert_rope_dims),
+    "USE_BIGRAM_HASH": Alias("BIGRAM_VOCAB_SIZE", convert_bigrams),
+    "USE_GPTQ": Alias("QUANTIZER", convert_quantizer),
+    # Not the contest's, but reached for.
+    "D_MODEL": Alias("MODEL_DIM"),
+    "ITERS": Alias("ITERATIONS"),
+    "MAX_WALLCLOCK": Alias("MAX_WALLCLOCK_SECONDS"),
+    "NUM_ITERATIONS": Alias("ITERATIONS"),
+    "QUANT": Alias("QUANTIZER"),
+    "SEQ_LEN": Alias("TRAIN_SEQ_LEN"),
+    "VAL_EVERY": Alias("VAL_LOSS_EVERY"),
+    "WALLCLOCK": Alias("MAX_WALLCLOCK_SECONDS"),
+    "WD": Alias("WEIGHT_DECAY"),
+}
+
+# Names that set nothing, and what holds instead. A value behind one says just that, and may be given.
+REFUSALS = {
+    "CONTROL_TENSOR_NAME_PATTERNS": "vectors and scales train in float32, by Adam",
+    "DTG_ENABLED=0": "there are no token gates",
+    "EVAL_BATCH_SEQS TTT_BATCH_SEQS": "VAL_BATCH_SIZE counts tokens, over all ranks",
+    "EVAL_STATE_RESET=0": "EVAL_MODE and DOCUMENT_RESET say where state begins anew",
+    "EVAL_TEMP=1": "the rules forbid to fit a temperature to validation text",
+    "FP16_EMBED=0": "embeddings are stored as int8, on the grid of SDCLIP_K_INT8",
+    "FP16_INPROJ_ROWS=0": "rows of Mamba's dynamics are stored as int8",
+    "GATED_ATTENTION=0": "attention has no gate",
+    "GPTQ_BLOCK_SIZE=128": "the size of GPTQ's blocks changes its speed alone",
+    "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
+    "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "EMA_DECAY averages the weights",
+    "MAMBA3_NGROUPS=1": "all heads share one group of keys and queries",
+    "MAMBA3_OUTPROJ_NORM=1": "what enters out_proj is always normalized",
+    "MAMBA3_ROPE_FRACTION=0.5": "half of a state's numbers turn",
+    "MAMBA_GRAD_CHECKPOINT=1": "a scan's backward pass computes anew what it needs",
+    "MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0": "one token is predicted at a time",
+    "MUON_BETA2": "Muon keeps no second moment",
+    "MUON_EQ_R=1": "Muon always brings rows to one length",
+    "QAT_ENABLED=0 QAT_START_FRAC=0": "LATE_QAT_THRESHOLD says when QAT begins",
+    "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine grids are",
+    "SWEEP_MODE=0": "tools/explore.py trains without exporting",
+    "TRIGRAM=0": "bigrams are hashed, and no longer ones",
+    "TTT_OPTIMIZER=sgd": "test-time training is by SGD",
+    "USE_BROTLI=0 USE_LZMA=1 USE_ZSTD=0": "artifacts are packed by an entropy coder and LZMA",
+    "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
+    "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
+    "VALUE_RESIDUAL=0": "a layer's values are its own",
+    "VE_DIM VE_ENABLED=0 VE_LAYERS": "there are no value embeddings",
+    # Not the contest's, but reached for.
+    "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
+    "DROPOUT=0": "nothing is dropped",
+    "LR LEARNING_RATE": "MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR and TIED_EMBED_LR are the rates",
+    "MUON_LR": "MATRIX_LR and MAMBA_MATRIX_LR are Muon's rates",
+    "WARMUP_ITERS": "rates rise over a run's first hundredth; WARMUP_STEPS only compile",
+}
+
+
+def refused_names() -> dict[str, tuple[str, str]]:
+    """REFUSALS by single name: the value that may be given, or "", and what holds instead."""
+    found = {}
+    for names, reason in REFUSALS.items():
+        for entry in names.split():
+            name, _, value = entry.partition("=")
+            found[name] = value, reason
+    return found
+
+
+def same_value(text: str, other: str) -> bool:
+    """Whether two texts are one word or number."""
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return text.strip().lower() == other
+
+
+def translate_names(environment: dict[str, str], settings) -> tuple[dict[str, str], list[str]]:
+    """Other names in ours: variables to add to the environment, and lines for the log.
+
+    settings are the environment's without other names. Raises UserError for a name that is refused,
+    or that contradicts ours.
+    """
+    added, lines = {}, []
+    for name, (value, reason) in refused_names().items():
+        if name in environment:
+            text = environment[name]
+            need(value and same_value(text, value), f"{name}={text!r} cannot be set: {reason}")
+            lines.append(f"{name}={text} changes nothing: {reason}")
+    for name, (ours, convert) in ALIASES.items():
+        if name in environment:
+            value = convert(environment, settings) if convert else environment[name]
+            before = added.get(ours, environment.get(ours, value))
+            same = same_value(before, value)
+            need(same, f"{name} is {ours}={value!r} here, but {ours} is also {before!r}: unset one")
+            added[ours] = value
+            lines.append(f"{name}={environment[name]} is {ours}={value} here")
+    return added, lines
+
+
+# Beginnings that no other program's variables have: what follows one must be known.
+FAMILIES = ("BIGRAM_", "EMA_", "GPTQ_", "LATE_QAT_", "MUON_", "RECUR_", "SDCLIP_", "SWA_", "TTT_")
+
+# Names of common words, as are short single words: what is merely like them is another program's.
+COMMON_WORDS = {"BATCH_SIZE", "LOG_DIR", "RUN_ID", "SEQ_LEN"}
+
+# Other programs' own: mamba_ssm's build, the package manager micromamba, and folders of models.
+STRANGERS = {"MAMBA_EXE", "MAMBA_FORCE_BUILD", "MODEL_DIR"}
+
+
+def one_letter_off(text: str, name: str) -> bool:
+    """Whether one letter more, less or changed, or two that changed places, make text of name."""
+    alike = len(os.path.commonprefix([text, name]))
+    text_rest, name_rest = text[alike:], name[alike:]
+    if text_rest[1:] == name_rest or text_rest == name_rest[1:] or text_rest[1:] == name_rest[1:]:
+        return True
+    swapped = text_rest[:2] == name_rest[1::-1]
+    return swapped and text_rest[2:] == name_rest[2:]
+
+
+def is_misspelt(flat: str, known: str) -> bool:
+    """Whether one name without underscores is a slip of another: it differs by a letter, goes on
+    where a long name ends, or is nine tenths of a long name."""
+    if one_letter_off(flat, known):
+        return True
+    if flat.startswith(known) and len(known) >= 10:
+        return True
+    if min(len(flat), len(known)) < 12:
+        return False
+    return difflib.SequenceMatcher(None, flat, known).ratio() >= 0.9
+
+
+def easily_misspelt() -> dict[str, str]:
+    """Known names by themselves without underscores, but for those of common words."""
+    names = {}
+    for name in (*(field_name.upper() for field_name in FIELDS), *ALIASES, *refused_names()):
+        common = name in COMMON_WORDS or ("_" not in name and len(name) < 9) or len(name) < 5
+        if not common:
+            names[name.replace("_", "")] = name
+    return names
+
+
+def refuse_misspelt(environment: dict[str, str]):
+    """Raises UserError for a variable that is meant for us but unknown.
+
+    That is one that differs from a known name by case and underscores alone, one that begins as
+    only ours do, or one that is_misspelt(). Others are other programs', and are let be.
+    """
+    known = {field_name.upper() for field_name in FIELDS} | ALIASES.keys() | refused_names().keys()
+    names = easily_misspelt()
+    for variable in sorted(environment.keys() - known - STRANGERS):
+        flat = variable.upper().replace("_", "")
+        ours = variable.startswith(FAMILIES) or any(is_misspelt(flat, name) for name in names)
+        if ours and not variable.startswith("_"):
+            (closest,) = difflib.get_close_matches(flat, names, 1, 0.0)
+            meant = names[closest]
+            raise UserError(f"{variable} is not a setting; did you mean {meant}? (see --help)")
+
+
+# ---- Reading and checking ------------------------------------------------------------------------
+
+
+def read_layers(name: str, text: str, count: int) -> tuple[int, ...]:
+    """Layers that a list such as "0,2-4" names, of count. Raises UserError, which quotes name."""
+    if text == "all":
+        return tuple(range(count))
+    if text in ("none", ""):
+        return ()
     layers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        last = last if dash else first
-        digits = (first + last).isdecimal() and 0 < len(first) <= 9 and 0 < len(last) <= 9
+        if not dash:
+            last = first
+        digits = all(end.isdecimal() and len(end) < 10 for end in (first, last))
         if not (digits and int(first) <= int(last) < count):
             usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
-            raise UserError(f"{name.upper()}={text}: no layer {part}; {usual}")
+            raise UserError(f"{name}={text}: no layer {part}; {usual}")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
 
-def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """The environment's settings over the preset's, and the given ones' names."""
-    kinds = {f.name.upper(): type(f.default) for f in fields(Settings)}
-    reject_misspelt(environment, set(kinds))
-    preset = environment.get("PRESET", "default")
-    need(preset in PRESETS, f"PRESET={preset} should be one of {', '.join(PRESETS)}")
-    given = {
-        name.lower(): parse_value(name, text, kinds[name])
-        for name, text in environment.items()
-        if name in kinds
-    }
-    return Settings(**PRESETS[preset] | given), set(given)
+def parse_layers(settings, name: str) -> tuple[int, ...]:
+    """The layers that a setting names, in its order."""
+    return read_layers(name.upper(), getattr(settings, name), settings.num_layers)
+
+
+TRUTH = {"0": False, "false": False, "1": True, "true": True}
 
 
 def parse_value(name: str, text: str, kind: type):
+    """A variable's text as a bool, int, finite float or str. Raises UserError, which quotes name."""
     try:
-        value = (
-            {"0": False, "1": True, "false": False, "true": True}[text.lower()]
-            if kind is bool
-            else kind(text)
-        )
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
+        if kind is bool:
+            return TRUTH[text.strip().lower()]
+        value = kind(text)
     except (ValueError, KeyError):
-        wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f'{name}="{text}" should be {wanted}') from None
+        value = math.nan
+    if isinstance(value, str) or math.isfinite(value):
+        return value
+    wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"{name}={text!r} should be {wanted}")
 
 
-def reject_misspelt(environment: dict[str, str], names: set[str]):
-    """Refuses a variable that is nearly one of ours."""
-    families = (
-        "LAYER_",
-        "MAMBA_",
-        "MUON_",
-        "TTT_",
-        "RECUR_",
-        "BIGRAM_",
-        "SDCLIP_",
-        "WARMDOWN_",
-        "ROPE_",
-    )
-    others = (
-        "MAMBA_EXE",
-        "MAMBA_ROOT_PREFIX",
-        "MAMBA_FORCE_BUILD",
-        "MAMBA_NO_BANNER",
-    )  # other programs' own
-    flat = {name.replace("_", ""): name for name in names}
-    for variable in environment:
-        if variable in names or variable in others or variable.startswith("_"):
+def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
+    """The environment's settings by our own names over the preset's, and the given ones' names."""
+    preset = environment.get("PRESET", "default").strip()
+    need(preset in PRESETS, f"PRESET={preset!r} should be one of {', '.join(PRESETS)}")
+    given = {}
+    for f in fields(Settings):
+        text = environment.get(f.name.upper())
+        if text is None:
             continue
-        cutoff = 0.0 if variable.startswith(families) else 0.87
-        near = difflib.get_close_matches(variable.upper().replace("_", ""), flat, 1, cutoff)
-        if near and len(variable) > 3:
-            raise UserError(
-                f"{variable} is not a setting; did you mean {flat[near[0]]}? (see --help)"
-            )
+        if f.metadata["domain"].unit == "layers":
+            text = "".join(text.split())  # a list from a file may hold line breaks
+        elif f.metadata["domain"].choices or f.name == "preset":
+            text = text.strip()
+        given[f.name] = parse_value(f.name.upper(), text, type(f.default))
+    return Settings(**PRESETS[preset] | given), set(given)
+
+
+def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
+    """The environment's settings over the preset's, and the given ones' names.
+
+    Other names are translated; explain_names() says how. Raises UserError for values of a wrong
+    type, and for names that are misspelt or refused. Bounds are validate_settings()'s.
+    """
+    refuse_misspelt(environment)
+    settings, _ = read_own(environment)
+    added, _ = translate_names(environment, settings)
+    return read_own(environment | added)
+
+
+def explain_names(environment: dict[str, str]) -> list[str]:
+    """Lines that say what every other name in the environment means here."""
+    settings, _ = read_own(environment)
+    _, lines = translate_names(environment, settings)
+    return lines
+
+
+def check(settings, name: str, condition: bool, problem: str):
+    """Raises UserError, which names a setting with its value, unless the condition holds."""
+    need(condition, f"{name.upper()}={getattr(settings, name)} {problem}")
+
+
+def check_multiple(settings, name: str, divisor: int, meaning: str):
+    """check() that a setting is a multiple of divisor, which meaning describes."""
+    multiple = getattr(settings, name) % divisor == 0
+    check(settings, name, multiple, f"is not a multiple of {meaning} = {divisor}")
 
 
 def validate_settings(settings, world_size: int):
-    """Refuses what cannot work."""
-    s = settings
-    most = {"num_layers": 256, "vocab_size": 65_536, "logit_softcap": 60, "mamba_d_state": 1024}
+    """Raises UserError for settings that cannot work on so many ranks."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        problem = f.metadata["domain"].problem(value)
+        shown = value if str(value).isprintable() else repr(value)
+        need(not problem, f"{f.name.upper()}={shown} {problem}")
+    check_layers(settings)
+    check_lengths(settings, world_size)
 
-    def check(name: str, condition: bool, problem: str):
-        need(condition, f"{name.upper()}={getattr(s, name)} {problem}")
 
-    def check_multiple(name: str, divisor: int, meaning: str):
-        check(name, getattr(s, name) % divisor == 0, f"is not a multiple of {meaning} = {divisor}")
-
-    for f in fields(s):
-        value, unit = getattr(s, f.name), f.metadata["unit"]
-        if "|" in unit and not isinstance(value, bool):
-            choices = unit.split("|")
-            check(f.name, str(value) in choices, f"should be one of {', '.join(choices)}")
-        elif not isinstance(value, (bool, str)):
-            usual = 2**20 if f.name in ARCHITECTURE else 2**50
-            high = 1 if unit in ("of run", "0 to 1", "below 1") else most.get(f.name, usual)
-            open_end = (value == 0 and unit.endswith("> 0")) or (value == 1 and unit == "below 1")
-            check(f.name, 0 <= value <= high and not open_end, f"must be from 0 to {high} ({unit})")
-    check("vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
-
-    mamba, _, order = (
-        set(parse_layers(s, name)) for name in ("mamba_layers", "mlp_layers", "layer_order")
-    )
-    check("layer_order", len(order) == s.num_layers, "leaves out a layer")
-    check("mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
+def check_layers(s):
+    """Refuses layers whose sizes do not fit together."""
+    check(s, "vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
+    mamba = set(parse_layers(s, "mamba_layers"))
+    parse_layers(s, "mlp_layers")
+    order = set(parse_layers(s, "layer_order"))
+    check(s, "layer_order", len(order) == s.num_layers, "leaves out a layer")
+    check(s, "mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
     if len(mamba) < s.num_layers:
-        check_multiple("model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
-        check_multiple("num_heads", s.num_kv_heads, "NUM_KV_HEADS")
+        check_multiple(s, "model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
+        check_multiple(s, "num_heads", s.num_kv_heads, "NUM_KV_HEADS")
     if mamba:
         inner = s.mamba_inner_dim
-        fits = inner > 0 and inner % s.mamba_head_dim == 0
-        check("mamba_head_dim", fits, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
+        divides = inner > 0 and inner % s.mamba_head_dim == 0
+        problem = f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}"
+        check(s, "mamba_head_dim", divides, problem)
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             value = getattr(s, name)
-            check(
-                name, value >= 8 and value & (value - 1) == 0, "must be a power of two, at least 8"
-            )
-    check(
-        "mamba_decay", s.mamba_decay == "softplus" or s.mamba_version == 3, "needs MAMBA_VERSION=3"
-    )
-    check(
-        "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes every bigram alike; use 0 for none"
-    )
+            fits = value >= 8 and value.bit_count() == 1
+            check(s, name, fits, "must be a power of two, at least 8")
+    known = s.mamba_decay == "softplus" or s.mamba_version == 3
+    check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
+    alike = s.bigram_vocab_size == 1
+    check(s, "bigram_vocab_size", not alike, "hashes every bigram alike; use 0 for none")
 
-    length, clock = s.train_seq_len, s.max_wallclock_seconds or math.inf
-    check_multiple("train_batch_tokens", world_size * length, f"{world_size} ranks × TRAIN_SEQ_LEN")
-    check_multiple("micro_batch_tokens", length, "TRAIN_SEQ_LEN")
-    check(
-        "export_reserve_seconds",
-        s.export_reserve_seconds < clock,
-        f"takes all of MAX_WALLCLOCK_SECONDS={clock}",
-    )
-    check(
-        "target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal megabytes"
-    )
-    check("eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
+
+def check_lengths(s, world_size: int):
+    """Refuses batches, clocks and strides that do not fit together."""
+    length = s.train_seq_len
+    ranks = f"{world_size} ranks × TRAIN_SEQ_LEN"
+    check_multiple(s, "train_batch_tokens", world_size * length, ranks)
+    check_multiple(s, "micro_batch_tokens", length, "TRAIN_SEQ_LEN")
+    clock = s.max_wallclock_seconds or math.inf
+    spare = s.export_reserve_seconds < clock
+    check(s, "export_reserve_seconds", spare, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
+    small = s.target_mb * 1e6 <= ARTIFACT_CAP
+    check(s, "target_mb", small, "is over the contest's 16 decimal megabytes")
+    check(s, "eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
     if s.adapts:
-        check_multiple(
-            "ttt_chunk_tokens", world_size * ttt_sequence_length(s, world_size), "ranks × sequence"
-        )
+        share = world_size * ttt_sequence_length(s, world_size)
+        check_multiple(s, "ttt_chunk_tokens", share, "ranks × sequence")
 
 
 def ttt_sequence_length(settings, world_size: int) -> int:
-    """Of test-time training: shorter where many ranks share a chunk."""
+    """Tokens of a sequence of test-time training: fewer where many ranks share a chunk."""
     return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
 def help_text() -> str:
-    lines = [__doc__.split("\n\n")[0], "", "Settings are environment variables:"]
+    """What --help prints: every setting, every preset, and other names."""
+    lines = ["Settings are environment variables:"]
     for f in fields(Settings):
-        unit, text, group = f.metadata.values()
+        domain, group = f.metadata["domain"], f.metadata["group"]
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        lines += [f"\n[{group}]"] if group else []
-        lines.append(f"  {f.name.upper():24} {default!s:42} {unit:22} {text}")
+        if group:
+            lines.append(f"\n[{group}]")
+        unit = domain.describe(type(f.default))
+        lines.append(f"  {f.name.upper():24} {default!s:42} {unit:22} {f.metadata['help']}")
     lines.append("\nPresets change these:")
     for name, values in PRESETS.items():
         changes = [f"{key.upper()}={value}" for key, value in values.items()]
         lines.append(f"  PRESET={name}: " + "\n      ".join(changes or ["none of them"]))
+    lines.append("\nOther names for these, as the contest's scripts have them:")
+    lines += [f"  {name:24} sets {ours}" for name, (ours, _) in ALIASES.items()]
     return "\n".join(lines)
 
 
