@@ -137,13 +137,11 @@ class Domain:
         if isinstance(value, str):
             broken = self.one_line and not value.isprintable()
             return "holds a line break or another character that does not print" if broken else ""
-        if not self.low <= value <= self.high:
-            return f"must be from {self.low} to {self.high} ({self.unit})"
-        if self.above_zero and value == 0:
-            return f"must be above 0 ({self.unit})"
-        if self.below_one and value >= 1:
-            return f"must be below 1 ({self.unit})"
-        return ""
+        high = 1 if self.below_one else self.high
+        at_open_end = (self.above_zero and value == 0) or (self.below_one and value == 1)
+        if self.low <= value <= high and not at_open_end:
+            return ""
+        return f"must be from {self.low} to {high} ({self.describe(type(value))})"
 
 
 def env(default, help, unit="", *, group="", **bounds):
@@ -393,6 +391,11 @@ class Alias(NamedTuple):
     convert: Callable | None = None
 
 
+def shown(value) -> str:
+    """A value as an error's one line can quote it."""
+    return str(value) if str(value).isprintable() else repr(value)
+
+
 def read_count(environment: dict[str, str], name: str, default: int) -> int:
     """A variable's whole number from 0 to 10,000."""
     count = parse_value(name, environment.get(name, str(default)), int)
@@ -604,14 +607,15 @@ def translate_names(environment: dict[str, str], settings) -> tuple[dict[str, st
     for name, (value, reason) in refused_names().items():
         if name in environment:
             text = environment[name]
-            need(value and same_value(text, value), f"{name}={text!r} cannot be set: {reason}")
+            need(value and same_value(text, value), f"{name}={shown(text)} cannot be set: {reason}")
             lines.append(f"{name}={text} changes nothing: {reason}")
     for name, (ours, convert) in ALIASES.items():
         if name in environment:
             value = convert(environment, settings) if convert else environment[name]
             before = added.get(ours, environment.get(ours, value))
             same = same_value(before, value)
-            need(same, f"{name} is {ours}={value!r} here, but {ours} is also {before!r}: unset one")
+            twice = f"{name} is {ours}={shown(value)} here, but it is also {shown(before)}"
+            need(same, f"{twice}: unset one")
             added[ours] = value
             lines.append(f"{name}={environment[name]} is {ours}={value} here")
     return added, lines
@@ -693,7 +697,7 @@ def read_layers(name: str, text: str, count: int) -> tuple[int, ...]:
         digits = all(end.isdecimal() and len(end) < 10 for end in (first, last))
         if not (digits and int(first) <= int(last) < count):
             usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
-            raise UserError(f"{name}={text}: no layer {part}; {usual}")
+            raise UserError(f"{name}={shown(text)}: no layer {shown(part)}; {usual}")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
@@ -717,13 +721,13 @@ def parse_value(name: str, text: str, kind: type):
     if isinstance(value, str) or math.isfinite(value):
         return value
     wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-    raise UserError(f"{name}={text!r} should be {wanted}")
+    raise UserError(f'{name}="{shown(text)}" should be {wanted}')
 
 
 def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     """The environment's settings by our own names over the preset's, and the given ones' names."""
     preset = environment.get("PRESET", "default").strip()
-    need(preset in PRESETS, f"PRESET={preset!r} should be one of {', '.join(PRESETS)}")
+    need(preset in PRESETS, f"PRESET={shown(preset)} should be one of {', '.join(PRESETS)}")
     given = {}
     for f in fields(Settings):
         text = environment.get(f.name.upper())
@@ -772,8 +776,7 @@ def validate_settings(settings, world_size: int):
     for f in fields(settings):
         value = getattr(settings, f.name)
         problem = f.metadata["domain"].problem(value)
-        shown = value if str(value).isprintable() else repr(value)
-        need(not problem, f"{f.name.upper()}={shown} {problem}")
+        need(not problem, f"{f.name.upper()}={shown(value)} {problem}")
     check_layers(settings)
     check_lengths(settings, world_size)
 
