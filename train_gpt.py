@@ -488,6 +488,17 @@ def convert_quantizer(environment: dict[str, str], settings) -> str:
     return "percentile" if search else "gptq"
 
 
+def convert_average(environment: dict[str, str], settings) -> str:
+    """AVERAGE of EMA_ENABLED and SWA_ENABLED; of what neither says, the usual."""
+    parts = []
+    for part in ("ema", "swa"):
+        name = f"{part.upper()}_ENABLED"
+        usual = str(int(part in settings.average))
+        if parse_value(name, environment.get(name, usual), bool):
+            parts.append(part)
+    return "+".join(parts) or "none"
+
+
 def convert_calibration(environment: dict[str, str], settings) -> str:
     """CALIBRATION_TOKENS of GPTQ_CALIB_BATCHES batches of TRAIN_BATCH_TOKENS."""
     batches = read_count(environment, "GPTQ_CALIB_BATCHES", 1)
@@ -505,6 +516,7 @@ ALIASES = {
     "ATTN_PLACEMENT": Alias("MAMBA_LAYERS", convert_attention),
     "BIGRAM_BUCKETS": Alias("BIGRAM_VOCAB_SIZE", convert_bigrams),
     "BIGRAM_HASH_DIM": Alias("BIGRAM_DIM"),
+    "EMA_ENABLED": Alias("AVERAGE", convert_average),
     "ENABLE_LOOPING_AT": Alias("RECUR_START"),
     "GPTQ_CALIB_BATCHES": Alias("CALIBRATION_TOKENS", convert_calibration),
     "GPTQ_CLIP_SIGMAS": Alias("SDCLIP_K"),
@@ -525,10 +537,12 @@ ALIASES = {
     "RECUR_REPEATS": Alias("LAYER_ORDER", convert_recurrence),
     "RECUR_START_FRAC": Alias("RECUR_START"),
     "ROPE_DIMS": Alias("ROPE_FRACTION", convert_rope_dims),
+    "SWA_ENABLED": Alias("AVERAGE", convert_average),
     "USE_BIGRAM_HASH": Alias("BIGRAM_VOCAB_SIZE", convert_bigrams),
     "USE_GPTQ": Alias("QUANTIZER", convert_quantizer),
     # Not the contest's, but reached for.
     "D_MODEL": Alias("MODEL_DIM"),
+    "EMA_HORIZON": Alias("AVERAGE_HORIZON"),
     "ITERS": Alias("ITERATIONS"),
     "MAX_WALLCLOCK": Alias("MAX_WALLCLOCK_SECONDS"),
     "NUM_ITERATIONS": Alias("ITERATIONS"),
@@ -552,7 +566,7 @@ REFUSALS = {
     "GPTQ_BLOCK_SIZE=128": "the size of GPTQ's blocks changes its speed alone",
     "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
-    "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "EMA_DECAY averages the weights",
+    "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "AVERAGE says which average of the weights a run leaves",
     "MAMBA3_NGROUPS=1": "all heads share one group of keys and queries",
     "MAMBA3_OUTPROJ_NORM=1": "what enters out_proj is always normalized",
     "MAMBA3_ROPE_FRACTION=0.5": "half of a state's numbers turn",
