@@ -1364,9 +1364,9 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 # The same as matmuls, after Mamba-2's SSD (arXiv 2405.21060).
 #
 # The folded key weight. The outer product v_s k_s^T enters the state twice: with its own token s,
-# times lambda_s dt_s; and with the next one, times (1 - lambda_{s+1}) dt_{s+1} and the decay a_{s+1}.
-# Up to a later token t the first decays by a_{s+1} ... a_t. So does the second: it comes with a_{s+1},
-# and a_{s+2} ... a_t follow. Both decay alike, and one weight for each key holds the two,
+# times lambda_s dt_s; and with the next one, times (1 - lambda_{s+1}) dt_{s+1}, and that token's
+# decay a_{s+1}. Up to a later token t the first decays by a_{s+1} ... a_t. So does the second: it
+# comes with a_{s+1}, and a_{s+2} ... a_t follow. One weight for each key holds the two,
 #
 #     w_s = lambda_s dt_s + (1 - lambda_{s+1}) dt_{s+1}                          (the key weight)
 #     S_t = sum_{s<t} (a_{s+1} ... a_t) w_s v_s k_s^T + lambda_t dt_t v_t k_t^T
@@ -1466,7 +1466,46 @@ def choose_scan_backend(settings, device: torch.device) -> str:
 
 # ==================================================================================================
 # 5. Model
-# Weights are float32, activations bfloat16 on GPUs. Depth recurrence is another order of blocks.
+#
+#     tokens --> embedding + hashed bigram --> norm --> block 0 --> block 1 ... --> norm --> logits
+#
+#     block:  x = keep·x + mix·embedded;  x = x + mixer(norm(x));  x = x + MLP(norm(x))
+#
+# A mixer is Attention or Mamba: what carries anything from token to token. Weights are float32,
+# activations bfloat16 on GPUs. Depth recurrence is nothing but another order of the blocks.
+
+
+def initial(kind: str, *shape: int) -> Tensor:
+    """How each kind of parameter begins, float32: the one table of initial values.
+
+    Output matrices of mixers and MLPs are zero, so that a new block adds nothing and learns first
+    what to add. Attention's queries begin with QK_GAIN_INIT.
+    """
+    x = torch.empty(shape)
+    match kind:
+        case "zero":  # output matrices, gates, bigrams, biases of convolutions
+            return x.zero_()
+        case "one":  # skips (D, U-net), weights of norms, biases of keys and queries
+            return x.fill_(1.0)
+        case "matrix":  # (rows, columns): outputs are as large as inputs
+            return x.normal_(std=shape[1] ** -0.5)
+        case "embedding":  # also the output matrix: the first logits are close to 0
+            return x.normal_(std=0.005)
+        case "bigram scale":
+            return x.fill_(0.05)
+        case "residual mix":  # x alone, nothing of the embedded tokens
+            return torch.tensor([1.0, 0.0])
+        case "convolution":  # (channels, taps)
+            bound = shape[1] ** -0.5
+            return x.uniform_(-bound, bound)
+        case "step bias":  # step sizes spread evenly in logarithm; softplus(bias) = step
+            step = torch.exp(x.uniform_(math.log(1e-3), math.log(1e-1)))
+            return step + torch.log(-torch.expm1(-step))
+        case "log rate":  # Mamba-2, A for each head
+            return x.uniform_(1, 16).log()
+        case "log rates":  # the first Mamba, (channels, N): A = -1, -2, ... -N for each channel
+            return torch.arange(1.0, shape[1] + 1).log().repeat(shape[0], 1)
+    raise ValueError(kind)
 
 
 class Context(NamedTuple):
@@ -1478,15 +1517,25 @@ class Context(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """Without bias, in the input's dtype. scale multiplies rows after the product, as if before."""
+    """y = W x without bias, computed in the input's dtype from float32 weights.
+
+    Muon trains all of these, and GPTQ quantizes them by effective_input(). zero: an output matrix.
+    """
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
-        nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=in_features**-0.5)
+        kind = "zero" if zero else "matrix"
+        self.weight = nn.Parameter(initial(kind, out_features, in_features))
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """W (scale·x) of x (..., in): a factor scale (..., 1) of the whole row may follow W."""
         y = F.linear(x, self.weight.to(x.dtype))
         return y if scale is None else (y * scale).to(x.dtype)
+
+    def effective_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """What W is applied to by forward(x, scale), float32 or more: for its Hessian."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x if scale is None else x * scale
 
 
 # For good: in a graph, they would keep it out of the compiler's cache.
@@ -1549,7 +1598,7 @@ class Attention(nn.Module):
         self.value = Linear(width, kv_width)
         self.out = Linear(width, width, zero=True)
         self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
-        self.gate = nn.Parameter(torch.zeros(settings.num_heads, min(GATE_INPUTS, width)))
+        self.gate = nn.Parameter(initial("zero", settings.num_heads, min(GATE_INPUTS, width)))
 
     def forward(self, x: Tensor, context) -> Tensor:
         """x (B, T, width), normed, -> what the layer adds to the residual stream, same shape."""
@@ -1581,9 +1630,8 @@ class ShortConv(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        bound = width**-0.5
-        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(initial("convolution", channels, width))
+        self.bias = nn.Parameter(initial("zero", channels))
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """x (B, T, channels) -> the same shape; fused: by the library causal_conv1d, on a GPU."""
@@ -1597,88 +1645,110 @@ class ShortConv(nn.Module):
         return F.silu(bias + sum(taps))
 
 
-STEP_RANK = 16  # of the first Mamba's step sizes
+STEP_RANK = 16  # of the first Mamba's step sizes, which dt_proj makes of so many numbers
 
 
 class Mamba(nn.Module):
-    """Mamba-3, Mamba-2 (constant decay rates, a short convolution over x, B, C), or the first Mamba (step, B, C made of the
-    convolved x). Without the norm, the newer ones' outputs grow a hundredfold in the first steps."""
+    """A state-space mixer: in_proj, the recurrence of section 4, out_proj. Names are the papers'.
+
+    Version 3 is Mamba-3. Version 2, Mamba-2, has one decay rate for a head, and a short convolution
+    over value, key and query. Version 1, the first Mamba, makes step sizes, keys and queries of the
+    convolved value, and its heads are single channels: see selective_scan(). What leaves the newer
+    ones' recurrence is normed, or it would grow a hundredfold in the first steps of training.
+    """
 
     def __init__(self, settings, device: torch.device):
         super().__init__()
-        s, version, inner, n = (
-            settings,
-            settings.mamba_version,
-            settings.mamba_inner_dim,
-            settings.mamba_d_state,
-        )
-        self.backend, self.chunk_size = choose_scan_backend(s, device), s.mamba_chunk_size
+        s, version = settings, settings.mamba_version
+        inner, n = s.mamba_inner_dim, s.mamba_d_state
         channels = s.mamba_head_dim if version > 1 else 1
         heads = inner // channels
-        self.sizes = MambaSizes(
-            heads, channels, n, n // 4, version
-        )  # half the state turns, in pairs
-        columns = list(self.sizes.columns().values())
-        self.in_proj = Linear(s.model_dim, sum(columns))
-        self.in_proj.dynamics_rows = sum(columns[4:])  # the last; 8 bits in the artifact
-        self.out_proj = Linear(inner, s.model_dim, zero=True)
-
-        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(
-            step + torch.log(-torch.expm1(-step))
-        )  # softplus(dt_bias) = step
-        self.D = nn.Parameter(torch.ones(heads))
+        self.backend = choose_scan_backend(s, device)
+        self.chunk_size = s.mamba_chunk_size
         self.heavy_tail = s.mamba_decay == "heavy_tail"
+        self.sizes = MambaSizes(heads, channels, n, angles=n // 4, version=version)
+
+        widths = self.sizes.columns()
+        convolved = inner + widths.get("key", 0) + widths.get("query", 0)
+        self.in_proj = Linear(s.model_dim, sum(widths.values()))
+        self.in_proj.dynamics_rows = self.dynamics_rows()
+        self.out_proj = Linear(inner, s.model_dim, zero=True)
+        self.dt_bias = nn.Parameter(initial("step bias", heads))
+        self.D = nn.Parameter(initial("one", heads))
         if version == 3:
-            self.B_norm, self.C_norm = (nn.Parameter(torch.ones(n)) for _ in "BC")
-            self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, n)) for _ in "BC")
+            self.B_norm = nn.Parameter(initial("one", n))
+            self.C_norm = nn.Parameter(initial("one", n))
+            self.B_bias = nn.Parameter(initial("one", heads, n))
+            self.C_bias = nn.Parameter(initial("one", heads, n))
         elif version == 2:
-            self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+            self.A_log = nn.Parameter(initial("log rate", heads))
         else:
-            self.x_proj, self.dt_proj = Linear(inner, STEP_RANK + 2 * n), Linear(STEP_RANK, inner)
-            self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(inner, 1))
-        self.conv = ShortConv(inner + sum(columns[2:4]), s.mamba_d_conv) if version < 3 else None
+            self.x_proj = Linear(inner, STEP_RANK + 2 * n)
+            self.dt_proj = Linear(STEP_RANK, inner)
+            self.A_log = nn.Parameter(initial("log rates", inner, n))
+        self.conv = ShortConv(convolved, s.mamba_d_conv) if version < 3 else None
+
+    def dynamics_rows(self) -> int:
+        """How many of in_proj's last rows steer the recurrence: with 8 bits in the artifact."""
+        widths = self.sizes.columns()
+        return sum(widths.get(name, 0) for name in ("step", "decay", "trapezoid", "angle_rate"))
 
     def forward(self, u: Tensor, context) -> Tensor:
-        projected, sizes, backend = self.in_proj(u), self.sizes, self.backend
+        """u (B, L, width), normed, -> what the layer adds to the residual stream, same shape."""
+        projected = self.in_proj(u)  # (B, L, columns)
+        if self.sizes.version == 1:
+            return self.out_proj(self.selective(projected, context))
         if self.conv is not None:
-            inner = self.out_proj.in_features
-            gate, mixed, rest = projected.tensor_split(
-                [inner, inner + len(self.conv.weight)], dim=-1
-            )
-            mixed = self.conv(mixed, backend == "fused")
-            projected = torch.cat([gate, mixed, rest], dim=-1)
-        shared = context.document_start, None, backend, self.chunk_size
-        if sizes.version == 1:
-            step, key, query = self.x_proj(mixed).tensor_split(
-                [-2 * sizes.state, -sizes.state], dim=-1
-            )
-            tensors = (
-                mixed,
-                self.dt_proj(step),
-                -self.A_log.exp(),
-                key,
-                query,
-                self.D,
-                gate,
-                self.dt_bias,
-            )
-            (y, _), scale = selective_scan(tensors, *shared), None
-        else:
-            if sizes.version == 3:
-                learned = self.B_bias, self.C_bias, self.B_norm, self.C_norm, None, self.heavy_tail
-            else:
-                no_bias = torch.zeros_like(self.D).unsqueeze(1)
-                learned = no_bias, no_bias, None, None, -self.A_log.exp()
-            y, square, _ = mamba_scan(
-                projected, MambaParameters(self.dt_bias, self.D, *learned), sizes, *shared
-            )
-            scale = (square + 1e-5).rsqrt().unsqueeze(-1)  # a norm without a weight: no pass over y
+            projected = torch.cat(self.convolve(projected), dim=-1)
+        y, mean_square, _ = mamba_scan(
+            projected,
+            self.scan_parameters(),
+            self.sizes,
+            context.document_start,
+            None,
+            self.backend,
+            self.chunk_size,
+        )
+        # The norm has no weight, so that its factor may follow out_proj: no pass over y.
+        scale = (mean_square + SCAN_NORM_EPS).rsqrt().unsqueeze(-1)
         return self.out_proj(y, scale)
+
+    def scan_parameters(self) -> MambaParameters:
+        """What Mamba-2 or Mamba-3 has learned, by the recurrence's names."""
+        if self.sizes.version == 3:
+            return MambaParameters(
+                step_bias=self.dt_bias,
+                skip=self.D,
+                key_bias=self.B_bias,
+                query_bias=self.C_bias,
+                key_norm=self.B_norm,
+                query_norm=self.C_norm,
+                heavy_tail=self.heavy_tail,
+            )
+        no_bias = torch.zeros_like(self.D).unsqueeze(1)  # (H, 1)
+        rate = -self.A_log.exp()
+        return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=rate)
+
+    def convolve(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate; the value, in Mamba-2 with key and query, convolved; and the other columns."""
+        inner = self.out_proj.in_features
+        ends = [inner, inner + len(self.conv.weight)]
+        gate, mixed, rest = projected.tensor_split(ends, dim=-1)
+        return gate, self.conv(mixed, self.backend == "fused"), rest
+
+    def selective(self, projected: Tensor, context) -> Tensor:
+        """The first Mamba between in_proj and out_proj: (B, L, 2·inner) -> (B, L, inner)."""
+        gate, value, _ = self.convolve(projected)
+        n = self.sizes.state
+        low_rank, key, query = self.x_proj(value).tensor_split([-2 * n, -n], dim=-1)
+        step, decay_rate = self.dt_proj(low_rank), -self.A_log.exp()
+        tensors = (value, step, decay_rate, key, query, self.D, gate, self.dt_bias)
+        y, _ = selective_scan(tensors, context.document_start, None, self.backend, self.chunk_size)
+        return y
 
 
 class MLP(nn.Module):
-    """LeakyReLU(0.5) squared between two matrices."""
+    """LeakyReLU(0.5) squared between two matrices: down(f(up x))."""
 
     def __init__(self, settings):
         super().__init__()
@@ -1687,30 +1757,49 @@ class MLP(nn.Module):
         self.down = Linear(hidden, settings.model_dim, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, width), normed, -> what the layer adds to the residual stream, same shape."""
         return self.down(F.leaky_relu(self.up(x), 0.5).square())
 
 
 class Block(nn.Module):
-    """A mixer and perhaps an MLP, each adding to the residual stream."""
+    """A mixer and perhaps an MLP, each adding to the residual stream.
+
+    To add a mixer, write a class beside Attention and Mamba whose forward(x, context) takes x
+    (B, T, width), normed, and returns what to add to the stream, where no token may depend on a
+    later one, nor at a document's start (context.document_start) on an earlier one. Then
+
+    - choose it below, by a setting of its own between NUM_LAYERS and ITERATIONS: the artifact's
+      header holds those, and load_model() builds the same model again;
+    - make its matrices Linear, the last one with zero=True: Muon trains them and GPTQ quantizes
+      them by their inputs. Other parameters begin as initial() says, are Adam's (parameter_kind()),
+      and are stored as float_type() says; rows that need 8 bits are listed in grid_limits();
+    - add it to VARIANTS in tests/test_model.py, whose tests ask for all of this.
+    """
 
     def __init__(self, settings, layer: int, device: torch.device):
         super().__init__()
-        mamba, mlp = (
-            layer in parse_layers(settings, name) for name in ("mamba_layers", "mlp_layers")
-        )
-        self.mixer = Mamba(settings, device) if mamba else Attention(settings)
-        self.mlp = MLP(settings) if mlp else None
-        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
+        has_mamba = layer in parse_layers(settings, "mamba_layers")
+        has_mlp = layer in parse_layers(settings, "mlp_layers")
+        self.mixer = Mamba(settings, device) if has_mamba else Attention(settings)
+        self.mlp = MLP(settings) if has_mlp else None
+        self.residual_mix = nn.Parameter(initial("residual mix", 2))
 
     def forward(self, x: Tensor, embedded: Tensor, context) -> Tensor:
+        """x, embedded (B, T, width) -> the residual stream behind this block."""
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
         x = x + self.mixer(norm(x), context)
         return x if self.mlp is None else x + self.mlp(norm(x))
 
 
+def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """cos and sin of the angles position × frequency: (T,), (R,) -> (2, T, R)."""
+    angles = positions[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
 class Model(nn.Module):
-    """forward() gives hidden states, logits() and nats() read them out."""
+    """Tokens to hidden states by forward(); logits() and nats() read those out."""
 
     def __init__(self, settings, device: torch.device):
         super().__init__()
@@ -1718,78 +1807,105 @@ class Model(nn.Module):
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.full_order = parse_layers(s, "layer_order")
         self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
-        nn.init.normal_(self.embedding.weight, std=0.005)
+        self.embedding.weight = nn.Parameter(initial("embedding", s.vocab_size, s.model_dim))
         if s.bigram_vocab_size:
-            self.bigram_embedding = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
-            nn.init.zeros_(self.bigram_embedding.weight)
-            self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
-            self.bigram_scale = nn.Parameter(torch.tensor(0.05))
+            rows, width = s.bigram_vocab_size, s.bigram_dim
+            self.bigram_embedding = nn.Embedding(rows, width)
+            self.bigram_embedding.weight = nn.Parameter(initial("zero", rows, width))
+            self.bigram_proj = Linear(width, s.model_dim)
+            self.bigram_scale = nn.Parameter(initial("bigram scale"))
         self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
         if s.unet_skips and len(self.full_order) > 1:
-            self.skip_weights = nn.Parameter(torch.ones(len(self.full_order) // 2))
+            self.skip_weights = nn.Parameter(initial("one", len(self.full_order) // 2))
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
         frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
+        positions = torch.arange(s.train_seq_len, dtype=torch.float32)
         # A table, or each kernel would compute it anew.
-        angles = torch.arange(s.train_seq_len, dtype=torch.float32)[:, None] * frequencies
-        self.register_buffer(
-            "rotary_table", torch.stack([angles.cos(), angles.sin()]), persistent=False
-        )
+        self.register_buffer("rotary_table", rotary_turns(positions, frequencies), persistent=False)
         self.to(device)
 
     def linear_layers(self) -> dict[str, Linear]:
-        """By the names of their weights."""
+        """All matrices but the embeddings, by the names of their weights."""
         return {f"{name}.weight": m for name, m in self.named_modules() if isinstance(m, Linear)}
 
     def order(self, recurrent: bool) -> tuple[int, ...]:
+        """The layers in the order in which they run: LAYER_ORDER, or each of them once."""
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
 
     def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
-        x = embedded = self._embed(tokens)
-        document_start = tokens == BOS_ID if self.settings.document_reset else None
-        context = Context(document_start, *self.rotary_table[:, : tokens.shape[1]])
-        half, skips = len(order) // 2 if self.settings.unet_skips else 0, []
-        for position, layer in enumerate(order):
-            if position >= len(order) - half:
-                x = x + self.skip_weights[position - len(order) + half].to(x.dtype) * skips.pop()
+        """Hidden states (B, T, width) of tokens (B, T) int64, behind the layers in this order.
+
+        With UNET_SKIPS, what leaves each layer of the first half enters one of the second half,
+        times a learned weight: the last takes the first's, as in a U-net.
+        """
+        x = embedded = self.embed(tokens)
+        context = self.context(tokens)
+        half = len(order) // 2 if self.settings.unet_skips else 0
+        second_half = len(order) - half
+        skips = []
+        for place, layer in enumerate(order):
+            if place >= second_half:
+                weight = self.skip_weights[place - second_half].to(x.dtype)
+                x = x + weight * skips.pop()
             x = self.blocks[layer](x, embedded, context)
-            if position < half:
+            if place < half:
                 skips.append(x)
         return norm(x)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def context(self, tokens: Tensor) -> Context:
+        """Where documents start, and how far attention turns each position."""
+        document_start = tokens == BOS_ID if self.settings.document_reset else None
+        cos, sin = self.rotary_table[:, : tokens.shape[1]]
+        return Context(document_start, cos, sin)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Normed embeddings (B, T, width) of tokens (B, T), and of the pairs that they end.
+
+        A pair of neighbours has one of BIGRAM_VOCAB_SIZE rows, by a hash; what begins a document
+        follows nothing, and has row 0.
+        """
         s = self.settings
         x = self.embedding(tokens).to(self.compute_dtype)
         if s.bigram_vocab_size:
             before = F.pad(tokens[:, :-1], (1, 0), value=BOS_ID)
-            row = ((before * 36_313) ^ (tokens * 27_191)) % (s.bigram_vocab_size - 1) + 1
-            row = row.masked_fill(tokens == BOS_ID, 0)  # what begins a document, follows nothing
+            mixed = (before * 36_313) ^ (tokens * 27_191)
+            row = mixed % (s.bigram_vocab_size - 1) + 1
+            row = row.masked_fill(tokens == BOS_ID, 0)
             bigram = self.bigram_embedding(row).to(x.dtype)
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped float32 logits, one for each token of the vocabulary."""
-        logits, cap = (
-            F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float(),
-            self.settings.logit_softcap,
-        )
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Softcapped logits (..., V) of hidden states (..., width), float32 or more.
+
+        tokens (...), those that the hidden states stand at, are for models in which they say more
+        about the next token than its hidden state does: see tools/ideas.
+        """
+        cap = self.settings.logit_softcap
+        logits = F.linear(hidden, self.embedding.weight.to(hidden.dtype))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cap * torch.tanh(logits / cap)
 
-    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (B, T), float32 nats: a softmax over the whole vocabulary."""
+    def nats(self, hidden: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each target (B, T), float32 nats, over the whole vocabulary.
+
+        hidden: (B, T, width); tokens (B, T): those before the targets, for logits().
+        """
         rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton:
             weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
         else:
-            nats = F.cross_entropy(self.logits(rows), flat, reduction="none")
+            before = None if tokens is None else tokens.flatten()
+            nats = F.cross_entropy(self.logits(rows, before), flat, reduction="none")
         return nats.view(targets.shape)
 
     def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-        return self.nats(self(tokens, order), targets)
+        """Nats of each target (B, T), which follow tokens (B, T)."""
+        return self.nats(self(tokens, order), targets, tokens)
 
     def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+        """Mean nats, (): what training brings down."""
         return self.score(tokens, targets, order).mean()
 
 

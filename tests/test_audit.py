@@ -355,7 +355,7 @@ def test_unnormalized_probabilities_are_seen(entry_of, monkeypatch, mode):
 def test_a_softmax_over_part_of_the_vocabulary_is_seen(entry_of, monkeypatch):
     """The likeliest half of the tokens only: right for most targets, and more probable than it should be."""
 
-    def half(self, hidden, targets):
+    def half(self, hidden, targets, tokens):
         logits = self.logits(hidden)
         kept = logits >= logits.median(dim=-1, keepdim=True).values
         kept = kept.scatter(-1, targets[..., None], True)

@@ -100,7 +100,7 @@ def test_a_model_knows_them(script, byte_tokenizer):
     hidden = model(tokens, model.order(True))
     every = torch.arange(512).expand(2, 9, 512)
     nats = torch.stack(
-        [model.nats(hidden, tokens, every[..., token]) for token in range(512)], dim=-1
+        [model.nats(hidden, every[..., token], tokens) for token in range(512)], dim=-1
     )
     assert torch.allclose(nats.neg().exp().sum(-1), torch.ones(2, 9))
     assert never.any()
@@ -111,7 +111,7 @@ def test_a_model_knows_them(script, byte_tokenizer):
     for i in range(18):
         assert torch.allclose(gained[row == i], gained[row == i][0], atol=1e-5)
     assert torch.equal(
-        model.score(tokens, targets, model.order(True)), model.nats(hidden, tokens, targets)
+        model.score(tokens, targets, model.order(True)), model.nats(hidden, targets, tokens)
     )
     assert set(model.state_dict()) == set(usual.state_dict())  # an artifact holds what it held
 

@@ -114,26 +114,17 @@ def install(script) -> None:
 
         def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
             """Softcapped float32 logits of the vocabulary behind tokens."""
-            return (
-                super()
-                .logits(hidden)
-                .masked_fill(self.impossible[tokens], -self.settings.logit_softcap)
-            )
+            logits = super().logits(hidden)
+            return logits.masked_fill(self.impossible[tokens], -self.settings.logit_softcap)
 
-        def nats(self, hidden: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        def nats(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
             """Negative log-likelihood of targets (B, T) behind tokens, float32 nats."""
+            if not (hidden.is_cuda and t.triton):
+                return super().nats(hidden, targets, tokens)
             rows, before, flat = hidden.flatten(0, 1), tokens.flatten(), targets.flatten()
-            if hidden.is_cuda and t.triton:
-                weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
-                slopes = torch.is_grad_enabled()
-                nats, _ = fused_cross_entropy(
-                    rows, weight, before, flat, self.impossible, cap, slopes
-                )
-            else:
-                nats = F.cross_entropy(self.logits(rows, before), flat, reduction="none")
+            weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
+            slopes = torch.is_grad_enabled()
+            nats, _ = fused_cross_entropy(rows, weight, before, flat, self.impossible, cap, slopes)
             return nats.view(targets.shape)
-
-        def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
-            return self.nats(self(tokens, order), tokens, targets)
 
     script.Model = Model
