@@ -24,7 +24,7 @@ help:
 demo: .venv/.run $(SAMPLE)
 	rm -f logs/demo.*
 	LOG_DIR=logs RUN_ID=demo PRESET=tiny DEVICE=$(DEVICE) $(VENV_PYTHON) train_gpt.py
-	@$(VENV_PYTHON) tools/summary.py logs/demo.jsonl
+	@$(VENV_PYTHON) -m tools.summary logs/demo.jsonl
 
 test: .venv/.dev
 	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
@@ -42,7 +42,7 @@ $(SAMPLE): | .venv/.run
 
 # Each stamp says that a layer of .venv is complete: torch, what a run needs, what the tests need.
 .venv/.torch: $(if $(TORCH),FORCE)
-	TORCH="$(TORCH)" $(PYTHON) tools/make_venv.py
+	TORCH="$(TORCH)" $(PYTHON) -m tools.make_venv
 	@touch $@
 
 .venv/.run: .venv/.torch requirements.txt

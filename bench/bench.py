@@ -1,10 +1,10 @@
 """Measures speed on this machine's NVIDIA GPU: kernels and their floors, the scan operator, training steps, start-up.
 
-    python bench/bench.py                                   # everything, about a minute for each part
-    python bench/bench.py kernels scan --out now.json       # some parts: kernels, scan, steps, startup
-    python bench/bench.py --compare before.json now.json    # two saved runs side by side; needs no GPU
-    PRESET=peer7 NUM_LAYERS=9 python bench/bench.py steps --profile table.txt
-    torchrun --standalone --nproc_per_node=2 bench/bench.py steps
+    python -m bench.bench                                   # everything, about a minute for each part
+    python -m bench.bench kernels scan --out now.json       # some parts: kernels, scan, steps, startup
+    python -m bench.bench --compare before.json now.json    # two saved runs side by side; needs no GPU
+    PRESET=peer7 NUM_LAYERS=9 python -m bench.bench steps --profile table.txt
+    torchrun --standalone --nproc_per_node=2 -m bench.bench steps
 
 Settings are environment variables, as for train_gpt.py, and change whatever is measured. `steps` times PRESET=peer7,
 and it and the default with a batch of 131,072 tokens; with PRESET given, exactly that. Inputs and tokens are random.
@@ -36,11 +36,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
-import mamba_ssm_reference
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m bench.bench", file=sys.stderr)
+    sys.exit(2)
 
 import train_gpt as t
+from reference import mamba_ssm_operator
 
 tl, constexpr = t.triton and t.tl, t.constexpr  # as the kernel names them
 PARTS = ("kernels", "scan", "steps", "startup")
@@ -234,11 +235,11 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
 
     def before_library(projected: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
         inputs = t.scan_inputs(projected, t.MambaParameters(*learned), sizes, None)
-        return mamba_ssm_reference.library_tensors(inputs)
+        return mamba_ssm_operator.library_tensors(inputs)
 
     if backend == "mamba_ssm":
         prepare = t.maybe_compile(before_library, s, ranks)
-        run = lambda *tensors: mamba_ssm_reference.library_operator()(
+        run = lambda *tensors: mamba_ssm_operator.library_operator()(
             *prepare(*tensors), chunk_size=chunk
         )
     else:
@@ -860,7 +861,7 @@ def run_parts(options: argparse.Namespace) -> int:
             report.measure("kernels", name, functools.partial(time_kernel, make, ceilings))
     if "scan" in options.parts:
         for name, make in scan_makers(kernel_settings, ranks).items():
-            if ("mamba_ssm" in name or "fused" in name) and not mamba_ssm_reference.is_installed():
+            if ("mamba_ssm" in name or "fused" in name) and not mamba_ssm_operator.is_installed():
                 report.add("scan", name, {"skipped": "mamba_ssm is not installed"})
             else:
                 report.measure("scan", name, functools.partial(time_kernel, make, ceilings))

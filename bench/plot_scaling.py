@@ -1,8 +1,8 @@
 """Plots the speed of one global batch on 1, 2, 4 ... GPUs of a host beside linear scaling.
 
-    python bench/plot_scaling.py 1:577.9 2:297.5 4:148.9 --tokens 1048576 --out docs/scaling.png
+    python -m bench.plot_scaling 1:577.9 2:297.5 4:148.9 --tokens 1048576 --out docs/scaling.png
 
-Each pair is a number of GPUs and the step's milliseconds, as `torchrun --nproc_per_node=N bench/bench.py steps` prints
+Each pair is a number of GPUs and the step's milliseconds, as `torchrun --nproc_per_node=N -m bench.bench steps` prints
 them. Needs matplotlib (requirements-dev.txt).
 """
 

@@ -1,4 +1,4 @@
-"""Measures launch configurations of the fused scan's kernels on this GPU: python bench/tune.py [state size]
+"""Measures launch configurations of the fused scan's kernels on this GPU: python -m bench.tune [state size]
 
 Runs the operator forward and backward (131,072 tokens, 16 heads of 64) as train_gpt.py launches it, then with other
 numbers of warps and registers (0: no limit), takes each kernel's time from the profiler, and prints a table.
@@ -6,11 +6,13 @@ numbers of warps and registers (0: no limit), takes each kernel's time from the 
 
 import collections
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m bench.tune", file=sys.stderr)
+    sys.exit(2)
+
 import train_gpt as t
 
 KERNELS = (

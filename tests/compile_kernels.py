@@ -1,4 +1,4 @@
-"""Compiles the program's Triton kernels for an NVIDIA GPU that need not be here: python tests/compile_kernels.py [90]
+"""Compiles the program's Triton kernels for an NVIDIA GPU that need not be here: python -m tests.compile_kernels [90]
 
 90 is a compute capability, here the H100's and H200's. Each kernel becomes a line of JSON: the layer's state size, and the
 bytes of shared memory that a program needs and of local memory that a thread does (the compiler puts there what finds no
@@ -16,12 +16,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "0"  # triton reads it when it is imported
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia import compiler as nvidia  # noqa: E402
+
+if not __package__:  # started by its path
+    print(
+        "error: start it in the repository's folder as python -m tests.compile_kernels",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 import train_gpt as t  # noqa: E402
 from bench import tune  # noqa: E402

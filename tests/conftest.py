@@ -1,4 +1,4 @@
-"""Fixtures: data made once per session. Plain helpers are in helpers.py."""
+"""Fixtures: data made once per session. Plain helpers are in support.py."""
 
 import json
 import os
@@ -12,34 +12,11 @@ import pytest
 import sentencepiece
 import torch
 
+from tests.support import TEXT, train_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(
-    1
-)  # the models are too small to gain from more, and the machine may be shared
-if (
-    not torch.cuda.is_available()
-):  # the fused scan's kernels run on the CPU; triton reads this when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
-
-TEXT = (
-    "The quick brown fox jumps over the lazy dog, and then it rests beneath an old oak tree.",
-    "Numbers such as 1, 23 and 456 stand beside words: naïve, café, straße, Ελλάδα, 東京.",
-    "In the morning the market opens; people come to buy bread, milk, honey and cheese.",
-    "A function returns a value. A loop repeats a block. A test says what would break.",
-    "Rivers run to the sea, winds run round the earth, and letters run across the page.",
-    "She asked whether the train would stop at the village, or go on to the harbour.",
-)
-
-
-def train_tokenizer(path: Path, vocab_size: int, **options) -> Path:
-    """Trains a tokenizer with the contest's special ids: 0 padding, 1 BOS, 2 end, 3 unknown."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 3), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
-        model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
-        **({"byte_fallback": True, "add_dummy_prefix": False, "character_coverage": 0.98} | options),
-    )  # fmt: skip
-    return path
+# The models are too small to gain from more threads, and the machine may be shared.
+torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -54,9 +31,8 @@ def signal_handlers():
 @pytest.fixture
 def explore_here(monkeypatch, capsys, shards, tmp_path, signal_handlers):
     """explore_here(*arguments): tools/explore.py's status, the lines on its standard output as objects, and what else it said."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import explore
-    from test_run import run_environment
+    from tests.support import run_environment
+    from tools import explore
 
     def start(*arguments: str):
         monkeypatch.setattr(os, "environ", run_environment(shards, tmp_path, train_log_every=1))
@@ -92,7 +68,7 @@ def dummy_prefix_tokenizer(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, byte_tokenizer) -> Path:
     """A data folder: two training shards, one validation shard, and tokenizer.model of 512 pieces."""
-    from helpers import write_shard
+    from tests.support import write_shard
 
     folder = tmp_path_factory.mktemp("shards")
     model = sentencepiece.SentencePieceProcessor(model_file=str(byte_tokenizer))
@@ -115,7 +91,7 @@ def shards(tmp_path_factory, byte_tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
     """The sample corpus that data/prepare.py makes: sample_1024_bpe.model and two shards."""
-    from helpers import PATIENCE
+    from tests.support import PATIENCE
 
     folder = tmp_path_factory.mktemp("sample")
     command = [sys.executable, str(ROOT / "data" / "prepare.py"), "sample", "--out", str(folder)]

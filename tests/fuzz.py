@@ -35,10 +35,15 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 import torch
-from conftest import train_tokenizer  # which also puts train_gpt.py on the path
-from helpers import SOLO, random_model, tiny, write_shard
 
 import train_gpt as t
+from tests.support import (
+    SOLO,
+    random_model,
+    tiny,
+    train_tokenizer,  # which also puts train_gpt.py on the path
+    write_shard,
+)
 
 MIB = 1 << 20
 # A case may take this long: a header may ask for 256 layers, which takes seconds on a busy machine to refuse.

@@ -1,6 +1,6 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python tests/gpu_checks.py [scans] [selective] [attention] [optimizer] [model] [checkpoints] [systems]
+    python -m tests.gpu_checks [scans] [selective] [attention] [optimizer] [model] [checkpoints] [systems]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error; and runs the presets of
 published systems to a score. Prints a table and exits with status 1 if a row fails.
@@ -18,15 +18,17 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "bench"))
-import mamba_ssm_reference
-from helpers import relative
-from scan_cases import ScanCase, errors, in_two_calls, random_case, results
-from test_optimizers import newton_schulz
+if not __package__:  # started by its path
+    print(
+        "error: start it in the repository's folder as python -m tests.gpu_checks", file=sys.stderr
+    )
+    sys.exit(2)
 
 import train_gpt as t
-from bench import RandomBatches, SilentLog
+from bench.bench import RandomBatches, SilentLog
+from reference import mamba_ssm_operator
+from reference.scan_cases import ScanCase, errors, in_two_calls, random_case, results
+from tests.support import newton_schulz, relative
 
 BF16_TOLERANCE = 2e-2  # bf16 operands leave 1e-3 to 1e-2; the library also rounds angles to bf16
 DEVICE = torch.device("cuda")
@@ -63,7 +65,7 @@ def fused_scan(projected, parameters, sizes, document_start, state, chunk_size: 
 
 def library_scan(projected, parameters, sizes, document_start, state):
     inputs = t.scan_inputs(projected, parameters, sizes, document_start)
-    y, state = mamba_ssm_reference.mamba_ssm_scan(inputs, state, 64)
+    y, state = mamba_ssm_operator.mamba_ssm_scan(inputs, state, 64)
     y = y.flatten(2)
     return y, y.float().square().mean(-1), state
 
@@ -91,7 +93,7 @@ def check_scans() -> None:
         if case.state is not None:
             found = results(in_two_calls(fused_scan, 192), case, narrow, wide)
             check_errors(f"fused in two calls, {name}", errors(found, expected), BF16_TOLERANCE)
-        elif mamba_ssm_reference.is_installed():
+        elif mamba_ssm_operator.is_installed():
             expected, found, library = (
                 results(scan, case, *dtypes, from_state=False)
                 for scan, *dtypes in (

@@ -15,14 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import tiny_environment
 from scipy import stats
 
 import train_gpt as t
+from tests.support import tiny_environment
+from tools import ablate
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import ablate  # noqa: E402
 
 DRAW_PLOTS = ablate.draw_plots
 
@@ -578,8 +577,8 @@ def test_without_a_reader_of_toml_the_line_says_what_to_install(bench, monkeypat
 
 
 def test_help_shows_the_format():
-    command = [sys.executable, str(ROOT / "tools" / "ablate.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "tools.ablate", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "[[variant]]" in done.stdout
     assert "--dry-run" in done.stdout

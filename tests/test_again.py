@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import SCRIPT, process_environment, run_environment, run_here
 
-TOOL = SCRIPT.parent / "tools" / "again.py"
+from tests.support import SCRIPT, process_environment, run_environment, run_here
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +28,8 @@ def logs(shards, tmp_path_factory) -> Path:
 
 def again(log: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(TOOL), str(log), *arguments], env=process_environment(settings), capture_output=True,
-        text=True, timeout=120,
+        [sys.executable, "-m", "tools.again", str(log), *arguments], env=process_environment(settings), capture_output=True,
+        text=True, timeout=120, cwd=SCRIPT.parent,
     )  # fmt: skip
 
 

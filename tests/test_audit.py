@@ -13,12 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import PATIENCE, tiny_environment, write_shard
 
 import train_gpt as t
-
-sys.path.insert(0, str(Path(t.__file__).resolve().parent / "tools"))
-import audit  # noqa: E402
+from tests.support import PATIENCE, tiny_environment, write_shard
+from tools import audit
 
 SCRIPT = Path(t.__file__).resolve()
 MODES = ("plain", "sliding")
@@ -113,7 +111,7 @@ def run_audit(run, *arguments: str, **changes) -> subprocess.CompletedProcess:
     settings = {name: value for name, value in run.environment.items() if name not in drop}
     settings |= {name.upper(): str(value) for name, value in changes.items()}
     return subprocess.run(
-        [sys.executable, str(SCRIPT.parent / "tools" / "audit.py"), *paths, *arguments],
+        [sys.executable, "-m", "tools.audit", *paths, *arguments], cwd=SCRIPT.parent,
         env=process_environment(settings), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SOLO, random_model, tiny
 
 import train_gpt as t
 from bench import bench, tune
+from tests.support import SOLO, random_model, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = bench.Ceilings(bytes_per_second=4e12, flops_per_second=800e12)

@@ -20,11 +20,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PATIENCE, SOLO, random_model, relative, run_ranks, tiny
-from test_optimizers import fill_gradients
-from test_run import SCRIPT, Quiet, mistake, process_environment, run_environment, run_here
 
 import train_gpt as t
+from tests.support import (
+    PATIENCE,
+    SCRIPT,
+    SOLO,
+    Quiet,
+    fill_gradients,
+    mistake,
+    process_environment,
+    random_model,
+    relative,
+    run_environment,
+    run_here,
+    run_ranks,
+    tiny,
+)
 
 pytestmark = pytest.mark.usefixtures("signal_handlers")
 

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE
 
 import train_gpt as t
 from bench import tune
+from tests.support import PATIENCE
 
-SCRIPT = Path(__file__).resolve().parent / "compile_kernels.py"
+ROOT = Path(__file__).resolve().parent.parent
 SHARED_OF_TWO = 115_712  # bytes a program may use where two are to share a multiprocessor of compute capability 9.0
 SHARED_OF_ONE = 232_448
 
@@ -23,7 +23,8 @@ def kernels(tmp_path_factory) -> dict[tuple[str, int], dict]:
         pytest.skip("needs triton")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "90"],
+        [sys.executable, "-m", "tests.compile_kernels", "90"],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

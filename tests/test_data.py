@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers import CPU, SOLO, tiny, write_shard
 
 import train_gpt as t
+from tests.support import CPU, SOLO, tiny, write_shard
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 

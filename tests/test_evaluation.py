@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+
+import train_gpt as t
+from tests.support import (
     SOLO,
     document_stream,
     random_model,
@@ -18,8 +20,6 @@ from helpers import (
     tiny,
     validation_set,
 )
-
-import train_gpt as t
 
 MODES = ("plain", "sliding")
 each_mode = pytest.mark.parametrize("mode", MODES)

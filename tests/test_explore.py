@@ -3,17 +3,13 @@
 import json
 import os
 import signal
-import sys
 
 import pytest
 import torch
-from helpers import SOLO, tiny
-from test_run import SCRIPT, run_environment, run_here
 
 import train_gpt as t
-
-sys.path.insert(0, str(SCRIPT.parent / "tools"))
-import explore  # noqa: E402
+from tests.support import SOLO, run_environment, run_here, tiny
+from tools import explore
 
 
 def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp_path):

@@ -13,7 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt as t
+from tests.support import (
     SOLO,
     bounded,
     random_model,
@@ -23,10 +27,6 @@ from helpers import (
     tiny,
     with_settings,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-import train_gpt as t
 
 
 def row_limits(rows: int, int8_rows: int) -> torch.Tensor:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SOLO, tiny
-from make_former_files import FOLDER, FixedBatches, nats
 
 import train_gpt as t
+from tests.make_former_files import FOLDER, FixedBatches, nats
+from tests.support import SOLO, tiny
 
 COMMITS = ["b6028ee"]
 each_commit = pytest.mark.parametrize("commit", COMMITS)

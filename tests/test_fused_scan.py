@@ -11,17 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PATIENCE, random_model, random_tokens, relative, tiny, tiny_environment
-from scan_cases import ScanCase, columns, errors, in_two_calls, random_case, results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
+from reference.scan_cases import ScanCase, columns, errors, in_two_calls, random_case, results
+from tests.support import (
+    PATIENCE,
+    interpreted,
+    random_model,
+    random_tokens,
+    relative,
+    tiny,
+    tiny_environment,
+)
 
 CHUNK = 16
-interpreted = pytest.mark.skipif(
-    t.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs triton, interpreted, which conftest.py arranges where there is no GPU",
-)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow"),  # of decays that lie ahead, which a mask removes
     pytest.mark.filterwarnings("ignore:Conversion of an array"),  # the interpreter's own

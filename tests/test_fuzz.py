@@ -7,12 +7,12 @@ import signal
 import time
 from types import SimpleNamespace
 
-import fuzz
 import numpy as np
 import pytest
 import torch
 
 import train_gpt as t
+from tests import fuzz
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="workers are forked, which CUDA does not survive"

@@ -10,17 +10,22 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from conftest import TEXT
-from helpers import PATIENCE, SOLO, random_model, random_tokens, tiny
-from test_cross_entropy import assert_equal_in_float64, case
-from test_fused_scan import interpreted
-from test_run import SCRIPT
 
 import train_gpt as t
-
-sys.path.insert(0, str(SCRIPT.parent / "tools" / "ideas"))
-import impossible_pairs as pairs  # noqa: E402
-import spelling  # noqa: E402
+from tests.support import (
+    PATIENCE,
+    SCRIPT,
+    SOLO,
+    TEXT,
+    assert_equal_in_float64,
+    cross_entropy_case,
+    interpreted,
+    random_model,
+    random_tokens,
+    tiny,
+)
+from tools.ideas import impossible_pairs as pairs
+from tools.ideas import spelling
 
 MARK = "\u2603"  # no piece holds it: what stands between two is encoded as if alone
 IDEAS = SCRIPT.parent / "tools" / "ideas"
@@ -122,7 +127,7 @@ def test_a_model_knows_them(script, byte_tokenizer):
 def test_the_fused_cross_entropy(size, cap, compiled):
     """Nats and gradients against float64, also of a target that cannot be."""
     torch.manual_seed(0)
-    hidden, weight, targets, grad = case(size)
+    hidden, weight, targets, grad = cross_entropy_case(size)
     tokens, never = torch.randint(0, size, (37,)), torch.rand(size, size) < 0.3
     never[tokens[0], targets[0]] = True
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import CPU, SOLO, gradients, random_model, random_tokens, relative, tiny
 from torch import nn
 
 import train_gpt as t
+from tests.support import CPU, SOLO, gradients, random_model, random_tokens, relative, tiny
 
 # Every mixer, with everything that looks back.
 VARIANTS = {

@@ -4,9 +4,17 @@ import math
 
 import pytest
 import torch
-from helpers import SOLO, random_model, relative, tiny
 
 import train_gpt as t
+from tests.support import (
+    SOLO,
+    fill_gradients,
+    newton_schulz,
+    optimizer_tensors,
+    random_model,
+    relative,
+    tiny,
+)
 
 SHAPES = [(64, 32), (32, 64), (48, 48), (200, 8)]
 
@@ -31,15 +39,6 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape, steps, tol
     assert (torch.linalg.svdvals(result) - 1).abs().max() < tolerance
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     assert relative(result, u @ v) < tolerance
-
-
-def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """As its authors write it: every step multiplies the matrices themselves."""
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in [*t.POLAR_EXPRESS, *[t.POLAR_EXPRESS[-1]] * steps][:steps]:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
@@ -85,14 +84,6 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     assert relative(torch.stack(list(parameters)), expected) < 1e-3
 
 
-def fill_gradients(model: torch.nn.Module, poison: float | None = None):
-    """The same gradients every time; a poison stands in one of them only."""
-    for p in model.parameters():
-        p.grad = torch.cos(torch.arange(p.numel(), dtype=torch.float32)).view_as(p)
-    if poison is not None:
-        p.grad.view(-1)[-1] = poison
-
-
 @pytest.mark.parametrize("size", [0.5, 40.0])
 @pytest.mark.parametrize("most", [1.0, 2.5, 0.0])
 def test_gradients_are_clipped_to_a_norm(monkeypatch, size, most):
@@ -113,14 +104,6 @@ def test_gradients_are_clipped_to_a_norm(monkeypatch, size, most):
     optimizers.step(0.5, 0.9)
     expected = min(size, most) if most else size
     assert sizes == pytest.approx([expected] * 2, rel=1e-4)
-
-
-def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> list[torch.Tensor]:
-    """Copies of all that a step may change: parameters, momentum, Adam's moments and step counts, the average."""
-    states = [group.momentum for group in optimizers.muon.groups]
-    for state in optimizers.adam.state.values():
-        states += state.values()
-    return [x.detach().clone() for x in (*optimizers.parameters, *states, *average.tensors())]
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -17,10 +18,9 @@ import pytest
 from scipy import stats
 
 import train_gpt as t
+from tools import package
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import package  # noqa: E402
 
 FIELDS = [
     "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_loss_std", "val_bpb_std",
@@ -364,14 +364,18 @@ def test_the_repositorys_own_log(tmp_path):
     script.write_text(log.read_text().split("\n" + "=" * 100 + "\n")[0])
     command = [
         sys.executable,
-        str(ROOT / "tools" / "package.py"),
+        "-m",
+        "tools.package",
         str(log),
         "--script",
         str(script),
         "--out",
         "entry",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("entry: 1 run(s), val_bpb 1.36226, track non-record\n")
     entry, text = packed(tmp_path / "entry")

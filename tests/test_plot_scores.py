@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-import plot_scores
+from tools import plot_scores
 
 COMMAND = [sys.executable, Path(plot_scores.__file__)]
 

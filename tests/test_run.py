@@ -17,44 +17,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (
+
+import train_gpt as t
+from tests.support import (
+    FINAL,
     PATIENCE,
+    SCRIPT,
+    SIX_STEPS,
     SOLO,
+    Quiet,
+    mistake,
+    process_environment,
     random_model,
     random_tokens,
     relative,
+    run_environment,
+    run_here,
     tiny,
     tiny_environment,
     write_shard,
 )
-
-import train_gpt as t
-
-SCRIPT = Path(t.__file__).resolve()
-FINAL = re.compile(r"final_int6_lzma_\w+_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})")
-
-# Six steps without a clock; the target leaves room for any model.
-SIX_STEPS = {"iterations": 6, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "train_log_every": 2}
-
-
-def run_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
-    paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model", "log_dir": folder}
-    return tiny_environment(**(SIX_STEPS | paths | {"run_id": "a", "device": "cpu"} | changes))
-
-
-def process_environment(settings: dict[str, str]) -> dict[str, str]:
-    """Settings among what a process needs to start, without any variable that could be taken for a setting."""
-    kept = {
-        name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
-    }
-    return kept | {"OMP_NUM_THREADS": "1"} | settings
-
-
-def run_here(monkeypatch, environment: dict[str, str], *arguments: str) -> int:
-    """run() in this process; returns the exit status."""
-    monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-    return t.run()
 
 
 @dataclasses.dataclass
@@ -385,9 +367,9 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 import torch
 import train_gpt as t
-from test_run import Quiet, SIX_STEPS
-from test_optimizers import optimizer_tensors
-from helpers import tiny
+from tests.support import Quiet, SIX_STEPS
+from tests.support import optimizer_tensors
+from tests.support import tiny
 settings = tiny(**SIX_STEPS, data_path=sys.argv[3])
 ranks = t.start_ranks(settings)
 trainer = t.Trainer(t.build_model(settings, ranks), settings, ranks, 32, 1e6, Quiet())
@@ -422,13 +404,6 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_either(sha
 
 
 # ---- What must not change a run --------------------------------------------------------------------------------------
-
-
-class Quiet:
-    """A log that says nothing."""
-
-    def __call__(self, text: str, event: str = "", **values) -> None: ...
-    def progress(self, text: str) -> None: ...
 
 
 def train_here(
@@ -523,16 +498,6 @@ def test_other_choices_run_from_shards_to_a_score(monkeypatch, capsys, shards, t
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
-
-
-def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -> str:
-    """The one line on stderr of a run that ends with status 2."""
-    status = run_here(monkeypatch, environment, *arguments)
-    error = capsys.readouterr().err
-    assert status == 2, error
-    assert error.startswith("train_gpt.py: error: ")
-    assert error.count("\n") == 1
-    return error
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative
 
 import train_gpt as t
+from tests.support import relative
 
 HEADS, CHANNELS, STATE, ANGLES = 3, 4, 8, 2
 DIFFERENTIABLE = [f for f in t.ScanInputs._fields if f != "document_start"]

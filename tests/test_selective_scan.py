@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, SOLO, gradients, random_model, random_tokens, relative, tiny
-from test_run import FINAL, run_environment, run_here
 
 import train_gpt as t
+from tests.support import (
+    CPU,
+    FINAL,
+    SOLO,
+    gradients,
+    random_model,
+    random_tokens,
+    relative,
+    run_environment,
+    run_here,
+    tiny,
+)
 
 CHANNELS, STATE = 3, 8
 BACKENDS = ("sequential", "parallel")

@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
-from helpers import SOLO, bounded, tiny, with_settings
 
 import train_gpt as t
+from tests.support import SOLO, bounded, tiny, with_settings
 
 NAMES = {f.name.upper() for f in dataclasses.fields(t.Settings)}
 

@@ -1,7 +1,7 @@
 """Compares variants of a model: trains each with several seeds and says which differences are more than noise.
 
-    python tools/ablate.py tools/ablations/recurrence.toml --dry-run   # what would run
-    python tools/ablate.py tools/ablations/recurrence.toml             # run it, or continue after an interruption
+    python -m tools.ablate tools/ablations/recurrence.toml --dry-run   # what would run
+    python -m tools.ablate tools/ablations/recurrence.toml             # run it, or continue after an interruption
 
 A TOML file says what to compare. Settings are those of train_gpt.py, in capitals; names are free text:
 
@@ -69,8 +69,12 @@ except ImportError as missing:
     )
     sys.exit(2)
 
-from command import Parser, UserError, need
-from summary import spread
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m tools.ablate", file=sys.stderr)
+    sys.exit(2)
+
+from tools.command import Parser, UserError, need
+from tools.summary import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = [
@@ -141,7 +145,6 @@ class Plan:
 
 def load_train_gpt() -> ModuleType:
     """train_gpt.py of this project, which knows its settings."""
-    sys.path.insert(0, str(ROOT))
     try:
         import train_gpt
     except ImportError as error:

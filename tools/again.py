@@ -1,8 +1,8 @@
 """Starts a run again from its logs: the script and the settings are in them.
 
-    python tools/again.py logs/first.txt              # with the same settings, as RUN_ID=first-again
-    python tools/again.py logs/first.txt --dry-run    # prints the command, and writes only the script
-    DEVICE=cpu python tools/again.py logs/first.txt   # settings in the environment take the place of the log's
+    python -m tools.again logs/first.txt              # with the same settings, as RUN_ID=first-again
+    python -m tools.again logs/first.txt --dry-run    # prints the command, and writes only the script
+    DEVICE=cpu python -m tools.again logs/first.txt   # settings in the environment take the place of the log's
 
 The script is written to LOG_DIR/RUN_ID-again.py and started with as many processes as the run had. With
 MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model: on CPUs bit for bit, on one GPU with
@@ -16,8 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from command import UserError
-from summary import SEPARATOR, last_run
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m tools.again", file=sys.stderr)
+    sys.exit(2)
+
+from tools.command import UserError
+from tools.summary import SEPARATOR, last_run
 
 
 def read_script(path: Path) -> bytes:

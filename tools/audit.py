@@ -1,6 +1,6 @@
 """Proves what can be proved about a submission, and prints a Markdown table for its reviewers.
 
-    python tools/audit.py ARTIFACT --data FOLDER --tokenizer FILE [--script train_gpt.py] [--log logs/run.txt]
+    python -m tools.audit ARTIFACT --data FOLDER --tokenizer FILE [--script train_gpt.py] [--log logs/run.txt]
 
 FOLDER holds the validation shards. Settings of the evaluation are environment variables, as for the script; give those
 of the run. Exit status: 0 if every check holds, 1 if one fails, 2 for unusable input.
@@ -36,9 +36,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 import torch
-from command import Parser, UserError
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m tools.audit", file=sys.stderr)
+    sys.exit(2)
+
+from tools.command import Parser, UserError
 
 # The contest's figures, not the script's: what is audited does not set its own limits.
 CAP_BYTES = 16_000_000

@@ -1,8 +1,8 @@
 """Ranks ideas: trains variants, one after another in one process, and scores each before it is quantized.
 
     export DATA_PATH=data/development PRESET=short MAX_WALLCLOCK_SECONDS=172
-    python tools/explore.py "as it is:" "eleven layers: NUM_LAYERS=11 MAMBA_LAYERS=0,1,3-6,8-10 MLP_MULT=2"
-    python tools/explore.py --averages 0.03,0.06,0.12 --export "decay: WEIGHT_DECAY=0.2"
+    python -m tools.explore "as it is:" "eleven layers: NUM_LAYERS=11 MAMBA_LAYERS=0,1,3-6,8-10 MLP_MULT=2"
+    python -m tools.explore --averages 0.03,0.06,0.12 --export "decay: WEIGHT_DECAY=0.2"
 
 A variant is a name, a colon and the settings of train_gpt.py that it has in place of the environment's. Choose on a
 development split (`python data/prepare.py development`), not on the validation text. What trains and scores is
@@ -32,10 +32,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command import Parser, UserError, need
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m tools.explore", file=sys.stderr)
+    sys.exit(2)
 
 import train_gpt as t
+from tools.command import Parser, UserError, need
 
 
 class Averages:

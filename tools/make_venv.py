@@ -1,4 +1,4 @@
-"""Makes .venv with torch in it: python3 tools/make_venv.py
+"""Makes .venv with torch in it: python3 -m tools.make_venv
 
 `make` calls this. A torch that is already there is reused: the one in .venv, or that of the Python which runs this
 script, which a new .venv then shares. Otherwise torch is installed; without an NVIDIA GPU, a CPU build where one can be

@@ -1,7 +1,7 @@
 """Makes the contest's submission folder from the logs of finished runs, one per seed.
 
-    python tools/package.py logs/a.txt logs/b.txt logs/c.txt --out FOLDER --name NAME --author A --github-id G
-    python tools/package.py logs/a.txt ... --out FOLDER --baseline logs/x.txt logs/y.txt   # is the gain significant?
+    python -m tools.package logs/a.txt logs/b.txt logs/c.txt --out FOLDER --name NAME --author A --github-id G
+    python -m tools.package logs/a.txt ... --out FOLDER --baseline logs/x.txt logs/y.txt   # is the gain significant?
 
 FOLDER gets the script as the logs hold it, the logs, requirements.txt, submission.json and a README.md with results.
 Nothing is written unless every run keeps the contest's limits and all are runs of one script with the same settings.
@@ -26,8 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from command import Parser, UserError, need
-from summary import CAP, SEPARATOR, last_run, spread
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m tools.package", file=sys.stderr)
+    sys.exit(2)
+
+from tools.command import Parser, UserError, need
+from tools.summary import CAP, SEPARATOR, last_run, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation

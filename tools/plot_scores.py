@@ -1,6 +1,6 @@
 """Plots scores against training time, from the logs of finished runs.
 
-    python tools/plot_scores.py logs/*.jsonl --out docs/scores.png --mark 1.3103 "published entry, 180 s"
+    python -m tools.plot_scores logs/*.jsonl --out docs/scores.png --mark 1.3103 "published entry, 180 s"
 
 Every run is a point at its training clock: BPB before quantization and the final one. Runs whose settings differ in SEED
 and names only are one point, their mean, with the sample standard deviation. A line joins the points of one kind. --mark
@@ -11,7 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from summary import last_run, spread
+if not __package__:  # started by its path
+    print(
+        "error: start it in the repository's folder as python -m tools.plot_scores", file=sys.stderr
+    )
+    sys.exit(2)
+
+from tools.summary import last_run, spread
 
 NAMES = {"run_id", "seed", "log_dir", "artifact", "sample"}  # no part of what was measured
 

@@ -1,4 +1,4 @@
-"""Prints what a run achieved, from its logs: python tools/summary.py logs/demo.jsonl"""
+"""Prints what a run achieved, from its logs: python -m tools.summary logs/demo.jsonl"""
 
 import json
 import statistics

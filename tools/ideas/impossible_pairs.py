@@ -1,4 +1,4 @@
-"""Idea: no probability for what BPE cannot write. For `python tools/explore.py --idea tools/ideas/impossible_pairs.py`.
+"""Idea: no probability for what BPE cannot write. For `python -m tools.explore --idea tools/ideas/impossible_pairs.py`.
 
 BPE merges two neighbours wherever it knows a merge for them, so that many tokens never stand behind a given one: in the
 contest's tokenizers 2 % of all pairs, though likely ones (" th" is never followed by "e"). The model need not learn which: here

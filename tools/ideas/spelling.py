@@ -1,4 +1,4 @@
-"""Idea: tokens that are spelled alike learn together. For `python tools/explore.py --idea tools/ideas/spelling.py`.
+"""Idea: tokens that are spelled alike learn together. For `python -m tools.explore --idea tools/ideas/spelling.py`.
 
 While a model trains, a token's embedding is a vector of its own plus the weighted sum of vectors that it shares with all tokens
 that have the same letters: the word without case, groups of two to four letters, a space in front, a capital. Behind

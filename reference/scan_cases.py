@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from helpers import relative
 from torch import Tensor
 
 import train_gpt as t
+from tests.support import relative
 
 
 def columns(projected: Tensor, sizes: t.MambaSizes) -> dict[str, Tensor]:

@@ -2,12 +2,17 @@
 
 import contextlib
 import dataclasses
+import os
+import re
 import resource
 import signal
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
+import sentencepiece
 import torch
 
 import train_gpt as t
@@ -130,9 +135,6 @@ class ThreadRanks(t.Ranks):
     def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.gather(tensor.clone()))
 
-    def broadcast_(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        return tensor.copy_(self.gather(tensor.clone())[source])
-
 
 def run_ranks(world_size: int, function) -> list:
     """function(ranks) on every one of world_size ranks at once; their results in order."""
@@ -189,3 +191,119 @@ def gradients(model: t.Model) -> dict[str, torch.Tensor]:
 def with_settings(settings: t.Settings, **changes) -> t.Settings:
     """A copy of settings with some of them changed."""
     return dataclasses.replace(settings, **changes)
+
+
+SCRIPT = Path(t.__file__).resolve()
+
+
+FINAL = re.compile(r"final_int6_lzma_\w+_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})")
+
+
+# Six steps without a clock; the target leaves room for any model.
+SIX_STEPS = {"iterations": 6, "max_wallclock_seconds": 0.0, "warmup_steps": 1, "train_log_every": 2}
+
+
+def run_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
+    paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model", "log_dir": folder}
+    return tiny_environment(**(SIX_STEPS | paths | {"run_id": "a", "device": "cpu"} | changes))
+
+
+def process_environment(settings: dict[str, str]) -> dict[str, str]:
+    """Settings among what a process needs to start, without any variable that could be taken for a setting."""
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
+    }
+    return kept | {"OMP_NUM_THREADS": "1"} | settings
+
+
+def run_here(monkeypatch, environment: dict[str, str], *arguments: str) -> int:
+    """run() in this process; returns the exit status."""
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    return t.run()
+
+
+class Quiet:
+    """A log that says nothing."""
+
+    def __call__(self, text: str, event: str = "", **values) -> None: ...
+    def progress(self, text: str) -> None: ...
+
+
+def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -> str:
+    """The one line on stderr of a run that ends with status 2."""
+    status = run_here(monkeypatch, environment, *arguments)
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert error.startswith("train_gpt.py: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def newton_schulz(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """As its authors write it: every step multiplies the matrices themselves."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in [*t.POLAR_EXPRESS, *[t.POLAR_EXPRESS[-1]] * steps][:steps]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def fill_gradients(model: torch.nn.Module, poison: float | None = None):
+    """The same gradients every time; a poison stands in one of them only."""
+    for p in model.parameters():
+        p.grad = torch.cos(torch.arange(p.numel(), dtype=torch.float32)).view_as(p)
+    if poison is not None:
+        p.grad.view(-1)[-1] = poison
+
+
+def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> list[torch.Tensor]:
+    """Copies of all that a step may change: parameters, momentum, Adam's moments and step counts, the average."""
+    states = [group.momentum for group in optimizers.muon.groups]
+    for state in optimizers.adam.state.values():
+        states += state.values()
+    return [x.detach().clone() for x in (*optimizers.parameters, *states, *average.tensors())]
+
+
+def cross_entropy_case(vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """Hidden states (37, 32), output matrix, targets and the gradient of the nats."""
+    hidden, weight = torch.randn(37, 32), torch.randn(vocabulary, 32)
+    return hidden, weight, torch.randint(0, vocabulary, (37,)), torch.randn(37)
+
+
+def assert_equal_in_float64(exact, fused, compiled: bool, hidden, weight, grad, *others) -> None:
+    """Nats and gradients of exact(hidden, weight, *others) in float64 and of fused() in float32, perhaps compiled."""
+    function = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
+    outcomes = []
+    for nats, dtype in ((exact, torch.float64), (function, torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        y = nats(*leaves, *others)
+        outcomes.append((y, *torch.autograd.grad(y, leaves, grad.to(dtype))))
+    for wanted, found in zip(*outcomes):
+        assert (found.double() - wanted).norm() < 1e-5 * wanted.norm()
+
+
+interpreted = pytest.mark.skipif(
+    t.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs triton, interpreted, which conftest.py arranges where there is no GPU",
+)
+
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog, and then it rests beneath an old oak tree.",
+    "Numbers such as 1, 23 and 456 stand beside words: naïve, café, straße, Ελλάδα, 東京.",
+    "In the morning the market opens; people come to buy bread, milk, honey and cheese.",
+    "A function returns a value. A loop repeats a block. A test says what would break.",
+    "Rivers run to the sea, winds run round the earth, and letters run across the page.",
+    "She asked whether the train would stop at the village, or go on to the harbour.",
+)
+
+
+def train_tokenizer(path: Path, vocab_size: int, **options) -> Path:
+    """Trains a tokenizer with the contest's special ids: 0 padding, 1 BOS, 2 end, 3 unknown."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 3), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
+        model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+        **({"byte_fallback": True, "add_dummy_prefix": False, "character_coverage": 0.98} | options),
+    )  # fmt: skip
+    return path

@@ -1,0 +1,1 @@
+"""Measurements on NVIDIA GPUs, started as `python -m bench.NAME`."""

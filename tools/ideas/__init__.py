@@ -1,0 +1,1 @@
+"""What no setting says: files for `python -m tools.explore --idea`."""
