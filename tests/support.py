@@ -213,7 +213,7 @@ def process_environment(settings: dict[str, str]) -> dict[str, str]:
     kept = {
         name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
     }
-    return kept | {"OMP_NUM_THREADS": "1"} | settings
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)} | settings
 
 
 def run_here(monkeypatch, environment: dict[str, str], *arguments: str) -> int:

@@ -319,8 +319,8 @@ def test_a_file_without_results_is_one_line(tmp_path, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line():
-    command = [sys.executable, str(ROOT / "bench" / "bench.py"), "kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "bench.bench", "kernels"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(r"bench\.py: error: needs an NVIDIA GPU.*\n", done.stderr)

@@ -159,7 +159,6 @@ def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, u
 KILL_ONE_RANK_ONCE = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv.pop(1))
 import train_gpt as t
 mark, save, gradients = Path(sys.argv.pop(1)), t.Trainer.save, t.Trainer._gradients
 def save_now(trainer, *arguments):
@@ -182,7 +181,6 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, u
     command = (
         *torchrun("--nproc_per_node=2", "--max-restarts=1"),
         str(tmp_path / "kill.py"),
-        str(SCRIPT.parent),
     )
     artifacts = []
     for killed in (True, False):
@@ -489,7 +487,6 @@ def test_a_training_clock_that_runs_over_ends_without_a_score(
 
 STALL = """
 import os, sys, time
-sys.path.insert(0, sys.argv.pop(1))
 import train_gpt as t
 t.COLLECTIVE_SECONDS, gradients = 4.0, t.Trainer._gradients
 def stall(trainer, *arguments):
@@ -510,8 +507,7 @@ def test_a_rank_that_stalls_is_named(shards, tmp_path):
     environment = quick_environment(shards, tmp_path)
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     ranks = [
-        start(environment | {"RANK": str(rank)}, str(tmp_path / "stall.py"), str(SCRIPT.parent))
-        for rank in (0, 1)
+        start(environment | {"RANK": str(rank)}, str(tmp_path / "stall.py")) for rank in (0, 1)
     ]
     out = ranks[0].communicate(timeout=PATIENCE)[0]
     ranks[1].kill()

@@ -9,7 +9,8 @@ import pytest
 
 from tools import plot_scores
 
-COMMAND = [sys.executable, Path(plot_scores.__file__)]
+ROOT = Path(plot_scores.__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "tools.plot_scores"]
 
 
 def write_log(path: Path, seconds: float, before: float, final: float | None, **settings) -> Path:
@@ -40,7 +41,7 @@ def test_the_command_draws_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     log, out = write_log(tmp_path / "a.jsonl", 180.0, 1.24, 1.22), tmp_path / "scores.png"
     command = [*COMMAND, log, "--out", out, "--mark", "1.3103", "theirs"]
-    subprocess.run(command, check=True)
+    subprocess.run(command, cwd=ROOT, check=True)
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
@@ -52,7 +53,7 @@ def test_other_files_end_in_one_line(tmp_path, problem):
     elif problem == "not a log":
         log.write_text("hello\n")
     command = [*COMMAND, log, "--out", tmp_path / "scores.png"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert str(log) in done.stderr

@@ -66,7 +66,6 @@ class Run:
 # Runs train_gpt.py as it stands, and keeps the weights from before export.
 KEEP_WEIGHTS = """
 import sys, torch
-sys.path.insert(0, sys.argv.pop(1))
 import train_gpt as t
 path, export = sys.argv.pop(1), t.export
 def keep_weights(trainer, *rest):
@@ -94,7 +93,7 @@ def train(shards, tmp_path_factory):
                 f"--nproc_per_node={processes}",
             ]
         done = subprocess.run(
-            [*launcher, str(folder / "keep.py"), str(SCRIPT.parent), str(folder / "weights.pt")],
+            [*launcher, str(folder / "keep.py"), str(folder / "weights.pt")],
             env=process_environment(run_environment(shards, folder, **settings)),
             capture_output=True, text=True, timeout=PATIENCE, cwd=folder,
         )  # fmt: skip
@@ -364,13 +363,10 @@ def test_a_ternary_model_scores_as_it_trained_and_loses_nothing(monkeypatch, sha
 # One of two ranks gets a gradient that is not finite in the third of six steps; both check that it changes nothing.
 POISON_ONE_RANK = """
 import sys
-sys.path[:0] = sys.argv[1:3]
 import torch
 import train_gpt as t
-from tests.support import Quiet, SIX_STEPS
-from tests.support import optimizer_tensors
-from tests.support import tiny
-settings = tiny(**SIX_STEPS, data_path=sys.argv[3])
+from tests.support import SIX_STEPS, Quiet, optimizer_tensors, tiny
+settings = tiny(**SIX_STEPS, data_path=sys.argv[1])
 ranks = t.start_ranks(settings)
 trainer = t.Trainer(t.build_model(settings, ranks), settings, ranks, 32, 1e6, Quiet())
 trainer.model.blocks[0].mixer.out_proj.weight.register_hook(
@@ -395,7 +391,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_either(sha
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            str(tmp_path / "poison.py"), str(SCRIPT.parent), str(Path(__file__).parent), str(shards),
+            str(tmp_path / "poison.py"), str(shards),
         ],
         env=process_environment({}), capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -117,8 +117,9 @@ def read_parts(text: str) -> list[float]:
 def install_idea(path: Path) -> None:
     """Changes train_gpt.py as a file of --idea does."""
     need(path.is_file(), f"--idea {path}: no such file")
-    sys.path.insert(0, str(path.resolve().parent))
-    idea = importlib.import_module(path.stem)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    idea = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(idea)
     need(hasattr(idea, "install"), f"--idea {path} has no install(script)")
     idea.install(t)
 
