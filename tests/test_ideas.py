@@ -70,6 +70,25 @@ def test_pairs_are_those_that_the_tokenizer_never_writes(request, name):
     assert found.sum() > size / 2
 
 
+def test_a_tokenizer_with_symbols_of_its_user_keeps_them_apart(tmp_path):
+    """They are cut out before BPE begins: no pair with one is ruled out, and no other one wrongly."""
+    path = tmp_path / "symbols.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 3), model_prefix=str(path.with_suffix("")), vocab_size=400, model_type="bpe",
+        byte_fallback=True, user_defined_symbols=["<sep>", "tion", "▁the"], minloglevel=2,
+    )  # fmt: skip
+    tokenizer = t.Tokenizer(str(path), 400)
+    merges = pairs.merge_order(tokenizer)
+    assert len(merges) > 100
+    symbols = [tokenizer.model.PieceToId(piece) for piece in ("<sep>", "tion", "▁the")]
+    assert not set(symbols) & set(merges.values())
+    found = pairs.impossible_pairs(merges, 400)
+    assert found.sum() > 200
+    assert not found[symbols].any()
+    assert not found[:, symbols].any()
+    assert not (found & ~never_encoded(tokenizer, np.arange(400))).any()
+
+
 def test_merges_of_one_rank_are_made_from_the_left():
     """Of "aaa", BPE makes "aa" and "a": behind "a" there is no "aa"."""
     found = pairs.impossible_pairs({"aa": 0, "a": 1}, 2)

@@ -1,14 +1,18 @@
-"""Idea: no probability for what BPE cannot write. For `python -m tools.explore --idea tools/ideas/impossible_pairs.py`.
+"""Idea: no probability for what BPE cannot write. An --idea of `python -m tools.explore`.
 
-BPE merges two neighbours wherever it knows a merge for them, so that many tokens never stand behind a given one: in the
-contest's tokenizers 2 % of all pairs, though likely ones (" th" is never followed by "e"). The model need not learn which: here
-their logits are the least there are, -LOGIT_SOFTCAP, and have no gradient. Which these are, the tokenizer alone says, and it
-depends on the token before only; so it is still a softmax over the whole vocabulary, chosen before the target is looked at.
+BPE merges two neighbours wherever it knows a merge for them, so that many tokens never stand
+behind a given one: in the contest's tokenizers 2 % of all pairs, though likely ones (" th" is never
+followed by "e"). The model need not learn which: here their logits are the least there are,
+-LOGIT_SOFTCAP, and have no gradient. Which these are, the tokenizer alone says, and it depends on
+the token before only; so it is still a softmax over the whole vocabulary, chosen before the target
+is looked at.
 """
 
 import functools
+import itertools
 import math
 from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,47 +23,92 @@ import train_gpt as t
 
 
 def merge_order(tokenizer: t.Tokenizer) -> dict[str, int]:
-    """The pieces that BPE makes and the tokens they are, in the order of its merges, which is that of the ids. Empty for
-    other models than BPE's, whose scores fall by 1 from piece to piece."""
+    """The pieces that BPE makes and their tokens, in the order of its merges, that of the ids.
+
+    Its scores fall by 1 from piece to piece, beginning at 0. User-defined symbols stand before
+    them, all with a score of 0: they are cut out of a text before BPE sees it, are part of no
+    merge, and so may stand beside every token. Empty for other models than BPE's.
+    """
     ids = list(range(tokenizer.model.vocab_size()))
-    made = np.flatnonzero(~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids)))
-    scores, pieces = np.array(tokenizer.model.GetScore(ids)), tokenizer.model.IdToPiece(ids)
-    return {pieces[i]: int(i) for i in made} if (np.diff(scores[made]) == -1).all() else {}
+    ordinary = np.flatnonzero(~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids)))
+    scores = np.array(tokenizer.model.GetScore(ids))[ordinary]
+    zeros = np.flatnonzero(scores == 0)
+    if len(zeros) == 0:
+        return {}
+    first = zeros[-1]
+    if scores[:first].any() or (np.diff(scores[first:]) != -1).any():
+        return {}
+    pieces = tokenizer.model.IdToPiece(ids)
+    return {pieces[token]: int(token) for token in ordinary[first:]}
+
+
+def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
+    """The two texts that BPE merges last when it makes a piece; of a character, itself."""
+    parts = list(piece)
+    while len(parts) > 2:
+        order = [merges.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
+        place = order.index(min(order))  # the leftmost, if the first merge of the order fits twice
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+class Making(NamedTuple):
+    """How BPE makes its pieces, as far as neighbours can tell. A merge is named by its token."""
+
+    latest: dict[str, int]  # of a piece, the last of the order's merges in it; characters: -1
+    beginnings: dict[str, dict[str, float]]  # of a piece, what stood there: the merge that ended it
+    endings: dict[str, dict[str, float]]  # likewise; what no merge ends, the piece, has infinity
+
+
+def make_pieces(merges: dict[str, int]) -> Making:
+    """Makes every piece as BPE does, and notes what stood at its two ends until which merge."""
+    made = Making(defaultdict(lambda: -1), {}, {})
+    for piece in sorted(merges, key=len):
+        token = merges[piece]
+        parts = last_parts(piece, merges)
+        if len(parts) == 2:
+            made.latest[piece] = max(token, made.latest[parts[0]], made.latest[parts[1]])
+        for ends, part in ((made.beginnings, parts[0]), (made.endings, parts[-1])):
+            ends[piece] = ends.get(part, {}) | {part: token, piece: math.inf}
+    return made
+
+
+class Stay(NamedTuple):
+    """A text stands at one end of a token while BPE makes it."""
+
+    token: int
+    gone: float  # the merge that ends it
+
+
+def by_text(ends: dict[str, dict[str, float]], merges: dict[str, int]) -> dict[str, list[Stay]]:
+    """Of every text all tokens at whose beginning, or whose end, it stands for some time."""
+    stays = defaultdict(list)
+    for piece, texts in ends.items():
+        for text, gone in texts.items():
+            stays[text].append(Stay(merges[piece], gone))
+    return stays
 
 
 def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
-    """Which tokens BPE never puts behind which: bool (size, size), the token before first. merges: merge_order()'s.
+    """Which tokens BPE never puts behind which: bool (size, size), the token before first.
 
-    Two tokens stay apart unless something at the end of the first and something at the beginning of the second, both there
-    at the same time while BPE makes the two, are merged before they are gone. So each piece is made as BPE makes it, and
-    what has stood at its two ends is noted with the merge that took it away.
+    merges: merge_order()'s. Two tokens stay apart unless something at the end of the first and
+    something at the beginning of the second, both there at the same time, make a known merge
+    before they are gone. For each merge, and each way to cut its piece into a left and a right
+    text, these are the tokens that end with the left one long enough, times those that begin with
+    the right one long enough.
     """
-    never, latest = (
-        np.zeros((size, size), bool),
-        defaultdict(lambda: -1),
-    )  # latest: the last merge a piece is made by
-    chains, sides = ({}, {}), (defaultdict(list), defaultdict(list))  # of beginnings, of ends
-    for piece in sorted(merges, key=len):
-        parts, token = list(piece), merges[piece]
-        while len(parts) > 2:  # the first merge of the order, the leftmost if it fits twice
-            at = min(
-                range(len(parts) - 1), key=lambda k: merges.get(parts[k] + parts[k + 1], math.inf)
-            )
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            latest[piece] = max(token, latest[parts[0]], latest[parts[1]])
-        for part, chain, side in zip((parts[0], parts[-1]), chains, sides):
-            chain[piece] = chain.get(part, {}) | {part: token, piece: math.inf}
-            for text, gone in chain[piece].items():
-                side[text].append((token, gone))
-    begins, ends = sides
+    latest, beginnings, endings = make_pieces(merges)
+    begins, ends = by_text(beginnings, merges), by_text(endings, merges)
+    never = np.zeros((size, size), bool)
     for piece, merge in merges.items():
-        for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece))):
-            rows = [token for token, gone in ends[left] if gone > max(merge, latest[right])]
-            columns = [
-                token for token, gone in begins[right] if gone >= merge and gone > latest[left]
-            ]
-            never[np.ix_(rows, columns)] = True
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            # BPE works in the order of merges, and on equal ones from the left: one in the first
+            # token comes before this one, one in the second behind it.
+            before = [s.token for s in ends[left] if s.gone > max(merge, latest[right])]
+            behind = [s.token for s in begins[right] if s.gone > max(merge - 1, latest[left])]
+            never[np.ix_(before, behind)] = True
     return never
 
 
