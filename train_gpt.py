@@ -1,24 +1,48 @@
-"""Parameter Golf with state-space layers: from token shards to a scored artifact.
+"""Parameter Golf with state-space layers: from token shards to a scored artifact, in one file.
 
-    python train_gpt.py  # one process, on a GPU if there is one
-    torchrun --standalone --nproc_per_node=8 train_gpt.py  # one process per GPU
-    python train_gpt.py --help  # every setting and preset
+    python train_gpt.py                                     # one process, on a GPU if there is one
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   # one process per GPU
+    PRESET=tiny python train_gpt.py                         # two minutes on two CPU cores
+    python train_gpt.py --help                              # every setting and preset
 
-It trains a hybrid of Mamba-3 and attention by the clock, quantizes it with GPTQ, packs it into 16,000,000 bytes with the
-code, loads it back and scores it, adapting to what it has scored. Sections follow the data:
+The program trains a language model until its clock ends, quantizes it, packs it with this script's
+own bytes into at most 16,000,000, loads it back, and scores it in bits per byte while it adapts to
+the text that it has scored.
 
-    1. Settings: with presets and --help
-    2. Ranks and device: what several processes need from each other
+The model:
+    - layers of Mamba-3 with a few of attention between them, MLPs after both
+    - Mamba-3: data-dependent decay, rotation of the state, trapezoidal inputs, one shared key/query
+    - grouped-query attention with rotary positions and learned query gains
+    - MLPs of LeakyReLU(0.5) squared; no biases; norms without weights
+    - embeddings tied to the output matrix, with hashed bigrams added to the input
+    - U-Net skips from the first half to the second; layers may run more than once
+    - logits bounded by a tanh; output matrices begin at zero
+    - Muon for matrices, Adam for the rest, a moving average of the weights
+    - GPTQ onto int6 grids (int8 where it matters), entropy-coded near its bound
+    - sliding windows and test-time training on what is already scored
+
+Contents, in the order in which data flow; the last two may be left out at a first reading:
+    1. Settings: every variable, presets, --help
+    2. Ranks and device: what several processes need of each other, choices for the whole process
     3. Data: shards, batches, bytes per token
     4. The recurrence: Mamba-3's, in a loop and as matmuls
     5. Model: attention, Mamba and MLP blocks
-    6. Optimizers: Muon for matrices, Adam for the rest, weight average, schedule
-    7. Evaluation: scores, test-time training
-    8. Quantization: GPTQ and grids
+    6. Optimizers: Muon, Adam, weight average, schedule
+    7. Evaluation: windows, scores, test-time training
+    8. Quantization: grids and GPTQ
     9. Artifact: entropy coding, the file, loading
-    10. Training and main: log, training loop, export, main()
+    10. Training and main: log, clock, checkpoints, loop, export
     11. Fused kernels: the scan and the cross-entropy in Triton
-    12. Published peers: the first Mamba and library kernels
+    12. Published peers: the first Mamba, library kernels
+
+Words and letters:
+    B, L (or T)    sequences of a batch, tokens of a sequence
+    H, P, N, R     Mamba's heads, channels of a head, numbers of state a channel, angles (2R <= N)
+    nats, BPB      -ln of a target's probability; the same in bits over the target's bytes of text
+    key weight     what multiplies a token's key on its way into the state
+    hinge          the layers at the turning point of the U-Net, which may run again
+    k (SDClip)     a row's grid ends at k root-mean-squares of the row
+    chunk          tokens that a scan takes in one matmul; in evaluation, tokens scored at once
 """
 
 import atexit
@@ -40,7 +64,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -60,14 +84,16 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     constexpr = tl.constexpr
-    jit = triton.jit(
-        do_not_specialize=["length", "batch", "chunks"]
-    )  # a 1 would become a number without a type
+    # Of a kernel's numbers, a 1 would else become a constant without a type.
+    jit = triton.jit(do_not_specialize=["length", "batch", "chunks"])
 except ImportError:  # CPU builds of torch need none
-    triton, jit, constexpr = None, lambda function: function, None
+    triton = None
+    constexpr = None
 
-# Wrong in torch 2.10, may not compile in 2.11 (pytorch#190796, #176131).
-os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
+    def jit(function):
+        """Stands in for triton.jit: the kernels are never called."""
+        return function
+
 
 BOS_ID = 1
 ROPE_BASE = 10_000.0
@@ -79,6 +105,7 @@ class UserError(Exception):
 
 
 def need(condition, message: str):
+    """Raises UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -845,7 +872,8 @@ def ttt_sequence_length(settings, world_size: int) -> int:
 
 def help_text() -> str:
     """What --help prints: every setting, every preset, and other names."""
-    lines = ["Settings are environment variables:"]
+    title = (__doc__ or "").partition("\n")[0]  # python -OO keeps no docstrings
+    lines = [title, "", "Settings are environment variables:"]
     for f in fields(Settings):
         domain, group = f.metadata["domain"], f.metadata["group"]
         default = int(f.default) if isinstance(f.default, bool) else f.default
@@ -864,15 +892,58 @@ def help_text() -> str:
 
 # ==================================================================================================
 # 2. Ranks and device
-# What several processes need from each other. With one process, every method is the identity.
+# What several processes need of each other, and what is chosen for a whole process. With one rank,
+# every method of Ranks is the identity.
 
 
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 
 
+# ---- Choices for the whole process ---------------------------------------------------------------
+
+# SDPA's kernels, of which the first that can take a call does. cuDNN's is the fastest on Hopper.
+# Without its memory-efficient one, which would go before MATH where neither of the others can.
+ATTENTION_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as the process lives
+
+
+def prepare_torch(deterministic: bool = False):
+    """Makes all choices that hold for torch in the whole process: here and nowhere else.
+
+    To import this script changes nothing in a process. What trains or scores calls this first,
+    before CUDA is used; to call it again changes nothing. With deterministic, a run gives the same
+    bits again, more slowly.
+    """
+    PROCESS_WIDE.close()
+    # For good: entered in the model, the choice would keep graphs out of the compiler's cache.
+    PROCESS_WIDE.enter_context(sdpa_kernel(ATTENTION_KERNELS, set_priority=True))
+    keep_sums_apart()
+    torch._dynamo.config.recompile_limit = 64  # orders of layers, shapes: the usual 8 are too few
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+        torch.use_deterministic_algorithms(True)
+
+
+def keep_sums_apart():
+    """Turns inductor's mix-order reduction off, unless TORCHINDUCTOR_MIX_ORDER_REDUCTION asks for it.
+
+    Seen: wrong sums with torch 2.10 (pytorch#190796), an assertion while compiling PRESET=hybrid11
+    with 2.11 (#176131). Still needed unless `tests/gpu_checks.py systems` passes with the variable.
+    """
+    wanted = os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0") == "1"
+    inductor = sys.modules.get("torch._inductor.config")  # it has read the variable already
+    if inductor and hasattr(inductor.triton, "mix_order_reduction"):
+        inductor.triton.mix_order_reduction = wanted
+
+
+# ---- Ranks ---------------------------------------------------------------------------------------
+
+
 @dataclass
 class Ranks:
-    """This process among its peers, and its device."""
+    """This process among its peers, and its device. Collectives are called by every rank alike."""
 
     rank: int
     world_size: int
@@ -880,22 +951,24 @@ class Ranks:
 
     @property
     def gpu(self) -> bool:
+        """Whether this rank computes on a GPU."""
         return self.device.type == "cuda"
 
     def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place of the tensor."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def from_main(self, value):
-        """Rank 0's object, over gloo: no GPU is waited for."""
+        """Rank 0's object on every rank; it goes over gloo, so no GPU is waited for."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def concatenate(self, tensor: Tensor) -> Tensor:
-        """Every rank's rows."""
+        """The rows of every rank's tensor (n, ...), in the ranks' order: (ranks · n, ...)."""
         if self.world_size == 1:
             return tensor
         gathered = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
@@ -903,45 +976,106 @@ class Ranks:
         return gathered
 
 
-def start_ranks(settings) -> Ranks:
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if settings.device == "cuda" or (settings.device == "auto" and gpus):
-        need(gpus, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build")
-        need(local_rank < gpus, f"more ranks than the {gpus} GPUs here: lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+class Launch(NamedTuple):
+    """What torchrun tells a process about its place."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def read_number(environment: dict[str, str], name: str, default: int) -> int:
+    """A launcher's variable as a whole number; unset or empty is the default."""
+    text = environment.get(name, "").strip()
+    need(not text or text.isdecimal(), f"{name}={shown(text)} should be a whole number, or unset")
+    return int(text) if text else default
+
+
+def read_launch(environment: dict[str, str]) -> Launch:
+    """The place in the environment; alone without one. Raises UserError for an impossible one."""
+    world_size = read_number(environment, "WORLD_SIZE", 1)
+    rank = read_number(environment, "RANK", 0)
+    need(world_size > 0, "WORLD_SIZE=0 should be at least 1: unset it, or start with torchrun")
+    need(rank < world_size, f"RANK={rank} should be below WORLD_SIZE={world_size}")
     if world_size > 1:
-        backend, device_id = (
-            ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-        )
-        store, *_ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store
-        )  # it survives a restart
-        timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
-        dist.init_process_group(
-            backend, None, timeout, world_size, rank, store, device_id=device_id
-        )
-        atexit.register(time.sleep, 0.1)  # gloo's threads drop tensors: later, they abort
-    return Ranks(rank, world_size, device)
+        wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        lacking = [name for name in wanted if not environment.get(name)]
+        problem = f"WORLD_SIZE={world_size} without {', '.join(lacking)}"
+        need(not lacking, f"{problem}: unset it for one process, or start with torchrun")
+    return Launch(rank, read_number(environment, "LOCAL_RANK", 0), world_size)
+
+
+def choose_device(settings, local_rank: int) -> torch.device:
+    """DEVICE, of GPUs the one of this rank, which becomes the current one."""
+    gpus = torch.cuda.device_count()
+    if settings.device == "cpu" or (settings.device == "auto" and not gpus):
+        return torch.device("cpu")
+    need(gpus, "DEVICE=cuda, but torch sees no GPU: unset DEVICE, or install a CUDA build")
+    need(local_rank < gpus, f"more ranks than the {gpus} GPUs here: lower --nproc_per_node")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_ranks(settings) -> Ranks:
+    """Joins the ranks that torchrun started, if it did, each with its device."""
+    launch = read_launch(dict(os.environ))
+    device = choose_device(settings, launch.local_rank)
+    if launch.world_size > 1:
+        join_group(launch, device)
+    return Ranks(launch.rank, launch.world_size, device)
+
+
+def join_group(launch: Launch, device: torch.device):
+    """torch's process group: gloo, and NCCL for what lies on GPUs."""
+    gpu = device.type == "cuda"
+    store, *_ = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
+        world_size=launch.world_size,
+        rank=launch.rank,
+        store=forget_earlier_starts(store),
+        device_id=device if gpu else None,
+    )
+    let_gloo_finish()
+
+
+def forget_earlier_starts(store):
+    """The store without keys from before a restart by torchrun --max-restarts.
+
+    Seen with torch 2.11: torchrun's store outlives its processes, and the new ones read the old
+    ones' keys. Still needed unless tests/test_checkpoint.py's restart passes with the store itself.
+    """
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+
+
+def let_gloo_finish():
+    """Waits a tenth of a second when Python ends.
+
+    Seen with torch 2.11: gloo's threads still hold a tensor then and abort, in one of four runs of
+    two ranks. Still needed unless a hundred such runs without it all end with status 0.
+    """
+    atexit.register(time.sleep, 0.1)
+
+
+# ---- Small helpers -------------------------------------------------------------------------------
 
 
 def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of number that is at most most; at least 1."""
     return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
 def maybe_compile(function, settings, ranks):
-    """function, as one whole graph where compiling is on."""
+    """The function, compiled as one whole graph where COMPILE says so or, by itself, on a GPU."""
     if settings.compile == "off" or (settings.compile == "auto" and not ranks.gpu):
         return function
-    torch._dynamo.config.recompile_limit = 64  # 8 are too few
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def synchronized_time() -> float:
-    """perf_counter() once the GPU is done."""
+    """time.perf_counter() once the GPU has done all that it was given."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -1536,16 +1670,6 @@ class Linear(nn.Linear):
         """What W is applied to by forward(x, scale), float32 or more: for its Hessian."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x if scale is None else x * scale
-
-
-# For good: in a graph, they would keep it out of the compiler's cache.
-first_that_can = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-
-
-attention_kernels = sdpa_kernel(first_that_can, set_priority=True)
-
-
-attention_kernels.__enter__()
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -3481,14 +3605,12 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
     """Settings with a run id that ranks share, the names of those given, and the ranks."""
     settings, given = read_settings(environment)
-    validate_settings(settings, int(environment.get("WORLD_SIZE", 1)))
+    validate_settings(settings, read_launch(environment).world_size)
     known = settings.artifact or settings.run_id or not settings.eval_only
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
-    if settings.deterministic:
-        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
-        torch.use_deterministic_algorithms(True)
+    prepare_torch(settings.deterministic)
     ranks, launch = start_ranks(settings), time.strftime("%Y%m%d-%H%M%S")
-    if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)):  # a name that outlives a restart
+    if read_number(environment, "TORCHELASTIC_MAX_RESTARTS", 0):  # a name that outlives a restart
         launch = environment["TORCHELASTIC_RUN_ID"]
     run_id = settings.run_id or f"{launch}-{settings.preset}-{settings.seed}"
     return replace(settings, run_id=ranks.from_main(run_id)), given, ranks

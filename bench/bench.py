@@ -688,6 +688,7 @@ def profile_table(title: str, kernels: list[tuple[str, float, int]], rows: int =
 def first_step(defaults: dict[str, str]):
     """All that a run does up to the end of its first step, short of reading data; then prints the time of day."""
     settings = read_settings(defaults)
+    t.prepare_torch()
     ranks = t.start_ranks(settings)
     trainer, _ = make_trainer(settings, ranks, 1)
     trainer.warm_up()
@@ -838,6 +839,7 @@ def run_parts(options: argparse.Namespace) -> int:
     cases = {"environment": {}} if "PRESET" in os.environ else STEP_CASES
     step_settings = {name: read_settings(defaults, world_size) for name, defaults in cases.items()}
     kernel_settings = read_settings(KERNEL_SETTINGS)
+    t.prepare_torch()
     ranks = t.start_ranks(kernel_settings)
     torch.manual_seed(0)
     report = Report(options.out, quiet=ranks.rank > 0)

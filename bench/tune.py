@@ -59,6 +59,7 @@ def kernel_times(run, repeats: int = 4) -> dict[str, float]:
 
 def main() -> None:
     state = int(sys.argv[1]) if len(sys.argv) > 1 else 64
+    t.prepare_torch()
     device = torch.device("cuda")
     projected, parameters, sizes = random_layer(state, device)
     inputs = learned(projected, parameters)

@@ -19,6 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def prepared_torch():
+    """The choices for the whole process under which the script trains and scores."""
+    import train_gpt
+
+    train_gpt.prepare_torch()
+
+
 @pytest.fixture
 def signal_handlers():
     """A run that fails leaves its own behind."""

@@ -379,6 +379,7 @@ def check_systems() -> None:
 
 
 def main() -> None:
+    t.prepare_torch()
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), torch.__version__)
     wanted = sys.argv[1:] or [

@@ -659,10 +659,14 @@ def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == "train_gpt.py: error: the training shards hold token id 600\n"
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("wanted", [None, "1"])
-def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for(wanted):
-    """The compiler reads the variable when it is first imported, which importing the script must not do too early."""
-    code = "import train_gpt, torch._inductor.config as c; print(getattr(c.triton, 'mix_order_reduction', 'unknown'))"
+def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for(wanted, early):
+    """The compiler reads the variable when it is first imported, which may be before or after."""
+    code = (
+        "import train_gpt; EARLY; train_gpt.prepare_torch(); import torch._inductor.config as c; "
+        "print(getattr(c.triton, 'mix_order_reduction', 'unknown'))"
+    ).replace("EARLY", "import torch._inductor.config" if early else "pass")
     asked = {} if wanted is None else {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": wanted}
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,11 +1,17 @@
 """Settings: what is read from the environment, what is refused, and what --help shows."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import train_gpt as t
-from tests.support import SOLO, bounded, tiny, with_settings
+from tests.support import PATIENCE, SOLO, bounded, tiny, with_settings
 
 NAMES = {f.name.upper() for f in dataclasses.fields(t.Settings)}
 
@@ -226,3 +232,135 @@ def test_presets_name_only_settings_that_exist():
     for values in t.PRESETS.values():
         for name, value in values.items():
             assert type(value) is type(fields[name].default), name
+
+
+# ---- The process -------------------------------------------------------------------------------
+
+# What stands in the process before and after the script is imported, and after prepare_torch().
+LOOK = """
+import json, os, signal, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+def look():
+    cuda = torch.backends.cuda
+    return {
+        "environment": dict(os.environ),
+        "kernels": [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(),
+                    cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()],
+        "signals": [str(signal.getsignal(number)) for number in (2, 10, 15)],
+        "dtype": str(torch.get_default_dtype()),
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "random": torch.get_rng_state().tolist(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+before = look()
+import train_gpt
+after = look()
+train_gpt.prepare_torch()
+prepared = look()
+print(json.dumps([before, after, prepared]))
+"""
+
+
+def test_importing_the_script_changes_nothing_in_the_process():
+    root = Path(t.__file__).parent
+    bare = {"PATH": os.environ["PATH"]}
+    command = [sys.executable, "-c", LOOK, str(root)]
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=PATIENCE)
+    before, after, prepared = json.loads(done.stdout or "[]") or pytest.fail(done.stderr)
+    assert after == before
+    changed = {name for name in before if prepared[name] != before[name]}
+    assert changed == {"environment", "kernels"}  # so looking shows what is changed
+    assert prepared["kernels"] == [True, False, True, True]
+
+
+def test_preparing_twice_is_preparing_once():
+    t.prepare_torch()
+    t.prepare_torch()
+    assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch._dynamo.config.recompile_limit == 64
+
+
+TORCHRUN = {"LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        ({}, (0, 0, 1)),
+        ({"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": ""}, (0, 0, 1)),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, (0, 0, 1)),
+        (TORCHRUN | {"WORLD_SIZE": "8", "RANK": "3"}, (3, 1, 8)),
+    ],
+)
+def test_a_process_knows_its_place_among_the_ranks(environment, launch):
+    assert t.read_launch(environment) == launch
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1"),
+        ({"RANK": "1"}, "RANK=1"),
+        ({"WORLD_SIZE": "2"}, "without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (TORCHRUN | {"WORLD_SIZE": "2"}, "without RANK: "),
+        (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2"),
+        ({"RANK": "x\n"}, "RANK="),
+        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5"),
+    ],
+)
+def test_an_impossible_place_among_the_ranks_is_one_line(environment, named):
+    with pytest.raises(t.UserError, match=named) as caught:
+        t.read_launch(environment)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"}, {"RUN_ID": "first\r"}]
+)
+def test_such_a_mistake_ends_the_script_with_status_2_and_one_line(variables):
+    environment = {"PATH": os.environ["PATH"], "PRESET": "tiny"} | variables
+    done = subprocess.run(
+        [sys.executable, t.__file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train_gpt.py: error: ")
+
+
+def test_help_is_there_without_docstrings():
+    done = subprocess.run(
+        [sys.executable, "-OO", t.__file__, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MODEL_DIM" in done.stdout
+
+
+# ---- Text that would spoil a line or a header ---------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mamba_layers", "mlp_layers", "layer_order"])
+def test_white_space_in_a_list_of_layers_is_gone_once_it_is_read(name):
+    settings, _ = t.read_settings({"PRESET": "tiny", name.upper(): "0,\t1 , 2-3\r\n"})
+    assert getattr(settings, name) == "0,1,2-3"
+    t.validate_settings(dataclasses.replace(settings, mamba_layers="0,1,3"), 1)
+
+
+@pytest.mark.parametrize("name", ["run_id", "log_dir", "artifact", "data_path", "resume"])
+@pytest.mark.parametrize("text", ["a\r", "a\nb", "a\x1b[2J", "a\udce4"])
+def test_what_does_not_print_is_refused_in_names_and_paths(name, text):
+    settings, _ = t.read_settings({"PRESET": "tiny", name.upper(): text})
+    with pytest.raises(t.UserError, match=f"{name.upper()}=") as caught:
+        t.validate_settings(settings, 1)
+    assert str(caught.value).isprintable()

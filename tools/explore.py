@@ -210,6 +210,7 @@ def main() -> int:
         parts = read_parts(given.averages)
         need(given.every > 0, f"--every {given.every} should be above 0")
         variants = [read_variant(text, dict(os.environ)) for text in given.variants]
+        t.prepare_torch()
         for path in given.idea:
             install_idea(path)
         with given.out.open("a") if given.out else contextlib.nullcontext() as file:
