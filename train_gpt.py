@@ -1661,6 +1661,10 @@ class Linear(nn.Linear):
         kind = "zero" if zero else "matrix"
         self.weight = nn.Parameter(initial(kind, out_features, in_features))
 
+    def effective_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """What forward(x, scale) multiplies with the weight, as if scale came before the product."""
+        return x if scale is None else x.float() * scale.float()
+
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """W (scale·x) of x (..., in): a factor scale (..., 1) of the whole row may follow W."""
         y = F.linear(x, self.weight.to(x.dtype))
@@ -2709,128 +2713,190 @@ class Evaluator:
 
 # ==================================================================================================
 # 8. Quantization
-# Matrices become integers times the steps of a grid. QUANTIZER: gptq on SDClip's grid, or round to it; percentile and dsq,
-# GPTQ on other grids; ternary for int6 (BitNet b1.58, arXiv 2402.17764), in training too.
+#
+# A matrix W (rows, columns) is stored as integers Q on a grid of its own:
+#
+#     W[i, j]  ~  Q[i, j] · row_step[i] · column_step[j],        |Q[i, j]| <= limit[i]
+#
+# What has to be chosen, and where:
+#
+#     limits  grid_limits(): 31, which is int6, in most rows; 127 where errors count for more
+#     steps   grid_steps(): SDClip's end a row's grid at k root-mean-squares of its weights
+#     k       fit_sdclip(): a larger k is a coarser grid, whose integers take fewer bytes once they
+#             are coded (section 9); the finest is taken whose file fits
+#     Q       gptq(): each column is rounded so that it makes up for the errors of those before;
+#             collect_hessians() says which errors count, by the layer's inputs
+#
+# QUANTIZER=gptq is all of that, round takes the nearest integers; percentile, dsq and ternary have
+# steps of their own (section 12).
 
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
+INT6_MAX = 31
+INT8_MAX = 127
+TERNARY_MAX = 1
 
-INT6_MAX, INT8_MAX = 31, 127
-
-
-GPTQ_BLOCK = 128  # columns whose error is spread at once
-
-
-GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal
-
-
+SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-mean-squares are rare
 SDCLIP_MOST = 16.0  # the largest k unasked: a typical weight is 2 steps
+SDCLIP_CHOICES = 257  # values of k from the finest grid to the coarsest
 
+# What the file takes beside its numbers: header and checksum, and some room for a wrong prediction.
+OTHER_BYTES = 4096.0
 
-# The first part that a matrix's name has, and what the report calls it.
+DAMPING_ATTEMPTS = 12  # tenfold each time
+
+# The first part that a matrix's name has, and the kind of layer that it belongs to.
 KINDS = {
     "bigram": "bigrams",
     "mlp": "MLP",
     "out_proj": "Mamba out",
     "_proj": "Mamba in",
     "mixer": "attention",
+    "": "embedding",
 }
 
 
+def kind_of(name: str) -> str:
+    """The kind of layer that a matrix belongs to, by its weight's name: one of KINDS' values."""
+    return next(kind for part, kind in KINDS.items() if part in name)
+
+
 def grid_limits(model) -> dict[str, Tensor]:
-    """The largest integer in each row, float32 (rows, 1), of matrices stored as integers: int6 or ternary, but int8 in the
-    embedding and the rows whose errors Mamba's recurrence compounds."""
-    limits, usual = {}, 1 if model.settings.quantizer == "ternary" else INT6_MAX
+    """The largest integer in each row of every matrix that is stored as integers.
+
+    Returns float32 (rows, 1) by the weight's name, for all linear layers and embeddings. Most rows
+    have INT6_MAX, or TERNARY_MAX with QUANTIZER=ternary. INT8_MAX have the embedding, which is the
+    output matrix too, and the rows that make Mamba's step sizes, decays, trapezoids and angles,
+    whose errors the recurrence compounds: the last dynamics_rows of in_proj; in the first Mamba
+    all of x_proj and dt_proj.
+    """
+    usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
+    limits = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Embedding)):
-            limits[f"{name}.weight"] = rows = torch.full_like(layer.weight[:, :1], usual)
-            if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
-                rows[:] = INT8_MAX
-            elif name.endswith(".in_proj"):
-                rows[len(rows) - layer.dynamics_rows :] = INT8_MAX
+        if not isinstance(layer, (nn.Linear, nn.Embedding)):
+            continue
+        rows = torch.full_like(layer.weight[:, :1], usual)
+        if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
+            rows[:] = INT8_MAX
+        elif name.endswith(".in_proj"):
+            first_dynamic = len(rows) - layer.dynamics_rows
+            rows[first_dynamic:] = INT8_MAX
+        limits[f"{name}.weight"] = rows
     return limits
 
 
-def float_type(name: str) -> str:
-    """In which a parameter, or the steps of a matrix, are stored."""
-    return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
+def exact_steps(steps: Tensor) -> Tensor:
+    """The nearest steps that float16 holds exactly, float32: the file then has what was rounded with.
 
-
-def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
-    """Steps of rows (rows, 1) and columns (columns,), exact in float16, whose products are the grid's. SDClip: a row's grid
-    ends at k, or SDCLIP_K_INT8, root-mean-squares of the row."""
-    columns, clips = (
-        torch.ones_like(weight[0]),
-        torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k),
-    )
-    exact = lambda step: step.clamp(min=2**-14, max=60_000.0).half().float()
-    if (
-        settings.quantizer == "dsq"
-    ):  # decoupled scales, as for states in Q-Mamba (2025.findings-acl.551)
-        columns = exact(F.normalize(weight).norm(dim=0))
-    clip = clips * (weight / columns).square().mean(dim=1, keepdim=True).sqrt()
-    if settings.quantizer == "ternary":  # the mean magnitude, here by row
-        clip = torch.where(limits == 1, weight.abs().mean(dim=1, keepdim=True), clip)
-    rows = exact(clip / limits)
-    if (
-        settings.quantizer == "percentile"
-    ):  # k/3 of that which errs least; SDClip: the 99.7th, if Gaussian
-        ordered, least = weight.abs().sort(dim=1).values, math.inf
-        for part in (0.99, 0.995, 0.998, 1.0):
-            step = exact(clips / 3 * ordered[:, int(part * len(columns)) - 1, None] / limits)
-            error = (weight - round_to_grid(weight, step, limits) * step).norm(dim=1, keepdim=True)
-            rows, least = torch.where(error < least, step, rows), error.clamp(max=least)
-    return rows, columns
+    None is 0, which a row of zeros would have, nor beyond float16's range.
+    """
+    return steps.clamp(min=2**-14, max=60_000.0).half().float()
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    """The integers, in weight's type, whose products with scale are nearest to weight.
+
+    scale, the grid's step at each weight, and limits broadcast to weight (..., rows, columns).
+    """
     return (weight / scale).round().clamp(-limits, limits)
+
+
+def sdclip_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
+    """Steps (rows, 1) of grids that end at clips times each row's root mean square."""
+    root_mean_square = weight.square().mean(dim=1, keepdim=True).sqrt()
+    return exact_steps(clips * root_mean_square / limits)
+
+
+def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
+    """The steps of a matrix's grid, by QUANTIZER's rule.
+
+    weight (rows, columns) and limits (rows, 1) are float32. k bounds rows of int6, SDCLIP_K_INT8
+    those of int8, in root-mean-squares of the row. Returns steps of rows (rows, 1) and of columns
+    (columns,), float32 numbers that float16 holds; their product is the step at each weight.
+    """
+    clips = torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
+    one_each = torch.ones_like(weight[0])
+    if settings.quantizer == "percentile":
+        return percentile_steps(weight, limits, clips), one_each
+    if settings.quantizer == "ternary":
+        return ternary_steps(weight, limits, clips), one_each
+    if settings.quantizer == "dsq":
+        return decoupled_steps(weight, limits, clips)
+    return sdclip_steps(weight, limits, clips), one_each
+
+
+def float_type(name: str) -> str:
+    """The type, by numpy's and torch's name, in which the artifact holds a vector or a matrix's steps.
+
+    Only what sets decay and the path past the recurrence, Mamba's dt_bias and D, is float32.
+    """
+    return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
+
+
+# How fine a grid fits into the file.
+
+
+def matrix_bytes(weight: Tensor, limits: Tensor, settings, k: float) -> float:
+    """What a matrix will take in the file: about its integers' entropy, and two bytes a step.
+
+    The nearest integers stand for GPTQ's, which are spread alike. The coder takes 0.2 % more than
+    the entropy, its last states (4 bytes for each lane), and 256 bytes for packed frequencies.
+    """
+    rows, columns = grid_steps(weight, limits, settings, k)
+    integers = round_to_grid(weight, rows * columns, limits)
+    counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
+    frequencies = counts / weight.numel()
+    entropy_bytes = float(torch.special.entr(frequencies).sum()) / math.log(256)
+    steps = len(rows) + int((columns != 1).sum())
+    return 2 * steps + 4 * ANS_LANES + 256 + 1.002 * entropy_bytes * weight.numel()
 
 
 @torch.no_grad()
 def predict_bytes(model, settings, k: float) -> float:
-    """Of the artifact with this k, by the integers' entropy."""
-    total, matrices = 4096.0, grid_limits(model)
+    """The size of the artifact, in bytes, with this k: known before GPTQ and within a percent."""
+    total = OTHER_BYTES
+    matrices = grid_limits(model)
     for name, p in model.named_parameters():
         if name in matrices:
-            rows, columns = grid_steps(p, matrices[name], settings, k)
-            integers = round_to_grid(p, rows * columns, matrices[name])
-            counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-            entropy = float(torch.special.entr(counts / p.numel()).sum()) / math.log(
-                256
-            )  # in bytes
-            total += (
-                2 * (len(p) + int((columns != 1).sum()))
-                + 4 * ANS_LANES
-                + 256
-                + 1.002 * entropy * p.numel()
-            )
+            total += matrix_bytes(p, matrices[name], settings, k)
         else:
             total += p.numel() * np.dtype(float_type(name)).itemsize
     return total
 
 
 def fit_sdclip(model, settings, target_bytes: float) -> float:
-    """SDCLIP_K, or if that is 0 the least k from 4 to 16 whose artifact should fit."""
-    need(
-        all(p.isfinite().all() for p in model.parameters()),
-        f"weights are no longer finite: {DIVERGED}",
-    )
+    """The k of int6 rows: SDCLIP_K, or if that is 0 the least whose artifact should fit.
+
+    It is searched from SDCLIP_LEAST to SDCLIP_MOST, whose artifact may be too large all the same:
+    export() looks. Raises UserError where weights are not finite.
+    """
+    finite = all(p.isfinite().all() for p in model.parameters())
+    need(finite, f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    choices = np.linspace(4, SDCLIP_MOST, 257).tolist()
-    fits = lambda k: predict_bytes(model, settings, k) <= target_bytes
-    return choices[bisect.bisect_left(choices, True, hi=256, key=fits)]
+
+    def fits(k: float) -> bool:
+        return predict_bytes(model, settings, k) <= target_bytes
+
+    choices = np.linspace(SDCLIP_LEAST, SDCLIP_MOST, SDCLIP_CHOICES).tolist()
+    place = bisect.bisect_left(choices, True, hi=len(choices) - 1, key=fits)
+    return choices[place]
 
 
 @contextmanager
-def fake_quantization(model, matrices: dict, k: float):
-    """QAT: matrices stand on their grids while gradients are computed."""
+def fake_quantization(model, matrices: dict[str, Tensor], k: float):
+    """Quantization-aware training: inside, matrices stand on their grids, as round_to_grid() puts them.
+
+    Gradients that are computed inside are those of the rounded weights; behind it the weights are
+    what they were, and take these gradients (the straight-through estimator, arXiv 1308.3432).
+    matrices is grid_limits(model).
+    """
     weights = [model.get_parameter(name).detach() for name in matrices]
     kept = [weight.clone() for weight in weights]
-    for weight, limits in zip(weights, matrices.values()):
-        scale = math.prod(grid_steps(weight, limits, model.settings, k))
+    for weight, limits in zip(weights, matrices.values(), strict=True):
+        rows, columns = grid_steps(weight, limits, model.settings, k)
+        scale = rows * columns
         weight.copy_(round_to_grid(weight, scale, limits) * scale)
     try:
         yield
@@ -2838,177 +2904,354 @@ def fake_quantization(model, matrices: dict, k: float):
         torch._foreach_copy_(weights, kept)
 
 
+# GPTQ: which errors count, and how one column's is made up for by the next ones.
+
+
 @torch.no_grad()
 def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Tensor]:
-    """H = 2·sum x x^T, float32 (columns, columns), of every matrix's inputs over all ranks' sequences (n, T)."""
-    hessians = collections.defaultdict(float)
+    """H = 2 sum x x^T over every input x of each matrix: what errors of its weights cost.
 
-    def gather(name: str, _, inputs: tuple[Tensor, ...]):
-        x = math.prod(x.float() for x in inputs if x is not None).flatten(0, -2)
-        hessians[name] += 2 * (x.T @ x)
+    sequences (n, T) int64 are this rank's calibration tokens, of which rows run at once. Returns
+    float32 (columns, columns), summed over all ranks, by the weight's name: for linear layers, and
+    for the embedding as output matrix. With H, weights that are off by D (rows, columns) change
+    the layer's outputs, squared and summed over all inputs, by sum(D H * D) / 2.
+    """
+    hessians: dict[str, Tensor] = {}
 
-    layers = model.linear_layers().items()
-    hooks = [layer.register_forward_pre_hook(partial(gather, name)) for name, layer in layers]
+    def add(name: str, x: Tensor):
+        x = x.float().flatten(0, -2)
+        hessians[name] = hessians.get(name, 0.0) + 2 * (x.T @ x)
+
+    def hook(name: str, layer: Linear, positional: tuple, named: dict):
+        add(name, layer.effective_input(*positional, **named))
+
+    hooks = []
+    for name, layer in model.linear_layers().items():
+        handle = layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
+        hooks.append(handle)
     for batch in sequences.split(rows):
-        gather("embedding.weight", model, (model(batch, model.full_order),))
-    for hook in hooks:
-        hook.remove()
+        hidden = model(batch, model.full_order)
+        add("embedding.weight", hidden)
+    for handle in hooks:
+        handle.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
 
 
+def permute(x: Tensor, order: Tensor) -> Tensor:
+    """x (..., rows, columns) with its columns in order (..., columns)."""
+    return x.take_along_dim(order.unsqueeze(-2), dim=-1)
+
+
+def unpermute(x: Tensor, order: Tensor) -> Tensor:
+    """What permute() with the same order was given."""
+    return permute(x, order.argsort())
+
+
+def inverse_factor(hessian: Tensor, damping: Tensor) -> Tensor:
+    """The upper U with U^T U = (H + damping · I)^-1, of H (..., columns, columns), damping (...).
+
+    Damping grows tenfold until the sum is positive definite. Raises UserError where it never is.
+    """
+    identity = torch.eye(hessian.shape[-1], device=hessian.device)
+    for _ in range(DAMPING_ATTEMPTS):
+        damped = hessian + damping[..., None, None] * identity
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+        if not failed.any():
+            break
+        damping = 10 * damping
+    else:
+        raise UserError(DIVERGED)
+    # Flipped back along both sides, lower is an upper R with H = R R^T. So H^-1 = R^-T R^-1, and
+    # U is R^-1: one triangular solve in place of an inverse and a second factor.
+    return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+
+
 @torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Integers that keep, times scale, weight @ x close (arXiv 2210.17323), of matrices (..., rows, columns): columns are
-    rounded by falling diagonal, each one's error spread over those to come."""
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    limits: Tensor,
+    block_size: int = 128,
+    damp: float = 0.01,
+) -> Tensor:
+    """Integers Q with (Q · scale) x close to W x for the inputs x that made H (arXiv 2210.17323).
+
+    weight W and scale are (..., rows, columns), hessian H (..., columns, columns), limits
+    (..., rows, 1), all float32. Column by column, the first where inputs are largest,
+
+        q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
+
+    takes out of the columns to come, as well as they can, what rounding column j did to the
+    outputs; U is inverse_factor()'s, with damp of H's mean diagonal added. Columns behind a block
+    of block_size take its errors at once: one product in place of many small steps. Returns whole
+    numbers in float32, in weight's shape. Raises UserError where H is not finite.
+    """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    damping, order = (
-        GPTQ_DAMPING * diagonal.mean(-1).clamp(min=1e-9),
-        diagonal.argsort(descending=True),
-    )
-    sort = lambda x, order=order: x.take_along_dim(order.unsqueeze(-2), -1)
-    weight = sort(weight.masked_fill((diagonal == 0).unsqueeze(-2), 0.0))  # inputs never seen
-    scale, hessian = sort(scale), sort(sort(hessian).mT)
-    identity, failed = torch.eye(order.shape[-1], device=weight.device), True
-    while failed:  # until the damping, tenfold each time, is enough
-        need(damping.isfinite().all(), DIVERGED)
-        lower, failed = torch.linalg.cholesky_ex(
-            (hessian + damping[..., None, None] * identity).flip(-2, -1)
-        )
-        damping, failed = 10 * damping, failed.any()
-    # Flipped back, lower is an upper R with H = R R^T: R^-1 is the upper Cholesky factor of H's inverse.
-    upper = torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+    damping = damp * diagonal.mean(-1).clamp(min=1e-9)
+    need(damping.isfinite().all(), DIVERGED)
+    order = diagonal.argsort(descending=True)
+    never_seen = (diagonal == 0).unsqueeze(-2)
+
+    weight = permute(weight.masked_fill(never_seen, 0.0), order)
+    scale = permute(scale, order)
+    hessian = permute(permute(hessian, order).mT, order)
+    upper = inverse_factor(hessian, damping)
     errors = torch.zeros_like(weight)
-    for first in range(0, len(identity), GPTQ_BLOCK):
-        last = min(first + GPTQ_BLOCK, len(identity))
-        for j in range(first, last):
-            rest, error, step = (
-                weight[..., j:last],
-                errors[..., j, None],
-                scale[..., j, None],
-            )  # views
-            integers = round_to_grid(rest[..., :1], step, limits)
-            error.copy_((rest[..., :1] - integers * step) / upper[..., j, j, None, None])
-            rest -= error * upper[..., j, None, j:last]
-            rest[..., :1] = integers
+    columns = weight.shape[-1]
+    for first in range(0, columns, block_size):
+        last = min(first + block_size, columns)
+        round_block(weight, errors, upper, scale, limits, range(first, last))
         weight[..., last:] -= errors[..., first:last] @ upper[..., first:last, last:]
-    return sort(weight, order.argsort())
+    return unpermute(weight, order)
+
+
+def round_block(
+    weight: Tensor, errors: Tensor, upper: Tensor, scale: Tensor, limits: Tensor, columns: range
+):
+    """Makes integers of these columns of weight, and notes their errors; both in place.
+
+    What holds before each j: left of it stand integers; from it on, to the end of the block,
+    weights that make up for all errors so far.
+    """
+    for j in columns:
+        step = scale[..., j, None]
+        column = weight[..., j, None]
+        integers = round_to_grid(column, step, limits)
+        error = (column - integers * step) / upper[..., j, j, None, None]
+        weight[..., j : columns.stop] -= error * upper[..., j, None, j : columns.stop]
+        weight[..., j, None] = integers
+        errors[..., j, None] = error
+
+
+class MatrixToRound(NamedTuple):
+    """What gptq() needs to round a matrix (rows, columns), float32."""
+
+    weight: Tensor  # (rows, columns)
+    hessian: Tensor  # (columns, columns)
+    scale: Tensor  # (rows, columns), the grid's step at each weight
+    limits: Tensor  # (rows, 1)
 
 
 @torch.no_grad()
 def quantize_model(
     model, settings, ranks, hessians: dict[str, Tensor], k: float
 ) -> dict[str, Tensor]:
-    """What is stored, in order: vectors and steps of matrices, then int8 matrices as "NAME integers". Ranks share the work,
-    matrices of one shape at once."""
-    stored = {
-        name: p.detach().to(getattr(torch, float_type(name)))
-        for name, p in model.named_parameters()
-    }
-    matrices, groups = grid_limits(model), collections.defaultdict(list)
+    """What the artifact stores of the model, in its order.
+
+    First by each parameter's name, in its float_type(), a vector as it is and of a matrix the steps
+    (rows + columns,); then as "NAME integers" each matrix, int8 (rows, columns). A matrix without a
+    Hessian gets the nearest integers. Matrices of one shape are rounded at once, and the ranks
+    share the shapes; all ranks end with the same tensors.
+    """
+    stored = {}
+    for name, p in model.named_parameters():
+        stored[name] = p.detach().to(getattr(torch, float_type(name)))
+    shapes: dict[torch.Size, dict[str, MatrixToRound]] = collections.defaultdict(dict)
+    matrices = grid_limits(model)
     for name, limits in matrices.items():
         weight = model.get_parameter(name)
         rows, columns = grid_steps(weight, limits, settings, k)
         stored[name] = torch.cat([rows.squeeze(1), columns]).half()
-        stored[f"{name} integers"] = integers = torch.zeros_like(weight, dtype=torch.int8)
-        hessian = hessians.get(name, torch.eye(weight.shape[1], device=weight.device))
-        groups[weight.shape].append((integers, weight, hessian, rows * columns, limits))
-    for group in itertools.islice(groups.values(), ranks.rank, None, ranks.world_size):
-        integers, *tensors = zip(*group)
-        torch._foreach_copy_(integers, list(gptq(*map(torch.stack, tensors))))
+        stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
+        hessian = hessians.get(name)
+        if hessian is None:  # as if inputs were independent: nothing to make up for
+            hessian = torch.eye(weight.shape[1], device=weight.device)
+        shapes[weight.shape][name] = MatrixToRound(weight, hessian, rows * columns, limits)
+
+    for group in itertools.islice(shapes.values(), ranks.rank, None, ranks.world_size):
+        stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
+        for name, integers in zip(group, gptq(*stacked), strict=True):
+            stored[f"{name} integers"].copy_(integers)
     for name in matrices:
-        ranks.sum_(stored[f"{name} integers"])  # zeros but where they were computed
+        ranks.sum_(stored[f"{name} integers"])  # zeros but on the rank that rounded it
     return stored
 
 
 # ==================================================================================================
 # 9. Artifact
-# Integers coded near their entropy behind a plain header. Nothing is unpickled.
+#
+# The file, its numbers little-endian; nothing in it is unpickled or run:
+#
+#     SSMGOLF4{"bigram_dim":128, ... ,"vocab_size":8192}\n    magic; the model's settings as JSON
+#     LZMA stream of the record                               vectors, steps, frequencies: below
+#     uint16 ...                                              the integers of all matrices, coded
+#     32 bytes                                                SHA-256 of all before
+#
+# The record, once decompressed, is one entry behind the other without gaps: first one for each
+# parameter in the order of Model.named_parameters(), then one for each matrix.
+#
+#     entry                                 type      numbers
+#     bigram_scale                          float16   1                a vector is there as it is,
+#     embedding.weight                      float16   vocab + width    a matrix as steps of its
+#     ...                                                              rows, then of its columns
+#     blocks.0.mixer.dt_bias                float32   heads            float_type() says which type
+#     blocks.0.mixer.D                      float32   heads
+#     ...
+#     blocks.0.mixer.in_proj.weight         float16   rows + columns
+#        gate, value, key, query rows          their steps, of int6 integers
+#        step, decay, trapezoid, angle rows    the last dynamics_rows of the row steps, of int8 ones
+#        columns                               1 each but with QUANTIZER=dsq
+#     ...
+#     embedding.weight integers             uint32    256              frequencies of its integers'
+#     blocks.0.mixer.in_proj.weight integers                           values, which sum to 65,536
+#     ...
+#
+# Steps are float16 whatever their matrix is for: exact_steps() made them numbers that float16
+# holds, so that the trip through float_type() changes no bit of them. What makes the rows of the
+# recurrence finer than others is the integers' limit, 127 for 31.
 
 
-ANS_LANES = 256  # symbols coded at once
+ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
+
+MOST_NUMBERS = 1 << 26  # of an artifact's model: 256 MB in float32, four times what fits into 16 MB
+
+DIGEST_BYTES = 32
 
 
-ARTIFACT_MAGIC = b"SSMGOLF4"
+# The entropy coder: asymmetric numeral systems (arXiv 1311.2540), within 0.2 % of the entropy, where
+# LZMA takes 3 to 8 % more. A value that comes f times in 65,536 should take log2(65,536 / f) bits.
+# The state is one whole number, used as a stack of values: each makes it about 65,536 / f times as
+# large, and can be taken off again, for the 65,536 remainders are shared out as slots, f to each
+# value. Values are put on last first, so that they are taken off in order.
+
+ANS_LANES = 256  # states, which take turns: number n of a matrix is on state n % 256
+
+ANS_BITS = 16  # frequencies sum to 2^16; states have 17 to 32 bits between two values
 
 
-# The artifact: magic, the model's settings as a line of JSON, LZMA stream of vectors, steps and frequencies of integers, the
-# integers by asymmetric numeral systems (arXiv 1311.2540; LZMA takes 3 to 8 % more), SHA-256 of all before it.
+def ans_push(state, frequency, start, bits: int = ANS_BITS):
+    """The state with a value on top that has the slots start to start + frequency - 1 of 2^bits.
+
+    With four slots, 0 to 2 for the letter A and 3 for B, and an empty state of 4, the text "ABA" is
+    put on from its end; A takes 0.4 bits, B two. All may be whole numbers or arrays of them.
+
+    >>> ans_push(4, frequency=3, start=0, bits=2)  # A: 4 // 3 = 1 times four, slot 0 + 4 % 3 = 1
+    5
+    >>> ans_push(5, frequency=1, start=3, bits=2)  # B: 5 times four, slot 3
+    23
+    >>> ans_push(23, frequency=3, start=0, bits=2)  # A: 7 times four, slot 2
+    30
+    """
+    return (state // frequency << bits) + start + state % frequency
+
+
+def ans_pop(state, frequency, start, bits: int = ANS_BITS):
+    """The state under its top value, whose slots begin at start: undoes ans_push().
+
+    Which value it is, the slot tells, state % 2^bits: of 30 above it is 2, one of A's.
+
+    >>> ans_pop(30, frequency=3, start=0, bits=2)
+    23
+    >>> 23 % 4, ans_pop(23, frequency=1, start=3, bits=2)  # slot 3: B
+    (3, 5)
+    >>> 5 % 4, ans_pop(5, frequency=3, start=0, bits=2)  # slot 1: A, and the state is empty again
+    (1, 4)
+    """
+    slot = state & (1 << bits) - 1
+    return frequency * (state >> bits) + slot - start
+
+
+def ans_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Of 65,536 slots each value's part by counts (256,), int64; what occurs has at least one.
+
+    The most frequent value gives or takes what rounding left.
+    """
+    parts = counts * (1 << ANS_BITS) // counts.sum()
+    frequencies = np.maximum(parts, counts > 0)
+    frequencies[counts.argmax()] += (1 << ANS_BITS) - frequencies.sum()
+    return frequencies
 
 
 def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How often, of 65,536, each value of an int8 array comes, uint32 (256,), and its code, uint16. Every ANS_LANES-th number
-    goes into one state, the last first, which sheds 16 of its 32 bits when full."""
+    """Codes an int8 array near its entropy.
+
+    Returns how often, of 65,536, each value comes, uint32 (256,), by its uint8 bits; and the code,
+    uint16 (n,), for decode_integers(). States that a value would take beyond 32 bits first hand 16
+    of them to the code; at the end all states follow. The code is turned round, since decoding
+    begins with what was coded last.
+    """
     symbols = integers.view(np.uint8).ravel()
     counts = np.bincount(symbols, minlength=256)
-    symbols = np.append(
-        symbols, np.full(-len(symbols) % ANS_LANES, counts.argmax(), np.uint8)
-    ).reshape(-1, ANS_LANES)
-    frequencies = np.maximum(counts * 65_536 // counts.sum(), counts > 0).astype(np.uint64)
-    frequencies[counts.argmax()] += np.uint64(65_536) - frequencies.sum()
-    starts, state, words = (
-        frequencies.cumsum() - frequencies,
-        np.full(ANS_LANES, 65_536, np.uint64),
-        [],
-    )
-    for row in symbols[::-1]:
+    frequencies = ans_frequencies(counts)
+    starts = frequencies.cumsum() - frequencies
+    padding = np.full(-len(symbols) % ANS_LANES, counts.argmax(), np.uint8)
+    rows = np.append(symbols, padding).reshape(-1, ANS_LANES)
+    state = np.full(ANS_LANES, 1 << ANS_BITS)  # empty
+    words = []
+    for row in rows[::-1]:
         frequency = frequencies[row]
         full = state >= frequency << 16
-        words.append(state[full] & 65_535)
+        words.append(state[full] & 0xFFFF)
         state = np.where(full, state >> 16, state)
-        state = (state // frequency << 16) + state % frequency + starts[row]
-    words += [state >> 16, state & 65_535]
+        state = ans_push(state, frequency, starts[row])
+    words.append(state >> 16)
+    words.append(state & 0xFFFF)
     return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
 
 
 def decode_integers(
     frequencies: np.ndarray, words: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The count integers that encode_integers() was given, and the words behind; ValueError for others."""
-    frequencies, words = frequencies.astype(np.uint64), words.astype(np.uint64, copy=False)
-    if frequencies.sum() != 65_536:
-        raise ValueError
-    symbol_of, starts = (
-        np.repeat(np.arange(256), frequencies.astype(int)),
-        frequencies.cumsum() - frequencies,
-    )
-    low, high, words = words[:ANS_LANES], words[ANS_LANES : 2 * ANS_LANES], words[2 * ANS_LANES :]
-    state, symbols = (high << 16) + low, np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
-    for row in symbols:
-        slot = state & 65_535
-        row[:] = symbol = symbol_of[slot]
-        state = frequencies[symbol] * (state >> 16) + slot - starts[symbol]
-        (empty,) = np.nonzero(state < 65_536)
-        state[empty] = (state[empty] << 16) + words[: len(empty)]
-        words = words[len(empty) :]
-    if (state != 65_536).any():
-        raise ValueError
-    return symbols.ravel()[:count].view(np.int8), words
+    """Integers, int8 (count,), from what encode_integers() made of them, and the words behind their code.
+
+    Raises ValueError if that cannot be: other frequencies, too few words, or a state that is not
+    empty in the end.
+    """
+    frequencies = frequencies.astype(np.int64)
+    if frequencies.sum() != 1 << ANS_BITS:
+        raise ValueError("the frequencies' sum")
+    starts = frequencies.cumsum() - frequencies
+    symbol_of_slot = np.repeat(np.arange(256), frequencies)
+
+    def take(number: int) -> np.ndarray:
+        nonlocal words
+        if number > len(words):
+            raise ValueError("too few words")
+        taken, words = words[:number].astype(np.int64), words[number:]
+        return taken
+
+    low, high = take(ANS_LANES), take(ANS_LANES)
+    state = (high << 16) + low
+    rows = np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
+    for row in rows:
+        symbol = symbol_of_slot[state & 0xFFFF]
+        row[:] = symbol
+        state = ans_pop(state, frequencies[symbol], starts[symbol])
+        (short,) = np.nonzero(state < 1 << 16)
+        state[short] = (state[short] << 16) + take(len(short))
+    if (state != 1 << ANS_BITS).any():
+        raise ValueError("states that are not empty")
+    return rows.ravel()[:count].view(np.int8), words
 
 
 def pack_artifact(settings, stored: dict[str, Tensor]) -> bytes:
-    content = codes = b""
-    for array in (tensor.cpu().numpy() for tensor in stored.values()):
+    """The artifact of quantize_model()'s tensors, in their order: matrices are int8, the rest floats."""
+    record = []
+    codes = []
+    for tensor in stored.values():
+        array = tensor.cpu().numpy()
         if array.dtype == np.int8:
             array, words = encode_integers(array)
-            codes += words.tobytes()
-        content += array.tobytes()
+            codes.append(words)
+        record.append(array.tobytes())
     header = {name: getattr(settings, name) for name in MODEL_FIELDS}
-    return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(content) + codes))
+    parts = seal(ARTIFACT_MAGIC, header, lzma.compress(b"".join(record)), *codes)
+    return b"".join(parts)
 
 
-def seal(magic: bytes, header: dict, *parts) -> list:
-    """The parts of a file: magic and header, these, SHA-256 of all."""
-    parts = [magic + json.dumps(header, separators=(",", ":")).encode() + b"\n", *parts]
+# Sealed files: artifacts, and checkpoints (section 10). MAGIC, header as a line of JSON, payload,
+# and SHA-256 of all that.
+
+
+def seal(magic: bytes, header: dict, *payload) -> list:
+    """The parts of a sealed file, bytes or arrays, to be written one behind the other."""
+    line = json.dumps(header, separators=(",", ":"))
+    parts = [magic + line.encode() + b"\n", *payload]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return [*parts, digest.digest()]
-
-
-def read_artifact(path: Path) -> tuple[dict, bytes]:
-    """The model's settings in an artifact, and what follows them."""
-    usual = {name: getattr(Settings, name) for name in MODEL_FIELDS}
-    return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
 
 
 # What an artifact or a checkpoint means that was written before there was a setting. Whoever adds
@@ -3030,7 +3273,7 @@ FORMER_DEFAULTS = {
 
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Reads an artifact or a checkpoint.
+    """Reads an artifact or a checkpoint: what, as an error calls it.
 
     path may hold at most so many bytes; usual has the names and types that the header must have.
     Names that an older file lacks take their FORMER_DEFAULTS. Returns header and payload. Raises
@@ -3041,13 +3284,24 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
     def check(condition: bool, problem: str):
         need(condition, f"{path} is not a usable {what}: {problem}")
 
-    check(path.stat().st_size <= most, "it is far too large")
-    data = path.read_bytes()
+    try:
+        check(path.stat().st_size <= most, "it is far too large")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     check(data.startswith(magic), "wrong magic number")
-    check(
-        hashlib.sha256(memoryview(data)[:-32]).digest() == data[-32:], "its checksum does not match"
-    )
-    line, _, payload = data[len(magic) : -32].partition(b"\n")
+    body, digest = memoryview(data)[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    check(hashlib.sha256(body).digest() == digest, "its checksum does not match")
+    line, _, payload = data[len(magic) : -DIGEST_BYTES].partition(b"\n")
+    header = read_header(line, usual, check)
+    return header, payload
+
+
+def read_header(line: bytes, usual: dict, check) -> dict:
+    """The settings in a header's line of JSON, with names and types as in usual.
+
+    What it lacks is FORMER_DEFAULTS'. check(condition, problem) is called for what may be wrong.
+    """
     try:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
@@ -3059,52 +3313,97 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
     lacking = sorted(name for name in usual if name not in header)
     check(not lacking, f"its header lacks settings of this script: {', '.join(lacking[:3])}")
     for name, value in header.items():
-        same = type(value) is type(usual[name]) and str(value).isprintable()  # errors quote it
-        check(same, f"{name} in its header has the wrong type")
-    return header, payload
+        same_type = type(value) is type(usual[name])
+        check(same_type and str(value).isprintable(), f"{name} in its header has the wrong type")
+    return header
+
+
+# Loading.
+
+
+def read_artifact(path: Path) -> tuple[dict, bytes]:
+    """The model's settings in an artifact, and its payload; raises UserError for other files."""
+    usual = {name: getattr(Settings, name) for name in MODEL_FIELDS}
+    return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
+
+
+def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> Settings:
+    """The settings with an artifact's in place of the run's.
+
+    given names the settings that the user gave: UserError if one contradicts the artifact, or if
+    the header's cannot be.
+    """
+    for name in sorted(given & set(header)):
+        ours, theirs = getattr(settings, name), header[name]
+        same = ours == theirs
+        problem = f"contradicts the artifact, which has {theirs}: unset it"
+        need(same, f"{name.upper()}={ours} {problem}")
+    settings = replace(settings, **header)
+    validate_settings(settings, world_size)
+    return settings
+
+
+def model_skeleton(settings) -> Model:
+    """The model without memory for its numbers: names and shapes of parameters, kinds of layers."""
+    meta = torch.device("meta")
+    with meta:
+        return Model(replace(settings, scan_backend="sequential"), meta)
+
+
+def record_layout(shapes: dict[str, torch.Size], matrices: dict[str, Tensor]) -> np.dtype:
+    """The record of a model, as the drawing above has it: its entries' names, types and shapes."""
+    entries = []
+    for name, shape in shapes.items():
+        numbers = sum(shape) if name in matrices else tuple(shape)
+        entries.append((name, float_type(name), numbers))
+    for name in matrices:
+        entries.append((f"{name} integers", "<u4", 256))
+    return np.dtype(entries)
+
+
+def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
+    """The parameters, float32, that pack_artifact() put into a payload for such a model.
+
+    Raises ValueError or lzma.LZMAError for other payloads; nothing larger than the model's record
+    is allocated before that is known.
+    """
+    matrices = grid_limits(skeleton)
+    shapes = {name: p.shape for name, p in skeleton.named_parameters()}
+    if sum(shape.numel() for shape in shapes.values()) > MOST_NUMBERS:
+        raise ValueError("a model too large")
+    layout = record_layout(shapes, matrices)
+    unpacker = lzma.LZMADecompressor()
+    content = unpacker.decompress(payload, layout.itemsize + 1)
+    (record,) = np.frombuffer(content, layout)
+    words = np.frombuffer(unpacker.unused_data, "<u2")
+    parameters = {}
+    for name, shape in shapes.items():
+        numbers = torch.tensor(record[name].astype(np.float32))
+        if name in matrices:
+            frequencies = record[f"{name} integers"]
+            integers, words = decode_integers(frequencies, words, shape.numel())
+            row_steps, column_steps = numbers.split(shape)
+            numbers = torch.tensor(integers).view(shape) * row_steps[:, None] * column_steps
+        parameters[name] = numbers
+    if len(words):
+        raise ValueError("words behind the last matrix")
+    return parameters
 
 
 def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, and the settings with the artifact's in place of the run's."""
-    stored, payload = read_artifact(path)
-    for name in sorted(given & set(stored)):
-        ours, theirs = getattr(settings, name), stored[name]
-        need(
-            ours == theirs,
-            f"{name.upper()}={ours} contradicts the artifact, which has {theirs}: unset it",
-        )
-    settings = replace(settings, **stored)
-    validate_settings(settings, ranks.world_size)
-    with torch.device("meta"):  # nothing is allocated before the shapes fit the file
-        skeleton = Model(replace(settings, scan_backend="sequential"), torch.device("meta"))
-    matrices, shapes = (
-        grid_limits(skeleton),
-        {name: p.shape for name, p in skeleton.named_parameters()},
-    )
-    entries = [
-        (name, float_type(name), sum(shape) if name in matrices else shape)
-        for name, shape in shapes.items()
-    ]
-    entries += [(f"{name} integers", "<u4", 256) for name in matrices]
+    """The model in an artifact, on the rank's device, and the settings with the artifact's in place.
+
+    given names the settings that the user gave, which must not contradict the artifact's. Raises
+    UserError for a file that is none, or that holds another model's numbers than its header's.
+    """
+    header, payload = read_artifact(path)
+    settings = adopt_artifact(header, settings, given, ranks.world_size)
+    skeleton = model_skeleton(settings)  # nothing is allocated before the shapes fit the file
     try:
-        if sum(map(math.prod, shapes.values())) > 1 << 26:
-            raise ValueError
-        layout, unpacker = np.dtype(entries), lzma.LZMADecompressor()
-        (record,) = np.frombuffer(unpacker.decompress(payload, layout.itemsize + 1), layout)
-        parameters = {name: torch.tensor(record[name].astype(np.float32)) for name in shapes}
-        words = np.frombuffer(unpacker.unused_data, "<u2")
-        for name in matrices:
-            integers, words = decode_integers(
-                record[f"{name} integers"], words, math.prod(shapes[name])
-            )
-            rows, columns = parameters[name].split(shapes[name])
-            parameters[name] = torch.tensor(integers).view(shapes[name]) * rows[:, None] * columns
-        if len(words):
-            raise ValueError
+        parameters = unpack_artifact(payload, skeleton)
     except (ValueError, lzma.LZMAError):
-        raise UserError(
-            f"{path} is not a usable artifact: its data are not its header's model"
-        ) from None
+        problem = "its data are not its header's model"
+        raise UserError(f"{path} is not a usable artifact: {problem}") from None
     model = build_model(settings, ranks)
     model.load_state_dict(parameters)
     return model, settings
@@ -4515,7 +4814,7 @@ fused_cross_entropy.register_autograd(
 
 # ==================================================================================================
 # 12. Published peers
-# The first Mamba's scan, and the libraries' kernels.
+# The first Mamba's scan, the libraries' kernels, and other quantizers' grids.
 
 
 def selective_scan(
@@ -4607,6 +4906,52 @@ library_conv = library_operator(LIBRARIES[0], "causal_conv1d_fn", activation="si
 
 
 library_scan = library_operator(LIBRARIES[1], "selective_scan_fn", delta_softplus=True)
+
+
+# Other quantizers: the steps of other grids than SDClip's (grid_steps() in section 8).
+
+
+PERCENTILES = (0.99, 0.995, 0.998, 1.0)
+
+
+def percentile_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
+    """Steps (rows, 1) of grids that end at a percentile of a row's magnitudes.
+
+    Of PERCENTILES each row takes the one whose nearest integers err least. Grids end at clips / 3
+    times it, so that k means about what SDClip's does: three root-mean-squares are the 99.7th
+    percentile of Gaussian weights. weight (rows, columns), limits and clips (rows, 1), float32.
+    """
+    columns = weight.shape[1]
+    magnitudes = weight.abs().sort(dim=1).values
+    best = sdclip_steps(weight, limits, clips)
+    least = torch.full_like(best, math.inf)
+    for percentile in PERCENTILES:
+        magnitude = magnitudes[:, int(percentile * columns) - 1, None]
+        steps = exact_steps(clips / 3 * magnitude / limits)
+        rounded = round_to_grid(weight, steps, limits) * steps
+        error = (weight - rounded).norm(dim=1, keepdim=True)
+        best = torch.where(error < least, steps, best)
+        least = error.clamp(max=least)
+    return best
+
+
+def decoupled_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps of rows (rows, 1) and of columns (columns,): decoupled scale quantization.
+
+    After Q-Mamba (2025.findings-acl.551), which scales states along both their sides: columns are
+    divided by their norms, once all rows have length one, and what remains is SDClip's.
+    """
+    columns = exact_steps(F.normalize(weight).norm(dim=0))
+    return sdclip_steps(weight / columns, limits, clips), columns
+
+
+def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
+    """Steps (rows, 1): the mean magnitude of ternary rows (BitNet b1.58, arXiv 2402.17764).
+
+    Rows of other limits have SDClip's. BitNet takes the mean over the matrix, here it is the row's.
+    """
+    mean_magnitude = exact_steps(weight.abs().mean(dim=1, keepdim=True))
+    return torch.where(limits == TERNARY_MAX, mean_magnitude, sdclip_steps(weight, limits, clips))
 
 
 if __name__ == "__main__":
