@@ -1661,10 +1661,6 @@ class Linear(nn.Linear):
         kind = "zero" if zero else "matrix"
         self.weight = nn.Parameter(initial(kind, out_features, in_features))
 
-    def effective_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What forward(x, scale) multiplies with the weight, as if scale came before the product."""
-        return x if scale is None else x.float() * scale.float()
-
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """W (scale·x) of x (..., in): a factor scale (..., 1) of the whole row may follow W."""
         y = F.linear(x, self.weight.to(x.dtype))
@@ -2787,7 +2783,7 @@ def grid_limits(model) -> dict[str, Tensor]:
 
 
 def exact_steps(steps: Tensor) -> Tensor:
-    """The nearest steps that float16 holds exactly, float32: the file then has what was rounded with.
+    """The nearest steps that float16 holds exactly, float32: what was rounded with is what is stored.
 
     None is 0, which a row of zeros would have, nor beyond float16's range.
     """
@@ -2827,9 +2823,9 @@ def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tens
 
 
 def float_type(name: str) -> str:
-    """The type, by numpy's and torch's name, in which the artifact holds a vector or a matrix's steps.
+    """The type in which the artifact holds a vector or a matrix's steps: its numpy and torch name.
 
-    Only what sets decay and the path past the recurrence, Mamba's dt_bias and D, is float32.
+    Only Mamba's dt_bias, in its step sizes, and D, its path past the state, are float32.
     """
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
@@ -2886,7 +2882,7 @@ def fit_sdclip(model, settings, target_bytes: float) -> float:
 
 @contextmanager
 def fake_quantization(model, matrices: dict[str, Tensor], k: float):
-    """Quantization-aware training: inside, matrices stand on their grids, as round_to_grid() puts them.
+    """Quantization-aware training: inside, matrices stand on their grids.
 
     Gradients that are computed inside are those of the rounded weights; behind it the weights are
     what they were, and take these gradients (the straight-through estimator, arXiv 1308.3432).
@@ -3193,7 +3189,7 @@ def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def decode_integers(
     frequencies: np.ndarray, words: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Integers, int8 (count,), from what encode_integers() made of them, and the words behind their code.
+    """Undoes encode_integers(): count integers, int8, and the words that stand behind their code.
 
     Raises ValueError if that cannot be: other frequencies, too few words, or a state that is not
     empty in the end.
@@ -3226,7 +3222,7 @@ def decode_integers(
 
 
 def pack_artifact(settings, stored: dict[str, Tensor]) -> bytes:
-    """The artifact of quantize_model()'s tensors, in their order: matrices are int8, the rest floats."""
+    """The artifact, as drawn above, of the tensors that quantize_model() returned."""
     record = []
     codes = []
     for tensor in stored.values():
@@ -3391,7 +3387,7 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
 
 
 def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, on the rank's device, and the settings with the artifact's in place.
+    """The model in an artifact, on the rank's device, and the settings, the model's from there.
 
     given names the settings that the user gave, which must not contradict the artifact's. Raises
     UserError for a file that is none, or that holds another model's numbers than its header's.

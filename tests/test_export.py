@@ -1,7 +1,9 @@
 """Export: GPTQ, the grids, packing, and an artifact file that is either read exactly or refused in one line."""
 
 import copy
+import doctest
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -246,6 +248,28 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("call", ["positional", "by name"])
+def test_a_hessian_is_of_what_the_weight_sees_however_a_scale_is_passed(call, monkeypatch):
+    """out_proj's rows are scaled behind the product: its Hessian is of the scaled rows."""
+    settings = tiny()
+    model, tokens = random_model(settings), random_tokens(4, 32)
+    scale = torch.rand(2, 32, 1) + 0.5
+    seen = []
+
+    def forward(mixer, u, context):
+        layer = mixer.out_proj
+        y = mixer.in_proj(u)[..., : layer.in_features]
+        if mixer is model.blocks[0].mixer:
+            seen.append((y * scale).flatten(0, 1))
+        return layer(y, scale) if call == "positional" else layer(y, scale=scale)
+
+    monkeypatch.setattr(t.Mamba, "forward", forward)
+    with torch.no_grad():
+        hessian = t.collect_hessians(model, tokens, SOLO, rows=2)["blocks.0.mixer.out_proj.weight"]
+    x = torch.cat(seen)
+    assert relative(hessian, 2 * x.T @ x) < 1e-6
+
+
 @each_quantizer
 def test_two_ranks_quantize_to_the_same_bits_as_one(quantizer):
     settings = tiny(quantizer=quantizer)
@@ -423,6 +447,20 @@ def test_the_grid_is_as_fine_as_the_target_allows_and_the_real_file_fits(quantiz
     assert t.fit_sdclip(model, settings, 1.01 * finest) == 4.0
     assert t.fit_sdclip(model, settings, 0.5 * coarsest) == 16.0
     assert t.fit_sdclip(model, tiny(sdclip_k=7.0), 1.0) == 7.0
+
+
+def test_the_fit_of_k_finds_the_same_k_for_the_same_bytes():
+    """A fixed target: what a run has to fit follows the size of the script itself."""
+    settings = tiny(model_dim=128, mamba_head_dim=32, sdclip_k=0.0)
+    model = t.build_model(settings, SOLO)
+    for name, p in model.named_parameters():  # by a formula: no generator's version matters
+        phases = torch.arange(p.numel(), dtype=torch.float64) * 12.9898 + sum(name.encode())
+        wave = torch.sin(phases)
+        uniform = (wave * 43_758.5453).abs().frac().clamp(1e-6, 1 - 1e-6)
+        p.data = torch.special.ndtri(uniform).float().view(p.shape)
+    targets = (10**9, 390_000, 370_000, 340_000, 310_000, 1)
+    fitted = [t.fit_sdclip(model, settings, target) for target in targets]
+    assert fitted == [4.0, 5.59375, 6.859375, 9.390625, 12.8125, 16.0]
 
 
 class Quiet:
@@ -743,6 +781,64 @@ def test_coded_integers_come_back_and_take_their_entropy(numbers):
     entropy = -(counts[counts > 0] * np.log2(counts[counts > 0] / len(integers))).sum()
     # A lane's state takes 32 bits, of which 16 hold numbers; the last row may not be full; rare values cost a little more.
     assert 16 * len(words) <= 1.004 * entropy + 32 * t.ANS_LANES + 16 * 256
+
+
+@pytest.mark.parametrize("function", [t.ans_push, t.ans_pop], ids=lambda f: f.__name__)
+def test_the_coder_s_worked_example_is_so(function):
+    """What a reader is shown in the docstrings of the coder's two steps."""
+    (example,) = doctest.DocTestFinder().find(function, globs=vars(t))
+    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
+    assert len(example.examples) == 3
+
+
+def test_the_coder_s_states_are_a_stack():
+    """Of the drawing's four slots: what is put on last comes off first, whatever lies under it."""
+    slots = {"A": (3, 0), "B": (1, 3)}
+    for text in itertools.product("AB", repeat=9):
+        state = 4
+        for letter in reversed(text):
+            state = t.ans_push(state, *slots[letter], bits=2)
+        for letter in text:
+            assert letter == "AAAB"[state % 4]
+            state = t.ans_pop(state, *slots[letter], bits=2)
+        assert state == 4
+
+
+def test_the_record_is_as_the_file_s_drawing_has_it():
+    """Where the steps of the rows stand that make Mamba's step sizes, and that none is rounded again on its way."""
+    settings = tiny()
+    model = random_model(settings)
+    stored = exported(model, settings)
+    data = t.pack_artifact(settings, stored)
+    layout = t.record_layout(
+        {name: p.shape for name, p in model.named_parameters()}, t.grid_limits(model)
+    )
+    (record,) = np.frombuffer(parts_of(data)[0], layout)
+    layer = model.blocks[0].mixer.in_proj
+    steps = torch.from_numpy(record["blocks.0.mixer.in_proj.weight"].copy())
+    assert steps.dtype == torch.float16
+    rows, columns = t.grid_steps(
+        layer.weight, t.grid_limits(model)["blocks.0.mixer.in_proj.weight"], settings, 5.0
+    )
+    assert torch.equal(steps.float(), torch.cat([rows.squeeze(1), columns]))
+    first = layer.out_features - layer.dynamics_rows
+    dynamics = steps[
+        first : layer.out_features
+    ].float()  # the step size's rows stand first in these
+    assert torch.equal(dynamics, rows[-layer.dynamics_rows :, 0])
+    assert record["blocks.0.mixer.dt_bias"].dtype == record["blocks.0.mixer.D"].dtype == np.float32
+    assert all(
+        record[name].dtype in (np.float16, np.uint32)
+        for name in layout.names
+        if not name.endswith((".dt_bias", ".D"))
+    )
+    frequencies = record["blocks.0.mixer.in_proj.weight integers"]
+    counts = np.bincount(
+        stored["blocks.0.mixer.in_proj.weight integers"].numpy().view(np.uint8).ravel(),
+        minlength=256,
+    )
+    assert (frequencies.astype(bool) == counts.astype(bool)).all()
+    assert frequencies.sum() == 65_536
 
 
 @pytest.mark.parametrize("payload", [b"", b"\0", b"\xff" * 100, bytes(range(256)) * 10], ids=len)
