@@ -300,9 +300,15 @@ class Settings:
     calibration_tokens: int = env(131_072, "of training text for GPTQ", "tokens", above_zero=True)
 
     eval_mode: str = env(
-        "sliding", "context of a scored token", choices=("plain", "sliding"), group="evaluation"
+        "sliding",
+        "context of a scored token",
+        choices=("plain", "sliding", "stateful"),
+        group="evaluation",
     )
     eval_stride: int = env(512, "sliding: how far windows move", "tokens", above_zero=True)
+    eval_overlap: int = env(
+        0, "stateful: how much attention reads again; 0: half of TRAIN_SEQ_LEN", "tokens"
+    )
     val_batch_size: int = env(
         524_288, "most scored at once over all ranks", "tokens", above_zero=True
     )
@@ -318,6 +324,11 @@ class Settings:
     def mamba_inner_dim(self) -> int:
         """Channels inside a Mamba layer."""
         return int(self.mamba_expand * self.model_dim)
+
+    @property
+    def attention_overlap(self) -> int:
+        """Tokens that attention's windows have in common where states are carried."""
+        return self.eval_overlap or max(1, self.train_seq_len // 2)
 
     @property
     def adapts(self) -> bool:
@@ -1650,6 +1661,38 @@ class Context(NamedTuple):
     sin: Tensor
 
 
+class StreamContext(NamedTuple):
+    """What every block shares that reads part of a stream, T tokens behind the O before them.
+
+    Scans run through the part as a whole. Attention reads it in windows of L tokens, TRAIN_SEQ_LEN,
+    that overlap by O: places count from the first of the O tokens.
+    """
+
+    document_start: Tensor | None  # (1, T) bool
+    cos: Tensor  # (L, rotating pairs)
+    sin: Tensor
+    windows: Tensor  # (W, L) int64, the places that each window reads, in order
+    outputs: Tensor  # (T,) int64, where each token's own query stands in the windows, row by row
+
+
+def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[Tensor, Tensor]:
+    """StreamContext's windows and outputs, for `length` tokens behind `overlap` earlier ones.
+
+    A window of `size` tokens has size - overlap new ones, which divide length. seen () int64 is how
+    many of the earlier tokens there are: a stream's first windows begin at its first token. So they
+    hold fewer tokens before the new ones and more behind them, which causal attention leaves out:
+    the shapes are those of any other window, and nothing has to be masked.
+    """
+    stride = size - overlap
+    first = torch.arange(0, length, stride, device=seen.device).clamp(min=overlap - seen)  # (W,)
+    windows = first[:, None] + torch.arange(size, device=seen.device)
+    windows = windows.clamp(max=overlap + length - 1)
+    token = torch.arange(length, device=seen.device)
+    window = token // stride
+    outputs = window * size + overlap + token - first[window]
+    return windows, outputs
+
+
 class Linear(nn.Linear):
     """y = W x without bias, computed in the input's dtype from float32 weights.
 
@@ -1700,6 +1743,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned_first, turned_second, rest], dim=-1)
 
 
+class AttentionState(NamedTuple):
+    """What attention keeps of the last tokens of a stream, for those that follow."""
+
+    key: Tensor  # (1, overlap, kv heads, D), normed, not turned: their positions will be others
+    value: Tensor  # (1, overlap, kv heads, D)
+
+
 GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
 
 
@@ -1729,14 +1779,40 @@ class Attention(nn.Module):
         query, key, value = self.project(x, context.cos, context.sin)
         return self.read_out(x, sdpa(query, key, value))
 
+    def resume(
+        self, x: Tensor, context: StreamContext, state: "AttentionState"
+    ) -> tuple[Tensor, "AttentionState"]:
+        """forward() of part of a stream, x (1, T, width), whose state came with earlier tokens."""
+        overlap = state.key.shape[1]
+        query, key, value = self.unturned(x)
+        query = F.pad(query, (0, 0, 0, 0, overlap, 0))  # nobody asks again for earlier tokens
+        key = torch.cat([state.key, key], dim=1)  # (1, O + T, kv heads, D)
+        value = torch.cat([state.value, value], dim=1)
+        query_w, key_w, value_w = (y[0, context.windows] for y in (query, key, value))
+        query_w = rotary(query_w, context.cos, context.sin)  # (W, L, heads, D)
+        key_w = rotary(key_w, context.cos, context.sin)
+        y = sdpa(query_w, key_w, value_w).flatten(0, 1)[context.outputs].unsqueeze(0)
+        kept = AttentionState(key[:, -overlap:].clone(), value[:, -overlap:].clone())
+        return self.read_out(x, y), kept
+
+    def new_state(self, overlap: int, dtype: torch.dtype) -> "AttentionState":
+        """The state before a stream's first token: room for keys and values of `overlap` tokens."""
+        shape = (1, overlap, self.key.out_features // self.head_dim, self.head_dim)
+        return AttentionState(*self.key.weight.new_zeros(2, *shape, dtype=dtype))
+
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, T, heads, D), key and value (B, T, kv heads, D), at positions of cos, sin."""
+        query, key, value = self.unturned(x)
+        return rotary(query, cos, sin), rotary(key, cos, sin), value
+
+    def unturned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """project() without positions."""
         heads = (-1, self.head_dim)
         query = self.query(x).unflatten(-1, heads)
         key = self.key(x).unflatten(-1, heads)
         value = self.value(x).unflatten(-1, heads)
         gain = self.query_gain.to(x.dtype)[:, None]
-        return rotary(norm(query) * gain, cos, sin), rotary(norm(key), cos, sin), value
+        return norm(query) * gain, norm(key), value
 
     def read_out(self, x: Tensor, y: Tensor) -> Tensor:
         """Heads' outputs y (B, T, heads, D), gated by the layer's input x, -> (B, T, width)."""
@@ -1757,6 +1833,15 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(initial("convolution", channels, width))
         self.bias = nn.Parameter(initial("zero", channels))
 
+    def resume(self, x: Tensor, before: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+        """forward() of x (B, T, channels) behind the last width - 1 tokens, and what follows them.
+
+        before (B, width - 1, channels): the inputs of those tokens, zeros where there were none.
+        """
+        inputs = torch.cat([before, x], dim=1)
+        y = self(inputs, fused)[:, before.shape[1] :]
+        return y, inputs[:, x.shape[1] :].clone()
+
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """x (B, T, channels) -> the same shape; fused: by the library causal_conv1d, on a GPU."""
         weight = self.weight.to(x.dtype)
@@ -1767,6 +1852,13 @@ class ShortConv(nn.Module):
         padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))  # nothing stands before the first token
         taps = (tap * padded[:, i : i + length] for i, tap in enumerate(weight.unbind(1)))
         return F.silu(bias + sum(taps))
+
+
+class MambaState(NamedTuple):
+    """What a Mamba layer keeps of a stream for the tokens that follow."""
+
+    scan: ScanState | Tensor  # a Tensor in the first Mamba: (B, inner, N)
+    inputs: Tensor | None  # (B, taps - 1, channels), the short convolution's last ones
 
 
 STEP_RANK = 16  # of the first Mamba's step sizes, which dt_proj makes of so many numbers
@@ -1819,23 +1911,31 @@ class Mamba(nn.Module):
 
     def forward(self, u: Tensor, context) -> Tensor:
         """u (B, L, width), normed, -> what the layer adds to the residual stream, same shape."""
+        return self.resume(u, context, None)[0]
+
+    def resume(
+        self, u: Tensor, context, state: "MambaState | None"
+    ) -> tuple[Tensor, "MambaState | None"]:
+        """forward() behind the tokens that left this state (None: no such), and the state then."""
         projected = self.in_proj(u)  # (B, L, columns)
-        if self.sizes.version == 1:
-            return self.out_proj(self.selective(projected, context))
+        scan, inputs = state or (None, None)
         if self.conv is not None:
-            projected = torch.cat(self.convolve(projected), dim=-1)
-        y, mean_square, _ = mamba_scan(
+            projected, inputs = self.convolve(projected, inputs)
+        if self.sizes.version == 1:
+            y, scan = self.selective(projected, context, scan)
+            return self.out_proj(y), MambaState(scan, inputs)
+        y, mean_square, scan = mamba_scan(
             projected,
             self.scan_parameters(),
             self.sizes,
             context.document_start,
-            None,
+            scan,
             self.backend,
             self.chunk_size,
         )
         # The norm has no weight, so that its factor may follow out_proj: no pass over y.
         scale = (mean_square + SCAN_NORM_EPS).rsqrt().unsqueeze(-1)
-        return self.out_proj(y, scale)
+        return self.out_proj(y, scale), MambaState(scan, inputs)
 
     def scan_parameters(self) -> MambaParameters:
         """What Mamba-2 or Mamba-3 has learned, by the recurrence's names."""
@@ -1853,22 +1953,53 @@ class Mamba(nn.Module):
         rate = -self.A_log.exp()
         return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=rate)
 
-    def convolve(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gate; the value, in Mamba-2 with key and query, convolved; and the other columns."""
+    def new_state(self, dtype: torch.dtype) -> "MambaState":
+        """The state before a stream's first token: zeros. dtype: the activations'."""
+        sizes = self.sizes
+        inputs = None
+        if self.conv is not None:
+            channels, taps = self.conv.weight.shape
+            inputs = self.D.new_zeros(1, taps - 1, channels, dtype=dtype)
+        if sizes.version == 1:
+            return MambaState(torch.zeros_like(self.A_log).unsqueeze(0), inputs)
+        zeros = partial(self.D.new_zeros, 1, sizes.heads)
+        angles = sizes.angles if sizes.version == 3 else 0
+        ssm = zeros(sizes.channels, sizes.state)
+        return MambaState(
+            ScanState(zeros(angles), ssm, zeros(sizes.state), zeros(sizes.channels)), inputs
+        )
+
+    def convolve(self, projected: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """projected with its value, in Mamba-2 also key and query, convolved; the last inputs.
+
+        before: the inputs of the tokens before, as ShortConv.resume() wants them, or None.
+        """
         inner = self.out_proj.in_features
         ends = [inner, inner + len(self.conv.weight)]
         gate, mixed, rest = projected.tensor_split(ends, dim=-1)
-        return gate, self.conv(mixed, self.backend == "fused"), rest
+        fused = self.backend == "fused"
+        if before is None:
+            mixed = self.conv(mixed, fused)
+        else:
+            mixed, before = self.conv.resume(mixed, before, fused)
+        return torch.cat([gate, mixed, rest], dim=-1), before
 
-    def selective(self, projected: Tensor, context) -> Tensor:
-        """The first Mamba between in_proj and out_proj: (B, L, 2·inner) -> (B, L, inner)."""
-        gate, value, _ = self.convolve(projected)
+    def selective(
+        self, projected: Tensor, context, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The first Mamba between in_proj and out_proj: (B, L, 2·inner) -> (B, L, inner).
+
+        state (B, inner, N): what the tokens before left, or None. Also what these leave.
+        """
         n = self.sizes.state
+        gate, value = projected.chunk(2, dim=-1)
         low_rank, key, query = self.x_proj(value).tensor_split([-2 * n, -n], dim=-1)
         step, decay_rate = self.dt_proj(low_rank), -self.A_log.exp()
         tensors = (value, step, decay_rate, key, query, self.D, gate, self.dt_bias)
-        y, _ = selective_scan(tensors, context.document_start, None, self.backend, self.chunk_size)
-        return y
+        backend = self.backend
+        if backend == "fused" and state is not None:
+            backend = "parallel"  # the library's scan takes no state
+        return selective_scan(tensors, context.document_start, state, backend, self.chunk_size)
 
 
 class MLP(nn.Module):
@@ -1910,9 +2041,24 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, embedded: Tensor, context) -> Tensor:
         """x, embedded (B, T, width) -> the residual stream behind this block."""
+        x = self.enter(x, embedded)
+        return self.leave(x + self.mixer(norm(x), context))
+
+    def resume(
+        self, x: Tensor, embedded: Tensor, context: StreamContext, state
+    ) -> tuple[Tensor, "MambaState | AttentionState"]:
+        """forward() of part of a stream, (1, T, width), behind the tokens that left this state."""
+        x = self.enter(x, embedded)
+        y, state = self.mixer.resume(norm(x), context, state)
+        return self.leave(x + y), state
+
+    def enter(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """What the mixer adds to."""
         keep, mix = self.residual_mix.to(x.dtype)
-        x = keep * x + mix * embedded
-        x = x + self.mixer(norm(x), context)
+        return keep * x + mix * embedded
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What stands behind the mixer: the MLP, if there is one."""
         return x if self.mlp is None else x + self.mlp(norm(x))
 
 
@@ -1962,8 +2108,14 @@ class Model(nn.Module):
         With UNET_SKIPS, what leaves each layer of the first half enters one of the second half,
         times a learned weight: the last takes the first's, as in a U-net.
         """
-        x = embedded = self.embed(tokens)
+        embedded = self.embed(tokens)
         context = self.context(tokens)
+        return self.through_blocks(
+            embedded, order, lambda place, block, x: block(x, embedded, context)
+        )
+
+    def through_blocks(self, x: Tensor, order: tuple[int, ...], run) -> Tensor:
+        """x (B, T, width) through run(place in the order, block, x) of each block, and normed."""
         half = len(order) // 2 if self.settings.unet_skips else 0
         second_half = len(order) - half
         skips = []
@@ -1971,10 +2123,48 @@ class Model(nn.Module):
             if place >= second_half:
                 weight = self.skip_weights[place - second_half].to(x.dtype)
                 x = x + weight * skips.pop()
-            x = self.blocks[layer](x, embedded, context)
+            x = run(place, self.blocks[layer], x)
             if place < half:
                 skips.append(x)
         return norm(x)
+
+    def resume(
+        self, tokens: Tensor, seen: Tensor, order: tuple[int, ...], states, run_block=None
+    ) -> Tensor:
+        """Hidden states (1, T, width) of part of a stream, from the states that came before it.
+
+        tokens (1, O + T) int64: before the part, the last O tokens, of which there are only
+        seen, () int64, at a stream's beginning. O is the overlap of attention's windows, and T a
+        multiple of TRAIN_SEQ_LEN - O. states.take(place) gives the state of the mixer at that place
+        in the order, as it was before the part, and states.put(place, state) gets the one after it.
+        run_block: Block.resume, perhaps compiled.
+        """
+        run_block = run_block or Block.resume
+        size = self.rotary_table.shape[1]
+        overlap = self.settings.attention_overlap
+        missing = torch.arange(tokens.shape[1], device=tokens.device) < overlap - seen
+        tokens = tokens.masked_fill(missing, BOS_ID)  # no pair ends with a stream's first token
+        embedded = self.embed(tokens[:, overlap - 1 :])[:, 1:]
+        start = tokens[:, overlap:] == BOS_ID if self.settings.document_reset else None
+        windows = stream_windows(seen, overlap, embedded.shape[1], size)
+        context = StreamContext(start, *self.rotary_table, *windows)
+
+        def run(place: int, block: Block, x: Tensor) -> Tensor:
+            x, state = run_block(block, x, embedded, context, states.take(place))
+            states.put(place, state)
+            return x
+
+        return self.through_blocks(embedded, order, run)
+
+    def new_states(self, order: tuple[int, ...]) -> list:
+        """Every mixer's state before a stream's first token, by place in the order."""
+        overlap, dtype = self.settings.attention_overlap, self.compute_dtype
+        states = []
+        for layer in order:
+            mixer = self.blocks[layer].mixer
+            mamba = isinstance(mixer, Mamba)
+            states.append(mixer.new_state(dtype) if mamba else mixer.new_state(overlap, dtype))
+        return states
 
     def context(self, tokens: Tensor) -> Context:
         """Where documents start, and how far attention turns each position."""
