@@ -297,6 +297,11 @@ class Settings:
     target_mb: float = env(16.0, "decimal, for artifact and code", "MB", above_zero=True)
     sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
     sdclip_k_int8: float = env(16.0, "k of 8-bit rows", "std", above_zero=True)
+    sdclip_most: float = env(16.0, "the largest k that is tried for the size", "std", low=4)
+    sdclip_mlp: float = env(1.0, "times k: int6 rows of MLPs", "factor", above_zero=True)
+    sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", above_zero=True)
+    gptq_block_size: int = env(128, "columns whose errors spread at once", above_zero=True)
+    gptq_damp: float = env(0.01, "of the Hessian's mean diagonal, added", "part", above_zero=True)
     calibration_tokens: int = env(131_072, "of training text for GPTQ", "tokens", above_zero=True)
 
     eval_mode: str = env(
@@ -601,7 +606,6 @@ REFUSALS = {
     "FP16_EMBED=0": "embeddings are stored as int8, on the grid of SDCLIP_K_INT8",
     "FP16_INPROJ_ROWS=0": "rows of Mamba's dynamics are stored as int8",
     "GATED_ATTENTION=0": "attention has no gate",
-    "GPTQ_BLOCK_SIZE=128": "the size of GPTQ's blocks changes its speed alone",
     "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
     "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "AVERAGE says which average of the weights a run leaves",
@@ -2924,8 +2928,7 @@ INT8_MAX = 127
 TERNARY_MAX = 1
 
 SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-mean-squares are rare
-SDCLIP_MOST = 16.0  # the largest k unasked: a typical weight is 2 steps
-SDCLIP_CHOICES = 257  # values of k from the finest grid to the coarsest
+SDCLIP_CHOICES = 257  # values of k from the finest grid to SDCLIP_MOST's, the coarsest
 
 # What the file takes beside its numbers: header and checksum, and some room for a wrong prediction.
 OTHER_BYTES = 4096.0
@@ -2970,6 +2973,16 @@ def grid_limits(model) -> dict[str, Tensor]:
             rows[first_dynamic:] = INT8_MAX
         limits[f"{name}.weight"] = rows
     return limits
+
+
+def k_of(name: str, settings, k: float) -> float:
+    """The k of a matrix's int6 rows: k itself, but SDCLIP_MLP or SDCLIP_ATTENTION times it there."""
+    kind = kind_of(name)
+    if kind == "MLP":
+        return k * settings.sdclip_mlp
+    if kind == "attention":
+        return k * settings.sdclip_attention
+    return k
 
 
 def exact_steps(steps: Tensor) -> Tensor:
@@ -3045,7 +3058,7 @@ def predict_bytes(model, settings, k: float) -> float:
     matrices = grid_limits(model)
     for name, p in model.named_parameters():
         if name in matrices:
-            total += matrix_bytes(p, matrices[name], settings, k)
+            total += matrix_bytes(p, matrices[name], settings, k_of(name, settings, k))
         else:
             total += p.numel() * np.dtype(float_type(name)).itemsize
     return total
@@ -3054,8 +3067,8 @@ def predict_bytes(model, settings, k: float) -> float:
 def fit_sdclip(model, settings, target_bytes: float) -> float:
     """The k of int6 rows: SDCLIP_K, or if that is 0 the least whose artifact should fit.
 
-    It is searched from SDCLIP_LEAST to SDCLIP_MOST, whose artifact may be too large all the same:
-    export() looks. Raises UserError where weights are not finite.
+    It is searched from 4 to SDCLIP_MOST, whose artifact may be too large all the same: export()
+    looks. Raises UserError where weights are not finite.
     """
     finite = all(p.isfinite().all() for p in model.parameters())
     need(finite, f"weights are no longer finite: {DIVERGED}")
@@ -3065,7 +3078,7 @@ def fit_sdclip(model, settings, target_bytes: float) -> float:
     def fits(k: float) -> bool:
         return predict_bytes(model, settings, k) <= target_bytes
 
-    choices = np.linspace(SDCLIP_LEAST, SDCLIP_MOST, SDCLIP_CHOICES).tolist()
+    choices = np.linspace(SDCLIP_LEAST, settings.sdclip_most, SDCLIP_CHOICES).tolist()
     place = bisect.bisect_left(choices, True, hi=len(choices) - 1, key=fits)
     return choices[place]
 
@@ -3078,10 +3091,11 @@ def fake_quantization(model, matrices: dict[str, Tensor], k: float):
     what they were, and take these gradients (the straight-through estimator, arXiv 1308.3432).
     matrices is grid_limits(model).
     """
+    settings = model.settings
     weights = [model.get_parameter(name).detach() for name in matrices]
     kept = [weight.clone() for weight in weights]
-    for weight, limits in zip(weights, matrices.values(), strict=True):
-        rows, columns = grid_steps(weight, limits, model.settings, k)
+    for weight, (name, limits) in zip(weights, matrices.items(), strict=True):
+        rows, columns = grid_steps(weight, limits, settings, k_of(name, settings, k))
         scale = rows * columns
         weight.copy_(round_to_grid(weight, scale, limits) * scale)
     try:
@@ -3237,7 +3251,7 @@ def quantize_model(
     matrices = grid_limits(model)
     for name, limits in matrices.items():
         weight = model.get_parameter(name)
-        rows, columns = grid_steps(weight, limits, settings, k)
+        rows, columns = grid_steps(weight, limits, settings, k_of(name, settings, k))
         stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
         hessian = hessians.get(name)
@@ -3247,7 +3261,8 @@ def quantize_model(
 
     for group in itertools.islice(shapes.values(), ranks.rank, None, ranks.world_size):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
-        for name, integers in zip(group, gptq(*stacked), strict=True):
+        rounded = gptq(*stacked, settings.gptq_block_size, settings.gptq_damp)
+        for name, integers in zip(group, rounded, strict=True):
             stored[f"{name} integers"].copy_(integers)
     for name in matrices:
         ranks.sum_(stored[f"{name} integers"])  # zeros but on the rank that rounded it
@@ -3455,6 +3470,11 @@ FORMER_DEFAULTS = {
     "average_horizon": 0.1,
     "swa_start_frac": 0.2,
     "swa_every": 50,
+    "sdclip_most": 16.0,
+    "sdclip_mlp": 1.0,
+    "sdclip_attention": 1.0,
+    "gptq_block_size": 128,
+    "gptq_damp": 0.01,
 }
 
 
@@ -3530,10 +3550,18 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
 
 
 def model_skeleton(settings) -> Model:
-    """The model without memory for its numbers: names and shapes of parameters, kinds of layers."""
+    """The model without memory for its numbers: names and shapes of parameters, kinds of layers.
+
+    Raises UserError for more numbers than an artifact may have: before a run trains, too, which
+    could not load what it made.
+    """
     meta = torch.device("meta")
     with meta:
-        return Model(replace(settings, scan_backend="sequential"), meta)
+        model = Model(replace(settings, scan_backend="sequential"), meta)
+    numbers = sum(p.numel() for p in model.parameters())
+    most = f"an artifact has at most {MOST_NUMBERS:,}: make it smaller"
+    need(numbers <= MOST_NUMBERS, f"the model has {numbers:,} numbers, but {most}")
+    return model
 
 
 def record_layout(shapes: dict[str, torch.Size], matrices: dict[str, Tensor]) -> np.dtype:
@@ -3555,8 +3583,6 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
     """
     matrices = grid_limits(skeleton)
     shapes = {name: p.shape for name, p in skeleton.named_parameters()}
-    if sum(shape.numel() for shape in shapes.values()) > MOST_NUMBERS:
-        raise ValueError("a model too large")
     layout = record_layout(shapes, matrices)
     unpacker = lzma.LZMADecompressor()
     content = unpacker.decompress(payload, layout.itemsize + 1)
@@ -3974,9 +4000,10 @@ def export(trainer, batches) -> dict:
         if size <= target:
             break
         problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
-        need(k < SDCLIP_MOST, f"{problem}: raise it, or make the model smaller")
+        remedy = "raise it or SDCLIP_MOST, or make the model smaller"
+        need(k < s.sdclip_most, f"{problem}: {remedy}")
         k = min(
-            SDCLIP_MOST, k + 5 * k * (size - target) / size
+            s.sdclip_most, k + 5 * k * (size - target) / size
         )  # a size falls with the logarithm of its k
         clock.start()
     if ranks.rank == 0:
@@ -4036,6 +4063,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
     """From shards to an artifact, scored before and after quantization, off the clock."""
     plain = replace(settings, eval_mode="plain", ttt_enabled=False)
     code_bytes = Path(__file__).stat().st_size
+    model_skeleton(settings)  # refuses a model that could not be loaded again
     model, target_bytes = build_model(settings, ranks), int(settings.target_mb * 1e6) - code_bytes
     trainer = Trainer(
         model, settings, ranks, choose_micro_batch(settings, ranks), target_bytes, log
