@@ -53,6 +53,7 @@ import datetime
 import difflib
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import lzma
@@ -66,7 +67,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+try:
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later
+except ImportError:
+    varlen_attn = None
 
 try:
     import triton
@@ -198,6 +205,11 @@ class Settings:
         "auto: the fastest here",
         choices=("auto", "triton", "chunked", "fused", "parallel", "sequential"),
     )
+    attention_backend: str = env(
+        "auto",
+        "auto: the fastest here",
+        choices=("auto", "cudnn", "flash", "flex", "math", "fa3", "fa2"),
+    )
     micro_batch_tokens: int = env(0, "most at once on a rank; 0: what fits", "tokens")
     warmup_steps: int = env(3, "to compile, off the clock", "steps")
     val_loss_every: int = env(0, "validation off the clock; 0: at the end", "steps")
@@ -223,7 +235,10 @@ class Settings:
     vocab_size: int = env(8192, "must be the tokenizer's", "tokens", high=65_536, above_zero=True)
     train_batch_tokens: int = env(524_288, "a step's, over all ranks", "tokens", above_zero=True)
     train_seq_len: int = env(2048, "training and evaluation window", "tokens", above_zero=True)
-    document_reset: bool = env(False, "BOS resets the scans")
+    document_reset: bool = env(False, "BOS resets the layers that DOCUMENT_SCOPE names")
+    document_scope: str = env(
+        "all", "all: attention and convolutions too, not scans alone", choices=("all", "scans")
+    )
 
     num_layers: int = env(9, "physical layers", "layers", high=256, above_zero=True, group="model")
     model_dim: int = width(512, "residual stream")
@@ -336,6 +351,11 @@ class Settings:
         return self.eval_overlap or max(1, self.train_seq_len // 2)
 
     @property
+    def confines_documents(self) -> bool:
+        """Whether attention and convolutions end at a document's start, as scans do."""
+        return self.document_reset and self.document_scope == "all"
+
+    @property
     def adapts(self) -> bool:
         """Whether evaluation trains on what it has scored."""
         return self.ttt_enabled and self.ttt_epochs > 0
@@ -406,7 +426,7 @@ def fields_of(*groups: str) -> list[str]:
 
 # What an artifact's header holds: all that the model's shapes and its forward pass depend on.
 MODEL_FIELDS = sorted(
-    {"vocab_size", "document_reset", *fields_of("model", "recurrence")}
+    {"vocab_size", "document_reset", "document_scope", *fields_of("model", "recurrence")}
     - {"mamba_chunk_size", "recur_start"}
 )
 
@@ -1660,9 +1680,11 @@ def initial(kind: str, *shape: int) -> Tensor:
 class Context(NamedTuple):
     """What every block of one forward pass shares."""
 
-    document_start: Tensor | None  # (B, T) bool
+    document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
     cos: Tensor  # (T, rotating pairs)
     sin: Tensor
+    documents: "Documents | None" = None  # where attention and convolutions end; None: nowhere
+    attention_backend: str = "auto"
 
 
 class StreamContext(NamedTuple):
@@ -1677,6 +1699,9 @@ class StreamContext(NamedTuple):
     sin: Tensor
     windows: Tensor  # (W, L) int64, the places that each window reads, in order
     outputs: Tensor  # (T,) int64, where each token's own query stands in the windows, row by row
+    documents: "Documents | None"  # of the T tokens, for convolutions; None: they do not end
+    in_windows: "Documents | None"  # of each window, for attention
+    attention_backend: str
 
 
 def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[Tensor, Tensor]:
@@ -1731,6 +1756,100 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
+class Documents(NamedTuple):
+    """Where the documents of a batch of windows end, in the forms that layers ask for.
+
+    A window that begins within a document reads that document from the window's start on.
+    """
+
+    reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
+    blocks: BlockMask | None = None  # for backend flex
+    edges: Tensor | None = None  # for flash, fa2, fa3: document_edges()
+    crowded: Tensor | None = None  # likewise
+
+
+def find_documents(start: Tensor, backend: str) -> Documents:
+    """Documents of windows whose tokens start (B, T) bool begin one, for an attention backend.
+
+    Every shape follows from B and T alone and nothing waits for the device, so that one compiled
+    or captured graph serves all texts.
+    """
+    position = torch.arange(start.shape[1], device=start.device, dtype=torch.int32)
+    first = torch.where(start, position, 0).cummax(dim=1).values
+    reach = position - first
+    if backend == "flex":
+        return Documents(reach, blocks=document_blocks(reach))
+    if backend in VARIABLE_LENGTH:
+        return Documents(reach, None, *document_edges(start))
+    return Documents(reach)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, backend: str
+) -> Tensor:
+    """Causal attention as sdpa() says it, within documents where there are any.
+
+    query (B, T, heads, D), key and value (B, T, kv heads, D) -> query's shape and dtype. backend:
+    a name that choose_attention_backend() gave. "auto" takes SDPA's kernels in the order that the
+    process has chosen. A kernel that is asked for by name is asked for inside of the graph, which
+    keeps the graph out of the compiler's cache: the cache does not know of choices outside of it,
+    and would give back a graph that was compiled under another one.
+    """
+    if backend == "math":
+        return attend_by_formula(query, key, value, documents)
+    if backend == "flex":
+        return attend_by_blocks(query, key, value, documents)
+    if documents is not None:
+        return attend_by_lengths(query, key, value, documents, backend)
+    if backend in FLASH_LIBRARIES:
+        return flash_library(query, key, value, None, FLASH_LIBRARIES[backend])
+    if backend == "auto":
+        return sdpa(query, key, value)
+    with sdpa_kernel(SDPA_KERNELS[backend]):
+        return sdpa(query, key, value)
+
+
+SDPA_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their lengths
+
+
+def attend_by_formula(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
+) -> Tensor:
+    """The reference of all backends: a dense matrix of scores, in float32 or more."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    shared = query.shape[2] // key.shape[2]  # query heads that read one key head
+    q = query.to(wide).transpose(1, 2)  # (B, heads, T, D)
+    k = key.to(wide).repeat_interleave(shared, dim=2).transpose(1, 2)
+    v = value.to(wide).repeat_interleave(shared, dim=2).transpose(1, 2)
+    position = torch.arange(query.shape[1], device=query.device)
+    distance = position[:, None] - position  # (T, T), from query back to key
+    seen = distance >= 0
+    if documents is not None:
+        seen = seen & (distance <= documents.reach[:, None, :, None])  # (B, 1, T, T)
+    scores = (q @ k.mT) * query.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).to(query.dtype)
+
+
+def choose_attention_backend(settings, device: torch.device) -> str:
+    """ATTENTION_BACKEND, or what "auto" stands for on this device, for models of these settings.
+
+    Raises UserError if it cannot run here. Where documents are kept apart, auto is FlexAttention
+    on a GPU and the formula on a CPU; elsewhere, it leaves the choice to SDPA.
+    """
+    backend = settings.attention_backend
+    if device.type == "meta":
+        return "math"  # a skeleton, which computes nothing
+    if backend == "auto" and not settings.confines_documents:
+        return "auto"
+    if backend == "auto":
+        return "flex" if device.type == "cuda" else "math"
+    problem = attention_problem(settings, device)
+    need(not problem, f"ATTENTION_BACKEND={backend} does not run here: {problem}; auto does")
+    return backend
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, heads, D), in its dtype.
 
@@ -1781,7 +1900,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context) -> Tensor:
         """x (B, T, width), normed, -> what the layer adds to the residual stream, same shape."""
         query, key, value = self.project(x, context.cos, context.sin)
-        return self.read_out(x, sdpa(query, key, value))
+        y = attend(query, key, value, context.documents, context.attention_backend)
+        return self.read_out(x, y)
 
     def resume(
         self, x: Tensor, context: StreamContext, state: "AttentionState"
@@ -1795,7 +1915,8 @@ class Attention(nn.Module):
         query_w, key_w, value_w = (y[0, context.windows] for y in (query, key, value))
         query_w = rotary(query_w, context.cos, context.sin)  # (W, L, heads, D)
         key_w = rotary(key_w, context.cos, context.sin)
-        y = sdpa(query_w, key_w, value_w).flatten(0, 1)[context.outputs].unsqueeze(0)
+        y_w = attend(query_w, key_w, value_w, context.in_windows, context.attention_backend)
+        y = y_w.flatten(0, 1)[context.outputs].unsqueeze(0)
         kept = AttentionState(key[:, -overlap:].clone(), value[:, -overlap:].clone())
         return self.read_out(x, y), kept
 
@@ -1837,25 +1958,39 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(initial("convolution", channels, width))
         self.bias = nn.Parameter(initial("zero", channels))
 
-    def resume(self, x: Tensor, before: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, documents: "Documents | None" = None, fused=False) -> Tensor:
+        """x (B, T, channels) -> the same shape; taps end where a document starts.
+
+        fused: by the library causal_conv1d, on a GPU and without documents.
+        """
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        if fused and documents is None:
+            return library_conv(x.mT.contiguous(), weight, bias).mT
+        length, width = x.shape[1], weight.shape[1]
+        padded = F.pad(x, (0, 0, width - 1, 0))  # nothing stands before the first token
+        total = 0
+        for i, tap in enumerate(weight.unbind(1)):
+            before = padded[:, i : i + length]  # the token width - 1 - i places before each
+            if documents is not None:
+                foreign = documents.reach < width - 1 - i
+                before = before.masked_fill(foreign.unsqueeze(-1), 0)
+            total = total + tap * before
+        return F.silu(bias + total)
+
+    def resume(
+        self, x: Tensor, before: Tensor, documents: "Documents | None", fused: bool
+    ) -> tuple[Tensor, Tensor]:
         """forward() of x (B, T, channels) behind the last width - 1 tokens, and what follows them.
 
         before (B, width - 1, channels): the inputs of those tokens, zeros where there were none.
         """
+        earlier = before.shape[1]
         inputs = torch.cat([before, x], dim=1)
-        y = self(inputs, fused)[:, before.shape[1] :]
+        if documents is not None:
+            documents = Documents(F.pad(documents.reach, (earlier, 0)))
+        y = self(inputs, documents, fused)[:, earlier:]
         return y, inputs[:, x.shape[1] :].clone()
-
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        """x (B, T, channels) -> the same shape; fused: by the library causal_conv1d, on a GPU."""
-        weight = self.weight.to(x.dtype)
-        bias = self.bias.to(x.dtype)
-        if fused:
-            return library_conv(x.mT.contiguous(), weight, bias).mT
-        length = x.shape[1]
-        padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))  # nothing stands before the first token
-        taps = (tap * padded[:, i : i + length] for i, tap in enumerate(weight.unbind(1)))
-        return F.silu(bias + sum(taps))
 
 
 class MambaState(NamedTuple):
@@ -1924,7 +2059,7 @@ class Mamba(nn.Module):
         projected = self.in_proj(u)  # (B, L, columns)
         scan, inputs = state or (None, None)
         if self.conv is not None:
-            projected, inputs = self.convolve(projected, inputs)
+            projected, inputs = self.convolve(projected, inputs, context.documents)
         if self.sizes.version == 1:
             y, scan = self.selective(projected, context, scan)
             return self.out_proj(y), MambaState(scan, inputs)
@@ -1973,7 +2108,9 @@ class Mamba(nn.Module):
             ScanState(zeros(angles), ssm, zeros(sizes.state), zeros(sizes.channels)), inputs
         )
 
-    def convolve(self, projected: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def convolve(
+        self, projected: Tensor, before: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor | None]:
         """projected with its value, in Mamba-2 also key and query, convolved; the last inputs.
 
         before: the inputs of the tokens before, as ShortConv.resume() wants them, or None.
@@ -1983,9 +2120,9 @@ class Mamba(nn.Module):
         gate, mixed, rest = projected.tensor_split(ends, dim=-1)
         fused = self.backend == "fused"
         if before is None:
-            mixed = self.conv(mixed, fused)
+            mixed = self.conv(mixed, documents, fused)
         else:
-            mixed, before = self.conv.resume(mixed, before, fused)
+            mixed, before = self.conv.resume(mixed, before, documents, fused)
         return torch.cat([gate, mixed, rest], dim=-1), before
 
     def selective(
@@ -2079,6 +2216,7 @@ class Model(nn.Module):
         super().__init__()
         self.settings = s = settings
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.attention_backend = choose_attention_backend(s, device)
         self.full_order = parse_layers(s, "layer_order")
         self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
         self.embedding.weight = nn.Parameter(initial("embedding", s.vocab_size, s.model_dim))
@@ -2151,7 +2289,14 @@ class Model(nn.Module):
         embedded = self.embed(tokens[:, overlap - 1 :])[:, 1:]
         start = tokens[:, overlap:] == BOS_ID if self.settings.document_reset else None
         windows = stream_windows(seen, overlap, embedded.shape[1], size)
-        context = StreamContext(start, *self.rotary_table, *windows)
+        documents, in_windows = None, None
+        if self.settings.confines_documents:
+            begun = tokens == BOS_ID
+            documents = Documents(find_documents(begun, "math").reach[:, overlap:])
+            in_windows = find_documents(begun[0, windows[0]], self.attention_backend)
+        context = StreamContext(
+            start, *self.rotary_table, *windows, documents, in_windows, self.attention_backend
+        )
 
         def run(place: int, block: Block, x: Tensor) -> Tensor:
             x, state = run_block(block, x, embedded, context, states.take(place))
@@ -2171,10 +2316,13 @@ class Model(nn.Module):
         return states
 
     def context(self, tokens: Tensor) -> Context:
-        """Where documents start, and how far attention turns each position."""
+        """Where documents start and end, and how far attention turns each position."""
         document_start = tokens == BOS_ID if self.settings.document_reset else None
+        documents = None
+        if self.settings.confines_documents:
+            documents = find_documents(document_start, self.attention_backend)
         cos, sin = self.rotary_table[:, : tokens.shape[1]]
-        return Context(document_start, cos, sin)
+        return Context(document_start, cos, sin, documents, self.attention_backend)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Normed embeddings (B, T, width) of tokens (B, T), and of the pairs that they end.
@@ -3459,6 +3607,7 @@ def seal(magic: bytes, header: dict, *payload) -> list:
 # one that a header holds (MODEL_FIELDS, TRAINING_FIELDS, PROGRESS) adds here what the script did
 # without it, which stays for good, whatever becomes of the setting's default.
 FORMER_DEFAULTS = {
+    "document_scope": "scans",
     "min_lr": 0.0,
     "muon_momentum_warmup_start": 0.0,
     "muon_momentum_warmup_steps": 0,
@@ -3716,6 +3865,8 @@ def training_loss(model, settings, ranks):
     loss = maybe_compile(model.loss, settings, ranks)
     if ranks.world_size == 1:
         return loss
+    if model.attention_backend == "flex":  # torch 2.9 refuses it in graphs that it cuts by buckets
+        torch._dynamo.config.optimize_ddp = False
     module = nn.Module()
     module.model, module.forward = model, loss
     parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -5166,6 +5317,217 @@ def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
     """
     mean_magnitude = exact_steps(weight.abs().mean(dim=1, keepdim=True))
     return torch.where(limits == TERNARY_MAX, mean_magnitude, sdclip_steps(weight, limits, clips))
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention's backends: what attend() calls beside SDPA and the formula
+
+
+BLOCK = 128  # tokens of a side of a block that FlexAttention computes or leaves out
+
+
+def document_blocks(reach: Tensor) -> BlockMask:
+    """Which blocks of keys each block of queries reads, from reach (B, T) int32, on its device.
+
+    A document is a range of tokens, so a block of queries reads the range of blocks from its
+    first query's document's start to itself. Within that range, blocks that also its last query
+    sees as a whole need no mask; the others are masked token by token.
+    """
+    length = reach.shape[1]
+    block = torch.arange(-(-length // BLOCK), device=reach.device)
+    first = block * BLOCK  # token of each block
+    last = first + BLOCK - 1
+    whole = (last < length)[:, None]  # blocks of queries, (blocks, 1), without the window's end
+    last = last.clamp(max=length - 1)
+    earliest = (first - reach[:, first])[:, None, :, None]  # key that the first query sees
+    latest = (last - reach[:, last])[:, None, :, None]  # and the last one, (B, 1, blocks, 1)
+    before = block < block[:, None]  # (blocks of queries, blocks of keys)
+    full = before & whole & (first >= latest)
+    masked = (block <= block[:, None]) & (first + BLOCK > earliest) & ~full
+
+    def mask(b, _, query, key):
+        return (key <= query) & (query - key <= reach[b, query])
+
+    return BlockMask.from_kv_blocks(
+        *listed(masked), *listed(full), BLOCK, mask, seq_lengths=(length, length)
+    )
+
+
+def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many are chosen (..., N) bool, (...), and their places first in (..., N), both int32."""
+    places = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32), places.int()
+
+
+def attend_by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
+) -> Tensor:
+    """By FlexAttention (arXiv 2412.05496): blocks that no query may see are never computed."""
+    if documents is None:
+        nowhere = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
+        documents = find_documents(nowhere, "flex")
+    fused = flex_attention
+    if query.is_cuda and not torch.compiler.is_compiling():  # else it would compute all scores
+        fused = compiled_flex_attention()
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    return fused(*heads_first, block_mask=documents.blocks, enable_gqa=True).transpose(1, 2)
+
+
+@cache
+def compiled_flex_attention():
+    """For models that are not compiled as a whole."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
+    """Where documents begin in the windows start (B, T) bool, laid end to end; then their end.
+
+    (slots + 1,) int32 in order; slots without a document hold the end too, as if of documents
+    without tokens. Their number follows from the shape, since kernels take time for each of them:
+    one for every 128 tokens, at least 256. And () bool: whether documents need more than that.
+    """
+    batch, length = start.shape
+    total = start.numel()
+    slots = batch + max(256, total // 128)
+    place = torch.arange(total, device=start.device, dtype=torch.int32)
+    begins = start.flatten() | (place % length == 0)
+    begun = torch.where(begins, place, total).sort().values[:slots]
+    edges = F.pad(begun, (0, slots + 1 - len(begun)), value=total)
+    return edges, begins.sum() > slots
+
+
+def varlen_options() -> dict:
+    """How this torch's varlen_attn is told to be causal, and of grouped heads if it knows them."""
+    if varlen_attn is None:
+        return {}
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+VARLEN_OPTIONS = varlen_options()
+
+
+def attend_by_lengths(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, backend: str
+) -> Tensor:
+    """By FlashAttention's kernels for sequences of many lengths; NaN where there are too many."""
+    length = query.shape[1]
+    if backend in FLASH_LIBRARIES:
+        y = flash_library(query, key, value, documents.edges, FLASH_LIBRARIES[backend])
+    else:
+        if "enable_gqa" not in VARLEN_OPTIONS:  # before torch 2.12
+            shared = query.shape[2] // key.shape[2]  # query heads that read one key head
+            key, value = (x.repeat_interleave(shared, dim=2) for x in (key, value))
+        flat = (x.flatten(0, 1) for x in (query, key, value))  # (B·T, heads, D)
+        edges = documents.edges
+        y = varlen_attn(*flat, edges, edges, length, length, **VARLEN_OPTIONS).view_as(query)
+    return y.masked_fill(documents.crowded, math.nan)
+
+
+FLASH_LIBRARIES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # by their modules
+
+
+def call_flash_library(
+    query: Tensor, key: Tensor, value: Tensor, edges: Tensor | None, longest: int, module: str
+) -> Tensor:
+    """A module's flash_attn_func, or with edges its varlen twin, on tensors laid end to end."""
+    library = importlib.import_module(module)
+    options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    if edges is None:
+        y = library.flash_attn_func(query, key, value, **options)
+    else:
+        borders = {"cu_seqlens_q": edges, "cu_seqlens_k": edges}
+        lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        y = library.flash_attn_varlen_func(query, key, value, **borders, **lengths, **options)
+    return y[0] if isinstance(y, tuple) else y  # some versions give the log-sums as well
+
+
+@torch.library.custom_op("golf::flash_library", mutates_args=())
+def flash_library(
+    query: Tensor, key: Tensor, value: Tensor, edges: Tensor | None, module: str
+) -> Tensor:
+    """Causal attention by FlashAttention 2 or 3 where a user has built it, as an operator.
+
+    arXiv 2307.08691 and 2407.08608. Shapes as of attend(); edges: those of document_edges(),
+    between which tokens see each other, or None. Autograd and compiler know it by what follows.
+    """
+    flat = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
+    y = call_flash_library(*flat, edges, query.shape[1], module)
+    return y.reshape(query.shape).contiguous()
+
+
+@flash_library.register_fake
+def _flash_library_shape(query, key, value, edges, module) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@torch.library.custom_op("golf::flash_library_backward", mutates_args=())
+def flash_library_backward(
+    d_y: Tensor, query: Tensor, key: Tensor, value: Tensor, edges: Tensor | None, module: str
+) -> list[Tensor]:
+    """Gradients of query, key and value, each in its shape.
+
+    Versions differ in what their backward passes ask for, so the forward pass runs again under
+    autograd. Within an operator, autograd knows the library's own autograd.Function alone, none
+    of torch's operations: the shapes change outside of it.
+    """
+    inputs = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        y = call_flash_library(*leaves, edges, query.shape[1], module)
+    gradients = torch.autograd.grad(y, leaves, d_y.reshape(y.shape))
+    return [
+        dx.reshape(x.shape).clone() for dx, x in zip(gradients, (query, key, value), strict=True)
+    ]
+
+
+@flash_library_backward.register_fake
+def _flash_library_backward_shapes(d_y, query, key, value, edges, module) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (query, key, value)]
+
+
+def _keep_flash_inputs(ctx, inputs, output):
+    *tensors, ctx.module = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _flash_library_autograd(ctx, d_y):
+    gradients = flash_library_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.module)
+    return *gradients, None, None
+
+
+flash_library.register_autograd(_flash_library_autograd, setup_context=_keep_flash_inputs)
+
+
+@cache
+def attention_problem(settings, device: torch.device) -> str:
+    """Why ATTENTION_BACKEND cannot run, forward and backward on one short window; empty if it can."""
+    backend = settings.attention_backend
+    confined = settings.confines_documents
+    if backend == "flex":
+        return "" if device.type == "cuda" else "FlexAttention has no backward pass on a CPU"
+    if confined and backend == "cudnn":
+        return "cuDNN cannot keep documents apart"
+    if confined and backend == "flash" and varlen_attn is None:
+        return "to keep documents apart, it needs torch 2.10 or later"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shapes = [
+        (1, BLOCK, heads, settings.model_dim // settings.num_heads)
+        for heads in (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
+    ]
+    try:
+        with torch.enable_grad():
+            inputs = [torch.ones(shape, device=device, dtype=dtype) for shape in shapes]
+            leaves = [x.requires_grad_() for x in inputs]
+            nowhere = torch.zeros(1, BLOCK, dtype=torch.bool, device=device)
+            documents = find_documents(nowhere, backend) if confined else None
+            attend(*leaves, documents, backend).sum().backward()
+    except (ImportError, AttributeError) as error:
+        return f"{error} (build it from FlashAttention's own repository)"
+    except (RuntimeError, ValueError) as error:
+        return str(error).strip().splitlines()[0][:150]
+    return ""
 
 
 if __name__ == "__main__":
