@@ -99,11 +99,13 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
     the right one long enough.
     """
     latest, beginnings, endings = make_pieces(merges)
-    begins, ends = by_text(beginnings, merges), by_text(endings, merges)
+    begins = by_text(beginnings, merges)
+    ends = by_text(endings, merges)
     never = np.zeros((size, size), bool)
     for piece, merge in merges.items():
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+            left = piece[:cut]
+            right = piece[cut:]
             # BPE works in the order of merges, and on equal ones from the left: one in the first
             # token comes before this one, one in the second behind it.
             before = [s.token for s in ends[left] if s.gone > max(merge, latest[right])]
@@ -115,9 +117,8 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def table(path: str, vocab_size: int) -> Tensor:
     """impossible_pairs() of a tokenizer's file."""
-    return torch.from_numpy(
-        impossible_pairs(merge_order(t.Tokenizer(path, vocab_size)), vocab_size)
-    )
+    merges = merge_order(t.Tokenizer(path, vocab_size))
+    return torch.from_numpy(impossible_pairs(merges, vocab_size))
 
 
 @torch.library.custom_op("ideas::possible_cross_entropy", mutates_args=())
@@ -130,8 +131,11 @@ def fused_cross_entropy(
     cap: float,
     slopes: bool,
 ) -> tuple[Tensor, Tensor]:
-    """t.fused_cross_entropy() of targets behind tokens (T,), with impossible pairs (V, V) bool. A logit of -infinity is capped at
-    -cap and has a slope of 0. In the script, the kernel could read the pairs itself; here they are a pass of their own."""
+    """t.fused_cross_entropy() of targets behind tokens (T,), with impossible pairs (V, V) bool.
+
+    A logit of -infinity is capped at -cap and has a slope of 0. In the script, the kernel could
+    read the pairs itself; here they are a pass of their own.
+    """
     logits = F.linear(hidden, weight).masked_fill_(impossible[tokens], -torch.inf)
     nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
     block, fast = t.triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
@@ -156,6 +160,8 @@ def install(script) -> None:
     """Changes train_gpt.py's models."""
 
     class Model(script.Model):
+        """Gives what BPE cannot write no probability."""
+
         def __init__(self, settings, device: torch.device):
             super().__init__(settings, device)
             pairs = table(settings.tokenizer_path, settings.vocab_size)
@@ -170,10 +176,15 @@ def install(script) -> None:
             """Negative log-likelihood of targets (B, T) behind tokens, float32 nats."""
             if not (hidden.is_cuda and t.triton):
                 return super().nats(hidden, targets, tokens)
-            rows, before, flat = hidden.flatten(0, 1), tokens.flatten(), targets.flatten()
-            weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
-            slopes = torch.is_grad_enabled()
-            nats, _ = fused_cross_entropy(rows, weight, before, flat, self.impossible, cap, slopes)
+            nats, _ = fused_cross_entropy(
+                hidden.flatten(0, 1),
+                self.embedding.weight.to(hidden.dtype),
+                tokens.flatten(),
+                targets.flatten(),
+                self.impossible,
+                self.settings.logit_softcap,
+                torch.is_grad_enabled(),
+            )
             return nats.view(targets.shape)
 
     script.Model = Model
