@@ -2424,39 +2424,23 @@ def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
     polynomial a s + b s^3 + c s^5 of every singular value s, and brings it nearer to 1. The next
     step's Gram matrix is P G P, so that a few steps need G alone, which is square and small: x is
     multiplied once, by the product of their P (dao-lab.ai/blog/2026/gram-newton-schulz). Small
-    matrices leave a GPU idle: the Gram matrices of all batches are padded to one size and
-    multiplied together.
+    matrices leave a GPU idle: all batches' G are padded with zeros to one size and go together.
     """
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]  # rows <= columns
     # No singular value is larger than the Frobenius norm; 1 % is room for float16's rounding.
     wide = [x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7) for x in wide]
     wide = [x.half() if x.is_cuda else x for x in wide]
-    coefficients = [POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)] for step in range(steps)]
     counts = [len(x) for x in wide]
+    rows = [x.shape[-2] for x in wide]
+    coefficients = [POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)] for step in range(steps)]
     for first in range(0, steps, STEPS_OF_GRAM):
-        product = newton_schulz_product(
-            padded_gram(wide), coefficients[first : first + STEPS_OF_GRAM]
-        )
-        wide = [
-            p[:, : x.shape[-2], : x.shape[-2]] @ x
-            for p, x in zip(product.split(counts), wide, strict=True)
-        ]
-    return [
-        x if x.shape == original.shape else x.mT for x, original in zip(wide, batches, strict=True)
-    ]
-
-
-def padded_gram(batches: list[Tensor]) -> Tensor:
-    """G = x x^T of all batches' matrices, one behind the other (all, size, size).
-
-    size is the largest number of rows; smaller ones have zeros behind, which stay apart.
-    """
-    size = max(x.shape[-2] for x in batches)
-    grams = []
-    for x in batches:
-        missing = size - x.shape[-2]
-        grams.append(F.pad(x @ x.mT, (0, missing, 0, missing)))
-    return torch.cat(grams)
+        grams = [F.pad(x @ x.mT, 2 * (0, max(rows) - n)) for x, n in zip(wide, rows, strict=True)]
+        few = coefficients[first : first + STEPS_OF_GRAM]
+        products = newton_schulz_product(torch.cat(grams), few).split(counts)
+        products = [product[:, :n, :n] for product, n in zip(products, rows, strict=True)]
+        wide = [product @ x for product, x in zip(products, wide, strict=True)]
+    pairs = zip(wide, batches, strict=True)
+    return [x if x.shape == given.shape else x.mT for x, given in pairs]
 
 
 def newton_schulz_product(gram: Tensor, coefficients: list[tuple]) -> Tensor:
@@ -2481,11 +2465,7 @@ class MatrixGroup:
 
 
 def momentum_updates(
-    gradients: list[list[Tensor]],
-    momenta: list[Tensor],
-    momentum: Tensor,
-    skip: Tensor,
-    steps: int,
+    gradients: list[list[Tensor]], momenta: list[Tensor], momentum: Tensor, skip: Tensor, steps: int
 ) -> list[Tensor]:
     """Moves each group's momentum on and returns its update, orthogonalized: (n, rows, columns).
 
@@ -2505,11 +2485,7 @@ def momentum_updates(
 
 
 def apply_updates(
-    parameters: list[list[Tensor]],
-    updates: list[Tensor],
-    rates: list[Tensor],
-    decays: list[float],
-    skip: Tensor,
+    groups: list[list[Tensor]], updates: list[Tensor], rates: list[Tensor], decays: list, skip
 ):
     """Decays each group's matrices and moves them along their updates, in place.
 
@@ -2517,7 +2493,7 @@ def apply_updates(
     of a layer's outputs alike whatever its shape. rates: float32 () each. Where skip is 1, nothing
     changes. updates may hold more than the group's matrices: padding, behind them.
     """
-    for group, update, rate, decay in zip(parameters, updates, rates, decays, strict=True):
+    for group, update, rate, decay in zip(groups, updates, rates, decays, strict=True):
         rate = rate * (1 - skip)
         step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
         for p, change in zip(group, update.unbind(), strict=False):
@@ -2613,11 +2589,8 @@ class Optimizers:
         """
         for group in self.adam.param_groups:
             for p in group["params"]:
-                self.adam.state[p] = {
-                    "step": p.new_zeros(()),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[p] = {"step": p.new_zeros(()), **moments}
 
     def tensors(self) -> list[Tensor]:
         """What steps change besides the weights, float32, whatever the number of ranks."""
