@@ -895,6 +895,11 @@ def check_lengths(s, world_size: int):
     small = s.target_mb * 1e6 <= ARTIFACT_CAP
     check(s, "target_mb", small, "is over the contest's 16 decimal megabytes")
     check(s, "eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
+    overlap = s.attention_overlap
+    check(s, "eval_overlap", overlap < length, f"leaves no new token of TRAIN_SEQ_LEN={length}")
+    if s.adapts and s.eval_mode == "stateful":
+        what = f"TRAIN_SEQ_LEN - EVAL_OVERLAP of {overlap}"
+        check_multiple(s, "ttt_chunk_tokens", length - overlap, what)
     if s.adapts:
         share = world_size * ttt_sequence_length(s, world_size)
         check_multiple(s, "ttt_chunk_tokens", share, "ranks × sequence")
@@ -1009,6 +1014,15 @@ class Ranks:
         gathered = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
         dist.all_gather_into_tensor(gathered, tensor.contiguous())
         return gathered
+
+    def send(self, tensors: list[Tensor], to: int) -> list:
+        """Begins to send tensors to another rank; wait() for each of what it returns."""
+        return [dist.isend(tensor.contiguous(), to) for tensor in tensors]
+
+    def receive(self, tensors: list[Tensor], source: int):
+        """Fills tensors, which are contiguous, with those that the rank source sends."""
+        for tensor in tensors:
+            dist.recv(tensor, source)
 
 
 class Launch(NamedTuple):
@@ -2074,6 +2088,8 @@ class Mamba(nn.Module):
         )
         # The norm has no weight, so that its factor may follow out_proj: no pass over y.
         scale = (mean_square + SCAN_NORM_EPS).rsqrt().unsqueeze(-1)
+        if state is not None:  # a view would keep all tokens' keys and values in memory
+            scan = ScanState(*(x.clone() for x in scan))
         return self.out_proj(y, scale), MambaState(scan, inputs)
 
     def scan_parameters(self) -> MambaParameters:
@@ -2792,7 +2808,7 @@ class Window(NamedTuple):
 def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
     """This rank's windows of targets first <= p < last: each target in one window of one rank.
 
-    Plain windows stand side by side. Sliding ones move by EVAL_STRIDE and score only what is new,
+    For EVAL_MODE plain and sliding. Plain windows stand side by side. Sliding ones move by EVAL_STRIDE and score only what is new,
     so that a target is predicted from TRAIN_SEQ_LEN - EVAL_STRIDE earlier tokens or more, as soon
     as the stream has so many. Windows go to the ranks in turn.
     """
@@ -2808,9 +2824,10 @@ def plan_windows(settings, first: int, last: int, rank: int, world_size: int) ->
 class Excerpt(NamedTuple):
     """A part of the stream as the model reads it; the target at position p is tokens[p + 1]."""
 
-    positions: np.ndarray  # (B, T) int64; past the stream's end, they repeat its last target
+    positions: np.ndarray  # (B, T) int64; outside the stream, they repeat its first or last token
     tokens: Tensor  # (B, T) int64, on the rank's device
     targets: Tensor  # (B, T) int64
+    resumed: tuple | None = None  # stateful: seen and states of Model.resume(), before it
 
 
 class EvaluationObserver:
@@ -2833,6 +2850,76 @@ class Score(NamedTuple):
     val_bpb: float  # bits per byte of text
     nats: np.ndarray  # (N,) float32, in stream order
     epochs_given_up: int  # of test-time training
+
+
+class StateRelay:
+    """Every mixer's state on its way through the stream, from part to part and rank to rank.
+
+    In a round, ranks score consecutive parts, one each. A mixer's state crosses the border between
+    two ranks as soon as the first one's mixer has left it: while a rank runs one layer, the next
+    rank runs the layer before on the part behind. The last rank hands its states to the first one,
+    for the next round. So R ranks take as long for a round as one rank for R parts of which only
+    1 + (R - 1) / layers were computed one after another.
+    """
+
+    def __init__(self, ranks, states: list):
+        self.ranks = ranks
+        self.states = states
+        self.parts = 1
+        self.sent = []
+
+    def start_round(self, parts: int):
+        """A round of so many parts, not more than ranks."""
+        self.parts = parts
+
+    def take(self, place: int):
+        """The state of the mixer at this place in the order, before this rank's part."""
+        if self.ranks.rank > 0:
+            # Into tensors of its own: those of the part before may still be on their way.
+            self.states[place] = map_state(blank, self.states[place])
+            self.ranks.receive(tensors_of(self.states[place]), self.ranks.rank - 1)
+        return self.states[place]
+
+    def put(self, place: int, state):
+        """Keeps the state after this rank's part, and sends it to the rank behind."""
+        self.states[place] = state
+        if self.ranks.rank + 1 < self.parts:
+            self.sent += self.ranks.send(tensors_of(state), self.ranks.rank + 1)
+
+    def end_round(self):
+        """The first rank gets the states after the round's last part."""
+        last = self.parts - 1
+        if last > 0 and self.ranks.rank == last:
+            for state in self.states:
+                self.sent += self.ranks.send(tensors_of(state), 0)
+        if last > 0 and self.ranks.rank == 0:
+            self.states = [map_state(blank, state) for state in self.states]
+            for state in self.states:
+                self.ranks.receive(tensors_of(state), last)
+        for work in self.sent:
+            work.wait()
+        self.sent.clear()
+
+
+def map_state(function, state):
+    """A state with function applied to each of its tensors."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return function(state)
+    return type(state)(*(map_state(function, part) for part in state))
+
+
+def blank(tensor: Tensor) -> Tensor:
+    """Room for a tensor like this one, contiguous."""
+    return tensor.new_empty(tensor.shape)
+
+
+def tensors_of(state) -> list[Tensor]:
+    """A state's tensors, in order."""
+    tensors = []
+    map_state(tensors.append, state)
+    return tensors
 
 
 class AdaptationClock:
@@ -2882,6 +2969,13 @@ class Evaluator:
     Without test-time training, the whole stream is one chunk. Each rank scores some of a chunk's
     windows and trains on a part of it; gradients are summed, so that all ranks keep the same
     weights.
+
+    EVAL_MODE=stateful: no window cuts a target off from what came before. Parts of the stream are
+    scored in order, each from the states that the part before has left (Model.resume()); attention
+    alone sees no further than TRAIN_SEQ_LEN tokens back. Each token is read once by the scans, and
+    by attention 1 / (1 - overlap) times, where sliding windows read all of it so often. What a part
+    holds does not depend on how many ranks there are, and so neither do the scores. An update makes
+    the states those of a model that no longer is: they are computed anew over the last window.
     """
 
     def __init__(
@@ -2902,6 +2996,11 @@ class Evaluator:
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
         self.chunk = min(self.total, settings.ttt_chunk_tokens) if settings.adapts else self.total
         self.rows = self._windows_at_once()
+        self.block_function = maybe_compile(Block.resume, settings, ranks)
+        self.readout_function = maybe_compile(model.nats, settings, ranks)
+        self.part = self._part_tokens()
+        self.relay = StateRelay(ranks, [])
+        self.states_from = 0  # where the text begins that the states know
 
     def _windows_at_once(self) -> int:
         """The rows of a batch: as VAL_BATCH_SIZE allows, and no more than a chunk has windows."""
@@ -2909,6 +3008,18 @@ class Evaluator:
         windows = plan_windows(self.settings, 0, self.chunk, 0, world_size)
         most = self.settings.val_batch_size // (world_size * self.settings.train_seq_len)
         return max(1, min(len(windows), most))
+
+    def _part_tokens(self) -> int:
+        """Of stateful evaluation: an eighth of what may be scored at once, in whole strides.
+
+        Eight ranks share a chunk so. Where another chunk follows, parts end where the chunk does.
+        """
+        stride = self.settings.train_seq_len - self.settings.attention_overlap
+        strides = math.ceil(self.chunk / stride)
+        most = max(1, min(self.chunk, self.settings.val_batch_size) // (8 * stride))
+        if self.chunk < self.total:
+            return stride * largest_divisor(strides, most)
+        return stride * min(strides, most)
 
     def evaluate(self, started: float | None = None, say=lambda text: None) -> Score:
         """Scores every chunk, and adapts to each but the last once it is scored.
@@ -2944,6 +3055,9 @@ class Evaluator:
     @torch.no_grad()
     def _score_chunk(self, first: int, last: int):
         """Scores targets first <= p < last, this rank's part of them."""
+        if self.settings.eval_mode == "stateful":
+            self._score_parts(first, last)
+            return
         windows = plan_windows(self.settings, first, last, self.ranks.rank, self.ranks.world_size)
         for start in range(0, len(windows), self.rows):
             self._score_windows(windows[start : start + self.rows])
@@ -2958,13 +3072,59 @@ class Evaluator:
         scored = (first <= excerpt.positions) & (excerpt.positions < last)
         self._keep(excerpt, scored, nats)
 
-    def _read(self, starts: np.ndarray, length: int) -> Excerpt:
-        """The stream from each of starts (B, 1) on; behind its end, its last token again."""
+    def _score_parts(self, first: int, last: int):
+        """Stateful: rounds of one part for each rank, from the states before the first target."""
+        if first == 0:
+            self.relay.states = self.model.new_states(self.order)
+        for begin in range(first, last, self.part * self.ranks.world_size):
+            parts = range(begin, last, self.part)[: self.ranks.world_size]
+            self.relay.start_round(len(parts))
+            if self.ranks.rank < len(parts):
+                self._score_part(parts[self.ranks.rank], last)
+            self.relay.end_round()
+
+    def _score_part(self, first: int, last: int):
+        """Scores the part from target first on, but not from last on."""
+        excerpt, hidden = self._resume(first, self.part)
+        overlap = self.settings.attention_overlap
+        targets = excerpt.targets[:, overlap:]
+        nats = self.readout_function(hidden, targets, excerpt.tokens[:, overlap:])
+        scored = (first <= excerpt.positions) & (excerpt.positions < last)
+        self._keep(excerpt, scored, F.pad(nats, (overlap, 0)))
+
+    def _resume(self, first: int, length: int) -> tuple[Excerpt, Tensor]:
+        """Reads length tokens from first on, and the overlap before; hidden states (1, length, D)."""
+        overlap = self.settings.attention_overlap
+        seen = torch.tensor(min(overlap, first - self.states_from), device=self.ranks.device)
+        resumed = seen, list(self.relay.states)
+        excerpt = self._read(np.array([[first - overlap]]), overlap + length, resumed)
+        hidden = self.model.resume(
+            excerpt.tokens, seen, self.order, self.relay, self.block_function
+        )
+        return excerpt, hidden
+
+    @torch.no_grad()
+    def _renew_states(self, position: int):
+        """The states before a position, by the weights as they are now, from the window before it.
+
+        The first rank's, with which the next round begins.
+        """
+        stride = self.settings.train_seq_len - self.settings.attention_overlap
+        window = stride * math.ceil(self.settings.train_seq_len / stride)
+        self.states_from = max(0, position - window)
+        if self.ranks.rank == 0:
+            self.relay.states = self.model.new_states(self.order)
+            self.relay.start_round(1)
+            self._resume(self.states_from, position - self.states_from)
+
+    def _read(self, starts: np.ndarray, length: int, resumed: tuple | None = None) -> Excerpt:
+        """The stream from each of starts (B, 1) on; outside of it, its first or last token again."""
         stream = self.validation.tokens
-        places = np.minimum(starts + np.arange(length + 1), len(stream) - 1)
+        places = np.clip(starts + np.arange(length + 1), 0, len(stream) - 1)
         tokens = torch.tensor(stream[places], dtype=torch.int64, device=self.ranks.device)
         positions = starts + np.arange(length)
-        excerpt = Excerpt(positions, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        excerpt = Excerpt(positions, inputs, targets, resumed)
         self.observer.on_read(excerpt)
         return excerpt
 
@@ -2984,6 +3144,8 @@ class Evaluator:
         started = synchronized_time()
         for _ in range(epochs):
             self._train_epoch(first, last, sgd)
+        if epochs and self.settings.eval_mode == "stateful":
+            self._renew_states(last)
         if epochs:
             clock.epoch_seconds = (synchronized_time() - started) / epochs
         clock.epochs_given_up += self.settings.ttt_epochs - epochs

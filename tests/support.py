@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
+import queue
 import re
 import resource
 import signal
@@ -114,9 +116,11 @@ def write_shard(
 class ThreadRanks(t.Ranks):
     """A rank whose peers are threads of this process: collectives meet at a barrier. Made by run_ranks()."""
 
-    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, box: list):
+    def __init__(
+        self, rank: int, world_size: int, barrier: threading.Barrier, box: list, mail: dict
+    ):
         super().__init__(rank, world_size, CPU)
-        self.barrier, self.box = barrier, box
+        self.barrier, self.box, self.mail = barrier, box, mail
 
     def gather(self, value) -> list:
         """Every rank's value, in the order of ranks."""
@@ -135,15 +139,27 @@ class ThreadRanks(t.Ranks):
     def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.gather(tensor.clone()))
 
+    def send(self, tensors: list[torch.Tensor], to: int) -> list:
+        for tensor in tensors:
+            self.mail[self.rank, to].put(tensor.clone())
+        return []
+
+    def receive(self, tensors: list[torch.Tensor], source: int) -> None:
+        for tensor in tensors:
+            sent = self.mail[source, self.rank].get(timeout=60)
+            assert sent.dtype == tensor.dtype
+            tensor.copy_(sent)
+
 
 def run_ranks(world_size: int, function) -> list:
     """function(ranks) on every one of world_size ranks at once; their results in order."""
     barrier, box = threading.Barrier(world_size), [None] * world_size
+    mail = {pair: queue.Queue() for pair in itertools.permutations(range(world_size), 2)}
     results, errors = [None] * world_size, []
 
     def work(rank: int) -> None:
         try:
-            results[rank] = function(ThreadRanks(rank, world_size, barrier, box))
+            results[rank] = function(ThreadRanks(rank, world_size, barrier, box, mail))
         except BaseException as error:  # raised again below, in the test
             errors.append(error)
             barrier.abort()

@@ -16,12 +16,13 @@ from tests.support import (
     document_stream,
     random_model,
     random_tokens,
+    relative,
     run_ranks,
     tiny,
     validation_set,
 )
 
-MODES = ("plain", "sliding")
+MODES = ("plain", "sliding", "stateful")
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -41,7 +42,7 @@ def evaluate(
 # ---- Who scores what -------------------------------------------------------------------------------------------------
 
 
-@each_mode
+@pytest.mark.parametrize("mode", ("plain", "sliding"))
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("length", [1, 7, 31, 32, 33, 64, 200])
 def test_windows_of_all_ranks_cover_every_target_once(mode, world_size, length):
@@ -171,7 +172,7 @@ def test_an_observer_hears_of_everything_and_changes_nothing(mode, ttt_enabled):
         def on_read(self, excerpt):
             read.append(excerpt)
             for place, tokens in ((0, excerpt.tokens), (1, excerpt.targets)):
-                expected = stream[np.minimum(excerpt.positions + place, 229)]
+                expected = stream[np.clip(excerpt.positions + place, 0, 229)]
                 assert np.array_equal(tokens.numpy(), expected)
 
         def on_score(self, excerpt, scored, nats):
@@ -241,6 +242,159 @@ def test_batching_windows_changes_neither_scores_nor_adaptation(mode, ttt_enable
     assert np.allclose(
         evaluate(model, many, stream).nats, evaluate(model, few, stream).nats, atol=1e-3
     )
+
+
+# ---- Stateful --------------------------------------------------------------------------------------------------------
+
+
+class HeldStates:
+    """All mixers' states in one place, as float64."""
+
+    def __init__(self, model: t.Model, order: tuple[int, ...]):
+        self.states = [t.map_state(torch.Tensor.double, s) for s in model.new_states(order)]
+
+    def take(self, place: int):
+        return self.states[place]
+
+    def put(self, place: int, state) -> None:
+        self.states[place] = state
+
+
+def exact_model(settings: t.Settings) -> t.Model:
+    """In float64, and with rotations that are exact to as many digits."""
+    model = random_model(settings).double()
+    model.compute_dtype = torch.float64
+    model.rotary_table = exact_rotations(model, settings.train_seq_len)
+    return model
+
+
+def exact_rotations(model: t.Model, length: int) -> torch.Tensor:
+    pairs = model.rotary_table.shape[-1]
+    frequencies = t.ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+    return t.rotary_turns(torch.arange(length, dtype=torch.float64), frequencies)
+
+
+@torch.no_grad()
+def resumed_hidden(model: t.Model, tokens: torch.Tensor, part: int, states) -> torch.Tensor:
+    """Hidden states of tokens (1, T), part by part."""
+    overlap, order, hidden = model.settings.attention_overlap, model.order(True), []
+    padded = F.pad(tokens, (overlap, 0), value=99)  # what stands before a stream, is not read
+    for first in range(0, tokens.shape[1], part):
+        seen = torch.tensor(min(overlap, first))
+        piece = padded[:, first : first + overlap + part]
+        hidden.append(model.resume(piece, seen, order, states))
+    return torch.cat(hidden, dim=1)
+
+
+@torch.no_grad()
+def whole_hidden(model: t.Model, tokens: torch.Tensor, monkeypatch) -> torch.Tensor:
+    """The definition: all tokens in one sequence, where attention's reach is a matter of a mask."""
+    length, settings = tokens.shape[1], model.settings
+    stride = settings.train_seq_len - settings.attention_overlap
+    position = torch.arange(length)
+    earliest = position // stride * stride - settings.attention_overlap
+    seen = (position <= position[:, None]) & (position >= earliest[:, None])
+
+    def masked(query, key, value):
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+        return y.transpose(1, 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "sdpa", masked)
+        patch.setattr(model, "rotary_table", exact_rotations(model, length))
+        return model(tokens, model.order(True))
+
+
+STREAMS = {
+    "Mamba-3 alone": {"mamba_layers": "0-2"},
+    "Mamba-2 alone": {"mamba_layers": "0-2", "mamba_version": 2},
+    "the first Mamba alone": {"mamba_layers": "0-2", "mamba_version": 1},
+    "hybrid": {},
+    "overlap of a quarter": {"eval_overlap": 8},
+    "overlap of three quarters": {"eval_overlap": 24},
+    "attention alone": {"mamba_layers": ""},
+    "recurrence": {"layer_order": "0,1,0,1,2"},
+    "Mamba-2 in documents": {"mamba_layers": "0,2", "mamba_version": 2, "document_reset": True},
+    "documents": {"document_reset": True},
+}
+
+
+@pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize("part", [48, 96])
+def test_parts_with_carried_states_are_one_sequence_of_the_whole_stream(changes, part, monkeypatch):
+    model = exact_model(tiny(**changes))
+    tokens = torch.from_numpy(document_stream(288).astype(np.int64))[None]
+    states = HeldStates(model, model.order(True))
+    hidden = resumed_hidden(model, tokens, part, states)
+    assert relative(hidden, whole_hidden(model, tokens, monkeypatch)) < 1e-9
+
+
+@pytest.mark.parametrize(("version", "used"), [(1, "scan inputs"), (2, "ssm inputs"), (3, "")])
+def test_every_carried_tensor_matters(version, used):
+    """Without any one of them the next part comes out differently, in each layer.
+
+    Mamba-2 neither turns keys nor weighs a token with the one before, so needs only some of what
+    Mamba-3 does.
+    """
+    model = exact_model(tiny(mamba_version=version))
+    tokens = torch.from_numpy(document_stream(96).astype(np.int64))[None]
+    overlap, order = model.settings.attention_overlap, model.order(True)
+
+    @torch.no_grad()
+    def second_part(place: int, name: str) -> torch.Tensor:
+        """Hidden states of the second part, where a tensor of a state was lost before it."""
+        states = HeldStates(model, order)
+        resumed_hidden(model, tokens[:, :48], 48, states)
+        if name:
+            named_tensors(states.states[place])[name].zero_()
+        return model.resume(tokens[:, 48 - overlap :], torch.tensor(overlap), order, states)
+
+    expected = second_part(0, "")
+    for place, state in enumerate(model.new_states(order)):
+        for name in named_tensors(state):
+            matters = place == 1 or not used or name in used.split()
+            assert (relative(second_part(place, name), expected) > 1e-4) == matters, (place, name)
+
+
+def named_tensors(state) -> dict[str, torch.Tensor]:
+    """A state's tensors by the names of their fields."""
+    named = {}
+    for name, part in zip(state._fields, state, strict=True):
+        if isinstance(part, torch.Tensor):
+            named[name] = part
+        elif part is not None:
+            named |= named_tensors(part)
+    return named
+
+
+@pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
+def test_states_cross_the_borders_of_ranks(ttt_enabled):
+    """Scores are the same on 1, 2 and 4 ranks; to the bit, where no gradients are summed."""
+    settings = tiny(
+        eval_mode="stateful", ttt_enabled=ttt_enabled, ttt_chunk_tokens=128, eval_overlap=24
+    )
+    model, stream = random_model(settings), document_stream(300)
+    alone = evaluate(model, settings, stream)
+    for world_size in (2, 4):
+        scores = run_ranks(world_size, lambda ranks: evaluate(model, settings, stream, ranks))
+        for score in scores:
+            assert abs(score.val_bpb - alone.val_bpb) < 1e-6
+            if not ttt_enabled:
+                assert np.array_equal(score.nats, alone.nats)
+
+
+def test_after_an_update_states_are_those_of_the_new_weights_over_the_last_window():
+    """The second chunk's scores are those of a stream that begins a window before it."""
+    settings = tiny(eval_mode="stateful", ttt_lr=0.05)
+    model, stream = random_model(settings), document_stream(129)
+    adapted = copy.deepcopy(model)
+    evaluator = t.Evaluator(adapted, settings, SOLO, validation_set(stream))
+    nats = evaluator.evaluate().nats  # two chunks of 64: adapted to the first, and kept so
+    frozen = tiny(eval_mode="stateful", ttt_enabled=False)
+    again = evaluate(adapted, frozen, stream[32:]).nats
+    assert np.allclose(nats[64:], again[32:], rtol=1e-4)
+    assert not np.allclose(nats[64:], evaluate(adapted, frozen, stream).nats[64:], rtol=1e-4)
 
 
 def test_bits_per_byte_of_real_text(sample):

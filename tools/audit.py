@@ -352,12 +352,15 @@ class Watcher:
     and (by torch's hook, which the script has no part in) every step of an optimizer.
     """
 
-    def __init__(self, model: torch.nn.Module, stream: np.ndarray, seed: int):
+    def __init__(self, script: ModuleType, entry: Entry, model: torch.nn.Module):
+        self.script = script
+        self.ranks = entry.ranks
         self.model = model
+        stream = entry.validation.tokens
         self.stream = stream
         self.count = len(stream) - 1
         sampled = min(SAMPLED_TARGETS, self.count)
-        self.wanted = np.random.default_rng(seed).choice(self.count, sampled, replace=False)
+        self.wanted = np.random.default_rng(entry.seed).choice(self.count, sampled, replace=False)
         self.weights = fingerprint(model)
         self.stepped = False  # since the weights were last looked at
         self.seen = Observation(
@@ -409,24 +412,39 @@ class Watcher:
     @torch.no_grad()
     def sample(self, excerpt: Any, where: np.ndarray, nats: Tensor) -> list[Sampled]:
         """Compares the scores where (B, T) is true with the distribution of the model as it is."""
-        hidden = self.model(excerpt.tokens, self.model.order(True))
+        hidden = self.hidden(excerpt)
         sampled = []
         for row, column in np.argwhere(where):
             position = int(excerpt.positions[row, column])
             one = hidden[row : row + 1, column : column + 1]
-            logits = self.model.logits(one)[0, 0].double()
+            before = excerpt.tokens[row : row + 1, column : column + 1]
+            logits = self.model.logits(one, before)[0, 0].double()
             target = int(self.stream[position + 1])
             expected = float(-torch.log_softmax(logits, dim=0)[target])
-            total = self.total_probability(one, len(logits))
+            total = self.total_probability(one, before, len(logits))
             sampled.append(Sampled(position, float(nats[row, column]), expected, total))
         return sampled
 
-    def total_probability(self, hidden: Tensor, vocabulary: int) -> float:
+    def hidden(self, excerpt: Any) -> Tensor:
+        """The model's hidden states at an excerpt's tokens, by the weights and states as they are.
+
+        Where evaluation is stateful, an excerpt begins with tokens of an earlier part: zeros here.
+        """
+        order = self.model.order(True)
+        if excerpt.resumed is None:
+            return self.model(excerpt.tokens, order)
+        seen, states = excerpt.resumed
+        held = self.script.StateRelay(self.ranks, list(states))
+        hidden = self.model.resume(excerpt.tokens, seen, order, held)
+        return torch.nn.functional.pad(hidden, (0, 0, excerpt.tokens.shape[1] - hidden.shape[1], 0))
+
+    def total_probability(self, hidden: Tensor, before: Tensor, vocabulary: int) -> float:
         """Sum over all tokens of the probability that the script's own nats() gives to each."""
         total = 0.0
         for tokens in torch.arange(vocabulary, device=hidden.device).split(CANDIDATES):
             every = hidden.expand(1, len(tokens), -1).contiguous()
-            total += float(self.model.nats(every, tokens[None]).double().neg().exp().sum())
+            nats = self.model.nats(every, tokens[None], before.expand(1, len(tokens)))
+            total += float(nats.double().neg().exp().sum())
         return total
 
 
@@ -462,7 +480,7 @@ def evaluate(script: ModuleType, entry: Entry, tokens: np.ndarray) -> Any:
 def observe(script: ModuleType, entry: Entry) -> Observation:
     """Evaluates the whole validation set and records every score, update and step, in order."""
     model, settings = load(script, entry)
-    watcher = Watcher(model, entry.validation.tokens, entry.seed)
+    watcher = Watcher(script, entry, model)
     evaluator = script.Evaluator(model, settings, entry.ranks, entry.validation, observer=watcher)
     hook = register_optimizer_step_post_hook(watcher.on_step)
     try:
