@@ -3557,7 +3557,7 @@ def quantize_model(
 #
 # The file, its numbers little-endian; nothing in it is unpickled or run:
 #
-#     SSMGOLF4{"bigram_dim":128, ... ,"vocab_size":8192}\n    magic; the model's settings as JSON
+#     SSMGOLF4{"bigram_dim":128, ... ,"vocab_size":8192}\n    magic; artifact_header() as JSON
 #     LZMA stream of the record                               vectors, steps, frequencies: below
 #     uint16 ...                                              the integers of all matrices, coded
 #     32 bytes                                                SHA-256 of all before
@@ -3709,7 +3709,20 @@ def decode_integers(
     return rows.ravel()[:count].view(np.int8), words
 
 
-def pack_artifact(settings, stored: dict[str, Tensor]) -> bytes:
+def file_sha256(path: str) -> str:
+    """The hexadecimal SHA-256 of a file's bytes; empty where there is none."""
+    if not Path(path).is_file():
+        return ""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
+    """What an artifact's header holds: the model's settings, and which tokenizer it was trained with."""
+    header = {name: getattr(settings, name) for name in MODEL_FIELDS}
+    return header | {"tokenizer_sha256": tokenizer_sha256}
+
+
+def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "") -> bytes:
     """The artifact, as drawn above, of the tensors that quantize_model() returned."""
     record = []
     codes = []
@@ -3719,7 +3732,7 @@ def pack_artifact(settings, stored: dict[str, Tensor]) -> bytes:
             array, words = encode_integers(array)
             codes.append(words)
         record.append(array.tobytes())
-    header = {name: getattr(settings, name) for name in MODEL_FIELDS}
+    header = artifact_header(settings, tokenizer_sha256)
     parts = seal(ARTIFACT_MAGIC, header, lzma.compress(b"".join(record)), *codes)
     return b"".join(parts)
 
@@ -3739,7 +3752,7 @@ def seal(magic: bytes, header: dict, *payload) -> list:
 
 
 # What an artifact or a checkpoint means that was written before there was a setting. Whoever adds
-# one that a header holds (MODEL_FIELDS, TRAINING_FIELDS, PROGRESS) adds here what the script did
+# one that a header holds (artifact_header(), Trainer.header()) adds here what the script did
 # without it, which stays for good, whatever becomes of the setting's default.
 FORMER_DEFAULTS = {
     "document_scope": "scans",
@@ -3759,6 +3772,7 @@ FORMER_DEFAULTS = {
     "sdclip_attention": 1.0,
     "gptq_block_size": 128,
     "gptq_damp": 0.01,
+    "tokenizer_sha256": "",
 }
 
 
@@ -3812,8 +3826,8 @@ def read_header(line: bytes, usual: dict, check) -> dict:
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
-    """The model's settings in an artifact, and its payload; raises UserError for other files."""
-    usual = {name: getattr(Settings, name) for name in MODEL_FIELDS}
+    """Header and payload of an artifact; raises UserError for other files."""
+    usual = artifact_header(Settings())
     return read_sealed(path, "artifact", ARTIFACT_MAGIC, 4 * ARTIFACT_CAP, usual)
 
 
@@ -3823,6 +3837,7 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
     given names the settings that the user gave: UserError if one contradicts the artifact, or if
     the header's cannot be.
     """
+    header = {name: header[name] for name in MODEL_FIELDS}
     for name in sorted(given & set(header)):
         ours, theirs = getattr(settings, name), header[name]
         same = ours == theirs
@@ -3830,6 +3845,21 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
         need(same, f"{name.upper()}={ours} {problem}")
     settings = replace(settings, **header)
     validate_settings(settings, world_size)
+    return settings
+
+
+def settings_for_artifact(settings, given: set[str], world_size: int) -> Settings:
+    """Settings to score ARTIFACT with, its model's in place of the run's.
+
+    Raises UserError where TOKENIZER_PATH is another tokenizer than the model was trained with:
+    targets would stand for other bytes. (An older artifact does not say; then sizes must agree.)
+    """
+    header, _ = read_artifact(settings.artifact_path)
+    settings = adopt_artifact(header, settings, given, world_size)
+    wanted, found = header["tokenizer_sha256"], file_sha256(settings.tokenizer_path)
+    same = wanted == found or not wanted or not found
+    hashes = f"the artifact's has SHA-256 {wanted[:64]}, this one {found}"
+    need(same, f"TOKENIZER_PATH={settings.tokenizer_path} is another tokenizer: {hashes}")
     return settings
 
 
@@ -4280,7 +4310,8 @@ def export(trainer, batches) -> dict:
         log(f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s")
         in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
         need(in_time, "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS")
-        data = pack_artifact(s, stored) if ranks.rank == 0 else b""
+        tokenizer = file_sha256(s.tokenizer_path)
+        data = pack_artifact(s, stored, tokenizer) if ranks.rank == 0 else b""
         size = ranks.from_main(len(data))
         log(f"{s.artifact_path}: {size} bytes of at most {target}")
         if size <= target:
@@ -4424,6 +4455,8 @@ def main():
         len(sys.argv) == 1, f"{sys.argv[-1]}: settings are environment variables; --help lists them"
     )
     settings, given, ranks = prepare_run(dict(os.environ))
+    if settings.eval_only:
+        settings = settings_for_artifact(settings, given, ranks.world_size)
     log = Log(settings, ranks, settings.run_id + ".eval" * settings.eval_only)
     machine, values = describe_machine(ranks), asdict(settings)
     text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())

@@ -100,7 +100,7 @@ def make_originals(folder: Path) -> Originals:
         "checkpoint": settings.checkpoint_paths[0].read_bytes(),
         "shard": write_shard(folder / "original_val_0.bin", tokens).read_bytes(),
         "tokenizer": train_tokenizer(folder / "original.model", VOCABULARY).read_bytes(),
-        "artifact": t.pack_artifact(settings, stored),
+        "artifact": t.pack_artifact(settings, stored, "00" * 32),
         "bomb": b"".join([bomb.compress(bytes(16 * MIB)) for _ in range(17)] + [bomb.flush()]),
     }
 
@@ -442,9 +442,8 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     if not case.sealed and case.data != originals["artifact"]:
         return "an artifact with a wrong checksum was read"
     _, header, payload = sealed_parts(case.data)
-    if former(t.MODEL_FIELDS) | json.loads(header) != {
-        name: getattr(settings, name) for name in t.MODEL_FIELDS
-    }:
+    header = former(("tokenizer_sha256", *t.MODEL_FIELDS)) | json.loads(header)
+    if header != t.artifact_header(settings, header["tokenizer_sha256"]):
         return "other settings were read"
     # The data once more: vectors and steps in the parameters' order, then frequencies and codes of integers.
     parameters, matrices = dict(model.named_parameters()), t.grid_limits(model)
@@ -579,9 +578,9 @@ def run_case(
     if watch.seen:
         result, reason = "finding", watch.seen
     if case.kind == "artifact" and result == "read":
-        header = dataclasses.replace(tiny(), **json.loads(case.data[8 : case.data.index(b"\n")]))
-        with torch.device("meta"):
-            stored = sum(p.numel() for p in t.Model(header, torch.device("meta")).parameters())
+        header = former(t.MODEL_FIELDS) | json.loads(sealed_parts(case.data)[1])
+        settings = dataclasses.replace(tiny(), **{name: header[name] for name in t.MODEL_FIELDS})
+        stored = sum(p.numel() for p in t.model_skeleton(settings).parameters())
     used, most = peak_memory() - idle, MEMORY[case.kind] + MEMORY_PER_STORED_BYTE * stored
     if used > most:
         result, reason = "finding", f"{used / MIB:.0f} MiB of memory, more than {most / MIB:.0f}"

@@ -631,8 +631,9 @@ def test_what_is_read_back_is_bit_equal_to_what_was_quantized(
     settings = tiny(mamba_version=version, quantizer=quantizer, **changes)
     model = random_model(settings)
     stored = exported(model, settings)
-    (tmp_path / "a").write_bytes(t.pack_artifact(settings, stored))
+    (tmp_path / "a").write_bytes(t.pack_artifact(settings, stored, "00ff"))
     header, _ = t.read_artifact(tmp_path / "a")
+    assert header.pop("tokenizer_sha256") == "00ff"
     assert header == {name: getattr(settings, name) for name in t.MODEL_FIELDS}
     loaded, loaded_settings = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
     assert {name: getattr(loaded_settings, name) for name in t.MODEL_FIELDS} == header

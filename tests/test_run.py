@@ -6,6 +6,7 @@ Most runs happen inside this process, with another os.environ; a few are real pr
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
@@ -591,6 +592,36 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(
     assert "MODEL_DIM=64 contradicts the artifact, which has 32" in mistake(
         monkeypatch, capsys, wrong
     )
+
+
+def test_an_artifact_is_scored_with_its_own_tokenizer_alone(
+    monkeypatch, capsys, trained, shards, tmp_path, plain_tokenizer, byte_tokenizer
+):
+    """Neither with one of another size, though a preset or VOCAB_SIZE says so, nor with another of the same size."""
+    path = tmp_path / "x.lzma"
+    shutil.copy(trained.artifact, path)
+    environment = run_environment(shards, tmp_path, eval_only=True, artifact=path)
+    environment["TOKENIZER_PATH"] = str(plain_tokenizer)  # 200 pieces
+    said = mistake(monkeypatch, capsys, environment)
+    assert f"TOKENIZER_PATH={plain_tokenizer} is another tokenizer" in said
+    assert hashlib.sha256(byte_tokenizer.read_bytes()).hexdigest() in said
+    said = mistake(monkeypatch, capsys, environment | {"VOCAB_SIZE": "200"})
+    assert "VOCAB_SIZE=200 contradicts the artifact, which has 512" in said
+    del environment["VOCAB_SIZE"]  # PRESET=tiny's is 1,024, the artifact's counts
+    environment["TOKENIZER_PATH"] = str(shards / "tokenizer.model")
+    assert run_here(monkeypatch, environment) == 0
+    other = tmp_path / "other.model"
+    other.write_bytes(byte_tokenizer.read_bytes() + b"\xc2>\x01x")  # a field nobody knows
+    environment["TOKENIZER_PATH"] = str(other)
+    assert "is another tokenizer" in mistake(monkeypatch, capsys, environment)
+
+    data = path.read_bytes()
+    line, payload = data[8:-32].split(b"\n", 1)
+    header = json.loads(line) | {"tokenizer_sha256": ""}  # as one of an older version
+    path.write_bytes(b"".join(t.seal(data[:8], header, payload)))
+    assert run_here(monkeypatch, environment) == 0
+    environment["TOKENIZER_PATH"] = str(plain_tokenizer)
+    assert "has 200 tokens, but VOCAB_SIZE=512" in mistake(monkeypatch, capsys, environment)
 
 
 @pytest.mark.parametrize("bad_steps", [range(5, 99), range(30, 99)], ids=str)
