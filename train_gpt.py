@@ -1481,26 +1481,31 @@ def add_outer(ssm: Tensor, weight: Tensor, value: Tensor, key: Tensor) -> Tensor
     return ssm + weighted.unsqueeze(-1) * key.unsqueeze(-2)
 
 
-def empty_state(inputs: ScanInputs) -> ScanState:
-    """The state before a text's first token: zeros, in the recurrence's dtype."""
-    batch, _, heads, channels = inputs.value.shape
-    state_size = inputs.key.shape[-1]
-    angles = 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
-    zeros = partial(inputs.step_size.new_zeros, batch, heads)
-    return ScanState(zeros(angles), zeros(channels, state_size), zeros(state_size), zeros(channels))
+def empty_state(
+    like: Tensor, batch: int, heads: int, channels: int, state: int, angles: int
+) -> ScanState:
+    """The state before a text's first token: zeros, of like's dtype and on its device."""
+    zeros = partial(like.new_zeros, batch, heads)
+    return ScanState(zeros(angles), zeros(channels, state), zeros(state), zeros(channels))
 
 
 def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
     """What stands in the equations: biased and turned keys and queries, angles, weights."""
     step_size, dtype = inputs.step_size, inputs.step_size.dtype
-    state = empty_state(inputs) if state is None else ScanState(*(x.to(dtype) for x in state))
+    if state is None:
+        batch, _, heads, channels = inputs.value.shape
+        angles = 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
+        state = empty_state(step_size, batch, heads, channels, inputs.key.shape[-1], angles)
+    state = ScanState(*(x.to(dtype) for x in state))
     key = inputs.key.to(dtype).unsqueeze(2) + inputs.key_bias.to(dtype)  # (B, L, H, N)
     query = inputs.query.to(dtype).unsqueeze(2) + inputs.query_bias.to(dtype)
     angle = state.angle.unsqueeze(1).expand(-1, key.shape[1], -1, -1)  # (B, L, H, R)
     if inputs.angle_rate is not None:
         rate = math.pi * torch.tanh(inputs.angle_rate.to(dtype))
         turn = rate.unsqueeze(2) * step_size.unsqueeze(-1)
-        angle = state.angle.unsqueeze(1) + turn.cumsum(dim=1)
+        if turn.shape[1] > 1:  # of one token, none is needed; on GPUs it has no deterministic form
+            turn = turn.cumsum(dim=1)
+        angle = state.angle.unsqueeze(1) + turn
         key = rotate_pairs(key, angle)
         query = rotate_pairs(query, angle)
     current = step_size
@@ -1830,17 +1835,20 @@ VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their 
 def attend_by_formula(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
 ) -> Tensor:
-    """The reference of all backends: a dense matrix of scores, in float32 or more."""
+    """The reference of all backends: a dense matrix of scores, in float32 or more.
+
+    There may be S > T keys and values: the last T of them are the queries' own tokens'.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
     shared = query.shape[2] // key.shape[2]  # query heads that read one key head
     q = query.to(wide).transpose(1, 2)  # (B, heads, T, D)
-    k = key.to(wide).repeat_interleave(shared, dim=2).transpose(1, 2)
+    k = key.to(wide).repeat_interleave(shared, dim=2).transpose(1, 2)  # (B, heads, S, D)
     v = value.to(wide).repeat_interleave(shared, dim=2).transpose(1, 2)
-    position = torch.arange(query.shape[1], device=query.device)
-    distance = position[:, None] - position  # (T, T), from query back to key
+    position = torch.arange(key.shape[1], device=query.device)
+    distance = position[-query.shape[1] :, None] - position  # (T, S), from query back to key
     seen = distance >= 0
     if documents is not None:
-        seen = seen & (distance <= documents.reach[:, None, :, None])  # (B, 1, T, T)
+        seen = seen & (distance <= documents.reach[:, None, :, None])  # (B, 1, T, S)
     scores = (q @ k.mT) * query.shape[-1] ** -0.5
     weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
     return (weights @ v).transpose(1, 2).to(query.dtype)
@@ -1883,8 +1891,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class AttentionState(NamedTuple):
     """What attention keeps of the last tokens of a stream, for those that follow."""
 
-    key: Tensor  # (1, overlap, kv heads, D), normed, not turned: their positions will be others
-    value: Tensor  # (1, overlap, kv heads, D)
+    key: Tensor  # (B, kept, kv heads, D), normed, not turned: their positions will be others
+    value: Tensor  # (B, kept, kv heads, D)
 
 
 GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
@@ -1934,9 +1942,20 @@ class Attention(nn.Module):
         kept = AttentionState(key[:, -overlap:].clone(), value[:, -overlap:].clone())
         return self.read_out(x, y), kept
 
-    def new_state(self, overlap: int, dtype: torch.dtype) -> "AttentionState":
-        """The state before a stream's first token: room for keys and values of `overlap` tokens."""
-        shape = (1, overlap, self.key.out_features // self.head_dim, self.head_dim)
+    def step(self, x: Tensor, context, state: "AttentionState") -> tuple[Tensor, "AttentionState"]:
+        """forward() of each text's next token, x (B, 1, width): it sees the L - 1 before it."""
+        query, key, value = self.unturned(x)
+        key = torch.cat([state.key, key], dim=1)  # (B, L, kv heads, D)
+        value = torch.cat([state.value, value], dim=1)
+        cos, sin = context.cos, context.sin  # (L, rotating pairs): the token's place is the last
+        turned_query = rotary(query, cos[-1:], sin[-1:])
+        turned_key = rotary(key, cos, sin)
+        y = attend_by_formula(turned_query, turned_key, value, context.documents)
+        return self.read_out(x, y), AttentionState(key[:, 1:], value[:, 1:])
+
+    def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> "AttentionState":
+        """The state before a text's first token: room for `kept` tokens' keys and values."""
+        shape = (batch, kept, self.key.out_features // self.head_dim, self.head_dim)
         return AttentionState(*self.key.weight.new_zeros(2, *shape, dtype=dtype))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2067,15 +2086,19 @@ class Mamba(nn.Module):
         return self.resume(u, context, None)[0]
 
     def resume(
-        self, u: Tensor, context, state: "MambaState | None"
-    ) -> tuple[Tensor, "MambaState | None"]:
-        """forward() behind the tokens that left this state (None: no such), and the state then."""
+        self, u: Tensor, context, state: "MambaState | None", backend: str = ""
+    ) -> tuple[Tensor, "MambaState"]:
+        """forward() behind the tokens that left this state (None: no such), and the state then.
+
+        backend: of the recurrence, if not this layer's own.
+        """
+        backend = backend or self.backend
         projected = self.in_proj(u)  # (B, L, columns)
         scan, inputs = state or (None, None)
         if self.conv is not None:
             projected, inputs = self.convolve(projected, inputs, context.documents)
         if self.sizes.version == 1:
-            y, scan = self.selective(projected, context, scan)
+            y, scan = self.selective(projected, context, scan, backend)
             return self.out_proj(y), MambaState(scan, inputs)
         y, mean_square, scan = mamba_scan(
             projected,
@@ -2083,7 +2106,7 @@ class Mamba(nn.Module):
             self.sizes,
             context.document_start,
             scan,
-            self.backend,
+            backend,
             self.chunk_size,
         )
         # The norm has no weight, so that its factor may follow out_proj: no pass over y.
@@ -2091,6 +2114,10 @@ class Mamba(nn.Module):
         if state is not None:  # a view would keep all tokens' keys and values in memory
             scan = ScanState(*(x.clone() for x in scan))
         return self.out_proj(y, scale), MambaState(scan, inputs)
+
+    def step(self, u: Tensor, context, state: "MambaState") -> tuple[Tensor, "MambaState"]:
+        """forward() of each text's next token, u (B, 1, width), by the recurrence as it stands."""
+        return self.resume(u, context, state, backend="sequential")
 
     def scan_parameters(self) -> MambaParameters:
         """What Mamba-2 or Mamba-3 has learned, by the recurrence's names."""
@@ -2108,21 +2135,21 @@ class Mamba(nn.Module):
         rate = -self.A_log.exp()
         return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=rate)
 
-    def new_state(self, dtype: torch.dtype) -> "MambaState":
-        """The state before a stream's first token: zeros. dtype: the activations'."""
+    def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> "MambaState":
+        """The state before a text's first token: zeros. dtype: the activations'. kept: attention's.
+
+        All that a recurrence keeps has one size, however many tokens there were.
+        """
         sizes = self.sizes
         inputs = None
         if self.conv is not None:
             channels, taps = self.conv.weight.shape
-            inputs = self.D.new_zeros(1, taps - 1, channels, dtype=dtype)
+            inputs = self.D.new_zeros(batch, taps - 1, channels, dtype=dtype)
         if sizes.version == 1:
-            return MambaState(torch.zeros_like(self.A_log).unsqueeze(0), inputs)
-        zeros = partial(self.D.new_zeros, 1, sizes.heads)
+            return MambaState(self.A_log.new_zeros(batch, *self.A_log.shape), inputs)
         angles = sizes.angles if sizes.version == 3 else 0
-        ssm = zeros(sizes.channels, sizes.state)
-        return MambaState(
-            ScanState(zeros(angles), ssm, zeros(sizes.state), zeros(sizes.channels)), inputs
-        )
+        shape = (sizes.heads, sizes.channels, sizes.state, angles)
+        return MambaState(empty_state(self.D, batch, *shape), inputs)
 
     def convolve(
         self, projected: Tensor, before: Tensor | None, documents: Documents | None
@@ -2142,7 +2169,7 @@ class Mamba(nn.Module):
         return torch.cat([gate, mixed, rest], dim=-1), before
 
     def selective(
-        self, projected: Tensor, context, state: Tensor | None
+        self, projected: Tensor, context, state: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor | None]:
         """The first Mamba between in_proj and out_proj: (B, L, 2·inner) -> (B, L, inner).
 
@@ -2153,7 +2180,6 @@ class Mamba(nn.Module):
         low_rank, key, query = self.x_proj(value).tensor_split([-2 * n, -n], dim=-1)
         step, decay_rate = self.dt_proj(low_rank), -self.A_log.exp()
         tensors = (value, step, decay_rate, key, query, self.D, gate, self.dt_bias)
-        backend = self.backend
         if backend == "fused" and state is not None:
             backend = "parallel"  # the library's scan takes no state
         return selective_scan(tensors, context.document_start, state, backend, self.chunk_size)
@@ -2223,6 +2249,23 @@ def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
     """cos and sin of the angles position × frequency: (T,), (R,) -> (2, T, R)."""
     angles = positions[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
+
+
+class TextState(NamedTuple):
+    """What the tokens of a batch of texts so far leave to the next ones: see Model.step()."""
+
+    previous: Tensor  # (B, 1) int64, the last tokens, for bigrams; BOS before the first
+    seen: Tensor  # (B, 1) int32, how many of the last tokens the next one's attention sees
+    layers: list  # each mixer's state, in the order in which they run
+
+
+def overwrite(state, left):
+    """Copies tensors in nested tuples into others of the same kind, in place; None stays."""
+    if isinstance(state, Tensor):
+        state.copy_(left)
+    elif state is not None:
+        for old, new in zip(state, left, strict=True):
+            overwrite(old, new)
 
 
 class Model(nn.Module):
@@ -2321,15 +2364,48 @@ class Model(nn.Module):
 
         return self.through_blocks(embedded, order, run)
 
-    def new_states(self, order: tuple[int, ...]) -> list:
-        """Every mixer's state before a stream's first token, by place in the order."""
-        overlap, dtype = self.settings.attention_overlap, self.compute_dtype
-        states = []
-        for layer in order:
-            mixer = self.blocks[layer].mixer
-            mamba = isinstance(mixer, Mamba)
-            states.append(mixer.new_state(dtype) if mamba else mixer.new_state(overlap, dtype))
-        return states
+    def new_states(self, order: tuple[int, ...], batch: int = 1, kept: int | None = None) -> list:
+        """Every mixer's state before a text's first token, by place in the order.
+
+        kept: how many tokens' keys and values attention keeps, ATTENTION_OVERLAP if None.
+        """
+        kept = self.settings.attention_overlap if kept is None else kept
+        mixers = [self.blocks[layer].mixer for layer in order]
+        return [mixer.new_state(batch, kept, self.compute_dtype) for mixer in mixers]
+
+    def begin(self, batch: int, order: tuple[int, ...]) -> TextState:
+        """The state of a batch of texts before their first tokens, for layers in this order."""
+        device = self.embedding.weight.device
+        return TextState(
+            previous=torch.full((batch, 1), BOS_ID, device=device),
+            seen=torch.zeros(batch, 1, dtype=torch.int32, device=device),
+            layers=self.new_states(order, batch, kept=self.settings.train_seq_len - 1),
+        )
+
+    def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
+        """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
+
+        The recurrences go on from the state; attention sees the last TRAIN_SEQ_LEN tokens, or as
+        many of them as there are. The state then comes to stand behind these tokens, in the same
+        memory: a step can be a CUDA graph.
+        """
+        embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
+        start = tokens == BOS_ID
+        if self.settings.confines_documents:
+            state.seen.masked_fill_(start, 0)
+        document_start = start if self.settings.document_reset else None
+        context = Context(document_start, *self.rotary_table, Documents(state.seen))
+
+        def run(place: int, block: Block, x: Tensor) -> Tensor:
+            x = block.enter(x, embedded)
+            y, left = block.mixer.step(norm(x), context, state.layers[place])
+            overwrite(state.layers[place], left)
+            return block.leave(x + y)
+
+        hidden = self.through_blocks(embedded, order, run)
+        state.previous.copy_(tokens)
+        state.seen.add_(1).clamp_(max=self.settings.train_seq_len - 1)
+        return hidden
 
     def context(self, tokens: Tensor) -> Context:
         """Where documents start and end, and how far attention turns each position."""
@@ -2395,6 +2471,72 @@ def build_model(settings, ranks) -> Model:
     """A new model on the rank's device, the same on every rank."""
     torch.manual_seed(settings.seed)
     return Model(settings, ranks.device)
+
+
+EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    tokens: Tensor,
+    count: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continues a batch of texts: tokens (B, T > 0) int64 on the model's device -> (B, count).
+
+    One token after another is read, those of the prompt like those that are drawn, each at the same
+    cost: the recurrences carry a state, and attention keeps the keys and values of one training
+    window, however long a text becomes. draw_tokens() says what temperature and top_p mean. A
+    generator, on the model's device, makes the same draws again. On a GPU a step is a CUDA graph,
+    and no step waits for the host.
+    """
+    order = model.order(recurrent=True)
+    state = model.begin(len(tokens), order)
+    last = tokens[:, :1].clone()  # what is read next
+    noise = torch.empty(len(tokens), model.settings.vocab_size, device=tokens.device)
+
+    def step():
+        hidden = model.step(last, order, state)
+        logits = model.logits(hidden, last)[:, 0]
+        last.copy_(draw_tokens(logits, noise, temperature, top_p)[:, None])
+
+    prompt = tokens.shape[1]
+    text = F.pad(tokens, (0, count))
+    for i in range(prompt + count - 1):
+        noise.exponential_(generator=generator)
+        if tokens.is_cuda and i == EAGER_STEPS:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # runs nothing yet
+                step()
+            step = graph.replay
+        step()
+        if i + 1 < prompt:
+            last.copy_(tokens[:, i + 1 : i + 2])  # instead of what was drawn
+        text[:, i + 1] = last[:, 0]
+    return text[:, prompt:]
+
+
+def draw_tokens(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
+    """A next token for each row of logits (B, V): (B,) int64.
+
+    Temperature 0 takes the likeliest; else probabilities are softmax(logits / temperature), of
+    which top_p < 1 keeps the fewest, likeliest tokens that reach top_p together (nucleus sampling,
+    arXiv 1904.09751). noise (B, V) is exponentially distributed: the largest p / noise is then
+    token i with probability p_i / sum p.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p, token = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    if top_p < 1:
+        # Sums of integers, which are exact in any order; those of the tokens before must not do.
+        parts = (p.double() * 2**40).long()
+        before = parts.cumsum(dim=-1) - parts
+        p = p.masked_fill(before >= int(top_p * 2**40), 0.0)
+    place = (p / noise).argmax(dim=-1, keepdim=True)
+    return token.gather(-1, place)[:, 0]
 
 
 # ==================================================================================================
