@@ -53,7 +53,6 @@ import datetime
 import difflib
 import hashlib
 import importlib
-import inspect
 import itertools
 import json
 import lzma
@@ -69,7 +68,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -77,13 +76,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-try:
-    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and later
-except ImportError:
-    varlen_attn = None
+if TYPE_CHECKING:  # importing it loads the compiler and names its folder in the environment
+    from torch.nn.attention.flex_attention import BlockMask
 
 try:
     import triton
@@ -1782,7 +1778,7 @@ class Documents(NamedTuple):
     """
 
     reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
-    blocks: BlockMask | None = None  # for backend flex
+    blocks: "BlockMask | None" = None  # for backend flex
     edges: Tensor | None = None  # for flash, fa2, fa3: document_edges()
     crowded: Tensor | None = None  # likewise
 
@@ -5636,7 +5632,7 @@ def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 BLOCK = 128  # tokens of a side of a block that FlexAttention computes or leaves out
 
 
-def document_blocks(reach: Tensor) -> BlockMask:
+def document_blocks(reach: Tensor) -> "BlockMask":
     """Which blocks of keys each block of queries reads, from reach (B, T) int32, on its device.
 
     A document is a range of tokens, so a block of queries reads the range of blocks from its
@@ -5658,6 +5654,8 @@ def document_blocks(reach: Tensor) -> BlockMask:
     def mask(b, _, query, key):
         return (key <= query) & (query - key <= reach[b, query])
 
+    from torch.nn.attention.flex_attention import BlockMask
+
     return BlockMask.from_kv_blocks(
         *listed(masked), *listed(full), BLOCK, mask, seq_lengths=(length, length)
     )
@@ -5676,6 +5674,8 @@ def attend_by_blocks(
     if documents is None:
         nowhere = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
         documents = find_documents(nowhere, "flex")
+    from torch.nn.attention.flex_attention import flex_attention
+
     fused = flex_attention
     if query.is_cuda and not torch.compiler.is_compiling():  # else it would compute all scores
         fused = compiled_flex_attention()
@@ -5686,6 +5686,8 @@ def attend_by_blocks(
 @cache
 def compiled_flex_attention():
     """For models that are not compiled as a whole."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -5706,16 +5708,9 @@ def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
     return edges, begins.sum() > slots
 
 
-def varlen_options() -> dict:
-    """How this torch's varlen_attn is told to be causal, and of grouped heads if it knows them."""
-    if varlen_attn is None:
-        return {}
-    known = inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
-
-
-VARLEN_OPTIONS = varlen_options()
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+VARLEN_SINCE = (2, 10)  # torch.nn.attention.varlen
+VARLEN_GROUPS_SINCE = (2, 12)  # it takes fewer key heads than query heads
 
 
 def attend_by_lengths(
@@ -5726,12 +5721,16 @@ def attend_by_lengths(
     if backend in FLASH_LIBRARIES:
         y = flash_library(query, key, value, documents.edges, FLASH_LIBRARIES[backend])
     else:
-        if "enable_gqa" not in VARLEN_OPTIONS:  # before torch 2.12
+        from torch.nn.attention.varlen import varlen_attn
+
+        options = {"window_size": (-1, 0), "enable_gqa": True}
+        if TORCH < VARLEN_GROUPS_SINCE:
+            options = {"is_causal": True}
             shared = query.shape[2] // key.shape[2]  # query heads that read one key head
             key, value = (x.repeat_interleave(shared, dim=2) for x in (key, value))
         flat = (x.flatten(0, 1) for x in (query, key, value))  # (B·T, heads, D)
         edges = documents.edges
-        y = varlen_attn(*flat, edges, edges, length, length, **VARLEN_OPTIONS).view_as(query)
+        y = varlen_attn(*flat, edges, edges, length, length, **options).view_as(query)
     return y.masked_fill(documents.crowded, math.nan)
 
 
@@ -5819,7 +5818,7 @@ def attention_problem(settings, device: torch.device) -> str:
         return "" if device.type == "cuda" else "FlexAttention has no backward pass on a CPU"
     if confined and backend == "cudnn":
         return "cuDNN cannot keep documents apart"
-    if confined and backend == "flash" and varlen_attn is None:
+    if confined and backend == "flash" and TORCH < VARLEN_SINCE:
         return "to keep documents apart, it needs torch 2.10 or later"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = [
