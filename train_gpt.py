@@ -91,11 +91,14 @@ try:
     jit = triton.jit(do_not_specialize=["length", "batch", "chunks"])
 except ImportError:  # CPU builds of torch need none
     triton = None
-    constexpr = None
 
     def jit(function):
         """Stands in for triton.jit: the kernels are never called."""
         return function
+
+    def constexpr(value):
+        """Stands in for tl.constexpr, by which kernels read the numbers of this script."""
+        return value
 
 
 BOS_ID = 1
@@ -4635,13 +4638,60 @@ def run() -> int:
 
 # ==================================================================================================
 # 11. Fused kernels
-# The scan of section 4 and the cross-entropy of section 5 in Triton.
+#
+# Section 4's scan and section 5's cross-entropy in Triton, for bfloat16 on NVIDIA GPUs. Nothing here
+# is new to the model: mamba_scan() and Model.nats() compute the same without, and tests compare.
+#
+# A chunk of the scan has T = CHUNK tokens; `padded` is the length in whole chunks. Forward:
+#
+#   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
+#   rotate_features    a program per chunk and head: keys and queries, biased and rotated
+#   scan_forward       a program per head goes through the chunks, its state in registers
+#
+# and backward, in which each kernel undoes one of these:
+#
+#   scan_backward      a program per head comes back through the chunks
+#   features_backward  undoes rotate_features and the norms, summed over heads
+#   tokens_backward    undoes the rest of tokens_forward
+#
+# They read and write in_proj's rows (width WIDTH; gate, value, key, query, step, decay, trapezoid,
+# angles) in place, so that no column is copied. Decays are base-2 logarithms, for the GPU's own
+# exponential is 2**x; angles are in turns, so that whole ones drop out exactly. Sums go through
+# buffers, without atomics: two runs give the same bits. Keys, queries and the state have their even
+# entries first, then the odd ones, so that a pair to be rotated lies in two contiguous halves.
+#
+# Buffers between the kernels, (B batch, H heads, P channels, N state, R angles, C chunks):
+#
+#   scalars    (6, B, H, padded) float32  numbers per token and head: planes below
+#   features   (2, B, padded, N)          keys, queries: normed, shared by the heads
+#   half_turn  (B, padded, R) float32     tanh(angle rate) / 2, the turns of a step of size 1
+#   turns      (B, C, H, R) float32       turns made in a chunk; after a sum, those before it
+#   rotated    (2, B, H, padded, N)       keys, queries: biased and rotated
+#   rotation   (2, B, H, padded, R)       cos, sin of the running angle
+#   states     (B, H, C, N, P)            the state that enters each chunk, transposed
+
+# Planes: the first index of a buffer, by name. A kernel may read no global but such a constant.
+STEP, DECAY_SUM, KEY_LOG, CURRENT, KEY_QUERY, WEIGHT = map(constexpr, range(6))  # of scalars
+KEY, QUERY = map(constexpr, range(2))  # of features, rotated, biases, norms and their gradients
+COS, SIN = map(constexpr, range(2))  # of rotation
+
+# The model's constants, as section 4 has them, in the kernels' units.
+LOG2_E = constexpr(math.log2(math.e))
+TWO_PI = constexpr(2 * math.pi)
+SLOWEST_DECAY = constexpr(DECAY_FLOOR)
+RESET_LOG2_DECAY = constexpr(RESET_LOG_DECAY * math.log2(math.e))
+FEATURE_EPS = constexpr(SCAN_NORM_EPS)
+
+# What keeps a logarithm or a quotient finite.
+SMALLEST_WEIGHT = constexpr(1e-37)
+SMALLEST_GATE = constexpr(1e-20)
 
 
-# The fused scan reads and writes in_proj's rows in place, and sums without atomics: the same bits every time. Decays are
-# base-2 logarithms, angles are in turns.
+# ---- Arithmetic ----------------------------------------------------------------------------------
+
+
 @jit
-def exp2(x, FAST: constexpr):
+def exp2_tile(x, FAST: constexpr):
     """2**x; FAST: in one instruction, for bfloat16 products (the interpreter has none)."""
     if FAST:  # marked impure: the compiler would rather compute it twice than convert a layout
         return tl.inline_asm_elementwise(
@@ -4651,7 +4701,8 @@ def exp2(x, FAST: constexpr):
 
 
 @jit
-def reciprocal(x, FAST: constexpr):
+def reciprocal_tile(x, FAST: constexpr):
+    """1 / x; FAST as in exp2_tile()."""
     if FAST:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1
@@ -4660,58 +4711,156 @@ def reciprocal(x, FAST: constexpr):
 
 
 @jit
-def softplus(x):
-    """log(1 + exp(x)) to full relative precision."""
+def softplus_tile(x):
+    """log(1 + u) with u = exp(x), to full relative precision.
+
+    1 + u loses digits of a small u: log(w) · u / (w - 1), with w = 1 + u as rounded, has them.
+    """
     u = tl.exp(tl.minimum(x, 20.0))
     w = 1.0 + u
-    return tl.where(x > 20.0, x, tl.where(w == 1.0, u, tl.log(w) * u / (w - 1.0 + (w == 1.0))))
+    large = x > 20.0  # exp(-x) is less than a digit of x
+    lost = w == 1.0  # all of u's digits, so that log(1 + u) = u
+    precise = tl.log(w) * u / (w - 1.0 + lost)
+    return tl.where(large, x, tl.where(lost, u, precise))
 
 
 @jit
-def cos_sin(turn):
-    """cos and sin of 2·pi·turn, by polynomials in half the angle (largest error 1e-7)."""
+def turn_cos_sin(turn):
+    """cos and sin of 2·pi·turn: of half the angle by polynomials (error at most 1e-7), doubled."""
     x = turn - tl.floor(turn + 0.5)
     s = x * x
-    sin = x * (
-        3.14159258 + s * (-5.16770688 + s * (2.55003138 + s * (-0.598045193 + s * 0.0772201602)))
-    )
-    cos = 0.999999954 + s * (-4.93479287 + s * (4.05841209 + s * (-1.33188109 + s * 0.219698463)))
+    sin = -0.598045193 + s * 0.0772201602
+    sin = 2.55003138 + s * sin
+    sin = -5.16770688 + s * sin
+    sin = x * (3.14159258 + s * sin)
+    cos = -1.33188109 + s * 0.219698463
+    cos = 4.05841209 + s * cos
+    cos = -4.93479287 + s * cos
+    cos = 0.999999954 + s * cos
     return 1.0 - 2.0 * sin * sin, 2.0 * sin * cos
 
 
 @jit
-def number(place, mask):
+def exact_dot(a, b, c=None):
+    """a @ b, plus c, float32: of float32 factors without TF32, which would round them."""
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+@jit
+def inverse_norm(x, N: constexpr):
+    """1 / root mean square of each row of x (rows, N), as a column."""
+    mean_square = tl.sum(x * x, axis=1) / N
+    return tl.rsqrt(mean_square + FEATURE_EPS)[:, None]
+
+
+# ---- Places and loads ----------------------------------------------------------------------------
+
+
+@jit
+def load_float(place, mask):
+    """The numbers at these places, float32; 0 where mask is not set."""
     return tl.load(place, mask, 0.0).to(tl.float32)
 
 
 @jit
-def row_of(columns: constexpr):
-    return tl.arange(0, triton.next_power_of_2(columns))[None, :]
+def column_indices(count: constexpr):
+    """(1, columns): 0, 1, ... for count columns or a few more, since tiles have powers of two."""
+    return tl.arange(0, triton.next_power_of_2(count))[None, :]
 
 
 @jit
-def token_dynamics(row, live, step_bias, h, H: constexpr):
-    """Raw step, step, raw decay, decay rate, and the current token's share of the step, (CHUNK, heads)."""
+def row_offsets(b, t, length, WIDTH: constexpr):
+    """Where the rows of tokens t begin in a tensor (B, length, WIDTH)."""
+    row = b * length + t
+    return row.to(tl.int64) * WIDTH
+
+
+@jit
+def feature_rows(features, k, b, t, batch, padded, N: constexpr):
+    """Where the rows of tokens t begin in plane k of features (2, B, padded, N)."""
+    row = (k * batch + b) * padded + t
+    return features + row.to(tl.int64) * N
+
+
+@jit
+def load_starts(document_start, b, token, length):
+    """Which tokens begin a document, as a column."""
+    starts = tl.load(document_start + b * length + token, token < length, 0)
+    return starts[:, None] != 0
+
+
+@jit
+def state_offsets(head, P: constexpr, N: constexpr):
+    """Where a head's state (P, N) lies among others, transposed: (N, P)."""
+    p = tl.arange(0, P)[None, :]
+    square = p * N + tl.arange(0, N)[:, None]
+    return square + head.to(tl.int64) * P * N
+
+
+@jit
+def read_tile(tensor, place):
+    """The matrix at a place (i, row, column) of a tensor descriptor."""
+    block = tensor.load(place)
+    return block.reshape(block.shape[1], block.shape[2])
+
+
+@jit
+def write_tile(tensor, place, x):
+    """Stores matrix x at a place (i, row, column) of a tensor descriptor, in the tensor's dtype."""
+    tensor.store(place, x.to(tensor.dtype).reshape(1, x.shape[0], x.shape[1]))
+
+
+# ---- Tokens --------------------------------------------------------------------------------------
+# Of a token's columns, for each head:
+#
+#   step       dt_t = softplus(step + bias)
+#   log_decay  A_t dt_t log2(e), A_t = -max(softplus(decay), DECAY_FLOOR); fixed at document starts
+#   decay_sum  D_t = sum of log_decay from the chunk's first token to t
+#   current    c_t = lambda_t dt_t, with share lambda = sigmoid(trapezoid)
+#   weight     w_t = c_t + (1 - lambda_{t+1}) dt_{t+1}: all that key t will ever weigh
+#   key_log    D_t - log2 w_t, so that 2**(D_s - key_log_t) = w_t · decay from t to s
+#
+# and for each rotated pair the turns of a step of size 1, tanh(angle) / 2 = sigmoid(2 angle) - 1/2.
+# The next token's columns are read again rather than exchanged between programs.
+
+
+@jit
+def load_dynamics(row, live, step_bias, h, H: constexpr):
+    """Raw step, step, raw decay, decay rate A, and lambda, each (CHUNK, heads)."""
     mask = live & (h < H)
     place = row + h
-    raw_step = number(place, mask) + number(step_bias + h, h < H)
-    step = tl.where(mask, softplus(raw_step), 0.0)
-    raw_decay = number(place + H, mask)
-    rate = -tl.maximum(softplus(raw_decay), 1e-4)
-    share = tl.sigmoid(number(place + 2 * H, mask))
+    raw_step = load_float(place, mask) + load_float(step_bias + h, h < H)
+    step = tl.where(mask, softplus_tile(raw_step), 0.0)
+    raw_decay = load_float(place + H, mask)
+    rate = -tl.maximum(softplus_tile(raw_decay), SLOWEST_DECAY)
+    share = tl.sigmoid(load_float(place + 2 * H, mask))
     return raw_step, step, raw_decay, rate, share
 
 
 @jit
+def store_features(row, features, norms, b, t, n, batch, padded, live, N: constexpr):
+    """Norms a chunk's keys, then its queries, and stores their even and their odd entries."""
+    for k in tl.static_range(2):
+        x = load_float(row + k * N + n, live)
+        x *= inverse_norm(x, N)
+        x *= tl.load(norms + k * N + n)
+        pairs = tl.reshape(x.to(features.dtype.element_ty), [t.shape[0], N // 2, 2])
+        even, odd = tl.split(pairs)
+        place = feature_rows(features, k, b, t, batch, padded, N) + tl.arange(0, N // 2)[None, :]
+        tl.store(place, even)
+        tl.store(place + N // 2, odd)
+
+
+@jit
 def tokens_forward(
-    projected,
-    step_bias,
-    norms,
-    document_start,
-    scalars,
-    features,
-    half_turn,
-    turns,
+    projected,  # (B, length, WIDTH)
+    step_bias,  # (H,)
+    norms,  # (2, N): weights of the keys' and the queries' norm
+    document_start,  # (B, length) bool, or None
+    scalars,  # out: all planes but KEY_QUERY
+    features,  # out
+    half_turn,  # out
+    turns,  # out
     length,
     batch,
     WIDTH: constexpr,
@@ -4721,157 +4870,182 @@ def tokens_forward(
     N: constexpr,
     CHUNK: constexpr,
 ):
-    """A chunk's step sizes, decays, normed keys and queries."""
-    chunk, b = tl.program_id(0), tl.program_id(1)
+    """A chunk's step sizes, decays, weights and turns; its keys and queries, normed."""
+    chunk = tl.program_id(0)
+    b = tl.program_id(1)
     padded = tl.num_programs(0) * CHUNK
-    token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N)[None, :]
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    n = tl.arange(0, N)[None, :]
     t = token[:, None]
-    h, r = row_of(H), row_of(R)
-    live, heads = t < length, h < H
-    row = projected + (b * length + t).to(tl.int64) * WIDTH + 2 * H * P
-    for i in tl.static_range(2):  # key, then query
-        x = number(row + i * N + n, live)
-        x *= tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
-        x *= tl.load(norms + i * N + n)
-        even, odd = tl.split(tl.reshape(x.to(features.dtype.element_ty), [CHUNK, N // 2, 2]))
-        place = (
-            features
-            + ((i * batch + b) * padded + t).to(tl.int64) * N
-            + tl.arange(0, N // 2)[None, :]
-        )
-        tl.store(place, even)
-        tl.store(place + N // 2, odd)
+    h = column_indices(H)
+    r = column_indices(R)
+    live = t < length
+    heads = h < H
+    row = projected + row_offsets(b, t, length, WIDTH) + 2 * H * P
+    store_features(row, features, norms, b, t, n, batch, padded, live, N)
     row += 2 * N
-    _, step, _, rate, share = token_dynamics(row, live, step_bias, h, H)
-    _, next_step, _, _, next_share = token_dynamics(row + WIDTH, t + 1 < length, step_bias, h, H)
+    _, step, _, rate, share = load_dynamics(row, live, step_bias, h, H)
+    _, next_step, _, _, next_share = load_dynamics(row + WIDTH, t + 1 < length, step_bias, h, H)
     weight = step * share + next_step * (1.0 - next_share)
-    log_decay = rate * step * 1.44269504
+    log_decay = rate * step * LOG2_E
     if document_start is not None:
-        start = tl.load(document_start + b * length + token, token < length, 0)[:, None]
-        log_decay = tl.where(start != 0, -60.0 * 1.44269504, log_decay)
+        starts = load_starts(document_start, b, token, length)
+        log_decay = tl.where(starts, RESET_LOG2_DECAY, log_decay)
     decay_sum = tl.cumsum(log_decay, axis=0)
     plane = batch * H * padded
     place = scalars + (b * H + h) * padded + t
-    tl.store(place, step, heads)
-    tl.store(place + plane, decay_sum, heads)
-    tl.store(place + 2 * plane, decay_sum - tl.log2(tl.maximum(weight, 1e-37)), heads)
-    tl.store(place + 3 * plane, step * share, heads)
-    tl.store(place + 5 * plane, weight, heads)
-    angle = number(row + 3 * H + r, live & (r < R))
+    tl.store(place + plane * STEP, step, heads)
+    tl.store(place + plane * DECAY_SUM, decay_sum, heads)
+    tl.store(
+        place + plane * KEY_LOG,
+        decay_sum - tl.log2(tl.maximum(weight, SMALLEST_WEIGHT)),
+        heads,
+    )
+    tl.store(place + plane * CURRENT, step * share, heads)
+    tl.store(place + plane * WEIGHT, weight, heads)
+    angle = load_float(row + 3 * H + r, live & (r < R))
     half = tl.where(live, tl.sigmoid(2.0 * angle) - 0.5, 0.0)
-    tl.store(half_turn + (b * padded + t) * R + r, half, r < R)
-    place = turns + ((b * tl.num_programs(0) + chunk) * H + tl.trans(h)) * R + r
-    total = tl.dot(tl.trans(step), half, input_precision="ieee")
+    place = half_turn + (b * padded + t) * R + r
+    tl.store(place, half, r < R)
+    place = (b * tl.num_programs(0) + chunk) * H + tl.trans(h)
+    place = turns + place * R + r
+    total = exact_dot(tl.trans(step), half)  # (heads, R)
     tl.store(place, total, tl.trans(heads) & (r < R))
 
 
+# ---- Rotation ------------------------------------------------------------------------------------
+# For each head, with the running angle a_t = turns before the chunk + sum of dt_s half_turn_s to t:
+#
+#   even' = even cos a_t - odd sin a_t,  odd' = even sin a_t + odd cos a_t
+#
+# of key + key bias and query + query bias. Pairs behind the first R have half_turn 0 and stay. The
+# product q_t·k_t is taken before rotation, which does not change it, and so has no rounding of it.
+
+
 @jit
-def rotate(
-    scalars,
+def rotate_features(
+    scalars,  # STEP is read, KEY_QUERY written
     features,
     half_turn,
-    turns,
-    biases,
-    rotated,
-    rotation,
+    turns,  # turns made before each chunk
+    biases,  # (2, H, N)
+    rotated,  # out
+    rotation,  # out
     batch,
     R: constexpr,
     H: constexpr,
-    P: constexpr,
     N: constexpr,
     CHUNK: constexpr,
 ):
-    """A chunk's keys and queries, biased and turned for one head."""
-    chunk, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    padded, head = tl.num_programs(0) * CHUNK, (b * H + h).to(tl.int64)
-    token, n = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, N // 2)[None, :]
+    """A chunk's keys and queries for one head, biased and rotated; cos, sin; and q_t·k_t."""
+    chunk = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    padded = tl.num_programs(0) * CHUNK
+    head = (b * H + h).to(tl.int64)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    HALF: tl.constexpr = N // 2
+    n = tl.arange(0, HALF)[None, :]
     t = token[:, None]
-    half = number(half_turn + (b * padded + t) * R + n, n < R)
-    added = tl.load(scalars + head * padded + token)[:, None] * half
-    before = tl.load(turns + ((b * tl.num_programs(0) + chunk) * H + h) * R + n, n < R, 0.0)
-    cos, sin = cos_sin(tl.cumsum(added, axis=0) + before)
+    place = half_turn + (b * padded + t) * R + n
+    turning = n < R
+    half = load_float(place, turning)
+    step_row = scalars + (batch * STEP * H + head) * padded
+    added = tl.load(step_row + token)[:, None] * half
+    place = (b * tl.num_programs(0) + chunk) * H + h
+    before = tl.load(turns + place * R + n, turning, 0.0)
+    cos, sin = turn_cos_sin(tl.cumsum(added, axis=0) + before)
     place = rotation + (head * padded + t) * R + n
-    tl.store(place, cos, n < R)
-    tl.store(place + batch.to(tl.int64) * H * padded * R, sin, n < R)
-    even_product, odd_product = 1.0, 1.0
-    for i in tl.static_range(2):  # key, then query
-        place = features + ((i * batch + b) * padded + t).to(tl.int64) * N + n
-        bias = biases + (i * H + h) * N + n
+    tl.store(place, cos, turning)  # plane COS, the first
+    plane = batch.to(tl.int64) * H * padded * R
+    tl.store(place + plane * SIN, sin, turning)
+    even_product = 1.0
+    odd_product = 1.0
+    for k in tl.static_range(2):  # key, then query
+        place = feature_rows(features, k, b, t, batch, padded, N) + n
+        bias = biases + (k * H + h) * N + n
         even = tl.load(place) + tl.load(bias)
-        odd = tl.load(place + N // 2) + tl.load(bias + N // 2)
+        odd = tl.load(place + HALF) + tl.load(bias + HALF)
         even_product *= even
         odd_product *= odd
-        even, odd = even * cos - odd * sin, even * sin + odd * cos
-        place = rotated + (i * batch.to(tl.int64) * H * padded + head * padded + t) * N + n
-        tl.store(place, even)
-        tl.store(place + N // 2, odd)
-    tl.store(
-        scalars + (4 * batch * H + head) * padded + token,
-        tl.sum(even_product + odd_product, axis=1),
-    )
+        even_rotated = even * cos - odd * sin
+        odd_rotated = even * sin + odd * cos
+        row = k * batch.to(tl.int64) * H * padded + head * padded
+        place = rotated + (row + t) * N + n
+        tl.store(place, even_rotated)
+        tl.store(place + HALF, odd_rotated)
+    place = scalars + (batch * KEY_QUERY * H + head) * padded + token
+    tl.store(place, tl.sum(even_product + odd_product, axis=1))
+
+
+# ---- Scan, forward -------------------------------------------------------------------------------
+# Within a chunk, with keys K, queries Q (T, N), values V (T, P), h (N, P) the state that enters:
+#
+#   E_ts = 2**(D_t - key_log_s) for s < t,  c_t for s = t,  0 for s > t
+#   out  = (Q K^T ∘ E + skip I) V + 2**D ∘ (Q h)
+#   y    = out ∘ gate sigmoid(gate)
+#   h'   = 2**D_T h + K^T (2**(D_T - key_log) ∘ V)
+#
+# Padding behind the sequence has step 0, so it changes no state. A program walks through the chunks
+# of one head: the state never leaves its registers but for a copy for the backward.
 
 
 @jit
-def dot(a, b, c=None):
-    return tl.dot(a, b, c, input_precision="ieee")
+def read_chunk(projected, rotated, b, head, t, batch, H: constexpr, P: constexpr):
+    """A chunk's values, keys and queries for one head."""
+    value = read_tile(projected, [b, t, (H + head % H) * P])
+    key = read_tile(rotated, [batch * KEY * H + head, t, 0])
+    query = read_tile(rotated, [batch * QUERY * H + head, t, 0])
+    return value, key, query
 
 
 @jit
-def read(tensor, place):
-    """The matrix at a place of a tensor map."""
-    block = tensor.load(place)
-    return block.reshape(block.shape[1], block.shape[2])
-
-
-@jit
-def write(tensor, place, x):
-    tensor.store(place, x.to(tensor.dtype).reshape(1, x.shape[0], x.shape[1]))
-
-
-@jit
-def chunk_scalars(scalars, decay_ends, head, chunk, heads, chunks, CHUNK: constexpr):
-    """Sums of log2 decay, those less log2 of keys' weights, weights of the current token; the last sum."""
-    t, end = chunk * CHUNK, tl.load(decay_ends + (head * chunks + chunk) * CHUNK + CHUNK - 1)
-    decay_sum, key_log = scalars.load([heads + head, t]), scalars.load([2 * heads + head, t])
-    current = scalars.load([3 * heads + head, t])
+def read_chunk_scalars(scalars, decay_sums, head, chunk, heads, chunks, CHUNK: constexpr):
+    """D, key_log and c, each (CHUNK,), and D's last, D_T; heads = B · H rows a plane."""
+    t = chunk * CHUNK
+    row = decay_sums + (head * chunks + chunk) * CHUNK
+    end = tl.load(row + CHUNK - 1)
+    decay_sum = scalars.load([heads * DECAY_SUM + head, t])
+    key_log = scalars.load([heads * KEY_LOG + head, t])
+    current = scalars.load([heads * CURRENT + head, t])
     return decay_sum.reshape(CHUNK), key_log.reshape(CHUNK), current.reshape(CHUNK), end
 
 
 @jit
-def decays(exponents, seen, current, FAST: constexpr):
-    """(CHUNK, CHUNK): what is left at one token of what another added, if seen at all."""
+def diagonal_mask(CHUNK: constexpr):
+    """Which places of (CHUNK, CHUNK) lie on the diagonal."""
+    i = tl.arange(0, CHUNK)
+    return i[:, None] == i[None, :]
+
+
+@jit
+def decay_matrix(exponents, seen, current, FAST: constexpr):
+    """E (CHUNK, CHUNK), or its transpose: seen says which of exponents count."""
     i = tl.arange(0, exponents.shape[0])
-    return tl.where(
-        i[:, None] == i[None, :], current[:, None], tl.where(seen, exp2(exponents, FAST), 0.0)
-    )
+    same = i[:, None] == i[None, :]
+    return tl.where(same, current[:, None], tl.where(seen, exp2_tile(exponents, FAST), 0.0))
 
 
 @jit
 def gate_and_sigmoid(gate, FAST: constexpr):
-    """The gate, float32, never 0, so that y / gate tells the backward what was gated; and its sigmoid."""
+    """The gate, float32, never 0, so that y / gate tells the backward what was gated; sigmoid."""
     gate = gate.to(tl.float32)
-    gate = tl.where(tl.abs(gate) < 1e-20, 1e-20, gate)
-    return gate, reciprocal(1.0 + exp2(gate * -1.44269504, FAST), FAST)
-
-
-@jit
-def state_place(head, P: constexpr, N: constexpr):
-    """Of a head's state (P, N), transposed."""
-    return tl.arange(0, P)[None, :] * N + tl.arange(0, N)[:, None] + head.to(tl.int64) * P * N
+    gate = tl.where(tl.abs(gate) < SMALLEST_GATE, SMALLEST_GATE, gate)
+    return gate, reciprocal_tile(1.0 + exp2_tile(gate * -LOG2_E, FAST), FAST)
 
 
 @jit
 def scan_forward(
-    projected,
-    rotated,
-    y,
-    states,
-    scalars,
-    decay_ends,
-    skip,
-    ssm_in,
-    ssm_out,
-    squares,
+    projected,  # tensor descriptors of tiles: (CHUNK, P)
+    rotated,  # (CHUNK, N)
+    y,  # out, (CHUNK, P)
+    states,  # out, (N, P)
+    scalars,  # (CHUNK,)
+    decay_sums,  # from here on tensors: the plane DECAY_SUM of scalars
+    skip,  # (H,)
+    ssm_in,  # (B, H, P, N), even entries first
+    ssm_out,  # out, likewise
+    squares,  # out, (B, H, padded): y's squares summed over P
     batch,
     chunks,
     H: constexpr,
@@ -4879,56 +5053,118 @@ def scan_forward(
     N: constexpr,
     CHUNK: constexpr,
 ):
-    """Goes through a head's chunks and stores each one's first state."""
+    """Goes through one head's chunks, and stores the state that enters each."""
     head = tl.program_id(0)
-    b, h = head // H, head % H
-    i, square = tl.arange(0, CHUNK), state_place(head, P, N)
+    b = head // H
+    h = head % H
+    i = tl.arange(0, CHUNK)
+    square = state_offsets(head, P, N)
     dtype = projected.dtype
     FAST: tl.constexpr = dtype == tl.bfloat16
     d = tl.load(skip + h)
     ssm = tl.load(ssm_in + square)
     for chunk in tl.range(chunks, num_stages=3 if N <= 64 else 2):  # two programs fit
         t = chunk * CHUNK
-        value = read(projected, [b, t, (H + h) * P])
-        key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
-        decay_sum, key_log, current, end = chunk_scalars(
-            scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK
+        value, key, query = read_chunk(projected, rotated, b, head, t, batch, H, P)
+        decay_sum, key_log, current, end = read_chunk_scalars(
+            scalars, decay_sums, head, chunk, batch * H, chunks, CHUNK
         )
         old = ssm.to(dtype)
-        write(states, [head * chunks + chunk, 0, 0], old)
-        scores = dot(query, tl.trans(key))
+        write_tile(states, [head * chunks + chunk, 0, 0], old)
+        scores = exact_dot(query, tl.trans(key))
         exponents = decay_sum[:, None] - key_log[None, :]
-        decayed = scores * decays(exponents, i[:, None] > i[None, :], current, FAST)
+        decayed = scores * decay_matrix(exponents, i[:, None] > i[None, :], current, FAST)
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
-        out = dot(query, old) * exp2(decay_sum, FAST)[:, None]
-        out = dot(decayed.to(dtype), value, out)
-        gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
+        out = exact_dot(query, old) * exp2_tile(decay_sum, FAST)[:, None]
+        out = exact_dot(decayed.to(dtype), value, out)
+        gate, sigmoid = gate_and_sigmoid(read_tile(projected, [b, t, h * P]), FAST)
         out *= gate * sigmoid
-        write(y, [b, t, h * P], out)
-        tl.store(squares + (head * chunks + chunk) * CHUNK + i, tl.sum(out * out, axis=1))
-        to_end = (value * exp2(end - key_log, FAST)[:, None]).to(dtype)
-        ssm = dot(tl.trans(key), to_end, ssm * exp2(end, FAST))
+        write_tile(y, [b, t, h * P], out)
+        place = squares + (head * chunks + chunk) * CHUNK + i
+        tl.store(place, tl.sum(out * out, axis=1))
+        to_end = (value * exp2_tile(end - key_log, FAST)[:, None]).to(dtype)
+        ssm = exact_dot(tl.trans(key), to_end, ssm * exp2_tile(end, FAST))
     tl.store(ssm_out + square, ssm)
+
+
+# ---- Scan, backward ------------------------------------------------------------------------------
+# With G the gradient by out, M = Q K^T ∘ E + skip I and dM = G V^T, as above:
+#
+#   dV = M^T G + 2**(D_T - key_log) ∘ (K dh')
+#   dK = (dM ∘ E)^T Q + 2**(D_T - key_log) ∘ (V dh'^T)
+#   dQ = (dM ∘ E) K + (2**D ∘ G) h^T
+#   dh = 2**D_T dh' + Q^T (2**D ∘ G)
+#
+# diag(dM) holds what c_t and skip get. No gradient of E is formed: all that scales with 2**D_t is
+# in q_t·dq_t, all that scales with 2**-key_log_t in k_t·dk_t, and all that scales with 2**D_T in
+# sum(dh' ∘ h'). Scores are computed again, transposed, as dK and dV want them; h comes from states;
+# and out from y / (gate sigmoid(gate)), which saves a buffer as large as y.
+
+
+@jit
+def gate_backward(
+    d_y,
+    d_squares,
+    projected,
+    y,
+    d_projected,
+    b,
+    head,
+    t,
+    H: constexpr,
+    P: constexpr,
+    FAST: constexpr,
+):
+    """Stores the gate's gradient and returns G, that of out."""
+    place = [b, t, head % H * P]
+    gate, sigmoid = gate_and_sigmoid(read_tile(projected, place), FAST)
+    gated = read_tile(y, place).to(tl.float32)
+    d_gated = read_tile(d_y, place)
+    d_square = d_squares.load([head, t]).reshape(gated.shape[0])
+    d_gated += 2.0 * d_square[:, None] * gated
+    # The slope of u = gate sigmoid(gate) is u (1 / gate + 1 - sigmoid(gate)).
+    write_tile(d_projected, place, d_gated * gated * (reciprocal_tile(gate, FAST) + 1.0 - sigmoid))
+    return (d_gated * gate * sigmoid).to(projected.dtype)
+
+
+@jit
+def transposed_scores(key, query, decay_sum, key_log, current, skip, same, FAST: constexpr):
+    """E^T and M^T, (key's token, query's token); M^T in key's dtype."""
+    i = tl.arange(0, key.shape[0])
+    exponents = decay_sum[None, :] - key_log[:, None]
+    decay = decay_matrix(exponents, i[:, None] < i[None, :], current, FAST)
+    scores = exact_dot(key, tl.trans(query))
+    decayed = scores * decay + tl.where(same, skip, 0.0)
+    return decay, decayed.to(key.dtype)
+
+
+@jit
+def scores_backward(value, d_out, decay, same, d_diagonal, place):
+    """(dM ∘ E)^T in value's dtype; diag(dM) goes to a row of d_diagonal."""
+    d_decayed = exact_dot(value, tl.trans(d_out))
+    row = d_diagonal + place * value.shape[0] + tl.arange(0, value.shape[0])
+    tl.store(row, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
+    return (d_decayed * decay).to(value.dtype)
 
 
 @jit
 def scan_backward(
-    d_y,
+    d_y,  # tensor descriptors, as scan_forward's
     d_squares,
     projected,
     rotated,
     y,
     states,
-    d_projected,
-    d_rotated,
+    d_projected,  # out: gate and value
+    d_rotated,  # out
     scalars,
-    decay_ends,
+    decay_sums,  # from here on tensors
     skip,
     d_ssm_out,
     ssm_out,
-    d_diagonal,
-    d_end,
-    d_ssm_in,
+    d_diagonal,  # out, (B, H, padded): diag(dM)
+    d_end,  # out, (B, H, C, N): sum(dh' ∘ h') over P, of each chunk
+    d_ssm_in,  # out
     batch,
     chunks,
     H: constexpr,
@@ -4936,58 +5172,107 @@ def scan_backward(
     N: constexpr,
     CHUNK: constexpr,
 ):
-    """Comes back through them."""
+    """Comes back through the chunks of scan_forward(), with the state's gradient in registers."""
     head = tl.program_id(0)
-    b, h = head // H, head % H
-    i, square = tl.arange(0, CHUNK), state_place(head, P, N)
-    dtype = projected.dtype
-    FAST: tl.constexpr = dtype == tl.bfloat16
-    d, same = tl.load(skip + h), i[:, None] == i[None, :]
+    b = head // H
+    h = head % H
+    square = state_offsets(head, P, N)
+    FAST: tl.constexpr = projected.dtype == tl.bfloat16
+    d = tl.load(skip + h)
+    same = diagonal_mask(CHUNK)
     d_ssm = tl.load(d_ssm_out + square)
-    at_end = tl.sum(
-        d_ssm * tl.load(ssm_out + square), axis=1
-    )  # d of a chunk's decay, unsummed: no barrier
+    at_end = tl.sum(d_ssm * tl.load(ssm_out + square), axis=1)  # unsummed over N: no barrier
     for back in tl.range(chunks, num_stages=2):
         chunk = chunks - 1 - back
         t = chunk * CHUNK
         place = head * chunks + chunk
         tl.store(d_end + place * N + tl.arange(0, N), at_end)
-        gate, sigmoid = gate_and_sigmoid(read(projected, [b, t, h * P]), FAST)
-        out = read(y, [b, t, h * P]).to(tl.float32)
-        d_gated = (
-            read(d_y, [b, t, h * P]) + 2.0 * d_squares.load([head, t]).reshape(CHUNK)[:, None] * out
+        d_out = gate_backward(d_y, d_squares, projected, y, d_projected, b, head, t, H, P, FAST)
+        value, key, query = read_chunk(projected, rotated, b, head, t, batch, H, P)
+        decay_sum, key_log, current, end = read_chunk_scalars(
+            scalars, decay_sums, head, chunk, batch * H, chunks, CHUNK
         )
-        write(d_projected, [b, t, h * P], d_gated * out * (reciprocal(gate, FAST) + 1.0 - sigmoid))
-        d_out = (d_gated * gate * sigmoid).to(dtype)
-        value = read(projected, [b, t, (H + h) * P])
-        key, query = read(rotated, [head, t, 0]), read(rotated, [batch * H + head, t, 0])
-        decay_sum, key_log, current, end = chunk_scalars(
-            scalars, decay_ends, head, chunk, batch * H, chunks, CHUNK
-        )
-        to_end, old = exp2(end - key_log, FAST)[:, None], d_ssm.to(dtype)
-        # Scores and decays are transposed here, (key's token, query's), as their gradients want them.
-        decay = decays(
-            decay_sum[None, :] - key_log[:, None], i[:, None] < i[None, :], current, FAST
-        )
-        scores = dot(key, tl.trans(query))
-        decayed = (scores * decay + tl.where(same, d, 0.0)).to(dtype)
-        d_value = dot(key, old) * to_end
-        d_value = dot(decayed, d_out, d_value)
-        write(d_projected, [b, t, (H + h) * P], d_value)
-        d_decayed = dot(value, tl.trans(d_out))
-        tl.store(d_diagonal + place * CHUNK + i, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
-        d_scores = (d_decayed * decay).to(dtype)
-        d_key = dot(value, tl.trans(old)) * to_end
-        d_key = dot(d_scores, query, d_key)
-        write(d_rotated, [head, t, 0], d_key)
-        d_state = (d_out * exp2(decay_sum, FAST)[:, None]).to(dtype)
-        ssm = read(states, [place, 0, 0])
-        d_query = dot(ssm, tl.trans(d_state))
-        d_query = dot(tl.trans(key), d_scores, d_query)
-        write(d_rotated, [batch * H + head, t, 0], tl.trans(d_query))
-        d_ssm = dot(tl.trans(query), d_state, d_ssm * exp2(end, FAST))
+        to_end = exp2_tile(end - key_log, FAST)[:, None]
+        old = d_ssm.to(value.dtype)
+        decay, decayed = transposed_scores(key, query, decay_sum, key_log, current, d, same, FAST)
+        d_value = exact_dot(decayed, d_out, exact_dot(key, old) * to_end)
+        write_tile(d_projected, [b, t, (H + h) * P], d_value)
+        d_scores = scores_backward(value, d_out, decay, same, d_diagonal, place)
+        d_key = exact_dot(d_scores, query, exact_dot(value, tl.trans(old)) * to_end)
+        write_tile(d_rotated, [batch * KEY * H + head, t, 0], d_key)
+        d_state = (d_out * exp2_tile(decay_sum, FAST)[:, None]).to(value.dtype)
+        ssm = read_tile(states, [place, 0, 0])
+        d_query = exact_dot(ssm, tl.trans(d_state))
+        d_query = exact_dot(tl.trans(key), d_scores, d_query)
+        write_tile(d_rotated, [batch * QUERY * H + head, t, 0], tl.trans(d_query))
+        d_ssm = exact_dot(tl.trans(query), d_state, d_ssm * exp2_tile(end, FAST))
         at_end = tl.sum(d_ssm * ssm, axis=1)
     tl.store(d_ssm_in + square, d_ssm)
+
+
+# ---- Rotation and norms, backward ----------------------------------------------------------------
+# For each head, rotation is undone by the opposite angle; with u what was rotated and du its
+# gradient, the angle's is even(u) odd(du) - odd(u) even(du), times 2·pi for turns, and u·du goes to
+# d_scalars for the decays. u is not kept: it is features + bias again. Over the heads, du sums up
+# to the gradient of a normed row z = w ∘ x̂, with x̂ = x / rms(x):
+#
+#   dx = (w ∘ dz - x̂ mean(w ∘ dz ∘ x̂)) / rms(x),  dw = sum over tokens of dz ∘ x̂
+#
+# A program is one warp with few rows: nothing waits at barriers. Sums over its rows go to a row of
+# its own in d_turns and d_features, added up later by matmul.
+
+
+@jit
+def store_column_sums(place, x, mask=None):
+    """Stores x summed over its rows at place (1, columns)."""
+    tl.store(place, tl.sum(x, axis=0)[None, :], mask)
+
+
+@jit
+def norm_backward(d_normed, x, norms, k, d_features, row, H: constexpr, N: constexpr):
+    """Stores dw, summed over tokens, as a row of d_features, and returns dx."""
+    n = tl.arange(0, N)[None, :]
+    factor = inverse_norm(x, N)
+    x *= factor
+    place = d_features + (row * (H + 1) + H) * N + n
+    store_column_sums(place, d_normed * x)
+    d_normed *= tl.load(norms + k * N + n)
+    along = tl.sum(d_normed * x, axis=1) / N
+    return factor * (d_normed - x * along[:, None])
+
+
+@jit
+def load_halves(place, N: constexpr):
+    """The even and the odd entries of rows of N that begin at place."""
+    return tl.load(place), tl.load(place + N // 2)
+
+
+@jit
+def add_bias(even, odd, bias, N: constexpr):
+    """Features as rotate_features() rotated them."""
+    return even + tl.load(bias), odd + tl.load(bias + N // 2)
+
+
+@jit
+def store_turned(d_turn, d_turns, turned, place, row, h, n, R: constexpr, H: constexpr):
+    """Stores the running angle's gradient by token, and its sum over a program's tokens."""
+    tl.store(d_turn + place * R + n, turned, n < R)
+    sums = d_turns + (row * H + h) * R + n
+    store_column_sums(sums, turned, n < R)
+
+
+@jit
+def store_products(place, even, d_even, odd, d_odd):
+    """Stores each row's product with its gradient at place (rows, 1)."""
+    products = even * d_even + odd * d_odd
+    tl.store(place, tl.sum(products, axis=1)[:, None])
+
+
+@jit
+def store_halves_sums(place, even, odd, N: constexpr):
+    """Stores sums over rows, as a row of N that begins at place."""
+    store_column_sums(place, even)
+    store_column_sums(place + N // 2, odd)
 
 
 @jit
@@ -4998,11 +5283,11 @@ def features_backward(
     norms,
     biases,
     d_rotated,
-    d_projected,
-    d_scalars,
-    d_turn,
-    d_turns,
-    d_features,
+    d_projected,  # out: key, query
+    d_scalars,  # out, (2, B, H, padded) float32: k·dk, q·dq
+    d_turn,  # out, (2, B, H, padded, R): of the running angle, by key and by query
+    d_turns,  # out, (B · parts, 2, H, R) float32: its sums over a program's rows
+    d_features,  # out, (B · parts, 2, H + 1, N) float32: of the biases and, last, of the norm
     length,
     batch,
     WIDTH: constexpr,
@@ -5010,58 +5295,139 @@ def features_backward(
     H: constexpr,
     P: constexpr,
     N: constexpr,
-    CHUNK: constexpr,
     ROWS: constexpr,
 ):
-    """Undoes rotate() and the norms, summed over heads."""
-    part, b, k = (
-        tl.program_id(0),
-        tl.program_id(1),
-        tl.program_id(2),
-    )  # k: 0 for keys, 1 for queries
-    padded, program = tl.num_programs(0) * ROWS, b * tl.num_programs(0) + part
-    t, n = part * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, N // 2)[None, :]
-    origin = features + ((k * batch + b) * padded + t).to(tl.int64) * N + n
-    even, odd = tl.load(origin).to(tl.float32), tl.load(origin + N // 2).to(tl.float32)
-    all_even, all_odd = tl.zeros([ROWS, N // 2], tl.float32), tl.zeros([ROWS, N // 2], tl.float32)
+    """Undoes rotate_features() and the norm of ROWS keys, or of ROWS queries, summed over heads."""
+    part = tl.program_id(0)
+    b = tl.program_id(1)
+    k = tl.program_id(2)  # KEY or QUERY
+    padded = tl.num_programs(0) * ROWS
+    program = b * tl.num_programs(0) + part
+    t = part * ROWS + tl.arange(0, ROWS)[:, None]
+    n = tl.arange(0, N // 2)[None, :]
+    origin = feature_rows(features, k, b, t, batch, padded, N) + n
+    even = tl.load(origin).to(tl.float32)
+    odd = tl.load(origin + N // 2).to(tl.float32)
+    sum_even = tl.zeros([ROWS, N // 2], tl.float32)
+    sum_odd = tl.zeros([ROWS, N // 2], tl.float32)
     row = (program * 2 + k).to(tl.int64)
     for h in tl.range(H, num_stages=4):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
-        bias, d_bias = biases + (k * H + h) * N + n, d_features + (row * (H + 1) + h) * N + n
-        own_even, own_odd = even + tl.load(bias), odd + tl.load(bias + N // 2)
+        d_bias = d_features + (row * (H + 1) + h) * N + n
+        own_even, own_odd = add_bias(even, odd, biases + (k * H + h) * N + n, N)
         d_place = d_rotated + place * N + n
-        d_even, d_odd = tl.load(d_place), tl.load(d_place + N // 2)
+        d_cos = tl.load(d_place)
+        d_sin = tl.load(d_place + N // 2)
         turn_place = rotation + (head * padded + t) * R + n
         cos = tl.load(turn_place, n < R, 1.0).to(tl.float32)
-        turn_place += (batch * H).to(tl.int64) * padded * R
-        sin = number(turn_place, n < R)
-        d_even, d_odd = d_even * cos + d_odd * sin, d_odd * cos - d_even * sin
-        turned = 6.28318531 * (own_even * d_odd - own_odd * d_even)
-        tl.store(d_turn + place * R + n, turned, n < R)
-        tl.store(d_turns + (row * H + h) * R + n, tl.sum(turned, axis=0)[None, :], n < R)
-        tl.store(d_scalars + place, tl.sum(own_even * d_even + own_odd * d_odd, axis=1)[:, None])
-        tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
-        tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0)[None, :])
-        all_even += d_even
-        all_odd += d_odd
-    total, n = tl.reshape(tl.join(all_even, all_odd), [ROWS, N]), tl.arange(0, N)[None, :]
-    place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + k * N + n
-    x = number(projected + place, t < length)
-    factor = tl.rsqrt(tl.sum(x * x, axis=1) / N + 1e-5)[:, None]
-    x *= factor
-    tl.store(d_features + (row * (H + 1) + H) * N + n, tl.sum(total * x, axis=0)[None, :])
-    total *= tl.load(norms + k * N + n)
-    total = factor * (total - x * (tl.sum(total * x, axis=1) / N)[:, None])
+        sin = load_float(turn_place + (batch * H).to(tl.int64) * padded * R, n < R)
+        d_even = d_cos * cos + d_sin * sin
+        d_odd = d_sin * cos - d_cos * sin
+        turned = TWO_PI * (own_even * d_odd - own_odd * d_even)
+        store_turned(d_turn, d_turns, turned, place, row, h, n, R, H)
+        store_products(d_scalars + place, own_even, d_even, own_odd, d_odd)
+        store_halves_sums(d_bias, d_even, d_odd, N)
+        sum_even += d_even
+        sum_odd += d_odd
+    total = tl.reshape(tl.join(sum_even, sum_odd), [ROWS, N])
+    n = tl.arange(0, N)[None, :]
+    place = row_offsets(b, t, length, WIDTH) + 2 * H * P + k * N + n
+    x = load_float(projected + place, t < length)
+    total = norm_backward(total, x, norms, k, d_features, row, H, N)
     tl.store(d_projected + place, total, t < length)
 
 
+# ---- Tokens, backward ----------------------------------------------------------------------------
+# From k·dk, q·dq, diag(dM), sum(dh' ∘ h') and the running angle's gradient to in_proj's columns:
+#
+#   dc_t = dM_tt (q_t·k_t) + dw_t,  dw_t = (k_t·dk_t - dM_tt c_t (q_t·k_t)) / w_t
+#   d log_decay_s = sum over t >= s of (q_t·dq_t - k_t·dk_t), and the chunk's sum(dh' ∘ h')
+#   d step_t = lambda_t dc_t + A_t d log_decay_t + (1 - lambda_t) dw_{t-1} + half_turn_t·d turn_t
+#
+# in natural logarithms: 2**(log_decay log2(e)) is exp(log_decay), so log2(e) never comes up here.
+# Steps, rates and shares are computed again from their columns, which is cheaper than reading them.
+
+
 @jit
-def weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
-    """d of a key's weight for its own token, and of its weight for later ones."""
-    own = number(d_diagonal + place, mask) * number(scalars + place + 4 * plane, mask)
-    later = number(d_scalars + place, mask) - own * number(scalars + place + 3 * plane, mask)
-    return own, later / tl.maximum(tl.load(scalars + place + 5 * plane, mask, 1.0), 1e-37)
+def key_weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
+    """dM_tt (q_t·k_t), what c_t gets from its own token; and dw_t, from later ones."""
+    diagonal = load_float(d_diagonal + place, mask)
+    own = diagonal * load_float(scalars + place + plane * KEY_QUERY, mask)
+    later = load_float(d_scalars + place + plane * KEY, mask)
+    later -= own * load_float(scalars + place + plane * CURRENT, mask)
+    weight = tl.load(scalars + place + plane * WEIGHT, mask, 1.0)
+    return own, later / tl.maximum(weight, SMALLEST_WEIGHT)
+
+
+@jit
+def turns_backward(
+    d_step,
+    scalars,
+    half_turn,
+    d_turn,
+    d_turns,
+    d_row,
+    b,
+    program,
+    token,
+    r,
+    live,
+    batch,
+    R: constexpr,
+    H: constexpr,
+):
+    """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it.
+
+    A token's turn moves all later ones: those of its chunk, and by d_turns those behind it.
+    """
+    t = token[:, None]
+    h = column_indices(H)
+    padded = tl.num_programs(0) * token.shape[0]
+    plane = batch * H * padded
+    turning = live & (r < R)
+    half = load_float(half_turn + (b * padded + t) * R + r, turning)
+    d_half = tl.zeros_like(half)
+    onward = (t <= token[None, :]).to(d_turn.dtype.element_ty)
+    for k in tl.range(H, num_stages=4):
+        head = (b * H + k).to(tl.int64)
+        place = d_turn + (head * padded + t) * R + r
+        by_key = tl.load(place, turning, 0.0)
+        by_query = tl.load(place + plane.to(tl.int64) * R, turning, 0.0)
+        place = d_turns + (program * H + k) * R + r
+        later = load_float(place, r < R)
+        turned = exact_dot(onward, by_query, exact_dot(onward, by_key)) + later  # no cumsum: waits
+        d_half += tl.load(scalars + head * padded + token)[:, None] * turned
+        d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
+    angles = d_row + 3 * H + r
+    tl.store(angles, d_half * (0.5 - 2.0 * half * half), turning)  # half: sigmoid(2 angle) - 1/2
+    return d_step
+
+
+@jit
+def log_decay_backward(
+    d_scalars, d_end, document_start, b, chunk, token, length, batch, H: constexpr, N: constexpr
+):
+    """The gradient of A_t dt_t, (CHUNK, heads)."""
+    CHUNK: tl.constexpr = token.shape[0]
+    chunks = tl.num_programs(0)
+    padded = chunks * CHUNK
+    t = token[:, None]
+    h = column_indices(H)
+    heads = h < H
+    place = (b * H + h) * padded + t
+    plane = batch * H * padded
+    d_decay_sum = load_float(d_scalars + place + plane * QUERY, heads)
+    d_decay_sum -= load_float(d_scalars + place + plane * KEY, heads)  # the diagonal cancels
+    row = (b * H + tl.trans(h)) * chunks + chunk
+    place = row * N + tl.arange(0, N)[None, :]
+    at_end = tl.sum(load_float(d_end + place, tl.trans(heads)), axis=1)[None, :]
+    d_decay_sum += tl.where(t == chunk * CHUNK + CHUNK - 1, at_end, 0.0)
+    d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
+    if document_start is not None:
+        starts = load_starts(document_start, b, token, length)
+        d_log_decay = tl.where(starts, 0.0, d_log_decay)
+    return d_log_decay
 
 
 @jit
@@ -5072,12 +5438,12 @@ def tokens_backward(
     scalars,
     half_turn,
     d_turn,
-    d_turns,
+    d_turns,  # (B, C, H, R) float32: of all turns behind a chunk
     d_scalars,
     d_diagonal,
     d_end,
-    d_projected,
-    d_heads,
+    d_projected,  # out: step, decay, trapezoid, angles
+    d_heads,  # out, (B · C, H) float32: the step bias's gradient by chunk
     length,
     batch,
     WIDTH: constexpr,
@@ -5087,50 +5453,37 @@ def tokens_backward(
     N: constexpr,
     CHUNK: constexpr,
 ):
-    """Undoes the rest of tokens_forward()."""
-    chunk, b = tl.program_id(0), tl.program_id(1)
-    chunks = tl.num_programs(0)
-    padded, program = chunks * CHUNK, b * chunks + chunk
+    """Undoes what is left of tokens_forward(): step sizes, decays, weights and turns of a chunk."""
+    chunk = tl.program_id(0)
+    b = tl.program_id(1)
+    padded = tl.num_programs(0) * CHUNK
+    program = b * tl.num_programs(0) + chunk
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     t = token[:, None]
-    h, r = row_of(H), row_of(R)
-    live, heads = t < length, h < H
+    h = column_indices(H)
+    r = column_indices(R)
+    live = t < length
+    heads = h < H
     mask = live & heads
-    place = (b * length + t).to(tl.int64) * WIDTH + 2 * H * P + 2 * N
-    row, d_row = projected + place, d_projected + place
-    raw_step, step, raw_decay, rate, share = token_dynamics(row, live, step_bias, h, H)
-    place, plane = (b * H + h) * padded + t, batch * H * padded
-    d_own, d_weight = weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
+    columns = row_offsets(b, t, length, WIDTH) + 2 * H * P + 2 * N
+    row = projected + columns
+    d_row = d_projected + columns
+    raw_step, step, raw_decay, rate, share = load_dynamics(row, live, step_bias, h, H)
+    place = (b * H + h) * padded + t
+    plane = batch * H * padded
+    d_own, d_weight = key_weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_current = d_own + d_weight
-    # What scales with exp(sum of decays) less what does with exp(-sum): the diagonal cancels.
-    d_decay_sum = number(d_scalars + place + plane, heads) - number(d_scalars + place, heads)
-    end_place = ((b * H + tl.trans(h)) * chunks + chunk) * N + tl.arange(0, N)[None, :]
-    at_end = tl.sum(number(d_end + end_place, tl.trans(heads)), axis=1)[None, :]
-    d_decay_sum += tl.where(t == chunk * CHUNK + CHUNK - 1, at_end, 0.0)
-    d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
-    if document_start is not None:
-        start = tl.load(document_start + b * length + token, token < length, 0)[:, None]
-        d_log_decay = tl.where(start != 0, 0.0, d_log_decay)
+    d_log_decay = log_decay_backward(
+        d_scalars, d_end, document_start, b, chunk, token, length, batch, H, N
+    )
     d_step = share * d_current + rate * d_log_decay
-    # This token's step also weighs the key before it.
-    before = mask & (t > 0)
-    _, d_previous = weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
+    before = mask & (t > 0)  # this token's step also weighs the key before it
+    _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
     d_step += (1.0 - share) * d_previous
-    # An angle's rate turns all later tokens.
-    turning = live & (r < R)
-    half = number(half_turn + (b * padded + t) * R + r, turning)
-    d_half, onward = tl.zeros_like(half), (t <= token[None, :]).to(d_turn.dtype.element_ty)
-    for k in tl.range(H, num_stages=4):
-        head = (b * H + k).to(tl.int64)
-        own_place = d_turn + (head * padded + t) * R + r
-        own = tl.load(own_place, turning, 0.0)
-        other = tl.load(own_place + plane.to(tl.int64) * R, turning, 0.0)
-        later = number(d_turns + (program * H + k) * R + r, r < R)
-        turned = dot(onward, other, dot(onward, own)) + later  # in a cumsum, warps wait
-        d_half += tl.load(scalars + head * padded + token)[:, None] * turned
-        d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
-    tl.store(d_row + 3 * H + r, d_half * (0.5 - 2.0 * half * half), turning)
-    d_decay = tl.where(rate < -1e-4, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
+    d_step = turns_backward(
+        d_step, scalars, half_turn, d_turn, d_turns, d_row, b, program, token, r, live, batch, R, H
+    )
+    d_decay = tl.where(rate < -SLOWEST_DECAY, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
     d_share = step * (d_current - d_previous) * share * (1.0 - share)
     tl.store(d_row + H + h, d_decay, mask)
     tl.store(d_row + 2 * H + h, d_share, mask)
@@ -5139,14 +5492,90 @@ def tokens_backward(
     tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0)[None, :], heads)
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, registers: int | None = None):
-    """Runs a kernel, as is best on an H200: see bench/tune.py."""
-    kernel[grid](*arguments, num_warps=warps, maxnreg=registers)
+# ---- The operator --------------------------------------------------------------------------------
+# To torch, forward and backward are one operator each: torch.compile leaves them whole, and needs
+# of each its outputs' shapes (the fake), what it keeps, and its backward.
+
+
+class ScanSizes(NamedTuple):
+    """The scan's compile-time constants, by the names they have in the kernels."""
+
+    WIDTH: int  # columns of projected, padding included
+    R: int  # rotation angles
+    H: int  # heads
+    P: int  # channels per head
+    N: int  # state size
+    CHUNK: int  # tokens
+
+
+class ScanTensors(NamedTuple):
+    """What the operator has gradients of, contiguous; float32 but for projected."""
+
+    projected: Tensor  # (B, length, WIDTH)
+    step_bias: Tensor  # (H,)
+    skip: Tensor  # (H,)
+    biases: Tensor  # (2, H, N): of keys, of queries; even entries first
+    norms: Tensor  # (2, N): weights of the keys' and the queries' norm
+    ssm_in: Tensor  # (B, H, P, N), even entries first
+    turn_in: Tensor  # (B, H, R): the running angle before the first token, in turns
+
+
+class ScanSaved(NamedTuple):
+    """What the backward reads again: y, the last state, and the buffers at the section's head."""
+
+    y: Tensor  # (B, length, H·P)
+    ssm_out: Tensor  # (B, H, P, N) float32
+    scalars: Tensor
+    features: Tensor
+    half_turn: Tensor
+    rotated: Tensor
+    rotation: Tensor
+    states: Tensor
+
+
+class ScanGradients(NamedTuple):
+    """What the backward's kernels hand to each other."""
+
+    d_projected: Tensor  # (B, length, WIDTH)
+    d_rotated: Tensor  # (2, B, H, padded, N)
+    d_ssm_in: Tensor  # (B, H, P, N) float32
+    d_diagonal: Tensor  # (B, H, padded) float32: diag(dM)
+    d_end: Tensor  # (B, H, C, N) float32: sum(dh' ∘ h') over P
+    d_scalars: Tensor  # (2, B, H, padded) float32: k·dk, q·dq
+    d_turn: Tensor  # (2, B, H, padded, R): the running angle's, by key and by query
+
+
+def launch(kernel, grid: tuple[int, ...], sizes, *, warps: int = 4, registers=None, **arguments):
+    """Runs a kernel: a program for each place of the grid.
+
+    Of sizes, a NamedTuple, it gets the constants that it names; all else by keyword, so that two
+    tensors of one shape cannot change places. warps a program, registers a thread at most (None:
+    the compiler's choice): what was fastest on an H200, by bench/tune.py.
+    """
+    constants = {name: x for name, x in sizes._asdict().items() if name in kernel.arg_names}
+    kernel[grid](**arguments, **constants, num_warps=warps, maxnreg=registers)
 
 
 def tiles(tensor: Tensor, *block: int):
-    """A map of tensor by blocks of its last dimensions."""
+    """A tensor descriptor: it loads and stores blocks of the last dimensions in one instruction."""
     return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
+
+
+def scan_arguments(given: ScanTensors, saved: ScanSaved, sizes: ScanSizes) -> dict:
+    """What scan_forward() and scan_backward() both take, by name."""
+    batch, _, chunks, _, _ = saved.states.shape
+    return {
+        "projected": tiles(given.projected, sizes.CHUNK, sizes.P),
+        "rotated": tiles(saved.rotated, sizes.CHUNK, sizes.N),
+        "y": tiles(saved.y, sizes.CHUNK, sizes.P),
+        "states": tiles(saved.states, sizes.N, sizes.P),
+        "scalars": tiles(saved.scalars, sizes.CHUNK),
+        "decay_sums": saved.scalars[int(DECAY_SUM)],
+        "skip": given.skip,
+        "ssm_out": saved.ssm_out,
+        "batch": batch,
+        "chunks": chunks,
+    }
 
 
 @torch.library.custom_op(
@@ -5155,232 +5584,281 @@ def tiles(tensor: Tensor, *block: int):
     schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
 )
 def fused_scan(tensors, document_start, sizes):
-    """y's squares summed by head, last turn, y, last state, what the backward reads. sizes: kernels' constants."""
-    projected, step_bias, skip, biases, norms, ssm_in, turn_in = tensors
-    outputs = empty_outputs(tensors, document_start, sizes)
-    squares, turn_out, y, ssm_out, scalars, features, half_turn, rotated, rotation, states = outputs
-    (batch, length, _), (_, angles, heads, channels, state, chunk), chunks = (
-        projected.shape,
+    """The scan of ScanTensors with ScanSizes, both as lists.
+
+    Returns y's squares summed by head, (B, H, padded) float32; the running angle behind the last
+    token, (B, H, R) in turns; and ScanSaved.
+    """
+    given = ScanTensors(*tensors)
+    squares, turn_out, *saved = fused_scan_fake(tensors, document_start, sizes)
+    saved = ScanSaved(*saved)
+    sizes = ScanSizes(*sizes)
+    turn_out.copy_(prepare_tokens(given, document_start, saved, sizes))
+    launch(
+        scan_forward,
+        (len(given.projected) * sizes.H,),
         sizes,
-        states.shape[2],
+        ssm_in=given.ssm_in,
+        squares=squares,
+        **scan_arguments(given, saved, sizes),
     )
-    turns = half_turn.new_empty(batch, chunks, heads, angles)
+    return [squares, turn_out, *saved]
+
+
+def prepare_tokens(
+    given: ScanTensors, document_start: Tensor | None, saved: ScanSaved, sizes: ScanSizes
+) -> Tensor:
+    """Fills scalars, features, half_turn, rotated and rotation; returns the last running angle."""
+    batch, length, _ = given.projected.shape
+    chunks = saved.states.shape[2]
+    turns = saved.half_turn.new_empty(batch, chunks, sizes.H, sizes.R)
     launch(
         tokens_forward,
         (chunks, batch),
-        projected,
-        step_bias,
-        norms,
-        document_start,
-        scalars,
-        features,
-        half_turn,
-        turns,
-        length,
-        batch,
-        *sizes,
+        sizes,
+        projected=given.projected,
+        step_bias=given.step_bias,
+        norms=given.norms,
+        document_start=document_start,
+        scalars=saved.scalars,
+        features=saved.features,
+        half_turn=saved.half_turn,
+        turns=turns,
+        length=length,
+        batch=batch,
         registers=128,
     )
-    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(
-        -1
-    )  # cumsum has no deterministic form
-    before = (earlier @ turns.flatten(2).double()).view(turns.shape).float() + turn_in.unsqueeze(1)
-    turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
+    # As a product, since cumsum has no deterministic form.
+    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)
+    passed = (earlier @ turns.flatten(2).double()).view(turns.shape)
+    before = passed.float() + given.turn_in.unsqueeze(1)
     launch(
-        rotate,
-        (chunks, heads, batch),
-        scalars,
-        features,
-        half_turn,
-        before,
-        biases,
-        rotated,
-        rotation,
-        batch,
-        *sizes[1:],
+        rotate_features,
+        (chunks, sizes.H, batch),
+        sizes,
+        scalars=saved.scalars,
+        features=saved.features,
+        half_turn=saved.half_turn,
+        turns=before,
+        biases=given.biases,
+        rotated=saved.rotated,
+        rotation=saved.rotation,
+        batch=batch,
     )
-    launch(
-        scan_forward,
-        (batch * heads,),
-        tiles(projected, chunk, channels),
-        tiles(rotated, chunk, state),
-        tiles(y, chunk, channels),
-        tiles(states, state, channels),
-        tiles(scalars, chunk),
-        scalars[1],
-        skip,
-        ssm_in,
-        ssm_out,
-        squares,
-        batch,
-        chunks,
-        *sizes[2:],
-    )
-    return outputs
+    return (before[:, -1] + turns[:, -1]) % 1.0
 
 
 @fused_scan.register_fake
-def empty_outputs(tensors, document_start, sizes) -> list[Tensor]:
-    """Of fused_scan(). scalars: step, sum of log2 decay, that less log2 weight, current weight, k·q, weight."""
-    projected, (_, angles, heads, channels, state, chunk) = tensors[0], sizes
+def fused_scan_fake(tensors, document_start, sizes) -> list[Tensor]:
+    """fused_scan()'s outputs, without their values."""
+    projected = tensors[0]
+    _, angles, heads, channels, state, chunk = sizes
     batch, length, _ = projected.shape
-    chunks, new = -(-length // chunk), projected.new_empty
-    padded, single = chunks * chunk, partial(new, dtype=torch.float32)
-    half = (
-        torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype
-    )  # finer than bfloat16 up to 1
-    return [
-        single(batch, heads, padded),
-        single(batch, heads, angles),
-        new(batch, length, heads * channels),
-        single(batch, heads, channels, state),
-        single(6, batch, heads, padded),
-        new(2, batch, padded, state),
-        single(batch, padded, angles),
-        new(2, batch, heads, padded, state),
-        new(2, batch, heads, padded, angles, dtype=half),
-        new(batch, heads, chunks, state, channels),
-    ]
+    chunks = -(-length // chunk)
+    padded = chunks * chunk
+    new = projected.new_empty
+    single = partial(new, dtype=torch.float32)
+    narrow = projected.dtype == torch.bfloat16
+    rotation_type = torch.float16 if narrow else projected.dtype  # finer than bfloat16 up to 1
+    squares = single(batch, heads, padded)
+    turn_out = single(batch, heads, angles)
+    features = new(2, batch, padded, state)
+    rotated = new(2, batch, heads, padded, state)
+    rotation = new(2, batch, heads, padded, angles, dtype=rotation_type)
+    saved = ScanSaved(
+        y=new(batch, length, heads * channels),
+        ssm_out=single(batch, heads, channels, state),
+        scalars=single(6, batch, heads, padded),
+        features=features,
+        half_turn=single(batch, padded, angles),
+        rotated=rotated,
+        rotation=rotation,
+        states=new(batch, heads, chunks, state, channels),
+    )
+    return [squares, turn_out, *saved]
+
+
+def fused_scan_setup_context(ctx, inputs, output):
+    """What the forward leaves to the backward: its inputs and ScanSaved."""
+    tensors, document_start, ctx.sizes = inputs
+    ctx.save_for_backward(document_start, *tensors, *output[2:])
+
+
+def fused_scan_autograd(ctx, gradients):
+    """From the outputs' gradients to the inputs', by fused_scan_backward()."""
+    document_start, *kept = ctx.saved_tensors
+    count = len(ScanTensors._fields)
+    of_outputs = [x.contiguous() for x in gradients[:4]]
+    of_tensors = fused_scan_backward(
+        of_outputs, kept[count:], kept[:count], document_start, ctx.sizes
+    )
+    return of_tensors, None, None
+
+
+fused_scan.register_autograd(fused_scan_autograd, setup_context=fused_scan_setup_context)
 
 
 @torch.library.custom_op(
     "golf::fused_scan_backward",
     mutates_args=(),
-    schema="(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
+    schema="(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, "
+    "int[] sizes) -> Tensor[]",
 )
 def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
-    """Gradients of tensors, from the first four outputs'."""
-    (d_squares, d_turn_out, d_y, d_ssm_out), (projected, step_bias, skip, biases, norms, *_) = (
-        gradients,
-        tensors,
-    )
-    y, ssm_out, scalars, features, half_turn, rotated, rotation, states = saved
-    (batch, length, _), (_, angles, heads, channels, state, chunk), chunks = (
-        projected.shape,
-        sizes,
-        states.shape[2],
-    )
-    single = partial(projected.new_empty, dtype=torch.float32)
-    d_projected, d_rotated, d_ssm_in = (torch.empty_like(x) for x in (projected, rotated, ssm_out))
-    d_diagonal, d_end = single(batch, heads, chunks * chunk), single(batch, heads, chunks, state)
+    """The gradients of ScanTensors, from those of squares, turn_out, y and ssm_out."""
+    d_squares, d_turn_out, d_y, d_ssm_out = gradients
+    given = ScanTensors(*tensors)
+    saved = ScanSaved(*saved)
+    sizes = ScanSizes(*sizes)
+    buffers = allocate_gradients(given, saved)
     launch(
         scan_backward,
-        (batch * heads,),
-        tiles(d_y, chunk, channels),
-        tiles(d_squares, chunk),
-        tiles(projected, chunk, channels),
-        tiles(rotated, chunk, state),
-        tiles(y, chunk, channels),
-        tiles(states, state, channels),
-        tiles(d_projected, chunk, channels),
-        tiles(d_rotated, chunk, state),
-        tiles(scalars, chunk),
-        scalars[1],
-        skip,
-        d_ssm_out,
-        ssm_out,
-        d_diagonal,
-        d_end,
-        d_ssm_in,
-        batch,
-        chunks,
-        *sizes[2:],
+        (len(given.projected) * sizes.H,),
+        sizes,
+        d_y=tiles(d_y, sizes.CHUNK, sizes.P),
+        d_squares=tiles(d_squares, sizes.CHUNK),
+        d_projected=tiles(buffers.d_projected, sizes.CHUNK, sizes.P),
+        d_rotated=tiles(buffers.d_rotated, sizes.CHUNK, sizes.N),
+        d_ssm_out=d_ssm_out,
+        d_diagonal=buffers.d_diagonal,
+        d_end=buffers.d_end,
+        d_ssm_in=buffers.d_ssm_in,
+        **scan_arguments(given, saved, sizes),
     )
-    rows = min(chunk, 1024 // state)  # of one warp: no barriers
-    parts = chunks * chunk // rows
-    d_scalars, d_turn = single(2, batch, heads, chunks * chunk), projected.new_empty(rotation.shape)
-    d_turns, d_features = (
-        single(batch * parts, 2, heads, angles),
-        single(batch * parts, 2, heads + 1, state),
+    d_turns, d_biases, d_norms = features_gradients(given, saved, buffers, sizes)
+    d_step_bias = tokens_gradients(
+        given, saved, buffers, d_turns, d_turn_out, document_start, sizes
     )
-    d_heads = single(batch * chunks, heads)
+    d_skip = buffers.d_diagonal.sum((0, 2))
+    d_turn_in = d_turns.sum(1).view_as(d_turn_out) + d_turn_out
+    return [
+        buffers.d_projected,
+        d_step_bias,
+        d_skip,
+        d_biases,
+        d_norms,
+        buffers.d_ssm_in,
+        d_turn_in,
+    ]
+
+
+def allocate_gradients(given: ScanTensors, saved: ScanSaved) -> ScanGradients:
+    """The backward's buffers, without values."""
+    _, batch, heads, padded = saved.scalars.shape
+    _, _, chunks, state, _ = saved.states.shape
+    single = partial(given.projected.new_empty, dtype=torch.float32)
+    return ScanGradients(
+        d_projected=torch.empty_like(given.projected),
+        d_rotated=torch.empty_like(saved.rotated),
+        d_ssm_in=torch.empty_like(saved.ssm_out),
+        d_diagonal=single(batch, heads, padded),
+        d_end=single(batch, heads, chunks, state),
+        d_scalars=single(2, batch, heads, padded),
+        d_turn=torch.empty_like(saved.rotation, dtype=given.projected.dtype),
+    )
+
+
+def features_gradients(
+    given: ScanTensors, saved: ScanSaved, buffers: ScanGradients, sizes: ScanSizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills d_scalars, d_turn, and d_projected's keys and queries.
+
+    Returns the running angle's gradient summed by chunk (B, C, H·R), the biases' and the norms'.
+    """
+    batch, heads, chunks, state, _ = saved.states.shape
+    rows = min(sizes.CHUNK, 1024 // state)  # of one warp: no barriers
+    parts = chunks * sizes.CHUNK // rows
+    d_turns = saved.half_turn.new_empty(batch * parts, 2, heads, sizes.R)
+    d_features = saved.half_turn.new_empty(batch * parts, 2, heads + 1, state)
     launch(
         features_backward,
         (parts, batch, 2),
-        projected,
-        features,
-        rotation,
-        norms,
-        biases,
-        d_rotated,
-        d_projected,
-        d_scalars,
-        d_turn,
-        d_turns,
-        d_features,
-        length,
-        batch,
-        *sizes,
-        rows,
+        sizes,
+        projected=given.projected,
+        features=saved.features,
+        rotation=saved.rotation,
+        norms=given.norms,
+        biases=given.biases,
+        d_rotated=buffers.d_rotated,
+        d_projected=buffers.d_projected,
+        d_scalars=buffers.d_scalars,
+        d_turn=buffers.d_turn,
+        d_turns=d_turns,
+        d_features=d_features,
+        length=given.projected.shape[1],
+        batch=batch,
+        ROWS=rows,
         warps=1,
     )
-    d_turns = d_turns.view(batch, chunks, -1, heads * angles).sum(2)
+    d_turns = d_turns.view(batch, chunks, -1, heads * sizes.R).sum(2)
+    sums = d_features.new_ones(len(d_features)) @ d_features.flatten(1)  # faster than sum()
+    sums = sums.view(2, heads + 1, state)
+    return d_turns, sums[:, :heads].clone(), sums[:, heads].clone()
+
+
+def tokens_gradients(
+    given: ScanTensors,
+    saved: ScanSaved,
+    buffers: ScanGradients,
+    d_turns: Tensor,
+    d_turn_out: Tensor,
+    document_start: Tensor | None,
+    sizes: ScanSizes,
+) -> Tensor:
+    """Fills what is left of d_projected, and returns the step bias's gradient (H,)."""
+    batch, chunks, _ = d_turns.shape
     after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
     later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
+    d_heads = d_turns.new_empty(batch * chunks, sizes.H)
     launch(
         tokens_backward,
         (chunks, batch),
-        projected,
-        step_bias,
-        document_start,
-        scalars,
-        half_turn,
-        d_turn,
-        later,
-        d_scalars,
-        d_diagonal,
-        d_end,
-        d_projected,
-        d_heads,
-        length,
-        batch,
-        *sizes,
+        sizes,
+        projected=given.projected,
+        step_bias=given.step_bias,
+        document_start=document_start,
+        scalars=saved.scalars,
+        half_turn=saved.half_turn,
+        d_turn=buffers.d_turn,
+        d_turns=later,
+        d_scalars=buffers.d_scalars,
+        d_diagonal=buffers.d_diagonal,
+        d_end=buffers.d_end,
+        d_projected=buffers.d_projected,
+        d_heads=d_heads,
+        length=given.projected.shape[1],
+        batch=batch,
         registers=128,
     )
-    sums = (d_features.new_ones(len(d_features)) @ d_features.flatten(1)).view(
-        2, -1, state
-    )  # faster than sum()
-    d_parameters = (
-        d_heads.sum(0),
-        d_diagonal.sum((0, 2)),
-        sums[:, :heads].clone(),
-        sums[:, heads].clone(),
-    )
-    return [d_projected, *d_parameters, d_ssm_in, d_turns.sum(1).view_as(d_turn_out) + d_turn_out]
+    return d_heads.sum(0)
 
 
-fused_scan_backward.register_fake(
-    lambda gradients, saved, tensors, *_: [torch.empty_like(x) for x in tensors]
-)
-
-
-def _fused_scan_context(ctx, inputs, output):
-    tensors, document_start, ctx.sizes = inputs
-    ctx.save_for_backward(document_start, *tensors, *output[2:])
-
-
-def _fused_scan_autograd(ctx, gradients):
-    document_start, *saved = ctx.saved_tensors
-    gradients = [x.contiguous() for x in gradients[:4]]
-    return (
-        fused_scan_backward(gradients, saved[7:], saved[:7], document_start, ctx.sizes),
-        None,
-        None,
-    )
-
-
-fused_scan.register_autograd(_fused_scan_autograd, setup_context=_fused_scan_context)
+@fused_scan_backward.register_fake
+def fused_scan_backward_fake(gradients, saved, tensors, document_start, sizes) -> list[Tensor]:
+    """fused_scan_backward()'s outputs, without their values."""
+    return [torch.empty_like(x) for x in tensors]
 
 
 def triton_scan(
-    projected: Tensor, p: MambaParameters, sizes: MambaSizes, document_start, state, chunk: int
-) -> tuple:
-    """mamba_scan() on the kernels: products in projected's dtype, all else in float32."""
-    first, last = (scan_inputs(x, p, sizes, None) for x in (projected[:, :1], projected[:, -1:]))
-    if padding := -projected.shape[-1] % 8:  # tensor maps want rows of 16 bytes
+    projected: Tensor,
+    p: MambaParameters,
+    sizes: MambaSizes,
+    document_start: Tensor | None,
+    state: ScanState | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, ScanState]:
+    """mamba_scan() of Mamba-3 by the kernels: products in projected's dtype, all else in float32.
+
+    A state that comes in holds the last key and value apart, which the first token weighs: they are
+    added to the state here. The state that goes out needs its last key, rotated, and its value.
+    """
+    first = scan_inputs(projected[:, :1], p, sizes, None)
+    last = scan_inputs(projected[:, -1:], p, sizes, None)
+    if padding := -projected.shape[-1] % 8:  # tensor descriptors want rows of 16 bytes
         projected = F.pad(projected, (0, padding))
-    shapes = (sizes.channels, sizes.state), (sizes.angles,)
-    ssm, turn = (p.skip.new_zeros(len(projected), sizes.heads, *shape) for shape in shapes)
+    batch, _, width = projected.shape
+    ssm = p.skip.new_zeros(batch, sizes.heads, sizes.channels, sizes.state)
+    turn = p.skip.new_zeros(batch, sizes.heads, sizes.angles)
     if state is not None:
         terms = scan_terms(first, state)
         before, previous = terms.state, terms.previous[:, 0]
@@ -5388,19 +5866,18 @@ def triton_scan(
         turn = before.angle / (2 * math.pi)
     biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
     norms = torch.stack([p.key_norm, p.query_norm])
+    tensors = ScanTensors(
+        projected=projected.contiguous(),
+        step_bias=p.step_bias,
+        skip=p.skip,
+        biases=biases,
+        norms=norms,
+        ssm_in=ssm.contiguous(),
+        turn_in=turn.contiguous(),
+    )
+    constants = ScanSizes(width, sizes.angles, sizes.heads, sizes.channels, sizes.state, chunk)
     start = None if document_start is None else document_start.contiguous()
-    tensors = (
-        projected.contiguous(),
-        p.step_bias,
-        p.skip,
-        biases,
-        norms,
-        ssm.contiguous(),
-        turn.contiguous(),
-    )
-    squares, turn, y, ssm, *_ = fused_scan(
-        tensors, start, [projected.shape[2], sizes.angles, *sizes[:3], chunk]
-    )
+    squares, turn, y, ssm, *_ = fused_scan(list(tensors), start, list(constants))
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
@@ -5413,73 +5890,108 @@ def evens_first(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
+# ---- Cross-entropy -------------------------------------------------------------------------------
+# With x = cap·tanh(logit / cap), of a row of logits and its target:
+#
+#   nats = log(sum over v of exp(x_v)) - x_target
+#   d logit_v = (exp(x_v) / sum - [v is the target]) (1 - tanh(logit_v / cap)^2)
+#
+# A program has one row in registers: it reads the logits once, and writes their gradient over them
+# (for a gradient of 1 by nats; backward scales it). The maximum is not taken out: x is at most cap,
+# and exp(cap) is finite for any cap that settings allow.
+
+
+class CrossEntropySizes(NamedTuple):
+    """The cross-entropy's compile-time constants, by the names they have in the kernel."""
+
+    V: int  # vocabulary
+    CAP: float
+    BLOCK: int  # the power of two from V on
+    SLOPES: bool  # whether gradients are wanted
+    FAST: bool  # as in exp2_tile()
+
+
 @jit
-def capped(x, cap: constexpr, FAST: constexpr):
-    """cap·tanh(x / cap), and its slope."""
-    tanh = 1.0 - 2.0 * reciprocal(1.0 + exp2(x * (2.88539008 / cap), FAST), FAST)
-    return cap * tanh, 1.0 - tanh * tanh
+def softcap_tile(x, CAP: constexpr, FAST: constexpr):
+    """CAP·tanh(x / CAP), and its slope."""
+    power = exp2_tile(x * (2.0 * LOG2_E / CAP), FAST)  # exp(2 x / CAP)
+    tanh = 1.0 - 2.0 * reciprocal_tile(1.0 + power, FAST)
+    return CAP * tanh, 1.0 - tanh * tanh
 
 
 @jit
 def cross_entropy_rows(
-    logits,
-    targets,
-    nats,
+    logits,  # (T, V); out, with SLOPES: their gradients
+    targets,  # (T,)
+    nats,  # out, (T,) float32
     V: constexpr,
-    cap: constexpr,
+    CAP: constexpr,
     BLOCK: constexpr,
     SLOPES: constexpr,
     FAST: constexpr,
 ):
-    row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    """The nats of one row, and its logits' gradients."""
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.arange(0, BLOCK)
     logits += row * V
     target = tl.load(targets + row)
-    own, _ = capped(tl.load(logits + target).to(tl.float32), cap, FAST)
-    x, bend = capped(number(logits + v, v < V), cap, FAST)
-    share = tl.where(v < V, exp2(x * 1.44269504, FAST), 0.0)
+    own, _ = softcap_tile(tl.load(logits + target).to(tl.float32), CAP, FAST)
+    x, slope = softcap_tile(load_float(logits + v, v < V), CAP, FAST)
+    share = tl.where(v < V, exp2_tile(x * LOG2_E, FAST), 0.0)
     total = tl.sum(share, axis=0)
     tl.store(nats + row, tl.log(total) - own)
     if SLOPES:
-        slope = (share / total - tl.where(v == target, 1.0, 0.0)) * bend
-        tl.store(logits + v, slope, v < V)
+        d_x = share / total - tl.where(v == target, 1.0, 0.0)
+        tl.store(logits + v, d_x * slope, v < V)
 
 
 @torch.library.custom_op("golf::cross_entropy", mutates_args=())
 def fused_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool
 ) -> tuple[Tensor, Tensor]:
-    """Model.nats() of hidden (T, width), targets (T,) and output matrix (V, width); and their gradients by logits (T, V)."""
+    """Model.nats() of hidden (T, width), output matrix (V, width) and targets (T,).
+
+    Returns nats (T,) float32, and their gradients by logits (T, V) if slopes are wanted, else (0,).
+    """
     logits = F.linear(hidden, weight)
-    nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
-    block, fast = triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
-    constants = size, cap, block, slopes, fast
-    launch(
-        cross_entropy_rows,
-        (len(hidden),),
-        logits,
-        targets,
-        nats,
-        *constants,
-        warps=max(4, block // 2048),
-    )
+    nats = hidden.new_empty(len(hidden), dtype=torch.float32)
+    launch_cross_entropy(logits, targets, nats, cap, slopes)
     return nats, logits if slopes else logits.new_empty(0)
 
 
+def launch_cross_entropy(logits: Tensor, targets: Tensor, nats: Tensor, cap: float, slopes: bool):
+    """Fills nats (T,), and puts gradients in the place of logits (T, V) if slopes are wanted."""
+    count, vocab_size = logits.shape
+    block = triton.next_power_of_2(vocab_size)
+    fast = logits.dtype == torch.bfloat16
+    sizes = CrossEntropySizes(vocab_size, cap, block, slopes, fast)
+    arguments = {"logits": logits, "targets": targets, "nats": nats}
+    launch(cross_entropy_rows, (count,), sizes, warps=max(4, block // 2048), **arguments)
+
+
 @fused_cross_entropy.register_fake
-def _(hidden, weight, targets, cap, slopes):
+def cross_entropy_fake(hidden, weight, targets, cap, slopes) -> tuple[Tensor, Tensor]:
+    """fused_cross_entropy()'s outputs, without their values."""
     shape = (len(hidden), len(weight)) if slopes else (0,)
     return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(shape)
 
 
-def _cross_entropy_autograd(ctx, d_nats, _):
+def cross_entropy_setup_context(ctx, inputs, output):
+    """What the forward leaves to the backward: hidden, weight, and the gradients by logits."""
+    hidden, weight, *_ = inputs
+    _, slopes = output
+    ctx.save_for_backward(hidden, weight, slopes)
+
+
+def cross_entropy_autograd(ctx, d_nats, _):
+    """The gradients of hidden and weight, from that of nats (T,)."""
     hidden, weight, slopes = ctx.saved_tensors
     scale = d_nats.unsqueeze(1).to(hidden.dtype)
     return slopes @ weight * scale, slopes.mT @ (hidden * scale), None, None, None
 
 
 fused_cross_entropy.register_autograd(
-    _cross_entropy_autograd,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
+    cross_entropy_autograd, setup_context=cross_entropy_setup_context
 )
 
 

@@ -1,10 +1,14 @@
-"""Measures launch configurations of the fused scan's kernels on this GPU: python -m bench.tune [state size]
+"""Measures launch configurations of the fused scan's kernels on this GPU.
 
-Runs the operator forward and backward (131,072 tokens, 16 heads of 64) as train_gpt.py launches it, then with other
-numbers of warps and registers (0: no limit), takes each kernel's time from the profiler, and prints a table.
+    python -m bench.tune [state size]
+
+Runs the operator forward and backward (131,072 tokens, 16 heads of 64) as train_gpt.py launches it,
+then with other numbers of warps and registers (0: no limit), takes each kernel's time from the
+profiler, and prints a table.
 """
 
 import collections
+import contextlib
 import sys
 
 import torch
@@ -16,8 +20,13 @@ if not __package__:  # started by its path
 import train_gpt as t
 
 KERNELS = (
-    "tokens_forward", "rotate", "scan_forward", "scan_backward", "features_backward", "tokens_backward",
-)  # fmt: skip
+    "tokens_forward",
+    "rotate_features",
+    "scan_forward",
+    "scan_backward",
+    "features_backward",
+    "tokens_backward",
+)
 CONFIGURATIONS = ((1, 0), (2, 0), (4, 0), (4, 128), (4, 168), (8, 0), (8, 128))  # warps, registers
 
 
@@ -57,7 +66,23 @@ def kernel_times(run, repeats: int = 4) -> dict[str, float]:
     }
 
 
+@contextlib.contextmanager
+def launched_with(warps: int, registers: int | None):
+    """All kernels of the script with these numbers in place of its own."""
+    launch = t.launch
+
+    def replacement(kernel, grid, sizes, **arguments):
+        launch(kernel, grid, sizes, **arguments | {"warps": warps, "registers": registers})
+
+    t.launch = replacement
+    try:
+        yield
+    finally:
+        t.launch = launch
+
+
 def main() -> None:
+    """Prints the times of each configuration, and the best of each kernel."""
     state = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     t.prepare_torch()
     device = torch.device("cuda")
@@ -71,14 +96,13 @@ def main() -> None:
 
     times: dict[str, dict[tuple[int, int] | str, float]] = collections.defaultdict(dict)
     for configuration in ("as launched", *CONFIGURATIONS):
+        changed = contextlib.nullcontext()
         if configuration != "as launched":
             warps, registers = configuration
-            options = {"num_warps": warps, "maxnreg": registers or None}
-            t.launch = lambda kernel, grid, *arguments, options=options, **_: kernel[grid](
-                *arguments, **options
-            )
+            changed = launched_with(warps, registers or None)
         try:
-            measured = kernel_times(run)
+            with changed:
+                measured = kernel_times(run)
         except Exception as error:  # a configuration that does not fit is one that is not taken
             print(f"{configuration}: {type(error).__name__} {str(error)[:100]}", flush=True)
             continue

@@ -1,14 +1,20 @@
-"""Compiles the program's Triton kernels for an NVIDIA GPU that need not be here: python -m tests.compile_kernels [90]
+"""Compiles the program's Triton kernels for an NVIDIA GPU that need not be here.
 
-90 is a compute capability, here the H100's and H200's. Each kernel becomes a line of JSON: the layer's state size, and the
-bytes of shared memory that a program needs and of local memory that a thread does (the compiler puts there what finds no
-register). Needs a triton with NVIDIA's assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says what
-must hold.
+    python -m tests.compile_kernels [90]
+
+90 is a compute capability, here the H100's and H200's. Each kernel becomes a line of JSON: its name;
+the layer's state size; whether it knows of document starts; the bytes of shared memory that a program
+needs and of local memory that a thread does (the compiler puts there what finds no register); and the
+SHA-256 of its machine code. The sum leaves names, addresses in the file and line numbers out: two
+versions of the script whose sums are equal run the same instructions. Needs a triton with NVIDIA's
+assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says what must hold.
 """
 
+import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -47,38 +53,71 @@ def local_bytes(cubin: bytes) -> int:
     return sum(map(int, re.findall(r"\bSTACK:(\d+)", text)))
 
 
+def instructions(cubin: bytes) -> bytes:
+    """The section .text.* of a cubin, a 64-bit ELF file, with a single kernel in it."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<II8x8xQQ", cubin, table + i * size) for i in range(count)]
+    names_offset = headers[names][2]
+    found = []
+    for name, _, offset, length in headers:
+        start = names_offset + name
+        if cubin[start : cubin.index(b"\0", start)].startswith(b".text."):
+            found.append(cubin[offset : offset + length])
+    (code,) = found
+    return code
+
+
+class Compiler:
+    """Stands for a GPU that is absent: a launched kernel is compiled and kept, and does not run."""
+
+    def __init__(self, capability: int):
+        self.built: dict[str, triton.compiler.CompiledKernel] = {}
+        absent_gpu = SimpleNamespace(  # what compiling asks a driver for
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device=None: 0,
+        )
+        triton.runtime.driver.set_active(absent_gpu)
+        run = triton.JITFunction.run
+
+        def compile_only(kernel, *arguments, **options):
+            self.built[kernel.__name__] = run(kernel, *arguments, **options | {"warmup": True})
+
+        triton.JITFunction.run = compile_only
+
+    def report(self, state: int, documents: bool) -> None:
+        """A line for each kernel launched since the last report."""
+        for name, kernel in self.built.items():
+            cubin = kernel.asm["cubin"]
+            line = {
+                "kernel": name,
+                "state": state,
+                "documents": documents,
+                "shared": kernel.metadata.shared,
+                "local": local_bytes(cubin),
+                "code": hashlib.sha256(instructions(cubin)).hexdigest(),
+            }
+            print(json.dumps(line), flush=True)
+        self.built.clear()
+
+
 def compile_all(capability: int) -> None:
-    """Prints a line for each kernel that a forward and a backward launch, in bfloat16, with what train_gpt.py launches it."""
-    absent_gpu = SimpleNamespace(  # what compiling asks a driver for
-        get_current_target=lambda: GPUTarget("cuda", capability, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device=None: 0,
-    )
-    triton.runtime.driver.set_active(absent_gpu)
-    run, built = triton.JITFunction.run, {}
-
-    def compile_only(kernel, *arguments, **options):
-        built[kernel.__name__] = run(kernel, *arguments, **options | {"warmup": True})
-
-    def report(state: int):
-        for name, kernel in built.items():
-            line = {"kernel": name, "state": state, "shared": kernel.metadata.shared}
-            print(json.dumps(line | {"local": local_bytes(kernel.asm["cubin"])}), flush=True)
-        built.clear()
-
-    triton.JITFunction.run = compile_only
+    """Prints a line for each kernel that a forward and a backward launch, in bfloat16, with what
+    train_gpt.py launches it."""
+    compiler = Compiler(capability)
     for state in (64, 128):
-        for starts in (
-            torch.zeros(1, TOKENS, dtype=torch.bool),
-            None,
-        ):  # the default, without documents, is told
+        for documents in (False, True):
             projected, parameters, sizes = tune.random_layer(state, torch.device("cpu"), 1, TOKENS)
+            starts = torch.zeros(1, TOKENS, dtype=torch.bool) if documents else None
             y, square, _ = t.mamba_scan(projected, parameters, sizes, starts, None, "triton", 64)
             torch.autograd.grad(y.sum().float() + square.sum(), tune.learned(projected, parameters))
-        report(state)
+            compiler.report(state, documents)
     hidden, matrix = torch.randn(TOKENS, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
-    t.fused_cross_entropy(hidden, matrix, torch.zeros(TOKENS, dtype=torch.int64), 30.0, True)
-    report(0)
+    for slopes in (True, False):
+        targets = torch.zeros(TOKENS, dtype=torch.int64)
+        t.fused_cross_entropy(hidden, matrix, targets, 30.0, slopes)
+        compiler.report(0, slopes)
 
 
 if __name__ == "__main__":

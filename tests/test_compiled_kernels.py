@@ -1,5 +1,9 @@
-"""What the kernels compile to on the H100 and H200, found without a GPU: the interpreter would run what no compiler takes."""
+"""What the kernels compile to on the H100 and H200, found without a GPU.
 
+The interpreter would run what no compiler takes.
+"""
+
+import itertools
 import json
 import os
 import subprocess
@@ -13,12 +17,14 @@ from bench import tune
 from tests.support import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_OF_TWO = 115_712  # bytes a program may use where two are to share a multiprocessor of compute capability 9.0
+# Bytes of shared memory a program may use, on compute capability 9.0, where two are to share a
+# multiprocessor, and where one has it.
+SHARED_OF_TWO = 115_712
 SHARED_OF_ONE = 232_448
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> dict[tuple[str, int], dict]:
+def kernels(tmp_path_factory) -> dict[tuple[str, int, bool], dict]:
     if t.triton is None:
         pytest.skip("needs triton")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
@@ -31,21 +37,30 @@ def kernels(tmp_path_factory) -> dict[tuple[str, int], dict]:
         timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
-    return {
-        (line["kernel"], line["state"]): line for line in map(json.loads, done.stdout.splitlines())
-    }
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {(line["kernel"], line["state"], line["documents"]): line for line in lines}
 
 
 def test_every_kernel_compiles_with_both_state_sizes_and_fits(kernels):
-    assert set(kernels) == {(name, state) for name in tune.KERNELS for state in (64, 128)} | {
-        ("cross_entropy_rows", 0)
-    }
+    scans = itertools.product(tune.KERNELS, (64, 128), (False, True))
+    losses = [("cross_entropy_rows", 0, slopes) for slopes in (False, True)]
+    assert set(kernels) == {*scans, *losses}
     assert max(line["shared"] for line in kernels.values()) <= SHARED_OF_ONE
+
+
+def test_kernels_without_document_starts_are_the_same_machine_code(kernels):
+    """Only what computes decays knows of documents; sums depend on nothing but the instructions."""
+    for name in tune.KERNELS:
+        for state in (64, 128):
+            same = kernels[name, state, False]["code"] == kernels[name, state, True]["code"]
+            assert same == (name not in ("tokens_forward", "tokens_backward"))
+    assert len({line["code"] for line in kernels.values()}) == len(tune.KERNELS) * 2 + 2 * 2 + 2
 
 
 @pytest.mark.parametrize("name", ["scan_forward", "scan_backward"])
 def test_two_programs_of_the_scan_share_a_multiprocessor_and_nothing_spills(kernels, name):
-    """With state 64, the default's. Where one program fits instead of two, scan_backward took 1.30 ms instead of 0.97."""
-    line = kernels[name, 64]
+    """With state 64, the default's: with one program a multiprocessor, scan_backward took 1.30 ms
+    instead of 0.97."""
+    line = kernels[name, 64, False]
     assert line["shared"] <= SHARED_OF_TWO
     assert line["local"] == 0

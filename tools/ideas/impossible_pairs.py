@@ -137,10 +137,8 @@ def fused_cross_entropy(
     read the pairs itself; here they are a pass of their own.
     """
     logits = F.linear(hidden, weight).masked_fill_(impossible[tokens], -torch.inf)
-    nats, size = hidden.new_empty(len(hidden), dtype=torch.float32), logits.shape[1]
-    block, fast = t.triton.next_power_of_2(size), hidden.dtype == torch.bfloat16
-    arguments = logits, targets, nats, size, cap, block, slopes, fast
-    t.launch(t.cross_entropy_rows, (len(hidden),), *arguments, warps=max(4, block // 2048))
+    nats = hidden.new_empty(len(hidden), dtype=torch.float32)
+    t.launch_cross_entropy(logits, targets, nats, cap, slopes)
     return nats, logits if slopes else logits.new_empty(0)
 
 
@@ -151,7 +149,7 @@ def _(hidden, weight, tokens, targets, impossible, cap, slopes):
 
 
 fused_cross_entropy.register_autograd(
-    lambda ctx, d_nats, _: (*t._cross_entropy_autograd(ctx, d_nats, _)[:2], *[None] * 5),
+    lambda ctx, d_nats, _: (*t.cross_entropy_autograd(ctx, d_nats, _)[:2], *[None] * 5),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
 )
 
