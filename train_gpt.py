@@ -102,7 +102,6 @@ except ImportError:  # CPU builds of torch need none
 
 
 BOS_ID = 1
-ROPE_BASE = 10_000.0
 ARTIFACT_CAP = 16_000_000  # bytes with the code: the contest's limit
 
 
@@ -247,6 +246,7 @@ class Settings:
     num_heads: int = width(8, "query heads", "heads")
     num_kv_heads: int = width(4, "key/value heads", "heads")
     rope_fraction: float = env(1.0, "of attention's heads", "part", high=1)
+    rope_base: float = env(10_000.0, "of the pairs' frequencies", "factor", low=1)
     qk_gain_init: float = env(1.5, "queries' first gain", "factor", high=WIDEST)
     mamba_version: int = env(3, "1: the first Mamba, a selective scan", choices=(1, 2, 3))
     mamba_d_state: int = env(64, "state per channel", "numbers", high=1024, above_zero=True)
@@ -256,8 +256,11 @@ class Settings:
     mamba_d_conv: int = env(4, "short convolution; none in Mamba-3", choices=(2, 3, 4))
     mamba_chunk_size: int = width(64, "chunk of a scan", "tokens")
     unet_skips: bool = env(True, "first half to second")
+    ln_scale: bool = env(False, "inputs of layer l times 1 / sqrt(l + 1)")
     bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", high=WIDEST)
     bigram_dim: int = width(128, "before its projection")
+    tie_embeddings: bool = env(True, "one matrix reads tokens in and out")
+    tied_embed_init_std: float = env(0.005, "first embeddings and output matrix", "std")
     logit_softcap: float = env(30.0, "cap·tanh(logits/cap)", "nats", high=60, above_zero=True)
 
     layer_order: str = env("all", "in which they run, as 0-4,3,4,5", "layers", group="recurrence")
@@ -268,11 +271,14 @@ class Settings:
     export_reserve_seconds: float = env(8.0, "of these, for GPTQ", "seconds")
     warmdown_fraction: float = env(0.6, "linear decay to the end", "of run", high=1)
     warmdown_iters: int = env(0, "the same in steps; 0: the fraction", "steps")
+    warmdown_shape: str = env("linear", "of rates as they fall", choices=("linear", "cosine"))
     min_lr: float = env(0.0, "of the rates: decay ends there", "part", high=1)
 
     matrix_lr: float = env(0.02, "Muon, attention and MLP matrices", "rate", group="optimizer")
     mamba_matrix_lr: float = env(0.015, "Muon, Mamba's matrices", "rate")
     tied_embed_lr: float = env(0.008, "Adam, embeddings and output matrix", "rate")
+    embed_lr: float = env(0.008, "Adam, embeddings, with TIE_EMBEDDINGS=0", "rate")
+    head_lr: float = env(0.008, "Adam, output matrix, with TIE_EMBEDDINGS=0", "rate")
     scalar_lr: float = env(0.02, "Adam, vectors, scales and Mamba's dynamics", "rate")
     muon_momentum: float = env(0.95, "Nesterov momentum", "part", below_one=True)
     muon_momentum_warmup_start: float = env(
@@ -287,6 +293,8 @@ class Settings:
     )
     grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
+    embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", low=-1)
+    adam_wd: float = env(0.0, "of vectors and scales", "rate")
     average: str = env(
         "ema", "of the weights, which a run leaves", choices=("ema", "swa", "ema+swa", "none")
     )
@@ -337,6 +345,8 @@ class Settings:
     ttt_lr: float = env(0.005, "SGD, cosine over the chunks", "rate")
     ttt_epochs: int = env(2, "passes over each scored chunk", "epochs")
     ttt_momentum: float = env(0.9, "SGD", "part", below_one=True)
+    ttt_grad_clip: float = env(1.0, "most of a step's gradient; 0: not clipped", "norm")
+    ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", high=256)
     ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", above_zero=True)
 
     @property
@@ -825,7 +835,17 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     refuse_misspelt(environment)
     settings, _ = read_own(environment)
     added, _ = translate_names(environment, settings)
-    return read_own(environment | added)
+    settings, given = read_own(environment | added)
+    refuse_idle(settings, given)
+    return settings, given
+
+
+def refuse_idle(settings, given: set[str]):
+    """Raises UserError for a setting that is given although another makes it mean nothing."""
+    tied = settings.tie_embeddings
+    for name in given & ({"embed_lr", "head_lr"} if tied else {"tied_embed_lr"}):
+        other = "TIED_EMBED_LR is the rate" if tied else "EMBED_LR and HEAD_LR are the rates"
+        raise UserError(f"{name.upper()} means nothing with TIE_EMBEDDINGS={int(tied)}: {other}")
 
 
 def explain_names(environment: dict[str, str]) -> list[str]:
@@ -1666,7 +1686,7 @@ def initial(kind: str, *shape: int) -> Tensor:
     """How each kind of parameter begins, float32: the one table of initial values.
 
     Output matrices of mixers and MLPs are zero, so that a new block adds nothing and learns first
-    what to add. Attention's queries begin with QK_GAIN_INIT.
+    what to add. Attention's queries begin with QK_GAIN_INIT, embeddings with TIED_EMBED_INIT_STD.
     """
     x = torch.empty(shape)
     match kind:
@@ -1676,8 +1696,6 @@ def initial(kind: str, *shape: int) -> Tensor:
             return x.fill_(1.0)
         case "matrix":  # (rows, columns): outputs are as large as inputs
             return x.normal_(std=shape[1] ** -0.5)
-        case "embedding":  # also the output matrix: the first logits are close to 0
-            return x.normal_(std=0.005)
         case "bigram scale":
             return x.fill_(0.05)
         case "residual mix":  # x alone, nothing of the embedded tokens
@@ -2205,8 +2223,8 @@ class Block(nn.Module):
     (B, T, width), normed, and returns what to add to the stream, where no token may depend on a
     later one, nor at a document's start (context.document_start) on an earlier one. Then
 
-    - choose it below, by a setting of its own between NUM_LAYERS and ITERATIONS: the artifact's
-      header holds those, and load_model() builds the same model again;
+    - choose it below, by a setting of its own in the group "model": the artifact's header holds
+      those (add what older files mean to FORMER_DEFAULTS), and load_model() builds it again;
     - make its matrices Linear, the last one with zero=True: Muon trains them and GPTQ quantizes
       them by their inputs. Other parameters begin as initial() says, are Adam's (parameter_kind()),
       and are stored as float_type() says; rows that need 8 bits are listed in grid_limits();
@@ -2220,18 +2238,19 @@ class Block(nn.Module):
         self.mixer = Mamba(settings, device) if has_mamba else Attention(settings)
         self.mlp = MLP(settings) if has_mlp else None
         self.residual_mix = nn.Parameter(initial("residual mix", 2))
+        self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
 
     def forward(self, x: Tensor, embedded: Tensor, context) -> Tensor:
         """x, embedded (B, T, width) -> the residual stream behind this block."""
         x = self.enter(x, embedded)
-        return self.leave(x + self.mixer(norm(x), context))
+        return self.leave(x + self.mixer(self.layer_input(x), context))
 
     def resume(
         self, x: Tensor, embedded: Tensor, context: StreamContext, state
     ) -> tuple[Tensor, "MambaState | AttentionState"]:
         """forward() of part of a stream, (1, T, width), behind the tokens that left this state."""
         x = self.enter(x, embedded)
-        y, state = self.mixer.resume(norm(x), context, state)
+        y, state = self.mixer.resume(self.layer_input(x), context, state)
         return self.leave(x + y), state
 
     def enter(self, x: Tensor, embedded: Tensor) -> Tensor:
@@ -2239,9 +2258,13 @@ class Block(nn.Module):
         keep, mix = self.residual_mix.to(x.dtype)
         return keep * x + mix * embedded
 
+    def layer_input(self, x: Tensor) -> Tensor:
+        """x normed, and with LN_SCALE the smaller the deeper the block, so that it adds less."""
+        return norm(x) if self.input_scale == 1 else self.input_scale * norm(x)
+
     def leave(self, x: Tensor) -> Tensor:
         """What stands behind the mixer: the MLP, if there is one."""
-        return x if self.mlp is None else x + self.mlp(norm(x))
+        return x if self.mlp is None else x + self.mlp(self.layer_input(x))
 
 
 def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -2277,18 +2300,21 @@ class Model(nn.Module):
         self.attention_backend = choose_attention_backend(s, device)
         self.full_order = parse_layers(s, "layer_order")
         self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
-        self.embedding.weight = nn.Parameter(initial("embedding", s.vocab_size, s.model_dim))
+        nn.init.normal_(self.embedding.weight, std=s.tied_embed_init_std)  # first logits: near 0
         if s.bigram_vocab_size:
             rows, width = s.bigram_vocab_size, s.bigram_dim
             self.bigram_embedding = nn.Embedding(rows, width)
             self.bigram_embedding.weight = nn.Parameter(initial("zero", rows, width))
             self.bigram_proj = Linear(width, s.model_dim)
             self.bigram_scale = nn.Parameter(initial("bigram scale"))
+        if not s.tie_embeddings:
+            self.output_embedding = nn.Embedding(s.vocab_size, s.model_dim)
+            nn.init.normal_(self.output_embedding.weight, std=s.tied_embed_init_std)
         self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
         if s.unet_skips and len(self.full_order) > 1:
             self.skip_weights = nn.Parameter(initial("one", len(self.full_order) // 2))
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
-        frequencies = ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
+        frequencies = s.rope_base ** -(torch.arange(pairs, dtype=torch.float32) / max(pairs, 1))
         positions = torch.arange(s.train_seq_len, dtype=torch.float32)
         # A table, or each kernel would compute it anew.
         self.register_buffer("rotary_table", rotary_turns(positions, frequencies), persistent=False)
@@ -2297,6 +2323,17 @@ class Model(nn.Module):
     def linear_layers(self) -> dict[str, Linear]:
         """All matrices but the embeddings, by the names of their weights."""
         return {f"{name}.weight": m for name, m in self.named_modules() if isinstance(m, Linear)}
+
+    @property
+    def output_name(self) -> str:
+        """The name of the output matrix (V, width), which is also the embeddings' if tied."""
+        return "embedding.weight" if self.settings.tie_embeddings else "output_embedding.weight"
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """What hidden states are multiplied by for logits: (V, width), float32."""
+        tied = self.settings.tie_embeddings
+        return self.embedding.weight if tied else self.output_embedding.weight
 
     def order(self, recurrent: bool) -> tuple[int, ...]:
         """The layers in the order in which they run: LAYER_ORDER, or each of them once."""
@@ -2439,7 +2476,7 @@ class Model(nn.Module):
         about the next token than its hidden state does: see tools/ideas.
         """
         cap = self.settings.logit_softcap
-        logits = F.linear(hidden, self.embedding.weight.to(hidden.dtype))
+        logits = F.linear(hidden, self.output_matrix.to(hidden.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cap * torch.tanh(logits / cap)
 
@@ -2450,7 +2487,7 @@ class Model(nn.Module):
         """
         rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton:
-            weight, cap = self.embedding.weight.to(hidden.dtype), self.settings.logit_softcap
+            weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
         else:
             before = None if tokens is None else tokens.flatten()
@@ -2548,9 +2585,12 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
     """Who trains a parameter of the model, by its name: the one place that tells.
 
     "matrix" (of attention, MLPs, bigrams) and "mamba_matrix": Muon, at MATRIX_LR and
-    MAMBA_MATRIX_LR. "embedding" (also the output matrix, which is tied to it) and "scalar"
-    (vectors, scales, short convolutions, Mamba's dynamics): Adam, at TIED_EMBED_LR and SCALAR_LR.
+    MAMBA_MATRIX_LR. "embedding" (also the output matrix where it is tied to it), "head" (an output
+    matrix of its own) and "scalar" (vectors, scales, short convolutions, Mamba's dynamics): Adam,
+    at TIED_EMBED_LR or EMBED_LR, HEAD_LR and SCALAR_LR.
     """
+    if name == "output_embedding.weight":
+        return "head"
     if name.endswith("embedding.weight"):
         return "embedding"
     if parameter.dim() != 2 or not name.endswith(".weight") or name.endswith("conv.weight"):
@@ -2808,9 +2848,12 @@ def matrix_groups(model, settings, ranks) -> list[MatrixGroup]:
 def adam_groups(model, settings) -> list[dict]:
     """Adam's parameters as torch's groups, a kind's with its rate, decay and epsilon."""
     s = settings
+    embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
+    embed_decay = s.weight_decay if s.embed_wd < 0 else s.embed_wd
     options = {  # rate, decay, epsilon
-        "embedding": (s.tied_embed_lr, s.weight_decay, s.adam_eps),
-        "scalar": (s.scalar_lr, 0.0, max(s.adam_eps, LEAST_SCALAR_EPS)),
+        "embedding": (embed_lr, embed_decay, s.adam_eps),
+        "head": (s.head_lr, embed_decay, s.adam_eps),
+        "scalar": (s.scalar_lr, s.adam_wd, max(s.adam_eps, LEAST_SCALAR_EPS)),
     }
     groups = {}  # in the order of the model's parameters, which a checkpoint's is
     for name, p in model.named_parameters():
@@ -2898,7 +2941,7 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
 
     The run is over when ITERATIONS are done or its clock has run out, whichever is first; parts of
     it are parts of that one. The learning rate is a trapezoid: up in a hundredth of the run, then
-    level, then down in a straight line over WARMDOWN_FRACTION to MIN_LR.
+    level, then down in a straight line over WARMDOWN_FRACTION to MIN_LR, or in half a cosine.
     """
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
@@ -2913,6 +2956,8 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
     if s.warmdown_iters:
         warmdown = min(1.0, s.warmdown_iters * step_part)
     decay = ramp(1 - progress, warmdown)
+    if s.warmdown_shape == "cosine":
+        decay = 0.5 - 0.5 * math.cos(math.pi * decay)
     lr_factor = ramp(progress + 1 / s.iterations, LR_WARMUP) * max(decay, s.min_lr)
 
     first = s.muon_momentum_warmup_start or FIRST_MOMENTUM * s.muon_momentum
@@ -3095,6 +3140,12 @@ class AdaptationClock:
         return min(self.most_epochs, max(0, epochs))
 
 
+def trained_parameters(model, frozen_blocks: int) -> list[Tensor]:
+    """What test-time training moves: all but the parameters of the first blocks."""
+    frozen = {id(p) for block in model.blocks[:frozen_blocks] for p in block.parameters()}
+    return [p for p in model.parameters() if id(p) not in frozen]
+
+
 class Evaluator:
     """Scores a validation set once, and adapts the model to what it has scored.
 
@@ -3130,6 +3181,7 @@ class Evaluator:
         self.validation = validation
         self.observer = observer or EvaluationObserver()
         self.order = model.order(recurrent)
+        self.trained = trained_parameters(model, settings.ttt_freeze_blocks)
         self.nats_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
         self.total = len(validation.target_bytes)
@@ -3172,7 +3224,7 @@ class Evaluator:
         started = time.perf_counter() if started is None else started
         firsts = range(0, self.total, self.chunk)
         clock = AdaptationClock(self.settings, len(firsts), started)
-        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=self.settings.ttt_momentum)
+        sgd = torch.optim.SGD(self.trained, lr=0.0, momentum=self.settings.ttt_momentum)
         for index, first in enumerate(firsts):
             last = min(first + self.chunk, self.total)
             scoring_started = synchronized_time()
@@ -3307,11 +3359,12 @@ class Evaluator:
             self.observer.on_train(excerpt)
             loss = self.loss_function(excerpt.tokens, excerpt.targets, self.order)
             (loss * share).backward()
-        for parameter in self.model.parameters():
+        for parameter in self.trained:
             ranks.sum_(parameter.grad)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if settings.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.trained, settings.ttt_grad_clip)
         sgd.step()
-        sgd.zero_grad()
+        self.model.zero_grad()
 
     def _collect(self, epochs_given_up: int) -> Score:
         """All ranks' scores together."""
@@ -3390,7 +3443,7 @@ def grid_limits(model) -> dict[str, Tensor]:
         if not isinstance(layer, (nn.Linear, nn.Embedding)):
             continue
         rows = torch.full_like(layer.weight[:, :1], usual)
-        if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
+        if name in ("embedding", "output_embedding") or name.endswith((".x_proj", ".dt_proj")):
             rows[:] = INT8_MAX
         elif name.endswith(".in_proj"):
             first_dynamic = len(rows) - layer.dynamics_rows
@@ -3555,7 +3608,7 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
         hooks.append(handle)
     for batch in sequences.split(rows):
         hidden = model(batch, model.full_order)
-        add("embedding.weight", hidden)
+        add(model.output_name, hidden)
     for handle in hooks:
         handle.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
@@ -3897,6 +3950,15 @@ def seal(magic: bytes, header: dict, *payload) -> list:
 # without it, which stays for good, whatever becomes of the setting's default.
 FORMER_DEFAULTS = {
     "document_scope": "scans",
+    "rope_base": 10_000.0,
+    "ln_scale": False,
+    "tie_embeddings": True,
+    "tied_embed_init_std": 0.005,
+    "warmdown_shape": "linear",
+    "embed_lr": 0.008,
+    "head_lr": 0.008,
+    "embed_wd": -1.0,
+    "adam_wd": 0.0,
     "min_lr": 0.0,
     "muon_momentum_warmup_start": 0.0,
     "muon_momentum_warmup_steps": 0,

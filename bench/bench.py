@@ -288,7 +288,7 @@ def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     s, model = settings, t.build_model(settings, ranks)
     hidden = random_activations(s, ranks.device, s.model_dim)
     targets = torch.randint(0, s.vocab_size, hidden.shape[:2], device=ranks.device)
-    matrix = model.embedding.weight
+    matrix = model.output_matrix
     loss = t.maybe_compile(lambda hidden, targets: model.nats(hidden, targets).mean(), s, ranks)
     return operator(loss, (hidden, targets), (matrix,), 2 * s.train_batch_tokens * matrix.numel())
 
@@ -422,7 +422,7 @@ def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[
         model = t.Model(
             dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta")
         )
-    matrices = [model.embedding.weight, *(layer.weight for layer in model.linear_layers().values())]
+    matrices = [model.output_matrix, *(layer.weight for layer in model.linear_layers().values())]
     for shape in dict.fromkeys(matrix.shape for matrix in matrices if matrix.numel() >= 500_000):
         for eight_bits in (False, True)[: 1 + gpu]:
             name = f"product {shape[1]:,} × {shape[0]:,}{', 8 bits' * eight_bits}"
