@@ -571,10 +571,24 @@ def convert_average(environment: dict[str, str], settings) -> str:
     return "+".join(parts) or "none"
 
 
-def convert_calibration(environment: dict[str, str], settings) -> str:
+def convert_batches(environment: dict[str, str], settings) -> str:
     """CALIBRATION_TOKENS of GPTQ_CALIB_BATCHES batches of TRAIN_BATCH_TOKENS."""
     batches = read_count(environment, "GPTQ_CALIB_BATCHES", 1)
     return str(batches * settings.train_batch_tokens)
+
+
+def convert_sequences(environment: dict[str, str], settings) -> str:
+    """CALIBRATION_TOKENS of GPTQ_NUM_SEQS (32) sequences of GPTQ_GEN_LEN tokens."""
+    length = read_count(environment, "GPTQ_GEN_LEN", settings.train_seq_len)
+    return str(length * read_count(environment, "GPTQ_NUM_SEQS", 32))
+
+
+def convert_overlap(environment: dict[str, str], settings) -> str:
+    """EVAL_STRIDE of windows that share EVAL_OVERLAP tokens with those before."""
+    overlap = read_count(environment, "EVAL_OVERLAP", 0)
+    length = settings.train_seq_len
+    need(overlap < length, f"EVAL_OVERLAP={overlap} should be below TRAIN_SEQ_LEN={length}")
+    return str(length - overlap)
 
 
 def convert_cuda(environment: dict[str, str], settings) -> str:
@@ -590,10 +604,13 @@ ALIASES = {
     "BIGRAM_HASH_DIM": Alias("BIGRAM_DIM"),
     "EMA_ENABLED": Alias("AVERAGE", convert_average),
     "ENABLE_LOOPING_AT": Alias("RECUR_START"),
-    "GPTQ_CALIB_BATCHES": Alias("CALIBRATION_TOKENS", convert_calibration),
+    "EVAL_OVERLAP": Alias("EVAL_STRIDE", convert_overlap),
+    "GPTQ_CALIB_BATCHES": Alias("CALIBRATION_TOKENS", convert_batches),
     "GPTQ_CLIP_SIGMAS": Alias("SDCLIP_K"),
     "GPTQ_EMBED_CLIP_SIGMAS": Alias("SDCLIP_K_INT8"),
+    "GPTQ_GEN_LEN": Alias("CALIBRATION_TOKENS", convert_sequences),
     "GPTQ_LITE": Alias("QUANTIZER", convert_quantizer),
+    "GPTQ_NUM_SEQS": Alias("CALIBRATION_TOKENS", convert_sequences),
     "LOOP_END": Alias("LAYER_ORDER", convert_loops),
     "LOOP_START": Alias("LAYER_ORDER", convert_loops),
     "MAMBA3_CHUNK_SIZE": Alias("MAMBA_CHUNK_SIZE"),
@@ -630,11 +647,13 @@ REFUSALS = {
     "CONTROL_TENSOR_NAME_PATTERNS": "vectors and scales train in float32, by Adam",
     "DTG_ENABLED=0": "there are no token gates",
     "EVAL_BATCH_SEQS TTT_BATCH_SEQS": "VAL_BATCH_SIZE counts tokens, over all ranks",
+    "EVAL_SEQ_LEN": "TRAIN_SEQ_LEN is also the window of evaluation",
     "EVAL_STATE_RESET=0": "EVAL_MODE and DOCUMENT_RESET say where state begins anew",
     "EVAL_TEMP=1": "the rules forbid to fit a temperature to validation text",
     "FP16_EMBED=0": "embeddings are stored as int8, on the grid of SDCLIP_K_INT8",
     "FP16_INPROJ_ROWS=0": "rows of Mamba's dynamics are stored as int8",
-    "GATED_ATTENTION=0": "attention has no gate",
+    "GATED_ATTENTION=1": "each head of attention has a gate",
+    "GPTQ_GEN_TEMP": "GPTQ calibrates on text of the training shards",
     "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
     "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "AVERAGE says which average of the weights a run leaves",
@@ -655,6 +674,7 @@ REFUSALS = {
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
     "VALUE_RESIDUAL=0": "a layer's values are its own",
     "VE_DIM VE_ENABLED=0 VE_LAYERS": "there are no value embeddings",
+    "XSA_LAST_N=0": "attention keeps what it reads of a token's own value",
     # Not the contest's, but reached for.
     "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
     "DROPOUT=0": "nothing is dropped",

@@ -1,0 +1,279 @@
+"""The contest's names for settings, and others that people reach for: each works or is refused.
+
+data/contest_names.txt lists, one a line, what four published scripts read from their environment.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt as t
+from tests.support import SOLO, document_stream, random_tokens, tiny_environment, validation_set
+
+NAMES = (Path(__file__).parent / "data" / "contest_names.txt").read_text().split()
+OURS = {name.upper() for name in t.FIELDS}
+REFUSED = t.refused_names()
+REACHED_FOR = [
+    "LR",
+    "LEARNING_RATE",
+    "BATCH_SIZE",
+    "WD",
+    "SEQ_LEN",
+    "MAX_WALLCLOCK",
+    "WALLCLOCK",
+    "NUM_ITERATIONS",
+    "ITERS",
+    "D_MODEL",
+    "DROPOUT",
+    "WARMUP_ITERS",
+    "VAL_EVERY",
+    "QUANT",
+    "EMA_HORIZON",
+    "MUON_LR",
+    "TRAIN_BATCH_SIZE",
+]
+
+
+# ---- The list ------------------------------------------------------------------------------------
+
+
+def test_each_of_the_contests_names_has_one_fate_and_at_most_fifty_are_refused():
+    assert len(NAMES) == len(set(NAMES)) == 137
+    for name in NAMES + REACHED_FOR:
+        assert (name in OURS) + (name in t.ALIASES) + (name in REFUSED) == 1, name
+    assert sum(name in REFUSED for name in NAMES) <= 50
+
+
+def test_what_is_known_but_not_ours_is_the_contests_or_reached_for():
+    assert {*t.ALIASES, *REFUSED} <= {*NAMES, *REACHED_FOR}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_name_that_sets_nothing_is_refused_with_what_holds_instead(name):
+    value, reason = REFUSED[name]
+    with pytest.raises(t.UserError) as caught:
+        t.read_settings({name: "another value"})
+    assert str(caught.value) == f"{name}=another value cannot be set: {reason}"
+    if value:
+        settings, given = t.read_settings({name: f" {value.upper()} "})
+        assert (settings, given) == (t.Settings(), set())
+        (line,) = t.explain_names({name: value})
+        assert line == f"{name}={value} changes nothing: {reason}"
+
+
+def test_what_a_reason_names_exists():
+    """Words in capitals in the reasons are settings, or a few words of the trade."""
+    trade = {"GPTQ", "LZMA", "QAT", "SGD"}
+    for _, reason in REFUSED.values():
+        words = {word.removesuffix("'s").strip(",.;:()") for word in reason.split()}
+        named = {word for word in words if len(word) > 2 and word.isupper() or "_" in word}
+        assert named - trade - {"out_proj", "dt_bias"} <= OURS, reason
+
+
+# ---- Other names ---------------------------------------------------------------------------------
+
+TRANSLATIONS = [  # environment, and what it comes to
+    ({"GPTQ_CLIP_SIGMAS": "12.85"}, {"sdclip_k": 12.85}),
+    ({"MUON_WD": "0.04"}, {"weight_decay": 0.04}),
+    ({"WALLCLOCK": "60"}, {"max_wallclock_seconds": 60.0}),
+    ({"NUM_LOOPS": "2"}, {"layer_order": "0,1,2,3,4,3,4,3,4,5,6,7,8"}),
+    ({"NUM_LOOPS": "0"}, {"layer_order": "all"}),
+    ({"NUM_LOOPS": "1", "LOOP_START": "0", "LOOP_END": "1", "NUM_LAYERS": "3", "MAMBA_LAYERS": "0"},
+     {"layer_order": "0,1,0,1,2"}),
+    ({"RECUR_LAYERS": "3,4", "RECUR_MODE": "block", "RECUR_REPEATS": "2"},
+     {"layer_order": "0,1,2,3,4,3,4,3,4,5,6,7,8"}),
+    ({"RECUR_LAYERS": "3,5"}, {"layer_order": "0,1,2,3,4,5,3,5,6,7,8"}),
+    ({"RECUR_LAYERS": "3,4", "RECUR_MODE": "layer"}, {"layer_order": "0,1,2,3,3,4,4,5,6,7,8"}),
+    ({"RECUR_LAYERS": "none"}, {"layer_order": "all"}),
+    ({"RECUR_START_FRAC": "0.5"}, {"recur_start": 0.5}),
+    ({"NUM_ATTN_LAYERS": "1", "ATTN_PLACEMENT": "even", "NUM_LAYERS": "8"},
+     {"mamba_layers": "0,1,2,3,5,6,7"}),
+    ({"NUM_ATTN_LAYERS": "2", "NUM_LAYERS": "7"}, {"mamba_layers": "0,1,3,4,6"}),
+    ({"ATTN_PLACEMENT": "3,4", "NUM_ATTN_LAYERS": "2", "NUM_LAYERS": "8"},
+     {"mamba_layers": "0,1,2,5,6,7"}),
+    ({"NUM_ATTN_LAYERS": "0", "NUM_LAYERS": "3"}, {"mamba_layers": "0,1,2"}),
+    ({"ATTN_PLACEMENT": "all"}, {"mamba_layers": "none"}),
+    ({"ROPE_DIMS": "16"}, {"rope_fraction": 0.25}),
+    ({"ROPE_DIMS": "0"}, {"rope_fraction": 1.0}),
+    ({"USE_BIGRAM_HASH": "0", "BIGRAM_BUCKETS": "2048"}, {"bigram_vocab_size": 0}),
+    ({"USE_BIGRAM_HASH": "1", "BIGRAM_BUCKETS": "2048"}, {"bigram_vocab_size": 2048}),
+    ({"USE_BIGRAM_HASH": "1", "PRESET": "peer7"}, {"bigram_vocab_size": 4096}),
+    ({"USE_BIGRAM_HASH": "1", "BIGRAM_VOCAB_SIZE": "64"}, {"bigram_vocab_size": 64}),
+    ({"USE_GPTQ": "0"}, {"quantizer": "round"}),
+    ({"USE_GPTQ": "1"}, {"quantizer": "gptq"}),
+    ({"GPTQ_LITE": "1"}, {"quantizer": "percentile"}),
+    ({"GPTQ_CALIB_BATCHES": "3", "TRAIN_BATCH_TOKENS": "4096"}, {"calibration_tokens": 12_288}),
+    ({"GPTQ_NUM_SEQS": "4", "GPTQ_GEN_LEN": "512"}, {"calibration_tokens": 2048}),
+    ({"GPTQ_NUM_SEQS": "4"}, {"calibration_tokens": 8192}),
+    ({"EVAL_OVERLAP": "1024"}, {"eval_stride": 1024}),
+    ({"EVAL_OVERLAP": "0"}, {"eval_stride": 2048}),
+    ({"MAMBA_USE_CUDA": "0"}, {"scan_backend": "sequential"}),
+    ({"SWA_ENABLED": "1"}, {"average": "ema+swa"}),
+    ({"SWA_ENABLED": "1", "EMA_ENABLED": "0"}, {"average": "swa"}),
+    ({"EMA_ENABLED": "0"}, {"average": "none"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("environment", "wanted"), TRANSLATIONS, ids=str)
+def test_another_name_sets_ours_and_the_log_says_so(environment, wanted):
+    settings, given = t.read_settings(environment)
+    assert {name: getattr(settings, name) for name in wanted} == wanted
+    assert given >= set(wanted)
+    t.validate_settings(settings, 1)
+    aliases = environment.keys() & t.ALIASES.keys()
+    lines = t.explain_names(environment)
+    assert len(lines) == len(aliases)
+    for name in aliases:
+        (line,) = (x for x in lines if x.startswith(f"{name}="))
+        assert f" is {t.ALIASES[name].ours}=" in line
+
+
+@pytest.mark.parametrize("dims", range(2, 49, 2))
+def test_rope_dims_turns_so_many_dimensions(dims):
+    settings, _ = t.read_settings({"ROPE_DIMS": str(dims), "MODEL_DIM": "384"})
+    assert 2 * (int(48 * settings.rope_fraction) // 2) == dims
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"GPTQ_CLIP_SIGMAS": "5", "SDCLIP_K": "6"}, "GPTQ_CLIP_SIGMAS is SDCLIP_K=5 here, but"),
+        ({"WALLCLOCK": "5", "MAX_WALLCLOCK": "6"}, "is MAX_WALLCLOCK_SECONDS="),
+        ({"NUM_LOOPS": "1", "RECUR_LAYERS": "3"}, "is LAYER_ORDER="),
+        ({"LOOP_START": "3"}, "need NUM_LOOPS"),
+        ({"RECUR_REPEATS": "2"}, "need RECUR_LAYERS"),
+        ({"NUM_LOOPS": "1", "LOOP_END": "9"}, "LOOP_START=3 LOOP_END=9 are not layers of 9"),
+        ({"NUM_LOOPS": "99999"}, "NUM_LOOPS=99999 must be from 0 to 10000"),
+        ({"NUM_LOOPS": "two"}, 'NUM_LOOPS="two" should be a whole number'),
+        ({"RECUR_LAYERS": "3,9"}, "RECUR_LAYERS=3,9: no layer 9"),
+        ({"RECUR_LAYERS": "3", "RECUR_MODE": "spread"}, "RECUR_MODE=spread should be one of"),
+        ({"NUM_ATTN_LAYERS": "10"}, "NUM_ATTN_LAYERS=10 is more than NUM_LAYERS=9"),
+        ({"NUM_ATTN_LAYERS": "1", "ATTN_PLACEMENT": "3,4"}, "does not place NUM_ATTN_LAYERS=1"),
+        ({"ROPE_DIMS": "128"}, "ROPE_DIMS=128 is more than a head has, 64"),
+        ({"EVAL_OVERLAP": "2048"}, "EVAL_OVERLAP=2048 should be below TRAIN_SEQ_LEN=2048"),
+        ({"GPTQ_LITE": "1", "USE_GPTQ": "0"}, "leave out USE_GPTQ=0"),
+        ({"USE_GPTQ": "maybe"}, 'USE_GPTQ="maybe" should be 0 or 1'),
+        ({"EMBED_LR": "0.6"}, "EMBED_LR means nothing with TIE_EMBEDDINGS=1: TIED_EMBED_LR is"),
+        ({"TIED_EMBED_LR": "0.6", "TIE_EMBEDDINGS": "0"}, "EMBED_LR and HEAD_LR are the rates"),
+    ],
+    ids=str,
+)
+def test_names_that_contradict_each_other_or_say_nothing_are_one_line(environment, message):
+    with pytest.raises(t.UserError, match=message) as caught:
+        t.read_settings(environment)
+    assert str(caught.value).isprintable()
+
+
+def test_a_name_beside_its_own_setting_with_the_same_value_is_no_contradiction():
+    settings, _ = t.read_settings({"GPTQ_CLIP_SIGMAS": "5", "SDCLIP_K": "5.0"})
+    assert settings.sdclip_k == 5.0
+
+
+# ---- What they change ----------------------------------------------------------------------------
+
+
+def train(environment: dict[str, str]) -> float:
+    """The loss of the averaged weights on other text, after six steps of a small model."""
+    averages = {"ema_decay": 0.5, "average_horizon": 0.9, "swa_every": 1, "swa_start_frac": 1}
+    names = tiny_environment(iterations=6, max_wallclock_seconds=0, **averages)
+    if not {"RECUR_START_FRAC", "ENABLE_LOOPING_AT"} & environment.keys():
+        names["RECUR_START"] = "0"
+    settings, _ = t.read_settings(names | environment)
+    t.validate_settings(settings, 1)
+    with torch.enable_grad():
+        model = t.build_model(settings, SOLO)
+    optimizers = t.Optimizers(model, settings, SOLO)
+    average = t.WeightAverage(model, settings)
+    for step in range(settings.iterations):
+        now = t.schedule_at(settings, step, 0.0)
+        tokens = random_tokens(4, 33, seed=step)
+        model.loss(tokens[:, :-1], tokens[:, 1:], model.order(now.recurrent)).backward()
+        optimizers.step(now.lr_factor, now.momentum)
+        average.update(step + 1, optimizers.skip, now.snapshot)
+    average.apply()
+    tokens = random_tokens(4, 33, seed=99)
+    with torch.no_grad():
+        return float(model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)))
+
+
+LOOP = {"NUM_LOOPS": "1", "LOOP_START": "0", "LOOP_END": "1"}
+RECUR = {"RECUR_LAYERS": "0,1"}
+UNTIED = {"TIE_EMBEDDINGS": "0"}
+TWO_LOSSES = [  # name, two values, what else is set
+    ("GRAD_CLIP_NORM", "0", "0.01", {}),
+    ("BETA1", "0.9", "0.5", {}),
+    ("BETA2", "0.95", "0.5", {}),
+    ("ADAM_EPS", "1e-8", "1e-2", {}),
+    ("MIN_LR", "0", "0.5", {}),
+    ("WARMDOWN_SHAPE", "linear", "cosine", {}),
+    ("MUON_MOMENTUM_WARMUP_START", "0.5", "0.9", {}),
+    ("MUON_MOMENTUM_WARMUP_STEPS", "1", "100", {}),
+    ("MUON_WD", "0.1", "9", {}),
+    ("EMBED_WD", "0.1", "9", {}),
+    ("ADAM_WD", "0", "9", {}),
+    ("TIE_EMBEDDINGS", "0", "1", {}),
+    ("EMBED_LR", "0.01", "0.1", UNTIED),
+    ("HEAD_LR", "0.01", "0.1", UNTIED),
+    ("TIED_EMBED_INIT_STD", "0.005", "0.05", {}),
+    ("LN_SCALE", "0", "1", {}),
+    ("ROPE_BASE", "10000", "50", {}),
+    ("ROPE_DIMS", "4", "8", {}),
+    ("SWA_ENABLED", "0", "1", {}),
+    ("EMA_ENABLED", "0", "1", {}),
+    ("SWA_EVERY", "1", "2", {"SWA_ENABLED": "1"}),
+    ("SWA_START_FRAC", "0.3", "1", {"SWA_ENABLED": "1"}),
+    ("NUM_LOOPS", "0", "1", {"LOOP_START": "0", "LOOP_END": "1"}),
+    ("LOOP_START", "0", "1", LOOP),
+    ("LOOP_END", "1", "2", LOOP),
+    ("ENABLE_LOOPING_AT", "0", "0.5", LOOP),
+    ("RECUR_LAYERS", "0", "1", {}),
+    ("RECUR_MODE", "block", "layer", RECUR),
+    ("RECUR_REPEATS", "1", "2", RECUR),
+    ("RECUR_START_FRAC", "0", "0.5", RECUR),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "beside"), TWO_LOSSES, ids=[case[0] for case in TWO_LOSSES]
+)
+def test_two_values_give_two_losses(name, one, other, beside):
+    first, second = (train(beside | {name: value}) for value in (one, other))
+    assert first != second
+    assert train(beside | {name: one}) == first  # and neither by chance
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("TTT_GRAD_CLIP", "0.01", "1"),
+        ("TTT_FREEZE_BLOCKS", "0", "2"),
+        ("TTT_MOMENTUM", "0", "0.9"),
+    ],
+)
+def test_two_values_give_two_scores(name, one, other):
+    validation = validation_set(document_stream(200))
+    losses = []
+    for value in (one, other):
+        names = tiny_environment(ttt_lr=1.0)
+        settings, _ = t.read_settings(names | {name: value})
+        with torch.enable_grad():
+            model = t.build_model(settings, SOLO)
+        losses.append(t.Evaluator(model, settings, SOLO, validation).evaluate().val_loss)
+    assert losses[0] != losses[1]
+
+
+def test_frozen_blocks_stay_while_the_rest_adapts():
+    settings, _ = t.read_settings(tiny_environment(ttt_lr=1.0, ttt_freeze_blocks=2))
+    model = t.build_model(settings, SOLO)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    t.Evaluator(model, settings, SOLO, validation_set(document_stream(200))).evaluate()
+    for name, p in model.named_parameters():
+        frozen = name.startswith(("blocks.0.", "blocks.1."))
+        assert torch.equal(p, before[name]) or not frozen, name
+    assert not torch.equal(model.embedding.weight, before["embedding.weight"])
+    assert any(
+        not torch.equal(p, before[name])
+        for name, p in model.named_parameters()
+        if name.startswith("blocks.2.")
+    )
