@@ -583,14 +583,6 @@ def convert_sequences(environment: dict[str, str], settings) -> str:
     return str(length * read_count(environment, "GPTQ_NUM_SEQS", 32))
 
 
-def convert_overlap(environment: dict[str, str], settings) -> str:
-    """EVAL_STRIDE of windows that share EVAL_OVERLAP tokens with those before."""
-    overlap = read_count(environment, "EVAL_OVERLAP", 0)
-    length = settings.train_seq_len
-    need(overlap < length, f"EVAL_OVERLAP={overlap} should be below TRAIN_SEQ_LEN={length}")
-    return str(length - overlap)
-
-
 def convert_cuda(environment: dict[str, str], settings) -> str:
     """SCAN_BACKEND of MAMBA_USE_CUDA: the fastest, or the loop."""
     cuda = parse_value("MAMBA_USE_CUDA", environment.get("MAMBA_USE_CUDA", "1"), bool)
@@ -604,7 +596,6 @@ ALIASES = {
     "BIGRAM_HASH_DIM": Alias("BIGRAM_DIM"),
     "EMA_ENABLED": Alias("AVERAGE", convert_average),
     "ENABLE_LOOPING_AT": Alias("RECUR_START"),
-    "EVAL_OVERLAP": Alias("EVAL_STRIDE", convert_overlap),
     "GPTQ_CALIB_BATCHES": Alias("CALIBRATION_TOKENS", convert_batches),
     "GPTQ_CLIP_SIGMAS": Alias("SDCLIP_K"),
     "GPTQ_EMBED_CLIP_SIGMAS": Alias("SDCLIP_K_INT8"),
