@@ -276,7 +276,7 @@ def documents_model(dtype=torch.float32, **changes) -> t.Model:
     model.compute_dtype = dtype
     position = torch.arange(model.rotary_table.shape[1], dtype=dtype)
     pairs = model.rotary_table.shape[2]
-    frequency = t.ROPE_BASE ** -(torch.arange(pairs, dtype=dtype) / pairs)
+    frequency = model.settings.rope_base ** -(torch.arange(pairs, dtype=dtype) / pairs)
     angles = position[:, None] * frequency
     model.rotary_table.copy_(torch.stack([angles.cos(), angles.sin()]))
     return model
