@@ -106,10 +106,10 @@ def run_case(script: Path, name: str, data: Path) -> dict:
         sys.exit(f"{name} by {script}: status {done.returncode}\n{done.stdout}{done.stderr}")
     records = map(json.loads, (logs / f"{name}.jsonl").read_text().splitlines())
     found = {}
-    for number, record in enumerate(records):
+    for record in records:
         for key in ("train_loss", "val_loss", "val_bpb", "sdclip_k"):
             if key in record:
-                found[f"{number} {record['event']} {key}"] = record[key]
+                found[f"{len(found)} {record['event']} {key}"] = record[key]
     artifact = (logs / f"{name}.int6.lzma").read_bytes()
     payload = artifact[artifact.index(b"\n") + 1 : -32]  # the last 32 bytes are a sum of the file
     found["payload"] = hashlib.sha256(payload).hexdigest()

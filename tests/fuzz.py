@@ -94,8 +94,8 @@ def make_originals(folder: Path) -> Originals:
     bomb = lzma.LZMACompressor(preset=0)
     settings = tiny(**SMALLEST, log_dir=str(folder), run_id="original")
     trainer = make_trainer(settings)
-    trainer.save()
-    trainer.writing.result()
+    with t.Checkpoints(settings, SOLO, trainer.log) as trainer.checkpoints:
+        trainer.save()
     return {
         "checkpoint": settings.checkpoint_paths[0].read_bytes(),
         "shard": write_shard(folder / "original_val_0.bin", tokens).read_bytes(),
@@ -492,8 +492,8 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
         n: getattr(settings, n) for n in t.TRAINING_FIELDS
     }:
         return "a checkpoint of other settings was read"
-    progress = trainer.steps_done, trainer.clock.counted, trainer.qat_k
-    if repr(progress) != repr(tuple(header[name] for name in t.PROGRESS)):
+    progress = [trainer.steps_done, trainer.clock.counted, trainer.qat_k]
+    if repr(progress) != repr([header[name] for name in ("steps", "seconds", "qat_k")]):
         return "other progress was read"
     numbers = torch.cat([x.detach().flatten() for x in trainer.tensors()])
     return "" if numbers.numpy().tobytes() == payload else "other numbers were read"

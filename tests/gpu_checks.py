@@ -300,7 +300,7 @@ def check_graphed_steps(quantizer: str) -> None:
             t.build_model(settings, ranks), settings, ranks, 8192, 16e6, SilentLog()
         )
         if not graphed:
-            trainer._graphed_step = trainer._step
+            trainer.graphed_steps.enabled = False
         trainer.warm_up()
         trainer.run(batches, None)
         results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
@@ -331,7 +331,9 @@ def check_checkpoints() -> None:
         trainer = trainer_of(settings)
         trainer.warm_up()
         half = trainer_of(dataclasses.replace(settings, iterations=60))
-        trainer.run(batches, None)
+        with t.Checkpoints(settings, ranks, SilentLog()) as trainer.checkpoints:
+            trainer.run(batches, None)
+        settings.checkpoint_paths[0].unlink()  # the end's: the one before is to be taken up
         times = [a.elapsed_time(b) for a, b in zip(batches.marks[5:], batches.marks[6:])]
         usual = statistics.median(times)
         check(

@@ -508,7 +508,7 @@ def export_to(
     settings = with_settings(settings, artifact=str(path))
     trainer = types.SimpleNamespace(
         model=model, settings=settings, ranks=ranks, log=Quiet(), micro_sequences=2, clock=t.TrainingClock(),
-        target_bytes=target,
+        target_bytes=target, before_export=lambda: None,
     )  # fmt: skip
     tokens = random_tokens(4 // ranks.world_size, 32, seed=ranks.rank)
     values = t.export(trainer, types.SimpleNamespace(next=lambda: (tokens, tokens)))

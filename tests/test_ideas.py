@@ -198,7 +198,7 @@ def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(
     tokens = random_tokens(2, 33)
     before = model.embedding.weight.detach().clone()
     for _ in range(3):
-        trainer._gradients(tokens[:, :-1], tokens[:, 1:], model.order(True))
+        trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], model.order(True))
         trainer.optimizers.step(1.0, 0.9)
     own = model.embedding.parametrizations.weight.original
     assert not torch.equal(model.embedding.weight, before)

@@ -148,7 +148,8 @@ def read_log(path: Path) -> LogFigures:
         last(r"^Total submission size int6\+lzma: (\d+) bytes$"),
         last(r"training clock ([\d.]+)s"),
     )
-    pairs = (item.split("=", 1) for item in run.partition("\n")[0].split("  ") if "=" in item)
+    (settings, *_) = [line for line in run.split("\n") if line.startswith("python=")] or [""]
+    pairs = (item.split("=", 1) for item in settings.split("  ") if "=" in item)
     return LogFigures(
         source=before[-1], settings=dict(pairs), total_bytes=int(total) if total else None, label=final[0],
         val_loss=final[1], val_bpb=final[2], training_seconds=float(clock) if clock else None,

@@ -124,11 +124,6 @@ def install_idea(path: Path) -> None:
     idea.install(t)
 
 
-def give_up(name: str, why: str) -> None:
-    """Stands in for a trainer's save(), which without CHECKPOINT_EVERY is called with a reason to end the run."""
-    raise UserError(f'"{name}": {why}')
-
-
 def explore(name: str, settings: t.Settings, parts: list[float], every: int, export: bool) -> dict:
     """Trains one variant; returns what its line holds."""
     torch._dynamo.reset()  # or the variants before count as recompilations
@@ -139,14 +134,17 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
     )
     target = int(settings.target_mb * 1e6) - Path(t.__file__).stat().st_size
     model = t.build_model(settings, ranks)
-    trainer = t.Trainer(model, settings, ranks, t.choose_micro_batch(settings, ranks), target, log)
-    trainer.average = Averages(model, settings, parts, every)
-    trainer.save = functools.partial(give_up, name)
+    micro_batch = t.choose_micro_batch(settings, ranks)
+    averages = functools.partial(Averages, parts=parts, every=every)
+    trainer = t.Trainer(model, settings, ranks, micro_batch, target, log, make_average=averages)
     trainer.announce()
     batches = t.Batches(settings, ranks)
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s", "ready")
-    trainer.run(batches, None)
+    try:
+        trainer.run(batches, None)
+    except t.UserError as error:
+        raise UserError(f'"{name}": {error}') from None
     steps, last = (
         trainer.steps_done,
         [loss for progress, loss in log.losses if progress >= 0.9] or log.losses[-1][1:],

@@ -78,12 +78,12 @@ def install(script) -> None:
                 yield usual.get(name, name), p
 
     class Trainer(script.Trainer):
-        def __init__(self, model, settings, *others):
+        def __init__(self, model, settings, *others, **options):
             tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
             matrix = feature_matrix(tokenizer, FEATURES).to(model.embedding.weight.device)
             shared = SharedBySpelling(matrix, settings.model_dim)
             parametrize.register_parametrization(model.embedding, "weight", shared)
-            super().__init__(model, settings, *others)
+            super().__init__(model, settings, *others, **options)
 
     def export(trainer, batches) -> dict:
         parametrize.remove_parametrizations(
