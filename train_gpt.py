@@ -50,8 +50,10 @@ import bisect
 import collections
 import datetime
 import difflib
+import fcntl
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import lzma
@@ -62,7 +64,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial

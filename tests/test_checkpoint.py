@@ -522,7 +522,12 @@ def test_a_rank_that_stalls_is_named(shards, tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     environment = quick_environment(shards, tmp_path)
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    environment |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
     ranks = [
         start(environment | {"RANK": str(rank)}, str(tmp_path / "stall.py")) for rank in (0, 1)
     ]
