@@ -1,6 +1,6 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python -m tests.gpu_checks [scans] [selective] [attention] [optimizer] [model] [checkpoints] [systems]
+    python -m tests.gpu_checks [scans] [selective] [attention] [documents] [optimizer] [model] [checkpoints] [systems]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error; and runs the presets of
 published systems to a score. Prints a table and exits with status 1 if a row fails.
@@ -9,6 +9,7 @@ published systems to a score. Prints a table and exits with status 1 if a row fa
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import statistics
 import subprocess
@@ -201,23 +202,174 @@ def check_selective() -> None:
         check(f"causal_conv1d: d {name}", relative(a, b), BF16_TOLERANCE)
 
 
+def attention_inputs(batch: int, length: int) -> list[torch.Tensor]:
+    """Query of eight heads, key and value of four, 64 numbers each, in bfloat16."""
+    return [
+        torch.randn(batch, length, heads, 64, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+        for heads in (8, 4, 4)
+    ]
+
+
+def document_starts(batch: int, length: int) -> torch.Tensor:
+    """Where documents as long as the contest's begin: 680 tokens in the mean, half of them under 361."""
+    spread = (2 * math.log(680 / 361)) ** 0.5
+    lengths = torch.empty(batch * length // 100).log_normal_(math.log(361), spread)
+    places = lengths.ceil().long().cumsum(0)
+    start = torch.zeros(batch * length, dtype=torch.bool)
+    start[places[places < len(start)]] = True
+    return start.view(batch, length).to(DEVICE)
+
+
+def runnable(backend: str, confined: bool) -> bool:
+    """Whether attention can run so here; prints why not."""
+    settings = t.Settings(attention_backend=backend, document_reset=confined)
+    problem = "" if backend == "auto" else t.attention_problem(settings, DEVICE)
+    if problem:
+        print(f"absent attention {backend}{' in documents' * confined}: {problem}")
+    return not problem
+
+
 def check_attention() -> None:
-    query = torch.randn(2, 512, 8, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    key, value = (
-        torch.randn(2, 512, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(2)
-    )
-    leaves = (query, key, value)
-    exact = t.sdpa(*(x.float() for x in leaves))
-    grad = torch.randn_like(query)
-    exact_grads = torch.autograd.grad(exact, leaves, grad.float())
-    y = t.sdpa(*leaves)
-    check("attention: y", relative(y, exact), BF16_TOLERANCE)
-    for leaf, a, b in zip("qkv", torch.autograd.grad(y, leaves, grad), exact_grads):
-        check(f"attention: d {leaf}", relative(a, b), BF16_TOLERANCE)
+    """Every backend, with and without documents, against the formula in float32."""
+    for confined in (False, True):
+        leaves, start = attention_inputs(2, 700), document_starts(2, 700)
+        start[0, 300:303] = True
+        documents = t.find_documents(start, "math") if confined else None
+        exact = t.attend(*(x.float() for x in leaves), documents, "math")
+        weights = torch.randn_like(leaves[0])
+        expected = torch.autograd.grad(exact, leaves, weights.float())
+        for backend in ("auto", "cudnn", "flash", "flex", "fa2", "fa3"):
+            if (confined and backend == "auto") or not runnable(backend, confined):
+                continue  # with documents, auto is flex
+            documents = t.find_documents(start, backend) if confined else None
+            y = t.attend(*leaves, documents, backend)
+            gradients = torch.autograd.grad(y, leaves, weights)
+            off = {"y": relative(y, exact)}
+            for name, found, right in zip("qkv", gradients, expected, strict=True):
+                off[f"d {name}"] = relative(found, right)
+            label = f"attention ran by {backend}{' in documents' * confined}"
+            check_errors(label, off, BF16_TOLERANCE)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        t.sdpa(*leaves)
-    print("attention's kernels:", [row.key[:80] for row in profile.key_averages()])
+        t.attend(*attention_inputs(2, 512), None, "auto")
+    print("auto's kernels:", [row.key[:80] for row in profile.key_averages()])
+
+
+def attend_within(start, query, key, value, backend: str) -> torch.Tensor:
+    """Attention within documents, found in the same graph."""
+    return t.attend(query, key, value, t.find_documents(start, backend), backend)
+
+
+def check_replayed_documents(backend: str) -> None:
+    """Forward and backward as one compiled and captured graph, replayed with other documents."""
+    leaves, start = attention_inputs(4, 1024), document_starts(4, 1024)
+    weights = torch.randn_like(leaves[0])
+    compiled = torch.compile(attend_within, fullgraph=True, dynamic=False)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        y = compiled(start, *leaves, backend)
+        return y, *torch.autograd.grad(y, leaves, weights)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = both()
+    for mean in ("as before", "other", "none"):
+        if mean != "as before":
+            start.copy_(document_starts(4, 1024) & (mean == "other"))
+        graph.replay()
+        y = attend_within(start, *leaves, backend)
+        eager = y, *torch.autograd.grad(y, leaves, weights)
+        worst = max(relative(a, b) for a, b in zip(replayed, eager, strict=True))
+        check(f"graph replayed, {backend}, documents {mean}", worst, 1e-2)
+
+
+def milliseconds(function, repeats: int = 20) -> float:
+    """Median time of a call on the GPU, once it is warm."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def time_attention() -> None:
+    """Prints what documents save of attention at 2,048 tokens, forward and backward."""
+    leaves, start = attention_inputs(32, 2048), document_starts(32, 2048)
+    weights = torch.randn_like(leaves[0])
+    compiled = torch.compile(attend_within, fullgraph=True, dynamic=False)
+    whole = torch.compile(t.attend, fullgraph=True, dynamic=False)
+
+    def timed(function, *arguments) -> float:
+        return milliseconds(lambda: torch.autograd.grad(function(*arguments), leaves, weights))
+
+    for backend in ("auto", "cudnn", "flash", "flex", "fa2", "fa3"):
+        if runnable(backend, False):
+            spent = timed(whole, *leaves, None, backend)
+            print(f"     attention, 65,536 tokens, {backend}: {spent:.3f} ms")
+    for backend in ("flex", "flash", "fa2", "fa3"):
+        if runnable(backend, True):
+            spent = timed(compiled, start, *leaves, backend)
+            print(f"     attention, 65,536 tokens, {backend} in documents: {spent:.3f} ms")
+
+
+def loss_milliseconds(settings: t.Settings, tokens: torch.Tensor) -> float:
+    """Time of a new compiled model's loss and gradients of these tokens."""
+    ranks = t.Ranks(0, 1, DEVICE)
+    model = t.build_model(settings, ranks)
+    loss, order = t.maybe_compile(model.loss, settings, ranks), model.order(True)
+    return milliseconds(lambda: loss(tokens[:, :-1], tokens[:, 1:], order).backward())
+
+
+def time_steps() -> None:
+    """Prints a default model's loss and gradients of 65,536 tokens, with and without documents."""
+    tokens = torch.randint(2, 8192, (32, 2049), device=DEVICE)
+    tokens[:, :-1][document_starts(32, 2048)] = t.BOS_ID
+    cases = {"no documents": {}, "scans alone reset": {"document_scope": "scans"}}
+    cases |= {f"documents by {name}": {"attention_backend": name} for name in ("flex", "flash")}
+    for label, changes in cases.items():
+        settings = t.Settings(document_reset=bool(changes), **changes)
+        if "attention_backend" in changes and not runnable(settings.attention_backend, True):
+            continue
+        spent = loss_milliseconds(settings, tokens)
+        print(f"     loss and gradients of 65,536 tokens, {label}: {spent:.2f} ms")
+
+
+class DocumentBatches(RandomBatches):
+    """Four batches in turn whose documents differ."""
+
+    def __init__(self, settings: t.Settings, ranks: t.Ranks):
+        super().__init__(settings, ranks)
+        self.turn = []
+        for _ in range(4):
+            tokens = torch.randint_like(self.tokens, 2, settings.vocab_size)
+            tokens[:, :-1][document_starts(*tokens[:, :-1].shape)] = t.BOS_ID
+            self.turn.append(tokens)
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.turn.append(self.turn.pop(0))
+        self.tokens = self.turn[0]
+        return super().next()
+
+
+def check_documents() -> None:
+    """Documents in graphs that were made before them, and what keeping them apart costs or saves."""
+    for backend in ("flex", "flash", "fa2", "fa3"):
+        if runnable(backend, True):
+            check_replayed_documents(backend)
+    check_graphed_steps("gptq", DocumentBatches, document_reset=1)
+    check_graphed_steps("gptq", DocumentBatches, document_reset=1, mamba_version=2)
+    time_attention()
+    time_steps()
 
 
 def check_optimizer() -> None:
@@ -287,14 +439,14 @@ def check_model(**overrides) -> None:
     check(f"fullgraph forward, {label}", off, 2e-2)
 
 
-def check_graphed_steps(quantizer: str) -> None:
+def check_graphed_steps(quantizer: str, batches_of=RandomBatches, **overrides) -> None:
     """Twelve steps with and without CUDA graphs; recurrence and late QAT begin on the way."""
     settings = model_settings(
         train_batch_tokens=8192, iterations=12, max_wallclock_seconds=0, recur_start=0.3, late_qat_threshold=0.5,
-        quantizer=quantizer,
+        quantizer=quantizer, **overrides,
     )  # fmt: skip
     results, ranks = [], t.Ranks(0, 1, DEVICE)
-    batches = RandomBatches(settings, ranks)
+    batches = batches_of(settings, ranks)
     for graphed in (True, False):
         trainer = t.Trainer(
             t.build_model(settings, ranks), settings, ranks, 8192, 16e6, SilentLog()
@@ -304,7 +456,8 @@ def check_graphed_steps(quantizer: str) -> None:
         trainer.warm_up()
         trainer.run(batches, None)
         results.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-    check(f"twelve graphed steps, {quantizer}: weights", relative(*results), 1e-3)
+    label = " ".join([quantizer, *(f"{k}={v}" for k, v in overrides.items())])
+    check(f"twelve graphed steps, {label}: weights", relative(*results), 1e-3)
 
 
 def check_checkpoints() -> None:
@@ -388,6 +541,7 @@ def main() -> None:
         "scans",
         "selective",
         "attention",
+        "documents",
         "optimizer",
         "model",
         "checkpoints",
@@ -399,6 +553,8 @@ def main() -> None:
         check_selective()
     if "attention" in wanted:
         check_attention()
+    if "documents" in wanted:
+        check_documents()
     if "optimizer" in wanted:
         check_optimizer()
     if "model" in wanted:
