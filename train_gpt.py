@@ -3482,7 +3482,7 @@ class Evaluator:
 # What has to be chosen, and where:
 #
 #     limits  grid_limits(): 31, which is int6, in most rows; 127 where errors count for more
-#     steps   grid_steps(): SDClip's end a row's grid at k root-mean-squares of its weights
+#     steps   grid_steps(), SDClip's: a row's grid ends at k root-mean-squares of its weights
 #     k       fit_sdclip(): a larger k is a coarser grid, whose integers take fewer bytes once they
 #             are coded (section 9); the finest is taken whose file fits
 #     Q       gptq(): each column is rounded so that it makes up for the errors of those before;
@@ -3497,13 +3497,9 @@ DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TI
 INT6_MAX = 31
 INT8_MAX = 127
 TERNARY_MAX = 1
-
 SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-mean-squares are rare
-SDCLIP_CHOICES = 257  # values of k from the finest grid to SDCLIP_MOST's, the coarsest
-
-# What the file takes beside its numbers: header and checksum, and some room for a wrong prediction.
-OTHER_BYTES = 4096.0
-
+SDCLIP_CHOICES = 257  # values of k from there to SDCLIP_MOST
+OTHER_BYTES = 4096.0  # of a file beside its numbers, with room for a wrong prediction
 DAMPING_ATTEMPTS = 12  # tenfold each time
 
 # The first part that a matrix's name has, and the kind of layer that it belongs to.
@@ -3537,7 +3533,7 @@ def grid_limits(model) -> dict[str, Tensor]:
         if not isinstance(layer, (nn.Linear, nn.Embedding)):
             continue
         rows = torch.full_like(layer.weight[:, :1], usual)
-        if name in ("embedding", "output_embedding") or name.endswith((".x_proj", ".dt_proj")):
+        if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
             rows[:] = INT8_MAX
         elif name.endswith(".in_proj"):
             first_dynamic = len(rows) - layer.dynamics_rows
@@ -3547,7 +3543,7 @@ def grid_limits(model) -> dict[str, Tensor]:
 
 
 def k_of(name: str, settings, k: float) -> float:
-    """The k of a matrix's int6 rows: k itself, but SDCLIP_MLP or SDCLIP_ATTENTION times it there."""
+    """The k of a matrix's int6 rows: k, or SDCLIP_MLP or SDCLIP_ATTENTION times it in these."""
     kind = kind_of(name)
     if kind == "MLP":
         return k * settings.sdclip_mlp
@@ -3557,9 +3553,9 @@ def k_of(name: str, settings, k: float) -> float:
 
 
 def exact_steps(steps: Tensor) -> Tensor:
-    """The nearest steps that float16 holds exactly, float32: what was rounded with is what is stored.
+    """The nearest steps that float16 holds exactly, float32: what is rounded with gets stored.
 
-    None is 0, which a row of zeros would have, nor beyond float16's range.
+    None is 0, as a row of zeros would have it, or beyond float16's range.
     """
     return steps.clamp(min=2**-14, max=60_000.0).half().float()
 
@@ -3604,9 +3600,6 @@ def float_type(name: str) -> str:
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
-# How fine a grid fits into the file.
-
-
 def matrix_bytes(weight: Tensor, limits: Tensor, settings, k: float) -> float:
     """What a matrix will take in the file: about its integers' entropy, and two bytes a step.
 
@@ -3624,7 +3617,7 @@ def matrix_bytes(weight: Tensor, limits: Tensor, settings, k: float) -> float:
 
 @torch.no_grad()
 def predict_bytes(model, settings, k: float) -> float:
-    """The size of the artifact, in bytes, with this k: known before GPTQ and within a percent."""
+    """The size of the artifact with this k, in bytes: known before GPTQ, within a percent."""
     total = OTHER_BYTES
     matrices = grid_limits(model)
     for name, p in model.named_parameters():
@@ -3701,8 +3694,7 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
         handle = layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
         hooks.append(handle)
     for batch in sequences.split(rows):
-        hidden = model(batch, model.full_order)
-        add(model.output_name, hidden)
+        add("embedding.weight", model(batch, model.full_order))
     for handle in hooks:
         handle.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
@@ -3795,15 +3787,6 @@ def round_block(
         errors[..., j, None] = error
 
 
-class MatrixToRound(NamedTuple):
-    """What gptq() needs to round a matrix (rows, columns), float32."""
-
-    weight: Tensor  # (rows, columns)
-    hessian: Tensor  # (columns, columns)
-    scale: Tensor  # (rows, columns), the grid's step at each weight
-    limits: Tensor  # (rows, 1)
-
-
 @torch.no_grad()
 def quantize_model(
     model, settings, ranks, hessians: dict[str, Tensor], k: float
@@ -3818,8 +3801,8 @@ def quantize_model(
     stored = {}
     for name, p in model.named_parameters():
         stored[name] = p.detach().to(getattr(torch, float_type(name)))
-    shapes: dict[torch.Size, dict[str, MatrixToRound]] = collections.defaultdict(dict)
     matrices = grid_limits(model)
+    problems = collections.defaultdict(dict)  # gptq()'s arguments by shape and name
     for name, limits in matrices.items():
         weight = model.get_parameter(name)
         rows, columns = grid_steps(weight, limits, settings, k_of(name, settings, k))
@@ -3828,9 +3811,9 @@ def quantize_model(
         hessian = hessians.get(name)
         if hessian is None:  # as if inputs were independent: nothing to make up for
             hessian = torch.eye(weight.shape[1], device=weight.device)
-        shapes[weight.shape][name] = MatrixToRound(weight, hessian, rows * columns, limits)
+        problems[weight.shape][name] = weight, hessian, rows * columns, limits
 
-    for group in itertools.islice(shapes.values(), ranks.rank, None, ranks.world_size):
+    for group in itertools.islice(problems.values(), ranks.rank, None, ranks.world_size):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
         rounded = gptq(*stacked, settings.gptq_block_size, settings.gptq_damp)
         for name, integers in zip(group, rounded, strict=True):
@@ -3850,45 +3833,37 @@ def quantize_model(
 #     uint16 ...                                              the integers of all matrices, coded
 #     32 bytes                                                SHA-256 of all before
 #
-# The record, once decompressed, is one entry behind the other without gaps: first one for each
-# parameter in the order of Model.named_parameters(), then one for each matrix.
+# The record, once decompressed, is one entry behind the other without gaps: one for each parameter
+# in the order of Model.named_parameters(), then one for each matrix.
 #
-#     entry                                 type      numbers
-#     bigram_scale                          float16   1                a vector is there as it is,
-#     embedding.weight                      float16   vocab + width    a matrix as steps of its
-#     ...                                                              rows, then of its columns
-#     blocks.0.mixer.dt_bias                float32   heads            float_type() says which type
-#     blocks.0.mixer.D                      float32   heads
+#     entry                                  type      numbers
+#     bigram_scale                           float16   1                a vector is there as it is,
+#     embedding.weight                       float16   vocab + width    a matrix as steps of its
+#     ...                                                               rows, then of its columns
+#     blocks.0.mixer.dt_bias                 float32   heads            float_type() says which type
+#     blocks.0.mixer.in_proj.weight          float16   rows + columns
+#         gate, value, key, query                steps of rows of int6 integers
+#         step size, decay, trapezoid, angles    the last dynamics_rows row steps, of int8 integers
+#         columns                                1 each but with QUANTIZER=dsq
 #     ...
-#     blocks.0.mixer.in_proj.weight         float16   rows + columns
-#        gate, value, key, query rows          their steps, of int6 integers
-#        step, decay, trapezoid, angle rows    the last dynamics_rows of the row steps, of int8 ones
-#        columns                               1 each but with QUANTIZER=dsq
-#     ...
-#     embedding.weight integers             uint32    256              frequencies of its integers'
-#     blocks.0.mixer.in_proj.weight integers                           values, which sum to 65,536
+#     embedding.weight integers              uint32    256              frequencies of its integers'
+#     blocks.0.mixer.in_proj.weight integers uint32    256              values, summing to 65,536
 #     ...
 #
-# Steps are float16 whatever their matrix is for: exact_steps() made them numbers that float16
-# holds, so that the trip through float_type() changes no bit of them. What makes the rows of the
-# recurrence finer than others is the integers' limit, 127 for 31.
+# Steps are float16, those of the recurrence's rows too: exact_steps() made numbers of them that
+# float16 holds, so that float_type() costs no bit. Those rows are finer by their integers, of 8 bits.
 
 
 ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
-
-MOST_NUMBERS = 1 << 26  # of an artifact's model: 256 MB in float32, four times what fits into 16 MB
-
+MOST_NUMBERS = 1 << 26  # of a model that is loaded: 256 MB in float32
 DIGEST_BYTES = 32
-
 
 # The entropy coder: asymmetric numeral systems (arXiv 1311.2540), within 0.2 % of the entropy, where
 # LZMA takes 3 to 8 % more. A value that comes f times in 65,536 should take log2(65,536 / f) bits.
 # The state is one whole number, used as a stack of values: each makes it about 65,536 / f times as
 # large, and can be taken off again, for the 65,536 remainders are shared out as slots, f to each
 # value. Values are put on last first, so that they are taken off in order.
-
 ANS_LANES = 256  # states, which take turns: number n of a matrix is on state n % 256
-
 ANS_BITS = 16  # frequencies sum to 2^16; states have 17 to 32 bits between two values
 
 
@@ -3980,11 +3955,12 @@ def decode_integers(
         nonlocal words
         if number > len(words):
             raise ValueError("too few words")
-        taken, words = words[:number].astype(np.int64), words[number:]
+        taken = words[:number].astype(np.int64)
+        words = words[number:]
         return taken
 
-    low, high = take(ANS_LANES), take(ANS_LANES)
-    state = (high << 16) + low
+    state = take(ANS_LANES)
+    state += take(ANS_LANES) << 16
     rows = np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
     for row in rows:
         symbol = symbol_of_slot[state & 0xFFFF]
@@ -3997,15 +3973,8 @@ def decode_integers(
     return rows.ravel()[:count].view(np.int8), words
 
 
-def file_sha256(path: str) -> str:
-    """The hexadecimal SHA-256 of a file's bytes; empty where there is none."""
-    if not Path(path).is_file():
-        return ""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
-    """What an artifact's header holds: the model's settings, and which tokenizer it was trained with."""
+    """What an artifact's header holds: its model's settings, and its tokenizer's name by its bytes."""
     header = {name: getattr(settings, name) for name in MODEL_FIELDS}
     return header | {"tokenizer_sha256": tokenizer_sha256}
 
@@ -4025,8 +3994,7 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
     return b"".join(parts)
 
 
-# Sealed files: artifacts, and checkpoints (section 10). MAGIC, header as a line of JSON, payload,
-# and SHA-256 of all that.
+# Sealed files, artifacts and checkpoints: magic, header as a line of JSON, payload, SHA-256 of all.
 
 
 def seal(magic: bytes, header: dict, *payload) -> list:
@@ -4078,8 +4046,8 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
     """Reads an artifact or a checkpoint: what, as an error calls it.
 
     path may hold at most so many bytes; usual has the names and types that the header must have.
-    Names that an older file lacks take their FORMER_DEFAULTS. Returns header and payload. Raises
-    UserError for any file that seal() did not make, or whose header says what nobody here knows.
+    Returns header and payload. Raises UserError for any file that seal() did not make, or whose
+    header says what nobody here knows.
     """
     need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
 
@@ -4092,17 +4060,17 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     check(data.startswith(magic), "wrong magic number")
-    body, digest = memoryview(data)[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    check(hashlib.sha256(body).digest() == digest, "its checksum does not match")
+    digest = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest()
+    check(digest == data[-DIGEST_BYTES:], "its checksum does not match")
     line, _, payload = data[len(magic) : -DIGEST_BYTES].partition(b"\n")
-    header = read_header(line, usual, check)
-    return header, payload
+    return read_header(line, usual, check), payload
 
 
-def read_header(line: bytes, usual: dict, check) -> dict:
+def read_header(line: bytes, usual: dict, check: Callable) -> dict:
     """The settings in a header's line of JSON, with names and types as in usual.
 
-    What it lacks is FORMER_DEFAULTS'. check(condition, problem) is called for what may be wrong.
+    Names that an older file lacks take their FORMER_DEFAULTS; others are not guessed, nor is what
+    a name means that is not usual. check(condition, problem) hears what must hold.
     """
     try:
         header = dict(json.loads(line))
@@ -4120,9 +4088,6 @@ def read_header(line: bytes, usual: dict, check) -> dict:
     return header
 
 
-# Loading.
-
-
 def read_artifact(path: Path) -> tuple[dict, bytes]:
     """Header and payload of an artifact; raises UserError for other files."""
     usual = artifact_header(Settings())
@@ -4130,20 +4095,22 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 
 
 def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> Settings:
-    """The settings with an artifact's in place of the run's.
+    """The settings with the model's from an artifact's header in place of the run's.
 
-    given names the settings that the user gave: UserError if one contradicts the artifact, or if
-    the header's cannot be.
+    Raises UserError if one of those that the user has given contradicts it, or if they cannot be.
     """
-    header = {name: header[name] for name in MODEL_FIELDS}
-    for name in sorted(given & set(header)):
+    for name in MODEL_FIELDS:
         ours, theirs = getattr(settings, name), header[name]
-        same = ours == theirs
         problem = f"contradicts the artifact, which has {theirs}: unset it"
-        need(same, f"{name.upper()}={ours} {problem}")
-    settings = replace(settings, **header)
+        need(ours == theirs or name not in given, f"{name.upper()}={ours} {problem}")
+    settings = replace(settings, **{name: header[name] for name in MODEL_FIELDS})
     validate_settings(settings, world_size)
     return settings
+
+
+def file_sha256(path: str) -> str:
+    """The hexadecimal SHA-256 of a file's bytes; empty where there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
 
 
 def settings_for_artifact(settings, given: set[str], world_size: int) -> Settings:
@@ -4176,14 +4143,14 @@ def model_skeleton(settings) -> Model:
     return model
 
 
-def record_layout(shapes: dict[str, torch.Size], matrices: dict[str, Tensor]) -> np.dtype:
-    """The record of a model, as the drawing above has it: its entries' names, types and shapes."""
+def record_layout(skeleton: Model) -> np.dtype:
+    """The record of a model, as drawn above: its entries' names, types and shapes."""
+    matrices = grid_limits(skeleton)
     entries = []
-    for name, shape in shapes.items():
-        numbers = sum(shape) if name in matrices else tuple(shape)
+    for name, p in skeleton.named_parameters():
+        numbers = sum(p.shape) if name in matrices else tuple(p.shape)
         entries.append((name, float_type(name), numbers))
-    for name in matrices:
-        entries.append((f"{name} integers", "<u4", 256))
+    entries += [(f"{name} integers", "<u4", 256) for name in matrices]
     return np.dtype(entries)
 
 
@@ -4191,23 +4158,21 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
     """The parameters, float32, that pack_artifact() put into a payload for such a model.
 
     Raises ValueError or lzma.LZMAError for other payloads; nothing larger than the model's record
-    is allocated before that is known.
+    is unpacked before that is known.
     """
-    matrices = grid_limits(skeleton)
-    shapes = {name: p.shape for name, p in skeleton.named_parameters()}
-    layout = record_layout(shapes, matrices)
+    layout = record_layout(skeleton)
     unpacker = lzma.LZMADecompressor()
     content = unpacker.decompress(payload, layout.itemsize + 1)
     (record,) = np.frombuffer(content, layout)
     words = np.frombuffer(unpacker.unused_data, "<u2")
     parameters = {}
-    for name, shape in shapes.items():
+    for name, p in skeleton.named_parameters():
         numbers = torch.tensor(record[name].astype(np.float32))
-        if name in matrices:
+        if f"{name} integers" in layout.names:
             frequencies = record[f"{name} integers"]
-            integers, words = decode_integers(frequencies, words, shape.numel())
-            row_steps, column_steps = numbers.split(shape)
-            numbers = torch.tensor(integers).view(shape) * row_steps[:, None] * column_steps
+            integers, words = decode_integers(frequencies, words, p.numel())
+            row_steps, column_steps = numbers.split(p.shape)
+            numbers = torch.tensor(integers).view(p.shape) * row_steps[:, None] * column_steps
         parameters[name] = numbers
     if len(words):
         raise ValueError("words behind the last matrix")

@@ -876,9 +876,7 @@ def test_the_record_is_as_the_file_s_drawing_has_it():
     model = random_model(settings)
     stored = exported(model, settings)
     data = t.pack_artifact(settings, stored)
-    layout = t.record_layout(
-        {name: p.shape for name, p in model.named_parameters()}, t.grid_limits(model)
-    )
+    layout = t.record_layout(model)
     (record,) = np.frombuffer(parts_of(data)[0], layout)
     layer = model.blocks[0].mixer.in_proj
     steps = torch.from_numpy(record["blocks.0.mixer.in_proj.weight"].copy())
