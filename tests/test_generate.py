@@ -29,7 +29,7 @@ def model_and_tokens(variant: dict, dtype: torch.dtype) -> tuple[t.Model, torch.
     model = random_model(tiny(train_seq_len=LENGTH, **variant)).to(dtype)
     model.compute_dtype = dtype
     pairs = model.rotary_table.shape[-1]
-    frequencies = t.ROPE_BASE ** -(torch.arange(pairs, dtype=dtype) / pairs)
+    frequencies = model.settings.rope_base ** -(torch.arange(pairs, dtype=dtype) / pairs)
     model.rotary_table = t.rotary_turns(torch.arange(LENGTH, dtype=dtype), frequencies)
     tokens = random_tokens(2, LENGTH)
     tokens[0, [0, 9, 10, 20]] = t.BOS_ID
