@@ -619,6 +619,7 @@ ODD = {
     "mamba_head_dim": 8,
     "mlp_mult": 1.3,
     "bigram_dim": 5,
+    "tie_embeddings": False,
 }
 
 

@@ -274,3 +274,19 @@ def test_frozen_blocks_stay_while_the_rest_adapts():
         for name, p in model.named_parameters()
         if name.startswith("blocks.2.")
     )
+
+
+def test_an_output_matrix_of_its_own_has_8_bits_a_rate_and_the_hessian_of_hidden_states():
+    settings, _ = t.read_settings(tiny_environment(tie_embeddings=0, head_lr=0.5, embed_lr=0.25))
+    model = t.build_model(settings, SOLO)
+    assert not torch.equal(model.output_embedding.weight, model.embedding.weight)
+    limits = t.grid_limits(model)
+    assert bool((limits["output_embedding.weight"] == t.INT8_MAX).all())
+    hessians = t.collect_hessians(model, random_tokens(4, 32), SOLO, 2)
+    assert "output_embedding.weight" in hessians
+    assert "embedding.weight" not in hessians
+    rates = {}
+    for group in t.Optimizers(model, settings, SOLO).adam.param_groups:
+        rates |= {id(p): group["base_lr"] for p in group["params"]}
+    assert rates[id(model.output_embedding.weight)] == 0.5
+    assert rates[id(model.embedding.weight)] == rates[id(model.bigram_embedding.weight)] == 0.25

@@ -174,7 +174,8 @@ def read_seeds(table: dict, where: str) -> list[int]:
 
 def read_variables(table: dict, where: str, train_gpt: ModuleType) -> dict[str, str]:
     """The table's settings as environment variables; every other name in it is refused."""
-    names, variables = {name.upper() for name in train_gpt.FIELDS}, {}
+    names = {name.upper() for name in train_gpt.FIELDS} | train_gpt.ALIASES.keys()
+    variables = {}
     for name, value in table.items():
         if name in ("name", "seeds"):
             continue

@@ -88,7 +88,7 @@ def read_variant(text: str, environment: dict[str, str]) -> tuple[str, t.Setting
         variable, equals, value = part.partition("=")
         need(equals, f'"{name}": {part} should be SETTING=VALUE')
         need(
-            variable.lower() in t.FIELDS,
+            variable.lower() in t.FIELDS or variable in t.ALIASES,
             f'"{name}": {variable} is not a setting (see train_gpt.py --help)',
         )
         changes[variable] = value

@@ -1,0 +1,158 @@
+"""Writes docs/settings.md from train_gpt.py: every setting, every preset, and the contest's names.
+
+python -m tools.settings_page            # writes the page
+python -m tools.settings_page --check    # says whether it is up to date, and writes nothing
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+if not __package__:  # started by its path
+    hint = "start it in the repository's folder as python -m tools.settings_page"
+    print(f"error: {hint}", file=sys.stderr)
+    sys.exit(2)
+
+import train_gpt as t
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "settings.md"
+CONTEST = ROOT / "tests" / "data" / "contest_names.txt"
+
+INTRODUCTION = """\
+# Settings
+
+Made from `train_gpt.py` by `python -m tools.settings_page`; a test keeps it true.
+
+A setting is an environment variable, read once when a run starts. `PRESET` chooses a set of
+defaults, and every other variable goes before it:
+
+    PRESET=short SEED=42 MATRIX_LR=0.03 torchrun --standalone --nproc_per_node=1 train_gpt.py
+
+A value outside its bounds ends the run with one line, and so do a name that is nearly a setting's
+and a setting that another one makes meaningless. Variables of other programs are let be. Lists of
+layers are `all`, `none` or such as `0,2-4`. `python train_gpt.py --help` says the same as this
+page, and a run's log holds all of its settings.
+"""
+
+GROUPS = {
+    "run": "The run",
+    "data": "Data",
+    "model": "Model",
+    "recurrence": "Depth recurrence",
+    "schedule": "Schedule and clock",
+    "optimizer": "Optimizers and averages",
+    "export": "Quantization and artifact",
+    "evaluation": "Evaluation and test-time training",
+}
+
+PRESETS = """\
+## Presets
+
+What each changes of the defaults above.
+"""
+
+NAMES = """\
+## Names of the contest's scripts
+
+Four published scripts read {count} variables. Each of their names is a setting of this script, is
+another name for one, which the log says, or is refused with what holds instead: {settings} are
+settings, {aliases} other names, {refused} refused. A value that says what holds anyway may be given.
+"""
+
+OTHERS = """\
+## Names that people reach for
+"""
+
+
+def cell(text: str) -> str:
+    """A text inside a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def code(text: str) -> str:
+    """A text as code inside a table; nothing if it is empty."""
+    return f"`{cell(text)}`" if text else ""
+
+
+def shown(value) -> str:
+    """A value as it is written in the environment."""
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def setting_rows() -> list[str]:
+    """A table for each group of settings."""
+    lines = []
+    for field in dataclasses.fields(t.Settings):
+        group, domain = field.metadata["group"], field.metadata["domain"]
+        if group:
+            lines += ["", f"## {GROUPS[group]}", "", "| variable | default | values | |"]
+            lines.append("| --- | --- | --- | --- |")
+        default = code(shown(field.default))
+        values = cell(domain.describe(type(field.default)))
+        about = cell(field.metadata["help"])
+        lines.append(f"| `{field.name.upper()}` | {default} | {values} | {about} |")
+    return lines
+
+
+def preset_rows() -> list[str]:
+    """A table of presets and what each sets."""
+    lines = ["| `PRESET` | sets |", "| --- | --- |"]
+    for name, values in t.PRESETS.items():
+        changes = [f"`{key.upper()}={shown(value)}`" for key, value in values.items()]
+        lines.append(f"| `{name}` | {' '.join(changes) or 'nothing: the defaults'} |")
+    return lines
+
+
+def name_row(name: str, refused: dict[str, tuple[str, str]]) -> str:
+    """What becomes of a name, and why."""
+    if name in refused:
+        value, reason = refused[name]
+        fate = f"refused, but {code(value)}" if value else "refused"
+        return f"| `{name}` | {fate} | {cell(reason)} |"
+    if name in t.ALIASES:
+        ours, convert = t.ALIASES[name]
+        about = convert.__doc__.partition("\n")[0] if convert else "the same value"
+        return f"| `{name}` | sets `{ours}` | {cell(about.strip())} |"
+    field = t.Settings.__dataclass_fields__[name.lower()]
+    return f"| `{name}` | setting | {cell(field.metadata['help'])} |"
+
+
+def settings_page() -> str:
+    """The whole page."""
+    contest = CONTEST.read_text(encoding="utf-8").split()
+    refused = t.refused_names()
+    counts = {
+        "count": len(contest),
+        "aliases": sum(name in t.ALIASES for name in contest),
+        "refused": sum(name in refused for name in contest),
+    }
+    counts["settings"] = len(contest) - counts["aliases"] - counts["refused"]
+    others = [name for name in (*t.ALIASES, *refused) if name not in contest]
+    table = ["| name | here | |", "| --- | --- | --- |"]
+    lines = [INTRODUCTION.rstrip("\n"), *setting_rows()]
+    lines += ["", PRESETS, *preset_rows()]
+    lines += ["", NAMES.format(**counts), *table, *(name_row(name, refused) for name in contest)]
+    lines += ["", OTHERS, *table, *(name_row(name, refused) for name in sorted(others))]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Writes or checks the page; 1 if it is out of date."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    page = settings_page()
+    if not parser.parse_args().check:
+        PAGE.write_text(page, encoding="utf-8")
+        return 0
+    if PAGE.read_text(encoding="utf-8") == page:
+        return 0
+    print(f"{PAGE} is out of date: python -m tools.settings_page", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
