@@ -18,13 +18,11 @@ def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp
     records = {
         r["event"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
     }
-    status, (first, second), _ = explore_here(
-        "other: MLP_MULT=1", "it: SDCLIP_K=6", "--every", "1", "--export"
-    )
+    status, (first, second), _ = explore_here("other: MLP_MULT=1", "it: SDCLIP_K=6", "--export")
     assert status == 0
     assert second["name"] == "it"
     assert second["steps"] == records["trained"]["steps"] == 6
-    assert second["bpb"] == {"0.1": pytest.approx(records["trained"]["val_bpb"], abs=1e-5)}
+    assert second["bpb"] == {"ema": pytest.approx(records["trained"]["val_bpb"], abs=1e-5)}
     assert second["last_loss"] == pytest.approx(records["train"]["train_loss"], abs=1e-4)
     assert second["k"] == 6.0
     assert second["quantized"] == pytest.approx(records["after_quantization"]["val_bpb"], abs=1e-5)
@@ -42,16 +40,37 @@ def test_an_export_that_fails_costs_no_score(explore_here):
         "too large: TARGET_MB=0.142 NUM_LAYERS=5 MAMBA_LAYERS=0 SDCLIP_K=16", "--export"
     )
     assert status == 0
-    assert 0 < line["bpb"]["0.1"] < 9
+    assert 0 < line["bpb"]["ema"] < 9
     assert "make the model smaller" in line["error"]
     assert "final" not in line
+
+
+def test_each_kind_of_average_is_scored(explore_here):
+    """SWA's snapshots are of the last weights here, one behind each step of the last three."""
+    settings = "AVERAGE_HORIZON=0.9 SWA_START_FRAC=0.95 SWA_EVERY=1"
+    kinds = ["none", "ema", "swa", "ema+swa"]
+    status, lines, _ = explore_here(*(f"{kind}: AVERAGE={kind} {settings}" for kind in kinds))
+    assert status == 0
+    assert [list(line["bpb"]) for line in lines] == [[kind] for kind in kinds]
+    assert len({line["bpb"][kind] for line, kind in zip(lines, kinds, strict=True)}) == 4
+
+
+def test_a_run_shorter_than_every_is_scored_as_it_was_trained(explore_here):
+    """Once it was scored as it was initialized. Six steps: what --averages leaves are the last weights."""
+    variants = "own: AVERAGE=none", "other: AVERAGE=none MATRIX_LR=0.05"
+    _, expected, _ = explore_here(*variants)
+    variants = "own:", "other: MATRIX_LR=0.05"
+    status, lines, _ = explore_here(*variants, "--averages", "0.1", "--every", "10")
+    assert status == 0
+    assert [line["bpb"]["0.1"] for line in lines] == [line["bpb"]["none"] for line in expected]
+    assert lines[0]["bpb"] != lines[1]["bpb"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(
     explore_here, monkeypatch, number
 ):
-    update = explore.Averages.update
+    update = t.WeightAverage.update
 
     def stop(averages, *arguments):
         update(averages, *arguments)
@@ -59,7 +78,7 @@ def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(
         if stop.steps == 8:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(explore.Averages, "update", stop)
+    monkeypatch.setattr(t.WeightAverage, "update", stop)
     status, (line,), error = explore_here("first:", "second:", "third:")
     assert status == 2
     assert line["name"] == "first"
@@ -106,6 +125,10 @@ def test_lines_are_appended_to_the_file(explore_here, tmp_path):
         (["a: MLP_MULT"], '"a": MLP_MULT should be SETTING=VALUE'),
         (["a: MLP_MULTI=4"], '"a": MLP_MULTI is not a setting'),
         (["a: MLP_MULT=x"], '"a": MLP_MULT="x" should be a number'),
+        (
+            ["a: AVERAGE=swa", "--averages", "0.1"],
+            '"a": AVERAGE=swa, but --averages are all of kind ema',
+        ),
         (["a: NUM_LAYERS=0"], '"a": NUM_LAYERS=0 must be'),
         (["a:", "--averages", "0.1,x"], "--averages 0.1,x: write numbers below 1"),
         (["a:", "--averages", "1.5"], "--averages 1.5: write numbers below 1"),
@@ -127,15 +150,13 @@ def test_mistakes_end_in_one_line(explore_here, arguments, said):
     assert "Traceback" not in error
 
 
-def test_the_usual_part_is_that_of_the_script():
-    """An average over it looks back as a run's own does."""
+def test_an_average_of_a_part_looks_back_as_a_runs_own_does():
     model = torch.nn.Linear(3, 3)
-    own, ours = (
-        t.WeightAverage(model, tiny(ema_decay=0.99999)),
-        explore.Averages(model, tiny(), [0.1], every=1),
-    )
+    settings = tiny(average_horizon=0.3, ema_decay=0.99999)
+    own = t.WeightAverage(model, settings)
+    ours = explore.Averages(model, tiny(), [0.3], every=1)
     for step in range(1, 100):
         torch.nn.init.normal_(model.weight)
         for average in (own, ours):
             average.update(step, torch.zeros((), device=SOLO.device))
-    assert torch.allclose(own.ema[0], ours.each[0.1].ema[0])
+    assert torch.allclose(own.ema[0], ours.each[0.3].ema[0])

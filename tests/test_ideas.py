@@ -34,7 +34,7 @@ IDEAS = SCRIPT.parent / "tools" / "ideas"
 @pytest.fixture
 def script(monkeypatch):
     """train_gpt.py's module, as it was once the test is over."""
-    for name in ("Model", "Trainer", "export"):
+    for name in ("Model", "Trainer", "parameter_kind"):
         monkeypatch.setattr(t, name, getattr(t, name))
     return t
 
@@ -218,13 +218,13 @@ def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(
 
 @pytest.mark.parametrize("idea", ["impossible_pairs", "spelling"])
 def test_explore_trains_and_exports_with_an_idea(script, explore_here, idea):
-    usual = "it: SDCLIP_K=6", "--every", "1", "--export"
+    usual = "it: SDCLIP_K=6", "--export"
     status, (without,), _ = explore_here(*usual)
     assert status == 0
     status, (line,), _ = explore_here(*usual, "--idea", str(IDEAS / f"{idea}.py"))
     assert status == 0
     assert line["bpb"] != without["bpb"]
-    assert abs(line["quantized"] - line["bpb"]["0.1"]) < 0.1
+    assert abs(line["quantized"] - line["bpb"]["ema"]) < 0.1
     assert math.isfinite(line["final"])
 
 

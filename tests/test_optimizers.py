@@ -308,7 +308,7 @@ def test_a_checkpoint_holds_all_of_an_average(tmp_path, average):
 
     def train(steps: int) -> tuple[t.Trainer, list[torch.Tensor]]:
         model = random_model(settings)
-        trainer = t.Trainer(model, settings, SOLO, 128, 1e6, lambda *_: None)
+        trainer = t.Trainer(model, settings, SOLO, 128, 1e6, lambda *_: None, checkpoints)
         trainer.resume()
         for _ in range(steps):
             now = t.schedule_at(settings, trainer.steps_done, 0.0)
@@ -318,11 +318,12 @@ def test_a_checkpoint_holds_all_of_an_average(tmp_path, average):
             trainer.average.update(trainer.steps_done, trainer.optimizers.skip, now.snapshot)
         return trainer, [x.detach().clone() for x in trainer.tensors()]
 
-    _, expected = train(8)
-    trainer, _ = train(7)
-    trainer.save()
-    trainer.writing.result()
-    trainer, found = train(1)
+    with t.Checkpoints(settings, SOLO, lambda *_: None) as checkpoints:
+        _, expected = train(8)
+        trainer, _ = train(7)
+        trainer.save()
+        checkpoints.finish()
+        trainer, found = train(1)
     assert trainer.steps_done == 8
     assert all(map(torch.equal, found, expected))
     assert trainer.average.snapshots == (2 if "swa" in average else 0)

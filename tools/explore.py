@@ -1,20 +1,23 @@
-"""Ranks ideas: trains variants, one after another in one process, and scores each before it is quantized.
+"""Ranks ideas: trains variants one after another and scores each before it is quantized.
 
     export DATA_PATH=data/development PRESET=short MAX_WALLCLOCK_SECONDS=172
-    python -m tools.explore "as it is:" "eleven layers: NUM_LAYERS=11 MAMBA_LAYERS=0,1,3-6,8-10 MLP_MULT=2"
+    python -m tools.explore "as it is:" "wide: NUM_LAYERS=7 MAMBA_LAYERS=0,1,3,4,6 MLP_MULT=4"
     python -m tools.explore --averages 0.03,0.06,0.12 --export "decay: WEIGHT_DECAY=0.2"
 
-A variant is a name, a colon and the settings of train_gpt.py that it has in place of the environment's. Choose on a
-development split (`python data/prepare.py development`), not on the validation text. What trains and scores is
-train_gpt.py; checkpoints are not written. On several GPUs, start a process for each, with CUDA_VISIBLE_DEVICES.
+A variant is a name, a colon and the settings of train_gpt.py that it has in place of the
+environment's. Choose on a development split (`python data/prepare.py development`), not on the
+validation text. What trains and scores is train_gpt.py; checkpoints are not written. On several
+GPUs, start a process for each, with CUDA_VISIBLE_DEVICES.
 
-What no setting says, --idea does for all variants: a Python file whose install(script) changes train_gpt.py's module, as those
-in tools/ideas do.
+What no setting says, --idea does for all variants: a Python file whose install(script) changes
+train_gpt.py's module, as those in tools/ideas do.
 
-Each variant becomes a line of JSON on the standard output and in --out: steps, milliseconds of each, the mean training loss
-of the last tenth, and BPB in plain windows for each of --averages, the parts of a run over which weights are averaged. With
---export also the grid's k and BPB after quantization, in plain windows and as EVAL_MODE and TTT_ENABLED say, of the average
-that was best; or the error that export ended with.
+Each variant becomes a line of JSON on the standard output and in --out: steps, milliseconds of
+each, the mean training loss of the last tenth, and BPB in plain windows. With --averages there is
+one for each of these parts of a run, over which an exponential average of the weights looks back;
+else one, by what AVERAGE says. With --export also the grid's k and BPB after quantization, in plain
+windows and as EVAL_MODE and TTT_ENABLED say, of the average that was best; or the error that export
+ended with.
 """
 
 import argparse
@@ -41,10 +44,16 @@ from tools.command import Parser, UserError, need
 
 
 class Averages:
-    """Several averages of a model's weights in place of a trainer's one, taken in every few steps, which costs less."""
+    """Several exponential averages of a model's weights, in place of a trainer's one.
+
+    They are taken in every few steps, which costs less, and behind the last one.
+    """
 
     def __init__(self, model, settings: t.Settings, parts: list[float], every: int):
-        self.every, self.each = every, {}
+        self.every = every
+        self.steps_done = 0
+        self.skip = None  # of the latest step, once there is one
+        self.each = {}
         for part in parts:  # which alone decides: EMA_DECAY bounds nothing
             one = dataclasses.replace(
                 settings, average="ema", average_horizon=part, ema_decay=1 - 1e-9
@@ -53,12 +62,20 @@ class Averages:
 
     def update(self, steps_done: int, skip: torch.Tensor, snapshot: bool = False) -> None:
         """Takes in the weights after every few steps; not if skip is 1."""
+        self.steps_done = steps_done
+        self.skip = skip
         if steps_done % self.every == 0:
-            for average in self.each.values():
-                average.update(steps_done // self.every, skip)
+            self.take_in()
+
+    def take_in(self) -> None:
+        """Takes in the weights of the latest step."""
+        for average in self.each.values():
+            average.update(self.steps_done / self.every, self.skip)
 
     def apply(self) -> str:
-        """Nothing: each is applied and scored in turn."""
+        """Takes in the last weights, if they are not; each average is applied and scored later."""
+        if self.steps_done % self.every:
+            self.take_in()
         return f"ema over {', '.join(map(str, self.each))} of the run"
 
 
@@ -66,14 +83,22 @@ class Tally:
     """A log that keeps the training losses; what the script says goes to the standard error."""
 
     def __init__(self, name: str):
-        self.name, self.started, self.losses = name, time.perf_counter(), []
+        self.name = name
+        self.started = time.perf_counter()
+        self.losses: list[tuple[float, float]] = []  # progress of the run, loss
 
     def __call__(self, text: str, event: str = "", **values) -> None:
         if event == "train":
             self.losses.append((values["progress"], values["train_loss"]))
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
-    def progress(self, text: str) -> None: ...
+    def progress(self, text: str) -> None:
+        """Nothing: a line that would be overwritten by the next."""
+
+    def last_loss(self) -> float:
+        """The mean loss of the run's last tenth, or its last one if none was logged there."""
+        last = [loss for progress, loss in self.losses if progress >= 0.9]
+        return statistics.mean(last or [self.losses[-1][1]])
 
 
 def read_variant(text: str, environment: dict[str, str]) -> tuple[str, t.Settings]:
@@ -127,15 +152,18 @@ def install_idea(path: Path) -> None:
 def explore(name: str, settings: t.Settings, parts: list[float], every: int, export: bool) -> dict:
     """Trains one variant; returns what its line holds."""
     torch._dynamo.reset()  # or the variants before count as recompilations
-    ranks, log = t.start_ranks(settings), Tally(name)
-    plain = dataclasses.replace(settings, eval_mode="plain", ttt_enabled=False)
-    validation = t.load_validation(
-        settings, t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
-    )
-    target = int(settings.target_mb * 1e6) - Path(t.__file__).stat().st_size
+    ranks = t.start_ranks(settings)
+    log = Tally(name)
+    tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
+    validation = t.load_validation(settings, tokenizer)
+
+    def bpb(model) -> float:
+        return round(t.plain_score(model, settings, ranks, validation).val_bpb, 5)
+
     model = t.build_model(settings, ranks)
+    averages = functools.partial(Averages, parts=parts, every=every) if parts else t.WeightAverage
     micro_batch = t.choose_micro_batch(settings, ranks)
-    averages = functools.partial(Averages, parts=parts, every=every)
+    target = int(settings.target_mb * 1e6) - t.code_bytes()
     trainer = t.Trainer(model, settings, ranks, micro_batch, target, log, make_average=averages)
     trainer.announce()
     batches = t.Batches(settings, ranks)
@@ -145,79 +173,81 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
         trainer.run(batches, None)
     except t.UserError as error:
         raise UserError(f'"{name}": {error}') from None
-    steps, last = (
-        trainer.steps_done,
-        [loss for progress, loss in log.losses if progress >= 0.9] or log.losses[-1][1:],
-    )
+    need(trainer.steps_done, f'"{name}": MAX_WALLCLOCK_SECONDS leaves no time for a step')
     line = {
-        "name": name, "steps": steps, "step_ms": round(1000 * trainer.clock.seconds() / steps, 3),
-        "last_loss": round(statistics.mean(last), 4), "bpb": {},
-    }  # fmt: skip
-    for part, average in trainer.average.each.items():
-        average.apply()
-        line["bpb"][part] = round(
-            t.Evaluator(model, plain, ranks, validation).evaluate().val_bpb, 5
-        )
-    if not export:
-        return line
-    trainer.average.each[min(line["bpb"], key=line["bpb"].get)].apply()
-    trainer.average.each.clear()
-    try:
-        line["k"] = round(t.export(trainer, batches)["sdclip_k"], 3)
-    except t.UserError as error:  # what was scored is not lost
-        return line | {"error": str(error)}
-    for label, chosen in (("quantized", plain), ("final", settings)):
-        model, chosen = t.load_model(settings.artifact_path, chosen, set(), ranks)
-        score = t.Evaluator(model, chosen, ranks, validation).evaluate()
-        line[label] = round(score.val_bpb, 5)
+        "name": name,
+        "steps": trainer.steps_done,
+        "step_ms": round(t.mean_step_ms(trainer), 3),
+        "last_loss": round(log.last_loss(), 4),
+        "bpb": {},
+    }
+    if not parts:
+        line["bpb"][settings.average] = bpb(model)
+    else:
+        each = trainer.average.each
+        for part, average in each.items():
+            average.apply()
+            line["bpb"][part] = bpb(model)
+        each[min(each, key=line["bpb"].get)].apply()
+        each.clear()  # export may need the memory
+    if export:
+        line |= export_and_score(trainer, batches, validation)
     return line
 
 
-def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", metavar="NAME: SETTING=VALUE ...")
-    parser.add_argument(
-        "--averages",
-        default=str(t.Settings.average_horizon),
-        metavar="PART,PART",
-        help="of a run; 0.1 if left out",
-    )
-    parser.add_argument(
-        "--every",
-        type=int,
-        default=10,
-        metavar="STEPS",
-        help="between weights that are averaged (10)",
-    )
-    parser.add_argument(
-        "--export", action="store_true", help="quantize, and score what the artifact holds"
-    )
-    parser.add_argument(
-        "--idea",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="changes the script first",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has"
-    )
+def export_and_score(trainer, batches, validation: t.ValidationSet) -> dict:
+    """The grid's k and BPB of what the artifact holds; or why there is none, in one line."""
+    settings, ranks = trainer.settings, trainer.ranks
     try:
-        given = parser.parse_args()
-        parts = read_parts(given.averages)
-        need(given.every > 0, f"--every {given.every} should be above 0")
-        variants = [read_variant(text, dict(os.environ)) for text in given.variants]
-        t.prepare_torch()
-        for path in given.idea:
-            install_idea(path)
-        with given.out.open("a") if given.out else contextlib.nullcontext() as file:
-            for name, settings in variants:
-                with tempfile.TemporaryDirectory() as folder:
-                    settings = dataclasses.replace(settings, artifact=str(Path(folder, "artifact")))
-                    line = json.dumps(explore(name, settings, parts, given.every, given.export))
-                for output in (sys.stdout, file) if file else (sys.stdout,):
-                    print(line, file=output, flush=True)
+        found = {"k": round(t.export(trainer, batches)["sdclip_k"], 3)}
+    except t.UserError as error:  # what was scored is not lost
+        return {"error": str(error)}
+    plain = dataclasses.replace(settings, eval_mode="plain", ttt_enabled=False)
+    for label, chosen in (("quantized", plain), ("final", settings)):
+        model, chosen = t.load_model(settings.artifact_path, chosen, set(), ranks)
+        score = t.Evaluator(model, chosen, ranks, validation).evaluate()
+        found[label] = round(score.val_bpb, 5)
+    return found
+
+
+def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; UserError if it makes no sense."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("variants", nargs="+", metavar="NAME: SETTING=VALUE ...")
+    add("--averages", default="", metavar="PART,PART", help="of a run; else as AVERAGE says")
+    add("--every", type=int, default=10, metavar="STEPS", help="between those of --averages (10)")
+    add("--export", action="store_true", help="quantize, and score what the artifact holds")
+    add("--idea", type=Path, action="append", default=[], metavar="FILE", help="runs it first")
+    add("--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has")
+    given = parser.parse_args(arguments)
+    given.averages = read_parts(given.averages) if given.averages else []
+    need(given.every > 0, f"--every {given.every} should be above 0")
+    return given
+
+
+def explore_all(given: argparse.Namespace) -> None:
+    """Explores one variant after another and prints its line; a mistake in any ends it at once."""
+    variants = [read_variant(text, dict(os.environ)) for text in given.variants]
+    for name, settings in variants:
+        one_kind = not given.averages or settings.average == "ema"
+        need(one_kind, f'"{name}": AVERAGE={settings.average}, but --averages are all of kind ema')
+    t.prepare_torch()
+    for path in given.idea:
+        install_idea(path)
+    with given.out.open("a") if given.out else contextlib.nullcontext() as file:
+        for name, settings in variants:
+            with tempfile.TemporaryDirectory() as folder:
+                settings = dataclasses.replace(settings, artifact=str(Path(folder, "artifact")))
+                found = explore(name, settings, given.averages, given.every, given.export)
+            for output in (sys.stdout, file) if file else (sys.stdout,):
+                print(json.dumps(found), file=output, flush=True)
+
+
+def main() -> int:
+    """The command: 0, or 2 for a mistake of the user, which ends in one line."""
+    try:
+        explore_all(read_arguments())
     except (UserError, t.UserError) as error:
         print(f"explore.py: error: {error}", file=sys.stderr)
         return 2
