@@ -3299,11 +3299,14 @@ class Evaluator:
     def _part_tokens(self) -> int:
         """Of stateful evaluation: an eighth of what may be scored at once, in whole strides.
 
-        Eight ranks share a chunk so. Where another chunk follows, parts end where the chunk does.
+        Eight ranks share a chunk so. It is no longer than eight windows, as a compiler writes out
+        each chunk of a scan that is no kernel. Where another chunk follows, parts end with chunks.
         """
-        stride = self.settings.train_seq_len - self.settings.attention_overlap
+        settings = self.settings
+        stride = settings.train_seq_len - settings.attention_overlap
         strides = math.ceil(self.chunk / stride)
-        most = max(1, min(self.chunk, self.settings.val_batch_size) // (8 * stride))
+        tokens = min(self.chunk // 8, settings.val_batch_size // 8, 8 * settings.train_seq_len)
+        most = max(1, tokens // stride)
         if self.chunk < self.total:
             return stride * largest_divisor(strides, most)
         return stride * min(strides, most)

@@ -295,13 +295,16 @@ def whole_hidden(model: t.Model, tokens: torch.Tensor, monkeypatch) -> torch.Ten
     earliest = position // stride * stride - settings.attention_overlap
     seen = (position <= position[:, None]) & (position >= earliest[:, None])
 
-    def masked(query, key, value):
+    def masked(query, key, value, documents, _):
+        mask = seen
+        if documents is not None:
+            mask = seen & (position >= position[:, None] - documents.reach[0, :, None])
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         return y.transpose(1, 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(t, "sdpa", masked)
+        patch.setattr(t, "attend", masked)
         patch.setattr(model, "rotary_table", exact_rotations(model, length))
         return model(tokens, model.order(True))
 
@@ -317,6 +320,8 @@ STREAMS = {
     "recurrence": {"layer_order": "0,1,0,1,2"},
     "Mamba-2 in documents": {"mamba_layers": "0,2", "mamba_version": 2, "document_reset": True},
     "documents": {"document_reset": True},
+    "documents for scans only": {"document_reset": True, "document_scope": "scans"},
+    "the first Mamba in documents": {"mamba_version": 1, "document_reset": True},
 }
 
 

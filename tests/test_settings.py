@@ -168,6 +168,8 @@ IMPOSSIBLE = [
     ({"target_mb": 0.0}, "TARGET_MB"),
     ({"eval_stride": 33}, "EVAL_STRIDE"),
     ({"ttt_chunk_tokens": 100}, "TTT_CHUNK_TOKENS"),
+    ({"eval_overlap": 32}, "EVAL_OVERLAP"),
+    ({"eval_mode": "stateful", "eval_overlap": 12}, "TTT_CHUNK_TOKENS"),
     ({"ttt_momentum": 1.0}, "TTT_MOMENTUM"),
     ({"muon_momentum": 1.0}, "MUON_MOMENTUM"),
     ({"warmdown_fraction": 1.5}, "WARMDOWN_FRACTION"),
