@@ -265,6 +265,74 @@ def test_a_signal_stops_a_run_with_a_checkpoint(
     assert artifact(tmp_path) == artifact(undisturbed)
 
 
+PHASES = {  # what is running, and which step the same command goes on from
+    "warm_up": (t.Trainer, None),
+    "step": (t.Trainer, "1"),
+    "diagnose": (t, "12"),
+    "quantize_model": (t, "12"),
+    "write_whole": (t, "12"),
+    "load_model": (t, "12"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_any_phase_ends_in_one_line_and_loses_no_step_of_training(
+    monkeypatch, capsys, shards, tmp_path, undisturbed, phase
+):
+    """Twice, as from a launcher and a terminal; no half file stays, and handlers are what they were."""
+    owner, step = PHASES[phase]
+    environment = quick_environment(shards, tmp_path, checkpoint_every=0, warmup_steps=1)
+    function, handlers = getattr(owner, phase), [*map(signal.getsignal, t.STOP_SIGNALS)]
+
+    def signalled(*arguments, **options):
+        if phase != "write_whole" or str(arguments[0]).endswith(".lzma"):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, phase, signalled)
+        said = mistake(patch, capsys, environment)
+    assert re.search("stopped by (a signal|SIGTERM)", said)
+    assert [*map(signal.getsignal, t.STOP_SIGNALS)] == handlers
+    assert checkpoints(tmp_path) == (["a.checkpoint"] if step else [])
+    assert run_here(monkeypatch, environment) == 0
+    assert re.findall(r"a.checkpoint: step (\d+),", capsys.readouterr().out) == (
+        [step] if step else []
+    )
+    assert artifact(tmp_path) == artifact(undisturbed)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored(monkeypatch, shards, tmp_path):
+    """As nohup does with SIGHUP, and a shell with SIGINT for a command in the background."""
+    score = t.diagnose
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGHUP)
+        return score(*arguments)
+
+    monkeypatch.setattr(t, "diagnose", signalled)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_here(monkeypatch, quick_environment(shards, tmp_path)) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_that_comes_too_late_for_the_loop_reaches_the_handler_before():
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
+    try:
+        with t.StopSignals() as signals:
+            signal.raise_signal(signal.SIGUSR1)
+            assert (signals.received, received) == ([signal.SIGUSR1], [])
+        assert received == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.fixture
 def ticking(monkeypatch):
     """A clock that each look at it moves by 10 ms, and tick(seconds), so that a machine's stalls do not count."""
@@ -385,6 +453,24 @@ def test_a_checkpoint_may_be_named(monkeypatch, capsys, shards, tmp_path, undist
     assert f"no checkpoint at {kept}" in mistake(monkeypatch, capsys, environment)
 
 
+def test_a_checkpoint_of_other_shards_is_refused(monkeypatch, capsys, shards, tmp_path):
+    """Batches depend on them: a download that went on in between would change all that come."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in shards.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    environment = quick_environment(data, tmp_path)
+    kill_here(monkeypatch, environment)
+    added = data / "words_train_000002.bin"
+    added.write_bytes((data / "words_train_000000.bin").read_bytes())
+    said = mistake(monkeypatch, capsys, environment)
+    assert re.search(r"has trained on [\d,]+ tokens in 2 shards .* has [\d,]+ tokens in 3", said)
+    assert "RESUME=never starts anew" in said
+    added.unlink()
+    assert run_here(monkeypatch, environment) == 0
+    assert len(records(tmp_path, "resumed")) == 1
+
+
 def test_nothing_in_a_checkpoint_is_unpickled(monkeypatch, capsys, shards, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -425,6 +511,34 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
     assert run_here(monkeypatch, environment) == 0
     assert "step 2," in capsys.readouterr().out
     assert artifact(tmp_path) == artifact(undisturbed)
+
+
+def test_a_stop_while_a_file_is_written_leaves_no_half_one(monkeypatch, tmp_path):
+    def stop(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        t.write_whole(tmp_path / "a", b"one")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_outlives_its_console(shards, tmp_path):
+    """Whoever read it is gone, by the third line; the log's files are whole, and nothing is said at the end."""
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT)], stdout=write, stderr=subprocess.PIPE,
+        env=process_environment(quick_environment(shards, tmp_path)),
+    )  # fmt: skip
+    os.close(write)
+    with os.fdopen(read) as console:
+        for _ in range(3):
+            console.readline()
+    _, error = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, error) == (0, b"")
+    assert len(losses(tmp_path)) == 12
+    assert records(tmp_path, "final")
+    assert "_exact val_loss:" in (tmp_path / "a.txt").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

@@ -72,6 +72,41 @@ def test_shards_come_in_the_order_of_their_names_and_splits_do_not_mix(tmp_path)
         t.open_shards(str(tmp_path / "nowhere"), "train")
 
 
+@pytest.mark.parametrize(
+    ("numbers", "missing"),
+    [((0, 2), 1), ((1, 2, 4), 3), ((2, 3), 1), ((0, 1, 2), None), ((7,), None)],
+)
+def test_a_gap_in_the_numbers_of_shards_is_refused(tmp_path, numbers, missing):
+    """Half of a text has a score like any other. A single shard, and another series, are no gap."""
+    for number in numbers:
+        write_shard(tmp_path / f"a_val_{number:06d}.bin", [1])
+    write_shard(tmp_path / "b_val_000000.bin", [1])
+    write_shard(tmp_path / "b_val_20301231.bin", [1])
+    if missing is None:
+        assert len(t.shard_paths(str(tmp_path), "val")) == len(numbers) + 2
+        return
+    with pytest.raises(
+        t.UserError, match=f"a_val_00000{max(numbers)}.bin .* not number {missing}:"
+    ):
+        t.shard_paths(str(tmp_path), "val")
+
+
+def test_shards_of_other_names_or_lengths_have_another_summary(tmp_path):
+    def summary(**lengths: int) -> t.ShardSummary:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        for name, length in lengths.items():
+            write_shard(tmp_path / f"{name}.bin", [5] * length)
+        return t.summarize_shards(str(tmp_path), "train")
+
+    first = summary(a_train_0=9, a_train_1=3)
+    assert (first.shards, first.tokens) == (2, 12)
+    assert str(first).startswith("12 tokens in 2 shards ")
+    assert first == summary(a_train_0=9, a_train_1=3)
+    others = [summary(a_train_0=3, a_train_1=9), summary(b_train_0=9, b_train_1=3)]
+    assert len({first.digest, *(other.digest for other in others)}) == 3
+
+
 def test_validation_is_all_shards_in_one_stream(tmp_path, byte_tokenizer):
     write_shard(tmp_path / "a_val_0.bin", range(100))
     write_shard(tmp_path / "a_val_1.bin", range(100, 150))

@@ -176,6 +176,33 @@ def test_the_loss_after_quantization_is_that_of_the_artifact_in_plain_windows(tr
     assert score.val_loss == pytest.approx(logged["val_loss"], rel=1e-6)
 
 
+def test_the_log_begins_with_what_was_asked_for_and_says_what_scores_are_of(trained, shards):
+    lines = trained.text.splitlines()
+    assert lines[0].startswith("settings given: ")
+    assert "ITERATIONS=6" in lines[0].split()
+    assert lines[1].startswith("python=")
+    events = {record["event"]: record for record in trained.records}
+    (tokens,) = t.open_shards(str(shards), "val")
+    scored = events["validation_data"]
+    text = t.Tokenizer(str(shards / "tokenizer.model"), 512).target_bytes(tokens).sum()
+    assert (scored["shards"], scored["tokens"], scored["bytes"]) == (1, len(tokens), text)
+    assert scored["scored_tokens"] == len(tokens) - 1
+    assert scored["documents"] == np.count_nonzero(tokens == t.BOS_ID)
+    lengths = [len(shard) for shard in t.open_shards(str(shards), "train")]
+    trained_on = events["training_data"]
+    assert (trained_on["shards"], trained_on["tokens"]) == (2, sum(lengths))
+
+
+def test_steps_say_how_fast_they_are_and_how_long_it_takes(trained):
+    steps = [record for record in trained.records if record["event"] == "train"]
+    for record in steps:
+        seconds = record["train_ms"] / 1000
+        speed = 128 * record["step"] / seconds
+        assert record["tokens_per_second"] == pytest.approx(speed, abs=1)
+        left = seconds * (6 - record["step"]) / record["step"]
+        assert record["seconds_left"] == pytest.approx(left, abs=0.1)
+
+
 def test_six_steps_learn_something(trained):
     losses = [record["train_loss"] for record in trained.records if record["event"] == "train"]
     assert losses[-1] < losses[0] - 0.3
@@ -645,6 +672,49 @@ def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_p
     text = (tmp_path / "a.txt").read_text()
     assert "step:2/40 train_loss:nan" in text
     assert len(re.findall(r"s left skipped_steps:1$", text, re.M)) == len(counts) - 1
+
+
+def test_two_runs_of_one_second_have_two_names(monkeypatch, tmp_path):
+    monkeypatch.setattr(t.time, "strftime", lambda form: "20300101-000000")
+    settings = tiny(log_dir=str(tmp_path / "logs"))
+    names = [t.choose_run_id(settings, {}) for _ in range(3)]
+    assert names == [f"20300101-000000-tiny-1337{end}" for end in ("", "-2", "-3")]
+    again = {"TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_RUN_ID": "mine"}
+    assert t.choose_run_id(settings, again) == t.choose_run_id(settings, again)
+    with pytest.raises(t.UserError, match="needs a RUN_ID"):
+        t.choose_run_id(settings, again | {"TORCHELASTIC_RUN_ID": "none"})
+
+
+def test_the_name_of_a_run_that_still_lives_is_refused(monkeypatch, capsys, shards, tmp_path):
+    """And free again once that has ended, however it did."""
+    environment = run_environment(shards, tmp_path, iterations=1)
+    hold = "import sys, train_gpt as t; f = open(sys.argv[1], 'ab'); t.claim_file(f); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "a.txt")], cwd=SCRIPT.parent,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_environment({}),
+    )  # fmt: skip
+    other.stdout.readline()
+    said = mistake(monkeypatch, capsys, environment)
+    assert "a.txt belongs to a run that has not ended" in said
+    other.kill()
+    other.wait()
+    assert run_here(monkeypatch, environment) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251"])
+def test_a_console_without_some_signs_ends_nothing(shards, tmp_path, encoding):
+    console = process_environment({"PYTHONIOENCODING": encoding})
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], env=console, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    environment = run_environment(shards, tmp_path, data_path=tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], env=environment | console, capture_output=True
+    )
+    assert done.returncode == 2
+    assert b"hardware=1 \\xd7 CPU" in done.stdout
+    assert done.stderr.startswith(b"train_gpt.py: error: no *_val_*.bin shards in ")
+    assert done.stderr.count(b"\n") == 1
+    assert "hardware=1 × CPU" in (tmp_path / "a.txt").read_text(encoding="utf-8")
 
 
 def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
