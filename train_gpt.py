@@ -3854,15 +3854,15 @@ def quantize_model(
 #     ...
 #
 # Steps are float16, those of the recurrence's rows too: exact_steps() made numbers of them that
-# float16 holds, so that float_type() costs no bit. Those rows are finer by their integers, of 8 bits.
+# float16 holds, so that float_type() costs no bit. Those rows are finer by their 8-bit integers.
 
 
 ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
 MOST_NUMBERS = 1 << 26  # of a model that is loaded: 256 MB in float32
 DIGEST_BYTES = 32
 
-# The entropy coder: asymmetric numeral systems (arXiv 1311.2540), within 0.2 % of the entropy, where
-# LZMA takes 3 to 8 % more. A value that comes f times in 65,536 should take log2(65,536 / f) bits.
+# The entropy coder: asymmetric numeral systems (arXiv 1311.2540), within 0.2 % of the entropy; LZMA
+# takes 3 to 8 % more. A value that comes f times in 65,536 should take log2(65,536 / f) bits.
 # The state is one whole number, used as a stack of values: each makes it about 65,536 / f times as
 # large, and can be taken off again, for the 65,536 remainders are shared out as slots, f to each
 # value. Values are put on last first, so that they are taken off in order.
@@ -3977,7 +3977,7 @@ def decode_integers(
 
 
 def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
-    """What an artifact's header holds: its model's settings, and its tokenizer's name by its bytes."""
+    """What an artifact's header holds: its model's settings, and a sum that names its tokenizer."""
     header = {name: getattr(settings, name) for name in MODEL_FIELDS}
     return header | {"tokenizer_sha256": tokenizer_sha256}
 

@@ -512,6 +512,7 @@ def reason_of(message: str, path: Path) -> str:
         return "a setting in the header that cannot be"
     text = message.replace(str(path), "FILE").replace(str(path.parent), "FOLDER")
     text = re.sub(r"-?\d+", "N", re.sub(r"\b[a-z0-9_]+ in its header", "NAME in its header", text))
+    text = re.sub(r"(settings (?:that|of) this script[a-z ]*): .*", r"\1", text)
     return re.split(r"[:;] (?=set|see|another|download)", text)[0]
 
 
