@@ -3525,8 +3525,8 @@ def grid_limits(model) -> dict[str, Tensor]:
     """The largest integer in each row of every matrix that is stored as integers.
 
     Returns float32 (rows, 1) by the weight's name, for all linear layers and embeddings. Most rows
-    have INT6_MAX, or TERNARY_MAX with QUANTIZER=ternary. INT8_MAX have the embedding, which is the
-    output matrix too, and the rows that make Mamba's step sizes, decays, trapezoids and angles,
+    have INT6_MAX, or TERNARY_MAX with QUANTIZER=ternary. INT8_MAX have the embedding and the output
+    matrix, where they are not one, and the rows that make Mamba's step sizes, decays, trapezoids and angles,
     whose errors the recurrence compounds: the last dynamics_rows of in_proj; in the first Mamba
     all of x_proj and dt_proj.
     """
@@ -3536,7 +3536,7 @@ def grid_limits(model) -> dict[str, Tensor]:
         if not isinstance(layer, (nn.Linear, nn.Embedding)):
             continue
         rows = torch.full_like(layer.weight[:, :1], usual)
-        if name == "embedding" or name.endswith((".x_proj", ".dt_proj")):
+        if name in ("embedding", "output_embedding") or name.endswith((".x_proj", ".dt_proj")):
             rows[:] = INT8_MAX
         elif name.endswith(".in_proj"):
             first_dynamic = len(rows) - layer.dynamics_rows
@@ -3680,7 +3680,7 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
 
     sequences (n, T) int64 are this rank's calibration tokens, of which rows run at once. Returns
     float32 (columns, columns), summed over all ranks, by the weight's name: for linear layers, and
-    for the embedding as output matrix. With H, weights that are off by D (rows, columns) change
+    for the output matrix. With H, weights that are off by D (rows, columns) change
     the layer's outputs, squared and summed over all inputs, by sum(D H * D) / 2.
     """
     hessians: dict[str, Tensor] = {}
@@ -3697,7 +3697,7 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
         handle = layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
         hooks.append(handle)
     for batch in sequences.split(rows):
-        add("embedding.weight", model(batch, model.full_order))
+        add(model.output_name, model(batch, model.full_order))
     for handle in hooks:
         handle.remove()
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}

@@ -272,6 +272,11 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     assert relative(hessians["blocks.0.mixer.out_proj.weight"], 2 * y.T @ y) < 1e-5
     missing = set(t.grid_limits(model)) - set(hessians)
     assert missing == {"bigram_embedding.weight"}
+    untied = random_model(tiny(tie_embeddings=False))
+    hessians, limits = t.collect_hessians(untied, tokens, SOLO, rows=2), t.grid_limits(untied)
+    assert set(limits) - set(hessians) == {"bigram_embedding.weight", "embedding.weight"}
+    for name in ("embedding.weight", "output_embedding.weight"):
+        assert torch.equal(limits[name], row_limits(512, 512))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
