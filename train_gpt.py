@@ -248,6 +248,7 @@ class Settings:
     num_kv_heads: int = width(4, "key/value heads", "heads")
     rope_fraction: float = env(1.0, "of attention's heads", "part", high=1)
     rope_base: float = env(10_000.0, "of the pairs' frequencies", "factor", low=1)
+    xsa_last_n: int = env(0, "last layers that attend to other tokens alone", "layers", high=256)
     qk_gain_init: float = env(1.5, "queries' first gain", "factor", high=WIDEST)
     mamba_version: int = env(3, "1: the first Mamba, a selective scan", choices=(1, 2, 3))
     mamba_d_state: int = env(64, "state per channel", "numbers", high=1024, above_zero=True)
@@ -426,7 +427,8 @@ FIELDS = [f.name for f in fields(Settings)]
 
 def fields_of(*groups: str) -> list[str]:
     """Names of the settings of some groups, in their order."""
-    names, group = [], ""
+    names = []
+    group = ""
     for f in fields(Settings):
         group = f.metadata["group"] or group
         if group in groups:
@@ -556,9 +558,10 @@ def convert_quantizer(environment: dict[str, str], settings) -> str:
     hessians = parse_value("USE_GPTQ", environment.get("USE_GPTQ", "1"), bool)
     search = parse_value("GPTQ_LITE", environment.get("GPTQ_LITE", "0"), bool)
     need(hessians or not search, "GPTQ_LITE=1 searches clips for GPTQ here: leave out USE_GPTQ=0")
-    if not hessians:
-        return "round"
-    return "percentile" if search else "gptq"
+    if search:
+        return "percentile"
+    usual = "gptq" if settings.quantizer == "round" else settings.quantizer
+    return usual if hessians else "round"
 
 
 def convert_average(environment: dict[str, str], settings) -> str:
@@ -585,9 +588,9 @@ def convert_sequences(environment: dict[str, str], settings) -> str:
 
 
 def convert_cuda(environment: dict[str, str], settings) -> str:
-    """SCAN_BACKEND of MAMBA_USE_CUDA: the fastest, or the loop."""
+    """SCAN_BACKEND of MAMBA_USE_CUDA: the usual, or the loop."""
     cuda = parse_value("MAMBA_USE_CUDA", environment.get("MAMBA_USE_CUDA", "1"), bool)
-    return "auto" if cuda else "sequential"
+    return settings.scan_backend if cuda else "sequential"
 
 
 # Every other name that is understood.
@@ -666,7 +669,6 @@ REFUSALS = {
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
     "VALUE_RESIDUAL=0": "a layer's values are its own",
     "VE_DIM VE_ENABLED=0 VE_LAYERS": "there are no value embeddings",
-    "XSA_LAST_N=0": "attention keeps what it reads of a token's own value",
     # Not the contest's, but reached for.
     "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
     "DROPOUT=0": "nothing is dropped",
@@ -700,7 +702,8 @@ def translate_names(environment: dict[str, str], settings) -> tuple[dict[str, st
     settings are the environment's without other names. Raises UserError for a name that is refused,
     or that contradicts ours.
     """
-    added, lines = {}, []
+    added = {}
+    lines = []
     for name, (value, reason) in refused_names().items():
         if name in environment:
             text = environment[name]
@@ -731,23 +734,12 @@ STRANGERS = {"MAMBA_EXE", "MAMBA_FORCE_BUILD", "MODEL_DIR"}
 def one_letter_off(text: str, name: str) -> bool:
     """Whether one letter more, less or changed, or two that changed places, make text of name."""
     alike = len(os.path.commonprefix([text, name]))
-    text_rest, name_rest = text[alike:], name[alike:]
-    if text_rest[1:] == name_rest or text_rest == name_rest[1:] or text_rest[1:] == name_rest[1:]:
+    text = text[alike:]
+    name = name[alike:]
+    if text[1:] == name or text == name[1:] or text[1:] == name[1:]:
         return True
-    swapped = text_rest[:2] == name_rest[1::-1]
-    return swapped and text_rest[2:] == name_rest[2:]
-
-
-def is_misspelt(flat: str, known: str) -> bool:
-    """Whether one name without underscores is a slip of another: it differs by a letter, goes on
-    where a long name ends, or is nine tenths of a long name."""
-    if one_letter_off(flat, known):
-        return True
-    if flat.startswith(known) and len(known) >= 10:
-        return True
-    if min(len(flat), len(known)) < 12:
-        return False
-    return difflib.SequenceMatcher(None, flat, known).ratio() >= 0.9
+    swapped = text[:2] == name[1::-1]
+    return swapped and text[2:] == name[2:]
 
 
 def easily_misspelt() -> dict[str, str]:
@@ -760,18 +752,28 @@ def easily_misspelt() -> dict[str, str]:
     return names
 
 
-def refuse_misspelt(environment: dict[str, str]):
-    """Raises UserError for a variable that is meant for us but unknown.
+def is_meant_for_us(variable: str, names: dict[str, str]) -> bool:
+    """Whether an unknown variable is rather a slip of one of the names than another program's.
 
-    That is one that differs from a known name by case and underscores alone, one that begins as
-    only ours do, or one that is_misspelt(). Others are other programs', and are let be.
+    It is if it begins as only ours do, or if without case and underscores it is a name with at
+    most one letter wrong, goes on where a long name ends, or is nine tenths of a long name.
     """
+    flat = variable.upper().replace("_", "")
+    if variable.startswith(FAMILIES) or any(one_letter_off(flat, name) for name in names):
+        return True
+    if any(flat.startswith(name) and len(name) >= 10 for name in names):
+        return True
+    long_names = [name for name in names if len(name) >= 12]
+    return len(flat) >= 12 and bool(difflib.get_close_matches(flat, long_names, 1, 0.9))
+
+
+def refuse_misspelt(environment: dict[str, str]):
+    """Raises UserError for an unknown variable that is_meant_for_us(); others are let be."""
     known = {field_name.upper() for field_name in FIELDS} | ALIASES.keys() | refused_names().keys()
     names = easily_misspelt()
     for variable in sorted(environment.keys() - known - STRANGERS):
-        flat = variable.upper().replace("_", "")
-        ours = variable.startswith(FAMILIES) or any(is_misspelt(flat, name) for name in names)
-        if ours and not variable.startswith("_"):
+        if not variable.startswith("_") and is_meant_for_us(variable, names):
+            flat = variable.upper().replace("_", "")
             (closest,) = difflib.get_close_matches(flat, names, 1, 0.0)
             meant = names[closest]
             raise UserError(f"{variable} is not a setting; did you mean {meant}? (see --help)")
@@ -815,7 +817,7 @@ def parse_value(name: str, text: str, kind: type):
         value = kind(text)
     except (ValueError, KeyError):
         value = math.nan
-    if isinstance(value, str) or math.isfinite(value):
+    if not isinstance(value, float) or math.isfinite(value):
         return value
     wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
     raise UserError(f'{name}="{shown(text)}" should be {wanted}')
@@ -2015,11 +2017,14 @@ class Attention(nn.Module):
     Queries and keys are RMS-normed (QK norm, arXiv 2010.04245), so that scores stay bounded
     whatever the weights do; queries take a learned gain per head instead of the lost length. Each
     head's output is gated by twice a sigmoid (arXiv 2505.06708, here of the first channels only,
-    as in modded-nanogpt): a head may be silent, which softmax alone does not allow.
+    as in modded-nanogpt): a head may be silent, which softmax alone does not allow. An exclusive
+    layer (XSA_LAST_N) takes from a head's output what lies along the token's own value, which the
+    residual stream has anyway.
     """
 
-    def __init__(self, settings):
+    def __init__(self, settings, exclusive: bool = False):
         super().__init__()
+        self.exclusive = exclusive
         width = settings.model_dim
         self.head_dim = width // settings.num_heads
         kv_width = settings.num_kv_heads * self.head_dim
@@ -2034,7 +2039,7 @@ class Attention(nn.Module):
         """x (B, T, width), normed, -> what the layer adds to the residual stream, same shape."""
         query, key, value = self.project(x, context.cos, context.sin)
         y = attend(query, key, value, context.documents, context.attention_backend)
-        return self.read_out(x, y)
+        return self.read_out(x, y, value)
 
     def resume(
         self, x: Tensor, context: StreamContext, state: "AttentionState"
@@ -2051,7 +2056,7 @@ class Attention(nn.Module):
         y_w = attend(query_w, key_w, value_w, context.in_windows, context.attention_backend)
         y = y_w.flatten(0, 1)[context.outputs].unsqueeze(0)
         kept = AttentionState(key[:, -overlap:].clone(), value[:, -overlap:].clone())
-        return self.read_out(x, y), kept
+        return self.read_out(x, y, value[:, overlap:]), kept
 
     def step(self, x: Tensor, context, state: "AttentionState") -> tuple[Tensor, "AttentionState"]:
         """forward() of each text's next token, x (B, 1, width): it sees the L - 1 before it."""
@@ -2062,7 +2067,7 @@ class Attention(nn.Module):
         turned_query = rotary(query, cos[-1:], sin[-1:])
         turned_key = rotary(key, cos, sin)
         y = attend_by_formula(turned_query, turned_key, value, context.documents)
-        return self.read_out(x, y), AttentionState(key[:, 1:], value[:, 1:])
+        return self.read_out(x, y, value[:, -1:]), AttentionState(key[:, 1:], value[:, 1:])
 
     def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> "AttentionState":
         """The state before a text's first token: room for `kept` tokens' keys and values."""
@@ -2083,11 +2088,23 @@ class Attention(nn.Module):
         gain = self.query_gain.to(x.dtype)[:, None]
         return norm(query) * gain, norm(key), value
 
-    def read_out(self, x: Tensor, y: Tensor) -> Tensor:
-        """Heads' outputs y (B, T, heads, D), gated by the layer's input x, -> (B, T, width)."""
+    def read_out(self, x: Tensor, y: Tensor, value: Tensor) -> Tensor:
+        """Heads' outputs y (B, T, heads, D), gated by the layer's input x, -> (B, T, width).
+
+        value (B, T, kv heads, D): the tokens' own, for exclusive layers.
+        """
+        if self.exclusive:
+            y = without_own_value(y, value)
         opening = F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype))
         gate = 2 * opening.sigmoid()  # (B, T, heads), 1 for a new model
         return self.out((y * gate.unsqueeze(-1)).flatten(2))
+
+
+def without_own_value(y: Tensor, value: Tensor) -> Tensor:
+    """y (B, T, heads, D) less its part along the token's value (B, T, kv heads, D)."""
+    sharing = y.shape[2] // value.shape[2]
+    direction = F.normalize(value, dim=-1).repeat_interleave(sharing, dim=2)
+    return y - (y * direction).sum(dim=-1, keepdim=True) * direction
 
 
 class ShortConv(nn.Module):
@@ -2329,7 +2346,8 @@ class Block(nn.Module):
         super().__init__()
         has_mamba = layer in parse_layers(settings, "mamba_layers")
         has_mlp = layer in parse_layers(settings, "mlp_layers")
-        self.mixer = Mamba(settings, device) if has_mamba else Attention(settings)
+        exclusive = layer >= settings.num_layers - settings.xsa_last_n
+        self.mixer = Mamba(settings, device) if has_mamba else Attention(settings, exclusive)
         self.mlp = MLP(settings) if has_mlp else None
         self.residual_mix = nn.Parameter(initial("residual mix", 2))
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
@@ -2528,7 +2546,7 @@ class Model(nn.Module):
 
         def run(place: int, block: Block, x: Tensor) -> Tensor:
             x = block.enter(x, embedded)
-            y, left = block.mixer.step(norm(x), context, state.layers[place])
+            y, left = block.mixer.step(block.layer_input(x), context, state.layers[place])
             overwrite(state.layers[place], left)
             return block.leave(x + y)
 
@@ -3526,8 +3544,9 @@ def grid_limits(model) -> dict[str, Tensor]:
 
     Returns float32 (rows, 1) by the weight's name, for all linear layers and embeddings. Most rows
     have INT6_MAX, or TERNARY_MAX with QUANTIZER=ternary. INT8_MAX have the embedding and the output
-    matrix, where they are not one, and the rows that make Mamba's step sizes, decays, trapezoids and angles,
-    whose errors the recurrence compounds: the last dynamics_rows of in_proj; in the first Mamba
+    matrix, where they are not one, and the rows that make Mamba's step sizes, decays, trapezoids
+    and angles, whose errors the recurrence compounds: the last dynamics_rows of in_proj; in the
+    first Mamba
     all of x_proj and dt_proj.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
@@ -4014,6 +4033,7 @@ def seal(magic: bytes, header: dict, *payload) -> list:
 # one that a header holds (artifact_header(), Trainer.header()) adds here what the script did
 # without it, which stays for good, whatever becomes of the setting's default.
 FORMER_DEFAULTS = {
+    "xsa_last_n": 0,
     "training_data": "",
     "document_scope": "scans",
     "rope_base": 10_000.0,

@@ -15,7 +15,7 @@ VARIANTS = {
     "recurrent": {"layer_order": "0,1,2,1,2"},
     "Mamba-2": {"mamba_version": 2, "mamba_layers": "all"},
     "attention": {"mamba_layers": "none", "rope_fraction": 0.5},
-    "untied": {"tie_embeddings": False, "ln_scale": True, "rope_base": 100.0},
+    "untied": {"tie_embeddings": False, "ln_scale": True, "rope_base": 100.0, "xsa_last_n": 2},
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 

@@ -106,6 +106,8 @@ TRANSLATIONS = [  # environment, and what it comes to
     ({"GPTQ_CALIB_BATCHES": "3", "TRAIN_BATCH_TOKENS": "4096"}, {"calibration_tokens": 12_288}),
     ({"GPTQ_NUM_SEQS": "4", "GPTQ_GEN_LEN": "512"}, {"calibration_tokens": 2048}),
     ({"GPTQ_NUM_SEQS": "4"}, {"calibration_tokens": 8192}),
+    ({"MAMBA_USE_CUDA": "1", "SCAN_BACKEND": "chunked"}, {"scan_backend": "chunked"}),
+    ({"USE_GPTQ": "1", "QUANTIZER": "dsq"}, {"quantizer": "dsq"}),
     ({"MAMBA_USE_CUDA": "0"}, {"scan_backend": "sequential"}),
     ({"SWA_ENABLED": "1"}, {"average": "ema+swa"}),
     ({"SWA_ENABLED": "1", "EMA_ENABLED": "0"}, {"average": "swa"}),
@@ -216,6 +218,7 @@ TWO_LOSSES = [  # name, two values, what else is set
     ("LN_SCALE", "0", "1", {}),
     ("ROPE_BASE", "10000", "50", {}),
     ("ROPE_DIMS", "4", "8", {}),
+    ("XSA_LAST_N", "0", "2", {}),
     ("SWA_ENABLED", "0", "1", {}),
     ("EMA_ENABLED", "0", "1", {}),
     ("SWA_EVERY", "1", "2", {"SWA_ENABLED": "1"}),
@@ -258,6 +261,17 @@ def test_two_values_give_two_scores(name, one, other):
             model = t.build_model(settings, SOLO)
         losses.append(t.Evaluator(model, settings, SOLO, validation).evaluate().val_loss)
     assert losses[0] != losses[1]
+
+
+def test_exclusive_attention_reads_nothing_along_a_tokens_own_value():
+    y, value = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    y = t.without_own_value(y, value)
+    along = (y.unflatten(2, (2, 2)) * value.unsqueeze(3)).sum(-1)  # two heads share a value
+    assert along.abs().max() < 1e-5
+    model = t.build_model(t.read_settings(tiny_environment(xsa_last_n=1))[0], SOLO)
+    assert not model.blocks[1].mixer.exclusive  # layer 1 of 0 to 2 is the one of attention
+    model = t.build_model(t.read_settings(tiny_environment(xsa_last_n=2))[0], SOLO)
+    assert model.blocks[1].mixer.exclusive
 
 
 def test_frozen_blocks_stay_while_the_rest_adapts():

@@ -24,6 +24,7 @@ NAMES = {f.name.upper() for f in dataclasses.fields(t.Settings)}
         (" 12 ", int, 12),
         ("1_048_576", int, 1_048_576),
         ("-1", int, -1),
+        ("9" * 400, int, int("9" * 400)),
         ("3e-3", float, 0.003),
         ("7", float, 7.0),
         (" kept as it is ", str, " kept as it is "),
@@ -46,6 +47,7 @@ def test_values_get_the_type_of_the_default(text, kind, value):
         ("", int),
         ("nan", float),
         ("inf", float),
+        ("1e999", float),
     ]
     + [("-inf", float), ("0,1", float), ("9" * 5000, int)],
 )
@@ -86,6 +88,11 @@ def test_lists_say_which_layers_are_mamba_and_have_an_mlp():
         ("MAMBA_STATE", "MAMBA_D_STATE"),
         ("MUON_MOMENTUM_WARM_UP", "MUON_MOMENTUM_WARMUP_ST"),
         ("vocab_size", "VOCAB_SIZE"),
+        ("MODEL_DMI", "MODEL_DIM"),
+        ("ITERATION", "ITERATIONS"),
+        ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
+        ("TRAINING_BATCH_TOKENS", "TRAIN_BATCH_TOKENS"),
+        ("GPTQ_CLIP_SIGMA", "GPTQ_CLIP_SIGMAS"),
     ],
 )
 def test_a_misspelt_variable_is_refused_and_the_nearest_name_offered(wrong, meant):
@@ -100,7 +107,10 @@ ORDINARY = """
     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID OMP_NUM_THREADS
     CUDA_VISIBLE_DEVICES NCCL_DEBUG TORCH_LOGS TOKENIZERS_PARALLELISM PYTORCH_CUDA_ALLOC_CONF HF_HOME
     WANDB_MODE SLURM_JOB_ID RUNPOD_POD_ID RUNPOD_GPU_COUNT CONDA_PREFIX MAMBA_EXE MAMBA_ROOT_PREFIX MAMBA_FORCE_BUILD
-    TORCHINDUCTOR_CACHE_DIR TORCHINDUCTOR_FX_GRAPH_CACHE TRITON_CACHE_DIR
+    TORCHINDUCTOR_CACHE_DIR TORCHINDUCTOR_FX_GRAPH_CACHE TRITON_CACHE_DIR MAMBA_USER MAMBA_USER_ID MAMBA_USER_GID
+    MAMBA_SKIP_CUDA_BUILD MAMBA_FORCE_CXX11_ABI MAMBA_NO_BANNER NUM_THREADS NUM_WORKERS NUM_GPUS MODEL_DIR MODEL_PATH
+    MODEL_NAME COMPILER COMPILE_THREADS ARTIFACTS ARTIFACT_DIR LOGDIR LOGS LOG_LEVEL DEVICES DEVICE_ID ROPE PRESETS
+    SEEDS RUN_NAME RUN_DIR DATA_DIR DATASET_PATH TRAIN_DATA VOCAB TOKENIZER PROFILE LAYERS_DIR seed
 """
 
 
