@@ -3546,8 +3546,7 @@ def grid_limits(model) -> dict[str, Tensor]:
     have INT6_MAX, or TERNARY_MAX with QUANTIZER=ternary. INT8_MAX have the embedding and the output
     matrix, where they are not one, and the rows that make Mamba's step sizes, decays, trapezoids
     and angles, whose errors the recurrence compounds: the last dynamics_rows of in_proj; in the
-    first Mamba
-    all of x_proj and dt_proj.
+    first Mamba all of x_proj and dt_proj.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}

@@ -16,6 +16,12 @@ VARIANTS = {
     "the first Mamba": HINGE | {"mamba_version": 1},
     "heavy tails, no skips": {"mamba_decay": "heavy_tail", "unet_skips": False},
     "attention, part of it turned": {"mamba_layers": "none", "rope_fraction": 0.5},
+    "exclusive, untied, scaled by depth": {
+        "xsa_last_n": 2,
+        "tie_embeddings": False,
+        "ln_scale": True,
+        "rope_base": 100.0,
+    },
     "no bigrams": {"bigram_vocab_size": 0},
     "documents, Mamba-3": HINGE | {"document_reset": True},
     "documents, Mamba-2": {"document_reset": True, "mamba_version": 2},
