@@ -2881,12 +2881,9 @@ class Optimizers:
         self.skip = torch.zeros((), device=ranks.device)
         self.skipped = torch.zeros(3, device=ranks.device)
         self.muon = Muon(matrix_groups(model, settings, ranks), settings, ranks)
+        betas = settings.beta1, settings.beta2
         self.adam = torch.optim.AdamW(
-            adam_groups(model, settings),
-            lr=0.0,
-            betas=(settings.beta1, settings.beta2),
-            fused=True,
-            capturable=ranks.gpu,
+            adam_groups(model, settings), lr=0.0, betas=betas, fused=True, capturable=ranks.gpu
         )
         self.allocate_state()
 
@@ -3017,7 +3014,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self) -> str:
-        """Puts the average in the weights' place; says what it was. Without snapshots, swa is not."""
+        """Puts the average in the weights' place; says which. Without a snapshot there is no swa."""
         if self.swa and self.snapshots > 0:
             torch._foreach_copy_(self.parameters, self.swa)
             return f"{int(self.snapshots)} snapshots of {'the ema' if self.ema else 'the weights'}"

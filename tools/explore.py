@@ -150,7 +150,11 @@ def install_idea(path: Path) -> None:
 
 
 def explore(name: str, settings: t.Settings, parts: list[float], every: int, export: bool) -> dict:
-    """Trains one variant; returns what its line holds."""
+    """Trains one variant; returns what its line holds.
+
+    parts: of a run, over which averages look back that are taken every few steps, as --averages
+    and --every say; if empty, the run has its own. The best one is exported.
+    """
     torch._dynamo.reset()  # or the variants before count as recompilations
     ranks = t.start_ranks(settings)
     log = Tally(name)

@@ -143,15 +143,26 @@ def fused_cross_entropy(
 
 
 @fused_cross_entropy.register_fake
-def _(hidden, weight, tokens, targets, impossible, cap, slopes):
+def possible_fake(hidden, weight, tokens, targets, impossible, cap, slopes):
+    """The outputs without their values."""
     shape = (len(hidden), len(weight)) if slopes else (0,)
     return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(shape)
 
 
-fused_cross_entropy.register_autograd(
-    lambda ctx, d_nats, _: (*t.cross_entropy_autograd(ctx, d_nats, _)[:2], *[None] * 5),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
-)
+def possible_context(ctx, inputs, output) -> None:
+    """What the backward pass needs: hidden states, weight and the logits' gradients."""
+    hidden, weight, *_ = inputs
+    _, gradients = output
+    ctx.save_for_backward(hidden, weight, gradients)
+
+
+def possible_autograd(ctx, d_nats: Tensor, d_logits: None):
+    """Gradients of hidden states and weight, as the script's own operator has them."""
+    d_hidden, d_weight, *_ = t.cross_entropy_autograd(ctx, d_nats, d_logits)
+    return d_hidden, d_weight, None, None, None, None, None
+
+
+fused_cross_entropy.register_autograd(possible_autograd, setup_context=possible_context)
 
 
 def install(script) -> None:

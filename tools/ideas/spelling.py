@@ -45,7 +45,9 @@ def feature_matrix(tokenizer: t.Tokenizer, most: int) -> Tensor:
     ids = list(range(len(tokenizer.is_special)))
     spelled = ~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids))
     pieces = tokenizer.model.IdToPiece(ids)
-    found = [Counter(features(pieces[token])) if spelled[token] else Counter() for token in ids]
+    found = [Counter() for _ in ids]
+    for token in np.flatnonzero(spelled):
+        found[token].update(features(pieces[token]))
     tokens_with = Counter(name for names in found for name in names)
     frequent = tokens_with.most_common(most)
     shared = [name for name, count in frequent if count > 1]
@@ -58,7 +60,7 @@ def feature_matrix(tokenizer: t.Tokenizer, most: int) -> Tensor:
 
 
 class SharedBySpelling(nn.Module):
-    """Adds to a table (V, width) what its rows share: matrix (V, features) times learned vectors."""
+    """Adds to a table (V, width) what its rows share: matrix (V, features) by learned vectors."""
 
     def __init__(self, matrix: Tensor, width: int):
         super().__init__()
