@@ -1809,13 +1809,25 @@ def initial(kind: str, *shape: int) -> Tensor:
     raise ValueError(kind)
 
 
+class Documents(NamedTuple):
+    """Where the documents of a batch of windows end, in the forms that layers ask for.
+
+    A window that begins within a document reads that document from the window's start on.
+    """
+
+    reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
+    blocks: "BlockMask | None" = None  # for backend flex
+    edges: Tensor | None = None  # for flash, fa2, fa3: document_edges()
+    crowded: Tensor | None = None  # likewise
+
+
 class Context(NamedTuple):
     """What every block of one forward pass shares."""
 
     document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
     cos: Tensor  # (T, rotating pairs)
     sin: Tensor
-    documents: "Documents | None" = None  # where attention and convolutions end; None: nowhere
+    documents: Documents | None = None  # where attention and convolutions end; None: nowhere
     attention_backend: str = "auto"
 
 
@@ -1831,8 +1843,8 @@ class StreamContext(NamedTuple):
     sin: Tensor
     windows: Tensor  # (W, L) int64, the places that each window reads, in order
     outputs: Tensor  # (T,) int64, where each token's own query stands in the windows, row by row
-    documents: "Documents | None"  # of the T tokens, for convolutions; None: they do not end
-    in_windows: "Documents | None"  # of each window, for attention
+    documents: Documents | None  # of the T tokens, for convolutions; None: they do not end
+    in_windows: Documents | None  # of each window, for attention
     attention_backend: str
 
 
@@ -1886,18 +1898,6 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, D)
     y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2)
-
-
-class Documents(NamedTuple):
-    """Where the documents of a batch of windows end, in the forms that layers ask for.
-
-    A window that begins within a document reads that document from the window's start on.
-    """
-
-    reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
-    blocks: "BlockMask | None" = None  # for backend flex
-    edges: Tensor | None = None  # for flash, fa2, fa3: document_edges()
-    crowded: Tensor | None = None  # likewise
 
 
 def find_documents(start: Tensor, backend: str) -> Documents:
@@ -2119,7 +2119,7 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(initial("convolution", channels, width))
         self.bias = nn.Parameter(initial("zero", channels))
 
-    def forward(self, x: Tensor, documents: "Documents | None" = None, fused=False) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None, fused=False) -> Tensor:
         """x (B, T, channels) -> the same shape; taps end where a document starts.
 
         fused: by the library causal_conv1d, on a GPU and without documents.
@@ -2140,7 +2140,7 @@ class ShortConv(nn.Module):
         return F.silu(bias + total)
 
     def resume(
-        self, x: Tensor, before: Tensor, documents: "Documents | None", fused: bool
+        self, x: Tensor, before: Tensor, documents: Documents | None, fused: bool
     ) -> tuple[Tensor, Tensor]:
         """forward() of x (B, T, channels) behind the last width - 1 tokens, and what follows them.
 
@@ -7016,7 +7016,7 @@ flash_library.register_autograd(_flash_library_autograd, setup_context=_keep_fla
 
 @cache
 def attention_problem(settings, device: torch.device) -> str:
-    """Why ATTENTION_BACKEND cannot run, forward and backward on one short window; empty if it can."""
+    """Why ATTENTION_BACKEND cannot run, forward and backward, on one window; empty if it can."""
     backend = settings.attention_backend
     confined = settings.confines_documents
     if backend == "flex":
