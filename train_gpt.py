@@ -5242,6 +5242,8 @@ def main():
     settings, given, ranks = prepare_run(dict(os.environ))
     with closing(Log(settings, ranks, log_name(settings))) as log:
         log_settings(log, settings, given, ranks)
+        for line in explain_names(dict(os.environ)):
+            log(line)
         if settings.eval_only:
             settings = settings_for_artifact(settings, given, ranks.world_size)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)

@@ -264,7 +264,7 @@ MIXERS = {
     "Mamba-2": {"mamba_layers": "all", "mamba_version": 2},
     "first Mamba": {"mamba_layers": "all", "mamba_version": 1},
     "attention": {"mamba_layers": "none"},
-    "hybrid": {"layer_order": "0,1,2,1,2", "mamba_version": 2},
+    "hybrid": {"layer_order": "0,1,2,1,2", "mamba_version": 2, "xsa_last_n": 3, "ln_scale": True},
 }
 each_mixer = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 LENGTHS = (5, 1, 14, 12)  # of four documents in one window; the first runs at its start

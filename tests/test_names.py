@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import SOLO, document_stream, random_tokens, tiny_environment, validation_set
+from tests.support import (
+    SOLO,
+    document_stream,
+    random_tokens,
+    run_environment,
+    run_here,
+    tiny_environment,
+    validation_set,
+)
 
 NAMES = (Path(__file__).parent / "data" / "contest_names.txt").read_text().split()
 OURS = {name.upper() for name in t.FIELDS}
@@ -127,6 +135,15 @@ def test_another_name_sets_ours_and_the_log_says_so(environment, wanted):
     for name in aliases:
         (line,) = (x for x in lines if x.startswith(f"{name}="))
         assert f" is {t.ALIASES[name].ours}=" in line
+
+
+def test_a_runs_log_says_what_another_name_means(monkeypatch, tmp_path):
+    names = run_environment(tmp_path, tmp_path, sdclip_k=None) | {"GPTQ_CLIP_SIGMAS": "7"}
+    assert run_here(monkeypatch, names | {"USE_LZMA": "1"}) == 2  # there is no tokenizer
+    lines = (tmp_path / "a.txt").read_text(encoding="utf-8").splitlines()
+    assert "GPTQ_CLIP_SIGMAS=7 is SDCLIP_K=7 here" in lines
+    assert "SDCLIP_K=7.0" in next(line for line in lines if line.startswith("settings given:"))
+    assert any(line.startswith("USE_LZMA=1 changes nothing: ") for line in lines)
 
 
 @pytest.mark.parametrize("dims", range(2, 49, 2))
