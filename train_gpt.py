@@ -1328,7 +1328,7 @@ class Tokenizer:
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece  # only here, so that a trained model needs no tokenizer to be loaded
 
-        there = Path(path).is_file()
+        there = os.path.isfile(path)  # False, too, where Path's method would raise an error
         need(there, f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_file=path)
@@ -4328,6 +4328,8 @@ def log_settings(log, settings, given: set[str], ranks):
     values = asdict(settings)
     asked = [f"{name.upper()}={values[name]}" for name in sorted(given)]
     log(f"settings given: {' '.join(asked) or 'none'}")
+    for line in explain_names(dict(os.environ)):
+        log(line)
     machine = describe_machine(ranks)
     text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())
     log(text, "settings", machine=machine, settings=values, given=sorted(given))
@@ -4471,8 +4473,8 @@ def refuse_other_run(path: Path, theirs: dict, ours: dict):
 def comes_too_late(theirs: dict, ours: dict) -> bool:
     """Whether a checkpoint leaves less than EXPORT_RESERVE_SECONDS, which have been raised."""
     raised = theirs["export_reserve_seconds"] < ours["export_reserve_seconds"]
-    end = ours["max_wallclock_seconds"] - ours["export_reserve_seconds"]
-    return raised and theirs["seconds"] > end
+    clock = ours["max_wallclock_seconds"]
+    return raised and 0 < clock < theirs["seconds"] + ours["export_reserve_seconds"]
 
 
 class Checkpoints:
@@ -4657,6 +4659,35 @@ class StepInFlight(NamedTuple):
     longest_streak: Tensor  # () on the host, to be read once it is done
 
 
+class StepsInFlight:
+    """Steps that were launched on a GPU: the host keeps one ahead of it, so that neither idles.
+
+    Beside each, the longest streak of skipped steps travels to the host, which knows it a step
+    later without having waited for it.
+    """
+
+    def __init__(self, ranks):
+        self.gpu = ranks.gpu
+        self.steps: collections.deque[StepInFlight] = collections.deque()
+
+    def note(self, longest_streak: Tensor):
+        """A step was launched, behind which the device will have this count, ()."""
+        done = None
+        if self.gpu:
+            longest_streak = longest_streak.to("cpu", non_blocking=True)
+            done = torch.cuda.current_stream().record_event()
+        self.steps.append(StepInFlight(done, longest_streak))
+
+    def await_step_before_last(self) -> int:
+        """Its longest streak, or 0 if it was asked for before, or there is none."""
+        if len(self.steps) < 2:
+            return 0
+        step = self.steps.popleft()
+        if step.done is not None:
+            step.done.synchronize()
+        return int(step.longest_streak)
+
+
 class Vote(NamedTuple):
     """What all ranks act on alike before a step."""
 
@@ -4703,7 +4734,7 @@ class Trainer:
         self.average = make_average(model, settings)
         self.loss_function = training_loss(model, settings, ranks)
         self.graphed_steps = GraphedSteps(self.step, ranks)
-        self.in_flight: collections.deque[StepInFlight] = collections.deque()
+        self.in_flight = StepsInFlight(ranks)
         self.clock = TrainingClock()
         self.steps_done = 0
         self.steps_saved = 0  # of the newest checkpoint
@@ -4840,7 +4871,7 @@ class Trainer:
         with StopSignals() as signals:
             self.clock.start()
             while True:
-                self.await_step_before_last()
+                self.end_if_diverged(self.in_flight.await_step_before_last())
                 vote = self.vote(signals)
                 if vote.stopped:
                     self.stop(f"stopped by a signal at step {self.steps_done}")
@@ -4854,7 +4885,7 @@ class Trainer:
                 loss = self.graphed_steps(kind, tokens, targets, now.lr_factor, now.momentum)
                 self.steps_done += 1
                 self.average.update(self.steps_done, self.optimizers.skip, now.snapshot)
-                self.note_step()
+                self.in_flight.note(self.optimizers.skipped[2])
                 self.report_step(kind, loss, now, validate)
             self.finish()
 
@@ -4875,27 +4906,6 @@ class Trainer:
             self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
         return StepKind(self.model.order(now.recurrent), now.quantized)
 
-    def note_step(self):
-        """Marks the end of a step on the GPU, and sends its longest streak on the way to the host.
-
-        Nothing waits: await_step_before_last() will read it when it is there.
-        """
-        longest = self.optimizers.skipped[2]
-        if not self.ranks.gpu:
-            self.in_flight.append(StepInFlight(None, longest))
-            return
-        on_host = longest.to("cpu", non_blocking=True)
-        done = torch.cuda.current_stream().record_event()
-        self.in_flight.append(StepInFlight(done, on_host))
-
-    def await_step_before_last(self):
-        """Keeps the host no more than a step ahead, so that neither it nor the GPU ever idles."""
-        if len(self.in_flight) > 1:
-            step = self.in_flight.popleft()
-            if step.done is not None:
-                step.done.synchronize()
-            self.end_if_diverged(int(step.longest_streak))
-
     def end_if_diverged(self, longest_streak: int):
         """Ends a run in which so many steps in a row had gradients that are not finite."""
         if longest_streak >= SKIPPED_STEPS_THAT_END:
@@ -4913,7 +4923,7 @@ class Trainer:
     def finish(self):
         """Takes the averaged weights, behind a checkpoint that marks the end of training."""
         self.skipped_steps()
-        self.in_flight.clear()
+        self.in_flight.steps.clear()
         self.graphed_steps.release()
         if self.checkpoints is not None and self.steps_saved < self.steps_done:
             self.save()
@@ -5274,29 +5284,34 @@ def tolerate_consoles():
 
 
 def let_rank_0_speak_first(rank: int):
-    """Waits on other ranks: a mistake that all see is told once, for torchrun then ends them.
+    """Waits on other ranks: what all of them see is told once, for torchrun then ends them.
 
-    Seen with torchrun of torch 2.9 to 2.13: each rank's line appears. Needed as long as a mistake
-    with `torchrun --nproc_per_node=2` prints more than one line without it.
+    Seen with torchrun of torch 2.13: each rank's line appears. Needed as long as a mistake is told
+    twice by `torchrun --nproc_per_node=2` without it.
     """
     if rank:
         time.sleep(2 + rank)
 
 
-def is_collective_timeout(error: RuntimeError) -> bool:
-    """Whether a collective has waited COLLECTIVE_SECONDS in vain.
+def explain_collective(error: RuntimeError) -> str:
+    """Why a collective failed, if other ranks are to blame; "" for all other errors.
 
-    Seen with gloo of torch 2.9 to 2.13: a plain RuntimeError with "Timed out" or "timed out" in it,
-    not dist.DistBackendError. Needed until test_a_rank_that_stalls_is_named passes by type alone.
+    Seen with gloo of torch 2.13: plain RuntimeErrors, which only their text tells apart. Needed
+    until test_a_rank_that_stalls_is_named passes by type alone.
     """
-    return "imed out" in str(error) and dist.is_initialized()
+    if not dist.is_initialized():
+        return ""
+    if "imed out" in str(error):
+        return f"ranks {silent_ranks()} did not answer for {COLLECTIVE_SECONDS:g} s"
+    gone = "closed by peer" in str(error) or "reset by peer" in str(error)
+    return "another rank has ended" if gone else ""
 
 
 def silent_ranks() -> list[int]:
     """The ranks that do not say, within five seconds, that a collective has timed out for them.
 
-    Seen with torch 2.9 to 2.13: neither gloo nor NCCL tells whom they waited for, and the group's
-    store has no public name. Needed until a timeout's message names the rank.
+    Seen with torch 2.13: gloo does not tell whom it waited for, and the group's store has no public
+    name. Needed until a timeout's message names the rank.
     """
     store = dist.distributed_c10d._get_default_store()
     store.set(f"rank {dist.get_rank()}", "")
@@ -5304,28 +5319,30 @@ def silent_ranks() -> list[int]:
     return [rank for rank in range(dist.get_world_size()) if not store.check([f"rank {rank}"])]
 
 
+def explain_failure(error: BaseException) -> str:
+    """One line for what a user can mend, or has asked for; "" for a fault of this script."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by {error}; the same RUN_ID goes on from its checkpoint, if it has one"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
+    return explain_collective(error) if isinstance(error, RuntimeError) else ""
+
+
 def run() -> int:
     """main() for a command line: what goes wrong is one line; returns the exit status, 0 or 2."""
-    text = os.environ.get("RANK", "")
-    rank = int(text) if text.isdecimal() else 0
     tolerate_consoles()
     with StopSignals(at_once=True):
         try:
             main()
             return 0
-        except UserError as error:
-            problem = error
-            let_rank_0_speak_first(rank)
-        except KeyboardInterrupt as stop:
-            problem = (
-                f"stopped by {stop}; the same RUN_ID goes on from its checkpoint, if it has one"
-            )
-        except torch.OutOfMemoryError:
-            problem = "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
-        except RuntimeError as error:
-            if not is_collective_timeout(error):
+        except (Exception, KeyboardInterrupt) as error:
+            problem = explain_failure(error)
+            if not problem:
                 raise
-            problem = f"ranks {silent_ranks()} did not answer for {COLLECTIVE_SECONDS:g} s"
+            rank = os.environ.get("RANK", "")
+            let_rank_0_speak_first(int(rank) if rank.isdecimal() else 0)
         with suppress(OSError):  # nobody may be there to read it
             print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
     return 2
