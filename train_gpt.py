@@ -1848,6 +1848,15 @@ class StreamContext(NamedTuple):
     attention_backend: str
 
 
+def compact(x: Tensor) -> Tensor:
+    """A contiguous copy of part of a tensor: a view would keep all of it in memory.
+
+    A compiled block asks for equal strides, also of a dimension of size 1, where contiguous() does
+    not look.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[Tensor, Tensor]:
     """StreamContext's windows and outputs, for `length` tokens behind `overlap` earlier ones.
 
@@ -2055,7 +2064,7 @@ class Attention(nn.Module):
         key_w = rotary(key_w, context.cos, context.sin)
         y_w = attend(query_w, key_w, value_w, context.in_windows, context.attention_backend)
         y = y_w.flatten(0, 1)[context.outputs].unsqueeze(0)
-        kept = AttentionState(key[:, -overlap:].clone(), value[:, -overlap:].clone())
+        kept = AttentionState(compact(key[:, -overlap:]), compact(value[:, -overlap:]))
         return self.read_out(x, y, value[:, overlap:]), kept
 
     def step(self, x: Tensor, context, state: "AttentionState") -> tuple[Tensor, "AttentionState"]:
@@ -2151,7 +2160,7 @@ class ShortConv(nn.Module):
         if documents is not None:
             documents = Documents(F.pad(documents.reach, (earlier, 0)))
         y = self(inputs, documents, fused)[:, earlier:]
-        return y, inputs[:, x.shape[1] :].clone()
+        return y, compact(inputs[:, x.shape[1] :])
 
 
 class MambaState(NamedTuple):
@@ -2239,8 +2248,8 @@ class Mamba(nn.Module):
         )
         # The norm has no weight, so that its factor may follow out_proj: no pass over y.
         scale = (mean_square + SCAN_NORM_EPS).rsqrt().unsqueeze(-1)
-        if state is not None:  # a view would keep all tokens' keys and values in memory
-            scan = ScanState(*(x.clone() for x in scan))
+        if state is not None:
+            scan = ScanState(*(compact(x) for x in scan))
         return self.out_proj(y, scale), MambaState(scan, inputs)
 
     def step(self, u: Tensor, context, state: "MambaState") -> tuple[Tensor, "MambaState"]:
@@ -2493,7 +2502,7 @@ class Model(nn.Module):
         overlap = self.settings.attention_overlap
         missing = torch.arange(tokens.shape[1], device=tokens.device) < overlap - seen
         tokens = tokens.masked_fill(missing, BOS_ID)  # no pair ends with a stream's first token
-        embedded = self.embed(tokens[:, overlap - 1 :])[:, 1:]
+        embedded = compact(self.embed(tokens[:, overlap - 1 :])[:, 1:])
         start = tokens[:, overlap:] == BOS_ID if self.settings.document_reset else None
         windows = stream_windows(seen, overlap, embedded.shape[1], size)
         documents, in_windows = None, None
@@ -2510,7 +2519,7 @@ class Model(nn.Module):
             states.put(place, state)
             return x
 
-        return self.through_blocks(embedded, order, run)
+        return self.through_blocks(embedded.clone(), order, run)  # not one tensor in two roles
 
     def new_states(self, order: tuple[int, ...], batch: int = 1, kept: int | None = None) -> list:
         """Every mixer's state before a text's first token, by place in the order.

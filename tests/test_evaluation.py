@@ -270,7 +270,9 @@ def exact_model(settings: t.Settings) -> t.Model:
 
 def exact_rotations(model: t.Model, length: int) -> torch.Tensor:
     pairs = model.rotary_table.shape[-1]
-    frequencies = t.ROPE_BASE ** -(torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+    frequencies = model.settings.rope_base ** -(
+        torch.arange(pairs, dtype=torch.float64) / max(pairs, 1)
+    )
     return t.rotary_turns(torch.arange(length, dtype=torch.float64), frequencies)
 
 
