@@ -1,0 +1,46 @@
+"""The experiments' data: its tables are made from it, and what the digest cites is there."""
+
+import re
+
+import pytest
+
+from tools import experiments
+
+DIGEST = experiments.ROOT / "docs" / "experiments.md"
+LIMIT = 120  # lines that a reader still reads
+
+
+def test_the_tables_are_those_of_the_data():
+    text = experiments.render(experiments.read_rows(experiments.DATA))
+    assert experiments.TABLES.read_text(encoding="utf-8") == text
+
+
+def test_the_digest_is_short_and_cites_rows_that_exist():
+    text = DIGEST.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LIMIT
+    ids = [row["id"] for row in experiments.read_rows(experiments.DATA)]
+    cited = re.findall(r"`([ab]\d\d(?:-\d\d)?)`", text)
+    assert cited
+    for name in cited:
+        assert any(row == name or row.startswith(f"{name}-") for row in ids), name
+
+
+def test_open_rows_have_what_a_claim_needs():
+    for row in experiments.read_rows(experiments.DATA):
+        if row["corpus"] != experiments.CLOSED:
+            assert row["log"] and row["found"] and row["hardware"], row["id"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("a01-01,,,,,,,,,,,,", "other columns"),
+        ("x,,,,,,,,,,,,,\nx,,,,,,,,,,,,,", "stands there twice"),
+        ("x,,,,,,,,,,,,,logs/none.txt", "which is not there"),
+    ],
+)
+def test_other_data_is_refused(tmp_path, line, said):
+    path = tmp_path / "data.csv"
+    path.write_text(",".join(experiments.COLUMNS) + "\n" + line + "\n")
+    with pytest.raises(experiments.UserError, match=said):
+        experiments.read_rows(path)
