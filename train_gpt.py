@@ -3023,7 +3023,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self) -> str:
-        """Puts the average in the weights' place; says which. Without a snapshot there is no swa."""
+        """Puts the average in the weights' place; says which. Without snapshots there is no swa."""
         if self.swa and self.snapshots > 0:
             torch._foreach_copy_(self.parameters, self.swa)
             return f"{int(self.snapshots)} snapshots of {'the ema' if self.ema else 'the weights'}"
