@@ -1,10 +1,11 @@
-# make demo     train, quantize and score a tiny model on the CPU
+# make demo     train, quantize and score a tiny model on the CPU, and read what it writes
 # make test     run the tests
 # make lint     check the style
 # make clean    remove what these made
 #
 # make demo PYTHON=python3.12 TORCH="torch==2.11.0"    choose the Python and the torch of .venv
 # make demo MAX_WALLCLOCK_SECONDS=20                   settings of train_gpt.py pass through
+# make demo SAMPLE_PROMPT="In the morning"             what it is to continue
 
 PYTHON ?= python3
 TORCH ?=
@@ -23,6 +24,7 @@ help:
 
 demo: .venv/.run $(SAMPLE)
 	rm -f logs/demo.*
+	SAMPLE_PROMPT="$${SAMPLE_PROMPT-The film begins}" \
 	LOG_DIR=logs RUN_ID=demo PRESET=tiny DEVICE=$(DEVICE) $(VENV_PYTHON) train_gpt.py
 	@$(VENV_PYTHON) -m tools.summary logs/demo.jsonl
 

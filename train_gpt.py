@@ -351,6 +351,19 @@ class Settings:
     ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", high=256)
     ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", above_zero=True)
 
+    sample_prompt: str = env(
+        "", "what the model in ARTIFACT continues, before it adapts", "text", group="sample"
+    )
+    sample_tokens: int = env(200, "how far it is continued", "tokens", above_zero=True)
+    sample_temperature: float = env(0.8, "of the draws; 0: the likeliest token", "factor", high=100)
+    sample_top_p: float = env(
+        0.95,
+        "of the draws: the likeliest tokens with this part of them",
+        "part",
+        high=1,
+        above_zero=True,
+    )
+
     @property
     def mamba_inner_dim(self) -> int:
         """Channels inside a Mamba layer."""
@@ -1193,12 +1206,17 @@ def open_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
+def shards_of(folder: str, split: str) -> list[Path]:
+    """The files of a split, "train" or "val", in the order of their names."""
+    return sorted(Path(folder).glob(f"*_{split}_*.bin"))
+
+
 def shard_paths(folder: str, split: str) -> list[Path]:
-    """The shards of a split, "train" or "val", in the order of their names.
+    """shards_of(), for a run that needs them.
 
     Raises UserError if there are none, or if one of a series is missing.
     """
-    paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+    paths = shards_of(folder, split)
     need(paths, f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     refuse_gaps(paths)
     return paths
@@ -1358,6 +1376,16 @@ class Tokenizer:
         space = self.has_space[targets] & ~self.is_special[before]
         return self.piece_bytes[targets] + space
 
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens; between documents, which begin with BOS, an empty line."""
+        documents = [[]]
+        for token in tokens:
+            if token == BOS_ID:
+                documents.append([])
+            else:
+                documents[-1].append(token)
+        return "\n\n".join(self.model.decode(document) for document in documents if document)
+
 
 class ValidationSet(NamedTuple):
     """The text that is scored: N targets, each predicted from the tokens before it."""
@@ -1375,6 +1403,15 @@ class ValidationSet(NamedTuple):
             "scored_tokens": len(self.target_bytes),
             "bytes": int(self.target_bytes.sum()),
         }
+
+
+def prompt_tokens(settings, tokenizer) -> list[int]:
+    """SAMPLE_PROMPT as a document's first tokens, BOS in front; empty without a prompt."""
+    if not settings.sample_prompt:
+        return []
+    pieces = tokenizer.model.encode(settings.sample_prompt)
+    need(pieces, "SAMPLE_PROMPT holds no text: leave it out, or let it say something")
+    return [BOS_ID, *pieces]
 
 
 def load_validation(settings, tokenizer) -> ValidationSet:
@@ -2339,16 +2376,24 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A mixer and perhaps an MLP, each adding to the residual stream.
 
-    To add a mixer, write a class beside Attention and Mamba whose forward(x, context) takes x
-    (B, T, width), normed, and returns what to add to the stream, where no token may depend on a
-    later one, nor at a document's start (context.document_start) on an earlier one. Then
+    To add a mixer, write a class beside Attention and Mamba with these methods:
+
+    - forward(x, context): x (B, T, width), normed, to what is added to the residual stream, where
+      no token may depend on a later one, nor on one of another document (context says where);
+    - new_state(batch, kept, dtype), what it keeps of no tokens at all, as tensors in a NamedTuple;
+    - step(x, context, state), forward() of one token behind those that left this state, and the
+      state then: for generate();
+    - resume(x, context, state), likewise of part of a stream: for EVAL_MODE=stateful.
+
+    Then
 
     - choose it below, by a setting of its own in the group "model": the artifact's header holds
       those (add what older files mean to FORMER_DEFAULTS), and load_model() builds it again;
     - make its matrices Linear, the last one with zero=True: Muon trains them and GPTQ quantizes
       them by their inputs. Other parameters begin as initial() says, are Adam's (parameter_kind()),
       and are stored as float_type() says; rows that need 8 bits are listed in grid_limits();
-    - add it to VARIANTS in tests/test_model.py, whose tests ask for all of this.
+    - add it to VARIANTS in tests/test_model.py and tests/test_generate.py, whose tests ask for all
+      of this.
     """
 
     def __init__(self, settings, layer: int, device: torch.device):
@@ -2372,6 +2417,14 @@ class Block(nn.Module):
         """forward() of part of a stream, (1, T, width), behind the tokens that left this state."""
         x = self.enter(x, embedded)
         y, state = self.mixer.resume(self.layer_input(x), context, state)
+        return self.leave(x + y), state
+
+    def step(
+        self, x: Tensor, embedded: Tensor, context: Context, state
+    ) -> tuple[Tensor, "MambaState | AttentionState"]:
+        """forward() of each text's next token, (B, 1, width), behind those that left this state."""
+        x = self.enter(x, embedded)
+        y, state = self.mixer.step(self.layer_input(x), context, state)
         return self.leave(x + y), state
 
     def enter(self, x: Tensor, embedded: Tensor) -> Tensor:
@@ -2554,10 +2607,9 @@ class Model(nn.Module):
         context = Context(document_start, *self.rotary_table, Documents(state.seen))
 
         def run(place: int, block: Block, x: Tensor) -> Tensor:
-            x = block.enter(x, embedded)
-            y, left = block.mixer.step(block.layer_input(x), context, state.layers[place])
+            x, left = block.step(x, embedded, context, state.layers[place])
             overwrite(state.layers[place], left)
-            return block.leave(x + y)
+            return x
 
         hidden = self.through_blocks(embedded, order, run)
         state.previous.copy_(tokens)
@@ -2684,7 +2736,7 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float, top_p: float)
     arXiv 1904.09751). noise (B, V) is exponentially distributed: the largest p / noise is then
     token i with probability p_i / sum p.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     p, token = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     if top_p < 1:
@@ -5266,15 +5318,41 @@ def main():
         if settings.eval_only:
             settings = settings_for_artifact(settings, given, ranks.world_size)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
-        validation = load_validation(settings, tokenizer)
-        log_validation(log, validation)
-        if not settings.eval_only:
-            train_and_export(settings, ranks, validation, log)
-        evaluate_artifact(settings, given, ranks, validation, log)
-        if not settings.eval_only:
-            remove_checkpoints(settings)
+        prompt = prompt_tokens(settings, tokenizer)
+        sample = partial(sample_text, settings, given, ranks, tokenizer, prompt, log)
+        if prompt and settings.eval_only and not any(shards_of(settings.data_path, "val")):
+            sample()
+            log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
+        else:
+            validation = load_validation(settings, tokenizer)
+            log_validation(log, validation)
+            if not settings.eval_only:
+                train_and_export(settings, ranks, validation, log)
+            if prompt:
+                sample()
+            evaluate_artifact(settings, given, ranks, validation, log)
+            if not settings.eval_only:
+                remove_checkpoints(settings)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], log):
+    """Logs how the model in ARTIFACT goes on from a prompt, before it adapts to anything.
+
+    It is off the clock of the evaluation, which loads the model anew. All ranks draw the same text.
+    """
+    started = time.perf_counter()
+    model, s = load_model(settings.artifact_path, settings, given, ranks)
+    tokens = torch.tensor([prompt], device=ranks.device)
+    generator = torch.Generator(ranks.device).manual_seed(s.seed)
+    drawn = {"temperature": s.sample_temperature, "top_p": s.sample_top_p}
+    made = generate(model, tokens, s.sample_tokens, **drawn, generator=generator)
+    text = tokenizer.decode(prompt + made[0].tolist())
+    seconds = round(time.perf_counter() - started, 3)
+    what = f"{s.sample_tokens} tokens in {seconds:.1f}s behind SAMPLE_PROMPT"
+    said = {"prompt": s.sample_prompt, "sample": text, "tokens": s.sample_tokens}
+    log(f"sample, {what}:\n\n{text}\n", "sample", **said, **drawn, took_seconds=seconds)
 
 
 def log_validation(log, validation: ValidationSet):

@@ -1,12 +1,21 @@
 """Generation: one token at a time with carried state is the full forward, and needs every state."""
 
 import functools
+import json
 
 import pytest
 import torch
 
 import train_gpt as t
-from tests.support import random_model, random_tokens, relative, tiny
+from tests.support import (
+    SOLO,
+    random_model,
+    random_tokens,
+    relative,
+    run_environment,
+    run_here,
+    tiny,
+)
 
 LENGTH = 32
 HINGE = {"layer_order": "0,1,2,1,2"}  # a state for each place in the order, not for each layer
@@ -15,6 +24,7 @@ VARIANTS = {
     "Mamba-2": HINGE | {"mamba_version": 2},
     "the first Mamba": HINGE | {"mamba_version": 1},
     "heavy tails, no skips": {"mamba_decay": "heavy_tail", "unet_skips": False},
+    "scaled, untied": {"ln_scale": True, "tie_embeddings": False},
     "attention, part of it turned": {"mamba_layers": "none", "rope_fraction": 0.5},
     "exclusive, untied, scaled by depth": {
         "xsa_last_n": 2,
@@ -176,3 +186,77 @@ def test_the_same_generator_draws_the_same_texts_and_rows_differ():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len({tuple(row.tolist()) for row in first}) == 4
+
+
+# ---- SAMPLE_PROMPT ---------------------------------------------------------------------------------------------------
+
+
+def sample_run(monkeypatch, shards, folder, **settings) -> tuple[int, list[dict]]:
+    """A run's status and records: a training run, or with eval_only one of its artifact."""
+    usual = {"iterations": 2, "sample_prompt": "The film", "sample_tokens": 9}
+    environment = run_environment(shards, folder, **(usual | settings))
+    status = run_here(monkeypatch, environment)
+    name = "a.eval.jsonl" if settings.get("eval_only") else "a.jsonl"
+    records = (folder / name).read_text().splitlines() if (folder / name).exists() else []
+    return status, [json.loads(line) for line in records]
+
+
+def only(records: list[dict], event: str) -> dict:
+    (record,) = (r for r in records if r["event"] == event)
+    return record
+
+
+def test_a_run_shows_what_its_artifact_writes_and_scores_as_without(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """The sample is of the weights as loaded, before the evaluation adapts them, and changes no
+    score; EVAL_ONLY=1 draws it again, also where there is nothing to score."""
+    status, records = sample_run(monkeypatch, shards, tmp_path)
+    assert status == 0
+    sample, out = only(records, "sample"), capsys.readouterr().out
+    assert sample["sample"] in out
+    assert sample["sample"].startswith("The film")
+    assert (sample["prompt"], sample["tokens"]) == ("The film", 9)
+    events = [r["event"] for r in records]
+    assert events.index("after_quantization") < events.index("sample") < events.index("final")
+
+    settings, _ = t.read_settings(run_environment(shards, tmp_path))
+    model, _ = t.load_model(settings.artifact_path, settings, set(), SOLO)
+    tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
+    prompt = [t.BOS_ID, *tokenizer.model.encode("The film")]
+    generator = torch.Generator().manual_seed(settings.seed)
+    made = t.generate(model, torch.tensor([prompt]), 9, 0.8, 0.95, generator)
+    assert sample["sample"] == tokenizer.decode(prompt + made[0].tolist())
+
+    _, silent = sample_run(monkeypatch, shards, tmp_path, eval_only=True, sample_prompt="")
+    assert not [r for r in silent if r["event"] == "sample"]
+    assert only(silent, "final")["val_bpb"] == only(records, "final")["val_bpb"]
+
+    (tmp_path / "a.eval.jsonl").unlink()
+    capsys.readouterr()
+    empty = tmp_path / "no shards"
+    status, alone = sample_run(monkeypatch, shards, tmp_path, eval_only=True, data_path=empty)
+    assert status == 0
+    assert only(alone, "sample")["sample"] == sample["sample"]
+    assert "nothing to score" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sample_prompt": "   "}, "SAMPLE_PROMPT holds no text"),
+        ({"sample_prompt": "a\nb"}, "SAMPLE_PROMPT='a\\nb' holds a line break"),
+        ({"sample_temperature": -1}, "SAMPLE_TEMPERATURE=-1.0 must be from 0 to 100"),
+        ({"sample_top_p": 0}, "SAMPLE_TOP_P=0.0 must be from 0 to 1"),
+        ({"sample_top_p": 1.5}, "SAMPLE_TOP_P=1.5 must be from 0 to 1"),
+        ({"sample_tokens": 0}, "SAMPLE_TOKENS=0 must be from 0"),
+    ],
+    ids=str,
+)
+def test_a_sample_that_cannot_be_is_refused_before_anything_trains(
+    changes, problem, monkeypatch, capsys, shards, tmp_path
+):
+    environment = run_environment(shards, tmp_path, **({"sample_prompt": "a"} | changes))
+    assert run_here(monkeypatch, environment) == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "a.int6.lzma").exists()

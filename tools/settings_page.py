@@ -45,6 +45,7 @@ GROUPS = {
     "optimizer": "Optimizers and averages",
     "export": "Quantization and artifact",
     "evaluation": "Evaluation and test-time training",
+    "sample": "A sample of what it writes",
 }
 
 PRESETS = """\

@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,13 @@ def spread(values: list[float]) -> Spread:
         statistics.fmean(values) if values else None,
         statistics.stdev(values) if len(values) > 1 else None,
     )
+
+
+def wrapped(text: str) -> list[str]:
+    """Its paragraphs in indented lines."""
+    indent = {"initial_indent": "  ", "subsequent_indent": "  "}
+    paragraphs = (textwrap.wrap(paragraph, 98, **indent) for paragraph in text.splitlines())
+    return [line for lines in paragraphs for line in lines or [""]]
 
 
 def main() -> int:
@@ -74,6 +82,8 @@ def main() -> int:
         "",
         f"Size: {total:,} of {CAP:,} bytes ({code:,} code + {total - code:,} model)",
     ]
+    if "sample" in events:
+        lines += ["", "What it writes, before it adapts:", *wrapped(events["sample"]["sample"])]
     if settings["preset"] == "tiny":
         command = (
             f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {sys.executable} train_gpt.py"
