@@ -468,17 +468,6 @@ TRAINING_FIELDS = [
 # ignored would make a sweep of equal runs, so each is another name of a setting, or is refused.
 
 
-class Alias(NamedTuple):
-    """Another name of the setting ours (in capitals).
-
-    convert, where the values differ, takes the environment and the Settings without aliases and
-    returns the text for ours; names with one convert are translated together.
-    """
-
-    ours: str
-    convert: Callable | None = None
-
-
 def shown(value) -> str:
     """A value as an error's one line can quote it."""
     return str(value) if str(value).isprintable() else repr(value)
@@ -492,7 +481,7 @@ def read_count(environment: dict[str, str], name: str, default: int) -> int:
 
 
 def repeat_layers(num_layers: int, layers: tuple[int, ...], repeats: int, block: bool) -> str:
-    """LAYER_ORDER in which some layers run repeats more times, together as a block or each alone."""
+    """LAYER_ORDER in which layers run repeats more times, together as a block or each alone."""
     if not layers or not repeats:
         return "all"
     order = []
@@ -535,7 +524,8 @@ def convert_attention(environment: dict[str, str], settings) -> str:
     if placement == "even":
         wanted = read_count(environment, "NUM_ATTN_LAYERS", 1)
         need(wanted <= count, f"NUM_ATTN_LAYERS={wanted} is more than NUM_LAYERS={count}")
-        attention = {round(count * (i + 1) / (wanted + 1)) for i in range(wanted)}
+        spacing = count / (wanted + 1)
+        attention = {round(spacing * (i + 1)) for i in range(wanted)}
     else:
         attention = set(read_layers("ATTN_PLACEMENT", placement, count))
         wanted = read_count(environment, "NUM_ATTN_LAYERS", len(attention))
@@ -606,51 +596,54 @@ def convert_cuda(environment: dict[str, str], settings) -> str:
     return settings.scan_backend if cuda else "sequential"
 
 
-# Every other name that is understood.
+# Other names, each of a setting (in capitals). Where their values differ, a function of the
+# environment, and of the Settings without other names, gives the setting's text; names that share
+# one are translated together.
 ALIASES = {
-    "ATTN_PLACEMENT": Alias("MAMBA_LAYERS", convert_attention),
-    "BIGRAM_BUCKETS": Alias("BIGRAM_VOCAB_SIZE", convert_bigrams),
-    "BIGRAM_HASH_DIM": Alias("BIGRAM_DIM"),
-    "EMA_ENABLED": Alias("AVERAGE", convert_average),
-    "ENABLE_LOOPING_AT": Alias("RECUR_START"),
-    "GPTQ_CALIB_BATCHES": Alias("CALIBRATION_TOKENS", convert_batches),
-    "GPTQ_CLIP_SIGMAS": Alias("SDCLIP_K"),
-    "GPTQ_EMBED_CLIP_SIGMAS": Alias("SDCLIP_K_INT8"),
-    "GPTQ_GEN_LEN": Alias("CALIBRATION_TOKENS", convert_sequences),
-    "GPTQ_LITE": Alias("QUANTIZER", convert_quantizer),
-    "GPTQ_NUM_SEQS": Alias("CALIBRATION_TOKENS", convert_sequences),
-    "LOOP_END": Alias("LAYER_ORDER", convert_loops),
-    "LOOP_START": Alias("LAYER_ORDER", convert_loops),
-    "MAMBA3_CHUNK_SIZE": Alias("MAMBA_CHUNK_SIZE"),
-    "MAMBA3_D_STATE": Alias("MAMBA_D_STATE"),
-    "MAMBA3_EXPAND": Alias("MAMBA_EXPAND"),
-    "MAMBA3_HEADDIM": Alias("MAMBA_HEAD_DIM"),
-    "MAMBA_USE_CUDA": Alias("SCAN_BACKEND", convert_cuda),
-    "MUON_WD": Alias("WEIGHT_DECAY"),
-    "NUM_ATTN_LAYERS": Alias("MAMBA_LAYERS", convert_attention),
-    "NUM_LOOPS": Alias("LAYER_ORDER", convert_loops),
-    "RECUR_LAYERS": Alias("LAYER_ORDER", convert_recurrence),
-    "RECUR_MODE": Alias("LAYER_ORDER", convert_recurrence),
-    "RECUR_REPEATS": Alias("LAYER_ORDER", convert_recurrence),
-    "RECUR_START_FRAC": Alias("RECUR_START"),
-    "ROPE_DIMS": Alias("ROPE_FRACTION", convert_rope_dims),
-    "SWA_ENABLED": Alias("AVERAGE", convert_average),
-    "USE_BIGRAM_HASH": Alias("BIGRAM_VOCAB_SIZE", convert_bigrams),
-    "USE_GPTQ": Alias("QUANTIZER", convert_quantizer),
+    "ATTN_PLACEMENT": ("MAMBA_LAYERS", convert_attention),
+    "BIGRAM_BUCKETS": ("BIGRAM_VOCAB_SIZE", convert_bigrams),
+    "BIGRAM_HASH_DIM": ("BIGRAM_DIM", None),
+    "EMA_ENABLED": ("AVERAGE", convert_average),
+    "ENABLE_LOOPING_AT": ("RECUR_START", None),
+    "GPTQ_CALIB_BATCHES": ("CALIBRATION_TOKENS", convert_batches),
+    "GPTQ_CLIP_SIGMAS": ("SDCLIP_K", None),
+    "GPTQ_EMBED_CLIP_SIGMAS": ("SDCLIP_K_INT8", None),
+    "GPTQ_GEN_LEN": ("CALIBRATION_TOKENS", convert_sequences),
+    "GPTQ_LITE": ("QUANTIZER", convert_quantizer),
+    "GPTQ_NUM_SEQS": ("CALIBRATION_TOKENS", convert_sequences),
+    "LOOP_END": ("LAYER_ORDER", convert_loops),
+    "LOOP_START": ("LAYER_ORDER", convert_loops),
+    "MAMBA3_CHUNK_SIZE": ("MAMBA_CHUNK_SIZE", None),
+    "MAMBA3_D_STATE": ("MAMBA_D_STATE", None),
+    "MAMBA3_EXPAND": ("MAMBA_EXPAND", None),
+    "MAMBA3_HEADDIM": ("MAMBA_HEAD_DIM", None),
+    "MAMBA_USE_CUDA": ("SCAN_BACKEND", convert_cuda),
+    "MUON_WD": ("WEIGHT_DECAY", None),
+    "NUM_ATTN_LAYERS": ("MAMBA_LAYERS", convert_attention),
+    "NUM_LOOPS": ("LAYER_ORDER", convert_loops),
+    "RECUR_LAYERS": ("LAYER_ORDER", convert_recurrence),
+    "RECUR_MODE": ("LAYER_ORDER", convert_recurrence),
+    "RECUR_REPEATS": ("LAYER_ORDER", convert_recurrence),
+    "RECUR_START_FRAC": ("RECUR_START", None),
+    "ROPE_DIMS": ("ROPE_FRACTION", convert_rope_dims),
+    "SWA_ENABLED": ("AVERAGE", convert_average),
+    "USE_BIGRAM_HASH": ("BIGRAM_VOCAB_SIZE", convert_bigrams),
+    "USE_GPTQ": ("QUANTIZER", convert_quantizer),
     # Not the contest's, but reached for.
-    "D_MODEL": Alias("MODEL_DIM"),
-    "EMA_HORIZON": Alias("AVERAGE_HORIZON"),
-    "ITERS": Alias("ITERATIONS"),
-    "MAX_WALLCLOCK": Alias("MAX_WALLCLOCK_SECONDS"),
-    "NUM_ITERATIONS": Alias("ITERATIONS"),
-    "QUANT": Alias("QUANTIZER"),
-    "SEQ_LEN": Alias("TRAIN_SEQ_LEN"),
-    "VAL_EVERY": Alias("VAL_LOSS_EVERY"),
-    "WALLCLOCK": Alias("MAX_WALLCLOCK_SECONDS"),
-    "WD": Alias("WEIGHT_DECAY"),
+    "D_MODEL": ("MODEL_DIM", None),
+    "EMA_HORIZON": ("AVERAGE_HORIZON", None),
+    "ITERS": ("ITERATIONS", None),
+    "MAX_WALLCLOCK": ("MAX_WALLCLOCK_SECONDS", None),
+    "NUM_ITERATIONS": ("ITERATIONS", None),
+    "QUANT": ("QUANTIZER", None),
+    "SEQ_LEN": ("TRAIN_SEQ_LEN", None),
+    "VAL_EVERY": ("VAL_LOSS_EVERY", None),
+    "WALLCLOCK": ("MAX_WALLCLOCK_SECONDS", None),
+    "WD": ("WEIGHT_DECAY", None),
 }
 
-# Names that set nothing, and what holds instead. A value behind one says just that, and may be given.
+# Names that set nothing, and what holds instead. A value behind a name says just that: it may be
+# given.
 REFUSALS = {
     "CONTROL_TENSOR_NAME_PATTERNS": "vectors and scales train in float32, by Adam",
     "DTG_ENABLED=0": "there are no token gates",
@@ -673,7 +666,7 @@ REFUSALS = {
     "MUON_BETA2": "Muon keeps no second moment",
     "MUON_EQ_R=1": "Muon always brings rows to one length",
     "QAT_ENABLED=0 QAT_START_FRAC=0": "LATE_QAT_THRESHOLD says when QAT begins",
-    "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine grids are",
+    "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine",
     "SWEEP_MODE=0": "tools/explore.py trains without exporting",
     "TRIGRAM=0": "bigrams are hashed, and no longer ones",
     "TTT_OPTIMIZER=sgd": "test-time training is by SGD",
@@ -749,18 +742,24 @@ def one_letter_off(text: str, name: str) -> bool:
     alike = len(os.path.commonprefix([text, name]))
     text = text[alike:]
     name = name[alike:]
-    if text[1:] == name or text == name[1:] or text[1:] == name[1:]:
+    if name in (text, text[1:]) or text == name[1:]:
         return True
-    swapped = text[:2] == name[1::-1]
-    return swapped and text[2:] == name[2:]
+    if text[1:] == name[1:]:
+        return True
+    return text[:2] == name[1::-1] and text[2:] == name[2:]
+
+
+def known_names() -> set[str]:
+    """All that the environment may say to us."""
+    return {name.upper() for name in FIELDS} | ALIASES.keys() | refused_names().keys()
 
 
 def easily_misspelt() -> dict[str, str]:
     """Known names by themselves without underscores, but for those of common words."""
     names = {}
-    for name in (*(field_name.upper() for field_name in FIELDS), *ALIASES, *refused_names()):
-        common = name in COMMON_WORDS or ("_" not in name and len(name) < 9) or len(name) < 5
-        if not common:
+    for name in sorted(known_names() - COMMON_WORDS):
+        least_letters = 5 if "_" in name else 9
+        if len(name) >= least_letters:
             names[name.replace("_", "")] = name
     return names
 
@@ -782,9 +781,8 @@ def is_meant_for_us(variable: str, names: dict[str, str]) -> bool:
 
 def refuse_misspelt(environment: dict[str, str]):
     """Raises UserError for an unknown variable that is_meant_for_us(); others are let be."""
-    known = {field_name.upper() for field_name in FIELDS} | ALIASES.keys() | refused_names().keys()
     names = easily_misspelt()
-    for variable in sorted(environment.keys() - known - STRANGERS):
+    for variable in sorted(environment.keys() - known_names() - STRANGERS):
         if not variable.startswith("_") and is_meant_for_us(variable, names):
             flat = variable.upper().replace("_", "")
             (closest,) = difflib.get_close_matches(flat, names, 1, 0.0)
@@ -823,7 +821,7 @@ TRUTH = {"0": False, "false": False, "1": True, "true": True}
 
 
 def parse_value(name: str, text: str, kind: type):
-    """A variable's text as a bool, int, finite float or str. Raises UserError, which quotes name."""
+    """A variable's text as a bool, int, finite float or str; UserError quotes its name."""
     try:
         if kind is bool:
             return TRUTH[text.strip().lower()]
