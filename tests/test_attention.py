@@ -3,12 +3,22 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import train_gpt as t
-from tests.support import CPU, random_model, random_tokens, relative, tiny
+from tests.support import (
+    CPU,
+    SOLO,
+    document_stream,
+    random_model,
+    random_tokens,
+    relative,
+    tiny,
+    validation_set,
+)
 
 LIBRARIES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
 
@@ -423,3 +433,24 @@ def test_a_stream_read_in_parts_ends_documents_where_windows_do(mixer):
             found = together[:, place : place + part.shape[1]]
             assert relative(found, hidden(model, part)) < 1e-9
         place += document.shape[1]
+
+
+@each_mixer
+@torch.no_grad()
+def test_sliding_windows_score_a_document_by_itself(mixer):
+    """Windows cut documents anywhere; what another document says changes no target's nats."""
+    settings = tiny(
+        document_reset=True, eval_mode="sliding", ttt_enabled=False, eval_stride=8, **mixer
+    )
+    model, stream = random_model(settings), document_stream(120)
+    number = (stream == t.BOS_ID).cumsum()
+    other = stream.copy()
+    other[(number == 2) & (stream != t.BOS_ID)] ^= 1
+    assert (other != stream).sum() > 3
+    before, after = (
+        t.Evaluator(model, settings, SOLO, validation_set(tokens)).evaluate().nats
+        for tokens in (stream, other)
+    )
+    changed = np.abs(after - before) > 1e-4
+    assert changed.any()
+    assert set(number[1:][changed] - (stream[1:][changed] == t.BOS_ID)) == {2}
