@@ -1552,6 +1552,8 @@ def mamba_scan(
     """
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
+    if backend == "fused" and state is None:  # the library's passes no state on
+        return library_scan(projected, parameters, sizes, document_start, chunk_size)
     inputs = scan_inputs(projected, parameters, sizes, document_start)
     if backend == "sequential":
         y, state = sequential_scan(inputs, state)
@@ -1774,32 +1776,47 @@ def chunked_scan(
     return finish_scan(inputs, terms, y, ssm)
 
 
+# Backends of each Mamba's recurrence, the fastest on a GPU first; the last one is the reference.
+SCAN_BACKENDS = {
+    1: ("fused", "parallel", "sequential"),
+    2: ("fused", "chunked", "sequential"),
+    3: ("triton", "chunked", "sequential"),
+}
+FOR_GPUS = ("fused", "triton")
+ADDS_IN_ORDER = ("triton", "parallel")  # the same bits every time, on GPUs too
+
+
 def choose_scan_backend(settings, device: torch.device) -> str:
-    """SCAN_BACKEND, or what "auto" stands for on this device."""
-    gpu, version = device.type == "cuda", settings.mamba_version
-    names = [["fused", "parallel"], ["chunked"], ["triton", "chunked"]][version - 1] + [
-        "sequential"
-    ]
-    runs = triton and (gpu or os.environ.get("TRITON_INTERPRET") == "1")
-    unknown = (
-        version == 1 and settings.document_reset or settings.mamba_decay != "softplus"
-    )  # to fast kernels
-    if unknown or not runs:
-        names = names[-2:]
-    backend = names[0 if gpu else -2] if settings.scan_backend == "auto" else settings.scan_backend
-    need(
-        backend in names,
-        f"SCAN_BACKEND={backend} needs a GPU or other layers; slower: {', '.join(names)}",
-    )
-    same_bits = backend in ("triton", "parallel") or not (gpu and settings.deterministic)
-    need(same_bits, f"DETERMINISTIC=1 needs another SCAN_BACKEND than {backend}")
-    try:
-        for module in LIBRARIES if backend == "fused" else ():
-            importlib.import_module(module)
-    except ImportError as error:
-        install = "pip install --no-build-isolation mamba-ssm causal-conv1d"
-        raise UserError(f"{error}: {install}; slower: SCAN_BACKEND=parallel") from None
-    return backend
+    """SCAN_BACKEND, or what "auto" stands for: the first backend that runs these layers here.
+
+    Raises UserError, with the reason, if the one that was asked for does not run; or if "auto" finds
+    the first Mamba on a GPU without its library, since its other backends are many times slower.
+    """
+    names = SCAN_BACKENDS[settings.mamba_version]
+    wanted = settings.scan_backend
+    reasons = {name: why_not(name, settings, device) for name in names}
+    usable = [name for name in names if not reasons[name]]
+    if wanted == "auto":
+        install = settings.mamba_version == 1 and INSTALL in reasons["fused"]
+        wanted = names[0] if install or not usable else usable[0]
+    reason = reasons.get(wanted, f"is no backend of MAMBA_VERSION={settings.mamba_version}")
+    need(not reason, f"SCAN_BACKEND={wanted} {reason}; what runs: {', '.join(usable) or 'none'}")
+    return wanted
+
+
+def why_not(name: str, settings, device: torch.device) -> str:
+    """Why a backend cannot run the layers of these settings on this device; empty if it can."""
+    gpu = device.type == "cuda"
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if name in FOR_GPUS and not (gpu or interpreted):
+        return "needs a GPU"
+    if gpu and settings.deterministic and name not in ADDS_IN_ORDER:
+        return "adds in any order, which DETERMINISTIC=1 excludes"
+    if name == "triton":
+        return why_not_triton(settings, device)
+    if name == "fused":
+        return why_not_fused(settings)
+    return ""
 
 
 # ==================================================================================================
@@ -2217,13 +2234,13 @@ class Mamba(nn.Module):
     ones' recurrence is normed, or it would grow a hundredfold in the first steps of training.
     """
 
-    def __init__(self, settings, device: torch.device):
+    def __init__(self, settings, scan_backend: str):
         super().__init__()
         s, version = settings, settings.mamba_version
         inner, n = s.mamba_inner_dim, s.mamba_d_state
         channels = s.mamba_head_dim if version > 1 else 1
         heads = inner // channels
-        self.backend = choose_scan_backend(s, device)
+        self.backend = scan_backend
         self.chunk_size = s.mamba_chunk_size
         self.heavy_tail = s.mamba_decay == "heavy_tail"
         self.sizes = MambaSizes(heads, channels, n, angles=n // 4, version=version)
@@ -2394,12 +2411,12 @@ class Block(nn.Module):
       of this.
     """
 
-    def __init__(self, settings, layer: int, device: torch.device):
+    def __init__(self, settings, layer: int, scan_backend: str):
         super().__init__()
         has_mamba = layer in parse_layers(settings, "mamba_layers")
         has_mlp = layer in parse_layers(settings, "mlp_layers")
         exclusive = layer >= settings.num_layers - settings.xsa_last_n
-        self.mixer = Mamba(settings, device) if has_mamba else Attention(settings, exclusive)
+        self.mixer = Mamba(settings, scan_backend) if has_mamba else Attention(settings, exclusive)
         self.mlp = MLP(settings) if has_mlp else None
         self.residual_mix = nn.Parameter(initial("residual mix", 2))
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
@@ -2465,7 +2482,7 @@ def overwrite(state, left):
 class Model(nn.Module):
     """Tokens to hidden states by forward(); logits() and nats() read those out."""
 
-    def __init__(self, settings, device: torch.device):
+    def __init__(self, settings, device: torch.device, scan_backend: str = "sequential"):
         super().__init__()
         self.settings = s = settings
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -2482,7 +2499,7 @@ class Model(nn.Module):
         if not s.tie_embeddings:
             self.output_embedding = nn.Embedding(s.vocab_size, s.model_dim)
             nn.init.normal_(self.output_embedding.weight, std=s.tied_embed_init_std)
-        self.blocks = nn.ModuleList(Block(s, layer, device) for layer in range(s.num_layers))
+        self.blocks = nn.ModuleList(Block(s, layer, scan_backend) for layer in range(s.num_layers))
         if s.unet_skips and len(self.full_order) > 1:
             self.skip_weights = nn.Parameter(initial("one", len(self.full_order) // 2))
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
@@ -2677,7 +2694,7 @@ class Model(nn.Module):
 def build_model(settings, ranks) -> Model:
     """A new model on the rank's device, the same on every rank."""
     torch.manual_seed(settings.seed)
-    return Model(settings, ranks.device)
+    return Model(settings, ranks.device, choose_scan_backend(settings, ranks.device))
 
 
 EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
@@ -4214,7 +4231,7 @@ def model_skeleton(settings) -> Model:
     """
     meta = torch.device("meta")
     with meta:
-        model = Model(replace(settings, scan_backend="sequential"), meta)
+        model = Model(settings, meta)
     numbers = sum(p.numel() for p in model.parameters())
     most = f"an artifact has at most {MOST_NUMBERS:,}: make it smaller"
     need(numbers <= MOST_NUMBERS, f"the model has {numbers:,} numbers, but {most}")
@@ -6636,6 +6653,47 @@ def fused_scan_backward_fake(gradients, saved, tensors, document_start, sizes) -
     return [torch.empty_like(x) for x in tensors]
 
 
+def kernel_limits(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability, its first digit, and the bytes of shared memory of a program."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return torch.cuda.get_device_capability(device)[0], properties["max_shared_mem"]
+
+
+def scan_shared_bytes(channels: int, state: int, chunk: int, capability: int) -> int:
+    """About how many bytes of shared memory a program of scan_backward(), the largest, needs.
+
+    From capability 9 on it holds tiles of two chunks, so that loads overlap with products: channels
+    wide, state wide, and matrices of state and of scores; before, it holds a part of one. Fitted to
+    what the compiler makes of 23 shapes, so that what fits follows from it.
+    """
+    tiles = 16 * chunk * channels + 12 * chunk * state + 2 * state * channels + chunk * chunk
+    return int((0.91 if capability >= 9 else 0.3) * tiles)
+
+
+def why_not_triton(settings, device: torch.device) -> str:
+    """Why the kernels cannot run the layers of these settings; empty if they can.
+
+    Products in tensor cores have sides of 16 and more; in Triton's interpreter any will do.
+    """
+    if settings.mamba_decay != "softplus":
+        return "has no other MAMBA_DECAY than softplus"
+    if triton is None:
+        return "needs triton"
+    if device.type != "cuda":
+        return ""
+    names = ("mamba_head_dim", "mamba_d_state", "mamba_chunk_size")
+    sides = [getattr(settings, name) for name in names]
+    narrow = [name.upper() for name, side in zip(names, sides, strict=True) if side < 16]
+    if narrow:
+        return f"needs {narrow[0]} of 16 and more"
+    capability, have = kernel_limits(device)
+    needed = scan_shared_bytes(*sides, capability)
+    if needed > have:
+        remedy = "a smaller MAMBA_CHUNK_SIZE, MAMBA_D_STATE or MAMBA_HEAD_DIM may do"
+        return f"needs {needed:,} bytes of shared memory, this GPU has {have:,} ({remedy})"
+    return ""
+
+
 def triton_scan(
     projected: Tensor,
     p: MambaParameters,
@@ -6804,20 +6862,31 @@ def selective_scan(
     backend: str,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """The first Mamba's (arXiv 2312.00752): h = exp(dt A) h + dt B x with dt = softplus(step + bias), (C h + D x) · SiLU(gate)
-    in x's dtype, and the last h (B, C, N). tensors: x, step (B, L, C), A (C, N), B, C (B, L, N), D (C,), gate, bias."""
+    """The first Mamba's recurrence (arXiv 2312.00752), each of C channels with N states of its own.
+
+        dt_t = softplus(step_t + bias)
+        h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t
+        y_t = (C_t h_t + D x_t) SiLU(gate_t)
+
+    tensors: x, step (B, L, C), A (C, N) < 0, B, C (B, L, N), D (C,), gate (B, L, C), bias (C,).
+    document_start (B, L) bool or None. state (B, C, N): what earlier tokens left, or None.
+    Returns y in x's dtype, computed in float32 or more, and the last h; the backend "fused" knows
+    neither documents nor states, and returns None in its place.
+    """
     if backend == "fused":
-        return library_scan(*(x.mT.contiguous() if x.dim() == 3 else x for x in tensors)).mT, None
+        return library_selective_scan(*tensors), None
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     value, step, decay_rate, key, query, skip, gate, bias = (x.to(dtype) for x in tensors)
-    step, reset = F.softplus(step + bias), torch.zeros_like(step[..., 0])
+    step = F.softplus(step + bias)
+    reset = torch.zeros_like(step[..., 0])
     if document_start is not None:
         reset = reset.masked_fill(document_start, -torch.inf)
     if state is None:
         state = value.new_zeros(len(value), *decay_rate.shape)
     outputs = []
-    for part in zip(*(x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))):
-        y, state = checkpoint(  # L·C·N numbers for a chunk at a time only
+    chunks = (x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))
+    for part in zip(*chunks, strict=True):
+        y, state = checkpoint(  # C·N numbers a token, kept for a chunk at a time only
             selective_chunk,
             *part,
             decay_rate,
@@ -6827,65 +6896,174 @@ def selective_scan(
             preserve_rng_state=False,
         )
         outputs.append(y)
-    return ((torch.cat(outputs, dim=1) + skip * value) * F.silu(gate)).to(tensors[0].dtype), state
+    y = torch.cat(outputs, dim=1) + skip * value
+    return (y * F.silu(gate)).to(tensors[0].dtype), state
 
 
 def selective_chunk(
     value, step, key, query, reset, decay_rate, state, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """C h and the last h: in a loop, or by Hillis and Steele's scan, in log2 T rounds."""
-    decay = torch.addcmul(
-        reset[..., None, None], step.unsqueeze(-1), decay_rate
-    ).exp()  # (B, T, C, N)
-    states, reach = (step * value).unsqueeze(-1) * key.unsqueeze(2), 1
+    """C_t h_t (B, T, C) of a chunk's T tokens, and their last h (B, C, N).
+
+    reset (B, T): 0, or -infinity where a document starts. The backend "parallel" is Hillis and
+    Steele's inclusive scan: behind round r, each token's state holds what the 2**r tokens up to it
+    left, so that log2 T rounds, each a pass over all tokens, take the place of a loop.
+    """
+    rates = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate)
+    decay = rates.exp()  # (B, T, C, N)
+    states = (step * value).unsqueeze(-1) * key.unsqueeze(2)
     if backend == "sequential":
         held = [state]
-        for a, b in zip(decay.unbind(1), states.unbind(1)):
+        for a, b in zip(decay.unbind(1), states.unbind(1), strict=True):
             held.append(a * held[-1] + b)
         states = torch.stack(held[1:], dim=1)
     else:
-        states = torch.cat(
-            [states[:, :1] + decay[:, :1] * state.unsqueeze(1), states[:, 1:]], dim=1
-        )
+        first = states[:, :1] + decay[:, :1] * state.unsqueeze(1)
+        states = torch.cat([first, states[:, 1:]], dim=1)
         decay = decay[:, 1:]  # from token reach on, over reach tokens
+        reach = 1
         while reach < states.shape[1]:
-            states = torch.cat(
-                [states[:, :reach], states[:, reach:].addcmul(decay, states[:, :-reach])], dim=1
-            )
-            decay, reach = decay[:, reach:] * decay[:, :-reach], 2 * reach
+            reached = states[:, reach:].addcmul(decay, states[:, :-reach])
+            states = torch.cat([states[:, :reach], reached], dim=1)
+            decay = decay[:, reach:] * decay[:, :-reach]
+            reach *= 2
     return (states * query.unsqueeze(2)).sum(-1), states[:, -1].clone()
 
 
-def library_operator(module: str, name: str, **options):
-    """A library's function of tensors, shaped like the first, as an operator. Backward runs it again."""
+# --------------------------------------------------------------------------------------------------
+# Kernels of libraries, where a user has built them: causal_conv1d's convolution, mamba_ssm's scans
+#
+# Three functions of theirs are one operator of ours, by name. Backward runs the library's forward
+# again under autograd: versions differ in what their backward passes ask for. Within an operator,
+# autograd knows the library's own autograd.Function alone, none of torch's operations.
 
-    def run(tensors: list[Tensor], d_y: Tensor | None) -> list[Tensor]:
-        function = partial(getattr(importlib.import_module(module), name), **options)
-        if d_y is None:
-            return [function(*tensors)]
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in tensors]
-            return [x.contiguous() for x in torch.autograd.grad(function(*leaves), leaves, d_y)]
+LIBRARIES = {  # by version of Mamba
+    1: ("causal_conv1d", "mamba_ssm.ops.selective_scan_interface"),
+    2: ("causal_conv1d", "mamba_ssm.ops.triton.ssd_combined"),
+}
+INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 
-    schema = "(Tensor[] tensors, Tensor? d_y) -> Tensor[]"
-    operator = torch.library.custom_op(f"golf::{name}", run, mutates_args=(), schema=schema)
-    operator.register_fake(
-        lambda xs, d_y: [x.new_empty(x.shape) for x in (xs[:1] if d_y is None else xs)]
+
+def why_not_fused(settings) -> str:
+    """Why the libraries cannot run the layers of these settings; empty if they can."""
+    version = settings.mamba_version
+    if version == 1 and settings.document_reset:
+        return "keeps no documents apart in the first Mamba"
+    if version == 1 and settings.mamba_d_state > 256:
+        return "has at most MAMBA_D_STATE=256"
+    for module in LIBRARIES[version]:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"lacks a library ({error}): {INSTALL}"
+    return ""
+
+
+def call_library(tensors, sequence, name: str, chunk_size: int) -> Tensor:
+    """One of the libraries' functions. Its result is shaped like the first tensor."""
+    if name == "convolution":
+        library = importlib.import_module("causal_conv1d")
+        return library.causal_conv1d_fn(*tensors, activation="silu")
+    if name == "selective_scan":
+        library = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        return library.selective_scan_fn(*tensors, delta_softplus=True)
+    x, dt, a, b, c, d, z, dt_bias = tensors
+    library = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    return library.mamba_chunk_scan_combined(
+        x, dt, a, b, c, chunk_size, D=d, z=z, dt_bias=dt_bias, seq_idx=sequence, dt_softplus=True
     )
-    operator.register_autograd(
-        lambda ctx, grads: (operator(ctx.saved_tensors, grads[0].contiguous()), None),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[0]),
-    )
-    return lambda *tensors: operator(tensors, None)[0]
 
 
-LIBRARIES = "causal_conv1d", "mamba_ssm.ops.selective_scan_interface"
+@torch.library.custom_op("golf::library_kernel", mutates_args=())
+def library_kernel(
+    tensors: list[Tensor], sequence: Tensor | None, name: str, chunk_size: int
+) -> Tensor:
+    """call_library() as an operator. sequence, chunk_size: of "chunk_scan" alone."""
+    return call_library(tensors, sequence, name, chunk_size).contiguous()
 
 
-library_conv = library_operator(LIBRARIES[0], "causal_conv1d_fn", activation="silu")
+@library_kernel.register_fake
+def library_kernel_fake(tensors, sequence, name, chunk_size) -> Tensor:
+    """library_kernel()'s result, without its values."""
+    return tensors[0].new_empty(tensors[0].shape)
 
 
-library_scan = library_operator(LIBRARIES[1], "selective_scan_fn", delta_softplus=True)
+def library_kernel_setup_context(ctx, inputs, output):
+    """What the forward leaves to the backward: all of its inputs."""
+    tensors, sequence, ctx.name, ctx.chunk_size = inputs
+    ctx.save_for_backward(sequence, *tensors)
+
+
+def library_kernel_autograd(ctx, d_y):
+    """From the gradient of the result to those of the tensors."""
+    sequence, *tensors = ctx.saved_tensors
+    gradients = library_backward(d_y.contiguous(), tensors, sequence, ctx.name, ctx.chunk_size)
+    return gradients, None, None, None
+
+
+library_kernel.register_autograd(
+    library_kernel_autograd, setup_context=library_kernel_setup_context
+)
+
+
+@torch.library.custom_op("golf::library_backward", mutates_args=())
+def library_backward(
+    d_y: Tensor, tensors: list[Tensor], sequence: Tensor | None, name: str, chunk_size: int
+) -> list[Tensor]:
+    """The gradients of tensors, by the library's own autograd.Function, whose forward runs again."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    with torch.enable_grad():
+        y = call_library(leaves, sequence, name, chunk_size)
+    return [x.contiguous() for x in torch.autograd.grad(y, leaves, d_y)]
+
+
+@library_backward.register_fake
+def library_backward_fake(d_y, tensors, sequence, name, chunk_size) -> list[Tensor]:
+    """library_backward()'s results, without their values."""
+    return [x.new_empty(x.shape) for x in tensors]
+
+
+def library_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ShortConv.forward() by causal_conv1d. x (B, channels, L), as the result, contiguous."""
+    return library_kernel([x, weight, bias], None, "convolution", 0)
+
+
+def library_selective_scan(*tensors: Tensor) -> Tensor:
+    """selective_scan()'s y by mamba_ssm, which wants channels before tokens."""
+    turned = [x.mT.contiguous() if x.dim() == 3 else x for x in tensors]
+    return library_kernel(turned, None, "selective_scan", 0).mT
+
+
+def library_scan(
+    projected: Tensor,
+    parameters: MambaParameters,
+    sizes: MambaSizes,
+    document_start: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, None]:
+    """mamba_scan() of Mamba-2 by mamba_ssm's chunked scan, without a state.
+
+    Documents are numbered for it: a token sees those of its own number.
+    """
+    widths = sizes.columns()
+    groups = projected.split(list(widths.values()), dim=-1)
+    column = dict(zip(widths, groups, strict=True))
+    heads = (sizes.heads, sizes.channels)
+    tensors = [
+        column["value"].unflatten(-1, heads),
+        column["step"],
+        parameters.decay_rate,
+        column["key"].unsqueeze(2),  # one for all heads
+        column["query"].unsqueeze(2),
+        parameters.skip,
+        column["gate"].unflatten(-1, heads),
+        parameters.step_bias,
+    ]
+    number = None
+    if document_start is not None:
+        number = document_start.cumsum(1, dtype=torch.int32)
+    y = library_kernel(tensors, number, "chunk_scan", chunk_size).flatten(2)
+    return y, y.to(parameters.skip.dtype).square().mean(-1), None
 
 
 # Other quantizers: the steps of other grids than SDClip's (grid_steps() in section 8).

@@ -419,9 +419,7 @@ def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[
     of it."""
     gpu, makers = ranks.device.type == "cuda", {}
     with torch.device("meta"):
-        model = t.Model(
-            dataclasses.replace(settings, scan_backend="sequential"), torch.device("meta")
-        )
+        model = t.Model(settings, torch.device("meta"))
     matrices = [model.output_matrix, *(layer.weight for layer in model.linear_layers().values())]
     for shape in dict.fromkeys(matrix.shape for matrix in matrices if matrix.numel() >= 500_000):
         for eight_bits in (False, True)[: 1 + gpu]:

@@ -1,8 +1,9 @@
 """Compiles the program's Triton kernels for an NVIDIA GPU that need not be here.
 
-    python -m tests.compile_kernels [90]
+    python -m tests.compile_kernels [90 [128,64,64 ...]]
 
-90 is a compute capability, here the H100's and H200's. Each kernel becomes a line of JSON: its name;
+90 is a compute capability, here the H100's and H200's; 128,64,64 are a head's channels, the state
+size and the chunk, of which only the scan itself is compiled. Each kernel becomes a line of JSON: its name;
 the layer's state size; whether it knows of document starts; the bytes of shared memory that a program
 needs and of local memory that a thread does (the compiler puts there what finds no register); and the
 SHA-256 of its machine code. The sum leaves names, addresses in the file and line numbers out: two
@@ -102,10 +103,27 @@ class Compiler:
         self.built.clear()
 
 
-def compile_all(capability: int) -> None:
+def compile_shape(compiler: Compiler, channels: int, state: int, chunk: int) -> None:
+    """Prints a line for the scan of one shape: the most shared memory, or what the compiler said."""
+    sizes = t.MambaSizes(2, channels, state, state // 4, 3)
+    width = sum(sizes.columns().values())
+    projected = torch.randn(1, 2 * chunk, width).bfloat16().requires_grad_()
+    shapes = (2,), (2,), (2, state), (2, state), (state,), (state,)
+    parameters = t.MambaParameters(*(torch.ones(shape, requires_grad=True) for shape in shapes))
+    line = {"channels": channels, "state": state, "chunk": chunk}
+    try:
+        y, *_ = t.mamba_scan(projected, parameters, sizes, None, None, "triton", chunk)
+        torch.autograd.grad(y.sum().float(), projected)
+        line["shared"] = max(kernel.metadata.shared for kernel in compiler.built.values())
+    except triton.CompilationError as error:
+        line["error"] = str(error).strip().splitlines()[0]
+    compiler.built.clear()
+    print(json.dumps(line), flush=True)
+
+
+def compile_all(compiler: Compiler) -> None:
     """Prints a line for each kernel that a forward and a backward launch, in bfloat16, with what
     train_gpt.py launches it."""
-    compiler = Compiler(capability)
     for state in (64, 128):
         for documents in (False, True):
             projected, parameters, sizes = tune.random_layer(state, torch.device("cpu"), 1, TOKENS)
@@ -120,5 +138,14 @@ def compile_all(capability: int) -> None:
         compiler.report(0, slopes)
 
 
+def main(capability: str = "90", *shapes: str) -> None:
+    """Of no shapes, everything that the script launches by default."""
+    compiler = Compiler(int(capability))
+    for shape in shapes:
+        compile_shape(compiler, *map(int, shape.split(",")))
+    if not shapes:
+        compile_all(compiler)
+
+
 if __name__ == "__main__":
-    compile_all(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
+    main(*sys.argv[1:])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import train_gpt as t
-from tests.support import CPU, SOLO, gradients, random_model, random_tokens, relative, tiny
+from tests.support import SOLO, gradients, random_model, random_tokens, relative, tiny
 
 # Every mixer, with everything that looks back.
 VARIANTS = {
@@ -355,24 +355,3 @@ def test_every_variant_learns(changes):
         optimizers.step(1.0, 0.9)
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
-
-
-def test_a_scan_backend_that_cannot_run_here_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(t.UserError, match="SCAN_BACKEND=triton"):
-        t.choose_scan_backend(tiny(scan_backend="triton"), CPU)
-    assert t.choose_scan_backend(tiny(), CPU) == "chunked"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(t.UserError, match="other layers; slower: chunked, sequential"):
-        t.choose_scan_backend(tiny(scan_backend="triton", mamba_decay="heavy_tail"), CPU)
-
-
-def test_on_a_gpu_what_adds_in_any_order_is_refused_where_the_same_bits_are_wanted():
-    gpu = torch.device("cuda")
-    with pytest.raises(
-        t.UserError, match="DETERMINISTIC=1 needs another SCAN_BACKEND than chunked"
-    ):
-        t.choose_scan_backend(tiny(mamba_version=2, deterministic=True), gpu)
-    assert t.choose_scan_backend(tiny(mamba_version=2), gpu) == "chunked"
-    assert t.choose_scan_backend(tiny(deterministic=True), gpu) == "triton"
-    assert t.choose_scan_backend(tiny(mamba_version=2, deterministic=True), CPU) == "chunked"

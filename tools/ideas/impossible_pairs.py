@@ -171,8 +171,8 @@ def install(script) -> None:
     class Model(script.Model):
         """Gives what BPE cannot write no probability."""
 
-        def __init__(self, settings, device: torch.device):
-            super().__init__(settings, device)
+        def __init__(self, settings, device: torch.device, *others):
+            super().__init__(settings, device, *others)
             pairs = table(settings.tokenizer_path, settings.vocab_size)
             self.register_buffer("impossible", pairs.to(device), persistent=False)
 
