@@ -5435,18 +5435,18 @@ def explain_failure(error: BaseException) -> str:
 def run() -> int:
     """main() for a command line: what goes wrong is one line; returns the exit status, 0 or 2."""
     tolerate_consoles()
-    with StopSignals(at_once=True):
-        try:
+    try:
+        with StopSignals(at_once=True):
             main()
-            return 0
-        except (Exception, KeyboardInterrupt) as error:
-            problem = explain_failure(error)
-            if not problem:
-                raise
-            rank = os.environ.get("RANK", "")
-            let_rank_0_speak_first(int(rank) if rank.isdecimal() else 0)
-        with suppress(OSError):  # nobody may be there to read it
-            print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        problem = explain_failure(error)
+        if not problem:
+            raise
+    rank = os.environ.get("RANK", "")
+    with suppress(KeyboardInterrupt, OSError):  # told twice to stop; nobody there to read it
+        let_rank_0_speak_first(int(rank) if rank.isdecimal() else 0)
+        print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
     return 2
 
 
