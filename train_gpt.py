@@ -326,7 +326,14 @@ class Settings:
     sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", above_zero=True)
     gptq_block_size: int = env(128, "columns whose errors spread at once", above_zero=True)
     gptq_damp: float = env(0.01, "of the Hessian's mean diagonal, added", "part", above_zero=True)
-    calibration_tokens: int = env(131_072, "of training text for GPTQ", "tokens", above_zero=True)
+    calibration: str = env(
+        "train", "text for GPTQ: training shards', or the model's own", choices=("train", "self")
+    )
+    calibration_tokens: int = env(131_072, "of text for GPTQ", "tokens", above_zero=True)
+    gptq_gen_len: int = env(
+        512, "self: length of a text, at most TRAIN_SEQ_LEN", "tokens", above_zero=True
+    )
+    gptq_gen_temp: float = env(1.0, "self: temperature of its tokens", "factor", above_zero=True)
 
     eval_mode: str = env(
         "sliding",
@@ -586,7 +593,7 @@ def convert_batches(environment: dict[str, str], settings) -> str:
 
 def convert_sequences(environment: dict[str, str], settings) -> str:
     """CALIBRATION_TOKENS of GPTQ_NUM_SEQS (32) sequences of GPTQ_GEN_LEN tokens."""
-    length = read_count(environment, "GPTQ_GEN_LEN", settings.train_seq_len)
+    length = read_count(environment, "GPTQ_GEN_LEN", settings.gptq_gen_len)
     return str(length * read_count(environment, "GPTQ_NUM_SEQS", 32))
 
 
@@ -608,7 +615,6 @@ ALIASES = {
     "GPTQ_CALIB_BATCHES": ("CALIBRATION_TOKENS", convert_batches),
     "GPTQ_CLIP_SIGMAS": ("SDCLIP_K", None),
     "GPTQ_EMBED_CLIP_SIGMAS": ("SDCLIP_K_INT8", None),
-    "GPTQ_GEN_LEN": ("CALIBRATION_TOKENS", convert_sequences),
     "GPTQ_LITE": ("QUANTIZER", convert_quantizer),
     "GPTQ_NUM_SEQS": ("CALIBRATION_TOKENS", convert_sequences),
     "LOOP_END": ("LAYER_ORDER", convert_loops),
@@ -654,7 +660,6 @@ REFUSALS = {
     "FP16_EMBED=0": "embeddings are stored as int8, on the grid of SDCLIP_K_INT8",
     "FP16_INPROJ_ROWS=0": "rows of Mamba's dynamics are stored as int8",
     "GATED_ATTENTION=1": "each head of attention has a gate",
-    "GPTQ_GEN_TEMP": "GPTQ calibrates on text of the training shards",
     "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
     "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "AVERAGE says which average of the weights a run leaves",
@@ -3595,6 +3600,7 @@ SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-me
 SDCLIP_CHOICES = 257  # values of k from there to SDCLIP_MOST
 OTHER_BYTES = 4096.0  # of a file beside its numbers, with room for a wrong prediction
 DAMPING_ATTEMPTS = 12  # tenfold each time
+TEXTS_AT_ONCE = 256  # that the model writes for CALIBRATION=self
 
 # The first part that a matrix's name has, and the kind of layer that it belongs to.
 KINDS = {
@@ -3616,10 +3622,10 @@ def grid_limits(model) -> dict[str, Tensor]:
     """The largest integer in each row of every matrix that is stored as integers.
 
     Returns float32 (rows, 1) by the weight's name, for all linear layers and embeddings. Most rows
-    have INT6_MAX, or TERNARY_MAX with QUANTIZER=ternary. INT8_MAX have the embedding and the output
-    matrix, where they are not one, and the rows that make Mamba's step sizes, decays, trapezoids
-    and angles, whose errors the recurrence compounds: the last dynamics_rows of in_proj; in the
-    first Mamba all of x_proj and dt_proj.
+    have INT6_MAX, or TERNARY_MAX with QUANTIZER=ternary. INT8_MAX have the embedding, the output
+    matrix, and the rows that make Mamba's step sizes, decays, trapezoids and angles, whose errors
+    the recurrence compounds: the last dynamics_rows of in_proj; in the first Mamba all of x_proj
+    and dt_proj.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}
@@ -3763,6 +3769,30 @@ def fake_quantization(model, matrices: dict[str, Tensor], k: float):
 
 
 # GPTQ: which errors count, and how one column's is made up for by the next ones.
+
+
+def calibration_sequences(model, settings, ranks, batches) -> Tensor:
+    """This rank's part (n, T) of CALIBRATION_TOKENS tokens, int64, of which Hessians are made.
+
+    CALIBRATION=train takes the next ones of batches. CALIBRATION=self takes none: the model writes
+    texts of GPTQ_GEN_LEN tokens behind BOS, by SEED; each rank writes its own, so that another
+    number of ranks has other texts.
+    """
+    s = settings
+    if s.calibration == "train":
+        steps = range(0, s.calibration_tokens, s.train_batch_tokens)
+        sequences = torch.cat([batches.next()[0] for _ in steps])
+        return sequences[: max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size))]
+    length = min(s.gptq_gen_len, s.train_seq_len)
+    count = max(1, s.calibration_tokens // (length * ranks.world_size))
+    generator = torch.Generator(ranks.device)
+    generator.manual_seed(s.seed * ranks.world_size + ranks.rank)
+    prompts = torch.full((count, 1), BOS_ID, device=ranks.device)
+    texts = []
+    for prompt in prompts.split(TEXTS_AT_ONCE):
+        text = generate(model, prompt, length - 1, s.gptq_gen_temp, generator=generator)
+        texts.append(torch.cat([prompt, text], dim=1))
+    return torch.cat(texts)
 
 
 @torch.no_grad()
@@ -4133,6 +4163,9 @@ FORMER_DEFAULTS = {
     "sdclip_attention": 1.0,
     "gptq_block_size": 128,
     "gptq_damp": 0.01,
+    "calibration": "train",
+    "gptq_gen_len": 512,
+    "gptq_gen_temp": 1.0,
     "tokenizer_sha256": "",
 }
 
@@ -5120,17 +5153,29 @@ def diagnose(trainer, validation: ValidationSet) -> Score:
     return score
 
 
-def calibration_hessians(trainer, batches) -> dict[str, Tensor]:
-    """What GPTQ wants to know of each matrix's inputs, from the next CALIBRATION_TOKENS."""
-    s = trainer.settings
+def calibrate(trainer, batches) -> tuple[dict[str, Tensor], dict]:
+    """Hessians for GPTQ of CALIBRATION's text, and what the log says of them; none without GPTQ."""
+    s, ranks = trainer.settings, trainer.ranks
     if s.quantizer in ("round", "ternary"):
-        return {}
-    steps = range(0, s.calibration_tokens, s.train_batch_tokens)
-    sequences = torch.cat([batches.next()[0] for _ in steps])
-    count = max(1, s.calibration_tokens // (s.train_seq_len * trainer.ranks.world_size))
-    return collect_hessians(
-        trainer.model, sequences[:count], trainer.ranks, trainer.micro_sequences
-    )
+        return {}, {}
+    started = synchronized_time()
+    sequences = calibration_sequences(trainer.model, s, ranks, batches)
+    gathered = synchronized_time()
+    hessians = collect_hessians(trainer.model, sequences, ranks, trainer.micro_sequences)
+    seconds = {
+        "text_seconds": gathered - started,
+        "hessian_seconds": synchronized_time() - gathered,
+    }
+    tokens = sequences.numel() * ranks.world_size
+    return hessians, {"source": s.calibration, "tokens": tokens} | seconds
+
+
+def log_calibration(log, source: str, tokens: int, **seconds: float):
+    """A line on GPTQ's text and time: whoever checks a run asks for both."""
+    text = {"train": "training text", "self": "text that the model wrote"}[source]
+    parts = [f"{name.removesuffix('_seconds')} {value:.2f}s" for name, value in seconds.items()]
+    line = f"calibration: {tokens:,} tokens of {text}; {', '.join(parts)}"
+    log(line, "calibration", source=source, tokens=tokens, **seconds)
 
 
 def export(trainer, batches) -> dict:
@@ -5144,11 +5189,14 @@ def export(trainer, batches) -> dict:
     log, clock, target = trainer.log, trainer.clock, trainer.target_bytes
     trainer.before_export()
     clock.start()
-    hessians = calibration_hessians(trainer, batches)
+    hessians, calibration = calibrate(trainer, batches)
     k = fit_sdclip(model, s, target)
+    gptq_seconds = 0.0
     while True:
+        gptq_seconds -= clock.seconds()
         stored = quantize_model(model, s, ranks, hessians, k)
         clock.pause()
+        gptq_seconds += clock.seconds()
         log(f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s")
         tokenizer = file_sha256(s.tokenizer_path)
         data = pack_artifact(s, stored, tokenizer) if ranks.rank == 0 else b""
@@ -5161,6 +5209,8 @@ def export(trainer, batches) -> dict:
         need(k < s.sdclip_most, f"{problem}: {remedy}")
         k = min(s.sdclip_most, k + 5 * k * (size - target) / size)  # a size falls with log k
         clock.start()
+    if calibration:
+        log_calibration(log, **calibration, gptq_seconds=gptq_seconds)
     in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
     path = s.artifact_path
     if not in_time:

@@ -302,6 +302,49 @@ def test_a_hessian_is_of_what_the_weight_sees_however_a_scale_is_passed(call, mo
     assert relative(hessian, 2 * x.T @ x) < 1e-6
 
 
+SELF = {"calibration": "self", "calibration_tokens": 256, "gptq_gen_len": 16}
+
+
+def own_texts(world_size: int = 1, **changes) -> list[torch.Tensor]:
+    """What a model writes on each rank for its own calibration."""
+    settings = tiny(**SELF | changes)
+    model = random_model(tiny())
+
+    def write(ranks: t.Ranks) -> torch.Tensor:
+        return t.calibration_sequences(model, settings, ranks, batches=None)
+
+    return run_ranks(world_size, write)
+
+
+def test_a_model_s_own_calibration_text_is_what_it_would_write(monkeypatch):
+    """Many texts at once, behind BOS, each token by the model's probabilities at that temperature."""
+    (texts,) = own_texts()
+    assert texts.shape == (16, 16)
+    assert (texts[:, 0] == t.BOS_ID).all()
+    assert len({tuple(text.tolist()) for text in texts}) == 16
+    monkeypatch.setattr(t, "TEXTS_AT_ONCE", 5)  # the last four ones are fewer
+    assert own_texts()[0].shape == (16, 16)
+    model = random_model(tiny())
+    (cold,) = own_texts(gptq_gen_temp=0.05)
+    nats = model.score(cold[:, :-1], cold[:, 1:], model.order(True))
+    hot = model.score(texts[:, :-1], texts[:, 1:], model.order(True))
+    assert nats.mean() < hot.mean() - 1
+
+
+def test_a_model_s_own_calibration_text_is_by_seed_and_rank():
+    assert torch.equal(*own_texts(), *own_texts())
+    assert not torch.equal(*own_texts(), *own_texts(seed=5))
+    first, second = own_texts(2)
+    assert first.shape == second.shape == (8, 16)
+    assert not torch.equal(first, second)
+    assert all(map(torch.equal, own_texts(2), (first, second)))
+
+
+def test_a_text_is_no_longer_than_the_model_s_window():
+    assert own_texts(gptq_gen_len=1000)[0].shape == (8, 32)
+    assert own_texts(calibration_tokens=1)[0].shape == (1, 16)
+
+
 @each_quantizer
 def test_two_ranks_quantize_to_the_same_bits_as_one(quantizer):
     settings = tiny(quantizer=quantizer)
@@ -539,7 +582,7 @@ def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_
         said = export_to(
             tmp_path / f"{ranks.world_size}", settings, copy.deepcopy(model), target, ranks
         )
-        return [re.sub(r"training clock .*", "", text) for text in said]
+        return [re.sub(r"[\d.]+s\b", "", text) for text in said]
 
     for world_size in (1, 2):
         said, *others = run_ranks(world_size, export)
@@ -547,6 +590,28 @@ def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_
         assert len([text for text in said if text.startswith("GPTQ at k=")]) >= 2
         assert 0.9 * target < (tmp_path / f"{world_size}").stat().st_size <= target, said
         t.load_model(tmp_path / f"{world_size}", tiny(), set(), SOLO)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("source", ["train", "self"])
+def test_calibration_s_source_tokens_and_seconds_are_logged(tmp_path, source, world_size):
+    """And the two sources make two artifacts."""
+    settings = tiny(**SELF | {"calibration": source})
+    model = random_model(settings)
+
+    def export(ranks: t.Ranks) -> list[str]:
+        return export_to(tmp_path / "a", settings, copy.deepcopy(model), 10**6, ranks)
+
+    said = run_ranks(world_size, export)[0]
+    (line,) = [text for text in said if text.startswith("calibration: ")]
+    words = {"train": "training text", "self": "text that the model wrote"}[source]
+    seconds = r"text [\d.]+s, hessian [\d.]+s, gptq [\d.]+s"
+    assert re.fullmatch(rf"calibration: 256 tokens of {words}; {seconds}", line)
+    export_to(tmp_path / "round", with_settings(settings, quantizer="round"), model, 10**6)
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "round").read_bytes()
+    if source == "self":
+        export_to(tmp_path / "other", with_settings(settings, calibration="train"), model, 10**6)
+        assert (tmp_path / "a").read_bytes() != (tmp_path / "other").read_bytes()
 
 
 @pytest.mark.parametrize(

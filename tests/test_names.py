@@ -113,7 +113,7 @@ TRANSLATIONS = [  # environment, and what it comes to
     ({"GPTQ_LITE": "1"}, {"quantizer": "percentile"}),
     ({"GPTQ_CALIB_BATCHES": "3", "TRAIN_BATCH_TOKENS": "4096"}, {"calibration_tokens": 12_288}),
     ({"GPTQ_NUM_SEQS": "4", "GPTQ_GEN_LEN": "512"}, {"calibration_tokens": 2048}),
-    ({"GPTQ_NUM_SEQS": "4"}, {"calibration_tokens": 8192}),
+    ({"GPTQ_NUM_SEQS": "4"}, {"calibration_tokens": 2048}),
     ({"MAMBA_USE_CUDA": "1", "SCAN_BACKEND": "chunked"}, {"scan_backend": "chunked"}),
     ({"USE_GPTQ": "1", "QUANTIZER": "dsq"}, {"quantizer": "dsq"}),
     ({"MAMBA_USE_CUDA": "0"}, {"scan_backend": "sequential"}),
