@@ -5371,15 +5371,14 @@ def log_name(settings) -> str:
 def main():
     """The story of a run."""
     if {"--help", "-h"} & set(sys.argv):
-        print(help_text())
+        with suppress(BrokenPipeError):  # of --help | head
+            print(help_text(), flush=True)
         return
     unused = sys.argv[-1]
     need(len(sys.argv) == 1, f"{unused}: settings are environment variables; --help lists them")
     settings, given, ranks = prepare_run(dict(os.environ))
     with closing(Log(settings, ranks, log_name(settings))) as log:
         log_settings(log, settings, given, ranks)
-        for line in explain_names(dict(os.environ)):
-            log(line)
         if settings.eval_only:
             settings = settings_for_artifact(settings, given, ranks.world_size)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
