@@ -187,7 +187,7 @@ def install(script) -> None:
                 return super().nats(hidden, targets, tokens)
             nats, _ = fused_cross_entropy(
                 hidden.flatten(0, 1),
-                self.embedding.weight.to(hidden.dtype),
+                self.output_matrix.to(hidden.dtype),
                 tokens.flatten(),
                 targets.flatten(),
                 self.impossible,
