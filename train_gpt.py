@@ -26,7 +26,7 @@ Contents, in the order in which data flow; the last two may be left out at a fir
     2. Ranks and device: what several processes need of each other, choices for the whole process
     3. Data: shards, batches, bytes per token
     4. The recurrence: Mamba-3's, in a loop and as matmuls
-    5. Model: attention, Mamba and MLP blocks
+    5. Model: attention, Mamba and MLP blocks; generation, a token at a time
     6. Optimizers: Muon, Adam, weight average, schedule
     7. Evaluation: windows, scores, test-time training
     8. Quantization: grids and GPTQ
@@ -1581,7 +1581,9 @@ def scan_inputs(
     dtype = torch.promote_types(projected.dtype, torch.float32)
 
     step_size = F.softplus(column["step"].to(dtype) + parameters.step_bias)
-    key, query, decay_rate = column["key"], column["query"], parameters.decay_rate
+    key = column["key"]
+    query = column["query"]
+    decay_rate = parameters.decay_rate
     if sizes.version == 3:
         key = norm(key, parameters.key_norm, SCAN_NORM_EPS)
         query = norm(query, parameters.query_norm, SCAN_NORM_EPS)
@@ -1627,7 +1629,8 @@ def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
     """Turns the first 2R numbers of x (..., N), in pairs of neighbours, by angle (..., R)."""
     rotated, rest = x.tensor_split([2 * angle.shape[-1]], dim=-1)
     even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # (..., R) each
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
@@ -1648,7 +1651,8 @@ def empty_state(
 
 def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
     """What stands in the equations: biased and turned keys and queries, angles, weights."""
-    step_size, dtype = inputs.step_size, inputs.step_size.dtype
+    step_size = inputs.step_size
+    dtype = step_size.dtype
     if state is None:
         batch, _, heads, channels = inputs.value.shape
         angles = 0 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
@@ -1702,7 +1706,8 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
         ssm = decay[:, t, :, None, None] * ssm
         ssm = add_outer(ssm, terms.current[:, t], terms.value[:, t], terms.key[:, t])
         outputs.append((ssm @ terms.query[:, t].unsqueeze(-1)).squeeze(-1))  # (B, H, P)
-        last_key, last_value = terms.key[:, t], terms.value[:, t]
+        last_key = terms.key[:, t]
+        last_value = terms.value[:, t]
     return finish_scan(inputs, terms, torch.stack(outputs, dim=1), ssm)
 
 
@@ -1743,7 +1748,8 @@ def chunked_scan(
 ) -> tuple[Tensor, ScanState]:
     """sequential_scan() as matmuls within chunks and a short loop between them."""
     terms = scan_terms(inputs, state)
-    log_decay, length = inputs.log_decay, terms.value.shape[1]
+    log_decay = inputs.log_decay
+    length = terms.value.shape[1]
     if inputs.document_start is not None:
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
     weight = terms.current + F.pad(terms.previous[:, 1:], (0, 0, 0, 1))  # the key weight
@@ -1753,7 +1759,9 @@ def chunked_scan(
         padding = (0, 0) * (x.dim() - 2) + (0, -length % chunk_size)
         return F.pad(x, padding).unflatten(1, (-1, chunk_size)).movedim(3, 1)
 
-    key, query, value = cut(terms.key), cut(terms.query), cut(terms.value)
+    key = cut(terms.key)
+    query = cut(terms.query)
+    value = cut(terms.value)
     key_weight = cut(weight)
     total = cut(log_decay).cumsum(dim=-1)  # (B, H, chunks, C), from the chunk's beginning on
 
@@ -2129,9 +2137,8 @@ class Attention(nn.Module):
         query, key, value = self.unturned(x)
         key = torch.cat([state.key, key], dim=1)  # (B, L, kv heads, D)
         value = torch.cat([state.value, value], dim=1)
-        cos, sin = context.cos, context.sin  # (L, rotating pairs): the token's place is the last
-        turned_query = rotary(query, cos[-1:], sin[-1:])
-        turned_key = rotary(key, cos, sin)
+        turned_query = rotary(query, context.cos[-1:], context.sin[-1:])  # the last of L places
+        turned_key = rotary(key, context.cos, context.sin)
         y = attend_by_formula(turned_query, turned_key, value, context.documents)
         return self.read_out(x, y, value[:, -1:]), AttentionState(key[:, 1:], value[:, 1:])
 
@@ -2241,8 +2248,10 @@ class Mamba(nn.Module):
 
     def __init__(self, settings, scan_backend: str):
         super().__init__()
-        s, version = settings, settings.mamba_version
-        inner, n = s.mamba_inner_dim, s.mamba_d_state
+        s = settings
+        version = s.mamba_version
+        inner = s.mamba_inner_dim
+        n = s.mamba_d_state
         channels = s.mamba_head_dim if version > 1 else 1
         heads = inner // channels
         self.backend = scan_backend
@@ -2372,7 +2381,8 @@ class Mamba(nn.Module):
         n = self.sizes.state
         gate, value = projected.chunk(2, dim=-1)
         low_rank, key, query = self.x_proj(value).tensor_split([-2 * n, -n], dim=-1)
-        step, decay_rate = self.dt_proj(low_rank), -self.A_log.exp()
+        step = self.dt_proj(low_rank)
+        decay_rate = -self.A_log.exp()
         tensors = (value, step, decay_rate, key, query, self.D, gate, self.dt_bias)
         if backend == "fused" and state is not None:
             backend = "parallel"  # the library's scan takes no state
@@ -2496,7 +2506,8 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
         nn.init.normal_(self.embedding.weight, std=s.tied_embed_init_std)  # first logits: near 0
         if s.bigram_vocab_size:
-            rows, width = s.bigram_vocab_size, s.bigram_dim
+            rows = s.bigram_vocab_size
+            width = s.bigram_dim
             self.bigram_embedding = nn.Embedding(rows, width)
             self.bigram_embedding.weight = nn.Parameter(initial("zero", rows, width))
             self.bigram_proj = Linear(width, s.model_dim)
@@ -2678,9 +2689,11 @@ class Model(nn.Module):
 
         hidden: (B, T, width); tokens (B, T): those before the targets, for logits().
         """
-        rows, flat = hidden.flatten(0, 1), targets.flatten()
+        rows = hidden.flatten(0, 1)
+        flat = targets.flatten()
         if hidden.is_cuda and triton:
-            weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
+            weight = self.output_matrix.to(hidden.dtype)
+            cap = self.settings.logit_softcap
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
         else:
             before = None if tokens is None else tokens.flatten()

@@ -1,6 +1,6 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python -m tests.gpu_checks [scans] [selective] [attention] [documents] [optimizer] [model] [checkpoints] [systems]
+    python -m tests.gpu_checks [scans] [selective] [attention] [documents] [optimizer] [model] [generation] [checkpoints] [systems]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error; and runs the presets of
 published systems to a score. Prints a table and exits with status 1 if a row fails.
@@ -439,6 +439,42 @@ def check_model(**overrides) -> None:
     check(f"fullgraph forward, {label}", off, 2e-2)
 
 
+@torch.no_grad()
+def check_generation(**overrides) -> None:
+    """Steps against the full forward, and a generation's CUDA graph against the same steps without one."""
+    settings = model_settings(**overrides)
+    model = t.build_model(settings, t.Ranks(0, 1, DEVICE))
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    tokens = torch.randint(2, 1024, (8, 64), device=DEVICE)
+    tokens[:, ::20] = t.BOS_ID
+    order = model.order(True)
+    state = model.begin(len(tokens), order)
+    hidden = [model.step(token, order, state) for token in tokens.split(1, dim=1)]
+    label = " ".join(f"{k}={v}" for k, v in overrides.items()) or "default blocks"
+    off = relative(torch.cat(hidden, dim=1).float(), model(tokens, order).float())
+    check(f"one token at a time, {label}", off, BF16_TOLERANCE)
+    drawn, usual = [], t.EAGER_STEPS
+    for t.EAGER_STEPS in (usual, len(tokens[0]) + 1000):
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        drawn.append(t.generate(model, tokens, 64, 0.8, 0.95, generator))
+    t.EAGER_STEPS = usual
+    other = (drawn[0] != drawn[1]).float().mean()
+    check(f"generation by graph, {label}: other tokens", float(other), 0)
+
+
+def time_generation() -> None:
+    """How long a step of 64 texts of the default model takes."""
+    settings, _ = t.read_settings({})
+    model = t.build_model(settings, t.Ranks(0, 1, DEVICE))
+    tokens = torch.full((64, 1), t.BOS_ID, device=DEVICE)
+    t.generate(model, tokens, 8)  # loads what the first call needs
+    started = t.synchronized_time()
+    t.generate(model, tokens, 512)
+    took = 1000 * (t.synchronized_time() - started) / 512
+    print(f"     generation, 64 texts, default model: {took:.2f} ms a token of each")
+
+
 def check_graphed_steps(quantizer: str, batches_of=RandomBatches, **overrides) -> None:
     """Twelve steps with and without CUDA graphs; recurrence and late QAT begin on the way."""
     settings = model_settings(
@@ -544,6 +580,7 @@ def main() -> None:
         "documents",
         "optimizer",
         "model",
+        "generation",
         "checkpoints",
         "systems",
     ]
@@ -565,6 +602,10 @@ def main() -> None:
         check_model(mamba_d_state=128)
         for quantizer in ("gptq", "percentile", "dsq", "ternary"):
             check_graphed_steps(quantizer)
+    if "generation" in wanted:
+        for overrides in ({}, {"document_reset": 1}, {"mamba_version": 2}, {"mamba_version": 1}):
+            check_generation(**overrides)
+        time_generation()
     if "checkpoints" in wanted:
         check_checkpoints()
     if "systems" in wanted:
