@@ -98,8 +98,8 @@ def changed_script(folder: Path, *replacements: tuple[str, str]) -> Path:
 # ---- An honest entry -------------------------------------------------------------------------------------------------
 
 
-def run_audit(run, *arguments: str, **changes) -> subprocess.CompletedProcess:
-    """The tool as a reviewer starts it."""
+def run_audit(run, *arguments: str) -> subprocess.CompletedProcess:
+    """The tool as a reviewer starts it: the settings are the log's."""
     paths = [
         str(run.artifact),
         "--data",
@@ -107,12 +107,9 @@ def run_audit(run, *arguments: str, **changes) -> subprocess.CompletedProcess:
         "--tokenizer",
         str(run.data / "tokenizer.model"),
     ]
-    drop = ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR", "RUN_ID")
-    settings = {name: value for name, value in run.environment.items() if name not in drop}
-    settings |= {name.upper(): str(value) for name, value in changes.items()}
     return subprocess.run(
         [sys.executable, "-m", "tools.audit", *paths, *arguments], cwd=SCRIPT.parent,
-        env=process_environment(settings), capture_output=True, text=True, timeout=PATIENCE,
+        env=process_environment({"DEVICE": "cpu"}), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
 
 
@@ -134,6 +131,9 @@ def test_an_honest_run_passes_every_check_and_its_score_is_reproduced_to_the_las
         in evidence["16,000,000 bytes"]
     )
     assert "6 updates on 192 of 249 targets" in evidence["score first, then train"]
+    said = done.stderr.splitlines()
+    assert [line for line in said if "s left)" in line]
+    assert said[-1].startswith(f"audit: {len(audit.CHECKS)} of {len(audit.CHECKS)}: clocks: holds")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -556,7 +556,7 @@ def test_a_check_that_breaks_off_has_failed_and_the_table_stays_one(entry_of, mo
         raise RuntimeError("a | b\nc")
 
     monkeypatch.setattr(
-        audit, "CHECKS", {"broken": broken, "fine": lambda script, entry: (True, "yes")}
+        audit, "CHECKS", {"broken": broken, "fine": lambda *_: audit.Finding(True, "yes")}
     )
     results = audit.audit(t, entry_of())
     assert results == {"broken": (False, "RuntimeError: a | b\nc"), "fine": (True, "yes")}

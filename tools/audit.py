@@ -1,16 +1,20 @@
 """Proves what can be proved about a submission, and prints a Markdown table for its reviewers.
 
-    python -m tools.audit ARTIFACT --data FOLDER --tokenizer FILE [--script train_gpt.py] [--log logs/run.txt]
+    python -m tools.audit ARTIFACT --data FOLDER --tokenizer FILE [--script FILE] [--log FILE]
 
-FOLDER holds the validation shards. Settings of the evaluation are environment variables, as for the script; give those
-of the run. Exit status: 0 if every check holds, 1 if one fails, 2 for unusable input.
+FOLDER holds the validation shards. Settings of the evaluation are the log's, or environment
+variables, as for the script. What is being done, and how long it will take, is said on standard
+error. Exit status: 0 if every check holds, 1 if one fails, 2 for unusable input.
 
-Two evaluations of the whole set are made: one in a process of its own that runs the script as it stands, in a folder
-with nothing but the script, artifact, tokenizer and validation shards; one here, watched. That they agree to the bit
-ties what is proved here to what the script does there. Causality is tested on the first chunks only.
+Two evaluations of the whole set are made: one in a process of its own that runs the script as it
+stands, in a folder with nothing but the script, artifact, tokenizer and validation shards; one
+here, watched. That they agree to the bit ties what is proved here to what the script does there.
+Causality is tested on the first chunks only.
 
-What it cannot prove: Python reports every file that Python opens, but not what native code opens by itself (the
-tokenizer is read so); and what training did can be read from its log alone.
+What it cannot prove: Python reports every file that Python opens, but not what native code opens by
+itself (the tokenizer is read so); the watched evaluation tells itself what it does, which is held
+against its scores, the stream, the weights and the optimizer's steps; and what training did can be
+read from its log alone.
 """
 
 import contextlib
@@ -27,6 +31,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +62,8 @@ SAMPLED_TARGETS = 16  # whose whole distribution is computed
 CANDIDATES = 1024  # of these at once
 EXACT_DIGITS = 8  # of a score
 
-# On a GPU, matrices are bfloat16 and sums of gradients come in any order; on the CPU, all is repeatable.
+# On a GPU, matrices are bfloat16 and sums of gradients come in any order; on the CPU, all is
+# repeatable.
 GPU_SCORE_NOISE = 1e-3  # BPB between two runs
 OTHER_MACHINE_NOISE = 1e-2  # BPB between two kinds of machine
 CPU_NATS_ERROR, GPU_NATS_ERROR = 2e-4, 5e-2  # of one target, float32 and bfloat16
@@ -74,9 +80,37 @@ class LogFigures(NamedTuple):
     val_loss: str  # as printed
     val_bpb: str
     training_seconds: float | None
-    evaluation_seconds: float | None
-    evaluation_limit: float | None
+    evaluation_seconds: float
+    evaluation_limit: float
     epochs_given_up: int
+
+    def says_as(self, other: "LogFigures") -> bool:
+        """Whether two logs have the same final line, to the last digit."""
+        mine = (self.label, self.val_loss, self.val_bpb)
+        return mine == (other.label, other.val_loss, other.val_bpb)
+
+
+class Progress:
+    """Says on standard error what is done, and how long the rest will take."""
+
+    def __init__(self, targets: int):
+        self.targets = targets  # to be evaluated in all
+        self.evaluated = 0
+        self.started = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """One line; with the time left, once a rate is known."""
+        seconds = time.perf_counter() - self.started
+        left = ""
+        if 0 < self.evaluated < self.targets:
+            rest = seconds * (self.targets - self.evaluated) / self.evaluated
+            left = f", about {rest:.0f} s left"
+        print(f"audit: {text} ({seconds:.0f} s{left})", file=sys.stderr, flush=True)
+
+    def count(self, targets: int, what: str) -> None:
+        """So many targets more were evaluated."""
+        self.evaluated += targets
+        self.say(f"evaluated {targets:,} targets {what}")
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: what was computed for one is kept
@@ -91,19 +125,24 @@ class Entry:
     ranks: Any
     tokenizer: Any  # the script's
     validation: Any  # the script's
+    progress: Progress
     log: LogFigures | None = None
     seed: int = 0
 
     @property
     def on_cpu(self) -> bool:
+        """Whether all is repeatable to the bit."""
         return self.ranks.device.type == "cpu"
 
 
-# ---- What is given ---------------------------------------------------------------------------------------------------
+# ---- What is given -----------------------------------------------------------------------------
 
 
 def load_script(path: Path) -> ModuleType:
-    """The script as a module; it is not run."""
+    """The script as a module; it is not run.
+
+    Raises UserError for a file that cannot be imported or lacks what the audit calls.
+    """
     spec = importlib.util.spec_from_file_location("audited_script", path)
     if not path.is_file() or spec is None:
         raise UserError(f"no script at {path}")
@@ -128,33 +167,78 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
+FINAL = r"^final_int6_lzma_(\w+)_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})$"
+TOOK = r"^evaluation took ([\d.]+)s of ([\d.e+]+)s; (\d+) epochs given up$"
+
+
 def read_log(path: Path) -> LogFigures:
-    """The figures of the last run in a log."""
+    """The figures of the last run in a log, which may hold several, each behind its script.
+
+    Raises UserError for a file that is no log or whose last run did not finish.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the log {path}: {error}") from None
     *before, run = re.split(r"^={100}\n", text, flags=re.MULTILINE)
 
-    def last(pattern: str) -> tuple[str, ...] | None:
+    def last(pattern: str) -> tuple[str, ...] | str | None:
+        """What stands in a pattern's last match: a string, or one for each group."""
         found = re.findall(pattern, run, re.MULTILINE)
         return found[-1] if found else None
 
-    final = last(r"^final_int6_lzma_(\w+)_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})$")
-    took = last(r"^evaluation took ([\d.]+)s of ([\d.e+]+)s; (\d+) epochs given up$")
+    final = last(FINAL)
+    took = last(TOOK)
     if not (before and final and took):
         raise UserError(f"{path} is not the log of a finished run")
-    total, clock = (
-        last(r"^Total submission size int6\+lzma: (\d+) bytes$"),
-        last(r"training clock ([\d.]+)s"),
-    )
-    (settings, *_) = [line for line in run.split("\n") if line.startswith("python=")] or [""]
-    pairs = (item.split("=", 1) for item in settings.split("  ") if "=" in item)
+    label, val_loss, val_bpb = final
+    seconds, limit, given_up = took
+    total = last(r"^Total submission size int6\+lzma: (\d+) bytes$")
+    clock = last(r"training clock ([\d.]+)s")
+    settings = last(r"^python=.*$") or ""
+    pairs = [item.split("=", 1) for item in settings.split("  ") if "=" in item]
+    total_bytes = int(total) if total else None
+    training_seconds = float(clock) if clock else None
     return LogFigures(
-        source=before[-1], settings=dict(pairs), total_bytes=int(total) if total else None, label=final[0],
-        val_loss=final[1], val_bpb=final[2], training_seconds=float(clock) if clock else None,
-        evaluation_seconds=float(took[0]), evaluation_limit=float(took[1]), epochs_given_up=int(took[2]),
-    )  # fmt: skip
+        source=before[-1],
+        settings=dict(pairs),
+        total_bytes=total_bytes,
+        label=label,
+        val_loss=val_loss,
+        val_bpb=val_bpb,
+        training_seconds=training_seconds,
+        evaluation_seconds=float(seconds),
+        evaluation_limit=float(limit),
+        epochs_given_up=int(given_up),
+    )
+
+
+def score_settings(script: ModuleType) -> list[str]:
+    """Names of the settings that a score depends on, beside those in the artifact's header.
+
+    The clock alone does not change a score where no epoch was given up.
+    """
+    names = [f.name for f in dataclasses.fields(script.Settings)]
+    names = ["vocab_size", "train_seq_len", *names[names.index("eval_mode") :]]
+    return [name for name in names if name not in ("eval_nll_path", "eval_max_seconds")]
+
+
+def settings_of_log(script: ModuleType, log: LogFigures, given: dict[str, str]) -> dict[str, str]:
+    """As environment variables, a log's settings that its score depends on and are not given."""
+    flags = {"True": "1", "False": "0"}
+    settings = {}
+    for name in score_settings(script):
+        value = log.settings.get(name)
+        if value is not None and name.upper() not in given:
+            settings[name.upper()] = flags.get(value, value)
+    return settings
+
+
+def evaluated_targets(settings: Any, count: int, on_cpu: bool) -> int:
+    """How many targets all checks evaluate, of a set of so many."""
+    prefix = min(count, int(PREFIX_CHUNKS * chunk_targets(settings)))
+    evaluations_of_prefix = CUTS + 3 + (0 if on_cpu else 1)
+    return 2 * count + evaluations_of_prefix * prefix
 
 
 def open_entry(
@@ -165,11 +249,17 @@ def open_entry(
     environment: dict[str, str],
     log: Path | None = None,
 ) -> Entry:
-    """Reads and validates all that the checks need. environment: the evaluation's settings among other variables."""
+    """Reads and validates all that the checks need.
+
+    environment: the evaluation's settings among other variables, which the log's complete.
+    """
+    figures = read_log(log) if log else None
     alone = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "EVAL_NLL_PATH", "LOG_DIR"}
     paths = {"ARTIFACT": str(artifact), "DATA_PATH": str(data), "TOKENIZER_PATH": str(tokenizer)}
     kept = {name: value for name, value in environment.items() if name not in alone}
     environment = kept | paths | {"EVAL_ONLY": "1", "RUN_ID": "audit"}
+    if figures:
+        environment |= settings_of_log(script, figures, environment)
     try:
         settings, given, ranks = script.prepare_run(environment)
         pieces = script.Tokenizer(str(tokenizer), settings.vocab_size)
@@ -177,25 +267,32 @@ def open_entry(
         _, settings = script.load_model(artifact, settings, given, ranks)
     except script.UserError as error:
         raise UserError(str(error)) from None
-    figures = read_log(log) if log else None
-    # Another evaluation has another score; the clock alone does not change it, where no epoch was given up.
-    free = ("eval_nll_path", "eval_max_seconds")
-    names = [f.name for f in dataclasses.fields(settings)]
-    for name in (
-        ["vocab_size", "train_seq_len", *names[names.index("eval_mode") :]] if figures else ()
-    ):
-        ours, theirs = str(getattr(settings, name)), figures.settings.get(name)
-        if name not in free and ours != theirs:
+    for name in score_settings(script) if figures else ():
+        ours = str(getattr(settings, name))
+        theirs = figures.settings.get(name)
+        if theirs not in (None, ours):
             raise UserError(
-                f"the log was made with {name.upper()}={theirs}, here it is {ours}: set it"
+                f"the log was made with {name.upper()}={theirs}, here it is {ours}: leave it out"
             )
-    path = Path(script.__file__).resolve()
-    return Entry(path, artifact, environment, settings, given, ranks, pieces, validation, figures)
+    count = len(validation.tokens) - 1
+    return Entry(
+        script=Path(script.__file__).resolve(),
+        artifact=artifact,
+        environment=environment,
+        settings=settings,
+        given=given,
+        ranks=ranks,
+        tokenizer=pieces,
+        validation=validation,
+        progress=Progress(evaluated_targets(settings, count, ranks.device.type == "cpu")),
+        log=figures,
+    )
 
 
-# ---- A process of its own --------------------------------------------------------------------------------------------
+# ---- A process of its own ----------------------------------------------------------------------
 
-# Runs the script under a hook that Python calls before it opens a file, starts a program or uses the network.
+# Runs the script under a hook that Python calls before it opens a file, starts a program or uses
+# the network: it writes each down, and allows all but the network.
 GUARD = """
 import json, os, runpy, sys, time
 
@@ -208,10 +305,12 @@ def watch(event, arguments):
     if event == "open" and isinstance(arguments[0], (str, bytes)):
         note("open", os.fsdecode(arguments[0]))
     elif event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec"):
-        if arguments[:2] != ("/sbin/ldconfig", ["/sbin/ldconfig", "-p"]):  # so Triton looks for a driver
+        triton = "/sbin/ldconfig", ["/sbin/ldconfig", "-p"]  # so it looks for a driver
+        if arguments[:2] != triton:
             note("program", repr(arguments[0]))
     elif event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
-        if not isinstance(arguments[-1], (str, bytes)) or event.startswith("socket.get"):  # not a socket file's name
+        socket_file = isinstance(arguments[-1], (str, bytes))
+        if not socket_file or event.startswith("socket.get"):
             note("network", f"{event} {[a for a in arguments if isinstance(a, (str, tuple))]}")
             raise PermissionError("the network is closed")
 
@@ -239,90 +338,122 @@ class Alone(NamedTuple):
     network: list[str]
 
 
-def belongs(path: str, folders: list[str]) -> bool:
-    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
+# Where files lie that are Python's or the system's, beside Python's own folders.
+SYSTEM_FOLDERS = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64")
+TRAINING_SHARD = re.compile(r"_train_[^/]*\.bin$")
+
+
+class Record(NamedTuple):
+    """A line of what GUARD writes down."""
+
+    seconds: float
+    kind: str  # start, open, program, network, end
+    what: str
 
 
 @functools.lru_cache(maxsize=1)
 def run_alone(entry: Entry) -> Alone:
-    """Scores the artifact by running the script in a folder that holds only what the contest allows."""
+    """Scores the artifact by running the script where only what the contest allows is."""
+    count = len(entry.validation.tokens) - 1
+    entry.progress.say(f"the script evaluates {count:,} targets in a process of its own")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        for part in ("data", "home"):
-            (folder / part).mkdir()
-        shutil.copy(entry.script, folder / "train_gpt.py")
-        shutil.copy(entry.artifact, folder / "artifact")
-        shutil.copy(entry.environment["TOKENIZER_PATH"], folder / "tokenizer.model")
-        for path in Path(entry.environment["DATA_PATH"]).glob("*_val_*.bin"):
-            shutil.copy(path, folder / "data" / path.name)
-        (folder / "guard.py").write_text(GUARD, encoding="utf-8")
-        environment = entry.environment | {
-            "ARTIFACT": "artifact", "DATA_PATH": "data", "TOKENIZER_PATH": "tokenizer.model", "LOG_DIR": "logs",
-            "EVAL_NLL_PATH": "nats.npy", "HOME": str(folder / "home"), "TMPDIR": str(folder / "home"),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }  # fmt: skip
+        furnish(folder, entry)
         done = subprocess.run(
             [sys.executable, "guard.py"],
             cwd=folder,
-            env=environment,
+            env=entry.environment | alone_environment(folder),
             capture_output=True,
             text=True,
             errors="replace",
         )
-        record = [
-            json.loads(line)
-            for line in (folder / "record.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        opened = list(
-            dict.fromkeys(
-                os.path.realpath(folder / what) for _, kind, what in record if kind == "open"
-            )
-        )
-        began = [
-            when for when, kind, what in record if kind == "open" and Path(what).name == "artifact"
-        ]
-        python = [
-            sys.prefix,
-            sys.base_prefix,
-            *sysconfig.get_paths().values(),
-            *site.getsitepackages(),
-        ]
-        python += [
-            site.getusersitepackages(),
-            "/proc",
-            "/sys",
-            "/dev",
-            "/etc",
-            "/usr",
-            "/lib",
-            "/lib64",
-        ]
-        known = [os.path.realpath(path) for path in python] + [str(folder)]
-        training = re.compile(r"_train_[^/]*\.bin$")
-        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
-        return Alone(
-            status=done.returncode,
-            said=lines[-1] if lines else "",
-            log=None if done.returncode else read_log(folder / "logs" / "audit.eval.txt"),
-            nats=np.load(folder / "nats.npy") if (folder / "nats.npy").is_file() else None,
-            seconds=record[-1][0] - min(began, default=record[0][0]),
-            opened=[path.removeprefix(f"{folder}/") for path in opened],
-            strangers=[
-                path for path in opened if training.search(path) or not belongs(path, known)
-            ],
-            programs=[what for _, kind, what in record if kind == "program"],
-            network=[what for _, kind, what in record if kind == "network"],
-        )
+        alone = what_happened(folder, done)
+    entry.progress.count(count, "in a process of its own")
+    return alone
 
 
-# ---- A watched evaluation --------------------------------------------------------------------------------------------
+def furnish(folder: Path, entry: Entry) -> None:
+    """Puts the script, artifact, tokenizer and validation shards into an empty folder."""
+    for part in ("data", "home"):
+        (folder / part).mkdir()
+    shutil.copy(entry.script, folder / "train_gpt.py")
+    shutil.copy(entry.artifact, folder / "artifact")
+    shutil.copy(entry.environment["TOKENIZER_PATH"], folder / "tokenizer.model")
+    for path in Path(entry.environment["DATA_PATH"]).glob("*_val_*.bin"):
+        shutil.copy(path, folder / "data" / path.name)
+    (folder / "guard.py").write_text(GUARD, encoding="utf-8")
+
+
+def alone_environment(folder: Path) -> dict[str, str]:
+    """The paths of what furnish() put into a folder."""
+    return {
+        "ARTIFACT": "artifact",
+        "DATA_PATH": "data",
+        "TOKENIZER_PATH": "tokenizer.model",
+        "LOG_DIR": "logs",
+        "EVAL_NLL_PATH": "nats.npy",
+        "HOME": str(folder / "home"),
+        "TMPDIR": str(folder / "home"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def what_happened(folder: Path, done: subprocess.CompletedProcess) -> Alone:
+    """What GUARD has written down in a folder, and what the script has left there."""
+    lines = (folder / "record.jsonl").read_text(encoding="utf-8").splitlines()
+    record = [Record(*json.loads(line)) for line in lines]
+    opened = [one for one in record if one.kind == "open"]
+    # In order, each once; relative paths were relative to the folder.
+    paths = list(dict.fromkeys(os.path.realpath(folder / one.what) for one in opened))
+    began = [one.seconds for one in opened if Path(one.what).name == "artifact"]
+    known = known_folders(folder)
+    strangers = []
+    for path in paths:
+        if TRAINING_SHARD.search(path) or not belongs(path, known):
+            strangers.append(path)
+    programs = [one.what for one in record if one.kind == "program"]
+    network = [one.what for one in record if one.kind == "network"]
+    said = done.stderr if done.returncode else done.stdout
+    last_line = (said.strip().splitlines() or [""])[-1]
+    log = None if done.returncode else read_log(folder / "logs" / "audit.eval.txt")
+    scores = folder / "nats.npy"
+    nats = np.load(scores) if scores.is_file() else None
+    seconds = record[-1].seconds - min(began, default=record[0].seconds)
+    opened_here = [path.removeprefix(f"{folder}/") for path in paths]
+    return Alone(
+        status=done.returncode,
+        said=last_line,
+        log=log,
+        nats=nats,
+        seconds=seconds,
+        opened=opened_here,
+        strangers=strangers,
+        programs=programs,
+        network=network,
+    )
+
+
+def known_folders(folder: Path) -> list[str]:
+    """Real paths of folders whose files a script may open: its own, Python's, the system's."""
+    python = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()]
+    packages = [*site.getsitepackages(), site.getusersitepackages()]
+    return [os.path.realpath(path) for path in (folder, *python, *packages, *SYSTEM_FOLDERS)]
+
+
+def belongs(path: str, folders: list[str]) -> bool:
+    """Whether a path is one of these folders or lies in one."""
+    return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+# ---- A watched evaluation ----------------------------------------------------------------------
 
 
 class Event(NamedTuple):
     """Something that happened during an evaluation, in order."""
 
-    kind: str  # score; train: an update reads targets; step: an optimizer's; changed: weights did, without a step
-    targets: np.ndarray  # their positions
+    # score; train: an update reads targets; step: an optimizer's; changed: weights, without a step
+    kind: str
+    targets: np.ndarray  # positions of those that are scored or trained on
 
 
 class Sampled(NamedTuple):
@@ -357,9 +488,8 @@ class Watcher:
         self.script = script
         self.ranks = entry.ranks
         self.model = model
-        stream = entry.validation.tokens
-        self.stream = stream
-        self.count = len(stream) - 1
+        self.stream = entry.validation.tokens
+        self.count = len(self.stream) - 1
         sampled = min(SAMPLED_TARGETS, self.count)
         self.wanted = np.random.default_rng(entry.seed).choice(self.count, sampled, replace=False)
         self.weights = fingerprint(model)
@@ -370,7 +500,7 @@ class Watcher:
         )
 
     def on_read(self, excerpt: Any) -> None:
-        """Weights are looked at before each use of them; also of those with which scores are made."""
+        """Looks at the weights before they are used."""
         self.note_change()
 
     def on_score(self, excerpt: Any, scored: np.ndarray, nats: Tensor) -> None:
@@ -470,16 +600,19 @@ def load(script: ModuleType, entry: Entry) -> tuple[Any, Any]:
     return model, dataclasses.replace(settings, eval_max_seconds=2.0**40)
 
 
-def evaluate(script: ModuleType, entry: Entry, tokens: np.ndarray) -> Any:
-    """The score of tokens, as evaluate_artifact() makes it."""
+def evaluate(script: ModuleType, entry: Entry, tokens: np.ndarray, what: str) -> np.ndarray:
+    """The nats of tokens' targets, as evaluate_artifact() makes them."""
     model, settings = load(script, entry)
     validation = script.ValidationSet(tokens, entry.tokenizer.target_bytes(tokens))
-    return script.Evaluator(model, settings, entry.ranks, validation).evaluate()
+    score = script.Evaluator(model, settings, entry.ranks, validation).evaluate()
+    entry.progress.count(len(tokens) - 1, what)
+    return score.nats
 
 
 @functools.lru_cache(maxsize=1)
 def observe(script: ModuleType, entry: Entry) -> Observation:
     """Evaluates the whole validation set and records every score, update and step, in order."""
+    entry.progress.say("the same evaluation, watched")
     model, settings = load(script, entry)
     watcher = Watcher(script, entry, model)
     evaluator = script.Evaluator(model, settings, entry.ranks, entry.validation, observer=watcher)
@@ -488,149 +621,211 @@ def observe(script: ModuleType, entry: Entry) -> Observation:
         watcher.seen.score = evaluator.evaluate()
     finally:
         hook.remove()
+    entry.progress.count(watcher.count, "watched")
     return watcher.seen
 
 
-# ---- Checks: each takes the script's module and returns whether it holds, and the evidence ------------------------------
+# ---- Checks ------------------------------------------------------------------------------------
 
 
-def check_bytes(script: ModuleType, entry: Entry) -> tuple[bool, str]:
+class Finding(NamedTuple):
+    """What a check comes to.
+
+    Each check below has a test in tests/test_audit.py that plants the violation it is there for.
+    """
+
+    holds: bool
+    evidence: str
+
+
+class Broken(Exception):
+    """A check's condition does not hold, for the reason that the message gives."""
+
+
+def expect(condition, message: str) -> None:
+    """Ends a check unless its condition holds."""
+    if not condition:
+        raise Broken(message)
+
+
+def a_check(function: Callable[[ModuleType, Entry], Finding]) -> Callable:
+    """A function of the script's module and an entry, in which expect() may end the matter."""
+
+    @functools.wraps(function)
+    def check(script: ModuleType, entry: Entry) -> Finding:
+        try:
+            return function(script, entry)
+        except Broken as reason:
+            return Finding(False, str(reason))
+
+    return check
+
+
+@a_check
+def check_bytes(script: ModuleType, entry: Entry) -> Finding:
     """Code and artifact fit, as files on disk, and are those of the log."""
-    code, model = entry.script.stat().st_size, entry.artifact.stat().st_size
-    problems, log = [], entry.log
-    if code + model > CAP_BYTES:
-        problems.append(f"over the cap of {CAP_BYTES:,}")
-    if log and log.total_bytes not in (None, code + model):
-        problems.append(f"the log says {log.total_bytes:,}")
+    code = entry.script.stat().st_size
+    model = entry.artifact.stat().st_size
+    total = code + model
+    log = entry.log
+    found = [f"{code:,} of code + {model:,} of model = {total:,} of {CAP_BYTES:,} bytes"]
+    if total > CAP_BYTES:
+        found.append(f"over the cap of {CAP_BYTES:,}")
+    if log and log.total_bytes not in (None, total):
+        found.append(f"the log says {log.total_bytes:,}")
     if log and not log.source.endswith(entry.script.read_text(encoding="utf-8") + "\n"):
-        problems.append("the log was written by another script")
-    sizes = f"{code:,} of code + {model:,} of model = {code + model:,} of {CAP_BYTES:,} bytes"
-    agrees = "; the log agrees, and holds this script" if log else ""
-    return not problems, "; ".join([sizes, *problems]) + ("" if problems else agrees)
+        found.append("the log was written by another script")
+    holds = len(found) == 1
+    if holds and log:
+        found.append("the log agrees, and holds this script")
+    return Finding(holds, "; ".join(found))
 
 
 def same_machine(script: ModuleType, entry: Entry) -> bool:
     """Whether the log comes from a machine like this."""
     here = script.describe_machine(entry.ranks)
-    return all(
-        entry.log.settings.get(name) == str(here[name]) for name in ("torch", "cuda", "hardware")
-    )
+    theirs = entry.log.settings
+    return all(theirs.get(name) == str(here[name]) for name in ("torch", "cuda", "hardware"))
 
 
-def check_reproduced(script: ModuleType, entry: Entry) -> tuple[bool, str]:
-    """The score follows from the artifact alone: in another process, without network and training data."""
+@a_check
+def check_reproduced(script: ModuleType, entry: Entry) -> Finding:
+    """The score follows from the artifact alone: elsewhere, without network and training data."""
     alone = run_alone(entry)
-    for what, found in (("used the network", alone.network), ("opened", alone.strangers)):
-        if found:
-            return False, f"it {what}: {', '.join(found[:3])}"
-    if (
-        alone.programs and entry.on_cpu and entry.settings.compile != "on"
-    ):  # compiling starts compilers
-        return False, f"it started {alone.programs[0]}"
-    if alone.status:
-        return False, f"the script ended with status {alone.status}: {alone.said}"
-    if alone.log.epochs_given_up:
-        return (
-            False,
-            f"{alone.log.epochs_given_up} epochs were given up: raise EVAL_MAX_SECONDS to reproduce a score",
-        )
-    watched, noise = observe(script, entry).score, 0.0 if entry.on_cpu else GPU_SCORE_NOISE
-    if (
-        not np.array_equal(alone.nats, watched.nats)
-        and abs(float(alone.log.val_bpb) - watched.val_bpb) >= noise
-    ):
-        return (
-            False,
-            f"{alone.log.val_bpb} BPB there, {watched.val_bpb:.{EXACT_DIGITS}f} in the watched evaluation",
-        )
-    shards = [path for path in alone.opened if path.startswith("data/")]
-    evidence = f"{alone.log.val_bpb} BPB; of {len(alone.opened)} files that Python opened, data are {', '.join(shards)}"
-    evidence += "; no network"
-    if not entry.log:
-        return True, evidence + "; no log to compare with"
-    claimed, difference = entry.log, abs(float(alone.log.val_bpb) - float(entry.log.val_bpb))
+    expect(not alone.network, f"it used the network: {', '.join(alone.network[:3])}")
+    expect(not alone.strangers, f"it opened: {', '.join(alone.strangers[:3])}")
+    compiles = entry.settings.compile == "on" or not entry.on_cpu  # which starts compilers
+    expect(compiles or not alone.programs, f"it started {', '.join(alone.programs[:1])}")
+    expect(not alone.status, f"the script ended with status {alone.status}: {alone.said}")
+    given_up = alone.log.epochs_given_up
+    more_time = "raise EVAL_MAX_SECONDS to reproduce a score"
+    expect(not given_up, f"{given_up} epochs were given up: {more_time}")
+
+    bpb = alone.log.val_bpb
+    watched = observe(script, entry).score
+    if not np.array_equal(alone.nats, watched.nats):
+        noise = 0.0 if entry.on_cpu else GPU_SCORE_NOISE
+        here = f"{watched.val_bpb:.{EXACT_DIGITS}f} in the watched evaluation"
+        expect(abs(float(bpb) - watched.val_bpb) < noise, f"{bpb} BPB there, {here}")
+    holds, claim = compare_with_log(script, entry, alone.log)
+    shards = ", ".join(path for path in alone.opened if path.startswith("data/"))
+    files = f"of {len(alone.opened)} files that Python opened, data are {shards}; no network"
+    return Finding(holds, f"{bpb} BPB; {files}; {claim}")
+
+
+def compare_with_log(script: ModuleType, entry: Entry, found: LogFigures) -> Finding:
+    """Whether a score that was found is the one that the log claims.
+
+    To the last digit on a CPU like the log's; on GPUs, and on other machines, within their noise.
+    """
+    claimed = entry.log
+    if not claimed:
+        return Finding(True, "no log to compare with")
+    difference = abs(float(found.val_bpb) - float(claimed.val_bpb))
+    says = f"the log says {claimed.val_bpb}"
     if same_machine(script, entry) and not claimed.epochs_given_up:
-        same = (alone.log.label, alone.log.val_loss, alone.log.val_bpb) == (
-            claimed.label,
-            claimed.val_loss,
-            claimed.val_bpb,
-        )
-        holds = same if entry.on_cpu else difference <= GPU_SCORE_NOISE
-        return holds, f"{evidence}; the log says {claimed.val_bpb} on such a machine"
-    why = f"on {claimed.settings.get('hardware')}, {claimed.epochs_given_up} epochs given up"
-    return difference <= OTHER_MACHINE_NOISE, f"{evidence}; the log says {claimed.val_bpb} ({why})"
+        holds = claimed.says_as(found) if entry.on_cpu else difference <= GPU_SCORE_NOISE
+        return Finding(holds, f"{says} on such a machine")
+    hardware = claimed.settings.get("hardware")
+    why = f"on {hardware}, {claimed.epochs_given_up} epochs given up"
+    return Finding(difference <= OTHER_MACHINE_NOISE, f"{says} ({why})")
 
 
-def check_causal(script: ModuleType, entry: Entry) -> tuple[bool, str]:
-    """No score moves when all tokens behind its target are replaced."""
-    s, generator = entry.settings, np.random.default_rng(entry.seed)
-    chunk = max(s.train_seq_len, s.ttt_chunk_tokens if s.adapts else 0)
+def chunk_targets(settings: Any) -> int:
+    """Targets between two updates, or of a window where that is more."""
+    chunk = settings.ttt_chunk_tokens if settings.adapts else 0
+    return max(settings.train_seq_len, chunk)
+
+
+@a_check
+def check_causal(script: ModuleType, entry: Entry) -> Finding:
+    """No score moves when all tokens behind its target are replaced.
+
+    Whatever a scorer may do, and whatever it may tell of it: it is what follows that is compared.
+    On a CPU, not a single bit may move.
+    """
+    settings = entry.settings
+    generator = np.random.default_rng(entry.seed)
+    chunk = chunk_targets(settings)
     tokens = entry.validation.tokens[: int(PREFIX_CHUNKS * chunk) + 1]
     count = len(tokens) - 1
     # Just before and behind the end of a chunk, where an update comes between, and anywhere.
     ends = [end for end in (chunk - 1, chunk) if 0 < end < count]
     cuts = sorted({*ends, *generator.integers(1, count, CUTS).tolist()})
-    before = evaluate(script, entry, tokens).nats
-    # On a GPU, gradients differ from run to run by rounding.
-    noise = (
-        0.0
-        if entry.on_cpu
-        else 4 * float(np.abs(evaluate(script, entry, tokens).nats - before).max())
-    )
-    moved = []
-    for cut in cuts:  # tokens[:cut + 1] stay, which hold the targets of scores[:cut]
-        other = tokens.astype(np.int64)
-        other[cut + 1 :] += generator.integers(1, s.vocab_size, count - cut)
-        after = evaluate(script, entry, (other % s.vocab_size).astype(tokens.dtype)).nats
-        if wrong := np.flatnonzero(~(np.abs(after[:cut] - before[:cut]) <= noise)).tolist():
-            problem = f"with other tokens from {cut + 1} on, {len(wrong)} earlier scores move, first that of {wrong[0] + 1}"
-            return False, problem
-        moved.append(float((after[cut:] != before[cut:]).mean()))
-    if min(moved) < 0.5:
-        return (
-            False,
-            f"only {min(moved):.0%} of the scores behind a cut move: the test would not see a dependence",
+
+    before = evaluate(script, entry, tokens, "of the first chunks")
+    noise = 0.0
+    if not entry.on_cpu:  # gradients differ from run to run by rounding
+        again = evaluate(script, entry, tokens, "of the first chunks, once more")
+        noise = 4 * float(np.abs(again - before).max())
+    moved = []  # part of the scores behind each cut
+    for cut in cuts:
+        after = evaluate(
+            script,
+            entry,
+            replaced_behind(tokens, cut, settings.vocab_size, generator),
+            f"with other tokens from {cut + 1} on",
         )
-    bound = (
-        "by a single bit"
-        if not noise
-        else f"by more than {noise:.1g} nats, the noise of two runs being a quarter"
-    )
-    adapting = "with" if s.adapts else "without"
+        still = np.abs(after[:cut] - before[:cut]) <= noise  # false for NaN too
+        wrong = np.flatnonzero(~still)
+        what = f"with other tokens from {cut + 1} on, {len(wrong)} earlier scores move"
+        expect(still.all(), f"{what}, first that of {wrong.min(initial=cut) + 1}")
+        moved.append(float((after[cut:] != before[cut:]).mean()))
+
+    least = f"{min(moved):.0%}"
+    blind = "the test would not see a dependence"
+    expect(min(moved) >= 0.5, f"only {least} of the scores behind a cut move: {blind}")
+    bound = "by a single bit"
+    if noise:
+        bound = f"by more than {noise:.1g} nats, the noise of two runs being a quarter"
     places = ", ".join(map(str, cuts))
-    evidence = f"{len(cuts)} cuts of {count:,} targets (at {places}), {s.eval_mode} windows, {adapting} TTT"
-    return (
-        True,
-        f"{evidence}: no score up to a cut moves {bound}, {min(moved):.0%} or more behind it do",
-    )
+    mode = f"{settings.eval_mode}, {'with' if settings.adapts else 'without'} TTT"
+    tried = f"{len(cuts)} cuts of {count:,} targets (at {places}), {mode}"
+    found = f"no score up to a cut moves {bound}, {least} or more behind it do"
+    return Finding(True, f"{tried}: {found}")
 
 
-def check_scored_once(script: ModuleType, entry: Entry) -> tuple[bool, str]:
+def replaced_behind(
+    tokens: np.ndarray, cut: int, vocab_size: int, generator: np.random.Generator
+) -> np.ndarray:
+    """A stream with the same targets of positions before the cut, and all others different."""
+    other = tokens.astype(np.int64)
+    behind = len(tokens) - (cut + 1)
+    other[cut + 1 :] += generator.integers(1, vocab_size, behind)
+    return (other % vocab_size).astype(tokens.dtype)
+
+
+@a_check
+def check_scored_once(script: ModuleType, entry: Entry) -> Finding:
     """Every target gets one score, which is the one that counts."""
     seen = observe(script, entry)
-    never, again = (seen.times_written == 0).sum(), (seen.times_written > 1).sum()
-    if never or again:
-        return False, f"{never} targets are never scored, {again} more than once"
-    if not np.array_equal(seen.written, seen.score.nats):
-        return False, "what is summed is not what was scored"
+    never = int((seen.times_written == 0).sum())
+    again = int((seen.times_written > 1).sum())
+    expect(not never and not again, f"{never} targets are never scored, {again} more than once")
+    same = np.array_equal(seen.written, seen.score.nats)
+    expect(same, "what is summed is not what was scored")
     loss = float(seen.written.mean(dtype=np.float64))
-    holds = math.isclose(loss, seen.score.val_loss, rel_tol=1e-9) and bool(
-        (seen.written >= 0).all()
-    )
-    return holds, f"{len(seen.written):,} targets, each written once; their mean is {loss:.8f} nats"
+    holds = math.isclose(loss, seen.score.val_loss, rel_tol=1e-9) and (seen.written >= 0).all()
+    count = len(seen.written)
+    evidence = f"{count:,} targets, each written once; their mean is {loss:.8f} nats"
+    return Finding(bool(holds), evidence)
 
 
-def check_probabilities(script: ModuleType, entry: Entry) -> tuple[bool, str]:
+@a_check
+def check_probabilities(script: ModuleType, entry: Entry) -> Finding:
     """Scores are -log of probabilities that sum to one over the vocabulary."""
     sampled = observe(script, entry).sampled
-    most_nats, most_sum = (
-        (CPU_NATS_ERROR, CPU_SUM_ERROR) if entry.on_cpu else (GPU_NATS_ERROR, GPU_SUM_ERROR)
-    )
-    nats = max((abs(one.nats - one.expected) for one in sampled), default=math.inf)
-    total = max((abs(one.total - 1) for one in sampled), default=math.inf)
-    evidence = f"{len(sampled)} random targets: sums over {entry.settings.vocab_size:,} tokens within {total:.1e} of 1, "
-    evidence += f"scores within {nats:.1e} nats of -log softmax in float64"
-    return bool(nats <= most_nats and total <= most_sum), evidence  # false for NaN too
+    most_nats = CPU_NATS_ERROR if entry.on_cpu else GPU_NATS_ERROR
+    most_sum = CPU_SUM_ERROR if entry.on_cpu else GPU_SUM_ERROR
+    # All of them: NaN, which compares as false, must not hide behind a maximum.
+    nats = np.array([abs(one.nats - one.expected) for one in sampled])
+    total = np.array([abs(one.total - 1) for one in sampled])
+    exact = (nats <= most_nats) & (total <= most_sum)
+    holds = len(sampled) > 0 and exact.all()
+    vocabulary = f"{entry.settings.vocab_size:,} tokens"
+    sums = f"sums over {vocabulary} within {total.max(initial=0.0):.1e} of 1"
+    scores = f"scores within {nats.max(initial=0.0):.1e} nats of -log softmax in float64"
+    return Finding(bool(holds), f"{len(sampled)} random targets: {sums}, {scores}")
 
 
 def read_tokens(folder: str) -> np.ndarray:
@@ -645,14 +840,17 @@ def read_tokens(folder: str) -> np.ndarray:
 def text_bytes(
     model: sentencepiece.SentencePieceProcessor, tokens: list[int], text: str
 ) -> int | None:
-    """UTF-8 bytes of the text that tokens decode to. A text that was cut within a character decodes to replacement
-    characters: then those of the pieces. None if the pieces contradict the text."""
+    """UTF-8 bytes of the text that tokens decode to; None if the pieces contradict the text.
+
+    A text that was cut within a character decodes to replacement characters: then the bytes are
+    those of the pieces.
+    """
     if "\N{REPLACEMENT CHARACTER}" not in text:
         return len(text.encode())
-    pieces = zip(model.id_to_piece(tokens), model.is_byte(tokens))
-    raw = b"".join(
-        bytes([int(p[3:5], 16)]) if byte else p.replace("▁", " ").encode() for p, byte in pieces
-    )
+    raw = b""
+    for piece, is_byte in zip(model.id_to_piece(tokens), model.is_byte(tokens), strict=True):
+        # A byte's piece is written <0xE6>.
+        raw += bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
     raw = raw.removeprefix(b" ")
     try:
         return len(raw) if raw.decode() == text else None
@@ -660,99 +858,115 @@ def text_bytes(
         return len(raw)
 
 
-def check_text_bytes(script: ModuleType, entry: Entry) -> tuple[bool, str]:
-    """The bytes in bits per byte are those of the text, document by document."""
+def texts_between(silent: np.ndarray) -> list[tuple[int, int]]:
+    """First and last + 1 of each run of tokens that have text."""
+    bounded = np.concatenate([[True], silent, [True]])
+    edges = np.flatnonzero(np.diff(bounded.astype(np.int8))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@a_check
+def check_text_bytes(script: ModuleType, entry: Entry) -> Finding:
+    """The bytes in bits per byte are those of the text, document by document.
+
+    Shards are read and decoded here, without the script, and compared with its target_bytes.
+    """
     tokens = read_tokens(entry.environment["DATA_PATH"])
-    if not np.array_equal(tokens, entry.validation.tokens):
-        return False, "the script's tokens are not those of the shards"
+    same = np.array_equal(tokens, entry.validation.tokens)
+    expect(same, "the script's tokens are not those of the shards")
     model = sentencepiece.SentencePieceProcessor(model_file=entry.environment["TOKENIZER_PATH"])
     ids = list(range(model.vocab_size()))
-    silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)[
-        tokens
-    ]
-    # Texts are what stands between tokens without text; decoding drops the first space of each, as of a document.
-    edges = np.flatnonzero(np.diff(np.concatenate([[True], silent, [True]]).astype(np.int8)))
-    spans = list(zip(edges[::2].tolist(), edges[1::2].tolist()))
+    silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
+    # Decoding drops the first space of each text, as the script does of a document.
+    spans = texts_between(silent[tokens])
     pieces = [tokens[first:last].tolist() for first, last in spans]
-    counted = np.concatenate(
-        [[0, 0], np.cumsum(entry.validation.target_bytes)]
-    )  # [i]: of tokens[:i]
+    texts = model.decode(pieces) if pieces else []
+    counts = entry.validation.target_bytes
+    counted = np.concatenate([[0, 0], np.cumsum(counts)])  # [i]: of tokens[:i]
     total = 0
-    for (first, last), part, text in zip(spans, pieces, model.decode(pieces) if pieces else []):
-        truth, ours = text_bytes(model, part, text), int(counted[last] - counted[first])
+    for (first, last), part, text in zip(spans, pieces, texts, strict=True):
+        truth = text_bytes(model, part, text)
         if truth is not None and first == 0:  # the stream's first token is no target
             truth -= len(model.decode(part[:1]).encode())
-        if truth != ours:
-            return (
-                False,
-                f"tokens {first} to {last - 1} count as {ours} bytes; their text has {truth}: {text[:40]!r}",
-            )
+        ours = int(counted[last] - counted[first])
+        what = f"tokens {first} to {last - 1} count as {ours} bytes; their text has {truth}"
+        expect(truth == ours, f"{what}: {text[:40]!r}")
         total += ours
-    if total != entry.validation.target_bytes.sum():
-        return (
-            False,
-            f"{entry.validation.target_bytes.sum():,} bytes are counted, {total:,} of them in text",
-        )
+    all_counted = int(counts.sum())
+    expect(total == all_counted, f"{all_counted:,} bytes are counted, {total:,} of them in text")
+
     seen = observe(script, entry)
     bpb = float(seen.written.sum(dtype=np.float64)) / math.log(2) / total
-    evidence = f"{int((tokens == BOS_ID).sum()):,} documents, {total:,} bytes of decoded text; so {bpb:.8f} BPB"
-    return math.isclose(bpb, seen.score.val_bpb, rel_tol=1e-9), f"{evidence}, as the script says"
+    documents = int((tokens == BOS_ID).sum())
+    evidence = f"{documents:,} documents, {total:,} bytes of decoded text; so {bpb:.8f} BPB"
+    holds = math.isclose(bpb, seen.score.val_bpb, rel_tol=1e-9)
+    return Finding(holds, f"{evidence}, as the script says")
 
 
-def check_order(script: ModuleType, entry: Entry) -> tuple[bool, str]:
-    """Score first: updates see only targets that are scored, and none sees the last chunk."""
-    seen, s = observe(script, entry), entry.settings
+@a_check
+def check_order(script: ModuleType, entry: Entry) -> Finding:
+    """Score first: updates see only targets that are scored, and none sees the last chunk.
+
+    A step of an optimizer needs a loss before it whose targets are known, and weights change by
+    steps alone.
+    """
+    seen = observe(script, entry)
+    settings = entry.settings
     count = len(seen.times_written)
-    last_chunk = (count - 1) // s.ttt_chunk_tokens * s.ttt_chunk_tokens if s.adapts else 0
-    scored, trained, steps, waiting = (
-        np.zeros(count, dtype=bool),
-        np.zeros(count, dtype=bool),
-        0,
-        False,
-    )
-    if seen.with_gradients:
-        return False, "a score was computed with gradients"
+    last_chunk = 0
+    if settings.adapts:
+        last_chunk = (count - 1) // settings.ttt_chunk_tokens * settings.ttt_chunk_tokens
+    scored = np.zeros(count, dtype=bool)
+    trained = np.zeros(count, dtype=bool)
+    steps = 0
+    gradient = False  # of a loss on scored targets, not yet used
+    expect(not seen.with_gradients, "a score was computed with gradients")
     for kind, targets in seen.events:
         if kind == "score":
             scored[targets] = True
         elif kind == "train":
-            if not scored[targets].all():
-                return (
-                    False,
-                    f"an update sees target {targets[~scored[targets]][0]} before it is scored",
-                )
-            if (targets >= last_chunk).any():
-                return False, f"an update sees target {targets.max()}, of the last chunk"
-            trained[targets], waiting = True, True
+            early = targets[~scored[targets]]
+            expect(
+                not len(early),
+                f"an update sees target {early.min(initial=count)} before it is scored",
+            )
+            latest = targets.max()
+            expect(latest < last_chunk, f"an update sees target {latest}, of the last chunk")
+            trained[targets] = True
+            gradient = True
         elif kind == "step":
-            if not waiting:
-                return False, "an optimizer steps without a loss on scored targets"
-            steps, waiting = steps + 1, False
+            expect(gradient, "an optimizer steps without a loss on scored targets")
+            steps += 1
+            gradient = False
         else:
-            return False, "weights changed without a step of an optimizer"
-    if steps and not s.adapts:
-        return False, "weights are updated although TTT is off"
+            raise Broken("weights changed without a step of an optimizer")
+    expect(settings.adapts or not steps, "weights are updated although TTT is off")
     if not steps:
-        return True, f"{count:,} targets scored, weights never changed"
-    evidence = f"{steps} updates on {trained.sum():,} of {count:,} targets, each scored before, without gradients"
-    return True, f"{evidence}; none on the last {count - last_chunk:,}"
+        return Finding(True, f"{count:,} targets scored, weights never changed")
+    updates = f"{steps} updates on {trained.sum():,} of {count:,} targets"
+    how = "each scored before, without gradients"
+    return Finding(True, f"{updates}, {how}; none on the last {count - last_chunk:,}")
 
 
-def check_clocks(script: ModuleType, entry: Entry) -> tuple[bool, str]:
+@a_check
+def check_clocks(script: ModuleType, entry: Entry) -> Finding:
     """Evaluation and training keep their time."""
-    alone, limit, log = run_alone(entry), entry.settings.eval_max_seconds, entry.log
-    parts, holds = [f"evaluation here {alone.seconds:.1f}s of {limit:g}s"], alone.seconds <= limit
+    alone = run_alone(entry)
+    limit = entry.settings.eval_max_seconds
+    evidence = [f"evaluation here {alone.seconds:.1f}s of {limit:g}s"]
+    kept = [alone.seconds <= limit]
+    log = entry.log
     if log:
-        parts.append(f"in the log {log.evaluation_seconds}s of {log.evaluation_limit:g}s")
-        holds &= log.evaluation_seconds <= log.evaluation_limit
-        if log.training_seconds is not None:
-            most = float(log.settings.get("max_wallclock_seconds", 0)) or CLOCK_SECONDS
-            parts.append(f"training {log.training_seconds}s of {most:g}s")
-            holds &= log.training_seconds <= most
-    return holds, "; ".join(parts)
+        evidence.append(f"in the log {log.evaluation_seconds}s of {log.evaluation_limit:g}s")
+        kept.append(log.evaluation_seconds <= log.evaluation_limit)
+    if log and log.training_seconds is not None:
+        most = float(log.settings.get("max_wallclock_seconds", 0)) or CLOCK_SECONDS
+        evidence.append(f"training {log.training_seconds}s of {most:g}s")
+        kept.append(log.training_seconds <= most)
+    return Finding(all(kept), "; ".join(evidence))
 
 
-CHECKS: dict[str, Callable[[ModuleType, Entry], tuple[bool, str]]] = {
+CHECKS: dict[str, Callable[[ModuleType, Entry], Finding]] = {
     "16,000,000 bytes": check_bytes,
     "score from the artifact alone": check_reproduced,
     "causal": check_causal,
@@ -764,55 +978,63 @@ CHECKS: dict[str, Callable[[ModuleType, Entry], tuple[bool, str]]] = {
 }
 
 
-def audit(script: ModuleType, entry: Entry) -> dict[str, tuple[bool, str]]:
-    """All checks by name; one that cannot be carried through has failed."""
+def run_check(check: Callable, script: ModuleType, entry: Entry) -> Finding:
+    """A check's finding; one that cannot be carried through has failed."""
+    try:
+        return check(script, entry)
+    except Exception as error:
+        return Finding(False, f"{type(error).__name__}: {error}")
+
+
+def audit(script: ModuleType, entry: Entry) -> dict[str, Finding]:
+    """All checks by name."""
     results = {}
-    for name, check in CHECKS.items():
-        try:
-            results[name] = check(script, entry)
-        except Exception as error:
-            results[name] = False, f"{type(error).__name__}: {error}"
+    for number, (name, check) in enumerate(CHECKS.items(), start=1):
+        results[name] = run_check(check, script, entry)
+        outcome = "holds" if results[name].holds else "FAILS"
+        entry.progress.say(f"{number} of {len(CHECKS)}: {name}: {outcome}")
     return results
 
 
-def table(results: dict[str, tuple[bool, str]]) -> str:
+def table(results: dict[str, Finding]) -> str:
     """The results in Markdown."""
-    rows = [
-        (name, "holds" if holds else "FAILS", evidence)
-        for name, (holds, evidence) in results.items()
-    ]
-    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
-    return "\n".join(
-        f"| {' | '.join(row)} |" for row in [["check", "result", "evidence"], ["---"] * 3, *cells]
-    )
+    rows = [["check", "result", "evidence"], ["---", "---", "---"]]
+    for name, (holds, evidence) in results.items():
+        cells = (name, "holds" if holds else "FAILS", evidence)
+        rows.append([" ".join(cell.replace("|", "\\|").split()) for cell in cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def read_arguments():
+    """The command line's."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="folder of validation shards")
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    script = Path(__file__).resolve().parent.parent / "train_gpt.py"
+    parser.add_argument("--script", type=Path, default=script)
+    parser.add_argument("--log", type=Path, help="LOG_DIR/RUN_ID.txt of the run")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with the validation shards"
-    )
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument(
-        "--script", type=Path, default=Path(__file__).resolve().parent.parent / "train_gpt.py"
-    )
-    parser.add_argument("--log", type=Path, help="LOG_DIR/RUN_ID.txt of the run")
+    """Audits what the command line says; the process's exit status."""
     try:
-        given = parser.parse_args()
+        given = read_arguments()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # one process, wherever it is started
             os.environ.pop(name, None)
         script = load_script(given.script)
+        environment = dict(os.environ)
         with contextlib.redirect_stdout(sys.stderr):
             entry = open_entry(
-                script, given.artifact, given.data, given.tokenizer, dict(os.environ), given.log
+                script, given.artifact, given.data, given.tokenizer, environment, given.log
             )
             results = audit(script, entry)
     except UserError as error:
         print(f"audit.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(table(results))
-    return 0 if all(holds for holds, _ in results.values()) else 1
+    return 0 if all(finding.holds for finding in results.values()) else 1
 
 
 if __name__ == "__main__":
