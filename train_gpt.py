@@ -5515,7 +5515,7 @@ def run() -> int:
 # ==================================================================================================
 # 11. Fused kernels
 #
-# Section 4's scan and section 5's cross-entropy in Triton, for bfloat16 on NVIDIA GPUs. Nothing here
+# Section 4's scan and section 5's cross-entropy in Triton, for bfloat16 on NVIDIA GPUs. Nothing
 # is new to the model: mamba_scan() and Model.nats() compute the same without, and tests compare.
 #
 # A chunk of the scan has T = CHUNK tokens; `padded` is the length in whole chunks. Forward:
@@ -6728,7 +6728,8 @@ def scan_shared_bytes(channels: int, state: int, chunk: int, capability: int) ->
     wide, state wide, and matrices of state and of scores; before, it holds a part of one. Fitted to
     what the compiler makes of 23 shapes, so that what fits follows from it.
     """
-    tiles = 16 * chunk * channels + 12 * chunk * state + 2 * state * channels + chunk * chunk
+    token = 16 * channels + 12 * state + chunk  # bytes for each token of a chunk
+    tiles = chunk * token + 2 * state * channels
     return int((0.91 if capability >= 9 else 0.3) * tiles)
 
 
@@ -7072,7 +7073,7 @@ library_kernel.register_autograd(
 def library_backward(
     d_y: Tensor, tensors: list[Tensor], sequence: Tensor | None, name: str, chunk_size: int
 ) -> list[Tensor]:
-    """The gradients of tensors, by the library's own autograd.Function, whose forward runs again."""
+    """The gradients of tensors, by the library's own autograd.Function; its forward runs again."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     with torch.enable_grad():
         y = call_library(leaves, sequence, name, chunk_size)

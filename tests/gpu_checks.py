@@ -1,6 +1,7 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python -m tests.gpu_checks [scans] [selective] [attention] [documents] [optimizer] [model] [generation] [checkpoints] [systems]
+    python -m tests.gpu_checks [scans] [selective] [mamba2] [attention] [documents] [optimizer]
+        [model] [generation] [checkpoints] [systems]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error; and runs the presets of
 published systems to a score. Prints a table and exits with status 1 if a row fails.
@@ -135,10 +136,10 @@ def check_causality(case: ScanCase) -> None:
         )
 
 
-def missing_library() -> str:
-    """Why the first Mamba's fused scan cannot run here; empty if it can."""
+def missing_library(version: int) -> str:
+    """Why the fused scan of a Mamba cannot run here; empty if it can."""
     try:
-        for library in t.LIBRARIES:
+        for library in t.LIBRARIES[version]:
             importlib.import_module(library)
     except ImportError as error:
         return str(error)
@@ -187,7 +188,7 @@ def check_selective() -> None:
     found = outputs(scans["parallel"], mixed)
     off = {n: relative(x, expected[n]) for n, x in found.items()}
     check_errors("selective scan, parallel, bfloat16", off, BF16_TOLERANCE)
-    if missing := missing_library():
+    if missing := missing_library(1):
         print(f"skip the fused selective scan: {missing}")
         return
     off = {n: relative(x, expected[n]) for n, x in outputs(scans["fused"], mixed).items()}
@@ -227,6 +228,71 @@ def runnable(backend: str, confined: bool) -> bool:
     if problem:
         print(f"absent attention {backend}{' in documents' * confined}: {problem}")
     return not problem
+
+
+def check_mamba2() -> None:
+    """Mamba-2's scan by chunks, and fused where mamba_ssm is installed, each compiled as one graph,
+    against the loop in float64; then the milliseconds that forward and backward take at full size."""
+    backends = ["chunked"]
+    if missing := missing_library(2):
+        print(f"skip the fused scan of Mamba-2: {missing}")
+    else:
+        backends.append("fused")
+    sizes = t.MambaSizes(16, 64, 64, 0, 2)
+    starts = torch.zeros(2, 1000, dtype=torch.bool, device=DEVICE)
+    starts[1, [0, 63, 64, 65, 200, 777]] = True
+    scans = {backend: mamba2_scan(sizes, backend) for backend in backends}
+    for documents in (None, starts):
+        leaves = mamba2_inputs(sizes, 2, 1000)
+        exact = mamba2_scan(sizes, "sequential", compiled=False)
+        expected = mamba2_results(exact, [x.double() for x in leaves], documents)
+        for backend, scan in scans.items():
+            found = mamba2_results(scan, leaves, documents)
+            off = {name: relative(x, expected[name]) for name, x in found.items()}
+            label = "" if documents is None else ", documents"
+            check_errors(f"Mamba-2, {backend}{label}", off, BF16_TOLERANCE)
+    leaves = mamba2_inputs(sizes, 32, 4096)
+    for backend, scan in scans.items():
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+        for mark in marks:
+            mamba2_results(scan, leaves, None)
+            mark.record()
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in zip(marks[1:], marks[2:], strict=False)]
+        print(f"     Mamba-2, {backend}: {statistics.median(times):.2f} ms for 131,072 tokens")
+
+
+MAMBA2_NAMES = ("projected", "step_bias", "skip", "decay_rate")
+
+
+def mamba2_inputs(sizes: t.MambaSizes, batch: int, length: int) -> list[torch.Tensor]:
+    """What a layer's scan has gradients of, by MAMBA2_NAMES."""
+    normal = functools.partial(torch.randn, device=DEVICE)
+    projected = normal(batch, length, sum(sizes.columns().values())).bfloat16()
+    rates = -torch.linspace(1, 16, sizes.heads, device=DEVICE)
+    return [projected, normal(sizes.heads) - 4, normal(sizes.heads), rates]
+
+
+def mamba2_scan(sizes: t.MambaSizes, backend: str, compiled: bool = True):
+    """y of projected, step bias, skip, decay rate and document starts."""
+
+    def scan(projected, step_bias, skip, decay_rate, starts):
+        no_bias = torch.zeros_like(skip).unsqueeze(1)
+        learned = t.MambaParameters(step_bias, skip, no_bias, no_bias, decay_rate=decay_rate)
+        return t.mamba_scan(projected, learned, sizes, starts, None, backend, 64)[0]
+
+    return torch.compile(scan, fullgraph=True, dynamic=False) if compiled else scan
+
+
+def mamba2_results(scan, tensors: list[torch.Tensor], starts) -> dict[str, torch.Tensor]:
+    """y, and the gradients of one random weighting of it."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = scan(*leaves, starts)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    weights = torch.randn(y.shape, generator=generator, device=DEVICE).to(y.dtype)
+    gradients = torch.autograd.grad(y, leaves, weights)
+    named = zip(MAMBA2_NAMES, gradients, strict=True)
+    return {"y": y.detach()} | {f"d {name}": x for name, x in named}
 
 
 def check_attention() -> None:
@@ -551,7 +617,7 @@ def check_systems() -> None:
     if not sample.is_dir():
         print("skip the published systems: make their text by `python data/prepare.py sample`")
         return
-    first_mamba = "parallel" if missing_library() else "fused"
+    first_mamba = "parallel" if missing_library(1) else "fused"
     for preset in ("nemotron_hinge", "hybrid11", "hybrid18"):
         with tempfile.TemporaryDirectory() as folder:
             environment = {
@@ -576,6 +642,7 @@ def main() -> None:
     wanted = sys.argv[1:] or [
         "scans",
         "selective",
+        "mamba2",
         "attention",
         "documents",
         "optimizer",
@@ -588,6 +655,8 @@ def main() -> None:
         check_scans()
     if "selective" in wanted:
         check_selective()
+    if "mamba2" in wanted:
+        check_mamba2()
     if "attention" in wanted:
         check_attention()
     if "documents" in wanted:
