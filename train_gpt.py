@@ -6118,12 +6118,6 @@ def norm_backward(d_normed, x, norms, k, d_features, row, H: constexpr, N: const
 
 
 @jit
-def load_halves(place, N: constexpr):
-    """The even and the odd entries of rows of N that begin at place."""
-    return tl.load(place), tl.load(place + N // 2)
-
-
-@jit
 def add_bias(even, odd, bias, N: constexpr):
     """Features as rotate_features() rotated them."""
     return even + tl.load(bias), odd + tl.load(bias + N // 2)
@@ -6193,13 +6187,13 @@ def features_backward(
         d_bias = d_features + (row * (H + 1) + h) * N + n
         own_even, own_odd = add_bias(even, odd, biases + (k * H + h) * N + n, N)
         d_place = d_rotated + place * N + n
-        d_cos = tl.load(d_place)
-        d_sin = tl.load(d_place + N // 2)
+        from_even = tl.load(d_place)
+        from_odd = tl.load(d_place + N // 2)
         turn_place = rotation + (head * padded + t) * R + n
         cos = tl.load(turn_place, n < R, 1.0).to(tl.float32)
         sin = load_float(turn_place + (batch * H).to(tl.int64) * padded * R, n < R)
-        d_even = d_cos * cos + d_sin * sin
-        d_odd = d_sin * cos - d_cos * sin
+        d_even = from_even * cos + from_odd * sin
+        d_odd = from_odd * cos - from_even * sin
         turned = TWO_PI * (own_even * d_odd - own_odd * d_even)
         store_turned(d_turn, d_turns, turned, place, row, h, n, R, H)
         store_products(d_scalars + place, own_even, d_even, own_odd, d_odd)
