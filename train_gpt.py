@@ -4626,12 +4626,18 @@ class Checkpoints:
 
     @torch.no_grad()
     def write_soon(self, header: dict, tensors: list[Tensor]):
-        """Copies the tensors, float32, on their device, and has the copy written from there."""
+        """Copies the tensors, float32, on their device, and has the copy written from there.
+
+        The newest one becomes the one before; if it is younger than half of CHECKPOINT_EVERY, it
+        is replaced, for the one before is of use only if it is from a good while before.
+        """
         numbers = torch.cat([x.view(-1) for x in tensors])
         copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
-        self.begun = time.perf_counter()
+        now = time.perf_counter()
+        young = now - self.begun < self.settings.checkpoint_every / 2
+        self.begun = now
         if self.ranks.rank == 0:
-            self.pending = self.thread.submit(self._write, header, numbers, copied)
+            self.pending = self.thread.submit(self._write, header, numbers, copied, young)
 
     def finish(self):
         """Waits, on every rank, until rank 0 has written the last one."""
@@ -4639,7 +4645,7 @@ class Checkpoints:
             self.pending.result()
         self.ranks.from_main(None)
 
-    def _write(self, header: dict, numbers: Tensor, copied: torch.cuda.Event | None):
+    def _write(self, header: dict, numbers: Tensor, copied: torch.cuda.Event | None, young: bool):
         stream = None if copied is None else torch.cuda.Stream(numbers.device)
         with torch.cuda.stream(stream):
             if copied is not None:
@@ -4647,7 +4653,8 @@ class Checkpoints:
             parts = [x.cpu().numpy() for x in numbers.split(COPIED_NUMBERS)]
         newest, before = self.settings.checkpoint_paths
         try:
-            write_whole(newest, *seal(CHECKPOINT_MAGIC, header, *parts), before=before)
+            sealed = seal(CHECKPOINT_MAGIC, header, *parts)
+            write_whole(newest, *sealed, before=None if young else before)
         except UserError as error:
             self.log(f"warning: {error}; training goes on")
 
@@ -5396,22 +5403,29 @@ def main():
             settings = settings_for_artifact(settings, given, ranks.world_size)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = prompt_tokens(settings, tokenizer)
-        sample = partial(sample_text, settings, given, ranks, tokenizer, prompt, log)
-        if prompt and settings.eval_only and not any(shards_of(settings.data_path, "val")):
-            sample()
-            log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
-        else:
+        validation = None
+        if not only_samples(settings, prompt):
             validation = load_validation(settings, tokenizer)
             log_validation(log, validation)
-            if not settings.eval_only:
-                train_and_export(settings, ranks, validation, log)
-            if prompt:
-                sample()
+        if not settings.eval_only:
+            train_and_export(settings, ranks, validation, log)
+        if prompt:
+            sample_text(settings, given, ranks, tokenizer, prompt, log)
+        if validation is not None:
             evaluate_artifact(settings, given, ranks, validation, log)
-            if not settings.eval_only:
-                remove_checkpoints(settings)
+        else:
+            log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
+        if not settings.eval_only:
+            remove_checkpoints(settings)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def only_samples(settings, prompt: list[int]) -> bool:
+    """Whether an artifact is to go on from a prompt where there is no text to score it on."""
+    if not prompt or not settings.eval_only:
+        return False
+    return not shards_of(settings.data_path, "val")
 
 
 def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], log):

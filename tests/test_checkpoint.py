@@ -380,6 +380,23 @@ def test_the_last_two_are_kept_and_gone_after_the_run(monkeypatch, shards, tmp_p
     assert checkpoints(tmp_path) == []
 
 
+def test_a_checkpoint_that_comes_soon_replaces_the_newest_and_keeps_the_one_before(tmp_path):
+    """As the end's behind the last regular one: or the two would be of one moment."""
+    settings = tiny(run_id="a", log_dir=str(tmp_path), checkpoint_every=1e6)
+    tensors = [torch.zeros(2)]
+    with t.Checkpoints(settings, SOLO, Quiet()) as writer:
+        for step, ago in ((1, 2e6), (2, 2e6), (3, 4e5), (4, 6e5)):
+            writer.begun = time.perf_counter() - ago
+            writer.write_soon({"steps": step}, tensors)
+            writer.finish()
+            found = [
+                json.loads(path.read_bytes()[8:].split(b"\n")[0])["steps"]
+                for path in settings.checkpoint_paths
+                if path.exists()
+            ]
+            assert found == {1: [1], 2: [2, 1], 3: [3, 1], 4: [4, 3]}[step]
+
+
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:99] + b"?" + data[100:]]
 )
