@@ -4879,8 +4879,10 @@ class Trainer:
         layers = [f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order]
         self.log(f"layers: {' '.join(layers)}")
         scans = [mixer.backend for mixer in mixers if isinstance(mixer, Mamba)]
+        scan = scans[0] if scans else "none"
+        attention = self.model.attention_backend
         tokens = self.micro_sequences * self.settings.train_seq_len
-        self.log(f"scan: {scans[0] if scans else 'none'}; {tokens:,} tokens at once per rank")
+        self.log(f"scan: {scan}; attention: {attention}; {tokens:,} tokens at once per rank")
 
     # Checkpoints
 
