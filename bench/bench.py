@@ -1,4 +1,5 @@
-"""Measures speed on this machine's NVIDIA GPU: kernels and their floors, the scan operator, training steps, start-up.
+"""Measures speed on this machine's NVIDIA GPU: kernels and their floors, the scan operator,
+training steps, start-up.
 
     python -m bench.bench                                   # everything, about a minute for each part
     python -m bench.bench kernels scan --out now.json       # some parts: kernels, scan, steps, startup
@@ -6,12 +7,14 @@
     PRESET=peer7 NUM_LAYERS=9 python -m bench.bench steps --profile table.txt
     torchrun --standalone --nproc_per_node=2 -m bench.bench steps
 
-Settings are environment variables, as for train_gpt.py, and change whatever is measured. `steps` times PRESET=peer7,
-and it and the default with a batch of 131,072 tokens; with PRESET given, exactly that. Inputs and tokens are random.
+Settings are environment variables, as for train_gpt.py, and change whatever is measured. `steps`
+times PRESET=peer7, and it and the default with a batch of 131,072 tokens; with PRESET given,
+exactly that. Inputs and tokens are random.
 
-The machine's own ceilings come first: the rate of a large copy (bytes read plus written) and of a large bfloat16 matrix
-product. A kernel's floor is the longer of its bytes at the one and its matrix products at the other. MFU, the model
-FLOPs utilization, is the part of a peak rate that a step's necessary matrix products make up.
+The machine's own ceilings come first: the rate of a large copy (bytes read plus written) and of a
+large bfloat16 matrix product. A kernel's floor is the longer of its bytes at the one and its matrix
+products at the other. MFU, the model FLOPs utilization, is the part of a peak rate that a step's
+necessary matrix products make up.
 """
 
 import argparse
@@ -93,7 +96,7 @@ def milliseconds(call: Callable, seconds: float = 0.5) -> float:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in zip(marks, marks[1:]))
+    return statistics.median(start.elapsed_time(end) for start, end in zip(marks, marks[1:], strict=False))
 
 
 class Ceilings(NamedTuple):
@@ -104,8 +107,9 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Times a copy of 1 GiB and bfloat16 products of several shapes (the best counts) of random numbers: a GPU
-    multiplies zeros faster, since they draw less power."""
+    """Times a copy of 1 GiB and bfloat16 products of several shapes (the best counts) of random
+    numbers: a GPU multiplies zeros faster, since they draw less power.
+    """
     random = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
     source = random(2**29)
     target = torch.empty_like(source)
@@ -120,28 +124,36 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def floor(bytes_moved: float, flops: float, ceilings: Ceilings) -> tuple[float, str]:
-    """The least milliseconds that such a kernel can take, and what binds it: "memory" or "matmul"."""
+    """The least milliseconds that such a kernel can take, and what binds it: "memory" or
+    "matmul".
+    """
     memory, matmul = bytes_moved / ceilings.bytes_per_second, flops / ceilings.flops_per_second
     return 1e3 * max(memory, matmul), "memory" if memory >= matmul else "matmul"
 
 
 # ============
-# FLOPs of matrix products. A backward pass takes twice its forward pass: one product for each operand.
+# FLOPs of matrix products. A backward pass takes twice its forward pass: one product for each
+# operand.
 
 
 def attention_flops(tokens: int, sequence_length: int, width: int) -> float:
-    """Forward scores and weighted values of causal attention: half of all pairs. width: heads times their size."""
+    """Forward scores and weighted values of causal attention: half of all pairs. width: heads times
+    their size.
+    """
     return 2 * tokens * sequence_length * width
 
 
 def scan_flops(tokens: int, heads: int, head_dim: int, state_size: int, chunk: int) -> float:
-    """Forward products of the chunked scan: scores and values within chunks (causal), states read and written."""
+    """Forward products of the chunked scan: scores and values within chunks (causal), states read
+    and written.
+    """
     return tokens * heads * (chunk * (state_size + head_dim) + 4 * head_dim * state_size)
 
 
 def newton_schulz_flops(shape: torch.Size, steps: int) -> float:
-    """Orthogonalizing one matrix: every three steps two products with its long side; each step squares its Gram matrix, and
-    between steps there are three more products of that size."""
+    """Orthogonalizing one matrix: every three steps two products with its long side; each step
+    squares its Gram matrix, and between steps there are three more products of that size.
+    """
     (short, long), parts = sorted(shape), math.ceil(steps / 3)
     return 2 * short**2 * (2 * parts * long + (steps + 3 * (steps - parts)) * short)
 
@@ -158,8 +170,10 @@ def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
 
 
 def step_flops(model: t.Model, tokens: int) -> float:
-    """Necessary matrix products of a training step: 6 FLOPs for each token and matrix entry (output matrix included,
-    layers that recur counted each time), and three times the forward products of attention and scans."""
+    """Necessary matrix products of a training step: 6 FLOPs for each token and matrix entry (output
+    matrix included, layers that recur counted each time), and three times the forward products of
+    attention and scans.
+    """
     s, letters = model.settings, [type(block.mixer).__name__[0] for block in model.blocks]
     entries = s.vocab_size * s.model_dim + (
         s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0
@@ -185,10 +199,11 @@ class Kernel(NamedTuple):
 def operator(
     function: Callable, inputs: tuple, parameters: tuple, forward_flops: float, backward=True
 ) -> Kernel:
-    """function(*inputs), and the gradients of inputs and parameters (what function reads besides) where they need any.
+    """function(*inputs), and the gradients of inputs and parameters (what function reads besides)
+    where they need any.
 
-    Forward reads all and writes the outputs; backward reads all again and the outputs' gradients, and writes the
-    others. What one pass keeps for the other counts as avoidable.
+    Forward reads all and writes the outputs; backward reads all again and the outputs' gradients,
+    and writes the others. What one pass keeps for the other counts as avoidable.
     """
 
     def run() -> tuple[Tensor, ...]:
@@ -208,15 +223,18 @@ def operator(
 
 
 def random_activations(settings: t.Settings, device: torch.device, *widths: int) -> Tensor:
-    """(sequences, TRAIN_SEQ_LEN, *widths) of a whole batch, standard normal, in the model's dtype there."""
+    """(sequences, TRAIN_SEQ_LEN, *widths) of a whole batch, standard normal, in the model's dtype
+    there.
+    """
     shape = settings.train_batch_tokens // settings.train_seq_len, settings.train_seq_len, *widths
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
 
 def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bool) -> Kernel:
-    """A scan from in_proj's output on, norms and copies included, compiled as in the model. backend may also be
-    mamba_ssm: then what stands before the library's operator is compiled."""
+    """A scan from in_proj's output on, norms and copies included, compiled as in the model. backend
+    may also be mamba_ssm: then what stands before the library's operator is compiled.
+    """
     s, device, state = settings, ranks.device, settings.mamba_d_state
     heads, chunk = s.mamba_inner_dim // s.mamba_head_dim, s.mamba_chunk_size
     sizes = t.MambaSizes(heads, s.mamba_head_dim, state, state // 4, 3)
@@ -253,8 +271,9 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
 
 
 def selective_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bool) -> Kernel:
-    """The first Mamba's scan. The loop is not compiled: it would be a graph of thousands of nodes. No scan of this kind
-    multiplies matrices."""
+    """The first Mamba's scan. The loop is not compiled: it would be a graph of thousands of nodes.
+    No scan of this kind multiplies matrices.
+    """
     s, device, state = settings, ranks.device, settings.mamba_d_state
     inner = s.mamba_inner_dim
     tokens = functools.partial(random_activations, s, device)
@@ -318,7 +337,9 @@ def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 def product_kernel(
     settings: t.Settings, ranks: t.Ranks, shape: torch.Size, eight_bits: bool
 ) -> Kernel:
-    """A linear layer's product with a weight of this shape, and its input's gradient; in 8-bit floats, casts left out."""
+    """A linear layer's product with a weight of this shape, and its input's gradient; in 8-bit
+    floats, casts left out.
+    """
     outputs, inputs = shape
     x, gradient = (
         random_activations(settings, ranks.device, n).detach().flatten(0, 1)
@@ -348,8 +369,9 @@ def product_and_activation(
     x, weight, hidden, out, rows, columns, depth, BM: constexpr, BN: constexpr, BK: constexpr,
     PROGRAMS: constexpr, BACKWARD: constexpr,
 ):  # fmt: skip
-    """hidden = x weight^T and out = LeakyReLU(hidden, 0.5)²; BACKWARD: out = x weight · the derivative at hidden. Tensor
-    maps; rows and columns are numbers of tiles."""
+    """hidden = x weight^T and out = LeakyReLU(hidden, 0.5)²; BACKWARD: out = x weight · the
+    derivative at hidden. Tensor maps; rows and columns are numbers of tiles.
+    """
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
         m, n = tile // columns * BM, tile % columns * BN
         total = tl.zeros((BM, BN), tl.float32)
@@ -370,21 +392,23 @@ def product_and_activation(
         out.store([m, n], total.to(out.dtype))
 
 
-# Rows, columns and depth of a tile, warps, pipeline stages, programs on a multiprocessor: the best of ten on an H200.
+# Rows, columns and depth of a tile, warps, pipeline stages, programs on a multiprocessor: the best
+# of ten on an H200.
 FORWARD_TILES, BACKWARD_TILES = (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 4, 2)
 
 
 def fused_mlp_product(
     x: Tensor, weight: Tensor, hidden: Tensor, out: Tensor, backward: bool, tiles: tuple[int, ...]
 ):
-    """Launches product_and_activation() on matrices of whole tiles: x (M, K), weight (N, K) or, backward, (K, N), hidden and
-    out (M, N)."""
+    """Launches product_and_activation() on matrices of whole tiles: x (M, K), weight (N, K) or,
+    backward, (K, N), hidden and out (M, N).
+    """
     bm, bn, bk, warps, stages, programs = tiles
     programs *= torch.cuda.get_device_properties(0).multi_processor_count if x.is_cuda else 1
     blocks = (bm, bk), (bk, bn) if backward else (bn, bk), (bm, bn), (bm, bn)
     maps = [
         t.TensorDescriptor.from_tensor(y, block)
-        for y, block in zip((x, weight, hidden, out), map(list, blocks))
+        for y, block in zip((x, weight, hidden, out), map(list, blocks), strict=True)
     ]
     sizes = len(x) // bm, hidden.shape[1] // bn, x.shape[1], bm, bn, bk, programs, backward
     product_and_activation[(programs,)](*maps, *sizes, num_warps=warps, num_stages=stages)
@@ -393,7 +417,9 @@ def fused_mlp_product(
 def activation_kernel(
     settings: t.Settings, ranks: t.Ranks, backward: bool, together: bool
 ) -> Kernel:
-    """The MLP's first product and LeakyReLU², or the second's input gradient and that of LeakyReLU²; in one kernel or not."""
+    """The MLP's first product and LeakyReLU², or the second's input gradient and that of
+    LeakyReLU²; in one kernel or not.
+    """
     s, width = settings, int(settings.mlp_mult * settings.model_dim)
     x, hidden = (
         random_activations(s, ranks.device, n).detach().flatten(0, 1) for n in (s.model_dim, width)
@@ -415,8 +441,9 @@ def activation_kernel(
 
 
 def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
-    """Each large product of the model; on a GPU also what 8-bit floats, or the activation in a kernel of ours, would make
-    of it."""
+    """Each large product of the model; on a GPU also what 8-bit floats, or the activation in a
+    kernel of ours, would make of it.
+    """
     gpu, makers = ranks.device.type == "cuda", {}
     with torch.device("meta"):
         model = t.Model(settings, torch.device("meta"))
@@ -433,7 +460,9 @@ def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[
 
 
 def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """What stands between two layers: one's output is scaled and added, the embedding mixed in, the sum normed."""
+    """What stands between two layers: one's output is scaled and added, the embedding mixed in, the
+    sum normed.
+    """
     s, device = settings, ranks.device
     x, added, embedded = (random_activations(s, device, s.model_dim) for _ in range(3))
     scale, keep, mix = (
@@ -448,13 +477,15 @@ def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """Muon, Adam and the weight average on the whole model, in float32; gradients are clipped, but not averaged."""
+    """Muon, Adam and the weight average on the whole model, in float32; gradients are clipped, but
+    not averaged.
+    """
     s, model = settings, t.build_model(settings, ranks)
     optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
     gradients = [torch.randn_like(p) for p in model.parameters()]
 
     def call():
-        for p, gradient in zip(model.parameters(), gradients):
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
             p.grad = gradient  # a step drops it
         optimizers.step(
             0.0, s.muon_momentum
@@ -464,7 +495,8 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     matrices = [layer.weight for layer in model.linear_layers().values()]
     muon = sum(p.numel() for p in matrices)
     adam = sum(p.numel() for p in model.parameters()) - muon
-    # Read: gradient; read and written: weight, average, and Muon's one momentum or Adam's two moments.
+    # Read: gradient; read and written: weight, average, and Muon's one momentum or Adam's two
+    # moments.
     numbers = (1 + 2 + 2 + 2) * muon + (1 + 2 + 2 + 4) * adam
     return Kernel(
         call, 4 * numbers, sum(newton_schulz_flops(p.shape, s.muon_backend_steps) for p in matrices)
@@ -513,8 +545,9 @@ def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[]
 
 
 def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
-    """What the part "scan" lists: our operator and the library's; and the first Mamba's scan in hybrid18's sizes, on one
-    sequence of 2,048 tokens."""
+    """What the part "scan" lists: our operator and the library's; and the first Mamba's scan in
+    hybrid18's sizes, on one sequence of 2,048 tokens.
+    """
     first = {"mamba_version": 1, "mamba_d_state": 32, "mamba_expand": 1.5, "mamba_chunk_size": 256}
     shrunk = {"train_batch_tokens": 2048, "train_seq_len": 2048}
     selective = dataclasses.replace(settings, scan_backend="auto", **first, **shrunk)
@@ -531,7 +564,9 @@ def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], 
 
 
 def time_kernel(make: Callable[[], Kernel], ceilings: Ceilings) -> dict:
-    """A row: milliseconds, the floor, how many times the floor it takes, and what binds the floor."""
+    """A row: milliseconds, the floor, how many times the floor it takes, and what binds the
+    floor.
+    """
     kernel = make()
     ms = milliseconds(kernel.call)
     floor_ms, bound = floor(kernel.bytes_moved, kernel.flops, ceilings)
@@ -552,8 +587,9 @@ class SilentLog:
 
 
 class RandomBatches:
-    """Stands in for the data: the same random tokens every step. Marks the time of each call on the GPU, and profiles
-    from call number `profiled` on."""
+    """Stands in for the data: the same random tokens every step. Marks the time of each call on the
+    GPU, and profiles from call number `profiled` on.
+    """
 
     def __init__(self, settings: t.Settings, ranks: t.Ranks, profiled: int = 0):
         sequences = settings.train_batch_tokens // settings.train_seq_len // ranks.world_size
@@ -575,7 +611,9 @@ class RandomBatches:
 
 
 def make_trainer(settings: t.Settings, ranks: t.Ranks, steps: int) -> tuple[t.Trainer, int]:
-    """A trainer whose run() makes so many steps, recurrence on and quantization off, and its micro-batch in tokens."""
+    """A trainer whose run() makes so many steps, recurrence on and quantization off, and its
+    micro-batch in tokens.
+    """
     settings = dataclasses.replace(
         settings, iterations=steps, max_wallclock_seconds=0.0, recur_start=0.0, late_qat_threshold=0.0,
         val_loss_every=0, train_log_every=2**40, checkpoint_every=0.0,
@@ -588,7 +626,9 @@ def make_trainer(settings: t.Settings, ranks: t.Ranks, steps: int) -> tuple[t.Tr
 def time_steps(
     settings: t.Settings, ranks: t.Ranks, steps: int, ceilings: Ceilings, profile: bool
 ) -> tuple[dict, list]:
-    """A row for these settings, the median of so many steps, and one more step's profile: see gpu_time_by_kernel()."""
+    """A row for these settings, the median of so many steps, and one more step's profile: see
+    gpu_time_by_kernel().
+    """
     discarded = 6  # the first five are logged, for which the host waits
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
@@ -603,7 +643,7 @@ def time_steps(
     if batches.profiler is not None:
         batches.profiler.stop()
         kernels = gpu_time_by_kernel(batches.profiler.key_averages())
-    times = [start.elapsed_time(end) for start, end in zip(batches.marks, batches.marks[1:])][
+    times = [start.elapsed_time(end) for start, end in zip(batches.marks, batches.marks[1:], strict=False)][
         discarded:
     ]
     step_ms = statistics.median(times)
@@ -636,7 +676,9 @@ KERNEL_KINDS = {
 
 
 def kernel_kind(name: str) -> str:
-    """What a GPU kernel of this name is for. Products of the optimizer are matmuls, norms and gates are elementwise."""
+    """What a GPU kernel of this name is for. Products of the optimizer are matmuls, norms and gates
+    are elementwise.
+    """
     return next(
         (kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, name, re.IGNORECASE)),
         "other",
@@ -644,7 +686,9 @@ def kernel_kind(name: str) -> str:
 
 
 def gpu_time_by_kernel(averages) -> list[tuple[str, float, int]]:
-    """(name, milliseconds, launches) of each GPU kernel, the longest first, from a profiler's key_averages()."""
+    """(name, milliseconds, launches) of each GPU kernel, the longest first, from a profiler's
+    key_averages().
+    """
     kernels = [
         (row.key, row.self_device_time_total / 1e3, row.count)
         for row in averages
@@ -684,7 +728,9 @@ def profile_table(title: str, kernels: list[tuple[str, float, int]], rows: int =
 
 
 def first_step(defaults: dict[str, str]):
-    """All that a run does up to the end of its first step, short of reading data; then prints the time of day."""
+    """All that a run does up to the end of its first step, short of reading data; then prints the
+    time of day.
+    """
     settings = read_settings(defaults)
     t.prepare_torch()
     ranks = t.start_ranks(settings)
@@ -696,7 +742,9 @@ def first_step(defaults: dict[str, str]):
 
 
 def time_startup(folder: str) -> dict:
-    """A row: seconds from starting a new process, whose compile caches are in this folder, to the end of a step."""
+    """A row: seconds from starting a new process, whose compile caches are in this folder, to the
+    end of a step.
+    """
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     environment = os.environ | {name: str(Path(folder, name.lower())) for name in caches}
     command = [sys.executable, str(Path(__file__).resolve()), "--first-step"]
@@ -721,7 +769,9 @@ def show(value) -> str:
 
 
 class Report:
-    """The results: {part: {row: {column: value}}}. Rows are printed, and FILE rewritten, as they come."""
+    """The results: {part: {row: {column: value}}}. Rows are printed, and FILE rewritten, as they
+    come.
+    """
 
     def __init__(self, out: str, quiet: bool):
         self.out, self.quiet = out, quiet
@@ -748,7 +798,9 @@ class Report:
             Path(self.out).write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
     def measure(self, part: str, name: str, function: Callable[[], dict]):
-        """Adds the row that function returns, or why it failed. Leaves no memory behind, nor compiled code."""
+        """Adds the row that function returns, or why it failed. Leaves no memory behind, nor
+        compiled code.
+        """
         try:
             row = function()
         except Exception as error:
@@ -765,7 +817,9 @@ COMPARED = ("ms", "step_ms", "tokens_per_s", "peak_GB", "seconds", "GB_per_s", "
 
 
 def compare(before: dict, after: dict) -> str:
-    """Both reports as one table: what was measured, before, after, and after as a multiple of before."""
+    """Both reports as one table: what was measured, before, after, and after as a multiple of
+    before.
+    """
     machines = [report.get("machine", {}) for report in (before, after)]
     keys = dict.fromkeys((*machines[0], *machines[1]))
     lines = [

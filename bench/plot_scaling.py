@@ -2,8 +2,8 @@
 
     python -m bench.plot_scaling 1:577.9 2:297.5 4:148.9 --tokens 1048576 --out docs/scaling.png
 
-Each pair is a number of GPUs and the step's milliseconds, as `torchrun --nproc_per_node=N -m bench.bench steps` prints
-them. Needs matplotlib (requirements-dev.txt).
+Each pair is a number of GPUs and the step's milliseconds, as `torchrun --nproc_per_node=N -m
+bench.bench steps` prints them. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -27,7 +27,7 @@ def plot(steps: list[tuple[int, float]], tokens: int, out: Path) -> None:
     linear = [rates[0] / gpus[0] * number for number in gpus]
     axes.plot(gpus, linear, linestyle="--", color="gray", label="linear")
     axes.plot(gpus, rates, marker="o", label="measured")
-    for number, rate, ideal in zip(gpus, rates, linear):
+    for number, rate, ideal in zip(gpus, rates, linear, strict=True):
         axes.annotate(
             f"{rate / ideal:.0%}",
             (number, rate),

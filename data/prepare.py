@@ -5,10 +5,10 @@
     python data/prepare.py fineweb --variant sp1024 --train-shards 10   the published FineWeb shards
     python data/prepare.py development data/my --out data/development   a dataset to choose settings on
 
-A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then that many
-little-endian uint16 tokens. Every document starts with the beginning-of-sequence token (BOS, id 1); a document may
-continue in the next shard. Needs numpy, sentencepiece and tqdm; also pyarrow for `parquet`, huggingface_hub for
-`fineweb`.
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
+and then that many little-endian uint16 tokens. Every document starts with the beginning-of-sequence
+token (BOS, id 1); a document may continue in the next shard. Needs numpy, sentencepiece and tqdm;
+also pyarrow for `parquet`, huggingface_hub for `fineweb`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ CHUNK_BYTES = 2**24
 MAX_DOCUMENT_BYTES = 2**26
 BATCH_CHARACTERS = 250_000
 SHARD_TOKENS = 100_000_000
-# A tokenizer of at most 65,536 pieces gains nothing from more text than this, and it all has to fit in memory.
+# A tokenizer of at most 65,536 pieces gains nothing from more text than this, and it all has to fit
+# in memory.
 TOKENIZER_TRAINING_CHARACTERS = 100_000_000
 
 SEPARATORS = {"nul": rb"\0", "blank-line": rb"\n[ \t\r]*\n"}
@@ -67,18 +68,22 @@ class PrepareError(Exception):
 
 
 class Document(NamedTuple):
-    """One document, the split it belongs to, and how many bytes of input it took (for the progress bar)."""
+    """One document, the split it belongs to, and how many bytes of input it took (for the progress
+    bar).
+    """
 
     text: str
     is_validation: bool
     input_bytes: int
 
 
-# ---- Reading: each reader yields (text, bytes of input) for one source ----------------------------------------------
+# ---- Reading: each reader yields (text, bytes of input) for one source ---------------------------
 
 
 def decode(raw: bytes, where: str) -> str:
-    """Decode UTF-8, with or without a byte order mark; PrepareError names `where` if it is not valid."""
+    """Decode UTF-8, with or without a byte order mark; PrepareError names `where` if it is not
+    valid.
+    """
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,7 +93,9 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def checked_text(value: Any, where: str) -> str:
-    """Return the text of a field, "" for null; PrepareError if it is not text or cannot be written as UTF-8."""
+    """Return the text of a field, "" for null; PrepareError if it is not text or cannot be written
+    as UTF-8.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -105,7 +112,9 @@ def checked_text(value: Any, where: str) -> str:
 
 
 def read_text(path: Path, separator: str | None) -> Iterator[tuple[str, int]]:
-    """Yield the documents of a text file, which are what stands between separators (None: the file is one document)."""
+    """Yield the documents of a text file, which are what stands between separators (None: the file
+    is one document).
+    """
     pattern = re.compile(
         SEPARATORS.get(separator, re.escape(separator.encode())) if separator else rb"(?!)"
     )
@@ -124,7 +133,9 @@ def read_text(path: Path, separator: str | None) -> Iterator[tuple[str, int]]:
 
 
 def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the text in `field` of each line, which holds one JSON object; blank lines are skipped."""
+    """Yield the text in `field` of each line, which holds one JSON object; blank lines are
+    skipped.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path} line {number}"
@@ -148,7 +159,9 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
 
 
 def read_parquet(path: Path, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the text in the column `field` of each row; the input bytes are the file's average per row."""
+    """Yield the text in the column `field` of each row; the input bytes are the file's average per
+    row.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -185,8 +198,9 @@ def split_documents(
 ) -> Iterator[Document]:
     """Yield the non-empty documents of `inputs`, in their order, and then those of `val_inputs`.
 
-    Without `val_inputs` a document is validation if the hash of its text falls in the lowest `val_fraction`. So its
-    split does not depend on its place or on other documents, and equal documents are never in different splits.
+    Without `val_inputs` a document is validation if the hash of its text falls in the lowest
+    `val_fraction`. So its split does not depend on its place or on other documents, and equal
+    documents are never in different splits.
     """
     for sources, is_val_input in ((inputs, False), (val_inputs, True)):
         for source in sources:
@@ -198,13 +212,15 @@ def split_documents(
                     yield Document(text, is_validation, input_bytes)
 
 
-# ---- Tokenizer ------------------------------------------------------------------------------------------------------
+# ---- Tokenizer -----------------------------------------------------------------------------------
 
 
 def tokenizer_sample(
     documents: Iterable[Document], limit: int = TOKENIZER_TRAINING_CHARACTERS
 ) -> list[str]:
-    """Return the texts of the training documents, or of an even choice of them with at most `limit` characters."""
+    """Return the texts of the training documents, or of an even choice of them with at most `limit`
+    characters.
+    """
     kept: list[tuple[float, str]] = []
     size, threshold = 0, 0.0
     for document in documents:
@@ -221,14 +237,17 @@ def tokenizer_sample(
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
-    """Train a SentencePiece byte-pair-encoding tokenizer on texts and return the bytes of its model file.
+    """Train a SentencePiece byte-pair-encoding tokenizer on texts and return the bytes of its model
+    file.
 
-    The settings are those of the contest's tokenizers: ids 0 to 3 are padding, BOS, end and unknown; text is
-    normalized with nmt_nfkc, which makes any white space one space; digits are separate pieces; there is no space
-    before the first word. Byte pieces spell every other character, so nothing is unknown. PrepareError if the texts
-    have too few different words, or too many different characters, for `vocab_size`.
+    The settings are those of the contest's tokenizers: ids 0 to 3 are padding, BOS, end and
+    unknown; text is normalized with nmt_nfkc, which makes any white space one space; digits are
+    separate pieces; there is no space before the first word. Byte pieces spell every other
+    character, so nothing is unknown. PrepareError if the texts have too few different words, or too
+    many different characters, for `vocab_size`.
     """
-    # Pieces never cross a space, so long documents can be cut there; SentencePiece leaves out over-long lines.
+    # Pieces never cross a space, so long documents can be cut there; SentencePiece leaves out
+    # over-long lines.
     words = (text.split() for text in texts)
     sentences = (
         " ".join(part[start : start + 100]) for part in words for start in range(0, len(part), 100)
@@ -269,7 +288,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Load a SentencePiece model file; PrepareError if it is not one or does not fit the shard format."""
+    """Load a SentencePiece model file; PrepareError if it is not one or does not fit the shard
+    format.
+    """
     require_file(path)
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -284,7 +305,7 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     return tokenizer
 
 
-# ---- Encoding and writing -------------------------------------------------------------------------------------------
+# ---- Encoding and writing ------------------------------------------------------------------------
 
 
 def start_worker(model: bytes) -> None:
@@ -297,7 +318,9 @@ def start_worker(model: bytes) -> None:
 
 
 def encode_batch(texts: list[str]) -> list[np.ndarray]:
-    """Return the uint16 tokens of each text, shape (number of tokens,), with BOS in front; runs in a worker."""
+    """Return the uint16 tokens of each text, shape (number of tokens,), with BOS in front; runs in
+    a worker.
+    """
     return [
         np.array(tokens, "<u2")
         for tokens in worker_tokenizer.encode(texts, add_bos=True, num_threads=1)
@@ -307,7 +330,9 @@ def encode_batch(texts: list[str]) -> list[np.ndarray]:
 def encode_documents(
     documents: Iterable[Document], model: bytes, workers: int
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yield documents with their tokens, in order; only a few batches per worker are in memory at a time."""
+    """Yield documents with their tokens, in order; only a few batches per worker are in memory at a
+    time.
+    """
     with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(model,)) as pool:
         waiting, batch, characters = deque(), [], 0
         for document in itertools.chain(documents, [None]):
@@ -325,9 +350,11 @@ def encode_documents(
 
 
 class ShardWriter:
-    """Write a stream of tokens to shards <prefix>_000000.bin, <prefix>_000001.bin, ... of `shard_tokens` tokens each.
+    """Write a stream of tokens to shards <prefix>_000000.bin, <prefix>_000001.bin, ... of
+    `shard_tokens` tokens each.
 
-    The last shard may be shorter. A header is written when its shard is complete; call close() at the end.
+    The last shard may be shorter. A header is written when its shard is complete; call close() at
+    the end.
     """
 
     def __init__(self, folder: Path, prefix: str, shard_tokens: int):
@@ -378,7 +405,9 @@ def refuse_other_dataset(out: Path, name: str) -> None:
 
 
 def publish(work: Path, out: Path, name: str) -> None:
-    """Move finished files from `work` to `out`, where they replace an earlier dataset of that name."""
+    """Move finished files from `work` to `out`, where they replace an earlier dataset of that
+    name.
+    """
     # Shards that an earlier, longer run left would be read as part of this dataset.
     for old in itertools.chain(out.glob(f"{name}_train_*.bin"), out.glob(f"{name}_val_*.bin")):
         old.unlink()
@@ -389,10 +418,12 @@ def publish(work: Path, out: Path, name: str) -> None:
 def build_dataset(
     documents: Callable[[], Iterable[Document]], input_bytes: int, args: argparse.Namespace
 ) -> None:
-    """Write the shards of a dataset, and its tokenizer unless `args.tokenizer` is given, into the folder `args.out`.
+    """Write the shards of a dataset, and its tokenizer unless `args.tokenizer` is given, into the
+    folder `args.out`.
 
-    `documents` is called once per pass over the input, whose size is `input_bytes`. All files are complete before the
-    first one gets its final name; then they replace an earlier dataset of that name.
+    `documents` is called once per pass over the input, whose size is `input_bytes`. All files are
+    complete before the first one gets its final name; then they replace an earlier dataset of that
+    name.
     """
     out, name = args.out, args.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -464,7 +495,7 @@ def print_environment(data: Path, tokenizer: Path, vocab_size: int) -> None:
     print(f"{paths} VOCAB_SIZE={vocab_size}")
 
 
-# ---- Sample: the prose inside the Python installation ---------------------------------------------------------------
+# ---- Sample: the prose inside the Python installation --------------------------------------------
 
 COMMON_WORD = re.compile(
     r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|is|it|its|not|of|on|or|so|that|the|then|this|to|was|we|when|"
@@ -474,7 +505,9 @@ COMMON_WORD = re.compile(
 
 
 def prose_paragraphs(text: str) -> Iterator[str]:
-    """Yield the paragraphs that are English prose, each on one line, without code examples and markup."""
+    """Yield the paragraphs that are English prose, each on one line, without code examples and
+    markup.
+    """
     for paragraph in re.split(r"\n[ \t]*\n", text):
         text_lines = re.split(r"^\s*(?:>>>|\$ )", paragraph, flags=re.MULTILINE)[0].splitlines()
         line = " ".join(" ".join(line for line in text_lines if re.search(r"\w", line)).split())
@@ -487,9 +520,12 @@ def prose_paragraphs(text: str) -> Iterator[str]:
 
 
 def source_texts(source: str, tree: ast.Module) -> list[str]:
-    """Return the docstrings and the comments (adjacent lines joined) of a module, in the order of the source."""
+    """Return the docstrings and the comments (adjacent lines joined) of a module, in the order of
+    the source.
+    """
     found, nodes = [], [tree]
-    for node in nodes:  # all statements; ast.walk would also visit the many more expressions, which have no docstring
+    # All statements; ast.walk would also visit the many more expressions, which have no docstring.
+    for node in nodes:
         nodes += [
             child
             for child in ast.iter_child_nodes(node)
@@ -506,10 +542,11 @@ def source_texts(source: str, tree: ast.Module) -> list[str]:
 
 
 def standard_library_documents() -> list[str]:
-    """Return prose of the standard library: one document per help topic and per module, shuffled with a fixed seed.
+    """Return prose of the standard library: one document per help topic and per module, shuffled
+    with a fixed seed.
 
-    Sources are parsed, not imported. A paragraph occurs only once in all documents, because help topics contain each
-    other. PrepareError if the installation has no sources.
+    Sources are parsed, not imported. A paragraph occurs only once in all documents, because help
+    topics contain each other. PrepareError if the installation has no sources.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -546,7 +583,7 @@ def standard_library_documents() -> list[str]:
     return documents
 
 
-# ---- Finished shards ------------------------------------------------------------------------------------------------
+# ---- Finished shards -----------------------------------------------------------------------------
 
 
 def fault_of_shard(path: Path) -> str | None:
@@ -572,7 +609,8 @@ def read_shards(folder: Path, split: str) -> np.ndarray:
 
 
 def run_development(args: argparse.Namespace) -> None:
-    """Make a dataset that validates on the end of another's training text; the rest may come several times, reordered.
+    """Make a dataset that validates on the end of another's training text; the rest may come
+    several times, reordered.
 
     With `args.part` 0, the validation text stays the other dataset's.
     """
@@ -617,13 +655,14 @@ def run_development(args: argparse.Namespace) -> None:
     print(f"environment for train_gpt.py: DATA_PATH={shlex.quote(str(args.out))}")
 
 
-# ---- FineWeb: the published shards ----------------------------------------------------------------------------------
+# ---- FineWeb: the published shards ---------------------------------------------------------------
 
 
 def fault_of(path: Path, entry: Any) -> str | None:
     """Say what is wrong with a downloaded file, or None if it is good.
 
-    `entry` is the file's entry in the repository's listing, with its size and, for large files, its SHA-256.
+    `entry` is the file's entry in the repository's listing, with its size and, for large files, its
+    SHA-256.
     """
     if path.stat().st_size != entry.size:
         return f"{path.stat().st_size} bytes instead of {entry.size}"
@@ -640,7 +679,9 @@ def fault_of(path: Path, entry: Any) -> str | None:
 
 
 def run_fineweb(args: argparse.Namespace) -> None:
-    """Download the published shards and tokenizer of one variant into the contest's folder layout."""
+    """Download the published shards and tokenizer of one variant into the contest's folder
+    layout.
+    """
     try:
         import huggingface_hub
     except ImportError:
@@ -707,7 +748,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     print_environment(target[val_names[0]].parent, target[model], vocab_size)
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def first_line(error: Exception) -> str:

@@ -13,8 +13,9 @@ import train_gpt as t
 
 RESET_LOG_DECAY = -60.0  # a document start: exp(-60) = 1e-26, and sums of it keep float32's digits
 
-# The library tunes its kernels by trial, for minutes. This is what that finds, by compute capability: pipeline stages,
-# warps, registers per thread (None: the compiler's choice), and for two of them the chunk.
+# The library tunes its kernels by trial, for minutes. This is what that finds, by compute
+# capability: pipeline stages, warps, registers per thread (None: the compiler's choice), and for
+# two of them the chunk.
 PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {
     (9, 0): {  # NVIDIA H200
         "angle_dt_fwd_kernel": (3, 4, None, None), "angle_dt_bwd_kernel": (3, 8, None, None),
@@ -53,8 +54,9 @@ def library_operator():
 
 
 def library_tensors(inputs: t.ScanInputs) -> tuple[Tensor | None, ...]:
-    """A scan's inputs as the library takes them, Q to Z: per-token numbers (B, H, L), an angle for every head. Parts that
-    are switched off take values that do nothing."""
+    """A scan's inputs as the library takes them, Q to Z: per-token numbers (B, H, L), an angle for
+    every head. Parts that are switched off take values that do nothing.
+    """
     bf16, heads = torch.bfloat16, inputs.value.shape[2]
     trapezoid, angle_rate, log_decay = inputs.trapezoid, inputs.angle_rate, inputs.log_decay
     if trapezoid is None:
@@ -65,7 +67,8 @@ def library_tensors(inputs: t.ScanInputs) -> tuple[Tensor | None, ...]:
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
     return (
         inputs.query.to(bf16).unsqueeze(2), inputs.key.to(bf16).unsqueeze(2),
-        inputs.value.to(bf16).contiguous(),  # the library would copy it four times, once for each kernel
+        # The library would copy it four times, once for each kernel.
+        inputs.value.to(bf16).contiguous(),
         *(x.transpose(1, 2).contiguous() for x in (log_decay, inputs.step_size, trapezoid.to(bf16))),
         inputs.query_bias.float(), inputs.key_bias.float(),
         angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(), inputs.skip.float(),

@@ -1,4 +1,6 @@
-"""Random Mamba layers and all that a scan makes of them, by name: for test_fused_scan.py and gpu_checks.py."""
+"""Random Mamba layers and all that a scan makes of them, by name: for test_fused_scan.py and
+gpu_checks.py.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,7 +32,9 @@ def random_case(
     batch: int, length: int, heads: int, channels: int, state: int, rope_fraction: float = 0.5, starts: Sequence[int] = (),
     carried: bool = False, seed: int = 0, device: torch.device | str = "cpu",
 ) -> ScanCase:  # fmt: skip
-    """A layer with random inputs, exact in bfloat16; starts are document starts, in the last sequence only."""
+    """A layer with random inputs, exact in bfloat16; starts are document starts, in the last
+    sequence only.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -58,8 +62,10 @@ def results(
     wide: torch.dtype | None = None,
     from_state: bool = True,
 ) -> dict[str, Tensor]:
-    """Outputs, final state and every gradient of a random weighting of both, or of the outputs alone; of projected's
-    gradient each group of columns. projected is in dtype, the rest in wide (None: the same)."""
+    """Outputs, final state and every gradient of a random weighting of both, or of the outputs
+    alone; of projected's gradient each group of columns. projected is in dtype, the rest in wide
+    (None: the same).
+    """
     wide = wide or dtype
 
     def leaf(x, dtype: torch.dtype):
@@ -87,7 +93,7 @@ def results(
         [final.angle.cos(), final.angle.sin()]
     )  # a point on the circle
     outcome |= {f"d {name}": x for name, x in columns(d_projected, case.sizes).items()}
-    return {name: x.detach() for name, x in (outcome | dict(zip(learned, gradients))).items()}
+    return {name: x.detach() for name, x in (outcome | dict(zip(learned, gradients, strict=True))).items()}
 
 
 def in_two_calls(scan: Callable, place: int) -> Callable:
@@ -99,7 +105,7 @@ def in_two_calls(scan: Callable, place: int) -> Callable:
             start = None if document_start is None else document_start[:, part].contiguous()
             *own, state = scan(projected[:, part], parameters, sizes, start, state)
             outputs.append(own)
-        return *(torch.cat(parts, dim=1) for parts in zip(*outputs)), state
+        return *(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True)), state
 
     return run
 

@@ -1,4 +1,6 @@
-"""Tests. Without a GPU the fused kernels run in Triton's interpreter, which it must know when it is imported."""
+"""Tests. Without a GPU the fused kernels run in Triton's interpreter, which it must know when it is
+imported.
+"""
 
 import os
 

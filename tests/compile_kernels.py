@@ -3,12 +3,13 @@
     python -m tests.compile_kernels [90 [128,64,64 ...]]
 
 90 is a compute capability, here the H100's and H200's; 128,64,64 are a head's channels, the state
-size and the chunk, of which only the scan itself is compiled. Each kernel becomes a line of JSON: its name;
-the layer's state size; whether it knows of document starts; the bytes of shared memory that a program
-needs and of local memory that a thread does (the compiler puts there what finds no register); and the
-SHA-256 of its machine code. The sum leaves names, addresses in the file and line numbers out: two
-versions of the script whose sums are equal run the same instructions. Needs a triton with NVIDIA's
-assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says what must hold.
+size and the chunk, of which only the scan itself is compiled. Each kernel becomes a line of JSON:
+its name; the layer's state size; whether it knows of document starts; the bytes of shared memory
+that a program needs and of local memory that a thread does (the compiler puts there what finds no
+register); and the SHA-256 of its machine code. The sum leaves names, addresses in the file and line
+numbers out: two versions of the script whose sums are equal run the same instructions. Needs a
+triton with NVIDIA's assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says
+what must hold.
 """
 
 import hashlib
@@ -104,7 +105,7 @@ class Compiler:
 
 
 def compile_shape(compiler: Compiler, channels: int, state: int, chunk: int) -> None:
-    """Prints a line for the scan of one shape: the most shared memory, or what the compiler said."""
+    """Prints a line for the scan of one shape: the most shared memory, or the compiler's words."""
     sizes = t.MambaSizes(2, channels, state, state // 4, 3)
     width = sum(sizes.columns().values())
     projected = torch.randn(1, 2 * chunk, width).bfloat16().requires_grad_()

@@ -38,7 +38,9 @@ def signal_handlers():
 
 @pytest.fixture
 def explore_here(monkeypatch, capsys, shards, tmp_path, signal_handlers):
-    """explore_here(*arguments): tools/explore.py's status, the lines on its standard output as objects, and what else it said."""
+    """explore_here(*arguments): tools/explore.py's status, the lines on its standard output as
+    objects, and what else it said.
+    """
     from tests.support import run_environment
     from tools import explore
 
@@ -75,7 +77,9 @@ def dummy_prefix_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, byte_tokenizer) -> Path:
-    """A data folder: two training shards, one validation shard, and tokenizer.model of 512 pieces."""
+    """A data folder: two training shards, one validation shard, and tokenizer.model of 512
+    pieces.
+    """
     from tests.support import write_shard
 
     folder = tmp_path_factory.mktemp("shards")

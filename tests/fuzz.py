@@ -1,11 +1,13 @@
-"""Damages valid shards, tokenizers, artifacts and checkpoints, and requires that train_gpt.py reads them right or refuses them.
+"""Damages valid shards, tokenizers, artifacts and checkpoints, and requires that train_gpt.py reads
+them right or refuses them.
 
     python tests/fuzz.py [--count 10000] [--seed 0]
 
-A file counts as read right if what was read is what an independent reading of its bytes gives; refused means
-train_gpt.UserError with a message of one line. Everything else is a finding: another exception, the death of a worker,
-more time or memory than the bounds below, code that runs, another file that is opened. Case N of a seed is always the
-same file. Prints counts, and the findings; exit status 1 if there are any.
+A file counts as read right if what was read is what an independent reading of its bytes gives;
+refused means train_gpt.UserError with a message of one line. Everything else is a finding: another
+exception, the death of a worker, more time or memory than the bounds below, code that runs, another
+file that is opened. Case N of a seed is always the same file. Prints counts, and the findings; exit
+status 1 if there are any.
 """
 
 import argparse
@@ -46,21 +48,31 @@ from tests.support import (
 )
 
 MIB = 1 << 20
-# A case may take this long: a header may ask for 256 layers, which takes seconds on a busy machine to refuse.
+# A case may take this long: a header may ask for 256 layers, which takes seconds on a busy machine
+# to refuse.
 SECONDS = 60.0
-# Memory above an idle worker's, in bytes. An artifact of up to 2^26 numbers is unpacked before it is refused; one that
-# is read takes a few copies in float32.
+# Memory above an idle worker's, in bytes. An artifact of up to 2^26 numbers is unpacked before it
+# is refused; one that is read takes a few copies in float32.
 MEMORY = {"shard": 64 * MIB, "tokenizer": 256 * MIB, "artifact": 768 * MIB, "checkpoint": 64 * MIB}
 MEMORY_PER_STORED_BYTE = 16
 WARM_UP_SECONDS = 30.0  # of a worker
-BATCH = 250  # cases that a worker handles before another takes its place: its peak of memory cannot be reset
+# Cases that a worker handles before another takes its place: its peak of memory cannot be reset.
+BATCH = 250
 VOCABULARY = 512
 
 # A model of one Mamba and one attention layer, read in some milliseconds.
 SMALLEST = {
-    "num_layers": 2, "mamba_layers": "0", "mlp_mult": 1.0, "vocab_size": 16, "model_dim": 8, "num_heads": 1,
-    "num_kv_heads": 1, "mamba_head_dim": 8, "bigram_vocab_size": 2, "bigram_dim": 2,
-}  # fmt: skip
+    "num_layers": 2,
+    "mamba_layers": "0",
+    "mlp_mult": 1.0,
+    "vocab_size": 16,
+    "model_dim": 8,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "mamba_head_dim": 8,
+    "bigram_vocab_size": 2,
+    "bigram_dim": 2,
+}
 
 Originals = dict[str, bytes]
 
@@ -82,11 +94,13 @@ class Outcome(NamedTuple):
     reason: str  # class of the refusal, or what was found
 
 
-# ---- Valid files -----------------------------------------------------------------------------------------------------
+# ---- Valid files ---------------------------------------------------------------------------------
 
 
 def make_originals(folder: Path) -> Originals:
-    """A valid file of each kind, and "bomb": an LZMA stream of 40 KB that unpacks to 272 MiB of zeros."""
+    """A valid file of each kind, and "bomb": an LZMA stream of 40 KB that unpacks to 272 MiB of
+    zeros.
+    """
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, 300)
     settings = tiny(**SMALLEST)
     t.validate_settings(settings, 1)
@@ -112,7 +126,7 @@ def make_trainer(settings: t.Settings) -> t.Trainer:
     return trainer
 
 
-# ---- Damage ----------------------------------------------------------------------------------------------------------
+# ---- Damage --------------------------------------------------------------------------------------
 
 
 def truncate(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
@@ -202,7 +216,9 @@ def field_lengths(data: bytes, pick: random.Random, others: list[bytes]) -> byte
 
 
 def piece_text(data: bytes, pick: random.Random, others: list[bytes]) -> bytes:
-    """A piece of text becomes another of the same length: no text at all, a space, or a byte's name."""
+    """A piece of text becomes another of the same length: no text at all, a space, or a byte's
+    name.
+    """
     pieces = list(re.finditer(rb"\x0a([\x01-\x20])(?=([ -\xff]{1,32}))", data))
     piece = pick.choice(pieces)
     size, place = piece.group(1)[0], piece.end(1)
@@ -239,9 +255,32 @@ NUMBERS = (
 )
 FRACTIONS = (0.0, -1.0, -0.0, 0.5, 1.0, 1.5, 1e-300, 1e6, 1e300, float("inf"), float("nan"))
 TEXTS = (
-    "", "0", "0,1", "1,0,1", "M", "MA", "ma", "all", "none", "0-1", "0-999999999", "9" * 5000, "\n", "a\nb", "\0", "²",
-    "x" * 10_000, "0," * 5000 + "1", "٣", "\ud800", "__import__('os').system('true')", "hinge", "spread", "1-0", "-",
-)  # fmt: skip
+    "",
+    "0",
+    "0,1",
+    "1,0,1",
+    "M",
+    "MA",
+    "ma",
+    "all",
+    "none",
+    "0-1",
+    "0-999999999",
+    "9" * 5000,
+    "\n",
+    "a\nb",
+    "\0",
+    "²",
+    "x" * 10_000,
+    "0," * 5000 + "1",
+    "٣",
+    "\ud800",
+    "__import__('os').system('true')",
+    "hinge",
+    "spread",
+    "1-0",
+    "-",
+)
 
 
 def header_values(settings: dict, pick: random.Random) -> dict:
@@ -277,7 +316,9 @@ def damaged_part(
     pick: random.Random,
     others: list[bytes],
 ) -> tuple[str, bytes]:
-    """What was done, and the sealed file with its body, header or payload damaged as any file is."""
+    """What was done, and the sealed file with its body, header or payload damaged as any file
+    is.
+    """
     if what == "body":
         return f"{how.__name__}, sealed", seal(how(magic + header + b"\n" + payload, pick, others))
     if what == "header":
@@ -315,7 +356,9 @@ def damaged_artifact(originals: Originals, pick: random.Random) -> tuple[str, by
 
 
 def damaged_checkpoint(originals: Originals, pick: random.Random) -> tuple[str, bytes]:
-    """What was done, and a checkpoint that is wrong in its parts, or has other numbers, but has the right checksum."""
+    """What was done, and a checkpoint that is wrong in its parts, or has other numbers, but has the
+    right checksum.
+    """
     magic, header, payload = sealed_parts(originals["checkpoint"])
     others = [originals["shard"], originals["tokenizer"], originals["artifact"]]
     how, what = (
@@ -359,7 +402,7 @@ def make_case(number: int, seed: int, kinds: tuple[str, ...], originals: Origina
     return Case(kind, how.__name__, data)
 
 
-# ---- Reading, and what it should have given -------------------------------------------------------------------------
+# ---- Reading, and what it should have given ------------------------------------------------------
 
 
 def read_shard(case: Case, path: Path, originals: Originals) -> str:
@@ -415,8 +458,9 @@ def read_tokenizer(case: Case, path: Path, originals: Originals) -> str:
 def decode(
     frequencies: list[int], words: list[int], position: int, count: int
 ) -> tuple[np.ndarray, int]:
-    """Integers, int8 (count,), of one matrix whose code begins at a position in words, and the position behind it: one
-    number after another, each from the next of 256 states."""
+    """Integers, int8 (count,), of one matrix whose code begins at a position in words, and the
+    position behind it: one number after another, each from the next of 256 states.
+    """
     starts = [0, *itertools.accumulate(frequencies)][:256]
     states = [words[position + lane] + (words[position + 256 + lane] << 16) for lane in range(256)]
     position, symbols = position + 512, []
@@ -445,7 +489,8 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     header = former(("tokenizer_sha256", *t.MODEL_FIELDS)) | json.loads(header)
     if header != t.artifact_header(settings, header["tokenizer_sha256"]):
         return "other settings were read"
-    # The data once more: vectors and steps in the parameters' order, then frequencies and codes of integers.
+    # The data once more: vectors and steps in the parameters' order, then frequencies and codes of
+    # integers.
     parameters, matrices = dict(model.named_parameters()), t.grid_limits(model)
     unpack, parts = lzma.LZMADecompressor(), {}
 
@@ -500,8 +545,11 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
 
 
 READERS = {
-    "shard": read_shard, "tokenizer": read_tokenizer, "artifact": read_artifact, "checkpoint": read_checkpoint,
-}  # fmt: skip
+    "shard": read_shard,
+    "tokenizer": read_tokenizer,
+    "artifact": read_artifact,
+    "checkpoint": read_checkpoint,
+}
 
 
 def reason_of(message: str, path: Path) -> str:
@@ -589,7 +637,7 @@ def run_case(
     return Outcome(number, case.kind, case.damage, result, reason)
 
 
-# ---- Workers ---------------------------------------------------------------------------------------------------------
+# ---- Workers -------------------------------------------------------------------------------------
 
 
 def work(
@@ -628,7 +676,9 @@ def work(
 def supervise(
     numbers: list[int], seed: int, kinds: tuple[str, ...], originals: Originals, seconds: float
 ) -> Iterator[Outcome]:
-    """Outcomes of the cases, from one worker after the other: they are replaced when done, dead or stalled."""
+    """Outcomes of the cases, from one worker after the other: they are replaced when done, dead or
+    stalled.
+    """
     fork = multiprocessing.get_context("fork")
     while numbers:
         receiver, sender = fork.Pipe(duplex=False)

@@ -3,8 +3,9 @@
     python -m tests.gpu_checks [scans] [selective] [mamba2] [attention] [documents] [optimizer]
         [model] [generation] [checkpoints] [systems]
 
-Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error; and runs the presets of
-published systems to a score. Prints a table and exits with status 1 if a row fails.
+Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error;
+and runs the presets of published systems to a score. Prints a table and exits with status 1 if a
+row fails.
 """
 
 import dataclasses
@@ -48,7 +49,9 @@ def check(name: str, error: float, tolerance: float) -> None:
 
 
 def check_errors(label: str, off: dict[str, float], tolerance: float) -> None:
-    """Two rows: the worst of outputs and final states, and the worst gradient, which may be three times as far off."""
+    """Two rows: the worst of outputs and final states, and the worst gradient, which may be three
+    times as far off.
+    """
     for gradient in (False, True):
         part = {name: error for name, error in off.items() if name.startswith("d ") == gradient}
         worst = max(
@@ -147,16 +150,23 @@ def missing_library(version: int) -> str:
 
 
 def check_selective() -> None:
-    """The first Mamba's scan in parallel, compiled as one graph, and fused where the libraries are installed, against the
-    loop in float64; and the libraries' convolution against ours."""
+    """The first Mamba's scan in parallel, compiled as one graph, and fused where the libraries are
+    installed, against the loop in float64; and the libraries' convolution against ours.
+    """
     random = functools.partial(torch.randn, device=DEVICE, dtype=torch.float64)
     batch, length, channels, state = 2, 1000, 768, 32
     tokens, narrow = functools.partial(random, batch, length), torch.bfloat16
     rates = -torch.arange(1.0, state + 1, device=DEVICE, dtype=torch.float64).repeat(channels, 1)
     tensors = (
-        tokens(channels), tokens(channels), rates, tokens(state), tokens(state), random(channels), tokens(channels),
+        tokens(channels),
+        tokens(channels),
+        rates,
+        tokens(state),
+        tokens(state),
+        random(channels),
+        tokens(channels),
         random(channels) - 4,
-    )  # fmt: skip
+    )
     names = ("x", "step", "A", "B", "C", "D", "gate", "bias")
     weights = tokens(channels)
 
@@ -164,7 +174,9 @@ def check_selective() -> None:
         leaves = [cast(x).requires_grad_() for x in tensors]
         y, _ = scan(leaves)
         gradients = torch.autograd.grad(y, leaves, weights.to(y.dtype))
-        return {"y": y} | {f"d {name}": gradient for name, gradient in zip(names, gradients)}
+        return {"y": y} | {
+            f"d {name}": gradient for name, gradient in zip(names, gradients, strict=True)
+        }
 
     def mixed(x: torch.Tensor) -> torch.Tensor:
         return x.to(narrow if x.dim() == 3 else torch.float32)
@@ -177,7 +189,10 @@ def check_selective() -> None:
         )
         for backend in ("parallel", "fused")
     }
-    exact = lambda tensors: t.selective_scan(tensors, None, None, "sequential", 256)
+
+    def exact(tensors):
+        return t.selective_scan(tensors, None, None, "sequential", 256)
+
     expected = outputs(exact, lambda x: mixed(x).double())
     found = outputs(scans["parallel"], lambda x: mixed(x).float())
     check_errors(
@@ -199,7 +214,7 @@ def check_selective() -> None:
     ours, theirs = conv(x), conv(x, fused=True)
     check("causal_conv1d: y", relative(theirs, ours), BF16_TOLERANCE)
     pairs = (torch.autograd.grad(y, leaves, weights.to(narrow)) for y in (theirs, ours))
-    for name, a, b in zip(("x", "weight", "bias"), *pairs):
+    for name, a, b in zip(("x", "weight", "bias"), *pairs, strict=True):
         check(f"causal_conv1d: d {name}", relative(a, b), BF16_TOLERANCE)
 
 
@@ -212,7 +227,9 @@ def attention_inputs(batch: int, length: int) -> list[torch.Tensor]:
 
 
 def document_starts(batch: int, length: int) -> torch.Tensor:
-    """Where documents as long as the contest's begin: 680 tokens in the mean, half of them under 361."""
+    """Where documents as long as the contest's begin: 680 tokens in the mean, half of them under
+    361.
+    """
     spread = (2 * math.log(680 / 361)) ** 0.5
     lengths = torch.empty(batch * length // 100).log_normal_(math.log(361), spread)
     places = lengths.ceil().long().cumsum(0)
@@ -439,7 +456,9 @@ def check_documents() -> None:
 
 
 def check_optimizer() -> None:
-    """Newton-Schulz steps in half precision against float64; singular values fall evenly, by as many powers of ten."""
+    """Newton-Schulz steps in half precision against float64; singular values fall evenly, by as
+    many powers of ten.
+    """
     shapes, batches = ((512, 1536), (1536, 512), (512, 512), (256, 512)), []
     for powers in (0, 3, 5):
         for shape in shapes:
@@ -458,16 +477,25 @@ def check_optimizer() -> None:
 def model_settings(**overrides) -> t.Settings:
     """Of a small model with every kind of block."""
     environment = {
-        "NUM_LAYERS": "4", "MAMBA_LAYERS": "0,1,3", "MODEL_DIM": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
-        "TRAIN_SEQ_LEN": "512", "LAYER_ORDER": "0-2,1-3", "VOCAB_SIZE": "1024", "RECUR_START": "0",
-    }  # fmt: skip
+        "NUM_LAYERS": "4",
+        "MAMBA_LAYERS": "0,1,3",
+        "MODEL_DIM": "256",
+        "NUM_HEADS": "4",
+        "NUM_KV_HEADS": "2",
+        "TRAIN_SEQ_LEN": "512",
+        "LAYER_ORDER": "0-2,1-3",
+        "VOCAB_SIZE": "1024",
+        "RECUR_START": "0",
+    }
     settings, _ = t.read_settings(environment | {k.upper(): str(v) for k, v in overrides.items()})
     t.validate_settings(settings, 1)
     return settings
 
 
 def check_model(**overrides) -> None:
-    """A compiled model (one whole graph) against the same weights in float32 on the CPU with the chunked scan."""
+    """A compiled model (one whole graph) against the same weights in float32 on the CPU with the
+    chunked scan.
+    """
     settings = model_settings(**overrides)
     gpu = t.build_model(settings, t.Ranks(0, 1, DEVICE))
     with torch.no_grad():
@@ -494,7 +522,7 @@ def check_model(**overrides) -> None:
         )
     worst = max(
         (relative(p.grad.cpu(), q.grad), n)
-        for (n, p), q in zip(gpu.named_parameters(), cpu.parameters())
+        for (n, p), q in zip(gpu.named_parameters(), cpu.parameters(), strict=True)
         if q.grad.norm() > 1e-6
     )
     check(f"fullgraph model, {label}: worst gradient ({worst[1]})", worst[0], 0.15)
@@ -507,7 +535,9 @@ def check_model(**overrides) -> None:
 
 @torch.no_grad()
 def check_generation(**overrides) -> None:
-    """Steps against the full forward, and a generation's CUDA graph against the same steps without one."""
+    """Steps against the full forward, and a generation's CUDA graph against the same steps without
+    one.
+    """
     settings = model_settings(**overrides)
     model = t.build_model(settings, t.Ranks(0, 1, DEVICE))
     for p in model.parameters():
@@ -544,9 +574,14 @@ def time_generation() -> None:
 def check_graphed_steps(quantizer: str, batches_of=RandomBatches, **overrides) -> None:
     """Twelve steps with and without CUDA graphs; recurrence and late QAT begin on the way."""
     settings = model_settings(
-        train_batch_tokens=8192, iterations=12, max_wallclock_seconds=0, recur_start=0.3, late_qat_threshold=0.5,
-        quantizer=quantizer, **overrides,
-    )  # fmt: skip
+        train_batch_tokens=8192,
+        iterations=12,
+        max_wallclock_seconds=0,
+        recur_start=0.3,
+        late_qat_threshold=0.5,
+        quantizer=quantizer,
+        **overrides,
+    )
     results, ranks = [], t.Ranks(0, 1, DEVICE)
     batches = batches_of(settings, ranks)
     for graphed in (True, False):
@@ -563,8 +598,9 @@ def check_graphed_steps(quantizer: str, batches_of=RandomBatches, **overrides) -
 
 
 def check_checkpoints() -> None:
-    """How much longer a step takes while a checkpoint is written, with a model of contest size; and that a trainer which
-    takes it up goes on as the one that wrote it."""
+    """How much longer a step takes while a checkpoint is written, with a model of contest size; and
+    that a trainer which takes it up goes on as the one that wrote it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             "PRESET": "short",
@@ -589,7 +625,9 @@ def check_checkpoints() -> None:
         with t.Checkpoints(settings, ranks, SilentLog()) as trainer.checkpoints:
             trainer.run(batches, None)
         settings.checkpoint_paths[0].unlink()  # the end's: the one before is to be taken up
-        times = [a.elapsed_time(b) for a, b in zip(batches.marks[5:], batches.marks[6:])]
+        times = [
+            a.elapsed_time(b) for a, b in zip(batches.marks[5:], batches.marks[6:], strict=False)
+        ]
         usual = statistics.median(times)
         check(
             f"checkpoints: longest of {len(times)} steps, ms over the median {usual:.1f}",
@@ -610,8 +648,9 @@ def check_checkpoints() -> None:
 
 
 def check_systems() -> None:
-    """The presets of published systems from shards to a score with test-time training, on the text of `make demo`. Settings
-    in the environment go before these."""
+    """The presets of published systems from shards to a score with test-time training, on the text
+    of `make demo`. Settings in the environment go before these.
+    """
     root = Path(t.__file__).parent
     sample = root / "data" / "sample"
     if not sample.is_dir():
@@ -621,11 +660,18 @@ def check_systems() -> None:
     for preset in ("nemotron_hinge", "hybrid11", "hybrid18"):
         with tempfile.TemporaryDirectory() as folder:
             environment = {
-                "PRESET": preset, "DATA_PATH": str(sample), "TOKENIZER_PATH": str(sample / "sample_1024_bpe.model"),
-                "VOCAB_SIZE": "1024", "TRAIN_SEQ_LEN": "512", "TRAIN_BATCH_TOKENS": "32768", "ITERATIONS": "30",
-                "MAX_WALLCLOCK_SECONDS": "0", "LOG_DIR": folder, "RUN_ID": preset,
+                "PRESET": preset,
+                "DATA_PATH": str(sample),
+                "TOKENIZER_PATH": str(sample / "sample_1024_bpe.model"),
+                "VOCAB_SIZE": "1024",
+                "TRAIN_SEQ_LEN": "512",
+                "TRAIN_BATCH_TOKENS": "32768",
+                "ITERATIONS": "30",
+                "MAX_WALLCLOCK_SECONDS": "0",
+                "LOG_DIR": folder,
+                "RUN_ID": preset,
                 "SCAN_BACKEND": "auto" if preset == "nemotron_hinge" else first_mamba,
-            }  # fmt: skip
+            }
             command = [sys.executable, str(root / "train_gpt.py")]
             done = subprocess.run(
                 command, env=environment | os.environ, capture_output=True, text=True

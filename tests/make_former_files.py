@@ -1,9 +1,10 @@
-"""Makes the files in tests/data with an older version of train_gpt.py, and notes what it computed from them.
+"""Makes the files in tests/data with an older version of train_gpt.py, and notes what it computed
+from them.
 
     python tests/make_former_files.py COMMIT
 
-test_former_files.py reads them with today's script: an artifact and a checkpoint must mean the same for good.
-A commit whose files differ in layout gets files of its own beside the older ones.
+test_former_files.py reads them with today's script: an artifact and a checkpoint must mean the same
+for good. A commit whose files differ in layout gets files of its own beside the older ones.
 """
 
 import importlib.util
@@ -20,15 +21,38 @@ FOLDER = ROOT / "tests" / "data"
 
 # One Mamba-3 layer and one of attention, in files of some kilobytes.
 MODEL = {
-    "preset": "tiny", "vocab_size": 256, "train_seq_len": 32, "train_batch_tokens": 64, "num_layers": 2,
-    "mamba_layers": "0", "mlp_layers": "1", "mlp_mult": 2.0, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2,
-    "mamba_d_state": 8, "mamba_head_dim": 16, "mamba_chunk_size": 8, "bigram_vocab_size": 32, "bigram_dim": 8,
-    "document_reset": True, "layer_order": "0,1,0,1", "recur_start": 0.0, "calibration_tokens": 64, "eval_stride": 8, "ttt_chunk_tokens": 64,
-}  # fmt: skip
+    "preset": "tiny",
+    "vocab_size": 256,
+    "train_seq_len": 32,
+    "train_batch_tokens": 64,
+    "num_layers": 2,
+    "mamba_layers": "0",
+    "mlp_layers": "1",
+    "mlp_mult": 2.0,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mamba_d_state": 8,
+    "mamba_head_dim": 16,
+    "mamba_chunk_size": 8,
+    "bigram_vocab_size": 32,
+    "bigram_dim": 8,
+    "document_reset": True,
+    "layer_order": "0,1,0,1",
+    "recur_start": 0.0,
+    "calibration_tokens": 64,
+    "eval_stride": 8,
+    "ttt_chunk_tokens": 64,
+}
 # A checkpoint holds every number in float32, four or five times.
 SMALLER = {
-    "vocab_size": 64, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mamba_head_dim": 8, "mamba_expand": 1.0,
-}  # fmt: skip
+    "vocab_size": 64,
+    "model_dim": 16,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "mamba_head_dim": 8,
+    "mamba_expand": 1.0,
+}
 RUN = {
     "iterations": 5, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "checkpoint_every": 0.0,
     "train_log_every": 1, "warmdown_fraction": 0.9,

@@ -1,4 +1,6 @@
-"""What several test files share: tiny settings, random models, shards, and ranks that live in threads of one process."""
+"""What several test files share: tiny settings, random models, shards, and ranks that live in
+threads of one process.
+"""
 
 import contextlib
 import dataclasses
@@ -54,7 +56,9 @@ def tiny(**overrides) -> t.Settings:
 
 
 def tiny_environment(**overrides) -> dict[str, str]:
-    """The same as environment variables; keyword arguments are settings, None leaves a variable out."""
+    """The same as environment variables; keyword arguments are settings, None leaves a variable
+    out.
+    """
     values = {name.upper(): value for name, value in (SMALL | overrides).items()}
     return {
         name: str(int(v) if isinstance(v, bool) else v)
@@ -64,7 +68,9 @@ def tiny_environment(**overrides) -> dict[str, str]:
 
 
 def random_model(settings: t.Settings, seed: int = 0, spread: float = 0.3) -> t.Model:
-    """A model in which every parameter matters: the initial one ignores its blocks, whose output matrices are zero."""
+    """A model in which every parameter matters: the initial one ignores its blocks, whose output
+    matrices are zero.
+    """
     with torch.enable_grad():  # choosing an attention backend runs one backward
         model = t.build_model(settings, SOLO)
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +120,9 @@ def write_shard(
 
 
 class ThreadRanks(t.Ranks):
-    """A rank whose peers are threads of this process: collectives meet at a barrier. Made by run_ranks()."""
+    """A rank whose peers are threads of this process: collectives meet at a barrier. Made by
+    run_ranks().
+    """
 
     def __init__(
         self, rank: int, world_size: int, barrier: threading.Barrier, box: list, mail: dict
@@ -178,7 +186,9 @@ def run_ranks(world_size: int, function) -> list:
 
 @contextlib.contextmanager
 def bounded(seconds: float = 10.0, more_memory: int = 1 << 30):
-    """Turns an allocation beyond more_memory bytes, or a stall, into an exception instead of a dead machine."""
+    """Turns an allocation beyond more_memory bytes, or a stall, into an exception instead of a dead
+    machine.
+    """
 
     def stop(*_):
         raise TimeoutError(f"took longer than {seconds} s")
@@ -225,7 +235,9 @@ def run_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
 
 
 def process_environment(settings: dict[str, str]) -> dict[str, str]:
-    """Settings among what a process needs to start, without any variable that could be taken for a setting."""
+    """Settings among what a process needs to start, without any variable that could be taken for a
+    setting.
+    """
     kept = {
         name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
     }
@@ -274,7 +286,9 @@ def fill_gradients(model: torch.nn.Module, poison: float | None = None):
 
 
 def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> list[torch.Tensor]:
-    """Copies of all that a step may change: parameters, momentum, Adam's moments and step counts, the average."""
+    """Copies of all that a step may change: parameters, momentum, Adam's moments and step counts,
+    the average.
+    """
     states = [group.momentum for group in optimizers.muon.groups]
     for state in optimizers.adam.state.values():
         states += state.values()
@@ -288,14 +302,16 @@ def cross_entropy_case(vocabulary: int) -> tuple[torch.Tensor, ...]:
 
 
 def assert_equal_in_float64(exact, fused, compiled: bool, hidden, weight, grad, *others) -> None:
-    """Nats and gradients of exact(hidden, weight, *others) in float64 and of fused() in float32, perhaps compiled."""
+    """Nats and gradients of exact(hidden, weight, *others) in float64 and of fused() in float32,
+    perhaps compiled.
+    """
     function = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
     outcomes = []
     for nats, dtype in ((exact, torch.float64), (function, torch.float32)):
         leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
         y = nats(*leaves, *others)
         outcomes.append((y, *torch.autograd.grad(y, leaves, grad.to(dtype))))
-    for wanted, found in zip(*outcomes):
+    for wanted, found in zip(*outcomes, strict=True):
         assert (found.double() - wanted).norm() < 1e-5 * wanted.norm()
 
 
@@ -318,8 +334,17 @@ TEXT = (
 def train_tokenizer(path: Path, vocab_size: int, **options) -> Path:
     """Trains a tokenizer with the contest's special ids: 0 padding, 1 BOS, 2 end, 3 unknown."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 3), model_prefix=str(path.with_suffix("")), vocab_size=vocab_size,
-        model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
-        **({"byte_fallback": True, "add_dummy_prefix": False, "character_coverage": 0.98} | options),
-    )  # fmt: skip
+        sentence_iterator=iter(TEXT * 3),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+        **(
+            {"byte_fallback": True, "add_dummy_prefix": False, "character_coverage": 0.98} | options
+        ),
+    )
     return path

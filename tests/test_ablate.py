@@ -1,7 +1,8 @@
-"""Ablations: what runs, in which order and how often, what survives an interruption, and what the table says.
+"""Ablations: what runs, in which order and how often, what survives an interruption, and what the
+table says.
 
-Nearly all runs are of a stub that writes records as train_gpt.py does; its scores follow from MATRIX_LR and the seed, and
-TOKENIZER_PATH tells it what to do.
+Nearly all runs are of a stub that writes records as train_gpt.py does; its scores follow from
+MATRIX_LR and the seed, and TOKENIZER_PATH tells it what to do.
 """
 
 import json
@@ -29,12 +30,14 @@ STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
 env = os.environ
-behaviour, seed, rate = env.get("TOKENIZER_PATH", ""), int(env["SEED"]), float(env.get("MATRIX_LR", 0))
+behaviour = env.get("TOKENIZER_PATH", "")
+seed, rate = int(env["SEED"]), float(env.get("MATRIX_LR", 0))
 journal = Path(__file__).with_name("journal.jsonl")
 
 def note(event):
     gpus, pid = env.get("CUDA_VISIBLE_DEVICES"), os.getpid()
-    record = {"event": event, "run": env["RUN_ID"], "time": time.time(), "pid": pid, "gpus": gpus, "argv": sys.argv}
+    record = {"event": event, "run": env["RUN_ID"], "time": time.time(), "pid": pid}
+    record |= {"gpus": gpus, "argv": sys.argv}
     with journal.open("a") as file:
         file.write(json.dumps(record) + "\\n")
 
@@ -50,7 +53,8 @@ if "wait" in behaviour and not journal.with_name("released").exists():
     time.sleep(60)
 if "meet" in behaviour:  # goes on when so many runs have started
     deadline = time.time() + 20
-    while journal.read_text().count('"start"') < int(behaviour.split()[-1]) and time.time() < deadline:
+    awaited = int(behaviour.split()[-1])
+    while journal.read_text().count('"start"') < awaited and time.time() < deadline:
         time.sleep(0.02)
 if "hang up" in behaviour:
     os.kill(os.getppid(), signal.SIGHUP)
@@ -64,7 +68,8 @@ if "bug" in behaviour:
 if "silent" in behaviour:
     sys.exit(0)
 score = 1 + rate + seed / 1000
-record("trained", val_bpb=score + 0.2, bytes_total=15_000_000 + seed, bytes_code=140_000, steps=10, step_avg_ms=50.5)
+size = {"bytes_total": 15_000_000 + seed, "bytes_code": 140_000}
+record("trained", val_bpb=score + 0.2, **size, steps=10, step_avg_ms=50.5)
 if "kinds" in behaviour:
     record("quantization_loss", bpb_by_kind={"mamba": 0.002, "attention": 0.001})
 record("after_quantization", val_bpb=score + 0.3)
@@ -75,7 +80,8 @@ record("final", val_bpb=score)
 note("end")
 """
 
-# As torchrun: the worker has a session of its own. Unlike torchrun it leaves the worker alone when it is stopped.
+# As torchrun: the worker has a session of its own. Unlike torchrun it leaves the worker alone when
+# it is stopped.
 LAUNCHER = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, sys.argv[2]], start_new_session=True).returncode)
@@ -107,7 +113,9 @@ class Bench:
         return ablate.run(self.arguments(*more))
 
     def start(self, text: str) -> multiprocessing.Process:
-        """ablate.py in a copy of this process, which has imported all it needs; prints to printed.txt."""
+        """ablate.py in a copy of this process, which has imported all it needs; prints to
+        printed.txt.
+        """
 
         def work():
             with (self.folder / "printed.txt").open("w") as sys.stdout:
@@ -161,7 +169,8 @@ def bench(tmp_path, monkeypatch) -> Bench:
     for name in [field.upper() for field in t.FIELDS]:
         monkeypatch.delenv(name, raising=False)
     bench = Bench(tmp_path)
-    at_once = "import runpy, sys; runpy.run_path(sys.argv[2])"  # no launcher, and a Python that starts quickly
+    # No launcher, and a Python that starts quickly.
+    at_once = "import runpy, sys; runpy.run_path(sys.argv[2])"
     monkeypatch.setattr(ablate, "LAUNCHER", [sys.executable, "-I", "-S", "-c", at_once])
     monkeypatch.setattr(ablate, "visible_gpus", list)
     monkeypatch.setattr(ablate, "POLL_SECONDS", 0.02)
@@ -179,7 +188,7 @@ MATRIX_LR = 0.5
 """
 
 
-# ---- What runs, and when ---------------------------------------------------------------------------------------------
+# ---- What runs, and when -------------------------------------------------------------------------
 
 
 def test_every_variant_runs_with_one_seed_before_the_next_seed_and_one_at_a_time(bench):
@@ -187,11 +196,12 @@ def test_every_variant_runs_with_one_seed_before_the_next_seed_and_one_at_a_time
     assert bench.started() == ["base-1", "high-rate-1", "base-2", "high-rate-2"]
     ends = [record["time"] for record in bench.journal("end")]
     starts = [record["time"] for record in bench.journal("start")]
-    assert all(end <= start for end, start in zip(ends, starts[1:]))
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
 
 
 def test_runs_go_on_side_by_side_but_no_more_than_asked(bench):
-    text = 'seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "meet 3"\n'
+    text = "seeds = [1, 2, 3, 4, 5, 6]\nparallel = 3\n"
+    text += '[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "meet 3"\n'
     assert bench.run(text) == 0
     moments = [(r["time"], 1) for r in bench.journal("start")] + [
         (r["time"], -1) for r in bench.journal("end")
@@ -252,7 +262,7 @@ def test_a_dry_run_lists_the_runs_and_changes_nothing(bench, capsys):
     assert not bench.started()
 
 
-# ---- Restarts --------------------------------------------------------------------------------------------------------
+# ---- Restarts ------------------------------------------------------------------------------------
 
 
 def test_complete_runs_are_not_repeated(bench, capsys):
@@ -299,7 +309,10 @@ def test_failed_runs_are_repeated_on_a_restart(bench):
     assert "2 versions of the script" in bench.table
 
 
-HANGING = 'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n[[variant]]\nname = "slow"\nTOKENIZER_PATH = "wait"\n'
+HANGING = (
+    'seeds = [1, 2, 3]\nparallel = 2\n[base]\nPRESET = "tiny"\n'
+    '[[variant]]\nname = "slow"\nTOKENIZER_PATH = "wait"\n'
+)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +338,10 @@ def test_an_interrupted_ablation_goes_on_where_it_stopped(bench, monkeypatch, nu
 
     (bench.folder / "released").touch()
     start, left_over = ablate.Runner._start, []
-    look = lambda runner, run: (left_over.extend(filter(is_alive, hanging)), start(runner, run))
+
+    def look(runner, run):
+        return (left_over.extend(filter(is_alive, hanging)), start(runner, run))
+
     monkeypatch.setattr(ablate.Runner, "_start", look)
     assert bench.run() == 0
     assert not left_over  # they would share the GPUs, and the folder, with the new runs
@@ -360,7 +376,7 @@ def test_two_at_once_on_one_folder_are_refused(bench, capsys):
     assert bench.run() == 0
 
 
-# ---- Results ---------------------------------------------------------------------------------------------------------
+# ---- Results -------------------------------------------------------------------------------------
 
 
 def test_failed_runs_are_rows_that_say_why(bench, capsys):
@@ -405,9 +421,16 @@ def test_the_table_holds_means_deviations_and_the_test(bench):
     ]
     assert bench.row("variant") == [*heads, "artifact bytes", "ms/step"]
     assert bench.row("base (base)") == [
-        "base (base)", "3", "1.0030 ± 0.0026", "–", "–", "1.2030 ± 0.0026", "1.3030 ± 0.0026", "14,860,003",
+        "base (base)",
+        "3",
+        "1.0030 ± 0.0026",
+        "–",
+        "–",
+        "1.2030 ± 0.0026",
+        "1.3030 ± 0.0026",
+        "14,860,003",
         "50.5 ± 0.0",
-    ]  # fmt: skip
+    ]
     name, count, final, difference, p, *_ = bench.row("high rate")
     assert (name, count, final, difference) == ("high rate", "3", "1.5030 ± 0.0026", "+0.5000")
     expected = stats.ttest_ind([1.501, 1.502, 1.506], [1.001, 1.002, 1.006], equal_var=False).pvalue
@@ -431,9 +454,11 @@ def test_results_hold_every_run_with_its_settings_and_figures(bench):
 
 
 def test_welchs_p_agrees_with_cases_computed_by_hand():
-    # Equal variances 2 and means 4 apart: t = 4/√2 with 2 degrees of freedom, where p = 1 - t/√(2 + t²) = 1 - 2/√5.
+    # Equal variances 2 and means 4 apart: t = 4/√2 with 2 degrees of freedom, where p = 1 - t/√(2 +
+    # t²) = 1 - 2/√5.
     assert ablate.welch_p([0.0, 2.0], [4.0, 6.0]) == pytest.approx(1 - 2 / math.sqrt(5))
-    # Variances 2 and 0: t = 4 with 1 degree of freedom, where p = 1 - 2/π·atan(t). Student's test would have 2.
+    # Variances 2 and 0: t = 4 with 1 degree of freedom, where p = 1 - 2/π·atan(t). Student's test
+    # would have 2.
     assert ablate.welch_p([0.0, 2.0], [5.0, 5.0]) == pytest.approx(1 - 2 / math.pi * math.atan(4))
 
 
@@ -461,7 +486,7 @@ def test_plots_are_drawn_where_there_are_figures(bench, monkeypatch):
     assert "no run has a record" not in bench.table
 
 
-# ---- Mistakes --------------------------------------------------------------------------------------------------------
+# ---- Mistakes ------------------------------------------------------------------------------------
 
 BASE = 'seeds = [1]\n[base]\nPRESET = "tiny"\n'
 MISTAKES = {
@@ -560,7 +585,8 @@ def test_missing_files_and_wrong_options_are_one_line(bench, capsys):
     assert bench.run(TWO, "--script", "none.py") == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ", 2)[1] for line in lines] == ["error"] * 4
-    for line, message in zip(lines, ("No such file", "FILE.toml", "--parallel", "no such program")):
+    messages = ("No such file", "FILE.toml", "--parallel", "no such program")
+    for line, message in zip(lines, messages, strict=True):
         assert message in line
 
 
@@ -573,7 +599,7 @@ def test_without_a_reader_of_toml_the_line_says_what_to_install(bench, monkeypat
     )
 
 
-# ---- The ready files, and the real program ---------------------------------------------------------------------------
+# ---- The ready files, and the real program -------------------------------------------------------
 
 
 def test_help_shows_the_format():

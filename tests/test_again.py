@@ -1,4 +1,6 @@
-"""A run started again from its logs: the same script, settings and losses; and logs that are none."""
+"""A run started again from its logs: the same script, settings and losses; and logs that are
+none.
+"""
 
 import json
 import shutil
@@ -28,9 +30,13 @@ def logs(shards, tmp_path_factory) -> Path:
 
 def again(log: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "tools.again", str(log), *arguments], env=process_environment(settings), capture_output=True,
-        text=True, timeout=120, cwd=SCRIPT.parent,
-    )  # fmt: skip
+        [sys.executable, "-m", "tools.again", str(log), *arguments],
+        env=process_environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=SCRIPT.parent,
+    )
 
 
 def losses(path: Path) -> list[float]:

@@ -41,7 +41,7 @@ def random_starts(length: int, batch: int = 2, mean: int = 30) -> torch.Tensor:
     return start
 
 
-# ---- Backends --------------------------------------------------------------------------------------------------------
+# ---- Backends ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("confined", [False, True])
@@ -267,7 +267,7 @@ def test_auto_is_what_is_fastest_where_it_runs():
     assert t.choose_attention_backend(scans, gpu) == "auto"
 
 
-# ---- Documents -------------------------------------------------------------------------------------------------------
+# ---- Documents -----------------------------------------------------------------------------------
 
 MIXERS = {
     "Mamba-3": {"mamba_layers": "all"},
@@ -414,7 +414,9 @@ class States:
 @each_mixer
 @torch.no_grad()
 def test_a_stream_read_in_parts_ends_documents_where_windows_do(mixer):
-    """Documents across the parts' borders, each shorter than what attention's windows overlap by."""
+    """Documents across the parts' borders, each shorter than what attention's windows overlap
+    by.
+    """
     model = documents_model(torch.float64, train_seq_len=64, eval_overlap=32, **mixer)
     documents = [document for _ in range(3) for document in four_documents()]
     for document in documents:

@@ -1,4 +1,6 @@
-"""The audit: an honest entry passes every check, and each check fails on the violation it is there for."""
+"""The audit: an honest entry passes every check, and each check fails on the violation it is there
+for.
+"""
 
 import dataclasses
 import math
@@ -37,9 +39,17 @@ def run(shards, tmp_path_factory) -> SimpleNamespace:
     shutil.copytree(shards, data)
     write_shard(data / "words_val_000000.bin", t.open_shard(shards / "words_val_000000.bin")[:250])
     environment = tiny_environment(
-        data_path=data, tokenizer_path=data / "tokenizer.model", log_dir=folder, run_id="a", device="cpu", iterations=2,
-        max_wallclock_seconds=0.0, matrix_lr=0.1, eval_mode="plain", ttt_lr=0.05,
-    )  # fmt: skip
+        data_path=data,
+        tokenizer_path=data / "tokenizer.model",
+        log_dir=folder,
+        run_id="a",
+        device="cpu",
+        iterations=2,
+        max_wallclock_seconds=0.0,
+        matrix_lr=0.1,
+        eval_mode="plain",
+        ttt_lr=0.05,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "environ", environment)
         patch.setattr(sys, "argv", [str(SCRIPT)])
@@ -57,7 +67,9 @@ def few_cuts(monkeypatch):
 
 @pytest.fixture
 def entry_of(run):
-    """entry_of(**settings): the run's artifact, to be evaluated with other settings; with the log where it fits."""
+    """entry_of(**settings): the run's artifact, to be evaluated with other settings; with the log
+    where it fits.
+    """
 
     def build(script=t, log: Path | None = None, **changes) -> audit.Entry:
         environment = run.environment | {
@@ -95,7 +107,7 @@ def changed_script(folder: Path, *replacements: tuple[str, str]) -> Path:
     return path
 
 
-# ---- An honest entry -------------------------------------------------------------------------------------------------
+# ---- An honest entry -----------------------------------------------------------------------------
 
 
 def run_audit(run, *arguments: str) -> subprocess.CompletedProcess:
@@ -148,7 +160,7 @@ def test_what_is_watched_is_honest_in_every_mode(entry_of, mode, ttt_enabled):
     assert any(kind == "step" for kind, _ in seen.events) == bool(ttt_enabled)
 
 
-# ---- Size, log and clocks --------------------------------------------------------------------------------------------
+# ---- Size, log and clocks ------------------------------------------------------------------------
 
 
 def test_a_swollen_artifact_a_wrong_sum_and_another_script_are_seen(entry_of, run, tmp_path):
@@ -182,11 +194,13 @@ def test_clocks_that_are_not_kept_are_seen(entry_of, run, monkeypatch):
     fails(audit.check_clocks, dataclasses.replace(entry, settings=short, log=None), "3.0s of 2.9s")
 
 
-# ---- A process of its own --------------------------------------------------------------------------------------------
+# ---- A process of its own ------------------------------------------------------------------------
 
 
 def test_looking_for_a_driver_as_triton_does_is_no_offence(entry_of, run, tmp_path):
-    """CUDA builds of torch do so on any machine; other calls, and other programs by that name, are still seen."""
+    """CUDA builds of torch do so on any machine; other calls, and other programs by that name, are
+    still seen.
+    """
     asks = """def main():
     \"\"\"The story of a run.\"\"\"
     with __import__("contextlib").suppress(OSError):
@@ -203,8 +217,10 @@ def test_looking_for_a_driver_as_triton_does_is_no_offence(entry_of, run, tmp_pa
 def test_a_script_that_does_elsewhere_what_it_does_not_do_when_watched_is_seen(
     entry_of, run, tmp_path, monkeypatch
 ):
-    """It reads training data, calls out, starts a program, takes its time, and polishes the score behind the evaluator;
-    all of it without a trace in its log. One violation after the other is taken away."""
+    """It reads training data, calls out, starts a program, takes its time, and polishes the score
+    behind the evaluator; all of it without a trace in its log. One violation after the other is
+    taken away.
+    """
     leak = f'''def main():
     """The story of a run."""
     np.fromfile("{run.data}/words_train_000001.bin", dtype="<u2")
@@ -248,7 +264,9 @@ def test_a_script_that_does_elsewhere_what_it_does_not_do_when_watched_is_seen(
 
 
 def test_a_log_that_claims_another_score_is_seen(entry_of, run, monkeypatch):
-    """In the last of eight digits on a machine like this; elsewhere, arithmetic may round in other ways."""
+    """In the last of eight digits on a machine like this; elsewhere, arithmetic may round in other
+    ways.
+    """
     entry = entry_of(log=run.log)
     log, nats = entry.log, audit.observe(t, entry).score.nats
     alone = audit.Alone(0, "", log, nats, 1.0, [], [], [], [])
@@ -266,7 +284,7 @@ def test_a_log_that_claims_another_score_is_seen(entry_of, run, monkeypatch):
     fails(audit.check_reproduced, dataclasses.replace(entry, log=far), "1 × GPU")
 
 
-# ---- Scores ----------------------------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -353,7 +371,9 @@ def test_unnormalized_probabilities_are_seen(entry_of, monkeypatch, mode):
 
 
 def test_a_softmax_over_part_of_the_vocabulary_is_seen(entry_of, monkeypatch):
-    """The likeliest half of the tokens only: right for most targets, and more probable than it should be."""
+    """The likeliest half of the tokens only: right for most targets, and more probable than it
+    should be.
+    """
 
     def half(self, hidden, targets, tokens):
         logits = self.logits(hidden)
@@ -366,11 +386,13 @@ def test_a_softmax_over_part_of_the_vocabulary_is_seen(entry_of, monkeypatch):
     fails(audit.check_probabilities, entry_of())
 
 
-# ---- Bytes -----------------------------------------------------------------------------------------------------------
+# ---- Bytes ---------------------------------------------------------------------------------------
 
 
 def test_a_space_that_is_counted_twice_is_seen(entry_of, monkeypatch):
-    """As in an entry that was struck off: the piece's space, and once more for the piece behind it."""
+    """As in an entry that was struck off: the piece's space, and once more for the piece behind
+    it.
+    """
     count = t.Tokenizer.target_bytes
 
     def double(self, tokens):
@@ -425,11 +447,13 @@ def test_bits_per_byte_over_other_bytes_are_seen(entry_of, monkeypatch):
     fails(audit.check_text_bytes, entry_of())
 
 
-# ---- Order -----------------------------------------------------------------------------------------------------------
+# ---- Order ---------------------------------------------------------------------------------------
 
 
 def adapt(self, order: str) -> t.Score:
-    """evaluate() with its parts in another order: s scores a chunk, t trains on it, l trains on the last, too."""
+    """evaluate() with its parts in another order: s scores a chunk, t trains on it, l trains on the
+    last, too.
+    """
     sgd = torch.optim.SGD(self.model.parameters(), lr=0.05)
     for first in range(0, self.total, 64):
         last = min(first + 64, self.total)
@@ -487,7 +511,9 @@ def test_updates_on_tokens_from_nobody_knows_where_are_seen(entry_of, monkeypatc
 
 
 def test_an_update_that_reads_on_behind_an_honest_one_is_seen(entry_of, monkeypatch):
-    """It takes one step with both gradients, and tells of the honest one: later tokens move scores."""
+    """It takes one step with both gradients, and tells of the honest one: later tokens move
+    scores.
+    """
     train = t.Evaluator._train_epoch
 
     def both(self, first, last, sgd):
@@ -548,7 +574,7 @@ def test_scoring_with_gradients_is_seen(entry_of, monkeypatch):
     fails(audit.check_order, entry_of(ttt_enabled=0), "with gradients")
 
 
-# ---- The table, and input that cannot be audited ---------------------------------------------------------------------
+# ---- The table, and input that cannot be audited -------------------------------------------------
 
 
 def test_a_check_that_breaks_off_has_failed_and_the_table_stays_one(entry_of, monkeypatch):

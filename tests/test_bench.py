@@ -1,4 +1,6 @@
-"""The benchmark command, as far as it goes without a GPU: arithmetic, reports, and its kernels and steps on the CPU."""
+"""The benchmark command, as far as it goes without a GPU: arithmetic, reports, and its kernels and
+steps on the CPU.
+"""
 
 import json
 import re
@@ -43,7 +45,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
 
 
-# ---- Launch configurations -------------------------------------------------------------------------------------------
+# ---- Launch configurations -----------------------------------------------------------------------
 
 
 def test_the_layer_that_is_tuned_has_gradients_of_all_that_it_learns():
@@ -55,7 +57,7 @@ def test_the_layer_that_is_tuned_has_gradients_of_all_that_it_learns():
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
-# ---- Floors and FLOPs ------------------------------------------------------------------------------------------------
+# ---- Floors and FLOPs ----------------------------------------------------------------------------
 
 
 def test_a_floor_is_the_longer_of_memory_and_matmul():
@@ -95,10 +97,15 @@ def test_newton_schulz_flops():
 
 
 def test_an_operators_traffic():
-    """Forward: inputs and output; backward: inputs, the output's gradient, and the gradients of x and the matrix."""
+    """Forward: inputs and output; backward: inputs, the output's gradient, and the gradients of x
+    and the matrix.
+    """
     x, mask = torch.randn(4, 8, requires_grad=True), torch.ones(4, 8)
     matrix = torch.randn(2, 8, requires_grad=True)
-    function = lambda x, mask: (x * mask) @ matrix.T
+
+    def function(x, mask):
+        return (x * mask) @ matrix.T
+
     both = bench.operator(function, (x, mask), (matrix,), forward_flops=128)
     forward = bench.operator(function, (x, mask), (matrix,), forward_flops=128, backward=False)
     inputs, output = 4 * (32 + 32 + 16), 4 * 8
@@ -108,7 +115,7 @@ def test_an_operators_traffic():
     assert not forward.call()[0].requires_grad
 
 
-# ---- Kernels, steps and start-up, on the CPU -------------------------------------------------------------------------
+# ---- Kernels, steps and start-up, on the CPU -----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", bench.kernel_makers(tiny(), SOLO))
@@ -175,7 +182,7 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
         bench.time_startup(str(tmp_path / "caches"))
 
 
-# ---- The profile -----------------------------------------------------------------------------------------------------
+# ---- The profile ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -204,7 +211,8 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
         ),
         ("void at_cuda_detail::cub::DeviceScanKernel<...>", "elementwise"),
         (
-            "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...FusedAdamMathFunctor...>",
+            "void at::native::(anonymous namespace)::"
+            "multi_tensor_apply_kernel<...FusedAdamMathFunctor...>",
             "optimizer",
         ),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
@@ -227,10 +235,13 @@ def test_the_profile_counts_kernels_once_and_adds_up(tmp_path):
 
     kernels = bench.gpu_time_by_kernel(
         [
-            average("triton_poi_fused_add_1", 1000.0, 8), average("nvjet_a", 4000.0, 10), average("nvjet_b", 3000.0, 2),
-            average("cudaLaunchKernel", 9000.0, 99, cpu), average("Optimizer.step#AdamW.step", 9000.0, 1, cuda, True),
+            average("triton_poi_fused_add_1", 1000.0, 8),
+            average("nvjet_a", 4000.0, 10),
+            average("nvjet_b", 3000.0, 2),
+            average("cudaLaunchKernel", 9000.0, 99, cpu),
+            average("Optimizer.step#AdamW.step", 9000.0, 1, cuda, True),
         ]
-    )  # fmt: skip
+    )
     assert kernels == [
         ("nvjet_a", 4.0, 10),
         ("nvjet_b", 3.0, 2),
@@ -245,7 +256,7 @@ def test_the_profile_counts_kernels_once_and_adds_up(tmp_path):
     assert "triton_poi" not in table
 
 
-# ---- Reports and the command -----------------------------------------------------------------------------------------
+# ---- Reports and the command ---------------------------------------------------------------------
 
 
 def failing_row():
@@ -290,7 +301,7 @@ def test_compare_prints_ratios_and_what_only_one_has(tmp_path, capsys):
         "startup": {"cold": {"seconds": 20.0}},
     }
     files = [tmp_path / "before.json", tmp_path / "after.json"]
-    for file, report in zip(files, (before, after)):
+    for file, report in zip(files, (before, after), strict=True):
         file.write_text(json.dumps(report))
     assert bench.main(["--compare", *map(str, files)]) == 0
     text = capsys.readouterr().out
@@ -351,7 +362,9 @@ def test_settings_in_the_environment_win(monkeypatch):
 
 @pytest.mark.skipif(t.triton is None, reason="needs triton")
 def test_a_product_with_the_activation_in_its_kernel():
-    """In Triton's interpreter, in float32: more tiles than programs, several steps of depth, forward and backward."""
+    """In Triton's interpreter, in float32: more tiles than programs, several steps of depth,
+    forward and backward.
+    """
     tiles = (16, 32, 16, 4, 2, 2)
     x, up, activation = (
         torch.randn(48, 32),
@@ -371,9 +384,15 @@ def test_a_product_with_the_activation_in_its_kernel():
 
 
 def test_every_large_product_has_a_row():
-    """peer7's: in_proj, out_proj, the MLP's two, and the output matrix; not the small ones of attention."""
+    """peer7's: in_proj, out_proj, the MLP's two, and the output matrix; not the small ones of
+    attention.
+    """
     settings, _ = t.read_settings({"PRESET": "peer7"})
     products = [name for name in bench.product_makers(settings, SOLO) if "LeakyReLU" not in name]
     assert sorted(products) == [
-        "product 1,024 × 512", "product 1,536 × 512", "product 512 × 1,536", "product 512 × 2,240", "product 512 × 8,192",
-    ]  # fmt: skip
+        "product 1,024 × 512",
+        "product 1,536 × 512",
+        "product 512 × 1,536",
+        "product 512 × 2,240",
+        "product 512 × 8,192",
+    ]

@@ -1,6 +1,8 @@
-"""Checkpoints: a run that is killed, stopped or disturbed loses nothing, and says in one line what happened.
+"""Checkpoints: a run that is killed, stopped or disturbed loses nothing, and says in one line what
+happened.
 
-What only real processes can show (signals, torchrun) is shown by real processes; the rest happens inside this one.
+What only real processes can show (signals, torchrun) is shown by real processes; the rest happens
+inside this one.
 """
 
 import contextlib
@@ -38,13 +40,20 @@ from tests.support import (
     tiny,
 )
 
-# Twelve steps, late QAT in the last ones, a checkpoint as often as one can be written, and a quick score. No clock: a
-# machine that stalls must not move the schedule.
+# Twelve steps, late QAT in the last ones, a checkpoint as often as one can be written, and a quick
+# score. No clock: a machine that stalls must not move the schedule.
 QUICK = {
-    "iterations": 12, "max_wallclock_seconds": 0.0, "warmup_steps": 0, "train_log_every": 1, "checkpoint_every": 1e-6,
+    "iterations": 12,
+    "max_wallclock_seconds": 0.0,
+    "warmup_steps": 0,
+    "train_log_every": 1,
+    "checkpoint_every": 1e-6,
     "eval_mode": "plain",
-    "ttt_enabled": False, "late_qat_threshold": 0.5, "sdclip_k": 0.0, "calibration_tokens": 64,
-}  # fmt: skip
+    "ttt_enabled": False,
+    "late_qat_threshold": 0.5,
+    "sdclip_k": 0.0,
+    "calibration_tokens": 64,
+}
 
 
 def quick_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
@@ -54,9 +63,12 @@ def quick_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
 def start(environment: dict[str, str], *command: str) -> subprocess.Popen:
     """A process of the script, or of another command; it writes all to stdout."""
     return subprocess.Popen(
-        [sys.executable, *(command or [str(SCRIPT)])], env=process_environment(environment), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, *(command or [str(SCRIPT)])],
+        env=process_environment(environment),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def torchrun(*arguments: str) -> list[str]:
@@ -65,7 +77,9 @@ def torchrun(*arguments: str) -> list[str]:
 
 @contextlib.contextmanager
 def interrupted_at(step: int, error: BaseException):
-    """Training ends with an error before this step, and every checkpoint that was begun is complete."""
+    """Training ends with an error before this step, and every checkpoint that was begun is
+    complete.
+    """
     gradients, save = t.Trainer.accumulate_gradients, t.Trainer.save
 
     def fail(trainer, *arguments):
@@ -119,11 +133,13 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if "checkpoint" in path.name)
 
 
-# ---- Killed ----------------------------------------------------------------------------------------------------------
+# ---- Killed --------------------------------------------------------------------------------------
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, undisturbed):
-    """SIGKILL in early and late steps and in GPTQ, one after the other; each run goes on no earlier than the one before."""
+    """SIGKILL in early and late steps and in GPTQ, one after the other; each run goes on no earlier
+    than the one before.
+    """
     environment = quick_environment(shards, tmp_path)
     for moment in ("step:3/", "QAT", "GPTQ at"):
         process = start(environment)
@@ -173,7 +189,9 @@ sys.exit(t.run())
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, undisturbed):
-    """Without a RUN_ID, to the same artifact as two undisturbed ranks; and one process has the same losses."""
+    """Without a RUN_ID, to the same artifact as two undisturbed ranks; and one process has the same
+    losses.
+    """
     (tmp_path / "kill.py").write_text(KILL_ONE_RANK_ONCE)
     environment = quick_environment(shards, tmp_path, run_id=None)
     command = (
@@ -193,14 +211,17 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, u
         assert [path.name for path in tmp_path.glob("*checkpoint*")] == []
         log.rename(tmp_path / "a.jsonl")
         file.unlink()
-        for mine, other in zip(losses(tmp_path).values(), losses(undisturbed).values()):
+        for mine, other in zip(
+            losses(tmp_path).values(), losses(undisturbed).values(), strict=True
+        ):
             assert mine == pytest.approx(other, rel=2e-5)
     assert artifacts[0] == artifacts[1]
 
 
 def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
-    """Ranks are threads here, and gradients are given. Steps by three ranks, then two, then one end where one rank would
-    have come alone."""
+    """Ranks are threads here, and gradients are given. Steps by three ranks, then two, then one end
+    where one rank would have come alone.
+    """
     monkeypatch.setattr(t, "training_loss", lambda model, settings, ranks: model.loss)
     settings = tiny(run_id="a", log_dir=str(tmp_path), num_layers=5, mamba_layers="0,2,4")
 
@@ -233,7 +254,7 @@ def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
             assert all(map(torch.equal, tensors[0], other))
     for path in tmp_path.glob("*checkpoint*"):
         path.unlink()
-    for a, b in zip(tensors[0], run_ranks(1, steps(6))[0]):
+    for a, b in zip(tensors[0], run_ranks(1, steps(6))[0], strict=True):
         assert relative(a, b) < 1e-5
 
 
@@ -279,7 +300,9 @@ PHASES = {  # what is running, and which step the same command goes on from
 def test_a_signal_in_any_phase_ends_in_one_line_and_loses_no_step_of_training(
     monkeypatch, capsys, shards, tmp_path, undisturbed, phase
 ):
-    """Twice, as from a launcher and a terminal; no half file stays, and handlers are what they were."""
+    """Twice, as from a launcher and a terminal; no half file stays, and handlers are what they
+    were.
+    """
     owner, step = PHASES[phase]
     environment = quick_environment(shards, tmp_path, checkpoint_every=0, warmup_steps=1)
     function, handlers = getattr(owner, phase), [*map(signal.getsignal, t.STOP_SIGNALS)]
@@ -335,7 +358,9 @@ def test_a_signal_that_comes_too_late_for_the_loop_reaches_the_handler_before():
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """A clock that each look at it moves by 10 ms, and tick(seconds), so that a machine's stalls do not count."""
+    """A clock that each look at it moves by 10 ms, and tick(seconds), so that a machine's stalls do
+    not count.
+    """
     now = [1000.0]
 
     def tick(seconds: float = 0.01) -> float:
@@ -365,7 +390,7 @@ def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(
     assert records(tmp_path, "trained")[0]["train_clock_seconds"] <= 3
 
 
-# ---- Which checkpoint ------------------------------------------------------------------------------------------------
+# ---- Which checkpoint ----------------------------------------------------------------------------
 
 
 def test_the_last_two_are_kept_and_gone_after_the_run(monkeypatch, shards, tmp_path):
@@ -416,7 +441,8 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(
     out = capsys.readouterr().out
     warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
     assert [
-        f"{name} is not a usable checkpoint: " in line for name, line in zip(names, warnings)
+        f"{name} is not a usable checkpoint: " in line
+        for name, line in zip(names, warnings, strict=True)
     ] == [True] * len(names)
     assert len(warnings) == len(names)
     assert ("resumed" in out) == (len(names) == 1)
@@ -426,7 +452,9 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(
 def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(
     monkeypatch, capsys, shards, tmp_path
 ):
-    """But not one of other paths, logs, validation, evaluation or kernels; and not where it is not wanted."""
+    """But not one of other paths, logs, validation, evaluation or kernels; and not where it is not
+    wanted.
+    """
     kill_here(monkeypatch, quick_environment(shards, tmp_path))
     other = {"matrix_lr": 0.03, "num_layers": 2, "mamba_layers": "0", "seed": 7}
     said = mistake(monkeypatch, capsys, quick_environment(shards, tmp_path, **other))
@@ -503,7 +531,7 @@ def test_nothing_in_a_checkpoint_is_unpickled(monkeypatch, capsys, shards, tmp_p
     assert not (tmp_path / "evil").exists()
 
 
-# ---- Trouble while it runs -------------------------------------------------------------------------------------------
+# ---- Trouble while it runs -----------------------------------------------------------------------
 
 
 def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
@@ -522,7 +550,8 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
     environment = quick_environment(shards, tmp_path)
     kill_here(monkeypatch, environment, 4)
     out = capsys.readouterr().out
-    line = f"warning: cannot write {tmp_path}/a.checkpoint: No space left on device; training goes on\n"
+    line = f"warning: cannot write {tmp_path}/a.checkpoint: No space left on device; "
+    line += "training goes on\n"
     assert out.count(line) == out.count("warning") == 2
     assert checkpoints(tmp_path) == ["a.checkpoint", "a.checkpoint-before"]
     assert run_here(monkeypatch, environment) == 0
@@ -541,7 +570,9 @@ def test_a_stop_while_a_file_is_written_leaves_no_half_one(monkeypatch, tmp_path
 
 
 def test_a_run_outlives_its_console(shards, tmp_path):
-    """Whoever read it is gone, by the third line; the log's files are whole, and nothing is said at the end."""
+    """Whoever read it is gone, by the third line; the log's files are whole, and nothing is said at
+    the end.
+    """
     read, write = os.pipe()
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT)], stdout=write, stderr=subprocess.PIPE,
@@ -606,8 +637,9 @@ def test_a_lack_of_gpu_memory_names_the_setting_to_halve(
 def test_a_training_clock_that_runs_over_ends_without_a_score(
     monkeypatch, ticking, capsys, shards, tmp_path
 ):
-    """As when GPTQ is held up. The model is kept without a claim, and what the error tells to do helps: a checkpoint from
-    before the larger reserve is taken up."""
+    """As when GPTQ is held up. The model is kept without a claim, and what the error tells to do
+    helps: a checkpoint from before the larger reserve is taken up.
+    """
     quantize = t.quantize_model
     monkeypatch.setattr(
         t, "quantize_model", lambda *arguments: (ticking(1.1), quantize(*arguments))[1]
@@ -647,7 +679,9 @@ sys.exit(t.run())
 
 
 def test_a_rank_that_stalls_is_named(shards, tmp_path):
-    """Two processes without a launcher, which would take half a minute to end the one that stalls."""
+    """Two processes without a launcher, which would take half a minute to end the one that
+    stalls.
+    """
     (tmp_path / "stall.py").write_text(STALL)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -671,7 +705,7 @@ def test_a_rank_that_stalls_is_named(shards, tmp_path):
     assert checkpoints(tmp_path)
 
 
-# ---- Twice the same --------------------------------------------------------------------------------------------------
+# ---- Twice the same ------------------------------------------------------------------------------
 
 
 def test_a_deterministic_run_asks_torch_for_it(monkeypatch, shards, tmp_path, undisturbed):
@@ -686,8 +720,9 @@ def test_a_deterministic_run_asks_torch_for_it(monkeypatch, shards, tmp_path, un
 
 
 def test_rates_reach_every_step_as_float32(monkeypatch, shards, tmp_path):
-    """A CUDA graph takes tensors. Were the first steps, which run before there is one, given Python's wider numbers, a run
-    that is resumed would round otherwise than one that is not."""
+    """A CUDA graph takes tensors. Were the first steps, which run before there is one, given
+    Python's wider numbers, a run that is resumed would round otherwise than one that is not.
+    """
     seen, step = [], t.Optimizers.step
 
     def remember(optimizers, *rates):

@@ -11,7 +11,7 @@ import torch
 import train_gpt as t
 from tests.support import CPU, SOLO, tiny, write_shard
 
-# ---- Shards ----------------------------------------------------------------------------------------------------------
+# ---- Shards --------------------------------------------------------------------------------------
 
 
 def test_a_shard_gives_back_its_tokens(tmp_path):
@@ -126,9 +126,10 @@ def test_unusable_validation_is_refused(tmp_path, byte_tokenizer, tokens, said):
         t.load_validation(tiny(data_path=str(tmp_path)), t.Tokenizer(str(byte_tokenizer), 512))
 
 
-# ---- The order of batches --------------------------------------------------------------------------------------------
+# ---- The order of batches ------------------------------------------------------------------------
 
-# Of these, 32, 0 and 1 hold no sequence of 32 tokens and its target; the others have as many windows at every phase.
+# Of these, 32, 0 and 1 hold no sequence of 32 tokens and its target; the others have as many
+# windows at every phase.
 LENGTHS = [352, 33, 32, 224, 0, 1, 96]
 WINDOWS = 10 + 1 + 6 + 2
 
@@ -139,7 +140,9 @@ def epochs_of(count: int, seed: int = 3) -> list[list[tuple[int, int]]]:
 
 
 def test_an_epoch_visits_every_window_of_every_shard_once():
-    """No token of a shard is left out, apart from less than a window at either end, and none is a target twice."""
+    """No token of a shard is left out, apart from less than a window at either end, and none is a
+    target twice.
+    """
     for epoch in epochs_of(5):
         assert len(set(epoch)) == len(epoch)
         for shard, length in enumerate(LENGTHS):
@@ -188,7 +191,9 @@ def test_any_number_of_ranks_trains_on_the_same_batches(shards):
 
 
 def test_targets_are_the_next_tokens_of_the_shard(tmp_path):
-    """Tokens that count upwards show any shift, and any window that runs over the end of a shard."""
+    """Tokens that count upwards show any shift, and any window that runs over the end of a
+    shard.
+    """
     write_shard(tmp_path / "a_train_0.bin", range(250))
     write_shard(tmp_path / "a_train_1.bin", range(300, 480))
     batches = t.Batches(tiny(data_path=str(tmp_path)), SOLO)
@@ -208,7 +213,7 @@ def test_a_token_outside_the_vocabulary_reaches_the_training_loop_as_a_users_err
             batches.next()
 
 
-# ---- Bytes per token -------------------------------------------------------------------------------------------------
+# ---- Bytes per token -----------------------------------------------------------------------------
 
 TEXTS = [
     "the cat sat",
@@ -268,14 +273,27 @@ def test_unknown_tokens_have_no_bytes_and_do_not_pass_for_text(plain_tokenizer):
 
 
 def test_pieces_of_several_spaces_count_one_byte_a_space(tmp_path):
-    """A tokenizer for source code may have such pieces; three bytes for each inner ▁ would flatter the score."""
+    """A tokenizer for source code may have such pieces; three bytes for each inner ▁ would flatter
+    the score.
+    """
     path = tmp_path / "spaces"
     lines = ["if a:", "        return b", "    else:", "        return c"] * 20
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path), vocab_size=290, model_type="bpe", byte_fallback=True,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_prefix=str(path),
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        hard_vocab_limit=False,
+    )
     model = sentencepiece.SentencePieceProcessor(model_file=f"{path}.model")
     tokenizer = t.Tokenizer(f"{path}.model", model.vocab_size())
     tokens = encode(tokenizer, ["if a:        return b"])

@@ -1,4 +1,6 @@
-"""Evaluation: every target scored once, from what came before it alone, and honestly converted to bits per byte."""
+"""Evaluation: every target scored once, from what came before it alone, and honestly converted to
+bits per byte.
+"""
 
 import copy
 import itertools
@@ -39,14 +41,16 @@ def evaluate(
     return t.Evaluator(model, settings, ranks, validation_set(tokens), observer=observer).evaluate()
 
 
-# ---- Who scores what -------------------------------------------------------------------------------------------------
+# ---- Who scores what -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ("plain", "sliding"))
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("length", [1, 7, 31, 32, 33, 64, 200])
 def test_windows_of_all_ranks_cover_every_target_once(mode, world_size, length):
-    """Whatever the stride, and also in a later part of the stream; no window is longer than a training sequence."""
+    """Whatever the stride, and also in a later part of the stream; no window is longer than a
+    training sequence.
+    """
     for stride, first in itertools.product((1, 8, 20, 32), (0, 64)):
         settings = tiny(eval_mode=mode, eval_stride=stride)
         windows = [
@@ -66,7 +70,9 @@ def test_windows_of_all_ranks_cover_every_target_once(mode, world_size, length):
 @pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
 @pytest.mark.parametrize("length", [33, 34, 64, 65, 130, 257])
 def test_streams_of_every_length_are_scored_whole(mode, ttt_enabled, length):
-    """Evaluator itself raises unless every target was scored once; nothing may be left at zero nats either."""
+    """Evaluator itself raises unless every target was scored once; nothing may be left at zero nats
+    either.
+    """
     settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled)
     score = evaluate(random_model(settings), settings, document_stream(length))
     assert score.nats.shape == (length - 1,)
@@ -100,7 +106,7 @@ def test_two_ranks_score_and_adapt_as_one(mode, ttt_enabled):
     assert np.allclose(first.nats, alone.nats, rtol=1e-3, atol=1e-4)
 
 
-# ---- What a score depends on -----------------------------------------------------------------------------------------
+# ---- What a score depends on ---------------------------------------------------------------------
 
 
 @each_mode
@@ -111,7 +117,9 @@ def test_two_ranks_score_and_adapt_as_one(mode, ttt_enabled):
     ids=["Mamba-3", "documents", "Mamba-2"],
 )
 def test_later_tokens_change_no_score_by_a_single_bit(mode, ttt_enabled, changes):
-    """Position p scores tokens[p + 1]. All tokens after that one are replaced; scores up to p must not notice."""
+    """Position p scores tokens[p + 1]. All tokens after that one are replaced; scores up to p must
+    not notice.
+    """
     settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled, ttt_lr=0.05, **changes)
     model, stream, other = (
         random_model(settings),
@@ -129,7 +137,9 @@ def test_later_tokens_change_no_score_by_a_single_bit(mode, ttt_enabled, changes
 @each_mode
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_adapting_changes_later_chunks_and_never_the_first(mode, world_size):
-    """The first chunk is scored by the artifact as it was loaded; it is trained on only afterwards."""
+    """The first chunk is scored by the artifact as it was loaded; it is trained on only
+    afterwards.
+    """
     settings = tiny(eval_mode=mode, ttt_lr=0.05)
     model, stream = random_model(settings), document_stream(230)
 
@@ -162,7 +172,9 @@ def test_the_last_chunk_is_not_trained_on_and_the_others_are_after_they_are_scor
 @each_mode
 @pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
 def test_an_observer_hears_of_everything_and_changes_nothing(mode, ttt_enabled):
-    """What is read is the stream at the positions that it tells; what it hears scored, is the score."""
+    """What is read is the stream at the positions that it tells; what it hears scored, is the
+    score.
+    """
     settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled, ttt_lr=0.05)
     model, stream = random_model(settings), document_stream(230)
     heard = np.full(229, np.nan, dtype=np.float32)
@@ -191,7 +203,9 @@ def test_an_observer_hears_of_everything_and_changes_nothing(mode, ttt_enabled):
 
 
 def test_adapting_helps_on_a_text_that_repeats_itself():
-    """If gradients had the wrong sign, or other targets, the second half would not be easier than the frozen one."""
+    """If gradients had the wrong sign, or other targets, the second half would not be easier than
+    the frozen one.
+    """
     stream = np.tile(random_tokens(64, seed=3).numpy().astype(np.uint16), 8)
     frozen, adapting = (
         tiny(eval_mode="plain", ttt_enabled=on, ttt_lr=0.05, ttt_epochs=4) for on in (False, True)
@@ -203,7 +217,7 @@ def test_adapting_helps_on_a_text_that_repeats_itself():
     )
 
 
-# ---- The modes against each other, and against the definition --------------------------------------------------------
+# ---- The modes against each other, and against the definition ------------------------------------
 
 
 def full_forward_nats(model: t.Model, tokens: np.ndarray) -> np.ndarray:
@@ -222,7 +236,9 @@ def test_sliding_by_whole_windows_is_plain():
 
 
 def test_every_window_scores_what_a_forward_pass_over_its_context_gives():
-    """Sliding by 8: position p is scored in a sequence of 32 tokens that ends with the 8 new ones."""
+    """Sliding by 8: position p is scored in a sequence of 32 tokens that ends with the 8 new
+    ones.
+    """
     settings = tiny(eval_mode="sliding", ttt_enabled=False)
     model, stream = random_model(settings), document_stream(150)
     nats = evaluate(model, settings, stream).nats
@@ -244,7 +260,7 @@ def test_batching_windows_changes_neither_scores_nor_adaptation(mode, ttt_enable
     )
 
 
-# ---- Stateful --------------------------------------------------------------------------------------------------------
+# ---- Stateful ------------------------------------------------------------------------------------
 
 
 class HeldStates:
@@ -405,7 +421,9 @@ def test_after_an_update_states_are_those_of_the_new_weights_over_the_last_windo
 
 
 def test_bits_per_byte_of_real_text(sample):
-    """Against the text itself: -log2 of the probabilities of its tokens, over the bytes of the decoded documents."""
+    """Against the text itself: -log2 of the probabilities of its tokens, over the bytes of the
+    decoded documents.
+    """
     settings = tiny(vocab_size=1024, eval_mode="plain", ttt_enabled=False, data_path=str(sample))
     tokenizer = t.Tokenizer(str(sample / "sample_1024_bpe.model"), 1024)
     tokens = t.load_validation(settings, tokenizer).tokens
@@ -427,13 +445,15 @@ def test_bits_per_byte_of_real_text(sample):
     )
 
 
-# ---- The evaluation clock --------------------------------------------------------------------------------------------
+# ---- The evaluation clock ------------------------------------------------------------------------
 
 
 def on_a_fake_clock(
     monkeypatch, budget: float, score_cost: float, epoch_cost: float
 ) -> tuple[t.Score, float]:
-    """Evaluates ten chunks where scoring and training take so many seconds; returns the score and the time taken."""
+    """Evaluates ten chunks where scoring and training take so many seconds; returns the score and
+    the time taken.
+    """
     settings = tiny(eval_mode="plain", ttt_lr=0.05, eval_max_seconds=budget)
     now = [1000.0]
 
@@ -465,7 +485,9 @@ def test_the_clock_runs_from_when_the_caller_says(monkeypatch):
 def test_epochs_are_given_up_to_keep_the_clock_and_every_target_is_scored(
     monkeypatch, budget, score_cost
 ):
-    """Ten chunks to score and 9 × 2 epochs at 10 s would take 190 s, or 280 s where scoring is slow, too."""
+    """Ten chunks to score and 9 × 2 epochs at 10 s would take 190 s, or 280 s where scoring is
+    slow, too.
+    """
     score, seconds = on_a_fake_clock(monkeypatch, budget, score_cost, epoch_cost=10)
     assert seconds <= budget
     assert 0 < score.epochs_given_up < 18

@@ -1,4 +1,6 @@
-"""tools/explore.py: a variant scores as train_gpt.py's own run of it does; averages of several lengths; and mistakes."""
+"""tools/explore.py: a variant scores as train_gpt.py's own run of it does; averages of several
+lengths; and mistakes.
+"""
 
 import json
 import os
@@ -56,7 +58,9 @@ def test_each_kind_of_average_is_scored(explore_here):
 
 
 def test_a_run_shorter_than_every_is_scored_as_it_was_trained(explore_here):
-    """Once it was scored as it was initialized. Six steps: what --averages leaves are the last weights."""
+    """Once it was scored as it was initialized. Six steps: what --averages leaves are the last
+    weights.
+    """
     variants = "own: AVERAGE=none", "other: AVERAGE=none MATRIX_LR=0.05"
     _, expected, _ = explore_here(*variants)
     variants = "own:", "other: MATRIX_LR=0.05"
@@ -87,7 +91,9 @@ def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(
 
 
 def test_each_average_looks_back_over_its_part_of_the_run():
-    """Against the sums written out, on weights that are the number of the step; and a skipped step counts in none."""
+    """Against the sums written out, on weights that are the number of the step; and a skipped step
+    counts in none.
+    """
     model = torch.nn.Linear(1, 1, bias=False)
     averages = explore.Averages(model, tiny(), [0.1, 0.4], every=5)
     expected = {0.1: float(model.weight.detach()), 0.4: float(model.weight.detach())}

@@ -1,4 +1,6 @@
-"""Export: GPTQ, the grids, packing, and an artifact file that is either read exactly or refused in one line."""
+"""Export: GPTQ, the grids, packing, and an artifact file that is either read exactly or refused in
+one line.
+"""
 
 import copy
 import doctest
@@ -57,13 +59,15 @@ each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
 each_version = pytest.mark.parametrize("version", [2, 3], ids=["Mamba-2", "Mamba-3"])
 
 
-# ---- Rounding --------------------------------------------------------------------------------------------------------
+# ---- Rounding ------------------------------------------------------------------------------------
 
 
 def correlated_problem(
     rows: int = 24, columns: int = 160, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and the Hessian of inputs that a few directions explain, as activations are. More than one GPTQ block."""
+    """A weight and the Hessian of inputs that a few directions explain, as activations are. More
+    than one GPTQ block.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2000, 12, generator=generator) @ torch.randn(12, columns, generator=generator)
     x += 0.3 * torch.randn(2000, columns, generator=generator)
@@ -86,7 +90,9 @@ def test_gptq_beats_plain_rounding_on_correlated_inputs():
 
 
 def test_gptq_is_column_by_column_rounding_with_the_rest_corrected():
-    """Against optimal brain quantization with the inverse Hessian itself, in float64: no blocks, no Cholesky factor."""
+    """Against optimal brain quantization with the inverse Hessian itself, in float64: no blocks, no
+    Cholesky factor.
+    """
     weight, hessian = correlated_problem()
     limits = row_limits(24, 4)
     scale = grid_scale(weight, limits, tiny(), 4.0)
@@ -123,7 +129,7 @@ def test_gptq_of_a_stack_is_gptq_of_each():
             (weight, (1 + seed) * hessian, grid_scale(weight, own, tiny(), 4.0 + seed), own)
         )
     alone = torch.stack([t.gptq(*problem) for problem in problems])
-    together = t.gptq(*(torch.stack(parts) for parts in zip(*problems)))
+    together = t.gptq(*(torch.stack(parts) for parts in zip(*problems, strict=True)))
     assert (
         together == alone
     ).float().mean() > 0.999  # a product of stacks may round a tie the other way
@@ -142,7 +148,9 @@ def test_gptq_stays_on_the_grid_with_eight_bits_in_the_last_rows():
 
 
 def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
-    """A singular Hessian needs damping; a dead column's weight must not be spread over the others."""
+    """A singular Hessian needs damping; a dead column's weight must not be spread over the
+    others.
+    """
     weight, hessian = correlated_problem()
     hessian[:, 7] = hessian[:, 5]
     hessian[7] = hessian[5]
@@ -199,7 +207,9 @@ def test_gptq_ends_where_no_damping_helps(poison):
 @pytest.mark.parametrize("rows", [(1e-9, 1.0, 1e4), (0.0, 1.0, 1.0)], ids=str)
 @each_quantizer
 def test_steps_are_positive_and_survive_float16(rows, quantizer):
-    """Rows and columns of zeros must not divide by zero, and the stored steps must be those that were rounded with."""
+    """Rows and columns of zeros must not divide by zero, and the stored steps must be those that
+    were rounded with.
+    """
     weight = torch.randn(3, 64) * torch.tensor(rows)[:, None]
     weight[:, 5] = 0
     steps = t.grid_steps(weight, row_limits(3, 1), tiny(quantizer=quantizer), 5.0)
@@ -214,7 +224,9 @@ def test_steps_are_positive_and_survive_float16(rows, quantizer):
 
 @each_version
 def test_rows_that_drive_the_recurrence_have_eight_bits_and_are_the_last(version):
-    """Step size, decay, trapezoid and angles: 3 heads' worth and the angles in Mamba-3, the step size in Mamba-2."""
+    """Step size, decay, trapezoid and angles: 3 heads' worth and the angles in Mamba-3, the step
+    size in Mamba-2.
+    """
     settings = tiny(mamba_version=version)
     model = random_model(settings)
     limits = t.grid_limits(model)
@@ -317,7 +329,9 @@ def own_texts(world_size: int = 1, **changes) -> list[torch.Tensor]:
 
 
 def test_a_model_s_own_calibration_text_is_what_it_would_write(monkeypatch):
-    """Many texts at once, behind BOS, each token by the model's probabilities at that temperature."""
+    """Many texts at once, behind BOS, each token by the model's probabilities
+    at that temperature.
+    """
     (texts,) = own_texts()
     assert texts.shape == (16, 16)
     assert (texts[:, 0] == t.BOS_ID).all()
@@ -369,10 +383,15 @@ def layer_error(
 
 
 def test_with_outliers_the_other_grids_beat_plain_rounding_and_on_outlying_columns_sdclip_too():
-    """Outliers widen a row's grid for all its weights: a percentile ignores them, steps of columns take them out."""
+    """Outliers widen a row's grid for all its weights: a percentile ignores them, steps of columns
+    take them out.
+    """
     weight, hessian = correlated_problem()
     generator = torch.Generator().manual_seed(1)
-    error = lambda quantizer, weights: layer_error(quantizer, weights, hessian)
+
+    def error(quantizer, weights):
+        return layer_error(quantizer, weights, hessian)
+
     scattered = torch.where(torch.rand(24, 160, generator=generator) < 0.01, 30 * weight, weight)
     assert error("gptq", scattered) < error("round", scattered)
     assert error("percentile", scattered) < error("gptq", scattered)
@@ -390,7 +409,7 @@ def test_percentile_takes_the_one_that_errs_least_in_each_row():
     limits, settings = row_limits(24, 4), tiny(quantizer="percentile", sdclip_k_int8=3.0)
     rows, columns = t.grid_steps(weight, limits, settings, 3.0)
     assert (columns == 1).all()
-    for row, limit, step in zip(weight, limits, rows):
+    for row, limit, step in zip(weight, limits, rows, strict=True):
         ordered, errors = row.abs().sort().values, {}
         for percentile in (0.99, 0.995, 0.998, 1.0):
             scale = (ordered[int(percentile * 160) - 1] / limit).half().float()
@@ -402,7 +421,7 @@ def test_percentile_takes_the_one_that_errs_least_in_each_row():
         len(
             {
                 float(row.abs().max() / step / limit)
-                for row, step, limit in zip(weight, rows, limits)
+                for row, step, limit in zip(weight, rows, limits, strict=True)
             }
         )
         > 2
@@ -445,7 +464,7 @@ def test_ternary_rows_are_rounded_by_their_mean_magnitude():
     }
 
 
-# ---- Quantization-aware training -------------------------------------------------------------------------------------
+# ---- Quantization-aware training -----------------------------------------------------------------
 
 
 def test_fake_quantization_stands_on_the_grid_and_restores_the_weights_exactly():
@@ -489,10 +508,13 @@ def test_gradients_pass_straight_through_the_rounding():
         model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
     other.load_state_dict(rounded)
     other.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), other.parameters()))
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
-# ---- Fitting the size ------------------------------------------------------------------------------------------------
+# ---- Fitting the size ----------------------------------------------------------------------------
 
 
 def wide_model(quantizer: str = "gptq") -> tuple[t.Settings, t.Model]:
@@ -555,9 +577,15 @@ def export_to(
     """Runs export() as behind a training run, on random tokens; returns what it logged."""
     settings = with_settings(settings, artifact=str(path))
     trainer = types.SimpleNamespace(
-        model=model, settings=settings, ranks=ranks, log=Quiet(), micro_sequences=2, clock=t.TrainingClock(),
-        target_bytes=target, before_export=lambda: None,
-    )  # fmt: skip
+        model=model,
+        settings=settings,
+        ranks=ranks,
+        log=Quiet(),
+        micro_sequences=2,
+        clock=t.TrainingClock(),
+        target_bytes=target,
+        before_export=lambda: None,
+    )
     tokens = random_tokens(4 // ranks.world_size, 32, seed=ranks.rank)
     values = t.export(trainer, types.SimpleNamespace(next=lambda: (tokens, tokens)))
     assert values == {
@@ -571,7 +599,9 @@ def export_to(
 def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_much_further(
     tmp_path, monkeypatch, sdclip_k
 ):
-    """Whether the prediction was wrong or SDCLIP_K too fine; on every rank alike, and all of it on the training clock."""
+    """Whether the prediction was wrong or SDCLIP_K too fine; on every rank alike, and all of it on
+    the training clock.
+    """
     settings, model = wide_model()
     settings = with_settings(settings, sdclip_k=sdclip_k)
     predict = t.predict_bytes
@@ -679,7 +709,7 @@ def test_an_artifact_that_cannot_fit_is_an_error_that_says_what_to_do(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-# ---- Packing ---------------------------------------------------------------------------------------------------------
+# ---- Packing -------------------------------------------------------------------------------------
 
 
 ODD = {
@@ -721,13 +751,20 @@ def test_an_artifact_replaces_the_old_one_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a"]
 
 
-# ---- A file that is not what it should be ----------------------------------------------------------------------------
+# ---- A file that is not what it should be --------------------------------------------------------
 
 # The smallest model there is: its artifact is read in a fraction of a millisecond.
 MINUTE = {
-    "num_layers": 1, "mamba_layers": "0", "mlp_mult": 1.0, "vocab_size": 16, "model_dim": 8, "num_heads": 1,
-    "num_kv_heads": 1, "mamba_head_dim": 8, "bigram_vocab_size": 0,
-}  # fmt: skip
+    "num_layers": 1,
+    "mamba_layers": "0",
+    "mlp_mult": 1.0,
+    "vocab_size": 16,
+    "model_dim": 8,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "mamba_head_dim": 8,
+    "bigram_vocab_size": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -768,7 +805,9 @@ def load(path: Path, data: bytes) -> t.Model:
 
 
 def refused(path: Path, data: bytes) -> str:
-    """What load_model() says against this file; fails if it is slow, greedy, or raises something else."""
+    """What load_model() says against this file; fails if it is slow, greedy, or raises something
+    else.
+    """
     with pytest.raises(t.UserError) as error:
         load(path, data)
     assert "\n" not in str(error.value)
@@ -916,7 +955,8 @@ def test_coded_integers_come_back_and_take_their_entropy(numbers):
     assert rest.tolist() == [7]
     counts = np.bincount(integers.view(np.uint8), minlength=256)
     entropy = -(counts[counts > 0] * np.log2(counts[counts > 0] / len(integers))).sum()
-    # A lane's state takes 32 bits, of which 16 hold numbers; the last row may not be full; rare values cost a little more.
+    # A lane's state takes 32 bits, of which 16 hold numbers; the last row may not be full; rare
+    # values cost a little more.
     assert 16 * len(words) <= 1.004 * entropy + 32 * t.ANS_LANES + 16 * 256
 
 
@@ -942,7 +982,9 @@ def test_the_coder_s_states_are_a_stack():
 
 
 def test_the_record_is_as_the_file_s_drawing_has_it():
-    """Where the steps of the rows stand that make Mamba's step sizes, and that none is rounded again on its way."""
+    """Where the steps of the rows stand that make Mamba's step sizes, and that none is rounded
+    again on its way.
+    """
     settings = tiny()
     model = random_model(settings)
     stored = exported(model, settings)
@@ -984,7 +1026,9 @@ def test_content_that_does_not_unpack_is_refused(minute, tmp_path, payload):
 
 
 def test_a_decompression_bomb_is_not_unpacked(minute, tmp_path):
-    """40 KB that would become 256 MB: no more than the model needs is read; a model of 400 million numbers is refused."""
+    """40 KB that would become 256 MB: no more than the model needs is read; a model of 400 million
+    numbers is refused.
+    """
     compressor = lzma.LZMACompressor(preset=0)
     bomb = b"".join(
         [compressor.compress(bytes(1 << 20)) for _ in range(256)] + [compressor.flush()]

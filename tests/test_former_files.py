@@ -1,7 +1,8 @@
-"""Files of older versions of the script mean what they meant: tests/data holds some, with what was computed from them.
+"""Files of older versions of the script mean what they meant: tests/data holds some, with what was
+computed from them.
 
-They were made by make_former_files.py. Who adds a setting that a header holds adds to FORMER_DEFAULTS what older
-files mean by its absence; these tests fail until then.
+They were made by make_former_files.py. Who adds a setting that a header holds adds to
+FORMER_DEFAULTS what older files mean by its absence; these tests fail until then.
 """
 
 import dataclasses

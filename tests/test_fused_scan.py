@@ -1,6 +1,8 @@
-"""The fused scan's kernels in Triton's interpreter, on the CPU: float32 against the equation in a loop, in float64.
+"""The fused scan's kernels in Triton's interpreter, on the CPU: float32 against the equation in a
+loop, in float64.
 
-The interpreter takes a second for each few programs, so the shapes are small. gpu_checks.py checks the compiled kernels.
+The interpreter takes a second for each few programs, so the shapes are small. gpu_checks.py checks
+the compiled kernels.
 """
 
 import functools
@@ -171,9 +173,12 @@ def test_extreme_inputs_leave_numbers(extreme):
     case = random_case(1, 20, 1, 16, 16, carried=True)
     if extreme == "all at random":
         generator = torch.Generator().manual_seed(4)
-        pick = lambda: torch.tensor([-100.0, -20.0, 0.0, 20.0])[
-            torch.randint(0, 4, (1, 20, 1), generator=generator)
-        ]
+
+        def pick():
+            return torch.tensor([-100.0, -20.0, 0.0, 20.0])[
+                torch.randint(0, 4, (1, 20, 1), generator=generator)
+            ]
+
         case = with_columns(case, step=pick(), decay=pick(), trapezoid=pick())
     else:
         case = with_columns(case, **EXTREMES.get(extreme, {"gate": 1e-39}))
@@ -188,7 +193,7 @@ def test_extreme_inputs_leave_numbers(extreme):
     } == {}
 
 
-# ---- The operators, the model, and machines without triton -----------------------------------------------------------
+# ---- The operators, the model, and machines without triton ---------------------------------------
 
 
 class GolfCalls(TorchDispatchMode):
@@ -248,7 +253,8 @@ def test_without_triton_a_run_on_a_cpu_ends_as_usual(shards, tmp_path):
         | tiny_environment(**paths, **settings, device="cpu", run_id="a")
     )
     script = str(Path(t.__file__).resolve())
-    hide = f"import runpy, sys; sys.modules['triton'] = None; runpy.run_path({script!r}, run_name='__main__')"
+    hide = "import runpy, sys; sys.modules['triton'] = None; "
+    hide += f"runpy.run_path({script!r}, run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", hide],
         env=environment,

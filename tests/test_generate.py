@@ -142,7 +142,7 @@ def test_beyond_the_training_window_attention_sees_the_last_window():
         assert relative(found, expected) < 1e-5
 
 
-# ---- Drawing tokens --------------------------------------------------------------------------------------------------
+# ---- Drawing tokens ------------------------------------------------------------------------------
 
 
 def test_draws_follow_temperature_and_top_p():
@@ -188,7 +188,7 @@ def test_the_same_generator_draws_the_same_texts_and_rows_differ():
     assert len({tuple(row.tolist()) for row in first}) == 4
 
 
-# ---- SAMPLE_PROMPT ---------------------------------------------------------------------------------------------------
+# ---- SAMPLE_PROMPT -------------------------------------------------------------------------------
 
 
 def sample_run(monkeypatch, shards, folder, **settings) -> tuple[int, list[dict]]:

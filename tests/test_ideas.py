@@ -1,4 +1,6 @@
-"""tools/ideas: which pairs BPE never writes, against the tokenizer itself; spelling that leaves nothing behind in the file."""
+"""tools/ideas: which pairs BPE never writes, against the tokenizer itself; spelling that leaves
+nothing behind in the file.
+"""
 
 import math
 import os
@@ -40,7 +42,9 @@ def script(monkeypatch):
 
 
 def never_encoded(tokenizer: t.Tokenizer, rows: np.ndarray) -> np.ndarray:
-    """Which pairs of pieces the tokenizer writes otherwise, but for those with two spaces, which it makes one: (rows, V)."""
+    """Which pairs of pieces the tokenizer writes otherwise, but for those with two spaces, which it
+    makes one: (rows, V).
+    """
     ids = list(range(tokenizer.model.vocab_size()))
     pieces, made = tokenizer.model.IdToPiece(ids), list(pairs.merge_order(tokenizer).values())
     never, tail = (
@@ -51,7 +55,8 @@ def never_encoded(tokenizer: t.Tokenizer, rows: np.ndarray) -> np.ndarray:
         others = [i for i in made if first in made and "▁▁" not in pieces[first] + pieces[i]]
         codes = tokenizer.model.encode([MARK + pieces[first] + pieces[i] + MARK for i in others])
         never[row, others] = [
-            code[-2 - len(tail) :] != [first, i, *tail] for i, code in zip(others, codes)
+            code[-2 - len(tail) :] != [first, i, *tail]
+            for i, code in zip(others, codes, strict=True)
         ]
     return never
 
@@ -71,12 +76,19 @@ def test_pairs_are_those_that_the_tokenizer_never_writes(request, name):
 
 
 def test_a_tokenizer_with_symbols_of_its_user_keeps_them_apart(tmp_path):
-    """They are cut out before BPE begins: no pair with one is ruled out, and no other one wrongly."""
+    """They are cut out before BPE begins: no pair with one is ruled out, and no other one
+    wrongly.
+    """
     path = tmp_path / "symbols.model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 3), model_prefix=str(path.with_suffix("")), vocab_size=400, model_type="bpe",
-        byte_fallback=True, user_defined_symbols=["<sep>", "tion", "▁the"], minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(TEXT * 3),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        user_defined_symbols=["<sep>", "tion", "▁the"],
+        minloglevel=2,
+    )
     tokenizer = t.Tokenizer(str(path), 400)
     merges = pairs.merge_order(tokenizer)
     assert len(merges) > 100
@@ -106,15 +118,20 @@ def test_no_text_holds_such_a_pair(sample):
 def test_a_unigram_model_has_none(tmp_path):
     path = tmp_path / "unigram.model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 3), model_prefix=str(path.with_suffix("")), vocab_size=100, model_type="unigram",
+        sentence_iterator=iter(TEXT * 3),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=100,
+        model_type="unigram",
         minloglevel=2,
-    )  # fmt: skip
+    )
     assert pairs.merge_order(t.Tokenizer(str(path), 100)) == {}
     assert not pairs.impossible_pairs({}, 100).any()
 
 
 def test_a_model_knows_them(script, byte_tokenizer):
-    """Probabilities sum to one, those of impossible tokens are nothing, others are in the same proportion as before."""
+    """Probabilities sum to one, those of impossible tokens are nothing, others are in the same
+    proportion as before.
+    """
     settings = tiny(tokenizer_path=str(byte_tokenizer))
     tokens, targets = random_tokens(2, 9), random_tokens(2, 9, seed=1)
     usual = random_model(settings)
@@ -229,8 +246,11 @@ def test_explore_trains_and_exports_with_an_idea(script, explore_here, idea):
 
 
 def test_features_are_the_same_in_every_process(byte_tokenizer):
-    """Also where equally frequent ones are cut off, whatever the process's random hashes of strings are."""
-    code = "import sys, spelling, train_gpt as t; sys.stdout.buffer.write(spelling.feature_matrix(t.Tokenizer(sys.argv[1], 512), 50).numpy())"
+    """Also where equally frequent ones are cut off, whatever the process's random hashes of strings
+    are.
+    """
+    code = "import sys, spelling, train_gpt as t; tokenizer = t.Tokenizer(sys.argv[1], 512); "
+    code += "sys.stdout.buffer.write(spelling.feature_matrix(tokenizer, 50).numpy())"
     found = set()
     for seed in "12":
         environment = os.environ | {

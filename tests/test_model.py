@@ -25,7 +25,9 @@ def hidden(model: t.Model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_peer7_has_the_published_parameters_but_for_scales_norms_and_gates():
-    """Numbers, not vectors, on what its 7 layers add and mix, 2 each, and on its 3 skips; 2 attention gates."""
+    """Numbers, not vectors, on what its 7 layers add and mix, 2 each, and on its 3 skips; 2
+    attention gates.
+    """
     settings, _ = t.read_settings({"PRESET": "peer7"})
     with torch.device("meta"):
         model = t.Model(settings, torch.device("meta"))
@@ -68,7 +70,7 @@ def test_nats_are_a_softmax_over_the_whole_vocabulary(cap):
     assert cap == 0.0 or largest <= cap
 
 
-# ---- The order of layers ---------------------------------------------------------------------------------------------
+# ---- The order of layers -------------------------------------------------------------------------
 
 
 def names(settings: t.Settings) -> str:
@@ -111,7 +113,9 @@ class Mark(nn.Module):
 
 
 def test_skips_pair_the_first_virtual_layers_with_the_last_innermost_first():
-    """Five virtual layers: 4th gets what the 2nd left, 5th what the 1st left, each by its own weight."""
+    """Five virtual layers: 4th gets what the 2nd left, 5th what the 1st left, each by its own
+    weight.
+    """
     model = random_model(
         tiny(num_layers=4, mamba_layers="all", layer_order="0,1,1-3", bigram_vocab_size=0)
     )
@@ -139,7 +143,7 @@ def test_repeated_layers_share_their_weights():
     assert hinge.order(True) == (0, 1, 2, 1, 2)
 
 
-# ---- Documents -------------------------------------------------------------------------------------------------------
+# ---- Documents -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", [{}, {"mamba_version": 2}], ids=str)
@@ -178,7 +182,7 @@ def test_hidden_states_do_not_depend_on_later_tokens(changes):
         assert not torch.equal(h[:, position + 1], other[:, position + 1])
 
 
-# ---- Parts -----------------------------------------------------------------------------------------------------------
+# ---- Parts ---------------------------------------------------------------------------------------
 
 
 def test_partial_rotary_embedding_leaves_the_other_dimensions_alone_and_sees_only_distances():
@@ -208,8 +212,9 @@ def test_rope_fraction_sets_how_many_pairs_rotate(fraction, pairs):
 
 @torch.no_grad()
 def test_attention_follows_its_definition():
-    """Normed queries with a gain and normed keys, rotated; two query heads on each key head; one softmax per query; a
-    gate on each head, between 0 and 2, that the first 16 channels open."""
+    """Normed queries with a gain and normed keys, rotated; two query heads on each key head; one
+    softmax per query; a gate on each head, between 0 and 2, that the first 16 channels open.
+    """
     settings = tiny(num_layers=1, mamba_layers="none", rope_fraction=0.5)
     model = random_model(settings)
     block, x = model.blocks[0].mixer, torch.randn(1, 9, 32)
@@ -243,8 +248,9 @@ def test_attention_follows_its_definition():
 @pytest.mark.parametrize("decay", ["softplus", "heavy_tail"])
 @torch.no_grad()
 def test_the_mamba3_block_feeds_the_scan_what_its_definition_says(decay):
-    """in_proj gives z, x, B, C, step size, decay, trapezoid and angles, in this order; B and C are normed, then biased; what
-    comes out of the scan is normed before out_proj."""
+    """in_proj gives z, x, B, C, step size, decay, trapezoid and angles, in this order; B and C are
+    normed, then biased; what comes out of the scan is normed before out_proj.
+    """
     settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential", mamba_decay=decay)
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)

@@ -1,4 +1,6 @@
-"""Optimizers: Muon's geometry, who is trained by what, averages of the weights, and the schedule."""
+"""Optimizers: Muon's geometry, who is trained by what, averages of the weights, and the
+schedule.
+"""
 
 import math
 
@@ -26,14 +28,16 @@ def matrices(*shape: int, condition: float = 10.0, seed: int = 0) -> torch.Tenso
     return (u * torch.linspace(1, 1 / condition, s.shape[-1])) @ v
 
 
-# ---- Muon ------------------------------------------------------------------------------------------------------------
+# ---- Muon ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("steps", "tolerance"), [(5, 0.13), (8, 1e-4)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_orthogonalized_matrices_have_singular_values_near_one(shape, steps, tolerance, scale):
-    """And the directions of the original: the result is close to U V^T of its singular value decomposition."""
+    """And the directions of the original: the result is close to U V^T of its singular value
+    decomposition.
+    """
     x = matrices(3, *shape)
     (result,) = t.orthogonalize([scale * x], steps)
     assert (torch.linalg.svdvals(result) - 1).abs().max() < tolerance
@@ -43,7 +47,9 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape, steps, tol
 
 @pytest.mark.parametrize("steps", range(1, 9))
 def test_steps_of_gram_matrices_are_steps_of_the_matrices(steps):
-    """In float64, so that nothing but the order of products differs; matrices of several sizes go together."""
+    """In float64, so that nothing but the order of products differs; matrices of several sizes go
+    together.
+    """
     batches = [
         matrices(3, *shape, seed=seed).double() for seed, shape in enumerate([*SHAPES, SHAPES[0]])
     ]
@@ -56,21 +62,22 @@ def test_a_batch_is_orthogonalized_as_each_matrix_alone():
     x = torch.randn(5, 24, 40) * torch.tensor([1e-3, 1.0, 5.0, 1e3, 0.0])[:, None, None]
     (result,) = t.orthogonalize([x], 5)
     assert result.isfinite().all()
-    for one, expected in zip(x, result):
+    for one, expected in zip(x, result, strict=True):
         assert torch.allclose(t.orthogonalize([one[None]], 5)[0][0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
-    """Three steps against the formula (rows of one length, then the nearest orthogonal matrix) written out with a singular
-    value decomposition, on two matrices at once."""
+    """Three steps against the formula (rows of one length, then the nearest orthogonal matrix)
+    written out with a singular value decomposition, on two matrices at once.
+    """
     start, gradients = matrices(2, *shape, seed=1), matrices(3, 2, *shape, seed=2)
     parameters = [torch.nn.Parameter(p.clone()) for p in start]
     group = t.MatrixGroup(parameters, torch.zeros(2, *shape), base_lr=0.2, weight_decay=0.5)
     muon = t.Muon([group], tiny(muon_backend_steps=12), SOLO)
     expected, momentum = start.clone(), torch.zeros_like(start)
     for gradient in gradients:
-        for p, g in zip(parameters, gradient):
+        for p, g in zip(parameters, gradient, strict=True):
             p.grad = g.clone()
         muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.zeros(()))
         momentum = 0.9 * momentum + 0.1 * gradient
@@ -126,7 +133,9 @@ def test_gradients_are_clipped_to_a_norm(monkeypatch, size, most):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
 def test_gradients_that_are_not_finite_change_nothing(poison):
-    """Neither parameters, nor momentum, Adam's state or the average, bit for bit. 1e30 is finite, its square is not."""
+    """Neither parameters, nor momentum, Adam's state or the average, bit for bit. 1e30 is finite,
+    its square is not.
+    """
     settings = tiny()
     model = random_model(settings)
     optimizers, average = t.Optimizers(model, settings, SOLO), t.WeightAverage(model, settings)
@@ -235,7 +244,7 @@ def test_a_step_at_factor_zero_changes_no_weight():
     assert not any(map(torch.equal, model.parameters(), start))
 
 
-# ---- Averages of the weights -----------------------------------------------------------------------------------------
+# ---- Averages of the weights ---------------------------------------------------------------------
 
 
 class Line(torch.nn.Module):
@@ -368,7 +377,7 @@ def test_without_averaging_the_last_weights_stay():
     assert averaged(50, ema_decay=0.0) == 50
 
 
-# ---- The schedule ----------------------------------------------------------------------------------------------------
+# ---- The schedule --------------------------------------------------------------------------------
 
 # 100 seconds of training in clock mode; 1000 steps in step mode.
 CLOCK = {"max_wallclock_seconds": 120.0, "export_reserve_seconds": 20.0, "iterations": 1_000_000}
@@ -458,7 +467,9 @@ def test_warmdown_iters_in_step_mode():
     "changes", [{}, {"warmdown_iters": 200}, {"warmdown_fraction": 0.0}], ids=str
 )
 def test_a_run_only_ever_moves_forward(mode, changes):
-    """At an uneven step time: progress, momentum and both switches never go back, and the factor stays in [0, 1]."""
+    """At an uneven step time: progress, momentum and both switches never go back, and the factor
+    stays in [0, 1].
+    """
     generator = torch.Generator().manual_seed(0)
     settings = tiny(**(mode | SHAPE | changes))
     seconds, before = 0.0, t.schedule_at(settings, 0, 0.0)

@@ -1,4 +1,6 @@
-"""The submission folder: what it holds, what is refused in one line, and the test against a baseline."""
+"""The submission folder: what it holds, what is refused in one line, and the test against a
+baseline.
+"""
 
 import dataclasses
 import itertools
@@ -23,10 +25,26 @@ from tools import package
 ROOT = Path(__file__).resolve().parent.parent
 
 FIELDS = [
-    "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_loss_std", "val_bpb_std",
-    "seeds", "seed_results", "bytes_total", "bytes_code", "train_steps", "step_avg_ms", "hardware", "pytorch_version",
+    "author",
+    "github_id",
+    "name",
+    "blurb",
+    "date",
+    "track",
+    "val_loss",
+    "val_bpb",
+    "val_loss_std",
+    "val_bpb_std",
+    "seeds",
+    "seed_results",
+    "bytes_total",
+    "bytes_code",
+    "train_steps",
+    "step_avg_ms",
+    "hardware",
+    "pytorch_version",
     "cuda_version",
-]  # fmt: skip
+]
 FILES = {"train_gpt.py", "README.md", "submission.json", "requirements.txt"}
 H100 = "8 × NVIDIA H100 80GB HBM3"
 BYTES_PER_TOKEN = 3.7
@@ -35,7 +53,9 @@ RECORD = (11, 22, 33)  # seeds enough for one
 
 @pytest.fixture(autouse=True)
 def project(tmp_path_factory, monkeypatch) -> Path:
-    """A project whose script is the beginning of ours, with its settings: short, so that the tests are fast."""
+    """A project whose script is the beginning of ours, with its settings: short, so that the tests
+    are fast.
+    """
     folder = tmp_path_factory.mktemp("package") / "project"
     folder.mkdir()
     shutil.copy(ROOT / "requirements.txt", folder)
@@ -62,8 +82,9 @@ def write_run(
     script: Path | None = None,
     **settings,
 ) -> Path:
-    """Both logs of a finished run, through the classes that write real ones; returns the text log's path. trained and
-    machine replace values of those records, keyword arguments are settings."""
+    """Both logs of a finished run, through the classes that write real ones; returns the text log's
+    path. trained and machine replace values of those records, keyword arguments are settings.
+    """
     script = script or package.ROOT / "train_gpt.py"
     s = t.Settings(**({"run_id": name, "log_dir": str(folder)} | settings))
     code_bytes = script.stat().st_size
@@ -97,7 +118,10 @@ def write_run(
         settings=asked,
     )
     log(f"Total submission size int6+lzma: {values['bytes_total']} bytes", "trained", **values)
-    score = lambda loss: t.Score(loss, bpb(loss, bytes_per_token), None, 0)
+
+    def score(loss):
+        return t.Score(loss, bpb(loss, bytes_per_token), None, 0)
+
     t.report(log, "after_quantization", "plain", score(loss + 0.05))
     log(f"evaluation took {evaluation:.1f}s of {s.eval_max_seconds:g}s; 0 epochs given up")
     t.report(log, "final", "sliding_ttt", score(loss))
@@ -135,7 +159,10 @@ def packed(out: Path) -> tuple[dict, str]:
 
 def refusal(out: Path, capsys, *arguments) -> str:
     """The one line of a refused command, which must leave no trace."""
-    state = lambda: {path: path.stat().st_mtime_ns for path in out.parent.rglob("*") if path != out}
+
+    def state():
+        return {path: path.stat().st_mtime_ns for path in out.parent.rglob("*") if path != out}
+
     before = state()
     assert pack(out, *arguments) == 2
     printed = capsys.readouterr()
@@ -158,7 +185,7 @@ def test_the_folder_holds_script_logs_requirements_and_results(tmp_path, project
     assert list(out.parent.iterdir()) == [out]  # nothing temporary is left
     assert (out / "train_gpt.py").read_bytes() == (project / "train_gpt.py").read_bytes()
     assert (out / "requirements.txt").read_bytes() == (ROOT / "requirements.txt").read_bytes()
-    for seed, log in zip(RECORD, logs):
+    for seed, log in zip(RECORD, logs, strict=True):
         for suffix in (".txt", ".jsonl"):
             assert (out / f"train_seed{seed}{suffix}").read_bytes() == log.with_suffix(
                 suffix
@@ -176,7 +203,14 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
             trained={"bytes_total": size, "steps": steps, "step_avg_ms": ms},
         )
         for i, (loss, seed, size, steps, ms) in enumerate(
-            zip((3.00, 3.01, 3.02), RECORD, sizes, (5000, 5010, 5041), (117.0, 118.0, 119.5))
+            zip(
+                (3.00, 3.01, 3.02),
+                RECORD,
+                sizes,
+                (5000, 5010, 5041),
+                (117.0, 118.0, 119.5),
+                strict=True,
+            )
         )
     ]
     assert pack(tmp_path / "out", *logs, "--github-id", "someone", "--blurb", "Short.") == 0
@@ -190,13 +224,24 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
         "bytes_total": 15_900_003,
     }  # fmt: skip
     assert entry == {
-        "author": "A. Author", "github_id": "someone", "name": "Entry", "blurb": "Short.", "track": "track_10min_16mb",
-        "val_loss": 3.01, "val_bpb": round(bpb(3.01), 8),
-        "val_loss_std": 0.01, "val_bpb_std": round(bpb(0.01), 8),  # of the sample: n - 1
-        "seeds": [11, 22, 33], "bytes_total": 15_900_003, "bytes_code": (project / "train_gpt.py").stat().st_size,
-        "train_steps": 5017, "step_avg_ms": 118.17, "hardware": H100, "pytorch_version": "2.9.0",
+        "author": "A. Author",
+        "github_id": "someone",
+        "name": "Entry",
+        "blurb": "Short.",
+        "track": "track_10min_16mb",
+        "val_loss": 3.01,
+        "val_bpb": round(bpb(3.01), 8),
+        "val_loss_std": 0.01,
+        "val_bpb_std": round(bpb(0.01), 8),  # of the sample: n - 1
+        "seeds": [11, 22, 33],
+        "bytes_total": 15_900_003,
+        "bytes_code": (project / "train_gpt.py").stat().st_size,
+        "train_steps": 5017,
+        "step_avg_ms": 118.17,
+        "hardware": H100,
+        "pytorch_version": "2.9.0",
         "cuda_version": "12.8",
-    }  # fmt: skip
+    }
 
 
 def test_readme_has_a_row_per_seed_their_mean_and_their_deviation(tmp_path):
@@ -208,7 +253,9 @@ def test_readme_has_a_row_per_seed_their_mean_and_their_deviation(tmp_path):
     ]
     assert [row[0] for row in rows] == ["seed", "---", "11", "22", "33", "mean", "std"]
     assert len({len(row) for row in rows}) == 1
-    second, mean, std = (dict(zip(rows[0], row)) for row in (rows[3], rows[5], rows[6]))
+    second, mean, std = (
+        dict(zip(rows[0], row, strict=True)) for row in (rows[3], rows[5], rows[6])
+    )
     assert second["steps"] == "5,000"
     assert second["ms/step"] == "117.00"
     assert second["BPB before quantization"] == f"{bpb(3.05):.5f}"
@@ -501,7 +548,8 @@ def text_without_script(folder: Path) -> list[Path]:
 PLANTED = [
     (
         other_code,
-        "{b}.txt holds another script than {script}: line {changed} has 'class settings:', not 'class Settings:'",
+        "{b}.txt holds another script than {script}: line {changed} has 'class settings:', "
+        "not 'class Settings:'",
     ),
     (
         shorter_code,
@@ -517,11 +565,13 @@ PLANTED = [
     (unfinished_second_run, "{b}.txt has no final score: the run did not finish"),
     (
         scores_disagree,
-        "{b}.txt has the final score val_loss 2.99000000 and val_bpb {bpb}, but {b}.jsonl 3.00000000 and",
+        "{b}.txt has the final score val_loss 2.99000000 and val_bpb {bpb}, "
+        "but {b}.jsonl 3.00000000 and",
     ),
     (
         bpb_disagrees,
-        "{b}.txt has the final score val_loss 3.00000000 and val_bpb {bpb}, but {b}.jsonl 3.00000000 and",
+        "{b}.txt has the final score val_loss 3.00000000 and val_bpb {bpb}, "
+        "but {b}.jsonl 3.00000000 and",
     ),
     (score_is_nan, "{b}.txt has no usable final score: val_loss nan"),
     (records_are_missing, "cannot read {b}.jsonl: No such file or directory"),
@@ -720,8 +770,9 @@ def hand_computed_p(t_value: float) -> float:
     ("baseline_mean", "p", "holds"), [(3.045, 0.01066, False), (3.046, 0.00958, True)]
 )
 def test_the_test_agrees_with_one_done_by_hand(tmp_path, capsys, baseline_mean, p, holds):
-    """Both samples have deviation 0.01 and n = 3: Welch's degrees of freedom are 4, the standard error is
-    0.01·sqrt(2/3), and t = (3.01 + 0.005 - the baseline's mean) / that."""
+    """Both samples have deviation 0.01 and n = 3: Welch's degrees of freedom are 4, the standard
+    error is 0.01·sqrt(2/3), and t = (3.01 + 0.005 - the baseline's mean) / that.
+    """
     t_value = (3.01 + 0.005 - baseline_mean) / (0.01 * math.sqrt(2 / 3))
     assert hand_computed_p(t_value) == pytest.approx(p, abs=5e-6)
     losses = [baseline_mean - 0.01, baseline_mean, baseline_mean + 0.01]
@@ -797,7 +848,10 @@ def test_an_unsound_baseline_is_refused_in_one_line(tmp_path, capsys):
     zero = logs / "zero.log"
     zero.write_text("_exact val_loss:0.0 val_bpb:0.0\n")
     capsys.readouterr()
-    refused = lambda *baseline: refusal(out, capsys, *ours, "--baseline", *baseline)
+
+    def refused(*baseline):
+        return refusal(out, capsys, *ours, "--baseline", *baseline)
+
     assert refused(other_text).startswith(
         f"{other_text} scored another text or used another tokenizer: 3.20000 bytes"
     )

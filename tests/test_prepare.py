@@ -1,4 +1,6 @@
-"""Tests of data/prepare.py. Nothing here uses the network: the Hugging Face hub is a folder on disk."""
+"""Tests of data/prepare.py. Nothing here uses the network: the Hugging Face hub is a folder on
+disk.
+"""
 
 import errno
 import hashlib
@@ -27,13 +29,16 @@ spec.loader.exec_module(prepare)
 
 WORDS = re.findall(
     r"\w+",
-    "river stone garden letter morning window paper silver market bridge candle forest story winter number island "
-    "kitchen harbor signal copper village theater engine blanket mountain captain orange pencil travel question",
+    "river stone garden letter morning window paper silver market bridge candle forest story "
+    "winter number island kitchen harbor signal copper village theater engine blanket mountain "
+    "captain orange pencil travel question",
 )
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
-    """Return distinct documents of words, digits, accents and characters that only byte pieces can spell."""
+    """Return distinct documents of words, digits, accents and characters that only byte pieces can
+    spell.
+    """
     rng = random.Random(seed)
     documents = []
     for index in range(count):
@@ -64,7 +69,9 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def read_split(out: Path, name: str, split: str, model: Path | None = None) -> list[str]:
-    """Decode all documents of a split; every one must start with BOS and hold no BOS, end or unknown token."""
+    """Decode all documents of a split; every one must start with BOS and hold no BOS, end or
+    unknown token.
+    """
     model = model or next(out.glob(f"{name}_*_bpe.model"))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     tokens = np.concatenate(
@@ -485,7 +492,9 @@ def split_documents(tokens: np.ndarray) -> list[bytes]:
 
 
 def test_a_development_split_is_the_end_of_the_training_text(finished, tmp_path, capsys):
-    """Cut between documents; the dataset itself stays as it is, and its validation text out of it."""
+    """Cut between documents; the dataset itself stays as it is, and its validation text out of
+    it.
+    """
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     out = tmp_path / "out"
     assert run("development", finished, "--out", out, "--part", 0.1) == 0
@@ -501,7 +510,9 @@ def test_a_development_split_is_the_end_of_the_training_text(finished, tmp_path,
 
 @pytest.mark.parametrize("part", [0, 0.1])
 def test_documents_come_in_as_many_orders_as_asked_for(finished, tmp_path, part):
-    """A shard for each, with the same documents; and another part or number replaces what an earlier run made."""
+    """A shard for each, with the same documents; and another part or number replaces what an
+    earlier run made.
+    """
     out = tmp_path / "out"
     assert run("development", finished, "--out", out, "--orders", 5) == 0
     assert run("development", finished, "--out", out, "--orders", 3, "--part", part) == 0
@@ -590,11 +601,14 @@ def test_sample_needs_sources_and_enough_text(tmp_path, capsys, monkeypatch):
     (library / "broken.py").write_text("def (")
     (library / "latin.py").write_bytes(b"# caf\xe9")
     (library / "good.py").write_text(
-        '"""This is the text of the module.\n\nThis is an example of it:\n>>> the_code(1)\n\nx = {}\n"""\n\ndef f():\n'
-        '    """Return the *result* of the :func:`call`."""\n    # This comment is in\n    # two lines of the source.\n'
+        '"""This is the text of the module.\n\nThis is an example of it:\n'
+        '>>> the_code(1)\n\nx = {}\n"""\n\ndef f():\n'
+        '    """Return the *result* of the :func:`call`."""\n'
+        "    # This comment is in\n    # two lines of the source.\n"
     )
     assert prepare.standard_library_documents() == [
-        "This is the text of the module.\n\nThis is an example of it:\n\nReturn the result of the call."
+        "This is the text of the module.\n\nThis is an example of it:\n\n"
+        "Return the result of the call."
         "\n\nThis comment is in two lines of the source."
     ]
     check_error(
@@ -606,7 +620,9 @@ def test_sample_needs_sources_and_enough_text(tmp_path, capsys, monkeypatch):
 
 
 class FakeHub(types.SimpleNamespace):
-    """What prepare.py uses of huggingface_hub, over a folder on disk; `fetched` lists the downloads."""
+    """What prepare.py uses of huggingface_hub, over a folder on disk; `fetched` lists the
+    downloads.
+    """
 
     def __init__(self, root: Path):
         super().__init__(root=root, fetched=[], before_download=lambda path, copy: None, lfs=True)
@@ -670,7 +686,8 @@ def local_files() -> dict[str, bytes]:
 def test_fineweb_gets_the_layout_of_the_contest_and_skips_good_files(hub, capsys):
     assert run(*COMMAND, 2) == 0
     assert sorted(hub.fetched) == sorted([TOKENIZER, *VAL, *TRAIN[:2]])
-    paths = "DATA_PATH=data/datasets/fineweb10B_sp1024 TOKENIZER_PATH=data/tokenizers/fineweb_1024_bpe.model"
+    paths = "DATA_PATH=data/datasets/fineweb10B_sp1024 "
+    paths += "TOKENIZER_PATH=data/tokenizers/fineweb_1024_bpe.model"
     assert capsys.readouterr().out.splitlines()[-1] == f"{paths} VOCAB_SIZE=1024"
     remote = contents(hub.root / "datasets")
     assert contents(Path("data")) == {

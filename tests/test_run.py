@@ -1,6 +1,8 @@
-"""Runs: from shards to a scored artifact, on one process and on two, and every mistake of a user in one line.
+"""Runs: from shards to a scored artifact, on one process and on two, and every mistake of a user in
+one line.
 
-Most runs happen inside this process, with another os.environ; a few are real processes, for what only they can show.
+Most runs happen inside this process, with another os.environ; a few are real processes, for what
+only they can show.
 """
 
 import contextlib
@@ -108,7 +110,9 @@ def train(shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(train) -> Run:
-    """The run that most tests look at: one process, six steps of two micro-batches, sliding windows, test-time training."""
+    """The run that most tests look at: one process, six steps of two micro-batches, sliding
+    windows, test-time training.
+    """
     return train(1, eval_nll_path="nll.npy", micro_batch_tokens=64)
 
 
@@ -117,7 +121,7 @@ def trained_by_two(train) -> Run:
     return train(2)
 
 
-# ---- A whole run -----------------------------------------------------------------------------------------------------
+# ---- A whole run ---------------------------------------------------------------------------------
 
 
 def test_the_log_begins_with_the_source_of_the_script(trained):
@@ -222,7 +226,9 @@ def test_the_audit_file_holds_every_targets_nats(trained, shards):
 
 
 def test_evaluation_alone_reproduces_the_score_from_three_files(trained, shards, tmp_path):
-    """In a folder without training data and without the log: artifact, tokenizer, validation shard; to the last digit."""
+    """In a folder without training data and without the log: artifact, tokenizer, validation shard;
+    to the last digit.
+    """
     for file in (trained.artifact, shards / "tokenizer.model", shards / "words_val_000000.bin"):
         shutil.copy(file, tmp_path)
     evaluation = (
@@ -238,18 +244,26 @@ def test_evaluation_alone_reproduces_the_score_from_three_files(trained, shards,
         "TOKENIZER_PATH": "tokenizer.model",
     }
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
-        env=process_environment(environment | {"PRESET": "tiny", "LOG_DIR": "out", "EVAL_NLL_PATH": "nll.npy"}),
-    )  # fmt: skip
+        [sys.executable, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        cwd=tmp_path,
+        env=process_environment(
+            environment | {"PRESET": "tiny", "LOG_DIR": "out", "EVAL_NLL_PATH": "nll.npy"}
+        ),
+    )
     assert done.returncode == 0, done.stderr
     assert FINAL.fullmatch(done.stdout.strip().splitlines()[-1]).groups() == trained.scores()
     assert (tmp_path / "nll.npy").read_bytes() == (trained.folder / "nll.npy").read_bytes()
 
 
 def test_two_ranks_train_the_same_model_as_one(trained, trained_by_two):
-    """Batches, gradients, Muon's shared updates, averages: all six steps, before quantization can hide or add anything. One
-    process sums two micro-batches as two ranks sum theirs; it runs bit for bit alike on some machines, and nearly on others,
-    where Adam turns a gradient that is 0 up to rounding into a whole step: let one weight in a thousand differ."""
+    """Batches, gradients, Muon's shared updates, averages: all six steps, before quantization can
+    hide or add anything. One process sums two micro-batches as two ranks sum theirs; it runs bit
+    for bit alike on some machines, and nearly on others, where Adam turns a gradient that is 0 up
+    to rounding into a whole step: let one weight in a thousand differ.
+    """
     for name, weight in trained.weights.items():
         other = trained_by_two.weights[name]
         assert relative(other, weight) < 2e-5, name
@@ -257,7 +271,9 @@ def test_two_ranks_train_the_same_model_as_one(trained, trained_by_two):
 
 
 def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
-    """A rounding error may move a weight by one step of its grid, which moves the score a little."""
+    """A rounding error may move a weight by one step of its grid, which moves the score a
+    little.
+    """
     before, after = (
         [r for r in run.records if r["event"] == "trained"][0] for run in (trained, trained_by_two)
     )
@@ -310,7 +326,7 @@ def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(
                 gradients = [p.grad for p in model.parameters()]
                 model.zero_grad()
                 model.loss(tokens[:, :-1], tokens[:, 1:], order).backward()
-            for (name, p), gradient in zip(model.named_parameters(), gradients):
+            for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
                 assert relative(gradient, p.grad) < 1e-4, name
             model.zero_grad()
             graphs = len(buckets) - before
@@ -366,7 +382,9 @@ def test_there_is_no_report_unless_it_is_asked_for(trained):
 
 
 def test_a_ternary_model_scores_as_it_trained_and_loses_nothing(monkeypatch, shards, tmp_path):
-    """Its score before export is that of the integers, of which all kinds of layers are made already."""
+    """Its score before export is that of the integers, of which all kinds of layers are made
+    already.
+    """
     events = run_and_read(
         monkeypatch,
         shards,
@@ -389,7 +407,8 @@ def test_a_ternary_model_scores_as_it_trained_and_loses_nothing(monkeypatch, sha
         assert not name.startswith("blocks") or any(row.any() for row in rows)
 
 
-# One of two ranks gets a gradient that is not finite in the third of six steps; both check that it changes nothing.
+# One of two ranks gets a gradient that is not finite in the third of six steps; both check that it
+# changes nothing.
 POISON_ONE_RANK = """
 import sys
 import torch
@@ -399,7 +418,9 @@ settings = tiny(**SIX_STEPS, data_path=sys.argv[1])
 ranks = t.start_ranks(settings)
 trainer = t.Trainer(t.build_model(settings, ranks), settings, ranks, 32, 1e6, Quiet())
 trainer.model.blocks[0].mixer.out_proj.weight.register_hook(
-    lambda gradient: gradient * float("nan") if ranks.rank == 1 and trainer.steps_done == 2 else gradient
+    lambda gradient: (
+        gradient * float("nan") if ranks.rank == 1 and trainer.steps_done == 2 else gradient
+    )
 )
 tensors, update = [], trainer.average.update
 def keep_tensors(*arguments):
@@ -428,7 +449,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_either(sha
     assert done.stdout.count("nothing changed on rank") == 2
 
 
-# ---- What must not change a run --------------------------------------------------------------------------------------
+# ---- What must not change a run ------------------------------------------------------------------
 
 
 def train_here(
@@ -443,7 +464,9 @@ def train_here(
 
 
 def test_the_training_loop_is_the_one_written_out_here(shards):
-    """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the weights' average."""
+    """One batch, one backward, clipping, one step at the scheduled rate, gradients gone; and the
+    weights' average.
+    """
     settings = tiny(**SIX_STEPS, data_path=str(shards), matrix_lr=0.05)
     model, batches = t.build_model(settings, SOLO), t.Batches(settings, SOLO)
     optimizers = t.Optimizers(model, settings, SOLO)
@@ -460,19 +483,23 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(now.lr_factor, now.momentum)
         average.update(step + 1, torch.zeros(()))
-    for a, b in zip(train_here(shards, matrix_lr=0.05), average.ema):
+    for a, b in zip(train_here(shards, matrix_lr=0.05), average.ema, strict=True):
         assert relative(a, b) < 1e-4
 
 
 def test_the_compile_warm_up_leaves_no_trace(shards):
-    """Neither in the weights, nor in momentum: with or without it, six steps end at the same bits."""
+    """Neither in the weights, nor in momentum: with or without it, six steps end at the same
+    bits.
+    """
     assert all(
         map(torch.equal, train_here(shards, warmup_steps=3), train_here(shards, warmup_steps=0))
     )
 
 
 def test_gradient_accumulation_trains_the_same_model(shards):
-    for a, b in zip(train_here(shards, micro_batch=128), train_here(shards, micro_batch=32)):
+    for a, b in zip(
+        train_here(shards, micro_batch=128), train_here(shards, micro_batch=32), strict=True
+    ):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -522,7 +549,7 @@ def test_other_choices_run_from_shards_to_a_score(monkeypatch, capsys, shards, t
     assert len(re.findall(r"^step:\d/2 val_loss:", out, re.M)) == 3
 
 
-# ---- Mistakes --------------------------------------------------------------------------------------------------------
+# ---- Mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -625,7 +652,9 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(
 def test_an_artifact_is_scored_with_its_own_tokenizer_alone(
     monkeypatch, capsys, trained, shards, tmp_path, plain_tokenizer, byte_tokenizer
 ):
-    """Neither with one of another size, though a preset or VOCAB_SIZE says so, nor with another of the same size."""
+    """Neither with one of another size, though a preset or VOCAB_SIZE says so, nor with another of
+    the same size.
+    """
     path = tmp_path / "x.lzma"
     shutil.copy(trained.artifact, path)
     environment = run_environment(shards, tmp_path, eval_only=True, artifact=path)
@@ -657,7 +686,10 @@ def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_p
     """At the tenth bad step, whatever is logged; a single one before is only counted."""
     loss = t.Model.loss
     calls = iter(range(99))
-    spoil = lambda: float("nan") if (call := next(calls)) in bad_steps or call == 1 else 1.0
+
+    def spoil():
+        return float("nan") if (call := next(calls)) in bad_steps or call == 1 else 1.0
+
     monkeypatch.setattr(t.Model, "loss", lambda *arguments: loss(*arguments) * spoil())
     settings = {"iterations": 40, "warmup_steps": 0, "train_log_every": 25}
     said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **settings))
@@ -688,7 +720,8 @@ def test_two_runs_of_one_second_have_two_names(monkeypatch, tmp_path):
 def test_the_name_of_a_run_that_still_lives_is_refused(monkeypatch, capsys, shards, tmp_path):
     """And free again once that has ended, however it did."""
     environment = run_environment(shards, tmp_path, iterations=1)
-    hold = "import sys, train_gpt as t; f = open(sys.argv[1], 'ab'); t.claim_file(f); print(flush=True); input()"
+    hold = "import sys, train_gpt as t; f = open(sys.argv[1], 'ab'); t.claim_file(f); "
+    hold += "print(flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "a.txt")], cwd=SCRIPT.parent,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_environment({}),
@@ -730,9 +763,13 @@ def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
 
 def test_a_mistake_in_a_real_process_has_status_2_and_no_traceback(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
+        [sys.executable, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        cwd=tmp_path,
         env=process_environment({"PRESET": "tiny", "TRAIN_BATCH_TOKEN": "4096"}),
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert done.stderr.startswith(
         "train_gpt.py: error: TRAIN_BATCH_TOKEN is not a setting; did you mean TRAIN_BATCH_TO"
@@ -742,8 +779,9 @@ def test_a_mistake_in_a_real_process_has_status_2_and_no_traceback(tmp_path):
 
 
 def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
-    """A bad token in rank 1's half of the batch: rank 0 knows nothing of it. Rank 1 waits, and if rank 0 has not ended
-    the run by then, it speaks itself."""
+    """A bad token in rank 1's half of the batch: rank 0 knows nothing of it. Rank 1 waits, and if
+    rank 0 has not ended the run by then, it speaks itself.
+    """
 
     def main() -> None:
         raise t.UserError("the training shards hold token id 600")

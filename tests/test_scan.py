@@ -1,4 +1,6 @@
-"""Scans: the two PyTorch backends against each other and against equations written anew here. All in float64."""
+"""Scans: the two PyTorch backends against each other and against equations written anew here. All
+in float64.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ DIFFERENTIABLE = [f for f in t.ScanInputs._fields if f != "document_start"]
 
 
 def make_inputs(length: int, batch: int = 2, seed: int = 0, starts=(), **changes) -> t.ScanInputs:
-    """Random inputs with every feature on; starts are positions of document starts, in the first sequence only."""
+    """Random inputs with every feature on; starts are positions of document starts, in the first
+    sequence only.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -55,7 +59,7 @@ def cut(inputs: t.ScanInputs, first: int, last: int) -> t.ScanInputs:
     return t.ScanInputs(
         *(
             x if x is None or f in shared else x[:, first:last]
-            for f, x in zip(inputs._fields, inputs)
+            for f, x in zip(inputs._fields, inputs, strict=True)
         )
     )
 
@@ -65,7 +69,7 @@ def assert_close(result, reference, tolerance: float = 1e-10) -> None:
     if isinstance(result, t.ScanState):
         result = (result.angle.cos(), result.angle.sin(), *result[1:])
         reference = (reference.angle.cos(), reference.angle.sin(), *reference[1:])
-        for a, b in zip(result, reference):
+        for a, b in zip(result, reference, strict=True):
             assert_close(a, b, tolerance)
         return
     assert result.shape == reference.shape
@@ -85,7 +89,7 @@ SCANS = {
 each_scan = pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS)
 
 
-# ---- The backends against each other ---------------------------------------------------------------------------------
+# ---- The backends against each other -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("carried", [False, True], ids=["from zero", "from a state"])
@@ -111,7 +115,9 @@ def test_chunked_equals_sequential_with_parts_switched_off(switch):
 
 
 def gradients(scan, inputs: t.ScanInputs, state: t.ScanState) -> dict[str, torch.Tensor]:
-    """Of a random weighting of outputs and final state, with respect to every input and the state."""
+    """Of a random weighting of outputs and final state, with respect to every input and the
+    state.
+    """
     leaves = {
         f: getattr(inputs, f).clone().requires_grad_()
         for f in DIFFERENTIABLE
@@ -124,7 +130,7 @@ def gradients(scan, inputs: t.ScanInputs, state: t.ScanState) -> dict[str, torch
         (x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in (y, *final)
     )
     loss.backward()
-    found = leaves | {f"state.{f}": x for f, x in zip(carried._fields, carried)}
+    found = leaves | {f"state.{f}": x for f, x in zip(carried._fields, carried, strict=True)}
     return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in found.items()}
 
 
@@ -140,7 +146,9 @@ def test_gradients_of_every_input_and_of_the_state_agree(switch, starts):
 
 
 def test_strong_decay_neither_overflows_nor_spoils_gradients():
-    """exp() of what lies ahead would overflow; inf × 0 in backward would turn every gradient to NaN."""
+    """exp() of what lies ahead would overflow; inf × 0 in backward would turn every gradient to
+    NaN.
+    """
     inputs = make_inputs(64, log_decay=torch.full((2, 64, HEADS), -40.0, dtype=torch.float64))
     single = t.ScanInputs(*(x if x is None or x.dtype == torch.bool else x.float() for x in inputs))
     state = t.ScanState(*(x.float() for x in make_state()))
@@ -149,7 +157,7 @@ def test_strong_decay_neither_overflows_nor_spoils_gradients():
     assert relative(t.chunked_scan(single, None, 64)[0], t.sequential_scan(inputs, None)[0]) < 1e-5
 
 
-# ---- State and documents ---------------------------------------------------------------------------------------------
+# ---- State and documents -------------------------------------------------------------------------
 
 
 @each_scan
@@ -158,7 +166,7 @@ def test_a_sequence_in_several_calls_equals_one_call(scan, places):
     inputs = make_inputs(21, starts=[4, 13])
     expected_y, expected_final = scan(inputs, make_state())
     state, outputs = make_state(), []
-    for first, last in zip((0, *places), (*places, 21)):
+    for first, last in zip((0, *places), (*places, 21), strict=True):
         y, state = scan(cut(inputs, first, last), state)
         outputs.append(y)
     assert_close(torch.cat(outputs, dim=1), expected_y)
@@ -169,10 +177,12 @@ def test_a_sequence_in_several_calls_equals_one_call(scan, places):
 @pytest.mark.parametrize("starts", [(0, 5), (0, 1, 2), (0, 8), (0, 7, 16, 17), (0, 20)], ids=str)
 @pytest.mark.parametrize("switch", ["Mamba-3", "Mamba-2"])
 def test_packed_documents_equal_each_document_alone(scan, switch, starts):
-    """A start also hides the state from before the call. The angle runs on, so that only S is compared up to its turn."""
+    """A start also hides the state from before the call. The angle runs on, so that only S is
+    compared up to its turn.
+    """
     inputs = make_inputs(21, batch=1, starts=starts, **SWITCHES[switch])
     y, final = scan(inputs, make_state(batch=1))
-    for first, last in zip(starts, (*starts[1:], 21)):
+    for first, last in zip(starts, (*starts[1:], 21), strict=True):
         alone, alone_final = scan(cut(inputs, first, last)._replace(document_start=None), None)
         assert_close(y[:, first:last], alone)
     assert_close(final.value, alone_final.value)
@@ -181,7 +191,9 @@ def test_packed_documents_equal_each_document_alone(scan, switch, starts):
 
 @each_scan
 def test_a_document_start_hides_the_trapezoids_previous_token(scan):
-    """Zero decay must also take away (1 - lambda) dt v k of the token before, within a call and between calls."""
+    """Zero decay must also take away (1 - lambda) dt v k of the token before, within a call and
+    between calls.
+    """
     inputs = make_inputs(2, batch=1, starts=[1])
     second = cut(inputs, 1, 2)
     key = (
@@ -194,18 +206,22 @@ def test_a_document_start_hides_the_trapezoids_previous_token(scan):
     assert_close(scan(second, make_state(batch=1))[0][0, 0], expected)
 
 
-# ---- Equations written anew ------------------------------------------------------------------------------------------
+# ---- Equations written anew ----------------------------------------------------------------------
 
 
 def complex_mamba3(inputs: t.ScanInputs, state: t.ScanState | None = None) -> np.ndarray:
-    """Mamba-3 from its paper's complex form, one number at a time: pairs of the state are complex numbers that turn
-    back by each token's own angle, so that keys and queries need no rotation at all."""
-    x = {f: None if a is None else a.numpy() for f, a in zip(inputs._fields, inputs)}
+    """Mamba-3 from its paper's complex form, one number at a time: pairs of the state are complex
+    numbers that turn back by each token's own angle, so that keys and queries need no rotation at
+    all.
+    """
+    x = {f: None if a is None else a.numpy() for f, a in zip(inputs._fields, inputs, strict=True)}
     batch, length = x["value"].shape[:2]
     out = np.zeros_like(x["value"])
 
     def pairs(vector: np.ndarray) -> np.ndarray:
-        """Rotating pairs as complex numbers; what does not rotate as complex numbers that never turn."""
+        """Rotating pairs as complex numbers; what does not rotate as complex numbers that never
+        turn.
+        """
         return np.concatenate(
             [vector[: 2 * ANGLES : 2] + 1j * vector[1 : 2 * ANGLES : 2], vector[2 * ANGLES :]]
         )
@@ -274,7 +290,9 @@ def test_mamba2_is_the_plain_recurrence(scan):
 @each_scan
 @pytest.mark.parametrize("position", [0, 6, 7, 8, 19])
 def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit(scan, position):
-    """A weight that looks one token ahead and is subtracted again is causal on paper, but not in floating point."""
+    """A weight that looks one token ahead and is subtracted again is causal on paper, but not in
+    floating point.
+    """
     inputs, other = make_inputs(20, seed=1), make_inputs(20, seed=2)
     for dtype in (torch.float64, torch.float32):
         a, b = (
@@ -289,7 +307,7 @@ def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit(scan, position):
         assert torch.equal(y[:, : position + 1], z[:, : position + 1])
 
 
-# ---- The short convolution in front of Mamba-2 -----------------------------------------------------------------------
+# ---- The short convolution in front of Mamba-2 ---------------------------------------------------
 
 
 def make_conv(width: int) -> t.ShortConv:

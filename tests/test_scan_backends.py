@@ -110,7 +110,7 @@ def test_in_the_interpreter_kernels_take_any_size(monkeypatch):
     assert choose("cpu", scan_backend="triton", mamba_d_state=8, mamba_chunk_size=256) == "triton"
 
 
-# ---- Sizes, against the compiler -------------------------------------------------------------------------------------
+# ---- Sizes, against the compiler -----------------------------------------------------------------
 
 CORNERS = {  # channels, state, chunk: what fits, what just does not, what no compiler takes
     "90": ((16, 16, 16), (128, 64, 64), (128, 128, 64), (8, 64, 64)),

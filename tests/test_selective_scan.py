@@ -1,5 +1,7 @@
-"""The first Mamba: its scan in a loop and in parallel against equations written anew here; the libraries' operators, on
-stand-ins for the libraries; and the published hybrids, shrunk, from shards to a score."""
+"""The first Mamba: its scan in a loop and in parallel against equations written anew here; the
+libraries' operators, on stand-ins for the libraries; and the published hybrids, shrunk, from shards
+to a score.
+"""
 
 import dataclasses
 import math
@@ -34,7 +36,10 @@ def make_inputs(
 ) -> dict[str, torch.Tensor]:
     """The tensors of selective_scan(), whose rates are as those of a new layer."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
     wide = torch.promote_types(dtype, torch.float32)
     return {
         "value": normal(batch, length, CHANNELS),
@@ -66,7 +71,7 @@ def document_starts(length: int, *places: int) -> torch.Tensor:
     return starts
 
 
-# ---- Against the definition, and the backends against each other -----------------------------------------------------
+# ---- Against the definition, and the backends against each other ---------------------------------
 
 
 @each_backend
@@ -95,7 +100,9 @@ def test_the_scan_is_the_papers_recurrence(backend, starts):
 
 @pytest.mark.parametrize("chunk", [8, 64, 2048])
 def test_parallel_equals_sequential_at_every_length(chunk):
-    """At each length from 1 to 64 and a spread up to 2048; and a long run's prefix is the shorter run."""
+    """At each length from 1 to 64 and a spread up to 2048; and a long run's prefix is the shorter
+    run.
+    """
     whole = make_inputs(2048, batch=1)
     expected, _ = scan(whole, "sequential", 256)
     for length in [
@@ -125,11 +132,16 @@ def test_parallel_equals_sequential_at_every_length(chunk):
 @pytest.mark.parametrize("starts", [None, (0, 4, 9, 30)], ids=str)
 @pytest.mark.parametrize("length", [1, 7, 33])
 def test_gradients_agree(length, starts):
-    """Of a random weighting of outputs and last state, with respect to every input and the state carried in."""
+    """Of a random weighting of outputs and last state, with respect to every input and the state
+    carried in.
+    """
     found = []
     for backend, chunk in (("sequential", 64), ("parallel", 64), ("parallel", 8)):
         generator = torch.Generator().manual_seed(1)
-        random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: B023
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: B023
+
         leaves = {name: x.requires_grad_() for name, x in make_inputs(length).items()}
         state = random(2, CHANNELS, STATE).requires_grad_()
         places = (
@@ -138,7 +150,13 @@ def test_gradients_agree(length, starts):
         outputs = scan(leaves, backend, chunk, places, state)
         loss = sum((y * random(*y.shape)).sum() for y in outputs)
         found.append(
-            dict(zip((*leaves, "state"), torch.autograd.grad(loss, (*leaves.values(), state))))
+            dict(
+                zip(
+                    (*leaves, "state"),
+                    torch.autograd.grad(loss, (*leaves.values(), state)),
+                    strict=True,
+                )
+            )
         )
     for name, expected in found[0].items():
         assert expected.norm() > 0
@@ -149,7 +167,9 @@ def test_gradients_agree(length, starts):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_inputs_leave_neither_nan_nor_infinity(backend, dtype):
-    """Steps from 1e-6 to 100 and rates up to 2,000 leave float16's range; the recurrence is in float32."""
+    """Steps from 1e-6 to 100 and rates up to 2,000 leave float16's range; the recurrence is in
+    float32.
+    """
     inputs = make_inputs(300, dtype=dtype)
     inputs["step"] = torch.linspace(-12, 100, 300).to(dtype)[:, None].expand(2, 300, CHANNELS)
     inputs["decay_rate"] = inputs["decay_rate"] * torch.tensor([1e-3, 1.0, 250.0]).unsqueeze(1)
@@ -186,7 +206,7 @@ def test_a_sequence_in_several_calls_equals_one_call(backend, places):
     inputs, starts = make_inputs(40), document_starts(40, 3, 16)
     expected, last = scan(inputs, backend, 8, starts)
     state, outputs = None, []
-    for first, end in zip((0, *places), (*places, 40)):
+    for first, end in zip((0, *places), (*places, 40), strict=True):
         y, state = scan(cut(inputs, first, end), backend, 8, starts[:, first:end], state)
         outputs.append(y)
     assert relative(torch.cat(outputs, 1), expected) < 1e-12
@@ -214,7 +234,7 @@ def test_backward_keeps_no_more_than_a_chunk_of_states():
     assert sum(kept) < 1024 * CHANNELS * STATE * 2 * 2
 
 
-# ---- The block -------------------------------------------------------------------------------------------------------
+# ---- The block -----------------------------------------------------------------------------------
 
 FIRST = {"mamba_version": 1}
 
@@ -270,11 +290,13 @@ def test_what_makes_steps_keys_and_queries_has_eight_bits():
     )
 
 
-# ---- The libraries' operators ----------------------------------------------------------------------------------------
+# ---- The libraries' operators --------------------------------------------------------------------
 
 
 def autograd_function(forward):
-    """forward as one node of the graph, as the libraries' functions are: nothing within an operator records another."""
+    """forward as one node of the graph, as the libraries' functions are: nothing within an operator
+    records another.
+    """
 
     class Whole(torch.autograd.Function):
         @staticmethod
@@ -322,9 +344,23 @@ def plain_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):  # the libr
 
 
 def plain_chunk_scan(
-    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
-    dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False, return_varlen_states=False,
-):  # fmt: skip
+    x,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    cu_seqlens=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+    return_varlen_states=False,
+):
     """mamba_ssm's signature; the recurrence one token after another, by the papers' letters."""
     assert dt_softplus
     assert chunk_size == 16
@@ -367,12 +403,21 @@ def operator_arguments() -> dict[str, tuple]:
         name: value.mT.contiguous() if name in PER_TOKEN else value
         for name, value in make_inputs(9).items()
     }
-    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
     conv = [x["value"], normal(CHANNELS, 4), normal(CHANNELS)]
     chunk = [
-        normal(2, 9, 2, 4), normal(2, 9, 2), -normal(2).exp(), normal(2, 9, 1, 8), normal(2, 9, 1, 8), normal(2),
-        normal(2, 9, 2, 4), normal(2),
-    ]  # fmt: skip
+        normal(2, 9, 2, 4),
+        normal(2, 9, 2),
+        -normal(2).exp(),
+        normal(2, 9, 1, 8),
+        normal(2, 9, 1, 8),
+        normal(2),
+        normal(2, 9, 2, 4),
+        normal(2),
+    ]
     numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9], dtype=torch.int32)
     return {
         "convolution": (conv, None, "convolution", 0),
@@ -400,7 +445,9 @@ def test_operators_compute_shapes_without_their_libraries():
 
 @each_backend
 def test_a_state_that_is_passed_on_does_not_hold_its_chunks_states(backend):
-    """Between chunks only one state is kept for backward. A view of the last would keep all of them."""
+    """Between chunks only one state is kept for backward. A view of the last would keep all of
+    them.
+    """
     _, state = scan(make_inputs(64), backend, chunk=16)
     assert state.untyped_storage().nbytes() == state.nbytes
 
@@ -443,7 +490,7 @@ def test_mamba_2_behind_a_state_is_computed_without_the_library(libraries, monke
     assert relative(y, expected) < 1e-5
 
 
-# ---- The published systems -------------------------------------------------------------------------------------------
+# ---- The published systems -----------------------------------------------------------------------
 
 PUBLISHED = {  # parameters, and within which part of that
     "hybrid11": (31_800_000, 0.03),
@@ -474,8 +521,9 @@ def test_hybrid18s_mamba_blocks_have_exactly_the_published_parameters():
 
 
 def test_hybrid18_takes_the_published_command():
-    command = """MAMBA_LAYERS=0,1,2,3,4,5,6,7,8,9,10,11,15,16,17 NUM_LAYERS=18 MAMBA_D_STATE=32 MAMBA_D_CONV=4
-        MAMBA_EXPAND=1.5 MAMBA_MATRIX_LR=0.015 BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=128 WARMDOWN_ITERS=3500 TARGET_MB=15.9
+    command = """MAMBA_LAYERS=0,1,2,3,4,5,6,7,8,9,10,11,15,16,17 NUM_LAYERS=18
+        MAMBA_D_STATE=32 MAMBA_D_CONV=4 MAMBA_EXPAND=1.5 MAMBA_MATRIX_LR=0.015
+        BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=128 WARMDOWN_ITERS=3500 TARGET_MB=15.9
         SEED=42"""
     given = skeleton({"PRESET": "hybrid18"} | dict(word.split("=") for word in command.split()))
     plain = skeleton({"PRESET": "hybrid18"})
@@ -508,11 +556,25 @@ def test_nemotron_hinge_runs_the_published_order():
 
 
 SHRINK = {
-    "vocab_size": 512, "train_seq_len": 32, "train_batch_tokens": 64, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2,
-    "mamba_d_state": 8, "mamba_head_dim": 16, "mamba_chunk_size": 16, "bigram_vocab_size": 64, "bigram_dim": 8,
-    "eval_stride": 16, "val_batch_size": 128, "ttt_chunk_tokens": 128, "calibration_tokens": 128, "iterations": 2,
-    "warmup_steps": 0, "sdclip_k": 5.0,
-}  # fmt: skip
+    "vocab_size": 512,
+    "train_seq_len": 32,
+    "train_batch_tokens": 64,
+    "model_dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mamba_d_state": 8,
+    "mamba_head_dim": 16,
+    "mamba_chunk_size": 16,
+    "bigram_vocab_size": 64,
+    "bigram_dim": 8,
+    "eval_stride": 16,
+    "val_batch_size": 128,
+    "ttt_chunk_tokens": 128,
+    "calibration_tokens": 128,
+    "iterations": 2,
+    "warmup_steps": 0,
+    "sdclip_k": 5.0,
+}
 
 
 @pytest.mark.parametrize("preset", ["nemotron_hinge", "hybrid11", "hybrid18"])

@@ -1,1 +1,3 @@
-"""Commands beside train_gpt.py, each started from the repository's folder as `python -m tools.NAME`."""
+"""Commands beside train_gpt.py, each started from the repository's folder as `python -m
+tools.NAME`.
+"""

@@ -1,9 +1,11 @@
-"""Compares variants of a model: trains each with several seeds and says which differences are more than noise.
+"""Compares variants of a model: trains each with several seeds and says which differences are more
+than noise.
 
     python -m tools.ablate tools/ablations/recurrence.toml --dry-run   # what would run
     python -m tools.ablate tools/ablations/recurrence.toml             # run it, or continue after an interruption
 
-A TOML file says what to compare. Settings are those of train_gpt.py, in capitals; names are free text:
+A TOML file says what to compare. Settings are those of train_gpt.py, in capitals; names are free
+text:
 
     seeds = [1337, 1338, 1339]  # every variant runs once with each
     processes = 1               # of each run, as in torchrun --nproc_per_node; 1 if left out
@@ -21,13 +23,15 @@ A TOML file says what to compare. Settings are those of train_gpt.py, in capital
     LAYER_ORDER = "0-4,3-8"
     seeds = [1337, 1338]        # instead of the seeds above
 
-`name` may stand in [base] too. Settings in the environment, such as DATA_PATH, hold for all runs where the file says
-nothing else. RUN_ID, SEED and LOG_DIR are chosen here. Runs that share a GPU hide each other's compiling; compare them by
-steps, with MAX_WALLCLOCK_SECONDS=0 and ITERATIONS, since no clock is fair to them.
+`name` may stand in [base] too. Settings in the environment, such as DATA_PATH, hold for all runs
+where the file says nothing else. RUN_ID, SEED and LOG_DIR are chosen here. Runs that share a GPU
+hide each other's compiling; compare them by steps, with MAX_WALLCLOCK_SECONDS=0 and ITERATIONS,
+since no clock is fair to them.
 
-The output folder, logs/NAME-OF-THE-FILE, gets table.md, results.json, plots and, in runs/, a folder per run. Ctrl-C stops
-the runs; the same command continues. A run that is complete is kept as long as its settings and the number of its
-processes stay what they are; one that failed, was stopped or has other settings now starts anew.
+The output folder, logs/NAME-OF-THE-FILE, gets table.md, results.json, plots and, in runs/, a folder
+per run. Ctrl-C stops the runs; the same command continues. A run that is complete is kept as long
+as its settings and the number of its processes stay what they are; one that failed, was stopped or
+has other settings now starts anew.
 """
 
 import argparse
@@ -91,14 +95,15 @@ OWN_SETTINGS = {  # train_gpt.py's settings that a file may not give, and why
     "EVAL_ONLY": "every run trains",
     "EVAL_NLL_PATH": "all runs would write the same file",
 }
-MARK = "ABLATE_RUN"  # in the environment of a run's processes: the run's folder, by which they are found again
+# In the environment of a run's processes: the run's folder, by which they are found again.
+MARK = "ABLATE_RUN"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for processes that were asked to stop
 OVERHEAD_SECONDS = 120.0  # guess of a run's time off the training clock, until a run has shown it
 BPB = {"bpb_before": "before quantization", "bpb_after": "after quantization", "bpb_final": "final"}
 
 
-# ---- What to run -----------------------------------------------------------------------------------------------------
+# ---- What to run ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs in the order in which they start: all variants with the first seed, then with the next."""
+    """Runs in the order in which they start: all variants with the first seed, then with the
+    next.
+    """
 
     name: str
     variants: list[str]  # the base is the first
@@ -206,8 +213,9 @@ def read_plan(
     parallel: int = 0,
     num_seeds: int | None = None,
 ) -> Plan:
-    """The file's runs, their settings checked by train_gpt.py; processes and parallel go before the file's, and of the
-    seeds the first num_seeds."""
+    """The file's runs, their settings checked by train_gpt.py; processes and parallel go before the
+    file's, and of the seeds the first num_seeds.
+    """
     content, environment = read_toml(path), dict(os.environ)
     known = ("seeds", "processes", "parallel", "base", "variant")
     for key in content:
@@ -290,7 +298,9 @@ def visible_gpus() -> list[str]:
 
 
 def share_gpus(plan: Plan) -> list[list[str]]:
-    """The GPUs of each run that may go on at once: disjoint lists as far as they go, empty on a CPU."""
+    """The GPUs of each run that may go on at once: disjoint lists as far as they go, empty on a
+    CPU.
+    """
     gpus = visible_gpus() if any(run.uses_gpu for run in plan.runs) else []
     if not gpus:
         return [[] for _ in range(plan.parallel or 1)]
@@ -299,7 +309,7 @@ def share_gpus(plan: Plan) -> list[list[str]]:
     return [gpus[i % fit * size : (i % fit + 1) * size] for i in range(plan.parallel or fit)]
 
 
-# ---- What a run left behind ------------------------------------------------------------------------------------------
+# ---- What a run left behind ----------------------------------------------------------------------
 
 
 def read_records(run: Run) -> list[dict]:
@@ -357,7 +367,9 @@ def is_complete(run: Run) -> bool:
 
 
 def last_words(output: Path, exit_status: int) -> str:
-    """The line of a failed run's output that says why: the program's own error, else an exception, else the last."""
+    """The line of a failed run's output that says why: the program's own error, else an exception,
+    else the last.
+    """
     lines = [
         line.strip()
         for line in output.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -377,11 +389,13 @@ def write_whole(path: Path, text: str):
     temporary.replace(path)
 
 
-# ---- Running ---------------------------------------------------------------------------------------------------------
+# ---- Running -------------------------------------------------------------------------------------
 
 
 def marked_processes(folder: Path) -> list[int]:
-    """Ids of the living processes that belong to runs in the folder, however they were started (Linux)."""
+    """Ids of the living processes that belong to runs in the folder, however they were started
+    (Linux).
+    """
     found, mark = [], f"{MARK}={folder}".encode()
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it may have ended, or be another user's
@@ -392,8 +406,10 @@ def marked_processes(folder: Path) -> list[int]:
 
 
 def stop_processes(folder: Path, children: Iterable[subprocess.Popen] = ()):
-    """Ends the processes of runs in the folder, by force if they do not heed the request. torchrun's workers are not in
-    its process group, and outlive a torchrun that is killed: so all are looked for by their mark."""
+    """Ends the processes of runs in the folder, by force if they do not heed the request.
+    torchrun's workers are not in its process group, and outlive a torchrun that is killed: so all
+    are looked for by their mark.
+    """
     deadline = time.monotonic() + GRACE_SECONDS
     for number in (signal.SIGTERM, signal.SIGKILL):
         for child in children:
@@ -435,7 +451,9 @@ class Runner:
         )  # fmt: skip
 
     def run(self) -> bool:
-        """Until all runs have ended, or a signal asks to stop; whether they have. No process is left over."""
+        """Until all runs have ended, or a signal asks to stop; whether they have. No process is
+        left over.
+        """
         handled = (
             signal.SIGINT,
             signal.SIGTERM,
@@ -559,7 +577,7 @@ class Runner:
         sys.stdout.flush()
 
 
-# ---- Results ---------------------------------------------------------------------------------------------------------
+# ---- Results -------------------------------------------------------------------------------------
 
 
 def describe_run(run: Run) -> dict:
@@ -574,7 +592,9 @@ def describe_run(run: Run) -> dict:
 
 
 def welch_p(values: list[float], others: list[float]) -> float | None:
-    """Two-sided p-value of Welch's t-test, whose groups may differ in variance; None where it is undefined."""
+    """Two-sided p-value of Welch's t-test, whose groups may differ in variance; None where it is
+    undefined.
+    """
     if min(len(values), len(others)) < 2:
         return None
     with warnings.catch_warnings():  # about groups without any variance
@@ -584,7 +604,9 @@ def welch_p(values: list[float], others: list[float]) -> float | None:
 
 
 def summarize(plan: Plan, runs: list[dict]) -> list[dict]:
-    """A row for each variant: counts, the spread of each figure over complete runs, and the test against the base."""
+    """A row for each variant: counts, the spread of each figure over complete runs, and the test
+    against the base.
+    """
 
     def values(variant: str, name: str) -> list[float]:
         complete = [
@@ -694,8 +716,9 @@ def grouped_bars(
     unit: str,
     from_zero: bool,
 ):
-    """A PNG of means with their standard deviations: groups of bars, one bar for each series. Bars that do not begin at
-    zero bear their values."""
+    """A PNG of means with their standard deviations: groups of bars, one bar for each series. Bars
+    that do not begin at zero bear their values.
+    """
     figure = Figure(figsize=(max(7.0, 1.2 * len(groups) + 3), 5), layout="constrained")
     axes, width = figure.add_subplot(), 0.8 / len(series)
     for place, name in enumerate(series):
@@ -721,8 +744,9 @@ def grouped_bars(
 
 
 def plot_loss(path: Path, plan: Plan):
-    """A PNG of training loss over the training clock, a colour for each variant and a line for each run; over steps, if
-    runs shared GPUs."""
+    """A PNG of training loss over the training clock, a colour for each variant and a line for each
+    run; over steps, if runs shared GPUs.
+    """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes, late, shared = (
         figure.add_subplot(),
@@ -739,7 +763,7 @@ def plot_loss(path: Path, plan: Plan):
             losses = [s["train_loss"] for s in steps]
             label = "" if place else variant
             axes.plot(places, losses, color=color, linestyle=dashes, linewidth=1, label=label)
-            late += [loss for loss, at in zip(losses, places) if at >= 0.1 * places[-1]]
+            late += [loss for loss, at in zip(losses, places, strict=True) if at >= 0.1 * places[-1]]
     if late:  # the first steps' loss would hide all differences
         axes.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
         axes.legend()
@@ -752,7 +776,9 @@ def draw_plots(plan: Plan, out: Path, runs: list[dict]) -> list[str]:
     """Writes the plots for which there are figures; returns notes on those left out."""
 
     def collect(read) -> dict[str, dict[str, list[float]]]:
-        """By variant and series, the values of complete runs that read(figures), a dict by series, has."""
+        """By variant and series, the values of complete runs that read(figures), a dict by series,
+        has.
+        """
         groups: dict[str, dict[str, list[float]]] = {variant: {} for variant in plan.variants}
         for run in runs:
             for name, value in read(run["figures"]).items() if run["status"] == "complete" else ():
@@ -790,7 +816,7 @@ def draw_plots(plan: Plan, out: Path, runs: list[dict]) -> list[str]:
     return []
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -833,7 +859,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def list_runs(plan: Plan, gpus: list[list[str]]):
     """What --dry-run prints."""
     complete = [is_complete(run) for run in plan.runs]
-    for run, kept in zip(plan.runs, complete):
+    for run, kept in zip(plan.runs, complete, strict=True):
         settings = " ".join(f"{name}={value}" for name, value in run.variables.items())
         print(f"{run.title} ({'is complete' if kept else 'would run'}): SEED={run.seed} {settings}")
     print(

@@ -4,9 +4,9 @@
     python -m tools.again logs/first.txt --dry-run    # prints the command, and writes only the script
     DEVICE=cpu python -m tools.again logs/first.txt   # settings in the environment take the place of the log's
 
-The script is written to LOG_DIR/RUN_ID-again.py and started with as many processes as the run had. With
-MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model: on CPUs bit for bit, on one GPU with
-DETERMINISTIC=1.
+The script is written to LOG_DIR/RUN_ID-again.py and started with as many processes as the run had.
+With MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model: on CPUs bit for
+bit, on one GPU with DETERMINISTIC=1.
 """
 
 import argparse

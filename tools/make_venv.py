@@ -1,9 +1,9 @@
 """Makes .venv with torch in it: python3 -m tools.make_venv
 
-`make` calls this. A torch that is already there is reused: the one in .venv, or that of the Python which runs this
-script, which a new .venv then shares. Otherwise torch is installed; without an NVIDIA GPU, a CPU build where one can be
-had, because the ordinary Linux build brings gigabytes of CUDA libraries. TORCH="torch==2.11.0" in the environment asks
-for that release and shares nothing.
+`make` calls this. A torch that is already there is reused: the one in .venv, or that of the Python
+which runs this script, which a new .venv then shares. Otherwise torch is installed; without an
+NVIDIA GPU, a CPU build where one can be had, because the ordinary Linux build brings gigabytes of
+CUDA libraries. TORCH="torch==2.11.0" in the environment asks for that release and shares nothing.
 """
 
 import os
@@ -15,7 +15,8 @@ from pathlib import Path
 VENV = Path(".venv")
 VENV_PYTHON = str(VENV / "bin" / "python")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Ignores this machine's pip configuration, in which a mirror could offer the CUDA build, and gives up soon.
+# Ignores this machine's pip configuration, in which a mirror could offer the CUDA build, and gives
+# up soon.
 CPU_OPTIONS = ["--isolated", "--index-url", CPU_INDEX, "--timeout", "10", "--retries", "1"]
 FALLBACK = "torch==2.13.0"  # some machines keep a CPU build of this release on their disk
 
@@ -29,7 +30,9 @@ def output(*command: str) -> str:
 
 
 def find_torch(python: str) -> str:
-    """The version of torch that this Python can import, or "" if it has none or one older than requirements.txt asks."""
+    """The version of torch that this Python can import, or "" if it has none or one older than
+    requirements.txt asks.
+    """
     version = output(python, "-c", "import torch; print(torch.__version__)")
     return version if version and tuple(map(int, version.split(".")[:2])) >= (2, 9) else ""
 

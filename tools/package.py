@@ -3,9 +3,10 @@
     python -m tools.package logs/a.txt logs/b.txt logs/c.txt --out FOLDER --name NAME --author A --github-id G
     python -m tools.package logs/a.txt ... --out FOLDER --baseline logs/x.txt logs/y.txt   # is the gain significant?
 
-FOLDER gets the script as the logs hold it, the logs, requirements.txt, submission.json and a README.md with results.
-Nothing is written unless every run keeps the contest's limits and all are runs of one script with the same settings.
-What is not three seeds of FineWeb on 8×H100 is packaged as non-record, with the reasons.
+FOLDER gets the script as the logs hold it, the logs, requirements.txt, submission.json and a
+README.md with results. Nothing is written unless every run keeps the contest's limits and all are
+runs of one script with the same settings. What is not three seeds of FineWeb on 8×H100 is packaged
+as non-record, with the reasons.
 """
 
 import argparse
@@ -74,7 +75,9 @@ class Finished(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run's two logs say. Seconds are of the clocks, limits what the settings allow them."""
+    """What a finished run's two logs say. Seconds are of the clocks, limits what the settings allow
+    them.
+    """
 
     path: Path
     settings: dict
@@ -109,7 +112,9 @@ def read_text(path: Path) -> str:
 
 
 def read_final(path: Path) -> Finished:
-    """The last run in a text log and in the records beside it, which must agree on the final score."""
+    """The last run in a text log and in the records beside it, which must agree on the final
+    score.
+    """
     text, records = read_text(path), path.with_suffix(".jsonl")
     try:
         events = last_run(records)
@@ -239,7 +244,9 @@ def check_agreement(runs: list[Run]) -> None:
 
 
 def check_same_text(path: Path, score: Score, other_path: Path, other: Score) -> None:
-    """Refuses to compare scores of different texts or tokenizers. The tolerance admits a last sequence left out."""
+    """Refuses to compare scores of different texts or tokenizers. The tolerance admits a last
+    sequence left out.
+    """
     a, b = score.bytes_per_token, other.bytes_per_token
     differ = f"{b:.5f} bytes per token there, {a:.5f} in {path}"
     need(
@@ -249,8 +256,9 @@ def check_same_text(path: Path, score: Score, other_path: Path, other: Score) ->
 
 
 def read_baseline(path: Path) -> tuple[Score, int | None]:
-    """The final score and the seed of a run to compare with. Other scripts' logs have no .jsonl: then the text's last
-    exact score counts, and the seed is not known."""
+    """The final score and the seed of a run to compare with. Other scripts' logs have no .jsonl:
+    then the text's last exact score counts, and the seed is not known.
+    """
     if path.with_suffix(".jsonl").exists():
         finished = read_final(path)
         return finished.score, finished.seed
@@ -351,7 +359,9 @@ def submission(runs: list[Run], fields: dict, record: bool) -> dict:
 
 
 def literal(node: ast.expr, known: dict[str, object]) -> object:
-    """A value that is written out, perhaps with names of such values and unions of dictionaries in it."""
+    """A value that is written out, perhaps with names of such values and unions of dictionaries in
+    it.
+    """
     if isinstance(node, ast.Name):
         return known[node.id]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
@@ -359,13 +369,15 @@ def literal(node: ast.expr, known: dict[str, object]) -> object:
     if isinstance(node, ast.Dict) and None not in node.keys:
         return {
             ast.literal_eval(key): literal(value, known)
-            for key, value in zip(node.keys, node.values)
+            for key, value in zip(node.keys, node.values, strict=True)
         }
     return ast.literal_eval(node)
 
 
 def read_defaults(script: str) -> tuple[dict, dict[str, dict]]:
-    """Defaults of the settings and of every preset, from the source: to import the script would need torch."""
+    """Defaults of the settings and of every preset, from the source: to import the script would
+    need torch.
+    """
     defaults, known = {}, {}
     for node in ast.parse(script).body:
         if isinstance(node, ast.ClassDef) and node.name == "Settings":
@@ -386,7 +398,9 @@ def read_defaults(script: str) -> tuple[dict, dict[str, dict]]:
 
 
 def variables(run: Run, script: str) -> list[str]:
-    """NAME=value of the settings that differ from the defaults, as a shell takes them; not the seed and the outputs."""
+    """NAME=value of the settings that differ from the defaults, as a shell takes them; not the seed
+    and the outputs.
+    """
     try:
         defaults, presets = read_defaults(script)
     except SyntaxError:  # written for a newer Python: show every setting
@@ -469,7 +483,9 @@ def readme(runs: list[Run], entry: dict, script: str, reasons: list[str], gain: 
 
 
 def check_folder(out: Path, force: bool, inputs: list[Path]) -> None:
-    """Refuses a folder that must not be replaced: one in use, or one with contents unless forced."""
+    """Refuses a folder that must not be replaced: one in use, or one with contents unless
+    forced.
+    """
     need(not out.exists() or out.is_dir(), f"{out} is not a folder")
     for path in (*inputs, Path.cwd()):
         need(not path.resolve().is_relative_to(out), f"--out {out} would replace {path.resolve()}")
@@ -481,7 +497,9 @@ def check_folder(out: Path, force: bool, inputs: list[Path]) -> None:
 
 
 def write_folder(out: Path, files: dict[str, bytes]) -> None:
-    """Writes all of the files or none: they are put beside out, which is replaced when they are complete."""
+    """Writes all of the files or none: they are put beside out, which is replaced when they are
+    complete.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".part", dir=out.parent))
@@ -533,7 +551,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def entry_fields(given: argparse.Namespace, runs: list[Run]) -> dict:
-    """Author, name and blurb. A blurb of submission.json is about other runs, so it is not taken over."""
+    """Author, name and blurb. A blurb of submission.json is about other runs, so it is not taken
+    over.
+    """
     path = ROOT / "submission.json"
     try:
         known = json.loads(read_text(path)) if path.exists() else {}

@@ -2,9 +2,10 @@
 
     python -m tools.plot_scores logs/*.jsonl --out docs/scores.png --mark 1.3103 "published entry, 180 s"
 
-Every run is a point at its training clock: BPB before quantization and the final one. Runs whose settings differ in SEED
-and names only are one point, their mean, with the sample standard deviation. A line joins the points of one kind. --mark
-draws a score that was measured elsewhere as a horizontal line. Needs matplotlib (requirements-dev.txt).
+Every run is a point at its training clock: BPB before quantization and the final one. Runs whose
+settings differ in SEED and names only are one point, their mean, with the sample standard
+deviation. A line joins the points of one kind. --mark draws a score that was measured elsewhere as
+a horizontal line. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
@@ -23,8 +24,9 @@ NAMES = {"run_id", "seed", "log_dir", "artifact", "sample"}  # no part of what w
 
 
 def read_points(paths: list[Path]) -> dict[str, list[tuple[float, list[float]]]]:
-    """For "before quantization" and "final": (seconds of the training clock, BPB of each seed), by rising seconds. Raises
-    ValueError for a file that is not a finished run's."""
+    """For "before quantization" and "final": (seconds of the training clock, BPB of each seed), by
+    rising seconds. Raises ValueError for a file that is not a finished run's.
+    """
     groups: dict[tuple, dict[str, list[float]]] = {}
     for path in paths:
         try:

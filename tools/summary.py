@@ -12,7 +12,9 @@ SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a 
 
 
 def last_run(path: Path) -> dict[str, dict]:
-    """The last record of each event, of the last run in the file (logs append, and a run begins with its settings)."""
+    """The last record of each event, of the last run in the file (logs append, and a run begins
+    with its settings).
+    """
     events = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
