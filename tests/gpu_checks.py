@@ -76,7 +76,9 @@ def library_scan(projected, parameters, sizes, document_start, state):
 
 
 def check_scans() -> None:
-    """Each new combination of sizes and switches costs seconds of compilation, hence the few cases."""
+    """Each new combination of sizes and switches costs seconds of compilation, hence the
+    few cases.
+    """
     starts = (0, 63, 64, 65, 200, 332)
     cases = {
         "16 heads of 64, state 64": random_case(2, 512, 16, 64, 64, device=DEVICE),
@@ -445,7 +447,9 @@ class DocumentBatches(RandomBatches):
 
 
 def check_documents() -> None:
-    """Documents in graphs that were made before them, and what keeping them apart costs or saves."""
+    """Documents in graphs that were made before them, and what keeping them apart costs
+    or saves.
+    """
     for backend in ("flex", "flash", "fa2", "fa3"):
         if runnable(backend, True):
             check_replayed_documents(backend)

@@ -120,9 +120,13 @@ def run_audit(run, *arguments: str) -> subprocess.CompletedProcess:
         str(run.data / "tokenizer.model"),
     ]
     return subprocess.run(
-        [sys.executable, "-m", "tools.audit", *paths, *arguments], cwd=SCRIPT.parent,
-        env=process_environment({"DEVICE": "cpu"}), capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+        [sys.executable, "-m", "tools.audit", *paths, *arguments],
+        cwd=SCRIPT.parent,
+        env=process_environment({"DEVICE": "cpu"}),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
 
 
 def test_an_honest_run_passes_every_check_and_its_score_is_reproduced_to_the_last_digit(run):
