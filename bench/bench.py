@@ -96,7 +96,9 @@ def milliseconds(call: Callable, seconds: float = 0.5) -> float:
         call()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in zip(marks, marks[1:], strict=False))
+    return statistics.median(
+        start.elapsed_time(end) for start, end in zip(marks, marks[1:], strict=False)
+    )
 
 
 class Ceilings(NamedTuple):
@@ -643,9 +645,10 @@ def time_steps(
     if batches.profiler is not None:
         batches.profiler.stop()
         kernels = gpu_time_by_kernel(batches.profiler.key_averages())
-    times = [start.elapsed_time(end) for start, end in zip(batches.marks, batches.marks[1:], strict=False)][
-        discarded:
-    ]
+    times = [
+        start.elapsed_time(end)
+        for start, end in zip(batches.marks, batches.marks[1:], strict=False)
+    ][discarded:]
     step_ms = statistics.median(times)
     rate = (
         step_flops(trainer.model, settings.train_batch_tokens) / ranks.world_size / (step_ms / 1e3)

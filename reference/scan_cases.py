@@ -93,7 +93,10 @@ def results(
         [final.angle.cos(), final.angle.sin()]
     )  # a point on the circle
     outcome |= {f"d {name}": x for name, x in columns(d_projected, case.sizes).items()}
-    return {name: x.detach() for name, x in (outcome | dict(zip(learned, gradients, strict=True))).items()}
+    return {
+        name: x.detach()
+        for name, x in (outcome | dict(zip(learned, gradients, strict=True))).items()
+    }
 
 
 def in_two_calls(scan: Callable, place: int) -> Callable:

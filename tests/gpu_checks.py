@@ -251,7 +251,8 @@ def runnable(backend: str, confined: bool) -> bool:
 
 def check_mamba2() -> None:
     """Mamba-2's scan by chunks, and fused where mamba_ssm is installed, each compiled as one graph,
-    against the loop in float64; then the milliseconds that forward and backward take at full size."""
+    against the loop in float64; then the milliseconds that forward and backward take at full size.
+    """
     backends = ["chunked"]
     if missing := missing_library(2):
         print(f"skip the fused scan of Mamba-2: {missing}")

@@ -763,7 +763,9 @@ def plot_loss(path: Path, plan: Plan):
             losses = [s["train_loss"] for s in steps]
             label = "" if place else variant
             axes.plot(places, losses, color=color, linestyle=dashes, linewidth=1, label=label)
-            late += [loss for loss, at in zip(losses, places, strict=True) if at >= 0.1 * places[-1]]
+            late += [
+                loss for loss, at in zip(losses, places, strict=True) if at >= 0.1 * places[-1]
+            ]
     if late:  # the first steps' loss would hide all differences
         axes.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
         axes.legend()
