@@ -205,7 +205,7 @@ def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(
     folded = []
     monkeypatch.setattr(t, "quantize_model", lambda model, *_: folded.append(model) or {})
     model = t.build_model(settings, SOLO)
-    trainer = t.Trainer(model, settings, SOLO, 128, 10**6, lambda *_: None)
+    trainer = t.Trainer(model, settings, SOLO, 128, 10**6, lambda *_, **__: None)
     (group,) = (
         g for g in trainer.optimizers.adam.param_groups if g["base_lr"] == settings.tied_embed_lr
     )
