@@ -1240,7 +1240,7 @@ def refuse_gaps(paths: list[Path]):
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
-    """Each shard's tokens, in the order of the shards' names: see open_shard() and shard_paths()."""
+    """Each shard's tokens, in the order of shard_paths(): see open_shard()."""
     return [open_shard(path) for path in shard_paths(folder, split)]
 
 
@@ -5161,7 +5161,7 @@ def plain_score(model, settings, ranks, validation: ValidationSet, recurrent=Tru
 
 
 def weights_as_trained(trainer):
-    """A context in which the model has the weights it has learned with: a ternary one, its grids'."""
+    """A context in which the model has the weights it learned with: a ternary one, its grids'."""
     if trainer.settings.quantizer != "ternary":
         return nullcontext()
     return fake_quantization(trainer.model, grid_limits(trainer.model), trainer.qat_k)
