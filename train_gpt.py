@@ -1811,7 +1811,8 @@ def choose_scan_backend(settings, device: torch.device) -> str:
     usable = [name for name in names if not reasons[name]]
     if wanted == "auto":
         install = settings.mamba_version == 1 and INSTALL in reasons["fused"]
-        wanted = names[0] if install or not usable else usable[0]
+        chosen = [name for name in usable if device.type == "cuda" or name not in FOR_GPUS]
+        wanted = names[0] if install or not chosen else chosen[0]  # nothing that is interpreted
     reason = reasons.get(wanted, f"is no backend of MAMBA_VERSION={settings.mamba_version}")
     need(not reason, f"SCAN_BACKEND={wanted} {reason}; what runs: {', '.join(usable) or 'none'}")
     return wanted

@@ -108,6 +108,7 @@ def test_a_model_is_built_with_what_was_chosen_and_a_skeleton_needs_no_device(mo
 def test_in_the_interpreter_kernels_take_any_size(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("cpu", scan_backend="triton", mamba_d_state=8, mamba_chunk_size=256) == "triton"
+    assert choose("cpu") == "chunked"  # unasked, a CPU interprets none
 
 
 # ---- Sizes, against the compiler -----------------------------------------------------------------
