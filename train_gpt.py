@@ -3198,9 +3198,10 @@ class Window(NamedTuple):
 def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
     """This rank's windows of targets first <= p < last: each target in one window of one rank.
 
-    For EVAL_MODE plain and sliding. Plain windows stand side by side. Sliding ones move by EVAL_STRIDE and score only what is new,
-    so that a target is predicted from TRAIN_SEQ_LEN - EVAL_STRIDE earlier tokens or more, as soon
-    as the stream has so many. Windows go to the ranks in turn.
+    For EVAL_MODE plain and sliding. Plain windows stand side by side. Sliding ones move by
+    EVAL_STRIDE and score only what is new, so that a target is predicted from TRAIN_SEQ_LEN -
+    EVAL_STRIDE earlier tokens or more, as soon as the stream has so many. Windows go to the ranks
+    in turn.
     """
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
@@ -3247,9 +3248,8 @@ class StateRelay:
 
     In a round, ranks score consecutive parts, one each. A mixer's state crosses the border between
     two ranks as soon as the first one's mixer has left it: while a rank runs one layer, the next
-    rank runs the layer before on the part behind. The last rank hands its states to the first one,
-    for the next round. So R ranks take as long for a round as one rank for R parts of which only
-    1 + (R - 1) / layers were computed one after another.
+    rank runs the layer before it on the part behind. The last rank hands its states to the first
+    one, for the next round. A round of R parts so takes the time of 1 + (R - 1) / layers parts.
     """
 
     def __init__(self, ranks, states: list):
@@ -3307,9 +3307,11 @@ def blank(tensor: Tensor) -> Tensor:
 
 def tensors_of(state) -> list[Tensor]:
     """A state's tensors, in order."""
-    tensors = []
-    map_state(tensors.append, state)
-    return tensors
+    if state is None:
+        return []
+    if isinstance(state, Tensor):
+        return [state]
+    return [tensor for part in state for tensor in tensors_of(part)]
 
 
 class AdaptationClock:
@@ -3368,10 +3370,12 @@ class Evaluator:
 
     EVAL_MODE=stateful: no window cuts a target off from what came before. Parts of the stream are
     scored in order, each from the states that the part before has left (Model.resume()); attention
-    alone sees no further than TRAIN_SEQ_LEN tokens back. Each token is read once by the scans, and
-    by attention 1 / (1 - overlap) times, where sliding windows read all of it so often. What a part
-    holds does not depend on how many ranks there are, and so neither do the scores. An update makes
-    the states those of a model that no longer is: they are computed anew over the last window.
+    alone sees no further than TRAIN_SEQ_LEN tokens back, in windows that overlap by EVAL_OVERLAP.
+    Scans read each token once and attention twice, if windows overlap by half; sliding windows by
+    EVAL_STRIDE read everything TRAIN_SEQ_LEN / EVAL_STRIDE times. But ranks wait for each other's
+    states: see StateRelay. What a part holds does not depend on how many ranks there are, and so
+    neither do the scores. An update makes the states those of a model that no longer is: they are
+    computed anew over the last window.
     """
 
     def __init__(
@@ -3463,7 +3467,7 @@ class Evaluator:
             self._score_windows(windows[start : start + self.rows])
 
     def _score_windows(self, windows: list[Window]):
-        """One forward pass, of as many rows as any other: where windows lack, rows score nothing."""
+        """One forward pass, of as many rows as any other: spare ones score nothing."""
         nothing = Window(windows[-1].context, 0, 0)
         windows = windows + [nothing] * (self.rows - len(windows))
         context, first, last = (np.array(column)[:, None] for column in zip(*windows, strict=True))
@@ -3493,7 +3497,7 @@ class Evaluator:
         self._keep(excerpt, scored, F.pad(nats, (overlap, 0)))
 
     def _resume(self, first: int, length: int) -> tuple[Excerpt, Tensor]:
-        """Reads length tokens from first on, and the overlap before; hidden states (1, length, D)."""
+        """Reads length tokens from first on, and the overlap; hidden states (1, length, D)."""
         overlap = self.settings.attention_overlap
         seen = torch.tensor(min(overlap, first - self.states_from), device=self.ranks.device)
         resumed = seen, list(self.relay.states)
@@ -3518,7 +3522,7 @@ class Evaluator:
             self._resume(self.states_from, position - self.states_from)
 
     def _read(self, starts: np.ndarray, length: int, resumed: tuple | None = None) -> Excerpt:
-        """The stream from each of starts (B, 1) on; outside of it, its first or last token again."""
+        """The stream from each of starts (B, 1) on; outside, its first or last token again."""
         stream = self.validation.tokens
         places = np.clip(starts + np.arange(length + 1), 0, len(stream) - 1)
         tokens = torch.tensor(stream[places], dtype=torch.int64, device=self.ranks.device)
