@@ -33,7 +33,10 @@ CONFIGURATIONS = ((1, 0), (2, 0), (4, 0), (4, 128), (4, 168), (8, 0), (8, 128)) 
 def random_layer(
     state: int, device: torch.device, batch: int = 32, length: int = 4096
 ) -> tuple[torch.Tensor, t.MambaParameters, t.MambaSizes]:
-    """in_proj's output, a layer's parameters, and its sizes."""
+    """in_proj's output (batch, length, columns), a layer's parameters, and its sizes.
+
+    The sizes are those of the default model but for the state's.
+    """
     sizes = t.MambaSizes(16, 64, state, state // 4, 3)
     projected = torch.randn(batch, length, sum(sizes.columns().values()), device=device).bfloat16()
     shapes = (16,), (16,), (16, state), (16, state), (state,), (state,)
@@ -68,7 +71,11 @@ def kernel_times(run, repeats: int = 4) -> dict[str, float]:
 
 @contextlib.contextmanager
 def launched_with(warps: int, registers: int | None):
-    """All kernels of the script with these numbers in place of its own."""
+    """All kernels of the script with these numbers in place of its own.
+
+    registers: the most of a thread, None: no limit. Fewer registers let more warps run at once, and
+    make some values wait in memory.
+    """
     launch = t.launch
 
     def replacement(kernel, grid, sizes, **arguments):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, Path(__file__).resolve().parent.parent / "bench" / "plot_scaling.py"]
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "bench.plot_scaling"]
 
 
 def run(*arguments):
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_it_draws_what_it_is_given(tmp_path):
@@ -26,4 +28,5 @@ def test_it_draws_what_it_is_given(tmp_path):
 def test_what_is_not_a_pair_is_refused_in_one_line(text):
     done = run(text)
     assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
     assert f"argument GPUS:MS: invalid pair value: '{text}'" in done.stderr

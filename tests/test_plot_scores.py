@@ -54,7 +54,7 @@ def test_other_files_end_in_one_line(tmp_path, problem):
         log.write_text("hello\n")
     command = [*COMMAND, log, "--out", tmp_path / "scores.png"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert str(log) in done.stderr
     assert not (tmp_path / "scores.png").exists()

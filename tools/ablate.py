@@ -1,15 +1,15 @@
-"""Compares variants of a model: trains each with several seeds and says which differences are more
-than noise.
+"""Compares variants of a model: trains each with several seeds and says what is more than noise.
 
     python -m tools.ablate tools/ablations/recurrence.toml --dry-run   # what would run
-    python -m tools.ablate tools/ablations/recurrence.toml             # run it, or continue after an interruption
+    python -m tools.ablate tools/ablations/recurrence.toml             # runs it, or goes on with it
 
 A TOML file says what to compare. Settings are those of train_gpt.py, in capitals; names are free
 text:
 
     seeds = [1337, 1338, 1339]  # every variant runs once with each
-    processes = 1               # of each run, as in torchrun --nproc_per_node; 1 if left out
-    parallel = 8                # runs at once; as many as there are GPUs for if left out, on a CPU one. More share GPUs
+    processes = 1               # of each run, as torchrun's --nproc_per_node; 1 if left out
+    parallel = 8                # runs at once, which may share GPUs; if left out, as many as there
+                                # are GPUs for, on a CPU one
 
     [base]                      # what all variants share, and itself the first row of the table
     PRESET = "short"
@@ -50,7 +50,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -77,16 +77,12 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.ablate", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError, need
-from tools.summary import spread
+from tools.command import Parser, UserError, need, run_command, write_whole
+from tools.logs import spread
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCHER = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-]  # torchrun; it picks a free port
+# torchrun, which picks a free port.
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 OWN_SETTINGS = {  # train_gpt.py's settings that a file may not give, and why
     "RUN_ID": "ablate.py names the runs",
     "SEED": "write seeds = [...] instead",
@@ -101,6 +97,12 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for processes that were asked to stop
 OVERHEAD_SECONDS = 120.0  # guess of a run's time off the training clock, until a run has shown it
 BPB = {"bpb_before": "before quantization", "bpb_after": "after quantization", "bpb_final": "final"}
+
+SCORE_EVENTS = {  # of the log: which event holds which of these scores
+    "bpb_before": "trained",
+    "bpb_after": "after_quantization",
+    "bpb_final": "final",
+}
 
 
 # ---- What to run ---------------------------------------------------------------------------------
@@ -121,10 +123,12 @@ class Run:
 
     @property
     def title(self) -> str:
+        """How messages call it."""
         return f"{self.variant}, seed {self.seed}"
 
     @property
     def run_id(self) -> str:
+        """Its RUN_ID, and its folder's name."""
         return self.folder.name
 
     @property
@@ -147,6 +151,7 @@ class Plan:
 
     @property
     def base(self) -> str:
+        """The name of the variant that the others are compared with."""
         return self.variants[0]
 
 
@@ -180,7 +185,10 @@ def read_seeds(table: dict, where: str) -> list[int]:
 
 
 def read_variables(table: dict, where: str, train_gpt: ModuleType) -> dict[str, str]:
-    """The table's settings as environment variables; every other name in it is refused."""
+    """The table's settings as environment variables; every other name in it is refused.
+
+    A setting may go by any of its names; train_gpt.py judges the values.
+    """
     names = {name.upper() for name in train_gpt.FIELDS} | train_gpt.ALIASES.keys()
     variables = {}
     for name, value in table.items():
@@ -202,7 +210,77 @@ def read_variables(table: dict, where: str, train_gpt: ModuleType) -> dict[str, 
 
 
 def folder_name(variant: str) -> str:
+    """The variant's name without what a path should not hold."""
     return re.sub(r"[^\w.+=-]+", "-", variant)
+
+
+def read_content(path: Path) -> dict:
+    """The file's tables and keys, each of the kind that it should be."""
+    content = read_toml(path)
+    known = ("seeds", "processes", "parallel", "base", "variant")
+    for key in content:
+        near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.0)[0]
+        hint = f"did you mean {near}? (settings belong under [base])"
+        need(key in known, f"{path}: {key} is unknown here; {hint}")
+    for key in ("processes", "parallel"):
+        value = content.get(key, 1)
+        need(type(value) is int and value > 0, f"{path}: {key} should be a whole number above 0")
+    base = content.get("base")
+    missing = f"{path}: there is no [base], the settings that all variants share"
+    need(isinstance(base, dict), missing)
+    variants = content.get("variant", [])
+    listed = isinstance(variants, list) and all(isinstance(variant, dict) for variant in variants)
+    need(listed, f"{path}: variants are tables that begin with [[variant]]")
+    return content
+
+
+def check_environment(environment: dict[str, str], train_gpt: ModuleType) -> None:
+    """Settings that hold for all runs: none that is chosen here, and none that is wrong."""
+    for name, reason in OWN_SETTINGS.items():
+        need(not environment.get(name), f"unset {name} in the environment: {reason}")
+    with as_user_error("environment", train_gpt):
+        train_gpt.read_settings(environment)
+
+
+def check_name(path: Path, name: object, others: list[str]) -> None:
+    """A name can name a folder, and no other variant's folder."""
+    fits = isinstance(name, str) and re.fullmatch(r"\w[\w .,:;+=×/()-]{0,59}", name)
+    allowed = "up to 60 letters, digits, spaces and .,:;+-=/()"
+    need(fits, f"{path}: {name!r} cannot be a variant's name: {allowed}")
+    # Some file systems do not tell capitals from small letters.
+    folders = {folder_name(other).casefold(): other for other in others}
+    twin = folders.get(folder_name(name).casefold())
+    same = f"{path}: variant {name!r} has the same name as {twin!r}"
+    need(twin is None, f"{same}: names must differ in letters or digits")
+
+
+def read_variant(
+    name: str,
+    seeds: list[int],
+    variables: dict[str, str],
+    where: str,
+    runs: Path,
+    processes: int,
+    train_gpt: ModuleType,
+) -> list[Run]:
+    """A variant's runs, one for each seed, their settings checked by train_gpt.py."""
+    with as_user_error(where, train_gpt):
+        settings, given = train_gpt.read_settings(os.environ | variables)
+        train_gpt.validate_settings(settings, processes)
+    values = {field.upper(): getattr(settings, field) for field in sorted(given)}
+    return [
+        Run(
+            variant=name,
+            seed=seed,
+            processes=processes,
+            settings=values,
+            variables=variables,
+            train_seconds=settings.max_wallclock_seconds,
+            uses_gpu=settings.device != "cpu",
+            folder=runs / f"{folder_name(name)}-{seed}",
+        )
+        for seed in seeds
+    ]
 
 
 def read_plan(
@@ -213,70 +291,32 @@ def read_plan(
     parallel: int = 0,
     num_seeds: int | None = None,
 ) -> Plan:
-    """The file's runs, their settings checked by train_gpt.py; processes and parallel go before the
-    file's, and of the seeds the first num_seeds.
-    """
-    content, environment = read_toml(path), dict(os.environ)
-    known = ("seeds", "processes", "parallel", "base", "variant")
-    for key in content:
-        near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.0)[0]
-        need(
-            key in known,
-            f"{path}: {key} is unknown here; did you mean {near}? (settings belong under [base])",
-        )
-    for key in ("processes", "parallel"):
-        value = content.get(key, 1)
-        need(type(value) is int and value > 0, f"{path}: {key} should be a whole number above 0")
-    processes, parallel = (
-        processes or content.get("processes", 1),
-        parallel or content.get("parallel", 0),
-    )
-    base, variants = content.get("base"), content.get("variant", [])
-    need(
-        isinstance(base, dict), f"{path}: there is no [base], the settings that all variants share"
-    )
-    listed = isinstance(variants, list) and all(isinstance(variant, dict) for variant in variants)
-    need(listed, f"{path}: variants are tables that begin with [[variant]]")
-    for name, reason in OWN_SETTINGS.items():
-        need(not environment.get(name), f"unset {name} in the environment: {reason}")
-    with as_user_error("environment", train_gpt):
-        train_gpt.read_settings(environment)
+    """The file's runs.
 
-    shared, names, rows = read_variables(base, f"{path}: [base]", train_gpt), [], []
-    for table in ({"name": "base"} | base, *variants):
+    processes and parallel go before the file's; of the seeds only the first num_seeds count.
+    """
+    content = read_content(path)
+    processes = processes or content.get("processes", 1)
+    parallel = parallel or content.get("parallel", 0)
+    check_environment(dict(os.environ), train_gpt)
+    base = content["base"]
+    shared = read_variables(base, f"{path}: [base]", train_gpt)
+    names: list[str] = []
+    runs: list[Run] = []
+    for table in ({"name": "base"} | base, *content.get("variant", [])):
         name = table.get("name")
-        fits = isinstance(name, str) and re.fullmatch(r"\w[\w .,:;+=×/()-]{0,59}", name)
-        need(
-            fits,
-            f"{path}: {name!r} cannot be a variant's name: up to 60 letters, digits, spaces and .,:;+-=/()",
-        )
-        where = f"{path}: variant {name!r}"
-        twin = [
-            other
-            for other in names
-            if folder_name(other).casefold() == folder_name(name).casefold()
-        ]
-        need(
-            not twin,
-            f"{where} has the same name as {''.join(twin[:1])!r}: names must differ in letters or digits",
-        )
+        check_name(path, name, names)
         names.append(name)
-        seeds = read_seeds(
-            table if "seeds" in table else content, where if "seeds" in table else str(path)
-        )[:num_seeds]
+        where = f"{path}: variant {name!r}"
+        seeds = read_seeds(table, where) if "seeds" in table else read_seeds(content, str(path))
         variables = shared | read_variables(table, where, train_gpt)
-        with as_user_error(where, train_gpt):
-            settings, given = train_gpt.read_settings(environment | variables)
-            train_gpt.validate_settings(settings, processes)
-        values = {field.upper(): getattr(settings, field) for field in sorted(given)}
-        for seed in seeds:
-            folder = out / "runs" / f"{folder_name(name)}-{seed}"
-            clock, gpu = settings.max_wallclock_seconds, settings.device != "cpu"
-            rows.append(Run(name, seed, processes, values, variables, clock, gpu, folder))
-    order = {seed: place for place, seed in enumerate(dict.fromkeys(run.seed for run in rows))}
-    return Plan(
-        path.stem, names, sorted(rows, key=lambda run: order[run.seed]), processes, parallel
-    )
+        runs += read_variant(
+            name, seeds[:num_seeds], variables, where, out / "runs", processes, train_gpt
+        )
+    # All variants with the first seed come first: an early look at the table is fair to them.
+    order = {seed: place for place, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
+    runs.sort(key=lambda run: order[run.seed])
+    return Plan(path.stem, names, runs, processes, parallel)
 
 
 @contextlib.contextmanager
@@ -294,59 +334,65 @@ def visible_gpus() -> list[str]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return (chosen.split(",") if chosen else [str(number) for number in range(count)])[:count]
+    names = chosen.split(",") if chosen else [str(number) for number in range(count)]
+    # The variable may name GPUs that do not exist.
+    return names[:count]
 
 
 def share_gpus(plan: Plan) -> list[list[str]]:
-    """The GPUs of each run that may go on at once: disjoint lists as far as they go, empty on a
-    CPU.
+    """The GPUs of each run that may go on at once.
+
+    Lists are disjoint as far as the GPUs go, and empty on a CPU.
     """
     gpus = visible_gpus() if any(run.uses_gpu for run in plan.runs) else []
     if not gpus:
         return [[] for _ in range(plan.parallel or 1)]
-    fit, size = len(gpus) // plan.processes, plan.processes
-    need(fit, f"processes = {plan.processes}, but there are only {len(gpus)} GPUs here")
-    return [gpus[i % fit * size : (i % fit + 1) * size] for i in range(plan.parallel or fit)]
+    size = plan.processes
+    groups = [gpus[first : first + size] for first in range(0, len(gpus) - size + 1, size)]
+    need(groups, f"processes = {size}, but there are only {len(gpus)} GPUs here")
+    # More runs than groups begin again with the first.
+    return [groups[place % len(groups)] for place in range(plan.parallel or len(groups))]
 
 
 # ---- What a run left behind ----------------------------------------------------------------------
 
 
 def read_records(run: Run) -> list[dict]:
-    """Records of the run's log; a line that was cut off is left out."""
+    """Records of the run's log, as far as it came.
+
+    The run may be writing at this moment, or have been stopped: a line that was cut off is left
+    out, and a log that is not there yet is empty.
+    """
+    path = run.folder / f"{run.run_id}.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
     records = []
-    with contextlib.suppress(OSError):
-        for line in (
-            (run.folder / f"{run.run_id}.jsonl")
-            .read_text(encoding="utf-8", errors="replace")
-            .splitlines()
-        ):
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "event" in record]
 
 
 def read_figures(run: Run) -> dict:
     """The run's numbers, as far as it came."""
     events = {record["event"]: record for record in read_records(run)}
-    trained, figures = events.get("trained", {}), {}
-    for name, event in (
-        ("bpb_before", "trained"),
-        ("bpb_after", "after_quantization"),
-        ("bpb_final", "final"),
-    ):
+    trained = events.get("trained", {})
+    figures = {}
+    for name, event in SCORE_EVENTS.items():
         if event in events:
             figures[name] = events[event].get("val_bpb")
     if "bytes_total" in trained and "bytes_code" in trained:
         figures["artifact_bytes"] = trained["bytes_total"] - trained["bytes_code"]
-    figures |= {
-        name: trained[name] for name in ("steps", "step_avg_ms", "sdclip_k") if name in trained
-    }
+    for name in ("steps", "step_avg_ms", "sdclip_k"):
+        if name in trained:
+            figures[name] = trained[name]
     kinds = events.get("quantization_loss", {}).get("bpb_by_kind")
     if isinstance(kinds, dict):
-        figures["bpb_by_kind"] = {
-            kind: lost for kind, lost in kinds.items() if isinstance(lost, (int, float))
-        }
+        # A kind that could not be measured has a text in place of a number.
+        measured = {kind: lost for kind, lost in kinds.items() if isinstance(lost, (int, float))}
+        figures["bpb_by_kind"] = measured
     return figures
 
 
@@ -356,37 +402,31 @@ def read_outcome(run: Run) -> dict:
         outcome = json.loads((run.folder / "outcome.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return outcome if all(outcome.get(key) == value for key, value in run.identity.items()) else {}
+    # One of other settings says nothing about this run.
+    same = all(outcome.get(key) == value for key, value in run.identity.items())
+    return outcome if same else {}
 
 
 def is_complete(run: Run) -> bool:
-    return (
-        read_outcome(run).get("status") == "complete"
-        and read_figures(run).get("bpb_final") is not None
-    )
+    """Whether the run need not be made again."""
+    if read_outcome(run).get("status") != "complete":
+        return False
+    return read_figures(run).get("bpb_final") is not None
 
 
 def last_words(output: Path, exit_status: int) -> str:
     """The line of a failed run's output that says why: the program's own error, else an exception,
     else the last.
     """
-    lines = [
-        line.strip()
-        for line in output.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
+    text = output.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     exception = re.compile(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|Interrupt)\b")
     own = [line for line in lines if re.match(r"\w+\.py: error: ", line)]
     raised = [line for line in lines if exception.match(line) and "ChildFailedError" not in line]
-    text = (own or raised or lines or ["no output"])[-1]
-    return text if own else f"exit status {exit_status}: {text[:300]}"
-
-
-def write_whole(path: Path, text: str):
-    """No reader, and no interruption, ever leaves half of the file."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    if own:
+        return own[-1]
+    last = (raised or lines or ["no output"])[-1]
+    return f"exit status {exit_status}: {last[:300]}"
 
 
 # ---- Running -------------------------------------------------------------------------------------
@@ -396,17 +436,20 @@ def marked_processes(folder: Path) -> list[int]:
     """Ids of the living processes that belong to runs in the folder, however they were started
     (Linux).
     """
-    found, mark = [], f"{MARK}={folder}".encode()
+    mark = f"{MARK}={folder}".encode()
+    found = []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it may have ended, or be another user's
             variables = (place / "environ").read_bytes().split(b"\0")
-            if any(variable == mark or variable.startswith(mark + b"/") for variable in variables):
+            # A run's own folder lies in the folder of all.
+            if mark in variables or any(text.startswith(mark + b"/") for text in variables):
                 found.append(int(place.name))
     return found
 
 
 def stop_processes(folder: Path, children: Iterable[subprocess.Popen] = ()):
     """Ends the processes of runs in the folder, by force if they do not heed the request.
+
     torchrun's workers are not in its process group, and outlive a torchrun that is killed: so all
     are looked for by their mark.
     """
@@ -435,38 +478,60 @@ class Job:
     digest: str  # of the script
 
 
+def stage_of(run: Run) -> str:
+    """How far a run has come, by the last line of its log."""
+    records = read_records(run)
+    if not records:
+        return "starting"
+    last = records[-1]
+    if "progress" in last:
+        return f"{last['progress']:.0%} trained"
+    # After training's last validation the model is exported, then scored twice.
+    stages = {"validation": "exporting", "trained": "scoring", "after_quantization": "scoring"}
+    return stages.get(last["event"], "starting")
+
+
 class Runner:
     """Runs what is not complete, as many at once as there are lists of GPUs."""
 
     def __init__(self, plan: Plan, out: Path, script: Path, gpus: list[list[str]]):
-        self.plan, self.out, self.script, self.free = plan, out, script, list(gpus)
-        self.parallel, self.jobs, self.stopping, self.next_show = len(gpus), [], False, 0.0
+        self.plan = plan
+        self.out = out
+        self.script = script
+        self.free = list(gpus)  # of the runs that have not started
+        self.parallel = len(gpus)
+        self.jobs: list[Job] = []
+        self.stopping = False
+        self.next_show = 0.0  # when the bar is brought up to date again
+        # Then a step's time says nothing.
         self.shared = any(gpus.count(own) > 1 for own in gpus if own)
         self.waiting = [run for run in plan.runs if not is_complete(run)]
         kept = [run for run in plan.runs if is_complete(run)]
         self.durations = [read_outcome(run)["seconds"] for run in kept]
         self.bar = tqdm(
-            total=len(plan.runs), initial=len(kept), disable=None, dynamic_ncols=True,
+            total=len(plan.runs),
+            initial=len(kept),
+            disable=None,  # where no terminal shows it
+            dynamic_ncols=True,
             bar_format="{n_fmt}/{total_fmt} runs |{bar:20}| {elapsed}{postfix}",
-        )  # fmt: skip
+        )
 
     def run(self) -> bool:
-        """Until all runs have ended, or a signal asks to stop; whether they have. No process is
-        left over.
+        """Until all runs have ended, or a signal asks to stop; whether they have.
+
+        No process is left over.
         """
-        handled = (
-            signal.SIGINT,
-            signal.SIGTERM,
-            signal.SIGHUP,
-        )  # unless ignored, as nohup does with the last
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.getsignal(number) for number in handled}
         for number, handler in before.items():
+            # One that is ignored stays so: nohup ignores the last.
             signal.signal(number, handler if handler == signal.SIG_IGN else self._stop)
         try:
             while (self.waiting or self.jobs) and not self.stopping:
                 while self.waiting and self.free:
                     self._start(self.waiting.pop(0))
-                for job in [job for job in self.jobs if job.process.poll() is not None]:
+                ended = [job for job in self.jobs if job.process.poll() is not None]
+                for job in ended:
                     self._finish(job)
                 self._show()
                 time.sleep(POLL_SECONDS)
@@ -478,13 +543,15 @@ class Runner:
         return not self.jobs and not self.waiting
 
     def _stop(self, *_):
+        """What a signal does; run() looks between two naps."""
         self.stopping = True
 
     def _start(self, run: Run):
         """Starts a run in an empty folder."""
         shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True)
-        gpus, environment = self.free.pop(0), os.environ | run.variables
+        gpus = self.free.pop(0)
+        environment = os.environ | run.variables
         environment |= {
             "SEED": str(run.seed),
             "RUN_ID": run.run_id,
@@ -497,26 +564,30 @@ class Runner:
             cores = max(1, (os.cpu_count() or 1) // (self.parallel * run.processes))
             environment.setdefault("OMP_NUM_THREADS", str(cores))
         command = [*LAUNCHER, f"--nproc_per_node={run.processes}", str(self.script)]
-        with (run.folder / "output.txt").open(
-            "wb"
-        ) as output:  # a session of its own: Ctrl-C reaches only ablate.py
+        with (run.folder / "output.txt").open("wb") as output:
+            # A session of its own: Ctrl-C reaches only ablate.py.
             process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         digest = hashlib.sha256(self.script.read_bytes()).hexdigest()
         self.jobs.append(Job(run, process, gpus, time.monotonic(), digest))
-        self._say(f"started {run.title}" + (f" on GPU {','.join(gpus)}" if gpus else ""))
+        place = f" on GPU {','.join(gpus)}" if gpus else ""
+        self._say(f"started {run.title}{place}")
 
     def _finish(self, job: Job):
         """Writes down how a run ended and gives its GPUs to the next."""
-        run, status = job.run, job.process.returncode
+        run = job.run
+        status = job.process.returncode
         stop_processes(run.folder)  # a launcher that was killed leaves workers behind
-        seconds, final, error = (
-            round(time.monotonic() - job.started, 1),
-            read_figures(run).get("bpb_final"),
-            "",
-        )
+        seconds = round(time.monotonic() - job.started, 1)
+        final = read_figures(run).get("bpb_final")
+        error = ""
+        # A run without a score has failed, whatever its status says.
         if status or final is None:
             error = last_words(run.folder / "output.txt", status)
         else:
@@ -526,10 +597,10 @@ class Runner:
             "error": error,
             "seconds": seconds,
             "shared": self.shared,
+            **run.identity,
+            "script": job.digest,
         }
-        write_whole(
-            run.folder / "outcome.json", json.dumps(outcome | run.identity | {"script": job.digest})
-        )
+        write_whole(run.folder / "outcome.json", json.dumps(outcome))
         self.jobs.remove(job)
         self.free.append(job.gpus)
         self.bar.update()
@@ -539,40 +610,31 @@ class Runner:
 
     def _time_left(self) -> str:
         """From what complete runs took; until there is one, from the training clock."""
-        now, seconds = time.monotonic(), 0.0
-        usual = statistics.mean(self.durations) if self.durations else math.nan
-        for run, spent in [(run, 0.0) for run in self.waiting] + [
-            (job.run, now - job.started) for job in self.jobs
-        ]:
-            guess = run.train_seconds + OVERHEAD_SECONDS if run.train_seconds else math.nan
-            seconds += max(0.0, (guess if math.isnan(usual) else usual) - spent)
+        now = time.monotonic()
+        spent = [(run, 0.0) for run in self.waiting]
+        spent += [(job.run, now - job.started) for job in self.jobs]
+        seconds = 0.0
+        for run, so_far in spent:
+            if self.durations:
+                whole = statistics.mean(self.durations)
+            elif run.train_seconds:
+                whole = run.train_seconds + OVERHEAD_SECONDS
+            else:
+                return "time left unknown"
+            seconds += max(0.0, whole - so_far)
         minutes = seconds / 60 / self.parallel
-        return (
-            "time left unknown" if math.isnan(minutes) else f"about {math.ceil(minutes)} min left"
-        )
+        return f"about {math.ceil(minutes)} min left"
 
     def _show(self):
         """Brings the bar up to date, every other second."""
         if self.bar.disable or time.monotonic() < self.next_show:
             return
         self.next_show = time.monotonic() + 2
-        stages = []
-        for job in self.jobs:
-            last = (read_records(job.run) or [{}])[-1]
-            stage = {
-                "validation": "exporting",
-                "trained": "scoring",
-                "after_quantization": "scoring",
-            }
-            part = (
-                f"{last['progress']:.0%} trained"
-                if "progress" in last
-                else stage.get(last.get("event"), "starting")
-            )
-            stages.append(f"{job.run.title}: {part}")
+        stages = [f"{job.run.title}: {stage_of(job.run)}" for job in self.jobs]
         self.bar.set_postfix_str("; ".join([self._time_left(), *stages]), refresh=True)
 
     def _say(self, text: str):
+        """Prints a line above the bar."""
         self.bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -585,10 +647,18 @@ def describe_run(run: Run) -> dict:
     outcome = read_outcome(run)
     status = outcome.get("status", "waiting")
     return {
-        "variant": run.variant, "seed": run.seed, "status": status, "error": outcome.get("error", ""),
-        **run.identity, "seconds": outcome.get("seconds"), "shared": outcome.get("shared"),
-        "script": outcome.get("script"), "folder": str(run.folder), "figures": read_figures(run) if outcome else {},
-    }  # fmt: skip
+        "variant": run.variant,
+        "seed": run.seed,
+        "status": status,
+        "error": outcome.get("error", ""),
+        **run.identity,
+        "seconds": outcome.get("seconds"),
+        "shared": outcome.get("shared"),
+        "script": outcome.get("script"),
+        "folder": str(run.folder),
+        # A log without an outcome is of a run that goes on, or was stopped.
+        "figures": read_figures(run) if outcome else {},
+    }
 
 
 def welch_p(values: list[float], others: list[float]) -> float | None:
@@ -603,96 +673,116 @@ def welch_p(values: list[float], others: list[float]) -> float | None:
     return p if math.isfinite(p) else None
 
 
+def complete_values(runs: list[dict], variant: str, figure: str) -> list[float]:
+    """The figure in each complete run of the variant that has it."""
+    values = []
+    for run in runs:
+        if run["variant"] == variant and run["status"] == "complete":
+            values.append(run["figures"].get(figure))
+    return [value for value in values if value is not None]
+
+
 def summarize(plan: Plan, runs: list[dict]) -> list[dict]:
-    """A row for each variant: counts, the spread of each figure over complete runs, and the test
-    against the base.
+    """A row for each variant.
+
+    It holds counts, the spread of each figure over complete runs, and the test against the base.
     """
-
-    def values(variant: str, name: str) -> list[float]:
-        complete = [
-            run["figures"]
-            for run in runs
-            if run["variant"] == variant and run["status"] == "complete"
-        ]
-        return [figures[name] for figures in complete if figures.get(name) is not None]
-
-    rows, base = [], values(plan.base, "bpb_final")
+    base = complete_values(runs, plan.base, "bpb_final")
+    rows = []
     for variant in plan.variants:
-        final, is_base = values(variant, "bpb_final"), variant == plan.base
-        row = {
-            "variant": variant,
-            "n": len(final),
-            "runs": sum(run["variant"] == variant for run in runs),
-        }
-        row |= {
-            name: spread(values(variant, name))._asdict()
-            for name in (*BPB, "artifact_bytes", "step_avg_ms")
-        }
-        compared = bool(final and base) and not is_base
-        row["difference"] = statistics.fmean(final) - statistics.fmean(base) if compared else None
-        row["p"] = welch_p(final, base) if compared else None
+        final = complete_values(runs, variant, "bpb_final")
+        count = sum(run["variant"] == variant for run in runs)
+        row = {"variant": variant, "n": len(final), "runs": count}
+        for name in (*BPB, "artifact_bytes", "step_avg_ms"):
+            row[name] = spread(complete_values(runs, variant, name))._asdict()
+        row |= {"difference": None, "p": None}
+        if final and base and variant != plan.base:
+            row["difference"] = statistics.fmean(final) - statistics.fmean(base)
+            row["p"] = welch_p(final, base)
         rows.append(row)
     return rows
 
 
+def number(value: float | None, form: str) -> str:
+    """A cell of the table; a dash where there is nothing to show."""
+    return "–" if value is None else format(value, form)
+
+
+def plus_minus(figure: dict, form: str) -> str:
+    """Mean and deviation in one cell; a single run has no deviation."""
+    mean = number(figure["mean"], form)
+    return mean if figure["std"] is None else f"{mean} ± {figure['std']:{form}}"
+
+
+HEADS = (
+    "variant",
+    "n",
+    "BPB, final",
+    "difference",
+    "p",
+    BPB["bpb_before"],
+    BPB["bpb_after"],
+    "artifact bytes",
+    "ms/step",
+)
+
+
+def table_row(row: dict, is_base: bool) -> str:
+    """A variant's line of the table, its cells as HEADS names them."""
+    count = str(row["n"])
+    if row["n"] != row["runs"]:
+        count += f" of {row['runs']}"
+    name = row["variant"]
+    if is_base:
+        name += " (base)"
+    cells = [name, count]
+    cells.append(plus_minus(row["bpb_final"], ".4f"))
+    cells.append(number(row["difference"], "+.4f"))
+    cells.append(number(row["p"], ".2g"))
+    cells.append(plus_minus(row["bpb_before"], ".4f"))
+    cells.append(plus_minus(row["bpb_after"], ".4f"))
+    cells.append(number(row["artifact_bytes"]["mean"], ",.0f"))
+    cells.append(plus_minus(row["step_avg_ms"], ".1f"))
+    return "| " + " | ".join(cells) + " |"
+
+
+def failed_row(run: dict) -> str:
+    """A failed run's line, below its variant's: what the program said."""
+    error = run["error"].replace("|", "\\|")
+    empty = "  |" * (len(HEADS) - 2)
+    return f"| {run['variant']}, seed {run['seed']} | failed: {error} |{empty}"
+
+
+def table_notes(runs: list[dict], notes: Iterable[str]) -> list[str]:
+    """What a reader of the table has to know: what is missing, and what cannot be compared."""
+    waiting = sum(run["status"] == "waiting" for run in runs)
+    found = [f"{waiting} of {len(runs)} runs have not ended."] if waiting else []
+    found += notes
+    if any(run["shared"] for run in runs):
+        found.append("Runs shared GPUs: ms/step compares nothing.")
+    scripts = len({run["script"] for run in runs if run["status"] == "complete"})
+    if scripts > 1:
+        found.append(f"The runs were made with {scripts} versions of the script.")
+    return found
+
+
 def format_table(plan: Plan, runs: list[dict], notes: Iterable[str] = ()) -> str:
     """table.md: a row for each variant and each failed run, and what to know about them."""
-
-    def number(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    def plus_minus(figure: dict, form: str) -> str:
-        return number(figure["mean"], form) + (
-            f" ± {figure['std']:{form}}" if figure["std"] is not None else ""
-        )
-
-    heads = [
-        "variant",
-        "n",
-        "BPB, final",
-        "difference",
-        "p",
-        *list(BPB.values())[:2],
-        "artifact bytes",
-        "ms/step",
-    ]
-    lines = [f"# {plan.name}", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    lines = [f"# {plan.name}", "", "| " + " | ".join(HEADS) + " |", "| --- " * len(HEADS) + "|"]
     for row in summarize(plan, runs):
-        count = str(row["n"]) if row["n"] == row["runs"] else f"{row['n']} of {row['runs']}"
-        name = row["variant"] + (" (base)" if row["variant"] == plan.base else "")
-        cells = [
-            name,
-            count,
-            plus_minus(row["bpb_final"], ".4f"),
-            number(row["difference"], "+.4f"),
-        ]
-        cells += [number(row["p"], ".2g"), *(plus_minus(row[key], ".4f") for key in list(BPB)[:2])]
-        cells += [
-            number(row["artifact_bytes"]["mean"], ",.0f"),
-            plus_minus(row["step_avg_ms"], ".1f"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-        for run in runs:
-            if run["variant"] == row["variant"] and run["status"] == "failed":
-                error = run["error"].replace("|", "\\|")
-                lines.append(
-                    f"| {run['variant']}, seed {run['seed']} | failed: {error} |"
-                    + "  |" * (len(heads) - 2)
-                )
+        variant = row["variant"]
+        lines.append(table_row(row, variant == plan.base))
+        own = [run for run in runs if run["variant"] == variant]
+        lines += [failed_row(run) for run in own if run["status"] == "failed"]
     lines += [
         "",
         "BPB is bits per byte, lower is better: mean ± sample standard deviation over n seeds.",
+        "The difference is to the base's final BPB; p is Welch's two-sided t-test, "
+        "uncorrected for many variants.",
     ]
-    lines.append(
-        "The difference is to the base's final BPB; p is Welch's two-sided t-test, uncorrected for many variants."
-    )
-    waiting = sum(run["status"] == "waiting" for run in runs)
-    shared = any(run["shared"] for run in runs)
-    scripts = len({run["script"] for run in runs if run["status"] == "complete"})
-    notes = [f"{waiting} of {len(runs)} runs have not ended."] * bool(waiting) + list(notes)
-    notes += ["Runs shared GPUs: ms/step compares nothing."] * shared
-    notes += [f"The runs were made with {scripts} versions of the script."] * (scripts > 1)
-    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+    for note in table_notes(runs, notes):
+        lines += ["", note]
+    return "\n".join(lines) + "\n"
 
 
 def write_results(plan: Plan, out: Path, notes: Iterable[str] = ()) -> list[dict]:
@@ -709,64 +799,77 @@ def write_results(plan: Plan, out: Path, notes: Iterable[str] = ()) -> list[dict
     return runs
 
 
-def grouped_bars(
-    path: Path,
-    groups: dict[str, dict[str, list[float]]],
-    series: list[str],
-    unit: str,
-    from_zero: bool,
-):
-    """A PNG of means with their standard deviations: groups of bars, one bar for each series. Bars
-    that do not begin at zero bear their values.
+Groups = dict[str, dict[str, list[float]]]  # by variant and series, the values of complete runs
+
+
+def bound_axis(axes, groups: Groups) -> None:
+    """Lets an axis that does not begin at zero show all values, with room for their labels."""
+    every = []
+    for values in groups.values():
+        for numbers in values.values():
+            every += numbers
+    room = max(max(every) - min(every), 1e-3)
+    axes.set_ylim(min(every) - 0.3 * room, max(every) + 0.6 * room)
+
+
+def grouped_bars(path: Path, groups: Groups, series: list[str], unit: str, from_zero: bool):
+    """A PNG of means with their standard deviations: groups of bars, one bar for each series.
+
+    Bars that do not begin at zero bear their values, since their lengths mislead.
     """
     figure = Figure(figsize=(max(7.0, 1.2 * len(groups) + 3), 5), layout="constrained")
-    axes, width = figure.add_subplot(), 0.8 / len(series)
+    axes = figure.add_subplot()
+    width = 0.8 / len(series)
     for place, name in enumerate(series):
         figures = [spread(values.get(name, [])) for values in groups.values()]
-        left = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        # The bars of a group stand around its place.
+        offset = (place - (len(series) - 1) / 2) * width
+        left = [group + offset for group in range(len(groups))]
         heights = [math.nan if f.mean is None else f.mean for f in figures]
-        bars = axes.bar(
-            left, heights, width, yerr=[f.std or 0.0 for f in figures], capsize=2, label=name
-        )
+        deviations = [f.std or 0.0 for f in figures]
+        bars = axes.bar(left, heights, width, yerr=deviations, capsize=2, label=name)
         if not from_zero:
             labels = ["" if math.isnan(height) else f"{height:.4f}" for height in heights]
             axes.bar_label(bars, labels, rotation=90, padding=3, fontsize=7)
     if not from_zero:
-        every = [
-            value for values in groups.values() for numbers in values.values() for value in numbers
-        ]
-        room = max(max(every) - min(every), 1e-3)
-        axes.set_ylim(min(every) - 0.3 * room, max(every) + 0.6 * room)
+        bound_axis(axes, groups)
     axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
     axes.set_ylabel(unit if from_zero else f"{unit} (not from 0)")
     figure.legend(loc="outside upper center", ncols=len(series))
     figure.savefig(path, dpi=120)
 
 
+def loss_curve(run: Run, by_steps: bool) -> tuple[list[float], list[float]]:
+    """Steps or seconds of the training clock, and the training loss there."""
+    steps = [record for record in read_records(run) if record["event"] == "train"]
+    if by_steps:
+        places = [step["step"] for step in steps]
+    else:
+        places = [step["train_ms"] / 1000 for step in steps]
+    return places, [step["train_loss"] for step in steps]
+
+
 def plot_loss(path: Path, plan: Plan):
-    """A PNG of training loss over the training clock, a colour for each variant and a line for each
-    run; over steps, if runs shared GPUs.
+    """A PNG of training loss over the training clock: a colour for each variant, a line a run.
+
+    It is over steps if runs shared GPUs, which makes their clocks unfair.
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes, late, shared = (
-        figure.add_subplot(),
-        [],
-        any(read_outcome(run).get("shared") for run in plan.runs),
-    )
+    axes = figure.add_subplot()
+    shared = any(read_outcome(run).get("shared") for run in plan.runs)
+    late = []
     for number, variant in enumerate(plan.variants):
-        color, dashes = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
-        for place, run in enumerate(
-            run for run in plan.runs if run.variant == variant and is_complete(run)
-        ):
-            steps = [record for record in read_records(run) if record["event"] == "train"]
-            places = [s["step"] if shared else s["train_ms"] / 1000 for s in steps]
-            losses = [s["train_loss"] for s in steps]
+        # Ten colours, then the same with other dashes.
+        style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+        own = [run for run in plan.runs if run.variant == variant and is_complete(run)]
+        for place, run in enumerate(own):
+            places, losses = loss_curve(run, by_steps=shared)
             label = "" if place else variant
-            axes.plot(places, losses, color=color, linestyle=dashes, linewidth=1, label=label)
-            late += [
-                loss for loss, at in zip(losses, places, strict=True) if at >= 0.1 * places[-1]
-            ]
-    if late:  # the first steps' loss would hide all differences
+            axes.plot(places, losses, linewidth=1, label=label, **style)
+            pairs = zip(losses, places, strict=True)
+            late += [loss for loss, at in pairs if at >= 0.1 * places[-1]]
+    # The first steps' loss would hide all differences.
+    if late:
         axes.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
         axes.legend()
     axes.set_xlabel("steps" if shared else "seconds of training")
@@ -774,87 +877,75 @@ def plot_loss(path: Path, plan: Plan):
     figure.savefig(path, dpi=120)
 
 
+def named_scores(figures: dict) -> dict[str, float]:
+    """A run's scores, by the names that a plot shows."""
+    return {text: figures[key] for key, text in BPB.items() if figures.get(key) is not None}
+
+
+def loss_by_kind(figures: dict) -> dict[str, float]:
+    """What quantization of each kind of layer costs a run."""
+    return figures.get("bpb_by_kind", {})
+
+
+def collect(plan: Plan, runs: list[dict], read: Callable[[dict], dict[str, float]]) -> Groups:
+    """What read() finds in the figures of complete runs; without variants that have nothing."""
+    groups: Groups = {variant: {} for variant in plan.variants}
+    for run in runs:
+        if run["status"] != "complete":
+            continue
+        for name, value in read(run["figures"]).items():
+            groups[run["variant"]].setdefault(name, []).append(value)
+    return {variant: values for variant, values in groups.items() if values}
+
+
 def draw_plots(plan: Plan, out: Path, runs: list[dict]) -> list[str]:
     """Writes the plots for which there are figures; returns notes on those left out."""
-
-    def collect(read) -> dict[str, dict[str, list[float]]]:
-        """By variant and series, the values of complete runs that read(figures), a dict by series,
-        has.
-        """
-        groups: dict[str, dict[str, list[float]]] = {variant: {} for variant in plan.variants}
-        for run in runs:
-            for name, value in read(run["figures"]).items() if run["status"] == "complete" else ():
-                groups[run["variant"]].setdefault(name, []).append(value)
-        return {variant: values for variant, values in groups.items() if values}
-
-    for name in (
-        "loss.png",
-        "bpb.png",
-        "quantization_loss.png",
-    ):  # a plot of an earlier call says nothing any more
+    # A plot of an earlier call says nothing any more.
+    for name in ("loss.png", "bpb.png", "quantization_loss.png"):
         (out / name).unlink(missing_ok=True)
-    scores = collect(
-        lambda figures: {
-            text: figures[key] for key, text in BPB.items() if figures.get(key) is not None
-        }
-    )
+    scores = collect(plan, runs, named_scores)
     if not scores:
         return ["No plots: no run is complete."]
     plot_loss(out / "loss.png", plan)
     grouped_bars(out / "bpb.png", scores, list(BPB.values()), "bits per byte", from_zero=False)
-    kinds = collect(lambda figures: figures.get("bpb_by_kind", {}))
+    kinds = collect(plan, runs, loss_by_kind)
     if not kinds:
-        return [
-            "No plot of quantization loss by kind of layer: no run has a record `quantization_loss`."
-        ]
+        missing = "no run has a record `quantization_loss`."
+        return [f"No plot of quantization loss by kind of layer: {missing}"]
     names = sorted({name for values in kinds.values() for name in values})
-    grouped_bars(
-        out / "quantization_loss.png",
-        kinds,
-        names,
-        "bits per byte lost by quantization",
-        from_zero=True,
-    )
+    unit = "bits per byte lost by quantization"
+    grouped_bars(out / "quantization_loss.png", kinds, names, unit, from_zero=True)
     return []
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    def count(text: str) -> int:
-        if not text.isdecimal() or not int(text):
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-        return int(text)
+def count(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
 
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; UserError if it makes no sense."""
     summary, _, rest = __doc__.partition("\n\n")
     parser = Parser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.hint = " (see --help)"
-    parser.add_argument("file", type=Path, metavar="FILE.toml", help="what to compare")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="output folder (default: logs/ and FILE's name)"
-    )
-    parser.add_argument(
-        "--processes", type=count, default=0, metavar="N", help="of each run, instead of FILE's"
-    )
-    parser.add_argument(
-        "--parallel",
-        type=count,
-        default=0,
-        metavar="N",
-        help="most runs at once, instead of FILE's",
-    )
-    parser.add_argument(
-        "--seeds", type=count, metavar="N", help="only the first N of each variant's"
-    )
-    parser.add_argument(
-        "--script", type=Path, default=ROOT / "train_gpt.py", help="program to run (train_gpt.py)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list what would run, and change nothing"
-    )
+    add = parser.add_argument
+    number = {"type": count, "metavar": "N"}
+    add("file", type=Path, metavar="FILE.toml", help="what to compare")
+    folder = "output folder (default: logs/ and FILE's name)"
+    add("--out", type=Path, metavar="FOLDER", help=folder)
+    add("--processes", default=0, help="of each run, instead of FILE's", **number)
+    add("--parallel", default=0, help="most runs at once, instead of FILE's", **number)
+    add("--seeds", help="only the first N of each variant's", **number)
+    script = ROOT / "train_gpt.py"
+    add("--script", type=Path, default=script, help="program to run (train_gpt.py)")
+    add("--dry-run", action="store_true", help="list what would run, and change nothing")
     return parser.parse_args(arguments)
 
 
@@ -863,19 +954,36 @@ def list_runs(plan: Plan, gpus: list[list[str]]):
     complete = [is_complete(run) for run in plan.runs]
     for run, kept in zip(plan.runs, complete, strict=True):
         settings = " ".join(f"{name}={value}" for name, value in run.variables.items())
-        print(f"{run.title} ({'is complete' if kept else 'would run'}): SEED={run.seed} {settings}")
-    print(
-        f"{complete.count(False)} of {len(plan.runs)} runs to do; at once: {len(gpus)}; processes: {plan.processes}"
-    )
+        state = "is complete" if kept else "would run"
+        print(f"{run.title} ({state}): SEED={run.seed} {settings}")
+    to_do = f"{complete.count(False)} of {len(plan.runs)} runs to do"
+    print(f"{to_do}; at once: {len(gpus)}; processes: {plan.processes}")
+
+
+@contextlib.contextmanager
+def claimed(out: Path):
+    """Makes the output folder and keeps other ablate.py out of it.
+
+    The lock is held until this process ends, in whatever way.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another ablate.py is at work in {out}") from None
+        yield
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads, runs, reports. Exit status: 0, 1 if a run failed, 130 if interrupted."""
     options = parse_arguments(arguments)
-    out, script = (
-        (options.out or Path("logs") / options.file.stem).resolve(),
-        options.script.resolve(),
-    )
+    out = (options.out or Path("logs") / options.file.stem).resolve()
+    script = options.script.resolve()
     need(script.is_file(), f"{script}: no such program")
     plan = read_plan(
         options.file, out, load_train_gpt(), options.processes, options.parallel, options.seeds
@@ -884,16 +992,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         list_runs(plan, gpus)
         return 0
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")  # held until this process ends, in whatever way
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another ablate.py is at work in {out}") from None
+    with claimed(out):
         stop_processes(out)  # of an ablate.py that was killed
         write_results(plan, out)
         ended = Runner(plan, out, script, gpus).run()
@@ -902,20 +1001,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"stopped; the same command continues. So far: {out}/table.md", flush=True)
             return 130
         write_results(plan, out, draw_plots(plan, out, runs))
-    print(
-        "\n" + (out / "table.md").read_text(encoding="utf-8") + f"\nResults and plots: {out}",
-        flush=True,
-    )
+    table = (out / "table.md").read_text(encoding="utf-8")
+    print(f"\n{table}\nResults and plots: {out}", flush=True)
     return int(any(run["status"] != "complete" for run in runs))
 
 
 def run(arguments: list[str] | None = None) -> int:
     """main(), with a user's mistake printed as one line; returns the exit status."""
     try:
-        return main(arguments)
-    except UserError as error:
-        print(f"ablate.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return run_command("ablate.py", lambda: main(arguments))
     except KeyboardInterrupt:  # before the first run or after the last
         return 130
 

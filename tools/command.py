@@ -1,6 +1,9 @@
-"""What the tools' commands share: a user's mistake, which ends in one line."""
+"""What commands share: a user's mistake, which ends in one line and with status 2."""
 
 import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -19,4 +22,29 @@ class Parser(argparse.ArgumentParser):
     hint = ""  # behind the message
 
     def error(self, message: str):
+        """What argparse calls for a mistake, in place of printing the usage and ending."""
         raise UserError(message + self.hint)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that no reader, and no interruption, ever leaves half of it."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def run_command(name: str, command: Callable[[], int]) -> int:
+    """The exit status of a command: what it returns, or 2 for a mistake, told in one line.
+
+    A file that cannot be read or written, and a package that is missing, are mistakes too.
+    """
+    try:
+        return command()
+    except UserError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2

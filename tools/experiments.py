@@ -20,7 +20,7 @@ if not __package__:  # started by its path
     )
     sys.exit(2)
 
-from tools.command import UserError, need
+from tools.command import Parser, need, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "experiments.csv"
@@ -60,7 +60,10 @@ in the history: `git show b6028ee:docs/experiments.md`.
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of the data, by column. Raises UserError for a file of another form."""
+    """Rows of the data, by column. Raises UserError for a file of another form.
+
+    An id is what texts cite a row by, so there is one of each; a log that is named is there.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         need(tuple(reader.fieldnames or ()) == COLUMNS, f"{path} has other columns than {COLUMNS}")
@@ -78,7 +81,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def measures(row: dict[str, str]) -> dict[str, str]:
-    """What a row found, by name; a value without a name has an empty one."""
+    """What a row found, by name; a value without a name has an empty one.
+
+    A value may hold a colon, a name cannot: the last one parts them.
+    """
     found = {}
     for part in row["found"].split("; "):
         name, colon, value = part.rpartition(": ")
@@ -87,14 +93,17 @@ def measures(row: dict[str, str]) -> dict[str, str]:
 
 
 def cell(text: str) -> str:
-    """Text as a table's cell."""
+    """Text as a table's cell, which a bar would end."""
+    # Markdown's own escape.
     return text.replace("|", "\\|")
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:
     """One topic's rows as a table, with a column for each name that any of them found."""
     found = [measures(row) for row in rows]
+    # In the order in which they first appear.
     names = list(dict.fromkeys(name for one in found for name in one))
+    # Columns that are empty throughout are left out.
     beside = [
         name
         for name in ("clock", "seeds", "predicted", "verdict", "log")
@@ -111,15 +120,18 @@ def table(rows: list[dict[str, str]]) -> list[str]:
 
 
 def block(rows: list[dict[str, str]], level: str) -> list[str]:
-    """The tables of some rows, one a run of equal topics."""
+    """The tables of some rows, one for each run of equal topics."""
+
+    def number_and_topic(row: dict[str, str]) -> tuple[str, str]:
+        return row["id"].split("-")[0], row["topic"]
+
     lines = []
-    for number_and_topic, group in groupby(
-        rows, key=lambda row: (row["id"].split("-")[0], row["topic"])
-    ):
+    # groupby() puts neighbours together, so rows of the file are never moved.
+    for (_, topic), group in groupby(rows, key=number_and_topic):
         same = list(group)
         first = same[0]
         where = f"{first['corpus']}, {first['split']} split, {first['hardware']}"
-        lines += ["", f"{level} {number_and_topic[1]}", ""]
+        lines += ["", f"{level} {topic}", ""]
         lines += [f"{first['date']}, script {first['script']}; {where}.", ""]
         lines += table(same)
     return lines
@@ -133,17 +145,12 @@ def render(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> int:
-    """Writes the tables, or checks them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Writes the tables, or checks them; 1 if they are out of date."""
+    # A test calls the check, so that the page never says what the data do not.
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    try:
-        text = render(read_rows(DATA))
-    except (OSError, UserError) as error:
-        print(f"experiments.py: error: {error}", file=sys.stderr)
-        return 2
+    text = render(read_rows(DATA))
     if not check:
         TABLES.write_text(text, encoding="utf-8")
         return 0
@@ -155,4 +162,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("experiments.py", main))

@@ -21,6 +21,13 @@ CPU_OPTIONS = ["--isolated", "--index-url", CPU_INDEX, "--timeout", "10", "--ret
 FALLBACK = "torch==2.13.0"  # some machines keep a CPU build of this release on their disk
 
 
+def fail(message: str) -> None:
+    """Ends the program with one line and the status of a user's mistake."""
+    # Nothing is imported for it: this file has to start under any Python, to say what is too old.
+    print(f"make_venv.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def output(*command: str) -> str:
     """What a command prints, or "" if it cannot run or fails."""
     try:
@@ -30,27 +37,26 @@ def output(*command: str) -> str:
 
 
 def find_torch(python: str) -> str:
-    """The version of torch that this Python can import, or "" if it has none or one older than
-    requirements.txt asks.
+    """The version of torch that this Python can import, or "" if it has none that will do.
+
+    requirements.txt says how old it may be.
     """
     version = output(python, "-c", "import torch; print(torch.__version__)")
-    return version if version and tuple(map(int, version.split(".")[:2])) >= (2, 9) else ""
+    if not version:
+        return ""
+    major, minor = version.split(".")[:2]
+    return version if (int(major), int(minor)) >= (2, 9) else ""
 
 
 def make_venv(*options: str) -> None:
+    """A new .venv in place of what is there."""
     subprocess.run([sys.executable, "-m", "venv", "--clear", *options, str(VENV)], check=True)
 
 
 def install(requirement: str, *options: str, **environment: str) -> bool:
-    command = [
-        VENV_PYTHON,
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        *options,
-        requirement,
-    ]
+    """Whether pip could install it in .venv; its messages are shown."""
+    pip = [VENV_PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+    command = [*pip, *options, requirement]
     print("+", " ".join(command), flush=True)
     done = subprocess.run(command, env=os.environ | environment).returncode == 0
     if not done:
@@ -58,36 +64,44 @@ def install(requirement: str, *options: str, **environment: str) -> bool:
     return done
 
 
-def main() -> None:
-    wanted = os.environ.get("TORCH", "")
+def prepare_venv(may_share: bool) -> None:
+    """Makes .venv unless it works already, sharing this Python's torch if it may and can."""
     if not output(VENV_PYTHON, "--version"):
-        share = not wanted and find_torch(sys.executable)
+        share = may_share and find_torch(sys.executable)
         make_venv(*["--system-site-packages"] * bool(share))
-        if share and not find_torch(
-            VENV_PYTHON
-        ):  # it belongs to a virtual environment, which cannot be shared
+        # That of another virtual environment cannot be shared.
+        if share and not find_torch(VENV_PYTHON):
             make_venv()
     elif not output(VENV_PYTHON, "-m", "pip", "--version"):  # made by a tool that leaves pip out
         subprocess.run([VENV_PYTHON, "-m", "ensurepip"], check=True)
+
+
+def main() -> None:
+    """Makes .venv, and installs torch in it where there is none."""
+    wanted = os.environ.get("TORCH", "")
+    prepare_venv(may_share=not wanted)
     if not wanted and (version := find_torch(VENV_PYTHON)):
         print(f".venv uses torch {version}, which was already there")
         return
     has_gpu = shutil.which("nvidia-smi") and output("nvidia-smi", "-L")
     if not has_gpu and install(wanted or "torch", *CPU_OPTIONS, PIP_CONFIG_FILE=os.devnull):
         return
-    choices = [wanted] if wanted else ["torch"] if has_gpu else [FALLBACK, "torch"]
+    # Without that index: what this machine's own configuration finds.
+    if wanted:
+        choices = [wanted]
+    elif has_gpu:
+        choices = ["torch"]
+    else:
+        choices = [FALLBACK, "torch"]
     if not any(install(choice) for choice in choices):
-        sys.exit("make_venv.py: error: torch could not be installed; pip's messages above say why")
+        fail("torch could not be installed; pip's messages above say why")
 
 
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036 - the Python that make finds may be any
-        sys.exit(
-            "make_venv.py: error: this project needs Python 3.10 or newer: make PYTHON=python3.12 ..."
-        )
+        fail("this project needs Python 3.10 or newer: make PYTHON=python3.12 ...")
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(
-            f"make_venv.py: error: {' '.join(error.cmd)} failed; on Debian and Ubuntu, install python3-venv"
-        )
+        command = " ".join(error.cmd)
+        fail(f"{command} failed; on Debian and Ubuntu, install python3-venv")

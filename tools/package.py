@@ -32,7 +32,8 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, UserError, need
-from tools.summary import CAP, SEPARATOR, last_run, spread
+from tools.logs import SEPARATOR, last_run, spread
+from tools.summary import CAP
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation

@@ -15,6 +15,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
+from tools.command import Parser, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
@@ -59,7 +60,8 @@ NAMES = """\
 
 Four published scripts read {count} variables. Each of their names is a setting of this script, is
 another name for one, which the log says, or is refused with what holds instead: {settings} are
-settings, {aliases} other names, {refused} refused. A value that says what holds anyway may be given.
+settings, {aliases} other names, {refused} refused. A value that says what holds anyway may be
+given.
 """
 
 OTHERS = """\
@@ -68,22 +70,27 @@ OTHERS = """\
 
 
 def cell(text: str) -> str:
-    """A text inside a Markdown table."""
+    """A text inside a Markdown table, where a bar would end the cell."""
     return text.replace("|", "\\|")
 
 
 def code(text: str) -> str:
     """A text as code inside a table; nothing if it is empty."""
+    # Empty backticks would show as backticks.
     return f"`{cell(text)}`" if text else ""
 
 
 def shown(value) -> str:
-    """A value as it is written in the environment."""
+    """A value as it is written in the environment, where True is 1."""
     return str(int(value) if isinstance(value, bool) else value)
 
 
 def setting_rows() -> list[str]:
-    """A table for each group of settings."""
+    """A table for each group of settings.
+
+    Settings stand in the order of the class, in which each group is together: the first of a group
+    names it.
+    """
     lines = []
     for field in dataclasses.fields(t.Settings):
         group, domain = field.metadata["group"], field.metadata["domain"]
@@ -98,7 +105,10 @@ def setting_rows() -> list[str]:
 
 
 def preset_rows() -> list[str]:
-    """A table of presets and what each sets."""
+    """A table of presets and what each sets.
+
+    The first one is the defaults themselves, and sets nothing.
+    """
     lines = ["| `PRESET` | sets |", "| --- | --- |"]
     for name, values in t.PRESETS.items():
         changes = [f"`{key.upper()}={shown(value)}`" for key, value in values.items()]
@@ -107,7 +117,10 @@ def preset_rows() -> list[str]:
 
 
 def name_row(name: str, refused: dict[str, tuple[str, str]]) -> str:
-    """What becomes of a name, and why."""
+    """What becomes of a name, and why.
+
+    A refused name may have one value that says what holds anyway; an alias may convert its value.
+    """
     if name in refused:
         value, reason = refused[name]
         fate = f"refused, but {code(value)}" if value else "refused"
@@ -121,7 +134,7 @@ def name_row(name: str, refused: dict[str, tuple[str, str]]) -> str:
 
 
 def settings_page() -> str:
-    """The whole page."""
+    """The whole page: settings, presets, the contest's names, and other programs' names."""
     contest = CONTEST.read_text(encoding="utf-8").split()
     refused = t.refused_names()
     counts = {
@@ -129,7 +142,9 @@ def settings_page() -> str:
         "aliases": sum(name in t.ALIASES for name in contest),
         "refused": sum(name in refused for name in contest),
     }
+    # What is neither is a setting itself.
     counts["settings"] = len(contest) - counts["aliases"] - counts["refused"]
+    # What the script knows besides is listed behind, by the alphabet.
     others = [name for name in (*t.ALIASES, *refused) if name not in contest]
     table = ["| name | here | |", "| --- | --- | --- |"]
     lines = [INTRODUCTION.rstrip("\n"), *setting_rows()]
@@ -140,13 +155,15 @@ def settings_page() -> str:
 
 
 def main() -> int:
-    """Writes or checks the page; 1 if it is out of date."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Writes or checks the page; 1 if it is out of date.
+
+    The check is for a test, which keeps the page from saying what the script does not do.
+    """
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
     page = settings_page()
-    if not parser.parse_args().check:
+    if not check:
         PAGE.write_text(page, encoding="utf-8")
         return 0
     if PAGE.read_text(encoding="utf-8") == page:
@@ -156,4 +173,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("settings_page.py", main))

@@ -1,104 +1,94 @@
-"""Prints what a run achieved, from its logs: python -m tools.summary logs/demo.jsonl"""
+"""Prints what a run achieved, from its log.
 
-import json
-import statistics
+    python -m tools.summary logs/demo.jsonl
+
+The scores, how long a step took, the bytes of code and model, and what the model writes if the run
+was asked for a sample. Of several runs in the file, the last one counts.
+"""
+
+import argparse
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
-CAP = 16_000_000
-SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a text log
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m tools.summary", file=sys.stderr)
+    sys.exit(2)
 
+from tools.command import Parser, run_command
+from tools.logs import finished_run, not_a_log
 
-def last_run(path: Path) -> dict[str, dict]:
-    """The last record of each event, of the last run in the file (logs append, and a run begins
-    with its settings).
-    """
-    events = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["event"] == "settings":
-            events = {}
-        events[record["event"]] = record
-    return events
-
-
-class Spread(NamedTuple):
-    """Mean and sample standard deviation; None where there are too few values."""
-
-    mean: float | None
-    std: float | None
-
-
-def spread(values: list[float]) -> Spread:
-    return Spread(
-        statistics.fmean(values) if values else None,
-        statistics.stdev(values) if len(values) > 1 else None,
-    )
+CAP = 16_000_000  # the contest's, of code and model together
+WIDTH = 100
 
 
 def wrapped(text: str) -> list[str]:
     """Its paragraphs in indented lines."""
-    indent = {"initial_indent": "  ", "subsequent_indent": "  "}
-    paragraphs = (textwrap.wrap(paragraph, 98, **indent) for paragraph in text.splitlines())
-    return [line for lines in paragraphs for line in lines or [""]]
+    lines = []
+    for paragraph in text.splitlines():
+        # An empty paragraph is a line too.
+        lines += textwrap.wrap(
+            paragraph, WIDTH - 2, initial_indent="  ", subsequent_indent="  "
+        ) or [""]
+    return lines
 
 
-def main() -> int:
-    if len(sys.argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    path = Path(sys.argv[1])
-    try:
-        events = last_run(path)
-    except OSError as error:
-        print(f"summary.py: error: {path}: {error.strerror}", file=sys.stderr)
-        return 1
-    except (ValueError, KeyError, TypeError):
-        print(f"summary.py: error: {path} is not a run's .jsonl log", file=sys.stderr)
-        return 1
-    wanted = ("settings", "trained", "after_quantization", "final")
-    if missing := [name for name in wanted if name not in events]:
-        print(
-            f"summary.py: error: {path} is of a run that has not finished: no {missing[0]!r} yet",
-            file=sys.stderr,
-        )
-        return 1
-    settings, trained, quantized, final = (events[name] for name in wanted)
-    machine, settings = settings["machine"], settings["settings"]
-    total, code = trained["bytes_total"], trained["bytes_code"]
+def score_lines(events: dict[str, dict]) -> list[str]:
+    """The model's scores at the three moments at which they are taken."""
+    settings = events["settings"]["settings"]
     windows = f"{settings['eval_mode']} windows"
     if settings["eval_mode"] == "sliding":
         windows += f", stride {settings['eval_stride']}"
     adapted = settings["ttt_enabled"] and settings["ttt_epochs"] > 0
     windows += ", adapting as it goes" if adapted else ", weights frozen"
-    run_id = settings["run_id"]
-    lines = [
-        f"Run {run_id}: {trained['steps']} steps of {trained['step_avg_ms']:.0f} ms on {machine['hardware']}",
-        "",
-        "Bits per byte of the validation text:",
-        f"  before quantization   {trained['val_bpb']:.4f}   (plain windows)",
-        f"  after quantization    {quantized['val_bpb']:.4f}   (plain windows)",
-        f"  {'after adaptation' if adapted else 'final':20}  {final['val_bpb']:.4f}   ({windows})",
-        "",
-        f"Size: {total:,} of {CAP:,} bytes ({code:,} code + {total - code:,} model)",
+    last = "after adaptation" if adapted else "final"
+    # The first two are of the same text in the same windows, so that they can be compared.
+    before = events["trained"]["val_bpb"]
+    after = events["after_quantization"]["val_bpb"]
+    final = events["final"]["val_bpb"]
+    return [
+        f"  before quantization   {before:.4f}   (plain windows)",
+        f"  after quantization    {after:.4f}   (plain windows)",
+        f"  {last:20}  {final:.4f}   ({windows})",
     ]
+
+
+def summary(events: dict[str, dict]) -> list[str]:
+    """The lines to print of a finished run."""
+    settings = events["settings"]["settings"]
+    hardware = events["settings"]["machine"]["hardware"]
+    trained = events["trained"]
+    steps = f"{trained['steps']} steps of {trained['step_avg_ms']:.0f} ms on {hardware}"
+    total = trained["bytes_total"]
+    code = trained["bytes_code"]
+    size = f"{total:,} of {CAP:,} bytes ({code:,} code + {total - code:,} model)"
+    lines = [f"Run {settings['run_id']}: {steps}", ""]
+    # The contest's two figures: bits per byte, and bytes.
+    lines += ["Bits per byte of the validation text:", *score_lines(events), "", f"Size: {size}"]
     if "sample" in events:
         lines += ["", "What it writes, before it adapts:", *wrapped(events["sample"]["sample"])]
+    # The demo trains for two minutes; its next step is the same model with more time.
     if settings["preset"] == "tiny":
-        command = (
-            f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {sys.executable} train_gpt.py"
-        )
-        lines += [
-            "",
-            "Next, the same model for ten minutes:",
-            "  " + command.replace(f"{Path.cwd()}/", ""),
-        ]
-    width = 100
-    print("\n" + "=" * width, *lines, "=" * width, sep="\n")
+        python = sys.executable.replace(f"{Path.cwd()}/", "")
+        command = f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {python} train_gpt.py"
+        lines += ["", "Next, the same model for ten minutes:", f"  {command}"]
+    return lines
+
+
+def main() -> int:
+    """Prints the summary of the last run in a log."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", type=Path, help="LOG_DIR/RUN_ID.jsonl")
+    path = parser.parse_args().log
+    events = finished_run(path)
+    try:
+        lines = summary(events)
+    except (KeyError, TypeError, ValueError):
+        raise not_a_log(path) from None
+    ruler = "=" * WIDTH
+    print(f"\n{ruler}", *lines, ruler, sep="\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("summary.py", main))
