@@ -282,7 +282,9 @@ LENGTHS = (5, 1, 14, 12)  # of four documents in one window; the first runs at i
 
 def documents_model(dtype=torch.float32, **changes) -> t.Model:
     """A model that keeps documents apart, all of it in dtype, rotary angles too."""
-    model = random_model(tiny(document_reset=True, **changes)).to(dtype)
+    plain = "parallel" if changes.get("mamba_version") == 1 else "chunked"
+    settings = tiny(**{"document_reset": True, "scan_backend": plain} | changes)
+    model = random_model(settings).to(dtype)
     model.compute_dtype = dtype
     position = torch.arange(model.rotary_table.shape[1], dtype=dtype)
     pairs = model.rotary_table.shape[2]
