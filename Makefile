@@ -13,14 +13,15 @@ DEVICE ?= cpu
 VENV_PYTHON := .venv/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check
 SAMPLE := data/sample/sample_val_000000.bin
-# Threads sleep while they wait for each other; on a machine that is shared, spinning makes a run several times slower.
+# Threads sleep while they wait for each other; on a machine that is shared, spinning makes a run
+# several times slower.
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
 .PHONY: help demo test lint clean FORCE
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 demo: .venv/.run $(SAMPLE)
 	rm -f logs/demo.*

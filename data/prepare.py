@@ -1,9 +1,12 @@
 """Make the token shards and the SentencePiece tokenizer that train_gpt.py reads.
 
-    python data/prepare.py sample                                       a small English sample, without any download
-    python data/prepare.py text a.txt b.txt --out data/my --name my     your own text (also: jsonl, parquet)
-    python data/prepare.py fineweb --variant sp1024 --train-shards 10   the published FineWeb shards
-    python data/prepare.py development data/my --out data/development   a dataset to choose settings on
+    python data/prepare.py sample                   a small English sample, without any download
+    python data/prepare.py text a.txt b.txt --out data/my --name my
+                                                    your own text (also: jsonl, parquet)
+    python data/prepare.py fineweb --variant sp1024 --train-shards 10
+                                                    the published FineWeb shards
+    python data/prepare.py development data/my --out data/development
+                                                    a dataset to choose settings on
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
 and then that many little-endian uint16 tokens. Every document starts with the beginning-of-sequence
@@ -41,7 +44,10 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+# The shard format.
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 BOS_ID = 1
 MAX_VOCAB_SIZE = 2**16  # tokens are stored as uint16
@@ -99,9 +105,9 @@ def checked_text(value: Any, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise PrepareError(
-            f"{where}: the field is of type {type(value).__name__}, not text; choose another with --field"
-        )
+        kind = type(value).__name__
+        hint = "choose another with --field"
+        raise PrepareError(f"{where}: the field is of type {kind}, not text; {hint}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -118,7 +124,8 @@ def read_text(path: Path, separator: str | None) -> Iterator[tuple[str, int]]:
     pattern = re.compile(
         SEPARATORS.get(separator, re.escape(separator.encode())) if separator else rb"(?!)"
     )
-    rest, number = b"", itertools.count(1)
+    rest = b""
+    number = itertools.count(1)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             *complete, rest = pattern.split(rest + chunk)
@@ -126,9 +133,8 @@ def read_text(path: Path, separator: str | None) -> Iterator[tuple[str, int]]:
                 yield decode(raw, f"{path}: document {next(number)}"), len(raw)
             if len(rest) > MAX_DOCUMENT_BYTES:
                 where = f"{path}: document {next(number)}"
-                raise PrepareError(
-                    f"{where} exceeds {MAX_DOCUMENT_BYTES:,} bytes; tell documents apart by --separator"
-                )
+                hint = "tell documents apart by --separator"
+                raise PrepareError(f"{where} exceeds {MAX_DOCUMENT_BYTES:,} bytes; {hint}")
     yield decode(rest, f"{path}: document {next(number)}"), len(rest)
 
 
@@ -152,9 +158,8 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
                     f"{where}: expected a JSON object, found a {type(record).__name__}"
                 )
             if field not in record:
-                raise PrepareError(
-                    f"{where}: no field {field!r}; it has {', '.join(record) or 'none'} (see --field)"
-                )
+                fields = ", ".join(record) or "none"
+                raise PrepareError(f"{where}: no field {field!r}; it has {fields} (see --field)")
             yield checked_text(record[field], where), len(line)
 
 
@@ -222,7 +227,8 @@ def tokenizer_sample(
     characters.
     """
     kept: list[tuple[float, str]] = []
-    size, threshold = 0, 0.0
+    size = 0
+    threshold = 0.0
     for document in documents:
         fraction = hash_fraction(document.text)
         if document.is_validation or fraction < threshold:
@@ -232,7 +238,8 @@ def tokenizer_sample(
         while size > limit and len(kept) > 1:
             # Drop the half with the lower hashes, and skip such documents from now on.
             kept = sorted(kept)[len(kept) // 2 :]
-            size, threshold = sum(len(text) for _, text in kept), kept[0][0]
+            size = sum(len(text) for _, text in kept)
+            threshold = kept[0][0]
     return [text for _, text in kept]
 
 
@@ -274,9 +281,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         if most := re.search(r"value <= (\d+)", str(error)):
-            raise PrepareError(
-                f"too little text for a vocabulary of {vocab_size} (at most {most[1]}); lower --vocab-size or add text"
-            ) from None
+            little = f"too little text for a vocabulary of {vocab_size} (at most {most[1]})"
+            raise PrepareError(f"{little}; lower --vocab-size or add text") from None
         if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
             raise PrepareError(
                 f"--vocab-size {vocab_size} is too small: this text needs at least {least[1]}"
@@ -334,7 +340,9 @@ def encode_documents(
     time.
     """
     with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(model,)) as pool:
-        waiting, batch, characters = deque(), [], 0
+        waiting = deque()  # batches that workers have, in order
+        batch = []
+        characters = 0
         for document in itertools.chain(documents, [None]):
             if document:
                 batch.append(document)
@@ -343,7 +351,8 @@ def encode_documents(
                 waiting.append(
                     (batch, pool.submit(encode_batch, [document.text for document in batch]))
                 )
-                batch, characters = [], 0
+                batch = []
+                characters = 0
             while waiting and (document is None or len(waiting) > 3 * workers):
                 done, tokens = waiting.popleft()
                 yield from zip(done, tokens.result(), strict=True)
@@ -358,9 +367,16 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, prefix: str, shard_tokens: int):
-        self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
-        self.file, self.filled = None, 0
-        self.shards = self.tokens = self.documents = self.text_bytes = 0
+        self.folder = folder
+        self.prefix = prefix
+        self.shard_tokens = shard_tokens
+        self.file = None  # of the shard in progress
+        self.filled = 0  # tokens in it
+        # Of all shards.
+        self.shards = 0
+        self.tokens = 0
+        self.documents = 0
+        self.text_bytes = 0
 
     def append(self, text: str, tokens: np.ndarray) -> None:
         """Append the tokens of one document."""
@@ -369,10 +385,9 @@ class ShardWriter:
         self.tokens += len(tokens)
         while len(tokens):
             if self.file is None:
-                self.file, self.filled = (
-                    (self.folder / f"{self.prefix}_{self.shards:06d}.bin").open("wb"),
-                    0,
-                )
+                self.file = (self.folder / f"{self.prefix}_{self.shards:06d}.bin").open("wb")
+                self.filled = 0
+                # The header's place; close() knows what to write there.
                 self.file.write(bytes(HEADER_BYTES))
                 self.shards += 1
             part, tokens = np.split(tokens, [self.shard_tokens - self.filled])
@@ -415,28 +430,65 @@ def publish(work: Path, out: Path, name: str) -> None:
         os.replace(path, out / path.name)
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raise PrepareError for a name or a number that cannot be."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
+        raise PrepareError(f"--name {args.name!r}: use only letters, digits, '.', '_' and '-'")
+    limits = {"vocab_size": MAX_VOCAB_SIZE, "shard_tokens": MAX_SHARD_TOKENS, "workers": 1024}
+    for option, most in limits.items():
+        value = getattr(args, option)
+        if not 1 <= value <= most:
+            name = option.replace("_", "-")
+            raise PrepareError(f"--{name} {value} is not between 1 and {most}")
+
+
+def new_tokenizer(documents: Iterable[Document], vocab_size: int) -> bytes:
+    """Train a tokenizer on the training documents and return the bytes of its model file."""
+    texts = tokenizer_sample(documents)
+    if not texts:
+        raise PrepareError(
+            "no training document to train a tokenizer on: the input is empty or all validation"
+        )
+    characters = sum(map(len, texts)) / 1e6
+    size = f"{vocab_size} pieces on {characters:.1f} M characters"
+    print(f"training a tokenizer of {size}", flush=True)
+    return train_tokenizer(texts, vocab_size)
+
+
+def check_splits(splits: dict[str, ShardWriter]) -> None:
+    """Raise PrepareError if a split has no tokens."""
+    if not any(writer.tokens for writer in splits.values()):
+        raise PrepareError("the input has no document that is not empty; nothing to write")
+    documents = sum(writer.documents for writer in splits.values())
+    for name, writer in splits.items():
+        if not writer.tokens:
+            raise PrepareError(
+                f"none of the {documents} documents is for {name}; change --val-fraction, give "
+                "--val files, or (text) tell documents apart by --separator"
+            )
+
+
+def print_splits(splits: dict[str, ShardWriter]) -> None:
+    """Print what each split holds."""
+    for name, writer in splits.items():
+        ratio = writer.text_bytes / writer.tokens
+        text = f"{writer.documents:,} documents, {writer.text_bytes:,} bytes of text"
+        tokens = f"{writer.tokens:,} tokens ({ratio:.2f} bytes each)"
+        print(f"{name}: {text}, {tokens}, shards: {writer.shards}")
+
+
 def build_dataset(
     documents: Callable[[], Iterable[Document]], input_bytes: int, args: argparse.Namespace
 ) -> None:
-    """Write the shards of a dataset, and its tokenizer unless `args.tokenizer` is given, into the
-    folder `args.out`.
+    """Write a dataset's shards, and its tokenizer unless `args.tokenizer` is given, to `args.out`.
 
     `documents` is called once per pass over the input, whose size is `input_bytes`. All files are
     complete before the first one gets its final name; then they replace an earlier dataset of that
     name.
     """
-    out, name = args.out, args.name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise PrepareError(f"--name {name!r}: use only letters, digits, '.', '_' and '-'")
-    for option, most in (
-        ("vocab_size", MAX_VOCAB_SIZE),
-        ("shard_tokens", MAX_SHARD_TOKENS),
-        ("workers", 1024),
-    ):
-        if not 1 <= getattr(args, option) <= most:
-            raise PrepareError(
-                f"--{option.replace('_', '-')} {getattr(args, option)} is not between 1 and {most}"
-            )
+    out = args.out
+    name = args.name
+    check_options(args)
     refuse_other_dataset(out, name)
 
     def progress(title: str) -> Iterator[Document]:
@@ -445,47 +497,28 @@ def build_dataset(
                 yield document
                 bar.update(document.input_bytes)
 
-    tokenizer_path = args.tokenizer or out / f"{name}_{args.vocab_size}_bpe.model"
-    tokenizer = load_tokenizer(tokenizer_path) if args.tokenizer else None
+    path = args.tokenizer or out / f"{name}_{args.vocab_size}_bpe.model"
+    tokenizer = load_tokenizer(path) if args.tokenizer else None
     out.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that finished files can be moved without copying them.
     with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as temporary:
         work = Path(temporary)
         if tokenizer is None:
-            texts = tokenizer_sample(progress("reading for the tokenizer"))
-            if not texts:
-                raise PrepareError(
-                    "no training document to train a tokenizer on: the input is empty or all validation"
-                )
-            characters = sum(map(len, texts)) / 1e6
-            print(
-                f"training a tokenizer of {args.vocab_size} pieces on {characters:.1f} M characters",
-                flush=True,
-            )
-            (work / tokenizer_path.name).write_bytes(train_tokenizer(texts, args.vocab_size))
-            del texts
-            tokenizer = load_tokenizer(work / tokenizer_path.name)
+            model = new_tokenizer(progress("reading for the tokenizer"), args.vocab_size)
+            (work / path.name).write_bytes(model)
+            tokenizer = load_tokenizer(work / path.name)
         train = ShardWriter(work, f"{name}_train", args.shard_tokens)
         validation = ShardWriter(work, f"{name}_val", args.shard_tokens)
         with contextlib.closing(train), contextlib.closing(validation):
             model = tokenizer.serialized_model_proto()
             for document, tokens in encode_documents(progress("encoding"), model, args.workers):
-                (validation if document.is_validation else train).append(document.text, tokens)
-        if not train.tokens + validation.tokens:
-            raise PrepareError("the input has no document that is not empty; nothing to write")
-        for split, writer in (("training", train), ("validation", validation)):
-            if not writer.tokens:
-                raise PrepareError(
-                    f"none of the {train.documents + validation.documents} documents is for {split}; "
-                    "change --val-fraction, give --val files, or (text) tell documents apart by --separator"
-                )
+                writer = validation if document.is_validation else train
+                writer.append(document.text, tokens)
+        splits = {"training": train, "validation": validation}
+        check_splits(splits)
         publish(work, out, name)
-    for split, writer in (("training", train), ("validation", validation)):
-        ratio = writer.text_bytes / writer.tokens
-        print(
-            f"{split}: {writer.documents:,} documents, {writer.text_bytes:,} bytes of text, "
-            f"{writer.tokens:,} tokens ({ratio:.2f} bytes each), shards: {writer.shards}"
-        )
-    print_environment(out, tokenizer_path, tokenizer.vocab_size())
+    print_splits(splits)
+    print_environment(out, path, tokenizer.vocab_size())
 
 
 def print_environment(data: Path, tokenizer: Path, vocab_size: int) -> None:
@@ -498,8 +531,8 @@ def print_environment(data: Path, tokenizer: Path, vocab_size: int) -> None:
 # ---- Sample: the prose inside the Python installation --------------------------------------------
 
 COMMON_WORD = re.compile(
-    r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|is|it|its|not|of|on|or|so|that|the|then|this|to|was|we|when|"
-    r"which|will|with|you)\b",
+    r"\b(?:an?|and|are|as|at|be|by|can|for|from|has|if|in|is|it|its|not|of|on|or|so|that|the|then|"
+    r"this|to|was|we|when|which|will|with|you)\b",
     re.IGNORECASE,
 )
 
@@ -513,7 +546,9 @@ def prose_paragraphs(text: str) -> Iterator[str]:
         line = " ".join(" ".join(line for line in text_lines if re.search(r"\w", line)).split())
         line = re.sub(r":[a-z:]+:`([^`]*)`", r"\1", line)
         line = re.sub(r"(\*\*|\*|``|`)(\S(?:.*?\S)?)\1", r"\2", line)
-        words, common = len(re.findall(r"[A-Za-z']+", line)), len(COMMON_WORD.findall(line))
+        # Prose is known by its common little words, and by being letters for the most part.
+        words = len(re.findall(r"[A-Za-z']+", line))
+        common = len(COMMON_WORD.findall(line))
         letters = len(re.findall(r"[A-Za-z ]", line))
         if words >= 5 and common >= 0.15 * words and letters >= 0.85 * len(line):
             yield line
@@ -523,7 +558,8 @@ def source_texts(source: str, tree: ast.Module) -> list[str]:
     """Return the docstrings and the comments (adjacent lines joined) of a module, in the order of
     the source.
     """
-    found, nodes = [], [tree]
+    found = []
+    nodes = [tree]
     # All statements; ast.walk would also visit the many more expressions, which have no docstring.
     for node in nodes:
         nodes += [
@@ -550,7 +586,8 @@ def standard_library_documents() -> list[str]:
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    documents, seen = [], set()
+    documents = []
+    seen = set()
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).parts
         if not excluded.isdisjoint(parts):
@@ -558,9 +595,8 @@ def standard_library_documents() -> list[str]:
         try:
             source = path.read_text(encoding="utf-8")
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # invalid escapes in the sources are not the user's concern
+                # Invalid escapes in the sources are not the user's concern.
+                warnings.simplefilter("ignore")
                 tree = ast.parse(source)
         except (SyntaxError, ValueError):  # deliberately broken, or not in UTF-8
             continue
@@ -632,7 +668,8 @@ def run_development(args: argparse.Namespace) -> None:
         train, validation = np.split(train, starts[kept : kept + 1])
     else:
         validation = read_shards(args.dataset, "val")
-    texts, generator = [train], np.random.default_rng(args.seed)
+    texts = [train]
+    generator = np.random.default_rng(args.seed)
     if args.orders:
         documents = np.split(train, starts[1:kept])
         orders = (generator.permutation(len(documents)) for _ in range(args.orders))
@@ -642,16 +679,14 @@ def run_development(args: argparse.Namespace) -> None:
         work = Path(temporary)
         with contextlib.closing(ShardWriter(work, "development_val", MAX_SHARD_TOKENS)) as writer:
             writer.append("", validation)
-        writer = ShardWriter(
-            work, "development_train", min(len(train), MAX_SHARD_TOKENS)
-        )  # a shard for each order
+        # A shard for each order.
+        writer = ShardWriter(work, "development_train", min(len(train), MAX_SHARD_TOKENS))
         for text in texts:
             writer.append("", text)
         writer.close()
         publish(work, args.out, "development")
-    print(
-        f"training: {len(train):,} tokens, shards: {writer.shards}; validation: {len(validation):,} tokens"
-    )
+    kept = f"training: {len(train):,} tokens, shards: {writer.shards}"
+    print(f"{kept}; validation: {len(validation):,} tokens")
     print(f"environment for train_gpt.py: DATA_PATH={shlex.quote(str(args.out))}")
 
 
@@ -678,10 +713,53 @@ def fault_of(path: Path, entry: Any) -> str | None:
     return None
 
 
-def run_fineweb(args: argparse.Namespace) -> None:
-    """Download the published shards and tokenizer of one variant into the contest's folder
-    layout.
+def list_fineweb(api: Any, repository: str, dataset: str) -> dict[str, Any]:
+    """Return the repository's entries of a dataset and of all tokenizers, by file name."""
+    listing = {}
+    try:
+        for folder in (f"datasets/datasets/{dataset}", "datasets/tokenizers"):
+            for entry in api.list_repo_tree(repository, folder, repo_type="dataset"):
+                listing[Path(entry.path).name] = entry
+    except Exception as error:  # the package's network errors have no common base class
+        raise PrepareError(f"cannot list the files of {repository}: {first_line(error)}") from None
+    return listing
+
+
+def choose_fineweb(
+    listing: dict[str, Any], repository: str, dataset: str, model: str, train_shards: int
+) -> tuple[list[str], list[str]]:
+    """Return the names of the validation shards, and of the first training shards."""
+    names = sorted(listing)
+    val_names = [name for name in names if re.fullmatch(r"fineweb_val_\d{6}\.bin", name)]
+    train_names = [name for name in names if re.fullmatch(r"fineweb_train_\d{6}\.bin", name)]
+    if not val_names or model not in listing:
+        raise PrepareError(f"{repository} has no validation shards of {dataset}, or no {model}")
+    if train_shards > len(train_names):
+        found = f"{dataset} has only {len(train_names)} training shards"
+        raise PrepareError(f"--train-shards {train_shards}: {found}")
+    return val_names, train_names[:train_shards]
+
+
+def download(hub: Any, repository: str, entry: Any, staging: Path, name: str, target: Path) -> None:
+    """Download one file, check it, and move it to its place.
+
+    `staging` stays after an interruption: some clients resume a partial file.
     """
+    try:
+        staged = hub.hf_hub_download(repository, entry.path, repo_type="dataset", local_dir=staging)
+    except Exception as error:
+        message = f"download of {name} failed, run again to resume: {first_line(error)}"
+        raise PrepareError(message) from None
+    if fault := fault_of(Path(staged), entry):
+        os.unlink(staged)
+        message = f"the download of {name} is corrupt and was deleted ({fault}); run again"
+        raise PrepareError(message)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(staged, target)
+
+
+def run_fineweb(args: argparse.Namespace) -> None:
+    """Download one variant's published shards and tokenizer into the contest's folder layout."""
     try:
         import huggingface_hub
     except ImportError:
@@ -691,58 +769,25 @@ def run_fineweb(args: argparse.Namespace) -> None:
     if args.train_shards < 1:
         raise PrepareError(f"--train-shards {args.train_shards} must be at least 1")
     repository, vocab_size = FINEWEB[args.variant]
-    dataset, model = f"fineweb10B_{args.variant}", f"fineweb_{vocab_size}_bpe.model"
-    listing = {}
-    try:
-        for folder in (f"datasets/datasets/{dataset}", "datasets/tokenizers"):
-            for entry in huggingface_hub.HfApi().list_repo_tree(
-                repository, folder, repo_type="dataset"
-            ):
-                listing[Path(entry.path).name] = entry
-    except Exception as error:  # the package's network errors have no common base class
-        raise PrepareError(f"cannot list the files of {repository}: {first_line(error)}") from None
-    val_names = sorted(name for name in listing if re.fullmatch(r"fineweb_val_\d{6}\.bin", name))
-    train_names = sorted(
-        name for name in listing if re.fullmatch(r"fineweb_train_\d{6}\.bin", name)
-    )
-    if not val_names or model not in listing:
-        raise PrepareError(f"{repository} has no validation shards of {dataset}, or no {model}")
-    if args.train_shards > len(train_names):
-        raise PrepareError(
-            f"--train-shards {args.train_shards}: {dataset} has only {len(train_names)} training shards"
-        )
+    dataset = f"fineweb10B_{args.variant}"
+    model = f"fineweb_{vocab_size}_bpe.model"
+    listing = list_fineweb(huggingface_hub.HfApi(), repository, dataset)
+    val_names, train_names = choose_fineweb(listing, repository, dataset, model, args.train_shards)
 
     # The repository's folder `datasets/` has the layout that the contest uses under `data/`.
-    names = [model, *val_names, *train_names[: args.train_shards]]
+    names = [model, *val_names, *train_names]
     target = {name: args.out / listing[name].path.removeprefix("datasets/") for name in names}
-    missing = [
-        name
-        for name in names
-        if not target[name].is_file() or fault_of(target[name], listing[name])
-    ]
+    missing = []
+    for name in names:
+        if not target[name].is_file() or fault_of(target[name], listing[name]):
+            missing.append(name)
     print(f"{len(names) - len(missing)} of {len(names)} files are already there and good")
     args.out.mkdir(parents=True, exist_ok=True)
-    staging = (
-        args.out / f".download-{args.variant}"
-    )  # stays after an interruption: some clients resume a partial file
+    staging = args.out / f".download-{args.variant}"
     for number, name in enumerate(missing, 1):
         entry = listing[name]
         print(f"file {number} of {len(missing)}: {name}, {entry.size / 1e6:.1f} MB", flush=True)
-        try:
-            staged = huggingface_hub.hf_hub_download(
-                repository, entry.path, repo_type="dataset", local_dir=staging
-            )
-        except Exception as error:
-            raise PrepareError(
-                f"download of {name} failed, run again to resume: {first_line(error)}"
-            ) from None
-        if fault := fault_of(Path(staged), entry):
-            os.unlink(staged)
-            raise PrepareError(
-                f"the download of {name} is corrupt and was deleted ({fault}); run again"
-            )
-        target[name].parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged, target[name])
+        download(huggingface_hub, repository, entry, staging, name, target[name])
     shutil.rmtree(staging, ignore_errors=True)
     load_tokenizer(target[model])
     print_environment(target[val_names[0]].parent, target[model], vocab_size)
@@ -795,8 +840,61 @@ def run_files(args: argparse.Namespace) -> None:
     )
 
 
+def add_out(add: Callable, default: Path | None, text: str) -> None:
+    """The option --out, required where there is no default."""
+    if default is None:
+        add("--out", type=Path, required=True, help=text)
+    else:
+        add("--out", type=Path, default=default, help=f"{text} (default: %(default)s)")
+
+
+def add_vocab_size(add: Callable, text: str) -> None:
+    """The option --vocab-size."""
+    text += " (default: %(default)s)"
+    add("--vocab-size", type=int, default=1024, metavar="N", help=text)
+
+
+def add_file_options(command: argparse.ArgumentParser, name: str) -> None:
+    """The options of the commands that read the user's own files."""
+    add = command.add_argument
+    add("inputs", type=Path, nargs="+", metavar="INPUT", help="files, read in the order given")
+    if name == "text":
+        kinds = "nul, blank-line, or any other text as it is"
+        text = f"between documents: {kinds} (default: each file is one document)"
+        add("--separator", metavar="TEXT", help=text)
+    else:
+        add("--field", default="text", help="field that holds the text (default: %(default)s)")
+    add_out(add, None, "folder for shards and tokenizer; replaces a dataset of that name")
+    add("--name", required=True, help="first part of the file names")
+    number = {"type": int, "metavar": "N"}
+    add("--shard-tokens", default=SHARD_TOKENS, help="per shard (default: %(default)s)", **number)
+    text = "encoding processes (default: all processors)"
+    add("--workers", default=PROCESSORS, help=text, **number)
+    # A tokenizer is given or trained; a validation split is given or chosen.
+    add = command.add_mutually_exclusive_group().add_argument
+    text = "SentencePiece model to use (default: train one)"
+    add("--tokenizer", type=Path, metavar="FILE.model", help=text)
+    add_vocab_size(add, "pieces of a trained one")
+    add = command.add_mutually_exclusive_group().add_argument
+    add("--val", type=Path, nargs="+", default=[], metavar="INPUT", help="files to validate on")
+    text = "part of the documents to validate on, chosen by a hash of their text"
+    text += " (default: %(default)s)"
+    add("--val-fraction", type=float, default=0.02, metavar="X", help=text)
+
+
+def add_development_options(add: Callable) -> None:
+    """The options of `development`."""
+    add("dataset", type=Path, help="folder of a finished dataset")
+    add_out(add, None, "folder for the shards; replaces an earlier development split")
+    text = "of the training documents, the last, to validate on; 0: keep the validation text"
+    add("--part", type=float, default=0.02, metavar="X", help=f"{text} (default: %(default)s)")
+    text = "write the training documents N times, each in a new order; 0: once, as they are"
+    add("--orders", type=int, default=0, metavar="N", help=f"{text} (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the orders (default: %(default)s)")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+    """The commands and their options; args.run is what a command calls."""
     parser = argparse.ArgumentParser(
         prog="prepare.py", description="Make token shards and a tokenizer for train_gpt.py."
     )
@@ -807,135 +905,50 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    sample = add_command(
-        run_sample, "sample", "make a small English dataset from this Python's documentation"
-    )
-    add = sample.add_argument
-    add(
-        "--out",
-        type=Path,
-        default=Path("data/sample"),
-        help="folder for shards and tokenizer (default: %(default)s)",
-    )
-    add(
-        "--vocab-size",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="pieces of the tokenizer (default: %(default)s)",
-    )
-    sample.set_defaults(
-        name="sample", tokenizer=None, shard_tokens=SHARD_TOKENS, workers=PROCESSORS
-    )
+    text = "make a small English dataset from this Python's documentation"
+    sample = add_command(run_sample, "sample", text)
+    add_out(sample.add_argument, Path("data/sample"), "folder for shards and tokenizer")
+    add_vocab_size(sample.add_argument, "pieces of the tokenizer")
+    sample.set_defaults(name="sample", tokenizer=None)
+    sample.set_defaults(shard_tokens=SHARD_TOKENS, workers=PROCESSORS)
 
-    for name, text in (
-        ("text", "make a dataset from plain text files (UTF-8)"),
-        (
-            "jsonl",
-            "make a dataset from files with one JSON object per line; each object is a document",
-        ),
-        ("parquet", "make a dataset from Parquet files; each row is a document"),
-    ):
-        command = add_command(run_files, name, text)
-        add = command.add_argument
-        add("inputs", type=Path, nargs="+", metavar="INPUT", help="files, read in the order given")
-        if name == "text":
-            kinds = "nul, blank-line, or any other text as it is"
-            add(
-                "--separator",
-                metavar="TEXT",
-                help=f"between documents: {kinds} (default: each file is one document)",
-            )
-        else:
-            add("--field", default="text", help="field that holds the text (default: %(default)s)")
-        add(
-            "--out",
-            type=Path,
-            required=True,
-            help="folder for shards and tokenizer; replaces a dataset of that name",
-        )
-        add("--name", required=True, help="first part of the file names")
-        add(
-            "--shard-tokens",
-            type=int,
-            default=SHARD_TOKENS,
-            metavar="N",
-            help="per shard (default: %(default)s)",
-        )
-        add(
-            "--workers",
-            type=int,
-            default=PROCESSORS,
-            metavar="N",
-            help="encoding processes (default: all processors)",
-        )
-        add = command.add_mutually_exclusive_group().add_argument
-        add(
-            "--tokenizer",
-            type=Path,
-            metavar="FILE.model",
-            help="SentencePiece model to use (default: train one)",
-        )
-        add(
-            "--vocab-size",
-            type=int,
-            default=1024,
-            metavar="N",
-            help="pieces of a trained one (default: %(default)s)",
-        )
-        add = command.add_mutually_exclusive_group().add_argument
-        add("--val", type=Path, nargs="+", default=[], metavar="INPUT", help="files to validate on")
-        chosen = "part of the documents to validate on, chosen by a hash of their text (default: %(default)s)"
-        add("--val-fraction", type=float, default=0.02, metavar="X", help=chosen)
+    text = "make a dataset from plain text files (UTF-8)"
+    add_file_options(add_command(run_files, "text", text), "text")
+    text = "make a dataset from files with one JSON object per line; each object is a document"
+    add_file_options(add_command(run_files, "jsonl", text), "jsonl")
+    text = "make a dataset from Parquet files; each row is a document"
+    add_file_options(add_command(run_files, "parquet", text), "parquet")
 
-    text = "set the end of a dataset's training text aside, to choose settings on; the rest may come in several orders"
-    add = add_command(run_development, "development", text).add_argument
-    add("dataset", type=Path, help="folder of a finished dataset")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        help="folder for the shards; replaces an earlier development split",
-    )
-    text = "of the training documents, the last, to validate on; 0: keep the validation text (default: %(default)s)"
-    add("--part", type=float, default=0.02, metavar="X", help=text)
-    text = "write the training documents N times, each in a new order; 0: once, as they are (default: %(default)s)"
-    add("--orders", type=int, default=0, metavar="N", help=text)
-    add("--seed", type=int, default=0, help="of the orders (default: %(default)s)")
+    text = "set the end of a dataset's training text aside, to choose settings on; "
+    text += "the rest may come in several orders"
+    add_development_options(add_command(run_development, "development", text).add_argument)
 
     text = "download the published FineWeb shards and tokenizer; run again to resume"
     add = add_command(run_fineweb, "fineweb", text).add_argument
     add("--variant", choices=sorted(FINEWEB), required=True, help="which tokenizer")
     text = "the first N training shards, 200 MB each (default: %(default)s)"
     add("--train-shards", type=int, default=80, metavar="N", help=text)
-    add(
-        "--out",
-        type=Path,
-        default=Path("data"),
-        help="gets datasets/ and tokenizers/ (default: %(default)s)",
-    )
+    add_out(add, Path("data"), "gets datasets/ and tokenizers/")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 1 after an error, 130 after Control-C."""
+    """Run the command line and return the exit status: 0, 2 after an error, 130 after Control-C."""
     args = make_parser().parse_args(arguments)
-    tqdm.monitor_interval = (
-        0  # its thread is not needed, and worker processes are safer started without threads
-    )
+    # Its thread is not needed, and worker processes are safer started without threads.
+    tqdm.monitor_interval = 0
+    status = 2
     try:
         args.run(args)
     except PrepareError as error:
-        message, status = str(error), 1
+        message = str(error)
     except BrokenProcessPool:
-        message, status = (
-            "a worker process died, perhaps for lack of memory; try fewer --workers",
-            1,
-        )
+        message = "a worker process died, perhaps for lack of memory; try fewer --workers"
     except OSError as error:
-        message, status = f"{error.filename or args.out}: {error.strerror or error}", 1
+        message = f"{error.filename or args.out}: {error.strerror or error}"
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
+        message = "interrupted"
+        status = 130
     else:
         return 0
     print(f"prepare.py: error: {message}", file=sys.stderr)

@@ -18,16 +18,19 @@ RESET_LOG_DECAY = -60.0  # a document start: exp(-60) = 1e-26, and sums of it ke
 # two of them the chunk.
 PINNED_KERNELS: dict[tuple[int, int], dict[str, tuple]] = {
     (9, 0): {  # NVIDIA H200
-        "angle_dt_fwd_kernel": (3, 4, None, None), "angle_dt_bwd_kernel": (3, 8, None, None),
-        "mamba3_siso_fwd_kernel": (3, 4, None, None), "mamba3_siso_bwd_kernel_dzdo": (1, 8, None, 32),
+        "angle_dt_fwd_kernel": (3, 4, None, None),
+        "angle_dt_bwd_kernel": (3, 8, None, None),
+        "mamba3_siso_fwd_kernel": (3, 4, None, None),
+        "mamba3_siso_bwd_kernel_dzdo": (1, 8, None, 32),
         "mamba3_siso_bwd_kernel_dqkv": (2, 4, None, None),
         "mamba3_siso_bwd_kernel_rotary_bias_angles": (3, 4, None, None),
         "mamba3_siso_bwd_kernel_ddt_dtrap_dinput_states": (1, 8, None, 256),
     },
-}  # fmt: skip
+}
 
 
 def is_installed() -> bool:
+    """Whether the library can be imported; nothing is."""
     return importlib.util.find_spec("mamba_ssm") is not None
 
 
@@ -42,9 +45,8 @@ def library_operator():
         mamba3_siso_fwd,
     )
 
-    for name, (stages, warps, registers, chunk) in PINNED_KERNELS.get(
-        torch.cuda.get_device_capability(), {}
-    ).items():
+    pinned = PINNED_KERNELS.get(torch.cuda.get_device_capability(), {})
+    for name, (stages, warps, registers, chunk) in pinned.items():
         options = {} if chunk is None else {"CHUNK_SIZE": chunk}
         config = triton.Config(options, num_stages=stages, num_warps=warps, maxnreg=registers)
         for module in (angle_dt, mamba3_siso_fwd, mamba3_siso_bwd):
@@ -57,8 +59,11 @@ def library_tensors(inputs: t.ScanInputs) -> tuple[Tensor | None, ...]:
     """A scan's inputs as the library takes them, Q to Z: per-token numbers (B, H, L), an angle for
     every head. Parts that are switched off take values that do nothing.
     """
-    bf16, heads = torch.bfloat16, inputs.value.shape[2]
-    trapezoid, angle_rate, log_decay = inputs.trapezoid, inputs.angle_rate, inputs.log_decay
+    bf16 = torch.bfloat16
+    heads = inputs.value.shape[2]
+    trapezoid = inputs.trapezoid
+    angle_rate = inputs.angle_rate
+    log_decay = inputs.log_decay
     if trapezoid is None:
         trapezoid = torch.full_like(inputs.step_size, 30.0)  # sigmoid(30) = 1 in float32
     if angle_rate is None:
@@ -82,14 +87,10 @@ def mamba_ssm_scan(
     """What chunked_scan() computes, by the library. No gradient flows through states."""
     states = None
     if state is not None:
-        angles = (
-            inputs.key.shape[-1] // 4 if inputs.angle_rate is None else inputs.angle_rate.shape[-1]
-        )
-        angle = (
-            state.angle
-            if inputs.angle_rate is not None
-            else state.key.new_zeros(*state.key.shape[:2], angles)
-        )
+        angle = state.angle
+        # Without rotations the library still wants angles, which stay zero.
+        if inputs.angle_rate is None:
+            angle = state.key.new_zeros(*state.key.shape[:2], inputs.key.shape[-1] // 4)
         states = (angle.bfloat16(), state.ssm.float(), state.key.float(), state.value.bfloat16())
         states = tuple(x.detach().contiguous() for x in states)
     y, *final = library_operator()(

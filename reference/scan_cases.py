@@ -29,12 +29,21 @@ class ScanCase(NamedTuple):
 
 
 def random_case(
-    batch: int, length: int, heads: int, channels: int, state: int, rope_fraction: float = 0.5, starts: Sequence[int] = (),
-    carried: bool = False, seed: int = 0, device: torch.device | str = "cpu",
-) -> ScanCase:  # fmt: skip
+    batch: int,
+    length: int,
+    heads: int,
+    channels: int,
+    state: int,
+    rope_fraction: float = 0.5,
+    starts: Sequence[int] = (),
+    carried: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ScanCase:
     """A layer with random inputs, exact in bfloat16; starts are document starts, in the last
     sequence only.
     """
+    # Drawn on the CPU, so that a GPU gets the same case.
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -44,6 +53,7 @@ def random_case(
     sizes = t.MambaSizes(heads, channels, state, angles, 3)
     projected = normal(batch, length, sum(sizes.columns().values())).bfloat16().double()
     step_bias, skip = normal(heads) - 3, normal(heads)
+    # Near what they are at first: ones.
     biases, norms = (1 + 0.1 * normal(2, *shape) for shape in ((heads, state), (state,)))
     parameters = t.MambaParameters(step_bias, skip, *biases, *norms)
     document_start = None
@@ -84,19 +94,13 @@ def results(
     if state is not None:
         learned |= {f"d state.{name}": x for name, x in state._asdict().items()}
     d_projected, *gradients = torch.autograd.grad(loss, [projected, *learned.values()])
-    outcome = {
-        "y": y,
-        "mean square": mean_square,
-        **{f"final {name}": x for name, x in final._asdict().items()},
-    }
-    outcome["final angle"] = torch.stack(
-        [final.angle.cos(), final.angle.sin()]
-    )  # a point on the circle
+    outcome = {"y": y, "mean square": mean_square}
+    outcome |= {f"final {name}": x for name, x in final._asdict().items()}
+    # A point on the circle: angles that differ by whole turns are the same.
+    outcome["final angle"] = torch.stack([final.angle.cos(), final.angle.sin()])
     outcome |= {f"d {name}": x for name, x in columns(d_projected, case.sizes).items()}
-    return {
-        name: x.detach()
-        for name, x in (outcome | dict(zip(learned, gradients, strict=True))).items()
-    }
+    outcome |= dict(zip(learned, gradients, strict=True))
+    return {name: x.detach() for name, x in outcome.items()}
 
 
 def in_two_calls(scan: Callable, place: int) -> Callable:

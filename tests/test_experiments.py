@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tools import experiments
+from tools.command import UserError
 
 DIGEST = experiments.ROOT / "docs" / "experiments.md"
 LIMIT = 120  # lines that a reader still reads
@@ -42,5 +43,5 @@ def test_open_rows_have_what_a_claim_needs():
 def test_other_data_is_refused(tmp_path, line, said):
     path = tmp_path / "data.csv"
     path.write_text(",".join(experiments.COLUMNS) + "\n" + line + "\n")
-    with pytest.raises(experiments.UserError, match=said):
+    with pytest.raises(UserError, match=said):
         experiments.read_rows(path)

@@ -289,7 +289,7 @@ def test_tokenizer_sample_is_bounded_even_and_without_validation():
 def check_error(capsys, status: int, *fragments: str) -> None:
     """The run failed with one line on stderr that has these fragments."""
     error = capsys.readouterr().err
-    assert status == 1
+    assert status == 2
     assert error.startswith("prepare.py: error: "), error
     assert error.count("\n") == 1, error
     for fragment in fragments:
@@ -396,11 +396,11 @@ def test_a_failed_run_leaves_the_earlier_dataset_and_a_good_one_replaces_it(
     assert len(before) > 3
     appended = prepare.ShardWriter.append
     for error, status, message in (
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "No space left on device"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
             prepare.BrokenProcessPool(),
-            1,
+            2,
             "a worker process died, perhaps for lack of memory; try fewer --workers",
         ),
     ):
@@ -453,7 +453,7 @@ def test_command_line_exit_status_without_traceback(tmp_path):
     bad.write_text("{\n")
     command = [sys.executable, SCRIPT, "jsonl", bad, "--out", tmp_path / "o", "--name", "n"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith(f"prepare.py: error: {bad} line 1: invalid JSON")
     assert result.stderr.count("\n") == 1
 

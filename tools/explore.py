@@ -88,6 +88,7 @@ class Tally:
         self.losses: list[tuple[float, float]] = []  # progress of the run, loss
 
     def __call__(self, text: str, event: str = "", **values) -> None:
+        """Takes what a run's log takes."""
         if event == "train":
             self.losses.append((values["progress"], values["train_loss"]))
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,11 @@
 """Makes the contest's submission folder from the logs of finished runs, one per seed.
 
-    python -m tools.package logs/a.txt logs/b.txt logs/c.txt --out FOLDER --name NAME --author A --github-id G
-    python -m tools.package logs/a.txt ... --out FOLDER --baseline logs/x.txt logs/y.txt   # is the gain significant?
+    python -m tools.package logs/a.txt logs/b.txt logs/c.txt --out FOLDER --name NAME --author A \\
+        --github-id G
+    python -m tools.package logs/a.txt ... --out FOLDER --baseline logs/x.txt logs/y.txt
+
+With --baseline, it says whether the gain is significant.
+
 
 FOLDER gets the script as the logs hold it, the logs, requirements.txt, submission.json and a
 README.md with results. Nothing is written unless every run keeps the contest's limits and all are
@@ -23,6 +27,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,13 +36,14 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.package", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError, need
-from tools.logs import SEPARATOR, last_run, spread
+from tools.command import Parser, UserError, need, run_command
+from tools.logs import SEPARATOR, last_run, not_a_log, split_text, spread
 from tools.summary import CAP
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation
-GAIN, SIGNIFICANCE = 0.005, 0.01  # nats by which a record must beat the one before, and at which p
+GAIN = 0.005  # nats by which a record must beat the one before
+SIGNIFICANCE = 0.01  # the p at which it must
 # The last two messages of a finished run: seconds; val_loss, val_bpb.
 FINAL = re.compile(
     r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE
@@ -99,6 +105,7 @@ class Run:
 
 
 def read_bytes(path: Path) -> bytes:
+    """A file's content. Raises UserError."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -106,6 +113,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
+    """A file's text, which must be UTF-8. Raises UserError."""
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError:
@@ -113,37 +121,37 @@ def read_text(path: Path) -> str:
 
 
 def read_final(path: Path) -> Finished:
-    """The last run in a text log and in the records beside it, which must agree on the final
-    score.
+    """The last run in a text log and in the records beside it.
+
+    Both must agree on the final score: they are of one run, and nobody has changed one of them.
     """
-    text, records = read_text(path), path.with_suffix(".jsonl")
+    text = read_text(path)
+    records = path.with_suffix(".jsonl")
+    events = last_run(records)
+    score = None
     try:
-        events = last_run(records)
         seed = int(events["settings"]["settings"]["seed"])
-        score = (
-            Score(*(float(events["final"][name]) for name in Score._fields))
-            if "final" in events
-            else None
-        )
-    except OSError as error:
-        raise UserError(f"cannot read {records}: {error.strerror}") from None
+        if "final" in events:
+            score = Score(*(float(events["final"][name]) for name in Score._fields))
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{records} is not a run's .jsonl log") from None
-    need(
-        SEPARATOR in text, f"{path} is not a run's text log: no line of 100 = ends the script in it"
-    )
-    written = FINAL.findall(text.rpartition(SEPARATOR)[2])
+        raise not_a_log(records) from None
+    _, messages = split_text(path, text)
+    written = FINAL.findall(messages)
     need(written, f"{path} has no final score: the run did not finish")
     need(score, f"{records} has no final score: the run did not finish")
     seconds, *in_text = written[-1]
     in_records = [f"{value:.8f}" for value in score]
-    differ = f"val_loss {in_text[0]} and val_bpb {in_text[1]}, but {records} {in_records[0]} and {in_records[1]}"
-    need(in_text == in_records, f"{path} has the final score {differ}")
+    differ = f"{path} has the final score val_loss {in_text[0]} and val_bpb {in_text[1]}"
+    need(
+        in_text == in_records,
+        f"{differ}, but {records} {in_records[0]} and {in_records[1]}",
+    )
     check_score(path, score)
     return Finished(text, events, seed, score, float(seconds))
 
 
 def check_score(path: Path, score: Score) -> None:
+    """Refuses a score that is no positive number."""
     usable = all(math.isfinite(value) and value > 0 for value in score)
     need(
         usable,
@@ -156,12 +164,14 @@ def read_run(path: Path, script_path: Path, script: str) -> Run:
     finished = read_final(path)
     events = finished.events
     try:
-        settings, machine = events["settings"]["settings"], events["settings"]["machine"]
+        settings = events["settings"]["settings"]
+        machine = events["settings"]["machine"]
         need(
             not settings["eval_only"],
             f"{path} is of an EVAL_ONLY run: give the log of the run that trained",
         )
-        trained, hardware = events["trained"], str(machine["hardware"])
+        trained = events["trained"]
+        hardware = str(machine["hardware"])  # "8 × NVIDIA H100 80GB HBM3", say
         run = Run(
             path=path,
             settings=settings,
@@ -189,22 +199,24 @@ def read_run(path: Path, script_path: Path, script: str) -> Run:
     return run
 
 
+def excerpt(line: str | None, start: int) -> str:
+    """Part of a line as a message shows it; None: the file has no such line."""
+    return "nothing" if line is None else repr(line[start : start + 60])
+
+
 def check_code(run: Run, text: str, script_path: Path, script: str) -> None:
     """Refuses a run of another script; the text log holds the one that ran."""
-    code = text.rpartition(SEPARATOR)[0]
-    if SEPARATOR in code:  # an earlier run's messages stand before the script
+    code, _ = split_text(run.path, text)
+    # An earlier run's messages may stand before the script; then its length tells where it begins.
+    if SEPARATOR in code:
         code = code.encode()[-run.bytes_code :].decode(errors="replace")
     lines = itertools.zip_longest(code.split("\n"), script.split("\n"))
     for number, (ran, here) in enumerate(lines, 1):
         if ran != here:
+            # Of long lines, what stands around the first difference.
             start = max(0, len(os.path.commonprefix([ran or "", here or ""])) - 20)
-            ran, here = (
-                "nothing" if line is None else repr(line[start : start + 60])
-                for line in (ran, here)
-            )
-            raise UserError(
-                f"{run.path} holds another script than {script_path}: line {number} has {ran}, not {here}"
-            )
+            lines_differ = f"line {number} has {excerpt(ran, start)}, not {excerpt(here, start)}"
+            raise UserError(f"{run.path} holds another script than {script_path}: {lines_differ}")
     size = len(code.encode())
     need(
         size == run.bytes_code,
@@ -216,6 +228,7 @@ def check_limits(run: Run) -> None:
     """Refuses what the contest would: too many bytes, or too much time."""
     over = f"code and artifact take {run.bytes_total:,} bytes, over the cap of {CAP:,}"
     need(run.bytes_total <= CAP, f"{run.path}: {over}")
+    # The run's own limit may be lower than the contest's, and was then not kept either.
     for phase, seconds, limit, name in (
         ("training", run.train_seconds, run.train_limit, "MAX_WALLCLOCK_SECONDS"),
         ("evaluation", run.evaluation_seconds, run.evaluation_limit, "EVAL_MAX_SECONDS"),
@@ -227,17 +240,17 @@ def check_limits(run: Run) -> None:
 
 def check_agreement(runs: list[Run]) -> None:
     """Refuses runs that are not repetitions of one experiment with other seeds."""
-    first, seen = runs[0], {}
+    first = runs[0]
+    seen = {}
     for run in runs:
         need(run.seed not in seen, f"{run.path} has SEED={run.seed}, as {seen.get(run.seed)} has")
         seen[run.seed] = run.path
     for run in runs[1:]:
         for name in dict.fromkeys([*first.settings, *run.settings]):
-            a, b = first.settings.get(name), run.settings.get(name)
-            need(
-                a == b or name in MAY_DIFFER,
-                f"{run.path} has {name.upper()}={b}, but {first.path} has {a}",
-            )
+            expected = first.settings.get(name)
+            found = run.settings.get(name)
+            differ = f"{run.path} has {name.upper()}={found}, but {first.path} has {expected}"
+            need(expected == found or name in MAY_DIFFER, differ)
         for name, value in first.machine.items():  # submission.json has one field for each
             ours = run.machine[name]
             need(ours == value, f"{run.path} ran with {name} {ours}, but {first.path} with {value}")
@@ -248,10 +261,11 @@ def check_same_text(path: Path, score: Score, other_path: Path, other: Score) ->
     """Refuses to compare scores of different texts or tokenizers. The tolerance admits a last
     sequence left out.
     """
-    a, b = score.bytes_per_token, other.bytes_per_token
-    differ = f"{b:.5f} bytes per token there, {a:.5f} in {path}"
+    here = score.bytes_per_token
+    there = other.bytes_per_token
+    differ = f"{there:.5f} bytes per token there, {here:.5f} in {path}"
     need(
-        math.isclose(a, b, rel_tol=1e-5),
+        math.isclose(here, there, rel_tol=1e-5),
         f"{other_path} scored another text or used another tokenizer: {differ}",
     )
 
@@ -280,30 +294,29 @@ def welch(ours: list[float], baseline: list[float]) -> tuple[float, float]:
         from scipy.stats import ttest_ind  # only needed with a baseline
     except ImportError:
         raise UserError("--baseline needs SciPy: pip install scipy") from None
-    result = ttest_ind(
-        ours, [loss - GAIN for loss in baseline], equal_var=False, alternative="less"
-    )
+    # Groups of few runs may differ in variance, hence Welch's form of the test.
+    shifted = [loss - GAIN for loss in baseline]
+    result = ttest_ind(ours, shifted, equal_var=False, alternative="less")
     return float(result.statistic), float(result.pvalue)
 
 
 def gain_text(ours: list[float], baseline: list[float]) -> str:
     """What the test says, in sentences that hold all that is needed to repeat it."""
-    a, b, runs = (
-        statistics.fmean(ours),
-        statistics.fmean(baseline),
-        ", ".join(f"{loss:.5f}" for loss in baseline),
-    )
-    means = (
-        f"mean val_loss {a:.5f} (n={len(ours)}), the baseline's {b:.5f} (n={len(baseline)}: {runs})"
-    )
-    means += f", difference {a - b:+.5f} nats"
+    mean = statistics.fmean(ours)
+    baseline_mean = statistics.fmean(baseline)
+    runs = ", ".join(f"{loss:.5f}" for loss in baseline)
+    means = f"mean val_loss {mean:.5f} (n={len(ours)}), "
+    means += f"the baseline's {baseline_mean:.5f} (n={len(baseline)}: {runs}), "
+    means += f"difference {mean - baseline_mean:+.5f} nats"
     claim = f"a gain of more than {GAIN} nats"
+    untested = f"{means}. Whether this is {claim} cannot be tested:"
     if min(len(ours), len(baseline)) < 2:
-        return f"{means}. Whether this is {claim} cannot be tested: that takes two runs or more on each side."
+        return f"{untested} that takes two runs or more on each side."
     if len(set(ours)) == len(set(baseline)) == 1:
-        return f"{means}. Whether this is {claim} cannot be tested: the runs on each side do not differ."
+        return f"{untested} the runs on each side do not differ."
     t, p = welch(ours, baseline)
-    verdict = f"{claim} {'holds' if p < SIGNIFICANCE else 'does NOT hold'} at p < {SIGNIFICANCE}"
+    holds = "holds" if p < SIGNIFICANCE else "does NOT hold"
+    verdict = f"{claim} {holds} at p < {SIGNIFICANCE}"
     return f"{means}. Welch's one-sided test: t = {t:.3f}, p = {p:.3g}; {verdict}."
 
 
@@ -311,29 +324,51 @@ def gain_text(ours: list[float], baseline: list[float]) -> str:
 # The folder
 
 
+def seeds_text(runs: list[Run]) -> str:
+    """ "1 seed" or "3 seeds"."""
+    return "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+
+
 def non_record_reasons(runs: list[Run]) -> list[str]:
     """What keeps these runs from being a record, or nothing."""
-    reasons, hardware = [], runs[0].machine["hardware"]
+    reasons = []
+    hardware = runs[0].machine["hardware"]
+    # "NVIDIA H100 80GB HBM3" is the SXM form; others say PCIe or NVL.
     if not re.match(r"8 × NVIDIA H100(?! PCIe| NVL)\b", hardware):
         reasons.append(f"the hardware is {hardware}, not 8 × H100 SXM")
     for folder in dict.fromkeys(str(run.settings.get("data_path")) for run in runs):
         if not Path(folder).name.lower().startswith("fineweb"):
-            reasons.append(
-                f"DATA_PATH={folder} is not a folder named fineweb…, as the contest's data are"
-            )
+            named = "a folder named fineweb…, as the contest's data are"
+            reasons.append(f"DATA_PATH={folder} is not {named}")
     if len(runs) < 3:
-        reasons.append(f"{len(runs)} seed{'s' * (len(runs) > 1)}, not three or more")
+        reasons.append(f"{seeds_text(runs)}, not three or more")
     return reasons
+
+
+def rounded(value: float | None) -> float | None:
+    """To as many digits as the logs have; None stays None."""
+    return None if value is None else round(value, 8)
+
+
+def seed_result(run: Run) -> dict:
+    """One run's entry in submission.json."""
+    return {
+        "val_loss": rounded(run.final.val_loss),
+        "val_bpb": rounded(run.final.val_bpb),
+        "train_steps": run.steps,
+        "step_avg_ms": round(run.step_ms, 2),
+        "bytes_total": run.bytes_total,
+    }
 
 
 def submission(runs: list[Run], fields: dict, record: bool) -> dict:
     """The contest's submission.json. Steps and their time are means; bytes_total is the largest."""
-    loss, bpb = (
-        spread([run.final.val_loss for run in runs]),
-        spread([run.final.val_bpb for run in runs]),
-    )
-    rounded = lambda value: None if value is None else round(value, 8)  # as many digits as the logs
-    return {
+    loss = spread([run.final.val_loss for run in runs])
+    bpb = spread([run.final.val_bpb for run in runs])
+    steps = statistics.fmean(run.steps for run in runs)
+    step_ms = statistics.fmean(run.step_ms for run in runs)
+    machine = runs[0].machine  # that of all: they agree
+    entry = {
         **fields,
         "date": datetime.date.today().isoformat(),
         "track": "track_10min_16mb" if record else "non-record",
@@ -342,26 +377,22 @@ def submission(runs: list[Run], fields: dict, record: bool) -> dict:
         "val_loss_std": rounded(loss.std),
         "val_bpb_std": rounded(bpb.std),
         "seeds": [run.seed for run in runs],
-        "seed_results": {
-            str(run.seed): {
-                "val_loss": rounded(run.final.val_loss), "val_bpb": rounded(run.final.val_bpb),
-                "train_steps": run.steps, "step_avg_ms": round(run.step_ms, 2), "bytes_total": run.bytes_total,
-            }
-            for run in runs
-        },
-        "bytes_total": max(run.bytes_total for run in runs),
-        "bytes_code": runs[0].bytes_code,
-        "train_steps": round(statistics.fmean(run.steps for run in runs)),
-        "step_avg_ms": round(statistics.fmean(run.step_ms for run in runs), 2),
-        "hardware": runs[0].machine["hardware"],
-        "pytorch_version": runs[0].machine["torch"],
-        "cuda_version": runs[0].machine["cuda"],
-    }  # fmt: skip
+        "seed_results": {str(run.seed): seed_result(run) for run in runs},
+    }
+    entry["bytes_total"] = max(run.bytes_total for run in runs)
+    entry["bytes_code"] = runs[0].bytes_code
+    entry["train_steps"] = round(steps)
+    entry["step_avg_ms"] = round(step_ms, 2)
+    entry["hardware"] = machine["hardware"]
+    entry["pytorch_version"] = machine["torch"]
+    entry["cuda_version"] = machine["cuda"]
+    return entry
 
 
 def literal(node: ast.expr, known: dict[str, object]) -> object:
-    """A value that is written out, perhaps with names of such values and unions of dictionaries in
-    it.
+    """A value that is written out, perhaps with names of such values and unions of dictionaries.
+
+    Raises ValueError, KeyError or TypeError for any other.
     """
     if isinstance(node, ast.Name):
         return known[node.id]
@@ -375,23 +406,28 @@ def literal(node: ast.expr, known: dict[str, object]) -> object:
     return ast.literal_eval(node)
 
 
+def field_defaults(settings: ast.ClassDef) -> dict[str, object]:
+    """The first argument of each field's call, which is its default."""
+    defaults = {}
+    for line in settings.body:
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.value, ast.Call):
+            continue
+        # One that is not written out is left out: the setting will be shown.
+        with contextlib.suppress(ValueError, IndexError):
+            defaults[line.target.id] = ast.literal_eval(line.value.args[0])
+    return defaults
+
+
 def read_defaults(script: str) -> tuple[dict, dict[str, dict]]:
-    """Defaults of the settings and of every preset, from the source: to import the script would
-    need torch.
+    """Defaults of the settings and of every preset, from the source.
+
+    To import the script would need torch.
     """
-    defaults, known = {}, {}
+    defaults: dict[str, object] = {}
+    known: dict[str, object] = {}
     for node in ast.parse(script).body:
         if isinstance(node, ast.ClassDef) and node.name == "Settings":
-            for line in node.body:
-                if (
-                    isinstance(line, ast.AnnAssign)
-                    and isinstance(line.value, ast.Call)
-                    and line.value.args
-                ):
-                    with contextlib.suppress(
-                        ValueError
-                    ):  # not a literal: the setting will be shown
-                        defaults[line.target.id] = ast.literal_eval(line.value.args[0])
+            defaults = field_defaults(node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 known[node.targets[0].id] = literal(node.value, known)
@@ -399,17 +435,20 @@ def read_defaults(script: str) -> tuple[dict, dict[str, dict]]:
 
 
 def variables(run: Run, script: str) -> list[str]:
-    """NAME=value of the settings that differ from the defaults, as a shell takes them; not the seed
-    and the outputs.
+    """NAME=value of the settings that differ from the defaults, as a shell takes them.
+
+    The seed and the outputs are left out: whoever repeats the run chooses them.
     """
-    try:
+    defaults: dict[str, object] = {}
+    presets: dict[str, dict] = {}
+    # A script that is written for a newer Python cannot be read: every setting is shown.
+    with contextlib.suppress(SyntaxError):
         defaults, presets = read_defaults(script)
-    except SyntaxError:  # written for a newer Python: show every setting
-        defaults, presets = {}, {}
     defaults = defaults | presets.get(run.settings.get("preset"), {})
     shown = []
     for name, value in run.settings.items():
-        if name in OUTPUTS | {"seed"} or (name in defaults and defaults[name] == value):
+        is_default = name in defaults and defaults[name] == value
+        if is_default or name in OUTPUTS or name == "seed":
             continue
         text = str(int(value)) if isinstance(value, bool) else str(value)
         text = text.removesuffix(".0") if isinstance(value, float) else text
@@ -428,6 +467,11 @@ def command(runs: list[Run], script: str) -> str:
     return f"for seed in {seeds}; do\n    SEED=$seed {line}\ndone"
 
 
+def table_row(label: str, cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join([label, *cells])} |"
+
+
 def results_table(runs: list[Run]) -> list[str]:
     """A row per seed, their mean and their standard deviation, in Markdown."""
     columns = {
@@ -439,47 +483,67 @@ def results_table(runs: list[Run]) -> list[str]:
         "final val_loss": ([run.final.val_loss for run in runs], ".5f"),
         "bytes": ([run.bytes_total for run in runs], ",.0f"),
     }
-    row = lambda label, cells: f"| {' | '.join([label, *cells])} |"
+    rows = [table_row("seed", columns), table_row("---", ["---"] * len(columns))]
+    for place, run in enumerate(runs):
+        cells = [format(values[place], form) for values, form in columns.values()]
+        rows.append(table_row(str(run.seed), cells))
     spreads = [(spread(values), form) for values, form in columns.values()]
+    rows.append(table_row("mean", [format(s.mean, form) for s, form in spreads]))
+    # A single run has no deviation.
+    deviations = ["–" if s.std is None else format(s.std, form) for s, form in spreads]
+    rows.append(table_row("std", deviations))
+    return rows
+
+
+def deviation(entry: dict) -> str:
+    """What follows the mean of the scores; nothing where there is one."""
+    std = entry["val_bpb_std"]
+    return "" if std is None else f" ± {std:.5f}"
+
+
+def result_lines(runs: list[Run], entry: dict) -> list[str]:
+    """The README's table, what its columns mean, and what the runs took."""
+    settings = runs[0].settings
+    adapted = settings.get("ttt_enabled") and settings.get("ttt_epochs", 0) > 0
+    final = f"{settings.get('eval_mode', 'its')} windows, "
+    final += "with test-time training" if adapted else "without test-time training"
+    train_seconds = max(run.train_seconds for run in runs)
+    evaluation_seconds = max(run.evaluation_seconds for run in runs)
+    machine = f"{entry['hardware']} with PyTorch {entry['pytorch_version']}"
+    if entry["cuda_version"]:
+        machine += f" and CUDA {entry['cuda_version']}"
     return [
-        row("seed", columns),
-        row("---", ["---"] * len(columns)),
-        *(
-            row(str(run.seed), [format(v[i], form) for v, form in columns.values()])
-            for i, run in enumerate(runs)
-        ),
-        row("mean", [format(s.mean, form) for s, form in spreads]),
-        row("std", ["–" if s.std is None else format(s.std, form) for s, form in spreads]),
+        "## Results",
+        "",
+        *results_table(runs),
+        "",
+        f"Bytes are code ({entry['bytes_code']:,}) and artifact. std is the sample standard "
+        "deviation. Before and after quantization: plain windows, frozen weights. "
+        f"Final: {final}.",
+        "",
+        f"Training took at most {train_seconds:.1f} s, evaluation {evaluation_seconds:.1f} s, "
+        f"on {machine}.",
+        "",
     ]
 
 
 def readme(runs: list[Run], entry: dict, script: str, reasons: list[str], gain: str) -> str:
     """The folder's README.md; gain is the sentence about the baseline, or empty."""
-    settings, most = runs[0].settings, lambda name: max(getattr(run, name) for run in runs)
-    adapted = settings.get("ttt_enabled") and settings.get("ttt_epochs", 0) > 0
-    final = f"{settings.get('eval_mode', 'its')} windows, {'with' if adapted else 'without'} test-time training"
-    deviation = "" if entry["val_bpb_std"] is None else f" ± {entry['val_bpb_std']:.5f}"
-    cuda = f" and CUDA {entry['cuda_version']}" if entry["cuda_version"] else ""
-    lines = [
-        f"# {entry['name']}", "", entry["blurb"], "",
-        f"**val_bpb {entry['val_bpb']:.5f}{deviation}** over {len(runs)} seed{'s' * (len(runs) > 1)}, "
-        f"at most {entry['bytes_total']:,} of {CAP:,} bytes.", "",
-    ]  # fmt: skip
+    score = f"**val_bpb {entry['val_bpb']:.5f}{deviation(entry)}** over {seeds_text(runs)}"
+    size = f"at most {entry['bytes_total']:,} of {CAP:,} bytes."
+    lines = [f"# {entry['name']}", "", entry["blurb"], "", f"{score}, {size}", ""]
     if reasons:
         lines += ["**Non-record**, because:", "", *(f"- {reason}" for reason in reasons), ""]
-    lines += [
-        "## Results", "", *results_table(runs), "",
-        f"Bytes are code ({entry['bytes_code']:,}) and artifact. std is the sample standard deviation. Before and "
-        f"after quantization: plain windows, frozen weights. Final: {final}.", "",
-        f"Training took at most {most('train_seconds'):.1f} s, evaluation {most('evaluation_seconds'):.1f} s, on "
-        f"{entry['hardware']} with PyTorch {entry['pytorch_version']}{cuda}.", "",
-    ]  # fmt: skip
+    lines += result_lines(runs, entry)
     if gain:
         lines += ["## Against the baseline", "", gain[0].upper() + gain[1:], ""]
+    lines += ["## Reproduce", "", "```", "pip install -r requirements.txt"]
+    lines += [*command(runs, script).split("\n"), "```", ""]
     lines += [
-        "## Reproduce", "", "```", "pip install -r requirements.txt", *command(runs, script).split("\n"), "```", "",
-        "The logs `train_seed*.txt` begin with the script; `train_seed*.jsonl` hold the same figures for programs.", "",
-    ]  # fmt: skip
+        "The logs `train_seed*.txt` begin with the script; `train_seed*.jsonl` hold the same "
+        "figures for programs.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -552,53 +616,65 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def entry_fields(given: argparse.Namespace, runs: list[Run]) -> dict:
-    """Author, name and blurb. A blurb of submission.json is about other runs, so it is not taken
-    over.
+    """Author, name and blurb.
+
+    A blurb of submission.json is about other runs, so it is not taken over.
     """
     path = ROOT / "submission.json"
     try:
         known = json.loads(read_text(path)) if path.exists() else {}
     except ValueError:
         raise UserError(f"{path} is not JSON") from None
-    fields = {
-        name: getattr(given, name) or known.get(name) for name in ("author", "github_id", "name")
-    }
+    fields = {}
+    for name in ("author", "github_id", "name"):
+        fields[name] = getattr(given, name) or known.get(name)
     for name in ("author", "name"):
         need(fields[name], f"--{name} is missing, and submission.json has none")
     bpb = statistics.fmean(run.final.val_bpb for run in runs)
-    facts = f"{bpb:.4f} bits per byte, trained {max(run.train_seconds for run in runs):.0f} s on"
-    return fields | {"blurb": given.blurb or f"{facts} {runs[0].machine['hardware']}."}
+    seconds = max(run.train_seconds for run in runs)
+    hardware = runs[0].machine["hardware"]
+    facts = f"{bpb:.4f} bits per byte, trained {seconds:.0f} s on {hardware}."
+    return fields | {"blurb": given.blurb or facts}
+
+
+def check_paths(given: argparse.Namespace) -> None:
+    """Refuses logs of another kind, and one that is given twice."""
+    for path in given.logs:
+        need(path.suffix == ".txt", f"{path}: give the run's .txt log")
+    for path in given.baseline:
+        need(path.suffix in (".txt", ".log"), f"{path}: give the baseline's .txt or .log")
+    together = [path.resolve() for path in (*given.logs, *given.baseline)]
+    for path in together:
+        need(together.count(path) == 1, f"{path} is given twice")
+
+
+def compare(runs: list[Run], baseline: list[Path]) -> str:
+    """What the gain over the baseline's runs is worth, in sentences."""
+    losses = []
+    seeds = set()
+    for path in baseline:
+        score, seed = read_baseline(path)
+        check_same_text(runs[0].path, runs[0].final, path, score)
+        # Other scripts' logs do not tell the seed.
+        repeated = seed is not None and seed in seeds
+        need(not repeated, f"{path} has SEED={seed}, as another run of the baseline has")
+        losses.append(score.val_loss)
+        seeds.add(seed)
+    return gain_text([run.final.val_loss for run in runs], losses)
 
 
 def package(given: argparse.Namespace) -> list[str]:
     """Checks everything, then writes the folder; returns what to tell the user."""
-    out, paths, baseline_paths = given.out.resolve(), given.logs, given.baseline
-    for path in paths:
-        need(path.suffix == ".txt", f"{path}: give the run's .txt log")
-    for path in baseline_paths:
-        need(path.suffix in (".txt", ".log"), f"{path}: give the baseline's .txt or .log")
-    together = [path.resolve() for path in (*paths, *baseline_paths)]
-    for path in together:
-        need(together.count(path) == 1, f"{path} is given twice")
+    out = given.out.resolve()
+    check_paths(given)
     requirements = ROOT / "requirements.txt"
-    check_folder(out, given.force, [*paths, *baseline_paths, given.script, requirements])
+    inputs = [*given.logs, *given.baseline, given.script, requirements]
+    check_folder(out, given.force, inputs)
 
     script = read_text(given.script)
-    runs = [read_run(path, given.script, script) for path in paths]
+    runs = [read_run(path, given.script, script) for path in given.logs]
     check_agreement(runs)
-    gain = ""
-    if baseline_paths:
-        losses, seeds = [], set()
-        for path in baseline_paths:
-            score, seed = read_baseline(path)
-            check_same_text(runs[0].path, runs[0].final, path, score)
-            need(
-                seed is None or seed not in seeds,
-                f"{path} has SEED={seed}, as another run of the baseline has",
-            )
-            losses.append(score.val_loss)
-            seeds.add(seed)
-        gain = gain_text([run.final.val_loss for run in runs], losses)
+    gain = compare(runs, given.baseline) if given.baseline else ""
 
     reasons = non_record_reasons(runs)
     entry = submission(runs, entry_fields(given, runs), record=not reasons)
@@ -608,28 +684,30 @@ def package(given: argparse.Namespace) -> list[str]:
         "submission.json": (json.dumps(entry, indent=2, ensure_ascii=False) + "\n").encode(),
         "README.md": readme(runs, entry, script, reasons, gain).encode(),
     }
-    for run in runs:  # named by seed: logs of several folders may share a name
+    # Named by seed: logs of several folders may share a name.
+    for run in runs:
         for suffix in (".txt", ".jsonl"):
             files[f"train_seed{run.seed}{suffix}"] = read_bytes(run.path.with_suffix(suffix))
     write_folder(out, files)
 
-    deviation = "" if entry["val_bpb_std"] is None else f" ± {entry['val_bpb_std']:.5f}"
-    lines = [
-        f"{given.out}: {len(runs)} run(s), val_bpb {entry['val_bpb']:.5f}{deviation}, track {entry['track']}"
-    ]
+    score = f"val_bpb {entry['val_bpb']:.5f}{deviation(entry)}"
+    lines = [f"{given.out}: {len(runs)} run(s), {score}, track {entry['track']}"]
     lines += [f"non-record: {reason}" for reason in reasons]
-    lines += ["github_id is empty: give --github-id before you submit"] * (not entry["github_id"])
-    return lines + [f"baseline: {gain}"] * bool(gain)
+    if not entry["github_id"]:
+        lines.append("github_id is empty: give --github-id before you submit")
+    if gain:
+        lines.append(f"baseline: {gain}")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Packages as the command line asks; returns the exit status."""
-    try:
+
+    def command() -> int:
         print(*package(parse(arguments)), sep="\n")
-    except UserError as error:
-        print(f"package.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("package.py", command)
 
 
 if __name__ == "__main__":
