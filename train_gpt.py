@@ -7197,12 +7197,18 @@ def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 BLOCK = 128  # tokens of a side of a block that FlexAttention computes or leaves out
 
 
-def document_blocks(reach: Tensor) -> "BlockMask":
-    """Which blocks of keys each block of queries reads, from reach (B, T) int32, on its device.
+@torch.library.custom_op("golf::document_block_lists", mutates_args=())
+def document_block_lists(reach: Tensor) -> list[Tensor]:
+    """Which blocks of keys each block of queries reads, from reach (B, T) int32, and the reverse.
 
     A document is a range of tokens, so a block of queries reads the range of blocks from its
     first query's document's start to itself. Within that range, blocks that also its last query
     sees as a whole need no mask; the others are masked token by token.
+
+    Returns reach itself and then listed() four times, of blocks (B, 1, blocks, blocks): masked and
+    whole ones by block of queries, masked and whole ones by block of keys. It is an operator since
+    inductor (torch 2.11) refuses a mask whose tensors it would fuse into others: an operator's
+    results are tensors of their own.
     """
     length = reach.shape[1]
     block = torch.arange(-(-length // BLOCK), device=reach.device)
@@ -7215,15 +7221,30 @@ def document_blocks(reach: Tensor) -> "BlockMask":
     before = block < block[:, None]  # (blocks of queries, blocks of keys)
     full = before & whole & (first >= latest)
     masked = (block <= block[:, None]) & (first + BLOCK > earliest) & ~full
+    return [reach.clone(), *listed(masked), *listed(full), *listed(masked.mT), *listed(full.mT)]
+
+
+@document_block_lists.register_fake
+def _document_block_lists_shapes(reach) -> list[Tensor]:
+    batch, length = reach.shape
+    blocks = -(-length // BLOCK)
+    counts = [reach.new_empty(batch, 1, blocks) for _ in range(4)]
+    places = [reach.new_empty(batch, 1, blocks, blocks) for _ in range(4)]
+    pairs = zip(counts, places, strict=True)
+    return [torch.empty_like(reach), *(x for pair in pairs for x in pair)]
+
+
+def document_blocks(reach: Tensor) -> "BlockMask":
+    """FlexAttention's mask of documents, from reach (B, T) int32, on its device."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    length = reach.shape[1]
+    reach, *lists = document_block_lists(reach)
 
     def mask(b, _, query, key):
         return (key <= query) & (query - key <= reach[b, query])
 
-    from torch.nn.attention.flex_attention import BlockMask
-
-    return BlockMask.from_kv_blocks(
-        *listed(masked), *listed(full), BLOCK, mask, seq_lengths=(length, length)
-    )
+    return BlockMask((length, length), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask)
 
 
 def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -7275,6 +7296,7 @@ def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 VARLEN_SINCE = (2, 10)  # torch.nn.attention.varlen
+VARLEN_WINDOWS_SINCE = (2, 11)  # causal is a window there, and no longer a flag
 VARLEN_GROUPS_SINCE = (2, 12)  # it takes fewer key heads than query heads
 
 
@@ -7288,9 +7310,10 @@ def attend_by_lengths(
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        options = {"window_size": (-1, 0), "enable_gqa": True}
-        if TORCH < VARLEN_GROUPS_SINCE:
-            options = {"is_causal": True}
+        options = {"window_size": (-1, 0)} if TORCH >= VARLEN_WINDOWS_SINCE else {"is_causal": True}
+        if TORCH >= VARLEN_GROUPS_SINCE:
+            options["enable_gqa"] = True
+        else:
             shared = query.shape[2] // key.shape[2]  # query heads that read one key head
             key, value = (x.repeat_interleave(shared, dim=2) for x in (key, value))
         flat = (x.flatten(0, 1) for x in (query, key, value))  # (B·T, heads, D)

@@ -201,15 +201,22 @@ def test_flash_attention_is_called_as_its_users_call_it(monkeypatch, backend, co
     assert set(calls) == {"varlen" if confined else "dense"}
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["before torch 2.12", "since"])
+@pytest.mark.parametrize(
+    ("version", "options"),
+    [
+        ((2, 10), {"is_causal": True}),
+        ((2, 11), {"window_size": (-1, 0)}),
+        ((2, 12), {"window_size": (-1, 0), "enable_gqa": True}),
+    ],
+)
 def test_torchs_attention_of_many_lengths_gets_edges_and_as_many_heads_as_it_takes(
-    monkeypatch, grouped
+    monkeypatch, version, options
 ):
     """Keys are repeated for versions that know no grouped heads."""
-    options = {"window_size": (-1, 0), "enable_gqa": True} if grouped else {"is_causal": True}
+    grouped = "enable_gqa" in options
     module = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    monkeypatch.setattr(t, "TORCH", (2, 12) if grouped else (2, 11))
+    monkeypatch.setattr(t, "TORCH", version)
 
     def stand_in(query, key, value, edges, edges_too, longest, longest_too, **found):
         assert found == options
