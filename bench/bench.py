@@ -1,11 +1,13 @@
-"""Measures speed on this machine's NVIDIA GPU: kernels and their floors, the scan operator,
-training steps, start-up.
+"""Measures speed on this machine's NVIDIA GPU.
 
-    python -m bench.bench                                   # everything, about a minute for each part
-    python -m bench.bench kernels scan --out now.json       # some parts: kernels, scan, steps, startup
-    python -m bench.bench --compare before.json now.json    # two saved runs side by side; needs no GPU
+    python -m bench.bench                                   # everything, about a minute a part
+    python -m bench.bench kernels scan --out now.json       # some parts
+    python -m bench.bench --compare before.json now.json    # two saved runs; needs no GPU
     PRESET=peer7 NUM_LAYERS=9 python -m bench.bench steps --profile table.txt
     torchrun --standalone --nproc_per_node=2 -m bench.bench steps
+
+Parts are kernels (each beside its floor), scan (the operator, ours and the library's), steps (of
+training) and startup.
 
 Settings are environment variables, as for train_gpt.py, and change whatever is measured. `steps`
 times PRESET=peer7, and it and the default with a batch of 131,072 tokens; with PRESET given,
@@ -46,16 +48,16 @@ if not __package__:  # started by its path
 import train_gpt as t
 from reference import mamba_ssm_operator
 
-tl, constexpr = t.triton and t.tl, t.constexpr  # as the kernel names them
+# As the kernel below names them. Without Triton there are no kernels, and constexpr is a stand-in.
+tl = t.tl if t.triton else None
+constexpr = t.constexpr
 PARTS = ("kernels", "scan", "steps", "startup")
-DATASHEET_FLOPS = (
-    989e12  # per second, dense bfloat16: NVIDIA's figure for the H100 and the H200 in SXM form,
-)
-DATASHEET_GPUS = r"H100 80GB HBM3|H200(?! NVL)"  # which call themselves so
-KERNEL_SETTINGS = {
-    "TRAIN_BATCH_TOKENS": "131072",
-    "TRAIN_SEQ_LEN": "4096",
-}  # one micro-batch of PRESET=peer7
+# Dense bfloat16 a second: NVIDIA's figure for the H100 and the H200 in SXM form, which call
+# themselves so.
+DATASHEET_FLOPS = 989e12
+DATASHEET_GPUS = r"H100 80GB HBM3|H200(?! NVL)"
+# One micro-batch of PRESET=peer7.
+KERNEL_SETTINGS = {"TRAIN_BATCH_TOKENS": "131072", "TRAIN_SEQ_LEN": "4096"}
 STEP_CASES = {
     "peer7": {"PRESET": "peer7"},
     "peer7, small batch": {
@@ -129,8 +131,10 @@ def floor(bytes_moved: float, flops: float, ceilings: Ceilings) -> tuple[float, 
     """The least milliseconds that such a kernel can take, and what binds it: "memory" or
     "matmul".
     """
-    memory, matmul = bytes_moved / ceilings.bytes_per_second, flops / ceilings.flops_per_second
-    return 1e3 * max(memory, matmul), "memory" if memory >= matmul else "matmul"
+    memory = bytes_moved / ceilings.bytes_per_second
+    matmul = flops / ceilings.flops_per_second
+    bound = "memory" if memory >= matmul else "matmul"
+    return 1e3 * max(memory, matmul), bound
 
 
 # ============
@@ -156,8 +160,11 @@ def newton_schulz_flops(shape: torch.Size, steps: int) -> float:
     """Orthogonalizing one matrix: every three steps two products with its long side; each step
     squares its Gram matrix, and between steps there are three more products of that size.
     """
-    (short, long), parts = sorted(shape), math.ceil(steps / 3)
-    return 2 * short**2 * (2 * parts * long + (steps + 3 * (steps - parts)) * short)
+    short, long = sorted(shape)
+    parts = math.ceil(steps / 3)
+    with_long_side = 2 * parts
+    of_gram_matrices = steps + 3 * (steps - parts)
+    return 2 * short**2 * (with_long_side * long + of_gram_matrices * short)
 
 
 def mixer_flops(settings: t.Settings, letter: str, tokens: int) -> float:
@@ -176,14 +183,15 @@ def step_flops(model: t.Model, tokens: int) -> float:
     matrix included, layers that recur counted each time), and three times the forward products of
     attention and scans.
     """
-    s, letters = model.settings, [type(block.mixer).__name__[0] for block in model.blocks]
-    entries = s.vocab_size * s.model_dim + (
-        s.bigram_dim * s.model_dim if s.bigram_vocab_size else 0
-    )
+    s = model.settings
+    letters = [type(block.mixer).__name__[0] for block in model.blocks]
+    entries = s.vocab_size * s.model_dim
+    if s.bigram_vocab_size:
+        entries += s.bigram_dim * s.model_dim
     for layer in model.full_order:
-        entries += sum(
-            m.weight.numel() for m in model.blocks[layer].modules() if isinstance(m, t.Linear)
-        )
+        for module in model.blocks[layer].modules():
+            if isinstance(module, t.Linear):
+                entries += module.weight.numel()
     mixers = sum(mixer_flops(s, letters[layer], tokens) for layer in model.full_order)
     return 6 * tokens * entries + 3 * mixers
 
@@ -193,6 +201,8 @@ def step_flops(model: t.Model, tokens: int) -> float:
 
 
 class Kernel(NamedTuple):
+    """Something to time, and what it cannot do without."""
+
     call: Callable
     bytes_moved: float  # least traffic with memory
     flops: float  # of matrix products
@@ -220,15 +230,19 @@ def operator(
     if not backward:
         return Kernel(torch.no_grad()(run), forward_bytes, forward_flops)
     backward_bytes = forward_bytes + sum(x.nbytes for x in leaves)
-    call = lambda: torch.autograd.grad(run(), leaves, gradients)
-    return Kernel(call, forward_bytes + backward_bytes, 3 * forward_flops)
+
+    def both_passes() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(), leaves, gradients)
+
+    return Kernel(both_passes, forward_bytes + backward_bytes, 3 * forward_flops)
 
 
 def random_activations(settings: t.Settings, device: torch.device, *widths: int) -> Tensor:
     """(sequences, TRAIN_SEQ_LEN, *widths) of a whole batch, standard normal, in the model's dtype
     there.
     """
-    shape = settings.train_batch_tokens // settings.train_seq_len, settings.train_seq_len, *widths
+    length = settings.train_seq_len
+    shape = (settings.train_batch_tokens // length, length, *widths)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
@@ -237,21 +251,26 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
     """A scan from in_proj's output on, norms and copies included, compiled as in the model. backend
     may also be mamba_ssm: then what stands before the library's operator is compiled.
     """
-    s, device, state = settings, ranks.device, settings.mamba_d_state
-    heads, chunk = s.mamba_inner_dim // s.mamba_head_dim, s.mamba_chunk_size
+    s = settings
+    device = ranks.device
+    state = s.mamba_d_state
+    heads = s.mamba_inner_dim // s.mamba_head_dim
+    chunk = s.mamba_chunk_size
     sizes = t.MambaSizes(heads, s.mamba_head_dim, state, state // 4, 3)
     random = functools.partial(torch.randn, device=device)
     ones = functools.partial(torch.ones, device=device)
     step = torch.exp(torch.empty(heads, device=device).uniform_(math.log(1e-3), math.log(1e-1)))
-    learned = (  # step_bias, skip, key_bias, query_bias, key_norm, query_norm
-        step.expm1().log(), ones(heads), 1 + 0.1 * random(heads, state), 1 + 0.1 * random(heads, state), ones(state),
-        ones(state),
-    )  # fmt: skip
+    # In the order of MambaParameters.
+    step_bias = step.expm1().log()  # softplus of it is the step
+    key_bias = 1 + 0.1 * random(heads, state)
+    query_bias = 1 + 0.1 * random(heads, state)
+    norms = (ones(state), ones(state))
+    learned = (step_bias, ones(heads), key_bias, query_bias, *norms)
 
     def ours(projected: Tensor, *learned: Tensor) -> Tensor:
-        return t.mamba_scan(
-            projected, t.MambaParameters(*learned), sizes, None, None, backend, chunk
-        )[0]
+        parameters = t.MambaParameters(*learned)
+        y, *_ = t.mamba_scan(projected, parameters, sizes, None, None, backend, chunk)
+        return y
 
     def before_library(projected: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
         inputs = t.scan_inputs(projected, t.MambaParameters(*learned), sizes, None)
@@ -259,9 +278,9 @@ def scan_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backward: bo
 
     if backend == "mamba_ssm":
         prepare = t.maybe_compile(before_library, s, ranks)
-        run = lambda *tensors: mamba_ssm_operator.library_operator()(
-            *prepare(*tensors), chunk_size=chunk
-        )
+
+        def run(*tensors: Tensor) -> Tensor:
+            return mamba_ssm_operator.library_operator()(*prepare(*tensors), chunk_size=chunk)
     else:
         backend = t.choose_scan_backend(
             dataclasses.replace(s, scan_backend=backend, mamba_version=3), device
@@ -276,7 +295,9 @@ def selective_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backwar
     """The first Mamba's scan. The loop is not compiled: it would be a graph of thousands of nodes.
     No scan of this kind multiplies matrices.
     """
-    s, device, state = settings, ranks.device, settings.mamba_d_state
+    s = settings
+    device = ranks.device
+    state = s.mamba_d_state
     inner = s.mamba_inner_dim
     tokens = functools.partial(random_activations, s, device)
     rates = -torch.arange(1.0, state + 1, device=device).repeat(inner, 1)
@@ -306,11 +327,16 @@ def selective_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backwar
 
 def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """From hidden states to the mean loss, the product with the output matrix included."""
-    s, model = settings, t.build_model(settings, ranks)
+    s = settings
+    model = t.build_model(s, ranks)
     hidden = random_activations(s, ranks.device, s.model_dim)
     targets = torch.randint(0, s.vocab_size, hidden.shape[:2], device=ranks.device)
     matrix = model.output_matrix
-    loss = t.maybe_compile(lambda hidden, targets: model.nats(hidden, targets).mean(), s, ranks)
+
+    def mean_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return model.nats(hidden, targets).mean()
+
+    loss = t.maybe_compile(mean_loss, s, ranks)
     return operator(loss, (hidden, targets), (matrix,), 2 * s.train_batch_tokens * matrix.numel())
 
 
@@ -318,6 +344,7 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """Causal attention."""
     s = settings
     head_dim = s.model_dim // s.num_heads
+    # Queries, keys, values: several queries share a key and a value.
     inputs = tuple(
         random_activations(s, ranks.device, heads, head_dim)
         for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
@@ -327,7 +354,8 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """The MLP's two matrices with LeakyReLU² between them."""
-    s, mlp = settings, t.MLP(settings).to(ranks.device)
+    s = settings
+    mlp = t.MLP(s).to(ranks.device)
     matrices = tuple(mlp.parameters())
     for matrix in matrices:  # one of them is zero at first, and zeros are fast
         torch.nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
@@ -348,34 +376,46 @@ def product_kernel(
         for n in (inputs, outputs)
     )
     weight = torch.randn(shape, device=ranks.device, dtype=x.dtype)
-    pairs, multiply, out_bytes = (
-        [(x, weight.mT), (gradient, weight)],
-        torch.matmul,
-        x.nbytes + gradient.nbytes,
-    )
-    if eight_bits:  # the second by columns, as those products want it
-        one, short = torch.ones((), device=ranks.device), lambda x: x.to(torch.float8_e4m3fn)
+    pairs = [(x, weight.mT), (gradient, weight)]
+    multiply = torch.matmul
+    out_bytes = x.nbytes + gradient.nbytes
+    if eight_bits:
+        short = functools.partial(torch.Tensor.to, dtype=torch.float8_e4m3fn)
+        # The second by columns, as those products want it.
         pairs = [(short(a), short(b.mT.contiguous()).mT) for a, b in pairs]
+        one = torch.ones((), device=ranks.device)
         options = {"scale_a": one, "scale_b": one, "out_dtype": x.dtype, "use_fast_accum": True}
         multiply = functools.partial(torch._scaled_mm, **options)
     read_bytes = sum(x.nbytes for pair in pairs for x in pair)
-    return Kernel(
-        lambda: [multiply(*pair) for pair in pairs],
-        read_bytes + out_bytes,
-        4 * len(x) * shape.numel(),
-    )
+
+    def both_products() -> list[Tensor]:
+        return [multiply(*pair) for pair in pairs]
+
+    # Two products, of two operations for each token and entry of the weight.
+    return Kernel(both_products, read_bytes + out_bytes, 4 * len(x) * shape.numel())
 
 
 @t.jit
 def product_and_activation(
-    x, weight, hidden, out, rows, columns, depth, BM: constexpr, BN: constexpr, BK: constexpr,
-    PROGRAMS: constexpr, BACKWARD: constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    hidden,
+    out,
+    rows,
+    columns,
+    depth,
+    BM: constexpr,
+    BN: constexpr,
+    BK: constexpr,
+    PROGRAMS: constexpr,
+    BACKWARD: constexpr,
+):
     """hidden = x weight^T and out = LeakyReLU(hidden, 0.5)²; BACKWARD: out = x weight · the
     derivative at hidden. Tensor maps; rows and columns are numbers of tiles.
     """
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
-        m, n = tile // columns * BM, tile % columns * BN
+        m = tile // columns * BM
+        n = tile % columns * BN
         total = tl.zeros((BM, BN), tl.float32)
         for k in range(0, depth, BK):
             if BACKWARD:
@@ -396,7 +436,8 @@ def product_and_activation(
 
 # Rows, columns and depth of a tile, warps, pipeline stages, programs on a multiprocessor: the best
 # of ten on an H200.
-FORWARD_TILES, BACKWARD_TILES = (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 4, 2)
+FORWARD_TILES = (128, 256, 64, 8, 3, 1)
+BACKWARD_TILES = (128, 128, 64, 8, 4, 2)
 
 
 def fused_mlp_product(
@@ -407,13 +448,25 @@ def fused_mlp_product(
     """
     bm, bn, bk, warps, stages, programs = tiles
     programs *= torch.cuda.get_device_properties(0).multi_processor_count if x.is_cuda else 1
-    blocks = (bm, bk), (bk, bn) if backward else (bn, bk), (bm, bn), (bm, bn)
-    maps = [
-        t.TensorDescriptor.from_tensor(y, block)
-        for y, block in zip((x, weight, hidden, out), map(list, blocks), strict=True)
-    ]
-    sizes = len(x) // bm, hidden.shape[1] // bn, x.shape[1], bm, bn, bk, programs, backward
-    product_and_activation[(programs,)](*maps, *sizes, num_warps=warps, num_stages=stages)
+    block_of_weight = [bk, bn] if backward else [bn, bk]
+    tensor_map = t.TensorDescriptor.from_tensor
+    maps = {"x": tensor_map(x, [bm, bk]), "weight": tensor_map(weight, block_of_weight)}
+    maps["hidden"] = tensor_map(hidden, [bm, bn])
+    maps["out"] = tensor_map(out, [bm, bn])
+    # Every size is a whole number of tiles.
+    product_and_activation[(programs,)](
+        **maps,
+        rows=len(x) // bm,
+        columns=hidden.shape[1] // bn,
+        depth=x.shape[1],
+        BM=bm,
+        BN=bn,
+        BK=bk,
+        PROGRAMS=programs,
+        BACKWARD=backward,
+        num_warps=warps,
+        num_stages=stages,
+    )
 
 
 def activation_kernel(
@@ -422,41 +475,57 @@ def activation_kernel(
     """The MLP's first product and LeakyReLU², or the second's input gradient and that of
     LeakyReLU²; in one kernel or not.
     """
-    s, width = settings, int(settings.mlp_mult * settings.model_dim)
+    s = settings
+    width = int(s.mlp_mult * s.model_dim)
     x, hidden = (
         random_activations(s, ranks.device, n).detach().flatten(0, 1) for n in (s.model_dim, width)
     )
     shape = (s.model_dim, width) if backward else (width, s.model_dim)
-    weight, out = torch.randn(shape, device=x.device, dtype=x.dtype), torch.empty_like(hidden)
-    activation = t.maybe_compile(
-        lambda hidden: torch.nn.functional.leaky_relu(hidden, 0.5).square(), s, ranks
-    )
+    weight = torch.randn(shape, device=x.device, dtype=x.dtype)
+    out = torch.empty_like(hidden)
+
+    def leaky_relu_square(hidden: Tensor) -> Tensor:
+        return torch.nn.functional.leaky_relu(hidden, 0.5).square()
+
+    activation = t.maybe_compile(leaky_relu_square, s, ranks)
     if together:
         tiles = BACKWARD_TILES if backward else FORWARD_TILES
         call = functools.partial(fused_mlp_product, x, weight, hidden, out, backward, tiles)
     elif backward:
         activated = activation(hidden.requires_grad_())
-        call = lambda: torch.autograd.grad(activated, hidden, x @ weight, retain_graph=True)
+
+        def call():
+            return torch.autograd.grad(activated, hidden, x @ weight, retain_graph=True)
     else:
-        call = lambda: activation(x @ weight.mT)
-    return Kernel(call, x.nbytes + weight.nbytes + 2 * hidden.nbytes, 2 * len(x) * weight.numel())
+
+        def call():
+            return activation(x @ weight.mT)
+
+    bytes_moved = x.nbytes + weight.nbytes + 2 * hidden.nbytes
+    return Kernel(call, bytes_moved, 2 * len(x) * weight.numel())
 
 
 def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
     """Each large product of the model; on a GPU also what 8-bit floats, or the activation in a
     kernel of ours, would make of it.
     """
-    gpu, makers = ranks.device.type == "cuda", {}
+    on_gpu = ranks.device.type == "cuda"
+    # Only there are 8-bit products and the kernel above of any use.
+    choices = (False, True) if on_gpu else (False,)
+    makers = {}
     with torch.device("meta"):
         model = t.Model(settings, torch.device("meta"))
     matrices = [model.output_matrix, *(layer.weight for layer in model.linear_layers().values())]
     for shape in dict.fromkeys(matrix.shape for matrix in matrices if matrix.numel() >= 500_000):
-        for eight_bits in (False, True)[: 1 + gpu]:
-            name = f"product {shape[1]:,} × {shape[0]:,}{', 8 bits' * eight_bits}"
+        for eight_bits in choices:
+            name = f"product {shape[1]:,} × {shape[0]:,}"
+            name += ", 8 bits" if eight_bits else ""
             makers[name] = functools.partial(product_kernel, settings, ranks, shape, eight_bits)
     for backward in (False, True):
-        for together in (False, True)[: 1 + gpu]:
-            name = f"product, LeakyReLU²{', gradient' * backward}{', one kernel' * together}"
+        for together in choices:
+            name = "product, LeakyReLU²"
+            name += ", gradient" if backward else ""
+            name += ", one kernel" if together else ""
             makers[name] = functools.partial(activation_kernel, settings, ranks, backward, together)
     return makers
 
@@ -465,14 +534,16 @@ def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """What stands between two layers: one's output is scaled and added, the embedding mixed in, the
     sum normed.
     """
-    s, device = settings, ranks.device
+    s = settings
+    device = ranks.device
     x, added, embedded = (random_activations(s, device, s.model_dim) for _ in range(3))
-    scale, keep, mix = (
-        torch.rand(s.model_dim, device=device, requires_grad=True) for _ in range(3)
-    )
+    numbers = functools.partial(torch.rand, s.model_dim, device=device, requires_grad=True)
+    scale, keep, mix = (numbers() for _ in range(3))
 
     def run(x, added, embedded, scale, keep, mix):
-        x = keep.to(x.dtype) * (x + scale.to(x.dtype) * added) + mix.to(x.dtype) * embedded
+        # The learned numbers are float32, activations bfloat16.
+        x = x + scale.to(x.dtype) * added
+        x = keep.to(x.dtype) * x + mix.to(x.dtype) * embedded
         return x, t.norm(x)
 
     return operator(t.maybe_compile(run, s, ranks), (x, added, embedded, scale, keep, mix), (), 0)
@@ -482,16 +553,17 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """Muon, Adam and the weight average on the whole model, in float32; gradients are clipped, but
     not averaged.
     """
-    s, model = settings, t.build_model(settings, ranks)
-    optimizers, average = t.Optimizers(model, s, ranks), t.WeightAverage(model, s)
+    s = settings
+    model = t.build_model(s, ranks)
+    optimizers = t.Optimizers(model, s, ranks)
+    average = t.WeightAverage(model, s)
     gradients = [torch.randn_like(p) for p in model.parameters()]
 
     def call():
         for p, gradient in zip(model.parameters(), gradients, strict=True):
             p.grad = gradient  # a step drops it
-        optimizers.step(
-            0.0, s.muon_momentum
-        )  # with rate 0 the weights stay as they are, and the work is the same
+        # With rate 0 the weights stay as they are, and the work is the same.
+        optimizers.step(0.0, s.muon_momentum)
         average.update(1, optimizers.skip)
 
     matrices = [layer.weight for layer in model.linear_layers().values()]
@@ -500,15 +572,15 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     # Read: gradient; read and written: weight, average, and Muon's one momentum or Adam's two
     # moments.
     numbers = (1 + 2 + 2 + 2) * muon + (1 + 2 + 2 + 4) * adam
-    return Kernel(
-        call, 4 * numbers, sum(newton_schulz_flops(p.shape, s.muon_backend_steps) for p in matrices)
-    )
+    flops = sum(newton_schulz_flops(p.shape, s.muon_backend_steps) for p in matrices)
+    return Kernel(call, 4 * numbers, flops)
 
 
 def newton_schulz_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """Orthogonalizing all of the model's matrices, Gram matrices as one batch."""
-    s, shapes = settings, {}
-    for layer in t.build_model(settings, ranks).linear_layers().values():
+    s = settings
+    shapes = {}
+    for layer in t.build_model(s, ranks).linear_layers().values():
         shapes[layer.weight.shape] = shapes.get(layer.weight.shape, 0) + 1
     batches = [torch.randn(count, *shape, device=ranks.device) for shape, count in shapes.items()]
 
@@ -517,9 +589,9 @@ def newton_schulz_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
         count * newton_schulz_flops(shape, s.muon_backend_steps) for shape, count in shapes.items()
     )
     call = functools.partial(orthogonalize, batches, s.muon_backend_steps)
-    return Kernel(
-        call, (4 + 2) * sum(batch.numel() for batch in batches), flops
-    )  # float32 in, float16 out
+    # float32 in, float16 out.
+    bytes_moved = (4 + 2) * sum(batch.numel() for batch in batches)
+    return Kernel(call, bytes_moved, flops)
 
 
 def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
@@ -583,7 +655,7 @@ class SilentLog:
     """Stands in for the run's log."""
 
     def __call__(self, text: str, event: str = "", **values):
-        pass
+        """Writes nothing: files would be part of the time."""
 
     progress = __call__
 
@@ -598,9 +670,11 @@ class RandomBatches:
         shape = sequences, settings.train_seq_len + 1
         self.tokens = torch.randint(0, settings.vocab_size, shape, device=ranks.device)
         self.marks: list[torch.cuda.Event] = []
-        self.profiled, self.profiler = profiled, None
+        self.profiled = profiled
+        self.profiler = None
 
     def next(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (sequences, TRAIN_SEQ_LEN)."""
         self.marks.append(torch.cuda.Event(enable_timing=True))
         self.marks[-1].record()
         if len(self.marks) == self.profiled:
@@ -617,9 +691,15 @@ def make_trainer(settings: t.Settings, ranks: t.Ranks, steps: int) -> tuple[t.Tr
     micro-batch in tokens.
     """
     settings = dataclasses.replace(
-        settings, iterations=steps, max_wallclock_seconds=0.0, recur_start=0.0, late_qat_threshold=0.0,
-        val_loss_every=0, train_log_every=2**40, checkpoint_every=0.0,
-    )  # fmt: skip
+        settings,
+        iterations=steps,
+        max_wallclock_seconds=0.0,
+        recur_start=0.0,
+        late_qat_threshold=0.0,
+        val_loss_every=0,
+        train_log_every=2**40,
+        checkpoint_every=0.0,
+    )
     model = t.build_model(settings, ranks)
     micro_batch = t.choose_micro_batch(settings, ranks)
     return t.Trainer(model, settings, ranks, micro_batch, 16e6, SilentLog()), micro_batch
@@ -645,23 +725,24 @@ def time_steps(
     if batches.profiler is not None:
         batches.profiler.stop()
         kernels = gpu_time_by_kernel(batches.profiler.key_averages())
-    times = [
-        start.elapsed_time(end)
-        for start, end in zip(batches.marks, batches.marks[1:], strict=False)
-    ][discarded:]
+    marks = batches.marks[discarded:]
+    times = [start.elapsed_time(end) for start, end in zip(marks, marks[1:], strict=False)]
     step_ms = statistics.median(times)
-    rate = (
-        step_flops(trainer.model, settings.train_batch_tokens) / ranks.world_size / (step_ms / 1e3)
-    )
+    tokens = settings.train_batch_tokens
+    rate = step_flops(trainer.model, tokens) / ranks.world_size / (step_ms / 1e3)
     known = re.search(DATASHEET_GPUS, torch.cuda.get_device_name())
     row = {
-        "step_ms": step_ms, "fastest_ms": min(times),
-        "tokens_per_s": round(settings.train_batch_tokens * 1e3 / step_ms),
+        "step_ms": step_ms,
+        "fastest_ms": min(times),
+        "tokens_per_s": round(tokens * 1e3 / step_ms),
         "MFU_datasheet": rate / DATASHEET_FLOPS if known else "unknown",
         "MFU_measured": rate / ceilings.flops_per_second,
-        "peak_GB": torch.cuda.max_memory_allocated() / 1e9, "warm_up_s": warm_up,
-        "batch": settings.train_batch_tokens, "seq_len": settings.train_seq_len, "micro_batch": micro_batch,
-    }  # fmt: skip
+        "peak_GB": torch.cuda.max_memory_allocated() / 1e9,
+        "warm_up_s": warm_up,
+        "batch": tokens,
+        "seq_len": settings.train_seq_len,
+        "micro_batch": micro_batch,
+    }
     return row, kernels
 
 
@@ -682,10 +763,10 @@ def kernel_kind(name: str) -> str:
     """What a GPU kernel of this name is for. Products of the optimizer are matmuls, norms and gates
     are elementwise.
     """
-    return next(
-        (kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, name, re.IGNORECASE)),
-        "other",
-    )
+    for kind, pattern in KERNEL_KINDS.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return kind
+    return "other"
 
 
 def gpu_time_by_kernel(averages) -> list[tuple[str, float, int]]:
@@ -744,15 +825,18 @@ def first_step(defaults: dict[str, str]):
     print(time.time(), flush=True)
 
 
+FIRST_STEP = [sys.executable, "-m", "bench.bench", "--first-step"]
+
+
 def time_startup(folder: str) -> dict:
     """A row: seconds from starting a new process, whose compile caches are in this folder, to the
     end of a step.
     """
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     environment = os.environ | {name: str(Path(folder, name.lower())) for name in caches}
-    command = [sys.executable, str(Path(__file__).resolve()), "--first-step"]
     started = time.time()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    # A process that hangs, in a compiler say, is not waited for.
+    done = subprocess.run(FIRST_STEP, env=environment, capture_output=True, text=True, timeout=400)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "it printed nothing").splitlines()[-1])
     return {"seconds": float(done.stdout.split()[-1]) - started}
@@ -777,11 +861,14 @@ class Report:
     """
 
     def __init__(self, out: str, quiet: bool):
-        self.out, self.quiet = out, quiet
+        self.out = out
+        self.quiet = quiet  # as on all ranks but the first
         self.results: dict[str, dict] = {}
-        self.failures, self.columns = 0, None
+        self.failures = 0
+        self.columns = None  # of the row that was printed last
 
     def add(self, part: str, name: str, row: dict):
+        """Prints a row, under its columns' names where they are new, and saves all so far."""
         self.results.setdefault(part, {})[name] = row
         self.failures += "error" in row
         if self.quiet:
@@ -851,6 +938,8 @@ def compare(before: dict, after: dict) -> str:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; no parts given means all, on several ranks the steps."""
+
     def part(name: str) -> str:
         if name not in PARTS:
             raise argparse.ArgumentTypeError(f"{name} is not a part; there are {', '.join(PARTS)}")
@@ -953,9 +1042,8 @@ def time_step_cases(
     if options.profile and ranks.rank == 0:
         Path(options.profile).write_text("\n".join(tables), encoding="utf-8")
     if not report.quiet:
-        print(
-            f"MFU: of {DATASHEET_FLOPS / 1e12:.0f} TFLOP/s (the vendor's datasheet), and of the product timed above"
-        )
+        datasheet = f"{DATASHEET_FLOPS / 1e12:.0f} TFLOP/s (the vendor's datasheet)"
+        print(f"MFU: of {datasheet}, and of the product timed above")
 
 
 def load(file: str) -> dict:

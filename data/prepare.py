@@ -191,7 +191,10 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[str, int]]:
 
 
 def hash_fraction(text: str) -> float:
-    """Return a number in [0, 1) that depends only on the text."""
+    """Return a number in [0, 1) that depends only on the text.
+
+    Python's own hash() differs from process to process.
+    """
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 
@@ -315,7 +318,10 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def start_worker(model: bytes) -> None:
-    """Load the tokenizer once per worker process."""
+    """Load the tokenizer once per worker process.
+
+    It comes as bytes: a processor cannot be sent to another process.
+    """
     global worker_tokenizer
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -635,6 +641,7 @@ def fault_of_shard(path: Path) -> str | None:
 
 def read_shards(folder: Path, split: str) -> np.ndarray:
     """Return all tokens of a dataset's split, "train" or "val", in order."""
+    # Shards are numbered in the order in which they were written.
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
         raise PrepareError(f"{folder} holds no *_{split}_*.bin shards")
@@ -657,6 +664,7 @@ def run_development(args: argparse.Namespace) -> None:
     refuse_other_dataset(args.out, "development")
     if args.out.resolve() == args.dataset.resolve():
         raise PrepareError(f"{args.out} is the dataset itself; give --out another folder")
+    # A document begins with BOS; splits and orders never cut one.
     train = read_shards(args.dataset, "train")
     starts = np.flatnonzero(train == BOS_ID)
     kept = int((1 - args.part) * len(starts))
@@ -811,7 +819,10 @@ def require_file(path: Path) -> None:
 
 
 def run_sample(args: argparse.Namespace) -> None:
-    """Build the sample dataset."""
+    """Build the sample dataset.
+
+    Each text counts as one source; a twentieth of them is the validation split.
+    """
     texts = [(text, len(text.encode())) for text in standard_library_documents()]
     build_dataset(
         lambda: split_documents([texts], [], 0.05, iter), sum(size for _, size in texts), args

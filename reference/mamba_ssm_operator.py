@@ -70,15 +70,18 @@ def library_tensors(inputs: t.ScanInputs) -> tuple[Tensor | None, ...]:
         angle_rate = inputs.key.new_zeros(*inputs.key.shape[:2], inputs.key.shape[-1] // 4)
     if inputs.document_start is not None:
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
-    return (
-        inputs.query.to(bf16).unsqueeze(2), inputs.key.to(bf16).unsqueeze(2),
-        # The library would copy it four times, once for each kernel.
-        inputs.value.to(bf16).contiguous(),
-        *(x.transpose(1, 2).contiguous() for x in (log_decay, inputs.step_size, trapezoid.to(bf16))),
-        inputs.query_bias.float(), inputs.key_bias.float(),
-        angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous(), inputs.skip.float(),
-        inputs.gate.to(bf16).contiguous(),
-    )  # fmt: skip
+    # One query and key for all heads, and the angles of all.
+    query = inputs.query.to(bf16).unsqueeze(2)
+    key = inputs.key.to(bf16).unsqueeze(2)
+    angles = angle_rate.to(bf16).unsqueeze(2).expand(-1, -1, heads, -1).contiguous()
+    per_token = (log_decay, inputs.step_size, trapezoid.to(bf16))
+    log_decay, step_size, trapezoid = (x.transpose(1, 2).contiguous() for x in per_token)
+    # The library would copy a value that is not contiguous four times, once for each kernel.
+    value = inputs.value.to(bf16).contiguous()
+    gate = inputs.gate.to(bf16).contiguous()
+    biases = (inputs.query_bias.float(), inputs.key_bias.float())
+    skip = inputs.skip.float()
+    return (query, key, value, log_decay, step_size, trapezoid, *biases, angles, skip, gate)
 
 
 def mamba_ssm_scan(

@@ -59,7 +59,8 @@ def random_case(
     document_start = None
     if starts:
         document_start = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        document_start[-1, list(starts)] = True
+        last = document_start[-1]
+        last[list(starts)] = True
     shapes = ((heads, angles), (heads, channels, state), (heads, state), (heads, channels))
     carried_state = t.ScanState(*(normal(batch, *shape) for shape in shapes)) if carried else None
     return ScanCase(projected, parameters, sizes, document_start, carried_state)
@@ -81,13 +82,16 @@ def results(
     def leaf(x, dtype: torch.dtype):
         return x.to(dtype).clone().requires_grad_() if isinstance(x, Tensor) else x
 
+    # Leaves of their own, so that a case can be used again.
     projected = leaf(case.projected, dtype)
     parameters = t.MambaParameters(*(leaf(x, wide) for x in case.parameters))
     state = None if case.state is None else t.ScanState(*(leaf(x, wide) for x in case.state))
     y, mean_square, final = scan(projected, parameters, case.sizes, case.document_start, state)
     generator = torch.Generator().manual_seed(1)
     loss = 0.0
-    for x in (y, mean_square, *final) if from_state else (y, mean_square):
+    weighted = (y, mean_square, *final) if from_state else (y, mean_square)
+    # Random weights, so that no two errors cancel in every gradient.
+    for x in weighted:
         weight = torch.randn(x.shape, generator=generator).bfloat16().to(x)
         loss = loss + (x * weight).double().sum()
     learned = {f"d {name}": x for name, x in parameters._asdict().items() if isinstance(x, Tensor)}
@@ -98,7 +102,9 @@ def results(
     outcome |= {f"final {name}": x for name, x in final._asdict().items()}
     # A point on the circle: angles that differ by whole turns are the same.
     outcome["final angle"] = torch.stack([final.angle.cos(), final.angle.sin()])
-    outcome |= {f"d {name}": x for name, x in columns(d_projected, case.sizes).items()}
+    # One tensor holds what in_proj makes for different parts of the scan: judge them apart.
+    for name, x in columns(d_projected, case.sizes).items():
+        outcome[f"d {name}"] = x
     outcome |= dict(zip(learned, gradients, strict=True))
     return {name: x.detach() for name, x in outcome.items()}
 
@@ -119,5 +125,6 @@ def in_two_calls(scan: Callable, place: int) -> Callable:
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Norm-relative errors by name, of all that is not empty."""
+    # A gradient that is missing is an error too.
     assert found.keys() == expected.keys()
     return {name: relative(found[name], x) for name, x in expected.items() if x.numel()}

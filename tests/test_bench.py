@@ -176,7 +176,7 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
         "os.makedirs(cache)\n"
         "print('noise', time.time())\n"
     )
-    monkeypatch.setattr(bench, "__file__", str(child))
+    monkeypatch.setattr(bench, "FIRST_STEP", [sys.executable, str(child)])
     assert 0 < bench.time_startup(str(tmp_path / "caches"))["seconds"] < 60
     with pytest.raises(RuntimeError, match="the caches are warm"):
         bench.time_startup(str(tmp_path / "caches"))

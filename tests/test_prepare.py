@@ -248,7 +248,7 @@ def test_parquet_field_null_and_errors(tmp_path, model, capsys):
         (source, "number", "row 1: the field is of type int, not text"),
         (broken, "body", "cannot be read as Parquet"),
     ):
-        assert run("parquet", path, "--field", field, *options) == 1
+        assert run("parquet", path, "--field", field, *options) == 2
         assert message in capsys.readouterr().err
     assert run("parquet", source, "--field", "body", *options) == 0
     found = [read_split(tmp_path / "o", "n", split, model) for split in ("train", "val")]
@@ -555,7 +555,7 @@ def test_development_splits_that_cannot_be(
     dataset = (
         "mine" if arguments[-1] == "mine" else arguments.pop(0) if len(arguments) == 1 else finished
     )
-    assert run("development", dataset, "--out", "out", *arguments) == 1
+    assert run("development", dataset, "--out", "out", *arguments) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
 

@@ -160,7 +160,10 @@ def check_score(path: Path, score: Score) -> None:
 
 
 def read_run(path: Path, script_path: Path, script: str) -> Run:
-    """A run that may be packaged: finished, of this script, and within the contest's limits."""
+    """A run that may be packaged: finished, of this script, and within the contest's limits.
+
+    Raises UserError with the first reason against it.
+    """
     finished = read_final(path)
     events = finished.events
     try:
@@ -172,28 +175,35 @@ def read_run(path: Path, script_path: Path, script: str) -> Run:
         )
         trained = events["trained"]
         hardware = str(machine["hardware"])  # "8 × NVIDIA H100 80GB HBM3", say
-        run = Run(
-            path=path,
-            settings=settings,
-            machine={"hardware": hardware, "torch": machine["torch"], "cuda": machine["cuda"]},
-            ranks=int(hardware.split(" × ")[0]),
-            seed=finished.seed,
-            steps=int(trained["steps"]),
-            step_ms=float(trained["step_avg_ms"]),
-            before_bpb=float(trained["val_bpb"]),
-            after_bpb=float(events["after_quantization"]["val_bpb"]),
-            final=finished.score,
-            bytes_total=int(trained["bytes_total"]),
-            bytes_code=int(trained["bytes_code"]),
-            train_seconds=float(trained["train_clock_seconds"]),
-            train_limit=float(settings["max_wallclock_seconds"]) or math.inf,  # 0: no limit
-            evaluation_seconds=finished.evaluation_seconds,
-            evaluation_limit=float(settings["eval_max_seconds"]),
-        )
+        limit = float(settings["max_wallclock_seconds"])
+        versions = {name: machine[name] for name in ("torch", "cuda")}
+        figures = {name: int(trained[name]) for name in ("steps", "bytes_total", "bytes_code")}
+        before_bpb = float(trained["val_bpb"])
+        after_bpb = float(events["after_quantization"]["val_bpb"])
+        step_ms = float(trained["step_avg_ms"])
+        train_seconds = float(trained["train_clock_seconds"])
+        evaluation_limit = float(settings["eval_max_seconds"])
+        ranks = int(hardware.split(" × ")[0])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path.with_suffix('.jsonl')} is not a finished run's log: {error!r}"
         ) from None
+    run = Run(
+        path=path,
+        settings=settings,
+        machine={"hardware": hardware, **versions},
+        ranks=ranks,
+        seed=finished.seed,
+        **figures,
+        step_ms=step_ms,
+        before_bpb=before_bpb,
+        after_bpb=after_bpb,
+        final=finished.score,
+        train_seconds=train_seconds,
+        train_limit=limit or math.inf,  # 0: no limit
+        evaluation_seconds=finished.evaluation_seconds,
+        evaluation_limit=evaluation_limit,
+    )
     check_code(run, finished.text, script_path, script)
     check_limits(run)
     return run
@@ -239,7 +249,11 @@ def check_limits(run: Run) -> None:
 
 
 def check_agreement(runs: list[Run]) -> None:
-    """Refuses runs that are not repetitions of one experiment with other seeds."""
+    """Refuses runs that are not repetitions of one experiment with other seeds.
+
+    Settings, machine and validation text must be the same, and no seed may count twice: the
+    standard deviation would be too small.
+    """
     first = runs[0]
     seen = {}
     for run in runs:
@@ -368,17 +382,15 @@ def submission(runs: list[Run], fields: dict, record: bool) -> dict:
     steps = statistics.fmean(run.steps for run in runs)
     step_ms = statistics.fmean(run.step_ms for run in runs)
     machine = runs[0].machine  # that of all: they agree
-    entry = {
-        **fields,
-        "date": datetime.date.today().isoformat(),
-        "track": "track_10min_16mb" if record else "non-record",
-        "val_loss": rounded(loss.mean),
-        "val_bpb": rounded(bpb.mean),
-        "val_loss_std": rounded(loss.std),
-        "val_bpb_std": rounded(bpb.std),
-        "seeds": [run.seed for run in runs],
-        "seed_results": {str(run.seed): seed_result(run) for run in runs},
-    }
+    entry = dict(fields)
+    entry["date"] = datetime.date.today().isoformat()
+    entry["track"] = "track_10min_16mb" if record else "non-record"
+    entry["val_loss"] = rounded(loss.mean)
+    entry["val_bpb"] = rounded(bpb.mean)
+    entry["val_loss_std"] = rounded(loss.std)
+    entry["val_bpb_std"] = rounded(bpb.std)
+    entry["seeds"] = [run.seed for run in runs]
+    entry["seed_results"] = {str(run.seed): seed_result(run) for run in runs}
     entry["bytes_total"] = max(run.bytes_total for run in runs)
     entry["bytes_code"] = runs[0].bytes_code
     entry["train_steps"] = round(steps)
@@ -457,7 +469,10 @@ def variables(run: Run, script: str) -> list[str]:
 
 
 def command(runs: list[Run], script: str) -> str:
-    """What repeats the runs, in a shell."""
+    """What repeats the runs, in a shell.
+
+    Of several runs it is a loop over their seeds, which is all in which they differ.
+    """
     ranks = runs[0].ranks
     launch = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
     line = " ".join([*variables(runs[0], script), launch, "train_gpt.py"])
@@ -548,8 +563,9 @@ def readme(runs: list[Run], entry: dict, script: str, reasons: list[str], gain: 
 
 
 def check_folder(out: Path, force: bool, inputs: list[Path]) -> None:
-    """Refuses a folder that must not be replaced: one in use, or one with contents unless
-    forced.
+    """Refuses a folder that must not be replaced.
+
+    That is one that holds an input or the working directory; and one with contents unless forced.
     """
     need(not out.exists() or out.is_dir(), f"{out} is not a folder")
     for path in (*inputs, Path.cwd()):
@@ -562,8 +578,10 @@ def check_folder(out: Path, force: bool, inputs: list[Path]) -> None:
 
 
 def write_folder(out: Path, files: dict[str, bytes]) -> None:
-    """Writes all of the files or none: they are put beside out, which is replaced when they are
-    complete.
+    """Writes all of the files or none.
+
+    They are put beside out, on the same disk, and renamed when they are complete. What was there
+    before comes back if the last step fails.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -591,6 +609,10 @@ def write_folder(out: Path, files: dict[str, bytes]) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; UserError if it makes no sense.
+
+    What submission.json of this project says is the default of what names the entry.
+    """
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "logs", nargs="+", type=Path, metavar="LOG", help="a run's .txt, with its .jsonl beside it"
