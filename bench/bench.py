@@ -341,7 +341,10 @@ def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """Causal attention."""
+    """Causal attention over random queries, keys and values.
+
+    Positions are left out: the model rotates queries and keys in a kernel of their own.
+    """
     s = settings
     head_dim = s.model_dim // s.num_heads
     # Queries, keys, values: several queries share a key and a value.
@@ -1055,7 +1058,10 @@ def load(file: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 if a row failed, 2 for a user's mistake, told in one line."""
+    """Returns the exit status: 1 if a row failed, 2 for a user's mistake, told in one line.
+
+    Comparing needs no GPU; all else does.
+    """
     options = parse_arguments(arguments)
     try:
         if options.compare:

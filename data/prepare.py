@@ -528,7 +528,10 @@ def build_dataset(
 
 
 def print_environment(data: Path, tokenizer: Path, vocab_size: int) -> None:
-    """Print where the data are, as the environment variables that train_gpt.py takes."""
+    """Print where the data are, as the environment variables that train_gpt.py takes.
+
+    The last line can be pasted in front of a command.
+    """
     print("environment for train_gpt.py:")
     paths = f"DATA_PATH={shlex.quote(str(data))} TOKENIZER_PATH={shlex.quote(str(tokenizer))}"
     print(f"{paths} VOCAB_SIZE={vocab_size}")

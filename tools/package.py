@@ -365,7 +365,10 @@ def rounded(value: float | None) -> float | None:
 
 
 def seed_result(run: Run) -> dict:
-    """One run's entry in submission.json."""
+    """One run's entry in submission.json.
+
+    Scores have as many digits as in the logs.
+    """
     return {
         "val_loss": rounded(run.final.val_loss),
         "val_bpb": rounded(run.final.val_bpb),
@@ -660,7 +663,10 @@ def entry_fields(given: argparse.Namespace, runs: list[Run]) -> dict:
 
 
 def check_paths(given: argparse.Namespace) -> None:
-    """Refuses logs of another kind, and one that is given twice."""
+    """Refuses logs of another kind, and one that is given twice.
+
+    Links and other spellings of a path count as the same log.
+    """
     for path in given.logs:
         need(path.suffix == ".txt", f"{path}: give the run's .txt log")
     for path in given.baseline:
