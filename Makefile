@@ -35,6 +35,7 @@ test: .venv/.dev
 lint: .venv/.dev
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m tools.density
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis data/sample logs/demo.*

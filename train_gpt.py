@@ -1016,7 +1016,7 @@ def prepare_torch(deterministic: bool = False):
 
 
 def keep_sums_apart():
-    """Turns inductor's mix-order reduction off, unless TORCHINDUCTOR_MIX_ORDER_REDUCTION asks for it.
+    """Turns inductor's mix-order reduction off, unless TORCHINDUCTOR_MIX_ORDER_REDUCTION asks.
 
     Seen: wrong sums with torch 2.10 (pytorch#190796), an assertion while compiling PRESET=hybrid11
     with 2.11 (#176131). Still needed unless `tests/gpu_checks.py systems` passes with the variable.
@@ -1802,8 +1802,9 @@ ADDS_IN_ORDER = ("triton", "parallel")  # the same bits every time, on GPUs too
 def choose_scan_backend(settings, device: torch.device) -> str:
     """SCAN_BACKEND, or what "auto" stands for: the first backend that runs these layers here.
 
-    Raises UserError, with the reason, if the one that was asked for does not run; or if "auto" finds
-    the first Mamba on a GPU without its library, since its other backends are many times slower.
+    Raises UserError, with the reason, if the one that was asked for does not run; or if "auto"
+    finds the first Mamba on a GPU without its library, since its other backends are many times
+    slower.
     """
     names = SCAN_BACKENDS[settings.mamba_version]
     wanted = settings.scan_backend

@@ -798,7 +798,10 @@ def time_by_kind(kernels: list[tuple[str, float, int]]) -> dict[str, dict]:
 
 
 def profile_table(title: str, kernels: list[tuple[str, float, int]], rows: int = 60) -> str:
-    """One step's GPU time by kind and by kernel, as text."""
+    """One step's GPU time by kind and by kernel, as text.
+
+    The longest kernels come first; what is beyond so many rows is left out.
+    """
     lines = [title, "", f"{'GPU ms':>10} {'share':>7} {'launches':>9}  kind"]
     for kind, row in time_by_kind(kernels).items():
         lines.append(f"{row['ms']:10.3f} {row['share']:7.1%} {row['launches']:9}  {kind}")
@@ -1050,7 +1053,10 @@ def time_step_cases(
 
 
 def load(file: str) -> dict:
-    """A saved report. Raises UserError for a file that is none."""
+    """A saved report. Raises UserError for a file that is none.
+
+    Only that it is JSON is looked at: older reports lack parts.
+    """
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -833,7 +833,10 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def run_files(args: argparse.Namespace) -> None:
-    """Build a dataset from text, JSONL or Parquet files."""
+    """Build a dataset from text, JSONL or Parquet files.
+
+    No file may be both an INPUT and a --val: its text would be in both splits.
+    """
     for path in args.inputs + args.val:
         require_file(path)
     if both := set(map(Path.resolve, args.inputs)) & set(map(Path.resolve, args.val)):

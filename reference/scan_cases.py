@@ -62,7 +62,9 @@ def random_case(
         last = document_start[-1]
         last[list(starts)] = True
     shapes = ((heads, angles), (heads, channels, state), (heads, state), (heads, channels))
-    carried_state = t.ScanState(*(normal(batch, *shape) for shape in shapes)) if carried else None
+    carried_state = None
+    if carried:
+        carried_state = t.ScanState(*(normal(batch, *shape) for shape in shapes))
     return ScanCase(projected, parameters, sizes, document_start, carried_state)
 
 
@@ -85,7 +87,9 @@ def results(
     # Leaves of their own, so that a case can be used again.
     projected = leaf(case.projected, dtype)
     parameters = t.MambaParameters(*(leaf(x, wide) for x in case.parameters))
-    state = None if case.state is None else t.ScanState(*(leaf(x, wide) for x in case.state))
+    state = case.state
+    if state is not None:
+        state = t.ScanState(*(leaf(x, wide) for x in state))
     y, mean_square, final = scan(projected, parameters, case.sizes, case.document_start, state)
     generator = torch.Generator().manual_seed(1)
     loss = 0.0

@@ -115,7 +115,10 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)  # compared by identity: what was computed for one is kept
 class Entry:
-    """A submission, as the checks get it."""
+    """A submission, as the checks get it.
+
+    What is the script's own is made by the script; checks hold it against what they make.
+    """
 
     script: Path
     artifact: Path
@@ -325,7 +328,10 @@ finally:
 
 
 class Alone(NamedTuple):
-    """What a run in a process of its own gave."""
+    """What a run in a process of its own gave.
+
+    Where it failed, it gave no log and no nats.
+    """
 
     status: int
     said: str  # the last line, of errors if it failed
