@@ -47,6 +47,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from reference import mamba_ssm_operator
+from tools.command import Parser, UserError
 
 # As the kernel below names them. Without Triton there are no kernels, and constexpr is a stand-in.
 tl = t.tl if t.triton else None
@@ -944,7 +945,10 @@ def compare(before: dict, after: dict) -> str:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; no parts given means all, on several ranks the steps."""
+    """The command line; no parts given means all, on several ranks the steps.
+
+    Raises UserError.
+    """
 
     def part(name: str) -> str:
         if name not in PARTS:
@@ -952,27 +956,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         return name
 
     summary, *rest = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=summary,
         epilog="\n\n".join(rest),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "parts", nargs="*", type=part, metavar="PART", help=f"of {', '.join(PARTS)}; none: all"
-    )
-    parser.add_argument("--out", default="", metavar="FILE", help="save the results as JSON")
-    parser.add_argument(
-        "--compare", nargs=2, metavar="FILE", help="print two saved results side by side and end"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=10, metavar="N", help="training steps to time (default 10)"
-    )
-    parser.add_argument(
-        "--profile", default="", metavar="FILE", help="write a step's GPU time by kind and kernel"
-    )
-    parser.add_argument(
-        "--first-step", action="store_true", help=argparse.SUPPRESS
-    )  # what time_startup() starts
+    add = parser.add_argument
+    every = f"of {', '.join(PARTS)}; none: all"
+    add("parts", nargs="*", type=part, metavar="PART", help=every)
+    add("--out", default="", metavar="FILE", help="save the results as JSON")
+    add("--compare", nargs=2, metavar="FILE", help="print two saved results side by side and end")
+    add("--steps", type=int, default=10, metavar="N", help="training steps to time (default 10)")
+    add("--profile", default="", metavar="FILE", help="write a step's GPU time by kind and kernel")
+    # What time_startup() starts.
+    add("--first-step", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
@@ -1068,8 +1065,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     Comparing needs no GPU; all else does.
     """
-    options = parse_arguments(arguments)
     try:
+        options = parse_arguments(arguments)
         if options.compare:
             print(compare(*map(load, options.compare)))
             return 0
@@ -1081,7 +1078,7 @@ def main(arguments: list[str] | None = None) -> int:
             first_step({} if "PRESET" in os.environ else STEP_CASES["peer7"])
             return 0
         return run_parts(options)
-    except t.UserError as error:
+    except (UserError, t.UserError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
 
