@@ -145,7 +145,7 @@ def test_steps_are_those_of_training(pretended_gpu):
     row, kernels = bench.time_steps(settings, SOLO, 3, CEILINGS, profile=False)
     assert kernels == []
     assert 0 < row["fastest_ms"] <= row["step_ms"]
-    assert row["tokens_per_s"] == pytest.approx(256e3 / row["step_ms"], rel=1e-3)
+    assert row["tokens_per_s"] == round(256e3 / row["step_ms"])
     assert (row["batch"], row["micro_batch"], row["peak_GB"]) == (256, 128, 3.0)
     flops_per_second = bench.step_flops(random_model(settings), 256) / row["step_ms"] * 1e3
     assert row["MFU_datasheet"] == pytest.approx(flops_per_second / 989e12)
