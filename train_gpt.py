@@ -2784,18 +2784,14 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float, top_p: float)
 
 
 # ==================================================================================================
-# 6. Optimizers
-# Muon trains matrices, Adam all else. An average of the weights is what a run leaves; a schedule
-# that knows the clock says what holds for each step.
+# 6. Optimizers: Muon for matrices, Adam for all else, the average that a run leaves, the schedule
 
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
-    """Who trains a parameter of the model, by its name: the one place that tells.
+    """Who trains a parameter, by its name: the one place that tells.
 
-    "matrix" (of attention, MLPs, bigrams) and "mamba_matrix": Muon, at MATRIX_LR and
-    MAMBA_MATRIX_LR. "embedding" (also the output matrix where it is tied to it), "head" (an output
-    matrix of its own) and "scalar" (vectors, scales, short convolutions, Mamba's dynamics): Adam,
-    at TIED_EMBED_LR or EMBED_LR, HEAD_LR and SCALAR_LR.
+    Muon: "matrix" and "mamba_matrix". Adam: "embedding", "head" (an output matrix of its own) and
+    "scalar" (all else, short convolutions too).
     """
     if name == "output_embedding.weight":
         return "head"
@@ -2806,8 +2802,8 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
     return "mamba_matrix" if ".mixer." in name and "_proj." in name else "matrix"
 
 
-# Coefficients (a, b, c) of each Newton-Schulz step, chosen so that five bring singular values from
-# 0.001 to 1 near 1 (Polar Express, arXiv 2505.16932); the last ones for all steps that follow.
+# (a, b, c) of each Newton-Schulz step, and of all behind: five bring singular values from 0.001
+# to 1 near 1 (Polar Express, arXiv 2505.16932).
 POLAR_EXPRESS = (
     (8.20516, -22.90194, 16.46072),
     (4.06640, -2.86115, 0.51840),
@@ -2822,26 +2818,24 @@ STEPS_OF_GRAM = 3  # in a row on Gram matrices alone: their rounding errors grow
 def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
     """The nearest semi-orthogonal matrices: U V^T of each x = U S V^T, up to what steps leave.
 
-    batches: (n, rows, columns) each, n matrices of one shape. Returns the same shapes, in float16
-    on a GPU, else in the dtype given.
+    batches: (n, rows, columns) each. Returns the same shapes, in float16 on a GPU.
 
-    A Newton-Schulz step takes x to P x, where G = x x^T and P = a + b G + c G^2. That is the
-    polynomial a s + b s^3 + c s^5 of every singular value s, and brings it nearer to 1. The next
-    step's Gram matrix is P G P, so that a few steps need G alone, which is square and small: x is
-    multiplied once, by the product of their P (dao-lab.ai/blog/2026/gram-newton-schulz). Small
-    matrices leave a GPU idle: all batches' G are padded with zeros to one size and go together.
+    A Newton-Schulz step takes x to P x, where G = x x^T and P = a + b G + c G^2: the polynomial
+    a s + b s^3 + c s^5 of every singular value s, which brings it nearer to 1. The next Gram matrix
+    is P G P, so that a few steps need G alone, which is small; x is multiplied once, by the product
+    of their P (dao-lab.ai/blog/2026/gram-newton-schulz). As small matrices leave a GPU idle, all
+    batches' G go together, padded with zeros to one size.
     """
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]  # rows <= columns
     # No singular value is larger than the Frobenius norm; 1 % is room for float16's rounding.
     wide = [x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7) for x in wide]
     wide = [x.half() if x.is_cuda else x for x in wide]
-    counts = [len(x) for x in wide]
     rows = [x.shape[-2] for x in wide]
     coefficients = [POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)] for step in range(steps)]
     for first in range(0, steps, STEPS_OF_GRAM):
         grams = [F.pad(x @ x.mT, 2 * (0, max(rows) - n)) for x, n in zip(wide, rows, strict=True)]
         few = coefficients[first : first + STEPS_OF_GRAM]
-        products = newton_schulz_product(torch.cat(grams), few).split(counts)
+        products = newton_schulz_product(torch.cat(grams), few).split([len(x) for x in wide])
         products = [product[:, :n, :n] for product, n in zip(products, rows, strict=True)]
         wide = [product @ x for product, x in zip(products, wide, strict=True)]
     pairs = zip(wide, batches, strict=True)
@@ -2861,7 +2855,7 @@ def newton_schulz_product(gram: Tensor, coefficients: list[tuple]) -> Tensor:
 
 @dataclass
 class MatrixGroup:
-    """Matrices of one shape, rate and decay, which Muon treats as a batch."""
+    """Matrices of one shape and rate, which Muon treats as a batch."""
 
     parameters: list[Tensor]  # (rows, columns) each, float32
     momentum: Tensor  # (n, rows, columns) float32; n: their number, up to a multiple of the ranks'
@@ -2872,12 +2866,10 @@ class MatrixGroup:
 def momentum_updates(
     gradients: list[list[Tensor]], momenta: list[Tensor], momentum: Tensor, skip: Tensor, steps: int
 ) -> list[Tensor]:
-    """Moves each group's momentum on and returns its update, orthogonalized: (n, rows, columns).
+    """Moves each group's momentum m on, in place, and returns its update, (n, rows, columns).
 
-    gradients: n matrices (rows, columns) of each group. momenta: (n, rows, columns) each, changed
-    in place: m <- momentum m + (1 - momentum) g. The update looks one step ahead, as Nesterov's:
-    momentum m + (1 - momentum) g with the new m. Where skip, float32 (), is 1, the momentum stays
-    to the bit, and the update, though of no use, is finite. momentum: float32 ().
+    m <- momentum m + (1 - momentum) g; the update is the same once more with the new m (Nesterov),
+    orthogonalized. Where skip, float32 (), is 1, m stays to the bit, and the update is finite.
     """
     updates = []
     for group, old in zip(gradients, momenta, strict=True):
@@ -2892,27 +2884,23 @@ def momentum_updates(
 def apply_updates(
     groups: list[list[Tensor]], updates: list[Tensor], rates: list[Tensor], decays: list, skip
 ):
-    """Decays each group's matrices and moves them along their updates, in place.
+    """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip.
 
-    p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update: the root keeps the change
-    of a layer's outputs alike whatever its shape. rates: float32 () each. Where skip is 1, nothing
-    changes. updates may hold more than the group's matrices: padding, behind them.
+    The root keeps the change of a layer's outputs alike whatever its shape.
     """
     for group, update, rate, decay in zip(groups, updates, rates, decays, strict=True):
         rate = rate * (1 - skip)
         step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
-        for p, change in zip(group, update.unbind(), strict=False):
+        for p, change in zip(group, update.unbind(), strict=False):  # then comes padding
             p.mul_(1 - rate * decay).sub_(step * change.float())
 
 
 class Muon:
     """Momentum whose update is orthogonalized (K. Jordan, 2024, kellerjordan.github.io/posts/muon).
 
-    A gradient's few large singular values drown the others. The nearest semi-orthogonal matrix has
-    the same directions, all of one size: the steepest descent if a step's size is measured by how
-    far it can move a layer's outputs. Adam needs two moments, Muon one.
-
-    Each rank orthogonalizes its share of every group and gathers the others' updates.
+    A gradient's few large singular values drown the others; here all are of one size: the steepest
+    descent if a step is measured by how far it can move a layer's outputs. Each rank orthogonalizes
+    its share of every group.
     """
 
     def __init__(self, groups: list[MatrixGroup], settings, ranks):
@@ -2942,57 +2930,38 @@ class Muon:
     @torch.no_grad()
     def step(self, lr_factor: Tensor, momentum: Tensor, skip: Tensor):
         """One step at this part of the groups' rates; float32 () each. skip of 1: of no effect."""
-        updates = self.momentum_updates(
-            [self._gradients(group) for group in self.groups],
-            [self._share(group.momentum) for group in self.groups],
-            momentum,
-            skip,
-            self.newton_schulz_steps,
-        )
-        self.apply_updates(
-            [group.parameters for group in self.groups],
-            [self.ranks.concatenate(update) for update in updates],
-            [group.base_lr * lr_factor for group in self.groups],
-            [group.weight_decay for group in self.groups],
-            skip,
-        )
+        gradients = [self._gradients(group) for group in self.groups]
+        shares = [self._share(group.momentum) for group in self.groups]
+        steps = self.newton_schulz_steps
+        updates = self.momentum_updates(gradients, shares, momentum, skip, steps)
+        updates = [self.ranks.concatenate(update) for update in updates]
+        parameters = [group.parameters for group in self.groups]
+        rates = [group.base_lr * lr_factor for group in self.groups]
+        decays = [group.weight_decay for group in self.groups]
+        self.apply_updates(parameters, updates, rates, decays, skip)
 
 
-# Adam's epsilon of vectors and scales is no less: a residual mix's first gradients are rounding
-# errors, which a smaller one would take for a direction.
+# Of "scalar": a residual mix's first gradients are rounding errors, which it does not blow up.
 LEAST_SCALAR_EPS = 1e-6
 
 
 class Optimizers:
-    """Muon and Adam, as one optimizer that skips steps whose gradients are not finite.
-
-    Whether a step is skipped is decided on the device, so that no host waits for a gradient. skip,
-    float32 (): 1 if the latest step was. skipped, float32 (3,), counts such steps: all, the
-    current streak, and the longest streak since this object was made.
-    """
+    """Muon and Adam as one, which skips, without the host, steps whose gradients are not finite."""
 
     def __init__(self, model, settings, ranks):
         self.parameters = list(model.parameters())
         self.clip_norm = settings.grad_clip_norm
-        self.skip = torch.zeros((), device=ranks.device)
-        self.skipped = torch.zeros(3, device=ranks.device)
-        self.muon = Muon(matrix_groups(model, settings, ranks), settings, ranks)
+        self.skip = torch.zeros((), device=ranks.device)  # 1: the latest step was skipped
+        self.skipped = torch.zeros(3, device=ranks.device)  # all, this streak, the longest one
+        matrices, others = parameter_groups(model, settings, ranks)
+        self.muon = Muon(matrices, settings, ranks)
         betas = settings.beta1, settings.beta2
-        self.adam = torch.optim.AdamW(
-            adam_groups(model, settings), lr=0.0, betas=betas, fused=True, capturable=ranks.gpu
-        )
-        self.allocate_state()
-
-    def allocate_state(self):
-        """Makes Adam's moments, by torch's names for them.
-
-        AdamW would make them in its first step: too late for a CUDA graph, whose tensors must
-        outlive it, and for a checkpoint that is read before.
-        """
-        for group in self.adam.param_groups:
-            for p in group["params"]:
-                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.adam.state[p] = {"step": p.new_zeros(()), **moments}
+        self.adam = torch.optim.AdamW(others, 0.0, betas, fused=True, capturable=ranks.gpu)
+        # AdamW would make its moments in its first step: too late for a CUDA graph, whose tensors
+        # must outlive it, and for a checkpoint that is read before.
+        for p in itertools.chain(*(group["params"] for group in others)):
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[p] = {"step": p.new_zeros(()), **moments}
 
     def tensors(self) -> list[Tensor]:
         """What steps change besides the weights, float32, whatever the number of ranks."""
@@ -3007,52 +2976,25 @@ class Optimizers:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        self._count(~norm.isfinite())
+        self.skip.copy_(~norm.isfinite())
+        total, streak, longest = self.skipped.unbind()
+        total.add_(self.skip)
+        streak.add_(self.skip).mul_(self.skip)
+        torch.maximum(longest, streak, out=longest)
         self.muon.step(lr_factor, momentum, self.skip)
-        self._adam_step(lr_factor)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        # As torch.amp.GradScaler does: where it is 1, the fused kernel changes nothing.
+        self.adam.found_inf = self.skip
+        self.adam.step()
         for p in self.parameters:
             p.grad = None
 
-    def _count(self, skip: Tensor):
-        """Takes note of whether this step is skipped, bool ()."""
-        self.skip.copy_(skip)
-        total, streak, longest = self.skipped.unbind()
-        total.add_(skip)
-        streak.add_(skip).mul_(skip)
-        torch.maximum(longest, streak, out=longest)
 
-    def _adam_step(self, lr_factor: Tensor):
-        """A step of torch's fused AdamW, of no effect where skip is 1.
-
-        The fused kernel reads the optimizer's attribute found_inf, which torch.amp.GradScaler sets
-        for such steps: where it is 1, weights and moments stay, and the counts of steps, by then
-        one higher, are lowered again. test_gradients_that_are_not_finite_change_nothing sees it.
-        """
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
-        self.adam.found_inf = self.skip
-        self.adam.step()
-
-
-def matrix_groups(model, settings, ranks) -> list[MatrixGroup]:
-    """Muon's parameters, grouped by rate and shape, with momentum of zero."""
-    rates = {"matrix": settings.matrix_lr, "mamba_matrix": settings.mamba_matrix_lr}
-    alike = collections.defaultdict(list)
-    for name, p in model.named_parameters():
-        kind = parameter_kind(name, p)
-        if kind in rates:
-            alike[rates[kind], p.shape].append(p)
-    groups = []
-    for (rate, shape), parameters in alike.items():
-        share = math.ceil(len(parameters) / ranks.world_size)
-        momentum = parameters[0].new_zeros(share * ranks.world_size, *shape)
-        groups.append(MatrixGroup(parameters, momentum, rate, settings.weight_decay))
-    return groups
-
-
-def adam_groups(model, settings) -> list[dict]:
-    """Adam's parameters as torch's groups, a kind's with its rate, decay and epsilon."""
+def parameter_groups(model, settings, ranks) -> tuple[list[MatrixGroup], list[dict]]:
+    """Muon's groups, by rate and shape, and Adam's: in the model's order, as in a checkpoint."""
     s = settings
+    rates = {"matrix": s.matrix_lr, "mamba_matrix": s.mamba_matrix_lr}
     embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
     embed_decay = s.weight_decay if s.embed_wd < 0 else s.embed_wd
     options = {  # rate, decay, epsilon
@@ -3060,23 +3002,29 @@ def adam_groups(model, settings) -> list[dict]:
         "head": (s.head_lr, embed_decay, s.adam_eps),
         "scalar": (s.scalar_lr, s.adam_wd, max(s.adam_eps, LEAST_SCALAR_EPS)),
     }
-    groups = {}  # in the order of the model's parameters, which a checkpoint's is
+    alike = collections.defaultdict(list)
+    others = {}
     for name, p in model.named_parameters():
         kind = parameter_kind(name, p)
-        if kind in options:
-            rate, decay, eps = options[kind]
-            group = {"params": [], "base_lr": rate, "weight_decay": decay, "eps": eps}
-            groups.setdefault(kind, group)["params"].append(p)
-    return list(groups.values())
+        if kind in rates:
+            alike[rates[kind], p.shape].append(p)
+            continue
+        group = dict(zip(("base_lr", "weight_decay", "eps"), options[kind], strict=True))
+        others.setdefault(kind, {"params": [], **group})["params"].append(p)
+    matrices = []
+    for (rate, shape), parameters in alike.items():
+        count = ranks.world_size * math.ceil(len(parameters) / ranks.world_size)
+        momentum = parameters[0].new_zeros(count, *shape)
+        matrices.append(MatrixGroup(parameters, momentum, rate, s.weight_decay))
+    return matrices, list(others.values())
 
 
 class WeightAverage:
     """The average of the weights that a run leaves, as AVERAGE says.
 
-    ema: exponential. Weights after step n come in with a rate of 1 / (AVERAGE_HORIZON n), so that
-    it looks back over that part of the run, however long the run is; at least of 1 - EMA_DECAY.
-    swa: the mean of snapshots (arXiv 1803.05407), taken when Schedule says so.
-    ema+swa: the same of the ema's snapshots. none: the last weights; takes no memory.
+    ema: weights after step n come in with a rate of 1 / (AVERAGE_HORIZON n), so that it looks back
+    over that part of any run; at least of 1 - EMA_DECAY. swa: the mean of the weights, with ema of
+    the ema's, at steps that Schedule says (arXiv 1803.05407).
     """
 
     def __init__(self, model, settings):
@@ -3085,7 +3033,7 @@ class WeightAverage:
         self.parameters = list(model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if "ema" in kinds else []
         self.swa = [torch.zeros_like(p) for p in self.parameters] if "swa" in kinds else []
-        self.snapshots = self.parameters[0].new_zeros(())  # in swa, float32 ()
+        self.snapshots = self.parameters[0].new_zeros(())  # in swa
 
     def tensors(self) -> list[Tensor]:
         """What update() changes, float32."""
@@ -3095,18 +3043,17 @@ class WeightAverage:
     def update(self, steps_done: int, skip: Tensor, snapshot: bool = False):
         """Takes in the weights after steps_done steps; not if skip, float32 (), is 1."""
         taken = 1 - skip
+        moves = []
         if self.ema:
             horizon = max(1.0, self.settings.average_horizon * steps_done)
             rate = taken * max(1 - self.settings.ema_decay, 1 / horizon)
-            self._take_in(self.ema, self.parameters, rate)
+            moves.append((self.ema, self.parameters, rate))
         if self.swa and snapshot:
-            self._take_in(self.swa, self.ema or self.parameters, taken / (self.snapshots + 1))
+            moves.append((self.swa, self.ema or self.parameters, taken / (self.snapshots + 1)))
             self.snapshots += taken
-
-    def _take_in(self, average: list[Tensor], weights: list[Tensor], rate: Tensor):
-        """Moves an average towards weights by this part of the way, float32 ()."""
-        torch._foreach_mul_(average, 1 - rate)
-        torch._foreach_add_(average, torch._foreach_mul(weights, rate))
+        for average, weights, rate in moves:
+            torch._foreach_mul_(average, 1 - rate)
+            torch._foreach_add_(average, torch._foreach_mul(weights, rate))
 
     @torch.no_grad()
     def apply(self) -> str:
@@ -3144,9 +3091,7 @@ def ramp(part: float, whole: float) -> float:
 def schedule_at(settings, step: int, seconds: float) -> Schedule:
     """What holds for step (from 0) after seconds of the training clock.
 
-    The run is over when ITERATIONS are done or its clock has run out, whichever is first; parts of
-    it are parts of that one. The learning rate is a trapezoid: up in a hundredth of the run, then
-    level, then down in a straight line over WARMDOWN_FRACTION to MIN_LR, or in half a cosine.
+    Parts of the run are those of ITERATIONS or of its clock, whichever ends first.
     """
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
@@ -3157,29 +3102,22 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
     step_part = 1 / s.iterations  # what a step takes of the run: by the clock, the mean so far
     if by_clock > by_steps:
         step_part = seconds / max(step, 1) / train_seconds
-    warmdown = s.warmdown_fraction
-    if s.warmdown_iters:
-        warmdown = min(1.0, s.warmdown_iters * step_part)
+    warmdown = min(1.0, s.warmdown_iters * step_part) if s.warmdown_iters else s.warmdown_fraction
     decay = ramp(1 - progress, warmdown)
     if s.warmdown_shape == "cosine":
         decay = 0.5 - 0.5 * math.cos(math.pi * decay)
     lr_factor = ramp(progress + 1 / s.iterations, LR_WARMUP) * max(decay, s.min_lr)
 
     first = s.muon_momentum_warmup_start or FIRST_MOMENTUM * s.muon_momentum
-    risen = ramp(progress, MOMENTUM_WARMUP)
-    if s.muon_momentum_warmup_steps:
-        risen = ramp(step, s.muon_momentum_warmup_steps)
+    steps = s.muon_momentum_warmup_steps
+    risen = ramp(step, steps) if steps else ramp(progress, MOMENTUM_WARMUP)
     momentum = first + (s.muon_momentum - first) * risen
 
     # What begins as rates decay looks at the decay itself, which MIN_LR does not hold up.
-    return Schedule(
-        progress=progress,
-        lr_factor=lr_factor,
-        momentum=momentum,
-        recurrent=progress >= s.recur_start,
-        quantized=decay < s.late_qat_threshold or s.quantizer == "ternary",
-        snapshot=decay < s.swa_start_frac and (step + 1) % s.swa_every == 0,
-    )
+    recurrent = progress >= s.recur_start
+    quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
+    snapshot = decay < s.swa_start_frac and (step + 1) % s.swa_every == 0
+    return Schedule(progress, lr_factor, momentum, recurrent, quantized, snapshot)
 
 
 # ==================================================================================================
