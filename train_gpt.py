@@ -7160,7 +7160,8 @@ def document_block_lists(reach: Tensor) -> list[Tensor]:
     before = block < block[:, None]  # (blocks of queries, blocks of keys)
     full = before & whole & (first >= latest)
     masked = (block <= block[:, None]) & (first + BLOCK > earliest) & ~full
-    return [reach.clone(), *listed(masked), *listed(full), *listed(masked.mT), *listed(full.mT)]
+    lists = [*listed(masked), *listed(full), *listed(masked.mT), *listed(full.mT)]
+    return [reach.clone(), *(x.contiguous() for x in lists)]  # kernels take the strides for granted
 
 
 @document_block_lists.register_fake

@@ -465,3 +465,10 @@ def test_sliding_windows_score_a_document_by_itself(mixer):
     changed = np.abs(after - before) > 1e-4
     assert changed.any()
     assert set(number[1:][changed] - (stream[1:][changed] == t.BOS_ID)) == {2}
+
+
+@pytest.mark.parametrize("length", [100, 128, 400])
+def test_the_operator_of_document_blocks_keeps_what_it_says_of_its_results(length):
+    """Shapes and strides: a compiled graph relies on them."""
+    reach = t.find_documents(random_starts(length), "math").reach
+    torch.library.opcheck(t.document_block_lists, (reach,))
