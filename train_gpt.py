@@ -3121,9 +3121,7 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
 
 
 # ==================================================================================================
-# 7. Evaluation
-# A plan of windows says which targets a forward pass scores, with what context. A chunk is scored
-# whole before test-time training may read any of it.
+# 7. Evaluation: a chunk is scored whole before test-time training may read any of it
 
 
 class Window(NamedTuple):
@@ -3137,10 +3135,8 @@ class Window(NamedTuple):
 def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
     """This rank's windows of targets first <= p < last: each target in one window of one rank.
 
-    For EVAL_MODE plain and sliding. Plain windows stand side by side. Sliding ones move by
-    EVAL_STRIDE and score only what is new, so that a target is predicted from TRAIN_SEQ_LEN -
-    EVAL_STRIDE earlier tokens or more, as soon as the stream has so many. Windows go to the ranks
-    in turn.
+    EVAL_MODE plain: side by side. sliding: EVAL_STRIDE further each; only what is new is scored, by
+    TRAIN_SEQ_LEN - EVAL_STRIDE earlier tokens or more, as soon as the stream has so many.
     """
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
@@ -3185,28 +3181,27 @@ class Score(NamedTuple):
 class StateRelay:
     """Every mixer's state on its way through the stream, from part to part and rank to rank.
 
-    In a round, ranks score consecutive parts, one each. A mixer's state crosses the border between
-    two ranks as soon as the first one's mixer has left it: while a rank runs one layer, the next
-    rank runs the layer before it on the part behind. The last rank hands its states to the first
-    one, for the next round. A round of R parts so takes the time of 1 + (R - 1) / layers parts.
+    In a round, ranks score consecutive parts, one each. A state goes to the next rank as soon as
+    its mixer has left it, and from the last rank to the first, for the next round. So a round of R
+    parts takes the time of 1 + (R - 1) / layers parts.
     """
 
     def __init__(self, ranks, states: list):
         self.ranks = ranks
         self.states = states
-        self.parts = 1
+        self.parts = 1  # of the round, not more than ranks
         self.sent = []
 
-    def start_round(self, parts: int):
-        """A round of so many parts, not more than ranks."""
-        self.parts = parts
+    def _receive(self, like, source: int):
+        """A state like this one, into tensors of its own: those may still be on their way."""
+        state = map_state(lambda tensor: tensor.new_empty(tensor.shape), like)
+        self.ranks.receive(tensors_of(state), source)
+        return state
 
     def take(self, place: int):
         """The state of the mixer at this place in the order, before this rank's part."""
         if self.ranks.rank > 0:
-            # Into tensors of its own: those of the part before may still be on their way.
-            self.states[place] = map_state(blank, self.states[place])
-            self.ranks.receive(tensors_of(self.states[place]), self.ranks.rank - 1)
+            self.states[place] = self._receive(self.states[place], self.ranks.rank - 1)
         return self.states[place]
 
     def put(self, place: int, state):
@@ -3222,16 +3217,14 @@ class StateRelay:
             for state in self.states:
                 self.sent += self.ranks.send(tensors_of(state), 0)
         if last > 0 and self.ranks.rank == 0:
-            self.states = [map_state(blank, state) for state in self.states]
-            for state in self.states:
-                self.ranks.receive(tensors_of(state), last)
+            self.states = [self._receive(state, last) for state in self.states]
         for work in self.sent:
             work.wait()
         self.sent.clear()
 
 
 def map_state(function, state):
-    """A state with function applied to each of its tensors."""
+    """A state with function applied to each of its tensors, in order."""
     if state is None:
         return None
     if isinstance(state, Tensor):
@@ -3239,26 +3232,18 @@ def map_state(function, state):
     return type(state)(*(map_state(function, part) for part in state))
 
 
-def blank(tensor: Tensor) -> Tensor:
-    """Room for a tensor like this one, contiguous."""
-    return tensor.new_empty(tensor.shape)
-
-
 def tensors_of(state) -> list[Tensor]:
     """A state's tensors, in order."""
-    if state is None:
-        return []
-    if isinstance(state, Tensor):
-        return [state]
-    return [tensor for part in state for tensor in tensors_of(part)]
+    tensors = []
+    map_state(tensors.append, state)
+    return tensors
 
 
 class AdaptationClock:
     """How many epochs of test-time training each chunk gets, so that all can be scored in time.
 
-    Scoring comes first: of the seconds that each chunk to come may take, a fifth more than scoring
-    took last is kept back, and epochs fill the rest. On the first two chunks, whose times hold what
-    compiling took, all epochs are granted.
+    Of each coming chunk's seconds, a fifth more than scoring took last is kept back; epochs fill
+    the rest. The first two, whose times hold what compiling took, get all epochs.
     """
 
     def __init__(self, settings, chunks: int, started: float):
@@ -3269,26 +3254,14 @@ class AdaptationClock:
         self.epoch_seconds = 0.0  # of one epoch on the latest chunk that was trained on
         self.epochs_given_up = 0
 
-    def seconds_left(self) -> float:
-        """Until EVAL_MAX_SECONDS are over; negative behind them."""
-        return self.deadline - synchronized_time()
-
     def affordable_epochs(self, index: int, seconds_left: float) -> int:
         """Epochs on chunk number index, which is not the last."""
         if seconds_left <= 0:
             return 0
         if index < 2:
             return self.most_epochs
-        chunks_left = self.chunks - 1 - index
-        spare = seconds_left / chunks_left - 1.2 * self.scoring_seconds
-        epochs = int(spare / max(self.epoch_seconds, 1e-9))
-        return min(self.most_epochs, max(0, epochs))
-
-
-def trained_parameters(model, frozen_blocks: int) -> list[Tensor]:
-    """What test-time training moves: all but the parameters of the first blocks."""
-    frozen = {id(p) for block in model.blocks[:frozen_blocks] for p in block.parameters()}
-    return [p for p in model.parameters() if id(p) not in frozen]
+        spare = seconds_left / (self.chunks - 1 - index) - 1.2 * self.scoring_seconds
+        return min(self.most_epochs, max(0, int(spare / max(self.epoch_seconds, 1e-9))))
 
 
 class Evaluator:
@@ -3298,56 +3271,45 @@ class Evaluator:
     stream in chunks of TTT_CHUNK_TOKENS targets, in order. On each it first calls _score_chunk(),
     which fixes the nats of every target in the chunk, and only then _adapt(), which reads this
     chunk's tokens and targets and none behind them. So the weights that score a target have been
-    trained on earlier chunks alone; within a chunk, the model is causal, so that a target's score
-    depends on the tokens before it alone. No target is scored again with weights that know it:
-    _keep() counts, and _collect() raises unless each was scored exactly once. The last chunk is
-    not trained on, since nothing comes after it.
+    trained on earlier chunks alone; within a chunk, the model is causal. No target is scored again
+    with weights that know it: _keep() counts, and _collect() raises unless each was scored exactly
+    once. The last chunk, which nothing follows, is not trained on.
 
-    Without test-time training, the whole stream is one chunk. Each rank scores some of a chunk's
-    windows and trains on a part of it; gradients are summed, so that all ranks keep the same
-    weights.
+    Each rank scores some of a chunk's windows and trains on a part of it, by summed gradients.
 
     EVAL_MODE=stateful: no window cuts a target off from what came before. Parts of the stream are
-    scored in order, each from the states that the part before has left (Model.resume()); attention
-    alone sees no further than TRAIN_SEQ_LEN tokens back, in windows that overlap by EVAL_OVERLAP.
-    Scans read each token once and attention twice, if windows overlap by half; sliding windows by
-    EVAL_STRIDE read everything TRAIN_SEQ_LEN / EVAL_STRIDE times. But ranks wait for each other's
-    states: see StateRelay. What a part holds does not depend on how many ranks there are, and so
-    neither do the scores. An update makes the states those of a model that no longer is: they are
-    computed anew over the last window.
+    scored in order, each from the states that the part before has left (Model.resume(), StateRelay
+    between ranks); attention alone sees no further than TRAIN_SEQ_LEN tokens back, in windows that
+    overlap by EVAL_OVERLAP. Parts, and so scores, do not depend on the number of ranks. After an
+    update, states are computed anew over the last window.
     """
 
     def __init__(
         self, model, settings, ranks, validation: ValidationSet, recurrent=True, observer=None
     ):
-        """recurrent: whether layers are applied again as LAYER_ORDER says. observer: is told of
-        everything, see EvaluationObserver. The model's weights change if settings.adapts."""
+        """recurrent: whether layers are applied again. The weights change if settings.adapts."""
         self.model = model
         self.settings = settings
         self.ranks = ranks
         self.validation = validation
         self.observer = observer or EvaluationObserver()
         self.order = model.order(recurrent)
-        self.trained = trained_parameters(model, settings.ttt_freeze_blocks)
+        frozen = {id(p) for p in model.blocks[: settings.ttt_freeze_blocks].parameters()}
+        self.trained = [p for p in model.parameters() if id(p) not in frozen]
         self.nats_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
+        self.block_function = maybe_compile(Block.resume, settings, ranks)
+        self.readout_function = maybe_compile(model.nats, settings, ranks)
         self.total = len(validation.target_bytes)
         self.nats = torch.zeros(self.total, device=ranks.device)
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
         self.chunk = min(self.total, settings.ttt_chunk_tokens) if settings.adapts else self.total
-        self.rows = self._windows_at_once()
-        self.block_function = maybe_compile(Block.resume, settings, ranks)
-        self.readout_function = maybe_compile(model.nats, settings, ranks)
+        windows = plan_windows(settings, 0, self.chunk, 0, ranks.world_size)
+        most = settings.val_batch_size // (ranks.world_size * settings.train_seq_len)
+        self.rows = max(1, min(len(windows), most))  # of a batch
         self.part = self._part_tokens()
         self.relay = StateRelay(ranks, [])
         self.states_from = 0  # where the text begins that the states know
-
-    def _windows_at_once(self) -> int:
-        """The rows of a batch: as VAL_BATCH_SIZE allows, and no more than a chunk has windows."""
-        world_size = self.ranks.world_size
-        windows = plan_windows(self.settings, 0, self.chunk, 0, world_size)
-        most = self.settings.val_batch_size // (world_size * self.settings.train_seq_len)
-        return max(1, min(len(windows), most))
 
     def _part_tokens(self) -> int:
         """Of stateful evaluation: an eighth of what may be scored at once, in whole strides.
@@ -3355,21 +3317,19 @@ class Evaluator:
         Eight ranks share a chunk so. It is no longer than eight windows, as a compiler writes out
         each chunk of a scan that is no kernel. Where another chunk follows, parts end with chunks.
         """
-        settings = self.settings
-        stride = settings.train_seq_len - settings.attention_overlap
-        strides = math.ceil(self.chunk / stride)
-        tokens = min(self.chunk // 8, settings.val_batch_size // 8, 8 * settings.train_seq_len)
+        length = self.settings.train_seq_len
+        stride = length - self.settings.attention_overlap
+        tokens = min(self.chunk, self.settings.val_batch_size, 64 * length) // 8
         most = max(1, tokens // stride)
-        if self.chunk < self.total:
-            return stride * largest_divisor(strides, most)
-        return stride * min(strides, most)
+        strides = math.ceil(self.chunk / stride)
+        whole = self.chunk == self.total
+        return stride * (min(strides, most) if whole else largest_divisor(strides, most))
 
     def evaluate(self, started: float | None = None, say=lambda text: None) -> Score:
         """Scores every chunk, and adapts to each but the last once it is scored.
 
-        started is the perf_counter() at which the evaluation clock began (left out: now), by which
-        epochs of test-time training are given up. say(text) hears of each chunk. Raises
-        RuntimeError if a target was not scored exactly once.
+        started: the perf_counter() at which the evaluation clock began (left out: now). say(text)
+        hears of each chunk. Raises RuntimeError if a target was not scored exactly once.
         """
         started = time.perf_counter() if started is None else started
         firsts = range(0, self.total, self.chunk)
@@ -3382,18 +3342,12 @@ class Evaluator:
             clock.scoring_seconds = synchronized_time() - scoring_started
             if last == self.total:
                 break
-            progress = index / len(firsts)
-            sgd.param_groups[0]["lr"] = self._learning_rate(progress)
+            falling = 1 + math.cos(math.pi * (index / len(firsts)))  # along a cosine, from 2 to 0
+            sgd.param_groups[0]["lr"] = self.settings.ttt_lr * 0.5 * falling
             epochs, seconds_left = self._adapt(index, first, last, sgd, clock)
-            say(
-                f"test-time training: chunk {index + 1}/{len(firsts)}, {epochs} epochs, "
-                f"{seconds_left:.0f}s left"
-            )
+            counts = f"chunk {index + 1}/{len(firsts)}, {epochs} epochs"
+            say(f"test-time training: {counts}, {seconds_left:.0f}s left")
         return self._collect(clock.epochs_given_up)
-
-    def _learning_rate(self, progress: float) -> float:
-        """TTT_LR, falling to zero along a cosine as progress, a part of the stream, goes to 1."""
-        return self.settings.ttt_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     @torch.no_grad()
     def _score_chunk(self, first: int, last: int):
@@ -3403,37 +3357,29 @@ class Evaluator:
             return
         windows = plan_windows(self.settings, first, last, self.ranks.rank, self.ranks.world_size)
         for start in range(0, len(windows), self.rows):
-            self._score_windows(windows[start : start + self.rows])
-
-    def _score_windows(self, windows: list[Window]):
-        """One forward pass, of as many rows as any other: spare ones score nothing."""
-        nothing = Window(windows[-1].context, 0, 0)
-        windows = windows + [nothing] * (self.rows - len(windows))
-        context, first, last = (np.array(column)[:, None] for column in zip(*windows, strict=True))
-        excerpt = self._read(context, self.settings.train_seq_len)
-        nats = self.nats_function(excerpt.tokens, excerpt.targets, self.order)
-        scored = (first <= excerpt.positions) & (excerpt.positions < last)
-        self._keep(excerpt, scored, nats)
+            batch = windows[start : start + self.rows]
+            spare = Window(batch[-1].context, 0, 0)  # scores nothing: all batches have as many rows
+            batch += [spare] * (self.rows - len(batch))
+            context, begin, end = (np.array(column)[:, None] for column in zip(*batch, strict=True))
+            excerpt = self._read(context, self.settings.train_seq_len)
+            nats = self.nats_function(excerpt.tokens, excerpt.targets, self.order)
+            self._keep(excerpt, begin, end, nats)
 
     def _score_parts(self, first: int, last: int):
         """Stateful: rounds of one part for each rank, from the states before the first target."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        overlap = self.settings.attention_overlap
         if first == 0:
             self.relay.states = self.model.new_states(self.order)
-        for begin in range(first, last, self.part * self.ranks.world_size):
-            parts = range(begin, last, self.part)[: self.ranks.world_size]
-            self.relay.start_round(len(parts))
-            if self.ranks.rank < len(parts):
-                self._score_part(parts[self.ranks.rank], last)
+        for begin in range(first, last, self.part * world_size):
+            parts = range(begin, last, self.part)[:world_size]
+            self.relay.parts = len(parts)
+            if rank < len(parts):
+                excerpt, hidden = self._resume(parts[rank], self.part)
+                before, targets = (x[:, overlap:] for x in (excerpt.tokens, excerpt.targets))
+                nats = self.readout_function(hidden, targets, before)
+                self._keep(excerpt, parts[rank], last, F.pad(nats, (overlap, 0)))
             self.relay.end_round()
-
-    def _score_part(self, first: int, last: int):
-        """Scores the part from target first on, but not from last on."""
-        excerpt, hidden = self._resume(first, self.part)
-        overlap = self.settings.attention_overlap
-        targets = excerpt.targets[:, overlap:]
-        nats = self.readout_function(hidden, targets, excerpt.tokens[:, overlap:])
-        scored = (first <= excerpt.positions) & (excerpt.positions < last)
-        self._keep(excerpt, scored, F.pad(nats, (overlap, 0)))
 
     def _resume(self, first: int, length: int) -> tuple[Excerpt, Tensor]:
         """Reads length tokens from first on, and the overlap; hidden states (1, length, D)."""
@@ -3441,23 +3387,18 @@ class Evaluator:
         seen = torch.tensor(min(overlap, first - self.states_from), device=self.ranks.device)
         resumed = seen, list(self.relay.states)
         excerpt = self._read(np.array([[first - overlap]]), overlap + length, resumed)
-        hidden = self.model.resume(
-            excerpt.tokens, seen, self.order, self.relay, self.block_function
-        )
-        return excerpt, hidden
+        run = self.block_function
+        return excerpt, self.model.resume(excerpt.tokens, seen, self.order, self.relay, run)
 
     @torch.no_grad()
     def _renew_states(self, position: int):
-        """The states before a position, by the weights as they are now, from the window before it.
-
-        The first rank's, with which the next round begins.
-        """
+        """The first rank's states before a position, by the weights and the window before it."""
         stride = self.settings.train_seq_len - self.settings.attention_overlap
         window = stride * math.ceil(self.settings.train_seq_len / stride)
         self.states_from = max(0, position - window)
         if self.ranks.rank == 0:
             self.relay.states = self.model.new_states(self.order)
-            self.relay.start_round(1)
+            self.relay.parts = 1
             self._resume(self.states_from, position - self.states_from)
 
     def _read(self, starts: np.ndarray, length: int, resumed: tuple | None = None) -> Excerpt:
@@ -3465,14 +3406,14 @@ class Evaluator:
         stream = self.validation.tokens
         places = np.clip(starts + np.arange(length + 1), 0, len(stream) - 1)
         tokens = torch.tensor(stream[places], dtype=torch.int64, device=self.ranks.device)
-        positions = starts + np.arange(length)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        excerpt = Excerpt(positions, inputs, targets, resumed)
+        excerpt = Excerpt(starts + np.arange(length), inputs, targets, resumed)
         self.observer.on_read(excerpt)
         return excerpt
 
-    def _keep(self, excerpt: Excerpt, scored: np.ndarray, nats: Tensor):
-        """Writes down the nats (B, T) of an excerpt's targets where scored (B, T) is true."""
+    def _keep(self, excerpt: Excerpt, first, last, nats: Tensor):
+        """Writes down the nats (B, T) of an excerpt's targets first <= p < last, (B, 1) or one."""
+        scored = (first <= excerpt.positions) & (excerpt.positions < last)
         cells = np.flatnonzero(scored)
         where = excerpt.positions.flatten()[cells]
         np.add.at(self.times_scored, where, 1)
@@ -3481,7 +3422,7 @@ class Evaluator:
 
     def _adapt(self, index: int, first: int, last: int, sgd, clock) -> tuple[int, float]:
         """Trains on a chunk that is scored, as long as the clock allows: epochs, seconds left."""
-        seconds_left = clock.seconds_left()
+        seconds_left = clock.deadline - synchronized_time()
         # One rank's clock speaks for all, or they would wait for each other's gradients for ever.
         epochs = self.ranks.from_main(clock.affordable_epochs(index, seconds_left))
         started = synchronized_time()
@@ -3497,20 +3438,18 @@ class Evaluator:
     def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD):
         """One step of SGD on targets first <= p < last; each rank takes its part of them."""
         settings = self.settings
-        ranks = self.ranks
-        length = ttt_sequence_length(settings, ranks.world_size)
-        starts = np.arange(first, last, length)
-        mine = np.array_split(starts, ranks.world_size)[ranks.rank]
-        most = settings.val_batch_size // (ranks.world_size * length)
-        rows = largest_divisor(len(mine), most)
-        share = rows / len(mine) / ranks.world_size  # of a batch in the chunk's mean
+        world_size = self.ranks.world_size
+        length = ttt_sequence_length(settings, world_size)
+        mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]
+        rows = largest_divisor(len(mine), settings.val_batch_size // (world_size * length))
+        share = rows / len(mine) / world_size  # of a batch in the chunk's mean
         for batch in mine.reshape(-1, rows, 1):
             excerpt = self._read(batch, length)
             self.observer.on_train(excerpt)
             loss = self.loss_function(excerpt.tokens, excerpt.targets, self.order)
             (loss * share).backward()
         for parameter in self.trained:
-            ranks.sum_(parameter.grad)
+            self.ranks.sum_(parameter.grad)
         if settings.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.trained, settings.ttt_grad_clip)
         sgd.step()
