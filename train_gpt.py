@@ -21,7 +21,7 @@ The model:
     - GPTQ onto int6 grids (int8 where it matters), entropy-coded near its bound
     - sliding windows and test-time training on what is already scored
 
-Contents, in the order in which data flow; the last two may be left out at a first reading:
+Contents, in the order in which data flow; the last three may be left out at a first reading:
     1. Settings: every variable, presets, --help
     2. Ranks and device: what several processes need of each other, choices for the whole process
     3. Data: shards, batches, bytes per token
@@ -34,6 +34,7 @@ Contents, in the order in which data flow; the last two may be left out at a fir
     10. Training and main: log, clock, checkpoints, loop, export
     11. Fused kernels: the scan and the cross-entropy in Triton
     12. Published peers: the first Mamba, library kernels
+    13. Other scripts' names: translated, or refused
 
 Words and letters:
     B, L (or T)    sequences of a batch, tokens of a sequence
@@ -118,8 +119,8 @@ def need(condition, message: str):
 
 # ==================================================================================================
 # 1. Settings
-# A field of Settings in capitals is its environment variable, named as in the contest. What a
-# variable may hold stands beside its default; help, validation and docs/settings.md come from it.
+# A field of Settings in capitals is its environment variable, named as in the contest. What it may
+# hold stands beside its default; help, validation and docs/settings.md are made from that.
 
 
 UNBOUNDED = 2**50  # more than any count or number of seconds that means something
@@ -128,11 +129,9 @@ WIDEST = 2**20  # the most that a width, a number of heads or a state may be
 
 @dataclass(frozen=True)
 class Domain:
-    """The values that a setting may take.
+    """The values that a setting may take: one of choices, or a number from low to high.
 
-    unit says what is counted. Numbers lie from low to high; above_zero leaves out 0 and below_one
-    leaves out 1 and more. choices, where there are any, are the only values. one_line refuses line
-    breaks and other control characters, which would spoil names, headers and errors.
+    unit says what is counted. above_zero leaves out 0, below_one leaves out 1 and more.
     """
 
     unit: str = ""
@@ -141,35 +140,29 @@ class Domain:
     above_zero: bool = False
     below_one: bool = False
     choices: tuple = ()
-    one_line: bool = True
 
     def describe(self, kind: type) -> str:
         """Unit and bounds of a setting of this type in a few words, for the help."""
         if kind is bool:
             return "0|1"
         if self.choices:
-            return "|".join(str(choice) for choice in self.choices)
-        bounds = []
-        if self.above_zero:
-            bounds.append("> 0")
-        elif self.low != 0:
-            bounds.append(f">= {self.low}")
-        if self.below_one:
-            bounds.append("< 1")
-        elif self.high < WIDEST:
-            bounds.append(f"<= {self.high}")
-        return f"{self.unit} {', '.join(bounds)}".strip()
+            return "|".join(map(str, self.choices))
+        limits = {
+            "> 0": self.above_zero,
+            f">= {self.low}": self.low != 0,
+            "< 1": self.below_one,
+            f"<= {self.high}": self.high < WIDEST,
+        }
+        return f"{self.unit} {', '.join(text for text in limits if limits[text])}".strip()
 
     def problem(self, value) -> str:
         """What is wrong with a value of the setting's type; empty where nothing is."""
         if self.choices:
-            wanted = ", ".join(str(choice) for choice in self.choices)
+            wanted = ", ".join(map(str, self.choices))
             return "" if value in self.choices else f"should be one of {wanted}"
-        if isinstance(value, bool):
-            return ""
-        if isinstance(value, str):
-            broken = self.one_line and not value.isprintable()
-            return "holds a line break or another character that does not print" if broken else ""
+        if isinstance(value, str):  # it would spoil names, headers and errors
+            problem = "holds a line break or another character that does not print"
+            return "" if value.isprintable() else problem
         high = 1 if self.below_one else self.high
         at_open_end = (self.above_zero and value == 0) or (self.below_one and value == 1)
         if self.low <= value <= high and not at_open_end:
@@ -177,18 +170,24 @@ class Domain:
         return f"must be from {self.low} to {high} ({self.describe(type(value))})"
 
 
-def env(default, help, unit="", *, group="", **bounds):
-    """A setting: its default, whose type is the setting's, help, and what bounds say of its Domain.
+def env(default, help, unit="", *, group="", choices="", **bounds):
+    """A setting: its default, whose type is its own, help, and what bounds say of its Domain.
 
-    group is the name of the group of settings that begins with this one.
+    choices are words in one string; group names the group of settings that begins with this one.
     """
-    metadata = {"help": help, "domain": Domain(unit, **bounds), "group": group}
-    return field(default=default, metadata=metadata)
+    options = tuple(type(default)(word) for word in choices.split())
+    domain = Domain(unit, choices=options, **bounds)
+    return field(default=default, metadata={"help": help, "domain": domain, "group": group})
 
 
-def width(default, help, unit="numbers", **options):
-    """A setting that is a width, or a count of heads or states, of the model: above 0, bounded."""
-    return env(default, help, unit, high=WIDEST, above_zero=True, **options)
+def positive(default, help, unit="", **options):
+    """A setting above 0."""
+    return env(default, help, unit, above_zero=True, **options)
+
+
+def width(default, help, unit="numbers"):
+    """A setting that is a width, or a count of heads or states, of the model."""
+    return positive(default, help, unit, high=WIDEST)
 
 
 @dataclass(frozen=True)
@@ -197,22 +196,18 @@ class Settings:
 
     preset: str = env("default", "a set of defaults", "name", group="run")
     run_id: str = env("", "names logs and artifact", "name")
-    device: str = env("auto", "auto: a GPU if there is one", choices=("auto", "cuda", "cpu"))
-    compile: str = env("auto", "torch.compile; auto: on GPUs", choices=("auto", "on", "off"))
+    device: str = env("auto", "auto: a GPU if there is one", choices="auto cuda cpu")
+    compile: str = env("auto", "torch.compile; auto: on GPUs", choices="auto on off")
     scan_backend: str = env(
-        "auto",
-        "auto: the fastest here",
-        choices=("auto", "triton", "chunked", "fused", "parallel", "sequential"),
+        "auto", "auto: the fastest here", choices="auto triton chunked fused parallel sequential"
     )
     attention_backend: str = env(
-        "auto",
-        "auto: the fastest here",
-        choices=("auto", "cudnn", "flash", "flex", "math", "fa3", "fa2"),
+        "auto", "auto: the fastest here", choices="auto cudnn flash flex math fa3 fa2"
     )
     micro_batch_tokens: int = env(0, "most at once on a rank; 0: what fits", "tokens")
     warmup_steps: int = env(3, "to compile, off the clock", "steps")
     val_loss_every: int = env(0, "validation off the clock; 0: at the end", "steps")
-    train_log_every: int = env(50, "training loss lines", "steps", above_zero=True)
+    train_log_every: int = positive(50, "training loss lines", "steps")
     deterministic: bool = env(False, "the same bits again, slower")
     checkpoint_every: float = env(120.0, "0: only when stopped", "seconds")
     resume: str = env("auto", "checkpoint; auto: RUN_ID's last", "auto, never, file")
@@ -222,24 +217,17 @@ class Settings:
     eval_only: bool = env(False, "score ARTIFACT and train nothing")
 
     data_path: str = env(
-        "./data/datasets/fineweb10B_sp8192/",
-        "of *_train_*.bin and *_val_*.bin",
-        "folder",
-        group="data",
+        "./data/datasets/fineweb10B_sp8192/", "*_train_*.bin, *_val_*.bin", "folder", group="data"
     )
-    tokenizer_path: str = env(
-        "./data/tokenizers/fineweb_8192_bpe.model", "SentencePiece model", "file"
-    )
+    tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "SentencePiece", "file")
     seed: int = env(1337, "of weights and batches", "integer")
-    vocab_size: int = env(8192, "must be the tokenizer's", "tokens", high=65_536, above_zero=True)
-    train_batch_tokens: int = env(524_288, "a step's, over all ranks", "tokens", above_zero=True)
-    train_seq_len: int = env(2048, "training and evaluation window", "tokens", above_zero=True)
+    vocab_size: int = positive(8192, "must be the tokenizer's", "tokens", high=65_536)
+    train_batch_tokens: int = positive(524_288, "a step's, over all ranks", "tokens")
+    train_seq_len: int = positive(2048, "training and evaluation window", "tokens")
     document_reset: bool = env(False, "BOS resets the layers that DOCUMENT_SCOPE names")
-    document_scope: str = env(
-        "all", "all: attention and convolutions too, not scans alone", choices=("all", "scans")
-    )
+    document_scope: str = env("all", "all: attention, convolutions, scans", choices="all scans")
 
-    num_layers: int = env(9, "physical layers", "layers", high=256, above_zero=True, group="model")
+    num_layers: int = positive(9, "physical layers", "layers", high=256, group="model")
     model_dim: int = width(512, "residual stream")
     mamba_layers: str = env("0,1,3-5,7,8", "the others are attention", "layers")
     mlp_layers: str = env("all", "have an MLP", "layers")
@@ -250,12 +238,12 @@ class Settings:
     rope_base: float = env(10_000.0, "of the pairs' frequencies", "factor", low=1)
     xsa_last_n: int = env(0, "last layers that attend to other tokens alone", "layers", high=256)
     qk_gain_init: float = env(1.5, "queries' first gain", "factor", high=WIDEST)
-    mamba_version: int = env(3, "1: the first Mamba, a selective scan", choices=(1, 2, 3))
-    mamba_d_state: int = env(64, "state per channel", "numbers", high=1024, above_zero=True)
+    mamba_version: int = env(3, "1: the first Mamba, a selective scan", choices="1 2 3")
+    mamba_d_state: int = positive(64, "state per channel", "numbers", high=1024)
     mamba_expand: float = width(2.0, "Mamba's inner width", "× width")
     mamba_head_dim: int = width(64, "channels per Mamba head")
-    mamba_decay: str = env("softplus", "Mamba-3's decay rates", choices=("softplus", "heavy_tail"))
-    mamba_d_conv: int = env(4, "short convolution; none in Mamba-3", choices=(2, 3, 4))
+    mamba_decay: str = env("softplus", "Mamba-3's decay rates", choices="softplus heavy_tail")
+    mamba_d_conv: int = env(4, "short convolution; none in Mamba-3", choices="2 3 4")
     mamba_chunk_size: int = width(64, "chunk of a scan", "tokens")
     unet_skips: bool = env(True, "first half to second")
     ln_scale: bool = env(False, "inputs of layer l times 1 / sqrt(l + 1)")
@@ -263,17 +251,17 @@ class Settings:
     bigram_dim: int = width(128, "before its projection")
     tie_embeddings: bool = env(True, "one matrix reads tokens in and out")
     tied_embed_init_std: float = env(0.005, "first embeddings and output matrix", "std")
-    logit_softcap: float = env(30.0, "cap·tanh(logits/cap)", "nats", high=60, above_zero=True)
+    logit_softcap: float = positive(30.0, "cap·tanh(logits/cap)", "nats", high=60)
 
     layer_order: str = env("all", "in which they run, as 0-4,3,4,5", "layers", group="recurrence")
     recur_start: float = env(0.35, "before it, each layer runs once", "of run", high=1)
 
-    iterations: int = env(20_000, "most training steps", "steps", above_zero=True, group="schedule")
+    iterations: int = positive(20_000, "most training steps", "steps", group="schedule")
     max_wallclock_seconds: float = env(600.0, "training and GPTQ; 0: ITERATIONS rule", "seconds")
     export_reserve_seconds: float = env(8.0, "of these, for GPTQ", "seconds")
     warmdown_fraction: float = env(0.6, "linear decay to the end", "of run", high=1)
     warmdown_iters: int = env(0, "the same in steps; 0: the fraction", "steps")
-    warmdown_shape: str = env("linear", "of rates as they fall", choices=("linear", "cosine"))
+    warmdown_shape: str = env("linear", "of rates as they fall", choices="linear cosine")
     min_lr: float = env(0.0, "of the rates: decay ends there", "part", high=1)
 
     matrix_lr: float = env(0.02, "Muon, attention and MLP matrices", "rate", group="optimizer")
@@ -283,72 +271,46 @@ class Settings:
     head_lr: float = env(0.008, "Adam, output matrix, with TIE_EMBEDDINGS=0", "rate")
     scalar_lr: float = env(0.02, "Adam, vectors, scales and Mamba's dynamics", "rate")
     muon_momentum: float = env(0.95, "Nesterov momentum", "part", below_one=True)
-    muon_momentum_warmup_start: float = env(
-        0.0, "the first; 0: MUON_MOMENTUM × 0.9", "part", below_one=True
-    )
+    muon_momentum_warmup_start: float = env(0.0, "0: MUON_MOMENTUM × 0.9", "part", below_one=True)
     muon_momentum_warmup_steps: int = env(0, "until it is reached; 0: a tenth of the run", "steps")
-    muon_backend_steps: int = env(5, "Newton-Schulz iterations", "steps", above_zero=True)
+    muon_backend_steps: int = positive(5, "Newton-Schulz iterations", "steps")
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", below_one=True)
     beta2: float = env(0.95, "Adam, of the mean square", "part", below_one=True)
-    adam_eps: float = env(
-        1e-8, "Adam; of vectors and scales at least 1e-6", "size", above_zero=True
-    )
+    adam_eps: float = positive(1e-8, "Adam; of vectors and scales at least 1e-6", "size")
     grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", low=-1)
     adam_wd: float = env(0.0, "of vectors and scales", "rate")
-    average: str = env(
-        "ema", "of the weights, which a run leaves", choices=("ema", "swa", "ema+swa", "none")
-    )
+    average: str = env("ema", "of the weights, for the artifact", choices="ema swa ema+swa none")
     average_horizon: float = env(0.1, "ema: how far it looks back", "of run", high=1)
-    ema_decay: float = env(
-        0.999, "ema: bounds it at 1 / (1 - EMA_DECAY) steps", "part", below_one=True
-    )
-    swa_start_frac: float = env(
-        0.2, "swa: LR factor below which it takes snapshots", "factor", high=1
-    )
-    swa_every: int = env(50, "swa: from one snapshot to the next", "steps", above_zero=True)
+    ema_decay: float = env(0.999, "ema: at most 1 / (1 - EMA_DECAY) steps", "part", below_one=True)
+    swa_start_frac: float = env(0.2, "swa: LR factor below which it averages", "factor", high=1)
+    swa_every: int = positive(50, "swa: from one snapshot to the next", "steps")
 
     quantizer: str = env(
-        "gptq",
-        "section 8; ternary trains with it",
-        choices=("gptq", "round", "percentile", "dsq", "ternary"),
-        group="export",
+        "gptq", "ternary trains on it", choices="gptq round percentile dsq ternary", group="export"
     )
-    late_qat_threshold: float = env(
-        0.0, "LR factor below which QAT is on; 0: never", "factor", high=1
-    )
-    target_mb: float = env(16.0, "decimal, for artifact and code", "MB", above_zero=True)
+    late_qat_threshold: float = env(0.0, "QAT below this LR factor; 0: never", "factor", high=1)
+    target_mb: float = positive(16.0, "decimal, for artifact and code", "MB")
     sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
-    sdclip_k_int8: float = env(16.0, "k of 8-bit rows", "std", above_zero=True)
+    sdclip_k_int8: float = positive(16.0, "k of 8-bit rows", "std")
     sdclip_most: float = env(16.0, "the largest k that is tried for the size", "std", low=4)
-    sdclip_mlp: float = env(1.0, "times k: int6 rows of MLPs", "factor", above_zero=True)
-    sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", above_zero=True)
-    gptq_block_size: int = env(128, "columns whose errors spread at once", above_zero=True)
-    gptq_damp: float = env(0.01, "of the Hessian's mean diagonal, added", "part", above_zero=True)
-    calibration: str = env(
-        "train", "text for GPTQ: training shards', or the model's own", choices=("train", "self")
-    )
-    calibration_tokens: int = env(131_072, "of text for GPTQ", "tokens", above_zero=True)
-    gptq_gen_len: int = env(
-        512, "self: length of a text, at most TRAIN_SEQ_LEN", "tokens", above_zero=True
-    )
-    gptq_gen_temp: float = env(1.0, "self: temperature of its tokens", "factor", above_zero=True)
+    sdclip_mlp: float = positive(1.0, "times k: int6 rows of MLPs", "factor")
+    sdclip_attention: float = positive(1.0, "times k: int6 rows of attention", "factor")
+    gptq_block_size: int = positive(128, "columns whose errors spread at once")
+    gptq_damp: float = positive(0.01, "of the Hessian's mean diagonal, added", "part")
+    calibration: str = env("train", "text for GPTQ; self: the model's own", choices="train self")
+    calibration_tokens: int = positive(131_072, "of text for GPTQ", "tokens")
+    gptq_gen_len: int = positive(512, "self: a text's length, at most TRAIN_SEQ_LEN", "tokens")
+    gptq_gen_temp: float = positive(1.0, "self: temperature of its tokens", "factor")
 
     eval_mode: str = env(
-        "sliding",
-        "context of a scored token",
-        choices=("plain", "sliding", "stateful"),
-        group="evaluation",
+        "sliding", "a scored token's context", choices="plain sliding stateful", group="evaluation"
     )
-    eval_stride: int = env(512, "sliding: how far windows move", "tokens", above_zero=True)
-    eval_overlap: int = env(
-        0, "stateful: how much attention reads again; 0: half of TRAIN_SEQ_LEN", "tokens"
-    )
-    val_batch_size: int = env(
-        524_288, "most scored at once over all ranks", "tokens", above_zero=True
-    )
-    eval_max_seconds: float = env(600.0, "evaluation clock", "seconds", above_zero=True)
+    eval_stride: int = positive(512, "sliding: how far windows move", "tokens")
+    eval_overlap: int = env(0, "stateful: attention reads again; 0: half a window", "tokens")
+    val_batch_size: int = positive(524_288, "most scored at once over all ranks", "tokens")
+    eval_max_seconds: float = positive(600.0, "evaluation clock", "seconds")
     eval_nll_path: str = env("", "every target's nats, float32", "file.npy")
     ttt_enabled: bool = env(True, "score-first test-time training")
     ttt_lr: float = env(0.005, "SGD, cosine over the chunks", "rate")
@@ -356,20 +318,12 @@ class Settings:
     ttt_momentum: float = env(0.9, "SGD", "part", below_one=True)
     ttt_grad_clip: float = env(1.0, "most of a step's gradient; 0: not clipped", "norm")
     ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", high=256)
-    ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", above_zero=True)
+    ttt_chunk_tokens: int = positive(32_768, "scored, then trained on", "tokens")
 
-    sample_prompt: str = env(
-        "", "what the model in ARTIFACT continues, before it adapts", "text", group="sample"
-    )
-    sample_tokens: int = env(200, "how far it is continued", "tokens", above_zero=True)
+    sample_prompt: str = env("", "ARTIFACT continues it, unadapted", "text", group="sample")
+    sample_tokens: int = positive(200, "how far it is continued", "tokens")
     sample_temperature: float = env(0.8, "of the draws; 0: the likeliest token", "factor", high=100)
-    sample_top_p: float = env(
-        0.95,
-        "of the draws: the likeliest tokens with this part of them",
-        "part",
-        high=1,
-        above_zero=True,
-    )
+    sample_top_p: float = positive(0.95, "draws from the likeliest of this sum", "part", high=1)
 
     @property
     def mamba_inner_dim(self) -> int:
@@ -403,9 +357,8 @@ class Settings:
 
 
 HYBRID11 = {
-    "data_path": "./data/datasets/fineweb10B_sp1024/",
-    "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model",
-    "vocab_size": 1024, "num_layers": 11, "mamba_layers": "0,2,4,6,8",
+    "data_path": "./data/datasets/fineweb10B_sp1024/", "vocab_size": 1024, "num_layers": 11,
+    "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model", "mamba_layers": "0,2,4,6,8",
     "mamba_version": 1, "mamba_d_state": 16, "mamba_chunk_size": 256,
 }  # fmt: skip
 
@@ -442,9 +395,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-FIELDS = [f.name for f in fields(Settings)]
-
-
 def fields_of(*groups: str) -> list[str]:
     """Names of the settings of some groups, in their order."""
     names = []
@@ -456,6 +406,8 @@ def fields_of(*groups: str) -> list[str]:
     return names
 
 
+FIELDS = [f.name for f in fields(Settings)]
+
 # What an artifact's header holds: all that the model's shapes and its forward pass depend on.
 MODEL_FIELDS = sorted(
     {"vocab_size", "document_reset", "document_scope", *fields_of("model", "recurrence")}
@@ -463,339 +415,16 @@ MODEL_FIELDS = sorted(
 )
 
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
-TRAINING_FIELDS = [
-    name
-    for name in fields_of("data", "model", "recurrence", "schedule", "optimizer", "export")
-    if name not in ("data_path", "tokenizer_path")
-]
+TRAINING_FIELDS = fields_of("data", "model", "recurrence", "schedule", "optimizer", "export")
+TRAINING_FIELDS = [n for n in TRAINING_FIELDS if n not in ("data_path", "tokenizer_path")]
 
 
-# ---- Names that are not ours ---------------------------------------------------------------------
-# The contest's published scripts read 137 variables, and people reach for others. A name that were
-# ignored would make a sweep of equal runs, so each is another name of a setting, or is refused.
+# ---- Reading and checking ------------------------------------------------------------------------
 
 
 def shown(value) -> str:
     """A value as an error's one line can quote it."""
     return str(value) if str(value).isprintable() else repr(value)
-
-
-def read_count(environment: dict[str, str], name: str, default: int) -> int:
-    """A variable's whole number from 0 to 10,000."""
-    count = parse_value(name, environment.get(name, str(default)), int)
-    need(0 <= count <= 10_000, f"{name}={count} must be from 0 to 10000")
-    return count
-
-
-def repeat_layers(num_layers: int, layers: tuple[int, ...], repeats: int, block: bool) -> str:
-    """LAYER_ORDER in which layers run repeats more times, together as a block or each alone."""
-    if not layers or not repeats:
-        return "all"
-    order = []
-    for layer in range(num_layers):
-        order.append(layer)
-        if block and layer == max(layers):
-            order += sorted(layers) * repeats
-        elif not block and layer in layers:
-            order += [layer] * repeats
-    return ",".join(str(layer) for layer in order)
-
-
-def convert_loops(environment: dict[str, str], settings) -> str:
-    """LAYER_ORDER of NUM_LOOPS more passes over the layers from LOOP_START to LOOP_END."""
-    need("NUM_LOOPS" in environment, "LOOP_START and LOOP_END need NUM_LOOPS, the passes to add")
-    first = read_count(environment, "LOOP_START", 3)
-    last = read_count(environment, "LOOP_END", 4)
-    inside = first <= last < settings.num_layers
-    need(inside, f"LOOP_START={first} LOOP_END={last} are not layers of {settings.num_layers}")
-    layers = tuple(range(first, last + 1))
-    return repeat_layers(
-        settings.num_layers, layers, read_count(environment, "NUM_LOOPS", 0), block=True
-    )
-
-
-def convert_recurrence(environment: dict[str, str], settings) -> str:
-    """LAYER_ORDER of RECUR_REPEATS (1) more passes over RECUR_LAYERS, as RECUR_MODE says."""
-    need("RECUR_LAYERS" in environment, "RECUR_REPEATS and RECUR_MODE need RECUR_LAYERS")
-    mode = environment.get("RECUR_MODE", "block").strip()
-    need(mode in ("block", "layer"), f"RECUR_MODE={mode} should be one of block, layer")
-    layers = read_layers("RECUR_LAYERS", environment["RECUR_LAYERS"], settings.num_layers)
-    repeats = read_count(environment, "RECUR_REPEATS", 1)
-    return repeat_layers(settings.num_layers, layers, repeats, block=mode == "block")
-
-
-def convert_attention(environment: dict[str, str], settings) -> str:
-    """MAMBA_LAYERS that leave NUM_ATTN_LAYERS (1) to attention where ATTN_PLACEMENT says."""
-    count = settings.num_layers
-    placement = environment.get("ATTN_PLACEMENT", "even").strip()
-    if placement == "even":
-        wanted = read_count(environment, "NUM_ATTN_LAYERS", 1)
-        need(wanted <= count, f"NUM_ATTN_LAYERS={wanted} is more than NUM_LAYERS={count}")
-        spacing = count / (wanted + 1)
-        attention = {round(spacing * (i + 1)) for i in range(wanted)}
-    else:
-        attention = set(read_layers("ATTN_PLACEMENT", placement, count))
-        wanted = read_count(environment, "NUM_ATTN_LAYERS", len(attention))
-    need(
-        len(attention - {count}) == wanted,
-        f"ATTN_PLACEMENT={placement} does not place NUM_ATTN_LAYERS={wanted}: set MAMBA_LAYERS",
-    )
-    mamba = [str(layer) for layer in range(count) if layer not in attention]
-    return ",".join(mamba) or "none"
-
-
-def convert_rope_dims(environment: dict[str, str], settings) -> str:
-    """ROPE_FRACTION that turns ROPE_DIMS dimensions of each head; 0 is all."""
-    head = settings.model_dim // max(1, settings.num_heads)
-    dims = read_count(environment, "ROPE_DIMS", 0) or head
-    need(dims <= head, f"ROPE_DIMS={dims} is more than a head has, {head}")
-    fraction = dims / max(1, head)
-    if int(head * fraction) < dims:  # it was rounded down
-        fraction = math.nextafter(fraction, 1.0)
-    return repr(fraction)
-
-
-def convert_bigrams(environment: dict[str, str], settings) -> str:
-    """BIGRAM_VOCAB_SIZE of BIGRAM_BUCKETS rows, or of none where USE_BIGRAM_HASH=0."""
-    if not parse_value("USE_BIGRAM_HASH", environment.get("USE_BIGRAM_HASH", "1"), bool):
-        return "0"
-    usual = settings.bigram_vocab_size or Settings.bigram_vocab_size
-    return environment.get("BIGRAM_BUCKETS", str(usual))
-
-
-def convert_quantizer(environment: dict[str, str], settings) -> str:
-    """QUANTIZER of USE_GPTQ and GPTQ_LITE, the search for each row's clipping."""
-    hessians = parse_value("USE_GPTQ", environment.get("USE_GPTQ", "1"), bool)
-    search = parse_value("GPTQ_LITE", environment.get("GPTQ_LITE", "0"), bool)
-    need(hessians or not search, "GPTQ_LITE=1 searches clips for GPTQ here: leave out USE_GPTQ=0")
-    if search:
-        return "percentile"
-    usual = "gptq" if settings.quantizer == "round" else settings.quantizer
-    return usual if hessians else "round"
-
-
-def convert_average(environment: dict[str, str], settings) -> str:
-    """AVERAGE of EMA_ENABLED and SWA_ENABLED; of what neither says, the usual."""
-    parts = []
-    for part in ("ema", "swa"):
-        name = f"{part.upper()}_ENABLED"
-        usual = str(int(part in settings.average))
-        if parse_value(name, environment.get(name, usual), bool):
-            parts.append(part)
-    return "+".join(parts) or "none"
-
-
-def convert_batches(environment: dict[str, str], settings) -> str:
-    """CALIBRATION_TOKENS of GPTQ_CALIB_BATCHES batches of TRAIN_BATCH_TOKENS."""
-    batches = read_count(environment, "GPTQ_CALIB_BATCHES", 1)
-    return str(batches * settings.train_batch_tokens)
-
-
-def convert_sequences(environment: dict[str, str], settings) -> str:
-    """CALIBRATION_TOKENS of GPTQ_NUM_SEQS (32) sequences of GPTQ_GEN_LEN tokens."""
-    length = read_count(environment, "GPTQ_GEN_LEN", settings.gptq_gen_len)
-    return str(length * read_count(environment, "GPTQ_NUM_SEQS", 32))
-
-
-def convert_cuda(environment: dict[str, str], settings) -> str:
-    """SCAN_BACKEND of MAMBA_USE_CUDA: the usual, or the loop."""
-    cuda = parse_value("MAMBA_USE_CUDA", environment.get("MAMBA_USE_CUDA", "1"), bool)
-    return settings.scan_backend if cuda else "sequential"
-
-
-# Other names, each of a setting (in capitals). Where their values differ, a function of the
-# environment, and of the Settings without other names, gives the setting's text; names that share
-# one are translated together.
-ALIASES = {
-    "ATTN_PLACEMENT": ("MAMBA_LAYERS", convert_attention),
-    "BIGRAM_BUCKETS": ("BIGRAM_VOCAB_SIZE", convert_bigrams),
-    "BIGRAM_HASH_DIM": ("BIGRAM_DIM", None),
-    "EMA_ENABLED": ("AVERAGE", convert_average),
-    "ENABLE_LOOPING_AT": ("RECUR_START", None),
-    "GPTQ_CALIB_BATCHES": ("CALIBRATION_TOKENS", convert_batches),
-    "GPTQ_CLIP_SIGMAS": ("SDCLIP_K", None),
-    "GPTQ_EMBED_CLIP_SIGMAS": ("SDCLIP_K_INT8", None),
-    "GPTQ_LITE": ("QUANTIZER", convert_quantizer),
-    "GPTQ_NUM_SEQS": ("CALIBRATION_TOKENS", convert_sequences),
-    "LOOP_END": ("LAYER_ORDER", convert_loops),
-    "LOOP_START": ("LAYER_ORDER", convert_loops),
-    "MAMBA3_CHUNK_SIZE": ("MAMBA_CHUNK_SIZE", None),
-    "MAMBA3_D_STATE": ("MAMBA_D_STATE", None),
-    "MAMBA3_EXPAND": ("MAMBA_EXPAND", None),
-    "MAMBA3_HEADDIM": ("MAMBA_HEAD_DIM", None),
-    "MAMBA_USE_CUDA": ("SCAN_BACKEND", convert_cuda),
-    "MUON_WD": ("WEIGHT_DECAY", None),
-    "NUM_ATTN_LAYERS": ("MAMBA_LAYERS", convert_attention),
-    "NUM_LOOPS": ("LAYER_ORDER", convert_loops),
-    "RECUR_LAYERS": ("LAYER_ORDER", convert_recurrence),
-    "RECUR_MODE": ("LAYER_ORDER", convert_recurrence),
-    "RECUR_REPEATS": ("LAYER_ORDER", convert_recurrence),
-    "RECUR_START_FRAC": ("RECUR_START", None),
-    "ROPE_DIMS": ("ROPE_FRACTION", convert_rope_dims),
-    "SWA_ENABLED": ("AVERAGE", convert_average),
-    "USE_BIGRAM_HASH": ("BIGRAM_VOCAB_SIZE", convert_bigrams),
-    "USE_GPTQ": ("QUANTIZER", convert_quantizer),
-    # Not the contest's, but reached for.
-    "D_MODEL": ("MODEL_DIM", None),
-    "EMA_HORIZON": ("AVERAGE_HORIZON", None),
-    "ITERS": ("ITERATIONS", None),
-    "MAX_WALLCLOCK": ("MAX_WALLCLOCK_SECONDS", None),
-    "NUM_ITERATIONS": ("ITERATIONS", None),
-    "QUANT": ("QUANTIZER", None),
-    "SEQ_LEN": ("TRAIN_SEQ_LEN", None),
-    "VAL_EVERY": ("VAL_LOSS_EVERY", None),
-    "WALLCLOCK": ("MAX_WALLCLOCK_SECONDS", None),
-    "WD": ("WEIGHT_DECAY", None),
-}
-
-# Names that set nothing, and what holds instead. A value behind a name says just that: it may be
-# given.
-REFUSALS = {
-    "CONTROL_TENSOR_NAME_PATTERNS": "vectors and scales train in float32, by Adam",
-    "DTG_ENABLED=0": "there are no token gates",
-    "EVAL_BATCH_SEQS TTT_BATCH_SEQS": "VAL_BATCH_SIZE counts tokens, over all ranks",
-    "EVAL_SEQ_LEN": "TRAIN_SEQ_LEN is also the window of evaluation",
-    "EVAL_STATE_RESET=0": "EVAL_MODE and DOCUMENT_RESET say where state begins anew",
-    "EVAL_TEMP=1": "the rules forbid to fit a temperature to validation text",
-    "FP16_EMBED=0": "embeddings are stored as int8, on the grid of SDCLIP_K_INT8",
-    "FP16_INPROJ_ROWS=0": "rows of Mamba's dynamics are stored as int8",
-    "GATED_ATTENTION=1": "each head of attention has a gate",
-    "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
-    "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "AVERAGE says which average of the weights a run leaves",
-    "MAMBA3_NGROUPS=1": "all heads share one group of keys and queries",
-    "MAMBA3_OUTPROJ_NORM=1": "what enters out_proj is always normalized",
-    "MAMBA3_ROPE_FRACTION=0.5": "half of a state's numbers turn",
-    "MAMBA_GRAD_CHECKPOINT=1": "a scan's backward pass computes anew what it needs",
-    "MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0": "one token is predicted at a time",
-    "MUON_BETA2": "Muon keeps no second moment",
-    "MUON_EQ_R=1": "Muon always brings rows to one length",
-    "QAT_ENABLED=0 QAT_START_FRAC=0": "LATE_QAT_THRESHOLD says when QAT begins",
-    "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine",
-    "SWEEP_MODE=0": "tools/explore.py trains without exporting",
-    "TRIGRAM=0": "bigrams are hashed, and no longer ones",
-    "TTT_OPTIMIZER=sgd": "test-time training is by SGD",
-    "USE_BROTLI=0 USE_LZMA=1 USE_ZSTD=0": "artifacts are packed by an entropy coder and LZMA",
-    "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
-    "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
-    "VALUE_RESIDUAL=0": "a layer's values are its own",
-    "VE_DIM VE_ENABLED=0 VE_LAYERS": "there are no value embeddings",
-    # Not the contest's, but reached for.
-    "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
-    "DROPOUT=0": "nothing is dropped",
-    "LR LEARNING_RATE": "MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR and TIED_EMBED_LR are the rates",
-    "MUON_LR": "MATRIX_LR and MAMBA_MATRIX_LR are Muon's rates",
-    "WARMUP_ITERS": "rates rise over a run's first hundredth; WARMUP_STEPS only compile",
-}
-
-
-def refused_names() -> dict[str, tuple[str, str]]:
-    """REFUSALS by single name: the value that may be given, or "", and what holds instead."""
-    found = {}
-    for names, reason in REFUSALS.items():
-        for entry in names.split():
-            name, _, value = entry.partition("=")
-            found[name] = value, reason
-    return found
-
-
-def same_value(text: str, other: str) -> bool:
-    """Whether two texts are one word or number."""
-    try:
-        return float(text) == float(other)
-    except ValueError:
-        return text.strip().lower() == other
-
-
-def translate_names(environment: dict[str, str], settings) -> tuple[dict[str, str], list[str]]:
-    """Other names in ours: variables to add to the environment, and lines for the log.
-
-    settings are the environment's without other names. Raises UserError for a name that is refused,
-    or that contradicts ours.
-    """
-    added = {}
-    lines = []
-    for name, (value, reason) in refused_names().items():
-        if name in environment:
-            text = environment[name]
-            need(value and same_value(text, value), f"{name}={shown(text)} cannot be set: {reason}")
-            lines.append(f"{name}={text} changes nothing: {reason}")
-    for name, (ours, convert) in ALIASES.items():
-        if name in environment:
-            value = convert(environment, settings) if convert else environment[name]
-            before = added.get(ours, environment.get(ours, value))
-            same = same_value(before, value)
-            twice = f"{name} is {ours}={shown(value)} here, but it is also {shown(before)}"
-            need(same, f"{twice}: unset one")
-            added[ours] = value
-            lines.append(f"{name}={environment[name]} is {ours}={value} here")
-    return added, lines
-
-
-# Beginnings that no other program's variables have: what follows one must be known.
-FAMILIES = ("BIGRAM_", "EMA_", "GPTQ_", "LATE_QAT_", "MUON_", "RECUR_", "SDCLIP_", "SWA_", "TTT_")
-
-# Names of common words, as are short single words: what is merely like them is another program's.
-COMMON_WORDS = {"BATCH_SIZE", "LOG_DIR", "RUN_ID", "SEQ_LEN"}
-
-# Other programs' own: mamba_ssm's build, the package manager micromamba, and folders of models.
-STRANGERS = {"MAMBA_EXE", "MAMBA_FORCE_BUILD", "MODEL_DIR"}
-
-
-def one_letter_off(text: str, name: str) -> bool:
-    """Whether one letter more, less or changed, or two that changed places, make text of name."""
-    alike = len(os.path.commonprefix([text, name]))
-    text = text[alike:]
-    name = name[alike:]
-    if name in (text, text[1:]) or text == name[1:]:
-        return True
-    if text[1:] == name[1:]:
-        return True
-    return text[:2] == name[1::-1] and text[2:] == name[2:]
-
-
-def known_names() -> set[str]:
-    """All that the environment may say to us."""
-    return {name.upper() for name in FIELDS} | ALIASES.keys() | refused_names().keys()
-
-
-def easily_misspelt() -> dict[str, str]:
-    """Known names by themselves without underscores, but for those of common words."""
-    names = {}
-    for name in sorted(known_names() - COMMON_WORDS):
-        least_letters = 5 if "_" in name else 9
-        if len(name) >= least_letters:
-            names[name.replace("_", "")] = name
-    return names
-
-
-def is_meant_for_us(variable: str, names: dict[str, str]) -> bool:
-    """Whether an unknown variable is rather a slip of one of the names than another program's.
-
-    It is if it begins as only ours do, or if without case and underscores it is a name with at
-    most one letter wrong, goes on where a long name ends, or is nine tenths of a long name.
-    """
-    flat = variable.upper().replace("_", "")
-    if variable.startswith(FAMILIES) or any(one_letter_off(flat, name) for name in names):
-        return True
-    if any(flat.startswith(name) and len(name) >= 10 for name in names):
-        return True
-    long_names = [name for name in names if len(name) >= 12]
-    return len(flat) >= 12 and bool(difflib.get_close_matches(flat, long_names, 1, 0.9))
-
-
-def refuse_misspelt(environment: dict[str, str]):
-    """Raises UserError for an unknown variable that is_meant_for_us(); others are let be."""
-    names = easily_misspelt()
-    for variable in sorted(environment.keys() - known_names() - STRANGERS):
-        if not variable.startswith("_") and is_meant_for_us(variable, names):
-            flat = variable.upper().replace("_", "")
-            (closest,) = difflib.get_close_matches(flat, names, 1, 0.0)
-            meant = names[closest]
-            raise UserError(f"{variable} is not a setting; did you mean {meant}? (see --help)")
-
-
-# ---- Reading and checking ------------------------------------------------------------------------
 
 
 def read_layers(name: str, text: str, count: int) -> tuple[int, ...]:
@@ -810,9 +439,9 @@ def read_layers(name: str, text: str, count: int) -> tuple[int, ...]:
         if not dash:
             last = first
         digits = all(end.isdecimal() and len(end) < 10 for end in (first, last))
-        if not (digits and int(first) <= int(last) < count):
-            usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
-            raise UserError(f"{name}={shown(text)}: no layer {shown(part)}; {usual}")
+        known = digits and int(first) <= int(last) < count
+        usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
+        need(known, f"{name}={shown(text)}: no layer {shown(part)}; {usual}")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
@@ -828,9 +457,7 @@ TRUTH = {"0": False, "false": False, "1": True, "true": True}
 def parse_value(name: str, text: str, kind: type):
     """A variable's text as a bool, int, finite float or str; UserError quotes its name."""
     try:
-        if kind is bool:
-            return TRUTH[text.strip().lower()]
-        value = kind(text)
+        value = TRUTH[text.strip().lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         value = math.nan
     if not isinstance(value, float) or math.isfinite(value):
@@ -845,44 +472,33 @@ def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     need(preset in PRESETS, f"PRESET={shown(preset)} should be one of {', '.join(PRESETS)}")
     given = {}
     for f in fields(Settings):
-        text = environment.get(f.name.upper())
-        if text is None:
+        name = f.name.upper()
+        domain = f.metadata["domain"]
+        if name not in environment:
             continue
-        if f.metadata["domain"].unit == "layers":
+        text = environment[name]
+        if domain.unit == "layers":
             text = "".join(text.split())  # a list from a file may hold line breaks
-        elif f.metadata["domain"].choices or f.name == "preset":
+        elif domain.choices or name == "PRESET":
             text = text.strip()
-        given[f.name] = parse_value(f.name.upper(), text, type(f.default))
+        given[f.name] = parse_value(name, text, type(f.default))
     return Settings(**PRESETS[preset] | given), set(given)
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     """The environment's settings over the preset's, and the given ones' names.
 
-    Other names are translated; explain_names() says how. Raises UserError for values of a wrong
-    type, and for names that are misspelt or refused. Bounds are validate_settings()'s.
+    Other scripts' names (section 13) are translated first. Raises UserError for values of a wrong
+    type and for names that are misspelt, refused or idle. Bounds are validate_settings()'s.
     """
     refuse_misspelt(environment)
-    settings, _ = read_own(environment)
-    added, _ = translate_names(environment, settings)
+    added, _ = translate_names(environment, read_own(environment)[0])
     settings, given = read_own(environment | added)
-    refuse_idle(settings, given)
-    return settings, given
-
-
-def refuse_idle(settings, given: set[str]):
-    """Raises UserError for a setting that is given although another makes it mean nothing."""
     tied = settings.tie_embeddings
     for name in given & ({"embed_lr", "head_lr"} if tied else {"tied_embed_lr"}):
         other = "TIED_EMBED_LR is the rate" if tied else "EMBED_LR and HEAD_LR are the rates"
         raise UserError(f"{name.upper()} means nothing with TIE_EMBEDDINGS={int(tied)}: {other}")
-
-
-def explain_names(environment: dict[str, str]) -> list[str]:
-    """Lines that say what every other name in the environment means here."""
-    settings, _ = read_own(environment)
-    _, lines = translate_names(environment, settings)
-    return lines
+    return settings, given
 
 
 def check(settings, name: str, condition: bool, problem: str):
@@ -909,11 +525,11 @@ def validate_settings(settings, world_size: int):
 def check_layers(s):
     """Refuses layers whose sizes do not fit together."""
     check(s, "vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
-    mamba = set(parse_layers(s, "mamba_layers"))
     parse_layers(s, "mlp_layers")
     order = set(parse_layers(s, "layer_order"))
     check(s, "layer_order", len(order) == s.num_layers, "leaves out a layer")
     check(s, "mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
+    mamba = set(parse_layers(s, "mamba_layers"))
     if len(mamba) < s.num_layers:
         check_multiple(s, "model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
         check_multiple(s, "num_heads", s.num_kv_heads, "NUM_KV_HEADS")
@@ -928,21 +544,19 @@ def check_layers(s):
             check(s, name, fits, "must be a power of two, at least 8")
     known = s.mamba_decay == "softplus" or s.mamba_version == 3
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
-    alike = s.bigram_vocab_size == 1
-    check(s, "bigram_vocab_size", not alike, "hashes every bigram alike; use 0 for none")
+    several = s.bigram_vocab_size != 1
+    check(s, "bigram_vocab_size", several, "hashes every bigram alike; use 0 for none")
 
 
 def check_lengths(s, world_size: int):
     """Refuses batches, clocks and strides that do not fit together."""
     length = s.train_seq_len
-    ranks = f"{world_size} ranks × TRAIN_SEQ_LEN"
-    check_multiple(s, "train_batch_tokens", world_size * length, ranks)
+    check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
     check_multiple(s, "micro_batch_tokens", length, "TRAIN_SEQ_LEN")
     clock = s.max_wallclock_seconds or math.inf
     spare = s.export_reserve_seconds < clock
     check(s, "export_reserve_seconds", spare, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
-    small = s.target_mb * 1e6 <= ARTIFACT_CAP
-    check(s, "target_mb", small, "is over the contest's 16 decimal megabytes")
+    check(s, "target_mb", s.target_mb * 1e6 <= ARTIFACT_CAP, "is over the contest's 16 decimal MB")
     check(s, "eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
     overlap = s.attention_overlap
     check(s, "eval_overlap", overlap < length, f"leaves no new token of TRAIN_SEQ_LEN={length}")
@@ -964,11 +578,10 @@ def help_text() -> str:
     title = (__doc__ or "").partition("\n")[0]  # python -OO keeps no docstrings
     lines = [title, "", "Settings are environment variables:"]
     for f in fields(Settings):
-        domain, group = f.metadata["domain"], f.metadata["group"]
+        if f.metadata["group"]:
+            lines.append(f"\n[{f.metadata['group']}]")
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        if group:
-            lines.append(f"\n[{group}]")
-        unit = domain.describe(type(f.default))
+        unit = f.metadata["domain"].describe(type(f.default))
         lines.append(f"  {f.name.upper():24} {default!s:42} {unit:22} {f.metadata['help']}")
     lines.append("\nPresets change these:")
     for name, values in PRESETS.items():
@@ -987,11 +600,8 @@ def help_text() -> str:
 
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 
-
-# ---- Choices for the whole process ---------------------------------------------------------------
-
-# SDPA's kernels, of which the first that can take a call does. cuDNN's is the fastest on Hopper.
-# Without its memory-efficient one, which would go before MATH where neither of the others can.
+# The first of SDPA's kernels that can take a call does; cuDNN's is the fastest on Hopper. Without
+# the memory-efficient one, which would go before MATH.
 ATTENTION_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as the process lives
@@ -1000,34 +610,24 @@ PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as t
 def prepare_torch(deterministic: bool = False):
     """Makes all choices that hold for torch in the whole process: here and nowhere else.
 
-    To import this script changes nothing in a process. What trains or scores calls this first,
-    before CUDA is used; to call it again changes nothing. With deterministic, a run gives the same
-    bits again, more slowly.
+    What trains or scores calls this first, before CUDA is used; to call it again changes nothing.
+    With deterministic, a run gives the same bits again, more slowly.
     """
     PROCESS_WIDE.close()
     # For good: entered in the model, the choice would keep graphs out of the compiler's cache.
     PROCESS_WIDE.enter_context(sdpa_kernel(ATTENTION_KERNELS, set_priority=True))
-    keep_sums_apart()
+    # Inductor's mix-order reduction: wrong sums with torch 2.10 (pytorch#190796), an assertion as it
+    # compiles PRESET=hybrid11 with 2.11 (#176131). Off until `tests/gpu_checks.py systems` passes
+    # with this variable as 1.
+    mixed = os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0") == "1"
+    inductor = sys.modules.get("torch._inductor.config")  # it has read the variable already
+    if inductor and hasattr(inductor.triton, "mix_order_reduction"):
+        inductor.triton.mix_order_reduction = mixed
     torch._dynamo.config.recompile_limit = 64  # orders of layers, shapes: the usual 8 are too few
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
         torch.use_deterministic_algorithms(True)
-
-
-def keep_sums_apart():
-    """Turns inductor's mix-order reduction off, unless TORCHINDUCTOR_MIX_ORDER_REDUCTION asks.
-
-    Seen: wrong sums with torch 2.10 (pytorch#190796), an assertion while compiling PRESET=hybrid11
-    with 2.11 (#176131). Still needed unless `tests/gpu_checks.py systems` passes with the variable.
-    """
-    wanted = os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0") == "1"
-    inductor = sys.modules.get("torch._inductor.config")  # it has read the variable already
-    if inductor and hasattr(inductor.triton, "mix_order_reduction"):
-        inductor.triton.mix_order_reduction = wanted
-
-
-# ---- Ranks ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1116,48 +716,27 @@ def choose_device(settings, local_rank: int) -> torch.device:
 
 
 def start_ranks(settings) -> Ranks:
-    """Joins the ranks that torchrun started, if it did, each with its device."""
+    """Joins the ranks that torchrun started, if it did: gloo, and NCCL for what lies on GPUs."""
     launch = read_launch(dict(os.environ))
-    device = choose_device(settings, launch.local_rank)
-    if launch.world_size > 1:
-        join_group(launch, device)
-    return Ranks(launch.rank, launch.world_size, device)
-
-
-def join_group(launch: Launch, device: torch.device):
-    """torch's process group: gloo, and NCCL for what lies on GPUs."""
-    gpu = device.type == "cuda"
+    ranks = Ranks(launch.rank, launch.world_size, choose_device(settings, launch.local_rank))
+    if ranks.world_size == 1:
+        return ranks
     store, *_ = next(dist.rendezvous("env://"))
+    # torchrun's store outlives its processes: after --max-restarts, new ones would read old keys.
+    # Seen with torch 2.11; needed unless tests/test_checkpoint.py's restart passes without it.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        "cpu:gloo,cuda:nccl" if ranks.gpu else "gloo",
         timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
-        world_size=launch.world_size,
-        rank=launch.rank,
-        store=forget_earlier_starts(store),
-        device_id=device if gpu else None,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        store=store,
+        device_id=ranks.device if ranks.gpu else None,
     )
-    let_gloo_finish()
-
-
-def forget_earlier_starts(store):
-    """The store without keys from before a restart by torchrun --max-restarts.
-
-    Seen with torch 2.11: torchrun's store outlives its processes, and the new ones read the old
-    ones' keys. Still needed unless tests/test_checkpoint.py's restart passes with the store itself.
-    """
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-
-
-def let_gloo_finish():
-    """Waits a tenth of a second when Python ends.
-
-    Seen with torch 2.11: gloo's threads still hold a tensor then and abort, in one of four runs of
-    two ranks. Still needed unless a hundred such runs without it all end with status 0.
-    """
+    # gloo's threads may hold a tensor when Python ends, and abort: one in four runs of two ranks
+    # with torch 2.11. Needed unless a hundred such runs without it all end with status 0.
     atexit.register(time.sleep, 0.1)
-
-
-# ---- Small helpers -------------------------------------------------------------------------------
+    return ranks
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -1215,28 +794,24 @@ def shards_of(folder: str, split: str) -> list[Path]:
 
 
 def shard_paths(folder: str, split: str) -> list[Path]:
-    """shards_of(), for a run that needs them.
+    """shards_of(), or UserError if there are none, or NAME_0.bin, NAME_1.bin ... lack one.
 
-    Raises UserError if there are none, or if one of a series is missing.
+    Half a text would have a score, too.
     """
     paths = shards_of(folder, split)
     need(paths, f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
-    refuse_gaps(paths)
-    return paths
-
-
-def refuse_gaps(paths: list[Path]):
-    """Raises UserError if NAME_0.bin, NAME_1.bin ... lack one: half a text has a score, too."""
     series = collections.defaultdict(dict)
     for path in paths:
         name, _, number = path.stem.rpartition("_")
         if number.isdecimal() and len(number) <= 6:  # more digits are a date, not a count
             series[name][int(number)] = path
     for numbers in series.values():
-        first = min(1, *numbers) if len(numbers) > 1 else min(numbers)
-        for number in range(first, max(numbers)):
-            later = numbers[max(numbers)]
-            need(number in numbers, f"{later} is there, but not number {number}: fetch that, too")
+        last = max(numbers)
+        first = min(1, *numbers) if len(numbers) > 1 else last
+        for number in range(first, last):
+            problem = f"{numbers[last]} is there, but not number {number}"
+            need(number in numbers, f"{problem}: fetch that, too")
+    return paths
 
 
 def open_shards(folder: str, split: str) -> list[np.ndarray]:
@@ -1273,8 +848,8 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
     """Yields (shard, first token) of windows of seq_len + 1 tokens, for ever.
 
     Each epoch visits every window of every shard once, one shard after the other, to keep reads
-    local, in an order of its own. Windows start at another phase each time, so that a token does
-    not keep its place. Raises UserError if no shard of these lengths holds a window.
+    local. Windows start at another phase each time, so that a token does not keep its place.
+    Raises UserError if no shard of these lengths holds a window.
     """
     problem = f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target"
     need(max(lengths) > seq_len, problem)
@@ -1282,18 +857,10 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
             length = lengths[shard]
-            phases = max(1, min(seq_len, length - seq_len))
-            phase = int(generator.integers(phases))
+            phase = int(generator.integers(max(1, min(seq_len, length - seq_len))))
             windows = max(0, (length - 1 - phase) // seq_len)
             for window in generator.permutation(windows):
                 yield int(shard), phase + int(window) * seq_len
-
-
-class GatheredBatch(NamedTuple):
-    """This rank's tokens of one step, and when they are there."""
-
-    tokens: Tensor  # (sequences, seq_len + 1) int64, on the device
-    copied: torch.cuda.Event | None  # on a GPU, what to wait for
 
 
 class Batches:
@@ -1314,8 +881,8 @@ class Batches:
         self.thread = ThreadPoolExecutor(1)
         self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
 
-    def _gather(self) -> GatheredBatch:
-        """Reads the next windows' tokens, of which ranks take equal parts."""
+    def _gather(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """This rank's next tokens (sequences, seq_len + 1) int64, and what a GPU is to wait for."""
         batch = list(itertools.islice(self.windows, self.sequences))
         mine = np.array_split(batch, self.ranks.world_size)[self.ranks.rank]
         length = self.settings.train_seq_len + 1
@@ -1323,12 +890,11 @@ class Batches:
         check_token_range(rows, self.settings.vocab_size, "the training shards")
         tokens = torch.from_numpy(rows.astype(np.int64))
         if self.stream is None:
-            return GatheredBatch(tokens, None)
-        device = self.ranks.device
-        torch.cuda.set_device(device)  # a thread begins on GPU 0
+            return tokens, None
+        torch.cuda.set_device(self.ranks.device)  # a thread begins on GPU 0
         with torch.cuda.stream(self.stream):
-            on_device = tokens.pin_memory().to(device, non_blocking=True)
-            return GatheredBatch(on_device, self.stream.record_event())
+            on_device = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
+            return on_device, self.stream.record_event()
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Tokens and targets, each (sequences, seq_len) int64 on the device."""
@@ -1365,8 +931,7 @@ class Tokenizer:
         self.has_space = begins_with_space & ~self.is_special
         # A leading space is counted by target_bytes(), where it is known what stands before it.
         texts = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
-        lengths = [len(text.encode()) for text in texts]
-        lengths = np.where(model.IsByte(ids), 1, lengths)
+        lengths = np.where(model.IsByte(ids), 1, [len(text.encode()) for text in texts])
         self.piece_bytes = np.where(self.is_special, 0, lengths)
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
@@ -1374,9 +939,8 @@ class Tokenizer:
 
         A leading space counts unless the token before is special: decoding drops that.
         """
-        before = tokens[:-1]
         targets = tokens[1:]
-        space = self.has_space[targets] & ~self.is_special[before]
+        space = self.has_space[targets] & ~self.is_special[tokens[:-1]]
         return self.piece_bytes[targets] + space
 
     def decode(self, tokens: list[int]) -> str:
@@ -7304,6 +6868,310 @@ def attention_problem(settings, device: torch.device) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error).strip().splitlines()[0][:150]
     return ""
+
+
+# ==================================================================================================
+# 13. Other scripts' names
+# The contest's published scripts read 137 variables, and people reach for others. A name that were
+# ignored would make a sweep of equal runs, so each is another name of a setting, or is refused.
+#
+# A converter gives a setting's text, from the environment and the Settings without other names.
+
+
+def read_count(environment: dict[str, str], name: str, default: int) -> int:
+    """A variable's whole number from 0 to 10,000."""
+    count = parse_value(name, environment.get(name, str(default)), int)
+    need(0 <= count <= 10_000, f"{name}={count} must be from 0 to 10000")
+    return count
+
+
+def read_switch(environment: dict[str, str], name: str, default: bool) -> bool:
+    """A variable that is 0 or 1."""
+    return parse_value(name, environment.get(name, str(int(default))), bool)
+
+
+def repeat_layers(num_layers: int, layers: tuple[int, ...], repeats: int, block: bool) -> str:
+    """LAYER_ORDER in which layers run repeats more times, together as a block or each alone."""
+    if not layers or not repeats:
+        return "all"
+    order = []
+    for layer in range(num_layers):
+        order.append(layer)
+        if block and layer == max(layers):
+            order += sorted(layers) * repeats
+        elif not block and layer in layers:
+            order += [layer] * repeats
+    return ",".join(map(str, order))
+
+
+def convert_loops(environment: dict[str, str], settings) -> str:
+    """LAYER_ORDER of NUM_LOOPS more passes over the layers from LOOP_START to LOOP_END."""
+    need("NUM_LOOPS" in environment, "LOOP_START and LOOP_END need NUM_LOOPS, the passes to add")
+    first = read_count(environment, "LOOP_START", 3)
+    last = read_count(environment, "LOOP_END", 4)
+    count = settings.num_layers
+    inside = first <= last < count
+    need(inside, f"LOOP_START={first} LOOP_END={last} are not layers of {count}")
+    repeats = read_count(environment, "NUM_LOOPS", 0)
+    return repeat_layers(count, tuple(range(first, last + 1)), repeats, block=True)
+
+
+def convert_recurrence(environment: dict[str, str], settings) -> str:
+    """LAYER_ORDER of RECUR_REPEATS (1) more passes over RECUR_LAYERS, as RECUR_MODE says."""
+    need("RECUR_LAYERS" in environment, "RECUR_REPEATS and RECUR_MODE need RECUR_LAYERS")
+    mode = environment.get("RECUR_MODE", "block").strip()
+    need(mode in ("block", "layer"), f"RECUR_MODE={mode} should be one of block, layer")
+    layers = read_layers("RECUR_LAYERS", environment["RECUR_LAYERS"], settings.num_layers)
+    repeats = read_count(environment, "RECUR_REPEATS", 1)
+    return repeat_layers(settings.num_layers, layers, repeats, block=mode == "block")
+
+
+def convert_attention(environment: dict[str, str], settings) -> str:
+    """MAMBA_LAYERS that leave NUM_ATTN_LAYERS (1) to attention where ATTN_PLACEMENT says."""
+    count = settings.num_layers
+    placement = environment.get("ATTN_PLACEMENT", "even").strip()
+    if placement == "even":
+        wanted = read_count(environment, "NUM_ATTN_LAYERS", 1)
+        need(wanted <= count, f"NUM_ATTN_LAYERS={wanted} is more than NUM_LAYERS={count}")
+        spacing = count / (wanted + 1)
+        attention = {round(spacing * (i + 1)) for i in range(wanted)}
+    else:
+        attention = set(read_layers("ATTN_PLACEMENT", placement, count))
+        wanted = read_count(environment, "NUM_ATTN_LAYERS", len(attention))
+    problem = f"ATTN_PLACEMENT={placement} does not place NUM_ATTN_LAYERS={wanted}"
+    need(len(attention - {count}) == wanted, f"{problem}: set MAMBA_LAYERS")
+    return ",".join(str(layer) for layer in range(count) if layer not in attention) or "none"
+
+
+def convert_rope_dims(environment: dict[str, str], settings) -> str:
+    """ROPE_FRACTION that turns ROPE_DIMS dimensions of each head; 0 is all."""
+    head = settings.model_dim // max(1, settings.num_heads)
+    dims = read_count(environment, "ROPE_DIMS", 0) or head
+    need(dims <= head, f"ROPE_DIMS={dims} is more than a head has, {head}")
+    fraction = dims / max(1, head)
+    if int(head * fraction) < dims:  # it was rounded down
+        fraction = math.nextafter(fraction, 1.0)
+    return repr(fraction)
+
+
+def convert_bigrams(environment: dict[str, str], settings) -> str:
+    """BIGRAM_VOCAB_SIZE of BIGRAM_BUCKETS rows, or of none where USE_BIGRAM_HASH=0."""
+    if not read_switch(environment, "USE_BIGRAM_HASH", True):
+        return "0"
+    usual = settings.bigram_vocab_size or Settings.bigram_vocab_size
+    return environment.get("BIGRAM_BUCKETS", str(usual))
+
+
+def convert_quantizer(environment: dict[str, str], settings) -> str:
+    """QUANTIZER of USE_GPTQ and GPTQ_LITE, the search for each row's clipping."""
+    hessians = read_switch(environment, "USE_GPTQ", True)
+    search = read_switch(environment, "GPTQ_LITE", False)
+    need(hessians or not search, "GPTQ_LITE=1 searches clips for GPTQ here: leave out USE_GPTQ=0")
+    if search:
+        return "percentile"
+    usual = "gptq" if settings.quantizer == "round" else settings.quantizer
+    return usual if hessians else "round"
+
+
+def convert_average(environment: dict[str, str], settings) -> str:
+    """AVERAGE of EMA_ENABLED and SWA_ENABLED; of what neither says, the usual."""
+    parts = []
+    for part in ("ema", "swa"):
+        if read_switch(environment, f"{part.upper()}_ENABLED", part in settings.average):
+            parts.append(part)
+    return "+".join(parts) or "none"
+
+
+def convert_batches(environment: dict[str, str], settings) -> str:
+    """CALIBRATION_TOKENS of GPTQ_CALIB_BATCHES batches of TRAIN_BATCH_TOKENS."""
+    return str(read_count(environment, "GPTQ_CALIB_BATCHES", 1) * settings.train_batch_tokens)
+
+
+def convert_sequences(environment: dict[str, str], settings) -> str:
+    """CALIBRATION_TOKENS of GPTQ_NUM_SEQS (32) sequences of GPTQ_GEN_LEN tokens."""
+    length = read_count(environment, "GPTQ_GEN_LEN", settings.gptq_gen_len)
+    return str(length * read_count(environment, "GPTQ_NUM_SEQS", 32))
+
+
+def convert_cuda(environment: dict[str, str], settings) -> str:
+    """SCAN_BACKEND of MAMBA_USE_CUDA: the usual, or the loop."""
+    fast = read_switch(environment, "MAMBA_USE_CUDA", True)
+    return settings.scan_backend if fast else "sequential"
+
+
+# Other names, each group of a setting, and the converter of their values where these differ. Names
+# of a group are translated together.
+OTHER_NAMES = {
+    "ATTN_PLACEMENT NUM_ATTN_LAYERS": ("MAMBA_LAYERS", convert_attention),
+    "BIGRAM_BUCKETS USE_BIGRAM_HASH": ("BIGRAM_VOCAB_SIZE", convert_bigrams),
+    "BIGRAM_HASH_DIM": ("BIGRAM_DIM", None),
+    "EMA_ENABLED SWA_ENABLED": ("AVERAGE", convert_average),
+    "ENABLE_LOOPING_AT RECUR_START_FRAC": ("RECUR_START", None),
+    "GPTQ_CALIB_BATCHES": ("CALIBRATION_TOKENS", convert_batches),
+    "GPTQ_CLIP_SIGMAS": ("SDCLIP_K", None),
+    "GPTQ_EMBED_CLIP_SIGMAS": ("SDCLIP_K_INT8", None),
+    "GPTQ_LITE USE_GPTQ": ("QUANTIZER", convert_quantizer),
+    "GPTQ_NUM_SEQS": ("CALIBRATION_TOKENS", convert_sequences),
+    "LOOP_END LOOP_START NUM_LOOPS": ("LAYER_ORDER", convert_loops),
+    "MAMBA3_CHUNK_SIZE": ("MAMBA_CHUNK_SIZE", None),
+    "MAMBA3_D_STATE": ("MAMBA_D_STATE", None),
+    "MAMBA3_EXPAND": ("MAMBA_EXPAND", None),
+    "MAMBA3_HEADDIM": ("MAMBA_HEAD_DIM", None),
+    "MAMBA_USE_CUDA": ("SCAN_BACKEND", convert_cuda),
+    "MUON_WD": ("WEIGHT_DECAY", None),
+    "RECUR_LAYERS RECUR_MODE RECUR_REPEATS": ("LAYER_ORDER", convert_recurrence),
+    "ROPE_DIMS": ("ROPE_FRACTION", convert_rope_dims),
+    # Not the contest's, but reached for.
+    "D_MODEL": ("MODEL_DIM", None),
+    "EMA_HORIZON": ("AVERAGE_HORIZON", None),
+    "ITERS NUM_ITERATIONS": ("ITERATIONS", None),
+    "MAX_WALLCLOCK WALLCLOCK": ("MAX_WALLCLOCK_SECONDS", None),
+    "QUANT": ("QUANTIZER", None),
+    "SEQ_LEN": ("TRAIN_SEQ_LEN", None),
+    "VAL_EVERY": ("VAL_LOSS_EVERY", None),
+    "WD": ("WEIGHT_DECAY", None),
+}
+ALIASES = {name: ours for names, ours in OTHER_NAMES.items() for name in names.split()}
+
+# Names that set nothing, and what holds instead. A value behind a name says just that: it may be
+# given.
+REFUSALS = {
+    "CONTROL_TENSOR_NAME_PATTERNS": "vectors and scales train in float32, by Adam",
+    "DTG_ENABLED=0": "there are no token gates",
+    "EVAL_BATCH_SEQS TTT_BATCH_SEQS": "VAL_BATCH_SIZE counts tokens, over all ranks",
+    "EVAL_SEQ_LEN": "TRAIN_SEQ_LEN is also the window of evaluation",
+    "EVAL_STATE_RESET=0": "EVAL_MODE and DOCUMENT_RESET say where state begins anew",
+    "EVAL_TEMP=1": "the rules forbid to fit a temperature to validation text",
+    "FP16_EMBED=0": "embeddings are stored as int8, on the grid of SDCLIP_K_INT8",
+    "FP16_INPROJ_ROWS=0": "rows of Mamba's dynamics are stored as int8",
+    "GATED_ATTENTION=1": "each head of attention has a gate",
+    "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
+    "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "AVERAGE says which average of the weights a run leaves",
+    "MAMBA3_NGROUPS=1": "all heads share one group of keys and queries",
+    "MAMBA3_OUTPROJ_NORM=1": "what enters out_proj is always normalized",
+    "MAMBA3_ROPE_FRACTION=0.5": "half of a state's numbers turn",
+    "MAMBA_GRAD_CHECKPOINT=1": "a scan's backward pass computes anew what it needs",
+    "MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0": "one token is predicted at a time",
+    "MUON_BETA2": "Muon keeps no second moment",
+    "MUON_EQ_R=1": "Muon always brings rows to one length",
+    "QAT_ENABLED=0 QAT_START_FRAC=0": "LATE_QAT_THRESHOLD says when QAT begins",
+    "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine",
+    "SWEEP_MODE=0": "tools/explore.py trains without exporting",
+    "TRIGRAM=0": "bigrams are hashed, and no longer ones",
+    "TTT_OPTIMIZER=sgd": "test-time training is by SGD",
+    "USE_BROTLI=0 USE_LZMA=1 USE_ZSTD=0": "artifacts are packed by an entropy coder and LZMA",
+    "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
+    "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
+    "VALUE_RESIDUAL=0": "a layer's values are its own",
+    "VE_DIM VE_ENABLED=0 VE_LAYERS": "there are no value embeddings",
+    # Not the contest's, but reached for.
+    "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
+    "DROPOUT=0": "nothing is dropped",
+    "LR LEARNING_RATE": "MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR and TIED_EMBED_LR are the rates",
+    "MUON_LR": "MATRIX_LR and MAMBA_MATRIX_LR are Muon's rates",
+    "WARMUP_ITERS": "rates rise over a run's first hundredth; WARMUP_STEPS only compile",
+}
+
+
+def refused_names() -> dict[str, tuple[str, str]]:
+    """REFUSALS by single name: the value that may be given, or "", and what holds instead."""
+    found = {}
+    for names, reason in REFUSALS.items():
+        for entry in names.split():
+            name, _, value = entry.partition("=")
+            found[name] = value, reason
+    return found
+
+
+def same_value(text: str, other: str) -> bool:
+    """Whether two texts are one word or number."""
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return text.strip().lower() == other
+
+
+def translate_names(environment: dict[str, str], settings) -> tuple[dict[str, str], list[str]]:
+    """Other names in ours: variables to add to the environment, and lines for the log.
+
+    settings are the environment's without other names. Raises UserError for a name that is refused,
+    or that contradicts ours.
+    """
+    added = {}
+    lines = []
+    for name, (value, reason) in refused_names().items():
+        if name in environment:
+            text = environment[name]
+            need(value and same_value(text, value), f"{name}={shown(text)} cannot be set: {reason}")
+            lines.append(f"{name}={text} changes nothing: {reason}")
+    for name, (ours, convert) in ALIASES.items():
+        if name in environment:
+            value = convert(environment, settings) if convert else environment[name]
+            before = added.get(ours, environment.get(ours, value))
+            twice = f"{name} is {ours}={shown(value)} here, but it is also {shown(before)}"
+            need(same_value(before, value), f"{twice}: unset one")
+            added[ours] = value
+            lines.append(f"{name}={environment[name]} is {ours}={value} here")
+    return added, lines
+
+
+def explain_names(environment: dict[str, str]) -> list[str]:
+    """Lines that say what every other name in the environment means here."""
+    settings, _ = read_own(environment)
+    return translate_names(environment, settings)[1]
+
+
+# ---- Misspelt names ------------------------------------------------------------------------------
+
+# Beginnings that no other program's variables have: what follows one must be known.
+FAMILIES = ("BIGRAM_", "EMA_", "GPTQ_", "LATE_QAT_", "MUON_", "RECUR_", "SDCLIP_", "SWA_", "TTT_")
+
+# Names of common words, as are short single words: what is merely like them is another program's.
+COMMON_WORDS = {"BATCH_SIZE", "LOG_DIR", "RUN_ID", "SEQ_LEN"}
+
+# Other programs' own: mamba_ssm's build, the package manager micromamba, and folders of models.
+STRANGERS = {"MAMBA_EXE", "MAMBA_FORCE_BUILD", "MODEL_DIR"}
+
+
+def one_letter_off(text: str, name: str) -> bool:
+    """Whether one letter more, less or changed, or two that changed places, make text of name."""
+    alike = len(os.path.commonprefix([text, name]))
+    text = text[alike:]
+    name = name[alike:]
+    if name in (text, text[1:]) or text == name[1:] or text[1:] == name[1:]:
+        return True
+    return text[:2] == name[1::-1] and text[2:] == name[2:]
+
+
+def is_meant_for_us(variable: str, names: dict[str, str]) -> bool:
+    """Whether an unknown variable is rather a slip of one of the names than another program's.
+
+    It is if it begins as only ours do, or if without case and underscores it is a name with at
+    most one letter wrong, goes on where a long name ends, or is nine tenths of a long name.
+    """
+    flat = variable.upper().replace("_", "")
+    if variable.startswith(FAMILIES) or any(one_letter_off(flat, name) for name in names):
+        return True
+    if any(flat.startswith(name) and len(name) >= 10 for name in names):
+        return True
+    long_names = [name for name in names if len(name) >= 12]
+    return len(flat) >= 12 and bool(difflib.get_close_matches(flat, long_names, 1, 0.9))
+
+
+def refuse_misspelt(environment: dict[str, str]):
+    """Raises UserError for an unknown variable that is_meant_for_us(); others are let be."""
+    known = {name.upper() for name in FIELDS} | ALIASES.keys() | refused_names().keys()
+    names = {}
+    for name in sorted(known - COMMON_WORDS):
+        if len(name) >= (5 if "_" in name else 9):
+            names[name.replace("_", "")] = name
+    for variable in sorted(environment.keys() - known - STRANGERS):
+        if not variable.startswith("_") and is_meant_for_us(variable, names):
+            flat = variable.upper().replace("_", "")
+            (closest,) = difflib.get_close_matches(flat, names, 1, 0.0)
+            meant = names[closest]
+            raise UserError(f"{variable} is not a setting; did you mean {meant}? (see --help)")
 
 
 if __name__ == "__main__":
