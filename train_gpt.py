@@ -616,9 +616,9 @@ def prepare_torch(deterministic: bool = False):
     PROCESS_WIDE.close()
     # For good: entered in the model, the choice would keep graphs out of the compiler's cache.
     PROCESS_WIDE.enter_context(sdpa_kernel(ATTENTION_KERNELS, set_priority=True))
-    # Inductor's mix-order reduction: wrong sums with torch 2.10 (pytorch#190796), an assertion as it
-    # compiles PRESET=hybrid11 with 2.11 (#176131). Off until `tests/gpu_checks.py systems` passes
-    # with this variable as 1.
+    # Inductor's mix-order reduction: wrong sums with torch 2.10 (pytorch#190796), and an assertion
+    # as it compiles PRESET=hybrid11 with 2.11 (#176131). Off until `tests/gpu_checks.py systems`
+    # passes with this variable as 1.
     mixed = os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0") == "1"
     inductor = sys.modules.get("torch._inductor.config")  # it has read the variable already
     if inductor and hasattr(inductor.triton, "mix_order_reduction"):
