@@ -64,7 +64,6 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -3038,8 +3037,6 @@ class Evaluator:
 #
 #     W[i, j]  ~  Q[i, j] · row_step[i] · column_step[j],        |Q[i, j]| <= limit[i]
 #
-# What has to be chosen, and where:
-#
 #     limits  grid_limits(): 31, which is int6, in most rows; 127 where errors count for more
 #     steps   grid_steps(), SDClip's: a row's grid ends at k root-mean-squares of its weights
 #     k       fit_sdclip(): a larger k is a coarser grid, whose integers take fewer bytes once they
@@ -3074,18 +3071,16 @@ KINDS = {
 
 
 def kind_of(name: str) -> str:
-    """The kind of layer that a matrix belongs to, by its weight's name: one of KINDS' values."""
+    """The kind of layer that a matrix belongs to, by its weight's name."""
     return next(kind for part, kind in KINDS.items() if part in name)
 
 
 def grid_limits(model) -> dict[str, Tensor]:
-    """The largest integer in each row of every matrix that is stored as integers.
+    """The largest integer in each row, float32 (rows, 1), by the weight's name.
 
-    Returns float32 (rows, 1) by the weight's name, for all linear layers and embeddings. Most rows
-    have INT6_MAX, or TERNARY_MAX with QUANTIZER=ternary. INT8_MAX have the embedding, the output
-    matrix, and the rows that make Mamba's step sizes, decays, trapezoids and angles, whose errors
-    the recurrence compounds: the last dynamics_rows of in_proj; in the first Mamba all of x_proj
-    and dt_proj.
+    Of all linear layers and embeddings. INT8_MAX have the embedding, the output matrix, and the
+    rows that make Mamba's step sizes, decays, trapezoids and angles, whose errors the recurrence
+    compounds: the last dynamics_rows of in_proj; in the first Mamba all of x_proj and dt_proj.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}
@@ -3096,27 +3091,19 @@ def grid_limits(model) -> dict[str, Tensor]:
         if name in ("embedding", "output_embedding") or name.endswith((".x_proj", ".dt_proj")):
             rows[:] = INT8_MAX
         elif name.endswith(".in_proj"):
-            first_dynamic = len(rows) - layer.dynamics_rows
-            rows[first_dynamic:] = INT8_MAX
+            rows[len(rows) - layer.dynamics_rows :] = INT8_MAX
         limits[f"{name}.weight"] = rows
     return limits
 
 
 def k_of(name: str, settings, k: float) -> float:
     """The k of a matrix's int6 rows: k, or SDCLIP_MLP or SDCLIP_ATTENTION times it in these."""
-    kind = kind_of(name)
-    if kind == "MLP":
-        return k * settings.sdclip_mlp
-    if kind == "attention":
-        return k * settings.sdclip_attention
-    return k
+    factors = {"MLP": settings.sdclip_mlp, "attention": settings.sdclip_attention}
+    return k * factors.get(kind_of(name), 1.0)
 
 
 def exact_steps(steps: Tensor) -> Tensor:
-    """The nearest steps that float16 holds exactly, float32: what is rounded with gets stored.
-
-    None is 0, as a row of zeros would have it, or beyond float16's range.
-    """
+    """The nearest steps that float16 holds, float32; none is 0, as a row of zeros would have it."""
     return steps.clamp(min=2**-14, max=60_000.0).half().float()
 
 
@@ -3135,11 +3122,10 @@ def sdclip_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 
 
 def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
-    """The steps of a matrix's grid, by QUANTIZER's rule.
+    """A matrix's steps of rows (rows, 1) and of columns (columns,), by QUANTIZER's rule.
 
-    weight (rows, columns) and limits (rows, 1) are float32. k bounds rows of int6, SDCLIP_K_INT8
-    those of int8, in root-mean-squares of the row. Returns steps of rows (rows, 1) and of columns
-    (columns,), float32 numbers that float16 holds; their product is the step at each weight.
+    Their product is the step at each weight; float32 numbers that float16 holds. k bounds rows of
+    int6, SDCLIP_K_INT8 those of int8, in root-mean-squares of the row.
     """
     clips = torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
     one_each = torch.ones_like(weight[0])
@@ -3153,10 +3139,7 @@ def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tens
 
 
 def float_type(name: str) -> str:
-    """The type in which the artifact holds a vector or a matrix's steps: its numpy and torch name.
-
-    Only Mamba's dt_bias, in its step sizes, and D, its path past the state, are float32.
-    """
+    """In the artifact, of a vector or a matrix's steps: float32 for Mamba's dt_bias and D alone."""
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
@@ -3191,8 +3174,8 @@ def predict_bytes(model, settings, k: float) -> float:
 def fit_sdclip(model, settings, target_bytes: float) -> float:
     """The k of int6 rows: SDCLIP_K, or if that is 0 the least whose artifact should fit.
 
-    It is searched from 4 to SDCLIP_MOST, whose artifact may be too large all the same: export()
-    looks. Raises UserError where weights are not finite.
+    That of SDCLIP_MOST, the last, may be too large all the same: export() looks. Raises UserError
+    where weights are not finite.
     """
     finite = all(p.isfinite().all() for p in model.parameters())
     need(finite, f"weights are no longer finite: {DIVERGED}")
@@ -3203,17 +3186,15 @@ def fit_sdclip(model, settings, target_bytes: float) -> float:
         return predict_bytes(model, settings, k) <= target_bytes
 
     choices = np.linspace(SDCLIP_LEAST, settings.sdclip_most, SDCLIP_CHOICES).tolist()
-    place = bisect.bisect_left(choices, True, hi=len(choices) - 1, key=fits)
-    return choices[place]
+    return choices[bisect.bisect_left(choices, True, hi=len(choices) - 1, key=fits)]
 
 
 @contextmanager
 def fake_quantization(model, matrices: dict[str, Tensor], k: float):
-    """Quantization-aware training: inside, matrices stand on their grids.
+    """Quantization-aware training: inside, matrices stand on their grids, grid_limits(model).
 
     Gradients that are computed inside are those of the rounded weights; behind it the weights are
     what they were, and take these gradients (the straight-through estimator, arXiv 1308.3432).
-    matrices is grid_limits(model).
     """
     settings = model.settings
     weights = [model.get_parameter(name).detach() for name in matrices]
@@ -3228,15 +3209,10 @@ def fake_quantization(model, matrices: dict[str, Tensor], k: float):
         torch._foreach_copy_(weights, kept)
 
 
-# GPTQ: which errors count, and how one column's is made up for by the next ones.
-
-
 def calibration_sequences(model, settings, ranks, batches) -> Tensor:
     """This rank's part (n, T) of CALIBRATION_TOKENS tokens, int64, of which Hessians are made.
 
-    CALIBRATION=train takes the next ones of batches. CALIBRATION=self takes none: the model writes
-    texts of GPTQ_GEN_LEN tokens behind BOS, by SEED; each rank writes its own, so that another
-    number of ranks has other texts.
+    CALIBRATION=train: the next ones of batches. self: texts that the model writes behind BOS.
     """
     s = settings
     if s.calibration == "train":
@@ -3246,7 +3222,7 @@ def calibration_sequences(model, settings, ranks, batches) -> Tensor:
     length = min(s.gptq_gen_len, s.train_seq_len)
     count = max(1, s.calibration_tokens // (length * ranks.world_size))
     generator = torch.Generator(ranks.device)
-    generator.manual_seed(s.seed * ranks.world_size + ranks.rank)
+    generator.manual_seed(s.seed * ranks.world_size + ranks.rank)  # other texts on each rank
     prompts = torch.full((count, 1), BOS_ID, device=ranks.device)
     texts = []
     for prompt in prompts.split(TEXTS_AT_ONCE):
@@ -3259,10 +3235,10 @@ def calibration_sequences(model, settings, ranks, batches) -> Tensor:
 def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Tensor]:
     """H = 2 sum x x^T over every input x of each matrix: what errors of its weights cost.
 
-    sequences (n, T) int64 are this rank's calibration tokens, of which rows run at once. Returns
-    float32 (columns, columns), summed over all ranks, by the weight's name: for linear layers, and
-    for the output matrix. With H, weights that are off by D (rows, columns) change
-    the layer's outputs, squared and summed over all inputs, by sum(D H * D) / 2.
+    Weights that are off by D (rows, columns) change the layer's outputs, squared and summed over
+    all inputs, by sum(D H * D) / 2. sequences (n, T) int64 are this rank's, of which rows run at
+    once. Returns float32 (columns, columns), summed over all ranks, by the weight's name: for
+    linear layers, and for the output matrix.
     """
     hessians: dict[str, Tensor] = {}
 
@@ -3289,38 +3265,26 @@ def permute(x: Tensor, order: Tensor) -> Tensor:
     return x.take_along_dim(order.unsqueeze(-2), dim=-1)
 
 
-def unpermute(x: Tensor, order: Tensor) -> Tensor:
-    """What permute() with the same order was given."""
-    return permute(x, order.argsort())
-
-
 def inverse_factor(hessian: Tensor, damping: Tensor) -> Tensor:
     """The upper U with U^T U = (H + damping · I)^-1, of H (..., columns, columns), damping (...).
 
-    Damping grows tenfold until the sum is positive definite. Raises UserError where it never is.
+    Damping grows tenfold until H + damping · I is positive definite.
     """
     identity = torch.eye(hessian.shape[-1], device=hessian.device)
     for _ in range(DAMPING_ATTEMPTS):
         damped = hessian + damping[..., None, None] * identity
         lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
         if not failed.any():
-            break
+            # Flipped back along both sides, lower is an upper R with H = R R^T. So H^-1 is
+            # R^-T R^-1, and U is R^-1: one triangular solve in place of an inverse and a factor.
+            return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
         damping = 10 * damping
-    else:
-        raise UserError(DIVERGED)
-    # Flipped back along both sides, lower is an upper R with H = R R^T. So H^-1 = R^-T R^-1, and
-    # U is R^-1: one triangular solve in place of an inverse and a second factor.
-    return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+    raise UserError(DIVERGED)
 
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    limits: Tensor,
-    block_size: int = 128,
-    damp: float = 0.01,
+    weight: Tensor, hessian: Tensor, scale: Tensor, limits: Tensor, block_size=128, damp=0.01
 ) -> Tensor:
     """Integers Q with (Q · scale) x close to W x for the inputs x that made H (arXiv 2210.17323).
 
@@ -3331,8 +3295,8 @@ def gptq(
 
     takes out of the columns to come, as well as they can, what rounding column j did to the
     outputs; U is inverse_factor()'s, with damp of H's mean diagonal added. Columns behind a block
-    of block_size take its errors at once: one product in place of many small steps. Returns whole
-    numbers in float32, in weight's shape. Raises UserError where H is not finite.
+    of block_size take its errors at once. Returns whole numbers in float32, in weight's shape.
+    Raises UserError where H is not finite.
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     damping = damp * diagonal.mean(-1).clamp(min=1e-9)
@@ -3342,45 +3306,31 @@ def gptq(
 
     weight = permute(weight.masked_fill(never_seen, 0.0), order)
     scale = permute(scale, order)
-    hessian = permute(permute(hessian, order).mT, order)
-    upper = inverse_factor(hessian, damping)
+    upper = inverse_factor(permute(permute(hessian, order).mT, order), damping)
     errors = torch.zeros_like(weight)
     columns = weight.shape[-1]
     for first in range(0, columns, block_size):
         last = min(first + block_size, columns)
-        round_block(weight, errors, upper, scale, limits, range(first, last))
+        for j in range(first, last):
+            # Left of j stand integers, from it to last weights that make up for all errors so far.
+            step = scale[..., j, None]
+            column = weight[..., j, None]
+            integers = round_to_grid(column, step, limits)
+            error = (column - integers * step) / upper[..., j, j, None, None]
+            weight[..., j:last] -= error * upper[..., j, None, j:last]
+            weight[..., j, None] = integers
+            errors[..., j, None] = error
         weight[..., last:] -= errors[..., first:last] @ upper[..., first:last, last:]
-    return unpermute(weight, order)
-
-
-def round_block(
-    weight: Tensor, errors: Tensor, upper: Tensor, scale: Tensor, limits: Tensor, columns: range
-):
-    """Makes integers of these columns of weight, and notes their errors; both in place.
-
-    What holds before each j: left of it stand integers; from it on, to the end of the block,
-    weights that make up for all errors so far.
-    """
-    for j in columns:
-        step = scale[..., j, None]
-        column = weight[..., j, None]
-        integers = round_to_grid(column, step, limits)
-        error = (column - integers * step) / upper[..., j, j, None, None]
-        weight[..., j : columns.stop] -= error * upper[..., j, None, j : columns.stop]
-        weight[..., j, None] = integers
-        errors[..., j, None] = error
+    return permute(weight, order.argsort())
 
 
 @torch.no_grad()
-def quantize_model(
-    model, settings, ranks, hessians: dict[str, Tensor], k: float
-) -> dict[str, Tensor]:
-    """What the artifact stores of the model, in its order.
+def quantize_model(model, settings, ranks, hessians: dict, k: float) -> dict[str, Tensor]:
+    """What the artifact stores of the model, in its order; the same on all ranks.
 
     First by each parameter's name, in its float_type(), a vector as it is and of a matrix the steps
     (rows + columns,); then as "NAME integers" each matrix, int8 (rows, columns). A matrix without a
-    Hessian gets the nearest integers. Matrices of one shape are rounded at once, and the ranks
-    share the shapes; all ranks end with the same tensors.
+    Hessian gets the nearest integers. Matrices of one shape are rounded at once, by one rank.
     """
     stored = {}
     for name, p in model.named_parameters():
@@ -3468,11 +3418,9 @@ def ans_push(state, frequency, start, bits: int = ANS_BITS):
 
 
 def ans_pop(state, frequency, start, bits: int = ANS_BITS):
-    """The state under its top value, whose slots begin at start: undoes ans_push().
+    """The state under its top value, which the slot tells, state % 2^bits: undoes ans_push().
 
-    Which value it is, the slot tells, state % 2^bits: of 30 above it is 2, one of A's.
-
-    >>> ans_pop(30, frequency=3, start=0, bits=2)
+    >>> ans_pop(30, frequency=3, start=0, bits=2)  # 30 % 4 is slot 2: A
     23
     >>> 23 % 4, ans_pop(23, frequency=1, start=3, bits=2)  # slot 3: B
     (3, 5)
@@ -3484,10 +3432,7 @@ def ans_pop(state, frequency, start, bits: int = ANS_BITS):
 
 
 def ans_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Of 65,536 slots each value's part by counts (256,), int64; what occurs has at least one.
-
-    The most frequent value gives or takes what rounding left.
-    """
+    """Of 65,536 slots each value's part by counts (256,), int64; what occurs has at least one."""
     parts = counts * (1 << ANS_BITS) // counts.sum()
     frequencies = np.maximum(parts, counts > 0)
     frequencies[counts.argmax()] += (1 << ANS_BITS) - frequencies.sum()
@@ -3498,9 +3443,8 @@ def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes an int8 array near its entropy.
 
     Returns how often, of 65,536, each value comes, uint32 (256,), by its uint8 bits; and the code,
-    uint16 (n,), for decode_integers(). States that a value would take beyond 32 bits first hand 16
-    of them to the code; at the end all states follow. The code is turned round, since decoding
-    begins with what was coded last.
+    uint16 (n,). States that a value would take beyond 32 bits first hand 16 of them to the code; at
+    the end all states follow. The code is turned round: decoding begins with what came last.
     """
     symbols = integers.view(np.uint8).ravel()
     counts = np.bincount(symbols, minlength=256)
@@ -3516,8 +3460,7 @@ def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         words.append(state[full] & 0xFFFF)
         state = np.where(full, state >> 16, state)
         state = ans_push(state, frequency, starts[row])
-    words.append(state >> 16)
-    words.append(state & 0xFFFF)
+    words += [state >> 16, state & 0xFFFF]
     return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
 
 
@@ -3526,8 +3469,7 @@ def decode_integers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Undoes encode_integers(): count integers, int8, and the words that stand behind their code.
 
-    Raises ValueError if that cannot be: other frequencies, too few words, or a state that is not
-    empty in the end.
+    Raises ValueError for other frequencies, too few words, a state that is not empty in the end.
     """
     frequencies = frequencies.astype(np.int64)
     if frequencies.sum() != 1 << ANS_BITS:
@@ -3574,15 +3516,14 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
             codes.append(words)
         record.append(array.tobytes())
     header = artifact_header(settings, tokenizer_sha256)
-    parts = seal(ARTIFACT_MAGIC, header, lzma.compress(b"".join(record)), *codes)
-    return b"".join(parts)
-
-
-# Sealed files, artifacts and checkpoints: magic, header as a line of JSON, payload, SHA-256 of all.
+    return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(b"".join(record)), *codes))
 
 
 def seal(magic: bytes, header: dict, *payload) -> list:
-    """The parts of a sealed file, bytes or arrays, to be written one behind the other."""
+    """An artifact's or a checkpoint's parts, bytes or arrays, to be written one behind the other.
+
+    Magic, header as a line of JSON, payload, SHA-256 of all.
+    """
     line = json.dumps(header, separators=(",", ":"))
     parts = [magic + line.encode() + b"\n", *payload]
     digest = hashlib.sha256()
@@ -3591,51 +3532,27 @@ def seal(magic: bytes, header: dict, *payload) -> list:
     return [*parts, digest.digest()]
 
 
-# What an artifact or a checkpoint means that was written before there was a setting. Whoever adds
-# one that a header holds (artifact_header(), Trainer.header()) adds here what the script did
-# without it, which stays for good, whatever becomes of the setting's default.
-FORMER_DEFAULTS = {
-    "xsa_last_n": 0,
-    "training_data": "",
-    "document_scope": "scans",
-    "rope_base": 10_000.0,
-    "ln_scale": False,
-    "tie_embeddings": True,
-    "tied_embed_init_std": 0.005,
-    "warmdown_shape": "linear",
-    "embed_lr": 0.008,
-    "head_lr": 0.008,
-    "embed_wd": -1.0,
-    "adam_wd": 0.0,
-    "min_lr": 0.0,
-    "muon_momentum_warmup_start": 0.0,
-    "muon_momentum_warmup_steps": 0,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "adam_eps": 1e-8,
-    "grad_clip_norm": 1.0,
-    "average": "ema",
-    "average_horizon": 0.1,
-    "swa_start_frac": 0.2,
-    "swa_every": 50,
-    "sdclip_most": 16.0,
-    "sdclip_mlp": 1.0,
-    "sdclip_attention": 1.0,
-    "gptq_block_size": 128,
-    "gptq_damp": 0.01,
-    "calibration": "train",
-    "gptq_gen_len": 512,
-    "gptq_gen_temp": 1.0,
-    "tokenizer_sha256": "",
-}
+# What a sealed file means that was written before there was a setting. Whoever adds one that a
+# header holds (artifact_header(), Trainer.header()) adds here what the script did without it, which
+# stays for good, whatever becomes of the setting's default.
+FORMER_DEFAULTS = {"tokenizer_sha256": "", "training_data": "", "document_scope": "scans"}
+FORMER_DEFAULTS |= {"xsa_last_n": 0, "rope_base": 10_000.0, "ln_scale": False}
+FORMER_DEFAULTS |= {"tie_embeddings": True, "tied_embed_init_std": 0.005, "embed_wd": -1.0}
+FORMER_DEFAULTS |= {"embed_lr": 0.008, "head_lr": 0.008, "min_lr": 0.0, "warmdown_shape": "linear"}
+FORMER_DEFAULTS |= {"muon_momentum_warmup_start": 0.0, "muon_momentum_warmup_steps": 0}
+FORMER_DEFAULTS |= {"beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "adam_wd": 0.0}
+FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 0.1}
+FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0}
+FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "calibration": "train"}
+FORMER_DEFAULTS |= {"gptq_block_size": 128, "gptq_damp": 0.01}
+FORMER_DEFAULTS |= {"gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Reads an artifact or a checkpoint: what, as an error calls it.
+    """Header and payload of an artifact or a checkpoint, of at most so many bytes.
 
-    path may hold at most so many bytes; usual has the names and types that the header must have.
-    Returns header and payload. Raises UserError for any file that seal() did not make, or whose
-    header says what nobody here knows.
+    usual has the names and types that the header must have; names that an older file lacks take
+    their FORMER_DEFAULTS. Raises UserError for files that seal() did not make.
     """
     need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
 
@@ -3651,29 +3568,19 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
     digest = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest()
     check(digest == data[-DIGEST_BYTES:], "its checksum does not match")
     line, _, payload = data[len(magic) : -DIGEST_BYTES].partition(b"\n")
-    return read_header(line, usual, check), payload
-
-
-def read_header(line: bytes, usual: dict, check: Callable) -> dict:
-    """The settings in a header's line of JSON, with names and types as in usual.
-
-    Names that an older file lacks take their FORMER_DEFAULTS; others are not guessed, nor is what
-    a name means that is not usual. check(condition, problem) hears what must hold.
-    """
     try:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
     unknown = sorted(name for name in header if name not in usual)
     check(not unknown, f"its header has settings that this script lacks: {ascii(unknown[:3])[:99]}")
-    former = {name: value for name, value in FORMER_DEFAULTS.items() if name in usual}
-    header = former | header
+    header = {name: FORMER_DEFAULTS[name] for name in usual if name in FORMER_DEFAULTS} | header
     lacking = sorted(name for name in usual if name not in header)
     check(not lacking, f"its header lacks settings of this script: {', '.join(lacking[:3])}")
     for name, value in header.items():
         same_type = type(value) is type(usual[name])
         check(same_type and str(value).isprintable(), f"{name} in its header has the wrong type")
-    return header
+    return header, payload
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
@@ -3719,8 +3626,7 @@ def settings_for_artifact(settings, given: set[str], world_size: int) -> Setting
 def model_skeleton(settings) -> Model:
     """The model without memory for its numbers: names and shapes of parameters, kinds of layers.
 
-    Raises UserError for more numbers than an artifact may have: before a run trains, too, which
-    could not load what it made.
+    Raises UserError for more numbers than an artifact may have, before a run trains in vain, too.
     """
     meta = torch.device("meta")
     with meta:
@@ -3738,15 +3644,13 @@ def record_layout(skeleton: Model) -> np.dtype:
     for name, p in skeleton.named_parameters():
         numbers = sum(p.shape) if name in matrices else tuple(p.shape)
         entries.append((name, float_type(name), numbers))
-    entries += [(f"{name} integers", "<u4", 256) for name in matrices]
-    return np.dtype(entries)
+    return np.dtype(entries + [(f"{name} integers", "<u4", 256) for name in matrices])
 
 
 def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
     """The parameters, float32, that pack_artifact() put into a payload for such a model.
 
-    Raises ValueError or lzma.LZMAError for other payloads; nothing larger than the model's record
-    is unpacked before that is known.
+    Raises ValueError or lzma.LZMAError for others, before more than the model's record is unpacked.
     """
     layout = record_layout(skeleton)
     unpacker = lzma.LZMADecompressor()
@@ -3770,8 +3674,8 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
 def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
     """The model in an artifact, on the rank's device, and the settings, the model's from there.
 
-    given names the settings that the user gave, which must not contradict the artifact's. Raises
-    UserError for a file that is none, or that holds another model's numbers than its header's.
+    given names the settings that the user gave. Raises UserError where they contradict the
+    artifact's, and for a file that is none or holds other numbers than its header's model.
     """
     header, payload = read_artifact(path)
     settings = adopt_artifact(header, settings, given, ranks.world_size)
