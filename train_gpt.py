@@ -93,13 +93,11 @@ try:
 except ImportError:  # CPU builds of torch need none
     triton = None
 
-    def jit(function):
-        """Stands in for triton.jit: the kernels are never called."""
-        return function
-
-    def constexpr(value):
-        """Stands in for tl.constexpr, by which kernels read the numbers of this script."""
+    def jit(value):
+        """Stands in for triton.jit and tl.constexpr: the kernels are never called."""
         return value
+
+    constexpr = jit
 
 
 BOS_ID = 1
@@ -128,16 +126,13 @@ WIDEST = 2**20  # the most that a width, a number of heads or a state may be
 
 @dataclass(frozen=True)
 class Domain:
-    """The values that a setting may take: one of choices, or a number from low to high.
-
-    unit says what is counted. above_zero leaves out 0, below_one leaves out 1 and more.
-    """
+    """The values that a setting may take: one of choices, or a number of units in bounds."""
 
     unit: str = ""
     low: float = 0
     high: float = UNBOUNDED
-    above_zero: bool = False
-    below_one: bool = False
+    above_zero: bool = False  # 0 is left out
+    below_one: bool = False  # 1 and more are left out
     choices: tuple = ()
 
     def describe(self, kind: type) -> str:
@@ -170,10 +165,7 @@ class Domain:
 
 
 def env(default, help, unit="", *, group="", choices="", **bounds):
-    """A setting: its default, whose type is its own, help, and what bounds say of its Domain.
-
-    choices are words in one string; group names the group of settings that begins with this one.
-    """
+    """A setting. Its default has its type; choices are words; group begins with this setting."""
     options = tuple(type(default)(word) for word in choices.split())
     domain = Domain(unit, choices=options, **bounds)
     return field(default=default, metadata={"help": help, "domain": domain, "group": group})
@@ -200,9 +192,7 @@ class Settings:
     scan_backend: str = env(
         "auto", "auto: the fastest here", choices="auto triton chunked fused parallel sequential"
     )
-    attention_backend: str = env(
-        "auto", "auto: the fastest here", choices="auto cudnn flash flex math fa3 fa2"
-    )
+    attention_backend: str = env("auto", "likewise", choices="auto cudnn flash flex math fa3 fa2")
     micro_batch_tokens: int = env(0, "most at once on a rank; 0: what fits", "tokens")
     warmup_steps: int = env(3, "to compile, off the clock", "steps")
     val_loss_every: int = env(0, "validation off the clock; 0: at the end", "steps")
@@ -435,8 +425,7 @@ def read_layers(name: str, text: str, count: int) -> tuple[int, ...]:
     layers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not dash:
-            last = first
+        last = last if dash else first
         digits = all(end.isdecimal() and len(end) < 10 for end in (first, last))
         known = digits and int(first) <= int(last) < count
         usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
@@ -450,13 +439,11 @@ def parse_layers(settings, name: str) -> tuple[int, ...]:
     return read_layers(name.upper(), getattr(settings, name), settings.num_layers)
 
 
-TRUTH = {"0": False, "false": False, "1": True, "true": True}
-
-
 def parse_value(name: str, text: str, kind: type):
     """A variable's text as a bool, int, finite float or str; UserError quotes its name."""
+    truth = {"0": False, "false": False, "1": True, "true": True}
     try:
-        value = TRUTH[text.strip().lower()] if kind is bool else kind(text)
+        value = truth[text.strip().lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         value = math.nan
     if not isinstance(value, float) or math.isfinite(value):
@@ -538,13 +525,11 @@ def check_layers(s):
         problem = f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}"
         check(s, "mamba_head_dim", divides, problem)
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
-            value = getattr(s, name)
-            fits = value >= 8 and value.bit_count() == 1
+            fits = getattr(s, name) >= 8 and getattr(s, name).bit_count() == 1
             check(s, name, fits, "must be a power of two, at least 8")
     known = s.mamba_decay == "softplus" or s.mamba_version == 3
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
-    several = s.bigram_vocab_size != 1
-    check(s, "bigram_vocab_size", several, "hashes every bigram alike; use 0 for none")
+    check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
 
 
 def check_lengths(s, world_size: int):
@@ -673,14 +658,6 @@ class Ranks:
             dist.recv(tensor, source)
 
 
-class Launch(NamedTuple):
-    """What torchrun tells a process about its place."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-
 def read_number(environment: dict[str, str], name: str, default: int) -> int:
     """A launcher's variable as a whole number; unset or empty is the default."""
     text = environment.get(name, "").strip()
@@ -688,8 +665,8 @@ def read_number(environment: dict[str, str], name: str, default: int) -> int:
     return int(text) if text else default
 
 
-def read_launch(environment: dict[str, str]) -> Launch:
-    """The place in the environment; alone without one. Raises UserError for an impossible one."""
+def read_launch(environment: dict[str, str]) -> tuple[int, int, int]:
+    """Rank, rank among this machine's, number of ranks, from torchrun; UserError if impossible."""
     world_size = read_number(environment, "WORLD_SIZE", 1)
     rank = read_number(environment, "RANK", 0)
     need(world_size > 0, "WORLD_SIZE=0 should be at least 1: unset it, or start with torchrun")
@@ -699,7 +676,7 @@ def read_launch(environment: dict[str, str]) -> Launch:
         lacking = [name for name in wanted if not environment.get(name)]
         problem = f"WORLD_SIZE={world_size} without {', '.join(lacking)}"
         need(not lacking, f"{problem}: unset it for one process, or start with torchrun")
-    return Launch(rank, read_number(environment, "LOCAL_RANK", 0), world_size)
+    return rank, read_number(environment, "LOCAL_RANK", 0), world_size
 
 
 def choose_device(settings, local_rank: int) -> torch.device:
@@ -716,9 +693,9 @@ def choose_device(settings, local_rank: int) -> torch.device:
 
 def start_ranks(settings) -> Ranks:
     """Joins the ranks that torchrun started, if it did: gloo, and NCCL for what lies on GPUs."""
-    launch = read_launch(dict(os.environ))
-    ranks = Ranks(launch.rank, launch.world_size, choose_device(settings, launch.local_rank))
-    if ranks.world_size == 1:
+    rank, local_rank, world_size = read_launch(dict(os.environ))
+    ranks = Ranks(rank, world_size, choose_device(settings, local_rank))
+    if world_size == 1:
         return ranks
     store, *_ = next(dist.rendezvous("env://"))
     # torchrun's store outlives its processes: after --max-restarts, new ones would read old keys.
@@ -727,8 +704,8 @@ def start_ranks(settings) -> Ranks:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if ranks.gpu else "gloo",
         timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
-        world_size=ranks.world_size,
-        rank=ranks.rank,
+        world_size=world_size,
+        rank=rank,
         store=store,
         device_id=ranks.device if ranks.gpu else None,
     )
@@ -769,10 +746,7 @@ SHARD_HEADER_BYTES = 256 * 4  # int32: magic, version, number of tokens, and zer
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Maps one shard's tokens into memory, uint16 (tokens,), read-only.
-
-    Raises UserError for what cannot be read, or is shorter than its header says.
-    """
+    """Maps a shard's tokens into memory, uint16 (tokens,); UserError if it is none or cut off."""
     try:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=256)
@@ -793,10 +767,7 @@ def shards_of(folder: str, split: str) -> list[Path]:
 
 
 def shard_paths(folder: str, split: str) -> list[Path]:
-    """shards_of(), or UserError if there are none, or NAME_0.bin, NAME_1.bin ... lack one.
-
-    Half a text would have a score, too.
-    """
+    """shards_of(), or UserError if there are none, or NAME_0, NAME_1 ... lack one: half a text."""
     paths = shards_of(folder, split)
     need(paths, f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     series = collections.defaultdict(dict)
@@ -808,8 +779,8 @@ def shard_paths(folder: str, split: str) -> list[Path]:
         last = max(numbers)
         first = min(1, *numbers) if len(numbers) > 1 else last
         for number in range(first, last):
-            problem = f"{numbers[last]} is there, but not number {number}"
-            need(number in numbers, f"{problem}: fetch that, too")
+            absent = f"{numbers[last]} is there, but not number {number}: fetch that, too"
+            need(number in numbers, absent)
     return paths
 
 
@@ -839,8 +810,8 @@ def summarize_shards(folder: str, split: str) -> ShardSummary:
 def check_token_range(tokens: np.ndarray, size: int, what: str):
     """Raises UserError for a token id that a vocabulary of this size lacks."""
     largest = int(tokens.max(initial=0))
-    problem = f"{what} hold token id {largest}, but VOCAB_SIZE={size}"
-    need(largest < size, f"{problem}: another tokenizer made them")
+    unknown = f"{what} hold token id {largest}, but VOCAB_SIZE={size}: another tokenizer made them"
+    need(largest < size, unknown)
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
@@ -850,8 +821,8 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
     local. Windows start at another phase each time, so that a token does not keep its place.
     Raises UserError if no shard of these lengths holds a window.
     """
-    problem = f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target"
-    need(max(lengths) > seq_len, problem)
+    long = max(lengths) > seq_len
+    need(long, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
         for shard in generator.permutation(len(lengths)):
@@ -882,8 +853,8 @@ class Batches:
 
     def _gather(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """This rank's next tokens (sequences, seq_len + 1) int64, and what a GPU is to wait for."""
-        batch = list(itertools.islice(self.windows, self.sequences))
-        mine = np.array_split(batch, self.ranks.world_size)[self.ranks.rank]
+        windows = list(itertools.islice(self.windows, self.sequences))
+        mine = np.array_split(windows, self.ranks.world_size)[self.ranks.rank]
         length = self.settings.train_seq_len + 1
         rows = np.stack([self.shards[shard][start : start + length] for shard, start in mine])
         check_token_range(rows, self.settings.vocab_size, "the training shards")
@@ -906,10 +877,7 @@ class Batches:
 
 
 class Tokenizer:
-    """The SentencePiece model at a path, and the bytes of text that every token stands for.
-
-    Raises UserError for a file that is none, or has not vocab_size tokens.
-    """
+    """A SentencePiece model of vocab_size tokens, else UserError, and each token's text bytes."""
 
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece  # only here, so that a trained model needs no tokenizer to be loaded
@@ -926,8 +894,7 @@ class Tokenizer:
         need(len(ids) == vocab_size, f"{problem}: set them to agree")
         special = [model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)]
         self.is_special = np.any(special, axis=0)
-        begins_with_space = np.array([piece.startswith("▁") for piece in pieces])
-        self.has_space = begins_with_space & ~self.is_special
+        self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_special
         # A leading space is counted by target_bytes(), where it is known what stands before it.
         texts = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
         lengths = np.where(model.IsByte(ids), 1, [len(text.encode()) for text in texts])
@@ -944,13 +911,9 @@ class Tokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens; between documents, which begin with BOS, an empty line."""
-        documents = [[]]
-        for token in tokens:
-            if token == BOS_ID:
-                documents.append([])
-            else:
-                documents[-1].append(token)
-        return "\n\n".join(self.model.decode(document) for document in documents if document)
+        groups = itertools.groupby(tokens, key=lambda token: token == BOS_ID)
+        documents = [list(group) for is_bos, group in groups if not is_bos]
+        return "\n\n".join(map(self.model.decode, documents))
 
 
 class ValidationSet(NamedTuple):
@@ -984,9 +947,10 @@ def load_validation(settings, tokenizer) -> ValidationSet:
     """All validation shards in one stream; UserError if it is too short or of another tokenizer."""
     shards = open_shards(settings.data_path, "val")
     tokens = np.concatenate(shards)
-    problem = f"the validation shards hold {len(tokens)} tokens"
-    longer = len(tokens) > settings.train_seq_len
-    need(longer, f"{problem}, less than one sequence and its target")
+    short = (
+        f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target"
+    )
+    need(len(tokens) > settings.train_seq_len, short)
     check_token_range(tokens, settings.vocab_size, "the validation shards")
     return ValidationSet(tokens, tokenizer.target_bytes(tokens), len(shards))
 
@@ -4697,7 +4661,8 @@ def report(log, event: str, label: str, score: Score):
 def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]:
     """Settings with a run id that ranks share, the names of those given, and the ranks."""
     settings, given = read_settings(environment)
-    validate_settings(settings, read_launch(environment).world_size)
+    *_, world_size = read_launch(environment)
+    validate_settings(settings, world_size)
     known = settings.artifact or settings.run_id or not settings.eval_only
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
     prepare_torch(settings.deterministic)
@@ -6778,7 +6743,6 @@ def attention_problem(settings, device: torch.device) -> str:
 # 13. Other scripts' names
 # The contest's published scripts read 137 variables, and people reach for others. A name that were
 # ignored would make a sweep of equal runs, so each is another name of a setting, or is refused.
-#
 # A converter gives a setting's text, from the environment and the Settings without other names.
 
 
@@ -6853,9 +6817,8 @@ def convert_rope_dims(environment: dict[str, str], settings) -> str:
     dims = read_count(environment, "ROPE_DIMS", 0) or head
     need(dims <= head, f"ROPE_DIMS={dims} is more than a head has, {head}")
     fraction = dims / max(1, head)
-    if int(head * fraction) < dims:  # it was rounded down
-        fraction = math.nextafter(fraction, 1.0)
-    return repr(fraction)
+    rounded_down = int(head * fraction) < dims
+    return repr(math.nextafter(fraction, 1.0) if rounded_down else fraction)
 
 
 def convert_bigrams(environment: dict[str, str], settings) -> str:
@@ -6980,12 +6943,9 @@ REFUSALS = {
 
 def refused_names() -> dict[str, tuple[str, str]]:
     """REFUSALS by single name: the value that may be given, or "", and what holds instead."""
-    found = {}
-    for names, reason in REFUSALS.items():
-        for entry in names.split():
-            name, _, value = entry.partition("=")
-            found[name] = value, reason
-    return found
+    entries = [(entry, reason) for names, reason in REFUSALS.items() for entry in names.split()]
+    parted = [(*entry.partition("="), reason) for entry, reason in entries]
+    return {name: (value, reason) for name, _, value, reason in parted}
 
 
 def same_value(text: str, other: str) -> bool:
@@ -7057,7 +7017,7 @@ def is_meant_for_us(variable: str, names: dict[str, str]) -> bool:
     flat = variable.upper().replace("_", "")
     if variable.startswith(FAMILIES) or any(one_letter_off(flat, name) for name in names):
         return True
-    if any(flat.startswith(name) and len(name) >= 10 for name in names):
+    if flat.startswith(tuple(name for name in names if len(name) >= 10)):
         return True
     long_names = [name for name in names if len(name) >= 12]
     return len(flat) >= 12 and bool(difflib.get_close_matches(flat, long_names, 1, 0.9))
