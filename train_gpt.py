@@ -958,11 +958,11 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 # ==================================================================================================
 # 4. The recurrence
 #
-# A state-space layer reads its tokens one after another. Each of its heads keeps one matrix, the
-# state S (P x N). A token adds to it the outer product of its value and its key, scaled by the step
-# size; what was there before decays; and the token reads the state with its query.
+# Each head of a state-space layer keeps one matrix, the state S (P x N). A token adds to it the
+# outer product of its value and its key, scaled by the step size; what was there before decays; and
+# the token reads the state with its query.
 #
-# Letters of all shapes, here and in the kernels of section 11:
+# Letters of all shapes, here and in section 11:
 #
 #     B  sequences in a batch         P  channels of a head: the numbers of a value
 #     L  tokens in a sequence         N  state size: the numbers of a key and of a query
@@ -982,9 +982,8 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 # spent on the token at its beginning, t-1, the rest on the one at its end, t.
 # Mamba-2 is the same with lambda = 1, without angles, norms and biases, and with one A for a head.
 #
-# Three functions compute it: sequential_scan() as it stands above, chunked_scan() as matmuls, and
-# triton_scan() (section 11) as chunked_scan() in fused kernels. Each takes the state that earlier
-# tokens left and returns the one that it leaves: generation is sequential_scan() of one token.
+# sequential_scan() computes it as it stands, chunked_scan() as matmuls, and triton_scan() (section
+# 11) in fused kernels. Each takes the state that earlier tokens left and returns the one it leaves.
 
 DECAY_FLOOR = 1e-4  # A_t of Mamba-3 is at most -DECAY_FLOOR: no state lasts for ever
 RESET_LOG_DECAY = -60.0  # a document's start in sums of log decays: exp(-60) is 1e-26
@@ -994,8 +993,7 @@ SCAN_NORM_EPS = 1e-5  # of the norms of keys, queries and a scan's outputs, besi
 class ScanInputs(NamedTuple):
     """What the recurrence reads of L tokens, before their keys and queries are biased and turned.
 
-    Step sizes and decays are float32 or float64, and the recurrence is computed in their dtype; the
-    others may be narrower. trapezoid and angle_rate are None in Mamba-2.
+    It is computed in the step sizes' dtype, float32 or float64; the others' may be narrower.
     """
 
     value: Tensor  # (B, L, H, P)
@@ -1007,8 +1005,8 @@ class ScanInputs(NamedTuple):
     query_bias: Tensor  # (H, N)
     skip: Tensor  # (H,), the paper's D
     gate: Tensor  # (B, L, H, P), before SiLU
-    trapezoid: Tensor | None = None  # (B, L, H), before the sigmoid
-    angle_rate: Tensor | None = None  # (B, L, R), before tanh
+    trapezoid: Tensor | None = None  # (B, L, H), before the sigmoid; None in Mamba-2
+    angle_rate: Tensor | None = None  # (B, L, R), before tanh; None in Mamba-2
     document_start: Tensor | None = None  # (B, L) bool: nothing before such a token reaches it
 
 
@@ -1067,15 +1065,9 @@ class MambaParameters(NamedTuple):
 
 
 def mamba_scan(
-    projected: Tensor,
-    parameters: MambaParameters,
-    sizes: MambaSizes,
-    document_start: Tensor | None,
-    state: ScanState | None,
-    backend: str,
-    chunk_size: int,
+    projected: Tensor, parameters, sizes: MambaSizes, document_start, state, backend, chunk_size
 ) -> tuple[Tensor, Tensor, ScanState]:
-    """All that a Mamba layer computes between in_proj and out_proj.
+    """All that a Mamba layer computes between in_proj and out_proj, by MambaParameters.
 
     projected: (B, L, columns), in_proj's outputs in the order of MambaSizes.columns().
     document_start: (B, L) bool or None. state: what earlier tokens left, None before a text begins.
@@ -1095,18 +1087,12 @@ def mamba_scan(
     return y.flatten(2), mean_square, state
 
 
-def scan_inputs(
-    projected: Tensor,
-    parameters: MambaParameters,
-    sizes: MambaSizes,
-    document_start: Tensor | None,
-) -> ScanInputs:
+def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start) -> ScanInputs:
     """in_proj's outputs (B, L, columns) as the recurrence reads them, Mamba-2's or Mamba-3's."""
     widths = sizes.columns()
     groups = projected.split(list(widths.values()), dim=-1)
     column = dict(zip(widths, groups, strict=True))
     dtype = torch.promote_types(projected.dtype, torch.float32)
-
     step_size = F.softplus(column["step"].to(dtype) + parameters.step_bias)
     key = column["key"]
     query = column["query"]
@@ -1115,33 +1101,25 @@ def scan_inputs(
         key = norm(key, parameters.key_norm, SCAN_NORM_EPS)
         query = norm(query, parameters.query_norm, SCAN_NORM_EPS)
         decay_rate = decay_rates(column["decay"].to(dtype), parameters.heavy_tail)
-    return ScanInputs(
-        value=column["value"].unflatten(-1, (sizes.heads, sizes.channels)),
-        key=key,
-        query=query,
-        step_size=step_size,
-        log_decay=decay_rate * step_size,
-        key_bias=parameters.key_bias,
-        query_bias=parameters.query_bias,
-        skip=parameters.skip,
-        gate=column["gate"].unflatten(-1, (sizes.heads, sizes.channels)),
-        trapezoid=column.get("trapezoid"),
-        angle_rate=column.get("angle_rate"),
-        document_start=document_start,
+    value, gate = (
+        column[name].unflatten(-1, (sizes.heads, sizes.channels)) for name in ("value", "gate")
     )
+    log_decay = decay_rate * step_size
+    biases = (parameters.key_bias, parameters.query_bias)
+    tokens = (value, key, query, step_size, log_decay)
+    rest = (column.get("trapezoid"), column.get("angle_rate"), document_start)
+    return ScanInputs(*tokens, *biases, parameters.skip, gate, *rest)
 
 
 def decay_rates(decay: Tensor, heavy_tail: bool) -> Tensor:
-    """Mamba-3's A_t <= -DECAY_FLOOR from in_proj's decay.
+    """Mamba-3's A_t <= -DECAY_FLOOR from in_proj's decay: its rate is softplus(decay).
 
-    The rate is softplus(decay), which falls like exp(decay) below 0; with heavy_tail it is
-    1 + decay above 0 and 1 / (1 - decay) below, which falls more slowly.
+    With heavy_tail it is 1 + decay above 0 and 1 / (1 - decay) below, which falls more slowly.
     """
+    rate = F.softplus(decay)
     if heavy_tail:
         size = decay.abs() + 1
         rate = torch.where(decay > 0, size, 1 / size)
-    else:
-        rate = F.softplus(decay)
     return -rate.clamp(min=DECAY_FLOOR)
 
 
@@ -1168,16 +1146,15 @@ def add_outer(ssm: Tensor, weight: Tensor, value: Tensor, key: Tensor) -> Tensor
     return ssm + weighted.unsqueeze(-1) * key.unsqueeze(-2)
 
 
-def empty_state(
-    like: Tensor, batch: int, heads: int, channels: int, state: int, angles: int
-) -> ScanState:
-    """The state before a text's first token: zeros, of like's dtype and on its device."""
+def empty_state(like: Tensor, *shape: int) -> ScanState:
+    """The state before a text's first token, zeros: shape is B, H, P, N, R."""
+    batch, heads, channels, state, angles = shape
     zeros = partial(like.new_zeros, batch, heads)
     return ScanState(zeros(angles), zeros(channels, state), zeros(state), zeros(channels))
 
 
 def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
-    """What stands in the equations: biased and turned keys and queries, angles, weights."""
+    """ScanInputs with keys and queries biased and turned, angles added up, steps in two parts."""
     step_size = inputs.step_size
     dtype = step_size.dtype
     if state is None:
@@ -1204,9 +1181,7 @@ def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
     return ScanTerms(state, angle, key, query, inputs.value.to(dtype), current, previous)
 
 
-def finish_scan(
-    inputs: ScanInputs, terms: ScanTerms, y: Tensor, ssm: Tensor
-) -> tuple[Tensor, ScanState]:
+def finish_scan(inputs: ScanInputs, terms: ScanTerms, y: Tensor, ssm: Tensor):
     """Adds the skip D v to y = S q (B, L, H, P), gates it, and puts the state left together."""
     y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * terms.value
     y = y * F.silu(inputs.gate.to(y.dtype))
@@ -1216,16 +1191,14 @@ def finish_scan(
 
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
-    """The recurrence as the paper writes it, one token after another.
+    """The recurrence as the paper writes it, the reference of the other scans.
 
     Returns the gated outputs (B, L, H, P) in value's dtype, and the state that the tokens leave.
-    It is the reference of the other scans and, with one token, a step of generation.
     """
     terms = scan_terms(inputs, state)
     decay = inputs.log_decay.exp()
     if inputs.document_start is not None:  # no decay could be stronger: the state is forgotten
         decay = decay.masked_fill(inputs.document_start.unsqueeze(-1), 0.0)
-
     _, ssm, last_key, last_value = terms.state
     outputs = []
     for t in range(terms.value.shape[1]):
@@ -1270,9 +1243,7 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 # they have decayed by its end. The incoming state is read by each of the chunk's queries (step 4).
 
 
-def chunked_scan(
-    inputs: ScanInputs, state: ScanState | None, chunk_size: int
-) -> tuple[Tensor, ScanState]:
+def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     """sequential_scan() as matmuls within chunks and a short loop between them."""
     terms = scan_terms(inputs, state)
     log_decay = inputs.log_decay
@@ -1329,9 +1300,8 @@ ADDS_IN_ORDER = ("triton", "parallel")  # the same bits every time, on GPUs too
 def choose_scan_backend(settings, device: torch.device) -> str:
     """SCAN_BACKEND, or what "auto" stands for: the first backend that runs these layers here.
 
-    Raises UserError, with the reason, if the one that was asked for does not run; or if "auto"
-    finds the first Mamba on a GPU without its library, since its other backends are many times
-    slower.
+    Raises UserError, with the reason, if what was asked for does not run; or if "auto" finds the
+    first Mamba on a GPU without its library: its other backends are many times slower.
     """
     names = SCAN_BACKENDS[settings.mamba_version]
     wanted = settings.scan_backend
@@ -1370,13 +1340,17 @@ def why_not(name: str, settings, device: torch.device) -> str:
 #
 # A mixer is Attention or Mamba: what carries anything from token to token. Weights are float32,
 # activations bfloat16 on GPUs. Depth recurrence is nothing but another order of the blocks.
+#
+# There is one way through the blocks, Model.through_blocks(), and three to it: forward() of whole
+# windows, resume() of a stream's next part, and step() of each text's next token. The last two
+# bring for every mixer the state that the tokens before have left.
 
 
 def initial(kind: str, *shape: int) -> Tensor:
-    """How each kind of parameter begins, float32: the one table of initial values.
+    """How each kind of parameter begins, float32.
 
-    Output matrices of mixers and MLPs are zero, so that a new block adds nothing and learns first
-    what to add. Attention's queries begin with QK_GAIN_INIT, embeddings with TIED_EMBED_INIT_STD.
+    Output matrices of mixers and MLPs are zero: a new block adds nothing and learns what to add.
+    Attention's queries begin with QK_GAIN_INIT, embeddings with TIED_EMBED_INIT_STD.
     """
     x = torch.empty(shape)
     match kind:
@@ -1404,10 +1378,7 @@ def initial(kind: str, *shape: int) -> Tensor:
 
 
 class Documents(NamedTuple):
-    """Where the documents of a batch of windows end, in the forms that layers ask for.
-
-    A window that begins within a document reads that document from the window's start on.
-    """
+    """Where documents end in a batch of windows, in the forms that layers ask for."""
 
     reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
     blocks: "BlockMask | None" = None  # for backend flex
@@ -1416,48 +1387,36 @@ class Documents(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares."""
+    """What every block of one forward pass shares: T tokens, or T of a stream behind O others.
+
+    Scans and convolutions run through a stream's part as a whole. Attention reads it in windows of
+    L tokens, TRAIN_SEQ_LEN, that overlap by O: places count from the first of the O tokens.
+    """
 
     document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
-    cos: Tensor  # (T, rotating pairs)
+    cos: Tensor  # (T, rotating pairs); of a stream and of single tokens (L, rotating pairs)
     sin: Tensor
     documents: Documents | None = None  # where attention and convolutions end; None: nowhere
     attention_backend: str = "auto"
-
-
-class StreamContext(NamedTuple):
-    """What every block shares that reads part of a stream, T tokens behind the O before them.
-
-    Scans run through the part as a whole. Attention reads it in windows of L tokens, TRAIN_SEQ_LEN,
-    that overlap by O: places count from the first of the O tokens.
-    """
-
-    document_start: Tensor | None  # (1, T) bool
-    cos: Tensor  # (L, rotating pairs)
-    sin: Tensor
-    windows: Tensor  # (W, L) int64, the places that each window reads, in order
-    outputs: Tensor  # (T,) int64, where each token's own query stands in the windows, row by row
-    documents: Documents | None  # of the T tokens, for convolutions; None: they do not end
-    in_windows: Documents | None  # of each window, for attention
-    attention_backend: str
+    windows: Tensor | None = None  # of a stream, (W, L) int64: the places that each window reads
+    outputs: Tensor | None = None  # (T,) int64, where each token's query is, in windows row by row
+    in_windows: Documents | None = None  # where attention ends in the windows
 
 
 def compact(x: Tensor) -> Tensor:
     """A contiguous copy of part of a tensor: a view would keep all of it in memory.
 
-    A compiled block asks for equal strides, also of a dimension of size 1, where contiguous() does
-    not look.
+    Also in dimensions of size 1, whose strides compiled blocks ask for and contiguous() does not.
     """
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[Tensor, Tensor]:
-    """StreamContext's windows and outputs, for `length` tokens behind `overlap` earlier ones.
+    """Context's windows and outputs, for `length` tokens behind `overlap` earlier ones.
 
-    A window of `size` tokens has size - overlap new ones, which divide length. seen () int64 is how
-    many of the earlier tokens there are: a stream's first windows begin at its first token. So they
-    hold fewer tokens before the new ones and more behind them, which causal attention leaves out:
-    the shapes are those of any other window, and nothing has to be masked.
+    A window of `size` tokens has size - overlap new ones, which divide length. Of the earlier
+    tokens there are only seen, () int64: a stream's first windows begin at its first token, and
+    hold more tokens behind the new ones instead, which causal attention leaves out.
     """
     stride = size - overlap
     first = torch.arange(0, length, stride, device=seen.device).clamp(min=overlap - seen)  # (W,)
@@ -1465,8 +1424,7 @@ def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[
     windows = windows.clamp(max=overlap + length - 1)
     token = torch.arange(length, device=seen.device)
     window = token // stride
-    outputs = window * size + overlap + token - first[window]
-    return windows, outputs
+    return windows, window * size + overlap + token - first[window]
 
 
 class Linear(nn.Linear):
@@ -1491,23 +1449,11 @@ class Linear(nn.Linear):
         return x if scale is None else x * scale
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal softmax attention: y_t = sum over s <= t of softmax_s(q_t·k_s / sqrt(D)) v_s.
-
-    query (B, T, heads, D); key and value (B, T, kv heads, D), where query head h reads key/value
-    head h // (heads / kv heads): grouped queries (arXiv 2305.13245). Returns query's shape.
-    """
-    grouped = query.shape[2] != key.shape[2]
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, D)
-    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-    return y.transpose(1, 2)
-
-
 def find_documents(start: Tensor, backend: str) -> Documents:
     """Documents of windows whose tokens start (B, T) bool begin one, for an attention backend.
 
-    Every shape follows from B and T alone and nothing waits for the device, so that one compiled
-    or captured graph serves all texts.
+    One that began before its window counts from the window's start on. Shapes follow from B and T,
+    and nothing waits for the device: one graph serves all texts.
     """
     position = torch.arange(start.shape[1], device=start.device, dtype=torch.int32)
     first = torch.where(start, position, 0).cummax(dim=1).values
@@ -1519,16 +1465,16 @@ def find_documents(start: Tensor, backend: str) -> Documents:
     return Documents(reach)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, backend: str
-) -> Tensor:
-    """Causal attention as sdpa() says it, within documents where there are any.
+SDPA_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their lengths
 
-    query (B, T, heads, D), key and value (B, T, kv heads, D) -> query's shape and dtype. backend:
-    a name that choose_attention_backend() gave. "auto" takes SDPA's kernels in the order that the
-    process has chosen. A kernel that is asked for by name is asked for inside of the graph, which
-    keeps the graph out of the compiler's cache: the cache does not know of choices outside of it,
-    and would give back a graph that was compiled under another one.
+
+def attend(query: Tensor, key: Tensor, value: Tensor, documents, backend: str) -> Tensor:
+    """sdpa() within documents (None: everywhere), by choose_attention_backend()'s backend.
+
+    "auto" takes SDPA's kernels in the order that the process has chosen. One that is asked for by
+    name is chosen inside of the graph, which keeps the graph out of the compiler's cache: that
+    knows nothing of choices outside of it, and would give back a graph made under another one.
     """
     if backend == "math":
         return attend_by_formula(query, key, value, documents)
@@ -1544,14 +1490,20 @@ def attend(
         return sdpa(query, key, value)
 
 
-SDPA_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their lengths
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal softmax attention: y_t = sum over s <= t of softmax_s(q_t·k_s / sqrt(D)) v_s.
+
+    query (B, T, heads, D); key and value (B, T, kv heads, D), where query head h reads key/value
+    head h // (heads / kv heads): grouped queries (arXiv 2305.13245). Returns query's shape.
+    """
+    grouped = query.shape[2] != key.shape[2]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, D)
+    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
-def attend_by_formula(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
-) -> Tensor:
-    """The reference of all backends: a dense matrix of scores, in float32 or more.
+def attend_by_formula(query: Tensor, key: Tensor, value: Tensor, documents) -> Tensor:
+    """The reference of attend(): a dense matrix of scores, in float32 or more.
 
     There may be S > T keys and values: the last T of them are the queries' own tokens'.
     """
@@ -1571,10 +1523,10 @@ def attend_by_formula(
 
 
 def choose_attention_backend(settings, device: torch.device) -> str:
-    """ATTENTION_BACKEND, or what "auto" stands for on this device, for models of these settings.
+    """ATTENTION_BACKEND, or what "auto" stands for; UserError if it cannot run on this device.
 
-    Raises UserError if it cannot run here. Where documents are kept apart, auto is FlexAttention
-    on a GPU and the formula on a CPU; elsewhere, it leaves the choice to SDPA.
+    Where documents are kept apart, auto is FlexAttention on a GPU and the formula on a CPU;
+    elsewhere, it leaves the choice to SDPA.
     """
     backend = settings.attention_backend
     if device.type == "meta":
@@ -1588,12 +1540,17 @@ def choose_attention_backend(settings, device: torch.device) -> str:
     return backend
 
 
+def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """cos and sin of the angles position × frequency: (T,), (R,) -> (2, T, R)."""
+    angles = positions[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, heads, D), in its dtype.
 
-    cos and sin (T, R) are of the angles position × frequency. Pair i < R of a head is its entries
-    i and R + i, turned as a point of the plane; what lies behind the first 2R does not turn. A
-    query's product with a key then depends on their distance, not on where they stand.
+    Entries i and R + i of a head, i < R, are turned as a point of the plane; those behind 2R are
+    not. A query's product with a key then depends on their distance, not on where they stand.
     """
     pairs = cos.shape[-1]
     cos = cos[:, None].to(x.dtype)  # (T, 1, R): every head turns alike
@@ -1617,12 +1574,11 @@ GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
 class Attention(nn.Module):
     """Causal grouped-query attention with normed queries and keys and a gate on every head.
 
-    Queries and keys are RMS-normed (QK norm, arXiv 2010.04245), so that scores stay bounded
-    whatever the weights do; queries take a learned gain per head instead of the lost length. Each
-    head's output is gated by twice a sigmoid (arXiv 2505.06708, here of the first channels only,
-    as in modded-nanogpt): a head may be silent, which softmax alone does not allow. An exclusive
-    layer (XSA_LAST_N) takes from a head's output what lies along the token's own value, which the
-    residual stream has anyway.
+    Queries and keys are RMS-normed (QK norm, arXiv 2010.04245), so that scores stay bounded;
+    queries take a learned gain per head instead of the lost length. Each head's output is gated by
+    twice a sigmoid (arXiv 2505.06708, here of the first channels only, as in modded-nanogpt): a
+    head may be silent, which softmax alone does not allow. An exclusive layer (XSA_LAST_N) takes
+    from a head's output what lies along the token's own value: the residual stream has that anyway.
     """
 
     def __init__(self, settings, exclusive: bool = False):
@@ -1638,63 +1594,43 @@ class Attention(nn.Module):
         self.query_gain = nn.Parameter(torch.full((settings.num_heads,), settings.qk_gain_init))
         self.gate = nn.Parameter(initial("zero", settings.num_heads, min(GATE_INPUTS, width)))
 
-    def forward(self, x: Tensor, context) -> Tensor:
-        """x (B, T, width), normed, -> what the layer adds to the residual stream, same shape."""
-        query, key, value = self.project(x, context.cos, context.sin)
-        y = attend(query, key, value, context.documents, context.attention_backend)
-        return self.read_out(x, y, value)
+    def forward(self, x: Tensor, context: Context, state=None) -> tuple[Tensor, AttentionState]:
+        """As Block asks of a mixer. Behind a state, keys of the kept tokens stand before x's."""
+        query, key, value = self.project(x)
+        own_value = value
+        documents = context.documents
+        if state is not None:
+            key = torch.cat([state.key, key], dim=1)  # (B, kept + T, kv heads, D)
+            value = torch.cat([state.value, value], dim=1)
+            state = AttentionState(key[:, x.shape[1] :], value[:, x.shape[1] :])
+        if context.windows is not None:
+            kept = key.shape[1] - x.shape[1]
+            query = F.pad(query, (0, 0, 0, 0, kept, 0))  # nobody asks again for earlier tokens
+            query, key, value = (y[0, context.windows] for y in (query, key, value))  # (W, L, ...)
+            documents = context.in_windows
+        last = query.shape[1]  # of all places that keys have, queries have the last
+        query = rotary(query, context.cos[-last:], context.sin[-last:])
+        key = rotary(key, context.cos, context.sin)
+        y = attend(query, key, value, documents, context.attention_backend)
+        if context.windows is not None:
+            y = y.flatten(0, 1)[context.outputs].unsqueeze(0)
+        return self.read_out(x, y, own_value), state
 
-    def resume(
-        self, x: Tensor, context: StreamContext, state: "AttentionState"
-    ) -> tuple[Tensor, "AttentionState"]:
-        """forward() of part of a stream, x (1, T, width), whose state came with earlier tokens."""
-        overlap = state.key.shape[1]
-        query, key, value = self.unturned(x)
-        query = F.pad(query, (0, 0, 0, 0, overlap, 0))  # nobody asks again for earlier tokens
-        key = torch.cat([state.key, key], dim=1)  # (1, O + T, kv heads, D)
-        value = torch.cat([state.value, value], dim=1)
-        query_w, key_w, value_w = (y[0, context.windows] for y in (query, key, value))
-        query_w = rotary(query_w, context.cos, context.sin)  # (W, L, heads, D)
-        key_w = rotary(key_w, context.cos, context.sin)
-        y_w = attend(query_w, key_w, value_w, context.in_windows, context.attention_backend)
-        y = y_w.flatten(0, 1)[context.outputs].unsqueeze(0)
-        kept = AttentionState(compact(key[:, -overlap:]), compact(value[:, -overlap:]))
-        return self.read_out(x, y, value[:, overlap:]), kept
-
-    def step(self, x: Tensor, context, state: "AttentionState") -> tuple[Tensor, "AttentionState"]:
-        """forward() of each text's next token, x (B, 1, width): it sees the L - 1 before it."""
-        query, key, value = self.unturned(x)
-        key = torch.cat([state.key, key], dim=1)  # (B, L, kv heads, D)
-        value = torch.cat([state.value, value], dim=1)
-        turned_query = rotary(query, context.cos[-1:], context.sin[-1:])  # the last of L places
-        turned_key = rotary(key, context.cos, context.sin)
-        y = attend_by_formula(turned_query, turned_key, value, context.documents)
-        return self.read_out(x, y, value[:, -1:]), AttentionState(key[:, 1:], value[:, 1:])
-
-    def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> "AttentionState":
+    def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> AttentionState:
         """The state before a text's first token: room for `kept` tokens' keys and values."""
         shape = (batch, kept, self.key.out_features // self.head_dim, self.head_dim)
         return AttentionState(*self.key.weight.new_zeros(2, *shape, dtype=dtype))
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, T, heads, D), key and value (B, T, kv heads, D), at positions of cos, sin."""
-        query, key, value = self.unturned(x)
-        return rotary(query, cos, sin), rotary(key, cos, sin), value
-
-    def unturned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """project() without positions."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, T, heads, D), key and value (B, T, kv heads, D), before they are turned."""
         heads = (-1, self.head_dim)
         query = self.query(x).unflatten(-1, heads)
         key = self.key(x).unflatten(-1, heads)
         value = self.value(x).unflatten(-1, heads)
-        gain = self.query_gain.to(x.dtype)[:, None]
-        return norm(query) * gain, norm(key), value
+        return norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key), value
 
     def read_out(self, x: Tensor, y: Tensor, value: Tensor) -> Tensor:
-        """Heads' outputs y (B, T, heads, D), gated by the layer's input x, -> (B, T, width).
-
-        value (B, T, kv heads, D): the tokens' own, for exclusive layers.
-        """
+        """Heads' outputs y (B, T, heads, D), gated by the layer's input x, -> (B, T, width)."""
         if self.exclusive:
             y = without_own_value(y, value)
         opening = F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype))
@@ -1724,36 +1660,21 @@ class ShortConv(nn.Module):
     def forward(self, x: Tensor, documents: Documents | None = None, fused=False) -> Tensor:
         """x (B, T, channels) -> the same shape; taps end where a document starts.
 
-        fused: by the library causal_conv1d, on a GPU and without documents.
+        fused: by the library causal_conv1d, if there are no documents.
         """
         weight = self.weight.to(x.dtype)
         bias = self.bias.to(x.dtype)
         if fused and documents is None:
             return library_conv(x.mT.contiguous(), weight, bias).mT
-        length, width = x.shape[1], weight.shape[1]
-        padded = F.pad(x, (0, 0, width - 1, 0))  # nothing stands before the first token
+        last = weight.shape[1] - 1
+        padded = F.pad(x, (0, 0, last, 0))  # nothing stands before the first token
         total = 0
         for i, tap in enumerate(weight.unbind(1)):
-            before = padded[:, i : i + length]  # the token width - 1 - i places before each
+            before = padded[:, i : i + x.shape[1]]  # the token last - i places before each
             if documents is not None:
-                foreign = documents.reach < width - 1 - i
-                before = before.masked_fill(foreign.unsqueeze(-1), 0)
+                before = before.masked_fill((documents.reach < last - i).unsqueeze(-1), 0)
             total = total + tap * before
         return F.silu(bias + total)
-
-    def resume(
-        self, x: Tensor, before: Tensor, documents: Documents | None, fused: bool
-    ) -> tuple[Tensor, Tensor]:
-        """forward() of x (B, T, channels) behind the last width - 1 tokens, and what follows them.
-
-        before (B, width - 1, channels): the inputs of those tokens, zeros where there were none.
-        """
-        earlier = before.shape[1]
-        inputs = torch.cat([before, x], dim=1)
-        if documents is not None:
-            documents = Documents(F.pad(documents.reach, (earlier, 0)))
-        y = self(inputs, documents, fused)[:, earlier:]
-        return y, compact(inputs[:, x.shape[1] :])
 
 
 class MambaState(NamedTuple):
@@ -1769,10 +1690,10 @@ STEP_RANK = 16  # of the first Mamba's step sizes, which dt_proj makes of so man
 class Mamba(nn.Module):
     """A state-space mixer: in_proj, the recurrence of section 4, out_proj. Names are the papers'.
 
-    Version 3 is Mamba-3. Version 2, Mamba-2, has one decay rate for a head, and a short convolution
-    over value, key and query. Version 1, the first Mamba, makes step sizes, keys and queries of the
-    convolved value, and its heads are single channels: see selective_scan(). What leaves the newer
-    ones' recurrence is normed, or it would grow a hundredfold in the first steps of training.
+    Mamba-2 has one decay rate for a head, and a short convolution over value, key and query. The
+    first Mamba makes step sizes, keys and queries of the convolved value, and its heads are single
+    channels: see selective_scan(). What leaves the newer ones' recurrence is normed, or it would
+    grow a hundredfold in the first steps of training.
     """
 
     def __init__(self, settings, scan_backend: str):
@@ -1786,12 +1707,12 @@ class Mamba(nn.Module):
         self.backend = scan_backend
         self.chunk_size = s.mamba_chunk_size
         self.heavy_tail = s.mamba_decay == "heavy_tail"
-        self.sizes = MambaSizes(heads, channels, n, angles=n // 4, version=version)
-
+        self.sizes = MambaSizes(heads, channels, n, n // 4 if version == 3 else 0, version)
         widths = self.sizes.columns()
         convolved = inner + widths.get("key", 0) + widths.get("query", 0)
         self.in_proj = Linear(s.model_dim, sum(widths.values()))
-        self.in_proj.dynamics_rows = self.dynamics_rows()
+        # The last rows, which steer the recurrence: with 8 bits in the artifact.
+        self.in_proj.dynamics_rows = sum(widths.values()) - inner - convolved
         self.out_proj = Linear(inner, s.model_dim, zero=True)
         self.dt_bias = nn.Parameter(initial("step bias", heads))
         self.D = nn.Parameter(initial("one", heads))
@@ -1808,101 +1729,65 @@ class Mamba(nn.Module):
             self.A_log = nn.Parameter(initial("log rates", inner, n))
         self.conv = ShortConv(convolved, s.mamba_d_conv) if version < 3 else None
 
-    def dynamics_rows(self) -> int:
-        """How many of in_proj's last rows steer the recurrence: with 8 bits in the artifact."""
-        widths = self.sizes.columns()
-        return sum(widths.get(name, 0) for name in ("step", "decay", "trapezoid", "angle_rate"))
-
-    def forward(self, u: Tensor, context) -> Tensor:
-        """u (B, L, width), normed, -> what the layer adds to the residual stream, same shape."""
-        return self.resume(u, context, None)[0]
-
-    def resume(
-        self, u: Tensor, context, state: "MambaState | None", backend: str = ""
-    ) -> tuple[Tensor, "MambaState"]:
-        """forward() behind the tokens that left this state (None: no such), and the state then.
-
-        backend: of the recurrence, if not this layer's own.
-        """
-        backend = backend or self.backend
+    def forward(self, u: Tensor, context: Context, state=None) -> tuple[Tensor, MambaState]:
+        """As Block asks of a mixer; single tokens by the recurrence as it stands."""
+        backend = "sequential" if u.shape[1] == 1 else self.backend
         projected = self.in_proj(u)  # (B, L, columns)
         scan, inputs = state or (None, None)
+        start = context.document_start
         if self.conv is not None:
             projected, inputs = self.convolve(projected, inputs, context.documents)
         if self.sizes.version == 1:
-            y, scan = self.selective(projected, context, scan, backend)
+            y, scan = self.selective(projected, start, scan, backend)
             return self.out_proj(y), MambaState(scan, inputs)
+        learned = self.scan_parameters()
         y, mean_square, scan = mamba_scan(
-            projected,
-            self.scan_parameters(),
-            self.sizes,
-            context.document_start,
-            scan,
-            backend,
-            self.chunk_size,
+            projected, learned, self.sizes, start, scan, backend, self.chunk_size
         )
         # The norm has no weight, so that its factor may follow out_proj: no pass over y.
         scale = (mean_square + SCAN_NORM_EPS).rsqrt().unsqueeze(-1)
-        if state is not None:
-            scan = ScanState(*(compact(x) for x in scan))
         return self.out_proj(y, scale), MambaState(scan, inputs)
-
-    def step(self, u: Tensor, context, state: "MambaState") -> tuple[Tensor, "MambaState"]:
-        """forward() of each text's next token, u (B, 1, width), by the recurrence as it stands."""
-        return self.resume(u, context, state, backend="sequential")
 
     def scan_parameters(self) -> MambaParameters:
         """What Mamba-2 or Mamba-3 has learned, by the recurrence's names."""
         if self.sizes.version == 3:
-            return MambaParameters(
-                step_bias=self.dt_bias,
-                skip=self.D,
-                key_bias=self.B_bias,
-                query_bias=self.C_bias,
-                key_norm=self.B_norm,
-                query_norm=self.C_norm,
-                heavy_tail=self.heavy_tail,
-            )
+            biases = (self.B_bias, self.C_bias)
+            norms = (self.B_norm, self.C_norm)
+            return MambaParameters(self.dt_bias, self.D, *biases, *norms, None, self.heavy_tail)
         no_bias = torch.zeros_like(self.D).unsqueeze(1)  # (H, 1)
         rate = -self.A_log.exp()
         return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=rate)
 
-    def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> "MambaState":
-        """The state before a text's first token: zeros. dtype: the activations'. kept: attention's.
-
-        All that a recurrence keeps has one size, however many tokens there were.
-        """
-        sizes = self.sizes
+    def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> MambaState:
+        """The state before a text's first token: zeros, of one size however long the text gets."""
         inputs = None
         if self.conv is not None:
             channels, taps = self.conv.weight.shape
             inputs = self.D.new_zeros(batch, taps - 1, channels, dtype=dtype)
-        if sizes.version == 1:
+        if self.sizes.version == 1:
             return MambaState(self.A_log.new_zeros(batch, *self.A_log.shape), inputs)
-        angles = sizes.angles if sizes.version == 3 else 0
-        shape = (sizes.heads, sizes.channels, sizes.state, angles)
+        shape = (self.sizes.heads, self.sizes.channels, self.sizes.state, self.sizes.angles)
         return MambaState(empty_state(self.D, batch, *shape), inputs)
 
-    def convolve(
-        self, projected: Tensor, before: Tensor | None, documents: Documents | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def convolve(self, projected: Tensor, before, documents) -> tuple[Tensor, Tensor | None]:
         """projected with its value, in Mamba-2 also key and query, convolved; the last inputs.
 
-        before: the inputs of the tokens before, as ShortConv.resume() wants them, or None.
+        before (B, taps - 1, channels): the inputs of the tokens before, or None without a state.
         """
         inner = self.out_proj.in_features
         ends = [inner, inner + len(self.conv.weight)]
         gate, mixed, rest = projected.tensor_split(ends, dim=-1)
-        fused = self.backend == "fused"
-        if before is None:
-            mixed = self.conv(mixed, documents, fused)
-        else:
-            mixed, before = self.conv.resume(mixed, before, documents, fused)
+        earlier = 0
+        if before is not None:
+            earlier = before.shape[1]
+            mixed = torch.cat([before, mixed], dim=1)
+            before = mixed[:, projected.shape[1] :]
+            if documents is not None:
+                documents = Documents(F.pad(documents.reach, (earlier, 0)))
+        mixed = self.conv(mixed, documents, self.backend == "fused")[:, earlier:]
         return torch.cat([gate, mixed, rest], dim=-1), before
 
-    def selective(
-        self, projected: Tensor, context, state: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor | None]:
+    def selective(self, projected: Tensor, start, state, backend: str) -> tuple[Tensor, Tensor]:
         """The first Mamba between in_proj and out_proj: (B, L, 2·inner) -> (B, L, inner).
 
         state (B, inner, N): what the tokens before left, or None. Also what these leave.
@@ -1915,7 +1800,7 @@ class Mamba(nn.Module):
         tensors = (value, step, decay_rate, key, query, self.D, gate, self.dt_bias)
         if backend == "fused" and state is not None:
             backend = "parallel"  # the library's scan takes no state
-        return selective_scan(tensors, context.document_start, state, backend, self.chunk_size)
+        return selective_scan(tensors, start, state, backend, self.chunk_size)
 
 
 class MLP(nn.Module):
@@ -1937,22 +1822,19 @@ class Block(nn.Module):
 
     To add a mixer, write a class beside Attention and Mamba with these methods:
 
-    - forward(x, context): x (B, T, width), normed, to what is added to the residual stream, where
-      no token may depend on a later one, nor on one of another document (context says where);
-    - new_state(batch, kept, dtype), what it keeps of no tokens at all, as tensors in a NamedTuple;
-    - step(x, context, state), forward() of one token behind those that left this state, and the
-      state then: for generate();
-    - resume(x, context, state), likewise of part of a stream: for EVAL_MODE=stateful.
+    - forward(x, context, state=None): x (B, T, width), normed, to what is added to the residual
+      stream, and the state behind x. No token may depend on a later one, nor on one of another
+      document (context says where). A state comes with each text's next token in generate(), and
+      with part of a stream in EVAL_MODE=stateful;
+    - new_state(batch, kept, dtype), the state of no tokens at all, as tensors in a NamedTuple; kept
+      is how many tokens' keys and values attention keeps, dtype the activations'.
 
-    Then
-
-    - choose it below, by a setting of its own in the group "model": the artifact's header holds
-      those (add what older files mean to FORMER_DEFAULTS), and load_model() builds it again;
-    - make its matrices Linear, the last one with zero=True: Muon trains them and GPTQ quantizes
-      them by their inputs. Other parameters begin as initial() says, are Adam's (parameter_kind()),
-      and are stored as float_type() says; rows that need 8 bits are listed in grid_limits();
-    - add it to VARIANTS in tests/test_model.py and tests/test_generate.py, whose tests ask for all
-      of this.
+    Then choose it below, by a setting of its own in the group "model": the artifact's header holds
+    those (add what older files mean to FORMER_DEFAULTS), and load_model() builds it again. Make its
+    matrices Linear, the last one with zero=True: Muon trains them and GPTQ quantizes them by their
+    inputs. Other parameters begin as initial() says, are Adam's (parameter_kind()), and are stored
+    as float_type() says; rows that need 8 bits are listed in grid_limits(). Add it to VARIANTS in
+    tests/test_model.py and tests/test_generate.py, whose tests ask for all of this.
     """
 
     def __init__(self, settings, layer: int, scan_backend: str):
@@ -1965,45 +1847,19 @@ class Block(nn.Module):
         self.residual_mix = nn.Parameter(initial("residual mix", 2))
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
 
-    def forward(self, x: Tensor, embedded: Tensor, context) -> Tensor:
-        """x, embedded (B, T, width) -> the residual stream behind this block."""
-        x = self.enter(x, embedded)
-        return self.leave(x + self.mixer(self.layer_input(x), context))
-
-    def resume(
-        self, x: Tensor, embedded: Tensor, context: StreamContext, state
-    ) -> tuple[Tensor, "MambaState | AttentionState"]:
-        """forward() of part of a stream, (1, T, width), behind the tokens that left this state."""
-        x = self.enter(x, embedded)
-        y, state = self.mixer.resume(self.layer_input(x), context, state)
-        return self.leave(x + y), state
-
-    def step(
-        self, x: Tensor, embedded: Tensor, context: Context, state
-    ) -> tuple[Tensor, "MambaState | AttentionState"]:
-        """forward() of each text's next token, (B, 1, width), behind those that left this state."""
-        x = self.enter(x, embedded)
-        y, state = self.mixer.step(self.layer_input(x), context, state)
-        return self.leave(x + y), state
-
-    def enter(self, x: Tensor, embedded: Tensor) -> Tensor:
-        """What the mixer adds to."""
+    def forward(self, x: Tensor, embedded: Tensor, context: Context, state=None) -> tuple:
+        """x, embedded (B, T, width) -> the residual stream behind this block, the mixer's state."""
         keep, mix = self.residual_mix.to(x.dtype)
-        return keep * x + mix * embedded
+        x = keep * x + mix * embedded
+        y, state = self.mixer(self.layer_input(x), context, state)
+        x = x + y
+        if self.mlp is not None:
+            x = x + self.mlp(self.layer_input(x))
+        return x, state
 
     def layer_input(self, x: Tensor) -> Tensor:
         """x normed, and with LN_SCALE the smaller the deeper the block, so that it adds less."""
         return norm(x) if self.input_scale == 1 else self.input_scale * norm(x)
-
-    def leave(self, x: Tensor) -> Tensor:
-        """What stands behind the mixer: the MLP, if there is one."""
-        return x if self.mlp is None else x + self.mlp(self.layer_input(x))
-
-
-def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """cos and sin of the angles position × frequency: (T,), (R,) -> (2, T, R)."""
-    angles = positions[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()])
 
 
 class TextState(NamedTuple):
@@ -2013,14 +1869,14 @@ class TextState(NamedTuple):
     seen: Tensor  # (B, 1) int32, how many of the last tokens the next one's attention sees
     layers: list  # each mixer's state, in the order in which they run
 
+    def take(self, place: int):
+        """The state of the mixer at this place in the order."""
+        return self.layers[place]
 
-def overwrite(state, left):
-    """Copies tensors in nested tuples into others of the same kind, in place; None stays."""
-    if isinstance(state, Tensor):
-        state.copy_(left)
-    elif state is not None:
-        for old, new in zip(state, left, strict=True):
-            overwrite(old, new)
+    def put(self, place: int, left):
+        """Writes what that mixer left into the same memory."""
+        for old, new in zip(tensors_of(self.layers[place]), tensors_of(left), strict=True):
+            old.copy_(new)
 
 
 class Model(nn.Module):
@@ -2035,11 +1891,9 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
         nn.init.normal_(self.embedding.weight, std=s.tied_embed_init_std)  # first logits: near 0
         if s.bigram_vocab_size:
-            rows = s.bigram_vocab_size
-            width = s.bigram_dim
-            self.bigram_embedding = nn.Embedding(rows, width)
-            self.bigram_embedding.weight = nn.Parameter(initial("zero", rows, width))
-            self.bigram_proj = Linear(width, s.model_dim)
+            self.bigram_embedding = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
+            nn.init.zeros_(self.bigram_embedding.weight)
+            self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
             self.bigram_scale = nn.Parameter(initial("bigram scale"))
         if not s.tie_embeddings:
             self.output_embedding = nn.Embedding(s.vocab_size, s.model_dim)
@@ -2074,19 +1928,28 @@ class Model(nn.Module):
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
 
     def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Hidden states (B, T, width) of tokens (B, T) int64, behind the layers in this order.
+        """Hidden states (B, T, width) of tokens (B, T) int64, behind the layers in this order."""
+        embedded = self.embed(tokens)
+        start = tokens == BOS_ID if self.settings.document_reset else None
+        documents = None
+        if self.settings.confines_documents:
+            documents = find_documents(start, self.attention_backend)
+        turns = self.rotary_table[:, : tokens.shape[1]]
+        context = Context(start, *turns, documents, self.attention_backend)
+        return self.through_blocks(embedded, order, context)
+
+    def through_blocks(
+        self, embedded: Tensor, order: tuple, context: Context, states=None, run_block=Block.forward
+    ) -> Tensor:
+        """Embedded tokens (B, T, width) through the blocks in this order, and normed.
 
         With UNET_SKIPS, what leaves each layer of the first half enters one of the second half,
-        times a learned weight: the last takes the first's, as in a U-net.
+        times a learned weight: the last takes the first's, as in a U-net. states.take(place) gives
+        the state of the mixer at that place in the order, as it was before these tokens, and
+        states.put(place, state) gets the one behind them. run_block: Block.forward, if compiled.
         """
-        embedded = self.embed(tokens)
-        context = self.context(tokens)
-        return self.through_blocks(
-            embedded, order, lambda place, block, x: block(x, embedded, context)
-        )
-
-    def through_blocks(self, x: Tensor, order: tuple[int, ...], run) -> Tensor:
-        """x (B, T, width) through run(place in the order, block, x) of each block, and normed."""
+        x = embedded.clone()  # compiled blocks would be compiled anew for one tensor in two roles
+        state = None
         half = len(order) // 2 if self.settings.unet_skips else 0
         second_half = len(order) - half
         skips = []
@@ -2094,50 +1957,45 @@ class Model(nn.Module):
             if place >= second_half:
                 weight = self.skip_weights[place - second_half].to(x.dtype)
                 x = x + weight * skips.pop()
-            x = run(place, self.blocks[layer], x)
+            if states is not None:
+                state = states.take(place)
+            x, left = run_block(self.blocks[layer], x, embedded, context, state)
+            if states is not None:
+                states.put(place, left)
             if place < half:
                 skips.append(x)
         return norm(x)
 
     def resume(
-        self, tokens: Tensor, seen: Tensor, order: tuple[int, ...], states, run_block=None
+        self, tokens: Tensor, seen: Tensor, order: tuple, states, run_block=Block.forward
     ) -> Tensor:
         """Hidden states (1, T, width) of part of a stream, from the states that came before it.
 
         tokens (1, O + T) int64: before the part, the last O tokens, of which there are only
         seen, () int64, at a stream's beginning. O is the overlap of attention's windows, and T a
-        multiple of TRAIN_SEQ_LEN - O. states.take(place) gives the state of the mixer at that place
-        in the order, as it was before the part, and states.put(place, state) gets the one after it.
-        run_block: Block.resume, perhaps compiled.
+        multiple of TRAIN_SEQ_LEN - O. states, run_block: see through_blocks().
         """
-        run_block = run_block or Block.resume
-        size = self.rotary_table.shape[1]
         overlap = self.settings.attention_overlap
         missing = torch.arange(tokens.shape[1], device=tokens.device) < overlap - seen
         tokens = tokens.masked_fill(missing, BOS_ID)  # no pair ends with a stream's first token
         embedded = compact(self.embed(tokens[:, overlap - 1 :])[:, 1:])
-        start = tokens[:, overlap:] == BOS_ID if self.settings.document_reset else None
-        windows = stream_windows(seen, overlap, embedded.shape[1], size)
-        documents, in_windows = None, None
+        begun = tokens == BOS_ID
+        start = begun[:, overlap:] if self.settings.document_reset else None
+        size = self.rotary_table.shape[1]
+        windows, outputs = stream_windows(seen, overlap, embedded.shape[1], size)
+        backend = self.attention_backend
+        documents = in_windows = None
         if self.settings.confines_documents:
-            begun = tokens == BOS_ID
             documents = Documents(find_documents(begun, "math").reach[:, overlap:])
-            in_windows = find_documents(begun[0, windows[0]], self.attention_backend)
-        context = StreamContext(
-            start, *self.rotary_table, *windows, documents, in_windows, self.attention_backend
-        )
-
-        def run(place: int, block: Block, x: Tensor) -> Tensor:
-            x, state = run_block(block, x, embedded, context, states.take(place))
-            states.put(place, state)
-            return x
-
-        return self.through_blocks(embedded.clone(), order, run)  # not one tensor in two roles
+            in_windows = find_documents(begun[0, windows], backend)
+        view = (windows, outputs, in_windows)
+        context = Context(start, *self.rotary_table, documents, backend, *view)
+        return self.through_blocks(embedded, order, context, states, run_block)
 
     def new_states(self, order: tuple[int, ...], batch: int = 1, kept: int | None = None) -> list:
         """Every mixer's state before a text's first token, by place in the order.
 
-        kept: how many tokens' keys and values attention keeps, ATTENTION_OVERLAP if None.
+        kept: how many tokens' keys and values attention keeps; the overlap of its windows if None.
         """
         kept = self.settings.attention_overlap if kept is None else kept
         mixers = [self.blocks[layer].mixer for layer in order]
@@ -2155,35 +2013,19 @@ class Model(nn.Module):
     def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
         """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
 
-        The recurrences go on from the state; attention sees the last TRAIN_SEQ_LEN tokens, or as
-        many of them as there are. The state then comes to stand behind these tokens, in the same
-        memory: a step can be a CUDA graph.
+        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state then stands
+        behind these tokens, in the same memory: a step can be a CUDA graph.
         """
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
         start = tokens == BOS_ID
         if self.settings.confines_documents:
             state.seen.masked_fill_(start, 0)
         document_start = start if self.settings.document_reset else None
-        context = Context(document_start, *self.rotary_table, Documents(state.seen))
-
-        def run(place: int, block: Block, x: Tensor) -> Tensor:
-            x, left = block.step(x, embedded, context, state.layers[place])
-            overwrite(state.layers[place], left)
-            return x
-
-        hidden = self.through_blocks(embedded, order, run)
+        context = Context(document_start, *self.rotary_table, Documents(state.seen), "math")
+        hidden = self.through_blocks(embedded, order, context, state)
         state.previous.copy_(tokens)
         state.seen.add_(1).clamp_(max=self.settings.train_seq_len - 1)
         return hidden
-
-    def context(self, tokens: Tensor) -> Context:
-        """Where documents start and end, and how far attention turns each position."""
-        document_start = tokens == BOS_ID if self.settings.document_reset else None
-        documents = None
-        if self.settings.confines_documents:
-            documents = find_documents(document_start, self.attention_backend)
-        cos, sin = self.rotary_table[:, : tokens.shape[1]]
-        return Context(document_start, cos, sin, documents, self.attention_backend)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Normed embeddings (B, T, width) of tokens (B, T), and of the pairs that they end.
@@ -2205,8 +2047,7 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Softcapped logits (..., V) of hidden states (..., width), float32 or more.
 
-        tokens (...), those that the hidden states stand at, are for models in which they say more
-        about the next token than its hidden state does: see tools/ideas.
+        tokens (...), those that the hidden states stand at, are read by tools/ideas alone.
         """
         cap = self.settings.logit_softcap
         logits = F.linear(hidden, self.output_matrix.to(hidden.dtype))
@@ -2214,9 +2055,9 @@ class Model(nn.Module):
         return cap * torch.tanh(logits / cap)
 
     def nats(self, hidden: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each target (B, T), float32 nats, over the whole vocabulary.
+        """Negative log-likelihood of each target (B, T), float32, of hidden (B, T, width).
 
-        hidden: (B, T, width); tokens (B, T): those before the targets, for logits().
+        It is over the whole vocabulary. tokens (B, T): those before the targets, for logits().
         """
         rows = hidden.flatten(0, 1)
         flat = targets.flatten()
@@ -2249,20 +2090,13 @@ EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
 
 @torch.no_grad()
 def generate(
-    model: Model,
-    tokens: Tensor,
-    count: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    model: Model, tokens: Tensor, count: int, temperature=1.0, top_p=1.0, generator=None
 ) -> Tensor:
     """Continues a batch of texts: tokens (B, T > 0) int64 on the model's device -> (B, count).
 
     One token after another is read, those of the prompt like those that are drawn, each at the same
-    cost: the recurrences carry a state, and attention keeps the keys and values of one training
-    window, however long a text becomes. draw_tokens() says what temperature and top_p mean. A
-    generator, on the model's device, makes the same draws again. On a GPU a step is a CUDA graph,
-    and no step waits for the host.
+    cost however long a text becomes. temperature, top_p: see draw_tokens(). A torch.Generator on
+    the model's device makes the same draws again. On a GPU, a step is a CUDA graph.
     """
     order = model.order(recurrent=True)
     state = model.begin(len(tokens), order)
@@ -2733,6 +2567,7 @@ class StateRelay:
 
     def put(self, place: int, state):
         """Keeps the state after this rank's part, and sends it to the rank behind."""
+        state = map_state(compact, state)
         self.states[place] = state
         if self.ranks.rank + 1 < self.parts:
             self.sent += self.ranks.send(tensors_of(state), self.ranks.rank + 1)
@@ -2825,7 +2660,7 @@ class Evaluator:
         self.trained = [p for p in model.parameters() if id(p) not in frozen]
         self.nats_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
-        self.block_function = maybe_compile(Block.resume, settings, ranks)
+        self.block_function = maybe_compile(Block.forward, settings, ranks)
         self.readout_function = maybe_compile(model.nats, settings, ranks)
         self.total = len(validation.target_bytes)
         self.nats = torch.zeros(self.total, device=ranks.device)

@@ -300,12 +300,13 @@ def test_a_hessian_is_of_what_the_weight_sees_however_a_scale_is_passed(call, mo
     scale = torch.rand(2, 32, 1) + 0.5
     seen = []
 
-    def forward(mixer, u, context):
+    def forward(mixer, u, context, state=None):
         layer = mixer.out_proj
         y = mixer.in_proj(u)[..., : layer.in_features]
         if mixer is model.blocks[0].mixer:
             seen.append((y * scale).flatten(0, 1))
-        return layer(y, scale) if call == "positional" else layer(y, scale=scale)
+        y = layer(y, scale) if call == "positional" else layer(y, scale=scale)
+        return y, state
 
     monkeypatch.setattr(t.Mamba, "forward", forward)
     with torch.no_grad():

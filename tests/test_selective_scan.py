@@ -244,7 +244,7 @@ def test_the_block_is_the_papers():
     settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential", **FIRST)
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y = block(u, t.Context(None, *model.rotary_table[:, :9]))
+    y, _ = block(u, t.Context(None, *model.rotary_table[:, :9]))
     z, x = (u @ block.in_proj.weight.T).split(64, dim=-1)
     padded = F.pad(x.mT, (3, 0))
     x = F.silu(F.conv1d(padded, block.conv.weight.unsqueeze(1), block.conv.bias, groups=64)).mT
@@ -483,10 +483,10 @@ def test_mamba_2_behind_a_state_is_computed_without_the_library(libraries, monke
         for b in ("fused", "chunked")
     )
     u, context = torch.randn(2, 9, 32), t.Context(None, None, None)
-    state = chunked.resume(u, context, chunked.new_state(2, 0, u.dtype))[1]
+    state = chunked(u, context, chunked.new_state(2, 0, u.dtype))[1]
     monkeypatch.setattr(t, "library_scan", None)
-    y, _ = fused.resume(u, context, state)
-    expected, _ = chunked.resume(u, context, state)
+    y, _ = fused(u, context, state)
+    expected, _ = chunked(u, context, state)
     assert relative(y, expected) < 1e-5
 
 
