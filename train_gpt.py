@@ -960,9 +960,7 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 #
 # Each head of a state-space layer keeps one matrix, the state S (P x N). A token adds to it the
 # outer product of its value and its key, scaled by the step size; what was there before decays; and
-# the token reads the state with its query.
-#
-# Letters of all shapes, here and in section 11:
+# the token reads the state with its query. Letters of all shapes, here and in section 11:
 #
 #     B  sequences in a batch         P  channels of a head: the numbers of a value
 #     L  tokens in a sequence         N  state size: the numbers of a key and of a query
@@ -1067,12 +1065,11 @@ class MambaParameters(NamedTuple):
 def mamba_scan(
     projected: Tensor, parameters, sizes: MambaSizes, document_start, state, backend, chunk_size
 ) -> tuple[Tensor, Tensor, ScanState]:
-    """All that a Mamba layer computes between in_proj and out_proj, by MambaParameters.
+    """All that a Mamba layer computes between in_proj and out_proj, by its MambaParameters.
 
-    projected: (B, L, columns), in_proj's outputs in the order of MambaSizes.columns().
-    document_start: (B, L) bool or None. state: what earlier tokens left, None before a text begins.
-    Returns the gated outputs (B, L, H·P) in projected's dtype, their mean squares (B, L) and the
-    state that the tokens leave.
+    projected: (B, L, columns), in_proj's outputs. document_start: (B, L) bool or None. state: what
+    earlier tokens left, None before a text begins. Returns the gated outputs (B, L, H·P) in
+    projected's dtype, their mean squares (B, L) and the state that the tokens leave.
     """
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
@@ -1101,14 +1098,12 @@ def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start
         key = norm(key, parameters.key_norm, SCAN_NORM_EPS)
         query = norm(query, parameters.query_norm, SCAN_NORM_EPS)
         decay_rate = decay_rates(column["decay"].to(dtype), parameters.heavy_tail)
-    value, gate = (
-        column[name].unflatten(-1, (sizes.heads, sizes.channels)) for name in ("value", "gate")
-    )
-    log_decay = decay_rate * step_size
-    biases = (parameters.key_bias, parameters.query_bias)
-    tokens = (value, key, query, step_size, log_decay)
+    value = column["value"].unflatten(-1, (sizes.heads, sizes.channels))
+    gate = column["gate"].unflatten(-1, (sizes.heads, sizes.channels))
+    tokens = (value, key, query, step_size, decay_rate * step_size)
+    learned = (parameters.key_bias, parameters.query_bias, parameters.skip)
     rest = (column.get("trapezoid"), column.get("angle_rate"), document_start)
-    return ScanInputs(*tokens, *biases, parameters.skip, gate, *rest)
+    return ScanInputs(*tokens, *learned, gate, *rest)
 
 
 def decay_rates(decay: Tensor, heavy_tail: bool) -> Tensor:
@@ -1214,20 +1209,19 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 # The same as matmuls, after Mamba-2's SSD (arXiv 2405.21060).
 #
 # The folded key weight. The outer product v_s k_s^T enters the state twice: with its own token s,
-# times lambda_s dt_s; and with the next one, times (1 - lambda_{s+1}) dt_{s+1}, and that token's
-# decay a_{s+1}. Up to a later token t the first decays by a_{s+1} ... a_t. So does the second: it
-# comes with a_{s+1}, and a_{s+2} ... a_t follow. One weight for each key holds the two,
+# times lambda_s dt_s; and with the next one, times (1 - lambda_{s+1}) dt_{s+1} and a_{s+1}. Up to a
+# later token t both decay by a_{s+1} ... a_t in all. One weight for each key holds the two,
 #
 #     w_s = lambda_s dt_s + (1 - lambda_{s+1}) dt_{s+1}                          (the key weight)
 #     S_t = sum_{s<t} (a_{s+1} ... a_t) w_s v_s k_s^T + lambda_t dt_t v_t k_t^T
 #
-# where token t's own outer product still lacks its second half, which the next token adds. What is
-# left has no trapezoid any more: decayed linear attention with weighted keys,
+# where token t's own outer product lacks its second half, which the next token adds. What is left
+# is decayed linear attention with weighted keys, without a trapezoid:
 #
 #     S_t q_t = sum_{s<t} (a_{s+1} ... a_t) w_s (q_t·k_s) v_s + lambda_t dt_t (q_t·k_t) v_t
 #
-# A state that is carried in gets the second half of its last token's outer product first:
-# S_in + (1 - lambda_1) dt_1 v_0 k_0^T, and adds (a_1 ... a_t) times that, applied to q_t.
+# A state that is carried in gets the second half of its last token's outer product first,
+# (1 - lambda_1) dt_1 v_0 k_0^T, and adds (a_1 ... a_t) times the sum, applied to q_t.
 #
 # Chunks of C tokens. The sum over s is a masked matmul within a chunk, and a state between chunks:
 #
@@ -1246,8 +1240,8 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     """sequential_scan() as matmuls within chunks and a short loop between them."""
     terms = scan_terms(inputs, state)
-    log_decay = inputs.log_decay
     length = terms.value.shape[1]
+    log_decay = inputs.log_decay
     if inputs.document_start is not None:
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
     weight = terms.current + F.pad(terms.previous[:, 1:], (0, 0, 0, 1))  # the key weight
@@ -1326,9 +1320,7 @@ def why_not(name: str, settings, device: torch.device) -> str:
         return "adds in any order, which DETERMINISTIC=1 excludes"
     if name == "triton":
         return why_not_triton(settings, device)
-    if name == "fused":
-        return why_not_fused(settings)
-    return ""
+    return why_not_fused(settings) if name == "fused" else ""
 
 
 # ==================================================================================================
@@ -1347,10 +1339,9 @@ def why_not(name: str, settings, device: torch.device) -> str:
 
 
 def initial(kind: str, *shape: int) -> Tensor:
-    """How each kind of parameter begins, float32.
+    """How a kind of parameter begins, float32.
 
     Output matrices of mixers and MLPs are zero: a new block adds nothing and learns what to add.
-    Attention's queries begin with QK_GAIN_INIT, embeddings with TIED_EMBED_INIT_STD.
     """
     x = torch.empty(shape)
     match kind:
@@ -1360,10 +1351,6 @@ def initial(kind: str, *shape: int) -> Tensor:
             return x.fill_(1.0)
         case "matrix":  # (rows, columns): outputs are as large as inputs
             return x.normal_(std=shape[1] ** -0.5)
-        case "bigram scale":
-            return x.fill_(0.05)
-        case "residual mix":  # x alone, nothing of the embedded tokens
-            return torch.tensor([1.0, 0.0])
         case "convolution":  # (channels, taps)
             bound = shape[1] ** -0.5
             return x.uniform_(-bound, bound)
@@ -1531,10 +1518,10 @@ def choose_attention_backend(settings, device: torch.device) -> str:
     backend = settings.attention_backend
     if device.type == "meta":
         return "math"  # a skeleton, which computes nothing
-    if backend == "auto" and not settings.confines_documents:
-        return "auto"
-    if backend == "auto":
+    if backend == "auto" and settings.confines_documents:
         return "flex" if device.type == "cuda" else "math"
+    if backend == "auto":
+        return "auto"
     problem = attention_problem(settings, device)
     need(not problem, f"ATTENTION_BACKEND={backend} does not run here: {problem}; auto does")
     return backend
@@ -1774,9 +1761,8 @@ class Mamba(nn.Module):
 
         before (B, taps - 1, channels): the inputs of the tokens before, or None without a state.
         """
-        inner = self.out_proj.in_features
-        ends = [inner, inner + len(self.conv.weight)]
-        gate, mixed, rest = projected.tensor_split(ends, dim=-1)
+        gate, mixed = projected.tensor_split([self.out_proj.in_features], dim=-1)
+        mixed, rest = mixed.tensor_split([len(self.conv.weight)], dim=-1)
         earlier = 0
         if before is not None:
             earlier = before.shape[1]
@@ -1844,7 +1830,7 @@ class Block(nn.Module):
         exclusive = layer >= settings.num_layers - settings.xsa_last_n
         self.mixer = Mamba(settings, scan_backend) if has_mamba else Attention(settings, exclusive)
         self.mlp = MLP(settings) if has_mlp else None
-        self.residual_mix = nn.Parameter(initial("residual mix", 2))
+        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # nothing of the embedded
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state=None) -> tuple:
@@ -1894,7 +1880,7 @@ class Model(nn.Module):
             self.bigram_embedding = nn.Embedding(s.bigram_vocab_size, s.bigram_dim)
             nn.init.zeros_(self.bigram_embedding.weight)
             self.bigram_proj = Linear(s.bigram_dim, s.model_dim)
-            self.bigram_scale = nn.Parameter(initial("bigram scale"))
+            self.bigram_scale = nn.Parameter(torch.tensor(0.05))
         if not s.tie_embeddings:
             self.output_embedding = nn.Embedding(s.vocab_size, s.model_dim)
             nn.init.normal_(self.output_embedding.weight, std=s.tied_embed_init_std)
@@ -1939,14 +1925,14 @@ class Model(nn.Module):
         return self.through_blocks(embedded, order, context)
 
     def through_blocks(
-        self, embedded: Tensor, order: tuple, context: Context, states=None, run_block=Block.forward
+        self, embedded: Tensor, order: tuple, context: Context, states=None, run_block=None
     ) -> Tensor:
         """Embedded tokens (B, T, width) through the blocks in this order, and normed.
 
         With UNET_SKIPS, what leaves each layer of the first half enters one of the second half,
         times a learned weight: the last takes the first's, as in a U-net. states.take(place) gives
         the state of the mixer at that place in the order, as it was before these tokens, and
-        states.put(place, state) gets the one behind them. run_block: Block.forward, if compiled.
+        states.put(place, state) gets the one behind them. run_block: Block.forward, compiled.
         """
         x = embedded.clone()  # compiled blocks would be compiled anew for one tensor in two roles
         state = None
@@ -1959,16 +1945,16 @@ class Model(nn.Module):
                 x = x + weight * skips.pop()
             if states is not None:
                 state = states.take(place)
-            x, left = run_block(self.blocks[layer], x, embedded, context, state)
+            block = self.blocks[layer]
+            run = block if run_block is None else partial(run_block, block)
+            x, left = run(x, embedded, context, state)
             if states is not None:
                 states.put(place, left)
             if place < half:
                 skips.append(x)
         return norm(x)
 
-    def resume(
-        self, tokens: Tensor, seen: Tensor, order: tuple, states, run_block=Block.forward
-    ) -> Tensor:
+    def resume(self, tokens: Tensor, seen: Tensor, order: tuple, states, run_block=None) -> Tensor:
         """Hidden states (1, T, width) of part of a stream, from the states that came before it.
 
         tokens (1, O + T) int64: before the part, the last O tokens, of which there are only
@@ -2004,11 +1990,10 @@ class Model(nn.Module):
     def begin(self, batch: int, order: tuple[int, ...]) -> TextState:
         """The state of a batch of texts before their first tokens, for layers in this order."""
         device = self.embedding.weight.device
-        return TextState(
-            previous=torch.full((batch, 1), BOS_ID, device=device),
-            seen=torch.zeros(batch, 1, dtype=torch.int32, device=device),
-            layers=self.new_states(order, batch, kept=self.settings.train_seq_len - 1),
-        )
+        previous = torch.full((batch, 1), BOS_ID, device=device)
+        seen = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+        layers = self.new_states(order, batch, kept=self.settings.train_seq_len - 1)
+        return TextState(previous, seen, layers)
 
     def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
         """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
@@ -2017,11 +2002,10 @@ class Model(nn.Module):
         behind these tokens, in the same memory: a step can be a CUDA graph.
         """
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
-        start = tokens == BOS_ID
+        start = tokens == BOS_ID if self.settings.document_reset else None
         if self.settings.confines_documents:
             state.seen.masked_fill_(start, 0)
-        document_start = start if self.settings.document_reset else None
-        context = Context(document_start, *self.rotary_table, Documents(state.seen), "math")
+        context = Context(start, *self.rotary_table, Documents(state.seen), "math")
         hidden = self.through_blocks(embedded, order, context, state)
         state.previous.copy_(tokens)
         state.seen.add_(1).clamp_(max=self.settings.train_seq_len - 1)
@@ -2038,8 +2022,7 @@ class Model(nn.Module):
         if s.bigram_vocab_size:
             before = F.pad(tokens[:, :-1], (1, 0), value=BOS_ID)
             mixed = (before * 36_313) ^ (tokens * 27_191)
-            row = mixed % (s.bigram_vocab_size - 1) + 1
-            row = row.masked_fill(tokens == BOS_ID, 0)
+            row = (mixed % (s.bigram_vocab_size - 1) + 1).masked_fill(tokens == BOS_ID, 0)
             bigram = self.bigram_embedding(row).to(x.dtype)
             x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
         return norm(x)
@@ -2062,8 +2045,7 @@ class Model(nn.Module):
         rows = hidden.flatten(0, 1)
         flat = targets.flatten()
         if hidden.is_cuda and triton:
-            weight = self.output_matrix.to(hidden.dtype)
-            cap = self.settings.logit_softcap
+            weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
         else:
             before = None if tokens is None else tokens.flatten()

@@ -105,11 +105,11 @@ class Mark(nn.Module):
         super().__init__()
         self.layer, self.ran = layer, ran
 
-    def forward(self, x, embedded, context):
+    def forward(self, x, embedded, context, state=None):
         self.ran.append(self.layer)
         x = x.clone()
         x[..., self.layer] += 1
-        return x
+        return x, state
 
 
 def test_skips_pair_the_first_virtual_layers_with_the_last_innermost_first():
