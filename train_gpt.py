@@ -2131,17 +2131,13 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float, top_p: float)
 
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
-    """Who trains a parameter, by its name: the one place that tells.
-
-    Muon: "matrix" and "mamba_matrix". Adam: "embedding", "head" (an output matrix of its own) and
-    "scalar" (all else, short convolutions too).
-    """
+    """Who trains a parameter, by its name: Muon "matrix" and "mamba_matrix", Adam the others."""
     if name == "output_embedding.weight":
-        return "head"
+        return "head"  # an output matrix of its own
     if name.endswith("embedding.weight"):
         return "embedding"
     if parameter.dim() != 2 or not name.endswith(".weight") or name.endswith("conv.weight"):
-        return "scalar"
+        return "scalar"  # short convolutions too
     return "mamba_matrix" if ".mixer." in name and "_proj." in name else "matrix"
 
 
@@ -2162,7 +2158,6 @@ def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
     """The nearest semi-orthogonal matrices: U V^T of each x = U S V^T, up to what steps leave.
 
     batches: (n, rows, columns) each. Returns the same shapes, in float16 on a GPU.
-
     A Newton-Schulz step takes x to P x, where G = x x^T and P = a + b G + c G^2: the polynomial
     a s + b s^3 + c s^5 of every singular value s, which brings it nearer to 1. The next Gram matrix
     is P G P, so that a few steps need G alone, which is small; x is multiplied once, by the product
@@ -2181,8 +2176,7 @@ def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
         products = newton_schulz_product(torch.cat(grams), few).split([len(x) for x in wide])
         products = [product[:, :n, :n] for product, n in zip(products, rows, strict=True)]
         wide = [product @ x for product, x in zip(products, wide, strict=True)]
-    pairs = zip(wide, batches, strict=True)
-    return [x if x.shape == given.shape else x.mT for x, given in pairs]
+    return [x if x.shape == y.shape else x.mT for x, y in zip(wide, batches, strict=True)]
 
 
 def newton_schulz_product(gram: Tensor, coefficients: list[tuple]) -> Tensor:
@@ -2209,10 +2203,10 @@ class MatrixGroup:
 def momentum_updates(
     gradients: list[list[Tensor]], momenta: list[Tensor], momentum: Tensor, skip: Tensor, steps: int
 ) -> list[Tensor]:
-    """Moves each group's momentum m on, in place, and returns its update, (n, rows, columns).
+    """m <- momentum m + (1 - momentum) g, in place, for each group's momentum m (n, rows, columns).
 
-    m <- momentum m + (1 - momentum) g; the update is the same once more with the new m (Nesterov),
-    orthogonalized. Where skip, float32 (), is 1, m stays to the bit, and the update is finite.
+    Returns updates: the same once more with the new m (Nesterov), orthogonalized. Where skip,
+    float32 (), is 1, m stays to the bit, and updates are finite.
     """
     updates = []
     for group, old in zip(gradients, momenta, strict=True):
@@ -2227,12 +2221,10 @@ def momentum_updates(
 def apply_updates(
     groups: list[list[Tensor]], updates: list[Tensor], rates: list[Tensor], decays: list, skip
 ):
-    """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip.
-
-    The root keeps the change of a layer's outputs alike whatever its shape.
-    """
+    """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
     for group, update, rate, decay in zip(groups, updates, rates, decays, strict=True):
         rate = rate * (1 - skip)
+        # The root keeps the change of a layer's outputs alike whatever its shape.
         step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
         for p, change in zip(group, update.unbind(), strict=False):  # then comes padding
             p.mul_(1 - rate * decay).sub_(step * change.float())
@@ -2242,8 +2234,7 @@ class Muon:
     """Momentum whose update is orthogonalized (K. Jordan, 2024, kellerjordan.github.io/posts/muon).
 
     A gradient's few large singular values drown the others; here all are of one size: the steepest
-    descent if a step is measured by how far it can move a layer's outputs. Each rank orthogonalizes
-    its share of every group.
+    descent if a step is measured by how far it can move a layer's outputs. Each rank has a share.
     """
 
     def __init__(self, groups: list[MatrixGroup], settings, ranks):
@@ -2282,10 +2273,6 @@ class Muon:
         rates = [group.base_lr * lr_factor for group in self.groups]
         decays = [group.weight_decay for group in self.groups]
         self.apply_updates(parameters, updates, rates, decays, skip)
-
-
-# Of "scalar": a residual mix's first gradients are rounding errors, which it does not blow up.
-LEAST_SCALAR_EPS = 1e-6
 
 
 class Optimizers:
@@ -2343,7 +2330,8 @@ def parameter_groups(model, settings, ranks) -> tuple[list[MatrixGroup], list[di
     options = {  # rate, decay, epsilon
         "embedding": (embed_lr, embed_decay, s.adam_eps),
         "head": (s.head_lr, embed_decay, s.adam_eps),
-        "scalar": (s.scalar_lr, s.adam_wd, max(s.adam_eps, LEAST_SCALAR_EPS)),
+        # A residual mix's first gradients are rounding errors: not to be taken for a direction.
+        "scalar": (s.scalar_lr, s.adam_wd, max(s.adam_eps, 1e-6)),
     }
     alike = collections.defaultdict(list)
     others = {}
@@ -2432,16 +2420,12 @@ def ramp(part: float, whole: float) -> float:
 
 
 def schedule_at(settings, step: int, seconds: float) -> Schedule:
-    """What holds for step (from 0) after seconds of the training clock.
-
-    Parts of the run are those of ITERATIONS or of its clock, whichever ends first.
-    """
+    """What holds for step (from 0) after seconds of the clock; it or ITERATIONS ends the run."""
     s = settings
     train_seconds = s.max_wallclock_seconds - s.export_reserve_seconds
     by_steps = step / s.iterations
     by_clock = seconds / train_seconds if s.max_wallclock_seconds else 0.0
     progress = min(1.0, max(by_steps, by_clock))
-
     step_part = 1 / s.iterations  # what a step takes of the run: by the clock, the mean so far
     if by_clock > by_steps:
         step_part = seconds / max(step, 1) / train_seconds
@@ -2450,12 +2434,10 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
     if s.warmdown_shape == "cosine":
         decay = 0.5 - 0.5 * math.cos(math.pi * decay)
     lr_factor = ramp(progress + 1 / s.iterations, LR_WARMUP) * max(decay, s.min_lr)
-
     first = s.muon_momentum_warmup_start or FIRST_MOMENTUM * s.muon_momentum
     steps = s.muon_momentum_warmup_steps
     risen = ramp(step, steps) if steps else ramp(progress, MOMENTUM_WARMUP)
     momentum = first + (s.muon_momentum - first) * risen
-
     # What begins as rates decay looks at the decay itself, which MIN_LR does not hold up.
     recurrent = progress >= s.recur_start
     quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
@@ -2478,16 +2460,12 @@ class Window(NamedTuple):
 def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
     """This rank's windows of targets first <= p < last: each target in one window of one rank.
 
-    EVAL_MODE plain: side by side. sliding: EVAL_STRIDE further each; only what is new is scored, by
-    TRAIN_SEQ_LEN - EVAL_STRIDE earlier tokens or more, as soon as the stream has so many.
+    EVAL_MODE=plain: side by side. sliding: EVAL_STRIDE further each; only what is new is scored.
     """
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
-    windows = []
-    for position in range(first, last, stride):
-        end = position + stride
-        windows.append(Window(max(0, end - length), position, min(end, last)))
-    return windows[rank::world_size]
+    starts = range(first, last, stride)[rank::world_size]
+    return [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in starts]
 
 
 class Excerpt(NamedTuple):
@@ -2536,7 +2514,7 @@ class StateRelay:
         self.sent = []
 
     def _receive(self, like, source: int):
-        """A state like this one, into tensors of its own: those may still be on their way."""
+        """A state, into tensors of its own: those of the one before may still be on their way."""
         state = map_state(lambda tensor: tensor.new_empty(tensor.shape), like)
         self.ranks.receive(tensors_of(state), source)
         return state
@@ -2609,7 +2587,7 @@ class AdaptationClock:
 
 
 class Evaluator:
-    """Scores a validation set once, and adapts the model to what it has scored.
+    """Scores a validation set once, and adapts the model to what it has scored if settings.adapts.
 
     Why test-time training cannot see a target before it is scored: evaluate() goes through the
     stream in chunks of TTT_CHUNK_TOKENS targets, in order. On each it first calls _score_chunk(),
@@ -2617,9 +2595,8 @@ class Evaluator:
     chunk's tokens and targets and none behind them. So the weights that score a target have been
     trained on earlier chunks alone; within a chunk, the model is causal. No target is scored again
     with weights that know it: _keep() counts, and _collect() raises unless each was scored exactly
-    once. The last chunk, which nothing follows, is not trained on.
-
-    Each rank scores some of a chunk's windows and trains on a part of it, by summed gradients.
+    once. The last chunk, which nothing follows, is not trained on. Each rank scores some of a
+    chunk's windows and trains on a part of it; gradients are summed.
 
     EVAL_MODE=stateful: no window cuts a target off from what came before. Parts of the stream are
     scored in order, each from the states that the part before has left (Model.resume(), StateRelay
@@ -2628,10 +2605,8 @@ class Evaluator:
     update, states are computed anew over the last window.
     """
 
-    def __init__(
-        self, model, settings, ranks, validation: ValidationSet, recurrent=True, observer=None
-    ):
-        """recurrent: whether layers are applied again. The weights change if settings.adapts."""
+    def __init__(self, model, settings, ranks, validation, recurrent=True, observer=None):
+        """validation: a ValidationSet. recurrent: whether layers are applied again."""
         self.model = model
         self.settings = settings
         self.ranks = ranks
@@ -2656,24 +2631,23 @@ class Evaluator:
         self.states_from = 0  # where the text begins that the states know
 
     def _part_tokens(self) -> int:
-        """Of stateful evaluation: an eighth of what may be scored at once, in whole strides.
+        """Of stateful evaluation: an eighth of a chunk (for eight ranks), in whole strides.
 
-        Eight ranks share a chunk so. It is no longer than eight windows, as a compiler writes out
-        each chunk of a scan that is no kernel. Where another chunk follows, parts end with chunks.
+        No more than eight windows: a compiler writes out each chunk of a scan that is no kernel.
         """
         length = self.settings.train_seq_len
         stride = length - self.settings.attention_overlap
         tokens = min(self.chunk, self.settings.val_batch_size, 64 * length) // 8
         most = max(1, tokens // stride)
         strides = math.ceil(self.chunk / stride)
-        whole = self.chunk == self.total
-        return stride * (min(strides, most) if whole else largest_divisor(strides, most))
+        if self.chunk < self.total:  # parts end with chunks
+            return stride * largest_divisor(strides, most)
+        return stride * min(strides, most)
 
     def evaluate(self, started: float | None = None, say=lambda text: None) -> Score:
-        """Scores every chunk, and adapts to each but the last once it is scored.
+        """Scores every chunk, and adapts to each but the last; say(text) hears of each.
 
-        started: the perf_counter() at which the evaluation clock began (left out: now). say(text)
-        hears of each chunk. Raises RuntimeError if a target was not scored exactly once.
+        started: the perf_counter() at which the evaluation clock began (left out: now).
         """
         started = time.perf_counter() if started is None else started
         firsts = range(0, self.total, self.chunk)
@@ -2800,15 +2774,14 @@ class Evaluator:
         self.model.zero_grad()
 
     def _collect(self, epochs_given_up: int) -> Score:
-        """All ranks' scores together."""
+        """All ranks' scores; RuntimeError if a target was not scored exactly once."""
         times = self.ranks.sum_(torch.tensor(self.times_scored, device=self.ranks.device))
         if (times != 1).any():
             raise RuntimeError("a target was not scored exactly once")
         nats = self.ranks.sum_(self.nats).cpu().numpy()
         total = float(nats.sum(dtype=np.float64))
-        bits = total / math.log(2)
-        text_bytes = int(self.validation.target_bytes.sum())
-        return Score(total / self.total, bits / text_bytes, nats, epochs_given_up)
+        bits_per_byte = total / math.log(2) / int(self.validation.target_bytes.sum())
+        return Score(total / self.total, bits_per_byte, nats, epochs_given_up)
 
 
 # ==================================================================================================
@@ -2841,14 +2814,8 @@ DAMPING_ATTEMPTS = 12  # tenfold each time
 TEXTS_AT_ONCE = 256  # that the model writes for CALIBRATION=self
 
 # The first part that a matrix's name has, and the kind of layer that it belongs to.
-KINDS = {
-    "bigram": "bigrams",
-    "mlp": "MLP",
-    "out_proj": "Mamba out",
-    "_proj": "Mamba in",
-    "mixer": "attention",
-    "": "embedding",
-}
+KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "Mamba in"}
+KINDS |= {"mixer": "attention", "": "embedding"}
 
 
 def kind_of(name: str) -> str:
@@ -2878,7 +2845,7 @@ def grid_limits(model) -> dict[str, Tensor]:
 
 
 def k_of(name: str, settings, k: float) -> float:
-    """The k of a matrix's int6 rows: k, or SDCLIP_MLP or SDCLIP_ATTENTION times it in these."""
+    """The k of a matrix's int6 rows: k, times SDCLIP_MLP or SDCLIP_ATTENTION in these."""
     factors = {"MLP": settings.sdclip_mlp, "attention": settings.sdclip_attention}
     return k * factors.get(kind_of(name), 1.0)
 
@@ -2889,10 +2856,7 @@ def exact_steps(steps: Tensor) -> Tensor:
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """The integers, in weight's type, whose products with scale are nearest to weight.
-
-    scale, the grid's step at each weight, and limits broadcast to weight (..., rows, columns).
-    """
+    """The integers, in weight's type, whose products with the steps scale are nearest to weight."""
     return (weight / scale).round().clamp(-limits, limits)
 
 
@@ -2924,39 +2888,32 @@ def float_type(name: str) -> str:
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
-def matrix_bytes(weight: Tensor, limits: Tensor, settings, k: float) -> float:
-    """What a matrix will take in the file: about its integers' entropy, and two bytes a step.
-
-    The nearest integers stand for GPTQ's, which are spread alike. The coder takes 0.2 % more than
-    the entropy, its last states (4 bytes for each lane), and 256 bytes for packed frequencies.
-    """
-    rows, columns = grid_steps(weight, limits, settings, k)
-    integers = round_to_grid(weight, rows * columns, limits)
-    counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-    frequencies = counts / weight.numel()
-    entropy_bytes = float(torch.special.entr(frequencies).sum()) / math.log(256)
-    steps = len(rows) + int((columns != 1).sum())
-    return 2 * steps + 4 * ANS_LANES + 256 + 1.002 * entropy_bytes * weight.numel()
-
-
 @torch.no_grad()
 def predict_bytes(model, settings, k: float) -> float:
-    """The size of the artifact with this k, in bytes: known before GPTQ, within a percent."""
+    """The size of the artifact with this k, in bytes: known before GPTQ, within a percent.
+
+    The nearest integers stand for GPTQ's, which are spread alike. The coder takes 0.2 % more than
+    their entropy, its last states (4 bytes for each lane), and 256 bytes for packed frequencies.
+    """
     total = OTHER_BYTES
     matrices = grid_limits(model)
     for name, p in model.named_parameters():
-        if name in matrices:
-            total += matrix_bytes(p, matrices[name], settings, k_of(name, settings, k))
-        else:
+        if name not in matrices:
             total += p.numel() * np.dtype(float_type(name)).itemsize
+            continue
+        rows, columns = grid_steps(p, matrices[name], settings, k_of(name, settings, k))
+        integers = round_to_grid(p, rows * columns, matrices[name])
+        counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
+        entropy_bytes = float(torch.special.entr(counts / p.numel()).sum()) / math.log(256)
+        steps = len(rows) + int((columns != 1).sum())
+        total += 2 * steps + 4 * ANS_LANES + 256 + 1.002 * entropy_bytes * p.numel()
     return total
 
 
 def fit_sdclip(model, settings, target_bytes: float) -> float:
     """The k of int6 rows: SDCLIP_K, or if that is 0 the least whose artifact should fit.
 
-    That of SDCLIP_MOST, the last, may be too large all the same: export() looks. Raises UserError
-    where weights are not finite.
+    That of the last one, SDCLIP_MOST, may be too large all the same: export() looks.
     """
     finite = all(p.isfinite().all() for p in model.parameters())
     need(finite, f"weights are no longer finite: {DIVERGED}")
@@ -3017,9 +2974,8 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
     """H = 2 sum x x^T over every input x of each matrix: what errors of its weights cost.
 
     Weights that are off by D (rows, columns) change the layer's outputs, squared and summed over
-    all inputs, by sum(D H * D) / 2. sequences (n, T) int64 are this rank's, of which rows run at
-    once. Returns float32 (columns, columns), summed over all ranks, by the weight's name: for
-    linear layers, and for the output matrix.
+    all inputs, by sum(D H * D) / 2. sequences (n, T) int64 are this rank's, rows of them run at
+    once; H, float32 (columns, columns), is of all ranks', by the weight's name.
     """
     hessians: dict[str, Tensor] = {}
 
@@ -3212,24 +3168,18 @@ def ans_pop(state, frequency, start, bits: int = ANS_BITS):
     return frequency * (state >> bits) + slot - start
 
 
-def ans_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Of 65,536 slots each value's part by counts (256,), int64; what occurs has at least one."""
-    parts = counts * (1 << ANS_BITS) // counts.sum()
-    frequencies = np.maximum(parts, counts > 0)
-    frequencies[counts.argmax()] += (1 << ANS_BITS) - frequencies.sum()
-    return frequencies
-
-
 def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes an int8 array near its entropy.
 
     Returns how often, of 65,536, each value comes, uint32 (256,), by its uint8 bits; and the code,
-    uint16 (n,). States that a value would take beyond 32 bits first hand 16 of them to the code; at
-    the end all states follow. The code is turned round: decoding begins with what came last.
+    uint16 (n,), turned round, as decoding begins with what came last. States that a value would
+    take beyond 32 bits first hand 16 of them to the code; at the end all states follow.
     """
     symbols = integers.view(np.uint8).ravel()
     counts = np.bincount(symbols, minlength=256)
-    frequencies = ans_frequencies(counts)
+    # Of 65,536 slots each value's part, but one at least; the most frequent one gives what lacks.
+    frequencies = np.maximum(counts * (1 << ANS_BITS) // counts.sum(), counts > 0)
+    frequencies[counts.argmax()] += (1 << ANS_BITS) - frequencies.sum()
     starts = frequencies.cumsum() - frequencies
     padding = np.full(-len(symbols) % ANS_LANES, counts.argmax(), np.uint8)
     rows = np.append(symbols, padding).reshape(-1, ANS_LANES)
@@ -3250,7 +3200,7 @@ def decode_integers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Undoes encode_integers(): count integers, int8, and the words that stand behind their code.
 
-    Raises ValueError for other frequencies, too few words, a state that is not empty in the end.
+    Raises ValueError for words that are no such code.
     """
     frequencies = frequencies.astype(np.int64)
     if frequencies.sum() != 1 << ANS_BITS:
@@ -3266,8 +3216,7 @@ def decode_integers(
         words = words[number:]
         return taken
 
-    state = take(ANS_LANES)
-    state += take(ANS_LANES) << 16
+    state = take(ANS_LANES) + (take(ANS_LANES) << 16)
     rows = np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
     for row in rows:
         symbol = symbol_of_slot[state & 0xFFFF]
@@ -3301,10 +3250,7 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
 
 
 def seal(magic: bytes, header: dict, *payload) -> list:
-    """An artifact's or a checkpoint's parts, bytes or arrays, to be written one behind the other.
-
-    Magic, header as a line of JSON, payload, SHA-256 of all.
-    """
+    """Parts of an artifact or a checkpoint: magic, header as a line of JSON, payload, SHA-256."""
     line = json.dumps(header, separators=(",", ":"))
     parts = [magic + line.encode() + b"\n", *payload]
     digest = hashlib.sha256()
@@ -3371,10 +3317,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 
 
 def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> Settings:
-    """The settings with the model's from an artifact's header in place of the run's.
-
-    Raises UserError if one of those that the user has given contradicts it, or if they cannot be.
-    """
+    """The settings with the model's from an artifact's header; what was given must agree."""
     for name in MODEL_FIELDS:
         ours, theirs = getattr(settings, name), header[name]
         problem = f"contradicts the artifact, which has {theirs}: unset it"
@@ -3392,8 +3335,8 @@ def file_sha256(path: str) -> str:
 def settings_for_artifact(settings, given: set[str], world_size: int) -> Settings:
     """Settings to score ARTIFACT with, its model's in place of the run's.
 
-    Raises UserError where TOKENIZER_PATH is another tokenizer than the model was trained with:
-    targets would stand for other bytes. (An older artifact does not say; then sizes must agree.)
+    Raises UserError where TOKENIZER_PATH is not the tokenizer that it was trained with: targets
+    would stand for other bytes. (An older artifact does not say; then sizes must agree.)
     """
     header, _ = read_artifact(settings.artifact_path)
     settings = adopt_artifact(header, settings, given, world_size)
@@ -3405,10 +3348,7 @@ def settings_for_artifact(settings, given: set[str], world_size: int) -> Setting
 
 
 def model_skeleton(settings) -> Model:
-    """The model without memory for its numbers: names and shapes of parameters, kinds of layers.
-
-    Raises UserError for more numbers than an artifact may have, before a run trains in vain, too.
-    """
+    """The model without memory for its numbers, of which an artifact may have MOST_NUMBERS."""
     meta = torch.device("meta")
     with meta:
         model = Model(settings, meta)
@@ -3431,7 +3371,7 @@ def record_layout(skeleton: Model) -> np.dtype:
 def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
     """The parameters, float32, that pack_artifact() put into a payload for such a model.
 
-    Raises ValueError or lzma.LZMAError for others, before more than the model's record is unpacked.
+    Raises ValueError or lzma.LZMAError for others, before it unpacks more than a record's bytes.
     """
     layout = record_layout(skeleton)
     unpacker = lzma.LZMADecompressor()
@@ -3455,8 +3395,7 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
 def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
     """The model in an artifact, on the rank's device, and the settings, the model's from there.
 
-    given names the settings that the user gave. Raises UserError where they contradict the
-    artifact's, and for a file that is none or holds other numbers than its header's model.
+    Raises UserError for a file that is none, or that contradicts its header or settings in given.
     """
     header, payload = read_artifact(path)
     settings = adopt_artifact(header, settings, given, ranks.world_size)
