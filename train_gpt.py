@@ -498,18 +498,13 @@ def check_multiple(settings, name: str, divisor: int, meaning: str):
     check(settings, name, multiple, f"is not a multiple of {meaning} = {divisor}")
 
 
-def validate_settings(settings, world_size: int):
-    """Raises UserError for settings that cannot work on so many ranks."""
-    for f in fields(settings):
-        value = getattr(settings, f.name)
+def validate_settings(s, world_size: int):
+    """Raises UserError for settings that cannot work, alone or together, on so many ranks."""
+    for f in fields(s):
+        value = getattr(s, f.name)
         problem = f.metadata["domain"].problem(value)
         need(not problem, f"{f.name.upper()}={shown(value)} {problem}")
-    check_layers(settings)
-    check_lengths(settings, world_size)
-
-
-def check_layers(s):
-    """Refuses layers whose sizes do not fit together."""
+    # Layers and their sizes
     check(s, "vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
     parse_layers(s, "mlp_layers")
     order = set(parse_layers(s, "layer_order"))
@@ -522,18 +517,14 @@ def check_layers(s):
     if mamba:
         inner = s.mamba_inner_dim
         divides = inner > 0 and inner % s.mamba_head_dim == 0
-        problem = f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}"
-        check(s, "mamba_head_dim", divides, problem)
+        check(s, "mamba_head_dim", divides, f"does not divide MAMBA_EXPAND × MODEL_DIM = {inner}")
         for name in ("mamba_d_state", "mamba_head_dim", "mamba_chunk_size"):
             fits = getattr(s, name) >= 8 and getattr(s, name).bit_count() == 1
             check(s, name, fits, "must be a power of two, at least 8")
     known = s.mamba_decay == "softplus" or s.mamba_version == 3
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
-
-
-def check_lengths(s, world_size: int):
-    """Refuses batches, clocks and strides that do not fit together."""
+    # Batches, clocks and strides
     length = s.train_seq_len
     check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
     check_multiple(s, "micro_batch_tokens", length, "TRAIN_SEQ_LEN")
@@ -779,8 +770,8 @@ def shard_paths(folder: str, split: str) -> list[Path]:
         last = max(numbers)
         first = min(1, *numbers) if len(numbers) > 1 else last
         for number in range(first, last):
-            absent = f"{numbers[last]} is there, but not number {number}: fetch that, too"
-            need(number in numbers, absent)
+            gap = f"{numbers[last]} is there, but not number {number}: fetch that, too"
+            need(number in numbers, gap)
     return paths
 
 
@@ -909,6 +900,12 @@ class Tokenizer:
         space = self.has_space[targets] & ~self.is_special[tokens[:-1]]
         return self.piece_bytes[targets] + space
 
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """SAMPLE_PROMPT as a document's first tokens, BOS in front; empty without a prompt."""
+        pieces = self.model.encode(prompt)
+        need(pieces or not prompt, "SAMPLE_PROMPT holds no text: leave it out, or say something")
+        return [BOS_ID, *pieces] if prompt else []
+
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens; between documents, which begin with BOS, an empty line."""
         groups = itertools.groupby(tokens, key=lambda token: token == BOS_ID)
@@ -932,15 +929,6 @@ class ValidationSet(NamedTuple):
             "scored_tokens": len(self.target_bytes),
             "bytes": int(self.target_bytes.sum()),
         }
-
-
-def prompt_tokens(settings, tokenizer) -> list[int]:
-    """SAMPLE_PROMPT as a document's first tokens, BOS in front; empty without a prompt."""
-    if not settings.sample_prompt:
-        return []
-    pieces = tokenizer.model.encode(settings.sample_prompt)
-    need(pieces, "SAMPLE_PROMPT holds no text: leave it out, or let it say something")
-    return [BOS_ID, *pieces]
 
 
 def load_validation(settings, tokenizer) -> ValidationSet:
@@ -4476,7 +4464,7 @@ def main():
         if settings.eval_only:
             settings = settings_for_artifact(settings, given, ranks.world_size)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
-        prompt = prompt_tokens(settings, tokenizer)
+        prompt = tokenizer.encode_prompt(settings.sample_prompt)
         validation = None
         if not only_samples(settings, prompt):
             validation = load_validation(settings, tokenizer)
