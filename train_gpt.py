@@ -1117,8 +1117,7 @@ def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
     """Turns the first 2R numbers of x (..., N), in pairs of neighbours, by angle (..., R)."""
     rotated, rest = x.tensor_split([2 * angle.shape[-1]], dim=-1)
     even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # (..., R) each
-    cos = angle.cos()
-    sin = angle.sin()
+    cos, sin = angle.cos(), angle.sin()
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
@@ -1130,7 +1129,7 @@ def add_outer(ssm: Tensor, weight: Tensor, value: Tensor, key: Tensor) -> Tensor
 
 
 def empty_state(like: Tensor, *shape: int) -> ScanState:
-    """The state before a text's first token, zeros: shape is B, H, P, N, R."""
+    """The state before a text's first token: zeros. shape: B, H, P, N, R."""
     batch, heads, channels, state, angles = shape
     zeros = partial(like.new_zeros, batch, heads)
     return ScanState(zeros(angles), zeros(channels, state), zeros(state), zeros(channels))
@@ -1239,9 +1238,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
         padding = (0, 0) * (x.dim() - 2) + (0, -length % chunk_size)
         return F.pad(x, padding).unflatten(1, (-1, chunk_size)).movedim(3, 1)
 
-    key = cut(terms.key)
-    query = cut(terms.query)
-    value = cut(terms.value)
+    key, query, value = (cut(x) for x in (terms.key, terms.query, terms.value))
     key_weight = cut(weight)
     total = cut(log_decay).cumsum(dim=-1)  # (B, H, chunks, C), from the chunk's beginning on
 
@@ -1269,8 +1266,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     return finish_scan(inputs, terms, y, ssm)
 
 
-# Backends of each Mamba's recurrence, the fastest on a GPU first; the last one is the reference.
-SCAN_BACKENDS = {
+SCAN_BACKENDS = {  # of each Mamba, the fastest on a GPU first; the last one is the reference
     1: ("fused", "parallel", "sequential"),
     2: ("fused", "chunked", "sequential"),
     3: ("triton", "chunked", "sequential"),
@@ -1327,13 +1323,10 @@ def why_not(name: str, settings, device: torch.device) -> str:
 
 
 def initial(kind: str, *shape: int) -> Tensor:
-    """How a kind of parameter begins, float32.
-
-    Output matrices of mixers and MLPs are zero: a new block adds nothing and learns what to add.
-    """
+    """How a kind of parameter begins, float32; a new block adds nothing and learns what to add."""
     x = torch.empty(shape)
     match kind:
-        case "zero":  # output matrices, gates, bigrams, biases of convolutions
+        case "zero":  # output matrices of mixers and MLPs, gates, biases of convolutions
             return x.zero_()
         case "one":  # skips (D, U-net), weights of norms, biases of keys and queries
             return x.fill_(1.0)
@@ -1369,7 +1362,7 @@ class Context(NamedTuple):
     """
 
     document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
-    cos: Tensor  # (T, rotating pairs); of a stream and of single tokens (L, rotating pairs)
+    cos: Tensor  # (T, rotating pairs), or (L, rotating pairs) behind a state
     sin: Tensor
     documents: Documents | None = None  # where attention and convolutions end; None: nowhere
     attention_backend: str = "auto"
@@ -1686,8 +1679,7 @@ class Mamba(nn.Module):
         widths = self.sizes.columns()
         convolved = inner + widths.get("key", 0) + widths.get("query", 0)
         self.in_proj = Linear(s.model_dim, sum(widths.values()))
-        # The last rows, which steer the recurrence: with 8 bits in the artifact.
-        self.in_proj.dynamics_rows = sum(widths.values()) - inner - convolved
+        self.in_proj.dynamics_rows = self.dynamics_rows()
         self.out_proj = Linear(inner, s.model_dim, zero=True)
         self.dt_bias = nn.Parameter(initial("step bias", heads))
         self.D = nn.Parameter(initial("one", heads))
@@ -1704,6 +1696,11 @@ class Mamba(nn.Module):
             self.A_log = nn.Parameter(initial("log rates", inner, n))
         self.conv = ShortConv(convolved, s.mamba_d_conv) if version < 3 else None
 
+    def dynamics_rows(self) -> int:
+        """How many of in_proj's last rows steer the recurrence: with 8 bits in the artifact."""
+        widths = self.sizes.columns()
+        return sum(widths.get(name, 0) for name in ("step", "decay", "trapezoid", "angle_rate"))
+
     def forward(self, u: Tensor, context: Context, state=None) -> tuple[Tensor, MambaState]:
         """As Block asks of a mixer; single tokens by the recurrence as it stands."""
         backend = "sequential" if u.shape[1] == 1 else self.backend
@@ -1715,10 +1712,8 @@ class Mamba(nn.Module):
         if self.sizes.version == 1:
             y, scan = self.selective(projected, start, scan, backend)
             return self.out_proj(y), MambaState(scan, inputs)
-        learned = self.scan_parameters()
-        y, mean_square, scan = mamba_scan(
-            projected, learned, self.sizes, start, scan, backend, self.chunk_size
-        )
+        tensors = (projected, self.scan_parameters(), self.sizes, start, scan)
+        y, mean_square, scan = mamba_scan(*tensors, backend, self.chunk_size)
         # The norm has no weight, so that its factor may follow out_proj: no pass over y.
         scale = (mean_square + SCAN_NORM_EPS).rsqrt().unsqueeze(-1)
         return self.out_proj(y, scale), MambaState(scan, inputs)
@@ -1730,8 +1725,7 @@ class Mamba(nn.Module):
             norms = (self.B_norm, self.C_norm)
             return MambaParameters(self.dt_bias, self.D, *biases, *norms, None, self.heavy_tail)
         no_bias = torch.zeros_like(self.D).unsqueeze(1)  # (H, 1)
-        rate = -self.A_log.exp()
-        return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=rate)
+        return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=-self.A_log.exp())
 
     def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> MambaState:
         """The state before a text's first token: zeros, of one size however long the text gets."""
@@ -1770,8 +1764,7 @@ class Mamba(nn.Module):
         gate, value = projected.chunk(2, dim=-1)
         low_rank, key, query = self.x_proj(value).tensor_split([-2 * n, -n], dim=-1)
         step = self.dt_proj(low_rank)
-        decay_rate = -self.A_log.exp()
-        tensors = (value, step, decay_rate, key, query, self.D, gate, self.dt_bias)
+        tensors = (value, step, -self.A_log.exp(), key, query, self.D, gate, self.dt_bias)
         if backend == "fused" and state is not None:
             backend = "parallel"  # the library's scan takes no state
         return selective_scan(tensors, start, state, backend, self.chunk_size)
@@ -1818,7 +1811,7 @@ class Block(nn.Module):
         exclusive = layer >= settings.num_layers - settings.xsa_last_n
         self.mixer = Mamba(settings, scan_backend) if has_mamba else Attention(settings, exclusive)
         self.mlp = MLP(settings) if has_mlp else None
-        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # nothing of the embedded
+        self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # x alone, as yet
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state=None) -> tuple:
@@ -1903,14 +1896,13 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
         """Hidden states (B, T, width) of tokens (B, T) int64, behind the layers in this order."""
-        embedded = self.embed(tokens)
         start = tokens == BOS_ID if self.settings.document_reset else None
         documents = None
         if self.settings.confines_documents:
             documents = find_documents(start, self.attention_backend)
         turns = self.rotary_table[:, : tokens.shape[1]]
         context = Context(start, *turns, documents, self.attention_backend)
-        return self.through_blocks(embedded, order, context)
+        return self.through_blocks(self.embed(tokens), order, context)
 
     def through_blocks(
         self, embedded: Tensor, order: tuple, context: Context, states=None, run_block=None
