@@ -68,3 +68,20 @@ def test_exceptions_are_read_with_their_reasons(tmp_path):
     path = tmp_path / "pyproject.toml"
     path.write_text('[tool.density]\n"tools/x.py prose" = "why"\n\n[tool.other]\n"a b" = "c"\n')
     assert density.read_exceptions(path) == {"tools/x.py prose": "why"}
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "over"),
+    [
+        ("6001 of 4600", "6000: why", True),
+        ("6000 of 4600", "6000: why", False),
+        ("6001 of 4600", "why: so", False),
+    ],
+)
+def test_an_exception_with_a_number_is_a_limit_of_its_own(found, reason, over):
+    assert density.beyond(found, reason) == over
+
+
+def test_the_projects_files_keep_their_limits(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["density.py"])
+    assert density.main() == 0, capsys.readouterr().out

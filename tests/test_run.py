@@ -814,9 +814,3 @@ def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for(wanted, early):
         cwd=SCRIPT.parent,
     )
     assert done.stdout.strip() in (str(wanted == "1"), "unknown"), done.stderr
-
-
-def test_the_script_stays_readable_in_an_hour():
-    source = SCRIPT.read_bytes()
-    assert len(source) <= 230_000
-    assert source.count(b"\n") <= 4_600

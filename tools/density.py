@@ -205,6 +205,15 @@ def read_exceptions(path: Path) -> dict[str, str]:
     return exceptions
 
 
+def beyond(found: str, reason: str) -> bool:
+    """Whether what was found is over the number that an exception's reason may begin with.
+
+    So an exception for a size does not let it grow: "6000: why it is not 4600".
+    """
+    most, colon, _ = reason.partition(":")
+    return bool(colon) and most.isdecimal() and int(found.split()[0]) > int(most)
+
+
 def limited_files() -> list[str]:
     """Files that have limits, from the repository's folder."""
     # Tests are left out: their prose is their names.
@@ -248,7 +257,7 @@ def main() -> int:
         for limit, found in exceeded(name, figures):
             key = f"{name} {limit}"
             unused.discard(key)
-            if key not in exceptions:
+            if key not in exceptions or beyond(found, exceptions[key]):
                 problems += 1
                 print(f"{name}: {limit}: {found}")
     for key in sorted(unused):
