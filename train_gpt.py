@@ -427,9 +427,9 @@ def read_layers(name: str, text: str, count: int) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         digits = all(end.isdecimal() and len(end) < 10 for end in (first, last))
-        known = digits and int(first) <= int(last) < count
-        usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
-        need(known, f"{name}={shown(text)}: no layer {shown(part)}; {usual}")
+        if not (digits and int(first) <= int(last) < count):  # one message: lists may be long
+            usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
+            raise UserError(f"{name}={shown(text)}: no layer {shown(part)}; {usual}")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
 
