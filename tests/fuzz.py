@@ -371,7 +371,7 @@ def damaged_checkpoint(originals: Originals, pick: random.Random) -> tuple[str, 
         payload = flip_bits(payload, pick, others)
     else:
         values = json.loads(header)
-        names = t.PROGRESS if what == "progress" else tuple(values)
+        names = t.Progress._fields if what == "progress" else tuple(values)
         kept = {name: value for name, value in values.items() if name not in names}
         values = kept | header_values({name: values[name] for name in names}, pick)
         header = json.dumps(values).encode("utf-8", "surrogatepass")
@@ -532,7 +532,7 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
     if not case.sealed and case.data != originals["checkpoint"]:
         return "a checkpoint with a wrong checksum was read"
     _, header, payload = sealed_parts(case.data)
-    header = former(t.TRAINING_FIELDS, t.PROGRESS) | json.loads(header)
+    header = former(t.TRAINING_FIELDS, t.Progress._fields) | json.loads(header)
     if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {
         n: getattr(settings, n) for n in t.TRAINING_FIELDS
     }:

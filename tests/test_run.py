@@ -792,6 +792,7 @@ def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
         t.time, "sleep", lambda seconds: said_before.append((seconds, capsys.readouterr().err))
     )
     monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2"})
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
     assert t.run() == 2
     assert [(seconds >= 1, said) for seconds, said in said_before] == [(True, "")]
     assert capsys.readouterr().err == "train_gpt.py: error: the training shards hold token id 600\n"
