@@ -1626,10 +1626,7 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(initial("zero", channels))
 
     def forward(self, x: Tensor, documents: Documents | None = None, fused=False) -> Tensor:
-        """x (B, T, channels) -> the same shape; taps end where a document starts.
-
-        fused: by the library causal_conv1d, if there are no documents.
-        """
+        """x (B, T, channels) -> same shape, within documents or, if fused, by causal_conv1d."""
         weight = self.weight.to(x.dtype)
         bias = self.bias.to(x.dtype)
         if fused and documents is None:
@@ -1739,10 +1736,7 @@ class Mamba(nn.Module):
         return MambaState(empty_state(self.D, batch, *shape), inputs)
 
     def convolve(self, projected: Tensor, before, documents) -> tuple[Tensor, Tensor | None]:
-        """projected with its value, in Mamba-2 also key and query, convolved; the last inputs.
-
-        before (B, taps - 1, channels): the inputs of the tokens before, or None without a state.
-        """
+        """projected with its value, in Mamba-2 also key and query, convolved; MambaState.inputs."""
         gate, mixed = projected.tensor_split([self.out_proj.in_features], dim=-1)
         mixed, rest = mixed.tensor_split([len(self.conv.weight)], dim=-1)
         earlier = 0
@@ -1756,10 +1750,7 @@ class Mamba(nn.Module):
         return torch.cat([gate, mixed, rest], dim=-1), before
 
     def selective(self, projected: Tensor, start, state, backend: str) -> tuple[Tensor, Tensor]:
-        """The first Mamba between in_proj and out_proj: (B, L, 2·inner) -> (B, L, inner).
-
-        state (B, inner, N): what the tokens before left, or None. Also what these leave.
-        """
+        """The first Mamba's part: (B, L, 2·inner) -> (B, L, inner), and its state (B, inner, N)."""
         n = self.sizes.state
         gate, value = projected.chunk(2, dim=-1)
         low_rank, key, query = self.x_proj(value).tensor_split([-2 * n, -n], dim=-1)
@@ -1959,10 +1950,7 @@ class Model(nn.Module):
         return self.through_blocks(embedded, order, context, states, run_block)
 
     def new_states(self, order: tuple[int, ...], batch: int = 1, kept: int | None = None) -> list:
-        """Every mixer's state before a text's first token, by place in the order.
-
-        kept: how many tokens' keys and values attention keeps; the overlap of its windows if None.
-        """
+        """Every mixer's first state, by place; attention keeps `kept` tokens, or its overlap."""
         kept = self.settings.attention_overlap if kept is None else kept
         mixers = [self.blocks[layer].mixer for layer in order]
         return [mixer.new_state(batch, kept, self.compute_dtype) for mixer in mixers]
@@ -2008,10 +1996,7 @@ class Model(nn.Module):
         return norm(x)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Softcapped logits (..., V) of hidden states (..., width), float32 or more.
-
-        tokens (...), those that the hidden states stand at, are read by tools/ideas alone.
-        """
+        """Softcapped logits (..., V) of hidden (..., width), float32 or more; ideas read tokens."""
         cap = self.settings.logit_softcap
         logits = F.linear(hidden, self.output_matrix.to(hidden.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
