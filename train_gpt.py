@@ -5237,49 +5237,45 @@ class ScanSaved(NamedTuple):
     states: Tensor
 
 
-class ScanGradients(NamedTuple):
-    """What the backward's kernels hand to each other."""
+def launch(kernel, grid: tuple[int, ...], named: dict, *, warps: int = 4, registers=None):
+    """Runs a kernel, a program for each place of the grid, on those of `named` that it names.
 
-    d_projected: Tensor  # (B, length, WIDTH)
-    d_rotated: Tensor  # (2, B, H, padded, N)
-    d_ssm_in: Tensor  # (B, H, P, N) float32
-    d_diagonal: Tensor  # (B, H, padded) float32: diag(dM)
-    d_end: Tensor  # (B, H, C, N) float32: sum(dh' ∘ h') over P
-    d_scalars: Tensor  # (2, B, H, padded) float32: k·dk, q·dq
-    d_turn: Tensor  # (2, B, H, padded, R): the running angle's, by key and by query
-
-
-def launch(kernel, grid: tuple[int, ...], sizes, *, warps: int = 4, registers=None, **arguments):
-    """Runs a kernel: a program for each place of the grid.
-
-    Of sizes, a NamedTuple, it gets the constants that it names; all else by keyword, so that two
-    tensors of one shape cannot change places. warps a program, registers a thread at most (None:
-    the compiler's choice): what was fastest on an H200, by bench/tune.py.
+    So two tensors of one shape cannot change places. warps a program, registers a thread at most
+    (None: the compiler's choice): what was fastest on an H200, by bench/tune.py.
     """
-    constants = {name: x for name, x in sizes._asdict().items() if name in kernel.arg_names}
-    kernel[grid](**arguments, **constants, num_warps=warps, maxnreg=registers)
+    arguments = {name: named[name] for name in kernel.arg_names}
+    kernel[grid](**arguments, num_warps=warps, maxnreg=registers)
 
 
-def tiles(tensor: Tensor, *block: int):
-    """A tensor descriptor: it loads and stores blocks of the last dimensions in one instruction."""
-    return TensorDescriptor.from_tensor(tensor.flatten(0, -1 - len(block)), [1, *block])
-
-
-def scan_arguments(given: ScanTensors, saved: ScanSaved, sizes: ScanSizes) -> dict:
-    """What scan_forward() and scan_backward() both take, by name."""
-    batch, _, chunks, _, _ = saved.states.shape
+def scan_arguments(given: ScanTensors, saved: ScanSaved, document_start, sizes: ScanSizes) -> dict:
+    """What the kernels of forward and backward share, by name."""
     return {
-        "projected": tiles(given.projected, sizes.CHUNK, sizes.P),
-        "rotated": tiles(saved.rotated, sizes.CHUNK, sizes.N),
-        "y": tiles(saved.y, sizes.CHUNK, sizes.P),
-        "states": tiles(saved.states, sizes.N, sizes.P),
-        "scalars": tiles(saved.scalars, sizes.CHUNK),
+        **given._asdict(),
+        **saved._asdict(),
+        **sizes._asdict(),
+        "document_start": document_start,
         "decay_sums": saved.scalars[int(DECAY_SUM)],
-        "skip": given.skip,
-        "ssm_out": saved.ssm_out,
-        "batch": batch,
-        "chunks": chunks,
+        "batch": given.projected.shape[0],
+        "length": given.projected.shape[1],
+        "chunks": saved.states.shape[2],
     }
+
+
+def scan_tiles(named: dict) -> dict:
+    """named, with descriptors of the tensors that the scan itself goes through by chunks.
+
+    A tensor descriptor loads and stores blocks of the last dimensions in one instruction.
+    """
+    channels, state, chunk = named["P"], named["N"], named["CHUNK"]
+    blocks = dict.fromkeys(("projected", "y", "d_projected", "d_y"), [chunk, channels])
+    blocks |= dict.fromkeys(("rotated", "d_rotated"), [chunk, state])
+    blocks |= dict.fromkeys(("scalars", "d_squares"), [chunk])
+    blocks["states"] = [state, channels]
+    tiles = {}
+    for name in blocks.keys() & named.keys():
+        flat = named[name].flatten(0, -1 - len(blocks[name]))
+        tiles[name] = TensorDescriptor.from_tensor(flat, [1, *blocks[name]])
+    return named | tiles
 
 
 @torch.library.custom_op(
@@ -5294,62 +5290,20 @@ def fused_scan(tensors, document_start, sizes):
     token, (B, H, R) in turns; and ScanSaved.
     """
     given = ScanTensors(*tensors)
-    squares, turn_out, *saved = fused_scan_fake(tensors, document_start, sizes)
-    saved = ScanSaved(*saved)
-    sizes = ScanSizes(*sizes)
-    turn_out.copy_(prepare_tokens(given, document_start, saved, sizes))
-    launch(
-        scan_forward,
-        (len(given.projected) * sizes.H,),
-        sizes,
-        ssm_in=given.ssm_in,
-        squares=squares,
-        **scan_arguments(given, saved, sizes),
-    )
-    return [squares, turn_out, *saved]
-
-
-def prepare_tokens(
-    given: ScanTensors, document_start: Tensor | None, saved: ScanSaved, sizes: ScanSizes
-) -> Tensor:
-    """Fills scalars, features, half_turn, rotated and rotation; returns the last running angle."""
-    batch, length, _ = given.projected.shape
-    chunks = saved.states.shape[2]
-    turns = saved.half_turn.new_empty(batch, chunks, sizes.H, sizes.R)
-    launch(
-        tokens_forward,
-        (chunks, batch),
-        sizes,
-        projected=given.projected,
-        step_bias=given.step_bias,
-        norms=given.norms,
-        document_start=document_start,
-        scalars=saved.scalars,
-        features=saved.features,
-        half_turn=saved.half_turn,
-        turns=turns,
-        length=length,
-        batch=batch,
-        registers=128,
-    )
+    squares, turn_out, *kept = fused_scan_fake(tensors, document_start, sizes)
+    saved = ScanSaved(*kept)
+    named = scan_arguments(given, saved, document_start, ScanSizes(*sizes))
+    batch, heads, chunks, _, _ = saved.states.shape
+    turns = saved.half_turn.new_empty(batch, chunks, *turn_out.shape[1:])
+    launch(tokens_forward, (chunks, batch), named | {"turns": turns}, registers=128)
     # As a product, since cumsum has no deterministic form.
     earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)
     passed = (earlier @ turns.flatten(2).double()).view(turns.shape)
     before = passed.float() + given.turn_in.unsqueeze(1)
-    launch(
-        rotate_features,
-        (chunks, sizes.H, batch),
-        sizes,
-        scalars=saved.scalars,
-        features=saved.features,
-        half_turn=saved.half_turn,
-        turns=before,
-        biases=given.biases,
-        rotated=saved.rotated,
-        rotation=saved.rotation,
-        batch=batch,
-    )
-    return (before[:, -1] + turns[:, -1]) % 1.0
+    launch(rotate_features, (chunks, heads, batch), named | {"turns": before})
+    launch(scan_forward, (batch * heads,), scan_tiles(named) | {"squares": squares})
+    turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
+    return [squares, turn_out, *saved]
 
 
 @fused_scan.register_fake
@@ -5364,42 +5318,17 @@ def fused_scan_fake(tensors, document_start, sizes) -> list[Tensor]:
     single = partial(new, dtype=torch.float32)
     narrow = projected.dtype == torch.bfloat16
     rotation_type = torch.float16 if narrow else projected.dtype  # finer than bfloat16 up to 1
-    squares = single(batch, heads, padded)
-    turn_out = single(batch, heads, angles)
-    features = new(2, batch, padded, state)
-    rotated = new(2, batch, heads, padded, state)
-    rotation = new(2, batch, heads, padded, angles, dtype=rotation_type)
     saved = ScanSaved(
         y=new(batch, length, heads * channels),
         ssm_out=single(batch, heads, channels, state),
         scalars=single(6, batch, heads, padded),
-        features=features,
+        features=new(2, batch, padded, state),
         half_turn=single(batch, padded, angles),
-        rotated=rotated,
-        rotation=rotation,
+        rotated=new(2, batch, heads, padded, state),
+        rotation=new(2, batch, heads, padded, angles, dtype=rotation_type),
         states=new(batch, heads, chunks, state, channels),
     )
-    return [squares, turn_out, *saved]
-
-
-def fused_scan_setup_context(ctx, inputs, output):
-    """What the forward leaves to the backward: its inputs and ScanSaved."""
-    tensors, document_start, ctx.sizes = inputs
-    ctx.save_for_backward(document_start, *tensors, *output[2:])
-
-
-def fused_scan_autograd(ctx, gradients):
-    """From the outputs' gradients to the inputs', by fused_scan_backward()."""
-    document_start, *kept = ctx.saved_tensors
-    count = len(ScanTensors._fields)
-    of_outputs = [x.contiguous() for x in gradients[:4]]
-    of_tensors = fused_scan_backward(
-        of_outputs, kept[count:], kept[:count], document_start, ctx.sizes
-    )
-    return of_tensors, None, None
-
-
-fused_scan.register_autograd(fused_scan_autograd, setup_context=fused_scan_setup_context)
+    return [single(batch, heads, padded), single(batch, heads, angles), *saved]
 
 
 @torch.library.custom_op(
@@ -5413,134 +5342,71 @@ def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
     d_squares, d_turn_out, d_y, d_ssm_out = gradients
     given = ScanTensors(*tensors)
     saved = ScanSaved(*saved)
-    sizes = ScanSizes(*sizes)
-    buffers = allocate_gradients(given, saved)
-    launch(
-        scan_backward,
-        (len(given.projected) * sizes.H,),
-        sizes,
-        d_y=tiles(d_y, sizes.CHUNK, sizes.P),
-        d_squares=tiles(d_squares, sizes.CHUNK),
-        d_projected=tiles(buffers.d_projected, sizes.CHUNK, sizes.P),
-        d_rotated=tiles(buffers.d_rotated, sizes.CHUNK, sizes.N),
-        d_ssm_out=d_ssm_out,
-        d_diagonal=buffers.d_diagonal,
-        d_end=buffers.d_end,
-        d_ssm_in=buffers.d_ssm_in,
-        **scan_arguments(given, saved, sizes),
-    )
-    d_turns, d_biases, d_norms = features_gradients(given, saved, buffers, sizes)
-    d_step_bias = tokens_gradients(
-        given, saved, buffers, d_turns, d_turn_out, document_start, sizes
-    )
-    d_skip = buffers.d_diagonal.sum((0, 2))
-    d_turn_in = d_turns.sum(1).view_as(d_turn_out) + d_turn_out
+    batch, heads, chunks, state, _ = saved.states.shape
+    chunk = sizes[-1]
+    rows = min(chunk, 1024 // state)  # of one warp: no barriers
+    parts = chunks * chunk // rows
+    found = gradient_buffers(given, saved, parts)
+    named = scan_arguments(given, saved, document_start, ScanSizes(*sizes)) | found
+    scan = scan_tiles(named | {"d_squares": d_squares, "d_y": d_y})
+    launch(scan_backward, (batch * heads,), scan | {"d_ssm_out": d_ssm_out})
+    launch(features_backward, (parts, batch, 2), named | {"ROWS": rows}, warps=1)
+    d_features = found["d_features"]
+    sums = d_features.new_ones(len(d_features)) @ d_features.flatten(1)  # faster than sum()
+    sums = sums.view(2, heads + 1, state)
+    d_turns = found["d_turns"].view(batch, chunks, -1, d_turn_out[0].numel()).sum(2)
+    after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
+    later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
+    launch(tokens_backward, (chunks, batch), named | {"d_turns": later}, registers=128)
     return [
-        buffers.d_projected,
-        d_step_bias,
-        d_skip,
-        d_biases,
-        d_norms,
-        buffers.d_ssm_in,
-        d_turn_in,
+        found["d_projected"],
+        found["d_heads"].sum(0),
+        found["d_diagonal"].sum((0, 2)),
+        sums[:, :heads].clone(),
+        sums[:, heads].clone(),
+        found["d_ssm_in"],
+        d_turns.sum(1).view_as(d_turn_out) + d_turn_out,
     ]
 
 
-def allocate_gradients(given: ScanTensors, saved: ScanSaved) -> ScanGradients:
-    """The backward's buffers, without values."""
+def gradient_buffers(given: ScanTensors, saved: ScanSaved, parts: int) -> dict[str, Tensor]:
+    """What the backward's kernels write, without values; features_backward in parts by batch."""
     _, batch, heads, padded = saved.scalars.shape
     _, _, chunks, state, _ = saved.states.shape
-    single = partial(given.projected.new_empty, dtype=torch.float32)
-    return ScanGradients(
-        d_projected=torch.empty_like(given.projected),
-        d_rotated=torch.empty_like(saved.rotated),
-        d_ssm_in=torch.empty_like(saved.ssm_out),
-        d_diagonal=single(batch, heads, padded),
-        d_end=single(batch, heads, chunks, state),
-        d_scalars=single(2, batch, heads, padded),
-        d_turn=torch.empty_like(saved.rotation, dtype=given.projected.dtype),
-    )
-
-
-def features_gradients(
-    given: ScanTensors, saved: ScanSaved, buffers: ScanGradients, sizes: ScanSizes
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills d_scalars, d_turn, and d_projected's keys and queries.
-
-    Returns the running angle's gradient summed by chunk (B, C, H·R), the biases' and the norms'.
-    """
-    batch, heads, chunks, state, _ = saved.states.shape
-    rows = min(sizes.CHUNK, 1024 // state)  # of one warp: no barriers
-    parts = chunks * sizes.CHUNK // rows
-    d_turns = saved.half_turn.new_empty(batch * parts, 2, heads, sizes.R)
-    d_features = saved.half_turn.new_empty(batch * parts, 2, heads + 1, state)
-    launch(
-        features_backward,
-        (parts, batch, 2),
-        sizes,
-        projected=given.projected,
-        features=saved.features,
-        rotation=saved.rotation,
-        norms=given.norms,
-        biases=given.biases,
-        d_rotated=buffers.d_rotated,
-        d_projected=buffers.d_projected,
-        d_scalars=buffers.d_scalars,
-        d_turn=buffers.d_turn,
-        d_turns=d_turns,
-        d_features=d_features,
-        length=given.projected.shape[1],
-        batch=batch,
-        ROWS=rows,
-        warps=1,
-    )
-    d_turns = d_turns.view(batch, chunks, -1, heads * sizes.R).sum(2)
-    sums = d_features.new_ones(len(d_features)) @ d_features.flatten(1)  # faster than sum()
-    sums = sums.view(2, heads + 1, state)
-    return d_turns, sums[:, :heads].clone(), sums[:, heads].clone()
-
-
-def tokens_gradients(
-    given: ScanTensors,
-    saved: ScanSaved,
-    buffers: ScanGradients,
-    d_turns: Tensor,
-    d_turn_out: Tensor,
-    document_start: Tensor | None,
-    sizes: ScanSizes,
-) -> Tensor:
-    """Fills what is left of d_projected, and returns the step bias's gradient (H,)."""
-    batch, chunks, _ = d_turns.shape
-    after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
-    later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
-    d_heads = d_turns.new_empty(batch * chunks, sizes.H)
-    launch(
-        tokens_backward,
-        (chunks, batch),
-        sizes,
-        projected=given.projected,
-        step_bias=given.step_bias,
-        document_start=document_start,
-        scalars=saved.scalars,
-        half_turn=saved.half_turn,
-        d_turn=buffers.d_turn,
-        d_turns=later,
-        d_scalars=buffers.d_scalars,
-        d_diagonal=buffers.d_diagonal,
-        d_end=buffers.d_end,
-        d_projected=buffers.d_projected,
-        d_heads=d_heads,
-        length=given.projected.shape[1],
-        batch=batch,
-        registers=128,
-    )
-    return d_heads.sum(0)
+    single = saved.scalars.new_empty  # float32
+    return {
+        "d_projected": torch.empty_like(given.projected),
+        "d_rotated": torch.empty_like(saved.rotated),
+        "d_ssm_in": torch.empty_like(saved.ssm_out),
+        "d_diagonal": single(batch, heads, padded),  # diag(dM)
+        "d_end": single(batch, heads, chunks, state),  # sum(dh' ∘ h') over P
+        "d_scalars": single(2, batch, heads, padded),  # k·dk, q·dq
+        "d_turn": torch.empty_like(saved.rotation, dtype=given.projected.dtype),  # by key, by query
+        "d_turns": single(batch * parts, 2, heads, saved.half_turn.shape[2]),  # its sums
+        "d_features": single(batch * parts, 2, heads + 1, state),  # of biases, then of the norm
+        "d_heads": single(batch * chunks, heads),  # of the step bias
+    }
 
 
 @fused_scan_backward.register_fake
-def fused_scan_backward_fake(gradients, saved, tensors, document_start, sizes) -> list[Tensor]:
-    """fused_scan_backward()'s outputs, without their values."""
+def _fused_scan_backward_fake(gradients, saved, tensors, document_start, sizes) -> list[Tensor]:
     return [torch.empty_like(x) for x in tensors]
+
+
+def _keep_scan(ctx, inputs, output):
+    tensors, document_start, ctx.sizes = inputs
+    ctx.save_for_backward(document_start, *tensors, *output[2:])
+
+
+def _fused_scan_autograd(ctx, gradients):
+    document_start, *kept = ctx.saved_tensors
+    count = len(ScanTensors._fields)
+    given = [x.contiguous() for x in gradients[:4]]
+    found = fused_scan_backward(given, kept[count:], kept[:count], document_start, ctx.sizes)
+    return found, None, None
+
+
+fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 
 def kernel_limits(device: torch.device) -> tuple[int, int]:
@@ -5574,9 +5440,8 @@ def why_not_triton(settings, device: torch.device) -> str:
         return ""
     names = ("mamba_head_dim", "mamba_d_state", "mamba_chunk_size")
     sides = [getattr(settings, name) for name in names]
-    narrow = [name.upper() for name, side in zip(names, sides, strict=True) if side < 16]
-    if narrow:
-        return f"needs {narrow[0]} of 16 and more"
+    if min(sides) < 16:
+        return f"needs {names[sides.index(min(sides))].upper()} of 16 and more"
     capability, have = kernel_limits(device)
     needed = scan_shared_bytes(*sides, capability)
     if needed > have:
@@ -5585,14 +5450,7 @@ def why_not_triton(settings, device: torch.device) -> str:
     return ""
 
 
-def triton_scan(
-    projected: Tensor,
-    p: MambaParameters,
-    sizes: MambaSizes,
-    document_start: Tensor | None,
-    state: ScanState | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, ScanState]:
+def triton_scan(projected, p, sizes, document_start, state, chunk):
     """mamba_scan() of Mamba-3 by the kernels: products in projected's dtype, all else in float32.
 
     A state that comes in holds the last key and value apart, which the first token weighs: they are
@@ -5610,14 +5468,12 @@ def triton_scan(
         before, previous = terms.state, terms.previous[:, 0]
         ssm = evens_first(add_outer(before.ssm, previous, before.value, before.key))
         turn = before.angle / (2 * math.pi)
-    biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
-    norms = torch.stack([p.key_norm, p.query_norm])
     tensors = ScanTensors(
         projected=projected.contiguous(),
         step_bias=p.step_bias,
         skip=p.skip,
-        biases=biases,
-        norms=norms,
+        biases=evens_first(torch.stack([p.key_bias, p.query_bias])),
+        norms=torch.stack([p.key_norm, p.query_norm]),
         ssm_in=ssm.contiguous(),
         turn_in=turn.contiguous(),
     )
@@ -5647,16 +5503,6 @@ def evens_first(x: Tensor) -> Tensor:
 # and exp(cap) is finite for any cap that settings allow.
 
 
-class CrossEntropySizes(NamedTuple):
-    """The cross-entropy's compile-time constants, by the names they have in the kernel."""
-
-    V: int  # vocabulary
-    CAP: float
-    BLOCK: int  # the power of two from V on
-    SLOPES: bool  # whether gradients are wanted
-    FAST: bool  # as in exp2_tile()
-
-
 @jit
 def softcap_tile(x, CAP: constexpr, FAST: constexpr):
     """CAP·tanh(x / CAP), and its slope."""
@@ -5672,9 +5518,9 @@ def cross_entropy_rows(
     nats,  # out, (T,) float32
     V: constexpr,
     CAP: constexpr,
-    BLOCK: constexpr,
+    BLOCK: constexpr,  # the power of two from V on
     SLOPES: constexpr,
-    FAST: constexpr,
+    FAST: constexpr,  # as in exp2_tile()
 ):
     """The nats of one row, and its logits' gradients."""
     row = tl.program_id(0).to(tl.int64)
@@ -5699,34 +5545,28 @@ def fused_cross_entropy(
 
     Returns nats (T,) float32, and their gradients by logits (T, V) if slopes are wanted, else (0,).
     """
-    logits = F.linear(hidden, weight)
-    nats = hidden.new_empty(len(hidden), dtype=torch.float32)
-    launch_cross_entropy(logits, targets, nats, cap, slopes)
+    return launch_cross_entropy(F.linear(hidden, weight), targets, cap, slopes)
+
+
+def launch_cross_entropy(logits, targets, cap: float, slopes: bool) -> tuple[Tensor, Tensor]:
+    """fused_cross_entropy() of logits (T, V), in whose place the gradients come."""
+    count, vocab_size = logits.shape
+    nats = logits.new_empty(count, dtype=torch.float32)
+    block = triton.next_power_of_2(vocab_size)
+    named = {"logits": logits, "targets": targets, "nats": nats, "V": vocab_size, "CAP": cap}
+    named |= {"BLOCK": block, "SLOPES": slopes, "FAST": logits.dtype == torch.bfloat16}
+    launch(cross_entropy_rows, (count,), named, warps=max(4, block // 2048))
     return nats, logits if slopes else logits.new_empty(0)
 
 
-def launch_cross_entropy(logits: Tensor, targets: Tensor, nats: Tensor, cap: float, slopes: bool):
-    """Fills nats (T,), and puts gradients in the place of logits (T, V) if slopes are wanted."""
-    count, vocab_size = logits.shape
-    block = triton.next_power_of_2(vocab_size)
-    fast = logits.dtype == torch.bfloat16
-    sizes = CrossEntropySizes(vocab_size, cap, block, slopes, fast)
-    arguments = {"logits": logits, "targets": targets, "nats": nats}
-    launch(cross_entropy_rows, (count,), sizes, warps=max(4, block // 2048), **arguments)
-
-
 @fused_cross_entropy.register_fake
-def cross_entropy_fake(hidden, weight, targets, cap, slopes) -> tuple[Tensor, Tensor]:
-    """fused_cross_entropy()'s outputs, without their values."""
+def _cross_entropy_fake(hidden, weight, targets, cap, slopes) -> tuple[Tensor, Tensor]:
     shape = (len(hidden), len(weight)) if slopes else (0,)
     return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(shape)
 
 
-def cross_entropy_setup_context(ctx, inputs, output):
-    """What the forward leaves to the backward: hidden, weight, and the gradients by logits."""
-    hidden, weight, *_ = inputs
-    _, slopes = output
-    ctx.save_for_backward(hidden, weight, slopes)
+def _keep_cross_entropy(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
 
 
 def cross_entropy_autograd(ctx, d_nats, _):
@@ -5736,9 +5576,7 @@ def cross_entropy_autograd(ctx, d_nats, _):
     return slopes @ weight * scale, slopes.mT @ (hidden * scale), None, None, None
 
 
-fused_cross_entropy.register_autograd(
-    cross_entropy_autograd, setup_context=cross_entropy_setup_context
-)
+fused_cross_entropy.register_autograd(cross_entropy_autograd, setup_context=_keep_cross_entropy)
 
 
 # ==================================================================================================

@@ -78,8 +78,8 @@ def launched_with(warps: int, registers: int | None):
     """
     launch = t.launch
 
-    def replacement(kernel, grid, sizes, **arguments):
-        launch(kernel, grid, sizes, **arguments | {"warps": warps, "registers": registers})
+    def replacement(kernel, grid, named, **_):
+        launch(kernel, grid, named, warps=warps, registers=registers)
 
     t.launch = replacement
     try:
