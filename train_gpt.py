@@ -4352,23 +4352,20 @@ def explain_collective(error: RuntimeError) -> str:
 # Section 4's scan and section 5's cross-entropy in Triton, for bfloat16 on NVIDIA GPUs. Nothing
 # is new to the model: mamba_scan() and Model.nats() compute the same without, and tests compare.
 #
-# A chunk of the scan has T = CHUNK tokens; `padded` is the length in whole chunks. Forward:
+# A chunk of the scan has T = CHUNK tokens; `padded` is the length in whole chunks. In order:
 #
 #   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
 #   rotate_features    a program per chunk and head: keys and queries, biased and rotated
 #   scan_forward       a program per head goes through the chunks, its state in registers
-#
-# and backward, in which each kernel undoes one of these:
-#
 #   scan_backward      a program per head comes back through the chunks
 #   features_backward  undoes rotate_features and the norms, summed over heads
 #   tokens_backward    undoes the rest of tokens_forward
 #
-# They read and write in_proj's rows (width WIDTH; gate, value, key, query, step, decay, trapezoid,
-# angles) in place, so that no column is copied. Decays are base-2 logarithms, for the GPU's own
-# exponential is 2**x; angles are in turns, so that whole ones drop out exactly. Sums go through
-# buffers, without atomics: two runs give the same bits. Keys, queries and the state have their even
-# entries first, then the odd ones, so that a pair to be rotated lies in two contiguous halves.
+# They read and write in_proj's rows in place (WIDTH columns: gate, value, key, query, step, decay,
+# trapezoid, angles). Decays are base-2 logarithms, for the GPU's own exponential is 2**x; angles
+# are in turns, so that whole ones drop out exactly. Sums go through buffers, without atomics: two
+# runs give the same bits. Keys, queries and the state have their even entries first, then the odd
+# ones, so that a pair to be rotated lies in two contiguous halves.
 #
 # Buffers between the kernels, (B batch, H heads, P channels, N state, R angles, C chunks):
 #
@@ -4391,33 +4388,29 @@ TWO_PI = constexpr(2 * math.pi)
 SLOWEST_DECAY = constexpr(DECAY_FLOOR)
 RESET_LOG2_DECAY = constexpr(RESET_LOG_DECAY * math.log2(math.e))
 FEATURE_EPS = constexpr(SCAN_NORM_EPS)
-
-# What keeps a logarithm or a quotient finite.
-SMALLEST_WEIGHT = constexpr(1e-37)
-SMALLEST_GATE = constexpr(1e-20)
+LEAST_WEIGHT = constexpr(1e-37)  # keeps a logarithm finite
+LEAST_GATE = constexpr(1e-20)  # keeps a quotient finite
 
 
-# ---- Arithmetic ----------------------------------------------------------------------------------
+# ---- Arithmetic, loads and stores ----------------------------------------------------------------
+
+
+@jit
+def approximate(x, instruction: constexpr):
+    """One instruction of the GPU's; marked impure, lest the compiler compute it twice."""
+    return tl.inline_asm_elementwise(instruction, "=f,f", [x], tl.float32, False, 1)
 
 
 @jit
 def exp2_tile(x, FAST: constexpr):
     """2**x; FAST: in one instruction, for bfloat16 products (the interpreter has none)."""
-    if FAST:  # marked impure: the compiler would rather compute it twice than convert a layout
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1
-        )
-    return tl.exp2(x)
+    return approximate(x, "ex2.approx.ftz.f32 $0, $1;") if FAST else tl.exp2(x)
 
 
 @jit
 def reciprocal_tile(x, FAST: constexpr):
     """1 / x; FAST as in exp2_tile()."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1
-        )
-    return 1.0 / x
+    return approximate(x, "rcp.approx.ftz.f32 $0, $1;") if FAST else 1.0 / x
 
 
 @jit
@@ -4439,14 +4432,10 @@ def turn_cos_sin(turn):
     """cos and sin of 2·pi·turn: of half the angle by polynomials (error at most 1e-7), doubled."""
     x = turn - tl.floor(turn + 0.5)
     s = x * x
-    sin = -0.598045193 + s * 0.0772201602
-    sin = 2.55003138 + s * sin
-    sin = -5.16770688 + s * sin
-    sin = x * (3.14159258 + s * sin)
-    cos = -1.33188109 + s * 0.219698463
-    cos = 4.05841209 + s * cos
-    cos = -4.93479287 + s * cos
-    cos = 0.999999954 + s * cos
+    sin = 2.55003138 + s * (-0.598045193 + s * 0.0772201602)
+    sin = x * (3.14159258 + s * (-5.16770688 + s * sin))
+    cos = 4.05841209 + s * (-1.33188109 + s * 0.219698463)
+    cos = 0.999999954 + s * (-4.93479287 + s * cos)
     return 1.0 - 2.0 * sin * sin, 2.0 * sin * cos
 
 
@@ -4459,11 +4448,7 @@ def exact_dot(a, b, c=None):
 @jit
 def inverse_norm(x, N: constexpr):
     """1 / root mean square of each row of x (rows, N), as a column."""
-    mean_square = tl.sum(x * x, axis=1) / N
-    return tl.rsqrt(mean_square + FEATURE_EPS)[:, None]
-
-
-# ---- Places and loads ----------------------------------------------------------------------------
+    return tl.rsqrt(tl.sum(x * x, axis=1) / N + FEATURE_EPS)[:, None]
 
 
 @jit
@@ -4481,29 +4466,19 @@ def column_indices(count: constexpr):
 @jit
 def row_offsets(b, t, length, WIDTH: constexpr):
     """Where the rows of tokens t begin in a tensor (B, length, WIDTH)."""
-    row = b * length + t
-    return row.to(tl.int64) * WIDTH
+    return (b * length + t).to(tl.int64) * WIDTH
 
 
 @jit
 def feature_rows(features, k, b, t, batch, padded, N: constexpr):
     """Where the rows of tokens t begin in plane k of features (2, B, padded, N)."""
-    row = (k * batch + b) * padded + t
-    return features + row.to(tl.int64) * N
-
-
-@jit
-def load_starts(document_start, b, token, length):
-    """Which tokens begin a document, as a column."""
-    starts = tl.load(document_start + b * length + token, token < length, 0)
-    return starts[:, None] != 0
+    return features + ((k * batch + b) * padded + t).to(tl.int64) * N
 
 
 @jit
 def state_offsets(head, P: constexpr, N: constexpr):
     """Where a head's state (P, N) lies among others, transposed: (N, P)."""
-    p = tl.arange(0, P)[None, :]
-    square = p * N + tl.arange(0, N)[:, None]
+    square = tl.arange(0, P)[None, :] * N + tl.arange(0, N)[:, None]
     return square + head.to(tl.int64) * P * N
 
 
@@ -4543,8 +4518,7 @@ def load_dynamics(row, live, step_bias, h, H: constexpr):
     step = tl.where(mask, softplus_tile(raw_step), 0.0)
     raw_decay = load_float(place + H, mask)
     rate = -tl.maximum(softplus_tile(raw_decay), SLOWEST_DECAY)
-    share = tl.sigmoid(load_float(place + 2 * H, mask))
-    return raw_step, step, raw_decay, rate, share
+    return raw_step, step, raw_decay, rate, tl.sigmoid(load_float(place + 2 * H, mask))
 
 
 @jit
@@ -4599,28 +4573,21 @@ def tokens_forward(
     weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * LOG2_E
     if document_start is not None:
-        starts = load_starts(document_start, b, token, length)
-        log_decay = tl.where(starts, RESET_LOG2_DECAY, log_decay)
+        starts = tl.load(document_start + b * length + token, token < length, 0)
+        log_decay = tl.where(starts[:, None] != 0, RESET_LOG2_DECAY, log_decay)
     decay_sum = tl.cumsum(log_decay, axis=0)
     plane = batch * H * padded
     place = scalars + (b * H + h) * padded + t
     tl.store(place + plane * STEP, step, heads)
     tl.store(place + plane * DECAY_SUM, decay_sum, heads)
-    tl.store(
-        place + plane * KEY_LOG,
-        decay_sum - tl.log2(tl.maximum(weight, SMALLEST_WEIGHT)),
-        heads,
-    )
+    tl.store(place + plane * KEY_LOG, decay_sum - tl.log2(tl.maximum(weight, LEAST_WEIGHT)), heads)
     tl.store(place + plane * CURRENT, step * share, heads)
     tl.store(place + plane * WEIGHT, weight, heads)
     angle = load_float(row + 3 * H + r, live & (r < R))
     half = tl.where(live, tl.sigmoid(2.0 * angle) - 0.5, 0.0)
-    place = half_turn + (b * padded + t) * R + r
-    tl.store(place, half, r < R)
-    place = (b * tl.num_programs(0) + chunk) * H + tl.trans(h)
-    place = turns + place * R + r
-    total = exact_dot(tl.trans(step), half)  # (heads, R)
-    tl.store(place, total, tl.trans(heads) & (r < R))
+    tl.store(half_turn + (b * padded + t) * R + r, half, r < R)
+    place = turns + ((b * tl.num_programs(0) + chunk) * H + tl.trans(h)) * R + r
+    tl.store(place, exact_dot(tl.trans(step), half), tl.trans(heads) & (r < R))  # (heads, R)
 
 
 # ---- Rotation ------------------------------------------------------------------------------------
@@ -4654,28 +4621,24 @@ def rotate_features(
     padded = tl.num_programs(0) * CHUNK
     head = (b * H + h).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
-    HALF: tl.constexpr = N // 2
-    n = tl.arange(0, HALF)[None, :]
+    n = tl.arange(0, N // 2)[None, :]
     t = token[:, None]
-    place = half_turn + (b * padded + t) * R + n
     turning = n < R
-    half = load_float(place, turning)
-    step_row = scalars + (batch * STEP * H + head) * padded
-    added = tl.load(step_row + token)[:, None] * half
+    half = load_float(half_turn + (b * padded + t) * R + n, turning)
+    added = tl.load(scalars + (batch * STEP * H + head) * padded + token)[:, None] * half
     place = (b * tl.num_programs(0) + chunk) * H + h
     before = tl.load(turns + place * R + n, turning, 0.0)
     cos, sin = turn_cos_sin(tl.cumsum(added, axis=0) + before)
     place = rotation + (head * padded + t) * R + n
     tl.store(place, cos, turning)  # plane COS, the first
-    plane = batch.to(tl.int64) * H * padded * R
-    tl.store(place + plane * SIN, sin, turning)
+    tl.store(place + batch.to(tl.int64) * H * padded * R * SIN, sin, turning)
     even_product = 1.0
     odd_product = 1.0
     for k in tl.static_range(2):  # key, then query
         place = feature_rows(features, k, b, t, batch, padded, N) + n
         bias = biases + (k * H + h) * N + n
         even = tl.load(place) + tl.load(bias)
-        odd = tl.load(place + HALF) + tl.load(bias + HALF)
+        odd = tl.load(place + N // 2) + tl.load(bias + N // 2)
         even_product *= even
         odd_product *= odd
         even_rotated = even * cos - odd * sin
@@ -4683,7 +4646,7 @@ def rotate_features(
         row = k * batch.to(tl.int64) * H * padded + head * padded
         place = rotated + (row + t) * N + n
         tl.store(place, even_rotated)
-        tl.store(place + HALF, odd_rotated)
+        tl.store(place + N // 2, odd_rotated)
     place = scalars + (batch * KEY_QUERY * H + head) * padded + token
     tl.store(place, tl.sum(even_product + odd_product, axis=1))
 
@@ -4705,27 +4668,16 @@ def read_chunk(projected, rotated, b, head, t, batch, H: constexpr, P: constexpr
     """A chunk's values, keys and queries for one head."""
     value = read_tile(projected, [b, t, (H + head % H) * P])
     key = read_tile(rotated, [batch * KEY * H + head, t, 0])
-    query = read_tile(rotated, [batch * QUERY * H + head, t, 0])
-    return value, key, query
+    return value, key, read_tile(rotated, [batch * QUERY * H + head, t, 0])
 
 
 @jit
-def read_chunk_scalars(scalars, decay_sums, head, chunk, heads, chunks, CHUNK: constexpr):
-    """D, key_log and c, each (CHUNK,), and D's last, D_T; heads = B · H rows a plane."""
-    t = chunk * CHUNK
-    row = decay_sums + (head * chunks + chunk) * CHUNK
-    end = tl.load(row + CHUNK - 1)
+def read_scalars(scalars, head, t, heads, CHUNK: constexpr):
+    """D, key_log and c, each (CHUNK,), of planes with heads = B · H rows."""
     decay_sum = scalars.load([heads * DECAY_SUM + head, t])
     key_log = scalars.load([heads * KEY_LOG + head, t])
     current = scalars.load([heads * CURRENT + head, t])
-    return decay_sum.reshape(CHUNK), key_log.reshape(CHUNK), current.reshape(CHUNK), end
-
-
-@jit
-def diagonal_mask(CHUNK: constexpr):
-    """Which places of (CHUNK, CHUNK) lie on the diagonal."""
-    i = tl.arange(0, CHUNK)
-    return i[:, None] == i[None, :]
+    return decay_sum.reshape(CHUNK), key_log.reshape(CHUNK), current.reshape(CHUNK)
 
 
 @jit
@@ -4740,7 +4692,7 @@ def decay_matrix(exponents, seen, current, FAST: constexpr):
 def gate_and_sigmoid(gate, FAST: constexpr):
     """The gate, float32, never 0, so that y / gate tells the backward what was gated; sigmoid."""
     gate = gate.to(tl.float32)
-    gate = tl.where(tl.abs(gate) < SMALLEST_GATE, SMALLEST_GATE, gate)
+    gate = tl.where(tl.abs(gate) < LEAST_GATE, LEAST_GATE, gate)
     return gate, reciprocal_tile(1.0 + exp2_tile(gate * -LOG2_E, FAST), FAST)
 
 
@@ -4775,12 +4727,12 @@ def scan_forward(
     ssm = tl.load(ssm_in + square)
     for chunk in tl.range(chunks, num_stages=3 if N <= 64 else 2):  # two programs fit
         t = chunk * CHUNK
+        place = head * chunks + chunk
         value, key, query = read_chunk(projected, rotated, b, head, t, batch, H, P)
-        decay_sum, key_log, current, end = read_chunk_scalars(
-            scalars, decay_sums, head, chunk, batch * H, chunks, CHUNK
-        )
+        end = tl.load(decay_sums + place * CHUNK + CHUNK - 1)  # D_T
+        decay_sum, key_log, current = read_scalars(scalars, head, t, batch * H, CHUNK)
         old = ssm.to(dtype)
-        write_tile(states, [head * chunks + chunk, 0, 0], old)
+        write_tile(states, [place, 0, 0], old)
         scores = exact_dot(query, tl.trans(key))
         exponents = decay_sum[:, None] - key_log[None, :]
         decayed = scores * decay_matrix(exponents, i[:, None] > i[None, :], current, FAST)
@@ -4790,8 +4742,7 @@ def scan_forward(
         gate, sigmoid = gate_and_sigmoid(read_tile(projected, [b, t, h * P]), FAST)
         out *= gate * sigmoid
         write_tile(y, [b, t, h * P], out)
-        place = squares + (head * chunks + chunk) * CHUNK + i
-        tl.store(place, tl.sum(out * out, axis=1))
+        tl.store(squares + place * CHUNK + i, tl.sum(out * out, axis=1))
         to_end = (value * exp2_tile(end - key_log, FAST)[:, None]).to(dtype)
         ssm = exact_dot(tl.trans(key), to_end, ssm * exp2_tile(end, FAST))
     tl.store(ssm_out + square, ssm)
@@ -4812,25 +4763,12 @@ def scan_forward(
 
 
 @jit
-def gate_backward(
-    d_y,
-    d_squares,
-    projected,
-    y,
-    d_projected,
-    b,
-    head,
-    t,
-    H: constexpr,
-    P: constexpr,
-    FAST: constexpr,
-):
+def gate_backward(d_y, d_squares, projected, y, d_projected, place, head, FAST: constexpr):
     """Stores the gate's gradient and returns G, that of out."""
-    place = [b, t, head % H * P]
     gate, sigmoid = gate_and_sigmoid(read_tile(projected, place), FAST)
     gated = read_tile(y, place).to(tl.float32)
     d_gated = read_tile(d_y, place)
-    d_square = d_squares.load([head, t]).reshape(gated.shape[0])
+    d_square = d_squares.load([head, place[1]]).reshape(gated.shape[0])
     d_gated += 2.0 * d_square[:, None] * gated
     # The slope of u = gate sigmoid(gate) is u (1 / gate + 1 - sigmoid(gate)).
     write_tile(d_projected, place, d_gated * gated * (reciprocal_tile(gate, FAST) + 1.0 - sigmoid))
@@ -4844,8 +4782,7 @@ def transposed_scores(key, query, decay_sum, key_log, current, skip, same, FAST:
     exponents = decay_sum[None, :] - key_log[:, None]
     decay = decay_matrix(exponents, i[:, None] < i[None, :], current, FAST)
     scores = exact_dot(key, tl.trans(query))
-    decayed = scores * decay + tl.where(same, skip, 0.0)
-    return decay, decayed.to(key.dtype)
+    return decay, (scores * decay + tl.where(same, skip, 0.0)).to(key.dtype)
 
 
 @jit
@@ -4889,7 +4826,8 @@ def scan_backward(
     square = state_offsets(head, P, N)
     FAST: tl.constexpr = projected.dtype == tl.bfloat16
     d = tl.load(skip + h)
-    same = diagonal_mask(CHUNK)
+    i = tl.arange(0, CHUNK)
+    same = i[:, None] == i[None, :]
     d_ssm = tl.load(d_ssm_out + square)
     at_end = tl.sum(d_ssm * tl.load(ssm_out + square), axis=1)  # unsummed over N: no barrier
     for back in tl.range(chunks, num_stages=2):
@@ -4897,11 +4835,10 @@ def scan_backward(
         t = chunk * CHUNK
         place = head * chunks + chunk
         tl.store(d_end + place * N + tl.arange(0, N), at_end)
-        d_out = gate_backward(d_y, d_squares, projected, y, d_projected, b, head, t, H, P, FAST)
+        d_out = gate_backward(d_y, d_squares, projected, y, d_projected, [b, t, h * P], head, FAST)
         value, key, query = read_chunk(projected, rotated, b, head, t, batch, H, P)
-        decay_sum, key_log, current, end = read_chunk_scalars(
-            scalars, decay_sums, head, chunk, batch * H, chunks, CHUNK
-        )
+        end = tl.load(decay_sums + place * CHUNK + CHUNK - 1)  # D_T
+        decay_sum, key_log, current = read_scalars(scalars, head, t, batch * H, CHUNK)
         to_end = exp2_tile(end - key_log, FAST)[:, None]
         old = d_ssm.to(value.dtype)
         decay, decayed = transposed_scores(key, query, decay_sum, key_log, current, d, same, FAST)
@@ -4933,50 +4870,17 @@ def scan_backward(
 
 
 @jit
-def store_column_sums(place, x, mask=None):
-    """Stores x summed over its rows at place (1, columns)."""
-    tl.store(place, tl.sum(x, axis=0)[None, :], mask)
-
-
-@jit
-def norm_backward(d_normed, x, norms, k, d_features, row, H: constexpr, N: constexpr):
-    """Stores dw, summed over tokens, as a row of d_features, and returns dx."""
+def norm_backward(d_normed, place, live, norms, k, d_features, row, H: constexpr, N: constexpr):
+    """Stores dw, summed over tokens, as a row of d_features, and returns dx of the rows there."""
+    x = load_float(place, live)
     n = tl.arange(0, N)[None, :]
     factor = inverse_norm(x, N)
     x *= factor
     place = d_features + (row * (H + 1) + H) * N + n
-    store_column_sums(place, d_normed * x)
+    tl.store(place, tl.sum(d_normed * x, axis=0)[None, :])
     d_normed *= tl.load(norms + k * N + n)
     along = tl.sum(d_normed * x, axis=1) / N
     return factor * (d_normed - x * along[:, None])
-
-
-@jit
-def add_bias(even, odd, bias, N: constexpr):
-    """Features as rotate_features() rotated them."""
-    return even + tl.load(bias), odd + tl.load(bias + N // 2)
-
-
-@jit
-def store_turned(d_turn, d_turns, turned, place, row, h, n, R: constexpr, H: constexpr):
-    """Stores the running angle's gradient by token, and its sum over a program's tokens."""
-    tl.store(d_turn + place * R + n, turned, n < R)
-    sums = d_turns + (row * H + h) * R + n
-    store_column_sums(sums, turned, n < R)
-
-
-@jit
-def store_products(place, even, d_even, odd, d_odd):
-    """Stores each row's product with its gradient at place (rows, 1)."""
-    products = even * d_even + odd * d_odd
-    tl.store(place, tl.sum(products, axis=1)[:, None])
-
-
-@jit
-def store_halves_sums(place, even, odd, N: constexpr):
-    """Stores sums over rows, as a row of N that begins at place."""
-    store_column_sums(place, even)
-    store_column_sums(place + N // 2, odd)
 
 
 @jit
@@ -5006,7 +4910,6 @@ def features_backward(
     b = tl.program_id(1)
     k = tl.program_id(2)  # KEY or QUERY
     padded = tl.num_programs(0) * ROWS
-    program = b * tl.num_programs(0) + part
     t = part * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.arange(0, N // 2)[None, :]
     origin = feature_rows(features, k, b, t, batch, padded, N) + n
@@ -5014,31 +4917,32 @@ def features_backward(
     odd = tl.load(origin + N // 2).to(tl.float32)
     sum_even = tl.zeros([ROWS, N // 2], tl.float32)
     sum_odd = tl.zeros([ROWS, N // 2], tl.float32)
-    row = (program * 2 + k).to(tl.int64)
+    row = ((b * tl.num_programs(0) + part) * 2 + k).to(tl.int64)
     for h in tl.range(H, num_stages=4):
         head = (b * H + h).to(tl.int64)
         place = (k * batch * H + head) * padded + t
         d_bias = d_features + (row * (H + 1) + h) * N + n
-        own_even, own_odd = add_bias(even, odd, biases + (k * H + h) * N + n, N)
-        d_place = d_rotated + place * N + n
-        from_even = tl.load(d_place)
-        from_odd = tl.load(d_place + N // 2)
+        bias = biases + (k * H + h) * N + n
+        u_even = even + tl.load(bias)  # as rotate_features() rotated them
+        u_odd = odd + tl.load(bias + N // 2)
+        from_even = tl.load(d_rotated + place * N + n)
+        from_odd = tl.load(d_rotated + place * N + n + N // 2)
         turn_place = rotation + (head * padded + t) * R + n
         cos = tl.load(turn_place, n < R, 1.0).to(tl.float32)
         sin = load_float(turn_place + (batch * H).to(tl.int64) * padded * R, n < R)
         d_even = from_even * cos + from_odd * sin
         d_odd = from_odd * cos - from_even * sin
-        turned = TWO_PI * (own_even * d_odd - own_odd * d_even)
-        store_turned(d_turn, d_turns, turned, place, row, h, n, R, H)
-        store_products(d_scalars + place, own_even, d_even, own_odd, d_odd)
-        store_halves_sums(d_bias, d_even, d_odd, N)
+        turned = TWO_PI * (u_even * d_odd - u_odd * d_even)
+        tl.store(d_turn + place * R + n, turned, n < R)
+        tl.store(d_turns + (row * H + h) * R + n, tl.sum(turned, axis=0)[None, :], n < R)
+        tl.store(d_scalars + place, tl.sum(u_even * d_even + u_odd * d_odd, axis=1)[:, None])
+        tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
+        tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0)[None, :])
         sum_even += d_even
         sum_odd += d_odd
     total = tl.reshape(tl.join(sum_even, sum_odd), [ROWS, N])
-    n = tl.arange(0, N)[None, :]
-    place = row_offsets(b, t, length, WIDTH) + 2 * H * P + k * N + n
-    x = load_float(projected + place, t < length)
-    total = norm_backward(total, x, norms, k, d_features, row, H, N)
+    place = row_offsets(b, t, length, WIDTH) + 2 * H * P + k * N + tl.arange(0, N)[None, :]
+    total = norm_backward(total, projected + place, t < length, norms, k, d_features, row, H, N)
     tl.store(d_projected + place, total, t < length)
 
 
@@ -5056,35 +4960,21 @@ def features_backward(
 @jit
 def key_weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
     """dM_tt (q_t·k_t), what c_t gets from its own token; and dw_t, from later ones."""
-    diagonal = load_float(d_diagonal + place, mask)
-    own = diagonal * load_float(scalars + place + plane * KEY_QUERY, mask)
+    own = load_float(d_diagonal + place, mask)
+    own *= load_float(scalars + place + plane * KEY_QUERY, mask)
     later = load_float(d_scalars + place + plane * KEY, mask)
     later -= own * load_float(scalars + place + plane * CURRENT, mask)
     weight = tl.load(scalars + place + plane * WEIGHT, mask, 1.0)
-    return own, later / tl.maximum(weight, SMALLEST_WEIGHT)
+    return own, later / tl.maximum(weight, LEAST_WEIGHT)
 
 
 @jit
 def turns_backward(
-    d_step,
-    scalars,
-    half_turn,
-    d_turn,
-    d_turns,
-    d_row,
-    b,
-    program,
-    token,
-    r,
-    live,
-    batch,
-    R: constexpr,
-    H: constexpr,
+    d_step, steps, half_turn, d_turn, behind, row, token, r, live, batch, R: constexpr, H: constexpr
 ):
-    """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it.
-
-    A token's turn moves all later ones: those of its chunk, and by d_turns those behind it.
-    """
+    """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it."""
+    b = tl.program_id(1)
+    program = b * tl.num_programs(0) + tl.program_id(0)
     t = token[:, None]
     h = column_indices(H)
     padded = tl.num_programs(0) * token.shape[0]
@@ -5092,19 +4982,18 @@ def turns_backward(
     turning = live & (r < R)
     half = load_float(half_turn + (b * padded + t) * R + r, turning)
     d_half = tl.zeros_like(half)
+    # A token's turn moves all later ones: those of its chunk, and those behind it.
     onward = (t <= token[None, :]).to(d_turn.dtype.element_ty)
     for k in tl.range(H, num_stages=4):
         head = (b * H + k).to(tl.int64)
         place = d_turn + (head * padded + t) * R + r
         by_key = tl.load(place, turning, 0.0)
         by_query = tl.load(place + plane.to(tl.int64) * R, turning, 0.0)
-        place = d_turns + (program * H + k) * R + r
-        later = load_float(place, r < R)
+        later = load_float(behind + (program * H + k) * R + r, r < R)
         turned = exact_dot(onward, by_query, exact_dot(onward, by_key)) + later  # no cumsum: waits
-        d_half += tl.load(scalars + head * padded + token)[:, None] * turned
+        d_half += tl.load(steps + head * padded + token)[:, None] * turned
         d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
-    angles = d_row + 3 * H + r
-    tl.store(angles, d_half * (0.5 - 2.0 * half * half), turning)  # half: sigmoid(2 angle) - 1/2
+    tl.store(row + 3 * H + r, d_half * (0.5 - 2.0 * half * half), turning)
     return d_step
 
 
@@ -5123,14 +5012,13 @@ def log_decay_backward(
     plane = batch * H * padded
     d_decay_sum = load_float(d_scalars + place + plane * QUERY, heads)
     d_decay_sum -= load_float(d_scalars + place + plane * KEY, heads)  # the diagonal cancels
-    row = (b * H + tl.trans(h)) * chunks + chunk
-    place = row * N + tl.arange(0, N)[None, :]
+    place = ((b * H + tl.trans(h)) * chunks + chunk) * N + tl.arange(0, N)[None, :]
     at_end = tl.sum(load_float(d_end + place, tl.trans(heads)), axis=1)[None, :]
     d_decay_sum += tl.where(t == chunk * CHUNK + CHUNK - 1, at_end, 0.0)
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
     if document_start is not None:
-        starts = load_starts(document_start, b, token, length)
-        d_log_decay = tl.where(starts, 0.0, d_log_decay)
+        starts = tl.load(document_start + b * length + token, token < length, 0)
+        d_log_decay = tl.where(starts[:, None] != 0, 0.0, d_log_decay)
     return d_log_decay
 
 
@@ -5185,7 +5073,7 @@ def tokens_backward(
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
     d_step += (1.0 - share) * d_previous
     d_step = turns_backward(
-        d_step, scalars, half_turn, d_turn, d_turns, d_row, b, program, token, r, live, batch, R, H
+        d_step, scalars, half_turn, d_turn, d_turns, d_row, token, r, live, batch, R, H
     )
     d_decay = tl.where(rate < -SLOWEST_DECAY, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
     d_share = step * (d_current - d_previous) * share * (1.0 - share)
@@ -5224,6 +5112,9 @@ class ScanTensors(NamedTuple):
     turn_in: Tensor  # (B, H, R): the running angle before the first token, in turns
 
 
+GIVEN = len(ScanTensors._fields)
+
+
 class ScanSaved(NamedTuple):
     """What the backward reads again: y, the last state, and the buffers at the section's head."""
 
@@ -5238,10 +5129,10 @@ class ScanSaved(NamedTuple):
 
 
 def launch(kernel, grid: tuple[int, ...], named: dict, *, warps: int = 4, registers=None):
-    """Runs a kernel, a program for each place of the grid, on those of `named` that it names.
+    """Runs a kernel, a program for each place of the grid, on what it takes of `named`, by name.
 
-    So two tensors of one shape cannot change places. warps a program, registers a thread at most
-    (None: the compiler's choice): what was fastest on an H200, by bench/tune.py.
+    warps a program, registers a thread at most (None: the compiler's choice): what was fastest on
+    an H200, by bench/tune.py.
     """
     arguments = {name: named[name] for name in kernel.arg_names}
     kernel[grid](**arguments, num_warps=warps, maxnreg=registers)
@@ -5278,12 +5169,10 @@ def scan_tiles(named: dict) -> dict:
     return named | tiles
 
 
-@torch.library.custom_op(
-    "golf::fused_scan",
-    mutates_args=(),
-    schema="(Tensor[] tensors, Tensor? document_start, int[] sizes) -> Tensor[]",
-)
-def fused_scan(tensors, document_start, sizes):
+@torch.library.custom_op("golf::fused_scan", mutates_args=())
+def fused_scan(
+    tensors: list[Tensor], document_start: Tensor | None, sizes: list[int]
+) -> list[Tensor]:
     """The scan of ScanTensors with ScanSizes, both as lists.
 
     Returns y's squares summed by head, (B, H, padded) float32; the running angle behind the last
@@ -5316,8 +5205,7 @@ def fused_scan_fake(tensors, document_start, sizes) -> list[Tensor]:
     padded = chunks * chunk
     new = projected.new_empty
     single = partial(new, dtype=torch.float32)
-    narrow = projected.dtype == torch.bfloat16
-    rotation_type = torch.float16 if narrow else projected.dtype  # finer than bfloat16 up to 1
+    finer = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # up to 1
     saved = ScanSaved(
         y=new(batch, length, heads * channels),
         ssm_out=single(batch, heads, channels, state),
@@ -5325,23 +5213,23 @@ def fused_scan_fake(tensors, document_start, sizes) -> list[Tensor]:
         features=new(2, batch, padded, state),
         half_turn=single(batch, padded, angles),
         rotated=new(2, batch, heads, padded, state),
-        rotation=new(2, batch, heads, padded, angles, dtype=rotation_type),
+        rotation=new(2, batch, heads, padded, angles, dtype=finer),
         states=new(batch, heads, chunks, state, channels),
     )
     return [single(batch, heads, padded), single(batch, heads, angles), *saved]
 
 
-@torch.library.custom_op(
-    "golf::fused_scan_backward",
-    mutates_args=(),
-    schema="(Tensor[] gradients, Tensor[] saved, Tensor[] tensors, Tensor? document_start, "
-    "int[] sizes) -> Tensor[]",
-)
-def fused_scan_backward(gradients, saved, tensors, document_start, sizes):
-    """The gradients of ScanTensors, from those of squares, turn_out, y and ssm_out."""
+@torch.library.custom_op("golf::fused_scan_backward", mutates_args=())
+def fused_scan_backward(
+    gradients: list[Tensor], kept: list[Tensor], document_start: Tensor | None, sizes: list[int]
+) -> list[Tensor]:
+    """The gradients of ScanTensors, from those of squares, turn_out, y and ssm_out.
+
+    kept: ScanTensors, then ScanSaved.
+    """
     d_squares, d_turn_out, d_y, d_ssm_out = gradients
-    given = ScanTensors(*tensors)
-    saved = ScanSaved(*saved)
+    given = ScanTensors(*kept[:GIVEN])
+    saved = ScanSaved(*kept[GIVEN:])
     batch, heads, chunks, state, _ = saved.states.shape
     chunk = sizes[-1]
     rows = min(chunk, 1024 // state)  # of one warp: no barriers
@@ -5388,11 +5276,6 @@ def gradient_buffers(given: ScanTensors, saved: ScanSaved, parts: int) -> dict[s
     }
 
 
-@fused_scan_backward.register_fake
-def _fused_scan_backward_fake(gradients, saved, tensors, document_start, sizes) -> list[Tensor]:
-    return [torch.empty_like(x) for x in tensors]
-
-
 def _keep_scan(ctx, inputs, output):
     tensors, document_start, ctx.sizes = inputs
     ctx.save_for_backward(document_start, *tensors, *output[2:])
@@ -5400,12 +5283,11 @@ def _keep_scan(ctx, inputs, output):
 
 def _fused_scan_autograd(ctx, gradients):
     document_start, *kept = ctx.saved_tensors
-    count = len(ScanTensors._fields)
-    given = [x.contiguous() for x in gradients[:4]]
-    found = fused_scan_backward(given, kept[count:], kept[:count], document_start, ctx.sizes)
-    return found, None, None
+    gradients = [x.contiguous() for x in gradients[:4]]
+    return fused_scan_backward(gradients, kept, document_start, ctx.sizes), None, None
 
 
+fused_scan_backward.register_fake(lambda _, kept, *__: [torch.empty_like(x) for x in kept[:GIVEN]])
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 
@@ -5418,20 +5300,15 @@ def kernel_limits(device: torch.device) -> tuple[int, int]:
 def scan_shared_bytes(channels: int, state: int, chunk: int, capability: int) -> int:
     """About how many bytes of shared memory a program of scan_backward(), the largest, needs.
 
-    From capability 9 on it holds tiles of two chunks, so that loads overlap with products: channels
-    wide, state wide, and matrices of state and of scores; before, it holds a part of one. Fitted to
-    what the compiler makes of 23 shapes, so that what fits follows from it.
+    From capability 9 on it holds tiles of two chunks, so that loads overlap with products; before,
+    a part of one. Fitted to what the compiler makes of 23 shapes.
     """
-    token = 16 * channels + 12 * state + chunk  # bytes for each token of a chunk
-    tiles = chunk * token + 2 * state * channels
+    tiles = chunk * (16 * channels + 12 * state + chunk) + 2 * state * channels
     return int((0.91 if capability >= 9 else 0.3) * tiles)
 
 
 def why_not_triton(settings, device: torch.device) -> str:
-    """Why the kernels cannot run the layers of these settings; empty if they can.
-
-    Products in tensor cores have sides of 16 and more; in Triton's interpreter any will do.
-    """
+    """Why the kernels cannot run the layers of these settings; empty if they can."""
     if settings.mamba_decay != "softplus":
         return "has no other MAMBA_DECAY than softplus"
     if triton is None:
@@ -5440,7 +5317,7 @@ def why_not_triton(settings, device: torch.device) -> str:
         return ""
     names = ("mamba_head_dim", "mamba_d_state", "mamba_chunk_size")
     sides = [getattr(settings, name) for name in names]
-    if min(sides) < 16:
+    if min(sides) < 16:  # tensor cores take no less; Triton's interpreter does
         return f"needs {names[sides.index(min(sides))].upper()} of 16 and more"
     capability, have = kernel_limits(device)
     needed = scan_shared_bytes(*sides, capability)
@@ -5498,9 +5375,8 @@ def evens_first(x: Tensor) -> Tensor:
 #   nats = log(sum over v of exp(x_v)) - x_target
 #   d logit_v = (exp(x_v) / sum - [v is the target]) (1 - tanh(logit_v / cap)^2)
 #
-# A program has one row in registers: it reads the logits once, and writes their gradient over them
-# (for a gradient of 1 by nats; backward scales it). The maximum is not taken out: x is at most cap,
-# and exp(cap) is finite for any cap that settings allow.
+# A program has one row in registers, reads its logits once, and writes their gradient over them
+# (backward scales it). No maximum is taken out: exp(cap) is finite for any cap in the settings.
 
 
 @jit
@@ -5565,10 +5441,6 @@ def _cross_entropy_fake(hidden, weight, targets, cap, slopes) -> tuple[Tensor, T
     return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(shape)
 
 
-def _keep_cross_entropy(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2], output[1])
-
-
 def cross_entropy_autograd(ctx, d_nats, _):
     """The gradients of hidden and weight, from that of nats (T,)."""
     hidden, weight, slopes = ctx.saved_tensors
@@ -5576,7 +5448,10 @@ def cross_entropy_autograd(ctx, d_nats, _):
     return slopes @ weight * scale, slopes.mT @ (hidden * scale), None, None, None
 
 
-fused_cross_entropy.register_autograd(cross_entropy_autograd, setup_context=_keep_cross_entropy)
+fused_cross_entropy.register_autograd(
+    cross_entropy_autograd,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
+)
 
 
 # ==================================================================================================
