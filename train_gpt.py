@@ -5460,11 +5460,7 @@ fused_cross_entropy.register_autograd(
 
 
 def selective_scan(
-    tensors: tuple[Tensor, ...],
-    document_start: Tensor | None,
-    state: Tensor | None,
-    backend: str,
-    chunk_size: int,
+    tensors, document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int
 ) -> tuple[Tensor, Tensor | None]:
     """The first Mamba's recurrence (arXiv 2312.00752), each of C channels with N states of its own.
 
@@ -5488,25 +5484,17 @@ def selective_scan(
     if state is None:
         state = value.new_zeros(len(value), *decay_rate.shape)
     outputs = []
+    options = {"use_reentrant": False, "preserve_rng_state": False}
     chunks = (x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))
     for part in zip(*chunks, strict=True):
-        y, state = checkpoint(  # C·N numbers a token, kept for a chunk at a time only
-            selective_chunk,
-            *part,
-            decay_rate,
-            state,
-            backend,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        inputs = (*part, decay_rate, state, backend)
+        y, state = checkpoint(selective_chunk, *inputs, **options)  # keeps one chunk's C·N a token
         outputs.append(y)
     y = torch.cat(outputs, dim=1) + skip * value
     return (y * F.silu(gate)).to(tensors[0].dtype), state
 
 
-def selective_chunk(
-    value, step, key, query, reset, decay_rate, state, backend: str
-) -> tuple[Tensor, Tensor]:
+def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: str):
     """C_t h_t (B, T, C) of a chunk's T tokens, and their last h (B, C, N).
 
     reset (B, T): 0, or -infinity where a document starts. The backend "parallel" is Hillis and
@@ -5536,8 +5524,9 @@ def selective_chunk(
 
 # --------------------------------------------------------------------------------------------------
 # Kernels of libraries, where a user has built them: causal_conv1d's convolution, mamba_ssm's scans
+# (arXiv 2312.00752, 2405.21060), FlashAttention 2 and 3 (arXiv 2307.08691, 2407.08608)
 #
-# Three functions of theirs are one operator of ours, by name. Backward runs the library's forward
+# All functions of theirs are one operator of ours, by name. Backward runs the library's forward
 # again under autograd: versions differ in what their backward passes ask for. Within an operator,
 # autograd knows the library's own autograd.Function alone, none of torch's operations.
 
@@ -5545,6 +5534,7 @@ LIBRARIES = {  # by version of Mamba
     1: ("causal_conv1d", "mamba_ssm.ops.selective_scan_interface"),
     2: ("causal_conv1d", "mamba_ssm.ops.triton.ssd_combined"),
 }
+FLASH_LIBRARIES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # by ATTENTION_BACKEND
 INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 
 
@@ -5563,68 +5553,66 @@ def why_not_fused(settings) -> str:
     return ""
 
 
-def call_library(tensors, sequence, name: str, chunk_size: int) -> Tensor:
-    """One of the libraries' functions. Its result is shaped like the first tensor."""
+def call_library(tensors, sequence, name: str, size: int) -> Tensor:
+    """One of the libraries' functions, by name. Its result is shaped like the first tensor.
+
+    sequence: each token's document for the chunked scan, where documents begin (and the last ends)
+    for FlashAttention, or None. size: the scan's chunk, or the longest document there may be.
+    """
     if name == "convolution":
         library = importlib.import_module("causal_conv1d")
         return library.causal_conv1d_fn(*tensors, activation="silu")
     if name == "selective_scan":
         library = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
         return library.selective_scan_fn(*tensors, delta_softplus=True)
-    x, dt, a, b, c, d, z, dt_bias = tensors
-    library = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    return library.mamba_chunk_scan_combined(
-        x, dt, a, b, c, chunk_size, D=d, z=z, dt_bias=dt_bias, seq_idx=sequence, dt_softplus=True
-    )
+    if name == "chunk_scan":
+        x, dt, a, b, c, d, z, bias = tensors
+        library = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        options = {"D": d, "z": z, "dt_bias": bias, "seq_idx": sequence, "dt_softplus": True}
+        return library.mamba_chunk_scan_combined(x, dt, a, b, c, size, **options)
+    library = importlib.import_module(name)
+    options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    function = library.flash_attn_func
+    if sequence is not None:
+        function = library.flash_attn_varlen_func
+        options |= {"cu_seqlens_q": sequence, "cu_seqlens_k": sequence}
+        options |= {"max_seqlen_q": size, "max_seqlen_k": size}
+    y = function(*tensors, **options)
+    return y[0] if isinstance(y, tuple) else y  # some versions give the log-sums as well
 
 
 @torch.library.custom_op("golf::library_kernel", mutates_args=())
-def library_kernel(
-    tensors: list[Tensor], sequence: Tensor | None, name: str, chunk_size: int
-) -> Tensor:
-    """call_library() as an operator. sequence, chunk_size: of "chunk_scan" alone."""
-    return call_library(tensors, sequence, name, chunk_size).contiguous()
+def library_kernel(tensors: list[Tensor], sequence: Tensor | None, name: str, size: int) -> Tensor:
+    """call_library() as an operator."""
+    return call_library(tensors, sequence, name, size).contiguous()
 
 
-@library_kernel.register_fake
-def library_kernel_fake(tensors, sequence, name, chunk_size) -> Tensor:
-    """library_kernel()'s result, without its values."""
-    return tensors[0].new_empty(tensors[0].shape)
-
-
-def library_kernel_setup_context(ctx, inputs, output):
-    """What the forward leaves to the backward: all of its inputs."""
-    tensors, sequence, ctx.name, ctx.chunk_size = inputs
+def _keep_library_inputs(ctx, inputs, output):
+    tensors, sequence, *ctx.rest = inputs
     ctx.save_for_backward(sequence, *tensors)
 
 
-def library_kernel_autograd(ctx, d_y):
-    """From the gradient of the result to those of the tensors."""
+def _library_autograd(ctx, d_y):
     sequence, *tensors = ctx.saved_tensors
-    gradients = library_backward(d_y.contiguous(), tensors, sequence, ctx.name, ctx.chunk_size)
-    return gradients, None, None, None
+    return library_backward(d_y.contiguous(), tensors, sequence, *ctx.rest), None, None, None
 
 
-library_kernel.register_autograd(
-    library_kernel_autograd, setup_context=library_kernel_setup_context
-)
+library_kernel.register_fake(lambda tensors, *_: tensors[0].new_empty(tensors[0].shape))
+library_kernel.register_autograd(_library_autograd, setup_context=_keep_library_inputs)
 
 
 @torch.library.custom_op("golf::library_backward", mutates_args=())
 def library_backward(
-    d_y: Tensor, tensors: list[Tensor], sequence: Tensor | None, name: str, chunk_size: int
+    d_y: Tensor, tensors: list[Tensor], sequence: Tensor | None, name: str, size: int
 ) -> list[Tensor]:
     """The gradients of tensors, by the library's own autograd.Function; its forward runs again."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     with torch.enable_grad():
-        y = call_library(leaves, sequence, name, chunk_size)
-    return [x.contiguous() for x in torch.autograd.grad(y, leaves, d_y)]
+        y = call_library(leaves, sequence, name, size)
+    return [compact(x) for x in torch.autograd.grad(y, leaves, d_y)]  # results share no memory
 
 
-@library_backward.register_fake
-def library_backward_fake(d_y, tensors, sequence, name, chunk_size) -> list[Tensor]:
-    """library_backward()'s results, without their values."""
-    return [x.new_empty(x.shape) for x in tensors]
+library_backward.register_fake(lambda _, tensors, *__: [x.new_empty(x.shape) for x in tensors])
 
 
 def library_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -5638,13 +5626,7 @@ def library_selective_scan(*tensors: Tensor) -> Tensor:
     return library_kernel(turned, None, "selective_scan", 0).mT
 
 
-def library_scan(
-    projected: Tensor,
-    parameters: MambaParameters,
-    sizes: MambaSizes,
-    document_start: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, None]:
+def library_scan(projected, parameters, sizes, document_start, chunk_size: int):
     """mamba_scan() of Mamba-2 by mamba_ssm's chunked scan, without a state.
 
     Documents are numbered for it: a token sees those of its own number.
@@ -5663,25 +5645,31 @@ def library_scan(
         column["gate"].unflatten(-1, heads),
         parameters.step_bias,
     ]
-    number = None
-    if document_start is not None:
-        number = document_start.cumsum(1, dtype=torch.int32)
+    number = None if document_start is None else document_start.cumsum(1, dtype=torch.int32)
     y = library_kernel(tensors, number, "chunk_scan", chunk_size).flatten(2)
     return y, y.to(parameters.skip.dtype).square().mean(-1), None
 
 
-# Other quantizers: the steps of other grids than SDClip's (grid_steps() in section 8).
+def flash_library(
+    query: Tensor, key: Tensor, value: Tensor, edges: Tensor | None, module: str
+) -> Tensor:
+    """Causal attention by FlashAttention, in attend()'s shapes; edges of documents or None."""
+    heads = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
+    return library_kernel(heads, edges, module, query.shape[1]).view_as(query)
 
+
+# --------------------------------------------------------------------------------------------------
+# Other quantizers: the steps of other grids than SDClip's (grid_steps() in section 8)
 
 PERCENTILES = (0.99, 0.995, 0.998, 1.0)
 
 
 def percentile_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
-    """Steps (rows, 1) of grids that end at a percentile of a row's magnitudes.
+    """Steps (rows, 1) of grids that end at a percentile of a row's magnitudes, times clips / 3.
 
-    Of PERCENTILES each row takes the one whose nearest integers err least. Grids end at clips / 3
-    times it, so that k means about what SDClip's does: three root-mean-squares are the 99.7th
-    percentile of Gaussian weights. weight (rows, columns), limits and clips (rows, 1), float32.
+    Of PERCENTILES each row takes the one whose nearest integers err least. k means about what
+    SDClip's does: three root-mean-squares are the 99.7th percentile of Gaussian weights. weight
+    (rows, columns), limits and clips (rows, 1), float32.
     """
     columns = weight.shape[1]
     magnitudes = weight.abs().sort(dim=1).values
@@ -5698,10 +5686,9 @@ def percentile_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 
 
 def decoupled_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps of rows (rows, 1) and of columns (columns,): decoupled scale quantization.
+    """Steps of rows (rows, 1) and columns (columns,), after Q-Mamba (2025.findings-acl.551).
 
-    After Q-Mamba (2025.findings-acl.551), which scales states along both their sides: columns are
-    divided by their norms, once all rows have length one, and what remains is SDClip's.
+    Columns are divided by their norms, once all rows have length one; what remains is SDClip's.
     """
     columns = exact_steps(F.normalize(weight).norm(dim=0))
     return sdclip_steps(weight / columns, limits, clips), columns
@@ -5731,10 +5718,9 @@ def document_block_lists(reach: Tensor) -> list[Tensor]:
     first query's document's start to itself. Within that range, blocks that also its last query
     sees as a whole need no mask; the others are masked token by token.
 
-    Returns reach itself and then listed() four times, of blocks (B, 1, blocks, blocks): masked and
-    whole ones by block of queries, masked and whole ones by block of keys. It is an operator since
-    inductor (torch 2.11) refuses a mask whose tensors it would fuse into others: an operator's
-    results are tensors of their own.
+    Returns reach and then listed() four times, of blocks (B, 1, blocks, blocks): masked and whole
+    ones by block of queries, then by block of keys. An operator, since inductor (torch 2.11)
+    refuses a mask whose tensors it would fuse into others: its results are tensors of their own.
     """
     length = reach.shape[1]
     block = torch.arange(-(-length // BLOCK), device=reach.device)
@@ -5755,10 +5741,8 @@ def document_block_lists(reach: Tensor) -> list[Tensor]:
 def _document_block_lists_shapes(reach) -> list[Tensor]:
     batch, length = reach.shape
     blocks = -(-length // BLOCK)
-    counts = [reach.new_empty(batch, 1, blocks) for _ in range(4)]
-    places = [reach.new_empty(batch, 1, blocks, blocks) for _ in range(4)]
-    pairs = zip(counts, places, strict=True)
-    return [torch.empty_like(reach), *(x for pair in pairs for x in pair)]
+    shapes = [(batch, 1, blocks), (batch, 1, blocks, blocks)] * 4
+    return [torch.empty_like(reach), *(reach.new_empty(shape) for shape in shapes)]
 
 
 def document_blocks(reach: Tensor) -> "BlockMask":
@@ -5780,9 +5764,7 @@ def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(dim=-1, dtype=torch.int32), places.int()
 
 
-def attend_by_blocks(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
-) -> Tensor:
+def attend_by_blocks(query, key, value, documents: Documents | None) -> Tensor:
     """By FlexAttention (arXiv 2412.05496): blocks that no query may see are never computed."""
     if documents is None:
         nowhere = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
@@ -5807,9 +5789,9 @@ def compiled_flex_attention():
 def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
     """Where documents begin in the windows start (B, T) bool, laid end to end; then their end.
 
-    (slots + 1,) int32 in order; slots without a document hold the end too, as if of documents
-    without tokens. Their number follows from the shape, since kernels take time for each of them:
-    one for every 128 tokens, at least 256. And () bool: whether documents need more than that.
+    (slots + 1,) int32 in order; slots without a document hold the end too. Their number follows
+    from the shape: one for every 128 tokens, at least 256, as kernels take time for each. And
+    () bool: whether documents need more.
     """
     batch, length = start.shape
     total = start.numel()
@@ -5827,9 +5809,7 @@ VARLEN_WINDOWS_SINCE = (2, 11)  # causal is a window there, and no longer a flag
 VARLEN_GROUPS_SINCE = (2, 12)  # it takes fewer key heads than query heads
 
 
-def attend_by_lengths(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, backend: str
-) -> Tensor:
+def attend_by_lengths(query, key, value, documents: Documents, backend: str) -> Tensor:
     """By FlashAttention's kernels for sequences of many lengths; NaN where there are too many."""
     length = query.shape[1]
     if backend in FLASH_LIBRARIES:
@@ -5849,81 +5829,6 @@ def attend_by_lengths(
     return y.masked_fill(documents.crowded, math.nan)
 
 
-FLASH_LIBRARIES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # by their modules
-
-
-def call_flash_library(
-    query: Tensor, key: Tensor, value: Tensor, edges: Tensor | None, longest: int, module: str
-) -> Tensor:
-    """A module's flash_attn_func, or with edges its varlen twin, on tensors laid end to end."""
-    library = importlib.import_module(module)
-    options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
-    if edges is None:
-        y = library.flash_attn_func(query, key, value, **options)
-    else:
-        borders = {"cu_seqlens_q": edges, "cu_seqlens_k": edges}
-        lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        y = library.flash_attn_varlen_func(query, key, value, **borders, **lengths, **options)
-    return y[0] if isinstance(y, tuple) else y  # some versions give the log-sums as well
-
-
-@torch.library.custom_op("golf::flash_library", mutates_args=())
-def flash_library(
-    query: Tensor, key: Tensor, value: Tensor, edges: Tensor | None, module: str
-) -> Tensor:
-    """Causal attention by FlashAttention 2 or 3 where a user has built it, as an operator.
-
-    arXiv 2307.08691 and 2407.08608. Shapes as of attend(); edges: those of document_edges(),
-    between which tokens see each other, or None. Autograd and compiler know it by what follows.
-    """
-    flat = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
-    y = call_flash_library(*flat, edges, query.shape[1], module)
-    return y.reshape(query.shape).contiguous()
-
-
-@flash_library.register_fake
-def _flash_library_shape(query, key, value, edges, module) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-@torch.library.custom_op("golf::flash_library_backward", mutates_args=())
-def flash_library_backward(
-    d_y: Tensor, query: Tensor, key: Tensor, value: Tensor, edges: Tensor | None, module: str
-) -> list[Tensor]:
-    """Gradients of query, key and value, each in its shape.
-
-    Versions differ in what their backward passes ask for, so the forward pass runs again under
-    autograd. Within an operator, autograd knows the library's own autograd.Function alone, none
-    of torch's operations: the shapes change outside of it.
-    """
-    inputs = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        y = call_flash_library(*leaves, edges, query.shape[1], module)
-    gradients = torch.autograd.grad(y, leaves, d_y.reshape(y.shape))
-    return [
-        dx.reshape(x.shape).clone() for dx, x in zip(gradients, (query, key, value), strict=True)
-    ]
-
-
-@flash_library_backward.register_fake
-def _flash_library_backward_shapes(d_y, query, key, value, edges, module) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (query, key, value)]
-
-
-def _keep_flash_inputs(ctx, inputs, output):
-    *tensors, ctx.module = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _flash_library_autograd(ctx, d_y):
-    gradients = flash_library_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.module)
-    return *gradients, None, None
-
-
-flash_library.register_autograd(_flash_library_autograd, setup_context=_keep_flash_inputs)
-
-
 @cache
 def attention_problem(settings, device: torch.device) -> str:
     """Why ATTENTION_BACKEND cannot run, forward and backward, on one window; empty if it can."""
@@ -5936,14 +5841,12 @@ def attention_problem(settings, device: torch.device) -> str:
     if confined and backend == "flash" and TORCH < VARLEN_SINCE:
         return "to keep documents apart, it needs torch 2.10 or later"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shapes = [
-        (1, BLOCK, heads, settings.model_dim // settings.num_heads)
-        for heads in (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
-    ]
+    options = {"device": device, "dtype": dtype, "requires_grad": True}
+    heads = (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
+    shapes = [(1, BLOCK, count, settings.model_dim // heads[0]) for count in heads]
     try:
         with torch.enable_grad():
-            inputs = [torch.ones(shape, device=device, dtype=dtype) for shape in shapes]
-            leaves = [x.requires_grad_() for x in inputs]
+            leaves = [torch.ones(shape, **options) for shape in shapes]
             nowhere = torch.zeros(1, BLOCK, dtype=torch.bool, device=device)
             documents = find_documents(nowhere, backend) if confined else None
             attend(*leaves, documents, backend).sum().backward()
