@@ -4381,7 +4381,6 @@ def explain_collective(error: RuntimeError) -> str:
 STEP, DECAY_SUM, KEY_LOG, CURRENT, KEY_QUERY, WEIGHT = map(constexpr, range(6))  # of scalars
 KEY, QUERY = map(constexpr, range(2))  # of features, rotated, biases, norms and their gradients
 COS, SIN = map(constexpr, range(2))  # of rotation
-
 # The model's constants, as section 4 has them, in the kernels' units.
 LOG2_E = constexpr(math.log2(math.e))
 TWO_PI = constexpr(2 * math.pi)
@@ -5153,10 +5152,7 @@ def scan_arguments(given: ScanTensors, saved: ScanSaved, document_start, sizes: 
 
 
 def scan_tiles(named: dict) -> dict:
-    """named, with descriptors of the tensors that the scan itself goes through by chunks.
-
-    A tensor descriptor loads and stores blocks of the last dimensions in one instruction.
-    """
+    """named, with tensor descriptors of what the scan goes through: a block is one instruction."""
     channels, state, chunk = named["P"], named["N"], named["CHUNK"]
     blocks = dict.fromkeys(("projected", "y", "d_projected", "d_y"), [chunk, channels])
     blocks |= dict.fromkeys(("rotated", "d_rotated"), [chunk, state])
@@ -5223,17 +5219,13 @@ def fused_scan_fake(tensors, document_start, sizes) -> list[Tensor]:
 def fused_scan_backward(
     gradients: list[Tensor], kept: list[Tensor], document_start: Tensor | None, sizes: list[int]
 ) -> list[Tensor]:
-    """The gradients of ScanTensors, from those of squares, turn_out, y and ssm_out.
-
-    kept: ScanTensors, then ScanSaved.
-    """
+    """The gradients of ScanTensors, from those of squares, turn_out, y and ssm_out."""
     d_squares, d_turn_out, d_y, d_ssm_out = gradients
     given = ScanTensors(*kept[:GIVEN])
     saved = ScanSaved(*kept[GIVEN:])
     batch, heads, chunks, state, _ = saved.states.shape
-    chunk = sizes[-1]
-    rows = min(chunk, 1024 // state)  # of one warp: no barriers
-    parts = chunks * chunk // rows
+    rows = min(sizes[-1], 1024 // state)  # of one warp: no barriers
+    parts = chunks * sizes[-1] // rows
     found = gradient_buffers(given, saved, parts)
     named = scan_arguments(given, saved, document_start, ScanSizes(*sizes)) | found
     scan = scan_tiles(named | {"d_squares": d_squares, "d_y": d_y})
@@ -5650,9 +5642,7 @@ def library_scan(projected, parameters, sizes, document_start, chunk_size: int):
     return y, y.to(parameters.skip.dtype).square().mean(-1), None
 
 
-def flash_library(
-    query: Tensor, key: Tensor, value: Tensor, edges: Tensor | None, module: str
-) -> Tensor:
+def flash_library(query, key, value, edges: Tensor | None, module: str) -> Tensor:
     """Causal attention by FlashAttention, in attend()'s shapes; edges of documents or None."""
     heads = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
     return library_kernel(heads, edges, module, query.shape[1]).view_as(query)
@@ -5705,7 +5695,6 @@ def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # Attention's backends: what attend() calls beside SDPA and the formula
-
 
 BLOCK = 128  # tokens of a side of a block that FlexAttention computes or leaves out
 
