@@ -5238,6 +5238,7 @@ def fused_scan_backward(
     after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
     later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
     launch(tokens_backward, (chunks, batch), named | {"d_turns": later}, registers=128)
+    d_turn_in = d_turns.sum(1).view_as(d_turn_out) + d_turn_out
     return [
         found["d_projected"],
         found["d_heads"].sum(0),
@@ -5245,7 +5246,7 @@ def fused_scan_backward(
         sums[:, :heads].clone(),
         sums[:, heads].clone(),
         found["d_ssm_in"],
-        d_turns.sum(1).view_as(d_turn_out) + d_turn_out,
+        d_turn_in,
     ]
 
 
@@ -5253,17 +5254,17 @@ def gradient_buffers(given: ScanTensors, saved: ScanSaved, parts: int) -> dict[s
     """What the backward's kernels write, without values; features_backward in parts by batch."""
     _, batch, heads, padded = saved.scalars.shape
     _, _, chunks, state, _ = saved.states.shape
+    angles = saved.half_turn.shape[2]
+    programs = batch * parts
     single = saved.scalars.new_empty  # float32
-    return {
-        "d_projected": torch.empty_like(given.projected),
-        "d_rotated": torch.empty_like(saved.rotated),
-        "d_ssm_in": torch.empty_like(saved.ssm_out),
+    alike = {"d_projected": given.projected, "d_rotated": saved.rotated, "d_ssm_in": saved.ssm_out}
+    return {name: torch.empty_like(x) for name, x in alike.items()} | {
         "d_diagonal": single(batch, heads, padded),  # diag(dM)
         "d_end": single(batch, heads, chunks, state),  # sum(dh' ∘ h') over P
         "d_scalars": single(2, batch, heads, padded),  # k·dk, q·dq
         "d_turn": torch.empty_like(saved.rotation, dtype=given.projected.dtype),  # by key, by query
-        "d_turns": single(batch * parts, 2, heads, saved.half_turn.shape[2]),  # its sums
-        "d_features": single(batch * parts, 2, heads + 1, state),  # of biases, then of the norm
+        "d_turns": single(programs, 2, heads, angles),  # its sums
+        "d_features": single(programs, 2, heads + 1, state),  # of biases, then of the norm
         "d_heads": single(batch * chunks, heads),  # of the step bias
     }
 
