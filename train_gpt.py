@@ -5258,7 +5258,8 @@ def gradient_buffers(given: ScanTensors, saved: ScanSaved, parts: int) -> dict[s
     programs = batch * parts
     single = saved.scalars.new_empty  # float32
     alike = {"d_projected": given.projected, "d_rotated": saved.rotated, "d_ssm_in": saved.ssm_out}
-    return {name: torch.empty_like(x) for name, x in alike.items()} | {
+    buffers = {name: torch.empty_like(x) for name, x in alike.items()}
+    return buffers | {
         "d_diagonal": single(batch, heads, padded),  # diag(dM)
         "d_end": single(batch, heads, chunks, state),  # sum(dh' ∘ h') over P
         "d_scalars": single(2, batch, heads, padded),  # k·dk, q·dq
