@@ -124,6 +124,14 @@ def trained_by_two(train) -> Run:
 # ---- A whole run ---------------------------------------------------------------------------------
 
 
+def test_a_steps_mean_time_is_that_of_training_alone(trained):
+    """GPTQ is on the training clock too, and no step takes longer by it."""
+    (record,) = (r for r in trained.records if r["event"] == "trained")
+    said = float(re.search(r"6 steps of ([\d.]+)ms", trained.text)[1])
+    assert record["step_avg_ms"] == pytest.approx(said, abs=0.01)
+    assert 6 * record["step_avg_ms"] < 1000 * record["train_clock_seconds"]
+
+
 def test_the_log_begins_with_the_source_of_the_script(trained):
     assert trained.log.startswith(SCRIPT.read_text(encoding="utf-8"))
     assert SCRIPT.read_text(encoding="utf-8")[:200] not in trained.out
