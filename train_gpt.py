@@ -156,7 +156,8 @@ class Domain:
             return "" if value in self.choices else f"should be one of {wanted}"
         if isinstance(value, str):  # it would spoil names, headers and errors
             problem = "holds a line break or another character that does not print"
-            return "" if value.isprintable() else problem
+            words = "".join(value.split()) if self.unit == "text" else value
+            return "" if words.isprintable() else problem
         high = 1 if self.below_one else self.high
         at_open_end = (self.above_zero and value == 0) or (self.below_one and value == 1)
         if self.low <= value <= high and not at_open_end:
@@ -464,7 +465,7 @@ def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
             continue
         text = environment[name]
         if domain.unit == "layers":
-            text = "".join(text.split())  # a list from a file may hold line breaks
+            text = ",".join(part.strip() for part in text.split(","))  # a file's line breaks
         elif domain.choices or name == "PRESET":
             text = text.strip()
         given[f.name] = parse_value(name, text, type(f.default))
@@ -524,7 +525,9 @@ def validate_settings(s, world_size: int):
     known = s.mamba_decay == "softplus" or s.mamba_version == 3
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
-    # Batches, clocks and strides
+    # Names, batches, clocks and strides
+    one_name = s.run_id != ".." and "/" not in s.run_id and len(s.run_id.encode()) <= 230
+    check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
     length = s.train_seq_len
     check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
     check_multiple(s, "micro_batch_tokens", length, "TRAIN_SEQ_LEN")
@@ -3474,11 +3477,11 @@ def claim_file(file):
 def log_settings(log, settings, given: set[str], ranks):
     """Logs the settings that were given, on a line of their own, then the machine and all."""
     values = asdict(settings)
-    asked = [f"{name.upper()}={values[name]}" for name in sorted(given)]
+    asked = [f"{name.upper()}={shown(values[name])}" for name in sorted(given)]
     for line in (f"settings given: {' '.join(asked) or 'none'}", *explain_names(dict(os.environ))):
         log(line)
     machine = describe_machine(ranks)
-    text = "  ".join(f"{key}={value}" for key, value in (machine | values).items())
+    text = "  ".join(f"{key}={shown(value)}" for key, value in (machine | values).items())
     log(text, "settings", machine=machine, settings=values, given=sorted(given))
 
 
@@ -4205,7 +4208,8 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
     took = round(time.perf_counter() - started, 3)
     said = {"prompt": s.sample_prompt, "sample": text, "tokens": s.sample_tokens} | drawn
     what = f"sample, {s.sample_tokens} tokens in {took:.1f}s behind SAMPLE_PROMPT"
-    log(f"{what}:\n\n{text}\n", "sample", **said, took_seconds=took)
+    visible = [x if x.isprintable() or x in "\n\t" else ascii(x)[1:-1] for x in text]
+    log(f"{what}:\n\n{''.join(visible)}\n", "sample", **said, took_seconds=took)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -4216,6 +4220,7 @@ def main():
     settings, given, ranks = prepare_run(dict(os.environ))
     with closing(Log(settings, ranks, log_name(settings))) as log:
         log_settings(log, settings, given, ranks)
+        check_outputs(settings)
         if settings.eval_only:
             settings = settings_for_artifact(settings, given, ranks.world_size)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
@@ -4273,6 +4278,21 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
         name = f"{launch}-{number}"
 
 
+def check_outputs(settings):
+    """Raises UserError, before anything is trained, for files that could not be written then."""
+    s = settings
+    paths = [Path(s.eval_nll_path)] if s.eval_nll_path else []
+    if not s.eval_only:
+        code = code_bytes()
+        check(s, "target_mb", s.target_mb * 1e6 > code, f"is less than the script's {code} bytes")
+        paths += [s.artifact_path, *s.checkpoint_paths]
+    for path in paths:
+        with explained_write_errors(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            need(not path.is_dir(), f"cannot write {path}: it is a folder")
+            need(os.access(path.parent, os.W_OK), f"cannot write in the folder of {path}")
+
+
 def log_name(settings) -> str:
     """What LOG_DIR's files of this run are called."""
     return settings.run_id + (".eval" if settings.eval_only else "")
@@ -4280,7 +4300,8 @@ def log_name(settings) -> str:
 
 def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet | None:
     """The validation text; None if there is none and an artifact is to go on from a prompt."""
-    if prompt and settings.eval_only and not shards_of(settings.data_path, "val"):
+    unscored = os.path.isdir(settings.data_path) and not shards_of(settings.data_path, "val")
+    if prompt and settings.eval_only and unscored:
         return None
     validation = load_validation(settings, tokenizer)
     counts = validation.counts()
@@ -5845,7 +5866,7 @@ def attention_problem(settings, device: torch.device) -> str:
     except (ImportError, AttributeError) as error:
         return f"{error} (build it from FlashAttention's own repository)"
     except (RuntimeError, ValueError) as error:
-        return str(error).strip().splitlines()[0][:150]
+        return str(error).strip().splitlines()[0].partition(". ")[0]
     return ""
 
 
@@ -5887,10 +5908,10 @@ def convert_loops(environment: dict[str, str], settings) -> str:
     need("NUM_LOOPS" in environment, "LOOP_START and LOOP_END need NUM_LOOPS, the passes to add")
     first = read_count(environment, "LOOP_START", 3)
     last = read_count(environment, "LOOP_END", 4)
-    count = settings.num_layers
-    inside = first <= last < count
-    need(inside, f"LOOP_START={first} LOOP_END={last} are not layers of {count}")
     repeats = read_count(environment, "NUM_LOOPS", 0)
+    count = settings.num_layers
+    problem = f"LOOP_START={first} LOOP_END={last} are not layers of {count}: set both"
+    need(not repeats or first <= last < count, f"NUM_LOOPS={repeats}: {problem}")
     return repeat_layers(count, tuple(range(first, last + 1)), repeats, block=True)
 
 
@@ -6059,11 +6080,13 @@ def refused_names() -> dict[str, tuple[str, str]]:
 
 
 def same_value(text: str, other: str) -> bool:
-    """Whether two texts are one word or number."""
+    """Whether two texts are one word or number; true is 1, false 0."""
+    word = text.strip().lower()
+    word = {"false": "0", "true": "1"}.get(word, word)
     try:
-        return float(text) == float(other)
+        return float(word) == float(other)
     except ValueError:
-        return text.strip().lower() == other
+        return word == other
 
 
 def translate_names(environment: dict[str, str], settings) -> tuple[dict[str, str], list[str]]:

@@ -47,7 +47,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from reference import mamba_ssm_operator
-from tools.command import Parser, UserError
+from tools.command import Parser, UserError, tolerate_consoles
 
 # As the kernel below names them. Without Triton there are no kernels, and constexpr is a stand-in.
 tl = t.tl if t.triton else None
@@ -1065,6 +1065,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Comparing needs no GPU; all else does.
     """
+    tolerate_consoles()
     try:
         options = parse_arguments(arguments)
         if options.compare:

@@ -951,6 +951,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 2 after an error, 130 after Control-C."""
+    for stream in (sys.stdout, sys.stderr):  # consoles that lack a sign of a path
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     args = make_parser().parse_args(arguments)
     # Its thread is not needed, and worker processes are safer started without threads.
     tqdm.monitor_interval = 0

@@ -214,7 +214,7 @@ def test_a_run_shows_what_its_artifact_writes_and_scores_as_without(
     status, records = sample_run(monkeypatch, shards, tmp_path)
     assert status == 0
     sample, out = only(records, "sample"), capsys.readouterr().out
-    assert sample["sample"] in out
+    assert sample["sample"].split("\x12")[0] in out
     assert sample["sample"].startswith("The film")
     assert (sample["prompt"], sample["tokens"]) == ("The film", 9)
     events = [r["event"] for r in records]
@@ -235,17 +235,31 @@ def test_a_run_shows_what_its_artifact_writes_and_scores_as_without(
     (tmp_path / "a.eval.jsonl").unlink()
     capsys.readouterr()
     empty = tmp_path / "no shards"
+    empty.mkdir()
     status, alone = sample_run(monkeypatch, shards, tmp_path, eval_only=True, data_path=empty)
     assert status == 0
     assert only(alone, "sample")["sample"] == sample["sample"]
     assert "nothing to score" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_prompt_may_have_lines_and_a_samples_control_characters_are_shown(
+    monkeypatch, capsys, shards, tmp_path
+):
+    monkeypatch.setattr(t.Tokenizer, "decode", lambda *_: "a\x1b[2J\0b\n\tc")
+    status, records = sample_run(monkeypatch, shards, tmp_path, sample_prompt="The\n\tfilm\n")
+    sample, out = only(records, "sample"), capsys.readouterr().out
+    assert (status, sample["prompt"]) == (0, "The\n\tfilm\n")
+    assert sample["sample"] == "a\x1b[2J\0b\n\tc"
+    for text in (out, (tmp_path / "a.txt").read_text()):
+        assert "SAMPLE_PROMPT='The\\n\\tfilm\\n'" in text
+        assert "\n\na\\x1b[2J\\x00b\n\tc\n\n" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"sample_prompt": "   "}, "SAMPLE_PROMPT holds no text"),
-        ({"sample_prompt": "a\nb"}, "SAMPLE_PROMPT='a\\nb' holds a line break"),
+        ({"sample_prompt": "a\x1bb"}, "SAMPLE_PROMPT='a\\x1bb' holds a line break"),
         ({"sample_temperature": -1}, "SAMPLE_TEMPERATURE=-1.0 must be from 0 to 100"),
         ({"sample_top_p": 0}, "SAMPLE_TOP_P=0.0 must be from 0 to 1"),
         ({"sample_top_p": 1.5}, "SAMPLE_TOP_P=1.5 must be from 0 to 1"),

@@ -70,6 +70,15 @@ def test_a_name_that_sets_nothing_is_refused_with_what_holds_instead(name):
         assert line == f"{name}={value} changes nothing: {reason}"
 
 
+@pytest.mark.parametrize("name", ["QAT_ENABLED", "USE_LZMA"])
+def test_a_word_of_truth_is_as_good_as_its_number(name):
+    words = {"0": "False", "1": "true"}
+    right = REFUSED[name][0]
+    assert t.read_settings({name: words.pop(right)}) == (t.Settings(), set())
+    with pytest.raises(t.UserError, match=f"{name}=.* cannot be set"):
+        t.read_settings({name: words.popitem()[1]})
+
+
 def test_what_a_reason_names_exists():
     """Words in capitals in the reasons are settings, or a few words of the trade."""
     trade = {"GPTQ", "LZMA", "QAT", "SGD"}
@@ -87,6 +96,7 @@ TRANSLATIONS = [  # environment, and what it comes to
     ({"WALLCLOCK": "60"}, {"max_wallclock_seconds": 60.0}),
     ({"NUM_LOOPS": "2"}, {"layer_order": "0,1,2,3,4,3,4,3,4,5,6,7,8"}),
     ({"NUM_LOOPS": "0"}, {"layer_order": "all"}),
+    ({"NUM_LOOPS": "0", "PRESET": "tiny"}, {"layer_order": "all"}),
     ({"NUM_LOOPS": "1", "LOOP_START": "0", "LOOP_END": "1", "NUM_LAYERS": "3", "MAMBA_LAYERS": "0"},
      {"layer_order": "0,1,0,1,2"}),
     ({"RECUR_LAYERS": "3,4", "RECUR_MODE": "block", "RECUR_REPEATS": "2"},
@@ -161,6 +171,7 @@ def test_rope_dims_turns_so_many_dimensions(dims):
         ({"LOOP_START": "3"}, "need NUM_LOOPS"),
         ({"RECUR_REPEATS": "2"}, "need RECUR_LAYERS"),
         ({"NUM_LOOPS": "1", "LOOP_END": "9"}, "LOOP_START=3 LOOP_END=9 are not layers of 9"),
+        ({"NUM_LOOPS": "1", "NUM_LAYERS": "4"}, "NUM_LOOPS=1: LOOP_START=3 LOOP_END=4 are not"),
         ({"NUM_LOOPS": "99999"}, "NUM_LOOPS=99999 must be from 0 to 10000"),
         ({"NUM_LOOPS": "two"}, 'NUM_LOOPS="two" should be a whole number'),
         ({"RECUR_LAYERS": "3,9"}, "RECUR_LAYERS=3,9: no layer 9"),

@@ -5,6 +5,7 @@ disk.
 import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import random
@@ -446,6 +447,14 @@ def test_missing_packages(tmp_path, capsys, monkeypatch, model, command, package
     monkeypatch.chdir(tmp_path)
     extra = ["--variant", "sp1024"] if command == ["fineweb"] else ["--tokenizer", model]
     check_error(capsys, run(*command, *extra), f"pip install {package}")
+
+
+def test_a_console_without_a_paths_signs_ends_nothing(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1251")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(prepare, "run_sample", lambda args: print(args.out, flush=True))
+    assert run("sample", "--out", "a×b") == 0
+    assert console.buffer.getvalue() == b"a?b\n"
 
 
 def test_command_line_exit_status_without_traceback(tmp_path):

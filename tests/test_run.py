@@ -583,7 +583,7 @@ def test_other_choices_run_from_shards_to_a_score(monkeypatch, capsys, shards, t
         ({"eval_only": True}, "no artifact at"),
         ({"log_dir": "/dev/null/logs"}, "LOG_DIR=/dev/null/logs"),
         ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "/dev/null/x/y.lzma"),
-        ({"target_mb": 0.15, "iterations": 1}, "SDCLIP_K"),
+        ({"target_mb": t.code_bytes() / 1e6 + 0.001, "iterations": 1}, "at SDCLIP_K="),
         ({"eval_max_seconds": 1e-6, "iterations": 1}, "EVAL_MAX_SECONDS"),
         ({"eval_max_seconds": 1e-6, "iterations": 1, "ttt_enabled": False}, "EVAL_MAX_SECONDS"),
     ],
@@ -591,6 +591,32 @@ def test_other_choices_run_from_shards_to_a_score(monkeypatch, capsys, shards, t
 )
 def test_a_users_mistake_ends_in_one_line(monkeypatch, capsys, shards, tmp_path, changes, said):
     assert said in mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"artifact": "FOLDER/x"}, "/x: it is a folder"),
+        ({"eval_nll_path": "FOLDER/x"}, "/x: it is a folder"),
+        ({"run_id": "b"}, "/b.checkpoint: it is a folder"),
+        ({"run_id": "c"}, "/c.checkpoint-before: it is a folder"),
+        ({"artifact": "FOLDER/file/x"}, "cannot write FOLDER/file/x: "),
+        ({"target_mb": 0.1}, "TARGET_MB=0.1 is less than the script's "),
+        ({"eval_only": True, "sample_prompt": "a", "data_path": "FOLDER/none"}, "FOLDER/none"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_written_in_the_end_is_told_before_training(
+    monkeypatch, capsys, trained, shards, tmp_path, changes, said
+):
+    for name in ("x", "b.checkpoint", "c.checkpoint-before"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    shutil.copy(trained.artifact, tmp_path)
+    changes = {name: str(v).replace("FOLDER", str(tmp_path)) for name, v in changes.items()}
+    monkeypatch.setattr(t, "train", None)
+    line = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
+    assert said.replace("FOLDER", str(tmp_path)) in line
 
 
 @pytest.mark.parametrize(
@@ -740,6 +766,15 @@ def test_the_name_of_a_run_that_still_lives_is_refused(monkeypatch, capsys, shar
     other.kill()
     other.wait()
     assert run_here(monkeypatch, environment) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251"])
+def test_a_console_without_some_signs_ends_no_tool(trained, encoding):
+    console = process_environment({"PYTHONIOENCODING": encoding})
+    command = [sys.executable, "-m", "tools.summary", trained.folder / "a.jsonl"]
+    done = subprocess.run(command, env=console, capture_output=True, cwd=SCRIPT.parent)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"1 ? CPU" in done.stdout
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1251"])

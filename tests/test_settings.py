@@ -181,6 +181,9 @@ IMPOSSIBLE = [
     ({"train_batch_tokens": 100}, "TRAIN_BATCH_TOKENS"),
     ({"micro_batch_tokens": 40}, "MICRO_BATCH_TOKENS"),
     ({"export_reserve_seconds": 600.0}, "EXPORT_RESERVE_SECONDS"),
+    ({"run_id": "a/b"}, "RUN_ID=a/b must be one file name"),
+    ({"run_id": ".."}, "RUN_ID=.. must be one file name"),
+    ({"run_id": "é" * 116}, "at most 230 bytes"),
     ({"target_mb": 16.5}, "TARGET_MB"),
     ({"target_mb": 0.0}, "TARGET_MB"),
     ({"eval_stride": 33}, "EVAL_STRIDE"),
@@ -376,6 +379,14 @@ def test_white_space_in_a_list_of_layers_is_gone_once_it_is_read(name):
     settings, _ = t.read_settings({"PRESET": "tiny", name.upper(): "0,\t1 , 2-3\r\n"})
     assert getattr(settings, name) == "0,1,2-3"
     t.validate_settings(dataclasses.replace(settings, mamba_layers="0,1,3"), 1)
+
+
+@pytest.mark.parametrize("name", ["mamba_layers", "mlp_layers", "layer_order"])
+@pytest.mark.parametrize("text", ["0 1,2,3", "0\n1", "0,1 -3", "0,1,2, ,3"])
+def test_white_space_is_no_comma(name, text):
+    settings, _ = t.read_settings({"PRESET": "tiny", name.upper(): text})
+    with pytest.raises(t.UserError, match=rf"{name.upper()}=.*(: no layer |line break)"):
+        t.validate_settings(settings, 1)
 
 
 @pytest.mark.parametrize("name", ["run_id", "log_dir", "artifact", "data_path", "resume"])

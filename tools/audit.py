@@ -48,7 +48,7 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.audit", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError
+from tools.command import Parser, UserError, tolerate_consoles
 
 # The contest's figures, not the script's: what is audited does not set its own limits.
 CAP_BYTES = 16_000_000
@@ -1025,6 +1025,7 @@ def read_arguments():
 
 def main() -> int:
     """Audits what the command line says; the process's exit status."""
+    tolerate_consoles()
     try:
         given = read_arguments()
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # one process, wherever it is started

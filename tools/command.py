@@ -1,6 +1,7 @@
 """What commands share: a user's mistake, which ends in one line and with status 2."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +34,19 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def tolerate_consoles() -> None:
+    """Has a console show a question mark for a sign that its encoding lacks, as cp1251 lacks ×."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def run_command(name: str, command: Callable[[], int]) -> int:
     """The exit status of a command: what it returns, or 2 for a mistake, told in one line.
 
     A file that cannot be read or written, and a package that is missing, are mistakes too.
     """
+    tolerate_consoles()
     try:
         return command()
     except UserError as error:

@@ -40,7 +40,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, UserError, need
+from tools.command import Parser, UserError, need, tolerate_consoles
 
 
 class Averages:
@@ -251,6 +251,7 @@ def explore_all(given: argparse.Namespace) -> None:
 
 def main() -> int:
     """The command: 0, or 2 for a mistake of the user, which ends in one line."""
+    tolerate_consoles()
     try:
         explore_all(read_arguments())
     except (UserError, t.UserError) as error:

@@ -31,10 +31,10 @@ defaults, and every other variable goes before it:
 
     PRESET=short SEED=42 MATRIX_LR=0.03 torchrun --standalone --nproc_per_node=1 train_gpt.py
 
-A value outside its bounds ends the run with one line, and so do a name that is nearly a setting's
-and a setting that another one makes meaningless. Variables of other programs are let be. Lists of
-layers are `all`, `none` or such as `0,2-4`. `python train_gpt.py --help` says the same as this
-page, and a run's log holds all of its settings.
+A value outside its bounds ends the run with one line, and so does a name that is one letter off a
+setting's or begins as only settings do. Other variables are let be, and most settings that others
+leave without effect; a run's log begins with those given. Lists of layers are `all`, `none` or such
+as `0,2-4`. `python train_gpt.py --help` says the same as this page.
 """
 
 GROUPS = {
