@@ -256,6 +256,18 @@ def test_a_backend_that_cannot_run_here_is_refused_in_one_line(changes, said):
     assert t.choose_attention_backend(tiny(**changes), torch.device("meta")) == "math"
 
 
+def test_the_reason_is_a_whole_sentence(monkeypatch):
+    def attend(*_):
+        raise NotImplementedError(f"{reason}. This could be because\nof much")
+
+    reason = "Could not run " + "a long name " * 20
+    monkeypatch.setattr(t, "attend", attend)
+    t.attention_problem.cache_clear()
+    with pytest.raises(t.UserError, match=f"does not run here: {reason}; auto does"):
+        t.choose_attention_backend(tiny(attention_backend="fa3"), CPU)
+    t.attention_problem.cache_clear()
+
+
 def test_an_empty_module_of_flash_attentions_name_is_refused(monkeypatch):
     """Such a package stands in the registry: it must not fail at the first step."""
     t.attention_problem.cache_clear()
