@@ -956,6 +956,7 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 #     B  sequences in a batch         P  channels of a head: the numbers of a value
 #     L  tokens in a sequence         N  state size: the numbers of a key and of a query
 #     H  heads                        R  angles: 2R <= N numbers of keys and queries turn in pairs
+#     C  tokens in a chunk
 #
 # Mamba-3 (arXiv 2603.15569), for each head and each token t:
 #
@@ -1213,17 +1214,19 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 # A state that is carried in gets the second half of its last token's outer product first,
 # (1 - lambda_1) dt_1 v_0 k_0^T, and adds (a_1 ... a_t) times the sum, applied to q_t.
 #
-# Chunks of C tokens. The sum over s is a masked matmul within a chunk, and a state between chunks:
+# Chunks of C tokens. The sum over s is a masked matmul within a chunk, and a state between chunks.
+# A chunk's last token takes the next chunk's first step: so that state, S', is S plus that half;
+# only a call's last token is owed it (ScanState keeps its key and value).
 #
 #     tokens     0 ......... C-1     C ........ 2C-1     2C ....... 3C-1
 #               +---------------+   +---------------+   +---------------+
-#     outputs   | (Q K^T · M) V |   | (Q K^T · M) V |   | (Q K^T · M) V |    step 2
+#     outputs   | (Q K^T ∘ E) V |   | (Q K^T ∘ E) V |   | (Q K^T ∘ E) V |    step 2
 #               +-------+-------+   +-------+-------+   +-------+-------+
 #                ^      | leaves     ^      | leaves     ^      | leaves     step 3
 #     incoming   |      v behind     |      v behind     |      v behind
-#     S_in ------+--- a·S + L -------+--- a·S + L -------+--- a·S + L -----> S_out
+#     S' --------+--- a·S' + O ------+--- a·S' + O ------+--- a·S' + O ----> S
 #
-# M holds decays times key weights, a is a whole chunk's decay, L the chunk's own outer products, as
+# E holds decays times key weights, a is a whole chunk's decay, O the chunk's own outer products, as
 # they have decayed by its end. The incoming state is read by each of the chunk's queries (step 4).
 
 
@@ -1269,6 +1272,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     return finish_scan(inputs, terms, y, ssm)
 
 
+# fused: the published libraries' kernels (section 12); triton: our own (section 11).
 SCAN_BACKENDS = {  # of each Mamba, the fastest on a GPU first; the last one is the reference
     1: ("fused", "parallel", "sequential"),
     2: ("fused", "chunked", "sequential"),
@@ -1358,14 +1362,14 @@ class Documents(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every block of one forward pass shares: T tokens, or T of a stream behind O others.
+    """What every block of one forward pass shares: T tokens, or T of a stream after O others.
 
     Scans and convolutions run through a stream's part as a whole. Attention reads it in windows of
     L tokens, TRAIN_SEQ_LEN, that overlap by O: places count from the first of the O tokens.
     """
 
     document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
-    cos: Tensor  # (T, rotating pairs), or (L, rotating pairs) behind a state
+    cos: Tensor  # (T, rotating pairs), or (L, rotating pairs) after a state
     sin: Tensor
     documents: Documents | None = None  # where attention and convolutions end; None: nowhere
     attention_backend: str = "auto"
@@ -1383,11 +1387,11 @@ def compact(x: Tensor) -> Tensor:
 
 
 def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[Tensor, Tensor]:
-    """Context's windows and outputs, for `length` tokens behind `overlap` earlier ones.
+    """Context's windows and outputs, for `length` tokens after `overlap` earlier ones.
 
     A window of `size` tokens has size - overlap new ones, which divide length. Of the earlier
     tokens there are only seen, () int64: a stream's first windows begin at its first token, and
-    hold more tokens behind the new ones instead, which causal attention leaves out.
+    hold more tokens after the new ones instead, which causal attention leaves out.
     """
     stride = size - overlap
     first = torch.arange(0, length, stride, device=seen.device).clamp(min=overlap - seen)  # (W,)
@@ -1520,7 +1524,7 @@ def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, heads, D), in its dtype.
 
-    Entries i and R + i of a head, i < R, are turned as a point of the plane; those behind 2R are
+    Entries i and R + i of a head, i < R, are turned as a point of the plane; those after 2R are
     not. A query's product with a key then depends on their distance, not on where they stand.
     """
     pairs = cos.shape[-1]
@@ -1784,18 +1788,20 @@ class Block(nn.Module):
     To add a mixer, write a class beside Attention and Mamba with these methods:
 
     - forward(x, context, state=None): x (B, T, width), normed, to what is added to the residual
-      stream, and the state behind x. No token may depend on a later one, nor on one of another
+      stream, and the state after x. No token may depend on a later one, nor on one of another
       document (context says where). A state comes with each text's next token in generate(), and
-      with part of a stream in EVAL_MODE=stateful;
-    - new_state(batch, kept, dtype), the state of no tokens at all, as tensors in a NamedTuple; kept
-      is how many tokens' keys and values attention keeps, dtype the activations'.
+      with part of a stream in EVAL_MODE=stateful. It has to compile as one graph;
+    - new_state(batch, kept, dtype), the state of no tokens at all, a NamedTuple of tensors whose
+      shapes stay; kept is how many tokens' keys and values attention keeps, dtype the activations'.
 
     Then choose it below, by a setting of its own in the group "model": the artifact's header holds
     those (add what older files mean to FORMER_DEFAULTS), and load_model() builds it again. Make its
     matrices Linear, the last one with zero=True: Muon trains them and GPTQ quantizes them by their
-    inputs. Other parameters begin as initial() says, are Adam's (parameter_kind()), and are stored
-    as float_type() says; rows that need 8 bits are listed in grid_limits(). Add it to VARIANTS in
-    tests/test_model.py and tests/test_generate.py, whose tests ask for all of this.
+    inputs. Other parameters begin as initial() says, and are Adam's. Names decide the rest: *_proj
+    has Mamba's rate (parameter_kind()) and kind (kind_of()), another matrix attention's; x_proj,
+    dt_proj and the last dynamics_rows of in_proj, where it has any, 8 bits (grid_limits()); .D and
+    .dt_bias are stored in float32 (float_type()). Add it to VARIANTS in tests/test_model.py and
+    tests/test_generate.py, whose tests ask for all of this.
     """
 
     def __init__(self, settings, layer: int, scan_backend: str):
@@ -1809,7 +1815,7 @@ class Block(nn.Module):
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state=None) -> tuple:
-        """x, embedded (B, T, width) -> the residual stream behind this block, the mixer's state."""
+        """x, embedded (B, T, width) -> the residual stream after this block, the mixer's state."""
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
         y, state = self.mixer(self.layer_input(x), context, state)
@@ -1889,7 +1895,7 @@ class Model(nn.Module):
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
 
     def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Hidden states (B, T, width) of tokens (B, T) int64, behind the layers in this order."""
+        """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
         start = tokens == BOS_ID if self.settings.document_reset else None
         documents = None
         if self.settings.confines_documents:
@@ -1906,7 +1912,7 @@ class Model(nn.Module):
         With UNET_SKIPS, what leaves each layer of the first half enters one of the second half,
         times a learned weight: the last takes the first's, as in a U-net. states.take(place) gives
         the state of the mixer at that place in the order, as it was before these tokens, and
-        states.put(place, state) gets the one behind them. run_block: Block.forward, compiled.
+        states.put(place, state) gets the one after them. run_block: Block.forward, compiled.
         """
         x = embedded.clone()  # compiled blocks would be compiled anew for one tensor in two roles
         state = None
@@ -1970,7 +1976,7 @@ class Model(nn.Module):
         """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
 
         Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state then stands
-        behind these tokens, in the same memory: a step can be a CUDA graph.
+        after these tokens, in the same memory: a step can be a CUDA graph.
         """
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
         start = tokens == BOS_ID if self.settings.document_reset else None
@@ -2109,7 +2115,7 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
     return "mamba_matrix" if ".mixer." in name and "_proj." in name else "matrix"
 
 
-# (a, b, c) of each Newton-Schulz step, and of all behind: five bring singular values from 0.001
+# (a, b, c) of each Newton-Schulz step, and of all after: five bring singular values from 0.001
 # to 1 near 1 (Polar Express, arXiv 2505.16932).
 POLAR_EXPRESS = (
     (8.20516, -22.90194, 16.46072),
@@ -2379,7 +2385,7 @@ class Schedule(NamedTuple):
     momentum: float  # Muon's
     recurrent: bool  # layers run in LAYER_ORDER
     quantized: bool  # gradients are those at weights on their grids
-    snapshot: bool  # swa takes the weights behind this step
+    snapshot: bool  # swa takes the weights after this step
 
 
 def ramp(part: float, whole: float) -> float:
@@ -2494,7 +2500,7 @@ class StateRelay:
         return self.states[place]
 
     def put(self, place: int, state):
-        """Keeps the state after this rank's part, and sends it to the rank behind."""
+        """Keeps the state after this rank's part, and sends it to the next rank."""
         state = map_state(compact, state)
         self.states[place] = state
         if self.ranks.rank + 1 < self.parts:
@@ -2560,10 +2566,11 @@ class Evaluator:
     Why test-time training cannot see a target before it is scored: evaluate() goes through the
     stream in chunks of TTT_CHUNK_TOKENS targets, in order. On each it first calls _score_chunk(),
     which fixes the nats of every target in the chunk, and only then _adapt(), which reads this
-    chunk's tokens and targets and none behind them. So the weights that score a target have been
+    chunk's tokens and targets and none after them. So the weights that score a target have been
     trained on earlier chunks alone; within a chunk, the model is causal. No target is scored again
     with weights that know it: _keep() counts, and _collect() raises unless each was scored exactly
-    once. The last chunk, which nothing follows, is not trained on. Each rank scores some of a
+    once. The last chunk, which nothing follows, is not trained on; the others are whole sequences
+    by validate_settings(), so that training never reads past one. Each rank scores some of a
     chunk's windows and trains on a part of it; gradients are summed.
 
     EVAL_MODE=stateful: no window cuts a target off from what came before. Parts of the stream are
@@ -2726,6 +2733,7 @@ class Evaluator:
         settings = self.settings
         world_size = self.ranks.world_size
         length = ttt_sequence_length(settings, world_size)
+        assert (last - first) % (world_size * length) == 0  # by validate_settings(): ends at last
         mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]
         rows = largest_divisor(len(mine), settings.val_batch_size // (world_size * length))
         share = rows / len(mine) / world_size  # of a batch in the chunk's mean
@@ -2767,7 +2775,7 @@ class Evaluator:
 #             collect_hessians() says which errors count, by the layer's inputs
 #
 # QUANTIZER=gptq is all of that, round takes the nearest integers; percentile, dsq and ternary have
-# steps of their own (section 12).
+# grid steps of their own (section 12). These are no step sizes dt, which are section 4's.
 
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
@@ -2807,7 +2815,7 @@ def grid_limits(model) -> dict[str, Tensor]:
         if name in ("embedding", "output_embedding") or name.endswith((".x_proj", ".dt_proj")):
             rows[:] = INT8_MAX
         elif name.endswith(".in_proj"):
-            rows[len(rows) - layer.dynamics_rows :] = INT8_MAX
+            rows[len(rows) - getattr(layer, "dynamics_rows", 0) :] = INT8_MAX
         limits[f"{name}.weight"] = rows
     return limits
 
@@ -2819,12 +2827,12 @@ def k_of(name: str, settings, k: float) -> float:
 
 
 def exact_steps(steps: Tensor) -> Tensor:
-    """The nearest steps that float16 holds, float32; none is 0, as a row of zeros would have it."""
+    """The nearest grid steps that float16 holds, float32; a row of zeros has none of 0 either."""
     return steps.clamp(min=2**-14, max=60_000.0).half().float()
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """The integers, in weight's type, whose products with the steps scale are nearest to weight."""
+    """The integers, in weight's type, whose products with grid steps scale are nearest to it."""
     return (weight / scale).round().clamp(-limits, limits)
 
 
@@ -2835,9 +2843,9 @@ def sdclip_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 
 
 def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
-    """A matrix's steps of rows (rows, 1) and of columns (columns,), by QUANTIZER's rule.
+    """A matrix's grid steps, of rows (rows, 1) and columns (columns,), by QUANTIZER's rule.
 
-    Their product is the step at each weight; float32 numbers that float16 holds. k bounds rows of
+    Their product is the scale of each weight; float32 numbers that float16 holds. k bounds rows of
     int6, SDCLIP_K_INT8 those of int8, in root-mean-squares of the row.
     """
     clips = torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
@@ -2852,7 +2860,7 @@ def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tens
 
 
 def float_type(name: str) -> str:
-    """In the artifact, of a vector or a matrix's steps: float32 for Mamba's dt_bias and D alone."""
+    """A parameter's type in the artifact: float32 for Mamba's dt_bias and D alone, else float16."""
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
@@ -2899,7 +2907,7 @@ def fit_sdclip(model, settings, target_bytes: float) -> float:
 def fake_quantization(model, matrices: dict[str, Tensor], k: float):
     """Quantization-aware training: inside, matrices stand on their grids, grid_limits(model).
 
-    Gradients that are computed inside are those of the rounded weights; behind it the weights are
+    Gradients that are computed inside are those of the rounded weights; after it the weights are
     what they were, and take these gradients (the straight-through estimator, arXiv 1308.3432).
     """
     settings = model.settings
@@ -2918,7 +2926,7 @@ def fake_quantization(model, matrices: dict[str, Tensor], k: float):
 def calibration_sequences(model, settings, ranks, batches) -> Tensor:
     """This rank's part (n, T) of CALIBRATION_TOKENS tokens, int64, of which Hessians are made.
 
-    CALIBRATION=train: the next ones of batches. self: texts that the model writes behind BOS.
+    CALIBRATION=train: the next ones of batches. self: texts that the model writes after BOS.
     """
     s = settings
     if s.calibration == "train":
@@ -2999,7 +3007,7 @@ def gptq(
         q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
 
     takes out of the columns to come, as well as they can, what rounding column j did to the
-    outputs; U is inverse_factor()'s, with damp of H's mean diagonal added. Columns behind a block
+    outputs; U is inverse_factor()'s, with damp of H's mean diagonal added. Columns after a block
     of block_size take its errors at once. Returns whole numbers in float32, in weight's shape.
     Raises UserError where H is not finite.
     """
@@ -3033,9 +3041,10 @@ def gptq(
 def quantize_model(model, settings, ranks, hessians: dict, k: float) -> dict[str, Tensor]:
     """What the artifact stores of the model, in its order; the same on all ranks.
 
-    First by each parameter's name, in its float_type(), a vector as it is and of a matrix the steps
-    (rows + columns,); then as "NAME integers" each matrix, int8 (rows, columns). A matrix without a
-    Hessian gets the nearest integers. Matrices of one shape are rounded at once, by one rank.
+    First by each parameter's name a vector, rounded to its float_type() (dt_bias and D alone stay
+    float32), or a matrix's grid steps (rows + columns,), by half(), exact after exact_steps(); then
+    as "NAME integers" each matrix, int8 (rows, columns): without a Hessian, the nearest integers.
+    Matrices of one shape are rounded at once, by one rank.
     """
     stored = {}
     for name, p in model.named_parameters():
@@ -3068,29 +3077,29 @@ def quantize_model(model, settings, ranks, hessians: dict, k: float) -> dict[str
 # The file, its numbers little-endian; nothing in it is unpickled or run:
 #
 #     SSMGOLF4{"bigram_dim":128, ... ,"vocab_size":8192}\n    magic; artifact_header() as JSON
-#     LZMA stream of the record                               vectors, steps, frequencies: below
+#     LZMA stream of the record                               vectors, grid steps, frequencies
 #     uint16 ...                                              the integers of all matrices, coded
 #     32 bytes                                                SHA-256 of all before
 #
-# The record, once decompressed, is one entry behind the other without gaps: one for each parameter
+# The record, once decompressed, is one entry after the other without gaps: one for each parameter
 # in the order of Model.named_parameters(), then one for each matrix.
 #
 #     entry                                  type      numbers
-#     bigram_scale                           float16   1                a vector is there as it is,
-#     embedding.weight                       float16   vocab + width    a matrix as steps of its
-#     ...                                                               rows, then of its columns
-#     blocks.0.mixer.dt_bias                 float32   heads            float_type() says which type
+#     bigram_scale                           float16   1                a vector, rounded to it;
+#     embedding.weight                       float16   vocab + width    a matrix's grid steps of
+#     ...                                                               rows, then of columns
+#     blocks.0.mixer.dt_bias                 float32   heads            with D alone: float_type()
 #     blocks.0.mixer.in_proj.weight          float16   rows + columns
-#         gate, value, key, query                steps of rows of int6 integers
-#         step size, decay, trapezoid, angles    the last dynamics_rows row steps, of int8 integers
+#         gate, value, key, query                grid steps of rows of int6 integers
+#         step size, decay, trapezoid, angles    of the last dynamics_rows rows, int8 integers
 #         columns                                1 each but with QUANTIZER=dsq
 #     ...
 #     embedding.weight integers              uint32    256              frequencies of its integers'
 #     blocks.0.mixer.in_proj.weight integers uint32    256              values, summing to 65,536
 #     ...
 #
-# Steps are float16, those of the recurrence's rows too: exact_steps() made numbers of them that
-# float16 holds, so that float_type() costs no bit. Those rows are finer by their 8-bit integers.
+# Grid steps go by half(), those of the recurrence's rows too: exact_steps() made them numbers that
+# float16 holds. 8 bits buy these rows reach (next to no clipping) and, at a large k, a finer grid.
 
 
 ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
@@ -3166,7 +3175,7 @@ def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def decode_integers(
     frequencies: np.ndarray, words: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Undoes encode_integers(): count integers, int8, and the words that stand behind their code.
+    """Undoes encode_integers(): count integers, int8, and the words that stand after their code.
 
     Raises ValueError for words that are no such code.
     """
@@ -3356,7 +3365,7 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
             numbers = torch.tensor(integers).view(p.shape) * row_steps[:, None] * column_steps
         parameters[name] = numbers
     if len(words):
-        raise ValueError("words behind the last matrix")
+        raise ValueError("words after the last matrix")
     return parameters
 
 
@@ -3723,8 +3732,13 @@ class GraphedSteps:
     """step(kind, tokens, targets, lr_factor, momentum); on one GPU, most as a CUDA graph.
 
     Launching a step's kernels one by one takes a host longer than small ones take the GPU. Several
-    ranks are not graphed, nor is a CPU. The first two steps of a kind compile, and allocate what
-    the graph, made in the third, takes for granted. One graph is kept: its memory is its own.
+    ranks are not graphed, nor is a CPU. The first two steps of a kind compile what warm_up() has
+    not (all, if WARMUP_STEPS=0; it knows no grids), and allocate what the graph, made in the third,
+    takes for granted. One graph is kept: its memory is its own. A step may not
+
+    - wait for the device, or branch on its values;
+    - take Python numbers that change (rates are tensors), nor change shapes;
+    - make or move tensors that outlive it, but its loss.
     """
 
     def __init__(self, step, ranks):
@@ -3952,7 +3966,7 @@ class Trainer:
         return seconds, due > 0, stopped > 0
 
     def kind_of(self, now: Schedule) -> StepKind:
-        """What kind of step it is; the first that is quantized chooses k."""
+        """A step's kind; the first on grids chooses k: here, as fit_sdclip() waits for the GPU."""
         if now.quantized and not self.qat_k:
             self.qat_k = fit_sdclip(self.model, self.settings, self.target_bytes)
             self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
@@ -3965,7 +3979,7 @@ class Trainer:
             self.stop(f"{what}: {DIVERGED}")
 
     def stop(self, why: str):
-        """Ends the run on all ranks, behind a checkpoint."""
+        """Ends the run on all ranks, after a checkpoint."""
         if self.checkpoints is None:
             raise UserError(why)
         self.save()
@@ -4374,7 +4388,7 @@ def explain_collective(error: RuntimeError) -> str:
 # Section 4's scan and section 5's cross-entropy in Triton, for bfloat16 on NVIDIA GPUs. Nothing
 # is new to the model: mamba_scan() and Model.nats() compute the same without, and tests compare.
 #
-# A chunk of the scan has T = CHUNK tokens; `padded` is the length in whole chunks. In order:
+# A chunk of the scan has C = CHUNK tokens; `padded` is the length in whole chunks. In order:
 #
 #   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
 #   rotate_features    a program per chunk and head: keys and queries, biased and rotated
@@ -4389,15 +4403,15 @@ def explain_collective(error: RuntimeError) -> str:
 # runs give the same bits. Keys, queries and the state have their even entries first, then the odd
 # ones, so that a pair to be rotated lies in two contiguous halves.
 #
-# Buffers between the kernels, (B batch, H heads, P channels, N state, R angles, C chunks):
+# Buffers between the kernels, in section 4's letters:
 #
 #   scalars    (6, B, H, padded) float32  numbers per token and head: planes below
 #   features   (2, B, padded, N)          keys, queries: normed, shared by the heads
 #   half_turn  (B, padded, R) float32     tanh(angle rate) / 2, the turns of a step of size 1
-#   turns      (B, C, H, R) float32       turns made in a chunk; after a sum, those before it
+#   turns      (B, chunks, H, R) float32  turns made in a chunk; after a sum, those before it
 #   rotated    (2, B, H, padded, N)       keys, queries: biased and rotated
 #   rotation   (2, B, H, padded, R)       cos, sin of the running angle
-#   states     (B, H, C, N, P)            the state that enters each chunk, transposed
+#   states     (B, H, chunks, N, P)       the state that enters each chunk, transposed
 
 # Planes: the first index of a buffer, by name. A kernel may read no global but such a constant.
 STEP, DECAY_SUM, KEY_LOG, CURRENT, KEY_QUERY, WEIGHT = map(constexpr, range(6))  # of scalars
@@ -4523,7 +4537,7 @@ def write_tile(tensor, place, x):
 #   log_decay  A_t dt_t log2(e), A_t = -max(softplus(decay), DECAY_FLOOR); fixed at document starts
 #   decay_sum  D_t = sum of log_decay from the chunk's first token to t
 #   current    c_t = lambda_t dt_t, with share lambda = sigmoid(trapezoid)
-#   weight     w_t = c_t + (1 - lambda_{t+1}) dt_{t+1}: all that key t will ever weigh
+#   weight     w_t = c_t + (1 - lambda_{t+1}) dt_{t+1}: all that key t weighs; a call's last: c_t
 #   key_log    D_t - log2 w_t, so that 2**(D_s - key_log_t) = w_t · decay from t to s
 #
 # and for each rotated pair the turns of a step of size 1, tanh(angle) / 2 = sigmoid(2 angle) - 1/2.
@@ -4616,7 +4630,7 @@ def tokens_forward(
 #
 #   even' = even cos a_t - odd sin a_t,  odd' = even sin a_t + odd cos a_t
 #
-# of key + key bias and query + query bias. Pairs behind the first R have half_turn 0 and stay. The
+# of key + key bias and query + query bias. Pairs after the first R have half_turn 0 and stay. The
 # product q_t·k_t is taken before rotation, which does not change it, and so has no rounding of it.
 
 
@@ -4673,14 +4687,14 @@ def rotate_features(
 
 
 # ---- Scan, forward -------------------------------------------------------------------------------
-# Within a chunk, with keys K, queries Q (T, N), values V (T, P), h (N, P) the state that enters:
+# Within a chunk, with keys K, queries Q (C, N), values V (C, P), h (N, P) the state S' that enters:
 #
 #   E_ts = 2**(D_t - key_log_s) for s < t,  c_t for s = t,  0 for s > t
 #   out  = (Q K^T ∘ E + skip I) V + 2**D ∘ (Q h)
 #   y    = out ∘ gate sigmoid(gate)
-#   h'   = 2**D_T h + K^T (2**(D_T - key_log) ∘ V)
+#   h'   = 2**D_C h + K^T (2**(D_C - key_log) ∘ V), D_C being D at the chunk's end
 #
-# Padding behind the sequence has step 0, so it changes no state. A program walks through the chunks
+# Padding after the sequence has step 0, so it changes no state. A program walks through the chunks
 # of one head: the state never leaves its registers but for a copy for the backward.
 
 
@@ -4750,7 +4764,7 @@ def scan_forward(
         t = chunk * CHUNK
         place = head * chunks + chunk
         value, key, query = read_chunk(projected, rotated, b, head, t, batch, H, P)
-        end = tl.load(decay_sums + place * CHUNK + CHUNK - 1)  # D_T
+        end = tl.load(decay_sums + place * CHUNK + CHUNK - 1)  # D_C
         decay_sum, key_log, current = read_scalars(scalars, head, t, batch * H, CHUNK)
         old = ssm.to(dtype)
         write_tile(states, [place, 0, 0], old)
@@ -4772,13 +4786,13 @@ def scan_forward(
 # ---- Scan, backward ------------------------------------------------------------------------------
 # With G the gradient by out, M = Q K^T ∘ E + skip I and dM = G V^T, as above:
 #
-#   dV = M^T G + 2**(D_T - key_log) ∘ (K dh')
-#   dK = (dM ∘ E)^T Q + 2**(D_T - key_log) ∘ (V dh'^T)
+#   dV = M^T G + 2**(D_C - key_log) ∘ (K dh')
+#   dK = (dM ∘ E)^T Q + 2**(D_C - key_log) ∘ (V dh'^T)
 #   dQ = (dM ∘ E) K + (2**D ∘ G) h^T
-#   dh = 2**D_T dh' + Q^T (2**D ∘ G)
+#   dh = 2**D_C dh' + Q^T (2**D ∘ G)
 #
 # diag(dM) holds what c_t and skip get. No gradient of E is formed: all that scales with 2**D_t is
-# in q_t·dq_t, all that scales with 2**-key_log_t in k_t·dk_t, and all that scales with 2**D_T in
+# in q_t·dq_t, all that scales with 2**-key_log_t in k_t·dk_t, and all that scales with 2**D_C in
 # sum(dh' ∘ h'). Scores are computed again, transposed, as dK and dV want them; h comes from states;
 # and out from y / (gate sigmoid(gate)), which saves a buffer as large as y.
 
@@ -4831,7 +4845,7 @@ def scan_backward(
     d_ssm_out,
     ssm_out,
     d_diagonal,  # out, (B, H, padded): diag(dM)
-    d_end,  # out, (B, H, C, N): sum(dh' ∘ h') over P, of each chunk
+    d_end,  # out, (B, H, chunks, N): sum(dh' ∘ h') over P, of each chunk
     d_ssm_in,  # out
     batch,
     chunks,
@@ -4858,7 +4872,7 @@ def scan_backward(
         tl.store(d_end + place * N + tl.arange(0, N), at_end)
         d_out = gate_backward(d_y, d_squares, projected, y, d_projected, [b, t, h * P], head, FAST)
         value, key, query = read_chunk(projected, rotated, b, head, t, batch, H, P)
-        end = tl.load(decay_sums + place * CHUNK + CHUNK - 1)  # D_T
+        end = tl.load(decay_sums + place * CHUNK + CHUNK - 1)  # D_C
         decay_sum, key_log, current = read_scalars(scalars, head, t, batch * H, CHUNK)
         to_end = exp2_tile(end - key_log, FAST)[:, None]
         old = d_ssm.to(value.dtype)
@@ -5003,7 +5017,7 @@ def turns_backward(
     turning = live & (r < R)
     half = load_float(half_turn + (b * padded + t) * R + r, turning)
     d_half = tl.zeros_like(half)
-    # A token's turn moves all later ones: those of its chunk, and those behind it.
+    # A token's turn moves all later ones: those of its chunk, and those after it.
     onward = (t <= token[None, :]).to(d_turn.dtype.element_ty)
     for k in tl.range(H, num_stages=4):
         head = (b * H + k).to(tl.int64)
@@ -5051,12 +5065,12 @@ def tokens_backward(
     scalars,
     half_turn,
     d_turn,
-    d_turns,  # (B, C, H, R) float32: of all turns behind a chunk
+    d_turns,  # (B, chunks, H, R) float32: of all turns after a chunk
     d_scalars,
     d_diagonal,
     d_end,
     d_projected,  # out: step, decay, trapezoid, angles
-    d_heads,  # out, (B · C, H) float32: the step bias's gradient by chunk
+    d_heads,  # out, (B · chunks, H) float32: the step bias's gradient by chunk
     length,
     batch,
     WIDTH: constexpr,
@@ -5193,7 +5207,7 @@ def fused_scan(
 ) -> list[Tensor]:
     """The scan of ScanTensors with ScanSizes, both as lists.
 
-    Returns y's squares summed by head, (B, H, padded) float32; the running angle behind the last
+    Returns y's squares summed by head, (B, H, padded) float32; the running angle after the last
     token, (B, H, R) in turns; and ScanSaved.
     """
     given = ScanTensors(*tensors)
@@ -5375,14 +5389,18 @@ def triton_scan(projected, p, sizes, document_start, state, chunk):
     squares, turn, y, ssm, *_ = fused_scan(list(tensors), start, list(constants))
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
-    ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     mean_square = squares[..., : y.shape[1]].sum(1) / y.shape[2]
-    return y, mean_square, ScanState(angle, ssm, key, last.value[:, 0].float())
+    return y, mean_square, ScanState(angle, evens_back(ssm), key, last.value[:, 0].float())
 
 
 def evens_first(x: Tensor) -> Tensor:
     """The last dimension's even entries, then its odd ones: the kernels' order of the state."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def evens_back(x: Tensor) -> Tensor:
+    """Undoes evens_first()."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 # ---- Cross-entropy -------------------------------------------------------------------------------
@@ -5478,14 +5496,14 @@ fused_cross_entropy.register_autograd(
 def selective_scan(
     tensors, document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The first Mamba's recurrence (arXiv 2312.00752), each of C channels with N states of its own.
+    """The first Mamba's recurrence (arXiv 2312.00752), H channels with N states each.
 
         dt_t = softplus(step_t + bias)
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t
         y_t = (C_t h_t + D x_t) SiLU(gate_t)
 
-    tensors: x, step (B, L, C), A (C, N) < 0, B, C (B, L, N), D (C,), gate (B, L, C), bias (C,).
-    document_start (B, L) bool or None. state (B, C, N): what earlier tokens left, or None.
+    tensors: x, step (B, L, H), A (H, N) < 0, B, C (B, L, N), D (H,), gate (B, L, H), bias (H,).
+    document_start (B, L) bool or None. state (B, H, N): what earlier tokens left, or None.
     Returns y in x's dtype, computed in float32 or more, and the last h; the backend "fused" knows
     neither documents nor states, and returns None in its place.
     """
@@ -5504,21 +5522,21 @@ def selective_scan(
     chunks = (x.split(chunk_size, dim=1) for x in (value, step, key, query, reset))
     for part in zip(*chunks, strict=True):
         inputs = (*part, decay_rate, state, backend)
-        y, state = checkpoint(selective_chunk, *inputs, **options)  # keeps one chunk's C·N a token
+        y, state = checkpoint(selective_chunk, *inputs, **options)  # keeps one chunk's H·N a token
         outputs.append(y)
     y = torch.cat(outputs, dim=1) + skip * value
     return (y * F.silu(gate)).to(tensors[0].dtype), state
 
 
 def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: str):
-    """C_t h_t (B, T, C) of a chunk's T tokens, and their last h (B, C, N).
+    """C_t h_t (B, T, H) of a chunk's T tokens, and their last h (B, H, N).
 
     reset (B, T): 0, or -infinity where a document starts. The backend "parallel" is Hillis and
-    Steele's inclusive scan: behind round r, each token's state holds what the 2**r tokens up to it
+    Steele's inclusive scan: after round r, each token's state holds what the 2**r tokens up to it
     left, so that log2 T rounds, each a pass over all tokens, take the place of a loop.
     """
     rates = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate)
-    decay = rates.exp()  # (B, T, C, N)
+    decay = rates.exp()  # (B, T, H, N)
     states = (step * value).unsqueeze(-1) * key.unsqueeze(2)
     if backend == "sequential":
         held = [state]
@@ -6031,7 +6049,7 @@ OTHER_NAMES = {
 }
 ALIASES = {name: ours for names, ours in OTHER_NAMES.items() for name in names.split()}
 
-# Names that set nothing, and what holds instead. A value behind a name says just that: it may be
+# Names that set nothing, and what holds instead. A value after a name says just that: it may be
 # given.
 REFUSALS = {
     "CONTROL_TENSOR_NAME_PATTERNS": "vectors and scales train in float32, by Adam",

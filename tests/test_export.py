@@ -222,6 +222,16 @@ def test_steps_are_positive_and_survive_float16(rows, quantizer):
     )
 
 
+def test_an_in_proj_of_another_mixer_has_no_rows_of_eight_bits_unless_it_says_so():
+    model = random_model(tiny())
+    layer = model.blocks[0].mixer.in_proj
+    name = "blocks.0.mixer.in_proj.weight"
+    usual = row_limits(len(layer.weight), layer.dynamics_rows)
+    assert torch.equal(t.grid_limits(model)[name], usual)
+    del layer.dynamics_rows
+    assert torch.equal(t.grid_limits(model)[name], row_limits(len(layer.weight), 0))
+
+
 @each_version
 def test_rows_that_drive_the_recurrence_have_eight_bits_and_are_the_last(version):
     """Step size, decay, trapezoid and angles: 3 heads' worth and the angles in Mamba-3, the step
