@@ -2733,7 +2733,8 @@ class Evaluator:
         settings = self.settings
         world_size = self.ranks.world_size
         length = ttt_sequence_length(settings, world_size)
-        assert (last - first) % (world_size * length) == 0  # by validate_settings(): ends at last
+        whole = (last - first) % (world_size * length) == 0  # by validate_settings()
+        assert whole or last == self.total, "training would read past its chunk"
         mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]
         rows = largest_divisor(len(mine), settings.val_batch_size // (world_size * length))
         share = rows / len(mine) / world_size  # of a batch in the chunk's mean
