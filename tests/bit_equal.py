@@ -66,7 +66,10 @@ CASES = {  # settings beyond COMMON, and the number of ranks
     "hybrid11": (TWO_LAYERS | {"PRESET": "hybrid11", "QUANTIZER": "percentile"}, 1),
     "hybrid18": (TWO_LAYERS | {"PRESET": "hybrid18", "LATE_QAT_THRESHOLD": "0.9"}, 1),
     "mamba2": (TWO_LAYERS | {"MAMBA_VERSION": "2", "QUANTIZER": "round"}, 1),
-    "ternary": (TWO_LAYERS | {"QUANTIZER": "ternary", "DOCUMENT_RESET": "1"}, 1),
+    "ternary": (  # SCOPE: commits that do not know it reset scans alone
+        TWO_LAYERS | {"QUANTIZER": "ternary", "DOCUMENT_RESET": "1", "DOCUMENT_SCOPE": "scans"},
+        1,
+    ),
 }
 
 
