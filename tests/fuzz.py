@@ -40,6 +40,7 @@ import torch
 
 import train_gpt as t
 from tests.support import (
+    SMALLEST,
     SOLO,
     random_model,
     tiny,
@@ -59,20 +60,6 @@ WARM_UP_SECONDS = 30.0  # of a worker
 # Cases that a worker handles before another takes its place: its peak of memory cannot be reset.
 BATCH = 250
 VOCABULARY = 512
-
-# A model of one Mamba and one attention layer, read in some milliseconds.
-SMALLEST = {
-    "num_layers": 2,
-    "mamba_layers": "0",
-    "mlp_mult": 1.0,
-    "vocab_size": 16,
-    "model_dim": 8,
-    "num_heads": 1,
-    "num_kv_heads": 1,
-    "mamba_head_dim": 8,
-    "bigram_vocab_size": 2,
-    "bigram_dim": 2,
-}
 
 Originals = dict[str, bytes]
 

@@ -49,6 +49,20 @@ SMALL = {
     "warmup_steps": 0,
 }
 
+# A model of one Mamba and one attention layer, read in some milliseconds.
+SMALLEST = {
+    "num_layers": 2,
+    "mamba_layers": "0",
+    "mlp_mult": 1.0,
+    "vocab_size": 16,
+    "model_dim": 8,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "mamba_head_dim": 8,
+    "bigram_vocab_size": 2,
+    "bigram_dim": 2,
+}
+
 
 def tiny(**overrides) -> t.Settings:
     """Settings of a model small enough to run in milliseconds."""

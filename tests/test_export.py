@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import train_gpt as t
 from tests.support import (
+    SMALLEST,
     SOLO,
     bounded,
     random_model,
@@ -767,17 +768,7 @@ def test_an_artifact_replaces_the_old_one_whole(tmp_path):
 # ---- A file that is not what it should be --------------------------------------------------------
 
 # The smallest model there is: its artifact is read in a fraction of a millisecond.
-MINUTE = {
-    "num_layers": 1,
-    "mamba_layers": "0",
-    "mlp_mult": 1.0,
-    "vocab_size": 16,
-    "model_dim": 8,
-    "num_heads": 1,
-    "num_kv_heads": 1,
-    "mamba_head_dim": 8,
-    "bigram_vocab_size": 0,
-}
+MINUTE = SMALLEST | {"num_layers": 1, "bigram_vocab_size": 0}
 
 
 @pytest.fixture(scope="module")

@@ -41,15 +41,16 @@ def tolerate_consoles() -> None:
             stream.reconfigure(errors="replace")
 
 
-def run_command(name: str, command: Callable[[], int]) -> int:
+def run_command(name: str, command: Callable[[], int], *mistakes: type[Exception]) -> int:
     """The exit status of a command: what it returns, or 2 for a mistake, told in one line.
 
-    A file that cannot be read or written, and a package that is missing, are mistakes too.
+    A file that cannot be read or written, and a package that is missing, are mistakes too, and so
+    are other exceptions that a command names, such as train_gpt.py's own UserError.
     """
     tolerate_consoles()
     try:
         return command()
-    except UserError as error:
+    except (UserError, *mistakes) as error:
         message = str(error)
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install -r requirements-dev.txt"

@@ -83,7 +83,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def measures(row: dict[str, str]) -> dict[str, str]:
     """What a row found, by name; a value without a name has an empty one.
 
-    A value may hold a colon, a name cannot: the last one parts them.
+    A name may hold a colon, a value cannot: the last one parts them.
     """
     found = {}
     for part in row["found"].split("; "):

@@ -40,7 +40,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, UserError, need, tolerate_consoles
+from tools.command import Parser, UserError, need, run_command
 
 
 class Averages:
@@ -251,15 +251,12 @@ def explore_all(given: argparse.Namespace) -> None:
 
 def main() -> int:
     """The command: 0, or 2 for a mistake of the user, which ends in one line."""
-    tolerate_consoles()
-    try:
-        explore_all(read_arguments())
-    except (UserError, t.UserError) as error:
-        print(f"explore.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"explore.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    return run_command("explore.py", command, t.UserError)
+
+
+def command() -> int:
+    """Explores what the command line says."""
+    explore_all(read_arguments())
     return 0
 
 
