@@ -37,6 +37,22 @@ def test_a_variant_scores_as_its_run_does(monkeypatch, explore_here, shards, tmp
     ]  # nothing new
 
 
+def test_the_same_weights_are_quantized_again(explore_here):
+    """As a run with these settings would, on the same calibration text; others are refused."""
+    status, (line, other), _ = explore_here(
+        "it: SDCLIP_K=6",
+        "finer: SDCLIP_K=5",
+        "--export",
+        *("--requantize", "as before: SDCLIP_K=6", "--requantize", "finer: SDCLIP_K=5"),
+    )
+    assert status == 0
+    first = {name: line[name] for name in ("k", "quantized", "final")}
+    assert line["as before"] == first
+    assert line["finer"]["k"] == 5
+    assert line["finer"] != first
+    assert line["finer"] == {name: other[name] for name in first}
+
+
 def test_an_export_that_fails_costs_no_score(explore_here):
     status, (line,), _ = explore_here(
         "too large: TARGET_MB=0.142 NUM_LAYERS=5 MAMBA_LAYERS=0 SDCLIP_K=16", "--export"
@@ -141,6 +157,11 @@ def test_lines_are_appended_to_the_file(explore_here, tmp_path):
         (["a:", "--every", "0"], "--every 0 should be above 0"),
         (["a: DATA_PATH=/nowhere"], "no *_val_*.bin shards in /nowhere"),
         (["a:", "b: EVAL_STRIDE=9999"], '"b": EVAL_STRIDE=9999 is longer'),  # before a has trained
+        (["a:", "--requantize", "b: SDCLIP_K=5"], "--requantize needs --export"),
+        (
+            ["a:", "--export", "--requantize", "b: MLP_MULT=4"],
+            '"b": MLP_MULT is no setting of quantization',
+        ),
         (["a:", "--idea", "/nowhere/idea.py"], "--idea /nowhere/idea.py: no such file"),
         (["a:", "--idea", __file__], "has no install(script)"),
         (["a:", "--out", "/nowhere/out"], "/nowhere/out: No such file or directory"),

@@ -17,7 +17,12 @@ each, the mean training loss of the last tenth, and BPB in plain windows. With -
 one for each of these parts of a run, over which an exponential average of the weights looks back;
 else one, by what AVERAGE says. With --export also the grid's k and BPB after quantization, in plain
 windows and as EVAL_MODE and TTT_ENABLED say, of the average that was best; or the error that export
-ended with.
+ended with. What export costs can be compared on the same weights and calibration text: each
+--requantize, a variant of quantization's settings, is a further export of every model, off the
+training clock.
+
+    python -m tools.explore --export "as it is:" \\
+        --requantize "7 bits: SDCLIP_K_INT8=32" --requantize "fine MLP: SDCLIP_MLP=0.9"
 """
 
 import argparse
@@ -41,6 +46,9 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from tools.command import Parser, UserError, need, run_command
+
+# So begin the settings that --requantize may change.
+QUANTIZATION = ("quantizer", "target_mb", "sdclip_", "gptq_", "calibration")
 
 
 class Averages:
@@ -127,6 +135,43 @@ def read_variant(text: str, environment: dict[str, str]) -> tuple[str, t.Setting
     return name.strip(), chosen
 
 
+def read_requantized(variant: str, texts: list[str]) -> dict[str, t.Settings]:
+    """The settings of each --requantize for a variant, both as on the command line, by its name."""
+    _, _, own = variant.partition(":")
+    _, trained = read_variant(variant, dict(os.environ))
+    found = {}
+    for text in texts:
+        name, colon, changes = text.partition(":")
+        name, settings = read_variant(f"{name}{colon}{own} {changes}", dict(os.environ))
+        for field in dataclasses.fields(t.Settings):
+            same = getattr(settings, field.name) == getattr(trained, field.name)
+            allowed = field.name.startswith(QUANTIZATION)
+            need(same or allowed, f'"{name}": {field.name.upper()} is no setting of quantization')
+        # The training clock is over.
+        found[name] = dataclasses.replace(settings, max_wallclock_seconds=0.0)
+    return found
+
+
+class Repeated:
+    """Batches that can be had again, so that each export is calibrated on the same text."""
+
+    def __init__(self, batches: t.Batches):
+        self.batches = batches
+        self.taken = []
+        self.place = 0
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch, as the script takes it."""
+        if self.place == len(self.taken):
+            self.taken.append(self.batches.next())
+        self.place += 1
+        return self.taken[self.place - 1]
+
+    def rewind(self) -> None:
+        """What comes next is the first batch again."""
+        self.place = 0
+
+
 def read_parts(text: str) -> list[float]:
     """The parts of a run that --averages names."""
     try:
@@ -150,12 +195,15 @@ def install_idea(path: Path) -> None:
     idea.install(t)
 
 
-def explore(name: str, settings: t.Settings, parts: list[float], every: int, export: bool) -> dict:
+def explore(
+    name: str, settings: t.Settings, given: argparse.Namespace, requantized: dict[str, t.Settings]
+) -> dict:
     """Trains one variant; returns what its line holds.
 
-    parts: of a run, over which averages look back that are taken every few steps, as --averages
-    and --every say; if empty, the run has its own. The best one is exported.
+    given: read_arguments()'s. Without --averages the run has its own; else the best one is
+    exported, with its settings and with each of requantized's.
     """
+    parts, every = given.averages, given.every
     torch._dynamo.reset()  # or the variants before count as recompilations
     ranks = t.start_ranks(settings)
     log = Tally(name)
@@ -195,8 +243,13 @@ def explore(name: str, settings: t.Settings, parts: list[float], every: int, exp
             line["bpb"][part] = bpb(model)
         each[min(each, key=line["bpb"].get)].apply()
         each.clear()  # export may need the memory
-    if export:
-        line |= export_and_score(trainer, batches, validation)
+    if given.export:
+        again = Repeated(batches)
+        line |= export_and_score(trainer, again, validation)
+        for other, chosen in requantized.items():
+            trainer.settings = dataclasses.replace(chosen, artifact=settings.artifact)
+            again.rewind()
+            line[other] = export_and_score(trainer, again, validation)
     return line
 
 
@@ -223,17 +276,21 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--averages", default="", metavar="PART,PART", help="of a run; else as AVERAGE says")
     add("--every", type=int, default=10, metavar="STEPS", help="between those of --averages (10)")
     add("--export", action="store_true", help="quantize, and score what the artifact holds")
+    again = "quantizes the same weights once more"
+    add("--requantize", action="append", default=[], metavar="NAME: SETTING=VALUE ...", help=again)
     add("--idea", type=Path, action="append", default=[], metavar="FILE", help="runs it first")
     add("--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has")
     given = parser.parse_args(arguments)
     given.averages = read_parts(given.averages) if given.averages else []
     need(given.every > 0, f"--every {given.every} should be above 0")
+    need(given.export or not given.requantize, "--requantize needs --export")
     return given
 
 
 def explore_all(given: argparse.Namespace) -> None:
     """Explores one variant after another and prints its line; a mistake in any ends it at once."""
     variants = [read_variant(text, dict(os.environ)) for text in given.variants]
+    requantized = [read_requantized(text, given.requantize) for text in given.variants]
     for name, settings in variants:
         one_kind = not given.averages or settings.average == "ema"
         need(one_kind, f'"{name}": AVERAGE={settings.average}, but --averages are all of kind ema')
@@ -241,10 +298,10 @@ def explore_all(given: argparse.Namespace) -> None:
     for path in given.idea:
         install_idea(path)
     with given.out.open("a") if given.out else contextlib.nullcontext() as file:
-        for name, settings in variants:
+        for (name, settings), others in zip(variants, requantized, strict=True):
             with tempfile.TemporaryDirectory() as folder:
                 settings = dataclasses.replace(settings, artifact=str(Path(folder, "artifact")))
-                found = explore(name, settings, given.averages, given.every, given.export)
+                found = explore(name, settings, given, others)
             for output in (sys.stdout, file) if file else (sys.stdout,):
                 print(json.dumps(found), file=output, flush=True)
 
