@@ -27,6 +27,19 @@ def prepared_torch():
     train_gpt.prepare_torch()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_of_a_terminal():
+    """The handlers that a program has which a person started, whatever started the tests: a shell
+    script's `make test &` has SIGINT ignored, nohup SIGHUP, and processes inherit both.
+    """
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+    handlers[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def signal_handlers():
     """A run that fails leaves its own behind."""

@@ -366,6 +366,22 @@ def test_a_lost_terminal_stops_it_unless_nohup_says_otherwise(bench, before, sta
         signal.signal(signal.SIGHUP, previous)
 
 
+def test_one_that_may_not_hear_ctrl_c_is_stopped_by_sigterm(bench):
+    """As a shell script starts it in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = bench.start('[base]\nPRESET = "tiny"\nTOKENIZER_PATH = "wait"\nseeds = [1]\n')
+        bench.wait_for_starts(1)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(0.3)
+        assert process.is_alive()
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(30)
+        assert process.exitcode == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_two_at_once_on_one_folder_are_refused(bench, capsys):
     bench.out.mkdir()
     with (bench.out / ".lock").open("w") as lock:

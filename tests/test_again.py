@@ -3,6 +3,7 @@ none.
 """
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,11 +62,27 @@ def test_the_command_is_shown_and_the_environment_goes_before(logs):
     assert " ITERATIONS=4 " in out
     assert " TTT_ENABLED=0 " in out
     assert not (logs / "b.txt").exists()
-    shell = f"{out.strip().rpartition(' ')[0]} -c 'import os; print(os.environ[\"EVAL_NLL_PATH\"])'"
+    script = shlex.quote(str(logs / "a-again.py"))
+    assert out.endswith(f" {script}\n")
+    shown = "-c 'import os; print(os.environ[\"EVAL_NLL_PATH\"])'"
+    shell = out.removesuffix(f"{script}\n") + shown
     assert (
         subprocess.run(shell, shell=True, capture_output=True, text=True).stdout
         == f"{logs}/a  'b\" $c.npy\n"
     )
+
+
+def test_a_scoring_can_be_repeated_and_finds_the_artifact_of_the_run_that_trained(logs, shards):
+    with pytest.MonkeyPatch.context() as patch:
+        environment = run_environment(shards, logs, eval_only=True, eval_mode="plain")
+        assert run_here(patch, environment) == 0
+    done = again(logs / "a.eval.txt")
+    assert done.returncode == 0, done.stderr
+    scores = [
+        json.loads((logs / f"{name}.eval.jsonl").read_text().splitlines()[-1])["val_loss"]
+        for name in ("a", "a-again")
+    ]
+    assert scores[0] == scores[1]
 
 
 def test_as_many_processes_as_the_run_had(logs, tmp_path):

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -513,7 +514,7 @@ def test_a_development_split_is_the_end_of_the_training_text(finished, tmp_path,
     )
     assert len(split_documents(validation)) == 5
     assert validation[0] == 1
-    assert f"DATA_PATH={out}" in capsys.readouterr().out
+    assert f"DATA_PATH={shlex.quote(str(out))}" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
@@ -588,10 +589,9 @@ def test_sample_is_about_2_megabytes_and_deterministic(tmp_path):
         "sample_train_000000.bin",
         "sample_val_000000.bin",
     ]
-    assert (
-        f"DATA_PATH={out} TOKENIZER_PATH={out}/sample_1024_bpe.model VOCAB_SIZE=1024"
-        in output[0].splitlines()
-    )
+    folder, model = shlex.quote(str(out)), shlex.quote(f"{out}/sample_1024_bpe.model")
+    environment = f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE=1024"
+    assert environment in output[0].splitlines()
     train, val = read_split(out, "sample", "train"), read_split(out, "sample", "val")
     assert 1.5e6 < sum(len(text.encode()) for text in train + val) < 3e6
     assert not set(train) & set(val)

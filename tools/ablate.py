@@ -29,9 +29,10 @@ hide each other's compiling; compare them by steps, with MAX_WALLCLOCK_SECONDS=0
 since no clock is fair to them.
 
 The output folder, logs/NAME-OF-THE-FILE, gets table.md, results.json, plots and, in runs/, a folder
-per run. Ctrl-C stops the runs; the same command continues. A run that is complete is kept as long
-as its settings and the number of its processes stay what they are; one that failed, was stopped or
-has other settings now starts anew.
+per run. Ctrl-C or SIGTERM stops the runs, but not Ctrl-C where the parent has it ignored, as a
+shell script has for what it starts with &; the same command continues. A run that is complete is
+kept as long as its settings and the number of its processes stay what they are; one that failed,
+was stopped or has other settings now starts anew.
 """
 
 import argparse

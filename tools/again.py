@@ -58,6 +58,9 @@ def read_command(
         ranks = int(started["machine"]["hardware"].split(" × ")[0])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise not_a_log(records) from None
+    # What is only scored keeps the artifact of the run that trained; its log gets another name.
+    if every.get("eval_only") and not every.get("artifact"):
+        settings["ARTIFACT"] = str(Path(every["log_dir"], f"{every['run_id']}.int6.lzma"))
     settings["RUN_ID"] += "-again"
     for name in map(str.upper, every):
         if name in environment:
