@@ -31,7 +31,8 @@ def mean_squares(model, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str
             gradients = torch.autograd.grad(nats, list(matrices.values()), allow_unused=True)
             for name, gradient in zip(matrices, gradients, strict=True):
                 if gradient is not None:
-                    totals[name] += float(gradient.float().square().mean())
+                    square = gradient.float().square()
+                    totals[name] += float(square.mean())
     return {name: total / len(tokens) for name, total in totals.items()}
 
 
@@ -39,14 +40,19 @@ def factors(model, squares: dict[str, float]) -> dict[str, float]:
     """What each matrix's k is multiplied by."""
     logs, sizes = {}, {}
     for name, square in squares.items():
-        weight = model.get_parameter(name)
-        size = float(weight.detach().float().square().mean())
+        weight = model.get_parameter(name).detach()
+        size = float(weight.square().mean())
         if square and size:
-            logs[name] = -0.5 * STRENGTH * (math.log(square) + math.log(size))
+            felt = math.log(square * size)
+            logs[name] = -0.5 * STRENGTH * felt
             sizes[name] = weight.numel()
-    mean = sum(logs[name] * sizes[name] for name in logs) / sum(sizes.values())
-    bound = math.log(MOST)
-    return {name: math.exp(min(bound, max(-bound, log - mean))) for name, log in logs.items()}
+    total = sum(logs[name] * sizes[name] for name in logs)
+    mean = total / sum(sizes.values())
+    found = {}
+    for name, log in logs.items():
+        factor = math.exp(log - mean)
+        found[name] = min(MOST, max(1 / MOST, factor))
+    return found
 
 
 def install(script) -> None:
