@@ -49,6 +49,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, UserError, tolerate_consoles
+from tools.logs import TextLog, read_text_log
 
 # The contest's figures, not the script's: what is audited does not set its own limits.
 CAP_BYTES = 16_000_000
@@ -68,26 +69,6 @@ GPU_SCORE_NOISE = 1e-3  # BPB between two runs
 OTHER_MACHINE_NOISE = 1e-2  # BPB between two kinds of machine
 CPU_NATS_ERROR, GPU_NATS_ERROR = 2e-4, 5e-2  # of one target, float32 and bfloat16
 CPU_SUM_ERROR, GPU_SUM_ERROR = 1e-4, 1e-2  # of a sum of probabilities
-
-
-class LogFigures(NamedTuple):
-    """What a run's log claims; None or {} where it does not say."""
-
-    source: str  # of the script that wrote it, perhaps behind earlier runs
-    settings: dict[str, str]  # of the run and its machine
-    total_bytes: int | None
-    label: str
-    val_loss: str  # as printed
-    val_bpb: str
-    training_seconds: float | None
-    evaluation_seconds: float
-    evaluation_limit: float
-    epochs_given_up: int
-
-    def says_as(self, other: "LogFigures") -> bool:
-        """Whether two logs have the same final line, to the last digit."""
-        mine = (self.label, self.val_loss, self.val_bpb)
-        return mine == (other.label, other.val_loss, other.val_bpb)
 
 
 class Progress:
@@ -129,7 +110,7 @@ class Entry:
     tokenizer: Any  # the script's
     validation: Any  # the script's
     progress: Progress
-    log: LogFigures | None = None
+    log: TextLog | None = None
     seed: int = 0
 
     @property
@@ -170,52 +151,6 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
-FINAL = r"^final_int6_lzma_(\w+)_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})$"
-TOOK = r"^evaluation took ([\d.]+)s of ([\d.e+]+)s; (\d+) epochs given up$"
-
-
-def read_log(path: Path) -> LogFigures:
-    """The figures of the last run in a log, which may hold several, each behind its script.
-
-    Raises UserError for a file that is no log or whose last run did not finish.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the log {path}: {error}") from None
-    *before, run = re.split(r"^={100}\n", text, flags=re.MULTILINE)
-
-    def last(pattern: str) -> tuple[str, ...] | str | None:
-        """What stands in a pattern's last match: a string, or one for each group."""
-        found = re.findall(pattern, run, re.MULTILINE)
-        return found[-1] if found else None
-
-    final = last(FINAL)
-    took = last(TOOK)
-    if not (before and final and took):
-        raise UserError(f"{path} is not the log of a finished run")
-    label, val_loss, val_bpb = final
-    seconds, limit, given_up = took
-    total = last(r"^Total submission size int6\+lzma: (\d+) bytes$")
-    clock = last(r"training clock ([\d.]+)s")
-    settings = last(r"^python=.*$") or ""
-    pairs = [item.split("=", 1) for item in settings.split("  ") if "=" in item]
-    total_bytes = int(total) if total else None
-    training_seconds = float(clock) if clock else None
-    return LogFigures(
-        source=before[-1],
-        settings=dict(pairs),
-        total_bytes=total_bytes,
-        label=label,
-        val_loss=val_loss,
-        val_bpb=val_bpb,
-        training_seconds=training_seconds,
-        evaluation_seconds=float(seconds),
-        evaluation_limit=float(limit),
-        epochs_given_up=int(given_up),
-    )
-
-
 def score_settings(script: ModuleType) -> list[str]:
     """Names of the settings that a score depends on, beside those in the artifact's header.
 
@@ -226,7 +161,7 @@ def score_settings(script: ModuleType) -> list[str]:
     return [name for name in names if name not in ("eval_nll_path", "eval_max_seconds")]
 
 
-def settings_of_log(script: ModuleType, log: LogFigures, given: dict[str, str]) -> dict[str, str]:
+def settings_of_log(script: ModuleType, log: TextLog, given: dict[str, str]) -> dict[str, str]:
     """As environment variables, a log's settings that its score depends on and are not given."""
     flags = {"True": "1", "False": "0"}
     settings = {}
@@ -256,7 +191,7 @@ def open_entry(
 
     environment: the evaluation's settings among other variables, which the log's complete.
     """
-    figures = read_log(log) if log else None
+    figures = read_text_log(log) if log else None
     alone = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "EVAL_NLL_PATH", "LOG_DIR"}
     paths = {"ARTIFACT": str(artifact), "DATA_PATH": str(data), "TOKENIZER_PATH": str(tokenizer)}
     kept = {name: value for name, value in environment.items() if name not in alone}
@@ -335,7 +270,7 @@ class Alone(NamedTuple):
 
     status: int
     said: str  # the last line, of errors if it failed
-    log: LogFigures | None
+    log: TextLog | None
     nats: np.ndarray | None
     seconds: float  # from opening the artifact to the end
     opened: list[str]  # real paths of all files
@@ -421,7 +356,7 @@ def what_happened(folder: Path, done: subprocess.CompletedProcess) -> Alone:
     network = [one.what for one in record if one.kind == "network"]
     said = done.stderr if done.returncode else done.stdout
     last_line = (said.strip().splitlines() or [""])[-1]
-    log = None if done.returncode else read_log(folder / "logs" / "audit.eval.txt")
+    log = None if done.returncode else read_text_log(folder / "logs" / "audit.eval.txt")
     scores = folder / "nats.npy"
     nats = np.load(scores) if scores.is_file() else None
     seconds = record[-1].seconds - min(began, default=record[0].seconds)
@@ -679,7 +614,7 @@ def check_bytes(script: ModuleType, entry: Entry) -> Finding:
         found.append(f"over the cap of {CAP_BYTES:,}")
     if log and log.total_bytes not in (None, total):
         found.append(f"the log says {log.total_bytes:,}")
-    if log and not log.source.endswith(entry.script.read_text(encoding="utf-8") + "\n"):
+    if log and not log.source.endswith(entry.script.read_text(encoding="utf-8")):
         found.append("the log was written by another script")
     holds = len(found) == 1
     if holds and log:
@@ -719,7 +654,7 @@ def check_reproduced(script: ModuleType, entry: Entry) -> Finding:
     return Finding(holds, f"{bpb} BPB; {files}; {claim}")
 
 
-def compare_with_log(script: ModuleType, entry: Entry, found: LogFigures) -> Finding:
+def compare_with_log(script: ModuleType, entry: Entry, found: TextLog) -> Finding:
     """Whether a score that was found is the one that the log claims.
 
     To the last digit on a CPU like the log's; on GPUs, and on other machines, within their noise.

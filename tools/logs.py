@@ -6,6 +6,7 @@ to: a file may hold several runs, and the last of them counts.
 """
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -28,17 +29,26 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+def runs_in(path: Path) -> list[list[dict]]:
+    """The records of each run in the file, in order: a run begins with its settings.
+
+    A run that was stopped and taken up again has a part for each start.
+    """
+    runs = [[]]
+    for record in read_records(path):
+        if record["event"] == "settings":
+            runs.append([])
+        runs[-1].append(record)
+    return [run for run in runs if run]
+
+
 def last_run(path: Path) -> dict[str, dict]:
     """The last record of each event, of the last run in the file.
 
-    A run begins with its settings. Raises UserError if the file is not a run's log.
+    Raises UserError if the file is not a run's log.
     """
-    events = {}
-    for record in read_records(path):
-        if record["event"] == "settings":
-            events = {}
-        events[record["event"]] = record
-    return events
+    runs = runs_in(path)
+    return {record["event"]: record for record in runs[-1]} if runs else {}
 
 
 def finished_run(path: Path) -> dict[str, dict]:
@@ -64,6 +74,82 @@ def split_text(path: Path, text: str) -> tuple[str, str]:
     if not separator:
         raise UserError(f"{path} is not a run's text log: no line of 100 = ends the script in it")
     return script, messages
+
+
+class TextLog(NamedTuple):
+    """What the last run in a text log claims; None, {} or () where it does not say."""
+
+    source: str  # of the script that wrote it, perhaps behind earlier runs
+    settings: dict[str, str]  # of the run and its machine, as they are printed
+    total_bytes: int | None  # of code and artifact
+    label: str  # of the final score: its mode of evaluation
+    val_loss: str  # as printed
+    val_bpb: str
+    training_seconds: float | None
+    evaluation_seconds: float
+    evaluation_limit: float
+    epochs_given_up: int  # of test-time training
+    resumed: tuple[tuple[int, float], ...] = ()  # step and clock of each checkpoint taken up
+
+    def says_as(self, other: "TextLog") -> bool:
+        """Whether two logs have the same final line, to the last digit."""
+        mine = (self.label, self.val_loss, self.val_bpb)
+        return mine == (other.label, other.val_loss, other.val_bpb)
+
+
+FINAL = r"^final_int6_lzma_(\w+)_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})$"
+TOOK = r"^evaluation took ([\d.]+)s of ([\d.e+]+)s; (\d+) epochs given up$"
+RESUMED = r"^resumed .*: step (\d+), ([\d.]+)s$"
+
+
+def read_text_log(path: Path) -> TextLog:
+    """The figures of the last run in a text log.
+
+    Raises UserError for a file that is no log or whose last run did not finish.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the log {path}: {error}") from None
+    try:
+        source, run = split_text(path, text)
+    except UserError:
+        raise UserError(f"{path} is not the log of a finished run") from None
+
+    def last(pattern: str) -> tuple[str, ...] | str | None:
+        """What stands in a pattern's last match: a string, or one for each group."""
+        found = re.findall(pattern, run, re.MULTILINE)
+        return found[-1] if found else None
+
+    final = last(FINAL)
+    took = last(TOOK)
+    if not (final and took):
+        raise UserError(f"{path} is not the log of a finished run")
+    label, val_loss, val_bpb = final
+    seconds, limit, given_up = took
+    total = last(r"^Total submission size int6\+lzma: (\d+) bytes$")
+    clock = last(r"training clock ([\d.]+)s")
+    settings = read_settings_line(last(r"^python=.*$") or "")
+    resumed = [(int(step), float(at)) for step, at in re.findall(RESUMED, run, re.MULTILINE)]
+    return TextLog(
+        source=source,
+        settings=settings,
+        total_bytes=int(total) if total else None,
+        label=label,
+        val_loss=val_loss,
+        val_bpb=val_bpb,
+        training_seconds=float(clock) if clock else None,
+        evaluation_seconds=float(seconds),
+        evaluation_limit=float(limit),
+        epochs_given_up=int(given_up),
+        resumed=tuple(resumed),
+    )
+
+
+def read_settings_line(line: str) -> dict[str, str]:
+    """The names and values of the line in which a text log has its machine and settings."""
+    items = [item for item in line.split("  ") if "=" in item]
+    return dict(item.split("=", 1) for item in items)
 
 
 class Spread(NamedTuple):

@@ -1,0 +1,156 @@
+"""What two logs of a run say against each other: an honest run's say nothing, and each figure that
+is edited breaks something.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from tools import evidence
+from tools.command import UserError
+
+LOG = Path(__file__).resolve().parent.parent / "logs" / "h200-short-42.txt"
+
+
+@pytest.fixture(scope="module")
+def honest() -> evidence.RunLogs:
+    return evidence.read_logs(LOG)
+
+
+@pytest.fixture
+def logs(honest) -> evidence.RunLogs:
+    return copy.deepcopy(honest)
+
+
+def found(logs: evidence.RunLogs, said: str) -> None:
+    """A contradiction says this."""
+    texts = evidence.contradictions(logs)
+    assert any(said in text for text in texts), texts
+
+
+def edit(logs: evidence.RunLogs, event: str, **values) -> None:
+    """Changes the last record of an event."""
+    logs.events[event].update(values)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(LOG.parent.glob("h200-*-*.txt")), ids=lambda path: path.stem
+)
+def test_the_logs_of_honest_runs_hold_no_contradiction(path):
+    logs = evidence.read_logs(path)
+    assert evidence.contradictions(logs) == []
+    assert evidence.history(logs) == "trained in one start"
+
+
+def test_figures_that_are_edited_in_one_of_the_logs_are_seen(logs):
+    edit(logs, "final", val_bpb=1.19)
+    found(logs, ".txt has val_bpb 1.20791215, .jsonl 1.19000000")
+    edit(logs, "trained", bytes_total=15_000_000)
+    found(logs, ".txt has bytes_total 15914779, .jsonl 15000000")
+    logs.events["settings"]["machine"]["hardware"] = "8 × NVIDIA H100 80GB HBM3"
+    found(logs, "HARDWARE 1 × NVIDIA H200")
+    edit(logs, "trained", train_clock_seconds=170.0)
+    found(logs, "a clock of 177.4 s, .jsonl of 170.000 s")
+
+
+def test_steps_that_do_not_fit_the_clock_are_seen(logs):
+    edit(logs, "trained", steps=13_000)
+    found(logs, "13000 steps of 41.51 ms take 539.6 s, but the training clock stood at 177.4 s")
+    found(logs, "the last step logged is 4200, of 13000")
+
+
+def test_a_clock_set_back_is_given_away_by_the_steps_and_by_the_wall(logs):
+    """The last figures alone; the single steps' too; their wall clock too, but for the ends."""
+    edit(logs, "trained", train_clock_seconds=17.0, step_avg_ms=4.0)
+    logs = logs._replace(text=logs.text._replace(training_seconds=17.0))
+    found(logs, "ended at 174.3 s of training, but the whole clock is 17.0 s")
+    for record in evidence.steps_of(logs.records):
+        record["train_ms"] /= 10.3
+        record["step_avg_ms"] /= 10.3
+    found(
+        logs, "174.3 s passed while steps were logged, of which the training clock counted 16.9 s"
+    )
+    for record in logs.records:
+        record["seconds"] /= 1000
+    found(logs, "17.0 s of training were counted while 0.2 s passed")
+
+
+def test_a_step_that_runs_ahead_and_a_wall_clock_that_runs_back_are_seen(logs):
+    evidence.steps_of(logs.records)[9]["train_ms"] += 3000
+    found(logs, "step 250: 250 × 41.78 ms are not 13445 ms")
+    evidence.steps_of(logs.records)[5]["seconds"] = 1.0
+    found(logs, "runs backwards")
+
+
+def test_limits_are_the_contests_whatever_the_settings_say(logs):
+    text = logs.text
+    text.settings["max_wallclock_seconds"] = "7200.0"
+    changed = text._replace(training_seconds=7100.0, evaluation_seconds=4900.0)
+    found(logs._replace(text=changed), "training took 7100.0 s of 600 s")
+    generous = changed._replace(evaluation_limit=5000.0, total_bytes=16_000_001)
+    found(logs._replace(text=generous), "evaluation took 4900.0 s of 600 s")
+    found(logs._replace(text=generous), "16,000,001 bytes are over the cap of 16,000,000")
+    assert evidence.limit_of("0.0") == evidence.limit_of("what") == evidence.limit_of(1e9) == 600
+    assert evidence.limit_of("180.0") == 180
+
+
+def test_epochs_given_up_with_time_to_spare_are_seen(logs):
+    changed = logs.text._replace(epochs_given_up=1)
+    found(logs._replace(text=changed), "1 epochs were given up for lack of time, but evaluation")
+    late = changed._replace(evaluation_seconds=170.0)
+    assert evidence.contradictions(logs._replace(text=late)) == []
+
+
+def stopped_at(logs: evidence.RunLogs, step: int) -> list[dict]:
+    """The records that a start would leave which was stopped there."""
+    kept = [r for r in logs.records if r["event"] in ("settings", "ready", "train")]
+    return [record for record in kept if record.get("step", 0) <= step]
+
+
+def test_a_resumed_run_is_named_and_its_earlier_starts_must_account_for_it(logs):
+    """A checkpoint set back to no step and no second; to a step of another clock; one that nobody
+    has seen; and an honest one.
+    """
+    earlier = [stopped_at(logs, 2000)]
+    for resumed, starts, said in (
+        ((0, 0.0), [], "no start before that trained"),
+        ((0, 0.0), earlier, "to which no start before"),
+        ((2500, 100.0), earlier, "to which no start before"),
+        ((2000, 20.0), earlier, "by then 83.1 s had been counted"),
+        ((2010, 83.5), earlier, ""),
+    ):
+        text = logs.text._replace(resumed=(resumed,))
+        changed = logs._replace(text=text, earlier=starts)
+        assert evidence.history(changed).startswith(f"RESUMED from step {resumed[0]} at")
+        lost = evidence.lost_parts(changed)
+        assert (said in lost[0]) if said else not lost
+    nested = [[{"event": "resumed"}, *stopped_at(logs, 2000)]]
+    text = logs.text._replace(resumed=((2010, 83.5),))
+    (lost,) = evidence.lost_parts(logs._replace(text=text, earlier=nested))
+    assert "at step 0" in lost
+
+
+def test_another_artifact_than_the_logs_is_seen(logs, tmp_path):
+    artifact = tmp_path / "artifact"
+    size = logs.events["trained"]["bytes_total"] - logs.events["trained"]["bytes_code"]
+    artifact.write_bytes(bytes(size))
+    assert evidence.other_artifact(logs, artifact) == []
+    edit(logs, "trained", artifact_sha256=evidence.file_hash(artifact))
+    assert evidence.contradictions(logs, artifact) == []
+    artifact.write_bytes(bytes(size - 1) + b"x")
+    (text,) = evidence.contradictions(logs, artifact)
+    assert "another file than the log's" in text
+    artifact.write_bytes(b"x")
+    assert "has 15,774,850 bytes" in evidence.contradictions(logs, artifact)[0]
+
+
+def test_a_text_log_alone_can_be_read(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(LOG.read_bytes())
+    logs = evidence.read_logs(path)
+    assert logs.events == {}
+    assert evidence.contradictions(logs) == []
+    path.with_suffix(".jsonl").write_text("")
+    with pytest.raises(UserError, match="has no records"):
+        evidence.read_logs(path)
