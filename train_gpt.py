@@ -9,17 +9,12 @@ The program trains a language model until its clock ends, quantizes it, packs it
 own bytes into at most 16,000,000, loads it back, and scores it in bits per byte while it adapts to
 the text that it has scored.
 
-The model:
-    - layers of Mamba-3 with a few of attention between them, MLPs after both
+The model: layers of Mamba-3 with a few of attention between them, and MLPs after both.
     - Mamba-3: data-dependent decay, rotation of the state, trapezoidal inputs, one shared key/query
     - grouped-query attention with rotary positions and learned query gains
-    - MLPs of LeakyReLU(0.5) squared; no biases; norms without weights
+    - MLPs of LeakyReLU(0.5) squared; no biases; norms without weights; logits bounded by a tanh
     - embeddings tied to the output matrix, with hashed bigrams added to the input
     - U-Net skips from the first half to the second; layers may run more than once
-    - logits bounded by a tanh; output matrices begin at zero
-    - Muon for matrices, Adam for the rest, a moving average of the weights
-    - GPTQ onto int6 grids (int8 where it matters), entropy-coded near its bound
-    - sliding windows and test-time training on what is already scored
 
 Contents, in the order in which data flow; the last three may be left out at a first reading:
     1. Settings: every variable, presets, --help
@@ -27,10 +22,10 @@ Contents, in the order in which data flow; the last three may be left out at a f
     3. Data: shards, batches, bytes per token
     4. The recurrence: Mamba-3's, in a loop and as matmuls
     5. Model: attention, Mamba and MLP blocks; generation, a token at a time
-    6. Optimizers: Muon, Adam, weight average, schedule
-    7. Evaluation: windows, scores, test-time training
-    8. Quantization: grids and GPTQ
-    9. Artifact: entropy coding, the file, loading
+    6. Optimizers: Muon for matrices, Adam for the rest, weight average, schedule
+    7. Evaluation: sliding windows, scores, test-time training on what is already scored
+    8. Quantization: GPTQ onto grids of int6, and int8 where it matters
+    9. Artifact: entropy coding near its bound, the file, loading
     10. Training and main: log, clock, checkpoints, loop, export
     11. Fused kernels: the scan and the cross-entropy in Triton
     12. Published peers: the first Mamba, library kernels
@@ -122,64 +117,24 @@ def need(condition, message: str):
 
 UNBOUNDED = 2**50  # more than any count or number of seconds that means something
 WIDEST = 2**20  # the most that a width, a number of heads or a state may be
+ABOVE_0 = 1e-30  # the least of what must not be 0
+BELOW_1 = 1 - 2**-53  # the most of what must not be 1
 
 
-@dataclass(frozen=True)
-class Domain:
-    """The values that a setting may take: one of choices, or a number of units in bounds."""
-
-    unit: str = ""
-    low: float = 0
-    high: float = UNBOUNDED
-    above_zero: bool = False  # 0 is left out
-    below_one: bool = False  # 1 and more are left out
-    choices: tuple = ()
-
-    def describe(self, kind: type) -> str:
-        """Unit and bounds of a setting of this type in a few words, for the help."""
-        if kind is bool:
-            return "0|1"
-        if self.choices:
-            return "|".join(map(str, self.choices))
-        limits = {
-            "> 0": self.above_zero,
-            f">= {self.low}": self.low != 0,
-            "< 1": self.below_one,
-            f"<= {self.high}": self.high < WIDEST,
-        }
-        return f"{self.unit} {', '.join(text for text in limits if limits[text])}".strip()
-
-    def problem(self, value) -> str:
-        """What is wrong with a value of the setting's type; empty where nothing is."""
-        if self.choices:
-            wanted = ", ".join(map(str, self.choices))
-            return "" if value in self.choices else f"should be one of {wanted}"
-        if isinstance(value, str):  # it would spoil names, headers and errors
-            problem = "holds a line break or another character that does not print"
-            words = "".join(value.split()) if self.unit == "text" else value
-            return "" if words.isprintable() else problem
-        high = 1 if self.below_one else self.high
-        at_open_end = (self.above_zero and value == 0) or (self.below_one and value == 1)
-        if self.low <= value <= high and not at_open_end:
-            return ""
-        return f"must be from {self.low} to {high} ({self.describe(type(value))})"
+def env(default, help, unit="", low=0, high=UNBOUNDED, group=""):
+    """A setting of its default's type: a number of units from low to high, a text, or one of the
+    words that bars part in unit. A group of settings begins with one that names it.
+    """
+    unit = "0|1" if isinstance(default, bool) else unit
+    facts = {"help": help, "unit": unit, "low": low, "high": high, "group": group}
+    return field(default=default, metadata=facts)
 
 
-def env(default, help, unit="", *, group="", choices="", **bounds):
-    """A setting. Its default has its type; choices are words; group begins with this setting."""
-    options = tuple(type(default)(word) for word in choices.split())
-    domain = Domain(unit, choices=options, **bounds)
-    return field(default=default, metadata={"help": help, "domain": domain, "group": group})
-
-
-def positive(default, help, unit="", **options):
-    """A setting above 0."""
-    return env(default, help, unit, above_zero=True, **options)
-
-
-def width(default, help, unit="numbers"):
-    """A setting that is a width, or a count of heads or states, of the model."""
-    return positive(default, help, unit, high=WIDEST)
+def describe_values(low, high, unit, **_) -> str:
+    """What a setting may hold, in a few words, from its metadata."""
+    least = "> 0" if low == ABOVE_0 else f">= {low}" if low else ""
+    most = "< 1" if high == BELOW_1 else f"<= {high}" if high < WIDEST else ""
+    return f"{unit} {least}{', ' if least and most else ''}{most}".strip()
 
 
 @dataclass(frozen=True)
@@ -188,16 +143,14 @@ class Settings:
 
     preset: str = env("default", "a set of defaults", "name", group="run")
     run_id: str = env("", "names logs and artifact", "name")
-    device: str = env("auto", "auto: a GPU if there is one", choices="auto cuda cpu")
-    compile: str = env("auto", "torch.compile; auto: on GPUs", choices="auto on off")
-    scan_backend: str = env(
-        "auto", "auto: the fastest here", choices="auto triton chunked fused parallel sequential"
-    )
-    attention_backend: str = env("auto", "likewise", choices="auto cudnn flash flex math fa3 fa2")
+    device: str = env("auto", "auto: a GPU if there is one", "auto|cuda|cpu")
+    compile: str = env("auto", "torch.compile; auto: on GPUs", "auto|on|off")
+    scan_backend: str = env("auto", "of a scan", "auto|triton|chunked|fused|parallel|sequential")
+    attention_backend: str = env("auto", "likewise", "auto|cudnn|flash|flex|math|fa3|fa2")
     micro_batch_tokens: int = env(0, "most at once on a rank; 0: what fits", "tokens")
     warmup_steps: int = env(3, "to compile, off the clock", "steps")
     val_loss_every: int = env(0, "validation off the clock; 0: at the end", "steps")
-    train_log_every: int = positive(50, "training loss lines", "steps")
+    train_log_every: int = env(50, "training loss lines", "steps", 1)
     deterministic: bool = env(False, "the same bits again, slower")
     checkpoint_every: float = env(120.0, "0: only when stopped", "seconds")
     resume: str = env("auto", "checkpoint; auto: RUN_ID's last", "auto, never, file")
@@ -206,53 +159,53 @@ class Settings:
     artifact: str = env("", "empty: LOG_DIR/RUN_ID.int6.lzma", "file")
     eval_only: bool = env(False, "score ARTIFACT and train nothing")
 
+    seed: int = env(1337, "of weights and batches", "integer", group="data")
     data_path: str = env(
-        "./data/datasets/fineweb10B_sp8192/", "*_train_*.bin, *_val_*.bin", "folder", group="data"
+        "./data/datasets/fineweb10B_sp8192/", "*_train_*.bin, *_val_*.bin", "folder"
     )
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "SentencePiece", "file")
-    seed: int = env(1337, "of weights and batches", "integer")
-    vocab_size: int = positive(8192, "must be the tokenizer's", "tokens", high=65_536)
-    train_batch_tokens: int = positive(524_288, "a step's, over all ranks", "tokens")
-    train_seq_len: int = positive(2048, "training and evaluation window", "tokens")
+    vocab_size: int = env(8192, "must be the tokenizer's", "tokens", 1, 65_536)
+    train_batch_tokens: int = env(524_288, "a step's, over all ranks", "tokens", 1)
+    train_seq_len: int = env(2048, "training and evaluation window", "tokens", 1)
     document_reset: bool = env(False, "BOS resets the layers that DOCUMENT_SCOPE names")
-    document_scope: str = env("all", "all: attention, convolutions, scans", choices="all scans")
+    document_scope: str = env("all", "all: attention, convolutions, scans", "all|scans")
 
-    num_layers: int = positive(9, "physical layers", "layers", high=256, group="model")
-    model_dim: int = width(512, "residual stream")
+    num_layers: int = env(9, "physical layers", "layers", 1, 256, group="model")
+    model_dim: int = env(512, "residual stream", "numbers", 1, WIDEST)
     mamba_layers: str = env("0,1,3-5,7,8", "the others are attention", "layers")
     mlp_layers: str = env("all", "have an MLP", "layers")
-    mlp_mult: float = width(3.0, "MLP's hidden width", "× width")
-    num_heads: int = width(8, "query heads", "heads")
-    num_kv_heads: int = width(4, "key/value heads", "heads")
-    rope_fraction: float = env(1.0, "of attention's heads", "part", high=1)
-    rope_base: float = env(10_000.0, "of the pairs' frequencies", "factor", low=1)
-    xsa_last_n: int = env(0, "last layers that attend to other tokens alone", "layers", high=256)
-    qk_gain_init: float = env(1.5, "queries' first gain", "factor", high=WIDEST)
-    mamba_version: int = env(3, "1: the first Mamba, a selective scan", choices="1 2 3")
-    mamba_d_state: int = positive(64, "state per channel", "numbers", high=1024)
-    mamba_expand: float = width(2.0, "Mamba's inner width", "× width")
-    mamba_head_dim: int = width(64, "channels per Mamba head")
-    mamba_decay: str = env("softplus", "Mamba-3's decay rates", choices="softplus heavy_tail")
-    mamba_d_conv: int = env(4, "short convolution; none in Mamba-3", choices="2 3 4")
-    mamba_chunk_size: int = width(64, "chunk of a scan", "tokens")
+    mlp_mult: float = env(3.0, "MLP's hidden width", "× width", ABOVE_0, WIDEST)
+    num_heads: int = env(8, "query heads", "heads", 1, WIDEST)
+    num_kv_heads: int = env(4, "key/value heads", "heads", 1, WIDEST)
+    rope_fraction: float = env(1.0, "of attention's heads", "part", 0, 1)
+    rope_base: float = env(10_000.0, "of the pairs' frequencies", "factor", 1)
+    xsa_last_n: int = env(0, "last layers that attend to other tokens alone", "layers", 0, 256)
+    qk_gain_init: float = env(1.5, "queries' first gain", "factor", 0, WIDEST)
+    mamba_version: int = env(3, "1: the first Mamba, a selective scan", "1|2|3")
+    mamba_d_state: int = env(64, "state per channel", "numbers", 1, 1024)
+    mamba_expand: float = env(2.0, "Mamba's inner width", "× width", ABOVE_0, WIDEST)
+    mamba_head_dim: int = env(64, "channels per Mamba head", "numbers", 1, WIDEST)
+    mamba_decay: str = env("softplus", "Mamba-3's decay rates", "softplus|heavy_tail")
+    mamba_d_conv: int = env(4, "short convolution; none in Mamba-3", "2|3|4")
+    mamba_chunk_size: int = env(64, "chunk of a scan", "tokens", 1, WIDEST)
     unet_skips: bool = env(True, "first half to second")
     ln_scale: bool = env(False, "inputs of layer l times 1 / sqrt(l + 1)")
-    bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", high=WIDEST)
-    bigram_dim: int = width(128, "before its projection")
+    bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", 0, WIDEST)
+    bigram_dim: int = env(128, "before its projection", "numbers", 1, WIDEST)
     tie_embeddings: bool = env(True, "one matrix reads tokens in and out")
     tied_embed_init_std: float = env(0.005, "first embeddings and output matrix", "std")
-    logit_softcap: float = positive(30.0, "cap·tanh(logits/cap)", "nats", high=60)
+    logit_softcap: float = env(30.0, "cap·tanh(logits/cap)", "nats", ABOVE_0, 60)
 
     layer_order: str = env("all", "in which they run, as 0-4,3,4,5", "layers", group="recurrence")
-    recur_start: float = env(0.35, "before it, each layer runs once", "of run", high=1)
+    recur_start: float = env(0.35, "before it, each layer runs once", "of run", 0, 1)
 
-    iterations: int = positive(20_000, "most training steps", "steps", group="schedule")
+    iterations: int = env(20_000, "most training steps", "steps", 1, group="schedule")
     max_wallclock_seconds: float = env(600.0, "training and GPTQ; 0: ITERATIONS rule", "seconds")
     export_reserve_seconds: float = env(8.0, "of these, for GPTQ", "seconds")
-    warmdown_fraction: float = env(0.6, "linear decay to the end", "of run", high=1)
+    warmdown_fraction: float = env(0.6, "linear decay to the end", "of run", 0, 1)
     warmdown_iters: int = env(0, "the same in steps; 0: the fraction", "steps")
-    warmdown_shape: str = env("linear", "of rates as they fall", choices="linear cosine")
-    min_lr: float = env(0.0, "of the rates: decay ends there", "part", high=1)
+    warmdown_shape: str = env("linear", "of rates as they fall", "linear|cosine")
+    min_lr: float = env(0.0, "of the rates: decay ends there", "part", 0, 1)
 
     matrix_lr: float = env(0.02, "Muon, attention and MLP matrices", "rate", group="optimizer")
     mamba_matrix_lr: float = env(0.015, "Muon, Mamba's matrices", "rate")
@@ -260,60 +213,56 @@ class Settings:
     embed_lr: float = env(0.008, "Adam, embeddings, with TIE_EMBEDDINGS=0", "rate")
     head_lr: float = env(0.008, "Adam, output matrix, with TIE_EMBEDDINGS=0", "rate")
     scalar_lr: float = env(0.02, "Adam, vectors, scales and Mamba's dynamics", "rate")
-    muon_momentum: float = env(0.95, "Nesterov momentum", "part", below_one=True)
-    muon_momentum_warmup_start: float = env(0.0, "0: MUON_MOMENTUM × 0.9", "part", below_one=True)
+    muon_momentum: float = env(0.95, "Nesterov momentum", "part", 0, BELOW_1)
+    muon_momentum_warmup_start: float = env(0.0, "0: MUON_MOMENTUM × 0.9", "part", 0, BELOW_1)
     muon_momentum_warmup_steps: int = env(0, "until it is reached; 0: a tenth of the run", "steps")
-    muon_backend_steps: int = positive(5, "Newton-Schulz iterations", "steps")
-    beta1: float = env(0.9, "Adam, of the mean gradient", "part", below_one=True)
-    beta2: float = env(0.95, "Adam, of the mean square", "part", below_one=True)
-    adam_eps: float = positive(1e-8, "Adam; of vectors and scales at least 1e-6", "size")
+    muon_backend_steps: int = env(5, "Newton-Schulz iterations", "steps", 1)
+    beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
+    beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
+    adam_eps: float = env(1e-8, "Adam; of vectors and scales at least 1e-6", "size", ABOVE_0)
     grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
-    embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", low=-1)
+    embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
     adam_wd: float = env(0.0, "of vectors and scales", "rate")
-    average: str = env("ema", "of the weights, for the artifact", choices="ema swa ema+swa none")
-    average_horizon: float = env(0.1, "ema: how far it looks back", "of run", high=1)
-    ema_decay: float = env(0.999, "ema: at most 1 / (1 - EMA_DECAY) steps", "part", below_one=True)
-    swa_start_frac: float = env(0.2, "swa: LR factor below which it averages", "factor", high=1)
-    swa_every: int = positive(50, "swa: from one snapshot to the next", "steps")
+    average: str = env("ema", "of the weights, for the artifact", "ema|swa|ema+swa|none")
+    average_horizon: float = env(0.1, "ema: how far it looks back", "of run", 0, 1)
+    ema_decay: float = env(0.999, "ema: at most 1 / (1 - EMA_DECAY) steps", "part", 0, BELOW_1)
+    swa_start_frac: float = env(0.2, "swa: LR factor below which it averages", "factor", 0, 1)
+    swa_every: int = env(50, "swa: from one snapshot to the next", "steps", 1)
 
-    quantizer: str = env(
-        "gptq", "ternary trains on it", choices="gptq round percentile dsq ternary", group="export"
-    )
-    late_qat_threshold: float = env(0.0, "QAT below this LR factor; 0: never", "factor", high=1)
-    target_mb: float = positive(16.0, "decimal, for artifact and code", "MB")
+    target_mb: float = env(16.0, "decimal, for artifact and code", "MB", ABOVE_0, group="export")
+    quantizer: str = env("gptq", "ternary trains on it", "gptq|round|percentile|dsq|ternary")
+    late_qat_threshold: float = env(0.0, "QAT below this LR factor; 0: never", "factor", 0, 1)
     sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
-    sdclip_k_int8: float = positive(16.0, "k of 8-bit rows", "std")
-    sdclip_most: float = env(16.0, "the largest k that is tried for the size", "std", low=4)
-    sdclip_mlp: float = positive(1.0, "times k: int6 rows of MLPs", "factor")
-    sdclip_attention: float = positive(1.0, "times k: int6 rows of attention", "factor")
-    gptq_block_size: int = positive(128, "columns whose errors spread at once")
-    gptq_damp: float = positive(0.01, "of the Hessian's mean diagonal, added", "part")
-    calibration: str = env("train", "text for GPTQ; self: the model's own", choices="train self")
-    calibration_tokens: int = positive(131_072, "of text for GPTQ", "tokens")
-    gptq_gen_len: int = positive(512, "self: a text's length, at most TRAIN_SEQ_LEN", "tokens")
-    gptq_gen_temp: float = positive(1.0, "self: temperature of its tokens", "factor")
+    sdclip_k_int8: float = env(16.0, "k of 8-bit rows", "std", ABOVE_0)
+    sdclip_most: float = env(16.0, "the largest k that is tried for the size", "std", 4)
+    sdclip_mlp: float = env(1.0, "times k: int6 rows of MLPs", "factor", ABOVE_0)
+    sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", ABOVE_0)
+    gptq_block_size: int = env(128, "columns whose errors spread at once", "", 1)
+    gptq_damp: float = env(0.01, "of the Hessian's mean diagonal, added", "part", ABOVE_0)
+    calibration: str = env("train", "text for GPTQ; self: the model's own", "train|self")
+    calibration_tokens: int = env(131_072, "of text for GPTQ", "tokens", 1)
+    gptq_gen_len: int = env(512, "self: a text's length, at most TRAIN_SEQ_LEN", "tokens", 1)
+    gptq_gen_temp: float = env(1.0, "self: temperature of its tokens", "factor", ABOVE_0)
 
-    eval_mode: str = env(
-        "sliding", "a scored token's context", choices="plain sliding stateful", group="evaluation"
-    )
-    eval_stride: int = positive(512, "sliding: how far windows move", "tokens")
+    eval_mode: str = env("sliding", "tokens' context", "plain|sliding|stateful", group="evaluation")
+    eval_stride: int = env(512, "sliding: how far windows move", "tokens", 1)
     eval_overlap: int = env(0, "stateful: attention reads again; 0: half a window", "tokens")
-    val_batch_size: int = positive(524_288, "most scored at once over all ranks", "tokens")
-    eval_max_seconds: float = positive(600.0, "evaluation clock", "seconds")
+    val_batch_size: int = env(524_288, "most scored at once over all ranks", "tokens", 1)
+    eval_max_seconds: float = env(600.0, "evaluation clock", "seconds", ABOVE_0)
     eval_nll_path: str = env("", "every target's nats, float32", "file.npy")
     ttt_enabled: bool = env(True, "score-first test-time training")
     ttt_lr: float = env(0.005, "SGD, cosine over the chunks", "rate")
     ttt_epochs: int = env(2, "passes over each scored chunk", "epochs")
-    ttt_momentum: float = env(0.9, "SGD", "part", below_one=True)
+    ttt_momentum: float = env(0.9, "SGD", "part", 0, BELOW_1)
     ttt_grad_clip: float = env(1.0, "most of a step's gradient; 0: not clipped", "norm")
-    ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", high=256)
-    ttt_chunk_tokens: int = positive(32_768, "scored, then trained on", "tokens")
+    ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", 0, 256)
+    ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", 1)
 
     sample_prompt: str = env("", "ARTIFACT continues it, unadapted", "text", group="sample")
-    sample_tokens: int = positive(200, "how far it is continued", "tokens")
-    sample_temperature: float = env(0.8, "of the draws; 0: the likeliest token", "factor", high=100)
-    sample_top_p: float = positive(0.95, "draws from the likeliest of this sum", "part", high=1)
+    sample_tokens: int = env(200, "how far it is continued", "tokens", 1)
+    sample_temperature: float = env(0.8, "of the draws; 0: the likeliest token", "factor", 0, 100)
+    sample_top_p: float = env(0.95, "draws from the likeliest of this sum", "part", ABOVE_0, 1)
 
     @property
     def mamba_inner_dim(self) -> int:
@@ -385,28 +334,20 @@ PRESETS = {
 }  # fmt: skip
 
 
-def fields_of(*groups: str) -> list[str]:
-    """Names of the settings of some groups, in their order."""
-    names = []
-    group = ""
-    for f in fields(Settings):
-        group = f.metadata["group"] or group
-        if group in groups:
-            names.append(f.name)
-    return names
-
-
-FIELDS = [f.name for f in fields(Settings)]
+group = ""
+FIELDS = {}  # the names of all settings, and their groups
+for each_field in fields(Settings):
+    group = each_field.metadata["group"] or group
+    FIELDS[each_field.name] = group
 
 # What an artifact's header holds: all that the model's shapes and its forward pass depend on.
-MODEL_FIELDS = sorted(
-    {"vocab_size", "document_reset", "document_scope", *fields_of("model", "recurrence")}
-    - {"mamba_chunk_size", "recur_start"}
-)
+MODEL_FIELDS = {name for name, group in FIELDS.items() if group in ("model", "recurrence")}
+MODEL_FIELDS -= {"mamba_chunk_size", "recur_start"}
+MODEL_FIELDS = sorted(MODEL_FIELDS | {"vocab_size", "document_reset", "document_scope"})
 
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
-TRAINING_FIELDS = fields_of("data", "model", "recurrence", "schedule", "optimizer", "export")
-TRAINING_FIELDS = [n for n in TRAINING_FIELDS if n not in ("data_path", "tokenizer_path")]
+NOT_TRAINING = {name for name, group in FIELDS.items() if group in ("run", "evaluation", "sample")}
+TRAINING_FIELDS = [n for n in FIELDS if n not in NOT_TRAINING | {"data_path", "tokenizer_path"}]
 
 
 # ---- Reading and checking ------------------------------------------------------------------------
@@ -417,27 +358,22 @@ def shown(value) -> str:
     return str(value) if str(value).isprintable() else repr(value)
 
 
-def read_layers(name: str, text: str, count: int) -> tuple[int, ...]:
-    """Layers that a list such as "0,2-4" names, of count. Raises UserError, which quotes name."""
-    if text == "all":
-        return tuple(range(count))
-    if text in ("none", ""):
-        return ()
+def parse_layers(settings, name: str, text: str | None = None) -> tuple[int, ...]:
+    """The layers, in order, that a setting or another variable's text names, such as "0,2-4"."""
+    text = getattr(settings, name) if text is None else text
+    count = settings.num_layers
+    if text in ("all", "none", ""):
+        return tuple(range(count if text == "all" else 0))
     layers = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         digits = all(end.isdecimal() and len(end) < 10 for end in (first, last))
-        if not (digits and int(first) <= int(last) < count):  # one message: lists may be long
+        if not (digits and int(first) <= int(last) < count):  # lists may be long
             usual = f"from 0 to {count - 1}, write 0,2-4, or all, or none"
-            raise UserError(f"{name}={shown(text)}: no layer {shown(part)}; {usual}")
+            raise UserError(f"{name.upper()}={shown(text)}: no layer {shown(part)}; {usual}")
         layers += range(int(first), int(last) + 1)
     return tuple(layers)
-
-
-def parse_layers(settings, name: str) -> tuple[int, ...]:
-    """The layers that a setting names, in its order."""
-    return read_layers(name.upper(), getattr(settings, name), settings.num_layers)
 
 
 def parse_value(name: str, text: str, kind: type):
@@ -453,6 +389,13 @@ def parse_value(name: str, text: str, kind: type):
     raise UserError(f'{name}="{shown(text)}" should be {wanted}')
 
 
+def read_number(environment: dict[str, str], name: str, default: int):
+    """Another variable's number from 0 to 10,000; 0 or 1 as a bool if its default is one."""
+    value = parse_value(name, environment.get(name, "").strip() or str(default), type(default))
+    need(0 <= value <= 10_000, f"{name}={value} must be from 0 to 10000")
+    return value
+
+
 def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     """The environment's settings by our own names over the preset's, and the given ones' names."""
     preset = environment.get("PRESET", "default").strip()
@@ -460,15 +403,13 @@ def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     given = {}
     for f in fields(Settings):
         name = f.name.upper()
-        domain = f.metadata["domain"]
-        if name not in environment:
-            continue
-        text = environment[name]
-        if domain.unit == "layers":
+        text = environment.get(name, "")
+        if f.metadata["unit"] == "layers":
             text = ",".join(part.strip() for part in text.split(","))  # a file's line breaks
-        elif domain.choices or name == "PRESET":
+        elif "|" in f.metadata["unit"] or name == "PRESET":
             text = text.strip()
-        given[f.name] = parse_value(name, text, type(f.default))
+        if name in environment:
+            given[f.name] = parse_value(name, text, type(f.default))
     return Settings(**PRESETS[preset] | given), set(given)
 
 
@@ -490,7 +431,7 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
 
 def check(settings, name: str, condition: bool, problem: str):
     """Raises UserError, which names a setting with its value, unless the condition holds."""
-    need(condition, f"{name.upper()}={getattr(settings, name)} {problem}")
+    need(condition, f"{name.upper()}={shown(getattr(settings, name))} {problem}")
 
 
 def check_multiple(settings, name: str, divisor: int, meaning: str):
@@ -499,20 +440,33 @@ def check_multiple(settings, name: str, divisor: int, meaning: str):
     check(settings, name, multiple, f"is not a multiple of {meaning} = {divisor}")
 
 
+def check_value(settings, name: str, low, high, unit: str, **_):
+    """check() of a setting by itself, against its metadata."""
+    value = getattr(settings, name)
+    problem = f"must be from {low} to {high} {unit}"
+    if "|" in unit:
+        fits = isinstance(value, bool) or str(value) in unit.split("|")
+        problem = f"should be one of {unit.replace('|', ', ')}"
+    elif isinstance(value, str):  # it would spoil names, headers and errors
+        fits = ("".join(value.split()) if unit == "text" else value).isprintable()
+        problem = "holds a line break or another character that does not print"
+    else:
+        fits = low <= value <= high
+    check(settings, name, fits, problem)
+
+
 def validate_settings(s, world_size: int):
     """Raises UserError for settings that cannot work, alone or together, on so many ranks."""
     for f in fields(s):
-        value = getattr(s, f.name)
-        problem = f.metadata["domain"].problem(value)
-        need(not problem, f"{f.name.upper()}={shown(value)} {problem}")
+        check_value(s, f.name, **f.metadata)
     # Layers and their sizes
     check(s, "vocab_size", s.vocab_size > BOS_ID, f"leaves out BOS, token {BOS_ID}")
     parse_layers(s, "mlp_layers")
     order = set(parse_layers(s, "layer_order"))
     check(s, "layer_order", len(order) == s.num_layers, "leaves out a layer")
     check(s, "mlp_mult", int(s.mlp_mult * s.model_dim) > 0, "leaves the MLP without a width")
-    mamba = set(parse_layers(s, "mamba_layers"))
-    if len(mamba) < s.num_layers:
+    mamba = parse_layers(s, "mamba_layers")
+    if len(set(mamba)) < s.num_layers:
         check_multiple(s, "model_dim", 2 * s.num_heads, "2 × NUM_HEADS")
         check_multiple(s, "num_heads", s.num_kv_heads, "NUM_KV_HEADS")
     if mamba:
@@ -556,11 +510,11 @@ def help_text() -> str:
     title = (__doc__ or "").partition("\n")[0]  # python -OO keeps no docstrings
     lines = [title, "", "Settings are environment variables:"]
     for f in fields(Settings):
-        if f.metadata["group"]:
-            lines.append(f"\n[{f.metadata['group']}]")
+        facts = f.metadata
+        lines += [f"\n[{facts['group']}]"] if facts["group"] else []
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        unit = f.metadata["domain"].describe(type(f.default))
-        lines.append(f"  {f.name.upper():24} {default!s:42} {unit:22} {f.metadata['help']}")
+        values = describe_values(**facts)
+        lines.append(f"  {f.name.upper():24} {default!s:42} {values:22} {facts['help']}")
     lines.append("\nPresets change these:")
     for name, values in PRESETS.items():
         changes = [f"{key.upper()}={value}" for key, value in values.items()]
@@ -586,25 +540,22 @@ PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as t
 
 
 def prepare_torch(deterministic: bool = False):
-    """Makes all choices that hold for torch in the whole process: here and nowhere else.
+    """Makes all choices that hold for torch in the whole process: before CUDA is used, and again.
 
-    What trains or scores calls this first, before CUDA is used; to call it again changes nothing.
     With deterministic, a run gives the same bits again, more slowly.
     """
     PROCESS_WIDE.close()
     # For good: entered in the model, the choice would keep graphs out of the compiler's cache.
     PROCESS_WIDE.enter_context(sdpa_kernel(ATTENTION_KERNELS, set_priority=True))
-    # Inductor's mix-order reduction: wrong sums with torch 2.10 (pytorch#190796), and an assertion
-    # as it compiles PRESET=hybrid11 with 2.11 (#176131). Off until `tests/gpu_checks.py systems`
-    # passes with this variable as 1.
+    # Inductor's mix-order reduction: wrong sums with torch 2.10 (pytorch#190796), an assertion with
+    # 2.11 (#176131). Off until `tests/gpu_checks.py systems` passes with this variable as 1.
     mixed = os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0") == "1"
     inductor = sys.modules.get("torch._inductor.config")  # it has read the variable already
     if inductor and hasattr(inductor.triton, "mix_order_reduction"):
         inductor.triton.mix_order_reduction = mixed
     torch._dynamo.config.recompile_limit = 64  # orders of layers, shapes: the usual 8 are too few
     if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+        os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_DETERMINISTIC="1")
         torch.use_deterministic_algorithms(True)
 
 
@@ -652,24 +603,15 @@ class Ranks:
             dist.recv(tensor, source)
 
 
-def read_number(environment: dict[str, str], name: str, default: int) -> int:
-    """A launcher's variable as a whole number; unset or empty is the default."""
-    text = environment.get(name, "").strip()
-    need(not text or text.isdecimal(), f"{name}={shown(text)} should be a whole number, or unset")
-    return int(text) if text else default
-
-
 def read_launch(environment: dict[str, str]) -> tuple[int, int, int]:
     """Rank, rank among this machine's, number of ranks, from torchrun; UserError if impossible."""
     world_size = read_number(environment, "WORLD_SIZE", 1)
     rank = read_number(environment, "RANK", 0)
-    need(world_size > 0, "WORLD_SIZE=0 should be at least 1: unset it, or start with torchrun")
-    need(rank < world_size, f"RANK={rank} should be below WORLD_SIZE={world_size}")
-    if world_size > 1:
-        wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        lacking = [name for name in wanted if not environment.get(name)]
-        problem = f"WORLD_SIZE={world_size} without {', '.join(lacking)}"
-        need(not lacking, f"{problem}: unset it for one process, or start with torchrun")
+    wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
+    lacking = ", ".join(name for name in wanted if not environment.get(name, "").strip())
+    problem = f"without {lacking}" if lacking else f"does not fit RANK={rank}"
+    remedy = "unset them for one process, or start with torchrun"
+    need(rank < world_size and not lacking, f"WORLD_SIZE={world_size} {problem}: {remedy}")
     return rank, read_number(environment, "LOCAL_RANK", 0), world_size
 
 
@@ -695,14 +637,9 @@ def start_ranks(settings) -> Ranks:
     # torchrun's store outlives its processes: after --max-restarts, new ones would read old keys.
     # Seen with torch 2.11; needed unless tests/test_checkpoint.py's restart passes without it.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if ranks.gpu else "gloo",
-        timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
-        world_size=world_size,
-        rank=rank,
-        store=store,
-        device_id=ranks.device if ranks.gpu else None,
-    )
+    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+    backends, device = ("cpu:gloo,cuda:nccl", ranks.device) if ranks.gpu else ("gloo", None)
+    dist.init_process_group(backends, None, timeout, world_size, rank, store, device_id=device)
     # gloo's threads may hold a tensor when Python ends, and abort: one in four runs of two ranks
     # with torch 2.11. Needed unless a hundred such runs without it all end with status 0.
     atexit.register(time.sleep, 0.1)
@@ -4274,7 +4211,7 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
     s = settings
     if s.run_id:
         return s.run_id
-    if read_number(environment, "TORCHELASTIC_MAX_RESTARTS", 0):
+    if environment.get("TORCHELASTIC_MAX_RESTARTS", "").strip() not in ("", "0"):
         launch = environment["TORCHELASTIC_RUN_ID"]
         problem = "torchrun --max-restarts without --standalone or --rdzv-id"
         need(launch != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
@@ -5896,52 +5833,31 @@ def attention_problem(settings, device: torch.device) -> str:
 # A converter gives a setting's text, from the environment and the Settings without other names.
 
 
-def read_count(environment: dict[str, str], name: str, default: int) -> int:
-    """A variable's whole number from 0 to 10,000."""
-    count = parse_value(name, environment.get(name, str(default)), int)
-    need(0 <= count <= 10_000, f"{name}={count} must be from 0 to 10000")
-    return count
-
-
-def read_switch(environment: dict[str, str], name: str, default: bool) -> bool:
-    """A variable that is 0 or 1."""
-    return parse_value(name, environment.get(name, str(int(default))), bool)
-
-
-def repeat_layers(num_layers: int, layers: tuple[int, ...], repeats: int, block: bool) -> str:
-    """LAYER_ORDER in which layers run repeats more times, together as a block or each alone."""
-    if not layers or not repeats:
-        return "all"
-    order = []
-    for layer in range(num_layers):
-        order.append(layer)
-        if block and layer == max(layers):
-            order += sorted(layers) * repeats
-        elif not block and layer in layers:
-            order += [layer] * repeats
-    return ",".join(map(str, order))
+def convert_recurrence(environment: dict[str, str], settings) -> str:
+    """LAYER_ORDER of RECUR_REPEATS (1) more passes over RECUR_LAYERS, as RECUR_MODE says."""
+    need("RECUR_LAYERS" in environment, "RECUR_REPEATS and RECUR_MODE need RECUR_LAYERS")
+    mode = environment.get("RECUR_MODE", "block").strip()
+    need(mode in ("block", "layer"), f"RECUR_MODE={shown(mode)} should be one of block, layer")
+    layers = parse_layers(settings, "RECUR_LAYERS", environment["RECUR_LAYERS"])
+    more = sorted(set(layers)) * read_number(environment, "RECUR_REPEATS", 1)
+    order = list(range(settings.num_layers))
+    after = max(layers, default=0) + 1
+    order = order[:after] + more + order[after:] if mode == "block" else sorted(order + more)
+    return ",".join(map(str, order)) if more else "all"
 
 
 def convert_loops(environment: dict[str, str], settings) -> str:
     """LAYER_ORDER of NUM_LOOPS more passes over the layers from LOOP_START to LOOP_END."""
     need("NUM_LOOPS" in environment, "LOOP_START and LOOP_END need NUM_LOOPS, the passes to add")
-    first = read_count(environment, "LOOP_START", 3)
-    last = read_count(environment, "LOOP_END", 4)
-    repeats = read_count(environment, "NUM_LOOPS", 0)
+    first = read_number(environment, "LOOP_START", 3)
+    last = read_number(environment, "LOOP_END", 4)
+    repeats = read_number(environment, "NUM_LOOPS", 0)
     count = settings.num_layers
     problem = f"LOOP_START={first} LOOP_END={last} are not layers of {count}: set both"
     need(not repeats or first <= last < count, f"NUM_LOOPS={repeats}: {problem}")
-    return repeat_layers(count, tuple(range(first, last + 1)), repeats, block=True)
-
-
-def convert_recurrence(environment: dict[str, str], settings) -> str:
-    """LAYER_ORDER of RECUR_REPEATS (1) more passes over RECUR_LAYERS, as RECUR_MODE says."""
-    need("RECUR_LAYERS" in environment, "RECUR_REPEATS and RECUR_MODE need RECUR_LAYERS")
-    mode = environment.get("RECUR_MODE", "block").strip()
-    need(mode in ("block", "layer"), f"RECUR_MODE={mode} should be one of block, layer")
-    layers = read_layers("RECUR_LAYERS", environment["RECUR_LAYERS"], settings.num_layers)
-    repeats = read_count(environment, "RECUR_REPEATS", 1)
-    return repeat_layers(settings.num_layers, layers, repeats, block=mode == "block")
+    layers = f"{first}-{last}" if repeats else "none"
+    recurrence = {"RECUR_LAYERS": layers, "RECUR_REPEATS": str(repeats)}
+    return convert_recurrence(recurrence, settings)
 
 
 def convert_attention(environment: dict[str, str], settings) -> str:
@@ -5949,13 +5865,13 @@ def convert_attention(environment: dict[str, str], settings) -> str:
     count = settings.num_layers
     placement = environment.get("ATTN_PLACEMENT", "even").strip()
     if placement == "even":
-        wanted = read_count(environment, "NUM_ATTN_LAYERS", 1)
+        wanted = read_number(environment, "NUM_ATTN_LAYERS", 1)
         need(wanted <= count, f"NUM_ATTN_LAYERS={wanted} is more than NUM_LAYERS={count}")
         spacing = count / (wanted + 1)
         attention = {round(spacing * (i + 1)) for i in range(wanted)}
     else:
-        attention = set(read_layers("ATTN_PLACEMENT", placement, count))
-        wanted = read_count(environment, "NUM_ATTN_LAYERS", len(attention))
+        attention = set(parse_layers(settings, "ATTN_PLACEMENT", placement))
+        wanted = read_number(environment, "NUM_ATTN_LAYERS", len(attention))
     problem = f"ATTN_PLACEMENT={placement} does not place NUM_ATTN_LAYERS={wanted}"
     need(len(attention - {count}) == wanted, f"{problem}: set MAMBA_LAYERS")
     return ",".join(str(layer) for layer in range(count) if layer not in attention) or "none"
@@ -5964,7 +5880,7 @@ def convert_attention(environment: dict[str, str], settings) -> str:
 def convert_rope_dims(environment: dict[str, str], settings) -> str:
     """ROPE_FRACTION that turns ROPE_DIMS dimensions of each head; 0 is all."""
     head = settings.model_dim // max(1, settings.num_heads)
-    dims = read_count(environment, "ROPE_DIMS", 0) or head
+    dims = read_number(environment, "ROPE_DIMS", 0) or head
     need(dims <= head, f"ROPE_DIMS={dims} is more than a head has, {head}")
     fraction = dims / max(1, head)
     rounded_down = int(head * fraction) < dims
@@ -5973,82 +5889,69 @@ def convert_rope_dims(environment: dict[str, str], settings) -> str:
 
 def convert_bigrams(environment: dict[str, str], settings) -> str:
     """BIGRAM_VOCAB_SIZE of BIGRAM_BUCKETS rows, or of none where USE_BIGRAM_HASH=0."""
-    if not read_switch(environment, "USE_BIGRAM_HASH", True):
-        return "0"
     usual = settings.bigram_vocab_size or Settings.bigram_vocab_size
-    return environment.get("BIGRAM_BUCKETS", str(usual))
+    rows = environment.get("BIGRAM_BUCKETS", str(usual))
+    return rows if read_number(environment, "USE_BIGRAM_HASH", True) else "0"
 
 
 def convert_quantizer(environment: dict[str, str], settings) -> str:
     """QUANTIZER of USE_GPTQ and GPTQ_LITE, the search for each row's clipping."""
-    hessians = read_switch(environment, "USE_GPTQ", True)
-    search = read_switch(environment, "GPTQ_LITE", False)
+    hessians = read_number(environment, "USE_GPTQ", True)
+    search = read_number(environment, "GPTQ_LITE", False)
     need(hessians or not search, "GPTQ_LITE=1 searches clips for GPTQ here: leave out USE_GPTQ=0")
-    if search:
-        return "percentile"
     usual = "gptq" if settings.quantizer == "round" else settings.quantizer
-    return usual if hessians else "round"
+    return "percentile" if search else usual if hessians else "round"
 
 
 def convert_average(environment: dict[str, str], settings) -> str:
     """AVERAGE of EMA_ENABLED and SWA_ENABLED; of what neither says, the usual."""
-    parts = []
-    for part in ("ema", "swa"):
-        if read_switch(environment, f"{part.upper()}_ENABLED", part in settings.average):
-            parts.append(part)
+    usual = {f"{part.upper()}_ENABLED": part in settings.average for part in ("ema", "swa")}
+    parts = [name[:3].lower() for name in usual if read_number(environment, name, usual[name])]
     return "+".join(parts) or "none"
 
 
 def convert_batches(environment: dict[str, str], settings) -> str:
     """CALIBRATION_TOKENS of GPTQ_CALIB_BATCHES batches of TRAIN_BATCH_TOKENS."""
-    return str(read_count(environment, "GPTQ_CALIB_BATCHES", 1) * settings.train_batch_tokens)
+    return str(read_number(environment, "GPTQ_CALIB_BATCHES", 1) * settings.train_batch_tokens)
 
 
 def convert_sequences(environment: dict[str, str], settings) -> str:
-    """CALIBRATION_TOKENS of GPTQ_NUM_SEQS (32) sequences of GPTQ_GEN_LEN tokens."""
-    length = read_count(environment, "GPTQ_GEN_LEN", settings.gptq_gen_len)
-    return str(length * read_count(environment, "GPTQ_NUM_SEQS", 32))
+    """CALIBRATION_TOKENS of GPTQ_NUM_SEQS sequences of GPTQ_GEN_LEN tokens."""
+    return str(read_number(environment, "GPTQ_NUM_SEQS", 32) * settings.gptq_gen_len)
 
 
 def convert_cuda(environment: dict[str, str], settings) -> str:
     """SCAN_BACKEND of MAMBA_USE_CUDA: the usual, or the loop."""
-    fast = read_switch(environment, "MAMBA_USE_CUDA", True)
+    fast = read_number(environment, "MAMBA_USE_CUDA", True)
     return settings.scan_backend if fast else "sequential"
 
 
-# Other names, each group of a setting, and the converter of their values where these differ. Names
-# of a group are translated together.
-OTHER_NAMES = {
+# Names that are translated together, the setting that they say, and by what.
+CONVERTED = {
     "ATTN_PLACEMENT NUM_ATTN_LAYERS": ("MAMBA_LAYERS", convert_attention),
     "BIGRAM_BUCKETS USE_BIGRAM_HASH": ("BIGRAM_VOCAB_SIZE", convert_bigrams),
-    "BIGRAM_HASH_DIM": ("BIGRAM_DIM", None),
     "EMA_ENABLED SWA_ENABLED": ("AVERAGE", convert_average),
-    "ENABLE_LOOPING_AT RECUR_START_FRAC": ("RECUR_START", None),
     "GPTQ_CALIB_BATCHES": ("CALIBRATION_TOKENS", convert_batches),
-    "GPTQ_CLIP_SIGMAS": ("SDCLIP_K", None),
-    "GPTQ_EMBED_CLIP_SIGMAS": ("SDCLIP_K_INT8", None),
     "GPTQ_LITE USE_GPTQ": ("QUANTIZER", convert_quantizer),
     "GPTQ_NUM_SEQS": ("CALIBRATION_TOKENS", convert_sequences),
     "LOOP_END LOOP_START NUM_LOOPS": ("LAYER_ORDER", convert_loops),
-    "MAMBA3_CHUNK_SIZE": ("MAMBA_CHUNK_SIZE", None),
-    "MAMBA3_D_STATE": ("MAMBA_D_STATE", None),
-    "MAMBA3_EXPAND": ("MAMBA_EXPAND", None),
-    "MAMBA3_HEADDIM": ("MAMBA_HEAD_DIM", None),
     "MAMBA_USE_CUDA": ("SCAN_BACKEND", convert_cuda),
-    "MUON_WD": ("WEIGHT_DECAY", None),
     "RECUR_LAYERS RECUR_MODE RECUR_REPEATS": ("LAYER_ORDER", convert_recurrence),
     "ROPE_DIMS": ("ROPE_FRACTION", convert_rope_dims),
-    # Not the contest's, but reached for.
-    "D_MODEL": ("MODEL_DIM", None),
-    "EMA_HORIZON": ("AVERAGE_HORIZON", None),
-    "ITERS NUM_ITERATIONS": ("ITERATIONS", None),
-    "MAX_WALLCLOCK WALLCLOCK": ("MAX_WALLCLOCK_SECONDS", None),
-    "QUANT": ("QUANTIZER", None),
-    "SEQ_LEN": ("TRAIN_SEQ_LEN", None),
-    "VAL_EVERY": ("VAL_LOSS_EVERY", None),
-    "WD": ("WEIGHT_DECAY", None),
 }
-ALIASES = {name: ours for names, ours in OTHER_NAMES.items() for name in names.split()}
+
+# Other names for a setting of the same value: the contest's, then some that people reach for.
+RENAMED = """
+    BIGRAM_HASH_DIM=BIGRAM_DIM ENABLE_LOOPING_AT=RECUR_START GPTQ_CLIP_SIGMAS=SDCLIP_K
+    GPTQ_EMBED_CLIP_SIGMAS=SDCLIP_K_INT8 MAMBA3_CHUNK_SIZE=MAMBA_CHUNK_SIZE
+    MAMBA3_D_STATE=MAMBA_D_STATE MAMBA3_EXPAND=MAMBA_EXPAND MAMBA3_HEADDIM=MAMBA_HEAD_DIM
+    MUON_WD=WEIGHT_DECAY RECUR_START_FRAC=RECUR_START
+    D_MODEL=MODEL_DIM EMA_HORIZON=AVERAGE_HORIZON ITERS=ITERATIONS NUM_ITERATIONS=ITERATIONS
+    MAX_WALLCLOCK=MAX_WALLCLOCK_SECONDS WALLCLOCK=MAX_WALLCLOCK_SECONDS QUANT=QUANTIZER
+    SEQ_LEN=TRAIN_SEQ_LEN VAL_EVERY=VAL_LOSS_EVERY WD=WEIGHT_DECAY
+"""
+ALIASES = {name: fate for names, fate in CONVERTED.items() for name in names.split()}
+ALIASES |= {name: (ours, None) for name, ours in (pair.split("=") for pair in RENAMED.split())}
 
 # Names that set nothing, and what holds instead. A value after a name says just that: it may be
 # given.
@@ -6091,21 +5994,20 @@ REFUSALS = {
 }
 
 
-def refused_names() -> dict[str, tuple[str, str]]:
-    """REFUSALS by single name: the value that may be given, or "", and what holds instead."""
-    entries = [(entry, reason) for names, reason in REFUSALS.items() for entry in names.split()]
-    parted = [(*entry.partition("="), reason) for entry, reason in entries]
-    return {name: (value, reason) for name, _, value, reason in parted}
+REFUSED = {}  # by name: the value that may be given, or "", and what holds instead
+for entries, fact in REFUSALS.items():
+    for entry in entries.split():
+        refused, _, harmless = entry.partition("=")
+        REFUSED[refused] = (harmless, fact)
 
 
 def same_value(text: str, other: str) -> bool:
     """Whether two texts are one word or number; true is 1, false 0."""
-    word = text.strip().lower()
-    word = {"false": "0", "true": "1"}.get(word, word)
-    try:
-        return float(word) == float(other)
-    except ValueError:
-        return word == other
+    words = [text.strip().lower(), other.strip().lower()]
+    words = [{"false": "0", "true": "1"}.get(word, word) for word in words]
+    with suppress(ValueError):
+        words = [float(word) for word in words]
+    return words[0] == words[1]
 
 
 def translate_names(environment: dict[str, str], settings) -> tuple[dict[str, str], list[str]]:
@@ -6116,26 +6018,25 @@ def translate_names(environment: dict[str, str], settings) -> tuple[dict[str, st
     """
     added = {}
     lines = []
-    for name, (value, reason) in refused_names().items():
-        if name in environment:
-            text = environment[name]
-            need(value and same_value(text, value), f"{name}={shown(text)} cannot be set: {reason}")
-            lines.append(f"{name}={text} changes nothing: {reason}")
-    for name, (ours, convert) in ALIASES.items():
-        if name in environment:
-            value = convert(environment, settings) if convert else environment[name]
-            before = added.get(ours, environment.get(ours, value))
-            twice = f"{name} is {ours}={shown(value)} here, but it is also {shown(before)}"
-            need(same_value(before, value), f"{twice}: unset one")
-            added[ours] = value
-            lines.append(f"{name}={environment[name]} is {ours}={value} here")
+    for name in sorted(environment.keys() & REFUSED.keys()):
+        text = environment[name]
+        value, reason = REFUSED[name]
+        need(value and same_value(text, value), f"{name}={shown(text)} cannot be set: {reason}")
+        lines.append(f"{name}={text} changes nothing: {reason}")
+    for name in sorted(environment.keys() & ALIASES.keys()):
+        ours, convert = ALIASES[name]
+        value = convert(environment, settings) if convert else environment[name]
+        before = added.get(ours, environment.get(ours, value))
+        twice = f"{name} is {ours}={shown(value)} here, but it is also {shown(before)}"
+        need(same_value(before, value), f"{twice}: unset one")
+        added[ours] = value
+        lines.append(f"{name}={environment[name]} is {ours}={value} here")
     return added, lines
 
 
 def explain_names(environment: dict[str, str]) -> list[str]:
     """Lines that say what every other name in the environment means here."""
-    settings, _ = read_own(environment)
-    return translate_names(environment, settings)[1]
+    return translate_names(environment, read_own(environment)[0])[1]
 
 
 # ---- Misspelt names ------------------------------------------------------------------------------
@@ -6143,51 +6044,30 @@ def explain_names(environment: dict[str, str]) -> list[str]:
 # Beginnings that no other program's variables have: what follows one must be known.
 FAMILIES = ("BIGRAM_", "EMA_", "GPTQ_", "LATE_QAT_", "MUON_", "RECUR_", "SDCLIP_", "SWA_", "TTT_")
 
-# Names of common words, as are short single words: what is merely like them is another program's.
+# What is merely like these is another program's: common words. MODEL_DIR and mamba's are others'.
 COMMON_WORDS = {"BATCH_SIZE", "LOG_DIR", "RUN_ID", "SEQ_LEN"}
-
-# Other programs' own: mamba_ssm's build, the package manager micromamba, and folders of models.
 STRANGERS = {"MAMBA_EXE", "MAMBA_FORCE_BUILD", "MODEL_DIR"}
 
 
-def one_letter_off(text: str, name: str) -> bool:
-    """Whether one letter more, less or changed, or two that changed places, make text of name."""
-    alike = len(os.path.commonprefix([text, name]))
-    text = text[alike:]
-    name = name[alike:]
-    if name in (text, text[1:]) or text == name[1:] or text[1:] == name[1:]:
-        return True
-    return text[:2] == name[1::-1] and text[2:] == name[2:]
-
-
-def is_meant_for_us(variable: str, names: dict[str, str]) -> bool:
-    """Whether an unknown variable is rather a slip of one of the names than another program's.
-
-    It is if it begins as only ours do, or if without case and underscores it is a name with at
-    most one letter wrong, goes on where a long name ends, or is nine tenths of a long name.
-    """
-    flat = variable.upper().replace("_", "")
-    if variable.startswith(FAMILIES) or any(one_letter_off(flat, name) for name in names):
-        return True
-    if flat.startswith(tuple(name for name in names if len(name) >= 10)):
-        return True
-    long_names = [name for name in names if len(name) >= 12]
-    return len(flat) >= 12 and bool(difflib.get_close_matches(flat, long_names, 1, 0.9))
-
-
 def refuse_misspelt(environment: dict[str, str]):
-    """Raises UserError for an unknown variable that is_meant_for_us(); others are let be."""
-    known = {name.upper() for name in FIELDS} | ALIASES.keys() | refused_names().keys()
-    names = {}
-    for name in sorted(known - COMMON_WORDS):
-        if len(name) >= (5 if "_" in name else 9):
-            names[name.replace("_", "")] = name
+    """Raises UserError for an unknown variable that was meant for us; others are let be.
+
+    It was if it begins as only ours do, or if without case and underscores it is one of our names
+    but for a letter or a tenth, or goes on where a long one ends. Short single words do not count.
+    """
+    known = {name.upper() for name in FIELDS} | ALIASES.keys() | REFUSED.keys()
+    likely = [n for n in sorted(known - COMMON_WORDS) if len(n) >= (5 if "_" in n else 9)]
+    names = {name.replace("_", ""): name for name in likely}
+    long_names = tuple(name for name in names if len(name) >= 10)
     for variable in sorted(environment.keys() - known - STRANGERS):
-        if not variable.startswith("_") and is_meant_for_us(variable, names):
-            flat = variable.upper().replace("_", "")
-            (closest,) = difflib.get_close_matches(flat, names, 1, 0.0)
-            meant = names[closest]
-            raise UserError(f"{variable} is not a setting; did you mean {meant}? (see --help)")
+        flat = variable.upper().replace("_", "")
+        nearest = difflib.get_close_matches(flat, names, 1, 0.75)
+        longest = max([len(flat), *map(len, nearest)])
+        cutoff = min(0.9, 1 - 1 / longest)  # of one letter in longest
+        near = difflib.get_close_matches(flat, nearest, 1, cutoff) or flat.startswith(long_names)
+        if not variable.startswith("_") and (near or variable.startswith(FAMILIES)):
+            hint = f"did you mean {names[nearest[0]]}? (see --help)" if nearest else "see --help"
+            raise UserError(f"{variable} is not a setting; {hint}")
 
 
 if __name__ == "__main__":

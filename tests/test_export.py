@@ -55,7 +55,7 @@ def grid_scale(
     return math.prod(t.grid_steps(weight, limits, settings, k))
 
 
-QUANTIZERS = t.Settings.__dataclass_fields__["quantizer"].metadata["domain"].choices
+QUANTIZERS = t.Settings.__dataclass_fields__["quantizer"].metadata["unit"].split("|")
 each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS)
 each_version = pytest.mark.parametrize("version", [2, 3], ids=["Mamba-2", "Mamba-3"])
 

@@ -21,7 +21,7 @@ from tests.support import (
 
 NAMES = (Path(__file__).parent / "data" / "contest_names.txt").read_text().split()
 OURS = {name.upper() for name in t.FIELDS}
-REFUSED = t.refused_names()
+REFUSED = t.REFUSED
 REACHED_FOR = [
     "LR",
     "LEARNING_RATE",

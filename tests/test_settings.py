@@ -327,14 +327,15 @@ def test_a_process_knows_its_place_among_the_ranks(environment, launch):
     ("environment", "named"),
     [
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "two"}, 'WORLD_SIZE="two"'),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1"),
         ({"RANK": "1"}, "RANK=1"),
         ({"WORLD_SIZE": "2"}, "without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         (TORCHRUN | {"WORLD_SIZE": "2"}, "without RANK: "),
         (TORCHRUN | {"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2"),
         ({"RANK": "x\n"}, "RANK="),
-        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5"),
+        ({"LOCAL_RANK": "1.5"}, 'LOCAL_RANK="1.5"'),
+        ({"RANK": "9" * 5000}, "RANK="),
     ],
 )
 def test_an_impossible_place_among_the_ranks_is_one_line(environment, named):

@@ -67,7 +67,7 @@ def is_setting(text: str) -> bool:
     name, _, value = text.partition("=")
     if name not in SETTINGS:
         return False
-    return not value or value in SETTINGS[name].metadata["domain"].choices
+    return not value or value in SETTINGS[name].metadata["unit"].split("|")
 
 
 def exists(text: str) -> bool:

@@ -93,12 +93,12 @@ def setting_rows() -> list[str]:
     """
     lines = []
     for field in dataclasses.fields(t.Settings):
-        group, domain = field.metadata["group"], field.metadata["domain"]
+        group = field.metadata["group"]
         if group:
             lines += ["", f"## {GROUPS[group]}", "", "| variable | default | values | |"]
             lines.append("| --- | --- | --- | --- |")
         default = code(shown(field.default))
-        values = cell(domain.describe(type(field.default)))
+        values = cell(t.describe_values(**field.metadata))
         about = cell(field.metadata["help"])
         lines.append(f"| `{field.name.upper()}` | {default} | {values} | {about} |")
     return lines
@@ -136,7 +136,7 @@ def name_row(name: str, refused: dict[str, tuple[str, str]]) -> str:
 def settings_page() -> str:
     """The whole page: settings, presets, the contest's names, and other programs' names."""
     contest = CONTEST.read_text(encoding="utf-8").split()
-    refused = t.refused_names()
+    refused = t.REFUSED
     counts = {
         "count": len(contest),
         "aliases": sum(name in t.ALIASES for name in contest),
