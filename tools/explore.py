@@ -262,6 +262,9 @@ def export_and_score(trainer, batches, validation: t.ValidationSet) -> dict:
         return {"error": str(error)}
     plain = dataclasses.replace(settings, eval_mode="plain", ttt_enabled=False)
     for label, chosen in (("quantized", plain), ("final", settings)):
+        if label == "final" and settings == plain:
+            found[label] = found["quantized"]
+            continue
         model, chosen = t.load_model(settings.artifact_path, chosen, set(), ranks)
         score = t.Evaluator(model, chosen, ranks, validation).evaluate()
         found[label] = round(score.val_bpb, 5)
