@@ -28,7 +28,9 @@ def test_the_digest_is_short_and_cites_rows_that_exist():
 
 def test_open_rows_have_what_a_claim_needs():
     for row in experiments.read_rows(experiments.DATA):
-        if row["corpus"] != experiments.CLOSED:
+        if row["verdict"] == "planned":  # written down before it runs
+            assert row["predicted"] and not row["found"], row["id"]
+        elif row["corpus"] != experiments.CLOSED:
             assert row["log"] and row["found"] and row["hardware"], row["id"]
 
 
