@@ -2066,39 +2066,30 @@ STEPS_OF_GRAM = 3  # in a row on Gram matrices alone: their rounding errors grow
 
 
 def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
-    """The nearest semi-orthogonal matrices: U V^T of each x = U S V^T, up to what steps leave.
+    """The nearest semi-orthogonal matrices, U V^T of each x = U S V^T, up to what steps leave.
 
-    batches: (n, rows, columns) each. Returns the same shapes, in float16 on a GPU.
-    A Newton-Schulz step takes x to P x, where G = x x^T and P = a + b G + c G^2: the polynomial
-    a s + b s^3 + c s^5 of every singular value s, which brings it nearer to 1. The next Gram matrix
-    is P G P, so that a few steps need G alone, which is small; x is multiplied once, by the product
-    of their P (dao-lab.ai/blog/2026/gram-newton-schulz). As small matrices leave a GPU idle, all
-    batches' G go together, padded with zeros to one size.
+    Of batches (n, rows, columns); float16 on a GPU. A Newton-Schulz step takes x to P x, where
+    G = x x^T and P = a + b G + c G^2: a s + b s^3 + c s^5 of every singular value s. As the next G
+    is P G P, a few steps need it alone, which is small: x is multiplied once, by the product of
+    their P (dao-lab.ai/blog/2026/gram-newton-schulz). All batches' G, padded, go together.
     """
     wide = [x.mT if x.shape[-2] > x.shape[-1] else x for x in batches]  # rows <= columns
     # No singular value is larger than the Frobenius norm; 1 % is room for float16's rounding.
     wide = [x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7) for x in wide]
     wide = [x.half() if x.is_cuda else x for x in wide]
     rows = [x.shape[-2] for x in wide]
-    coefficients = [POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)] for step in range(steps)]
+    coefficients = [*POLAR_EXPRESS, *steps * POLAR_EXPRESS[-1:]][:steps]
     for first in range(0, steps, STEPS_OF_GRAM):
         grams = [F.pad(x @ x.mT, 2 * (0, max(rows) - n)) for x, n in zip(wide, rows, strict=True)]
-        few = coefficients[first : first + STEPS_OF_GRAM]
-        products = newton_schulz_product(torch.cat(grams), few).split([len(x) for x in wide])
-        products = [product[:, :n, :n] for product, n in zip(products, rows, strict=True)]
-        wide = [product @ x for product, x in zip(products, wide, strict=True)]
+        gram, product = torch.cat(grams), None
+        for a, b, c in coefficients[first : first + STEPS_OF_GRAM]:
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+            polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = polynomial if product is None else polynomial @ product
+            gram = polynomial @ gram @ polynomial
+        products = product.split([len(x) for x in wide])
+        wide = [p[:, :n, :n] @ x for p, n, x in zip(products, rows, wide, strict=True)]
     return [x if x.shape == y.shape else x.mT for x, y in zip(wide, batches, strict=True)]
-
-
-def newton_schulz_product(gram: Tensor, coefficients: list[tuple]) -> Tensor:
-    """P_n ... P_2 P_1 of Newton-Schulz steps that begin with Gram matrices gram (n, size, size)."""
-    product = None
-    for a, b, c in coefficients:
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = polynomial if product is None else polynomial @ product
-        gram = polynomial @ gram @ polynomial
-    return product
 
 
 @dataclass
@@ -2111,9 +2102,7 @@ class MatrixGroup:
     weight_decay: float
 
 
-def momentum_updates(
-    gradients: list[list[Tensor]], momenta: list[Tensor], momentum: Tensor, skip: Tensor, steps: int
-) -> list[Tensor]:
+def momentum_updates(gradients: list, momenta: list[Tensor], momentum, skip, steps: int) -> list:
     """m <- momentum m + (1 - momentum) g, in place, for each group's momentum m (n, rows, columns).
 
     Returns updates: the same once more with the new m (Nesterov), orthogonalized. Where skip,
@@ -2129,9 +2118,7 @@ def momentum_updates(
     return orthogonalize(updates, steps)
 
 
-def apply_updates(
-    groups: list[list[Tensor]], updates: list[Tensor], rates: list[Tensor], decays: list, skip
-):
+def apply_updates(groups: list, updates: list[Tensor], rates: list[Tensor], decays: list, skip):
     """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
     for group, update, rate, decay in zip(groups, updates, rates, decays, strict=True):
         rate = rate * (1 - skip)
@@ -2144,41 +2131,35 @@ def apply_updates(
 class Muon:
     """Momentum whose update is orthogonalized (K. Jordan, 2024, kellerjordan.github.io/posts/muon).
 
-    A gradient's few large singular values drown the others; here all are of one size: the steepest
-    descent if a step is measured by how far it can move a layer's outputs. Each rank has a share.
+    All singular values come to one size, which is the steepest descent if a step is measured by
+    how far it can move a layer's outputs. Each rank has a share of the matrices.
     """
 
     def __init__(self, groups: list[MatrixGroup], settings, ranks):
         self.groups = groups
         self.ranks = ranks
-        self.newton_schulz_steps = settings.muon_backend_steps
+        self.steps = settings.muon_backend_steps
         self.momentum_updates = maybe_compile(momentum_updates, settings, ranks)
         self.apply_updates = maybe_compile(apply_updates, settings, ranks)
+        # This rank's part of each momentum, a view; the others' are out of date here.
+        self.shares = [g.momentum.chunk(ranks.world_size)[ranks.rank] for g in groups]
 
     def gather_momentum(self) -> list[Tensor]:
         """The momentum of every group's matrices (n, rows, columns), gathered from all ranks."""
-        for group in self.groups:
-            group.momentum.copy_(self.ranks.concatenate(self._share(group.momentum)))
+        for group, share in zip(self.groups, self.shares, strict=True):
+            group.momentum.copy_(self.ranks.concatenate(share))
         return [group.momentum[: len(group.parameters)] for group in self.groups]
 
-    def _share(self, momentum: Tensor) -> Tensor:
-        """This rank's part of a group's momentum, a view; the others' is out of date here."""
-        return momentum.chunk(self.ranks.world_size)[self.ranks.rank]
-
-    def _gradients(self, group: MatrixGroup) -> list[Tensor]:
+    def _gradients(self, group: MatrixGroup, share: Tensor) -> list[Tensor]:
         """Those of this rank's share of a group; the last shares are filled up with zeros."""
-        count = len(self._share(group.momentum))
-        mine = group.parameters[self.ranks.rank * count :][:count]
-        padding = group.momentum.new_zeros(count - len(mine), *group.momentum.shape[1:])
-        return [p.grad for p in mine] + list(padding)
+        mine = group.parameters[self.ranks.rank * len(share) :][: len(share)]
+        return [p.grad for p in mine] + list(torch.zeros_like(share[len(mine) :]))
 
     @torch.no_grad()
     def step(self, lr_factor: Tensor, momentum: Tensor, skip: Tensor):
         """One step at this part of the groups' rates; float32 () each. skip of 1: of no effect."""
-        gradients = [self._gradients(group) for group in self.groups]
-        shares = [self._share(group.momentum) for group in self.groups]
-        steps = self.newton_schulz_steps
-        updates = self.momentum_updates(gradients, shares, momentum, skip, steps)
+        gradients = list(map(self._gradients, self.groups, self.shares))
+        updates = self.momentum_updates(gradients, self.shares, momentum, skip, self.steps)
         updates = [self.ranks.concatenate(update) for update in updates]
         parameters = [group.parameters for group in self.groups]
         rates = [group.base_lr * lr_factor for group in self.groups]
@@ -2238,24 +2219,22 @@ def parameter_groups(model, settings, ranks) -> tuple[list[MatrixGroup], list[di
     rates = {"matrix": s.matrix_lr, "mamba_matrix": s.mamba_matrix_lr}
     embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
     embed_decay = s.weight_decay if s.embed_wd < 0 else s.embed_wd
-    options = {  # rate, decay, epsilon
-        "embedding": (embed_lr, embed_decay, s.adam_eps),
-        "head": (s.head_lr, embed_decay, s.adam_eps),
-        # A residual mix's first gradients are rounding errors: not to be taken for a direction.
-        "scalar": (s.scalar_lr, s.adam_wd, max(s.adam_eps, 1e-6)),
+    scalar_eps = max(s.adam_eps, 1e-6)  # a residual mix's first gradients are rounding errors
+    options = {
+        "embedding": {"base_lr": embed_lr, "weight_decay": embed_decay, "eps": s.adam_eps},
+        "head": {"base_lr": s.head_lr, "weight_decay": embed_decay, "eps": s.adam_eps},
+        "scalar": {"base_lr": s.scalar_lr, "weight_decay": s.adam_wd, "eps": scalar_eps},
     }
-    alike = collections.defaultdict(list)
-    others = {}
+    alike, others = collections.defaultdict(list), {}
     for name, p in model.named_parameters():
         kind = parameter_kind(name, p)
         if kind in rates:
             alike[rates[kind], p.shape].append(p)
             continue
-        group = dict(zip(("base_lr", "weight_decay", "eps"), options[kind], strict=True))
-        others.setdefault(kind, {"params": [], **group})["params"].append(p)
+        others.setdefault(kind, {"params": [], **options[kind]})["params"].append(p)
     matrices = []
     for (rate, shape), parameters in alike.items():
-        count = ranks.world_size * math.ceil(len(parameters) / ranks.world_size)
+        count = len(parameters) + -len(parameters) % ranks.world_size
         momentum = parameters[0].new_zeros(count, *shape)
         matrices.append(MatrixGroup(parameters, momentum, rate, s.weight_decay))
     return matrices, list(others.values())
@@ -2264,9 +2243,8 @@ def parameter_groups(model, settings, ranks) -> tuple[list[MatrixGroup], list[di
 class WeightAverage:
     """The average of the weights that a run leaves, as AVERAGE says.
 
-    ema: weights after step n come in with a rate of 1 / (AVERAGE_HORIZON n), so that it looks back
-    over that part of any run; at least of 1 - EMA_DECAY. swa: the mean of the weights, with ema of
-    the ema's, at steps that Schedule says (arXiv 1803.05407).
+    ema: weights after step n come in at a rate of 1 / (AVERAGE_HORIZON n), at least 1 - EMA_DECAY.
+    swa: the mean of the weights, or of their ema, at Schedule's snapshots (arXiv 1803.05407).
     """
 
     def __init__(self, model, settings):
@@ -2284,34 +2262,28 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, steps_done: int, skip: Tensor, snapshot: bool = False):
         """Takes in the weights after steps_done steps; not if skip, float32 (), is 1."""
-        taken = 1 - skip
-        moves = []
         if self.ema:
             horizon = max(1.0, self.settings.average_horizon * steps_done)
-            rate = taken * max(1 - self.settings.ema_decay, 1 / horizon)
-            moves.append((self.ema, self.parameters, rate))
+            rate = max(1 - self.settings.ema_decay, 1 / horizon)
+            self._move(self.ema, self.parameters, (1 - skip) * rate)
         if self.swa and snapshot:
-            moves.append((self.swa, self.ema or self.parameters, taken / (self.snapshots + 1)))
-            self.snapshots += taken
-        for average, weights, rate in moves:
-            torch._foreach_mul_(average, 1 - rate)
-            torch._foreach_add_(average, torch._foreach_mul(weights, rate))
+            rate = (1 - skip) / (self.snapshots + 1)
+            self._move(self.swa, self.ema or self.parameters, rate)
+            self.snapshots += 1 - skip
+
+    def _move(self, average: list[Tensor], weights: list[Tensor], rate: Tensor):
+        torch._foreach_mul_(average, 1 - rate)
+        torch._foreach_add_(average, torch._foreach_mul(weights, rate))
 
     @torch.no_grad()
     def apply(self) -> str:
         """Puts the average in the weights' place; says which. Without snapshots there is no swa."""
-        if self.swa and self.snapshots > 0:
-            torch._foreach_copy_(self.parameters, self.swa)
+        swa = bool(self.swa and self.snapshots > 0)
+        if swa or self.ema:
+            torch._foreach_copy_(self.parameters, self.swa if swa else self.ema)
+        if swa:
             return f"{int(self.snapshots)} snapshots of {'the ema' if self.ema else 'the weights'}"
-        if self.ema:
-            torch._foreach_copy_(self.parameters, self.ema)
-            return "ema"
-        return "none: the last weights"
-
-
-LR_WARMUP = 0.01  # of the run, in which rates rise from 0
-MOMENTUM_WARMUP = 0.1  # of the run, where MUON_MOMENTUM_WARMUP_STEPS does not say otherwise
-FIRST_MOMENTUM = 0.9  # of MUON_MOMENTUM, where MUON_MOMENTUM_WARMUP_START does not
+        return "ema" if self.ema else "none: the last weights"
 
 
 class Schedule(NamedTuple):
@@ -2337,17 +2309,16 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
     by_steps = step / s.iterations
     by_clock = seconds / train_seconds if s.max_wallclock_seconds else 0.0
     progress = min(1.0, max(by_steps, by_clock))
-    step_part = 1 / s.iterations  # what a step takes of the run: by the clock, the mean so far
-    if by_clock > by_steps:
-        step_part = seconds / max(step, 1) / train_seconds
+    # What a step takes of the run: by the clock, the mean so far.
+    step_part = by_clock / max(step, 1) if by_clock > by_steps else 1 / s.iterations
     warmdown = min(1.0, s.warmdown_iters * step_part) if s.warmdown_iters else s.warmdown_fraction
     decay = ramp(1 - progress, warmdown)
     if s.warmdown_shape == "cosine":
         decay = 0.5 - 0.5 * math.cos(math.pi * decay)
-    lr_factor = ramp(progress + 1 / s.iterations, LR_WARMUP) * max(decay, s.min_lr)
-    first = s.muon_momentum_warmup_start or FIRST_MOMENTUM * s.muon_momentum
+    lr_factor = ramp(progress + 1 / s.iterations, 0.01) * max(decay, s.min_lr)
+    first = s.muon_momentum_warmup_start or 0.9 * s.muon_momentum
     steps = s.muon_momentum_warmup_steps
-    risen = ramp(step, steps) if steps else ramp(progress, MOMENTUM_WARMUP)
+    risen = ramp(step, steps) if steps else ramp(progress, 0.1)
     momentum = first + (s.muon_momentum - first) * risen
     # What begins as rates decay looks at the decay itself, which MIN_LR does not hold up.
     recurrent = progress >= s.recur_start
@@ -2382,7 +2353,7 @@ def plan_windows(settings, first: int, last: int, rank: int, world_size: int) ->
 class Excerpt(NamedTuple):
     """A part of the stream as the model reads it; the target at position p is tokens[p + 1]."""
 
-    positions: np.ndarray  # (B, T) int64; outside the stream, they repeat its first or last token
+    positions: np.ndarray  # (B, T) int64; outside the stream stands its first or last token
     tokens: Tensor  # (B, T) int64, on the rank's device
     targets: Tensor  # (B, T) int64
     resumed: tuple | None = None  # stateful: seen and states of Model.resume(), before it
@@ -2413,9 +2384,8 @@ class Score(NamedTuple):
 class StateRelay:
     """Every mixer's state on its way through the stream, from part to part and rank to rank.
 
-    In a round, ranks score consecutive parts, one each. A state goes to the next rank as soon as
-    its mixer has left it, and from the last rank to the first, for the next round. So a round of R
-    parts takes the time of 1 + (R - 1) / layers parts.
+    In a round, ranks score consecutive parts. A state goes to the next rank as soon as its mixer
+    has left it, and from the last one to the first: R parts take the time of 1 + (R - 1) / layers.
     """
 
     def __init__(self, ranks, states: list):
@@ -2446,7 +2416,7 @@ class StateRelay:
     def end_round(self):
         """The first rank gets the states after the round's last part."""
         last = self.parts - 1
-        if last > 0 and self.ranks.rank == last:
+        if 0 < last == self.ranks.rank:
             for state in self.states:
                 self.sent += self.ranks.send(tensors_of(state), 0)
         if last > 0 and self.ranks.rank == 0:
@@ -2472,31 +2442,6 @@ def tensors_of(state) -> list[Tensor]:
     return tensors
 
 
-class AdaptationClock:
-    """How many epochs of test-time training each chunk gets, so that all can be scored in time.
-
-    Of each coming chunk's seconds, a fifth more than scoring took last is kept back; epochs fill
-    the rest. The first two, whose times hold what compiling took, get all epochs.
-    """
-
-    def __init__(self, settings, chunks: int, started: float):
-        self.most_epochs = settings.ttt_epochs
-        self.chunks = chunks
-        self.deadline = started + settings.eval_max_seconds
-        self.scoring_seconds = 0.0  # of the latest chunk
-        self.epoch_seconds = 0.0  # of one epoch on the latest chunk that was trained on
-        self.epochs_given_up = 0
-
-    def affordable_epochs(self, index: int, seconds_left: float) -> int:
-        """Epochs on chunk number index, which is not the last."""
-        if seconds_left <= 0:
-            return 0
-        if index < 2:
-            return self.most_epochs
-        spare = seconds_left / (self.chunks - 1 - index) - 1.2 * self.scoring_seconds
-        return min(self.most_epochs, max(0, int(spare / max(self.epoch_seconds, 1e-9))))
-
-
 class Evaluator:
     """Scores a validation set once, and adapts the model to what it has scored if settings.adapts.
 
@@ -2504,21 +2449,18 @@ class Evaluator:
     stream in chunks of TTT_CHUNK_TOKENS targets, in order. On each it first calls _score_chunk(),
     which fixes the nats of every target in the chunk, and only then _adapt(), which reads this
     chunk's tokens and targets and none after them. So the weights that score a target have been
-    trained on earlier chunks alone; within a chunk, the model is causal. No target is scored again
-    with weights that know it: _keep() counts, and _collect() raises unless each was scored exactly
-    once. The last chunk, which nothing follows, is not trained on; the others are whole sequences
-    by validate_settings(), so that training never reads past one. Each rank scores some of a
-    chunk's windows and trains on a part of it; gradients are summed.
+    trained on earlier chunks alone; within a chunk, the model is causal. No target is scored again:
+    _keep() counts, and _collect() raises unless each was scored exactly once. The last chunk, which
+    nothing follows, is not trained on; the others are whole sequences by validate_settings(), so
+    that training never reads past one. Ranks share a chunk's windows; gradients are summed.
 
-    EVAL_MODE=stateful: no window cuts a target off from what came before. Parts of the stream are
-    scored in order, each from the states that the part before has left (Model.resume(), StateRelay
-    between ranks); attention alone sees no further than TRAIN_SEQ_LEN tokens back, in windows that
-    overlap by EVAL_OVERLAP. Parts, and so scores, do not depend on the number of ranks. After an
-    update, states are computed anew over the last window.
+    EVAL_MODE=stateful: parts of the stream are scored in order, each from the states that the part
+    before has left (Model.resume(), StateRelay between ranks); attention alone sees no further than
+    TRAIN_SEQ_LEN tokens back, in windows that overlap by EVAL_OVERLAP. Parts do not depend on the
+    number of ranks. After an update, states are computed anew over the last window.
     """
 
     def __init__(self, model, settings, ranks, validation, recurrent=True, observer=None):
-        """validation: a ValidationSet. recurrent: whether layers are applied again."""
         self.model = model
         self.settings = settings
         self.ranks = ranks
@@ -2535,25 +2477,27 @@ class Evaluator:
         self.nats = torch.zeros(self.total, device=ranks.device)
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
         self.chunk = min(self.total, settings.ttt_chunk_tokens) if settings.adapts else self.total
-        windows = plan_windows(settings, 0, self.chunk, 0, ranks.world_size)
+        windows = len(plan_windows(settings, 0, self.chunk, 0, ranks.world_size))
         most = settings.val_batch_size // (ranks.world_size * settings.train_seq_len)
-        self.rows = max(1, min(len(windows), most))  # of a batch
+        self.rows = max(1, min(windows, most))  # of a batch
         self.part = self._part_tokens()
         self.relay = StateRelay(ranks, [])
         self.states_from = 0  # where the text begins that the states know
+        self.scoring_seconds = 0.0  # of the latest chunk
+        self.epoch_seconds = 0.0  # of one epoch on the latest chunk that was trained on
 
     def _part_tokens(self) -> int:
         """Of stateful evaluation: an eighth of a chunk (for eight ranks), in whole strides.
 
         No more than eight windows: a compiler writes out each chunk of a scan that is no kernel.
         """
-        length = self.settings.train_seq_len
-        stride = length - self.settings.attention_overlap
-        tokens = min(self.chunk, self.settings.val_batch_size, 64 * length) // 8
-        most = max(1, tokens // stride)
+        s = self.settings
+        stride = s.train_seq_len - s.attention_overlap
+        tokens = min(self.chunk, s.val_batch_size, 64 * s.train_seq_len)
+        most = max(1, tokens // (8 * stride))
         strides = math.ceil(self.chunk / stride)
         if self.chunk < self.total:  # parts end with chunks
-            return stride * largest_divisor(strides, most)
+            most = largest_divisor(strides, most)
         return stride * min(strides, most)
 
     def evaluate(self, started: float | None = None, say=lambda text: None) -> Score:
@@ -2561,23 +2505,41 @@ class Evaluator:
 
         started: the perf_counter() at which the evaluation clock began (left out: now).
         """
+        s = self.settings
         started = time.perf_counter() if started is None else started
         firsts = range(0, self.total, self.chunk)
-        clock = AdaptationClock(self.settings, len(firsts), started)
-        sgd = torch.optim.SGD(self.trained, lr=0.0, momentum=self.settings.ttt_momentum)
+        given_up = 0
+        sgd = torch.optim.SGD(self.trained, lr=0.0, momentum=s.ttt_momentum)
         for index, first in enumerate(firsts):
             last = min(first + self.chunk, self.total)
             scoring_started = synchronized_time()
             self._score_chunk(first, last)
-            clock.scoring_seconds = synchronized_time() - scoring_started
+            now = synchronized_time()
+            self.scoring_seconds = now - scoring_started
             if last == self.total:
                 break
             falling = 1 + math.cos(math.pi * (index / len(firsts)))  # along a cosine, from 2 to 0
-            sgd.param_groups[0]["lr"] = self.settings.ttt_lr * 0.5 * falling
-            epochs, seconds_left = self._adapt(index, first, last, sgd, clock)
+            sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * falling
+            seconds_left = started + s.eval_max_seconds - now
+            epochs = self._affordable_epochs(index, len(firsts) - 1 - index, seconds_left)
+            self._adapt(first, last, sgd, epochs)
+            given_up += s.ttt_epochs - epochs
             counts = f"chunk {index + 1}/{len(firsts)}, {epochs} epochs"
             say(f"test-time training: {counts}, {seconds_left:.0f}s left")
-        return self._collect(clock.epochs_given_up)
+        return self._collect(given_up)
+
+    def _affordable_epochs(self, index: int, chunks_left: int, seconds_left: float) -> int:
+        """Epochs on chunk number index so that the chunks_left after it can be scored in time.
+
+        Of their seconds, a fifth more than scoring took last is kept back; epochs fill the rest.
+        The first two, whose times hold what compiling took, get all epochs.
+        """
+        epochs = self.settings.ttt_epochs
+        if index >= 2:
+            spare = seconds_left / chunks_left - 1.2 * self.scoring_seconds
+            epochs = min(epochs, max(0, int(spare / max(self.epoch_seconds, 1e-9))))
+        # One rank's clock speaks for all, or they would wait for each other's gradients for ever.
+        return self.ranks.from_main(epochs if seconds_left > 0 else 0)
 
     @torch.no_grad()
     def _score_chunk(self, first: int, last: int):
@@ -2597,12 +2559,11 @@ class Evaluator:
 
     def _score_parts(self, first: int, last: int):
         """Stateful: rounds of one part for each rank, from the states before the first target."""
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        overlap = self.settings.attention_overlap
+        rank, overlap = self.ranks.rank, self.settings.attention_overlap
         if first == 0:
             self.relay.states = self.model.new_states(self.order)
-        for begin in range(first, last, self.part * world_size):
-            parts = range(begin, last, self.part)[:world_size]
+        for begin in range(first, last, self.part * self.ranks.world_size):
+            parts = range(begin, last, self.part)[: self.ranks.world_size]
             self.relay.parts = len(parts)
             if rank < len(parts):
                 excerpt, hidden = self._resume(parts[rank], self.part)
@@ -2633,11 +2594,11 @@ class Evaluator:
 
     def _read(self, starts: np.ndarray, length: int, resumed: tuple | None = None) -> Excerpt:
         """The stream from each of starts (B, 1) on; outside, its first or last token again."""
-        stream = self.validation.tokens
-        places = np.clip(starts + np.arange(length + 1), 0, len(stream) - 1)
-        tokens = torch.tensor(stream[places], dtype=torch.int64, device=self.ranks.device)
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        excerpt = Excerpt(starts + np.arange(length), inputs, targets, resumed)
+        positions = starts + np.arange(length + 1)
+        stream = self.validation.tokens[np.clip(positions, 0, self.total)]
+        tokens = torch.tensor(stream, dtype=torch.int64, device=self.ranks.device)
+        parts = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        excerpt = Excerpt(positions[:, :-1], *parts, resumed)
         self.observer.on_read(excerpt)
         return excerpt
 
@@ -2650,30 +2611,24 @@ class Evaluator:
         self.nats[where] = nats.flatten()[cells]
         self.observer.on_score(excerpt, scored, nats)
 
-    def _adapt(self, index: int, first: int, last: int, sgd, clock) -> tuple[int, float]:
-        """Trains on a chunk that is scored, as long as the clock allows: epochs, seconds left."""
-        seconds_left = clock.deadline - synchronized_time()
-        # One rank's clock speaks for all, or they would wait for each other's gradients for ever.
-        epochs = self.ranks.from_main(clock.affordable_epochs(index, seconds_left))
+    def _adapt(self, first: int, last: int, sgd: torch.optim.SGD, epochs: int):
+        """Trains on targets first <= p < last, which are scored."""
         started = synchronized_time()
         for _ in range(epochs):
             self._train_epoch(first, last, sgd)
         if epochs and self.settings.eval_mode == "stateful":
             self._renew_states(last)
         if epochs:
-            clock.epoch_seconds = (synchronized_time() - started) / epochs
-        clock.epochs_given_up += self.settings.ttt_epochs - epochs
-        return epochs, seconds_left
+            self.epoch_seconds = (synchronized_time() - started) / epochs
 
     def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD):
         """One step of SGD on targets first <= p < last; each rank takes its part of them."""
-        settings = self.settings
-        world_size = self.ranks.world_size
-        length = ttt_sequence_length(settings, world_size)
+        s, world_size = self.settings, self.ranks.world_size
+        length = ttt_sequence_length(s, world_size)
         whole = (last - first) % (world_size * length) == 0  # by validate_settings()
         assert whole or last == self.total, "training would read past its chunk"
         mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]
-        rows = largest_divisor(len(mine), settings.val_batch_size // (world_size * length))
+        rows = largest_divisor(len(mine), s.val_batch_size // (world_size * length))
         share = rows / len(mine) / world_size  # of a batch in the chunk's mean
         for batch in mine.reshape(-1, rows, 1):
             excerpt = self._read(batch, length)
@@ -2682,8 +2637,8 @@ class Evaluator:
             (loss * share).backward()
         for parameter in self.trained:
             self.ranks.sum_(parameter.grad)
-        if settings.ttt_grad_clip:
-            nn.utils.clip_grad_norm_(self.trained, settings.ttt_grad_clip)
+        if s.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.trained, s.ttt_grad_clip)
         sgd.step()
         self.model.zero_grad()
 
@@ -2707,24 +2662,21 @@ class Evaluator:
 #
 #     limits  grid_limits(): 31, which is int6, in most rows; 127 where errors count for more
 #     steps   grid_steps(), SDClip's: a row's grid ends at k root-mean-squares of its weights
-#     k       fit_sdclip(): a larger k is a coarser grid, whose integers take fewer bytes once they
-#             are coded (section 9); the finest is taken whose file fits
+#     k       fit_sdclip(): a larger k is a coarser grid, of fewer bytes; the finest whose file fits
 #     Q       gptq(): each column is rounded so that it makes up for the errors of those before;
 #             collect_hessians() says which errors count, by the layer's inputs
 #
 # QUANTIZER=gptq is all of that, round takes the nearest integers; percentile, dsq and ternary have
-# grid steps of their own (section 12). These are no step sizes dt, which are section 4's.
+# grid steps of their own (section 12). Step sizes dt are another thing, section 4's.
 
 
 DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
 
-INT6_MAX = 31
-INT8_MAX = 127
-TERNARY_MAX = 1
+INT6_MAX, INT8_MAX, TERNARY_MAX = 31, 127, 1
 SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-mean-squares are rare
 SDCLIP_CHOICES = 257  # values of k from there to SDCLIP_MOST
 OTHER_BYTES = 4096.0  # of a file beside its numbers, with room for a wrong prediction
-DAMPING_ATTEMPTS = 12  # tenfold each time
+DAMPING_ATTEMPTS = 12  # tenfold each time, until a Hessian is positive definite
 TEXTS_AT_ONCE = 256  # that the model writes for CALIBRATION=self
 
 # The first part that a matrix's name has, and the kind of layer that it belongs to.
@@ -2732,17 +2684,11 @@ KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "M
 KINDS |= {"mixer": "attention", "": "embedding"}
 
 
-def kind_of(name: str) -> str:
-    """The kind of layer that a matrix belongs to, by its weight's name."""
-    return next(kind for part, kind in KINDS.items() if part in name)
-
-
 def grid_limits(model) -> dict[str, Tensor]:
-    """The largest integer in each row, float32 (rows, 1), by the weight's name.
+    """The largest integer in each row of every matrix, float32 (rows, 1), by the weight's name.
 
-    Of all linear layers and embeddings. INT8_MAX have the embedding, the output matrix, and the
-    rows that make Mamba's step sizes, decays, trapezoids and angles, whose errors the recurrence
-    compounds: the last dynamics_rows of in_proj; in the first Mamba all of x_proj and dt_proj.
+    INT8_MAX have both embeddings, and the rows that make Mamba's step sizes, decays, trapezoids and
+    angles, whose errors the recurrence compounds: in the first Mamba all of x_proj and dt_proj.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}
@@ -2758,12 +2704,6 @@ def grid_limits(model) -> dict[str, Tensor]:
     return limits
 
 
-def k_of(name: str, settings, k: float) -> float:
-    """The k of a matrix's int6 rows: k, times SDCLIP_MLP or SDCLIP_ATTENTION in these."""
-    factors = {"MLP": settings.sdclip_mlp, "attention": settings.sdclip_attention}
-    return k * factors.get(kind_of(name), 1.0)
-
-
 def exact_steps(steps: Tensor) -> Tensor:
     """The nearest grid steps that float16 holds, float32; a row of zeros has none of 0 either."""
     return steps.clamp(min=2**-14, max=60_000.0).half().float()
@@ -2776,25 +2716,26 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
 
 def sdclip_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
     """Steps (rows, 1) of grids that end at clips times each row's root mean square."""
-    root_mean_square = weight.square().mean(dim=1, keepdim=True).sqrt()
-    return exact_steps(clips * root_mean_square / limits)
+    return exact_steps(clips * weight.square().mean(dim=1, keepdim=True).sqrt() / limits)
 
 
 def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
-    """A matrix's grid steps, of rows (rows, 1) and columns (columns,), by QUANTIZER's rule.
-
-    Their product is the scale of each weight; float32 numbers that float16 holds. k bounds rows of
-    int6, SDCLIP_K_INT8 those of int8, in root-mean-squares of the row.
-    """
+    """A matrix's grid steps, of rows (rows, 1) and columns (columns,); k is that of int6 rows."""
     clips = torch.where(limits == INT8_MAX, settings.sdclip_k_int8, k)
-    one_each = torch.ones_like(weight[0])
-    if settings.quantizer == "percentile":
-        return percentile_steps(weight, limits, clips), one_each
-    if settings.quantizer == "ternary":
-        return ternary_steps(weight, limits, clips), one_each
     if settings.quantizer == "dsq":
         return decoupled_steps(weight, limits, clips)
-    return sdclip_steps(weight, limits, clips), one_each
+    rules = {"percentile": percentile_steps, "ternary": ternary_steps}
+    rule = rules.get(settings.quantizer, sdclip_steps)
+    return rule(weight, limits, clips), torch.ones_like(weight[0])
+
+
+def grids(model, settings, matrices: dict[str, Tensor], k: float):
+    """Yields name, weight, limits, row and column steps of each of grid_limits(model)'s."""
+    factors = {"MLP": settings.sdclip_mlp, "attention": settings.sdclip_attention}  # of k
+    for name, limits in matrices.items():
+        kind = next(kind for part, kind in KINDS.items() if part in name)
+        weight = model.get_parameter(name).detach()
+        yield name, weight, limits, *grid_steps(weight, limits, settings, k * factors.get(kind, 1))
 
 
 def float_type(name: str) -> str:
@@ -2806,29 +2747,23 @@ def float_type(name: str) -> str:
 def predict_bytes(model, settings, k: float) -> float:
     """The size of the artifact with this k, in bytes: known before GPTQ, within a percent.
 
-    The nearest integers stand for GPTQ's, which are spread alike. The coder takes 0.2 % more than
-    their entropy, its last states (4 bytes for each lane), and 256 bytes for packed frequencies.
+    The nearest integers stand for GPTQ's. The coder takes 0.2 % more than their entropy, its last
+    states (4 bytes for each lane), and 256 bytes for packed frequencies.
     """
-    total = OTHER_BYTES
     matrices = grid_limits(model)
-    for name, p in model.named_parameters():
-        if name not in matrices:
-            total += p.numel() * np.dtype(float_type(name)).itemsize
-            continue
-        rows, columns = grid_steps(p, matrices[name], settings, k_of(name, settings, k))
-        integers = round_to_grid(p, rows * columns, matrices[name])
+    others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
+    total = OTHER_BYTES + sum(p.numel() * np.dtype(float_type(name)).itemsize for name, p in others)
+    for _, weight, limits, rows, columns in grids(model, settings, matrices, k):
+        integers = round_to_grid(weight, rows * columns, limits)
         counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-        entropy_bytes = float(torch.special.entr(counts / p.numel()).sum()) / math.log(256)
+        entropy_bytes = float(torch.special.entr(counts / weight.numel()).sum()) / math.log(256)
         steps = len(rows) + int((columns != 1).sum())
-        total += 2 * steps + 4 * ANS_LANES + 256 + 1.002 * entropy_bytes * p.numel()
+        total += 2 * steps + 4 * ANS_LANES + 256 + 1.002 * entropy_bytes * weight.numel()
     return total
 
 
 def fit_sdclip(model, settings, target_bytes: float) -> float:
-    """The k of int6 rows: SDCLIP_K, or if that is 0 the least whose artifact should fit.
-
-    That of the last one, SDCLIP_MOST, may be too large all the same: export() looks.
-    """
+    """The k of int6 rows: SDCLIP_K, or if 0 the least whose artifact should fit, or SDCLIP_MOST."""
     finite = all(p.isfinite().all() for p in model.parameters())
     need(finite, f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
@@ -2845,14 +2780,12 @@ def fit_sdclip(model, settings, target_bytes: float) -> float:
 def fake_quantization(model, matrices: dict[str, Tensor], k: float):
     """Quantization-aware training: inside, matrices stand on their grids, grid_limits(model).
 
-    Gradients that are computed inside are those of the rounded weights; after it the weights are
-    what they were, and take these gradients (the straight-through estimator, arXiv 1308.3432).
+    After it the weights are what they were, and take gradients that were computed at rounded ones:
+    the straight-through estimator (arXiv 1308.3432).
     """
-    settings = model.settings
     weights = [model.get_parameter(name).detach() for name in matrices]
     kept = [weight.clone() for weight in weights]
-    for weight, (name, limits) in zip(weights, matrices.items(), strict=True):
-        rows, columns = grid_steps(weight, limits, settings, k_of(name, settings, k))
+    for _, weight, limits, rows, columns in grids(model, model.settings, matrices, k):
         scale = rows * columns
         weight.copy_(round_to_grid(weight, scale, limits) * scale)
     try:
@@ -2867,12 +2800,11 @@ def calibration_sequences(model, settings, ranks, batches) -> Tensor:
     CALIBRATION=train: the next ones of batches. self: texts that the model writes after BOS.
     """
     s = settings
+    length = s.train_seq_len if s.calibration == "train" else min(s.gptq_gen_len, s.train_seq_len)
+    count = max(1, s.calibration_tokens // (length * ranks.world_size))
     if s.calibration == "train":
         steps = range(0, s.calibration_tokens, s.train_batch_tokens)
-        sequences = torch.cat([batches.next()[0] for _ in steps])
-        return sequences[: max(1, s.calibration_tokens // (s.train_seq_len * ranks.world_size))]
-    length = min(s.gptq_gen_len, s.train_seq_len)
-    count = max(1, s.calibration_tokens // (length * ranks.world_size))
+        return torch.cat([batches.next()[0] for _ in steps])[:count]
     generator = torch.Generator(ranks.device)
     generator.manual_seed(s.seed * ranks.world_size + ranks.rank)  # other texts on each rank
     prompts = torch.full((count, 1), BOS_ID, device=ranks.device)
@@ -2887,9 +2819,9 @@ def calibration_sequences(model, settings, ranks, batches) -> Tensor:
 def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Tensor]:
     """H = 2 sum x x^T over every input x of each matrix: what errors of its weights cost.
 
-    Weights that are off by D (rows, columns) change the layer's outputs, squared and summed over
-    all inputs, by sum(D H * D) / 2. sequences (n, T) int64 are this rank's, rows of them run at
-    once; H, float32 (columns, columns), is of all ranks', by the weight's name.
+    Weights that are off by D change the layer's outputs, squared and summed over all inputs, by
+    sum(D H * D) / 2. sequences (n, T) int64 are this rank's, rows of them run at once; H, float32
+    (columns, columns), is of all ranks', by the weight's name.
     """
     hessians: dict[str, Tensor] = {}
 
@@ -2900,34 +2832,23 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
     def hook(name: str, layer: Linear, positional: tuple, named: dict):
         add(name, layer.effective_input(*positional, **named))
 
-    hooks = []
-    for name, layer in model.linear_layers().items():
-        handle = layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
-        hooks.append(handle)
-    for batch in sequences.split(rows):
-        add(model.output_name, model(batch, model.full_order))
-    for handle in hooks:
-        handle.remove()
+    with ExitStack() as hooks:
+        for name, layer in model.linear_layers().items():
+            handle = layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for batch in sequences.split(rows):
+            add(model.output_name, model(batch, model.full_order))
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
 
 
-def permute(x: Tensor, order: Tensor) -> Tensor:
-    """x (..., rows, columns) with its columns in order (..., columns)."""
-    return x.take_along_dim(order.unsqueeze(-2), dim=-1)
-
-
 def inverse_factor(hessian: Tensor, damping: Tensor) -> Tensor:
-    """The upper U with U^T U = (H + damping · I)^-1, of H (..., columns, columns), damping (...).
-
-    Damping grows tenfold until H + damping · I is positive definite.
-    """
+    """The upper U with U^T U = (H + damping · I)^-1; H (..., columns, columns), damping (...)."""
     identity = torch.eye(hessian.shape[-1], device=hessian.device)
     for _ in range(DAMPING_ATTEMPTS):
         damped = hessian + damping[..., None, None] * identity
         lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
         if not failed.any():
-            # Flipped back along both sides, lower is an upper R with H = R R^T. So H^-1 is
-            # R^-T R^-1, and U is R^-1: one triangular solve in place of an inverse and a factor.
+            # Flipped back, lower is an upper R with H = R R^T; so H^-1 is R^-T R^-1, and U R^-1.
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
         damping = 10 * damping
     raise UserError(DIVERGED)
@@ -2940,65 +2861,58 @@ def gptq(
     """Integers Q with (Q · scale) x close to W x for the inputs x that made H (arXiv 2210.17323).
 
     weight W and scale are (..., rows, columns), hessian H (..., columns, columns), limits
-    (..., rows, 1), all float32. Column by column, the first where inputs are largest,
+    (..., rows, 1), and Q, all float32. Column by column, the first where inputs are largest,
 
         q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
 
     takes out of the columns to come, as well as they can, what rounding column j did to the
     outputs; U is inverse_factor()'s, with damp of H's mean diagonal added. Columns after a block
-    of block_size take its errors at once. Returns whole numbers in float32, in weight's shape.
-    Raises UserError where H is not finite.
+    of block_size take its errors at once. Raises UserError where H is not finite.
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     damping = damp * diagonal.mean(-1).clamp(min=1e-9)
     need(damping.isfinite().all(), DIVERGED)
-    order = diagonal.argsort(descending=True)
+    order = diagonal.argsort(descending=True).unsqueeze(-2)
+    hessian = hessian.take_along_dim(order, -1).mT.take_along_dim(order, -1)
+    upper = inverse_factor(hessian, damping)
     never_seen = (diagonal == 0).unsqueeze(-2)
-
-    weight = permute(weight.masked_fill(never_seen, 0.0), order)
-    scale = permute(scale, order)
-    upper = inverse_factor(permute(permute(hessian, order).mT, order), damping)
+    weight = weight.masked_fill(never_seen, 0.0).take_along_dim(order, -1)
+    scale = scale.take_along_dim(order, -1)
     errors = torch.zeros_like(weight)
     columns = weight.shape[-1]
     for first in range(0, columns, block_size):
         last = min(first + block_size, columns)
         for j in range(first, last):
             # Left of j stand integers, from it to last weights that make up for all errors so far.
-            step = scale[..., j, None]
-            column = weight[..., j, None]
+            step, column = scale[..., j, None], weight[..., j, None]
             integers = round_to_grid(column, step, limits)
             error = (column - integers * step) / upper[..., j, j, None, None]
             weight[..., j:last] -= error * upper[..., j, None, j:last]
             weight[..., j, None] = integers
             errors[..., j, None] = error
         weight[..., last:] -= errors[..., first:last] @ upper[..., first:last, last:]
-    return permute(weight, order.argsort())
+    return weight.take_along_dim(order.argsort(), -1)
 
 
 @torch.no_grad()
 def quantize_model(model, settings, ranks, hessians: dict, k: float) -> dict[str, Tensor]:
     """What the artifact stores of the model, in its order; the same on all ranks.
 
-    First by each parameter's name a vector, rounded to its float_type() (dt_bias and D alone stay
-    float32), or a matrix's grid steps (rows + columns,), by half(), exact after exact_steps(); then
-    as "NAME integers" each matrix, int8 (rows, columns): without a Hessian, the nearest integers.
-    Matrices of one shape are rounded at once, by one rank.
+    First by each parameter's name a vector in its float_type(), or a matrix's grid steps
+    (rows + columns,), float16; then as "NAME integers" each matrix, int8 (rows, columns): without a
+    Hessian, the nearest integers. Matrices of one shape are rounded at once, by one rank.
     """
-    stored = {}
-    for name, p in model.named_parameters():
-        stored[name] = p.detach().to(getattr(torch, float_type(name)))
+    parameters = model.named_parameters()
+    stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in parameters}
     matrices = grid_limits(model)
     problems = collections.defaultdict(dict)  # gptq()'s arguments by shape and name
-    for name, limits in matrices.items():
-        weight = model.get_parameter(name)
-        rows, columns = grid_steps(weight, limits, settings, k_of(name, settings, k))
+    for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
         stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
         hessian = hessians.get(name)
         if hessian is None:  # as if inputs were independent: nothing to make up for
             hessian = torch.eye(weight.shape[1], device=weight.device)
         problems[weight.shape][name] = weight, hessian, rows * columns, limits
-
     for group in itertools.islice(problems.values(), ranks.rank, None, ranks.world_size):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
         rounded = gptq(*stacked, settings.gptq_block_size, settings.gptq_damp)
@@ -3019,25 +2933,20 @@ def quantize_model(model, settings, ranks, hessians: dict, k: float) -> dict[str
 #     uint16 ...                                              the integers of all matrices, coded
 #     32 bytes                                                SHA-256 of all before
 #
-# The record, once decompressed, is one entry after the other without gaps: one for each parameter
-# in the order of Model.named_parameters(), then one for each matrix.
+# The record, decompressed, has without gaps an entry for each parameter in the order of
+# Model.named_parameters(), then one for each matrix: name, type, numbers.
 #
-#     entry                                  type      numbers
 #     bigram_scale                           float16   1                a vector, rounded to it;
 #     embedding.weight                       float16   vocab + width    a matrix's grid steps of
 #     ...                                                               rows, then of columns
 #     blocks.0.mixer.dt_bias                 float32   heads            with D alone: float_type()
-#     blocks.0.mixer.in_proj.weight          float16   rows + columns
-#         gate, value, key, query                grid steps of rows of int6 integers
-#         step size, decay, trapezoid, angles    of the last dynamics_rows rows, int8 integers
-#         columns                                1 each but with QUANTIZER=dsq
+#     blocks.0.mixer.in_proj.weight          float16   rows + columns   columns': 1 but with dsq
 #     ...
 #     embedding.weight integers              uint32    256              frequencies of its integers'
 #     blocks.0.mixer.in_proj.weight integers uint32    256              values, summing to 65,536
-#     ...
 #
-# Grid steps go by half(), those of the recurrence's rows too: exact_steps() made them numbers that
-# float16 holds. 8 bits buy these rows reach (next to no clipping) and, at a large k, a finer grid.
+# exact_steps() made all grid steps numbers that float16 holds, those of int8 rows too, whose 8 bits
+# buy reach (next to no clipping) and, at a large k, a finer grid.
 
 
 ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
@@ -3045,10 +2954,10 @@ MOST_NUMBERS = 1 << 26  # of a model that is loaded: 256 MB in float32
 DIGEST_BYTES = 32
 
 # The entropy coder: asymmetric numeral systems (arXiv 1311.2540), within 0.2 % of the entropy; LZMA
-# takes 3 to 8 % more. A value that comes f times in 65,536 should take log2(65,536 / f) bits.
-# The state is one whole number, used as a stack of values: each makes it about 65,536 / f times as
-# large, and can be taken off again, for the 65,536 remainders are shared out as slots, f to each
-# value. Values are put on last first, so that they are taken off in order.
+# takes 3 to 8 % more. The state is one whole number, used as a stack: a value that comes f times in
+# 65,536 makes it about 65,536 / f times as large, which takes log2(65,536 / f) bits, and can be
+# taken off again, for the 65,536 remainders are shared out as slots, f to each value. Values are
+# put on last first, so that they are taken off in order.
 ANS_LANES = 256  # states, which take turns: number n of a matrix is on state n % 256
 ANS_BITS = 16  # frequencies sum to 2^16; states have 17 to 32 bits between two values
 
@@ -3057,7 +2966,7 @@ def ans_push(state, frequency, start, bits: int = ANS_BITS):
     """The state with a value on top that has the slots start to start + frequency - 1 of 2^bits.
 
     With four slots, 0 to 2 for the letter A and 3 for B, and an empty state of 4, the text "ABA" is
-    put on from its end; A takes 0.4 bits, B two. All may be whole numbers or arrays of them.
+    put on from its end; A takes 0.4 bits, B two. Numbers or arrays.
 
     >>> ans_push(4, frequency=3, start=0, bits=2)  # A: 4 // 3 = 1 times four, slot 0 + 4 % 3 = 1
     5
@@ -3084,11 +2993,10 @@ def ans_pop(state, frequency, start, bits: int = ANS_BITS):
 
 
 def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes an int8 array near its entropy.
+    """An int8 array as its values' frequencies, uint32 (256,) by uint8 bits; and code, uint16 (n,).
 
-    Returns how often, of 65,536, each value comes, uint32 (256,), by its uint8 bits; and the code,
-    uint16 (n,), turned round, as decoding begins with what came last. States that a value would
-    take beyond 32 bits first hand 16 of them to the code; at the end all states follow.
+    States that a value would take beyond 32 bits first hand 16 of them to the code, and in the end
+    all states follow; it is turned round, as decoding begins with what came last.
     """
     symbols = integers.view(np.uint8).ravel()
     counts = np.bincount(symbols, minlength=256)
@@ -3110,35 +3018,29 @@ def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
 
 
-def decode_integers(
-    frequencies: np.ndarray, words: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
+def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> tuple:
     """Undoes encode_integers(): count integers, int8, and the words that stand after their code.
 
     Raises ValueError for words that are no such code.
     """
     frequencies = frequencies.astype(np.int64)
-    if frequencies.sum() != 1 << ANS_BITS:
-        raise ValueError("the frequencies' sum")
     starts = frequencies.cumsum() - frequencies
+    if frequencies.sum() != 1 << ANS_BITS or len(words) < 2 * ANS_LANES:
+        raise ValueError("no code")
     symbol_of_slot = np.repeat(np.arange(256), frequencies)
-
-    def take(number: int) -> np.ndarray:
-        nonlocal words
-        if number > len(words):
-            raise ValueError("too few words")
-        taken = words[:number].astype(np.int64)
-        words = words[number:]
-        return taken
-
-    state = take(ANS_LANES) + (take(ANS_LANES) << 16)
+    low, high = words[: 2 * ANS_LANES].reshape(2, -1).astype(np.int64)
+    words = words[2 * ANS_LANES :]
+    state = low + (high << 16)
     rows = np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
     for row in rows:
         symbol = symbol_of_slot[state & 0xFFFF]
         row[:] = symbol
         state = ans_pop(state, frequencies[symbol], starts[symbol])
         (short,) = np.nonzero(state < 1 << 16)
-        state[short] = (state[short] << 16) + take(len(short))
+        if len(short) > len(words):
+            raise ValueError("too few words")
+        state[short] = (state[short] << 16) + words[: len(short)]
+        words = words[len(short) :]
     if (state != 1 << ANS_BITS).any():
         raise ValueError("states that are not empty")
     return rows.ravel()[:count].view(np.int8), words
@@ -3152,8 +3054,7 @@ def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
 
 def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "") -> bytes:
     """The artifact, as drawn above, of the tensors that quantize_model() returned."""
-    record = []
-    codes = []
+    record, codes = [], []
     for tensor in stored.values():
         array = tensor.cpu().numpy()
         if array.dtype == np.int8:
@@ -3175,26 +3076,24 @@ def seal(magic: bytes, header: dict, *payload) -> list:
 
 
 # What a sealed file means that was written before there was a setting. Whoever adds one that a
-# header holds (artifact_header(), Trainer.header()) adds here what the script did without it, which
-# stays for good, whatever becomes of the setting's default.
+# header holds (artifact_header(), Trainer.header()) adds here, for good, what came without it.
 FORMER_DEFAULTS = {"tokenizer_sha256": "", "training_data": "", "document_scope": "scans"}
-FORMER_DEFAULTS |= {"xsa_last_n": 0, "rope_base": 10_000.0, "ln_scale": False}
+FORMER_DEFAULTS |= {"xsa_last_n": 0, "rope_base": 1e4, "ln_scale": False, "calibration": "train"}
 FORMER_DEFAULTS |= {"tie_embeddings": True, "tied_embed_init_std": 0.005, "embed_wd": -1.0}
 FORMER_DEFAULTS |= {"embed_lr": 0.008, "head_lr": 0.008, "min_lr": 0.0, "warmdown_shape": "linear"}
 FORMER_DEFAULTS |= {"muon_momentum_warmup_start": 0.0, "muon_momentum_warmup_steps": 0}
 FORMER_DEFAULTS |= {"beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "adam_wd": 0.0}
 FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 0.1}
 FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0}
-FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "calibration": "train"}
-FORMER_DEFAULTS |= {"gptq_block_size": 128, "gptq_damp": 0.01}
-FORMER_DEFAULTS |= {"gptq_gen_len": 512, "gptq_gen_temp": 1.0}
+FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
+FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
     """Header and payload of an artifact or a checkpoint, of at most so many bytes.
 
-    usual has the names and types that the header must have; names that an older file lacks take
-    their FORMER_DEFAULTS. Raises UserError for files that seal() did not make.
+    usual has the names and types of its header; those that an older file lacks take their
+    FORMER_DEFAULTS. Raises UserError for files that seal() did not make.
     """
     need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
 
@@ -3214,10 +3113,10 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
-    unknown = sorted(name for name in header if name not in usual)
+    unknown = sorted(header.keys() - usual)
     check(not unknown, f"its header has settings that this script lacks: {ascii(unknown[:3])[:99]}")
     header = {name: FORMER_DEFAULTS[name] for name in usual if name in FORMER_DEFAULTS} | header
-    lacking = sorted(name for name in usual if name not in header)
+    lacking = sorted(usual.keys() - header)
     check(not lacking, f"its header lacks settings of this script: {', '.join(lacking[:3])}")
     for name, value in header.items():
         same_type = type(value) is type(usual[name])
@@ -3232,40 +3131,32 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 
 
 def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> Settings:
-    """The settings with the model's from an artifact's header; what was given must agree."""
+    """The settings with the model's from an artifact's header; what was given must agree.
+
+    So must TOKENIZER_PATH, if there is one: other tokens stand for other bytes. (An artifact from
+    before headers named tokenizers is compared by VOCAB_SIZE alone.)
+    """
     for name in MODEL_FIELDS:
         ours, theirs = getattr(settings, name), header[name]
         problem = f"contradicts the artifact, which has {theirs}: unset it"
         need(ours == theirs or name not in given, f"{name.upper()}={ours} {problem}")
     settings = replace(settings, **{name: header[name] for name in MODEL_FIELDS})
     validate_settings(settings, world_size)
-    return settings
-
-
-def file_sha256(path: str) -> str:
-    """The hexadecimal SHA-256 of a file's bytes; empty where there is none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
-
-
-def settings_for_artifact(settings, given: set[str], world_size: int) -> Settings:
-    """Settings to score ARTIFACT with, its model's in place of the run's.
-
-    Raises UserError where TOKENIZER_PATH is not the tokenizer that it was trained with: targets
-    would stand for other bytes. (An older artifact does not say; then sizes must agree.)
-    """
-    header, _ = read_artifact(settings.artifact_path)
-    settings = adopt_artifact(header, settings, given, world_size)
     wanted, found = header["tokenizer_sha256"], file_sha256(settings.tokenizer_path)
-    same = wanted == found or not wanted or not found
     hashes = f"the artifact's has SHA-256 {wanted[:64]}, this one {found}"
+    same = wanted in ("", found) or not found
     need(same, f"TOKENIZER_PATH={settings.tokenizer_path} is another tokenizer: {hashes}")
     return settings
 
 
+def file_sha256(path: str) -> str:
+    """The hexadecimal SHA-256 of a file; empty where there is none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+
+
 def model_skeleton(settings) -> Model:
     """The model without memory for its numbers, of which an artifact may have MOST_NUMBERS."""
-    meta = torch.device("meta")
-    with meta:
+    with torch.device("meta") as meta:
         model = Model(settings, meta)
     numbers = sum(p.numel() for p in model.parameters())
     most = f"an artifact has at most {MOST_NUMBERS:,}: make it smaller"
@@ -3297,8 +3188,7 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
     for name, p in skeleton.named_parameters():
         numbers = torch.tensor(record[name].astype(np.float32))
         if f"{name} integers" in layout.names:
-            frequencies = record[f"{name} integers"]
-            integers, words = decode_integers(frequencies, words, p.numel())
+            integers, words = decode_integers(record[f"{name} integers"], words, p.numel())
             row_steps, column_steps = numbers.split(p.shape)
             numbers = torch.tensor(integers).view(p.shape) * row_steps[:, None] * column_steps
         parameters[name] = numbers
@@ -3308,7 +3198,7 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
 
 
 def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, on the rank's device, and the settings, the model's from there.
+    """The model in an artifact, on the rank's device, and the settings that adopt_artifact() gives.
 
     Raises UserError for a file that is none, or that contradicts its header or settings in given.
     """
@@ -3318,8 +3208,8 @@ def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Set
     try:
         parameters = unpack_artifact(payload, skeleton)
     except (ValueError, lzma.LZMAError):
-        problem = "its data are not its header's model"
-        raise UserError(f"{path} is not a usable artifact: {problem}") from None
+        problem = "is not a usable artifact: its data are not its header's model"
+        raise UserError(f"{path} {problem}") from None
     model = build_model(settings, ranks)
     model.load_state_dict(parameters)
     return model, settings
@@ -4174,7 +4064,8 @@ def main():
         log_settings(log, settings, given, ranks)
         check_outputs(settings)
         if settings.eval_only:
-            settings = settings_for_artifact(settings, given, ranks.world_size)
+            header, _ = read_artifact(settings.artifact_path)
+            settings = adopt_artifact(header, settings, given, ranks.world_size)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
         validation = text_to_score(settings, tokenizer, prompt, log)
