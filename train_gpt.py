@@ -886,9 +886,9 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 # ==================================================================================================
 # 4. The recurrence
 #
-# Each head of a state-space layer keeps one matrix, the state S (P x N). A token adds to it the
-# outer product of its value and its key, scaled by the step size; what was there before decays; and
-# the token reads the state with its query. Letters of all shapes, here and in section 11:
+# Each head of a state-space layer keeps one matrix, the state S (P x N). At a token it decays, gets
+# the outer product of the token's value and key, times its step size, and is read by its query.
+# Letters of all shapes, here and in section 11:
 #
 #     B  sequences in a batch         P  channels of a head: the numbers of a value
 #     L  tokens in a sequence         N  state size: the numbers of a key and of a query
@@ -905,11 +905,10 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 #     S_t      = a_t (S_{t-1} + (1 - lambda_t) dt_t v_{t-1} k_{t-1}^T) + lambda_t dt_t v_t k_t^T
 #     y_t      = (S_t q_t + D v_t) silu(gate_t)
 #
-# The trapezoid is the rule by which the paper integrates over a step: a part of the step's size is
-# spent on the token at its beginning, t-1, the rest on the one at its end, t.
-# Mamba-2 is the same with lambda = 1, without angles, norms and biases, and with one A for a head.
+# By the trapezoid rule a part of a step goes to the token at its beginning, t-1, and the rest to the
+# one at its end, t. Mamba-2 has lambda = 1, no angles, norms and biases, and one A for a head.
 #
-# sequential_scan() computes it as it stands, chunked_scan() as matmuls, and triton_scan() (section
+# sequential_scan() computes this as it stands, chunked_scan() as matmuls, triton_scan() (section
 # 11) in fused kernels. Each takes the state that earlier tokens left and returns the one it leaves.
 
 DECAY_FLOOR = 1e-4  # A_t of Mamba-3 is at most -DECAY_FLOOR: no state lasts for ever
@@ -918,13 +917,10 @@ SCAN_NORM_EPS = 1e-5  # of the norms of keys, queries and a scan's outputs, besi
 
 
 class ScanInputs(NamedTuple):
-    """What the recurrence reads of L tokens, before their keys and queries are biased and turned.
-
-    It is computed in the step sizes' dtype, float32 or float64; the others' may be narrower.
-    """
+    """What the recurrence reads of L tokens; it computes in step_size's dtype, float32 or more."""
 
     value: Tensor  # (B, L, H, P)
-    key: Tensor  # (B, L, N), the paper's B: normed, shared by the heads
+    key: Tensor  # (B, L, N), the paper's B: normed, not yet biased and turned, for all heads
     query: Tensor  # (B, L, N), the paper's C: likewise
     step_size: Tensor  # (B, L, H), dt > 0
     log_decay: Tensor  # (B, L, H), A·dt <= 0
@@ -977,6 +973,14 @@ class MambaSizes(NamedTuple):
             widths |= {"decay": self.heads, "trapezoid": self.heads, "angle_rate": self.angles}
         return widths
 
+    def split(self, projected: Tensor) -> dict[str, Tensor]:
+        """in_proj's outputs (B, L, columns) by group; gate and value as (B, L, H, P)."""
+        widths = self.columns()
+        groups = dict(zip(widths, projected.split(list(widths.values()), dim=-1), strict=True))
+        for name in ("gate", "value"):
+            groups[name] = groups[name].unflatten(-1, (self.heads, self.channels))
+        return groups
+
 
 class MambaParameters(NamedTuple):
     """What a Mamba layer learns between its projections, float32."""
@@ -994,11 +998,10 @@ class MambaParameters(NamedTuple):
 def mamba_scan(
     projected: Tensor, parameters, sizes: MambaSizes, document_start, state, backend, chunk_size
 ) -> tuple[Tensor, Tensor, ScanState]:
-    """All that a Mamba layer computes between in_proj and out_proj, by its MambaParameters.
+    """What a Mamba layer computes of in_proj's outputs, (B, L, columns), by its MambaParameters.
 
-    projected: (B, L, columns), in_proj's outputs. document_start: (B, L) bool or None. state: what
-    earlier tokens left, None before a text begins. Returns the gated outputs (B, L, H·P) in
-    projected's dtype, their mean squares (B, L) and the state that the tokens leave.
+    document_start: (B, L) bool or None. state: what earlier tokens left, or None. Returns the gated
+    outputs (B, L, H·P) in projected's dtype, their mean squares (B, L), and the state that is left.
     """
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
@@ -1015,36 +1018,23 @@ def mamba_scan(
 
 def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start) -> ScanInputs:
     """in_proj's outputs (B, L, columns) as the recurrence reads them, Mamba-2's or Mamba-3's."""
-    widths = sizes.columns()
-    groups = projected.split(list(widths.values()), dim=-1)
-    column = dict(zip(widths, groups, strict=True))
+    column = sizes.split(projected)
     dtype = torch.promote_types(projected.dtype, torch.float32)
     step_size = F.softplus(column["step"].to(dtype) + parameters.step_bias)
-    key = column["key"]
-    query = column["query"]
+    key, query = column["key"], column["query"]
     decay_rate = parameters.decay_rate
     if sizes.version == 3:
         key = norm(key, parameters.key_norm, SCAN_NORM_EPS)
         query = norm(query, parameters.query_norm, SCAN_NORM_EPS)
-        decay_rate = decay_rates(column["decay"].to(dtype), parameters.heavy_tail)
-    value = column["value"].unflatten(-1, (sizes.heads, sizes.channels))
-    gate = column["gate"].unflatten(-1, (sizes.heads, sizes.channels))
-    tokens = (value, key, query, step_size, decay_rate * step_size)
+        decay = column["decay"].to(dtype)
+        rate = F.softplus(decay)
+        if parameters.heavy_tail:  # 1 + decay above 0, 1 / (1 - decay) below: falls more slowly
+            rate = torch.where(decay > 0, decay.abs() + 1, 1 / (decay.abs() + 1))
+        decay_rate = -rate.clamp(min=DECAY_FLOOR)
+    tokens = (column["value"], key, query, step_size, decay_rate * step_size)
     learned = (parameters.key_bias, parameters.query_bias, parameters.skip)
     rest = (column.get("trapezoid"), column.get("angle_rate"), document_start)
-    return ScanInputs(*tokens, *learned, gate, *rest)
-
-
-def decay_rates(decay: Tensor, heavy_tail: bool) -> Tensor:
-    """Mamba-3's A_t <= -DECAY_FLOOR from in_proj's decay: its rate is softplus(decay).
-
-    With heavy_tail it is 1 + decay above 0 and 1 / (1 - decay) below, which falls more slowly.
-    """
-    rate = F.softplus(decay)
-    if heavy_tail:
-        size = decay.abs() + 1
-        rate = torch.where(decay > 0, size, 1 / size)
-    return -rate.clamp(min=DECAY_FLOOR)
+    return ScanInputs(*tokens, *learned, column["gate"], *rest)
 
 
 def norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -1065,8 +1055,7 @@ def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
 
 def add_outer(ssm: Tensor, weight: Tensor, value: Tensor, key: Tensor) -> Tensor:
     """S + weight v k^T: (B, H, P, N), (B, H), (B, H, P), (B, H, N) -> (B, H, P, N)."""
-    weighted = weight.unsqueeze(-1) * value
-    return ssm + weighted.unsqueeze(-1) * key.unsqueeze(-2)
+    return ssm + (weight.unsqueeze(-1) * value).unsqueeze(-1) * key.unsqueeze(-2)
 
 
 def empty_state(like: Tensor, *shape: int) -> ScanState:
@@ -1107,17 +1096,13 @@ def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
 def finish_scan(inputs: ScanInputs, terms: ScanTerms, y: Tensor, ssm: Tensor):
     """Adds the skip D v to y = S q (B, L, H, P), gates it, and puts the state left together."""
     y = y + inputs.skip.to(y.dtype).unsqueeze(-1) * terms.value
-    y = y * F.silu(inputs.gate.to(y.dtype))
+    y = (y * F.silu(inputs.gate.to(y.dtype))).to(inputs.value.dtype)
     angle = terms.angle[:, -1] % (2 * math.pi)
-    state = ScanState(angle, ssm, terms.key[:, -1], terms.value[:, -1])
-    return y.to(inputs.value.dtype), state
+    return y, ScanState(angle, ssm, terms.key[:, -1], terms.value[:, -1])
 
 
 def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor, ScanState]:
-    """The recurrence as the paper writes it, the reference of the other scans.
-
-    Returns the gated outputs (B, L, H, P) in value's dtype, and the state that the tokens leave.
-    """
+    """The recurrence as written, the others' reference: gated outputs (B, L, H, P), state left."""
     terms = scan_terms(inputs, state)
     decay = inputs.log_decay.exp()
     if inputs.document_start is not None:  # no decay could be stronger: the state is forgotten
@@ -1127,10 +1112,10 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
     for t in range(terms.value.shape[1]):
         ssm = add_outer(ssm, terms.previous[:, t], last_value, last_key)
         ssm = decay[:, t, :, None, None] * ssm
-        ssm = add_outer(ssm, terms.current[:, t], terms.value[:, t], terms.key[:, t])
-        outputs.append((ssm @ terms.query[:, t].unsqueeze(-1)).squeeze(-1))  # (B, H, P)
         last_key = terms.key[:, t]
         last_value = terms.value[:, t]
+        ssm = add_outer(ssm, terms.current[:, t], last_value, last_key)
+        outputs.append((ssm @ terms.query[:, t].unsqueeze(-1)).squeeze(-1))  # (B, H, P)
     return finish_scan(inputs, terms, torch.stack(outputs, dim=1), ssm)
 
 
@@ -1138,22 +1123,18 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 #
 # The folded key weight. The outer product v_s k_s^T enters the state twice: with its own token s,
 # times lambda_s dt_s; and with the next one, times (1 - lambda_{s+1}) dt_{s+1} and a_{s+1}. Up to a
-# later token t both decay by a_{s+1} ... a_t in all. One weight for each key holds the two,
+# later token t both decay by a_{s+1} ... a_t in all. One weight for each key holds the two:
 #
-#     w_s = lambda_s dt_s + (1 - lambda_{s+1}) dt_{s+1}                          (the key weight)
-#     S_t = sum_{s<t} (a_{s+1} ... a_t) w_s v_s k_s^T + lambda_t dt_t v_t k_t^T
-#
-# where token t's own outer product lacks its second half, which the next token adds. What is left
-# is decayed linear attention with weighted keys, without a trapezoid:
-#
+#     w_s     = lambda_s dt_s + (1 - lambda_{s+1}) dt_{s+1}                      (the key weight)
+#     S_t     = sum_{s<t} (a_{s+1} ... a_t) w_s v_s k_s^T + lambda_t dt_t v_t k_t^T
 #     S_t q_t = sum_{s<t} (a_{s+1} ... a_t) w_s (q_t·k_s) v_s + lambda_t dt_t (q_t·k_t) v_t
 #
-# A state that is carried in gets the second half of its last token's outer product first,
-# (1 - lambda_1) dt_1 v_0 k_0^T, and adds (a_1 ... a_t) times the sum, applied to q_t.
+# Token t's own product lacks its second half, which the next token adds. What is left is decayed
+# linear attention with weighted keys, without a trapezoid. A state that is carried in gets the half
+# that its last token lacks, (1 - lambda_1) dt_1 v_0 k_0^T, and adds (a_1 ... a_t) S_0 q_t.
 #
-# Chunks of C tokens. The sum over s is a masked matmul within a chunk, and a state between chunks.
-# A chunk's last token takes the next chunk's first step: so that state, S', is S plus that half;
-# only a call's last token is owed it (ScanState keeps its key and value).
+# Chunks of C tokens. The sum over s is a masked matmul within a chunk, and a state between chunks,
+# S', which is S with that half; only a call's last token is owed it (ScanState has what it needs).
 #
 #     tokens     0 ......... C-1     C ........ 2C-1     2C ....... 3C-1
 #               +---------------+   +---------------+   +---------------+
@@ -1163,8 +1144,8 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 #     incoming   |      v behind     |      v behind     |      v behind
 #     S' --------+--- a·S' + O ------+--- a·S' + O ------+--- a·S' + O ----> S
 #
-# E holds decays times key weights, a is a whole chunk's decay, O the chunk's own outer products, as
-# they have decayed by its end. The incoming state is read by each of the chunk's queries (step 4).
+# E holds decays times key weights, a is a chunk's whole decay, O its own outer products, decayed to
+# its end. The incoming state is read by each of the chunk's queries (step 4).
 
 
 def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
@@ -1174,7 +1155,6 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     log_decay = inputs.log_decay
     if inputs.document_start is not None:
         log_decay = log_decay.masked_fill(inputs.document_start.unsqueeze(-1), RESET_LOG_DECAY)
-    weight = terms.current + F.pad(terms.previous[:, 1:], (0, 0, 0, 1))  # the key weight
 
     # 1. Cut (B, L, H, ...) into (B, H, chunks, C, ...). Padding has weight 0 and decay 1.
     def cut(x: Tensor) -> Tensor:
@@ -1182,7 +1162,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
         return F.pad(x, padding).unflatten(1, (-1, chunk_size)).movedim(3, 1)
 
     key, query, value = (cut(x) for x in (terms.key, terms.query, terms.value))
-    key_weight = cut(weight)
+    key_weight = cut(terms.current + F.pad(terms.previous[:, 1:], (0, 0, 0, 1)))
     total = cut(log_decay).cumsum(dim=-1)  # (B, H, chunks, C), from the chunk's beginning on
 
     # 2. Within a chunk. Masked before exp(), which could overflow on what lies ahead.
@@ -1209,8 +1189,9 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     return finish_scan(inputs, terms, y, ssm)
 
 
-# fused: the published libraries' kernels (section 12); triton: our own (section 11).
-SCAN_BACKENDS = {  # of each Mamba, the fastest on a GPU first; the last one is the reference
+# Of each Mamba, the fastest on a GPU first; the last one is the reference. fused: the published
+# libraries' kernels (section 12); triton: our own (section 11).
+SCAN_BACKENDS = {
     1: ("fused", "parallel", "sequential"),
     2: ("fused", "chunked", "sequential"),
     3: ("triton", "chunked", "sequential"),
@@ -1220,13 +1201,12 @@ ADDS_IN_ORDER = ("triton", "parallel")  # the same bits every time, on GPUs too
 
 
 def choose_scan_backend(settings, device: torch.device) -> str:
-    """SCAN_BACKEND, or what "auto" stands for: the first backend that runs these layers here.
+    """SCAN_BACKEND, or for "auto" the first backend that runs these layers here; or UserError.
 
-    Raises UserError, with the reason, if what was asked for does not run; or if "auto" finds the
-    first Mamba on a GPU without its library: its other backends are many times slower.
+    "auto" takes nothing else for a library that the first Mamba lacks on a GPU: many times slower.
     """
-    names = SCAN_BACKENDS[settings.mamba_version]
     wanted = settings.scan_backend
+    names = SCAN_BACKENDS[settings.mamba_version]
     reasons = {name: why_not(name, settings, device) for name in names}
     usable = [name for name in names if not reasons[name]]
     if wanted == "auto":
@@ -1259,26 +1239,23 @@ def why_not(name: str, settings, device: torch.device) -> str:
 #     block:  x = keep·x + mix·embedded;  x = x + mixer(norm(x));  x = x + MLP(norm(x))
 #
 # A mixer is Attention or Mamba: what carries anything from token to token. Weights are float32,
-# activations bfloat16 on GPUs. Depth recurrence is nothing but another order of the blocks.
-#
-# There is one way through the blocks, Model.through_blocks(), and three to it: forward() of whole
-# windows, resume() of a stream's next part, and step() of each text's next token. The last two
-# bring for every mixer the state that the tokens before have left.
+# activations bfloat16 on GPUs. Depth recurrence is another order of the blocks. All go by
+# Model.through_blocks(): whole windows from forward(); with every mixer's state, a stream's next
+# part from resume(), and each text's next token from step().
 
 
 def initial(kind: str, *shape: int) -> Tensor:
     """How a kind of parameter begins, float32; a new block adds nothing and learns what to add."""
-    x = torch.empty(shape)
+    x = torch.zeros(shape)
     match kind:
         case "zero":  # output matrices of mixers and MLPs, gates, biases of convolutions
-            return x.zero_()
+            return x
         case "one":  # skips (D, U-net), weights of norms, biases of keys and queries
-            return x.fill_(1.0)
+            return x + 1
         case "matrix":  # (rows, columns): outputs are as large as inputs
             return x.normal_(std=shape[1] ** -0.5)
         case "convolution":  # (channels, taps)
-            bound = shape[1] ** -0.5
-            return x.uniform_(-bound, bound)
+            return x.uniform_(-(shape[1] ** -0.5), shape[1] ** -0.5)
         case "step bias":  # step sizes spread evenly in logarithm; softplus(bias) = step
             step = torch.exp(x.uniform_(math.log(1e-3), math.log(1e-1)))
             return step + torch.log(-torch.expm1(-step))
@@ -1301,8 +1278,8 @@ class Documents(NamedTuple):
 class Context(NamedTuple):
     """What every block of one forward pass shares: T tokens, or T of a stream after O others.
 
-    Scans and convolutions run through a stream's part as a whole. Attention reads it in windows of
-    L tokens, TRAIN_SEQ_LEN, that overlap by O: places count from the first of the O tokens.
+    Scans and convolutions read all of a stream's part. Attention reads it in windows of L tokens,
+    TRAIN_SEQ_LEN, that overlap by O: places count from the first of the O tokens.
     """
 
     document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
@@ -1316,34 +1293,28 @@ class Context(NamedTuple):
 
 
 def compact(x: Tensor) -> Tensor:
-    """A contiguous copy of part of a tensor: a view would keep all of it in memory.
-
-    Also in dimensions of size 1, whose strides compiled blocks ask for and contiguous() does not.
-    """
+    """A copy with the strides that compiled blocks ask for, which keeps no larger tensor alive."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[Tensor, Tensor]:
     """Context's windows and outputs, for `length` tokens after `overlap` earlier ones.
 
-    A window of `size` tokens has size - overlap new ones, which divide length. Of the earlier
-    tokens there are only seen, () int64: a stream's first windows begin at its first token, and
-    hold more tokens after the new ones instead, which causal attention leaves out.
+    A window of `size` tokens has size - overlap new ones, which divide length. Where only seen,
+    () int64, earlier tokens exist, windows begin at the stream's first token, and instead hold more
+    tokens after the new ones, which causal attention leaves out.
     """
     stride = size - overlap
     first = torch.arange(0, length, stride, device=seen.device).clamp(min=overlap - seen)  # (W,)
     windows = first[:, None] + torch.arange(size, device=seen.device)
-    windows = windows.clamp(max=overlap + length - 1)
     token = torch.arange(length, device=seen.device)
     window = token // stride
-    return windows, window * size + overlap + token - first[window]
+    outputs = window * size + overlap + token - first[window]
+    return windows.clamp(max=overlap + length - 1), outputs
 
 
 class Linear(nn.Linear):
-    """y = W x without bias, computed in the input's dtype from float32 weights.
-
-    Muon trains all of these, and GPTQ quantizes them by effective_input(). zero: an output matrix.
-    """
+    """y = W x in x's dtype, of float32 weights; Muon trains them. zero: an output matrix."""
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -1356,7 +1327,7 @@ class Linear(nn.Linear):
         return y if scale is None else (y * scale).to(x.dtype)
 
     def effective_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """What W is applied to by forward(x, scale), float32 or more: for its Hessian."""
+        """What W is applied to by forward(x, scale), float32 or more: GPTQ's Hessian is of it."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x if scale is None else x * scale
 
@@ -1364,12 +1335,10 @@ class Linear(nn.Linear):
 def find_documents(start: Tensor, backend: str) -> Documents:
     """Documents of windows whose tokens start (B, T) bool begin one, for an attention backend.
 
-    One that began before its window counts from the window's start on. Shapes follow from B and T,
-    and nothing waits for the device: one graph serves all texts.
+    A window's first token begins one too. One graph serves all texts: shapes follow from B and T.
     """
     position = torch.arange(start.shape[1], device=start.device, dtype=torch.int32)
-    first = torch.where(start, position, 0).cummax(dim=1).values
-    reach = position - first
+    reach = position - torch.where(start, position, 0).cummax(dim=1).values
     if backend == "flex":
         return Documents(reach, blocks=document_blocks(reach))
     if backend in VARIABLE_LENGTH:
@@ -1382,48 +1351,32 @@ VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their 
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, documents, backend: str) -> Tensor:
-    """sdpa() within documents (None: everywhere), by choose_attention_backend()'s backend.
+    """Causal softmax attention: y_t = sum over s <= t of softmax_s(q_t·k_s / sqrt(D)) v_s.
 
-    "auto" takes SDPA's kernels in the order that the process has chosen. One that is asked for by
-    name is chosen inside of the graph, which keeps the graph out of the compiler's cache: that
-    knows nothing of choices outside of it, and would give back a graph made under another one.
+    query (B, T, heads, D), as the result; key and value (B, T, kv heads, D), where query head h
+    reads key/value head h // (heads / kv heads): grouped queries (arXiv 2305.13245). s is of t's
+    document; without documents (None), any. "auto" takes SDPA's kernels in the process's order.
     """
     if backend == "math":
         return attend_by_formula(query, key, value, documents)
-    if backend == "flex":
-        return attend_by_blocks(query, key, value, documents)
-    if documents is not None:
+    if backend in FLASH_LIBRARIES or (documents is not None and backend == "flash"):
         return attend_by_lengths(query, key, value, documents, backend)
-    if backend in FLASH_LIBRARIES:
-        return flash_library(query, key, value, None, FLASH_LIBRARIES[backend])
-    if backend == "auto":
-        return sdpa(query, key, value)
-    with sdpa_kernel(SDPA_KERNELS[backend]):
-        return sdpa(query, key, value)
-
-
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal softmax attention: y_t = sum over s <= t of softmax_s(q_t·k_s / sqrt(D)) v_s.
-
-    query (B, T, heads, D); key and value (B, T, kv heads, D), where query head h reads key/value
-    head h // (heads / kv heads): grouped queries (arXiv 2305.13245). Returns query's shape.
-    """
     grouped = query.shape[2] != key.shape[2]
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, D)
-    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    heads_first = [x.transpose(1, 2) for x in (query, key, value)]  # (B, heads, T, D)
+    if backend == "flex":
+        return attend_by_blocks(*heads_first, documents).transpose(1, 2)
+    # Within the graph, since the compiler's cache knows no choices outside of graphs.
+    with nullcontext() if backend == "auto" else sdpa_kernel(SDPA_KERNELS[backend]):
+        y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
 def attend_by_formula(query: Tensor, key: Tensor, value: Tensor, documents) -> Tensor:
-    """The reference of attend(): a dense matrix of scores, in float32 or more.
-
-    There may be S > T keys and values: the last T of them are the queries' own tokens'.
-    """
+    """attend()'s reference, in float32 or more; of S >= T keys, the last T are the queries' own."""
     wide = torch.promote_types(query.dtype, torch.float32)
     shared = query.shape[2] // key.shape[2]  # query heads that read one key head
-    q = query.to(wide).transpose(1, 2)  # (B, heads, T, D)
-    k = key.to(wide).repeat_interleave(shared, dim=2).transpose(1, 2)  # (B, heads, S, D)
-    v = value.to(wide).repeat_interleave(shared, dim=2).transpose(1, 2)
+    key, value = (x.repeat_interleave(shared, dim=2) for x in (key, value))
+    q, k, v = (x.to(wide).transpose(1, 2) for x in (query, key, value))  # (B, heads, T or S, D)
     position = torch.arange(key.shape[1], device=query.device)
     distance = position[-query.shape[1] :, None] - position  # (T, S), from query back to key
     seen = distance >= 0
@@ -1437,16 +1390,15 @@ def attend_by_formula(query: Tensor, key: Tensor, value: Tensor, documents) -> T
 def choose_attention_backend(settings, device: torch.device) -> str:
     """ATTENTION_BACKEND, or what "auto" stands for; UserError if it cannot run on this device.
 
-    Where documents are kept apart, auto is FlexAttention on a GPU and the formula on a CPU;
-    elsewhere, it leaves the choice to SDPA.
+    Where documents are kept apart, it is FlexAttention on a GPU and the formula on a CPU; else
+    SDPA's own choice.
     """
     backend = settings.attention_backend
     if device.type == "meta":
         return "math"  # a skeleton, which computes nothing
-    if backend == "auto" and settings.confines_documents:
-        return "flex" if device.type == "cuda" else "math"
     if backend == "auto":
-        return "auto"
+        apart = "flex" if device.type == "cuda" else "math"
+        return apart if settings.confines_documents else "auto"
     problem = attention_problem(settings, device)
     need(not problem, f"ATTENTION_BACKEND={backend} does not run here: {problem}; auto does")
     return backend
@@ -1461,16 +1413,14 @@ def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, heads, D), in its dtype.
 
-    Entries i and R + i of a head, i < R, are turned as a point of the plane; those after 2R are
-    not. A query's product with a key then depends on their distance, not on where they stand.
+    Entries i and R + i < 2R of a head are turned as a point of the plane, the rest is not. Products
+    of queries and keys then depend on their distance, not on where they stand.
     """
     pairs = cos.shape[-1]
-    cos = cos[:, None].to(x.dtype)  # (T, 1, R): every head turns alike
-    sin = sin[:, None].to(x.dtype)
+    cos, sin = (y[:, None].to(x.dtype) for y in (cos, sin))  # (T, 1, R): every head turns alike
     first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
-    turned_first = first * cos - second * sin
-    turned_second = first * sin + second * cos
-    return torch.cat([turned_first, turned_second, rest], dim=-1)
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    return torch.cat([*turned, rest], dim=-1)
 
 
 class AttentionState(NamedTuple):
@@ -1486,11 +1436,11 @@ GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
 class Attention(nn.Module):
     """Causal grouped-query attention with normed queries and keys and a gate on every head.
 
-    Queries and keys are RMS-normed (QK norm, arXiv 2010.04245), so that scores stay bounded;
-    queries take a learned gain per head instead of the lost length. Each head's output is gated by
-    twice a sigmoid (arXiv 2505.06708, here of the first channels only, as in modded-nanogpt): a
-    head may be silent, which softmax alone does not allow. An exclusive layer (XSA_LAST_N) takes
-    from a head's output what lies along the token's own value: the residual stream has that anyway.
+    Scores stay bounded as queries and keys are RMS-normed (QK norm, arXiv 2010.04245); queries take
+    a learned gain per head for the lost length. Twice a sigmoid gates each head's output (arXiv
+    2505.06708, of the first channels only, as in modded-nanogpt): softmax alone lets no head be
+    silent. An exclusive layer (XSA_LAST_N) takes out what lies along the token's own value, which
+    the residual stream has anyway.
     """
 
     def __init__(self, settings, exclusive: bool = False):
@@ -1508,7 +1458,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, state=None) -> tuple[Tensor, AttentionState]:
         """As Block asks of a mixer. Behind a state, keys of the kept tokens stand before x's."""
-        query, key, value = self.project(x)
+        linears = (self.query, self.key, self.value)
+        query, key, value = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in linears)
+        query = norm(query) * self.query_gain.to(x.dtype)[:, None]  # (B, T, heads, D)
+        key = norm(key)
         own_value = value
         documents = context.documents
         if state is not None:
@@ -1526,42 +1479,29 @@ class Attention(nn.Module):
         y = attend(query, key, value, documents, context.attention_backend)
         if context.windows is not None:
             y = y.flatten(0, 1)[context.outputs].unsqueeze(0)
-        return self.read_out(x, y, own_value), state
+        if self.exclusive:
+            y = without_own_value(y, own_value)
+        opening = F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype))
+        gate = 2 * opening.sigmoid()  # (B, T, heads), 1 for a new model
+        return self.out((y * gate.unsqueeze(-1)).flatten(2)), state
 
     def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> AttentionState:
         """The state before a text's first token: room for `kept` tokens' keys and values."""
         shape = (batch, kept, self.key.out_features // self.head_dim, self.head_dim)
         return AttentionState(*self.key.weight.new_zeros(2, *shape, dtype=dtype))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, T, heads, D), key and value (B, T, kv heads, D), before they are turned."""
-        heads = (-1, self.head_dim)
-        query = self.query(x).unflatten(-1, heads)
-        key = self.key(x).unflatten(-1, heads)
-        value = self.value(x).unflatten(-1, heads)
-        return norm(query) * self.query_gain.to(x.dtype)[:, None], norm(key), value
-
-    def read_out(self, x: Tensor, y: Tensor, value: Tensor) -> Tensor:
-        """Heads' outputs y (B, T, heads, D), gated by the layer's input x, -> (B, T, width)."""
-        if self.exclusive:
-            y = without_own_value(y, value)
-        opening = F.linear(x[..., : self.gate.shape[1]], self.gate.to(x.dtype))
-        gate = 2 * opening.sigmoid()  # (B, T, heads), 1 for a new model
-        return self.out((y * gate.unsqueeze(-1)).flatten(2))
-
 
 def without_own_value(y: Tensor, value: Tensor) -> Tensor:
     """y (B, T, heads, D) less its part along the token's value (B, T, kv heads, D)."""
-    sharing = y.shape[2] // value.shape[2]
-    direction = F.normalize(value, dim=-1).repeat_interleave(sharing, dim=2)
+    direction = F.normalize(value, dim=-1).repeat_interleave(y.shape[2] // value.shape[2], dim=2)
     return y - (y * direction).sum(dim=-1, keepdim=True) * direction
 
 
 class ShortConv(nn.Module):
     """Causal depthwise convolution over the last few tokens, then SiLU, before a Mamba's scan.
 
-    y_t = SiLU(bias + sum over i of weight_i x_(t - width + 1 + i)), each channel by itself, as in
-    the first Mamba (arXiv 2312.00752) and Mamba-2; Mamba-3 does without it.
+    y_t = SiLU(bias + sum over i of weight_i x_(t - width + 1 + i)), each channel by itself, in the
+    first Mamba (arXiv 2312.00752) and Mamba-2.
     """
 
     def __init__(self, channels: int, width: int):
@@ -1569,20 +1509,25 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(initial("convolution", channels, width))
         self.bias = nn.Parameter(initial("zero", channels))
 
-    def forward(self, x: Tensor, documents: Documents | None = None, fused=False) -> Tensor:
-        """x (B, T, channels) -> same shape, within documents or, if fused, by causal_conv1d."""
-        weight = self.weight.to(x.dtype)
-        bias = self.bias.to(x.dtype)
+    def forward(self, x: Tensor, documents=None, fused=False, before=None) -> Tensor:
+        """x (B, T, channels) -> same shape, within Documents or, if fused, by causal_conv1d.
+
+        before (B, width - 1, channels): the inputs that stand before x, None where nothing does.
+        """
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        length, last = x.shape[1], weight.shape[1] - 1
+        if before is not None:
+            x = torch.cat([before, x], dim=1)
         if fused and documents is None:
-            return library_conv(x.mT.contiguous(), weight, bias).mT
-        last = weight.shape[1] - 1
-        padded = F.pad(x, (0, 0, last, 0))  # nothing stands before the first token
+            tensors = [x.mT.contiguous(), weight, bias]
+            return library_kernel(tensors, None, "convolution", 0).mT[:, x.shape[1] - length :]
+        padded = F.pad(x, (0, 0, last + length - x.shape[1], 0))
         total = 0
         for i, tap in enumerate(weight.unbind(1)):
-            before = padded[:, i : i + x.shape[1]]  # the token last - i places before each
+            earlier = padded[:, i : i + length]  # the token last - i places before each
             if documents is not None:
-                before = before.masked_fill((documents.reach < last - i).unsqueeze(-1), 0)
-            total = total + tap * before
+                earlier = earlier.masked_fill((documents.reach < last - i).unsqueeze(-1), 0)
+            total = total + tap * earlier
         return F.silu(bias + total)
 
 
@@ -1599,18 +1544,16 @@ STEP_RANK = 16  # of the first Mamba's step sizes, which dt_proj makes of so man
 class Mamba(nn.Module):
     """A state-space mixer: in_proj, the recurrence of section 4, out_proj. Names are the papers'.
 
-    Mamba-2 has one decay rate for a head, and a short convolution over value, key and query. The
-    first Mamba makes step sizes, keys and queries of the convolved value, and its heads are single
-    channels: see selective_scan(). What leaves the newer ones' recurrence is normed, or it would
-    grow a hundredfold in the first steps of training.
+    Mamba-2 has one decay rate for a head, and convolves value, key and query. The first Mamba makes
+    step sizes, keys and queries of the convolved value, and its heads are single channels: see
+    selective_scan(). What leaves the newer ones' recurrence is normed, or it would grow a
+    hundredfold in the first steps of training.
     """
 
     def __init__(self, settings, scan_backend: str):
         super().__init__()
         s = settings
-        version = s.mamba_version
-        inner = s.mamba_inner_dim
-        n = s.mamba_d_state
+        version, inner, n = s.mamba_version, s.mamba_inner_dim, s.mamba_d_state
         channels = s.mamba_head_dim if version > 1 else 1
         heads = inner // channels
         self.backend = scan_backend
@@ -1618,7 +1561,6 @@ class Mamba(nn.Module):
         self.heavy_tail = s.mamba_decay == "heavy_tail"
         self.sizes = MambaSizes(heads, channels, n, n // 4 if version == 3 else 0, version)
         widths = self.sizes.columns()
-        convolved = inner + widths.get("key", 0) + widths.get("query", 0)
         self.in_proj = Linear(s.model_dim, sum(widths.values()))
         self.in_proj.dynamics_rows = self.dynamics_rows()
         self.out_proj = Linear(inner, s.model_dim, zero=True)
@@ -1635,6 +1577,7 @@ class Mamba(nn.Module):
             self.x_proj = Linear(inner, STEP_RANK + 2 * n)
             self.dt_proj = Linear(STEP_RANK, inner)
             self.A_log = nn.Parameter(initial("log rates", inner, n))
+        convolved = inner + widths.get("key", 0) + widths.get("query", 0)
         self.conv = ShortConv(convolved, s.mamba_d_conv) if version < 3 else None
 
     def dynamics_rows(self) -> int:
@@ -1662,9 +1605,8 @@ class Mamba(nn.Module):
     def scan_parameters(self) -> MambaParameters:
         """What Mamba-2 or Mamba-3 has learned, by the recurrence's names."""
         if self.sizes.version == 3:
-            biases = (self.B_bias, self.C_bias)
-            norms = (self.B_norm, self.C_norm)
-            return MambaParameters(self.dt_bias, self.D, *biases, *norms, None, self.heavy_tail)
+            learned = (self.B_bias, self.C_bias, self.B_norm, self.C_norm)
+            return MambaParameters(self.dt_bias, self.D, *learned, None, self.heavy_tail)
         no_bias = torch.zeros_like(self.D).unsqueeze(1)  # (H, 1)
         return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=-self.A_log.exp())
 
@@ -1676,22 +1618,16 @@ class Mamba(nn.Module):
             inputs = self.D.new_zeros(batch, taps - 1, channels, dtype=dtype)
         if self.sizes.version == 1:
             return MambaState(self.A_log.new_zeros(batch, *self.A_log.shape), inputs)
-        shape = (self.sizes.heads, self.sizes.channels, self.sizes.state, self.sizes.angles)
-        return MambaState(empty_state(self.D, batch, *shape), inputs)
+        return MambaState(empty_state(self.D, batch, *self.sizes[:4]), inputs)
 
     def convolve(self, projected: Tensor, before, documents) -> tuple[Tensor, Tensor | None]:
         """projected with its value, in Mamba-2 also key and query, convolved; MambaState.inputs."""
         gate, mixed = projected.tensor_split([self.out_proj.in_features], dim=-1)
         mixed, rest = mixed.tensor_split([len(self.conv.weight)], dim=-1)
-        earlier = 0
+        convolved = self.conv(mixed, documents, self.backend == "fused", before)
         if before is not None:
-            earlier = before.shape[1]
-            mixed = torch.cat([before, mixed], dim=1)
-            before = mixed[:, projected.shape[1] :]
-            if documents is not None:
-                documents = Documents(F.pad(documents.reach, (earlier, 0)))
-        mixed = self.conv(mixed, documents, self.backend == "fused")[:, earlier:]
-        return torch.cat([gate, mixed, rest], dim=-1), before
+            before = torch.cat([before, mixed], dim=1)[:, mixed.shape[1] :]
+        return torch.cat([gate, convolved, rest], dim=-1), before
 
     def selective(self, projected: Tensor, start, state, backend: str) -> tuple[Tensor, Tensor]:
         """The first Mamba's part: (B, L, 2·inner) -> (B, L, inner), and its state (B, inner, N)."""
@@ -1700,8 +1636,6 @@ class Mamba(nn.Module):
         low_rank, key, query = self.x_proj(value).tensor_split([-2 * n, -n], dim=-1)
         step = self.dt_proj(low_rank)
         tensors = (value, step, -self.A_log.exp(), key, query, self.D, gate, self.dt_bias)
-        if backend == "fused" and state is not None:
-            backend = "parallel"  # the library's scan takes no state
         return selective_scan(tensors, start, state, backend, self.chunk_size)
 
 
@@ -1726,19 +1660,17 @@ class Block(nn.Module):
 
     - forward(x, context, state=None): x (B, T, width), normed, to what is added to the residual
       stream, and the state after x. No token may depend on a later one, nor on one of another
-      document (context says where). A state comes with each text's next token in generate(), and
-      with part of a stream in EVAL_MODE=stateful. It has to compile as one graph;
-    - new_state(batch, kept, dtype), the state of no tokens at all, a NamedTuple of tensors whose
-      shapes stay; kept is how many tokens' keys and values attention keeps, dtype the activations'.
+      document (context says where). A state comes with a token in generate() and with a stream's
+      part in EVAL_MODE=stateful. It has to compile as one graph;
+    - new_state(batch, kept, dtype): the state of no tokens, a NamedTuple of tensors whose shapes
+      stay; of kept tokens attention keeps keys and values, in dtype, the activations'.
 
-    Then choose it below, by a setting of its own in the group "model": the artifact's header holds
-    those (add what older files mean to FORMER_DEFAULTS), and load_model() builds it again. Make its
-    matrices Linear, the last one with zero=True: Muon trains them and GPTQ quantizes them by their
-    inputs. Other parameters begin as initial() says, and are Adam's. Names decide the rest: *_proj
-    has Mamba's rate (parameter_kind()) and kind (kind_of()), another matrix attention's; x_proj,
-    dt_proj and the last dynamics_rows of in_proj, where it has any, 8 bits (grid_limits()); .D and
-    .dt_bias are stored in float32 (float_type()). Add it to VARIANTS in tests/test_model.py and
-    tests/test_generate.py, whose tests ask for all of this.
+    Choose it below, by a setting in the group "model": the artifact's header holds those (what
+    older files mean goes into FORMER_DEFAULTS). Make its matrices Linear, the last with zero=True:
+    Muon trains them, GPTQ quantizes them. Other parameters begin as initial() says, and are Adam's.
+    Names decide the rest: *_proj has Mamba's rate (parameter_kind()) and kind (kind_of()); x_proj,
+    dt_proj and the last dynamics_rows of in_proj, if any, have 8 bits (grid_limits()); .D, .dt_bias
+    are float32 (float_type()). Add it to VARIANTS in tests/test_model.py and test_generate.py.
     """
 
     def __init__(self, settings, layer: int, scan_backend: str):
@@ -1749,21 +1681,17 @@ class Block(nn.Module):
         self.mixer = Mamba(settings, scan_backend) if has_mamba else Attention(settings, exclusive)
         self.mlp = MLP(settings) if has_mlp else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # x alone, as yet
-        self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
+        self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0  # deeper adds less
 
     def forward(self, x: Tensor, embedded: Tensor, context: Context, state=None) -> tuple:
         """x, embedded (B, T, width) -> the residual stream after this block, the mixer's state."""
         keep, mix = self.residual_mix.to(x.dtype)
         x = keep * x + mix * embedded
-        y, state = self.mixer(self.layer_input(x), context, state)
+        y, state = self.mixer(self.input_scale * norm(x), context, state)
         x = x + y
         if self.mlp is not None:
-            x = x + self.mlp(self.layer_input(x))
+            x = x + self.mlp(self.input_scale * norm(x))
         return x, state
-
-    def layer_input(self, x: Tensor) -> Tensor:
-        """x normed, and with LN_SCALE the smaller the deeper the block, so that it adds less."""
-        return norm(x) if self.input_scale == 1 else self.input_scale * norm(x)
 
 
 class TextState(NamedTuple):
@@ -1810,16 +1738,13 @@ class Model(nn.Module):
         positions = torch.arange(s.train_seq_len, dtype=torch.float32)
         # A table, or each kernel would compute it anew.
         self.register_buffer("rotary_table", rotary_turns(positions, frequencies), persistent=False)
+        # The output matrix (V, width), which is also the embeddings' if tied.
+        self.output_name = "embedding.weight" if s.tie_embeddings else "output_embedding.weight"
         self.to(device)
 
     def linear_layers(self) -> dict[str, Linear]:
         """All matrices but the embeddings, by the names of their weights."""
         return {f"{name}.weight": m for name, m in self.named_modules() if isinstance(m, Linear)}
-
-    @property
-    def output_name(self) -> str:
-        """The name of the output matrix (V, width), which is also the embeddings' if tied."""
-        return "embedding.weight" if self.settings.tie_embeddings else "output_embedding.weight"
 
     @property
     def output_matrix(self) -> Tensor:
@@ -1834,9 +1759,8 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
         """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
         start = tokens == BOS_ID if self.settings.document_reset else None
-        documents = None
-        if self.settings.confines_documents:
-            documents = find_documents(start, self.attention_backend)
+        confined = self.settings.confines_documents
+        documents = find_documents(start, self.attention_backend) if confined else None
         turns = self.rotary_table[:, : tokens.shape[1]]
         context = Context(start, *turns, documents, self.attention_backend)
         return self.through_blocks(self.embed(tokens), order, context)
@@ -1846,27 +1770,24 @@ class Model(nn.Module):
     ) -> Tensor:
         """Embedded tokens (B, T, width) through the blocks in this order, and normed.
 
-        With UNET_SKIPS, what leaves each layer of the first half enters one of the second half,
-        times a learned weight: the last takes the first's, as in a U-net. states.take(place) gives
-        the state of the mixer at that place in the order, as it was before these tokens, and
-        states.put(place, state) gets the one after them. run_block: Block.forward, compiled.
+        With UNET_SKIPS, what leaves each layer of the first half enters one of the second, times a
+        learned weight: the last takes the first's, as in a U-net. states.take(place) is the state
+        of the mixer at that place in the order before these tokens, states.put(place, state) gets
+        the one after them. run_block: Block.forward, compiled.
         """
         x = embedded.clone()  # compiled blocks would be compiled anew for one tensor in two roles
-        state = None
         half = len(order) // 2 if self.settings.unet_skips else 0
         second_half = len(order) - half
         skips = []
         for place, layer in enumerate(order):
             if place >= second_half:
-                weight = self.skip_weights[place - second_half].to(x.dtype)
-                x = x + weight * skips.pop()
-            if states is not None:
-                state = states.take(place)
+                x = x + self.skip_weights[place - second_half].to(x.dtype) * skips.pop()
+            state = None if states is None else states.take(place)
             block = self.blocks[layer]
-            run = block if run_block is None else partial(run_block, block)
-            x, left = run(x, embedded, context, state)
+            run = partial(run_block, block) if run_block else block
+            x, state = run(x, embedded, context, state)
             if states is not None:
-                states.put(place, left)
+                states.put(place, state)
             if place < half:
                 skips.append(x)
         return norm(x)
@@ -1874,9 +1795,8 @@ class Model(nn.Module):
     def resume(self, tokens: Tensor, seen: Tensor, order: tuple, states, run_block=None) -> Tensor:
         """Hidden states (1, T, width) of part of a stream, from the states that came before it.
 
-        tokens (1, O + T) int64: before the part, the last O tokens, of which there are only
-        seen, () int64, at a stream's beginning. O is the overlap of attention's windows, and T a
-        multiple of TRAIN_SEQ_LEN - O. states, run_block: see through_blocks().
+        tokens (1, O + T) int64: the part behind O others, the overlap of attention's windows; only
+        the last seen, () int64, of them exist. T is a multiple of TRAIN_SEQ_LEN - O.
         """
         overlap = self.settings.attention_overlap
         missing = torch.arange(tokens.shape[1], device=tokens.device) < overlap - seen
@@ -1903,17 +1823,16 @@ class Model(nn.Module):
 
     def begin(self, batch: int, order: tuple[int, ...]) -> TextState:
         """The state of a batch of texts before their first tokens, for layers in this order."""
-        device = self.embedding.weight.device
-        previous = torch.full((batch, 1), BOS_ID, device=device)
-        seen = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+        previous = torch.full((batch, 1), BOS_ID, device=self.embedding.weight.device)
+        seen = torch.zeros_like(previous, dtype=torch.int32)
         layers = self.new_states(order, batch, kept=self.settings.train_seq_len - 1)
         return TextState(previous, seen, layers)
 
     def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
         """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
 
-        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state then stands
-        after these tokens, in the same memory: a step can be a CUDA graph.
+        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state moves on in
+        the same memory: a step can be a CUDA graph.
         """
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
         start = tokens == BOS_ID if self.settings.document_reset else None
@@ -1928,8 +1847,7 @@ class Model(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Normed embeddings (B, T, width) of tokens (B, T), and of the pairs that they end.
 
-        A pair of neighbours has one of BIGRAM_VOCAB_SIZE rows, by a hash; what begins a document
-        follows nothing, and has row 0.
+        A pair has one of BIGRAM_VOCAB_SIZE rows, by a hash; what begins a document has row 0.
         """
         s = self.settings
         x = self.embedding(tokens).to(self.compute_dtype)
@@ -1949,12 +1867,8 @@ class Model(nn.Module):
         return cap * torch.tanh(logits / cap)
 
     def nats(self, hidden: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each target (B, T), float32, of hidden (B, T, width).
-
-        It is over the whole vocabulary. tokens (B, T): those before the targets, for logits().
-        """
-        rows = hidden.flatten(0, 1)
-        flat = targets.flatten()
+        """-ln p of each target (B, T), float32, from hidden (B, T, width); tokens for logits()."""
+        rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton:
             weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
@@ -1987,9 +1901,8 @@ def generate(
 ) -> Tensor:
     """Continues a batch of texts: tokens (B, T > 0) int64 on the model's device -> (B, count).
 
-    One token after another is read, those of the prompt like those that are drawn, each at the same
-    cost however long a text becomes. temperature, top_p: see draw_tokens(). A torch.Generator on
-    the model's device makes the same draws again. On a GPU, a step is a CUDA graph.
+    Tokens are read one by one, the prompt's too, each at the same cost however long a text becomes.
+    temperature, top_p: see draw_tokens(). generator: a torch.Generator on the model's device.
     """
     order = model.order(recurrent=True)
     state = model.begin(len(tokens), order)
@@ -1997,8 +1910,7 @@ def generate(
     noise = torch.empty(len(tokens), model.settings.vocab_size, device=tokens.device)
 
     def step():
-        hidden = model.step(last, order, state)
-        logits = model.logits(hidden, last)[:, 0]
+        logits = model.logits(model.step(last, order, state), last)[:, 0]
         last.copy_(draw_tokens(logits, noise, temperature, top_p)[:, None])
 
     prompt = tokens.shape[1]
@@ -2020,10 +1932,9 @@ def generate(
 def draw_tokens(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
     """A next token for each row of logits (B, V): (B,) int64.
 
-    Temperature 0 takes the likeliest; else probabilities are softmax(logits / temperature), of
-    which top_p < 1 keeps the fewest, likeliest tokens that reach top_p together (nucleus sampling,
-    arXiv 1904.09751). noise (B, V) is exponentially distributed: the largest p / noise is then
-    token i with probability p_i / sum p.
+    Temperature 0 takes the likeliest; else p = softmax(logits / temperature), of which top_p < 1
+    keeps the fewest, likeliest tokens that reach it together (nucleus sampling, arXiv 1904.09751).
+    noise (B, V) is exponential: token i has the largest p / noise with probability p_i / sum p.
     """
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
@@ -5319,7 +5230,7 @@ fused_cross_entropy.register_autograd(
 
 # ==================================================================================================
 # 12. Published peers
-# The first Mamba's scan, the libraries' kernels, and other quantizers' grids.
+# The first Mamba's scan, the libraries' kernels, other quantizers' grids, attention's backends.
 
 
 def selective_scan(
@@ -5333,11 +5244,12 @@ def selective_scan(
 
     tensors: x, step (B, L, H), A (H, N) < 0, B, C (B, L, N), D (H,), gate (B, L, H), bias (H,).
     document_start (B, L) bool or None. state (B, H, N): what earlier tokens left, or None.
-    Returns y in x's dtype, computed in float32 or more, and the last h; the backend "fused" knows
-    neither documents nor states, and returns None in its place.
+    Returns y in x's dtype, computed in float32 or more, and the last h. The library, "fused", knows
+    no documents and no states: behind a state, "parallel" takes its place.
     """
-    if backend == "fused":
-        return library_selective_scan(*tensors), None
+    if backend == "fused" and state is None:  # mamba_ssm wants channels before tokens
+        turned = [x.mT.contiguous() if x.dim() == 3 else x for x in tensors]
+        return library_kernel(turned, None, "selective_scan", 0).mT, None
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     value, step, decay_rate, key, query, skip, gate, bias = (x.to(dtype) for x in tensors)
     step = F.softplus(step + bias)
@@ -5360,9 +5272,9 @@ def selective_scan(
 def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: str):
     """C_t h_t (B, T, H) of a chunk's T tokens, and their last h (B, H, N).
 
-    reset (B, T): 0, or -infinity where a document starts. The backend "parallel" is Hillis and
-    Steele's inclusive scan: after round r, each token's state holds what the 2**r tokens up to it
-    left, so that log2 T rounds, each a pass over all tokens, take the place of a loop.
+    reset (B, T): 0, or -infinity where a document starts. "parallel" is Hillis and Steele's scan:
+    after round r, each token's state holds what the 2**r tokens up to it left, so that log2 T
+    rounds, each a pass over all tokens, take the place of a loop.
     """
     rates = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate)
     decay = rates.exp()  # (B, T, H, N)
@@ -5429,8 +5341,8 @@ def call_library(tensors, sequence, name: str, size: int) -> Tensor:
         library = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
         return library.selective_scan_fn(*tensors, delta_softplus=True)
     if name == "chunk_scan":
-        x, dt, a, b, c, d, z, bias = tensors
         library = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        x, dt, a, b, c, d, z, bias = tensors
         options = {"D": d, "z": z, "dt_bias": bias, "seq_idx": sequence, "dt_softplus": True}
         return library.mamba_chunk_scan_combined(x, dt, a, b, c, size, **options)
     library = importlib.import_module(name)
@@ -5446,8 +5358,19 @@ def call_library(tensors, sequence, name: str, size: int) -> Tensor:
 
 @torch.library.custom_op("golf::library_kernel", mutates_args=())
 def library_kernel(tensors: list[Tensor], sequence: Tensor | None, name: str, size: int) -> Tensor:
-    """call_library() as an operator."""
+    """call_library() as an operator; its result is contiguous."""
     return call_library(tensors, sequence, name, size).contiguous()
+
+
+@torch.library.custom_op("golf::library_backward", mutates_args=())
+def library_backward(
+    d_y: Tensor, tensors: list[Tensor], sequence: Tensor | None, name: str, size: int
+) -> list[Tensor]:
+    """The gradients of tensors, by the library's own autograd.Function; its forward runs again."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    with torch.enable_grad():
+        y = call_library(leaves, sequence, name, size)
+    return [compact(x) for x in torch.autograd.grad(y, leaves, d_y)]  # results share no memory
 
 
 def _keep_library_inputs(ctx, inputs, output):
@@ -5462,61 +5385,19 @@ def _library_autograd(ctx, d_y):
 
 library_kernel.register_fake(lambda tensors, *_: tensors[0].new_empty(tensors[0].shape))
 library_kernel.register_autograd(_library_autograd, setup_context=_keep_library_inputs)
-
-
-@torch.library.custom_op("golf::library_backward", mutates_args=())
-def library_backward(
-    d_y: Tensor, tensors: list[Tensor], sequence: Tensor | None, name: str, size: int
-) -> list[Tensor]:
-    """The gradients of tensors, by the library's own autograd.Function; its forward runs again."""
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    with torch.enable_grad():
-        y = call_library(leaves, sequence, name, size)
-    return [compact(x) for x in torch.autograd.grad(y, leaves, d_y)]  # results share no memory
-
-
 library_backward.register_fake(lambda _, tensors, *__: [x.new_empty(x.shape) for x in tensors])
 
 
-def library_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ShortConv.forward() by causal_conv1d. x (B, channels, L), as the result, contiguous."""
-    return library_kernel([x, weight, bias], None, "convolution", 0)
-
-
-def library_selective_scan(*tensors: Tensor) -> Tensor:
-    """selective_scan()'s y by mamba_ssm, which wants channels before tokens."""
-    turned = [x.mT.contiguous() if x.dim() == 3 else x for x in tensors]
-    return library_kernel(turned, None, "selective_scan", 0).mT
-
-
 def library_scan(projected, parameters, sizes, document_start, chunk_size: int):
-    """mamba_scan() of Mamba-2 by mamba_ssm's chunked scan, without a state.
-
-    Documents are numbered for it: a token sees those of its own number.
-    """
-    widths = sizes.columns()
-    groups = projected.split(list(widths.values()), dim=-1)
-    column = dict(zip(widths, groups, strict=True))
-    heads = (sizes.heads, sizes.channels)
-    tensors = [
-        column["value"].unflatten(-1, heads),
-        column["step"],
-        parameters.decay_rate,
-        column["key"].unsqueeze(2),  # one for all heads
-        column["query"].unsqueeze(2),
-        parameters.skip,
-        column["gate"].unflatten(-1, heads),
-        parameters.step_bias,
-    ]
+    """mamba_scan() of Mamba-2 by mamba_ssm's chunked scan, without a state."""
+    column = sizes.split(projected)
+    key, query = (column[name].unsqueeze(2) for name in ("key", "query"))  # one for all heads
+    tensors = [column["value"], column["step"], parameters.decay_rate, key, query]
+    tensors += [parameters.skip, column["gate"], parameters.step_bias]
+    # Documents are numbered: a token sees those of its own number.
     number = None if document_start is None else document_start.cumsum(1, dtype=torch.int32)
     y = library_kernel(tensors, number, "chunk_scan", chunk_size).flatten(2)
     return y, y.to(parameters.skip.dtype).square().mean(-1), None
-
-
-def flash_library(query, key, value, edges: Tensor | None, module: str) -> Tensor:
-    """Causal attention by FlashAttention, in attend()'s shapes; edges of documents or None."""
-    heads = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
-    return library_kernel(heads, edges, module, query.shape[1]).view_as(query)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5532,12 +5413,11 @@ def percentile_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
     SDClip's does: three root-mean-squares are the 99.7th percentile of Gaussian weights. weight
     (rows, columns), limits and clips (rows, 1), float32.
     """
-    columns = weight.shape[1]
     magnitudes = weight.abs().sort(dim=1).values
     best = sdclip_steps(weight, limits, clips)
     least = torch.full_like(best, math.inf)
     for percentile in PERCENTILES:
-        magnitude = magnitudes[:, int(percentile * columns) - 1, None]
+        magnitude = magnitudes[:, int(percentile * weight.shape[1]) - 1, None]
         steps = exact_steps(clips / 3 * magnitude / limits)
         rounded = round_to_grid(weight, steps, limits) * steps
         error = (weight - rounded).norm(dim=1, keepdim=True)
@@ -5556,9 +5436,9 @@ def decoupled_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> tuple[Tens
 
 
 def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
-    """Steps (rows, 1): the mean magnitude of ternary rows (BitNet b1.58, arXiv 2402.17764).
+    """Steps (rows, 1): the mean magnitude of ternary rows, SDClip's of others.
 
-    Rows of other limits have SDClip's. BitNet takes the mean over the matrix, here it is the row's.
+    BitNet b1.58 (arXiv 2402.17764) takes the mean over the matrix, here it is the row's.
     """
     mean_magnitude = exact_steps(weight.abs().mean(dim=1, keepdim=True))
     return torch.where(limits == TERNARY_MAX, mean_magnitude, sdclip_steps(weight, limits, clips))
@@ -5568,15 +5448,16 @@ def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 # Attention's backends: what attend() calls beside SDPA and the formula
 
 BLOCK = 128  # tokens of a side of a block that FlexAttention computes or leaves out
+compile_once = cache(torch.compile)
 
 
 @torch.library.custom_op("golf::document_block_lists", mutates_args=())
 def document_block_lists(reach: Tensor) -> list[Tensor]:
     """Which blocks of keys each block of queries reads, from reach (B, T) int32, and the reverse.
 
-    A document is a range of tokens, so a block of queries reads the range of blocks from its
-    first query's document's start to itself. Within that range, blocks that also its last query
-    sees as a whole need no mask; the others are masked token by token.
+    A document is a range of tokens, so a block of queries reads the range of blocks from its first
+    query's document's start to itself. Blocks in it that also the last query sees as a whole need
+    no mask; the others are masked token by token.
 
     Returns reach and then listed() four times, of blocks (B, 1, blocks, blocks): masked and whole
     ones by block of queries, then by block of keys. An operator, since inductor (torch 2.11)
@@ -5599,10 +5480,15 @@ def document_block_lists(reach: Tensor) -> list[Tensor]:
 
 @document_block_lists.register_fake
 def _document_block_lists_shapes(reach) -> list[Tensor]:
-    batch, length = reach.shape
-    blocks = -(-length // BLOCK)
-    shapes = [(batch, 1, blocks), (batch, 1, blocks, blocks)] * 4
+    blocks = -(-reach.shape[1] // BLOCK)
+    shapes = [(len(reach), 1, blocks), (len(reach), 1, blocks, blocks)] * 4
     return [torch.empty_like(reach), *(reach.new_empty(shape) for shape in shapes)]
+
+
+def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many are chosen (..., N) bool, (...), and their places first in (..., N), both int32."""
+    places = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32), places.int()
 
 
 def document_blocks(reach: Tensor) -> "BlockMask":
@@ -5618,32 +5504,16 @@ def document_blocks(reach: Tensor) -> "BlockMask":
     return BlockMask((length, length), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask)
 
 
-def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many are chosen (..., N) bool, (...), and their places first in (..., N), both int32."""
-    places = chosen.int().argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(dim=-1, dtype=torch.int32), places.int()
-
-
 def attend_by_blocks(query, key, value, documents: Documents | None) -> Tensor:
-    """By FlexAttention (arXiv 2412.05496): blocks that no query may see are never computed."""
+    """By FlexAttention (arXiv 2412.05496), heads first: unseen blocks are never computed."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     if documents is None:
-        nowhere = torch.zeros(query.shape[:2], dtype=torch.bool, device=query.device)
+        nowhere = torch.zeros(query.shape[0], query.shape[2], dtype=bool, device=query.device)
         documents = find_documents(nowhere, "flex")
-    from torch.nn.attention.flex_attention import flex_attention
-
-    fused = flex_attention
     if query.is_cuda and not torch.compiler.is_compiling():  # else it would compute all scores
-        fused = compiled_flex_attention()
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return fused(*heads_first, block_mask=documents.blocks, enable_gqa=True).transpose(1, 2)
-
-
-@cache
-def compiled_flex_attention():
-    """For models that are not compiled as a whole."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+        flex_attention = compile_once(flex_attention, dynamic=False)
+    return flex_attention(query, key, value, block_mask=documents.blocks, enable_gqa=True)
 
 
 def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
@@ -5669,11 +5539,13 @@ VARLEN_WINDOWS_SINCE = (2, 11)  # causal is a window there, and no longer a flag
 VARLEN_GROUPS_SINCE = (2, 12)  # it takes fewer key heads than query heads
 
 
-def attend_by_lengths(query, key, value, documents: Documents, backend: str) -> Tensor:
-    """By FlashAttention's kernels for sequences of many lengths; NaN where there are too many."""
+def attend_by_lengths(query, key, value, documents: Documents | None, backend: str) -> Tensor:
+    """By FlashAttention, which takes documents by length; NaN where there are too many."""
     length = query.shape[1]
+    edges = None if documents is None else documents.edges
+    heads = [x if edges is None else x.flatten(0, 1) for x in (query, key, value)]
     if backend in FLASH_LIBRARIES:
-        y = flash_library(query, key, value, documents.edges, FLASH_LIBRARIES[backend])
+        y = library_kernel(heads, edges, FLASH_LIBRARIES[backend], length)
     else:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -5682,11 +5554,10 @@ def attend_by_lengths(query, key, value, documents: Documents, backend: str) -> 
             options["enable_gqa"] = True
         else:
             shared = query.shape[2] // key.shape[2]  # query heads that read one key head
-            key, value = (x.repeat_interleave(shared, dim=2) for x in (key, value))
-        flat = (x.flatten(0, 1) for x in (query, key, value))  # (B·T, heads, D)
-        edges = documents.edges
-        y = varlen_attn(*flat, edges, edges, length, length, **options).view_as(query)
-    return y.masked_fill(documents.crowded, math.nan)
+            heads[1:] = (x.repeat_interleave(shared, dim=1) for x in heads[1:])
+        y = varlen_attn(*heads, edges, edges, length, length, **options)
+    y = y.view_as(query)
+    return y if documents is None else y.masked_fill(documents.crowded, math.nan)
 
 
 @cache
