@@ -905,8 +905,8 @@ def load_validation(settings, tokenizer) -> ValidationSet:
 #     S_t      = a_t (S_{t-1} + (1 - lambda_t) dt_t v_{t-1} k_{t-1}^T) + lambda_t dt_t v_t k_t^T
 #     y_t      = (S_t q_t + D v_t) silu(gate_t)
 #
-# By the trapezoid rule a part of a step goes to the token at its beginning, t-1, and the rest to the
-# one at its end, t. Mamba-2 has lambda = 1, no angles, norms and biases, and one A for a head.
+# By the trapezoid rule a part of a step goes to the token at its beginning, t-1, the rest to that
+# at its end, t. Mamba-2 has lambda = 1, no angles, norms and biases, and one A for a head.
 #
 # sequential_scan() computes this as it stands, chunked_scan() as matmuls, triton_scan() (section
 # 11) in fused kernels. Each takes the state that earlier tokens left and returns the one it leaves.
