@@ -66,7 +66,7 @@ def test_a_name_that_sets_nothing_is_refused_with_what_holds_instead(name):
     if value:
         settings, given = t.read_settings({name: f" {value.upper()} "})
         assert (settings, given) == (t.Settings(), set())
-        (line,) = t.explain_names({name: value})
+        (line,) = t.translate_names({name: value})[1]
         assert line == f"{name}={value} changes nothing: {reason}"
 
 
@@ -140,7 +140,7 @@ def test_another_name_sets_ours_and_the_log_says_so(environment, wanted):
     assert given >= set(wanted)
     t.validate_settings(settings, 1)
     aliases = environment.keys() & t.ALIASES.keys()
-    lines = t.explain_names(environment)
+    _, lines = t.translate_names(environment)
     assert len(lines) == len(aliases)
     for name in aliases:
         (line,) = (x for x in lines if x.startswith(f"{name}="))
