@@ -1,0 +1,152 @@
+"""tools/runs.py: what the table of runs says, how it is sorted, and what is refused."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import runs
+
+ROOT = Path(runs.__file__).resolve().parent.parent
+
+
+def write_log(path: Path, final: float | None = None, steps: int = 50, **settings) -> Path:
+    chosen = {"run_id": path.stem, "eval_only": False, "train_batch_tokens": 1000, "seed": 1}
+    records = [{"event": "settings", "settings": chosen | {"matrix_lr": 0.02} | settings}]
+    for step in range(1, steps + 1):
+        loss = 5 - step / 50
+        record = {"event": "train", "step": step, "train_loss": loss, "train_ms": 40.0 * step}
+        records.append(record | {"step_avg_ms": 40.0})
+    if final is not None:
+        trained = {
+            "event": "trained",
+            "steps": steps,
+            "step_avg_ms": 41.0,
+            "bytes_total": 15_900_000,
+        }
+        records.append(trained | {"val_bpb": final + 0.01})
+        records.append({"event": "after_quantization", "val_bpb": final + 0.012})
+        records.append({"event": "final", "val_bpb": final})
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def start(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.runs", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_best_is_first_and_only_what_differs_is_shown(tmp_path):
+    write_log(tmp_path / "worse.jsonl", 1.3, matrix_lr=0.03)
+    write_log(tmp_path / "deeper" / "better.jsonl", 1.2)
+    write_log(tmp_path / "stopped.jsonl", seed=2)
+    (tmp_path / "other.jsonl").write_text('{"event": "something else"}\n')
+    (tmp_path / "no-log.jsonl").write_text("hello\n")
+    done = start(tmp_path, "--csv", tmp_path / "runs.csv")
+    assert done.returncode == 0, done.stderr
+    header, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert header == ["run", "SEED", "MATRIX_LR", *runs.FIGURES, "state"]
+    assert rows[0] == [
+        "better",
+        "1",
+        "0.02",
+        "50",
+        "41.0",
+        "1.2100",
+        "1.2120",
+        "1.2000",
+        "15,900,000",
+        "final",
+    ]
+    assert rows[1][:3] == ["worse", "1", "0.03"]
+    assert rows[2] == [
+        "stopped",
+        "2",
+        "0.02",
+        "50",
+        "40.0",
+        "no",
+        "score;",
+        "last",
+        "told:",
+        "train",
+        "of",
+        "step",
+        "50",
+    ]
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["run"] for row in found] == ["better", "worse", "stopped"]
+    assert float(found[1]["after"]) == 1.3 + 0.012
+    assert found[2]["final"] == ""
+
+
+def test_of_a_log_with_two_runs_the_last_counts_and_an_error_is_told(tmp_path):
+    first = write_log(tmp_path / "a.jsonl", 1.3).read_text()
+    second = write_log(tmp_path / "a.jsonl").read_text()
+    error = {"event": "error", "error": "training diverged"}
+    (tmp_path / "a.jsonl").write_text(first + second + json.dumps(error) + "\n")
+    run = runs.read_run(tmp_path / "a.jsonl")
+    assert "final" not in run.figures
+    assert run.state == "training diverged"
+    assert len(run.losses) == 50
+
+
+def test_a_column_or_a_setting_sorts(tmp_path):
+    logs = [
+        write_log(tmp_path / f"{name}.jsonl", final, steps, matrix_lr=rate)
+        for name, final, steps, rate in (
+            ("a", 1.2, 30, 0.03),
+            ("b", 1.3, 10, 0.01),
+            ("c", 1.1, 20, 0.02),
+        )
+    ]
+    found = [runs.read_run(path) for path in logs]
+    orders = {"final": "cab", "steps": "bca", "matrix_lr": "bca"}
+    for column, order in orders.items():
+        assert "".join(run.name for run in runs.sorted_runs(found, column)) == order
+
+
+def test_losses_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    log = write_log(tmp_path / "a.jsonl", 1.2)
+    done = start(log, "--plot", tmp_path / "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mean_covers_its_neighbours_evenly():
+    line = [float(i) for i in range(50)]
+    assert runs.smoothed(line) == line
+    spike = [0.0] * 20
+    spike[10] = 9.0
+    assert runs.smoothed(spike)[5:16] == [0.0] + [1.0] * 9 + [0.0]
+
+
+@pytest.mark.parametrize("problem", ["empty folder", "no log", "unknown column", "missing"])
+def test_mistakes_end_in_one_line(tmp_path, problem):
+    log = tmp_path / "a.jsonl"
+    arguments = [log]
+    if problem == "empty folder":
+        arguments = [tmp_path]
+    elif problem == "no log":
+        log.write_text("hello\n")
+    elif problem == "unknown column":
+        write_log(log, 1.2)
+        arguments += ["--sort", "beauty"]
+    done = start(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("runs.py: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_committed_logs_are_read():
+    """Logs of scripts of several weeks, those of runs that were only scored among them."""
+    found = [runs.read_run(path) for path in runs.find_logs([ROOT / "logs"])]
+    assert len(found) > 20
+    assert any(run.name.endswith("(scored again)") for run in found)
+    assert all(run.state for run in found)

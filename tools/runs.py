@@ -1,0 +1,244 @@
+"""A table of runs, the best first, from their logs.
+
+    python -m tools.runs logs/                           # every run in a folder and those below it
+    python -m tools.runs logs/lr-*.jsonl --plot curves.png --csv runs.csv
+
+A row is the last run in a log: its name, the settings in which the runs differ, steps and how long
+one took, BPB before quantization, after it and in the end, bytes of code and model, and how far
+the run came. --sort orders by another column. --plot draws the training losses by step, by second
+of training and by token (requirements-dev.txt); --csv writes the same table for programs, in full
+digits.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m tools.runs", file=sys.stderr)
+    sys.exit(2)
+
+from tools.command import Parser, UserError, need, run_command
+from tools.logs import read_records, runs_in
+
+# Of a run's settings, what only names its files, and what the column "run" says.
+NAMES = {"run_id", "log_dir", "artifact", "resume", "eval_only"}
+FIGURES = ("steps", "ms", "before", "after", "final", "bytes")  # columns of numbers
+REACH = 4  # training losses on either side that a point of --plot is the mean of
+
+
+class Run(NamedTuple):
+    """The last run in a log."""
+
+    name: str
+    settings: dict[str, object]
+    figures: dict[str, float]  # those of FIGURES that it came to
+    state: str  # "final", or how far it came
+    losses: list[dict]  # records of training, of all parts of a run that was taken up again
+
+
+def read_run(path: Path) -> Run:
+    """What a log says of its last run. Raises UserError if it is not a run's log."""
+    parts = runs_in(path)
+    need(parts, f"{path} is empty: the run has not begun")
+    records = parts[-1]
+    events = {record["event"]: record for record in records}
+    need("settings" in events, f"{path} is not a run's .jsonl log")
+    try:
+        settings = events["settings"]["settings"]
+        name = str(settings["run_id"])
+        if settings["eval_only"]:
+            name += " (scored again)"
+        chosen = {key: value for key, value in settings.items() if key not in NAMES}
+        losses = [record for record in records if record["event"] == "train"]
+        return Run(name, chosen, read_figures(events), state_of(records), losses)
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not a run's .jsonl log") from None
+
+
+def read_figures(events: dict[str, dict]) -> dict[str, float]:
+    """The numbers that a run came to, by the column's name."""
+    places = {  # of each figure: event and key, the first that is there
+        "steps": [("trained", "steps"), ("train", "step")],
+        "ms": [("trained", "step_avg_ms"), ("train", "step_avg_ms")],
+        "before": [("trained", "val_bpb"), ("validation", "val_bpb")],
+        "after": [("after_quantization", "val_bpb")],
+        "final": [("final", "val_bpb")],
+        "bytes": [("trained", "bytes_total")],
+    }
+    found = {}
+    for figure, candidates in places.items():
+        for event, key in reversed(candidates):
+            if key in events.get(event, {}):
+                found[figure] = events[event][key]
+    return found
+
+
+def state_of(records: list[dict]) -> str:
+    """How far a run came: "final", what ended it, or the last thing it told."""
+    last = records[-1]
+    if any(record["event"] == "final" for record in records):
+        return "final"
+    if last["event"] == "error":
+        return str(last.get("error", "error"))
+    step = f" of step {last['step']}" if "step" in last else ""
+    return f"no score; last told: {last['event'].replace('_', ' ')}{step}"
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """The settings in which some runs differ, in the script's order.
+
+    One that a log lacks, since its script had no such setting, is as good as any value.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+
+    def values(name: str) -> set[str]:
+        return {repr(run.settings[name]) for run in runs if name in run.settings}
+
+    return [name for name in names if len(values(name)) > 1]
+
+
+def text_of(value) -> str:
+    """A setting or figure as the table shows it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return "" if value is None else str(value)
+
+
+def shown(name: str, value: float | None) -> str:
+    """A figure in the digits that count."""
+    if value is None:
+        return ""
+    if name in ("before", "after", "final"):
+        return f"{value:.4f}"
+    return f"{value:.1f}" if name == "ms" else f"{value:,.0f}"
+
+
+def sorted_runs(runs: list[Run], column: str) -> list[Run]:
+    """By a column, runs without a value in it last; equal ones by name."""
+
+    def key(run: Run) -> tuple:
+        value = run.figures.get(column, run.settings.get(column))
+        as_text = "" if isinstance(value, (int, float)) else text_of(value)
+        number = value if isinstance(value, (int, float)) else 0
+        return value is None, number, as_text, run.name
+
+    return sorted(runs, key=key)
+
+
+def table(runs: list[Run], settings: list[str]) -> list[list[str]]:
+    """The table's rows, its header first."""
+    rows = [["run", *(name.upper() for name in settings), *FIGURES, "state"]]
+    for run in runs:
+        chosen = [text_of(run.settings.get(name)) for name in settings]
+        figures = [shown(name, run.figures.get(name)) for name in FIGURES]
+        rows.append([run.name, *chosen, *figures, run.state])
+    return rows
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Columns side by side, as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def write_csv(runs: list[Run], settings: list[str], out: Path) -> None:
+    """The same table in full digits."""
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", *settings, *FIGURES, "state"])
+        for run in runs:
+            chosen = [text_of(run.settings.get(name)) for name in settings]
+            figures = [text_of(run.figures.get(name)) for name in FIGURES]
+            writer.writerow([run.name, *chosen, *figures, run.state])
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """The mean of each value and its neighbours, REACH on each side.
+
+    Near an end fewer, but as many on either side: a mean of one side alone would lag behind.
+    """
+    means = []
+    for place in range(len(values)):
+        reach = min(REACH, place, len(values) - 1 - place)
+        window = values[place - reach : place + reach + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def plot(runs: list[Run], out: Path) -> None:
+    """Training losses by step, by second on the training clock and by token, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    drawn = [run for run in runs if run.losses]
+    need(drawn, "no run has a training loss to draw")
+    for run in drawn:
+        steps = [record["step"] for record in run.losses]
+        seconds = [record["train_ms"] / 1000 for record in run.losses]
+        tokens = [step * run.settings["train_batch_tokens"] / 1e6 for step in steps]
+        losses = smoothed([record["train_loss"] for record in run.losses])
+        for one, x in zip(axes, (steps, seconds, tokens), strict=True):
+            one.plot(x, losses, label=run.name, linewidth=1)
+    lowest = min(record["train_loss"] for run in drawn for record in run.losses)
+    for one, label in zip(axes, ("step", "second of training", "million tokens"), strict=True):
+        one.set(xlabel=label, ylim=(lowest - 0.1, lowest + 1.5))
+        one.grid(alpha=0.3)
+    axes[0].set_ylabel(f"training loss, nats, mean of {2 * REACH + 1} lines")
+    axes[0].legend(fontsize=8)
+    figure.savefig(out, dpi=150)
+
+
+def find_logs(paths: list[Path]) -> list[Path]:
+    """The .jsonl files named, and those in the folders named and below. UserError if none."""
+    found = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        # A folder may hold other JSON lines; a run's begin with its settings.
+        files = sorted(path.rglob("*.jsonl"))
+        found += [file for file in files if read_first(file) == "settings"]
+    need(found, f"no run's .jsonl log in {', '.join(map(str, paths))}")
+    return found
+
+
+def read_first(path: Path) -> str:
+    """The event of a file's first record; empty if it is no log."""
+    try:
+        records = read_records(path)
+    except UserError:
+        return ""
+    return records[0]["event"] if records else ""
+
+
+def main() -> int:
+    """Reads the logs, prints the table, and writes what is asked for."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("logs", nargs="+", type=Path, metavar="LOG", help="runs' .jsonl, or folders of them")
+    add("--sort", default="final", metavar="COLUMN", help="a column or setting (final)")
+    add("--plot", type=Path, metavar="PNG", help="training losses")
+    add("--csv", type=Path, metavar="FILE", help="the table in full digits")
+    given = parser.parse_args()
+    runs = [read_run(path) for path in find_logs(given.logs)]
+    column = given.sort.lower()
+    known = {*FIGURES, *(name for run in runs for name in run.settings)}
+    need(column in known, f"--sort {given.sort}: neither a setting nor {', '.join(FIGURES)}")
+    runs = sorted_runs(runs, column)
+    settings = differing(runs)
+    print_table(table(runs, settings))
+    if given.csv:
+        write_csv(runs, settings, given.csv)
+    if given.plot:
+        plot(runs, given.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("runs.py", main))
