@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import evidence
+from tools import contradictions as evidence
 from tools.command import UserError
 
 LOG = Path(__file__).resolve().parent.parent / "logs" / "h200-short-42.txt"
