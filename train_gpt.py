@@ -1990,25 +1990,15 @@ def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
     return [x if x.shape == y.shape else x.mT for x, y in zip(wide, batches, strict=True)]
 
 
-@dataclass
-class MatrixGroup:
-    """Matrices of one shape and rate, which Muon treats as a batch."""
-
-    parameters: list[Tensor]  # (rows, columns) each, float32
-    momentum: Tensor  # (n, rows, columns) float32; n: their number, up to a multiple of the ranks'
-    base_lr: float
-    weight_decay: float
-
-
 def momentum_updates(gradients: list, momenta: list[Tensor], momentum, skip, steps: int) -> list:
-    """m <- momentum m + (1 - momentum) g, in place, for each group's momentum m (n, rows, columns).
+    """m <- momentum m + (1 - momentum) g, in place, for each batch's momentum m (n, rows, columns).
 
     Returns updates: the same once more with the new m (Nesterov), orthogonalized. Where skip,
     float32 (), is 1, m stays to the bit, and updates are finite.
     """
     updates = []
-    for group, old in zip(gradients, momenta, strict=True):
-        gradient = torch.where(skip > 0, old, torch.stack(group))
+    for batch, old in zip(gradients, momenta, strict=True):
+        gradient = torch.where(skip > 0, old, torch.stack(batch))
         old.lerp_(gradient, 1 - momentum)
         update = gradient.lerp(old, momentum)
         # Rows of one length first, so that no unit of a layer is left behind (MuonEq-R).
@@ -2016,13 +2006,13 @@ def momentum_updates(gradients: list, momenta: list[Tensor], momentum, skip, ste
     return orthogonalize(updates, steps)
 
 
-def apply_updates(groups: list, updates: list[Tensor], rates: list[Tensor], decays: list, skip):
+def apply_updates(batches: list, updates: list[Tensor], rates: list[Tensor], decay: float, skip):
     """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
-    for group, update, rate, decay in zip(groups, updates, rates, decays, strict=True):
+    for batch, update, rate in zip(batches, updates, rates, strict=True):
         rate = rate * (1 - skip)
         # The root keeps the change of a layer's outputs alike whatever its shape.
         step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
-        for p, change in zip(group, update.unbind(), strict=False):  # then comes padding
+        for p, change in zip(batch, update.unbind(), strict=False):  # then comes padding
             p.mul_(1 - rate * decay).sub_(step * change.float())
 
 
@@ -2033,36 +2023,41 @@ class Muon:
     how far it can move a layer's outputs. Each rank has a share of the matrices.
     """
 
-    def __init__(self, groups: list[MatrixGroup], settings, ranks):
-        self.groups = groups
+    def __init__(self, batches: dict[tuple, list[Tensor]], settings, ranks):
+        """batches: matrices (rows, columns), float32, by learning rate and shape."""
         self.ranks = ranks
         self.steps = settings.muon_backend_steps
+        self.weight_decay = settings.weight_decay
+        self.rates = [rate for rate, _ in batches]
+        self.batches = list(batches.values())
+        self.momenta = []
+        for batch in self.batches:
+            count = len(batch) + -len(batch) % ranks.world_size
+            self.momenta.append(batch[0].new_zeros(count, *batch[0].shape))
+        # This rank's part of each momentum, a view; the others' are out of date here.
+        self.shares = [m.chunk(ranks.world_size)[ranks.rank] for m in self.momenta]
         self.momentum_updates = maybe_compile(momentum_updates, settings, ranks)
         self.apply_updates = maybe_compile(apply_updates, settings, ranks)
-        # This rank's part of each momentum, a view; the others' are out of date here.
-        self.shares = [g.momentum.chunk(ranks.world_size)[ranks.rank] for g in groups]
 
     def gather_momentum(self) -> list[Tensor]:
-        """The momentum of every group's matrices (n, rows, columns), gathered from all ranks."""
-        for group, share in zip(self.groups, self.shares, strict=True):
-            group.momentum.copy_(self.ranks.concatenate(share))
-        return [group.momentum[: len(group.parameters)] for group in self.groups]
+        """The momentum of each batch (n, rows, columns), gathered from all ranks."""
+        for momentum, share in zip(self.momenta, self.shares, strict=True):
+            momentum.copy_(self.ranks.concatenate(share))
+        return [m[: len(batch)] for m, batch in zip(self.momenta, self.batches, strict=True)]
 
-    def _gradients(self, group: MatrixGroup, share: Tensor) -> list[Tensor]:
-        """Those of this rank's share of a group; the last shares are filled up with zeros."""
-        mine = group.parameters[self.ranks.rank * len(share) :][: len(share)]
+    def _gradients(self, batch: list[Tensor], share: Tensor) -> list[Tensor]:
+        """Those of this rank's share of a batch; the last shares are filled up with zeros."""
+        mine = batch[self.ranks.rank * len(share) :][: len(share)]
         return [p.grad for p in mine] + list(torch.zeros_like(share[len(mine) :]))
 
     @torch.no_grad()
     def step(self, lr_factor: Tensor, momentum: Tensor, skip: Tensor):
-        """One step at this part of the groups' rates; float32 () each. skip of 1: of no effect."""
-        gradients = list(map(self._gradients, self.groups, self.shares))
+        """One step at this part of the rates; float32 () each. skip of 1: of no effect."""
+        gradients = list(map(self._gradients, self.batches, self.shares))
         updates = self.momentum_updates(gradients, self.shares, momentum, skip, self.steps)
         updates = [self.ranks.concatenate(update) for update in updates]
-        parameters = [group.parameters for group in self.groups]
-        rates = [group.base_lr * lr_factor for group in self.groups]
-        decays = [group.weight_decay for group in self.groups]
-        self.apply_updates(parameters, updates, rates, decays, skip)
+        rates = [rate * lr_factor for rate in self.rates]
+        self.apply_updates(self.batches, updates, rates, self.weight_decay, skip)
 
 
 class Optimizers:
@@ -2073,7 +2068,7 @@ class Optimizers:
         self.clip_norm = settings.grad_clip_norm
         self.skip = torch.zeros((), device=ranks.device)  # 1: the latest step was skipped
         self.skipped = torch.zeros(3, device=ranks.device)  # all, this streak, the longest one
-        matrices, others = parameter_groups(model, settings, ranks)
+        matrices, others = parameter_groups(model, settings)
         self.muon = Muon(matrices, settings, ranks)
         betas = settings.beta1, settings.beta2
         self.adam = torch.optim.AdamW(others, 0.0, betas, fused=True, capturable=ranks.gpu)
@@ -2111,8 +2106,8 @@ class Optimizers:
             p.grad = None
 
 
-def parameter_groups(model, settings, ranks) -> tuple[list[MatrixGroup], list[dict]]:
-    """Muon's groups, by rate and shape, and Adam's: in the model's order, as in a checkpoint."""
+def parameter_groups(model, settings) -> tuple[dict, list[dict]]:
+    """Muon's batches, and Adam's groups: in the model's order, as in a checkpoint."""
     s = settings
     rates = {"matrix": s.matrix_lr, "mamba_matrix": s.mamba_matrix_lr}
     embed_lr = s.tied_embed_lr if s.tie_embeddings else s.embed_lr
@@ -2123,18 +2118,13 @@ def parameter_groups(model, settings, ranks) -> tuple[list[MatrixGroup], list[di
         "head": {"base_lr": s.head_lr, "weight_decay": embed_decay, "eps": s.adam_eps},
         "scalar": {"base_lr": s.scalar_lr, "weight_decay": s.adam_wd, "eps": scalar_eps},
     }
-    alike, others = collections.defaultdict(list), {}
+    matrices, others = collections.defaultdict(list), {}
     for name, p in model.named_parameters():
         kind = parameter_kind(name, p)
         if kind in rates:
-            alike[rates[kind], p.shape].append(p)
-            continue
-        others.setdefault(kind, {"params": [], **options[kind]})["params"].append(p)
-    matrices = []
-    for (rate, shape), parameters in alike.items():
-        count = len(parameters) + -len(parameters) % ranks.world_size
-        momentum = parameters[0].new_zeros(count, *shape)
-        matrices.append(MatrixGroup(parameters, momentum, rate, s.weight_decay))
+            matrices[rates[kind], p.shape].append(p)
+        else:
+            others.setdefault(kind, {"params": [], **options[kind]})["params"].append(p)
     return matrices, list(others.values())
 
 

@@ -73,8 +73,8 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     """
     start, gradients = matrices(2, *shape, seed=1), matrices(3, 2, *shape, seed=2)
     parameters = [torch.nn.Parameter(p.clone()) for p in start]
-    group = t.MatrixGroup(parameters, torch.zeros(2, *shape), base_lr=0.2, weight_decay=0.5)
-    muon = t.Muon([group], tiny(muon_backend_steps=12), SOLO)
+    settings = tiny(muon_backend_steps=12, weight_decay=0.5)
+    muon = t.Muon({(0.2, shape): parameters}, settings, SOLO)
     expected, momentum = start.clone(), torch.zeros_like(start)
     for gradient in gradients:
         for p, g in zip(parameters, gradient, strict=True):
@@ -101,7 +101,7 @@ def test_muons_updates_compile_as_one_graph_each():
         momentum = torch.tensor(0.9)
         for skip in map(torch.tensor, (0.0, 1.0, 0.0)):
             updates = momentum_updates(gradients, momenta, momentum, skip, 5)
-            apply_updates(parameters, updates, [torch.tensor(0.1)] * 3, [0.1, 0.2, 0.3], skip)
+            apply_updates(parameters, updates, [torch.tensor(0.1)] * 3, 0.2, skip)
         return [*momenta, *(p for group in parameters for p in group)]
 
     functions = t.momentum_updates, t.apply_updates
@@ -192,9 +192,10 @@ def test_every_parameter_is_trained_by_one_optimizer_at_its_own_rate(changes):
     model = t.build_model(settings, SOLO)
     optimizers = t.Optimizers(model, settings, SOLO)
     found, count = {}, 0
-    for group in optimizers.muon.groups:
-        count += len(group.parameters)
-        found |= dict.fromkeys(group.parameters, ("Muon", group.base_lr, group.weight_decay))
+    muon = optimizers.muon
+    for rate, batch in zip(muon.rates, muon.batches, strict=True):
+        count += len(batch)
+        found |= dict.fromkeys(batch, ("Muon", rate, muon.weight_decay))
     for group in optimizers.adam.param_groups:
         count += len(group["params"])
         found |= dict.fromkeys(group["params"], ("AdamW", group["base_lr"], group["weight_decay"]))
