@@ -5787,13 +5787,14 @@ def refuse_misspelt(environment: dict[str, str]):
     likely = [n for n in sorted(known - COMMON_WORDS) if len(n) >= (5 if "_" in n else 9)]
     names = {name.replace("_", ""): name for name in likely}
     long_names = tuple(name for name in names if len(name) >= 10)
-    for variable in sorted(environment.keys() - known - STRANGERS):
+    unknown = environment.keys() - known - STRANGERS
+    for variable in sorted(name for name in unknown if name[:1].isalpha()):
         flat = variable.upper().replace("_", "")
         nearest = difflib.get_close_matches(flat, names, 1, 0.75)
         longest = max([len(flat), *map(len, nearest)])
         cutoff = min(0.9, 1 - 1 / longest)  # of one letter in longest
         near = difflib.get_close_matches(flat, nearest, 1, cutoff) or flat.startswith(long_names)
-        if not variable.startswith("_") and (near or variable.startswith(FAMILIES)):
+        if near or variable.startswith(FAMILIES):
             hint = f"did you mean {names[nearest[0]]}? (see --help)" if nearest else "see --help"
             raise UserError(f"{variable} is not a setting; {hint}")
 

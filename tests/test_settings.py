@@ -103,7 +103,7 @@ def test_a_misspelt_variable_is_refused_and_the_nearest_name_offered(wrong, mean
 # MAMBA_EXE and MAMBA_ROOT_PREFIX are set in every shell of the micromamba package manager,
 # MAMBA_FORCE_BUILD is how mamba_ssm is built from source.
 ORDINARY = """
-    PATH HOME SHELL TERM LANG LC_ALL PYTHONPATH VIRTUAL_ENV LD_LIBRARY_PATH TMPDIR
+    _ __ __CF_USER A PATH HOME SHELL TERM LANG LC_ALL PYTHONPATH VIRTUAL_ENV LD_LIBRARY_PATH TMPDIR
     HOSTNAME http_proxy no_proxy
     RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT
     TORCHELASTIC_RUN_ID OMP_NUM_THREADS
