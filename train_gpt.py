@@ -4143,6 +4143,7 @@ RESET_LOG2_DECAY = constexpr(RESET_LOG_DECAY * math.log2(math.e))
 FEATURE_EPS = constexpr(SCAN_NORM_EPS)
 LEAST_WEIGHT = constexpr(1e-37)  # keeps a logarithm finite
 LEAST_GATE = constexpr(1e-20)  # keeps a quotient finite
+FAST = constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # its interpreter has no instructions
 
 
 # ---- Arithmetic, loads and stores ----------------------------------------------------------------
@@ -4155,14 +4156,14 @@ def approximate(x, instruction: constexpr):
 
 
 @jit
-def exp2_tile(x, FAST: constexpr):
-    """2**x; FAST: in one instruction, for bfloat16 products (the interpreter has none)."""
+def exp2_tile(x):
+    """2**x."""
     return approximate(x, "ex2.approx.ftz.f32 $0, $1;") if FAST else tl.exp2(x)
 
 
 @jit
-def reciprocal_tile(x, FAST: constexpr):
-    """1 / x; FAST as in exp2_tile()."""
+def reciprocal_tile(x):
+    """1 / x."""
     return approximate(x, "rcp.approx.ftz.f32 $0, $1;") if FAST else 1.0 / x
 
 
@@ -4176,8 +4177,7 @@ def softplus_tile(x):
     w = 1.0 + u
     large = x > 20.0  # exp(-x) is less than a digit of x
     lost = w == 1.0  # all of u's digits, so that log(1 + u) = u
-    precise = tl.log(w) * u / (w - 1.0 + lost)
-    return tl.where(large, x, tl.where(lost, u, precise))
+    return tl.where(large, x, tl.where(lost, u, tl.log(w) * u / (w - 1.0 + lost)))
 
 
 @jit
@@ -4217,22 +4217,22 @@ def column_indices(count: constexpr):
 
 
 @jit
-def row_offsets(b, t, length, WIDTH: constexpr):
-    """Where the rows of tokens t begin in a tensor (B, length, WIDTH)."""
-    return (b * length + t).to(tl.int64) * WIDTH
+def key_columns(b, t, length, S: constexpr):
+    """Where the rows of tokens t have their first key column, in a tensor like projected."""
+    return (b * length + t).to(tl.int64) * S.WIDTH + 2 * S.H * S.P
 
 
 @jit
-def feature_rows(features, k, b, t, batch, padded, N: constexpr):
-    """Where the rows of tokens t begin in plane k of features (2, B, padded, N)."""
-    return features + ((k * batch + b) * padded + t).to(tl.int64) * N
+def feature_rows(features, k, b, t, batch, padded, S: constexpr):
+    """Where the rows of tokens t begin in plane k of features."""
+    return features + ((k * batch + b) * padded + t).to(tl.int64) * S.N
 
 
 @jit
-def state_offsets(head, P: constexpr, N: constexpr):
+def state_offsets(head, S: constexpr):
     """Where a head's state (P, N) lies among others, transposed: (N, P)."""
-    square = tl.arange(0, P)[None, :] * N + tl.arange(0, N)[:, None]
-    return square + head.to(tl.int64) * P * N
+    square = tl.arange(0, S.P)[None, :] * S.N + tl.arange(0, S.N)[:, None]
+    return square + head.to(tl.int64) * S.P * S.N
 
 
 @jit
@@ -4263,29 +4263,15 @@ def write_tile(tensor, place, x):
 
 
 @jit
-def load_dynamics(row, live, step_bias, h, H: constexpr):
+def load_dynamics(row, live, step_bias, h, S: constexpr):
     """Raw step, step, raw decay, decay rate A, and lambda, each (CHUNK, heads)."""
-    mask = live & (h < H)
+    mask = live & (h < S.H)
     place = row + h
-    raw_step = load_float(place, mask) + load_float(step_bias + h, h < H)
+    raw_step = load_float(place, mask) + load_float(step_bias + h, h < S.H)
     step = tl.where(mask, softplus_tile(raw_step), 0.0)
-    raw_decay = load_float(place + H, mask)
+    raw_decay = load_float(place + S.H, mask)
     rate = -tl.maximum(softplus_tile(raw_decay), SLOWEST_DECAY)
-    return raw_step, step, raw_decay, rate, tl.sigmoid(load_float(place + 2 * H, mask))
-
-
-@jit
-def store_features(row, features, norms, b, t, n, batch, padded, live, N: constexpr):
-    """Norms a chunk's keys, then its queries, and stores their even and their odd entries."""
-    for k in tl.static_range(2):
-        x = load_float(row + k * N + n, live)
-        x *= inverse_norm(x, N)
-        x *= tl.load(norms + k * N + n)
-        pairs = tl.reshape(x.to(features.dtype.element_ty), [t.shape[0], N // 2, 2])
-        even, odd = tl.split(pairs)
-        place = feature_rows(features, k, b, t, batch, padded, N) + tl.arange(0, N // 2)[None, :]
-        tl.store(place, even)
-        tl.store(place + N // 2, odd)
+    return raw_step, step, raw_decay, rate, tl.sigmoid(load_float(place + 2 * S.H, mask))
 
 
 @jit
@@ -4300,47 +4286,51 @@ def tokens_forward(
     turns,  # out
     length,
     batch,
-    WIDTH: constexpr,
-    R: constexpr,
-    H: constexpr,
-    P: constexpr,
-    N: constexpr,
-    CHUNK: constexpr,
+    S: constexpr,
 ):
-    """A chunk's step sizes, decays, weights and turns; its keys and queries, normed."""
+    """A chunk's keys and queries, normed; its step sizes, decays, weights and turns."""
     chunk = tl.program_id(0)
     b = tl.program_id(1)
-    padded = tl.num_programs(0) * CHUNK
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    n = tl.arange(0, N)[None, :]
+    padded = tl.num_programs(0) * S.CHUNK
+    token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
+    n = tl.arange(0, S.N)[None, :]
     t = token[:, None]
-    h = column_indices(H)
-    r = column_indices(R)
+    h = column_indices(S.H)
+    r = column_indices(S.R)
     live = t < length
-    heads = h < H
-    row = projected + row_offsets(b, t, length, WIDTH) + 2 * H * P
-    store_features(row, features, norms, b, t, n, batch, padded, live, N)
-    row += 2 * N
-    _, step, _, rate, share = load_dynamics(row, live, step_bias, h, H)
-    _, next_step, _, _, next_share = load_dynamics(row + WIDTH, t + 1 < length, step_bias, h, H)
+    heads = h < S.H
+    row = projected + key_columns(b, t, length, S)
+    for k in tl.static_range(2):  # key, then query
+        x = load_float(row + k * S.N + n, live)
+        x *= inverse_norm(x, S.N)
+        x *= tl.load(norms + k * S.N + n)
+        pairs = tl.reshape(x.to(features.dtype.element_ty), [S.CHUNK, S.N // 2, 2])
+        even, odd = tl.split(pairs)
+        place = feature_rows(features, k, b, t, batch, padded, S) + tl.arange(0, S.N // 2)[None, :]
+        tl.store(place, even)
+        tl.store(place + S.N // 2, odd)
+    row += 2 * S.N
+    _, step, _, rate, share = load_dynamics(row, live, step_bias, h, S)
+    row_next = row + S.WIDTH
+    _, next_step, _, _, next_share = load_dynamics(row_next, t + 1 < length, step_bias, h, S)
     weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * LOG2_E
     if document_start is not None:
         starts = tl.load(document_start + b * length + token, token < length, 0)
         log_decay = tl.where(starts[:, None] != 0, RESET_LOG2_DECAY, log_decay)
     decay_sum = tl.cumsum(log_decay, axis=0)
-    plane = batch * H * padded
-    place = scalars + (b * H + h) * padded + t
+    plane = batch * S.H * padded
+    place = scalars + (b * S.H + h) * padded + t
     tl.store(place + plane * STEP, step, heads)
     tl.store(place + plane * DECAY_SUM, decay_sum, heads)
     tl.store(place + plane * KEY_LOG, decay_sum - tl.log2(tl.maximum(weight, LEAST_WEIGHT)), heads)
     tl.store(place + plane * CURRENT, step * share, heads)
     tl.store(place + plane * WEIGHT, weight, heads)
-    angle = load_float(row + 3 * H + r, live & (r < R))
+    angle = load_float(row + 3 * S.H + r, live & (r < S.R))
     half = tl.where(live, tl.sigmoid(2.0 * angle) - 0.5, 0.0)
-    tl.store(half_turn + (b * padded + t) * R + r, half, r < R)
-    place = turns + ((b * tl.num_programs(0) + chunk) * H + tl.trans(h)) * R + r
-    tl.store(place, exact_dot(tl.trans(step), half), tl.trans(heads) & (r < R))  # (heads, R)
+    tl.store(half_turn + (b * padded + t) * S.R + r, half, r < S.R)
+    place = turns + ((b * tl.num_programs(0) + chunk) * S.H + tl.trans(h)) * S.R + r
+    tl.store(place, exact_dot(tl.trans(step), half), tl.trans(heads) & (r < S.R))  # (heads, R)
 
 
 # ---- Rotation ------------------------------------------------------------------------------------
@@ -4362,45 +4352,42 @@ def rotate_features(
     rotated,  # out
     rotation,  # out
     batch,
-    R: constexpr,
-    H: constexpr,
-    N: constexpr,
-    CHUNK: constexpr,
+    S: constexpr,
 ):
     """A chunk's keys and queries for one head, biased and rotated; cos, sin; and q_t·k_t."""
     chunk = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
-    padded = tl.num_programs(0) * CHUNK
-    head = (b * H + h).to(tl.int64)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    n = tl.arange(0, N // 2)[None, :]
+    padded = tl.num_programs(0) * S.CHUNK
+    head = (b * S.H + h).to(tl.int64)
+    token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
+    n = tl.arange(0, S.N // 2)[None, :]
     t = token[:, None]
-    turning = n < R
-    half = load_float(half_turn + (b * padded + t) * R + n, turning)
-    added = tl.load(scalars + (batch * STEP * H + head) * padded + token)[:, None] * half
-    place = (b * tl.num_programs(0) + chunk) * H + h
-    before = tl.load(turns + place * R + n, turning, 0.0)
+    turning = n < S.R
+    half = load_float(half_turn + (b * padded + t) * S.R + n, turning)
+    added = tl.load(scalars + (batch * STEP * S.H + head) * padded + token)[:, None] * half
+    place = (b * tl.num_programs(0) + chunk) * S.H + h
+    before = tl.load(turns + place * S.R + n, turning, 0.0)
     cos, sin = turn_cos_sin(tl.cumsum(added, axis=0) + before)
-    place = rotation + (head * padded + t) * R + n
+    place = rotation + (head * padded + t) * S.R + n
     tl.store(place, cos, turning)  # plane COS, the first
-    tl.store(place + batch.to(tl.int64) * H * padded * R * SIN, sin, turning)
+    tl.store(place + batch.to(tl.int64) * S.H * padded * S.R * SIN, sin, turning)
     even_product = 1.0
     odd_product = 1.0
     for k in tl.static_range(2):  # key, then query
-        place = feature_rows(features, k, b, t, batch, padded, N) + n
-        bias = biases + (k * H + h) * N + n
+        place = feature_rows(features, k, b, t, batch, padded, S) + n
+        bias = biases + (k * S.H + h) * S.N + n
         even = tl.load(place) + tl.load(bias)
-        odd = tl.load(place + N // 2) + tl.load(bias + N // 2)
+        odd = tl.load(place + S.N // 2) + tl.load(bias + S.N // 2)
         even_product *= even
         odd_product *= odd
         even_rotated = even * cos - odd * sin
         odd_rotated = even * sin + odd * cos
-        row = k * batch.to(tl.int64) * H * padded + head * padded
-        place = rotated + (row + t) * N + n
+        row = k * batch.to(tl.int64) * S.H * padded + head * padded
+        place = rotated + (row + t) * S.N + n
         tl.store(place, even_rotated)
-        tl.store(place + N // 2, odd_rotated)
-    place = scalars + (batch * KEY_QUERY * H + head) * padded + token
+        tl.store(place + S.N // 2, odd_rotated)
+    place = scalars + (batch * KEY_QUERY * S.H + head) * padded + token
     tl.store(place, tl.sum(even_product + odd_product, axis=1))
 
 
@@ -4417,36 +4404,36 @@ def rotate_features(
 
 
 @jit
-def read_chunk(projected, rotated, b, head, t, batch, H: constexpr, P: constexpr):
-    """A chunk's values, keys and queries for one head."""
-    value = read_tile(projected, [b, t, (H + head % H) * P])
-    key = read_tile(rotated, [batch * KEY * H + head, t, 0])
-    return value, key, read_tile(rotated, [batch * QUERY * H + head, t, 0])
+def read_chunk(
+    projected, rotated, scalars, decay_sums, b, head, chunk, chunks, batch, S: constexpr
+):
+    """A chunk's values, keys and queries for one head; D_C; and D, key_log and c, each (CHUNK,)."""
+    t = chunk * S.CHUNK
+    heads = batch * S.H
+    value = read_tile(projected, [b, t, (S.H + head % S.H) * S.P])
+    key = read_tile(rotated, [heads * KEY + head, t, 0])
+    query = read_tile(rotated, [heads * QUERY + head, t, 0])
+    end = tl.load(decay_sums + (head * chunks + chunk) * S.CHUNK + S.CHUNK - 1)
+    decay_sum = scalars.load([heads * DECAY_SUM + head, t]).reshape(S.CHUNK)
+    key_log = scalars.load([heads * KEY_LOG + head, t]).reshape(S.CHUNK)
+    current = scalars.load([heads * CURRENT + head, t]).reshape(S.CHUNK)
+    return value, key, query, end, decay_sum, key_log, current
 
 
 @jit
-def read_scalars(scalars, head, t, heads, CHUNK: constexpr):
-    """D, key_log and c, each (CHUNK,), of planes with heads = B · H rows."""
-    decay_sum = scalars.load([heads * DECAY_SUM + head, t])
-    key_log = scalars.load([heads * KEY_LOG + head, t])
-    current = scalars.load([heads * CURRENT + head, t])
-    return decay_sum.reshape(CHUNK), key_log.reshape(CHUNK), current.reshape(CHUNK)
-
-
-@jit
-def decay_matrix(exponents, seen, current, FAST: constexpr):
+def decay_matrix(exponents, seen, current):
     """E (CHUNK, CHUNK), or its transpose: seen says which of exponents count."""
     i = tl.arange(0, exponents.shape[0])
     same = i[:, None] == i[None, :]
-    return tl.where(same, current[:, None], tl.where(seen, exp2_tile(exponents, FAST), 0.0))
+    return tl.where(same, current[:, None], tl.where(seen, exp2_tile(exponents), 0.0))
 
 
 @jit
-def gate_and_sigmoid(gate, FAST: constexpr):
+def gate_and_sigmoid(gate):
     """The gate, float32, never 0, so that y / gate tells the backward what was gated; sigmoid."""
     gate = gate.to(tl.float32)
     gate = tl.where(tl.abs(gate) < LEAST_GATE, LEAST_GATE, gate)
-    return gate, reciprocal_tile(1.0 + exp2_tile(gate * -LOG2_E, FAST), FAST)
+    return gate, reciprocal_tile(1.0 + exp2_tile(gate * -LOG2_E))
 
 
 @jit
@@ -4463,41 +4450,37 @@ def scan_forward(
     squares,  # out, (B, H, padded): y's squares summed over P
     batch,
     chunks,
-    H: constexpr,
-    P: constexpr,
-    N: constexpr,
-    CHUNK: constexpr,
+    S: constexpr,
 ):
     """Goes through one head's chunks, and stores the state that enters each."""
     head = tl.program_id(0)
-    b = head // H
-    h = head % H
-    i = tl.arange(0, CHUNK)
-    square = state_offsets(head, P, N)
+    b = head // S.H
+    h = head % S.H
+    i = tl.arange(0, S.CHUNK)
+    square = state_offsets(head, S)
     dtype = projected.dtype
-    FAST: tl.constexpr = dtype == tl.bfloat16
     d = tl.load(skip + h)
     ssm = tl.load(ssm_in + square)
-    for chunk in tl.range(chunks, num_stages=3 if N <= 64 else 2):  # two programs fit
-        t = chunk * CHUNK
+    for chunk in tl.range(chunks, num_stages=3 if S.N <= 64 else 2):  # two programs fit
+        t = chunk * S.CHUNK
         place = head * chunks + chunk
-        value, key, query = read_chunk(projected, rotated, b, head, t, batch, H, P)
-        end = tl.load(decay_sums + place * CHUNK + CHUNK - 1)  # D_C
-        decay_sum, key_log, current = read_scalars(scalars, head, t, batch * H, CHUNK)
+        value, key, query, end, decay_sum, key_log, current = read_chunk(
+            projected, rotated, scalars, decay_sums, b, head, chunk, chunks, batch, S
+        )
         old = ssm.to(dtype)
         write_tile(states, [place, 0, 0], old)
         scores = exact_dot(query, tl.trans(key))
         exponents = decay_sum[:, None] - key_log[None, :]
-        decayed = scores * decay_matrix(exponents, i[:, None] > i[None, :], current, FAST)
+        decayed = scores * decay_matrix(exponents, i[:, None] > i[None, :], current)
         decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
-        out = exact_dot(query, old) * exp2_tile(decay_sum, FAST)[:, None]
+        out = exact_dot(query, old) * exp2_tile(decay_sum)[:, None]
         out = exact_dot(decayed.to(dtype), value, out)
-        gate, sigmoid = gate_and_sigmoid(read_tile(projected, [b, t, h * P]), FAST)
+        gate, sigmoid = gate_and_sigmoid(read_tile(projected, [b, t, h * S.P]))
         out *= gate * sigmoid
-        write_tile(y, [b, t, h * P], out)
-        tl.store(squares + place * CHUNK + i, tl.sum(out * out, axis=1))
-        to_end = (value * exp2_tile(end - key_log, FAST)[:, None]).to(dtype)
-        ssm = exact_dot(tl.trans(key), to_end, ssm * exp2_tile(end, FAST))
+        write_tile(y, [b, t, h * S.P], out)
+        tl.store(squares + place * S.CHUNK + i, tl.sum(out * out, axis=1))
+        to_end = (value * exp2_tile(end - key_log)[:, None]).to(dtype)
+        ssm = exact_dot(tl.trans(key), to_end, ssm * exp2_tile(end))
     tl.store(ssm_out + square, ssm)
 
 
@@ -4516,35 +4499,16 @@ def scan_forward(
 
 
 @jit
-def gate_backward(d_y, d_squares, projected, y, d_projected, place, head, FAST: constexpr):
+def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
     """Stores the gate's gradient and returns G, that of out."""
-    gate, sigmoid = gate_and_sigmoid(read_tile(projected, place), FAST)
+    gate, sigmoid = gate_and_sigmoid(read_tile(projected, place))
     gated = read_tile(y, place).to(tl.float32)
     d_gated = read_tile(d_y, place)
     d_square = d_squares.load([head, place[1]]).reshape(gated.shape[0])
     d_gated += 2.0 * d_square[:, None] * gated
     # The slope of u = gate sigmoid(gate) is u (1 / gate + 1 - sigmoid(gate)).
-    write_tile(d_projected, place, d_gated * gated * (reciprocal_tile(gate, FAST) + 1.0 - sigmoid))
+    write_tile(d_projected, place, d_gated * gated * (reciprocal_tile(gate) + 1.0 - sigmoid))
     return (d_gated * gate * sigmoid).to(projected.dtype)
-
-
-@jit
-def transposed_scores(key, query, decay_sum, key_log, current, skip, same, FAST: constexpr):
-    """E^T and M^T, (key's token, query's token); M^T in key's dtype."""
-    i = tl.arange(0, key.shape[0])
-    exponents = decay_sum[None, :] - key_log[:, None]
-    decay = decay_matrix(exponents, i[:, None] < i[None, :], current, FAST)
-    scores = exact_dot(key, tl.trans(query))
-    return decay, (scores * decay + tl.where(same, skip, 0.0)).to(key.dtype)
-
-
-@jit
-def scores_backward(value, d_out, decay, same, d_diagonal, place):
-    """(dM ∘ E)^T in value's dtype; diag(dM) goes to a row of d_diagonal."""
-    d_decayed = exact_dot(value, tl.trans(d_out))
-    row = d_diagonal + place * value.shape[0] + tl.arange(0, value.shape[0])
-    tl.store(row, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
-    return (d_decayed * decay).to(value.dtype)
 
 
 @jit
@@ -4567,45 +4531,45 @@ def scan_backward(
     d_ssm_in,  # out
     batch,
     chunks,
-    H: constexpr,
-    P: constexpr,
-    N: constexpr,
-    CHUNK: constexpr,
+    S: constexpr,
 ):
     """Comes back through the chunks of scan_forward(), with the state's gradient in registers."""
     head = tl.program_id(0)
-    b = head // H
-    h = head % H
-    square = state_offsets(head, P, N)
-    FAST: tl.constexpr = projected.dtype == tl.bfloat16
+    b = head // S.H
+    h = head % S.H
+    square = state_offsets(head, S)
     d = tl.load(skip + h)
-    i = tl.arange(0, CHUNK)
+    i = tl.arange(0, S.CHUNK)
     same = i[:, None] == i[None, :]
     d_ssm = tl.load(d_ssm_out + square)
     at_end = tl.sum(d_ssm * tl.load(ssm_out + square), axis=1)  # unsummed over N: no barrier
     for back in tl.range(chunks, num_stages=2):
         chunk = chunks - 1 - back
-        t = chunk * CHUNK
+        t = chunk * S.CHUNK
         place = head * chunks + chunk
-        tl.store(d_end + place * N + tl.arange(0, N), at_end)
-        d_out = gate_backward(d_y, d_squares, projected, y, d_projected, [b, t, h * P], head, FAST)
-        value, key, query = read_chunk(projected, rotated, b, head, t, batch, H, P)
-        end = tl.load(decay_sums + place * CHUNK + CHUNK - 1)  # D_C
-        decay_sum, key_log, current = read_scalars(scalars, head, t, batch * H, CHUNK)
-        to_end = exp2_tile(end - key_log, FAST)[:, None]
+        tl.store(d_end + place * S.N + tl.arange(0, S.N), at_end)
+        d_out = gate_backward(d_y, d_squares, projected, y, d_projected, [b, t, h * S.P], head)
+        value, key, query, end, decay_sum, key_log, current = read_chunk(
+            projected, rotated, scalars, decay_sums, b, head, chunk, chunks, batch, S
+        )
+        to_end = exp2_tile(end - key_log)[:, None]
         old = d_ssm.to(value.dtype)
-        decay, decayed = transposed_scores(key, query, decay_sum, key_log, current, d, same, FAST)
-        d_value = exact_dot(decayed, d_out, exact_dot(key, old) * to_end)
-        write_tile(d_projected, [b, t, (H + h) * P], d_value)
-        d_scores = scores_backward(value, d_out, decay, same, d_diagonal, place)
+        exponents = decay_sum[None, :] - key_log[:, None]
+        decay = decay_matrix(exponents, i[:, None] < i[None, :], current)  # transposed
+        decayed = exact_dot(key, tl.trans(query)) * decay + tl.where(same, d, 0.0)
+        d_value = exact_dot(decayed.to(key.dtype), d_out, exact_dot(key, old) * to_end)
+        write_tile(d_projected, [b, t, (S.H + h) * S.P], d_value)
+        d_decayed = exact_dot(value, tl.trans(d_out))
+        tl.store(d_diagonal + place * S.CHUNK + i, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
+        d_scores = (d_decayed * decay).to(value.dtype)
         d_key = exact_dot(d_scores, query, exact_dot(value, tl.trans(old)) * to_end)
-        write_tile(d_rotated, [batch * KEY * H + head, t, 0], d_key)
-        d_state = (d_out * exp2_tile(decay_sum, FAST)[:, None]).to(value.dtype)
+        write_tile(d_rotated, [batch * KEY * S.H + head, t, 0], d_key)
+        d_state = (d_out * exp2_tile(decay_sum)[:, None]).to(value.dtype)
         ssm = read_tile(states, [place, 0, 0])
         d_query = exact_dot(ssm, tl.trans(d_state))
         d_query = exact_dot(tl.trans(key), d_scores, d_query)
-        write_tile(d_rotated, [batch * QUERY * H + head, t, 0], tl.trans(d_query))
-        d_ssm = exact_dot(tl.trans(query), d_state, d_ssm * exp2_tile(end, FAST))
+        write_tile(d_rotated, [batch * QUERY * S.H + head, t, 0], tl.trans(d_query))
+        d_ssm = exact_dot(tl.trans(query), d_state, d_ssm * exp2_tile(end))
         at_end = tl.sum(d_ssm * ssm, axis=1)
     tl.store(d_ssm_in + square, d_ssm)
 
@@ -4623,16 +4587,16 @@ def scan_backward(
 
 
 @jit
-def norm_backward(d_normed, place, live, norms, k, d_features, row, H: constexpr, N: constexpr):
+def norm_backward(d_normed, place, live, norms, k, d_features, row, S: constexpr):
     """Stores dw, summed over tokens, as a row of d_features, and returns dx of the rows there."""
     x = load_float(place, live)
-    n = tl.arange(0, N)[None, :]
-    factor = inverse_norm(x, N)
+    n = tl.arange(0, S.N)[None, :]
+    factor = inverse_norm(x, S.N)
     x *= factor
-    place = d_features + (row * (H + 1) + H) * N + n
+    place = d_features + (row * (S.H + 1) + S.H) * S.N + n
     tl.store(place, tl.sum(d_normed * x, axis=0)[None, :])
-    d_normed *= tl.load(norms + k * N + n)
-    along = tl.sum(d_normed * x, axis=1) / N
+    d_normed *= tl.load(norms + k * S.N + n)
+    along = tl.sum(d_normed * x, axis=1) / S.N
     return factor * (d_normed - x * along[:, None])
 
 
@@ -4651,12 +4615,8 @@ def features_backward(
     d_features,  # out, (B · parts, 2, H + 1, N) float32: of the biases and, last, of the norm
     length,
     batch,
-    WIDTH: constexpr,
-    R: constexpr,
-    H: constexpr,
-    P: constexpr,
-    N: constexpr,
     ROWS: constexpr,
+    S: constexpr,
 ):
     """Undoes rotate_features() and the norm of ROWS keys, or of ROWS queries, summed over heads."""
     part = tl.program_id(0)
@@ -4664,38 +4624,38 @@ def features_backward(
     k = tl.program_id(2)  # KEY or QUERY
     padded = tl.num_programs(0) * ROWS
     t = part * ROWS + tl.arange(0, ROWS)[:, None]
-    n = tl.arange(0, N // 2)[None, :]
-    origin = feature_rows(features, k, b, t, batch, padded, N) + n
+    n = tl.arange(0, S.N // 2)[None, :]
+    origin = feature_rows(features, k, b, t, batch, padded, S) + n
     even = tl.load(origin).to(tl.float32)
-    odd = tl.load(origin + N // 2).to(tl.float32)
-    sum_even = tl.zeros([ROWS, N // 2], tl.float32)
-    sum_odd = tl.zeros([ROWS, N // 2], tl.float32)
+    odd = tl.load(origin + S.N // 2).to(tl.float32)
+    sum_even = tl.zeros([ROWS, S.N // 2], tl.float32)
+    sum_odd = tl.zeros([ROWS, S.N // 2], tl.float32)
     row = ((b * tl.num_programs(0) + part) * 2 + k).to(tl.int64)
-    for h in tl.range(H, num_stages=4):
-        head = (b * H + h).to(tl.int64)
-        place = (k * batch * H + head) * padded + t
-        d_bias = d_features + (row * (H + 1) + h) * N + n
-        bias = biases + (k * H + h) * N + n
+    for h in tl.range(S.H, num_stages=4):
+        head = (b * S.H + h).to(tl.int64)
+        place = (k * batch * S.H + head) * padded + t
+        d_bias = d_features + (row * (S.H + 1) + h) * S.N + n
+        bias = biases + (k * S.H + h) * S.N + n
         u_even = even + tl.load(bias)  # as rotate_features() rotated them
-        u_odd = odd + tl.load(bias + N // 2)
-        from_even = tl.load(d_rotated + place * N + n)
-        from_odd = tl.load(d_rotated + place * N + n + N // 2)
-        turn_place = rotation + (head * padded + t) * R + n
-        cos = tl.load(turn_place, n < R, 1.0).to(tl.float32)
-        sin = load_float(turn_place + (batch * H).to(tl.int64) * padded * R, n < R)
+        u_odd = odd + tl.load(bias + S.N // 2)
+        from_even = tl.load(d_rotated + place * S.N + n)
+        from_odd = tl.load(d_rotated + place * S.N + n + S.N // 2)
+        turn_place = rotation + (head * padded + t) * S.R + n
+        cos = tl.load(turn_place, n < S.R, 1.0).to(tl.float32)
+        sin = load_float(turn_place + (batch * S.H).to(tl.int64) * padded * S.R, n < S.R)
         d_even = from_even * cos + from_odd * sin
         d_odd = from_odd * cos - from_even * sin
         turned = TWO_PI * (u_even * d_odd - u_odd * d_even)
-        tl.store(d_turn + place * R + n, turned, n < R)
-        tl.store(d_turns + (row * H + h) * R + n, tl.sum(turned, axis=0)[None, :], n < R)
+        tl.store(d_turn + place * S.R + n, turned, n < S.R)
+        tl.store(d_turns + (row * S.H + h) * S.R + n, tl.sum(turned, axis=0)[None, :], n < S.R)
         tl.store(d_scalars + place, tl.sum(u_even * d_even + u_odd * d_odd, axis=1)[:, None])
         tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
-        tl.store(d_bias + N // 2, tl.sum(d_odd, axis=0)[None, :])
+        tl.store(d_bias + S.N // 2, tl.sum(d_odd, axis=0)[None, :])
         sum_even += d_even
         sum_odd += d_odd
-    total = tl.reshape(tl.join(sum_even, sum_odd), [ROWS, N])
-    place = row_offsets(b, t, length, WIDTH) + 2 * H * P + k * N + tl.arange(0, N)[None, :]
-    total = norm_backward(total, projected + place, t < length, norms, k, d_features, row, H, N)
+    total = tl.reshape(tl.join(sum_even, sum_odd), [ROWS, S.N])
+    place = key_columns(b, t, length, S) + k * S.N + tl.arange(0, S.N)[None, :]
+    total = norm_backward(total, projected + place, t < length, norms, k, d_features, row, S)
     tl.store(d_projected + place, total, t < length)
 
 
@@ -4723,56 +4683,31 @@ def key_weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 
 @jit
 def turns_backward(
-    d_step, steps, half_turn, d_turn, behind, row, token, r, live, batch, R: constexpr, H: constexpr
+    d_step, steps, half_turn, d_turn, behind, row, token, r, live, batch, S: constexpr
 ):
     """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it."""
     b = tl.program_id(1)
     program = b * tl.num_programs(0) + tl.program_id(0)
     t = token[:, None]
-    h = column_indices(H)
-    padded = tl.num_programs(0) * token.shape[0]
-    plane = batch * H * padded
-    turning = live & (r < R)
-    half = load_float(half_turn + (b * padded + t) * R + r, turning)
+    h = column_indices(S.H)
+    padded = tl.num_programs(0) * S.CHUNK
+    plane = batch * S.H * padded
+    turning = live & (r < S.R)
+    half = load_float(half_turn + (b * padded + t) * S.R + r, turning)
     d_half = tl.zeros_like(half)
     # A token's turn moves all later ones: those of its chunk, and those after it.
     onward = (t <= token[None, :]).to(d_turn.dtype.element_ty)
-    for k in tl.range(H, num_stages=4):
-        head = (b * H + k).to(tl.int64)
-        place = d_turn + (head * padded + t) * R + r
+    for k in tl.range(S.H, num_stages=4):
+        head = (b * S.H + k).to(tl.int64)
+        place = d_turn + (head * padded + t) * S.R + r
         by_key = tl.load(place, turning, 0.0)
-        by_query = tl.load(place + plane.to(tl.int64) * R, turning, 0.0)
-        later = load_float(behind + (program * H + k) * R + r, r < R)
+        by_query = tl.load(place + plane.to(tl.int64) * S.R, turning, 0.0)
+        later = load_float(behind + (program * S.H + k) * S.R + r, r < S.R)
         turned = exact_dot(onward, by_query, exact_dot(onward, by_key)) + later  # no cumsum: waits
         d_half += tl.load(steps + head * padded + token)[:, None] * turned
         d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
-    tl.store(row + 3 * H + r, d_half * (0.5 - 2.0 * half * half), turning)
+    tl.store(row + 3 * S.H + r, d_half * (0.5 - 2.0 * half * half), turning)
     return d_step
-
-
-@jit
-def log_decay_backward(
-    d_scalars, d_end, document_start, b, chunk, token, length, batch, H: constexpr, N: constexpr
-):
-    """The gradient of A_t dt_t, (CHUNK, heads)."""
-    CHUNK: tl.constexpr = token.shape[0]
-    chunks = tl.num_programs(0)
-    padded = chunks * CHUNK
-    t = token[:, None]
-    h = column_indices(H)
-    heads = h < H
-    place = (b * H + h) * padded + t
-    plane = batch * H * padded
-    d_decay_sum = load_float(d_scalars + place + plane * QUERY, heads)
-    d_decay_sum -= load_float(d_scalars + place + plane * KEY, heads)  # the diagonal cancels
-    place = ((b * H + tl.trans(h)) * chunks + chunk) * N + tl.arange(0, N)[None, :]
-    at_end = tl.sum(load_float(d_end + place, tl.trans(heads)), axis=1)[None, :]
-    d_decay_sum += tl.where(t == chunk * CHUNK + CHUNK - 1, at_end, 0.0)
-    d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
-    if document_start is not None:
-        starts = tl.load(document_start + b * length + token, token < length, 0)
-        d_log_decay = tl.where(starts[:, None] != 0, 0.0, d_log_decay)
-    return d_log_decay
 
 
 @jit
@@ -4791,50 +4726,52 @@ def tokens_backward(
     d_heads,  # out, (B · chunks, H) float32: the step bias's gradient by chunk
     length,
     batch,
-    WIDTH: constexpr,
-    R: constexpr,
-    H: constexpr,
-    P: constexpr,
-    N: constexpr,
-    CHUNK: constexpr,
+    S: constexpr,
 ):
     """Undoes what is left of tokens_forward(): step sizes, decays, weights and turns of a chunk."""
     chunk = tl.program_id(0)
     b = tl.program_id(1)
-    padded = tl.num_programs(0) * CHUNK
-    program = b * tl.num_programs(0) + chunk
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    chunks = tl.num_programs(0)
+    padded = chunks * S.CHUNK
+    program = b * chunks + chunk
+    token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
     t = token[:, None]
-    h = column_indices(H)
-    r = column_indices(R)
+    h = column_indices(S.H)
+    r = column_indices(S.R)
     live = t < length
-    heads = h < H
+    heads = h < S.H
     mask = live & heads
-    columns = row_offsets(b, t, length, WIDTH) + 2 * H * P + 2 * N
+    columns = key_columns(b, t, length, S) + 2 * S.N
     row = projected + columns
     d_row = d_projected + columns
-    raw_step, step, raw_decay, rate, share = load_dynamics(row, live, step_bias, h, H)
-    place = (b * H + h) * padded + t
-    plane = batch * H * padded
+    raw_step, step, raw_decay, rate, share = load_dynamics(row, live, step_bias, h, S)
+    place = (b * S.H + h) * padded + t
+    plane = batch * S.H * padded
     d_own, d_weight = key_weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_current = d_own + d_weight
-    d_log_decay = log_decay_backward(
-        d_scalars, d_end, document_start, b, chunk, token, length, batch, H, N
-    )
+    d_decay_sum = load_float(d_scalars + place + plane * QUERY, heads)
+    d_decay_sum -= load_float(d_scalars + place + plane * KEY, heads)  # the diagonal cancels
+    ends = ((b * S.H + tl.trans(h)) * chunks + chunk) * S.N + tl.arange(0, S.N)[None, :]
+    at_end = tl.sum(load_float(d_end + ends, tl.trans(heads)), axis=1)[None, :]
+    d_decay_sum += tl.where(t == chunk * S.CHUNK + S.CHUNK - 1, at_end, 0.0)
+    d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
+    if document_start is not None:
+        starts = tl.load(document_start + b * length + token, token < length, 0)
+        d_log_decay = tl.where(starts[:, None] != 0, 0.0, d_log_decay)
     d_step = share * d_current + rate * d_log_decay
     before = mask & (t > 0)  # this token's step also weighs the key before it
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
     d_step += (1.0 - share) * d_previous
     d_step = turns_backward(
-        d_step, scalars, half_turn, d_turn, d_turns, d_row, token, r, live, batch, R, H
+        d_step, scalars, half_turn, d_turn, d_turns, d_row, token, r, live, batch, S
     )
     d_decay = tl.where(rate < -SLOWEST_DECAY, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
     d_share = step * (d_current - d_previous) * share * (1.0 - share)
-    tl.store(d_row + H + h, d_decay, mask)
-    tl.store(d_row + 2 * H + h, d_share, mask)
+    tl.store(d_row + S.H + h, d_decay, mask)
+    tl.store(d_row + 2 * S.H + h, d_share, mask)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
     tl.store(d_row + h, d_raw, mask)
-    tl.store(d_heads + program * H + h, tl.sum(d_raw, axis=0)[None, :], heads)
+    tl.store(d_heads + program * S.H + h, tl.sum(d_raw, axis=0)[None, :], heads)
 
 
 # ---- The operator --------------------------------------------------------------------------------
@@ -4893,21 +4830,15 @@ def launch(kernel, grid: tuple[int, ...], named: dict, *, warps: int = 4, regist
 
 def scan_arguments(given: ScanTensors, saved: ScanSaved, document_start, sizes: ScanSizes) -> dict:
     """What the kernels of forward and backward share, by name."""
-    return {
-        **given._asdict(),
-        **saved._asdict(),
-        **sizes._asdict(),
-        "document_start": document_start,
-        "decay_sums": saved.scalars[int(DECAY_SUM)],
-        "batch": given.projected.shape[0],
-        "length": given.projected.shape[1],
-        "chunks": saved.states.shape[2],
-    }
+    batch, length, _ = given.projected.shape
+    named = given._asdict() | saved._asdict() | {"document_start": document_start, "S": sizes}
+    named |= {"decay_sums": saved.scalars[int(DECAY_SUM)], "chunks": saved.states.shape[2]}
+    return named | {"batch": batch, "length": length}
 
 
 def scan_tiles(named: dict) -> dict:
     """named, with tensor descriptors of what the scan goes through: a block is one instruction."""
-    channels, state, chunk = named["P"], named["N"], named["CHUNK"]
+    _, _, _, channels, state, chunk = named["S"]
     blocks = dict.fromkeys(("projected", "y", "d_projected", "d_y"), [chunk, channels])
     blocks |= dict.fromkeys(("rotated", "d_rotated"), [chunk, state])
     blocks |= dict.fromkeys(("scalars", "d_squares"), [chunk])
@@ -5132,10 +5063,10 @@ def evens_back(x: Tensor) -> Tensor:
 
 
 @jit
-def softcap_tile(x, CAP: constexpr, FAST: constexpr):
+def softcap_tile(x, CAP: constexpr):
     """CAP·tanh(x / CAP), and its slope."""
-    power = exp2_tile(x * (2.0 * LOG2_E / CAP), FAST)  # exp(2 x / CAP)
-    tanh = 1.0 - 2.0 * reciprocal_tile(1.0 + power, FAST)
+    power = exp2_tile(x * (2.0 * LOG2_E / CAP))  # exp(2 x / CAP)
+    tanh = 1.0 - 2.0 * reciprocal_tile(1.0 + power)
     return CAP * tanh, 1.0 - tanh * tanh
 
 
@@ -5148,16 +5079,15 @@ def cross_entropy_rows(
     CAP: constexpr,
     BLOCK: constexpr,  # the power of two from V on
     SLOPES: constexpr,
-    FAST: constexpr,  # as in exp2_tile()
 ):
     """The nats of one row, and its logits' gradients."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK)
     logits += row * V
     target = tl.load(targets + row)
-    own, _ = softcap_tile(tl.load(logits + target).to(tl.float32), CAP, FAST)
-    x, slope = softcap_tile(load_float(logits + v, v < V), CAP, FAST)
-    share = tl.where(v < V, exp2_tile(x * LOG2_E, FAST), 0.0)
+    own, _ = softcap_tile(tl.load(logits + target).to(tl.float32), CAP)
+    x, slope = softcap_tile(load_float(logits + v, v < V), CAP)
+    share = tl.where(v < V, exp2_tile(x * LOG2_E), 0.0)
     total = tl.sum(share, axis=0)
     tl.store(nats + row, tl.log(total) - own)
     if SLOPES:
@@ -5182,7 +5112,7 @@ def launch_cross_entropy(logits, targets, cap: float, slopes: bool) -> tuple[Ten
     nats = logits.new_empty(count, dtype=torch.float32)
     block = triton.next_power_of_2(vocab_size)
     named = {"logits": logits, "targets": targets, "nats": nats, "V": vocab_size, "CAP": cap}
-    named |= {"BLOCK": block, "SLOPES": slopes, "FAST": logits.dtype == torch.bfloat16}
+    named |= {"BLOCK": block, "SLOPES": slopes}
     launch(cross_entropy_rows, (count,), named, warps=max(4, block // 2048))
     return nats, logits if slopes else logits.new_empty(0)
 
