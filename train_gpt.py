@@ -4106,7 +4106,7 @@ def explain_collective(error: RuntimeError) -> str:
 # Section 4's scan and section 5's cross-entropy in Triton, for bfloat16 on NVIDIA GPUs. Nothing
 # is new to the model: mamba_scan() and Model.nats() compute the same without, and tests compare.
 #
-# A chunk of the scan has C = CHUNK tokens; `padded` is the length in whole chunks. In order:
+# In order, on chunks of CHUNK tokens:
 #
 #   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
 #   rotate_features    a program per chunk and head: keys and queries, biased and rotated
@@ -4115,21 +4115,35 @@ def explain_collective(error: RuntimeError) -> str:
 #   features_backward  undoes rotate_features and the norms, summed over heads
 #   tokens_backward    undoes the rest of tokens_forward
 #
-# They read and write in_proj's rows in place (WIDTH columns: gate, value, key, query, step, decay,
-# trapezoid, angles). Decays are base-2 logarithms, for the GPU's own exponential is 2**x; angles
-# are in turns, so that whole ones drop out exactly. Sums go through buffers, without atomics: two
-# runs give the same bits. Keys, queries and the state have their even entries first, then the odd
-# ones, so that a pair to be rotated lies in two contiguous halves.
+# They read and write in_proj's rows in place (gate, value, key, query, step, decay, trapezoid,
+# angles). Decays are base-2 logarithms, for the GPU's own exponential is 2**x; angles are in turns,
+# so that whole ones drop out exactly. Sums go through buffers, without atomics: two runs give the
+# same bits. Keys, queries, biases and the state have their even entries first, then the odd ones,
+# so that a pair to be rotated lies in two contiguous halves.
 #
-# Buffers between the kernels, in section 4's letters:
+# Tensors, in section 4's letters; `padded` is the length in whole chunks. Those marked * have
+# in_proj's dtype, rotation has float16, all others float32. The gradient of x is d_x, shaped alike.
 #
-#   scalars    (6, B, H, padded) float32  numbers per token and head: planes below
-#   features   (2, B, padded, N)          keys, queries: normed, shared by the heads
-#   half_turn  (B, padded, R) float32     tanh(angle rate) / 2, the turns of a step of size 1
-#   turns      (B, chunks, H, R) float32  turns made in a chunk; after a sum, those before it
-#   rotated    (2, B, H, padded, N)       keys, queries: biased and rotated
-#   rotation   (2, B, H, padded, R)       cos, sin of the running angle
-#   states     (B, H, chunks, N, P)       the state that enters each chunk, transposed
+#   projected *   (B, length, WIDTH)    in_proj's rows, WIDTH being a multiple of 8
+#   biases        (2, H, N)             of keys, of queries; likewise the norms' weights (2, N)
+#   ssm_in, _out  (B, H, P, N)          the state before and after these tokens
+#   turn_in       (B, H, R)             the running angle before them, in turns
+#   y *           (B, length, H·P)      the outputs; squares (B, H, padded), summed over P
+#   scalars       (6, B, H, padded)     numbers per token and head: planes below
+#   features *    (2, B, padded, N)     keys, queries: normed, shared by the heads
+#   half_turn     (B, padded, R)        tanh(angle rate) / 2, the turns of a step of size 1
+#   turns         (B, chunks, H, R)     turns made in a chunk; after a sum, those before it
+#   rotated *     (2, B, H, padded, N)  keys, queries: biased and rotated
+#   rotation      (2, B, H, padded, R)  cos, sin of the running angle
+#   states *      (B, H, chunks, N, P)  the state that enters each chunk, transposed
+#
+#   d_scalars     (2, B, H, padded)     k·dk, q·dq of each token, for the decays
+#   d_diagonal    (B, H, padded)        what a token's output passes to its own value and key
+#   d_end         (B, H, chunks, N)     the state's gradient times the state, after each chunk
+#   d_turn *      (2, B, H, padded, R)  of the running angle, by key and by query
+#   d_turns       (B · parts, 2, H, R)  its sums over a part of the rows; then of all later turns
+#   d_features    (B · parts, 2, H + 1, N)  of the biases and, last, of the norm, by part
+#   d_heads       (B · chunks, H)       of the step bias, by chunk
 
 # Planes: the first index of a buffer, by name. A kernel may read no global but such a constant.
 STEP, DECAY_SUM, KEY_LOG, CURRENT, KEY_QUERY, WEIGHT = map(constexpr, range(6))  # of scalars
@@ -4276,10 +4290,10 @@ def load_dynamics(row, live, step_bias, h, S: constexpr):
 
 @jit
 def tokens_forward(
-    projected,  # (B, length, WIDTH)
-    step_bias,  # (H,)
-    norms,  # (2, N): weights of the keys' and the queries' norm
-    document_start,  # (B, length) bool, or None
+    projected,
+    step_bias,
+    norms,
+    starts,  # (B, length) bool: where documents start; or None
     scalars,  # out: all planes but KEY_QUERY
     features,  # out
     half_turn,  # out
@@ -4315,9 +4329,9 @@ def tokens_forward(
     _, next_step, _, _, next_share = load_dynamics(row_next, t + 1 < length, step_bias, h, S)
     weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * LOG2_E
-    if document_start is not None:
-        starts = tl.load(document_start + b * length + token, token < length, 0)
-        log_decay = tl.where(starts[:, None] != 0, RESET_LOG2_DECAY, log_decay)
+    if starts is not None:
+        start = tl.load(starts + b * length + token, token < length, 0)
+        log_decay = tl.where(start[:, None] != 0, RESET_LOG2_DECAY, log_decay)
     decay_sum = tl.cumsum(log_decay, axis=0)
     plane = batch * S.H * padded
     place = scalars + (b * S.H + h) * padded + t
@@ -4344,17 +4358,9 @@ def tokens_forward(
 
 @jit
 def rotate_features(
-    scalars,  # STEP is read, KEY_QUERY written
-    features,
-    half_turn,
-    turns,  # turns made before each chunk
-    biases,  # (2, H, N)
-    rotated,  # out
-    rotation,  # out
-    batch,
-    S: constexpr,
+    scalars, features, half_turn, turns, biases, rotated, rotation, batch, S: constexpr
 ):
-    """A chunk's keys and queries for one head, biased and rotated; cos, sin; and q_t·k_t."""
+    """Writes a chunk's rotated keys and queries for one head, rotation, and scalars' KEY_QUERY."""
     chunk = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
@@ -4444,10 +4450,10 @@ def scan_forward(
     states,  # out, (N, P)
     scalars,  # (CHUNK,)
     decay_sums,  # from here on tensors: the plane DECAY_SUM of scalars
-    skip,  # (H,)
-    ssm_in,  # (B, H, P, N), even entries first
-    ssm_out,  # out, likewise
-    squares,  # out, (B, H, padded): y's squares summed over P
+    skip,
+    ssm_in,
+    ssm_out,  # out
+    squares,  # out
     batch,
     chunks,
     S: constexpr,
@@ -4526,8 +4532,8 @@ def scan_backward(
     skip,
     d_ssm_out,
     ssm_out,
-    d_diagonal,  # out, (B, H, padded): diag(dM)
-    d_end,  # out, (B, H, chunks, N): sum(dh' ∘ h') over P, of each chunk
+    d_diagonal,  # out: diag(dM)
+    d_end,  # out: sum(dh' ∘ h') over P, of each chunk
     d_ssm_in,  # out
     batch,
     chunks,
@@ -4609,10 +4615,10 @@ def features_backward(
     biases,
     d_rotated,
     d_projected,  # out: key, query
-    d_scalars,  # out, (2, B, H, padded) float32: k·dk, q·dq
-    d_turn,  # out, (2, B, H, padded, R): of the running angle, by key and by query
-    d_turns,  # out, (B · parts, 2, H, R) float32: its sums over a program's rows
-    d_features,  # out, (B · parts, 2, H + 1, N) float32: of the biases and, last, of the norm
+    d_scalars,  # out
+    d_turn,  # out
+    d_turns,  # out
+    d_features,  # out
     length,
     batch,
     ROWS: constexpr,
@@ -4714,16 +4720,16 @@ def turns_backward(
 def tokens_backward(
     projected,
     step_bias,
-    document_start,
+    starts,
     scalars,
     half_turn,
     d_turn,
-    d_turns,  # (B, chunks, H, R) float32: of all turns after a chunk
+    d_turns,  # (B, chunks, H, R): of all turns after a chunk
     d_scalars,
     d_diagonal,
     d_end,
     d_projected,  # out: step, decay, trapezoid, angles
-    d_heads,  # out, (B · chunks, H) float32: the step bias's gradient by chunk
+    d_heads,  # out
     length,
     batch,
     S: constexpr,
@@ -4755,9 +4761,9 @@ def tokens_backward(
     at_end = tl.sum(load_float(d_end + ends, tl.trans(heads)), axis=1)[None, :]
     d_decay_sum += tl.where(t == chunk * S.CHUNK + S.CHUNK - 1, at_end, 0.0)
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
-    if document_start is not None:
-        starts = tl.load(document_start + b * length + token, token < length, 0)
-        d_log_decay = tl.where(starts[:, None] != 0, 0.0, d_log_decay)
+    if starts is not None:
+        start = tl.load(starts + b * length + token, token < length, 0)
+        d_log_decay = tl.where(start[:, None] != 0, 0.0, d_log_decay)
     d_step = share * d_current + rate * d_log_decay
     before = mask & (t > 0)  # this token's step also weighs the key before it
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
@@ -4779,43 +4785,14 @@ def tokens_backward(
 # of each its outputs' shapes (the fake), what it keeps, and its backward.
 
 
-class ScanSizes(NamedTuple):
-    """The scan's compile-time constants, by the names they have in the kernels."""
-
-    WIDTH: int  # columns of projected, padding included
-    R: int  # rotation angles
-    H: int  # heads
-    P: int  # channels per head
-    N: int  # state size
-    CHUNK: int  # tokens
-
-
-class ScanTensors(NamedTuple):
-    """What the operator has gradients of, contiguous; float32 but for projected."""
-
-    projected: Tensor  # (B, length, WIDTH)
-    step_bias: Tensor  # (H,)
-    skip: Tensor  # (H,)
-    biases: Tensor  # (2, H, N): of keys, of queries; even entries first
-    norms: Tensor  # (2, N): weights of the keys' and the queries' norm
-    ssm_in: Tensor  # (B, H, P, N), even entries first
-    turn_in: Tensor  # (B, H, R): the running angle before the first token, in turns
-
-
+ScanSizes = collections.namedtuple("ScanSizes", "WIDTH R H P N CHUNK")  # S in the kernels
+ScanTensors = collections.namedtuple(  # what the operator has gradients of
+    "ScanTensors", "projected step_bias skip biases norms ssm_in turn_in"
+)
+ScanSaved = collections.namedtuple(  # what the backward reads again
+    "ScanSaved", "y ssm_out scalars features half_turn rotated rotation states"
+)
 GIVEN = len(ScanTensors._fields)
-
-
-class ScanSaved(NamedTuple):
-    """What the backward reads again: y, the last state, and the buffers at the section's head."""
-
-    y: Tensor  # (B, length, H·P)
-    ssm_out: Tensor  # (B, H, P, N) float32
-    scalars: Tensor
-    features: Tensor
-    half_turn: Tensor
-    rotated: Tensor
-    rotation: Tensor
-    states: Tensor
 
 
 def launch(kernel, grid: tuple[int, ...], named: dict, *, warps: int = 4, registers=None):
@@ -4828,10 +4805,10 @@ def launch(kernel, grid: tuple[int, ...], named: dict, *, warps: int = 4, regist
     kernel[grid](**arguments, num_warps=warps, maxnreg=registers)
 
 
-def scan_arguments(given: ScanTensors, saved: ScanSaved, document_start, sizes: ScanSizes) -> dict:
+def scan_arguments(given: ScanTensors, saved: ScanSaved, starts, sizes: ScanSizes) -> dict:
     """What the kernels of forward and backward share, by name."""
     batch, length, _ = given.projected.shape
-    named = given._asdict() | saved._asdict() | {"document_start": document_start, "S": sizes}
+    named = given._asdict() | saved._asdict() | {"starts": starts, "S": sizes}
     named |= {"decay_sums": saved.scalars[int(DECAY_SUM)], "chunks": saved.states.shape[2]}
     return named | {"batch": batch, "length": length}
 
@@ -4851,18 +4828,12 @@ def scan_tiles(named: dict) -> dict:
 
 
 @torch.library.custom_op("golf::fused_scan", mutates_args=())
-def fused_scan(
-    tensors: list[Tensor], document_start: Tensor | None, sizes: list[int]
-) -> list[Tensor]:
-    """The scan of ScanTensors with ScanSizes, both as lists.
-
-    Returns y's squares summed by head, (B, H, padded) float32; the running angle after the last
-    token, (B, H, R) in turns; and ScanSaved.
-    """
+def fused_scan(tensors: list[Tensor], starts: Tensor | None, sizes: list[int]) -> list[Tensor]:
+    """The scan of ScanTensors with ScanSizes: squares, the angle turn_out, then ScanSaved."""
     given = ScanTensors(*tensors)
-    squares, turn_out, *kept = fused_scan_fake(tensors, document_start, sizes)
+    squares, turn_out, *kept = fused_scan_fake(tensors, starts, sizes)
     saved = ScanSaved(*kept)
-    named = scan_arguments(given, saved, document_start, ScanSizes(*sizes))
+    named = scan_arguments(given, saved, starts, ScanSizes(*sizes))
     batch, heads, chunks, _, _ = saved.states.shape
     turns = saved.half_turn.new_empty(batch, chunks, *turn_out.shape[1:])
     launch(tokens_forward, (chunks, batch), named | {"turns": turns}, registers=128)
@@ -4877,7 +4848,7 @@ def fused_scan(
 
 
 @fused_scan.register_fake
-def fused_scan_fake(tensors, document_start, sizes) -> list[Tensor]:
+def fused_scan_fake(tensors, starts, sizes) -> list[Tensor]:
     """fused_scan()'s outputs, without their values."""
     projected = tensors[0]
     _, angles, heads, channels, state, chunk = sizes
@@ -4902,68 +4873,56 @@ def fused_scan_fake(tensors, document_start, sizes) -> list[Tensor]:
 
 @torch.library.custom_op("golf::fused_scan_backward", mutates_args=())
 def fused_scan_backward(
-    gradients: list[Tensor], kept: list[Tensor], document_start: Tensor | None, sizes: list[int]
+    gradients: list[Tensor], kept: list[Tensor], starts: Tensor | None, sizes: list[int]
 ) -> list[Tensor]:
     """The gradients of ScanTensors, from those of squares, turn_out, y and ssm_out."""
     d_squares, d_turn_out, d_y, d_ssm_out = gradients
     given = ScanTensors(*kept[:GIVEN])
     saved = ScanSaved(*kept[GIVEN:])
-    batch, heads, chunks, state, _ = saved.states.shape
-    rows = min(sizes[-1], 1024 // state)  # of one warp: no barriers
-    parts = chunks * sizes[-1] // rows
-    found = gradient_buffers(given, saved, parts)
-    named = scan_arguments(given, saved, document_start, ScanSizes(*sizes)) | found
+    _, angles, heads, _, state, chunk = sizes
+    _, batch, _, padded = saved.scalars.shape
+    chunks = padded // chunk
+    rows = min(chunk, 1024 // state)  # of one warp: no barriers
+    parts = padded // rows
+    single = saved.scalars.new_empty
+    found = {
+        "d_projected": torch.empty_like(given.projected),
+        "d_rotated": torch.empty_like(saved.rotated),
+        "d_ssm_in": torch.empty_like(saved.ssm_out),
+        "d_scalars": single(2, batch, heads, padded),
+        "d_diagonal": single(batch, heads, padded),
+        "d_end": single(batch, heads, chunks, state),
+        "d_turn": torch.empty_like(saved.rotation, dtype=given.projected.dtype),
+        "d_turns": single(batch * parts, 2, heads, angles),
+        "d_features": single(batch * parts, 2, heads + 1, state),
+        "d_heads": single(batch * chunks, heads),
+    }
+    named = scan_arguments(given, saved, starts, ScanSizes(*sizes)) | found
     scan = scan_tiles(named | {"d_squares": d_squares, "d_y": d_y})
     launch(scan_backward, (batch * heads,), scan | {"d_ssm_out": d_ssm_out})
     launch(features_backward, (parts, batch, 2), named | {"ROWS": rows}, warps=1)
     d_features = found["d_features"]
     sums = d_features.new_ones(len(d_features)) @ d_features.flatten(1)  # faster than sum()
     sums = sums.view(2, heads + 1, state)
-    d_turns = found["d_turns"].view(batch, chunks, -1, d_turn_out[0].numel()).sum(2)
+    d_turns = found["d_turns"].view(batch, chunks, -1, heads * angles).sum(2)
     after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
     later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
     launch(tokens_backward, (chunks, batch), named | {"d_turns": later}, registers=128)
     d_turn_in = d_turns.sum(1).view_as(d_turn_out) + d_turn_out
-    return [
-        found["d_projected"],
-        found["d_heads"].sum(0),
-        found["d_diagonal"].sum((0, 2)),
-        sums[:, :heads].clone(),
-        sums[:, heads].clone(),
-        found["d_ssm_in"],
-        d_turn_in,
-    ]
-
-
-def gradient_buffers(given: ScanTensors, saved: ScanSaved, parts: int) -> dict[str, Tensor]:
-    """What the backward's kernels write, without values; features_backward in parts by batch."""
-    _, batch, heads, padded = saved.scalars.shape
-    _, _, chunks, state, _ = saved.states.shape
-    angles = saved.half_turn.shape[2]
-    programs = batch * parts
-    single = saved.scalars.new_empty  # float32
-    alike = {"d_projected": given.projected, "d_rotated": saved.rotated, "d_ssm_in": saved.ssm_out}
-    buffers = {name: torch.empty_like(x) for name, x in alike.items()}
-    return buffers | {
-        "d_diagonal": single(batch, heads, padded),  # diag(dM)
-        "d_end": single(batch, heads, chunks, state),  # sum(dh' ∘ h') over P
-        "d_scalars": single(2, batch, heads, padded),  # k·dk, q·dq
-        "d_turn": torch.empty_like(saved.rotation, dtype=given.projected.dtype),  # by key, by query
-        "d_turns": single(programs, 2, heads, angles),  # its sums
-        "d_features": single(programs, 2, heads + 1, state),  # of biases, then of the norm
-        "d_heads": single(batch * chunks, heads),  # of the step bias
-    }
+    by_head = [found["d_heads"].sum(0), found["d_diagonal"].sum((0, 2))]  # step bias and skip
+    features = [sums[:, :heads].clone(), sums[:, heads].clone()]  # biases and norms
+    return [found["d_projected"], *by_head, *features, found["d_ssm_in"], d_turn_in]
 
 
 def _keep_scan(ctx, inputs, output):
-    tensors, document_start, ctx.sizes = inputs
-    ctx.save_for_backward(document_start, *tensors, *output[2:])
+    tensors, starts, ctx.sizes = inputs
+    ctx.save_for_backward(starts, *tensors, *output[2:])
 
 
 def _fused_scan_autograd(ctx, gradients):
-    document_start, *kept = ctx.saved_tensors
+    starts, *kept = ctx.saved_tensors
     gradients = [x.contiguous() for x in gradients[:4]]
-    return fused_scan_backward(gradients, kept, document_start, ctx.sizes), None, None
+    return fused_scan_backward(gradients, kept, starts, ctx.sizes), None, None
 
 
 fused_scan_backward.register_fake(lambda _, kept, *__: [torch.empty_like(x) for x in kept[:GIVEN]])
@@ -5024,32 +4983,23 @@ def triton_scan(projected, p, sizes, document_start, state, chunk):
         before, previous = terms.state, terms.previous[:, 0]
         ssm = evens_first(add_outer(before.ssm, previous, before.value, before.key))
         turn = before.angle / (2 * math.pi)
-    tensors = ScanTensors(
-        projected=projected.contiguous(),
-        step_bias=p.step_bias,
-        skip=p.skip,
-        biases=evens_first(torch.stack([p.key_bias, p.query_bias])),
-        norms=torch.stack([p.key_norm, p.query_norm]),
-        ssm_in=ssm.contiguous(),
-        turn_in=turn.contiguous(),
-    )
-    constants = ScanSizes(width, sizes.angles, sizes.heads, sizes.channels, sizes.state, chunk)
-    start = None if document_start is None else document_start.contiguous()
-    squares, turn, y, ssm, *_ = fused_scan(list(tensors), start, list(constants))
+    biases = evens_first(torch.stack([p.key_bias, p.query_bias]))
+    norms = torch.stack([p.key_norm, p.query_norm])
+    learned = (p.step_bias, p.skip, biases, norms)
+    tensors = [projected.contiguous(), *learned, ssm.contiguous(), turn.contiguous()]
+    constants = [width, sizes.angles, sizes.heads, sizes.channels, sizes.state, chunk]
+    starts = None if document_start is None else document_start.contiguous()
+    squares, turn, y, ssm, *_ = fused_scan(tensors, starts, constants)
     angle = 2 * math.pi * turn
     key = rotate_pairs(last.key.float() + p.key_bias, angle)
     mean_square = squares[..., : y.shape[1]].sum(1) / y.shape[2]
-    return y, mean_square, ScanState(angle, evens_back(ssm), key, last.value[:, 0].float())
+    ssm = ssm.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # undoes evens_first()
+    return y, mean_square, ScanState(angle, ssm, key, last.value[:, 0].float())
 
 
 def evens_first(x: Tensor) -> Tensor:
     """The last dimension's even entries, then its odd ones: the kernels' order of the state."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-
-
-def evens_back(x: Tensor) -> Tensor:
-    """Undoes evens_first()."""
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 # ---- Cross-entropy -------------------------------------------------------------------------------
@@ -5072,15 +5022,12 @@ def softcap_tile(x, CAP: constexpr):
 
 @jit
 def cross_entropy_rows(
-    logits,  # (T, V); out, with SLOPES: their gradients
-    targets,  # (T,)
-    nats,  # out, (T,) float32
-    V: constexpr,
-    CAP: constexpr,
-    BLOCK: constexpr,  # the power of two from V on
-    SLOPES: constexpr,
+    logits, targets, nats, V: constexpr, CAP: constexpr, BLOCK: constexpr, SLOPES: constexpr
 ):
-    """The nats of one row, and its logits' gradients."""
+    """The nats of one row of logits (T, V), and with SLOPES, in its place, their gradients.
+
+    BLOCK: the power of two from V on.
+    """
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK)
     logits += row * V
