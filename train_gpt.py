@@ -4410,16 +4410,13 @@ def rotate_features(
 
 
 @jit
-def read_chunk(
-    projected, rotated, scalars, decay_sums, b, head, chunk, chunks, batch, S: constexpr
-):
+def read_chunk(projected, rotated, scalars, decay_sums, head, place, t, batch, S: constexpr):
     """A chunk's values, keys and queries for one head; D_C; and D, key_log and c, each (CHUNK,)."""
-    t = chunk * S.CHUNK
     heads = batch * S.H
-    value = read_tile(projected, [b, t, (S.H + head % S.H) * S.P])
+    value = read_tile(projected, [head // S.H, t, (S.H + head % S.H) * S.P])
     key = read_tile(rotated, [heads * KEY + head, t, 0])
     query = read_tile(rotated, [heads * QUERY + head, t, 0])
-    end = tl.load(decay_sums + (head * chunks + chunk) * S.CHUNK + S.CHUNK - 1)
+    end = tl.load(decay_sums + place * S.CHUNK + S.CHUNK - 1)
     decay_sum = scalars.load([heads * DECAY_SUM + head, t]).reshape(S.CHUNK)
     key_log = scalars.load([heads * KEY_LOG + head, t]).reshape(S.CHUNK)
     current = scalars.load([heads * CURRENT + head, t]).reshape(S.CHUNK)
@@ -4471,7 +4468,7 @@ def scan_forward(
         t = chunk * S.CHUNK
         place = head * chunks + chunk
         value, key, query, end, decay_sum, key_log, current = read_chunk(
-            projected, rotated, scalars, decay_sums, b, head, chunk, chunks, batch, S
+            projected, rotated, scalars, decay_sums, head, place, t, batch, S
         )
         old = ssm.to(dtype)
         write_tile(states, [place, 0, 0], old)
@@ -4556,7 +4553,7 @@ def scan_backward(
         tl.store(d_end + place * S.N + tl.arange(0, S.N), at_end)
         d_out = gate_backward(d_y, d_squares, projected, y, d_projected, [b, t, h * S.P], head)
         value, key, query, end, decay_sum, key_log, current = read_chunk(
-            projected, rotated, scalars, decay_sums, b, head, chunk, chunks, batch, S
+            projected, rotated, scalars, decay_sums, head, place, t, batch, S
         )
         to_end = exp2_tile(end - key_log)[:, None]
         old = d_ssm.to(value.dtype)
@@ -4786,31 +4783,25 @@ def tokens_backward(
 
 
 ScanSizes = collections.namedtuple("ScanSizes", "WIDTH R H P N CHUNK")  # S in the kernels
-ScanTensors = collections.namedtuple(  # what the operator has gradients of
-    "ScanTensors", "projected step_bias skip biases norms ssm_in turn_in"
-)
-ScanSaved = collections.namedtuple(  # what the backward reads again
-    "ScanSaved", "y ssm_out scalars features half_turn rotated rotation states"
-)
-GIVEN = len(ScanTensors._fields)
+GIVEN = ("projected", "step_bias", "skip", "biases", "norms", "ssm_in", "turn_in")
+SAVED = ("y", "ssm_out", "scalars", "features", "half_turn", "rotated", "rotation", "states")
 
 
 def launch(kernel, grid: tuple[int, ...], named: dict, *, warps: int = 4, registers=None):
     """Runs a kernel, a program for each place of the grid, on what it takes of `named`, by name.
 
-    warps a program, registers a thread at most (None: the compiler's choice): what was fastest on
-    an H200, by bench/tune.py.
+    warps a program, registers a thread at most: what bench/tune.py found fastest on an H200.
     """
     arguments = {name: named[name] for name in kernel.arg_names}
     kernel[grid](**arguments, num_warps=warps, maxnreg=registers)
 
 
-def scan_arguments(given: ScanTensors, saved: ScanSaved, starts, sizes: ScanSizes) -> dict:
-    """What the kernels of forward and backward share, by name."""
-    batch, length, _ = given.projected.shape
-    named = given._asdict() | saved._asdict() | {"starts": starts, "S": sizes}
-    named |= {"decay_sums": saved.scalars[int(DECAY_SUM)], "chunks": saved.states.shape[2]}
-    return named | {"batch": batch, "length": length}
+def scan_arguments(tensors: list[Tensor], starts, sizes: list[int]) -> dict:
+    """What the kernels of forward and backward share, by name: tensors are GIVEN, then SAVED."""
+    named = dict(zip(GIVEN + SAVED, tensors, strict=True))
+    batch, length, _ = named["projected"].shape
+    named |= {"decay_sums": named["scalars"][int(DECAY_SUM)], "chunks": named["states"].shape[2]}
+    return named | {"batch": batch, "length": length, "starts": starts, "S": ScanSizes(*sizes)}
 
 
 def scan_tiles(named: dict) -> dict:
@@ -4829,18 +4820,16 @@ def scan_tiles(named: dict) -> dict:
 
 @torch.library.custom_op("golf::fused_scan", mutates_args=())
 def fused_scan(tensors: list[Tensor], starts: Tensor | None, sizes: list[int]) -> list[Tensor]:
-    """The scan of ScanTensors with ScanSizes: squares, the angle turn_out, then ScanSaved."""
-    given = ScanTensors(*tensors)
-    squares, turn_out, *kept = fused_scan_fake(tensors, starts, sizes)
-    saved = ScanSaved(*kept)
-    named = scan_arguments(given, saved, starts, ScanSizes(*sizes))
-    batch, heads, chunks, _, _ = saved.states.shape
-    turns = saved.half_turn.new_empty(batch, chunks, *turn_out.shape[1:])
+    """The scan of GIVEN with ScanSizes: squares, the running angle turn_out, then SAVED."""
+    squares, turn_out, *saved = fused_scan_fake(tensors, starts, sizes)
+    named = scan_arguments([*tensors, *saved], starts, sizes)
+    batch, heads, chunks, _, _ = named["states"].shape
+    turns = turn_out.new_empty(batch, chunks, *turn_out.shape[1:])
     launch(tokens_forward, (chunks, batch), named | {"turns": turns}, registers=128)
     # As a product, since cumsum has no deterministic form.
     earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)
     passed = (earlier @ turns.flatten(2).double()).view(turns.shape)
-    before = passed.float() + given.turn_in.unsqueeze(1)
+    before = passed.float() + named["turn_in"].unsqueeze(1)
     launch(rotate_features, (chunks, heads, batch), named | {"turns": before})
     launch(scan_forward, (batch * heads,), scan_tiles(named) | {"squares": squares})
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
@@ -4858,46 +4847,45 @@ def fused_scan_fake(tensors, starts, sizes) -> list[Tensor]:
     new = projected.new_empty
     single = partial(new, dtype=torch.float32)
     finer = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # up to 1
-    saved = ScanSaved(
-        y=new(batch, length, heads * channels),
-        ssm_out=single(batch, heads, channels, state),
-        scalars=single(6, batch, heads, padded),
-        features=new(2, batch, padded, state),
-        half_turn=single(batch, padded, angles),
-        rotated=new(2, batch, heads, padded, state),
-        rotation=new(2, batch, heads, padded, angles, dtype=finer),
-        states=new(batch, heads, chunks, state, channels),
-    )
-    return [single(batch, heads, padded), single(batch, heads, angles), *saved]
+    return [
+        single(batch, heads, padded),  # squares
+        single(batch, heads, angles),  # turn_out
+        new(batch, length, heads * channels),  # from here on SAVED, in its order
+        single(batch, heads, channels, state),
+        single(6, batch, heads, padded),
+        new(2, batch, padded, state),
+        single(batch, padded, angles),
+        new(2, batch, heads, padded, state),
+        new(2, batch, heads, padded, angles, dtype=finer),
+        new(batch, heads, chunks, state, channels),
+    ]
 
 
 @torch.library.custom_op("golf::fused_scan_backward", mutates_args=())
 def fused_scan_backward(
     gradients: list[Tensor], kept: list[Tensor], starts: Tensor | None, sizes: list[int]
 ) -> list[Tensor]:
-    """The gradients of ScanTensors, from those of squares, turn_out, y and ssm_out."""
+    """The gradients of GIVEN, from those of squares, turn_out, y and ssm_out."""
     d_squares, d_turn_out, d_y, d_ssm_out = gradients
-    given = ScanTensors(*kept[:GIVEN])
-    saved = ScanSaved(*kept[GIVEN:])
+    named = scan_arguments(kept, starts, sizes)
     _, angles, heads, _, state, chunk = sizes
-    _, batch, _, padded = saved.scalars.shape
+    batch, _, padded = d_squares.shape
     chunks = padded // chunk
     rows = min(chunk, 1024 // state)  # of one warp: no barriers
     parts = padded // rows
-    single = saved.scalars.new_empty
-    found = {
-        "d_projected": torch.empty_like(given.projected),
-        "d_rotated": torch.empty_like(saved.rotated),
-        "d_ssm_in": torch.empty_like(saved.ssm_out),
+    single = d_squares.new_empty
+    alike = ("projected", "rotated", "ssm_in")
+    found = {f"d_{name}": torch.empty_like(named[name]) for name in alike}
+    found |= {
         "d_scalars": single(2, batch, heads, padded),
         "d_diagonal": single(batch, heads, padded),
         "d_end": single(batch, heads, chunks, state),
-        "d_turn": torch.empty_like(saved.rotation, dtype=given.projected.dtype),
+        "d_turn": torch.empty_like(named["rotation"], dtype=d_y.dtype),
         "d_turns": single(batch * parts, 2, heads, angles),
         "d_features": single(batch * parts, 2, heads + 1, state),
         "d_heads": single(batch * chunks, heads),
     }
-    named = scan_arguments(given, saved, starts, ScanSizes(*sizes)) | found
+    named |= found
     scan = scan_tiles(named | {"d_squares": d_squares, "d_y": d_y})
     launch(scan_backward, (batch * heads,), scan | {"d_ssm_out": d_ssm_out})
     launch(features_backward, (parts, batch, 2), named | {"ROWS": rows}, warps=1)
@@ -4925,7 +4913,9 @@ def _fused_scan_autograd(ctx, gradients):
     return fused_scan_backward(gradients, kept, starts, ctx.sizes), None, None
 
 
-fused_scan_backward.register_fake(lambda _, kept, *__: [torch.empty_like(x) for x in kept[:GIVEN]])
+fused_scan_backward.register_fake(
+    lambda _, kept, *__: [torch.empty_like(x) for x in kept[: len(GIVEN)]]
+)
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 
