@@ -4213,12 +4213,6 @@ def exact_dot(a, b, c=None):
 
 
 @jit
-def inverse_norm(x, N: constexpr):
-    """1 / root mean square of each row of x (rows, N), as a column."""
-    return tl.rsqrt(tl.sum(x * x, axis=1) / N + FEATURE_EPS)[:, None]
-
-
-@jit
 def load_float(place, mask):
     """The numbers at these places, float32; 0 where mask is not set."""
     return tl.load(place, mask, 0.0).to(tl.float32)
@@ -4316,7 +4310,7 @@ def tokens_forward(
     row = projected + key_columns(b, t, length, S)
     for k in tl.static_range(2):  # key, then query
         x = load_float(row + k * S.N + n, live)
-        x *= inverse_norm(x, S.N)
+        x *= tl.rsqrt(tl.sum(x * x, axis=1) / S.N + FEATURE_EPS)[:, None]
         x *= tl.load(norms + k * S.N + n)
         pairs = tl.reshape(x.to(features.dtype.element_ty), [S.CHUNK, S.N // 2, 2])
         even, odd = tl.split(pairs)
@@ -4558,7 +4552,7 @@ def scan_backward(
         to_end = exp2_tile(end - key_log)[:, None]
         old = d_ssm.to(value.dtype)
         exponents = decay_sum[None, :] - key_log[:, None]
-        decay = decay_matrix(exponents, i[:, None] < i[None, :], current)  # transposed
+        decay = decay_matrix(exponents, i[:, None] < i[None, :], current)  # E transposed
         decayed = exact_dot(key, tl.trans(query)) * decay + tl.where(same, d, 0.0)
         d_value = exact_dot(decayed.to(key.dtype), d_out, exact_dot(key, old) * to_end)
         write_tile(d_projected, [b, t, (S.H + h) * S.P], d_value)
@@ -4594,7 +4588,7 @@ def norm_backward(d_normed, place, live, norms, k, d_features, row, S: constexpr
     """Stores dw, summed over tokens, as a row of d_features, and returns dx of the rows there."""
     x = load_float(place, live)
     n = tl.arange(0, S.N)[None, :]
-    factor = inverse_norm(x, S.N)
+    factor = tl.rsqrt(tl.sum(x * x, axis=1) / S.N + FEATURE_EPS)[:, None]
     x *= factor
     place = d_features + (row * (S.H + 1) + S.H) * S.N + n
     tl.store(place, tl.sum(d_normed * x, axis=0)[None, :])
@@ -4675,26 +4669,24 @@ def features_backward(
 
 @jit
 def key_weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
-    """dM_tt (q_t·k_t), what c_t gets from its own token; and dw_t, from later ones."""
+    """dc_t and dw_t; dM_tt (q_t·k_t) is what c_t gets from its own token."""
     own = load_float(d_diagonal + place, mask)
     own *= load_float(scalars + place + plane * KEY_QUERY, mask)
     later = load_float(d_scalars + place + plane * KEY, mask)
     later -= own * load_float(scalars + place + plane * CURRENT, mask)
     weight = tl.load(scalars + place + plane * WEIGHT, mask, 1.0)
-    return own, later / tl.maximum(weight, LEAST_WEIGHT)
+    d_weight = later / tl.maximum(weight, LEAST_WEIGHT)
+    return own + d_weight, d_weight
 
 
 @jit
 def turns_backward(
-    d_step, steps, half_turn, d_turn, behind, row, token, r, live, batch, S: constexpr
+    d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, h, r, live, batch, S: constexpr
 ):
     """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it."""
-    b = tl.program_id(1)
     program = b * tl.num_programs(0) + tl.program_id(0)
     t = token[:, None]
-    h = column_indices(S.H)
     padded = tl.num_programs(0) * S.CHUNK
-    plane = batch * S.H * padded
     turning = live & (r < S.R)
     half = load_float(half_turn + (b * padded + t) * S.R + r, turning)
     d_half = tl.zeros_like(half)
@@ -4704,12 +4696,12 @@ def turns_backward(
         head = (b * S.H + k).to(tl.int64)
         place = d_turn + (head * padded + t) * S.R + r
         by_key = tl.load(place, turning, 0.0)
-        by_query = tl.load(place + plane.to(tl.int64) * S.R, turning, 0.0)
-        later = load_float(behind + (program * S.H + k) * S.R + r, r < S.R)
+        by_query = tl.load(place + (batch * S.H * padded).to(tl.int64) * S.R, turning, 0.0)
+        later = load_float(d_turns + (program * S.H + k) * S.R + r, r < S.R)
         turned = exact_dot(onward, by_query, exact_dot(onward, by_key)) + later  # no cumsum: waits
-        d_half += tl.load(steps + head * padded + token)[:, None] * turned
+        d_half += tl.load(scalars + head * padded + token)[:, None] * turned
         d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
-    tl.store(row + 3 * S.H + r, d_half * (0.5 - 2.0 * half * half), turning)
+    tl.store(d_row + 3 * S.H + r, d_half * (0.5 - 2.0 * half * half), turning)
     return d_step
 
 
@@ -4750,8 +4742,7 @@ def tokens_backward(
     raw_step, step, raw_decay, rate, share = load_dynamics(row, live, step_bias, h, S)
     place = (b * S.H + h) * padded + t
     plane = batch * S.H * padded
-    d_own, d_weight = key_weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
-    d_current = d_own + d_weight
+    d_current, _ = key_weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_decay_sum = load_float(d_scalars + place + plane * QUERY, heads)
     d_decay_sum -= load_float(d_scalars + place + plane * KEY, heads)  # the diagonal cancels
     ends = ((b * S.H + tl.trans(h)) * chunks + chunk) * S.N + tl.arange(0, S.N)[None, :]
@@ -4766,7 +4757,7 @@ def tokens_backward(
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
     d_step += (1.0 - share) * d_previous
     d_step = turns_backward(
-        d_step, scalars, half_turn, d_turn, d_turns, d_row, token, r, live, batch, S
+        d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, h, r, live, batch, S
     )
     d_decay = tl.where(rate < -SLOWEST_DECAY, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
     d_share = step * (d_current - d_previous) * share * (1.0 - share)
