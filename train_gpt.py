@@ -1006,14 +1006,13 @@ def mamba_scan(
 def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start) -> ScanInputs:
     """in_proj's outputs (B, L, columns) as the recurrence reads them, Mamba-2's or Mamba-3's."""
     column = sizes.split(projected)
-    dtype = torch.promote_types(projected.dtype, torch.float32)
-    step_size = F.softplus(column["step"].to(dtype) + parameters.step_bias)
     key, query = column["key"], column["query"]
+    step_size = F.softplus(widened(column["step"]) + parameters.step_bias)
     decay_rate = parameters.decay_rate
     if sizes.version == 3:
         key = norm(key, parameters.key_norm, SCAN_NORM_EPS)
         query = norm(query, parameters.query_norm, SCAN_NORM_EPS)
-        decay = column["decay"].to(dtype)
+        decay = widened(column["decay"])
         rate = F.softplus(decay)
         if parameters.heavy_tail:  # 1 + decay above 0, 1 / (1 - decay) below: falls more slowly
             rate = torch.where(decay > 0, decay.abs() + 1, 1 / (decay.abs() + 1))
@@ -1024,17 +1023,22 @@ def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start
     return ScanInputs(*tokens, *learned, column["gate"], *rest)
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32 or more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """RMSNorm over the last dimension, in float32 or more; the result has x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = None if weight is None else weight.to(wide)
-    return F.rms_norm(x.to(wide), (x.shape[-1],), weight, eps).to(x.dtype)
+    wide = widened(x)
+    weight = None if weight is None else weight.to(wide.dtype)
+    return F.rms_norm(wide, x.shape[-1:], weight, eps).to(x.dtype)
 
 
 def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
     """Turns the first 2R numbers of x (..., N), in pairs of neighbours, by angle (..., R)."""
-    rotated, rest = x.tensor_split([2 * angle.shape[-1]], dim=-1)
-    even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)  # (..., R) each
+    turning, rest = x.tensor_split([2 * angle.shape[-1]], dim=-1)
+    even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)  # (..., R) each
     cos, sin = angle.cos(), angle.sin()
     pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
@@ -1070,8 +1074,7 @@ def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
         if turn.shape[1] > 1:  # of one token, none is needed; on GPUs it has no deterministic form
             turn = turn.cumsum(dim=1)
         angle = state.angle.unsqueeze(1) + turn
-        key = rotate_pairs(key, angle)
-        query = rotate_pairs(query, angle)
+        key, query = (rotate_pairs(x, angle) for x in (key, query))
     current = step_size
     previous = torch.zeros_like(step_size)
     if inputs.trapezoid is not None:
@@ -1188,15 +1191,13 @@ ADDS_IN_ORDER = ("triton", "parallel")  # the same bits every time, on GPUs too
 
 
 def choose_scan_backend(settings, device: torch.device) -> str:
-    """SCAN_BACKEND, or for "auto" the first backend that runs these layers here; or UserError.
-
-    "auto" takes nothing else for a library that the first Mamba lacks on a GPU: many times slower.
-    """
+    """SCAN_BACKEND, or for "auto" the first backend that runs these layers here; or UserError."""
     wanted = settings.scan_backend
     names = SCAN_BACKENDS[settings.mamba_version]
     reasons = {name: why_not(name, settings, device) for name in names}
     usable = [name for name in names if not reasons[name]]
     if wanted == "auto":
+        # Without its library, the first Mamba is many times slower on a GPU: that is not taken.
         install = settings.mamba_version == 1 and INSTALL in reasons["fused"]
         chosen = [name for name in usable if device.type == "cuda" or name not in FOR_GPUS]
         wanted = names[0] if install or not chosen else chosen[0]  # nothing that is interpreted
@@ -1315,14 +1316,13 @@ class Linear(nn.Linear):
 
     def effective_input(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """What W is applied to by forward(x, scale), float32 or more: GPTQ's Hessian is of it."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x if scale is None else x * scale
+        return widened(x) if scale is None else widened(x) * scale
 
 
 def find_documents(start: Tensor, backend: str) -> Documents:
-    """Documents of windows whose tokens start (B, T) bool begin one, for an attention backend.
+    """A backend's Documents of windows whose tokens start (B, T) bool, or stand first, begin one.
 
-    A window's first token begins one too. One graph serves all texts: shapes follow from B and T.
+    Shapes follow from B and T alone: one graph serves all texts.
     """
     position = torch.arange(start.shape[1], device=start.device, dtype=torch.int32)
     reach = position - torch.where(start, position, 0).cummax(dim=1).values
@@ -1360,10 +1360,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents, backend: str) -
 
 def attend_by_formula(query: Tensor, key: Tensor, value: Tensor, documents) -> Tensor:
     """attend()'s reference, in float32 or more; of S >= T keys, the last T are the queries' own."""
-    wide = torch.promote_types(query.dtype, torch.float32)
     shared = query.shape[2] // key.shape[2]  # query heads that read one key head
     key, value = (x.repeat_interleave(shared, dim=2) for x in (key, value))
-    q, k, v = (x.to(wide).transpose(1, 2) for x in (query, key, value))  # (B, heads, T or S, D)
+    q, k, v = (widened(x).transpose(1, 2) for x in (query, key, value))  # (B, heads, T or S, D)
     position = torch.arange(key.shape[1], device=query.device)
     distance = position[-query.shape[1] :, None] - position  # (T, S), from query back to key
     seen = distance >= 0
@@ -1375,11 +1374,7 @@ def attend_by_formula(query: Tensor, key: Tensor, value: Tensor, documents) -> T
 
 
 def choose_attention_backend(settings, device: torch.device) -> str:
-    """ATTENTION_BACKEND, or what "auto" stands for; UserError if it cannot run on this device.
-
-    Where documents are kept apart, it is FlexAttention on a GPU and the formula on a CPU; else
-    SDPA's own choice.
-    """
+    """ATTENTION_BACKEND, or what "auto" stands for; UserError if it cannot run on this device."""
     backend = settings.attention_backend
     if device.type == "meta":
         return "math"  # a skeleton, which computes nothing
@@ -1487,8 +1482,7 @@ def without_own_value(y: Tensor, value: Tensor) -> Tensor:
 class ShortConv(nn.Module):
     """Causal depthwise convolution over the last few tokens, then SiLU, before a Mamba's scan.
 
-    y_t = SiLU(bias + sum over i of weight_i x_(t - width + 1 + i)), each channel by itself, in the
-    first Mamba (arXiv 2312.00752) and Mamba-2.
+    y_t = SiLU(bias + sum over i of weight_i x_(t - width + 1 + i)), each channel by itself.
     """
 
     def __init__(self, channels: int, width: int):
@@ -1497,13 +1491,10 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(initial("zero", channels))
 
     def forward(self, x: Tensor, documents=None, fused=False, before=None) -> Tensor:
-        """x (B, T, channels) -> same shape, within Documents or, if fused, by causal_conv1d.
-
-        before (B, width - 1, channels): the inputs that stand before x, None where nothing does.
-        """
+        """x (B, T, channels) -> same shape, within Documents or, if fused, by causal_conv1d."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         length, last = x.shape[1], weight.shape[1] - 1
-        if before is not None:
+        if before is not None:  # (B, width - 1, channels), the inputs that stand before x
             x = torch.cat([before, x], dim=1)
         if fused and documents is None:
             tensors = [x.mT.contiguous(), weight, bias]
@@ -1531,10 +1522,9 @@ STEP_RANK = 16  # of the first Mamba's step sizes, which dt_proj makes of so man
 class Mamba(nn.Module):
     """A state-space mixer: in_proj, the recurrence of section 4, out_proj. Names are the papers'.
 
-    Mamba-2 has one decay rate for a head, and convolves value, key and query. The first Mamba makes
-    step sizes, keys and queries of the convolved value, and its heads are single channels: see
-    selective_scan(). What leaves the newer ones' recurrence is normed, or it would grow a
-    hundredfold in the first steps of training.
+    Mamba-2 convolves value, key and query. The first Mamba makes step sizes, keys and queries of
+    the convolved value, and its heads are single channels: see selective_scan(). What leaves the
+    newer ones' recurrence is normed, or it would grow a hundredfold in training's first steps.
     """
 
     def __init__(self, settings, scan_backend: str):
@@ -1554,10 +1544,8 @@ class Mamba(nn.Module):
         self.dt_bias = nn.Parameter(initial("step bias", heads))
         self.D = nn.Parameter(initial("one", heads))
         if version == 3:
-            self.B_norm = nn.Parameter(initial("one", n))
-            self.C_norm = nn.Parameter(initial("one", n))
-            self.B_bias = nn.Parameter(initial("one", heads, n))
-            self.C_bias = nn.Parameter(initial("one", heads, n))
+            self.B_norm, self.C_norm = (nn.Parameter(initial("one", n)) for _ in "BC")
+            self.B_bias, self.C_bias = (nn.Parameter(initial("one", heads, n)) for _ in "BC")
         elif version == 2:
             self.A_log = nn.Parameter(initial("log rate", heads))
         else:
@@ -1652,21 +1640,19 @@ class Block(nn.Module):
     - new_state(batch, kept, dtype): the state of no tokens, a NamedTuple of tensors whose shapes
       stay; of kept tokens attention keeps keys and values, in dtype, the activations'.
 
-    Choose it below, by a setting in the group "model": the artifact's header holds those (what
-    older files mean goes into FORMER_DEFAULTS). Make its matrices Linear, the last with zero=True:
-    Muon trains them, GPTQ quantizes them. Other parameters begin as initial() says, and are Adam's.
-    Names decide the rest: *_proj has Mamba's rate (parameter_kind()) and kind (kind_of()); x_proj,
-    dt_proj and the last dynamics_rows of in_proj, if any, have 8 bits (grid_limits()); .D, .dt_bias
-    are float32 (float_type()). Add it to VARIANTS in tests/test_model.py and test_generate.py.
+    Choose it below, by a setting in the group "model" (what older files mean: FORMER_DEFAULTS). Its
+    matrices are Linear, the last with zero=True: Muon trains them, GPTQ quantizes them. Others
+    begin as initial() says, and are Adam's. Names decide the rest: *_proj has Mamba's rate
+    (parameter_kind()) and kind (kind_of()); x_proj, dt_proj and in_proj's last dynamics_rows have 8
+    bits (grid_limits()); .D, .dt_bias float32 (float_type()). Add it to VARIANTS of two tests.
     """
 
     def __init__(self, settings, layer: int, scan_backend: str):
         super().__init__()
-        has_mamba = layer in parse_layers(settings, "mamba_layers")
-        has_mlp = layer in parse_layers(settings, "mlp_layers")
         exclusive = layer >= settings.num_layers - settings.xsa_last_n
+        has_mamba = layer in parse_layers(settings, "mamba_layers")
         self.mixer = Mamba(settings, scan_backend) if has_mamba else Attention(settings, exclusive)
-        self.mlp = MLP(settings) if has_mlp else None
+        self.mlp = MLP(settings) if layer in parse_layers(settings, "mlp_layers") else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # x alone, as yet
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0  # deeper adds less
 
@@ -1725,7 +1711,6 @@ class Model(nn.Module):
         positions = torch.arange(s.train_seq_len, dtype=torch.float32)
         # A table, or each kernel would compute it anew.
         self.register_buffer("rotary_table", rotary_turns(positions, frequencies), persistent=False)
-        # The output matrix (V, width), which is also the embeddings' if tied.
         self.output_name = "embedding.weight" if s.tie_embeddings else "output_embedding.weight"
         self.to(device)
 
@@ -1746,10 +1731,9 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
         """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
         start = tokens == BOS_ID if self.settings.document_reset else None
-        confined = self.settings.confines_documents
-        documents = find_documents(start, self.attention_backend) if confined else None
-        turns = self.rotary_table[:, : tokens.shape[1]]
-        context = Context(start, *turns, documents, self.attention_backend)
+        backend, confined = self.attention_backend, self.settings.confines_documents
+        documents = find_documents(start, backend) if confined else None
+        context = Context(start, *self.rotary_table[:, : tokens.shape[1]], documents, backend)
         return self.through_blocks(self.embed(tokens), order, context)
 
     def through_blocks(
@@ -1791,15 +1775,14 @@ class Model(nn.Module):
         embedded = compact(self.embed(tokens[:, overlap - 1 :])[:, 1:])
         begun = tokens == BOS_ID
         start = begun[:, overlap:] if self.settings.document_reset else None
-        size = self.rotary_table.shape[1]
+        size, backend = self.rotary_table.shape[1], self.attention_backend
         windows, outputs = stream_windows(seen, overlap, embedded.shape[1], size)
-        backend = self.attention_backend
         documents = in_windows = None
         if self.settings.confines_documents:
             documents = Documents(find_documents(begun, "math").reach[:, overlap:])
             in_windows = find_documents(begun[0, windows], backend)
-        view = (windows, outputs, in_windows)
-        context = Context(start, *self.rotary_table, documents, backend, *view)
+        view = (documents, backend, windows, outputs, in_windows)
+        context = Context(start, *self.rotary_table, *view)
         return self.through_blocks(embedded, order, context, states, run_block)
 
     def new_states(self, order: tuple[int, ...], batch: int = 1, kept: int | None = None) -> list:
@@ -1818,8 +1801,8 @@ class Model(nn.Module):
     def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
         """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
 
-        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state moves on in
-        the same memory: a step can be a CUDA graph.
+        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state stays in
+        its memory: a step can be a CUDA graph.
         """
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
         start = tokens == BOS_ID if self.settings.document_reset else None
@@ -1832,25 +1815,21 @@ class Model(nn.Module):
         return hidden
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Normed embeddings (B, T, width) of tokens (B, T), and of the pairs that they end.
-
-        A pair has one of BIGRAM_VOCAB_SIZE rows, by a hash; what begins a document has row 0.
-        """
+        """Normed embeddings (B, T, width) of tokens (B, T), and of the pairs that they end."""
         s = self.settings
         x = self.embedding(tokens).to(self.compute_dtype)
         if s.bigram_vocab_size:
             before = F.pad(tokens[:, :-1], (1, 0), value=BOS_ID)
-            mixed = (before * 36_313) ^ (tokens * 27_191)
+            mixed = (before * 36_313) ^ (tokens * 27_191)  # what begins a document has row 0
             row = (mixed % (s.bigram_vocab_size - 1) + 1).masked_fill(tokens == BOS_ID, 0)
-            bigram = self.bigram_embedding(row).to(x.dtype)
-            x = x + self.bigram_proj(bigram) * self.bigram_scale.to(x.dtype)
+            bigram = self.bigram_proj(self.bigram_embedding(row).to(x.dtype))
+            x = x + bigram * self.bigram_scale.to(x.dtype)
         return norm(x)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Softcapped logits (..., V) of hidden (..., width), float32 or more; ideas read tokens."""
         cap = self.settings.logit_softcap
-        logits = F.linear(hidden, self.output_matrix.to(hidden.dtype))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = widened(F.linear(hidden, self.output_matrix.to(hidden.dtype)))
         return cap * torch.tanh(logits / cap)
 
     def nats(self, hidden: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -1860,8 +1839,8 @@ class Model(nn.Module):
             weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
         else:
-            before = None if tokens is None else tokens.flatten()
-            nats = F.cross_entropy(self.logits(rows, before), flat, reduction="none")
+            logits = self.logits(rows, None if tokens is None else tokens.flatten())
+            nats = F.cross_entropy(logits, flat, reduction="none")
         return nats.view(targets.shape)
 
     def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -5137,9 +5116,9 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
 # Kernels of libraries, where a user has built them: causal_conv1d's convolution, mamba_ssm's scans
 # (arXiv 2312.00752, 2405.21060), FlashAttention 2 and 3 (arXiv 2307.08691, 2407.08608)
 #
-# All functions of theirs are one operator of ours, by name. Backward runs the library's forward
-# again under autograd: versions differ in what their backward passes ask for. Within an operator,
-# autograd knows the library's own autograd.Function alone, none of torch's operations.
+# All are one operator of ours, by name. Its backward pass runs the library's forward pass again
+# under autograd, which there knows the library's own autograd.Function alone: versions differ in
+# what their backward passes ask for.
 
 LIBRARIES = {  # by version of Mamba
     1: ("causal_conv1d", "mamba_ssm.ops.selective_scan_interface"),
@@ -5245,9 +5224,8 @@ PERCENTILES = (0.99, 0.995, 0.998, 1.0)
 def percentile_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
     """Steps (rows, 1) of grids that end at a percentile of a row's magnitudes, times clips / 3.
 
-    Of PERCENTILES each row takes the one whose nearest integers err least. k means about what
-    SDClip's does: three root-mean-squares are the 99.7th percentile of Gaussian weights. weight
-    (rows, columns), limits and clips (rows, 1), float32.
+    Of PERCENTILES each row takes the one that errs least. k means about what SDClip's does: three
+    root-mean-squares are a Gaussian's 99.7th percentile. limits, clips (rows, 1), float32.
     """
     magnitudes = weight.abs().sort(dim=1).values
     best = sdclip_steps(weight, limits, clips)
@@ -5291,13 +5269,11 @@ compile_once = cache(torch.compile)
 def document_block_lists(reach: Tensor) -> list[Tensor]:
     """Which blocks of keys each block of queries reads, from reach (B, T) int32, and the reverse.
 
-    A document is a range of tokens, so a block of queries reads the range of blocks from its first
-    query's document's start to itself. Blocks in it that also the last query sees as a whole need
-    no mask; the others are masked token by token.
-
-    Returns reach and then listed() four times, of blocks (B, 1, blocks, blocks): masked and whole
-    ones by block of queries, then by block of keys. An operator, since inductor (torch 2.11)
-    refuses a mask whose tensors it would fuse into others: its results are tensors of their own.
+    Those are the blocks from its first query's document's start to itself: one that its last query
+    sees as a whole needs no mask, the others are masked token by token. Returns reach and listed()
+    four times, of blocks (B, 1, blocks, blocks): masked and whole ones by block of queries, then by
+    block of keys. An operator, since inductor (torch 2.11) refuses a mask whose tensors it would
+    fuse into others.
     """
     length = reach.shape[1]
     block = torch.arange(-(-length // BLOCK), device=reach.device)
@@ -5355,9 +5331,8 @@ def attend_by_blocks(query, key, value, documents: Documents | None) -> Tensor:
 def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
     """Where documents begin in the windows start (B, T) bool, laid end to end; then their end.
 
-    (slots + 1,) int32 in order; slots without a document hold the end too. Their number follows
-    from the shape: one for every 128 tokens, at least 256, as kernels take time for each. And
-    () bool: whether documents need more.
+    (slots + 1,) int32 in order; slots without a document hold the end too. There is one for every
+    128 tokens, at least 256, as kernels take time for each. And () bool: whether those are too few.
     """
     batch, length = start.shape
     total = start.numel()
@@ -5390,7 +5365,7 @@ def attend_by_lengths(query, key, value, documents: Documents | None, backend: s
             options["enable_gqa"] = True
         else:
             shared = query.shape[2] // key.shape[2]  # query heads that read one key head
-            heads[1:] = (x.repeat_interleave(shared, dim=1) for x in heads[1:])
+            heads = [heads[0], *(x.repeat_interleave(shared, dim=1) for x in heads[1:])]
         y = varlen_attn(*heads, edges, edges, length, length, **options)
     y = y.view_as(query)
     return y if documents is None else y.masked_fill(documents.crowded, math.nan)
