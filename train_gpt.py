@@ -5624,7 +5624,7 @@ def refuse_misspelt(environment: dict[str, str]):
     for variable in sorted(name for name in unknown if name[:1].isalpha()):
         flat = variable.upper().replace("_", "")
         nearest = difflib.get_close_matches(flat, names, 1, 0.75)
-        longest = max([len(flat), *map(len, nearest)])
+        longest = max([1, len(flat), *map(len, nearest)])
         cutoff = min(0.9, 1 - 1 / longest)  # of one letter in longest
         near = difflib.get_close_matches(flat, nearest, 1, cutoff) or flat.startswith(long_names)
         if near or variable.startswith(FAMILIES):
