@@ -1,0 +1,104 @@
+"""tools/convert.py: the same model in both files, the same bytes back, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt as t
+from tests.support import SOLO, random_model, random_tokens, tiny
+
+pytest.importorskip("safetensors")
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(t.__file__).resolve().parent
+FORMER = ROOT / "tests" / "data" / "b6028ee.artifact"
+
+
+def start(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.convert", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def write_artifact(path: Path, **settings) -> Path:
+    """An artifact of a random model, its numbers on their grids."""
+    model = random_model(tiny(num_layers=2, mamba_layers="0", **settings))
+    hessians = {}
+    stored = t.quantize_model(model, model.settings, SOLO, hessians, 6.0)
+    path.write_bytes(t.pack_artifact(model.settings, stored, "a" * 64))
+    return path
+
+
+@pytest.mark.parametrize("settings", [{}, {"quantizer": "dsq"}, {"tie_embeddings": False}])
+def test_the_same_model_and_the_same_bytes_back(tmp_path, settings):
+    artifact = write_artifact(tmp_path / "a.lzma", **settings)
+    out, again = tmp_path / "a.safetensors", tmp_path / "again.lzma"
+    for command in ((artifact, "--out", out), (out, "--out", again)):
+        done = start(*command)
+        assert done.returncode == 0, done.stderr
+    assert again.read_bytes() == artifact.read_bytes()
+
+    chosen = t.Settings(device="cpu", compile="off", tokenizer_path="")
+    loaded, _ = t.load_model(artifact, chosen, set(), SOLO)
+    described = json.loads(out.with_suffix(".json").read_text())
+    assert described["tokenizer_sha256"] == "a" * 64
+    rebuilt = t.build_model(loaded.settings, SOLO)
+    tensors = load_file(out)
+    rebuilt.load_state_dict({n: x for n, x in tensors.items() if not n.endswith(" steps")})
+    tokens = random_tokens(2, 20)
+    order = loaded.full_order
+    hidden = [model(tokens, order) for model in (loaded, rebuilt)]
+    assert torch.equal(loaded.logits(hidden[0]), rebuilt.logits(hidden[1]))
+    assert hidden[0].abs().max() > 0
+
+
+def test_an_artifact_of_an_older_script_keeps_its_data(tmp_path):
+    """Its header gains the settings of today, with what they meant then."""
+    out, again = tmp_path / "a.safetensors", tmp_path / "again.lzma"
+    for command in ((FORMER, "--out", out), (out, "--out", again)):
+        done = start(*command)
+        assert done.returncode == 0, done.stderr
+    assert t.read_artifact(again) == t.read_artifact(FORMER)
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        ("no artifact", "is not a usable artifact"),
+        ("changed weight", "blocks.1.mlp"),
+        ("lacking tensor", "not the tensors of the settings' model: embedding.weight"),
+        ("no settings", "a.json"),
+        ("wrong settings", "the settings lack"),
+        ("other suffix", "one of both files ends in .safetensors"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, problem, said):
+    artifact, out = write_artifact(tmp_path / "a.lzma"), tmp_path / "a.safetensors"
+    back = tmp_path / "back.lzma"
+    assert start(artifact, "--out", out).returncode == 0
+    described = out.with_suffix(".json")
+    source, target = out, back
+    if problem == "no artifact":
+        source, target = described, tmp_path / "b.safetensors"
+    elif problem in ("changed weight", "lacking tensor"):
+        tensors = load_file(out)
+        name = next(n for n in tensors if n.startswith("blocks.1.mlp") and tensors[n].dim() == 2)
+        tensors[name][0, 0] += 0.5 * tensors[f"{name} steps"][0].float()
+        if problem == "lacking tensor":
+            del tensors["embedding.weight"]
+        save_file(tensors, out)
+    elif problem == "no settings":
+        described.unlink()
+    elif problem == "wrong settings":
+        described.write_text("{}")
+    else:
+        target = tmp_path / "b.safetensors"
+    done = start(source, "--out", target)
+    assert done.returncode == 2
+    assert done.stderr.startswith("convert.py: error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not target.exists()
