@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ import pytest
 from scipy import stats
 
 import train_gpt as t
-from tools import package
+from tools import known, package, significance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +48,11 @@ FIELDS = [
 ]
 FILES = {"train_gpt.py", "README.md", "submission.json", "requirements.txt"}
 H100 = "8 × NVIDIA H100 80GB HBM3"
-BYTES_PER_TOKEN = 3.7
+# FineWeb's validation text by the contest's tokenizer of 8,192 pieces.
+FINEWEB = {"shards": 1, "documents": 50_000, "tokens": 40_540_803, "scored_tokens": 40_540_802}
+FINEWEB |= {"bytes": 151_080_891}
+SP8192 = known.variant_of("4e979c92754cc9d7bdebd9dfe5edf3fc0b41b38714b394e4297fa851e3afd516")
+BYTES_PER_TOKEN = FINEWEB["bytes"] / FINEWEB["scored_tokens"]
 RECORD = (11, 22, 33)  # seeds enough for one
 
 
@@ -59,7 +64,7 @@ def project(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("package") / "project"
     folder.mkdir()
     shutil.copy(ROOT / "requirements.txt", folder)
-    beginning, found, _ = (ROOT / "train_gpt.py").read_text().partition("\n\nFIELDS = ")
+    beginning, found, _ = (ROOT / "train_gpt.py").read_text().partition("\nFIELDS = ")
     assert found
     (folder / "train_gpt.py").write_text(beginning + "\nLAST = 1\n")
     monkeypatch.setattr(package, "ROOT", folder)
@@ -80,54 +85,90 @@ def write_run(
     trained: dict | None = None,
     machine: dict | None = None,
     script: Path | None = None,
+    text: dict | None = None,
+    artifact: bool = False,
+    resumed: tuple[int, float] | None = None,
+    stopped: float = math.inf,
     **settings,
 ) -> Path:
     """Both logs of a finished run, through the classes that write real ones; returns the text log's
-    path. trained and machine replace values of those records, keyword arguments are settings.
+    path. trained, machine and text replace values of the records, keyword arguments are settings.
+    artifact: of the right size, beside the log. resumed: step and clock of the checkpoint. stopped:
+    seconds of the clock after which nothing is logged any more.
     """
     script = script or package.ROOT / "train_gpt.py"
     s = t.Settings(**({"run_id": name, "log_dir": str(folder)} | settings))
     code_bytes = script.stat().st_size
-    values = {
-        "steps": 5000,
-        "step_avg_ms": 117.0,
-        "bytes_total": 15_900_000,
-        "bytes_code": code_bytes,
-    }
-    values |= {
-        "val_loss": loss + 0.04,
-        "val_bpb": bpb(loss + 0.04),
-        "train_clock_seconds": 599.0,
-    } | (trained or {})
-    about = {
-        "python": "3.12.3",
-        "torch": "2.9.0",
-        "cuda": "12.8",
-        "triton": "3.5.0",
-        "hardware": hardware,
-    }
-    about |= machine or {}
+    values = {"steps": 5000, "bytes_total": 15_900_000, "bytes_code": code_bytes}
+    values |= {"val_loss": loss + 0.04, "val_bpb": bpb(loss + 0.04)}
+    values |= {"train_clock_seconds": 599.0} | (trained or {})
+    clock = values["train_clock_seconds"]
+    values.setdefault("step_avg_ms", round(1000 * (clock - 9) / values["steps"], 2))
+    about = {"python": "3.12.3", "torch": "2.9.0", "cuda": "12.8", "triton": "3.5.0"}
+    about |= {"hardware": hardware} | (machine or {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "__file__", str(script))  # what Log writes first
         log = t.Log(s, SimpleNamespace(rank=0), name)
-    asked = dataclasses.asdict(s)
-    log(
-        "  ".join(f"{key}={value}" for key, value in (about | asked).items()),
-        "settings",
-        machine=about,
-        settings=asked,
-    )
-    log(f"Total submission size int6+lzma: {values['bytes_total']} bytes", "trained", **values)
 
-    def score(loss):
-        return t.Score(loss, bpb(loss, bytes_per_token), None, 0)
+    def at(seconds: float) -> t.Log:
+        log.started = time.perf_counter() - seconds
+        return log
 
-    t.report(log, "after_quantization", "plain", score(loss + 0.05))
-    log(f"evaluation took {evaluation:.1f}s of {s.eval_max_seconds:g}s; 0 epochs given up")
-    t.report(log, "final", "sliding_ttt", score(loss))
-    log.text.close()
-    log.records.close()
+    log_start(at(0.0), s, about, text)
+    began = 0.0
+    if resumed:
+        began = resumed[1]
+        at(1.0)(f"resumed {name}.checkpoint: step {resumed[0]}, {began:.1f}s", "resumed")
+    at(50.0)("ready after 50.0s; training starts", "ready")
+    for step in [1, 2, 3, 4, 5, *range(s.train_log_every, values["steps"] + 1, s.train_log_every)]:
+        seconds = step * values["step_avg_ms"] / 1000
+        if began <= seconds <= stopped:
+            log_step(at(50 + seconds - began), s, step, seconds)
+    if stopped == math.inf:
+        now = 50 + max(0, clock - began)
+        steps = f"{values['steps']} steps of {values['step_avg_ms']:.2f}ms"
+        at(now)(f"Code size: {code_bytes} bytes; {steps}; peak GPU memory 16.5 GB")
+        before = {"val_loss": values["val_loss"], "val_bpb": values["val_bpb"]}
+        text = "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} before quantization".format(**before)
+        step = values["steps"]
+        at(now + 5)(f"step:{step}/{s.iterations} {text}", "validation", step=step, **before)
+        at(now + 9)(f"GPTQ at k=10.00; training clock {clock:.1f}s")
+        log(f"Total submission size int6+lzma: {values['bytes_total']} bytes", "trained", **values)
+        t.report(at(now + 20), "after_quantization", "plain", score(loss + 0.05, bytes_per_token))
+        took = f"evaluation took {evaluation:.1f}s of {s.eval_max_seconds:g}s"
+        at(now + 20 + evaluation)(f"{took}; 0 epochs given up")
+        t.report(log, "final", "sliding_ttt", score(loss, bytes_per_token))
+    log.close()
+    if artifact:
+        write_artifact(s.artifact_path, s, values["bytes_total"] - code_bytes)
     return folder / f"{name}.txt"
+
+
+def log_start(log: t.Log, s: t.Settings, about: dict, text: dict | None):
+    asked = dataclasses.asdict(s)
+    line = "  ".join(f"{key}={value}" for key, value in (about | asked).items())
+    log(line, "settings", machine=about, settings=asked)
+    log("validation text", "validation_data", **(FINEWEB | (text or {})))
+    data = {"shards": 80, "tokens": 8_000_000_000, "digest": "0123456789abcdef"}
+    log("training data", "training_data", **data)
+
+
+def log_step(log: t.Log, s: t.Settings, step: int, seconds: float):
+    values = {"train_loss": 4.5, "train_ms": 1000 * seconds, "step_avg_ms": 1000 * seconds / step}
+    text = "train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms"
+    line = f"step:{step}/{s.iterations} {text.format(**values)} 1.0% 9 tokens/s 3s left"
+    log(line, "train", step=step, **values)
+
+
+def score(loss: float, bytes_per_token: float = BYTES_PER_TOKEN) -> t.Score:
+    return t.Score(loss, bpb(loss, bytes_per_token), None, 0)
+
+
+def write_artifact(path: Path, s: t.Settings, size: int, tokenizer: str = SP8192.tokenizer_sha256):
+    """A file that looks like an artifact of this size from outside."""
+    header = t.artifact_header(s, tokenizer)
+    overhead = sum(map(len, t.seal(t.ARTIFACT_MAGIC, header)))
+    path.write_bytes(b"".join(t.seal(t.ARTIFACT_MAGIC, header, bytes(size - overhead))))
 
 
 def write_runs(folder: Path, losses=(3.00, 3.01, 3.02), **options) -> list[Path]:
@@ -201,6 +242,7 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
             loss,
             seed=seed,
             trained={"bytes_total": size, "steps": steps, "step_avg_ms": ms},
+            artifact=True,
         )
         for i, (loss, seed, size, steps, ms) in enumerate(
             zip(
@@ -208,7 +250,7 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
                 RECORD,
                 sizes,
                 (5000, 5010, 5041),
-                (117.0, 118.0, 119.5),
+                (117.0, 118.0, 118.5),
                 strict=True,
             )
         )
@@ -237,7 +279,7 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
         "bytes_total": 15_900_003,
         "bytes_code": (project / "train_gpt.py").stat().st_size,
         "train_steps": 5017,
-        "step_avg_ms": 118.17,
+        "step_avg_ms": 117.83,
         "hardware": H100,
         "pytorch_version": "2.9.0",
         "cuda_version": "12.8",
@@ -248,7 +290,7 @@ def test_readme_has_a_row_per_seed_their_mean_and_their_deviation(tmp_path):
     assert pack(tmp_path / "out", *write_runs(tmp_path / "logs")) == 0
     rows = [
         line.strip("| ").split(" | ")
-        for line in packed(tmp_path / "out")[1].split("\n")
+        for line in packed(tmp_path / "out")[1].split("## What was checked")[0].split("\n")
         if line.startswith("|")
     ]
     assert [row[0] for row in rows] == ["seed", "---", "11", "22", "33", "mean", "std"]
@@ -257,7 +299,7 @@ def test_readme_has_a_row_per_seed_their_mean_and_their_deviation(tmp_path):
         dict(zip(rows[0], row, strict=True)) for row in (rows[3], rows[5], rows[6])
     )
     assert second["steps"] == "5,000"
-    assert second["ms/step"] == "117.00"
+    assert second["ms/step"] == "118.00"
     assert second["BPB before quantization"] == f"{bpb(3.05):.5f}"
     assert second["after"] == f"{bpb(3.06):.5f}"
     assert second["final"] == f"{bpb(3.01):.5f}"
@@ -296,9 +338,10 @@ def test_one_run_has_no_deviation(tmp_path):
         (3, {"hardware": "18 × NVIDIA H100"}, "the hardware is 18 × NVIDIA H100, not 8 × H100 SXM"),
         (
             3,
-            {"data_path": "data/fineweb/books"},
-            "DATA_PATH=data/fineweb/books is not a folder named fineweb…",
+            {"data_path": "x/fineweb10B_sp8192", "text": {"documents": 39}},
+            "what was scored is not FineWeb's whole validation text",
         ),
+        (3, {"artifact": False}, "the artifact of"),
         (2, {}, "2 seeds, not three or more"),
         (1, {}, "1 seed, not three or more"),
     ],
@@ -306,7 +349,9 @@ def test_one_run_has_no_deviation(tmp_path):
 def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(
     tmp_path, capsys, seeds, options, reason
 ):
-    logs = write_runs(tmp_path / "logs", [3.0 + i / 100 for i in range(seeds)], **options)
+    losses = [3.0 + i / 100 for i in range(seeds)]
+    logs = write_runs(tmp_path / "logs", losses, **({"artifact": True} | options))
+    capsys.readouterr()
     assert pack(tmp_path / "out", *logs) == 0
     entry, text = packed(tmp_path / "out")
     printed = capsys.readouterr().out
@@ -315,7 +360,8 @@ def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(
         assert "non-record" not in (text + printed).lower()
     else:
         assert entry["track"] == "non-record"
-        assert printed.count("\nnon-record: ") == 1
+        # Without the artifact, nothing says which tokenizer was used.
+        assert printed.count("\nnon-record: ") == 1 + ("artifact" in reason)
         assert f"\nnon-record: {reason}" in printed
         assert f"\n- {reason}" in text
 
@@ -545,7 +591,135 @@ def text_without_script(folder: Path) -> list[Path]:
     return [log]
 
 
+# Edited logs: what is edited in both says one thing, what is edited in one contradicts the other.
+
+
+def edited(folder: Path, text: dict[str, str], records: dict[str, str]) -> list[Path]:
+    """A run whose logs had these patterns replaced, wherever they stand behind the script."""
+    log = write_run(folder, "b", seed=2)
+    for path, replacements in ((log, text), (log.with_suffix(".jsonl"), records)):
+        code, separator, messages = path.read_text().rpartition("\n" + "=" * 100 + "\n")
+        for pattern, new in replacements.items():
+            messages, count = re.subn(pattern, new, messages)
+            assert count, pattern
+        path.write_text(code + separator + messages)
+    return [log]
+
+
+def other_hardware(folder: Path) -> list[Path]:
+    return edited(folder, {}, {re.escape(json.dumps(H100)[1:-1]): "8 \\\\u00d7 NVIDIA H200"})
+
+
+def other_clock_in_the_records(folder: Path) -> list[Path]:
+    return edited(folder, {}, {r'"train_clock_seconds": 599.0': '"train_clock_seconds": 399.0'})
+
+
+def other_steps_in_the_records(folder: Path) -> list[Path]:
+    return edited(folder, {}, {r'"steps": 5000': '"steps": 5049'})
+
+
+def other_size_in_the_text(folder: Path) -> list[Path]:
+    return edited(folder, {"int6.lzma: 15900000": "int6+lzma: 15400000"}, {})
+
+
+def other_loss_of_a_step(folder: Path) -> list[Path]:
+    return edited(folder, {"(step:100/.* train_loss:)4": r"\g<1>3"}, {})
+
+
+def other_limit_in_the_text(folder: Path) -> list[Path]:
+    return edited(folder, {"max_wallclock_seconds=600.0": "max_wallclock_seconds=7200.0"}, {})
+
+
+def no_training_clock(folder: Path) -> list[Path]:
+    """Trained for 599 s, but both logs say 99 s for all."""
+    clock = {"training clock 599.0s": "training clock 99.0s"}
+    return edited(folder, clock, {'"train_clock_seconds": 599.0': '"train_clock_seconds": 99.0'})
+
+
+def faster_steps(folder: Path) -> list[Path]:
+    """The same, with the mean of a step to fit."""
+    text = {"training clock 599.0s": "training clock 99.0s", "of 118.00ms": "of 18.00ms"}
+    records = {'"train_clock_seconds": 599.0': '"train_clock_seconds": 99.0'}
+    return edited(folder, text, records | {r'("trained".*"step_avg_ms": )118.0': r"\g<1>18.0"})
+
+
+def many_steps(folder: Path) -> list[Path]:
+    text = {"5000 steps of 118.00ms": "13000 steps of 881.00ms"}
+    records = {r'("trained".*"steps": )5000': r"\g<1>13000"}
+    return edited(folder, text, records | {r'("trained".*"step_avg_ms": )118.0': r"\g<1>881.0"})
+
+
+def faster_clock(folder: Path) -> list[Path]:
+    """Every step came earlier, by both logs, than its record was written."""
+    log = write_run(folder, "b", seed=2)
+    lines = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines()]
+    for line in lines:
+        line["seconds"] *= 1.5
+    log.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [log]
+
+
+def shorter_evaluation(folder: Path) -> list[Path]:
+    return edited(folder, {"evaluation took 400.0s": "evaluation took 300.0s"}, {})
+
+
+def wrong_artifact(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    write_artifact(folder / "b.int6.lzma", t.Settings(), 1_000_000)
+    return [log]
+
+
+def artifact_of_another_model(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    size = 15_900_000 - (package.ROOT / "train_gpt.py").stat().st_size
+    write_artifact(folder / "b.int6.lzma", t.Settings(model_dim=384), size)
+    return [log]
+
+
+def artifact_with_another_sum(folder: Path) -> list[Path]:
+    return [write_run(folder, "b", seed=2, artifact=True, trained={"artifact_sha256": "0" * 64})]
+
+
+def broken_artifact(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2, artifact=True)
+    with (folder / "b.int6.lzma").open("r+b") as file:
+        file.seek(10_000_000)
+        file.write(b"x")
+    return [log]
+
+
+def no_artifact_in_its_place(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    (folder / "b.int6.lzma").write_text("no artifact")
+    return [log]
+
+
 PLANTED = [
+    (
+        other_hardware,
+        "{b}.txt: .txt has HARDWARE 8 × NVIDIA H100 80GB HBM3, .jsonl 8 × NVIDIA H200",
+    ),
+    (other_clock_in_the_records, "{b}.txt: .txt has a clock of 599.0 s, .jsonl of 399.000 s"),
+    (other_steps_in_the_records, "{b}.txt: .txt has 5000 118.00 of steps, .jsonl 5049 118.00"),
+    (other_size_in_the_text, "{b}.txt: .txt has bytes_total 15400000, .jsonl 15900000"),
+    (other_loss_of_a_step, "{b}.txt: .txt has 100 3.5000 11800 118.00 of a step of training, .jso"),
+    (other_limit_in_the_text, "{b}.txt: .txt has MAX_WALLCLOCK_SECONDS 7200.0, .jsonl 600.0"),
+    (
+        no_training_clock,
+        "{b}.txt: 5000 steps of 118.00 ms take 590.0 s, but the training clock stood at 99.0 s",
+    ),
+    (
+        faster_steps,
+        "{b}.txt: step 5000 ended at 590.0 s of training, but the whole clock is 99.0 s",
+    ),
+    (many_steps, "{b}.txt: 13000 steps of 881.00 ms take 11453.0 s, but the training clock stood"),
+    (faster_clock, "{b}.txt: 885.0 s passed while steps were logged, of which the training clock"),
+    (shorter_evaluation, "{b}.txt: evaluation took 300.0 s while 400.0 s passed"),
+    (wrong_artifact, "{b}.txt: the log's artifact has 15,8"),
+    (artifact_of_another_model, "{b}.txt: {b}.int6.lzma has MODEL_DIM=384, the log 512"),
+    (artifact_with_another_sum, "{b}.txt: {b}.int6.lzma is another file than the log's of SHA-256"),
+    (broken_artifact, "{b}.int6.lzma is not a whole artifact: its checksum does not match"),
+    (no_artifact_in_its_place, "{b}.int6.lzma is not an artifact: wrong magic number"),
     (
         other_code,
         "{b}.txt holds another script than {script}: line {changed} has 'class settings:', "
@@ -602,8 +776,13 @@ DIFFERENT = [
     ({"machine": {"torch": "2.10.0"}}, "{b}.txt ran with torch 2.10.0, but {a}.txt with 2.9.0"),
     (
         {"bytes_per_token": 3.8},
-        "{b}.txt scored another text or used another tokenizer: 3.80000 bytes per token there",
+        "{b}.txt: the score is of 3.80000 bytes per token, the text has 3.72664",
     ),
+    (
+        {"bytes_per_token": 4.0, "text": {"scored_tokens": 40_540_800, "bytes": 162_163_200}},
+        "{b}.txt scored another text or used another tokenizer: 4.00000 bytes per token there",
+    ),
+    ({"text": {"documents": 10_000}}, "{b}.txt has other validation data than {a}.txt"),
     (
         {"trained": {"bytes_total": 16_000_001}},
         "{b}.txt: code and artifact take 16,000,001 bytes, over the cap of 16,00",
@@ -678,9 +857,9 @@ def test_runs_at_the_limits_and_in_other_places_are_packaged(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "the following arguments are required: LOG, --out"),
+        ([], "the following arguments are required: LOG"),
         (["--out", "x"], "the following arguments are required: LOG"),
-        (["a.txt"], "the following arguments are required: --out"),
+        (["a.txt"], "cannot read a.txt: No such file or directory"),
         (["a.txt", "--out", "x", "--sedd", "1"], "unrecognized arguments: --sedd 1"),
         (
             ["a.txt", "--out", "x", "--script", "none.py"],
@@ -776,7 +955,7 @@ def test_the_test_agrees_with_one_done_by_hand(tmp_path, capsys, baseline_mean, 
     t_value = (3.01 + 0.005 - baseline_mean) / (0.01 * math.sqrt(2 / 3))
     assert hand_computed_p(t_value) == pytest.approx(p, abs=5e-6)
     losses = [baseline_mean - 0.01, baseline_mean, baseline_mean + 0.01]
-    assert package.welch([3.00, 3.01, 3.02], losses) == pytest.approx(
+    assert significance.welch([3.00, 3.01, 3.02], losses, 0.005) == pytest.approx(
         (t_value, hand_computed_p(t_value)), rel=1e-6
     )
 
@@ -787,6 +966,10 @@ def test_the_test_agrees_with_one_done_by_hand(tmp_path, capsys, baseline_mean, 
     assert f"t = {t_value:.3f}, p = {p:.3g}" in sentence
     assert ("nats holds at p < 0.01" in sentence) == holds
     assert ("does NOT hold" in sentence) != holds
+    t_value = (3.01 - baseline_mean) / (0.01 * math.sqrt(2 / 3))
+    p = hand_computed_p(t_value)
+    assert f"a gain at all holds at p < 0.25 (t = {t_value:.3f}, p = {p:.3g})" in sentence
+    assert "The baseline's seeds: 11, 22, 33." in sentence
     assert sentence[1:] in capsys.readouterr().out
 
 
@@ -795,9 +978,9 @@ def test_the_test_is_welchs_one_sided_with_unequal_sizes_and_spreads():
     a, b = statistics.variance(ours) / 4, statistics.variance(baseline) / 3
     t_value = (statistics.fmean(ours) + 0.005 - statistics.fmean(baseline)) / math.sqrt(a + b)
     p = stats.t.cdf(t_value, (a + b) ** 2 / (a**2 / 3 + b**2 / 2))
-    assert package.welch(ours, baseline) == pytest.approx((t_value, p), rel=1e-9)
+    assert significance.welch(ours, baseline, 0.005) == pytest.approx((t_value, p), rel=1e-9)
     assert (
-        package.welch(baseline, ours)[1] > 0.9
+        significance.welch(baseline, ours, 0.005)[1] > 0.9
     )  # a worse result is no gain, however clear the difference
 
 
@@ -835,7 +1018,9 @@ def test_a_baseline_may_be_another_scripts_log(tmp_path):
         ]
         theirs[-1].write_text("\n".join(lines) + f"val_bpb:{bpb(loss):.8f}\nbye\n")
     assert pack(tmp_path / "out", *write_runs(tmp_path / "ours"), "--baseline", *theirs) == 0
-    assert "the baseline's 3.10500 (n=2: 3.10000, 3.11000)" in packed(tmp_path / "out")[1]
+    text = packed(tmp_path / "out")[1]
+    assert "the baseline's 3.10500 (n=2: 3.10000, 3.11000)" in text
+    assert "The baseline's seeds: not in the log, not in the log." in text
 
 
 def test_an_unsound_baseline_is_refused_in_one_line(tmp_path, capsys):

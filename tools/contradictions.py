@@ -7,11 +7,13 @@ the contest's limits are no settings. tools/audit.py and tools/package.py both a
 """
 
 import hashlib
+import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.command import need
+from tools.command import UserError, need
 from tools.logs import TextLog, read_text_log, runs_in
 
 # The contest's figures, whatever limits a run's settings gave it.
@@ -20,9 +22,21 @@ LIMIT_SECONDS = 600.0  # of training, and again of evaluation
 
 # What honest clocks may differ by.
 ROUNDING_SECONDS = 0.06  # figures are printed to a tenth of a second
-SLOW_PART = 1.05  # of the clock may have passed on the wall between two steps ...
+SLOW_PART = 1.01  # of the clock may have passed on the wall between two steps ...
 SLOW_SECONDS = 2.0  # ... and this much more: a checkpoint's copy, a machine that was busy
 HURRIED_PART = 0.5  # of the time limit: who used less had no reason to give up an epoch
+EVALUATION_SECONDS = 1.0  # by which the wall clock around an evaluation may be longer or shorter
+
+MAGIC = b"SSMGOLF"  # of every artifact; a digit for the layout follows
+DIGEST_BYTES = 32  # of SHA-256, with which an artifact ends
+
+# What the text log says of single steps, validations and the artifact in plain windows.
+TRAIN_LINE = re.compile(
+    r"^step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms step_avg:([\d.]+)ms", re.MULTILINE
+)
+VALIDATION_LINE = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) val_bpb:(\S+)", re.MULTILINE)
+PLAIN_LINE = re.compile(r"_plain_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
+STEPS_LINE = re.compile(r"^Code size: .*; (\d+) steps of ([\d.]+)ms", re.MULTILINE)
 
 
 class RunLogs(NamedTuple):
@@ -46,11 +60,16 @@ def read_logs(path: Path) -> RunLogs:
 
 def contradictions(logs: RunLogs, artifact: Path | None = None) -> list[str]:
     """All that cannot be true at once, each in a sentence; an empty list for honest logs."""
-    found = [*disagreements(logs), *impossible_clocks(logs), *broken_limits(logs)]
-    found += lost_parts(logs)
+    found = [*inner_contradictions(logs), *broken_limits(logs), *lost_parts(logs)]
     if artifact is not None:
         found += other_artifact(logs, artifact)
     return found
+
+
+def inner_contradictions(logs: RunLogs) -> list[str]:
+    """Those between the figures of one start's two logs."""
+    found = [*disagreements(logs), *other_lines(logs), *impossible_clocks(logs)]
+    return [*found, *impossible_evaluations(logs), *miscounted_texts(logs)]
 
 
 def number_in(record: dict, name: str) -> float | None:
@@ -92,6 +111,98 @@ def disagreements(logs: RunLogs) -> list[str]:
         if apart > ROUNDING_SECONDS:
             found.append(f".txt has a clock of {text.training_seconds} s, .jsonl of {clock:.3f} s")
     return found
+
+
+def lines_of(logs: RunLogs) -> dict[str, tuple[list[tuple[str, ...]], list[tuple[str, ...]]]]:
+    """Lines of .txt beside the records of .jsonl, both as they are printed, by what they tell.
+
+    Rounding makes them equal or not: nothing is allowed for.
+    """
+    train = [
+        (
+            f"{r['step']}",
+            f"{r['train_loss']:.4f}",
+            f"{r['train_ms']:.0f}",
+            f"{r['step_avg_ms']:.2f}",
+        )
+        for r in steps_of(logs.records)
+    ]
+    validation = [
+        (f"{r['step']}", f"{r['val_loss']:.4f}", f"{r['val_bpb']:.4f}")
+        for r in logs.records
+        if r["event"] == "validation"
+    ]
+    plain = [
+        (f"{r['val_loss']:.8f}", f"{r['val_bpb']:.8f}")
+        for r in logs.records
+        if r["event"] == "after_quantization"
+    ]
+    steps = [
+        (f"{r['steps']}", f"{r['step_avg_ms']:.2f}")
+        for r in logs.records
+        if r["event"] == "trained"
+    ]
+    messages = logs.text.messages
+    return {
+        "a step of training": (TRAIN_LINE.findall(messages), train),
+        "a validation": (VALIDATION_LINE.findall(messages), validation),
+        "plain windows": (PLAIN_LINE.findall(messages), plain),
+        "steps": (STEPS_LINE.findall(messages), steps),
+    }
+
+
+def other_lines(logs: RunLogs) -> list[str]:
+    """What is printed otherwise, line for line, in .txt than in .jsonl."""
+    found = []
+    for name, (printed, recorded) in lines_of(logs).items():
+        if not printed or not recorded:
+            continue
+        if len(printed) != len(recorded):
+            found.append(f".txt has {len(printed)} lines of {name}, .jsonl {len(recorded)}")
+        for line, record in zip(printed, recorded, strict=False):
+            if line != record:
+                found.append(f".txt has {' '.join(line)} of {name}, .jsonl {' '.join(record)}")
+    return found
+
+
+def unprinted(logs: RunLogs) -> list[str]:
+    """What one of the logs does not tell, so that the other cannot be held against it."""
+    names = [name for name, both in lines_of(logs).items() if not all(both)]
+    told = {"size": logs.text.total_bytes, "training clock": logs.text.training_seconds}
+    return [*names, *(name for name, value in told.items() if value is None)]
+
+
+def impossible_evaluations(logs: RunLogs) -> list[str]:
+    """An evaluation takes what passes between the record before its end and that of its score."""
+    events = [record["event"] for record in logs.records]
+    if "after_quantization" not in events or "final" not in events:
+        return []
+    final = events.index("final")
+    walls = [number_in(record, "seconds") for record in logs.records[final - 1 : final + 1]]
+    if None in walls:
+        return []
+    passed = walls[1] - walls[0]
+    seconds = logs.text.evaluation_seconds
+    apart = abs(passed - seconds)
+    if apart <= EVALUATION_SECONDS + (SLOW_PART - 1) * passed:
+        return []
+    return [f"evaluation took {seconds} s while {passed:.1f} s passed"]
+
+
+def miscounted_texts(logs: RunLogs) -> list[str]:
+    """A score's two figures tell the bytes of a token, which are those of the text it is of."""
+    counts = logs.events.get("validation_data", {})
+    final = logs.events.get("final", {})
+    figures = [number_in(counts, name) for name in ("bytes", "scored_tokens")]
+    figures += [number_in(final, name) for name in ("val_loss", "val_bpb")]
+    if not all(figures):
+        return []
+    text_bytes, tokens, loss, bpb = figures
+    counted = text_bytes / tokens
+    scored = loss / (bpb * math.log(2))
+    if math.isclose(counted, scored, rel_tol=1e-5):
+        return []
+    return [f"the score is of {scored:.5f} bytes per token, the text has {counted:.5f}"]
 
 
 def impossible_clocks(logs: RunLogs) -> list[str]:
@@ -260,6 +371,39 @@ def steps_of(records: list[dict]) -> list[dict]:
     return [record for record in records if record["event"] == "train"]
 
 
+def starts_of(logs: RunLogs) -> list[list[dict]]:
+    """The records of the starts of which a run is made, in order: one if it was not resumed.
+
+    They go back to the last one that took up no checkpoint, if the log holds it.
+    """
+    starts = [logs.records]
+    for start in reversed(logs.earlier):
+        if not is_resumed(starts[0]):
+            break
+        starts.insert(0, start)
+    return starts
+
+
+def is_resumed(start: list[dict]) -> bool:
+    """Whether a start took up a checkpoint."""
+    return any(record["event"] == "resumed" for record in start)
+
+
+def counted_seconds(start: list[dict]) -> float:
+    """What a start added to the training clock, as far as its records tell.
+
+    That clock goes on from a checkpoint's: what was on it already is told by the first step.
+    """
+    clocks = [number_in(record, "train_ms") or 0.0 for record in steps_of(start)]
+    steps = [number_in(record, "step_avg_ms") or 0.0 for record in steps_of(start)]
+    seconds = [ms / 1000 for ms in clocks]
+    ended = [number_in(r, "train_clock_seconds") or 0.0 for r in start if r["event"] == "trained"]
+    if not seconds:
+        return 0.0
+    before = max(0.0, seconds[0] - steps[0] / 1000) if is_resumed(start) else 0.0
+    return max([*seconds, *ended]) - before
+
+
 def history(logs: RunLogs) -> str:
     """How a run came to its end: in one start, or resumed, and from where."""
     if not logs.text.resumed:
@@ -289,6 +433,38 @@ def other_artifact(logs: RunLogs, artifact: Path) -> list[str]:
     if logged and logged != file_hash(artifact):
         found.append(f"{artifact} is another file than the log's of SHA-256 {logged[:16]}...")
     return found
+
+
+def other_header(logs: RunLogs, artifact: Path) -> list[str]:
+    """Whether the artifact is of a model with other settings than the log's."""
+    settings = logs.events.get("settings", {}).get("settings", {})
+    return [
+        f"{artifact} has {name.upper()}={value}, the log {settings[name]}"
+        for name, value in read_header(artifact).items()
+        if settings.get(name, value) != value
+    ]
+
+
+def read_header(artifact: Path) -> dict:
+    """The settings of an artifact's model and its tokenizer's SHA-256.
+
+    Raises UserError for a file that is none: a magic number, a line of JSON, weights, and the
+    SHA-256 of all that.
+    """
+    try:
+        data = artifact.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {artifact}: {error.strerror}") from None
+    sealed = data[:-DIGEST_BYTES]
+    need(data.startswith(MAGIC), f"{artifact} is not an artifact: wrong magic number")
+    digest = hashlib.sha256(sealed).digest()
+    problem = "is not a whole artifact: its checksum does not match"
+    need(digest == data[-DIGEST_BYTES:], f"{artifact} {problem}")
+    line = sealed[len(MAGIC) + 1 :].partition(b"\n")[0]
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{artifact} is not an artifact: its header cannot be read") from None
 
 
 def logged_hash(logs: RunLogs) -> str:

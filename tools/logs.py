@@ -90,6 +90,7 @@ class TextLog(NamedTuple):
     evaluation_limit: float
     epochs_given_up: int  # of test-time training
     resumed: tuple[tuple[int, float], ...] = ()  # step and clock of each checkpoint taken up
+    messages: str = ""  # all that is printed below the script
 
     def says_as(self, other: "TextLog") -> bool:
         """Whether two logs have the same final line, to the last digit."""
@@ -143,6 +144,7 @@ def read_text_log(path: Path) -> TextLog:
         evaluation_limit=float(limit),
         epochs_given_up=int(given_up),
         resumed=tuple(resumed),
+        messages=run,
     )
 
 

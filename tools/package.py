@@ -1,26 +1,23 @@
 """Makes the contest's submission folder from the logs of finished runs, one per seed.
 
-    python -m tools.package logs/a.txt logs/b.txt logs/c.txt --out FOLDER --name NAME --author A \\
-        --github-id G
+    python -m tools.package logs/a.txt logs/b.txt logs/c.txt --name NAME --author A --github-id G
     python -m tools.package logs/a.txt ... --out FOLDER --baseline logs/x.txt logs/y.txt
 
 With --baseline, it says whether the gain is significant.
 
-
-FOLDER gets the script as the logs hold it, the logs, requirements.txt, submission.json and a
-README.md with results. Nothing is written unless every run keeps the contest's limits and all are
-runs of one script with the same settings. What is not three seeds of FineWeb on 8×H100 is packaged
-as non-record, with the reasons.
+FOLDER (records/TRACK/DATE_NAME if it is not given) gets the script as the logs hold it, the logs,
+requirements.txt, submission.json and a README.md with results and with what was checked. Nothing is
+written unless every run keeps the contest's limits, its two logs, its artifact and their figures
+agree with each other, and all are runs of one script with the same settings. What is not three
+seeds of FineWeb's whole validation text on 8×H100, or leaves unsaid what a reviewer must know, is
+packaged as non-record, with the reasons. What a log claims, only tools/audit.py can prove.
 """
 
 import argparse
 import ast
 import contextlib
 import datetime
-import itertools
 import json
-import math
-import os
 import re
 import shlex
 import shutil
@@ -28,310 +25,30 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.package", file=sys.stderr)
     sys.exit(2)
 
+from tools import evidence
 from tools.command import Parser, UserError, need, run_command
-from tools.logs import SEPARATOR, last_run, not_a_log, split_text, spread
-from tools.summary import CAP
+from tools.evidence import CAP, Row
+from tools.finished import (
+    OUTPUTS,
+    Run,
+    check_agreement,
+    check_same_text,
+    read_baseline,
+    read_bytes,
+    read_run,
+    read_text,
+)
+from tools.known import variant_of
+from tools.logs import spread
+from tools.significance import gain_text
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation
-GAIN = 0.005  # nats by which a record must beat the one before
-SIGNIFICANCE = 0.01  # the p at which it must
-# The last two messages of a finished run: seconds; val_loss, val_bpb.
-FINAL = re.compile(
-    r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE
-)
-FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*$", re.MULTILINE)
-# What one run may choose differently from the next: its seed, and where its files lie.
-OUTPUTS = {"run_id", "log_dir", "artifact", "eval_nll_path", "checkpoint_every", "resume"}
-MAY_DIFFER = {"seed", "data_path", "tokenizer_path"} | OUTPUTS
-
-
-# ============
-# Logs
-
-
-class Score(NamedTuple):
-    """Of the validation text: nats per token, bits per byte."""
-
-    val_loss: float
-    val_bpb: float
-
-    @property
-    def bytes_per_token(self) -> float:
-        """The same for every model, so it tells the validation text and the tokenizer."""
-        return self.val_loss / (self.val_bpb * math.log(2))
-
-
-class Finished(NamedTuple):
-    """What is known of every finished run, ours or a baseline's."""
-
-    text: str
-    events: dict[str, dict]
-    seed: int
-    score: Score
-    evaluation_seconds: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a finished run's two logs say. Seconds are of the clocks, limits what the settings allow
-    them.
-    """
-
-    path: Path
-    settings: dict
-    machine: dict
-    ranks: int
-    seed: int
-    steps: int
-    step_ms: float
-    before_bpb: float
-    after_bpb: float
-    final: Score
-    bytes_total: int
-    bytes_code: int
-    train_seconds: float
-    train_limit: float
-    evaluation_seconds: float
-    evaluation_limit: float
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content. Raises UserError."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def read_text(path: Path) -> str:
-    """A file's text, which must be UTF-8. Raises UserError."""
-    try:
-        return read_bytes(path).decode()
-    except UnicodeDecodeError:
-        raise UserError(f"cannot read {path}: it is not UTF-8 text") from None
-
-
-def read_final(path: Path) -> Finished:
-    """The last run in a text log and in the records beside it.
-
-    Both must agree on the final score: they are of one run, and nobody has changed one of them.
-    """
-    text = read_text(path)
-    records = path.with_suffix(".jsonl")
-    events = last_run(records)
-    score = None
-    try:
-        seed = int(events["settings"]["settings"]["seed"])
-        if "final" in events:
-            score = Score(*(float(events["final"][name]) for name in Score._fields))
-    except (ValueError, KeyError, TypeError):
-        raise not_a_log(records) from None
-    _, messages = split_text(path, text)
-    written = FINAL.findall(messages)
-    need(written, f"{path} has no final score: the run did not finish")
-    need(score, f"{records} has no final score: the run did not finish")
-    seconds, *in_text = written[-1]
-    in_records = [f"{value:.8f}" for value in score]
-    differ = f"{path} has the final score val_loss {in_text[0]} and val_bpb {in_text[1]}"
-    need(
-        in_text == in_records,
-        f"{differ}, but {records} {in_records[0]} and {in_records[1]}",
-    )
-    check_score(path, score)
-    return Finished(text, events, seed, score, float(seconds))
-
-
-def check_score(path: Path, score: Score) -> None:
-    """Refuses a score that is no positive number."""
-    usable = all(math.isfinite(value) and value > 0 for value in score)
-    need(
-        usable,
-        f"{path} has no usable final score: val_loss {score.val_loss}, val_bpb {score.val_bpb}",
-    )
-
-
-def read_run(path: Path, script_path: Path, script: str) -> Run:
-    """A run that may be packaged: finished, of this script, and within the contest's limits.
-
-    Raises UserError with the first reason against it.
-    """
-    finished = read_final(path)
-    events = finished.events
-    try:
-        settings = events["settings"]["settings"]
-        machine = events["settings"]["machine"]
-        need(
-            not settings["eval_only"],
-            f"{path} is of an EVAL_ONLY run: give the log of the run that trained",
-        )
-        trained = events["trained"]
-        hardware = str(machine["hardware"])  # "8 × NVIDIA H100 80GB HBM3", say
-        limit = float(settings["max_wallclock_seconds"])
-        versions = {name: machine[name] for name in ("torch", "cuda")}
-        figures = {name: int(trained[name]) for name in ("steps", "bytes_total", "bytes_code")}
-        before_bpb = float(trained["val_bpb"])
-        after_bpb = float(events["after_quantization"]["val_bpb"])
-        step_ms = float(trained["step_avg_ms"])
-        train_seconds = float(trained["train_clock_seconds"])
-        evaluation_limit = float(settings["eval_max_seconds"])
-        ranks = int(hardware.split(" × ")[0])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path.with_suffix('.jsonl')} is not a finished run's log: {error!r}"
-        ) from None
-    run = Run(
-        path=path,
-        settings=settings,
-        machine={"hardware": hardware, **versions},
-        ranks=ranks,
-        seed=finished.seed,
-        **figures,
-        step_ms=step_ms,
-        before_bpb=before_bpb,
-        after_bpb=after_bpb,
-        final=finished.score,
-        train_seconds=train_seconds,
-        train_limit=limit or math.inf,  # 0: no limit
-        evaluation_seconds=finished.evaluation_seconds,
-        evaluation_limit=evaluation_limit,
-    )
-    check_code(run, finished.text, script_path, script)
-    check_limits(run)
-    return run
-
-
-def excerpt(line: str | None, start: int) -> str:
-    """Part of a line as a message shows it; None: the file has no such line."""
-    return "nothing" if line is None else repr(line[start : start + 60])
-
-
-def check_code(run: Run, text: str, script_path: Path, script: str) -> None:
-    """Refuses a run of another script; the text log holds the one that ran."""
-    code, _ = split_text(run.path, text)
-    # An earlier run's messages may stand before the script; then its length tells where it begins.
-    if SEPARATOR in code:
-        code = code.encode()[-run.bytes_code :].decode(errors="replace")
-    lines = itertools.zip_longest(code.split("\n"), script.split("\n"))
-    for number, (ran, here) in enumerate(lines, 1):
-        if ran != here:
-            # Of long lines, what stands around the first difference.
-            start = max(0, len(os.path.commonprefix([ran or "", here or ""])) - 20)
-            lines_differ = f"line {number} has {excerpt(ran, start)}, not {excerpt(here, start)}"
-            raise UserError(f"{run.path} holds another script than {script_path}: {lines_differ}")
-    size = len(code.encode())
-    need(
-        size == run.bytes_code,
-        f"{run.path} counts {run.bytes_code} bytes of code, but its script has {size}",
-    )
-
-
-def check_limits(run: Run) -> None:
-    """Refuses what the contest would: too many bytes, or too much time."""
-    over = f"code and artifact take {run.bytes_total:,} bytes, over the cap of {CAP:,}"
-    need(run.bytes_total <= CAP, f"{run.path}: {over}")
-    # The run's own limit may be lower than the contest's, and was then not kept either.
-    for phase, seconds, limit, name in (
-        ("training", run.train_seconds, run.train_limit, "MAX_WALLCLOCK_SECONDS"),
-        ("evaluation", run.evaluation_seconds, run.evaluation_limit, "EVAL_MAX_SECONDS"),
-    ):
-        took = f"{run.path}: {phase} took {seconds:.1f} s"
-        need(seconds <= limit, f"{took}, over {name}={limit:g}")
-        need(seconds <= MOST_SECONDS, f"{took}, over the contest's {MOST_SECONDS} s")
-
-
-def check_agreement(runs: list[Run]) -> None:
-    """Refuses runs that are not repetitions of one experiment with other seeds.
-
-    Settings, machine and validation text must be the same, and no seed may count twice: the
-    standard deviation would be too small.
-    """
-    first = runs[0]
-    seen = {}
-    for run in runs:
-        need(run.seed not in seen, f"{run.path} has SEED={run.seed}, as {seen.get(run.seed)} has")
-        seen[run.seed] = run.path
-    for run in runs[1:]:
-        for name in dict.fromkeys([*first.settings, *run.settings]):
-            expected = first.settings.get(name)
-            found = run.settings.get(name)
-            differ = f"{run.path} has {name.upper()}={found}, but {first.path} has {expected}"
-            need(expected == found or name in MAY_DIFFER, differ)
-        for name, value in first.machine.items():  # submission.json has one field for each
-            ours = run.machine[name]
-            need(ours == value, f"{run.path} ran with {name} {ours}, but {first.path} with {value}")
-        check_same_text(first.path, first.final, run.path, run.final)
-
-
-def check_same_text(path: Path, score: Score, other_path: Path, other: Score) -> None:
-    """Refuses to compare scores of different texts or tokenizers. The tolerance admits a last
-    sequence left out.
-    """
-    here = score.bytes_per_token
-    there = other.bytes_per_token
-    differ = f"{there:.5f} bytes per token there, {here:.5f} in {path}"
-    need(
-        math.isclose(here, there, rel_tol=1e-5),
-        f"{other_path} scored another text or used another tokenizer: {differ}",
-    )
-
-
-def read_baseline(path: Path) -> tuple[Score, int | None]:
-    """The final score and the seed of a run to compare with. Other scripts' logs have no .jsonl:
-    then the text's last exact score counts, and the seed is not known.
-    """
-    if path.with_suffix(".jsonl").exists():
-        finished = read_final(path)
-        return finished.score, finished.seed
-    found = FOREIGN_FINAL.findall(read_text(path))
-    need(found, f"{path} has no final score")
-    score = Score(*map(float, found[-1]))
-    check_score(path, score)
-    return score, None
-
-
-# ============
-# Statistics
-
-
-def welch(ours: list[float], baseline: list[float]) -> tuple[float, float]:
-    """t and p of Welch's one-sided test that our mean lies more than GAIN below the baseline's."""
-    try:
-        from scipy.stats import ttest_ind  # only needed with a baseline
-    except ImportError:
-        raise UserError("--baseline needs SciPy: pip install scipy") from None
-    # Groups of few runs may differ in variance, hence Welch's form of the test.
-    shifted = [loss - GAIN for loss in baseline]
-    result = ttest_ind(ours, shifted, equal_var=False, alternative="less")
-    return float(result.statistic), float(result.pvalue)
-
-
-def gain_text(ours: list[float], baseline: list[float]) -> str:
-    """What the test says, in sentences that hold all that is needed to repeat it."""
-    mean = statistics.fmean(ours)
-    baseline_mean = statistics.fmean(baseline)
-    runs = ", ".join(f"{loss:.5f}" for loss in baseline)
-    means = f"mean val_loss {mean:.5f} (n={len(ours)}), "
-    means += f"the baseline's {baseline_mean:.5f} (n={len(baseline)}: {runs}), "
-    means += f"difference {mean - baseline_mean:+.5f} nats"
-    claim = f"a gain of more than {GAIN} nats"
-    untested = f"{means}. Whether this is {claim} cannot be tested:"
-    if min(len(ours), len(baseline)) < 2:
-        return f"{untested} that takes two runs or more on each side."
-    if len(set(ours)) == len(set(baseline)) == 1:
-        return f"{untested} the runs on each side do not differ."
-    t, p = welch(ours, baseline)
-    holds = "holds" if p < SIGNIFICANCE else "does NOT hold"
-    verdict = f"{claim} {holds} at p < {SIGNIFICANCE}"
-    return f"{means}. Welch's one-sided test: t = {t:.3f}, p = {p:.3g}; {verdict}."
 
 
 # ============
@@ -343,20 +60,42 @@ def seeds_text(runs: list[Run]) -> str:
     return "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
 
 
-def non_record_reasons(runs: list[Run]) -> list[str]:
+def non_record_reasons(runs: list[Run], rows: list[Row]) -> list[str]:
     """What keeps these runs from being a record, or nothing."""
     reasons = []
     hardware = runs[0].machine["hardware"]
     # "NVIDIA H100 80GB HBM3" is the SXM form; others say PCIe or NVL.
     if not re.match(r"8 × NVIDIA H100(?! PCIe| NVL)\b", hardware):
         reasons.append(f"the hardware is {hardware}, not 8 × H100 SXM")
-    for folder in dict.fromkeys(str(run.settings.get("data_path")) for run in runs):
-        if not Path(folder).name.lower().startswith("fineweb"):
-            named = "a folder named fineweb…, as the contest's data are"
-            reasons.append(f"DATA_PATH={folder} is not {named}")
     if len(runs) < 3:
         reasons.append(f"{seeds_text(runs)}, not three or more")
-    return reasons
+    return [*reasons, *(reason for row in rows for reason in row.reasons)]
+
+
+def check_rows(runs: list[Run], script: str, tokenizer: Path | None, gain: str) -> list[Row]:
+    """What reviewers ask for, and what these runs answer. They agree in data and settings, so one
+    of them stands for all where nothing else is said.
+    """
+    run = runs[0]
+    events = run.logs.events
+    sha256 = evidence.tokenizer_sum(events, run.artifact)
+    file = tokenizer or Path(run.settings["tokenizer_path"])
+    largest = max(run.bytes_total for run in runs)
+    # The files and their figures.
+    rows = [evidence.artifact_row(runs), evidence.logs_row(runs), evidence.parts_row(runs)]
+    # The data.
+    rows += [evidence.scored_text(events, sha256), evidence.overlap(events)]
+    rows += [evidence.provenance(events, run.settings)]
+    rows += [evidence.tokenizer_row(sha256, file, largest)]
+    # Training.
+    rows += [evidence.documents_row(run.settings), evidence.warm_up_row(events)]
+    rows += [evidence.calibration_row(events, run.settings), evidence.machine_row(events)]
+    # The claim.
+    rows += [evidence.seeds_row(runs)]
+    tests = gain or "no baseline was given"
+    rows.append(Row("significance", tests, "Welch's t-test of the logs' scores"))
+    rows += [evidence.evaluation_row(variables(run, script)), evidence.source_row(script)]
+    return rows
 
 
 def rounded(value: float | None) -> float | None:
@@ -545,7 +284,18 @@ def result_lines(runs: list[Run], entry: dict) -> list[str]:
     ]
 
 
-def readme(runs: list[Run], entry: dict, script: str, reasons: list[str], gain: str) -> str:
+def check_table(rows: list[Row]) -> list[str]:
+    """What was checked, as a section in Markdown."""
+    lines = ["## What was checked", "", table_row("condition", ["found", "shown by"])]
+    lines.append(table_row("---", ["---", "---"]))
+    for row in rows:
+        lines.append(table_row(row.question, [row.answer.replace("|", "\\|"), row.shown_by]))
+    return [*lines, "", "What the logs say is claimed; tools/audit.py scores an artifact anew.", ""]
+
+
+def readme(
+    runs: list[Run], entry: dict, script: str, reasons: list[str], rows: list[Row], gain: str
+) -> str:
     """The folder's README.md; gain is the sentence about the baseline, or empty."""
     score = f"**val_bpb {entry['val_bpb']:.5f}{deviation(entry)}** over {seeds_text(runs)}"
     size = f"at most {entry['bytes_total']:,} of {CAP:,} bytes."
@@ -555,6 +305,7 @@ def readme(runs: list[Run], entry: dict, script: str, reasons: list[str], gain: 
     lines += result_lines(runs, entry)
     if gain:
         lines += ["## Against the baseline", "", gain[0].upper() + gain[1:], ""]
+    lines += check_table(rows)
     lines += ["## Reproduce", "", "```", "pip install -r requirements.txt"]
     lines += [*command(runs, script).split("\n"), "```", ""]
     lines += [
@@ -620,9 +371,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "logs", nargs="+", type=Path, metavar="LOG", help="a run's .txt, with its .jsonl beside it"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="the folder to make"
-    )
+    text = "the folder to make; default: records/TRACK/DATE_NAME"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=text)
     parser.add_argument("--name", help="of the entry; default: submission.json's")
     parser.add_argument("--author", help="default: submission.json's")
     parser.add_argument("--github-id", help="default: submission.json's")
@@ -636,6 +386,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=ROOT / "train_gpt.py",
         help="what must have run; default: ours",
     )
+    text = "artifacts that do not lie where they were written or beside their logs"
+    parser.add_argument("--artifacts", nargs="+", type=Path, default=[], metavar="FILE", help=text)
+    text = "logs of earlier parts of runs that were resumed under another name"
+    parser.add_argument("--parts", nargs="+", type=Path, default=[], metavar="LOG", help=text)
+    text = "a tokenizer of one's own, if it does not lie where the runs read it"
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=text)
     parser.add_argument("--force", action="store_true", help="replace FOLDER and all that is in it")
     return parser.parse_args(arguments)
 
@@ -679,53 +435,91 @@ def check_paths(given: argparse.Namespace) -> None:
 def compare(runs: list[Run], baseline: list[Path]) -> str:
     """What the gain over the baseline's runs is worth, in sentences."""
     losses = []
-    seeds = set()
+    seeds = []
     for path in baseline:
-        score, seed = read_baseline(path)
+        score, seed, settings = read_baseline(path)
         check_same_text(runs[0].path, runs[0].final, path, score)
         # Other scripts' logs do not tell the seed.
         repeated = seed is not None and seed in seeds
         need(not repeated, f"{path} has SEED={seed}, as another run of the baseline has")
         losses.append(score.val_loss)
-        seeds.add(seed)
-    return gain_text([run.final.val_loss for run in runs], losses)
+        seeds.append(seed)
+    text = gain_text([run.final.val_loss for run in runs], losses)
+    shown = ", ".join("not in the log" if seed is None else str(seed) for seed in seeds)
+    text += f" The baseline's seeds: {shown}."
+    differing = evidence.evaluation_differences(runs[0].settings, settings or {})
+    return f"{text} Evaluated differently: {', '.join(differing)}." if differing else text
+
+
+def default_folder(entry: dict) -> Path:
+    """Where the contest wants an entry: by track, date and name."""
+    track = entry["track"] if entry["track"].startswith("track_") else "track_non_record_16mb"
+    name = re.sub(r"[^A-Za-z0-9.+-]+", "_", entry["name"]).strip("_.")
+    return Path("records", track, f"{entry['date']}_{name}")
 
 
 def package(given: argparse.Namespace) -> list[str]:
     """Checks everything, then writes the folder; returns what to tell the user."""
-    out = given.out.resolve()
     check_paths(given)
     requirements = ROOT / "requirements.txt"
     inputs = [*given.logs, *given.baseline, given.script, requirements]
-    check_folder(out, given.force, inputs)
+    if given.out:
+        check_folder(given.out.resolve(), given.force, inputs)
 
     script = read_text(given.script)
-    runs = [read_run(path, given.script, script) for path in given.logs]
+    runs = [read_run(path, given.script, script, given) for path in given.logs]
     check_agreement(runs)
     gain = compare(runs, given.baseline) if given.baseline else ""
 
-    reasons = non_record_reasons(runs)
+    rows = check_rows(runs, script, given.tokenizer, gain)
+    reasons = non_record_reasons(runs, rows)
     entry = submission(runs, entry_fields(given, runs), record=not reasons)
+    shown = given.out or default_folder(entry)
+    out = shown.resolve()
+    check_folder(out, given.force, inputs)
     files = {
         "train_gpt.py": script.encode(),
         "requirements.txt": read_bytes(requirements),
         "submission.json": (json.dumps(entry, indent=2, ensure_ascii=False) + "\n").encode(),
-        "README.md": readme(runs, entry, script, reasons, gain).encode(),
+        "README.md": readme(runs, entry, script, reasons, rows, gain).encode(),
     }
-    # Named by seed: logs of several folders may share a name.
-    for run in runs:
-        for suffix in (".txt", ".jsonl"):
-            files[f"train_seed{run.seed}{suffix}"] = read_bytes(run.path.with_suffix(suffix))
+    files |= log_files(runs, given.parts)
+    own = own_tokenizer(runs[0], given.tokenizer)
+    if own:
+        files["tokenizer.model"] = read_bytes(own)
     write_folder(out, files)
 
     score = f"val_bpb {entry['val_bpb']:.5f}{deviation(entry)}"
-    lines = [f"{given.out}: {len(runs)} run(s), {score}, track {entry['track']}"]
+    lines = [f"{shown}: {len(runs)} run(s), {score}, track {entry['track']}"]
     lines += [f"non-record: {reason}" for reason in reasons]
     if not entry["github_id"]:
         lines.append("github_id is empty: give --github-id before you submit")
     if gain:
         lines.append(f"baseline: {gain}")
     return lines
+
+
+def log_files(runs: list[Run], parts: list[Path]) -> dict[str, bytes]:
+    """Both logs of each run, named by seed, since logs of several folders may share a name; and
+    those of earlier starts.
+    """
+    paths = {f"train_seed{run.seed}": run.path for run in runs}
+    paths |= {f"part{number}": path for number, path in enumerate(parts, 1)}
+    files = {}
+    for name, path in paths.items():
+        for suffix in (".txt", ".jsonl"):
+            files[name + suffix] = read_bytes(path.with_suffix(suffix))
+    return files
+
+
+def own_tokenizer(run: Run, given: Path | None) -> Path | None:
+    """The file of a tokenizer that is not the contest's, if it is there.
+
+    It belongs to what a score needs, and so into the folder.
+    """
+    sha256 = evidence.tokenizer_sum(run.logs.events, run.artifact)
+    path = given or Path(run.settings["tokenizer_path"])
+    return path if sha256 and not variant_of(sha256) and path.is_file() else None
 
 
 def main(arguments: list[str] | None = None) -> int:

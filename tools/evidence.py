@@ -1,0 +1,354 @@
+"""What a reviewer asks of a submission, and what its runs' logs, settings and files answer.
+
+Each function answers one question with a Row: what was found, and what shows it. There are three
+kinds of showing. Files are looked at here and now. A log is the word of whoever trained, which was
+held against itself (tools/contradictions.py) but not proved. A test shows what the script does, if
+it is this project's script. What a log does not say is "not in this log"; where it matters, that
+keeps the runs from being a record.
+"""
+
+import ast
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from tools import known
+from tools.command import UserError, need
+from tools.contradictions import (
+    counted_seconds,
+    file_hash,
+    history,
+    is_resumed,
+    lost_parts,
+    read_header,
+    starts_of,
+    unprinted,
+)
+from tools.finished import MAY_DIFFER, MOST_SECONDS, Run
+from tools.logs import last_run
+from tools.summary import CAP
+
+UNSAID = "not in this log"
+EVALUATION = ("eval_", "ttt_", "document_")  # how the names of evaluation's settings begin
+LONG_LITERAL = 1_000  # characters; a readable script has no longer text in quotes
+RUNS_TEXT = {"exec", "eval", "compile", "__import__"}  # built-in functions that run packed code
+
+
+class Row(NamedTuple):
+    """A question, the answer, what shows it, and why it keeps the runs from being a record."""
+
+    question: str
+    answer: str
+    shown_by: str
+    reasons: tuple[str, ...] = ()
+
+
+def said(events: dict[str, dict], event: str) -> dict:
+    """An event's record; an empty one if the log has none."""
+    return events.get(event, {})
+
+
+# ============
+# Text and tokenizer
+
+
+def tokenizer_sum(events: dict[str, dict], artifact: Path | None) -> str:
+    """The tokenizer's SHA-256, from the artifact's header or the log; empty if neither has it."""
+    in_header = read_header(artifact).get("tokenizer_sha256", "") if artifact else ""
+    for event in ("validation_data", "settings", "trained"):
+        in_log = said(events, event).get("tokenizer_sha256", "")
+        if in_log:
+            both = not in_header or in_header == in_log
+            need(both, f"{artifact} was made with another tokenizer than its log")
+            return in_log
+    return in_header
+
+
+def scored_text(events: dict[str, dict], tokenizer: str) -> Row:
+    """Whether the whole validation text was scored: its documents, tokens and bytes.
+
+    What the folder is called says nothing.
+    """
+    question = "whole validation set"
+    counts = said(events, "validation_data")
+    if not counts:
+        return Row(question, UNSAID, "–", ("the log does not say how much text was scored",))
+    found = known.compare(counts, tokenizer, counts.get("sha256"))
+    text = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens, of which "
+    text += f"{counts['scored_tokens']:,} are scored, {counts['bytes']:,} bytes: "
+    text += found.name or f"not FineWeb's validation text ({'; '.join(found.differences)})"
+    if found.unknown:
+        text += f"; not compared: {', '.join(found.unknown)}"
+    reasons = () if found.name else ("what was scored is not FineWeb's whole validation text",)
+    return Row(question, text, "the log against data/known.json", reasons)
+
+
+def overlap(events: dict[str, dict]) -> Row:
+    """Whether training shards hold validation documents.
+
+    data/prepare.py compares them by hash and leaves the number beside the shards, from where the
+    run logs it.
+    """
+    question = "no validation document in the training shards"
+    for event in ("training_data", "validation_data", "overlap"):
+        record = said(events, event)
+        number = record.get("overlap", record.get("overlapping_documents"))
+        if number is not None:
+            reasons = (f"{number:,} validation documents are training text",) if number else ()
+            text = f"{number:,} validation documents are in the training shards"
+            return Row(question, text, "data/prepare.py, kept in the log", reasons)
+    return Row(question, UNSAID, "–")
+
+
+def provenance(events: dict[str, dict], settings: dict) -> Row:
+    """Which data a run read: folder, shards, sums."""
+    data = said(events, "training_data")
+    parts = [f"folder {Path(settings['data_path']).name}"]
+    if data:
+        parts.append(f"{data['shards']:,} training shards with {data['tokens']:,} tokens")
+        parts += [f"{name} {data[name]}" for name in ("digest", "sha256") if data.get(name)]
+    else:
+        parts.append(f"training shards: {UNSAID}")
+    return Row("provenance of the data", "; ".join(map(str, parts)), "the log")
+
+
+def tokenizer_row(sha256: str, file: Path, bytes_total: int) -> Row:
+    """The contest's tokenizer, or one of its own, whose file then counts against the cap.
+
+    A tokenizer that everybody has costs nothing; text could be hidden in any other.
+    """
+    question = "tokenizer"
+    if not sha256:
+        return Row(question, UNSAID, "–", ("nothing says which tokenizer was used",))
+    official = known.variant_of(sha256)
+    if official:
+        return Row(question, f"the contest's, {official.name}", "SHA-256 against data/known.json")
+    name = f"one of its own, SHA-256 {sha256}"
+    if not file.is_file():
+        reason = f"the tokenizer is one of its own, and there is no {file}: give --tokenizer"
+        return Row(question, f"{name}; its bytes are not counted", "–", (reason,))
+    data = file.read_bytes()
+    other = f"{file} is not the tokenizer of these runs: its SHA-256 is another"
+    need(hashlib.sha256(data).hexdigest() == sha256, other)
+    total = bytes_total + len(data)
+    over = f"code, artifact and tokenizer take {total:,} bytes, over the cap of {CAP:,}"
+    need(total <= CAP, over)
+    answer = f"{name}; with its {len(data):,} bytes {total:,} in all; it lies in this folder"
+    return Row(question, answer, "the file")
+
+
+# ============
+# Training
+
+
+def documents_row(settings: dict) -> Row:
+    """What of a document reaches the next one.
+
+    A feature of the token before must not look over BOS; whether states do is a setting.
+    """
+    if not settings.get("document_reset"):
+        text = "state, attention and convolutions go on from one document to the next; "
+    elif settings.get("document_scope", "scans") == "all":
+        text = "no layer carries anything from one document to the next; "
+    else:
+        text = "states end with a document, attention and convolutions do not; "
+    text += "a pair of tokens ends at BOS"
+    return Row("features of earlier tokens end at BOS", text, "tests/test_model.py")
+
+
+def warm_up_row(events: dict[str, dict]) -> Row:
+    """Whether warm-up steps changed anything."""
+    ready = said(events, "ready")
+    text = "steps of rate 0 on random tokens"
+    if "state_unchanged" in ready:
+        text += "; weights, moments and random state hashed before and after: equal"
+        return Row("warm-up changes nothing", text, "the log; tests/test_run.py")
+    return Row("warm-up changes nothing", text, "tests/test_run.py")
+
+
+def calibration_row(events: dict[str, dict], settings: dict) -> Row:
+    """On what text GPTQ was calibrated, how much of it, and how long that and GPTQ took.
+
+    Text of the validation set may not be used, and the seconds count as training.
+    """
+    question = "calibration"
+    if settings.get("quantizer", "gptq") in ("round", "ternary"):
+        return Row(question, "none: this quantizer needs no text", "the settings")
+    record = said(events, "calibration")
+    if not record:
+        return Row(question, UNSAID, "–")
+    source = {"train": "training text", "self": "text that the model wrote"}.get(record["source"])
+    text = f"{record['tokens']:,} tokens of {source or record['source']}, "
+    text += f"{record['text_seconds']:.2f} s; Hessians {record['hessian_seconds']:.2f} s"
+    if "quantize_seconds" in said(events, "quantized"):
+        text += f"; GPTQ {events['quantized']['quantize_seconds']:.2f} s"
+    reasons = () if source else (f"calibration was on {record['source']}",)
+    return Row(question, f"{text}; all within the training clock", "the log", reasons)
+
+
+def machine_row(events: dict[str, dict]) -> Row:
+    """Which machine ran it."""
+    machine = events["settings"]["machine"]
+    known_names = {"hardware", "python", "torch", "cuda", "triton", "numpy"}
+    rest = {name: value for name, value in machine.items() if name not in known_names}
+    details = "; ".join(f"{name} {value}" for name, value in rest.items())
+    unsaid = f"GPUs' UUIDs, driver and host: {UNSAID}"
+    return Row("machine", f"{machine['hardware']}; {details or unsaid}", "the log")
+
+
+# ============
+# Evaluation and source
+
+
+def evaluation_row(given: list[str]) -> Row:
+    """Settings of the evaluation that differ from the preset's, as NAME=value."""
+    differing = [text for text in given if text.lower().startswith(EVALUATION)]
+    text = " ".join(differing) or "none differs from the preset's"
+    return Row("settings of the evaluation", f"{text}; the same in all runs", "the log")
+
+
+def evaluation_differences(ours: dict, theirs: dict) -> list[str]:
+    """Settings of the evaluation that a baseline has otherwise."""
+    differing = []
+    for name, value in theirs.items():
+        if name.startswith(EVALUATION) and ours.get(name, value) != value:
+            differing.append(f"{name.upper()} {value} there, {ours[name]} here")
+    return differing
+
+
+def source_row(script: str) -> Row:
+    """Whether the script is the readable source itself, or unpacks one."""
+    question = "readable source"
+    digest = hashlib.sha256(script.encode()).hexdigest()
+    name = f"train_gpt.py, {script.count(chr(10)):,} lines, SHA-256 {digest}"
+    try:
+        tree = ast.parse(script)
+    except SyntaxError:
+        return Row(question, f"{name}; it is not of this Python", "the file")
+    packed = [node for node in ast.walk(tree) if is_packed(node)]
+    if not packed:
+        return Row(question, f"{name}; nothing in it is packed", "the file")
+    line = min(node.lineno for node in packed)
+    reason = f"line {line} of the script runs or holds packed code: unpack it and show the source"
+    return Row(question, f"{name}; packed code in line {line}", "the file", (reason,))
+
+
+def is_packed(node: ast.AST) -> bool:
+    """Whether a node of a script runs text as code, or is text too long to be read."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id in RUNS_TEXT
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, bytes)):
+        return False
+    words = node.value.split()
+    return max(map(len, words), default=0) > LONG_LITERAL
+
+
+# ============
+# Files and clocks
+
+
+def artifact_row(runs: list[Run]) -> Row:
+    """Whether the artifacts are there and are those that the logs speak of."""
+    question = f"{CAP:,} bytes"
+    missing = [run for run in runs if run.artifact is None]
+    if missing:
+        reason = f"the artifact of {missing[0].path} is not there: give it with --artifacts"
+        return Row(question, "as the logs say", "the logs", (reason,))
+    sums = ", ".join(f"{run.seed}: {file_hash(run.artifact)}" for run in runs)
+    return Row(
+        question, f"the artifacts' sizes are the logs'; SHA-256 by seed: {sums}", "the files"
+    )
+
+
+def logs_row(runs: list[Run]) -> Row:
+    """Whether the two logs say the same, and add up."""
+    unsaid = dict.fromkeys(name for run in runs for name in unprinted(run.logs))
+    text = "both logs of each run say the same, and steps, times and the seconds of the records "
+    text += "add up"
+    if not unsaid:
+        return Row("clocks and figures", text, "the logs")
+    names = ", ".join(unsaid)
+    reason = f"the text logs do not say: {names}"
+    return Row("clocks and figures", f"{text}; not in the text: {names}", "the logs", (reason,))
+
+
+def parts_row(runs: list[Run]) -> Row:
+    """Which runs were resumed, from which starts, and what these trained together.
+
+    A checkpoint is a file that anybody can write: the log of every start must be there, and all
+    that they trained counts, also what was lost.
+    """
+    texts = []
+    reasons = []
+    for run in runs:
+        if not is_resumed(run.logs.records):
+            continue
+        starts = starts_of(run.logs)
+        seconds = sum(counted_seconds(start) for start in starts)
+        told = f"{history(run.logs)}; {len(starts)} starts trained {seconds:.1f} s together"
+        texts.append(f"seed {run.seed}: {told}")
+        lost = lost_parts(run.logs)
+        lost += ["the log of its first start is not there"] if is_resumed(starts[0]) else []
+        reasons += [f"{run.path} was resumed: {why} (--parts LOG)" for why in lost[:1]]
+        if seconds > MOST_SECONDS:
+            reasons.append(f"the starts of {run.path} trained {seconds:.1f} s together")
+    text = "; ".join(texts) or "every run was trained in one start"
+    return Row("one run, whole", text, "the logs", tuple(reasons))
+
+
+# ============
+# Seeds
+
+
+class OtherRun(NamedTuple):
+    """A run of the same script and settings that is not packaged."""
+
+    path: Path
+    seed: int
+    val_bpb: float | None  # None: it has no score
+
+
+def same_experiment(run: Run, file: Path) -> OtherRun | None:
+    """The last run of a log if it is of the same script and settings; None for another.
+
+    Of the script only the size is compared: the records do not hold it.
+    """
+    try:
+        events = last_run(file)
+        settings = events["settings"]["settings"]
+        size = said(events, "trained").get("bytes_code", run.bytes_code)
+        other = OtherRun(file, int(settings["seed"]), said(events, "final").get("val_bpb"))
+    except (UserError, KeyError, TypeError, ValueError):
+        return None  # not a run's log
+    names = {*settings, *run.settings} - MAY_DIFFER
+    same = all(settings.get(name) == run.settings.get(name) for name in names)
+    return other if same and size == run.bytes_code else None
+
+
+def others_beside(runs: list[Run]) -> list[OtherRun]:
+    """Repetitions of these runs, with other seeds, whose logs lie in the same folders."""
+    packaged = {run.path.with_suffix(".jsonl").resolve() for run in runs}
+    found = []
+    for folder in dict.fromkeys(run.path.resolve().parent for run in runs):
+        for file in sorted(folder.glob("*.jsonl")):
+            other = same_experiment(runs[0], file)
+            if other and file.resolve() not in packaged:
+                found.append(other)
+    return found
+
+
+def seeds_row(runs: list[Run]) -> Row:
+    """Which seeds were run: those packaged, and those whose logs lie beside theirs."""
+    text = f"packaged: {', '.join(str(run.seed) for run in runs)}"
+    reasons = []
+    others = others_beside(runs)
+    for other in others:
+        scored = other.val_bpb is not None
+        score = f"val_bpb {other.val_bpb:.5f}" if scored else "without a score"
+        text += f"; left out: {other.seed} ({score}, {other.path.name})"
+        # The best of many seeds is no measure of any; a run without a score was none of them.
+        if scored:
+            reasons.append(f"SEED={other.seed} was run too and is left out ({other.path})")
+    if not others:
+        text += "; no other run of this script and settings lies beside these logs"
+    return Row("seeds run", text, "the logs' folders", tuple(reasons))
