@@ -7,11 +7,15 @@
                                                     the published FineWeb shards
     python data/prepare.py development data/my --out data/development
                                                     a dataset to choose settings on
+    python data/prepare.py manifest FOLDER --tokenizer FILE.model
+                                                    what shards made elsewhere hold
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
 and then that many little-endian uint16 tokens. Every document starts with the beginning-of-sequence
-token (BOS, id 1); a document may continue in the next shard. Needs numpy, sentencepiece and tqdm;
-also pyarrow for `parquet`, huggingface_hub for `fineweb`.
+token (BOS, id 1); a document may continue in the next shard. Beside the shards, manifest.json says
+what they hold. A dataset appears when it is whole: a run that fails or is stopped leaves what was
+there. Needs numpy, sentencepiece and tqdm; also pyarrow for `parquet`, huggingface_hub for
+`fineweb`.
 """
 
 from __future__ import annotations
@@ -19,19 +23,24 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import fcntl
 import hashlib
 import io
 import itertools
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +63,7 @@ MAX_VOCAB_SIZE = 2**16  # tokens are stored as uint16
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts tokens in an int32
 
 CHUNK_BYTES = 2**24
+BLOCK_TOKENS = 2**22  # NumPy counts them as int64: 32 MiB
 MAX_DOCUMENT_BYTES = 2**26
 BATCH_CHARACTERS = 250_000
 SHARD_TOKENS = 100_000_000
@@ -63,6 +73,9 @@ TOKENIZER_TRAINING_CHARACTERS = 100_000_000
 
 SEPARATORS = {"nul": rb"\0", "blank-line": rb"\n[ \t\r]*\n"}
 PROCESSORS = os.cpu_count() or 1
+LEAST_GPU_TOKENS = 100_000
+MOST_CPU_TOKENS = 1_000_000  # PRESET=tiny adapts to about so many in its ten minutes
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 FINEWEB = {
     "sp1024": ("willdepueoai/parameter-golf", 1024),
     "sp8192": ("kevclark/parameter-golf", 8192),
@@ -71,6 +84,61 @@ FINEWEB = {
 
 class PrepareError(Exception):
     """Something the user can put right; main() prints it as one line."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal told the script to stop; the argument is its number."""
+
+
+class StopSignals:
+    """Lets the signals that say stop raise Stopped, as Control-C raises KeyboardInterrupt."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self.held = False
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle them in the block; those that the parent process ignores, as nohup does, stay
+        ignored.
+        """
+        self.received = None
+        former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number, handler in former.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, self.receive)
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def receive(self, number: int, frame: Any) -> None:
+        """Note the first signal, and raise it; another one must not cut the cleaning short."""
+        if self.received is None:
+            self.received = number
+            if not self.held:
+                self.check()
+
+    def check(self) -> None:
+        """Raise what was received. Python swallows what handlers raise in some of its corners, so
+        loops ask, too.
+        """
+        if self.received is not None:
+            raise Stopped(self.received)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Let signals wait for the end of the block."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+        self.check()
+
+
+stop_signals = StopSignals()
 
 
 class Document(NamedTuple):
@@ -275,6 +343,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
             unk_id=3,
             byte_fallback=True,
             character_coverage=0.999,
+            required_chars="▁",  # or, where spaces are rare, three byte pieces would spell one
             normalization_rule_name="nmt_nfkc",
             add_dummy_prefix=False,
             split_digits=True,
@@ -314,7 +383,138 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     return tokenizer
 
 
-# ---- Encoding and writing ------------------------------------------------------------------------
+# ---- Encoding ------------------------------------------------------------------------------------
+
+
+class PieceBytes(NamedTuple):
+    """How many bytes of text each token stands for, as train_gpt.py counts them.
+
+    A leading space counts unless the token before is special, for decoding drops it there.
+    """
+
+    texts: np.ndarray  # (pieces,) int64: bytes without a leading space; 0 of special pieces
+    has_space: np.ndarray  # (pieces,) bool: begins with a space
+    is_special: np.ndarray  # (pieces,) bool: control, unknown and unused pieces, which have no text
+    unknown: int  # id of the unknown piece
+
+    def count(self, tokens: np.ndarray, before: int = BOS_ID) -> int:
+        """Return the bytes of text of tokens, which the token `before` stands in front of."""
+        counts = np.zeros(len(self.texts), dtype=np.int64)
+        for block in range(0, len(tokens), BLOCK_TOKENS):
+            counts += np.bincount(tokens[block : block + BLOCK_TOKENS], minlength=len(counts))
+        total = counts @ (self.texts + self.has_space)
+        after_special = [tokens[:1]] if self.is_special[before] else []
+        for special in np.flatnonzero(self.is_special & (counts > 0)):
+            after_special.append(tokens[1:][tokens[:-1] == special])
+        return int(total - sum(self.has_space[nexts].sum() for nexts in after_special))
+
+
+def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
+    """Return the bytes of a tokenizer's pieces."""
+    ids = list(range(tokenizer.vocab_size()))
+    special = [tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)]
+    is_special = np.any(special, axis=0)
+    pieces = tokenizer.id_to_piece(ids)
+    has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~is_special
+    lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
+    # A byte piece is spelt <0x41>, but stands for that byte.
+    lengths = np.where(tokenizer.is_byte(ids), 1, lengths)
+    texts = np.where(is_special, 0, lengths)
+    return PieceBytes(texts, has_space, is_special, tokenizer.unk_id())
+
+
+def check_round_trip(
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    pieces: PieceBytes,
+    texts: list[str],
+    encoded: list[list[int]],
+) -> None:
+    """Raise PrepareError if tokens stand for another text than the one that was encoded.
+
+    Bytes are counted by tokens, so that they and every score would be wrong. The text is compared
+    as the tokenizer normalizes it, not as it decodes it: without a piece for the bare space, one
+    that spells it by three byte pieces would agree with itself. Texts with unknown tokens are not
+    judged, since their characters are lost in any case.
+    """
+    originals = tokenizer.normalize(texts)
+    decoded = tokenizer.decode(encoded, num_threads=1)
+    for tokens, original, text in zip(encoded, originals, decoded, strict=True):
+        if tokenizer.unk_id() in tokens:
+            continue
+        # Some tokenizers put a space in front of, or behind, every text.
+        wanted = original.replace("▁", " ").strip(" ")
+        found = text.strip(" ")
+        if found != wanted:
+            place = next_difference(found, wanted)
+            excerpt = slice(max(0, place - 8), place + 8)
+            given = f"{found[excerpt]!r} for {wanted[excerpt]!r}"
+            raise PrepareError(
+                f"the tokenizer's tokens do not give the text back ({given}): bytes, and so "
+                "scores, would be wrong; has it a piece for the bare space (▁)?"
+            )
+        counted = pieces.count(np.array(tokens))
+        if counted != (size := len(found.encode())):
+            raise PrepareError(
+                f"the tokenizer's tokens stand for {counted:,} bytes of a text of {size:,}: "
+                "scores would be wrong; take one whose spaces begin a piece"
+            )
+
+
+def next_difference(one: str, other: str) -> int:
+    """Return where two texts begin to differ."""
+    return len(os.path.commonprefix([one, other]))
+
+
+def end_with_parent() -> None:
+    """Wait in a thread of a worker process until its parent is gone, and end it then.
+
+    A parent that is killed cannot tell its workers, which would wait for work for ever.
+    """
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def start_process() -> None:
+    """Set a worker process up: it ends when the parent does or says so, not at the terminal's
+    signals, after which the parent alone reports and cleans up.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def answer(sender: Any, function: Callable, arguments: tuple) -> None:
+    """Send what a function returns or raises; the whole life of call_in_process()'s process."""
+    start_process()
+    try:
+        sender.send(function(*arguments))
+    except Exception as error:
+        sender.send(error)
+
+
+def call_in_process(function: Callable, *arguments: Any) -> Any:
+    """Return what a function returns, or raise what it raises, in a process of its own.
+
+    A signal that says stop is obeyed at once, where a library's call would run to its end first.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=answer, args=(sender, function, arguments))
+    with stop_signals.hold():  # what a handler raises in a fork gets lost
+        process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        raise BrokenProcessPool from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def start_worker(model: bytes) -> None:
@@ -322,21 +522,21 @@ def start_worker(model: bytes) -> None:
 
     It comes as bytes: a processor cannot be sent to another process.
     """
-    global worker_tokenizer
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # on Control-C the parent alone reports and cleans up
+    global worker_tokenizer, worker_pieces
+    start_process()
     worker_tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    worker_pieces = piece_bytes(worker_tokenizer)
 
 
 def encode_batch(texts: list[str]) -> list[np.ndarray]:
     """Return the uint16 tokens of each text, shape (number of tokens,), with BOS in front; runs in
     a worker.
+
+    PrepareError if they are not those of the text: see check_round_trip().
     """
-    return [
-        np.array(tokens, "<u2")
-        for tokens in worker_tokenizer.encode(texts, add_bos=True, num_threads=1)
-    ]
+    encoded = worker_tokenizer.encode(texts, add_bos=True, num_threads=1)
+    check_round_trip(worker_tokenizer, worker_pieces, texts, encoded)
+    return [np.array(tokens, "<u2") for tokens in encoded]
 
 
 def encode_documents(
@@ -345,7 +545,8 @@ def encode_documents(
     """Yield documents with their tokens, in order; only a few batches per worker are in memory at a
     time.
     """
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(model,)) as pool:
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(model,))
+    try:
         waiting = deque()  # batches that workers have, in order
         batch = []
         characters = 0
@@ -354,14 +555,19 @@ def encode_documents(
                 batch.append(document)
                 characters += len(document.text)
             if batch and (document is None or characters >= BATCH_CHARACTERS):
-                waiting.append(
-                    (batch, pool.submit(encode_batch, [document.text for document in batch]))
-                )
+                with stop_signals.hold():  # the first one forks: see call_in_process()
+                    tokens = pool.submit(encode_batch, [document.text for document in batch])
+                waiting.append((batch, tokens))
                 batch = []
                 characters = 0
             while waiting and (document is None or len(waiting) > 3 * workers):
                 done, tokens = waiting.popleft()
                 yield from zip(done, tokens.result(), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 class ShardWriter:
@@ -414,7 +620,9 @@ class ShardWriter:
 
 
 def refuse_other_dataset(out: Path, name: str) -> None:
-    """Raise PrepareError if there are training shards in `out` that are not this dataset's."""
+    """Raise PrepareError if `out` holds training shards that are not this dataset's, or folders
+    where its files are to be.
+    """
     if others := [
         path.name
         for path in out.glob("*_train_*.bin")
@@ -423,17 +631,60 @@ def refuse_other_dataset(out: Path, name: str) -> None:
         raise PrepareError(
             f"{out} already holds another dataset ({min(others)}); give each its own --out folder"
         )
+    shards = [*out.glob(f"{name}_train_*.bin"), *out.glob(f"{name}_val_*.bin")]
+    for path in [out / MANIFEST, *out.glob(f"{name}_*.model"), *shards]:
+        if path.is_dir():
+            raise PrepareError(f"{path} is a folder where a file is to be; move it away")
+
+
+@contextlib.contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """A folder in `out` for files in progress, so that finished ones are moved, not copied.
+
+    It is gone afterwards; what a killed run left there is removed. PrepareError if another process
+    is writing to `out`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        if lock(handle, out):
+            for abandoned in out.glob(".unfinished-*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as temporary:
+            yield Path(temporary)
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int, out: Path) -> bool:
+    """Lock an open folder for this process; False where the file system cannot lock folders."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PrepareError(f"another process is writing to {out}; wait for it to end") from None
+    except OSError:
+        return False
+    return True
 
 
 def publish(work: Path, out: Path, name: str) -> None:
     """Move finished files from `work` to `out`, where they replace an earlier dataset of that
     name.
+
+    Signals wait for it. If it is killed, validation shards are missing, without which train_gpt.py
+    refuses to train: they are the first to go and the last to come.
     """
     # Shards that an earlier, longer run left would be read as part of this dataset.
-    for old in itertools.chain(out.glob(f"{name}_train_*.bin"), out.glob(f"{name}_val_*.bin")):
-        old.unlink()
-    for path in sorted(work.iterdir()):
-        os.replace(path, out / path.name)
+    former = [out / MANIFEST, *out.glob(f"{name}_val_*.bin"), *out.glob(f"{name}_train_*.bin")]
+
+    def turn(path: Path) -> tuple[bool, bool, str]:
+        return path.name == MANIFEST, "_val_" in path.name, path.name
+
+    with stop_signals.hold():
+        for path in former:
+            path.unlink(missing_ok=True)
+        for path in sorted(work.iterdir(), key=turn):
+            os.replace(path, out / path.name)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -458,7 +709,7 @@ def new_tokenizer(documents: Iterable[Document], vocab_size: int) -> bytes:
     characters = sum(map(len, texts)) / 1e6
     size = f"{vocab_size} pieces on {characters:.1f} M characters"
     print(f"training a tokenizer of {size}", flush=True)
-    return train_tokenizer(texts, vocab_size)
+    return call_in_process(train_tokenizer, texts, vocab_size)
 
 
 def check_splits(splits: dict[str, ShardWriter]) -> None:
@@ -474,15 +725,6 @@ def check_splits(splits: dict[str, ShardWriter]) -> None:
             )
 
 
-def print_splits(splits: dict[str, ShardWriter]) -> None:
-    """Print what each split holds."""
-    for name, writer in splits.items():
-        ratio = writer.text_bytes / writer.tokens
-        text = f"{writer.documents:,} documents, {writer.text_bytes:,} bytes of text"
-        tokens = f"{writer.tokens:,} tokens ({ratio:.2f} bytes each)"
-        print(f"{name}: {text}, {tokens}, shards: {writer.shards}")
-
-
 def build_dataset(
     documents: Callable[[], Iterable[Document]], input_bytes: int, args: argparse.Namespace
 ) -> None:
@@ -490,7 +732,7 @@ def build_dataset(
 
     `documents` is called once per pass over the input, whose size is `input_bytes`. All files are
     complete before the first one gets its final name; then they replace an earlier dataset of that
-    name.
+    name. `args.source` says in the manifest where the text comes from.
     """
     out = args.out
     name = args.name
@@ -500,41 +742,378 @@ def build_dataset(
     def progress(title: str) -> Iterator[Document]:
         with tqdm(desc=title, total=input_bytes, unit="B", unit_scale=True, disable=None) as bar:
             for document in documents():
+                stop_signals.check()
                 yield document
                 bar.update(document.input_bytes)
 
     path = args.tokenizer or out / f"{name}_{args.vocab_size}_bpe.model"
     tokenizer = load_tokenizer(path) if args.tokenizer else None
-    out.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that finished files can be moved without copying them.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as temporary:
-        work = Path(temporary)
+    with work_folder(out) as work:
         if tokenizer is None:
             model = new_tokenizer(progress("reading for the tokenizer"), args.vocab_size)
             (work / path.name).write_bytes(model)
             tokenizer = load_tokenizer(work / path.name)
         train = ShardWriter(work, f"{name}_train", args.shard_tokens)
         validation = ShardWriter(work, f"{name}_val", args.shard_tokens)
-        with contextlib.closing(train), contextlib.closing(validation):
-            model = tokenizer.serialized_model_proto()
-            for document, tokens in encode_documents(progress("encoding"), model, args.workers):
+        model = tokenizer.serialized_model_proto()
+        encoded = encode_documents(progress("encoding"), model, args.workers)
+        with contextlib.closing(encoded), contextlib.closing(train), contextlib.closing(validation):
+            for document, tokens in encoded:
                 writer = validation if document.is_validation else train
                 writer.append(document.text, tokens)
-        splits = {"training": train, "validation": validation}
-        check_splits(splits)
+        check_splits({"training": train, "validation": validation})
+        texts = {"train": train.text_bytes, "val": validation.text_bytes}
+        manifest = make_manifest(work, tokenizer, args, texts)
+        manifest["tokenizer"] |= tokenizer_entry(path, work / path.name, out)
+        write_manifest(work, manifest)
         publish(work, out, name)
-    print_splits(splits)
-    print_environment(out, path, tokenizer.vocab_size())
+    report(manifest)
+    print_command(out, path, manifest)
 
 
-def print_environment(data: Path, tokenizer: Path, vocab_size: int) -> None:
-    """Print where the data are, as the environment variables that train_gpt.py takes.
+# ---- Manifest: what the shards hold --------------------------------------------------------------
+#
+# manifest.json stands beside the shards and says of each one under "shards", by its name:
+#
+#     split, tokens, documents (BOS tokens), bytes (of text, as train_gpt.py counts them by tokens)
+#     sha256, size, mtime_ns (of the whole file; size in bytes, time of change in nanoseconds)
+#
+# A shard whose size and time of change are those of its entry has that SHA-256; any other, and one
+# without an entry, is to be hashed anew: recorded_sha256(). So 80 shards of 200 MB need not be read
+# where seconds count. It saves time; it proves nothing to those who did not make it.
+#
+# "splits" has sums for "train" and "val"; there, text_bytes is the size of the text that was read,
+# null where that is not known. "tokenizer" has the SHA-256, the number of pieces, and the path as
+# seen from the folder. "overlap" counts the validation documents that are training documents too,
+# token for token, and lists their numbers, from 0. "source" and "command" say where the text is
+# from.
 
-    The last line can be pasted in front of a command.
+MANIFEST = "manifest.json"
+ROUND_TRIPS = 100  # validation documents that are decoded and encoded again
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_state(path: Path) -> dict[str, int]:
+    """Return what a file that was written anew differs in: its size in bytes, and its time of
+    change in nanoseconds.
     """
-    print("environment for train_gpt.py:")
+    found = path.stat()
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def recorded_sha256(path: Path) -> str:
+    """Return a shard's SHA-256: the manifest's, if the file has the size and the time of change
+    that stand there, otherwise of the bytes.
+    """
+    entry = read_manifest(path.parent).get("shards", {}).get(path.name, {})
+    return entry["sha256"] if file_state(path).items() <= entry.items() else file_sha256(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a folder's manifest, or {} if it has none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        known = manifest["format"] == 1 and Path(manifest["tokenizer"]["path"])
+        known = known and {"train", "val"} == manifest["splits"].keys()
+        for entry in manifest["shards"].values():
+            known = known and {"split", "sha256", "size", "mtime_ns"} <= entry.keys()
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return {}
+    return manifest if known else {}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a folder's manifest, whole or not at all."""
+    part = folder / f".{MANIFEST}.part"
+    try:
+        part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, folder / MANIFEST)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Name a file by its name, size and SHA-256."""
+    return {"file": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def tokenizer_entry(path: Path, now: Path, folder: Path) -> dict[str, Any]:
+    """Name a tokenizer by its path from a dataset's folder and by its SHA-256; until the dataset
+    is published, its file may be `now`.
+    """
+    model = now if now.exists() else path
+    return {"path": os.path.relpath(path, folder), "sha256": file_sha256(model)}
+
+
+def make_manifest(
+    folder: Path,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    args: argparse.Namespace,
+    text_bytes: dict[str, int],
+) -> dict[str, Any]:
+    """Read all shards of a folder once and return what they hold, but for the tokenizer's file.
+
+    `text_bytes` has the size of the text that was read, by split, as far as it is known. Reads some
+    80 million tokens a second on one core.
+    PrepareError for a damaged or missing shard, or one that another tokenizer made.
+    """
+    pieces = piece_bytes(tokenizer)
+    shards: dict[str, dict[str, Any]] = {}
+    validation = list(document_keys(described_shards(folder, "val", pieces, shards)))
+    training = document_keys(described_shards(folder, "train", pieces, shards))
+    found = set(validation).intersection(training)  # keeps no more of them than these
+    doubles = [number for number, key in enumerate(validation) if key in found]
+    overlap = {
+        "documents": len(doubles),
+        "tokens": sum(validation[number].tokens for number in doubles),
+        "numbers": doubles,
+    }
+    splits = {}
+    for split in ("train", "val"):
+        entries = [entry for entry in shards.values() if entry["split"] == split]
+        kinds = ("tokens", "documents", "bytes", "unknown")
+        splits[split] = {kind: sum(entry[kind] for entry in entries) for kind in kinds}
+        splits[split] |= {"shards": len(entries), "text_bytes": text_bytes.get(split)}
+    return {
+        "format": 1,
+        "command": args.command_line,
+        "source": args.source,
+        "tokenizer": {"pieces": tokenizer.vocab_size()},
+        "splits": splits,
+        "overlap": overlap,
+        "shards": dict(sorted(shards.items())),
+    }
+
+
+def described_shards(
+    folder: Path, split: str, pieces: PieceBytes, entries: dict[str, dict[str, Any]]
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of each shard of a split, and enter what it holds, by its name."""
+    before = BOS_ID
+    for path in tqdm(shard_paths(folder, split), desc=f"reading {split} shards", disable=None):
+        stop_signals.check()
+        state = file_state(path)
+        raw = read_shard(path)
+        tokens = raw[HEADER_BYTES:].view("<u2")
+        check_token_range(tokens, len(pieces.texts), path)
+        entry = {"split": split, "tokens": len(tokens)}
+        entry["documents"] = int(np.count_nonzero(tokens == BOS_ID))
+        entry["unknown"] = int(np.count_nonzero(tokens == pieces.unknown))
+        entry["bytes"] = pieces.count(tokens, before)
+        entry["sha256"] = hashlib.sha256(raw).hexdigest()
+        entries[path.name] = entry | state
+        before = int(tokens[-1]) if len(tokens) else before
+        yield tokens
+
+
+def check_token_range(tokens: np.ndarray, pieces: int, path: Path) -> None:
+    """Raise PrepareError for a token that a tokenizer of so many pieces lacks."""
+    if (largest := int(tokens.max(initial=0))) >= pieces:
+        raise PrepareError(
+            f"{path} holds token id {largest}, but the tokenizer has {pieces} pieces: another one "
+            "made it"
+        )
+
+
+class DocumentKey(NamedTuple):
+    """What a document is known by: equal keys are equal tokens."""
+
+    tokens: int
+    digest: bytes  # BLAKE2b of the tokens, 16 bytes
+
+
+def document_keys(shards: Iterable[np.ndarray]) -> Iterator[DocumentKey]:
+    """Yield the key of every document of a split; one may go on in the next shard."""
+    digest = hashlib.blake2b(digest_size=16)
+    length = 0
+    for tokens in shards:
+        raw = memoryview(tokens).cast("B")
+        starts = np.flatnonzero(tokens == BOS_ID).tolist()
+        for begin, end in itertools.pairwise([0, *starts, len(tokens)]):
+            # What stands in front of the first BOS belongs to the shard before.
+            if length and end > begin and tokens[begin] == BOS_ID:
+                yield DocumentKey(length, digest.digest())
+                digest = hashlib.blake2b(digest_size=16)
+                length = 0
+            digest.update(raw[2 * begin : 2 * end])
+            length += end - begin
+    if length:
+        yield DocumentKey(length, digest.digest())
+
+
+def find_tokenizer(folder: Path, given: Path | None) -> Path:
+    """Return the tokenizer of a dataset: the given one, the one that its manifest names, the only
+    one beside the shards, or FineWeb's; PrepareError if there is none.
+    """
+    if given is not None:
+        return given
+    named = read_manifest(folder).get("tokenizer", {}).get("path")
+    beside = list(folder.glob("*.model"))
+    candidates = [folder / named] if named else []
+    candidates += beside if len(beside) == 1 else []
+    if variant := FINEWEB.get(folder.resolve().name.removeprefix("fineweb10B_")):
+        tokenizers = folder.resolve().parents[1] / "tokenizers"
+        candidates.append(tokenizers / f"fineweb_{variant[1]}_bpe.model")
+    for path in candidates:
+        if path.is_file():
+            return Path(near_path(path.resolve()))
+    raise PrepareError(f"no tokenizer of {folder} is known; give --tokenizer FILE.model")
+
+
+def check_made_by(tokenizer: sentencepiece.SentencePieceProcessor, folder: Path) -> None:
+    """Raise PrepareError if another tokenizer than this one made a folder's shards.
+
+    The first validation documents are decoded and encoded again: their tokens must come back.
+    Those with unknown tokens are left out; and a few may have been tokenized otherwise.
+    """
+    path = shard_paths(folder, "val")[0]
+    tokens = read_shard(path)[HEADER_BYTES:].view("<u2")
+    check_token_range(tokens, tokenizer.vocab_size(), path)
+    starts = np.flatnonzero(tokens == BOS_ID)[: ROUND_TRIPS + 1]
+    documents = [part[1:].tolist() for part in np.split(tokens, starts)[1:]]
+    whole = [ids for ids in documents[:ROUND_TRIPS] if tokenizer.unk_id() not in ids]
+    again = tokenizer.encode(tokenizer.decode(whole))
+    alike = sum(one == other for one, other in zip(whole, again, strict=True))
+    if 2 * alike < len(whole):
+        raise PrepareError(
+            f"{path}: of {len(whole)} documents that were decoded and encoded again, only "
+            f"{alike} are the same tokens: another tokenizer made it"
+        )
+
+
+def describe_folder(folder: Path, path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the manifest of a folder whose shards were made by the tokenizer of the file `path`,
+    for a dataset that lies in `args.out`.
+    """
+    tokenizer = load_tokenizer(path)
+    check_made_by(tokenizer, folder)
+    manifest = make_manifest(folder, tokenizer, args, {})
+    if tokenizer.piece_to_id("▁") == tokenizer.unk_id():
+        warn(f"{path} has no piece for the bare space; if it spells spaces by bytes, they count 3")
+    manifest["tokenizer"] |= tokenizer_entry(path, path, args.out)
+    return manifest
+
+
+def split_hashes(manifest: dict[str, Any], split: str) -> dict[str, str]:
+    """Return the SHA-256 of a split's shards, by their names."""
+    shards = manifest["shards"].items()
+    return {name: entry["sha256"] for name, entry in shards if entry["split"] == split}
+
+
+def run_manifest(args: argparse.Namespace) -> None:
+    """Make a folder's manifest, and name the shards that differ from an earlier one's.
+
+    What the earlier one says of the source, and of the size of the text, stays where the shards
+    have stayed.
+    """
+    folder = args.out
+    path = find_tokenizer(folder, args.tokenizer)
+    former = read_manifest(folder)
+    args.source = former.get("source")
+    manifest = describe_folder(folder, path, args)
+    shards = manifest["shards"]
+    for name, entry in former.get("shards", {}).items():
+        if name not in shards:
+            warn(f"{name}, which the earlier manifest has, is not there any more")
+        elif shards[name]["sha256"] != entry["sha256"]:
+            warn(f"{name} is not the file that the earlier manifest has: its SHA-256 differs")
+    for split, found in manifest["splits"].items():
+        if former and split_hashes(former, split) == split_hashes(manifest, split):
+            found["text_bytes"] = former["splits"][split].get("text_bytes")
+    write_manifest(folder, manifest)
+    report(manifest)
+    print_command(folder, path, manifest)
+
+
+# ---- What is said at the end ---------------------------------------------------------------------
+
+
+def warn(message: str) -> None:
+    """Print one line of warning."""
+    print(f"prepare.py: warning: {message}", file=sys.stderr)
+
+
+def report(manifest: dict[str, Any]) -> None:
+    """Print what each split holds, and what a reader of scores on it should know."""
+    for name, split in (("training", "train"), ("validation", "val")):
+        found = manifest["splits"][split]
+        size = found["bytes"] if found["text_bytes"] is None else found["text_bytes"]
+        text = f"{found['documents']:,} documents, {size:,} bytes of text"
+        ratio = size / max(1, found["tokens"])
+        tokens = f"{found['tokens']:,} tokens ({ratio:.2f} bytes each)"
+        print(f"{name}: {text}, {tokens}, shards: {found['shards']}")
+    found = manifest["splits"]["val"]
+    if found["unknown"]:
+        warn(
+            f"{found['unknown']:,} of {found['tokens']:,} validation tokens are characters that "
+            "the tokenizer does not know; they count no bytes"
+        )
+    if found["text_bytes"] not in (None, found["bytes"]):
+        warn(
+            f"{found['text_bytes']:,} bytes of validation text are {found['bytes']:,} by the "
+            "tokens, and these divide a score: compare it only with those of tokenizers that "
+            "normalize text (white space, compatible characters) alike"
+        )
+    overlap = manifest["overlap"]
+    of = f"{overlap['documents']:,} of {found['documents']:,} validation documents"
+    print(f"overlap: {of} ({overlap['tokens']:,} tokens) are training documents, too")
+
+
+def count_gpus() -> int:
+    """Return the number of NVIDIA GPUs that a program started here may use."""
+    try:
+        command = ["nvidia-smi", "-L"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count
+    return min(count, sum(name.strip() not in ("", "-1") for name in visible.split(",")))
+
+
+def python_command() -> str:
+    """Return how this Python is called here: by its name, if that finds it."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    return shlex.quote(near_path(Path(sys.executable)))
+
+
+def near_path(path: Path) -> str:
+    """Return a path as seen from the working folder if it lies below, else the whole path."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def print_command(data: Path, tokenizer: Path, manifest: dict[str, Any]) -> None:
+    """Print a whole command that trains and scores on the data, with a preset for this machine."""
+    gpus = count_gpus()
+    place = "here"
+    if not gpus and manifest["splits"]["val"]["tokens"] > MOST_CPU_TOKENS:
+        place = "on a machine with a GPU (the validation text is too long for a CPU)"
+        gpus = 1
+    # The presets for GPUs read windows of 2,048 tokens, and want some of them.
+    short = min(split["tokens"] for split in manifest["splits"].values()) < LEAST_GPU_TOKENS
+    ranks = 1
+    while 2 * ranks <= gpus:  # batches are powers of two
+        ranks *= 2
+    preset = "tiny" if short or not gpus else "default" if ranks == 8 else "short"
+    script = shlex.quote(near_path(Path(__file__).resolve().parents[1] / "train_gpt.py"))
+    if preset != "tiny" and ranks > 1:
+        script = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} {script}"
     paths = f"DATA_PATH={shlex.quote(str(data))} TOKENIZER_PATH={shlex.quote(str(tokenizer))}"
-    print(f"{paths} VOCAB_SIZE={vocab_size}")
+    sizes = f"VOCAB_SIZE={manifest['tokenizer']['pieces']} PRESET={preset}"
+    print(f"train and score {place} by:")
+    print(f"{paths} {sizes} {python_command()} {script}")
 
 
 # ---- Sample: the prose inside the Python installation --------------------------------------------
@@ -642,16 +1221,41 @@ def fault_of_shard(path: Path) -> str | None:
     return None
 
 
-def read_shards(folder: Path, split: str) -> np.ndarray:
-    """Return all tokens of a dataset's split, "train" or "val", in order."""
-    # Shards are numbered in the order in which they were written.
+def read_shard(path: Path) -> np.ndarray:
+    """Return a shard's bytes, header included, uint8; PrepareError if it is damaged."""
+    if fault := fault_of_shard(path):
+        raise PrepareError(f"{path}: {fault}")
+    return np.fromfile(path, dtype=np.uint8)
+
+
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """Return the shards of a split, "train" or "val", in the order in which they were written.
+
+    PrepareError if there are none, or if the numbers have a gap, as a download has that was cut
+    off: half a text would be taken for the whole.
+    """
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
         raise PrepareError(f"{folder} holds no *_{split}_*.bin shards")
+    series: dict[str, list[int]] = {}
     for path in paths:
-        if fault := fault_of_shard(path):
-            raise PrepareError(f"{path}: {fault}")
-    return np.concatenate([np.fromfile(path, dtype="<u2", offset=HEADER_BYTES) for path in paths])
+        name, _, number = path.stem.rpartition("_")
+        if number.isdecimal() and len(number) <= 6:  # more digits are a date, not a count
+            series.setdefault(name, []).append(int(number))
+    for name, numbers in series.items():
+        lacking = set(range(min(1, *numbers, 1), max(numbers))).difference(numbers)
+        if lacking and len(numbers) > 1:
+            raise PrepareError(
+                f"{folder} lacks number {min(lacking)} of {name}_*.bin, but has {max(numbers)}: "
+                "fetch that, too"
+            )
+    return paths
+
+
+def read_tokens(folder: Path, split: str) -> np.ndarray:
+    """Return all tokens of a dataset's split, "train" or "val", in order."""
+    shards = [read_shard(path) for path in shard_paths(folder, split)]
+    return np.concatenate([raw[HEADER_BYTES:].view("<u2") for raw in shards])
 
 
 def run_development(args: argparse.Namespace) -> None:
@@ -668,7 +1272,7 @@ def run_development(args: argparse.Namespace) -> None:
     if args.out.resolve() == args.dataset.resolve():
         raise PrepareError(f"{args.out} is the dataset itself; give --out another folder")
     # A document begins with BOS; splits and orders never cut one.
-    train = read_shards(args.dataset, "train")
+    train = read_tokens(args.dataset, "train")
     starts = np.flatnonzero(train == BOS_ID)
     kept = int((1 - args.part) * len(starts))
     if not 0 < kept < len(starts) + (args.part == 0):
@@ -678,16 +1282,18 @@ def run_development(args: argparse.Namespace) -> None:
     if args.part:
         train, validation = np.split(train, starts[kept : kept + 1])
     else:
-        validation = read_shards(args.dataset, "val")
+        validation = read_tokens(args.dataset, "val")
     texts = [train]
     generator = np.random.default_rng(args.seed)
     if args.orders:
         documents = np.split(train, starts[1:kept])
         orders = (generator.permutation(len(documents)) for _ in range(args.orders))
         texts = (np.concatenate([documents[i] for i in order]) for order in orders)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished-") as temporary:
-        work = Path(temporary)
+    path = find_tokenizer(args.dataset, args.tokenizer)
+    args.source = {"dataset": args.dataset.name}
+    if (args.dataset / MANIFEST).is_file():
+        args.source |= {"manifest_sha256": file_sha256(args.dataset / MANIFEST)}
+    with work_folder(args.out) as work:
         with contextlib.closing(ShardWriter(work, "development_val", MAX_SHARD_TOKENS)) as writer:
             writer.append("", validation)
         # A shard for each order.
@@ -695,10 +1301,11 @@ def run_development(args: argparse.Namespace) -> None:
         for text in texts:
             writer.append("", text)
         writer.close()
+        manifest = describe_folder(work, path, args)
+        write_manifest(work, manifest)
         publish(work, args.out, "development")
-    kept = f"training: {len(train):,} tokens, shards: {writer.shards}"
-    print(f"{kept}; validation: {len(validation):,} tokens")
-    print(f"environment for train_gpt.py: DATA_PATH={shlex.quote(str(args.out))}")
+    report(manifest)
+    print_command(args.out, path, manifest)
 
 
 # ---- FineWeb: the published shards ---------------------------------------------------------------
@@ -714,13 +1321,8 @@ def fault_of(path: Path, entry: Any) -> str | None:
         return f"{path.stat().st_size} bytes instead of {entry.size}"
     if path.suffix == ".bin" and (fault := fault_of_shard(path)):
         return fault
-    if entry.lfs:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        if digest.hexdigest() != entry.lfs.sha256:
-            return "its SHA-256 differs from the published one"
+    if entry.lfs and recorded_sha256(path) != entry.lfs.sha256:
+        return "its SHA-256 differs from the published one"
     return None
 
 
@@ -751,11 +1353,12 @@ def choose_fineweb(
     return val_names, train_names[:train_shards]
 
 
-def download(hub: Any, repository: str, entry: Any, staging: Path, name: str, target: Path) -> None:
-    """Download one file, check it, and move it to its place.
+def download(hub: Any, repository: str, entry: Any, staging: Path) -> None:
+    """Download one file to `staging` and check it.
 
     `staging` stays after an interruption: some clients resume a partial file.
     """
+    name = Path(entry.path).name
     try:
         staged = hub.hf_hub_download(repository, entry.path, repo_type="dataset", local_dir=staging)
     except Exception as error:
@@ -765,8 +1368,33 @@ def download(hub: Any, repository: str, entry: Any, staging: Path, name: str, ta
         os.unlink(staged)
         message = f"the download of {name} is corrupt and was deleted ({fault}); run again"
         raise PrepareError(message)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(staged, target)
+
+
+def is_good(path: Path, entry: Any) -> bool:
+    """Whether a file is there and is the published one."""
+    return path.is_file() and fault_of(path, entry) is None
+
+
+def download_missing(
+    hub: Any, repository: str, entries: list[Any], staging: Path, target: dict[str, Path]
+) -> None:
+    """Download what is not in its place, and move it there when all has come.
+
+    So training never begins on half a download. Validation shards, the last of `entries`, are the
+    last to be moved.
+    """
+    missing = [entry for entry in entries if not is_good(target[entry.path], entry)]
+    wanted = [entry for entry in missing if not is_good(staging / entry.path, entry)]
+    print(f"{len(entries) - len(wanted)} of {len(entries)} files are already there and good")
+    for number, entry in enumerate(wanted, 1):
+        size = f"{entry.size / 1e6:.1f} MB"
+        print(f"file {number} of {len(wanted)}: {Path(entry.path).name}, {size}", flush=True)
+        download(hub, repository, entry, staging)
+    with stop_signals.hold():
+        for entry in missing:
+            target[entry.path].parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / entry.path, target[entry.path])
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def run_fineweb(args: argparse.Namespace) -> None:
@@ -784,24 +1412,37 @@ def run_fineweb(args: argparse.Namespace) -> None:
     model = f"fineweb_{vocab_size}_bpe.model"
     listing = list_fineweb(huggingface_hub.HfApi(), repository, dataset)
     val_names, train_names = choose_fineweb(listing, repository, dataset, model, args.train_shards)
-
+    entries = [listing[name] for name in [model, *train_names, *val_names]]
     # The repository's folder `datasets/` has the layout that the contest uses under `data/`.
-    names = [model, *val_names, *train_names]
-    target = {name: args.out / listing[name].path.removeprefix("datasets/") for name in names}
-    missing = []
-    for name in names:
-        if not target[name].is_file() or fault_of(target[name], listing[name]):
-            missing.append(name)
-    print(f"{len(names) - len(missing)} of {len(names)} files are already there and good")
+    target = {entry.path: args.out / entry.path.removeprefix("datasets/") for entry in entries}
     args.out.mkdir(parents=True, exist_ok=True)
     staging = args.out / f".download-{args.variant}"
-    for number, name in enumerate(missing, 1):
-        entry = listing[name]
-        print(f"file {number} of {len(missing)}: {name}, {entry.size / 1e6:.1f} MB", flush=True)
-        download(huggingface_hub, repository, entry, staging, name, target[name])
-    shutil.rmtree(staging, ignore_errors=True)
-    load_tokenizer(target[model])
-    print_environment(target[val_names[0]].parent, target[model], vocab_size)
+    download_missing(huggingface_hub, repository, entries, staging, target)
+
+    tokenizer = target[listing[model].path]
+    args.source = {"repository": repository, "dataset": dataset}
+    args.out = target[listing[val_names[0]].path].parent
+    former = read_manifest(args.out)
+    manifest = former if is_current(former, args.out, tokenizer) else None
+    if manifest is None:
+        manifest = describe_folder(args.out, tokenizer, args)
+        write_manifest(args.out, manifest)
+    report(manifest)
+    print_command(args.out, tokenizer, manifest)
+
+
+def is_current(manifest: dict[str, Any], folder: Path, tokenizer: Path) -> bool:
+    """Whether a manifest is of the tokenizer and of just the shards that a folder has, unchanged
+    by their size and time of change.
+    """
+    if not manifest or manifest["tokenizer"].get("sha256") != file_sha256(tokenizer):
+        return False
+    there = {path.name: file_state(path) for path in folder.glob("*.bin")}
+    known = {
+        name: {"size": entry["size"], "mtime_ns": entry["mtime_ns"]}
+        for name, entry in manifest["shards"].items()
+    }
+    return there == known
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -827,6 +1468,7 @@ def run_sample(args: argparse.Namespace) -> None:
     Each text counts as one source; a twentieth of them is the validation split.
     """
     texts = [(text, len(text.encode())) for text in standard_library_documents()]
+    args.source = {"standard library of Python": sys.version.split()[0]}
     build_dataset(
         lambda: split_documents([texts], [], 0.05, iter), sum(size for _, size in texts), args
     )
@@ -851,10 +1493,19 @@ def run_files(args: argparse.Namespace) -> None:
             return read_text(path, args.separator)
         return (read_jsonl if args.command == "jsonl" else read_parquet)(path, args.field)
 
-    input_bytes = sum(path.stat().st_size for path in args.inputs + args.val)
+    args.source = {
+        "inputs": [file_entry(path) for path in args.inputs],
+        "val": [file_entry(path) for path in args.val],
+    }
+    input_bytes = sum(entry["size"] for entries in args.source.values() for entry in entries)
     build_dataset(
         lambda: split_documents(args.inputs, args.val, args.val_fraction, read), input_bytes, args
     )
+    if getattr(args, "separator", None) == "blank-line" and not args.val:
+        warn(
+            "with --separator blank-line every paragraph is a document of its own, and validation "
+            "paragraphs are from the same files as training; --val names files to validate on"
+        )
 
 
 def add_out(add: Callable, default: Path | None, text: str) -> None:
@@ -899,9 +1550,16 @@ def add_file_options(command: argparse.ArgumentParser, name: str) -> None:
     add("--val-fraction", type=float, default=0.02, metavar="X", help=text)
 
 
+def add_tokenizer_of(add: Callable) -> None:
+    """The option --tokenizer of commands that read finished shards."""
+    text = "that made the shards (default: what the manifest names, or lies where it usually does)"
+    add("--tokenizer", type=Path, metavar="FILE.model", help=text)
+
+
 def add_development_options(add: Callable) -> None:
     """The options of `development`."""
     add("dataset", type=Path, help="folder of a finished dataset")
+    add_tokenizer_of(add)
     add_out(add, None, "folder for the shards; replaces an earlier development split")
     text = "of the training documents, the last, to validate on; 0: keep the validation text"
     add("--part", type=float, default=0.02, metavar="X", help=f"{text} (default: %(default)s)")
@@ -940,6 +1598,12 @@ def make_parser() -> argparse.ArgumentParser:
     text += "the rest may come in several orders"
     add_development_options(add_command(run_development, "development", text).add_argument)
 
+    text = "say in a folder's manifest.json what its shards hold, and whether validation documents "
+    text += "are among those for training"
+    add = add_command(run_manifest, "manifest", text).add_argument
+    add("out", type=Path, metavar="FOLDER", help="folder of the shards")
+    add_tokenizer_of(add)
+
     text = "download the published FineWeb shards and tokenizer; run again to resume"
     add = add_command(run_fineweb, "fineweb", text).add_argument
     add("--variant", choices=sorted(FINEWEB), required=True, help="which tokenizer")
@@ -950,22 +1614,33 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 2 after an error, 130 after Control-C."""
+    """Run the command line and return the exit status: 0, 2 after an error, 128 and its number
+    after a signal (130 after Control-C).
+    """
     for stream in (sys.stdout, sys.stderr):  # consoles that lack a sign of a path
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = make_parser().parse_args(arguments)
+    args.command_line = shlex.join(["prepare.py", *arguments])
     # Its thread is not needed, and worker processes are safer started without threads.
     tqdm.monitor_interval = 0
     status = 2
     try:
-        args.run(args)
+        with stop_signals.handled():
+            args.run(args)
     except PrepareError as error:
         message = str(error)
     except BrokenProcessPool:
         message = "a worker process died, perhaps for lack of memory; try fewer --workers"
+    except MemoryError:
+        message = "out of memory; try fewer --workers, or shorter shards"
     except OSError as error:
         message = f"{error.filename or args.out}: {error.strerror or error}"
+    except Stopped as stopped:
+        name = signal.Signals(stopped.args[0]).name
+        message = f"interrupted by {name}"
+        status = 128 + stopped.args[0]
     except KeyboardInterrupt:
         message = "interrupted"
         status = 130

@@ -2,18 +2,23 @@
 disk.
 """
 
+import contextlib
 import errno
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -22,6 +27,9 @@ import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import train_gpt
+from tests.support import run_here, tiny_environment
 
 SCRIPT = Path(__file__).parents[1] / "data" / "prepare.py"
 spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
@@ -60,6 +68,14 @@ def run(*arguments) -> int:
     return prepare.main([str(argument) for argument in arguments])
 
 
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
 def read_shard(path: Path) -> np.ndarray:
     """Check the header of a shard and return its tokens."""
     raw = path.read_bytes()
@@ -92,11 +108,18 @@ def write_text(path: Path, documents: list[str], separator: str = "\0") -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the manifest, which knows when they were made."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "manifest.json"
     }
+
+
+def encoded(documents: list[str], model: Path) -> np.ndarray:
+    """The documents' tokens, one behind the other."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    return np.concatenate(tokenizer.encode(documents, add_bos=True)).astype("<u2")
 
 
 @pytest.fixture(scope="session")
@@ -126,10 +149,10 @@ def test_shards_decode_to_the_text_in_order_and_split_is_disjoint(tmp_path, caps
         "toy_train_000000.bin",
         "toy_val_000000.bin",
     ]
-    environment = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        environment == f"DATA_PATH='{out}' TOKENIZER_PATH='{out}/toy_400_bpe.model' VOCAB_SIZE=400"
-    )
+    command = capsys.readouterr().out.splitlines()[-1]
+    paths = f"DATA_PATH='{out}' TOKENIZER_PATH='{out}/toy_400_bpe.model'"
+    assert command.startswith(f"{paths} VOCAB_SIZE=400 PRESET=tiny ")
+    assert command.endswith("train_gpt.py")
 
 
 def test_equal_documents_are_in_one_split_and_blank_ones_are_left_out(tmp_path, model):
@@ -386,6 +409,17 @@ def test_folders_that_cannot_be_used(tmp_path, capsys, model):
     assert run("text", source, "--out", tmp_path / "o", *options) == 0
     other = run("text", source, "--out", tmp_path / "o", *options, "--name", "other")
     check_error(capsys, other, "already holds another dataset (n_train_000000.bin)")
+    for name in ("n_val_000007.bin", "manifest.json"):
+        before = contents(tmp_path / "o")
+        (tmp_path / "o" / name).unlink(missing_ok=True)
+        (tmp_path / "o" / name).mkdir()
+        again = run("text", source, "--out", tmp_path / "o", *options)
+        check_error(capsys, again, f"{name} is a folder where a file is to be")
+        assert contents(tmp_path / "o") == before
+        (tmp_path / "o" / name).rmdir()
+    check_error(
+        capsys, run("text", source, "--out", tmp_path / "o", *options[:-1], tmp_path), "not"
+    )
 
 
 def test_a_failed_run_leaves_the_earlier_dataset_and_a_good_one_replaces_it(
@@ -468,28 +502,447 @@ def test_command_line_exit_status_without_traceback(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+# ---- Tokenizers that do not give the text back ----
+
+
+def trained(path: Path, texts: list[str], **options) -> Path:
+    """A tokenizer of SentencePiece's own settings but for options."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(texts).split("\n")),
+        model_writer=model,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+        **({"model_type": "bpe", "vocab_size": 400, "byte_fallback": True} | options),
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+EXACT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+def without_bare_space(model: Path, path: Path) -> Path:
+    """The tokenizer with another name for the piece that is one space."""
+    raw = model.read_bytes()
+    assert raw.count(b"\n\x03\xe2\x96\x81\x15") == 1
+    path.write_bytes(raw.replace(b"\n\x03\xe2\x96\x81\x15", b"\n\x03zqx\x15"))
+    return path
+
+
+def test_a_tokenizer_that_does_not_give_the_text_back_is_refused(tmp_path, capsys, model):
+    """Its bytes would be counted wrong, by every check that asks the tokenizer itself."""
+    documents = make_documents(100)
+    source, out = write_text(tmp_path / "in.txt", documents), tmp_path / "out"
+    suffix = trained(tmp_path / "suffix.model", documents, treat_whitespace_as_suffix=True)
+    for bad, message in (
+        (without_bare_space(model, tmp_path / "bare.model"), "do not give the text back"),
+        (suffix, "bytes of a text of"),
+    ):
+        options = ("--separator", "nul", "--name", "n", "--tokenizer", bad)
+        check_error(capsys, run("text", source, "--out", out, *options), message)
+        assert not any(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {**EXACT, "add_dummy_prefix": False},
+        {**EXACT, "user_defined_symbols": ["    ", "\n", "<|x|>"]},
+        {"model_type": "unigram", "vocab_size": 350},
+        {"normalization_rule_name": "nmt_nfkc_cf", "split_by_whitespace": False},
+        {"model_type": "char", "vocab_size": 60, "byte_fallback": False},
+    ],
+    ids=["plain", "exact", "symbols", "unigram", "folded", "characters"],
+)
+def test_bytes_are_those_that_scores_divide_by(tmp_path, capsys, options):
+    """The manifest's are train_gpt.py's; where they are not the text's, a line has both."""
+    documents = [f"{text}\n\n    Ünïcode ½  of <s> {text[:9]}" for text in make_documents(60)]
+    source, out = write_text(tmp_path / "in.txt", documents), tmp_path / "out"
+    model = trained(tmp_path / "a.model", make_documents(200), **options)
+    files = ("--separator", "nul", "--val-fraction", 0.4, "--tokenizer", model)
+    assert run("text", source, "--out", out, "--name", "n", *files, "--shard-tokens", 999) == 0
+    said = capsys.readouterr().err
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    counter = train_gpt.Tokenizer(str(model), tokenizer.vocab_size())
+    splits = manifest_of(out)["splits"]
+    for split, found in splits.items():
+        tokens = np.concatenate(shards_of(out, split))
+        assert found["bytes"] == counter.target_bytes(tokens).sum()
+        assert found["unknown"] == (tokens == 3).sum()
+    found = splits["val"]
+    assert sum(splits[split]["text_bytes"] for split in splits) == len("".join(documents).encode())
+    exact = options.items() >= EXACT.items()
+    assert exact == (found["text_bytes"] == found["bytes"])
+    if not exact:
+        assert said.count("normalize text") == 1
+        assert f"{found['text_bytes']:,} bytes of validation text are {found['bytes']:,}" in said
+    assert ("does not know" in said) == bool(found["unknown"]) == ("byte_fallback" in options)
+
+
+def test_a_trained_tokenizer_has_a_piece_for_the_space_where_there_are_few(tmp_path):
+    rng = random.Random(0)
+    documents = ["".join(chr(0x4E00 + rng.randint(0, 99)) for _ in range(80)) for _ in range(300)]
+    documents[0] += " " + documents[1]
+    source = write_text(tmp_path / "in.txt", documents)
+    options = ("--separator", "nul", "--out", tmp_path / "o", "--name", "n", "--vocab-size", 400)
+    assert run("text", source, *options) == 0
+    texts = [read_split(tmp_path / "o", "n", split) for split in ("train", "val")]
+    assert sorted(sum(texts, [])) == sorted(documents)
+
+
+def test_paragraphs_of_the_same_files_on_both_sides_are_said(tmp_path, capsys, model):
+    source = write_text(tmp_path / "in.txt", make_documents(60), "\n\n")
+    other = write_text(tmp_path / "val.txt", make_documents(6, seed=1), "\n\n")
+    options = ("--separator", "blank-line", "--name", "n", "--tokenizer", model)
+    assert run("text", source, "--out", tmp_path / "a", *options, "--val-fraction", 0.2) == 0
+    assert "every paragraph is a document of its own" in capsys.readouterr().err
+    assert run("text", source, "--out", tmp_path / "b", *options, "--val", other) == 0
+    assert "paragraph" not in capsys.readouterr().err
+
+
+# ---- Manifest ----
+
+
+def test_the_manifest_says_what_the_shards_hold(tmp_path, model):
+    documents = make_documents(80)
+    source, out = write_text(tmp_path / "in.txt", documents), tmp_path / "out"
+    options = ("--out", out, "--name", "n", "--tokenizer", model, "--val-fraction", 0.3)
+    assert run("text", source, "--separator", "nul", *options, "--shard-tokens", 2000) == 0
+    found = manifest_of(out)
+    assert found["source"]["inputs"] == [
+        {"file": "in.txt", "size": source.stat().st_size, "sha256": file_sha256(source)}
+    ]
+    command = shlex.join(["prepare.py", "text", str(source), "--separator", "nul", "--out"])
+    assert found["command"].startswith(f"{command} ")
+    assert found["tokenizer"]["sha256"] == file_sha256(model)
+    assert (out / found["tokenizer"]["path"]).samefile(model)
+    assert found["shards"].keys() == {path.name for path in out.glob("*.bin")}
+    for name, entry in found["shards"].items():
+        tokens, state = read_shard(out / name), (out / name).stat()
+        assert entry["sha256"] == file_sha256(out / name)
+        assert (entry["size"], entry["mtime_ns"]) == (state.st_size, state.st_mtime_ns)
+        assert (entry["tokens"], entry["documents"]) == (len(tokens), (tokens == 1).sum())
+        assert f"_{entry['split']}_" in name
+    for split, sums in found["splits"].items():
+        entries = [entry for entry in found["shards"].values() if entry["split"] == split]
+        assert sums["shards"] == len(entries) > 1
+        for kind in ("tokens", "documents", "bytes"):
+            assert sums[kind] == sum(entry[kind] for entry in entries) > 0
+
+
+def test_a_hash_is_trusted_while_the_file_is_as_it_was(finished, capsys):
+    assert run("manifest", finished) == 0
+    path = finished / "d_train_000001.bin"
+    state, old, raw = path.stat(), file_sha256(path), path.read_bytes()
+    path.write_bytes(raw[:-2] + raw[-4:-2])
+    new = file_sha256(path)
+    assert prepare.recorded_sha256(path) == new != old
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert prepare.recorded_sha256(path) == old  # read from the manifest
+    assert run("manifest", finished) == 0
+    assert "d_train_000001.bin is not the file that the earlier" in capsys.readouterr().err
+    assert prepare.recorded_sha256(path) == new
+    (finished / "d_train_000001.bin").unlink()
+    assert run("manifest", finished) == 0
+    assert "d_train_000001.bin, which the earlier manifest has," in capsys.readouterr().err
+
+
+def test_what_an_earlier_manifest_knows_of_the_source_stays(tmp_path, model):
+    source, out = write_text(tmp_path / "in.txt", make_documents(80)), tmp_path / "out"
+    options = ("--out", out, "--name", "n", "--tokenizer", model, "--val-fraction", 0.3)
+    assert run("text", source, "--separator", "nul", *options) == 0
+    before = manifest_of(out)
+    assert run("manifest", out) == 0
+    after = manifest_of(out)
+    assert (
+        before.pop("command")
+        != after.pop("command")
+        == shlex.join(["prepare.py", "manifest", str(out)])
+    )
+    assert after == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1, "shards": 3}', "[" * 99_999])
+def test_a_manifest_that_cannot_be_read_is_none(finished, text):
+    assert run("manifest", finished) == 0
+    good = manifest_of(finished)
+    (finished / "manifest.json").write_text(text)
+    path = finished / "d_val_000000.bin"
+    assert prepare.recorded_sha256(path) == file_sha256(path)
+    assert run("manifest", finished) == 0
+    assert manifest_of(finished) == good
+
+
+def test_validation_documents_among_those_for_training_are_counted(tmp_path, capsys, model):
+    """Whole documents only: also one that goes over three shards, and one behind the last BOS."""
+    train, val = make_documents(30), make_documents(10, seed=1)
+    mixed = [*train[:7], val[3], *train[7:], val[8]]
+    folder = tmp_path / "d"
+    folder.mkdir()
+    tokens = encoded(mixed, model)
+    place = len(encoded(train[:7], model))
+    for number, part in enumerate(np.split(tokens, [place + 2, place + 5, place + 5, place + 200])):
+        write_shard(folder / f"x_train_{number:06d}.bin", part)
+    # The beginning of a training document, and two with one between them, are no documents.
+    write_shard(folder / "x_val_000000.bin", encoded([*val, train[5][:20]], model))
+    assert run("manifest", folder, "--tokenizer", model) == 0
+    size = len(encoded([val[3], val[8]], model))
+    said = f"overlap: 2 of 11 validation documents ({size} tokens) are training documents, too"
+    assert said in capsys.readouterr().out
+    assert manifest_of(folder)["overlap"] == {"documents": 2, "tokens": size, "numbers": [3, 8]}
+
+
+def test_shards_that_are_not_whole_or_of_another_tokenizer_are_refused(
+    finished, tmp_path, capsys, model
+):
+    other = trained(tmp_path / "other.model", make_documents(200))
+    small = trained(tmp_path / "small.model", make_documents(200), vocab_size=310)
+    check_error(capsys, run("manifest", finished, "--tokenizer", other), "another tokenizer made")
+    check_error(capsys, run("manifest", finished, "--tokenizer", small), "has 310 pieces: another")
+    bare = without_bare_space(model, tmp_path / "bare.model")
+    write_shard(finished / "d_val_000000.bin", encoded(make_documents(5, seed=1), bare))
+    assert run("manifest", finished, "--tokenizer", bare) == 0
+    assert "has no piece for the bare space" in capsys.readouterr().err
+    shutil.copy(finished / "d_train_000000.bin", finished / "d_train_000003.bin")
+    check_error(capsys, run("manifest", finished), "lacks number 2 of d_train_*.bin, but has 3")
+    (finished / "d_train_000003.bin").unlink()
+    (finished / "d_train_000001.bin").unlink()
+    (finished / "d_train_000001.bin").mkdir()
+    check_error(capsys, run("manifest", finished), "d_train_000001.bin: Is a directory")
+    for model in (finished / "small.model", finished / "manifest.json"):
+        model.unlink()
+    check_error(capsys, run("manifest", finished), "give --tokenizer FILE.model")
+
+
+# ---- The command at the end ----
+
+
+@pytest.mark.parametrize(
+    ("gpus", "enough", "end"),
+    [
+        (0, 0, "PRESET=tiny python train_gpt.py"),
+        (8, 10**9, "PRESET=tiny python train_gpt.py"),
+        (1, 0, "PRESET=short python train_gpt.py"),
+        (3, 0, "PRESET=short python -m torch.distributed.run --standalone --nproc_per_node=2 "),
+        (9, 0, "PRESET=default python -m torch.distributed.run --standalone --nproc_per_node=8 "),
+    ],
+)
+def test_the_command_fits_the_machine(finished, capsys, monkeypatch, gpus, enough, end):
+    monkeypatch.chdir(SCRIPT.parents[1])
+    monkeypatch.setattr(prepare, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(prepare, "python_command", lambda: "python")
+    monkeypatch.setattr(prepare, "LEAST_GPU_TOKENS", enough)
+    assert run("manifest", finished) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert f" VOCAB_SIZE=400 {end}" in command
+    assert command.endswith(" train_gpt.py")
+    monkeypatch.setattr(prepare, "MOST_CPU_TOKENS", 100)
+    assert run("manifest", finished) == 0
+    *_, place, command = capsys.readouterr().out.splitlines()
+    assert (gpus == 0) == ("on a machine with a GPU" in place)
+    assert ("PRESET=tiny" in command) == (enough > 0)
+
+
+def test_gpus_are_those_that_a_program_may_use(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: A; echo '  MIG 0'; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for visible, count in ((None, 4), ("1,3", 2), ("", 0), ("-1", 0), ("0,1,2,3,4,5", 4)):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert prepare.count_gpus() == count
+    program.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert prepare.count_gpus() == 0
+
+
+def test_the_command_of_a_development_split_trains_and_scores(
+    tmp_path, capsys, monkeypatch, finished
+):
+    """It names the tokenizer, which lies in another folder; the model is a small one here."""
+    monkeypatch.chdir(tmp_path)
+    assert run("development", finished, "--out", "dev", "--part", 0.3) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    *given, python, script = shlex.split(command)
+    assert Path(script).samefile(SCRIPT.parents[1] / "train_gpt.py") and shutil.which(python)
+    given = dict(variable.split("=", 1) for variable in given)
+    assert given.keys() == {"DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "PRESET"}
+    small = tiny_environment(iterations=1, max_wallclock_seconds=0, ttt_enabled=False)
+    small |= {"EVAL_MODE": "plain", "DEVICE": "cpu", "RUN_ID": "dev"}
+    assert run_here(monkeypatch, small | given) == 0
+    assert "val_bpb" in capsys.readouterr().out.splitlines()[-1]
+
+
+# ---- Signals ----
+
+
+def workers_of(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(number) for number in text.split()]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition) -> None:
+    """Until it is true, or the test fails: machines that are shared stall."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def started(*arguments, **options):
+    """A process of prepare.py that has workers; it and they are gone afterwards."""
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    workers = []
+    try:
+        wait_until(lambda: workers.extend(workers_of(process.pid)) or workers)
+        yield process, workers
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        wait_until(lambda: not any(map(is_alive, workers)))
+
+
+@pytest.fixture(scope="session")
+def long_text(tmp_path_factory) -> Path:
+    """A text that keeps its workers busy for longer than a test takes to stop them."""
+    path = tmp_path_factory.mktemp("long") / "long.txt"
+    return write_text(path, make_documents(1000) * 60)
+
+
+def stop_default(number: int):
+    """What a child does first: shells leave signals ignored to what they start behind."""
+    return lambda: signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
+def test_every_signal_to_stop_cleans_up(tmp_path, long_text, model, name):
+    out, number = tmp_path / "out", getattr(signal, name)
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--tokenizer", model)
+    with started("text", long_text, *options, preexec_fn=stop_default(number)) as (
+        process,
+        workers,
+    ):
+        process.send_signal(number)
+        error = process.communicate()[1]
+        assert process.returncode == 128 + number
+        assert error.splitlines()[-1] == f"prepare.py: error: interrupted by {name}"
+        assert "Traceback" not in error
+        assert not any(map(is_alive, workers))
+        assert not any(out.iterdir())
+
+
+def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path, long_text, capsys, model):
+    """Its workers end by themselves, and until then nobody else writes there."""
+    source, out = write_text(tmp_path / "in.txt", make_documents(60)), tmp_path / "out"
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--tokenizer", model)
+    with started("text", long_text, *options) as (process, workers):
+        check_error(capsys, run("text", source, *options), f"another process is writing to {out}")
+        process.kill()
+        process.wait()
+        assert [path.name[:12] for path in out.iterdir()] == [".unfinished-"]
+        wait_until(lambda: not any(map(is_alive, workers)))
+    assert run("text", source, *options) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "manifest.json",
+        "n_train_000000.bin",
+        "n_val_000000.bin",
+    ]
+
+
+def test_a_signal_that_the_parent_ignores_is_ignored(tmp_path, model):
+    """As nohup does it; and in a tokenizer's training, a signal is obeyed at once."""
+    source, out = write_text(tmp_path / "in.txt", make_documents(2000)), tmp_path / "out"
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--vocab-size", 3000)
+
+    def ignore_hangups():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with started("text", source, *options, preexec_fn=ignore_hangups) as (process, workers):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        assert process.poll() is None
+        process.terminate()
+        assert "interrupted by SIGTERM" in process.communicate()[1]
+        assert not any(out.iterdir())
+
+
+def test_a_signal_while_files_are_moved_waits_until_they_are(tmp_path, capsys, monkeypatch, model):
+    source, out = write_text(tmp_path / "in.txt", make_documents(60)), tmp_path / "out"
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--tokenizer", model)
+    replace = os.replace
+
+    def interrupted(old, new):
+        os.kill(os.getpid(), signal.SIGTERM)
+        replace(old, new)
+
+    monkeypatch.setattr(prepare.os, "replace", interrupted)
+    monkeypatch.setattr(prepare, "write_manifest", lambda folder, manifest: None)
+    assert run("text", source, *options) == 128 + signal.SIGTERM
+    assert "interrupted by SIGTERM" in capsys.readouterr().err
+    assert sorted(contents(out)) == ["n_train_000000.bin", "n_val_000000.bin"]
+
+
+def test_a_dataset_is_published_with_its_validation_text_last(tmp_path, monkeypatch, model):
+    """A run that is killed in between leaves what train_gpt.py refuses."""
+    source, out = write_text(tmp_path / "in.txt", make_documents(60)), tmp_path / "out"
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--shard-tokens", 500)
+    moved, replace = [], os.replace
+    monkeypatch.setattr(
+        prepare.os, "replace", lambda old, new: moved.append(Path(new).name) or replace(old, new)
+    )
+    assert run("text", source, *options, "--vocab-size", 400, "--val-fraction", 0.3) == 0
+    moved = [name for name in moved if name in {path.name for path in out.iterdir()}]
+    kinds = [name.split("_")[1] if "_" in name else name for name in moved]
+    order = [kind for kind, _ in itertools.groupby(kinds)]
+    assert order == ["manifest.json", "400", "train", "val", "manifest.json"]
+
+
+def test_a_disk_without_room_is_one_line(tmp_path, long_text, model):
+    out = tmp_path / "out"
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--tokenizer", model)
+    limit = [resource.RLIMIT_FSIZE, (100_000, 100_000)]
+    command = [sys.executable, SCRIPT, "text", long_text, *map(str, options)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(*limit)
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "File too large" in result.stderr
+    assert not any(out.iterdir())
+
+
 # ---- Sample ----
 
 
 @pytest.fixture
-def finished(tmp_path) -> Path:
+def finished(tmp_path, model) -> Path:
     """A dataset of two training shards, which a document goes over, and one of validation text."""
-    rng, folder = np.random.default_rng(0), tmp_path / "finished"
+    folder = tmp_path / "finished"
     folder.mkdir()
-
-    def documents(count: int) -> np.ndarray:
-        texts = [np.append(1, rng.integers(2, 500, rng.integers(3, 30))) for _ in range(count)]
-        return np.concatenate(texts).astype("<u2")
-
-    train = documents(50)
+    shutil.copy(model, folder)
+    train = encoded(make_documents(50), model)
     for name, tokens in (
         ("train_000000", train[:300]),
         ("train_000001", train[300:]),
-        ("val_000000", documents(5)),
+        ("val_000000", encoded(make_documents(5, seed=1), model)),
     ):
-        writer = prepare.ShardWriter(folder, f"d_{name[:-7]}", len(tokens))
-        writer.shards = int(name[-6:])
-        writer.append("", tokens)
+        write_shard(folder / f"d_{name}.bin", tokens)
     return folder
 
 
@@ -590,8 +1043,8 @@ def test_sample_is_about_2_megabytes_and_deterministic(tmp_path):
         "sample_val_000000.bin",
     ]
     folder, model = shlex.quote(str(out)), shlex.quote(f"{out}/sample_1024_bpe.model")
-    environment = f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE=1024"
-    assert environment in output[0].splitlines()
+    environment = f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE=1024 "
+    assert output[0].splitlines()[-1].startswith(environment)
     train, val = read_split(out, "sample", "train"), read_split(out, "sample", "val")
     assert 1.5e6 < sum(len(text.encode()) for text in train + val) < 3e6
     assert not set(train) & set(val)
@@ -679,7 +1132,7 @@ def hub(tmp_path, monkeypatch, model) -> FakeHub:
     shutil.copy(model, tokenizers / TOKENIZER)
     (tokenizers / "fineweb_1024_bpe.vocab").write_text("not needed")
     for index, name in enumerate(TRAIN + VAL):
-        write_shard(shards / name, np.arange(1, 500 + index))
+        write_shard(shards / name, encoded(make_documents(5, seed=index), model))
     hub = FakeHub(root)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     local = tmp_path / "local"
@@ -697,7 +1150,7 @@ def test_fineweb_gets_the_layout_of_the_contest_and_skips_good_files(hub, capsys
     assert sorted(hub.fetched) == sorted([TOKENIZER, *VAL, *TRAIN[:2]])
     paths = "DATA_PATH=data/datasets/fineweb10B_sp1024 "
     paths += "TOKENIZER_PATH=data/tokenizers/fineweb_1024_bpe.model"
-    assert capsys.readouterr().out.splitlines()[-1] == f"{paths} VOCAB_SIZE=1024"
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{paths} VOCAB_SIZE=400 ")
     remote = contents(hub.root / "datasets")
     assert contents(Path("data")) == {
         path: remote[path] for path in remote if Path(path).name in hub.fetched
@@ -732,12 +1185,33 @@ def test_fineweb_resumes_after_a_lost_connection(hub, capsys):
         f"download of {TRAIN[1]} failed, run again to resume: connection lost",
     )
     assert TRAIN[0] in local_files()
-    assert not Path("data/datasets/fineweb10B_sp1024", TRAIN[1]).exists()
+    assert not Path("data/datasets").exists()  # half a dataset would be trained on
     hub.fetched.clear()
     hub.before_download = lambda name, copy: None
     assert run(*COMMAND, 3) == 0
-    assert hub.fetched == TRAIN[1:3]
+    assert hub.fetched == TRAIN[1:3] + VAL
     assert len(local_files()) == 6
+
+
+def test_a_dataset_that_grows_stays_as_it_was_until_all_has_come(hub, capsys):
+    assert run(*COMMAND, 1) == 0
+    folder = Path("data/datasets/fineweb10B_sp1024")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (hub.root / "datasets/datasets/fineweb10B_sp1024" / TRAIN[3]).write_bytes(b"no shard")
+    check_error(capsys, run(*COMMAND, 4), f"the download of {TRAIN[3]} is corrupt")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert run(*COMMAND, 3) == 0
+    assert manifest_of(folder)["splits"]["train"]["shards"] == 3
+
+
+def test_files_that_are_there_are_not_read_again(hub, monkeypatch):
+    """Their size and time of change are the manifest's; the tokenizer's file alone is read."""
+    assert run(*COMMAND, 2) == 0
+    monkeypatch.setattr(prepare, "read_shard", None)
+    read = []
+    monkeypatch.setattr(prepare, "file_sha256", lambda path: read.append(path) or file_sha256(path))
+    assert run(*COMMAND, 2) == 0
+    assert {path.name for path in read} == {TOKENIZER}
 
 
 def flip_last_byte(copy: Path) -> None:
