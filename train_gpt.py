@@ -3593,7 +3593,9 @@ class Trainer:
         s = self.settings
         optimizers = Optimizers(self.model, s, self.ranks)  # these are thrown away
         shape = self.micro_sequences, s.train_seq_len + 1
-        tokens = torch.randint(0, s.vocab_size, shape, device=self.ranks.device)
+        device = self.ranks.device
+        generator = torch.Generator(device).manual_seed(s.seed)  # the global one stays as it is
+        tokens = torch.randint(0, s.vocab_size, shape, device=device, generator=generator)
         # DistributedDataParallel sums its first gradients in another order than all later ones: a
         # resumed run makes one step at least.
         steps = max(s.warmup_steps, 1 if self.steps_done else 0)

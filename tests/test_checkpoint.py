@@ -7,9 +7,11 @@ inside this one.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pickle
+import random
 import re
 import signal
 import socket
@@ -325,6 +327,31 @@ def test_a_signal_in_any_phase_ends_in_one_line_and_loses_no_step_of_training(
     )
     assert artifact(tmp_path) == artifact(undisturbed)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("variant", [{}, {"average": "swa"}], ids=str)
+def test_warm_up_changes_nothing(variant):
+    """Weights, averages, moments, steps and random state are what they were, to the bit."""
+    settings = tiny(warmup_steps=3, recur_start=0.5, layer_order="0-2,1-2", **variant)
+    quiet = t.Log(settings, types.SimpleNamespace(rank=1), "a")
+    model = random_model(settings)
+    trainer = t.Trainer(model, settings, SOLO, settings.train_batch_tokens, 1e6, quiet)
+
+    def state() -> str:
+        digest = hashlib.sha256()
+        for tensor in [*model.state_dict().values(), *trainer.tensors(), torch.get_rng_state()]:
+            digest.update(tensor.detach().numpy().tobytes())
+        numbers = random.getstate(), np.random.get_state()[1].tolist(), trainer.header()
+        digest.update(repr(numbers).encode())
+        return digest.hexdigest()
+
+    before = state()
+    trainer.warm_up()
+    assert state() == before
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-6
+    assert state() != before
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored(monkeypatch, shards, tmp_path):

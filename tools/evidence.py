@@ -162,8 +162,8 @@ def warm_up_row(events: dict[str, dict]) -> Row:
     text = "steps of rate 0 on random tokens"
     if "state_unchanged" in ready:
         text += "; weights, moments and random state hashed before and after: equal"
-        return Row("warm-up changes nothing", text, "the log; tests/test_run.py")
-    return Row("warm-up changes nothing", text, "tests/test_run.py")
+        return Row("warm-up changes nothing", text, "the log; tests/test_checkpoint.py")
+    return Row("warm-up changes nothing", text, "tests/test_checkpoint.py")
 
 
 def calibration_row(events: dict[str, dict], settings: dict) -> Row:
