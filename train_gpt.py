@@ -109,6 +109,15 @@ def need(condition, message: str):
         raise UserError(message)
 
 
+@contextmanager
+def explained_errors(doing: str):
+    """Turns an operating system's error into a UserError that says what could not be done."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {doing}: {error.strerror}") from None
+
+
 # ==================================================================================================
 # 1. Settings
 # A field of Settings in capitals is its environment variable, named as in the contest. What it may
@@ -659,34 +668,45 @@ def synchronized_time() -> float:
 
 
 SHARD_MAGIC = 20_240_520
-SHARD_VERSION = 1
-SHARD_HEADER_BYTES = 256 * 4  # int32: magic, version, number of tokens, and zeros
+SHARD_HEADER_BYTES = 256 * 4  # int32: magic, version 1, number of tokens, and zeros
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Maps a shard's tokens into memory, uint16 (tokens,); UserError if it is none or cut off."""
-    try:
-        size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=256)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    ours = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, SHARD_VERSION]
-    need(ours, f"{path} is not a token shard (wrong magic number or version); see data/prepare.py")
-    count = int(header[2])
-    wanted = SHARD_HEADER_BYTES + 2 * count
-    complete = count >= 0 and wanted <= size
-    need(complete, f"{path} has {size} bytes, but its header says {wanted}; download it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+class Shard:
+    """A file of tokens; UserError if it is none, or is cut off, even while it is in use.
+
+    It is read, not mapped into memory: a mapped file that is cut ends the process without a word.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with explained_errors(f"read {path}"):
+            self.file = path.open("rb", 0)
+            size = path.stat().st_size
+            header = np.fromfile(self.file, "<i4", 256)
+        ours = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, 1]
+        problem = "is not a token shard (wrong magic number or version); see data/prepare.py"
+        need(ours, f"{path} {problem}")
+        self.count = int(header[2])
+        wanted = SHARD_HEADER_BYTES + 2 * self.count
+        problem = f"has {size} bytes, but its header says {wanted}; download it again"
+        need(self.count >= 0 and wanted <= size, f"{path} {problem}")
+
+    def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
+        """Tokens from number first on, uint16 (count,); by default all."""
+        count = self.count - first if count is None else count
+        with explained_errors(f"read {self.path}"):
+            self.file.seek(SHARD_HEADER_BYTES + 2 * first)
+            tokens = np.fromfile(self.file, "<u2", count)
+        need(len(tokens) == count, f"{self.path} was cut off after the start: download it again")
+        return tokens
 
 
-def shards_of(folder: str, split: str) -> list[Path]:
-    """The files of a split, "train" or "val", in the order of their names."""
-    return sorted(Path(folder).glob(f"*_{split}_*.bin"))
+def open_shards(folder: str, split: str) -> list[Shard]:
+    """A split's shards, "train" or "val", in the order of their names.
 
-
-def shard_paths(folder: str, split: str) -> list[Path]:
-    """shards_of(), or UserError if there are none, or NAME_0, NAME_1 ... lack one: half a text."""
-    paths = shards_of(folder, split)
+    Raises UserError if there are none, or NAME_0, NAME_1 ... lack one, which is half a text.
+    """
+    paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     need(paths, f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
     series = collections.defaultdict(dict)
     for path in paths:
@@ -695,41 +715,24 @@ def shard_paths(folder: str, split: str) -> list[Path]:
             series[name][int(number)] = path
     for numbers in series.values():
         last = max(numbers)
-        first = min(1, *numbers) if len(numbers) > 1 else last
-        for number in range(first, last):
+        for number in range(min(1, *numbers) if len(numbers) > 1 else last, last):
             gap = f"{numbers[last]} is there, but not number {number}: fetch that, too"
             need(number in numbers, gap)
-    return paths
+    return [Shard(path) for path in paths]
 
 
-def open_shards(folder: str, split: str) -> list[np.ndarray]:
-    """Each shard's tokens, in the order of shard_paths(): see open_shard()."""
-    return [open_shard(path) for path in shard_paths(folder, split)]
+def summarize_shards(shards: list[Shard]) -> dict:
+    """How much there is, and a digest of names and lengths: none of the tokens is read."""
+    lengths = [(shard.path.name, shard.count) for shard in shards]
+    digest = hashlib.sha256(ascii(lengths).encode()).hexdigest()[:16]
+    return {"shards": len(shards), "tokens": sum(x.count for x in shards), "digest": digest}
 
 
-class ShardSummary(NamedTuple):
-    """What the shards of a split come to; shards of other names or lengths have another digest."""
-
-    shards: int
-    tokens: int
-    digest: str  # 16 hexadecimal digits of SHA-256
-
-    def __str__(self) -> str:
-        return f"{self.tokens:,} tokens in {self.shards} shards (names and lengths {self.digest})"
-
-
-def summarize_shards(folder: str, split: str) -> ShardSummary:
-    """Counts a split's tokens by the shards' headers: none of its data is read."""
-    lengths = {path.name: len(open_shard(path)) for path in shard_paths(folder, split)}
-    digest = hashlib.sha256(ascii(list(lengths.items())).encode()).hexdigest()
-    return ShardSummary(len(lengths), sum(lengths.values()), digest[:16])
-
-
-def check_token_range(tokens: np.ndarray, size: int, what: str):
+def check_token_range(tokens: np.ndarray, size: int, split: str):
     """Raises UserError for a token id that a vocabulary of this size lacks."""
     largest = int(tokens.max(initial=0))
-    unknown = f"{what} hold token id {largest}, but VOCAB_SIZE={size}: another tokenizer made them"
-    need(largest < size, unknown)
+    problem = f"hold token id {largest}, but VOCAB_SIZE={size}: another tokenizer made them"
+    need(largest < size, f"the {split} shards {problem}")
 
 
 def batch_windows(lengths: list[int], seq_len: int, seed: int):
@@ -746,8 +749,7 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
         for shard in generator.permutation(len(lengths)):
             length = lengths[shard]
             phase = int(generator.integers(max(1, min(seq_len, length - seq_len))))
-            windows = max(0, (length - 1 - phase) // seq_len)
-            for window in generator.permutation(windows):
+            for window in generator.permutation(max(0, (length - 1 - phase) // seq_len)):
                 yield int(shard), phase + int(window) * seq_len
 
 
@@ -761,7 +763,8 @@ class Batches:
         self.settings = settings
         self.ranks = ranks
         self.shards = open_shards(settings.data_path, "train")
-        lengths = [len(shard) for shard in self.shards]
+        self.summary = summarize_shards(self.shards)
+        lengths = [shard.count for shard in self.shards]
         windows = batch_windows(lengths, settings.train_seq_len, settings.seed)
         self.sequences = settings.train_batch_tokens // settings.train_seq_len
         self.windows = itertools.islice(windows, first * self.sequences, None)
@@ -774,8 +777,8 @@ class Batches:
         windows = list(itertools.islice(self.windows, self.sequences))
         mine = np.array_split(windows, self.ranks.world_size)[self.ranks.rank]
         length = self.settings.train_seq_len + 1
-        rows = np.stack([self.shards[shard][start : start + length] for shard, start in mine])
-        check_token_range(rows, self.settings.vocab_size, "the training shards")
+        rows = np.stack([self.shards[shard].read(start, length) for shard, start in mine])
+        check_token_range(rows, self.settings.vocab_size, "training")
         tokens = torch.from_numpy(rows.astype(np.int64))
         if self.stream is None:
             return tokens, None
@@ -807,7 +810,7 @@ class Tokenizer:
             ids = list(range(model.vocab_size()))
             pieces = model.IdToPiece(ids)
         except (RuntimeError, OSError, UnicodeDecodeError):
-            raise UserError(f"{path} is not a SentencePiece model") from None
+            raise UserError(f"{path} is not a SentencePiece model, or cannot be read") from None
         problem = f"{path} has {len(ids)} tokens, but VOCAB_SIZE={vocab_size}"
         need(len(ids) == vocab_size, f"{problem}: set them to agree")
         special = [model.IsControl(ids), model.IsUnknown(ids), model.IsUnused(ids)]
@@ -847,26 +850,14 @@ class ValidationSet(NamedTuple):
     target_bytes: np.ndarray  # (N,) int64, of text that each target stands for
     shards: int = 1
 
-    def counts(self) -> dict[str, int]:
-        """What a score is a score of."""
-        return {
-            "shards": self.shards,
-            "documents": int((self.tokens == BOS_ID).sum()),
-            "tokens": len(self.tokens),
-            "scored_tokens": len(self.target_bytes),
-            "bytes": int(self.target_bytes.sum()),
-        }
-
 
 def load_validation(settings, tokenizer) -> ValidationSet:
     """All validation shards in one stream; UserError if it is too short or of another tokenizer."""
     shards = open_shards(settings.data_path, "val")
-    tokens = np.concatenate(shards)
-    short = (
-        f"the validation shards hold {len(tokens)} tokens, less than one sequence and its target"
-    )
+    tokens = np.concatenate([shard.read() for shard in shards])
+    short = f"the validation shards hold {len(tokens)} tokens, less than one sequence and a target"
     need(len(tokens) > settings.train_seq_len, short)
-    check_token_range(tokens, settings.vocab_size, "the validation shards")
+    check_token_range(tokens, settings.vocab_size, "validation")
     return ValidationSet(tokens, tokenizer.target_bytes(tokens), len(shards))
 
 
@@ -3084,23 +3075,13 @@ def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Set
 
 # ==================================================================================================
 # 10. Training and main
-# From here on it is a story in time: a log, a clock, checkpoints, the training loop, export, and at
-# the end main(), which tells it all in ten lines.
-
-
-@contextmanager
-def explained_write_errors(what: str):
-    """Turns a failure to write into a UserError that names what could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {what}: {error.strerror}") from None
+# A story in time: a log, a clock, checkpoints, training, export, and main(), which tells it all.
 
 
 def write_whole(path: Path, *parts, before: Path | None = None):
     """Writes a file of bytes-like parts, whole or not at all; an older one is kept as before."""
     temporary = path.with_name(path.name + ".part")
-    with explained_write_errors(str(path)):
+    with explained_errors(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -3127,43 +3108,41 @@ class Log:
     def __init__(self, settings, ranks, name: str):
         self.started = time.perf_counter()
         self.last_progress = 0.0
-        self.quiet = ranks.rank > 0
-        if self.quiet:
-            return
-        folder = Path(settings.log_dir)
-        with explained_write_errors(f"logs in LOG_DIR={folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.text = (folder / f"{name}.txt").open("ab", 0)
-            self.records = (folder / f"{name}.jsonl").open("ab", 0)
-            claim_file(self.text)
-            self.text.write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
+        self.files = []  # of text and of records
+        if ranks.rank == 0:
+            folder = Path(settings.log_dir)
+            with explained_errors(f"write logs in LOG_DIR={folder}"):
+                folder.mkdir(parents=True, exist_ok=True)
+                self.files = [(folder / f"{name}.{end}").open("ab", 0) for end in ("txt", "jsonl")]
+                claim_file(self.files[0])
+                self.files[0].write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
 
-    def __call__(self, text: str, event: str = "", **values):
+    def __call__(self, line: str, event: str = "", **values):
         """Writes a line of text, and for an event a JSON object with these values."""
-        if self.quiet:
+        if not self.files:
             return
         try:
-            print(text, flush=True)
+            print(line, flush=True)
         except OSError:  # the console is only a copy: its reader or its terminal may be gone
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
         record = {"event": event, "seconds": round(time.perf_counter() - self.started, 3)} | values
-        with explained_write_errors("logs"):
-            self.text.write(f"{text}\n".encode(errors="backslashreplace"))
+        text, records = self.files
+        with explained_errors("write logs"):
+            text.write(f"{line}\n".encode(errors="backslashreplace"))
             if event:
-                self.records.write(f"{json.dumps(record)}\n".encode())
+                records.write(f"{json.dumps(record)}\n".encode())
 
-    def progress(self, text: str):
+    def progress(self, line: str):
         """Writes a line unless one was written in the last two seconds."""
         now = time.perf_counter()
         if now - self.last_progress > 2:
             self.last_progress = now
-            self(f"  [{now - self.started:.0f}s] {text}")
+            self(f"  [{now - self.started:.0f}s] {line}")
 
     def close(self):
         """Closes the files, and gives up their name."""
-        if not self.quiet:
-            self.text.close()
-            self.records.close()
+        for file in self.files:
+            file.close()
 
 
 def claim_file(file):
@@ -3172,10 +3151,19 @@ def claim_file(file):
         if Path(file.name).is_file():  # not a device, which many may write to
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        problem = f"{file.name} belongs to a run that has not ended"
-        raise UserError(f"{problem}: wait for it, or choose another RUN_ID") from None
+        remedy = "wait for it, or choose another RUN_ID"
+        raise UserError(f"{file.name} belongs to a run that has not ended: {remedy}") from None
     except OSError:
         pass  # some network file systems have no locks: nothing is claimed there
+
+
+def describe_machine(ranks) -> dict[str, str]:
+    """Versions and hardware, for the log."""
+    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if ranks.gpu else cpu
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"cuda": torch.version.cuda, "triton": triton and triton.__version__}
+    return versions | {"hardware": f"{ranks.world_size} × {device}"}
 
 
 def log_settings(log, settings, given: set[str], ranks):
@@ -3188,15 +3176,6 @@ def log_settings(log, settings, given: set[str], ranks):
     machine = describe_machine(ranks)
     text = "  ".join(f"{key}={shown(value)}" for key, value in (machine | values).items())
     log(text, "settings", machine=machine, settings=values, given=sorted(given))
-
-
-def describe_machine(ranks) -> dict[str, str]:
-    """Versions and hardware, for the log."""
-    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if ranks.gpu else cpu
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"cuda": torch.version.cuda, "triton": triton and triton.__version__}
-    return versions | {"hardware": f"{ranks.world_size} × {device}"}
 
 
 # ---- Clock and signals ---------------------------------------------------------------------------
@@ -3221,8 +3200,7 @@ class TrainingClock:
 
     def seconds(self) -> float:
         """What it shows."""
-        running = 0.0 if self.since is None else time.perf_counter() - self.since
-        return self.counted + running
+        return self.counted + (time.perf_counter() - self.since if self.since else 0.0)
 
 
 # The ways in which a run is told to stop: from a keyboard, by kill, by a terminal that is gone, and
@@ -3231,39 +3209,33 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, si
 AS_ONE_SECONDS = 3.0  # a launcher and a terminal may both send one
 
 
-class StopSignals:
-    """While it is entered, a signal to stop is only noted in `received`, for a loop to look at.
+@contextmanager
+def stop_signals(at_once: bool = False):
+    """Gives a list in which signals to stop are noted meanwhile, for a loop to look at.
 
-    With at_once, it raises KeyboardInterrupt with the signal's name instead, so that files are
-    closed on the way out. What the parent process ignores, as nohup does, stays ignored.
+    With at_once, one raises KeyboardInterrupt with its name instead, so that files are closed on
+    the way out. What the parent process ignores, as nohup does, stays ignored.
     """
+    received = []
+    times = [-math.inf]
 
-    def __init__(self, at_once: bool = False):
-        self.at_once = at_once
-        self.received: list[int] = []
-        self.last = -math.inf
-        self.before = {}
-
-    def __enter__(self):
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self.before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, error, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.received and error is None:  # it came too late for the loop to see
-            signal.raise_signal(self.received[0])
-
-    def _receive(self, number: int, _):
-        now = time.monotonic()
-        repeated = now - self.last < AS_ONE_SECONDS
-        self.last = now
-        if not self.at_once:
-            self.received.append(number)
-        elif not repeated:
+    def receive(number: int, _):
+        received.append(number)
+        times.append(time.monotonic())
+        if at_once and times[-1] - times[-2] >= AS_ONE_SECONDS:
             raise KeyboardInterrupt(signal.Signals(number).name)
+
+    usual = {n: signal.getsignal(n) for n in STOP_SIGNALS}
+    taken = [n for n, handler in usual.items() if handler not in (signal.SIG_IGN, None)]
+    try:
+        for number in taken:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        for number in taken:
+            signal.signal(number, usual[number])
+    if received and not at_once:  # too late for the loop to see
+        signal.raise_signal(received[0])
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -3271,15 +3243,9 @@ class StopSignals:
 CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
 MOST_BYTES = 1 << 31  # of a checkpoint
 COPIED_NUMBERS = 1 << 20  # at once from the GPU: a longer copy would hold up a step's launches
-
-
-class Progress(NamedTuple):
-    """How far training has come: what a checkpoint's header holds beside the settings."""
-
-    steps: int
-    seconds: float  # of the training clock
-    qat_k: float  # the grid's k since late QAT began; 0 before
-    training_data: str  # ShardSummary, on which batches depend; "" if not known
+# What its header holds beside TRAINING_FIELDS. Seconds are the clock's; qat_k is the grid's k since
+# late QAT began; training_data says of which shards batches were made.
+PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data")
 
 
 def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | None:
@@ -3299,46 +3265,31 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
                 raise
             log(f"warning: {error}")
             continue
-        refuse_other_run(path, theirs, ours)
+        names = [name for name in ours if theirs[name] != ours[name]]
         reserve = ours["export_reserve_seconds"]
-        raised = theirs["export_reserve_seconds"] < reserve
+        raised = theirs["export_reserve_seconds"] < reserve  # as a late export asks for
+        free = {*PROGRESS_FIELDS, "export_reserve_seconds" if raised else ""}
+        if theirs["training_data"] and ours["training_data"]:
+            free.remove("training_data")  # both are known
+        differ = [f"{n.upper()}={theirs[n]}, not {ours[n]}" for n in names if n not in free]
+        need(not differ, f"{path} has {'; '.join(differ)}; RESUME=never starts anew")
         late = 0 < ours["max_wallclock_seconds"] < theirs["seconds"] + reserve
-        if path == paths[-1] or not raised or not late:
+        if path == paths[-1] or not (raised and late):
             return path, theirs, numbers
         log(f"{path} leaves too little for EXPORT_RESERVE_SECONDS: the one before")
     return None
 
 
-def refuse_other_run(path: Path, theirs: dict, ours: dict):
-    """Raises UserError if a checkpoint's training, by its header, is not the one wanted here."""
-    names = [name for name in TRAINING_FIELDS if theirs[name] != ours[name]]
-    if theirs["export_reserve_seconds"] < ours["export_reserve_seconds"]:
-        names.remove("export_reserve_seconds")  # raised, as a late export asks for
-    differ = [f"{name.upper()}={theirs[name]}, not {ours[name]}" for name in names]
-    anew = "RESUME=never starts anew"
-    need(not differ, f"{path} has {'; '.join(differ)}; {anew}")
-    before = theirs["training_data"]
-    now = ours["training_data"] or before
-    problem = f"{path} has trained on {before}, but DATA_PATH has {now}"
-    need(before in ("", now), f"{problem}; {anew}")
-
-
-class Checkpoints:
+class Checkpoints(ThreadPoolExecutor):
     """Writes RUN_ID's last two checkpoints in a thread of rank 0, for which leaving it waits."""
 
     def __init__(self, settings, ranks, log):
+        super().__init__(1)
         self.settings = settings
         self.ranks = ranks
         self.log = log
-        self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.begun = time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.thread.shutdown()
 
     def due(self) -> bool:
         """Whether it is time for the next one, and the last one is written."""
@@ -3358,7 +3309,7 @@ class Checkpoints:
         young = now - self.begun < self.settings.checkpoint_every / 2
         self.begun = now
         if self.ranks.rank == 0:
-            self.pending = self.thread.submit(self._write, header, numbers, copied, young)
+            self.pending = self.submit(self._write, header, numbers, copied, young)
 
     def finish(self):
         """Waits, on every rank, until rank 0 has written the last one."""
@@ -3417,20 +3368,14 @@ def training_loss(model, settings, ranks):
     return parallel
 
 
-class StepKind(NamedTuple):
-    """What two steps must have in common to launch the same kernels."""
-
-    order: tuple[int, ...]  # of layers
-    quantized: bool  # gradients at weights on their grids
-
-
 class GraphedSteps:
     """step(kind, tokens, targets, lr_factor, momentum); on one GPU, most as a CUDA graph.
 
-    Launching a step's kernels one by one takes a host longer than small ones take the GPU. Several
-    ranks are not graphed, nor is a CPU. The first two steps of a kind compile what warm_up() has
-    not (all, if WARMUP_STEPS=0; it knows no grids), and allocate what the graph, made in the third,
-    takes for granted. One graph is kept: its memory is its own. A step may not
+    Launching a step's kernels one by one takes a host longer than small ones take the GPU. Steps of
+    a kind launch the same kernels: the order of layers, and whether weights stand on their grids.
+    Several ranks are not graphed, nor is a CPU. The first two of a kind compile what warm_up() has
+    not, and allocate what the graph, made in the third, takes for granted. One graph is kept: its
+    memory is its own. A step may not
 
     - wait for the device, or branch on its values;
     - take Python numbers that change (rates are tensors), nor change shapes;
@@ -3446,12 +3391,12 @@ class GraphedSteps:
 
     def release(self):
         """Gives the graph's memory back."""
-        self.kind: StepKind | None = None  # of the steps that graph replays
+        self.kind = None  # of the steps that graph replays
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []  # where it reads
         self.loss: Tensor | None = None  # and writes
 
-    def __call__(self, kind: StepKind, tokens: Tensor, targets: Tensor, *rates: float) -> Tensor:
+    def __call__(self, kind: tuple, tokens: Tensor, targets: Tensor, *rates: float) -> Tensor:
         """Makes one step; returns its loss, float32 (). The rates become float32 in any case."""
         inputs = [tokens, targets, *torch.tensor(rates).to(self.device, non_blocking=True)]
         self.times_run[kind] += 1
@@ -3459,14 +3404,13 @@ class GraphedSteps:
             self.release()
             return self.step(kind, *inputs)
         if self.kind != kind:
-            self.release()
-            self.record(kind, inputs)
+            self._record(kind, inputs)
         torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
         return self.loss
 
-    def record(self, kind: StepKind, inputs: list[Tensor]):
-        """Makes the graph of a step of this kind, without running it."""
+    def _record(self, kind: tuple, inputs: list[Tensor]):
+        self.release()
         self.kind = kind
         self.inputs = [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
@@ -3516,11 +3460,8 @@ class Trainer:
         layers = [f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order]
         self.log(f"layers: {' '.join(layers)}")
         scan = next((mixer.backend for mixer in mixers if isinstance(mixer, Mamba)), "none")
-        attention = self.model.attention_backend
-        tokens = f"{self.micro_batch:,} tokens at once per rank"
-        self.log(f"scan: {scan}; attention: {attention}; {tokens}")
-
-    # Checkpoints
+        backends = f"scan: {scan}; attention: {self.model.attention_backend}"
+        self.log(f"{backends}; {self.micro_batch:,} tokens at once per rank")
 
     def tensors(self) -> list[Tensor]:
         """What training changes, float32, whatever the number of ranks."""
@@ -3528,9 +3469,9 @@ class Trainer:
 
     def header(self) -> dict:
         """What must agree for a checkpoint to be taken up, and how far it has come."""
+        progress = self.steps_done, self.clock.seconds(), self.qat_k, self.training_data
         kept = {name: getattr(self.settings, name) for name in TRAINING_FIELDS}
-        progress = Progress(self.steps_done, self.clock.seconds(), self.qat_k, self.training_data)
-        return kept | progress._asdict()
+        return kept | dict(zip(PROGRESS_FIELDS, progress, strict=True))
 
     def save(self):
         """Has a checkpoint written of the state between two steps."""
@@ -3556,12 +3497,11 @@ class Trainer:
         alike = self.ranks.from_main(self.steps_done) == self.steps_done
         need(alike, "the ranks must share LOG_DIR")
 
-    # One step
-
-    def step(self, kind: StepKind, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
+    def step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
         """Gradients and an update, lr_factor and momentum being float32 (); returns the loss ()."""
-        with self.weights_of(kind.quantized):
-            loss = self.accumulate_gradients(tokens, targets, kind.order)
+        order, quantized = kind
+        with self.weights_of(quantized):
+            loss = self.accumulate_gradients(tokens, targets, order)
         self.optimizers.step(lr_factor, momentum)
         return loss
 
@@ -3572,18 +3512,17 @@ class Trainer:
         return fake_quantization(self.model, self.limits, self.qat_k)
 
     def accumulate_gradients(self, tokens: Tensor, targets: Tensor, order: tuple) -> Tensor:
-        """Gradients of a batch, by micro-batches; returns this rank's mean loss, ().
+        """Gradients of this rank's batch, (sequences, seq_len) each; returns its mean loss, ().
 
-        tokens and targets (sequences, seq_len) are this rank's. Ranks exchange gradients once, in
-        the backward pass of the last micro-batch.
+        Ranks exchange gradients once, in the backward pass of the last micro-batch.
         """
         parts = [x.split(self.micro_sequences) for x in (tokens, targets)]
-        count = len(parts[0])
+        batches = list(zip(*parts, strict=True))
         total = torch.zeros((), device=self.ranks.device)
-        for number, batch in enumerate(zip(*parts, strict=True), 1):
-            alone = number < count and self.ranks.world_size > 1
+        for number, batch in enumerate(batches, 1):
+            alone = number < len(batches) and self.ranks.world_size > 1
             with self.loss_function.no_sync() if alone else nullcontext():
-                loss = self.loss_function(*batch, order) / count
+                loss = self.loss_function(*batch, order) / len(batches)
                 loss.backward()
             total += loss.detach()
         return total
@@ -3606,33 +3545,41 @@ class Trainer:
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{steps}")
         synchronized_time()
 
-    # The loop
-
     def run(self, batches, validate):
         """Trains until the clock or ITERATIONS ends it; the model is left with averaged weights.
 
         batches.next() gives tokens and targets; validate(recurrent) a Score, each VAL_LOSS_EVERY
         steps. A signal or divergence ends it with a checkpoint and UserError.
         """
-        with StopSignals() as signals:
+        s = self.settings
+        with stop_signals() as received:
             self.clock.start()
             while True:
-                seconds, due, stopped = self.vote(signals)
+                seconds, due, stopped = self.vote(received)
                 if stopped:
                     self.stop(f"stopped by a signal at step {self.steps_done}")
                 if due:
                     self.save()
-                now = schedule_at(self.settings, self.steps_done, seconds)
+                now = schedule_at(s, self.steps_done, seconds)
                 if now.progress >= 1:
                     break
-                kind = self.kind_of(now)
+                if now.quantized and not self.qat_k:  # here, as fit_sdclip() waits for the GPU
+                    self.qat_k = fit_sdclip(self.model, s, self.target_bytes)
+                    self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
+                kind = self.model.order(now.recurrent), now.quantized
                 tokens, targets = batches.next()
                 loss = self.graphed_steps(kind, tokens, targets, now.lr_factor, now.momentum)
                 self.steps_done += 1
                 self.average.update(self.steps_done, self.optimizers.skip, now.snapshot)
                 self.keep_one_ahead()
-                self.report_step(loss, now, validate)
-            self.skipped_steps()  # ends a run that has diverged
+                if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
+                    self.log_step(loss, now)
+                if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
+                    self.clock.pause()
+                    with self.weights_of(now.quantized):
+                        self.log_score(validate(now.recurrent))
+                    self.clock.start()
+            self.count_skipped(self.optimizers.skipped)
             self.in_flight = None
             self.graphed_steps.release()
             if self.checkpoints is not None and self.steps_saved < self.steps_done:
@@ -3640,41 +3587,35 @@ class Trainer:
             self.log(f"average: {self.average.apply()}")
             self.clock.pause()
 
-    def keep_one_ahead(self):
-        """Waits for the step before the one just launched: neither GPU nor host idles.
-
-        With each step its longest streak of skipped ones travels to the host, without a wait.
-        """
-        before = self.in_flight
-        streak = self.optimizers.skipped[2].to("cpu", non_blocking=True)
-        done = torch.cuda.current_stream().record_event() if self.ranks.gpu else None
-        self.in_flight = done, streak
-        if before is not None:
-            done, streak = before
-            if done is not None:
-                done.synchronize()
-            self.end_if_diverged(int(streak))
-
-    def vote(self, signals: StopSignals) -> tuple[float, bool, bool]:
+    def vote(self, received: list[int]) -> tuple[float, bool, bool]:
         """Agreed on by one sum: rank 0's clock, whether a checkpoint is due, whether to stop."""
         main = self.ranks.rank == 0
         due = main and self.checkpoints is not None and self.checkpoints.due()
-        mine = [self.clock.seconds() if main else 0.0, due, len(signals.received)]
+        mine = [self.clock.seconds() if main else 0.0, due, len(received)]
         seconds, due, stopped = self.ranks.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
         return seconds, due > 0, stopped > 0
 
-    def kind_of(self, now: Schedule) -> StepKind:
-        """A step's kind; the first on grids chooses k: here, as fit_sdclip() waits for the GPU."""
-        if now.quantized and not self.qat_k:
-            self.qat_k = fit_sdclip(self.model, self.settings, self.target_bytes)
-            self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
-        return StepKind(self.model.order(now.recurrent), now.quantized)
+    def keep_one_ahead(self):
+        """Waits for the step before the one just launched: neither GPU nor host idles.
 
-    def end_if_diverged(self, longest_streak: int):
-        """Ends a run in which so many steps in a row had gradients that are not finite."""
-        if longest_streak >= SKIPPED_STEPS_THAT_END:
-            what = f"{longest_streak} steps in a row had gradients that are not finite"
-            self.stop(f"{what}: {DIVERGED}")
+        With each step its count of skipped ones travels to the host, without a wait.
+        """
+        before = self.in_flight
+        skipped = self.optimizers.skipped.to("cpu", non_blocking=True, copy=True)
+        done = torch.cuda.current_stream().record_event() if self.ranks.gpu else None
+        self.in_flight = done, skipped
+        if before is not None:
+            done, skipped = before
+            if done is not None:
+                done.synchronize()
+            self.count_skipped(skipped)
+
+    def count_skipped(self, skipped: Tensor) -> int:
+        """How many steps had gradients that are not finite; ends the run at too many in a row."""
+        total, _, longest = skipped.int().tolist()
+        if longest >= SKIPPED_STEPS_THAT_END:
+            self.stop(f"{longest} steps in a row had gradients that are not finite: {DIVERGED}")
+        return total
 
     def stop(self, why: str):
         """Ends the run on all ranks, after a checkpoint."""
@@ -3684,41 +3625,25 @@ class Trainer:
         self.checkpoints.finish()
         raise UserError(f"{why}; RUN_ID={self.settings.run_id} goes on from the last checkpoint")
 
-    # What the log says
-
-    def report_step(self, loss: Tensor, now: Schedule, validate):
-        """Logs a step that TRAIN_LOG_EVERY names, and validates off the clock where asked for."""
-        s = self.settings
-        if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
-            self.log_step(loss, now)
-        if s.val_loss_every and self.steps_done % s.val_loss_every == 0:
-            self.clock.pause()
-            with self.weights_of(now.quantized):
-                self.log_score(validate(now.recurrent))
-            self.clock.start()
-
-    def skipped_steps(self) -> int:
-        """How many steps were skipped so far; too many in a row end the run. Waits for the GPU."""
-        total, _, longest = self.optimizers.skipped.int().tolist()
-        self.end_if_diverged(longest)
-        return total
+    def step_ms(self) -> float:
+        """Milliseconds of the training clock that a step took."""
+        return 1000 * self.clock.seconds() / max(self.steps_done, 1)
 
     def log_step(self, loss: Tensor, now: Schedule):
         """Loss, time and speed, and how long training still takes."""
         mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
-        skipped = self.skipped_steps()
+        skipped = self.count_skipped(self.optimizers.skipped)
         seconds = self.clock.seconds()
-        ms = 1000 * seconds
-        each = ms / self.steps_done
+        each = 1000 * seconds / self.steps_done
         progress = schedule_at(self.settings, self.steps_done, seconds).progress
         left = seconds * (1 - progress) / progress
         rate = round(1000 * self.settings.train_batch_tokens / each)
-        text = f"train_loss:{mean:.4f} train_time:{ms:.0f}ms step_avg:{each:.2f}ms"
+        text = f"train_loss:{mean:.4f} train_time:{1000 * seconds:.0f}ms step_avg:{each:.2f}ms"
         text += f" {progress:.1%} {rate:,} tokens/s {left:.0f}s left"
         text += f" skipped_steps:{skipped}" if skipped else ""
-        values = {"train_loss": mean, "train_ms": ms, "step_avg_ms": each, "skipped_steps": skipped}
+        values = {"train_loss": mean, "train_ms": 1000 * seconds, "step_avg_ms": each}
         values |= {"tokens_per_second": rate, "seconds_left": round(left, 1)}
-        self.log_at_step(text, "train", **values, **now._asdict())
+        self.log_at_step(text, "train", **values, skipped_steps=skipped, **now._asdict())
 
     def log_score(self, score: Score, when: str = ""):
         """A validation score, in the contest's form."""
@@ -3730,50 +3655,46 @@ class Trainer:
         text = f"step:{self.steps_done}/{self.settings.iterations} {text}"
         self.log(text, event, step=self.steps_done, **values)
 
-    def before_export(self):
-        """A hook, of no effect here: an experiment may fold into the model what only trains."""
-
-
-def train(settings, ranks, validation: ValidationSet, log, checkpoints: Checkpoints):
-    """Builds and trains a model: returns the Trainer, and the batches that come next."""
-    data = summarize_shards(settings.data_path, "train")
-    log(f"training data: {data}", "training_data", **data._asdict())
-    model_skeleton(settings)  # refuses a model that could not be loaded again
-    model = build_model(settings, ranks)
-    micro_batch = choose_micro_batch(settings, ranks)
-    target = int(settings.target_mb * 1e6) - code_bytes()
-    trainer = Trainer(
-        model, settings, ranks, micro_batch, target, log, checkpoints, training_data=str(data)
-    )
-    trainer.announce()
-    trainer.resume()
-    batches = Batches(settings, ranks, trainer.steps_done)
-    log("compiling and warming up ...")
-    trainer.warm_up()
-    log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
-    trainer.run(batches, partial(plain_score, model, settings, ranks, validation))
-    return trainer, batches
-
 
 # ---- Export and evaluation -----------------------------------------------------------------------
 
 
 def train_and_export(settings, ranks, validation: ValidationSet, log):
     """From shards to an artifact, scored off the clock before and after quantization."""
+    data = summarize_shards(open_shards(settings.data_path, "train"))
+    summary = "{tokens:,} tokens in {shards} shards (names and lengths {digest})".format(**data)
+    log(f"training data: {summary}", "training_data", **data)
+    model_skeleton(settings)  # refuses a model that could not be loaded again
+    model = build_model(settings, ranks)
+    micro_batch = choose_micro_batch(settings, ranks)
+    target = int(settings.target_mb * 1e6) - code_bytes()
+    score = partial(plain_score, settings, ranks, validation)
     with Checkpoints(settings, ranks, log) as checkpoints:
-        trainer, batches = train(settings, ranks, validation, log, checkpoints)
-        step_ms = mean_step_ms(trainer)  # before export adds to the clock
-        peak = torch.cuda.max_memory_allocated()
-        steps = f"{trainer.steps_done} steps of {step_ms:.2f}ms"
-        log(f"Code size: {code_bytes()} bytes; {steps}; peak GPU memory {peak / 1e9:.1f} GB")
-        before = diagnose(trainer, validation)
+        trainer = Trainer(model, settings, ranks, micro_batch, target, log, checkpoints)
+        trainer.training_data = summary
+        trainer.announce()
+        trainer.resume()
+        batches = Batches(settings, ranks, trainer.steps_done)
+        log("compiling and warming up ...")
+        trainer.warm_up()
+        log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
+        trainer.run(batches, partial(score, model))
+        values = {"steps": trainer.steps_done, "step_avg_ms": trainer.step_ms()}
+        values |= {"peak_bytes": torch.cuda.max_memory_allocated(), "bytes_code": code_bytes()}
+        text = "{bytes_code} bytes; {steps} steps of {step_avg_ms:.2f}ms".format(**values)
+        log(f"Code size: {text}; peak GPU memory {values['peak_bytes'] / 1e9:.1f} GB")
+        with trainer.weights_of(settings.quantizer == "ternary"):  # those that it trained with
+            before = score(model)
+        trainer.log_score(before, " before quantization")
         checkpoints.finish()
-    exported = export(trainer, batches)
-    log_submission(trainer, before, {"step_avg_ms": step_ms, "peak_bytes": peak} | exported)
+    values |= export(trainer, batches)
+    total = code_bytes() + settings.artifact_path.stat().st_size
+    values |= {"val_loss": before.val_loss, "val_bpb": before.val_bpb, "bytes_total": total}
+    log(f"Total submission size int6+lzma: {total} bytes", "trained", **values)
     quantized, _ = load_model(settings.artifact_path, settings, set(), ranks)
-    report(log, "after_quantization", "plain", plain_score(quantized, settings, ranks, validation))
+    report(log, "after_quantization", "plain", score(quantized))
     if settings.quantization_report:
-        quantization_report(trainer, quantized, before, validation)
+        quantization_report(trainer, quantized, before, score)
 
 
 def code_bytes() -> int:
@@ -3781,23 +3702,10 @@ def code_bytes() -> int:
     return Path(__file__).stat().st_size
 
 
-def mean_step_ms(trainer) -> float:
-    """Milliseconds of the training clock that a step took."""
-    return 1000 * trainer.clock.seconds() / max(trainer.steps_done, 1)
-
-
-def plain_score(model, settings, ranks, validation: ValidationSet, recurrent=True) -> Score:
+def plain_score(settings, ranks, validation: ValidationSet, model, recurrent=True) -> Score:
     """The score in plain windows, without test-time training and off every clock."""
     plain = replace(settings, eval_mode="plain", ttt_enabled=False)
     return Evaluator(model, plain, ranks, validation, recurrent).evaluate()
-
-
-def diagnose(trainer, validation: ValidationSet) -> Score:
-    """Scores the trained model before it is quantized; a ternary one with the weights it used."""
-    with trainer.weights_of(trainer.settings.quantizer == "ternary"):
-        score = plain_score(trainer.model, trainer.settings, trainer.ranks, validation)
-    trainer.log_score(score, " before quantization")
-    return score
 
 
 def export(trainer, batches) -> dict:
@@ -3808,7 +3716,7 @@ def export(trainer, batches) -> dict:
     """
     s, ranks, log = trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
-    trainer.before_export()
+    tokenizer = file_sha256(s.tokenizer_path)
     clock.start()
     hessians = calibrate(trainer, batches)
     k = fit_sdclip(trainer.model, s, target)
@@ -3819,7 +3727,6 @@ def export(trainer, batches) -> dict:
         took = clock.seconds() - started
         text = f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s"
         log(f"{text}, of which this took {took:.2f}s", "quantized", k=k, quantize_seconds=took)
-        tokenizer = file_sha256(s.tokenizer_path)
         data = pack_artifact(s, stored, tokenizer) if ranks.rank == 0 else b""
         size = ranks.from_main(len(data))
         log(f"{s.artifact_path}: {size} bytes of at most {target}")
@@ -3858,17 +3765,8 @@ def calibrate(trainer, batches) -> dict[str, Tensor]:
     return hessians
 
 
-def log_submission(trainer, before: Score, measured: dict):
-    """What counts against the contest's limits, as a record of the whole run."""
-    total = code_bytes() + trainer.settings.artifact_path.stat().st_size
-    values = {"steps": trainer.steps_done} | measured
-    values |= {"val_loss": before.val_loss, "val_bpb": before.val_bpb}
-    values |= {"bytes_total": total, "bytes_code": code_bytes()}
-    trainer.log(f"Total submission size int6+lzma: {total} bytes", "trained", **values)
-
-
-def quantization_report(trainer, quantized, before: Score, validation: ValidationSet):
-    """Logs the BPB that each kind of layer loses if it alone is quantized."""
+def quantization_report(trainer, quantized, before: Score, score):
+    """Logs the BPB that each kind of layer loses if it alone is quantized, by score(model)."""
     model = trainer.model
     with trainer.weights_of(trainer.settings.quantizer == "ternary"):
         floats = {name: p.clone() for name, p in model.state_dict().items()}
@@ -3878,8 +3776,7 @@ def quantization_report(trainer, quantized, before: Score, validation: Validatio
         names = {name for name in left if part in name}
         left -= names
         model.load_state_dict(floats | {name: quantized.get_parameter(name) for name in names})
-        score = plain_score(model, trainer.settings, trainer.ranks, validation)
-        lost[kind] = round(score.val_bpb - before.val_bpb, 6)
+        lost[kind] = round(score(model).val_bpb - before.val_bpb, 6)
     trainer.log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
 
 
@@ -3919,9 +3816,9 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
     text = tokenizer.decode(prompt + made[0].tolist())
     took = round(time.perf_counter() - started, 3)
     said = {"prompt": s.sample_prompt, "sample": text, "tokens": s.sample_tokens} | drawn
+    visible = "".join(x if x.isprintable() or x in "\n\t" else ascii(x)[1:-1] for x in text)
     what = f"sample, {s.sample_tokens} tokens in {took:.1f}s behind SAMPLE_PROMPT"
-    visible = [x if x.isprintable() or x in "\n\t" else ascii(x)[1:-1] for x in text]
-    log(f"{what}:\n\n{''.join(visible)}\n", "sample", **said, took_seconds=took)
+    log(f"{what}:\n\n{visible}\n", "sample", **said, took_seconds=took)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -3978,17 +3875,15 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
         need(launch != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
         return f"{launch}-{s.preset}-{s.seed}"
     launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.preset}-{s.seed}"
-    name = launch
-    number = 1
+    number = 0
     while True:
-        path = Path(s.log_dir, f"{log_name(replace(s, run_id=name))}.txt")
-        with explained_write_errors(str(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):  # of a run that began in the same second
-                path.touch(exist_ok=False)
-                return name
         number += 1
-        name = f"{launch}-{number}"
+        name = f"{launch}-{number}" if number > 1 else launch
+        path = Path(s.log_dir, f"{log_name(replace(s, run_id=name))}.txt")
+        with explained_errors(f"write {path}"), suppress(FileExistsError):  # of the same second
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
+            return name
 
 
 def check_outputs(settings):
@@ -4000,7 +3895,7 @@ def check_outputs(settings):
         check(s, "target_mb", s.target_mb * 1e6 > code, f"is less than the script's {code} bytes")
         paths += [s.artifact_path, *s.checkpoint_paths]
     for path in paths:
-        with explained_write_errors(str(path)):
+        with explained_errors(f"write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             need(not path.is_dir(), f"cannot write {path}: it is a folder")
             need(os.access(path.parent, os.W_OK), f"cannot write in the folder of {path}")
@@ -4013,11 +3908,13 @@ def log_name(settings) -> str:
 
 def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet | None:
     """The validation text; None if there is none and an artifact is to go on from a prompt."""
-    unscored = os.path.isdir(settings.data_path) and not shards_of(settings.data_path, "val")
-    if prompt and settings.eval_only and unscored:
+    folder = Path(settings.data_path)
+    if prompt and settings.eval_only and folder.is_dir() and not any(folder.glob("*_val_*.bin")):
         return None
     validation = load_validation(settings, tokenizer)
-    counts = validation.counts()
+    tokens, target_bytes, shards = validation
+    counts = {"shards": shards, "documents": int((tokens == BOS_ID).sum()), "tokens": len(tokens)}
+    counts |= {"scored_tokens": len(target_bytes), "bytes": int(target_bytes.sum())}
     text = "{tokens:,} tokens in {shards} shards, {documents:,} documents; scored are"
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
     log(f"validation text: {text.format(**counts)}", "validation_data", **counts)
@@ -4030,7 +3927,7 @@ def run() -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with StopSignals(at_once=True):
+        with stop_signals(at_once=True):
             if {"--help", "-h"} & set(sys.argv):
                 with suppress(BrokenPipeError):  # of --help | head
                     print(help_text(), flush=True)

@@ -358,7 +358,7 @@ def damaged_checkpoint(originals: Originals, pick: random.Random) -> tuple[str, 
         payload = flip_bits(payload, pick, others)
     else:
         values = json.loads(header)
-        names = t.Progress._fields if what == "progress" else tuple(values)
+        names = t.PROGRESS_FIELDS if what == "progress" else tuple(values)
         kept = {name: value for name, value in values.items() if name not in names}
         values = kept | header_values({name: values[name] for name in names}, pick)
         header = json.dumps(values).encode("utf-8", "surrogatepass")
@@ -400,7 +400,7 @@ def read_shard(case: Case, path: Path, originals: Originals) -> str:
     count, body = int(header[2]), case.data[t.SHARD_HEADER_BYTES :]
     valid = len(case.data) >= t.SHARD_HEADER_BYTES and header[0] == t.SHARD_MAGIC and header[1] == 1
     valid = valid and 0 <= 2 * count <= len(body)
-    tokens = t.open_shard(path)
+    tokens = t.Shard(path).read()
     if not valid:
         return "a shard that is not valid was read"
     expected = np.frombuffer(body[: 2 * count], "<u2")
@@ -519,7 +519,7 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
     if not case.sealed and case.data != originals["checkpoint"]:
         return "a checkpoint with a wrong checksum was read"
     _, header, payload = sealed_parts(case.data)
-    header = former(t.TRAINING_FIELDS, t.Progress._fields) | json.loads(header)
+    header = former(t.TRAINING_FIELDS, t.PROGRESS_FIELDS) | json.loads(header)
     if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {
         n: getattr(settings, n) for n in t.TRAINING_FIELDS
     }:

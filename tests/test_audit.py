@@ -37,7 +37,8 @@ def run(shards, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("run")
     data = folder / "data"
     shutil.copytree(shards, data)
-    write_shard(data / "words_val_000000.bin", t.open_shard(shards / "words_val_000000.bin")[:250])
+    tokens = t.Shard(shards / "words_val_000000.bin").read(count=250)
+    write_shard(data / "words_val_000000.bin", tokens)
     environment = tiny_environment(
         data_path=data,
         tokenizer_path=data / "tokenizer.model",

@@ -244,7 +244,7 @@ def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
             with t.Checkpoints(settings, ranks, log) as trainer.checkpoints:
                 trainer.save()
                 trainer.checkpoints.finish()
-            assert trainer.skipped_steps() == int(trainer.steps_done > 3)
+            assert trainer.count_skipped(trainer.optimizers.skipped) == int(trainer.steps_done > 3)
             return [x.detach().clone() for x in trainer.tensors()]
 
         return work
@@ -291,7 +291,7 @@ def test_a_signal_stops_a_run_with_a_checkpoint(
 PHASES = {  # what is running, and which step the same command goes on from
     "warm_up": (t.Trainer, None),
     "step": (t.Trainer, "1"),
-    "diagnose": (t, "12"),
+    "plain_score": (t, "12"),
     "quantize_model": (t, "12"),
     "write_whole": (t, "12"),
     "load_model": (t, "12"),
@@ -356,13 +356,13 @@ def test_warm_up_changes_nothing(variant):
 
 def test_a_signal_that_the_parent_ignores_stays_ignored(monkeypatch, shards, tmp_path):
     """As nohup does with SIGHUP, and a shell with SIGINT for a command in the background."""
-    score = t.diagnose
+    score = t.plain_score
 
     def signalled(*arguments):
         signal.raise_signal(signal.SIGHUP)
         return score(*arguments)
 
-    monkeypatch.setattr(t, "diagnose", signalled)
+    monkeypatch.setattr(t, "plain_score", signalled)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert run_here(monkeypatch, quick_environment(shards, tmp_path)) == 0
@@ -375,9 +375,9 @@ def test_a_signal_that_comes_too_late_for_the_loop_reaches_the_handler_before():
     received = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
     try:
-        with t.StopSignals() as signals:
+        with t.stop_signals() as noted:
             signal.raise_signal(signal.SIGUSR1)
-            assert (signals.received, received) == ([signal.SIGUSR1], [])
+            assert (noted, received) == ([signal.SIGUSR1], [])
         assert received == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -596,7 +596,6 @@ def export_to(
         micro_sequences=2,
         clock=t.TrainingClock(),
         target_bytes=target,
-        before_export=lambda: None,
     )
     tokens = random_tokens(4 // ranks.world_size, 32, seed=ranks.rank)
     values = t.export(trainer, types.SimpleNamespace(next=lambda: (tokens, tokens)))

@@ -67,7 +67,7 @@ def test_every_setting_that_an_older_file_lacks_has_a_former_default(commit):
     """And none that is written in every file, which a default would never reach."""
     names = {
         "artifact": set(t.artifact_header(tiny())),
-        "checkpoint": {*t.TRAINING_FIELDS, *t.Progress._fields},
+        "checkpoint": {*t.TRAINING_FIELDS, *t.PROGRESS_FIELDS},
     }
     for what, ours in names.items():
         theirs = set(header_of(FOLDER / f"{commit}.{what}"))

@@ -92,14 +92,14 @@ MISDEEDS = {
 def test_a_reader_that_misbehaves_is_found(originals, monkeypatch, name):
     """Only with damaged files; workers inherit the reader, and go on with the next case."""
     misbehave, said = MISDEEDS[name]
-    open_shard = t.open_shard
+    shard = t.Shard
 
     def reader(path):
         if path.read_bytes() != originals["shard"]:
             misbehave()
-        return open_shard(path)
+        return shard(path)
 
-    monkeypatch.setattr(t, "open_shard", reader)
+    monkeypatch.setattr(t, "Shard", reader)
     outcomes = fuzz.fuzz(
         originals, 2, kinds=("shard",), jobs=1, seconds=1 if name == "a hang" else 30
     )
@@ -117,10 +117,10 @@ def find(originals: fuzz.Originals, patch: pytest.MonkeyPatch, case: fuzz.Case) 
 
 def test_a_reader_that_reads_wrong_or_too_much_is_found(originals, monkeypatch):
     """Other tokens; weights that differ in the last bit; a checksum that nobody looks at."""
-    open_shard, load_model, sha256 = t.open_shard, t.load_model, t.hashlib.sha256
+    read, load_model, sha256 = t.Shard.read, t.load_model, t.hashlib.sha256
     with monkeypatch.context() as patch:
         assert find(originals, patch, fuzz.Case("shard", "", originals["shard"])) == ""
-        patch.setattr(t, "open_shard", lambda path: np.append(open_shard(path)[:-1], 5))
+        patch.setattr(t.Shard, "read", lambda shard: np.append(read(shard)[:-1], 5))
         assert (
             find(originals, patch, fuzz.Case("shard", "", originals["shard"]))
             == "other tokens were read"

@@ -211,7 +211,7 @@ def explore(
     validation = t.load_validation(settings, tokenizer)
 
     def bpb(model) -> float:
-        return round(t.plain_score(model, settings, ranks, validation).val_bpb, 5)
+        return round(t.plain_score(settings, ranks, validation, model).val_bpb, 5)
 
     model = t.build_model(settings, ranks)
     averages = functools.partial(Averages, parts=parts, every=every) if parts else t.WeightAverage
@@ -230,7 +230,7 @@ def explore(
     line = {
         "name": name,
         "steps": trainer.steps_done,
-        "step_ms": round(t.mean_step_ms(trainer), 3),
+        "step_ms": round(trainer.step_ms(), 3),
         "last_loss": round(log.last_loss(), 4),
         "bpb": {},
     }

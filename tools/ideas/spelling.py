@@ -91,9 +91,13 @@ def install(script) -> None:
             parametrize.register_parametrization(model.embedding, "weight", shared)
             super().__init__(model, settings, *others, **options)
 
-        def before_export(self):
-            """Puts the sum of both parts in the embedding's place."""
-            parametrize.remove_parametrizations(self.model.embedding, "weight")
+    usual_export = script.export
+
+    def export(trainer, batches) -> dict:
+        """The same, once the sum of both parts is in the embedding's place."""
+        parametrize.remove_parametrizations(trainer.model.embedding, "weight")
+        return usual_export(trainer, batches)
 
     script.parameter_kind = parameter_kind
+    script.export = export
     script.Trainer = Trainer
