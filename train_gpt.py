@@ -3265,13 +3265,14 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
                 raise
             log(f"warning: {error}")
             continue
-        names = [name for name in ours if theirs[name] != ours[name]]
         reserve = ours["export_reserve_seconds"]
         raised = theirs["export_reserve_seconds"] < reserve  # as a late export asks for
-        free = {*PROGRESS_FIELDS, "export_reserve_seconds" if raised else ""}
-        if theirs["training_data"] and ours["training_data"]:
-            free.remove("training_data")  # both are known
-        differ = [f"{n.upper()}={theirs[n]}, not {ours[n]}" for n in names if n not in free]
+        names = {name for name in TRAINING_FIELDS if theirs[name] != ours[name]}
+        names -= {"export_reserve_seconds"} if raised else set()
+        differ = [f"{name.upper()}={theirs[name]}, not {ours[name]}" for name in sorted(names)]
+        before, now = theirs["training_data"], ours["training_data"]
+        if before and now and before != now:
+            differ.append(f"trained on {before}, but DATA_PATH has {now}")
         need(not differ, f"{path} has {'; '.join(differ)}; RESUME=never starts anew")
         late = 0 < ours["max_wallclock_seconds"] < theirs["seconds"] + reserve
         if path == paths[-1] or not (raised and late):
@@ -3601,7 +3602,7 @@ class Trainer:
         With each step its count of skipped ones travels to the host, without a wait.
         """
         before = self.in_flight
-        skipped = self.optimizers.skipped.to("cpu", non_blocking=True, copy=True)
+        skipped = self.optimizers.skipped.to("cpu", non_blocking=True)
         done = torch.cuda.current_stream().record_event() if self.ranks.gpu else None
         self.in_flight = done, skipped
         if before is not None:

@@ -692,7 +692,7 @@ def test_a_model_that_could_not_be_loaded_again_is_refused_before_it_is_trained(
     """Of more numbers than the loader takes: before there is memory for any."""
     settings = tiny(bigram_vocab_size=1 << 20, bigram_dim=100, data_path=str(shards))
     with bounded(more_memory=64 << 20), pytest.raises(t.UserError, match="has at most 67,108,864"):
-        t.train(settings, SOLO, None, Quiet(), None)
+        t.train_and_export(settings, SOLO, None, Quiet())
 
 
 @each_quantizer

@@ -614,7 +614,7 @@ def test_what_could_not_be_written_in_the_end_is_told_before_training(
     (tmp_path / "file").touch()
     shutil.copy(trained.artifact, tmp_path)
     changes = {name: str(v).replace("FOLDER", str(tmp_path)) for name, v in changes.items()}
-    monkeypatch.setattr(t, "train", None)
+    monkeypatch.setattr(t, "train_and_export", None)
     line = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
     assert said.replace("FOLDER", str(tmp_path)) in line
 
