@@ -371,7 +371,9 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     """
     require_file(path)
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        # As bytes: SentencePiece opens no file whose name is not UTF-8.
+        tokenizer = sentencepiece.SentencePieceProcessor()
+        tokenizer.load_from_serialized_proto(path.read_bytes())
     except RuntimeError:
         raise PrepareError(f"{path}: not a SentencePiece model; give a .model file") from None
     if tokenizer.bos_id() != BOS_ID:
@@ -638,33 +640,39 @@ def refuse_other_dataset(out: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def work_folder(out: Path) -> Iterator[Path]:
-    """A folder in `out` for files in progress, so that finished ones are moved, not copied.
+def locked(folder: Path) -> Iterator[bool]:
+    """Make a folder, and let no other prepare.py write to it; PrepareError if one does.
 
-    It is gone afterwards; what a killed run left there is removed. PrepareError if another process
-    is writing to `out`.
+    Yields False where the file system cannot lock folders.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        if lock(handle, out):
-            for abandoned in out.glob(".unfinished-*"):
-                shutil.rmtree(abandoned, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as temporary:
-            yield Path(temporary)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_locked = True
+    except BlockingIOError:
+        os.close(handle)
+        raise PrepareError(f"another process is writing to {folder}; wait for it to end") from None
+    except OSError:
+        is_locked = False
+    try:
+        yield is_locked
     finally:
         os.close(handle)
 
 
-def lock(handle: int, out: Path) -> bool:
-    """Lock an open folder for this process; False where the file system cannot lock folders."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PrepareError(f"another process is writing to {out}; wait for it to end") from None
-    except OSError:
-        return False
-    return True
+@contextlib.contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """A folder in `out` for files in progress, so that finished ones are moved, not copied.
+
+    It is gone afterwards; what a killed run left there is removed.
+    """
+    with locked(out) as is_locked:
+        if is_locked:
+            for abandoned in out.glob(".unfinished-*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as temporary:
+            yield Path(temporary)
 
 
 def publish(work: Path, out: Path, name: str) -> None:
@@ -691,6 +699,9 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise PrepareError for a name or a number that cannot be."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
         raise PrepareError(f"--name {args.name!r}: use only letters, digits, '.', '_' and '-'")
+    for split in ("train", "val"):
+        if f"_{split}_" in f"{args.name}_":  # such as x_train: x_train_val_000000.bin
+            raise PrepareError(f"--name {args.name!r}: its validation shards would be training's")
     limits = {"vocab_size": MAX_VOCAB_SIZE, "shard_tokens": MAX_SHARD_TOKENS, "workers": 1024}
     for option, most in limits.items():
         value = getattr(args, option)
@@ -708,7 +719,7 @@ def new_tokenizer(documents: Iterable[Document], vocab_size: int) -> bytes:
         )
     characters = sum(map(len, texts)) / 1e6
     size = f"{vocab_size} pieces on {characters:.1f} M characters"
-    print(f"training a tokenizer of {size}", flush=True)
+    say(f"training a tokenizer of {size}")
     return call_in_process(train_tokenizer, texts, vocab_size)
 
 
@@ -1036,9 +1047,18 @@ def run_manifest(args: argparse.Namespace) -> None:
 # ---- What is said at the end ---------------------------------------------------------------------
 
 
+def say(message: str) -> None:
+    """Print a line at once. Where nobody reads it any more, the work goes on."""
+    try:
+        print(message, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115 (until the process ends)
+
+
 def warn(message: str) -> None:
-    """Print one line of warning."""
-    print(f"prepare.py: warning: {message}", file=sys.stderr)
+    """Print one line of warning; see say()."""
+    with contextlib.suppress(OSError):
+        print(f"prepare.py: warning: {message}", file=sys.stderr)
 
 
 def report(manifest: dict[str, Any]) -> None:
@@ -1049,7 +1069,7 @@ def report(manifest: dict[str, Any]) -> None:
         text = f"{found['documents']:,} documents, {size:,} bytes of text"
         ratio = size / max(1, found["tokens"])
         tokens = f"{found['tokens']:,} tokens ({ratio:.2f} bytes each)"
-        print(f"{name}: {text}, {tokens}, shards: {found['shards']}")
+        say(f"{name}: {text}, {tokens}, shards: {found['shards']}")
     found = manifest["splits"]["val"]
     if found["unknown"]:
         warn(
@@ -1064,7 +1084,7 @@ def report(manifest: dict[str, Any]) -> None:
         )
     overlap = manifest["overlap"]
     of = f"{overlap['documents']:,} of {found['documents']:,} validation documents"
-    print(f"overlap: {of} ({overlap['tokens']:,} tokens) are training documents, too")
+    say(f"overlap: {of} ({overlap['tokens']:,} tokens) are training documents, too")
 
 
 def count_gpus() -> int:
@@ -1112,8 +1132,8 @@ def print_command(data: Path, tokenizer: Path, manifest: dict[str, Any]) -> None
         script = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} {script}"
     paths = f"DATA_PATH={shlex.quote(str(data))} TOKENIZER_PATH={shlex.quote(str(tokenizer))}"
     sizes = f"VOCAB_SIZE={manifest['tokenizer']['pieces']} PRESET={preset}"
-    print(f"train and score {place} by:")
-    print(f"{paths} {sizes} {python_command()} {script}")
+    say(f"train and score {place} by:")
+    say(f"{paths} {sizes} {python_command()} {script}")
 
 
 # ---- Sample: the prose inside the Python installation --------------------------------------------
@@ -1385,10 +1405,10 @@ def download_missing(
     """
     missing = [entry for entry in entries if not is_good(target[entry.path], entry)]
     wanted = [entry for entry in missing if not is_good(staging / entry.path, entry)]
-    print(f"{len(entries) - len(wanted)} of {len(entries)} files are already there and good")
+    say(f"{len(entries) - len(wanted)} of {len(entries)} files are already there and good")
     for number, entry in enumerate(wanted, 1):
         size = f"{entry.size / 1e6:.1f} MB"
-        print(f"file {number} of {len(wanted)}: {Path(entry.path).name}, {size}", flush=True)
+        say(f"file {number} of {len(wanted)}: {Path(entry.path).name}, {size}")
         download(hub, repository, entry, staging)
     with stop_signals.hold():
         for entry in missing:
@@ -1415,9 +1435,9 @@ def run_fineweb(args: argparse.Namespace) -> None:
     entries = [listing[name] for name in [model, *train_names, *val_names]]
     # The repository's folder `datasets/` has the layout that the contest uses under `data/`.
     target = {entry.path: args.out / entry.path.removeprefix("datasets/") for entry in entries}
-    args.out.mkdir(parents=True, exist_ok=True)
     staging = args.out / f".download-{args.variant}"
-    download_missing(huggingface_hub, repository, entries, staging, target)
+    with locked(staging):
+        download_missing(huggingface_hub, repository, entries, staging, target)
 
     tokenizer = target[listing[model].path]
     args.source = {"repository": repository, "dataset": dataset}

@@ -349,6 +349,8 @@ BAD_INPUTS = {
     "workers": ("text", b"a", ["--workers", "0"], "--workers 0 is not between"),
     "fraction": ("text", b"a", ["--val-fraction", "1"], "--val-fraction 1.0 is not between"),
     "name": ("text", b"a", ["--name", "a/b"], "--name 'a/b'"),
+    "train": ("text", b"a", ["--name", "my_train"], "its validation shards would be training's"),
+    "val": ("text", b"a", ["--name", "my_val_1"], "its validation shards would be training's"),
     "parquet": ("parquet", b"not parquet at all", [], "cannot be read as Parquet"),
 }
 
@@ -490,6 +492,22 @@ def test_a_console_without_a_paths_signs_ends_nothing(monkeypatch):
     monkeypatch.setattr(prepare, "run_sample", lambda args: print(args.out, flush=True))
     assert run("sample", "--out", "a×b") == 0
     assert console.buffer.getvalue() == b"a?b\n"
+
+
+def test_nobody_needs_to_read_what_is_said(tmp_path, model):
+    """The folders' names are no UTF-8, and the pipe is closed before anything is written to it."""
+    folder = os.fsencode(tmp_path) + b"/d\xe4t"
+    source, out = write_text(tmp_path / "in.txt", make_documents(60)), folder + b"/out"
+    os.mkdir(folder)
+    shutil.copy(model, os.fsdecode(folder))
+    command = [sys.executable, SCRIPT, "text", source, "--separator", "nul", "--name", "n"]
+    command += ["--out", out, "--tokenizer", folder + b"/small.model"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    assert len(os.listdir(out)) == 3
 
 
 def test_command_line_exit_status_without_traceback(tmp_path):
@@ -866,15 +884,15 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path, long_text, ca
     ]
 
 
-def test_a_signal_that_the_parent_ignores_is_ignored(tmp_path, model):
+def test_a_signal_that_the_parent_ignores_is_ignored(tmp_path, long_text):
     """As nohup does it; and in a tokenizer's training, a signal is obeyed at once."""
-    source, out = write_text(tmp_path / "in.txt", make_documents(2000)), tmp_path / "out"
-    options = ("--separator", "nul", "--out", out, "--name", "n", "--vocab-size", 3000)
+    out = tmp_path / "out"
+    options = ("--separator", "nul", "--out", out, "--name", "n", "--vocab-size", 600)
 
     def ignore_hangups():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    with started("text", source, *options, preexec_fn=ignore_hangups) as (process, workers):
+    with started("text", long_text, *options, preexec_fn=ignore_hangups) as (process, workers):
         process.send_signal(signal.SIGHUP)
         time.sleep(0.1)
         assert process.poll() is None
