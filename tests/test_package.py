@@ -3,6 +3,7 @@ baseline.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ import pytest
 from scipy import stats
 
 import train_gpt as t
-from tools import known, package, significance
+from tools import evidence, known, package, significance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -873,6 +874,224 @@ def test_a_wrong_command_line_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     assert package.main(arguments) == 2
     assert capsys.readouterr().err == f"package.py: error: {line}\n"
+
+
+# ============
+# What reviewers ask for
+
+
+def rows(out: Path) -> dict[str, str]:
+    """The README's table of what was checked: the answer to each question."""
+    table = packed(out)[1].split("## What was checked\n")[1].split("\n## ")[0]
+    cells = [line.strip("| ").split(" | ") for line in table.split("\n") if line.startswith("|")]
+    return {question: answer for question, answer, _ in cells[2:]}
+
+
+def reasons(out: Path) -> list[str]:
+    text = packed(out)[1]
+    return [] if "**Non-record**" not in text else re.findall(r"^- (.*)$", text, re.MULTILINE)
+
+
+def test_every_question_of_a_reviewer_has_an_answer(tmp_path):
+    assert pack(tmp_path / "out", *write_runs(tmp_path / "logs", artifact=True)) == 0
+    assert reasons(tmp_path / "out") == []
+    answers = rows(tmp_path / "out")
+    assert list(answers) == [
+        "16,000,000 bytes",
+        "clocks and figures",
+        "one run, whole",
+        "whole validation set",
+        "no validation document in the training shards",
+        "provenance of the data",
+        "tokenizer",
+        "features of earlier tokens end at BOS",
+        "warm-up changes nothing",
+        "calibration",
+        "machine",
+        "seeds run",
+        "significance",
+        "settings of the evaluation",
+        "readable source",
+    ]
+    text = "50,000 documents, 40,540,803 tokens, of which 40,540,802 are scored, 151,080,891 bytes"
+    assert answers["whole validation set"].startswith(f"{text}: FineWeb's validation text, sp8192")
+    assert answers["tokenizer"] == "the contest's, sp8192"
+    assert answers["one run, whole"] == "every run was trained in one start"
+    assert "80 training shards with 8,000,000,000 tokens" in answers["provenance of the data"]
+    assert answers["calibration"] == "not in this log"
+    assert answers["significance"] == "no baseline was given"
+
+
+def test_a_log_that_does_not_say_it_is_no_record(tmp_path):
+    """As older scripts' logs, and the text of one whose lines were deleted."""
+    (log,) = write_runs(tmp_path / "logs", [3.0], artifact=True)
+    records = log.with_suffix(".jsonl")
+    lines = [line for line in records.read_text().split("\n") if "ation_data" not in line]
+    records.write_text("\n".join(line for line in lines if "training_data" not in line))
+    edit(log, f"Total submission size int6+lzma: {15_900_000} bytes\n", "")
+    assert pack(tmp_path / "out", log) == 0
+    assert rows(tmp_path / "out")["whole validation set"] == "not in this log"
+    assert reasons(tmp_path / "out") == [
+        "1 seed, not three or more",
+        "the text logs do not say: size",
+        "the log does not say how much text was scored",
+    ]
+
+
+def test_calibrations_source_and_seconds_are_told(tmp_path):
+    (log,) = write_runs(tmp_path / "logs", [3.0])
+    records = log.with_suffix(".jsonl")
+    record = {"event": "calibration", "seconds": 655.0, "source": "train", "tokens": 131_072}
+    record |= {"text_seconds": 0.5, "hessian_seconds": 1.25}
+    edit(records, '{"event": "trained"', json.dumps(record) + '\n{"event": "trained"')
+    assert pack(tmp_path / "out", log) == 0
+    told = "131,072 tokens of training text, 0.50 s; Hessians 1.25 s; all within the training clock"
+    assert rows(tmp_path / "out")["calibration"] == told
+    edit(records, '"source": "train"', '"source": "validation"')
+    assert pack(tmp_path / "out", log, "--force") == 0
+    assert "calibration was on validation" in reasons(tmp_path / "out")
+
+
+def test_a_seed_that_is_left_out_is_told_and_no_record(tmp_path):
+    logs = write_runs(tmp_path / "logs", artifact=True)
+    other = write_run(tmp_path / "logs", "other", 3.2, seed=99)
+    write_run(tmp_path / "logs", "different", 3.2, seed=98, matrix_lr=0.03)
+    write_run(tmp_path / "logs", "unfinished", 3.2, seed=97, stopped=300.0)
+    assert pack(tmp_path / "out", *logs) == 0
+    told = f"packaged: 11, 22, 33; left out: 99 (val_bpb {bpb(3.2):.5f}, other.jsonl); "
+    told += "left out: 97 (without a score, unfinished.jsonl)"
+    assert rows(tmp_path / "out")["seeds run"] == told
+    left_out = f"SEED=99 was run too and is left out ({other.with_suffix('.jsonl')})"
+    assert reasons(tmp_path / "out") == [left_out]
+
+
+def test_a_resumed_run_is_named_with_all_its_starts_and_what_they_trained(tmp_path):
+    """Killed after 300 s, and taken up again from 290 s on."""
+    logs = write_runs(tmp_path / "logs", [3.0, 3.01], artifact=True)
+    write_run(tmp_path / "logs", "third", 3.02, seed=33, stopped=291.0)
+    third = write_run(
+        tmp_path / "logs", "third", 3.02, seed=33, resumed=(2457, 290.0), artifact=True
+    )
+    assert pack(tmp_path / "out", *logs, third) == 0
+    told = "seed 33: RESUMED from step 2457 at 290.0 s; the log holds 1 starts before; "
+    assert rows(tmp_path / "out")["one run, whole"].startswith(told + "2 starts trained 5")
+    assert reasons(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("first", "checkpoint", "reason"),
+    [
+        (None, (2457, 290.0), "was resumed: it was resumed at step 2457 and 290.0 s, and the log"),
+        (
+            None,
+            (0, 0.0),
+            "was resumed: it was resumed at step 0 and 0.0 s, and the log has no start",
+        ),
+        (300.0, (0, 0.0), "was resumed: it was resumed at step 0 and 0.0 s, to which no start"),
+        (300.0, (2457, 0.0), "was resumed: it was resumed at step 2457 and 0.0 s; by then 28"),
+        (300.0, (1000, 118.0), "trained 776.1 s together"),
+    ],
+)
+def test_a_resumed_run_whose_starts_do_not_account_for_it_is_no_record(
+    tmp_path, first, checkpoint, reason
+):
+    """No log of the start before; checkpoints with the clock or the steps set back; and time that
+    was trained twice.
+    """
+    options = {"seed": 33, "artifact": True}
+    if first:
+        write_run(tmp_path / "logs", "a", seed=33, stopped=first)
+    step, clock = checkpoint
+    if (step, clock) == (2457, 0.0):  # what such a run would log: 2,543 steps in all of the time
+        options["trained"] = {"step_avg_ms": 118.0}
+    log = write_run(tmp_path / "logs", "a", resumed=checkpoint, **options)
+    assert pack(tmp_path / "out", log) == 0
+    assert any(reason in told for told in reasons(tmp_path / "out")), reasons(tmp_path / "out")
+    assert "RESUMED" in rows(tmp_path / "out")["one run, whole"]
+
+
+def test_the_start_before_may_have_another_name(tmp_path):
+    part = write_run(tmp_path / "logs", "before", seed=33, stopped=291.0)
+    log = write_run(tmp_path / "logs", "a", seed=33, resumed=(2457, 290.0), artifact=True)
+    assert pack(tmp_path / "out", log, "--parts", part) == 0
+    assert reasons(tmp_path / "out") == ["1 seed, not three or more"]
+    assert (tmp_path / "out" / "part1.txt").read_bytes() == part.read_bytes()
+
+
+def test_a_tokenizer_of_ones_own_is_counted_and_lies_in_the_folder(tmp_path, capsys):
+    file = tmp_path / "own.model"
+    file.write_bytes(b"o" * 99_000)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    (log,) = write_runs(tmp_path / "logs", [3.0], text={"tokens": 40_540_805})
+    size = 15_900_000 - (package.ROOT / "train_gpt.py").stat().st_size
+    s = t.Settings(run_id="run1", log_dir=str(log.parent))
+    write_artifact(s.artifact_path, s, size, digest)
+    capsys.readouterr()
+
+    assert pack(tmp_path / "out", log) == 0
+    assert any("give --tokenizer" in reason for reason in reasons(tmp_path / "out"))
+    assert pack(tmp_path / "out", log, "--force", "--tokenizer", file) == 0
+    assert reasons(tmp_path / "out") == ["1 seed, not three or more"]
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == file.read_bytes()
+    told = "one of its own, SHA-256 " + digest + "; with its 99,000 bytes 15,999,000 in all"
+    assert rows(tmp_path / "out")["tokenizer"].startswith(told)
+    capsys.readouterr()
+
+    other = tmp_path / "other.model"
+    other.write_bytes(b"o" * 98_000)
+    line = refusal(tmp_path / "next", capsys, log, "--tokenizer", other)
+    assert line == f"{other} is not the tokenizer of these runs: its SHA-256 is another"
+    digest = hashlib.sha256(b"o" * 101_000).hexdigest()
+    file.write_bytes(b"o" * 101_000)
+    write_artifact(s.artifact_path, s, size, digest)
+    line = refusal(tmp_path / "next", capsys, log, "--tokenizer", file)
+    assert line == "code, artifact and tokenizer take 16,001,000 bytes, over the cap of 16,000,000"
+
+
+@pytest.mark.parametrize(
+    "line", ["exec(code)", 'CODE = "' + "A" * 2000 + '"', "__import__('os')"], ids=len
+)
+def test_packed_code_is_no_record(tmp_path, project, line):
+    script = project / "train_gpt.py"
+    script.write_text(script.read_text() + line + "\n")
+    assert pack(tmp_path / "out", *write_runs(tmp_path / "logs", artifact=True)) == 0
+    (reason,) = reasons(tmp_path / "out")
+    number = script.read_text().count("\n")
+    assert reason.startswith(f"line {number} of the script runs or holds packed code")
+
+
+def test_nothing_in_our_own_script_is_packed():
+    row = evidence.source_row((ROOT / "train_gpt.py").read_text())
+    assert row.reasons == ()
+
+
+def test_an_entry_lies_where_the_contest_wants_it_and_has_what_its_validator_reads(
+    tmp_path, monkeypatch
+):
+    logs = write_runs(tmp_path / "logs", artifact=True)
+    monkeypatch.chdir(tmp_path)
+    names = ["--author", "A", "--name", "Mamba-3: a hybrid!"]
+    assert package.main([*map(str, logs), *names]) == 0
+    assert package.main([str(logs[0]), *names]) == 0
+    for track in ("track_10min_16mb", "track_non_record_16mb"):
+        (folder,) = (tmp_path / "records" / track).iterdir()
+        entry, _ = packed(folder)
+        assert folder.name == f"{entry['date']}_Mamba-3_a_hybrid"
+        assert isinstance(entry["val_bpb"], float)
+        compile((folder / "train_gpt.py").read_text(), "train_gpt.py", "exec")
+        assert any(folder.glob("train_seed*.txt"))
+
+
+def test_evaluation_settings_that_differ_are_listed(tmp_path):
+    ours = write_runs(tmp_path / "ours", eval_stride=256, matrix_lr=0.03)
+    theirs = write_runs(tmp_path / "theirs", [3.1, 3.2], eval_stride=512, ttt_epochs=1)
+    assert pack(tmp_path / "out", *ours, "--baseline", *theirs) == 0
+    answers = rows(tmp_path / "out")
+    assert answers["settings of the evaluation"] == "EVAL_STRIDE=256; the same in all runs"
+    differing = (
+        "Evaluated differently: EVAL_STRIDE 512 there, 256 here, TTT_EPOCHS 1 there, 2 here."
+    )
+    assert answers["significance"].endswith(differing)
 
 
 # ============
