@@ -298,11 +298,11 @@ def test_sensitive_matrices_get_finer_grids_and_the_bytes_stay():
 def test_an_idea_of_grids_changes_what_is_exported(explore_here):
     idea = str(IDEAS / "sensitivity.py")
     _, (usual,), _ = explore_here("it: SDCLIP_K=8", "--export")
-    kept = t.calibrate, t.k_of
+    kept = t.calibrate, t.grids
     try:
         status, (changed,), said = explore_here("it: SDCLIP_K=8", "--export", "--idea", idea)
     finally:
-        t.calibrate, t.k_of = kept
+        t.calibrate, t.grids = kept
     assert status == 0
     assert "it: sensitivity: " in said
     assert changed["bpb"] == usual["bpb"]

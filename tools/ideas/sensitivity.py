@@ -58,7 +58,7 @@ def factors(model, squares: dict[str, float]) -> dict[str, float]:
 def install(script) -> None:
     """Changes train_gpt.py's grids, from its calibration on."""
     usual_calibrate = script.calibrate
-    usual_k = script.k_of
+    usual_grids = script.grids
     found: dict[str, float] = {}
 
     def calibrate(trainer, batches):
@@ -70,8 +70,9 @@ def install(script) -> None:
         trainer.log("sensitivity: " + ", ".join(f"{n} {f:.2f}" for n, f in found.items()))
         return hessians
 
-    def k_of(name: str, settings, k: float) -> float:
-        return usual_k(name, settings, k) * found.get(name, 1.0)
+    def grids(model, settings, matrices: dict, k: float):
+        for name, limits in matrices.items():
+            yield from usual_grids(model, settings, {name: limits}, k * found.get(name, 1.0))
 
     script.calibrate = calibrate
-    script.k_of = k_of
+    script.grids = grids
