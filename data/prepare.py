@@ -873,15 +873,16 @@ def make_manifest(
     """Read all shards of a folder once and return what they hold, but for the tokenizer's file.
 
     `text_bytes` has the size of the text that was read, by split, as far as it is known. Reads some
-    80 million tokens a second on one core.
-    PrepareError for a damaged or missing shard, or one that another tokenizer made.
+    80 million tokens a second on one core. PrepareError for a damaged or missing shard, or one that
+    another tokenizer made.
     """
     pieces = piece_bytes(tokenizer)
     shards: dict[str, dict[str, Any]] = {}
     validation = list(document_keys(described_shards(folder, "val", pieces, shards)))
     training = document_keys(described_shards(folder, "train", pieces, shards))
     found = set(validation).intersection(training)  # keeps no more of them than these
-    doubles = [number for number, key in enumerate(validation) if key in found]
+    # Texts that a tokenizer normalizes to nothing, BOS alone, say nothing.
+    doubles = [n for n, key in enumerate(validation) if key in found and key.tokens > 1]
     overlap = {
         "documents": len(doubles),
         "tokens": sum(validation[number].tokens for number in doubles),
@@ -1039,8 +1040,8 @@ def run_manifest(args: argparse.Namespace) -> None:
     for split, found in manifest["splits"].items():
         if former and split_hashes(former, split) == split_hashes(manifest, split):
             found["text_bytes"] = former["splits"][split].get("text_bytes")
-    write_manifest(folder, manifest)
     report(manifest)
+    write_manifest(folder, manifest)  # after what is also worth knowing of a read-only folder
     print_command(folder, path, manifest)
 
 
@@ -1052,7 +1053,8 @@ def say(message: str) -> None:
     try:
         print(message, flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115 (until the process ends)
+        # Until the process ends.
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
 
 
 def warn(message: str) -> None:

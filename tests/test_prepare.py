@@ -699,7 +699,7 @@ def test_a_manifest_that_cannot_be_read_is_none(finished, text):
 def test_validation_documents_among_those_for_training_are_counted(tmp_path, capsys, model):
     """Whole documents only: also one that goes over three shards, and one behind the last BOS."""
     train, val = make_documents(30), make_documents(10, seed=1)
-    mixed = [*train[:7], val[3], *train[7:], val[8]]
+    mixed = [*train[:7], val[3], "", *train[7:], val[8]]
     folder = tmp_path / "d"
     folder.mkdir()
     tokens = encoded(mixed, model)
@@ -707,10 +707,12 @@ def test_validation_documents_among_those_for_training_are_counted(tmp_path, cap
     for number, part in enumerate(np.split(tokens, [place + 2, place + 5, place + 5, place + 200])):
         write_shard(folder / f"x_train_{number:06d}.bin", part)
     # The beginning of a training document, and two with one between them, are no documents.
-    write_shard(folder / "x_val_000000.bin", encoded([*val, train[5][:20]], model))
+    nothing = [1] * 3  # BOS alone, as of a text of zero-width spaces
+    tokens = np.append(encoded([*val, train[5][:20]], model), nothing)
+    write_shard(folder / "x_val_000000.bin", tokens)
     assert run("manifest", folder, "--tokenizer", model) == 0
     size = len(encoded([val[3], val[8]], model))
-    said = f"overlap: 2 of 11 validation documents ({size} tokens) are training documents, too"
+    said = f"overlap: 2 of 14 validation documents ({size} tokens) are training documents, too"
     assert said in capsys.readouterr().out
     assert manifest_of(folder)["overlap"] == {"documents": 2, "tokens": size, "numbers": [3, 8]}
 
