@@ -446,13 +446,15 @@ def check_multiple(settings, name: str, divisor: int, meaning: str):
 def check_value(settings, name: str, low, high, unit: str, **_):
     """check() of a setting by itself, against its metadata."""
     value = getattr(settings, name)
-    problem = f"must be from {low} to {high} {unit}"
+    problem = f"must be from {round(low)} to {round(high)} ({describe_values(low, high, unit)})"
     if "|" in unit:
         fits = isinstance(value, bool) or str(value) in unit.split("|")
         problem = f"should be one of {unit.replace('|', ', ')}"
-    elif isinstance(value, str):  # it would spoil names, headers and errors
-        fits = ("".join(value.split()) if unit == "text" else value).isprintable()
-        problem = "holds a line break or another character that does not print"
+    elif isinstance(value, str):  # it would spoil names, headers, logs and errors
+        text = value if unit == "text" else os.fsencode(value).decode(errors="replace")
+        words = " ".join(text.split())
+        fits = words.isprintable() and (unit == "text" or words == text)
+        problem = "holds a line break, a space too many or a character that does not print"
     else:
         fits = low <= value <= high
     check(settings, name, fits, problem)
@@ -481,7 +483,7 @@ def validate_settings(s, world_size: int):
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
     # Names, batches, clocks and strides
-    one_name = s.run_id != ".." and "/" not in s.run_id and len(s.run_id.encode()) <= 230
+    one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
     check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
     length = s.train_seq_len
     check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
@@ -629,7 +631,12 @@ def start_ranks(settings) -> Ranks:
     ranks = Ranks(rank, world_size, choose_device(settings, local_rank))
     if world_size == 1:
         return ranks
-    store, *_ = next(dist.rendezvous("env://"))
+    try:
+        store, *_ = next(dist.rendezvous("env://"))
+    except (RuntimeError, ValueError) as error:
+        place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot meet the other ranks at {place}: {reason}") from None
     # torchrun's store outlives its processes: after --max-restarts, new ones would read old keys.
     # Seen with torch 2.11; needed unless tests/test_checkpoint.py's restart passes without it.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
@@ -806,7 +813,7 @@ class Tokenizer:
         there = os.path.isfile(path)  # False, too, where Path's method would raise an error
         need(there, f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
         try:
-            self.model = model = sentencepiece.SentencePieceProcessor(model_file=path)
+            self.model = model = sentencepiece.SentencePieceProcessor(model_file=os.fsencode(path))
             ids = list(range(model.vocab_size()))
             pieces = model.IdToPiece(ids)
         except (RuntimeError, OSError, UnicodeDecodeError):
@@ -3174,7 +3181,8 @@ def log_settings(log, settings, given: set[str], ranks):
     for line in (f"settings given: {' '.join(asked) or 'none'}", *translated):
         log(line)
     machine = describe_machine(ranks)
-    text = "  ".join(f"{key}={shown(value)}" for key, value in (machine | values).items())
+    said = {key: " ".join(shown(value).split()) for key, value in (machine | values).items()}
+    text = "  ".join(f"{key}={value}" for key, value in said.items())
     log(text, "settings", machine=machine, settings=values, given=sorted(given))
 
 
@@ -3862,7 +3870,9 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     prepare_torch(settings.deterministic)
     ranks = start_ranks(settings)
     run_id = choose_run_id(settings, environment) if ranks.rank == 0 else ""
-    return replace(settings, run_id=ranks.from_main(run_id)), given, ranks
+    settings = replace(settings, run_id=ranks.from_main(run_id))
+    validate_settings(settings, world_size)  # a run id of torchrun's is a name, too
+    return settings, given, ranks
 
 
 def choose_run_id(settings, environment: dict[str, str]) -> str:
@@ -3871,7 +3881,7 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
     if s.run_id:
         return s.run_id
     if environment.get("TORCHELASTIC_MAX_RESTARTS", "").strip() not in ("", "0"):
-        launch = environment["TORCHELASTIC_RUN_ID"]
+        launch = environment.get("TORCHELASTIC_RUN_ID", "none")
         problem = "torchrun --max-restarts without --standalone or --rdzv-id"
         need(launch != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
         return f"{launch}-{s.preset}-{s.seed}"

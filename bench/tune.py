@@ -18,6 +18,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
+from tools.command import tolerate_consoles
 
 KERNELS = (
     "tokens_forward",
@@ -124,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    tolerate_consoles()
     main()

@@ -263,7 +263,7 @@ def test_a_prompt_may_have_lines_and_a_samples_control_characters_are_shown(
         ({"sample_temperature": -1}, "SAMPLE_TEMPERATURE=-1.0 must be from 0 to 100"),
         ({"sample_top_p": 0}, "SAMPLE_TOP_P=0.0 must be from 0 to 1"),
         ({"sample_top_p": 1.5}, "SAMPLE_TOP_P=1.5 must be from 0 to 1"),
-        ({"sample_tokens": 0}, "SAMPLE_TOKENS=0 must be from 0"),
+        ({"sample_tokens": 0}, "SAMPLE_TOKENS=0 must be from 1"),
     ],
     ids=str,
 )

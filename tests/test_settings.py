@@ -391,9 +391,34 @@ def test_white_space_is_no_comma(name, text):
 
 
 @pytest.mark.parametrize("name", ["run_id", "log_dir", "artifact", "data_path", "resume"])
-@pytest.mark.parametrize("text", ["a\r", "a\nb", "a\x1b[2J", "a\udce4"])
+@pytest.mark.parametrize("text", ["a\r", "a\nb", "a\x1b[2J", " a", "a  b", "a\u2028b"])
 def test_what_does_not_print_is_refused_in_names_and_paths(name, text):
     settings, _ = t.read_settings({"PRESET": "tiny", name.upper(): text})
     with pytest.raises(t.UserError, match=f"{name.upper()}=") as caught:
         t.validate_settings(settings, 1)
     assert str(caught.value).isprintable()
+
+
+def test_a_path_may_hold_bytes_that_are_no_text_and_a_prompt_may_not():
+    paths = {"DATA_PATH": "d\udce4t", "LOG_DIR": "l\udce4g", "RUN_ID": "r\udce4n a"}
+    t.validate_settings(t.read_settings({"PRESET": "tiny"} | paths)[0], 1)
+    settings, _ = t.read_settings({"PRESET": "tiny", "SAMPLE_PROMPT": "a\udce4"})
+    with pytest.raises(t.UserError, match="SAMPLE_PROMPT="):
+        t.validate_settings(settings, 1)
+
+
+@pytest.mark.parametrize(
+    ("launch", "problem"),
+    [
+        ("a/b", "one file name"),
+        ("a\r", "does not print"),
+        ("a" * 230, "230 bytes"),
+        ("none", "needs a RUN_ID"),
+        (None, "needs a RUN_ID"),
+    ],
+)
+def test_a_run_id_of_torchruns_is_checked_as_ours_is(monkeypatch, tmp_path, launch, problem):
+    environment = {"PRESET": "tiny", "LOG_DIR": str(tmp_path), "TORCHELASTIC_MAX_RESTARTS": "1"}
+    environment |= {"TORCHELASTIC_RUN_ID": launch} if launch else {}
+    with pytest.raises(t.UserError, match=problem):
+        t.prepare_run(environment)
