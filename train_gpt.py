@@ -1376,10 +1376,10 @@ def choose_attention_backend(settings, device: torch.device) -> str:
     backend = settings.attention_backend
     if device.type == "meta":
         return "math"  # a skeleton, which computes nothing
-    if backend == "auto":
-        apart = "flex" if device.type == "cuda" else "math"
-        return apart if settings.confines_documents else "auto"
-    problem = attention_problem(settings, device)
+    if backend == "auto" and settings.confines_documents:
+        flex = replace(settings, attention_backend="flex")
+        return "math" if attention_problem(flex, device) else "flex"
+    problem = "" if backend == "auto" else attention_problem(settings, device)
     need(not problem, f"ATTENTION_BACKEND={backend} does not run here: {problem}; auto does")
     return backend
 
@@ -1532,7 +1532,8 @@ class Mamba(nn.Module):
         channels = s.mamba_head_dim if version > 1 else 1
         heads = inner // channels
         self.backend = scan_backend
-        self.chunk_size = s.mamba_chunk_size
+        longest = max(16, 1 << (s.train_seq_len - 1).bit_length())
+        self.chunk_size = min(s.mamba_chunk_size, longest)  # beyond a window, all would be padding
         self.heavy_tail = s.mamba_decay == "heavy_tail"
         self.sizes = MambaSizes(heads, channels, n, n // 4 if version == 3 else 0, version)
         widths = self.sizes.columns()
@@ -1600,6 +1601,9 @@ class Mamba(nn.Module):
         convolved = self.conv(mixed, documents, self.backend == "fused", before)
         if before is not None:
             before = torch.cat([before, mixed], dim=1)[:, mixed.shape[1] :]
+            if documents is not None:  # what follows does not know where this document began
+                age = torch.arange(before.shape[1] - 1, -1, -1, device=before.device)
+                before = before.masked_fill((age > documents.reach[:, -1:]).unsqueeze(-1), 0)
         return torch.cat([gate, convolved, rest], dim=-1), before
 
     def selective(self, projected: Tensor, start, state, backend: str) -> tuple[Tensor, Tensor]:
@@ -1777,7 +1781,9 @@ class Model(nn.Module):
         windows, outputs = stream_windows(seen, overlap, embedded.shape[1], size)
         documents = in_windows = None
         if self.settings.confines_documents:
-            documents = Documents(find_documents(begun, "math").reach[:, overlap:])
+            own = begun[:, overlap:]  # documents that began earlier reach to all that states hold
+            reach = find_documents(own, "math").reach
+            documents = Documents(reach.masked_fill(own.cumsum(dim=1) == 0, tokens.shape[1]))
             in_windows = find_documents(begun[0, windows], backend)
         view = (documents, backend, windows, outputs, in_windows)
         context = Context(start, *self.rotary_table, *view)
@@ -5030,8 +5036,8 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
 # under autograd, which there knows the library's own autograd.Function alone: versions differ in
 # what their backward passes ask for.
 
-LIBRARIES = {  # by version of Mamba
-    1: ("causal_conv1d", "mamba_ssm.ops.selective_scan_interface"),
+LIBRARIES = {  # by version of Mamba; selective_scan_cuda may be left out when mamba_ssm is built
+    1: ("causal_conv1d", "selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"),
     2: ("causal_conv1d", "mamba_ssm.ops.triton.ssd_combined"),
 }
 FLASH_LIBRARIES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # by ATTENTION_BACKEND
@@ -5048,8 +5054,8 @@ def why_not_fused(settings) -> str:
     for module in LIBRARIES[version]:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            return f"lacks a library ({error}): {INSTALL}"
+        except Exception as error:  # of another torch's, CUDA's or triton's version, of any kind
+            return f"lacks a library ({first_sentence(error)}): {INSTALL}"
     return ""
 
 
@@ -5286,8 +5292,11 @@ def attention_problem(settings, device: torch.device) -> str:
     """Why ATTENTION_BACKEND cannot run, forward and backward, on one window; empty if it can."""
     backend = settings.attention_backend
     confined = settings.confines_documents
-    if backend == "flex":
-        return "" if device.type == "cuda" else "FlexAttention has no backward pass on a CPU"
+    head = settings.model_dim // settings.num_heads
+    if backend == "flex" and device.type != "cuda":
+        return "FlexAttention has no backward pass on a CPU"
+    if backend == "flex" and 16 <= head <= 256:  # compiles for seconds, and is known to run
+        return ""
     if confined and backend == "cudnn":
         return "cuDNN cannot keep documents apart"
     if confined and backend == "flash" and TORCH < VARLEN_SINCE:
@@ -5295,18 +5304,23 @@ def attention_problem(settings, device: torch.device) -> str:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = {"device": device, "dtype": dtype, "requires_grad": True}
     heads = (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
-    shapes = [(1, BLOCK, count, settings.model_dim // heads[0]) for count in heads]
     try:
         with torch.enable_grad():
-            leaves = [torch.ones(shape, **options) for shape in shapes]
+            leaves = [torch.ones(1, BLOCK, count, head, **options) for count in heads]
             nowhere = torch.zeros(1, BLOCK, dtype=torch.bool, device=device)
             documents = find_documents(nowhere, backend) if confined else None
             attend(*leaves, documents, backend).sum().backward()
-    except (ImportError, AttributeError) as error:
-        return f"{error} (build it from FlashAttention's own repository)"
-    except (RuntimeError, ValueError) as error:
-        return str(error).strip().splitlines()[0].partition(". ")[0]
+    except Exception as error:  # of whatever kind: libraries, compilers and drivers have their own
+        absent = isinstance(error, ImportError | AttributeError) and backend in FLASH_LIBRARIES
+        build = " (build it from FlashAttention's own repository)" if absent else ""
+        return first_sentence(error) + build
     return ""
+
+
+def first_sentence(error: Exception) -> str:
+    """What an exception says in one line, or its kind."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].partition(". ")[0]
 
 
 # ==================================================================================================

@@ -277,11 +277,34 @@ def test_an_empty_module_of_flash_attentions_name_is_refused(monkeypatch):
     t.attention_problem.cache_clear()
 
 
+def test_heads_that_flex_attention_cannot_compile_go_by_the_formula():
+    """tl.dot takes no fewer than 16 numbers; sizes beyond 256 are tried, here in vain."""
+    gpu = torch.device("cuda")
+    for head, backend in ((8, "math"), (16, "flex"), (48, "flex"), (256, "flex"), (512, "math")):
+        settings = tiny(document_reset=True, model_dim=2 * head, num_heads=2, num_kv_heads=1)
+        assert t.choose_attention_backend(settings, gpu) == backend, head
+
+
+@pytest.mark.parametrize("error", [AssertionError("a\nb"), TypeError("a. b"), OSError("a")])
+def test_whatever_a_backend_raises_is_refused_in_one_line(error, monkeypatch):
+    def attend(*_):
+        raise error
+
+    monkeypatch.setattr(t, "attend", attend)
+    t.attention_problem.cache_clear()
+    with pytest.raises(
+        t.UserError, match="^ATTENTION_BACKEND=fa2 does not run here: a; auto does$"
+    ):
+        t.choose_attention_backend(tiny(attention_backend="fa2"), CPU)
+    t.attention_problem.cache_clear()
+
+
 def test_auto_is_what_is_fastest_where_it_runs():
     gpu = torch.device("cuda")
     assert t.choose_attention_backend(tiny(), gpu) == "auto"
-    assert t.choose_attention_backend(tiny(document_reset=True), gpu) == "flex"
-    assert t.choose_attention_backend(tiny(document_reset=True), CPU) == "math"
+    confined = tiny(document_reset=True, model_dim=64)
+    assert t.choose_attention_backend(confined, gpu) == "flex"
+    assert t.choose_attention_backend(confined, CPU) == "math"
     scans = tiny(document_reset=True, document_scope="scans")
     assert t.choose_attention_backend(scans, gpu) == "auto"
 
@@ -456,6 +479,26 @@ def test_a_stream_read_in_parts_ends_documents_where_windows_do(mixer):
             found = together[:, place : place + part.shape[1]]
             assert relative(found, hidden(model, part)) < 1e-9
         place += document.shape[1]
+
+
+@pytest.mark.parametrize("mixer", ["Mamba-3", "Mamba-2", "first Mamba"])
+@pytest.mark.parametrize("overlap", [1, 2])
+@torch.no_grad()
+def test_a_short_overlap_takes_nothing_from_a_short_convolution(mixer, overlap):
+    """Its four taps reach over what attention reads again: over documents' borders or not."""
+    new = 16 - overlap
+    changes = MIXERS[mixer] | {"train_seq_len": 16, "eval_overlap": overlap, "mamba_d_conv": 4}
+    model = documents_model(torch.float64, **changes)
+    stream = random_tokens(1, 4 * new)
+    for place in (0, 9, new - 2, new, 2 * new - 1, 2 * new + 1):
+        stream[:, place] = t.BOS_ID
+    states, order = States(model), model.order(True)
+    padded = torch.nn.functional.pad(stream, (overlap, 0))
+    for first in range(0, 4 * new, new):
+        tokens = padded[:, first : first + 16]
+        part = model.resume(tokens, torch.tensor(min(first, overlap)), order, states)
+        expected = hidden(model, stream)[:, first : first + new]
+        assert relative(part, expected) < 1e-9, first
 
 
 @each_mixer

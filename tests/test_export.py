@@ -963,6 +963,14 @@ def test_coded_integers_come_back_and_take_their_entropy(numbers):
     assert 16 * len(words) <= 1.004 * entropy + 32 * t.ANS_LANES + 16 * 256
 
 
+def test_values_that_take_more_slots_than_their_part_overflow_nothing():
+    """Once what is taken back from the most frequent one went below zero, with a warning."""
+    integers = np.append(np.full(1_000_000, 5), np.arange(-128, 128)).astype(np.int8)
+    frequencies, words = t.encode_integers(integers)
+    assert frequencies.sum() == 65_536
+    assert (t.decode_integers(frequencies, words, len(integers))[0] == integers).all()
+
+
 @pytest.mark.parametrize("function", [t.ans_push, t.ans_pop], ids=lambda f: f.__name__)
 def test_the_coder_s_worked_example_is_so(function):
     """What a reader is shown in the docstrings of the coder's two steps."""

@@ -68,6 +68,30 @@ def test_without_libraries_auto_takes_chunks_for_mamba_2_and_says_what_the_first
     assert choose("cuda", mamba_version=1, scan_backend="parallel") == "parallel"
 
 
+def test_a_library_that_is_half_there_is_refused_in_one_line(installed, monkeypatch):
+    """mamba_ssm may be built without the first Mamba's kernels, or for another triton."""
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
+    with pytest.raises(t.UserError, match="lacks a library .*selective_scan_cuda.*pip install"):
+        choose("cuda", mamba_version=1)
+    assert choose("cuda", mamba_version=2) == "fused"
+
+    def fail(name):
+        raise AttributeError("no attribute 'dot'\nin a kernel")
+
+    monkeypatch.setattr(t.importlib, "import_module", fail)
+    assert choose("cuda", mamba_version=2) == "chunked"
+    with pytest.raises(t.UserError, match=r"lacks a library \(no attribute 'dot'\): pip") as error:
+        choose("cuda", mamba_version=2, scan_backend="fused")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(8, 16), (32, 32), (40, 64), (4096, 1024)])
+def test_a_chunk_is_no_longer_than_a_window(window, chunk):
+    """What is padded to 1,024 tokens would take a thousand times the memory of 32."""
+    settings = tiny(num_layers=1, mamba_layers="all", mamba_chunk_size=1024, train_seq_len=window)
+    assert t.model_skeleton(settings).blocks[0].mixer.chunk_size == chunk
+
+
 REFUSED = [  # device, changes, reason
     ("cpu", {"scan_backend": "triton"}, "triton needs a GPU; what runs: chunked, sequential"),
     ("cpu", {"scan_backend": "fused", "mamba_version": 1}, "fused needs a GPU"),

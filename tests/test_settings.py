@@ -422,3 +422,13 @@ def test_a_run_id_of_torchruns_is_checked_as_ours_is(monkeypatch, tmp_path, laun
     environment |= {"TORCHELASTIC_RUN_ID": launch} if launch else {}
     with pytest.raises(t.UserError, match=problem):
         t.prepare_run(environment)
+
+
+def test_a_warning_at_a_line_of_ours_is_an_error():
+    """Here and in tools, so that no run warns; libraries may warn of themselves."""
+    line = compile("import warnings; warnings.warn('a')", "line", "exec")
+    for module in ("train_gpt", "tools.explore", "data.prepare", "bench.bench"):
+        with pytest.raises(UserWarning):
+            exec(line, {"__name__": module})
+    with pytest.warns(UserWarning):
+        exec(line, {"__name__": "library"})

@@ -60,7 +60,7 @@ class Averages:
     def __init__(self, model, settings: t.Settings, parts: list[float], every: int):
         self.every = every
         self.steps_done = 0
-        self.skip = None  # of the latest step, once there is one
+        self.skip = None  # 1 if all steps since the latest intake were skipped
         self.each = {}
         for part in parts:  # which alone decides: EMA_DECAY bounds nothing
             one = dataclasses.replace(
@@ -69,9 +69,10 @@ class Averages:
             self.each[part] = t.WeightAverage(model, one)
 
     def update(self, steps_done: int, skip: torch.Tensor, snapshot: bool = False) -> None:
-        """Takes in the weights after every few steps; not if skip is 1."""
+        """Takes in the weights after every few steps; not if skip was 1 for all of these."""
+        first = (steps_done - 1) % self.every == 0
         self.steps_done = steps_done
-        self.skip = skip
+        self.skip = skip if first else self.skip * skip
         if steps_done % self.every == 0:
             self.take_in()
 
