@@ -814,7 +814,6 @@ class Tokenizer:
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece  # only here, so that a trained model needs no tokenizer to be loaded
 
-        self.path = path
         there = os.path.isfile(path)  # False, too, where Path's method would raise an error
         need(there, f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
         try:
@@ -842,8 +841,8 @@ class Tokenizer:
         space = self.has_space[targets] & ~self.is_special[tokens[:-1]]
         return self.piece_bytes[targets] + space
 
-    def check_round_trip(self, tokens: np.ndarray, what: str):
-        """Raises UserError unless tokens are this tokenizer's, and count the bytes of their text.
+    def mismatch(self, tokens: np.ndarray) -> str:
+        """What tells that tokens are not this tokenizer's, or their bytes not their text's; or "".
 
         The first ones are decoded and encoded again. Nearly all pairs of neighbours must come back;
         not all, as a document may be cut, or change once more when it is normalized again. Of one
@@ -851,7 +850,6 @@ class Tokenizer:
         space. A "▁" in the text was a space for which there is no piece.
         """
         tokens = np.append(BOS_ID, tokens[:ROUND_TRIP_TOKENS])
-        check_token_range(tokens, len(self.is_special), what)
         runs = np.split(tokens, np.flatnonzero(self.is_special[tokens]))
         unknown = self.model.unk_id()  # what follows it begins within a document
         documents = [run[1:].tolist() for run in runs if len(run) > 1 and run[0] != unknown]
@@ -862,14 +860,13 @@ class Tokenizer:
             returned.update(itertools.pairwise(again))
             length = len(text.replace("▁", " ").encode())
             counted = int(self.target_bytes(np.array([BOS_ID, *document])).sum())
-            same = length - counted in (0, int(self.has_space[document[0]]))
-            wrong = f"counts {counted} bytes in a text of {length}; is there no piece for a space?"
-            need(same or document != again, f"TOKENIZER_PATH={self.path} {wrong}")
-        lost = (pairs - returned).total() / max(1, pairs.total())
-        other = (
-            f"{what} are not TOKENIZER_PATH={self.path}'s: decoded and encoded again, they differ"
-        )
-        need(lost <= MOST_LOST_PAIRS or (pairs - returned).total() < 9, f"{other} by {lost:.0%}")
+            if document == again and length - counted not in (0, self.has_space[document[0]]):
+                return (
+                    f"it counts {counted} bytes in a text of {length}: has it no piece for a space?"
+                )
+        lost = (pairs - returned).total()
+        alike = lost < 9 or lost <= MOST_LOST_PAIRS * pairs.total()
+        return "" if alike else f"decoded and encoded again, {lost / pairs.total():.0%} are others"
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """SAMPLE_PROMPT as a document's first tokens, BOS in front; empty without a prompt."""
@@ -900,6 +897,23 @@ def load_validation(settings, tokenizer) -> ValidationSet:
     need(len(tokens) > settings.train_seq_len, short)
     check_token_range(tokens, settings.vocab_size, "validation")
     return ValidationSet(tokens, tokenizer.target_bytes(tokens), len(shards))
+
+
+def check_tokenizer(settings, tokenizer, validation: ValidationSet, log):
+    """Raises UserError before a run trains on shards that are not the tokenizer's: mismatch().
+
+    Scoring alone only warns: tokens may have been replaced to see what that changes.
+    """
+    first = {"validation": validation.tokens}
+    if not settings.eval_only:
+        (shard, *_) = open_shards(settings.data_path, "train")
+        first["training"] = shard.read(0, min(shard.count, ROUND_TRIP_TOKENS))
+    for split, tokens in first.items():
+        check_token_range(tokens, settings.vocab_size, split)
+        if problem := tokenizer.mismatch(tokens):
+            what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {split} shards"
+            need(settings.eval_only, f"{what}: {problem}")
+            log(f"warning: {what}: {problem}")
 
 
 # ==================================================================================================
@@ -2970,10 +2984,14 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
     return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(b"".join(record)), *codes))
 
 
+def header_line(header: dict) -> bytes:
+    """A header as it stands in a file."""
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
 def seal(magic: bytes, header: dict, *payload) -> list:
     """Parts of an artifact or a checkpoint: magic, header as a line of JSON, payload, SHA-256."""
-    line = json.dumps(header, separators=(",", ":"))
-    parts = [magic + line.encode() + b"\n", *payload]
+    parts = [magic + header_line(header) + b"\n", *payload]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -2994,39 +3012,43 @@ FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 
 
-def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Header and payload of an artifact or a checkpoint, of at most so many bytes.
+def read_header(line: bytes, usual: dict) -> dict:
+    """The header in a line of JSON, which must have the names and types of usual.
 
-    usual has the names and types of its header; those that an older file lacks take their
-    FORMER_DEFAULTS. Raises UserError for files that seal() did not make.
+    Names that an older file lacks take their FORMER_DEFAULTS. Raises UserError.
     """
-    need(path.is_file(), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
-
-    def check(condition: bool, problem: str):
-        need(condition, f"{path} is not a usable {what}: {problem}")
-
-    try:
-        check(path.stat().st_size <= most, "it is far too large")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    check(data.startswith(magic), "wrong magic number")
-    digest = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest()
-    check(digest == data[-DIGEST_BYTES:], "its checksum does not match")
-    line, _, payload = data[len(magic) : -DIGEST_BYTES].partition(b"\n")
     try:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
     unknown = sorted(header.keys() - usual)
-    check(not unknown, f"its header has settings that this script lacks: {ascii(unknown[:3])[:99]}")
+    need(not unknown, f"its header has settings that this script lacks: {ascii(unknown[:3])[:99]}")
     header = {name: FORMER_DEFAULTS[name] for name in usual if name in FORMER_DEFAULTS} | header
     lacking = sorted(usual.keys() - header)
-    check(not lacking, f"its header lacks settings of this script: {', '.join(lacking[:3])}")
+    need(not lacking, f"its header lacks settings of this script: {', '.join(lacking[:3])}")
     for name, value in header.items():
         same_type = type(value) is type(usual[name])
-        check(same_type and str(value).isprintable(), f"{name} in its header has the wrong type")
-    return header, payload
+        need(same_type and str(value).isprintable(), f"{name} in its header has the wrong type")
+    return header
+
+
+def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
+    """Header and payload of an artifact or a checkpoint, of at most so many bytes.
+
+    usual: read_header()'s. Raises UserError for files that seal() did not make.
+    """
+    need(os.path.isfile(path), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
+    with explained_errors(f"read {path}"):
+        data = path.read_bytes() if path.stat().st_size <= most else b""
+    try:
+        need(data, "it is empty, or far too large")
+        need(data.startswith(magic), "wrong magic number")
+        digest = hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest()
+        need(digest == data[-DIGEST_BYTES:], "its checksum does not match")
+        line, _, payload = data[len(magic) : -DIGEST_BYTES].partition(b"\n")
+        return read_header(line, usual), payload
+    except UserError as error:
+        raise UserError(f"{path} is not a usable {what}: {error}") from None
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
@@ -3055,8 +3077,10 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
 
 
 def file_sha256(path: str) -> str:
-    """The hexadecimal SHA-256 of a file; empty where there is none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+    """The hexadecimal SHA-256 of a file; empty where there is none to read."""
+    with suppress(OSError):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else ""
+    return ""
 
 
 def model_skeleton(settings) -> Model:
@@ -3292,8 +3316,8 @@ CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
 MOST_BYTES = 1 << 31  # of a checkpoint
 COPIED_NUMBERS = 1 << 20  # at once from the GPU: a longer copy would hold up a step's launches
 # What its header holds beside TRAINING_FIELDS. Seconds are the clock's; qat_k is the grid's k since
-# late QAT began; training_data says of which shards batches were made.
-PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data")
+# late QAT began; training_data says of which shards batches were made; "" if not known.
+PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data", "tokenizer_sha256")
 
 
 def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | None:
@@ -3318,9 +3342,11 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         names = {name for name in TRAINING_FIELDS if theirs[name] != ours[name]}
         names -= {"export_reserve_seconds"} if raised else set()
         differ = [f"{name.upper()}={theirs[name]}, not {ours[name]}" for name in sorted(names)]
-        before, now = theirs["training_data"], ours["training_data"]
-        if before and now and before != now:
-            differ.append(f"trained on {before}, but DATA_PATH has {now}")
+        sources = {"training_data": "DATA_PATH", "tokenizer_sha256": "TOKENIZER_PATH"}
+        for name, source in sources.items():
+            before, now = theirs[name], ours[name]
+            if before and now and before != now:
+                differ.append(f"trained on {before}, but {source} has {now}")
         need(not differ, f"{path} has {'; '.join(differ)}; RESUME=never starts anew")
         late = 0 < ours["max_wallclock_seconds"] < theirs["seconds"] + reserve
         if path == paths[-1] or not (raised and late):
@@ -3499,6 +3525,8 @@ class Trainer:
         self.steps_saved = 0  # of the newest checkpoint
         self.qat_k = 0.0  # once weights train on their grids
         self.limits = grid_limits(self.model)
+        self.tokenizer_sha256 = file_sha256(self.settings.tokenizer_path)
+        self.tokenizer_sha256 = file_sha256(self.settings.tokenizer_path)
 
     def announce(self):
         """Logs what is about to be trained."""
@@ -3518,7 +3546,8 @@ class Trainer:
 
     def header(self) -> dict:
         """What must agree for a checkpoint to be taken up, and how far it has come."""
-        progress = self.steps_done, self.clock.seconds(), self.qat_k, self.training_data
+        made_of = self.training_data, self.tokenizer_sha256
+        progress = self.steps_done, self.clock.seconds(), self.qat_k, *made_of
         kept = {name: getattr(self.settings, name) for name in TRAINING_FIELDS}
         return kept | dict(zip(PROGRESS_FIELDS, progress, strict=True))
 
@@ -3721,6 +3750,9 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
     with Checkpoints(settings, ranks, log) as checkpoints:
         trainer = Trainer(model, settings, ranks, micro_batch, target, log, checkpoints)
         trainer.training_data = summary
+        # What its readers would refuse is not trained.
+        read_header(header_line(artifact_header(settings)), artifact_header(Settings()))
+        read_header(header_line(trainer.header()), trainer.header())
         trainer.announce()
         trainer.resume()
         batches = Batches(settings, ranks, trainer.steps_done)
@@ -3765,7 +3797,6 @@ def export(trainer, batches) -> dict:
     """
     s, ranks, log = trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
-    tokenizer = file_sha256(s.tokenizer_path)
     clock.start()
     hessians = calibrate(trainer, batches)
     k = fit_sdclip(trainer.model, s, target)
@@ -3776,7 +3807,7 @@ def export(trainer, batches) -> dict:
         took = clock.seconds() - started
         text = f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s"
         log(f"{text}, of which this took {took:.2f}s", "quantized", k=k, quantize_seconds=took)
-        data = pack_artifact(s, stored, tokenizer) if ranks.rank == 0 else b""
+        data = pack_artifact(s, stored, trainer.tokenizer_sha256) if ranks.rank == 0 else b""
         size = ranks.from_main(len(data))
         log(f"{s.artifact_path}: {size} bytes of at most {target}")
         if size <= target:
@@ -3963,6 +3994,7 @@ def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet 
     if prompt and settings.eval_only and folder.is_dir() and not any(folder.glob("*_val_*.bin")):
         return None
     validation = load_validation(settings, tokenizer)
+    check_tokenizer(settings, tokenizer, validation, log)
     tokens, target_bytes, shards = validation
     counts = {"shards": shards, "documents": int((tokens == BOS_ID).sum()), "tokens": len(tokens)}
     counts |= {"scored_tokens": len(target_bytes), "bytes": int(target_bytes.sum())}

@@ -40,6 +40,7 @@ from tests.support import (
     run_here,
     run_ranks,
     tiny,
+    with_settings,
 )
 
 # Twelve steps, late QAT in the last ones, a checkpoint as often as one can be written, and a quick
@@ -536,11 +537,47 @@ def test_a_checkpoint_of_other_shards_is_refused(monkeypatch, capsys, shards, tm
     added = data / "words_train_000002.bin"
     added.write_bytes((data / "words_train_000000.bin").read_bytes())
     said = mistake(monkeypatch, capsys, environment)
-    assert re.search(r"has trained on [\d,]+ tokens in 2 shards .* has [\d,]+ tokens in 3", said)
+    assert re.search(r"trained on [\d,]+ tokens in 2 shards .* has [\d,]+ tokens in 3", said)
     assert "RESUME=never starts anew" in said
     added.unlink()
     assert run_here(monkeypatch, environment) == 0
     assert len(records(tmp_path, "resumed")) == 1
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(monkeypatch, capsys, shards, tmp_path):
+    """One of the same size, though the shards are the same."""
+    environment = quick_environment(shards, tmp_path)
+    kill_here(monkeypatch, environment)
+    other = tmp_path / "other.model"
+    other.write_bytes((shards / "tokenizer.model").read_bytes() + b"\xc2>\x01x")  # unknown field
+    said = mistake(monkeypatch, capsys, environment | {"TOKENIZER_PATH": str(other)})
+    sums = [t.file_sha256(str(path)) for path in (shards / "tokenizer.model", other)]
+    assert f"trained on {sums[0]}, but TOKENIZER_PATH has {sums[1]}" in said
+    path = tmp_path / "a.checkpoint"
+    line, _, payload = path.read_bytes()[len(t.CHECKPOINT_MAGIC) : -32].partition(b"\n")
+    former = json.loads(line)
+    del former["tokenizer_sha256"]  # as before headers named tokenizers
+    path.write_bytes(b"".join(t.seal(t.CHECKPOINT_MAGIC, former, payload)))
+    ours = former | {"tokenizer_sha256": sums[1]}
+    settings = tiny(resume=str(path))
+    assert t.find_checkpoint(ours, settings, Quiet())[1]["tokenizer_sha256"] == ""
+    assert run_here(monkeypatch, environment) == 0
+    assert len(records(tmp_path, "resumed")) == 1
+
+
+def test_what_could_not_be_read_back_is_not_trained(shards, tmp_path):
+    """The readers of artifact and checkpoint are asked before the first step: a text that is not
+    printable in a field of either's header.
+    """
+    settings = tiny(
+        data_path=str(shards),
+        tokenizer_path=str(shards / "tokenizer.model"),
+        log_dir=str(tmp_path),
+    )
+    for field in ("mamba_layers", "calibration"):
+        spoiled = with_settings(settings, **{field: getattr(settings, field) + "\n"})
+        with pytest.raises(t.UserError, match=f"{field} in its header has the wrong type"):
+            t.train_and_export(spoiled, SOLO, None, Quiet())
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(monkeypatch, capsys, shards, tmp_path):

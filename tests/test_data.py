@@ -2,6 +2,8 @@
 
 import collections
 import itertools
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import sentencepiece
 import torch
 
 import train_gpt as t
-from tests.support import CPU, SOLO, tiny, write_shard
+from tests.support import CPU, SOLO, TEXT, tiny, write_shard
 
 # ---- Shards --------------------------------------------------------------------------------------
 
@@ -296,6 +298,62 @@ def test_pieces_of_several_spaces_count_one_byte_a_space(tmp_path):
     tokens = encode(tokenizer, ["if a:        return b"])
     assert any("▁▁" in model.IdToPiece(int(i)) for i in tokens)
     assert tokenizer.target_bytes(tokens).sum() == len("if a:        return b")
+
+
+def without_its_space(path: Path, folder: Path) -> t.Tokenizer:
+    """A tokenizer whose piece for the bare space is renamed, so that three byte pieces spell it."""
+    renamed = folder / "nospace.model"
+    data = path.read_bytes()
+    assert data.count(b"\n\x03\xe2\x96\x81\x15") == 1
+    renamed.write_bytes(data.replace(b"\n\x03\xe2\x96\x81\x15", b"\n\x03zqx\x15"))
+    return t.Tokenizer(str(renamed), 512)
+
+
+def streams(tokenizer: t.Tokenizer, documents: list[str]) -> list[np.ndarray]:
+    """Documents as shards hold them: behind BOS, before EOS, cut in front, and one without end."""
+    tokens = encode(tokenizer, documents)
+    ends = np.where(tokens == t.BOS_ID, 2, tokens)
+    return [tokens, ends[1:], tokens[5:], tokens[tokens != t.BOS_ID][3:]]
+
+
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "dummy_prefix_tokenizer", "plain_tokenizer"])
+def test_a_tokenizers_own_tokens_fit_it(kind, request):
+    """Also where characters are unknown, and with texts that normalizing changes, or twice does."""
+    path = request.getfixturevalue(kind)
+    size = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+    tokenizer = t.Tokenizer(str(path), size)
+    documents = [*TEXT, *TEXTS, "▁ ▁▁ a  ▁", "ﬁ ﷺ \t two   spaces"] * 3
+    for tokens in streams(tokenizer, documents):
+        assert tokenizer.mismatch(tokens) == ""
+    for tokens in (
+        np.array([], np.uint16),
+        np.array([t.BOS_ID, 2, t.BOS_ID]),
+        np.array([size - 1] * 9),
+    ):
+        assert tokenizer.mismatch(tokens) == ""
+
+
+def test_the_sample_fits_its_tokenizer_and_no_other(sample, byte_tokenizer):
+    """Not the other way round either: tokens of the smaller one are all known to the larger one."""
+    tokens = t.open_shards(str(sample), "val")[0].read()
+    larger = t.Tokenizer(str(sample / "sample_1024_bpe.model"), 1024)
+    started = time.perf_counter()
+    assert larger.mismatch(tokens) == ""
+    assert time.perf_counter() - started < 1
+    smaller = t.Tokenizer(str(byte_tokenizer), 512)
+    documents = np.split(tokens, np.flatnonzero(tokens == t.BOS_ID)[1:])
+    texts = larger.model.decode([document[1:].tolist() for document in documents])
+    assert "decoded and encoded again" in larger.mismatch(encode(smaller, texts))
+    assert "decoded and encoded again" in smaller.mismatch(tokens % 512)
+
+
+def test_a_space_that_is_spelt_by_bytes_is_found(byte_tokenizer, tmp_path):
+    """Such a tokenizer agrees with itself: its tokens come back, and as text they have as many
+    bytes as are counted, for decoding gives the sign ▁ for a space.
+    """
+    tokenizer = without_its_space(byte_tokenizer, tmp_path)
+    assert tokenizer.model.decode(tokenizer.model.encode("a 🙂")) == "a▁🙂"
+    assert "has it no piece for a space?" in tokenizer.mismatch(encode(tokenizer, ["a 🙂"] * 20))
 
 
 @pytest.mark.parametrize(

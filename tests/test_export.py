@@ -596,6 +596,7 @@ def export_to(
         micro_sequences=2,
         clock=t.TrainingClock(),
         target_bytes=target,
+        tokenizer_sha256="",
     )
     tokens = random_tokens(4 // ranks.world_size, 32, seed=ranks.rank)
     values = t.export(trainer, types.SimpleNamespace(next=lambda: (tokens, tokens)))
@@ -828,6 +829,26 @@ def test_a_missing_artifact_is_refused(tmp_path):
         t.read_artifact(tmp_path / "nothing")
     with pytest.raises(t.UserError, match="no artifact at"):
         t.read_artifact(tmp_path)
+    with pytest.raises(t.UserError, match="no artifact at"):
+        t.read_artifact(tmp_path / ("x" * 300))
+    with pytest.raises(t.UserError, match="no artifact at"):
+        t.read_artifact(Path("/dev/zero"))  # without an end
+
+
+def test_an_artifact_that_cannot_be_read_is_refused(minute, tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(minute)
+
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    for method in ("stat", "read_bytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(t.os.path, "isfile", lambda _: True)
+            patch.setattr(Path, method, fail)
+            with pytest.raises(t.UserError, match=f"cannot read {path}: Permission denied"):
+                t.read_artifact(path)
+            assert method == "stat" or t.file_sha256(str(path)) == ""
 
 
 def test_truncation_is_refused_wherever_it_cuts(minute, tmp_path):

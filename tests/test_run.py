@@ -683,6 +683,29 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(
     )
 
 
+def test_shards_of_another_tokenizer_are_not_trained_on(
+    monkeypatch, capsys, trained, shards, sample, tmp_path
+):
+    """Of fewer pieces than VOCAB_SIZE, so that all their tokens are known. Scoring alone warns:
+    tokens may have been replaced on purpose.
+    """
+    changes = {"tokenizer_path": sample / "sample_1024_bpe.model", "vocab_size": 1024}
+    said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
+    where = f"TOKENIZER_PATH={sample / 'sample_1024_bpe.model'} does not fit the validation shards"
+    assert where in said
+    mixed = tmp_path / "mixed"
+    shutil.copytree(shards, mixed)
+    tokens = np.random.default_rng(0).permutation(t.open_shards(str(shards), "train")[0].read())
+    write_shard(mixed / "words_train_000000.bin", tokens)
+    said = mistake(monkeypatch, capsys, run_environment(mixed, tmp_path))
+    assert "does not fit the training shards: decoded and encoded again" in said
+    tokens = np.random.default_rng(0).permutation(t.open_shards(str(shards), "val")[0].read())
+    write_shard(mixed / "words_val_000000.bin", tokens)
+    alone = run_environment(mixed, tmp_path, eval_only=True, artifact=trained.artifact)
+    assert run_here(monkeypatch, alone) == 0
+    assert "does not fit the validation shards" in capsys.readouterr().out
+
+
 def test_an_artifact_is_scored_with_its_own_tokenizer_alone(
     monkeypatch, capsys, trained, shards, tmp_path, plain_tokenizer, byte_tokenizer
 ):

@@ -210,6 +210,8 @@ def explore(
     log = Tally(name)
     tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
     validation = t.load_validation(settings, tokenizer)
+    problem = tokenizer.mismatch(validation.tokens)
+    need(not problem, f"TOKENIZER_PATH does not fit the validation shards: {problem}")
 
     def bpb(model) -> float:
         return round(t.plain_score(settings, ranks, validation, model).val_bpb, 5)
