@@ -138,7 +138,7 @@ def write_run(
         t.report(at(now + 20), "after_quantization", "plain", score(loss + 0.05, bytes_per_token))
         took = f"evaluation took {evaluation:.1f}s of {s.eval_max_seconds:g}s"
         at(now + 20 + evaluation)(f"{took}; 0 epochs given up")
-        t.report(log, "final", "sliding_ttt", score(loss, bytes_per_token))
+        t.report(log, "final", s.eval_mode + "_ttt" * s.adapts, score(loss, bytes_per_token))
     log.close()
     if artifact:
         write_artifact(s.artifact_path, s, values["bytes_total"] - code_bytes)
@@ -149,9 +149,13 @@ def log_start(log: t.Log, s: t.Settings, about: dict, text: dict | None):
     asked = dataclasses.asdict(s)
     line = "  ".join(f"{key}={value}" for key, value in (about | asked).items())
     log(line, "settings", machine=about, settings=asked)
-    log("validation text", "validation_data", **(FINEWEB | (text or {})))
+    counts = FINEWEB | (text or {})
+    line = "validation text: {tokens:,} tokens in {shards} shards, {documents:,} documents; "
+    line += "scored are {scored_tokens:,} tokens, {bytes:,} bytes"
+    log(line.format(**counts), "validation_data", **counts)
     data = {"shards": 80, "tokens": 8_000_000_000, "digest": "0123456789abcdef"}
-    log("training data", "training_data", **data)
+    line = "training data: {tokens:,} tokens in {shards} shards (names and lengths {digest})"
+    log(line.format(**data), "training_data", **data)
 
 
 def log_step(log: t.Log, s: t.Settings, step: int, seconds: float):
@@ -631,6 +635,10 @@ def other_limit_in_the_text(folder: Path) -> list[Path]:
     return edited(folder, {"max_wallclock_seconds=600.0": "max_wallclock_seconds=7200.0"}, {})
 
 
+def other_text_in_the_records(folder: Path) -> list[Path]:
+    return edited(folder, {}, {'"documents": 50000': '"documents": 50001'})
+
+
 def no_training_clock(folder: Path) -> list[Path]:
     """Trained for 599 s, but both logs say 99 s for all."""
     clock = {"training clock 599.0s": "training clock 99.0s"}
@@ -705,6 +713,7 @@ PLANTED = [
     (other_size_in_the_text, "{b}.txt: .txt has bytes_total 15400000, .jsonl 15900000"),
     (other_loss_of_a_step, "{b}.txt: .txt has 100 3.5000 11800 118.00 of a step of training, .jso"),
     (other_limit_in_the_text, "{b}.txt: .txt has MAX_WALLCLOCK_SECONDS 7200.0, .jsonl 600.0"),
+    (other_text_in_the_records, "{b}.txt: .txt has 40,540,803 1 50,000 40,540,802 151,080,891 of"),
     (
         no_training_clock,
         "{b}.txt: 5000 steps of 118.00 ms take 590.0 s, but the training clock stood at 99.0 s",
@@ -774,6 +783,7 @@ DIFFERENT = [
         "{b}.txt ran with hardware 8 × NVIDIA H200, but {a}.txt with " + H100,
     ),
     ({"hardware": "H100"}, "{b}.jsonl is not a finished run's log: ValueError("),
+    ({"eval_mode": "plain", "ttt_enabled": False}, "{b}.txt has EVAL_MODE=plain, but {a}.txt has"),
     ({"machine": {"torch": "2.10.0"}}, "{b}.txt ran with torch 2.10.0, but {a}.txt with 2.9.0"),
     (
         {"bytes_per_token": 3.8},
@@ -917,7 +927,7 @@ def test_every_question_of_a_reviewer_has_an_answer(tmp_path):
     assert answers["whole validation set"].startswith(f"{text}: FineWeb's validation text, sp8192")
     assert answers["tokenizer"] == "the contest's, sp8192"
     assert answers["one run, whole"] == "every run was trained in one start"
-    assert "80 training shards with 8,000,000,000 tokens" in answers["provenance of the data"]
+    assert "8,000,000,000 training tokens in 80 shards" in answers["provenance of the data"]
     assert answers["calibration"] == "not in this log"
     assert answers["significance"] == "no baseline was given"
 
@@ -933,7 +943,7 @@ def test_a_log_that_does_not_say_it_is_no_record(tmp_path):
     assert rows(tmp_path / "out")["whole validation set"] == "not in this log"
     assert reasons(tmp_path / "out") == [
         "1 seed, not three or more",
-        "the text logs do not say: size",
+        "the text logs do not say: validation text, training data, size",
         "the log does not say how much text was scored",
     ]
 

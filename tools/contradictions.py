@@ -36,6 +36,14 @@ TRAIN_LINE = re.compile(
 )
 VALIDATION_LINE = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) val_bpb:(\S+)", re.MULTILINE)
 PLAIN_LINE = re.compile(r"_plain_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
+VALIDATION_DATA_LINE = re.compile(
+    r"^validation text: ([\d,]+) tokens in ([\d,]+) shards, ([\d,]+) documents; "
+    r"scored are ([\d,]+) tokens, ([\d,]+) bytes",
+    re.MULTILINE,
+)
+VALIDATION_COUNTS = ("tokens", "shards", "documents", "scored_tokens", "bytes")
+TRAINING_DATA_LINE = re.compile(r"^training data: ([\d,]+) tokens in ([\d,]+) shards", re.MULTILINE)
+TRAINING_COUNTS = ("tokens", "shards")
 STEPS_LINE = re.compile(r"^Code size: .*; (\d+) steps of ([\d.]+)ms", re.MULTILINE)
 
 
@@ -143,12 +151,26 @@ def lines_of(logs: RunLogs) -> dict[str, tuple[list[tuple[str, ...]], list[tuple
         if r["event"] == "trained"
     ]
     messages = logs.text.messages
+    validation_data = records_as_printed(logs, "validation_data", VALIDATION_COUNTS)
+    training_data = records_as_printed(logs, "training_data", TRAINING_COUNTS)
     return {
+        "validation text": (VALIDATION_DATA_LINE.findall(messages), validation_data),
+        "training data": (TRAINING_DATA_LINE.findall(messages), training_data),
         "a step of training": (TRAIN_LINE.findall(messages), train),
         "a validation": (VALIDATION_LINE.findall(messages), validation),
-        "plain windows": (PLAIN_LINE.findall(messages), plain),
+        # The final score is of plain windows too, with EVAL_MODE=plain.
+        "plain windows": (PLAIN_LINE.findall(messages)[: len(plain) or None], plain),
         "steps": (STEPS_LINE.findall(messages), steps),
     }
+
+
+def records_as_printed(logs: RunLogs, event: str, names: tuple) -> list[tuple[str, ...]]:
+    """The counts of a record, with commas, as a line of text has them.
+
+    An event may come once for each start; of a start that is looked at, there is one.
+    """
+    records = [record for record in logs.records if record["event"] == event]
+    return [tuple(f"{record[name]:,}" for name in names) for record in records]
 
 
 def other_lines(logs: RunLogs) -> list[str]:
@@ -166,7 +188,10 @@ def other_lines(logs: RunLogs) -> list[str]:
 
 
 def unprinted(logs: RunLogs) -> list[str]:
-    """What one of the logs does not tell, so that the other cannot be held against it."""
+    """What one of the logs does not tell, so that the other cannot be held against it.
+
+    Older scripts did not print all of it, and lines can be deleted: both are told alike.
+    """
     names = [name for name, both in lines_of(logs).items() if not all(both)]
     told = {"size": logs.text.total_bytes, "training clock": logs.text.training_seconds}
     return [*names, *(name for name, value in told.items() if value is None)]

@@ -105,7 +105,7 @@ def provenance(events: dict[str, dict], settings: dict) -> Row:
     data = said(events, "training_data")
     parts = [f"folder {Path(settings['data_path']).name}"]
     if data:
-        parts.append(f"{data['shards']:,} training shards with {data['tokens']:,} tokens")
+        parts.append(f"{data['tokens']:,} training tokens in {data['shards']:,} shards")
         parts += [f"{name} {data[name]}" for name in ("digest", "sha256") if data.get(name)]
     else:
         parts.append(f"training shards: {UNSAID}")
