@@ -87,13 +87,16 @@ def write_run(
     machine: dict | None = None,
     script: Path | None = None,
     text: dict | None = None,
+    training: dict | None = None,
     artifact: bool = False,
     resumed: tuple[int, float] | None = None,
+    starts: int = 2,
     stopped: float = math.inf,
     **settings,
 ) -> Path:
     """Both logs of a finished run, through the classes that write real ones; returns the text log's
-    path. trained, machine and text replace values of the records, keyword arguments are settings.
+    path. trained, machine, text and training replace values of the records, keyword arguments are
+    settings.
     artifact: of the right size, beside the log. resumed: step and clock of the checkpoint. stopped:
     seconds of the clock after which nothing is logged any more.
     """
@@ -115,11 +118,13 @@ def write_run(
         log.started = time.perf_counter() - seconds
         return log
 
-    log_start(at(0.0), s, about, text)
+    log_start(at(0.0), s, about, text or {}, training or {})
     began = 0.0
     if resumed:
         began = resumed[1]
-        at(1.0)(f"resumed {name}.checkpoint: step {resumed[0]}, {began:.1f}s", "resumed")
+        record = {"step": resumed[0], "clock": began, "starts": starts}
+        line = f"resumed {name}.checkpoint: step {resumed[0]}, {began:.1f}s"
+        at(1.0)(line, "resumed", **record)
     at(50.0)("ready after 50.0s; training starts", "ready")
     for step in [1, 2, 3, 4, 5, *range(s.train_log_every, values["steps"] + 1, s.train_log_every)]:
         seconds = step * values["step_avg_ms"] / 1000
@@ -145,15 +150,15 @@ def write_run(
     return folder / f"{name}.txt"
 
 
-def log_start(log: t.Log, s: t.Settings, about: dict, text: dict | None):
+def log_start(log: t.Log, s: t.Settings, about: dict, text: dict, training: dict):
     asked = dataclasses.asdict(s)
     line = "  ".join(f"{key}={value}" for key, value in (about | asked).items())
     log(line, "settings", machine=about, settings=asked)
-    counts = FINEWEB | (text or {})
+    counts = FINEWEB | text
     line = "validation text: {tokens:,} tokens in {shards} shards, {documents:,} documents; "
     line += "scored are {scored_tokens:,} tokens, {bytes:,} bytes"
     log(line.format(**counts), "validation_data", **counts)
-    data = {"shards": 80, "tokens": 8_000_000_000, "digest": "0123456789abcdef"}
+    data = {"shards": 80, "tokens": 8_000_000_000, "digest": "0123456789abcdef"} | training
     line = "training data: {tokens:,} tokens in {shards} shards (names and lengths {digest})"
     log(line.format(**data), "training_data", **data)
 
@@ -672,6 +677,24 @@ def shorter_evaluation(folder: Path) -> list[Path]:
     return edited(folder, {"evaluation took 400.0s": "evaluation took 300.0s"}, {})
 
 
+def another_artifact_scored(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2, trained={"artifact_sha256": "1" * 64})
+    return [edit_record(log, "final", artifact_sha256="2" * 64)]
+
+
+def another_script_named(folder: Path) -> list[Path]:
+    return [edit_record(write_run(folder, "b", seed=2), "settings", script_sha256="1" * 64)]
+
+
+def edit_record(log: Path, event: str, **values) -> Path:
+    """Changes the last record of an event; returns the log's path."""
+    records = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines()]
+    [record for record in records if record["event"] == event][-1].update(values)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    log.with_suffix(".jsonl").write_text(text)
+    return log
+
+
 def wrong_artifact(folder: Path) -> list[Path]:
     log = write_run(folder, "b", seed=2)
     write_artifact(folder / "b.int6.lzma", t.Settings(), 1_000_000)
@@ -725,6 +748,8 @@ PLANTED = [
     (many_steps, "{b}.txt: 13000 steps of 881.00 ms take 11453.0 s, but the training clock stood"),
     (faster_clock, "{b}.txt: 885.0 s passed while steps were logged, of which the training clock"),
     (shorter_evaluation, "{b}.txt: evaluation took 300.0 s while 400.0 s passed"),
+    (another_artifact_scored, "{b}.txt: the artifact that was scored is not the one that was tra"),
+    (another_script_named, "{b}.txt names its script by another SHA-256 than it has"),
     (wrong_artifact, "{b}.txt: the log's artifact has 15,8"),
     (artifact_of_another_model, "{b}.txt: {b}.int6.lzma has MODEL_DIM=384, the log 512"),
     (artifact_with_another_sum, "{b}.txt: {b}.int6.lzma is another file than the log's of SHA-256"),
@@ -1020,6 +1045,15 @@ def test_a_resumed_run_whose_starts_do_not_account_for_it_is_no_record(
     assert "RESUMED" in rows(tmp_path / "out")["one run, whole"]
 
 
+def test_a_checkpoint_knows_how_many_starts_there_were(tmp_path):
+    write_run(tmp_path / "logs", "a", seed=33, stopped=291.0)
+    options = {"seed": 33, "resumed": (2457, 290.0), "starts": 3, "artifact": True}
+    log = write_run(tmp_path / "logs", "a", **options)
+    assert pack(tmp_path / "out", log) == 0
+    reason = f"{log} was resumed: it is start 3 of a run of which the logs hold 2 (--parts LOG)"
+    assert reason in reasons(tmp_path / "out")
+
+
 def test_the_start_before_may_have_another_name(tmp_path):
     part = write_run(tmp_path / "logs", "before", seed=33, stopped=291.0)
     log = write_run(tmp_path / "logs", "a", seed=33, resumed=(2457, 290.0), artifact=True)
@@ -1056,6 +1090,74 @@ def test_a_tokenizer_of_ones_own_is_counted_and_lies_in_the_folder(tmp_path, cap
     write_artifact(s.artifact_path, s, size, digest)
     line = refusal(tmp_path / "next", capsys, log, "--tokenizer", file)
     assert line == "code, artifact and tokenizer take 16,001,000 bytes, over the cap of 16,000,000"
+
+
+def write_manifest(folder: Path, overlap: int = 0, tokens: int = 100) -> tuple[Path, str]:
+    """As data/prepare.py leaves it beside shards; and the digest that a run logs of these."""
+    lengths = {"fineweb_train_000000.bin": tokens, "fineweb_train_000001.bin": 50}
+    shards = {
+        name: {"split": "train", "tokens": length, "sha256": "a" * 64}
+        for name, length in lengths.items()
+    }
+    shards["fineweb_val_000000.bin"] = {"split": "val", "tokens": 1, "sha256": "b" * 64}
+    found = {"shards": shards, "splits": {"val": FINEWEB}, "overlap": {"documents": overlap}}
+    found |= {"tokenizer": {"sha256": SP8192.tokenizer_sha256}, "source": {"hub": "somewhere"}}
+    folder.mkdir(exist_ok=True)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(found))
+    summary = hashlib.sha256(ascii(sorted(lengths.items())).encode()).hexdigest()
+    return path, summary[:16]
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+def test_the_manifest_of_the_data_tells_overlap_and_sums(tmp_path, overlap):
+    path, digest = write_manifest(tmp_path / "data", overlap)
+    training = {"digest": digest}
+    logs = write_runs(tmp_path / "logs", training=training, artifact=True)
+    assert pack(tmp_path / "out", *logs) == 0
+    answers = rows(tmp_path / "out")
+    shown = answers["no validation document in the training shards"]
+    assert shown.startswith("not in this log")
+    arguments = ("--force", "--manifest", path)
+    assert pack(tmp_path / "out", *logs, *arguments) == 0
+    answers = rows(tmp_path / "out")
+    told = f"{overlap} validation documents are in the training shards"
+    assert answers["no validation document in the training shards"] == told
+    assert reasons(tmp_path / "out") == ([told] if overlap else [])
+    assert "fineweb_val_000000.bin " + "b" * 64 in answers["provenance of the data"]
+    assert '"hub": "somewhere"' in answers["provenance of the data"]
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == path.read_bytes()
+
+
+def test_a_manifest_of_other_data_is_refused_if_it_is_given_and_not_used_if_it_is_found(
+    tmp_path, capsys
+):
+    path, _ = write_manifest(tmp_path / "data")
+    (log,) = write_runs(tmp_path / "logs", [3.0], data_path=str(path.parent))
+    capsys.readouterr()
+    line = refusal(tmp_path / "out", capsys, log, "--manifest", path)
+    assert line == f"{path} is of other training shards than the log"
+    path.write_text("{}")
+    line = refusal(tmp_path / "out", capsys, log, "--manifest", path)
+    assert line == f"{path} is not a manifest of data/prepare.py"
+    assert pack(tmp_path / "out", log) == 0
+    shown = rows(tmp_path / "out")["no validation document in the training shards"]
+    assert shown.startswith("not in this log")
+
+
+def test_gpus_are_told_by_uuid_and_must_be_as_many_as_claimed(tmp_path):
+    uuids = [f"NVIDIA H100 {i:08x}-1111-2222-3333-444444444444" for i in range(8)]
+    machine = {"host": "pod", "gpus": ", ".join(uuids), "driver": "570.1"}
+    logs = write_runs(tmp_path / "logs", machine=machine, artifact=True)
+    assert pack(tmp_path / "out", *logs) == 0
+    assert reasons(tmp_path / "out") == []
+    told = rows(tmp_path / "out")["machine"]
+    assert told.startswith(f"{H100}; seeds 11, 22, 33: host pod; gpus NVIDIA H100 00000000-1111")
+    assert told.endswith("driver 570.1")
+    machine["gpus"] = ", ".join([uuids[0]] * 8)
+    logs = write_runs(tmp_path / "one", machine=machine, artifact=True)
+    assert pack(tmp_path / "next", *logs) == 0
+    assert f"{logs[0]} names 1 GPUs by UUID, not 8" in reasons(tmp_path / "next")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def contradictions(logs: RunLogs, artifact: Path | None = None) -> list[str]:
 def inner_contradictions(logs: RunLogs) -> list[str]:
     """Those between the figures of one start's two logs."""
     found = [*disagreements(logs), *other_lines(logs), *impossible_clocks(logs)]
-    return [*found, *impossible_evaluations(logs), *miscounted_texts(logs)]
+    found += [*impossible_evaluations(logs), *miscounted_texts(logs)]
+    return found + other_scored(logs)
 
 
 def number_in(record: dict, name: str) -> float | None:
@@ -185,6 +186,14 @@ def other_lines(logs: RunLogs) -> list[str]:
             if line != record:
                 found.append(f".txt has {' '.join(line)} of {name}, .jsonl {' '.join(record)}")
     return found
+
+
+def other_scored(logs: RunLogs) -> list[str]:
+    """An artifact that was scored, but is not the one that was trained."""
+    sums = [logs.events.get(event, {}).get("artifact_sha256") for event in ("trained", "final")]
+    if None in sums or sums[0] == sums[1]:
+        return []
+    return [f"the artifact that was scored is not the one that was trained: {sums[1][:16]}..."]
 
 
 def unprinted(logs: RunLogs) -> list[str]:

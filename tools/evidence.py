@@ -9,6 +9,8 @@ keeps the runs from being a record.
 
 import ast
 import hashlib
+import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from tools.contradictions import (
 )
 from tools.finished import MAY_DIFFER, MOST_SECONDS, Run
 from tools.logs import last_run
+from tools.manifest import Manifest
 from tools.summary import CAP
 
 UNSAID = "not in this log"
@@ -64,7 +67,7 @@ def tokenizer_sum(events: dict[str, dict], artifact: Path | None) -> str:
     return in_header
 
 
-def scored_text(events: dict[str, dict], tokenizer: str) -> Row:
+def scored_text(events: dict[str, dict], tokenizer: str, manifest: Manifest | None) -> Row:
     """Whether the whole validation text was scored: its documents, tokens and bytes.
 
     What the folder is called says nothing.
@@ -73,7 +76,8 @@ def scored_text(events: dict[str, dict], tokenizer: str) -> Row:
     counts = said(events, "validation_data")
     if not counts:
         return Row(question, UNSAID, "–", ("the log does not say how much text was scored",))
-    found = known.compare(counts, tokenizer, counts.get("sha256"))
+    sums = manifest.validation if manifest else counts.get("sha256", {})
+    found = known.compare(counts, tokenizer, sums)
     text = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens, of which "
     text += f"{counts['scored_tokens']:,} are scored, {counts['bytes']:,} bytes: "
     text += found.name or f"not FineWeb's validation text ({'; '.join(found.differences)})"
@@ -83,33 +87,33 @@ def scored_text(events: dict[str, dict], tokenizer: str) -> Row:
     return Row(question, text, "the log against data/known.json", reasons)
 
 
-def overlap(events: dict[str, dict]) -> Row:
-    """Whether training shards hold validation documents.
-
-    data/prepare.py compares them by hash and leaves the number beside the shards, from where the
-    run logs it.
-    """
+def overlap_row(manifest: Manifest | None) -> Row:
+    """Whether training shards hold validation documents, which data/prepare.py counts by hash."""
     question = "no validation document in the training shards"
-    for event in ("training_data", "validation_data", "overlap"):
-        record = said(events, event)
-        number = record.get("overlap", record.get("overlapping_documents"))
-        if number is not None:
-            reasons = (f"{number:,} validation documents are training text",) if number else ()
-            text = f"{number:,} validation documents are in the training shards"
-            return Row(question, text, "data/prepare.py, kept in the log", reasons)
-    return Row(question, UNSAID, "–")
+    if manifest is None:
+        return Row(question, f"{UNSAID}, and there is no manifest.json of its shards", "–")
+    text = f"{manifest.overlap:,} validation documents are in the training shards"
+    reasons = (text,) if manifest.overlap else ()
+    return Row(question, text, f"{manifest.path.name} by data/prepare.py", reasons)
 
 
-def provenance(events: dict[str, dict], settings: dict) -> Row:
-    """Which data a run read: folder, shards, sums."""
+def provenance_row(events: dict[str, dict], settings: dict, manifest: Manifest | None) -> Row:
+    """Which data a run read: folder, shards, sums, and where the text is from."""
     data = said(events, "training_data")
     parts = [f"folder {Path(settings['data_path']).name}"]
     if data:
         parts.append(f"{data['tokens']:,} training tokens in {data['shards']:,} shards")
-        parts += [f"{name} {data[name]}" for name in ("digest", "sha256") if data.get(name)]
+        parts.append(f"digest of their names and lengths {data.get('digest', UNSAID)}")
     else:
         parts.append(f"training shards: {UNSAID}")
-    return Row("provenance of the data", "; ".join(map(str, parts)), "the log")
+    if manifest is None:
+        return Row("provenance of the data", "; ".join(parts), "the log")
+    parts.append(f"source {manifest.source}")
+    parts += [f"{name} {sha256}" for name, sha256 in manifest.validation.items()]
+    # One sum over all: 80 of them say no more, and manifest.json lies in the folder.
+    listed = json.dumps(sorted(manifest.train.items())).encode()
+    parts.append(f"SHA-256 over those of the training shards {hashlib.sha256(listed).hexdigest()}")
+    return Row("provenance of the data", "; ".join(parts), "the log; manifest.json in this folder")
 
 
 def tokenizer_row(sha256: str, file: Path, bytes_total: int) -> Row:
@@ -156,13 +160,9 @@ def documents_row(settings: dict) -> Row:
     return Row("features of earlier tokens end at BOS", text, "tests/test_model.py")
 
 
-def warm_up_row(events: dict[str, dict]) -> Row:
-    """Whether warm-up steps changed anything."""
-    ready = said(events, "ready")
+def warm_up_row() -> Row:
+    """Whether warm-up steps changed anything: it is the script that shows it, not a log."""
     text = "steps of rate 0 on random tokens"
-    if "state_unchanged" in ready:
-        text += "; weights, moments and random state hashed before and after: equal"
-        return Row("warm-up changes nothing", text, "the log; tests/test_checkpoint.py")
     return Row("warm-up changes nothing", text, "tests/test_checkpoint.py")
 
 
@@ -186,14 +186,20 @@ def calibration_row(events: dict[str, dict], settings: dict) -> Row:
     return Row(question, f"{text}; all within the training clock", "the log", reasons)
 
 
-def machine_row(events: dict[str, dict]) -> Row:
-    """Which machine ran it."""
-    machine = events["settings"]["machine"]
-    known_names = {"hardware", "python", "torch", "cuda", "triton", "numpy"}
-    rest = {name: value for name, value in machine.items() if name not in known_names}
-    details = "; ".join(f"{name} {value}" for name, value in rest.items())
-    unsaid = f"GPUs' UUIDs, driver and host: {UNSAID}"
-    return Row("machine", f"{machine['hardware']}; {details or unsaid}", "the log")
+def machine_row(runs: list[Run]) -> Row:
+    """Which machines ran it: hosts, GPUs by UUID, driver."""
+    found = {}
+    reasons = []
+    for run in runs:
+        machine = run.logs.events["settings"]["machine"]
+        parts = [f"{name} {machine.get(name, UNSAID)}" for name in ("host", "gpus", "driver")]
+        found.setdefault("; ".join(parts), []).append(str(run.seed))
+        listed = set(re.findall(r"\w{8}-\w{4}-\w{4}-\w{4}-\w{12}", machine.get("gpus", "")))
+        if "gpus" in machine and len(listed) < run.ranks:
+            reasons.append(f"{run.path} names {len(listed)} GPUs by UUID, not {run.ranks}")
+    told = "; ".join(f"seeds {', '.join(seeds)}: {text}" for text, seeds in found.items())
+    hardware = runs[0].machine["hardware"]
+    return Row("machine", f"{hardware}; {told}", "the log", tuple(reasons))
 
 
 # ============
@@ -287,13 +293,20 @@ def parts_row(runs: list[Run]) -> Row:
         seconds = sum(counted_seconds(start) for start in starts)
         told = f"{history(run.logs)}; {len(starts)} starts trained {seconds:.1f} s together"
         texts.append(f"seed {run.seed}: {told}")
-        lost = lost_parts(run.logs)
+        lost = lost_parts(run.logs) + uncounted_starts(run)
         lost += ["the log of its first start is not there"] if is_resumed(starts[0]) else []
         reasons += [f"{run.path} was resumed: {why} (--parts LOG)" for why in lost[:1]]
         if seconds > MOST_SECONDS:
             reasons.append(f"the starts of {run.path} trained {seconds:.1f} s together")
     text = "; ".join(texts) or "every run was trained in one start"
     return Row("one run, whole", text, "the logs", tuple(reasons))
+
+
+def uncounted_starts(run: Run) -> list[str]:
+    """Whether the checkpoint knows of more starts than the logs hold."""
+    count = said(run.logs.events, "resumed").get("starts", 0)
+    held = len(run.logs.earlier) + 1
+    return [f"it is start {count} of a run of which the logs hold {held}"] if count > held else []
 
 
 # ============

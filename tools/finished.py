@@ -6,6 +6,7 @@ side by side must be of one script, with the same settings, machine and text.
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import math
 import os
@@ -255,6 +256,9 @@ def check_code(run: Run, text: str, script_path: Path, script: str) -> None:
         size == run.bytes_code,
         f"{run.path} counts {run.bytes_code} bytes of code, but its script has {size}",
     )
+    named = run.logs.events["settings"].get("script_sha256")
+    held = hashlib.sha256(code.encode()).hexdigest()
+    need(named in (None, held), f"{run.path} names its script by another SHA-256 than it has")
 
 
 def check_limits(run: Run) -> None:

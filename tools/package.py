@@ -46,6 +46,7 @@ from tools.finished import (
 )
 from tools.known import variant_of
 from tools.logs import spread
+from tools.manifest import Manifest, find_manifest
 from tools.significance import gain_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,9 +73,12 @@ def non_record_reasons(runs: list[Run], rows: list[Row]) -> list[str]:
     return [*reasons, *(reason for row in rows for reason in row.reasons)]
 
 
-def check_rows(runs: list[Run], script: str, tokenizer: Path | None, gain: str) -> list[Row]:
-    """What reviewers ask for, and what these runs answer. They agree in data and settings, so one
-    of them stands for all where nothing else is said.
+def check_rows(
+    runs: list[Run], script: str, tokenizer: Path | None, manifest: Manifest | None, gain: str
+) -> list[Row]:
+    """What reviewers ask for, and what these runs answer: docs/conditions.md lists the questions.
+
+    They agree in data and settings, so one of them stands for all where nothing else is said.
     """
     run = runs[0]
     events = run.logs.events
@@ -84,12 +88,12 @@ def check_rows(runs: list[Run], script: str, tokenizer: Path | None, gain: str) 
     # The files and their figures.
     rows = [evidence.artifact_row(runs), evidence.logs_row(runs), evidence.parts_row(runs)]
     # The data.
-    rows += [evidence.scored_text(events, sha256), evidence.overlap(events)]
-    rows += [evidence.provenance(events, run.settings)]
+    rows += [evidence.scored_text(events, sha256, manifest), evidence.overlap_row(manifest)]
+    rows += [evidence.provenance_row(events, run.settings, manifest)]
     rows += [evidence.tokenizer_row(sha256, file, largest)]
     # Training.
-    rows += [evidence.documents_row(run.settings), evidence.warm_up_row(events)]
-    rows += [evidence.calibration_row(events, run.settings), evidence.machine_row(events)]
+    rows += [evidence.documents_row(run.settings), evidence.warm_up_row()]
+    rows += [evidence.calibration_row(events, run.settings), evidence.machine_row(runs)]
     # The claim.
     rows += [evidence.seeds_row(runs)]
     tests = gain or "no baseline was given"
@@ -392,6 +396,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", type=Path, default=[], metavar="LOG", help=text)
     text = "a tokenizer of one's own, if it does not lie where the runs read it"
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=text)
+    text = "manifest.json of the data, if it does not lie where the runs read their shards"
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help=text)
     parser.add_argument("--force", action="store_true", help="replace FOLDER and all that is in it")
     return parser.parse_args(arguments)
 
@@ -471,7 +477,9 @@ def package(given: argparse.Namespace) -> list[str]:
     check_agreement(runs)
     gain = compare(runs, given.baseline) if given.baseline else ""
 
-    rows = check_rows(runs, script, given.tokenizer, gain)
+    run = runs[0]
+    manifest = find_manifest(given.manifest, str(run.settings["data_path"]), run.logs.events)
+    rows = check_rows(runs, script, given.tokenizer, manifest, gain)
     reasons = non_record_reasons(runs, rows)
     entry = submission(runs, entry_fields(given, runs), record=not reasons)
     shown = given.out or default_folder(entry)
@@ -484,7 +492,9 @@ def package(given: argparse.Namespace) -> list[str]:
         "README.md": readme(runs, entry, script, reasons, rows, gain).encode(),
     }
     files |= log_files(runs, given.parts)
-    own = own_tokenizer(runs[0], given.tokenizer)
+    if manifest:
+        files["manifest.json"] = read_bytes(manifest.path)
+    own = own_tokenizer(run, given.tokenizer)
     if own:
         files["tokenizer.model"] = read_bytes(own)
     write_folder(out, files)
