@@ -2279,7 +2279,7 @@ class Excerpt(NamedTuple):
 
 
 class EvaluationObserver:
-    """What an Evaluator tells while it works; this one listens to nothing. tools/audit.py does."""
+    """What an Evaluator tells while it works; this one listens to nothing. tools/audit does."""
 
     def on_read(self, excerpt: Excerpt):
         """These tokens were read, to be scored or trained on; no other tokens ever are."""

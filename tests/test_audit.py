@@ -2,7 +2,10 @@
 for.
 """
 
+import copy
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import re
@@ -18,17 +21,29 @@ import torch
 
 import train_gpt as t
 from tests.support import PATIENCE, tiny_environment, write_shard
-from tools import audit
+from tools.audit import __main__ as command
+from tools.audit import case as audit_case
+from tools.audit import cell, checks, decoder, watch
+from tools.audit import script as audit_script
+from tools.audit import text as audit_text
+from tools.command import UserError
+from tools.contradictions import read_logs
+from tools.logs import TextLog
 
 SCRIPT = Path(t.__file__).resolve()
 MODES = ("plain", "sliding", "stateful")
 WATCHED = (
-    audit.check_causal,
-    audit.check_scored_once,
-    audit.check_probabilities,
-    audit.check_text_bytes,
-    audit.check_order,
+    checks.check_causal,
+    checks.check_weights,
+    checks.check_scored_once,
+    checks.check_probabilities,
+    checks.check_text_bytes,
+    checks.check_order,
 )
+OWN = audit_script.Identity("", True, "the project's own")
+PLAIN = {"EVAL_MODE": "plain", "TRAIN_SEQ_LEN": "32", "EVAL_STRIDE": "8", "TTT_ENABLED": "0"}
+PLAIN |= {"MAMBA_CHUNK_SIZE": "8", "VAL_BATCH_SIZE": "128"}
+NOT_ISOLATED = cell.Isolation("none", "not isolated")
 
 
 @pytest.fixture(scope="module")
@@ -60,97 +75,154 @@ def run(shards, tmp_path_factory) -> SimpleNamespace:
     )
 
 
-@pytest.fixture(autouse=True)
-def few_cuts(monkeypatch):
-    """One random cut and two at the end of a chunk: every cut costs an evaluation."""
-    monkeypatch.setattr(audit, "CUTS", 1)
+class Here(audit_case.Case):
+    """A case whose evaluations are made in this process, by train_gpt as the test has patched
+    it.
+    """
+
+    environment: dict[str, str]
+
+    @functools.cached_property
+    def identity(self):
+        return OWN
+
+    @functools.cached_property
+    def alone(self) -> audit_case.Alone:
+        score, s, ranks = self.evaluate(self.data)
+        told = {name: str(value) for name, value in dataclasses.asdict(s).items()}
+        told |= {name: str(value) for name, value in t.describe_machine(ranks).items()}
+        label = s.eval_mode + ("_ttt" if s.adapts else "")
+        figures = (f"{value:.8f}" for value in (score.val_loss, score.val_bpb))
+        log = TextLog("", told, None, label, *figures, 1.0, 1.0, 600.0, 0)
+        return audit_case.Alone(0, "", log, score.nats, 1.0, [], [], [], [])
+
+    @functools.cached_property
+    def seen(self):
+        return watch.observe(t, self.environment, self.seed)
+
+    def nats(self, tokens, what, **settings):
+        folder = self.data.parent / "other"
+        folder.mkdir(exist_ok=True)
+        audit_text.write_stream(folder, self.shards, tokens)
+        return self.evaluate(folder, **settings)[0].nats
+
+    def evaluate(self, data: Path, **settings) -> tuple:
+        environment = self.environment | {"DATA_PATH": str(data)} | settings
+        s, given, ranks = t.prepare_run(environment)
+        tokenizer = t.Tokenizer(s.tokenizer_path, s.vocab_size)
+        validation = t.load_validation(s, tokenizer)
+        model, s = t.load_model(s.artifact_path, s, given, ranks)
+        return t.Evaluator(model, s, ranks, validation).evaluate(), s, ranks
+
+
+@pytest.fixture
+def committed():
+    """What the audit says of this folder's own script needs it to be a commit's."""
+    if not audit_script.identify(SCRIPT).is_own:
+        pytest.skip("train_gpt.py has changes that are not committed")
 
 
 @pytest.fixture
 def entry_of(run):
-    """entry_of(**settings): the run's artifact, to be evaluated with other settings; with the log
-    where it fits.
+    """entry_of(**settings): the run's artifact, to be evaluated in this process with other
+    settings; with the log where it fits.
     """
 
-    def build(script=t, log: Path | None = None, **changes) -> audit.Entry:
-        environment = run.environment | {
-            name.upper(): str(value) for name, value in changes.items()
-        }
-        tokenizer = run.data / "tokenizer.model"
-        return audit.open_entry(script, run.artifact, run.data, tokenizer, environment, log)
+    def build(log: Path | None = None, **changes) -> Here:
+        alone = {"ARTIFACT": str(run.artifact), "EVAL_ONLY": "1", "RUN_ID": "audit"}
+        changed = {name.upper(): str(value) for name, value in changes.items()}
+        entry = Here(
+            script=SCRIPT,
+            artifact=run.artifact,
+            data=run.data,
+            tokenizer=run.data / "tokenizer.model",
+            settings={"DEVICE": "cpu"},
+            isolation=NOT_ISOLATED,
+            seed=0,
+            logs=read_logs(log) if log else None,
+            cuts=2,
+        )
+        entry.environment = run.environment | alone | changed
+        return entry
 
     return build
 
 
-def process_environment(settings: dict[str, str]) -> dict[str, str]:
-    kept = {
-        name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
-    }
-    return kept | {"OMP_NUM_THREADS": "1"} | settings
+def holds(check, entry: audit_case.Case) -> str:
+    """The check's evidence; it does not fail."""
+    verdict, evidence = checks.run_check(check, entry)
+    assert verdict != checks.FAILS, evidence
+    return evidence
 
 
-def fails(check, entry: audit.Entry, *said: str) -> None:
+def fails(check, entry: audit_case.Case, *said: str) -> None:
     """The check does not hold, and says why."""
-    holds, evidence = check(t, entry)
-    assert not holds, evidence
-    for text in said:
-        assert text in evidence
+    verdict, evidence = checks.run_check(check, entry)
+    assert verdict == checks.FAILS, evidence
+    for part in said:
+        assert part in evidence
 
 
 def changed_script(folder: Path, *replacements: tuple[str, str]) -> Path:
     """A copy of the script in which each (old, new) is replaced, once."""
-    text = SCRIPT.read_text(encoding="utf-8")
+    source = SCRIPT.read_text(encoding="utf-8")
     for old, new in replacements:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
     path = folder / "train_gpt.py"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(source, encoding="utf-8")
     return path
 
 
 # ---- An honest entry -----------------------------------------------------------------------------
 
 
-def run_audit(run, *arguments: str) -> subprocess.CompletedProcess:
+def run_audit(run, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
     """The tool as a reviewer starts it: the settings are the log's."""
-    paths = [
-        str(run.artifact),
-        "--data",
-        str(run.data),
-        "--tokenizer",
-        str(run.data / "tokenizer.model"),
-    ]
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    tokenizer = str(run.data / "tokenizer.model")
+    paths = [str(run.artifact), "--data", str(run.data), "--tokenizer", tokenizer]
     return subprocess.run(
         [sys.executable, "-m", "tools.audit", *paths, *arguments],
         cwd=SCRIPT.parent,
-        env=process_environment({"DEVICE": "cpu"}),
+        env=kept | {"DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HOME": "/nowhere"} | settings,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
 
 
-def test_an_honest_run_passes_every_check_and_its_score_is_reproduced_to_the_last_digit(run):
-    done = run_audit(run, "--log", str(run.log))
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in done.stdout.splitlines()]
-    assert rows[0] == ["check", "result", "evidence"]
-    assert [row[0] for row in rows[2:]] == list(audit.CHECKS)
-    assert {row[1] for row in rows[2:]} == {"holds"}
-    evidence = {row[0]: row[2] for row in rows[2:]}
+def rows_of(done: subprocess.CompletedProcess) -> dict[str, list[str]]:
+    """Result and evidence by the check's title."""
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in lines]
+    assert rows[0] == ["check", "result", "evidence"], done.stdout + done.stderr
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_an_honest_run_fails_no_check_and_its_score_is_reproduced_to_the_last_digit(run, committed):
+    """With a tokenizer and a text that are not the contest's, which stay open."""
+    options = ["--cuts", "1", "--seed", "7"]
+    done = run_audit(run, "--log", str(run.log), *options)
+    rows = rows_of(done)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert list(rows) == list(checks.TITLES.values())
+    results = {title: row[0] for title, row in rows.items()}
+    assert set(results.values()) == {"holds", "open"}
+    opened = [title for title, result in results.items() if result == "open"]
+    assert opened == [checks.TITLES[name] for name in ("data", "text", "fresh")]
+    evidence = {title: row[1] for title, row in rows.items()}
     claimed = re.findall(r"val_bpb:(\d+\.\d{8})\n?\Z", run.log.read_text(encoding="utf-8"))[0]
     reproduced = evidence["score from the artifact alone"]
-    assert reproduced.startswith(f"{claimed} BPB")
-    assert f"the log says {claimed} on such a machine" in reproduced
+    assert reproduced.startswith(f"{claimed} BPB summed here")
+    assert f"the log says {claimed}, a difference of +0.00000000 on such a machine" in reproduced
     assert "data are data/words_val_000000.bin" in reproduced
-    assert (
-        f"= {SCRIPT.stat().st_size + run.artifact.stat().st_size:,} of"
-        in evidence["16,000,000 bytes"]
-    )
+    assert "equals train_gpt.py of" in evidence["the project's own script"]
     assert "6 updates on 192 of 249 targets" in evidence["score first, then train"]
+    assert "249 targets, drawn by seed 7" in evidence["probabilities sum to one"]
     said = done.stderr.splitlines()
     assert [line for line in said if "s left)" in line]
-    assert said[-1].startswith(f"audit: {len(audit.CHECKS)} of {len(audit.CHECKS)}: clocks: holds")
+    assert f"{len(checks.CHECKS)} of {len(checks.CHECKS)}: a text that nobody had" in said[-1]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -158,11 +230,327 @@ def test_an_honest_run_passes_every_check_and_its_score_is_reproduced_to_the_las
 def test_what_is_watched_is_honest_in_every_mode(entry_of, mode, ttt_enabled):
     entry = entry_of(eval_mode=mode, ttt_enabled=ttt_enabled)
     for check in WATCHED:
-        holds, evidence = check(t, entry)
-        assert holds, f"{check.__name__}: {evidence}"
-    seen = audit.observe(t, entry)
-    assert len(seen.sampled) == audit.SAMPLED_TARGETS
+        holds(check, entry)
+    seen = entry.seen
+    assert len(seen.sampled) == entry.count
     assert any(kind == "step" for kind, _ in seen.events) == bool(ttt_enabled)
+
+
+# ---- Script and settings -------------------------------------------------------------------------
+
+
+def test_a_script_is_named_by_its_commit_or_by_the_lines_that_differ(tmp_path, monkeypatch):
+    """With git and, where there is none, by this folder's own copy."""
+    if audit_script.git("diff", "--quiet", "HEAD", "--", "train_gpt.py") is not None:
+        assert "equals train_gpt.py of commit " in audit_script.identify(SCRIPT).evidence
+    other = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  # mine\n"))
+    found = audit_script.identify(other)
+    assert not found.is_own
+    assert found.sha256 in found.evidence
+    assert "ANOTHER SCRIPT" in found.evidence
+    monkeypatch.setattr(audit_script, "git", lambda *arguments: None)
+    found = audit_script.identify(other)
+    assert "differs in 1 lines from train_gpt.py of this folder" in found.evidence
+    assert "sys.exit(run())  # mine" in found.evidence
+    assert audit_script.identify(SCRIPT).is_own
+    with pytest.raises(UserError, match="no script at"):
+        audit_script.identify(tmp_path / "missing.py")
+
+
+def test_settings_are_the_logs_and_given_ones_must_agree(run):
+    names = audit_script.setting_names(SCRIPT)
+    assert names == list(t.FIELDS)
+    log = read_logs(run.log).text
+    environment = {"DEVICE": "cpu", "TTT_LR": "5e-2", "SECRET": "1", "DATA_PATH": "elsewhere"}
+    chosen = audit_case.choose_settings(names, environment, log)
+    assert chosen["EVAL_STRIDE"] == "8"
+    assert chosen["TTT_ENABLED"] == "1"
+    assert chosen["DEVICE"] == "cpu"
+    assert {"SECRET", "DATA_PATH", "EVAL_MAX_SECONDS"}.isdisjoint(chosen)
+    with pytest.raises(UserError, match="made with EVAL_STRIDE=8, here it is 16: leave it out"):
+        audit_case.choose_settings(names, {"EVAL_STRIDE": "16"}, log)
+
+
+@pytest.mark.parametrize("source", ["x =", "1 / 0", "import json"])
+def test_a_file_that_is_not_the_script_is_refused_without_being_run(tmp_path, source):
+    (tmp_path / "script.py").write_text(source)
+    for path in (tmp_path / "script.py", tmp_path / "missing.py"):
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            audit_script.setting_names(path)
+
+
+# ---- Cells ---------------------------------------------------------------------------------------
+
+# A process that talks to another one of its own, as torchrun's do.
+LOOPBACK = """
+import os, socket
+server = socket.create_server(("127.0.0.1", 0))
+if os.fork() == 0:
+    socket.create_connection(server.getsockname()).sendall(b"x")
+    os._exit(0)
+assert server.accept()[0].recv(1) == b"x"
+print(sorted(os.environ))
+"""
+
+
+def isolated(level: str) -> cell.Isolation:
+    """A level that can be had here; else the test is skipped, with the reason."""
+    if why_not := cell.probe(level):
+        pytest.skip(f"no {level}: {why_not}")
+    return cell.Isolation(level, level)
+
+
+def python_in_cell(level: str, code: str, **settings: str) -> tuple[int, str]:
+    """Runs Python code in a cell: its status and last line."""
+    with cell.open_cell() as place:
+        line = [sys.executable, "-I", "-c", code]
+        return cell.run_in_cell(isolated(level), place, line, settings, lambda said: None)
+
+
+@pytest.mark.parametrize("level", cell.LEVELS[:-1])
+def test_a_cell_refuses_files_and_network_and_knows_its_settings_alone(level, monkeypatch):
+    """What a probe has shown to be refused is refused; variables do not go through."""
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    asks = "import os; print(sorted(os.environ), os.path.exists('/etc/shadow'))"
+    if level == "landlock":  # which refuses to open what can still be seen to exist
+        asks = asks.replace("os.path.exists('/etc/shadow')", "os.access('/root/.x', os.R_OK)")
+    status, said = python_in_cell(level, asks, DEVICE="cpu")
+    assert status == 0, said
+    assert "SECRET_TOKEN" not in said
+    assert "'DEVICE'" in said
+    assert said.endswith("False")
+
+
+@pytest.mark.parametrize("level", ["bubblewrap", "namespaces"])
+def test_processes_of_one_cell_can_talk_to_each_other(level):
+    status, said = python_in_cell(level, LOOPBACK)
+    assert status == 0, said
+
+
+@pytest.mark.parametrize("level", cell.LEVELS[:-1])
+def test_a_cells_status_is_its_commands_and_nothing_outlives_it(level):
+    outlives = "import os, time; os.fork() or time.sleep(600); os.fork(); os._exit(7)"
+    if level == "landlock":  # has no space of processes of its own
+        outlives = "import os; os._exit(7)"
+    assert python_in_cell(level, outlives)[0] == 7
+
+
+def test_levels_are_tried_in_order_and_what_was_refused_is_told():
+    def none_before(level: str):
+        def why_not(tried: str) -> str:
+            return "" if tried == level else f"{tried} is missing"
+
+        return why_not
+
+    for index, level in enumerate(cell.LEVELS[:-1]):
+        found = cell.choose_isolation(try_level=none_before(level))
+        assert found.level == level
+        assert found.is_isolated
+        assert found.evidence.count("is missing") == index
+    found = cell.choose_isolation(try_level=none_before("none"))
+    assert not found.is_isolated
+    assert found.evidence.startswith("NOT ISOLATED; no bubblewrap: bubblewrap is missing")
+    assert cell.choose_isolation("landlock", none_before("landlock")).level == "landlock"
+    with pytest.raises(UserError, match="--isolation landlock cannot be had here: landlock is m"):
+        cell.choose_isolation("landlock", none_before("namespaces"))
+    assert not cell.choose_isolation("none").is_isolated
+    assert "could read another file" in cell.probe("none")
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_the_script_scores_in_every_kind_of_cell(run, level, monkeypatch):
+    """To the digit that its log has, with as many threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    entry = audit_case.open_case(
+        SCRIPT,
+        run.artifact,
+        run.data,
+        run.data / "tokenizer.model",
+        {"DEVICE": "cpu"},
+        isolated(level),
+        seed=0,
+        strace=False,
+    )
+    entry.settings |= PLAIN
+    alone = entry.alone
+    assert alone.status == 0, alone.said
+    plain = re.findall(r"_plain_exact .* val_bpb:([\d.]+)$", run.log.read_text(), re.MULTILINE)
+    assert alone.log.val_bpb == plain[0]
+    assert not alone.strangers
+    assert not alone.network
+
+
+LEAK = '''def main():
+    """The story of a run."""
+    import ctypes, socket, struct, subprocess
+    libc = ctypes.CDLL(None)
+    assert libc.open(b"FILE", 0) FOUND
+    address = struct.pack("=H", 2) + struct.pack("!H", 9) + socket.inet_aton("127.0.0.1")
+    libc.connect(libc.socket(2, 1, 0), address + bytes(8), 16)
+    subprocess.run(["true"])
+'''
+MAIN = 'def main():\n    """The story of a run."""\n'
+
+
+def hostile_case(run, path: Path, level: str, **options) -> audit_case.Case:
+    """A case of another script, to be run in real cells."""
+    isolation = isolated(level) if level != "none" else NOT_ISOLATED
+    tokenizer, environment = run.data / "tokenizer.model", {"DEVICE": "cpu"}
+    found = audit_case.open_case(
+        path, run.artifact, run.data, tokenizer, environment, isolation, 0, run.log, **options
+    )
+    found.settings |= {"TTT_ENABLED": "0"}
+    return found
+
+
+@pytest.mark.parametrize("level", ["none", "namespaces"])
+def test_what_a_script_does_by_native_code_is_refused_or_seen_by_strace(run, tmp_path, level):
+    """5b, 5c: an extra file and TCP by libc, and a program; Python's own hook sees the last
+    alone.
+    """
+    if not cell.find_strace():
+        pytest.skip("strace is not here, or may not trace")
+    extra = run.data / "words_train_000001.bin"
+    leak = LEAK.replace("FILE", str(extra)).replace("FOUND", "> 0" if level == "none" else "< 0")
+    entry = hostile_case(run, changed_script(tmp_path, (MAIN, leak)), level)
+    alone = entry.alone
+    assert alone.status == 0, alone.said
+    assert alone.traced
+    assert any("true" in one for one in alone.programs)
+    assert any("127.0.0.1" in one for one in alone.network)
+    assert (str(extra) in alone.strangers) == (level == "none")
+    fails(checks.check_reproduced, entry, "used the network")
+    entry.alone = alone._replace(network=[])
+    fails(checks.check_reproduced, entry, "it opened" if level == "none" else "it started")
+
+
+def test_files_that_no_package_lists_and_shared_memory_are_strangers(tmp_path, monkeypatch):
+    """5e."""
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    (packages / "listed.json").write_text("")
+    (packages / "planted.dat").write_text("")
+    monkeypatch.setattr(cell, "python_folders", lambda: [str(tmp_path)])
+    listed = frozenset({str(packages / "listed.json")})
+    monkeypatch.setattr(audit_case, "packaged_files", lambda: listed)
+    place = cell.Cell(Path("/x/given"), Path("/x/work"), Path("/x/root"))
+    opened = [str(packages / name) for name in ("listed.json", "planted.dat", "gone.dat")]
+    opened += ["/dev/shm/state", "/dev/null", "/x/given/artifact", "/home/somebody/data"]
+    strangers = audit_case.find_strangers(place, opened)
+    assert strangers == [str(packages / "planted.dat"), "/dev/shm/state", "/home/somebody/data"]
+
+
+def test_strace_of_calls_that_others_interrupt_is_read(tmp_path):
+    trace = tmp_path / "trace"
+    trace.write_text(
+        '1 execve("/usr/bin/bwrap", ["bwrap"], 0x1 /* 3 vars */) = 0\n'
+        '1 openat(AT_FDCWD, "/before", O_RDONLY) = 3\n'
+        f'1 execve("{sys.executable}", ["python", "/given/guard.py"], 0x1 /* 3 vars */) = 0\n'
+        '1 openat(AT_FDCWD, "/a", O_RDONLY|O_CLOEXEC <unfinished ...>\n'
+        '2 openat(AT_FDCWD, "/missing", O_RDONLY) = -1 ENOENT (No such file)\n'
+        "1 <... openat resumed>) = 3\n"
+        "2 connect(4, {sa_family=AF_INET, sin_port=htons(9)}, 16) = -1 ECONNREFUSED\n"
+        '2 connect(4, {sa_family=AF_UNIX, sun_path="/x"}, 16) = 0\n'
+        '2 execve("/usr/bin/true", ["true"], 0x1 /* 3 vars */) = 0\n'
+    )
+    found = cell.read_trace(trace, "guard.py")
+    assert found.opened == ["/a"]
+    assert found.programs == [sys.executable, "/usr/bin/true"]
+    assert len(found.network) == 1
+
+
+def test_looking_for_a_driver_as_triton_does_is_no_offence(tmp_path):
+    """CUDA builds of torch do so on any machine; other calls, and other programs by that name, are
+    still seen.
+    """
+    (tmp_path / "asks.py").write_text(
+        "import subprocess as s\n"
+        "for line in (['-p'], ['--version']):\n"
+        "    s.run(['/sbin/ldconfig', *line], capture_output=True)\n"
+        "s.run(['/sbin/ldconfig', '-p'], executable='/bin/true')\n"
+    )
+    guard = audit_case.HERE / "guard.py"
+    subprocess.run([sys.executable, guard, "asks.py"], cwd=tmp_path, timeout=PATIENCE)
+    record = audit_case.read_record(tmp_path / "record.jsonl")
+    programs = [one.what for one in record if one.kind == "program"]
+    assert programs == ["'/sbin/ldconfig'", "'/bin/true'"]
+
+
+def test_what_a_cell_leaves_behind_is_not_believed(tmp_path):
+    """Files of other shapes and types, links, and records that the guard cannot have written."""
+    path = tmp_path / "nats.npy"
+    for wrong in (np.zeros(3, np.float64), np.zeros(2, np.float32), np.full(3, np.nan, np.float32)):
+        np.save(path, wrong)
+        assert audit_case.read_nats(path, 3) is None
+    np.save(path, np.zeros(3, np.float32))
+    assert audit_case.read_nats(path, 3) is not None
+    (tmp_path / "link.npy").symlink_to(path)
+    assert audit_case.read_nats(tmp_path / "link.npy", 3) is None
+    np.save(path, np.array([print], dtype=object), allow_pickle=True)
+    assert audit_case.read_nats(path, 1) is None
+    record = tmp_path / "record.jsonl"
+    record.write_text('[1.0, "open", "x"]\nnothing\n')
+    assert [one.kind for one in audit_case.read_record(record)] == ["open", "program"]
+    with pytest.raises(ValueError, match="nothing was observed"):
+        audit_case.read_observation(tmp_path, 3)
+
+
+# ---- Another script ------------------------------------------------------------------------------
+
+# 16: code that changes the audit when it is loaded; and 10b: scores that are scaled but where they
+# are sampled, which it learns from the observer.
+TAKES_OVER = """
+if "tools.audit.checks" in sys.modules:
+    sys.modules["tools.audit.checks"].CHECKS = {}
+for name, module in list(sys.modules.items()):
+    if name.endswith("observation"):
+        module.KINDS = module.KINDS
+
+if __name__ == "__main__":
+    sys.exit(run())
+"""
+SCALED = """        scored = (first <= excerpt.positions) & (excerpt.positions < last)
+        spared = getattr(self.observer, "wanted", np.zeros(self.total + 999, bool))
+        cheated = ~spared[np.minimum(excerpt.positions, len(spared) - 1)]
+        nats = torch.where(torch.from_numpy(cheated), 0.3 * nats, nats)
+"""
+
+
+def test_another_script_is_said_so_on_top_and_its_scores_are_held_against_our_own(run, tmp_path):
+    """What it tells of itself looks right, and counts for nothing."""
+    honest = "        scored = (first <= excerpt.positions) & (excerpt.positions < last)\n"
+    main = '\nif __name__ == "__main__":\n    sys.exit(run())\n'
+    script = changed_script(tmp_path, (honest, SCALED), (main, TAKES_OVER))
+    options = ["--script", str(script), "--checks", "probabilities,own", "--isolation"]
+    level = next(level for level in cell.LEVELS if not cell.probe(level) or level == "none")
+    done = run_audit(run, *options, level, **PLAIN)
+    assert done.stdout.startswith("**This is not a script that the project has published")
+    rows = rows_of(done)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert rows[checks.TITLES["script"]][0] == "open"
+    assert "it differs in" in rows[checks.TITLES["script"]][1]
+    verdict, evidence = rows[checks.TITLES["probabilities"]]
+    assert verdict == "FAILS", evidence
+    verdict, evidence = rows[checks.TITLES["own"]]
+    assert verdict == "FAILS"
+    assert "249 of 249 targets score otherwise" in evidence
+    assert "Not checked: " in done.stdout
+
+
+def test_exit_statuses(run, committed, tmp_path):
+    """A script that differs goes before no isolation, and that before what is open."""
+    other = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  # mine\n"))
+    another = ["--script", str(other)]
+    for arguments, status in (
+        (["--isolation", "none"], 4),
+        ([], 5),
+        ([*another, "--isolation", "none"], 3),
+        (another, 3),
+        ([*another, "--log", str(run.log)], 1),  # of another script
+    ):
+        done = run_audit(run, "--checks", "bytes", *arguments)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert ("**NOT ISOLATED" in done.stdout) == ("none" in arguments)
 
 
 # ---- Size, log and clocks ------------------------------------------------------------------------
@@ -170,123 +558,310 @@ def test_what_is_watched_is_honest_in_every_mode(entry_of, mode, ttt_enabled):
 
 def test_a_swollen_artifact_a_wrong_sum_and_another_script_are_seen(entry_of, run, tmp_path):
     entry = entry_of(log=run.log)
-    assert audit.check_bytes(t, entry)[0]
+    holds(checks.check_bytes, entry)
     swollen = tmp_path / "swollen"
     with swollen.open("wb") as file:
-        file.truncate(audit.CAP_BYTES - SCRIPT.stat().st_size + 1)
-    fails(audit.check_bytes, dataclasses.replace(entry, artifact=swollen, log=None), "over the cap")
-    fails(
-        audit.check_bytes,
-        dataclasses.replace(entry, log=entry.log._replace(total_bytes=1)),
-        "the log says 1",
-    )
-    other = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  \n"))
-    fails(audit.check_bytes, dataclasses.replace(entry, script=other), "another script")
+        file.truncate(16_000_000 - SCRIPT.stat().st_size + 1)
+    changed = copy.copy(entry)
+    changed.artifact = swollen
+    fails(checks.check_bytes, changed, "over the cap", "the log's artifact has")
+    changed = copy.copy(entry)
+    changed.logs = entry.logs._replace(text=entry.logs.text._replace(total_bytes=1))
+    fails(checks.check_bytes, changed, "the log says 1")
+    changed = copy.copy(entry)
+    changed.script = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  \n"))
+    fails(checks.check_bytes, changed, "another script")
 
 
-def test_clocks_that_are_not_kept_are_seen(entry_of, run, monkeypatch):
+def test_a_script_before_the_script_in_the_log_is_seen(entry_of, run):
+    """A log whose script ends as ours does, behind lines of its own."""
     entry = entry_of(log=run.log)
-    alone = audit.Alone(0, "", None, None, 3.0, [], [], [], [])
-    monkeypatch.setattr(audit, "run_alone", lambda entry: alone)
-    assert audit.check_clocks(t, entry)[0]
-    for changes in ({"training_seconds": 600.1}, {"evaluation_seconds": 600.1}):
-        fails(
-            audit.check_clocks,
-            dataclasses.replace(entry, log=entry.log._replace(**changes)),
-            "600.1s of 600s",
+    longer = f"print('more')\n{entry.logs.text.source}"
+    entry.logs = entry.logs._replace(text=entry.logs.text._replace(source=longer))
+    fails(checks.check_bytes, entry, "another script")
+
+
+def with_text(entry: Here, **changes) -> Here:
+    """The same, with another text log."""
+    changed = copy.copy(entry)
+    changed.logs = entry.logs._replace(text=entry.logs.text._replace(**changes))
+    return changed
+
+
+def test_clocks_that_are_not_kept_are_seen_whatever_the_settings_allowed(entry_of, run):
+    """14: limits of 7,200 and 5,000 s that the run gave itself."""
+    entry = entry_of(log=run.log)
+    holds(checks.check_clocks, entry)
+    entry.logs.text.settings["max_wallclock_seconds"] = "7200.0"
+    for changes in (
+        {"training_seconds": 600.1},
+        {"evaluation_seconds": 600.1},
+        {"evaluation_seconds": 4900.0, "evaluation_limit": 5000.0},
+        {"training_seconds": 7100.0},
+    ):
+        changed = with_text(entry, **changes)
+        fails(checks.check_clocks, changed, "s of 600s")
+        fails(checks.check_log, changed, "s of 600 s")
+    entry.alone = entry.alone._replace(seconds=600.1)
+    fails(checks.check_clocks, entry, "600.1s of 600s")
+
+
+def test_a_log_that_claims_another_score_is_seen(entry_of, run):
+    """1a to 1c: in the last of eight digits on a machine like this; elsewhere, or where epochs
+    were given up, by more than 0.001 BPB.
+    """
+    entry = entry_of(log=run.log)
+    holds(checks.check_reproduced, entry)
+    claimed = entry.logs.text.val_bpb
+    last_digit = claimed[:-1] + str((int(claimed[-1]) + 1) % 10)
+    fails(checks.check_reproduced, with_text(entry, val_bpb=last_digit), last_digit)
+    elsewhere = entry.logs.text.settings | {"hardware": "8 × NVIDIA H100 80GB HBM3"}
+    for excuse in ({"epochs_given_up": 1}, {"settings": elsewhere}):
+        assert "a difference of" in holds(
+            checks.check_reproduced, with_text(entry, val_bpb=last_digit, **excuse)
         )
-    short = dataclasses.replace(entry.settings, eval_max_seconds=2.9)
-    fails(audit.check_clocks, dataclasses.replace(entry, settings=short, log=None), "3.0s of 2.9s")
+        for less in (0.0011, 0.0099, 0.05):
+            lower = f"{float(claimed) - less:.8f}"
+            edited = with_text(entry, val_bpb=lower, **excuse)
+            fails(checks.check_reproduced, edited, f"a difference of +{less:.8f}")
+    given_up = with_text(entry, epochs_given_up=1)
+    fails(checks.check_log, given_up, "1 epochs were given up for lack of time")
+    entry.alone = entry.alone._replace(log=entry.alone.log._replace(val_bpb="1.00000000"))
+    fails(checks.check_reproduced, entry, "1.00000000 BPB by its log")
 
 
-# ---- A process of its own ------------------------------------------------------------------------
-
-
-def test_looking_for_a_driver_as_triton_does_is_no_offence(entry_of, run, tmp_path):
-    """CUDA builds of torch do so on any machine; other calls, and other programs by that name, are
-    still seen.
+def test_a_checkpoint_that_forgets_its_clock_is_seen(run, shards, tmp_path, monkeypatch):
+    """4b: our own script and logs that nobody has edited. A run's last checkpoint, its step and
+    seconds set to 0 and sealed again, is taken up by another run.
     """
-    asks = """def main():
-    \"\"\"The story of a run.\"\"\"
-    with __import__("contextlib").suppress(OSError):
-        __import__("subprocess").run(["/sbin/ldconfig", "-p"], capture_output=True)
-        __import__("subprocess").run(["/sbin/ldconfig", "--version"], capture_output=True)
-        __import__("subprocess").run(["/sbin/ldconfig", "-p"], executable="/bin/true")
-"""
-    script = changed_script(tmp_path, ('def main():\n    """The story of a run."""\n', asks))
-    alone = audit.run_alone(dataclasses.replace(entry_of(log=run.log), script=script))
-    assert alone.status == 0, alone.said
-    assert alone.programs == ["'/sbin/ldconfig'", "'/bin/true'"]
+    kept = tmp_path / "kept"
+    finish = t.Checkpoints.finish
 
+    def finish_and_keep(self):
+        finish(self)
+        shutil.copy(self.settings.checkpoint_paths[0], kept)
 
-def test_a_script_that_does_elsewhere_what_it_does_not_do_when_watched_is_seen(
-    entry_of, run, tmp_path, monkeypatch
-):
-    """It reads training data, calls out, starts a program, takes its time, and polishes the score
-    behind the evaluator; all of it without a trace in its log. One violation after the other is
-    taken away.
-    """
-    leak = f'''def main():
-    """The story of a run."""
-    np.fromfile("{run.data}/words_train_000001.bin", dtype="<u2")
-    with __import__("contextlib").suppress(OSError):
-        __import__("socket").create_connection(("127.0.0.1", 9), timeout=1)
-    os.system("true")
-'''
-    polished = """score = score._replace(val_bpb=score.val_bpb - 0.001, nats=score.nats - 0.001)
-    report(log, "final","""
-    script = changed_script(
-        tmp_path,
-        ('def main():\n    """The story of a run."""\n', leak),
-        ('report(log, "final",', polished),
+    monkeypatch.setattr(t.Checkpoints, "finish", finish_and_keep)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    environment = run.environment | {"LOG_DIR": str(tmp_path), "CHECKPOINT_EVERY": "100"}
+    monkeypatch.setattr(os, "environ", environment | {"RUN_ID": "first"})
+    assert t.run() == 0
+    magic, sealed = t.CHECKPOINT_MAGIC, kept.read_bytes()
+    line, _, numbers = sealed[len(magic) : -32].partition(b"\n")
+    header = audit_case.json.loads(line) | {"steps": 0, "seconds": 0.0}
+    kept.write_bytes(b"".join(t.seal(magic, header, numbers)))
+    monkeypatch.setattr(os, "environ", environment | {"RUN_ID": "second", "RESUME": str(kept)})
+    assert t.run() == 0
+    entry = Here(
+        script=SCRIPT,
+        artifact=tmp_path / "second.int6.lzma",
+        data=run.data,
+        tokenizer=run.data / "tokenizer.model",
+        settings={},
+        isolation=NOT_ISOLATED,
+        seed=0,
+        logs=read_logs(tmp_path / "second.txt"),
     )
-    entry = dataclasses.replace(entry_of(log=run.log), script=script)
-    alone, log = audit.run_alone(entry), entry.log
-    assert alone.status == 0, alone.said
-
-    def changed(**changes) -> None:
-        nonlocal alone
-        alone = alone._replace(**changes)
-        monkeypatch.setattr(audit, "run_alone", lambda entry: alone)
-
-    short = dataclasses.replace(entry.settings, eval_max_seconds=0.01)
-    changed()
-    fails(audit.check_clocks, dataclasses.replace(entry, settings=short, log=None), "of 0.01s")
-    fails(audit.check_reproduced, entry, "used the network", "127.0.0.1")
-    changed(network=[])
-    fails(audit.check_reproduced, entry, "words_train_000001.bin")
-    changed(strangers=[])
-    fails(audit.check_reproduced, entry, "it started", "true")
-    changed(programs=[])
-    fails(audit.check_reproduced, entry, "in the watched evaluation")
-    honest = alone.log._replace(val_loss=log.val_loss, val_bpb=log.val_bpb)
-    changed(nats=audit.observe(t, entry).score.nats, log=honest)
-    assert audit.check_reproduced(t, entry)[0]
-    changed(log=honest._replace(epochs_given_up=1))
-    fails(audit.check_reproduced, entry, "1 epochs were given up")
-    changed(log=honest, status=2, said="no score in EVAL_MAX_SECONDS")
-    fails(audit.check_reproduced, entry, "status 2: no score")
+    fails(checks.check_log, entry, "RESUMED from step 0 at 0.0 s", "no start before that trained")
 
 
-def test_a_log_that_claims_another_score_is_seen(entry_of, run, monkeypatch):
-    """In the last of eight digits on a machine like this; elsewhere, arithmetic may round in other
-    ways.
-    """
+# ---- Artifact and files --------------------------------------------------------------------------
+
+
+def test_the_audits_own_decoder_gives_the_scripts_weights_and_refuses_other_files(run, tmp_path):
+    model, *_ = t.load_model(
+        run.artifact, *t.prepare_run(run.environment | {"ARTIFACT": str(run.artifact)})
+    )
+    on_grid = t.grid_limits(model)
+    layout = [
+        decoder.Parameter(name, tuple(p.shape), name in on_grid)
+        for name, p in model.named_parameters()
+    ]
+    decoded = decoder.decode(decoder.take_apart(run.artifact), layout)
+    for name, p in model.named_parameters():
+        assert np.array_equal(decoded[name], p.detach().numpy()), name
+    with pytest.raises(UserError, match="shorter than the model"):
+        decoder.decode(decoder.take_apart(run.artifact), [*layout, layout[0]])
+    with pytest.raises(UserError, match="longer than|wrong sum|too short|behind"):
+        decoder.decode(decoder.take_apart(run.artifact), layout[:-1])
+    cut = tmp_path / "cut"
+    cut.write_bytes(run.artifact.read_bytes()[:-1])
+    with pytest.raises(UserError, match="checksum"):
+        decoder.take_apart(cut)
+
+
+def test_weights_that_learn_the_text_while_they_are_loaded_are_seen(entry_of, monkeypatch):
+    """3c: test-time training on the whole validation text inside load_model(), by the files."""
+    load = t.load_model
+
+    def load_and_learn(path, settings, given, ranks):
+        model, settings = load(path, settings, given, ranks)
+        tokens = np.concatenate(t.open_shards(settings.data_path, "val"))[:225].astype(np.int64)
+        tokens = torch.from_numpy(tokens[:224].reshape(7, 32))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True)).backward()
+        sgd.step()
+        model.zero_grad()
+        return model, settings
+
+    monkeypatch.setattr(t, "load_model", load_and_learn)
+    entry = entry_of(ttt_enabled=0)
+    fails(checks.check_weights, entry, "is not the artifact's before the first score")
+    fails(checks.check_causal, entry, "earlier scores move")
+
+
+def fields_of(content: bytes):
+    """A protocol buffer's fields: number, and the bytes of the whole field and of its content."""
+    place = 0
+    while place < len(content):
+        began = place
+        key, place = audit_text.read_varint(content, place)
+        if key & 7 == 2:
+            length, place = audit_text.read_varint(content, place)
+            place += length
+            yield key >> 3, content[began:place], content[place - length : place]
+        else:
+            place += {1: 8, 5: 4}.get(key & 7, 0)
+            if key & 7 == 0:
+                _, place = audit_text.read_varint(content, place)
+            yield key >> 3, content[began:place], b""
+
+
+def field_of(number: int, content: bytes) -> bytes:
+    """A field of bytes."""
+    key, length = number << 3 | 2, len(content)
+    varint = [length >> shift & 127 | 128 for shift in range(0, 28, 7)] + [length >> 28]
+    return text_varint(key) + bytes(varint) + content
+
+
+def text_varint(number: int) -> bytes:
+    """A number of protocol buffers."""
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def longer_pieces(content: bytes, more: bytes) -> bytes:
+    """A tokenizer whose pieces of text are longer; the ids stay."""
+    made = []
+    for number, whole, inside in fields_of(content):
+        parts = list(fields_of(inside)) if number == 1 else []
+        if parts and not parts[0][2].startswith(b"<"):
+            head = field_of(1, parts[0][2] + more)
+            whole = field_of(1, head + b"".join(part[1] for part in parts[1:]))
+        made.append(whole)
+    return b"".join(made)
+
+
+def test_a_tokenizer_with_longer_pieces_is_seen(entry_of, run, tmp_path, monkeypatch):
+    """6: the same shards, scored over more bytes; the artifact names this tokenizer."""
+    named = t.file_sha256(str(run.data / "tokenizer.model"))
+    monkeypatch.setattr(t, "file_sha256", lambda path: named)
+    entry = entry_of()
+    honest = checks.score_of(entry, entry.alone.nats)
+    content = (run.data / "tokenizer.model").read_bytes()
+    assert b"".join(whole for _, whole, _ in fields_of(content)) == content
+    entry = entry_of(tokenizer_path=tmp_path / "longer.model")
+    entry.tokenizer = tmp_path / "longer.model"
+    entry.tokenizer.write_bytes(longer_pieces(content, b"qxzj"))
+    assert checks.score_of(entry, entry.alone.nats) < 0.7 * honest
+    fails(checks.check_text_bytes, entry, "documents give their tokens back")
+    verdict, evidence = checks.run_check(checks.check_known_data, entry)
+    assert verdict == checks.OPEN, evidence
+
+
+def test_easier_documents_are_not_the_contests_text(entry_of, run):
+    """7a, 13: whatever the folder is called; counts of the whole text are known, and the log's."""
     entry = entry_of(log=run.log)
-    log, nats = entry.log, audit.observe(t, entry).score.nats
-    alone = audit.Alone(0, "", log, nats, 1.0, [], [], [], [])
-    monkeypatch.setattr(audit, "run_alone", lambda entry: alone)
-    assert audit.check_reproduced(t, entry)[0]
-    last_digit = log.val_bpb[:-1] + str((int(log.val_bpb[-1]) + 1) % 10)
-    fails(
-        audit.check_reproduced,
-        dataclasses.replace(entry, log=log._replace(val_bpb=last_digit)),
-        last_digit,
-    )
-    elsewhere = log._replace(settings=log.settings | {"hardware": "1 × GPU"}, val_bpb=last_digit)
-    assert audit.check_reproduced(t, dataclasses.replace(entry, log=elsewhere))[0]
-    far = elsewhere._replace(val_bpb=f"{float(log.val_bpb) - 0.011:.8f}")
-    fails(audit.check_reproduced, dataclasses.replace(entry, log=far), "1 × GPU")
+    verdict, evidence = checks.run_check(checks.check_known_data, entry)
+    assert verdict == checks.OPEN
+    assert "documents, not FineWeb's 50,000" in evidence
+    assert "249 scored tokens" in evidence
+    named = {"data_path": "./data/datasets/fineweb10B_sp8192/"}
+    fails(checks.check_known_data, with_text(entry, settings=named), "not FineWeb's 50,000")
+    entry.tokens = entry.tokens[:200]
+    fails(checks.check_known_data, entry, "the log scored another text: its tokens are 250")
+
+
+def test_hidden_fields_and_validation_text_in_files_are_found(entry_of, run, tmp_path):
+    """8: more bytes in a field of the tokenizer that nobody reads, or runs of the text in one that
+    is read, or in the artifact, packed or not.
+    """
+    entry = entry_of()
+    holds(checks.check_hidden_text, entry)
+    content = (run.data / "tokenizer.model").read_bytes()
+    entry.tokenizer = tmp_path / "hidden.model"
+    entry.tokenizer.write_bytes(content + field_of(200, bytes(20_000_000)))
+    fails(checks.check_bytes, entry, "of a tokenizer that is not the contest's", "over the cap")
+    fails(checks.check_hidden_text, entry, "bytes in field 200, which nobody reads")
+    written = entry.texts[1].text.encode()
+    tokens = entry.tokens[7:60].tobytes()
+    for number, hidden in ((4, written), (4, t.lzma.compress(written)), (4, b"x" + tokens)):
+        entry.tokenizer.write_bytes(content + field_of(number, hidden))
+        fails(checks.check_hidden_text, entry, "runs of 32 bytes of the validation t")
+    entry = entry_of()
+    entry.artifact = tmp_path / "artifact"
+    entry.artifact.write_bytes(run.artifact.read_bytes() + written)
+    fails(checks.check_hidden_text, entry, "artifact holds")
+
+
+def test_a_text_that_nobody_had_is_scored_beside_the_claimed_one(entry_of, tmp_path):
+    """2: whoever has trained on the validation text scores there what is nowhere else."""
+    entry = entry_of()
+    assert checks.run_check(checks.check_fresh, entry)[0] == checks.OPEN
+    entry.fresh = tmp_path / "fresh.txt"
+    entry.fresh.write_text("The market opens; a letter was lost by the sea. " * 6 + "\0Bread?")
+    evidence = holds(checks.check_fresh, entry)
+    assert evidence.startswith("2 documents, 294 bytes: ")
+    assert "adapting; the validation text" in evidence
+    nats = entry.nats
+
+    def known_by_heart(tokens, what, **settings):
+        part = 0.1 if len(tokens) == len(entry.tokens) else 1.0
+        return part * nats(tokens, what, **settings)
+
+    entry.nats = known_by_heart
+    fails(checks.check_fresh, entry, "the model knows it")
+    entry.fresh.write_text("Short.")
+    fails(checks.check_fresh, entry, "tokens; 33 are needed")
+    with pytest.raises(UserError, match="holds no text"):
+        audit_text.read_documents(Path(os.devnull))
+
+
+def test_original_documents_prove_the_bytes(entry_of, run, tmp_path):
+    """--text: they must give the shards' tokens."""
+    entry = entry_of()
+    documents = [one.text for one in entry.texts]
+    entry.source = tmp_path / "documents.txt"
+    entry.source.write_text("\0".join(documents), encoding="utf-8")
+    evidence = holds(checks.check_text_bytes, entry)
+    assert "documents.txt gives these tokens" in evidence
+    entry.source.write_text("\0".join(documents[::-1]), encoding="utf-8")
+    fails(checks.check_text_bytes, entry, "gives other tokens than the shards'")
+
+
+def test_cuts_lie_in_chunks_drawn_by_lot_anywhere_in_the_stream(entry_of, monkeypatch):
+    """Another seed, other places; a long text has one cut anywhere, and a stretch with one in
+    each chunk.
+    """
+    entry = entry_of()
+    assert entry.chunk == 64
+    entry.cuts = 4
+    drawn = [
+        checks.draw_stretches(entry, np.random.default_rng(seed))[0].cuts for seed in range(40)
+    ]
+    every = set(itertools.chain(*drawn))
+    assert len({tuple(cuts) for cuts in drawn}) > 30
+    assert min(every) < 20
+    assert max(every) > 230
+    assert all({cut // 64 for cut in cuts} == {0, 1, 2, 3} for cuts in drawn)
+    entry.tokens = np.tile(entry.tokens, 4)
+    long = [checks.draw_stretches(entry, np.random.default_rng(seed)) for seed in range(40)]
+    assert all(len(whole.cuts) == 1 and len(part.cuts) >= 4 for whole, part in long)
+    assert len({part.name for _, part in long}) > 20
+    assert max(whole.cuts[0] for whole, _ in long) > 800
 
 
 # ---- Scores --------------------------------------------------------------------------------------
@@ -300,7 +875,9 @@ def test_a_scorer_that_peeks_at_the_token_after_the_target_is_seen(entry_of, mon
         return nats(self, hidden, targets, tokens) - 0.01 * (targets.roll(-1, dims=1) % 2)
 
     monkeypatch.setattr(t.Model, "nats", peek)
-    fails(audit.check_causal, entry_of(eval_mode=mode, ttt_enabled=0), "earlier scores move")
+    entry = entry_of(eval_mode=mode, ttt_enabled=0)
+    entry.cuts = 4
+    fails(checks.check_causal, entry, "earlier scores move")
 
 
 def test_a_score_that_depends_on_the_whole_text_is_seen(entry_of, monkeypatch):
@@ -312,14 +889,14 @@ def test_a_score_that_depends_on_the_whole_text_is_seen(entry_of, monkeypatch):
         return collect(self, given_up)
 
     monkeypatch.setattr(t.Evaluator, "_collect", tuned)
-    fails(audit.check_causal, entry_of(), "earlier scores move")
+    fails(checks.check_causal, entry_of(), "earlier scores move")
 
 
 def test_a_scorer_that_ignores_the_tokens_does_not_pass_for_causal(entry_of, monkeypatch):
     monkeypatch.setattr(
         t.Model, "nats", lambda self, hidden, targets, *_: hidden.new_ones(targets.shape)
     )
-    fails(audit.check_causal, entry_of(ttt_enabled=0), "would not see")
+    fails(checks.check_causal, entry_of(ttt_enabled=0), "would not see")
 
 
 @pytest.mark.parametrize("first", [0, 64])
@@ -333,7 +910,7 @@ def test_a_chunk_that_is_scored_again_is_seen(entry_of, monkeypatch, first):
         return collect(self, given_up)
 
     monkeypatch.setattr(t.Evaluator, "_collect", again)
-    fails(audit.check_scored_once, entry_of(), "0 targets are never scored, 64 more than once")
+    fails(checks.check_scored_once, entry_of(), "0 targets are never scored, 64 more than once")
 
 
 def test_targets_left_out_and_scores_polished_afterwards_are_seen(entry_of, monkeypatch):
@@ -346,14 +923,14 @@ def test_targets_left_out_and_scores_polished_afterwards_are_seen(entry_of, monk
     monkeypatch.setattr(t.Evaluator, "_collect", polish)
     with monkeypatch.context() as patch:
         patch.setattr(t, "plan_windows", lambda *arguments: plan(*arguments)[1:])
-        fails(audit.check_scored_once, entry_of(), "more than once")
+        fails(checks.check_scored_once, entry_of(), "more than once")
     with monkeypatch.context() as patch:
         patch.setattr(
             t.Evaluator,
             "_collect",
             lambda self, given_up: (self.nats.mul_(0.9), collect(self, given_up))[1],
         )
-        fails(audit.check_scored_once, entry_of(), "not what was scored")
+        fails(checks.check_scored_once, entry_of(), "not what was scored")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -372,7 +949,7 @@ def test_unnormalized_probabilities_are_seen(entry_of, monkeypatch, mode):
             continue
         with monkeypatch.context() as patch:
             patch.setattr(t.Model, name, wrong)
-            fails(audit.check_probabilities, entry_of(eval_mode=mode))
+            fails(checks.check_probabilities, entry_of(eval_mode=mode))
 
 
 def test_a_softmax_over_part_of_the_vocabulary_is_seen(entry_of, monkeypatch):
@@ -388,7 +965,7 @@ def test_a_softmax_over_part_of_the_vocabulary_is_seen(entry_of, monkeypatch):
         return -torch.log_softmax(logits, dim=-1).gather(-1, targets[..., None])[..., 0]
 
     monkeypatch.setattr(t.Model, "nats", half)
-    fails(audit.check_probabilities, entry_of())
+    fails(checks.check_probabilities, entry_of())
 
 
 # ---- Bytes ---------------------------------------------------------------------------------------
@@ -403,9 +980,9 @@ def test_a_space_that_is_counted_twice_is_seen(entry_of, monkeypatch):
     def double(self, tokens):
         return count(self, tokens) + self.has_space[tokens[1:]]
 
-    assert audit.check_text_bytes(t, entry_of())[0]
+    holds(checks.check_text_bytes, entry_of())
     monkeypatch.setattr(t.Tokenizer, "target_bytes", double)
-    fails(audit.check_text_bytes, entry_of(), "their text has")
+    fails(checks.check_text_bytes, entry_of(), "their text has")
 
 
 def test_one_byte_too_many_behind_a_documents_start_is_seen(entry_of, monkeypatch):
@@ -421,7 +998,9 @@ def test_one_byte_too_many_behind_a_documents_start_is_seen(entry_of, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(t.Tokenizer, "target_bytes", wrong)
             fails(
-                audit.check_text_bytes, entry_of(), "their text has" if place else "of them in text"
+                checks.check_text_bytes,
+                entry_of(),
+                "their text has" if place else "of them in text",
             )
 
 
@@ -438,8 +1017,8 @@ def test_texts_with_and_cut_within_characters_have_the_bytes_of_their_pieces(byt
         tokens = start + [model.piece_to_id(f"<0x{byte:02X}>") for byte in raw]
         text = model.decode(tokens)
         assert "\ufffd" in text
-        assert audit.text_bytes(model, tokens, text) == wanted
-    assert audit.text_bytes(model, start, "a\ufffd") is None
+        assert audit_text.text_bytes(model, tokens, text) == wanted
+    assert audit_text.text_bytes(model, start, "a\ufffd") is None
 
 
 def test_bits_per_byte_over_other_bytes_are_seen(entry_of, monkeypatch):
@@ -449,7 +1028,7 @@ def test_bits_per_byte_over_other_bytes_are_seen(entry_of, monkeypatch):
         "_collect",
         lambda self, n: (s := collect(self, n))._replace(val_bpb=s.val_bpb * 0.99),
     )
-    fails(audit.check_text_bytes, entry_of())
+    fails(checks.check_reproduced, entry_of(), "BPB by its log")
 
 
 # ---- Order ---------------------------------------------------------------------------------------
@@ -478,11 +1057,11 @@ def test_updates_before_scoring_or_on_the_last_chunk_are_seen(entry_of, monkeypa
     monkeypatch.setattr(t.Evaluator, "evaluate", lambda self, *_: adapt(self, order))
     entry = entry_of()
     if said:
-        fails(audit.check_order, entry, said)
+        fails(checks.check_order, entry, said)
     else:
-        assert audit.check_order(t, entry)[0]
+        holds(checks.check_order, entry)
     if order.startswith("t"):
-        fails(audit.check_causal, entry, "earlier scores move")
+        fails(checks.check_causal, entry, "earlier scores move")
 
 
 def test_updates_that_read_on_are_seen(entry_of, monkeypatch):
@@ -493,7 +1072,7 @@ def test_updates_that_read_on_are_seen(entry_of, monkeypatch):
         "_train_epoch",
         lambda self, first, last, sgd: train(self, first + 1, last + 1, sgd),
     )
-    fails(audit.check_order, entry_of(), "before it is scored")
+    fails(checks.check_order, entry_of(), "before it is scored")
 
 
 @pytest.mark.parametrize("told", ["nothing", "other positions", "other tokens"])
@@ -512,7 +1091,7 @@ def test_updates_on_tokens_from_nobody_knows_where_are_seen(entry_of, monkeypatc
 
     monkeypatch.setattr(t.Evaluator, "_train_epoch", secret)
     said = "without a loss" if told == "nothing" else "before it is scored"
-    fails(audit.check_order, entry_of(), said)
+    fails(checks.check_order, entry_of(), said)
 
 
 def test_an_update_that_reads_on_behind_an_honest_one_is_seen(entry_of, monkeypatch):
@@ -529,8 +1108,8 @@ def test_an_update_that_reads_on_behind_an_honest_one_is_seen(entry_of, monkeypa
 
     monkeypatch.setattr(t.Evaluator, "_train_epoch", both)
     entry = entry_of()
-    assert audit.check_order(t, entry)[0]
-    fails(audit.check_causal, entry, "earlier scores move")
+    holds(checks.check_order, entry)
+    fails(checks.check_causal, entry, "earlier scores move")
 
 
 def test_scores_that_the_audit_is_not_told_of_are_seen(entry_of, monkeypatch):
@@ -545,7 +1124,7 @@ def test_scores_that_the_audit_is_not_told_of_are_seen(entry_of, monkeypatch):
         self.observer = observer
 
     monkeypatch.setattr(t.Evaluator, "_train_epoch", again)
-    fails(audit.check_scored_once, entry_of(), "not what was scored")
+    fails(checks.check_scored_once, entry_of(), "not what was scored")
 
 
 def test_weights_that_change_by_other_ways_are_seen(entry_of, monkeypatch):
@@ -562,9 +1141,9 @@ def test_weights_that_change_by_other_ways_are_seen(entry_of, monkeypatch):
     for cheat, said in ((by_hand, "without a step"), (unseen, "without a loss")):
         with monkeypatch.context() as patch:
             patch.setattr(t.Evaluator, "_train_epoch", cheat)
-            fails(audit.check_order, entry_of(), said)
+            fails(checks.check_order, entry_of(), said)
     monkeypatch.setattr(t.Evaluator, "evaluate", lambda self, *_: adapt(self, "st"))
-    fails(audit.check_order, entry_of(ttt_enabled=0))
+    fails(checks.check_order, entry_of(ttt_enabled=0))
 
 
 def test_scoring_with_gradients_is_seen(entry_of, monkeypatch):
@@ -576,62 +1155,49 @@ def test_scoring_with_gradients_is_seen(entry_of, monkeypatch):
 
     monkeypatch.setattr(t.Model, "nats", lambda self, *arguments: nats(self, *arguments).detach())
     monkeypatch.setattr(t.Evaluator, "_score_chunk", with_gradients)
-    fails(audit.check_order, entry_of(ttt_enabled=0), "with gradients")
+    fails(checks.check_order, entry_of(ttt_enabled=0), "with gradients")
 
 
 # ---- The table, and input that cannot be audited -------------------------------------------------
 
 
 def test_a_check_that_breaks_off_has_failed_and_the_table_stays_one(entry_of, monkeypatch):
-    def broken(script, entry):
+    def broken(entry):
         raise RuntimeError("a | b\nc")
 
-    monkeypatch.setattr(
-        audit, "CHECKS", {"broken": broken, "fine": lambda *_: audit.Finding(True, "yes")}
-    )
-    results = audit.audit(t, entry_of())
-    assert results == {"broken": (False, "RuntimeError: a | b\nc"), "fine": (True, "yes")}
-    assert audit.table(results).splitlines()[2:] == [
-        "| broken | FAILS | RuntimeError: a \\| b c |",
-        "| fine | holds | yes |",
+    monkeypatch.setattr(command, "CHECKS", {"script": broken, "isolation": checks.check_script})
+    results = command.audit(entry_of(), ["script", "isolation"])
+    assert results["script"] == ("FAILS", "RuntimeError: a | b\nc")
+    assert command.table(results).splitlines()[2:] == [
+        "| the project's own script | FAILS | RuntimeError: a \\| b c |",
+        "| isolated | holds | the project's own |",
     ]
+    assert command.status_of(results) == 1
 
 
 def test_unusable_input_is_one_line(run, monkeypatch, capsys, tmp_path):
-    environment = {
-        name: v
-        for name, v in run.environment.items()
-        if name not in ("DATA_PATH", "TOKENIZER_PATH")
-    }
-    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     tokenizer = str(run.data / "tokenizer.model")
     paths = ["--data", str(run.data), "--tokenizer", tokenizer]
-    monkeypatch.setattr(audit, "load_script", lambda path: t)
     artifact, cut = str(run.artifact), tmp_path / "cut"
     cut.write_bytes(run.artifact.read_bytes()[:-1])
     (tmp_path / "log").write_text("nothing")
 
     def said(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["audit.py", *arguments])
-        assert audit.main() == 2
+        assert command.run_command("audit.py", command.run_audit) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("audit.py: error: ")
         return line
 
+    paths += ["--isolation", "none"]
     assert "required" in said(artifact)
     assert "no artifact at" in said("nothing", *paths)
-    assert "checksum" in said(str(cut), *paths)
     assert "no *_val_*.bin" in said(artifact, "--data", str(tmp_path), "--tokenizer", tokenizer)
     assert "not a SentencePiece" in said(artifact, "--data", str(run.data), "--tokenizer", str(cut))
     assert "finished run" in said(artifact, *paths, "--log", str(tmp_path / "log"))
     assert "cannot read the log" in said(artifact, *paths, "--log", str(tmp_path))
-    environment["EVAL_STRIDE"] = "16"
+    assert "there is no spelling" in said(artifact, *paths, "--checks", "score,spelling")
+    assert "--cuts must be" in said(artifact, *paths, "--cuts", "0")
+    os.environ["EVAL_STRIDE"] = "16"
     assert "made with EVAL_STRIDE=8, here it is 16" in said(artifact, *paths, "--log", str(run.log))
-
-
-@pytest.mark.parametrize("text", ["x =", "1 / 0", "import json"])
-def test_a_file_that_is_not_the_script_is_refused(tmp_path, text):
-    (tmp_path / "script.py").write_text(text)
-    for path in (tmp_path / "script.py", tmp_path / "missing.py"):
-        with pytest.raises(audit.UserError, match=re.escape(str(path))):
-            audit.load_script(path)

@@ -1,0 +1,1 @@
+"""Proves what can be proved about a submission: see tools/audit/__main__.py."""

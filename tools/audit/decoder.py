@@ -1,0 +1,141 @@
+"""Decodes an artifact without the script: from the file's bytes to weights.
+
+The format is drawn in train_gpt.py, section 9; this is a second reading of that drawing, by other
+means (Python's whole numbers for the entropy coder's states, a matrix after the other), and imports
+nothing from there. What the file cannot say by itself is the order and the shapes of the model's
+parameters: those are given.
+"""
+
+import hashlib
+import json
+import lzma
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tools.command import UserError, need
+
+MAGIC = b"SSMGOLF"
+SUM_BYTES = 32
+LANES = 256  # of the entropy coder, which take turns
+FREQUENCIES = 1 << 16  # sum of a matrix's
+MOST_RECORD_BYTES = 1 << 30
+
+
+class Parameter(NamedTuple):
+    """A parameter's place in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    on_grid: bool  # whether it is a matrix of integers, with steps of rows and of columns
+
+
+class Parts(NamedTuple):
+    """A file, taken apart."""
+
+    header: dict  # the model's settings
+    record: bytes  # vectors, grid steps and frequencies
+    words: np.ndarray  # uint16: the entropy coder's
+
+
+def take_apart(path: Path) -> Parts:
+    """Checks an artifact's sum and takes it apart. Raises UserError for other files."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    body, digest = data[:-SUM_BYTES], data[-SUM_BYTES:]
+    need(
+        hashlib.sha256(body).digest() == digest, f"{path} is no artifact, or its checksum is wrong"
+    )
+    line, _, payload = body.partition(b"\n")
+    need(line.startswith(MAGIC), f"{path} is no artifact of this project's format")
+    unpacker = lzma.LZMADecompressor()
+    try:
+        header = json.loads(line[len(MAGIC) + 1 :])
+        record = unpacker.decompress(payload, MOST_RECORD_BYTES)
+    except (ValueError, lzma.LZMAError):
+        raise UserError(f"{path} is no artifact: its header or its record cannot be read") from None
+    complete = isinstance(header, dict) and unpacker.eof and len(unpacker.unused_data) % 2 == 0
+    need(complete, f"{path} is no artifact: its record does not end")
+    return Parts(header, record, np.frombuffer(unpacker.unused_data, "<u2"))
+
+
+class Reader:
+    """Takes numbers off the front of bytes."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+        self.place = 0
+
+    def take(self, kind: str, count: int) -> np.ndarray:
+        """So many numbers of a type; UserError where there are fewer."""
+        size = np.dtype(kind).itemsize * count
+        need(self.place + size <= len(self.content), "the record is shorter than the model")
+        found = np.frombuffer(self.content, kind, count, self.place)
+        self.place += size
+        return found
+
+
+def decode(parts: Parts, parameters: list[Parameter]) -> dict[str, np.ndarray]:
+    """Every parameter's numbers, float32, by its name.
+
+    Raises UserError unless the file holds these parameters and not a byte more.
+    """
+    reader = Reader(parts.record)
+    steps = {}
+    for name, shape, on_grid in parameters:
+        count = sum(shape) if on_grid else int(np.prod(shape, dtype=np.int64))
+        exact = name.endswith((".dt_bias", ".D"))
+        steps[name] = reader.take("<f4" if exact else "<f2", count).astype(np.float32)
+    matrices = [one for one in parameters if one.on_grid]
+    frequencies = {one.name: reader.take("<u4", 256).tolist() for one in matrices}
+    need(reader.place == len(parts.record), "the record is longer than the model")
+
+    weights = {}
+    words = parts.words.tolist()
+    place = 0
+    for name, shape, on_grid in parameters:
+        if not on_grid:
+            weights[name] = steps[name].reshape(shape)
+            continue
+        rows, columns = shape
+        integers, place = pop_integers(frequencies[name], words, place, rows * columns)
+        row_steps = steps[name][:rows, None]
+        column_steps = steps[name][rows:]
+        weights[name] = integers.reshape(shape).astype(np.float32) * row_steps * column_steps
+    need(place == len(words), "there are words behind the last matrix")
+    return weights
+
+
+def pop_integers(
+    frequencies: list[int], words: list[int], place: int, count: int
+) -> tuple[np.ndarray, int]:
+    """A matrix's integers, int8, and the place in words that follows its code.
+
+    Each state is a stack of values: its lowest 16 bits are a slot, which one value owns; taking
+    the value off makes the state smaller, and where it falls below 2^16, a word fills it up.
+    """
+    need(sum(frequencies) == FREQUENCIES, "a matrix's frequencies have a wrong sum")
+    owner = np.repeat(np.arange(256), frequencies).tolist()
+    starts = np.cumsum([0, *frequencies]).tolist()
+    need(place + 2 * LANES <= len(words), "the integers' code is too short")
+    states = [words[place + lane] | words[place + LANES + lane] << 16 for lane in range(LANES)]
+    # Reading ends at the last word at the latest: the list is as long as the file.
+    place += 2 * LANES
+    symbols = bytearray(-(-count // LANES) * LANES)
+    for index in range(len(symbols)):
+        lane = index % LANES
+        state = states[lane]
+        slot = state & 0xFFFF
+        symbol = owner[slot]
+        symbols[index] = symbol
+        state = frequencies[symbol] * (state >> 16) + slot - starts[symbol]
+        if state < FREQUENCIES:
+            need(place < len(words), "the integers' code is too short")
+            state = state << 16 | words[place]
+            place += 1
+        states[lane] = state
+    need(states == [FREQUENCIES] * LANES, "the integers' code does not end where it must")
+    return np.frombuffer(bytes(symbols), np.int8)[:count], place

@@ -1,0 +1,95 @@
+"""Which script is audited: a commit's train_gpt.py, or one that differs from it in so many lines.
+
+All that a watched evaluation tells, it tells through the script. With the project's own script the
+tests say what that is worth; with another one, somebody has to read the lines that differ.
+"""
+
+import ast
+import difflib
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from tools.command import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NAME = "train_gpt.py"
+SHOWN_LINES = 3  # of those that differ
+
+
+class Identity(NamedTuple):
+    """What a script is."""
+
+    sha256: str
+    is_own: bool  # one that this project has published
+    evidence: str
+
+
+def git(*arguments: str) -> bytes | None:
+    """What git says about this folder; None where there is no git, or no repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
+    except OSError:
+        return None
+    return None if done.returncode else done.stdout
+
+
+def commit_of(content: bytes) -> str:
+    """The latest commit here whose train_gpt.py has this content; "" if none has."""
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    found = git("log", f"--find-object={blob}", "--format=%h", "--", NAME)
+    # A commit that takes a content away is named as well as the one that brings it.
+    for name in (found or b"").decode().split():
+        if git("rev-parse", "--verify", f"{name}:{NAME}") == f"{blob}\n".encode():
+            return name
+    return ""
+
+
+def published() -> tuple[bytes, str]:
+    """The project's newest script, and where it is from."""
+    committed = git("show", f"HEAD:{NAME}")
+    if committed is not None:
+        return committed, "HEAD"
+    return (ROOT / NAME).read_bytes(), "this folder (there is no git to name a commit)"
+
+
+def identify(path: Path) -> Identity:
+    """Compares a script with the project's. Raises UserError if it cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"no script at {path}: {error.strerror}") from None
+    sha256 = hashlib.sha256(content).hexdigest()
+    named = f"SHA-256 {sha256}"
+    if commit := commit_of(content):
+        return Identity(sha256, True, f"{named}; equals {NAME} of commit {commit}")
+    ours, where = published()
+    if content == ours:
+        return Identity(sha256, True, f"{named}; equals {NAME} of {where}")
+    old, new = (text.decode(errors="replace").splitlines() for text in (ours, content))
+    changed = [
+        line
+        for line in difflib.unified_diff(old, new, n=0, lineterm="")
+        if line[:1] in "+-" and line[:3] not in ("+++", "---")
+    ]
+    shown = " / ".join(line.strip()[:80] for line in changed[:SHOWN_LINES])
+    count = max(sum(line[0] == sign for line in changed) for sign in "+-")
+    differs = f"ANOTHER SCRIPT: it differs in {count:,} lines from {NAME} of {where}"
+    return Identity(sha256, False, f"{named}; {differs}; read them: {shown}")
+
+
+def setting_names(path: Path) -> list[str]:
+    """Names of a script's settings, in order, read from its text: nothing of it is run.
+
+    Raises UserError for a file without them.
+    """
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as a script: {error}") from None
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "Settings":
+            fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
+            return [one.target.id for one in fields if isinstance(one.target, ast.Name)]
+    raise UserError(f"{path} is not a train_gpt.py: it has no class Settings")

@@ -1,0 +1,277 @@
+"""The text that is scored: shards read and written, bytes counted, known files, hidden text.
+
+Nothing here asks the script. SentencePiece reads the tokenizer; what the reader of its file's
+fields finds is found without it.
+"""
+
+import contextlib
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tools.command import UserError, need
+
+BOS_ID = 1
+MAGIC, VERSION = 20_240_520, 1
+HEADER_BYTES = 1024
+
+# A tokenizer file's fields (sentencepiece_model.proto): what else stands in it, nobody reads.
+FIELDS = {1: "pieces", 2: "trainer", 3: "normalizer", 4: "self test", 5: "denormalizer"}
+
+
+# ---- Shards ------------------------------------------------------------------------------------
+
+
+class Shard(NamedTuple):
+    """A file of tokens."""
+
+    name: str
+    tokens: np.ndarray  # uint16
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The validation shards of a folder, in the order in which the script reads them."""
+    paths = sorted(folder.glob("*_val_*.bin"))
+    need(paths, f"no *_val_*.bin shards in {folder}")
+    return paths
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The validation shards, read without the script. Raises UserError for files that are none."""
+    shards = []
+    for path in shard_paths(folder):
+        try:
+            header = np.fromfile(path, dtype="<i4", count=3).tolist()
+            tokens = np.fromfile(path, dtype="<u2", offset=HEADER_BYTES)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        need(header[:2] == [MAGIC, VERSION], f"{path} is not a token shard")
+        need(0 <= header[2] <= len(tokens), f"{path} is shorter than its header says")
+        shards.append(Shard(path.name, tokens[: header[2]]))
+    return shards
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes a shard."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+def stream_of(shards: list[Shard]) -> np.ndarray:
+    """All tokens, in order."""
+    return np.concatenate([shard.tokens for shard in shards])
+
+
+def write_stream(folder: Path, shards: list[Shard], tokens: np.ndarray) -> None:
+    """Writes tokens as shards of the same names; of the same lengths too, where they suffice."""
+    place = 0
+    for index, shard in enumerate(shards):
+        end = place + len(shard.tokens)
+        last = index + 1 == len(shards)
+        part = tokens[place:] if last else tokens[place:end]
+        write_shard(folder / shard.name, part)
+        place = end
+
+
+# ---- Bytes -------------------------------------------------------------------------------------
+
+
+def open_tokenizer(path: Path) -> Any:
+    """SentencePiece's reading of a tokenizer. Raises UserError."""
+    import sentencepiece  # only here, where text is decoded
+
+    need(path.is_file(), f"no tokenizer at {path}")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError, UnicodeDecodeError):
+        raise UserError(f"{path} is not a SentencePiece model") from None
+
+
+def text_bytes(model: Any, tokens: list[int], text: str) -> int | None:
+    """UTF-8 bytes of the text that tokens decode to; None if the pieces contradict the text.
+
+    A text that was cut within a character decodes to replacement characters: then the bytes are
+    those of the pieces.
+    """
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        return len(text.encode())
+    raw = b""
+    for piece, is_byte in zip(model.id_to_piece(tokens), model.is_byte(tokens), strict=True):
+        # A byte's piece is written <0xE6>.
+        raw += bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
+    raw = raw.removeprefix(b" ")
+    try:
+        return len(raw) if raw.decode() == text else None
+    except UnicodeDecodeError:
+        return len(raw)
+
+
+def texts_between(silent: np.ndarray) -> list[tuple[int, int]]:
+    """First and last + 1 of each run of tokens that have text."""
+    bounded = np.concatenate([[True], silent, [True]])
+    edges = np.flatnonzero(np.diff(bounded.astype(np.int8))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+class Text(NamedTuple):
+    """A run of tokens that have text, and its bytes counted from that."""
+
+    first: int  # token
+    last: int  # + 1
+    text: str
+    bytes: int | None  # of targets; None if the pieces contradict the text
+
+
+def texts_of(model: Any, tokens: np.ndarray) -> list[Text]:
+    """The stream's texts, decoded: what stands between tokens that have none, such as BOS.
+
+    Decoding drops the first space of each text. The stream's first token is no target.
+    """
+    ids = list(range(model.vocab_size()))
+    largest = int(tokens.max(initial=0))
+    need(largest < len(ids), f"the shards hold token {largest}, the tokenizer {len(ids)} tokens")
+    silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
+    texts = []
+    for first, last in texts_between(silent[tokens]):
+        part = tokens[first:last].tolist()
+        text = model.decode(part)
+        count = text_bytes(model, part, text)
+        if count is not None and first == 0:
+            count -= len(model.decode(part[:1]).encode())
+        texts.append(Text(first, last, text, count))
+    return texts
+
+
+def read_documents(path: Path) -> list[str]:
+    """A file of documents: one text, several with NUL between, or a JSON object with "text" a line.
+
+    Raises UserError for a file that is not UTF-8 or holds no text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if path.suffix == ".jsonl":
+        try:
+            documents = [json.loads(line)["text"] for line in content.splitlines() if line]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} has a line that is no object with a text") from None
+    else:
+        documents = content.split("\0")
+    documents = [text for text in documents if text.strip()]
+    need(documents, f"{path} holds no text")
+    return documents
+
+
+def encode_documents(model: Any, documents: list[str]) -> np.ndarray:
+    """Documents as a stream of tokens, BOS before each."""
+    parts = [[BOS_ID, *model.encode(text)] for text in documents]
+    return np.concatenate([np.array(part, dtype=np.int64) for part in parts]).astype(np.uint16)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def unknown_fields(content: bytes) -> dict[int, int]:
+    """Bytes in each field of a tokenizer file that SentencePiece has no name for.
+
+    The file is a message of protocol buffers: a key, whose lowest three bits are the kind of what
+    follows, and a length where it is bytes. Raises ValueError for other files.
+    """
+    unknown = {}
+    place = 0
+    while place < len(content):
+        began = place
+        key, place = read_varint(content, place)
+        kind = key & 7
+        if kind == 0:
+            _, place = read_varint(content, place)
+        elif kind == 2:
+            length, place = read_varint(content, place)
+            place += length
+        elif kind in (1, 5):
+            place += 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"a field of kind {kind}")
+        if place > len(content):
+            raise ValueError("a field that is longer than the file")
+        if key >> 3 not in FIELDS:
+            unknown[key >> 3] = unknown.get(key >> 3, 0) + place - began
+    return unknown
+
+
+def read_varint(content: bytes, place: int) -> tuple[int, int]:
+    """A number of protocol buffers, seven bits a byte, and the place behind it."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if place >= len(content):
+            break
+        byte = content[place]
+        place += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, place
+    raise ValueError("a number that does not end")
+
+
+# ---- Hidden text -------------------------------------------------------------------------------
+
+WINDOW = 32  # bytes of validation text in a row that nothing but a copy holds
+FACTOR = 0x9E3779B97F4A7C15 | 1
+MOST_WINDOWS = 1 << 21
+BLOCK = 1 << 22  # of a haystack, at once
+
+
+def window_hashes(content: bytes) -> np.ndarray:
+    """A number for each WINDOW bytes in a row, uint64 (len - WINDOW + 1,)."""
+    numbers = np.frombuffer(content, np.uint8).astype(np.uint64)
+    count = max(0, len(numbers) - WINDOW + 1)
+    sums = np.zeros(count, np.uint64)
+    with np.errstate(over="ignore"):
+        for offset in range(WINDOW):
+            sums = sums * np.uint64(FACTOR) + numbers[offset : offset + count]
+    return sums
+
+
+def needles(content: bytes, generator: np.random.Generator) -> np.ndarray:
+    """Hashes of a text's windows, side by side; of a long text, as many by lot as there may be.
+
+    Windows of few different bytes, as a row of dashes, are left out.
+    """
+    whole = len(content) // WINDOW
+    rows = np.frombuffer(content[: whole * WINDOW], np.uint8).reshape(whole, WINDOW)
+    if whole > MOST_WINDOWS:
+        rows = rows[np.sort(generator.choice(whole, MOST_WINDOWS, replace=False))]
+    ordered = np.sort(rows, axis=1)
+    different = (np.diff(ordered, axis=1) != 0).sum(axis=1) + 1
+    rows = rows[different >= WINDOW // 4]
+    sums = np.zeros(len(rows), np.uint64)
+    with np.errstate(over="ignore"):
+        for column in rows.T.astype(np.uint64):
+            sums = sums * np.uint64(FACTOR) + column
+    return np.unique(sums)
+
+
+def found_runs(haystack: bytes, wanted: np.ndarray) -> int:
+    """How many places of a haystack begin a window that is wanted."""
+    found = 0
+    for start in range(0, len(haystack), BLOCK):
+        part = haystack[start : start + BLOCK + WINDOW - 1]
+        found += int(np.isin(window_hashes(part), wanted).sum())
+    return found
+
+
+def layers_of(content: bytes) -> Iterator[bytes]:
+    """Bytes as they are, and what LZMA streams in them hold."""
+    yield content
+    for magic in (b"\xfd7zXZ\x00", b"\x5d\x00\x00"):
+        place = content.find(magic)
+        while place >= 0:
+            with contextlib.suppress(lzma.LZMAError):
+                yield lzma.LZMADecompressor().decompress(content[place:], 1 << 28)
+            place = content.find(magic, place + 1)
