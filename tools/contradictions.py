@@ -3,7 +3,7 @@
 A run leaves two logs, RUN_ID.txt and RUN_ID.jsonl. Both are the contestant's claims, and who edits
 all of their lines alike is not found out here. But a clock, the steps on it, the wall clock beside
 every record, two prints of each figure and the artifact's own size and hash belong together, and
-the contest's limits are no settings. tools/audit asks for this.
+the contest's limits are no settings. tools/audit and tools/package.py both ask for this.
 """
 
 import hashlib
