@@ -27,7 +27,7 @@ from tests.support import (
     tiny,
 )
 from tools.ideas import impossible_pairs as pairs
-from tools.ideas import sensitivity, spelling
+from tools.ideas import spelling
 
 MARK = "\u2603"  # no piece holds it: what stands between two is encoded as if alone
 IDEAS = SCRIPT.parent / "tools" / "ideas"
@@ -265,45 +265,3 @@ def test_features_are_the_same_in_every_process(byte_tokenizer):
             ).stdout
         )
     assert len(found) == 1
-
-
-def test_sensitive_matrices_get_finer_grids_and_the_bytes_stay():
-    """A matrix whose gradients double has half the factor; the mean logarithm is that of none."""
-    model = random_model(tiny(num_layers=2, mamba_layers="0"))
-    tokens = random_tokens(3, 20)
-    squares = sensitivity.mean_squares(model, tokens[:, :-1], tokens[:, 1:])
-    first = next(iter(squares))
-    order = model.full_order
-    by_hand = 0.0
-    for row in tokens:
-        model.zero_grad()
-        model.score(row[None, :-1], row[None, 1:], order).sum().backward()
-        by_hand += float(model.get_parameter(first).grad.square().mean()) / 3
-    assert squares[first] == pytest.approx(by_hand, rel=1e-4)
-
-    # Small differences, so that none meets its bound.
-    size = {name: float(model.get_parameter(name).detach().square().mean()) for name in squares}
-    found = sensitivity.factors(model, {name: 1.1 / size[name] for name in squares})
-    assert list(found.values()) == pytest.approx([1.0] * len(found))
-    other = {name: (2.0 if name == first else 1.0) / size[name] for name in squares}
-    found = sensitivity.factors(model, other)
-    second = list(found)[1]
-    assert found[first] / found[second] == pytest.approx(2**-0.5)
-    numbers = {name: model.get_parameter(name).numel() for name in found}
-    assert sum(math.log(found[name]) * numbers[name] for name in found) == pytest.approx(
-        0, abs=1e-6
-    )
-
-
-def test_an_idea_of_grids_changes_what_is_exported(explore_here):
-    idea = str(IDEAS / "sensitivity.py")
-    _, (usual,), _ = explore_here("it: SDCLIP_K=8", "--export")
-    kept = t.calibrate, t.grids
-    try:
-        status, (changed,), said = explore_here("it: SDCLIP_K=8", "--export", "--idea", idea)
-    finally:
-        t.calibrate, t.grids = kept
-    assert status == 0
-    assert "it: sensitivity: " in said
-    assert changed["bpb"] == usual["bpb"]
-    assert changed["quantized"] != usual["quantized"]

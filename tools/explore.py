@@ -191,6 +191,7 @@ def install_idea(path: Path) -> None:
     need(path.is_file(), f"--idea {path}: no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     idea = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = idea  # by which name the compiler imports it
     spec.loader.exec_module(idea)
     need(hasattr(idea, "install"), f"--idea {path} has no install(script)")
     idea.install(t)
