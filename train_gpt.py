@@ -125,7 +125,8 @@ def explained_errors(doing: str):
 
 
 UNBOUNDED = 2**50  # more than any count or number of seconds that means something
-WIDEST = 2**20  # the most that a width, a number of heads or a state may be
+WIDEST = 2**16  # the most that a width, a number of heads or a factor of a width may be
+LONGEST = 2**20  # the most tokens of a window or a text, rows of bigrams
 ABOVE_0 = 1e-30  # the least of what must not be 0
 BELOW_1 = 1 - 2**-53  # the most of what must not be 1
 
@@ -142,7 +143,7 @@ def env(default, help, unit="", low=0, high=UNBOUNDED, group=""):
 def describe_values(low, high, unit, **_) -> str:
     """What a setting may hold, in a few words, from its metadata."""
     least = "> 0" if low == ABOVE_0 else f">= {low}" if low else ""
-    most = "< 1" if high == BELOW_1 else f"<= {high}" if high < WIDEST else ""
+    most = "< 1" if high == BELOW_1 else f"<= {high}" if high < UNBOUNDED else ""
     return f"{unit} {least}{', ' if least and most else ''}{most}".strip()
 
 
@@ -157,7 +158,7 @@ class Settings:
     scan_backend: str = env("auto", "of a scan", "auto|triton|chunked|fused|parallel|sequential")
     attention_backend: str = env("auto", "likewise", "auto|cudnn|flash|flex|math|fa3|fa2")
     micro_batch_tokens: int = env(0, "most at once on a rank; 0: what fits", "tokens")
-    warmup_steps: int = env(3, "to compile, off the clock", "steps")
+    warmup_steps: int = env(3, "to compile, off the clock", "steps", 0, 1000)
     val_loss_every: int = env(0, "validation off the clock; 0: at the end", "steps")
     train_log_every: int = env(50, "training loss lines", "steps", 1)
     deterministic: bool = env(False, "the same bits again, slower")
@@ -174,8 +175,8 @@ class Settings:
     )
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "SentencePiece", "file")
     vocab_size: int = env(8192, "must be the tokenizer's", "tokens", 2, 65_536)
-    train_batch_tokens: int = env(524_288, "a step's, over all ranks", "tokens", 1)
-    train_seq_len: int = env(2048, "training and evaluation window", "tokens", 1)
+    train_batch_tokens: int = env(524_288, "a step's, over all ranks", "tokens", 1, 2**28)
+    train_seq_len: int = env(2048, "training and evaluation window", "tokens", 1, LONGEST)
     document_reset: bool = env(False, "BOS resets the layers that DOCUMENT_SCOPE names")
     document_scope: str = env("all", "all: attention, convolutions, scans", "all|scans")
 
@@ -199,7 +200,7 @@ class Settings:
     mamba_chunk_size: int = env(64, "chunk of a scan", "tokens", 8, WIDEST)
     unet_skips: bool = env(True, "first half to second")
     ln_scale: bool = env(False, "inputs of layer l times 1 / sqrt(l + 1)")
-    bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", 0, WIDEST)
+    bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", 0, LONGEST)
     bigram_dim: int = env(128, "before its projection", "numbers", 1, WIDEST)
     tie_embeddings: bool = env(True, "one matrix reads tokens in and out")
     tied_embed_init_std: float = env(0.005, "first embeddings and output matrix", "std")
@@ -225,7 +226,7 @@ class Settings:
     muon_momentum: float = env(0.95, "Nesterov momentum", "part", 0, BELOW_1)
     muon_momentum_warmup_start: float = env(0.0, "0: MUON_MOMENTUM × 0.9", "part", 0, BELOW_1)
     muon_momentum_warmup_steps: int = env(0, "until it is reached; 0: a tenth of the run", "steps")
-    muon_backend_steps: int = env(5, "Newton-Schulz iterations", "steps", 1)
+    muon_backend_steps: int = env(5, "Newton-Schulz iterations", "steps", 1, 100)
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
     adam_eps: float = env(1e-8, "Adam; of vectors and scales at least 1e-6", "size", ABOVE_0)
@@ -252,7 +253,7 @@ class Settings:
     gptq_block_size: int = env(128, "columns whose errors spread at once", "", 1)
     gptq_damp: float = env(0.01, "of the Hessian's mean diagonal, added", "part", ABOVE_0)
     calibration: str = env("train", "text for GPTQ; self: the model's own", "train|self")
-    calibration_tokens: int = env(131_072, "of text for GPTQ", "tokens", 1)
+    calibration_tokens: int = env(131_072, "of text for GPTQ", "tokens", 1, 2**28)
     gptq_gen_len: int = env(512, "self: a text's length, at most TRAIN_SEQ_LEN", "tokens", 1)
     gptq_gen_temp: float = env(1.0, "self: temperature of its tokens", "factor", ABOVE_0)
 
@@ -271,7 +272,7 @@ class Settings:
     ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", 1)
 
     sample_prompt: str = env("", "ARTIFACT continues it, unadapted", "text", group="sample")
-    sample_tokens: int = env(200, "how far it is continued", "tokens", 1)
+    sample_tokens: int = env(200, "how far it is continued", "tokens", 1, LONGEST)
     sample_temperature: float = env(0.8, "of the draws; 0: the likeliest token", "factor", 0, 100)
     sample_top_p: float = env(0.95, "draws from the likeliest of this sum", "part", ABOVE_0, 1)
 
@@ -358,8 +359,9 @@ TRAINING_FIELDS = [n for n in FIELDS if n not in NOT_TRAINING | {"data_path", "t
 
 
 def shown(value) -> str:
-    """A value as an error's one line can quote it."""
-    return str(value) if str(value).isprintable() else repr(value)
+    """A value as an error's one line can quote it: its first 200 characters."""
+    text = str(value) if str(value).isprintable() else repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def parse_layers(settings, name: str, text: str | None = None) -> tuple[int, ...]:
@@ -488,9 +490,10 @@ def validate_settings(s, world_size: int):
     length = s.train_seq_len
     check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
     check_multiple(s, "micro_batch_tokens", length, "TRAIN_SEQ_LEN")
-    clock = s.max_wallclock_seconds or math.inf
-    spare = s.export_reserve_seconds < clock
-    check(s, "export_reserve_seconds", spare, f"takes all of MAX_WALLCLOCK_SECONDS={clock}")
+    clock = s.max_wallclock_seconds
+    spare = not clock or 0 < s.export_reserve_seconds < clock
+    problem = f"leaves no time to train, or none for GPTQ, of MAX_WALLCLOCK_SECONDS={clock}"
+    check(s, "export_reserve_seconds", spare, problem)
     check(s, "eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
     overlap = s.attention_overlap
     check(s, "eval_overlap", overlap < length, f"leaves no new token of TRAIN_SEQ_LEN={length}")
@@ -513,7 +516,7 @@ def help_text() -> str:
     for f in fields(Settings):
         lines += [f"\n[{f.metadata['group']}]"] if f.metadata["group"] else []
         default = int(f.default) if isinstance(f.default, bool) else f.default
-        values = f"{default!s:42} {describe_values(**f.metadata):22}"
+        values = f"{default!s:42} {describe_values(**f.metadata):25}"
         lines.append(f"  {f.name.upper():24} {values} {f.metadata['help']}")
     lines.append("\nPresets change these:")
     for name, values in PRESETS.items():
@@ -3089,6 +3092,26 @@ def model_skeleton(settings) -> Model:
     return model
 
 
+def check_size(s, target_bytes: float, device):
+    """Raises UserError, before it is trained, for a model that could not be exported."""
+    skeleton = model_skeleton(s)
+    numbers = sum(p.numel() for p in skeleton.parameters())
+    # On the coarsest grid: Gaussian weights' entropy less a quarter, as trained ones are uneven.
+    k = max(s.sdclip_most, s.sdclip_k) * max(1, s.sdclip_mlp, s.sdclip_attention)
+    least = 0.75 * math.log2(math.sqrt(2 * math.pi * math.e) * INT6_MAX / k)
+    least = 1.0 if s.quantizer == "ternary" else least
+    has = 8 * target_bytes / numbers
+    problem = f"{numbers:,} numbers take {least:.1f} bits each on the coarsest grid (SDCLIP_MOST)"
+    need(has > least, f"{problem}, TARGET_MB has {has:.1f}: make the model smaller")
+    gpu = device.type == "cuda"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.get_device_properties(device).total_memory if gpu else memory
+    wanted = sum(4 * skeleton.get_parameter(name).shape[1] ** 2 for name in grid_limits(skeleton))
+    problem = f"GPTQ takes {wanted / 1e9:.0f} GB for Hessians, and there are {memory / 1e9:.0f}"
+    fits = wanted < memory or s.quantizer in ("round", "ternary")
+    need(fits, f"{problem}: lower MODEL_DIM, MLP_MULT or MAMBA_EXPAND, or take QUANTIZER=round")
+
+
 def record_layout(skeleton: Model) -> np.dtype:
     """The record of a model, as drawn above: its entries' names, types and shapes."""
     matrices = grid_limits(skeleton)
@@ -3738,10 +3761,10 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
     data = summarize_shards(open_shards(settings.data_path, "train"))
     summary = "{tokens:,} tokens in {shards} shards (names and lengths {digest})".format(**data)
     log(f"training data: {summary}", "training_data", **data)
-    model_skeleton(settings)  # refuses a model that could not be loaded again
+    target = int(settings.target_mb * 1e6) - code_bytes()
+    check_size(settings, target, ranks.device)
     model = build_model(settings, ranks)
     micro_batch = choose_micro_batch(settings, ranks)
-    target = int(settings.target_mb * 1e6) - code_bytes()
     score = partial(plain_score, settings, ranks, validation)
     with Checkpoints(settings, ranks, log) as checkpoints:
         trainer = Trainer(model, settings, ranks, micro_batch, target, log, checkpoints)
@@ -3975,7 +3998,12 @@ def check_outputs(settings):
     for path in paths:
         with explained_errors(f"write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            need(not path.is_dir(), f"cannot write {path}: it is a folder")
+            with suppress(FileNotFoundError):
+                os.stat(f"{path}.late.part")  # the longest name that it has on its way
+            need(
+                path.is_file() or not path.exists(),
+                f"cannot write {path}: it is a folder or a device",
+            )
             need(os.access(path.parent, os.W_OK), f"cannot write in the folder of {path}")
 
 
@@ -4033,8 +4061,9 @@ def explain_failure(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return f"stopped by {error}; the same RUN_ID goes on from its checkpoint, if it has one"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
+    gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
+    if gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
+        return f"out of {gpu}memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
     return explain_collective(error) if isinstance(error, RuntimeError) else ""
 
 

@@ -1,5 +1,6 @@
 """Settings: what is read from the environment, what is refused, and what --help shows."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -180,7 +181,12 @@ IMPOSSIBLE = [
     ({"bigram_dim": 0}, "BIGRAM_DIM"),
     ({"train_batch_tokens": 100}, "TRAIN_BATCH_TOKENS"),
     ({"micro_batch_tokens": 40}, "MICRO_BATCH_TOKENS"),
-    ({"export_reserve_seconds": 600.0}, "EXPORT_RESERVE_SECONDS"),
+    ({"export_reserve_seconds": 600.0, "max_wallclock_seconds": 600.0}, "EXPORT_RESERVE_SECONDS"),
+    ({"export_reserve_seconds": 0.0, "max_wallclock_seconds": 600.0}, "EXPORT_RESERVE_SECONDS"),
+    ({"train_seq_len": 2**40}, "TRAIN_SEQ_LEN"),
+    ({"calibration_tokens": 2**50}, "CALIBRATION_TOKENS"),
+    ({"sample_tokens": 2**50}, "SAMPLE_TOKENS"),
+    ({"muon_backend_steps": 2**50}, "MUON_BACKEND_STEPS"),
     ({"run_id": "a/b"}, "RUN_ID=a/b must be one file name"),
     ({"run_id": ".."}, "RUN_ID=.. must be one file name"),
     ({"run_id": "é" * 116}, "at most 230 bytes"),
@@ -432,3 +438,48 @@ def test_a_warning_at_a_line_of_ours_is_an_error():
             exec(line, {"__name__": module})
     with pytest.warns(UserWarning):
         exec(line, {"__name__": "library"})
+
+
+# ---- What a run could not finish -----------------------------------------------------------------
+
+FEW_LAYERS = {"num_layers": 2, "mamba_layers": "none", "mlp_layers": "0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"mlp_mult": 30.0, "num_layers": 5}, "numbers, but an artifact has at most"),
+        ({"mlp_mult": 20.0, "num_layers": 5}, r"2.3 bits each on the coarsest grid .* has 2\.1"),
+        ({"mlp_mult": 20.0, "num_layers": 5, "quantizer": "ternary"}, ""),
+        ({"mlp_mult": 20.0, "num_layers": 5, "sdclip_most": 32.0}, ""),
+        (FEW_LAYERS | {"model_dim": 16, "mlp_mult": 60_000.0}, "GB for Hessians, and there are"),
+        (FEW_LAYERS | {"model_dim": 16, "mlp_mult": 60_000.0, "quantizer": "round"}, ""),
+    ],
+    ids=str,
+)
+def test_a_model_that_could_not_be_exported_is_refused_before_it_is_trained(changes, problem):
+    settings = t.Settings(**{"mamba_layers": "none"} | changes)
+    t.validate_settings(settings, 1)
+    with pytest.raises(t.UserError, match=problem) if problem else contextlib.nullcontext():
+        t.check_size(settings, 15.7e6, torch.device("cpu"))
+
+
+def test_the_largest_settings_overflow_nothing():
+    changes = {"model_dim": 2**16, "num_heads": 8, "mamba_expand": 2.0**16, "mlp_mult": 2.0**16}
+    settings = t.Settings(**changes, bigram_vocab_size=2**20, bigram_dim=2**16, num_layers=9)
+    t.validate_settings(settings, 1)
+    with pytest.raises(t.UserError, match="numbers, but an artifact"):
+        t.model_skeleton(settings)
+
+
+def test_names_too_long_for_their_files_are_refused_before_training(tmp_path):
+    settings = tiny(artifact=str(tmp_path / ("a" * 250)), log_dir=str(tmp_path))
+    with pytest.raises(t.UserError, match="File name too long"):
+        t.check_outputs(settings)
+    t.check_outputs(dataclasses.replace(settings, artifact=str(tmp_path / ("a" * 240))))
+
+
+def test_a_cpu_without_memory_is_one_line():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert t.explain_failure(caught.value).startswith("out of memory: ")
