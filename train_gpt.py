@@ -2046,7 +2046,8 @@ def apply_updates(batches: list, updates: list[Tensor], rates: list[Tensor], dec
         rate = rate * (1 - skip)
         # The root keeps the change of a layer's outputs alike whatever its shape.
         step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
-        for p, change in zip(batch, update.unbind(), strict=False):  # then comes padding
+        changes = update[: len(batch)].unbind()  # padding stands behind them
+        for p, change in zip(batch, changes, strict=True):
             p.mul_(1 - rate * decay).sub_(step * change.float())
 
 
