@@ -22,7 +22,8 @@ import pytest
 from scipy import stats
 
 import train_gpt as t
-from tools import evidence, known, package, significance
+from tools import evidence, known, package, significance, summary
+from tools.logs import finished_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -1105,8 +1106,8 @@ def write_manifest(folder: Path, overlap: int = 0, tokens: int = 100) -> tuple[P
     folder.mkdir(exist_ok=True)
     path = folder / "manifest.json"
     path.write_text(json.dumps(found))
-    summary = hashlib.sha256(ascii(sorted(lengths.items())).encode()).hexdigest()
-    return path, summary[:16]
+    digest = hashlib.sha256(ascii(sorted(lengths.items())).encode()).hexdigest()
+    return path, digest[:16]
 
 
 @pytest.mark.parametrize("overlap", [0, 3])
@@ -1204,6 +1205,18 @@ def test_evaluation_settings_that_differ_are_listed(tmp_path):
         "Evaluated differently: EVAL_STRIDE 512 there, 256 here, TTT_EPOCHS 1 there, 2 here."
     )
     assert answers["significance"].endswith(differing)
+
+
+def test_a_summary_says_how_much_text_was_scored(tmp_path):
+    log = write_run(tmp_path, "a")
+    events = finished_run(log.with_suffix(".jsonl"))
+    scored = "Scored: 40,540,802 tokens, 151,080,891 bytes of 50,000 documents, "
+    assert scored + "FineWeb's validation text, sp8192" in summary.summary(events)
+    events["validation_data"]["documents"] = 39
+    part = scored.replace("50,000", "39") + "not FineWeb's validation text"
+    assert part in summary.summary(events)
+    del events["validation_data"]
+    assert "The log does not say how much text was scored." in summary.summary(events)
 
 
 # ============

@@ -202,6 +202,8 @@ def unprinted(logs: RunLogs) -> list[str]:
     Older scripts did not print all of it, and lines can be deleted: both are told alike.
     """
     names = [name for name, both in lines_of(logs).items() if not all(both)]
+    if is_resumed(logs.records) and not steps_of(logs.records):
+        names.remove("a step of training")  # there was none to make any more
     told = {"size": logs.text.total_bytes, "training clock": logs.text.training_seconds}
     return [*names, *(name for name, value in told.items() if value is None)]
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 from tools import known
 from tools.command import UserError, need
 from tools.contradictions import (
+    CAP_BYTES,
+    LIMIT_SECONDS,
     counted_seconds,
     file_hash,
     history,
@@ -26,10 +28,9 @@ from tools.contradictions import (
     starts_of,
     unprinted,
 )
-from tools.finished import MAY_DIFFER, MOST_SECONDS, Run
+from tools.finished import MAY_DIFFER, Run
 from tools.logs import last_run
 from tools.manifest import Manifest
-from tools.summary import CAP
 
 UNSAID = "not in this log"
 EVALUATION = ("eval_", "ttt_", "document_")  # how the names of evaluation's settings begin
@@ -135,8 +136,8 @@ def tokenizer_row(sha256: str, file: Path, bytes_total: int) -> Row:
     other = f"{file} is not the tokenizer of these runs: its SHA-256 is another"
     need(hashlib.sha256(data).hexdigest() == sha256, other)
     total = bytes_total + len(data)
-    over = f"code, artifact and tokenizer take {total:,} bytes, over the cap of {CAP:,}"
-    need(total <= CAP, over)
+    over = f"code, artifact and tokenizer take {total:,} bytes, over the cap of {CAP_BYTES:,}"
+    need(total <= CAP_BYTES, over)
     answer = f"{name}; with its {len(data):,} bytes {total:,} in all; it lies in this folder"
     return Row(question, answer, "the file")
 
@@ -255,7 +256,7 @@ def is_packed(node: ast.AST) -> bool:
 
 def artifact_row(runs: list[Run]) -> Row:
     """Whether the artifacts are there and are those that the logs speak of."""
-    question = f"{CAP:,} bytes"
+    question = f"{CAP_BYTES:,} bytes"
     missing = [run for run in runs if run.artifact is None]
     if missing:
         reason = f"the artifact of {missing[0].path} is not there: give it with --artifacts"
@@ -296,7 +297,7 @@ def parts_row(runs: list[Run]) -> Row:
         lost = lost_parts(run.logs) + uncounted_starts(run)
         lost += ["the log of its first start is not there"] if is_resumed(starts[0]) else []
         reasons += [f"{run.path} was resumed: {why} (--parts LOG)" for why in lost[:1]]
-        if seconds > MOST_SECONDS:
+        if seconds > LIMIT_SECONDS:
             reasons.append(f"the starts of {run.path} trained {seconds:.1f} s together")
     text = "; ".join(texts) or "every run was trained in one start"
     return Row("one run, whole", text, "the logs", tuple(reasons))

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from tools.command import UserError, need
 from tools.contradictions import (
+    CAP_BYTES,
+    LIMIT_SECONDS,
     RunLogs,
     inner_contradictions,
     other_artifact,
@@ -25,9 +27,7 @@ from tools.contradictions import (
     read_logs,
 )
 from tools.logs import SEPARATOR, last_run, not_a_log, runs_in, split_text
-from tools.summary import CAP
 
-MOST_SECONDS = 600  # the contest's limit for training, and again for evaluation
 # The last two messages of a finished run: seconds; val_loss, val_bpb.
 FINAL = re.compile(
     r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE
@@ -263,8 +263,8 @@ def check_code(run: Run, text: str, script_path: Path, script: str) -> None:
 
 def check_limits(run: Run) -> None:
     """Refuses what the contest would: too many bytes, or too much time."""
-    over = f"code and artifact take {run.bytes_total:,} bytes, over the cap of {CAP:,}"
-    need(run.bytes_total <= CAP, f"{run.path}: {over}")
+    over = f"code and artifact take {run.bytes_total:,} bytes, over the cap of {CAP_BYTES:,}"
+    need(run.bytes_total <= CAP_BYTES, f"{run.path}: {over}")
     # The run's own limit may be lower than the contest's, and was then not kept either.
     for phase, seconds, limit, name in (
         ("training", run.train_seconds, run.train_limit, "MAX_WALLCLOCK_SECONDS"),
@@ -272,7 +272,7 @@ def check_limits(run: Run) -> None:
     ):
         took = f"{run.path}: {phase} took {seconds:.1f} s"
         need(seconds <= limit, f"{took}, over {name}={limit:g}")
-        need(seconds <= MOST_SECONDS, f"{took}, over the contest's {MOST_SECONDS} s")
+        need(seconds <= LIMIT_SECONDS, f"{took}, over the contest's {LIMIT_SECONDS:g} s")
 
 
 def check_agreement(runs: list[Run]) -> None:

@@ -33,7 +33,8 @@ if not __package__:  # started by its path
 
 from tools import evidence
 from tools.command import Parser, UserError, need, run_command
-from tools.evidence import CAP, Row
+from tools.contradictions import CAP_BYTES
+from tools.evidence import Row
 from tools.finished import (
     OUTPUTS,
     Run,
@@ -302,7 +303,7 @@ def readme(
 ) -> str:
     """The folder's README.md; gain is the sentence about the baseline, or empty."""
     score = f"**val_bpb {entry['val_bpb']:.5f}{deviation(entry)}** over {seeds_text(runs)}"
-    size = f"at most {entry['bytes_total']:,} of {CAP:,} bytes."
+    size = f"at most {entry['bytes_total']:,} of {CAP_BYTES:,} bytes."
     lines = [f"# {entry['name']}", "", entry["blurb"], "", f"{score}, {size}", ""]
     if reasons:
         lines += ["**Non-record**, because:", "", *(f"- {reason}" for reason in reasons), ""]

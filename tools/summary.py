@@ -2,8 +2,9 @@
 
     python -m tools.summary logs/demo.jsonl
 
-The scores, how long a step took, the bytes of code and model, and what the model writes if the run
-was asked for a sample. Of several runs in the file, the last one counts.
+The scores and how much text they are of, how long a step took, the bytes of code and model, and
+what the model writes if the run was asked for a sample. Of several runs in the file, the last one
+counts.
 """
 
 import argparse
@@ -15,10 +16,11 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.summary", file=sys.stderr)
     sys.exit(2)
 
+from tools import known
 from tools.command import Parser, run_command
+from tools.contradictions import CAP_BYTES
 from tools.logs import finished_run, not_a_log
 
-CAP = 16_000_000  # the contest's, of code and model together
 WIDTH = 100
 
 
@@ -53,6 +55,18 @@ def score_lines(events: dict[str, dict]) -> list[str]:
     ]
 
 
+def scored_text(counts: dict | None) -> str:
+    """How much text the scores are of, and whether that is the contest's.
+
+    Older logs do not say it.
+    """
+    if counts is None:
+        return "The log does not say how much text was scored."
+    tokens, size = f"{counts['scored_tokens']:,} tokens", f"{counts['bytes']:,} bytes"
+    found = known.compare(counts).name or "not FineWeb's validation text"
+    return f"Scored: {tokens}, {size} of {counts['documents']:,} documents, {found}"
+
+
 def summary(events: dict[str, dict]) -> list[str]:
     """The lines to print of a finished run."""
     settings = events["settings"]["settings"]
@@ -61,10 +75,11 @@ def summary(events: dict[str, dict]) -> list[str]:
     steps = f"{trained['steps']} steps of {trained['step_avg_ms']:.0f} ms on {hardware}"
     total = trained["bytes_total"]
     code = trained["bytes_code"]
-    size = f"{total:,} of {CAP:,} bytes ({code:,} code + {total - code:,} model)"
+    size = f"{total:,} of {CAP_BYTES:,} bytes ({code:,} code + {total - code:,} model)"
     lines = [f"Run {settings['run_id']}: {steps}", ""]
     # The contest's two figures: bits per byte, and bytes.
-    lines += ["Bits per byte of the validation text:", *score_lines(events), "", f"Size: {size}"]
+    lines += ["Bits per byte of the validation text:", *score_lines(events)]
+    lines += ["", scored_text(events.get("validation_data")), "", f"Size: {size}"]
     if "sample" in events:
         lines += ["", "What it writes, before it adapts:", *wrapped(events["sample"]["sample"])]
     # The demo trains for two minutes; its next step is the same model with more time.
