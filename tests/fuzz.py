@@ -520,9 +520,11 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
         return "a checkpoint with a wrong checksum was read"
     _, header, payload = sealed_parts(case.data)
     header = former(t.TRAINING_FIELDS, t.PROGRESS_FIELDS) | json.loads(header)
-    if {name: header.pop(name) for name in t.TRAINING_FIELDS} != {
-        n: getattr(settings, n) for n in t.TRAINING_FIELDS
-    }:
+    wanted = {name: getattr(settings, name) for name in t.TRAINING_FIELDS}
+    held = {name: header.pop(name) for name in t.TRAINING_FIELDS}
+    if held["export_reserve_seconds"] < wanted["export_reserve_seconds"]:
+        held["export_reserve_seconds"] = wanted["export_reserve_seconds"]  # it may be raised
+    if held != wanted:
         return "a checkpoint of other settings was read"
     progress = [trainer.steps_done, trainer.clock.counted, trainer.qat_k]
     if repr(progress) != repr([header[name] for name in ("steps", "seconds", "qat_k")]):
