@@ -2254,23 +2254,18 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
 # 7. Evaluation: a chunk is scored whole before test-time training may read any of it
 
 
-class Window(NamedTuple):
-    """Reads tokens[context:last] and scores targets first <= p < last, which are tokens[p + 1]."""
+def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> np.ndarray:
+    """This rank's windows (context, begin, end), int64 (n, 3), of targets first <= p < last.
 
-    context: int
-    first: int
-    last: int
-
-
-def plan_windows(settings, first: int, last: int, rank: int, world_size: int) -> list[Window]:
-    """This rank's windows of targets first <= p < last: each target in one window of one rank.
-
-    EVAL_MODE=plain: side by side. sliding: EVAL_STRIDE further each; only what is new is scored.
+    A window reads tokens from context on and scores targets begin <= p < end, which are
+    tokens[p + 1]; each is in one window of one rank. EVAL_MODE=plain: side by side. sliding:
+    EVAL_STRIDE further each; only what is new is scored.
     """
     length = settings.train_seq_len
     stride = settings.eval_stride if settings.eval_mode == "sliding" else length
-    starts = range(first, last, stride)[rank::world_size]
-    return [Window(max(0, p + stride - length), p, min(p + stride, last)) for p in starts]
+    begin = np.arange(first, last, stride)[rank::world_size]
+    context = np.maximum(0, begin + stride - length)
+    return np.stack([context, begin, np.minimum(begin + stride, last)], axis=1)
 
 
 class Excerpt(NamedTuple):
@@ -2473,9 +2468,9 @@ class Evaluator:
         windows = plan_windows(self.settings, first, last, self.ranks.rank, self.ranks.world_size)
         for start in range(0, len(windows), self.rows):
             batch = windows[start : start + self.rows]
-            spare = Window(batch[-1].context, 0, 0)  # scores nothing: all batches have as many rows
-            batch += [spare] * (self.rows - len(batch))
-            context, begin, end = (np.array(column)[:, None] for column in zip(*batch, strict=True))
+            spare = np.tile([batch[-1, 0], 0, 0], (self.rows - len(batch), 1))
+            # All batches have as many rows, but spare ones score nothing.
+            context, begin, end = np.concatenate([batch, spare]).T[:, :, None]
             excerpt = self._read(context, self.settings.train_seq_len)
             nats = self.nats_function(excerpt.tokens, excerpt.targets, self.order)
             self._keep(excerpt, begin, end, nats)
@@ -2691,12 +2686,9 @@ def fit_sdclip(model, settings, target_bytes: float) -> float:
     need(finite, f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-
-    def fits(k: float) -> bool:
-        return predict_bytes(model, settings, k) <= target_bytes
-
-    choices = np.linspace(SDCLIP_LEAST, settings.sdclip_most, SDCLIP_CHOICES).tolist()
-    return choices[bisect.bisect_left(choices, True, hi=len(choices) - 1, key=fits)]
+    falling = np.linspace(SDCLIP_LEAST, settings.sdclip_most, SDCLIP_CHOICES)[::-1].tolist()
+    size = partial(predict_bytes, model, settings)  # which rises as k falls
+    return falling[max(1, bisect.bisect_right(falling, target_bytes, key=size)) - 1]
 
 
 @contextmanager

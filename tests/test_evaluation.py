@@ -58,12 +58,12 @@ def test_windows_of_all_ranks_cover_every_target_once(mode, world_size, length):
             for r in range(world_size)
             for w in t.plan_windows(settings, first, first + length, r, world_size)
         ]
-        scored = sorted(p for w in windows for p in range(w.first, w.last))
+        scored = sorted(p for _, begin, end in windows for p in range(begin, end))
         assert scored == list(range(first, first + length))
-        for w in windows:
-            assert 0 <= w.context <= w.first < w.last <= w.context + 32
-            if mode == "sliding" and w.last - w.first == stride:
-                assert w.last - w.context == min(32, w.last)
+        for context, begin, end in windows:
+            assert 0 <= context <= begin < end <= context + 32
+            if mode == "sliding" and end - begin == stride:
+                assert end - context == min(32, end)
 
 
 @each_mode
@@ -87,9 +87,12 @@ def test_streams_of_every_length_are_scored_whole(mode, ttt_enabled, length):
 def test_a_target_left_out_or_scored_twice_is_an_error(monkeypatch, change):
     settings = tiny(eval_mode="plain", ttt_enabled=False)
     plan = t.plan_windows
-    monkeypatch.setattr(
-        t, "plan_windows", lambda *args: [plan(*args)[0]] * change + plan(*args)[1:]
-    )
+
+    def changed(*arguments) -> np.ndarray:
+        windows = plan(*arguments)
+        return np.concatenate([windows[:1]] * change + [windows[1:]])
+
+    monkeypatch.setattr(t, "plan_windows", changed)
     with pytest.raises(RuntimeError, match="exactly once"):
         evaluate(random_model(settings), settings, document_stream(100))
 
