@@ -1,5 +1,6 @@
 """Which backend computes the recurrence: what runs on a device with these layers, and why not."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import PATIENCE, SOLO, tiny
+from tests.support import PATIENCE, SOLO, random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"90": (9, 232_448), "89": (8, 101_376), "80": (8, 166_912)}  # by compute capability
@@ -127,6 +128,54 @@ def test_a_model_is_built_with_what_was_chosen_and_a_skeleton_needs_no_device(mo
     assert t.build_model(settings, SOLO).blocks[0].mixer.backend == "chunked"
     monkeypatch.setattr(t, "choose_scan_backend", None)
     assert t.model_skeleton(settings).blocks[0].mixer.backend == "sequential"
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+def test_auto_finds_a_backend_for_every_size_that_is_accepted(capability, monkeypatch, installed):
+    """Of any Mamba, on any GPU: what a fused backend cannot take, the next one computes."""
+    monkeypatch.setattr(t, "kernel_limits", lambda device: LIMITS[capability])
+    sides = itertools.product((1, 2, 3), (8, 16, 256, 1024), (8, 16, 128), (8, 64, 256, 4096))
+    found = set()
+    for version, state, head, chunk in sides:
+        sizes = {"mamba_d_state": state, "mamba_head_dim": head, "mamba_chunk_size": chunk}
+        settings = tiny(mamba_version=version, model_dim=64, **sizes)
+        t.validate_settings(settings, 1)
+        found.add((version, t.choose_scan_backend(settings, torch.device("cuda"))))
+    usual = {
+        (version, names[place]) for version, names in t.SCAN_BACKENDS.items() for place in (0, 1)
+    }
+    assert found == usual - {(2, "chunked")}
+
+
+CORNERS_OF_LAYERS = [
+    {"mamba_d_state": 8, "mamba_head_dim": 8, "mamba_chunk_size": 8, "mamba_d_conv": 2},
+    {"mamba_d_state": 128, "mamba_head_dim": 64, "mamba_chunk_size": 65536},
+    {"mamba_expand": 0.25, "mamba_head_dim": 8, "train_seq_len": 2},
+]
+CORNERS_OF_ATTENTION = [
+    {"num_heads": 16, "num_kv_heads": 1, "rope_fraction": 0.0},
+    {"num_heads": 1, "num_kv_heads": 1, "rope_fraction": 0.3},
+    {"model_dim": 6, "num_heads": 3, "num_kv_heads": 3, "train_seq_len": 2},
+]
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"mamba_version": v, "mamba_layers": "all"} | c for v in (1, 2, 3) for c in CORNERS_OF_LAYERS]
+    + [{"mamba_layers": "none"} | changes for changes in CORNERS_OF_ATTENTION],
+    ids=str,
+)
+def test_the_corners_of_what_is_accepted_train_and_generate(changes, reset):
+    short = {"eval_stride": 1, "ttt_enabled": False}
+    settings = tiny(num_layers=1, document_reset=reset, **short, **changes)
+    t.validate_settings(settings, 1)
+    model = t.build_model(settings, SOLO)
+    tokens = random_tokens(2, settings.train_seq_len + 1, bos=True)
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:], model.order(True))
+    loss.backward()
+    assert 5 < loss.item() < 8
+    assert t.generate(model, tokens[:, :1], 2).shape == (2, 2)
 
 
 def test_in_the_interpreter_kernels_take_any_size(monkeypatch):
