@@ -596,12 +596,14 @@ class Ranks:
 
     def send(self, tensors: list[Tensor], to: int) -> list:
         """Begins to send tensors to another rank; wait() for each of what it returns."""
-        return [dist.isend(tensor.contiguous(), to) for tensor in tensors]
+        sent = [dist.P2POp(dist.isend, tensor.contiguous(), to) for tensor in tensors]
+        return dist.batch_isend_irecv(sent)
 
     def receive(self, tensors: list[Tensor], source: int):
         """Fills tensors, which are contiguous, with those that the rank source sends."""
-        for tensor in tensors:
-            dist.recv(tensor, source)
+        wanted = [dist.P2POp(dist.irecv, tensor, source) for tensor in tensors]
+        for request in dist.batch_isend_irecv(wanted):
+            request.wait()
 
 
 def read_launch(environment: dict[str, str]) -> tuple[int, int, int]:
@@ -3633,6 +3635,10 @@ class Trainer:
                 self.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{steps}")
+        with (
+            torch.no_grad()
+        ):  # GPTQ's calibration runs uncompiled, but FlexAttention compiles itself
+            self.model(tokens[:, :-1], self.model.full_order)
         synchronized_time()
 
     def run(self, batches, validate):
