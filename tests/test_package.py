@@ -23,6 +23,7 @@ from scipy import stats
 
 import train_gpt as t
 from tools import evidence, known, package, significance, summary
+from tools.audit import checks as audit
 from tools.logs import finished_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -956,6 +957,7 @@ def test_every_question_of_a_reviewer_has_an_answer(tmp_path):
     assert "8,000,000,000 training tokens in 80 shards" in answers["provenance of the data"]
     assert answers["calibration"] == "not in this log"
     assert answers["significance"] == "no baseline was given"
+    assert "ANOTHER SCRIPT: it differs in" in answers["readable source"]  # only its beginning
 
 
 def test_a_log_that_does_not_say_it_is_no_record(tmp_path):
@@ -1174,8 +1176,8 @@ def test_packed_code_is_no_record(tmp_path, project, line):
 
 
 def test_nothing_in_our_own_script_is_packed():
-    row = evidence.source_row((ROOT / "train_gpt.py").read_text())
-    assert row.reasons == ()
+    path = ROOT / "train_gpt.py"
+    assert evidence.source_row(path, path.read_text()).reasons == ()
 
 
 def test_an_entry_lies_where_the_contest_wants_it_and_has_what_its_validator_reads(
@@ -1217,6 +1219,18 @@ def test_a_summary_says_how_much_text_was_scored(tmp_path):
     assert part in summary.summary(events)
     del events["validation_data"]
     assert "The log does not say how much text was scored." in summary.summary(events)
+
+
+def test_the_conditions_name_rows_that_there_are(tmp_path):
+    assert pack(tmp_path / "out", *write_runs(tmp_path / "logs")) == 0
+    text = (ROOT / "docs" / "conditions.md").read_text()
+    table = text.split("| question |")[1].split("\n\n")[0]
+    for title in re.findall(r'package, "([^"]*)"', table):
+        assert any(row.startswith(title.removesuffix(" …")) for row in rows(tmp_path / "out")), (
+            title
+        )
+    for cell in re.findall(r"audit, (.*?)[;|:]", text):
+        assert set(re.findall(r'"([^"]*)"', cell)) <= set(audit.TITLES.values())
 
 
 # ============

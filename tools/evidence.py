@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools import known
+from tools.audit.script import identify
 from tools.command import UserError, need
 from tools.contradictions import (
     CAP_BYTES,
@@ -223,11 +224,13 @@ def evaluation_differences(ours: dict, theirs: dict) -> list[str]:
     return differing
 
 
-def source_row(script: str) -> Row:
-    """Whether the script is the readable source itself, or unpacks one."""
+def source_row(path: Path, script: str) -> Row:
+    """Whether the script is the readable source itself, or unpacks one; and whose it is.
+
+    What tests show, they show of this project's script.
+    """
     question = "readable source"
-    digest = hashlib.sha256(script.encode()).hexdigest()
-    name = f"train_gpt.py, {script.count(chr(10)):,} lines, SHA-256 {digest}"
+    name = f"train_gpt.py, {script.count(chr(10)):,} lines, {identify(path).evidence}"
     try:
         tree = ast.parse(script)
     except SyntaxError:

@@ -10,7 +10,7 @@ requirements.txt, submission.json and a README.md with results and with what was
 written unless every run keeps the contest's limits, its two logs, its artifact and their figures
 agree with each other, and all are runs of one script with the same settings. What is not three
 seeds of FineWeb's whole validation text on 8×H100, or leaves unsaid what a reviewer must know, is
-packaged as non-record, with the reasons. What a log claims, only tools/audit.py can prove.
+packaged as non-record, with the reasons. What a log claims, only tools.audit can prove.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def non_record_reasons(runs: list[Run], rows: list[Row]) -> list[str]:
 
 
 def check_rows(
-    runs: list[Run], script: str, tokenizer: Path | None, manifest: Manifest | None, gain: str
+    runs: list[Run], script: str, given: argparse.Namespace, manifest: Manifest | None, gain: str
 ) -> list[Row]:
     """What reviewers ask for, and what these runs answer: docs/conditions.md lists the questions.
 
@@ -84,7 +84,7 @@ def check_rows(
     run = runs[0]
     events = run.logs.events
     sha256 = evidence.tokenizer_sum(events, run.artifact)
-    file = tokenizer or Path(run.settings["tokenizer_path"])
+    file = given.tokenizer or Path(run.settings["tokenizer_path"])
     largest = max(run.bytes_total for run in runs)
     # The files and their figures.
     rows = [evidence.artifact_row(runs), evidence.logs_row(runs), evidence.parts_row(runs)]
@@ -99,7 +99,10 @@ def check_rows(
     rows += [evidence.seeds_row(runs)]
     tests = gain or "no baseline was given"
     rows.append(Row("significance", tests, "Welch's t-test of the logs' scores"))
-    rows += [evidence.evaluation_row(variables(run, script)), evidence.source_row(script)]
+    rows += [
+        evidence.evaluation_row(variables(run, script)),
+        evidence.source_row(given.script, script),
+    ]
     return rows
 
 
@@ -295,7 +298,7 @@ def check_table(rows: list[Row]) -> list[str]:
     lines.append(table_row("---", ["---", "---"]))
     for row in rows:
         lines.append(table_row(row.question, [row.answer.replace("|", "\\|"), row.shown_by]))
-    return [*lines, "", "What the logs say is claimed; tools/audit.py scores an artifact anew.", ""]
+    return [*lines, "", "What the logs say is claimed; tools.audit scores an artifact anew.", ""]
 
 
 def readme(
@@ -459,7 +462,10 @@ def compare(runs: list[Run], baseline: list[Path]) -> str:
 
 
 def default_folder(entry: dict) -> Path:
-    """Where the contest wants an entry: by track, date and name."""
+    """Where the contest wants an entry: by track, date and name.
+
+    Its folders have names of their own for what is no record.
+    """
     track = entry["track"] if entry["track"].startswith("track_") else "track_non_record_16mb"
     name = re.sub(r"[^A-Za-z0-9.+-]+", "_", entry["name"]).strip("_.")
     return Path("records", track, f"{entry['date']}_{name}")
@@ -480,7 +486,7 @@ def package(given: argparse.Namespace) -> list[str]:
 
     run = runs[0]
     manifest = find_manifest(given.manifest, str(run.settings["data_path"]), run.logs.events)
-    rows = check_rows(runs, script, given.tokenizer, manifest, gain)
+    rows = check_rows(runs, script, given, manifest, gain)
     reasons = non_record_reasons(runs, rows)
     entry = submission(runs, entry_fields(given, runs), record=not reasons)
     shown = given.out or default_folder(entry)
