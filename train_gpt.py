@@ -5533,7 +5533,14 @@ RENAMED = """
     MUON_WD=WEIGHT_DECAY RECUR_START_FRAC=RECUR_START
     D_MODEL=MODEL_DIM EMA_HORIZON=AVERAGE_HORIZON ITERS=ITERATIONS NUM_ITERATIONS=ITERATIONS
     MAX_WALLCLOCK=MAX_WALLCLOCK_SECONDS WALLCLOCK=MAX_WALLCLOCK_SECONDS QUANT=QUANTIZER
-    SEQ_LEN=TRAIN_SEQ_LEN VAL_EVERY=VAL_LOSS_EVERY WD=WEIGHT_DECAY
+    SEQ_LEN=TRAIN_SEQ_LEN VAL_EVERY=VAL_LOSS_EVERY WD=WEIGHT_DECAY N_LAYER=NUM_LAYERS
+    N_LAYERS=NUM_LAYERS N_HEAD=NUM_HEADS N_HEADS=NUM_HEADS N_KV_HEADS=NUM_KV_HEADS N_EMBD=MODEL_DIM
+    HIDDEN_SIZE=MODEL_DIM D_STATE=MAMBA_D_STATE SEQUENCE_LENGTH=TRAIN_SEQ_LEN
+    CONTEXT_LENGTH=TRAIN_SEQ_LEN MAX_SEQ_LEN=TRAIN_SEQ_LEN NUM_STEPS=ITERATIONS MAX_STEPS=ITERATIONS
+    TRAIN_STEPS=ITERATIONS MAX_ITERS=ITERATIONS MAX_SECONDS=MAX_WALLCLOCK_SECONDS
+    GRAD_CLIP=GRAD_CLIP_NORM MAX_GRAD_NORM=GRAD_CLIP_NORM ADAM_BETA1=BETA1 ADAM_BETA2=BETA2
+    WARMDOWN_STEPS=WARMDOWN_ITERS WARMDOWN_FRAC=WARMDOWN_FRACTION EVAL_EVERY=VAL_LOSS_EVERY
+    EVAL_INTERVAL=VAL_LOSS_EVERY LOG_EVERY=TRAIN_LOG_EVERY LOG_INTERVAL=TRAIN_LOG_EVERY
 """
 ALIASES = {name: fate for names, fate in CONVERTED.items() for name in names.split()}
 ALIASES |= {name: (ours, None) for name, ours in (pair.split("=") for pair in RENAMED.split())}
@@ -5551,6 +5558,7 @@ REFUSALS = {
     "EVAL_TEMP=1": "the rules forbid to fit a temperature to validation text",
     "GATED_ATTENTION=1": "each head of attention has a gate",
     "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
+    "GRAD_ACCUM GRADIENT_ACCUMULATION_STEPS": "MICRO_BATCH_TOKENS of a step are computed at once",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
     "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "AVERAGE says which average of the weights a run leaves",
     "MAMBA3_NGROUPS=1": "all heads share one group of keys and queries",
@@ -5567,10 +5575,14 @@ REFUSALS = {
     "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
     # Not the contest's, but reached for.
+    "GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS": "TRAIN_BATCH_TOKENS is a step's",
+    "DEVICE_BATCH_SIZE MICRO_BATCH_SIZE": "MICRO_BATCH_TOKENS is a rank's at once",
+    "EPOCHS NUM_EPOCHS": "ITERATIONS or MAX_WALLCLOCK_SECONDS end a run",
+    "SAVE_EVERY CKPT_EVERY CHECKPOINT_INTERVAL": "CHECKPOINT_EVERY says it, in seconds",
     "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
-    "LEARNING_RATE LR MUON_LR": "MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR and TIED_EMBED_LR are",
+    "ADAM_LR BASE_LR LEARNING_RATE LR MAX_LR MUON_LR": "MATRIX_LR, SCALAR_LR and so on: see --help",
     "DROPOUT=0": "nothing is dropped",
-    "WARMUP_ITERS": "rates rise over a run's first hundredth; WARMUP_STEPS only compile",
+    "WARMUP_ITERS WARMUP_RATIO": "rates rise over a run's first hundredth; WARMUP_STEPS compile",
 }
 
 
@@ -5620,7 +5632,7 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
 FAMILIES = ("BIGRAM_", "EMA_", "GPTQ_", "LATE_QAT_", "MUON_", "RECUR_", "SDCLIP_", "SWA_", "TTT_")
 
 # What is merely like these is another program's: common words. MODEL_DIR and mamba's are others'.
-COMMON_WORDS = {"BATCH_SIZE", "LOG_DIR", "RUN_ID", "SEQ_LEN"}
+COMMON_WORDS = {"BATCH_SIZE", "LOG_DIR", "QUANTIZER", "RUN_ID", "SEQ_LEN"}
 STRANGERS = {"MAMBA_EXE", "MAMBA_FORCE_BUILD", "MODEL_DIR"}
 
 
@@ -5631,19 +5643,21 @@ def refuse_misspelt(environment: dict[str, str]):
     but for a letter or a tenth, or goes on where a long one ends. Short single words do not count.
     """
     known = {name.upper() for name in FIELDS} | ALIASES.keys() | REFUSED.keys()
-    likely = [n for n in sorted(known - COMMON_WORDS) if len(n) >= (5 if "_" in n else 9)]
+    likely = [n for n in sorted(known - COMMON_WORDS) if len(n) >= (5 if n.find("_") > 1 else 9)]
     names = {name.replace("_", ""): name for name in likely}
-    long_names = tuple(name for name in names if len(name) >= 10)
+    long_names = tuple(flat for flat, name in names.items() if len(flat) >= 10 and "_" in name)
     unknown = environment.keys() - known - STRANGERS
     for variable in sorted(name for name in unknown if name[:1].isalpha()):
         flat = variable.upper().replace("_", "")
-        nearest = difflib.get_close_matches(flat, names, 1, 0.75)
+        nearest = difflib.get_close_matches(flat, names, 1, 0.8)
         longest = max([1, len(flat), *map(len, nearest)])
         cutoff = min(0.9, 1 - 1 / longest)  # of one letter in longest
         near = difflib.get_close_matches(flat, nearest, 1, cutoff) or flat.startswith(long_names)
         if near or variable.startswith(FAMILIES):
-            hint = f"did you mean {names[nearest[0]]}? (see --help)" if nearest else "see --help"
-            raise UserError(f"{variable} is not a setting; {hint}")
+            meant = names[nearest[0]] if nearest else ""
+            hint = f"did you mean {meant}? (see --help)" if meant else "see --help"
+            reason = REFUSED.get(meant, ("", hint))[1]
+            raise UserError(f"{variable} is not a setting; {reason}")
 
 
 if __name__ == "__main__":

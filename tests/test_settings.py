@@ -101,6 +101,15 @@ def test_a_misspelt_variable_is_refused_and_the_nearest_name_offered(wrong, mean
         t.read_settings({wrong: "1"})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [("MUON_FOO", "see --help"), ("LEARNINGRATE", "MATRIX_LR, "), ("EMA_MODEL", "see --help")],
+)
+def test_no_name_is_offered_that_is_far_off_or_refused(wrong, hint):
+    with pytest.raises(t.UserError, match=f"{wrong} is not a setting; {hint}"):
+        t.read_settings({wrong: "1"})
+
+
 # MAMBA_EXE and MAMBA_ROOT_PREFIX are set in every shell of the micromamba package manager,
 # MAMBA_FORCE_BUILD is how mamba_ssm is built from source.
 ORDINARY = """
@@ -118,6 +127,7 @@ ORDINARY = """
     NUM_GPUS MODEL_DIR MODEL_PATH
     MODEL_NAME COMPILER COMPILE_THREADS ARTIFACTS ARTIFACT_DIR LOGDIR LOGS LOG_LEVEL
     DEVICES DEVICE_ID ROPE PRESETS
+    HEAD LAYER LAYERS MODEL MODELS QUANTIZE DETERMINISTIC_BUILD CALIBRATION_DIR MAMBA_DEFAULT_ENV
     SEEDS RUN_NAME RUN_DIR DATA_DIR DATASET_PATH TRAIN_DATA VOCAB TOKENIZER PROFILE LAYERS_DIR seed
 """
 
