@@ -367,6 +367,11 @@ def lost_parts(logs: RunLogs) -> list[str]:
     settings = logs.events.get("settings", {}).get("settings", {})
     every = max(5.0, number_in(settings, "train_log_every") or 0.0)
     found = []
+    asked = logs.text.settings.get("resume", "auto")
+    if logs.records and is_resumed(logs.records) != bool(logs.text.resumed):
+        found.append("one of .txt and .jsonl says that the run was resumed, the other does not")
+    if asked not in ("auto", "never") and not logs.text.resumed:
+        found.append(f"RESUME={asked[:60]} asks for a checkpoint that no line says was taken up")
     for index, part in enumerate(logs.earlier):
         first = next(iter(steps_of(part)), None)
         if first and any(record["event"] == "resumed" for record in part):

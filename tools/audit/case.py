@@ -447,7 +447,7 @@ def is_unlisted(path: str) -> bool:
 
     What Python itself compiles there is on no list.
     """
-    generated = path.endswith((".pyc", ".pth", ".py")) or os.path.isdir(path)
+    generated = path.endswith((".pyc", ".pth")) or os.path.isdir(path)
     return not generated and path not in packaged_files() and os.path.exists(path)
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import site
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -320,7 +321,7 @@ def run_in_cell(
             *line,
         ]
     last = ""
-    with subprocess.Popen(
+    process = subprocess.Popen(
         line,
         cwd=cell.work,
         env=passed_variables(dict(os.environ)) | own | settings,
@@ -329,9 +330,17 @@ def run_in_cell(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    ) as process:
+        start_new_session=True,  # a group of its own, which ends as a whole
+    )
+    try:
         for text in process.stdout:
             if text.strip():
                 last = "".join(x if x.isprintable() else " " for x in text.strip())[:300]
                 say(last)
-    return process.returncode, last
+        status = process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
+    return status, last

@@ -329,10 +329,10 @@ def check_log(case: Case) -> Finding:
         return Finding(OPEN, "no log was given: how it was trained is not even claimed")
     found = contradictions.contradictions(case.logs, case.artifact)
     told = contradictions.history(case.logs)
-    if not case.logs.events:
-        told += "; without the .jsonl, there is little to compare"
     if found:
         return Finding(FAILS, f"{'; '.join(found)}; {told}")
+    if not case.logs.events:
+        return Finding(OPEN, f"{told}; the .jsonl is missing, so there is little to compare")
     return Finding(HOLDS, f"no contradiction; {told}; that the log is true is the runner's word")
 
 
@@ -506,13 +506,13 @@ def check_probabilities(case: Case) -> Finding:
     most_sum = CPU_SUM_ERROR if case.on_cpu else GPU_SUM_ERROR
     # All of them: NaN, which compares as false, must not hide behind a maximum.
     nats = np.array([abs(one.nats - one.expected) for one in sampled])
-    total = np.array([abs(one.total - 1) for one in sampled])
-    exact = (nats <= most_nats) & (total <= most_sum)
+    total = np.array([abs(one.total - 1) for one in sampled if one.total is not None])
+    exact = (nats <= most_nats).all() and (total <= most_sum).all()
     kept = np.array([abs(one.nats - case.alone.nats[one.position]) for one in sampled])
     handed_over = (kept <= most_nats).all()
-    holds = len(sampled) > 0 and exact.all() and handed_over
+    holds = len(sampled) > 0 and exact and handed_over
     vocabulary = f"{int(case.settled('vocab_size')):,} tokens"
-    sums = f"sums over {vocabulary} within {total.max(initial=0.0):.1e} of 1"
+    sums = f"{len(total):,} sums over {vocabulary} within {total.max(initial=0.0):.1e} of 1"
     scores = f"scores within {nats.max(initial=0.0):.1e} nats of -log softmax in float64"
     where = f"{len(sampled):,} targets, drawn by seed {case.seed}"
     return judged(bool(holds), f"{where}: {sums}, {scores}")
@@ -606,7 +606,9 @@ def check_round_trips(case: Case) -> str:
     otherwise: BPE need not be its own inverse.
     """
     generator = np.random.default_rng(case.seed)
-    whole = [one for one in case.texts[:-1] if one.text] or case.texts
+    whole = [one for one in case.texts if is_whole(case, one)]
+    if not whole:
+        return "no document is whole, so none can be encoded again"
     drawn = generator.choice(len(whole), min(ROUND_TRIPS, len(whole)), replace=False)
     kept = 0
     for index in drawn:
@@ -616,6 +618,13 @@ def check_round_trips(case: Case) -> str:
     lost = "the shards are not this tokenizer's encoding of a text"
     expect(kept >= FEW_ROUND_TRIPS * len(drawn), f"only {trips}: {lost}")
     return trips
+
+
+def is_whole(case: Case, one: text.Text) -> bool:
+    """Whether a text is a document from its beginning to its end, without unknown tokens."""
+    last = len(case.tokens)
+    inside = one.first > 0 and one.last < last
+    return inside and case.tokens[one.first - 1] == case.tokens[one.last] == BOS_ID
 
 
 def compare_source(case: Case) -> str:

@@ -29,7 +29,8 @@ class Sampled(NamedTuple):
     position: int
     nats: float  # that the evaluator kept
     expected: float  # -log softmax in float64
-    total: float  # of the probabilities that the script's own nats() gives to all tokens
+    # Of the probabilities that the script's own nats() gives to all tokens; None: not asked for.
+    total: float | None
 
 
 class Weight(NamedTuple):

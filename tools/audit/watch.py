@@ -25,6 +25,7 @@ from tools.audit.observation import Event, Observation, Sampled, Weight
 
 SAMPLED_TARGETS = 4096  # whose whole distribution is computed
 SAMPLED_TOGETHER = 16  # of these: their hidden states cost one forward pass
+SUMMED_EVERY = 16  # of the sampled positions: there, every token's probability is asked for
 CANDIDATES = 1024  # of tokens at once
 
 
@@ -118,15 +119,22 @@ class Watcher:
         """Compares the scores where (B, T) is true with the distribution of the model as it is."""
         hidden = self.hidden(excerpt)
         sampled = []
-        for row, column in np.argwhere(where):
-            position = int(excerpt.positions[row, column])
-            one = hidden[row : row + 1, column : column + 1]
-            before = excerpt.tokens[row : row + 1, column : column + 1]
-            logits = self.model.logits(one, before)[0, 0].double()
-            target = int(self.stream[position + 1])
-            expected = float(-torch.log_softmax(logits, dim=0)[target])
-            total = self.total_probability(one, before, len(logits))
-            sampled.append(Sampled(position, float(nats[row, column]), expected, total))
+        for row in np.flatnonzero(where.any(axis=1)):
+            columns = np.flatnonzero(where[row])
+            positions = excerpt.positions[row, columns]
+            some = hidden[row : row + 1, columns]
+            before = excerpt.tokens[row : row + 1, columns]
+            logits = self.model.logits(some, before)[0].double()
+            targets = torch.from_numpy(self.stream[positions + 1].astype(np.int64))
+            chosen = targets.to(logits.device)[:, None]
+            expected = -torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0]
+            for index, position in enumerate(positions.tolist()):
+                total = None
+                if position % SUMMED_EVERY == 0:
+                    one = slice(index, index + 1)
+                    total = self.total_probability(some[:, one], before[:, one], logits.shape[1])
+                kept = float(nats[row, columns[index]])
+                sampled.append(Sampled(position, kept, float(expected[index]), total))
         return sampled
 
     def hidden(self, excerpt: Any) -> Tensor:
