@@ -59,6 +59,7 @@ import platform
 import signal
 import sys
 import time
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -693,6 +694,7 @@ class Shard:
         self.path = path
         with explained_errors(f"read {path}"):
             self.file = path.open("rb", 0)
+            weakref.finalize(self, self.file.close)  # or the interpreter warns
             size = path.stat().st_size
             header = np.fromfile(self.file, "<i4", 256)
         ours = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, 1]
@@ -1322,13 +1324,12 @@ class Context(NamedTuple):
     """
 
     document_start: Tensor | None  # (B, T) bool, where scans forget; None: nowhere
-    cos: Tensor  # (T, rotating pairs), or (L, rotating pairs) after a state
-    sin: Tensor
-    documents: Documents | None = None  # where attention and convolutions end; None: nowhere
+    turns: Tensor  # rotary_turns() of T places, or of L after a state
+    reach: Tensor | None = None  # Documents.reach, where convolutions end; None: nowhere
+    documents: Documents | None = None  # where attention ends, in its windows
     attention_backend: str = "auto"
     windows: Tensor | None = None  # of a stream, (W, L) int64: the places that each window reads
     outputs: Tensor | None = None  # (T,) int64, where each token's query is, in windows row by row
-    in_windows: Documents | None = None  # where attention ends in the windows
 
 
 def compact(x: Tensor) -> Tensor:
@@ -1443,17 +1444,16 @@ def rotary_turns(positions: Tensor, frequencies: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) of x (B, T, heads, D), in its dtype.
 
     Entries i and R + i < 2R of a head are turned as a point of the plane, the rest is not. Products
     of queries and keys then depend on their distance, not on where they stand.
     """
-    pairs = cos.shape[-1]
-    cos, sin = (y[:, None].to(x.dtype) for y in (cos, sin))  # (T, 1, R): every head turns alike
+    pairs = turns.shape[-1]
+    cos, sin = turns[:, :, None].to(x.dtype)  # (T, 1, R): every head turns alike
     first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
-    turned = [first * cos - second * sin, first * sin + second * cos]
-    return torch.cat([*turned, rest], dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
 
 
 class AttentionState(NamedTuple):
@@ -1496,7 +1496,6 @@ class Attention(nn.Module):
         query = norm(query) * self.query_gain.to(x.dtype)[:, None]  # (B, T, heads, D)
         key = norm(key)
         own_value = value
-        documents = context.documents
         if state is not None:
             key = torch.cat([state.key, key], dim=1)  # (B, kept + T, kv heads, D)
             value = torch.cat([state.value, value], dim=1)
@@ -1505,11 +1504,9 @@ class Attention(nn.Module):
             kept = key.shape[1] - x.shape[1]
             query = F.pad(query, (0, 0, 0, 0, kept, 0))  # nobody asks again for earlier tokens
             query, key, value = (y[0, context.windows] for y in (query, key, value))  # (W, L, ...)
-            documents = context.in_windows
-        last = query.shape[1]  # of all places that keys have, queries have the last
-        query = rotary(query, context.cos[-last:], context.sin[-last:])
-        key = rotary(key, context.cos, context.sin)
-        y = attend(query, key, value, documents, context.attention_backend)
+        query = rotary(query, context.turns[:, -query.shape[1] :])  # they stand at the last places
+        key = rotary(key, context.turns)
+        y = attend(query, key, value, context.documents, context.attention_backend)
         if context.windows is not None:
             y = y.flatten(0, 1)[context.outputs].unsqueeze(0)
         if self.exclusive:
@@ -1541,23 +1538,31 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(initial("convolution", channels, width))
         self.bias = nn.Parameter(initial("zero", channels))
 
-    def forward(self, x: Tensor, documents=None, fused=False, before=None) -> Tensor:
-        """x (B, T, channels) -> same shape, within Documents or, if fused, by causal_conv1d."""
+    def forward(self, x: Tensor, reach=None, fused=False, before=None) -> tuple:
+        """x (B, T, channels) -> same shape, within documents or, if fused, by causal_conv1d.
+
+        reach: Documents.reach or None. before: (B, width - 1, channels), what stands before x, or
+        None; what stands before the next tokens is returned, without other documents'.
+        """
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         length, last = x.shape[1], weight.shape[1] - 1
-        if before is not None:  # (B, width - 1, channels), the inputs that stand before x
+        if before is not None:
             x = torch.cat([before, x], dim=1)
-        if fused and documents is None:
-            tensors = [x.mT.contiguous(), weight, bias]
-            return library_kernel(tensors, None, "convolution", 0).mT[:, x.shape[1] - length :]
+            before = x[:, length:]
+        if before is not None and reach is not None:
+            age = torch.arange(last - 1, -1, -1, device=x.device)
+            before = before.masked_fill((age > reach[:, -1:]).unsqueeze(-1), 0)
+        if fused and reach is None:
+            y = library_kernel([x.mT.contiguous(), weight, bias], None, "convolution", 0).mT
+            return y[:, x.shape[1] - length :], before
         padded = F.pad(x, (0, 0, last + length - x.shape[1], 0))
         total = 0
         for i, tap in enumerate(weight.unbind(1)):
             earlier = padded[:, i : i + length]  # the token last - i places before each
-            if documents is not None:
-                earlier = earlier.masked_fill((documents.reach < last - i).unsqueeze(-1), 0)
+            if reach is not None:
+                earlier = earlier.masked_fill((reach < last - i).unsqueeze(-1), 0)
             total = total + tap * earlier
-        return F.silu(bias + total)
+        return F.silu(bias + total), before
 
 
 class MambaState(NamedTuple):
@@ -1618,8 +1623,11 @@ class Mamba(nn.Module):
         projected = self.in_proj(u)  # (B, L, columns)
         scan, inputs = state or (None, None)
         start = context.document_start
-        if self.conv is not None:
-            projected, inputs = self.convolve(projected, inputs, context.documents)
+        if self.conv is not None:  # of the value, in Mamba-2 also of key and query
+            widths = [self.out_proj.in_features, len(self.conv.weight)]
+            gate, mixed, rest = projected.tensor_split([widths[0], sum(widths)], dim=-1)
+            mixed, inputs = self.conv(mixed, context.reach, self.backend == "fused", inputs)
+            projected = torch.cat([gate, mixed, rest], dim=-1)
         if self.sizes.version == 1:
             y, scan = self.selective(projected, start, scan, backend)
             return self.out_proj(y), MambaState(scan, inputs)
@@ -1646,18 +1654,6 @@ class Mamba(nn.Module):
         if self.sizes.version == 1:
             return MambaState(self.A_log.new_zeros(batch, *self.A_log.shape), inputs)
         return MambaState(empty_state(self.D, batch, *self.sizes[:4]), inputs)
-
-    def convolve(self, projected: Tensor, before, documents) -> tuple[Tensor, Tensor | None]:
-        """projected with its value, in Mamba-2 also key and query, convolved; MambaState.inputs."""
-        gate, mixed = projected.tensor_split([self.out_proj.in_features], dim=-1)
-        mixed, rest = mixed.tensor_split([len(self.conv.weight)], dim=-1)
-        convolved = self.conv(mixed, documents, self.backend == "fused", before)
-        if before is not None:
-            before = torch.cat([before, mixed], dim=1)[:, mixed.shape[1] :]
-            if documents is not None:  # what follows does not know where this document began
-                age = torch.arange(before.shape[1] - 1, -1, -1, device=before.device)
-                before = before.masked_fill((age > documents.reach[:, -1:]).unsqueeze(-1), 0)
-        return torch.cat([gate, convolved, rest], dim=-1), before
 
     def selective(self, projected: Tensor, start, state, backend: str) -> tuple[Tensor, Tensor]:
         """The first Mamba's part: (B, L, 2·inner) -> (B, L, inner), and its state (B, inner, N)."""
@@ -1788,7 +1784,9 @@ class Model(nn.Module):
         start = tokens == BOS_ID if self.settings.document_reset else None
         backend, confined = self.attention_backend, self.settings.confines_documents
         documents = find_documents(start, backend) if confined else None
-        context = Context(start, *self.rotary_table[:, : tokens.shape[1]], documents, backend)
+        reach = documents.reach if confined else None
+        turns = self.rotary_table[:, : tokens.shape[1]]
+        context = Context(start, turns, reach, documents, backend)
         return self.through_blocks(self.embed(tokens), order, context)
 
     def through_blocks(
@@ -1832,14 +1830,13 @@ class Model(nn.Module):
         start = begun[:, overlap:] if self.settings.document_reset else None
         size, backend = self.rotary_table.shape[1], self.attention_backend
         windows, outputs = stream_windows(seen, overlap, embedded.shape[1], size)
-        documents = in_windows = None
+        reach = documents = None
         if self.settings.confines_documents:
             own = begun[:, overlap:]  # documents that began earlier reach to all that states hold
             reach = find_documents(own, "math").reach
-            documents = Documents(reach.masked_fill(own.cumsum(dim=1) == 0, tokens.shape[1]))
-            in_windows = find_documents(begun[0, windows], backend)
-        view = (documents, backend, windows, outputs, in_windows)
-        context = Context(start, *self.rotary_table, *view)
+            reach = reach.masked_fill(own.cumsum(dim=1) == 0, tokens.shape[1])
+            documents = find_documents(begun[0, windows], backend)
+        context = Context(start, self.rotary_table, reach, documents, backend, windows, outputs)
         return self.through_blocks(embedded, order, context, states, run_block)
 
     def new_states(self, order: tuple[int, ...], batch: int = 1, kept: int | None = None) -> list:
@@ -1865,7 +1862,7 @@ class Model(nn.Module):
         start = tokens == BOS_ID if self.settings.document_reset else None
         if self.settings.confines_documents:
             state.seen.masked_fill_(start, 0)
-        context = Context(start, *self.rotary_table, Documents(state.seen), "math")
+        context = Context(start, self.rotary_table, state.seen, Documents(state.seen), "math")
         hidden = self.through_blocks(embedded, order, context, state)
         state.previous.copy_(tokens)
         state.seen.add_(1).clamp_(max=self.settings.train_seq_len - 1)

@@ -215,7 +215,7 @@ def check_selective() -> None:
     conv = t.ShortConv(channels, 4).to(DEVICE)
     x = tokens(channels).to(narrow).requires_grad_()
     leaves = (x, *conv.parameters())
-    ours, theirs = conv(x), conv(x, fused=True)
+    (ours, _), (theirs, _) = conv(x), conv(x, fused=True)
     check("causal_conv1d: y", relative(theirs, ours), BF16_TOLERANCE)
     pairs = (torch.autograd.grad(y, leaves, weights.to(narrow)) for y in (theirs, ours))
     for name, a, b in zip(("x", "weight", "bias"), *pairs, strict=True):

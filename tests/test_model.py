@@ -192,7 +192,7 @@ def test_partial_rotary_embedding_leaves_the_other_dimensions_alone_and_sees_onl
 
     def rotate(x: torch.Tensor, offset: float) -> torch.Tensor:
         angles = (torch.arange(10) + offset)[:, None] * frequencies
-        return t.rotary(x, angles.cos(), angles.sin())
+        return t.rotary(x, torch.stack([angles.cos(), angles.sin()]))
 
     turned = rotate(query, 0.0)
     assert torch.equal(turned[..., 6:], query[..., 6:])
@@ -218,7 +218,7 @@ def test_attention_follows_its_definition():
     settings = tiny(num_layers=1, mamba_layers="none", rope_fraction=0.5)
     model = random_model(settings)
     block, x = model.blocks[0].mixer, torch.randn(1, 9, 32)
-    y, _ = block(x, t.Context(None, *model.rotary_table[:, :9]))
+    y, _ = block(x, t.Context(None, model.rotary_table[:, :9]))
 
     def rms_normed(v: torch.Tensor) -> torch.Tensor:
         return v / v.square().mean(-1, keepdim=True).sqrt()
@@ -254,7 +254,7 @@ def test_the_mamba3_block_feeds_the_scan_what_its_definition_says(decay):
     settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential", mamba_decay=decay)
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y, _ = block(u, t.Context(None, *model.rotary_table[:, :9]))
+    y, _ = block(u, t.Context(None, model.rotary_table[:, :9]))
     projected = u @ block.in_proj.weight.T
     z, x, b, c = (
         projected[..., :64],
@@ -288,7 +288,7 @@ def test_the_mamba2_block_has_its_convolution_in_front_and_its_gate_and_norm_at_
     settings = tiny(num_layers=1, mamba_layers="all", mamba_version=2, scan_backend="sequential")
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y, _ = block(u, t.Context(None, *model.rotary_table[:, :9]))
+    y, _ = block(u, t.Context(None, model.rotary_table[:, :9]))
     projected = u @ block.in_proj.weight.T
     convolved = torch.nn.functional.conv1d(
         torch.nn.functional.pad(projected[..., 64:144].mT, (3, 0)),

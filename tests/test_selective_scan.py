@@ -244,7 +244,7 @@ def test_the_block_is_the_papers():
     settings = tiny(num_layers=1, mamba_layers="all", scan_backend="sequential", **FIRST)
     model = random_model(settings)
     block, u = model.blocks[0].mixer, torch.randn(2, 9, 32)
-    y, _ = block(u, t.Context(None, *model.rotary_table[:, :9]))
+    y, _ = block(u, t.Context(None, model.rotary_table[:, :9]))
     z, x = (u @ block.in_proj.weight.T).split(64, dim=-1)
     padded = F.pad(x.mT, (3, 0))
     x = F.silu(F.conv1d(padded, block.conv.weight.unsqueeze(1), block.conv.bias, groups=64)).mT
@@ -482,7 +482,7 @@ def test_mamba_2_behind_a_state_is_computed_without_the_library(libraries, monke
         random_model(dataclasses.replace(settings, scan_backend=b)).blocks[0].mixer
         for b in ("fused", "chunked")
     )
-    u, context = torch.randn(2, 9, 32), t.Context(None, None, None)
+    u, context = torch.randn(2, 9, 32), t.Context(None, None)
     state = chunked(u, context, chunked.new_state(2, 0, u.dtype))[1]
     monkeypatch.setattr(t, "library_scan", None)
     y, _ = fused(u, context, state)
