@@ -489,7 +489,8 @@ def validate_settings(s, world_size: int):
     one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
     check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
     length = s.train_seq_len
-    check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
+    if not s.eval_only:
+        check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
     check_multiple(s, "micro_batch_tokens", length, "TRAIN_SEQ_LEN")
     clock = s.max_wallclock_seconds
     spare = not clock or 0 < s.export_reserve_seconds < clock

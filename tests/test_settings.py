@@ -238,6 +238,14 @@ def test_what_one_rank_can_share_out_more_may_not(changes, world_size):
         t.validate_settings(tiny(**changes), world_size)
 
 
+def test_scoring_asks_nothing_of_the_batches_of_training():
+    """An artifact that one rank has written can be scored by three."""
+    settings = tiny(eval_only=True, train_batch_tokens=100, eval_mode="plain", ttt_enabled=False)
+    t.validate_settings(settings, 3)
+    with pytest.raises(t.UserError, match="TRAIN_BATCH_TOKENS=100 is not a multiple"):
+        t.validate_settings(with_settings(settings, eval_only=False), 3)
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(t.Settings), ids=lambda field: field.name)
 def test_no_single_value_gets_past_validation_as_another_exception(field):
     """Every setting at odd values: validation passes or raises UserError, and never divides by
