@@ -132,6 +132,16 @@ def test_a_resumed_run_is_named_and_its_earlier_starts_must_account_for_it(logs)
     assert "at step 0" in lost
 
 
+def test_a_resumption_that_one_log_conceals_is_seen(logs):
+    """By .txt alone, by .jsonl alone, or by both although RESUME names a file."""
+    text = logs.text._replace(resumed=((2010, 83.5),))
+    found(logs._replace(text=text), "the other does not")
+    records = [{"event": "resumed"}, *logs.records]
+    found(logs._replace(records=records), "the other does not")
+    logs.text.settings["resume"] = "logs/other.checkpoint"
+    found(logs, "RESUME=logs/other.checkpoint asks for a checkpoint")
+
+
 def test_another_artifact_than_the_logs_is_seen(logs, tmp_path):
     artifact = tmp_path / "artifact"
     size = logs.events["trained"]["bytes_total"] - logs.events["trained"]["bytes_code"]

@@ -68,7 +68,12 @@ def read_logs(path: Path) -> RunLogs:
 
 def contradictions(logs: RunLogs, artifact: Path | None = None) -> list[str]:
     """All that cannot be true at once, each in a sentence; an empty list for honest logs."""
-    found = [*inner_contradictions(logs), *broken_limits(logs), *lost_parts(logs)]
+    found = [
+        *inner_contradictions(logs),
+        *broken_limits(logs),
+        *lost_parts(logs),
+        *untold_parts(logs),
+    ]
     if artifact is not None:
         found += other_artifact(logs, artifact)
     return found
@@ -367,11 +372,6 @@ def lost_parts(logs: RunLogs) -> list[str]:
     settings = logs.events.get("settings", {}).get("settings", {})
     every = max(5.0, number_in(settings, "train_log_every") or 0.0)
     found = []
-    asked = logs.text.settings.get("resume", "auto")
-    if logs.records and is_resumed(logs.records) != bool(logs.text.resumed):
-        found.append("one of .txt and .jsonl says that the run was resumed, the other does not")
-    if asked not in ("auto", "never") and not logs.text.resumed:
-        found.append(f"RESUME={asked[:60]} asks for a checkpoint that no line says was taken up")
     for index, part in enumerate(logs.earlier):
         first = next(iter(steps_of(part)), None)
         if first and any(record["event"] == "resumed" for record in part):
@@ -379,6 +379,17 @@ def lost_parts(logs: RunLogs) -> list[str]:
             found += unaccounted(step - 1, clock / 1000, logs.earlier[:index], every)
     if logs.text.resumed:
         found += unaccounted(*logs.text.resumed[-1], logs.earlier, every)
+    return found
+
+
+def untold_parts(logs: RunLogs) -> list[str]:
+    """That a run was resumed, where one log does not say so, or none although it was asked for."""
+    found = []
+    asked = logs.text.settings.get("resume", "auto")
+    if logs.records and is_resumed(logs.records) != bool(logs.text.resumed):
+        found.append("one of .txt and .jsonl says that the run was resumed, the other does not")
+    if asked not in ("auto", "never") and not logs.text.resumed:
+        found.append(f"RESUME={asked[:60]} asks for a checkpoint that no line says was taken up")
     return found
 
 
