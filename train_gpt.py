@@ -3450,7 +3450,8 @@ def training_loss(model, settings, ranks):
     module = nn.Module()  # which DistributedDataParallel asks for
     module.model = model
     module.forward = loss
-    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    unused = {"find_unused_parameters": len(model.blocks) == 1}  # one layer alone has no skips
+    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **unused)
     parallel.broadcast_buffers = False  # the argument of that name warns from torch 2.13 on
     return parallel
 
