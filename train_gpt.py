@@ -786,6 +786,7 @@ class Batches:
         self.stream = torch.cuda.Stream() if ranks.gpu else None
         self.thread = ThreadPoolExecutor(1)
         self.ahead = collections.deque(self.thread.submit(self._gather) for _ in range(3))
+        self.ahead[0].result()  # or the UserError that says what is wrong with the shards
 
     def _gather(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """This rank's next tokens (sequences, seq_len + 1) int64, and what a GPU is to wait for."""
@@ -2993,6 +2994,7 @@ def seal(magic: bytes, header: dict, *payload) -> list:
 # What a sealed file means that was written before there was a setting. Whoever adds one that a
 # header holds (artifact_header(), Trainer.header()) adds here, for good, what came without it.
 FORMER_DEFAULTS = {"tokenizer_sha256": "", "training_data": "", "document_scope": "scans"}
+FORMER_DEFAULTS |= {"starts": 1}
 FORMER_DEFAULTS |= {"xsa_last_n": 0, "rope_base": 1e4, "ln_scale": False, "calibration": "train"}
 FORMER_DEFAULTS |= {"tie_embeddings": True, "tied_embed_init_std": 0.005, "embed_wd": -1.0}
 FORMER_DEFAULTS |= {"embed_lr": 0.008, "head_lr": 0.008, "min_lr": 0.0, "warmdown_shape": "linear"}
@@ -3185,6 +3187,7 @@ class Log:
     """Rank 0's account of a run: console, LOG_DIR/NAME.txt and NAME.jsonl; other ranks say nothing.
 
     The .txt begins with this script, as the contest wants it; the .jsonl has an object per event.
+    Nothing is in them before begin(): a start that is refused does not hide a run that has ended.
     UserError if they cannot be written, or belong to a run that still lives.
     """
 
@@ -3192,13 +3195,22 @@ class Log:
         self.started = time.perf_counter()
         self.last_progress = 0.0
         self.files = []  # of text and of records
+        self.said = []  # what these are to hold
         if ranks.rank == 0:
             folder = Path(settings.log_dir)
             with explained_errors(f"write logs in LOG_DIR={folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
                 self.files = [(folder / f"{name}.{end}").open("ab", 0) for end in ("txt", "jsonl")]
                 claim_file(self.files[0])
-                self.files[0].write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
+            self.said = [io.BytesIO(), io.BytesIO()]
+            self.said[0].write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
+
+    def begin(self):
+        """Writes what was said so far; from now on all goes there at once."""
+        with explained_errors("write logs"):
+            for file, said in zip(self.files, self.said, strict=True):
+                file.write(said.getbuffer())
+        self.said = self.files
 
     def __call__(self, line: str, event: str = "", **values):
         """Writes a line of text, and for an event a JSON object with these values."""
@@ -3209,7 +3221,7 @@ class Log:
         except OSError:  # the console is only a copy: its reader or its terminal may be gone
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
         record = {"event": event, "seconds": round(time.perf_counter() - self.started, 3)} | values
-        text, records = self.files
+        text, records = self.said
         with explained_errors("write logs"):
             text.write(f"{line}\n".encode(errors="backslashreplace"))
             if event:
@@ -3241,12 +3253,20 @@ def claim_file(file):
 
 
 def describe_machine(ranks) -> dict[str, str]:
-    """Versions and hardware, for the log."""
+    """Versions and hardware, for the log: of GPUs, those of this machine that the ranks are on."""
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if ranks.gpu else cpu
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"cuda": torch.version.cuda, "triton": triton and triton.__version__}
-    return versions | {"hardware": f"{ranks.world_size} × {device}"}
+    versions["hardware"] = f"{ranks.world_size} × {device}"
+    versions["host"] = platform.node()
+    if ranks.gpu:
+        used = range(min(ranks.world_size, torch.cuda.device_count()))
+        gpus = [torch.cuda.get_device_properties(number) for number in used]
+        versions["gpus"] = ", ".join(f"{gpu.name} {gpu.uuid}" for gpu in gpus)
+        driver = Path("/sys/module/nvidia/version")
+        versions["driver"] = driver.read_text().strip() if driver.is_file() else "unknown"
+    return versions
 
 
 def log_settings(log, settings, given: set[str], ranks):
@@ -3259,7 +3279,8 @@ def log_settings(log, settings, given: set[str], ranks):
     machine = describe_machine(ranks)
     said = {key: " ".join(shown(value).split()) for key, value in (machine | values).items()}
     text = "  ".join(f"{key}={value}" for key, value in said.items())
-    log(text, "settings", machine=machine, settings=values, given=sorted(given))
+    script = {"script_sha256": file_sha256(__file__)}
+    log(text, "settings", machine=machine, settings=values, given=sorted(given), **script)
 
 
 # ---- Clock and signals ---------------------------------------------------------------------------
@@ -3328,8 +3349,9 @@ CHECKPOINT_MAGIC = b"SSMCHKP2"  # changes with Trainer.tensors()
 MOST_BYTES = 1 << 31  # of a checkpoint
 COPIED_NUMBERS = 1 << 20  # at once from the GPU: a longer copy would hold up a step's launches
 # What its header holds beside TRAINING_FIELDS. Seconds are the clock's; qat_k is the grid's k since
-# late QAT began; training_data says of which shards batches were made; "" if not known.
-PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data", "tokenizer_sha256")
+# late QAT began; training_data says of which shards batches were made; starts counts the processes
+# that came so far, one after the other. "" is not known.
+PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data", "tokenizer_sha256", "starts")
 
 
 def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | None:
@@ -3537,8 +3559,8 @@ class Trainer:
         self.steps_done = 0
         self.steps_saved = 0  # of the newest checkpoint
         self.qat_k = 0.0  # once weights train on their grids
+        self.starts = 1  # with those that left the checkpoints that were taken up
         self.limits = grid_limits(self.model)
-        self.tokenizer_sha256 = file_sha256(self.settings.tokenizer_path)
         self.tokenizer_sha256 = file_sha256(self.settings.tokenizer_path)
 
     def announce(self):
@@ -3560,7 +3582,7 @@ class Trainer:
     def header(self) -> dict:
         """What must agree for a checkpoint to be taken up, and how far it has come."""
         made_of = self.training_data, self.tokenizer_sha256
-        progress = self.steps_done, self.clock.seconds(), self.qat_k, *made_of
+        progress = self.steps_done, self.clock.seconds(), self.qat_k, *made_of, self.starts
         kept = {name: getattr(self.settings, name) for name in TRAINING_FIELDS}
         return kept | dict(zip(PROGRESS_FIELDS, progress, strict=True))
 
@@ -3584,7 +3606,10 @@ class Trainer:
             self.steps_done = self.steps_saved = header["steps"]
             self.clock.counted = header["seconds"]
             self.qat_k = header["qat_k"]
-            self.log(f"resumed {path}: step {self.steps_done}, {header['seconds']:.1f}s", "resumed")
+            self.starts = header["starts"] + 1
+            progress = {"step": self.steps_done, "clock": self.clock.counted, "starts": self.starts}
+            text = "resumed {path}: step {step}, {clock:.1f}s"
+            self.log(text.format(path=path, **progress), "resumed", **progress)
         alike = self.ranks.from_main(self.steps_done) == self.steps_done
         need(alike, "the ranks must share LOG_DIR")
 
@@ -3754,8 +3779,8 @@ class Trainer:
 # ---- Export and evaluation -----------------------------------------------------------------------
 
 
-def train_and_export(settings, ranks, validation: ValidationSet, log):
-    """From shards to an artifact, scored off the clock before and after quantization."""
+def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
+    """From shards to an artifact, scored before and after quantization; returns its SHA-256."""
     data = summarize_shards(open_shards(settings.data_path, "train"))
     summary = "{tokens:,} tokens in {shards} shards (names and lengths {digest})".format(**data)
     log(f"training data: {summary}", "training_data", **data)
@@ -3773,11 +3798,13 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
         trainer.announce()
         trainer.resume()
         batches = Batches(settings, ranks, trainer.steps_done)
+        log.begin()  # nothing is refused from here on
         log("compiling and warming up ...")
         trainer.warm_up()
         log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
         trainer.run(batches, partial(score, model))
         values = {"steps": trainer.steps_done, "step_avg_ms": trainer.step_ms()}
+        values["starts"] = trainer.starts  # more than 1: resumed
         values |= {"peak_bytes": torch.cuda.max_memory_allocated(), "bytes_code": code_bytes()}
         text = "{bytes_code} bytes; {steps} steps of {step_avg_ms:.2f}ms".format(**values)
         log(f"Code size: {text}; peak GPU memory {values['peak_bytes'] / 1e9:.1f} GB")
@@ -3788,11 +3815,13 @@ def train_and_export(settings, ranks, validation: ValidationSet, log):
     values |= export(trainer, batches)
     total = code_bytes() + settings.artifact_path.stat().st_size
     values |= {"val_loss": before.val_loss, "val_bpb": before.val_bpb, "bytes_total": total}
+    values["artifact_sha256"] = file_sha256(settings.artifact_path)
     log(f"Total submission size int6+lzma: {total} bytes", "trained", **values)
     quantized, _ = load_model(settings.artifact_path, settings, set(), ranks)
     report(log, "after_quantization", "plain", score(quantized))
     if settings.quantization_report:
         quantization_report(trainer, quantized, before, score)
+    return values["artifact_sha256"]
 
 
 def code_bytes() -> int:
@@ -3877,9 +3906,15 @@ def quantization_report(trainer, quantized, before: Score, score):
     trainer.log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
 
 
-def evaluate_artifact(settings, given: set[str], ranks, validation: ValidationSet, log):
-    """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS; UserError if that takes longer."""
+def evaluate_artifact(settings, given, ranks, validation: ValidationSet, log, written=""):
+    """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS.
+
+    Raises UserError if that takes longer, or if the file is not the one that this run has written.
+    """
     started = time.perf_counter()
+    found = file_sha256(settings.artifact_path)
+    same = written in ("", found)
+    need(same, f"{settings.artifact_path} is not this run's: another run has the same ARTIFACT")
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     score = Evaluator(model, s, ranks, validation).evaluate(started, log.progress)
     seconds = time.perf_counter() - started
@@ -3887,19 +3922,20 @@ def evaluate_artifact(settings, given: set[str], ranks, validation: ValidationSe
     log(f"{took}; {score.epochs_given_up} epochs given up")
     late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
     need(ranks.from_main(seconds <= s.eval_max_seconds), late)
-    report(log, "final", s.eval_mode + ("_ttt" if s.adapts else ""), score)
+    label = s.eval_mode + ("_ttt" if s.adapts else "")
+    report(log, "final", label, score, artifact_sha256=found)
     if s.eval_nll_path and ranks.rank == 0:
         content = io.BytesIO()
         np.save(content, score.nats)
         write_whole(Path(s.eval_nll_path), content.getbuffer())
 
 
-def report(log, event: str, label: str, score: Score):
+def report(log, event: str, label: str, score: Score, **more):
     """Logs an artifact's score in the form in which the contest wants it, to eight digits."""
     figures = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
     text = " ".join(f"{name}:{value:.8f}" for name, value in figures.items())
-    given_up = score.epochs_given_up
-    log(f"final_int6_lzma_{label}_exact {text}", event, **figures, epochs_given_up=given_up)
+    more["epochs_given_up"] = score.epochs_given_up
+    log(f"final_int6_lzma_{label}_exact {text}", event, **figures, **more)
 
 
 def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], log):
@@ -3933,12 +3969,15 @@ def main():
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
         validation = text_to_score(settings, tokenizer, prompt, log)
-        if not settings.eval_only:
-            train_and_export(settings, ranks, validation, log)
+        written = ""  # SHA-256 of the artifact that this run has made
+        if settings.eval_only:
+            log.begin()
+        else:
+            written = train_and_export(settings, ranks, validation, log)
         if prompt:
             sample_text(settings, given, ranks, tokenizer, prompt, log)
         if validation is not None:
-            evaluate_artifact(settings, given, ranks, validation, log)
+            evaluate_artifact(settings, given, ranks, validation, log, written)
         else:
             log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
         if not settings.eval_only:  # the run has its score
@@ -4057,6 +4096,8 @@ def explain_failure(error: BaseException) -> str:
     """One line for what a user can mend, or has asked for; "" for a fault of this script."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot read or write {shown(error.filename)}: {error.strerror}"
     if isinstance(error, KeyboardInterrupt):
         return f"stopped by {error}; the same RUN_ID goes on from its checkpoint, if it has one"
     gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""

@@ -541,7 +541,7 @@ def test_a_checkpoint_of_other_shards_is_refused(monkeypatch, capsys, shards, tm
     assert "RESUME=never starts anew" in said
     added.unlink()
     assert run_here(monkeypatch, environment) == 0
-    assert len(records(tmp_path, "resumed")) == 1
+    assert [record["starts"] for record in records(tmp_path, "resumed")] == [2]
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(monkeypatch, capsys, shards, tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_a_bad_shard_is_refused_with_its_name_and_the_reason(tmp_path, options, 
     with pytest.raises(t.UserError, match=said) as error:
         t.Shard(path)
     assert str(path) in str(error.value)
+
+
+def test_a_shard_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end(tmp_path):
+    """A file that is mapped into memory would end the process by SIGBUS."""
+    path = write_shard(tmp_path / "a_train_0.bin", range(1000))
+    shard = t.Shard(path)
+    os.truncate(path, 1024 + 2 * 500)
+    assert list(shard.read(498, 2)) == [498, 499]
+    with pytest.raises(t.UserError, match="a_train_0.bin was cut off"):
+        shard.read(499, 2)
 
 
 @pytest.mark.parametrize("size", [0, 4, 1023])

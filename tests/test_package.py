@@ -115,6 +115,7 @@ def write_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "__file__", str(script))  # what Log writes first
         log = t.Log(s, SimpleNamespace(rank=0), name)
+    log.begin()
 
     def at(seconds: float) -> t.Log:
         log.started = time.perf_counter() - seconds

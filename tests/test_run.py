@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -341,14 +342,34 @@ def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(
             assert graphs == 0 if quantized is on_grid else graphs > 2
 
 
-def test_a_single_layer_trains_on_several_ranks(group_of_one):
-    """It has no U-Net skip: weights without a gradient would keep the ranks waiting."""
-    settings = tiny(num_layers=1, mamba_layers="0")
+@pytest.mark.parametrize("order", ["all", "0,0"])
+@pytest.mark.parametrize("mamba_layers", ["0", "none"])
+def test_a_single_layer_trains_on_several_ranks(group_of_one, mamba_layers, order):
+    """It has no U-Net skip: weights without a gradient would keep the ranks waiting. It has one
+    once it is run again.
+    """
+    settings = tiny(num_layers=1, mamba_layers=mamba_layers, layer_order=order)
     trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
     tokens = random_tokens(4, 33)
-    for _ in range(2):
-        trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], (0,))
-    assert all(p.grad is not None for p in trainer.model.parameters())
+    for recurrent in (False, False, True):
+        trainer.model.zero_grad()
+        kind = trainer.model.order(recurrent)
+        trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], kind)
+        for name, p in trainer.model.named_parameters():
+            assert (p.grad is None) == (name == "skip_weights" and not recurrent), name
+
+
+@pytest.mark.parametrize("mamba_layers", ["0", "0-2", "none"])
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_before_recurrence_begins_several_layers_use_all_parameters(mamba_layers, version, tied):
+    """DistributedDataParallel is not asked to look for others where there are several."""
+    options = {"mamba_version": version, "tie_embeddings": tied, "mlp_layers": "1"}
+    settings = tiny(num_layers=3, mamba_layers=mamba_layers, layer_order="0,1,2,2", **options)
+    model = random_model(settings)
+    tokens = random_tokens(1, 33)
+    model.loss(tokens[:, :-1], tokens[:, 1:], model.order(False)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 KINDS = {"embedding", "bigrams", "Mamba in", "Mamba out", "MLP", "attention"}
@@ -581,6 +602,9 @@ def test_other_choices_run_from_shards_to_a_score(monkeypatch, capsys, shards, t
         ({"scan_backend": "triton"}, "SCAN_BACKEND=triton needs a GPU"),
         ({"eval_only": True, "run_id": None}, "EVAL_ONLY=1 needs ARTIFACT"),
         ({"eval_only": True}, "no artifact at"),
+        ({"eval_only": True, "artifact": "x" * 300}, "x: File name too long"),
+        ({"resume": "x" * 300}, "x: File name too long"),
+        ({"data_path": "x" * 300}, "x: File name too long"),
         ({"log_dir": "/dev/null/logs"}, "LOG_DIR=/dev/null/logs"),
         ({"artifact": "/dev/null/x/y.lzma", "iterations": 1}, "/dev/null/x/y.lzma"),
         ({"target_mb": t.code_bytes() / 1e6 + 0.001, "iterations": 1}, "on the coarsest grid"),
@@ -762,6 +786,52 @@ def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_p
     text = (tmp_path / "a.txt").read_text()
     assert "step:2/40 train_loss:nan" in text
     assert len(re.findall(r"s left skipped_steps:1$", text, re.M)) == len(counts) - 1
+
+
+def test_a_start_that_is_refused_leaves_the_log_of_a_finished_run_as_it_was(
+    monkeypatch, capsys, trained, shards, tmp_path
+):
+    """Of several runs in it, the last one counts."""
+    for name in ("a.txt", "a.jsonl"):
+        shutil.copy(trained.folder / name, tmp_path)
+    for changes in (
+        {"vocab_size": 300},
+        {"data_path": tmp_path},
+        {"train_seq_len": 1024, "train_batch_tokens": 1024},
+        {"resume": tmp_path / "none"},
+        {"bigram_vocab_size": 1 << 20, "bigram_dim": 100},
+    ):
+        mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
+    for name in ("a.txt", "a.jsonl"):
+        assert (tmp_path / name).read_bytes() == (trained.folder / name).read_bytes()
+
+
+def test_records_name_script_machine_and_artifact(trained):
+    events = {record["event"]: record for record in trained.records}
+    assert events["settings"]["script_sha256"] == t.file_sha256(SCRIPT)
+    assert events["settings"]["machine"]["host"] == platform.node()
+    sums = {events[name]["artifact_sha256"] for name in ("trained", "final")}
+    assert sums == {t.file_sha256(trained.artifact)}
+    assert events["trained"]["starts"] == 1
+
+
+def test_an_artifact_that_another_run_has_replaced_is_not_scored(
+    monkeypatch, capsys, trained, shards, tmp_path
+):
+    """Two runs with one ARTIFACT: the later one's would get the earlier one's claim."""
+    artifact = tmp_path / "shared.lzma"
+    export = t.train_and_export
+
+    def replaced(*arguments):
+        written = export(*arguments)
+        shutil.copy(trained.artifact, artifact)
+        return written
+
+    monkeypatch.setattr(t, "train_and_export", replaced)
+    changes = {"artifact": artifact, "iterations": 1}
+    said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
+    assert "another run has the same ARTIFACT" in said
+    assert "final" not in (tmp_path / "a.jsonl").read_text()
 
 
 def test_two_runs_of_one_second_have_two_names(monkeypatch, tmp_path):
