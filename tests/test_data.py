@@ -216,9 +216,10 @@ def test_targets_are_the_next_tokens_of_the_shard(tmp_path):
 
 
 def test_a_token_outside_the_vocabulary_reaches_the_training_loop_as_a_users_error(tmp_path):
+    """At once if it is in the first batch, else where it comes."""
     write_shard(tmp_path / "a_train_0.bin", [5] * 200 + [512] + [5] * 200)
-    batches = t.Batches(tiny(data_path=str(tmp_path)), SOLO)
     with pytest.raises(t.UserError, match="id 512, but VOCAB_SIZE=512"):
+        batches = t.Batches(tiny(data_path=str(tmp_path)), SOLO)
         for _ in range(10):
             batches.next()
 

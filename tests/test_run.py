@@ -872,19 +872,20 @@ def test_a_console_without_some_signs_ends_no_tool(trained, encoding):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1251"])
-def test_a_console_without_some_signs_ends_nothing(shards, tmp_path, encoding):
+def test_a_console_without_some_signs_ends_nothing(trained, shards, tmp_path, encoding):
     console = process_environment({"PYTHONIOENCODING": encoding})
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], env=console, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
-    environment = run_environment(shards, tmp_path, data_path=tmp_path)
+    changes = {"eval_only": True, "artifact": trained.artifact, "eval_max_seconds": 1e-6}
+    environment = run_environment(shards, tmp_path, **changes)
     done = subprocess.run(
         [sys.executable, str(SCRIPT)], env=environment | console, capture_output=True
     )
     assert done.returncode == 2
     assert b"hardware=1 \\xd7 CPU" in done.stdout
-    assert done.stderr.startswith(b"train_gpt.py: error: no *_val_*.bin shards in ")
+    assert done.stderr.startswith(b"train_gpt.py: error: no score in EVAL_MAX_SECONDS")
     assert done.stderr.count(b"\n") == 1
-    assert "hardware=1 × CPU" in (tmp_path / "a.txt").read_text(encoding="utf-8")
+    assert "hardware=1 × CPU" in (tmp_path / "a.eval.txt").read_text(encoding="utf-8")
 
 
 def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
