@@ -698,6 +698,38 @@ def edit_record(log: Path, event: str, **values) -> Path:
     return log
 
 
+def second_score(folder: Path) -> list[Path]:
+    """Both logs go on with another end."""
+    log = write_run(folder, "b", seed=2)
+    ends = (
+        log.read_text().splitlines()[-2:],
+        log.with_suffix(".jsonl").read_text().splitlines()[-1:],
+    )
+    for path, lines in zip((log, log.with_suffix(".jsonl")), ends, strict=True):
+        with path.open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    return [log]
+
+
+def validation_out_of_turn(folder: Path) -> list[Path]:
+    """It would excuse the time that passed between two steps."""
+    log = write_run(folder, "b", seed=2)
+    line = "step:100/20000 val_loss:3.0000 val_bpb:1.0000\n"
+    edit(log, "step:150/", f"{line}step:150/")
+    records = log.with_suffix(".jsonl")
+    train = next(x for x in records.read_text().splitlines() if '"step": 150' in x)
+    seconds = json.loads(train)["seconds"]
+    record = {
+        "event": "validation",
+        "seconds": seconds,
+        "step": 100,
+        "val_loss": 3.0,
+        "val_bpb": 1.0,
+    }
+    edit(records, train, f"{json.dumps(record)}\n{train}")
+    return [log]
+
+
 def wrong_artifact(folder: Path) -> list[Path]:
     log = write_run(folder, "b", seed=2)
     write_artifact(folder / "b.int6.lzma", t.Settings(), 1_000_000)
@@ -751,6 +783,8 @@ PLANTED = [
     (many_steps, "{b}.txt: 13000 steps of 881.00 ms take 11453.0 s, but the training clock stood"),
     (faster_clock, "{b}.txt: 885.0 s passed while steps were logged, of which the training clock"),
     (shorter_evaluation, "{b}.txt: evaluation took 300.0 s while 400.0 s passed"),
+    (second_score, "{b}.txt: one start has 2 records of 'final'"),
+    (validation_out_of_turn, "{b}.txt: a validation at step 100 is not one of VAL_LOSS_EVERY"),
     (another_artifact_scored, "{b}.txt: the artifact that was scored is not the one that was tra"),
     (another_script_named, "{b}.txt names its script by another SHA-256 than it has"),
     (wrong_artifact, "{b}.txt: the log's artifact has 15,8"),
@@ -831,8 +865,8 @@ DIFFERENT = [
         "{b}.txt: training took 600.2 s, over MAX_WALLCLOCK_SECONDS=600",
     ),
     (
-        {"trained": {"train_clock_seconds": float("nan")}},
-        "{b}.txt: training took nan s, over MAX_WALLCLOCK_SECONDS=600",
+        {"trained": {"train_clock_seconds": float("nan"), "step_avg_ms": 118.0}},
+        "{b}.jsonl is not a finished run's log: ValueError('train_seconds is nan')",
     ),
     (
         {"max_wallclock_seconds": 500.0},

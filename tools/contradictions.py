@@ -36,6 +36,8 @@ TRAIN_LINE = re.compile(
 )
 VALIDATION_LINE = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) val_bpb:(\S+)", re.MULTILINE)
 PLAIN_LINE = re.compile(r"_plain_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
+# What one start records at most once.
+ONCE = ("validation_data", "training_data", "ready", "trained", "after_quantization", "final")
 VALIDATION_DATA_LINE = re.compile(
     r"^validation text: ([\d,]+) tokens in ([\d,]+) shards, ([\d,]+) documents; "
     r"scored are ([\d,]+) tokens, ([\d,]+) bytes",
@@ -83,7 +85,7 @@ def inner_contradictions(logs: RunLogs) -> list[str]:
     """Those between the figures of one start's two logs."""
     found = [*disagreements(logs), *other_lines(logs), *impossible_clocks(logs)]
     found += [*impossible_evaluations(logs), *miscounted_texts(logs)]
-    return found + other_scored(logs)
+    return found + other_scored(logs) + odd_records(logs)
 
 
 def number_in(record: dict, name: str) -> float | None:
@@ -201,6 +203,37 @@ def other_scored(logs: RunLogs) -> list[str]:
     return [f"the artifact that was scored is not the one that was trained: {sums[1][:16]}..."]
 
 
+def odd_records(logs: RunLogs) -> list[str]:
+    """Records that one start does not write: a second score, say, or a validation out of turn.
+
+    A validation between two lines of steps excuses the time that passed, so it must have its place.
+    """
+    events = [record["event"] for record in logs.records]
+    found = [
+        f"one start has {events.count(event)} records of {event!r}"
+        for event in ONCE
+        if events.count(event) > 1
+    ]
+    started = logs.events.get("settings", {}).get("settings", {})
+    every = number_in(started, "val_loss_every") or math.inf
+    last = number_in(logs.events.get("trained", {}), "steps")
+    for record in logs.records:
+        step = number_in(record, "step")
+        if record["event"] == "validation" and step != last and (step or 1) % every:
+            found.append(f"a validation at step {step:.0f} is not one of VAL_LOSS_EVERY")
+    return found
+
+
+def off_the_clocks(logs: RunLogs) -> float | None:
+    """Seconds between "ready" and "trained" that no clock counted: validation, and packing."""
+    ends = [number_in(logs.events.get(event, {}), "seconds") for event in ("ready", "trained")]
+    clock = number_in(logs.events.get("trained", {}), "train_clock_seconds")
+    if None in (*ends, clock):
+        return None
+    resumed_at = logs.text.resumed[-1][1] if logs.text.resumed else 0.0
+    return ends[1] - ends[0] - (clock - resumed_at)
+
+
 def unprinted(logs: RunLogs) -> list[str]:
     """What one of the logs does not tell, so that the other cannot be held against it.
 
@@ -210,6 +243,9 @@ def unprinted(logs: RunLogs) -> list[str]:
     if is_resumed(logs.records) and not steps_of(logs.records):
         names.remove("a step of training")  # there was none to make any more
     told = {"size": logs.text.total_bytes, "training clock": logs.text.training_seconds}
+    told["seconds off the clocks"] = off_the_clocks(logs)
+    if not all("seconds" in record for record in logs.records):
+        names.append("seconds of every record")
     return [*names, *(name for name, value in told.items() if value is None)]
 
 

@@ -25,6 +25,7 @@ from tools.contradictions import (
     history,
     is_resumed,
     lost_parts,
+    off_the_clocks,
     read_header,
     starts_of,
     unprinted,
@@ -275,6 +276,11 @@ def logs_row(runs: list[Run]) -> Row:
     unsaid = dict.fromkeys(name for run in runs for name in unprinted(run.logs))
     text = "both logs of each run say the same, and steps, times and the seconds of the records "
     text += "add up"
+    passed = [off_the_clocks(run.logs) for run in runs]
+    if None not in passed:
+        text += (
+            f"; off the clocks (validation, packing) were at most {max(passed):.1f} s of training"
+        )
     if not unsaid:
         return Row("clocks and figures", text, "the logs")
     names = ", ".join(unsaid)

@@ -185,6 +185,9 @@ def run_of(path: Path, finished: Finished) -> Run:
     names = {"step_ms": "step_avg_ms", "before_bpb": "val_bpb"}
     names |= {"train_seconds": "train_clock_seconds"}
     figures |= {ours: float(trained[name]) for ours, name in names.items()}
+    for name, value in figures.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}")
     limits = [float(settings[name]) for name in ("max_wallclock_seconds", "eval_max_seconds")]
     after = float(events["after_quantization"]["val_bpb"])
     return Run(
