@@ -698,6 +698,14 @@ def edit_record(log: Path, event: str, **values) -> Path:
     return log
 
 
+def concealed_resumption(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2, resumed=(2457, 290.0))
+    records = log.with_suffix(".jsonl")
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(line for line in lines if '"resumed"' not in line))
+    return [log]
+
+
 def second_score(folder: Path) -> list[Path]:
     """Both logs go on with another end."""
     log = write_run(folder, "b", seed=2)
@@ -783,6 +791,10 @@ PLANTED = [
     (many_steps, "{b}.txt: 13000 steps of 881.00 ms take 11453.0 s, but the training clock stood"),
     (faster_clock, "{b}.txt: 885.0 s passed while steps were logged, of which the training clock"),
     (shorter_evaluation, "{b}.txt: evaluation took 300.0 s while 400.0 s passed"),
+    (
+        concealed_resumption,
+        "{b}.txt: one of .txt and .jsonl says that the run was resumed, the oth",
+    ),
     (second_score, "{b}.txt: one start has 2 records of 'final'"),
     (validation_out_of_turn, "{b}.txt: a validation at step 100 is not one of VAL_LOSS_EVERY"),
     (another_artifact_scored, "{b}.txt: the artifact that was scored is not the one that was tra"),

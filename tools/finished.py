@@ -25,6 +25,7 @@ from tools.contradictions import (
     other_header,
     read_header,
     read_logs,
+    untold_parts,
 )
 from tools.logs import SEPARATOR, last_run, not_a_log, runs_in, split_text
 
@@ -225,7 +226,7 @@ def check_contradictions(run: Run) -> None:
     Its limits, and what earlier starts account for, are looked at elsewhere.
     """
     try:
-        found = inner_contradictions(run.logs)
+        found = inner_contradictions(run.logs) + untold_parts(run.logs)
         if run.artifact is not None:
             found += other_artifact(run.logs, run.artifact)
             found += other_header(run.logs, run.artifact)
