@@ -5097,16 +5097,15 @@ fused_cross_entropy.register_autograd(
 def selective_scan(
     tensors, document_start: Tensor | None, state: Tensor | None, backend: str, chunk_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The first Mamba's recurrence (arXiv 2312.00752), H channels with N states each.
+    """The first Mamba's recurrence (arXiv 2312.00752), H channels with N states each: y, last h.
 
         dt_t = softplus(step_t + bias)
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t
         y_t = (C_t h_t + D x_t) SiLU(gate_t)
 
     tensors: x, step (B, L, H), A (H, N) < 0, B, C (B, L, N), D (H,), gate (B, L, H), bias (H,).
-    document_start (B, L) bool or None. state (B, H, N): what earlier tokens left, or None.
-    Returns y in x's dtype, computed in float32 or more, and the last h. The library, "fused", knows
-    no documents and no states: behind a state, "parallel" takes its place.
+    state: the h (B, H, N) that earlier tokens left, or None. The library, "fused", knows no
+    documents and no states: behind a state, "parallel" takes its place.
     """
     if backend == "fused" and state is None:  # mamba_ssm wants channels before tokens
         turned = [x.mT.contiguous() if x.dim() == 3 else x for x in tensors]
@@ -5324,13 +5323,11 @@ def document_block_lists(reach: Tensor) -> list[Tensor]:
     length = reach.shape[1]
     block = torch.arange(-(-length // BLOCK), device=reach.device)
     first = block * BLOCK  # token of each block
-    last = first + BLOCK - 1
-    whole = (last < length)[:, None]  # blocks of queries, (blocks, 1), without the window's end
-    last = last.clamp(max=length - 1)
+    last = (first + BLOCK - 1).clamp(max=length - 1)
+    whole = (first + BLOCK <= length)[:, None]  # blocks of queries, without the window's end
     earliest = (first - reach[:, first])[:, None, :, None]  # key that the first query sees
     latest = (last - reach[:, last])[:, None, :, None]  # and the last one, (B, 1, blocks, 1)
-    before = block < block[:, None]  # (blocks of queries, blocks of keys)
-    full = before & whole & (first >= latest)
+    full = (block < block[:, None]) & whole & (first >= latest)  # (B, 1, of queries, of keys)
     masked = (block <= block[:, None]) & (first + BLOCK > earliest) & ~full
     lists = [*listed(masked), *listed(full), *listed(masked.mT), *listed(full.mT)]
     return [reach.clone(), *(x.contiguous() for x in lists)]  # kernels take the strides for granted
