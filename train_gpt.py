@@ -73,6 +73,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:  # importing it loads the compiler and names its folder in the environment
@@ -235,6 +236,7 @@ class Settings:
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
     adam_wd: float = env(0.0, "of vectors and scales", "rate")
+    spelling_features: int = env(0, "most that tokens spelt alike share; 0: none", "", 0, LONGEST)
     average: str = env("ema", "of the weights, for the artifact", "ema|swa|ema+swa|none")
     average_horizon: float = env(0.1, "ema: how far it looks back", "of run", 0, 1)
     ema_decay: float = env(0.999, "ema: at most 1 / (1 - EMA_DECAY) steps", "part", 0, BELOW_1)
@@ -484,6 +486,9 @@ def validate_settings(s, world_size: int):
             check(s, name, getattr(s, name).bit_count() == 1, "must be a power of two")
     known = s.mamba_decay == "softplus" or s.mamba_version == 3
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
+    plain = not s.late_qat_threshold and s.quantizer != "ternary"
+    problem = "does not go with LATE_QAT_THRESHOLD or QUANTIZER=ternary: use 0"
+    check(s, "spelling_features", plain or not s.spelling_features, problem)
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
     # Names, batches, clocks and strides
     one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
@@ -1908,6 +1913,88 @@ class Model(nn.Module):
         return self.score(tokens, targets, order).mean()
 
 
+# ---- Tokens that are spelt alike
+#
+# "The", " the" and "them" are rows of their own in the embedding, and a rare one learns little.
+# With SPELLING_FEATURES a row is trained as
+#
+#     row = own + 0.4 · (sum of what its spelling shares) / sqrt(their number)
+#
+# where each feature of a spelling, such as the letters "the" or a space in front, has a vector that
+# all tokens with it train. Behind training the sum takes the row's place: the artifact holds no
+# more than without, and only the tokenizer says what is shared.
+
+
+SPELLING_SCALE = 0.4  # of the shared part, beside the token's own
+SHARED_NAMES = "embedding.parametrizations."  # so begin torch's names of both parts
+
+
+def spelling_of(piece: str) -> list[str]:
+    """What a piece shares by its spelling: space, capital, word, groups of two to four letters.
+
+    >>> spelling_of("▁It")
+    ['space', 'capital', 'word:it', '<i', 'it', 't>', '<it', 'it>', '<it>']
+    """
+    word = piece.lstrip("▁")
+    framed = f"<{word.lower()}>"
+    found = ["space"] if piece.startswith("▁") else []
+    found += ["capital"] if word[:1].isupper() else []
+    found.append(f"word:{word.lower()}")
+    for size in (2, 3, 4):
+        found += [framed[start : start + size] for start in range(len(framed) - size + 1)]
+    return found
+
+
+def spelling_matrix(tokenizer, most: int) -> Tensor:
+    """Which token has which feature how often, float32 (V, features), rows scaled as above.
+
+    Features are those of several tokens, the most frequent `most` of them, in one order in every
+    process. Controls and bytes have none, and rows of 0.
+    """
+    ids = list(range(len(tokenizer.is_special)))
+    spelt = ~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids))
+    pieces = tokenizer.model.IdToPiece(ids)
+    found = [collections.Counter() for _ in ids]
+    for token in np.flatnonzero(spelt):
+        found[token].update(spelling_of(pieces[token]))
+    frequent = collections.Counter(name for names in found for name in names).most_common(most)
+    shared = [name for name, count in frequent if count > 1]
+    column = {name: number for number, name in enumerate(shared)}
+    matrix = torch.zeros(len(ids), len(column))
+    for row, names in zip(matrix, found, strict=True):
+        for name in names.keys() & column.keys():
+            row[column[name]] = names[name]
+    return SPELLING_SCALE * matrix / matrix.norm(dim=1, keepdim=True).clamp(min=1)
+
+
+class SharedBySpelling(nn.Module):
+    """Adds to a table (V, width) what its rows share: matrix (V, features) by learned vectors."""
+
+    def __init__(self, matrix: Tensor, width: int):
+        super().__init__()
+        self.shared = nn.Parameter(matrix.new_zeros(matrix.shape[1], width))
+        matrix = matrix.bfloat16() if matrix.is_cuda else matrix
+        self.register_buffer("matrix", matrix, persistent=False)
+
+    def forward(self, table: Tensor) -> Tensor:
+        """The table as the model reads it, (V, width)."""
+        return table + (self.matrix @ self.shared.to(self.matrix.dtype)).to(table.dtype)
+
+
+def share_by_spelling(model: Model):
+    """Gives the embedding of a model that is to be trained its shared part, of zeros."""
+    s = model.settings
+    matrix = spelling_matrix(Tokenizer(s.tokenizer_path, s.vocab_size), s.spelling_features)
+    shared = SharedBySpelling(matrix.to(model.embedding.weight.device), s.model_dim)
+    parametrize.register_parametrization(model.embedding, "weight", shared)
+
+
+def fold_spelling(model: Model):
+    """Puts the sums in the rows' places, where there are any; the model computes the same."""
+    if parametrize.is_parametrized(model.embedding):
+        parametrize.remove_parametrizations(model.embedding, "weight")
+
+
 def build_model(settings, ranks) -> Model:
     """A new model on the rank's device, the same on every rank."""
     torch.manual_seed(settings.seed)
@@ -1978,7 +2065,7 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
     """Who trains a parameter, by its name: Muon "matrix" and "mamba_matrix", Adam the others."""
     if name == "output_embedding.weight":
         return "head"  # an output matrix of its own
-    if name.endswith("embedding.weight"):
+    if name.endswith("embedding.weight") or name.startswith(SHARED_NAMES):
         return "embedding"
     if parameter.dim() != 2 or not name.endswith(".weight") or name.endswith("conv.weight"):
         return "scalar"  # short convolutions too
@@ -3004,6 +3091,7 @@ FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 
 FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0}
 FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
+FORMER_DEFAULTS |= {"spelling_features": 0}
 
 
 def read_header(line: bytes | str, usual: dict) -> dict:
@@ -3550,6 +3638,8 @@ class Trainer:
 
     def __post_init__(self):
         self.micro_sequences = self.micro_batch // self.settings.train_seq_len
+        if self.settings.spelling_features:
+            share_by_spelling(self.model)
         self.optimizers = Optimizers(self.model, self.settings, self.ranks)
         self.average = self.make_average(self.model, self.settings)
         self.loss_function = training_loss(self.model, self.settings, self.ranks)
@@ -3565,7 +3655,7 @@ class Trainer:
 
     def announce(self):
         """Logs what is about to be trained."""
-        count = sum(p.numel() for p in self.model.parameters())
+        count = sum(p.numel() for p in model_skeleton(self.settings).parameters())  # it exports
         bits = 8 * self.target_bytes / count
         self.log(f"parameters: {count:,}, {bits:.2f} bits each within TARGET_MB")
         mixers = [block.mixer for block in self.model.blocks]
@@ -3843,6 +3933,7 @@ def export(trainer, batches) -> dict:
     """
     s, ranks, log = trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
+    fold_spelling(trainer.model)
     clock.start()
     hessians = calibrate(trainer, batches)
     k = fit_sdclip(trainer.model, s, target)

@@ -1,11 +1,6 @@
-"""tools/ideas: which pairs BPE never writes, against the tokenizer itself; spelling that leaves
-nothing behind in the file.
-"""
+"""tools/ideas: which pairs BPE never writes, against the tokenizer itself."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,9 +10,7 @@ import torch.nn.functional as F
 
 import train_gpt as t
 from tests.support import (
-    PATIENCE,
     SCRIPT,
-    SOLO,
     TEXT,
     assert_equal_in_float64,
     cross_entropy_case,
@@ -27,7 +20,6 @@ from tests.support import (
     tiny,
 )
 from tools.ideas import impossible_pairs as pairs
-from tools.ideas import spelling
 
 MARK = "\u2603"  # no piece holds it: what stands between two is encoded as if alone
 IDEAS = SCRIPT.parent / "tools" / "ideas"
@@ -183,85 +175,12 @@ def test_the_fused_cross_entropy(size, cap, compiled):
     assert stored.numel() == 0
 
 
-def test_features_are_shared_by_spelling(byte_tokenizer):
-    assert (
-        " ".join(spelling.features("▁The"))
-        == "space capital word:the <t th he e> <th the he> <the the>"
-    )
-    tokenizer = t.Tokenizer(str(byte_tokenizer), 512)
-    matrix = spelling.feature_matrix(tokenizer, 100)
-    assert matrix.shape == (512, 100)
-    assert not matrix[:260].any()  # controls and bytes
-    lengths = matrix[260:].norm(dim=1)
-    assert (lengths < spelling.SCALE + 1e-6).all()
-    assert (lengths > 0).float().mean() > 0.9
-
-
-def test_spelling_trains_with_the_embeddings_and_is_folded_into_them(
-    script, byte_tokenizer, monkeypatch
-):
-    settings = tiny(tokenizer_path=str(byte_tokenizer))
-    names = [name for name, _ in t.build_model(settings, SOLO).named_parameters()]
-    spelling.install(script)
-    folded = []
-    monkeypatch.setattr(t, "quantize_model", lambda model, *_: folded.append(model) or {})
-    model = t.build_model(settings, SOLO)
-    trainer = t.Trainer(model, settings, SOLO, 128, 10**6, lambda *_, **__: None)
-    (group,) = (
-        g for g in trainer.optimizers.adam.param_groups if g["base_lr"] == settings.tied_embed_lr
-    )
-    shared = model.embedding.parametrizations.weight[0].shared
-    assert any(p is shared for p in group["params"])
-    assert any(p is model.embedding.parametrizations.weight.original for p in group["params"])
-    tokens = random_tokens(2, 33)
-    before = model.embedding.weight.detach().clone()
-    for _ in range(3):
-        trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], model.order(True))
-        trainer.optimizers.step(1.0, 0.9)
-    own = model.embedding.parametrizations.weight.original
-    assert not torch.equal(model.embedding.weight, before)
-    assert not torch.equal(model.embedding.weight, own)  # both parts have learned
-    nats = model.score(tokens[:, :-1], tokens[:, 1:], model.order(True))
-    whole = torch.compile(model.score, fullgraph=True, backend="aot_eager")  # as on a GPU
-    assert torch.allclose(whole(tokens[:, :-1], tokens[:, 1:], model.order(True)), nats, atol=1e-5)
-    sequences = type("Batches", (), {"next": lambda self: (tokens[:, :-1], tokens[:, 1:])})()
-    monkeypatch.setattr(t, "pack_artifact", lambda *_: b"")
-    monkeypatch.setattr(t, "write_whole", lambda *_: None)
-    t.export(trainer, sequences)
-    assert [name for name, _ in folded[0].named_parameters()] == names
-    assert torch.allclose(
-        folded[0].score(tokens[:, :-1], tokens[:, 1:], model.order(True)), nats, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("idea", ["impossible_pairs", "spelling"])
-def test_explore_trains_and_exports_with_an_idea(script, explore_here, idea):
+def test_explore_trains_and_exports_with_an_idea(script, explore_here):
     usual = "it: SDCLIP_K=6", "--export"
     status, (without,), _ = explore_here(*usual)
     assert status == 0
-    status, (line,), _ = explore_here(*usual, "--idea", str(IDEAS / f"{idea}.py"))
+    status, (line,), _ = explore_here(*usual, "--idea", str(IDEAS / "impossible_pairs.py"))
     assert status == 0
     assert line["bpb"] != without["bpb"]
     assert abs(line["quantized"] - line["bpb"]["ema"]) < 0.1
     assert math.isfinite(line["final"])
-
-
-def test_features_are_the_same_in_every_process(byte_tokenizer):
-    """Also where equally frequent ones are cut off, whatever the process's random hashes of strings
-    are.
-    """
-    code = "import sys, spelling, train_gpt as t; tokenizer = t.Tokenizer(sys.argv[1], 512); "
-    code += "sys.stdout.buffer.write(spelling.feature_matrix(tokenizer, 50).numpy())"
-    found = set()
-    for seed in "12":
-        environment = os.environ | {
-            "PYTHONHASHSEED": seed,
-            "PYTHONPATH": f"{SCRIPT.parent}:{IDEAS}",
-        }
-        command = [sys.executable, "-c", code, str(byte_tokenizer)]
-        found.add(
-            subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, timeout=PATIENCE, check=True
-            ).stdout
-        )
-    assert len(found) == 1
