@@ -4299,12 +4299,9 @@ def reciprocal_tile(x):
 
 @jit
 def softplus_tile(x):
-    """log(1 + u) with u = exp(x), to full relative precision.
-
-    1 + u loses digits of a small u: log(w) · u / (w - 1), with w = 1 + u as rounded, has them.
-    """
+    """log(1 + u) with u = exp(x), to full relative precision."""
     u = tl.exp(tl.minimum(x, 20.0))
-    w = 1.0 + u
+    w = 1.0 + u  # loses digits of a small u, which log(w) · u / (w - 1) has
     large = x > 20.0  # exp(-x) is less than a digit of x
     lost = w == 1.0  # all of u's digits, so that log(1 + u) = u
     return tl.where(large, x, tl.where(lost, u, tl.log(w) * u / (w - 1.0 + lost)))
@@ -4384,8 +4381,6 @@ def write_tile(tensor, place, x):
 #
 # and for each rotated pair the turns of a step of size 1, tanh(angle) / 2 = sigmoid(2 angle) - 1/2.
 # The next token's columns are read again rather than exchanged between programs.
-
-
 @jit
 def load_dynamics(row, live, step_bias, h, S: constexpr):
     """Raw step, step, raw decay, decay rate A, and lambda, each (CHUNK, heads)."""
@@ -4464,8 +4459,6 @@ def tokens_forward(
 #
 # of key + key bias and query + query bias. Pairs after the first R have half_turn 0 and stay. The
 # product q_t·k_t is taken before rotation, which does not change it, and so has no rounding of it.
-
-
 @jit
 def rotate_features(
     scalars, features, half_turn, turns, biases, rotated, rotation, batch, S: constexpr
@@ -4517,8 +4510,6 @@ def rotate_features(
 #
 # Padding after the sequence has step 0, so it changes no state. A program walks through the chunks
 # of one head: the state never leaves its registers but for a copy for the backward.
-
-
 @jit
 def read_chunk(projected, rotated, scalars, decay_sums, head, place, t, batch, S: constexpr):
     """A chunk's values, keys and queries for one head; D_C; and D, key_log and c, each (CHUNK,)."""
@@ -4609,8 +4600,6 @@ def scan_forward(
 # in q_t·dq_t, all that scales with 2**-key_log_t in k_t·dk_t, and all that scales with 2**D_C in
 # sum(dh' ∘ h'). Scores are computed again, transposed, as dK and dV want them; h comes from states;
 # and out from y / (gate sigmoid(gate)), which saves a buffer as large as y.
-
-
 @jit
 def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
     """Stores the gate's gradient and returns G, that of out."""
@@ -4697,8 +4686,6 @@ def scan_backward(
 #
 # A program is one warp with few rows: nothing waits at barriers. Sums over its rows go to a row of
 # its own in d_turns and d_features, added up later by matmul.
-
-
 @jit
 def norm_backward(d_normed, place, live, norms, k, d_features, row, S: constexpr):
     """Stores dw, summed over tokens, as a row of d_features, and returns dx of the rows there."""
@@ -4781,8 +4768,6 @@ def features_backward(
 #
 # in natural logarithms: 2**(log_decay log2(e)) is exp(log_decay), so log2(e) never comes up here.
 # Steps, rates and shares are computed again from their columns, which is cheaper than reading them.
-
-
 @jit
 def key_weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
     """dc_t and dw_t; dM_tt (q_t·k_t) is what c_t gets from its own token."""
@@ -5107,8 +5092,6 @@ def evens_first(x: Tensor) -> Tensor:
 #
 # A program has one row in registers, reads its logits once, and writes their gradient over them
 # (backward scales it). No maximum is taken out: exp(cap) is finite for any cap in the settings.
-
-
 @jit
 def softcap_tile(x, CAP: constexpr):
     """CAP·tanh(x / CAP), and its slope."""
@@ -5121,10 +5104,7 @@ def softcap_tile(x, CAP: constexpr):
 def cross_entropy_rows(
     logits, targets, nats, V: constexpr, CAP: constexpr, BLOCK: constexpr, SLOPES: constexpr
 ):
-    """The nats of one row of logits (T, V), and with SLOPES, in its place, their gradients.
-
-    BLOCK: the power of two from V on.
-    """
+    """The nats of one row of logits (T, V); with SLOPES, in its place, its logits' gradients."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK)
     logits += row * V
