@@ -3662,6 +3662,10 @@ class Trainer:
         layers = [f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order]
         self.log(f"layers: {' '.join(layers)}")
         scan = next((mixer.backend for mixer in mixers if isinstance(mixer, Mamba)), "none")
+        fastest = SCAN_BACKENDS[self.settings.mamba_version][0]
+        reason = why_not(fastest, self.settings, self.ranks.device) if self.ranks.gpu else ""
+        if reason and scan != "none":
+            scan += f" ({fastest} {reason})"
         backends = f"scan: {scan}; attention: {self.model.attention_backend}"
         self.log(f"{backends}; {self.micro_batch:,} tokens at once per rank")
 
@@ -4885,7 +4889,12 @@ def launch(kernel, grid: tuple[int, ...], named: dict, *, warps: int = 4, regist
     warps a program, registers a thread at most: what bench/tune.py found fastest on an H200.
     """
     arguments = {name: named[name] for name in kernel.arg_names}
-    kernel[grid](**arguments, num_warps=warps, maxnreg=registers)
+    try:
+        kernel[grid](**arguments, num_warps=warps, maxnreg=registers)
+    except (triton.CompilationError, triton.OutOfResources) as error:
+        reason = str(error).strip().splitlines()[-1]
+        remedy = "a scan runs with SCAN_BACKEND=chunked"
+        raise UserError(f"{kernel.__name__} does not run here: {reason}; {remedy}") from error
 
 
 def scan_arguments(tensors: list[Tensor], starts, sizes: list[int]) -> dict:
@@ -5012,19 +5021,23 @@ fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 
 def kernel_limits(device: torch.device) -> tuple[int, int]:
-    """A GPU's compute capability, its first digit, and the bytes of shared memory of a program."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    return torch.cuda.get_device_capability(device)[0], properties["max_shared_mem"]
+    """A GPU's compute capability, 90 of an H100, and the bytes of shared memory of a program."""
+    gpu = torch.cuda.get_device_properties(device)
+    return 10 * gpu.major + gpu.minor, gpu.shared_memory_per_block_optin
 
 
-def scan_shared_bytes(channels: int, state: int, chunk: int, capability: int) -> int:
-    """About how many bytes of shared memory a program of scan_backward(), the largest, needs.
+# Of a program's shared memory, by the first compute capability: a chunk times these times channels,
+# state and chunk; and a state times the last. Near a GPU's limits no less than what the compiler
+# says (bench/results/kernels.txt). From 90 on, loads overlap with products.
+SHARED_BYTES = {80: (3.4, 0.5, 1.0, 2.3), 90: (14.2, 8.9, 1.4, 4.9), 120: (13.2, 5.2, 0.7, 4.2)}
 
-    From capability 9 on it holds tiles of two chunks, so that loads overlap with products; before,
-    a part of one. Fitted to what the compiler makes of 23 shapes.
-    """
-    tiles = chunk * (16 * channels + 12 * state + chunk) + 2 * state * channels
-    return int((0.91 if capability >= 9 else 0.3) * tiles)
+
+def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capability: int) -> int:
+    """About how much shared memory a program needs: scan_backward's, or tokens_forward's."""
+    first = max(least for least in SHARED_BYTES if least <= capability)
+    by_channels, by_state, by_chunk, whole = SHARED_BYTES[first]
+    row = by_channels * channels + by_state * state + by_chunk * chunk
+    return int(max(chunk * row + whole * state * channels, 8 * chunk * heads))
 
 
 def why_not_triton(settings, device: torch.device) -> str:
@@ -5040,7 +5053,12 @@ def why_not_triton(settings, device: torch.device) -> str:
     if min(sides) < 16:  # tensor cores take no less; Triton's interpreter does
         return f"needs {names[sides.index(min(sides))].upper()} of 16 and more"
     capability, have = kernel_limits(device)
-    needed = scan_shared_bytes(*sides, capability)
+    if capability < 80:
+        return "needs a GPU of compute capability 8.0 or more"
+    if 100 <= capability < 120 and settings.mamba_chunk_size > 32:  # Triton's pipeliner gives up
+        return "needs MAMBA_CHUNK_SIZE of 32 or less on a GPU of compute capability 10"
+    heads = settings.mamba_inner_dim // settings.mamba_head_dim
+    needed = scan_shared_bytes(heads, *sides, capability)
     if needed > have:
         remedy = "a smaller MAMBA_CHUNK_SIZE, MAMBA_D_STATE or MAMBA_HEAD_DIM may do"
         return f"needs {needed:,} bytes of shared memory, this GPU has {have:,} ({remedy})"

@@ -1,15 +1,19 @@
-"""Compiles the program's Triton kernels for an NVIDIA GPU that need not be here.
+"""Compiles the program's Triton kernels for NVIDIA GPUs that need not be here.
 
-    python -m tests.compile_kernels [90 [128,64,64 ...]]
+    python -m tests.compile_kernels [90 [16,128,64,64 ...]]
+    python -m tests.compile_kernels table [80 86 ...]
 
-90 is a compute capability, here the H100's and H200's; 128,64,64 are a head's channels, the state
-size and the chunk, of which only the scan itself is compiled. Each kernel becomes a line of JSON:
-its name; the layer's state size; whether it knows of document starts; the bytes of shared memory
-that a program needs and of local memory that a thread does (the compiler puts there what finds no
-register); and the SHA-256 of its machine code. The sum leaves names, addresses in the file and line
-numbers out: two versions of the script whose sums are equal run the same instructions. Needs a
-triton with NVIDIA's assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says
-what must hold.
+90 is a compute capability, here the H100's and H200's. Without shapes, each kernel that a run of
+the default's sizes launches becomes a line of JSON: its name; the layer's state size; whether it
+knows of document starts; the bytes of shared memory that a program needs and of local memory that a
+thread does (the compiler puts there what finds no register); and the SHA-256 of its machine code.
+The sum leaves names, addresses in the file and line numbers out: two versions of the script whose
+sums are equal run the same instructions.
+
+16,128,64,64 are a layer's heads, a head's channels, the state size and the chunk: a line of JSON
+says whether the scan of this shape compiles, and what it needs. "table" does so for SHAPES on all
+of SHARED's capabilities, as text: bench/results/kernels.txt. Needs a triton with NVIDIA's
+assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says what must hold.
 """
 
 import hashlib
@@ -22,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"  # triton reads it when it is imported
 
@@ -41,18 +46,70 @@ import train_gpt as t  # noqa: E402
 from bench import tune  # noqa: E402
 
 TOKENS = 256  # a chunk and its neighbours: more would compile to the same
+# Bytes of shared memory that a program may use, by compute capability, from the table of technical
+# specifications in NVIDIA's CUDA C++ Programming Guide; a driver reports the same.
+SHARED = {
+    "80": 166_912,
+    "86": 101_376,
+    "89": 101_376,
+    "90": 232_448,
+    "100": 232_448,
+    "120": 101_376,
+}
+SHAPES = (  # heads, channels, state, chunk
+    (16, 64, 64, 64),  # the default's
+    (16, 64, 128, 64),
+    (4, 32, 32, 64),  # PRESET=tiny's
+    (2, 16, 16, 16),
+    (2, 64, 64, 32),
+    (2, 64, 128, 32),
+    (2, 128, 64, 64),
+    (2, 128, 128, 32),
+    (2, 128, 128, 64),
+    (2, 64, 256, 64),
+)
+MORE_SHAPES = (  # on the H100 alone: elsewhere the compiler takes minutes for what it spills
+    (2, 64, 256, 16),
+    (2, 64, 64, 128),
+    (2, 32, 32, 256),
+    (2, 16, 1024, 16),
+    (2, 256, 16, 16),
+    (64, 16, 64, 64),
+    (2, 8, 64, 64),
+    (2, 64, 8, 64),
+    (2, 64, 64, 8),
+)
+TITLES = "capability", "heads", "channels", "state", "chunk", "shared", "kernel", "registers"
+TITLES += "local", "elsewhere", "kernel", "verdict"
+WIDTHS = 10, 5, 8, 5, 5, 7, 17, 9, 5, 9, 17, 16
+TABLE_HEAD = """\
+python -m tests.compile_kernels table: the scan's kernels, compiled for bfloat16 by triton {version}
+shared: bytes of shared memory of a program, of that kernel which needs most
+registers, local: of a thread of scan_backward, which takes longest; local bytes found no register
+and wait in memory: a few hundred cost little, thousands make the kernel wait for memory
+elsewhere: local bytes of a thread of that other kernel which has most
+verdict: whether a program may have that much shared memory on such a GPU
+"""
 
 
-def local_bytes(cubin: bytes) -> int:
-    """A thread's local memory, as the machine code declares it."""
+class Usage(NamedTuple):
+    """Bytes of shared memory that a program needs; registers and local bytes that a thread does."""
+
+    shared: int
+    registers: int
+    local: int
+
+
+def usage(kernel) -> Usage:
+    """Of a compiled kernel, as its machine code declares it."""
     dump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [dump, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return sum(map(int, re.findall(r"\bSTACK:(\d+)", text)))
+        done = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True)
+    done.check_returncode()
+    registers, local = re.search(r"\bREG:(\d+) STACK:(\d+)", done.stdout).groups()
+    return Usage(kernel.metadata.shared, int(registers), int(local))
 
 
 def instructions(cubin: bytes) -> bytes:
@@ -74,10 +131,11 @@ class Compiler:
     """Stands for a GPU that is absent: a launched kernel is compiled and kept, and does not run."""
 
     def __init__(self, capability: int):
+        self.capability = capability
         self.built: dict[str, triton.compiler.CompiledKernel] = {}
         absent_gpu = SimpleNamespace(  # what compiling asks a driver for
-            get_current_target=lambda: GPUTarget("cuda", capability, 32),
-            get_current_device=lambda: 0,
+            get_current_target=lambda: GPUTarget("cuda", self.capability, 32),
+            get_current_device=lambda: self.capability,  # kernels are kept by device
             get_current_stream=lambda device=None: 0,
         )
         triton.runtime.driver.set_active(absent_gpu)
@@ -91,35 +149,70 @@ class Compiler:
     def report(self, state: int, documents: bool) -> None:
         """A line for each kernel launched since the last report."""
         for name, kernel in self.built.items():
-            cubin = kernel.asm["cubin"]
+            needs = usage(kernel)
             line = {
                 "kernel": name,
                 "state": state,
                 "documents": documents,
-                "shared": kernel.metadata.shared,
-                "local": local_bytes(cubin),
-                "code": hashlib.sha256(instructions(cubin)).hexdigest(),
+                "shared": needs.shared,
+                "local": needs.local,
+                "code": hashlib.sha256(instructions(kernel.asm["cubin"])).hexdigest(),
             }
             print(json.dumps(line), flush=True)
         self.built.clear()
 
 
-def compile_shape(compiler: Compiler, channels: int, state: int, chunk: int) -> None:
-    """Prints a line for the scan of one shape: the most shared memory, or the compiler's words."""
-    sizes = t.MambaSizes(2, channels, state, state // 4, 3)
+def compile_shape(compiler: Compiler, shape: tuple[int, ...]) -> dict[str, Usage]:
+    """The usage of each kernel of a layer of this shape: heads, channels, state, chunk.
+
+    Of a shape that does not compile, {}.
+    """
+    heads, channels, state, chunk = shape
+    sizes = t.MambaSizes(heads, channels, state, state // 4, 3)
     width = sum(sizes.columns().values())
     projected = torch.randn(1, 2 * chunk, width).bfloat16().requires_grad_()
-    shapes = (2,), (2,), (2, state), (2, state), (state,), (state,)
-    parameters = t.MambaParameters(*(torch.ones(shape, requires_grad=True) for shape in shapes))
-    line = {"channels": channels, "state": state, "chunk": chunk}
+    shapes = (heads,), (heads,), (heads, state), (heads, state), (state,), (state,)
+    parameters = t.MambaParameters(*(torch.ones(x, requires_grad=True) for x in shapes))
     try:
         y, *_ = t.mamba_scan(projected, parameters, sizes, None, None, "triton", chunk)
         torch.autograd.grad(y.sum().float(), projected)
-        line["shared"] = max(kernel.metadata.shared for kernel in compiler.built.values())
-    except triton.CompilationError as error:
-        line["error"] = str(error).strip().splitlines()[0]
+        found = {name: usage(kernel) for name, kernel in compiler.built.items()}
+    except (t.UserError, RuntimeError):  # of launch(), or of a pass of the compiler
+        found = {}
     compiler.built.clear()
-    print(json.dumps(line), flush=True)
+    return found
+
+
+def table_row(capability: str, shape: tuple[int, ...], found: dict[str, Usage]) -> tuple:
+    """The numbers and words under TITLES."""
+    if not found:
+        return capability, *shape, *("-" * 6), "does not compile"
+    most = max(found, key=lambda name: found[name].shared)
+    others = found.keys() - {"scan_backward"}
+    spills = max(others, key=lambda name: (found[name].local, name))
+    scan = found["scan_backward"]
+    shared = found[most].shared
+    fits = "fits" if shared <= SHARED[capability] else "does not fit"
+    needs = shared, most, scan.registers, scan.local, found[spills].local
+    return capability, *shape, *needs, spills if found[spills].local else "-", fits
+
+
+def print_row(cells: tuple) -> None:
+    """A line of the table."""
+    words = (f"{cell!s:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+    print("  ".join(words), flush=True)
+
+
+def print_table(capabilities: list[str]) -> None:
+    """What the kernels of SHAPES need on these GPUs."""
+    compiler = Compiler(0)
+    print(TABLE_HEAD.format(version=triton.__version__))
+    print_row(TITLES)
+    for capability in capabilities:
+        compiler.capability = int(capability)
+        more = MORE_SHAPES if capability == "90" else ()
+        for shape in (*SHAPES, *more):
+            print_row(table_row(capability, shape, compile_shape(compiler, shape)))
 
 
 def compile_all(compiler: Compiler) -> None:
@@ -139,12 +232,22 @@ def compile_all(compiler: Compiler) -> None:
         compiler.report(0, slopes)
 
 
-def main(capability: str = "90", *shapes: str) -> None:
+def main(capability: str = "90", *rest: str) -> None:
     """Of no shapes, everything that the script launches by default."""
+    if capability == "table":
+        print_table(rest or list(SHARED))
+        return
     compiler = Compiler(int(capability))
-    for shape in shapes:
-        compile_shape(compiler, *map(int, shape.split(",")))
-    if not shapes:
+    for text in rest:
+        shape = tuple(map(int, text.split(",")))
+        found = compile_shape(compiler, shape)
+        print(
+            json.dumps(
+                {"shape": shape, "shared": max((x.shared for x in found.values()), default=None)}
+            ),
+            flush=True,
+        )
+    if not rest:
         compile_all(compiler)
 
 

@@ -15,7 +15,15 @@ import train_gpt as t
 from tests.support import PATIENCE, SOLO, random_tokens, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"90": (9, 232_448), "89": (8, 101_376), "80": (8, 166_912)}  # by compute capability
+RESULTS = ROOT / "bench" / "results" / "kernels.txt"
+LIMITS = {  # by compute capability
+    "80": (80, 166_912),
+    "86": (86, 101_376),
+    "89": (89, 101_376),
+    "90": (90, 232_448),
+    "100": (100, 232_448),
+    "120": (120, 101_376),
+}
 SIZES = {"mamba_d_state": 64, "mamba_head_dim": 64, "mamba_chunk_size": 64}
 
 
@@ -186,10 +194,20 @@ def test_in_the_interpreter_kernels_take_any_size(monkeypatch):
 
 # ---- Sizes, against the compiler -----------------------------------------------------------------
 
-CORNERS = {  # channels, state, chunk: what fits, what just does not, what no compiler takes
-    "90": ((16, 16, 16), (128, 64, 64), (128, 128, 64), (8, 64, 64)),
-    "89": ((32, 32, 32),),
-    "80": ((16, 16, 16),),
+
+def refused(shape: tuple[int, ...], capability: str, monkeypatch) -> str:
+    """Why the kernels are not taken for heads, channels, state and chunk."""
+    heads, channels, state, chunk = shape
+    monkeypatch.setattr(t, "kernel_limits", lambda device: LIMITS[capability])
+    sizes = {"mamba_head_dim": channels, "mamba_d_state": state, "mamba_chunk_size": chunk}
+    settings = tiny(model_dim=heads * channels, mamba_expand=1.0, **sizes)
+    return t.why_not("triton", settings, torch.device("cuda"))
+
+
+CORNERS = {  # heads, channels, state, chunk: what fits, what does not, what no compiler takes
+    "80": ("2,16,16,16",),
+    "89": ("2,16,16,16",),
+    "90": ("2,16,16,16", "2,128,128,64", "2,8,64,64"),
 }
 
 
@@ -197,10 +215,8 @@ CORNERS = {  # channels, state, chunk: what fits, what just does not, what no co
 def test_what_is_taken_compiles_and_fits_and_what_is_refused_does_not(
     capability, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(t, "kernel_limits", lambda device: LIMITS[capability])
-    shapes = [",".join(map(str, shape)) for shape in CORNERS[capability]]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels", capability, *shapes],
+        [sys.executable, "-m", "tests.compile_kernels", capability, *CORNERS[capability]],
         cwd=ROOT,
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
@@ -208,18 +224,70 @@ def test_what_is_taken_compiles_and_fits_and_what_is_refused_does_not(
         timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
-    for line in map(json.loads, done.stdout.splitlines()):
-        runs = line.get("shared", 1 << 30) <= LIMITS[capability][1]
-        sizes = {"mamba_head_dim": line["channels"], "mamba_d_state": line["state"]}
-        reason = t.why_not(
-            "triton", tiny(**sizes, mamba_chunk_size=line["chunk"]), torch.device("cuda")
-        )
-        assert runs == (reason == ""), (line, reason)
-    assert len(done.stdout.splitlines()) == len(shapes)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == len(CORNERS[capability])
+    for line in lines:
+        runs = (line["shared"] or 1 << 30) <= LIMITS[capability][1]
+        assert runs == (not refused(line["shape"], capability, monkeypatch)), line
+
+
+def test_the_choice_is_that_of_the_table(monkeypatch):
+    """Of what fits, nothing is refused but near the limit; and on 10.0 in chunks of 64."""
+    rows = [line.split() for line in RESULTS.read_text().splitlines()]
+    rows = [row for row in rows if row and row[0] in LIMITS]
+    assert {row[0] for row in rows} == set(LIMITS)
+    for capability, *cells in rows:
+        reason = refused(tuple(map(int, cells[:4])), capability, monkeypatch)
+        if "not" in cells:
+            assert reason, (capability, cells)
+        elif "of 32 or less" not in reason and int(cells[4]) < 0.75 * LIMITS[capability][1]:
+            assert not reason, (capability, cells, reason)
+
+
+def test_gpus_without_bfloat16_are_refused(monkeypatch):
+    monkeypatch.setitem(LIMITS, "75", (75, 65_536))
+    assert "compute capability 8.0 or more" in refused((2, 16, 16, 16), "75", monkeypatch)
+
+
+def test_many_heads_are_refused_where_a_chunk_of_all_does_not_fit(monkeypatch):
+    assert not refused((64, 16, 16, 64), "90", monkeypatch)
+    assert "shared memory" in refused((1024, 16, 16, 64), "90", monkeypatch)
+
+
+def test_the_log_says_why_a_slower_backend_was_taken(monkeypatch):
+    settings = tiny(mamba_d_state=8, mamba_layers="all")
+    lines = []
+    trainer = types.SimpleNamespace(
+        model=t.build_model(settings, SOLO),
+        settings=settings,
+        ranks=types.SimpleNamespace(gpu=True, device=torch.device("cuda")),
+        target_bytes=1 << 20,
+        micro_batch=1024,
+        log=lines.append,
+    )
+    t.Trainer.announce(trainer)
+    assert "scan: chunked (triton needs MAMBA_D_STATE of 16 and more); attention" in lines[-1]
+
+
+def test_a_kernel_that_does_not_run_after_all_is_one_line():
+    class Kernel:
+        __name__ = "scan_forward"
+        arg_names = ()
+
+        def __getitem__(self, grid):
+            def run(**_):
+                raise t.triton.OutOfResources(300_000, 232_448, "shared memory")
+
+            return run
+
+    with pytest.raises(t.UserError, match="scan_forward does not run here: .*SCAN_BACKEND=chunked"):
+        t.launch(Kernel(), (1,), {})
 
 
 @pytest.mark.parametrize("capability", LIMITS)
-def test_the_defaults_fit_where_they_are_known_to(capability, monkeypatch):
+def test_the_defaults_run_where_they_are_known_to(capability, monkeypatch):
     monkeypatch.setattr(t, "kernel_limits", lambda device: LIMITS[capability])
-    assert choose("cuda") == "triton"
-    assert choose("cuda", mamba_d_state=128) == "triton"
+    assert choose("cuda") == ("chunked" if capability == "100" else "triton")
+    assert choose("cuda", mamba_chunk_size=32) == "triton"
+    larger = choose("cuda", mamba_d_state=128)
+    assert larger == ("chunked" if capability in ("100", "120") else "triton")
