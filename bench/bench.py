@@ -955,7 +955,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{name} is not a part; there are {', '.join(PARTS)}")
         return name
 
-    summary, *rest = __doc__.split("\n\n")
+    summary, *rest = (__doc__ or "").split("\n\n")
     parser = Parser(
         description=summary,
         epilog="\n\n".join(rest),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_values_get_the_type_of_the_default(text, kind, value):
 def test_values_of_the_wrong_type_are_refused_by_name(text, kind):
     with pytest.raises(t.UserError, match="NAME="):
         t.parse_value("NAME", text, kind)
+
+
+ROOT = Path(t.__file__).parent
 
 
 def test_a_variable_overrides_the_preset_and_the_preset_the_default():
@@ -394,6 +398,19 @@ def test_help_is_there_without_docstrings():
     )
     assert done.returncode == 0, done.stderr
     assert "MODEL_DIM" in done.stdout
+
+
+PROGRAMS = [path for folder in ("tools", "bench", "data") for path in (ROOT / folder).rglob("*.py")]
+# They say nothing that is not ASCII, or only to a program.
+PLAIN = {"density.py", "make_venv.py", "watch.py", "guard.py", "enter.py"}
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_other_programs_need_no_docstrings_and_no_console_that_shows_every_sign(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"__doc__[.\[]", text)
+    if 'if __name__ == "__main__":' in text and path.name not in PLAIN:
+        assert re.search(r"run_command\(|tolerate_consoles\(|\.reconfigure\(", text)
 
 
 # ---- Text that would spoil a line or a header ---------------------------------------------------

@@ -931,7 +931,7 @@ def count(text: str) -> int:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; UserError if it makes no sense."""
-    summary, _, rest = __doc__.partition("\n\n")
+    summary, _, rest = (__doc__ or "").partition("\n\n")
     parser = Parser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )

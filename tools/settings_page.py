@@ -127,7 +127,7 @@ def name_row(name: str, refused: dict[str, tuple[str, str]]) -> str:
         return f"| `{name}` | {fate} | {cell(reason)} |"
     if name in t.ALIASES:
         ours, convert = t.ALIASES[name]
-        about = convert.__doc__.partition("\n")[0] if convert else "the same value"
+        about = (convert.__doc__ or "").partition("\n")[0] if convert else "the same value"
         return f"| `{name}` | sets `{ours}` | {cell(about.strip())} |"
     field = t.Settings.__dataclass_fields__[name.lower()]
     return f"| `{name}` | setting | {cell(field.metadata['help'])} |"

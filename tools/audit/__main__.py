@@ -106,7 +106,7 @@ def headline(case: Case, results: dict[str, Finding]) -> list[str]:
 
 def read_arguments() -> argparse.Namespace:
     """The command line's."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder of validation shards")
     parser.add_argument("--tokenizer", type=Path, required=True)
