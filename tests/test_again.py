@@ -20,7 +20,7 @@ def logs(shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("logs")
     with pytest.MonkeyPatch.context() as patch:
         settings = {"eval_mode": "plain", "ttt_enabled": False, "calibration_tokens": 64}
-        settings["eval_nll_path"] = str(folder / "a  'b\" $c.npy")
+        settings["eval_nll_path"] = str(folder / "a 'b\" $c.npy")
         for iterations in (1, 4):
             environment = run_environment(
                 shards, folder, **settings, iterations=iterations, train_log_every=1
@@ -68,7 +68,7 @@ def test_the_command_is_shown_and_the_environment_goes_before(logs):
     shell = out.removesuffix(f"{script}\n") + shown
     assert (
         subprocess.run(shell, shell=True, capture_output=True, text=True).stdout
-        == f"{logs}/a  'b\" $c.npy\n"
+        == f"{logs}/a 'b\" $c.npy\n"
     )
 
 
