@@ -44,6 +44,7 @@ Words and letters:
 import atexit
 import bisect
 import collections
+import ctypes
 import datetime
 import difflib
 import fcntl
@@ -3400,6 +3401,7 @@ class TrainingClock:
 # by what clusters are set up to send before they kill (Slurm's --signal).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 AS_ONE_SECONDS = 3.0  # a launcher and a terminal may both send one
+PR_SET_PDEATHSIG = 1  # of Linux' prctl(): the signal that comes when the parent process ends
 
 
 @contextmanager
@@ -4090,6 +4092,9 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     known = settings.artifact or settings.run_id or not settings.eval_only
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
     prepare_torch(settings.deterministic)
+    if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
+        # A launcher that is killed, or ends by SIGUSR1, which it does not know, leaves no orphans.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     ranks = start_ranks(settings)
     run_id = choose_run_id(settings, environment) if ranks.rank == 0 else ""
     settings = replace(settings, run_id=ranks.from_main(run_id))

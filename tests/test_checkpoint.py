@@ -355,6 +355,18 @@ def test_warm_up_changes_nothing(variant):
     assert state() != before
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
+def test_what_ends_torchrun_ends_its_ranks_with_a_checkpoint(shards, tmp_path, number):
+    """SIGHUP it hands on; of SIGKILL, as of SIGUSR1, it knows nothing, and ranks must notice."""
+    environment = quick_environment(shards, tmp_path, iterations=10**6, checkpoint_every=0)
+    process = start(environment, *torchrun("--nproc_per_node=1"), str(SCRIPT))
+    next(line for line in process.stdout if line.startswith("step:1/"))
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=PATIENCE)  # until its ranks have closed the pipe, too
+    assert "stopped by a signal at step" in out
+    assert checkpoints(tmp_path) == ["a.checkpoint"]
+
+
 def test_a_signal_that_the_parent_ignores_stays_ignored(monkeypatch, shards, tmp_path):
     """As nohup does with SIGHUP, and a shell with SIGINT for a command in the background."""
     score = t.plain_score
