@@ -27,7 +27,7 @@ from tools.audit import cell, checks, decoder, watch
 from tools.audit import script as audit_script
 from tools.audit import text as audit_text
 from tools.command import UserError
-from tools.contradictions import read_logs
+from tools.contradictions import file_hash, read_logs
 from tools.logs import TextLog
 
 SCRIPT = Path(t.__file__).resolve()
@@ -355,6 +355,26 @@ def test_levels_are_tried_in_order_and_what_was_refused_is_told():
         cell.choose_isolation("landlock", none_before("namespaces"))
     assert not cell.choose_isolation("none").is_isolated
     assert "could read another file" in cell.probe("none")
+
+
+WITHOUT_NAMESPACES = """
+echo 0 > /proc/sys/user/max_user_namespaces || exit 77
+exec setpriv --bounding-set -all --inh-caps -all --no-new-privs "$0" -c '
+from tools.audit import cell
+print(cell.choose_isolation())'
+"""
+
+
+def test_where_the_kernel_refuses_namespaces_it_is_landlock():
+    """A machine as containers are: nobody may make a new space."""
+    if cell.probe("landlock") or cell.probe("namespaces") or not shutil.which("setpriv"):
+        pytest.skip("needs Landlock, namespaces to forbid namespaces in, and setpriv")
+    line = ["unshare", "-Ur", "bash", "-c", WITHOUT_NAMESPACES, sys.executable]
+    done = subprocess.run(line, cwd=SCRIPT.parent, capture_output=True, text=True, timeout=PATIENCE)
+    if done.returncode == 77:
+        pytest.skip(f"namespaces cannot be forbidden: {done.stderr}")
+    assert "level='landlock'" in done.stdout, done.stderr
+    assert "no namespaces: namespaces: [Errno 1]" in done.stdout
 
 
 @pytest.mark.parametrize("level", ["namespaces", "landlock"])
@@ -782,6 +802,9 @@ def test_easier_documents_are_not_the_contests_text(entry_of, run):
     assert "249 scored tokens" in evidence
     named = {"data_path": "./data/datasets/fineweb10B_sp8192/"}
     fails(checks.check_known_data, with_text(entry, settings=named), "not FineWeb's 50,000")
+    sums = {"sha256": {"other_train_000000.bin": file_hash(next(run.data.glob("*_val_*")))}}
+    entry.logs.events["training_data"].update(sums)
+    fails(checks.check_known_data, entry, "names words_val_000000.bin as training data too")
     entry.tokens = entry.tokens[:200]
     fails(checks.check_known_data, entry, "the log scored another text: its ")
 

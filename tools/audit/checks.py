@@ -9,6 +9,7 @@ counts with the project's own script only, and is OPEN with another one.
 
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -164,6 +165,9 @@ def check_known_data(case: Case) -> Finding:
     evidence = f"tokenizer {digest[:16]}; {shown} (SHA-256, first 16 digits); {what}"
     contradicting = other_text_logged(case, counts, digest)
     expect(not contradicting, f"{evidence}; {contradicting}")
+    logged = json.dumps(case.logs.events.get("training_data", {})) if case.logs else ""
+    learnt = [name for name, value in sums.items() if value in logged]
+    expect(not learnt, f"{evidence}; the log names {', '.join(learnt)} as training data too")
     if compared.differences:
         differ = f"{evidence}; not FineWeb's: {'; '.join(compared.differences)}"
         return Finding(FAILS if claims_fineweb(case) else OPEN, differ)
