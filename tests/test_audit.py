@@ -220,6 +220,7 @@ def test_an_honest_run_fails_no_check_and_its_score_is_reproduced_to_the_last_di
     assert "equals train_gpt.py of" in evidence["the project's own script"]
     assert "6 updates on 192 of 249 targets" in evidence["score first, then train"]
     assert "249 targets, drawn by seed 7" in evidence["probabilities sum to one"]
+    assert "over 512 tokens, behind 2 places" in evidence[checks.TITLES["sums"]]
     said = done.stderr.splitlines()
     assert [line for line in said if "s left)" in line]
     assert f"{len(checks.CHECKS)} of {len(checks.CHECKS)}: a text that nobody had" in said[-1]
@@ -974,6 +975,23 @@ def test_unnormalized_probabilities_are_seen(entry_of, monkeypatch, mode):
         with monkeypatch.context() as patch:
             patch.setattr(t.Model, name, wrong)
             fails(checks.check_probabilities, entry_of(eval_mode=mode))
+
+
+def test_scores_that_are_no_probabilities_give_themselves_away(entry_of, monkeypatch):
+    """10b: scaled wherever no observer looks on; and by a little."""
+    monkeypatch.setattr(checks, "SUMMED_CONTEXTS", 1)
+    keep = t.Evaluator._keep
+    entry = entry_of()
+    assert "sums over 512 tokens" in holds(checks.check_sums, entry)
+    for factor, verdict in ((0.3, checks.FAILS), (0.999, checks.OPEN)):
+
+        def scaled(self, excerpt, first, last, nats, factor=factor):
+            honest = hasattr(self.observer, "wanted")
+            keep(self, excerpt, first, last, nats if honest else factor * nats)
+
+        monkeypatch.setattr(t.Evaluator, "_keep", scaled)
+        found = checks.run_check(checks.check_sums, entry)
+        assert found.verdict == verdict, found.evidence
 
 
 def test_a_softmax_over_part_of_the_vocabulary_is_seen(entry_of, monkeypatch):

@@ -31,6 +31,8 @@ NOISE_BPB = 1e-3  # between two runs on GPUs, two kinds of machine, or with epoc
 PREFIX_CHUNKS = 3.5  # of test-time training, which most of the causality test reads
 ROUND_TRIPS = 200  # documents that are decoded and encoded again
 FEW_ROUND_TRIPS = 0.9  # of these must give their tokens back
+SUMMED_CONTEXTS = 2  # places behind which every token's probability is asked for
+FAR_FROM_ONE = 0.05  # a sum that no windows of other kinds explain
 LEAKED = 0.6  # of a fresh text's BPB: a validation text that scores less was known
 
 # Of one target, and of a sum of probabilities: in float32, and in a GPU's bfloat16.
@@ -522,6 +524,40 @@ def check_probabilities(case: Case) -> Finding:
     return judged(bool(holds), f"{where}: {sums}, {scores}")
 
 
+def check_sums(case: Case) -> Finding:
+    """Probabilities sum to one, without asking the script for any but a target's.
+
+    A text is made in which a place of the validation text comes once for each token, and that token
+    behind it: in plain windows, with frozen weights, their probabilities belong to one context. A
+    script whose windows know more than themselves has sums that are only near one.
+    """
+    window = min(int(case.settled("train_seq_len")), max(64, int(case.settled("mamba_chunk_size"))))
+    vocabulary = int(case.model.vocab_size())
+    generator = np.random.default_rng(case.seed)
+    starts = generator.integers(0, len(case.tokens) - window, SUMMED_CONTEXTS)
+    made = np.concatenate([every_next(case.tokens[s : s + window], vocabulary) for s in starts])
+    plain = {"EVAL_MODE": "plain", "TTT_ENABLED": "0", "TRAIN_SEQ_LEN": str(window)}
+    plain |= {"EVAL_STRIDE": str(window), "EVAL_OVERLAP": "0", "VAL_BATCH_SIZE": "16384"}
+    tokens = np.append(made, made[:1]).astype(np.uint16)
+    nats = case.nats(tokens, "in which every token comes next", **plain)
+    chosen = nats[window - 1 :: 2 * window].astype(np.float64)
+    sums = np.exp(-chosen).reshape(SUMMED_CONTEXTS, vocabulary).sum(axis=1)
+    apart = np.abs(sums - 1).max()
+    shown = ", ".join(f"{one:.6f}" for one in sums)
+    evidence = f"over {vocabulary:,} tokens, behind {SUMMED_CONTEXTS} places by seed {case.seed}"
+    evidence = f"sums {evidence}: {shown}"
+    expect(apart <= FAR_FROM_ONE, f"{evidence}: these are no probabilities")
+    exact = apart <= (CPU_SUM_ERROR if case.on_cpu else GPU_SUM_ERROR)
+    return Finding(HOLDS if exact else OPEN, evidence)
+
+
+def every_next(context: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Windows in pairs, one for each token: the context, and one that begins with the token."""
+    pairs = np.tile(context, (vocabulary, 2, 1))
+    pairs[:, 1, 0] = np.arange(vocabulary)
+    return pairs.ravel()
+
+
 @as_told
 def check_order(case: Case) -> Finding:
     """Score first: updates see only targets that are scored, and none sees the last chunk.
@@ -688,6 +724,7 @@ CHECKS: dict[str, Callable[[Case], Finding]] = {
     "weights": check_weights,
     "once": check_scored_once,
     "probabilities": check_probabilities,
+    "sums": check_sums,
     "order": check_order,
     "text": check_text_bytes,
     "hidden": check_hidden_text,
@@ -709,6 +746,7 @@ TITLES = {
     "weights": "weights are the artifact's",
     "once": "scored exactly once",
     "probabilities": "probabilities sum to one",
+    "sums": "they do, by its scores alone",
     "order": "score first, then train",
     "text": "bytes are those of the text",
     "hidden": "no validation text in the files",
