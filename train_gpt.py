@@ -3757,7 +3757,7 @@ class Trainer:
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{steps}")
         with (
             torch.no_grad()
-        ):  # GPTQ's calibration runs uncompiled, but FlexAttention compiles itself
+        ):  # as GPTQ's calibration: uncompiled, but FlexAttention compiles itself
             self.model(tokens[:, :-1], self.model.full_order)
         synchronized_time()
 
