@@ -5745,7 +5745,7 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
         text = environment[name]
         value, reason = REFUSED[name]
         need(value and same_value(text, value), f"{name}={shown(text)} cannot be set: {reason}")
-        lines.append(f"{name}={text} changes nothing: {reason}")
+        lines.append(f"{name}={shown(text)} changes nothing: {reason}")
     for name in sorted(environment.keys() & ALIASES.keys()):
         ours, convert = ALIASES[name]
         value = convert(environment, settings) if convert else environment[name]
@@ -5753,7 +5753,7 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
         twice = f"{name} is {ours}={shown(value)} here, but it is also {shown(before)}"
         need(same_value(before, value), f"{twice}: unset one")
         added[ours] = value
-        lines.append(f"{name}={environment[name]} is {ours}={value} here")
+        lines.append(f"{name}={shown(environment[name])} is {ours}={shown(value)} here")
     return added, lines
 
 

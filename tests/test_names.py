@@ -190,6 +190,12 @@ def test_a_name_beside_its_own_setting_with_the_same_value_is_no_contradiction()
     assert settings.sdclip_k == 5.0
 
 
+def test_a_line_break_behind_another_name_is_none_in_the_log():
+    _, lines = t.translate_names({"QUANT": "gptq\n", "USE_LZMA": "1\n", "SWA_ENABLED": "1\r\n"})
+    assert len(lines) == 3
+    assert all(line.isprintable() for line in lines)
+
+
 # ---- What they change ----------------------------------------------------------------------------
 
 
