@@ -63,6 +63,8 @@ def audit(case: Case, names: list[str]) -> dict[str, Finding]:
 def planned_targets(case: Case, names: list[str]) -> int:
     """About how many targets the checks evaluate in all, to foretell how long they take."""
     whole = 1 + bool(WATCHED & set(names)) + (not case.identity.is_own)
+    if case.fresh and "fresh" in names:
+        whole += 1
     if "causal" in names:
         whole += case.cuts + 2 if case.count < 2 * PREFIX_CHUNKS * 32_768 else 2
     return whole * case.count
