@@ -3755,9 +3755,7 @@ class Trainer:
                 self.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
                 self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{steps}")
-        with (
-            torch.no_grad()
-        ):  # as GPTQ's calibration: uncompiled, but FlexAttention compiles itself
+        with torch.no_grad():  # as GPTQ's calibration will: FlexAttention compiles itself
             self.model(tokens[:, :-1], self.model.full_order)
         synchronized_time()
 
@@ -3850,16 +3848,17 @@ class Trainer:
         mean = float(self.ranks.sum_(loss.clone())) / self.ranks.world_size
         skipped = self.count_skipped(self.optimizers.skipped)
         seconds = self.clock.seconds()
-        each = 1000 * seconds / self.steps_done
+        ms = 1000 * seconds
+        each = ms / self.steps_done
         progress = schedule_at(self.settings, self.steps_done, seconds).progress
         left = seconds * (1 - progress) / progress
         rate = round(1000 * self.settings.train_batch_tokens / each)
-        text = f"train_loss:{mean:.4f} train_time:{1000 * seconds:.0f}ms step_avg:{each:.2f}ms"
-        text += f" {progress:.1%} {rate:,} tokens/s {left:.0f}s left"
+        text = f"train_loss:{mean:.4f} train_time:{ms:.0f}ms step_avg:{each:.2f}ms {progress:.1%}"
+        text += f" {rate:,} tokens/s {left:.0f}s left"
         text += f" skipped_steps:{skipped}" if skipped else ""
-        values = {"train_loss": mean, "train_ms": 1000 * seconds, "step_avg_ms": each}
+        values = {"train_loss": mean, "train_ms": ms, "step_avg_ms": each, "skipped_steps": skipped}
         values |= {"tokens_per_second": rate, "seconds_left": round(left, 1)}
-        self.log_at_step(text, "train", **values, skipped_steps=skipped, **now._asdict())
+        self.log_at_step(text, "train", **values, **now._asdict())
 
     def log_score(self, score: Score, when: str = ""):
         """A validation score, in the contest's form."""
@@ -4113,15 +4112,15 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
         need(launch != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
         return f"{launch}-{s.preset}-{s.seed}"
     launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.preset}-{s.seed}"
-    number = 0
+    name, number = launch, 1
     while True:
-        number += 1
-        name = f"{launch}-{number}" if number > 1 else launch
         path = Path(s.log_dir, f"{log_name(replace(s, run_id=name))}.txt")
         with explained_errors(f"write {path}"), suppress(FileExistsError):  # of the same second
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
             return name
+        number += 1
+        name = f"{launch}-{number}"
 
 
 def check_outputs(settings):
@@ -4137,10 +4136,8 @@ def check_outputs(settings):
             path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
                 os.stat(f"{path}.late.part")  # the longest name that it has on its way
-            need(
-                path.is_file() or not path.exists(),
-                f"cannot write {path}: it is a folder or a device",
-            )
+            plain = path.is_file() or not path.exists()
+            need(plain, f"cannot write {path}: it is a folder or a device")
             need(os.access(path.parent, os.W_OK), f"cannot write in the folder of {path}")
 
 
