@@ -4950,9 +4950,11 @@ def fused_scan_fake(tensors, starts, sizes) -> list[Tensor]:
     new = projected.new_empty
     single = partial(new, dtype=torch.float32)
     finer = torch.float16 if projected.dtype == torch.bfloat16 else projected.dtype  # up to 1
+    squares = single(batch, heads, padded)
+    turn_out = single(batch, heads, angles)
     return [
-        single(batch, heads, padded),  # squares
-        single(batch, heads, angles),  # turn_out
+        squares,
+        turn_out,
         new(batch, length, heads * channels),  # from here on SAVED, in its order
         single(batch, heads, channels, state),
         single(6, batch, heads, padded),
@@ -4976,6 +4978,7 @@ def fused_scan_backward(
     chunks = padded // chunk
     rows = min(chunk, 1024 // state)  # of one warp: no barriers
     parts = padded // rows
+    programs = batch * parts
     single = d_squares.new_empty
     alike = ("projected", "rotated", "ssm_in")
     found = {f"d_{name}": torch.empty_like(named[name]) for name in alike}
@@ -4984,8 +4987,8 @@ def fused_scan_backward(
         "d_diagonal": single(batch, heads, padded),
         "d_end": single(batch, heads, chunks, state),
         "d_turn": torch.empty_like(named["rotation"], dtype=d_y.dtype),
-        "d_turns": single(batch * parts, 2, heads, angles),
-        "d_features": single(batch * parts, 2, heads + 1, state),
+        "d_turns": single(programs, 2, heads, angles),
+        "d_features": single(programs, 2, heads + 1, state),
         "d_heads": single(batch * chunks, heads),
     }
     named |= found
