@@ -581,6 +581,12 @@ def records_are_broken(folder: Path) -> list[Path]:
     return [log]
 
 
+def event_is_no_text(folder: Path) -> list[Path]:
+    log = write_run(folder, "b", seed=2)
+    edit(log.with_suffix(".jsonl"), '"event": "trained"', '"event": {}')
+    return [log]
+
+
 def record_is_missing(folder: Path) -> list[Path]:
     log = write_run(folder, "b", seed=2)
     edit(log.with_suffix(".jsonl"), '"event": "trained"', '"event": "other"')
@@ -834,6 +840,7 @@ PLANTED = [
     (score_is_nan, "{b}.txt has no usable final score: val_loss nan"),
     (records_are_missing, "cannot read {b}.jsonl: No such file or directory"),
     (records_are_broken, "{b}.jsonl is not a run's .jsonl log"),
+    (event_is_no_text, "{b}.jsonl is not a run's .jsonl log"),
     (record_is_missing, "{b}.jsonl is not a finished run's log: KeyError('trained')"),
     (text_is_binary, "cannot read {b}.txt: it is not UTF-8 text"),
     (text_is_a_folder, "cannot read {b}.txt: Is a directory"),
@@ -1023,7 +1030,7 @@ def test_a_log_that_does_not_say_it_is_no_record(tmp_path):
     ]
 
 
-def test_calibrations_source_and_seconds_are_told(tmp_path):
+def test_calibrations_source_and_seconds_are_told(tmp_path, capsys):
     (log,) = write_runs(tmp_path / "logs", [3.0])
     records = log.with_suffix(".jsonl")
     record = {"event": "calibration", "seconds": 655.0, "source": "train", "tokens": 131_072}
@@ -1035,6 +1042,10 @@ def test_calibrations_source_and_seconds_are_told(tmp_path):
     edit(records, '"source": "train"', '"source": "validation"')
     assert pack(tmp_path / "out", log, "--force") == 0
     assert "calibration was on validation" in reasons(tmp_path / "out")
+    edit(records, '"text_seconds": 0.5', '"text_seconds": null')
+    capsys.readouterr()
+    line = refusal(tmp_path / "out", capsys, log, "--force")
+    assert line.startswith(f"{records} is not a finished run's log: TypeError(")
 
 
 def test_a_seed_that_is_left_out_is_told_and_no_record(tmp_path):

@@ -24,7 +24,7 @@ def read_records(path: Path) -> list[dict]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         raise not_a_log(path) from None
-    if not all(isinstance(record, dict) and "event" in record for record in records):
+    if not all(isinstance(r, dict) and isinstance(r.get("event"), str) for r in records):
         raise not_a_log(path)
     return records
 

@@ -485,8 +485,12 @@ def package(given: argparse.Namespace) -> list[str]:
     gain = compare(runs, given.baseline) if given.baseline else ""
 
     run = runs[0]
-    manifest = find_manifest(given.manifest, str(run.settings["data_path"]), run.logs.events)
-    rows = check_rows(runs, script, given, manifest, gain)
+    manifest = find_manifest(given.manifest, str(run.settings.get("data_path")), run.logs.events)
+    try:
+        rows = check_rows(runs, script, given, manifest, gain)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        logs = run.path.with_suffix(".jsonl")
+        raise UserError(f"{logs} is not a finished run's log: {error!r}") from None
     reasons = non_record_reasons(runs, rows)
     entry = submission(runs, entry_fields(given, runs), record=not reasons)
     shown = given.out or default_folder(entry)
