@@ -372,6 +372,18 @@ def test_an_impossible_place_among_the_ranks_is_one_line(environment, named):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("port", ["x", "99999999", ""])
+def test_ranks_that_cannot_meet_are_one_line(monkeypatch, port):
+    launch = TORCHRUN | {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": port}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        t.UserError, match="cannot meet the other ranks|without MASTER_PORT"
+    ) as caught:
+        t.start_ranks(tiny(device="cpu"))
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     "variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"}, {"RUN_ID": "first\r"}]
 )
