@@ -4243,8 +4243,9 @@ def explain_collective(error: RuntimeError) -> str:
 # same bits. Keys, queries, biases and the state have their even entries first, then the odd ones,
 # so that a pair to be rotated lies in two contiguous halves.
 #
-# Tensors, in section 4's letters; `padded` is the length in whole chunks. Those marked * have
-# in_proj's dtype, rotation has float16, all others float32. The gradient of x is d_x, shaped alike.
+# Tensors, in section 4's letters, S.H and so on in kernels; `padded` is the length in whole chunks.
+# Those marked * have in_proj's dtype, rotation has float16, all others float32. The gradient of x
+# is d_x, shaped alike.
 #
 #   projected *   (B, length, WIDTH)    in_proj's rows, WIDTH being a multiple of 8
 #   biases        (2, H, N)             of keys, of queries; likewise the norms' weights (2, N)
