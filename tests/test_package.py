@@ -864,6 +864,10 @@ DIFFERENT = [
         "{b}.txt ran with hardware 8 × NVIDIA H200, but {a}.txt with " + H100,
     ),
     ({"hardware": "H100"}, "{b}.jsonl is not a finished run's log: ValueError("),
+    (
+        {"trained": {"bytes_code": float("inf")}},
+        "{b}.jsonl is not a finished run's log: OverflowError(",
+    ),
     ({"eval_mode": "plain", "ttt_enabled": False}, "{b}.txt has EVAL_MODE=plain, but {a}.txt has"),
     ({"machine": {"torch": "2.10.0"}}, "{b}.txt ran with torch 2.10.0, but {a}.txt with 2.9.0"),
     (

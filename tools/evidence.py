@@ -341,7 +341,7 @@ def same_experiment(run: Run, file: Path) -> OtherRun | None:
         settings = events["settings"]["settings"]
         size = said(events, "trained").get("bytes_code", run.bytes_code)
         other = OtherRun(file, int(settings["seed"]), said(events, "final").get("val_bpb"))
-    except (UserError, KeyError, TypeError, ValueError):
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None  # not a run's log
     names = {*settings, *run.settings} - MAY_DIFFER
     same = all(settings.get(name) == run.settings.get(name) for name in names)

@@ -120,7 +120,7 @@ def read_final(path: Path) -> Finished:
         seed = int(settings["seed"])
         if "final" in events:
             score = Score(*(float(events["final"][name]) for name in Score._fields))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise not_a_log(records) from None
     _, messages = split_text(path, text)
     written = FINAL.findall(messages)
@@ -158,7 +158,7 @@ def read_run(path: Path, script_path: Path, script: str, given: argparse.Namespa
     )
     try:
         run = run_of(path, finished)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path.with_suffix('.jsonl')} is not a finished run's log: {error!r}"
         ) from None
@@ -230,7 +230,7 @@ def check_contradictions(run: Run) -> None:
         if run.artifact is not None:
             found += other_artifact(run.logs, run.artifact)
             found += other_header(run.logs, run.artifact)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{run.path.with_suffix('.jsonl')} is not a finished run's log: {error!r}"
         ) from None

@@ -488,7 +488,7 @@ def package(given: argparse.Namespace) -> list[str]:
     manifest = find_manifest(given.manifest, str(run.settings.get("data_path")), run.logs.events)
     try:
         rows = check_rows(runs, script, given, manifest, gain)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         logs = run.path.with_suffix(".jsonl")
         raise UserError(f"{logs} is not a finished run's log: {error!r}") from None
     reasons = non_record_reasons(runs, rows)
