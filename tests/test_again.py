@@ -54,14 +54,17 @@ def test_a_run_can_be_repeated_from_its_logs(logs):
 
 
 def test_the_command_is_shown_and_the_environment_goes_before(logs):
+    (logs / "a-again.py").unlink(missing_ok=True)
+    before = sorted(logs.iterdir())
     done = again(logs / "a.txt", "--dry-run", SEED="7", RUN_ID="b")
     assert done.returncode == 0, done.stderr
+    assert sorted(logs.iterdir()) == before
+    assert "nothing is written" in done.stderr
     out = done.stdout
     assert " SEED=7 " in out
     assert " RUN_ID=b " in out
     assert " ITERATIONS=4 " in out
     assert " TTT_ENABLED=0 " in out
-    assert not (logs / "b.txt").exists()
     script = shlex.quote(str(logs / "a-again.py"))
     assert out.endswith(f" {script}\n")
     shown = "-c 'import os; print(os.environ[\"EVAL_NLL_PATH\"])'"
@@ -70,6 +73,18 @@ def test_the_command_is_shown_and_the_environment_goes_before(logs):
         subprocess.run(shell, shell=True, capture_output=True, text=True).stdout
         == f"{logs}/a 'b\" $c.npy\n"
     )
+
+
+def test_it_writes_beside_the_log_wherever_the_run_wrote(logs, tmp_path):
+    """The folder that a log names may be another machine's; LOG_DIR names one that is meant."""
+    shutil.copy(logs / "a.txt", tmp_path)
+    records = (logs / "a.jsonl").read_text().replace(json.dumps(str(logs)), '"/pod/logs"')
+    assert "/pod/logs" in records
+    (tmp_path / "a.jsonl").write_text(records)
+    for wanted, settings in ((tmp_path, {}), ("elsewhere", {"LOG_DIR": "elsewhere"})):
+        out = again(tmp_path / "a.txt", "--dry-run", **settings).stdout
+        assert f" LOG_DIR={wanted} " in f" {out}"
+        assert "/pod/logs" not in out
 
 
 def test_a_scoring_can_be_repeated_and_finds_the_artifact_of_the_run_that_trained(logs, shards):

@@ -1,11 +1,11 @@
 """Starts a run again from its logs: the script and the settings are in them.
 
     python -m tools.again logs/first.txt              # same settings, as RUN_ID=first-again
-    python -m tools.again logs/first.txt --dry-run    # prints the command; writes only the script
+    python -m tools.again logs/first.txt --dry-run    # prints the command; writes nothing
     DEVICE=cpu python -m tools.again logs/first.txt   # the environment's settings before the log's
 
-The script is written to LOG_DIR/RUN_ID-again.py and started with as many processes as the run had.
-With MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model: on CPUs bit for
+The script is written beside the log, as RUN_ID-again.py, and started with as many processes as the
+run had; it writes there, too, wherever the run of the log wrote, unless LOG_DIR is set. With MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model: on CPUs bit for
 bit, on one GPU with DETERMINISTIC=1.
 """
 
@@ -39,6 +39,13 @@ def shown(value) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
+def find_artifact(folder: Path, every: dict) -> str:
+    """The artifact of a run: beside its log, or else where the run wrote it."""
+    name = f"{every['run_id']}.int6.lzma"
+    beside = folder / name
+    return str(beside if beside.exists() else Path(every["log_dir"], name))
+
+
 def read_command(
     path: Path, environment: dict[str, str], script: Path
 ) -> tuple[dict[str, str], list[str]]:
@@ -60,8 +67,10 @@ def read_command(
         raise not_a_log(records) from None
     # What is only scored keeps the artifact of the run that trained; its log gets another name.
     if every.get("eval_only") and not every.get("artifact"):
-        settings["ARTIFACT"] = str(Path(every["log_dir"], f"{every['run_id']}.int6.lzma"))
+        settings["ARTIFACT"] = find_artifact(path.parent, every)
     settings["RUN_ID"] += "-again"
+    # The folder that the log names may be another machine's.
+    settings["LOG_DIR"] = str(path.parent)
     for name in map(str.upper, every):
         if name in environment:
             settings[name] = environment[name]
@@ -75,17 +84,19 @@ def main() -> int:
     """Prints the command and starts it; returns the run's own exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", type=Path, help="LOG_DIR/RUN_ID.txt, with RUN_ID.jsonl beside it")
-    parser.add_argument("--dry-run", action="store_true", help="start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="start and write nothing")
     given = parser.parse_args()
     path = given.log.with_suffix(".txt")
     script = path.with_name(path.stem + "-again.py")
     settings, command = read_command(path, dict(os.environ), script)
-    script.write_bytes(read_script(path))
+    text = read_script(path)
     # The printed line can be pasted into a shell.
     words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
-    print(*words, shlex.join(command))
+    print(*words, shlex.join(command), flush=True)
     if given.dry_run:
+        print(f"again.py: nothing is written; a start would first write {script}", file=sys.stderr)
         return 0
+    script.write_bytes(text)
     return subprocess.run(command, env=os.environ | settings).returncode
 
 
