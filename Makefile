@@ -1,11 +1,17 @@
+# make          the same as make help: what can be made
 # make demo     train, quantize and score a tiny model on the CPU, and read what it writes
+# make score    score the published tiny artifact and have it write: no training, under a minute
+# make check    what a new machine has to be able to do, in short: demo, score, audit, some tests
 # make test     run the tests
 # make lint     check the style
 # make clean    remove what these made
 #
 # make demo PYTHON=python3.12 TORCH="torch==2.11.0"    choose the Python and the torch of .venv
 # make demo MAX_WALLCLOCK_SECONDS=20                   settings of train_gpt.py pass through
-# make demo SAMPLE_PROMPT="In the morning"             what it is to continue
+# make demo SAMPLE_PROMPT="In the morning"             what it is to continue; so for make score
+# make check CHECK=all                                 the whole demo, audit and tests
+#
+# A target that fails ends make with status 2 and says which command failed.
 
 PYTHON ?= python3
 TORCH ?=
@@ -18,7 +24,7 @@ SAMPLE := data/sample/sample_val_000000.bin
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
-.PHONY: help demo test lint clean FORCE
+.PHONY: help demo score check test lint clean FORCE
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -29,6 +35,14 @@ demo: .venv/.run $(SAMPLE)
 	LOG_DIR=logs RUN_ID=demo PRESET=tiny DEVICE=$(DEVICE) $(VENV_PYTHON) train_gpt.py
 	@$(VENV_PYTHON) -m tools.summary logs/demo.jsonl
 
+score: .venv/.run
+	SAMPLE_PROMPT="$${SAMPLE_PROMPT-The function returns}" EVAL_ONLY=1 LOG_DIR=logs RUN_ID=tiny \
+	PRESET=tiny DEVICE=$(DEVICE) DATA_PATH=data/tiny TOKENIZER_PATH=data/tiny/tokenizer.model \
+	ARTIFACT=data/tiny/tiny.int6.lzma $(VENV_PYTHON) train_gpt.py
+
+check: .venv/.dev
+	CHECK=$${CHECK:-quick} PYTHON=$(VENV_PYTHON) tools/container_check.sh
+
 test: .venv/.dev
 	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
@@ -38,7 +52,7 @@ lint: .venv/.dev
 	$(VENV_PYTHON) -m tools.density
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis data/sample logs/demo.*
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis data/sample logs/demo.* logs/tiny.eval.*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(SAMPLE): | .venv/.run

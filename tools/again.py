@@ -5,8 +5,9 @@
     DEVICE=cpu python -m tools.again logs/first.txt   # the environment's settings before the log's
 
 The script is written beside the log, as RUN_ID-again.py, and started with as many processes as the
-run had; it writes there, too, wherever the run of the log wrote, unless LOG_DIR is set. With MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model: on CPUs bit for
-bit, on one GPU with DETERMINISTIC=1.
+run had; it writes there, too, wherever the run of the log wrote, unless LOG_DIR is set. With
+MAX_WALLCLOCK_SECONDS=0 in the log, the same machine trains the same model: on CPUs bit for bit, on
+one GPU with DETERMINISTIC=1.
 """
 
 import argparse

@@ -1,0 +1,127 @@
+"""The Makefile, tools/container_check.sh and the Dockerfile: what they name is there, `make help`
+leaves nothing out, and a wrong start ends with one line.
+
+`.ci/run` starts the script itself; no image is built in the tests.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import SCRIPT
+from tools.audit.checks import CHECKS
+
+ROOT = SCRIPT.parent
+CHECK = ROOT / "tools" / "container_check.sh"
+DOCKERFILE = ROOT / "Dockerfile"
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+
+
+def targets() -> list[str]:
+    """The Makefile's targets that are no files."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (names,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    return [name for name in names.split() if name != "FORCE"]
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+# ---- The Makefile --------------------------------------------------------------------------------
+
+
+@needs_make
+def test_help_has_a_line_for_each_target_and_nothing_else_of_the_makefile():
+    shown = make("--silent").stdout
+    described = re.findall(r"^make (\w+) {2,}\S", shown, re.MULTILINE)
+    assert sorted([*described, "help"]) == sorted(targets())
+    assert shown == make("--silent", "help").stdout
+    assert "stamp" not in shown and "Threads" not in shown
+
+
+@needs_make
+@pytest.mark.parametrize("target", targets())
+def test_every_target_can_be_made(target):
+    done = make("--dry-run", target)
+    assert done.returncode == 0, done.stderr
+    scripts = re.findall(r"(?:^|\s)((?:data|tools)/\S+\.(?:py|sh))", done.stdout)
+    assert all((ROOT / name).is_file() for name in scripts)
+
+
+@needs_make
+def test_what_fails_ends_make_with_status_2():
+    assert make("nonsense").returncode == 2
+    done = make("demo", "PYTHON=false", "VENV_PYTHON=false", "--always-make")
+    assert done.returncode == 2
+
+
+# ---- The script and the image --------------------------------------------------------------------
+
+
+def test_the_script_names_files_modules_and_checks_that_exist():
+    text = CHECK.read_text(encoding="utf-8")
+    assert os.access(CHECK, os.X_OK)
+    modules = set(re.findall(r"-m (tools\.\w+)", text))
+    assert modules == {"tools.audit", "tools.convert", "tools.summary"}
+    assert all(importlib.util.find_spec(name) for name in modules)
+    for name in re.findall(r"\b(?:tests|data)/\w+\.py", text):
+        assert (ROOT / name).is_file(), name
+    (names,) = re.findall(r'--checks "([\w,]+)"', text)
+    assert set(names.split(",")) <= set(CHECKS)
+    (folder,) = re.findall(r"^data=(\S+)$", text, re.MULTILINE)
+    (artifact,) = re.findall(r"^artifact=\$data/(\S+)$", text, re.MULTILINE)
+    assert (ROOT / folder / artifact).is_file()
+
+
+def test_the_script_is_bash_and_every_part_of_it_is_started():
+    assert subprocess.run(["bash", "-n", CHECK]).returncode == 0
+    text = CHECK.read_text(encoding="utf-8")
+    functions = set(re.findall(r"^(\w+)\(\) \{$", text, re.MULTILINE)) - {"part"}
+    started = set(re.findall(r'part "[^"]*" (\w+)$', text, re.MULTILINE)) | {"network"}
+    assert functions == started
+    if checker := shutil.which("shellcheck"):
+        done = subprocess.run([checker, CHECK], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [("CHECK", "some", "should be quick or all"), ("PYTHON", "false", "lacks a package")],
+)
+def test_a_wrong_start_ends_with_one_line(variable, value, said):
+    environment = os.environ | {variable: value}
+    done = subprocess.run([CHECK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("container_check.sh: error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_image_is_public_and_runs_the_script_as_nobody_special():
+    lines = DOCKERFILE.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    words = [line.split() for line in lines if line and line[0] not in "# "]
+    verbs = [line[0] for line in words]
+    assert next(line[1] for line in words if line[0] == "ARG").startswith("IMAGE=pytorch/pytorch:")
+    assert words[verbs.index("USER")][1] != "root"
+    script = CHECK.relative_to(ROOT).as_posix()
+    checked = next(i for i, line in enumerate(words) if script in line)
+    assert verbs.index("USER") < checked
+    assert "--network=none" in words[checked]
+    assert words[-1] == ["CMD", f'["{script}"]']
+    copied = [name for line in words if line[0] == "COPY" for name in line[1:-1]]
+    assert all((ROOT / name).exists() for name in copied if not name.startswith("--"))
+
+
+def test_the_image_holds_what_the_script_reads():
+    """.dockerignore takes away what the machine made, and nothing that the repository keeps."""
+    patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert patterns.index("!data/tiny") > patterns.index("data/*/")
+    for kept in ("tests", "tools", "docs", "bench", "logs", ".git"):
+        assert kept not in patterns
+    assert Path(ROOT / "data" / "tiny").is_dir()

@@ -1,0 +1,48 @@
+"""data/tiny: the published artifact still loads, belongs to what lies beside it, and scores what it
+did.
+
+Its log says what it scored when it was made; another CPU adds in another order.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import SCRIPT, run_here
+
+FOLDER = SCRIPT.parent / "data" / "tiny"
+ARTIFACT = FOLDER / "tiny.int6.lzma"
+TOKENIZER = FOLDER / "tokenizer.model"
+MOST_BYTES = 2_000_000  # of all files together
+NOISE_BPB = 1e-4
+
+
+def records(path: Path) -> dict[str, dict]:
+    """The last record of each kind in a log."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {record["event"]: record for record in map(json.loads, lines)}
+
+
+def test_it_scores_what_its_log_says(monkeypatch, tmp_path):
+    """In plain windows with frozen weights, as every run scores what it has just quantized."""
+    environment = {"PRESET": "tiny", "DEVICE": "cpu", "RUN_ID": "a", "LOG_DIR": str(tmp_path)}
+    environment |= {"EVAL_ONLY": "1", "EVAL_MODE": "plain", "TTT_ENABLED": "0"}
+    environment |= {"ARTIFACT": str(ARTIFACT), "TOKENIZER_PATH": str(TOKENIZER)}
+    assert run_here(monkeypatch, environment | {"DATA_PATH": str(FOLDER)}) == 0
+    scored = records(tmp_path / "a.eval.jsonl")
+    then = records(FOLDER / "tiny.jsonl")
+    assert scored["final"]["val_bpb"] == pytest.approx(
+        then["after_quantization"]["val_bpb"], abs=NOISE_BPB
+    )
+    assert then["final"]["val_bpb"] < then["after_quantization"]["val_bpb"]
+    for name in ("documents", "tokens", "bytes"):
+        assert scored["validation_data"][name] == then["validation_data"][name]
+
+
+def test_the_files_belong_together_and_are_small():
+    files = [path for path in FOLDER.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < MOST_BYTES
+    described = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for path in files:
+        assert path.name == "README.md" or f"`{path.name}`" in described
