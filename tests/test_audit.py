@@ -272,6 +272,9 @@ def test_settings_are_the_logs_and_given_ones_must_agree(run):
     assert {"SECRET", "DATA_PATH", "EVAL_MAX_SECONDS"}.isdisjoint(chosen)
     with pytest.raises(UserError, match="made with EVAL_STRIDE=8, here it is 16: leave it out"):
         audit_case.choose_settings(names, {"EVAL_STRIDE": "16"}, log)
+    preset = {"PRESET": "tiny"}
+    assert audit_case.choose_settings(names, preset, None) == preset
+    assert "PRESET" not in audit_case.choose_settings(names, preset, log)
 
 
 @pytest.mark.parametrize("source", ["x =", "1 / 0", "import json"])

@@ -212,12 +212,15 @@ def choose_settings(
 ) -> dict[str, str]:
     """The evaluation's settings: those given, and of the log's what its score depends on.
 
+    A preset counts where there is no log: a log has all that a preset changes.
     Raises UserError where the two contradict each other.
     """
     given = {}
     for name in names:
         if name.upper() in environment and name not in NOT_PASSED:
             given[name.upper()] = environment[name.upper()]
+    if not log and "preset" in names and "PRESET" in environment:
+        given["PRESET"] = environment["PRESET"]
     flags = {"True": "1", "False": "0"}
     for name in score_settings(names) if log else ():
         theirs = log.settings.get(name)

@@ -38,8 +38,9 @@ SYSTEM += ("/etc/passwd", "/etc/group", "/etc/localtime", "/etc/nvidia")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 CUDA_DEVICES = ("nvidia*", "dri")
 
-# Variables that go through, beside the settings of an evaluation: what finds programs and GPUs.
-PASSED = re.compile(r"PATH|LD_LIBRARY_PATH|CUDA_[A-Z_]+|NVIDIA_[A-Z_]+|OMP_NUM_THREADS")
+# Variables that go through, beside the settings of an evaluation: what finds programs and GPUs, and
+# how threads share the cores.
+PASSED = re.compile(r"PATH|LD_LIBRARY_PATH|CUDA_[A-Z_]+|NVIDIA_[A-Z_]+|OMP_[A-Z_]+")
 
 
 def passed_variables(environment: dict[str, str]) -> dict[str, str]:
