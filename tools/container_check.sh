@@ -21,7 +21,7 @@ quick | all) ;;
     exit 2
     ;;
 esac
-if ! "$python" -c 'import numpy, sentencepiece, torch'; then
+if ! "$python" -c 'import numpy, sentencepiece, torch' 2>/dev/null; then
     echo "container_check.sh: error: $python lacks a package: pip install -r requirements.txt" >&2
     exit 2
 fi
