@@ -5,6 +5,7 @@ Its log says what it scored when it was made; another CPU adds in another order.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,12 @@ def test_the_files_belong_together_and_are_small():
     described = (FOLDER / "README.md").read_text(encoding="utf-8")
     for path in files:
         assert path.name == "README.md" or f"`{path.name}`" in described
+
+
+def test_the_commands_that_name_it_name_files_that_are_there():
+    pages = ("docs/using.md", "docs/pod.md", "Makefile", "tools/container_check.sh")
+    text = "\n".join((SCRIPT.parent / page).read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"data/tiny(?:/[\w.]+)?", text))
+    assert {f"data/tiny/{path.name}" for path in (ARTIFACT, TOKENIZER)} <= named
+    for path in named:
+        assert (SCRIPT.parent / path).exists(), path
