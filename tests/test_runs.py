@@ -150,3 +150,12 @@ def test_committed_logs_are_read():
     assert len(found) > 20
     assert any(run.name.endswith("(scored again)") for run in found)
     assert all(run.state for run in found)
+
+
+def test_a_run_that_was_resumed_has_the_losses_of_all_its_starts_each_step_once(tmp_path):
+    log = write_log(tmp_path / "a.jsonl", steps=20)
+    first = log.read_text().splitlines()
+    resumed = json.dumps({"event": "resumed", "step": 15, "clock": 0.6, "starts": 2})
+    again = write_log(tmp_path / "a.jsonl", 1.3, steps=40).read_text().splitlines()
+    log.write_text("\n".join([*first, again[0], resumed, *again[16:]]) + "\n")
+    assert [loss["step"] for loss in runs.read_run(log).losses] == list(range(1, 41))

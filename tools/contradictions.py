@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.command import UserError, need
-from tools.logs import TextLog, read_text_log, runs_in
+from tools.logs import (
+    TextLog,
+    is_resumed,
+    number_in,
+    read_text_log,
+    runs_in,
+    seconds_to_score,
+)
 
 # The contest's figures, whatever limits a run's settings gave it.
 CAP_BYTES = 16_000_000  # of code and artifact
@@ -86,13 +93,6 @@ def inner_contradictions(logs: RunLogs) -> list[str]:
     found = [*disagreements(logs), *other_lines(logs), *impossible_clocks(logs)]
     found += [*impossible_evaluations(logs), *miscounted_texts(logs)]
     return found + other_scored(logs) + odd_records(logs)
-
-
-def number_in(record: dict, name: str) -> float | None:
-    """A finite number of a record; None where it has none."""
-    value = record.get(name)
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if usable and math.isfinite(value) else None
 
 
 def disagreements(logs: RunLogs) -> list[str]:
@@ -250,15 +250,13 @@ def unprinted(logs: RunLogs) -> list[str]:
 
 
 def impossible_evaluations(logs: RunLogs) -> list[str]:
-    """An evaluation takes what passes between the record before its end and that of its score."""
-    events = [record["event"] for record in logs.records]
-    if "after_quantization" not in events or "final" not in events:
+    """An evaluation takes what passes between the record before its end and that of its score.
+
+    One without a quantized model's score before it has no such record, and cannot be held to it.
+    """
+    passed = seconds_to_score(logs.records)
+    if passed is None or "after_quantization" not in logs.events:
         return []
-    final = events.index("final")
-    walls = [number_in(record, "seconds") for record in logs.records[final - 1 : final + 1]]
-    if None in walls:
-        return []
-    passed = walls[1] - walls[0]
     seconds = logs.text.evaluation_seconds
     apart = abs(passed - seconds)
     if apart <= EVALUATION_SECONDS + (SLOW_PART - 1) * passed:
@@ -457,24 +455,6 @@ def unaccounted(step: float, clock: float, starts: list[list[dict]], every: floa
 def steps_of(records: list[dict]) -> list[dict]:
     """The records of single steps."""
     return [record for record in records if record["event"] == "train"]
-
-
-def starts_of(logs: RunLogs) -> list[list[dict]]:
-    """The records of the starts of which a run is made, in order: one if it was not resumed.
-
-    They go back to the last one that took up no checkpoint, if the log holds it.
-    """
-    starts = [logs.records]
-    for start in reversed(logs.earlier):
-        if not is_resumed(starts[0]):
-            break
-        starts.insert(0, start)
-    return starts
-
-
-def is_resumed(start: list[dict]) -> bool:
-    """Whether a start took up a checkpoint."""
-    return any(record["event"] == "resumed" for record in start)
 
 
 def counted_seconds(start: list[dict]) -> float:

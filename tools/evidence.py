@@ -23,15 +23,13 @@ from tools.contradictions import (
     counted_seconds,
     file_hash,
     history,
-    is_resumed,
     lost_parts,
     off_the_clocks,
     read_header,
-    starts_of,
     unprinted,
 )
 from tools.finished import MAY_DIFFER, Run
-from tools.logs import last_run
+from tools.logs import is_resumed, last_run, starts_of
 from tools.manifest import Manifest
 
 UNSAID = "not in this log"
@@ -299,7 +297,7 @@ def parts_row(runs: list[Run]) -> Row:
     for run in runs:
         if not is_resumed(run.logs.records):
             continue
-        starts = starts_of(run.logs)
+        starts = starts_of([*run.logs.earlier, run.logs.records])
         seconds = sum(counted_seconds(start) for start in starts)
         told = f"{history(run.logs)}; {len(starts)} starts trained {seconds:.1f} s together"
         texts.append(f"seed {run.seed}: {told}")

@@ -6,6 +6,7 @@ to: a file may hold several runs, and the last of them counts.
 """
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -58,6 +59,42 @@ def finished_run(path: Path) -> dict[str, dict]:
         if event not in events:
             raise UserError(f"{path} is of a run that has not finished: no {event!r} yet")
     return events
+
+
+def number_in(record: dict, name: str) -> float | None:
+    """A finite number of a record; None where it has none."""
+    value = record.get(name)
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if usable and math.isfinite(value) else None
+
+
+def is_resumed(start: list[dict]) -> bool:
+    """Whether a start took up a checkpoint."""
+    return any(record["event"] == "resumed" for record in start)
+
+
+def starts_of(runs: list[list[dict]]) -> list[list[dict]]:
+    """Of all starts in a file, those of which the last run is made: one if it was not resumed.
+
+    They go back to the last one that took up no checkpoint, if the file holds it.
+    """
+    starts = runs[-1:]
+    for start in reversed(runs[:-1]):
+        if not is_resumed(starts[0]):
+            break
+        starts.insert(0, start)
+    return starts
+
+
+def seconds_to_score(records: list[dict]) -> float | None:
+    """What passed on the wall between the record before the final score and that one.
+
+    This is what the evaluation took, and a little more. None where it is not told.
+    """
+    events = [record["event"] for record in records]
+    place = events.index("final") if "final" in events else 0
+    walls = [number_in(record, "seconds") for record in records[max(0, place - 1) : place + 1]]
+    return None if len(walls) < 2 or None in walls else walls[1] - walls[0]
 
 
 def not_a_log(path: Path) -> UserError:

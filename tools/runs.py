@@ -21,7 +21,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, UserError, need, run_command
-from tools.logs import read_records, runs_in
+from tools.logs import read_records, runs_in, starts_of
 
 # Of a run's settings, what only names its files, and what the column "run" says.
 NAMES = {"run_id", "log_dir", "artifact", "resume", "eval_only"}
@@ -37,6 +37,8 @@ class Run(NamedTuple):
     figures: dict[str, float]  # those of FIGURES that it came to
     state: str  # "final", or how far it came
     losses: list[dict]  # records of training, of all parts of a run that was taken up again
+    records: list[dict]  # all of the last part
+    events: dict[str, dict]  # the last record of each event, of these
 
 
 def read_run(path: Path) -> Run:
@@ -52,10 +54,22 @@ def read_run(path: Path) -> Run:
         if settings["eval_only"]:
             name += " (scored again)"
         chosen = {key: value for key, value in settings.items() if key not in NAMES}
-        losses = [record for record in records if record["event"] == "train"]
-        return Run(name, chosen, read_figures(events), state_of(records), losses)
+        losses = read_losses(starts_of(parts))
+        figures = read_figures(events)
+        return Run(name, chosen, figures, state_of(records), losses, records, events)
     except (KeyError, TypeError):
         raise UserError(f"{path} is not a run's .jsonl log") from None
+
+
+def read_losses(starts: list[list[dict]]) -> list[dict]:
+    """The records of training of all starts of a run, without the steps that were made again."""
+    losses = []
+    for record in (record for start in starts for record in start):
+        if record["event"] == "resumed":
+            losses = [loss for loss in losses if loss["step"] <= record["step"]]
+        elif record["event"] == "train":
+            losses.append(record)
+    return losses
 
 
 def read_figures(events: dict[str, dict]) -> dict[str, float]:

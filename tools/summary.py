@@ -35,15 +35,23 @@ def wrapped(text: str) -> list[str]:
     return lines
 
 
-def score_lines(events: dict[str, dict]) -> list[str]:
-    """The model's scores at the three moments at which they are taken."""
-    settings = events["settings"]["settings"]
+def adapts(settings: dict) -> bool:
+    """Whether the final score is of a model that learns from what it has scored."""
+    return settings["ttt_enabled"] and settings["ttt_epochs"] > 0
+
+
+def way_of_scoring(settings: dict) -> str:
+    """How the final score is taken, in words."""
     windows = f"{settings['eval_mode']} windows"
     if settings["eval_mode"] == "sliding":
         windows += f", stride {settings['eval_stride']}"
-    adapted = settings["ttt_enabled"] and settings["ttt_epochs"] > 0
-    windows += ", adapting as it goes" if adapted else ", weights frozen"
-    last = "after adaptation" if adapted else "final"
+    return windows + (", adapting as it goes" if adapts(settings) else ", weights frozen")
+
+
+def score_lines(events: dict[str, dict]) -> list[str]:
+    """The model's scores at the three moments at which they are taken."""
+    settings = events["settings"]["settings"]
+    last = "after adaptation" if adapts(settings) else "final"
     # The first two are of the same text in the same windows, so that they can be compared.
     before = events["trained"]["val_bpb"]
     after = events["after_quantization"]["val_bpb"]
@@ -51,7 +59,7 @@ def score_lines(events: dict[str, dict]) -> list[str]:
     return [
         f"  before quantization   {before:.4f}   (plain windows)",
         f"  after quantization    {after:.4f}   (plain windows)",
-        f"  {last:20}  {final:.4f}   ({windows})",
+        f"  {last:20}  {final:.4f}   ({way_of_scoring(settings)})",
     ]
 
 
