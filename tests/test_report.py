@@ -1,0 +1,419 @@
+"""tools/report: every section from a log that has all, what fills those of one that has nothing,
+text that would be a script, and the page in a browser.
+"""
+
+import html
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support import PATIENCE
+from tools.command import UserError
+from tools.report import __main__ as report
+from tools.report import charts, markup
+from train_gpt import FIELDS
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = sorted((ROOT / "logs" / "web-60s-180s").glob("s180-*.jsonl"))
+TITLES = ["Result", "Clocks", "Curves", "Settings", "Bytes", "Machine", "Data", "Quantization"]
+TITLES += ["Test-time training", "Sample", "Audit"]
+TAKE = "document.title='taken'"
+EVIL = f'</script><script>{TAKE}</script><img src=x onerror="{TAKE}">'
+AUDIT = """**NOT ISOLATED: the script could read and write anything here.**
+
+| check | result | evidence |
+| --- | --- | --- |
+| 16,000,000 bytes | holds | 15,930,000 of a \\| b & <c> |
+| causal | FAILS | token 17 |
+
+Not checked: clocks.
+"""
+SETTINGS = {
+    "run_id": "full",
+    "preset": "short",
+    "seed": 1337,
+    "eval_only": False,
+    "train_batch_tokens": 1000,
+    "max_wallclock_seconds": 180.0,
+    "eval_max_seconds": 700.0,
+    "eval_mode": "sliding",
+    "eval_stride": 512,
+    "ttt_enabled": True,
+    "ttt_epochs": 2,
+    "ttt_chunk_tokens": 8,
+    "quantizer": "gptq",
+    "sample_prompt": EVIL,
+}
+MACHINE = {"python": "3.12.3", "hardware": "1 × H200", "host": EVIL}
+NATS = np.linspace(3.5, 2.5, 20, dtype=np.float32)
+COUNTS = {"shards": 1, "documents": 1297, "tokens": 895_065}
+
+
+def full_log(path: Path, steps: int = 30, **settings) -> Path:
+    """A log with each record that a run can write."""
+    chosen = SETTINGS | {"run_id": path.stem} | settings
+    hashes = {name: name[0] * 64 for name in ("script", "artifact")}
+    begun = {"settings": chosen, "machine": MACHINE, "given": ["preset", "seed"]}
+    records = [("settings", 0.1, begun | {"script_sha256": hashes["script"]})]
+    counts = COUNTS | {"scored_tokens": 895_064, "bytes": 3_288_846}
+    records.append(("validation_data", 0.2, counts))
+    records.append(("training_data", 0.3, {"shards": 2, "tokens": 60_000, "digest": "b15bfb93"}))
+    records.append(("ready", 10.0, {}))
+    for step in range(1, steps + 1):
+        loss = 5.0 - step / 17
+        times = {"step": step, "train_ms": 41.5 * step, "step_avg_ms": 41.5}
+        records.append(("train", 10 + step, times | {"train_loss": loss, "lr_factor": 1 / step}))
+    score = {"val_loss": 3.25, "val_bpb": 1.23456789}
+    records.append(("validation", 45.0, {"step": steps} | score))
+    times = {"text_seconds": 10.18, "hessian_seconds": 0.39}
+    records.append(("calibration", 46.0, {"source": "self", "tokens": 131_072} | times))
+    records.append(("quantized", 47.0, {"k": 15.06, "quantize_seconds": 0.77}))
+    sizes = {"bytes_total": 15_931_456, "bytes_code": 299_320, "peak_bytes": 17_808_120_832}
+    trained = {"steps": steps, "step_avg_ms": 41.5, "starts": 1, "train_clock_seconds": 177.75}
+    trained |= sizes | score | {"sdclip_k": 15.06, "artifact_sha256": hashes["artifact"]}
+    records.append(("trained", 50.0, trained))
+    records.append(("after_quantization", 52.0, {"val_loss": 3.3, "val_bpb": 1.25678901}))
+    kinds = {"bpb_by_kind": {"mamba": 0.0125, "attention": -0.001}}
+    records.append(("quantization_loss", 55.0, kinds))
+    told = {"prompt": EVIL, "sample": f"{EVIL} and so on", "tokens": 200}
+    records.append(("sample", 60.0, told | {"temperature": 0.8, "top_p": 0.95}))
+    final = {"val_loss": float(NATS.mean()), "val_bpb": 1.21987654, "epochs_given_up": 3}
+    records.append(("final", 93.5, final | {"artifact_sha256": hashes["artifact"]}))
+    lines = [{"event": event, "seconds": at} | values for event, at, values in records]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def full(tmp_path) -> list[Path]:
+    """The arguments for a page in which every section has its data."""
+    np.save(tmp_path / "nats.npy", NATS)
+    (tmp_path / "audit.md").write_text(AUDIT)
+    log = full_log(tmp_path / "full.jsonl")
+    return [log, "--audit", tmp_path / "audit.md", "--nats", tmp_path / "nats.npy"]
+
+
+def made(monkeypatch, folder: Path, *arguments) -> str:
+    """The page that these arguments make."""
+    out = folder / "report.html"
+    command = ["report", *map(str, arguments), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert report.main() == 0
+    return out.read_text(encoding="utf-8")
+
+
+class Page(html.parser.HTMLParser):
+    """What a page shows, by the text of its sections; its elements, and its charts' data."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open = []
+        self.tags = []
+        self.sections = {}
+        self.charts = []
+        self.heading = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, text):
+        tag, attributes = self.open[-1] if self.open else ("", {})
+        if tag == "script" and attributes.get("type") == "application/json":
+            self.charts.append(json.loads(text))
+        elif tag == "h2":
+            self.heading = text
+            self.sections[text] = ""
+        elif self.heading and tag not in ("script", "style"):
+            self.sections[self.heading] += f" {text}"
+
+    def classes(self) -> list[str]:
+        return [attributes.get("class", "") for _, attributes in self.tags]
+
+
+# What each section of the full log's page must show.
+SHOWN = {
+    "Result": ["1.2199", "1.21987654", "1.23456789", "1.25678901", "41.50", "final", "30"],
+    "Clocks": [
+        "177.8 s of 180 s",
+        "33.5 s of 600 s",
+        "93.5 s in all",
+        "GPTQ, packing 40.0",
+    ],
+    "Curves": ["Training loss", "Learning rates", "Time of a step"],
+    "Settings": ["PRESET", "short", "SEED", "1337", "12 others", EVIL],
+    "Bytes": ["15,931,456 of 16,000,000", "299,320 code, 15,632,136 model, 68,544 left"],
+    "Machine": ["3.12.3", "1 × H200", "17,808,120,832", EVIL],
+    "Data": ["895,064", "3,288,846", "1,297", "30,000, 0.50", "b15bfb93", "s" * 64, "a" * 64],
+    "Quantization": ["15.06", "131,072", "10.18", "0.39", "+0.022221", "+0.012500", "-0.001000"],
+    "Test-time training": [
+        "sliding windows, stride 512, adapting",
+        "0.036912 bits",
+        "3",
+        "Nats of",
+    ],
+    "Sample": [EVIL, "and so on", "200 tokens, temperature 0.8, top p 0.95"],
+    "Audit": ["15,930,000 of a | b & <c>", "FAILS", "NOT ISOLATED", "Not checked: clocks."],
+}
+
+
+def assert_whole(text: str) -> None:
+    """That a page has every section, with the log's numbers in it, and nothing from elsewhere."""
+    page = Page(text)
+    assert list(page.sections) == TITLES == list(SHOWN)
+    assert "missing" not in page.classes()
+    for title, wanted in SHOWN.items():
+        for one in wanted:
+            assert one in page.sections[title], (title, one)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"img", "link", "iframe", "base", "object"}
+    sources = [value for _, said in page.tags for key, value in said.items() if "src" in key]
+    assert sources == []
+
+
+@pytest.mark.parametrize("way", ["interactive", "static"])
+def test_a_log_with_every_record_fills_every_section(monkeypatch, tmp_path, full, way):
+    text = made(monkeypatch, tmp_path, *full, *(["--static"] if way == "static" else []))
+    assert_whole(text)
+    if way == "static":
+        assert len(text.encode()) < 300_000
+        assert "plotly" not in text
+        assert Page(text).charts == []
+        # Loss by step, second and token; rates, step times, chunks.
+        assert text.count("<svg") == 6
+        assert "currentColor" in text and charts.INK not in text
+    else:
+        assert 1_000_000 < len(text.encode()) < 6_000_000
+
+
+def test_curves_are_the_logs_numbers(monkeypatch, tmp_path, full):
+    losses, rates, times, chunks = Page(made(monkeypatch, tmp_path, *full)).charts
+    records = [json.loads(line) for line in full[0].read_text().splitlines()]
+    steps = [record for record in records if record["event"] == "train"]
+    raw, mean, validation = losses["curves"]
+    assert raw["y"] == [record["train_loss"] for record in steps]
+    assert raw["xs"]["step"] == [record["step"] for record in steps]
+    assert raw["xs"]["second of training"] == [round(r["train_ms"] / 1000, 3) for r in steps]
+    assert raw["xs"]["million tokens"] == [record["step"] / 1000 for record in steps]
+    assert mean["y"] == pytest.approx(raw["y"], abs=1e-4)  # a line is its own mean
+    assert validation["y"] == [3.25] and validation["xs"]["step"] == [30]
+    assert rates["curves"][0]["y"] == [record["lr_factor"] for record in steps]
+    assert times["curves"][0]["y"] == [41.5] * 29
+    assert chunks["curves"][0]["y"] == pytest.approx([3.315789, 2.894737, 2.578947], abs=1e-5)
+
+
+def test_a_section_without_data_names_the_setting_that_fills_it(monkeypatch, tmp_path):
+    log = tmp_path / "bare.jsonl"
+    settings = {"settings": SETTINGS, "machine": {}}
+    log.write_text(json.dumps({"event": "settings", "seconds": 0.1} | settings) + "\n")
+    page = Page(made(monkeypatch, tmp_path, log, "--static"))
+    assert list(page.sections) == TITLES
+    wanted = {"Clocks": "EVAL_ONLY", "Curves": "TRAIN_LOG_EVERY", "Bytes": "TARGET_MB"}
+    wanted |= {"Data": "DATA_PATH", "Quantization": "QUANTIZATION_REPORT", "Settings": "PRESET"}
+    wanted |= {"Test-time training": "EVAL_NLL_PATH", "Sample": "SAMPLE_PROMPT"}
+    for title, name in wanted.items():
+        assert f"{name}=" in page.sections[title]
+    assert "--audit audit.md" in page.sections["Audit"]
+    assert "no score; last told: settings" in page.sections["Result"].replace("  ", " ")
+    told = " ".join(page.sections.values())
+    for name in re.findall(r"([A-Z][A-Z0-9_]+)=", told):
+        assert name.lower() in FIELDS, name
+
+
+def test_of_several_runs_those_that_lack_a_section_are_named(monkeypatch, tmp_path, full):
+    older = tmp_path / "older.jsonl"
+    older.write_text(SEEDS[0].read_text())
+    sections = Page(made(monkeypatch, tmp_path, full[0], older, "--static")).sections
+    assert "Not in the log of s180-1337" in sections["Sample"]
+    assert "Not given, but different:" in sections["Settings"]
+    assert "1.17384673" in sections["Result"] and "1.21987654" in sections["Result"]
+
+
+def test_seeds_have_a_mean_and_other_runs_have_none(monkeypatch, tmp_path, full):
+    text = Page(made(monkeypatch, tmp_path, *SEEDS, "--static")).sections["Result"]
+    assert "differ in SEED alone: mean 1.17354, sample standard deviation 0.00036" in text
+    text = Page(made(monkeypatch, tmp_path, SEEDS[0], full[0], "--static")).sections["Result"]
+    assert "mean" not in text
+
+
+def test_long_runs_keep_to_the_bytes(monkeypatch, tmp_path):
+    log = full_log(tmp_path / "long.jsonl", steps=15_000)
+    assert len(made(monkeypatch, tmp_path, log, "--static").encode()) < 300_000
+    text = made(monkeypatch, tmp_path, log)
+    assert len(text.encode()) < 6_000_000
+    drawn = Page(text).charts[0]["curves"][0]["xs"]["step"]
+    assert 5_000 <= len(drawn) <= charts.MOST_RECORDS + 1
+    assert drawn[0] == 1 and drawn[-1] == 15_000
+
+
+def test_a_run_that_diverged_is_drawn_as_far_as_it_came(monkeypatch, tmp_path):
+    log = full_log(tmp_path / "diverged.jsonl")
+    lines = log.read_text().replace(f'"train_loss": {5.0 - 30 / 17}', '"train_loss": NaN')
+    log.write_text(lines)
+    raw = Page(made(monkeypatch, tmp_path, log)).charts[0]["curves"][0]
+    assert raw["y"][-1] is None and all(map(math.isfinite, raw["y"][:-1]))
+    made(monkeypatch, tmp_path, log, "--static")
+
+
+def test_what_the_contest_limits_is_shown_when_it_is_broken():
+    shown = markup.bar("training", [700.0], 600.0, "700 s of 600 s")
+    assert 'class="track over"' in shown and "width:100.00%" in shown
+    assert 'class="track"' in markup.bar("training", [600.0], 600.0, "")
+
+
+# ---- Mistakes ------------------------------------------------------------------------------------
+
+
+def change(log: Path, event: str, **values) -> None:
+    """Writes other values into a record."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = [r | values if r["event"] == event else r for r in records]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize(
+    ("event", "values"),
+    [
+        ("train", {"train_loss": "low"}),
+        ("trained", {"bytes_total": "many"}),
+        ("trained", {"val_bpb": [1]}),
+        ("settings", {"machine": 3}),
+        ("sample", {"sample": None}),
+        ("quantization_loss", {"bpb_by_kind": "all"}),
+        ("final", {"seconds": {}, "val_bpb": {}}),
+    ],
+    ids=str,
+)
+def test_what_is_no_figure_is_one_line(monkeypatch, tmp_path, event, values):
+    log = full_log(tmp_path / "odd.jsonl")
+    change(log, event, **values)
+    with pytest.raises(UserError, match="is not a run's .jsonl log"):
+        made(monkeypatch, tmp_path, log, "--static")
+
+
+@pytest.mark.parametrize("problem", ["no array", "another run's", "too many"])
+def test_scores_of_another_run_are_refused(monkeypatch, tmp_path, full, problem):
+    log, *_, nats = full
+    more = []
+    if problem == "no array":
+        nats.write_text("hello")
+    elif problem == "another run's":
+        np.save(nats, NATS + np.float32(0.01))
+    else:
+        more = ["--nats", nats]
+    with pytest.raises(UserError, match="--nats"):
+        made(monkeypatch, tmp_path, log, "--nats", nats, *more)
+
+
+def test_an_audit_without_a_table_is_refused(monkeypatch, tmp_path, full):
+    full[2].write_text("nothing\n")
+    with pytest.raises(UserError, match="--audit: there is no table"):
+        made(monkeypatch, tmp_path, *full)
+
+
+def test_the_command_line_tells_what_it_made_and_a_mistake_in_one_line(tmp_path, full):
+    command = [sys.executable, "-m", "tools.report", str(full[0]), "--static", "--out"]
+    out = tmp_path / "page.html"
+    done = subprocess.run([*command, str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}: {out.stat().st_size:,} bytes, 1 runs\n"
+    full[0].write_text("hello\n")
+    done = subprocess.run([*command, str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"report.py: error: {full[0]} is not a run's .jsonl log\n"
+
+
+# ---- In a browser --------------------------------------------------------------------------------
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install chromium")
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"]
+OPTIONS += ["--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
+
+
+def opened(path: Path, folder: Path) -> tuple[str, list[str]]:
+    """What a page has become in a browser, and what its console was told."""
+    command = [BROWSER, *OPTIONS, f"--user-data-dir={folder / 'profile'}", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_browser
+@pytest.mark.parametrize("way", ["interactive", "static"])
+def test_a_browser_shows_all_and_complains_of_nothing(monkeypatch, tmp_path, full, way):
+    made(monkeypatch, tmp_path, *full, *(["--static"] if way == "static" else []))
+    shown, console = opened(tmp_path / "report.html", tmp_path)
+    assert console == []
+    assert "<title>Report of full</title>" in shown  # no text of the log has run
+    if way == "interactive":
+        assert 'data-drawn="4"' in shown
+        assert shown.count("scatterlayer") >= 4 and "by million tokens</button>" in shown
+        shown = shown.replace(report.plotly(), "")
+    sections = dict.fromkeys(TITLES, "")
+    for title, part in zip(TITLES, re.split("<h2>.*?</h2>", shown)[1:], strict=True):
+        sections[title] = re.sub("<[^>]*>", " ", part)
+    for title, wanted in SHOWN.items():
+        for one in wanted:
+            assert one in html.unescape(sections[title])
+
+
+@needs_browser
+def test_a_page_that_is_broken_is_noticed(monkeypatch, tmp_path, full):
+    """By the console's lines, which the test above finds none of; no other script is let run."""
+    text = made(monkeypatch, tmp_path, *full)
+    page = tmp_path / "broken.html"
+    page.write_text(text.replace('"curves":[', '"curves":[[', 1))
+    assert any("Error" in line for line in opened(page, tmp_path)[1])
+    page.write_text(text.replace("<h1>", "<script>document.title = 'taken'</script><h1>"))
+    shown, console = opened(page, tmp_path)
+    assert "<title>taken" not in shown
+    assert any("Content Security Policy" in line for line in console)
+
+
+# In a frame as wide as a phone: what the page's own script would not tell.
+FRAME = """<body><iframe src="inner.html" style="width:390px;height:800px;border:0"></iframe>
+<script>
+onmessage = (event) => { document.body.dataset.told = JSON.stringify(event.data); };
+</script>
+"""
+ASK = """
+(async () => {
+  while (!document.body.dataset.drawn) await new Promise((next) => setTimeout(next, 50));
+  document.querySelectorAll(".axes button")[1].click();
+  const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const title = document.querySelector(".xtitle").textContent;
+  const points = document.querySelectorAll(".plot")[0].data[0].x.length;
+  parent.postMessage({ wide, title, points, width: innerWidth }, "*");
+})();
+"""
+
+
+@needs_browser
+def test_a_phone_need_not_scroll_sideways_and_a_button_changes_the_axis(
+    monkeypatch, tmp_path, full
+):
+    text = made(monkeypatch, tmp_path, full[0], *SEEDS)
+    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    (tmp_path / "inner.html").write_text(text.replace("</body>", f"<script>{ASK}</script></body>"))
+    (tmp_path / "frame.html").write_text(FRAME)
+    shown, console = opened(tmp_path / "frame.html", tmp_path)
+    assert console == []
+    told = re.search('data-told="([^"]*)"', shown)
+    assert told, "the page did not draw"
+    found = json.loads(told[1].replace("&quot;", '"'))
+    assert found == {"wide": 0, "title": "second of training", "points": 30, "width": 390}

@@ -1,0 +1,225 @@
+"""Curves: as data for plotly, which draws them in the browser, or drawn here as SVG.
+
+Both have the same numbers, each run in one colour. A curve has a place on several axes (step,
+second of training, tokens), for runs of other batches or machines can be compared by one of them
+alone: the reader chooses in the browser, and a static page shows all. Losses and times are drawn as
+logged; where there are more records than a page should hold, evenly chosen ones.
+"""
+
+import io
+import json
+import math
+import re
+import statistics
+from typing import NamedTuple
+
+from tools.report.markup import Html, element, join
+from tools.runs import REACH, Run, smoothed
+
+COLOURS = (  # each stands out on white and on nearly black
+    "#2f7de1",
+    "#e8590c",
+    "#2b9a66",
+    "#c2389a",
+    "#8a63d2",
+    "#0d96a8",
+    "#b08800",
+    "#d6454f",
+)
+STEP_TIMES = "Time of a step, between two lines of the log"
+MOST_RECORDS = 7_000  # of training, of all runs; an interactive page has a megabyte for them
+MOST_RECORDS_STATIC = 800
+INK = "#010203"  # what matplotlib draws lines and words in; becomes the page's own colour
+
+
+class Curve(NamedTuple):
+    """A line, with its places on each of its chart's axes."""
+
+    name: str
+    colour: str
+    xs: dict[str, list[float]]  # by the axis's name
+    y: list[float]
+    faint: bool = False  # what another curve is the mean of
+    dots: bool = False  # points, not a line
+
+
+class Chart(NamedTuple):
+    """Curves of several runs over the same axes, of which the reader chooses one."""
+
+    title: str
+    y_name: str
+    curves: list[Curve]
+    y_range: tuple[float, float] | None = None
+    main: bool = False  # drawn over each axis on a static page, others over the first
+
+
+def thinned(records: list, most: int) -> list:
+    """At most about so many, evenly chosen, first and last among them."""
+    each = math.ceil(len(records) / max(2, most))
+    return records if each <= 1 else [*records[:-1:each], records[-1]]
+
+
+def places(run: Run, records: list[dict]) -> dict[str, list[float]]:
+    """Where the records of a run lie, by step, by second of training and by token."""
+    batch = run.settings["train_batch_tokens"]
+    steps = [record["step"] for record in records]
+    seconds = [round(record["train_ms"] / 1000, 3) for record in records]
+    tokens = [round(step * batch / 1e6, 3) for step in steps]
+    return {"step": steps, "second of training": seconds, "million tokens": tokens}
+
+
+def training_charts(runs: list[Run], most: int) -> list[Chart]:
+    """Losses, rates and the time of a step, of the runs that logged any training.
+
+    most: records of all runs together that are drawn; of more, every so many-th.
+    """
+    drawn = [run for run in runs if run.losses]
+    if not drawn:
+        return []
+    losses = []
+    rates = []
+    times = []
+    for place, run in enumerate(drawn):
+        # The same run has the same colour in every chart.
+        colour = COLOURS[place % len(COLOURS)]
+        kept = thinned(run.losses, most // len(drawn))
+        xs = places(run, kept)
+        loss = [record["train_loss"] for record in kept]
+        means = smoothed([record["train_loss"] for record in run.losses])
+        mean = thinned([round(value, 5) for value in means], most // len(drawn))
+        losses.append(Curve(run.name, colour, xs, loss, faint=True))
+        losses.append(Curve(run.name, colour, xs, mean))
+        losses += validation_curves(run, colour)
+        if all("lr_factor" in record for record in kept):
+            rates.append(Curve(run.name, colour, xs, [record["lr_factor"] for record in kept]))
+        # A step's time belongs to the later of the two records that tell it.
+        later = {name: values[1:] for name, values in xs.items()}
+        times.append(Curve(run.name, colour, later, step_times(kept)))
+    title = f"Training loss: each line of the log, and the mean of {2 * REACH + 1}"
+    charts = [
+        Chart(title, "nats a token", losses, lowest_part(losses), main=True),
+        Chart("Learning rates, as a part of their height", "part", rates),
+        Chart(STEP_TIMES, "milliseconds", times, usual_part(times)),
+    ]
+    return [chart for chart in charts if any(curve.y for curve in chart.curves)]
+
+
+def lowest_part(curves: list[Curve]) -> tuple[float, float]:
+    """What of the losses is shown: the first ones are so high that nothing else could be told."""
+    lowest = min(min(finite_ones(curve.y), default=math.inf) for curve in curves)
+    lowest = lowest if math.isfinite(lowest) else 0.0  # a run that diverged at once
+    return lowest - 0.1, lowest + 1.5
+
+
+def usual_part(curves: list[Curve]) -> tuple[float, float]:
+    """Up to twice the median: a single pause would press all else to the ground."""
+    return 0.0, 2 * statistics.median([1.0] + [y for curve in curves for y in curve.y])
+
+
+def finite_ones(values: list[float]) -> list[float]:
+    """Without NaN and infinity, which a run that diverges leaves."""
+    return [value for value in values if math.isfinite(value)]
+
+
+def step_times(records: list[dict]) -> list[float]:
+    """Milliseconds of a step on the training clock, between each two records.
+
+    The log's own figure is the mean since the start, in which a pause can no longer be seen.
+    """
+    times = []
+    for before, after in zip(records, records[1:], strict=False):
+        steps = max(1, after["step"] - before["step"])
+        times.append(round((after["train_ms"] - before["train_ms"]) / steps, 3))
+    return times
+
+
+def validation_curves(run: Run, colour: str) -> list[Curve]:
+    """The validation losses that a run took as it trained, and at its end, as dots."""
+    known = []
+    for record in [record for record in run.records if record["event"] == "validation"]:
+        before = [loss for loss in run.losses if loss["step"] <= record.get("step", 0)]
+        if before:
+            clock = record["step"] * before[-1]["step_avg_ms"]  # this record has none
+            known.append(record | {"train_ms": clock})
+    if not known:
+        return []
+    scores = [record["val_loss"] for record in known]
+    return [Curve(f"{run.name}: validation", colour, places(run, known), scores, dots=True)]
+
+
+def finite(values: list[float]) -> list[float | None]:
+    """For JSON, which has no name for what is not finite: a gap."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def payload(chart: Chart) -> str:
+    """A chart as JSON in which no sign can end a script's element.
+
+    HTML reads a script's text as it stands: what is escaped for other elements would stay so.
+    """
+    curves = []
+    for curve in chart.curves:
+        xs = {name: finite(values) for name, values in curve.xs.items()}
+        curves.append(curve._asdict() | {"xs": xs, "y": finite(curve.y)})
+    text = json.dumps(chart._asdict() | {"curves": curves}, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def interactive(chart: Chart) -> Html:
+    """A place that draw.js fills, and the data for it."""
+    data = element("script", Html(payload(chart)), type="application/json")
+    place = element("div", class_="plot")
+    caption = element("figcaption", chart.title)
+    return element("figure", caption, data, place, class_="chart")
+
+
+def static(chart: Chart) -> Html:
+    """The chart as SVG."""
+    axes = list(chart.curves[0].xs)[: None if chart.main else 1]
+    drawings = [element("div", svg(chart, axis), class_="svg") for axis in axes]
+    caption = element("figcaption", chart.title)
+    kind = "chart main" if chart.main else "chart"
+    return element("figure", caption, element("div", *drawings, class_="row"), class_=kind)
+
+
+def svg(chart: Chart, axis: str) -> Html:
+    """One drawing, whose lines and words take the colour of the text around it.
+
+    Words stay words, in the page's font, so that they can be searched and read aloud.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK)
+    ink |= {"xtick.color": INK, "ytick.color": INK, "text.parse_math": False}
+    # Equal logs give equal files. Parts are named after their drawing, for a page holds several.
+    style = {"svg.fonttype": "none", "svg.hashsalt": chart.title + axis, "font.size": 9} | ink
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for curve in chart.curves:
+            if curve.faint:
+                continue
+            line = {"linestyle": "", "marker": "o", "markersize": 4} if curve.dots else {}
+            axes.plot(curve.xs[axis], curve.y, color=curve.colour, linewidth=1.2, **line)
+        axes.set(xlabel=axis, ylabel=chart.y_name)
+        if chart.y_range:
+            axes.set_ylim(*chart.y_range)
+        axes.grid(alpha=0.2)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    # A tenth of a point is finer than a screen shows, and these digits are most of the file.
+    return Html(re.sub(r"(\d+\.\d)\d+", r"\1", text))
+
+
+def legend(runs: list[Run]) -> Html:
+    """Which colour is whose, for the drawings that have no words on their curves."""
+    drawn = [run for run in runs if run.losses]
+    keys = []
+    for place, run in enumerate(drawn):
+        colour = COLOURS[place % len(COLOURS)]
+        swatch = element("i", style=f"background:{colour}")
+        keys.append(element("span", swatch, run.name))
+    return element("p", join(keys), class_="legend")
