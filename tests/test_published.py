@@ -8,9 +8,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.support import SCRIPT, run_here
+import train_gpt as t
+from data.tiny import make
+from tests.support import SCRIPT, run_here, write_shard
 
 FOLDER = SCRIPT.parent / "data" / "tiny"
 ARTIFACT = FOLDER / "tiny.int6.lzma"
@@ -56,3 +59,13 @@ def test_the_commands_that_name_it_name_files_that_are_there():
     assert {f"data/tiny/{path.name}" for path in (ARTIFACT, TOKENIZER)} <= named
     for path in named:
         assert (SCRIPT.parent / path).exists(), path
+
+
+def test_a_shard_is_cut_behind_a_whole_document(tmp_path):
+    tokens = np.arange(make.VALIDATION_TOKENS + 500) % 900 + 4
+    borders = (0, 700, make.VALIDATION_TOKENS + 30, make.VALIDATION_TOKENS + 60)
+    tokens[list(borders)] = t.BOS_ID
+    source = write_shard(tmp_path / "a_val_000000.bin", tokens)
+    make.cut_shard(source, tmp_path / "b_val_000000.bin")
+    kept = t.Shard(tmp_path / "b_val_000000.bin").read()
+    assert kept.tolist() == tokens[: borders[2]].tolist()
