@@ -10,6 +10,7 @@ import torch
 import train_gpt as t
 from tests.support import (
     SOLO,
+    Quiet,
     fill_gradients,
     newton_schulz,
     optimizer_tensors,
@@ -336,7 +337,7 @@ def test_a_checkpoint_holds_all_of_an_average(tmp_path, average):
 
     def train(steps: int) -> tuple[t.Trainer, list[torch.Tensor]]:
         model = random_model(settings)
-        trainer = t.Trainer(model, settings, SOLO, 128, 1e6, lambda *_: None, checkpoints)
+        trainer = t.Trainer(model, settings, SOLO, 128, 1e6, Quiet(), checkpoints)
         trainer.resume()
         for _ in range(steps):
             now = t.schedule_at(settings, trainer.steps_done, 0.0)
@@ -346,7 +347,7 @@ def test_a_checkpoint_holds_all_of_an_average(tmp_path, average):
             trainer.average.update(trainer.steps_done, trainer.optimizers.skip, now.snapshot)
         return trainer, [x.detach().clone() for x in trainer.tensors()]
 
-    with t.Checkpoints(settings, SOLO, lambda *_: None) as checkpoints:
+    with t.Checkpoints(settings, SOLO, Quiet()) as checkpoints:
         _, expected = train(8)
         trainer, _ = train(7)
         trainer.save()
