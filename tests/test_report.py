@@ -242,6 +242,19 @@ def test_of_several_runs_those_that_lack_a_section_are_named(monkeypatch, tmp_pa
     assert "1.17384673" in sections["Result"] and "1.21987654" in sections["Result"]
 
 
+def test_a_run_has_one_colour_whatever_other_runs_leave_out(monkeypatch, tmp_path, full):
+    scored = ROOT / "logs" / "web-60s-180s" / "e-plain-ttt.eval.jsonl"  # no training: no curves
+    losses = Page(made(monkeypatch, tmp_path, scored, full[0])).charts[0]
+    assert {curve["colour"] for curve in losses["curves"]} == {charts.COLOURS[1]}
+    text = Page(made(monkeypatch, tmp_path, scored, "--static")).sections
+    assert "1.1" in text["Result"] and "EVAL_ONLY=0" in text["Curves"]
+
+
+def test_the_audits_lines_keep_their_order():
+    shown = markup.from_markdown(AUDIT)
+    assert shown.index("NOT ISOLATED") < shown.index("<table>") < shown.index("Not checked")
+
+
 def test_seeds_have_a_mean_and_other_runs_have_none(monkeypatch, tmp_path, full):
     text = Page(made(monkeypatch, tmp_path, *SEEDS, "--static")).sections["Result"]
     assert "differ in SEED alone: mean 1.17354, sample standard deviation 0.00036" in text

@@ -75,11 +75,10 @@ def chunk_chart(runs: list[Run], paths: list[Path]) -> list[charts.Chart]:
         return []
     need(len(paths) <= len(runs), "--nats: more files than logs")
     curves = []
-    for place, (run, path) in enumerate(zip(runs, paths, strict=False)):
+    for run, path in zip(runs, paths, strict=False):
         means = read_chunks(run, path)
         xs = {"chunk": list(range(1, len(means) + 1))}
-        colour = charts.COLOURS[place % len(charts.COLOURS)]
-        curves.append(charts.Curve(run.name, colour, xs, means))
+        curves.append(charts.Curve(run.name, charts.colour_of(run, runs), xs, means))
     return [charts.Chart("Nats of each chunk, scored before it is learnt", "nats a token", curves)]
 
 
@@ -103,13 +102,15 @@ def build_sections(runs: list[Run], given: argparse.Namespace) -> dict[str, Html
     if given.static and curves:
         curves = [charts.legend(runs), element("div", *curves, class_="figures")]
     curves = curves or [sections.missing("losses and rates of training", sections.CURVES)]
-    chunks = join(draw(chart) for chart in chunk_chart(runs, given.nats))
+    chunks = [draw(chart) for chart in chunk_chart(runs, given.nats)]
+    if given.static and chunks:
+        chunks.insert(0, charts.legend(runs))
     # What came of it, how it was made, what of, and what else is known of the model.
     found = {"Result": sections.result(runs), "Clocks": sections.clocks(runs)}
     found |= {"Curves": join(curves), "Settings": sections.settings(runs)}
     found |= {"Bytes": sections.sizes(runs), "Machine": sections.machine(runs)}
     found |= {"Data": sections.data(runs), "Quantization": sections.quantization(runs)}
-    found["Test-time training"] = sections.adaptation(runs, chunks)
+    found["Test-time training"] = sections.adaptation(runs, join(chunks))
     found |= {"Sample": sections.sample(runs), "Audit": read_audit(given.audit)}
     return found
 

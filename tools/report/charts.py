@@ -68,6 +68,12 @@ def places(run: Run, records: list[dict]) -> dict[str, list[float]]:
     return {"step": steps, "second of training": seconds, "million tokens": tokens}
 
 
+def colour_of(run: Run, runs: list[Run]) -> str:
+    """The same in every chart, whatever runs these leave out."""
+    place = [other.name for other in runs].index(run.name)
+    return COLOURS[place % len(COLOURS)]
+
+
 def training_charts(runs: list[Run], most: int) -> list[Chart]:
     """Losses, rates and the time of a step, of the runs that logged any training.
 
@@ -79,9 +85,8 @@ def training_charts(runs: list[Run], most: int) -> list[Chart]:
     losses = []
     rates = []
     times = []
-    for place, run in enumerate(drawn):
-        # The same run has the same colour in every chart.
-        colour = COLOURS[place % len(COLOURS)]
+    for run in drawn:
+        colour = colour_of(run, runs)
         kept = thinned(run.losses, most // len(drawn))
         xs = places(run, kept)
         loss = [record["train_loss"] for record in kept]
@@ -216,10 +221,8 @@ def svg(chart: Chart, axis: str) -> Html:
 
 def legend(runs: list[Run]) -> Html:
     """Which colour is whose, for the drawings that have no words on their curves."""
-    drawn = [run for run in runs if run.losses]
     keys = []
-    for place, run in enumerate(drawn):
-        colour = COLOURS[place % len(COLOURS)]
-        swatch = element("i", style=f"background:{colour}")
+    for run in runs:
+        swatch = element("i", style=f"background:{colour_of(run, runs)}")
         keys.append(element("span", swatch, run.name))
     return element("p", join(keys), class_="legend")

@@ -62,16 +62,17 @@ def from_markdown(text: str) -> Html:
     Raises UserError if there is no table in it.
     """
     rows = []
-    beside = []
+    above = []
+    below = []
     for line in text.splitlines():
         if line.startswith("|"):
             cells = ESCAPED_BAR.split(line.strip().removeprefix("|").removesuffix("|"))
             rows.append([cell.strip().replace("\\|", "|") for cell in cells])
         elif line.strip():
-            beside.append(element("p", strong(line)))
+            (below if rows else above).append(element("p", strong(line)))
     need(len(rows) > 2, "--audit: there is no table in it; give what python -m tools.audit prints")
     header, _, *body = rows
-    return join([*beside, table(header, body)])
+    return join([*above, table(header, body), *below])
 
 
 def strong(line: str) -> Html:
