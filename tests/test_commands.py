@@ -74,7 +74,7 @@ def test_the_script_names_files_modules_and_checks_that_exist():
     text = CHECK.read_text(encoding="utf-8")
     assert os.access(CHECK, os.X_OK)
     modules = set(re.findall(r"-m (tools\.\w+)", text))
-    assert modules == {"tools.audit", "tools.convert", "tools.summary"}
+    assert modules == {"tools.audit", "tools.convert", "tools.report", "tools.summary"}
     assert all(importlib.util.find_spec(name) for name in modules)
     for name in re.findall(r"\b(?:tests|data)/\w+\.py", text):
         assert (ROOT / name).is_file(), name

@@ -108,6 +108,10 @@ audit() {
     esac
 }
 
+report() {
+    "$python" -m tools.report $data/tiny.jsonl "$work/demo.jsonl" --static --out "$work/report.html"
+}
+
 convert() {
     "$python" -m tools.convert $artifact --out "$work/tiny.safetensors"
     "$python" -m tools.convert "$work/tiny.safetensors" --out "$work/again.lzma"
@@ -128,6 +132,7 @@ part "sample text" sample
 lines=12 part "demo" demo
 lines=12 part "score of the published artifact" score
 lines=30 part "audit of the published artifact" audit
+part "report of both runs" report
 part "safetensors and back" convert
 part "tests" tests
 
