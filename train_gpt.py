@@ -326,7 +326,7 @@ PRESETS = {
     "peer7": {  # a published entry's shape, to compare speed; then three published systems
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
         "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0},
-    "nemotron_hinge": {  # the layers before the U-Net's turning point run three times
+    "nemotron_hinge": {  # the layers at the U-Net's turning point run three times
         "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7",
         "recur_start": 0.0, "train_seq_len": 4096},
     "hybrid11": HYBRID11,
@@ -349,7 +349,8 @@ for each_field in fields(Settings):
     group = each_field.metadata["group"] or group
     FIELDS[each_field.name] = group
 
-# What an artifact's header holds: all that the model's shapes and its forward pass depend on.
+# What an artifact's header holds: all that the model's shapes and its forward pass depend on, but
+# for TRAIN_SEQ_LEN, the window, which whoever scores may choose.
 MODEL_FIELDS = {name for name, group in FIELDS.items() if group in ("model", "recurrence")}
 MODEL_FIELDS -= {"mamba_chunk_size", "recur_start"}
 MODEL_FIELDS = sorted(MODEL_FIELDS | {"vocab_size", "document_reset", "document_scope"})
@@ -538,7 +539,7 @@ def help_text() -> str:
 # ==================================================================================================
 # 2. Ranks and device
 # What several processes need of each other, and what is chosen for a whole process. With one rank,
-# every method of Ranks is the identity.
+# what Ranks gathers or sums is what went in.
 
 
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
@@ -969,7 +970,7 @@ class ScanInputs(NamedTuple):
 
     value: Tensor  # (B, L, H, P)
     key: Tensor  # (B, L, N), the paper's B: normed, not yet biased and turned, for all heads
-    query: Tensor  # (B, L, N), the paper's C: likewise
+    query: Tensor  # (B, L, N), the paper's C: likewise; Mamba-2 norms neither
     step_size: Tensor  # (B, L, H), dt > 0
     log_decay: Tensor  # (B, L, H), A·dt <= 0
     key_bias: Tensor  # (H, N)
@@ -1035,8 +1036,8 @@ class MambaParameters(NamedTuple):
 
     step_bias: Tensor  # (H,), before softplus
     skip: Tensor  # (H,)
-    key_bias: Tensor  # (H, N)
-    query_bias: Tensor  # (H, N)
+    key_bias: Tensor  # (H, N); Mamba-2 has none: zeros (H, 1)
+    query_bias: Tensor  # likewise
     key_norm: Tensor | None = None  # (N,), Mamba-3
     query_norm: Tensor | None = None  # (N,), Mamba-3
     decay_rate: Tensor | None = None  # (H,), Mamba-2's A < 0
@@ -1049,7 +1050,8 @@ def mamba_scan(
     """What a Mamba layer computes of in_proj's outputs, (B, L, columns), by its MambaParameters.
 
     document_start: (B, L) bool or None. state: what earlier tokens left, or None. Returns the gated
-    outputs (B, L, H·P) in projected's dtype, their mean squares (B, L), and the state that is left.
+    outputs (B, L, H·P) in projected's dtype, their mean squares (B, L), and the state that is left;
+    None from backend "fused", which begins without one and is asked for none.
     """
     if backend == "triton":
         return triton_scan(projected, parameters, sizes, document_start, state, chunk_size)
@@ -1216,10 +1218,11 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     key_weight = cut(terms.current + F.pad(terms.previous[:, 1:], (0, 0, 0, 1)))
     total = cut(log_decay).cumsum(dim=-1)  # (B, H, chunks, C), from the chunk's beginning on
 
-    # 2. Within a chunk. Masked before exp(), which could overflow on what lies ahead.
+    # 2. Within a chunk, from earlier tokens; a token's own product comes in step 4. Masked before
+    # exp(), which could overflow on what lies ahead.
     between = total.unsqueeze(-1) - total.unsqueeze(-2)  # (B, H, chunks, C, C)
-    ahead = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=value.device).triu()
-    decay = between.masked_fill(ahead, -torch.inf).exp()
+    not_before = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=value.device).triu()
+    decay = between.masked_fill(not_before, -torch.inf).exp()
     y = (query @ key.mT * decay * key_weight.unsqueeze(-2)) @ value
 
     # 3. Between chunks: here the state is passed on. Each chunk reads what came before it.
@@ -1260,8 +1263,9 @@ def choose_scan_backend(settings, device: torch.device) -> str:
     if wanted == "auto":
         # Without its library, the first Mamba is many times slower on a GPU: that is not taken.
         install = settings.mamba_version == 1 and INSTALL in reasons["fused"]
+        # Nor what a CPU would interpret.
         chosen = [name for name in usable if device.type == "cuda" or name not in FOR_GPUS]
-        wanted = names[0] if install or not chosen else chosen[0]  # nothing that is interpreted
+        wanted = names[0] if install or not chosen else chosen[0]
     reason = reasons.get(wanted, f"is no backend of MAMBA_VERSION={settings.mamba_version}")
     need(not reason, f"SCAN_BACKEND={wanted} {reason}; what runs: {', '.join(usable) or 'none'}")
     return wanted
@@ -1350,7 +1354,11 @@ def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[
 
     A window of `size` tokens has size - overlap new ones, which divide length. Where only seen,
     () int64, earlier tokens exist, windows begin at the stream's first token, and instead hold more
-    tokens after the new ones, which causal attention leaves out.
+    tokens after the new ones, which causal attention leaves out. With two earlier tokens e, four
+    new ones, size 4, as places; and at a stream's beginning, where e do not exist:
+
+        e0 e1 n0 n1         windows [0 1 2 3] [2 3 4 5], outputs 2 3 6 7
+              n0 n1 n2 n3   windows [2 3 4 5] [2 3 4 5], outputs 0 1 6 7
     """
     stride = size - overlap
     first = torch.arange(0, length, stride, device=seen.device).clamp(min=overlap - seen)  # (W,)
@@ -1380,9 +1388,9 @@ class Linear(nn.Linear):
 
 
 def find_documents(start: Tensor, backend: str) -> Documents:
-    """A backend's Documents of windows whose tokens start (B, T) bool, or stand first, begin one.
+    """The Documents that a backend wants of windows; start (B, T) bool: a token begins a document.
 
-    Shapes follow from B and T alone: one graph serves all texts.
+    A window's first token always does. Shapes follow from B and T: one graph serves all texts.
     """
     position = torch.arange(start.shape[1], device=start.device, dtype=torch.int32)
     reach = position - torch.where(start, position, 0).cummax(dim=1).values
@@ -1702,7 +1710,7 @@ class Block(nn.Module):
     Choose it below, by a setting in the group "model" (what older files mean: FORMER_DEFAULTS). Its
     matrices are Linear, the last with zero=True: Muon trains them, GPTQ quantizes them. Others
     begin as initial() says, and are Adam's. Names decide the rest: *_proj has Mamba's rate
-    (parameter_kind()) and kind (kind_of()); x_proj, dt_proj and in_proj's last dynamics_rows have 8
+    (parameter_kind()) and kind (KINDS); x_proj, dt_proj and in_proj's last dynamics_rows have 8
     bits (grid_limits()); .D, .dt_bias float32 (float_type()). Add it to VARIANTS of two tests.
     """
 
@@ -1832,7 +1840,7 @@ class Model(nn.Module):
         """
         overlap = self.settings.attention_overlap
         missing = torch.arange(tokens.shape[1], device=tokens.device) < overlap - seen
-        tokens = tokens.masked_fill(missing, BOS_ID)  # no pair ends with a stream's first token
+        tokens = tokens.masked_fill(missing, BOS_ID)  # the first one's pair is that with BOS, too
         embedded = compact(self.embed(tokens[:, overlap - 1 :])[:, 1:])
         begun = tokens == BOS_ID
         start = begun[:, overlap:] if self.settings.document_reset else None
@@ -1840,7 +1848,9 @@ class Model(nn.Module):
         windows, outputs = stream_windows(seen, overlap, embedded.shape[1], size)
         reach = documents = None
         if self.settings.confines_documents:
-            own = begun[:, overlap:]  # documents that began earlier reach to all that states hold
+            # For convolutions, over the part: documents that began before it reach to all that
+            # states hold. For attention, documents are found in each window by itself.
+            own = begun[:, overlap:]
             reach = find_documents(own, "math").reach
             reach = reach.masked_fill(own.cumsum(dim=1) == 0, tokens.shape[1])
             documents = find_documents(begun[0, windows], backend)
@@ -1889,7 +1899,11 @@ class Model(nn.Module):
         return norm(x)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Softcapped logits (..., V) of hidden (..., width), float32 or more; ideas read tokens."""
+        """Softcapped logits (..., V) of hidden (..., width), float32 or more.
+
+        tokens are those that the logits follow: not used here, but a subclass may (tools/ideas),
+        which then has a nats() of its own too.
+        """
         cap = self.settings.logit_softcap
         logits = widened(F.linear(hidden, self.output_matrix.to(hidden.dtype)))
         return cap * torch.tanh(logits / cap)
@@ -1919,11 +1933,11 @@ class Model(nn.Module):
 # "The", " the" and "them" are rows of their own in the embedding, and a rare one learns little.
 # With SPELLING_FEATURES a row is trained as
 #
-#     row = own + 0.4 · (sum of what its spelling shares) / sqrt(their number)
+#     row = own + 0.4 · sum of n_f v_f / sqrt(sum of n_f²),      f in its spelling, n_f times
 #
-# where each feature of a spelling, such as the letters "the" or a space in front, has a vector that
-# all tokens with it train. Behind training the sum takes the row's place: the artifact holds no
-# more than without, and only the tokenizer says what is shared.
+# where each feature f of a spelling, such as the letters "the" or a space in front, has a vector
+# v_f that all tokens with it train. Behind training the sum takes the row's place: the artifact
+# holds no more than without, and only the tokenizer says what is shared.
 
 
 SPELLING_SCALE = 0.4  # of the shared part, beside the token's own
@@ -2370,7 +2384,7 @@ class EvaluationObserver:
     """What an Evaluator tells while it works; this one listens to nothing. tools/audit does."""
 
     def on_read(self, excerpt: Excerpt):
-        """These tokens were read, to be scored or trained on; no other tokens ever are."""
+        """These tokens were read, to be scored, trained on or carried in states; no others are."""
 
     def on_score(self, excerpt: Excerpt, scored: np.ndarray, nats: Tensor):
         """Of an excerpt's targets, those where scored (B, T) is true got the scores nats (B, T)."""
@@ -2456,7 +2470,8 @@ class Evaluator:
     stream in chunks of TTT_CHUNK_TOKENS targets, in order. On each it first calls _score_chunk(),
     which fixes the nats of every target in the chunk, and only then _adapt(), which reads this
     chunk's tokens and targets and none after them. So the weights that score a target have been
-    trained on earlier chunks alone; within a chunk, the model is causal. No target is scored again:
+    trained on earlier chunks alone. Within a chunk only the model's causality protects a target,
+    whose window may read on behind it. No target is scored again:
     _keep() counts, and _collect() raises unless each was scored exactly once. The last chunk, which
     nothing follows, is not trained on; the others are whole sequences by validate_settings(), so
     that training never reads past one. Ranks share a chunk's windows; gradients are summed.
@@ -2496,7 +2511,7 @@ class Evaluator:
     def _part_tokens(self) -> int:
         """Of stateful evaluation: an eighth of a chunk (for eight ranks), in whole strides.
 
-        No more than eight windows: a compiler writes out each chunk of a scan that is no kernel.
+        At most 8 TRAIN_SEQ_LEN: of a scan that is no kernel, a compiler writes out every chunk.
         """
         s = self.settings
         stride = s.train_seq_len - s.attention_overlap
@@ -2580,7 +2595,7 @@ class Evaluator:
             self.relay.end_round()
 
     def _resume(self, first: int, length: int) -> tuple[Excerpt, Tensor]:
-        """Reads length tokens from first on, and the overlap; hidden states (1, length, D)."""
+        """Reads length tokens from first on, and the overlap; hidden states (1, length, width)."""
         overlap = self.settings.attention_overlap
         seen = torch.tensor(min(overlap, first - self.states_from), device=self.ranks.device)
         resumed = seen, list(self.relay.states)
@@ -2694,8 +2709,9 @@ KINDS |= {"mixer": "attention", "": "embedding"}
 def grid_limits(model) -> dict[str, Tensor]:
     """The largest integer in each row of every matrix, float32 (rows, 1), by the weight's name.
 
-    INT8_MAX have both embeddings, and the rows that make Mamba's step sizes, decays, trapezoids and
-    angles, whose errors the recurrence compounds: in the first Mamba all of x_proj and dt_proj.
+    INT8_MAX have the tokens' embedding, an output matrix of its own, and the rows that make Mamba's
+    step sizes, decays, trapezoids and angles, whose errors the recurrence compounds: in the first
+    Mamba all of x_proj and dt_proj.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}
@@ -2712,7 +2728,7 @@ def grid_limits(model) -> dict[str, Tensor]:
 
 
 def exact_steps(steps: Tensor) -> Tensor:
-    """The nearest grid steps that float16 holds, float32; a row of zeros has none of 0 either."""
+    """The nearest normal float16 numbers, float32: so no step is 0, not even of a row of zeros."""
     return steps.clamp(min=2**-14, max=60_000.0).half().float()
 
 
@@ -2746,7 +2762,10 @@ def grids(model, settings, matrices: dict[str, Tensor], k: float):
 
 
 def float_type(name: str) -> str:
-    """A parameter's type in the artifact: float32 for Mamba's dt_bias and D alone, else float16."""
+    """The type in the artifact of a vector, or of a matrix's grid steps, by the parameter's name.
+
+    float32 for Mamba's dt_bias and D alone, else float16.
+    """
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
@@ -2941,16 +2960,20 @@ def quantize_model(model, settings, ranks, hessians: dict, k: float) -> dict[str
 # Model.named_parameters(), then one for each matrix: name, type, numbers.
 #
 #     bigram_scale                           float16   1                a vector, rounded to it;
+#     ...
 #     embedding.weight                       float16   vocab + width    a matrix's grid steps of
 #     ...                                                               rows, then of columns
 #     blocks.0.mixer.dt_bias                 float32   heads            with D alone: float_type()
+#     ...
 #     blocks.0.mixer.in_proj.weight          float16   rows + columns   columns': 1 but with dsq
 #     ...
 #     embedding.weight integers              uint32    256              frequencies of its integers'
 #     blocks.0.mixer.in_proj.weight integers uint32    256              values, summing to 65,536
 #
-# exact_steps() made all grid steps numbers that float16 holds, those of int8 rows too, whose 8 bits
-# buy reach (next to no clipping) and, at a large k, a finer grid.
+# in_proj's row steps stand in the order of MambaSizes.columns(): those of its int8 rows, step sizes
+# first, are the last dynamics_rows of them. exact_steps() made all steps numbers that float16
+# holds, those of int8 rows too, whose 8 bits buy reach (next to no clipping) and, at a large k, a
+# finer grid.
 
 
 ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
@@ -3956,7 +3979,8 @@ def export(trainer, batches) -> dict:
             break
         problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
         remedy = "raise it or SDCLIP_MOST, or make the model smaller"
-        need(k < s.sdclip_most, f"{problem}: {remedy}")
+        grows = k < s.sdclip_most and s.quantizer != "ternary"  # whose grids know no k
+        need(grows, f"{problem}: {remedy}")
         k = min(s.sdclip_most, k + 5 * k * (size - target) / size)  # a size falls with log k
         clock.start()
     in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
@@ -3994,7 +4018,7 @@ def quantization_report(trainer, quantized, before: Score, score):
         floats = {name: p.clone() for name, p in model.state_dict().items()}
     left = set(grid_limits(model))
     lost = {}
-    for part, kind in (KINDS | {"": "embedding"}).items():
+    for part, kind in KINDS.items():
         names = {name for name in left if part in name}
         left -= names
         model.load_state_dict(floats | {name: quantized.get_parameter(name) for name in names})
@@ -4231,17 +4255,18 @@ def explain_collective(error: RuntimeError) -> str:
 # In order, on chunks of CHUNK tokens:
 #
 #   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
+#   (fused_scan)       a product sums the turns made in chunks to those made before each
 #   rotate_features    a program per chunk and head: keys and queries, biased and rotated
 #   scan_forward       a program per head goes through the chunks, its state in registers
 #   scan_backward      a program per head comes back through the chunks
 #   features_backward  undoes rotate_features and the norms, summed over heads
 #   tokens_backward    undoes the rest of tokens_forward
 #
-# They read and write in_proj's rows in place (gate, value, key, query, step, decay, trapezoid,
-# angles). Decays are base-2 logarithms, for the GPU's own exponential is 2**x; angles are in turns,
-# so that whole ones drop out exactly. Sums go through buffers, without atomics: two runs give the
-# same bits. Keys, queries, biases and the state have their even entries first, then the odd ones,
-# so that a pair to be rotated lies in two contiguous halves.
+# They read in_proj's rows where they lie (gate, value, key, query, step, decay, trapezoid, angles),
+# and write gradients alike. Decays are base-2 logarithms, for the GPU's own exponential is 2**x;
+# angles are in turns, so that whole ones drop out exactly. Sums go through buffers, without
+# atomics: two runs give the same bits. Keys, queries, biases and the state have their even entries
+# first, then the odd ones, so that a pair to be rotated lies in two contiguous halves.
 #
 # Tensors, in section 4's letters, S.H and so on in kernels; `padded` is the length in whole chunks.
 # Those marked * have in_proj's dtype, rotation has float16, all others float32. The gradient of x
@@ -5470,7 +5495,8 @@ def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
     """Where documents begin in the windows start (B, T) bool, laid end to end; then their end.
 
     (slots + 1,) int32 in order; slots without a document hold the end too. There is one for every
-    128 tokens, at least 256, as kernels take time for each. And () bool: whether those are too few.
+    window, and for every 128 tokens, at least 256: kernels take time for each. And () bool: whether
+    those are too few.
     """
     batch, length = start.shape
     total = start.numel()
@@ -5511,7 +5537,7 @@ def attend_by_lengths(query, key, value, documents: Documents | None, backend: s
 
 @cache
 def attention_problem(settings, device: torch.device) -> str:
-    """Why ATTENTION_BACKEND cannot run, forward and backward, on one window; empty if it can."""
+    """Why ATTENTION_BACKEND cannot run, forward and backward, on a short text; empty if it can."""
     backend = settings.attention_backend
     confined = settings.confines_documents
     head = settings.model_dim // settings.num_heads

@@ -353,7 +353,8 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
         random_activations(s, ranks.device, heads, head_dim)
         for heads in (s.num_heads, s.num_kv_heads, s.num_kv_heads)
     )
-    return operator(t.sdpa, inputs, (), mixer_flops(s, "A", s.train_batch_tokens))
+    attend = functools.partial(t.attend, documents=None, backend="auto")
+    return operator(attend, inputs, (), mixer_flops(s, "A", s.train_batch_tokens))
 
 
 def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
