@@ -358,6 +358,9 @@ MODEL_FIELDS = sorted(MODEL_FIELDS | {"vocab_size", "document_reset", "document_
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
 NOT_TRAINING = {name for name, group in FIELDS.items() if group in ("run", "evaluation", "sample")}
 TRAINING_FIELDS = [n for n in FIELDS if n not in NOT_TRAINING | {"data_path", "tokenizer_path"}]
+# Of these, what only export reads, as long as no weights train on their grids: a run whose export
+# failed goes on with other values.
+EXPORT_FIELDS = {name for name, group in FIELDS.items() if group == "export"}
 
 
 # ---- Reading and checking ------------------------------------------------------------------------
@@ -750,6 +753,16 @@ def summarize_shards(shards: list[Shard]) -> dict:
     return {"shards": len(shards), "tokens": sum(x.count for x in shards), "digest": digest}
 
 
+def sampled_digest(shards: list[Shard]) -> str:
+    """A digest of names, lengths and 16 pieces of each shard: other text gives another one."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(ascii((shard.path.name, shard.count)).encode())
+        for first in np.linspace(0, max(0, shard.count - 512), 16).astype(int):
+            digest.update(shard.read(int(first), min(512, shard.count)).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def check_token_range(tokens: np.ndarray, size: int, split: str):
     """Raises UserError for a token id that a vocabulary of this size lacks."""
     largest = int(tokens.max(initial=0))
@@ -915,21 +928,22 @@ def load_validation(settings, tokenizer) -> ValidationSet:
     return ValidationSet(tokens, tokenizer.target_bytes(tokens), len(shards))
 
 
-def check_tokenizer(settings, tokenizer, validation: ValidationSet, log):
+def check_tokenizer(settings, tokenizer, log):
     """Raises UserError before a run trains on shards that are not the tokenizer's: mismatch().
 
     Scoring alone only warns: tokens may have been replaced to see what that changes.
     """
-    first = {"validation": validation.tokens}
-    if not settings.eval_only:
-        (shard, *_) = open_shards(settings.data_path, "train")
-        first["training"] = shard.read(0, min(shard.count, ROUND_TRIP_TOKENS))
-    for split, tokens in first.items():
-        check_token_range(tokens, settings.vocab_size, split)
-        if problem := tokenizer.mismatch(tokens):
-            what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {split} shards"
-            need(settings.eval_only, f"{what}: {problem}")
-            log(f"warning: {what}: {problem}")
+    splits = {"val": "validation"} | ({} if settings.eval_only else {"train": "training"})
+    for split, name in splits.items():
+        shards = open_shards(settings.data_path, split)
+        share = max(2048, ROUND_TRIP_TOKENS // len(shards))
+        for shard in shards:
+            tokens = shard.read(0, min(shard.count, share))
+            check_token_range(tokens, settings.vocab_size, name)
+            if problem := tokenizer.mismatch(tokens):
+                what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {name} shards"
+                need(settings.eval_only, f"{what}: {problem}")
+                log(f"warning: {what}: {problem}")
 
 
 # ==================================================================================================
@@ -3423,6 +3437,7 @@ class TrainingClock:
 # The ways in which a run is told to stop: from a keyboard, by kill, by a terminal that is gone, and
 # by what clusters are set up to send before they kill (Slurm's --signal).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+STOP_SIGNALS += (signal.SIGUSR2, signal.SIGXCPU)  # as Slurm and limits of processor time send
 AS_ONE_SECONDS = 3.0  # a launcher and a terminal may both send one
 PR_SET_PDEATHSIG = 1  # of Linux' prctl(): the signal that comes when the parent process ends
 
@@ -3488,6 +3503,8 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         raised = theirs["export_reserve_seconds"] < reserve  # as a late export asks for
         names = {name for name in TRAINING_FIELDS if theirs[name] != ours[name]}
         names -= {"export_reserve_seconds"} if raised else set()
+        on_grids = [x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (theirs, ours)]
+        names -= set() if any(on_grids) else EXPORT_FIELDS
         differ = [f"{name.upper()}={theirs[name]}, not {ours[name]}" for name in sorted(names)]
         sources = {"training_data": "DATA_PATH", "tokenizer_sha256": "TOKENIZER_PATH"}
         for name, source in sources.items():
@@ -3899,7 +3916,8 @@ class Trainer:
 
 def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
     """From shards to an artifact, scored before and after quantization; returns its SHA-256."""
-    data = summarize_shards(open_shards(settings.data_path, "train"))
+    shards = open_shards(settings.data_path, "train")
+    data = summarize_shards(shards)
     summary = "{tokens:,} tokens in {shards} shards (names and lengths {digest})".format(**data)
     log(f"training data: {summary}", "training_data", **data)
     target = int(settings.target_mb * 1e6) - code_bytes()
@@ -3909,7 +3927,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
     score = partial(plain_score, settings, ranks, validation)
     with Checkpoints(settings, ranks, log) as checkpoints:
         trainer = Trainer(model, settings, ranks, micro_batch, target, log, checkpoints)
-        trainer.training_data = summary
+        trainer.training_data = f"{summary}, text {sampled_digest(shards)}"
         # What its readers would refuse is not trained.
         read_header(json.dumps(artifact_header(settings)), artifact_header(Settings()))
         read_header(json.dumps(trainer.header()), trainer.header())
@@ -3987,6 +4005,8 @@ def export(trainer, batches) -> dict:
     path = s.artifact_path if in_time else Path(f"{s.artifact_path}.late")
     if ranks.rank == 0:
         write_whole(path, data)
+        if in_time:
+            Path(f"{s.artifact_path}.late").unlink(missing_ok=True)
     ranks.from_main(None)  # all wait for it
     late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS, and the same"
     need(in_time, f"{late} command goes on from a checkpoint; {path} has this model, unclaimed")
@@ -4176,7 +4196,7 @@ def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet 
     if prompt and settings.eval_only and folder.is_dir() and not any(folder.glob("*_val_*.bin")):
         return None
     validation = load_validation(settings, tokenizer)
-    check_tokenizer(settings, tokenizer, validation, log)
+    check_tokenizer(settings, tokenizer, log)
     tokens, target_bytes, shards = validation
     counts = {"shards": shards, "documents": int((tokens == BOS_ID).sum()), "tokens": len(tokens)}
     counts |= {"scored_tokens": len(target_bytes), "bytes": int(target_bytes.sum())}

@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -262,7 +263,9 @@ def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name
+    "number",
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU],
+    ids=lambda number: number.name,
 )
 def test_a_signal_stops_a_run_with_a_checkpoint(
     monkeypatch, capsys, shards, tmp_path, undisturbed, number
@@ -736,9 +739,47 @@ def test_a_training_clock_that_runs_over_ends_without_a_score(
     assert "raise EXPORT_RESERVE_SECONDS" in mistake(monkeypatch, capsys, environment)
     environment["EXPORT_RESERVE_SECONDS"] = "1.3"
     assert run_here(monkeypatch, environment) == 0
+    assert not (tmp_path / "a.int6.lzma.late").exists()
     resumed = records(tmp_path, "resumed")
     assert len(resumed) == 2
     assert records(tmp_path, "trained")[0]["train_clock_seconds"] <= 2
+
+
+def test_an_export_that_failed_is_made_with_other_settings_of_it(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """From the checkpoint of training's end. Where weights trained on their grids, these stay."""
+    target = (t.code_bytes() + 42_000) / 1e6
+    changes = {"target_mb": target, "sdclip_most": 5, "late_qat_threshold": 0}
+    environment = quick_environment(shards, tmp_path, **changes)
+    assert "raise it or SDCLIP_MOST" in mistake(monkeypatch, capsys, environment)
+    environment["SDCLIP_MOST"] = "16"
+    environment["TARGET_MB"] = "15"
+    assert run_here(monkeypatch, environment) == 0
+    (resumed,) = records(tmp_path, "resumed")
+    assert resumed["step"] == records(tmp_path, "trained")[0]["steps"]
+    environment = quick_environment(shards, tmp_path / "qat", late_qat_threshold=0.9)
+    kill_here(monkeypatch, environment | {"CHECKPOINT_EVERY": "1e-6"})
+    said = mistake(monkeypatch, capsys, environment | {"SDCLIP_MOST": "12"})
+    assert "has SDCLIP_MOST=16.0, not 12.0" in said
+
+
+def test_a_run_does_not_go_on_over_other_text_of_the_same_length(
+    monkeypatch, capsys, shards, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    environment = quick_environment(copy, tmp_path, checkpoint_every=1e-6)
+    kill_here(monkeypatch, environment)
+    path = next(iter(sorted(copy.glob("*_train_*.bin"))))
+    data = path.read_bytes()
+    # Documents in another order: the same names and lengths.
+    tokens = np.frombuffer(data[1024:], "<u2")
+    second = np.flatnonzero(tokens == t.BOS_ID)[1]
+    path.write_bytes(data[:1024] + np.roll(tokens, -second).tobytes())
+    said = mistake(monkeypatch, capsys, environment)
+    assert "trained on" in said
+    assert "but DATA_PATH has" in said
 
 
 STALL = """

@@ -54,7 +54,9 @@ def run_command(name: str, command: Callable[[], int], *mistakes: type[Exception
         message = str(error)
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install -r requirements-dev.txt"
+    except RecursionError:
+        message = "a file is nested too deeply to be read"
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
+        message = f"{error.filename or 'what it prints'}: {error.strerror}"
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
