@@ -642,6 +642,22 @@ def choose_device(settings, local_rank: int) -> torch.device:
     return device
 
 
+@contextmanager
+def signals_end_at_once():
+    """While torch waits for other ranks in C++, where no handler of Python's runs, and there is
+    nothing to lose yet, a signal ends the process as if nothing handled it.
+    """
+    usual = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handled = [number for number, handler in usual.items() if callable(handler)]
+    for number in handled:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, usual[number])
+
+
 def start_ranks(settings) -> Ranks:
     """Joins the ranks that torchrun started, if it did: gloo, and NCCL for what lies on GPUs."""
     rank, local_rank, world_size = read_launch(dict(os.environ))
@@ -649,7 +665,8 @@ def start_ranks(settings) -> Ranks:
     if world_size == 1:
         return ranks
     try:
-        store, *_ = next(dist.rendezvous("env://"))
+        with signals_end_at_once():
+            store, *_ = next(dist.rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
         place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
         reason = str(error).partition("\n")[0]
@@ -659,7 +676,8 @@ def start_ranks(settings) -> Ranks:
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
     backends, device = ("cpu:gloo,cuda:nccl", ranks.device) if ranks.gpu else ("gloo", None)
-    dist.init_process_group(backends, None, timeout, world_size, rank, store, device_id=device)
+    with signals_end_at_once():
+        dist.init_process_group(backends, None, timeout, world_size, rank, store, device_id=device)
     # gloo's threads may hold a tensor when Python ends, and abort: one in four runs of two ranks
     # with torch 2.11. Needed unless a hundred such runs without it all end with status 0.
     atexit.register(time.sleep, 0.1)
@@ -5719,6 +5737,8 @@ RENAMED = """
     GRAD_CLIP=GRAD_CLIP_NORM MAX_GRAD_NORM=GRAD_CLIP_NORM ADAM_BETA1=BETA1 ADAM_BETA2=BETA2
     WARMDOWN_STEPS=WARMDOWN_ITERS WARMDOWN_FRAC=WARMDOWN_FRACTION EVAL_EVERY=VAL_LOSS_EVERY
     EVAL_INTERVAL=VAL_LOSS_EVERY LOG_EVERY=TRAIN_LOG_EVERY LOG_INTERVAL=TRAIN_LOG_EVERY
+    SEQLEN=TRAIN_SEQ_LEN N_CTX=TRAIN_SEQ_LEN TOTAL_STEPS=ITERATIONS NSTEPS=ITERATIONS
+    NHEADS=NUM_HEADS ROPE_THETA=ROPE_BASE CLIP_GRAD=GRAD_CLIP_NORM TIME_LIMIT=MAX_WALLCLOCK_SECONDS
 """
 ALIASES = {name: fate for names, fate in CONVERTED.items() for name in names.split()}
 ALIASES |= {name: (ours, None) for name, ours in (pair.split("=") for pair in RENAMED.split())}
@@ -5753,12 +5773,12 @@ REFUSALS = {
     "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
     # Not the contest's, but reached for.
-    "GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS": "TRAIN_BATCH_TOKENS is a step's",
+    "GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS BATCHSIZE": "TRAIN_BATCH_TOKENS is a step's",
     "DEVICE_BATCH_SIZE MICRO_BATCH_SIZE": "MICRO_BATCH_TOKENS is a rank's at once",
     "EPOCHS NUM_EPOCHS": "ITERATIONS or MAX_WALLCLOCK_SECONDS end a run",
     "SAVE_EVERY CKPT_EVERY CHECKPOINT_INTERVAL": "CHECKPOINT_EVERY says it, in seconds",
     "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
-    "ADAM_LR BASE_LR LEARNING_RATE LR MAX_LR MUON_LR": "MATRIX_LR, SCALAR_LR and so on: see --help",
+    "ADAM_LR BASE_LR LEARNING_RATE LR LRATE MAX_LR MUON_LR": "MATRIX_LR, SCALAR_LR, …: see --help",
     "DROPOUT=0": "nothing is dropped",
     "WARMUP_ITERS WARMUP_RATIO": "rates rise over a run's first hundredth; WARMUP_STEPS compile",
 }

@@ -14,8 +14,11 @@ import os
 import platform
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -954,3 +957,25 @@ def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for(wanted, early):
         cwd=SCRIPT.parent,
     )
     assert done.stdout.strip() in (str(wanted == "1"), "unknown"), done.stderr
+
+
+def test_a_process_that_waits_for_other_ranks_ends_at_a_signal(shards, tmp_path):
+    """There is nothing to lose yet; torch waits in C++, where no handler of Python's runs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launch = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    environment = process_environment(run_environment(shards, tmp_path)) | launch
+    process = subprocess.Popen([sys.executable, str(SCRIPT)], env=environment)
+    try:
+        listens, deadline = False, time.monotonic() + PATIENCE
+        while not listens and time.monotonic() < deadline:
+            time.sleep(0.1)
+            with socket.socket() as probe:
+                listens = probe.connect_ex(("localhost", int(port))) == 0
+        assert listens
+        process.terminate()
+        assert process.wait(timeout=20) == -signal.SIGTERM
+    finally:
+        process.kill()
