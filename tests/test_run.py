@@ -979,3 +979,33 @@ def test_a_process_that_waits_for_other_ranks_ends_at_a_signal(shards, tmp_path)
         assert process.wait(timeout=20) == -signal.SIGTERM
     finally:
         process.kill()
+
+
+def test_two_machines_are_two_ranks(shards, tmp_path):
+    """Two agents of torchrun, as on two machines that share LOG_DIR: the artifact of one machine's
+    two ranks, byte for byte.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--nnodes=2"]
+    launch += ["--master_addr=localhost", f"--master_port={port}"]
+    environment = process_environment(run_environment(shards, tmp_path, run_id="nodes"))
+    agents = [
+        subprocess.Popen(
+            [*launch, f"--node_rank={rank}", str(SCRIPT)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert agents[0].wait(timeout=PATIENCE) == 0
+    agents[1].wait(timeout=PATIENCE)  # torchrun may complain that the first has left
+    one = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = process_environment(run_environment(shards, tmp_path, run_id="one"))
+    subprocess.run(
+        [*one, str(SCRIPT)], env=environment, check=True, capture_output=True, timeout=PATIENCE
+    )
+    files = [(tmp_path / f"{name}.int6.lzma").read_bytes() for name in ("nodes", "one")]
+    assert files[0] == files[1]
