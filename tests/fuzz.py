@@ -524,6 +524,8 @@ def read_checkpoint(case: Case, path: Path, originals: Originals) -> str:
     held = {name: header.pop(name) for name in t.TRAINING_FIELDS}
     if held["export_reserve_seconds"] < wanted["export_reserve_seconds"]:
         held["export_reserve_seconds"] = wanted["export_reserve_seconds"]  # it may be raised
+    if not any(x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (held, wanted)):
+        held |= {name: wanted[name] for name in t.EXPORT_FIELDS}  # they may be others
     if held != wanted:
         return "a checkpoint of other settings was read"
     progress = [trainer.steps_done, trainer.clock.counted, trainer.qat_k]
