@@ -642,30 +642,16 @@ def choose_device(settings, local_rank: int) -> torch.device:
     return device
 
 
-@contextmanager
-def signals_end_at_once():
-    """While torch waits for other ranks in C++, where no handler of Python's runs, and there is
-    nothing to lose yet, a signal ends the process as if nothing handled it.
-    """
-    usual = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    handled = [number for number, handler in usual.items() if callable(handler)]
-    for number in handled:
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, usual[number])
-
-
 def start_ranks(settings) -> Ranks:
     """Joins the ranks that torchrun started, if it did: gloo, and NCCL for what lies on GPUs."""
     rank, local_rank, world_size = read_launch(dict(os.environ))
     ranks = Ranks(rank, world_size, choose_device(settings, local_rank))
     if world_size == 1:
         return ranks
+    # While torch waits for others in C++ no handler of Python's runs, and there is nothing to lose
+    # yet: a signal ends the process as if nothing handled it.
     try:
-        with signals_end_at_once():
+        with handling_signals(signal.SIG_DFL):
             store, *_ = next(dist.rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
         place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
@@ -676,7 +662,7 @@ def start_ranks(settings) -> Ranks:
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
     backends, device = ("cpu:gloo,cuda:nccl", ranks.device) if ranks.gpu else ("gloo", None)
-    with signals_end_at_once():
+    with handling_signals(signal.SIG_DFL):
         dist.init_process_group(backends, None, timeout, world_size, rank, store, device_id=device)
     # gloo's threads may hold a tensor when Python ends, and abort: one in four runs of two ranks
     # with torch 2.11. Needed unless a hundred such runs without it all end with status 0.
@@ -816,7 +802,6 @@ class Batches:
         self.settings = settings
         self.ranks = ranks
         self.shards = open_shards(settings.data_path, "train")
-        self.summary = summarize_shards(self.shards)
         lengths = [shard.count for shard in self.shards]
         windows = batch_windows(lengths, settings.train_seq_len, settings.seed)
         self.sequences = settings.train_batch_tokens // settings.train_seq_len
@@ -3261,8 +3246,8 @@ def record_layout(skeleton: Model) -> np.dtype:
     return np.dtype(entries + [(f"{name} integers", "<u4", 256) for name in matrices])
 
 
-def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
-    """The parameters, float32, that pack_artifact() put into a payload for such a model.
+def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
+    """The record in a payload, of record_layout(), and the words of code behind it, uint16.
 
     Raises ValueError or lzma.LZMAError for others, before it unpacks more than a record's bytes.
     """
@@ -3270,11 +3255,19 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
     unpacker = lzma.LZMADecompressor()
     content = unpacker.decompress(payload, layout.itemsize + 1)
     (record,) = np.frombuffer(content, layout)
-    words = np.frombuffer(unpacker.unused_data, "<u2")
+    return record, np.frombuffer(unpacker.unused_data, "<u2")
+
+
+def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
+    """The parameters, float32, that pack_artifact() put into a payload for such a model.
+
+    Raises ValueError or lzma.LZMAError for others, as read_record() does.
+    """
+    record, words = read_record(payload, skeleton)
     parameters = {}
     for name, p in skeleton.named_parameters():
         numbers = torch.tensor(record[name].astype(np.float32))
-        if f"{name} integers" in layout.names:
+        if f"{name} integers" in record.dtype.names:
             integers, words = decode_integers(record[f"{name} integers"], words, p.numel())
             row_steps, column_steps = numbers.split(p.shape)
             numbers = torch.tensor(integers).view(p.shape) * row_steps[:, None] * column_steps
@@ -3453,11 +3446,25 @@ class TrainingClock:
 
 
 # The ways in which a run is told to stop: from a keyboard, by kill, by a terminal that is gone, and
-# by what clusters are set up to send before they kill (Slurm's --signal).
+# by what clusters are set up to send before they kill (Slurm's --signal, limits of processor time).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-STOP_SIGNALS += (signal.SIGUSR2, signal.SIGXCPU)  # as Slurm and limits of processor time send
+STOP_SIGNALS += (signal.SIGUSR2, signal.SIGXCPU)
 AS_ONE_SECONDS = 3.0  # a launcher and a terminal may both send one
 PR_SET_PDEATHSIG = 1  # of Linux' prctl(): the signal that comes when the parent process ends
+
+
+@contextmanager
+def handling_signals(handler):
+    """Has signals to stop handled so meanwhile; what the parent process ignores stays ignored."""
+    usual = {n: signal.getsignal(n) for n in STOP_SIGNALS}
+    taken = [n for n, before in usual.items() if before not in (signal.SIG_IGN, None)]
+    try:
+        for number in taken:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, usual[number])
 
 
 @contextmanager
@@ -3476,15 +3483,8 @@ def stop_signals(at_once: bool = False):
         if at_once and times[-1] - times[-2] >= AS_ONE_SECONDS:
             raise KeyboardInterrupt(signal.Signals(number).name)
 
-    usual = {n: signal.getsignal(n) for n in STOP_SIGNALS}
-    taken = [n for n, handler in usual.items() if handler not in (signal.SIG_IGN, None)]
-    try:
-        for number in taken:
-            signal.signal(number, receive)
+    with handling_signals(receive):
         yield received
-    finally:
-        for number in taken:
-            signal.signal(number, usual[number])
     if received and not at_once:  # too late for the loop to see
         signal.raise_signal(received[0])
 

@@ -10,6 +10,7 @@ import queue
 import re
 import resource
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -256,6 +257,13 @@ def process_environment(settings: dict[str, str]) -> dict[str, str]:
         name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ
     }
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)} | settings
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens on, for ranks to meet at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def run_here(monkeypatch, environment: dict[str, str], *arguments: str) -> int:

@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from tests.support import (
     SOLO,
     Quiet,
     fill_gradients,
+    free_port,
     mistake,
     process_environment,
     random_model,
@@ -800,9 +800,7 @@ def test_a_rank_that_stalls_is_named(shards, tmp_path):
     stalls.
     """
     (tmp_path / "stall.py").write_text(STALL)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     environment = quick_environment(shards, tmp_path)
     environment |= {
         "WORLD_SIZE": "2",

@@ -33,6 +33,7 @@ from tests.support import (
     SIX_STEPS,
     SOLO,
     Quiet,
+    free_port,
     mistake,
     process_environment,
     random_model,
@@ -961,9 +962,7 @@ def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for(wanted, early):
 
 def test_a_process_that_waits_for_other_ranks_ends_at_a_signal(shards, tmp_path):
     """There is nothing to lose yet; torch waits in C++, where no handler of Python's runs."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     launch = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     environment = process_environment(run_environment(shards, tmp_path)) | launch
@@ -985,9 +984,7 @@ def test_two_machines_are_two_ranks(shards, tmp_path):
     """Two agents of torchrun, as on two machines that share LOG_DIR: the artifact of one machine's
     two ranks, byte for byte.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--nnodes=2"]
     launch += ["--master_addr=localhost", f"--master_port={port}"]
     environment = process_environment(run_environment(shards, tmp_path, run_id="nodes"))

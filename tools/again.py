@@ -22,7 +22,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, need, run_command
-from tools.logs import SEPARATOR, last_run, not_a_log
+from tools.logs import SEPARATOR, last_run, not_a_log, rank_count
 
 
 def read_script(path: Path) -> bytes:
@@ -62,8 +62,7 @@ def read_command(
         # Older logs do not say which were given; their scripts take all.
         given = {*started.get("given", every), "run_id", "log_dir"}
         settings = {name.upper(): shown(every[name]) for name in every if name in given}
-        # "2 × NVIDIA H200": one process for each.
-        ranks = int(started["machine"]["hardware"].split(" × ")[0])
+        ranks = rank_count(started["machine"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise not_a_log(records) from None
     # What is only scored keeps the artifact of the run that trained; its log gets another name.

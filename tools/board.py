@@ -10,7 +10,6 @@ settings as a table. Logs are only read: neither a run nor its clock notices. Ne
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, need, run_command
-from tools.logs import not_a_log
+from tools.logs import parse_records
 
 PAUSE = 2.0  # seconds between looks at the logs
 ENDS = {"final", "error"}  # events behind which a run tells no more
@@ -42,11 +41,7 @@ class Reader:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self.place += len(whole)
-        try:
-            records = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            raise not_a_log(self.path) from None
-        need(all(isinstance(r, dict) and "event" in r for r in records), not_a_log(self.path))
+        records = parse_records(whole, self.path)
         if records:  # a run that is taken up again begins with its settings
             self.ended = records[-1]["event"] in ENDS
         return records

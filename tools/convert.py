@@ -17,7 +17,6 @@ import lzma
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 if not __package__:  # started by its path
@@ -44,11 +43,8 @@ def settings_of(header: dict) -> t.Settings:
 
 def grid_steps(payload: bytes, skeleton: t.Model) -> dict[str, torch.Tensor]:
     """The grid steps of each matrix in an artifact's payload, float16 (rows + columns,)."""
-    layout = t.record_layout(skeleton)
-    content = lzma.LZMADecompressor().decompress(payload, layout.itemsize)
-    (record,) = np.frombuffer(content, layout)
-    matrices = t.grid_limits(skeleton)
-    return {name + STEPS: torch.tensor(record[name]) for name in matrices}
+    record, _ = t.read_record(payload, skeleton)
+    return {name + STEPS: torch.tensor(record[name]) for name in t.grid_limits(skeleton)}
 
 
 def from_artifact(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

@@ -136,10 +136,12 @@ def read_variant(text: str, environment: dict[str, str]) -> tuple[str, t.Setting
     return name.strip(), chosen
 
 
-def read_requantized(variant: str, texts: list[str]) -> dict[str, t.Settings]:
-    """The settings of each --requantize for a variant, both as on the command line, by its name."""
+def read_requantized(variant: str, trained: t.Settings, texts: list[str]) -> dict[str, t.Settings]:
+    """The settings of each --requantize for a variant, both as on the command line, by its name.
+
+    trained: read_variant()'s of the variant.
+    """
     _, _, own = variant.partition(":")
-    _, trained = read_variant(variant, dict(os.environ))
     found = {}
     for text in texts:
         name, colon, changes = text.partition(":")
@@ -297,7 +299,10 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def explore_all(given: argparse.Namespace) -> None:
     """Explores one variant after another and prints its line; a mistake in any ends it at once."""
     variants = [read_variant(text, dict(os.environ)) for text in given.variants]
-    requantized = [read_requantized(text, given.requantize) for text in given.variants]
+    requantized = [
+        read_requantized(text, settings, given.requantize)
+        for text, (_, settings) in zip(given.variants, variants, strict=True)
+    ]
     for name, settings in variants:
         one_kind = not given.averages or settings.average == "ema"
         need(one_kind, f'"{name}": AVERAGE={settings.average}, but --averages are all of kind ema')

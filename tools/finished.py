@@ -27,7 +27,7 @@ from tools.contradictions import (
     read_logs,
     untold_parts,
 )
-from tools.logs import SEPARATOR, last_run, not_a_log, runs_in, split_text
+from tools.logs import SEPARATOR, last_run, not_a_log, rank_count, runs_in, split_text
 
 # The last two messages of a finished run: seconds; val_loss, val_bpb.
 FINAL = re.compile(
@@ -196,7 +196,7 @@ def run_of(path: Path, finished: Finished) -> Run:
         logs=read_logs(path),
         settings=settings,
         machine={"hardware": hardware, "torch": machine["torch"], "cuda": machine["cuda"]},
-        ranks=int(hardware.split(" × ")[0]),
+        ranks=rank_count(machine),
         seed=finished.seed,
         **figures,
         after_bpb=after,

@@ -20,10 +20,18 @@ SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a 
 def read_records(path: Path) -> list[dict]:
     """Every record of every run in the file. Raises UserError if it is not a run's log."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return parse_records(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except UnicodeDecodeError:
+        raise not_a_log(path) from None
+
+
+def parse_records(text: str | bytes, path: Path) -> list[dict]:
+    """The records in whole lines of a log, which lies at path. Raises UserError for others."""
+    try:
+        records = [json.loads(line) for line in text.splitlines()]
+    except (ValueError, RecursionError):
         raise not_a_log(path) from None
     if not all(isinstance(r, dict) and isinstance(r.get("event"), str) for r in records):
         raise not_a_log(path)
@@ -189,6 +197,14 @@ def read_settings_line(line: str) -> dict[str, str]:
     """The names and values of the line in which a text log has its machine and settings."""
     items = [item for item in line.split("  ") if "=" in item]
     return dict(item.split("=", 1) for item in items)
+
+
+def rank_count(machine: dict) -> int:
+    """How many ranks a run had, of its record's machine, whose hardware is "2 × NVIDIA H200", say.
+
+    Raises KeyError, TypeError or ValueError for what is no such record.
+    """
+    return int(str(machine["hardware"]).split(" × ")[0])
 
 
 class Spread(NamedTuple):

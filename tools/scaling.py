@@ -17,7 +17,6 @@ ahead. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, UserError, need, run_command
-from tools.logs import last_run
+from tools.logs import last_run, rank_count
 
 MOST_PASSES = 1.2  # over the training text, of a run that is fitted
 REFITS = 400
@@ -72,12 +71,11 @@ def read_run(path: Path, training_tokens: int) -> Run:
     events = last_run(path)
     try:
         settings, trained = events["settings"]["settings"], events["trained"]
-        hardware = events["settings"]["machine"]["hardware"]
-        gpus = int(re.match(r"\d+", hardware).group())
+        gpus = rank_count(events["settings"]["machine"])
         clock = settings["max_wallclock_seconds"] - settings["export_reserve_seconds"]
         tokens = trained["steps"] * settings["train_batch_tokens"]
         run = Run(gpus * clock, trained["val_bpb"], tokens / training_tokens)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not the .jsonl log of a finished run") from None
     need(run.seconds > 0, f"{path} was not trained by the clock, MAX_WALLCLOCK_SECONDS")
     return run
