@@ -2410,6 +2410,10 @@ class EvaluationObserver:
         """An update is about to compute its gradient from this excerpt."""
 
 
+# Of a chunk: its targets' nats before the first and the last epoch's update, epochs, seconds.
+CHUNK_COLUMNS = ("first_epoch", "last_epoch", "epochs", "score_seconds", "adapt_seconds")
+
+
 class Score(NamedTuple):
     """What an evaluation comes to."""
 
@@ -2417,6 +2421,8 @@ class Score(NamedTuple):
     val_bpb: float  # bits per byte of text
     nats: np.ndarray  # (N,) float32, in stream order
     epochs_given_up: int  # of test-time training
+    seconds: float = 0.0  # on its clock
+    chunks: np.ndarray | None = None  # (chunks, 5) float64: CHUNK_COLUMNS
 
 
 class StateRelay:
@@ -2519,6 +2525,7 @@ class Evaluator:
         windows = len(plan_windows(settings, 0, self.chunk, 0, ranks.world_size))
         most = settings.val_batch_size // (ranks.world_size * settings.train_seq_len)
         self.rows = max(1, min(windows, most))  # of a batch
+        self.learnt = torch.zeros(math.ceil(self.total / self.chunk), 2, device=ranks.device)
         self.part = self._part_tokens()
         self.relay = StateRelay(ranks, [])
         self.states_from = 0  # where the text begins that the states know
@@ -2548,6 +2555,7 @@ class Evaluator:
         started = time.perf_counter() if started is None else started
         firsts = range(0, self.total, self.chunk)
         given_up = 0
+        times = []  # CHUNK_COLUMNS but the first two, which are learnt
         sgd = torch.optim.SGD(self.trained, lr=0.0, momentum=s.ttt_momentum)
         for index, first in enumerate(firsts):
             last = min(first + self.chunk, self.total)
@@ -2563,9 +2571,14 @@ class Evaluator:
             epochs = self._affordable_epochs(index, len(firsts) - 1 - index, seconds_left)
             self._adapt(first, last, sgd, epochs)
             given_up += s.ttt_epochs - epochs
+            times.append([epochs, self.scoring_seconds, epochs * self.epoch_seconds])
             counts = f"chunk {index + 1}/{len(firsts)}, {epochs} epochs"
             say(f"test-time training: {counts}, {seconds_left:.0f}s left")
-        return self._collect(given_up)
+        times.append([0, self.scoring_seconds, 0.0])
+        chunks = np.hstack([self.ranks.sum_(self.learnt).cpu(), times])
+        return self._collect(given_up)._replace(
+            seconds=time.perf_counter() - started, chunks=chunks
+        )
 
     def _affordable_epochs(self, index: int, chunks_left: int, seconds_left: float) -> int:
         """Epochs on chunk number index so that the chunks_left after it can be scored in time.
@@ -2653,15 +2666,16 @@ class Evaluator:
     def _adapt(self, first: int, last: int, sgd: torch.optim.SGD, epochs: int):
         """Trains on targets first <= p < last, which are scored."""
         started = synchronized_time()
-        for _ in range(epochs):
-            self._train_epoch(first, last, sgd)
+        for epoch in range(epochs):
+            nats = self._train_epoch(first, last, sgd)
+            self.learnt[first // self.chunk, min(epoch, 1) :] = nats
         if epochs and self.settings.eval_mode == "stateful":
             self._renew_states(last)
         if epochs:
             self.epoch_seconds = (synchronized_time() - started) / epochs
 
-    def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD):
-        """One step of SGD on targets first <= p < last; each rank takes its part of them."""
+    def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD) -> Tensor:
+        """A step of SGD on targets first <= p < last, from each rank's part; returns its nats."""
         s, world_size = self.settings, self.ranks.world_size
         length = ttt_sequence_length(s, world_size)
         whole = (last - first) % (world_size * length) == 0  # by validate_settings()
@@ -2669,17 +2683,20 @@ class Evaluator:
         mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]
         rows = largest_divisor(len(mine), s.val_batch_size // (world_size * length))
         share = rows / len(mine) / world_size  # of a batch in the chunk's mean
+        total = torch.zeros((), device=self.ranks.device)
         for batch in mine.reshape(-1, rows, 1):
             excerpt = self._read(batch, length)
             self.observer.on_train(excerpt)
             loss = self.loss_function(excerpt.tokens, excerpt.targets, self.order)
             (loss * share).backward()
+            total += loss.detach() * share
         for parameter in self.trained:
             self.ranks.sum_(parameter.grad)
         if s.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.trained, s.ttt_grad_clip)
         sgd.step()
         self.model.zero_grad()
+        return total * (last - first)
 
     def _collect(self, epochs_given_up: int) -> Score:
         """All ranks' scores; RuntimeError if a target was not scored exactly once."""
@@ -2690,6 +2707,35 @@ class Evaluator:
         total = float(nats.sum(dtype=np.float64))
         bits_per_byte = total / math.log(2) / int(self.validation.target_bytes.sum())
         return Score(total / self.total, bits_per_byte, nats, epochs_given_up)
+
+
+def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict[str, list]]:
+    """Where a score's nats are: tables for the log, whose columns are sums over a row's targets.
+
+    Row i of the first ones has those with 2^i <= x < 2^(i+1), row 0 also x = 0, row 15 all beyond;
+    x is the length of the target's document in tokens, its place there (BOS has 0), or its place in
+    a plain window. chunks: of TTT_CHUNK_TOKENS each, in order.
+    """
+    chunk, place = settings.ttt_chunk_tokens, np.arange(len(validation.tokens))
+    begins = np.union1d(0, np.flatnonzero(validation.tokens == BOS_ID))
+    lengths = np.diff(begins, append=len(place))
+    rows = {"document_length": np.repeat(lengths, lengths)[1:]}
+    rows["document_position"] = (place - np.repeat(begins, lengths))[1:]
+    if settings.eval_mode == "plain":
+        begun = place % chunk if settings.adapts else place
+        rows["window_position"] = begun[:-1] % settings.train_seq_len
+    for name, x in rows.items():
+        rows[name] = np.clip(np.frexp(x)[1] - 1, 0, 15)
+    rows["chunks"] = place[:-1] // chunk
+    sums = {"targets": None, "bytes": validation.target_bytes, "nats": score.nats}
+    tables = {}
+    for name, row in rows.items():
+        columns = {key: np.bincount(row, weights).round(3) for key, weights in sums.items()}
+        tables[name] = {key: column.tolist() for key, column in columns.items()}
+    if settings.adapts:
+        columns = score.chunks.T.round(3).tolist()
+        tables["chunks"] |= dict(zip(CHUNK_COLUMNS, columns, strict=True))
+    return tables
 
 
 # ==================================================================================================
@@ -2721,6 +2767,11 @@ TEXTS_AT_ONCE = 256  # that the model writes for CALIBRATION=self
 # The first part that a matrix's name has, and the kind of layer that it belongs to.
 KINDS = {"bigram": "bigrams", "mlp": "MLP", "out_proj": "Mamba out", "_proj": "Mamba in"}
 KINDS |= {"mixer": "attention", "": "embedding"}
+
+
+def layer_kind(name: str) -> str:
+    """One of KINDS, by a matrix's name."""
+    return next(kind for part, kind in KINDS.items() if part in name)
 
 
 def grid_limits(model) -> dict[str, Tensor]:
@@ -2773,9 +2824,9 @@ def grids(model, settings, matrices: dict[str, Tensor], k: float):
     """Yields name, weight, limits, row and column steps of each of grid_limits(model)'s."""
     factors = {"MLP": settings.sdclip_mlp, "attention": settings.sdclip_attention}  # of k
     for name, limits in matrices.items():
-        kind = next(kind for part, kind in KINDS.items() if part in name)
         weight = model.get_parameter(name).detach()
-        yield name, weight, limits, *grid_steps(weight, limits, settings, k * factors.get(kind, 1))
+        factor = factors.get(layer_kind(name), 1)
+        yield name, weight, limits, *grid_steps(weight, limits, settings, k * factor)
 
 
 def float_type(name: str) -> str:
@@ -3109,6 +3160,24 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
     return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(b"".join(record)), *codes))
 
 
+def bytes_by_kind(model, stored: dict[str, Tensor], size: int) -> dict[str, int]:
+    """Of an artifact's size bytes, those of each kind of layer's integers in int6 and int8 rows.
+
+    A value that comes f times among a matrix's n takes log2(n / f) bits. "rest" is all else.
+    """
+    found = collections.Counter()
+    for name, limits in grid_limits(model).items():
+        symbols = stored[f"{name} integers"].long() + INT8_MAX
+        counts = torch.bincount(symbols.flatten())
+        bits = (symbols.numel() / counts).log2()
+        for limit in limits.unique().int().tolist():
+            rows = symbols[limits.squeeze(1) == limit]
+            total = float(bits[rows].sum(dtype=torch.float64))
+            found[f"{layer_kind(name)}, int{limit.bit_length() + 1}"] += total / 8
+    sizes = {kind: round(taken) for kind, taken in found.items()}
+    return sizes | {"rest": size - sum(sizes.values())}
+
+
 def seal(magic: bytes, header: dict, *payload) -> list:
     """Parts of an artifact or a checkpoint: magic, header as a line of JSON, payload, SHA-256."""
     line = json.dumps(header, separators=(",", ":"))
@@ -3350,19 +3419,24 @@ class Log:
         self.said = self.files
 
     def __call__(self, line: str, event: str = "", **values):
-        """Writes a line of text, and for an event a JSON object with these values."""
+        """Writes a line of text, and for an event a record with these values."""
         if not self.files:
             return
         try:
             print(line, flush=True)
         except OSError:  # the console is only a copy: its reader or its terminal may be gone
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
-        record = {"event": event, "seconds": round(time.perf_counter() - self.started, 3)} | values
-        text, records = self.said
         with explained_errors("write logs"):
-            text.write(f"{line}\n".encode(errors="backslashreplace"))
-            if event:
-                records.write(f"{json.dumps(record)}\n".encode())
+            self.said[0].write(f"{line}\n".encode(errors="backslashreplace"))
+        if event:
+            self.record(event, **values)
+
+    def record(self, event: str, **values):
+        """Writes a JSON object with these values, and no line."""
+        record = {"event": event, "seconds": round(time.perf_counter() - self.started, 3)} | values
+        if self.files:
+            with explained_errors("write logs"):
+                self.said[1].write(f"{json.dumps(record)}\n".encode())
 
     def progress(self, line: str):
         """Writes a line unless one was written in the last two seconds."""
@@ -3972,7 +4046,11 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
     values["artifact_sha256"] = file_sha256(settings.artifact_path)
     log(f"Total submission size int6+lzma: {total} bytes", "trained", **values)
     quantized, _ = load_model(settings.artifact_path, settings, set(), ranks)
-    report(log, "after_quantization", "plain", score(quantized))
+    after = score(quantized)
+    report(log, "after_quantization", "plain", after)
+    if ranks.rank == 0:
+        plain = replace(settings, eval_mode="plain", ttt_enabled=False)
+        log.record("after_quantization_profile", **profile(plain, validation, after))
     if settings.quantization_report:
         quantization_report(trainer, quantized, before, score)
     return values["artifact_sha256"]
@@ -4028,7 +4106,8 @@ def export(trainer, batches) -> dict:
     ranks.from_main(None)  # all wait for it
     late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS, and the same"
     need(in_time, f"{late} command goes on from a checkpoint; {path} has this model, unclaimed")
-    return {"sdclip_k": k, "train_clock_seconds": clock.seconds()}
+    kinds = bytes_by_kind(trainer.model, stored, size)
+    return {"sdclip_k": k, "train_clock_seconds": clock.seconds(), "bytes_by_kind": kinds}
 
 
 def calibrate(trainer, batches) -> dict[str, Tensor]:
@@ -4054,11 +4133,9 @@ def quantization_report(trainer, quantized, before: Score, score):
     model = trainer.model
     with trainer.weights_of(trainer.settings.quantizer == "ternary"):
         floats = {name: p.clone() for name, p in model.state_dict().items()}
-    left = set(grid_limits(model))
     lost = {}
-    for part, kind in KINDS.items():
-        names = {name for name in left if part in name}
-        left -= names
+    for kind in KINDS.values():
+        names = [name for name in grid_limits(model) if layer_kind(name) == kind]
         model.load_state_dict(floats | {name: quantized.get_parameter(name) for name in names})
         lost[kind] = round(score(model).val_bpb - before.val_bpb, 6)
     trainer.log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
@@ -4075,23 +4152,25 @@ def evaluate_artifact(settings, given, ranks, validation: ValidationSet, log, wr
     need(same, f"{settings.artifact_path} is not this run's: another run has the same ARTIFACT")
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     score = Evaluator(model, s, ranks, validation).evaluate(started, log.progress)
-    seconds = time.perf_counter() - started
-    took = f"evaluation took {seconds:.1f}s of {s.eval_max_seconds:g}s"
+    took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
     log(f"{took}; {score.epochs_given_up} epochs given up")
     late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
-    need(ranks.from_main(seconds <= s.eval_max_seconds), late)
+    need(ranks.from_main(score.seconds <= s.eval_max_seconds), late)
     label = s.eval_mode + ("_ttt" if s.adapts else "")
     report(log, "final", label, score, artifact_sha256=found)
     if s.eval_nll_path and ranks.rank == 0:
         content = io.BytesIO()
         np.save(content, score.nats)
         write_whole(Path(s.eval_nll_path), content.getbuffer())
+    if ranks.rank == 0:
+        log.record("final_profile", **profile(s, validation, score))
 
 
 def report(log, event: str, label: str, score: Score, **more):
     """Logs an artifact's score in the form in which the contest wants it, to eight digits."""
     figures = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
     text = " ".join(f"{name}:{value:.8f}" for name, value in figures.items())
+    more |= {"mode": label, "evaluation_seconds": round(score.seconds, 3)}
     more["epochs_given_up"] = score.epochs_given_up
     log(f"final_int6_lzma_{label}_exact {text}", event, **figures, **more)
 

@@ -507,3 +507,101 @@ def test_without_any_time_everything_is_scored_and_nothing_trained_on(monkeypatc
     score, seconds = on_a_fake_clock(monkeypatch, budget=0.5, score_cost=1, epoch_cost=10)
     assert (score.epochs_given_up, seconds) == (18, 10)
     assert (score.nats > 0).all()
+
+
+# ---- What the log keeps of a score ---------------------------------------------------------------
+
+
+def tables_by_hand(settings: t.Settings, validation: t.ValidationSet, nats: np.ndarray) -> dict:
+    """profile()'s columns, target by target."""
+    tokens, target_bytes = validation.tokens.tolist(), validation.target_bytes
+    rows = dict.fromkeys(("document_length", "document_position", "window_position"), 16)
+    rows["chunks"] = math.ceil(len(nats) / settings.ttt_chunk_tokens)
+    found = {name: np.zeros((count, 3)) for name, count in rows.items()}
+    for p in range(len(nats)):
+        begin = max(i for i in range(p + 2) if i == 0 or tokens[i] == t.BOS_ID)
+        end = next((i for i in range(p + 2, len(tokens)) if tokens[i] == t.BOS_ID), len(tokens))
+        context, *_ = next(
+            window for window in t.plan_windows(settings, 0, len(nats), 0, 1) if window[2] > p
+        )
+        where = {"document_length": end - begin, "document_position": p + 1 - begin}
+        where["window_position"] = p - context
+        for name, x in where.items():
+            found[name][min(15, max(1, int(x)).bit_length() - 1)] += 1, target_bytes[p], nats[p]
+        found["chunks"][p // settings.ttt_chunk_tokens] += 1, target_bytes[p], nats[p]
+    return found
+
+
+def test_tables_say_where_the_nats_are_as_a_loop_over_targets_finds_them():
+    settings = tiny(eval_mode="plain", ttt_enabled=False)
+    generator = np.random.default_rng(0)
+    stream = document_stream(461)
+    stream[:9] = 17  # what goes on from a text before has no BOS
+    stream[40:47] = t.BOS_ID  # documents of one token
+    nats = generator.gamma(2.0, 1.5, 460).astype(np.float32)
+    validation = t.ValidationSet(stream, generator.integers(0, 9, 460))
+    score = t.Score(float(nats.mean()), 1.0, nats, 0)
+    tables = t.profile(settings, validation, score)
+    expected = tables_by_hand(settings, validation, nats)
+    assert tables.keys() == expected.keys()
+    for name, rows in expected.items():
+        found = np.zeros_like(rows)
+        columns = np.array([tables[name][key] for key in ("targets", "bytes", "nats")]).T
+        assert len(columns) <= len(rows)
+        found[: len(columns)] = columns
+        assert np.allclose(found, rows, atol=0.001), name
+    assert max(map(len, tables["document_length"].values())) <= 16
+    assert len({*tables["document_position"]["targets"]}) > 3
+
+
+@each_mode
+def test_the_profile_is_the_same_for_any_number_of_ranks(mode):
+    settings = tiny(eval_mode=mode, ttt_lr=0.05, ttt_epochs=3)
+    model, stream = random_model(settings), document_stream(300)
+
+    def profiled(ranks: t.Ranks) -> dict:
+        score = evaluate(model, settings, stream, ranks)
+        return t.profile(settings, validation_set(stream), score)
+
+    alone = profiled(SOLO)
+    assert ("window_position" in alone) == (mode == "plain")
+    for other in run_ranks(2, profiled):
+        for name, table in alone.items():
+            for key, column in table.items():
+                if "seconds" not in key:
+                    assert other[name][key] == pytest.approx(column, rel=1e-4, abs=0.002)
+
+
+def test_a_chunks_nats_are_told_before_its_first_and_its_last_update():
+    """The first epoch begins with the weights that scored the chunk; an update lowers its nats."""
+    settings = tiny(eval_mode="plain", ttt_lr=0.05, ttt_epochs=3)
+    model, stream = random_model(settings), document_stream(230)
+    score = evaluate(model, settings, stream)
+    chunks = t.profile(settings, validation_set(stream), score)["chunks"]
+    assert chunks["epochs"] == [3, 3, 3, 0] and chunks["targets"] == [64, 64, 64, 37]
+    assert chunks["first_epoch"][:3] == pytest.approx(chunks["nats"][:3], rel=1e-5)
+    assert chunks["first_epoch"][3] == chunks["last_epoch"][3] == chunks["adapt_seconds"][3] == 0
+    for first, last in list(zip(chunks["first_epoch"], chunks["last_epoch"], strict=True))[:3]:
+        assert last < first - 0.1
+    # By hand: the first chunk's nats after two updates, which a third one follows.
+    by_hand = t.Evaluator(copy.deepcopy(model), settings, SOLO, validation_set(stream))
+    by_hand.model.requires_grad_(True)
+    sgd = torch.optim.SGD(by_hand.trained, lr=0.05, momentum=settings.ttt_momentum)
+    by_hand._adapt(0, 64, sgd, 2)
+    with torch.no_grad():
+        tokens = torch.tensor(stream[:65].astype(np.int64))
+        after = by_hand.model.score(
+            tokens[:-1].view(2, 32), tokens[1:].view(2, 32), by_hand.model.order(True)
+        )
+    assert chunks["last_epoch"][0] == pytest.approx(float(after.sum()), rel=1e-5)
+    once = evaluate(model, tiny(eval_mode="plain", ttt_lr=0.05, ttt_epochs=1), stream).chunks
+    assert (once[:, 0] == once[:, 1]).all() and once[0, 0] > 0
+
+
+def test_a_chunks_seconds_are_those_of_its_scoring_and_its_epochs(monkeypatch):
+    score, seconds = on_a_fake_clock(monkeypatch, budget=80, score_cost=1, epoch_cost=10)
+    epochs, scoring, adapting = score.chunks.T[2:]
+    assert (scoring == 1).all()
+    assert (adapting == 10 * epochs).all() and adapting[-1] == 0
+    assert epochs.sum() == 18 - score.epochs_given_up
+    assert score.seconds == scoring.sum() + adapting.sum() == seconds

@@ -539,6 +539,36 @@ def exported(model: t.Model, settings: t.Settings, k: float = 5.0) -> dict[str, 
     return t.quantize_model(model, settings, SOLO, {}, k)
 
 
+@pytest.mark.parametrize("quantizer", ["gptq", "ternary"])
+def test_bytes_by_kind_are_those_of_the_code_and_come_to_the_file(quantizer):
+    settings, model = wide_model(quantizer)
+    stored = exported(model, settings)
+    size = len(t.pack_artifact(settings, stored))
+    sizes = t.bytes_by_kind(model, stored, size)
+    assert sum(sizes.values()) == size and 0 < sizes["rest"] < 0.15 * size
+    few = "int2" if quantizer == "ternary" else "int6"
+    kinds = {f"{kind}, {few}" for kind in t.KINDS.values()} - {f"embedding, {few}"}
+    assert sizes.keys() == kinds | {"embedding, int8", "Mamba in, int8", "rest"}
+    least, states = (dict.fromkeys(t.KINDS.values(), 0) for _ in range(2))
+    for name in t.grid_limits(model):
+        _, words = t.encode_integers(stored[f"{name} integers"].numpy())
+        least[t.layer_kind(name)] += 2 * len(words) - 4 * t.ANS_LANES
+        states[t.layer_kind(name)] += 4 * t.ANS_LANES
+    for kind, code in least.items():
+        told = sum(count for name, count in sizes.items() if name.startswith(f"{kind},"))
+        assert 0.99 * code < told < 1.01 * code + states[kind], kind
+
+
+def test_a_row_of_eight_bits_is_told_from_the_others():
+    """Beside a coarse grid of six bits, its integers are larger, so rarer, so longer."""
+    settings, model = wide_model()
+    sizes = t.bytes_by_kind(model, exported(model, settings, 16.0), 10**6)
+    matrices = {n: m for n, m in model.named_modules() if n.endswith("in_proj")}
+    eight = sum(m.dynamics_rows * m.in_features for m in matrices.values())
+    six = sum(m.weight.numel() for m in matrices.values()) - eight
+    assert sizes["Mamba in, int8"] / eight > 1.1 * sizes["Mamba in, int6"] / six
+
+
 @pytest.mark.parametrize("quantizer", [name for name in QUANTIZERS if name != "ternary"])
 def test_the_grid_is_as_fine_as_the_target_allows_and_the_real_file_fits(quantizer):
     settings, model = wide_model(quantizer)

@@ -184,6 +184,34 @@ def test_the_records_say_what_the_log_says(trained):
     assert settings == dataclasses.asdict(tiny(**{k: settings[k] for k in settings}))
 
 
+def test_the_log_tells_where_each_scores_nats_are_and_how_long_it_took(trained):
+    events = {record["event"]: record for record in trained.records}
+    counts = events["validation_data"]
+    for event, mode in {"after_quantization": "plain", "final": "sliding_ttt"}.items():
+        score, tables = events[event], events[f"{event}_profile"]
+        assert score["mode"] == mode
+        assert 0 < score["evaluation_seconds"] < score["seconds"]
+        for name in ("document_length", "document_position", "chunks"):
+            sums = {key: sum(column) for key, column in tables[name].items()}
+            assert sums["targets"] == counts["scored_tokens"]
+            assert sums["bytes"] == counts["bytes"]
+            assert sums["nats"] == pytest.approx(
+                score["val_loss"] * counts["scored_tokens"], rel=1e-5
+            )
+    chunks = events["final_profile"]["chunks"]
+    assert chunks.keys() == {"targets", "bytes", "nats", *t.CHUNK_COLUMNS}
+    assert set(chunks["epochs"]) == {0, 2}
+    assert chunks.keys() > events["after_quantization_profile"]["chunks"].keys()
+    took = sum(chunks["score_seconds"]) + sum(chunks["adapt_seconds"])
+    assert 0 < took <= events["final"]["evaluation_seconds"] + 0.05
+    kinds = events["trained"]["bytes_by_kind"]
+    assert sum(kinds.values()) == trained.artifact.stat().st_size
+    # They stand behind their scores: from one record to the next passes an evaluation, no more.
+    names = [record["event"] for record in trained.records]
+    assert names[-1] == "final_profile" and names[-2] == "final"
+    assert "_profile" not in trained.text
+
+
 def test_the_loss_after_quantization_is_that_of_the_artifact_in_plain_windows(trained, shards):
     settings = tiny(data_path=str(shards), eval_mode="plain", ttt_enabled=False)
     model, settings = t.load_model(trained.artifact, settings, set(), SOLO)

@@ -22,7 +22,7 @@ from tools.command import Parser, need, run_command
 from tools.logs import parse_records
 
 PAUSE = 2.0  # seconds between looks at the logs
-ENDS = {"final", "error"}  # events behind which a run tells no more
+ENDS = {"final", "final_profile", "error"}  # events behind which a run tells no more
 NO_CURVES = {"event", "seconds", "step", "steps"}  # keys of a record that are no figure of it
 
 
