@@ -140,16 +140,29 @@ def checkpoints(folder: Path) -> list[str]:
 # ---- Killed --------------------------------------------------------------------------------------
 
 
+# Comes no further than the line that begins so, but for the thread that writes checkpoints: however
+# late a busy machine wakes who reads it, the run has not passed it, or even ended.
+WAIT_BEHIND_A_LINE = """
+import sys, time
+import train_gpt as t
+moment, say = sys.argv.pop(1), t.Log.__call__
+def wait_behind(log, line, *more, **values):
+    say(log, line, *more, **values)
+    if line.startswith(moment):
+        time.sleep(600)
+t.Log.__call__ = wait_behind
+sys.exit(t.run())
+"""
+
+
 def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, undisturbed):
     """SIGKILL in early and late steps and in GPTQ, one after the other; each run goes on no earlier
     than the one before.
     """
     environment = quick_environment(shards, tmp_path)
     for moment in ("step:3/", "QAT", "GPTQ at"):
-        process = start(environment)
-        for line in process.stdout:
-            if line.startswith(moment):
-                break
+        process = start(environment, "-c", WAIT_BEHIND_A_LINE, moment)
+        assert any(line.startswith(moment) for line in process.stdout)
         deadline = time.monotonic() + PATIENCE
         while not {"a.checkpoint", "a.checkpoint-before"} & {
             *checkpoints(tmp_path)
