@@ -167,6 +167,7 @@ class Settings:
     deterministic: bool = env(False, "the same bits again, slower")
     checkpoint_every: float = env(120.0, "0: only when stopped", "seconds")
     resume: str = env("auto", "checkpoint; auto: RUN_ID's last", "auto, never, file")
+    overwrite: bool = env(False, "train a finished RUN_ID anew")
     quantization_report: bool = env(False, "BPB lost by each kind of layer")
     log_dir: str = env("logs", "of logs and artifacts", "folder")
     artifact: str = env("", "empty: LOG_DIR/RUN_ID.int6.lzma", "file")
@@ -3494,6 +3495,48 @@ def log_settings(log, settings, given: set[str], ranks):
     log(text, "settings", machine=machine, settings=values, given=sorted(given), **script)
 
 
+# ---- Earlier starts ------------------------------------------------------------------------------
+
+
+def read_run(path: Path) -> list[dict]:
+    """Of a .jsonl log: the records of the last start that trained, and of those after it.
+
+    Empty without one. A line that is no record, as one that was cut off, is left out.
+    """
+    records = []
+    with suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, RecursionError):
+                records.append(json.loads(line))
+    records = [record for record in records if isinstance(record, dict) and "event" in record]
+    ready = max((i for i, r in enumerate(records) if r["event"] == "ready"), default=0)
+    starts = [i for i, r in enumerate(records[:ready]) if r["event"] == "settings"]
+    return records[starts[-1] :] if starts else []
+
+
+def find_unscored(settings) -> list[dict]:
+    """read_run() of this RUN_ID if it lacks nothing but its evaluation; [] if it is to be trained.
+
+    Another file in the artifact's place, other settings of training, or a RESUME that is given
+    lead back to checkpoints. Raises UserError for a run that is finished, unless OVERWRITE=1.
+    """
+    s = settings
+    path = Path(s.log_dir, f"{s.run_id}.jsonl")
+    run = read_run(path)
+    events = {record["event"]: record for record in run}
+    if "final" in events:
+        remedy = "choose another, EVAL_ONLY=1 to score it again, or OVERWRITE=1 to train it anew"
+        need(s.overwrite, f"RUN_ID={s.run_id} is finished, {path} has its score: {remedy}")
+        for leftover in s.checkpoint_paths if s.resume == "auto" else ():
+            leftover.unlink(missing_ok=True)  # it was killed just behind its score
+    elif "trained" in events and s.resume == "auto":
+        theirs = events["settings"].get("settings", {})
+        same = all(theirs.get(name) == getattr(s, name) for name in TRAINING_FIELDS)
+        written = events["trained"].get("artifact_sha256")
+        return run if same and written and file_sha256(s.artifact_path) == written else []
+    return []
+
+
 # ---- Clock and signals ---------------------------------------------------------------------------
 
 
@@ -4045,15 +4088,33 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
     values |= {"val_loss": before.val_loss, "val_bpb": before.val_bpb, "bytes_total": total}
     values["artifact_sha256"] = file_sha256(settings.artifact_path)
     log(f"Total submission size int6+lzma: {total} bytes", "trained", **values)
+    quantized = score_quantized(settings, ranks, validation, score, log)
+    if settings.quantization_report:
+        quantization_report(trainer, quantized, before, score)
+    return values["artifact_sha256"]
+
+
+def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, log) -> str:
+    """What train_and_export() leaves, of a run that has come so far: its artifact's SHA-256."""
+    text = f"{settings.artifact_path} is trained and has no score: evaluation starts over"
+    log(text, "evaluation_again")
+    log.begin()
+    events = {record["event"]: record for record in unscored}
+    if "after_quantization" not in events:
+        score = partial(plain_score, settings, ranks, validation)
+        score_quantized(settings, ranks, validation, score, log)
+    return events["trained"]["artifact_sha256"]
+
+
+def score_quantized(settings, ranks, validation: ValidationSet, score, log) -> Model:
+    """Logs the artifact's score by score(model), and returns its model."""
     quantized, _ = load_model(settings.artifact_path, settings, set(), ranks)
     after = score(quantized)
     report(log, "after_quantization", "plain", after)
     if ranks.rank == 0:
         plain = replace(settings, eval_mode="plain", ttt_enabled=False)
         log.record("after_quantization_profile", **profile(plain, validation, after))
-    if settings.quantization_report:
-        quantization_report(trainer, quantized, before, score)
-    return values["artifact_sha256"]
+    return quantized
 
 
 def code_bytes() -> int:
@@ -4141,8 +4202,10 @@ def quantization_report(trainer, quantized, before: Score, score):
     trainer.log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
 
 
-def evaluate_artifact(settings, given, ranks, validation: ValidationSet, log, written=""):
-    """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS.
+def evaluate_artifact(
+    settings, given, ranks, validation: ValidationSet, log, written="", attempt=1
+):
+    """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS: how often that was begun is logged.
 
     Raises UserError if that takes longer, or if the file is not the one that this run has written.
     """
@@ -4150,6 +4213,7 @@ def evaluate_artifact(settings, given, ranks, validation: ValidationSet, log, wr
     found = file_sha256(settings.artifact_path)
     same = written in ("", found)
     need(same, f"{settings.artifact_path} is not this run's: another run has the same ARTIFACT")
+    log(f"evaluation: attempt {attempt}", "evaluation", attempt=attempt)
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     score = Evaluator(model, s, ranks, validation).evaluate(started, log.progress)
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
@@ -4198,6 +4262,8 @@ def main():
     """The story of a run."""
     settings, given, ranks = prepare_run(dict(os.environ))
     with closing(Log(settings, ranks, log_name(settings))) as log:
+        looks = ranks.rank == 0 and not settings.eval_only
+        unscored = ranks.from_main(find_unscored(settings) if looks else [])
         log_settings(log, settings, given, ranks)
         check_outputs(settings)
         if settings.eval_only:
@@ -4209,12 +4275,15 @@ def main():
         written = ""  # SHA-256 of the artifact that this run has made
         if settings.eval_only:
             log.begin()
+        elif unscored:
+            written = go_on_to_evaluation(unscored, settings, ranks, validation, log)
         else:
             written = train_and_export(settings, ranks, validation, log)
         if prompt:
             sample_text(settings, given, ranks, tokenizer, prompt, log)
         if validation is not None:
-            evaluate_artifact(settings, given, ranks, validation, log, written)
+            attempt = 1 + sum(record["event"] == "evaluation" for record in unscored)
+            evaluate_artifact(settings, given, ranks, validation, log, written, attempt)
         else:
             log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
         if not settings.eval_only:  # the run has its score
@@ -4337,7 +4406,7 @@ def explain_failure(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"cannot read or write {shown(error.filename)}: {error.strerror}"
     if isinstance(error, KeyboardInterrupt):
-        return f"stopped by {error}; the same RUN_ID goes on from its checkpoint, if it has one"
+        return f"stopped by {error}; the same RUN_ID goes on from checkpoint or artifact, if any"
     gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
     if gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
         return f"out of {gpu}memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"

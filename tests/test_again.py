@@ -21,10 +21,10 @@ def logs(shards, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         settings = {"eval_mode": "plain", "ttt_enabled": False, "calibration_tokens": 64}
         settings["eval_nll_path"] = str(folder / "a 'b\" $c.npy")
+        settings["train_log_every"] = 1
         for iterations in (1, 4):
-            environment = run_environment(
-                shards, folder, **settings, iterations=iterations, train_log_every=1
-            )
+            settings |= {"iterations": iterations, "overwrite": iterations == 4}
+            environment = run_environment(shards, folder, **settings)
             assert run_here(patch, environment) == 0
     return folder
 

@@ -311,7 +311,7 @@ PHASES = {  # what is running, and which step the same command goes on from
     "plain_score": (t, "12"),
     "quantize_model": (t, "12"),
     "write_whole": (t, "12"),
-    "load_model": (t, "12"),
+    "load_model": (t, None),  # the artifact is whole: only its evaluation is left
 }
 
 
@@ -337,7 +337,7 @@ def test_a_signal_in_any_phase_ends_in_one_line_and_loses_no_step_of_training(
         said = mistake(patch, capsys, environment)
     assert re.search("stopped by (a signal|SIGTERM)", said)
     assert [*map(signal.getsignal, t.STOP_SIGNALS)] == handlers
-    assert checkpoints(tmp_path) == (["a.checkpoint"] if step else [])
+    assert checkpoints(tmp_path) == ([] if phase == "warm_up" else ["a.checkpoint"])
     assert run_here(monkeypatch, environment) == 0
     assert re.findall(r"a.checkpoint: step (\d+),", capsys.readouterr().out) == (
         [step] if step else []
@@ -531,7 +531,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_differences(
     }
     assert run_here(monkeypatch, quick_environment(shards, tmp_path, **free, val_loss_every=5)) == 0
     assert "resumed" in capsys.readouterr().out
-    kill_here(monkeypatch, quick_environment(shards, tmp_path))
+    kill_here(monkeypatch, quick_environment(shards, tmp_path, overwrite=True))
     capsys.readouterr()
     assert run_here(monkeypatch, quick_environment(shards, tmp_path, **other, resume="never")) == 0
     assert "resumed" not in capsys.readouterr().out
@@ -541,7 +541,7 @@ def test_a_checkpoint_may_be_named(monkeypatch, capsys, shards, tmp_path, undist
     kill_here(monkeypatch, quick_environment(shards, tmp_path / "first"))
     kept = tmp_path / "kept"
     (tmp_path / "first" / "a.checkpoint-before").rename(kept)
-    environment = quick_environment(shards, tmp_path, resume=kept)
+    environment = quick_environment(shards, tmp_path, resume=kept, overwrite=True)
     capsys.readouterr()
     assert run_here(monkeypatch, environment) == 0
     assert "step 6," in capsys.readouterr().out

@@ -144,6 +144,7 @@ def write_run(
         at(now + 9)(f"GPTQ at k=10.00; training clock {clock:.1f}s")
         log(f"Total submission size int6+lzma: {values['bytes_total']} bytes", "trained", **values)
         t.report(at(now + 20), "after_quantization", "plain", score(loss + 0.05, bytes_per_token))
+        log("evaluation: attempt 1", "evaluation", attempt=1)
         took = f"evaluation took {evaluation:.1f}s of {s.eval_max_seconds:g}s"
         at(now + 20 + evaluation)(f"{took}; 0 epochs given up")
         t.report(log, "final", s.eval_mode + "_ttt" * s.adapts, score(loss, bytes_per_token))
@@ -153,7 +154,7 @@ def write_run(
     return folder / f"{name}.txt"
 
 
-def log_start(log: t.Log, s: t.Settings, about: dict, text: dict, training: dict):
+def log_start(log: t.Log, s: t.Settings, about: dict, text: dict, training: dict | None):
     asked = dataclasses.asdict(s)
     line = "  ".join(f"{key}={value}" for key, value in (about | asked).items())
     log(line, "settings", machine=about, settings=asked)
@@ -161,6 +162,8 @@ def log_start(log: t.Log, s: t.Settings, about: dict, text: dict, training: dict
     line = "validation text: {tokens:,} tokens in {shards} shards, {documents:,} documents; "
     line += "scored are {scored_tokens:,} tokens, {bytes:,} bytes"
     log(line.format(**counts), "validation_data", **counts)
+    if training is None:
+        return  # a start that only evaluates opens no training shard
     data = {"shards": 80, "tokens": 8_000_000_000, "digest": "0123456789abcdef"} | training
     line = "training data: {tokens:,} tokens in {shards} shards (names and lengths {digest})"
     log(line.format(**data), "training_data", **data)
@@ -1005,6 +1008,7 @@ def test_every_question_of_a_reviewer_has_an_answer(tmp_path):
         "machine",
         "seeds run",
         "significance",
+        "attempts at the evaluation",
         "settings of the evaluation",
         "readable source",
     ]
@@ -1012,6 +1016,7 @@ def test_every_question_of_a_reviewer_has_an_answer(tmp_path):
     assert answers["whole validation set"].startswith(f"{text}: FineWeb's validation text, sp8192")
     assert answers["tokenizer"] == "the contest's, sp8192"
     assert answers["one run, whole"] == "every run was trained in one start"
+    assert answers["attempts at the evaluation"] == "one for every run"
     assert "8,000,000,000 training tokens in 80 shards" in answers["provenance of the data"]
     assert answers["calibration"] == "not in this log"
     assert answers["significance"] == "no baseline was given"
@@ -1108,6 +1113,34 @@ def test_a_resumed_run_whose_starts_do_not_account_for_it_is_no_record(
     assert pack(tmp_path / "out", log) == 0
     assert any(reason in told for told in reasons(tmp_path / "out")), reasons(tmp_path / "out")
     assert "RESUMED" in rows(tmp_path / "out")["one run, whole"]
+
+
+def test_an_evaluation_that_was_interrupted_is_named_but_is_a_record(tmp_path):
+    """Its start belongs to the run, whose starts of training are none more."""
+    logs = write_runs(tmp_path / "logs", artifact=True)
+    last = t.Settings(run_id="run3", log_dir=str(tmp_path / "logs"), seed=33)
+    *begin, took, final = logs[2].read_text().splitlines(keepends=True)
+    logs[2].write_text("".join(begin))
+    path = logs[2].with_suffix(".jsonl")
+    *kept, _ = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(kept))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "__file__", str(package.ROOT / "train_gpt.py"))
+        log = t.Log(last, SimpleNamespace(rank=0), "run3")
+    first = json.loads(kept[0])
+    log_start(log, last, first["machine"], {}, None)
+    log("x is trained and has no score: evaluation starts over", "evaluation_again")
+    log.begin()
+    log("evaluation: attempt 2", "evaluation", attempt=2)
+    log.started -= 400
+    log(took.rstrip())
+    t.report(log, "final", "sliding_ttt", score(3.02))
+    log.close()
+    assert pack(tmp_path / "out", *logs) == 0
+    found = rows(tmp_path / "out")
+    assert found["attempts at the evaluation"] == "seed 33: 2, each with a new clock"
+    assert found["one run, whole"] == "every run was trained in one start"
+    assert reasons(tmp_path / "out") == []
 
 
 def test_a_checkpoint_knows_how_many_starts_there_were(tmp_path):

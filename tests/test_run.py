@@ -834,6 +834,7 @@ def test_a_start_that_is_refused_leaves_the_log_of_a_finished_run_as_it_was(
         {"resume": tmp_path / "none"},
         {"bigram_vocab_size": 1 << 20, "bigram_dim": 100},
     ):
+        changes["overwrite"] = True
         mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
     for name in ("a.txt", "a.jsonl"):
         assert (tmp_path / name).read_bytes() == (trained.folder / name).read_bytes()

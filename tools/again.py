@@ -69,6 +69,7 @@ def read_command(
     if every.get("eval_only") and not every.get("artifact"):
         settings["ARTIFACT"] = find_artifact(path.parent, every)
     settings["RUN_ID"] += "-again"
+    settings.pop("OVERWRITE", None)  # it was said of the run's name, not of this one
     # The folder that the log names may be another machine's.
     settings["LOG_DIR"] = str(path.parent)
     for name in map(str.upper, every):

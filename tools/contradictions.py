@@ -53,6 +53,7 @@ VALIDATION_DATA_LINE = re.compile(
 VALIDATION_COUNTS = ("tokens", "shards", "documents", "scored_tokens", "bytes")
 TRAINING_DATA_LINE = re.compile(r"^training data: ([\d,]+) tokens in ([\d,]+) shards", re.MULTILINE)
 TRAINING_COUNTS = ("tokens", "shards")
+EVALUATION_LINE = re.compile(r"^evaluation: attempt (\d+)$", re.MULTILINE)
 STEPS_LINE = re.compile(r"^Code size: .*; (\d+) steps of ([\d.]+)ms", re.MULTILINE)
 
 
@@ -159,6 +160,8 @@ def lines_of(logs: RunLogs) -> dict[str, tuple[list[tuple[str, ...]], list[tuple
         if r["event"] == "trained"
     ]
     messages = logs.text.messages
+    attempts = [(found,) for found in EVALUATION_LINE.findall(messages)]
+    evaluations = [(f"{r['attempt']}",) for r in logs.records if r["event"] == "evaluation"]
     validation_data = records_as_printed(logs, "validation_data", VALIDATION_COUNTS)
     training_data = records_as_printed(logs, "training_data", TRAINING_COUNTS)
     return {
@@ -169,13 +172,15 @@ def lines_of(logs: RunLogs) -> dict[str, tuple[list[tuple[str, ...]], list[tuple
         # The final score is of plain windows too, with EVAL_MODE=plain.
         "plain windows": (PLAIN_LINE.findall(messages)[: len(plain) or None], plain),
         "steps": (STEPS_LINE.findall(messages), steps),
+        "an evaluation": (attempts, evaluations),
     }
 
 
 def records_as_printed(logs: RunLogs, event: str, names: tuple) -> list[tuple[str, ...]]:
     """The counts of a record, with commas, as a line of text has them.
 
-    An event may come once for each start; of a start that is looked at, there is one.
+    An event may come once for each start; of a start that is looked at, there is one, and one more
+    for each that only evaluated again.
     """
     records = [record for record in logs.records if record["event"] == event]
     return [tuple(f"{record[name]:,}" for name in names) for record in records]
@@ -209,10 +214,12 @@ def odd_records(logs: RunLogs) -> list[str]:
     A validation between two lines of steps excuses the time that passed, so it must have its place.
     """
     events = [record["event"] for record in logs.records]
+    # Whoever evaluates again reads the validation text again.
+    most = {"validation_data": events.count("settings")}
     found = [
         f"one start has {events.count(event)} records of {event!r}"
         for event in ONCE
-        if events.count(event) > 1
+        if events.count(event) > most.get(event, 1)
     ]
     started = logs.events.get("settings", {}).get("settings", {})
     every = number_in(started, "val_loss_every") or math.inf

@@ -29,7 +29,7 @@ from tools.contradictions import (
     unprinted,
 )
 from tools.finished import MAY_DIFFER, Run
-from tools.logs import is_resumed, last_run, starts_of
+from tools.logs import attempts_at_evaluation, is_resumed, last_run, starts_of
 from tools.manifest import Manifest
 
 UNSAID = "not in this log"
@@ -205,6 +205,18 @@ def machine_row(runs: list[Run]) -> Row:
 
 # ============
 # Evaluation and source
+
+
+def attempts_row(runs: list[Run]) -> Row:
+    """Which runs were evaluated more than once, from one artifact, until one came to its score.
+
+    An evaluation that was interrupted starts over with a new clock, so each is told.
+    """
+    question = "attempts at the evaluation"
+    counts = {run.seed: attempts_at_evaluation(run.logs.records) for run in runs}
+    repeated = {seed: count for seed, count in counts.items() if count > 1}
+    told = [f"seed {seed}: {count}, each with a new clock" for seed, count in repeated.items()]
+    return Row(question, "; ".join(told) or "one for every run", "the logs")
 
 
 def evaluation_row(given: list[str]) -> Row:

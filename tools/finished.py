@@ -36,6 +36,7 @@ FINAL = re.compile(
 FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*$", re.MULTILINE)
 # What one run may choose differently from the next: its seed, and where its files lie.
 OUTPUTS = {"run_id", "log_dir", "artifact", "eval_nll_path", "checkpoint_every", "resume"}
+OUTPUTS |= {"overwrite"}  # whether these names may be used again
 MAY_DIFFER = {"seed", "data_path", "tokenizer_path"} | OUTPUTS
 
 

@@ -3,6 +3,8 @@
 The text log begins with the script that ran, a line of 100 = ends it, and messages follow. The
 other one holds a JSON object a line, a record, whose "event" says what happened. Both are appended
 to: a file may hold several runs, and the last of them counts.
+
+A start that only evaluates a trained artifact again belongs to the start that trained, in both.
 """
 
 import json
@@ -15,6 +17,8 @@ from typing import NamedTuple
 from tools.command import UserError
 
 SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a text log
+FIRST_LINE = '\n"""Parameter Golf'  # how every version of the script begins, behind other text
+AGAIN = re.compile(r"^.* is trained and has no score: evaluation starts over$", re.MULTILINE)
 
 
 def read_records(path: Path) -> list[dict]:
@@ -41,14 +45,36 @@ def parse_records(text: str | bytes, path: Path) -> list[dict]:
 def runs_in(path: Path) -> list[list[dict]]:
     """The records of each run in the file, in order: a run begins with its settings.
 
-    A run that was stopped and taken up again has a part for each start.
+    A run that was stopped and taken up again has a part for each start that trained. The records
+    of one that only evaluates again follow those of the start before it, and so do their seconds.
     """
-    runs = [[]]
+    starts = []
     for record in read_records(path):
-        if record["event"] == "settings":
-            runs.append([])
-        runs[-1].append(record)
-    return [run for run in runs if run]
+        if record["event"] == "settings" or not starts:
+            starts.append([])
+        starts[-1].append(record)
+    runs = []
+    for start in starts:
+        again = any(record["event"] == "evaluation_again" for record in start)
+        if again and runs:
+            runs[-1] += later(start, number_in(runs[-1][-1], "seconds") or 0.0)
+        else:
+            runs.append(start)
+    return runs
+
+
+def later(records: list[dict], seconds: float) -> list[dict]:
+    """The records as if their start had begun so many seconds later."""
+    moved = []
+    for record in records:
+        told = number_in(record, "seconds")
+        moved.append(record if told is None else record | {"seconds": told + seconds})
+    return moved
+
+
+def attempts_at_evaluation(records: list[dict]) -> int:
+    """How often the evaluation of a run was begun; 1 where its script did not count."""
+    return max(1, sum(record["event"] == "evaluation" for record in records))
 
 
 def last_run(path: Path) -> dict[str, dict]:
@@ -95,14 +121,19 @@ def starts_of(runs: list[list[dict]]) -> list[list[dict]]:
 
 
 def seconds_to_score(records: list[dict]) -> float | None:
-    """What passed on the wall between the record before the final score and that one.
+    """What passed on the wall between the last beginning of the evaluation and its score.
 
-    This is what the evaluation took, and a little more. None where it is not told.
+    Older scripts have no record of the beginning: there, it is the record before the score. This is
+    what the evaluation took, and a little more. None where it is not told.
     """
     events = [record["event"] for record in records]
     place = events.index("final") if "final" in events else 0
-    walls = [number_in(record, "seconds") for record in records[max(0, place - 1) : place + 1]]
-    return None if len(walls) < 2 or None in walls else walls[1] - walls[0]
+    begun = [i for i, event in enumerate(events[:place]) if event == "evaluation"]
+    begun = begun[-1] if begun else place - 1
+    if begun < 0:
+        return None
+    walls = [number_in(records[i], "seconds") for i in (begun, place)]
+    return None if None in walls else walls[1] - walls[0]
 
 
 def not_a_log(path: Path) -> UserError:
@@ -113,11 +144,15 @@ def not_a_log(path: Path) -> UserError:
 def split_text(path: Path, text: str) -> tuple[str, str]:
     """The script and the messages of the last run in a text log.
 
-    Earlier runs may stand before the script.
+    Earlier runs may stand before the script. Where it was the script of a start that only
+    evaluated again, messages are those of the start before it, too.
     """
     script, separator, messages = text.rpartition(SEPARATOR)
     if not separator:
         raise UserError(f"{path} is not a run's text log: no line of 100 = ends the script in it")
+    before, found, _ = script.rpartition(FIRST_LINE)
+    if found and AGAIN.search(messages):
+        messages = split_text(path, before)[1] + "\n" + messages
     return script, messages
 
 

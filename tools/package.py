@@ -100,6 +100,7 @@ def check_rows(
     tests = gain or "no baseline was given"
     rows.append(Row("significance", tests, "Welch's t-test of the logs' scores"))
     rows += [
+        evidence.attempts_row(runs),
         evidence.evaluation_row(variables(run, script)),
         evidence.source_row(given.script, script),
     ]

@@ -22,7 +22,7 @@ if not __package__:  # started by its path
 from tools.command import Parser, UserError, run_command
 from tools.logs import last_run, spread
 
-NAMES = {"run_id", "seed", "log_dir", "artifact"}  # no part of what was measured
+NAMES = {"run_id", "seed", "log_dir", "artifact", "overwrite"}  # no part of what was measured
 KINDS = {"before quantization": "trained", "final": "final"}  # and the event that holds the score
 Points = dict[str, list[tuple[float, list[float]]]]  # of a kind: seconds, BPB of each seed
 

@@ -24,7 +24,7 @@ from tools.command import Parser, UserError, need, run_command
 from tools.logs import read_records, runs_in, starts_of
 
 # Of a run's settings, what only names its files, and what the column "run" says.
-NAMES = {"run_id", "log_dir", "artifact", "resume", "eval_only"}
+NAMES = {"run_id", "log_dir", "artifact", "resume", "overwrite", "eval_only"}
 FIGURES = ("steps", "ms", "before", "after", "final", "bytes")  # columns of numbers
 REACH = 4  # training losses on either side that a point of --plot is the mean of
 

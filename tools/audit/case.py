@@ -33,7 +33,7 @@ WITHOUT_EFFECT = ("eval_nll_path", "eval_max_seconds")
 NO_CLOCK = "1000000"
 # What a run's place and ranks were; and what a cell sets.
 NOT_PASSED = {"run_id", "log_dir", "artifact", "data_path", "tokenizer_path", "eval_only", "resume"}
-NOT_PASSED |= {"eval_nll_path", "eval_max_seconds", "sample_prompt", "preset"}
+NOT_PASSED |= {"overwrite", "eval_nll_path", "eval_max_seconds", "sample_prompt", "preset"}
 
 # Programs that compile: triton and torch start them, on a GPU.
 COMPILERS = {"gcc", "cc", "g++", "c++", "clang", "cc1", "cc1plus", "as", "ld", "collect2", "ptxas"}

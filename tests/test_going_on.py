@@ -1,0 +1,270 @@
+"""Going on after training: an evaluation that was interrupted starts over from the artifact, a run
+that is finished is not written over.
+"""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_gpt as t
+from tests.support import (
+    PATIENCE,
+    SCRIPT,
+    mistake,
+    process_environment,
+    run_environment,
+    run_here,
+)
+from tools import contradictions, logs
+
+# The last step's checkpoint alone, so that what would be trained again is counted.
+QUICK = {"checkpoint_every": 0, "eval_mode": "plain", "ttt_enabled": False}
+QUICK |= {"calibration_tokens": 64, "iterations": 4}
+
+
+def environment_of(shards: Path, folder: Path, **changes) -> dict[str, str]:
+    return run_environment(shards, folder, **(QUICK | changes))
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def kill_in(phase: str, environment: dict[str, str]):
+    """A run ends at once when it comes to its "final" score, or to the one "after quantization"."""
+    evaluate = t.Evaluator.evaluate
+
+    def die(*arguments):
+        raise Killed
+
+    def die_if_final(evaluator, started=None, *more):
+        return evaluate(evaluator) if started is None else die()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if phase == "final":
+            patch.setattr(t.Evaluator, "evaluate", die_if_final)
+        else:
+            patch.setattr(t, "load_model", die)
+        with pytest.raises(Killed):
+            run_here(patch, environment)
+
+
+@contextlib.contextmanager
+def nothing_is_trained():
+    def fail(*arguments):
+        raise AssertionError("it trains")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t.Trainer, "accumulate_gradients", fail)
+        patch.setattr(t, "export", fail)
+        yield
+
+
+def records(folder: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+    return [record for record in lines if record["event"] == event]
+
+
+def counts(folder: Path, *events: str) -> list[int]:
+    return [len(records(folder, event)) for event in events]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_here(patch, environment_of(shards, folder)) == 0
+    return folder
+
+
+# ---- An interrupted evaluation -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("phase", "attempts"), [("final", [1, 2, 3]), ("after quantization", [1])])
+def test_an_interrupted_evaluation_starts_over_and_nothing_is_trained(
+    monkeypatch, shards, tmp_path, undisturbed, phase, attempts
+):
+    """Without a checkpoint, too; and its logs are those of one run, of one mind."""
+    environment = environment_of(shards, tmp_path)
+    kill_in(phase, environment)
+    artifact = tmp_path / "a.int6.lzma"
+    written = artifact.stat().st_mtime_ns
+    for path in tmp_path.glob("*.checkpoint*"):
+        path.unlink()
+    with nothing_is_trained():
+        if phase == "final":
+            kill_in(phase, environment)
+        assert run_here(monkeypatch, environment) == 0
+    assert artifact.stat().st_mtime_ns == written
+    assert artifact.read_bytes() == (undisturbed / "a.int6.lzma").read_bytes()
+    assert [record["attempt"] for record in records(tmp_path, "evaluation")] == attempts
+    assert counts(tmp_path, "ready", "trained", "after_quantization", "final") == [1, 1, 1, 1]
+    assert (
+        records(tmp_path, "final")[0]["val_loss"] == (records(undisturbed, "final")[0]["val_loss"])
+    )
+    events = logs.finished_run(tmp_path / "a.jsonl")
+    assert events["trained"]["steps"] == 4
+    both = contradictions.read_logs(tmp_path / "a.txt")
+    assert contradictions.contradictions(both, artifact) == []
+    assert contradictions.unprinted(both) == []
+    assert logs.attempts_at_evaluation(both.records) == len(attempts)
+    assert 0 <= logs.seconds_to_score(both.records) < 60
+    assert not both.earlier
+
+
+def test_an_evaluation_that_was_too_long_is_tried_in_another_mode(
+    monkeypatch, capsys, shards, tmp_path
+):
+    settings = {"eval_mode": "sliding", "eval_max_seconds": 1e-6}
+    said = mistake(monkeypatch, capsys, environment_of(shards, tmp_path, **settings))
+    assert "no score in EVAL_MAX_SECONDS" in said
+    with nothing_is_trained():
+        assert run_here(monkeypatch, environment_of(shards, tmp_path)) == 0
+    assert [record["attempt"] for record in records(tmp_path, "evaluation")] == [1, 2]
+    events = logs.last_run(tmp_path / "a.jsonl")
+    assert events["settings"]["settings"]["eval_mode"] == "plain"
+
+
+@pytest.mark.parametrize("left", [b"", b"another run's"], ids=["none", "another"])
+def test_without_the_artifact_of_the_log_export_is_repeated_from_the_checkpoint(
+    monkeypatch, capsys, shards, tmp_path, undisturbed, left
+):
+    environment = environment_of(shards, tmp_path)
+    kill_in("final", environment)
+    artifact = tmp_path / "a.int6.lzma"
+    artifact.write_bytes(left)
+    assert run_here(monkeypatch, environment) == 0
+    assert "resumed" in capsys.readouterr().out
+    assert counts(tmp_path, "ready", "trained", "evaluation", "final") == [2, 2, 2, 1]
+    assert artifact.read_bytes() == (undisturbed / "a.int6.lzma").read_bytes()
+
+
+def test_other_settings_of_training_are_refused_as_a_checkpoints_are(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """RESUME=never trains with them."""
+    kill_in("final", environment_of(shards, tmp_path))
+    other = environment_of(shards, tmp_path, matrix_lr=0.03)
+    said = mistake(monkeypatch, capsys, other)
+    assert "MATRIX_LR=0.02, not 0.03; RESUME=never starts anew" in said
+    assert run_here(monkeypatch, other | {"RESUME": "never"}) == 0
+    assert counts(tmp_path, "ready", "evaluation_again", "final") == [2, 0, 1]
+
+
+KILL_IN_EVALUATION_ONCE = """
+import os, signal, sys
+from pathlib import Path
+import train_gpt as t
+mark, evaluate = Path(sys.argv.pop(1)), t.Evaluator.evaluate
+def kill_once(evaluator, started=None, *more):
+    if started is not None and evaluator.ranks.rank == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return evaluate(evaluator, started, *more)
+t.Evaluator.evaluate = kill_once
+sys.exit(t.run())
+"""
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_evaluation_starts_over(shards, tmp_path):
+    (tmp_path / "kill.py").write_text(KILL_IN_EVALUATION_ONCE)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += ["--max-restarts=1", str(tmp_path / "kill.py"), str(tmp_path / "mark")]
+    environment = environment_of(shards, tmp_path, warmup_steps=0)
+    done = subprocess.run(
+        [sys.executable, *launch],
+        env=process_environment(environment),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        cwd=SCRIPT.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mark").exists()
+    assert counts(tmp_path, "ready", "evaluation_again", "final") == [1, 1, 1]
+    assert [record["attempt"] for record in records(tmp_path, "evaluation")] == [1, 2]
+
+
+def test_a_signal_in_evaluation_says_how_to_go_on(monkeypatch, capsys, shards, tmp_path):
+    environment = environment_of(shards, tmp_path)
+    evaluate = t.Evaluator.evaluate
+
+    def signalled(evaluator, started=None, *more):
+        if started is not None:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(evaluator, started, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t.Evaluator, "evaluate", signalled)
+        said = mistake(patch, capsys, environment)
+    assert "stopped by SIGTERM; the same RUN_ID goes on from checkpoint or artifact" in said
+    with nothing_is_trained():
+        assert run_here(monkeypatch, environment) == 0
+
+
+# ---- A finished run ------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_written_over_unless_it_is_said(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """And then is trained anew, whatever checkpoint a process left that was killed at its end."""
+    environment = environment_of(shards, tmp_path)
+    checkpoint = tmp_path / "a.checkpoint"
+    finish = t.report
+
+    def keep(log, event, *more, **values):
+        if event == "final":
+            kept.append(checkpoint.read_bytes())
+        finish(log, event, *more, **values)
+
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "report", keep)
+        assert run_here(patch, environment) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for more in ({}, {"RESUME": "never"}, {"MATRIX_LR": "0.03"}):
+        said = mistake(monkeypatch, capsys, environment | more)
+        assert "RUN_ID=a is finished" in said
+        assert "OVERWRITE=1" in said
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert run_here(monkeypatch, environment | {"EVAL_ONLY": "1"}) == 0
+    checkpoint.write_bytes(kept[0])
+    capsys.readouterr()
+    assert run_here(monkeypatch, environment | {"OVERWRITE": "1", "SEED": "7"}) == 0
+    assert "resumed" not in capsys.readouterr().out
+    assert counts(tmp_path, "ready", "final") == [2, 2]
+    assert (tmp_path / "a.int6.lzma").read_bytes() != before[tmp_path / "a.int6.lzma"]
+
+
+def test_an_older_runs_score_and_artifact_do_not_end_a_newer_one(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """Of one name: the newer one, killed while it trains, is trained to its end."""
+    environment = environment_of(shards, tmp_path)
+    assert run_here(monkeypatch, environment) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "export", t.Evaluator)  # anything that fails
+        with pytest.raises(TypeError):
+            run_here(patch, environment | {"OVERWRITE": "1"})
+    capsys.readouterr()
+    assert run_here(monkeypatch, environment) == 0
+    assert "resumed" in capsys.readouterr().out
+    assert counts(tmp_path, "ready", "evaluation_again", "final") == [3, 0, 2]
+
+
+def test_a_log_that_was_cut_off_or_is_none_says_nothing_of_a_run(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert t.read_run(path) == []
+    start = [{"event": "settings"}, {"event": "ready"}, {"event": "trained"}]
+    lines = [json.dumps(record) for record in ({"event": "final"}, *start)]
+    path.write_text("\n".join([*lines, "[1]", '"event"', '{"event": "fin']))
+    assert t.read_run(path) == start
+    path.write_text("\n".join(lines[:2]))
+    assert t.read_run(path) == []
