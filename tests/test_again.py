@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import SCRIPT, process_environment, run_environment, run_here
+from tools.logs import last_run
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,7 @@ def test_a_scoring_can_be_repeated_and_finds_the_artifact_of_the_run_that_traine
     done = again(logs / "a.eval.txt")
     assert done.returncode == 0, done.stderr
     scores = [
-        json.loads((logs / f"{name}.eval.jsonl").read_text().splitlines()[-1])["val_loss"]
-        for name in ("a", "a-again")
+        last_run(logs / f"{name}.eval.jsonl")["final"]["val_loss"] for name in ("a", "a-again")
     ]
     assert scores[0] == scores[1]
 
