@@ -2713,9 +2713,9 @@ class Evaluator:
 def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict[str, list]]:
     """Where a score's nats are: tables for the log, whose columns are sums over a row's targets.
 
-    Row i of the first ones has those with 2^i <= x < 2^(i+1), row 0 also x = 0, row 15 all beyond;
-    x is the length of the target's document in tokens, its place there (BOS has 0), or its place in
-    a plain window. chunks: of TTT_CHUNK_TOKENS each, in order.
+    Row i of the first ones has those where x has i binary digits (0 has none), row 15 all beyond; x
+    is the length of the target's document in tokens, its place there (BOS has 0), or its place in a
+    plain window. chunks: of TTT_CHUNK_TOKENS each, in order.
     """
     chunk, place = settings.ttt_chunk_tokens, np.arange(len(validation.tokens))
     begins = np.union1d(0, np.flatnonzero(validation.tokens == BOS_ID))
@@ -2726,7 +2726,7 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
         begun = place % chunk if settings.adapts else place
         rows["window_position"] = begun[:-1] % settings.train_seq_len
     for name, x in rows.items():
-        rows[name] = np.clip(np.frexp(x)[1] - 1, 0, 15)
+        rows[name] = np.minimum(np.frexp(x)[1], 15)
     rows["chunks"] = place[:-1] // chunk
     sums = {"targets": None, "bytes": validation.target_bytes, "nats": score.nats}
     tables = {}

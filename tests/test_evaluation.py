@@ -527,7 +527,7 @@ def tables_by_hand(settings: t.Settings, validation: t.ValidationSet, nats: np.n
         where = {"document_length": end - begin, "document_position": p + 1 - begin}
         where["window_position"] = p - context
         for name, x in where.items():
-            found[name][min(15, max(1, int(x)).bit_length() - 1)] += 1, target_bytes[p], nats[p]
+            found[name][min(15, int(x).bit_length())] += 1, target_bytes[p], nats[p]
         found["chunks"][p // settings.ttt_chunk_tokens] += 1, target_bytes[p], nats[p]
     return found
 

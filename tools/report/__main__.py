@@ -2,20 +2,18 @@
 
     python -m tools.report logs/first.jsonl --out report.html
     python -m tools.report logs/s1.jsonl logs/s2.jsonl logs/s3.jsonl --out report.html --static
-    python -m tools.report logs/first.jsonl --audit audit.md --nats nats.npy --out report.html
+    python -m tools.report logs/first.jsonl --audit audit.md --out report.html
 
-Result, clocks, curves, settings, bytes, machine, data, quantization, test-time training, a sample:
-of several runs, a column each. --audit adds what python -m tools.audit printed. --nats, once for
-each log and in their order, draws test-time training chunk by chunk from the file that a run has
-written to EVAL_NLL_PATH. Curves answer to the mouse: plotly (requirements-dev.txt) is written into
-the page, 5 MB; with --static they are drawings, and the page has less than 300 kB. What a log says
-is the word of whoever trained.
+Result, clocks, curves, settings, bytes, machine, data and hashes, quantization, bits by document
+and by place, test-time training chunk by chunk, a sample: of several runs, a column each. --audit
+adds what python -m tools.audit printed. Curves answer to the mouse: plotly (requirements-dev.txt)
+is written into the page, 5 MB; with --static they are drawings, and the page has less than 300 kB.
+What a log says is the word of whoever trained.
 """
 
 import argparse
 import base64
 import hashlib
-import math
 import sys
 from pathlib import Path
 
@@ -32,8 +30,6 @@ from tools.runs import Run, find_logs, read_run
 HERE = Path(__file__).resolve().parent
 MOST_BYTES = 6_000_000  # of a page
 MOST_BYTES_STATIC = 300_000
-CHUNK = 32_768  # targets, where a run did not adapt
-NATS_APART = 1e-4  # by which the mean of a file's nats may differ from the log's
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
@@ -44,42 +40,6 @@ def read_runs(paths: list[Path]) -> list[Run]:
         if names.count(names[place]) > 1:
             runs[place] = runs[place]._replace(name=f"{names[place]} ({path})")
     return runs
-
-
-def read_chunks(run: Run, path: Path) -> list[float]:
-    """The mean nats of each chunk of targets, from the file of EVAL_NLL_PATH.
-
-    Raises UserError if the file is no such array, or not this run's.
-    """
-    import numpy as np
-
-    try:
-        nats = np.load(path, allow_pickle=False)
-        usable = nats.ndim == 1 and nats.size > 0 and nats.dtype.kind == "f"
-    except (ValueError, EOFError, AttributeError):
-        usable = False
-    need(usable, f"--nats {path}: not the file that EVAL_NLL_PATH names")
-    mean = float(nats.mean(dtype=np.float64))
-    told = run.events.get("final", {}).get("val_loss", math.inf)
-    need(
-        abs(mean - told) < NATS_APART, f"--nats {path}: mean {mean:.6f}, but {run.name} has {told}"
-    )
-    size = run.settings.get("ttt_chunk_tokens", CHUNK)
-    parts = [nats[first : first + size] for first in range(0, len(nats), size)]
-    return [round(float(part.mean(dtype=np.float64)), 6) for part in parts]
-
-
-def chunk_chart(runs: list[Run], paths: list[Path]) -> list[charts.Chart]:
-    """The nats of each chunk, a curve for each file."""
-    if not paths:
-        return []
-    need(len(paths) <= len(runs), "--nats: more files than logs")
-    curves = []
-    for run, path in zip(runs, paths, strict=False):
-        means = read_chunks(run, path)
-        xs = {"chunk": list(range(1, len(means) + 1))}
-        curves.append(charts.Curve(run.name, charts.colour_of(run, runs), xs, means))
-    return [charts.Chart("Nats of each chunk, scored before it is learnt", "nats a token", curves)]
 
 
 def read_audit(path: Path | None) -> Html:
@@ -102,15 +62,17 @@ def build_sections(runs: list[Run], given: argparse.Namespace) -> dict[str, Html
     if given.static and curves:
         curves = [charts.legend(runs), element("div", *curves, class_="figures")]
     curves = curves or [sections.missing("losses and rates of training", sections.CURVES)]
-    chunks = [draw(chart) for chart in chunk_chart(runs, given.nats)]
+    chunks = [draw(chart) for chart in charts.chunk_charts(runs, most)]
     if given.static and chunks:
-        chunks.insert(0, charts.legend(runs))
+        chunks = [charts.legend(runs), element("div", *chunks, class_="figures")]
+    profiles = {name: draw(chart) for name, chart in charts.profile_charts(runs).items()}
     # What came of it, how it was made, what of, and what else is known of the model.
     found = {"Result": sections.result(runs), "Clocks": sections.clocks(runs)}
     found |= {"Curves": join(curves), "Settings": sections.settings(runs)}
     found |= {"Bytes": sections.sizes(runs), "Machine": sections.machine(runs)}
     found |= {"Data": sections.data(runs), "Quantization": sections.quantization(runs)}
-    found["Test-time training"] = sections.adaptation(runs, join(chunks))
+    found["Where the bits are"] = sections.whereabouts(runs, profiles)
+    found["Test-time training"] = sections.adaptation(runs, chunks)
     found |= {"Sample": sections.sample(runs), "Audit": read_audit(given.audit)}
     return found
 
@@ -175,13 +137,12 @@ def main() -> int:
     add("--out", required=True, type=Path, metavar="HTML")
     add("--static", action="store_true", help="drawings that do not answer, under 300 kB")
     add("--audit", type=Path, metavar="FILE", help="what tools.audit printed")
-    add("--nats", type=Path, action="append", default=[], metavar="NPY", help="of EVAL_NLL_PATH")
     given = parser.parse_args()
     paths = find_logs(given.logs)
     runs = read_runs(paths)
     try:
         text = page(runs, given)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise not_a_log(", ".join(map(str, paths))) from None
     size = len(text.encode())
     most = MOST_BYTES_STATIC if given.static else MOST_BYTES

@@ -14,6 +14,7 @@ import statistics
 from typing import NamedTuple
 
 from tools.report.markup import Html, element, join
+from tools.report.profiles import PROFILES, ROWS, chunks_of, rows_of, short_name
 from tools.runs import REACH, Run, smoothed
 
 COLOURS = (  # each stands out on white and on nearly black
@@ -51,6 +52,7 @@ class Chart(NamedTuple):
     curves: list[Curve]
     y_range: tuple[float, float] | None = None
     main: bool = False  # drawn over each axis on a static page, others over the first
+    ticks: tuple[str, ...] = ()  # names of the places 0, 1, ... on the axis; else numbers
 
 
 def thinned(records: list, most: int) -> list:
@@ -109,6 +111,61 @@ def training_charts(runs: list[Run], most: int) -> list[Chart]:
     return [chart for chart in charts if any(curve.y for curve in chart.curves)]
 
 
+def profile_charts(runs: list[Run]) -> dict[str, Chart]:
+    """Bits per byte by document and by place, of each table that some run has."""
+    found = {}
+    for name, (title, axis) in PROFILES.items():
+        curves = []
+        for run in runs:
+            rows = rows_of(run, name)
+            xs = {axis: [row.place for row in rows]}
+            bits = [round(row.bits_per_byte, 5) for row in rows]
+            curves += [Curve(run.name, colour_of(run, runs), xs, bits)] if rows else []
+        if curves:
+            ticks = tuple(map(short_name, range(ROWS)))
+            found[name] = Chart(title, "bits a byte", curves, ticks=ticks)
+    return found
+
+
+def chunk_charts(runs: list[Run], most: int) -> list[Chart]:
+    """The course of evaluation: scores, what an epoch brought, and seconds, chunk by chunk.
+
+    most: chunks of all runs that are drawn, as in training_charts().
+    """
+    scores = []
+    gains = []
+    seconds = []
+    for run in runs:
+        colour = colour_of(run, runs)
+        final = chunks_of(run, "final")
+        plain = chunks_of(run, "after_quantization")
+        each = most // len(runs)
+        if plain:
+            name = f"{run.name}: plain windows, frozen"
+            scores.append(chunk_curve(name, colour, plain.nats, each, faint=True))
+        if not final:
+            continue
+        scores.append(chunk_curve(run.name, colour, final.nats, each))
+        if final.epochs:
+            gains.append(chunk_curve(run.name, colour, final.learnt, each))
+            seconds.append(chunk_curve(run.name, colour, final.adapt_seconds, each))
+            name = f"{run.name}: scoring"
+            seconds.append(chunk_curve(name, colour, final.score_seconds, each, faint=True))
+    charts = [
+        Chart("Nats of each chunk, scored before it is learnt", "nats a token", scores),
+        Chart("By how much a chunk's last epoch begins lower than its first", "nats", gains),
+        Chart("Time of adapting to a chunk and, faint, of scoring it", "seconds", seconds),
+    ]
+    return [chart for chart in charts if chart.curves]
+
+
+def chunk_curve(name: str, colour: str, values: list, most: int, faint: bool = False) -> Curve:
+    """A curve over the numbers of chunks."""
+    kept = thinned(list(enumerate(values, 1)), most)
+    ys = [None if value is None else round(value, 6) for _, value in kept]
+    return Curve(name, colour, {"chunk": [place for place, _ in kept]}, ys, faint)
+
+
 def lowest_part(curves: list[Curve]) -> tuple[float, float]:
     """What of the losses is shown: the first ones are so high that nothing else could be told."""
     lowest = min(min(finite_ones(curve.y), default=math.inf) for curve in curves)
@@ -152,9 +209,9 @@ def validation_curves(run: Run, colour: str) -> list[Curve]:
     return [Curve(f"{run.name}: validation", colour, places(run, known), scores, dots=True)]
 
 
-def finite(values: list[float]) -> list[float | None]:
-    """For JSON, which has no name for what is not finite: a gap."""
-    return [value if math.isfinite(value) else None for value in values]
+def finite(values: list[float | None]) -> list[float | None]:
+    """For JSON, which has no name for what is not finite: a gap, as where there is no value."""
+    return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
 def payload(chart: Chart) -> str:
@@ -202,14 +259,20 @@ def svg(chart: Chart, axis: str) -> Html:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.2, 2.9), layout="constrained")
         axes = figure.subplots()
+        # What is faint is behind a curve that tells more; drawn alone, it takes too many bytes.
         for curve in chart.curves:
-            if curve.faint:
+            if curve.faint and chart.main:
                 continue
             line = {"linestyle": "", "marker": "o", "markersize": 4} if curve.dots else {}
-            axes.plot(curve.xs[axis], curve.y, color=curve.colour, linewidth=1.2, **line)
+            line["alpha"] = 0.4 if curve.faint else 1.0
+            ys = [math.nan if y is None else y for y in curve.y]
+            axes.plot(curve.xs[axis], ys, color=curve.colour, linewidth=1.2, **line)
         axes.set(xlabel=axis, ylabel=chart.y_name)
         if chart.y_range:
             axes.set_ylim(*chart.y_range)
+        if chart.ticks:
+            places = range(len(chart.ticks))
+            axes.set_xticks(places, chart.ticks, rotation=60, fontsize=7)
         axes.grid(alpha=0.2)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})

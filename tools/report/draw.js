@@ -23,13 +23,19 @@ function traces(chart, axis) {
     opacity: curve.faint ? 0.35 : 1,
     line: { color: curve.colour, width: curve.faint ? 1 : 2 },
     marker: { color: curve.colour, size: 8 },
-    hovertemplate: `%{y:.5~f} ${escaped(chart.y_name)} at ${axis} %{x}`,
+    text: curve.xs[axis].map((x) => chart.ticks[x] ?? x),
+    hovertemplate: `%{y:.5~f} ${escaped(chart.y_name)} at ${axis} %{text}`,
   }));
 }
 
 /** plotly takes some HTML in names; those of runs have none. */
 function escaped(text) {
   return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+}
+
+/** Names of an axis's places, where they are no numbers. */
+function names(chart) {
+  return chart.ticks.length ? { tickvals: [...chart.ticks.keys()], ticktext: chart.ticks } : {};
 }
 
 /** Where and in which colours. */
@@ -40,7 +46,7 @@ function layout(chart, axis) {
     plot_bgcolor: paper,
     font: { color: ink, family: getComputedStyle(document.body).fontFamily, size: 12 },
     margin: { l: 52, r: 8, t: 8, b: 44 },
-    xaxis: { ...lines, title: { text: axis }, automargin: true },
+    xaxis: { ...lines, title: { text: axis }, automargin: true, ...names(chart) },
     yaxis: { ...lines, title: { text: chart.y_name }, range: chart.y_range || undefined },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     hoverlabel: { bgcolor: card, font: { color: ink } },

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from tools.contradictions import CAP_BYTES, limit_of
 from tools.logs import seconds_to_score, spread
 from tools.report.markup import Html, bar, element, join, table
+from tools.report.profiles import PROFILES, chunks_of, row_name, rows_of
 from tools.runs import Run, differing, text_of
 from tools.summary import scored_text, way_of_scoring
 
@@ -24,8 +25,11 @@ PHASES = {  # of a run's wall clock: each ends with its event, and begins where 
     "ready": "start and compiling",
     "trained": "training, GPTQ, packing",
     "after_quantization": "score after quantization",
+    "quantization_loss": "score of each kind of layer",
+    "sample": "sample",
     "final": "evaluation",
 }
+REST = "The rest: vectors, grid steps, tables of frequencies, the coder's states, the header."
 CURVES = "EVAL_ONLY=0 trains, and TRAIN_LOG_EVERY=50 writes a line after so many steps"
 COUNTS = {  # of the data: event and key
     "validation shards": ("validation_data", "shards"),
@@ -137,8 +141,8 @@ def clocks(runs: list[Run]) -> Html:
 def clocks_of(run: Run) -> Html:
     """The bars of one run.
 
-    The limit is the run's own, or the contest's where that is less. The evaluation's seconds are
-    those on the wall up to its score, since no record holds its own clock.
+    The limit is the run's own, or the contest's where that is less. An evaluation's parts are
+    scoring, adapting, and loading and compiling; an older log has only what passed on the wall.
     """
     settings = run.events["settings"]["settings"]
     bars = []
@@ -149,14 +153,38 @@ def clocks_of(run: Run) -> Html:
     else:
         limit = limit_of(settings["max_wallclock_seconds"])
         bars.append(bar("training", [clock], limit, f"{clock:.1f} s of {limit:g} s"))
-    evaluation = seconds_to_score(run.records)
+    final = run.events.get("final", {})
+    evaluation = final.get("evaluation_seconds", seconds_to_score(run.records))
     if evaluation is None:
         bars.append(missing("a final score", "EVAL_ONLY=1 with the same RUN_ID takes it"))
     else:
         limit = limit_of(settings["eval_max_seconds"])
         told = f"{evaluation:.1f} s of {limit:g} s"
-        bars.append(bar("evaluation", [evaluation], limit, told))
-    return join([*bars, whole_time(run)])
+        parts = evaluation_parts(run, evaluation)
+        bars.append(bar("evaluation", list(parts.values()), limit, told))
+        words = "; ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
+        bars += [element("p", words, class_="quiet")] if len(parts) > 1 else []
+    return join([*bars, evaluation_modes(run), whole_time(run)])
+
+
+def evaluation_parts(run: Run, whole: float) -> dict[str, float]:
+    """Seconds of the final score by what they went into; all together if the log does not say."""
+    chunks = chunks_of(run, "final")
+    if chunks is None or not chunks.epochs:
+        return {"all": whole}
+    parts = {"scoring": sum(chunks.score_seconds), "adapting": sum(chunks.adapt_seconds)}
+    return parts | {"loading and the rest": max(0.0, whole - sum(parts.values()))}
+
+
+def evaluation_modes(run: Run) -> Html:
+    """The score and the clock of each mode in which the artifact was scored."""
+    rows = []
+    for event in ("after_quantization", "final"):
+        told = run.events.get(event, {})
+        if "evaluation_seconds" in told:
+            mode = told["mode"].replace("_ttt", ", adapting")
+            rows.append([mode, f"{told['val_bpb']:.5f}", f"{told['evaluation_seconds']:.2f}"])
+    return table(["mode", "bits per byte", "seconds"], rows) if rows else Html("")
 
 
 def whole_time(run: Run) -> Html:
@@ -252,6 +280,24 @@ def sizes(runs: list[Run]) -> Html:
     if lacking:
         remedy = "EVAL_ONLY=0 trains a model and packs it within TARGET_MB=16"
         parts.append(missing("bytes of code and model", remedy, lacking, runs))
+    return join([*parts, sizes_by_kind(known)])
+
+
+def sizes_by_kind(runs: list[Run]) -> Html:
+    """What each kind of layer takes of the artifact, its rows of six and of eight bits apart."""
+    parts = []
+    lacking = [run for run in runs if "bytes_by_kind" not in run.events["trained"]]
+    for run in [run for run in runs if run not in lacking]:
+        kinds = run.events["trained"]["bytes_by_kind"]
+        whole = max(1, sum(kinds.values()))
+        most = max(kinds.values())
+        parts.append(element("h3", f"{run.name}: bytes of the model by kind of layer"))
+        for kind, size in kinds.items():
+            parts.append(bar(kind, [size], most, f"{size:,}, {size / whole:.1%}"))
+        parts.append(element("p", REST, class_="quiet"))
+    if lacking:
+        remedy = "EVAL_ONLY=0 with today's script counts them as it packs"
+        parts.append(missing("bytes by kind of layer", remedy, lacking, runs))
     return join(parts)
 
 
@@ -269,6 +315,28 @@ def data(runs: list[Run]) -> Html:
     if lacking:
         remedy = "Today's script counts the shards in DATA_PATH=folder"
         parts.append(missing("what was read", remedy, lacking, runs))
+    return join([*parts, file_hashes(runs)])
+
+
+def file_hashes(runs: list[Run]) -> Html:
+    """Names and sums of the files that were read, folded: of training shards there may be many."""
+    parts = []
+    lacking = [run for run in runs if "hashes" not in run.events]
+    for run in [run for run in runs if run not in lacking]:
+        told = run.events["hashes"]
+        rows = []
+        for kind in ("tokenizer", "validation", "training"):
+            for name, sum_ in told.get(kind, {}).items():
+                shown = element("code", sum_, class_="hash") if sum_ else "not hashed"
+                rows.append([f"{kind}: {name}", shown])
+        overlap = told.get("overlap_documents")
+        known = "not known" if overlap is None else f"{overlap:,}"
+        words = f"validation documents that are training documents, too: {known}"
+        title = element("summary", f"{run.name}: SHA-256 of {len(rows)} files; {words}")
+        parts.append(element("details", title, table(["file", "SHA-256"], rows)))
+    if lacking:
+        remedy = "Today's script hashes the files of DATA_PATH=folder and TOKENIZER_PATH=file"
+        parts.append(missing("hashes of the files that were read", remedy, lacking, runs))
     return join(parts)
 
 
@@ -331,23 +399,76 @@ def lost(run: Run) -> str | None:
     return None if None in scores else f"{scores[1] - scores[0]:+.6f}"
 
 
-def adaptation(runs: list[Run], chart: Html) -> Html:
-    """How much adapting gained and, where scores of single targets are given, chunk by chunk.
+def whereabouts(runs: list[Run], charts: dict[str, Html]) -> Html:
+    """Bits per byte by length of the document, and by place in it and in a window.
 
-    chart: the curves of --nats, empty without it.
+    charts: of tools/report/profiles.py's tables, those that some run has. The numbers stand folded
+    below each.
+    """
+    parts = []
+    for name, (title, _) in PROFILES.items():
+        lacking = [run for run in runs if not rows_of(run, name)]
+        if name in charts:
+            shown = [run for run in runs if run not in lacking]
+            folded = element("summary", f"{title}: the numbers"), profile_table(shown, name)
+            parts += [charts[name], element("details", *folded)]
+        if lacking:
+            remedy = "Today's script records it of every score"
+            remedy += ", by place in a window of EVAL_MODE=plain" if "window" in name else ""
+            filled = f"{remedy}; EVAL_ONLY=1 with the same RUN_ID scores again"
+            parts.append(missing(f"bits {title[0].lower()}{title[1:]}", filled, lacking, runs))
+    return join(parts)
+
+
+def profile_table(runs: list[Run], name: str) -> Html:
+    """A row's share of the text, which is the first run's, and each run's bits per byte there."""
+    each = {run.name: {row.place: row for row in rows_of(run, name)} for run in runs}
+    first = next(iter(each.values()))
+    whole = sum(row.bytes for row in first.values())
+    rows = []
+    for key, row in first.items():
+        bits = [of[key].bits_per_byte if key in of else None for of in each.values()]
+        cells = [NONE if one is None else f"{one:.4f}" for one in bits]
+        rows.append([row_name(key), f"{row.bytes / whole:.2%}", *cells])
+    return element("div", table(["tokens", "of the bytes", *each], rows), class_="runs")
+
+
+def adaptation(runs: list[Run], charts: list[Html]) -> Html:
+    """How much adapting gained, what it took, and its course.
+
+    charts: chunk by chunk, of the runs that have them.
     """
     rows = {
         "windows": lambda run: way_of_scoring(run.events["settings"]["settings"]),
         "gain over plain windows, frozen": gain,
+        "epochs": epochs_made,
         "epochs given up for time": figure("final", "epochs_given_up"),
+        "a chunk's nats, its last epoch less its first": gain_of_epochs,
     }
-    parts = [comparison(runs, rows)]
-    if chart:
-        return join([*parts, chart])
-    remedy = (
-        "TTT_ENABLED=1 EVAL_NLL_PATH=nats.npy keeps every score, and --nats nats.npy draws them"
-    )
-    return join([*parts, missing("nats chunk by chunk", remedy)])
+    parts = [comparison(runs, rows), *charts]
+    chunks = [chunks_of(run, "final") for run in runs]
+    lacking = [run for run, has in zip(runs, chunks, strict=True) if has is None]
+    if lacking:
+        remedy = "EVAL_ONLY=1 with today's script and the same RUN_ID scores again and records them"
+        parts.append(missing("nats chunk by chunk", remedy, lacking, runs))
+    frozen = [run for run, has in zip(runs, chunks, strict=True) if has and not has.epochs]
+    if frozen:
+        remedy = "TTT_ENABLED=1 adapts to each chunk when it is scored"
+        parts.append(missing("what adapting brought", remedy, frozen, runs))
+    return join(parts)
+
+
+def epochs_made(run: Run) -> str | None:
+    """Epochs on all chunks together."""
+    chunks = chunks_of(run, "final")
+    return f"{sum(chunks.epochs):,.0f}" if chunks and chunks.epochs else None
+
+
+def gain_of_epochs(run: Run) -> str | None:
+    """The mean over the chunks that had more than one epoch."""
+    chunks = chunks_of(run, "final")
+    known = [gain for gain in chunks.learnt if gain is not None] if chunks else []
+    return f"{-sum(known) / len(known):+.5f}" if known else None
 
 
 def gain(run: Run) -> str | None:
