@@ -268,6 +268,7 @@ class Settings:
     val_batch_size: int = env(524_288, "most scored at once over all ranks", "tokens", 1)
     eval_max_seconds: float = env(600.0, "evaluation clock", "seconds", ABOVE_0)
     eval_nll_path: str = env("", "every target's nats, float32", "file.npy")
+    eval_any_tokens: bool = env(False, "score other tokens than TOKENIZER_PATH's, to try them")
     ttt_enabled: bool = env(True, "score-first test-time training")
     ttt_lr: float = env(0.005, "SGD, cosine over the chunks", "rate")
     ttt_epochs: int = env(2, "passes over each scored chunk", "epochs")
@@ -599,6 +600,14 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value) -> list:
+        """Every rank's object, in the ranks' order, on every rank; over gloo, as from_main()."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
     def concatenate(self, tensor: Tensor) -> Tensor:
         """The rows of every rank's tensor (n, ...), in the ranks' order: (ranks · n, ...)."""
         if self.world_size == 1:
@@ -711,8 +720,10 @@ class Shard:
         with explained_errors(f"read {path}"):
             self.file = path.open("rb", 0)
             weakref.finalize(self, self.file.close)  # or the interpreter warns
-            size = path.stat().st_size
+            found = os.fstat(self.file.fileno())
             header = np.fromfile(self.file, "<i4", 256)
+        size = found.st_size
+        self.state = {"size": size, "mtime_ns": found.st_mtime_ns}  # as manifest.json has them
         ours = len(header) == 256 and header[:2].tolist() == [SHARD_MAGIC, 1]
         problem = "is not a token shard (wrong magic number or version); see data/prepare.py"
         need(ours, f"{path} {problem}")
@@ -766,6 +777,52 @@ def sampled_digest(shards: list[Shard]) -> str:
         for first in np.linspace(0, max(0, shard.count - 512), 16).astype(int):
             digest.update(shard.read(int(first), min(512, shard.count)).tobytes())
     return digest.hexdigest()[:16]
+
+
+def recorded_hashes(folder: str, shards: list[Shard]) -> tuple[dict[str, str], int | None]:
+    """What manifest.json, which data/prepare.py leaves beside shards, says of these.
+
+    SHA-256 by name, "" for a shard of another size or time of change; and how many validation
+    documents are training documents too, None unless it knows all these shards and no others.
+    """
+    hashes = {shard.path.name: "" for shard in shards}
+    with suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        manifest = json.loads(Path(folder, "manifest.json").read_bytes())
+        entries = manifest["shards"]
+        for shard in shards:
+            entry = entries.get(shard.path.name, {})
+            if shard.state.items() <= entry.items():
+                hashes[shard.path.name] = shown(entry["sha256"])
+        if hashes.keys() == entries.keys() and all(hashes.values()):
+            return hashes, int(manifest["overlap"]["documents"])
+    return hashes, None
+
+
+def log_hashes(settings, log):
+    """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
+
+    Validation shards that have none recorded are hashed here, off every clock; training shards,
+    of which there may be 16 GB, are not.
+    """
+    folder, path = settings.data_path, settings.tokenizer_path
+    splits = {"validation": open_shards(folder, "val")}
+    if not settings.eval_only:
+        splits["training"] = open_shards(folder, "train")
+    recorded, overlap = recorded_hashes(folder, list(itertools.chain(*splits.values())))
+    record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
+    for split, shards in splits.items():
+        record[split] = {shard.path.name: recorded[shard.path.name] for shard in shards}
+    for name, sha256 in record["validation"].items():
+        record["validation"][name] = sha256 or file_sha256(Path(folder, name))
+    for kind, hashes in record.items():
+        parts = [f"{shown(name)} {sha256}" for name, sha256 in hashes.items() if sha256]
+        if lacking := len(hashes) - len(parts):
+            remedy = f"python data/prepare.py manifest {shown(folder)}, once, does that"
+            parts.append(f"{lacking} not hashed ({remedy})")
+        log(f"SHA-256, {kind}: {', '.join(parts)}")
+    doubled = "not known" if overlap is None else f"{overlap:,}"
+    text = f"validation documents that are training documents too: {doubled}"
+    log(text, "hashes", **record, overlap_documents=overlap)
 
 
 def check_token_range(tokens: np.ndarray, size: int, split: str):
@@ -925,6 +982,8 @@ class ValidationSet(NamedTuple):
 def load_validation(settings, tokenizer) -> ValidationSet:
     """All validation shards in one stream; UserError if it is too short or of another tokenizer."""
     shards = open_shards(settings.data_path, "val")
+    if not settings.eval_any_tokens:
+        check_tokenizer(settings, tokenizer, shards, "validation")
     tokens = np.concatenate([shard.read() for shard in shards])
     short = f"the validation shards hold {len(tokens)} tokens, less than one sequence and a target"
     need(len(tokens) > settings.train_seq_len, short)
@@ -932,22 +991,15 @@ def load_validation(settings, tokenizer) -> ValidationSet:
     return ValidationSet(tokens, tokenizer.target_bytes(tokens), len(shards))
 
 
-def check_tokenizer(settings, tokenizer, log):
-    """Raises UserError before a run trains on shards that are not the tokenizer's: mismatch().
-
-    Scoring alone only warns: tokens may have been replaced to see what that changes.
-    """
-    splits = {"val": "validation"} | ({} if settings.eval_only else {"train": "training"})
-    for split, name in splits.items():
-        shards = open_shards(settings.data_path, split)
-        share = max(2048, ROUND_TRIP_TOKENS // len(shards))
-        for shard in shards:
-            tokens = shard.read(0, min(shard.count, share))
-            check_token_range(tokens, settings.vocab_size, name)
-            if problem := tokenizer.mismatch(tokens):
-                what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {name} shards"
-                need(settings.eval_only, f"{what}: {problem}")
-                log(f"warning: {what}: {problem}")
+def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
+    """Raises UserError for shards whose first tokens are not the tokenizer's: mismatch()."""
+    share = max(2048, ROUND_TRIP_TOKENS // len(shards))
+    for shard in shards:
+        tokens = shard.read(0, min(shard.count, share))
+        check_token_range(tokens, settings.vocab_size, name)
+        problem = tokenizer.mismatch(tokens)
+        what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {name} shards"
+        need(not problem, f"{what}: {problem}")
 
 
 # ==================================================================================================
@@ -2395,7 +2447,7 @@ class Excerpt(NamedTuple):
     positions: np.ndarray  # (B, T) int64; outside the stream stands its first or last token
     tokens: Tensor  # (B, T) int64, on the rank's device
     targets: Tensor  # (B, T) int64
-    resumed: tuple | None = None  # stateful: seen and states of Model.resume(), before it
+    resumed: tuple | None = None  # stateful, once it is scored: what Model.resume() began with
 
 
 class EvaluationObserver:
@@ -2436,6 +2488,7 @@ class StateRelay:
     def __init__(self, ranks, states: list):
         self.ranks = ranks
         self.states = states
+        self.before = {}  # by place: the states that take() gave for this part
         self.parts = 1  # of the round, not more than ranks
         self.sent = []
 
@@ -2449,6 +2502,7 @@ class StateRelay:
         """The state of the mixer at this place in the order, before this rank's part."""
         if self.ranks.rank > 0:
             self.states[place] = self._receive(self.states[place], self.ranks.rank - 1)
+        self.before[place] = self.states[place]
         return self.states[place]
 
     def put(self, place: int, state):
@@ -2629,10 +2683,10 @@ class Evaluator:
         """Reads length tokens from first on, and the overlap; hidden states (1, length, width)."""
         overlap = self.settings.attention_overlap
         seen = torch.tensor(min(overlap, first - self.states_from), device=self.ranks.device)
-        resumed = seen, list(self.relay.states)
-        excerpt = self._read(np.array([[first - overlap]]), overlap + length, resumed)
+        excerpt = self._read(np.array([[first - overlap]]), overlap + length)
         run = self.block_function
-        return excerpt, self.model.resume(excerpt.tokens, seen, self.order, self.relay, run)
+        hidden = self.model.resume(excerpt.tokens, seen, self.order, self.relay, run)
+        return excerpt._replace(resumed=(seen, list(self.relay.before.values()))), hidden
 
     @torch.no_grad()
     def _renew_states(self, position: int):
@@ -2645,13 +2699,13 @@ class Evaluator:
             self.relay.parts = 1
             self._resume(self.states_from, position - self.states_from)
 
-    def _read(self, starts: np.ndarray, length: int, resumed: tuple | None = None) -> Excerpt:
+    def _read(self, starts: np.ndarray, length: int) -> Excerpt:
         """The stream from each of starts (B, 1) on; outside, its first or last token again."""
         positions = starts + np.arange(length + 1)
         stream = self.validation.tokens[np.clip(positions, 0, self.total)]
         tokens = torch.tensor(stream, dtype=torch.int64, device=self.ranks.device)
         parts = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        excerpt = Excerpt(positions[:, :-1], *parts, resumed)
+        excerpt = Excerpt(positions[:, :-1], *parts)
         self.observer.on_read(excerpt)
         return excerpt
 
@@ -3269,7 +3323,7 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
     return settings
 
 
-def file_sha256(path: str) -> str:
+def file_sha256(path: str | Path) -> str:
     """The hexadecimal SHA-256 of a file; empty where there is none to read."""
     with suppress(OSError):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else ""
@@ -3407,8 +3461,9 @@ class Log:
             folder = Path(settings.log_dir)
             with explained_errors(f"write logs in LOG_DIR={folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
-                self.files = [(folder / f"{name}.{end}").open("ab", 0) for end in ("txt", "jsonl")]
+                self.files = [(folder / f"{name}.txt").open("ab", 0)]
                 claim_file(self.files[0])
+                self.files.append((folder / f"{name}.jsonl").open("ab", 0))
             self.said = [io.BytesIO(), io.BytesIO()]
             self.said[0].write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
 
@@ -3452,30 +3507,53 @@ class Log:
             file.close()
 
 
-def claim_file(file):
-    """Locks an open file until it is closed; UserError if a living process has locked it."""
+def claim_file(file, name: str = "RUN_ID"):
+    """Locks an open file until it is closed; UserError if a living process has locked it.
+
+    name is the setting that named it, for the error, which closes it.
+    """
     try:
         if Path(file.name).is_file():  # not a device, which many may write to
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        remedy = "wait for it, or choose another RUN_ID"
+        file.close()
+        remedy = f"wait for it, or choose another {name}"
         raise UserError(f"{file.name} belongs to a run that has not ended: {remedy}") from None
     except OSError:
         pass  # some network file systems have no locks: nothing is claimed there
 
 
+@contextmanager
+def claimed_artifact(settings, ranks):
+    """Meanwhile no other run may write ARTIFACT: it has a lock file beside it; else UserError.
+
+    After a kill the file stays, unlocked. A run that scores alone claims nothing.
+    """
+    if settings.eval_only or ranks.rank:
+        yield
+        return
+    path = Path(f"{settings.artifact_path}.lock")
+    with explained_errors(f"write {path}"):
+        file = path.open("ab")
+    with file:
+        claim_file(file, "ARTIFACT")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def describe_machine(ranks) -> dict[str, str]:
-    """Versions and hardware, for the log: of GPUs, those of this machine that the ranks are on."""
+    """Versions and hardware, for the log: hosts and GPUs of all ranks, which all must call it."""
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if ranks.gpu else cpu
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"cuda": torch.version.cuda, "triton": triton and triton.__version__}
     versions["hardware"] = f"{ranks.world_size} × {device}"
-    versions["host"] = platform.node()
+    versions["host"] = ", ".join(dict.fromkeys(ranks.gather(platform.node())))
     if ranks.gpu:
-        used = range(min(ranks.world_size, torch.cuda.device_count()))
-        gpus = [torch.cuda.get_device_properties(number) for number in used]
-        versions["gpus"] = ", ".join(f"{gpu.name} {gpu.uuid}" for gpu in gpus)
+        gpu = torch.cuda.get_device_properties(ranks.device)
+        versions["gpus"] = ", ".join(ranks.gather(f"{gpu.name} {gpu.uuid}"))
         driver = Path("/sys/module/nvidia/version")
         versions["driver"] = driver.read_text().strip() if driver.is_file() else "unknown"
     return versions
@@ -3567,6 +3645,9 @@ class TrainingClock:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 STOP_SIGNALS += (signal.SIGUSR2, signal.SIGXCPU)
 AS_ONE_SECONDS = 3.0  # a launcher and a terminal may both send one
+# By time.monotonic(), whoever handled it: a loop that one has stopped must not be stopped by the
+# next on its way out. Linux sends PR_SET_PDEATHSIG's for each thread with which a launcher dies.
+SIGNALLED_AT = [-math.inf]
 PR_SET_PDEATHSIG = 1  # of Linux' prctl(): the signal that comes when the parent process ends
 
 
@@ -3592,17 +3673,19 @@ def stop_signals(at_once: bool = False):
     the way out. What the parent process ignores, as nohup does, stays ignored.
     """
     received = []
-    times = [-math.inf]
+    if at_once:
+        SIGNALLED_AT[:] = [-math.inf]
 
     def receive(number: int, _):
         received.append(number)
-        times.append(time.monotonic())
-        if at_once and times[-1] - times[-2] >= AS_ONE_SECONDS:
+        SIGNALLED_AT.append(time.monotonic())
+        if at_once and SIGNALLED_AT[-1] - SIGNALLED_AT[-2] >= AS_ONE_SECONDS:
             raise KeyboardInterrupt(signal.Signals(number).name)
 
     with handling_signals(receive):
         yield received
     if received and not at_once:  # too late for the loop to see
+        SIGNALLED_AT[:] = [-math.inf]
         signal.raise_signal(received[0])
 
 
@@ -4261,11 +4344,12 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
 def main():
     """The story of a run."""
     settings, given, ranks = prepare_run(dict(os.environ))
-    with closing(Log(settings, ranks, log_name(settings))) as log:
+    with closing(Log(settings, ranks, log_name(settings))) as log, ExitStack() as claims:
         looks = ranks.rank == 0 and not settings.eval_only
         unscored = ranks.from_main(find_unscored(settings) if looks else [])
         log_settings(log, settings, given, ranks)
         check_outputs(settings)
+        claims.enter_context(claimed_artifact(settings, ranks))
         if settings.eval_only:
             header, _ = read_artifact(settings.artifact_path)
             settings = adopt_artifact(header, settings, given, ranks.world_size)
@@ -4362,13 +4446,15 @@ def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet 
     if prompt and settings.eval_only and folder.is_dir() and not any(folder.glob("*_val_*.bin")):
         return None
     validation = load_validation(settings, tokenizer)
-    check_tokenizer(settings, tokenizer, log)
+    if not settings.eval_only:
+        check_tokenizer(settings, tokenizer, open_shards(settings.data_path, "train"), "training")
     tokens, target_bytes, shards = validation
     counts = {"shards": shards, "documents": int((tokens == BOS_ID).sum()), "tokens": len(tokens)}
     counts |= {"scored_tokens": len(target_bytes), "bytes": int(target_bytes.sum())}
     text = "{tokens:,} tokens in {shards} shards, {documents:,} documents; scored are"
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
     log(f"validation text: {text.format(**counts)}", "validation_data", **counts)
+    log_hashes(settings, log)
     return validation
 
 

@@ -408,7 +408,8 @@ def read_shard(case: Case, path: Path, originals: Originals) -> str:
         return "other tokens were read"
     usable = count > tiny().train_seq_len and expected.max(initial=0) < VOCABULARY
     validation = t.load_validation(
-        tiny(data_path=str(path.parent)), worker_tokenizer(path.parent, originals)
+        tiny(data_path=str(path.parent), eval_any_tokens=True),
+        worker_tokenizer(path.parent, originals),
     )
     if not usable:
         return "a validation set that is not usable was read"

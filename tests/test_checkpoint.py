@@ -305,6 +305,32 @@ def test_a_signal_stops_a_run_with_a_checkpoint(
     assert artifact(tmp_path) == artifact(undisturbed)
 
 
+def test_a_launchers_second_signal_on_the_way_out_is_the_same_stop(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """Linux sends PR_SET_PDEATHSIG's for each of a launcher's threads that a child has had as its
+    parent: the second one may come when training's handler is gone already.
+    """
+    environment = quick_environment(shards, tmp_path, checkpoint_every=0)
+    leave = t.Checkpoints.__exit__
+
+    def signalled_again(checkpoints, *error):
+        signal.raise_signal(signal.SIGTERM)
+        return leave(checkpoints, *error)
+
+    gradients = t.Trainer.accumulate_gradients
+
+    def signalled(trainer, *arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return gradients(trainer, *arguments)
+
+    monkeypatch.setattr(t.Trainer, "accumulate_gradients", signalled)
+    monkeypatch.setattr(t.Checkpoints, "__exit__", signalled_again)
+    said = mistake(monkeypatch, capsys, environment)
+    assert "stopped by a signal at step 1; RUN_ID=a goes on from the last checkpoint" in said
+    assert checkpoints(tmp_path) == ["a.checkpoint"]
+
+
 PHASES = {  # what is running, and which step the same command goes on from
     "warm_up": (t.Trainer, None),
     "step": (t.Trainer, "1"),

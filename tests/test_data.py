@@ -121,7 +121,7 @@ def test_validation_is_all_shards_in_one_stream(tmp_path, byte_tokenizer):
     write_shard(tmp_path / "a_val_0.bin", range(100))
     write_shard(tmp_path / "a_val_1.bin", range(100, 150))
     validation = t.load_validation(
-        tiny(data_path=str(tmp_path)), t.Tokenizer(str(byte_tokenizer), 512)
+        tiny(data_path=str(tmp_path), eval_any_tokens=True), t.Tokenizer(str(byte_tokenizer), 512)
     )
     assert np.array_equal(validation.tokens, np.arange(150))
     assert len(validation.target_bytes) == 149

@@ -191,7 +191,7 @@ def test_an_observer_hears_of_everything_and_changes_nothing(mode, ttt_enabled):
                 assert np.array_equal(tokens.numpy(), expected)
 
         def on_score(self, excerpt, scored, nats):
-            assert excerpt is read[-1] and nats.shape == scored.shape
+            assert excerpt.tokens is read[-1].tokens and nats.shape == scored.shape
             assert np.isnan(heard[excerpt.positions[scored]]).all()
             heard[excerpt.positions[scored]] = nats[torch.from_numpy(scored)]
 
@@ -203,6 +203,33 @@ def test_an_observer_hears_of_everything_and_changes_nothing(mode, ttt_enabled):
     assert np.array_equal(observed, heard)
     assert np.array_equal(observed, evaluate(model, settings, stream).nats)
     assert bool(trained) == ttt_enabled
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer_order": "0-2,1-2"}], ids=["once", "repeated"])
+def test_an_observer_on_any_rank_is_shown_the_states_that_its_part_began_with(changes):
+    """By which it computes the scores anew, as one rank would: parts do not depend on ranks."""
+    settings = tiny(eval_mode="stateful", ttt_enabled=False, val_batch_size=32, **changes)
+    model, stream = random_model(settings), document_stream(300)
+
+    def shown(ranks: t.Ranks) -> dict[int, list[torch.Tensor]]:
+        began = {}
+
+        class Listener(t.EvaluationObserver):
+            def on_score(self, excerpt, scored, nats):
+                _, states = excerpt.resumed
+                copies = [x.clone() for state in states for x in t.tensors_of(state)]
+                began[int(excerpt.positions[scored].min())] = copies
+
+        evaluate(model, settings, stream, ranks, observer=Listener())
+        return began
+
+    alone = shown(SOLO)
+    first, second, third = run_ranks(3, shown)
+    assert len(alone) > 5
+    assert min(map(len, (first, second, third))) > 1
+    for position, states in (first | second | third).items():
+        assert len(states) == len(alone[position])
+        assert all(map(torch.equal, states, alone[position]))
 
 
 def test_adapting_helps_on_a_text_that_repeats_itself():

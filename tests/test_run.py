@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from tests.support import (
     relative,
     run_environment,
     run_here,
+    run_ranks,
     tiny,
     tiny_environment,
     write_shard,
@@ -743,8 +745,8 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(
 def test_shards_of_another_tokenizer_are_not_trained_on(
     monkeypatch, capsys, trained, shards, sample, tmp_path
 ):
-    """Of fewer pieces than VOCAB_SIZE, so that all their tokens are known. Scoring alone warns:
-    tokens may have been replaced on purpose.
+    """Of fewer pieces than VOCAB_SIZE, so that all their tokens are known. Nor are they scored,
+    unless it is said that tokens were replaced on purpose.
     """
     changes = {"tokenizer_path": sample / "sample_1024_bpe.model", "vocab_size": 1024}
     said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
@@ -760,8 +762,9 @@ def test_shards_of_another_tokenizer_are_not_trained_on(
     tokens = np.random.default_rng(0).permutation(t.open_shards(str(shards), "val")[0].read())
     write_shard(mixed / "words_val_000000.bin", tokens)
     alone = run_environment(mixed, tmp_path, eval_only=True, artifact=trained.artifact)
-    assert run_here(monkeypatch, alone) == 0
-    assert "does not fit the validation shards" in capsys.readouterr().out
+    said = mistake(monkeypatch, capsys, alone)
+    assert "does not fit the validation shards: decoded and encoded again" in said
+    assert run_here(monkeypatch, alone | {"EVAL_ANY_TOKENS": "1"}) == 0
 
 
 def test_an_artifact_is_scored_with_its_own_tokenizer_alone(
@@ -849,6 +852,95 @@ def test_records_name_script_machine_and_artifact(trained):
     assert events["trained"]["starts"] == 1
 
 
+def manifest_of(folder: Path, overlap: int) -> dict:
+    """What data/prepare.py writes down of a folder, as far as a run reads it."""
+    shards = {}
+    for path in sorted(folder.glob("*.bin")):
+        state = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        shards[path.name] = {"sha256": path.name[::-1]} | state
+    return {"shards": shards, "overlap": {"documents": overlap}}
+
+
+def test_the_log_names_every_file_that_is_read_by_its_hash(trained, shards):
+    """Without a manifest: validation shards are hashed, training shards are not, with a remedy."""
+    found = {record["event"]: record for record in trained.records}["hashes"]
+    name = "words_val_000000.bin"
+    assert found["validation"] == {name: t.file_sha256(shards / name)}
+    assert found["tokenizer"] == {"tokenizer.model": t.file_sha256(shards / "tokenizer.model")}
+    assert found["training"] == {"words_train_000000.bin": "", "words_train_000001.bin": ""}
+    assert found["overlap_documents"] is None
+    assert f"\nSHA-256, validation: {name} {found['validation'][name]}\n" in trained.text
+    remedy = f"python data/prepare.py manifest {shards}, once, does that"
+    assert f"\nSHA-256, training: 2 not hashed ({remedy})\n" in trained.text
+    assert "\nvalidation documents that are training documents too: not known\n" in trained.text
+
+
+@pytest.mark.parametrize(
+    "case", ["whole", "changed", "more", "not JSON", "a list", "no sum", "nested"]
+)
+def test_a_manifest_is_believed_of_files_of_its_size_and_time(monkeypatch, shards, tmp_path, case):
+    """Of a shard that has changed since, it is not; nor is an overlap with other shards."""
+    folder = tmp_path / "data"
+    shutil.copytree(shards, folder)
+    manifest = manifest_of(folder, overlap=3)
+    train = [f"words_train_00000{number}.bin" for number in (0, 1)]
+    sums = {name: name[::-1] for name in train}
+    if case == "changed":
+        os.utime(folder / train[1], ns=(1, 1))
+        sums[train[1]] = ""
+    elif case == "more":
+        manifest["shards"]["words_train_000002.bin"] = manifest["shards"][train[0]]
+    elif case == "no sum":
+        del manifest["shards"][train[0]]["sha256"]
+    text = {"not JSON": "{", "a list": "[]", "nested": "[" * 100_000}
+    (folder / "manifest.json").write_text(text.get(case, json.dumps(manifest)))
+    opened = t.open_shards(str(folder), "train") + t.open_shards(str(folder), "val")
+    hashes, overlap = t.recorded_hashes(str(folder), opened)
+    if case in ("whole", "changed", "more"):
+        assert {name: hashes[name] for name in train} == sums
+        assert overlap == (3 if case == "whole" else None)
+    else:
+        assert (set(hashes.values()), overlap) == ({""}, None)
+    said = []
+    settings = tiny(data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
+    t.log_hashes(settings, lambda line, *_, **record: said.append((line, record)))
+    assert said[-1][1]["training"] == {name: hashes[name] for name in train}
+    known = "3" if case == "whole" else "not known"
+    assert said[-1][0] == f"validation documents that are training documents too: {known}"
+
+
+def test_two_runs_with_one_artifact_are_told_apart_at_the_start(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """The second one is refused before it trains; the file is free when the first has ended."""
+    artifact = tmp_path / "shared.lzma"
+    first = run_environment(shards, tmp_path, artifact=artifact, iterations=1)
+    second = first | {"RUN_ID": "b"}
+    train, said = t.train_and_export, []
+
+    def while_it_trains(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(t, "train_and_export", pytest.fail)
+            said.append(mistake(patch, capsys, second))
+        return train(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "train_and_export", while_it_trains)
+        assert run_here(patch, first) == 0
+    remedy = "wait for it, or choose another ARTIFACT"
+    assert f"{artifact}.lock belongs to a run that has not ended: {remedy}" in said[0]
+    assert not (tmp_path / "b.txt").read_text()
+    assert not list(tmp_path.glob("*.lock"))
+    assert run_here(monkeypatch, second) == 0
+
+
+def test_hosts_of_all_ranks_are_in_the_log(monkeypatch):
+    monkeypatch.setattr(t.platform, "node", lambda: str(threading.get_ident()))
+    machines = run_ranks(2, t.describe_machine)
+    assert machines[0] == machines[1]
+    assert len(set(machines[0]["host"].split(", "))) == 2
+
+
 def test_an_artifact_that_another_run_has_replaced_is_not_scored(
     monkeypatch, capsys, trained, shards, tmp_path
 ):
@@ -884,15 +976,14 @@ def test_the_name_of_a_run_that_still_lives_is_refused(monkeypatch, capsys, shar
     environment = run_environment(shards, tmp_path, iterations=1)
     hold = "import sys, train_gpt as t; f = open(sys.argv[1], 'ab'); t.claim_file(f); "
     hold += "print(flush=True); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / "a.txt")], cwd=SCRIPT.parent,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=process_environment({}),
-    )  # fmt: skip
-    other.stdout.readline()
-    said = mistake(monkeypatch, capsys, environment)
-    assert "a.txt belongs to a run that has not ended" in said
-    other.kill()
-    other.wait()
+    command = [sys.executable, "-c", hold, str(tmp_path / "a.txt")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    place = {"cwd": SCRIPT.parent, "env": process_environment({})}
+    with subprocess.Popen(command, **pipes, **place) as other:
+        other.stdout.readline()
+        said = mistake(monkeypatch, capsys, environment)
+        assert "a.txt belongs to a run that has not ended" in said
+        other.kill()
     assert run_here(monkeypatch, environment) == 0
 
 

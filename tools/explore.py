@@ -213,8 +213,6 @@ def explore(
     log = Tally(name)
     tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
     validation = t.load_validation(settings, tokenizer)
-    problem = tokenizer.mismatch(validation.tokens)
-    need(not problem, f"TOKENIZER_PATH does not fit the validation shards: {problem}")
 
     def bpb(model) -> float:
         return round(t.plain_score(settings, ranks, validation, model).val_bpb, 5)
@@ -226,6 +224,7 @@ def explore(
     trainer = t.Trainer(model, settings, ranks, micro_batch, target, log, make_average=averages)
     trainer.announce()
     batches = t.Batches(settings, ranks)
+    t.check_tokenizer(settings, tokenizer, batches.shards, "training")
     trainer.warm_up()
     log(f"ready after {time.perf_counter() - log.started:.1f}s", "ready")
     try:

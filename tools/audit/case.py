@@ -33,7 +33,8 @@ WITHOUT_EFFECT = ("eval_nll_path", "eval_max_seconds")
 NO_CLOCK = "1000000"
 # What a run's place and ranks were; and what a cell sets.
 NOT_PASSED = {"run_id", "log_dir", "artifact", "data_path", "tokenizer_path", "eval_only", "resume"}
-NOT_PASSED |= {"overwrite", "eval_nll_path", "eval_max_seconds", "sample_prompt", "preset"}
+NOT_PASSED |= {"overwrite", "eval_nll_path", "eval_max_seconds", "eval_any_tokens"}
+NOT_PASSED |= {"sample_prompt", "preset"}
 
 # Programs that compile: triton and torch start them, on a GPU.
 COMPILERS = {"gcc", "cc", "g++", "c++", "clang", "cc1", "cc1plus", "as", "ld", "collect2", "ptxas"}
@@ -302,7 +303,7 @@ def furnish(
         target = place.given / "tools" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE.parent / name, target)
-    return {
+    settings = {
         "ARTIFACT": str(place.given / "artifact"),
         "DATA_PATH": str(data),
         "TOKENIZER_PATH": str(place.given / "tokenizer.model"),
@@ -312,6 +313,11 @@ def furnish(
         "EVAL_MAX_SECONDS": NO_CLOCK,
         "PYTHONPATH": str(place.given),
     }
+    # In every cell, so that nothing tells a script on which tokens it is tried. Whether they are
+    # the tokenizer's is looked at here. Older scripts only warn of others.
+    if "eval_any_tokens" in script.setting_names(script_path):
+        settings["EVAL_ANY_TOKENS"] = "1"
+    return settings
 
 
 def run_alone(
