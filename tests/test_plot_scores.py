@@ -29,12 +29,41 @@ def test_seeds_are_one_point_and_clocks_are_in_order(tmp_path):
         write_log(tmp_path / "c.jsonl", 180.0, 1.30, 1.29, seed=1, matrix_lr=0.03),
     ]
     points = plot_scores.read_points(logs)
-    assert points["final"] == [(180.0, [1.22, 1.23]), (180.0, [1.29]), (400.0, [1.20])]
-    assert points["before quantization"] == [
-        (180.0, [1.24, 1.26]),
-        (180.0, [1.30]),
-        (400.0, [1.21]),
+    assert [(point.seconds, point.scores["final"]) for point in points] == [
+        (180.0, [1.22, 1.23]),
+        (180.0, [1.29]),
+        (400.0, [1.20]),
     ]
+    before = [point.scores["before quantization"] for point in points]
+    assert before == [[1.24, 1.26], [1.30], [1.21]]
+    assert [plot_scores.name_of(point) for point in points] == ["2 seeds", "c", "d"]
+
+
+def test_a_line_joins_what_differs_in_the_clock_alone(tmp_path):
+    def series(name: str, seconds: float, script: str | None, **settings) -> str:
+        log = write_log(tmp_path / f"{name}.jsonl", seconds, 1.3, 1.2, **settings)
+        if script is not None:
+            log.with_suffix(".txt").write_text(f"{script}\n{'=' * 100}\nmessages\n")
+        (point,) = plot_scores.read_points([log])
+        return point.series
+
+    short = series("short", 180.0, "a script")
+    assert series("long", 400.0, "a script", seed=2) == short
+    assert series("other-script", 400.0, "another") != short
+    assert series("other-rate", 400.0, "a script", matrix_lr=0.03) != short
+    assert series("untold", 400.0, None) not in (short, series("untold-too", 400.0, None))
+
+
+def test_names_say_which_run_a_point_is_and_the_title_which_text():
+    logs = ROOT / "logs"
+    old = [*logs.glob("h200-short-*.jsonl"), logs / "h200-400s.jsonl", logs / "h200-45s.jsonl"]
+    points = plot_scores.read_points(old)
+    assert len({point.series for point in points}) == len(points) == 3
+    assert [point.seconds for point in points] == [45.0, 180.0, 400.0]
+    assert plot_scores.name_of(points[1]).endswith(", 3 seeds")
+    assert {point.text for point in points} == {plot_scores.UNTOLD}
+    (tiny,) = plot_scores.read_points([ROOT / "data" / "tiny" / "tiny.jsonl"])
+    assert tiny.text == "not FineWeb"
 
 
 def test_the_command_draws_a_picture(tmp_path):

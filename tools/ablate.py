@@ -723,7 +723,7 @@ HEADS = (
     "p",
     BPB["bpb_before"],
     BPB["bpb_after"],
-    "artifact bytes",
+    "artifact bytes, mean",
     "ms/step",
 )
 
@@ -911,7 +911,7 @@ def draw_plots(plan: Plan, out: Path, runs: list[dict]) -> list[str]:
     grouped_bars(out / "bpb.png", scores, list(BPB.values()), "bits per byte", from_zero=False)
     kinds = collect(plan, runs, loss_by_kind)
     if not kinds:
-        missing = "no run has a record `quantization_loss`."
+        missing = "QUANTIZATION_REPORT=1 among the settings measures it."
         return [f"No plot of quantization loss by kind of layer: {missing}"]
     names = sorted({name for values in kinds.values() for name in values})
     unit = "bits per byte lost by quantization"

@@ -3,15 +3,20 @@
     python -m tools.plot_scores logs/*.jsonl --out docs/scores.png \\
         --mark 1.3103 "published entry, 180 s"
 
-Every run is a point at its training clock: BPB before quantization and the final one. Runs whose
-settings differ in SEED and names only are one point, their mean, with the sample standard
-deviation. A line joins the points of one kind. --mark draws a score that was measured elsewhere as
-a horizontal line. Needs matplotlib (requirements-dev.txt).
+Every run is a point at its training clock, with its name: BPB before quantization and the final
+one. Runs whose settings differ in SEED and names only are one point, their mean, with the sample
+standard deviation. A line joins points that differ in the clock alone: same script, same other
+settings. The title says which text was scored, if the logs do; --title says it for older ones.
+--mark draws a score that was measured elsewhere as a horizontal line. Needs matplotlib
+(requirements-dev.txt).
 """
 
 import argparse
+import hashlib
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # started by its path
     print(
@@ -19,62 +24,109 @@ if not __package__:  # started by its path
     )
     sys.exit(2)
 
+from tools import known
 from tools.command import Parser, UserError, run_command
-from tools.logs import last_run, spread
+from tools.logs import last_run, split_text, spread
 
 NAMES = {"run_id", "seed", "log_dir", "artifact", "overwrite"}  # no part of what was measured
+CLOCK = "max_wallclock_seconds"
 KINDS = {"before quantization": "trained", "final": "final"}  # and the event that holds the score
-Points = dict[str, list[tuple[float, list[float]]]]  # of a kind: seconds, BPB of each seed
+UNTOLD = "the logs do not say which text was scored"
 
 
-def same_but_seed(settings: dict) -> tuple:
-    """What runs that are one point have in common."""
-    return tuple(sorted((name, repr(v)) for name, v in settings.items() if name not in NAMES))
+class Point(NamedTuple):
+    """Runs that differ in seed and names only."""
+
+    seconds: float  # of the training clock
+    series: str  # what points that a line may join have in common: script and other settings
+    text: str  # that was scored
+    names: list[str]
+    scores: dict[str, list[float]]  # BPB of each run, by kind
 
 
-def read_points(paths: list[Path]) -> Points:
-    """The points of each kind, by rising seconds of the training clock.
+def same_but_seed(settings: dict, without: set[str]) -> str:
+    """What runs have in common that differ in seed, names and the settings left out."""
+    kept = {name: v for name, v in settings.items() if name not in NAMES | without}
+    return repr(sorted(kept.items(), key=str))
+
+
+def script_of(path: Path, settings_record: dict) -> str:
+    """What names the script of a run: its sum, by the record or the text log; else the log."""
+    if "script_sha256" in settings_record:
+        return str(settings_record["script_sha256"])
+    try:
+        source, _ = split_text(path, path.with_suffix(".txt").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, UserError):
+        return str(path)
+    return hashlib.sha256((source + "\n").encode()).hexdigest()
+
+
+def text_of(counts: dict | None) -> str:
+    """Which text a run was scored on, by its log's counts."""
+    return UNTOLD if counts is None else known.compare(counts).name or "not FineWeb"
+
+
+def read_points(paths: list[Path]) -> list[Point]:
+    """The points by rising seconds of the training clock, those of equal ones as their files.
 
     Raises UserError for a file that is not a finished run's.
     """
-    groups: dict[tuple, dict[str, list[float]]] = {}
+    points: dict[tuple, Point] = {}
     for path in paths:
         events = last_run(path)
         try:
             settings = events["settings"]["settings"]
             scores = {kind: events[event]["val_bpb"] for kind, event in KINDS.items()}
-            key = (settings["max_wallclock_seconds"], same_but_seed(settings))
-        except (KeyError, TypeError):
+            seconds = settings[CLOCK]
+            series = script_of(path, events["settings"]) + same_but_seed(settings, {CLOCK})
+            name = str(settings["run_id"])
+            text = text_of(events.get("validation_data"))
+        except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is not the .jsonl log of a finished run") from None
-        group = groups.setdefault(key, {kind: [] for kind in KINDS})
+        new = Point(seconds, series, text, [], {kind: [] for kind in KINDS})
+        point = points.setdefault((seconds, same_but_seed(settings, set())), new)
+        point.names.append(name)
         for kind, score in scores.items():
-            group[kind].append(score)
-    # Groups of equal seconds stay in the order of their files.
-    ordered = sorted(groups.items(), key=lambda item: item[0][0])
-    points: Points = {kind: [] for kind in KINDS}
-    for (seconds, _), group in ordered:
-        for kind in KINDS:
-            points[kind].append((seconds, group[kind]))
-    return points
+            point.scores[kind].append(score)
+    return sorted(points.values(), key=lambda point: point.seconds)
 
 
-def plot(points: Points, marks: list[tuple[float, str]], out: Path) -> None:
+def name_of(point: Point) -> str:
+    """Its run's name, or what the names of its runs begin with and how many they are."""
+    if len(point.names) == 1:
+        return point.names[0]
+    common = os.path.commonprefix(point.names).rstrip("-_. ")
+    return f"{common}, {len(point.names)} seeds".lstrip(", ")
+
+
+def plot(points: list[Point], marks: list[tuple[float, str]], title: str, out: Path) -> None:
     """Writes the plot as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    for kind, of_kind in points.items():
-        seconds = [clock for clock, _ in of_kind]
-        spreads = [spread(scores) for _, scores in of_kind]
-        means = [one.mean for one in spreads]
-        # A single seed has no deviation, and its point no bar.
-        bars = [one.std or 0 for one in spreads]
-        axes.errorbar(seconds, means, bars, marker="o", capsize=3, label=kind)
+    for kind, colour in zip(KINDS, ("C0", "C1"), strict=True):
+        label = kind
+        for series in dict.fromkeys(point.series for point in points):
+            alike = [point for point in points if point.series == series]
+            spreads = [spread(point.scores[kind]) for point in alike]
+            # A single seed has no deviation, and its point no bar.
+            bars = [one.std or 0 for one in spreads]
+            means = [one.mean for one in spreads]
+            seconds = [point.seconds for point in alike]
+            style = {"marker": "o", "capsize": 3, "color": colour, "label": label}
+            axes.errorbar(seconds, means, bars, **style)
+            label = None  # once in the legend
+    for point in points:
+        highest = max(spread(scores).mean for scores in point.scores.values())
+        place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        axes.annotate(name_of(point), (point.seconds, highest), **place)
     for number, (score, text) in enumerate(marks):
         style = ("--", ":", "-.")[number % 3]
         axes.axhline(score, color="gray", linestyle=style, label=text)
     axes.set(xlabel="training clock, seconds", ylabel="bits per byte")
+    axes.set_title(title, fontsize=9)
+    axes.margins(x=0.15, y=0.12)  # room for the names
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=150)
@@ -94,8 +146,11 @@ def main() -> int:
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a run's .jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="PNG")
     parser.add_argument("--mark", nargs=2, action="append", default=[], metavar=("BPB", "TEXT"))
+    parser.add_argument("--title", help="in place of which text the logs say was scored")
     options = parser.parse_args()
-    plot(read_points(options.logs), read_marks(options.mark), options.out)
+    points = read_points(options.logs)
+    title = options.title or "; ".join(dict.fromkeys(point.text for point in points))
+    plot(points, read_marks(options.mark), title, options.out)
     return 0
 
 
