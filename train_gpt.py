@@ -3445,34 +3445,45 @@ def write_whole(path: Path, *parts, before: Path | None = None):
 
 
 class Log:
-    """Rank 0's account of a run: console, LOG_DIR/NAME.txt and NAME.jsonl; other ranks say nothing.
+    """Rank 0's account of a run: console, LOG_DIR/NAME.txt and NAME.jsonl; others tell errors only.
 
     The .txt begins with this script, as the contest wants it; the .jsonl has an object per event.
-    Nothing is in them before begin(): a start that is refused does not hide a run that has ended.
-    UserError if they cannot be written, or belong to a run that still lives.
     """
 
-    def __init__(self, settings, ranks, name: str):
+    def __init__(self):
         self.started = time.perf_counter()
         self.last_progress = 0.0
-        self.files = []  # of text and of records
+        self.paths = []  # of text and of records
+        self.files = []  # both, open, on rank 0
         self.said = []  # what these are to hold
+        self.begun = False
+
+    def open(self, settings, ranks, name: str):
+        """Takes the files of this name in LOG_DIR; UserError if they are a living run's.
+
+        Where an earlier run is in them, nothing is before begin(): a refused start hides no run.
+        """
+        folder = Path(settings.log_dir)
+        self.paths = [folder / f"{name}.{end}" for end in ("txt", "jsonl")]
         if ranks.rank == 0:
-            folder = Path(settings.log_dir)
             with explained_errors(f"write logs in LOG_DIR={folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
-                self.files = [(folder / f"{name}.txt").open("ab", 0)]
+                self.files = [self.paths[0].open("ab", 0)]
                 claim_file(self.files[0])
-                self.files.append((folder / f"{name}.jsonl").open("ab", 0))
+                self.files.append(self.paths[1].open("ab", 0))
             self.said = [io.BytesIO(), io.BytesIO()]
             self.said[0].write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
+        if ranks.from_main(not any(file.tell() for file in self.files)):
+            self.begin()
 
     def begin(self):
         """Writes what was said so far; from now on all goes there at once."""
-        with explained_errors("write logs"):
-            for file, said in zip(self.files, self.said, strict=True):
-                file.write(said.getbuffer())
-        self.said = self.files
+        if not self.begun:
+            with explained_errors("write logs"):
+                for file, said in zip(self.files, self.said, strict=True):
+                    file.write(said.getbuffer())
+            self.said = self.files
+            self.begun = True
 
     def __call__(self, line: str, event: str = "", **values):
         """Writes a line of text, and for an event a record with these values."""
@@ -3493,6 +3504,14 @@ class Log:
         if self.files:
             with explained_errors("write logs"):
                 self.said[1].write(f"{json.dumps(record)}\n".encode())
+
+    def failed(self, line: str, **values):
+        """Adds, on any rank, why the run ended; not to the files of an earlier one."""
+        if self.begun:
+            with suppress(OSError, UserError):  # the console has it
+                self.files = self.said = self.files or [path.open("ab", 0) for path in self.paths]
+                self.said[0].write(f"{line}\n".encode(errors="backslashreplace"))
+                self.record("error", **values)
 
     def progress(self, line: str):
         """Writes a line unless one was written in the last two seconds."""
@@ -4341,10 +4360,11 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
 # ---- Main ----------------------------------------------------------------------------------------
 
 
-def main():
+def main(log):
     """The story of a run."""
     settings, given, ranks = prepare_run(dict(os.environ))
-    with closing(Log(settings, ranks, log_name(settings))) as log, ExitStack() as claims:
+    log.open(settings, ranks, log_name(settings))
+    with ExitStack() as claims:
         looks = ranks.rank == 0 and not settings.eval_only
         unscored = ranks.from_main(find_unscored(settings) if looks else [])
         log_settings(log, settings, given, ranks)
@@ -4463,26 +4483,78 @@ def run() -> int:
     for stream in (sys.stdout, sys.stderr):  # consoles without a sign: cp1251 has no ×, ASCII no ▁
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        with stop_signals(at_once=True):
-            if {"--help", "-h"} & set(sys.argv):
-                with suppress(BrokenPipeError):  # of --help | head
-                    print(help_text(), flush=True)
-            else:
-                wrong = f"{sys.argv[-1]}: settings are environment variables; --help lists them"
-                need(len(sys.argv) == 1, wrong)
-                main()
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        problem = explain_failure(error)
-        if not problem:
-            raise
-    rank = os.environ.get("RANK", "")
-    with suppress(KeyboardInterrupt, OSError):  # told twice to stop; nobody there to read it
-        if rank.isdecimal() and int(rank):
-            time.sleep(2 + int(rank))  # rank 0 tells what all see; torchrun then ends the others
-        print(f"train_gpt.py: error: {problem}", file=sys.stderr, flush=True)
+    with closing(Log()) as log:
+        try:
+            with stop_signals(at_once=True):
+                if {"--help", "-h"} & set(sys.argv):
+                    with suppress(BrokenPipeError):  # of --help | head
+                        print(help_text(), flush=True)
+                else:
+                    wrong = f"{sys.argv[-1]}: settings are environment variables; --help lists them"
+                    need(len(sys.argv) == 1, wrong)
+                    main(log)
+            return 0
+        except (Exception, KeyboardInterrupt) as error:
+            problem = explain_failure(error)
+            with suppress(KeyboardInterrupt, OSError):  # told twice to stop; nobody there to read
+                tell_failure(error, problem, log)
+            if not problem:
+                raise
     return 2
+
+
+OTHER_RANK_ENDED = "another rank has ended"
+WAIT_FOR_MAIN = 5.0  # seconds in which rank 0 would tell what all ranks see
+WAIT_FOR_END = 20.0  # in which torchrun ends the ranks that did not fail first
+
+
+def tell_failure(error: BaseException, problem: str, log):
+    """Writes why the run ends to its log and, if it is no fault of this script, to the console.
+
+    What several ranks see, rank 0 tells; of ranks of which one has ended, that one. torchrun shows
+    the cause of the one that it sees end first, so the others wait to be ended.
+    """
+    rank = os.environ.get("RANK", "")
+    rank = int(rank) if rank.isdecimal() else 0
+    if rank and problem:
+        time.sleep(WAIT_FOR_MAIN + rank)
+    if told_by_main(problem, rank):
+        time.sleep(WAIT_FOR_END)
+        return
+    what = problem or f"{type(error).__name__}: {error}"
+    line = f"train_gpt.py: error: {f'rank {rank}: ' if rank else ''}{what}"
+    log.failed(line, error=what, rank=rank)
+    if problem == OTHER_RANK_ENDED:
+        time.sleep(WAIT_FOR_END)
+    # Of a signal to one rank torchrun knows nothing, and of one to itself it tells itself.
+    if problem and (problem.startswith("stopped by") or not left_to_torchrun(line)):
+        print(line, file=sys.stderr, flush=True)
+
+
+def told_by_main(problem: str, rank: int) -> bool:
+    """Whether rank 0 has told this problem, as it leaves word of in the group's store."""
+    if problem and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        with suppress(RuntimeError):  # the process that keeps the store has ended
+            if rank:
+                return store.check(["failure"]) and store.get("failure").decode() == problem
+            store.set("failure", problem)
+    return False
+
+
+def left_to_torchrun(line: str) -> bool:
+    """Whether torchrun was given the line to show in the block with which it ends.
+
+    Not if it is to restart the ranks. Its own traceback comes before the block, whatever a rank
+    does (torch 2.9 to 2.13).
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    starts = [os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    if not path or starts[0] != starts[1]:
+        return False
+    message = {"message": f"\n{line}", "extraInfo": {"timestamp": int(time.time())}}
+    Path(path).write_text(json.dumps({"message": message}))
+    return True
 
 
 def explain_failure(error: BaseException) -> str:
@@ -4515,7 +4587,7 @@ def explain_collective(error: RuntimeError) -> str:
         silent = [n for n in range(dist.get_world_size()) if not store.check([f"rank {n}"])]
         return f"ranks {silent} did not answer for {COLLECTIVE_SECONDS:g} s"
     gone = "closed by peer" in str(error) or "reset by peer" in str(error)
-    return "another rank has ended" if gone else ""
+    return OTHER_RANK_ENDED if gone else ""
 
 
 # ==================================================================================================

@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from scipy import stats
 
 import train_gpt as t
+from tests.support import SOLO
 from tools import evidence, known, package, significance, summary
 from tools.audit import checks as audit
 from tools.logs import finished_run
@@ -114,7 +114,8 @@ def write_run(
     about |= {"hardware": hardware} | (machine or {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "__file__", str(script))  # what Log writes first
-        log = t.Log(s, SimpleNamespace(rank=0), name)
+        log = t.Log()
+        log.open(s, SOLO, name)
     log.begin()
 
     def at(seconds: float) -> t.Log:
@@ -1126,7 +1127,8 @@ def test_an_evaluation_that_was_interrupted_is_named_but_is_a_record(tmp_path):
     path.write_text("".join(kept))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "__file__", str(package.ROOT / "train_gpt.py"))
-        log = t.Log(last, SimpleNamespace(rank=0), "run3")
+        log = t.Log()
+        log.open(last, SOLO, "run3")
     first = json.loads(kept[0])
     log_start(log, last, first["machine"], {}, None)
     log("x is trained and has no score: evaluation starts over", "evaluation_again")

@@ -1046,7 +1046,7 @@ def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
     rank 0 has not ended the run by then, it speaks itself.
     """
 
-    def main() -> None:
+    def main(log: t.Log) -> None:
         raise t.UserError("the training shards hold token id 600")
 
     said_before = []
@@ -1058,7 +1058,77 @@ def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
     assert t.run() == 2
     assert [(seconds >= 1, said) for seconds, said in said_before] == [(True, "")]
-    assert capsys.readouterr().err == "train_gpt.py: error: the training shards hold token id 600\n"
+    said = "train_gpt.py: error: rank 1: the training shards hold token id 600\n"
+    assert capsys.readouterr().err == said
+
+
+FAIL_ON_RANK_1 = """
+import sys
+import train_gpt as t
+t.WAIT_FOR_MAIN, gradients = 0.0, t.Trainer.accumulate_gradients
+def fail(trainer, *arguments):
+    if trainer.ranks.rank == 1 and trainer.steps_done == 2:
+        raise t.UserError("a bad token")
+    return gradients(trainer, *arguments)
+t.Trainer.accumulate_gradients = fail
+sys.exit(t.run())
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "rank", "said"),
+    [
+        ({}, 1, "train_gpt.py: error: rank 1: a bad token"),
+        ({"vocab_size": 300}, 0, "train_gpt.py: error: "),
+    ],
+    ids=["one rank's", "all ranks'"],
+)
+def test_torchrun_ends_with_the_one_line_once_and_the_log_has_it(
+    shards, tmp_path, changes, rank, said
+):
+    """Behind it stands only the border of the block in which torchrun tells the cause."""
+    (tmp_path / "fail.py").write_text(FAIL_ON_RANK_1)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "fail.py")],
+        env=process_environment(run_environment(shards, tmp_path, **changes)),
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode != 0
+    *_, line, border = (done.stdout + done.stderr).splitlines()
+    assert set(border) == {"="}
+    assert line.strip().startswith(said)
+    assert done.stderr.count(line.strip()) == 1
+    text = (tmp_path / "a.txt").read_text(encoding="utf-8").splitlines()
+    assert text.count(line.strip()) == 1
+    records = [json.loads(record) for record in (tmp_path / "a.jsonl").read_text().splitlines()]
+    first = next(record for record in records if record["event"] == "error")
+    assert first["rank"] == rank
+    assert line.endswith(first["error"])
+
+
+def test_what_ends_a_run_stands_in_its_log_even_if_it_is_a_bug(monkeypatch, shards, tmp_path):
+    def spoil(*arguments):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(t, "export", spoil)
+    with pytest.raises(ZeroDivisionError):
+        run_here(monkeypatch, run_environment(shards, tmp_path, iterations=1))
+    *_, last = (tmp_path / "a.jsonl").read_text().splitlines()
+    assert json.loads(last)["error"] == "ZeroDivisionError: by zero"
+    text = (tmp_path / "a.txt").read_text(encoding="utf-8")
+    assert text.endswith("\ntrain_gpt.py: error: ZeroDivisionError: by zero\n")
+
+
+def test_where_torchrun_will_restart_a_rank_it_tells_its_mistake_itself(monkeypatch, tmp_path):
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    for restarts in (0, 1):
+        assert not path.exists()
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        assert t.left_to_torchrun("a line") == (restarts == 1)
+    assert json.loads(path.read_text())["message"]["message"] == "\na line"
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -96,6 +96,14 @@ def test_of_a_log_with_two_runs_the_last_counts_and_an_error_is_told(tmp_path):
     assert len(run.losses) == 50
 
 
+def test_of_the_ranks_that_failed_the_first_says_why(tmp_path):
+    log = write_log(tmp_path / "a.jsonl")
+    with log.open("a") as file:
+        for rank, error in ((1, "a bad token"), (0, "another rank has ended")):
+            file.write(json.dumps({"event": "error", "error": error, "rank": rank}) + "\n")
+    assert runs.read_run(log).state == "rank 1: a bad token"
+
+
 def test_a_column_or_a_setting_sorts(tmp_path):
     logs = [
         write_log(tmp_path / f"{name}.jsonl", final, steps, matrix_lr=rate)

@@ -95,8 +95,10 @@ def state_of(records: list[dict]) -> str:
     last = records[-1]
     if any(record["event"] == "final" for record in records):
         return "final"
-    if last["event"] == "error":
-        return str(last.get("error", "error"))
+    if last["event"] == "error":  # the first rank's that failed: others then miss it
+        first = next(record for record in records if record["event"] == "error")
+        rank = f"rank {first['rank']}: " if first.get("rank") else ""
+        return rank + str(first.get("error", "error"))
     step = f" of step {last['step']}" if "step" in last else ""
     return f"no score; last told: {last['event'].replace('_', ' ')}{step}"
 
