@@ -157,6 +157,7 @@ class Settings:
     preset: str = env("default", "a set of defaults", "name", group="run")
     run_id: str = env("", "names logs and artifact", "name")
     device: str = env("auto", "auto: a GPU if there is one", "auto|cuda|cpu")
+    precision: str = env("auto", "of activations", "auto|bfloat16|float16|float32")
     compile: str = env("auto", "torch.compile; auto: on GPUs", "auto|on|off")
     scan_backend: str = env("auto", "of a scan", "auto|triton|chunked|fused|parallel|sequential")
     attention_backend: str = env("auto", "likewise", "auto|cudnn|flash|flex|math|fa3|fa2")
@@ -650,6 +651,15 @@ def choose_device(settings, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def activation_dtype(settings, device: torch.device) -> torch.dtype:
+    """PRECISION; "auto": float32 on CPUs, on GPUs bfloat16, or float16 where that is emulated."""
+    if settings.precision != "auto":
+        return getattr(torch, settings.precision)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if kernel_limits(device)[0] >= 80 else torch.float16
 
 
 def start_ranks(settings) -> Ranks:
@@ -1362,7 +1372,7 @@ def why_not(name: str, settings, device: torch.device) -> str:
 #     block:  x = keep·x + mix·embedded;  x = x + mixer(norm(x));  x = x + MLP(norm(x))
 #
 # A mixer is Attention or Mamba: what carries anything from token to token. Weights are float32,
-# activations bfloat16 on GPUs. Depth recurrence is another order of the blocks. All go by
+# activations as PRECISION says. Depth recurrence is another order of the blocks. All go by
 # Model.through_blocks(): whole windows from forward(); with every mixer's state, a stream's next
 # part from resume(), and each text's next token from step().
 
@@ -1827,7 +1837,7 @@ class Model(nn.Module):
     def __init__(self, settings, device: torch.device, scan_backend: str = "sequential"):
         super().__init__()
         self.settings = s = settings
-        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.compute_dtype = activation_dtype(s, device)
         self.attention_backend = choose_attention_backend(s, device)
         self.full_order = parse_layers(s, "layer_order")
         self.embedding = nn.Embedding(s.vocab_size, s.model_dim)
@@ -2057,8 +2067,8 @@ class SharedBySpelling(nn.Module):
 
     def __init__(self, matrix: Tensor, width: int):
         super().__init__()
-        self.shared = nn.Parameter(matrix.new_zeros(matrix.shape[1], width))
-        matrix = matrix.bfloat16() if matrix.is_cuda else matrix
+        shared = matrix.new_zeros(matrix.shape[1], width, dtype=torch.float32)
+        self.shared = nn.Parameter(shared)
         self.register_buffer("matrix", matrix, persistent=False)
 
     def forward(self, table: Tensor) -> Tensor:
@@ -2070,7 +2080,8 @@ def share_by_spelling(model: Model):
     """Gives the embedding of a model that is to be trained its shared part, of zeros."""
     s = model.settings
     matrix = spelling_matrix(Tokenizer(s.tokenizer_path, s.vocab_size), s.spelling_features)
-    shared = SharedBySpelling(matrix.to(model.embedding.weight.device), s.model_dim)
+    matrix = matrix.to(model.embedding.weight.device, model.compute_dtype)
+    shared = SharedBySpelling(matrix, s.model_dim)
     parametrize.register_parametrization(model.embedding, "weight", shared)
 
 
@@ -2273,6 +2284,7 @@ class Optimizers:
 
     def __init__(self, model, settings, ranks):
         self.parameters = list(model.parameters())
+        self.scales_loss = model.compute_dtype == torch.float16
         self.clip_norm = settings.grad_clip_norm
         self.skip = torch.zeros((), device=ranks.device)  # 1: the latest step was skipped
         self.skipped = torch.zeros(3, device=ranks.device)  # all, this streak, the longest one
@@ -2286,6 +2298,14 @@ class Optimizers:
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.adam.state[p] = {"step": p.new_zeros(()), **moments}
 
+    def loss_scale(self) -> Tensor | None:
+        """What gradients are multiples of, float32 (), with float16; None: they are themselves.
+
+        float16 has nothing below 6e-8, where gradients of a mean over many tokens lie. As with
+        torch.amp.GradScaler, each skipped step halves the scale; it is the same after a checkpoint.
+        """
+        return (16 - self.skipped[0]).clamp(min=0).exp2() if self.scales_loss else None
+
     def tensors(self) -> list[Tensor]:
         """What steps change besides the weights, float32, whatever the number of ranks."""
         moments = [x for state in self.adam.state.values() for x in state.values()]
@@ -2296,7 +2316,10 @@ class Optimizers:
         """Clips, uses and drops the gradients, at this part of all rates and Muon's momentum."""
         lr_factor = torch.as_tensor(lr_factor, device=self.skip.device)
         momentum = torch.as_tensor(momentum, device=self.skip.device)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scales_loss:
+            torch._foreach_div_(gradients, self.loss_scale())
+        norm = nn.utils.get_total_norm(gradients)
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         self.skip.copy_(~norm.isfinite())
@@ -2569,6 +2592,8 @@ class Evaluator:
         self.order = model.order(recurrent)
         frozen = {id(p) for p in model.blocks[: settings.ttt_freeze_blocks].parameters()}
         self.trained = [p for p in model.parameters() if id(p) not in frozen]
+        half = model.compute_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=half)
         self.nats_function = maybe_compile(model.score, settings, ranks)
         self.loss_function = maybe_compile(model.loss, settings, ranks)
         self.block_function = maybe_compile(Block.forward, settings, ranks)
@@ -2743,13 +2768,15 @@ class Evaluator:
             excerpt = self._read(batch, length)
             self.observer.on_train(excerpt)
             loss = self.loss_function(excerpt.tokens, excerpt.targets, self.order)
-            (loss * share).backward()
+            self.scaler.scale(loss * share).backward()
             total += loss.detach() * share
         for parameter in self.trained:
             self.ranks.sum_(parameter.grad)
+        self.scaler.unscale_(sgd)
         if s.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.trained, s.ttt_grad_clip)
-        sgd.step()
+        self.scaler.step(sgd)
+        self.scaler.update()
         self.model.zero_grad()
         return total * (last - first)
 
@@ -3945,7 +3972,8 @@ class Trainer:
         reason = why_not(fastest, self.settings, self.ranks.device) if self.ranks.gpu else ""
         if reason and scan != "none":
             scan += f" ({fastest} {reason})"
-        backends = f"scan: {scan}; attention: {self.model.attention_backend}"
+        precision = str(self.model.compute_dtype).removeprefix("torch.")
+        backends = f"{precision}; scan: {scan}; attention: {self.model.attention_backend}"
         self.log(f"{backends}; {self.micro_batch:,} tokens at once per rank")
 
     def tensors(self) -> list[Tensor]:
@@ -4012,7 +4040,7 @@ class Trainer:
             alone = number < len(batches) and self.ranks.world_size > 1
             with self.loss_function.no_sync() if alone else nullcontext():
                 loss = self.loss_function(*batch, order) / len(batches)
-                loss.backward()
+                loss.backward(self.optimizers.loss_scale())
             total += loss.detach()
         return total
 
@@ -4733,16 +4761,45 @@ def state_offsets(head, S: constexpr):
 
 
 @jit
-def read_tile(tensor, place):
-    """The matrix at a place (i, row, column) of a tensor descriptor."""
-    block = tensor.load(place)
-    return block.reshape(block.shape[1], block.shape[2])
+def tile_pointers(tiles, place):
+    """Where the numbers of the tile at a place (i, row, column) are, and which of them exist."""
+    row = place[1] + tl.arange(0, tiles.HEIGHT)[:, None]
+    column = place[2] + tl.arange(0, tiles.WIDTH)[None, :]
+    matrix = tiles.tensor + (place[0] * tiles.rows).to(tl.int64) * tiles.columns
+    return matrix + row * tiles.columns + column, row < tiles.rows
 
 
 @jit
-def write_tile(tensor, place, x):
-    """Stores matrix x at a place (i, row, column) of a tensor descriptor, in the tensor's dtype."""
-    tensor.store(place, x.to(tensor.dtype).reshape(1, x.shape[0], x.shape[1]))
+def read_tile(tiles, place):
+    """The matrix at a place (i, row, column) of Tiles or of a tensor descriptor."""
+    if isinstance(tiles, tl.tensor_descriptor):
+        block = tiles.load(place)
+        x = block.reshape(block.shape[1], block.shape[2])
+    else:
+        pointers, exist = tile_pointers(tiles, place)
+        x = tl.load(pointers, exist, 0.0)
+    return x
+
+
+@jit
+def read_row(tiles, place, count: constexpr):
+    """The count numbers from a place (i, column) on, likewise."""
+    if isinstance(tiles, tl.tensor_descriptor):
+        x = tiles.load(place).reshape(count)
+    else:
+        row = tiles.tensor + place[0].to(tl.int64) * tiles.columns
+        x = tl.load(row + place[1] + tl.arange(0, count))
+    return x
+
+
+@jit
+def write_tile(tiles, place, x):
+    """Stores matrix x at a place (i, row, column), in the tensor's dtype."""
+    if isinstance(tiles, tl.tensor_descriptor):
+        tiles.store(place, x.to(tiles.dtype).reshape(1, x.shape[0], x.shape[1]))
+    else:
+        pointers, exist = tile_pointers(tiles, place)
+        tl.store(pointers, x, exist)
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
@@ -4894,9 +4951,9 @@ def read_chunk(projected, rotated, scalars, decay_sums, head, place, t, batch, S
     key = read_tile(rotated, [heads * KEY + head, t, 0])
     query = read_tile(rotated, [heads * QUERY + head, t, 0])
     end = tl.load(decay_sums + place * S.CHUNK + S.CHUNK - 1)
-    decay_sum = scalars.load([heads * DECAY_SUM + head, t]).reshape(S.CHUNK)
-    key_log = scalars.load([heads * KEY_LOG + head, t]).reshape(S.CHUNK)
-    current = scalars.load([heads * CURRENT + head, t]).reshape(S.CHUNK)
+    decay_sum = read_row(scalars, [heads * DECAY_SUM + head, t], S.CHUNK)
+    key_log = read_row(scalars, [heads * KEY_LOG + head, t], S.CHUNK)
+    current = read_row(scalars, [heads * CURRENT + head, t], S.CHUNK)
     return value, key, query, end, decay_sum, key_log, current
 
 
@@ -4918,7 +4975,7 @@ def gate_and_sigmoid(gate):
 
 @jit
 def scan_forward(
-    projected,  # tensor descriptors of tiles: (CHUNK, P)
+    projected,  # Tiles or tensor descriptors: (CHUNK, P)
     rotated,  # (CHUNK, N)
     y,  # out, (CHUNK, P)
     states,  # out, (N, P)
@@ -4938,7 +4995,6 @@ def scan_forward(
     h = head % S.H
     i = tl.arange(0, S.CHUNK)
     square = state_offsets(head, S)
-    dtype = projected.dtype
     d = tl.load(skip + h)
     ssm = tl.load(ssm_in + square)
     for chunk in tl.range(chunks, num_stages=3 if S.N <= 64 else 2):  # two programs fit
@@ -4947,6 +5003,7 @@ def scan_forward(
         value, key, query, end, decay_sum, key_log, current = read_chunk(
             projected, rotated, scalars, decay_sums, head, place, t, batch, S
         )
+        dtype = value.dtype
         old = ssm.to(dtype)
         write_tile(states, [place, 0, 0], old)
         scores = exact_dot(query, tl.trans(key))
@@ -4979,19 +5036,21 @@ def scan_forward(
 @jit
 def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
     """Stores the gate's gradient and returns G, that of out."""
-    gate, sigmoid = gate_and_sigmoid(read_tile(projected, place))
+    gate = read_tile(projected, place)
+    dtype = gate.dtype
+    gate, sigmoid = gate_and_sigmoid(gate)
     gated = read_tile(y, place).to(tl.float32)
     d_gated = read_tile(d_y, place)
-    d_square = d_squares.load([head, place[1]]).reshape(gated.shape[0])
+    d_square = read_row(d_squares, [head, place[1]], gated.shape[0])
     d_gated += 2.0 * d_square[:, None] * gated
     # The slope of u = gate sigmoid(gate) is u (1 / gate + 1 - sigmoid(gate)).
     write_tile(d_projected, place, d_gated * gated * (reciprocal_tile(gate) + 1.0 - sigmoid))
-    return (d_gated * gate * sigmoid).to(projected.dtype)
+    return (d_gated * gate * sigmoid).to(dtype)
 
 
 @jit
 def scan_backward(
-    d_y,  # tensor descriptors, as scan_forward's
+    d_y,  # Tiles or tensor descriptors, as scan_forward's
     d_squares,
     projected,
     rotated,
@@ -5251,6 +5310,8 @@ def tokens_backward(
 
 
 ScanSizes = collections.namedtuple("ScanSizes", "WIDTH R H P N CHUNK")  # S in the kernels
+# A tensor (planes, rows, columns), or (planes, columns), whose tiles are read through pointers.
+Tiles = collections.namedtuple("Tiles", "tensor rows columns HEIGHT WIDTH")
 GIVEN = ("projected", "step_bias", "skip", "biases", "norms", "ssm_in", "turn_in")
 SAVED = ("y", "ssm_out", "scalars", "features", "half_turn", "rotated", "rotation", "states")
 
@@ -5277,8 +5338,19 @@ def scan_arguments(tensors: list[Tensor], starts, sizes: list[int]) -> dict:
     return named | {"batch": batch, "length": length, "starts": starts, "S": ScanSizes(*sizes)}
 
 
+def has_tile_instructions(device: torch.device) -> bool:
+    """Whether a GPU moves a tile by one instruction and multiplies it where it arrives.
+
+    So do Hopper and the data centre's Blackwell. Elsewhere tiles take registers, which a program of
+    4 warps lacks; 8 warps with pointers hardly spill (bench/results/kernels.txt).
+    """
+    capability, _ = kernel_limits(device)
+    return 90 <= capability < 120
+
+
 def scan_tiles(named: dict) -> dict:
-    """named, with tensor descriptors of what the scan goes through: a block is one instruction."""
+    """named, with tensor descriptors, or Tiles, of what the scan goes through by tiles."""
+    by_descriptor = has_tile_instructions(named["projected"].device)
     _, _, _, channels, state, chunk = named["S"]
     blocks = dict.fromkeys(("projected", "y", "d_projected", "d_y"), [chunk, channels])
     blocks |= dict.fromkeys(("rotated", "d_rotated"), [chunk, state])
@@ -5287,8 +5359,12 @@ def scan_tiles(named: dict) -> dict:
     tiles = {}
     for name in blocks.keys() & named.keys():
         flat = named[name].flatten(0, -1 - len(blocks[name]))
-        tiles[name] = TensorDescriptor.from_tensor(flat, [1, *blocks[name]])
-    return named | tiles
+        if by_descriptor:
+            tiles[name] = TensorDescriptor.from_tensor(flat, [1, *blocks[name]])
+        else:
+            sides = constexpr(blocks[name][0]), constexpr(blocks[name][-1])
+            tiles[name] = Tiles(flat, *flat.shape[-2:], *sides)
+    return named | tiles | {"WARPS": 4 if by_descriptor else 8}
 
 
 @torch.library.custom_op("golf::fused_scan", mutates_args=())
@@ -5304,7 +5380,8 @@ def fused_scan(tensors: list[Tensor], starts: Tensor | None, sizes: list[int]) -
     passed = (earlier @ turns.flatten(2).double()).view(turns.shape)
     before = passed.float() + named["turn_in"].unsqueeze(1)
     launch(rotate_features, (chunks, heads, batch), named | {"turns": before})
-    launch(scan_forward, (batch * heads,), scan_tiles(named) | {"squares": squares})
+    scan = scan_tiles(named) | {"squares": squares}
+    launch(scan_forward, (batch * heads,), scan, warps=scan["WARPS"])
     turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     return [squares, turn_out, *saved]
 
@@ -5363,7 +5440,7 @@ def fused_scan_backward(
     }
     named |= found
     scan = scan_tiles(named | {"d_squares": d_squares, "d_y": d_y})
-    launch(scan_backward, (batch * heads,), scan | {"d_ssm_out": d_ssm_out})
+    launch(scan_backward, (batch * heads,), scan | {"d_ssm_out": d_ssm_out}, warps=scan["WARPS"])
     launch(features_backward, (parts, batch, 2), named | {"ROWS": rows}, warps=1)
     d_features = found["d_features"]
     sums = d_features.new_ones(len(d_features)) @ d_features.flatten(1)  # faster than sum()
@@ -5397,6 +5474,8 @@ fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 def kernel_limits(device: torch.device) -> tuple[int, int]:
     """A GPU's compute capability, 90 of an H100, and the bytes of shared memory of a program."""
+    if device.type != "cuda":  # where Triton interprets, kernels run as on the H100
+        return 90, 232_448
     gpu = torch.cuda.get_device_properties(device)
     return 10 * gpu.major + gpu.minor, gpu.shared_memory_per_block_optin
 
@@ -5404,7 +5483,9 @@ def kernel_limits(device: torch.device) -> tuple[int, int]:
 # Of a program's shared memory, by the first compute capability: a chunk times these times channels,
 # state and chunk; and a state times the last. Near a GPU's limits no less than what the compiler
 # says (bench/results/kernels.txt). From 90 on, loads overlap with products.
-SHARED_BYTES = {80: (3.4, 0.5, 1.0, 2.3), 90: (14.2, 8.9, 1.4, 4.9), 120: (13.2, 5.2, 0.7, 4.2)}
+SHARED_BYTES = {80: (11.0, 3.4, 0.2, 3.4), 90: (14.2, 8.9, 1.4, 4.9), 120: (11.0, 3.4, 0.2, 3.4)}
+# Without tile instructions, programs that need more spill kilobytes; of 11 shapes, none other does.
+MOST_SHARED_BYTES = 104_000
 
 
 def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capability: int) -> int:
@@ -5430,13 +5511,16 @@ def why_not_triton(settings, device: torch.device) -> str:
     capability, have = kernel_limits(device)
     if capability < 80:
         return "needs a GPU of compute capability 8.0 or more"
+    if activation_dtype(settings, device) != torch.bfloat16:
+        return "is for PRECISION=bfloat16"
     if 100 <= capability < 120 and settings.mamba_chunk_size > 32:  # Triton's pipeliner gives up
         return "needs MAMBA_CHUNK_SIZE of 32 or less on a GPU of compute capability 10"
     heads = settings.mamba_inner_dim // settings.mamba_head_dim
     needed = scan_shared_bytes(heads, *sides, capability)
+    have = have if has_tile_instructions(device) else min(have, MOST_SHARED_BYTES)
     if needed > have:
         remedy = "a smaller MAMBA_CHUNK_SIZE, MAMBA_D_STATE or MAMBA_HEAD_DIM may do"
-        return f"needs {needed:,} bytes of shared memory, this GPU has {have:,} ({remedy})"
+        return f"needs {needed:,} bytes of shared memory, this GPU serves {have:,} ({remedy})"
     return ""
 
 
@@ -5893,7 +5977,7 @@ def attention_problem(settings, device: torch.device) -> str:
         return "cuDNN cannot keep documents apart"
     if confined and backend == "flash" and TORCH < VARLEN_SINCE:
         return "to keep documents apart, it needs torch 2.10 or later"
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = activation_dtype(settings, device)
     options = {"device": device, "dtype": dtype, "requires_grad": True}
     heads = (settings.num_heads, settings.num_kv_heads, settings.num_kv_heads)
     try:

@@ -1,6 +1,7 @@
 """Compiles the program's Triton kernels for NVIDIA GPUs that need not be here.
 
     python -m tests.compile_kernels [90 [16,128,64,64 ...]]
+    python -m tests.compile_kernels scans 16,128,64,64 [80 86 ...]
     python -m tests.compile_kernels table [80 86 ...]
 
 90 is a compute capability, here the H100's and H200's. Without shapes, each kernel that a run of
@@ -11,8 +12,9 @@ The sum leaves names, addresses in the file and line numbers out: two versions o
 sums are equal run the same instructions.
 
 16,128,64,64 are a layer's heads, a head's channels, the state size and the chunk: a line of JSON
-says whether the scan of this shape compiles, and what it needs. "table" does so for SHAPES on all
-of SHARED's capabilities, as text: bench/results/kernels.txt. Needs a triton with NVIDIA's
+says whether the scan of this shape compiles, and what it needs. "scans" does so for its two largest
+kernels on all of SHARED's capabilities, or on these. "table" does so for SHAPES, as text:
+bench/results/kernels.txt. Needs a triton with NVIDIA's
 assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says what must hold.
 """
 
@@ -88,8 +90,10 @@ shared: bytes of shared memory of a program, of that kernel which needs most
 registers, local: of a thread of scan_backward, which takes longest; local bytes found no register
 and wait in memory: a few hundred cost little, thousands make the kernel wait for memory
 elsewhere: local bytes of a thread of that other kernel which has most
-verdict: whether a program may have that much shared memory on such a GPU
+verdict: whether a program may have that much shared memory on such a GPU; "spills": it may, but has
+more than {spills} local bytes in scan_backward, where other configurations have few
 """
+SPILLS = 900
 
 
 class Usage(NamedTuple):
@@ -132,6 +136,7 @@ class Compiler:
 
     def __init__(self, capability: int):
         self.capability = capability
+        self.kernels = tune.KERNELS + ("cross_entropy_rows",)  # that are compiled
         self.built: dict[str, triton.compiler.CompiledKernel] = {}
         absent_gpu = SimpleNamespace(  # what compiling asks a driver for
             get_current_target=lambda: GPUTarget("cuda", self.capability, 32),
@@ -142,9 +147,11 @@ class Compiler:
         run = triton.JITFunction.run
 
         def compile_only(kernel, *arguments, **options):
-            self.built[kernel.__name__] = run(kernel, *arguments, **options | {"warmup": True})
+            if kernel.__name__ in self.kernels:
+                self.built[kernel.__name__] = run(kernel, *arguments, **options | {"warmup": True})
 
         triton.JITFunction.run = compile_only
+        t.kernel_limits = lambda device: (self.capability, SHARED[str(self.capability)])
 
     def report(self, state: int, documents: bool) -> None:
         """A line for each kernel launched since the last report."""
@@ -193,6 +200,8 @@ def table_row(capability: str, shape: tuple[int, ...], found: dict[str, Usage]) 
     scan = found["scan_backward"]
     shared = found[most].shared
     fits = "fits" if shared <= SHARED[capability] else "does not fit"
+    if fits == "fits" and scan.local > SPILLS and not t.has_tile_instructions(torch.device("cuda")):
+        fits = "spills"
     needs = shared, most, scan.registers, scan.local, found[spills].local
     return capability, *shape, *needs, spills if found[spills].local else "-", fits
 
@@ -206,7 +215,7 @@ def print_row(cells: tuple) -> None:
 def print_table(capabilities: list[str]) -> None:
     """What the kernels of SHAPES need on these GPUs."""
     compiler = Compiler(0)
-    print(TABLE_HEAD.format(version=triton.__version__))
+    print(TABLE_HEAD.format(version=triton.__version__, spills=SPILLS))
     print_row(TITLES)
     for capability in capabilities:
         compiler.capability = int(capability)
@@ -232,10 +241,24 @@ def compile_all(compiler: Compiler) -> None:
         compiler.report(0, slopes)
 
 
+def print_scans(text: str, capabilities: list[str]) -> None:
+    """A line of JSON for each capability: what scan_forward and scan_backward of a shape need."""
+    compiler = Compiler(0)
+    compiler.kernels = ("scan_forward", "scan_backward")
+    for capability in capabilities:
+        compiler.capability = int(capability)
+        found = compile_shape(compiler, tuple(map(int, text.split(","))))
+        needs = {name: usage._asdict() for name, usage in found.items()}
+        print(json.dumps({"capability": capability, "kernels": needs}), flush=True)
+
+
 def main(capability: str = "90", *rest: str) -> None:
     """Of no shapes, everything that the script launches by default."""
     if capability == "table":
         print_table(rest or list(SHARED))
+        return
+    if capability == "scans":
+        print_scans(rest[0], rest[1:] or list(SHARED))
         return
     compiler = Compiler(int(capability))
     for text in rest:

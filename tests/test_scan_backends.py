@@ -205,8 +205,6 @@ def refused(shape: tuple[int, ...], capability: str, monkeypatch) -> str:
 
 
 CORNERS = {  # heads, channels, state, chunk: what fits, what does not, what no compiler takes
-    "80": ("2,16,16,16",),
-    "89": ("2,16,16,16",),
     "90": ("2,16,16,16", "2,128,128,64", "2,8,64,64"),
 }
 
@@ -238,7 +236,7 @@ def test_the_choice_is_that_of_the_table(monkeypatch):
     assert {row[0] for row in rows} == set(LIMITS)
     for capability, *cells in rows:
         reason = refused(tuple(map(int, cells[:4])), capability, monkeypatch)
-        if "not" in cells:
+        if "not" in cells or "spills" in cells:
             assert reason, (capability, cells)
         elif "of 32 or less" not in reason and int(cells[4]) < 0.75 * LIMITS[capability][1]:
             assert not reason, (capability, cells, reason)
@@ -290,4 +288,4 @@ def test_the_defaults_run_where_they_are_known_to(capability, monkeypatch):
     assert choose("cuda") == ("chunked" if capability == "100" else "triton")
     assert choose("cuda", mamba_chunk_size=32) == "triton"
     larger = choose("cuda", mamba_d_state=128)
-    assert larger == ("chunked" if capability in ("100", "120") else "triton")
+    assert larger == ("triton" if capability in ("80", "90") else "chunked")
