@@ -320,6 +320,16 @@ HYBRID11 = {
     "mamba_version": 1, "mamba_d_state": 16, "mamba_chunk_size": 256,
 }  # fmt: skip
 
+TINY = {
+    "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model",
+    "vocab_size": 1024, "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4,
+    "mamba_layers": "0,1,3", "model_dim": 128, "num_heads": 4, "num_kv_heads": 2,
+    "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024, "bigram_dim": 64,
+    "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
+    "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384,
+    "sdclip_k": 5.0, "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096,
+}  # fmt: skip
+
 # Defaults that PRESET changes. Variables of the environment go before them.
 PRESETS = {
     "default": {},  # 8 GPUs, ten minutes
@@ -336,14 +346,11 @@ PRESETS = {
     "hybrid18": HYBRID11 | {
         "num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14",
         "mamba_d_state": 32, "mamba_expand": 1.5, "bigram_vocab_size": 2048, "target_mb": 15.9},
-    "tiny": {  # two minutes on two CPU cores
-        "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model",
-        "vocab_size": 1024, "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4,
-        "mamba_layers": "0,1,3", "model_dim": 128, "num_heads": 4, "num_kv_heads": 2,
-        "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024, "bigram_dim": 64,
-        "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
-        "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384,
-        "sdclip_k": 5.0, "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096},
+    "tiny": TINY,  # two minutes on two CPU cores
+    "laptop": TINY | {  # ten minutes in all on CPU cores; on a GPU 3,000 steps, within 8 GB
+        "num_layers": 5, "mamba_layers": "0,1,3,4", "model_dim": 192, "num_heads": 6,
+        "num_kv_heads": 3, "max_wallclock_seconds": 480.0, "export_reserve_seconds": 20.0,
+        "eval_max_seconds": 120.0, "iterations": 3000},
 }  # fmt: skip
 
 group = ""
@@ -2299,10 +2306,10 @@ class Optimizers:
             self.adam.state[p] = {"step": p.new_zeros(()), **moments}
 
     def loss_scale(self) -> Tensor | None:
-        """What gradients are multiples of, float32 (), with float16; None: they are themselves.
+        """With float16, what the loss is multiplied by, float32 (); else None.
 
-        float16 has nothing below 6e-8, where gradients of a mean over many tokens lie. As with
-        torch.amp.GradScaler, each skipped step halves the scale; it is the same after a checkpoint.
+        Below 6e-8, where gradients of a mean over many tokens lie, float16 has no numbers. As with
+        torch.amp.GradScaler, each skipped step halves the scale. A checkpoint holds their count.
         """
         return (16 - self.skipped[0]).clamp(min=0).exp2() if self.scales_loss else None
 
@@ -5339,10 +5346,9 @@ def scan_arguments(tensors: list[Tensor], starts, sizes: list[int]) -> dict:
 
 
 def has_tile_instructions(device: torch.device) -> bool:
-    """Whether a GPU moves a tile by one instruction and multiplies it where it arrives.
+    """Whether a GPU moves tiles by an instruction and multiplies them in shared memory, as Hopper.
 
-    So do Hopper and the data centre's Blackwell. Elsewhere tiles take registers, which a program of
-    4 warps lacks; 8 warps with pointers hardly spill (bench/results/kernels.txt).
+    Else they take registers: a program of 4 warps spills, one of 8 with pointers hardly does.
     """
     capability, _ = kernel_limits(device)
     return 90 <= capability < 120
