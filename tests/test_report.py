@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PATIENCE
+from tests.support import PATIENCE, run_environment, run_here
 from tools.command import UserError
 from tools.report import __main__ as report
 from tools.report import charts, markup
@@ -98,6 +98,7 @@ def full_log(path: Path, steps: int = 30, **settings) -> Path:
     records.append(("quantization_loss", 55.0, kinds))
     told = {"prompt": EVIL, "sample": f"{EVIL} and so on", "tokens": 200}
     records.append(("sample", 60.0, told | {"temperature": 0.8, "top_p": 0.95}))
+    records.append(("evaluation", 60.1, {"attempt": 2}))
     final = {"val_loss": 3.0, "val_bpb": 1.21987654, "epochs_given_up": 3, "mode": "sliding_ttt"}
     final |= {"evaluation_seconds": 33.25, "artifact_sha256": hashes["artifact"]}
     records += [("final", 93.5, final), ("final_profile", 93.6, SLIDING)]
@@ -158,7 +159,16 @@ class Page(html.parser.HTMLParser):
 
 # What each section of the full log's page must show.
 SHOWN = {
-    "Result": ["1.2199", "1.21987654", "1.23456789", "1.25678901", "41.50", "final", "30"],
+    "Result": [
+        "1.2199",
+        "1.21987654",
+        "1.23456789",
+        "1.25678901",
+        "41.50",
+        "final",
+        "30",
+        "attempts at evaluation 2",
+    ],
     "Clocks": [
         "177.8 s of 180 s",
         "33.2 s of 600 s",
@@ -230,6 +240,31 @@ def test_a_log_with_every_record_fills_every_section(monkeypatch, tmp_path, full
         assert "currentColor" in text and charts.INK not in text
     else:
         assert 1_000_000 < len(text.encode()) < 6_000_000
+
+
+def test_a_run_of_the_script_fills_every_section_but_the_audits(monkeypatch, shards, tmp_path):
+    """Its own records, whose form the log above only repeats."""
+    asked = {"quantization_report": True, "sample_prompt": "A", "sample_tokens": 4}
+    assert run_here(monkeypatch, run_environment(shards, tmp_path, **asked)) == 0
+    log = tmp_path / "a.jsonl"
+    page = Page(made(monkeypatch, tmp_path, log, "--static"))
+    assert list(page.sections) == TITLES
+    assert page.classes().count("missing") == 1 and "No audit was given" in page.sections["Audit"]
+    events = {record["event"]: record for record in map(json.loads, log.read_text().splitlines())}
+    wanted = {"Result": f"{events['final']['val_bpb']:.8f}"}
+    wanted["Clocks"] = f"{events['final']['evaluation_seconds']:.2f}"
+    wanted["Bytes"] = f"{events['trained']['bytes_by_kind']['MLP, int6']:,}"
+    wanted["Quantization"] = f"{events['quantization_loss']['bpb_by_kind']['MLP']:+.6f}"
+    wanted["Sample"] = "4 tokens, temperature 0.8, top p 0.95"
+    wanted["Data"] = next(iter(events["hashes"]["validation"].values()))
+    table = events["final_profile"]["document_position"]
+    bits = table["nats"][3] / math.log(2) / table["bytes"][3]
+    wanted["Where the bits are"] = (
+        f"4 to 7 {table['bytes'][3] / sum(table['bytes']):.2%} {bits:.4f}"
+    )
+    wanted["Test-time training"] = f"epochs {sum(events['final_profile']['chunks']['epochs']):,.0f}"
+    for title, one in wanted.items():
+        assert one in " ".join(page.sections[title].split()), title
 
 
 def test_curves_are_the_logs_numbers(monkeypatch, tmp_path, full):

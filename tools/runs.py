@@ -26,6 +26,7 @@ from tools.logs import read_records, runs_in, starts_of
 # Of a run's settings, what only names its files, and what the column "run" says.
 NAMES = {"run_id", "log_dir", "artifact", "resume", "overwrite", "eval_only"}
 FIGURES = ("steps", "ms", "before", "after", "final", "bytes")  # columns of numbers
+STROKES = ("-", "--", ":", "-.")  # of --plot
 REACH = 4  # training losses on either side that a point of --plot is the mean of
 
 
@@ -194,13 +195,15 @@ def plot(runs: list[Run], out: Path) -> None:
     axes = figure.subplots(1, 3, sharey=True)
     drawn = [run for run in runs if run.losses]
     need(drawn, "no run has a training loss to draw")
-    for run in drawn:
+    for number, run in enumerate(drawn):
+        # There are ten colours; each ten runs have a stroke of their own.
+        style = {"color": f"C{number % 10}", "linestyle": STROKES[number // 10 % len(STROKES)]}
         steps = [record["step"] for record in run.losses]
         seconds = [record["train_ms"] / 1000 for record in run.losses]
         tokens = [step * run.settings["train_batch_tokens"] / 1e6 for step in steps]
         losses = smoothed([record["train_loss"] for record in run.losses])
         for one, x in zip(axes, (steps, seconds, tokens), strict=True):
-            one.plot(x, losses, label=run.name, linewidth=1)
+            one.plot(x, losses, label=run.name, linewidth=1, **style)
     lowest = min(record["train_loss"] for run in drawn for record in run.losses)
     for one, label in zip(axes, ("step", "second of training", "million tokens"), strict=True):
         one.set(xlabel=label, ylim=(lowest - 0.1, lowest + 1.5))

@@ -116,6 +116,7 @@ def result(runs: list[Run]) -> Html:
         "milliseconds a step": figure("trained", "step_avg_ms", "{:.2f}"),
         "epochs given up for time": figure("final", "epochs_given_up"),
         "starts": figure("trained", "starts"),
+        "attempts at evaluation": figure("evaluation", "attempt"),
     }
     return join([element("div", *cards, class_="cards"), seeds(runs), comparison(runs, rows)])
 
