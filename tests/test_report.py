@@ -291,7 +291,7 @@ def test_curves_are_the_logs_numbers(monkeypatch, tmp_path, full):
     assert scores[1]["y"] == pytest.approx([3.3, 2.8, 2.6])
     assert scores[1]["xs"]["chunk"] == [1, 2, 3]
     assert gains[0]["y"] == [pytest.approx(0.1), pytest.approx(0.05), None]
-    assert [curve["y"] for curve in seconds] == [[9.5, 8.5, 0.0], [5.0, 4.0, 2.0]]
+    assert [curve["y"] for curve in seconds] == [[9.5, 8.5, None], [5.0, 4.0, 2.0]]
 
 
 def test_a_section_without_data_names_the_setting_that_fills_it(monkeypatch, tmp_path):
@@ -352,6 +352,15 @@ def test_a_run_has_one_colour_whatever_other_runs_leave_out(monkeypatch, tmp_pat
 def test_the_audits_lines_keep_their_order():
     shown = markup.from_markdown(AUDIT)
     assert shown.index("NOT ISOLATED") < shown.index("<table>") < shown.index("Not checked")
+
+
+def test_a_drawings_scale_keeps_the_digits_that_tell_its_marks_apart(monkeypatch, tmp_path, full):
+    text = made(monkeypatch, tmp_path, *full, "--static")
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        for kind in "xy":
+            ticks = re.findall(rf'id="{kind}tick_\d+">(.*?)</text>', drawing, re.DOTALL)
+            told = [tick.rpartition(">")[2] for tick in ticks]
+            assert len(told) == len(set(told)), told
 
 
 def test_seeds_have_a_mean_and_other_runs_have_none(monkeypatch, tmp_path, full):

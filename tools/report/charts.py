@@ -148,7 +148,9 @@ def chunk_charts(runs: list[Run], most: int) -> list[Chart]:
         scores.append(chunk_curve(run.name, colour, final.nats, each))
         if final.epochs:
             gains.append(chunk_curve(run.name, colour, final.learnt, each))
-            seconds.append(chunk_curve(run.name, colour, final.adapt_seconds, each))
+            pairs = zip(final.adapt_seconds, final.epochs, strict=True)
+            adapted = [taken if epochs else None for taken, epochs in pairs]
+            seconds.append(chunk_curve(run.name, colour, adapted, each))
             name = f"{run.name}: scoring"
             seconds.append(chunk_curve(name, colour, final.score_seconds, each, faint=True))
     charts = [
@@ -263,7 +265,8 @@ def svg(chart: Chart, axis: str) -> Html:
         for curve in chart.curves:
             if curve.faint and chart.main:
                 continue
-            line = {"linestyle": "", "marker": "o", "markersize": 4} if curve.dots else {}
+            line = {"marker": "o", "markersize": 4} if curve.dots or chart.ticks else {}
+            line |= {"linestyle": ""} if curve.dots else {}
             line["alpha"] = 0.4 if curve.faint else 1.0
             ys = [math.nan if y is None else y for y in curve.y]
             axes.plot(curve.xs[axis], ys, color=curve.colour, linewidth=1.2, **line)
@@ -271,15 +274,20 @@ def svg(chart: Chart, axis: str) -> Html:
         if chart.y_range:
             axes.set_ylim(*chart.y_range)
         if chart.ticks:
-            places = range(len(chart.ticks))
-            axes.set_xticks(places, chart.ticks, rotation=60, fontsize=7)
+            axes.set_xticks(range(ROWS), chart.ticks, rotation=60, fontsize=7)
+            places = [place for curve in chart.curves for place in curve.xs[axis]]
+            axes.set_xlim(min(places) - 0.5, max(places) + 0.5)
         axes.grid(alpha=0.2)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    # A tenth of a point is finer than a screen shows, and these digits are most of the file.
-    return Html(re.sub(r"(\d+\.\d)\d+", r"\1", text))
+    return Html(re.sub(r"<[^>]*>", rounded, text))
+
+
+def rounded(tag: re.Match) -> str:
+    """A tag's numbers to a tenth of a point: finer than a screen shows, and most of the file."""
+    return re.sub(r"(\d+\.\d)\d+", r"\1", tag[0])
 
 
 def legend(runs: list[Run]) -> Html:
