@@ -3,7 +3,8 @@
     python train_gpt.py                                     # one process, on a GPU if there is one
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # one process per GPU
     PRESET=tiny python train_gpt.py                         # two minutes on two CPU cores
-    python train_gpt.py --help                              # every setting and preset
+    python train_gpt.py --help                              # every setting, preset and option
+    python train_gpt.py --dry-run                           # what such a run would be, in seconds
 
 The program trains a language model until its clock ends, quantizes it, packs it with this script's
 own bytes into at most 16,000,000, loads it back, and scores it in bits per byte while it adapts to
@@ -332,26 +333,39 @@ TINY = {
 
 # Defaults that PRESET changes. Variables of the environment go before them.
 PRESETS = {
-    "default": {},  # 8 GPUs, ten minutes
-    "short": {  # three minutes on one GPU
+    "default": {},
+    "short": {
         "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
         "export_reserve_seconds": 4.0, "eval_max_seconds": 180.0},
-    "peer7": {  # a published entry's shape, to compare speed; then three published systems
+    "peer7": {
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
         "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0},
-    "nemotron_hinge": {  # the layers at the U-Net's turning point run three times
+    "nemotron_hinge": {
         "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7",
         "recur_start": 0.0, "train_seq_len": 4096},
     "hybrid11": HYBRID11,
     "hybrid18": HYBRID11 | {
         "num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14",
         "mamba_d_state": 32, "mamba_expand": 1.5, "bigram_vocab_size": 2048, "target_mb": 15.9},
-    "tiny": TINY,  # two minutes on two CPU cores
-    "laptop": TINY | {  # ten minutes in all on CPU cores; on a GPU 3,000 steps, within 8 GB
+    "tiny": TINY,
+    "laptop": TINY | {
         "num_layers": 5, "mamba_layers": "0,1,3,4", "model_dim": 192, "num_heads": 6,
         "num_kv_heads": 3, "max_wallclock_seconds": 480.0, "export_reserve_seconds": 20.0,
         "eval_max_seconds": 120.0, "iterations": 3000},
 }  # fmt: skip
+
+# What each is for: --presets prints it.
+PRESET_USES = {
+    "default": "the entry: 8 GPUs, ten minutes",
+    "short": "the same model in three minutes on one GPU",
+    "peer7": "a published entry's shape, to compare speed",
+    "nemotron_hinge": "a published system: the layers at the U-Net's turning point run three times",
+    "hybrid11": "a published system: 11 layers, of which five are the first Mamba",
+    "hybrid18": "a published system: 18 layers, of which 15 are the first Mamba",
+    "tiny": "a small model on sample text: two minutes on two CPU cores",
+    "laptop": "a larger one: ten minutes in all on CPU cores; on a GPU 3,000 steps, within 8 GB",
+}
+FOR_CPUS = ("tiny", "laptop")  # of them, those that one may train without a GPU
 
 group = ""
 FIELDS = {}  # the names of all settings, and their groups
@@ -531,10 +545,23 @@ def ttt_sequence_length(settings, world_size: int) -> int:
     return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
+COMMANDS = (
+    "python train_gpt.py             trains, exports and scores",
+    "python train_gpt.py --dry-run   what that would be: layers, sizes, memory, tokens",
+    "python train_gpt.py --rehearse  its first steps, export and scores, in minutes",
+    "python train_gpt.py --presets   what each preset is for",
+)
+
+
+def presets_text() -> str:
+    """What --presets prints: a line for each."""
+    return "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
+
+
 def help_text() -> str:
     """What --help prints: every setting, every preset, and other names."""
     title = (__doc__ or "").partition("\n")[0]  # python -OO keeps no docstrings
-    lines = [title, "", "Settings are environment variables:"]
+    lines = [title, "", *COMMANDS, "", "Settings are environment variables:"]
     for f in fields(Settings):
         lines += [f"\n[{f.metadata['group']}]"] if f.metadata["group"] else []
         default = int(f.default) if isinstance(f.default, bool) else f.default
@@ -543,7 +570,8 @@ def help_text() -> str:
     lines.append("\nPresets change these:")
     for name, values in PRESETS.items():
         changes = [f"{key.upper()}={value}" for key, value in values.items()]
-        lines.append(f"  PRESET={name}: " + "\n      ".join(changes or ["none of them"]))
+        lines.append(f"  PRESET={name}: {PRESET_USES[name]}")
+        lines.append("      " + "\n      ".join(changes or ["none of them"]))
     lines.append("\nOther names for these, as the contest's scripts have them:")
     lines += [f"  {name:24} sets {ours}" for name, (ours, _) in ALIASES.items()]
     return "\n".join(lines)
@@ -707,6 +735,13 @@ def maybe_compile(function, settings, ranks):
     if settings.compile == "off" or (settings.compile == "auto" and not ranks.gpu):
         return function
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory; for the CPU, of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def synchronized_time() -> float:
@@ -2875,7 +2910,8 @@ def grid_limits(model) -> dict[str, Tensor]:
     for name, layer in model.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Embedding)):
             continue
-        rows = torch.full_like(layer.weight[:, :1], usual)
+        weight = layer.weight.detach()
+        rows = weight.new_full((len(weight), 1), usual, device="cpu" if weight.is_meta else None)
         if name in ("embedding", "output_embedding") or name.endswith((".x_proj", ".dt_proj")):
             rows[:] = INT8_MAX
         elif name.endswith(".in_proj"):
@@ -2909,11 +2945,19 @@ def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tens
     return rule(weight, limits, clips), torch.ones_like(weight[0])
 
 
+def stand_in(limits: Tensor) -> tuple[Tensor, Tensor]:
+    """For a skeleton's matrix: Gaussian rows (64, 256), of limits spread over the real ones."""
+    rows = torch.linspace(0, len(limits) - 1, 64).long()
+    return torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), limits[rows]
+
+
 def grids(model, settings, matrices: dict[str, Tensor], k: float):
     """Yields name, weight, limits, row and column steps of each of grid_limits(model)'s."""
     factors = {"MLP": settings.sdclip_mlp, "attention": settings.sdclip_attention}  # of k
     for name, limits in matrices.items():
         weight = model.get_parameter(name).detach()
+        if weight.is_meta:
+            weight, limits = stand_in(limits)
         factor = factors.get(layer_kind(name), 1)
         yield name, weight, limits, *grid_steps(weight, limits, settings, k * factor)
 
@@ -2926,28 +2970,37 @@ def float_type(name: str) -> str:
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
-@torch.no_grad()
 def predict_bytes(model, settings, k: float) -> float:
-    """The size of the artifact with this k, in bytes: known before GPTQ, within a percent.
+    """The size of the artifact with this k, in bytes: known before GPTQ, within a percent."""
+    return sum(predict_parts(model, settings, k).values())
+
+
+@torch.no_grad()
+def predict_parts(model, settings, k: float) -> dict[str, float]:
+    """Bytes of the artifact with this k: by KINDS, of vectors, and beside its numbers.
 
     The nearest integers stand for GPTQ's. The coder takes 0.2 % more than their entropy, its last
-    states (4 bytes for each lane), and 256 bytes for packed frequencies.
+    states (4 bytes for each lane), and 256 bytes for packed frequencies. A skeleton's weights are
+    taken to be Gaussian, as stand_in() says.
     """
     matrices = grid_limits(model)
     others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
-    total = OTHER_BYTES + sum(p.numel() * np.dtype(float_type(name)).itemsize for name, p in others)
-    for _, weight, limits, rows, columns in grids(model, settings, matrices, k):
+    parts = dict.fromkeys(KINDS.values(), 0.0) | {"beside": OTHER_BYTES}
+    parts["vectors"] = sum(p.numel() * np.dtype(float_type(name)).itemsize for name, p in others)
+    for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
+        p, kind = model.get_parameter(name), layer_kind(name)
         integers = round_to_grid(weight, rows * columns, limits)
         counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-        entropy_bytes = float(torch.special.entr(counts / weight.numel()).sum()) / math.log(256)
-        steps = len(rows) + int((columns != 1).sum())
-        total += 2 * steps + 4 * ANS_LANES + 256 + 1.002 * entropy_bytes * weight.numel()
-    return total
+        entropy_bits = float(torch.special.entr(counts / weight.numel()).sum()) / math.log(2)
+        coded = 1.002 * entropy_bits / 8 * p.numel()
+        steps = len(p) + (p.shape[1] if (columns != 1).any() else 0)
+        parts[kind] += 2 * steps + 4 * ANS_LANES + 256 + coded
+    return parts
 
 
 def fit_sdclip(model, settings, target_bytes: float) -> float:
     """The k of int6 rows: SDCLIP_K, or if 0 the least whose artifact should fit, or SDCLIP_MOST."""
-    finite = all(p.isfinite().all() for p in model.parameters())
+    finite = all(p.is_meta or p.isfinite().all() for p in model.parameters())
     need(finite, f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
@@ -3374,9 +3427,12 @@ def model_skeleton(settings) -> Model:
     return model
 
 
-def check_size(s, target_bytes: float, device):
-    """Raises UserError, before it is trained, for a model that could not be exported."""
-    skeleton = model_skeleton(s)
+def check_size(skeleton: Model, target_bytes: float, memory: float):
+    """Raises UserError, before it is trained, for a model that could not be exported.
+
+    memory: bytes of the device that would quantize it.
+    """
+    s = skeleton.settings
     numbers = sum(p.numel() for p in skeleton.parameters())
     # On the coarsest grid: Gaussian weights' entropy less a quarter, as trained ones are uneven.
     k = max(s.sdclip_most, s.sdclip_k) * max(1, s.sdclip_mlp, s.sdclip_attention)
@@ -3385,9 +3441,6 @@ def check_size(s, target_bytes: float, device):
     has = 8 * target_bytes / numbers
     problem = f"{numbers:,} numbers take {least:.1f} bits each on the coarsest grid (SDCLIP_MOST)"
     need(has > least, f"{problem}, TARGET_MB has {has:.1f}: make the model smaller")
-    gpu = device.type == "cuda"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = torch.cuda.get_device_properties(device).total_memory if gpu else memory
     wanted = sum(4 * skeleton.get_parameter(name).shape[1] ** 2 for name in grid_limits(skeleton))
     problem = f"GPTQ takes {wanted / 1e9:.0f} GB for Hessians, and there are {memory / 1e9:.0f}"
     fits = wanted < memory or s.quantizer in ("round", "ternary")
@@ -3844,21 +3897,37 @@ class Checkpoints(ThreadPoolExecutor):
 
 # A rank runs no faster with more tokens at once, and needs more memory; the first Mamba's scan
 # keeps a state for every channel.
-MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 131_072}  # by MAMBA_VERSION
+MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 131_072}  # by MAMBA_VERSION, on a GPU
+MOST_TOKENS_ON_A_CPU = 8192
+CPU_FACTOR = 6  # of a token's bytes: numbers are twice as long, and scans are no kernels
 USED_MEMORY = 0.7  # of what is free
 
 
-def choose_micro_batch(settings, ranks) -> int:
-    """Tokens a rank runs at once: a divisor of its batch, MICRO_BATCH_TOKENS or what fits."""
+def token_bytes(settings, gpu: bool) -> float:
+    """About what a token takes until its gradients are known."""
     s = settings
-    most = s.micro_batch_tokens or MOST_TOKENS_AT_ONCE[s.mamba_version]
-    if ranks.gpu and not s.micro_batch_tokens:
-        # About what a token takes until its gradients are known, as if all layers were Mamba's.
-        mixer = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
-        mlp = (8 + 4 * s.mlp_mult) * s.model_dim
-        token = len(parse_layers(s, "layer_order")) * (mixer + mlp) + 5 * s.vocab_size
-        free, _ = torch.cuda.mem_get_info()
-        most = min(most, USED_MEMORY * free / token)
+    mamba = parse_layers(s, "mamba_layers")
+    scan = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
+    layers = parse_layers(s, "layer_order")
+    mixers = sum(scan if layer in mamba else 9 * s.model_dim for layer in layers)
+    mlps = len(layers) * (8 + 4 * s.mlp_mult) * s.model_dim
+    return (mixers + mlps + 5 * s.vocab_size) * (1 if gpu else CPU_FACTOR)
+
+
+def choose_micro_batch(settings, ranks, free: float | None = None) -> int:
+    """Tokens a rank runs at once: a divisor of its batch, MICRO_BATCH_TOKENS or what fits.
+
+    free: bytes of memory; left out, what a GPU has left, or this rank's part of the machine's.
+    """
+    s = settings
+    most = s.micro_batch_tokens
+    if not most:
+        if free is None and ranks.gpu:
+            free, _ = torch.cuda.mem_get_info()
+        elif free is None:
+            free = device_memory(ranks.device) / ranks.world_size
+        most = MOST_TOKENS_AT_ONCE[s.mamba_version] if ranks.gpu else MOST_TOKENS_ON_A_CPU
+        most = min(most, USED_MEMORY * free / token_bytes(s, ranks.gpu))
     sequences = s.train_batch_tokens // (ranks.world_size * s.train_seq_len)
     return s.train_seq_len * largest_divisor(sequences, int(most // s.train_seq_len))
 
@@ -3935,6 +4004,11 @@ class GraphedSteps:
 SKIPPED_STEPS_THAT_END = 10  # in a row
 
 
+def name_layers(model, order: tuple[int, ...]) -> str:
+    """An order of layers in a line: the initials of their mixers, and their numbers."""
+    return " ".join(f"{type(model.blocks[i].mixer).__name__[0]}{i}" for i in order)
+
+
 @dataclass(eq=False)
 class Trainer:
     """Trains by the clock: resume() takes up a checkpoint, warm_up() compiles, run() trains."""
@@ -3966,14 +4040,16 @@ class Trainer:
         self.limits = grid_limits(self.model)
         self.tokenizer_sha256 = file_sha256(self.settings.tokenizer_path)
 
-    def announce(self):
-        """Logs what is about to be trained."""
-        count = sum(p.numel() for p in model_skeleton(self.settings).parameters())  # it exports
+    def announce(self, skeleton: Model):
+        """Logs what is about to be trained; skeleton has what it will export."""
+        if not self.ranks.gpu and self.settings.preset not in FOR_CPUS:
+            remedy = f"PRESET={' or '.join(FOR_CPUS)} is for CPUs"
+            self.log(f"warning: PRESET={self.settings.preset} is for GPUs; {remedy}")
+        count = sum(p.numel() for p in skeleton.parameters())
         bits = 8 * self.target_bytes / count
         self.log(f"parameters: {count:,}, {bits:.2f} bits each within TARGET_MB")
         mixers = [block.mixer for block in self.model.blocks]
-        layers = [f"{type(mixers[i]).__name__[0]}{i}" for i in self.model.full_order]
-        self.log(f"layers: {' '.join(layers)}")
+        self.log(f"layers: {name_layers(self.model, self.model.full_order)}")
         scan = next((mixer.backend for mixer in mixers if isinstance(mixer, Mamba)), "none")
         fastest = SCAN_BACKENDS[self.settings.mamba_version][0]
         reason = why_not(fastest, self.settings, self.ranks.device) if self.ranks.gpu else ""
@@ -4193,7 +4269,8 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
     summary = "{tokens:,} tokens in {shards} shards (names and lengths {digest})".format(**data)
     log(f"training data: {summary}", "training_data", **data)
     target = int(settings.target_mb * 1e6) - code_bytes()
-    check_size(settings, target, ranks.device)
+    skeleton = model_skeleton(settings)
+    check_size(skeleton, target, device_memory(ranks.device))
     model = build_model(settings, ranks)
     micro_batch = choose_micro_batch(settings, ranks)
     score = partial(plain_score, settings, ranks, validation)
@@ -4203,7 +4280,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
         # What its readers would refuse is not trained.
         read_header(json.dumps(artifact_header(settings)), artifact_header(Settings()))
         read_header(json.dumps(trainer.header()), trainer.header())
-        trainer.announce()
+        trainer.announce(skeleton)
         trainer.resume()
         batches = Batches(settings, ranks, trainer.steps_done)
         log.begin()  # nothing is refused from here on
@@ -4513,6 +4590,33 @@ def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet 
     return validation
 
 
+def obey(arguments: list[str], log):
+    """Does what the command line asks for: without arguments, main(log)."""
+    tool = next((name for name in ("--dry-run", "--rehearse") if name in arguments), "")
+    if not arguments:
+        main(log)
+    elif tool:
+        hand_over(tool, [argument for argument in arguments if argument != tool])
+    elif {"--help", "-h", "--presets"} & set(arguments):
+        text = presets_text() if arguments == ["--presets"] else help_text()
+        with suppress(BrokenPipeError):  # of --help | head
+            print(text, flush=True)
+    else:
+        problem = f"{arguments[-1]} is no command: settings are environment variables"
+        raise UserError(f"{problem}; --help lists them")
+
+
+def hand_over(command: str, arguments: list[str]):
+    """Has the process go on as the tool of that name, which this file trains without."""
+    tool = command.strip("-").replace("-", "_")
+    folder = Path(__file__).resolve().parent
+    there = (folder / "tools" / f"{tool}.py").is_file()
+    need(there, f"{command} needs the repository's tools, which are not in {folder}")
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    os.execve(sys.executable, [sys.executable, "-m", f"tools.{tool}", *arguments], environment)
+
+
 def run() -> int:
     """main() for a command line: what goes wrong is one line; returns the exit status, 0 or 2."""
     for stream in (sys.stdout, sys.stderr):  # consoles without a sign: cp1251 has no ×, ASCII no ▁
@@ -4521,13 +4625,7 @@ def run() -> int:
     with closing(Log()) as log:
         try:
             with stop_signals(at_once=True):
-                if {"--help", "-h"} & set(sys.argv):
-                    with suppress(BrokenPipeError):  # of --help | head
-                        print(help_text(), flush=True)
-                else:
-                    wrong = f"{sys.argv[-1]}: settings are environment variables; --help lists them"
-                    need(len(sys.argv) == 1, wrong)
-                    main(log)
+                obey(sys.argv[1:], log)
             return 0
         except (Exception, KeyboardInterrupt) as error:
             problem = explain_failure(error)

@@ -263,7 +263,7 @@ def test_the_log_says_why_a_slower_backend_was_taken(monkeypatch):
         micro_batch=1024,
         log=lines.append,
     )
-    t.Trainer.announce(trainer)
+    t.Trainer.announce(trainer, t.model_skeleton(settings))
     assert "scan: chunked (triton needs MAMBA_D_STATE of 16 and more); attention" in lines[-1]
 
 

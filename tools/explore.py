@@ -222,7 +222,7 @@ def explore(
     micro_batch = t.choose_micro_batch(settings, ranks)
     target = int(settings.target_mb * 1e6) - t.code_bytes()
     trainer = t.Trainer(model, settings, ranks, micro_batch, target, log, make_average=averages)
-    trainer.announce()
+    trainer.announce(t.model_skeleton(settings))
     batches = t.Batches(settings, ranks)
     t.check_tokenizer(settings, tokenizer, batches.shards, "training")
     trainer.warm_up()

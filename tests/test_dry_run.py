@@ -1,0 +1,270 @@
+"""train_gpt.py --dry-run, --presets and the command line: sizes and memory against the logs of
+finished runs, and what is printed, with the weights unknown and with those of a file.
+"""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_gpt as t
+from tests.make_former_files import FOLDER
+from tests.support import (
+    PATIENCE,
+    SCRIPT,
+    SOLO,
+    mistake,
+    process_environment,
+    run_environment,
+    run_here,
+    tiny,
+    tiny_environment,
+)
+from tools import dry_run, fit_bytes
+from tools.command import UserError
+from tools.logs import last_run, rank_count
+
+ROOT = SCRIPT.parent
+RUNS = fit_bytes.finished_runs()
+
+
+@pytest.fixture
+def dry(monkeypatch, capsys):
+    """dry(environment, *arguments): what a dry run prints."""
+
+    def start(environment: dict[str, str], *arguments: str) -> str:
+        monkeypatch.setattr("os.environ", environment)
+        assert dry_run.dry_run(list(arguments)) == 0
+        return capsys.readouterr().out
+
+    return start
+
+
+def artifact_bytes(said: str) -> dict[float, int]:
+    """The sizes in what a dry run has printed, by k."""
+    found = re.findall(r"^artifact: ([\d,]+) bytes at k=([\d.]+)", said, re.MULTILINE)
+    return {float(k): int(size.replace(",", "")) for size, k in found}
+
+
+# ---- Against finished runs -----------------------------------------------------------------------
+
+
+def test_there_are_finished_runs_to_compare_with():
+    """Each log that has an artifact's size, but those of scripts that coded it otherwise."""
+    logs = {
+        path.stem for path in (ROOT / "logs").rglob("*.jsonl") if '"trained"' in path.read_text()
+    }
+    assert logs - {run.name for run in RUNS} == {"h200-180s", "h200-45s"}
+    assert len({run.settings.num_layers for run in RUNS}) > 1
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_an_artifacts_size_is_told_within_two_percent(run):
+    """Nothing of a run but its settings and k is known to the dry run; SIZE_ERROR says how well."""
+    error = abs(fit_bytes.error_of(run))
+    assert error < 0.02
+    assert error < dry_run.SIZE_ERROR, "python -m tools.fit_bytes fits the table anew"
+
+
+def test_the_table_is_what_the_tool_fits():
+    bits, each = fit_bytes.fit(RUNS)
+    assert bits == pytest.approx(dry_run.BITS_SAVED, abs=0.001)
+    assert each == pytest.approx(dry_run.BYTES_SAVED, rel=0.02)
+
+
+def test_the_fitted_k_is_the_one_that_a_run_has_fitted():
+    """By the prediction that a run makes of its trained weights, and with that run's target."""
+    fitted = [run for run in RUNS if not run.settings.sdclip_k]
+    assert len(fitted) > 10
+    for run in fitted[::5]:
+        skeleton = t.model_skeleton(run.settings)
+        told = t.predict_bytes(skeleton, run.settings, run.k)
+        assert t.fit_sdclip(skeleton, run.settings, told + 1) == pytest.approx(run.k, rel=0.01)
+
+
+def test_memory_is_told_within_a_tenth_of_what_gpus_had_taken():
+    compared = 0
+    for path in (ROOT / "logs").glob("*/[st]180-*.jsonl"):
+        events = last_run(path)
+        settings = fit_bytes.settings_of(events["settings"]["settings"])
+        ranks = t.Ranks(0, rank_count(events["settings"]["machine"]), torch.device("cuda"))
+        tokens = t.choose_micro_batch(settings, ranks, free=140e9)
+        told = dry_run.state_bytes(t.model_skeleton(settings))
+        told += tokens * t.token_bytes(settings, gpu=True)
+        assert told == pytest.approx(events["trained"]["peak_bytes"], rel=0.1), path.name
+        compared += 1
+    assert compared > 3
+
+
+# ---- What it prints ------------------------------------------------------------------------------
+
+
+def test_a_default_run_is_described_without_gpu_or_data(dry):
+    environment = {"MLP_MULT": "4", "LAYER_ORDER": "0-8,7,8"}
+    said = dry(environment, "--gpu-memory", "80", "--ranks", "8", "--step-ms", "90", "--k", "8")
+    model = t.model_skeleton(t.Settings(mlp_mult=4.0, layer_order="0-8,7,8"))
+    count = sum(p.numel() for p in model.parameters())
+    assert f"in all{count:18,}; of these Adam" in said
+    assert "\n  MLP_MULT=4.0, not 3.0\n" in said
+    assert "they run as M0 M1 A2 M3 M4 M5 A6 M7 M8 M7 M8\n" in said
+    assert "before 35% of the run as M0 M1 A2 M3 M4 M5 A6 M7 M8\n" in said
+    assert "for 65,536 tokens at once; 80 GB of a GPU" in said
+    assert "clock: 6,577 steps, 3,448,242,176 tokens\n" in said
+    fitted, coarse = artifact_bytes(said).items()
+    assert fitted[1] <= 16_000_000 - SCRIPT.stat().st_size < coarse[1]
+    assert coarse[0] == 8 < fitted[0]
+
+
+def test_layers_are_a_table(dry):
+    said = dry(tiny_environment(mlp_layers="0,1"))
+    rows = re.findall(r"^ +(\d)  (\S+).*?([\d,]+) +([\d,]+)$", said, re.MULTILINE)
+    assert [row[:3] for row in rows] == [
+        ("0", "Mamba-3,", "96"),
+        ("1", "attention,", "96"),
+        ("2", "Mamba-3,", "0"),
+    ]
+    blocks = t.model_skeleton(tiny(mlp_layers="0,1")).blocks
+    counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    assert [int(row[3].replace(",", "")) for row in rows] == counts
+
+
+def test_less_memory_runs_fewer_tokens_at_once(dry):
+    large, small = (dry({}, "--gpu-memory", size) for size in ("80", "12"))
+    assert "for 131,072 tokens at once" in large
+    tokens = int(re.search(r"for ([\d,]+) tokens at once", small)[1].replace(",", ""))
+    assert 2048 <= tokens <= 0.7 * 12e9 / t.token_bytes(t.Settings(), gpu=True)
+    assert "a step of 524,288 tokens is" in small
+    assert "does not fit" in dry({}, "--gpu-memory", "0.9")
+
+
+def test_passes_over_the_data_are_told_where_there_are_some(dry, shards, tmp_path):
+    environment = run_environment(shards, tmp_path, iterations=100)
+    there = sum(shard.count for shard in t.open_shards(str(shards), "train"))
+    said = dry(environment)
+    assert f"clock: 100 steps, 12,800 tokens, {12_800 / there:.3g} times the {there:,} in" in said
+    timed = dry(environment | {"MAX_WALLCLOCK_SECONDS": "20", "EXPORT_RESERVE_SECONDS": "10"})
+    assert "clock: 10 s of training; --step-ms MS says" in timed
+
+
+def test_an_artifacts_own_weights_tell_its_size(dry):
+    path = ROOT / "data" / "tiny" / "tiny.int6.lzma"
+    environment = {"PRESET": "tiny", "ARTIFACT": str(path), "TOKENIZER_PATH": ""}
+    said = dry(environment, "--k", "9")
+    size = path.stat().st_size
+    assert f"the weights in {path}, a file of {size:,} bytes" in said
+    sizes = artifact_bytes(said)
+    assert sizes[5.0] == pytest.approx(size, rel=0.005)
+    assert sizes[9.0] < 0.9 * size
+
+
+def test_a_checkpoints_own_weights_tell_the_size_of_what_it_would_export(dry, monkeypatch):
+    """Those of its average, which lie closer together than Gaussian ones, or wider."""
+    path = FOLDER / "b6028ee.checkpoint"
+    header, _ = t.read_sealed(
+        path, "checkpoint", t.CHECKPOINT_MAGIC, t.MOST_BYTES, t.Trainer.header(former_trainer())
+    )
+    values = {name: header[name] for name in t.TRAINING_FIELDS}
+    environment = tiny_environment(**values | {"resume": path, "sdclip_k": 6.5})
+    del environment["PRESET"]
+    tied = "TIED_EMBED_LR" if values["tie_embeddings"] else "EMBED_LR HEAD_LR"
+    for idle in {"TIED_EMBED_LR", "EMBED_LR", "HEAD_LR"} - set(tied.split()):
+        del environment[idle]
+    said = dry(environment)
+    assert f"the weights in {path}, after 3 steps" in said
+    own = artifact_bytes(said)[6.5]
+    unknown = artifact_bytes(dry(environment | {"RESUME": "auto"}))[6.5]
+    assert own != unknown
+    assert own == pytest.approx(unknown, rel=0.1)
+
+
+def former_trainer() -> t.Trainer:
+    """One whose header has the fields of a checkpoint."""
+    return t.Trainer(t.build_model(tiny(), SOLO), tiny(), SOLO, 64, 1e6, dry_run.quiet)
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+def test_the_script_hands_over_to_its_tool_from_any_folder(tmp_path):
+    environment = process_environment({"PRESET": "tiny", "NUM_LAYERS": "5"})
+    del environment["PYTHONPATH"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--k", "8", "--dry-run"],
+        env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "they run as M0 M1 A2 M3 A4" in done.stdout
+    assert set(artifact_bytes(done.stdout)) == {5.0, 8.0}
+
+
+def test_without_the_tools_that_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(t, "__file__", str(tmp_path / SCRIPT.name))
+    said = mistake(monkeypatch, capsys, {}, "--k", "8", "--dry-run")
+    assert f"--dry-run needs the repository's tools, which are not in {tmp_path}" in said
+
+
+@pytest.mark.parametrize("arguments", [("--dryrun",), ("tiny",), ("--gpu-memory", "80")], ids=str)
+def test_arguments_that_mean_nothing_are_one_line(monkeypatch, capsys, arguments):
+    said = mistake(monkeypatch, capsys, {}, *arguments)
+    assert f"{arguments[-1]} is no command: settings are environment variables; --help" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--foo",), ("--k", "0"), ("--k",), ("--step-ms", "nan"), ("--ranks", "0")],
+    ids=str,
+)
+def test_wrong_arguments_of_a_dry_run_are_refused(arguments):
+    with pytest.raises(UserError) as caught:
+        dry_run.read_arguments(list(arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_run_would_refuse_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("os.environ", {"MLP_MULT": "20", "MAMBA_LAYERS": "none", "NUM_LAYERS": "5"})
+    with pytest.raises(t.UserError, match="bits each on the coarsest grid"):
+        dry_run.dry_run(["--gpu-memory", "80"])
+    assert "too large" in capsys.readouterr().out
+    monkeypatch.setattr("os.environ", {"TRAIN_SEQ_LEN": "1000"})
+    with pytest.raises(t.UserError, match="TRAIN_BATCH_TOKENS"):
+        dry_run.dry_run([])
+
+
+def test_presets_are_listed_with_a_line_each(monkeypatch, capsys):
+    assert run_here(monkeypatch, {}, "--presets") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(t.PRESETS) == list(t.PRESET_USES)
+    assert all(len(line.split()) > 4 for line in lines)
+    assert set(t.FOR_CPUS) < set(t.PRESETS)
+
+
+# ---- On a CPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("memory", "tokens"), [(64e9, 8192), (8e9, 2048), (1e9, 2048)])
+def test_on_a_cpu_a_micro_batch_fits_its_memory(monkeypatch, memory, tokens):
+    """Of the default preset, whose batch on a GPU is 131,072 tokens: 180 GB on a CPU."""
+    monkeypatch.setattr(t, "device_memory", lambda device: memory)
+    settings = t.Settings()
+    assert t.choose_micro_batch(settings, SOLO) == tokens
+    pair = t.Ranks(0, 2, SOLO.device)
+    assert t.choose_micro_batch(settings, pair) <= tokens
+    asked = dataclasses.replace(settings, micro_batch_tokens=32_768)
+    assert t.choose_micro_batch(asked, SOLO) == 32_768
+
+
+@pytest.mark.parametrize(("preset", "warns"), [("default", True), ("short", True), ("tiny", False)])
+def test_on_a_cpu_a_preset_for_gpus_warns(preset, warns):
+    lines = []
+    settings = tiny(preset=preset)
+
+    def log(line: str, *_, **__) -> None:
+        lines.append(line)
+
+    trainer = t.Trainer(t.build_model(settings, SOLO), settings, SOLO, 64, 1e6, log)
+    trainer.announce(t.model_skeleton(settings))
+    warning = f"warning: PRESET={preset} is for GPUs; PRESET=tiny or laptop is for CPUs"
+    assert (warning in lines) == warns

@@ -1,0 +1,103 @@
+"""train_gpt.py --rehearse: on two CPU ranks, and what it finds before a run is paid for."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+import train_gpt as t
+from tests.support import PATIENCE, SCRIPT, mistake, process_environment, run_environment, tiny
+from tools import rehearse
+
+FINE = rehearse.Needs(30.0, 12.0, 45.0, 3.0, 100.0, 200.0, 30 * 10**9, 10**9)
+
+
+def rehearsal_environment(shards, folder, **changes) -> dict[str, str]:
+    """A run by the clock, which the rehearsal's 20 steps are a part of."""
+    clock = {"max_wallclock_seconds": 600.0, "export_reserve_seconds": 60.0, "iterations": 4000}
+    names = {"run_id": None, "train_log_every": None, "recur_start": 0.5, "layer_order": "0-2,1,2"}
+    return run_environment(shards, folder, **(clock | names | changes))
+
+
+def test_two_ranks_rehearse_all_of_a_run(shards, tmp_path):
+    """Training, a stop, going on from a checkpoint, export, scores and adapting; nothing stays."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), "--rehearse"],
+        env=process_environment(rehearsal_environment(shards, tmp_path)),
+        capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout
+    assert "hardware=2 × CPU" in said
+    assert re.search(r"^resumed \S+/rehearsal.checkpoint: step 10, ", said, re.MULTILINE)
+    assert "step:10/20 " in said.split("resumed")[0]
+    assert "step:20/20 " in said.split("resumed")[1]
+    last = said.split("the rehearsal went well; the run needs\n")[1].splitlines()
+    assert [line.split(":")[0].strip() for line in last] == [
+        "start", "steps", "clock", "export", "evaluation", "memory", "disk", "in all", "artifact"
+    ]  # fmt: skip
+    step_ms = float(re.search(r"steps: ([\d.]+) ms each", said)[1])
+    steps = int(re.search(r"clock: ([\d,]+) steps", said)[1].replace(",", ""))
+    assert steps == pytest.approx(min(4000, 540_000 / step_ms), rel=0.02)
+    assert " at k=5.00, " in last[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_behind_training_is_found_and_leaves_nothing(
+    monkeypatch, capsys, shards, tmp_path, signal_handlers
+):
+    """As of a run, in one line."""
+
+    def export(*_):
+        raise t.UserError("GPTQ would have failed")
+
+    monkeypatch.setattr(t, "export", export)
+    monkeypatch.setattr(t, "main", rehearse.rehearse)
+    environment = rehearsal_environment(shards, tmp_path)
+    said = mistake(monkeypatch, capsys, environment)
+    assert "GPTQ would have failed" in said
+    assert list(tmp_path.iterdir()) == []
+    assert t.Batches is not rehearse.StoppingBatches
+
+
+def test_the_rehearsal_has_the_runs_settings_but_for_its_length(tmp_path):
+    settings = tiny(sdclip_k=5.0, eval_nll_path="x.npy", val_loss_every=7, artifact="elsewhere")
+    short = rehearse.in_small(settings, str(tmp_path))
+    changed = {name for name in t.FIELDS if getattr(short, name) != getattr(settings, name)}
+    assert changed == {
+        "log_dir", "artifact", "eval_nll_path", "iterations", "train_log_every", "val_loss_every",
+        "sdclip_k", "sdclip_most",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"export_seconds": 9.0}, "EXPORT_RESERVE_SECONDS"),
+        ({"scoring_seconds": 601.0}, "EVAL_MAX_SECONDS"),
+        ({"adapting_seconds": 9999.0}, None),  # test-time training then gives epochs up
+        ({"disk_bytes": 10**12}, "disk space in LOG_DIR"),
+    ],
+    ids=str,
+)
+def test_what_the_run_lacks_is_a_problem(changes, problem):
+    found = FINE._replace(**changes).problems(t.Settings(), free=10**11)
+    assert len(found) == (problem is not None)
+    assert problem is None or problem in found[0]
+
+
+def test_without_a_clock_an_export_may_take_its_time():
+    slow = FINE._replace(export_seconds=99.0)
+    assert slow.problems(t.Settings(max_wallclock_seconds=0.0), free=10**11) == []
+    lines = FINE.describe(t.Settings(max_wallclock_seconds=0.0, iterations=10_000), 10**11, 10**11)
+    assert lines[-1] == "in all: about 16 minutes"  # 30 + 450 + 3 × 100 + 200 s
+
+
+def test_an_evaluation_alone_is_not_rehearsed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(t, "main", rehearse.rehearse)
+    environment = {"EVAL_ONLY": "1", "PRESET": "tiny", "LOG_DIR": str(tmp_path / "logs")}
+    assert "unset EVAL_ONLY" in mistake(monkeypatch, capsys, environment)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,249 @@
+"""What a run would be, before it is paid for: layers, sizes, memory, tokens.
+
+    PRESET=short MLP_MULT=4 python train_gpt.py --dry-run --gpu-memory 80 --step-ms 45
+    python train_gpt.py --dry-run --k 8 12             # the artifact at other SDCLIP_K, too
+    RESUME=logs/x.checkpoint python train_gpt.py --dry-run     # sizes by the weights in a file
+
+Settings are the environment's, as for a run. No GPU is used and no data are needed; the model takes
+no memory. The artifact's size is that of Gaussian weights, corrected by a small table that
+`python -m tools.fit_bytes` fits to this repository's logs and artifacts; with ARTIFACT=FILE or
+RESUME=FILE it is that of the weights in that file. What a run would refuse before it opens its
+data is refused here, too, below the figures.
+"""
+
+import argparse
+import collections
+import math
+import os
+import sys
+
+import torch
+
+if not __package__:  # started by its path
+    print("error: start it as python train_gpt.py --dry-run", file=sys.stderr)
+    sys.exit(2)
+
+import train_gpt as t
+from tools.command import Parser, need, run_command
+
+# What a finished artifact takes less than predict_bytes() allows: bits of each number, by kind of
+# matrix, and bytes of each matrix. Made by `python -m tools.fit_bytes`, as is SIZE_ERROR, the most
+# by which an artifact that it was fitted to is still of another size.
+BITS_SAVED = {
+    "bigrams": 0.0007,
+    "MLP": 0.0093,
+    "Mamba out": 0.0104,
+    "Mamba in": 0.0121,
+    "attention": -0.0031,
+    "embedding": 0.013,
+}
+BYTES_SAVED = 817
+SIZE_ERROR = 0.001
+
+
+def expected_parts(model: t.Model, settings: t.Settings, k: float) -> dict[str, float]:
+    """About the bytes of the finished artifact at this k, by kind: predict_parts() corrected."""
+    parts = t.predict_parts(model, settings, k)
+    for name in t.grid_limits(model):
+        kind = t.layer_kind(name)
+        numbers = model.get_parameter(name).numel()
+        parts[kind] -= BYTES_SAVED + BITS_SAVED[kind] * numbers / 8
+    return parts
+
+
+def quiet(line: str, *_, **__) -> None:
+    """A run's log without files: its lines are printed, its records are not kept."""
+    print(line)
+
+
+def weights_at_hand(settings: t.Settings, given: set[str]) -> tuple[t.Model, str]:
+    """ARTIFACT's model, the one that RESUME=FILE would export, or a skeleton; and what it is."""
+    here = t.Ranks(0, 1, torch.device("cpu"))
+    if settings.artifact and os.path.exists(settings.artifact):
+        model, _ = t.load_model(settings.artifact_path, settings, given, here)
+        size = settings.artifact_path.stat().st_size
+        return model, f"the weights in {settings.artifact}, a file of {size:,} bytes"
+    if settings.resume in ("auto", "never"):
+        return t.model_skeleton(settings), "a table made of trained models"
+    # What export() would find: the average, without what tokens spelt alike share.
+    model = t.build_model(settings, here)
+    trainer = t.Trainer(model, settings, here, settings.train_seq_len, 0, quiet)
+    trainer.resume()
+    trainer.average.apply()
+    t.fold_spelling(model)
+    return model, f"the weights in {settings.resume}, after {trainer.steps_done:,} steps"
+
+
+def describe_choices(settings: t.Settings) -> list[str]:
+    """The preset, and the settings that differ from it: given ones, by ours or another name."""
+    usual = t.Settings(**t.PRESETS[settings.preset])
+    lines = [f"PRESET={settings.preset}: {t.PRESET_USES[settings.preset]}"]
+    for name in t.FIELDS:
+        ours = getattr(settings, name)
+        preset = getattr(usual, name)
+        if ours != preset and name != "preset":
+            lines.append(f"  {name.upper()}={t.shown(ours)}, not {t.shown(preset) or 'empty'}")
+    return lines
+
+
+def describe_layers(model: t.Model) -> list[str]:
+    """A table of the layers, and the orders in which they run."""
+    s = model.settings
+    lines = [f"{'layer':>5}  {'mixer':44}{'MLP':>6}{'parameters':>14}"]
+    for layer, block in enumerate(model.blocks):
+        mixer = f"attention, {s.num_heads} query and {s.num_kv_heads} key/value heads"
+        if isinstance(block.mixer, t.Mamba):
+            heads, channels, state, *_ = block.mixer.sizes
+            mixer = f"Mamba-{s.mamba_version}, {heads} heads of {channels}, state {state}"
+        width = block.mlp.up.out_features if block.mlp else 0
+        count = sum(p.numel() for p in block.parameters())
+        lines.append(f"{layer:5}  {mixer:44}{width:6,}{count:14,}")
+    lines.append(f"they run as {t.name_layers(model, model.full_order)}")
+    once = model.order(recurrent=False)
+    if once != model.full_order and s.recur_start:
+        lines.append(f"before {s.recur_start:.0%} of the run as {t.name_layers(model, once)}")
+    return lines
+
+
+def describe_size(model: t.Model, target: float, chosen: list[float]) -> list[str]:
+    """Parameters by kind, and the artifact's bytes at the k that fits, or is set, and at others."""
+    matrices = t.grid_limits(model)
+    numbers: collections.Counter[str] = collections.Counter()
+    trained: collections.Counter[str] = collections.Counter()
+    for name, p in model.named_parameters():
+        kind = t.layer_kind(name) if name in matrices else "vectors"
+        numbers[kind] += p.numel()
+        trained["Muon" if "matrix" in t.parameter_kind(name, p) else "Adam"] += p.numel()
+    fitted = t.fit_sdclip(model, model.settings, target)
+    sizes = expected_parts(model, model.settings, fitted)
+    lines = [f"{'kind':12}{'parameters':>12}{'bytes':>12}{'bits each':>11}"]
+    for kind, count in numbers.items():
+        size = sizes[kind]
+        lines.append(f"{kind:12}{count:12,}{size:12,.0f}{8 * size / count:11.2f}")
+    shares = " and ".join(f"{name} {count:,}" for name, count in sorted(trained.items()))
+    lines.append(f"{'in all':12}{numbers.total():12,}; of these {shares}")
+    # The k that is set, or the least that fits, first.
+    lines += [describe_artifact(model, target, k) for k in (fitted, *chosen)]
+    lines.append(f"(this repository's finished runs are told within {SIZE_ERROR:.1%})")
+    return lines
+
+
+def describe_artifact(model: t.Model, target: float, k: float) -> str:
+    """The artifact's size with this k, and what it may take, in a line."""
+    size = sum(expected_parts(model, model.settings, k).values())
+    verdict = "" if size <= target else ": too large"
+    return f"artifact: {size:,.0f} bytes at k={k:.2f}, of at most {target:,}{verdict}"
+
+
+def state_bytes(model: t.Model) -> int:
+    """What weights, gradients, averages and the optimizers' moments take, in float32.
+
+    Muon keeps one momentum of a matrix, Adam two moments of everything else.
+    """
+    averages = set(model.settings.average.split("+")) - {"none"}
+    total = 0
+    for name, p in model.named_parameters():
+        moments = 1 if "matrix" in t.parameter_kind(name, p) else 2
+        total += 4 * p.numel() * (2 + len(averages) + moments)
+    return total
+
+
+def describe_memory(model: t.Model, ranks: t.Ranks, memory: float) -> list[str]:
+    """What a rank keeps in memory, of so many bytes, and how many tokens it runs at once."""
+    s = model.settings
+    state = state_bytes(model)
+    # Ranks on GPUs have one each; those on a CPU share the machine.
+    share = memory if ranks.gpu else memory / ranks.world_size
+    micro_batch = t.choose_micro_batch(s, ranks, max(0.0, share - state))
+    activations = micro_batch * t.token_bytes(s, ranks.gpu)
+    place = "of a GPU" if ranks.gpu else "of this machine"
+    parts = f"{state / 1e9:.1f} GB for weights, gradients, averages and moments"
+    parts += f", about {activations / 1e9:.1f} GB for {micro_batch:,} tokens at once"
+    lines = [f"memory of a rank: {parts}; {memory / 1e9:.0f} GB {place}"]
+    steps = s.train_batch_tokens // (micro_batch * ranks.world_size)
+    if steps > 1:
+        lines.append(f"a step of {s.train_batch_tokens:,} tokens is {steps} of these on each rank")
+    if state + activations > share:
+        lines.append("that does not fit: lower MICRO_BATCH_TOKENS, TRAIN_SEQ_LEN or the model")
+    if not ranks.gpu and s.preset not in t.FOR_CPUS:
+        lines.append(f"PRESET={s.preset} is for GPUs: --gpu-memory GB stands for one")
+    return lines
+
+
+def describe_clock(settings: t.Settings, step_ms: float) -> list[str]:
+    """Steps, tokens and passes over the data that the clock allows; step_ms of 0 is unknown."""
+    s = settings
+    steps = s.iterations
+    if s.max_wallclock_seconds:
+        seconds = s.max_wallclock_seconds - s.export_reserve_seconds
+        if not step_ms:
+            return [f"clock: {seconds:g} s of training; --step-ms MS says how many tokens that is"]
+        steps = min(steps, math.floor(1000 * seconds / step_ms))
+    tokens = steps * s.train_batch_tokens
+    text = f"clock: {steps:,} steps, {tokens:,} tokens"
+    try:
+        there = t.summarize_shards(t.open_shards(s.data_path, "train"))["tokens"]
+    except t.UserError as error:
+        return [text, f"({error})"]
+    return [f"{text}, {tokens / there:.3g} times the {there:,} in DATA_PATH"]
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def positive(text: str) -> float:
+    """A number above 0; ValueError, of which the parser makes a mistake of the user's, for others.
+
+    For a memory, a time or an SDCLIP_K.
+    """
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+def make_parser(command: str, text: str) -> Parser:
+    """The parser of a tool that stands in for train_gpt.py; text: its --help."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(f"train_gpt.py {command}", description=text, formatter_class=layout)
+    parser.hint = "; settings are environment variables (see train_gpt.py --help)"
+    return parser
+
+
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parses the command line; raises UserError for a wrong one.
+
+    What is no option here is a setting, and so a variable of the environment.
+    """
+    parser = make_parser("--dry-run", __doc__)
+    add = parser.add_argument
+    add("--gpu-memory", type=positive, metavar="GB", help="of a GPU that is not here")
+    add("--ranks", type=int, default=1, metavar="N", help="processes that share a step")
+    add("--step-ms", type=positive, default=0.0, metavar="MS", help="that a step takes")
+    add("--k", type=positive, nargs="+", default=[], metavar="K", help="sizes at these SDCLIP_K")
+    options = parser.parse_args(arguments)
+    need(options.ranks >= 1, f"--ranks {options.ranks} must be 1 or more")
+    return options
+
+
+def dry_run(arguments: list[str] | None = None) -> int:
+    """Prints what a run with the environment's settings would be."""
+    options = read_arguments(arguments)
+    settings, given = t.read_settings(dict(os.environ))
+    t.validate_settings(settings, options.ranks)
+    # An absent GPU is a device that nothing is put on.
+    device = torch.device("cuda") if options.gpu_memory else t.choose_device(settings, 0)
+    memory = 1e9 * options.gpu_memory if options.gpu_memory else t.device_memory(device)
+    model, weights = weights_at_hand(settings, given)
+    target = int(settings.target_mb * 1e6) - t.code_bytes()
+    lines = [*describe_choices(settings), "", *describe_layers(model), ""]
+    lines += [f"sizes by {weights}:", *describe_size(model, target, options.k), ""]
+    lines += describe_memory(model, t.Ranks(0, options.ranks, device), memory)
+    lines += describe_clock(model.settings, options.step_ms)
+    print("\n".join(lines))
+    t.check_size(model, target, memory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("train_gpt.py", dry_run, t.UserError))

@@ -1,0 +1,163 @@
+"""Fits the table by which a dry run tells an artifact's size: how much smaller a finished one is.
+
+    python -m tools.fit_bytes
+
+t.predict_bytes() of Gaussian weights is compared with the artifacts of the logs here, and, kind by
+kind, with the integers in data/tiny's artifact. The smallest corrections, in the sense of least
+squares, that explain the differences are printed as tools/dry_run.py has them. A run whose script
+did not code by asymmetric numeral systems yet, as its text log shows, does not count.
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+if not __package__:  # started by its path
+    print(
+        "error: start it in the repository's folder as python -m tools.fit_bytes", file=sys.stderr
+    )
+    sys.exit(2)
+
+import train_gpt as t
+from tools import dry_run
+from tools.command import UserError, run_command
+from tools.logs import last_run
+
+ROOT = Path(t.__file__).resolve().parent
+TINY = ROOT / "data" / "tiny"
+KINDS = tuple(t.KINDS.values())
+PRIOR_BITS = 0.02  # corrections of about this size are expected
+PRIOR_BYTES = 500.0
+
+
+# ---- What is known -------------------------------------------------------------------------------
+
+
+class Finished(NamedTuple):
+    """A run that has left an artifact."""
+
+    name: str
+    settings: t.Settings
+    k: float
+    size: int  # bytes of the artifact
+
+
+def settings_of(values: dict) -> t.Settings:
+    """A log's settings, by today's names; those that only older scripts had are let go."""
+    values = dict(values)
+    if values.get("layer_pattern"):  # M and A, before there was MAMBA_LAYERS
+        letters = enumerate(values["layer_pattern"])
+        values["mamba_layers"] = ",".join(str(layer) for layer, letter in letters if letter == "M")
+    values["layer_order"] = values.get("layer_order") or "all"
+    known = {name: value for name, value in t.FORMER_DEFAULTS.items() if name in t.FIELDS}
+    known |= {name: value for name, value in values.items() if name in t.FIELDS}
+    return t.Settings(**known)
+
+
+def finished_runs() -> list[Finished]:
+    """Of all logs here, the runs that say how large their artifact was."""
+    runs = []
+    for path in sorted([*(ROOT / "logs").rglob("*.jsonl"), TINY / "tiny.jsonl"]):
+        try:
+            events = last_run(path)
+        except UserError:
+            continue  # lines of tools.explore, which are no records
+        text = path.with_suffix(".txt")
+        coded = "ANS_LANES" in text.read_text(encoding="utf-8") if text.is_file() else True
+        if "trained" in events and coded:
+            trained = events["trained"]
+            size = trained["bytes_total"] - trained["bytes_code"]
+            settings = settings_of(events["settings"]["settings"])
+            runs.append(Finished(path.stem, settings, trained["sdclip_k"], size))
+    return runs
+
+
+def counts_of(model: t.Model) -> tuple[dict[str, int], int]:
+    """Numbers in matrices by kind, and how many matrices."""
+    numbers = dict.fromkeys(KINDS, 0)
+    matrices = t.grid_limits(model)
+    for name in matrices:
+        numbers[t.layer_kind(name)] += model.get_parameter(name).numel()
+    return numbers, len(matrices)
+
+
+def measured_bits() -> dict[str, float]:
+    """Bits that each number of data/tiny's artifact takes less than a Gaussian one, by kind."""
+    header, payload = t.read_artifact(TINY / "tiny.int6.lzma")
+    k = last_run(TINY / "tiny.jsonl")["trained"]["sdclip_k"]
+    settings = t.Settings(**{name: header[name] for name in t.MODEL_FIELDS})
+    skeleton = t.model_skeleton(settings)
+    record, _ = t.read_record(payload, skeleton)
+    numbers, _ = counts_of(skeleton)
+    bits = dict.fromkeys(KINDS, 0.0)
+    matrices = t.grid_limits(skeleton)
+    for name, _, limits, rows, columns in t.grids(skeleton, settings, matrices, k):
+        weight, _ = t.stand_in(matrices[name])
+        integers = t.round_to_grid(weight, rows * columns, limits)
+        share = skeleton.get_parameter(name).numel() / numbers[t.layer_kind(name)]
+        gaussian = np.unique(integers.numpy(), return_counts=True)[1]
+        less = entropy(gaussian) - entropy(record[f"{name} integers"])
+        bits[t.layer_kind(name)] += share * less
+    return bits
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Bits of a value that comes as often as counts say."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+# ---- The table -----------------------------------------------------------------------------------
+#
+# With n numbers of each kind and m matrices, a run's artifact is smaller than predicted by about
+#
+#     sum over kinds of BITS_SAVED[kind] n[kind] / 8  +  BYTES_SAVED m
+#
+# Five layouts cannot tell six kinds apart: the tiny artifact's kinds are six equations more.
+
+
+def fit(runs: list[Finished]) -> tuple[dict[str, float], float]:
+    """BITS_SAVED and BYTES_SAVED: least squares, in thousandths of each artifact's size."""
+    rows = []
+    wanted = []
+    for run in runs:
+        skeleton = t.model_skeleton(run.settings)
+        numbers, matrices = counts_of(skeleton)
+        unit = run.size / 1000
+        bits = [PRIOR_BITS * numbers[kind] / 8 / unit for kind in KINDS]
+        rows.append([*bits, PRIOR_BYTES * matrices / unit])
+        wanted.append((t.predict_bytes(skeleton, run.settings, run.k) - run.size) / unit)
+    measured = measured_bits()
+    for place, kind in enumerate(KINDS):  # each kind is about what it is in the tiny artifact
+        rows.append(np.eye(len(KINDS) + 1)[place].tolist())
+        wanted.append(measured[kind] / PRIOR_BITS)
+    *bits, each = np.linalg.lstsq(np.array(rows), np.array(wanted), rcond=None)[0].tolist()
+    found = {kind: round(PRIOR_BITS * x, 4) for kind, x in zip(KINDS, bits, strict=True)}
+    return found, round(PRIOR_BYTES * each)
+
+
+def error_of(run: Finished) -> float:
+    """By what part of the artifact's size a dry run is wrong, with its weights unknown."""
+    skeleton = t.model_skeleton(run.settings)
+    told = sum(dry_run.expected_parts(skeleton, run.settings, run.k).values())
+    return told / run.size - 1
+
+
+def main() -> int:
+    """Prints the table, and each run's error with it."""
+    runs = finished_runs()
+    dry_run.BITS_SAVED, dry_run.BYTES_SAVED = fit(runs)
+    errors = {run.name: error_of(run) for run in runs}
+    print(f"BITS_SAVED = {dry_run.BITS_SAVED}")
+    print(f"BYTES_SAVED = {dry_run.BYTES_SAVED}")
+    for run in runs:
+        print(f"{run.name:20}{run.size:12,} bytes, k={run.k:<9}{errors[run.name]:+8.2%}")
+    print(f"SIZE_ERROR = {math.ceil(1000 * max(map(abs, errors.values()))) / 1000}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("fit_bytes", main, t.UserError))
