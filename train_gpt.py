@@ -206,6 +206,7 @@ class Settings:
     mamba_chunk_size: int = env(64, "chunk of a scan", "tokens", 8, WIDEST)
     unet_skips: bool = env(True, "first half to second")
     ln_scale: bool = env(False, "inputs of layer l times 1 / sqrt(l + 1)")
+    mask_impossible_pairs: bool = env(False, "no probability for tokens that BPE never writes next")
     bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", 0, LONGEST)
     bigram_dim: int = env(128, "before its projection", "numbers", 1, WIDEST)
     tie_embeddings: bool = env(True, "one matrix reads tokens in and out")
@@ -232,6 +233,7 @@ class Settings:
     muon_momentum: float = env(0.95, "Nesterov momentum", "part", 0, BELOW_1)
     muon_momentum_warmup_start: float = env(0.0, "0: MUON_MOMENTUM × 0.9", "part", 0, BELOW_1)
     muon_momentum_warmup_steps: int = env(0, "until it is reached; 0: a tenth of the run", "steps")
+    muon_beta2: float = env(0.0, "of rows' mean squares (NorMuon); 0: none", "part", 0, BELOW_1)
     muon_backend_steps: int = env(5, "Newton-Schulz iterations", "steps", 1, 100)
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
@@ -1900,6 +1902,9 @@ class Model(nn.Module):
         positions = torch.arange(s.train_seq_len, dtype=torch.float32)
         # A table, or each kernel would compute it anew.
         self.register_buffer("rotary_table", rotary_turns(positions, frequencies), persistent=False)
+        masked = s.mask_impossible_pairs and device.type != "meta"  # a skeleton computes nothing
+        pairs = packed_pairs(s.tokenizer_path, s.vocab_size) if masked else None
+        self.register_buffer("impossible", pairs, persistent=False)
         self.output_name = "embedding.weight" if s.tie_embeddings else "output_embedding.weight"
         self.to(device)
 
@@ -2023,19 +2028,23 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Softcapped logits (..., V) of hidden (..., width), float32 or more.
 
-        tokens are those that the logits follow: not used here, but a subclass may (tools/ideas),
-        which then has a nats() of its own too.
+        tokens (...) are those that the logits follow: only MASK_IMPOSSIBLE_PAIRS reads them.
         """
         cap = self.settings.logit_softcap
         logits = widened(F.linear(hidden, self.output_matrix.to(hidden.dtype)))
-        return cap * torch.tanh(logits / cap)
+        logits = cap * torch.tanh(logits / cap)
+        if self.impossible is None:
+            return logits
+        return logits.masked_fill(unpacked_pairs(self.impossible[tokens], logits.shape[-1]), -cap)
 
     def nats(self, hidden: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
         """-ln p of each target (B, T), float32, from hidden (B, T, width); tokens for logits()."""
         rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton:
             weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
-            nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled())
+            pairs = () if self.impossible is None else (tokens.flatten(), self.impossible)
+            slopes = torch.is_grad_enabled()
+            nats, _ = fused_cross_entropy(rows, weight, flat, cap, slopes, *pairs)
         else:
             logits = self.logits(rows, None if tokens is None else tokens.flatten())
             nats = F.cross_entropy(logits, flat, reduction="none")
@@ -2131,6 +2140,127 @@ def fold_spelling(model: Model):
     """Puts the sums in the rows' places, where there are any; the model computes the same."""
     if parametrize.is_parametrized(model.embedding):
         parametrize.remove_parametrizations(model.embedding, "weight")
+
+
+# ---- Tokens that BPE never writes side by side
+#
+# BPE merges two neighbours wherever it knows a merge for them, so that many tokens never stand
+# behind a given one: in the contest's tokenizers 2 % of all pairs, though likely ones (" th" is
+# never followed by "e"). With MASK_IMPOSSIBLE_PAIRS the model need not learn which: their logits
+# are the least there are, -LOGIT_SOFTCAP, and have no gradient. The tokenizer alone says which, and
+# they depend on the token before only: it is still a softmax over the whole vocabulary, chosen
+# before the target is looked at.
+
+
+def merge_order(tokenizer) -> dict[str, int]:
+    """The pieces that BPE makes and their tokens, in the order of its merges, that of the ids.
+
+    Its scores fall by 1 from piece to piece, beginning at 0. User-defined symbols stand before
+    them, all with a score of 0: they are cut out of a text before BPE sees it, are part of no
+    merge, and so may stand beside every token. Empty for other models than BPE's.
+    """
+    ids = list(range(tokenizer.model.vocab_size()))
+    ordinary = np.flatnonzero(~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids)))
+    scores = np.array(tokenizer.model.GetScore(ids))[ordinary]
+    zeros = np.flatnonzero(scores == 0)
+    if len(zeros) == 0:
+        return {}
+    first = zeros[-1]
+    if scores[:first].any() or (np.diff(scores[first:]) != -1).any():
+        return {}
+    pieces = tokenizer.model.IdToPiece(ids)
+    return {pieces[token]: int(token) for token in ordinary[first:]}
+
+
+def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
+    """The two texts that BPE merges last when it makes a piece; of a character, itself."""
+    parts = list(piece)
+    while len(parts) > 2:
+        order = [merges.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
+        place = order.index(min(order))  # the leftmost, if the first merge of the order fits twice
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+class Making(NamedTuple):
+    """How BPE makes its pieces, as far as neighbours can tell. A merge is named by its token."""
+
+    latest: dict[str, int]  # of a piece, the last of the order's merges in it; characters: -1
+    beginnings: dict[str, dict[str, float]]  # of a piece, what stood there: the merge that ended it
+    endings: dict[str, dict[str, float]]  # likewise; what no merge ends, the piece, has infinity
+
+
+def make_pieces(merges: dict[str, int]) -> Making:
+    """Makes every piece as BPE does, and notes what stood at its two ends until which merge."""
+    made = Making(collections.defaultdict(lambda: -1), {}, {})
+    for piece in sorted(merges, key=len):
+        token = merges[piece]
+        parts = last_parts(piece, merges)
+        if len(parts) == 2:
+            made.latest[piece] = max(token, made.latest[parts[0]], made.latest[parts[1]])
+        for ends, part in ((made.beginnings, parts[0]), (made.endings, parts[-1])):
+            ends[piece] = ends.get(part, {}) | {part: token, piece: math.inf}
+    return made
+
+
+class Stay(NamedTuple):
+    """A text stands at one end of a token while BPE makes it."""
+
+    token: int
+    gone: float  # the merge that ends it
+
+
+def by_text(ends: dict[str, dict[str, float]], merges: dict[str, int]) -> dict[str, list[Stay]]:
+    """Of every text all tokens at whose beginning, or whose end, it stands for some time."""
+    stays = collections.defaultdict(list)
+    for piece, texts in ends.items():
+        for text, gone in texts.items():
+            stays[text].append(Stay(merges[piece], gone))
+    return stays
+
+
+def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
+    """Which tokens BPE never puts behind which: bool (size, size), the token before first.
+
+    merges: merge_order()'s. Two tokens stay apart unless something at the end of the first and
+    something at the beginning of the second, both there at the same time, make a known merge
+    before they are gone. For each merge, and each way to cut its piece into a left and a right
+    text, these are the tokens that end with the left one long enough, times those that begin with
+    the right one long enough.
+    """
+    latest, beginnings, endings = make_pieces(merges)
+    begins = by_text(beginnings, merges)
+    ends = by_text(endings, merges)
+    never = np.zeros((size, size), bool)
+    for piece, merge in merges.items():
+        for cut in range(1, len(piece)):
+            left = piece[:cut]
+            right = piece[cut:]
+            # BPE works in the order of merges, and on equal ones from the left: one in the first
+            # token comes before this one, one in the second behind it.
+            before = [s.token for s in ends[left] if s.gone > max(merge, latest[right])]
+            behind = [s.token for s in begins[right] if s.gone > max(merge - 1, latest[left])]
+            never[np.ix_(before, behind)] = True
+    return never
+
+
+@cache
+def packed_pairs(tokenizer_path: str, vocab_size: int) -> Tensor:
+    """impossible_pairs() of a tokenizer, uint8 (V, V / 8 rounded up), bit v % 8 of byte v // 8.
+
+    Raises UserError for a tokenizer that is not BPE.
+    """
+    merges = merge_order(Tokenizer(tokenizer_path, vocab_size))
+    problem = f"{tokenizer_path} is no BPE model whose tokens stand in the order of their merges"
+    need(merges, f"{problem}: use MASK_IMPOSSIBLE_PAIRS=0")
+    never = impossible_pairs(merges, vocab_size)
+    return torch.from_numpy(np.packbits(never, axis=1, bitorder="little"))
+
+
+def unpacked_pairs(packed: Tensor, vocab_size: int) -> Tensor:
+    """Rows of packed_pairs() (..., bytes) as bool (..., V)."""
+    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (bits & 1).bool().flatten(-2)[..., :vocab_size]
 
 
 def build_model(settings, ranks) -> Model:
@@ -2266,6 +2396,23 @@ def momentum_updates(gradients: list, momenta: list[Tensor], momentum, skip, ste
     return orthogonalize(updates, steps)
 
 
+def even_out_rows(updates: list[Tensor], squares: list[Tensor], beta2: float, skip) -> list:
+    """NorMuon (arXiv 2510.05491): rows of updates (n, rows, columns) by their usual lengths.
+
+        s <- beta2 s + (1 - beta2) mean of u^2 over a row;    u / sqrt(s), as long in all as u was
+
+    squares s (n, rows, 1) change in place; where skip, float32 (), is 1, they stay.
+    """
+    evened = []
+    for update, square in zip(updates, squares, strict=True):
+        update = update.float()
+        square.lerp_(update.square().mean(dim=-1, keepdim=True), (1 - beta2) * (1 - skip))
+        even = update / (square.sqrt() + 1e-10)
+        length = update.norm(dim=(-2, -1), keepdim=True)
+        evened.append(even * (length / (even.norm(dim=(-2, -1), keepdim=True) + 1e-10)))
+    return evened
+
+
 def apply_updates(batches: list, updates: list[Tensor], rates: list[Tensor], decay: float, skip):
     """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
     for batch, update, rate in zip(batches, updates, rates, strict=True):
@@ -2297,14 +2444,21 @@ class Muon:
             self.momenta.append(batch[0].new_zeros(count, *batch[0].shape))
         # This rank's part of each momentum, a view; the others' are out of date here.
         self.shares = [m.chunk(ranks.world_size)[ranks.rank] for m in self.momenta]
+        self.beta2 = settings.muon_beta2
+        kept = self.momenta if self.beta2 else []
+        self.squares = [m.new_zeros(*m.shape[:2], 1) for m in kept]  # of rows, likewise
+        self.square_shares = [s.chunk(ranks.world_size)[ranks.rank] for s in self.squares]
         self.momentum_updates = maybe_compile(momentum_updates, settings, ranks)
+        self.even_out_rows = maybe_compile(even_out_rows, settings, ranks)
         self.apply_updates = maybe_compile(apply_updates, settings, ranks)
 
-    def gather_momentum(self) -> list[Tensor]:
-        """The momentum of each batch (n, rows, columns), gathered from all ranks."""
-        for momentum, share in zip(self.momenta, self.shares, strict=True):
-            momentum.copy_(self.ranks.concatenate(share))
-        return [m[: len(batch)] for m, batch in zip(self.momenta, self.batches, strict=True)]
+    def gather_state(self) -> list[Tensor]:
+        """The momentum of each batch (n, rows, columns), and squares, gathered from all ranks."""
+        state, shares = self.momenta + self.squares, self.shares + self.square_shares
+        for whole, share in zip(state, shares, strict=True):
+            whole.copy_(self.ranks.concatenate(share))
+        batches = itertools.cycle(self.batches)
+        return [whole[: len(batch)] for whole, batch in zip(state, batches, strict=False)]
 
     def _gradients(self, batch: list[Tensor], share: Tensor) -> list[Tensor]:
         """Those of this rank's share of a batch; the last shares are filled up with zeros."""
@@ -2316,6 +2470,8 @@ class Muon:
         """One step at this part of the rates; float32 () each. skip of 1: of no effect."""
         gradients = list(map(self._gradients, self.batches, self.shares))
         updates = self.momentum_updates(gradients, self.shares, momentum, skip, self.steps)
+        if self.beta2:
+            updates = self.even_out_rows(updates, self.square_shares, self.beta2, skip)
         updates = [self.ranks.concatenate(update) for update in updates]
         rates = [rate * lr_factor for rate in self.rates]
         self.apply_updates(self.batches, updates, rates, self.weight_decay, skip)
@@ -2351,7 +2507,7 @@ class Optimizers:
     def tensors(self) -> list[Tensor]:
         """What steps change besides the weights, float32, whatever the number of ranks."""
         moments = [x for state in self.adam.state.values() for x in state.values()]
-        return [*moments, *self.muon.gather_momentum(), self.skipped[:2]]
+        return [*moments, *self.muon.gather_state(), self.skipped[:2]]
 
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
@@ -3343,7 +3499,7 @@ FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 
 FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0}
 FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
-FORMER_DEFAULTS |= {"spelling_features": 0}
+FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
 
 
 def read_header(line: bytes | str, usual: dict) -> dict:
@@ -5672,7 +5828,8 @@ def evens_first(x: Tensor) -> Tensor:
 #   d logit_v = (exp(x_v) / sum - [v is the target]) (1 - tanh(logit_v / cap)^2)
 #
 # A program has one row in registers, reads its logits once, and writes their gradient over them
-# (backward scales it). No maximum is taken out: exp(cap) is finite for any cap in the settings.
+# (backward scales it). No maximum is taken out: exp(cap) is finite for any cap in the settings. Of
+# impossible pairs, x is -cap and the gradient 0.
 @jit
 def softcap_tile(x, CAP: constexpr):
     """CAP·tanh(x / CAP), and its slope."""
@@ -5682,16 +5839,40 @@ def softcap_tile(x, CAP: constexpr):
 
 
 @jit
+def mask_tile(x, slope, bits, v, CAP: constexpr):
+    """x and its slope where bit v of a row of packed_pairs() is 0; elsewhere -CAP and 0."""
+    possible = ((bits >> (v % 8).to(tl.uint8)) & 1) == 0
+    return tl.where(possible, x, -CAP), tl.where(possible, slope, 0.0)
+
+
+@jit
 def cross_entropy_rows(
-    logits, targets, nats, V: constexpr, CAP: constexpr, BLOCK: constexpr, SLOPES: constexpr
+    logits,
+    targets,
+    nats,
+    tokens,
+    impossible,
+    V: constexpr,
+    CAP: constexpr,
+    BLOCK: constexpr,
+    SLOPES: constexpr,
+    MASKED: constexpr,
 ):
-    """The nats of one row of logits (T, V); with SLOPES, in its place, its logits' gradients."""
+    """The nats of one row of logits (T, V); with SLOPES, in its place, its logits' gradients.
+
+    MASKED: impossible is packed_pairs(), tokens (T,) those before the targets.
+    """
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BLOCK)
     logits += row * V
     target = tl.load(targets + row)
-    own, _ = softcap_tile(tl.load(logits + target).to(tl.float32), CAP)
+    own, own_slope = softcap_tile(tl.load(logits + target).to(tl.float32), CAP)
     x, slope = softcap_tile(load_float(logits + v, v < V), CAP)
+    if MASKED:
+        impossible += tl.load(tokens + row) * ((V + 7) // 8)
+        own, _ = mask_tile(own, own_slope, tl.load(impossible + target // 8), target, CAP)
+        bits = tl.load(impossible + v // 8, v < V, other=0)
+        x, slope = mask_tile(x, slope, bits, v, CAP)
     share = tl.where(v < V, exp2_tile(x * LOG2_E), 0.0)
     total = tl.sum(share, axis=0)
     tl.store(nats + row, tl.log(total) - own)
@@ -5702,28 +5883,32 @@ def cross_entropy_rows(
 
 @torch.library.custom_op("golf::cross_entropy", mutates_args=())
 def fused_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cap: float,
+    slopes: bool,
+    tokens: Tensor | None = None,
+    impossible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Model.nats() of hidden (T, width), output matrix (V, width) and targets (T,).
 
-    Returns nats (T,) float32, and their gradients by logits (T, V) if slopes are wanted, else (0,).
+    tokens (T,) before them and packed_pairs(), if these are masked. Returns nats (T,) float32, and
+    their gradients by logits (T, V) if slopes are wanted, else (0,).
     """
-    return launch_cross_entropy(F.linear(hidden, weight), targets, cap, slopes)
-
-
-def launch_cross_entropy(logits, targets, cap: float, slopes: bool) -> tuple[Tensor, Tensor]:
-    """fused_cross_entropy() of logits (T, V), in whose place the gradients come."""
+    logits = F.linear(hidden, weight)  # in whose place the gradients come
     count, vocab_size = logits.shape
     nats = logits.new_empty(count, dtype=torch.float32)
     block = triton.next_power_of_2(vocab_size)
     named = {"logits": logits, "targets": targets, "nats": nats, "V": vocab_size, "CAP": cap}
     named |= {"BLOCK": block, "SLOPES": slopes}
+    named |= {"tokens": tokens, "impossible": impossible, "MASKED": impossible is not None}
     launch(cross_entropy_rows, (count,), named, warps=max(4, block // 2048))
     return nats, logits if slopes else logits.new_empty(0)
 
 
 @fused_cross_entropy.register_fake
-def _cross_entropy_fake(hidden, weight, targets, cap, slopes) -> tuple[Tensor, Tensor]:
+def _cross_entropy_fake(hidden, weight, targets, cap, slopes, *_) -> tuple[Tensor, Tensor]:
     shape = (len(hidden), len(weight)) if slopes else (0,)
     return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(shape)
 
@@ -5732,7 +5917,7 @@ def cross_entropy_autograd(ctx, d_nats, _):
     """The gradients of hidden and weight, from that of nats (T,)."""
     hidden, weight, slopes = ctx.saved_tensors
     scale = d_nats.unsqueeze(1).to(hidden.dtype)
-    return slopes @ weight * scale, slopes.mT @ (hidden * scale), None, None, None
+    return slopes @ weight * scale, slopes.mT @ (hidden * scale), *[None] * 5
 
 
 fused_cross_entropy.register_autograd(

@@ -235,10 +235,12 @@ def compile_all(compiler: Compiler) -> None:
             torch.autograd.grad(y.sum().float() + square.sum(), tune.learned(projected, parameters))
             compiler.report(state, documents)
     hidden, matrix = torch.randn(TOKENS, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
-    for slopes in (True, False):
-        targets = torch.zeros(TOKENS, dtype=torch.int64)
-        t.fused_cross_entropy(hidden, matrix, targets, 30.0, slopes)
-        compiler.report(0, slopes)
+    targets = torch.zeros(TOKENS, dtype=torch.int64)
+    pairs = targets, torch.zeros(8192, 1024, dtype=torch.uint8)
+    for masked in (0, 1):  # in the place of a state
+        for slopes in (True, False):
+            t.fused_cross_entropy(hidden, matrix, targets, 30.0, slopes, *pairs[: 2 * masked])
+            compiler.report(masked, slopes)
 
 
 def print_scans(text: str, capabilities: list[str]) -> None:

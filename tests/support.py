@@ -312,7 +312,7 @@ def optimizer_tensors(optimizers: t.Optimizers, average: t.WeightAverage) -> lis
     """Copies of all that a step may change: parameters, momentum, Adam's moments and step counts,
     the average.
     """
-    states = list(optimizers.muon.momenta)
+    states = optimizers.muon.momenta + optimizers.muon.squares
     for state in optimizers.adam.state.values():
         states += state.values()
     return [x.detach().clone() for x in (*optimizers.parameters, *states, *average.tensors())]

@@ -132,12 +132,35 @@ def test_gradients_are_clipped_to_a_norm(monkeypatch, size, most):
     assert sizes == pytest.approx([expected] * 2, rel=1e-4)
 
 
+def test_rows_of_updates_are_as_long_as_they_usually_are():
+    """Two steps of two matrices against the formula; a skipped one in between changes nothing."""
+    rows = matrices(2, 6, 10) * torch.logspace(-2, 1, 6)[:, None]
+    first, second = rows, rows.flip(1) + 0.1
+    squares = [torch.zeros(2, 6, 1)]
+    t.even_out_rows([first], squares, 0.9, torch.tensor(0.0))
+    before = squares[0].clone()
+    t.even_out_rows([torch.full_like(first, 5.0)], squares, 0.9, torch.tensor(1.0))
+    assert torch.equal(squares[0], before)
+    (found,) = t.even_out_rows([second], squares, 0.9, torch.tensor(0.0))
+    square = 0.9 * 0.1 * first.square().mean(2) + 0.1 * second.square().mean(2)
+    for matrix, update, own in zip(found, second, square, strict=True):
+        even = update / own.sqrt()[:, None]
+        assert relative(matrix, even * update.norm() / even.norm()) < 1e-5
+    lengths = found.norm(dim=2)
+    assert (lengths.amax(1) / lengths.amin(1) < 50).all()  # a thousand before
+    compiled = torch.compile(t.even_out_rows, fullgraph=True, backend="aot_eager")
+    again = [before.clone()]
+    assert torch.equal(compiled([second], again, 0.9, torch.tensor(0.0))[0], found)
+    assert torch.equal(again[0], squares[0])
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
-def test_gradients_that_are_not_finite_change_nothing(poison):
+def test_gradients_that_are_not_finite_change_nothing(poison, beta2):
     """Neither parameters, nor momentum, Adam's state or the average, bit for bit. 1e30 is finite,
     its square is not.
     """
-    settings = tiny()
+    settings = tiny(muon_beta2=beta2)
     model = random_model(settings)
     optimizers, average = t.Optimizers(model, settings, SOLO), t.WeightAverage(model, settings)
     counts, tensors = [], []
@@ -333,6 +356,7 @@ def test_a_checkpoint_holds_all_of_an_average(tmp_path, average):
     settings = tiny(
         **(STEPS | {"iterations": 8}), average=average, average_horizon=0.9, swa_start_frac=1.0,
         swa_every=2, run_id="a", log_dir=str(tmp_path),
+        muon_beta2=0.95 if average == "ema" else 0.0,
     )  # fmt: skip
 
     def train(steps: int) -> tuple[t.Trainer, list[torch.Tensor]]:

@@ -1,48 +1,56 @@
 """Idea: half the batch while rates are high. An --idea of `python -m tools.explore`.
 
 A step of few tokens is noisier, which costs little while the model is far from where it goes, and
-twice as many of them fit into the same tokens. Until SMALL of the run is over a step has
-half of TRAIN_BATCH_TOKENS, so that this part of the run makes twice the steps.
+twice as many of them fit into the same tokens. Until SMALL of the run is over a step has half of
+TRAIN_BATCH_TOKENS, so that this part of the run makes twice the steps. Of a run by steps,
+ITERATIONS counts whole batches.
 """
 
 SMALL = 0.4  # of the run
 
 
-def install(script) -> None:
-    """Changes train_gpt.py's batches, schedule and trainer."""
+def halving(kind: type) -> type:
+    """Batches, of this kind, of which the first come in two halves."""
 
-    class Batches(script.Batches):
-        """Batches of which the first come in two halves."""
+    class Batches(kind):
+        """small says whether halves are wanted; the trainer changes it."""
 
+        small = True
         halves = ()
 
         def next(self):
-            """The next batch, or half of one while the trainer wants small ones."""
+            """The next batch, or half of one."""
             if not self.small:
                 self.halves = ()
                 return super().next()
             if not self.halves:
                 tokens, targets = super().next()
                 half = len(tokens) // 2
-                first, second = (tokens[:half], targets[:half]), (tokens[half:], targets[half:])
-                self.halves = [second, first]
+                self.halves = [(tokens[half:], targets[half:]), (tokens[:half], targets[:half])]
             return self.halves.pop()
 
-        small = True
+    return Batches
+
+
+def whole_steps(step: int, iterations: int) -> float:
+    """How many whole batches `step` steps took, the first of them of halves."""
+    first = 2 * SMALL * iterations
+    return step / 2 if step < first else step - first / 2
+
+
+def taking_halves(script) -> type:
+    """The script's Trainer, which trains on batches of two sizes."""
 
     class Trainer(script.Trainer):
         """Counts a small step as half of one, where ITERATIONS ends the run."""
 
         def run(self, batches, validate):
             """As the script's; tells batches which part of the run it is."""
-            inner, graphed = script.schedule_at, self.graphed_steps
-            whole = self.settings.iterations
+            inner = script.schedule_at
+            graphed = self.graphed_steps
 
             def schedule_at(settings, step, seconds):
-                # A run by steps: the first 2 SMALL whole steps are half ones.
-                first = 2 * SMALL * whole
-                done = step / 2 if step < first else step - first / 2
-                now = inner(settings, done, seconds)
+                now = inner(settings, whole_steps(step, settings.iterations), seconds)
                 batches.small = now.progress < SMALL
                 return now
 
@@ -57,9 +65,9 @@ def install(script) -> None:
             finally:
                 script.schedule_at = inner
 
-        def step(self, kind, tokens, targets, lr_factor, momentum):
-            """A step whose kind may name its number of sequences."""
-            return super().step(kind[:2], tokens, targets, lr_factor, momentum)
+        def step(self, kind, *others):
+            """A step whose kind names its number of sequences, too."""
+            return super().step(kind[:2], *others)
 
         def warm_up(self):
             """Compiles both sizes."""
@@ -69,5 +77,10 @@ def install(script) -> None:
             super().warm_up()
             self.micro_sequences = sequences
 
-    script.Batches = Batches
-    script.Trainer = Trainer
+    return Trainer
+
+
+def install(script) -> None:
+    """Changes train_gpt.py's batches, schedule and trainer."""
+    script.Batches = halving(script.Batches)
+    script.Trainer = taking_halves(script)
