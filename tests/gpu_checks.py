@@ -1,17 +1,19 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
     python -m tests.gpu_checks [scans] [selective] [mamba2] [attention] [documents] [optimizer]
-        [model] [graphs] [generation] [checkpoints] [systems] [times]
+        [model] [graphs] [generation] [checkpoints] [systems] [float16] [laptop] [times]
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error;
-and runs the presets of published systems to a score. Prints a table and exits with status 1 if a
-row fails. Parts may run side by side, for they mostly wait for compilers; `checkpoints` and `times`
-measure time and want the GPU to themselves.
+and runs the presets of published systems to a score, a T4's way of training beside bfloat16's, and
+PRESET=laptop in 8 GB. Prints a table and exits with status 1 if a row fails. Parts may run side by
+side, for they mostly wait for compilers; `checkpoints` and `times` measure time and want the GPU to
+themselves.
 """
 
 import dataclasses
 import functools
 import importlib
+import json
 import math
 import os
 import statistics
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -93,7 +96,13 @@ def check_scans() -> None:
     }
     chunked = functools.partial(t.mamba_scan, backend="chunked", chunk_size=64)
     narrow, wide = torch.bfloat16, torch.float32
+    limits = t.kernel_limits
     for name, case in cases.items():
+        t.kernel_limits = lambda device: (89, 101_376)  # as on GPUs without instructions for tiles
+        found = results(fused_scan, case, narrow, wide)
+        t.kernel_limits = limits
+        off = errors(found, results(chunked, case, torch.float64))
+        check_errors(f"fused, tiles by pointers, {name}", off, BF16_TOLERANCE)
         expected = results(chunked, case, torch.float64)
         found, again = (results(fused_scan, case, narrow, wide) for _ in range(2))
         check_errors(f"fused, {name}", errors(found, expected), BF16_TOLERANCE)
@@ -689,6 +698,73 @@ def check_systems() -> None:
         print("     " + (done.stdout if scored else done.stderr or "?").strip().splitlines()[-1])
 
 
+# What a process is told before it runs the script: that it is on another GPU.
+OF_A_T4 = "t.kernel_limits = lambda device: (75, 65_536)"
+OF_8_GB = """\
+whole = torch.cuda.get_device_properties(0).total_memory
+torch.cuda.set_per_process_memory_fraction(8e9 / whole)
+free = 8e9 - torch.cuda.memory_allocated()
+torch.cuda.mem_get_info = lambda device=None: (free, 8e9)"""
+
+
+def laptop_records(machine: str, **settings: str) -> dict[str, list[dict]]:
+    """The log of PRESET=laptop on the text of `make demo`, by event, on such a machine.
+
+    Settings in the environment go before these. Of a run that failed, {}.
+    """
+    code = f"import sys, torch, train_gpt as t\n{machine}\nsys.exit(t.run())"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PRESET": "laptop", "RUN_ID": "laptop", "LOG_DIR": folder} | settings
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(t.__file__).parent,
+            env=environment | os.environ,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            print("     " + (done.stderr.strip().splitlines() or ["?"])[-1])
+            return {}
+        records = {}
+        for line in Path(folder, "laptop.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            records.setdefault(record["event"], []).append(record)
+    return records
+
+
+def check_float16() -> None:
+    """200 steps of PRESET=laptop with bfloat16, and as on a T4, which has none."""
+    settings = {"ITERATIONS": "200", "MAX_WALLCLOCK_SECONDS": "0", "TRAIN_LOG_EVERY": "1"}
+    settings |= {"EVAL_MODE": "plain", "TTT_ENABLED": "0"}
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(laptop_records, machine, **settings) for machine in ("", OF_A_T4)]
+        first, second = (run.result() for run in runs)
+    if not (first and second):
+        check("PRESET=laptop: runs without a score", 1.0, 0)
+        return
+    losses = [[x["train_loss"] for x in records["train"]][-50:] for records in (first, second)]
+    means = [statistics.mean(x) for x in losses]
+    check("as on a T4, last 50 of 200 losses: mean less bfloat16's", abs(means[1] - means[0]), 0.01)
+    scores = [records["final"][-1]["val_loss"] for records in (first, second)]
+    skipped = second["train"][-1]["skipped_steps"]
+    ms = [records["trained"][-1]["step_avg_ms"] for records in (first, second)]
+    print(f"     training loss {means}, final {scores}, ms a step {ms}; {skipped} steps skipped")
+
+
+def check_laptop() -> None:
+    """PRESET=laptop on a GPU of which 8 GB are to be had."""
+    records = laptop_records(OF_8_GB)
+    check("PRESET=laptop in 8 GB: runs without a score", float("final" not in records), 0)
+    if records:
+        trained, final = records["trained"][-1], records["final"][-1]
+        peak = trained["peak_bytes"] / 1e9
+        steps, ms, bpb = trained["steps"], trained["step_avg_ms"], final["val_bpb"]
+        seconds = final["seconds"]
+        print(
+            f"     {steps} steps of {ms:.1f} ms, peak {peak:.2f} GB, {bpb:.4f} BPB, {seconds:.0f} s"
+        )
+
+
 def check_models() -> None:
     """Compiled models of every kind of mixer."""
     check_model()
@@ -729,6 +805,8 @@ PARTS = {
     "generation": check_generations,
     "checkpoints": check_checkpoints,
     "systems": check_systems,
+    "float16": check_float16,
+    "laptop": check_laptop,
     "times": print_times,
 }
 
