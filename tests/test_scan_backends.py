@@ -242,6 +242,17 @@ def test_the_choice_is_that_of_the_table(monkeypatch):
             assert not reason, (capability, cells, reason)
 
 
+def test_the_page_on_machines_names_every_capability_and_the_tables_figures():
+    page = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
+    assert [c for c in LIMITS if f"{int(c) / 10:.1f}" not in page] == []
+    rows = [line.split() for line in RESULTS.read_text().splitlines()]
+    (default,) = [row for row in rows if row[:5] == ["89", "16", "64", "64", "64"]]
+    shared, local = int(default[5]), default[8]
+    assert f"it keeps {local}," in page
+    assert f"shared memory of {shared // 1000} kB" in page
+    assert f"{t.MOST_SHARED_BYTES:,} bytes" in page
+
+
 def test_gpus_without_bfloat16_are_refused(monkeypatch):
     monkeypatch.setitem(LIMITS, "75", (75, 65_536))
     assert "compute capability 8.0 or more" in refused((2, 16, 16, 16), "75", monkeypatch)

@@ -146,6 +146,11 @@ def test_an_unknown_preset_is_refused_and_all_names_are_listed():
         t.read_settings({"PRESET": "tny"})
 
 
+def test_apples_gpus_are_refused_in_one_line():
+    with pytest.raises(t.UserError, match="^DEVICE=mps should be one of auto, cuda, cpu$"):
+        t.validate_settings(tiny(device="mps"), 1)
+
+
 @pytest.mark.parametrize("preset", t.PRESETS)
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_every_preset_is_valid_on_every_number_of_ranks(preset, world_size):
