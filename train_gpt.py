@@ -106,6 +106,11 @@ ARTIFACT_CAP = 16_000_000  # bytes with the code: the contest's limit
 class UserError(Exception):
     """A mistake the user can mend: run() prints it as one line."""
 
+    def __init__(self, message: str):
+        # A path's byte that is no text is shown as that byte; Python has a surrogate for it.
+        shown = (f"\\x{ord(x) & 255:x}" if "\udc80" <= x <= "\udcff" else x for x in message)
+        super().__init__("".join(shown))
+
 
 def need(condition, message: str):
     """Raises UserError with this message unless the condition holds."""
@@ -394,7 +399,8 @@ EXPORT_FIELDS = {name for name, group in FIELDS.items() if group == "export"}
 
 def shown(value) -> str:
     """A value as an error's one line can quote it: its first 200 characters."""
-    text = str(value) if str(value).isprintable() else repr(value)
+    text = str(UserError(str(value)))
+    text = text if text.isprintable() else repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
 
 

@@ -23,7 +23,7 @@ import train_gpt as t
 from tests.support import PATIENCE, tiny_environment, write_shard
 from tools.audit import __main__ as command
 from tools.audit import case as audit_case
-from tools.audit import cell, checks, decoder, watch
+from tools.audit import cell, checks, decoder, standing, watch
 from tools.audit import script as audit_script
 from tools.audit import text as audit_text
 from tools.command import UserError
@@ -197,7 +197,7 @@ def rows_of(done: subprocess.CompletedProcess) -> dict[str, list[str]]:
     """Result and evidence by the check's title."""
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in lines]
-    assert rows[0] == ["check", "result", "evidence"], done.stdout + done.stderr
+    assert rows[0] == ["check", "result", "standing", "evidence"], done.stdout + done.stderr
     return {row[0]: row[1:] for row in rows[2:]}
 
 
@@ -212,9 +212,15 @@ def test_an_honest_run_fails_no_check_and_its_score_is_reproduced_to_the_last_di
     results = {title: row[0] for title, row in rows.items()}
     assert set(results.values()) == {"holds", "open"}
     opened = [title for title, result in results.items() if result == "open"]
-    unknown = ("data", "text", "fresh") if isolated else ("isolation", "data", "text", "fresh")
+    unknown = [] if isolated else ["isolation"]
+    unknown += ["data", "text", "fresh", "held", "training"]
     assert opened == [checks.TITLES[name] for name in unknown]
-    evidence = {title: row[1] for title, row in rows.items()}
+    worth = {name: rows[title][1] for name, title in checks.TITLES.items()}
+    assert {worth[name] for name in unknown} == {"claimed only"}
+    assert (worth["score"], worth["causal"], worth["log"]) == ("proved", "evidence", "claimed only")
+    assert "that SEED=1337 was not picked out of many" in done.stdout
+    assert "trained on the 2 shards of the log and on nothing else, with not known" in done.stdout
+    evidence = {title: row[2] for title, row in rows.items()}
     claimed = re.findall(r"val_bpb:(\d+\.\d{8})\n?\Z", run.log.read_text(encoding="utf-8"))[0]
     reproduced = evidence["score from the artifact alone"]
     assert reproduced.startswith(f"{claimed} BPB summed here")
@@ -226,7 +232,7 @@ def test_an_honest_run_fails_no_check_and_its_score_is_reproduced_to_the_last_di
     assert "over 512 tokens, behind 2 places" in evidence[checks.TITLES["sums"]]
     said = done.stderr.splitlines()
     assert [line for line in said if "s left)" in line]
-    assert f"{len(checks.CHECKS)} of {len(checks.CHECKS)}: a text that nobody had" in said[-1]
+    assert f"{len(checks.CHECKS)} of {len(checks.CHECKS)}: {checks.TITLES['training']}" in said[-1]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -810,9 +816,19 @@ def test_easier_documents_are_not_the_contests_text(entry_of, run):
     assert "249 scored tokens" in evidence
     named = {"data_path": "./data/datasets/fineweb10B_sp8192/"}
     fails(checks.check_known_data, with_text(entry, settings=named), "not FineWeb's 50,000")
-    sums = {"sha256": {"other_train_000000.bin": file_hash(next(run.data.glob("*_val_*")))}}
-    entry.logs.events["training_data"].update(sums)
+    hashes = entry.logs.events["hashes"]
+    sums = hashes["validation"]
+    hashes["training"] = {"other_train_000000.bin": sums["words_val_000000.bin"]}
     fails(checks.check_known_data, entry, "names words_val_000000.bin as training data too")
+    fails(checks.check_log, entry, "words_val_000000.bin is a training shard too, by its SHA-256")
+    hashes["training"] = {}
+    hashes["validation"] = {"words_val_000000.bin": "0" * 64}
+    other = "the log's validation is of other files: words_val_000000.bin 0000000000000000; here"
+    fails(checks.check_known_data, entry, other)
+    hashes["validation"] = sums
+    hashes["tokenizer"] = {"tokenizer.model": "1" * 64}
+    fails(checks.check_known_data, entry, "the log's tokenizer is of other files")
+    hashes["tokenizer"] = {"another name": file_hash(entry.tokenizer)}
     entry.tokens = entry.tokens[:200]
     fails(checks.check_known_data, entry, "the log scored another text: its ")
 
@@ -860,6 +876,106 @@ def test_a_text_that_nobody_had_is_scored_beside_the_claimed_one(entry_of, tmp_p
     fails(checks.check_fresh, entry, "tokens; 33 are needed")
     with pytest.raises(UserError, match="holds no text"):
         audit_text.read_documents(Path(os.devnull))
+
+
+def test_text_that_was_held_out_gives_away_what_was_learnt(entry_of, shards, tmp_path):
+    """2: a text is no easier than one of its kind unless it was trained on."""
+    entry = entry_of()
+    assert checks.run_check(checks.check_held_out, entry)[0] == checks.OPEN
+    stream = t.Shard(shards / "words_train_000001.bin").read()
+    entry.tokens = stream[:1100]
+    entry.shards = [audit_text.Shard("words_val_000000.bin", entry.tokens)]
+    entry.held_out = write_shard(tmp_path / "held.bin", stream[-1100:])
+    evidence = holds(checks.check_held_out, entry)
+    assert "of 1,100 tokens of held.bin: " in evidence
+    nats = entry.nats
+
+    def known_by_heart(tokens, what, part, **settings):
+        factor = part if np.array_equal(tokens, entry.tokens) else 1.0
+        return factor * nats(tokens, what, **settings)
+
+    entry.nats = functools.partial(known_by_heart, part=0.8)
+    fails(checks.check_held_out, entry, "% less, ", "the model knows the validation text")
+    entry.nats = functools.partial(known_by_heart, part=0.95)
+    verdict, evidence = checks.run_check(checks.check_held_out, entry)
+    assert (verdict, "more than by lot" in evidence) == (checks.OPEN, True)
+    hashes = {"training": {"x.bin": file_hash(entry.held_out)}}
+    entry.logs = SimpleNamespace(events={"hashes": hashes})
+    fails(checks.check_held_out, entry, "held.bin is held out, but the log names it")
+    entry.logs = None
+    entry.held_out = write_shard(tmp_path / "short.bin", stream[:100])
+    fails(checks.check_held_out, entry, "is no text for this tokenizer")
+
+
+def test_training_shards_are_those_of_the_log_and_hold_no_validation_document(entry_of, run):
+    """What the log claims, and what the shards that it names say of it."""
+    entry = entry_of(log=run.log)
+    named = entry.logs.events["hashes"]["training"]
+    assert checks.run_check(checks.check_training, entry)[0] == checks.OPEN  # without a manifest
+    entry.train = run.data
+    evidence = holds(checks.check_training, entry)
+    assert "2 of them read here: 0 of " in evidence
+    path = run.data / "words_train_000000.bin"
+    named[path.name] = file_hash(path)
+    holds(checks.check_training, entry)
+    named[path.name] = "0" * 64
+    fails(checks.check_training, entry, "words_train_000000.bin has SHA-256 ", "in the log 00000")
+    named[path.name] = ""
+    whole = t.Shard(path).read()
+    entry.tokens = np.append(entry.tokens, whole[: 1 + np.flatnonzero(whole == t.BOS_ID)[1]])
+    verdict, evidence = checks.run_check(checks.check_training, entry)
+    assert verdict == checks.OPEN
+    assert "2 of them read here: 1 of " in evidence
+    entry.train = run.data.parent
+    fails(checks.check_training, entry, "has none of the shards that the log names")
+    entry.logs.events["hashes"]["training"] = {}
+    assert checks.run_check(checks.check_training, entry)[0] == checks.OPEN
+
+
+def test_what_a_row_is_worth_depends_on_what_was_given(entry_of, run):
+    entry = entry_of(log=run.log)
+    held = checks.Finding(checks.HOLDS, "")
+    worth = functools.partial(standing.standing_of, entry)
+    assert set(standing.STANDING) == set(checks.CHECKS)
+    assert worth("score", held) == "proved to 0.001 BPB, claimed only within"  # it has not run
+    assert entry.alone
+    assert worth("score", held) == "proved"
+    assert worth("text", held) == "evidence"
+    entry.source = run.log
+    assert worth("text", held) == "proved"
+    assert worth("order", checks.Finding(checks.OPEN, "")) == "claimed only"
+    assert worth("log", checks.Finding(checks.FAILS, "")) == "proved"
+    assert not any("0.001 BPB" in line for line in standing.claims_of(entry))
+    other = entry.logs.text._replace(settings={"hardware": "8 × NVIDIA H100", "torch": "2.9"})
+    entry.logs = entry.logs._replace(text=other)
+    assert any("(8 × NVIDIA H100, torch 2.9)" in line for line in standing.claims_of(entry))
+    entry.logs = None
+    assert worth("score", held) == "proved; no log claims it"
+    assert "no log was given" in standing.claims_of(entry)[1]
+
+
+@pytest.mark.parametrize(
+    ("claimed", "again", "verdict"),
+    [(0.00002, 0.00001, "holds"), (0.0005, 0.00001, "open"), (0.0005, 0.0002, "holds")],
+)
+def test_on_such_a_gpu_two_runs_say_what_a_claim_may_differ_by(
+    entry_of, run, monkeypatch, claimed, again, verdict
+):
+    """1: an edit of less than 0.001 BPB, on a machine of the kind that the log names."""
+    entry = entry_of(log=run.log)
+    monkeypatch.setattr(Here, "on_cpu", False)
+    bpb = float(entry.alone.log.val_bpb)
+    stated = entry.logs.text._replace(val_bpb=f"{bpb - claimed:.8f}")
+    entry.logs = entry.logs._replace(text=stated)
+    second = entry.alone.log._replace(val_bpb=f"{bpb + again:.8f}")
+    entry.once_more = entry.alone._replace(log=second)
+    found, evidence = checks.compare_with_log(entry)
+    assert found == verdict, evidence
+    assert f"two runs differ by {again:.8f}" in evidence
+    elsewhere = stated._replace(settings=stated.settings | {"hardware": "8 × NVIDIA H100"})
+    entry.logs = entry.logs._replace(text=elsewhere)
+    found, evidence = checks.compare_with_log(entry)
+    assert (found, evidence.endswith("is the log's word")) == ("holds", True)
 
 
 def test_original_documents_prove_the_bytes(entry_of, run, tmp_path):
@@ -1137,6 +1253,7 @@ def test_updates_on_tokens_from_nobody_knows_where_are_seen(entry_of, monkeypatc
             self.observer.on_train(read._replace(positions=read.positions + 100))
         self.loss_function(read.tokens, read.targets, self.order).backward()
         sgd.step()
+        return torch.zeros(())
 
     monkeypatch.setattr(t.Evaluator, "_train_epoch", secret)
     said = "without a loss" if told == "nothing" else "before it is scored"
@@ -1153,7 +1270,7 @@ def test_an_update_that_reads_on_behind_an_honest_one_is_seen(entry_of, monkeypa
         ahead = self.validation.tokens[None, -33:]
         tokens = torch.from_numpy(ahead.astype(np.int64))
         self.loss_function(tokens[:, :-1], tokens[:, 1:], self.order).backward()
-        train(self, first, last, sgd)
+        return train(self, first, last, sgd)
 
     monkeypatch.setattr(t.Evaluator, "_train_epoch", both)
     entry = entry_of()
@@ -1166,11 +1283,12 @@ def test_scores_that_the_audit_is_not_told_of_are_seen(entry_of, monkeypatch):
     train = t.Evaluator._train_epoch
 
     def again(self, first, last, sgd):
-        train(self, first, last, sgd)
+        nats = train(self, first, last, sgd)
         self.observer, observer = t.EvaluationObserver(), self.observer
         self.times_scored[first:last] = 0
         self._score_chunk(first, last)
         self.observer = observer
+        return nats
 
     monkeypatch.setattr(t.Evaluator, "_train_epoch", again)
     fails(checks.check_scored_once, entry_of(), "not what was scored")
@@ -1181,11 +1299,13 @@ def test_weights_that_change_by_other_ways_are_seen(entry_of, monkeypatch):
 
     def by_hand(self, *_):
         self.model.embedding.weight.data[5] *= 1.01
+        return torch.zeros(())
 
     def unseen(self, first, last, sgd):
         read = self._read(np.array([[last]]), 32)
         self.model.loss(read.tokens, read.targets, self.order).backward()
         sgd.step()
+        return torch.zeros(())
 
     for cheat, said in ((by_hand, "without a step"), (unseen, "without a loss")):
         with monkeypatch.context() as patch:
@@ -1217,9 +1337,9 @@ def test_a_check_that_breaks_off_has_failed_and_the_table_stays_one(entry_of, mo
     monkeypatch.setattr(command, "CHECKS", {"script": broken, "isolation": checks.check_script})
     results = command.audit(entry_of(), ["script", "isolation"])
     assert results["script"] == ("FAILS", "RuntimeError: a | b\nc")
-    assert command.table(results).splitlines()[2:] == [
-        "| the project's own script | FAILS | RuntimeError: a \\| b c |",
-        "| isolated | holds | the project's own |",
+    assert command.table(entry_of(), results).splitlines()[2:] == [
+        "| the project's own script | FAILS | proved | RuntimeError: a \\| b c |",
+        "| isolated | holds | proved | the project's own |",
     ]
     assert command.status_of(results) == 1
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import PurePosixPath
 
 import pytest
@@ -65,6 +66,15 @@ def test_what_fails_ends_make_with_status_2():
     assert make("nonsense").returncode == 2
     done = make("demo", "PYTHON=false", "VENV_PYTHON=false", "--always-make")
     assert done.returncode == 2
+
+
+def test_what_makes_an_environment_says_what_it_does():
+    command = [sys.executable, "-m", "tools.make_venv"]
+    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout[:17]) == (0, "Makes .venv with ")
+    done = subprocess.run([*command, "torch"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "takes no arguments" in done.stderr
 
 
 # ---- The script and the image --------------------------------------------------------------------

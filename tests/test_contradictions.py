@@ -156,6 +156,51 @@ def test_another_artifact_than_the_logs_is_seen(logs, tmp_path):
     assert "has 15,774,850 bytes" in evidence.contradictions(logs, artifact)[0]
 
 
+def with_hashes(logs: evidence.RunLogs, **changes) -> evidence.RunLogs:
+    """A log that names its files, in both of its files, or otherwise in the records."""
+    record = {"event": "hashes", "tokenizer": {"t.model": "1" * 64}}
+    record |= {"validation": {"v.bin": "2" * 64}, "training": {"a.bin": "3" * 64, "b.bin": ""}}
+    record |= {"overlap_documents": None}
+    lines = [
+        f"SHA-256, tokenizer: t.model {'1' * 64}",
+        f"SHA-256, validation: v.bin {'2' * 64}",
+        f"SHA-256, training: a.bin {'3' * 64}, 1 not hashed (python data/prepare.py does that)",
+        "validation documents that are training documents too: not known",
+    ]
+    text = logs.text._replace(messages="\n".join([logs.text.messages, *lines, ""]))
+    record |= changes
+    records = [*logs.records[:1], record | {"seconds": 0.0}, *logs.records[1:]]
+    return logs._replace(text=text, records=records, events=logs.events | {"hashes": record})
+
+
+def test_files_are_the_same_in_both_logs_and_no_shard_is_scored_that_was_learnt(logs):
+    honest = with_hashes(logs)
+    honest.records[0]["seconds"] = 0.0
+    assert evidence.contradictions(honest) == []
+    unsaid = ("SHA-256 of the files", "overlap")
+    assert not set(unsaid) & set(evidence.unprinted(honest))
+    assert set(unsaid) <= set(evidence.unprinted(logs))
+    other = with_hashes(logs, training={"a.bin": "4" * 64})
+    found(
+        other, f".txt has training {'3' * 64} of SHA-256 of the files, .jsonl training {'4' * 64}"
+    )
+    found(with_hashes(logs, overlap_documents=3), ".txt has not known of overlap, .jsonl 3")
+    learnt = with_hashes(logs, training={"a.bin": "3" * 64, "b.bin": "2" * 64})
+    found(learnt, "v.bin is a training shard too, by its SHA-256")
+    found(with_hashes(logs, validation=[1]), ".jsonl validation")
+
+
+def test_files_are_held_against_those_at_hand(logs):
+    """By what they hold and by their order, not by name; a log that names none is silent."""
+    logs = with_hashes(logs)
+    assert evidence.other_files(logs, "validation", {"other.bin": "2" * 64}) == []
+    (told,) = evidence.other_files(logs, "validation", {"v.bin": "3" * 64})
+    assert "the log's validation is of other files: v.bin 2222222222222222; here are v.bin" in told
+    assert evidence.other_files(logs, "training", {"b.bin": "", "a.bin": "3" * 64})
+    logs.events.pop("hashes")
+    assert evidence.other_files(logs, "validation", {"v.bin": "3" * 64}) == []
+
+
 def test_a_text_log_alone_can_be_read(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(LOG.read_bytes())

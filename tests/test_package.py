@@ -163,6 +163,16 @@ def log_start(log: t.Log, s: t.Settings, about: dict, text: dict, training: dict
     line = "validation text: {tokens:,} tokens in {shards} shards, {documents:,} documents; "
     line += "scored are {scored_tokens:,} tokens, {bytes:,} bytes"
     log(line.format(**counts), "validation_data", **counts)
+    hashes = {}
+    if "tokens" not in text:  # else it is by a tokenizer of its own
+        hashes["tokenizer"] = {"t.model": SP8192.tokenizer_sha256}
+    hashes["validation"] = {"fineweb_val_000000.bin": "b" * 64}
+    if training is not None:
+        hashes["training"] = {"fineweb_train_000000.bin": "a" * 64, "fineweb_train_000001.bin": ""}
+    for kind, files in hashes.items():
+        log(f"SHA-256, {kind}: {', '.join(f'{n} {x}' for n, x in files.items() if x)}")
+    overlap = "validation documents that are training documents too: not known"
+    log(overlap, "hashes", **hashes, overlap_documents=None)
     if training is None:
         return  # a start that only evaluates opens no training shard
     data = {"shards": 80, "tokens": 8_000_000_000, "digest": "0123456789abcdef"} | training
@@ -377,8 +387,7 @@ def test_what_is_not_three_seeds_of_fineweb_on_eight_h100_is_non_record(
         assert "non-record" not in (text + printed).lower()
     else:
         assert entry["track"] == "non-record"
-        # Without the artifact, nothing says which tokenizer was used.
-        assert printed.count("\nnon-record: ") == 1 + ("artifact" in reason)
+        assert printed.count("\nnon-record: ") == 1
         assert f"\nnon-record: {reason}" in printed
         assert f"\n- {reason}" in text
 
@@ -1014,7 +1023,10 @@ def test_every_question_of_a_reviewer_has_an_answer(tmp_path):
         "readable source",
     ]
     text = "50,000 documents, 40,540,803 tokens, of which 40,540,802 are scored, 151,080,891 bytes"
-    assert answers["whole validation set"].startswith(f"{text}: FineWeb's validation text, sp8192")
+    assert answers["whole validation set"].startswith(
+        f"{text}: FineWeb's validation text by its counts"
+    )
+    assert "(not known: table to fill, data/known.json)" in answers["whole validation set"]
     assert answers["tokenizer"] == "the contest's, sp8192"
     assert answers["one run, whole"] == "every run was trained in one start"
     assert answers["attempts at the evaluation"] == "one for every run"
@@ -1229,6 +1241,21 @@ def test_the_manifest_of_the_data_tells_overlap_and_sums(tmp_path, overlap):
     assert (tmp_path / "out" / "manifest.json").read_bytes() == path.read_bytes()
 
 
+def test_a_manifest_that_contradicts_the_logs_hashes_is_refused(tmp_path, capsys):
+    """By name: a shard of another SHA-256 than the log's, of which the log had one."""
+    path, digest = write_manifest(tmp_path / "data", 0)
+    log = write_runs(tmp_path / "logs", training={"digest": digest}, artifact=True)[0]
+    found = json.loads(path.read_text())
+    found["shards"]["fineweb_train_000001.bin"]["sha256"] = "c" * 64  # not hashed in the log
+    path.write_text(json.dumps(found))
+    assert pack(tmp_path / "out", log, "--manifest", path) == 0
+    found["shards"]["fineweb_train_000000.bin"]["sha256"] = "c" * 64
+    path.write_text(json.dumps(found))
+    capsys.readouterr()
+    line = refusal(tmp_path / "next", capsys, log, "--manifest", path)
+    assert line == f"{path} has another SHA-256 of fineweb_train_000000.bin than the log"
+
+
 def test_a_manifest_of_other_data_is_refused_if_it_is_given_and_not_used_if_it_is_found(
     tmp_path, capsys
 ):
@@ -1310,7 +1337,8 @@ def test_a_summary_says_how_much_text_was_scored(tmp_path):
     log = write_run(tmp_path, "a")
     events = finished_run(log.with_suffix(".jsonl"))
     scored = "Scored: 40,540,802 tokens, 151,080,891 bytes of 50,000 documents, "
-    assert scored + "FineWeb's validation text, sp8192" in summary.summary(events)
+    whole = "FineWeb's validation text by its counts alone, sp8192"
+    assert scored + whole in summary.summary(events)
     events["validation_data"]["documents"] = 39
     part = scored.replace("50,000", "39") + "not FineWeb's validation text"
     assert part in summary.summary(events)

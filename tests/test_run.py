@@ -960,6 +960,13 @@ def test_an_artifact_that_another_run_has_replaced_is_not_scored(
     assert "final" not in (tmp_path / "a.jsonl").read_text()
 
 
+def test_a_path_that_is_no_text_is_shown_by_its_bytes(monkeypatch, capsys, shards, tmp_path):
+    for name in ("data_path", "tokenizer_path"):
+        changes = {name: os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfc\xdfe")}
+        said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
+        assert r"/gr\xfc\xdfe" in said
+
+
 def test_two_runs_of_one_second_have_two_names(monkeypatch, tmp_path):
     monkeypatch.setattr(t.time, "strftime", lambda form: "20300101-000000")
     settings = tiny(log_dir=str(tmp_path / "logs"))

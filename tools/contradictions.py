@@ -34,6 +34,7 @@ SLOW_SECONDS = 2.0  # ... and this much more: a checkpoint's copy, a machine tha
 HURRIED_PART = 0.5  # of the time limit: who used less had no reason to give up an epoch
 EVALUATION_SECONDS = 1.0  # by which the wall clock around an evaluation may be longer or shorter
 
+SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 MAGIC = b"SSMGOLF"  # of every artifact; a digit for the layout follows
 DIGEST_BYTES = 32  # of SHA-256, with which an artifact ends
 
@@ -44,7 +45,15 @@ TRAIN_LINE = re.compile(
 VALIDATION_LINE = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) val_bpb:(\S+)", re.MULTILINE)
 PLAIN_LINE = re.compile(r"_plain_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE)
 # What one start records at most once.
-ONCE = ("validation_data", "training_data", "ready", "trained", "after_quantization", "final")
+ONCE = (
+    "validation_data",
+    "hashes",
+    "training_data",
+    "ready",
+    "trained",
+    "after_quantization",
+    "final",
+)
 VALIDATION_DATA_LINE = re.compile(
     r"^validation text: ([\d,]+) tokens in ([\d,]+) shards, ([\d,]+) documents; "
     r"scored are ([\d,]+) tokens, ([\d,]+) bytes",
@@ -54,6 +63,11 @@ VALIDATION_COUNTS = ("tokens", "shards", "documents", "scored_tokens", "bytes")
 TRAINING_DATA_LINE = re.compile(r"^training data: ([\d,]+) tokens in ([\d,]+) shards", re.MULTILINE)
 TRAINING_COUNTS = ("tokens", "shards")
 EVALUATION_LINE = re.compile(r"^evaluation: attempt (\d+)$", re.MULTILINE)
+FILES = ("tokenizer", "validation", "training")
+FILES_LINE = re.compile(rf"^SHA-256, ({'|'.join(FILES)}): (.*)$", re.MULTILINE)
+OVERLAP_LINE = re.compile(
+    r"^validation documents that are training documents too: (.*)$", re.MULTILINE
+)
 STEPS_LINE = re.compile(r"^Code size: .*; (\d+) steps of ([\d.]+)ms", re.MULTILINE)
 
 
@@ -93,7 +107,7 @@ def inner_contradictions(logs: RunLogs) -> list[str]:
     """Those between the figures of one start's two logs."""
     found = [*disagreements(logs), *other_lines(logs), *impossible_clocks(logs)]
     found += [*impossible_evaluations(logs), *miscounted_texts(logs)]
-    return found + other_scored(logs) + odd_records(logs)
+    return found + other_scored(logs) + odd_records(logs) + learnt_shards(logs)
 
 
 def disagreements(logs: RunLogs) -> list[str]:
@@ -164,7 +178,13 @@ def lines_of(logs: RunLogs) -> dict[str, tuple[list[tuple[str, ...]], list[tuple
     evaluations = [(f"{r['attempt']}",) for r in logs.records if r["event"] == "evaluation"]
     validation_data = records_as_printed(logs, "validation_data", VALIDATION_COUNTS)
     training_data = records_as_printed(logs, "training_data", TRAINING_COUNTS)
-    return {
+    hashes = [record for record in logs.records if record["event"] == "hashes"]
+    files = [(kind, *SHA256.findall(rest)) for kind, rest in FILES_LINE.findall(messages)]
+    hashed = [line for record in hashes for line in file_lines(record)]
+    overlap = [(text,) for text in OVERLAP_LINE.findall(messages)]
+    counted = [(overlap_text(record),) for record in hashes]
+    told = {"SHA-256 of the files": (files, hashed), "overlap": (overlap, counted)}
+    return told | {
         "validation text": (VALIDATION_DATA_LINE.findall(messages), validation_data),
         "training data": (TRAINING_DATA_LINE.findall(messages), training_data),
         "a step of training": (TRAIN_LINE.findall(messages), train),
@@ -184,6 +204,52 @@ def records_as_printed(logs: RunLogs, event: str, names: tuple) -> list[tuple[st
     """
     records = [record for record in logs.records if record["event"] == event]
     return [tuple(f"{record[name]:,}" for name in names) for record in records]
+
+
+def files_of(record: dict, kind: str) -> dict[str, str]:
+    """SHA-256 by name of one kind of FILES in a record "hashes"; "" of a file that has none.
+
+    Training shards are not hashed where no manifest.json was, and a log may hold anything.
+    """
+    found = record.get(kind)
+    files = found if isinstance(found, dict) else {}
+    return {str(name): str(sha256) for name, sha256 in files.items()}
+
+
+def file_lines(record: dict) -> list[tuple[str, ...]]:
+    """A line for each kind of FILES that a record "hashes" has: the kind, and SHA-256 in order."""
+    sums = {kind: files_of(record, kind).values() for kind in FILES if kind in record}
+    return [(kind, *filter(None, of_kind)) for kind, of_kind in sums.items()]
+
+
+def overlap_text(record: dict) -> str:
+    """How many validation documents are training documents too, as a line of text has it."""
+    number = record.get("overlap_documents")
+    return f"{number:,}" if isinstance(number, int) else "not known"
+
+
+def learnt_shards(logs: RunLogs) -> list[str]:
+    """Validation shards that a run was trained on, by the log's own SHA-256."""
+    record = logs.events.get("hashes", {})
+    trained = set(files_of(record, "training").values())
+    return [
+        f"{name} is a training shard too, by its SHA-256"
+        for name, sha256 in files_of(record, "validation").items()
+        if sha256 in trained
+    ]
+
+
+def other_files(logs: RunLogs, kind: str, files: dict[str, str]) -> list[str]:
+    """Whether the log's files of a kind are others than these, SHA-256 by name.
+
+    Names may differ, but not what the files hold nor, of shards, their order.
+    """
+    logged = files_of(logs.events.get("hashes", {}), kind)
+    if not logged or list(logged.values()) == list(files.values()):
+        return []
+    told = ", ".join(f"{name} {sha256[:16]}" for name, sha256 in logged.items())
+    here = ", ".join(f"{name} {sha256[:16]}" for name, sha256 in files.items())
+    return [f"the log's {kind} is of other files: {told}; here are {here} (SHA-256)"]
 
 
 def other_lines(logs: RunLogs) -> list[str]:
@@ -215,7 +281,7 @@ def odd_records(logs: RunLogs) -> list[str]:
     """
     events = [record["event"] for record in logs.records]
     # Whoever evaluates again reads the validation text again.
-    most = {"validation_data": events.count("settings")}
+    most = dict.fromkeys(("validation_data", "hashes"), events.count("settings"))
     found = [
         f"one start has {events.count(event)} records of {event!r}"
         for event in ONCE

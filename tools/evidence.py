@@ -22,6 +22,7 @@ from tools.contradictions import (
     LIMIT_SECONDS,
     counted_seconds,
     file_hash,
+    files_of,
     history,
     lost_parts,
     off_the_clocks,
@@ -59,8 +60,10 @@ def said(events: dict[str, dict], event: str) -> dict:
 def tokenizer_sum(events: dict[str, dict], artifact: Path | None) -> str:
     """The tokenizer's SHA-256, from the artifact's header or the log; empty if neither has it."""
     in_header = read_header(artifact).get("tokenizer_sha256", "") if artifact else ""
+    logged = list(files_of(said(events, "hashes"), "tokenizer").values())
     for event in ("validation_data", "settings", "trained"):
-        in_log = said(events, event).get("tokenizer_sha256", "")
+        logged.append(said(events, event).get("tokenizer_sha256", ""))
+    for in_log in logged:
         if in_log:
             both = not in_header or in_header == in_log
             need(both, f"{artifact} was made with another tokenizer than its log")
@@ -77,7 +80,8 @@ def scored_text(events: dict[str, dict], tokenizer: str, manifest: Manifest | No
     counts = said(events, "validation_data")
     if not counts:
         return Row(question, UNSAID, "–", ("the log does not say how much text was scored",))
-    sums = manifest.validation if manifest else counts.get("sha256", {})
+    sums = files_of(said(events, "hashes"), "validation")
+    sums = sums or (manifest.validation if manifest else {})
     found = known.compare(counts, tokenizer, sums)
     text = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens, of which "
     text += f"{counts['scored_tokens']:,} are scored, {counts['bytes']:,} bytes: "
@@ -88,14 +92,17 @@ def scored_text(events: dict[str, dict], tokenizer: str, manifest: Manifest | No
     return Row(question, text, "the log against data/known.json", reasons)
 
 
-def overlap_row(manifest: Manifest | None) -> Row:
+def overlap_row(events: dict[str, dict], manifest: Manifest | None) -> Row:
     """Whether training shards hold validation documents, which data/prepare.py counts by hash."""
     question = "no validation document in the training shards"
-    if manifest is None:
+    overlap = said(events, "hashes").get("overlap_documents")
+    shown_by = "the log, from data/prepare.py's manifest.json"
+    if manifest is not None:
+        overlap, shown_by = manifest.overlap, f"{manifest.path.name} by data/prepare.py"
+    if not isinstance(overlap, int):
         return Row(question, f"{UNSAID}, and there is no manifest.json of its shards", "–")
-    text = f"{manifest.overlap:,} validation documents are in the training shards"
-    reasons = (text,) if manifest.overlap else ()
-    return Row(question, text, f"{manifest.path.name} by data/prepare.py", reasons)
+    text = f"{overlap:,} validation documents are in the training shards"
+    return Row(question, text, shown_by, (text,) if overlap else ())
 
 
 def provenance_row(events: dict[str, dict], settings: dict, manifest: Manifest | None) -> Row:
@@ -107,14 +114,23 @@ def provenance_row(events: dict[str, dict], settings: dict, manifest: Manifest |
         parts.append(f"digest of their names and lengths {data.get('digest', UNSAID)}")
     else:
         parts.append(f"training shards: {UNSAID}")
-    if manifest is None:
-        return Row("provenance of the data", "; ".join(parts), "the log")
-    parts.append(f"source {manifest.source}")
-    parts += [f"{name} {sha256}" for name, sha256 in manifest.validation.items()]
-    # One sum over all: 80 of them say no more, and manifest.json lies in the folder.
-    listed = json.dumps(sorted(manifest.train.items())).encode()
-    parts.append(f"SHA-256 over those of the training shards {hashlib.sha256(listed).hexdigest()}")
-    return Row("provenance of the data", "; ".join(parts), "the log; manifest.json in this folder")
+    hashes = said(events, "hashes")
+    validation, train = (files_of(hashes, kind) for kind in ("validation", "training"))
+    shown_by = "the log"
+    if manifest is not None:
+        parts.append(f"source {manifest.source}")
+        validation, train = manifest.validation, manifest.train
+        shown_by = "the log; manifest.json in this folder"
+    parts += [f"{name} {sha256}" for name, sha256 in validation.items()]
+    lacking = list(train.values()).count("")
+    if lacking or not train:
+        parts.append(f"SHA-256 of {lacking or 'the'} training shards: {UNSAID}")
+    else:
+        # One sum over all: 80 of them say no more, and the log or manifest.json lies in the folder.
+        listed = json.dumps(sorted(train.items())).encode()
+        over_all = hashlib.sha256(listed).hexdigest()
+        parts.append(f"SHA-256 over those of the training shards {over_all}")
+    return Row("provenance of the data", "; ".join(parts), shown_by)
 
 
 def tokenizer_row(sha256: str, file: Path, bytes_total: int) -> Row:

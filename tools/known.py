@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tools.command import UserError
 
+TO_FILL = "not known: table to fill, data/known.json"
 PATH = Path(__file__).resolve().parent.parent / "data" / "known.json"
 
 
@@ -33,7 +34,7 @@ class Comparison(NamedTuple):
 
     name: str  # "FineWeb's validation text, sp8192", say; empty: another text
     differences: list[str]  # what contradicts that it is FineWeb's whole validation text
-    unknown: list[str]  # what could not be compared
+    unknown: list[str]  # what could not be compared, and why
 
 
 def read_variants(path: Path = PATH) -> list[Variant]:
@@ -96,11 +97,14 @@ def compare(
         differences.append(f"the tokens are {variant.name}'s, but the tokenizer is another")
     for file, published in variant.shards.items():
         found = (shards or {}).get(file)
-        if found is None or published is None:
+        if published is None:
+            unknown.append(f"SHA-256 of {file} ({TO_FILL})")
+        elif not found:
             unknown.append(f"SHA-256 of {file}")
         elif found != published:
             differences.append(f"{file} is another file than {variant.name}'s")
-    name = "" if differences else f"FineWeb's validation text, {variant.name}"
+    by = " by its counts alone" if unknown else ""
+    name = "" if differences else f"FineWeb's validation text{by}, {variant.name}"
     return Comparison(name, differences, unknown)
 
 

@@ -100,6 +100,11 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036 - the Python that make finds may be any
         fail("this project needs Python 3.10 or newer: make PYTHON=python3.12 ...")
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__)
+        sys.exit(0)
+    if sys.argv[1:]:
+        fail(f"{sys.argv[1]}: it takes no arguments; --help says what it does")
     try:
         main()
     except subprocess.CalledProcessError as error:

@@ -1,8 +1,9 @@
 """What data/prepare.py left beside the shards, as far as it is of the shards that a run read.
 
 manifest.json names every shard with its SHA-256, says where the text is from, and counts the
-validation documents that are training documents too. A run's log holds counts and a digest of the
-training shards' names and lengths: a manifest that does not fit them is of other data.
+validation documents that are training documents too. A run's log holds counts, a digest of the
+training shards' names and lengths and, where they were known, the SHA-256 of every shard: a
+manifest that does not fit them is of other data.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.command import UserError, need
+from tools.contradictions import files_of
 
 NAME = "manifest.json"
 
@@ -62,6 +64,11 @@ def read_manifest(path: Path, events: dict[str, dict]) -> Manifest:
     logged = events.get("validation_data", {})
     same = all(counts[name] == logged.get(name) for name in ("tokens", "documents", "bytes"))
     need(same, f"{path} is of another validation text than the log")
+    hashes = events.get("hashes", {})
+    for kind, sums in (("training", manifest.train), ("validation", manifest.validation)):
+        for name, sha256 in files_of(hashes, kind).items():
+            other = f"{path} has another SHA-256 of {name} than the log"
+            need(not sha256 or sums.get(name) == sha256, other)
     return manifest
 
 

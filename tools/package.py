@@ -89,7 +89,7 @@ def check_rows(
     # The files and their figures.
     rows = [evidence.artifact_row(runs), evidence.logs_row(runs), evidence.parts_row(runs)]
     # The data.
-    rows += [evidence.scored_text(events, sha256, manifest), evidence.overlap_row(manifest)]
+    rows += [evidence.scored_text(events, sha256, manifest), evidence.overlap_row(events, manifest)]
     rows += [evidence.provenance_row(events, run.settings, manifest)]
     rows += [evidence.tokenizer_row(sha256, file, largest)]
     # Training.

@@ -1,12 +1,15 @@
 """Proves what can be proved about a submission, and prints a Markdown table for its reviewers.
 
     python -m tools.audit ARTIFACT --data FOLDER --tokenizer FILE --log logs/RUN.txt
-        [--script FILE] [--checks score,causal] [--fresh FILE] [--text FILE] [--isolation LEVEL]
+        [--script FILE] [--checks score,causal] [--fresh FILE] [--text FILE] [--held-out SHARD]
+        [--train FOLDER] [--isolation LEVEL]
 
 FOLDER holds the validation shards. Settings of the evaluation are the log's, or environment
 variables, as for the script. What is being done, and how long it will take, is said on standard
 error. The script is never loaded into this process: every evaluation has a process of its own, in
-a cell where the kernel refuses other files and the network (tools/audit/cell.py).
+a cell where the kernel refuses other files and the network (tools/audit/cell.py). Each row says
+whether it is proved, evidence, or claimed only, and what no row can show stands below
+(tools/audit/standing.py).
 
 Exit status:
 
@@ -44,6 +47,7 @@ from tools.audit.checks import (
     Finding,
     run_check,
 )
+from tools.audit.standing import claims_of, standing_of
 from tools.command import Parser, need, run_command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -65,6 +69,8 @@ def planned_targets(case: Case, names: list[str]) -> int:
     whole = 1 + bool(WATCHED & set(names)) + (not case.identity.is_own)
     if case.fresh and "fresh" in names:
         whole += 1
+    if case.held_out and "held" in names:
+        whole += 2
     if "causal" in names:
         whole += case.cuts + 2 if case.count < 2 * PREFIX_CHUNKS * 32_768 else 2
     return whole * case.count
@@ -82,11 +88,11 @@ def status_of(results: dict[str, Finding]) -> int:
     return SOMETHING_OPEN if OPEN in verdicts or len(results) < len(CHECKS) else 0
 
 
-def table(results: dict[str, Finding]) -> str:
+def table(case: Case, results: dict[str, Finding]) -> str:
     """The results in Markdown; what was left out stands below."""
-    rows = [["check", "result", "evidence"], ["---", "---", "---"]]
+    rows = [["check", "result", "standing", "evidence"], ["---"] * 4]
     for name, (verdict, evidence) in results.items():
-        cells = (TITLES[name], verdict, evidence)
+        cells = (TITLES[name], verdict, standing_of(case, name, results[name]), evidence)
         rows.append([" ".join(one.replace("|", "\\|").split()) for one in cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     left_out = [TITLES[name] for name in CHECKS if name not in results]
@@ -117,6 +123,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--checks", help=f"some of {','.join(CHECKS)}; all without it")
     parser.add_argument("--fresh", type=Path, help="a text that nobody had, to be scored too")
     parser.add_argument("--text", type=Path, help="the documents that the shards were made of")
+    parser.add_argument("--train", type=Path, help="folder of the training shards that it names")
+    held_out = "a shard of such text as was not trained on, from another split"
+    parser.add_argument("--held-out", type=Path, metavar="SHARD", help=held_out)
     parser.add_argument("--isolation", choices=cell.LEVELS, help="one level, and no other")
     parser.add_argument("--cuts", type=int, default=4, help="of the causality test")
     parser.add_argument("--seed", type=int, help="drawn by lot and printed without it")
@@ -151,12 +160,14 @@ def run_audit() -> int:
         cuts=given.cuts,
         fresh=given.fresh,
         source=given.text,
+        train=given.train,
+        held_out=given.held_out,
         strace=not given.no_strace and bool(cell.find_strace()),
     )
     case.progress.targets = planned_targets(case, names)
     case.progress.say(f"isolation: {case.isolation.evidence}; --seed {seed}")
     results = audit(case, names)
-    print("\n".join([*headline(case, results), table(results)]))
+    print("\n".join([*headline(case, results), table(case, results), *claims_of(case)]))
     return status_of(results)
 
 

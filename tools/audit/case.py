@@ -106,6 +106,8 @@ class Case:
     cuts: int = 4  # of the causality test
     fresh: Path | None = None  # a text that nobody had
     source: Path | None = None  # the documents that the shards were made of
+    train: Path | None = None  # the training shards that the log names, or some of them
+    held_out: Path | None = None  # a shard of such text as was not trained on
     strace: bool = True  # to be used where it is
     progress: Progress = field(default_factory=Progress)
 
@@ -146,6 +148,13 @@ class Case:
         self.progress.say(f"the script evaluates {self.count:,} targets in a cell of its own")
         found = run_alone(self, self.script, watch_files=True)
         self.progress.count(self.count, "by the script as it stands")
+        return found
+
+    @functools.cached_property
+    def once_more(self) -> Alone:
+        """The same again, as two runs on a GPU differ."""
+        found = run_alone(self, self.script)
+        self.progress.count(self.count, "once more")
         return found
 
     @functools.cached_property

@@ -5,6 +5,7 @@ fields finds is found without it.
 """
 
 import contextlib
+import hashlib
 import json
 import lzma
 from collections.abc import Iterator
@@ -42,17 +43,27 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def read_shards(folder: Path) -> list[Shard]:
     """The validation shards, read without the script. Raises UserError for files that are none."""
-    shards = []
-    for path in shard_paths(folder):
-        try:
-            header = np.fromfile(path, dtype="<i4", count=3).tolist()
-            tokens = np.fromfile(path, dtype="<u2", offset=HEADER_BYTES)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        need(header[:2] == [MAGIC, VERSION], f"{path} is not a token shard")
-        need(0 <= header[2] <= len(tokens), f"{path} is shorter than its header says")
-        shards.append(Shard(path.name, tokens[: header[2]]))
-    return shards
+    return [read_shard(path) for path in shard_paths(folder)]
+
+
+def read_shard(path: Path) -> Shard:
+    """One shard, of any split. Raises UserError for a file that is none."""
+    try:
+        header = np.fromfile(path, dtype="<i4", count=3).tolist()
+        tokens = np.fromfile(path, dtype="<u2", offset=HEADER_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    need(header[:2] == [MAGIC, VERSION], f"{path} is not a token shard")
+    need(0 <= header[2] <= len(tokens), f"{path} is shorter than its header says")
+    return Shard(path.name, tokens[: header[2]])
+
+
+def document_digests(tokens: np.ndarray) -> list[bytes]:
+    """What documents are known by: equal digests are equal tokens. BOS begins each."""
+    parts = np.split(tokens, np.flatnonzero(tokens == BOS_ID))
+    digests = [hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in parts]
+    # A document of BOS alone says nothing.
+    return [digest for digest, part in zip(digests, parts, strict=True) if len(part) > 1]
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:

@@ -1,0 +1,86 @@
+"""What a row of the audit's table is worth: proved, evidence, or claimed only.
+
+A row is proved if whoever reads it need trust nobody but the audit's own machine. It is evidence if
+it was looked for and not found: by lot, by places, or in two texts that may differ. It is claimed
+only if nothing but a log, or a script that is not the project's, says so. What no row can show
+stands below the table.
+"""
+
+from tools.audit.case import Case
+from tools.audit.checks import FAILS, HOLDS, NOISE_BPB, Finding, is_official, same_machine
+from tools.contradictions import files_of, overlap_text
+
+PROVED = "proved"
+EVIDENCE = "evidence"
+CLAIMED = "claimed only"
+
+# Of rows that hold. Those that are told by the watched script hold with the project's own alone.
+STANDING = {
+    "script": PROVED,
+    "isolation": PROVED,
+    "bytes": PROVED,
+    "data": PROVED,
+    "score": PROVED,
+    "own": PROVED,
+    "log": CLAIMED,
+    "clocks": f"evaluation: {EVIDENCE}; training: {CLAIMED}",
+    "causal": EVIDENCE,
+    "weights": PROVED,
+    "once": PROVED,
+    "probabilities": EVIDENCE,
+    "sums": EVIDENCE,
+    "order": PROVED,
+    "text": EVIDENCE,
+    "hidden": EVIDENCE,
+    "fresh": EVIDENCE,
+    "held": EVIDENCE,
+    "training": CLAIMED,
+}
+
+
+def is_exact(case: Case) -> bool:
+    """Whether the score was computed on a CPU like the log's, so that every digit counts."""
+    ran = "alone" in vars(case) and case.alone.log is not None
+    return ran and bool(case.logs) and case.on_cpu and same_machine(case)
+
+
+def standing_of(case: Case, name: str, finding: Finding) -> str:
+    """What a finding is worth; that something fails is always proved."""
+    if finding.verdict != HOLDS:
+        return PROVED if finding.verdict == FAILS else CLAIMED
+    if name == "score" and not case.logs:
+        return f"{PROVED}; no log claims it"
+    if name == "score" and not is_exact(case):
+        return f"{PROVED} to {NOISE_BPB} BPB, {CLAIMED} within"
+    if name == "text" and (case.source or is_official(case)):
+        return PROVED
+    if name == "training" and case.train:
+        return f"of the shards named: {EVIDENCE}; that there are no others: {CLAIMED}"
+    return STANDING[name]
+
+
+def claims_of(case: Case) -> list[str]:
+    """What only the log says, and no row of the table can show: lines below it."""
+    if not case.logs:
+        return ["", "Claimed only: nothing, as no log was given. How it was trained is unknown."]
+    told = case.logs.text.settings
+    hashes = case.logs.events.get("hashes", {})
+    named = len(files_of(hashes, "training"))
+    lines = [
+        "",
+        "**Claimed only**, whatever stands above:",
+        "",
+        f"- that training took {case.logs.text.training_seconds} s on {told.get('hardware')}: who "
+        "edits all lines of both logs alike is believed;",
+        f"- that it was trained on the {named or 'unnamed'} shards of the log and on nothing else, "
+        f"with {overlap_text(hashes)} validation documents among them: learnt text shows in the "
+        "rows on fresh and held-out text, where it was learnt more than a little;",
+        f"- that SEED={told.get('seed')} was not picked out of many: a run of the reviewer's, with "
+        "a seed of the reviewer's, shows what the others come to;",
+    ]
+    if not is_exact(case):
+        lines.append(
+            f"- the score's last {NOISE_BPB} BPB: only a machine of the kind that the log names "
+            f"({told.get('hardware')}, torch {told.get('torch')}) tells them from noise;"
+        )
+    return [*lines, "- and all that a script not of the project's says of itself."]
