@@ -37,8 +37,7 @@ demo: .venv/.run $(SAMPLE)
 
 score: .venv/.run
 	SAMPLE_PROMPT="$${SAMPLE_PROMPT-The function returns}" EVAL_ONLY=1 LOG_DIR=logs RUN_ID=tiny \
-	PRESET=tiny DEVICE=$(DEVICE) DATA_PATH=data/tiny TOKENIZER_PATH=data/tiny/tokenizer.model \
-	ARTIFACT=data/tiny/tiny.int6.lzma $(VENV_PYTHON) train_gpt.py
+	DEVICE=$(DEVICE) ARTIFACT=data/tiny/tiny.int6.lzma $(VENV_PYTHON) train_gpt.py
 
 check: .venv/.dev
 	CHECK=$${CHECK:-quick} PYTHON=$(VENV_PYTHON) tools/container_check.sh

@@ -386,6 +386,11 @@ MODEL_FIELDS = {name for name, group in FIELDS.items() if group in ("model", "re
 MODEL_FIELDS -= {"mamba_chunk_size", "recur_start"}
 MODEL_FIELDS = sorted(MODEL_FIELDS | {"vocab_size", "document_reset", "document_scope"})
 
+# What EVAL_ONLY takes from the run that wrote an artifact, unless it is given: all but how that was
+# started and what it wrote.
+SCORED_WITH = [name for name, group in FIELDS.items() if group not in ("run", "sample")]
+SCORED_WITH = ["preset", *(name for name in SCORED_WITH if name != "eval_nll_path")]
+
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
 NOT_TRAINING = {name for name, group in FIELDS.items() if group in ("run", "evaluation", "sample")}
 TRAINING_FIELDS = [n for n in FIELDS if n not in NOT_TRAINING | {"data_path", "tokenizer_path"}]
@@ -502,10 +507,17 @@ def check_value(settings, name: str, low, high, unit: str, **_):
     check(settings, name, fits, problem)
 
 
-def validate_settings(s, world_size: int):
-    """Raises UserError for settings that cannot work, alone or together, on so many ranks."""
+def check_values(s):
+    """Raises UserError for settings that cannot be, each by itself."""
     for f in fields(s):
         check_value(s, f.name, **f.metadata)
+    one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
+    check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
+
+
+def validate_settings(s, world_size: int):
+    """Raises UserError for settings that cannot work, alone or together, on so many ranks."""
+    check_values(s)
     # Layers and their sizes
     parse_layers(s, "mlp_layers")
     order = set(parse_layers(s, "layer_order"))
@@ -527,9 +539,7 @@ def validate_settings(s, world_size: int):
     problem = "does not go with LATE_QAT_THRESHOLD or QUANTIZER=ternary: use 0"
     check(s, "spelling_features", plain or not s.spelling_features, problem)
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
-    # Names, batches, clocks and strides
-    one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
-    check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
+    # Batches, clocks and strides
     length = s.train_seq_len
     if not s.eval_only:
         check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
@@ -3446,8 +3456,11 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> t
 
 
 def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
-    """What an artifact's header holds: its model's settings, and a sum that names its tokenizer."""
-    header = {name: getattr(settings, name) for name in MODEL_FIELDS}
+    """What an artifact's header holds: its model's settings, a sum that names its tokenizer, and
+    for who scores it without a log, the preset and the window of its training.
+    """
+    names = [*MODEL_FIELDS, "preset", "train_seq_len"]
+    header = {name: getattr(settings, name) for name in names}
     return header | {"tokenizer_sha256": tokenizer_sha256}
 
 
@@ -3506,6 +3519,7 @@ FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0}
 FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
+FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
 
 
 def read_header(line: bytes | str, usual: dict) -> dict:
@@ -3827,12 +3841,13 @@ def describe_machine(ranks) -> dict[str, str]:
     return versions
 
 
-def log_settings(log, settings, given: set[str], ranks):
-    """Logs the settings that were given, on a line of their own, then the machine and all."""
+def log_settings(log, settings, given: set[str], ranks, source: str = ""):
+    """Logs the settings that were given, what source says of the others, the machine, and all."""
     values = asdict(settings)
     asked = [f"{name.upper()}={shown(values[name])}" for name in sorted(given)]
     _, translated = translate_names(dict(os.environ))
-    for line in (f"settings given: {' '.join(asked) or 'none'}", *translated):
+    source = [source] if source else []
+    for line in (f"settings given: {' '.join(asked) or 'none'}", *translated, *source):
         log(line)
     machine = describe_machine(ranks)
     said = {key: " ".join(shown(value).split()) for key, value in (machine | values).items()}
@@ -3876,11 +3891,59 @@ def find_unscored(settings) -> list[dict]:
         for leftover in s.checkpoint_paths if s.resume == "auto" else ():
             leftover.unlink(missing_ok=True)  # it was killed just behind its score
     elif "trained" in events and s.resume == "auto":
-        theirs = events["settings"].get("settings", {})
+        theirs = FORMER_DEFAULTS | events["settings"].get("settings", {})
         same = all(theirs.get(name) == getattr(s, name) for name in TRAINING_FIELDS)
         written = events["trained"].get("artifact_sha256")
         return run if same and written and file_sha256(s.artifact_path) == written else []
     return []
+
+
+def find_settings(settings) -> tuple[Path | None, dict]:
+    """The log of the run that wrote ARTIFACT, by its SHA-256, and the settings in it.
+
+    Looked at are RUN_ID's in LOG_DIR, and what lies beside the file.
+    """
+    s = settings
+    found = file_sha256(s.artifact_path)
+    usual = asdict(Settings())
+    beside = str(s.artifact_path).removesuffix(".int6.lzma")
+    for path in (Path(s.log_dir, f"{s.run_id}.jsonl"), Path(f"{beside}.jsonl")):
+        events = {record["event"]: record for record in read_run(path)}
+        if found and events.get("trained", {}).get("artifact_sha256") == found:
+            theirs = events["settings"].get("settings", {}).items()
+            return path, {name: x for name, x in theirs if type(x) is type(usual.get(name))}
+    return None, {}
+
+
+def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Settings, str]:
+    """What EVAL_ONLY scores ARTIFACT with, and a line that says where that is from.
+
+    What was given goes first; then the artifact's header, its run's log, and without that the
+    preset that the header names. Raises UserError for another PRESET than the log's, and as
+    adopt_artifact() does.
+    """
+    s = settings
+    header, _ = read_artifact(s.artifact_path)
+    ours = "preset" in given or header["preset"] not in PRESETS
+    preset = s.preset if ours else header["preset"]
+    theirs = asdict(Settings(**PRESETS[preset] | {"preset": preset}))
+    theirs["train_seq_len"] = header["train_seq_len"] or theirs["train_seq_len"]
+    log, logged = find_settings(s)
+    theirs |= logged
+    contradicts = f"PRESET={s.preset} contradicts {log}, which has {theirs['preset']}: unset it"
+    need("preset" not in given or s.preset == theirs["preset"], contradicts)
+    taken = {name: theirs[name] for name in SCORED_WITH if name not in given}
+    settings = adopt_artifact(header, replace(s, **taken), given, world_size)
+    if log:
+        names = [name for name in SCORED_WITH if getattr(settings, name) != theirs[name]]
+        other = [f"{n.upper()}={getattr(settings, n)} (there {theirs[n]})" for n in names]
+        but = f"; but {' '.join(other)}" if other else ""
+        return settings, f"settings from {log}{but}"
+    names = [name for name in taken if FIELDS[name] == "evaluation"]
+    names += [] if header["train_seq_len"] or "train_seq_len" in given else ["train_seq_len"]
+    usual = " ".join(f"{name.upper()}={taken[name]}" for name in names)
+    source = f"settings from {s.artifact_path}; without its log, as PRESET={preset} has them"
+    return settings, f"{source}: {usual}"
 
 
 # ---- Clock and signals ---------------------------------------------------------------------------
@@ -4639,14 +4702,16 @@ def main(log):
     settings, given, ranks = prepare_run(dict(os.environ))
     log.open(settings, ranks, log_name(settings))
     with ExitStack() as claims:
-        looks = ranks.rank == 0 and not settings.eval_only
-        unscored = ranks.from_main(find_unscored(settings) if looks else [])
-        log_settings(log, settings, given, ranks)
+        first = ranks.rank == 0
+        unscored = find_unscored(settings) if first and not settings.eval_only else []
+        unscored = ranks.from_main(unscored)
+        source = ""  # of settings that were not given
+        if settings.eval_only:
+            found = settings_to_score(settings, given, ranks.world_size) if first else None
+            settings, source = ranks.from_main(found)
+        log_settings(log, settings, given, ranks, source)
         check_outputs(settings)
         claims.enter_context(claimed_artifact(settings, ranks))
-        if settings.eval_only:
-            header, _ = read_artifact(settings.artifact_path)
-            settings = adopt_artifact(header, settings, given, ranks.world_size)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
         validation = text_to_score(settings, tokenizer, prompt, log)
@@ -4675,7 +4740,9 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     """Settings with a run id that ranks share, the names of those given, and the ranks."""
     settings, given = read_settings(environment)
     *_, world_size = read_launch(environment)
-    validate_settings(settings, world_size)
+    check_values(settings)
+    if not settings.eval_only:  # which takes others from its artifact
+        validate_settings(settings, world_size)
     known = settings.artifact or settings.run_id or not settings.eval_only
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
     prepare_torch(settings.deterministic)
@@ -4685,7 +4752,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     ranks = start_ranks(settings)
     run_id = choose_run_id(settings, environment) if ranks.rank == 0 else ""
     settings = replace(settings, run_id=ranks.from_main(run_id))
-    validate_settings(settings, world_size)  # a run id of torchrun's is a name, too
+    check_values(settings)  # a run id of torchrun's is a name, too
     return settings, given, ranks
 
 

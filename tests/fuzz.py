@@ -474,8 +474,9 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     if not case.sealed and case.data != originals["artifact"]:
         return "an artifact with a wrong checksum was read"
     _, header, payload = sealed_parts(case.data)
-    header = former(("tokenizer_sha256", *t.MODEL_FIELDS)) | json.loads(header)
-    if header != t.artifact_header(settings, header["tokenizer_sha256"]):
+    others = ("tokenizer_sha256", "preset", "train_seq_len")  # what no model depends on
+    header = former((*others, *t.MODEL_FIELDS)) | json.loads(header)
+    if header != t.artifact_header(settings) | {name: header[name] for name in others}:
         return "other settings were read"
     # The data once more: vectors and steps in the parameters' order, then frequencies and codes of
     # integers.

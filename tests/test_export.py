@@ -630,6 +630,8 @@ def export_to(
     )
     tokens = random_tokens(4 // ranks.world_size, 32, seed=ranks.rank)
     values = t.export(trainer, types.SimpleNamespace(next=lambda: (tokens, tokens)))
+    kinds = values.pop("bytes_by_kind")
+    assert sum(kinds.values()) in [path.stat().st_size for path in path.parent.glob("*")]
     assert values == {
         "sdclip_k": values["sdclip_k"],
         "train_clock_seconds": trainer.clock.seconds(),
@@ -779,6 +781,7 @@ def test_what_is_read_back_is_bit_equal_to_what_was_quantized(
     (tmp_path / "a").write_bytes(t.pack_artifact(settings, stored, "00ff"))
     header, _ = t.read_artifact(tmp_path / "a")
     assert header.pop("tokenizer_sha256") == "00ff"
+    assert (header.pop("preset"), header.pop("train_seq_len")) == ("tiny", 32)
     assert header == {name: getattr(settings, name) for name in t.MODEL_FIELDS}
     loaded, loaded_settings = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
     assert {name: getattr(loaded_settings, name) for name in t.MODEL_FIELDS} == header

@@ -268,3 +268,86 @@ def test_a_log_that_was_cut_off_or_is_none_says_nothing_of_a_run(tmp_path):
     assert t.read_run(path) == start
     path.write_text("\n".join(lines[:2]))
     assert t.read_run(path) == []
+
+
+# ---- Scoring alone -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(shards, tmp_path_factory) -> Path:
+    """The folder of a run whose evaluation is not its preset's: sliding, with small chunks."""
+    folder = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        environment = environment_of(shards, folder, eval_mode="sliding", ttt_enabled=True)
+        assert run_here(patch, environment) == 0
+    return folder
+
+
+def score_again(monkeypatch, folder: Path, **settings) -> dict[str, dict]:
+    """The records of a run's artifact scored with nothing given but these."""
+    environment = {"EVAL_ONLY": "1", "DEVICE": "cpu", "LOG_DIR": str(folder)} | settings
+    assert run_here(monkeypatch, environment) == 0
+    return logs.last_run(folder / f"{settings['RUN_ID']}.eval.jsonl")
+
+
+def test_a_run_is_scored_again_with_its_own_settings(monkeypatch, capsys, scored):
+    """Its preset, data, windows and chunks; to the last digit."""
+    events = score_again(monkeypatch, scored, RUN_ID="a")
+    then = logs.last_run(scored / "a.jsonl")
+    for name in ("val_loss", "val_bpb"):
+        assert events["final"][name] == then["final"][name]
+    assert f"settings from {scored / 'a.jsonl'}\n" in capsys.readouterr().out
+    ours, theirs = (x["settings"]["settings"] for x in (events, then))
+    assert all(ours[name] == theirs[name] for name in t.SCORED_WITH)
+    assert {"preset", "data_path", "eval_stride", "seed", "mamba_d_state"} <= {*t.SCORED_WITH}
+    assert events["settings"]["given"] == ["device", "eval_only", "log_dir", "run_id"]
+
+
+def test_what_is_given_goes_before_the_runs_settings_and_is_told(monkeypatch, capsys, scored):
+    given = {"EVAL_MODE": "plain", "TTT_ENABLED": "0", "VAL_BATCH_SIZE": "128"}
+    events = score_again(monkeypatch, scored, RUN_ID="a", **given)
+    told = "a.jsonl; but EVAL_MODE=plain (there sliding) TTT_ENABLED=False (there True)\n"
+    assert told in capsys.readouterr().out
+    then = logs.last_run(scored / "a.jsonl")["after_quantization"]
+    assert events["final"]["val_loss"] == then["val_loss"]
+    with monkeypatch.context() as patch:
+        only = {"EVAL_ONLY": "1", "DEVICE": "cpu", "LOG_DIR": str(scored), "RUN_ID": "a"}
+        said = mistake(patch, capsys, only | {"MODEL_DIM": "64"})
+        assert "MODEL_DIM=64 contradicts the artifact, which has 32: unset it" in said
+        said = mistake(patch, capsys, only | {"PRESET": "short"})
+        assert f"PRESET=short contradicts {scored / 'a.jsonl'}, which has tiny: unset it" in said
+
+
+@pytest.mark.parametrize("log", ["none", "of another artifact"])
+def test_without_its_log_an_artifact_tells_its_preset_and_window(
+    monkeypatch, capsys, scored, tmp_path, log
+):
+    """And which settings of the evaluation are that preset's is told; older ones tell neither."""
+    artifact = tmp_path / "b.int6.lzma"
+    artifact.write_bytes((scored / "a.int6.lzma").read_bytes())
+    if log != "none":
+        sha256 = t.file_sha256(artifact)
+        text = (scored / "a.jsonl").read_text().replace(sha256, sha256[::-1])
+        (tmp_path / "b.jsonl").write_text(text.replace('"ttt_epochs": 2', '"ttt_epochs": 1'))
+    then = logs.last_run(scored / "a.jsonl")["settings"]["settings"]
+    names = "data_path tokenizer_path eval_stride val_batch_size ttt_chunk_tokens mamba_chunk_size"
+    given = {name.upper(): str(then[name]) for name in names.split()} | {"ARTIFACT": str(artifact)}
+    events = score_again(monkeypatch, tmp_path, RUN_ID="b", **given)
+    assert events["final"]["val_loss"] == logs.last_run(scored / "a.jsonl")["final"]["val_loss"]
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("settings from")]
+    assert "b.int6.lzma; without its log, as PRESET=tiny has them: EVAL_MODE=sliding " in line
+    assert " TTT_EPOCHS=2 " in line
+    assert "TRAIN_SEQ_LEN" not in line
+    assert "EVAL_STRIDE" not in line
+
+    data = artifact.read_bytes()
+    line, payload = data[len(t.ARTIFACT_MAGIC) : -t.DIGEST_BYTES].split(b"\n", 1)
+    former = json.loads(line)
+    del former["preset"], former["train_seq_len"]
+    artifact.write_bytes(b"".join(t.seal(t.ARTIFACT_MAGIC, former, payload)))
+    with pytest.raises(AssertionError):  # the text is shorter than such a window
+        score_again(monkeypatch, tmp_path, RUN_ID="b", **given)
+    out = capsys.readouterr().out
+    assert "as PRESET=default has them" in out
+    assert " TRAIN_SEQ_LEN=2048\n" in out

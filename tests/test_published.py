@@ -29,11 +29,14 @@ def records(path: Path) -> dict[str, dict]:
 
 
 def test_it_scores_what_its_log_says(monkeypatch, tmp_path):
-    """In plain windows with frozen weights, as every run scores what it has just quantized."""
-    environment = {"PRESET": "tiny", "DEVICE": "cpu", "RUN_ID": "a", "LOG_DIR": str(tmp_path)}
+    """In plain windows with frozen weights, as every run scores what it has just quantized; all
+    else, the data too, is in the log beside it.
+    """
+    monkeypatch.chdir(SCRIPT.parent)
+    environment = {"DEVICE": "cpu", "RUN_ID": "a", "LOG_DIR": str(tmp_path)}
     environment |= {"EVAL_ONLY": "1", "EVAL_MODE": "plain", "TTT_ENABLED": "0"}
-    environment |= {"ARTIFACT": str(ARTIFACT), "TOKENIZER_PATH": str(TOKENIZER)}
-    assert run_here(monkeypatch, environment | {"DATA_PATH": str(FOLDER)}) == 0
+    environment |= {"ARTIFACT": str(ARTIFACT.relative_to(SCRIPT.parent))}
+    assert run_here(monkeypatch, environment) == 0
     scored = records(tmp_path / "a.eval.jsonl")
     then = records(FOLDER / "tiny.jsonl")
     assert scored["final"]["val_bpb"] == pytest.approx(

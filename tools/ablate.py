@@ -779,7 +779,7 @@ def format_table(plan: Plan, runs: list[dict], notes: Iterable[str] = ()) -> str
         "",
         "BPB is bits per byte, lower is better: mean ± sample standard deviation over n seeds.",
         "The difference is to the base's final BPB; p is Welch's two-sided t-test, "
-        "uncorrected for many variants.",
+        "uncorrected for many variants. Bytes are the mean too; a submission counts its largest.",
     ]
     for note in table_notes(runs, notes):
         lines += ["", note]

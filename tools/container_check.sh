@@ -87,8 +87,8 @@ demo() {
 }
 
 score() {
-    local settings=(EVAL_ONLY=1 PRESET=tiny DEVICE=cpu LOG_DIR="$work" RUN_ID=tiny)
-    settings+=(DATA_PATH="$data" TOKENIZER_PATH="$data/tokenizer.model" ARTIFACT="$artifact")
+    # All else is in the log beside the artifact.
+    local settings=(EVAL_ONLY=1 DEVICE=cpu LOG_DIR="$work" RUN_ID=tiny ARTIFACT="$artifact")
     settings+=(SAMPLE_PROMPT="The function returns" SAMPLE_TOKENS=40)
     env "${settings[@]}" "$python" train_gpt.py
 }

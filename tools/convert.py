@@ -28,6 +28,7 @@ from tools.command import Parser, UserError, need, run_command, write_whole
 
 SUFFIX = ".safetensors"
 STEPS = " steps"  # behind a matrix's name
+UNKNOWN = {"preset": "", "train_seq_len": 0}  # of older artifacts, whose headers lack these
 OFF_GRID = 1e-3  # of a step: what float32 leaves is a thousandth of it
 
 
@@ -55,7 +56,8 @@ def from_artifact(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         parameters = t.unpack_artifact(payload, skeleton)
     except (ValueError, lzma.LZMAError):
         raise UserError(f"{path}: its data are not its header's model") from None
-    return parameters | grid_steps(payload, skeleton), header
+    known = {name: value for name, value in header.items() if UNKNOWN.get(name) != value}
+    return parameters | grid_steps(payload, skeleton), known
 
 
 def integers_of(name: str, weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -86,7 +88,13 @@ def to_artifact(tensors: dict[str, torch.Tensor], header: dict) -> bytes:
     for name in matrices:
         integers = integers_of(name, tensors[name], tensors[name + STEPS])
         stored[f"{name} integers"] = integers
-    return t.pack_artifact(settings, stored, str(header.get("tokenizer_sha256", "")))
+    packed = t.pack_artifact(settings, stored)
+    payload = packed[: -t.DIGEST_BYTES].partition(b"\n")[2]
+    # The header that it had, in the order of all headers.
+    usual = t.artifact_header(settings)
+    header = {name: header[name] for name in usual if name in header}
+    t.read_header(json.dumps(header), usual)
+    return b"".join(t.seal(t.ARTIFACT_MAGIC, header, payload))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

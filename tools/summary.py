@@ -51,7 +51,6 @@ def way_of_scoring(settings: dict) -> str:
 def score_lines(events: dict[str, dict]) -> list[str]:
     """The model's scores at the three moments at which they are taken."""
     settings = events["settings"]["settings"]
-    last = "after adaptation" if adapts(settings) else "final"
     # The first two are of the same text in the same windows, so that they can be compared.
     before = events["trained"]["val_bpb"]
     after = events["after_quantization"]["val_bpb"]
@@ -59,7 +58,7 @@ def score_lines(events: dict[str, dict]) -> list[str]:
     return [
         f"  before quantization   {before:.4f}   (plain windows)",
         f"  after quantization    {after:.4f}   (plain windows)",
-        f"  {last:20}  {final:.4f}   ({way_of_scoring(settings)})",
+        f"  final                 {final:.4f}   ({way_of_scoring(settings)})",
     ]
 
 

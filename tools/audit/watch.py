@@ -192,6 +192,8 @@ def observe(script: ModuleType, environment: dict[str, str], seed: int) -> Obser
     There is no clock: all epochs are made.
     """
     settings, given, ranks = script.prepare_run(environment)
+    if hasattr(script, "settings_to_score"):  # what is not given, as the script itself takes it
+        settings, _ = script.settings_to_score(settings, given, ranks.world_size)
     model, settings = script.load_model(settings.artifact_path, settings, given, ranks)
     settings = dataclasses.replace(settings, eval_max_seconds=2.0**40)
     tokenizer = script.Tokenizer(settings.tokenizer_path, settings.vocab_size)
