@@ -357,8 +357,8 @@ PRESETS = {
     "tiny": TINY,
     "laptop": TINY | {
         "num_layers": 5, "mamba_layers": "0,1,3,4", "model_dim": 192, "num_heads": 6,
-        "num_kv_heads": 3, "max_wallclock_seconds": 480.0, "export_reserve_seconds": 20.0,
-        "eval_max_seconds": 120.0, "iterations": 3000},
+        "num_kv_heads": 3, "max_wallclock_seconds": 450.0, "export_reserve_seconds": 20.0,
+        "eval_max_seconds": 150.0, "eval_stride": 128, "iterations": 3000},
 }  # fmt: skip
 
 # What each is for: --presets prints it.
