@@ -276,6 +276,7 @@ def test_settings_are_the_logs_and_given_ones_must_agree(run):
     assert chosen["EVAL_STRIDE"] == "8"
     assert chosen["TTT_ENABLED"] == "1"
     assert chosen["DEVICE"] == "cpu"
+    assert chosen["PRECISION"] == "auto"
     assert {"SECRET", "DATA_PATH", "EVAL_MAX_SECONDS"}.isdisjoint(chosen)
     with pytest.raises(UserError, match="made with EVAL_STRIDE=8, here it is 16: leave it out"):
         audit_case.choose_settings(names, {"EVAL_STRIDE": "16"}, log)

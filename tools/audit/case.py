@@ -28,7 +28,7 @@ LOOKED_AT_EVERY = 5.0  # seconds: a line of a process is passed on
 
 # Settings that a score depends on, beside those in an artifact's header: these, and all from
 # eval_mode on. No evaluation here has a clock.
-BEFORE_EVALUATION = ("vocab_size", "train_seq_len", "mamba_chunk_size")
+BEFORE_EVALUATION = ("precision", "vocab_size", "train_seq_len", "mamba_chunk_size")
 WITHOUT_EFFECT = ("eval_nll_path", "eval_max_seconds")
 NO_CLOCK = "1000000"
 # What a run's place and ranks were; and what a cell sets.
