@@ -2870,9 +2870,8 @@ class Evaluator:
             say(f"test-time training: {counts}, {seconds_left:.0f}s left")
         times.append([0, self.scoring_seconds, 0.0])
         chunks = np.hstack([self.ranks.sum_(self.learnt).cpu(), times])
-        return self._collect(given_up)._replace(
-            seconds=time.perf_counter() - started, chunks=chunks
-        )
+        score = self._collect(given_up)
+        return score._replace(seconds=time.perf_counter() - started, chunks=chunks)
 
     def _affordable_epochs(self, index: int, chunks_left: int, seconds_left: float) -> int:
         """Epochs on chunk number index so that the chunks_left after it can be scored in time.
@@ -3026,8 +3025,7 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
     sums = {"targets": None, "bytes": validation.target_bytes, "nats": score.nats}
     tables = {}
     for name, row in rows.items():
-        columns = {key: np.bincount(row, weights).round(3) for key, weights in sums.items()}
-        tables[name] = {key: column.tolist() for key, column in columns.items()}
+        tables[name] = {key: np.bincount(row, x).round(3).tolist() for key, x in sums.items()}
     if settings.adapts:
         columns = score.chunks.T.round(3).tolist()
         tables["chunks"] |= dict(zip(CHUNK_COLUMNS, columns, strict=True))

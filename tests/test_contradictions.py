@@ -54,6 +54,27 @@ def test_figures_that_are_edited_in_one_of_the_logs_are_seen(logs):
     found(logs, "a clock of 177.4 s, .jsonl of 170.000 s")
 
 
+def test_a_scores_tables_come_to_the_score_and_to_the_text(logs):
+    counts = {"scored_tokens": 1000, "bytes": 3000}
+    loss = logs.events["final"]["val_loss"]
+    table = {"targets": [400, 600], "bytes": [1000.0, 2000.0], "nats": [300 * loss, 700 * loss]}
+    seconds = logs.text.evaluation_seconds
+    logs.events["final"]["evaluation_seconds"] = seconds + 0.04
+    tables = {"seconds": 1.0, "chunks": table}
+    logs.events.update({"validation_data": counts, "final_profile": tables})
+    assert evidence.other_sums(logs) == []
+    for column, value, said in (
+        ("nats", [300 * loss, 699 * loss], "the score to another sum"),
+        ("bytes", [1000.0, 1999.0], "is of 2,999 bytes, the text has others"),
+        ("targets", [400, 601], "is of 1,001 targets"),
+        ("nats", ["many"], "has no sums"),
+    ):
+        logs.events["final_profile"]["chunks"] = table | {column: value}
+        found(logs, f"the final score's table chunks {said}" if "sum" not in said else said)
+    edit(logs, "final", evaluation_seconds=seconds - 1)
+    found(logs, f"evaluation took {seconds} s in .txt, {seconds - 1} s in .jsonl")
+
+
 def test_steps_that_do_not_fit_the_clock_are_seen(logs):
     edit(logs, "trained", steps=13_000)
     found(logs, "13000 steps of 41.51 ms take 539.6 s, but the training clock stood at 177.4 s")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
 from tests.support import (
@@ -623,6 +624,30 @@ def test_a_chunks_nats_are_told_before_its_first_and_its_last_update():
     assert chunks["last_epoch"][0] == pytest.approx(float(after.sum()), rel=1e-5)
     once = evaluate(model, tiny(eval_mode="plain", ttt_lr=0.05, ttt_epochs=1), stream).chunks
     assert (once[:, 0] == once[:, 1]).all() and once[0, 0] > 0
+
+
+class NumbersRead(TorchDispatchMode):
+    """Counts how often the host waits for a number of the device's."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_the_log_keeps_of_a_chunk_makes_no_step_wait():
+    settings = tiny(eval_mode="plain", ttt_lr=0.05)
+    evaluator = t.Evaluator(
+        random_model(settings), settings, SOLO, validation_set(document_stream(200))
+    )
+    sgd = torch.optim.SGD(evaluator.trained, lr=0.05)
+    with NumbersRead() as read:
+        evaluator._score_chunk(0, 64)
+        evaluator._adapt(0, 64, sgd, 3)
+        assert read.count == 0
+        assert float(evaluator.learnt[0, 0]) > float(evaluator.learnt[0, 1]) > 0
+    assert read.count == 2
 
 
 def test_a_chunks_seconds_are_those_of_its_scoring_and_its_epochs(monkeypatch):

@@ -148,7 +148,8 @@ def write_run(
         log("evaluation: attempt 1", "evaluation", attempt=1)
         took = f"evaluation took {evaluation:.1f}s of {s.eval_max_seconds:g}s"
         at(now + 20 + evaluation)(f"{took}; 0 epochs given up")
-        t.report(log, "final", s.eval_mode + "_ttt" * s.adapts, score(loss, bytes_per_token))
+        final = score(loss, bytes_per_token)._replace(seconds=evaluation)
+        t.report(log, "final", s.eval_mode + "_ttt" * s.adapts, final)
     log.close()
     if artifact:
         write_artifact(s.artifact_path, s, values["bytes_total"] - code_bytes)
@@ -1148,7 +1149,7 @@ def test_an_evaluation_that_was_interrupted_is_named_but_is_a_record(tmp_path):
     log("evaluation: attempt 2", "evaluation", attempt=2)
     log.started -= 400
     log(took.rstrip())
-    t.report(log, "final", "sliding_ttt", score(3.02))
+    t.report(log, "final", "sliding_ttt", score(3.02)._replace(seconds=400.0))
     log.close()
     assert pack(tmp_path / "out", *logs) == 0
     found = rows(tmp_path / "out")

@@ -107,7 +107,8 @@ def inner_contradictions(logs: RunLogs) -> list[str]:
     """Those between the figures of one start's two logs."""
     found = [*disagreements(logs), *other_lines(logs), *impossible_clocks(logs)]
     found += [*impossible_evaluations(logs), *miscounted_texts(logs)]
-    return found + other_scored(logs) + odd_records(logs) + learnt_shards(logs)
+    found += [*other_sums(logs), *other_scored(logs), *odd_records(logs)]
+    return found + learnt_shards(logs)
 
 
 def disagreements(logs: RunLogs) -> list[str]:
@@ -351,6 +352,37 @@ def miscounted_texts(logs: RunLogs) -> list[str]:
     if math.isclose(counted, scored, rel_tol=1e-5):
         return []
     return [f"the score is of {scored:.5f} bytes per token, the text has {counted:.5f}"]
+
+
+def other_sums(logs: RunLogs) -> list[str]:
+    """Tables of where a score's nats are come to the score, and to the text that was counted.
+
+    So does an evaluation's own clock to the seconds that are printed. Older logs have neither.
+    """
+    found = []
+    counts = logs.events.get("validation_data", {})
+    for event in ("after_quantization", "final"):
+        record = logs.events.get(event, {})
+        loss = number_in(record, "val_loss")
+        for name, table in logs.events.get(f"{event}_profile", {}).items():
+            if loss is None or not isinstance(table, dict):
+                continue
+            what = f"the {event.replace('_', ' ')} score's table {name}"
+            try:
+                sums = {column: math.fsum(table[column]) for column in ("targets", "bytes", "nats")}
+            except (KeyError, TypeError, ValueError, OverflowError):
+                found.append(f"{what} has no sums")
+                continue
+            if not math.isclose(sums["nats"], loss * sums["targets"], rel_tol=1e-5):
+                found.append(f"{what} comes to {sums['nats']:.1f} nats, the score to another sum")
+            for column, key in {"targets": "scored_tokens", "bytes": "bytes"}.items():
+                if sums[column] != number_in(counts, key):
+                    found.append(f"{what} is of {sums[column]:,.0f} {column}, the text has others")
+    seconds = number_in(logs.events.get("final", {}), "evaluation_seconds")
+    printed = logs.text.evaluation_seconds
+    if seconds is not None and abs(seconds - printed) > ROUNDING_SECONDS:
+        found.append(f"evaluation took {printed} s in .txt, {seconds} s in .jsonl")
+    return found
 
 
 def impossible_clocks(logs: RunLogs) -> list[str]:
