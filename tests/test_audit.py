@@ -562,10 +562,10 @@ def test_another_script_is_said_so_on_top_and_its_scores_are_held_against_our_ow
     rows = rows_of(done)
     assert done.returncode == 1, done.stdout + done.stderr
     assert rows[checks.TITLES["script"]][0] == "open"
-    assert "it differs in" in rows[checks.TITLES["script"]][1]
-    verdict, evidence = rows[checks.TITLES["probabilities"]]
+    assert "it differs in" in rows[checks.TITLES["script"]][2]
+    verdict, _, evidence = rows[checks.TITLES["probabilities"]]
     assert verdict == "FAILS", evidence
-    verdict, evidence = rows[checks.TITLES["own"]]
+    verdict, _, evidence = rows[checks.TITLES["own"]]
     assert verdict == "FAILS"
     assert "249 of 249 targets score otherwise" in evidence
     assert "Not checked: " in done.stdout
