@@ -603,6 +603,9 @@ def help_text() -> str:
 
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 
+CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")  # the limit in bytes, of cgroup v2
+MOST_TOKENS_ON_A_CPU = 8192  # that a rank runs at once
+
 PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as the process lives
 
 
@@ -756,10 +759,13 @@ def maybe_compile(function, settings, ranks):
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory; for the CPU, of this machine's."""
+    """Bytes of a GPU's memory; for the CPU, of this machine's, or of this container's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # "max" is no limit
+        memory = min(memory, int(CONTAINER_MEMORY.read_text()))
+    return memory
 
 
 def synchronized_time() -> float:
@@ -2817,8 +2823,9 @@ class Evaluator:
         self.times_scored = np.zeros(self.total, dtype=np.uint8)
         self.chunk = min(self.total, settings.ttt_chunk_tokens) if settings.adapts else self.total
         windows = len(plan_windows(settings, 0, self.chunk, 0, ranks.world_size))
-        most = settings.val_batch_size // (ranks.world_size * settings.train_seq_len)
-        self.rows = max(1, min(windows, most))  # of a batch
+        most = settings.val_batch_size // ranks.world_size
+        self.most_tokens = most if ranks.gpu else min(most, MOST_TOKENS_ON_A_CPU)  # at once
+        self.rows = max(1, min(windows, self.most_tokens // settings.train_seq_len))  # of a batch
         self.learnt = torch.zeros(math.ceil(self.total / self.chunk), 2, device=ranks.device)
         self.part = self._part_tokens()
         self.relay = StateRelay(ranks, [])
@@ -2974,7 +2981,7 @@ class Evaluator:
         whole = (last - first) % (world_size * length) == 0  # by validate_settings()
         assert whole or last == self.total, "training would read past its chunk"
         mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]
-        rows = largest_divisor(len(mine), s.val_batch_size // (world_size * length))
+        rows = largest_divisor(len(mine), self.most_tokens // length)
         share = rows / len(mine) / world_size  # of a batch in the chunk's mean
         total = torch.zeros((), device=self.ranks.device)
         for batch in mine.reshape(-1, rows, 1):
@@ -4121,7 +4128,6 @@ class Checkpoints(ThreadPoolExecutor):
 # A rank runs no faster with more tokens at once, and needs more memory; the first Mamba's scan
 # keeps a state for every channel.
 MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 131_072}  # by MAMBA_VERSION, on a GPU
-MOST_TOKENS_ON_A_CPU = 8192
 CPU_FACTOR = 6  # of a token's bytes: numbers are twice as long, and scans are no kernels
 USED_MEMORY = 0.7  # of what is free
 

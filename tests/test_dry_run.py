@@ -16,12 +16,14 @@ from tests.support import (
     PATIENCE,
     SCRIPT,
     SOLO,
+    document_stream,
     mistake,
     process_environment,
     run_environment,
     run_here,
     tiny,
     tiny_environment,
+    validation_set,
 )
 from tools import dry_run, fit_bytes
 from tools.command import UserError
@@ -233,6 +235,13 @@ def test_what_a_run_would_refuse_is_refused(monkeypatch, capsys):
         dry_run.dry_run([])
 
 
+def test_of_several_ranks_one_speaks(dry):
+    launch = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    said = dry({"PRESET": "tiny"} | launch | {"RANK": "0"})
+    assert "for 2,048 tokens at once" in said  # of 4,096 in a step
+    assert dry({"PRESET": "tiny"} | launch | {"RANK": "1"}) == ""
+
+
 def test_presets_are_listed_with_a_line_each(monkeypatch, capsys):
     assert run_here(monkeypatch, {}, "--presets") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -254,6 +263,35 @@ def test_on_a_cpu_a_micro_batch_fits_its_memory(monkeypatch, memory, tokens):
     assert t.choose_micro_batch(settings, pair) <= tokens
     asked = dataclasses.replace(settings, micro_batch_tokens=32_768)
     assert t.choose_micro_batch(asked, SOLO) == 32_768
+
+
+@pytest.mark.parametrize(("limit", "memory"), [("1073741824", 2**30), ("max", 2**40), ("", 2**40)])
+def test_a_containers_memory_is_all_there_is(monkeypatch, tmp_path, limit, memory):
+    monkeypatch.setattr(t.os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**28}.get)
+    monkeypatch.setattr(t, "CONTAINER_MEMORY", tmp_path / "memory.max")
+    if limit:
+        t.CONTAINER_MEMORY.write_text(f"{limit}\n")
+    assert t.device_memory(SOLO.device) == memory
+
+
+def test_a_cpu_scores_and_adapts_to_as_many_tokens_at_once(monkeypatch):
+    """Where VAL_BATCH_SIZE is a GPU's; by the shapes of what is read."""
+    monkeypatch.setattr(t, "MOST_TOKENS_ON_A_CPU", 96)
+    settings = tiny(val_batch_size=4096, ttt_chunk_tokens=256, ttt_epochs=1)
+    model = t.build_model(settings, SOLO)
+    read = {"on_read": [], "on_train": []}
+
+    class Shapes(t.EvaluationObserver):
+        def on_read(self, excerpt: t.Excerpt) -> None:
+            read["on_read"].append(excerpt.tokens.numel())
+
+        def on_train(self, excerpt: t.Excerpt) -> None:
+            read["on_train"].append(excerpt.tokens.numel())
+
+    text = validation_set(document_stream(600))
+    t.Evaluator(model, settings, SOLO, text, observer=Shapes()).evaluate()
+    assert max(read["on_read"]) == 96
+    assert set(read["on_train"]) == {64}  # of the divisors of 8 windows of 32
 
 
 @pytest.mark.parametrize(("preset", "warns"), [("default", True), ("short", True), ("tiny", False)])

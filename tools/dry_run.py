@@ -218,11 +218,11 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser("--dry-run", __doc__)
     add = parser.add_argument
     add("--gpu-memory", type=positive, metavar="GB", help="of a GPU that is not here")
-    add("--ranks", type=int, default=1, metavar="N", help="processes that share a step")
+    add("--ranks", type=int, metavar="N", help="processes that share a step; torchrun's, or 1")
     add("--step-ms", type=positive, default=0.0, metavar="MS", help="that a step takes")
     add("--k", type=positive, nargs="+", default=[], metavar="K", help="sizes at these SDCLIP_K")
     options = parser.parse_args(arguments)
-    need(options.ranks >= 1, f"--ranks {options.ranks} must be 1 or more")
+    need(options.ranks is None or options.ranks > 0, "--ranks must be 1 or more")
     return options
 
 
@@ -230,7 +230,11 @@ def dry_run(arguments: list[str] | None = None) -> int:
     """Prints what a run with the environment's settings would be."""
     options = read_arguments(arguments)
     settings, given = t.read_settings(dict(os.environ))
-    t.validate_settings(settings, options.ranks)
+    rank, _, started = t.read_launch(dict(os.environ))
+    if rank:
+        return 0  # rank 0 says it all
+    world_size = options.ranks or started
+    t.validate_settings(settings, world_size)
     # An absent GPU is a device that nothing is put on.
     device = torch.device("cuda") if options.gpu_memory else t.choose_device(settings, 0)
     memory = 1e9 * options.gpu_memory if options.gpu_memory else t.device_memory(device)
@@ -238,7 +242,7 @@ def dry_run(arguments: list[str] | None = None) -> int:
     target = int(settings.target_mb * 1e6) - t.code_bytes()
     lines = [*describe_choices(settings), "", *describe_layers(model), ""]
     lines += [f"sizes by {weights}:", *describe_size(model, target, options.k), ""]
-    lines += describe_memory(model, t.Ranks(0, options.ranks, device), memory)
+    lines += describe_memory(model, t.Ranks(0, world_size, device), memory)
     lines += describe_clock(model.settings, options.step_ms)
     print("\n".join(lines))
     t.check_size(model, target, memory)
