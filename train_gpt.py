@@ -4719,6 +4719,7 @@ def main(log):
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
         validation = text_to_score(settings, tokenizer, prompt, log)
+        check_alike(settings, ranks, validation)
         written = ""  # SHA-256 of the artifact that this run has made
         if settings.eval_only:
             log.begin()
@@ -4848,6 +4849,25 @@ def hand_over(command: str, arguments: list[str]):
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     os.execve(sys.executable, [sys.executable, "-m", f"tools.{tool}", *arguments], environment)
+
+
+def check_alike(settings, ranks, validation: ValidationSet | None):
+    """Raises UserError on a rank that has another script, other text or settings than rank 0.
+
+    On several machines each rank reads the files and variables of its own; LOG_DIR is shared.
+    """
+    if ranks.world_size == 1:
+        return
+    compared = {n for n, group in FIELDS.items() if group == "evaluation"} - {"eval_nll_path"}
+    mine = {name.upper(): getattr(settings, name) for name in [*TRAINING_FIELDS, *compared]}
+    shards = [] if settings.eval_only else open_shards(settings.data_path, "train")
+    mine |= {"train_gpt.py": file_sha256(__file__), "training text": sampled_digest(shards)}
+    mine["TOKENIZER_PATH"] = file_sha256(settings.tokenizer_path)
+    text = b"" if validation is None else validation.tokens
+    mine["validation text"] = hashlib.sha256(text).hexdigest()
+    theirs = ranks.from_main(mine)
+    differ = [f"{n}={mine[n]}, not {theirs[n]}" for n in sorted(mine) if mine[n] != theirs[n]]
+    need(not differ, f"rank {ranks.rank} has {'; '.join(differ)}: give it what rank 0 has")
 
 
 def run() -> int:

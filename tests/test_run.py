@@ -45,6 +45,7 @@ from tests.support import (
     run_ranks,
     tiny,
     tiny_environment,
+    with_settings,
     write_shard,
 )
 
@@ -1203,3 +1204,43 @@ def test_two_machines_are_two_ranks(shards, tmp_path):
     )
     files = [(tmp_path / f"{name}.int6.lzma").read_bytes() for name in ("nodes", "one")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("settings", "rank 1 has MATRIX_LR=0.03, not 0.02: give it what rank 0 has"),
+        ("words_train_000001.bin", "rank 1 has training text="),
+        ("words_val_000000.bin", "rank 1 has validation text="),
+        ("tokenizer.model", "rank 1 has TOKENIZER_PATH="),
+        ("nothing", ""),
+    ],
+)
+def test_machines_whose_files_or_settings_differ_are_refused(shards, tmp_path, part, said):
+    """What each reads for itself; other paths are no difference. Ranks are threads here."""
+    ours = tiny(data_path=str(shards), tokenizer_path=str(shards / "tokenizer.model"))
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    paths = {"data_path": str(other), "tokenizer_path": str(other / "tokenizer.model")}
+    theirs = with_settings(ours, **paths, log_dir="/elsewhere")
+    if part == "settings":
+        theirs = with_settings(theirs, matrix_lr=0.03)
+    elif part == "tokenizer.model":  # a field that nobody knows
+        (other / part).write_bytes((other / part).read_bytes() + b"\xc2>\x01x")
+    elif part != "nothing":
+        data = (other / part).read_bytes()
+        (other / part).write_bytes(data[:-2] + b"\x07\0")
+
+    def compare(ranks: t.Ranks) -> str:
+        settings = (ours, theirs)[ranks.rank]
+        tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
+        try:
+            t.check_alike(settings, ranks, t.load_validation(settings, tokenizer))
+        except t.UserError as error:
+            return str(error)
+        return ""
+
+    first, second = run_ranks(2, compare)
+    assert first == ""
+    assert second.startswith(said)
+    assert bool(second) == bool(said)
