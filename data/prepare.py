@@ -1245,9 +1245,13 @@ def fault_of_shard(path: Path) -> str | None:
 
 def read_shard(path: Path) -> np.ndarray:
     """Return a shard's bytes, header included, uint8; PrepareError if it is damaged."""
+    size = path.stat().st_size
     if fault := fault_of_shard(path):
         raise PrepareError(f"{path}: {fault}")
-    return np.fromfile(path, dtype=np.uint8)
+    raw = np.fromfile(path, dtype=np.uint8)
+    if len(raw) != size:  # or half of it would be taken for the whole
+        raise PrepareError(f"{path} was cut off while it was read: fetch it again")
+    return raw
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:

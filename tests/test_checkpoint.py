@@ -677,6 +677,32 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
     assert artifact(tmp_path) == artifact(undisturbed)
 
 
+def test_a_shard_that_is_cut_while_a_run_trains_costs_no_more_than_a_restart(
+    monkeypatch, capsys, shards, tmp_path, undisturbed
+):
+    """One line; with the whole shard the same command goes on from a checkpoint."""
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    environment = quick_environment(data, tmp_path)
+    gradients = t.Trainer.accumulate_gradients
+
+    def cut(trainer, *arguments):
+        if trainer.steps_done == 3:
+            for path in data.glob("*_train_*.bin"):
+                os.truncate(path, 2000)
+        return gradients(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t.Trainer, "accumulate_gradients", cut)
+        assert "was cut off after the start: download it again" in mistake(
+            patch, capsys, environment
+        )
+    shutil.copytree(shards, data, dirs_exist_ok=True)
+    assert run_here(monkeypatch, environment) == 0
+    assert re.search(r"^resumed .*: step [1-9]", capsys.readouterr().out, re.M)
+    assert artifact(tmp_path) == artifact(undisturbed)
+
+
 def test_a_stop_while_a_file_is_written_leaves_no_half_one(monkeypatch, tmp_path):
     def stop(file):
         raise KeyboardInterrupt

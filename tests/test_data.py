@@ -3,6 +3,7 @@
 import collections
 import itertools
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import sentencepiece
 import torch
 
 import train_gpt as t
-from tests.support import CPU, SOLO, TEXT, tiny, write_shard
+from tests.support import CPU, SOLO, TEXT, Quiet, tiny, write_shard
 
 # ---- Shards --------------------------------------------------------------------------------------
 
@@ -52,6 +53,35 @@ def test_a_shard_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end(tmp_
     assert list(shard.read(498, 2)) == [498, 499]
     with pytest.raises(t.UserError, match="a_train_0.bin was cut off"):
         shard.read(499, 2)
+
+
+READERS = {
+    "training": lambda settings, tokenizer: t.Batches(settings, SOLO).next(),
+    "evaluation": t.load_validation,
+    "check of the tokenizer": lambda *both: t.check_tokenizer(*both, Quiet()),
+    "digest": lambda settings, _: t.sampled_digest(t.open_shards(settings.data_path, "train")),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_a_shard_notices_that_it_was_cut(monkeypatch, shards, tmp_path, reader):
+    """Right after its header was read, to a third."""
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    settings = tiny(data_path=str(data))
+    tokenizer = t.Tokenizer(str(data / "tokenizer.model"), settings.vocab_size)
+    READERS[reader](settings, tokenizer)
+    opened = t.open_shards
+
+    def cut(folder: str, split: str) -> list[t.Shard]:
+        found = opened(folder, split)
+        for shard in found:
+            os.truncate(shard.path, 1024 + 2 * (shard.count // 3) + 1)
+        return found
+
+    monkeypatch.setattr(t, "open_shards", cut)
+    with pytest.raises(t.UserError, match="was cut off after the start: download it again"):
+        READERS[reader](settings, tokenizer)
 
 
 @pytest.mark.parametrize("size", [0, 4, 1023])

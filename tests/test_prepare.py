@@ -991,6 +991,20 @@ def test_a_development_split_is_the_end_of_the_training_text(finished, tmp_path,
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
+def test_a_shard_that_is_cut_while_it_is_read_is_refused(finished, tmp_path, monkeypatch, capsys):
+    """Half of it would be taken for the whole, and a manifest agree with that."""
+    read = np.fromfile
+
+    def cut(path, **options):
+        os.truncate(path, 1024 + 2 * 100)
+        return read(path, **options)
+
+    monkeypatch.setattr(np, "fromfile", cut)
+    assert run("development", finished, "--out", tmp_path / "out") == 2
+    assert "d_train_000000.bin was cut off while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("part", [0, 0.1])
 def test_documents_come_in_as_many_orders_as_asked_for(finished, tmp_path, part):
     """A shard for each, with the same documents; and another part or number replaces what an
