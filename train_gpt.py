@@ -60,6 +60,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -4018,8 +4019,21 @@ def stop_signals(at_once: bool = False):
         if at_once and SIGNALLED_AT[-1] - SIGNALLED_AT[-2] >= AS_ONE_SECONDS:
             raise KeyboardInterrupt(signal.Signals(number).name)
 
-    with handling_signals(receive):
-        yield received
+    def raise_again(ignored):
+        if not (received and isinstance(ignored.exc_value, KeyboardInterrupt)):
+            usual(ignored)
+            return
+        SIGNALLED_AT.append(-math.inf)  # soon, for what is raised here is ignored as well
+        threading.Timer(0.1, os.kill, (os.getpid(), received[-1])).start()
+
+    # In a finalizer the interpreter drops what a handler raises, and the run would go on.
+    usual = sys.unraisablehook
+    sys.unraisablehook = raise_again if at_once else usual
+    try:
+        with handling_signals(receive):
+            yield received
+    finally:
+        sys.unraisablehook = usual
     if received and not at_once:  # too late for the loop to see
         SIGNALLED_AT[:] = [-math.inf]
         signal.raise_signal(received[0])

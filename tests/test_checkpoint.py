@@ -472,6 +472,24 @@ def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(
     assert records(tmp_path, "trained")[0]["train_clock_seconds"] <= 3
 
 
+def test_a_signal_that_falls_into_a_finalizer_is_not_lost(capsys):
+    """The interpreter drops what is raised there."""
+
+    class Signalled:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    hook, deadline = sys.unraisablehook, time.monotonic() + PATIENCE
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), t.stop_signals(at_once=True) as noted:
+        Signalled()
+        assert noted == [signal.SIGTERM]
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert noted == [signal.SIGTERM, signal.SIGTERM]
+    assert sys.unraisablehook is hook
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
 # ---- Which checkpoint ----------------------------------------------------------------------------
 
 
