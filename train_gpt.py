@@ -6553,7 +6553,6 @@ REFUSALS = {
     "MAMBA3_OUTPROJ_NORM=1": "what enters out_proj is always normalized",
     "MAMBA3_ROPE_FRACTION=0.5": "half of a state's numbers turn",
     "MAMBA_GRAD_CHECKPOINT=1": "a scan's backward pass computes anew what it needs",
-    "MUON_BETA2": "Muon keeps no second moment",
     "MUON_EQ_R=1": "Muon always brings rows to one length",
     "QAT_ENABLED=0 QAT_START_FRAC=0": "LATE_QAT_THRESHOLD says when QAT begins",
     "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine",
