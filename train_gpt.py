@@ -79,6 +79,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+try:
+    from tqdm import tqdm
+except ImportError:  # plain lines say the same
+    tqdm = None
+
 if TYPE_CHECKING:  # importing it loads the compiler and names its folder in the environment
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -2875,7 +2880,7 @@ class Evaluator:
             given_up += s.ttt_epochs - epochs
             times.append([epochs, self.scoring_seconds, epochs * self.epoch_seconds])
             counts = f"chunk {index + 1}/{len(firsts)}, {epochs} epochs"
-            say(f"test-time training: {counts}, {seconds_left:.0f}s left")
+            say(f", {counts}, {seconds_left:.0f}s left of the clock")
         times.append([0, self.scoring_seconds, 0.0])
         chunks = np.hstack([self.ranks.sum_(self.learnt).cpu(), times])
         score = self._collect(given_up)
@@ -3205,10 +3210,11 @@ def fake_quantization(model, matrices: dict[str, Tensor], k: float):
         torch._foreach_copy_(weights, kept)
 
 
-def calibration_sequences(model, settings, ranks, batches) -> Tensor:
+def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor:
     """This rank's part (n, T) of CALIBRATION_TOKENS tokens, int64, of which Hessians are made.
 
     CALIBRATION=train: the next ones of batches. self: texts that the model writes after BOS.
+    track: Log.track(), or iter.
     """
     s = settings
     length = s.train_seq_len if s.calibration == "train" else min(s.gptq_gen_len, s.train_seq_len)
@@ -3220,19 +3226,19 @@ def calibration_sequences(model, settings, ranks, batches) -> Tensor:
     generator.manual_seed(s.seed * ranks.world_size + ranks.rank)  # other texts on each rank
     prompts = torch.full((count, 1), BOS_ID, device=ranks.device)
     texts = []
-    for prompt in prompts.split(TEXTS_AT_ONCE):
+    for prompt in track(prompts.split(TEXTS_AT_ONCE)):
         text = generate(model, prompt, length - 1, s.gptq_gen_temp, generator=generator)
         texts.append(torch.cat([prompt, text], dim=1))
     return torch.cat(texts)
 
 
 @torch.no_grad()
-def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Tensor]:
+def collect_hessians(model, sequences: Tensor, ranks, rows: int, track=iter) -> dict[str, Tensor]:
     """H = 2 sum x x^T over every input x of each matrix: what errors of its weights cost.
 
     Weights that are off by D change the layer's outputs, squared and summed over all inputs, by
     sum(D H * D) / 2. sequences (n, T) int64 are this rank's, rows of them run at once; H, float32
-    (columns, columns), is of all ranks', by the weight's name.
+    (columns, columns), is of all ranks', by the weight's name. track: Log.track(), or iter.
     """
     hessians: dict[str, Tensor] = {}
 
@@ -3247,7 +3253,7 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int) -> dict[str, Te
         for name, layer in model.linear_layers().items():
             handle = layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
             hooks.callback(handle.remove)
-        for batch in sequences.split(rows):
+        for batch in track(sequences.split(rows)):
             add(model.output_name, model(batch, model.full_order))
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
 
@@ -3306,12 +3312,13 @@ def gptq(
 
 
 @torch.no_grad()
-def quantize_model(model, settings, ranks, hessians: dict, k: float) -> dict[str, Tensor]:
+def quantize_model(model, settings, ranks, hessians: dict, k: float, track=iter) -> dict:
     """What the artifact stores of the model, in its order; the same on all ranks.
 
     First by each parameter's name a vector in its float_type(), or a matrix's grid steps
     (rows + columns,), float16; then as "NAME integers" each matrix, int8 (rows, columns): without a
     Hessian, the nearest integers. Matrices of one shape are rounded at once, by one rank.
+    track: Log.track(), or iter.
     """
     parameters = model.named_parameters()
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in parameters}
@@ -3324,7 +3331,7 @@ def quantize_model(model, settings, ranks, hessians: dict, k: float) -> dict[str
         if hessian is None:  # as if inputs were independent: nothing to make up for
             hessian = torch.eye(weight.shape[1], device=weight.device)
         problems[weight.shape][name] = weight, hessian, rows * columns, limits
-    for group in itertools.islice(problems.values(), ranks.rank, None, ranks.world_size):
+    for group in track([*problems.values()][ranks.rank :: ranks.world_size]):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
         rounded = gptq(*stacked, settings.gptq_block_size, settings.gptq_damp)
         for name, integers in zip(group, rounded, strict=True):
@@ -3713,6 +3720,11 @@ def write_whole(path: Path, *parts, before: Path | None = None):
 # ---- Log -----------------------------------------------------------------------------------------
 
 
+PROGRESS_SECONDS = 5.0  # without a line until there is one on progress
+BAR = "{bar:20} {desc}"
+BAR_OPTIONS = {"leave": False, "mininterval": 0.2, "miniters": 0, "dynamic_ncols": True}
+
+
 class Log:
     """Rank 0's account of a run: console, LOG_DIR/NAME.txt and NAME.jsonl; others tell errors only.
 
@@ -3721,7 +3733,9 @@ class Log:
 
     def __init__(self):
         self.started = time.perf_counter()
-        self.last_progress = 0.0
+        self.last_line = time.monotonic()
+        self.score_at = 0.0  # about when the score will be there, by monotonic(); 0: not known
+        self.bar = None
         self.paths = []  # of text and of records
         self.files = []  # both, open, on rank 0
         self.said = []  # what these are to hold
@@ -3735,6 +3749,8 @@ class Log:
         folder = Path(settings.log_dir)
         self.paths = [folder / f"{name}.{end}" for end in ("txt", "jsonl")]
         if ranks.rank == 0:
+            if tqdm and sys.stdout.isatty():
+                self.bar = tqdm(total=1.0, file=sys.stdout, bar_format=BAR, **BAR_OPTIONS)
             with explained_errors(f"write logs in LOG_DIR={folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
                 self.files = [self.paths[0].open("ab", 0)]
@@ -3758,10 +3774,12 @@ class Log:
         """Writes a line of text, and for an event a record with these values."""
         if not self.files:
             return
+        self.last_line = time.monotonic()
         try:
-            print(line, flush=True)
+            print(line, flush=True) if self.bar is None else self.bar.write(line, sys.stdout)
         except OSError:  # the console is only a copy: its reader or its terminal may be gone
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
+            self.bar = None
         with explained_errors("write logs"):
             self.said[0].write(f"{line}\n".encode(errors="backslashreplace"))
         if event:
@@ -3776,23 +3794,66 @@ class Log:
 
     def failed(self, line: str, **values):
         """Adds, on any rank, why the run ended; not to the files of an earlier one."""
+        if self.bar is not None:
+            self.bar.close()
         if self.begun:
             with suppress(OSError, UserError):  # the console has it
                 self.files = self.said = self.files or [path.open("ab", 0) for path in self.paths]
                 self.said[0].write(f"{line}\n".encode(errors="backslashreplace"))
                 self.record("error", **values)
 
-    def progress(self, line: str):
-        """Writes a line unless one was written in the last two seconds."""
-        now = time.perf_counter()
-        if now - self.last_progress > 2:
-            self.last_progress = now
-            self(f"  [{now - self.started:.0f}s] {line}")
+    def progress(self, what: str, part: float, seconds: float, note: str = ""):
+        """Shows how far a phase has come that took so many seconds: a part of 1, a line's worth.
+
+        A terminal has a bar; where nothing was written for some seconds, there is a line of it.
+        """
+        now = time.monotonic()
+        quiet = now - self.last_line > PROGRESS_SECONDS
+        if self.files and (quiet or self.bar is not None):
+            line = f"{what}: {part:.0%}, {seconds:.0f} of {seconds / part:.0f}s{note}"
+            if self.score_at:
+                line += f", score in about {max(0.0, self.score_at - now):.0f}s"
+            if self.bar is not None:
+                self.bar.desc = line
+                self.bar.update(part - self.bar.n)
+            if quiet:
+                self(f"  {line}")
+
+    def track(self, what: str, items):
+        """Yields what a list holds, and shows how much of it is done."""
+        started = time.monotonic()
+        for number, item in enumerate(items, 1):
+            yield item
+            self.progress(what, number / len(items), time.monotonic() - started)
 
     def close(self):
-        """Closes the files, and gives up their name."""
+        """Takes the bar off the terminal and closes the files, which gives up their name."""
+        if self.bar is not None:
+            self.bar.close()
         for file in self.files:
             file.close()
+
+
+class ScoringProgress(EvaluationObserver):
+    """Shows in a log how far an evaluation of so many targets has come."""
+
+    def __init__(self, log, what: str, targets: int):
+        self.log = log
+        self.what = what
+        self.targets = targets
+        self.note = ""  # what evaluate() said last
+        self.started = time.monotonic()
+
+    def hear(self, note: str):
+        """Takes what evaluate() says."""
+        self.note = note
+
+    def on_score(self, excerpt: Excerpt, scored: np.ndarray, nats: Tensor):
+        """Tells how far the batch's last target is: ranks share the targets batch by batch."""
+        done = 1 + int(excerpt.positions[scored].max(initial=0))
+        seconds = time.monotonic() - self.started
+        note = f", {done / max(seconds, 1e-9):,.0f} tokens/s{self.note}"
+        self.log.progress(self.what, done / self.targets, seconds, note)
 
 
 def claim_file(file, name: str = "RUN_ID"):
@@ -4265,6 +4326,7 @@ class Trainer:
     checkpoints: Checkpoints | None = None  # without it, none is written
     make_average: type = WeightAverage
     training_data: str = ""  # what batches are made of, which a checkpoint remembers
+    scored_tokens: int = 0  # of the validation text, for the time until its score
 
     def __post_init__(self):
         self.micro_sequences = self.micro_batch // self.settings.train_seq_len
@@ -4382,10 +4444,9 @@ class Trainer:
         # resumed run makes one step at least.
         steps = max(s.warmup_steps, 1 if self.steps_done else 0)
         for order in sorted({self.model.order(False), self.model.order(True)}):
-            for step in range(steps):
+            for _ in self.log.track(f"warm-up of {len(order)} layers", range(steps)):
                 self.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
-                self.log.progress(f"warm-up: {len(order)} layers, step {step + 1}/{steps}")
         with torch.no_grad():  # as GPTQ's calibration will: FlexAttention compiles itself
             self.model(tokens[:, :-1], self.model.full_order)
         synchronized_time()
@@ -4408,6 +4469,10 @@ class Trainer:
                 now = schedule_at(s, self.steps_done, seconds)
                 if now.progress >= 1:
                     break
+                if self.steps_done:
+                    rate = self.pace(seconds)["tokens_per_second"]
+                    note = f", step {self.steps_done}, {rate:,} tokens/s"
+                    self.log.progress("training", now.progress, seconds, note)
                 if now.quantized and not self.qat_k:  # here, as fit_sdclip() waits for the GPU
                     self.qat_k = fit_sdclip(self.model, s, self.target_bytes)
                     self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
@@ -4481,15 +4546,37 @@ class Trainer:
         seconds = self.clock.seconds()
         ms = 1000 * seconds
         each = ms / self.steps_done
-        progress = schedule_at(self.settings, self.steps_done, seconds).progress
-        left = seconds * (1 - progress) / progress
-        rate = round(1000 * self.settings.train_batch_tokens / each)
-        text = f"train_loss:{mean:.4f} train_time:{ms:.0f}ms step_avg:{each:.2f}ms {progress:.1%}"
-        text += f" {rate:,} tokens/s {left:.0f}s left"
+        pace = self.pace(seconds)
+        left = pace["seconds_left"]
+        text = f"train_loss:{mean:.4f} train_time:{ms:.0f}ms step_avg:{each:.2f}ms"
+        text += f" {seconds / (seconds + left):.1%} of {seconds + left:.0f}s"
+        text += f" {pace['tokens_per_second']:,} tokens/s {left:.0f}s left"
+        if "seconds_to_score" in pace:
+            text += f" score in {pace['seconds_to_score']:.0f}s"
         text += f" skipped_steps:{skipped}" if skipped else ""
         values = {"train_loss": mean, "train_ms": ms, "step_avg_ms": each, "skipped_steps": skipped}
-        values |= {"tokens_per_second": rate, "seconds_left": round(left, 1)}
+        values |= pace
         self.log_at_step(text, "train", **values, **now._asdict())
+
+    def pace(self, seconds: float) -> dict[str, float]:
+        """By the clock alone: speed, what is left of training, and about how long until the score.
+
+        The score takes the export, two passes in plain windows, and the evaluation, in which a
+        token costs a third of a step's unless it is trained on.
+        """
+        s = self.settings
+        progress = schedule_at(s, self.steps_done, seconds).progress
+        rate = self.steps_done * s.train_batch_tokens / seconds
+        left = seconds * (1 - progress) / progress
+        pace = {"tokens_per_second": round(rate), "seconds_left": round(left, 1)}
+        if self.scored_tokens:
+            reads = s.train_seq_len / s.eval_stride if s.eval_mode == "sliding" else 1
+            final = (reads / 3 + s.adapts * s.ttt_epochs) * self.scored_tokens / rate
+            plain = 2 / 3 * self.scored_tokens / rate
+            rest = s.export_reserve_seconds + plain + min(final, s.eval_max_seconds)
+            self.log.score_at = time.monotonic() + left + rest
+            pace["seconds_to_score"] = round(left + rest, 1)
+        return pace
 
     def log_score(self, score: Score, when: str = ""):
         """A validation score, in the contest's form."""
@@ -4516,7 +4603,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
     check_size(skeleton, target, device_memory(ranks.device))
     model = build_model(settings, ranks)
     micro_batch = choose_micro_batch(settings, ranks)
-    score = partial(plain_score, settings, ranks, validation)
+    score = partial(plain_score, settings, ranks, validation, log=log)
     with Checkpoints(settings, ranks, log) as checkpoints:
         trainer = Trainer(model, settings, ranks, micro_batch, target, log, checkpoints)
         trainer.training_data = f"{summary}, text {sampled_digest(shards)}"
@@ -4528,6 +4615,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
         batches = Batches(settings, ranks, trainer.steps_done)
         log.begin()  # nothing is refused from here on
         log("compiling and warming up ...")
+        trainer.scored_tokens = len(validation.target_bytes)
         trainer.warm_up()
         log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
         trainer.run(batches, partial(score, model))
@@ -4558,7 +4646,7 @@ def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, lo
     log.begin()
     events = {record["event"]: record for record in unscored}
     if "after_quantization" not in events:
-        score = partial(plain_score, settings, ranks, validation)
+        score = partial(plain_score, settings, ranks, validation, log=log)
         score_quantized(settings, ranks, validation, score, log)
     return events["trained"]["artifact_sha256"]
 
@@ -4579,10 +4667,13 @@ def code_bytes() -> int:
     return Path(__file__).stat().st_size
 
 
-def plain_score(settings, ranks, validation: ValidationSet, model, recurrent=True) -> Score:
+def plain_score(
+    settings, ranks, validation: ValidationSet, model, recurrent=True, log=None
+) -> Score:
     """The score in plain windows, without test-time training and off every clock."""
     plain = replace(settings, eval_mode="plain", ttt_enabled=False)
-    return Evaluator(model, plain, ranks, validation, recurrent).evaluate()
+    shown = log and ScoringProgress(log, "plain windows", len(validation.target_bytes))
+    return Evaluator(model, plain, ranks, validation, recurrent, shown).evaluate()
 
 
 def export(trainer, batches) -> dict:
@@ -4599,7 +4690,7 @@ def export(trainer, batches) -> dict:
     k = fit_sdclip(trainer.model, s, target)
     while True:
         started = clock.seconds()
-        stored = quantize_model(trainer.model, s, ranks, hessians, k)
+        stored = quantize_model(trainer.model, s, ranks, hessians, k, partial(log.track, "GPTQ"))
         clock.pause()
         took = clock.seconds() - started
         text = f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s"
@@ -4634,9 +4725,11 @@ def calibrate(trainer, batches) -> dict[str, Tensor]:
     if s.quantizer in ("round", "ternary"):
         return {}
     started = synchronized_time()
-    sequences = calibration_sequences(trainer.model, s, trainer.ranks, batches)
+    track = partial(trainer.log.track, "calibration")
+    sequences = calibration_sequences(trainer.model, s, trainer.ranks, batches, track)
     times = {"text_seconds": synchronized_time() - started}
-    hessians = collect_hessians(trainer.model, sequences, trainer.ranks, trainer.micro_sequences)
+    rows = trainer.micro_sequences
+    hessians = collect_hessians(trainer.model, sequences, trainer.ranks, rows, track)
     times["hessian_seconds"] = synchronized_time() - started - times["text_seconds"]
     tokens = sequences.numel() * trainer.ranks.world_size
     source = {"train": "training text", "self": "text that the model wrote"}[s.calibration]
@@ -4672,7 +4765,9 @@ def evaluate_artifact(
     need(same, f"{settings.artifact_path} is not this run's: another run has the same ARTIFACT")
     log(f"evaluation: attempt {attempt}", "evaluation", attempt=attempt)
     model, s = load_model(settings.artifact_path, settings, given, ranks)
-    score = Evaluator(model, s, ranks, validation).evaluate(started, log.progress)
+    shown = ScoringProgress(log, "evaluation", len(validation.target_bytes))
+    log.score_at = 0.0  # when the evaluation ends, says its own progress
+    score = Evaluator(model, s, ranks, validation, observer=shown).evaluate(started, shown.hear)
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
     log(f"{took}; {score.epochs_given_up} epochs given up")
     late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"

@@ -662,7 +662,12 @@ class SilentLog:
     def __call__(self, text: str, event: str = "", **values):
         """Writes nothing: files would be part of the time."""
 
-    progress = __call__
+    def progress(self, what: str, part: float, seconds: float, note: str = ""):
+        """Shows nothing."""
+
+    def track(self, what: str, items):
+        """The items, and nothing said of them."""
+        return items
 
 
 class RandomBatches:

@@ -607,7 +607,9 @@ class Quiet:
 
     def __init__(self):
         self.said: list[str] = []
-        self.progress = self.said.append
+
+    def track(self, what: str, items):
+        return items
 
     def __call__(self, text: str, event: str = "", **values) -> None:
         self.said.append(text)

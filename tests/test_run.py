@@ -155,7 +155,7 @@ def test_the_logged_submission_size_is_that_of_the_files(trained):
 def test_log_lines_have_the_contests_form(trained):
     steps = re.findall(
         r"^step:(\d+)/6 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms "
-        r"\d+\.\d% [\d,]+ tokens/s \d+s left$",
+        r"\d+\.\d% of \d+s [\d,]+ tokens/s \d+s left score in \d+s$",
         trained.text,
         re.M,
     )
@@ -249,6 +249,7 @@ def test_steps_say_how_fast_they_are_and_how_long_it_takes(trained):
         assert record["tokens_per_second"] == pytest.approx(speed, abs=1)
         left = seconds * (6 - record["step"]) / record["step"]
         assert record["seconds_left"] == pytest.approx(left, abs=0.1)
+        assert record["seconds_to_score"] > left + 12  # EXPORT_RESERVE_SECONDS of the preset
 
 
 def test_six_steps_learn_something(trained):
@@ -822,7 +823,7 @@ def test_a_run_that_diverged_ends_in_one_line(monkeypatch, capsys, shards, tmp_p
     assert counts == dict.fromkeys(range(2, 6), 1) | {1: 0} | ({} if 5 in bad_steps else {25: 1})
     text = (tmp_path / "a.txt").read_text()
     assert "step:2/40 train_loss:nan" in text
-    assert len(re.findall(r"s left skipped_steps:1$", text, re.M)) == len(counts) - 1
+    assert len(re.findall(r"s left score in \d+s skipped_steps:1$", text, re.M)) == len(counts) - 1
 
 
 def test_a_start_that_is_refused_leaves_the_log_of_a_finished_run_as_it_was(

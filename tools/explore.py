@@ -102,8 +102,12 @@ class Tally:
             self.losses.append((values["progress"], values["train_loss"]))
         print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
-    def progress(self, text: str) -> None:
-        """Nothing: a line that would be overwritten by the next."""
+    def progress(self, what: str, part: float, seconds: float, note: str = "") -> None:
+        """Nothing: the losses say how far it is."""
+
+    def track(self, what: str, items):
+        """The items, and nothing said of them."""
+        return items
 
     def last_loss(self) -> float:
         """The mean loss of the run's last tenth, or its last one if none was logged there."""
