@@ -7,12 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import sentencepiece
 import torch
 
-from tests.support import TEXT, train_tokenizer
+from tests.support import train_tokenizer, write_data
 
 ROOT = Path(__file__).resolve().parent.parent
 # The models are too small to gain from more threads, and the machine may be shared.
@@ -93,23 +91,8 @@ def shards(tmp_path_factory, byte_tokenizer) -> Path:
     """A data folder: two training shards, one validation shard, and tokenizer.model of 512
     pieces.
     """
-    from tests.support import write_shard
-
     folder = tmp_path_factory.mktemp("shards")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(byte_tokenizer))
-    generator = np.random.default_rng(0)
-    words = " ".join(TEXT).split()
-
-    def text_tokens(documents: int) -> np.ndarray:
-        texts = (
-            " ".join(generator.choice(words, generator.integers(5, 60))) for _ in range(documents)
-        )
-        return np.concatenate([model.encode(text, add_bos=True) for text in texts])
-
-    write_shard(folder / "words_train_000000.bin", text_tokens(60))
-    write_shard(folder / "words_train_000001.bin", text_tokens(40))
-    write_shard(folder / "words_val_000000.bin", text_tokens(40)[:600])
-    (folder / "tokenizer.model").write_bytes(byte_tokenizer.read_bytes())
+    write_data(folder, byte_tokenizer)
     return folder
 
 

@@ -374,3 +374,28 @@ def train_tokenizer(path: Path, vocab_size: int, **options) -> Path:
         ),
     )
     return path
+
+
+def write_data(folder: Path, tokenizer: Path | None = None) -> None:
+    """A data folder: two training shards, one validation shard, and tokenizer.model of 512 pieces,
+    a copy of the one given or a new one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / "tokenizer.model"
+    if tokenizer is None:
+        train_tokenizer(own, 512)
+    else:
+        own.write_bytes(tokenizer.read_bytes())
+    model = sentencepiece.SentencePieceProcessor(model_file=str(own))
+    generator = np.random.default_rng(0)
+    words = " ".join(TEXT).split()
+
+    def text_tokens(documents: int) -> np.ndarray:
+        texts = (
+            " ".join(generator.choice(words, generator.integers(5, 60))) for _ in range(documents)
+        )
+        return np.concatenate([model.encode(text, add_bos=True) for text in texts])
+
+    write_shard(folder / "words_train_000000.bin", text_tokens(60))
+    write_shard(folder / "words_train_000001.bin", text_tokens(40))
+    write_shard(folder / "words_val_000000.bin", text_tokens(40)[:600])
