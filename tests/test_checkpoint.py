@@ -413,9 +413,9 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(monkeypatch, shards, tmp
     """As nohup does with SIGHUP, and a shell with SIGINT for a command in the background."""
     score = t.plain_score
 
-    def signalled(*arguments):
+    def signalled(*arguments, **options):
         signal.raise_signal(signal.SIGHUP)
-        return score(*arguments)
+        return score(*arguments, **options)
 
     monkeypatch.setattr(t, "plain_score", signalled)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
