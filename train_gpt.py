@@ -1064,12 +1064,12 @@ class ValidationSet(NamedTuple):
 def load_validation(settings, tokenizer) -> ValidationSet:
     """All validation shards in one stream; UserError if it is too short or of another tokenizer."""
     shards = open_shards(settings.data_path, "val")
-    if not settings.eval_any_tokens:
-        check_tokenizer(settings, tokenizer, shards, "validation")
     tokens = np.concatenate([shard.read() for shard in shards])
     short = f"the validation shards hold {len(tokens)} tokens, less than one sequence and a target"
     need(len(tokens) > settings.train_seq_len, short)
     check_token_range(tokens, settings.vocab_size, "validation")
+    if not settings.eval_any_tokens:
+        check_tokenizer(settings, tokenizer, shards, "validation")
     return ValidationSet(tokens, tokenizer.target_bytes(tokens), len(shards))
 
 
