@@ -4,7 +4,9 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # one process per GPU
     PRESET=tiny python train_gpt.py                         # two minutes on two CPU cores
     python train_gpt.py --help                              # every setting, preset and option
-    python train_gpt.py --dry-run                           # what such a run would be, in seconds
+    python train_gpt.py --presets                           # what each preset is for
+    python train_gpt.py --dry-run                           # such a run's layers, sizes, memory
+    python train_gpt.py --rehearse                          # its first steps, export and scores
 
 The program trains a language model until its clock ends, quantizes it, packs it with this script's
 own bytes into at most 16,000,000, loads it back, and scores it in bits per byte while it adapts to
@@ -569,23 +571,10 @@ def ttt_sequence_length(settings, world_size: int) -> int:
     return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
-COMMANDS = (
-    "python train_gpt.py             trains, exports and scores",
-    "python train_gpt.py --dry-run   what that would be: layers, sizes, memory, tokens",
-    "python train_gpt.py --rehearse  its first steps, export and scores, in minutes",
-    "python train_gpt.py --presets   what each preset is for",
-)
-
-
-def presets_text() -> str:
-    """What --presets prints: a line for each."""
-    return "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
-
-
 def help_text() -> str:
     """What --help prints: every setting, every preset, and other names."""
-    title = (__doc__ or "").partition("\n")[0]  # python -OO keeps no docstrings
-    lines = [title, "", *COMMANDS, "", "Settings are environment variables:"]
+    begins = (__doc__ or "").split("\n\n")[:2]  # python -OO keeps no docstrings
+    lines = ["\n\n".join(begins), "", "Settings are environment variables:"]
     for f in fields(Settings):
         lines += [f"\n[{f.metadata['group']}]"] if f.metadata["group"] else []
         default = int(f.default) if isinstance(f.default, bool) else f.default
@@ -2210,40 +2199,19 @@ def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
     return parts
 
 
-class Making(NamedTuple):
-    """How BPE makes its pieces, as far as neighbours can tell. A merge is named by its token."""
+def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) -> dict[str, list]:
+    """By text, (token, gone) of all tokens that begin (side 0) or end (1) with it for some time.
 
-    latest: dict[str, int]  # of a piece, the last of the order's merges in it; characters: -1
-    beginnings: dict[str, dict[str, float]]  # of a piece, what stood there: the merge that ended it
-    endings: dict[str, dict[str, float]]  # likewise; what no merge ends, the piece, has infinity
-
-
-def make_pieces(merges: dict[str, int]) -> Making:
-    """Makes every piece as BPE does, and notes what stood at its two ends until which merge."""
-    made = Making(collections.defaultdict(lambda: -1), {}, {})
-    for piece in sorted(merges, key=len):
-        token = merges[piece]
-        parts = last_parts(piece, merges)
-        if len(parts) == 2:
-            made.latest[piece] = max(token, made.latest[parts[0]], made.latest[parts[1]])
-        for ends, part in ((made.beginnings, parts[0]), (made.endings, parts[-1])):
-            ends[piece] = ends.get(part, {}) | {part: token, piece: math.inf}
-    return made
-
-
-class Stay(NamedTuple):
-    """A text stands at one end of a token while BPE makes it."""
-
-    token: int
-    gone: float  # the merge that ends it
-
-
-def by_text(ends: dict[str, dict[str, float]], merges: dict[str, int]) -> dict[str, list[Stay]]:
-    """Of every text all tokens at whose beginning, or whose end, it stands for some time."""
+    halves: last_parts() by piece. gone is the merge, named by its token, that ends it; else inf.
+    """
     stays = collections.defaultdict(list)
-    for piece, texts in ends.items():
-        for text, gone in texts.items():
-            stays[text].append(Stay(merges[piece], gone))
+    for piece, token in merges.items():
+        text = piece
+        gone = math.inf
+        while text:
+            stays[text].append((token, gone))
+            gone = merges.get(text)
+            text = halves[text][side] if text in halves else ""
     return stays
 
 
@@ -2256,9 +2224,13 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
     text, these are the tokens that end with the left one long enough, times those that begin with
     the right one long enough.
     """
-    latest, beginnings, endings = make_pieces(merges)
-    begins = by_text(beginnings, merges)
-    ends = by_text(endings, merges)
+    halves = {piece: last_parts(piece, merges) for piece in sorted(merges, key=len)}
+    halves = {piece: parts for piece, parts in halves.items() if len(parts) == 2}
+    latest = collections.defaultdict(lambda: -1)  # of a piece, the last of the order's merges in it
+    for piece, (left, right) in halves.items():
+        latest[piece] = max(merges[piece], latest[left], latest[right])
+    begins = standing(halves, merges, 0)
+    ends = standing(halves, merges, 1)
     never = np.zeros((size, size), bool)
     for piece, merge in merges.items():
         for cut in range(1, len(piece)):
@@ -2266,8 +2238,8 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
             right = piece[cut:]
             # BPE works in the order of merges, and on equal ones from the left: one in the first
             # token comes before this one, one in the second behind it.
-            before = [s.token for s in ends[left] if s.gone > max(merge, latest[right])]
-            behind = [s.token for s in begins[right] if s.gone > max(merge - 1, latest[left])]
+            before = [token for token, gone in ends[left] if gone > max(merge, latest[right])]
+            behind = [token for token, gone in begins[right] if gone > max(merge - 1, latest[left])]
             never[np.ix_(before, behind)] = True
     return never
 
@@ -3753,8 +3725,7 @@ class Log:
                 self.bar = tqdm(total=1.0, file=sys.stdout, bar_format=BAR, **BAR_OPTIONS)
             with explained_errors(f"write logs in LOG_DIR={folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
-                self.files = [self.paths[0].open("ab", 0)]
-                claim_file(self.files[0])
+                self.files.append(claim_file(self.paths[0], "RUN_ID"))
                 self.files.append(self.paths[1].open("ab", 0))
             self.said = [io.BytesIO(), io.BytesIO()]
             self.said[0].write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
@@ -3856,40 +3827,22 @@ class ScoringProgress(EvaluationObserver):
         self.log.progress(self.what, done / self.targets, seconds, note)
 
 
-def claim_file(file, name: str = "RUN_ID"):
-    """Locks an open file until it is closed; UserError if a living process has locked it.
+def claim_file(path: Path, setting: str):
+    """A file to write behind its end, locked until it is closed; UserError if others have it.
 
-    name is the setting that named it, for the error, which closes it.
+    setting: the one that named it, for the error.
     """
+    file = path.open("ab", 0)
     try:
-        if Path(file.name).is_file():  # not a device, which many may write to
+        if path.is_file():  # not a device, which many may write to
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        remedy = f"wait for it, or choose another {name}"
-        raise UserError(f"{file.name} belongs to a run that has not ended: {remedy}") from None
+        remedy = f"wait for it, or choose another {setting}"
+        raise UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
     except OSError:
         pass  # some network file systems have no locks: nothing is claimed there
-
-
-@contextmanager
-def claimed_artifact(settings, ranks):
-    """Meanwhile no other run may write ARTIFACT: it has a lock file beside it; else UserError.
-
-    After a kill the file stays, unlocked. A run that scores alone claims nothing.
-    """
-    if settings.eval_only or ranks.rank:
-        yield
-        return
-    path = Path(f"{settings.artifact_path}.lock")
-    with explained_errors(f"write {path}"):
-        file = path.open("ab")
-    with file:
-        claim_file(file, "ARTIFACT")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    return file
 
 
 def describe_machine(ranks) -> dict[str, str]:
@@ -3942,16 +3895,20 @@ def read_run(path: Path) -> list[dict]:
     return records[starts[-1] :] if starts else []
 
 
-def find_unscored(settings) -> list[dict]:
-    """read_run() of this RUN_ID if it lacks nothing but its evaluation; [] if it is to be trained.
+def last_records(path: Path) -> dict[str, dict]:
+    """read_run()'s last record of each event, by that."""
+    return {record["event"]: record for record in read_run(path)}
+
+
+def find_unscored(settings) -> dict[str, dict]:
+    """last_records() of a RUN_ID that lacks nothing but its evaluation; {} if it is to be trained.
 
     Another file in the artifact's place, other settings of training, or a RESUME that is given
     lead back to checkpoints. Raises UserError for a run that is finished, unless OVERWRITE=1.
     """
     s = settings
     path = Path(s.log_dir, f"{s.run_id}.jsonl")
-    run = read_run(path)
-    events = {record["event"]: record for record in run}
+    events = last_records(path)
     if "final" in events:
         remedy = "choose another, EVAL_ONLY=1 to score it again, or OVERWRITE=1 to train it anew"
         need(s.overwrite, f"RUN_ID={s.run_id} is finished, {path} has its score: {remedy}")
@@ -3961,8 +3918,8 @@ def find_unscored(settings) -> list[dict]:
         theirs = FORMER_DEFAULTS | events["settings"].get("settings", {})
         same = all(theirs.get(name) == getattr(s, name) for name in TRAINING_FIELDS)
         written = events["trained"].get("artifact_sha256")
-        return run if same and written and file_sha256(s.artifact_path) == written else []
-    return []
+        return events if same and written and file_sha256(s.artifact_path) == written else {}
+    return {}
 
 
 def find_settings(settings) -> tuple[Path | None, dict]:
@@ -3975,7 +3932,7 @@ def find_settings(settings) -> tuple[Path | None, dict]:
     usual = asdict(Settings())
     beside = str(s.artifact_path).removesuffix(".int6.lzma")
     for path in (Path(s.log_dir, f"{s.run_id}.jsonl"), Path(f"{beside}.jsonl")):
-        events = {record["event"]: record for record in read_run(path)}
+        events = last_records(path)
         if found and events.get("trained", {}).get("artifact_sha256") == found:
             theirs = events["settings"].get("settings", {}).items()
             return path, {name: x for name, x in theirs if type(x) is type(usual.get(name))}
@@ -4633,28 +4590,26 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
     values |= {"val_loss": before.val_loss, "val_bpb": before.val_bpb, "bytes_total": total}
     values["artifact_sha256"] = file_sha256(settings.artifact_path)
     log(f"Total submission size int6+lzma: {total} bytes", "trained", **values)
-    quantized = score_quantized(settings, ranks, validation, score, log)
+    quantized = score_quantized(settings, ranks, validation, log)
     if settings.quantization_report:
         quantization_report(trainer, quantized, before, score)
     return values["artifact_sha256"]
 
 
 def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, log) -> str:
-    """What train_and_export() leaves, of a run that has come so far: its artifact's SHA-256."""
+    """What train_and_export() returns, of a run that has come so far: find_unscored()."""
     text = f"{settings.artifact_path} is trained and has no score: evaluation starts over"
     log(text, "evaluation_again")
     log.begin()
-    events = {record["event"]: record for record in unscored}
-    if "after_quantization" not in events:
-        score = partial(plain_score, settings, ranks, validation, log=log)
-        score_quantized(settings, ranks, validation, score, log)
-    return events["trained"]["artifact_sha256"]
+    if "after_quantization" not in unscored:
+        score_quantized(settings, ranks, validation, log)
+    return unscored["trained"]["artifact_sha256"]
 
 
-def score_quantized(settings, ranks, validation: ValidationSet, score, log) -> Model:
-    """Logs the artifact's score by score(model), and returns its model."""
+def score_quantized(settings, ranks, validation: ValidationSet, log) -> Model:
+    """Logs the artifact's plain_score(), and returns its model."""
     quantized, _ = load_model(settings.artifact_path, settings, set(), ranks)
-    after = score(quantized)
+    after = plain_score(settings, ranks, validation, quantized, log=log)
     report(log, "after_quantization", "plain", after)
     if ranks.rank == 0:
         plain = replace(settings, eval_mode="plain", ttt_enabled=False)
@@ -4816,7 +4771,7 @@ def main(log):
     log.open(settings, ranks, log_name(settings))
     with ExitStack() as claims:
         first = ranks.rank == 0
-        unscored = find_unscored(settings) if first and not settings.eval_only else []
+        unscored = find_unscored(settings) if first and not settings.eval_only else {}
         unscored = ranks.from_main(unscored)
         source = ""  # of settings that were not given
         if settings.eval_only:
@@ -4824,7 +4779,11 @@ def main(log):
             settings, source = ranks.from_main(found)
         log_settings(log, settings, given, ranks, source)
         check_outputs(settings)
-        claims.enter_context(claimed_artifact(settings, ranks))
+        if first and not settings.eval_only:
+            lock = Path(f"{settings.artifact_path}.lock")  # stays after a kill, unlocked
+            with explained_errors(f"write {lock}"):
+                claims.enter_context(claim_file(lock, "ARTIFACT"))
+            claims.callback(lock.unlink, missing_ok=True)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
         validation = text_to_score(settings, tokenizer, prompt, log)
@@ -4839,7 +4798,7 @@ def main(log):
         if prompt:
             sample_text(settings, given, ranks, tokenizer, prompt, log)
         if validation is not None:
-            attempt = 1 + sum(record["event"] == "evaluation" for record in unscored)
+            attempt = 1 + unscored.get("evaluation", {}).get("attempt", 0)
             evaluate_artifact(settings, given, ranks, validation, log, written, attempt)
         else:
             log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
@@ -4941,7 +4900,8 @@ def obey(arguments: list[str], log):
     elif tool:
         hand_over(tool, [argument for argument in arguments if argument != tool])
     elif {"--help", "-h", "--presets"} & set(arguments):
-        text = presets_text() if arguments == ["--presets"] else help_text()
+        uses = "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
+        text = uses if arguments == ["--presets"] else help_text()
         with suppress(BrokenPipeError):  # of --help | head
             print(text, flush=True)
     else:

@@ -983,7 +983,8 @@ def test_two_runs_of_one_second_have_two_names(monkeypatch, tmp_path):
 def test_the_name_of_a_run_that_still_lives_is_refused(monkeypatch, capsys, shards, tmp_path):
     """And free again once that has ended, however it did."""
     environment = run_environment(shards, tmp_path, iterations=1)
-    hold = "import sys, train_gpt as t; f = open(sys.argv[1], 'ab'); t.claim_file(f); "
+    hold = "import pathlib, sys, train_gpt as t; "
+    hold += "f = t.claim_file(pathlib.Path(sys.argv[1]), 'RUN_ID'); "
     hold += "print(flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / "a.txt")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
