@@ -20,7 +20,7 @@ from scipy import stats
 
 import train_gpt as t
 from tests.support import tiny_environment
-from tools import ablate
+from tools import ablate, halving
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -392,6 +392,188 @@ def test_two_at_once_on_one_folder_are_refused(bench, capsys):
     assert bench.run() == 0
 
 
+# ---- A grid --------------------------------------------------------------------------------------
+
+GRID = """
+seeds = [1]
+[base]
+PRESET = "tiny"
+MATRIX_LR = 0.01
+[grid]
+MATRIX_LR = [0.1, 0.01]
+TIE_EMBEDDINGS = [true, false]
+"""
+
+
+def test_a_grid_has_every_combination_but_the_base(bench):
+    bench.file.write_text(GRID)
+    plan = ablate.read_plan(bench.file, bench.out, t)
+    combinations = [
+        f"MATRIX_LR={a}, TIE_EMBEDDINGS={b}" for a in (0.1, 0.01) for b in (True, False)
+    ]
+    assert plan.variants == ["base", *combinations[:2], combinations[3]]
+    given = {run.variant: (run.settings["MATRIX_LR"], run.resolved) for run in plan.runs}
+    assert given[combinations[1]][0] == 0.1
+    assert not given[combinations[1]][1].tie_embeddings
+
+
+# ---- A budget ------------------------------------------------------------------------------------
+
+# Trains for 16 steps, whose loss is 3 + MATRIX_LR; SIGTERM has it leave its step and end.
+PAUSING = """
+import json, os, signal, sys, time
+from pathlib import Path
+env = os.environ
+name, rate = env["RUN_ID"], float(env.get("MATRIX_LR", 0.9))
+checkpoint = Path(env["LOG_DIR"], name + ".checkpoint")
+journal = Path(__file__).with_name("journal.jsonl")
+log = Path(env["LOG_DIR"], name + ".jsonl").open("a", buffering=1)
+
+def record(event, **values):
+    log.write(json.dumps({"event": event, "seconds": 0.0, **values}) + "\\n")
+
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+record("settings", settings={})
+step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+with journal.open("a") as file:
+    file.write(json.dumps({"event": "start", "run": name, "step": step}) + "\\n")
+if step:
+    record("resumed", step=step)
+if rate == 0.4 and step == 0 and not journal.with_name("mended").exists():
+    sys.exit("train_gpt.py: error: too high")
+while step < 16:
+    record("train", step=step + 1, train_loss=3 + rate, train_ms=step, progress=step / 16)
+    step += 1
+    time.sleep(0.05)
+    if stopped:
+        checkpoint.write_text(str(step))
+        sys.exit("train_gpt.py: error: stopped by a signal")
+record("trained", val_bpb=1.2, bytes_total=2, bytes_code=1, steps=16, step_avg_ms=1.0)
+record("after_quantization", val_bpb=1.3)
+record("final", val_bpb=1 + rate)
+"""
+
+SWEEP = 'seeds = [1]\n[base]\nPRESET = "tiny"\n[grid]\nMATRIX_LR = [0.3, 0.1, 0.4, 0.2]\n'
+
+
+@pytest.fixture
+def sweep(bench, monkeypatch) -> Bench:
+    (bench.folder / "stub.py").write_text(PAUSING)
+    monkeypatch.setattr(ablate, "LOOK_SECONDS", 0.02)
+    return bench
+
+
+def test_a_budget_stops_the_worse_half_at_each_rung_and_the_rest_goes_on(sweep, monkeypatch):
+    monkeypatch.setattr(ablate, "draw_plots", DRAW_PLOTS)
+    (sweep.folder / "mended").touch()
+    assert sweep.run(SWEEP, "--budget", "2500") == 0
+    statuses = {name: run["status"] for name, run in sweep.results().items()}
+    complete = {name for name, status in statuses.items() if status == "complete"}
+    assert complete == {"base-1", "MATRIX_LR=0.1-1"}  # base has the highest loss of all
+    assert set(statuses.values()) == {"complete", "stopped"}
+    rungs = json.loads((sweep.out / "results.json").read_text())["rungs"]
+    assert [rung["place"] for rung in rungs] == [0.25, 0.5]
+    assert sorted(rungs[0]["stopped"]) == ["MATRIX_LR=0.3", "MATRIX_LR=0.4"]
+    assert rungs[1]["stopped"] == ["MATRIX_LR=0.2"]
+    reason = "stopped at 25.0% of its run: training loss 3.4000; MATRIX_LR=0.2, the last to go on,"
+    assert reason in sweep.row("MATRIX_LR=0.4, stopped")[1]
+    assert "of 2,500 GPU-seconds were spent" in sweep.table
+    assert "Successive halving at 25.0% and 50.0% of the run" in sweep.table
+    starts = [(record["run"], record["step"]) for record in sweep.journal("start")]
+    assert len([name for name, step in starts if not step]) == 5  # nobody began again
+    later = {name: step for name, step in starts if step}
+    assert all(4 < step <= 14 for step in later.values())
+    stopped = sweep.out / "runs" / "MATRIX_LR=0.4-1" / "MATRIX_LR=0.4-1.checkpoint"
+    assert 4 < int(stopped.read_text()) < 12
+    kept = next(run for run in ablate_plan(sweep).runs if run.variant == "MATRIX_LR=0.1")
+    assert [record["step"] for record in ablate.read_curve(kept)] == list(range(1, 17))
+    assert (sweep.out / "loss.png").stat().st_size > 5000
+    # With what was stopped, a larger budget goes on from where it stood.
+    before = len(starts)
+    assert sweep.run("", "--budget", "5000") == 0
+    assert {run["status"] for run in sweep.results().values()} == {"complete"}
+    more = sweep.journal("start")[before:]
+    assert len(more) == 3
+    assert all(record["step"] > 4 for record in more)
+
+
+def ablate_plan(bench: Bench) -> ablate.Plan:
+    """The plan of the file as it stands."""
+    return ablate.read_plan(bench.file, bench.out, t)
+
+
+def test_a_failed_run_loses_and_a_spent_budget_ends_all(sweep, monkeypatch, capsys):
+    assert sweep.run(SWEEP, "--budget", "2500", "--parallel", "5") == 1
+    assert sweep.row("MATRIX_LR=0.4, stopped")[1] == "stopped at 25.0%: no run came so far"
+    assert sweep.row("MATRIX_LR=0.4, seed 1")[1].endswith("too high")
+    # Side by side none was paused for another's sake.
+    assert [record["step"] for record in sweep.journal("start")] == [0] * 5
+    capsys.readouterr()
+    monkeypatch.setattr(ablate.Sweep, "cost", lambda *_: 0.0)
+    assert sweep.run(SWEEP.replace("[1]", "[2]"), "--budget", "0.4") == 1
+    printed = capsys.readouterr().out
+    assert "The budget is spent; the same command with a larger one goes on." in printed
+    assert "5 of 5 runs have not ended" in printed
+
+
+def test_a_dry_run_with_a_budget_prints_legs_and_costs(sweep, capsys):
+    assert sweep.run(SWEEP, "--budget", "2500", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 45 s to start, 120 of training, 600 of evaluation, 75 around them.
+    assert lines[0] == "base, seed 1 (would run): SEED=1 PRESET=tiny; at most about 840 GPU-seconds"
+    assert lines[-5:] == [
+        "to the end of all: at most about 4,200 GPU-seconds",
+        "to 25.0%: the base and 4 more, at most about 375 GPU-seconds",
+        "to 50.0%: the base and 2 more, at most about 225 GPU-seconds",
+        "to the end: the base and 1 more, at most about 1,560 GPU-seconds",
+        "with --budget 2500: at most about 2,160 GPU-seconds",
+    ]
+    assert not sweep.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "budget", "message"),
+    [
+        (SWEEP, "100", "these runs may take 2160 GPU-seconds"),
+        (SWEEP, "none", "none is not a number above 0"),
+        (SWEEP.replace("MATRIX_LR", "TTT_LR"), "9999", "trains as 'base' does"),
+        (SWEEP.replace("[grid]", "MAX_WALLCLOCK_SECONDS = 0\n[grid]"), "9999", "cost is unknown"),
+        (SWEEP.replace("[grid]", 'RESUME = "never"\n[grid]'), "9999", "RESUME is what lets"),
+        (SWEEP.replace("[0.3, 0.1, 0.4, 0.2]", "[0.3]"), "9999", "a list of several values"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_or_compared_is_one_line(sweep, capsys, text, budget, message):
+    assert sweep.run(text, "--budget", budget) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not sweep.out.exists()
+
+
+def test_halving_takes_the_fewest_halvings_and_the_lowest_losses():
+    assert [halving.kept_after(5, halvings) for halvings in range(4)] == [5, 3, 2, 1]
+    assert halving.most_halvings(5) == 3
+    assert halving.choose_halvings(5, 6.0, [9.0, 7.0, 6.0, 5.0].__getitem__) == 2
+    losses = {"base": 9.0, "a": 3.0, "b": None, "c": 2.0, "d": 2.5}
+    rung = halving.judge(0.5, losses, "base", 2)
+    assert (rung.stopped, rung.worst_kept) == (["a", "b"], "d")
+
+
+def test_a_loss_at_a_rung_is_that_of_the_last_quarter_before_it():
+    curve = [{"progress": p / 20, "train_loss": float(p)} for p in range(20)]
+    assert halving.loss_at(curve, 0.5) == pytest.approx(9.0)  # of 8, 9 and 10
+    assert halving.loss_at(curve[:3], 0.5) == 2.0
+    assert halving.loss_at([], 0.5) is None
+
+
+def test_captions_say_which_comparison_is_fair(bench):
+    bench.file.write_text(TWO)
+    seconds, steps = ablate.loss_captions(ablate_plan(bench))
+    assert "(fair" in seconds and "(fair" in steps
+    bench.file.write_text(TWO.replace("MATRIX_LR = 0.5", "TRAIN_BATCH_TOKENS = 8192"))
+    assert "not fair: steps differ in tokens" in ablate.loss_captions(ablate_plan(bench))[1]
+
+
 # ---- Results -------------------------------------------------------------------------------------
 
 
@@ -656,6 +838,39 @@ def test_the_example_in_the_help_is_valid(bench):
     assert plan.parallel == 8
 
 
+def test_a_real_loser_leaves_a_checkpoint_and_the_survivor_resumes(bench, shards, monkeypatch):
+    """train_gpt.py under the real torchrun, one run at a time: each is paused at half of its run
+    for the next, but for the last.
+    """
+    monkeypatch.undo()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ablate, "LOOK_SECONDS", 0.05)
+    paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
+    clock = {"max_wallclock_seconds": 2.0, "export_reserve_seconds": 0.2, "train_log_every": 1}
+    clock |= {"device": "cpu", "ttt_enabled": False, "eval_max_seconds": 60.0}
+    settings = "".join(
+        f'{name} = "{value}"\n' for name, value in tiny_environment(**clock, **paths).items()
+    )
+    text = "seeds = [7]\n[base]\n" + settings + "[grid]\nMATRIX_LR = [1e-9, 0.03]\n"
+    bench.file.write_text(text)
+    arguments = [str(bench.file), "--out", str(bench.out), "--budget", "507"]
+    assert ablate.run(arguments) == 0
+    statuses = {name: run["status"] for name, run in bench.results().items()}
+    assert sorted(statuses.values()) == ["complete", "complete", "stopped"]
+    (loser,) = (name for name, status in statuses.items() if status == "stopped")
+    assert statuses["base-7"] == "complete"
+    assert (bench.out / "runs" / loser / f"{loser}.checkpoint").is_file()
+    log = [
+        json.loads(line)
+        for line in (bench.out / "runs" / "base-7" / "base-7.jsonl").read_text().splitlines()
+    ]
+    (resumed,) = (record for record in log if record["event"] == "resumed")
+    before, after = (r for r in log if r["event"] in ("error", "trained"))
+    assert "stopped by a signal" in before["error"]
+    assert after["starts"] == 2
+    assert 0 < resumed["step"] < after["steps"]
+
+
 def test_a_real_run(bench, shards, monkeypatch):
     """train_gpt.py under the real torchrun writes what ablate.py reads."""
     monkeypatch.undo()
@@ -674,7 +889,8 @@ def test_a_real_run(bench, shards, monkeypatch):
     ]
     assert log[0]["settings"]["seed"] == 7
     assert log[0]["machine"]["hardware"].startswith("1 ×")
-    assert run["figures"]["bpb_final"] == log[-1]["val_bpb"] > 0
+    (final,) = (record for record in log if record["event"] == "final")
+    assert run["figures"]["bpb_final"] == final["val_bpb"] > 0
     artifact = bench.out / "runs" / "base-7" / "base-7.int6.lzma"
     assert run["figures"]["artifact_bytes"] == artifact.stat().st_size
     assert run["figures"]["steps"] == 2

@@ -23,6 +23,10 @@ text:
     LAYER_ORDER = "0-4,3-8"
     seeds = [1337, 1338]        # instead of the seeds above
 
+    [grid]                      # every combination of these is a variant, named after its values
+    MATRIX_LR = [0.02, 0.03]    # (one that equals the base is not run twice)
+    NUM_LAYERS = [8, 9]
+
 `name` may stand in [base] too. Settings in the environment, such as DATA_PATH, hold for all runs
 where the file says nothing else. RUN_ID, SEED and LOG_DIR are chosen here. Runs that share a GPU
 hide each other's compiling; compare them by steps, with MAX_WALLCLOCK_SECONDS=0 and ITERATIONS,
@@ -33,13 +37,27 @@ per run. Ctrl-C or SIGTERM stops the runs, but not Ctrl-C where the parent has i
 shell script has for what it starts with &; the same command continues. A run that is complete is
 kept as long as its settings and the number of its processes stay what they are; one that failed,
 was stopped or has other settings now starts anew.
+
+--budget N stops losers early so that all runs together take at most about N GPU-seconds, from start
+to score (on a CPU: seconds of a process). That is successive halving: all variants train to a rung,
+1/2 or 1/4 or ... of their run; those with the higher training loss there, all at the same part of
+their clock and as the mean of their seeds, are stopped; the better half, and always the base, goes
+on. The fewest halvings that fit the budget are made, none if it is enough for all. A run is stopped
+by a signal and leaves a checkpoint, from which it goes on if it is to, by the schedule of the whole
+run. table.md says which variants were stopped, when and by what. The budget counts earlier calls
+too. Costs are estimates: should it be spent before the end, all is stopped, and the same command
+with a larger budget goes on, with variants that a smaller one had stopped.
+An early training loss is a wrong judge of what acts late, such as WARMDOWN_FRACTION or EMA_DECAY,
+and none of what does not train.
 """
 
 import argparse
 import contextlib
 import difflib
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -79,6 +97,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, UserError, need, run_command, write_whole
+from tools.halving import Rung, choose_halvings, judge, kept_after, loss_at, rungs_of
 from tools.logs import spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +115,12 @@ OWN_SETTINGS = {  # train_gpt.py's settings that a file may not give, and why
 MARK = "ABLATE_RUN"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for processes that were asked to stop
-OVERHEAD_SECONDS = 120.0  # guess of a run's time off the training clock, until a run has shown it
+# Guesses, for the shared presets, of a run's time off its clocks: to start and compile, and to be
+# read, scored and packed around training and evaluation.
+START_SECONDS = 45.0
+AROUND_SECONDS = 75.0
+LOOK_SECONDS = 0.5  # between two looks at how far runs with a budget have come
+PAUSE_SECONDS = 60.0  # for a run to leave its checkpoint
 BPB = {"bpb_before": "before quantization", "bpb_after": "after quantization", "bpb_final": "final"}
 
 SCORE_EVENTS = {  # of the log: which event holds which of these scores
@@ -118,9 +142,14 @@ class Run:
     processes: int
     settings: dict  # values of the settings given, by their names in capitals
     variables: dict[str, str]  # what the file adds to the environment
-    train_seconds: float  # the training clock; 0: none
+    resolved: object  # all settings, train_gpt.Settings
     uses_gpu: bool  # if there is one
     folder: Path
+
+    @property
+    def train_seconds(self) -> float:
+        """The training clock; 0: none."""
+        return self.resolved.max_wallclock_seconds
 
     @property
     def title(self) -> str:
@@ -131,6 +160,13 @@ class Run:
     def run_id(self) -> str:
         """Its RUN_ID, and its folder's name."""
         return self.folder.name
+
+    def cost(self, begin: float, end: float) -> float:
+        """GPU-seconds that it may take from a part of its run to another; 1 includes its score."""
+        seconds = START_SECONDS + (end - begin) * self.train_seconds
+        if end == 1:
+            seconds += AROUND_SECONDS + self.resolved.eval_max_seconds
+        return self.processes * seconds
 
     @property
     def identity(self) -> dict:
@@ -218,7 +254,7 @@ def folder_name(variant: str) -> str:
 def read_content(path: Path) -> dict:
     """The file's tables and keys, each of the kind that it should be."""
     content = read_toml(path)
-    known = ("seeds", "processes", "parallel", "base", "variant")
+    known = ("seeds", "processes", "parallel", "base", "variant", "grid")
     for key in content:
         near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.0)[0]
         hint = f"did you mean {near}? (settings belong under [base])"
@@ -232,7 +268,24 @@ def read_content(path: Path) -> dict:
     variants = content.get("variant", [])
     listed = isinstance(variants, list) and all(isinstance(variant, dict) for variant in variants)
     need(listed, f"{path}: variants are tables that begin with [[variant]]")
+    grid = content.get("grid", {})
+    need(isinstance(grid, dict), f"{path}: the grid is a table that begins with [grid]")
+    for key, values in grid.items():
+        several = isinstance(values, list) and len(set(map(str, values))) == len(values) > 1
+        need(several, f"{path}: [grid]: {key} should be a list of several values, such as [1, 2]")
     return content
+
+
+def grid_variants(grid: dict[str, list]) -> list[dict]:
+    """A variant for each combination of the grid's values, named after them."""
+    if not grid:
+        return []
+    variants = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        name = ", ".join(f"{key}={value}" for key, value in chosen.items())
+        variants.append({"name": name, **chosen})
+    return variants
 
 
 def check_environment(environment: dict[str, str], train_gpt: ModuleType) -> None:
@@ -245,8 +298,8 @@ def check_environment(environment: dict[str, str], train_gpt: ModuleType) -> Non
 
 def check_name(path: Path, name: object, others: list[str]) -> None:
     """A name can name a folder, and no other variant's folder."""
-    fits = isinstance(name, str) and re.fullmatch(r"\w[\w .,:;+=×/()-]{0,59}", name)
-    allowed = "up to 60 letters, digits, spaces and .,:;+-=/()"
+    fits = isinstance(name, str) and re.fullmatch(r"\w[\w .,:;+=×/()-]{0,119}", name)
+    allowed = "up to 120 letters, digits, spaces and .,:;+-=/()"
     need(fits, f"{path}: {name!r} cannot be a variant's name: {allowed}")
     # Some file systems do not tell capitals from small letters.
     folders = {folder_name(other).casefold(): other for other in others}
@@ -276,12 +329,23 @@ def read_variant(
             processes=processes,
             settings=values,
             variables=variables,
-            train_seconds=settings.max_wallclock_seconds,
+            resolved=settings,
             uses_gpu=settings.device != "cpu",
             folder=runs / f"{folder_name(name)}-{seed}",
         )
         for seed in seeds
     ]
+
+
+def equals_base(
+    table: dict, runs: list[Run], shared: dict[str, str], path: Path, train_gpt: ModuleType
+) -> bool:
+    """Whether a combination of the grid has the settings of the base, whose runs come first."""
+    where = f"{path}: [grid]"
+    variables = shared | read_variables(table, where, train_gpt)
+    with as_user_error(where, train_gpt):
+        settings, _ = train_gpt.read_settings(os.environ | variables)
+    return settings == runs[0].resolved
 
 
 def read_plan(
@@ -304,8 +368,11 @@ def read_plan(
     shared = read_variables(base, f"{path}: [base]", train_gpt)
     names: list[str] = []
     runs: list[Run] = []
-    for table in ({"name": "base"} | base, *content.get("variant", [])):
+    combinations = grid_variants(content.get("grid", {}))
+    for table in ({"name": "base"} | base, *content.get("variant", []), *combinations):
         name = table.get("name")
+        if table in combinations and equals_base(table, runs, shared, path, train_gpt):
+            continue
         check_name(path, name, names)
         names.append(name)
         where = f"{path}: variant {name!r}"
@@ -408,6 +475,39 @@ def read_outcome(run: Run) -> dict:
     return outcome if same else {}
 
 
+def read_curve(run: Run) -> list[dict]:
+    """The run's records of training, of all its starts, without the steps that were made again."""
+    curve: list[dict] = []
+    anew = False
+    for record in read_records(run):
+        event = record["event"]
+        if event == "settings":
+            anew = True
+        elif event == "resumed":
+            curve = [step for step in curve if step["step"] <= record["step"]]
+            anew = False
+        elif event == "train":
+            # A start that has taken up no checkpoint begins the run again.
+            curve = [record] if anew else [*curve, record]
+            anew = False
+    return curve
+
+
+def has_reached(run: Run, place: float) -> bool:
+    """Whether the run has come to this part of its training; 1: whether it is complete."""
+    if is_complete(run):
+        return True
+    if place == 1 or not read_outcome(run):
+        return False
+    curve = read_curve(run)
+    return bool(curve) and curve[-1]["progress"] >= place
+
+
+def gpu_seconds(run: Run) -> float:
+    """What the run has cost so far, with attempts that failed."""
+    return read_outcome(run).get("gpu_seconds", 0.0)
+
+
 def is_complete(run: Run) -> bool:
     """Whether the run need not be made again."""
     if read_outcome(run).get("status") != "complete":
@@ -430,6 +530,104 @@ def last_words(output: Path, exit_status: int) -> str:
     return f"exit status {exit_status}: {last[:300]}"
 
 
+# ---- A budget ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A plan within a budget, by successive halving."""
+
+    plan: Plan
+    budget: float  # GPU-seconds
+
+    @functools.cached_property
+    def halvings(self) -> int:
+        """The fewest that the budget allows; UserError if none does."""
+        return choose_halvings(len(self.plan.variants) - 1, self.budget, self.cost)
+
+    @property
+    def places(self) -> list[float]:
+        """Ends of the legs, as parts of a run: the rungs, and 1."""
+        return [*rungs_of(self.halvings), 1.0]
+
+    def runs_of(self, variants: Iterable[str]) -> list[Run]:
+        """The variants' runs, in the plan's order."""
+        return [run for run in self.plan.runs if run.variant in variants]
+
+    def legs(self, halvings: int) -> list[tuple[int, float, float]]:
+        """For each leg: the number of variants beside the base, its end, and its cost.
+
+        Whichever variants go on, they cost no more than the dearest do.
+        """
+        found = []
+        begin = 0.0
+        base, *others = self.plan.variants
+        for leg, end in enumerate([*rungs_of(halvings), 1.0]):
+            costs = dict.fromkeys(self.plan.variants, 0.0)
+            for run in self.plan.runs:
+                costs[run.variant] += run.cost(begin, end)
+            kept = kept_after(len(others), leg)
+            dearest = sorted((costs[name] for name in others), reverse=True)[:kept]
+            found.append((kept, end, costs[base] + sum(dearest)))
+            begin = end
+        return found
+
+    def cost(self, halvings: int) -> float:
+        """GPU-seconds that all may take with so many halvings."""
+        return sum(cost for _, _, cost in self.legs(halvings))
+
+    def judge(self, rungs: list[Rung], tried: set[str]) -> Rung | None:
+        """What is to be decided at the rung after these; None while runs are on their way to it.
+
+        Runs whose RUN_ID is in tried have failed, and are not waited for.
+        """
+        place = self.places[len(rungs)]
+        if place == 1:
+            return None
+        alive = still_in(self.plan, rungs)
+        arrived = []
+        for run in self.runs_of(alive):
+            if has_reached(run, place):
+                arrived.append(run)
+            elif run.run_id not in tried:
+                return None
+        losses = {}
+        for variant in alive:
+            own = [loss_at(read_curve(run), place) for run in arrived if run.variant == variant]
+            known = [loss for loss in own if loss is not None]
+            losses[variant] = statistics.fmean(known) if known else None
+        kept = kept_after(len(self.plan.variants) - 1, len(rungs) + 1)
+        return judge(place, losses, self.plan.base, kept)
+
+
+def still_in(plan: Plan, rungs: list[Rung]) -> list[str]:
+    """The variants that were not stopped at these rungs."""
+    stopped = {variant for rung in rungs for variant in rung.stopped}
+    return [variant for variant in plan.variants if variant not in stopped]
+
+
+def check_sweep(plan: Plan, gpus: list[list[str]], train_gpt: ModuleType) -> None:
+    """Whether losses at a rung, by the runs' clocks, compare these variants; else UserError."""
+    alone = len({gpu for own in gpus for gpu in own}) == sum(map(len, gpus))
+    need(alone, "--budget: runs that share GPUs have no fair clock; choose a smaller --parallel")
+    trained: dict[tuple, str] = {}
+    texts = {(run.resolved.tokenizer_path, run.resolved.vocab_size) for run in plan.runs}
+    need(
+        len(texts) == 1, "--budget: losses of several tokenizers, in nats per token, do not compare"
+    )
+    names = [n for n in train_gpt.TRAINING_FIELDS if n not in train_gpt.EXPORT_FIELDS | {"seed"}]
+    # The quantizer trains where weights stand on their grids.
+    names += ["quantizer", "late_qat_threshold", "data_path"]
+    for run in plan.runs:
+        where = f"--budget: variant {run.variant!r}"
+        need(run.train_seconds, f"{where} has MAX_WALLCLOCK_SECONDS=0: its cost is unknown")
+        need(run.resolved.resume == "auto", f"{where}: RESUME is what lets stopped runs go on")
+        values = tuple(getattr(run.resolved, name) for name in names)
+        twin = trained.setdefault(values, run.variant)
+        alike = f"{where} trains as {twin!r} does: a training loss cannot tell which is better"
+        need(twin == run.variant, alike)
+
+
 # ---- Running -------------------------------------------------------------------------------------
 
 
@@ -448,13 +646,25 @@ def marked_processes(folder: Path) -> list[int]:
     return found
 
 
-def stop_processes(folder: Path, children: Iterable[subprocess.Popen] = ()):
+def ask_to_stop(folder: Path, child: subprocess.Popen) -> None:
+    """Sends SIGTERM to a run's processes and returns at once: a run in training then leaves a
+    checkpoint.
+    """
+    child.send_signal(signal.SIGTERM)
+    for process in marked_processes(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+
+
+def stop_processes(
+    folder: Path, children: Iterable[subprocess.Popen] = (), grace: float | None = None
+):
     """Ends the processes of runs in the folder, by force if they do not heed the request.
 
     torchrun's workers are not in its process group, and outlive a torchrun that is killed: so all
     are looked for by their mark.
     """
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + (GRACE_SECONDS if grace is None else grace)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for child in children:
             child.send_signal(number)
@@ -477,6 +687,16 @@ class Job:
     gpus: list[str]
     started: float
     digest: str  # of the script
+    before: dict  # the outcome of its earlier legs
+    patience: float = math.inf  # until then it may take to leave its checkpoint
+
+    def outcome(self, **values) -> dict:
+        """What outcome.json holds, with the seconds so far."""
+        leg = time.monotonic() - self.started
+        seconds = self.before.get("seconds", 0.0) + leg
+        cost = self.before.get("gpu_seconds", 0.0) + self.run.processes * leg
+        figures = {"seconds": round(seconds, 1), "gpu_seconds": round(cost, 1)}
+        return {"error": "", **values, **figures, **self.run.identity, "script": self.digest}
 
 
 def stage_of(run: Run) -> str:
@@ -495,7 +715,14 @@ def stage_of(run: Run) -> str:
 class Runner:
     """Runs what is not complete, as many at once as there are lists of GPUs."""
 
-    def __init__(self, plan: Plan, out: Path, script: Path, gpus: list[list[str]]):
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        script: Path,
+        gpus: list[list[str]],
+        sweep: Sweep | None = None,  # with a budget
+    ):
         self.plan = plan
         self.out = out
         self.script = script
@@ -506,7 +733,12 @@ class Runner:
         self.next_show = 0.0  # when the bar is brought up to date again
         # Then a step's time says nothing.
         self.shared = any(gpus.count(own) > 1 for own in gpus if own)
-        self.waiting = [run for run in plan.runs if not is_complete(run)]
+        self.sweep = sweep
+        self.rungs: list[Rung] = []  # that were decided
+        self.tried: set[str] = set()  # RUN_IDs of those that failed in this call
+        self.spent = sum(map(gpu_seconds, plan.runs))  # GPU-seconds, but for jobs
+        self.out_of_budget = False
+        self.next_look = 0.0  # at what the jobs have come to
         kept = [run for run in plan.runs if is_complete(run)]
         self.durations = [read_outcome(run)["seconds"] for run in kept]
         self.bar = tqdm(
@@ -516,6 +748,7 @@ class Runner:
             dynamic_ncols=True,
             bar_format="{n_fmt}/{total_fmt} runs |{bar:20}| {elapsed}{postfix}",
         )
+        self._plan_leg()
 
     def run(self) -> bool:
         """Until all runs have ended, or a signal asks to stop; whether they have.
@@ -534,10 +767,14 @@ class Runner:
                 ended = [job for job in self.jobs if job.process.poll() is not None]
                 for job in ended:
                     self._finish(job)
+                self._look_at_rung()
                 self._show()
                 time.sleep(POLL_SECONDS)
         finally:
-            stop_processes(self.out, [job.process for job in self.jobs])
+            grace = PAUSE_SECONDS if self.sweep else GRACE_SECONDS
+            stop_processes(self.out, [job.process for job in self.jobs], grace)
+            for job in self.jobs if self.sweep else ():
+                self._write_outcome(job, status="paused")
             self.bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -547,10 +784,76 @@ class Runner:
         """What a signal does; run() looks between two naps."""
         self.stopping = True
 
+    def _plan_leg(self):
+        """Decides at the rung that all have come to; has the runs wait that are short of the next.
+
+        Runs of variants that are stopped there are asked to end.
+        """
+        while self.sweep and (rung := self.sweep.judge(self.rungs, self.tried)):
+            self.rungs.append(rung)
+            for variant in rung.stopped:
+                self._say(f"{variant}: {rung.reason(variant)}")
+        self.end = self.sweep.places[len(self.rungs)] if self.sweep else 1.0
+        alive = still_in(self.plan, self.rungs)
+        for job in self.jobs:
+            if job.run.variant not in alive:
+                self._pause(job)
+        busy = {job.run.run_id for job in self.jobs} | self.tried
+        due = [run for run in self.plan.runs if run.variant in alive and run.run_id not in busy]
+        self.waiting = [run for run in due if not has_reached(run, self.end)]
+
+    def _look_at_rung(self):
+        """Pauses runs that have come to the rung and others wait for; goes on to the next leg, or
+        ends all when the budget is spent.
+        """
+        now = time.monotonic()
+        # Without jobs it must look: nobody else would start any.
+        if self.sweep is None or (self.jobs and now < self.next_look):
+            return
+        self.next_look = now + LOOK_SECONDS
+        short = [job for job in self.jobs if not has_reached(job.run, self.end)]
+        pausing = bool(self.waiting) or self._is_far(short)
+        for job in self.jobs:
+            if pausing and job not in short:
+                self._pause(job)
+            if now > job.patience:
+                stop_processes(job.run.folder, [job.process])
+        if not self.waiting and not short:
+            self._plan_leg()
+        running = sum(job.run.processes * (now - job.started) for job in self.jobs)
+        self.out_of_budget = self.spent + running >= self.sweep.budget
+        if self.out_of_budget and (self.jobs or self.waiting):
+            self.stopping = True
+
+    def _is_far(self, short: list[Job]) -> bool:
+        """Whether one of these is further from the rung than it takes to start a run again."""
+        for job in short:
+            curve = read_curve(job.run)
+            progress = curve[-1]["progress"] if curve else 0.0
+            if (self.end - progress) * job.run.train_seconds > START_SECONDS:
+                return True
+        return False
+
+    def _pause(self, job: Job):
+        """Asks a run, once, to leave a checkpoint and end."""
+        if job.patience == math.inf:
+            job.patience = time.monotonic() + PAUSE_SECONDS
+            ask_to_stop(job.run.folder, job.process)
+
+    def _write_outcome(self, job: Job, **values):
+        """Writes down how a run stands, and with which settings it came so far."""
+        outcome = job.outcome(**values) | {"shared": self.shared}
+        write_whole(job.run.folder / "outcome.json", json.dumps(outcome))
+
     def _start(self, run: Run):
-        """Starts a run in an empty folder."""
-        shutil.rmtree(run.folder, ignore_errors=True)
-        run.folder.mkdir(parents=True)
+        """Starts a run in an empty folder, or with what it left when it was paused."""
+        before = read_outcome(run)
+        digest = hashlib.sha256(self.script.read_bytes()).hexdigest()
+        paused = before.get("status") == "paused" and before["script"] == digest
+        if not (self.sweep and paused):
+            before = {"gpu_seconds": before.get("gpu_seconds", 0.0)}
+            shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
         gpus = self.free.pop(0)
         environment = os.environ | run.variables
         environment |= {
@@ -565,7 +868,7 @@ class Runner:
             cores = max(1, (os.cpu_count() or 1) // (self.parallel * run.processes))
             environment.setdefault("OMP_NUM_THREADS", str(cores))
         command = [*LAUNCHER, f"--nproc_per_node={run.processes}", str(self.script)]
-        with (run.folder / "output.txt").open("wb") as output:
+        with (run.folder / "output.txt").open("ab") as output:
             # A session of its own: Ctrl-C reaches only ablate.py.
             process = subprocess.Popen(
                 command,
@@ -575,42 +878,50 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        digest = hashlib.sha256(self.script.read_bytes()).hexdigest()
-        self.jobs.append(Job(run, process, gpus, time.monotonic(), digest))
+        job = Job(run, process, gpus, time.monotonic(), digest, before)
+        self.jobs.append(job)
+        if self.sweep:  # so that it is known what this folder holds, whatever happens
+            self._write_outcome(job, status="paused")
         place = f" on GPU {','.join(gpus)}" if gpus else ""
-        self._say(f"started {run.title}{place}")
+        self._say(f"{'went on with' if 'seconds' in before else 'started'} {run.title}{place}")
 
     def _finish(self, job: Job):
         """Writes down how a run ended and gives its GPUs to the next."""
         run = job.run
         status = job.process.returncode
         stop_processes(run.folder)  # a launcher that was killed leaves workers behind
-        seconds = round(time.monotonic() - job.started, 1)
         final = read_figures(run).get("bpb_final")
+        self.jobs.remove(job)
+        self.free.append(job.gpus)
+        self.spent += run.processes * (time.monotonic() - job.started)
+        if final is None and job.patience < math.inf:
+            self._write_outcome(job, status="paused")
+            # By now the next leg may have begun.
+            alive = run.variant in still_in(self.plan, self.rungs)
+            if alive and not has_reached(run, self.end):
+                self.waiting.append(run)
+            return
         error = ""
         # A run without a score has failed, whatever its status says.
         if status or final is None:
             error = last_words(run.folder / "output.txt", status)
-        else:
+            self.tried.add(run.run_id)
+        seconds = job.outcome()["seconds"]
+        if not error:
             self.durations.append(seconds)
-        outcome = {
-            "status": "failed" if error else "complete",
-            "error": error,
-            "seconds": seconds,
-            "shared": self.shared,
-            **run.identity,
-            "script": job.digest,
-        }
-        write_whole(run.folder / "outcome.json", json.dumps(outcome))
-        self.jobs.remove(job)
-        self.free.append(job.gpus)
+        self._write_outcome(job, status="failed" if error else "complete", error=error)
         self.bar.update()
         result = f"failed: {error}" if error else f"{final:.4f} bits per byte"
         self._say(f"{run.title}: {result}, after {seconds:.0f} s; {self._time_left()}")
-        write_results(self.plan, self.out)
+        write_results(self.plan, self.out, rungs=self.rungs)
 
     def _time_left(self) -> str:
-        """From what complete runs took; until there is one, from the training clock."""
+        """From what complete runs took; until there is one, from the training clock.
+
+        With a budget, what is spent of it.
+        """
+        if self.sweep:
+            return f"{self.spent:.0f} of {self.sweep.budget:g} GPU-seconds spent"
         now = time.monotonic()
         spent = [(run, 0.0) for run in self.waiting]
         spent += [(job.run, now - job.started) for job in self.jobs]
@@ -619,7 +930,7 @@ class Runner:
             if self.durations:
                 whole = statistics.mean(self.durations)
             elif run.train_seconds:
-                whole = run.train_seconds + OVERHEAD_SECONDS
+                whole = run.train_seconds + START_SECONDS + AROUND_SECONDS
             else:
                 return "time left unknown"
             seconds += max(0.0, whole - so_far)
@@ -643,10 +954,12 @@ class Runner:
 # ---- Results -------------------------------------------------------------------------------------
 
 
-def describe_run(run: Run) -> dict:
-    """A run as results.json holds it."""
+def describe_run(run: Run, stopped: bool) -> dict:
+    """A run as results.json holds it; stopped: its variant is."""
     outcome = read_outcome(run)
     status = outcome.get("status", "waiting")
+    if status in ("waiting", "paused"):
+        status = "stopped" if stopped else "waiting"
     return {
         "variant": run.variant,
         "seed": run.seed,
@@ -654,6 +967,7 @@ def describe_run(run: Run) -> dict:
         "error": outcome.get("error", ""),
         **run.identity,
         "seconds": outcome.get("seconds"),
+        "gpu_seconds": outcome.get("gpu_seconds"),
         "shared": outcome.get("shared"),
         "script": outcome.get("script"),
         "folder": str(run.folder),
@@ -767,12 +1081,23 @@ def table_notes(runs: list[dict], notes: Iterable[str]) -> list[str]:
     return found
 
 
-def format_table(plan: Plan, runs: list[dict], notes: Iterable[str] = ()) -> str:
-    """table.md: a row for each variant and each failed run, and what to know about them."""
+def stopped_row(variant: str, rung: Rung) -> str:
+    """A stopped variant's line, below its own: when, and by what."""
+    empty = "  |" * (len(HEADS) - 2)
+    return f"| {variant}, stopped | {rung.reason(variant)} |{empty}"
+
+
+def format_table(
+    plan: Plan, runs: list[dict], notes: Iterable[str] = (), rungs: Iterable[Rung] = ()
+) -> str:
+    """table.md: a row for each variant, each that was stopped and each failed run, and what to
+    know about them.
+    """
     lines = [f"# {plan.name}", "", "| " + " | ".join(HEADS) + " |", "| --- " * len(HEADS) + "|"]
     for row in summarize(plan, runs):
         variant = row["variant"]
         lines.append(table_row(row, variant == plan.base))
+        lines += [stopped_row(variant, rung) for rung in rungs if variant in rung.stopped]
         own = [run for run in runs if run["variant"] == variant]
         lines += [failed_row(run) for run in own if run["status"] == "failed"]
     lines += [
@@ -786,17 +1111,21 @@ def format_table(plan: Plan, runs: list[dict], notes: Iterable[str] = ()) -> str
     return "\n".join(lines) + "\n"
 
 
-def write_results(plan: Plan, out: Path, notes: Iterable[str] = ()) -> list[dict]:
+def write_results(
+    plan: Plan, out: Path, notes: Iterable[str] = (), rungs: Iterable[Rung] = ()
+) -> list[dict]:
     """Writes results.json and table.md for the runs as they stand, and returns them."""
-    runs = [describe_run(run) for run in plan.runs]
+    alive = still_in(plan, rungs)
+    runs = [describe_run(run, run.variant not in alive) for run in plan.runs]
     results = {
         "name": plan.name,
         "base": plan.base,
         "variants": summarize(plan, runs),
+        "rungs": [rung.record() for rung in rungs],
         "runs": runs,
     }
     write_whole(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_whole(out / "table.md", format_table(plan, runs, notes))
+    write_whole(out / "table.md", format_table(plan, runs, notes, rungs))
     return runs
 
 
@@ -840,41 +1169,58 @@ def grouped_bars(path: Path, groups: Groups, series: list[str], unit: str, from_
     figure.savefig(path, dpi=120)
 
 
-def loss_curve(run: Run, by_steps: bool) -> tuple[list[float], list[float]]:
-    """Steps or seconds of the training clock, and the training loss there."""
-    steps = [record for record in read_records(run) if record["event"] == "train"]
-    if by_steps:
-        places = [step["step"] for step in steps]
-    else:
-        places = [step["train_ms"] / 1000 for step in steps]
-    return places, [step["train_loss"] for step in steps]
+def loss_captions(plan: Plan) -> tuple[str, str]:
+    """What a comparison by seconds of the training clock is worth, and one by steps."""
+    shared = any(read_outcome(run).get("shared") for run in plan.runs)
+    by_seconds = "fair: what is learned in the time that a run has"
+    if shared:
+        by_seconds = "not fair: runs shared GPUs, which slows their clocks unevenly"
+    by_steps = "fair to what a step teaches, silent on how long it takes"
+    if len({run.resolved.train_batch_tokens for run in plan.runs}) > 1:
+        by_steps = "not fair: steps differ in tokens, TRAIN_BATCH_TOKENS"
+    return f"seconds of training\n({by_seconds})", f"steps\n({by_steps})"
+
+
+def draw_run(axes: tuple, curve: list[dict], ended: bool, **style) -> None:
+    """A run's training loss by seconds and by steps; a cross ends the line of one that was
+    stopped.
+    """
+    losses = [record["train_loss"] for record in curve]
+    seconds = [record["train_ms"] / 1000 for record in curve]
+    steps = [record["step"] for record in curve]
+    if not ended:
+        style |= {"marker": "x", "markevery": [-1]}
+    for one, places in zip(axes, (seconds, steps), strict=True):
+        one.plot(places, losses, linewidth=1, **style)
 
 
 def plot_loss(path: Path, plan: Plan):
-    """A PNG of training loss over the training clock: a colour for each variant, a line a run.
-
-    It is over steps if runs shared GPUs, which makes their clocks unfair.
+    """A PNG of training loss by seconds of the training clock and by steps, whose captions say
+    which is fair: a colour for each variant, a line for each run that is complete or was paused.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot()
-    shared = any(read_outcome(run).get("shared") for run in plan.runs)
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     late = []
     for number, variant in enumerate(plan.variants):
         # Ten colours, then the same with other dashes.
         style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
-        own = [run for run in plan.runs if run.variant == variant and is_complete(run)]
-        for place, run in enumerate(own):
-            places, losses = loss_curve(run, by_steps=shared)
-            label = "" if place else variant
-            axes.plot(places, losses, linewidth=1, label=label, **style)
-            pairs = zip(losses, places, strict=True)
-            late += [loss for loss, at in pairs if at >= 0.1 * places[-1]]
+        label = variant
+        for run in plan.runs:
+            curve = read_curve(run)
+            shown = read_outcome(run).get("status") in ("complete", "paused")
+            if run.variant != variant or not curve or not shown:
+                continue
+            draw_run(axes, curve, is_complete(run), label=label, **style)
+            label = ""
+            first = 0.1 * curve[-1]["step"]
+            late += [record["train_loss"] for record in curve if record["step"] >= first]
     # The first steps' loss would hide all differences.
     if late:
-        axes.set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
-        axes.legend()
-    axes.set_xlabel("steps" if shared else "seconds of training")
-    axes.set_ylabel("training loss, nats per token")
+        axes[0].set_ylim(min(late) - 0.02 * (max(late) - min(late)), max(late))
+        axes[0].legend()
+    for one, caption in zip(axes, loss_captions(plan), strict=True):
+        one.set_xlabel(caption)
+    axes[0].set_ylabel("training loss, nats per token")
     figure.savefig(path, dpi=120)
 
 
@@ -929,6 +1275,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> float:
+    """An argument that is a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; UserError if it makes no sense."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
@@ -946,19 +1303,43 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", help="only the first N of each variant's", **number)
     script = ROOT / "train_gpt.py"
     add("--script", type=Path, default=script, help="program to run (train_gpt.py)")
-    add("--dry-run", action="store_true", help="list what would run, and change nothing")
+    budget = "of all runs together: stops the losers early (see below)"
+    add("--budget", type=positive, metavar="GPU-SECONDS", help=budget)
+    dry = "list what would run, in order, at which cost, and change nothing"
+    add("--dry-run", action="store_true", help=dry)
     return parser.parse_args(arguments)
 
 
-def list_runs(plan: Plan, gpus: list[list[str]]):
-    """What --dry-run prints."""
-    complete = [is_complete(run) for run in plan.runs]
-    for run, kept in zip(plan.runs, complete, strict=True):
+def cost_text(run: Run) -> str:
+    """What a run may cost from start to score, in words."""
+    if not run.train_seconds:
+        return "cost unknown: no clock"
+    return f"at most about {run.cost(0, 1):,.0f} GPU-seconds"
+
+
+def list_runs(plan: Plan, gpus: list[list[str]], sweep: Sweep | None):
+    """What --dry-run prints: runs in the order of their starts, what each may cost, and all."""
+    due = [run for run in plan.runs if not is_complete(run)]
+    for run in plan.runs:
         settings = " ".join(f"{name}={value}" for name, value in run.variables.items())
-        state = "is complete" if kept else "would run"
-        print(f"{run.title} ({state}): SEED={run.seed} {settings}")
-    to_do = f"{complete.count(False)} of {len(plan.runs)} runs to do"
+        state = "would run" if run in due else "is complete"
+        print(f"{run.title} ({state}): SEED={run.seed} {settings}; {cost_text(run)}")
+    to_do = f"{len(due)} of {len(plan.runs)} runs to do"
     print(f"{to_do}; at once: {len(gpus)}; processes: {plan.processes}")
+    if all(run.train_seconds for run in due):
+        cost = sum(run.cost(0, 1) for run in due)
+        print(f"to the end of all: at most about {cost:,.0f} GPU-seconds")
+    if sweep:
+        list_legs(sweep)
+
+
+def list_legs(sweep: Sweep):
+    """What --dry-run prints of a budget: how far how many variants train, at what cost."""
+    for kept, end, cost in sweep.legs(sweep.halvings):
+        place = "the end" if end == 1 else f"{end:.1%}"
+        print(f"to {place}: the base and {kept} more, at most about {cost:,.0f} GPU-seconds")
+    whole = sweep.cost(sweep.halvings)
+    print(f"with --budget {sweep.budget:g}: at most about {whole:,.0f} GPU-seconds")
 
 
 @contextlib.contextmanager
@@ -986,25 +1367,48 @@ def main(arguments: list[str] | None = None) -> int:
     out = (options.out or Path("logs") / options.file.stem).resolve()
     script = options.script.resolve()
     need(script.is_file(), f"{script}: no such program")
+    train_gpt = load_train_gpt()
     plan = read_plan(
-        options.file, out, load_train_gpt(), options.processes, options.parallel, options.seeds
+        options.file, out, train_gpt, options.processes, options.parallel, options.seeds
     )
     gpus = share_gpus(plan)
+    sweep = None
+    if options.budget:
+        check_sweep(plan, gpus, train_gpt)
+        sweep = Sweep(plan, options.budget)
+        need(sweep.places, "")  # UserError for a budget that is too small
     if options.dry_run:
-        list_runs(plan, gpus)
+        list_runs(plan, gpus, sweep)
         return 0
     with claimed(out):
         stop_processes(out)  # of an ablate.py that was killed
-        write_results(plan, out)
-        ended = Runner(plan, out, script, gpus).run()
-        runs = write_results(plan, out)
-        if not ended:
+        runner = Runner(plan, out, script, gpus, sweep)
+        write_results(plan, out, rungs=runner.rungs)
+        ended = runner.run()
+        notes = budget_notes(runner)
+        runs = write_results(plan, out, notes, runner.rungs)
+        if not ended and not runner.out_of_budget:
             print(f"stopped; the same command continues. So far: {out}/table.md", flush=True)
             return 130
-        write_results(plan, out, draw_plots(plan, out, runs))
+        write_results(plan, out, [*notes, *draw_plots(plan, out, runs)], runner.rungs)
     table = (out / "table.md").read_text(encoding="utf-8")
     print(f"\n{table}\nResults and plots: {out}", flush=True)
-    return int(any(run["status"] != "complete" for run in runs))
+    return int(any(run["status"] not in ("complete", "stopped") for run in runs))
+
+
+def budget_notes(runner: Runner) -> list[str]:
+    """What the table says about a budget."""
+    if not runner.sweep:
+        return []
+    spent = sum(map(gpu_seconds, runner.plan.runs))
+    notes = [f"{spent:,.0f} of {runner.sweep.budget:,.0f} GPU-seconds were spent."]
+    if runner.rungs:
+        places = " and ".join(f"{rung.place:.1%}" for rung in runner.rungs)
+        kept = "the half with the lower training loss there went on, and the base"
+        notes.append(f"Successive halving at {places} of the run: {kept}.")
+    if runner.out_of_budget and (runner.jobs or runner.waiting):
+        notes.append("The budget is spent; the same command with a larger one goes on.")
+    return notes
 
 
 def run(arguments: list[str] | None = None) -> int:
