@@ -189,9 +189,7 @@ class Settings:
     eval_only: bool = env(False, "score ARTIFACT and train nothing")
 
     seed: int = env(1337, "of weights and batches", "integer", group="data")
-    data_path: str = env(
-        "./data/datasets/fineweb10B_sp8192/", "*_train_*.bin, *_val_*.bin", "folder"
-    )
+    data_path: str = env("./data/datasets/fineweb10B_sp8192/", "*_train_*, *_val_*.bin", "folder")
     tokenizer_path: str = env("./data/tokenizers/fineweb_8192_bpe.model", "SentencePiece", "file")
     vocab_size: int = env(8192, "must be the tokenizer's", "tokens", 2, 65_536)
     train_batch_tokens: int = env(524_288, "a step's, over all ranks", "tokens", 1, 2**28)
@@ -262,9 +260,7 @@ class Settings:
     swa_start_frac: float = env(0.2, "swa: LR factor below which it averages", "factor", 0, 1)
     swa_every: int = env(50, "swa: from one snapshot to the next", "steps", 1)
 
-    target_mb: float = env(
-        16.0, "decimal, for artifact and code", "MB", ABOVE_0, 16, group="export"
-    )
+    target_mb: float = env(16.0, "decimal, artifact and code", "MB", ABOVE_0, 16, group="export")
     quantizer: str = env("gptq", "ternary trains on it", "gptq|round|percentile|dsq|ternary")
     late_qat_threshold: float = env(0.0, "QAT below this LR factor; 0: never", "factor", 0, 1)
     sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
@@ -1022,9 +1018,8 @@ class Tokenizer:
             length = len(text.replace("▁", " ").encode())
             counted = int(self.target_bytes(np.array([BOS_ID, *document])).sum())
             if document == again and length - counted not in (0, self.has_space[document[0]]):
-                return (
-                    f"it counts {counted} bytes in a text of {length}: has it no piece for a space?"
-                )
+                count = f"it counts {counted} bytes in a text of {length}"
+                return f"{count}: has it no piece for a space?"
         lost = (pairs - returned).total()
         alike = lost < 9 or lost <= MOST_LOST_PAIRS * pairs.total()
         return "" if alike else f"decoded and encoded again, {lost / pairs.total():.0%} are others"
@@ -2135,8 +2130,7 @@ class SharedBySpelling(nn.Module):
 
     def __init__(self, matrix: Tensor, width: int):
         super().__init__()
-        shared = matrix.new_zeros(matrix.shape[1], width, dtype=torch.float32)
-        self.shared = nn.Parameter(shared)
+        self.shared = nn.Parameter(matrix.new_zeros(matrix.shape[1], width, dtype=torch.float32))
         self.register_buffer("matrix", matrix, persistent=False)
 
     def forward(self, table: Tensor) -> Tensor:
@@ -2179,14 +2173,10 @@ def merge_order(tokenizer) -> dict[str, int]:
     ids = list(range(tokenizer.model.vocab_size()))
     ordinary = np.flatnonzero(~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids)))
     scores = np.array(tokenizer.model.GetScore(ids))[ordinary]
-    zeros = np.flatnonzero(scores == 0)
-    if len(zeros) == 0:
-        return {}
-    first = zeros[-1]
-    if scores[:first].any() or (np.diff(scores[first:]) != -1).any():
-        return {}
+    first = np.flatnonzero(scores == 0).max(initial=0)
+    falling = not scores[: first + 1].any() and (np.diff(scores[first:]) == -1).all()
     pieces = tokenizer.model.IdToPiece(ids)
-    return {pieces[token]: int(token) for token in ordinary[first:]}
+    return {pieces[token]: int(token) for token in ordinary[first:]} if falling else {}
 
 
 def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
@@ -3444,8 +3434,7 @@ def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
     """What an artifact's header holds: its model's settings, a sum that names its tokenizer, and
     for who scores it without a log, the preset and the window of its training.
     """
-    names = [*MODEL_FIELDS, "preset", "train_seq_len"]
-    header = {name: getattr(settings, name) for name in names}
+    header = {n: getattr(settings, n) for n in (*MODEL_FIELDS, "preset", "train_seq_len")}
     return header | {"tokenizer_sha256": tokenizer_sha256}
 
 
@@ -3493,14 +3482,13 @@ def seal(magic: bytes, header: dict, *payload) -> list:
 # What a sealed file means that was written before there was a setting. Whoever adds one that a
 # header holds (artifact_header(), Trainer.header()) adds here, for good, what came without it.
 FORMER_DEFAULTS = {"tokenizer_sha256": "", "training_data": "", "document_scope": "scans"}
-FORMER_DEFAULTS |= {"starts": 1}
 FORMER_DEFAULTS |= {"xsa_last_n": 0, "rope_base": 1e4, "ln_scale": False, "calibration": "train"}
 FORMER_DEFAULTS |= {"tie_embeddings": True, "tied_embed_init_std": 0.005, "embed_wd": -1.0}
 FORMER_DEFAULTS |= {"embed_lr": 0.008, "head_lr": 0.008, "min_lr": 0.0, "warmdown_shape": "linear"}
 FORMER_DEFAULTS |= {"muon_momentum_warmup_start": 0.0, "muon_momentum_warmup_steps": 0}
 FORMER_DEFAULTS |= {"beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "adam_wd": 0.0}
 FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 0.1}
-FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0}
+FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0, "starts": 1}
 FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
@@ -3927,11 +3915,10 @@ def find_settings(settings) -> tuple[Path | None, dict]:
 
     Looked at are RUN_ID's in LOG_DIR, and what lies beside the file.
     """
-    s = settings
-    found = file_sha256(s.artifact_path)
+    found = file_sha256(settings.artifact_path)
     usual = asdict(Settings())
-    beside = str(s.artifact_path).removesuffix(".int6.lzma")
-    for path in (Path(s.log_dir, f"{s.run_id}.jsonl"), Path(f"{beside}.jsonl")):
+    beside = str(settings.artifact_path).removesuffix(".int6.lzma")
+    for path in (Path(settings.log_dir, f"{settings.run_id}.jsonl"), Path(f"{beside}.jsonl")):
         events = last_records(path)
         if found and events.get("trained", {}).get("artifact_sha256") == found:
             theirs = events["settings"].get("settings", {}).items()
@@ -3948,23 +3935,22 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     """
     s = settings
     header, _ = read_artifact(s.artifact_path)
+    log, logged = find_settings(s)
     ours = "preset" in given or header["preset"] not in PRESETS
     preset = s.preset if ours else header["preset"]
     theirs = asdict(Settings(**PRESETS[preset] | {"preset": preset}))
-    theirs["train_seq_len"] = header["train_seq_len"] or theirs["train_seq_len"]
-    log, logged = find_settings(s)
-    theirs |= logged
+    window = header["train_seq_len"]  # 0: not known
+    theirs |= ({"train_seq_len": window} if window else {}) | logged
     contradicts = f"PRESET={s.preset} contradicts {log}, which has {theirs['preset']}: unset it"
     need("preset" not in given or s.preset == theirs["preset"], contradicts)
     taken = {name: theirs[name] for name in SCORED_WITH if name not in given}
     settings = adopt_artifact(header, replace(s, **taken), given, world_size)
     if log:
-        names = [name for name in SCORED_WITH if getattr(settings, name) != theirs[name]]
-        other = [f"{n.upper()}={getattr(settings, n)} (there {theirs[n]})" for n in names]
-        but = f"; but {' '.join(other)}" if other else ""
-        return settings, f"settings from {log}{but}"
+        ours = {name: getattr(settings, name) for name in SCORED_WITH}
+        differ = [f"{n.upper()}={x} (there {theirs[n]})" for n, x in ours.items() if x != theirs[n]]
+        return settings, f"settings from {log}" + (f"; but {' '.join(differ)}" if differ else "")
     names = [name for name in taken if FIELDS[name] == "evaluation"]
-    names += [] if header["train_seq_len"] or "train_seq_len" in given else ["train_seq_len"]
+    names += [] if window or "train_seq_len" in given else ["train_seq_len"]
     usual = " ".join(f"{name.upper()}={taken[name]}" for name in names)
     source = f"settings from {s.artifact_path}; without its log, as PRESET={preset} has them"
     return settings, f"{source}: {usual}"
@@ -4577,7 +4563,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
         log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
         trainer.run(batches, partial(score, model))
         values = {"steps": trainer.steps_done, "step_avg_ms": trainer.step_ms()}
-        values["starts"] = trainer.starts  # more than 1: resumed
+        values |= {"starts": trainer.starts}  # more than 1: resumed
         values |= {"peak_bytes": torch.cuda.max_memory_allocated(), "bytes_code": code_bytes()}
         text = "{bytes_code} bytes; {steps} steps of {step_avg_ms:.2f}ms".format(**values)
         log(f"Code size: {text}; peak GPU memory {values['peak_bytes'] / 1e9:.1f} GB")
@@ -4622,9 +4608,7 @@ def code_bytes() -> int:
     return Path(__file__).stat().st_size
 
 
-def plain_score(
-    settings, ranks, validation: ValidationSet, model, recurrent=True, log=None
-) -> Score:
+def plain_score(settings, ranks, validation, model, recurrent=True, log=None) -> Score:
     """The score in plain windows, without test-time training and off every clock."""
     plain = replace(settings, eval_mode="plain", ttt_enabled=False)
     shown = log and ScoringProgress(log, "plain windows", len(validation.target_bytes))
@@ -4707,9 +4691,7 @@ def quantization_report(trainer, quantized, before: Score, score):
     trainer.log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
 
 
-def evaluate_artifact(
-    settings, given, ranks, validation: ValidationSet, log, written="", attempt=1
-):
+def evaluate_artifact(settings, given, ranks, validation, log, written="", attempt=1):
     """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS: how often that was begun is logged.
 
     Raises UserError if that takes longer, or if the file is not the one that this run has written.
@@ -4771,15 +4753,15 @@ def main(log):
     log.open(settings, ranks, log_name(settings))
     with ExitStack() as claims:
         first = ranks.rank == 0
-        unscored = find_unscored(settings) if first and not settings.eval_only else {}
-        unscored = ranks.from_main(unscored)
+        writes = first and not settings.eval_only
+        unscored = ranks.from_main(find_unscored(settings) if writes else {})
         source = ""  # of settings that were not given
         if settings.eval_only:
             found = settings_to_score(settings, given, ranks.world_size) if first else None
             settings, source = ranks.from_main(found)
         log_settings(log, settings, given, ranks, source)
         check_outputs(settings)
-        if first and not settings.eval_only:
+        if writes:
             lock = Path(f"{settings.artifact_path}.lock")  # stays after a kill, unlocked
             with explained_errors(f"write {lock}"):
                 claims.enter_context(claim_file(lock, "ARTIFACT"))
