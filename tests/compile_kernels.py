@@ -5,11 +5,11 @@
     python -m tests.compile_kernels table [80 86 ...]
 
 90 is a compute capability, here the H100's and H200's. Without shapes, each kernel that a run of
-the default's sizes launches becomes a line of JSON: its name; the layer's state size; whether it
-knows of document starts; the bytes of shared memory that a program needs and of local memory that a
-thread does (the compiler puts there what finds no register); and the SHA-256 of its machine code.
-The sum leaves names, addresses in the file and line numbers out: two versions of the script whose
-sums are equal run the same instructions.
+the default's sizes launches, or an idea of tools/ideas would, becomes a line of JSON: its name; the
+layer's state size; whether it knows of document starts; the bytes of shared memory that a program
+needs and of local memory that a thread does (the compiler puts there what finds no register); and
+the SHA-256 of its machine code. The sum leaves names, addresses in the file and line numbers out:
+two versions of the script whose sums are equal run the same instructions.
 
 16,128,64,64 are a layer's heads, a head's channels, the state size and the chunk: a line of JSON
 says whether the scan of this shape compiles, and what it needs. "scans" does so for its two largest
@@ -46,6 +46,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t  # noqa: E402
 from bench import tune  # noqa: E402
+from tools.ideas import fused_mlp  # noqa: E402
 
 TOKENS = 256  # a chunk and its neighbours: more would compile to the same
 # Bytes of shared memory that a program may use, by compute capability, from the table of technical
@@ -136,7 +137,8 @@ class Compiler:
 
     def __init__(self, capability: int):
         self.capability = capability
-        self.kernels = tune.KERNELS + ("cross_entropy_rows",)  # that are compiled
+        own = tune.KERNELS + ("cross_entropy_rows",)
+        self.kernels = own + tuple(fused_mlp.TILES)  # that are compiled
         self.built: dict[str, triton.compiler.CompiledKernel] = {}
         absent_gpu = SimpleNamespace(  # what compiling asks a driver for
             get_current_target=lambda: GPUTarget("cuda", self.capability, 32),
@@ -226,7 +228,7 @@ def print_table(capabilities: list[str]) -> None:
 
 def compile_all(compiler: Compiler) -> None:
     """Prints a line for each kernel that a forward and a backward launch, in bfloat16, with what
-    train_gpt.py launches it."""
+    train_gpt.py launches it; and for those of an idea."""
     for state in (64, 128):
         for documents in (False, True):
             projected, parameters, sizes = tune.random_layer(state, torch.device("cpu"), 1, TOKENS)
@@ -241,6 +243,11 @@ def compile_all(compiler: Compiler) -> None:
         for slopes in (True, False):
             t.fused_cross_entropy(hidden, matrix, targets, 30.0, slopes, *pairs[: 2 * masked])
             compiler.report(masked, slopes)
+    up, down = (torch.randn(shape).bfloat16() for shape in ((2048, 512), (512, 2048)))
+    factor = torch.ones(TOKENS)
+    _, active, signs = fused_mlp.mlp_parts(hidden, factor, up, down)
+    fused_mlp.product_gradient(hidden, factor, down, active, signs)
+    compiler.report(0, False)
 
 
 def print_scans(text: str, capabilities: list[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import train_gpt as t
 from bench import tune
 from tests.support import PATIENCE
+from tools.ideas import fused_mlp
 
 ROOT = Path(__file__).resolve().parent.parent
 # Bytes of shared memory a program may use, on compute capability 9.0, where two are to share a
@@ -48,7 +49,8 @@ def kernels(tmp_path_factory) -> dict[tuple[str, int, bool], dict]:
 def test_every_kernel_compiles_with_both_state_sizes_and_fits(kernels):
     scans = itertools.product(tune.KERNELS, (64, 128), (False, True))
     losses = itertools.product(["cross_entropy_rows"], (0, 1), (False, True))
-    assert set(kernels) == {*scans, *losses}
+    products = [(name, 0, False) for name in fused_mlp.TILES]
+    assert set(kernels) == {*scans, *losses, *products}
     assert max(line["shared"] for line in kernels.values()) <= SHARED_OF_ONE
 
 
@@ -58,7 +60,8 @@ def test_kernels_without_document_starts_are_the_same_machine_code(kernels):
         for state in (64, 128):
             same = kernels[name, state, False]["code"] == kernels[name, state, True]["code"]
             assert same == (name not in ("tokens_forward", "tokens_backward"))
-    assert len({line["code"] for line in kernels.values()}) == len(tune.KERNELS) * 2 + 2 * 2 + 4
+    codes = {line["code"] for line in kernels.values()}
+    assert len(codes) == len(tune.KERNELS) * 2 + 2 * 2 + 4 + len(fused_mlp.TILES)
 
 
 @pytest.mark.parametrize("name", ["scan_forward", "scan_backward"])
@@ -82,3 +85,9 @@ def test_where_tiles_have_no_instructions_the_default_scan_fits_and_hardly_spill
         for needs in line["kernels"].values():
             assert needs["local"] <= 256, line
             assert 50_000 < needs["shared"] <= capabilities[line["capability"]], line
+
+
+@pytest.mark.parametrize("name", fused_mlp.TILES)
+def test_the_fused_mlps_products_keep_their_results_in_registers(kernels, name):
+    """A tile of 128 x 256 float32 results takes 128 registers of each of its 256 threads."""
+    assert kernels[name, 0, False]["local"] == 0
