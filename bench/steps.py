@@ -177,8 +177,9 @@ class Variant:
         """The summed squares of the gradients' errors by kind, with what write_truth() wrote."""
         true = torch.load(file, map_location=self.ranks.device)
         model = self.trainer.model
-        problem = model.load_state_dict(true["weights"], strict=False)
-        need(not problem.missing_keys, f"other parameters: {problem.missing_keys[:3]}")
+        missing, unexpected = model.load_state_dict(true["weights"], strict=False)
+        other = missing + unexpected
+        need(not other, f"gradients cannot be compared: other parameters: {other[:3]}")
         model.zero_grad(set_to_none=True)
         self.trainer.accumulate_gradients(*self.batch(seed), model.order(True))
         found = {name: p.grad for name, p in model.named_parameters()}
