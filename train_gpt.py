@@ -2055,8 +2055,7 @@ class Model(nn.Module):
         if hidden.is_cuda and triton:
             weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
             pairs = () if self.impossible is None else (tokens.flatten(), self.impossible)
-            slopes = torch.is_grad_enabled()
-            nats, _ = fused_cross_entropy(rows, weight, flat, cap, slopes, *pairs)
+            nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled(), *pairs)
         else:
             logits = self.logits(rows, None if tokens is None else tokens.flatten())
             nats = F.cross_entropy(logits, flat, reduction="none")
@@ -2935,8 +2934,7 @@ class Evaluator:
         """Trains on targets first <= p < last, which are scored."""
         started = synchronized_time()
         for epoch in range(epochs):
-            nats = self._train_epoch(first, last, sgd)
-            self.learnt[first // self.chunk, min(epoch, 1) :] = nats
+            self.learnt[first // self.chunk, min(epoch, 1) :] = self._train_epoch(first, last, sgd)
         if epochs and self.settings.eval_mode == "stateful":
             self._renew_states(last)
         if epochs:
@@ -3002,8 +3000,7 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
     for name, row in rows.items():
         tables[name] = {key: np.bincount(row, x).round(3).tolist() for key, x in sums.items()}
     if settings.adapts:
-        columns = score.chunks.T.round(3).tolist()
-        tables["chunks"] |= dict(zip(CHUNK_COLUMNS, columns, strict=True))
+        tables["chunks"] |= dict(zip(CHUNK_COLUMNS, score.chunks.T.round(3).tolist(), strict=True))
     return tables
 
 
@@ -3459,8 +3456,7 @@ def bytes_by_kind(model, stored: dict[str, Tensor], size: int) -> dict[str, int]
     found = collections.Counter()
     for name, limits in grid_limits(model).items():
         symbols = stored[f"{name} integers"].long() + INT8_MAX
-        counts = torch.bincount(symbols.flatten())
-        bits = (symbols.numel() / counts).log2()
+        bits = (symbols.numel() / torch.bincount(symbols.flatten())).log2()
         for limit in limits.unique().int().tolist():
             rows = symbols[limits.squeeze(1) == limit]
             total = float(bits[rows].sum(dtype=torch.float64))
@@ -3577,10 +3573,7 @@ def model_skeleton(settings) -> Model:
 
 
 def check_size(skeleton: Model, target_bytes: float, memory: float):
-    """Raises UserError, before it is trained, for a model that could not be exported.
-
-    memory: bytes of the device that would quantize it.
-    """
+    """Raises UserError for a model, not trained yet, that bytes of memory could not export."""
     s = skeleton.settings
     numbers = sum(p.numel() for p in skeleton.parameters())
     # On the coarsest grid: Gaussian weights' entropy less a quarter, as trained ones are uneven.
@@ -3816,10 +3809,7 @@ class ScoringProgress(EvaluationObserver):
 
 
 def claim_file(path: Path, setting: str):
-    """A file to write behind its end, locked until it is closed; UserError if others have it.
-
-    setting: the one that named it, for the error.
-    """
+    """A file to append to, locked until it is closed; UserError, with setting, if a run has it."""
     file = path.open("ab", 0)
     try:
         if path.is_file():  # not a device, which many may write to
@@ -3911,10 +3901,7 @@ def find_unscored(settings) -> dict[str, dict]:
 
 
 def find_settings(settings) -> tuple[Path | None, dict]:
-    """The log of the run that wrote ARTIFACT, by its SHA-256, and the settings in it.
-
-    Looked at are RUN_ID's in LOG_DIR, and what lies beside the file.
-    """
+    """The log, RUN_ID's or the one beside ARTIFACT, of the run that wrote that; its settings."""
     found = file_sha256(settings.artifact_path)
     usual = asdict(Settings())
     beside = str(settings.artifact_path).removesuffix(".int6.lzma")
