@@ -601,7 +601,7 @@ PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as t
 
 
 def prepare_torch(deterministic: bool = False):
-    """Makes all choices that hold for torch in the whole process: before CUDA is used, and again."""
+    """Makes all choices that hold for torch in a whole process: before CUDA is used, and again."""
     PROCESS_WIDE.close()
     # The first of SDPA's kernels that can take a call does: cuDNN's, the fastest on Hopper, and not
     # the memory-efficient one. Entered in the model, this would keep graphs out of the cache.
@@ -3102,7 +3102,7 @@ def grids(model, settings, matrices: dict[str, Tensor], k: float):
 
 
 def float_type(name: str) -> str:
-    """The type in the artifact of a vector, or of a matrix's grid steps, by the parameter's name."""
+    """The type in an artifact of a vector, or of a matrix's grid steps, by the parameter's name."""
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 

@@ -73,6 +73,7 @@ def train_in_part(settings: t.Settings, given: set[str], ranks: t.Ranks) -> t.Va
         t.log_settings(log, settings, given, ranks)
         tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
         validation = t.text_to_score(settings, tokenizer, [], log)
+        # What a whole run of several machines would be refused for.
         t.check_alike(settings, ranks, validation)
         t.train_and_export(settings, ranks, few_targets(validation, settings), log)
     return validation
