@@ -13,7 +13,7 @@ import sentencepiece
 import torch
 
 import train_gpt as t
-from tests.support import CPU, SOLO, TEXT, Quiet, tiny, write_shard
+from tests.support import CPU, SOLO, TEXT, tiny, write_shard
 
 # ---- Shards --------------------------------------------------------------------------------------
 
@@ -58,7 +58,9 @@ def test_a_shard_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end(tmp_
 READERS = {
     "training": lambda settings, tokenizer: t.Batches(settings, SOLO).next(),
     "evaluation": t.load_validation,
-    "check of the tokenizer": lambda *both: t.check_tokenizer(*both, Quiet()),
+    "check of the tokenizer": lambda settings, tokenizer: t.check_tokenizer(
+        settings, tokenizer, t.open_shards(settings.data_path, "train"), "training"
+    ),
     "digest": lambda settings, _: t.sampled_digest(t.open_shards(settings.data_path, "train")),
 }
 
