@@ -3854,14 +3854,19 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
 def read_run(path: Path) -> list[dict]:
     """Of a .jsonl log: the records of the last start that trained, and of those after it.
 
-    Empty without one. A line that is no record, as one that was cut off, is left out.
+    Empty without one. A line that is no record, as one that was cut off, is left out. UserError
+    for settings that are none: whose run it is, cannot be known.
     """
     records = []
     with suppress(OSError):
         for line in path.read_bytes().splitlines():
             with suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
-    records = [record for record in records if isinstance(record, dict) and "event" in record]
+    records = [record for record in records if isinstance(record, dict)]
+    records = [record for record in records if isinstance(record.get("event"), str)]
+    for record in records:
+        whole = record["event"] != "settings" or isinstance(record.get("settings", {}), dict)
+        need(whole, f"{path} is damaged, its settings are none: mend it, or move it away")
     ready = max((i for i, r in enumerate(records) if r["event"] == "ready"), default=0)
     starts = [i for i, r in enumerate(records[:ready]) if r["event"] == "settings"]
     return records[starts[-1] :] if starts else []
@@ -4904,6 +4909,13 @@ def check_alike(settings, ranks, validation: ValidationSet | None):
 
 def run() -> int:
     """main() for a command line: what goes wrong is one line; returns the exit status, 0 or 2."""
+    for name in (
+        "stdin",
+        "stdout",
+        "stderr",
+    ):  # closed ones, as by >&-, in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # consoles without a sign: cp1251 has no ×, ASCII no ▁
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -1643,6 +1643,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 2 after an error, 128 and its number
     after a signal (130 after Control-C).
     """
+    for name in ("stdin", "stdout", "stderr"):  # closed ones, as by >&-, by the numbers they get
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # consoles that lack a sign of a path
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -110,7 +110,15 @@ def test_as_many_processes_as_the_run_had(logs, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.txt", "a"), ("a.jsonl", "{}"), ("a.jsonl", "a"), ("a.txt", None)],
+    [
+        ("a.txt", "a"),
+        ("a.jsonl", "{}"),
+        ("a.jsonl", "a"),
+        ("a.txt", None),
+        ("a.jsonl", '{"event": [1]}'),
+        ("a.jsonl", '{"event": "settings", "settings": {}, "machine": {"hardware": "1 × CPU"}}'),
+        ("a.jsonl", '{"event": "settings", "settings": ["run_id"], "given": [], "machine": {}}'),
+    ],
     ids=str,
 )
 def test_other_files_are_refused_in_one_line(logs, tmp_path, name, text):

@@ -268,6 +268,25 @@ def test_a_log_that_was_cut_off_or_is_none_says_nothing_of_a_run(tmp_path):
     assert t.read_run(path) == start
     path.write_text("\n".join(lines[:2]))
     assert t.read_run(path) == []
+    odd = [json.dumps({"event": event}) for event in ([1], {}, None, 1)]
+    path.write_text("\n".join([*lines, *odd]))
+    assert t.read_run(path) == start
+
+
+@pytest.mark.parametrize("odd", [None, [], "x", 1], ids=repr)
+@pytest.mark.parametrize("find", [t.find_unscored, t.find_settings], ids=["train", "score"])
+def test_a_start_whose_settings_are_none_is_told_in_a_line(tmp_path, find, odd):
+    settings = t.Settings(log_dir=str(tmp_path), run_id="a")
+    (tmp_path / "a.int6.lzma").write_bytes(b"x")
+    trained = {"event": "trained", "artifact_sha256": t.file_sha256(settings.artifact_path)}
+    first = {"event": "settings", "settings": odd}
+    records = [first, {"event": "ready"}, trained]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(t.UserError, match=r"a\.jsonl is damaged, its settings are none"):
+        find(settings)
+    del first["settings"]  # as an older script left them out
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    find(settings)
 
 
 # ---- Scoring alone -------------------------------------------------------------------------------

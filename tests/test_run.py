@@ -1023,6 +1023,21 @@ def test_a_console_without_some_signs_ends_nothing(trained, shards, tmp_path, en
     assert "hardware=1 × CPU" in (tmp_path / "a.eval.txt").read_text(encoding="utf-8")
 
 
+def test_a_console_that_was_closed_from_the_start_ends_nothing(trained, shards, tmp_path):
+    """Neither a run, whose log is whole and holds no word of the console's, nor a tool."""
+    changes = {"eval_only": True, "artifact": trained.artifact, "eval_mode": "plain"}
+    environment = run_environment(shards, tmp_path, **changes)
+    shell = ["bash", "-c", '"$@" >&- 2>&- <&-', "bash", sys.executable]
+    done = subprocess.run([*shell, str(SCRIPT)], env=environment)
+    assert done.returncode == 0
+    *_, last = (tmp_path / "a.eval.txt").read_text(encoding="utf-8").splitlines()
+    assert FINAL.fullmatch(last)
+    *_, record = (tmp_path / "a.eval.jsonl").read_text().splitlines()
+    assert json.loads(record)["event"] == "final_profile"
+    tool = [*shell, "-m", "tools.summary", trained.folder / "a.jsonl"]
+    assert subprocess.run(tool, env=process_environment({}), cwd=SCRIPT.parent).returncode == 0
+
+
 def test_help_needs_nothing_and_lists_everything(monkeypatch, capsys):
     for argument in ("--help", "-h"):
         assert run_here(monkeypatch, {"VOCAB_SIZES": "nonsense"}, argument) == 0

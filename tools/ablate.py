@@ -98,7 +98,7 @@ if not __package__:  # started by its path
 
 from tools.command import Parser, UserError, need, run_command, write_whole
 from tools.halving import Rung, choose_halvings, judge, kept_after, loss_at, rungs_of
-from tools.logs import spread
+from tools.logs import is_record, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 # torchrun, which picks a free port.
@@ -440,7 +440,7 @@ def read_records(run: Run) -> list[dict]:
     for line in lines:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "event" in record]
+    return [record for record in records if is_record(record)]
 
 
 def read_figures(run: Run) -> dict:

@@ -62,13 +62,13 @@ def read_command(
         # Older logs do not say which were given; their scripts take all.
         given = {*started.get("given", every), "run_id", "log_dir"}
         settings = {name.upper(): shown(every[name]) for name in every if name in given}
+        settings["RUN_ID"] += "-again"
         ranks = rank_count(started["machine"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise not_a_log(records) from None
     # What is only scored keeps the artifact of the run that trained; its log gets another name.
     if every.get("eval_only") and not every.get("artifact"):
         settings["ARTIFACT"] = find_artifact(path.parent, every)
-    settings["RUN_ID"] += "-again"
     settings.pop("OVERWRITE", None)  # it was said of the run's name, not of this one
     # The folder that the log names may be another machine's.
     settings["LOG_DIR"] = str(path.parent)

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def tolerate_consoles() -> None:
-    """Has a console show a question mark for a sign that its encoding lacks, as cp1251 lacks ×."""
+    """Has a console show a question mark for a sign that its encoding lacks, as cp1251 lacks ×.
+
+    What is written to a stream that was closed from the start, as by >&-, goes nowhere.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # by the numbers that they get
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -37,9 +37,20 @@ def parse_records(text: str | bytes, path: Path) -> list[dict]:
         records = [json.loads(line) for line in text.splitlines()]
     except (ValueError, RecursionError):
         raise not_a_log(path) from None
-    if not all(isinstance(r, dict) and isinstance(r.get("event"), str) for r in records):
+    if not all(map(is_record, records)):
         raise not_a_log(path)
     return records
+
+
+def is_record(value) -> bool:
+    """Whether a value is what a run writes into its log, as far as all readers take it for granted.
+
+    It names its event, and that of a start has settings and a machine by name, if it has any.
+    """
+    if not (isinstance(value, dict) and isinstance(value.get("event"), str)):
+        return False
+    parts = ("settings", "machine") if value["event"] == "settings" else ()
+    return all(isinstance(value.get(part, {}), dict) for part in parts)
 
 
 def runs_in(path: Path) -> list[list[dict]]:
