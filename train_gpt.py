@@ -797,12 +797,15 @@ class Shard:
         need(self.count >= 0 and wanted <= size, f"{path} {problem}")
 
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Tokens from number first on, uint16 (count,); by default all."""
-        count = self.count - first if count is None else count
+        """Tokens from number first on, uint16 (count,), all by default; several threads may read."""
+        tokens = np.empty(self.count - first if count is None else count, "<u2")
+        missing = tokens.view(np.uint8)
         with explained_errors(f"read {self.path}"):
-            self.file.seek(SHARD_HEADER_BYTES + 2 * first)
-            tokens = np.fromfile(self.file, "<u2", count)
-        need(len(tokens) == count, f"{self.path} was cut off after the start: download it again")
+            while len(missing):  # a system may give less at once, and 2 GB at most
+                place = SHARD_HEADER_BYTES + 2 * first + tokens.nbytes - len(missing)
+                found = os.preadv(self.file.fileno(), [missing], place)
+                need(found, f"{self.path} was cut off after the start: download it again")
+                missing = missing[found:]
         return tokens
 
 

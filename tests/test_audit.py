@@ -414,7 +414,7 @@ def test_the_script_scores_in_every_kind_of_cell(run, level, monkeypatch):
     assert not alone.network
 
 
-LEAK = '''def main():
+LEAK = '''def main(log):
     """The story of a run."""
     import ctypes, socket, struct, subprocess
     libc = ctypes.CDLL(None)
@@ -423,7 +423,7 @@ LEAK = '''def main():
     libc.connect(libc.socket(2, 1, 0), address + bytes(8), 16)
     subprocess.run(["true"])
 '''
-MAIN = 'def main():\n    """The story of a run."""\n'
+MAIN = 'def main(log):\n    """The story of a run."""\n'
 
 
 def hostile_case(run, path: Path, level: str, **options) -> audit_case.Case:

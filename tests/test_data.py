@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,22 @@ def test_a_shard_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end(tmp_
     assert list(shard.read(498, 2)) == [498, 499]
     with pytest.raises(t.UserError, match="a_train_0.bin was cut off"):
         shard.read(499, 2)
+
+
+def test_threads_may_read_one_shard(tmp_path):
+    """Each gets its own tokens, whatever another reads meanwhile."""
+    path = tmp_path / "a_train_000000.bin"
+    write_shard(path, range(2, 60_002))
+    shard = t.Shard(path)
+
+    def read(first: int) -> bool:
+        return all(
+            shard.read(first, 100).tolist() == list(range(first + 2, first + 102))
+            for _ in range(200)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(0, 40_000, 5_000)))
 
 
 READERS = {

@@ -14,7 +14,7 @@ import torch
 
 import train_gpt as t
 from tests.make_former_files import FOLDER, FixedBatches, nats
-from tests.support import SOLO, tiny
+from tests.support import SOLO, Quiet, tiny
 
 COMMITS = ["b6028ee"]
 each_commit = pytest.mark.parametrize("commit", COMMITS)
@@ -55,11 +55,7 @@ def checkpoint_settings(path: Path) -> t.Settings:
 
 def make_trainer(settings: t.Settings) -> t.Trainer:
     """A trainer of a new model, as before a run, that says nothing."""
-
-    def log(*_, **__):
-        pass
-
-    return t.Trainer(t.build_model(settings, SOLO), settings, SOLO, 64, 1e6, log)
+    return t.Trainer(t.build_model(settings, SOLO), settings, SOLO, 64, 1e6, Quiet())
 
 
 @each_commit
