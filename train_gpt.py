@@ -797,7 +797,7 @@ class Shard:
         need(self.count >= 0 and wanted <= size, f"{path} {problem}")
 
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Tokens from number first on, uint16 (count,), all by default; several threads may read."""
+        """Tokens from number first on, uint16 (count,), all by default; threads may share it."""
         tokens = np.empty(self.count - first if count is None else count, "<u2")
         missing = tokens.view(np.uint8)
         with explained_errors(f"read {self.path}"):
