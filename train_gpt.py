@@ -808,6 +808,11 @@ class Shard:
                 missing = missing[found:]
         return tokens
 
+    def sample(self) -> bytes:
+        """16 pieces of 512 tokens, evenly spread, or 16 times all of fewer: what digests are of."""
+        places = np.linspace(0, max(0, self.count - 512), 16).astype(int)
+        return b"".join(self.read(int(first), min(512, self.count)).tobytes() for first in places)
+
 
 def open_shards(folder: str, split: str) -> list[Shard]:
     """A split's shards, "train" or "val", in the order of their names.
@@ -841,55 +846,68 @@ def sampled_digest(shards: list[Shard]) -> str:
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(ascii((shard.path.name, shard.count)).encode())
-        for first in np.linspace(0, max(0, shard.count - 512), 16).astype(int):
-            digest.update(shard.read(int(first), min(512, shard.count)).tobytes())
+        digest.update(shard.sample())
     return digest.hexdigest()[:16]
 
 
-def recorded_hashes(folder: str, shards: list[Shard]) -> tuple[dict[str, str], int | None]:
-    """What manifest.json, which data/prepare.py leaves beside shards, says of these.
+def recorded_hashes(
+    folder: str, shards: list[Shard], validation: dict[str, str]
+) -> tuple[dict[str, str], int | None]:
+    """What manifest.json, which data/prepare.py leaves beside shards, says of training shards.
 
-    SHA-256 by name, "" for a shard of another size or time of change; and how many validation
-    documents are training documents too, None unless it knows all these shards and no others.
+    SHA-256 by name, "" for a shard of another size, time of change or sample(); and how many
+    validation documents are training documents too, None unless it knows all shards and no others.
+    It is its maker's word: one that is wrong of a validation shard, by SHA-256, is not believed.
     """
-    hashes = {shard.path.name: "" for shard in shards}
+    unknown = {shard.path.name: "" for shard in shards}
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         manifest = json.loads(Path(folder, "manifest.json").read_bytes())
-        entries = manifest["shards"]
+        told = {name: shown(entry["sha256"]) for name, entry in manifest["shards"].items()}
+        if told | validation != validation | told:  # they differ in a file that both have
+            return unknown, None
+        hashes = dict(unknown)
         for shard in shards:
-            entry = entries.get(shard.path.name, {})
-            if shard.state.items() <= entry.items():
-                hashes[shard.path.name] = shown(entry["sha256"])
-        if hashes.keys() == entries.keys() and all(hashes.values()):
-            return hashes, int(manifest["overlap"]["documents"])
-    return hashes, None
+            state = shard.state | {"sampled_sha256": hashlib.sha256(shard.sample()).hexdigest()}
+            if state.items() <= manifest["shards"].get(shard.path.name, {}).items():
+                hashes[shard.path.name] = told[shard.path.name]
+        overlap = int(manifest["overlap"]["documents"])
+        return hashes, overlap if validation | hashes == told else None
+    return unknown, None
+
+
+def check_learnt(training: list[Shard], validation: list[Shard]):
+    """Raises UserError for a training shard that is a validation shard, by their sample()."""
+    scored = {shard.sample(): shard.path.name for shard in validation if shard.count}
+    for shard in training:
+        twin = scored.get(shard.sample(), "")
+        need(not twin, f"{shard.path} holds the text of {twin}, which is scored: take it away")
 
 
 def log_hashes(settings, log):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
-    Validation shards that have none recorded are hashed here, off every clock; training shards,
-    of which there may be 16 GB, are not.
+    Tokenizer and validation shards are hashed here, off every clock; training shards, of which
+    there may be 16 GB, are not. Raises UserError as check_learnt() does.
     """
     folder, path = settings.data_path, settings.tokenizer_path
-    splits = {"validation": open_shards(folder, "val")}
-    if not settings.eval_only:
-        splits["training"] = open_shards(folder, "train")
-    recorded, overlap = recorded_hashes(folder, list(itertools.chain(*splits.values())))
+    validation = open_shards(folder, "val")
+    training = [] if settings.eval_only else open_shards(folder, "train")
+    check_learnt(training, validation)
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
-    for split, shards in splits.items():
-        record[split] = {shard.path.name: recorded[shard.path.name] for shard in shards}
-    for name, sha256 in record["validation"].items():
-        record["validation"][name] = sha256 or file_sha256(Path(folder, name))
+    record["validation"] = {shard.path.name: file_sha256(shard.path) for shard in validation}
+    recorded, overlap = recorded_hashes(folder, training, record["validation"])
+    if training:
+        record["training"] = recorded
     for kind, hashes in record.items():
         parts = [f"{shown(name)} {sha256}" for name, sha256 in hashes.items() if sha256]
+        source = " (by manifest.json)" if kind == "training" and parts else ""
         if lacking := len(hashes) - len(parts):
             remedy = f"python data/prepare.py manifest {shown(folder)}, once, does that"
             parts.append(f"{lacking} not hashed ({remedy})")
-        log(f"SHA-256, {kind}: {', '.join(parts)}")
-    doubled = "not known" if overlap is None else f"{overlap:,}"
+        log(f"SHA-256, {kind}{source}: {', '.join(parts)}")
+    doubled = "not known" if overlap is None else f"{overlap:,} (by manifest.json)"
     text = f"validation documents that are training documents too: {doubled}"
-    log(text, "hashes", **record, overlap_documents=overlap)
+    log(text, "hashes", **record, overlap_documents=overlap, computed=["tokenizer", "validation"])
 
 
 def check_token_range(tokens: np.ndarray, size: int, split: str):

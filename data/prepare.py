@@ -788,6 +788,7 @@ def build_dataset(
 #
 #     split, tokens, documents (BOS tokens), bytes (of text, as train_gpt.py counts them by tokens)
 #     sha256, size, mtime_ns (of the whole file; size in bytes, time of change in nanoseconds)
+#     sampled_sha256 (of 16 pieces of 512 tokens, evenly spread, which a run compares)
 #
 # A shard whose size and time of change are those of its entry has that SHA-256; any other, and one
 # without an entry, is to be hashed anew: recorded_sha256(). So 80 shards of 200 MB need not be read
@@ -921,9 +922,20 @@ def described_shards(
         entry["unknown"] = int(np.count_nonzero(tokens == pieces.unknown))
         entry["bytes"] = pieces.count(tokens, before)
         entry["sha256"] = hashlib.sha256(raw).hexdigest()
+        entry["sampled_sha256"] = sampled_sha256(tokens)
         entries[path.name] = entry | state
         before = int(tokens[-1]) if len(tokens) else before
         yield tokens
+
+
+def sampled_sha256(tokens: np.ndarray) -> str:
+    """Return the SHA-256 of 16 pieces of 512 tokens, uint16, of a shard, as train_gpt.py's
+    Shard.sample() has them: they overlap in a short shard, and each is all of one under 512.
+    """
+    digest = hashlib.sha256()
+    for first in np.linspace(0, max(0, len(tokens) - 512), 16).astype(int):
+        digest.update(tokens[first : first + 512].tobytes())
+    return digest.hexdigest()
 
 
 def check_token_range(tokens: np.ndarray, pieces: int, path: Path) -> None:
@@ -1459,9 +1471,11 @@ def run_fineweb(args: argparse.Namespace) -> None:
 
 def is_current(manifest: dict[str, Any], folder: Path, tokenizer: Path) -> bool:
     """Whether a manifest is of the tokenizer and of just the shards that a folder has, unchanged
-    by their size and time of change.
+    by their size and time of change. Older ones, without samples, a run does not believe.
     """
     if not manifest or manifest["tokenizer"].get("sha256") != file_sha256(tokenizer):
+        return False
+    if not all("sampled_sha256" in entry for entry in manifest["shards"].values()):
         return False
     there = {path.name: file_state(path) for path in folder.glob("*.bin")}
     known = {

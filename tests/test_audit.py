@@ -913,6 +913,8 @@ def test_training_shards_are_those_of_the_log_and_hold_no_validation_document(en
     entry = entry_of(log=run.log)
     named = entry.logs.events["hashes"]["training"]
     assert checks.run_check(checks.check_training, entry)[0] == checks.OPEN  # without a manifest
+    entry.logs.events["hashes"]["overlap_documents"] = 0
+    assert checks.run_check(checks.check_training, entry)[0] == checks.OPEN  # it is only its word
     entry.train = run.data
     evidence = holds(checks.check_training, entry)
     assert "2 of them read here: 0 of " in evidence
@@ -927,6 +929,8 @@ def test_training_shards_are_those_of_the_log_and_hold_no_validation_document(en
     verdict, evidence = checks.run_check(checks.check_training, entry)
     assert verdict == checks.OPEN
     assert "2 of them read here: 1 of " in evidence
+    named["words_train_000009.bin"] = ""  # which is not in the folder
+    assert checks.run_check(checks.check_training, entry)[0] == checks.OPEN
     entry.train = run.data.parent
     fails(checks.check_training, entry, "has none of the shards that the log names")
     entry.logs.events["hashes"]["training"] = {}

@@ -200,6 +200,13 @@ def test_files_are_the_same_in_both_logs_and_no_shard_is_scored_that_was_learnt(
     assert evidence.contradictions(honest) == []
     unsaid = ("SHA-256 of the files", "overlap")
     assert not set(unsaid) & set(evidence.unprinted(honest))
+    text = honest.text.messages.replace(
+        "SHA-256, training:", "SHA-256, training (by manifest.json):"
+    )
+    text = text.replace("too: not known", "too: 1,000 (by manifest.json)")
+    taken = with_hashes(logs, overlap_documents=1000)  # as newer scripts say whose word it is
+    taken.records[0]["seconds"] = 0.0
+    assert evidence.contradictions(taken._replace(text=taken.text._replace(messages=text))) == []
     assert set(unsaid) <= set(evidence.unprinted(logs))
     other = with_hashes(logs, training={"a.bin": "4" * 64})
     found(

@@ -1235,7 +1235,9 @@ def test_the_manifest_of_the_data_tells_overlap_and_sums(tmp_path, overlap):
     assert pack(tmp_path / "out", *logs, *arguments) == 0
     answers = rows(tmp_path / "out")
     told = f"{overlap} validation documents are in the training shards"
-    assert answers["no validation document in the training shards"] == told
+    shown = answers["no validation document in the training shards"]
+    assert shown == f"{told}, by manifest.json"
+    assert "training shards, by manifest.json, " in answers["provenance of the data"]
     assert reasons(tmp_path / "out") == ([told] if overlap else [])
     assert "fineweb_val_000000.bin " + "b" * 64 in answers["provenance of the data"]
     assert '"hub": "somewhere"' in answers["provenance of the data"]

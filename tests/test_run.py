@@ -858,8 +858,11 @@ def manifest_of(folder: Path, overlap: int) -> dict:
     """What data/prepare.py writes down of a folder, as far as a run reads it."""
     shards = {}
     for path in sorted(folder.glob("*.bin")):
-        state = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
-        shards[path.name] = {"sha256": path.name[::-1]} | state
+        entry = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+        entry["sampled_sha256"] = hashlib.sha256(t.Shard(path).sample()).hexdigest()
+        # A run hashes validation shards itself, and takes this file's word for the others.
+        entry["sha256"] = t.file_sha256(path) if "_val_" in path.name else path.name[::-1]
+        shards[path.name] = entry
     return {"shards": shards, "overlap": {"documents": overlap}}
 
 
@@ -878,10 +881,15 @@ def test_the_log_names_every_file_that_is_read_by_its_hash(trained, shards):
 
 
 @pytest.mark.parametrize(
-    "case", ["whole", "changed", "more", "not JSON", "a list", "no sum", "nested"]
+    "case",
+    ["whole", "changed", "more", "other text", "older", "another validation text"]
+    + ["not JSON", "a list", "no sum", "nested"],
 )
-def test_a_manifest_is_believed_of_files_of_its_size_and_time(monkeypatch, shards, tmp_path, case):
-    """Of a shard that has changed since, it is not; nor is an overlap with other shards."""
+def test_a_manifest_is_believed_of_files_of_its_size_time_and_sample(shards, tmp_path, case):
+    """Of a shard that has changed since, it is not; nor is an overlap with other shards.
+
+    One that names another SHA-256 of a validation shard than the run's own is not at all.
+    """
     folder = tmp_path / "data"
     shutil.copytree(shards, folder)
     manifest = manifest_of(folder, overlap=3)
@@ -890,16 +898,30 @@ def test_a_manifest_is_believed_of_files_of_its_size_and_time(monkeypatch, shard
     if case == "changed":
         os.utime(folder / train[1], ns=(1, 1))
         sums[train[1]] = ""
+    elif case == "other text":  # size and time are put back: the sample gives it away
+        path = folder / train[1]
+        with path.open("r+b") as file:
+            file.seek(t.SHARD_HEADER_BYTES)
+            file.write(b"\x07\x00\x08\x00")
+        os.utime(path, ns=(1, manifest["shards"][train[1]]["mtime_ns"]))
+        sums[train[1]] = ""
+    elif case == "older":  # without samples
+        del manifest["shards"][train[1]]["sampled_sha256"]
+        sums[train[1]] = ""
+    elif case == "another validation text":
+        manifest["shards"]["words_val_000000.bin"]["sha256"] = "0" * 64
     elif case == "more":
         manifest["shards"]["words_train_000002.bin"] = manifest["shards"][train[0]]
     elif case == "no sum":
         del manifest["shards"][train[0]]["sha256"]
     text = {"not JSON": "{", "a list": "[]", "nested": "[" * 100_000}
     (folder / "manifest.json").write_text(text.get(case, json.dumps(manifest)))
-    opened = t.open_shards(str(folder), "train") + t.open_shards(str(folder), "val")
-    hashes, overlap = t.recorded_hashes(str(folder), opened)
-    if case in ("whole", "changed", "more"):
-        assert {name: hashes[name] for name in train} == sums
+    opened = t.open_shards(str(folder), "train")
+    validation = {path.name: t.file_sha256(path) for path in folder.glob("*_val_*.bin")}
+    hashes, overlap = t.recorded_hashes(str(folder), opened, validation)
+    believed = case in ("whole", "changed", "more", "other text", "older")
+    if believed:
+        assert hashes == sums
         assert overlap == (3 if case == "whole" else None)
     else:
         assert (set(hashes.values()), overlap) == ({""}, None)
@@ -907,8 +929,27 @@ def test_a_manifest_is_believed_of_files_of_its_size_and_time(monkeypatch, shard
     settings = tiny(data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
     t.log_hashes(settings, lambda line, *_, **record: said.append((line, record)))
     assert said[-1][1]["training"] == {name: hashes[name] for name in train}
-    known = "3" if case == "whole" else "not known"
+    assert said[-1][1]["validation"] == validation
+    assert said[-1][1]["computed"] == ["tokenizer", "validation"]
+    known = "3 (by manifest.json)" if case == "whole" else "not known"
     assert said[-1][0] == f"validation documents that are training documents too: {known}"
+    lines = [line for line, _ in said]
+    assert any(line.startswith("SHA-256, validation: words") for line in lines)
+    taken = [line.startswith("SHA-256, training (by manifest.json): words") for line in lines]
+    assert sum(taken) == believed
+
+
+def test_a_training_shard_that_is_a_validation_shard_is_refused(shards, tmp_path):
+    """Whatever it is called, and whatever manifest.json says of it."""
+    folder = tmp_path / "data"
+    shutil.copytree(shards, folder)
+    settings = tiny(data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
+    t.log_hashes(settings, lambda *_, **record: None)
+    shutil.copy(folder / "words_val_000000.bin", folder / "words_train_000002.bin")
+    (folder / "manifest.json").write_text(json.dumps(manifest_of(folder, overlap=0)))
+    problem = r"words_train_000002\.bin holds the text of words_val_000000\.bin, which is scored"
+    with pytest.raises(t.UserError, match=problem):
+        t.log_hashes(settings, lambda *_, **record: None)
 
 
 def test_two_runs_with_one_artifact_are_told_apart_at_the_start(

@@ -64,9 +64,12 @@ TRAINING_DATA_LINE = re.compile(r"^training data: ([\d,]+) tokens in ([\d,]+) sh
 TRAINING_COUNTS = ("tokens", "shards")
 EVALUATION_LINE = re.compile(r"^evaluation: attempt (\d+)$", re.MULTILINE)
 FILES = ("tokenizer", "validation", "training")
-FILES_LINE = re.compile(rf"^SHA-256, ({'|'.join(FILES)}): (.*)$", re.MULTILINE)
+FILES_LINE = re.compile(
+    rf"^SHA-256, ({'|'.join(FILES)})(?: \(by manifest\.json\))?: (.*)$", re.MULTILINE
+)
 OVERLAP_LINE = re.compile(
-    r"^validation documents that are training documents too: (.*)$", re.MULTILINE
+    r"^validation documents that are training documents too: (.*?)(?: \(by manifest\.json\))?$",
+    re.MULTILINE,
 )
 STEPS_LINE = re.compile(r"^Code size: .*; (\d+) steps of ([\d.]+)ms", re.MULTILINE)
 

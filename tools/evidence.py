@@ -96,13 +96,13 @@ def overlap_row(events: dict[str, dict], manifest: Manifest | None) -> Row:
     """Whether training shards hold validation documents, which data/prepare.py counts by hash."""
     question = "no validation document in the training shards"
     overlap = said(events, "hashes").get("overlap_documents")
-    shown_by = "the log, from data/prepare.py's manifest.json"
+    shown_by = "the log, by manifest.json, which data/prepare.py wrote where the run was"
     if manifest is not None:
-        overlap, shown_by = manifest.overlap, f"{manifest.path.name} by data/prepare.py"
+        overlap, shown_by = manifest.overlap, f"{manifest.path.name}, by data/prepare.py"
     if not isinstance(overlap, int):
         return Row(question, f"{UNSAID}, and there is no manifest.json of its shards", "–")
     text = f"{overlap:,} validation documents are in the training shards"
-    return Row(question, text, shown_by, (text,) if overlap else ())
+    return Row(question, f"{text}, by manifest.json", shown_by, (text,) if overlap else ())
 
 
 def provenance_row(events: dict[str, dict], settings: dict, manifest: Manifest | None) -> Row:
@@ -121,7 +121,9 @@ def provenance_row(events: dict[str, dict], settings: dict, manifest: Manifest |
         parts.append(f"source {manifest.source}")
         validation, train = manifest.validation, manifest.train
         shown_by = "the log; manifest.json in this folder"
-    parts += [f"{name} {sha256}" for name, sha256 in validation.items()]
+    computed = "validation" in (hashes.get("computed") or ())  # older scripts asked manifest.json
+    source = "" if computed else " (perhaps by manifest.json)"
+    parts += [f"{name} {sha256}{source}" for name, sha256 in validation.items()]
     lacking = list(train.values()).count("")
     if lacking or not train:
         parts.append(f"SHA-256 of {lacking or 'the'} training shards: {UNSAID}")
@@ -129,7 +131,8 @@ def provenance_row(events: dict[str, dict], settings: dict, manifest: Manifest |
         # One sum over all: 80 of them say no more, and the log or manifest.json lies in the folder.
         listed = json.dumps(sorted(train.items())).encode()
         over_all = hashlib.sha256(listed).hexdigest()
-        parts.append(f"SHA-256 over those of the training shards {over_all}")
+        what = "SHA-256 over those of the training shards, by manifest.json,"
+        parts.append(f"{what} {over_all}")
     return Row("provenance of the data", "; ".join(parts), shown_by)
 
 

@@ -211,8 +211,8 @@ def other_text_logged(
 def check_training(case: Case) -> Finding:
     """What the log says that it was trained on holds no validation text.
 
-    With --train, the shards that it names are read: their SHA-256 and their documents. That no
-    others were trained on, nobody can see.
+    With --train, the shards that it names are read: their SHA-256 and their documents. Without,
+    this is the word of a manifest.json, and open. That no others were trained on, nobody can see.
     """
     hashes = case.logs.events.get("hashes", {}) if case.logs else {}
     trained = contradictions.files_of(hashes, "training")
@@ -220,17 +220,16 @@ def check_training(case: Case) -> Finding:
         return Finding(OPEN, "no log names the shards that were trained on")
     hashed = len(trained) - list(trained.values()).count("")
     overlap = contradictions.overlap_text(hashes)
-    evidence = f"the log names {len(trained)} shards, {hashed} by SHA-256; by the log, validation "
-    evidence += f"documents in them: {overlap}"
-    doubled = 0 if overlap == "0" else None
-    if case.train:
-        doubled, told = compare_training(case, trained)
-        evidence += f"; {told}"
-    return Finding(HOLDS if doubled == 0 else OPEN, evidence)
+    evidence = f"the log names {len(trained)} shards, {hashed} by SHA-256; by the log, which has "
+    evidence += f"it from manifest.json, validation documents in them: {overlap}"
+    if not case.train:
+        return Finding(OPEN, f"{evidence}; --train FOLDER reads them")
+    clean, told = compare_training(case, trained)
+    return Finding(HOLDS if clean else OPEN, f"{evidence}; {told}")
 
 
-def compare_training(case: Case, trained: dict[str, str]) -> tuple[int, str]:
-    """How many validation documents are in the shards of --train, and what was compared.
+def compare_training(case: Case, trained: dict[str, str]) -> tuple[bool, str]:
+    """Whether --train has all shards that the log names, no validation document in them; in words.
 
     Raises Broken for a shard whose SHA-256 is not the log's. A document that goes on in the next
     shard is not found.
@@ -247,7 +246,8 @@ def compare_training(case: Case, trained: dict[str, str]) -> tuple[int, str]:
         found.update(set(wanted).intersection(text.document_digests(text.read_shard(path).tokens)))
     doubled = sum(digest in found for digest in wanted)
     told = f"{len(paths)} of them read here: {doubled:,} of {len(wanted):,} validation documents"
-    return doubled, f"{told} are in them, token for token"
+    clean = not doubled and len(paths) == len(trained)
+    return clean, f"{told} are in them, token for token"
 
 
 def check_hidden_text(case: Case) -> Finding:

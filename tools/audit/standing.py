@@ -26,7 +26,8 @@ STANDING = {
     # The run's own words, which only must not contradict each other.
     "log": CLAIMED,
     "clocks": f"evaluation: {EVIDENCE}; training: {CLAIMED}",
-    "training": CLAIMED,
+    # Of the shards of --train, without which it is open.
+    "training": f"of the shards named: {EVIDENCE}; that there are no others: {CLAIMED}",
     # At cuts and targets drawn by lot; in two places of a text that a script might know.
     "causal": EVIDENCE,
     "probabilities": EVIDENCE,
@@ -61,8 +62,6 @@ def standing_of(case: Case, name: str, finding: Finding) -> str:
         return f"{PROVED} to {NOISE_BPB} BPB, {CLAIMED} within"
     if name == "text" and (case.source or is_official(case)):
         return PROVED
-    if name == "training" and case.train:
-        return f"of the shards named: {EVIDENCE}; that there are no others: {CLAIMED}"
     return STANDING[name]
 
 

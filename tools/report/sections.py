@@ -329,9 +329,10 @@ def file_hashes(runs: list[Run]) -> Html:
         for kind in ("tokenizer", "validation", "training"):
             for name, sum_ in told.get(kind, {}).items():
                 shown = element("code", sum_, class_="hash") if sum_ else "not hashed"
-                rows.append([f"{kind}: {name}", shown])
+                source = " (by manifest.json)" if kind == "training" and sum_ else ""
+                rows.append([f"{kind}: {name}{source}", shown])
         overlap = told.get("overlap_documents")
-        known = "not known" if overlap is None else f"{overlap:,}"
+        known = "not known" if overlap is None else f"{overlap:,} (by manifest.json)"
         words = f"validation documents that are training documents, too: {known}"
         title = element("summary", f"{run.name}: SHA-256 of {len(rows)} files; {words}")
         parts.append(element("details", title, table(["file", "SHA-256"], rows)))
