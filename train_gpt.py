@@ -550,8 +550,9 @@ def validate_settings(s, world_size: int):
     check_multiple(s, "micro_batch_tokens", length, "TRAIN_SEQ_LEN")
     clock = s.max_wallclock_seconds
     spare = not clock or 0 < s.export_reserve_seconds < clock
-    problem = f"leaves no time to train, or none for GPTQ, of MAX_WALLCLOCK_SECONDS={clock}"
-    check(s, "export_reserve_seconds", spare, problem)
+    problem = f"leaves no time to train, or none for GPTQ, of MAX_WALLCLOCK_SECONDS={clock:g}"
+    remedy = f"EXPORT_RESERVE_SECONDS={clock / 5:g} would leave both"
+    check(s, "export_reserve_seconds", spare, f"{problem}: {remedy}")
     check(s, "eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
     overlap = s.attention_overlap
     check(s, "eval_overlap", overlap < length, f"leaves no new token of TRAIN_SEQ_LEN={length}")
@@ -567,6 +568,14 @@ def ttt_sequence_length(settings, world_size: int) -> int:
     return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
 
 
+def describe_preset(name: str) -> str:
+    """What a preset is for, and the defaults that it changes, each in a line."""
+    changes = [f"{key.upper()}={value}" for key, value in PRESETS[name].items()]
+    return "\n      ".join(
+        [f"  PRESET={name}: {PRESET_USES[name]}", *(changes or ["none of them"])]
+    )
+
+
 def help_text() -> str:
     """What --help prints: every setting, every preset, and other names."""
     begins = (__doc__ or "").split("\n\n")[:2]  # python -OO keeps no docstrings
@@ -577,10 +586,7 @@ def help_text() -> str:
         values = f"{default!s:42} {describe_values(**f.metadata):25}"
         lines.append(f"  {f.name.upper():24} {values} {f.metadata['help']}")
     lines.append("\nPresets change these:")
-    for name, values in PRESETS.items():
-        changes = [f"{key.upper()}={value}" for key, value in values.items()]
-        lines.append(f"  PRESET={name}: {PRESET_USES[name]}")
-        lines.append("      " + "\n      ".join(changes or ["none of them"]))
+    lines += map(describe_preset, PRESETS)
     lines.append("\nOther names for these, as the contest's scripts have them:")
     lines += [f"  {name:24} sets {ours}" for name, (ours, _) in ALIASES.items()]
     return "\n".join(lines)
@@ -814,13 +820,22 @@ class Shard:
         return b"".join(self.read(int(first), min(512, self.count)).tobytes() for first in places)
 
 
+def how_to_make(path: str) -> str:
+    """What to do about data that are missing at a path: a preset's, or one of a user's own."""
+    if "fineweb" in path:
+        variant = "sp1024" if "1024" in path else "sp8192"
+        return f"run: python data/prepare.py fineweb --variant {variant}"
+    return "run: python data/prepare.py sample" if "data/sample" in path else "see data/prepare.py"
+
+
 def open_shards(folder: str, split: str) -> list[Shard]:
     """A split's shards, "train" or "val", in the order of their names.
 
     Raises UserError if there are none, or NAME_0, NAME_1 ... lack one, which is half a text.
     """
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-    need(paths, f"no *_{split}_*.bin shards in {folder}: set DATA_PATH, or see data/prepare.py")
+    remedy = f"set DATA_PATH, or {how_to_make(folder)}"
+    need(paths, f"no *_{split}_*.bin shards in {folder}: {remedy}")
     series = collections.defaultdict(dict)
     for path in paths:
         name, _, number = path.stem.rpartition("_")
@@ -990,7 +1005,7 @@ class Tokenizer:
         import sentencepiece  # only here, so that a trained model needs no tokenizer to be loaded
 
         there = os.path.isfile(path)  # False, too, where Path's method would raise an error
-        need(there, f"no tokenizer at {path}: set TOKENIZER_PATH, or see data/prepare.py")
+        need(there, f"no tokenizer at {path}: set TOKENIZER_PATH, or {how_to_make(path)}")
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_file=os.fsencode(path))
             ids = list(range(model.vocab_size()))
@@ -3704,6 +3719,7 @@ class Log:
         self.last_line = time.monotonic()
         self.score_at = 0.0  # about when the score will be there, by monotonic(); 0: not known
         self.bar = None
+        self.settings = None  # of the run whose account it is, once it is open
         self.paths = []  # of text and of records
         self.files = []  # both, open, on rank 0
         self.said = []  # what these are to hold
@@ -3714,6 +3730,7 @@ class Log:
 
         Where an earlier run is in them, nothing is before begin(): a refused start hides no run.
         """
+        self.settings = settings
         folder = Path(settings.log_dir)
         self.paths = [folder / f"{name}.{end}" for end in ("txt", "jsonl")]
         if ranks.rank == 0:
@@ -3857,7 +3874,8 @@ def describe_machine(ranks) -> dict[str, str]:
 def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     """Logs the settings that were given, what source says of the others, the machine, and all."""
     values = asdict(settings)
-    asked = [f"{name.upper()}={shown(values[name])}" for name in sorted(given)]
+    asked = {name: int(x) if isinstance(x, bool) else x for name, x in values.items()}
+    asked = [f"{name.upper()}={shown(asked[name])}" for name in sorted(given)]
     _, translated = translate_names(dict(os.environ))
     source = [source] if source else []
     for line in (f"settings given: {' '.join(asked) or 'none'}", *translated, *source):
@@ -4300,6 +4318,9 @@ class Trainer:
         if not self.ranks.gpu and self.settings.preset not in FOR_CPUS:
             remedy = f"PRESET={' or '.join(FOR_CPUS)} is for CPUs"
             self.log(f"warning: PRESET={self.settings.preset} is for GPUs; {remedy}")
+        reserve = self.settings.export_reserve_seconds
+        if left := max(0.0, self.settings.max_wallclock_seconds - reserve):
+            self.log(f"clock: {left:g} s of training + {reserve:g} s kept for GPTQ")
         count = sum(p.numel() for p in skeleton.parameters())
         bits = 8 * self.target_bytes / count
         self.log(f"parameters: {count:,}, {bits:.2f} bits each within TARGET_MB")
@@ -4564,7 +4585,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
         trainer.resume()
         batches = Batches(settings, ranks, trainer.steps_done)
         log.begin()  # nothing is refused from here on
-        log("compiling and warming up ...")
+        log(f"{'compiling and ' if ranks.gpu or settings.compile == 'on' else ''}warming up ...")
         trainer.scored_tokens = len(validation.target_bytes)
         trainer.warm_up()
         log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
@@ -4573,7 +4594,8 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
         values |= {"starts": trainer.starts}  # more than 1: resumed
         values |= {"peak_bytes": torch.cuda.max_memory_allocated(), "bytes_code": code_bytes()}
         text = "{bytes_code} bytes; {steps} steps of {step_avg_ms:.2f}ms".format(**values)
-        log(f"Code size: {text}; peak GPU memory {values['peak_bytes'] / 1e9:.1f} GB")
+        peak = f"; peak GPU memory {values['peak_bytes'] / 1e9:.1f} GB" if ranks.gpu else ""
+        log(f"Code size: {text}{peak}")
         with trainer.weights_of(settings.quantizer == "ternary"):  # those that it trained with
             before = score(model)
         trainer.log_score(before, " before quantization")
@@ -4883,19 +4905,22 @@ def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet 
 
 def obey(arguments: list[str], log):
     """Does what the command line asks for: without arguments, main(log)."""
-    tool = next((name for name in ("--dry-run", "--rehearse") if name in arguments), "")
+    tools = ["--dry-run", "--rehearse"]
+    tool = next((name for name in tools if name in arguments), "")
     if not arguments:
         main(log)
     elif tool:
         hand_over(tool, [argument for argument in arguments if argument != tool])
     elif {"--help", "-h", "--presets"} & set(arguments):
         uses = "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
-        text = uses if arguments == ["--presets"] else help_text()
+        uses = "\n".join(describe_preset(name) for name in PRESETS if name in arguments) or uses
+        text = uses if arguments[0] == "--presets" else help_text()
         with suppress(BrokenPipeError):  # of --help | head
             print(text, flush=True)
     else:
-        problem = f"{arguments[-1]} is no command: settings are environment variables"
-        raise UserError(f"{problem}; --help lists them")
+        near = difflib.get_close_matches(arguments[-1], [*tools, "--help", "--presets"], 1, 0.8)
+        meant = f"; did you mean {near[0]}?" if near else ": settings are environment variables"
+        raise UserError(f"{arguments[-1]} is no command{meant}; --help lists them")
 
 
 def hand_over(command: str, arguments: list[str]):
@@ -4946,7 +4971,7 @@ def run() -> int:
                 obey(sys.argv[1:], log)
             return 0
         except (Exception, KeyboardInterrupt) as error:
-            problem = explain_failure(error)
+            problem = explain_failure(error, log.settings)
             with suppress(KeyboardInterrupt, OSError):  # told twice to stop; nobody there to read
                 tell_failure(error, problem, log)
             if not problem:
@@ -5008,18 +5033,30 @@ def left_to_torchrun(line: str) -> bool:
     return True
 
 
-def explain_failure(error: BaseException) -> str:
+def explain_failure(error: BaseException, settings=None) -> str:
     """One line for what a user can mend, or has asked for; "" for a fault of this script."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"cannot read or write {shown(error.filename)}: {error.strerror}"
     if isinstance(error, KeyboardInterrupt):
-        return f"stopped by {error}; the same RUN_ID goes on from checkpoint or artifact, if any"
+        return f"stopped by {error}; {way_on(settings)}"
     gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
     if gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
         return f"out of {gpu}memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
     return explain_collective(error) if isinstance(error, RuntimeError) else ""
+
+
+def way_on(settings) -> str:
+    """What the same command finds of a run with these settings, if it was stopped by a signal."""
+    if settings is None or settings.eval_only:
+        return "the same command starts over"
+    with suppress(UserError):  # it is finished
+        paths = [settings.artifact_path] if find_unscored(settings) else settings.checkpoint_paths
+        there = next(filter(Path.is_file, paths), None)
+        found = f"goes on from {there}" if there else "starts over: it has no checkpoint yet"
+        return f"RUN_ID={settings.run_id} {found}"
+    return f"RUN_ID={settings.run_id} has its score"
 
 
 def explain_collective(error: RuntimeError) -> str:
@@ -6620,6 +6657,9 @@ REFUSALS = {
     "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
     "ADAM_LR BASE_LR LEARNING_RATE LR LRATE MAX_LR MUON_LR": "MATRIX_LR, SCALAR_LR, …: see --help",
     "DROPOUT=0": "nothing is dropped",
+    "DEPTH HEADS KV_HEADS LAYERS": "NUM_LAYERS, NUM_HEADS and NUM_KV_HEADS say how many",
+    "DIM EMBED_DIM HIDDEN_DIM": "MODEL_DIM is the width of what layers add to",
+    "D_FF FFN_DIM MLP_RATIO": "MLP_MULT is a hidden layer's width, in MODEL_DIM",
     "WARMUP_ITERS WARMUP_RATIO": "rates rise over a run's first hundredth; WARMUP_STEPS compile",
 }
 
@@ -6686,6 +6726,8 @@ def refuse_misspelt(environment: dict[str, str]):
     long_names = tuple(flat for flat, name in names.items() if len(flat) >= 10 and "_" in name)
     unknown = environment.keys() - known - STRANGERS
     for variable in sorted(name for name in unknown if name[:1].isalpha()):
+        capitals = {variable.upper()} & known - environment.keys()
+        need(not capitals, f"{variable} is not a setting: write {variable.upper()}, in capitals")
         flat = variable.upper().replace("_", "")
         nearest = difflib.get_close_matches(flat, names, 1, 0.8)
         longest = max([1, len(flat), *map(len, nearest)])

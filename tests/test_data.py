@@ -433,6 +433,22 @@ def test_an_unusable_tokenizer_is_refused(tmp_path, content, vocab_size, said):
         t.Tokenizer(str(path), vocab_size)
 
 
+@pytest.mark.parametrize("preset", t.PRESETS)
+def test_the_command_that_makes_missing_data_is_told(monkeypatch, tmp_path, preset):
+    """For the files of every preset; of others, the script that makes some."""
+    monkeypatch.chdir(tmp_path)
+    settings = t.Settings(**t.PRESETS[preset])
+    fineweb = f"python data/prepare.py fineweb --variant sp{settings.vocab_size}"
+    command = "python data/prepare.py sample" if preset in t.FOR_CPUS else fineweb
+    with pytest.raises(t.UserError, match=f"set TOKENIZER_PATH, or run: {command}$"):
+        t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
+    for split in ("train", "val"):
+        with pytest.raises(t.UserError, match=f"set DATA_PATH, or run: {command}$"):
+            t.open_shards(settings.data_path, split)
+        with pytest.raises(t.UserError, match="set DATA_PATH, or see data/prepare.py$"):
+            t.open_shards("elsewhere", split)
+
+
 def test_a_tokenizer_of_another_size_is_refused(byte_tokenizer):
     with pytest.raises(t.UserError, match="512 tokens, but VOCAB_SIZE=500"):
         t.Tokenizer(str(byte_tokenizer), 500)

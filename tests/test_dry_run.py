@@ -113,11 +113,33 @@ def test_a_default_run_is_described_without_gpu_or_data(dry):
     assert "\n  MLP_MULT=4.0, not 3.0\n" in said
     assert "they run as M0 M1 A2 M3 M4 M5 A6 M7 M8 M7 M8\n" in said
     assert "before 35% of the run as M0 M1 A2 M3 M4 M5 A6 M7 M8\n" in said
-    assert "for 65,536 tokens at once; 80 GB of a GPU" in said
+    assert "for 65,536 tokens at once; 80.0 GB in all, used and free, of a GPU" in said
+    assert said.startswith("settings that differ from PRESET=default: ")
     assert "clock: 6,577 steps, 3,448,242,176 tokens\n" in said
     fitted, coarse = artifact_bytes(said).items()
     assert fitted[1] <= 16_000_000 - SCRIPT.stat().st_size < coarse[1]
     assert coarse[0] == 8 < fitted[0]
+    over = coarse[1] - (16_000_000 - SCRIPT.stat().st_size)
+    assert f"(16,000,000 less the script): too large by {over:,}" in said
+
+
+def test_what_is_not_given_is_told_too(dry):
+    """Nothing that differs, or layers that no list names; small sizes are in MB."""
+    usual = dry({"PRESET": "tiny"})
+    assert usual.startswith("nothing differs from PRESET=tiny: ")
+    assert re.search(r"memory of a rank: \d\d MB for weights", usual)
+    assert "finished runs of this depth and width are told within" in usual
+    deeper = dry({"PRESET": "tiny", "NUM_LAYERS": "5"})
+    assert "  layer 4: attention, as MAMBA_LAYERS=0,1,3 does not name it\n" in deeper
+    assert "does not name it" not in dry({"PRESET": "tiny", "N_LAYER": "5", "MAMBA_LAYERS": "0"})
+    assert "no finished run has this depth, width and k" in deeper
+    assert "  TTT_ENABLED=0, not 1\n" in dry({"PRESET": "tiny", "TTT_ENABLED": "0"})
+
+
+def test_the_runs_that_the_table_was_fitted_to_are_known():
+    assert all(dry_run.fitted_to(run.settings, run.k) for run in RUNS)
+    shapes = {(run.settings.num_layers, run.settings.model_dim) for run in RUNS}
+    assert shapes == set(dry_run.FITTED_SHAPES)
 
 
 def test_layers_are_a_table(dry):
@@ -208,10 +230,16 @@ def test_without_the_tools_that_is_one_line(monkeypatch, capsys, tmp_path):
     assert f"--dry-run needs the repository's tools, which are not in {tmp_path}" in said
 
 
-@pytest.mark.parametrize("arguments", [("--dryrun",), ("tiny",), ("--gpu-memory", "80")], ids=str)
+@pytest.mark.parametrize("arguments", [("tiny",), ("--gpu-memory", "80")], ids=str)
 def test_arguments_that_mean_nothing_are_one_line(monkeypatch, capsys, arguments):
     said = mistake(monkeypatch, capsys, {}, *arguments)
     assert f"{arguments[-1]} is no command: settings are environment variables; --help" in said
+
+
+@pytest.mark.parametrize("wrong", ["--dryrun", "--dry_run", "--rehearsal", "--preset"])
+def test_a_misspelt_command_is_told(monkeypatch, capsys, wrong):
+    said = mistake(monkeypatch, capsys, {}, wrong)
+    assert re.search(rf"{wrong} is no command; did you mean --(dry-run|rehearse|presets)\?", said)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +257,12 @@ def test_what_a_run_would_refuse_is_refused(monkeypatch, capsys):
     monkeypatch.setattr("os.environ", {"MLP_MULT": "20", "MAMBA_LAYERS": "none", "NUM_LAYERS": "5"})
     with pytest.raises(t.UserError, match="bits each on the coarsest grid"):
         dry_run.dry_run(["--gpu-memory", "80"])
-    assert "too large" in capsys.readouterr().out
+    assert "at k=16.00, SDCLIP_MOST, of at most" in capsys.readouterr().out
+    monkeypatch.setattr("os.environ", {"MLP_MULT": "6"})
+    with pytest.raises(t.UserError, match="would be 3,.* bytes too large at k=16.00, the most"):
+        dry_run.dry_run(["--gpu-memory", "80"])
+    monkeypatch.setattr("os.environ", {"SDCLIP_K": "4"})  # export raises what is too small
+    assert dry_run.dry_run(["--gpu-memory", "80"]) == 0
     monkeypatch.setattr("os.environ", {"TRAIN_SEQ_LEN": "1000"})
     with pytest.raises(t.UserError, match="TRAIN_BATCH_TOKENS"):
         dry_run.dry_run([])
@@ -248,6 +281,11 @@ def test_presets_are_listed_with_a_line_each(monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == list(t.PRESETS) == list(t.PRESET_USES)
     assert all(len(line.split()) > 4 for line in lines)
     assert set(t.FOR_CPUS) < set(t.PRESETS)
+    assert run_here(monkeypatch, {}, "--presets", "tiny") == 0
+    said = capsys.readouterr().out
+    assert said == f"{t.describe_preset('tiny')}\n"
+    assert "\n      TRAIN_SEQ_LEN=256\n" in said
+    assert said in t.help_text()
 
 
 # ---- On a CPU ------------------------------------------------------------------------------------

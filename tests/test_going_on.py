@@ -203,9 +203,27 @@ def test_a_signal_in_evaluation_says_how_to_go_on(monkeypatch, capsys, shards, t
     with monkeypatch.context() as patch:
         patch.setattr(t.Evaluator, "evaluate", signalled)
         said = mistake(patch, capsys, environment)
-    assert "stopped by SIGTERM; the same RUN_ID goes on from checkpoint or artifact" in said
+    assert f"stopped by SIGTERM; RUN_ID=a goes on from {tmp_path / 'a.int6.lzma'}\n" in said
     with nothing_is_trained():
         assert run_here(monkeypatch, environment) == 0
+
+
+def test_a_signal_in_warm_up_says_that_there_is_nothing_yet_or_the_checkpoint(
+    monkeypatch, capsys, shards, tmp_path
+):
+    environment = environment_of(shards, tmp_path)
+
+    def signalled(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(t.Trainer, "warm_up", signalled)
+    said = mistake(monkeypatch, capsys, environment)
+    assert "stopped by SIGINT; RUN_ID=a starts over: it has no checkpoint yet\n" in said
+    path = tmp_path / "a.checkpoint"
+    settings = t.read_settings(environment)[0]
+    path.touch()
+    assert t.way_on(settings) == f"RUN_ID=a goes on from {path}"
+    assert t.way_on(None) == "the same command starts over"
 
 
 # ---- A finished run ------------------------------------------------------------------------------

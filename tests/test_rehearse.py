@@ -32,6 +32,8 @@ def test_two_ranks_rehearse_all_of_a_run(shards, tmp_path):
     said = done.stdout
     assert "hardware=2 × CPU" in said
     assert re.search(r"^resumed \S+/rehearsal.checkpoint: step 10, ", said, re.MULTILINE)
+    assert "ITERATIONS" not in said.split("settings given: ")[1].splitlines()[0]
+    assert re.search(r"^the rehearsal alone has .*ITERATIONS=20 ", said, re.MULTILINE)
     assert "step:10/20 " in said.split("resumed")[0]
     assert "step:20/20 " in said.split("resumed")[1]
     last = said.split("the rehearsal went well; the run needs\n")[1].splitlines()
@@ -93,7 +95,9 @@ def test_without_a_clock_an_export_may_take_its_time():
     slow = FINE._replace(export_seconds=99.0)
     assert slow.problems(t.Settings(max_wallclock_seconds=0.0), free=10**11) == []
     lines = FINE.describe(t.Settings(max_wallclock_seconds=0.0, iterations=10_000), 10**11, 10**11)
-    assert lines[-1] == "in all: about 16 minutes"  # 30 + 450 + 3 × 100 + 200 s
+    parts = "30 s to start, 450 of training, without GPTQ, "
+    parts += "3 × 100 to score before and after quantization and in the end, 200 to adapt"
+    assert lines[-1] == f"in all: about 16.3 minutes ({parts})"
 
 
 def test_an_evaluation_alone_is_not_rehearsed(monkeypatch, capsys, tmp_path):

@@ -229,6 +229,9 @@ def test_the_log_begins_with_what_was_asked_for_and_says_what_scores_are_of(trai
     assert lines[0].startswith("settings given: ")
     assert "ITERATIONS=6" in lines[0].split()
     assert lines[1].startswith("python=")
+    assert "warming up ..." in lines  # on a CPU nothing is compiled
+    assert "compiling" not in trained.text.split("=" * 100)[-1]
+    assert "peak GPU memory" not in trained.text.split("=" * 100)[-1]
     events = {record["event"]: record for record in trained.records}
     (tokens,) = (shard.read() for shard in t.open_shards(str(shards), "val"))
     scored = events["validation_data"]

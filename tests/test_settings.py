@@ -92,7 +92,6 @@ def test_lists_say_which_layers_are_mamba_and_have_an_mlp():
         ("TTT_EPOCH", "TTT_EPOCHS"),
         ("MAMBA_STATE", "MAMBA_D_STATE"),
         ("MUON_MOMENTUM_WARM_UP", "MUON_MOMENTUM_WARMUP_ST"),
-        ("vocab_size", "VOCAB_SIZE"),
         ("MODEL_DMI", "MODEL_DIM"),
         ("ITERATION", "ITERATIONS"),
         ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
@@ -103,6 +102,18 @@ def test_lists_say_which_layers_are_mamba_and_have_an_mlp():
 def test_a_misspelt_variable_is_refused_and_the_nearest_name_offered(wrong, meant):
     with pytest.raises(t.UserError, match=f"{wrong} is not a setting; did you mean {meant}"):
         t.read_settings({wrong: "1"})
+
+
+@pytest.mark.parametrize(
+    "wrong", ["preset", "seed", "run_id", "log_dir", "vocab_size", "Beta1", "lr", "n_layer"]
+)
+def test_a_name_in_lower_case_is_refused_unless_the_right_one_is_there(wrong):
+    right = wrong.upper()
+    with pytest.raises(t.UserError, match=f"{wrong} is not a setting: write {right}, in capitals"):
+        t.read_settings({wrong: "1"})
+    if wrong in ("preset", "seed", "run_id", "log_dir"):  # as in: RUN_ID=$run_id
+        value = {"preset": "tiny"}.get(wrong, "1")
+        assert wrong in t.read_settings({wrong: value, right: value})[1]
 
 
 @pytest.mark.parametrize(
@@ -131,8 +142,8 @@ ORDINARY = """
     NUM_GPUS MODEL_DIR MODEL_PATH
     MODEL_NAME COMPILER COMPILE_THREADS ARTIFACTS ARTIFACT_DIR LOGDIR LOGS LOG_LEVEL
     DEVICES DEVICE_ID ROPE PRESETS
-    HEAD LAYER LAYERS MODEL MODELS QUANTIZE DETERMINISTIC_BUILD CALIBRATION_DIR MAMBA_DEFAULT_ENV
-    SEEDS RUN_NAME RUN_DIR DATA_DIR DATASET_PATH TRAIN_DATA VOCAB TOKENIZER PROFILE LAYERS_DIR seed
+    HEAD LAYER MODEL MODELS QUANTIZE DETERMINISTIC_BUILD CALIBRATION_DIR MAMBA_DEFAULT_ENV
+    SEEDS RUN_NAME RUN_DIR DATA_DIR DATASET_PATH TRAIN_DATA VOCAB TOKENIZER PROFILE LAYERS_DIR
 """
 
 

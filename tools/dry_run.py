@@ -8,7 +8,7 @@ Settings are the environment's, as for a run. No GPU is used and no data are nee
 no memory. The artifact's size is that of Gaussian weights, corrected by a small table that
 `python -m tools.fit_bytes` fits to this repository's logs and artifacts; with ARTIFACT=FILE or
 RESUME=FILE it is that of the weights in that file. What a run would refuse before it opens its
-data is refused here, too, below the figures.
+data is refused here, too, below the figures, and so is an artifact that would be too large.
 """
 
 import argparse
@@ -39,6 +39,9 @@ BITS_SAVED = {
 }
 BYTES_SAVED = 837
 SIZE_ERROR = 0.002
+# The shapes that it was fitted to, NUM_LAYERS and MODEL_DIM, and the smallest and the largest k.
+FITTED_SHAPES = ((9, 512), (4, 128), (5, 192))
+FITTED_K = (5.0, 15.1)
 
 
 def expected_parts(model: t.Model, settings: t.Settings, k: float) -> dict[str, float]:
@@ -49,6 +52,23 @@ def expected_parts(model: t.Model, settings: t.Settings, k: float) -> dict[str, 
         numbers = model.get_parameter(name).numel()
         parts[kind] -= BYTES_SAVED + BITS_SAVED[kind] * numbers / 8
     return parts
+
+
+def fitted_to(settings: t.Settings, k: float) -> bool:
+    """Whether the table was made of models like this one."""
+    s = settings
+    alike = (s.num_layers, s.model_dim) in FITTED_SHAPES and FITTED_K[0] <= k <= FITTED_K[1]
+    return alike and s.mamba_version == 3 and s.quantizer == "gptq" and s.mlp_layers == "all"
+
+
+def shown(value) -> str:
+    """A setting's value as it is given: 0 or 1 for no and yes."""
+    return t.shown(int(value) if isinstance(value, bool) else value) or "empty"
+
+
+def in_bytes(count: float) -> str:
+    """A size in GB, or below one in MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def quiet(line: str, *_, **__) -> None:
@@ -64,7 +84,7 @@ def weights_at_hand(settings: t.Settings, given: set[str]) -> tuple[t.Model, str
         size = settings.artifact_path.stat().st_size
         return model, f"the weights in {settings.artifact}, a file of {size:,} bytes"
     if settings.resume in ("auto", "never"):
-        return t.model_skeleton(settings), "a table made of trained models"
+        return t.model_skeleton(settings), "what finished runs' weights took (none are at hand)"
     # What export() would find: the average, without what tokens spelt alike share.
     model = t.build_model(settings, here)
     trainer = t.Trainer(model, settings, here, settings.train_seq_len, 0, quiet)
@@ -74,16 +94,23 @@ def weights_at_hand(settings: t.Settings, given: set[str]) -> tuple[t.Model, str
     return model, f"the weights in {settings.resume}, after {trainer.steps_done:,} steps"
 
 
-def describe_choices(settings: t.Settings) -> list[str]:
+def describe_choices(settings: t.Settings, given: set[str]) -> list[str]:
     """The preset, and the settings that differ from it: given ones, by ours or another name."""
     usual = t.Settings(**t.PRESETS[settings.preset])
-    lines = [f"PRESET={settings.preset}: {t.PRESET_USES[settings.preset]}"]
+    preset = f"PRESET={settings.preset}: {t.PRESET_USES[settings.preset]}"
+    lines = []
     for name in t.FIELDS:
         ours = getattr(settings, name)
-        preset = getattr(usual, name)
-        if ours != preset and name != "preset":
-            lines.append(f"  {name.upper()}={t.shown(ours)}, not {t.shown(preset) or 'empty'}")
-    return lines
+        theirs = getattr(usual, name)
+        if ours != theirs and name != "preset":
+            lines.append(f"  {name.upper()}={shown(ours)}, not {shown(theirs)}")
+    if "num_layers" in given and "mamba_layers" not in given:
+        why = f"attention, as MAMBA_LAYERS={settings.mamba_layers} does not name"
+        for layer in range(usual.num_layers, settings.num_layers):
+            lines.append(f"  layer {layer}: {why} it")
+    return [
+        f"settings that differ from {preset}" if lines else f"nothing differs from {preset}"
+    ] + lines
 
 
 def describe_layers(model: t.Model) -> list[str]:
@@ -105,7 +132,9 @@ def describe_layers(model: t.Model) -> list[str]:
     return lines
 
 
-def describe_size(model: t.Model, target: float, chosen: list[float]) -> list[str]:
+def describe_size(
+    model: t.Model, target: float, chosen: list[float], weights_known: bool
+) -> list[str]:
     """Parameters by kind, and the artifact's bytes at the k that fits, or is set, and at others."""
     matrices = t.grid_limits(model)
     numbers: collections.Counter[str] = collections.Counter()
@@ -124,15 +153,36 @@ def describe_size(model: t.Model, target: float, chosen: list[float]) -> list[st
     lines.append(f"{'in all':12}{numbers.total():12,}; of these {shares}")
     # The k that is set, or the least that fits, first.
     lines += [describe_artifact(model, target, k) for k in (fitted, *chosen)]
-    lines.append(f"(this repository's finished runs are told within {SIZE_ERROR:.1%})")
+    # How far a prediction may be trusted, which the table says only of what it was made of.
+    told = f"finished runs of this depth and width are told within {SIZE_ERROR:.1%}"
+    unknown = "no finished run has this depth, width and k: how far that is off is not known"
+    if weights_known:
+        told = "by these weights, before GPTQ has moved any: off by some tenths of a percent"
+    known = weights_known or fitted_to(model.settings, fitted)
+    lines.append(f"({told if known else unknown})")
     return lines
 
 
 def describe_artifact(model: t.Model, target: float, k: float) -> str:
     """The artifact's size with this k, and what it may take, in a line."""
     size = sum(expected_parts(model, model.settings, k).values())
-    verdict = "" if size <= target else ": too large"
-    return f"artifact: {size:,.0f} bytes at k={k:.2f}, of at most {target:,}{verdict}"
+    s = model.settings
+    most = ", SDCLIP_MOST" if k == s.sdclip_most else ""
+    limit = f"{target:,} ({s.target_mb * 1e6:,.0f} less the script)"
+    verdict = "" if size <= target else f": too large by {size - target:,.0f}"
+    return f"artifact: {size:,.0f} bytes at k={k:.2f}{most}, of at most {limit}{verdict}"
+
+
+def refuse_too_large(model: t.Model, target: float) -> None:
+    """Raises UserError where no k that export tries makes an artifact that fits."""
+    s = model.settings
+    k = t.fit_sdclip(model, s, target)
+    k = k if s.quantizer == "ternary" else max(k, s.sdclip_most)  # export raises a k that is set
+    over = sum(expected_parts(model, s, k).values()) - target
+    problem = (
+        f"the artifact would be {over:,.0f} bytes too large at k={k:.2f}, the most that is tried"
+    )
+    t.need(over <= 0, f"{problem}: make the model smaller, or raise SDCLIP_MOST")
 
 
 def state_bytes(model: t.Model) -> int:
@@ -157,9 +207,9 @@ def describe_memory(model: t.Model, ranks: t.Ranks, memory: float) -> list[str]:
     micro_batch = t.choose_micro_batch(s, ranks, max(0.0, share - state))
     activations = micro_batch * t.token_bytes(s, ranks.gpu)
     place = "of a GPU" if ranks.gpu else "of this machine"
-    parts = f"{state / 1e9:.1f} GB for weights, gradients, averages and moments"
-    parts += f", about {activations / 1e9:.1f} GB for {micro_batch:,} tokens at once"
-    lines = [f"memory of a rank: {parts}; {memory / 1e9:.0f} GB {place}"]
+    parts = f"{in_bytes(state)} for weights, gradients, averages and moments"
+    parts += f", about {in_bytes(activations)} for {micro_batch:,} tokens at once"
+    lines = [f"memory of a rank: {parts}; {in_bytes(memory)} in all, used and free, {place}"]
     steps = s.train_batch_tokens // (micro_batch * ranks.world_size)
     if steps > 1:
         lines.append(f"a step of {s.train_batch_tokens:,} tokens is {steps} of these on each rank")
@@ -240,12 +290,14 @@ def dry_run(arguments: list[str] | None = None) -> int:
     memory = 1e9 * options.gpu_memory if options.gpu_memory else t.device_memory(device)
     model, weights = weights_at_hand(settings, given)
     target = int(settings.target_mb * 1e6) - t.code_bytes()
-    lines = [*describe_choices(settings), "", *describe_layers(model), ""]
-    lines += [f"sizes by {weights}:", *describe_size(model, target, options.k), ""]
+    lines = [*describe_choices(settings, given), "", *describe_layers(model), ""]
+    known = not model.embedding.weight.is_meta  # a skeleton's are
+    lines += [f"sizes by {weights}:", *describe_size(model, target, options.k, known), ""]
     lines += describe_memory(model, t.Ranks(0, world_size, device), memory)
     lines += describe_clock(model.settings, options.step_ms)
     print("\n".join(lines))
     t.check_size(model, target, memory)
+    refuse_too_large(model, target)
     return 0
 
 

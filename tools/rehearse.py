@@ -66,11 +66,24 @@ def few_targets(validation: t.ValidationSet, settings: t.Settings) -> t.Validati
     return validation._replace(tokens=tokens, target_bytes=validation.target_bytes[:count])
 
 
-def train_in_part(settings: t.Settings, given: set[str], ranks: t.Ranks) -> t.ValidationSet:
-    """main() as far as the artifact, or to the signal; returns the whole validation text."""
+def describe_changes(settings: t.Settings, short: t.Settings) -> str:
+    """What the rehearsal has in place of the run's settings, in a line."""
+    changed = [name for name in t.FIELDS if getattr(settings, name) != getattr(short, name)]
+    pairs = [f"{name.upper()}={dry_run.shown(getattr(short, name))}" for name in changed]
+    why = "weights that are hardly trained need a k of their own"
+    return f"the rehearsal alone has {' '.join(pairs)}; {why}"
+
+
+def train_in_part(
+    settings: t.Settings, given: set[str], ranks: t.Ranks, changes: str
+) -> t.ValidationSet:
+    """main() as far as the artifact, or to the signal; returns the whole validation text.
+
+    given: the settings that are the run's own; changes: what the log is to say of the others.
+    """
     with contextlib.closing(t.Log()) as log:
         log.open(settings, ranks, settings.run_id)
-        t.log_settings(log, settings, given, ranks)
+        t.log_settings(log, settings, given, ranks, changes)
         tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
         validation = t.text_to_score(settings, tokenizer, [], log)
         # What a whole run of several machines would be refused for.
@@ -79,12 +92,14 @@ def train_in_part(settings: t.Settings, given: set[str], ranks: t.Ranks) -> t.Va
     return validation
 
 
-def train_and_be_stopped(settings: t.Settings, given: set[str], ranks: t.Ranks) -> None:
+def train_and_be_stopped(
+    settings: t.Settings, given: set[str], ranks: t.Ranks, changes: str
+) -> None:
     """The first half of training, which leaves a checkpoint; then memory is as before it."""
     usual = t.Batches
     t.Batches = StoppingBatches
     try:
-        train_in_part(settings, given, ranks)
+        train_in_part(settings, given, ranks, changes)
     except t.UserError as error:
         if "stopped by a signal" not in str(error):
             raise
@@ -129,6 +144,10 @@ class Needs(NamedTuple):
         # Before and after quantization the text is scored, too, in plain windows and off the
         # clocks: no slower than this.
         total = self.start_seconds + training + 3 * self.scoring_seconds + self.adapting_seconds
+        clock = "training and GPTQ" if s.max_wallclock_seconds else "training, without GPTQ"
+        parts = f"{self.start_seconds:.0f} s to start, {training:.0f} of {clock}, "
+        parts += f"3 × {self.scoring_seconds:.0f} to score before and after quantization and in "
+        parts += f"the end, {self.adapting_seconds:.0f} to adapt"
         return [
             f"start: {self.start_seconds:.0f} s; {self.again_seconds:.0f} s once it is compiled",
             f"steps: {self.step_ms:.1f} ms each",
@@ -137,7 +156,7 @@ class Needs(NamedTuple):
             f"evaluation: {evaluation} of EVAL_MAX_SECONDS={s.eval_max_seconds:g}",
             f"memory: {self.memory_bytes / 1e9:.1f} GB of {memory / 1e9:.0f}",
             f"disk: {self.disk_bytes / 1e9:.2f} GB of {free / 1e9:.0f} that LOG_DIR has left",
-            f"in all: about {total / 60:.0f} minutes",
+            f"in all: about {total / 60:.1f} minutes ({parts})",
         ]
 
 
@@ -194,7 +213,8 @@ def rehearse(_) -> None:
         free = shutil.disk_usage(settings.log_dir).free
         lines = ["the rehearsal went well; the run needs", *needs.describe(settings, memory, free)]
         fitted = t.fit_sdclip(skeleton, settings, target)
-        lines.append(dry_run.describe_artifact(skeleton, target, fitted))
+        of_trained = f"{dry_run.describe_artifact(skeleton, target, fitted)}, once it is trained"
+        lines.append(of_trained)
         print("\n  ".join(lines), flush=True)
         problems = needs.problems(settings, free)
         t.need(not problems, "; ".join(problems))
@@ -203,8 +223,10 @@ def rehearse(_) -> None:
 def rehearse_in(folder: str, settings: t.Settings, given: set[str], ranks: t.Ranks) -> Needs:
     """Trains, is stopped, goes on, exports, scores and adapts; on rank 0, what a run needs."""
     short = in_small(settings, folder)
-    train_and_be_stopped(short, given, ranks)
-    validation = train_in_part(short, given, ranks)
+    changes = describe_changes(settings, short)
+    own = {name for name in given if getattr(settings, name) == getattr(short, name)}
+    train_and_be_stopped(short, own, ranks, changes)
+    validation = train_in_part(short, own, ranks, changes)
     model, scored = t.load_model(short.artifact_path, short, given, ranks)
     evaluator = t.Evaluator(model, scored, ranks, few_targets(validation, scored))
     evaluator.evaluate()
