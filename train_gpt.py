@@ -3842,17 +3842,21 @@ class ScoringProgress(EvaluationObserver):
 
 def claim_file(path: Path, setting: str):
     """A file to append to, locked until it is closed; UserError, with setting, if a run has it."""
-    file = path.open("ab", 0)
-    try:
-        if path.is_file():  # not a device, which many may write to
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        remedy = f"wait for it, or choose another {setting}"
-        raise UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
-    except OSError:
-        pass  # some network file systems have no locks: nothing is claimed there
-    return file
+    while True:
+        file = path.open("ab", 0)
+        try:
+            if path.is_file():  # not a device, which many may write to
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            remedy = f"wait for it, or choose another {setting}"
+            raise UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
+        except OSError:
+            pass  # some network file systems have no locks: nothing is claimed there
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # whoever had it took it off its name before it was locked here
 
 
 def describe_machine(ranks) -> dict[str, str]:
@@ -4434,7 +4438,9 @@ class Trainer:
             while True:
                 seconds, due, stopped = self.vote(received)
                 if stopped:
-                    self.stop(f"stopped by a signal at step {self.steps_done}")
+                    numbers = itertools.chain(*self.ranks.gather(received))
+                    name = signal.Signals(next(numbers)).name
+                    self.stop(f"stopped by {name} at step {self.steps_done}")
                 if due:
                     self.save()
                 now = schedule_at(s, self.steps_done, seconds)
@@ -4950,7 +4956,7 @@ def check_alike(settings, ranks, validation: ValidationSet | None):
     mine["validation text"] = hashlib.sha256(text).hexdigest()
     theirs = ranks.from_main(mine)
     differ = [f"{n}={mine[n]}, not {theirs[n]}" for n in sorted(mine) if mine[n] != theirs[n]]
-    need(not differ, f"rank {ranks.rank} has {'; '.join(differ)}: give it what rank 0 has")
+    need(not differ, f"{'; '.join(differ)}: give this rank what rank 0 has")
 
 
 def run() -> int:

@@ -448,7 +448,7 @@ while step < 16:
     time.sleep(0.05)
     if stopped:
         checkpoint.write_text(str(step))
-        sys.exit("train_gpt.py: error: stopped by a signal")
+        sys.exit("train_gpt.py: error: stopped by SIGTERM")
 record("trained", val_bpb=1.2, bytes_total=2, bytes_code=1, steps=16, step_avg_ms=1.0)
 record("after_quantization", val_bpb=1.3)
 record("final", val_bpb=1 + rate)
@@ -866,7 +866,7 @@ def test_a_real_loser_leaves_a_checkpoint_and_the_survivor_resumes(bench, shards
     ]
     (resumed,) = (record for record in log if record["event"] == "resumed")
     before, after = (r for r in log if r["event"] in ("error", "trained"))
-    assert "stopped by a signal" in before["error"]
+    assert "stopped by SIGTERM" in before["error"]
     assert after["starts"] == 2
     assert 0 < resumed["step"] < after["steps"]
 

@@ -297,7 +297,7 @@ def test_a_signal_stops_a_run_with_a_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(t.Trainer, "accumulate_gradients", signalled)
         said = mistake(patch, capsys, environment)
-    assert "stopped by a signal at step 4; RUN_ID=a goes on from the last checkpoint" in said
+    assert f"stopped by {number.name} at step 4; RUN_ID=a goes on from the last checkpoint" in said
     assert checkpoints(tmp_path) == ["a.checkpoint"]
     assert run_here(monkeypatch, environment) == 0
     assert "step 4," in capsys.readouterr().out
@@ -327,7 +327,7 @@ def test_a_launchers_second_signal_on_the_way_out_is_the_same_stop(
     monkeypatch.setattr(t.Trainer, "accumulate_gradients", signalled)
     monkeypatch.setattr(t.Checkpoints, "__exit__", signalled_again)
     said = mistake(monkeypatch, capsys, environment)
-    assert "stopped by a signal at step 1; RUN_ID=a goes on from the last checkpoint" in said
+    assert "stopped by SIGTERM at step 1; RUN_ID=a goes on from the last checkpoint" in said
     assert checkpoints(tmp_path) == ["a.checkpoint"]
 
 
@@ -361,7 +361,7 @@ def test_a_signal_in_any_phase_ends_in_one_line_and_loses_no_step_of_training(
     with monkeypatch.context() as patch:
         patch.setattr(owner, phase, signalled)
         said = mistake(patch, capsys, environment)
-    assert re.search("stopped by (a signal|SIGTERM)", said)
+    assert re.search("stopped by SIGTERM", said)
     assert [*map(signal.getsignal, t.STOP_SIGNALS)] == handlers
     assert checkpoints(tmp_path) == ([] if phase == "warm_up" else ["a.checkpoint"])
     assert run_here(monkeypatch, environment) == 0
@@ -405,7 +405,8 @@ def test_what_ends_torchrun_ends_its_ranks_with_a_checkpoint(shards, tmp_path, n
     next(line for line in process.stdout if line.startswith("step:1/"))
     process.send_signal(number)
     out, _ = process.communicate(timeout=PATIENCE)  # until its ranks have closed the pipe, too
-    assert "stopped by a signal at step" in out
+    assert "stopped by SIG" in out
+    assert " at step " in out
     assert checkpoints(tmp_path) == ["a.checkpoint"]
 
 

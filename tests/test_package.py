@@ -1129,6 +1129,13 @@ def test_a_resumed_run_whose_starts_do_not_account_for_it_is_no_record(
     assert "RESUMED" in rows(tmp_path / "out")["one run, whole"]
 
 
+def test_a_run_whose_text_was_not_checked_is_no_record(tmp_path):
+    (log,) = write_runs(tmp_path / "logs", [3.0], eval_any_tokens=True)
+    assert pack(tmp_path / "out", log) == 0
+    unchecked = "EVAL_ANY_TOKENS=1: the text's tokens were not checked"
+    assert unchecked in reasons(tmp_path / "out")
+
+
 def test_an_evaluation_that_was_interrupted_is_named_but_is_a_record(tmp_path):
     """Its start belongs to the run, whose starts of training are none more."""
     logs = write_runs(tmp_path / "logs", artifact=True)

@@ -980,6 +980,20 @@ def test_two_runs_with_one_artifact_are_told_apart_at_the_start(
     assert run_here(monkeypatch, second) == 0
 
 
+def test_a_lock_that_left_its_name_before_it_was_taken_is_no_claim(monkeypatch, tmp_path):
+    """Its last holder unlinks it between another one's open() and flock()."""
+    path, flock = tmp_path / "a.lock", t.fcntl.flock
+
+    def unlinked_meanwhile(file, how):
+        monkeypatch.setattr(t.fcntl, "flock", flock)
+        path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(t.fcntl, "flock", unlinked_meanwhile)
+    with t.claim_file(path, "ARTIFACT"), pytest.raises(t.UserError, match="has not ended"):
+        t.claim_file(path, "ARTIFACT")
+
+
 def test_hosts_of_all_ranks_are_in_the_log(monkeypatch):
     monkeypatch.setattr(t.platform, "node", lambda: str(threading.get_ident()))
     machines = run_ranks(2, t.describe_machine)
@@ -1270,10 +1284,10 @@ def test_two_machines_are_two_ranks(shards, tmp_path):
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("settings", "rank 1 has MATRIX_LR=0.03, not 0.02: give it what rank 0 has"),
-        ("words_train_000001.bin", "rank 1 has training text="),
-        ("words_val_000000.bin", "rank 1 has validation text="),
-        ("tokenizer.model", "rank 1 has TOKENIZER_PATH="),
+        ("settings", "MATRIX_LR=0.03, not 0.02: give this rank what rank 0 has"),
+        ("words_train_000001.bin", "training text="),
+        ("words_val_000000.bin", "validation text="),
+        ("tokenizer.model", "TOKENIZER_PATH="),
         ("nothing", ""),
     ],
 )

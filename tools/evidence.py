@@ -242,7 +242,10 @@ def evaluation_row(given: list[str]) -> Row:
     """Settings of the evaluation that differ from the preset's, as NAME=value."""
     differing = [text for text in given if text.lower().startswith(EVALUATION)]
     text = " ".join(differing) or "none differs from the preset's"
-    return Row("settings of the evaluation", f"{text}; the same in all runs", "the log")
+    # The script has then not compared the text that is scored with the tokenizer.
+    unchecked = "EVAL_ANY_TOKENS=1" in given
+    reasons = ("EVAL_ANY_TOKENS=1: the text's tokens were not checked",) if unchecked else ()
+    return Row("settings of the evaluation", f"{text}; the same in all runs", "the log", reasons)
 
 
 def evaluation_differences(ours: dict, theirs: dict) -> list[str]:
