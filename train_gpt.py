@@ -182,7 +182,7 @@ class Settings:
     deterministic: bool = env(False, "the same bits again, slower")
     checkpoint_every: float = env(120.0, "0: only when stopped", "seconds")
     resume: str = env("auto", "checkpoint; auto: RUN_ID's last", "auto, never, file")
-    overwrite: bool = env(False, "train a finished RUN_ID anew")
+    overwrite: bool = env(False, "train RUN_ID, which has an artifact, anew")
     quantization_report: bool = env(False, "BPB lost by each kind of layer")
     log_dir: str = env("logs", "of logs and artifacts", "folder")
     artifact: str = env("", "empty: LOG_DIR/RUN_ID.int6.lzma", "file")
@@ -317,8 +317,9 @@ class Settings:
 
     @property
     def artifact_path(self) -> Path:
-        """Where the artifact is written and read."""
-        return Path(self.artifact or Path(self.log_dir, f"{self.run_id}.int6.lzma"))
+        """Where the artifact is written and read: of a link, what that leads to."""
+        path = Path(self.artifact or Path(self.log_dir, f"{self.run_id}.int6.lzma"))
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
 
     @property
     def checkpoint_paths(self) -> list[Path]:
@@ -391,9 +392,10 @@ MODEL_FIELDS -= {"mamba_chunk_size", "recur_start"}
 MODEL_FIELDS = sorted(MODEL_FIELDS | {"vocab_size", "document_reset", "document_scope"})
 
 # What EVAL_ONLY takes from the run that wrote an artifact, unless it is given: all but how that was
-# started and what it wrote.
+# started and what it wrote, and EVAL_ANY_TOKENS: no file switches off what it is checked by.
 SCORED_WITH = [name for name, group in FIELDS.items() if group not in ("run", "sample")]
-SCORED_WITH = ["preset", *(name for name in SCORED_WITH if name != "eval_nll_path")]
+SCORED_WITH = [name for name in SCORED_WITH if name not in ("eval_nll_path", "eval_any_tokens")]
+SCORED_WITH.insert(0, "preset")
 
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
 NOT_TRAINING = {name for name, group in FIELDS.items() if group in ("run", "evaluation", "sample")}
@@ -3842,21 +3844,21 @@ class ScoringProgress(EvaluationObserver):
 
 def claim_file(path: Path, setting: str):
     """A file to append to, locked until it is closed; UserError, with setting, if a run has it."""
-    while True:
-        file = path.open("ab", 0)
-        try:
-            if path.is_file():  # not a device, which many may write to
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            remedy = f"wait for it, or choose another {setting}"
-            raise UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
-        except OSError:
-            pass  # some network file systems have no locks: nothing is claimed there
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()  # whoever had it took it off its name before it was locked here
+    file = path.open("ab", 0)
+    try:
+        if path.is_file():  # not a device, which many may write to
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        remedy = f"wait for it, or choose another {setting}"
+        raise UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
+    except OSError:
+        pass  # some network file systems have no locks: nothing is claimed there
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    file.close()  # whoever had it took it off its name before it was locked here
+    return claim_file(path, setting)
 
 
 def describe_machine(ranks) -> dict[str, str]:
@@ -3894,11 +3896,10 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
 # ---- Earlier starts ------------------------------------------------------------------------------
 
 
-def read_run(path: Path) -> list[dict]:
-    """Of a .jsonl log: the records of the last start that trained, and of those after it.
+def read_records(path: Path) -> list[dict]:
+    """A .jsonl log's records. A line that is none, as one that was cut off, is left out.
 
-    Empty without one. A line that is no record, as one that was cut off, is left out. UserError
-    for settings that are none: whose run it is, cannot be known.
+    UserError for settings that are none: whose run it is, cannot be known.
     """
     records = []
     with suppress(OSError):
@@ -3910,6 +3911,12 @@ def read_run(path: Path) -> list[dict]:
     for record in records:
         whole = record["event"] != "settings" or isinstance(record.get("settings", {}), dict)
         need(whole, f"{path} is damaged, its settings are none: mend it, or move it away")
+    return records
+
+
+def read_run(path: Path) -> list[dict]:
+    """Of read_records(): those of the last start that trained, and of later ones; [] without."""
+    records = read_records(path)
     ready = max((i for i, r in enumerate(records) if r["event"] == "ready"), default=0)
     starts = [i for i, r in enumerate(records[:ready]) if r["event"] == "settings"]
     return records[starts[-1] :] if starts else []
@@ -3924,7 +3931,8 @@ def find_unscored(settings) -> dict[str, dict]:
     """last_records() of a RUN_ID that lacks nothing but its evaluation; {} if it is to be trained.
 
     Another file in the artifact's place, other settings of training, or a RESUME that is given
-    lead back to checkpoints. Raises UserError for a run that is finished, unless OVERWRITE=1.
+    lead back to checkpoints. Raises UserError for a run that is finished, unless OVERWRITE=1,
+    which trains anew what has an artifact (but not again where torchrun restarts it).
     """
     s = settings
     path = Path(s.log_dir, f"{s.run_id}.jsonl")
@@ -3932,6 +3940,8 @@ def find_unscored(settings) -> dict[str, dict]:
     if "final" in events:
         remedy = "choose another, EVAL_ONLY=1 to score it again, or OVERWRITE=1 to train it anew"
         need(s.overwrite, f"RUN_ID={s.run_id} is finished, {path} has its score: {remedy}")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if "final" in events or (s.overwrite and "trained" in events and not restarted):
         for leftover in s.checkpoint_paths if s.resume == "auto" else ():
             leftover.unlink(missing_ok=True)  # it was killed just behind its score
     elif "trained" in events and s.resume == "auto":
@@ -3942,17 +3952,54 @@ def find_unscored(settings) -> dict[str, dict]:
     return {}
 
 
-def find_settings(settings) -> tuple[Path | None, dict]:
-    """The log, RUN_ID's or the one beside ARTIFACT, of the run that wrote that; its settings."""
+def refuse_others_artifact(settings):
+    """Raises UserError for a file in ARTIFACT's place that RUN_ID's log lacks, but OVERWRITE=1."""
+    path = settings.artifact_path
+    log = Path(settings.log_dir, f"{settings.run_id}.jsonl")
+    written = [record.get("artifact_sha256") for record in read_records(log)]
+    if path.exists() and path.stat().st_size and file_sha256(path) not in written:
+        remedy = "move it, choose another ARTIFACT, or OVERWRITE=1 to write over it"
+        need(settings.overwrite, f"{path} is there already, and not by {log}: {remedy}")
+
+
+def find_settings(settings) -> tuple[Path | None, dict, str]:
+    """The log, RUN_ID's or ARTIFACT's, of the run that wrote that; typed_settings(); the source."""
     found = file_sha256(settings.artifact_path)
-    usual = asdict(Settings())
     beside = str(settings.artifact_path).removesuffix(".int6.lzma")
     for path in (Path(settings.log_dir, f"{settings.run_id}.jsonl"), Path(f"{beside}.jsonl")):
         events = last_records(path)
         if found and events.get("trained", {}).get("artifact_sha256") == found:
-            theirs = events["settings"].get("settings", {}).items()
-            return path, {name: x for name, x in theirs if type(x) is type(usual.get(name))}
-    return None, {}
+            theirs = typed_settings(events["settings"].get("settings", {}), path)
+            same = events["settings"].get("script_sha256") == file_sha256(__file__)
+            return path, theirs, str(path) if same else f"{path}, of another train_gpt.py"
+    return None, {}, ""
+
+
+def typed_settings(theirs: dict, log: Path) -> dict:
+    """Of a log's settings those of SCORED_WITH, int taken for float; UserError for other types."""
+    typed = {}
+    for name in (name for name in SCORED_WITH if name in theirs):
+        value, kind = theirs[name], type(getattr(Settings, name))
+        if kind is float and type(value) is int and abs(value) < UNBOUNDED:
+            value = float(value)
+        has = f"{log} has {name.upper()}={shown(repr(value))}"
+        need(type(value) is kind, f"{has}, which is no {kind.__name__}")
+        typed[name] = value
+    preset = typed.get("preset", "default")
+    need(preset in PRESETS, f"{log} has PRESET={shown(preset)}, which this script does not know")
+    return typed
+
+
+@contextmanager
+def named_source(log: Path | None, given: set[str]):
+    """Adds the log to errors about a setting, the first that they name, that was taken from it."""
+    try:
+        yield
+    except UserError as error:
+        words = "".join(x if x.isalnum() or x == "_" else " " for x in str(error)).split()
+        name = next((x.lower() for x in words if x.isupper() and x.lower() in FIELDS), "")
+        taken = log and name in SCORED_WITH and name not in given | {*MODEL_FIELDS}
+        raise UserError(f"{error} (from {log})" if taken else str(error)) from None
 
 
 def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Settings, str]:
@@ -3964,7 +4011,7 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     """
     s = settings
     header, _ = read_artifact(s.artifact_path)
-    log, logged = find_settings(s)
+    log, logged, words = find_settings(s)
     ours = "preset" in given or header["preset"] not in PRESETS
     preset = s.preset if ours else header["preset"]
     theirs = asdict(Settings(**PRESETS[preset] | {"preset": preset}))
@@ -3972,12 +4019,15 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     theirs |= ({"train_seq_len": window} if window else {}) | logged
     contradicts = f"PRESET={s.preset} contradicts {log}, which has {theirs['preset']}: unset it"
     need("preset" not in given or s.preset == theirs["preset"], contradicts)
-    taken = {name: theirs[name] for name in SCORED_WITH if name not in given}
+    clock = {"eval_max_seconds": min(theirs["eval_max_seconds"], Settings.eval_max_seconds)}
+    taken = {name: (theirs | clock)[name] for name in SCORED_WITH if name not in given}
     settings = adopt_artifact(header, replace(s, **taken), given, world_size)
     if log:
-        ours = {name: getattr(settings, name) for name in SCORED_WITH}
+        names = [n for n in SCORED_WITH if FIELDS[n] in ("data", "model", "evaluation")]
+        trains = ("seed", "train_batch_tokens")
+        ours = {name: getattr(settings, name) for name in names if name not in trains}
         differ = [f"{n.upper()}={x} (there {theirs[n]})" for n, x in ours.items() if x != theirs[n]]
-        return settings, f"settings from {log}" + (f"; but {' '.join(differ)}" if differ else "")
+        return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
     names = [name for name in taken if FIELDS[name] == "evaluation"]
     names += [] if window or "train_seq_len" in given else ["train_seq_len"]
     usual = " ".join(f"{name.upper()}={taken[name]}" for name in names)
@@ -4438,9 +4488,8 @@ class Trainer:
             while True:
                 seconds, due, stopped = self.vote(received)
                 if stopped:
-                    numbers = itertools.chain(*self.ranks.gather(received))
-                    name = signal.Signals(next(numbers)).name
-                    self.stop(f"stopped by {name} at step {self.steps_done}")
+                    number = next(itertools.chain(*self.ranks.gather(received)))
+                    self.stop(f"stopped by {signal.Signals(number).name} at step {self.steps_done}")
                 if due:
                     self.save()
                 now = schedule_at(s, self.steps_done, seconds)
@@ -4619,6 +4668,10 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
 
 def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, log) -> str:
     """What train_and_export() returns, of a run that has come so far: find_unscored()."""
+    theirs = unscored.get("hashes", {}).get("validation", {}).values()
+    ours = [file_sha256(shard.path) for shard in open_shards(settings.data_path, "val")]
+    problem = "has another validation text than the run began with: give it that, or EVAL_ONLY=1"
+    check(settings, "data_path", not theirs or sorted(theirs) == sorted(ours), problem)
     text = f"{settings.artifact_path} is trained and has no score: evaluation starts over"
     log(text, "evaluation_again")
     log.begin()
@@ -4682,7 +4735,8 @@ def export(trainer, batches) -> dict:
         clock.start()
     in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
     path = s.artifact_path if in_time else Path(f"{s.artifact_path}.late")
-    if ranks.rank == 0:
+    if ranks.rank == 0:  # recorded before it is there: it is this run's, whenever that is killed
+        log.record("packed", artifact_sha256=hashlib.sha256(data).hexdigest())
         write_whole(path, data)
         if in_time:
             Path(f"{s.artifact_path}.late").unlink(missing_ok=True)
@@ -4792,6 +4846,8 @@ def main(log):
         unscored = ranks.from_main(find_unscored(settings) if writes else {})
         source = ""  # of settings that were not given
         if settings.eval_only:
+            origin = ranks.from_main(find_settings(settings)[0] if first else None)
+            claims.enter_context(named_source(origin, given))
             found = settings_to_score(settings, given, ranks.world_size) if first else None
             settings, source = ranks.from_main(found)
         log_settings(log, settings, given, ranks, source)
@@ -4801,6 +4857,7 @@ def main(log):
             with explained_errors(f"write {lock}"):
                 claims.enter_context(claim_file(lock, "ARTIFACT"))
             claims.callback(lock.unlink, missing_ok=True)
+            refuse_others_artifact(settings)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
         validation = text_to_score(settings, tokenizer, prompt, log)

@@ -4,6 +4,7 @@ that is finished is not written over.
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,11 @@ def test_without_the_artifact_of_the_log_export_is_repeated_from_the_checkpoint(
     kill_in("final", environment)
     artifact = tmp_path / "a.int6.lzma"
     artifact.write_bytes(left)
+    if left:  # whose it is, nobody knows
+        said = mistake(monkeypatch, capsys, environment)
+        assert f"{artifact} is there already, and not by {tmp_path / 'a.jsonl'}: move it" in said
+        assert artifact.read_bytes() == left
+        artifact.unlink()
     assert run_here(monkeypatch, environment) == 0
     assert "resumed" in capsys.readouterr().out
     assert counts(tmp_path, "ready", "trained", "evaluation", "final") == [2, 2, 2, 1]
@@ -277,6 +283,86 @@ def test_an_older_runs_score_and_artifact_do_not_end_a_newer_one(
     assert counts(tmp_path, "ready", "evaluation_again", "final") == [3, 0, 2]
 
 
+@pytest.mark.parametrize("way", ["named", "linked", "log lost", "log cut"])
+def test_an_artifact_that_is_no_start_of_this_runs_own_is_not_written_over(
+    monkeypatch, capsys, shards, tmp_path, scored, way
+):
+    """Under whatever name it is reached, and whatever became of its log."""
+    artifact = tmp_path / "base.int6.lzma"
+    artifact.write_bytes((scored / "a.int6.lzma").read_bytes())
+    before = artifact.read_bytes()
+    environment = environment_of(shards, tmp_path, run_id="other", iterations=2, warmup_steps=0)
+    environment["ARTIFACT"] = str(artifact)
+    log = (scored / "a.jsonl").read_text()
+    if way == "linked":
+        link = tmp_path / "link"
+        link.symlink_to(artifact)
+        environment["ARTIFACT"] = str(link)
+        assert t.read_settings(environment)[0].artifact_path == artifact
+    elif way != "named":
+        environment |= {"RUN_ID": "base", "ARTIFACT": ""}
+    if way == "log cut":
+        (tmp_path / "base.jsonl").write_text(log[: log.index('{"event": "packed"')])
+    with nothing_is_trained():
+        said = mistake(monkeypatch, capsys, environment)
+    assert f"{artifact} is there already, and not by" in said
+    assert artifact.read_bytes() == before
+    if way == "linked":
+        assert run_here(monkeypatch, environment | {"OVERWRITE": "1"}) == 0
+        assert artifact.read_bytes() != before
+        assert link.is_symlink()
+
+
+def test_an_artifact_whose_run_was_killed_before_it_said_so_is_its_own(
+    monkeypatch, shards, tmp_path
+):
+    """The log has its SHA-256 before the file is there; a later start's log does not hide that."""
+    environment = environment_of(shards, tmp_path)
+    write = t.write_whole
+
+    def killed(path, *parts, **more):
+        write(path, *parts, **more)
+        if path.suffix == ".lzma":
+            raise Killed
+
+    def die(*arguments):
+        raise Killed
+
+    for owner, name, stop in ((t, "write_whole", killed), (t, "export", die)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, stop)
+            run_here(patch, environment)
+    assert (tmp_path / "a.int6.lzma").exists()
+    assert run_here(monkeypatch, environment) == 0
+    assert counts(tmp_path, "ready", "packed", "trained", "final") == [3, 2, 1, 1]
+
+
+def test_overwrite_trains_anew_what_has_no_score_yet(monkeypatch, shards, tmp_path):
+    """But not again where torchrun restarts it."""
+    environment = environment_of(shards, tmp_path)
+    kill_in("final", environment)
+    restart = environment | {"OVERWRITE": "1", "TORCHELASTIC_RESTART_COUNT": "1"}
+    with nothing_is_trained():
+        kill_in("final", restart)
+    assert run_here(monkeypatch, environment | {"OVERWRITE": "1", "SEED": "7"}) == 0
+    assert counts(tmp_path, "ready", "trained", "resumed", "final") == [2, 2, 0, 1]
+
+
+def test_an_evaluation_does_not_go_on_over_another_text(monkeypatch, capsys, shards, tmp_path):
+    environment = environment_of(shards, tmp_path)
+    kill_in("final", environment)
+    other = tmp_path / "other"
+    shutil.copytree(shards, other)
+    here = environment | {"DATA_PATH": str(other)}
+    (validation,) = other.glob("*_val_*.bin")
+    data = validation.read_bytes()
+    validation.write_bytes(data[:-2] + data[-4:-2])  # as many tokens, but the last one
+    said = mistake(monkeypatch, capsys, here)
+    assert f"DATA_PATH={other} has another validation text than the run began with" in said
+    validation.write_bytes(data)
+    assert run_here(monkeypatch, here) == 0  # the same text elsewhere
+
+
 def test_a_log_that_was_cut_off_or_is_none_says_nothing_of_a_run(tmp_path):
     path = tmp_path / "a.jsonl"
     assert t.read_run(path) == []
@@ -353,6 +439,63 @@ def test_what_is_given_goes_before_the_runs_settings_and_is_told(monkeypatch, ca
         assert "MODEL_DIM=64 contradicts the artifact, which has 32: unset it" in said
         said = mistake(patch, capsys, only | {"PRESET": "short"})
         assert f"PRESET=short contradicts {scored / 'a.jsonl'}, which has tiny: unset it" in said
+
+
+def edited_log(scored: Path, folder: Path, *changes: tuple[str, str]) -> dict[str, str]:
+    """What scores a copy of the artifact again by a copy of its log in which texts are changed."""
+    text = (scored / "a.jsonl").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "a.jsonl").write_text(text)
+    (folder / "a.int6.lzma").write_bytes((scored / "a.int6.lzma").read_bytes())
+    return {"EVAL_ONLY": "1", "DEVICE": "cpu", "LOG_DIR": str(folder), "RUN_ID": "a"}
+
+
+def test_a_log_switches_off_no_check_and_no_clock(monkeypatch, capsys, scored, tmp_path):
+    """And a log of another script is told; whole numbers stand for others."""
+    changes = [
+        ('"eval_any_tokens": false', '"eval_any_tokens": true'),
+        ('"ttt_lr": 0.005', '"ttt_lr": 1'),
+    ]
+    changes += [('"eval_max_seconds": 600.0', '"eval_max_seconds": 1e12')]
+    changes += [(t.file_sha256(t.__file__), "0" * 64)]
+    environment = edited_log(scored, tmp_path, *changes)
+    assert run_here(monkeypatch, environment | {"ITERATIONS": "5"}) == 0
+    told = "of another train_gpt.py; but EVAL_MAX_SECONDS=600.0 (there 1000000000000.0)\n"
+    said = f"settings from {tmp_path / 'a.jsonl'}, {told}"
+    assert said in capsys.readouterr().out
+    settings = logs.last_run(tmp_path / "a.eval.jsonl")["settings"]["settings"]
+    assert settings["eval_any_tokens"] is False
+    assert settings["ttt_lr"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"eval_stride": 8', '"eval_stride": "8"', "{log} has EVAL_STRIDE='8', which is no int"),
+        ('"ttt_epochs": 2', '"ttt_epochs": true', "{log} has TTT_EPOCHS=True, which is no int"),
+        ('"ttt_lr": 0.005', '"ttt_lr": null', "{log} has TTT_LR=None, which is no float"),
+        (
+            '"preset": "tiny"',
+            '"preset": "x"',
+            "{log} has PRESET=x, which this script does not know",
+        ),
+        ('"ttt_lr": 0.005', '"ttt_lr": -1', "TTT_LR=-1.0 must be from 0 to"),
+        ('"eval_stride": 8', '"eval_stride": 33', "EVAL_STRIDE=33 is longer than TRAIN_SEQ_LEN=32"),
+        ('"data_path": "/', '"data_path": "/no/', "bin shards in /no/"),
+    ],
+)
+def test_what_a_log_may_not_have_is_refused_by_name(
+    monkeypatch, capsys, scored, tmp_path, old, new, said
+):
+    """And the log is named where a setting is checked that nobody gave."""
+    environment = edited_log(scored, tmp_path, (old, new))
+    line = mistake(monkeypatch, capsys, environment)
+    log = tmp_path / "a.jsonl"
+    assert said.format(log=log) in line
+    if "{log}" not in said:
+        assert line.endswith(f" (from {log})\n")
 
 
 @pytest.mark.parametrize("log", ["none", "of another artifact"])

@@ -977,7 +977,7 @@ def test_two_runs_with_one_artifact_are_told_apart_at_the_start(
     assert f"{artifact}.lock belongs to a run that has not ended: {remedy}" in said[0]
     assert (tmp_path / "b.txt").read_text().endswith(said[0])  # a new name's log begins at once
     assert not list(tmp_path.glob("*.lock"))
-    assert run_here(monkeypatch, second) == 0
+    assert run_here(monkeypatch, second | {"OVERWRITE": "1"}) == 0
 
 
 def test_a_lock_that_left_its_name_before_it_was_taken_is_no_claim(monkeypatch, tmp_path):

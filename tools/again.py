@@ -69,6 +69,8 @@ def read_command(
     # What is only scored keeps the artifact of the run that trained; its log gets another name.
     if every.get("eval_only") and not every.get("artifact"):
         settings["ARTIFACT"] = find_artifact(path.parent, every)
+    elif not every.get("eval_only"):
+        settings.pop("ARTIFACT", None)  # the first run's, which stays; this one writes its own
     settings.pop("OVERWRITE", None)  # it was said of the run's name, not of this one
     # The folder that the log names may be another machine's.
     settings["LOG_DIR"] = str(path.parent)
