@@ -319,7 +319,7 @@ class Settings:
     def artifact_path(self) -> Path:
         """Where the artifact is written and read: of a link, what that leads to."""
         path = Path(self.artifact or Path(self.log_dir, f"{self.run_id}.int6.lzma"))
-        return Path(os.path.realpath(path)) if path.is_symlink() else path
+        return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
     @property
     def checkpoint_paths(self) -> list[Path]:
