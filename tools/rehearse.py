@@ -138,14 +138,15 @@ class Needs(NamedTuple):
     def describe(self, settings: t.Settings, memory: int, free: int) -> list[str]:
         """Lines for whoever will pay for the run; memory and free: bytes that are there."""
         s = settings
-        training = s.max_wallclock_seconds or s.iterations * self.step_ms / 1000
+        # Whichever comes first, as of a run: ITERATIONS or the clock.
+        training = s.iterations * self.step_ms / 1000 + self.export_seconds
+        training = min(training, s.max_wallclock_seconds or training)
         reserve = s.export_reserve_seconds
         evaluation = f"{self.scoring_seconds:.0f} s to score, {self.adapting_seconds:.0f} to adapt"
         # Before and after quantization the text is scored, too, in plain windows and off the
         # clocks: no slower than this.
         total = self.start_seconds + training + 3 * self.scoring_seconds + self.adapting_seconds
-        clock = "training and GPTQ" if s.max_wallclock_seconds else "training, without GPTQ"
-        parts = f"{self.start_seconds:.0f} s to start, {training:.0f} of {clock}, "
+        parts = f"{self.start_seconds:.0f} s to start, {training:.0f} of training and GPTQ, "
         parts += f"3 × {self.scoring_seconds:.0f} to score before and after quantization and in "
         parts += f"the end, {self.adapting_seconds:.0f} to adapt"
         return [
