@@ -4975,9 +4975,14 @@ def obey(arguments: list[str], log):
     elif tool:
         hand_over(tool, [argument for argument in arguments if argument != tool])
     elif {"--help", "-h", "--presets"} & set(arguments):
-        uses = "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
-        uses = "\n".join(describe_preset(name) for name in PRESETS if name in arguments) or uses
-        text = uses if arguments[0] == "--presets" else help_text()
+        text = "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
+        names = [argument for argument in arguments if argument != "--presets"]
+        if {"--help", "-h"} & set(names):
+            text = help_text()
+        elif names:
+            odd = [name for name in names if name not in PRESETS]
+            need(not odd, f"{' '.join(odd)}: no preset is called so; --presets lists them")
+            text = "\n".join(map(describe_preset, names))
         with suppress(BrokenPipeError):  # of --help | head
             print(text, flush=True)
     else:

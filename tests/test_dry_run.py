@@ -286,6 +286,11 @@ def test_presets_are_listed_with_a_line_each(monkeypatch, capsys):
     assert said == f"{t.describe_preset('tiny')}\n"
     assert "\n      TRAIN_SEQ_LEN=256\n" in said
     assert said in t.help_text()
+    for arguments in (("x",), ("tiny", "x"), ("tiny", "--presets", "x")):
+        assert run_here(monkeypatch, {}, "--presets", *arguments) == 2
+        out, err = capsys.readouterr()
+        line = "x: no preset is called so; --presets lists them"
+        assert (out, err) == ("", f"train_gpt.py: error: {line}\n")
 
 
 # ---- On a CPU ------------------------------------------------------------------------------------
