@@ -166,3 +166,23 @@ def test_the_image_holds_what_the_repository_keeps_and_no_data_that_was_made_her
     for name in (*made_here, "tools/__pycache__/a.pyc", ".venv/bin/python"):
         assert left_out(name, patterns), name
     assert not left_out(".git/HEAD", patterns)  # names the commit that a script equals
+
+
+def test_a_reader_that_goes_away_ends_a_command_silently():
+    """As "| head" does: nothing on stderr, and the status that a shell gives to SIGPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tools.summary", "data/tiny/tiny.jsonl"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=SCRIPT.parent)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_audits_help_names_it_and_lists_its_statuses():
+    """The usage begins as it is started, and no list is cut inside a word."""
+    command = [sys.executable, "-m", "tools.audit", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent).stdout
+    assert text.startswith("usage: python -m tools.audit ")
+    assert "    5   none fails" in text
+    # A list joined without spaces has only one place to be cut at: inside a name.
+    assert f"some of {', '.join(CHECKS)};" in " ".join(text.split())

@@ -497,7 +497,7 @@ def test_the_repositorys_own_log(tmp_path):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("entry: 1 run(s), val_bpb 1.36226, track non-record\n")
+    assert done.stdout.startswith("entry: 1 run, val_bpb 1.36226, track non-record\n")
     entry, text = packed(tmp_path / "entry")
     assert (tmp_path / "entry" / "train_gpt.py").read_bytes() == script.read_bytes()
     assert list(entry) == FIELDS

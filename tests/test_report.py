@@ -441,7 +441,7 @@ def test_the_command_line_tells_what_it_made_and_a_mistake_in_one_line(tmp_path,
     out = tmp_path / "page.html"
     done = subprocess.run([*command, str(out)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{out}: {out.stat().st_size:,} bytes, 1 runs\n"
+    assert done.stdout == f"{out}: {out.stat().st_size:,} bytes, 1 run\n"
     full[0].write_text("hello\n")
     done = subprocess.run([*command, str(out)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

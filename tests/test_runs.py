@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools import runs
+from tools.summary import longer_command
 
 ROOT = Path(runs.__file__).resolve().parent.parent
 
@@ -167,3 +168,18 @@ def test_a_run_that_was_resumed_has_the_losses_of_all_its_starts_each_step_once(
     again = write_log(tmp_path / "a.jsonl", 1.3, steps=40).read_text().splitlines()
     log.write_text("\n".join([*first, again[0], resumed, *again[16:]]) + "\n")
     assert [loss["step"] for loss in runs.read_run(log).losses] == list(range(1, 41))
+
+
+def test_a_short_runs_losses_are_drawn_as_they_are():
+    """A mean over most of a short run would be a straight line."""
+    losses = [5.0, 3.0, 4.0, 2.0, 2.5, 1.0, 2.0]
+    assert runs.smoothed(losses) == losses
+
+
+def test_the_longer_run_keeps_the_settings_that_the_run_was_given():
+    """Else it would be another model."""
+    settings = {"run_id": "a", "log_dir": "logs", "mlp_mult": 4, "matrix_lr": 0.1, "seed": 1}
+    started = {"settings": settings, "given": ["mlp_mult"]}
+    command = longer_command(started)
+    assert command.startswith("RUN_ID=a-longer LOG_DIR=logs MLP_MULT=4 MAX_WALLCLOCK_SECONDS=600 ")
+    assert "MATRIX_LR" not in command and "SEED" not in command

@@ -40,6 +40,16 @@ def shown(value) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
+def given_settings(started: dict) -> dict[str, str]:
+    """The settings that a run was given, as environment variables, from its record of settings.
+
+    Older logs do not say which were given; their scripts take all.
+    """
+    every = started["settings"]
+    given = {*started.get("given", every), "run_id", "log_dir"}
+    return {name.upper(): shown(every[name]) for name in every if name in given}
+
+
 def find_artifact(folder: Path, every: dict) -> str:
     """The artifact of a run: beside its log, or else where the run wrote it."""
     name = f"{every['run_id']}.int6.lzma"
@@ -59,9 +69,7 @@ def read_command(
     try:
         started = last_run(records)["settings"]
         every = started["settings"]
-        # Older logs do not say which were given; their scripts take all.
-        given = {*started.get("given", every), "run_id", "log_dir"}
-        settings = {name.upper(): shown(every[name]) for name in every if name in given}
+        settings = given_settings(started)
         settings["RUN_ID"] += "-again"
         ranks = rank_count(started["machine"])
     except (ValueError, KeyError, TypeError, AttributeError):

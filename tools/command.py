@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+BROKEN_PIPE = 128 + 13  # the status of a program that SIGPIPE ended, as a shell tells it
+
 
 class UserError(Exception):
     """A mistake the user can mend: a command prints it as one line."""
@@ -56,7 +58,13 @@ def run_command(name: str, command: Callable[[], int], *mistakes: type[Exception
     """
     tolerate_consoles()
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()  # what is still held back may find its reader gone
+        return status
+    except BrokenPipeError:  # as in "| head", which has read what it wanted
+        # What Python would write at its end goes nowhere, so that it does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (UserError, *mistakes) as error:
         message = str(error)
     except ModuleNotFoundError as error:

@@ -6,8 +6,9 @@
 model.safetensors has every parameter of the model in float32, as it is scored, by its name in
 train_gpt.py, and beside each matrix "NAME steps", its grid steps (rows + columns,) in float16:
 a weight is a whole number times its row's and its column's step. model.json has the settings of
-the model and the SHA-256 of its tokenizer. Back, the file is that artifact to the byte; a weight
-that was changed, and so is not on its grid any more, is refused. Nothing is quantized here anew.
+the model and the SHA-256 of its tokenizer. Back, the file is that artifact, to the byte if
+today's train_gpt.py wrote it: an older header may lack settings, which are filled in. A weight that
+was changed, and so is not on its grid any more, is refused. Nothing is quantized here anew.
 Needs safetensors (requirements-dev.txt).
 """
 

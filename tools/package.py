@@ -512,7 +512,8 @@ def package(given: argparse.Namespace) -> list[str]:
     write_folder(out, files)
 
     score = f"val_bpb {entry['val_bpb']:.5f}{deviation(entry)}"
-    lines = [f"{shown}: {len(runs)} run(s), {score}, track {entry['track']}"]
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    lines = [f"{shown}: {count}, {score}, track {entry['track']}"]
     lines += [f"non-record: {reason}" for reason in reasons]
     if not entry["github_id"]:
         lines.append("github_id is empty: give --github-id before you submit")

@@ -28,6 +28,7 @@ NAMES = {"run_id", "log_dir", "artifact", "resume", "overwrite", "eval_only"}
 FIGURES = ("steps", "ms", "before", "after", "final", "bytes")  # columns of numbers
 STROKES = ("-", "--", ":", "-.")  # of --plot
 REACH = 4  # training losses on either side that a point of --plot is the mean of
+FEW = 20  # a run with fewer training losses is drawn as it is: means would leave a straight line
 
 
 class Run(NamedTuple):
@@ -178,7 +179,10 @@ def smoothed(values: list[float]) -> list[float]:
     """The mean of each value and its neighbours, REACH on each side.
 
     Near an end fewer, but as many on either side: a mean of one side alone would lag behind.
+    Fewer than FEW values stay as they are.
     """
+    if len(values) < FEW:
+        return values
     means = []
     for place in range(len(values)):
         reach = min(REACH, place, len(values) - 1 - place)
@@ -208,7 +212,9 @@ def plot(runs: list[Run], out: Path) -> None:
     for one, label in zip(axes, ("step", "second of training", "million tokens"), strict=True):
         one.set(xlabel=label, ylim=(lowest - 0.1, lowest + 1.5))
         one.grid(alpha=0.3)
-    axes[0].set_ylabel(f"training loss, nats, mean of {2 * REACH + 1} lines")
+    longest = max(len(run.losses) for run in drawn)
+    means = f"\nmean of {2 * REACH + 1} lines where a run has {FEW}" if longest >= FEW else ""
+    axes[0].set_ylabel(f"training loss, nats{means}")
     axes[0].legend(fontsize=8)
     figure.savefig(out, dpi=150)
 

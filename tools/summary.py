@@ -8,6 +8,7 @@ counts.
 """
 
 import argparse
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -17,6 +18,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools import known
+from tools.again import given_settings
 from tools.command import Parser, run_command
 from tools.contradictions import CAP_BYTES
 from tools.logs import finished_run, not_a_log
@@ -74,6 +76,18 @@ def scored_text(counts: dict | None) -> str:
     return f"Scored: {tokens}, {size} of {counts['documents']:,} documents, {found}"
 
 
+def longer_command(started: dict) -> str:
+    """What trains the same model for ten minutes, with the settings that the run was given."""
+    settings = given_settings(started)
+    for name in ("EVAL_ONLY", "ARTIFACT", "OVERWRITE", "RESUME", "ITERATIONS"):  # of that run
+        settings.pop(name, None)
+    settings["RUN_ID"] += "-longer"
+    settings["MAX_WALLCLOCK_SECONDS"] = "600"
+    words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    python = sys.executable.replace(f"{Path.cwd()}/", "")
+    return " ".join([*words, python, "train_gpt.py"])
+
+
 def summary(events: dict[str, dict]) -> list[str]:
     """The lines to print of a finished run."""
     settings = events["settings"]["settings"]
@@ -91,8 +105,7 @@ def summary(events: dict[str, dict]) -> list[str]:
         lines += ["", "What it writes, before it adapts:", *wrapped(events["sample"]["sample"])]
     # The demo trains for two minutes; its next step is the same model with more time.
     if settings["preset"] == "tiny":
-        python = sys.executable.replace(f"{Path.cwd()}/", "")
-        command = f"PRESET=tiny RUN_ID=longer MAX_WALLCLOCK_SECONDS=600 {python} train_gpt.py"
+        command = longer_command(events["settings"])
         lines += ["", "Next, the same model for ten minutes:", f"  {command}"]
     return lines
 

@@ -97,7 +97,7 @@ def table(case: Case, results: dict[str, Finding]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     left_out = [TITLES[name] for name in CHECKS if name not in results]
     if left_out:
-        lines += ["", f"Not checked: {', '.join(left_out)}."]
+        lines += ["", f"Not checked: {'; '.join(left_out)}."]
     return "\n".join(lines)
 
 
@@ -114,13 +114,16 @@ def headline(case: Case, results: dict[str, Finding]) -> list[str]:
 
 def read_arguments() -> argparse.Namespace:
     """The command line's."""
-    parser = Parser(description=(__doc__ or "").split("\n\n")[0])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m tools.audit", description=__doc__, formatter_class=form)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder of validation shards")
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py")
+    tokenizer = "SentencePiece model of the shards"
+    parser.add_argument("--tokenizer", type=Path, required=True, help=tokenizer)
+    script = "the submission's (this folder's train_gpt.py)"
+    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help=script)
     parser.add_argument("--log", type=Path, help="LOG_DIR/RUN_ID.txt of the run")
-    parser.add_argument("--checks", help=f"some of {','.join(CHECKS)}; all without it")
+    parser.add_argument("--checks", help=f"some of {', '.join(CHECKS)}; all without it")
     parser.add_argument("--fresh", type=Path, help="a text that nobody had, to be scored too")
     parser.add_argument("--text", type=Path, help="the documents that the shards were made of")
     parser.add_argument("--train", type=Path, help="folder of the training shards that it names")
@@ -129,7 +132,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--isolation", choices=cell.LEVELS, help="one level, and no other")
     parser.add_argument("--cuts", type=int, default=4, help="of the causality test")
     parser.add_argument("--seed", type=int, help="drawn by lot and printed without it")
-    parser.add_argument("--no-strace", action="store_true")
+    parser.add_argument("--no-strace", action="store_true", help="files are not traced")
     return parser.parse_args()
 
 

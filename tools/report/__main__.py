@@ -148,7 +148,8 @@ def main() -> int:
     most = MOST_BYTES_STATIC if given.static else MOST_BYTES
     need(size <= most, f"the page would take {size:,} of {most:,} bytes: give fewer logs")
     write_whole(given.out, text)
-    print(f"{given.out}: {size:,} bytes, {len(runs)} runs")
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"{given.out}: {size:,} bytes, {count}")
     return 0
 
 
