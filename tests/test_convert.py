@@ -58,9 +58,10 @@ def test_the_same_model_and_the_same_bytes_back(tmp_path, settings):
 def test_an_artifact_of_an_older_script_keeps_its_data(tmp_path):
     """Its header gains the settings of today, with what they meant then."""
     out, again = tmp_path / "a.safetensors", tmp_path / "again.lzma"
-    for command in ((FORMER, "--out", out), (out, "--out", again)):
+    for command, told in (((FORMER, "--out", out), True), ((out, "--out", again), False)):
         done = start(*command)
         assert done.returncode == 0, done.stderr
+        assert ("is of an older script: filled in" in done.stdout) == told
     assert t.read_artifact(again) == t.read_artifact(FORMER)
 
 

@@ -50,11 +50,9 @@ def test_the_best_is_first_and_only_what_differs_is_shown(tmp_path):
     done = start(tmp_path, "--csv", tmp_path / "runs.csv")
     assert done.returncode == 0, done.stderr
     header, *rows = [line.split() for line in done.stdout.splitlines()]
-    assert header == ["run", "SEED", "MATRIX_LR", *runs.FIGURES, "state"]
+    assert header == ["run", *runs.FIGURES, "state", "SEED", "MATRIX_LR"]
     assert rows[0] == [
         "better",
-        "1",
-        "0.02",
         "50",
         "41.0",
         "1.2100",
@@ -62,12 +60,12 @@ def test_the_best_is_first_and_only_what_differs_is_shown(tmp_path):
         "1.2000",
         "15,900,000",
         "final",
+        "1",
+        "0.02",
     ]
-    assert rows[1][:3] == ["worse", "1", "0.03"]
+    assert (rows[1][0], *rows[1][-2:]) == ("worse", "1", "0.03")
     assert rows[2] == [
         "stopped",
-        "2",
-        "0.02",
         "50",
         "40.0",
         "no",
@@ -78,6 +76,8 @@ def test_the_best_is_first_and_only_what_differs_is_shown(tmp_path):
         "of",
         "step",
         "50",
+        "2",
+        "0.02",
     ]
     with (tmp_path / "runs.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
@@ -183,3 +183,19 @@ def test_the_longer_run_keeps_the_settings_that_the_run_was_given():
     command = longer_command(started)
     assert command.startswith("RUN_ID=a-longer LOG_DIR=logs MLP_MULT=4 MAX_WALLCLOCK_SECONDS=600 ")
     assert "MATRIX_LR" not in command and "SEED" not in command
+
+
+def test_each_text_has_a_table_and_many_settings_share_a_column(tmp_path):
+    """A score of another text stands apart, though it is lower."""
+    many = {f"setting_{number}": "x" * 30 for number in range(9)}
+    write_log(tmp_path / "a.jsonl", 1.2, data_path="one", **many)
+    write_log(tmp_path / "b.jsonl", 1.3, data_path="one", **dict.fromkeys(many, "y"))
+    write_log(tmp_path / "c.jsonl", 0.9, data_path="two")
+    lines = start(tmp_path).stdout.splitlines()
+    assert "cannot be compared" in lines[0]
+    assert [line.split(",")[0] for line in lines if "Scored text" in line] == [
+        "Scored text: DATA_PATH=two",
+        "Scored text: DATA_PATH=one",
+    ]
+    assert lines[-3].endswith("SETTING_3                       others")
+    assert lines[-2].endswith("…") and "SETTING_4=xxx" in lines[-2]

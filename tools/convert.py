@@ -61,6 +61,12 @@ def from_artifact(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return parameters | grid_steps(payload, skeleton), known
 
 
+def lacking_settings(path: Path, header: dict) -> list[str]:
+    """What was filled in, of a header that was read from an artifact."""
+    line = path.read_bytes()[len(t.ARTIFACT_MAGIC) :].partition(b"\n")[0]
+    return sorted(header.keys() - json.loads(line))
+
+
 def integers_of(name: str, weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """The whole numbers int8 (rows, columns) of a matrix. Raises UserError for other weights."""
     rows, columns = steps.float().split(weight.shape)
@@ -131,6 +137,8 @@ def main() -> int:
 
         tensors, header = from_artifact(given.file)
         t.write_whole(given.out, save(tensors))
+        if lacking := lacking_settings(given.file, header):
+            print(f"{given.file} is of an older script: filled in {', '.join(lacking)}")
         write_whole(given.out.with_suffix(".json"), json.dumps(header, indent=1) + "\n")
     return 0
 

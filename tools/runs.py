@@ -3,11 +3,11 @@
     python -m tools.runs logs/                           # every run in a folder and those below it
     python -m tools.runs logs/lr-*.jsonl --plot curves.png --csv runs.csv
 
-A row is the last run in a log: its name, the settings in which the runs differ, steps and how long
-one took, BPB before quantization, after it and in the end, bytes of code and model, and how far
-the run came. --sort orders by another column. --plot draws the training losses by step, by second
-of training and by token (requirements-dev.txt); --csv writes the same table for programs, in full
-digits.
+A row is the last run in a log: its name, steps and how long one took, BPB before quantization,
+after it and in the end, bytes of code and model, how far the run came, and the settings in which
+the runs differ. Runs that were scored on different texts stand in tables of their own. --sort
+orders by another column. --plot draws the training losses by step, by second of training and by
+token (requirements-dev.txt); --csv writes all in one table for programs, in full digits.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from tools.logs import read_records, runs_in, starts_of
 # Of a run's settings, what only names its files, and what the column "run" says.
 NAMES = {"run_id", "log_dir", "artifact", "resume", "overwrite", "eval_only"}
 FIGURES = ("steps", "ms", "before", "after", "final", "bytes")  # columns of numbers
+MOST_COLUMNS = 4  # of settings
+WIDEST = 40  # characters of a setting, or of the state
 STROKES = ("-", "--", ":", "-.")  # of --plot
 REACH = 4  # training losses on either side that a point of --plot is the mean of
 FEW = 20  # a run with fewer training losses is drawn as it is: means would leave a straight line
@@ -146,14 +148,53 @@ def sorted_runs(runs: list[Run], column: str) -> list[Run]:
     return sorted(runs, key=key)
 
 
-def table(runs: list[Run], settings: list[str]) -> list[list[str]]:
-    """The table's rows, its header first."""
-    rows = [["run", *(name.upper() for name in settings), *FIGURES, "state"]]
+def scored_text(run: Run) -> str:
+    """The text that a run's scores are of: by its counts, or else by where it lay."""
+    counts = run.events.get("validation_data", {})
+    if "scored_tokens" in counts and "bytes" in counts:
+        return f"{counts['scored_tokens']:,} tokens, {counts['bytes']:,} bytes"
+    return f"DATA_PATH={run.settings.get('data_path', '')}, not counted in the log"
+
+
+def by_text(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs of each text, in the order in which they come."""
+    groups = {}
     for run in runs:
-        chosen = [text_of(run.settings.get(name)) for name in settings]
+        groups.setdefault(scored_text(run), []).append(run)
+    return groups
+
+
+def cut(text: str, most: int) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def table(runs: list[Run], settings: list[str]) -> list[list[str]]:
+    """The table's rows, its header first: what runs came to, then the settings.
+
+    Those beyond MOST_COLUMNS share the last column, with their names, as far as it reaches.
+    """
+    own, others = settings[:MOST_COLUMNS], settings[MOST_COLUMNS:]
+    rows = [["run", *FIGURES, "state", *(name.upper() for name in own)]]
+    rows[0] += ["others"] if others else []
+    for run in runs:
         figures = [shown(name, run.figures.get(name)) for name in FIGURES]
-        rows.append([run.name, *chosen, *figures, run.state])
+        chosen = [cut(text_of(run.settings.get(name)), WIDEST) for name in own]
+        pairs = [f"{name.upper()}={text_of(run.settings.get(name))}" for name in others]
+        told = [cut(" ".join(pairs), WIDEST)] if others else []
+        rows.append([run.name, *figures, cut(run.state, WIDEST), *chosen, *told])
     return rows
+
+
+def print_groups(runs: list[Run]) -> None:
+    """A table for each text, under a line that names it where there are several."""
+    groups = by_text(runs)
+    if len(groups) > 1:
+        print("Scores of different texts cannot be compared: a table for each.")
+    for text, group in groups.items():
+        if len(groups) > 1:
+            print(f"\nScored text: {text}")
+        print_table(table(group, differing(group)))
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -256,10 +297,9 @@ def main() -> int:
     known = {*FIGURES, *(name for run in runs for name in run.settings)}
     need(column in known, f"--sort {given.sort}: neither a setting nor {', '.join(FIGURES)}")
     runs = sorted_runs(runs, column)
-    settings = differing(runs)
-    print_table(table(runs, settings))
+    print_groups(runs)
     if given.csv:
-        write_csv(runs, settings, given.csv)
+        write_csv(runs, differing(runs), given.csv)
     if given.plot:
         plot(runs, given.plot)
     return 0

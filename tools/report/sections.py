@@ -150,6 +150,8 @@ def clocks_of(run: Run) -> Html:
     clock = run.events.get("trained", {}).get("train_clock_seconds")
     if clock is None:
         remedy = "A run of today's script to the end of training with EVAL_ONLY=0 fills it"
+        if settings["eval_only"]:
+            remedy = f"The log of the run that trained has it: {settings['run_id']}.jsonl"
         bars.append(missing("the training clock", remedy))
     else:
         limit = limit_of(settings["max_wallclock_seconds"])
