@@ -4724,7 +4724,9 @@ def export(trainer, batches) -> dict:
         log(f"{text}, of which this took {took:.2f}s", "quantized", k=k, quantize_seconds=took)
         data = pack_artifact(s, stored, trainer.tokenizer_sha256) if ranks.rank == 0 else b""
         size = ranks.from_main(len(data))
-        log(f"{s.artifact_path}: {size} bytes of at most {target}")
+        text = f"{s.artifact_path}: {size} bytes of at most {target}"
+        # Before it is there: it is this run's, whenever that is killed.
+        log(text, "packed", artifact_sha256=hashlib.sha256(data).hexdigest())
         if size <= target:
             break
         problem = f"the artifact takes {size} bytes of {target} at SDCLIP_K={k:.2f}"
@@ -4735,8 +4737,7 @@ def export(trainer, batches) -> dict:
         clock.start()
     in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
     path = s.artifact_path if in_time else Path(f"{s.artifact_path}.late")
-    if ranks.rank == 0:  # recorded before it is there: it is this run's, whenever that is killed
-        log.record("packed", artifact_sha256=hashlib.sha256(data).hexdigest())
+    if ranks.rank == 0:
         write_whole(path, data)
         if in_time:
             Path(f"{s.artifact_path}.late").unlink(missing_ok=True)
