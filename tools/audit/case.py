@@ -65,7 +65,7 @@ class Progress:
         now = time.perf_counter()
         if now - self.passed_on > LOOKED_AT_EVERY:
             self.passed_on = now
-            self.say(f"... {line[:80]}")
+            self.say(f"... {line[:200]}")  # a line of progress is shorter
 
     def count(self, targets: int, what: str) -> None:
         """So many targets more were evaluated."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tools.report.markup import Html, element, join
 from tools.report.profiles import PROFILES, ROWS, chunks_of, rows_of, short_name
-from tools.runs import REACH, Run, smoothed
+from tools.runs import FEW, REACH, Run, smoothed
 
 COLOURS = (  # each stands out on white and on nearly black
     "#2f7de1",
@@ -102,7 +102,7 @@ def training_charts(runs: list[Run], most: int) -> list[Chart]:
         # A step's time belongs to the later of the two records that tell it.
         later = {name: values[1:] for name, values in xs.items()}
         times.append(Curve(run.name, colour, later, step_times(kept)))
-    title = f"Training loss: each line of the log, and the mean of {2 * REACH + 1}"
+    title = f"Training loss: the log's lines; from {FEW} on, the mean of {2 * REACH + 1} too"
     charts = [
         Chart(title, "nats a token", losses, lowest_part(losses), main=True),
         Chart("Learning rates, as a part of their height", "part", rates),
