@@ -185,7 +185,7 @@ def evaluation_modes(run: Run) -> Html:
     for event in ("after_quantization", "final"):
         told = run.events.get(event, {})
         if "evaluation_seconds" in told:
-            mode = told["mode"].replace("_ttt", ", adapting")
+            mode = f"{told['mode'].replace('_ttt', ', adapting')}, {event.replace('_', ' ')}"
             rows.append([mode, f"{told['val_bpb']:.5f}", f"{told['evaluation_seconds']:.2f}"])
     return table(["mode", "bits per byte", "seconds"], rows) if rows else Html("")
 
