@@ -173,7 +173,7 @@ SHOWN = {
         "177.8 s of 180 s",
         "33.2 s of 600 s",
         "scoring 11.0 s; adapting 18.0 s; loading and the rest 4.2 s",
-        "sliding, adapting 1.21988 33.25",
+        "sliding, adapting, final 1.21988 33.25",
         "plain, after quantization 1.25679 1.75",
         "93.5 s in all",
         "GPTQ, packing 40.0",
