@@ -15,6 +15,7 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(t.__file__).resolve().parent
+TINY = ROOT / "data" / "tiny" / "tiny.int6.lzma"
 FORMER = ROOT / "tests" / "data" / "b6028ee.artifact"
 
 
@@ -55,14 +56,16 @@ def test_the_same_model_and_the_same_bytes_back(tmp_path, settings):
     assert hidden[0].abs().max() > 0
 
 
-def test_an_artifact_of_an_older_script_keeps_its_data(tmp_path):
-    """Its header gains the settings of today, with what they meant then."""
+@pytest.mark.parametrize("artifact", [FORMER, TINY], ids=["former", "published"])
+def test_an_artifact_of_an_older_script_comes_back_too(tmp_path, artifact):
+    """The settings that its header lacks are named, and are not written into it."""
     out, again = tmp_path / "a.safetensors", tmp_path / "again.lzma"
-    for command, told in (((FORMER, "--out", out), True), ((out, "--out", again), False)):
+    for command, told in (((artifact, "--out", out), True), ((out, "--out", again), False)):
         done = start(*command)
         assert done.returncode == 0, done.stderr
         assert ("is of an older script: filled in" in done.stdout) == told
-    assert t.read_artifact(again) == t.read_artifact(FORMER)
+    assert t.read_artifact(again) == t.read_artifact(artifact)
+    assert again.read_bytes() == artifact.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@
 model.safetensors has every parameter of the model in float32, as it is scored, by its name in
 train_gpt.py, and beside each matrix "NAME steps", its grid steps (rows + columns,) in float16:
 a weight is a whole number times its row's and its column's step. model.json has the settings of
-the model and the SHA-256 of its tokenizer. Back, the file is that artifact, to the byte if
-today's train_gpt.py wrote it: an older header may lack settings, which are filled in. A weight that
-was changed, and so is not on its grid any more, is refused. Nothing is quantized here anew.
+the model and the SHA-256 of its tokenizer; of an older script's artifact also "filled in", the
+settings that its header lacks. Back, the file is that artifact to the byte. A weight that was
+changed, and so is not on its grid any more, is refused. Nothing is quantized here anew.
 Needs safetensors (requirements-dev.txt).
 """
 
@@ -29,7 +29,7 @@ from tools.command import Parser, UserError, need, run_command, write_whole
 
 SUFFIX = ".safetensors"
 STEPS = " steps"  # behind a matrix's name
-UNKNOWN = {"preset": "", "train_seq_len": 0}  # of older artifacts, whose headers lack these
+FILLED = "filled in"  # the names of settings that an older artifact's header lacks
 OFF_GRID = 1e-3  # of a step: what float32 leaves is a thousandth of it
 
 
@@ -57,14 +57,10 @@ def from_artifact(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         parameters = t.unpack_artifact(payload, skeleton)
     except (ValueError, lzma.LZMAError):
         raise UserError(f"{path}: its data are not its header's model") from None
-    known = {name: value for name, value in header.items() if UNKNOWN.get(name) != value}
-    return parameters | grid_steps(payload, skeleton), known
-
-
-def lacking_settings(path: Path, header: dict) -> list[str]:
-    """What was filled in, of a header that was read from an artifact."""
     line = path.read_bytes()[len(t.ARTIFACT_MAGIC) :].partition(b"\n")[0]
-    return sorted(header.keys() - json.loads(line))
+    if lacking := sorted(header.keys() - json.loads(line)):
+        header[FILLED] = lacking
+    return parameters | grid_steps(payload, skeleton), header
 
 
 def integers_of(name: str, weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -99,7 +95,8 @@ def to_artifact(tensors: dict[str, torch.Tensor], header: dict) -> bytes:
     payload = packed[: -t.DIGEST_BYTES].partition(b"\n")[2]
     # The header that it had, in the order of all headers.
     usual = t.artifact_header(settings)
-    header = {name: header[name] for name in usual if name in header}
+    filled = header.get(FILLED, [])
+    header = {name: header[name] for name in usual if name in header and name not in filled}
     t.read_header(json.dumps(header), usual)
     return b"".join(t.seal(t.ARTIFACT_MAGIC, header, payload))
 
@@ -137,8 +134,8 @@ def main() -> int:
 
         tensors, header = from_artifact(given.file)
         t.write_whole(given.out, save(tensors))
-        if lacking := lacking_settings(given.file, header):
-            print(f"{given.file} is of an older script: filled in {', '.join(lacking)}")
+        if FILLED in header:
+            print(f"{given.file} is of an older script: filled in {', '.join(header[FILLED])}")
         write_whole(given.out.with_suffix(".json"), json.dumps(header, indent=1) + "\n")
     return 0
 
