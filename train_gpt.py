@@ -900,16 +900,18 @@ def check_learnt(training: list[Shard], validation: list[Shard]):
         need(not twin, f"{shard.path} holds the text of {twin}, which is scored: take it away")
 
 
-def log_hashes(settings, log):
+def log_hashes(settings, log, main: bool = True):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
     Tokenizer and validation shards are hashed here, off every clock; training shards, of which
-    there may be 16 GB, are not. Raises UserError as check_learnt() does.
+    there may be 16 GB, are not. Only the main rank does that. Raises UserError as check_learnt().
     """
     folder, path = settings.data_path, settings.tokenizer_path
     validation = open_shards(folder, "val")
     training = [] if settings.eval_only else open_shards(folder, "train")
     check_learnt(training, validation)
+    if not main:
+        return
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
     record["validation"] = {shard.path.name: file_sha256(shard.path) for shard in validation}
     recorded, overlap = recorded_hashes(folder, training, record["validation"])
@@ -4861,7 +4863,7 @@ def main(log):
             refuse_others_artifact(settings)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
-        validation = text_to_score(settings, tokenizer, prompt, log)
+        validation = text_to_score(settings, tokenizer, prompt, log, first)
         check_alike(settings, ranks, validation)
         written = ""  # SHA-256 of the artifact that this run has made
         if settings.eval_only:
@@ -4949,7 +4951,7 @@ def log_name(settings) -> str:
     return settings.run_id + (".eval" if settings.eval_only else "")
 
 
-def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet | None:
+def text_to_score(settings, tokenizer, prompt, log, main=True) -> ValidationSet | None:
     """The validation text; None if there is none and an artifact is to go on from a prompt."""
     folder = Path(settings.data_path)
     if prompt and settings.eval_only and folder.is_dir() and not any(folder.glob("*_val_*.bin")):
@@ -4963,7 +4965,7 @@ def text_to_score(settings, tokenizer, prompt: list[int], log) -> ValidationSet 
     text = "{tokens:,} tokens in {shards} shards, {documents:,} documents; scored are"
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
     log(f"validation text: {text.format(**counts)}", "validation_data", **counts)
-    log_hashes(settings, log)
+    log_hashes(settings, log, main)
     return validation
 
 
@@ -5024,11 +5026,7 @@ def check_alike(settings, ranks, validation: ValidationSet | None):
 
 def run() -> int:
     """main() for a command line: what goes wrong is one line; returns the exit status, 0 or 2."""
-    for name in (
-        "stdin",
-        "stdout",
-        "stderr",
-    ):  # closed ones, as by >&-, in the order of their numbers
+    for name in ("stdin", "stdout", "stderr"):  # closed ones, as by >&-, by their numbers
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # consoles without a sign: cp1251 has no ×, ASCII no ▁

@@ -96,7 +96,14 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.ablate", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError, need, run_command, write_whole
+from tools.command import (
+    Parser,
+    UserError,
+    environment_value,
+    need,
+    run_command,
+    write_whole,
+)
 from tools.halving import Rung, choose_halvings, judge, kept_after, loss_at, rungs_of
 from tools.logs import is_record, spread
 
@@ -242,7 +249,7 @@ def read_variables(table: dict, where: str, train_gpt: ModuleType) -> dict[str, 
             )
         simple = isinstance(value, (str, int, float)) and "\0" not in str(value)
         need(simple, f"{where}: {name} should be a string, a number, true or false")
-        variables[name] = str(int(value) if isinstance(value, bool) else value)
+        variables[name] = environment_value(value)
     return variables
 
 

@@ -21,7 +21,7 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.again", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, need, run_command
+from tools.command import Parser, environment_value, need, run_command
 from tools.logs import SEPARATOR, last_run, not_a_log, rank_count
 
 
@@ -35,11 +35,6 @@ def read_script(path: Path) -> bytes:
     return script[max(0, script.rfind(b'\n"""Parameter Golf') + 1) :]
 
 
-def shown(value) -> str:
-    """A setting's value as it is written in the environment."""
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
 def given_settings(started: dict) -> dict[str, str]:
     """The settings that a run was given, as environment variables, from its record of settings.
 
@@ -47,7 +42,7 @@ def given_settings(started: dict) -> dict[str, str]:
     """
     every = started["settings"]
     given = {*started.get("given", every), "run_id", "log_dir"}
-    return {name.upper(): shown(every[name]) for name in every if name in given}
+    return {name.upper(): environment_value(every[name]) for name in every if name in given}
 
 
 def find_artifact(folder: Path, every: dict) -> str:

@@ -37,6 +37,11 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def environment_value(value) -> str:
+    """A setting's value as it is given in the environment: 0 or 1 for no and yes."""
+    return str(int(value) if isinstance(value, bool) else value)
+
+
 def tolerate_consoles() -> None:
     """Has a console show a question mark for a sign that its encoding lacks, as cp1251 lacks ×.
 

@@ -24,7 +24,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, need, run_command
+from tools.command import Parser, environment_value, need, run_command
 
 # What a finished artifact takes less than predict_bytes() allows: bits of each number, by kind of
 # matrix, and bytes of each matrix. Made by `python -m tools.fit_bytes`, as is SIZE_ERROR, the most
@@ -63,7 +63,7 @@ def fitted_to(settings: t.Settings, k: float) -> bool:
 
 def shown(value) -> str:
     """A setting's value as it is given: 0 or 1 for no and yes."""
-    return t.shown(int(value) if isinstance(value, bool) else value) or "empty"
+    return t.shown(environment_value(value)) or "empty"
 
 
 def in_bytes(count: float) -> str:

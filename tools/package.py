@@ -32,7 +32,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools import evidence
-from tools.command import Parser, UserError, need, run_command
+from tools.command import Parser, UserError, environment_value, need, run_command
 from tools.contradictions import CAP_BYTES
 from tools.evidence import Row
 from tools.finished import (
@@ -213,7 +213,7 @@ def variables(run: Run, script: str) -> list[str]:
         is_default = name in defaults and defaults[name] == value
         if is_default or name in OUTPUTS or name == "seed":
             continue
-        text = str(int(value)) if isinstance(value, bool) else str(value)
+        text = environment_value(value)
         text = text.removesuffix(".0") if isinstance(value, float) else text
         shown.append(f"{name.upper()}={shlex.quote(text)}")
     return shown

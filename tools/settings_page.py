@@ -15,7 +15,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, run_command
+from tools.command import Parser, environment_value, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
@@ -80,11 +80,6 @@ def code(text: str) -> str:
     return f"`{cell(text)}`" if text else ""
 
 
-def shown(value) -> str:
-    """A value as it is written in the environment, where True is 1."""
-    return str(int(value) if isinstance(value, bool) else value)
-
-
 def setting_rows() -> list[str]:
     """A table for each group of settings.
 
@@ -97,7 +92,7 @@ def setting_rows() -> list[str]:
         if group:
             lines += ["", f"## {GROUPS[group]}", "", "| variable | default | values | |"]
             lines.append("| --- | --- | --- | --- |")
-        default = code(shown(field.default))
+        default = code(environment_value(field.default))
         values = cell(t.describe_values(**field.metadata))
         about = cell(field.metadata["help"])
         lines.append(f"| `{field.name.upper()}` | {default} | {values} | {about} |")
@@ -105,13 +100,14 @@ def setting_rows() -> list[str]:
 
 
 def preset_rows() -> list[str]:
-    """A table of presets and what each sets.
+    """A table of presets and what each sets, as one would give it in the environment.
 
     The first one is the defaults themselves, and sets nothing.
+    What each is for, `train_gpt.py --presets` says.
     """
     lines = ["| `PRESET` | sets |", "| --- | --- |"]
     for name, values in t.PRESETS.items():
-        changes = [f"`{key.upper()}={shown(value)}`" for key, value in values.items()]
+        changes = [f"`{key.upper()}={environment_value(value)}`" for key, value in values.items()]
         lines.append(f"| `{name}` | {' '.join(changes) or 'nothing: the defaults'} |")
     return lines
 
