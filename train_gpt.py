@@ -6095,7 +6095,9 @@ def evens_first(x: Tensor) -> Tensor:
 #
 # A program has one row in registers, reads its logits once, and writes their gradient over them
 # (backward scales it). No maximum is taken out: exp(cap) is finite for any cap in the settings. Of
-# impossible pairs, x is -cap and the gradient 0.
+# impossible pairs the logit is -inf, whose tanh is -1 to the bit: x is -cap and the gradient 0. A
+# mask of x and of the slope would take a third more registers, and a program from each of an
+# H200's multiprocessors.
 @jit
 def softcap_tile(x, CAP: constexpr):
     """CAP·tanh(x / CAP), and its slope."""
@@ -6105,10 +6107,10 @@ def softcap_tile(x, CAP: constexpr):
 
 
 @jit
-def mask_tile(x, slope, bits, v, CAP: constexpr):
-    """x and its slope where bit v of a row of packed_pairs() is 0; elsewhere -CAP and 0."""
-    possible = ((bits >> (v % 8).to(tl.uint8)) & 1) == 0
-    return tl.where(possible, x, -CAP), tl.where(possible, slope, 0.0)
+def mask_tile(x, bits, v):
+    """Logits x where bit v of a row of packed_pairs() is 0; elsewhere -inf."""
+    possible = ((bits.to(tl.int32) >> (v % 8)) & 1) == 0
+    return tl.where(possible, x, float("-inf"))
 
 
 @jit
@@ -6132,13 +6134,14 @@ def cross_entropy_rows(
     v = tl.arange(0, BLOCK)
     logits += row * V
     target = tl.load(targets + row)
-    own, own_slope = softcap_tile(tl.load(logits + target).to(tl.float32), CAP)
-    x, slope = softcap_tile(load_float(logits + v, v < V), CAP)
+    own = tl.load(logits + target).to(tl.float32)
+    x = load_float(logits + v, v < V)
     if MASKED:
         impossible += tl.load(tokens + row) * ((V + 7) // 8)
-        own, _ = mask_tile(own, own_slope, tl.load(impossible + target // 8), target, CAP)
-        bits = tl.load(impossible + v // 8, v < V, other=0)
-        x, slope = mask_tile(x, slope, bits, v, CAP)
+        own = mask_tile(own, tl.load(impossible + target // 8), target)
+        x = mask_tile(x, tl.load(impossible + v // 8, v < V, other=0), v)
+    own, _ = softcap_tile(own, CAP)
+    x, slope = softcap_tile(x, CAP)
     share = tl.where(v < V, exp2_tile(x * LOG2_E), 0.0)
     total = tl.sum(share, axis=0)
     tl.store(nats + row, tl.log(total) - own)

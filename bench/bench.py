@@ -331,14 +331,16 @@ def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     s = settings
     model = t.build_model(s, ranks)
     hidden = random_activations(s, ranks.device, s.model_dim)
-    targets = torch.randint(0, s.vocab_size, hidden.shape[:2], device=ranks.device)
+    shape = hidden.shape[:2]
+    tokens, targets = torch.randint(0, s.vocab_size, (2, *shape), device=ranks.device)
     matrix = model.output_matrix
 
-    def mean_loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        return model.nats(hidden, targets).mean()
+    def mean_loss(hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
+        return model.nats(hidden, targets, tokens).mean()
 
     loss = t.maybe_compile(mean_loss, s, ranks)
-    return operator(loss, (hidden, targets), (matrix,), 2 * s.train_batch_tokens * matrix.numel())
+    flops = 2 * s.train_batch_tokens * matrix.numel()
+    return operator(loss, (hidden, targets, tokens), (matrix,), flops)
 
 
 def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:

@@ -7,9 +7,9 @@
 90 is a compute capability, here the H100's and H200's. Without shapes, each kernel that a run of
 the default's sizes launches, or an idea of tools/ideas would, becomes a line of JSON: its name; the
 layer's state size; whether it knows of document starts; the bytes of shared memory that a program
-needs and of local memory that a thread does (the compiler puts there what finds no register); and
-the SHA-256 of its machine code. The sum leaves names, addresses in the file and line numbers out:
-two versions of the script whose sums are equal run the same instructions.
+needs; the registers of a thread, and its bytes of local memory (the compiler puts there what finds
+no register); and the SHA-256 of its machine code. The sum leaves names, addresses in the file and
+line numbers out: two versions of the script whose sums are equal run the same instructions.
 
 16,128,64,64 are a layer's heads, a head's channels, the state size and the chunk: a line of JSON
 says whether the scan of this shape compiles, and what it needs. "scans" does so for its two largest
@@ -164,6 +164,7 @@ class Compiler:
                 "state": state,
                 "documents": documents,
                 "shared": needs.shared,
+                "registers": needs.registers,
                 "local": needs.local,
                 "code": hashlib.sha256(instructions(kernel.asm["cubin"])).hexdigest(),
             }

@@ -73,6 +73,16 @@ def test_two_programs_of_the_scan_share_a_multiprocessor_and_nothing_spills(kern
     assert line["local"] == 0
 
 
+@pytest.mark.parametrize("slopes", [False, True])
+def test_masking_impossible_pairs_takes_no_program_from_a_multiprocessor(kernels, slopes):
+    """65,536 registers are three programs' of 128 threads, with 168 each: two, with the 234 that
+    masks of both a softcapped logit and its slope took."""
+    for masked in (0, 1):
+        line = kernels["cross_entropy_rows", masked, slopes]
+        assert line["registers"] <= 168
+        assert line["local"] == 0
+
+
 def test_where_tiles_have_no_instructions_the_default_scan_fits_and_hardly_spills(tmp_path):
     """Of A100, RTX 30, 40 and 50. With tensor descriptors and 4 warps a thread of scan_backward had
     4,272 local bytes on 8.9.
