@@ -15,8 +15,10 @@ exactly that. Inputs and tokens are random.
 
 The machine's own ceilings come first: the rate of a large copy (bytes read plus written) and of a
 large bfloat16 matrix product. A kernel's floor is the longer of its bytes at the one and its matrix
-products at the other. MFU, the model FLOPs utilization, is the part of a peak rate that a step's
-necessary matrix products make up.
+products at the other. Beside it stand the least times of the products and of the bytes alone on an
+H100 and an H200. Kernels and scans run as CUDA graphs, so that a busy host changes nothing; what
+cannot be captured says so. MFU, the model FLOPs utilization, is the part of a peak rate that a
+step's necessary matrix products make up.
 """
 
 import argparse
@@ -81,6 +83,29 @@ def read_settings(defaults: dict[str, str], world_size: int = 1) -> t.Settings:
 # Timing and floors
 
 
+def captured(call: Callable) -> tuple[Callable, str]:
+    """What launches all that call does on the GPU at once, as a CUDA graph, and ""; or call itself,
+    and why it cannot be captured.
+
+    A host that is busy may take longer to launch kernels one by one than the GPU to run them.
+    """
+    try:
+        aside = torch.cuda.Stream()  # a capture may not touch what earlier work is waiting for
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # compiles, tunes and allocates
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            call()
+        graph.replay()
+        torch.cuda.synchronize()
+    except (RuntimeError, AssertionError) as error:  # the second: torch has no CUDA
+        return call, f"{type(error).__name__}: {error}".splitlines()[0]
+    return graph.replay, ""
+
+
 def milliseconds(call: Callable, seconds: float = 0.5) -> float:
     """Median time of one call on the GPU, over about so many seconds."""
     for _ in range(3):
@@ -109,6 +134,11 @@ class Ceilings(NamedTuple):
 
     bytes_per_second: float
     flops_per_second: float
+
+
+# What copies and products reached on cards of 80 and 141 GB in SXM form, for floors that reports of
+# different machines have in common.
+CARDS = {"H100": Ceilings(3.003e12, 760e12), "H200": Ceilings(4.3e12, 760e12)}
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
@@ -326,13 +356,19 @@ def selective_kernel(settings: t.Settings, ranks: t.Ranks, backend: str, backwar
     return operator(run, inputs, (), 0, backward)
 
 
-def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """From hidden states to the mean loss, the product with the output matrix included."""
+def cross_entropy_kernel(settings: t.Settings, ranks: t.Ranks, masked: bool) -> Kernel:
+    """From hidden states to the mean loss, the product with the output matrix included; masked: as
+    with MASK_IMPOSSIBLE_PAIRS, of random pairs if the settings are without it.
+    """
     s = settings
+    device = ranks.device
     model = t.build_model(s, ranks)
-    hidden = random_activations(s, ranks.device, s.model_dim)
+    if masked and model.impossible is None:
+        packed = s.vocab_size, (s.vocab_size + 7) // 8
+        model.impossible = torch.randint(0, 256, packed, device=device, dtype=torch.uint8)
+    hidden = random_activations(s, device, s.model_dim)
     shape = hidden.shape[:2]
-    tokens, targets = torch.randint(0, s.vocab_size, (2, *shape), device=ranks.device)
+    tokens, targets = torch.randint(0, s.vocab_size, (2, *shape), device=device)
     matrix = model.output_matrix
 
     def mean_loss(hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
@@ -494,15 +530,18 @@ def activation_kernel(
     def leaky_relu_square(hidden: Tensor) -> Tensor:
         return torch.nn.functional.leaky_relu(hidden, 0.5).square()
 
-    activation = t.maybe_compile(leaky_relu_square, s, ranks)
+    # Written out, since autograd would go back on the stream of a forward pass that no graph holds.
+    def slope_times(hidden: Tensor, gradient: Tensor) -> Tensor:
+        return gradient * torch.where(hidden > 0, 2 * hidden, 0.5 * hidden)
+
+    activation = t.maybe_compile(slope_times if backward else leaky_relu_square, s, ranks)
     if together:
         tiles = BACKWARD_TILES if backward else FORWARD_TILES
         call = functools.partial(fused_mlp_product, x, weight, hidden, out, backward, tiles)
     elif backward:
-        activated = activation(hidden.requires_grad_())
 
         def call():
-            return torch.autograd.grad(activated, hidden, x @ weight, retain_graph=True)
+            return activation(hidden, x @ weight)
     else:
 
         def call():
@@ -566,11 +605,14 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     average = t.WeightAverage(model, s)
     gradients = [torch.randn_like(p) for p in model.parameters()]
 
+    # With rate 0 the weights stay as they are, and the work is the same. As tensors, since a graph
+    # may not copy numbers of the host.
+    no_rate, momentum = torch.tensor([0.0, s.muon_momentum], device=ranks.device)
+
     def call():
         for p, gradient in zip(model.parameters(), gradients, strict=True):
             p.grad = gradient  # a step drops it
-        # With rate 0 the weights stay as they are, and the work is the same.
-        optimizers.step(0.0, s.muon_momentum)
+        optimizers.step(no_rate, momentum)
         average.update(1, optimizers.skip)
 
     matrices = [layer.weight for layer in model.linear_layers().values()]
@@ -603,26 +645,22 @@ def newton_schulz_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
     """What the part "kernels" lists: forward and backward together, where there are two."""
-    half = dataclasses.replace(settings, train_seq_len=max(1, settings.train_seq_len // 2))
-    scan = functools.partial(scan_kernel, settings, ranks, settings.scan_backend)
-    return {
-        "scan, forward only": functools.partial(scan, False),
-        "scan": functools.partial(scan, True),
-        "cross-entropy, output matrix included": functools.partial(
-            cross_entropy_kernel, settings, ranks
-        ),
-        f"attention, sequences of {half.train_seq_len:,}": functools.partial(
-            attention_kernel, half, ranks
-        ),
-        f"attention, sequences of {settings.train_seq_len:,}": functools.partial(
-            attention_kernel, settings, ranks
-        ),
-        "MLP": functools.partial(mlp_kernel, settings, ranks),
-        "residual mixing and RMSNorm": functools.partial(residual_kernel, settings, ranks),
-        "optimizer step": functools.partial(optimizer_kernel, settings, ranks),
-        "Newton-Schulz": functools.partial(newton_schulz_kernel, settings, ranks),
-        **product_makers(settings, ranks),
+    s = settings
+    half = dataclasses.replace(s, train_seq_len=max(1, s.train_seq_len // 2))
+    kernels = {
+        "scan, forward only": (scan_kernel, s, ranks, s.scan_backend, False),
+        "scan": (scan_kernel, s, ranks, s.scan_backend, True),
+        "cross-entropy, output matrix included": (cross_entropy_kernel, s, ranks, False),
+        "cross-entropy, impossible pairs masked": (cross_entropy_kernel, s, ranks, True),
+        f"attention, sequences of {half.train_seq_len:,}": (attention_kernel, half, ranks),
+        f"attention, sequences of {s.train_seq_len:,}": (attention_kernel, s, ranks),
+        "MLP": (mlp_kernel, s, ranks),
+        "residual mixing and RMSNorm": (residual_kernel, s, ranks),
+        "optimizer step": (optimizer_kernel, s, ranks),
+        "Newton-Schulz": (newton_schulz_kernel, s, ranks),
     }
+    makers = {name: functools.partial(*call) for name, call in kernels.items()}
+    return makers | product_makers(s, ranks)
 
 
 def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
@@ -645,13 +683,22 @@ def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], 
 
 
 def time_kernel(make: Callable[[], Kernel], ceilings: Ceilings) -> dict:
-    """A row: milliseconds, the floor, how many times the floor it takes, and what binds the
-    floor.
+    """A row: milliseconds, in a CUDA graph or launched by the host; the floor on this machine, how
+    many times the floor it takes, what binds the floor; and the least time of the matrix products
+    and of the bytes alone on each of CARDS.
     """
     kernel = make()
-    ms = milliseconds(kernel.call)
+    call, problem = captured(kernel.call)
+    if problem:
+        print(f"{'':8} launched by the host, since it cannot be captured: {problem}", flush=True)
+    ms = milliseconds(call)
     floor_ms, bound = floor(kernel.bytes_moved, kernel.flops, ceilings)
-    return {"ms": ms, "floor_ms": floor_ms, "ratio": ms / floor_ms, "bound": bound}
+    row = {"ms": ms, "launched": "by the host" if problem else "as a graph"}
+    row |= {"floor_ms": floor_ms, "ratio": ms / floor_ms, "bound": bound}
+    row["matmul_ms"], _ = floor(0, kernel.flops, CARDS["H100"])  # both cards multiply as fast
+    for card, best in CARDS.items():
+        row[f"{card}_bytes"], _ = floor(kernel.bytes_moved, 0, best)
+    return row
 
 
 # ============

@@ -2,6 +2,7 @@
 steps on the CPU.
 """
 
+import contextlib
 import json
 import re
 import subprocess
@@ -127,6 +128,40 @@ def test_every_kernel_runs(name, pretended_gpu):
     assert (kernel.flops > 0) == ("residual" not in name)
     row = bench.time_kernel(make, CEILINGS)
     assert row["ratio"] == pytest.approx(row["ms"] / row["floor_ms"])
+    # 4,300 and 3,003 GB/s.
+    assert row["H100_bytes"] == pytest.approx(1.4319 * row["H200_bytes"], rel=1e-4)
+    assert row["H200_bytes"] == pytest.approx(kernel.bytes_moved / 4.3e9)
+    assert row["matmul_ms"] == pytest.approx(kernel.flops / 760e9)
+
+
+def test_what_cannot_be_captured_is_launched_by_the_host_and_says_why(pretended_gpu, capsys):
+    row = bench.time_kernel(lambda: bench.Kernel(lambda: None, 1.0, 1.0), CEILINGS)
+    assert row["launched"] == "by the host"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r" +launched by the host, since it cannot be captured: \w+: .+", line)
+
+
+def test_a_captured_call_is_warm_before_and_replayed_after(pretended_gpu, monkeypatch):
+    """The GPU is a list of what it was asked for."""
+    did = []
+    stream = SimpleNamespace(wait_stream=lambda other: did.append("wait"))
+    graph = SimpleNamespace(replay=lambda: did.append("replay"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+
+    @contextlib.contextmanager
+    def capturing(graph, stream, capture_error_mode):
+        did.append("begin")
+        yield
+        did.append("end")
+
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    call, problem = bench.captured(lambda: did.append("call"))
+    assert problem == ""
+    call()
+    assert did == ["wait", *3 * ["call"], "begin", "call", "end", "replay", "replay"]
 
 
 @pytest.mark.parametrize("backward", [False, True])
