@@ -1,28 +1,36 @@
 """Checks that need a CUDA GPU; where mamba_ssm is installed, of its scan too.
 
-    python -m tests.gpu_checks [scans] [selective] [mamba2] [attention] [documents] [optimizer]
-        [model] [graphs] [generation] [checkpoints] [systems] [float16] [laptop] [times]
+    python -m tests.gpu_checks                       # all
+    python -m tests.gpu_checks scans graphs-gptq     # these: a part, or all that begin so
+    python -m tests.gpu_checks --list                # names, and about how long each takes
 
 Compares every fast path with its slow reference, on fresh random inputs, by norm-relative error;
-and runs the presets of published systems to a score, a T4's way of training beside bfloat16's, and
-PRESET=laptop in 8 GB. Prints a table and exits with status 1 if a row fails. Parts may run side by
-side, for they mostly wait for compilers; `checkpoints` and `times` measure time and want the GPU to
-themselves.
+and runs a small model with every newer setting and the presets of published systems to a score, a
+T4's way of training beside bfloat16's, and PRESET=laptop in 8 GB. Says first what it will run.
+Prints a table and exits with status 1 if a row fails.
+
+Each part is a process of its own, which fails if it takes longer than --limit, two minutes. Parts
+mostly wait for compilers, so --jobs of them run side by side; those that measure time come last and
+have the GPU to themselves.
 """
 
+import argparse
 import dataclasses
 import functools
 import importlib
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +45,7 @@ from bench.bench import RandomBatches, SilentLog
 from reference import mamba_ssm_operator
 from reference.scan_cases import ScanCase, errors, in_two_calls, random_case, results
 from tests.support import newton_schulz, relative
+from tools.command import Parser, UserError, run_command
 
 BF16_TOLERANCE = 2e-2  # bf16 operands leave 1e-3 to 1e-2; the library also rounds angles to bf16
 DEVICE = torch.device("cuda")
@@ -80,12 +89,15 @@ def library_scan(projected, parameters, sizes, document_start, state):
     return y, y.float().square().mean(-1), state
 
 
-def check_scans() -> None:
+chunked_scan = functools.partial(t.mamba_scan, backend="chunked", chunk_size=64)
+
+
+def scan_cases() -> dict[str, ScanCase]:
     """Each new combination of sizes and switches costs seconds of compilation, hence the
     few cases.
     """
     starts = (0, 63, 64, 65, 200, 332)
-    cases = {
+    return {
         "16 heads of 64, state 64": random_case(2, 512, 16, 64, 64, device=DEVICE),
         "16 heads of 64, state 64, odd length, documents, carried": random_case(
             2, 333, 16, 64, 64, starts=starts, carried=True, device=DEVICE
@@ -94,15 +106,35 @@ def check_scans() -> None:
             1, 256, 4, 64, 128, rope_fraction=1.0, carried=True, device=DEVICE
         ),
     }
-    chunked = functools.partial(t.mamba_scan, backend="chunked", chunk_size=64)
+
+
+def check_pointers() -> None:
+    """The scan as on GPUs without instructions for tiles, whose kernels go by pointers: against
+    chunks in float64, and against the same kernels with descriptors.
+    """
     narrow, wide = torch.bfloat16, torch.float32
     limits = t.kernel_limits
-    for name, case in cases.items():
-        t.kernel_limits = lambda device: (89, 101_376)  # as on GPUs without instructions for tiles
-        found = results(fused_scan, case, narrow, wide)
+    if not t.has_tile_instructions(DEVICE):
+        print("skip descriptors: this GPU has none, and `scans` goes by pointers")
+        return
+    for name, case in scan_cases().items():
+        described = results(fused_scan, case, narrow, wide)
+        t.kernel_limits = lambda device: (89, 101_376)
+        found, again = (results(fused_scan, case, narrow, wide) for _ in range(2))
         t.kernel_limits = limits
-        off = errors(found, results(chunked, case, torch.float64))
-        check_errors(f"fused, tiles by pointers, {name}", off, BF16_TOLERANCE)
+        label = f"fused, tiles by pointers, {name}"
+        off = errors(found, results(chunked_scan, case, torch.float64))
+        check_errors(label, off, BF16_TOLERANCE)
+        check_errors(f"{label}, against descriptors", errors(found, described), BF16_TOLERANCE)
+        different = [x for x in found if not torch.equal(found[x], again[x])]
+        check(f"{label}: results whose bits differ in a second run", len(different), 0)
+
+
+def check_scans() -> None:
+    """The fused scan against chunks in float64, and against mamba_ssm's."""
+    cases, chunked = scan_cases(), chunked_scan
+    narrow, wide = torch.bfloat16, torch.float32
+    for name, case in cases.items():
         expected = results(chunked, case, torch.float64)
         found, again = (results(fused_scan, case, narrow, wide) for _ in range(2))
         check_errors(f"fused, {name}", errors(found, expected), BF16_TOLERANCE)
@@ -167,7 +199,8 @@ def check_selective() -> None:
     installed, against the loop in float64; and the libraries' convolution against ours.
     """
     random = functools.partial(torch.randn, device=DEVICE, dtype=torch.float64)
-    batch, length, channels, state = 2, 1000, 768, 32
+    # Compilers unroll chunks and rounds: 1,000 tokens in chunks of 256 took them over five minutes.
+    batch, length, channels, state = 2, 200, 768, 32
     tokens, narrow = functools.partial(random, batch, length), torch.bfloat16
     rates = -torch.arange(1.0, state + 1, device=DEVICE, dtype=torch.float64).repeat(channels, 1)
     tensors = (
@@ -196,7 +229,7 @@ def check_selective() -> None:
 
     scans = {
         backend: torch.compile(
-            lambda tensors, backend=backend: t.selective_scan(tensors, None, None, backend, 256),
+            lambda tensors, backend=backend: t.selective_scan(tensors, None, None, backend, 64),
             fullgraph=True,
             dynamic=False,
         )
@@ -270,11 +303,12 @@ def check_mamba2() -> None:
     else:
         backends.append("fused")
     sizes = t.MambaSizes(16, 64, 64, 0, 2)
-    starts = torch.zeros(2, 1000, dtype=torch.bool, device=DEVICE)
-    starts[1, [0, 63, 64, 65, 200, 777]] = True
+    length = 300  # five chunks, which compilers unroll
+    starts = torch.zeros(2, length, dtype=torch.bool, device=DEVICE)
+    starts[1, [0, 63, 64, 65, 200, 277]] = True
     scans = {backend: mamba2_scan(sizes, backend) for backend in backends}
     for documents in (None, starts):
-        leaves = mamba2_inputs(sizes, 2, 1000)
+        leaves = mamba2_inputs(sizes, 2, length)
         exact = mamba2_scan(sizes, "sequential", compiled=False)
         expected = mamba2_results(exact, [x.double() for x in leaves], documents)
         for backend, scan in scans.items():
@@ -282,7 +316,7 @@ def check_mamba2() -> None:
             off = {name: relative(x, expected[name]) for name, x in found.items()}
             label = "" if documents is None else ", documents"
             check_errors(f"Mamba-2, {backend}{label}", off, BF16_TOLERANCE)
-    leaves = mamba2_inputs(sizes, 32, 4096)
+    leaves = mamba2_inputs(sizes, 256, 512)
     for backend, scan in scans.items():
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
         for mark in marks:
@@ -290,7 +324,7 @@ def check_mamba2() -> None:
             mark.record()
         torch.cuda.synchronize()
         times = [a.elapsed_time(b) for a, b in zip(marks[1:], marks[2:], strict=False)]
-        print(f"     Mamba-2, {backend}: {statistics.median(times):.2f} ms for 131,072 tokens")
+        print(f"     Mamba-2, {backend}: {statistics.median(times):.2f} ms for 256 × 512 tokens")
 
 
 MAMBA2_NAMES = ("projected", "step_bias", "skip", "decay_rate")
@@ -458,13 +492,16 @@ class DocumentBatches(RandomBatches):
         return super().next()
 
 
-def check_documents() -> None:
+def check_replays() -> None:
     """Documents in graphs that were made before them."""
     for backend in ("flex", "flash", "fa2", "fa3"):
         if runnable(backend, True):
             check_replayed_documents(backend)
-    check_graphed_steps("gptq", DocumentBatches, document_reset=1)
-    check_graphed_steps("gptq", DocumentBatches, document_reset=1, mamba_version=2)
+
+
+def check_document_steps(**overrides) -> None:
+    """Graphed steps, each with other documents than the one before."""
+    check_graphed_steps("gptq", DocumentBatches, document_reset=1, **overrides)
 
 
 def check_optimizer() -> None:
@@ -498,6 +535,7 @@ def model_settings(**overrides) -> t.Settings:
         "LAYER_ORDER": "0-2,1-3",
         "VOCAB_SIZE": "1024",
         "RECUR_START": "0",
+        "EVAL_STRIDE": "64",
     }
     settings, _ = t.read_settings(environment | {k.upper(): str(v) for k, v in overrides.items()})
     t.validate_settings(settings, 1)
@@ -517,7 +555,8 @@ def check_model(**overrides) -> None:
     cpu_settings = dataclasses.replace(settings, scan_backend=slow)
     cpu = t.build_model(cpu_settings, t.Ranks(0, 1, torch.device("cpu")))
     cpu.load_state_dict({k: v.cpu() for k, v in gpu.state_dict().items()})
-    tokens = torch.randint(2, 1024, (4, 513))
+    length = settings.train_seq_len
+    tokens = torch.randint(2, 1024, (4 * 512 // length, length + 1))
     tokens[:, ::100] = t.BOS_ID
     label = " ".join(f"{k}={v}" for k, v in overrides.items()) or "default blocks"
     compiled = t.maybe_compile(gpu.loss, settings, t.Ranks(0, 1, DEVICE))
@@ -666,38 +705,72 @@ def check_checkpoints() -> None:
         )
 
 
-def check_systems() -> None:
-    """The presets of published systems from shards to a score with test-time training, on the text
-    of `make demo`. Settings in the environment go before these.
-    """
+def run_script(folder: str, **settings: str) -> subprocess.CompletedProcess:
+    """train_gpt.py with these settings, its log in folder. The environment's go before them."""
     root = Path(t.__file__).parent
-    sample = root / "data" / "sample"
-    if not sample.is_dir():
-        print("skip the published systems: make their text by `python data/prepare.py sample`")
+    command = [sys.executable, str(root / "train_gpt.py")]
+    environment = {"LOG_DIR": folder} | settings | os.environ
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+def sample_is_there() -> bool:
+    """Whether `make demo` has made its text; prints how else."""
+    there = Path(t.__file__).with_name("data").joinpath("sample").is_dir()
+    if not there:
+        print("skip whole runs: make their text by `python data/prepare.py sample`")
+    return there
+
+
+def check_system(preset: str) -> None:
+    """A published system's preset from shards to a score with test-time training, on the text of
+    `make demo`. Without the first Mamba's libraries nothing is compiled: its scan takes minutes.
+    """
+    if not sample_is_there():
         return
-    first_mamba = "parallel" if missing_library(1) else "fused"
-    for preset in ("nemotron_hinge", "hybrid11", "hybrid18"):
-        with tempfile.TemporaryDirectory() as folder:
-            environment = {
-                "PRESET": preset,
-                "DATA_PATH": str(sample),
-                "TOKENIZER_PATH": str(sample / "sample_1024_bpe.model"),
-                "VOCAB_SIZE": "1024",
-                "TRAIN_SEQ_LEN": "512",
-                "TRAIN_BATCH_TOKENS": "32768",
-                "ITERATIONS": "30",
-                "MAX_WALLCLOCK_SECONDS": "0",
-                "LOG_DIR": folder,
-                "RUN_ID": preset,
-                "SCAN_BACKEND": "auto" if preset == "nemotron_hinge" else first_mamba,
-            }
-            command = [sys.executable, str(root / "train_gpt.py")]
-            done = subprocess.run(
-                command, env=environment | os.environ, capture_output=True, text=True
-            )
-        scored = done.returncode == 0 and "final_int6_lzma_sliding_ttt_exact" in done.stdout
-        check(f"PRESET={preset}: runs without a score", float(not scored), 0)
-        print("     " + (done.stdout if scored else done.stderr or "?").strip().splitlines()[-1])
+    settings = {"PRESET": preset, "RUN_ID": preset, "DATA_PATH": "data/sample"}
+    settings |= {"TOKENIZER_PATH": "data/sample/sample_1024_bpe.model", "VOCAB_SIZE": "1024"}
+    settings |= {"TRAIN_SEQ_LEN": "512", "TRAIN_BATCH_TOKENS": "32768", "ITERATIONS": "30"}
+    settings |= {"MAX_WALLCLOCK_SECONDS": "0"}
+    if preset != "nemotron_hinge":
+        plain = {"SCAN_BACKEND": "parallel", "COMPILE": "off"}
+        settings |= plain if missing_library(1) else {"SCAN_BACKEND": "fused"}
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_script(folder, **settings)
+    scored = done.returncode == 0 and "final_int6_lzma_sliding_ttt_exact" in done.stdout
+    check(f"PRESET={preset}: runs without a score", float(not scored), 0)
+    print("     " + (done.stdout if scored else done.stderr or "?").strip().splitlines()[-1])
+
+
+NEWER_SETTINGS = {
+    "MASK_IMPOSSIBLE_PAIRS": "1",
+    "MUON_BETA2": "0.95",
+    "SPELLING_FEATURES": "500",
+    "DOCUMENT_RESET": "1",
+}
+BPB_OF_300_STEPS = 1.9  # at most; 1.79 without them, on a CPU
+
+
+def check_whole_run() -> None:
+    """PRESET=tiny with the newer settings at once, from shards to a score; then its artifact alone,
+    whose score may differ by what adapting adds up in no fixed order.
+    """
+    if not sample_is_there():
+        return
+    settings = {"PRESET": "tiny", "RUN_ID": "whole", "ITERATIONS": "300"}
+    settings |= {"MAX_WALLCLOCK_SECONDS": "0"} | NEWER_SETTINGS
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [run_script(folder, **settings)]
+        runs.append(run_script(folder, RUN_ID="whole", EVAL_ONLY="1"))
+        failed = [run for run in runs if run.returncode]
+        check("PRESET=tiny, newer settings: runs without a score", len(failed), 0)
+        if failed:
+            print("     " + (failed[0].stderr.strip().splitlines() or ["?"])[-1])
+            return
+        logs = [t.last_records(Path(folder, f"whole{end}.jsonl")) for end in ("", ".eval")]
+    trained, again = (log["final"]["val_bpb"] for log in logs)
+    check("PRESET=tiny, newer settings: BPB after 300 steps", trained, BPB_OF_300_STEPS)
+    check("PRESET=tiny, newer settings: BPB of its artifact, off by", abs(again - trained), 2e-4)
+    print(f"     {trained:.6f} BPB in the run, {again:.6f} from its artifact")
 
 
 # What a process is told before it runs the script: that it is on another GPU.
@@ -767,71 +840,153 @@ def check_laptop() -> None:
         )
 
 
-def check_models() -> None:
-    """Compiled models of every kind of mixer."""
-    check_model()
-    check_model(document_reset=1)
-    check_model(mamba_version=2, document_reset=1)
-    check_model(mamba_version=1, document_reset=1, mamba_chunk_size=128)
-    check_model(mamba_d_state=128)
+class Part(NamedTuple):
+    """Something to check in a process of its own."""
+
+    run: Callable[[], None]
+    seconds: int  # about, with empty compile caches, on an H200's host that has little else to do
+    what: str
+    alone: bool = False  # it measures time, and wants the GPU to itself
 
 
-def check_graphs() -> None:
-    """Graphed steps with each quantizer."""
+def parts() -> dict[str, Part]:
+    """All, by name; what stands before a hyphen names several."""
+
+    def call(function, *arguments, **overrides) -> Callable[[], None]:
+        return functools.partial(function, *arguments, **overrides)
+
+    first = {"mamba_version": 1, "num_layers": 2, "mamba_layers": "0", "layer_order": "0-1,0-1"}
+    first |= {"document_reset": 1, "mamba_chunk_size": 64, "train_seq_len": 128}
+    second = {"mamba_version": 2, "document_reset": 1, "train_seq_len": 128}
+    short = {"mamba_version": 2, "train_seq_len": 128}
+    rows = {
+        "scans": Part(check_scans, 50, "the fused scan against chunks in float64"),
+        "pointers": Part(check_pointers, 50, "its tiles by pointers against descriptors"),
+        "selective": Part(check_selective, 90, "the first Mamba's scans"),
+        "mamba2": Part(check_mamba2, 90, "Mamba-2's scans"),
+        "attention": Part(check_attention, 30, "every backend against the formula"),
+        "replays": Part(check_replays, 35, "attention in graphs, replayed with other documents"),
+        "documents-mamba3": Part(check_document_steps, 60, "graphed steps, documents apart"),
+        "documents-mamba2": Part(call(check_document_steps, **short), 60, "the same of Mamba-2"),
+        "optimizer": Part(check_optimizer, 20, "Newton-Schulz steps against float64"),
+        "model-default": Part(check_model, 50, "a compiled model against float32 on the CPU"),
+        "model-documents": Part(call(check_model, document_reset=1), 50, "documents apart"),
+        "model-mamba2": Part(call(check_model, **second), 60, "the same of Mamba-2"),
+        "model-mamba1": Part(call(check_model, **first), 90, "the same of the first Mamba"),
+        "model-wide": Part(call(check_model, mamba_d_state=128), 50, "states of 128"),
+        "generation-default": Part(check_generation, 30, "by steps and by a graph"),
+        "generation-documents": Part(call(check_generation, document_reset=1), 30, "the same"),
+        "generation-mamba2": Part(call(check_generation, mamba_version=2), 30, "the same"),
+        "generation-mamba1": Part(call(check_generation, mamba_version=1), 30, "the same"),
+        "tiny": Part(check_whole_run, 90, "a whole run with the newer settings, and its artifact"),
+        "float16": Part(check_float16, 80, "PRESET=laptop as on a T4, beside bfloat16"),
+        "laptop": Part(check_laptop, 80, "PRESET=laptop in 8 GB"),
+        "checkpoints": Part(check_checkpoints, 70, "what writing them costs, going on", True),
+        "times-attention": Part(time_attention, 60, "attention with and without documents", True),
+        "times-steps": Part(time_steps, 70, "a model's gradients with and without them", True),
+        "times-generation": Part(time_generation, 20, "a token of 64 texts", True),
+    }
     for quantizer in ("gptq", "percentile", "dsq", "ternary"):
-        check_graphed_steps(quantizer)
+        what = f"twelve steps with and without CUDA graphs, {quantizer}"
+        rows[f"graphs-{quantizer}"] = Part(call(check_graphed_steps, quantizer), 60, what)
+    for preset in ("nemotron_hinge", "hybrid11", "hybrid18"):
+        what = "a published system from shards to a score"
+        rows[f"systems-{preset}"] = Part(call(check_system, preset), 100, what)
+    return rows
 
 
-def check_generations() -> None:
-    """Generation with every kind of mixer."""
-    for overrides in ({}, {"document_reset": 1}, {"mamba_version": 2}, {"mamba_version": 1}):
-        check_generation(**overrides)
+LIMIT = 120  # seconds of a part
 
 
-def print_times() -> None:
-    """What documents save, and how fast text is generated."""
-    time_attention()
-    time_steps()
-    time_generation()
+def choose_parts(names: list[str]) -> dict[str, Part]:
+    """Parts of these names, or whose names begin so; without names all, those that are alone last.
+
+    Raises UserError.
+    """
+    everything = parts()
+    groups = {name.partition("-")[0] for name in everything}
+    if unknown := sorted(set(names) - set(everything) - groups):
+        known = ", ".join(sorted(groups))
+        raise UserError(f"{', '.join(unknown)}: no such part; there are {known} (--list: in full)")
+    chosen = {
+        name: part
+        for name, part in everything.items()
+        if not names or name in names or name.partition("-")[0] in names
+    }
+    return dict(sorted(chosen.items(), key=lambda item: item[1].alone))
 
 
-PARTS = {
-    "scans": check_scans,
-    "selective": check_selective,
-    "mamba2": check_mamba2,
-    "attention": check_attention,
-    "documents": check_documents,
-    "optimizer": check_optimizer,
-    "model": check_models,
-    "graphs": check_graphs,
-    "generation": check_generations,
-    "checkpoints": check_checkpoints,
-    "systems": check_systems,
-    "float16": check_float16,
-    "laptop": check_laptop,
-    "times": print_times,
-}
+def describe_parts(chosen: dict[str, Part], jobs: int) -> str:
+    """What will run, and about how long it takes."""
+    lines = [f"{name:22} about {part.seconds:3} s  {part.what}" for name, part in chosen.items()]
+    alone = sum(part.seconds for part in chosen.values() if part.alone)
+    shared = [part.seconds for part in chosen.values() if not part.alone]
+    longest = max([sum(shared) / min(jobs, max(len(shared), 1)), *shared])
+    return "\n".join([*lines, f"in all {len(chosen)}, about {(alone + longest) / 60:.0f} min"])
 
 
-def main() -> None:
-    wanted = sys.argv[1:] or list(PARTS)
-    unknown = sorted(set(wanted) - set(PARTS))
-    if unknown:
-        print(
-            f"error: {', '.join(unknown)}: no such part; there are {', '.join(PARTS)}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+def run_apart(name: str, limit: float) -> bool:
+    """One part in a process of its own, whose rows are printed once it has ended; whether they are
+    all good.
+    """
+    command = [sys.executable, "-m", "tests.gpu_checks", "--here", name]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parent.parent, start_new_session=True, **pipes
+    )
+    try:
+        said, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the runs and compilers that it has started
+        said, _ = process.communicate()
+        said += f"FAIL {name}: not done in {limit:g} s\n"
+    ended = "" if process.returncode in (0, 1, -signal.SIGKILL) else "FAIL it ended by an error\n"
+    print(f"{name}\n{said}{ended}", flush=True)
+    return process.returncode == 0
+
+
+def run_here(part: Part, name: str) -> int:
+    """One part in this process; the exit status."""
     t.prepare_torch()
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; parts: {', '.join(wanted)}")
-    for name in wanted:
-        started = time.monotonic()
-        PARTS[name]()
-        print(f"     {name} took {time.monotonic() - started:.0f} s", flush=True)
-    print(f"{failures} failed")
-    sys.exit(failures > 0)
+    started = time.monotonic()
+    part.run()
+    print(f"     {name} took {time.monotonic() - started:.0f} s", flush=True)
+    return int(failures > 0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what the command line names; the exit status."""
+    summary, _, details = __doc__.partition("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=summary, epilog=details, formatter_class=formatter)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help="what to run; none: all")
+    add("--list", action="store_true", help="only say what would run")
+    add("--jobs", type=int, default=4, metavar="N", help="parts side by side (default 4)")
+    limit = f"seconds after which a part has failed (default {LIMIT})"
+    add("--limit", type=float, default=LIMIT, metavar="SECONDS", help=limit)
+    add("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
+    options = parser.parse_args(arguments)
+    if options.jobs < 1 or options.limit <= 0:
+        parser.error("--jobs must be at least 1, --limit above 0")
+    chosen = choose_parts(options.parts)
+    if options.here:
+        ((name, part),) = chosen.items()
+        return run_here(part, name)
+    print(describe_parts(chosen, options.jobs), flush=True)
+    if options.list:
+        return 0
+    if not torch.cuda.is_available():
+        raise UserError("needs an NVIDIA GPU, and torch sees none here (--list works without)")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n", flush=True)
+    run = functools.partial(run_apart, limit=options.limit)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        good = list(pool.map(run, (name for name, part in chosen.items() if not part.alone)))
+    good += [run(name) for name, part in chosen.items() if part.alone]
+    print(f"{len(good) - sum(good)} of {len(good)} parts failed")
+    return int(not all(good))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("gpu_checks", main))

@@ -1,0 +1,73 @@
+"""What the checks on a GPU say before they run, and what becomes of a part that fails."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import gpu_checks
+from tests.gpu_checks import Part
+from tools.command import UserError
+
+
+def test_parts_are_chosen_by_name_and_by_what_stands_before_the_hyphen():
+    everything = gpu_checks.parts()
+    assert list(gpu_checks.choose_parts(["scans"])) == ["scans"]
+    assert list(gpu_checks.choose_parts(["graphs-dsq", "optimizer"])) == ["optimizer", "graphs-dsq"]
+    graphs = {name for name in everything if name.startswith("graphs-")}
+    assert set(gpu_checks.choose_parts(["graphs"])) == graphs
+    assert len(graphs) == 4
+    alone = [part.alone for part in gpu_checks.choose_parts([]).values()]
+    assert alone == sorted(alone)
+    assert len(alone) == len(everything)
+    assert all(part.seconds < gpu_checks.LIMIT for part in everything.values())
+    with pytest.raises(UserError, match="scan, tims: no such part; there are attention, "):
+        gpu_checks.choose_parts(["tims", "scans", "scan"])
+
+
+def test_what_will_run_is_said_with_its_time():
+    chosen = {
+        "one": Part(print, 60, "first"),
+        "two": Part(print, 60, "second"),
+        "clock": Part(print, 90, "third", alone=True),
+    }
+    lines = gpu_checks.describe_parts(chosen, jobs=2).splitlines()
+    assert lines[0].split() == ["one", "about", "60", "s", "first"]
+    assert lines[-1] == "in all 3, about 2 min"  # (60 + 60) / 2 + 90 s
+    assert gpu_checks.describe_parts(chosen, 1).endswith("about 4 min")  # 3.5, to the even
+
+
+@pytest.mark.parametrize(
+    "code, limit, said, good",
+    [
+        ("print('ok   a row')", 60, "ok   a row", True),
+        ("print('FAIL a row'); raise SystemExit(1)", 60, "FAIL a row", False),
+        ("raise SystemExit(2)", 60, "FAIL it ended by an error", False),
+        (
+            "import time; print('ok', flush=True); time.sleep(60)",
+            3,
+            "FAIL x: not done in 3 s",
+            False,
+        ),
+    ],
+)
+def test_a_parts_process_fails_by_its_rows_by_an_error_and_by_its_limit(
+    monkeypatch, capsys, code, limit, said, good
+):
+    start = subprocess.Popen
+
+    def other(command, **options):
+        assert command[1:] == ["-m", "tests.gpu_checks", "--here", "x"]
+        return start([sys.executable, "-c", code], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", other)
+    assert gpu_checks.run_apart("x", limit) == good
+    assert said in capsys.readouterr().out
+
+
+def test_settings_of_every_model_are_possible():
+    """Only the calls' arguments can be looked at here."""
+    models = [p.run for n, p in gpu_checks.parts().items() if n.startswith("model-")]
+    for run in models:
+        settings = gpu_checks.model_settings(**getattr(run, "keywords", {}))
+        assert settings.train_seq_len * 4 <= 2048
