@@ -200,7 +200,7 @@ def check_selective() -> None:
     """
     random = functools.partial(torch.randn, device=DEVICE, dtype=torch.float64)
     # Compilers unroll chunks and rounds: 1,000 tokens in chunks of 256 took them over five minutes.
-    batch, length, channels, state = 2, 200, 768, 32
+    batch, length, channels, state = 2, 80, 768, 32
     tokens, narrow = functools.partial(random, batch, length), torch.bfloat16
     rates = -torch.arange(1.0, state + 1, device=DEVICE, dtype=torch.float64).repeat(channels, 1)
     tensors = (
@@ -229,7 +229,7 @@ def check_selective() -> None:
 
     scans = {
         backend: torch.compile(
-            lambda tensors, backend=backend: t.selective_scan(tensors, None, None, backend, 64),
+            lambda tensors, backend=backend: t.selective_scan(tensors, None, None, backend, 32),
             fullgraph=True,
             dynamic=False,
         )
@@ -557,7 +557,7 @@ def check_model(**overrides) -> None:
     cpu.load_state_dict({k: v.cpu() for k, v in gpu.state_dict().items()})
     length = settings.train_seq_len
     tokens = torch.randint(2, 1024, (4 * 512 // length, length + 1))
-    tokens[:, ::100] = t.BOS_ID
+    tokens[:, ::40] = t.BOS_ID
     label = " ".join(f"{k}={v}" for k, v in overrides.items()) or "default blocks"
     compiled = t.maybe_compile(gpu.loss, settings, t.Ranks(0, 1, DEVICE))
     for recurrent in (False, True):
@@ -856,7 +856,7 @@ def parts() -> dict[str, Part]:
         return functools.partial(function, *arguments, **overrides)
 
     first = {"mamba_version": 1, "num_layers": 2, "mamba_layers": "0", "layer_order": "0-1,0-1"}
-    first |= {"document_reset": 1, "mamba_chunk_size": 64, "train_seq_len": 128}
+    first |= {"document_reset": 1, "mamba_chunk_size": 32, "train_seq_len": 64}
     second = {"mamba_version": 2, "document_reset": 1, "train_seq_len": 128}
     short = {"mamba_version": 2, "train_seq_len": 128}
     rows = {

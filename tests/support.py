@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -399,3 +400,16 @@ def write_data(folder: Path, tokenizer: Path | None = None) -> None:
     write_shard(folder / "words_train_000000.bin", text_tokens(60))
     write_shard(folder / "words_train_000001.bin", text_tokens(40))
     write_shard(folder / "words_val_000000.bin", text_tokens(40)[:600])
+
+
+class WallClockEvent:
+    """Stands in for torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool):
+        self.seconds = None
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: "WallClockEvent") -> float:
+        return 1e3 * (end.seconds - self.seconds)

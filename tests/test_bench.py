@@ -16,24 +16,11 @@ import torch
 
 import train_gpt as t
 from bench import bench, tune
-from tests.support import SOLO, random_model, tiny
+from tests.support import SOLO, WallClockEvent, random_model, tiny
 from tools.command import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = bench.Ceilings(bytes_per_second=4e12, flops_per_second=800e12)
-
-
-class WallClockEvent:
-    """Stands in for torch.cuda.Event."""
-
-    def __init__(self, enable_timing: bool):
-        self.seconds = None
-
-    def record(self):
-        self.seconds = time.perf_counter()
-
-    def elapsed_time(self, end: "WallClockEvent") -> float:
-        return 1e3 * (end.seconds - self.seconds)
 
 
 @pytest.fixture
