@@ -15,6 +15,7 @@ have the GPU to themselves.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -49,6 +50,7 @@ from tools.command import Parser, UserError, run_command
 
 BF16_TOLERANCE = 2e-2  # bf16 operands leave 1e-3 to 1e-2; the library also rounds angles to bf16
 DEVICE = torch.device("cuda")
+ALONE = t.Ranks(0, 1, DEVICE)
 failures = 0
 
 
@@ -622,10 +624,25 @@ def time_generation() -> None:
     print(f"     generation, 64 texts, default model: {took:.2f} ms a token of each")
 
 
-def check_graphed_steps(quantizer: str, batches_of=RandomBatches, **overrides) -> None:
+def weights_of_twelve_steps(
+    settings: t.Settings, ranks: t.Ranks, batches_of, graphed: bool
+) -> torch.Tensor:
+    """All weights after twelve steps of batches that are each rank's own, the same each time."""
+    model = t.build_model(settings, ranks)
+    trainer = t.Trainer(model, settings, ranks, 8192, 16e6, SilentLog())
+    trainer.graphed_steps.enabled &= graphed
+    trainer.warm_up()
+    torch.manual_seed(ranks.rank)
+    trainer.run(batches_of(settings, ranks), None)
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def check_graphed_steps(
+    quantizer: str, batches_of=RandomBatches, ranks: t.Ranks = ALONE, **overrides
+) -> None:
     """Twelve steps with and without CUDA graphs; recurrence and late QAT begin on the way."""
     settings = model_settings(
-        train_batch_tokens=8192,
+        train_batch_tokens=16384 * ranks.world_size,
         iterations=12,
         max_wallclock_seconds=0,
         recur_start=0.3,
@@ -633,26 +650,40 @@ def check_graphed_steps(quantizer: str, batches_of=RandomBatches, **overrides) -
         quantizer=quantizer,
         **overrides,
     )
-    ranks = t.Ranks(0, 1, DEVICE)
-
-    def trained(graphed: bool) -> torch.Tensor:
-        torch.manual_seed(0)  # the same batches each time
-        trainer = t.Trainer(
-            t.build_model(settings, ranks), settings, ranks, 8192, 16e6, SilentLog()
-        )
-        trainer.graphed_steps.enabled &= graphed
-        trainer.warm_up()
-        trainer.run(batches_of(settings, ranks), None)
-        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
+    trained = functools.partial(weights_of_twelve_steps, settings, ranks, batches_of)
     eager = trained(False)
     noise = relative(trained(False), eager)  # FlexAttention adds gradients in no fixed order
     label = " ".join([quantizer, *(f"{k}={v}" for k, v in overrides.items())])
+    if ranks.world_size > 1:
+        label = f"{label}, rank {ranks.rank} of {ranks.world_size}"
     print(f"     twelve eager steps, {label}: weights differ by {noise:.2e} in a second run")
-    off = relative(trained(True), eager)
+    graphed = trained(True)
     # A ternary weight at its threshold flips by a rounding error, in one run and not in another.
     least = 1e-2 if quantizer == "ternary" else 1e-3
+    off = relative(graphed, eager)
     check(f"twelve graphed steps, {label}: weights", off, max(least, 2 * noise))
+    if ranks.world_size > 1:
+        spread = (ranks.sum_(graphed.clone()) / ranks.world_size - graphed).abs().max()
+        check(f"twelve graphed steps, {label}: weights, off the mean", float(spread), 0)
+
+
+def check_ranks() -> None:
+    """Graphed steps of two ranks, which torchrun starts with this part once more."""
+    if "WORLD_SIZE" in os.environ:
+        check_graphed_steps("gptq", ranks=t.start_ranks(model_settings()))
+        torch.distributed.destroy_process_group()
+        return
+    if torch.cuda.device_count() < 2:
+        print("skip two ranks: there is one GPU")
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", "-m", "tests.gpu_checks", "--here", "ranks"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL", "    "))]
+    print(*rows, sep="\n")
+    if done.returncode:
+        print(*done.stderr.splitlines()[-30:], sep="\n")
+    check("two ranks: status", float(done.returncode), 0)
 
 
 def check_checkpoints() -> None:
@@ -886,6 +917,7 @@ def parts() -> dict[str, Part]:
         "times-steps": Part(time_steps, 70, "a model's gradients with and without them", True),
         "times-generation": Part(time_generation, 20, "a token of 64 texts", True),
     }
+    rows["ranks"] = Part(check_ranks, 80, "graphed steps of two ranks, on two GPUs")
     for quantizer in ("gptq", "percentile", "dsq", "ternary"):
         what = f"twelve steps with and without CUDA graphs, {quantizer}"
         rows[f"graphs-{quantizer}"] = Part(call(check_graphed_steps, quantizer), 60, what)
@@ -925,6 +957,15 @@ def describe_parts(chosen: dict[str, Part], jobs: int) -> str:
     return "\n".join([*lines, f"in all {len(chosen)}, about {(alone + longest) / 60:.0f} min"])
 
 
+def stop_group(process: subprocess.Popen) -> str:
+    """Ends a process with the runs and ranks that it has started; what it said."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        return process.communicate(timeout=5)[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()[0]
+
+
 def run_apart(name: str, limit: float) -> bool:
     """One part in a process of its own, whose rows are printed once it has ended; whether they are
     all good.
@@ -937,10 +978,13 @@ def run_apart(name: str, limit: float) -> bool:
     try:
         said, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the runs and compilers that it has started
-        said, _ = process.communicate()
+        said = stop_group(process)
         said += f"FAIL {name}: not done in {limit:g} s\n"
-    ended = "" if process.returncode in (0, 1, -signal.SIGKILL) else "FAIL it ended by an error\n"
+    ended = (
+        ""
+        if process.returncode in (0, 1, -signal.SIGTERM, -signal.SIGKILL)
+        else "FAIL it ended by an error\n"
+    )
     print(f"{name}\n{said}{ended}", flush=True)
     return process.returncode == 0
 
