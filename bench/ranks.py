@@ -208,12 +208,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.ranks < 1 or options.steps < 1:
         parser.error("--ranks and --steps must be at least 1")
+    if options.worker:
+        return work(options)
     if torch.cuda.device_count() < options.ranks:
         raise UserError(
             f"{options.ranks} ranks need as many GPUs: {torch.cuda.device_count()} here"
         )
-    if options.worker:
-        return work(options)
     results: dict[str, list[dict]] = {}
     cases = [(1, False), (1, True), (options.ranks, False), (options.ranks, True)]
     for ranks, eager in dict.fromkeys(cases):

@@ -85,3 +85,6 @@ def test_the_command_leaves_out_what_is_no_other_case(monkeypatch, capsys, tmp_p
     assert list(bench.load(str(file))) == ["1 rank", "1 rank, without graphs", "2 ranks"]
     with pytest.raises(UserError, match="3 ranks need as many GPUs: 2 here"):
         ranks.main(["--ranks", "3"])
+    monkeypatch.setattr(ranks, "work", lambda options: (options.worker, options.steps))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # what torchrun starts asks nobody
+    assert ranks.main(["--worker", "folder", "--steps", "3"]) == ("folder", 3)
