@@ -137,7 +137,7 @@ class Compiler:
 
     def __init__(self, capability: int):
         self.capability = capability
-        own = tune.KERNELS + ("cross_entropy_rows",)
+        own = tune.KERNELS + ("cross_entropy_rows", "trellis_paths")
         self.kernels = own + tuple(fused_mlp.TILES)  # that are compiled
         self.built: dict[str, triton.compiler.CompiledKernel] = {}
         absent_gpu = SimpleNamespace(  # what compiling asks a driver for
@@ -244,6 +244,9 @@ def compile_all(compiler: Compiler) -> None:
         for slopes in (True, False):
             t.fused_cross_entropy(hidden, matrix, targets, 30.0, slopes, *pairs[: 2 * masked])
             compiler.report(masked, slopes)
+    for states in t.TRELLISES:  # likewise
+        t.fused_trellis_search(torch.zeros(3, 8, t.TRELLIS_ROWS), states)
+        compiler.report(states, False)
     up, down = (torch.randn(shape).bfloat16() for shape in ((2048, 512), (512, 2048)))
     factor = torch.ones(TOKENS)
     _, active, signs = fused_mlp.mlp_parts(hidden, factor, up, down)

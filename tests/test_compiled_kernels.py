@@ -50,7 +50,8 @@ def test_every_kernel_compiles_with_both_state_sizes_and_fits(kernels):
     scans = itertools.product(tune.KERNELS, (64, 128), (False, True))
     losses = itertools.product(["cross_entropy_rows"], (0, 1), (False, True))
     products = [(name, 0, False) for name in fused_mlp.TILES]
-    assert set(kernels) == {*scans, *losses, *products}
+    trellises = [("trellis_paths", states, False) for states in t.TRELLISES]
+    assert set(kernels) == {*scans, *losses, *products, *trellises}
     assert max(line["shared"] for line in kernels.values()) <= SHARED_OF_ONE
 
 
@@ -95,6 +96,11 @@ def test_where_tiles_have_no_instructions_the_default_scan_fits_and_hardly_spill
         for needs in line["kernels"].values():
             assert needs["local"] <= 256, line
             assert 50_000 < needs["shared"] <= capabilities[line["capability"]], line
+
+
+@pytest.mark.parametrize("states", t.TRELLISES)
+def test_a_trellis_costs_are_in_registers(kernels, states):
+    assert kernels["trellis_paths", states, False]["local"] == 0
 
 
 @pytest.mark.parametrize("name", fused_mlp.TILES)

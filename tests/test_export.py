@@ -181,7 +181,9 @@ def test_blocks_change_speed_alone_and_much_damping_makes_gptq_plain_rounding():
     assert (damped == plain).float().mean() > 0.999 > 0.95 > (usual == plain).float().mean()
 
 
-@pytest.mark.parametrize("changes", [{"gptq_damp": 1e6}, {"gptq_block_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"gptq_damp": 1e6}, {"gptq_block_size": 1}, {"trellis_states": 4}], ids=str
+)
 def test_gptq_s_settings_reach_it(changes, monkeypatch):
     settings, gptq, seen = tiny(**changes), t.gptq, []
 
@@ -191,7 +193,7 @@ def test_gptq_s_settings_reach_it(changes, monkeypatch):
 
     monkeypatch.setattr(t, "gptq", remember)
     exported(random_model(settings), settings)
-    expected = {"gptq_block_size": 128, "gptq_damp": 0.01} | changes
+    expected = {"gptq_block_size": 128, "gptq_damp": 0.01, "trellis_states": 0} | changes
     assert set(seen) == {tuple(expected.values())}
 
 

@@ -48,7 +48,7 @@ import train_gpt as t
 from tools.command import Parser, UserError, need, run_command
 
 # So begin the settings that --requantize may change.
-QUANTIZATION = ("quantizer", "target_mb", "sdclip_", "gptq_", "calibration")
+QUANTIZATION = ("quantizer", "trellis_", "target_mb", "sdclip_", "gptq_", "calibration")
 
 
 class Averages:
