@@ -3163,7 +3163,7 @@ def round_by_trellis(column: Tensor, step: Tensor, limits: Tensor, states: int) 
     numbers = torch.stack([column / step, step, limits.expand_as(column)]).squeeze(-1)
     numbers = F.pad(numbers, (0, -rows % TRELLIS_ROWS)).view(3, -1, TRELLIS_ROWS)
     search = fused_trellis_search if triton and column.is_cuda else trellis_search
-    return search(numbers, states).view(*column.shape[:-2], -1, 1)[..., :rows, :]
+    return search(numbers, states).reshape(*column.shape[:-2], -1, 1)[..., :rows, :]
 
 
 def trellis_search(numbers: Tensor, states: int) -> Tensor:
@@ -3182,22 +3182,20 @@ def trellis_search(numbers: Tensor, states: int) -> Tensor:
     points = integers.clamp(-most, most) + half
     errors = ((x - points) * step).square()
     u = torch.arange(2, device=x.device)
-    grids = (halves.unsqueeze(1) + 2 * (u ^ flips.unsqueeze(1))).view(2, -1, 2)
+    grids = halves.unsqueeze(1) + 2 * (u ^ flips.unsqueeze(1))  # of each state's branches
     cost = x.new_full((states, x.shape[2]), math.inf)
     cost[0] = 0
-    choices = []  # 1 where the branch from i + states / 2 is the better one
-    for error in errors:
-        first, second = cost.view(2, -1, 1, x.shape[2]) + error[grids]
-        choices.append((second < first).view(cost.shape).long())
+    choices = []
+    for error in errors.index_select(1, grids.flatten()).unflatten(1, (2, -1, 2)):
+        first, second = cost.view(2, -1, 1, x.shape[2]) + error
+        choices.append(second < first)
         cost = torch.minimum(first, second).view(cost.shape)
-    state = cost.argmin(dim=0, keepdim=True)
-    path = torch.empty_like(numbers[0])
-    for row in reversed(range(len(points))):
-        before = state // 2 + states // 2 * choices[row].gather(0, state)
-        grid = halves[before] + 2 * (state % 2 ^ flips[before])
-        path[:, row] = points[row].gather(0, grid)[0]
-        state = before
-    return path
+    steps_back = torch.stack(choices).view(-1, *cost.shape) * (states // 2)
+    path = [cost.argmin(dim=0, keepdim=True)]
+    for step_back in steps_back.flip(0):
+        path.append((path[-1] >> 1) + step_back.gather(0, path[-1]))
+    path = torch.stack(path[::-1])
+    return points.gather(1, grids[path[:-1], path[1:] % 2]).squeeze(1).mT
 
 
 def sdclip_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ def write_artifact(path: Path, **settings) -> Path:
     return path
 
 
-@pytest.mark.parametrize("settings", [{}, {"quantizer": "dsq"}, {"tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"quantizer": "dsq"}, {"tie_embeddings": False, "trellis_states": 8}]
+)
 def test_the_same_model_and_the_same_bytes_back(tmp_path, settings):
     artifact = write_artifact(tmp_path / "a.lzma", **settings)
     out, again = tmp_path / "a.safetensors", tmp_path / "again.lzma"

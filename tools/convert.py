@@ -5,7 +5,8 @@
 
 model.safetensors has every parameter of the model in float32, as it is scored, by its name in
 train_gpt.py, and beside each matrix "NAME steps", its grid steps (rows + columns,) in float16:
-a weight is a whole number times its row's and its column's step. model.json has the settings of
+a weight is a whole number times its row's and its column's step (with TRELLIS_STATES, or a whole
+number and a half). model.json has the settings of
 the model and the SHA-256 of its tokenizer; of an older script's artifact also "filled in", the
 settings that its header lacks. Back, the file is that artifact to the byte. A weight that was
 changed, and so is not on its grid any more, is refused. Nothing is quantized here anew.
@@ -63,14 +64,19 @@ def from_artifact(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return parameters | grid_steps(payload, skeleton), header
 
 
-def integers_of(name: str, weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """The whole numbers int8 (rows, columns) of a matrix. Raises UserError for other weights."""
+def integers_of(name: str, weight: torch.Tensor, steps: torch.Tensor, states: int) -> torch.Tensor:
+    """The whole numbers int8 (rows, columns) of a matrix, perhaps with a trellis of so many states.
+
+    Raises UserError for other weights.
+    """
     rows, columns = steps.float().split(weight.shape)
     exact = weight / (rows[:, None] * columns)
-    integers = exact.round()
-    off = float((exact - integers).abs().max())
-    need(off <= OFF_GRID, f"{name} was changed: its weights are not on their grid any more")
-    return integers.to(torch.int8)
+    points = (2 * exact).round() / 2 if states else exact.round()
+    integers = points.floor().to(torch.int8)
+    same = not states or torch.equal(t.trellis_points(integers, states), points)
+    on_grid = same and float((exact - points).abs().max()) <= OFF_GRID
+    need(on_grid, f"{name} was changed: its weights are not on their grid any more")
+    return integers
 
 
 def to_artifact(tensors: dict[str, torch.Tensor], header: dict) -> bytes:
@@ -89,7 +95,8 @@ def to_artifact(tensors: dict[str, torch.Tensor], header: dict) -> bytes:
         kind = getattr(torch, t.float_type(name))
         stored[name] = tensors[name + STEPS] if name in matrices else tensors[name].to(kind)
     for name in matrices:
-        integers = integers_of(name, tensors[name], tensors[name + STEPS])
+        steps = tensors[name + STEPS]
+        integers = integers_of(name, tensors[name], steps, settings.trellis_states)
         stored[f"{name} integers"] = integers
     packed = t.pack_artifact(settings, stored)
     payload = packed[: -t.DIGEST_BYTES].partition(b"\n")[2]

@@ -21,6 +21,15 @@ SUM_BYTES = 32
 LANES = 256  # of the entropy coder, which take turns
 FREQUENCIES = 1 << 16  # sum of a matrix's
 MOST_RECORD_BYTES = 1 << 30
+# By the header's "trellis_states": which of the bits that a column's trellis has read, the latest
+# being 1, make a weight a half more than its integer, and which of them flip the bit that is read.
+TRELLIS_TAPS = {
+    4: ([1], [2]),
+    8: ([1], [1, 2, 3]),
+    16: ([1], [1, 3, 4]),
+    32: ([1, 3], [1, 3, 4, 5]),
+}
+TRELLIS_ROWS = 128  # after which a trellis has read nothing
 
 
 class Parameter(NamedTuple):
@@ -96,6 +105,7 @@ def decode(parts: Parts, parameters: list[Parameter]) -> dict[str, np.ndarray]:
     weights = {}
     words = parts.words.tolist()
     place = 0
+    states = parts.header.get("trellis_states", 0)
     for name, shape, on_grid in parameters:
         if not on_grid:
             weights[name] = steps[name].reshape(shape)
@@ -104,9 +114,26 @@ def decode(parts: Parts, parameters: list[Parameter]) -> dict[str, np.ndarray]:
         integers, place = pop_integers(frequencies[name], words, place, rows * columns)
         row_steps = steps[name][:rows, None]
         column_steps = steps[name][rows:]
-        weights[name] = integers.reshape(shape).astype(np.float32) * row_steps * column_steps
+        integers = integers.reshape(shape)
+        points = integers.astype(np.float32) + (half_steps(integers, states) if states else 0)
+        weights[name] = points * row_steps * column_steps
     need(place == len(words), "there are words behind the last matrix")
     return weights
+
+
+def half_steps(integers: np.ndarray, states: int) -> np.ndarray:
+    """What the trellises of a matrix's columns add to its integers: 0 or 1/2, float32."""
+    need(states in TRELLIS_TAPS, f"there is no trellis of {states} states")
+    halving, flipping = TRELLIS_TAPS[states]
+    added = np.zeros(integers.shape, np.float32)
+    for row, values in enumerate(integers):
+        if row % TRELLIS_ROWS == 0:
+            read = np.zeros((max(flipping) + 1, len(values)), np.int8)
+        added[row] = np.bitwise_xor.reduce(read[halving]) / 2
+        bit = values & 1 ^ np.bitwise_xor.reduce(read[flipping])
+        read[2:] = read[1:-1]
+        read[1] = bit
+    return added
 
 
 def pop_integers(
