@@ -686,6 +686,23 @@ def check_ranks() -> None:
     check("two ranks: status", float(done.returncode), 0)
 
 
+def check_trellis() -> None:
+    """Points of the kernel, and its milliseconds for a column of nine MLPs, as GPTQ has it.
+
+    Where sums are rounded otherwise, of two paths that are as good the other one may be found.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = 2 * torch.randn(9 * 1536 // t.TRELLIS_ROWS, t.TRELLIS_ROWS, generator=generator)
+    steps = 0.1 + torch.rand(weights.shape, generator=generator)
+    numbers = torch.stack([weights, steps, torch.full_like(weights, 31.0)]).cuda()
+    for states in t.TRELLISES:
+        found = t.fused_trellis_search(numbers, states)
+        expected = t.trellis_search(numbers.cpu(), states).cuda()
+        check(f"trellis {states}: other points", float((found != expected).float().mean()), 0.01)
+        took = milliseconds(functools.partial(t.fused_trellis_search, numbers, states))
+        print(f"trellis {states}: {took:.4f} ms a column")
+
+
 def check_checkpoints() -> None:
     """How much longer a step takes while a checkpoint is written, with a model of contest size; and
     that a trainer which takes it up goes on as the one that wrote it.
@@ -777,6 +794,7 @@ NEWER_SETTINGS = {
     "MUON_BETA2": "0.95",
     "SPELLING_FEATURES": "500",
     "DOCUMENT_RESET": "1",
+    "TRELLIS_STATES": "8",
 }
 BPB_OF_300_STEPS = 1.9  # at most; 1.79 without them, on a CPU
 
@@ -909,6 +927,7 @@ def parts() -> dict[str, Part]:
         "generation-documents": Part(call(check_generation, document_reset=1), 30, "the same"),
         "generation-mamba2": Part(call(check_generation, mamba_version=2), 30, "the same"),
         "generation-mamba1": Part(call(check_generation, mamba_version=1), 30, "the same"),
+        "trellis": Part(check_trellis, 30, "GPTQ's paths against the reference, and their time"),
         "tiny": Part(check_whole_run, 90, "a whole run with the newer settings, and its artifact"),
         "float16": Part(check_float16, 80, "PRESET=laptop as on a T4, beside bfloat16"),
         "laptop": Part(check_laptop, 80, "PRESET=laptop in 8 GB"),

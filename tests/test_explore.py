@@ -44,11 +44,13 @@ def test_the_same_weights_are_quantized_again(explore_here):
         "finer: SDCLIP_K=5",
         "--export",
         *("--requantize", "as before: SDCLIP_K=6", "--requantize", "finer: SDCLIP_K=5"),
+        *("--requantize", "trellis: TRELLIS_STATES=4"),
     )
     assert status == 0
     first = {name: line[name] for name in ("k", "quantized", "final")}
     assert line["as before"] == first
     assert line["finer"]["k"] == 5
+    assert line["trellis"]["k"] == 6 and line["trellis"] != first
     assert line["finer"] != first
     assert line["finer"] == {name: other[name] for name in first}
 
