@@ -62,7 +62,8 @@ def test_kernels_without_document_starts_are_the_same_machine_code(kernels):
             same = kernels[name, state, False]["code"] == kernels[name, state, True]["code"]
             assert same == (name not in ("tokens_forward", "tokens_backward"))
     codes = {line["code"] for line in kernels.values()}
-    assert len(codes) == len(tune.KERNELS) * 2 + 2 * 2 + 4 + len(fused_mlp.TILES)
+    scans = len(tune.KERNELS) * 2 + 2 * 2
+    assert len(codes) == scans + 4 + len(t.TRELLISES) + len(fused_mlp.TILES)
 
 
 @pytest.mark.parametrize("name", ["scan_forward", "scan_backward"])

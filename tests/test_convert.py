@@ -10,6 +10,7 @@ import torch
 
 import train_gpt as t
 from tests.support import SOLO, random_model, random_tokens, tiny
+from tools import convert
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
@@ -68,6 +69,16 @@ def test_an_artifact_of_an_older_script_comes_back_too(tmp_path, artifact):
         assert ("is of an older script: filled in" in done.stdout) == told
     assert t.read_artifact(again) == t.read_artifact(artifact)
     assert again.read_bytes() == artifact.read_bytes()
+
+
+def test_a_weight_that_no_trellis_reaches_is_refused():
+    """Though it is a whole number and a half of a step."""
+    steps = torch.full((6 + 5,), 0.5).half()
+    points = t.trellis_points(torch.arange(30).view(6, 5).to(torch.int8), 4)
+    assert convert.integers_of("a", points / 4, steps, 4).flatten().tolist() == list(range(30))
+    points[3, 3] += 0.5
+    with pytest.raises(convert.UserError, match="a was changed"):
+        convert.integers_of("a", points / 4, steps, 4)
 
 
 @pytest.mark.parametrize(
