@@ -4585,6 +4585,8 @@ class Trainer:
                 optimizers.step(0.0, s.muon_momentum)
         with torch.no_grad():  # as GPTQ's calibration will: FlexAttention compiles itself
             self.model(tokens[:, :-1], self.model.full_order)
+        if s.trellis_states:  # its kernel, likewise
+            round_by_trellis(*torch.ones(3, 1, 1, device=device), s.trellis_states)
         synchronized_time()
 
     def run(self, batches, validate):

@@ -11,6 +11,7 @@ import torch
 import train_gpt as t
 from tests.support import SOLO, interpreted, random_model, tiny
 from tests.test_export import (
+    Quiet,
     correlated_problem,
     dequantized,
     export_to,
@@ -19,6 +20,7 @@ from tests.test_export import (
     row_limits,
     wide_model,
 )
+from tests.test_precision import trainer_of
 from tools.audit import decoder
 
 each_trellis = pytest.mark.parametrize("states", t.TRELLISES)
@@ -183,6 +185,21 @@ def test_the_finest_grid_whose_file_fits_is_found_at_once(tmp_path):
     (line,) = [text for text in said if text.startswith("GPTQ at k=")]
     assert f"k={finest:.2f}" in line
     assert 0.95 * target < (tmp_path / "a").stat().st_size <= target
+
+
+def test_the_kernel_is_compiled_before_the_training_clock_starts(monkeypatch):
+    """A run's first column would else wait for it, within EXPORT_RESERVE_SECONDS."""
+    search, seen = t.trellis_search, []
+
+    def remember(numbers, states):
+        seen.append((numbers.shape[2], states))
+        return search(numbers, states)
+
+    monkeypatch.setattr(t, "trellis_search", remember)
+    trainer = trainer_of(tiny(trellis_states=16, warmup_steps=0))
+    trainer.log = Quiet()
+    trainer.warm_up()
+    assert seen == [(t.TRELLIS_ROWS, 16)]
 
 
 def test_without_a_trellis_nothing_changes():
