@@ -194,20 +194,20 @@ class Settings:
     vocab_size: int = env(8192, "must be the tokenizer's", "tokens", 2, 65_536)
     train_batch_tokens: int = env(524_288, "a step's, over all ranks", "tokens", 1, 2**28)
     train_seq_len: int = env(2048, "training and evaluation window", "tokens", 1, LONGEST)
-    document_reset: bool = env(False, "BOS resets the layers that DOCUMENT_SCOPE names")
+    document_reset: bool = env(True, "BOS resets the layers that DOCUMENT_SCOPE names")
     document_scope: str = env("all", "all: attention, convolutions, scans", "all|scans")
 
     num_layers: int = env(9, "physical layers", "layers", 1, 256, group="model")
     model_dim: int = env(512, "residual stream", "numbers", 1, WIDEST)
     mamba_layers: str = env("0,1,3-5,7,8", "the others are attention", "layers")
     mlp_layers: str = env("all", "have an MLP", "layers")
-    mlp_mult: float = env(3.0, "MLP's hidden width", "× width", ABOVE_0, WIDEST)
+    mlp_mult: float = env(4.0, "MLP's hidden width", "× width", ABOVE_0, WIDEST)
     num_heads: int = env(8, "query heads", "heads", 1, WIDEST)
     num_kv_heads: int = env(4, "key/value heads", "heads", 1, WIDEST)
-    rope_fraction: float = env(1.0, "of attention's heads", "part", 0, 1)
+    rope_fraction: float = env(0.25, "of attention's heads", "part", 0, 1)
     rope_base: float = env(10_000.0, "of the pairs' frequencies", "factor", 1)
     xsa_last_n: int = env(0, "last layers that attend to other tokens alone", "layers", 0, 256)
-    qk_gain_init: float = env(1.5, "queries' first gain", "factor", 0, WIDEST)
+    qk_gain_init: float = env(4.0, "queries' first gain", "factor", 0, WIDEST)
     mamba_version: int = env(3, "1: the first Mamba, a selective scan", "1|2|3")
     mamba_d_state: int = env(64, "state per channel", "numbers", 8, 1024)
     mamba_expand: float = env(2.0, "Mamba's inner width", "× width", ABOVE_0, WIDEST)
@@ -217,12 +217,12 @@ class Settings:
     mamba_chunk_size: int = env(64, "chunk of a scan", "tokens", 8, WIDEST)
     unet_skips: bool = env(True, "first half to second")
     ln_scale: bool = env(False, "inputs of layer l times 1 / sqrt(l + 1)")
-    mask_impossible_pairs: bool = env(False, "no probability for tokens that BPE never writes next")
+    mask_impossible_pairs: bool = env(True, "no probability for tokens that BPE never writes next")
     bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", 0, LONGEST)
     bigram_dim: int = env(128, "before its projection", "numbers", 1, WIDEST)
     tie_embeddings: bool = env(True, "one matrix reads tokens in and out")
     tied_embed_init_std: float = env(0.005, "first embeddings and output matrix", "std")
-    logit_softcap: float = env(30.0, "cap·tanh(logits/cap)", "nats", ABOVE_0, 60)
+    logit_softcap: float = env(15.0, "cap·tanh(logits/cap)", "nats", ABOVE_0, 60)
 
     layer_order: str = env("all", "in which they run, as 0-4,3,4,5", "layers", group="recurrence")
     recur_start: float = env(0.35, "before it, each layer runs once", "of run", 0, 1)
@@ -230,13 +230,13 @@ class Settings:
     iterations: int = env(20_000, "most training steps", "steps", 1, group="schedule")
     max_wallclock_seconds: float = env(600.0, "training and GPTQ; 0: ITERATIONS rule", "seconds")
     export_reserve_seconds: float = env(8.0, "of these, for GPTQ", "seconds")
-    warmdown_fraction: float = env(0.6, "linear decay to the end", "of run", 0, 1)
+    warmdown_fraction: float = env(0.8, "linear decay to the end", "of run", 0, 1)
     warmdown_iters: int = env(0, "the same in steps; 0: the fraction", "steps")
     warmdown_shape: str = env("linear", "of rates as they fall", "linear|cosine")
     min_lr: float = env(0.0, "of the rates: decay ends there", "part", 0, 1)
 
-    matrix_lr: float = env(0.02, "Muon, attention and MLP matrices", "rate", group="optimizer")
-    mamba_matrix_lr: float = env(0.015, "Muon, Mamba's matrices", "rate")
+    matrix_lr: float = env(0.014, "Muon, attention and MLP matrices", "rate", group="optimizer")
+    mamba_matrix_lr: float = env(0.0105, "Muon, Mamba's matrices", "rate")
     tied_embed_lr: float = env(0.008, "Adam, embeddings and output matrix", "rate")
     embed_lr: float = env(0.008, "Adam, embeddings, with TIE_EMBEDDINGS=0", "rate")
     head_lr: float = env(0.008, "Adam, output matrix, with TIE_EMBEDDINGS=0", "rate")
@@ -244,7 +244,7 @@ class Settings:
     muon_momentum: float = env(0.95, "Nesterov momentum", "part", 0, BELOW_1)
     muon_momentum_warmup_start: float = env(0.0, "0: MUON_MOMENTUM × 0.9", "part", 0, BELOW_1)
     muon_momentum_warmup_steps: int = env(0, "until it is reached; 0: a tenth of the run", "steps")
-    muon_beta2: float = env(0.0, "of rows' mean squares (NorMuon); 0: none", "part", 0, BELOW_1)
+    muon_beta2: float = env(0.95, "of rows' mean squares (NorMuon); 0: none", "part", 0, BELOW_1)
     muon_backend_steps: int = env(5, "Newton-Schulz iterations", "steps", 1, 100)
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
@@ -253,7 +253,7 @@ class Settings:
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
     adam_wd: float = env(0.0, "of vectors and scales", "rate")
-    spelling_features: int = env(0, "most that tokens spelt alike share; 0: none", "", 0, LONGEST)
+    spelling_features: int = env(4096, "most that tokens spelt alike share; 0: none", "", 0, LONGEST)
     average: str = env("ema", "of the weights, for the artifact", "ema|swa|ema+swa|none")
     average_horizon: float = env(0.1, "ema: how far it looks back", "of run", 0, 1)
     ema_decay: float = env(0.999, "ema: at most 1 / (1 - EMA_DECAY) steps", "part", 0, BELOW_1)
@@ -328,13 +328,21 @@ class Settings:
         return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
 
 
-HYBRID11 = {
+# What presets of other systems, and of small models, keep of the usual: none of these choices was
+# made for them.
+PLAIN = {
+    "mlp_mult": 3.0, "rope_fraction": 1.0, "qk_gain_init": 1.5, "logit_softcap": 30.0,
+    "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
+    "warmdown_fraction": 0.6, "matrix_lr": 0.02, "mamba_matrix_lr": 0.015, "muon_beta2": 0.0,
+}  # fmt: skip
+
+HYBRID11 = PLAIN | {
     "data_path": "./data/datasets/fineweb10B_sp1024/", "vocab_size": 1024, "num_layers": 11,
     "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model", "mamba_layers": "0,2,4,6,8",
     "mamba_version": 1, "mamba_d_state": 16, "mamba_chunk_size": 256,
 }  # fmt: skip
 
-TINY = {
+TINY = PLAIN | {
     "data_path": "./data/sample/", "tokenizer_path": "./data/sample/sample_1024_bpe.model",
     "vocab_size": 1024, "train_batch_tokens": 4096, "train_seq_len": 256, "num_layers": 4,
     "mamba_layers": "0,1,3", "model_dim": 128, "num_heads": 4, "num_kv_heads": 2,
@@ -350,10 +358,10 @@ PRESETS = {
     "short": {
         "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
         "export_reserve_seconds": 4.0, "eval_max_seconds": 180.0},
-    "peer7": {
+    "peer7": PLAIN | {
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
         "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0},
-    "nemotron_hinge": {
+    "nemotron_hinge": PLAIN | {
         "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7",
         "recur_start": 0.0, "train_seq_len": 4096},
     "hybrid11": HYBRID11,
