@@ -470,7 +470,7 @@ def time_steps() -> None:
     cases = {"no documents": {}, "scans alone reset": {"document_scope": "scans"}}
     cases |= {f"documents by {name}": {"attention_backend": name} for name in ("flex", "flash")}
     for label, changes in cases.items():
-        settings = t.Settings(document_reset=bool(changes), **changes)
+        settings = t.Settings(**t.PLAIN | {"document_reset": bool(changes)}, **changes)
         if "attention_backend" in changes and not runnable(settings.attention_backend, True):
             continue
         spent = loss_milliseconds(settings, tokens)

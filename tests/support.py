@@ -28,7 +28,7 @@ PATIENCE = 300.0  # seconds that another process may take: machines that are sha
 SOLO = t.Ranks(0, 1, CPU)
 
 # A model of some ten thousand parameters: layers Mamba, attention, Mamba.
-SMALL = {
+SMALL = t.PLAIN | {
     "preset": "tiny",
     "vocab_size": 512,
     "train_seq_len": 32,
