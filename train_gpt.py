@@ -253,7 +253,7 @@ class Settings:
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
     adam_wd: float = env(0.0, "of vectors and scales", "rate")
-    spelling_features: int = env(4096, "most that tokens spelt alike share; 0: none", "", 0, LONGEST)
+    spelling_features: int = env(4096, "tokens spelt alike share at most; 0: none", "", 0, LONGEST)
     average: str = env("ema", "of the weights, for the artifact", "ema|swa|ema+swa|none")
     average_horizon: float = env(0.1, "ema: how far it looks back", "of run", 0, 1)
     ema_decay: float = env(0.999, "ema: at most 1 / (1 - EMA_DECAY) steps", "part", 0, BELOW_1)

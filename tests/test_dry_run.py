@@ -105,12 +105,12 @@ def test_memory_is_told_within_a_tenth_of_what_gpus_had_taken():
 
 
 def test_a_default_run_is_described_without_gpu_or_data(dry):
-    environment = {"MLP_MULT": "4", "LAYER_ORDER": "0-8,7,8"}
+    environment = {"MLP_MULT": "3", "LAYER_ORDER": "0-8,7,8"}
     said = dry(environment, "--gpu-memory", "80", "--ranks", "8", "--step-ms", "90", "--k", "8")
-    model = t.model_skeleton(t.Settings(mlp_mult=4.0, layer_order="0-8,7,8"))
+    model = t.model_skeleton(t.Settings(mlp_mult=3.0, layer_order="0-8,7,8"))
     count = sum(p.numel() for p in model.parameters())
     assert f"in all{count:18,}; of these Adam" in said
-    assert "\n  MLP_MULT=4.0, not 3.0\n" in said
+    assert "\n  MLP_MULT=3.0, not 4.0\n" in said
     assert "they run as M0 M1 A2 M3 M4 M5 A6 M7 M8 M7 M8\n" in said
     assert "before 35% of the run as M0 M1 A2 M3 M4 M5 A6 M7 M8\n" in said
     assert "for 65,536 tokens at once; 80.0 GB in all, used and free, of a GPU" in said

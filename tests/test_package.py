@@ -869,7 +869,7 @@ PLANTED = [
 # The same for runs that differ from the first in one thing.
 DIFFERENT = [
     ({"seed": 1}, "{b}.txt has SEED=1, as {a}.txt has"),
-    ({"matrix_lr": 0.03}, "{b}.txt has MATRIX_LR=0.03, but {a}.txt has 0.02"),
+    ({"matrix_lr": 0.03}, "{b}.txt has MATRIX_LR=0.03, but {a}.txt has 0.014"),
     ({"unet_skips": False}, "{b}.txt has UNET_SKIPS=False, but {a}.txt has True"),
     ({"scan_backend": "chunked"}, "{b}.txt has SCAN_BACKEND=chunked, but {a}.txt has auto"),
     ({"eval_only": True}, "{b}.txt is of an EVAL_ONLY run: give the log of the run that trained"),

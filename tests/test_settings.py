@@ -505,6 +505,7 @@ def test_a_warning_at_a_line_of_ours_is_an_error():
 
 # ---- What a run could not finish -----------------------------------------------------------------
 
+TERNARY = {"quantizer": "ternary", "spelling_features": 0}
 FEW_LAYERS = {"num_layers": 2, "mamba_layers": "none", "mlp_layers": "0"}
 
 
@@ -513,7 +514,7 @@ FEW_LAYERS = {"num_layers": 2, "mamba_layers": "none", "mlp_layers": "0"}
     [
         ({"mlp_mult": 30.0, "num_layers": 5}, "numbers, but an artifact has at most"),
         ({"mlp_mult": 20.0, "num_layers": 5}, r"2.3 bits each on the coarsest grid .* has 2\.1"),
-        ({"mlp_mult": 20.0, "num_layers": 5, "quantizer": "ternary"}, ""),
+        (TERNARY | {"mlp_mult": 20.0, "num_layers": 5}, ""),
         ({"mlp_mult": 20.0, "num_layers": 5, "sdclip_most": 32.0}, ""),
         (FEW_LAYERS | {"model_dim": 16, "mlp_mult": 60_000.0}, "GB for Hessians, and there are"),
         (FEW_LAYERS | {"model_dim": 16, "mlp_mult": 60_000.0, "quantizer": "round"}, ""),

@@ -90,7 +90,7 @@ def test_both_parts_train_as_the_embedding_and_are_folded_into_it(byte_tokenizer
 def test_what_is_exported_is_an_ordinary_model(monkeypatch, shards, tmp_path):
     environment = run_environment(shards, tmp_path, spelling_features=64)
     assert run_here(monkeypatch, environment) == 0
-    loaded, settings = t.load_model(tmp_path / "a.int6.lzma", t.Settings(device="cpu"), set(), SOLO)
+    loaded, settings = t.load_model(tmp_path / "a.int6.lzma", tiny(device="cpu"), set(), SOLO)
     assert settings.spelling_features == 0
     assert not any(name.startswith(t.SHARED_NAMES) for name, _ in loaded.named_parameters())
 
