@@ -252,6 +252,7 @@ def explore(
             line["bpb"][part] = bpb(model)
         each[min(each, key=line["bpb"].get)].apply()
         each.clear()  # export may need the memory
+    log(f"{line}")  # what comes now may fail, and takes its time
     if given.export:
         again = Repeated(batches)
         line |= export_and_score(trainer, again, validation)
@@ -259,6 +260,7 @@ def explore(
             trainer.settings = dataclasses.replace(chosen, artifact=settings.artifact)
             again.rewind()
             line[other] = export_and_score(trainer, again, validation)
+            log(f"{other}: {line[other]}")
     return line
 
 
