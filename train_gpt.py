@@ -269,6 +269,9 @@ class Settings:
     sdclip_most: float = env(16.0, "the largest k that is tried for the size", "std", 4)
     sdclip_mlp: float = env(1.0, "times k: int6 rows of MLPs", "factor", ABOVE_0)
     sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", ABOVE_0)
+    sdclip_by_matrix: float = env(0.0, "row steps: share by errors' costs", "part", 0, 1)
+    sdclip_by_row: float = env(0.0, "the same, among a matrix's rows", "part", 0, 1)
+    sdclip_refit: bool = env(False, "row steps fitted again, to GPTQ's integers")
     gptq_block_size: int = env(128, "columns whose errors spread at once", "", 1)
     gptq_damp: float = env(0.01, "of the Hessian's mean diagonal, added", "part", ABOVE_0)
     calibration: str = env("train", "text for GPTQ; self: the model's own", "train|self")
@@ -557,7 +560,8 @@ def validate_settings(s, world_size: int):
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
     plain = s.eval_only or s.quantizer == "gptq" and not s.late_qat_threshold
     problem = "needs QUANTIZER=gptq and LATE_QAT_THRESHOLD=0: use 0"
-    check(s, "trellis_states", plain or not s.trellis_states, problem)
+    for name in ("trellis_states", "sdclip_by_matrix", "sdclip_by_row", "sdclip_refit"):
+        check(s, name, plain or not getattr(s, name), problem)
     # Batches, clocks and strides
     length = s.train_seq_len
     if not s.eval_only:
@@ -1968,6 +1972,7 @@ class Model(nn.Module):
         pairs = packed_pairs(s.tokenizer_path, s.vocab_size) if masked else None
         self.register_buffer("impossible", pairs, persistent=False)
         self.output_name = "embedding.weight" if s.tie_embeddings else "output_embedding.weight"
+        self.grid_factors: dict[str, Tensor] = {}  # export's, of grids: find_grid_factors()
         self.to(device)
 
     def linear_layers(self) -> dict[str, Linear]:
@@ -3067,7 +3072,9 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
 #     Q       gptq(): each column is rounded so that it makes up for the errors of those before;
 #             collect_hessians() says which errors count, by the layer's inputs
 #
-# With TRELLIS_STATES some weights stand at Q + 1/2 instead: trellis_points().
+# With TRELLIS_STATES some weights stand at Q + 1/2 instead: trellis_points(). With SDCLIP_BY_MATRIX
+# and SDCLIP_BY_ROW steps differ by what errors cost, find_grid_factors(), and limits are 127; with
+# SDCLIP_REFIT steps follow integers, refitted_steps().
 #
 # QUANTIZER=gptq is all of that, round takes the nearest integers; percentile, dsq and ternary have
 # grid steps of their own (section 12). Step sizes dt are another thing, section 4's.
@@ -3078,6 +3085,8 @@ DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TI
 INT6_MAX, INT8_MAX, TERNARY_MAX = 31, 127, 1
 SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-mean-squares are rare
 SDCLIP_CHOICES = 257  # values of k from there to SDCLIP_MOST
+SDCLIP_USUAL = 12.0  # k of the steps that find_grid_factors() compares with the best ones
+LEAST_ENERGY = 1e-3  # of a row's gradients, where the mean of its matrix is 1
 OTHER_BYTES = 4096.0  # of a file beside its numbers, with room for a wrong prediction
 DAMPING_ATTEMPTS = 12  # tenfold each time, until a Hessian is positive definite
 TEXTS_AT_ONCE = 256  # that the model writes for CALIBRATION=self
@@ -3237,7 +3246,12 @@ def grids(model, settings, matrices: dict[str, Tensor], k: float):
         if weight.is_meta:
             weight, limits = stand_in(limits)
         factor = factors.get(layer_kind(name), 1)
-        yield name, weight, limits, *grid_steps(weight, limits, settings, k * factor)
+        rows, columns = grid_steps(weight, limits, settings, k * factor)
+        if name in model.grid_factors:
+            limits = torch.full_like(limits, INT8_MAX)
+            finest = sdclip_steps(weight, limits, SDCLIP_LEAST)  # finer ones would clip
+            rows = exact_steps(rows * model.grid_factors[name]).maximum(finest)
+        yield name, weight, limits, rows, columns
 
 
 def float_type(name: str) -> str:
@@ -3353,6 +3367,68 @@ def collect_hessians(model, sequences: Tensor, ranks, rows: int, track=iter) -> 
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
 
 
+def collect_energies(model, sequences: Tensor, ranks, rows: int, track=iter) -> dict[str, Tensor]:
+    """The mean of g², float32 (rows,), over all outputs of a linear layer, by its weight's name.
+
+    g is the gradient of the text's nats by an output: one that is off by e costs about (g e)² / 2.
+    Parameters' gradients, which may lie in a CUDA graph's memory, stay what they are. Arguments are
+    collect_hessians()'s.
+    """
+    energies: dict[str, Tensor] = {}
+    outputs: list[tuple[str, Tensor]] = []
+    counts = collections.Counter()  # alike on all ranks
+
+    def hook(name: str, layer: Linear, positional: tuple, output: Tensor):
+        outputs.append((name, output))
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, layer in model.linear_layers().items():
+            hooks.callback(layer.register_forward_hook(partial(hook, name)).remove)
+        for batch in track(sequences.split(rows)):
+            hidden = model(batch, model.full_order)[:, :-1]
+            nats = model.nats(hidden, batch[:, 1:], batch[:, :-1]).sum()
+            gradients = torch.autograd.grad(nats, [output for _, output in outputs])
+            for (name, _), gradient in zip(outputs, gradients, strict=True):
+                squares = gradient.float().flatten(0, -2).square()
+                energies[name] = energies.get(name, 0.0) + squares.sum(0)
+                counts[name] += len(squares) * ranks.world_size
+            outputs.clear()
+    return {name: ranks.sum_(energies[name]) / counts[name] for name in sorted(energies)}
+
+
+@torch.no_grad()
+def find_grid_factors(model, settings, hessians: dict, energies: dict) -> dict[str, Tensor]:
+    """What row steps are multiplied by so that bits go where errors cost most: float32 (rows, 1).
+
+    Rounding row i of a matrix with steps s_i costs about c_i s_i² a weight,
+
+        c_i = (mean of g_i²) · (mean over j of 1 / U[j, j]²),
+
+    g_i of collect_energies() and U of gptq(), which leaves of a column's error what U says. A
+    weight takes -log s_i and a constant of bits. At a given sum of bits the sum of costs is least
+    where all c_i s_i² are equal: factors f_i of the usual steps with f_i ~ c_i^(-1/2) / s_i. Of
+    log f_i the part SDCLIP_BY_ROW is taken of what differs in a matrix, whose rows share a table of
+    frequencies, and SDCLIP_BY_MATRIX of what is common to it, where the mean of c_i (f_i s_i)²
+    decides. Over all weights of these matrices, by names of energies, the mean log f_i is 0.
+    """
+    limits = grid_limits(model)
+    logs = {}
+    total = numbers = 0
+    for name, energy in energies.items():
+        weight = model.get_parameter(name)
+        steps, _ = grid_steps(weight, limits[name], settings, SDCLIP_USUAL)
+        _, upper = ordered_factor(hessians[name], settings.gptq_damp)
+        left = upper.diagonal().square().reciprocal().mean()
+        cost = left * energy.clamp(min=LEAST_ENERGY * energy.mean() + 1e-12).unsqueeze(1)
+        ratio = -cost.log() / 2 - steps.log()
+        log = settings.sdclip_by_row * (ratio - ratio.mean())
+        common = -(cost * (log.exp() * steps).square()).mean().log() / 2
+        logs[name] = log + settings.sdclip_by_matrix * common
+        total += logs[name].mean() * weight.numel()
+        numbers += weight.numel()
+    return {name: (log - total / numbers).exp() for name, log in logs.items()}
+
+
 def inverse_factor(hessian: Tensor, damping: Tensor) -> Tensor:
     """The upper U with U^T U = (H + damping · I)^-1; H (..., columns, columns), damping (...)."""
     identity = torch.eye(hessian.shape[-1], device=hessian.device)
@@ -3364,6 +3440,20 @@ def inverse_factor(hessian: Tensor, damping: Tensor) -> Tensor:
             return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
         damping = 10 * damping
     raise UserError(DIVERGED)
+
+
+def ordered_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """GPTQ's order of columns (..., 1, columns), the first where inputs are largest, and in it the
+    inverse_factor() of H (..., columns, columns), with damp of its mean diagonal added.
+
+    Raises UserError where H is not finite.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    damping = damp * diagonal.mean(-1).clamp(min=1e-9)
+    need(damping.isfinite().all(), DIVERGED)
+    order = diagonal.argsort(descending=True).unsqueeze(-2)
+    hessian = hessian.take_along_dim(order, -1).mT.take_along_dim(order, -1)
+    return order, inverse_factor(hessian, damping)
 
 
 @torch.no_grad()
@@ -3384,17 +3474,11 @@ def gptq(
         q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
 
     takes out of the columns to come, as well as they can, what rounding column j did to the
-    outputs; U is inverse_factor()'s, with damp of H's mean diagonal added. Columns after a block
-    of block_size take its errors at once. With trellis_states, Q are points of round_by_trellis().
-    Raises UserError where H is not finite.
+    outputs; order and U are ordered_factor()'s. Columns after a block of block_size take its errors
+    at once. With trellis_states, Q are points of round_by_trellis().
     """
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    damping = damp * diagonal.mean(-1).clamp(min=1e-9)
-    need(damping.isfinite().all(), DIVERGED)
-    order = diagonal.argsort(descending=True).unsqueeze(-2)
-    hessian = hessian.take_along_dim(order, -1).mT.take_along_dim(order, -1)
-    upper = inverse_factor(hessian, damping)
-    never_seen = (diagonal == 0).unsqueeze(-2)
+    order, upper = ordered_factor(hessian, damp)
+    never_seen = (hessian.diagonal(dim1=-2, dim2=-1) == 0).unsqueeze(-2)
     weight = weight.masked_fill(never_seen, 0.0).take_along_dim(order, -1)
     scale = scale.take_along_dim(order, -1)
     by_trellis = partial(round_by_trellis, states=trellis_states)
@@ -3415,6 +3499,24 @@ def gptq(
     return weight.take_along_dim(order.argsort(), -1)
 
 
+def refitted_steps(
+    weight: Tensor, hessian: Tensor, steps: Tensor, points: Tensor, damp: float
+) -> Tensor:
+    """The row steps with which GPTQ's points Q come nearest to W: with w, q a row of each,
+
+        (w - s q) H (w - s q)^T    is least at    s = w H q^T / q H q^T.
+
+    Shapes are gptq()'s, that of steps (..., rows, 1), as the result's; H has GPTQ's damping. A row
+    of zeros, or one that would turn round, keeps its step.
+    """
+    damping = damp * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    onto = points @ hessian + damping * points
+    along = (onto * weight).sum(-1, keepdim=True)
+    square = (onto * points).sum(-1, keepdim=True)
+    usable = (along > 0) & (square > 0)
+    return exact_steps(torch.where(usable, along / square, steps))
+
+
 @torch.no_grad()
 def quantize_model(model, settings, ranks, hessians: dict, k: float, track=iter) -> dict:
     """What the artifact stores of the model, in its order; the same on all ranks.
@@ -3429,20 +3531,24 @@ def quantize_model(model, settings, ranks, hessians: dict, k: float, track=iter)
     matrices = grid_limits(model)
     problems = collections.defaultdict(dict)  # gptq()'s arguments by shape and name
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
-        stored[name] = torch.cat([rows.squeeze(1), columns]).half()
+        stored[name] = torch.cat([torch.zeros_like(rows).squeeze(1), columns]).half()
         stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
         hessian = hessians.get(name)
         if hessian is None:  # as if inputs were independent: nothing to make up for
             hessian = torch.eye(weight.shape[1], device=weight.device)
-        problems[weight.shape][name] = weight, hessian, rows * columns, limits
+        problems[weight.shape][name] = weight, hessian, rows * columns, limits, rows
     for group in track([*problems.values()][ranks.rank :: ranks.world_size]):
-        stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
+        *problem, steps = (torch.stack(tensors) for tensors in zip(*group.values(), strict=True))
         options = settings.gptq_block_size, settings.gptq_damp, settings.trellis_states
-        rounded = gptq(*stacked, *options).floor()  # of a trellis's points, the integers
-        for name, integers in zip(group, rounded, strict=True):
-            stored[f"{name} integers"].copy_(integers)
-    for name in matrices:
-        ranks.sum_(stored[f"{name} integers"])  # zeros but on the rank that rounded it
+        points = gptq(*problem, *options)
+        if settings.sdclip_refit:
+            steps = refitted_steps(*problem[:2], steps, points, settings.gptq_damp)
+        for name, own_points, own_steps in zip(group, points, steps, strict=True):
+            stored[f"{name} integers"].copy_(own_points.floor())  # of a trellis's, the integers
+            stored[name][: len(own_steps)] = own_steps.squeeze(1)
+    for name in matrices:  # zeros but on the rank that rounded it
+        integers = ranks.sum_(stored[f"{name} integers"])
+        ranks.sum_(stored[name][: len(integers)])
     return stored
 
 
@@ -3635,6 +3741,7 @@ FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
 FORMER_DEFAULTS |= {"trellis_states": 0}
+FORMER_DEFAULTS |= {"sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0, "sdclip_refit": False}
 FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
 
 
@@ -4870,8 +4977,12 @@ def export(trainer, batches) -> dict:
 
 
 def calibrate(trainer, batches) -> dict[str, Tensor]:
-    """Hessians for GPTQ of CALIBRATION's text, with a line on both; none without GPTQ."""
+    """Hessians for GPTQ of CALIBRATION's text, with a line on both; none without GPTQ.
+
+    The model's grid_factors become those of this text, where a setting asks for them.
+    """
     s = trainer.settings
+    trainer.model.grid_factors = {}
     if s.quantizer in ("round", "ternary"):
         return {}
     started = synchronized_time()
@@ -4880,6 +4991,10 @@ def calibrate(trainer, batches) -> dict[str, Tensor]:
     times = {"text_seconds": synchronized_time() - started}
     rows = trainer.micro_sequences
     hessians = collect_hessians(trainer.model, sequences, trainer.ranks, rows, track)
+    if s.sdclip_by_matrix or s.sdclip_by_row:
+        rows = max(1, rows // 4)  # gradients of what is not compiled take more memory
+        energies = collect_energies(trainer.model, sequences, trainer.ranks, rows, track)
+        trainer.model.grid_factors = find_grid_factors(trainer.model, s, hessians, energies)
     times["hessian_seconds"] = synchronized_time() - started - times["text_seconds"]
     tokens = sequences.numel() * trainer.ranks.world_size
     source = {"train": "training text", "self": "text that the model wrote"}[s.calibration]

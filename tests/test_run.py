@@ -602,10 +602,11 @@ def test_recurrence_and_late_quantization_switch_on_during_the_run(shards):
     "changes",
     [
         {"mamba_version": 2, "document_reset": True, "sdclip_k": 0.0, "eval_mode": "plain"},
-        {"mamba_decay": "heavy_tail", "trellis_states": 8},
+        {"mamba_decay": "heavy_tail", "trellis_states": 8, "sdclip_refit": True}
+        | {"sdclip_by_matrix": 1.0, "sdclip_by_row": 0.5, "sdclip_k": 0.0},
         {"mamba_layers": "0", "mlp_layers": "0,2", "ttt_enabled": False, "unet_skips": False},
     ],
-    ids=["Mamba-2", "heavy tail, trellis", "a layer without MLP"],
+    ids=["Mamba-2", "heavy tail, trellis, shares", "a layer without MLP"],
 )
 def test_other_choices_run_from_shards_to_a_score(monkeypatch, capsys, shards, tmp_path, changes):
     settings = {"iterations": 2, "warmup_steps": 0, "val_loss_every": 1, **changes}
