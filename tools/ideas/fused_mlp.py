@@ -28,24 +28,29 @@ import train_gpt as t
 tl = t.tl if t.triton else None
 constexpr = t.constexpr
 exact_dot = t.exact_dot
+FAST = t.FAST
 SIGN_COLUMNS = constexpr(128)
 SIGN_BYTES = constexpr(16)
 
 
 class ProductTile(NamedTuple):
-    """How a product is cut. A program goes through tiles of (M, N) results, N = 2 SIGN_COLUMNS."""
+    """How a product is cut. A program goes through tiles of (M, N) results, N = 2 SIGN_COLUMNS.
+
+    Results go out through shared memory, OUT columns after another: it has not room for all.
+    """
 
     M: int
     N: int
     STEP: int  # of the sum
     stages: int  # steps that are being loaded
     warps: int
+    OUT: int
 
 
 # The fastest of five each on an H200, at 65,536 rows of 512 and 2,048 numbers.
 TILES = {
-    "mlp_forward": ProductTile(128, 256, 64, 4, 8),
-    "mlp_backward": ProductTile(128, 256, 64, 3, 8),
+    "mlp_forward": ProductTile(128, 256, 64, 4, 8, 128),
+    "mlp_backward": ProductTile(128, 256, 64, 3, 8, 64),
 }
 
 
@@ -54,39 +59,34 @@ TILES = {
 
 
 @t.jit
-def sign_places(signs, rows, column, HIDDEN: constexpr):
-    """Where the signs of a half tile's rows (M, 1) lie, (M, SIGN_BYTES)."""
-    c = column // 8 + tl.arange(0, SIGN_BYTES)[None, :]
+def tile_rows(row, M: constexpr):
+    """The rows (M, 1) of a tile."""
+    return row + tl.arange(0, M)[:, None]
+
+
+@t.jit
+def sign_places(signs, rows, column, HIDDEN: constexpr, N: constexpr):
+    """Where the signs of a tile's rows (M, 1) lie, (M, N / 8)."""
+    c = column // 8 + tl.arange(0, N // 8)[None, :]
     return signs + rows.to(tl.int64) * (HIDDEN // 8) + c
 
 
 @t.jit
-def store_active(v, factor, active, signs, row, column, length, HIDDEN: constexpr, M: constexpr):
-    """f(u) and the signs of half a tile, v (M, SIGN_COLUMNS)."""
-    rows = row + tl.arange(0, M)[:, None]
-    u = v * tl.load(factor + rows, rows < length, 0.0)
-    root = tl.maximum(u, 0.5 * u)
-    active.store([row, column], (root * root).to(active.dtype))
+def pack_signs(x):
+    """The signs of (M, SIGN_COLUMNS) float32 numbers, (M, SIGN_BYTES)."""
     bit = tl.arange(0, 8)[None, :, None]
-    negative = (u < 0).to(tl.int32).reshape(M, 8, SIGN_BYTES)
-    packed = tl.sum(negative << bit, axis=1).to(tl.uint8)
-    tl.store(sign_places(signs, rows, column, HIDDEN), packed, rows < length)
+    negative = (x.to(tl.uint32, bitcast=True) >> 31).reshape(x.shape[0], 8, SIGN_BYTES)
+    return tl.sum(negative << bit, axis=1).to(tl.uint8)
 
 
 @t.jit
-def store_slope(
-    d, factor, active, signs, d_v, row, column, length, HIDDEN: constexpr, M: constexpr
-):
-    """The gradient of v, from that of f(u), half a tile d (M, SIGN_COLUMNS)."""
-    rows = row + tl.arange(0, M)[:, None]
-    packed = tl.load(sign_places(signs, rows, column, HIDDEN), rows < length, 0)
-    bit = tl.arange(0, 8)[None, :, None]
-    negative = (packed.to(tl.int32)[:, None, :] >> bit) & 1
-    negative = negative.reshape(M, SIGN_COLUMNS)
-    root = tl.sqrt(active.load([row, column]).to(tl.float32))
-    slope = tl.where(negative != 0, -1.0, 2.0) * root
-    d *= tl.load(factor + rows, rows < length, 0.0) * slope
-    d_v.store([row, column], d.to(d_v.dtype))
+def unpack_signs(packed):
+    """Whether the numbers are below 0 (M, N) that pack_signs() made these bytes of, (M, N / 8)."""
+    M: constexpr = packed.shape[0]
+    N: constexpr = packed.shape[1] * 8
+    packed = packed.to(tl.int32).reshape(M, N // SIGN_COLUMNS, 1, SIGN_BYTES)
+    bits = (packed >> tl.arange(0, 8)[None, None, :, None]) & 1
+    return (bits != 0).reshape(M, N)
 
 
 @t.jit
@@ -96,12 +96,45 @@ def halves(x):
 
 
 @t.jit
+def store_active(v, factor, active, signs, row, column, length, HIDDEN: constexpr):
+    """f(u) and the signs of half a tile, v (M, SIGN_COLUMNS)."""
+    rows = tile_rows(row, v.shape[0])
+    scale = tl.load(factor + rows, rows < length, 0.0)
+    square = scale * scale
+    u_square = v * v * tl.where(v < 0, 0.25 * square, square)
+    store_half(active, row, column, u_square)
+    places = sign_places(signs, rows, column, HIDDEN, SIGN_COLUMNS)
+    tl.store(places, pack_signs(v), rows < length)
+
+
+@t.jit
+def store_half(tensor_map, row, column, x):
+    """Stores half a tile, in as many parts as its map says."""
+    x = x.to(tensor_map.dtype)
+    if x.shape[1] == tensor_map.block_shape[1]:
+        tensor_map.store([row, column], x)
+    else:
+        left, right = halves(x)
+        tensor_map.store([row, column], left)
+        tensor_map.store([row, column + x.shape[1] // 2], right)
+
+
+@t.jit
+def prefetch_tile(tensor, row, column, length, HIDDEN: constexpr, M: constexpr, N: constexpr):
+    """Has the L2 cache fetch a tile (M, N) of bfloat16, line by line of 64."""
+    rows = tl.minimum(tile_rows(row, M), length - 1).to(tl.int64)
+    place = tensor + rows * HIDDEN + column + 64 * tl.arange(0, N // 64)[None, :]
+    code: constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [place], tl.int32, False, 1)
+
+
+@t.jit
 def mlp_forward(
     x,  # tensor maps of tiles: (M, STEP)
     up,  # (N, STEP)
-    active,  # out, (M, SIGN_COLUMNS)
+    active,  # out, (M, OUT)
     signs,  # out; from here on tensors
-    factor,  # of each row, (T,)
+    factor,  # of each row, (T,), above 0
     length,
     WIDTH: constexpr,
     HIDDEN: constexpr,
@@ -120,18 +153,19 @@ def mlp_forward(
         for k in range(0, WIDTH, STEP):
             v = exact_dot(x.load([row, k]), tl.trans(up.load([column, k])), v)
         left, right = halves(v)
-        store_active(left, factor, active, signs, row, column, length, HIDDEN, M)
+        store_active(left, factor, active, signs, row, column, length, HIDDEN)
         column += SIGN_COLUMNS
-        store_active(right, factor, active, signs, row, column, length, HIDDEN, M)
+        store_active(right, factor, active, signs, row, column, length, HIDDEN)
 
 
 @t.jit
 def mlp_backward(
     d_y,  # tensor maps of tiles: (M, STEP)
     down,  # (STEP, N)
-    active,  # (M, SIGN_COLUMNS)
-    d_v,  # out, (M, SIGN_COLUMNS)
-    signs,  # from here on tensors
+    active,  # (M, N)
+    d_v,  # out, (M, OUT)
+    active_tensor,  # from here on tensors
+    signs,
     factor,
     length,
     WIDTH: constexpr,
@@ -150,10 +184,18 @@ def mlp_backward(
         d = tl.zeros((M, N), tl.float32)
         for k in range(0, WIDTH, STEP):
             d = exact_dot(d_y.load([row, k]), down.load([k, column]), d)
-        left, right = halves(d)
-        store_slope(left, factor, active, signs, d_v, row, column, length, HIDDEN, M)
-        column += SIGN_COLUMNS
-        store_slope(right, factor, active, signs, d_v, row, column, length, HIDDEN, M)
+        if FAST:
+            next_row = (tile + PROGRAMS) // columns * M
+            next_column = (tile + PROGRAMS) % columns * N
+            prefetch_tile(active_tensor, next_row, next_column, length, HIDDEN, M, N)
+            prefetch_tile(signs, next_row, next_column // 8, length, HIDDEN // 8, M, 64)
+        rows = tile_rows(row, M)
+        packed = tl.load(sign_places(signs, rows, column, HIDDEN, N), rows < length, 0)
+        scale = tl.load(factor + rows, rows < length, 0.0)
+        root = tl.sqrt(active.load([row, column]).to(tl.float32))
+        left, right = halves(d * root * tl.where(unpack_signs(packed), -scale, 2.0 * scale))
+        store_half(d_v, row, column, left)
+        store_half(d_v, row, column + SIGN_COLUMNS, right)
 
 
 def launch_product(kernel, tensors: dict[str, Tensor], blocks: dict[str, list[int]], width: int):
@@ -185,7 +227,7 @@ def mlp_parts(x: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tenso
     y, active, signs = empty_parts(x, factor, up, down)
     tile = TILES["mlp_forward"]
     blocks = {"x": [tile.M, tile.STEP], "up": [tile.N, tile.STEP]}
-    blocks["active"] = [tile.M, SIGN_COLUMNS.value]
+    blocks["active"] = [tile.M, tile.OUT]
     tensors = {"x": x, "up": up, "active": active, "signs": signs, "factor": factor}
     launch_product(mlp_forward, tensors, blocks, x.shape[1])
     torch.mm(active, down.mT, out=y)
@@ -207,9 +249,9 @@ def product_gradient(
     """The gradient (T, F) of the product x up^T, from that of y (T, width)."""
     d_v = torch.empty_like(active)
     tile = TILES["mlp_backward"]
-    half = [tile.M, SIGN_COLUMNS.value]
-    blocks = {"d_y": [tile.M, tile.STEP], "down": [tile.STEP, tile.N], "active": half, "d_v": half}
-    tensors = {"d_y": d_y, "down": down, "active": active, "d_v": d_v}
+    blocks = {"d_y": [tile.M, tile.STEP], "down": [tile.STEP, tile.N]}
+    blocks |= {"active": [tile.M, tile.N], "d_v": [tile.M, tile.OUT]}
+    tensors = {"d_y": d_y, "down": down, "active": active, "d_v": d_v, "active_tensor": active}
     tensors |= {"signs": signs, "factor": factor}
     launch_product(mlp_backward, tensors, blocks, d_y.shape[1])
     return d_v
