@@ -1872,17 +1872,35 @@ class Mamba(nn.Module):
 
 
 class MLP(nn.Module):
-    """LeakyReLU(0.5) squared between two matrices: down(f(up x))."""
+    """LeakyReLU(0.5) squared between two matrices, behind a norm: down(f(up norm(x)))."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, device: torch.device):
         super().__init__()
         hidden = int(settings.mlp_mult * settings.model_dim)
         self.up = Linear(settings.model_dim, hidden)
         self.down = Linear(hidden, settings.model_dim, zero=True)
+        self.can_fuse = can_fuse_mlp(settings.model_dim, hidden, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, width), normed, -> what the layer adds to the residual stream, same shape."""
+    def forward(self, x: Tensor, input_scale: float = 1.0) -> Tensor:
+        """x (B, T, width), the residual stream -> what the layer adds to it, same shape.
+
+        Without gradients by the formula, for GPTQ sees what the matrices get.
+        """
+        if self.can_fuse and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            return self.fused(x, input_scale)
+        return self.by_formula(x, input_scale)
+
+    def by_formula(self, x: Tensor, input_scale: float) -> Tensor:
+        """forward() by PyTorch's own functions."""
+        x = input_scale * norm(x)
         return self.down(F.leaky_relu(self.up(x), 0.5).square())
+
+    def fused(self, x: Tensor, input_scale: float) -> Tensor:
+        """forward() by section 11's kernels: the norm is a factor behind the first product."""
+        rows = x.flatten(0, 1)
+        factor = input_scale * (widened(rows).square().mean(-1) + 1e-6).rsqrt()
+        y, *_ = fused_mlp(rows, factor, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
+        return y.view(x.shape)
 
 
 class Block(nn.Module):
@@ -1904,12 +1922,13 @@ class Block(nn.Module):
     bits (grid_limits()); .D, .dt_bias float32 (float_type()). Add it to VARIANTS of two tests.
     """
 
-    def __init__(self, settings, layer: int, scan_backend: str):
+    def __init__(self, settings, layer: int, scan_backend: str, device: torch.device):
         super().__init__()
         exclusive = layer >= settings.num_layers - settings.xsa_last_n
         has_mamba = layer in parse_layers(settings, "mamba_layers")
         self.mixer = Mamba(settings, scan_backend) if has_mamba else Attention(settings, exclusive)
-        self.mlp = MLP(settings) if layer in parse_layers(settings, "mlp_layers") else None
+        has_mlp = layer in parse_layers(settings, "mlp_layers")
+        self.mlp = MLP(settings, device) if has_mlp else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # x alone, as yet
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0  # deeper adds less
 
@@ -1920,7 +1939,7 @@ class Block(nn.Module):
         y, state = self.mixer(self.input_scale * norm(x), context, state)
         x = x + y
         if self.mlp is not None:
-            x = x + self.mlp(self.input_scale * norm(x))
+            x = x + self.mlp(x, self.input_scale)
         return x, state
 
 
@@ -1960,7 +1979,8 @@ class Model(nn.Module):
         if not s.tie_embeddings:
             self.output_embedding = nn.Embedding(s.vocab_size, s.model_dim)
             nn.init.normal_(self.output_embedding.weight, std=s.tied_embed_init_std)
-        self.blocks = nn.ModuleList(Block(s, layer, scan_backend) for layer in range(s.num_layers))
+        layers = range(s.num_layers)
+        self.blocks = nn.ModuleList(Block(s, layer, scan_backend, device) for layer in layers)
         if s.unet_skips and len(self.full_order) > 1:
             self.skip_weights = nn.Parameter(initial("one", len(self.full_order) // 2))
         pairs = int(s.model_dim // s.num_heads * s.rope_fraction) // 2
@@ -5382,10 +5402,11 @@ def explain_collective(error: RuntimeError) -> str:
 # ==================================================================================================
 # 11. Fused kernels
 #
-# Section 4's scan and section 5's cross-entropy in Triton, for bfloat16 on NVIDIA GPUs. Nothing
-# is new to the model: mamba_scan() and Model.nats() compute the same without, and tests compare.
+# Section 4's scan and section 5's MLP and cross-entropy in Triton, for bfloat16 on NVIDIA GPUs.
+# Nothing is new to the model: mamba_scan(), MLP.by_formula() and Model.nats() compute the same
+# without, and tests compare.
 #
-# In order, on chunks of CHUNK tokens:
+# The scan, in order, on chunks of CHUNK tokens:
 #
 #   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
 #   (fused_scan)       a product sums the turns made in chunks to those made before each
@@ -6077,14 +6098,14 @@ GIVEN = ("projected", "step_bias", "skip", "biases", "norms", "ssm_in", "turn_in
 SAVED = ("y", "ssm_out", "scalars", "features", "half_turn", "rotated", "rotation", "states")
 
 
-def launch(kernel, grid: tuple[int, ...], named: dict, *, warps: int = 4, registers=None):
+def launch(kernel, grid: tuple, named: dict, *, warps: int = 4, registers=None, stages: int = 3):
     """Runs a kernel, a program for each place of the grid, on what it takes of `named`, by name.
 
-    warps a program, registers a thread at most: what bench/tune.py found fastest on an H200.
+    warps a program, registers a thread at most, stages of a loop's loads: the fastest on an H200.
     """
     arguments = {name: named[name] for name in kernel.arg_names}
     try:
-        kernel[grid](**arguments, num_warps=warps, maxnreg=registers)
+        kernel[grid](**arguments, num_warps=warps, maxnreg=registers, num_stages=stages)
     except (triton.CompilationError, triton.OutOfResources) as error:
         reason = str(error).strip().splitlines()[-1]
         remedy = "a scan runs with SCAN_BACKEND=chunked"
@@ -6319,6 +6340,213 @@ def triton_scan(projected, p, sizes, document_start, state, chunk):
 def evens_first(x: Tensor) -> Tensor:
     """The last dimension's even entries, then its odd ones: the kernels' order of the state."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+# ---- MLP -----------------------------------------------------------------------------------------
+# With a row's norm as a factor s > 0 behind the first product, the activation f and its slope:
+#
+#   v = W x;   u = s v;   f(u) = max(u, u / 2)^2;   f'(u) = 2 sqrt(f) for u >= 0, else -sqrt(f)
+#
+# Separate kernels would read v and write f, and backward read f's gradient and v and write v's. The
+# products do both while a tile of their results is in registers: forward writes f, which the next
+# matrix's gradient asks for anyway, and v's signs, a bit each; backward reads these. The factor's
+# gradient is sum(d_x x) / s, with d_x = W^T d_v: no row of v is kept.
+#
+#   active *  (T, HIDDEN)      f(u)
+#   signs     (T, HIDDEN / 8)  uint8: of 128 columns 16 bytes, bit j of byte c that of 16 j + c
+#
+SIGN_COLUMNS = constexpr(128)
+SIGN_BYTES = constexpr(16)
+
+
+# S in the kernels: programs go through tiles of M rows and N = 2 SIGN_COLUMNS columns of a result,
+# whose sums have WIDTH terms, STEP at a time.
+ProductSizes = collections.namedtuple("ProductSizes", "PROGRAMS WIDTH HIDDEN M N STEP")
+
+
+@jit
+def product_tile(number, S: constexpr):
+    """The first row and column of a tile; those of the same rows come one after another."""
+    columns = S.HIDDEN // S.N
+    return number // columns * S.M, number % columns * S.N
+
+
+@jit
+def sign_places(signs, rows, column, N: constexpr, S: constexpr):
+    """Where the signs of N columns of rows (M, 1) lie, (M, N / 8)."""
+    return signs + rows.to(tl.int64) * (S.HIDDEN // 8) + column // 8 + column_indices(N // 8)
+
+
+@jit
+def pack_signs(x):
+    """The signs of (M, SIGN_COLUMNS) float32 numbers, (M, SIGN_BYTES)."""
+    bit = tl.arange(0, 8)[None, :, None]
+    negative = (x.to(tl.uint32, bitcast=True) >> 31).reshape(x.shape[0], 8, SIGN_BYTES)
+    return tl.sum(negative << bit, axis=1).to(tl.uint8)
+
+
+@jit
+def unpack_signs(packed):
+    """Whether the numbers are below 0 (M, N) that pack_signs() made these bytes of, (M, N / 8)."""
+    M: constexpr = packed.shape[0]
+    N: constexpr = packed.shape[1] * 8
+    packed = packed.to(tl.int32).reshape(M, N // SIGN_COLUMNS, 1, SIGN_BYTES)
+    bits = (packed >> tl.arange(0, 8)[None, None, :, None]) & 1
+    return (bits != 0).reshape(M, N)
+
+
+@jit
+def halves(x):
+    """The left and the right half of a tile's columns."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@jit
+def store_active(v, row, column, active, signs, factor, length, S: constexpr):
+    """f(u) and the signs of half a tile, v (M, SIGN_COLUMNS)."""
+    rows = row + tl.arange(0, S.M)[:, None]
+    square = tl.load(factor + rows, rows < length, 0.0)
+    square *= square
+    square = v * v * tl.where(v < 0, 0.25 * square, square)
+    active.store([row, column], square.to(active.dtype))
+    tl.store(sign_places(signs, rows, column, SIGN_COLUMNS, S), pack_signs(v), rows < length)
+
+
+@jit
+def prefetch_tile(tensor, row, column, length, SHARE: constexpr, S: constexpr):
+    """Has the L2 cache fetch a tile of active (SHARE 1) or signs (8), by lines of 64 numbers."""
+    rows = tl.minimum(row + tl.arange(0, S.M)[:, None], length - 1).to(tl.int64)
+    lines = 64 * column_indices((S.N // SHARE + 63) // 64)
+    place = tensor + rows * (S.HIDDEN // SHARE) + column // SHARE + lines
+    code: constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [place], tl.int32, False, 1)
+
+
+# x, up, active_map, d_y, down and d_v are tensor descriptors of tiles, all else tensors.
+@jit
+def mlp_forward(x, up, active_map, signs, factor, length, S: constexpr):
+    """f(factor · x up^T), and the signs of the product; factor (T,) is above 0."""
+    tiles = tl.cdiv(length, S.M) * (S.HIDDEN // S.N)
+    for number in tl.range(tl.program_id(0), tiles, S.PROGRAMS, flatten=True):
+        row, column = product_tile(number, S)
+        v = tl.full([S.M, S.N], 0.0, tl.float32)
+        for k in range(0, S.WIDTH, S.STEP):
+            v = exact_dot(x.load([row, k]), tl.trans(up.load([column, k])), v)
+        left, right = halves(v)
+        store_active(left, row, column, active_map, signs, factor, length, S)
+        column += SIGN_COLUMNS
+        store_active(right, row, column, active_map, signs, factor, length, S)
+
+
+@jit
+def mlp_backward(d_y, down, active_map, d_v, active, signs, factor, length, S: constexpr):
+    """The gradient of v, from d_y down, which is that of f(u)."""
+    tiles = tl.cdiv(length, S.M) * (S.HIDDEN // S.N)
+    for number in tl.range(tl.program_id(0), tiles, S.PROGRAMS, flatten=True):
+        row, column = product_tile(number, S)
+        d = tl.full([S.M, S.N], 0.0, tl.float32)
+        for k in range(0, S.WIDTH, S.STEP):
+            d = exact_dot(d_y.load([row, k]), down.load([k, column]), d)
+        if FAST:
+            ahead, beside = product_tile(number + S.PROGRAMS, S)
+            prefetch_tile(active, ahead, beside, length, 1, S)
+            prefetch_tile(signs, ahead, beside, length, 8, S)
+        rows = row + tl.arange(0, S.M)[:, None]
+        packed = tl.load(sign_places(signs, rows, column, 2 * SIGN_COLUMNS, S), rows < length, 0)
+        scale = tl.load(factor + rows, rows < length, 0.0)
+        root = tl.sqrt(active_map.load([row, column]).to(tl.float32))
+        d *= root * tl.where(unpack_signs(packed), -scale, 2.0 * scale)
+        for half in tl.static_range(2):  # and in halves of these: a stage's room is worth more
+            left, right = halves(halves(d.to(d_v.dtype))[half])
+            d_v.store([row, column + half * S.N // 2], left)
+            d_v.store([row, column + half * S.N // 2 + S.N // 4], right)
+
+
+# Of each kernel M, N, STEP, stages: what fits into an H200's shared memory, for one program of 8
+# warps on each multiprocessor.
+MLP_TILES = {"mlp_forward": (128, 256, 64, 4), "mlp_backward": (128, 256, 64, 3)}
+
+
+def can_fuse_mlp(width: int, hidden: int, device: torch.device) -> bool:
+    """Whether the MLP's kernels run: on an H100 or H200, in whole tiles of the hidden numbers."""
+    if triton is None or device.type != "cuda" or kernel_limits(device)[0] != 90:
+        return False
+    return hidden % (2 * int(SIGN_COLUMNS)) == 0 and width % 8 == 0
+
+
+def launch_product(kernel, named: dict, width: int, blocks: dict[str, tuple[str, str]]):
+    """Runs one of the MLP's kernels; blocks: of tensor descriptors by name, sizes of the tiles."""
+    length, hidden = named["active"].shape
+    *tile, stages = MLP_TILES[kernel.__name__]
+    programs = triton.cdiv(length, tile[0]) * (hidden // tile[1])
+    if named["active"].is_cuda:
+        gpu = torch.cuda.get_device_properties(named["active"].device)
+        programs = min(programs, gpu.multi_processor_count)
+    sizes = ProductSizes(programs, width, hidden, *tile)
+    sides = sizes._asdict() | {"HALF": sizes.N // 2, "QUARTER": sizes.N // 4}
+    for name, block in blocks.items():
+        descriptor = TensorDescriptor.from_tensor(named[name], [sides[side] for side in block])
+        named = named | {name: descriptor}
+    launch(kernel, (programs,), named | {"length": length, "S": sizes}, warps=8, stages=stages)
+
+
+@torch.library.custom_op("golf::fused_mlp", mutates_args=())
+def fused_mlp(x: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tensor]:
+    """y = down f(factor · up x) of rows x (T, width); and active and signs, for backward.
+
+    factor (T,) float32, above 0; up (HIDDEN, width) and down (width, HIDDEN) have x's dtype.
+    """
+    y, active, signs = fused_mlp_fake(x, factor, up, down)
+    named = {"x": x, "up": up, "factor": factor, "signs": signs}
+    blocks = {"x": ("M", "STEP"), "up": ("N", "STEP"), "active_map": ("M", "HALF")}
+    launch_product(
+        mlp_forward, named | {"active": active, "active_map": active}, x.shape[1], blocks
+    )
+    torch.mm(active, down.mT, out=y)
+    return [y, active, signs]
+
+
+@fused_mlp.register_fake
+def fused_mlp_fake(x, factor, up, down) -> list[Tensor]:
+    """fused_mlp()'s outputs, without their values."""
+    length, hidden = len(x), len(up)
+    signs = x.new_empty(length, hidden // 8, dtype=torch.uint8)
+    return [x.new_empty(length, len(down)), x.new_empty(length, hidden), signs]
+
+
+@torch.library.custom_op("golf::fused_mlp_backward", mutates_args=())
+def fused_mlp_backward(
+    d_y: Tensor, factor: Tensor, down: Tensor, active: Tensor, signs: Tensor
+) -> Tensor:
+    """The gradient (T, HIDDEN) of the product with up, from that of y (T, width)."""
+    d_v = torch.empty_like(active)
+    named = {"d_y": d_y, "down": down, "d_v": d_v, "factor": factor, "signs": signs}
+    blocks = {"d_y": ("M", "STEP"), "down": ("STEP", "N")}
+    blocks |= {"active_map": ("M", "N"), "d_v": ("M", "QUARTER")}
+    named |= {"active": active, "active_map": active}
+    launch_product(mlp_backward, named, d_y.shape[1], blocks)
+    return d_v
+
+
+@fused_mlp_backward.register_fake
+def _fused_mlp_backward_fake(d_y, factor, down, active, signs) -> Tensor:
+    return torch.empty_like(active)
+
+
+def fused_mlp_autograd(ctx, gradients):
+    """The gradients of fused_mlp()'s arguments, from that of y, the first of its results."""
+    x, factor, up, down, active, signs = ctx.saved_tensors
+    d_y = gradients[0].contiguous()
+    d_v = fused_mlp_backward(d_y, factor, down, active, signs)
+    d_x = d_v @ up
+    d_factor = (widened(d_x) * x).sum(-1) / factor
+    return d_x, d_factor, d_v.mT @ x, d_y.mT @ active
+
+
+fused_mlp.register_autograd(
+    fused_mlp_autograd,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output[1:]),
+)
 
 
 # ---- Cross-entropy -------------------------------------------------------------------------------

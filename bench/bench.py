@@ -396,9 +396,9 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
 
 
 def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
-    """The MLP's two matrices with LeakyReLU² between them."""
+    """The MLP: a norm, and two matrices with LeakyReLU² between them."""
     s = settings
-    mlp = t.MLP(s).to(ranks.device)
+    mlp = t.MLP(s, ranks.device).to(ranks.device)
     matrices = tuple(mlp.parameters())
     for matrix in matrices:  # one of them is zero at first, and zeros are fast
         torch.nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)

@@ -5,11 +5,11 @@
     python -m tests.compile_kernels table [80 86 ...]
 
 90 is a compute capability, here the H100's and H200's. Without shapes, each kernel that a run of
-the default's sizes launches, or an idea of tools/ideas would, becomes a line of JSON: its name; the
-layer's state size; whether it knows of document starts; the bytes of shared memory that a program
-needs; the registers of a thread, and its bytes of local memory (the compiler puts there what finds
-no register); and the SHA-256 of its machine code. The sum leaves names, addresses in the file and
-line numbers out: two versions of the script whose sums are equal run the same instructions.
+the default's sizes launches becomes a line of JSON: its name; the layer's state size; whether it
+knows of document starts; the bytes of shared memory that a program needs; the registers of a
+thread, and its bytes of local memory (the compiler puts there what finds no register); and the
+SHA-256 of its machine code. The sum leaves names, addresses in the file and line numbers out: two
+versions of the script whose sums are equal run the same instructions.
 
 16,128,64,64 are a layer's heads, a head's channels, the state size and the chunk: a line of JSON
 says whether the scan of this shape compiles, and what it needs. "scans" does so for its two largest
@@ -46,7 +46,6 @@ if not __package__:  # started by its path
 
 import train_gpt as t  # noqa: E402
 from bench import tune  # noqa: E402
-from tools.ideas import fused_mlp  # noqa: E402
 
 TOKENS = 256  # a chunk and its neighbours: more would compile to the same
 # Bytes of shared memory that a program may use, by compute capability, from the table of technical
@@ -138,7 +137,7 @@ class Compiler:
     def __init__(self, capability: int):
         self.capability = capability
         own = tune.KERNELS + ("cross_entropy_rows", "trellis_paths")
-        self.kernels = own + tuple(fused_mlp.TILES)  # that are compiled
+        self.kernels = own + tuple(t.MLP_TILES)  # that are compiled
         self.built: dict[str, triton.compiler.CompiledKernel] = {}
         absent_gpu = SimpleNamespace(  # what compiling asks a driver for
             get_current_target=lambda: GPUTarget("cuda", self.capability, 32),
@@ -229,7 +228,7 @@ def print_table(capabilities: list[str]) -> None:
 
 def compile_all(compiler: Compiler) -> None:
     """Prints a line for each kernel that a forward and a backward launch, in bfloat16, with what
-    train_gpt.py launches it; and for those of an idea."""
+    train_gpt.py launches it."""
     for state in (64, 128):
         for documents in (False, True):
             projected, parameters, sizes = tune.random_layer(state, torch.device("cpu"), 1, TOKENS)
@@ -249,8 +248,8 @@ def compile_all(compiler: Compiler) -> None:
         compiler.report(states, False)
     up, down = (torch.randn(shape).bfloat16() for shape in ((2048, 512), (512, 2048)))
     factor = torch.ones(TOKENS)
-    _, active, signs = fused_mlp.mlp_parts(hidden, factor, up, down)
-    fused_mlp.product_gradient(hidden, factor, down, active, signs)
+    _, active, signs = t.fused_mlp(hidden, factor, up, down)
+    t.fused_mlp_backward(hidden, factor, down, active, signs)
     compiler.report(0, False)
 
 

@@ -525,6 +525,41 @@ def check_optimizer() -> None:
         )
 
 
+def mlp_results(function, case: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """y and the gradients of x, factor, up and down in this type, of factors float32 or more."""
+    leaves = [x.to(dtype).requires_grad_() for x in case]
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves[1] = case[1].to(wide).requires_grad_()
+    y = function(*leaves[:4])
+    return [y, *torch.autograd.grad(y, leaves[:4], leaves[4])]
+
+
+def check_mlp() -> None:
+    """The MLP's kernels against its formula, of the same bfloat16 numbers in float64; of whole
+    tiles and of a rest.
+    """
+
+    def formula(x, factor, up, down):
+        hidden = torch.nn.functional.leaky_relu((factor.unsqueeze(1) * x) @ up.mT, 0.5)
+        return hidden.square() @ down.mT
+
+    if not t.can_fuse_mlp(512, 2048, DEVICE):
+        print("skip the MLP's kernels are for compute capability 9.0")
+        return
+    for rows in (16_384, 1_000):
+        sizes = (rows, 512), (rows,), (2048, 512), (512, 2048), (rows, 512)
+        case = [torch.randn(size, device=DEVICE).bfloat16() for size in sizes]
+        case[1] = case[1].abs() + 0.1
+        fused = functools.partial(mlp_results, case=case, dtype=torch.bfloat16)
+        found, again = (fused(lambda *x: t.fused_mlp(*x)[0]) for _ in range(2))
+        expected = mlp_results(formula, case, torch.float64)
+        names = "y", "d x", "d factor", "d up", "d down"
+        off = {n: relative(x, y) for n, x, y in zip(names, found, expected, strict=True)}
+        check_errors(f"fused MLP, {rows:,} rows", off, BF16_TOLERANCE)
+        different = sum(not torch.equal(x, y) for x, y in zip(found, again, strict=True))
+        check(f"fused MLP, {rows:,} rows: results whose bits differ in a second run", different, 0)
+
+
 def model_settings(**overrides) -> t.Settings:
     """Of a small model with every kind of block."""
     environment = {
@@ -918,6 +953,7 @@ def parts() -> dict[str, Part]:
         "documents-mamba3": Part(check_document_steps, 60, "graphed steps, documents apart"),
         "documents-mamba2": Part(call(check_document_steps, **short), 60, "the same of Mamba-2"),
         "optimizer": Part(check_optimizer, 20, "Newton-Schulz steps against float64"),
+        "mlp": Part(check_mlp, 30, "the MLP's kernels against its formula"),
         "model-default": Part(check_model, 50, "a compiled model against float32 on the CPU"),
         "model-documents": Part(call(check_model, document_reset=1), 50, "documents apart"),
         "model-mamba2": Part(call(check_model, **second), 60, "the same of Mamba-2"),

@@ -15,7 +15,6 @@ import pytest
 import train_gpt as t
 from bench import tune
 from tests.support import PATIENCE
-from tools.ideas import fused_mlp
 
 ROOT = Path(__file__).resolve().parent.parent
 # Bytes of shared memory a program may use, on compute capability 9.0, where two are to share a
@@ -49,7 +48,7 @@ def kernels(tmp_path_factory) -> dict[tuple[str, int, bool], dict]:
 def test_every_kernel_compiles_with_both_state_sizes_and_fits(kernels):
     scans = itertools.product(tune.KERNELS, (64, 128), (False, True))
     losses = itertools.product(["cross_entropy_rows"], (0, 1), (False, True))
-    products = [(name, 0, False) for name in fused_mlp.TILES]
+    products = [(name, 0, False) for name in t.MLP_TILES]
     trellises = [("trellis_paths", states, False) for states in t.TRELLISES]
     assert set(kernels) == {*scans, *losses, *products, *trellises}
     assert max(line["shared"] for line in kernels.values()) <= SHARED_OF_ONE
@@ -63,7 +62,7 @@ def test_kernels_without_document_starts_are_the_same_machine_code(kernels):
             assert same == (name not in ("tokens_forward", "tokens_backward"))
     codes = {line["code"] for line in kernels.values()}
     scans = len(tune.KERNELS) * 2 + 2 * 2
-    assert len(codes) == scans + 4 + len(t.TRELLISES) + len(fused_mlp.TILES)
+    assert len(codes) == scans + 4 + len(t.TRELLISES) + len(t.MLP_TILES)
 
 
 @pytest.mark.parametrize("name", ["scan_forward", "scan_backward"])
@@ -104,7 +103,7 @@ def test_a_trellis_costs_are_in_registers(kernels, states):
     assert kernels["trellis_paths", states, False]["local"] == 0
 
 
-@pytest.mark.parametrize("name", fused_mlp.TILES)
+@pytest.mark.parametrize("name", t.MLP_TILES)
 def test_the_fused_mlps_products_keep_their_results_in_registers(kernels, name):
     """A tile of 128 x 256 float32 results takes 128 registers of each of its 256 threads."""
     assert kernels[name, 0, False]["local"] == 0

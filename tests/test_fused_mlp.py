@@ -1,26 +1,34 @@
-"""The idea of an MLP with norm and activation in its products, interpreted, beside its formula."""
+"""The MLP with norm and activation in its products, interpreted, beside its formula."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_gpt as t
 from tests.support import CPU, interpreted, random_model, tiny
-from tools.ideas import fused_mlp as idea
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of few rows and short sums, so that small tensors have several."""
-    for name, tile in idea.TILES.items():
-        monkeypatch.setitem(idea.TILES, name, tile._replace(M=16, STEP=16))
+    for name, (_, columns, _, stages) in t.MLP_TILES.items():
+        monkeypatch.setitem(t.MLP_TILES, name, (16, columns, 16, stages))
 
 
 def random_case(rows: int, width: int, hidden: int) -> list[torch.Tensor]:
-    """Arguments of both, and a gradient of what they return, float64."""
+    """fused_mlp()'s arguments, and a gradient of what it returns, float64."""
     torch.manual_seed(rows)
     shapes = (rows, width), (rows,), (hidden, width), (width, hidden), (rows, width)
     x, factor, up, down, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     return [x, factor.abs() + 0.1, up, down, grad]
+
+
+def formula(x, factor, up, down):
+    return F.leaky_relu((factor.unsqueeze(1) * x) @ up.mT, 0.5).square() @ down.mT
+
+
+def fused(*arguments):
+    return t.fused_mlp(*arguments)[0]
 
 
 def outcomes(function, case: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -38,9 +46,8 @@ def outcomes(function, case: list[torch.Tensor], dtype: torch.dtype) -> list[tor
 )
 def test_result_and_gradients(rows, width, hidden, compiled):
     case = random_case(rows, width, hidden)
-    fused = idea.fused_mlp
     function = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
-    wanted = outcomes(idea.mlp_by_formula, case, torch.float64)
+    wanted = outcomes(formula, case, torch.float64)
     for x, y in zip(wanted, outcomes(function, case, torch.float32), strict=True):
         assert (x - y.double()).norm() < 1e-5 * x.norm()
 
@@ -49,7 +56,7 @@ def test_result_and_gradients(rows, width, hidden, compiled):
 def test_one_bit_a_number_is_kept_of_the_product():
     """Which is all that backward needs beside the activation: 0 has a slope of 0 on either side."""
     x, factor, up, down, _ = (y.float() for y in random_case(20, 16, 256))
-    _, active, signs = idea.mlp_parts(x, factor, up, down)
+    _, active, signs = t.fused_mlp(x, factor, up, down)
     product = x @ up.mT
     bits = signs.view(20, 2, 1, 16) >> torch.arange(8, dtype=torch.uint8).view(1, 1, 8, 1)
     assert torch.equal((bits & 1).bool().reshape(20, 256), product < 0)
@@ -57,39 +64,54 @@ def test_one_bit_a_number_is_kept_of_the_product():
     assert torch.allclose(active.sqrt(), root, rtol=1e-5, atol=1e-6)
 
 
-def test_a_width_that_has_no_whole_tiles_is_one_line():
+@pytest.mark.parametrize(
+    ("capability", "hidden", "fuses"),
+    [(90, 2048, True), (90, 2000, False), (80, 2048, False), (100, 2048, False)],
+)
+def test_only_whole_tiles_on_an_h100_or_h200_are_fused(monkeypatch, capability, hidden, fuses):
     if t.triton is None:
         pytest.skip("needs triton")
-    with pytest.raises(t.UserError, match="an MLP of 96 is no multiple of 256 wide"):
-        idea.mlp_parts(*(y.float() for y in random_case(16, 16, 96)[:4]))
+    monkeypatch.setattr(t, "kernel_limits", lambda device: (capability, 232_448))
+    assert t.can_fuse_mlp(512, hidden, torch.device("cuda")) == fuses
+    assert not t.can_fuse_mlp(512, hidden, CPU)
+
+
+def test_the_formula_is_taken_without_gradients_and_outside_bfloat16(monkeypatch):
+    """For GPTQ's Hessians are of what the matrices are given."""
+    monkeypatch.setattr(t, "can_fuse_mlp", lambda *sizes: True)
+    mlp = t.MLP(tiny(), CPU)
+    taken = []
+    for name in ("by_formula", "fused"):
+        monkeypatch.setattr(mlp, name, lambda *rest, name=name: taken.append(name))
+    x = torch.zeros(1, 2, tiny().model_dim)
+    mlp(x)
+    with torch.no_grad():
+        mlp(x.bfloat16())
+    mlp(x.bfloat16())
+    assert taken == ["by_formula", "by_formula", "fused"]
 
 
 @interpreted
-def test_a_model_with_the_idea_computes_the_same(monkeypatch):
-    """Loss and every gradient of its training, deeper layers' smaller inputs included; and the
-    parameters' names, by which an artifact keeps them."""
+def test_a_model_with_the_kernels_computes_the_same(monkeypatch):
+    """Loss and every gradient of its training, deeper layers' smaller inputs included."""
     settings = tiny(mlp_mult=8, ln_scale=True, scan_backend="chunked")
-    plain = random_model(settings)
-    monkeypatch.setattr(t, "Block", t.Block)
-    idea.install(t)
-    fused = t.Model(settings, CPU, "chunked")
-    fused.load_state_dict(plain.state_dict())
-    launched = []
-    launch = idea.launch_product
-    monkeypatch.setattr(
-        idea,
-        "launch_product",
-        lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest)),
-    )
+    model = random_model(settings)
     tokens, targets = torch.randint(0, settings.vocab_size, (2, 2, settings.train_seq_len))
-    found = []
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")  # as a run wants it
-    for model, forward in ((plain, plain), (fused, compiled)):
+    launched = []
+    launch = t.launch_product
+    monkeypatch.setattr(
+        t, "launch_product", lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest))
+    )
+
+    def found(forward) -> list[torch.Tensor]:
         hidden = forward(tokens, model.order(False))
         loss = model.nats(hidden, targets).mean()
-        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert len(launched) == 2 * settings.num_layers
-    for x, y in zip(*found, strict=True):
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    plain = found(model)
+    assert not launched
+    monkeypatch.setattr(t.MLP, "forward", t.MLP.fused)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # as a run wants it
+    for x, y in zip(plain, found(compiled), strict=True):
         assert (x - y).norm() <= 1e-4 * x.norm() + 1e-9
-    with torch.no_grad():
-        assert torch.equal(fused(tokens, model.order(False)), plain(tokens, model.order(False)))
+    assert len(launched) == 2 * settings.num_layers
