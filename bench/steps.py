@@ -1,6 +1,6 @@
 """Times the training step without and with ideas, in turn on one GPU, and compares gradients.
 
-    python -m bench.steps --idea tools/ideas/fused_mlp.py [--idea FILE ...] [--out FILE.json]
+    python -m bench.steps --idea tools/ideas/my_idea.py [--idea FILE ...] [--out FILE.json]
 
 An idea is a file for --idea of tools.explore: its install(script) changes train_gpt.py's module, so
 each variant is a process of its own. All compile at once; then each waits for its turn at the GPU.
