@@ -5409,11 +5409,12 @@ def explain_collective(error: RuntimeError) -> str:
 # The scan, in order, on chunks of CHUNK tokens:
 #
 #   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
-#   (fused_scan)       a product sums the turns made in chunks to those made before each
+#   sum_turns          a program per 16 angles: the turns made in chunks, to those before each
 #   rotate_features    a program per chunk and head: keys and queries, biased and rotated
 #   scan_forward       a program per head goes through the chunks, its state in registers
 #   scan_backward      a program per head comes back through the chunks
 #   features_backward  undoes rotate_features and the norms, summed over heads
+#   sum_turns          likewise their gradient, from the last chunk on
 #   tokens_backward    undoes the rest of tokens_forward
 #
 # They read in_proj's rows where they lie (gate, value, key, query, step, decay, trapezoid, angles),
@@ -5443,7 +5444,7 @@ def explain_collective(error: RuntimeError) -> str:
 #   d_diagonal    (B, H, padded)        what a token's output passes to its own value and key
 #   d_end         (B, H, chunks, N)     the state's gradient times the state, after each chunk
 #   d_turn *      (2, B, H, padded, R)  of the running angle, by key and by query
-#   d_turns       (B · parts, 2, H, R)  its sums over a part of the rows; then of all later turns
+#   d_turns       (B · parts, 2, H, R)  its sums over a part of the rows; later: of later chunks
 #   d_features    (B · parts, 2, H + 1, N)  of the biases and, last, of the norm, by part
 #   d_heads       (B · chunks, H)       of the step bias, by chunk
 
@@ -5665,6 +5666,49 @@ def tokens_forward(
     tl.store(half_turn + (b * padded + t) * S.R + r, half, r < S.R)
     place = turns + ((b * tl.num_programs(0) + chunk) * S.H + tl.trans(h)) * S.R + r
     tl.store(place, exact_dot(tl.trans(step), half), tl.trans(heads) & (r < S.R))  # (heads, R)
+
+
+# ---- Turns before a chunk ------------------------------------------------------------------------
+# With turns[b, c] of a chunk c in all, and start[b] before the first or, back, after the last:
+#
+#   around[b, c] = start[b] + sum over c' < c of turns[b, c'],    end[b] = start[b] + all of them
+#
+# and back with c' > c. One kernel: torch's functions took nine launches, and its cumsum has no
+# deterministic form. Sums are float64, for a long text makes many turns.
+@jit
+def sum_turns(
+    turns,  # (B, chunks, PARTS, COUNT): a chunk's are added up first
+    start,  # (B, COUNT)
+    around,  # out, (B, chunks, COUNT)
+    end,  # out, (B, COUNT), forward without whole turns
+    chunks,
+    COUNT: constexpr,
+    PARTS: constexpr,  # a power of two
+    BACK: constexpr,
+    AT_ONCE: constexpr,  # chunks in registers
+    BLOCK: constexpr,
+):
+    """A program for BLOCK of the COUNT angles and a sequence."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(1).to(tl.int64)
+    first = tl.load(start + b * COUNT + n, n < COUNT, 0.0)
+    total = tl.zeros([BLOCK], tl.float64)
+    part = tl.arange(0, PARTS)[None, :, None]
+    for block in range(0, chunks, AT_ONCE):
+        c = block + tl.arange(0, AT_ONCE)
+        if BACK:
+            c = chunks - 1 - c
+        place = b * chunks + c[:, None]
+        mask = (c >= 0)[:, None] & (c < chunks)[:, None] & (n < COUNT)[None, :]
+        rows = (place[:, :, None] * PARTS + part) * COUNT + n[None, None, :]
+        made = tl.sum(tl.load(turns + rows, mask[:, None, :], 0.0), axis=1).to(tl.float64)
+        passed = tl.cumsum(made, axis=0) - made + total[None, :]
+        tl.store(around + place * COUNT + n[None, :], first[None, :] + passed.to(tl.float32), mask)
+        total += tl.sum(made, axis=0)
+    last = first + total.to(tl.float32)
+    if not BACK:
+        last -= tl.floor(last)
+    tl.store(end + b * COUNT + n, last, n < COUNT)
 
 
 # ---- Rotation ------------------------------------------------------------------------------------
@@ -6148,22 +6192,31 @@ def scan_tiles(named: dict) -> dict:
     return named | tiles | {"WARPS": 4 if by_descriptor else 8}
 
 
+def launch_sum_turns(turns: Tensor, start: Tensor, back: bool, at_once: int = 32) -> list[Tensor]:
+    """sum_turns()'s around (B, chunks, H, R) and end (B, H, R): turns in parts, start as end."""
+    batch, chunks, parts, *_ = turns.shape
+    count = start[0].numel()
+    around = turns.new_empty(batch, chunks, *start.shape[1:])
+    end = torch.empty_like(start)
+    named = {"turns": turns, "start": start, "around": around, "end": end, "chunks": chunks}
+    named |= {"COUNT": count, "PARTS": parts, "BACK": back, "AT_ONCE": at_once, "BLOCK": 16}
+    launch(sum_turns, (triton.cdiv(count, 16), batch), named)
+    return [around, end]
+
+
 @torch.library.custom_op("golf::fused_scan", mutates_args=())
 def fused_scan(tensors: list[Tensor], starts: Tensor | None, sizes: list[int]) -> list[Tensor]:
     """The scan of GIVEN with ScanSizes: squares, the running angle turn_out, then SAVED."""
-    squares, turn_out, *saved = fused_scan_fake(tensors, starts, sizes)
+    squares, _, *saved = fused_scan_fake(tensors, starts, sizes)
     named = scan_arguments([*tensors, *saved], starts, sizes)
     batch, heads, chunks, _, _ = named["states"].shape
-    turns = turn_out.new_empty(batch, chunks, *turn_out.shape[1:])
+    turn_in = named["turn_in"]
+    turns = turn_in.new_empty(batch, chunks, *turn_in.shape[1:])
     launch(tokens_forward, (chunks, batch), named | {"turns": turns}, registers=128)
-    # As a product, since cumsum has no deterministic form.
-    earlier = turns.new_ones(chunks, chunks, dtype=torch.float64).tril(-1)
-    passed = (earlier @ turns.flatten(2).double()).view(turns.shape)
-    before = passed.float() + named["turn_in"].unsqueeze(1)
+    before, turn_out = launch_sum_turns(turns.unsqueeze(2), turn_in, back=False)
     launch(rotate_features, (chunks, heads, batch), named | {"turns": before})
     scan = scan_tiles(named) | {"squares": squares}
     launch(scan_forward, (batch * heads,), scan, warps=scan["WARPS"])
-    turn_out.copy_((before[:, -1] + turns[:, -1]) % 1.0)
     return [squares, turn_out, *saved]
 
 
@@ -6226,12 +6279,11 @@ def fused_scan_backward(
     d_features = found["d_features"]
     sums = d_features.new_ones(len(d_features)) @ d_features.flatten(1)  # faster than sum()
     sums = sums.view(2, heads + 1, state)
-    d_turns = found["d_turns"].view(batch, chunks, -1, heads * angles).sum(2)
-    after = d_turns.new_ones(chunks, chunks, dtype=torch.float64).triu(1)
-    later = (after @ d_turns.double()).float() + d_turn_out.flatten(1).unsqueeze(1)
+    d_turns = found["d_turns"].view(batch, chunks, -1, heads, angles)
+    later, d_turn_in = launch_sum_turns(d_turns, d_turn_out, back=True)
     launch(tokens_backward, (chunks, batch), named | {"d_turns": later}, registers=128)
-    d_turn_in = d_turns.sum(1).view_as(d_turn_out) + d_turn_out
-    by_head = [found["d_heads"].sum(0), found["d_diagonal"].sum((0, 2))]  # step bias and skip
+    # Of the step bias and of skip, along rows first: together the two sums take ten times longer.
+    by_head = [found["d_heads"].sum(0), found["d_diagonal"].sum(2).sum(0)]
     features = [sums[:, :heads].clone(), sums[:, heads].clone()]  # biases and norms
     return [found["d_projected"], *by_head, *features, found["d_ssm_in"], d_turn_in]
 

@@ -809,7 +809,7 @@ def time_steps(
 KERNEL_KINDS = {
     "communication": r"nccl",
     "attention": r"sdpa|fmha|flash|flex_attention|attention",
-    "mamba": r"(?<!device)scan|^(tokens|features)_(forward|backward)$|^rotate_features$",
+    "mamba": r"(?<!device)scan|^(tokens|features)_(forward|backward)$|^rotate_features$|sum_turns",
     "cross-entropy": r"cross_entropy|softmax|nll_loss|softcap|logsumexp",
     "matmul": r"gemm|nvjet|cutlass|cublas|xmma|splitk|triton_tem_\w*mm",
     "optimizer": r"multi_tensor_apply|foreach|adam|muon|lerp",

@@ -22,6 +22,7 @@ from tools.command import tolerate_consoles
 
 KERNELS = (
     "tokens_forward",
+    "sum_turns",
     "rotate_features",
     "scan_forward",
     "scan_backward",

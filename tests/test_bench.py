@@ -219,6 +219,7 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
         ("triton_tem_fused__to_copy_mm_3", "matmul"),
         ("scan_backward", "mamba"),
         ("rotate_features", "mamba"),
+        ("sum_turns", "mamba"),
         ("tokens_forward", "mamba"),
         (
             "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64",

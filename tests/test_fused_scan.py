@@ -134,6 +134,20 @@ def test_outputs_do_not_depend_on_later_tokens_by_a_single_bit():
 
 
 @interpreted
+@pytest.mark.parametrize("chunks", [1, 4, 7])
+@pytest.mark.parametrize("back", [False, True])
+def test_turns_before_and_after_chunks_are_those_of_cumsum(chunks, back):
+    """Of more chunks than are summed at once, in parts, and of angles that fill no block."""
+    turns, start = torch.randn(2, chunks, 4, 3, 7), torch.randn(2, 3, 7)
+    around, end = t.launch_sum_turns(turns, start, back, at_once=4)
+    made = turns.double().sum(2)
+    along = made.flip(1).cumsum(1).flip(1) if back else made.cumsum(1)
+    whole = start + made.sum(1)
+    torch.testing.assert_close(around, (start.unsqueeze(1) + along - made).float())
+    torch.testing.assert_close(end, (whole if back else whole % 1.0).float())
+
+
+@interpreted
 def test_two_runs_give_the_same_bits():
     case = random_case(2, 17, 1, 16, 16, starts=(3,), carried=True)
     first, second = (results(fused_scan, case, torch.float32) for _ in range(2))
