@@ -2621,6 +2621,12 @@ def parameter_groups(model, settings) -> tuple[dict, list[dict]]:
     return matrices, list(others.values())
 
 
+def take_in(average: list[Tensor], weights: list[Tensor], rate: Tensor):
+    """a <- (1 - rate) a + rate w, in place, of float32 tensors; compiled, they are read once."""
+    torch._foreach_mul_(average, 1 - rate)
+    torch._foreach_add_(average, torch._foreach_mul(weights, rate))
+
+
 class WeightAverage:
     """The average of the weights that a run leaves, as AVERAGE says.
 
@@ -2628,13 +2634,14 @@ class WeightAverage:
     swa: the mean of the weights, or of their ema, at Schedule's snapshots (arXiv 1803.05407).
     """
 
-    def __init__(self, model, settings):
+    def __init__(self, model, settings, ranks):
         kinds = settings.average.split("+")
         self.settings = settings
         self.parameters = list(model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters] if "ema" in kinds else []
         self.swa = [torch.zeros_like(p) for p in self.parameters] if "swa" in kinds else []
         self.snapshots = self.parameters[0].new_zeros(())  # in swa
+        self.take_in = maybe_compile(take_in, settings, ranks)
 
     def tensors(self) -> list[Tensor]:
         """What update() changes, float32."""
@@ -2646,15 +2653,11 @@ class WeightAverage:
         if self.ema:
             horizon = max(1.0, self.settings.average_horizon * steps_done)
             rate = max(1 - self.settings.ema_decay, 1 / horizon)
-            self._move(self.ema, self.parameters, (1 - skip) * rate)
+            self.take_in(self.ema, self.parameters, (1 - skip) * rate)
         if self.swa and snapshot:
             rate = (1 - skip) / (self.snapshots + 1)
-            self._move(self.swa, self.ema or self.parameters, rate)
+            self.take_in(self.swa, self.ema or self.parameters, rate)
             self.snapshots += 1 - skip
-
-    def _move(self, average: list[Tensor], weights: list[Tensor], rate: Tensor):
-        torch._foreach_mul_(average, 1 - rate)
-        torch._foreach_add_(average, torch._foreach_mul(weights, rate))
 
     @torch.no_grad()
     def apply(self) -> str:
@@ -4601,7 +4604,7 @@ class Trainer:
         if self.settings.spelling_features:
             share_by_spelling(self.model)
         self.optimizers = Optimizers(self.model, self.settings, self.ranks)
-        self.average = self.make_average(self.model, self.settings)
+        self.average = self.make_average(self.model, self.settings, self.ranks)
         self.loss_function = training_loss(self.model, self.settings, self.ranks)
         self.graphed_steps = GraphedSteps(self.step, self.ranks)
         self.in_flight = None  # the last step launched: see keep_one_ahead()
@@ -4704,7 +4707,9 @@ class Trainer:
         return total
 
     def warm_up(self):
-        """Compiles both layer orders off the clock, in steps of rate 0 on random tokens."""
+        """Compiles both layer orders and the average's function off the clock, in steps of rate 0
+        on random tokens.
+        """
         s = self.settings
         optimizers = Optimizers(self.model, s, self.ranks)  # these are thrown away
         shape = self.micro_sequences, s.train_seq_len + 1
@@ -4718,6 +4723,8 @@ class Trainer:
             for _ in self.log.track(f"warm-up of {len(order)} layers", range(steps)):
                 self.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
+        skip = torch.ones((), device=device)  # so that the average stays as it is
+        self.average.update(1, skip, True)
         with torch.no_grad():  # as GPTQ's calibration will: FlexAttention compiles itself
             self.model(tokens[:, :-1], self.model.full_order)
         if s.trellis_states:  # its kernel, likewise

@@ -602,7 +602,7 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     s = settings
     model = t.build_model(s, ranks)
     optimizers = t.Optimizers(model, s, ranks)
-    average = t.WeightAverage(model, s)
+    average = t.WeightAverage(model, s, ranks)
     gradients = [torch.randn_like(p) for p in model.parameters()]
 
     # With rate 0 the weights stay as they are, and the work is the same. As tensors, since a graph

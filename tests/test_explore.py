@@ -97,7 +97,7 @@ def test_a_variant_that_is_stopped_ends_in_one_line_and_those_before_are_kept(
     def stop(averages, *arguments):
         update(averages, *arguments)
         stop.steps = getattr(stop, "steps", 0) + 1
-        if stop.steps == 8:
+        if stop.steps == 10:  # two of them warm-ups
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(t.WeightAverage, "update", stop)
@@ -115,7 +115,7 @@ def test_each_average_looks_back_over_its_part_of_the_run():
     skipped count in none.
     """
     model = torch.nn.Linear(1, 1, bias=False)
-    averages = explore.Averages(model, tiny(), [0.1, 0.4], every=5)
+    averages = explore.Averages(model, tiny(), SOLO, [0.1, 0.4], every=5)
     expected = {0.1: float(model.weight.detach()), 0.4: float(model.weight.detach())}
     for step in range(1, 201):
         torch.nn.init.constant_(model.weight, step)
@@ -184,8 +184,8 @@ def test_mistakes_end_in_one_line(explore_here, arguments, said):
 def test_an_average_of_a_part_looks_back_as_a_runs_own_does():
     model = torch.nn.Linear(3, 3)
     settings = tiny(average_horizon=0.3, ema_decay=0.99999)
-    own = t.WeightAverage(model, settings)
-    ours = explore.Averages(model, tiny(), [0.3], every=1)
+    own = t.WeightAverage(model, settings, SOLO)
+    ours = explore.Averages(model, tiny(), SOLO, [0.3], every=1)
     for step in range(1, 100):
         torch.nn.init.normal_(model.weight)
         for average in (own, ours):

@@ -213,7 +213,7 @@ def train(environment: dict[str, str]) -> float:
     with torch.enable_grad():
         model = t.build_model(settings, SOLO)
     optimizers = t.Optimizers(model, settings, SOLO)
-    average = t.WeightAverage(model, settings)
+    average = t.WeightAverage(model, settings, SOLO)
     for step in range(settings.iterations):
         now = t.schedule_at(settings, step, 0.0)
         tokens = random_tokens(4, 33, seed=step)

@@ -162,7 +162,10 @@ def test_gradients_that_are_not_finite_change_nothing(poison, beta2):
     """
     settings = tiny(muon_beta2=beta2)
     model = random_model(settings)
-    optimizers, average = t.Optimizers(model, settings, SOLO), t.WeightAverage(model, settings)
+    optimizers, average = (
+        t.Optimizers(model, settings, SOLO),
+        t.WeightAverage(model, settings, SOLO),
+    )
     counts, tensors = [], []
     for number, value in enumerate([None, poison, poison, None, poison], 1):
         fill_gradients(model, value)
@@ -286,7 +289,7 @@ def averaged(steps: int, skipped: tuple[int, ...] = (), every: int = 0, **change
     Snapshots are due every few steps, and of no effect where AVERAGE names no swa.
     """
     model = Line()
-    average = t.WeightAverage(model, tiny(**changes))
+    average = t.WeightAverage(model, tiny(**changes), SOLO)
     for step in range(1, steps + 1):
         model.weight.data.fill_(step)
         skip = torch.tensor(float(step in skipped))
@@ -342,7 +345,7 @@ def test_what_stays_where_nothing_was_averaged(average, left):
 )
 def test_an_average_takes_the_memory_that_it_needs(average, copies):
     model = random_model(tiny())
-    tensors = t.WeightAverage(model, tiny(average=average)).tensors()
+    tensors = t.WeightAverage(model, tiny(average=average), SOLO).tensors()
     weights = sum(p.numel() for p in model.parameters())
     assert sum(x.numel() for x in tensors) == copies * weights + ("swa" in average)
 

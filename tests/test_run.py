@@ -538,7 +538,7 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
     settings = tiny(**SIX_STEPS, data_path=str(shards), matrix_lr=0.05)
     model, batches = t.build_model(settings, SOLO), t.Batches(settings, SOLO)
     optimizers = t.Optimizers(model, settings, SOLO)
-    average = t.WeightAverage(model, settings)
+    average = t.WeightAverage(model, settings, SOLO)
     for step in range(6):
         now = t.schedule_at(settings, step, 0.0)
         tokens, targets = batches.next()

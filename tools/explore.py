@@ -57,7 +57,7 @@ class Averages:
     They are taken in every few steps, which costs less, and behind the last one.
     """
 
-    def __init__(self, model, settings: t.Settings, parts: list[float], every: int):
+    def __init__(self, model, settings: t.Settings, ranks: t.Ranks, parts: list[float], every: int):
         self.every = every
         self.steps_done = 0
         self.skip = None  # 1 if all steps since the latest intake were skipped
@@ -66,7 +66,7 @@ class Averages:
             one = dataclasses.replace(
                 settings, average="ema", average_horizon=part, ema_decay=1 - 1e-9
             )
-            self.each[part] = t.WeightAverage(model, one)
+            self.each[part] = t.WeightAverage(model, one, ranks)
 
     def update(self, steps_done: int, skip: torch.Tensor, snapshot: bool = False) -> None:
         """Takes in the weights after every few steps; not if skip was 1 for all of these."""
