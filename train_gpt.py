@@ -3404,9 +3404,13 @@ def collect_energies(model, sequences: Tensor, ranks, rows: int, track=iter) -> 
     def hook(name: str, layer: Linear, positional: tuple, output: Tensor):
         outputs.append((name, output))
 
-    with ExitStack() as hooks, torch.enable_grad():
+    with ExitStack() as undo, torch.enable_grad():
+        for module in model.modules():
+            if isinstance(module, MLP):  # as one operator its matrices would have no outputs
+                undo.callback(setattr, module, "can_fuse", module.can_fuse)
+                module.can_fuse = False
         for name, layer in model.linear_layers().items():
-            hooks.callback(layer.register_forward_hook(partial(hook, name)).remove)
+            undo.callback(layer.register_forward_hook(partial(hook, name)).remove)
         for batch in track(sequences.split(rows)):
             hidden = model(batch, model.full_order)[:, :-1]
             nats = model.nats(hidden, batch[:, 1:], batch[:, :-1]).sum()
@@ -4727,6 +4731,9 @@ class Trainer:
         self.average.update(1, skip, True)
         with torch.no_grad():  # as GPTQ's calibration will: FlexAttention compiles itself
             self.model(tokens[:, :-1], self.model.full_order)
+        if s.sdclip_by_matrix or s.sdclip_by_row:  # its gradients, likewise
+            part = tokens[: max(1, self.micro_sequences // 4), :-1]
+            collect_energies(self.model, part, self.ranks, len(part))
         if s.trellis_states:  # its kernel, likewise
             round_by_trellis(*torch.ones(3, 1, 1, device=device), s.trellis_states)
         synchronized_time()

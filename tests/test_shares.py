@@ -91,6 +91,17 @@ def test_energies_leave_gradients_hooks_and_weights_as_they_were():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_an_mlp_that_is_one_operator_is_taken_apart_for_its_energies(monkeypatch):
+    model, tokens = random_model(tiny(precision="bfloat16")), random_tokens(2, 32)
+    monkeypatch.setattr(t.MLP, "fused", lambda *_: pytest.fail("its matrices have no outputs"))
+    layers = [module for module in model.modules() if isinstance(module, t.MLP)]
+    for layer in layers:
+        layer.can_fuse = True
+    energies = t.collect_energies(model, tokens, SOLO, rows=2)
+    assert energies.keys() == model.linear_layers().keys()
+    assert all(layer.can_fuse for layer in layers)
+
+
 def test_ranks_have_the_energies_of_all_their_text():
     model, tokens = random_model(tiny()), random_tokens(4, 32)
     alone = t.collect_energies(model, tokens, SOLO, rows=4)
