@@ -100,7 +100,7 @@ def draw_model(axes, x: float):
         path(axes, (edge, first), (outer, first), (outer, last), (edge, last), color=FAINT)
     box(axes, x, heights[8] - distance, 1.9, 0.34, "norm", size=8.5)
     arrow(axes, (x, heights[8] - distance - 0.17), (x, heights[8] - distance - 0.36))
-    box(axes, x, heights[8] - distance - 0.56, 1.9, 0.4, "30 tanh(E x / 30)\nlogits", size=8)
+    box(axes, x, heights[8] - distance - 0.56, 1.9, 0.4, "15 tanh(E x / 15)\nlogits", size=8)
 
 
 def draw_block(axes, x: float):
