@@ -58,11 +58,16 @@ def test_frozen_scores_do_not_depend_on_pieces_within_a_window():
         assert np.abs(unmoved - whole).max() < 1e-5
 
 
-@pytest.mark.parametrize(("phases", "text"), [("", "all"), ("0.3", "all"), ("each", "new")])
-def test_a_score_depends_on_earlier_tokens_of_its_document_and_on_earlier_batches(phases, text):
+@pytest.mark.parametrize(
+    ("phases", "text", "lesson"),
+    [("", "all", "window"), ("0.3", "all", "piece"), ("each", "new", "piece")],
+)
+def test_a_score_depends_on_earlier_tokens_of_its_document_and_on_earlier_batches(
+    phases, text, lesson
+):
     settings = tiny(document_reset=bool(phases))
     layers = "mlp,head,attention,in_proj,out_proj"
-    choice = {"layers": layers, "phases": phases, "phase_text": text}
+    choice = {"layers": layers, "phases": phases, "phase_text": text, "lesson": lesson}
     lengths = [70, 25, 61, 33, 80, 44, 9, 45, 52]
     tokens = stream_of(lengths)
     scores = adapted_nats(random_model(settings), tokens, **choice)
@@ -162,6 +167,7 @@ def test_pieces_and_their_windows():
         ("a: slots=0", "above 0"),
         ("a: phases=5", "phases are parts"),
         ("a: phase_text=some", "all or new"),
+        ("a: lesson=none", "piece or window"),
     ],
 )
 def test_a_mistaken_variant_is_one_line(text, problem):

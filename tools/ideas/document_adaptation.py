@@ -55,7 +55,10 @@ BETAS = 0.0, 0.99  # AdamW of branches: no mean of gradients, which pieces do no
 EPSILON = 1e-10
 PHASE_MOMENTUM = 0.9  # SGD in global phases
 PHASE_CLIP = 1.0  # most of a step's gradient there
-WIDTH_STEP = 64  # windows are padded behind to a multiple: a chunk of the scan
+# Windows are padded behind to a multiple of the one, a chunk of the scan, and ended documents stay
+# up to a multiple of the other: kernels meet few shapes, each of which is prepared once.
+WIDTH_STEP = 64
+ROW_STEP = 16
 LENGTHS = (256, 512, 1024, 2048, 2**31)  # documents below each are a row of the report
 # Matrices that may have a branch, by the word in Choice.layers; "mlp" is a whole MLP's branch.
 BRANCHED = {
@@ -78,6 +81,7 @@ class Choice:
     rate: float = 1e-4
     decay: float = 0.5  # of AdamW, decoupled
     piece: int = 64  # tokens that are scored, then learnt from
+    lesson: str = "piece"  # what is learnt from; window: all that the piece's window holds
     slots: int = 64  # documents at once
     phases: str = ""  # parts of the documents after which a phase stands; each: after every batch
     phase_text: str = "all"  # that is scored so far; new: since the phase before
@@ -104,6 +108,7 @@ def read_choice(text: str) -> Choice:
     need(not unknown, f'"{name}": layers are of {",".join(BRANCHED)}')
     least = min(choice.piece, choice.slots, choice.phase_tokens, choice.phase_epochs)
     need(least > 0 <= choice.rank, f'"{name}": counts are above 0, a rank is 0 or more')
+    need(choice.lesson in ("piece", "window"), f'"{name}": lesson is piece or window')
     need(choice.phase_text in ("all", "new"), f'"{name}": phase_text is all or new')
     phase_parts(choice)
     return choice
@@ -133,6 +138,15 @@ class Documents(NamedTuple):
     def part(self, first: int, last: int) -> "Documents":
         """Documents first to last, last left out."""
         return Documents(self.begins[first:last], self.lengths[first:last])
+
+    def longer_than(self, offset: int) -> int:
+        """How many documents have a target at this offset: the first ones."""
+        return int((self.lengths > offset).sum())
+
+    def filled(self, count: int) -> "Documents":
+        """With empty documents behind them, so that there are count."""
+        none = np.zeros(count - len(self.begins), dtype=np.int64)
+        return Documents(*(np.concatenate([numbers, none]) for numbers in self))
 
 
 def find_documents(tokens: np.ndarray, most: int = 0) -> Documents:
@@ -295,14 +309,22 @@ class Scorer:
         rows = torch.from_numpy(rows).to(self.device)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def score_piece(self, documents: Documents, context: int, begin: int, end: int) -> Tensor:
-        """Nats (n, end - begin) of a piece's targets; those that exist are written down."""
+    def score_piece(
+        self, documents: Documents, context: int, begin: int, end: int, heard: int = 0
+    ) -> Tensor:
+        """Scores the targets of a piece, as far as they exist, and writes that down.
+
+        Returns nats (n, L) of the last L targets, of the piece and of `heard` more before it.
+        """
+        count = math.ceil(documents.longer_than(begin) / ROW_STEP) * ROW_STEP
+        documents = documents.part(0, count)
         tokens, targets = self.read(documents, context, end)
         hidden = self.model(tokens, self.order)
-        piece = slice(begin - context, end - context)
-        nats = self.read_out(hidden[:, piece], targets[:, piece], tokens[:, piece])
-        offsets = np.arange(begin, end)
-        cells = np.flatnonzero(offsets < documents.lengths[:, None])
+        last = slice(begin - context - heard, end - context)
+        nats = self.read_out(hidden[:, last], targets[:, last], tokens[:, last])
+        offsets = np.arange(begin - heard, end)
+        scored = (offsets >= begin) & (offsets < documents.lengths[:, None])
+        cells = np.flatnonzero(scored)
         places = (documents.begins[:, None] + offsets).flatten()[cells]
         np.add.at(self.times_scored, places, 1)
         self.nats[places] = nats.detach().flatten()[cells]
@@ -326,17 +348,16 @@ class Scorer:
     def score_frozen(self, documents: Documents, piece: int) -> None:
         """Scores a batch by the windows of pieces, and learns nothing."""
         for context, begin, end in plan_pieces(documents.lengths[0], piece, self.window, True):
-            going = documents.part(0, int((documents.lengths > begin).sum()))
-            self.score_piece(going, context, begin, end)
+            self.score_piece(documents, context, begin, end)
 
-    def score_adapting(self, documents: Documents, piece: int) -> None:
+    def score_adapting(self, documents: Documents, choice: Choice) -> None:
         """Scores a batch; after each piece, the branches of documents that go on learn from it."""
         self.branches.begin_batch()
-        for context, begin, end in plan_pieces(documents.lengths[0], piece, self.window):
-            going = documents.part(0, int((documents.lengths > begin).sum()))
-            longer = int((documents.lengths > end).sum())
+        for context, begin, end in plan_pieces(documents.lengths[0], choice.piece, self.window):
+            longer = documents.longer_than(end)
+            heard = begin - context if choice.lesson == "window" else 0
             with torch.set_grad_enabled(longer > 0):
-                nats = self.score_piece(going, context, begin, end)
+                nats = self.score_piece(documents, context, begin, end, heard)
             if longer:
                 self.branches.step(nats[:longer].mean(dim=1).sum())
 
@@ -396,10 +417,10 @@ def score_variant(
     steps = learnt = 0
     for first in range(0, count, choice.slots):
         done = min(first + choice.slots, count)
-        batch = documents.part(first, done)
+        batch = documents.part(first, done).filled(choice.slots)
         with documents_alone(model), branches.attached() if branches else contextlib.nullcontext():
             if branches:
-                scorer.score_adapting(batch, choice.piece)
+                scorer.score_adapting(batch, choice)
             else:
                 scorer.score_frozen(batch, choice.piece)
         passed = [part for part in due if part <= done]
