@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import train_gpt as t
-from tests.support import SOLO, random_model, tiny, validation_set
+from tests.support import SOLO, random_model, tiny, tiny_environment, validation_set
 from tools.ideas import document_adaptation as idea
 
 # Steps that are large enough to be seen after a few pieces.
@@ -173,3 +174,43 @@ def test_pieces_and_their_windows():
 def test_a_mistaken_variant_is_one_line(text, problem):
     with pytest.raises(idea.UserError, match=problem):
         idea.read_choice(text)
+
+
+@pytest.fixture
+def start(monkeypatch, capsys, tmp_path, shards):
+    """Starts the command on the artifact of a random model; its lines of JSON."""
+    where = {"data_path": str(shards), "tokenizer_path": str(shards / "tokenizer.model")}
+    model = random_model(tiny(num_layers=2, mamba_layers="0", **where))
+    stored = t.quantize_model(model, model.settings, SOLO, {}, 6.0)
+    artifact = tmp_path / "a.lzma"
+    artifact.write_bytes(t.pack_artifact(model.settings, stored))
+    shared = dict.fromkeys(t.MODEL_FIELDS)
+    for name, value in tiny_environment(**shared | where, log_dir=str(tmp_path)).items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments) -> list[dict]:
+        name = "document_adaptation"
+        monkeypatch.setattr(sys, "argv", [name, "--artifact", str(artifact), *arguments])
+        assert idea.command() == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_the_command_scores_a_finished_artifact(start, shards, tmp_path):
+    [shard] = t.open_shards(str(shards), "val")
+    np.save(tmp_path / "a.npy", np.ones(shard.count - 1, dtype=np.float32))
+    variants = [
+        part for text in ("a: rank=2 piece=8", "b: rank=0 piece=8") for part in ("--variant", text)
+    ]
+    lines = start(*variants, "--documents", "3", "--nats", str(tmp_path / "a.npy"))
+    assert [line["variant"] for line in lines] == ["a", "b"]
+    assert lines[0]["frozen_bpb"] == lines[1]["bpb"] and lines[1]["gain"] == 0
+    assert lines[0]["documents"] == 3 and lines[0]["choice"]["rank"] == 2
+    nats = lines[0]["frozen_bpb"] / lines[0]["nats_bpb"]  # of a target, as these are 1 each
+    assert 5 < nats < 10
+    with pytest.raises(idea.UserError, match="piece is 1 to 32 tokens"):
+        start("--variant", "a: piece=64")
+    with pytest.raises(idea.UserError, match="no score for each target"):
+        np.save(tmp_path / "a.npy", np.ones(3))
+        start("--nats", str(tmp_path / "a.npy"))

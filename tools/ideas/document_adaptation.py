@@ -511,6 +511,8 @@ class Trial:
 
     def run(self, choice: Choice) -> dict:
         """A variant's line of the report; the model has its first weights again afterwards."""
+        window = self.model.settings.train_seq_len
+        need(choice.piece <= window, f'"{choice.name}": a piece is 1 to {window} tokens, a window')
         torch.manual_seed(self.model.settings.seed)
         if self.model.embedding.weight.is_cuda:
             torch.cuda.reset_peak_memory_stats()
