@@ -262,16 +262,15 @@ class Settings:
 
     target_mb: float = env(16.0, "decimal, artifact and code", "MB", ABOVE_0, 16, group="export")
     quantizer: str = env("gptq", "ternary trains on it", "gptq|round|percentile|dsq|ternary")
-    trellis_states: int = env(0, "of the trellis that GPTQ rounds by; 0: none", "0|4|8|16|32")
+    trellis_states: int = env(32, "of the trellis that GPTQ rounds by; 0: none", "0|4|8|16|32")
     late_qat_threshold: float = env(0.0, "QAT below this LR factor; 0: never", "factor", 0, 1)
     sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
     sdclip_k_int8: float = env(16.0, "k of 8-bit rows", "std", ABOVE_0)
-    sdclip_most: float = env(16.0, "the largest k that is tried for the size", "std", 4)
+    sdclip_most: float = env(20.0, "the largest k that is tried for the size", "std", 4)
     sdclip_mlp: float = env(1.0, "times k: int6 rows of MLPs", "factor", ABOVE_0)
     sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", ABOVE_0)
-    sdclip_by_matrix: float = env(0.0, "row steps: share by errors' costs", "part", 0, 1)
-    sdclip_by_row: float = env(0.0, "the same, among a matrix's rows", "part", 0, 1)
-    sdclip_refit: bool = env(False, "row steps fitted again, to GPTQ's integers")
+    sdclip_by_matrix: float = env(1.0, "row steps: share by errors' costs", "part", 0, 1)
+    sdclip_by_row: float = env(0.5, "the same, among a matrix's rows", "part", 0, 1)
     gptq_block_size: int = env(128, "columns whose errors spread at once", "", 1)
     gptq_damp: float = env(0.01, "of the Hessian's mean diagonal, added", "part", ABOVE_0)
     calibration: str = env("train", "text for GPTQ; self: the model's own", "train|self")
@@ -337,6 +336,7 @@ PLAIN = {
     "mlp_mult": 3.0, "rope_fraction": 1.0, "qk_gain_init": 1.5, "logit_softcap": 30.0,
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
     "warmdown_fraction": 0.6, "matrix_lr": 0.02, "mamba_matrix_lr": 0.015, "muon_beta2": 0.0,
+    "trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0, "sdclip_most": 16.0,
 }  # fmt: skip
 
 HYBRID11 = PLAIN | {
@@ -360,7 +360,7 @@ PRESETS = {
     "default": {},
     "short": {
         "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
-        "export_reserve_seconds": 4.0, "eval_max_seconds": 180.0},
+        "export_reserve_seconds": 5.5, "eval_max_seconds": 180.0},
     "peer7": PLAIN | {
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
         "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0},
@@ -554,14 +554,9 @@ def validate_settings(s, world_size: int):
             check(s, name, getattr(s, name).bit_count() == 1, "must be a power of two")
     known = s.mamba_decay == "softplus" or s.mamba_version == 3
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
-    plain = not s.late_qat_threshold and s.quantizer != "ternary"
-    problem = "does not go with LATE_QAT_THRESHOLD or QUANTIZER=ternary: use 0"
-    check(s, "spelling_features", plain or not s.spelling_features, problem)
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
-    plain = s.eval_only or s.quantizer == "gptq" and not s.late_qat_threshold
-    problem = "needs QUANTIZER=gptq and LATE_QAT_THRESHOLD=0: use 0"
-    for name in ("trellis_states", "sdclip_by_matrix", "sdclip_by_row", "sdclip_refit"):
-        check(s, name, plain or not getattr(s, name), problem)
+    if not s.eval_only:
+        check_quantizer(s)
     # Batches, clocks and strides
     length = s.train_seq_len
     if not s.eval_only:
@@ -580,6 +575,17 @@ def validate_settings(s, world_size: int):
         check_multiple(s, "ttt_chunk_tokens", share, "ranks × sequence")
         new = length - overlap if s.eval_mode == "stateful" else 1
         check_multiple(s, "ttt_chunk_tokens", new, f"TRAIN_SEQ_LEN - EVAL_OVERLAP of {overlap}")
+
+
+def check_quantizer(s):
+    """Raises UserError for settings that do not go with how weights are quantized."""
+    on_grids = s.late_qat_threshold or s.quantizer == "ternary"  # gradients are those on grids
+    excluded = ["spelling_features"] if on_grids else []
+    if s.late_qat_threshold or s.quantizer != "gptq":
+        excluded += ["trellis_states", "sdclip_by_matrix", "sdclip_by_row"]
+    zeros = " ".join(f"{name.upper()}=0" for name in excluded if getattr(s, name))
+    blamed = "late_qat_threshold" if s.late_qat_threshold else "quantizer"
+    check(s, blamed, not zeros, f"needs {zeros}")
 
 
 def ttt_sequence_length(settings, world_size: int) -> int:
@@ -3096,8 +3102,7 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
 #             collect_hessians() says which errors count, by the layer's inputs
 #
 # With TRELLIS_STATES some weights stand at Q + 1/2 instead: trellis_points(). With SDCLIP_BY_MATRIX
-# and SDCLIP_BY_ROW steps differ by what errors cost, find_grid_factors(), and limits are 127; with
-# SDCLIP_REFIT steps follow integers, refitted_steps().
+# and SDCLIP_BY_ROW steps differ by what errors cost, find_grid_factors(), and limits are 127.
 #
 # QUANTIZER=gptq is all of that, round takes the nearest integers; percentile, dsq and ternary have
 # grid steps of their own (section 12). Step sizes dt are another thing, section 4's.
@@ -3526,24 +3531,6 @@ def gptq(
     return weight.take_along_dim(order.argsort(), -1)
 
 
-def refitted_steps(
-    weight: Tensor, hessian: Tensor, steps: Tensor, points: Tensor, damp: float
-) -> Tensor:
-    """The row steps with which GPTQ's points Q come nearest to W: with w, q a row of each,
-
-        (w - s q) H (w - s q)^T    is least at    s = w H q^T / q H q^T.
-
-    Shapes are gptq()'s, that of steps (..., rows, 1), as the result's; H has GPTQ's damping. A row
-    of zeros, or one that would turn round, keeps its step.
-    """
-    damping = damp * hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    onto = points @ hessian + damping * points
-    along = (onto * weight).sum(-1, keepdim=True)
-    square = (onto * points).sum(-1, keepdim=True)
-    usable = (along > 0) & (square > 0)
-    return exact_steps(torch.where(usable, along / square, steps))
-
-
 @torch.no_grad()
 def quantize_model(model, settings, ranks, hessians: dict, k: float, track=iter) -> dict:
     """What the artifact stores of the model, in its order; the same on all ranks.
@@ -3558,24 +3545,20 @@ def quantize_model(model, settings, ranks, hessians: dict, k: float, track=iter)
     matrices = grid_limits(model)
     problems = collections.defaultdict(dict)  # gptq()'s arguments by shape and name
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
-        stored[name] = torch.cat([torch.zeros_like(rows).squeeze(1), columns]).half()
+        stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
         hessian = hessians.get(name)
         if hessian is None:  # as if inputs were independent: nothing to make up for
             hessian = torch.eye(weight.shape[1], device=weight.device)
-        problems[weight.shape][name] = weight, hessian, rows * columns, limits, rows
+        problems[weight.shape][name] = weight, hessian, rows * columns, limits
     for group in track([*problems.values()][ranks.rank :: ranks.world_size]):
-        *problem, steps = (torch.stack(tensors) for tensors in zip(*group.values(), strict=True))
+        stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
         options = settings.gptq_block_size, settings.gptq_damp, settings.trellis_states
-        points = gptq(*problem, *options)
-        if settings.sdclip_refit:
-            steps = refitted_steps(*problem[:2], steps, points, settings.gptq_damp)
-        for name, own_points, own_steps in zip(group, points, steps, strict=True):
-            stored[f"{name} integers"].copy_(own_points.floor())  # of a trellis's, the integers
-            stored[name][: len(own_steps)] = own_steps.squeeze(1)
-    for name in matrices:  # zeros but on the rank that rounded it
-        integers = ranks.sum_(stored[f"{name} integers"])
-        ranks.sum_(stored[name][: len(integers)])
+        rounded = gptq(*stacked, *options).floor()  # of a trellis's points, the integers
+        for name, integers in zip(group, rounded, strict=True):
+            stored[f"{name} integers"].copy_(integers)
+    for name in matrices:
+        ranks.sum_(stored[f"{name} integers"])  # zeros but on the rank that rounded it
     return stored
 
 
@@ -3768,7 +3751,7 @@ FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
 FORMER_DEFAULTS |= {"trellis_states": 0}
-FORMER_DEFAULTS |= {"sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0, "sdclip_refit": False}
+FORMER_DEFAULTS |= {"sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
 FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
 
 

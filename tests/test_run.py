@@ -602,7 +602,7 @@ def test_recurrence_and_late_quantization_switch_on_during_the_run(shards):
     "changes",
     [
         {"mamba_version": 2, "document_reset": True, "sdclip_k": 0.0, "eval_mode": "plain"},
-        {"mamba_decay": "heavy_tail", "trellis_states": 8, "sdclip_refit": True}
+        {"mamba_decay": "heavy_tail", "trellis_states": 8}
         | {"sdclip_by_matrix": 1.0, "sdclip_by_row": 0.5, "sdclip_k": 0.0},
         {"mamba_layers": "0", "mlp_layers": "0,2", "ttt_enabled": False, "unet_skips": False},
     ],

@@ -505,7 +505,6 @@ def test_a_warning_at_a_line_of_ours_is_an_error():
 
 # ---- What a run could not finish -----------------------------------------------------------------
 
-TERNARY = {"quantizer": "ternary", "spelling_features": 0}
 FEW_LAYERS = {"num_layers": 2, "mamba_layers": "none", "mlp_layers": "0"}
 
 
@@ -514,7 +513,7 @@ FEW_LAYERS = {"num_layers": 2, "mamba_layers": "none", "mlp_layers": "0"}
     [
         ({"mlp_mult": 30.0, "num_layers": 5}, "numbers, but an artifact has at most"),
         ({"mlp_mult": 20.0, "num_layers": 5}, r"2.3 bits each on the coarsest grid .* has 2\.1"),
-        (TERNARY | {"mlp_mult": 20.0, "num_layers": 5}, ""),
+        ({"mlp_mult": 20.0, "num_layers": 5, "quantizer": "ternary"}, ""),
         ({"mlp_mult": 20.0, "num_layers": 5, "sdclip_most": 32.0}, ""),
         (FEW_LAYERS | {"model_dim": 16, "mlp_mult": 60_000.0}, "GB for Hessians, and there are"),
         (FEW_LAYERS | {"model_dim": 16, "mlp_mult": 60_000.0, "quantizer": "round"}, ""),
@@ -522,7 +521,7 @@ FEW_LAYERS = {"num_layers": 2, "mamba_layers": "none", "mlp_layers": "0"}
     ids=str,
 )
 def test_a_model_that_could_not_be_exported_is_refused_before_it_is_trained(changes, problem):
-    settings = t.Settings(**{"mamba_layers": "none"} | changes)
+    settings = t.Settings(**t.PLAIN | {"mamba_layers": "none"} | changes)
     t.validate_settings(settings, 1)
     with pytest.raises(t.UserError, match=problem) if problem else contextlib.nullcontext():
         t.check_size(t.model_skeleton(settings), 15.7e6, 64e9)

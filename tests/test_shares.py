@@ -10,7 +10,7 @@ import torch
 import train_gpt as t
 from tests.support import SOLO, random_model, random_tokens, relative, run_ranks, tiny
 from tests.support import with_settings as changed
-from tests.test_export import correlated_problem, export_to, grid_scale, row_limits
+from tests.test_export import export_to
 
 SHARED = {"sdclip_by_matrix": 1.0, "sdclip_by_row": 0.5}
 
@@ -212,70 +212,14 @@ def test_of_a_file_of_the_same_size_shared_steps_lose_less(tmp_path, states):
     assert lost[1] < 0.8 * lost[0]
 
 
-# ---- Steps that follow integers ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("states", [0, 4])
-def test_refitted_steps_are_the_best_of_their_rows(states):
-    """No other step has less error in the Hessian's measure; a row of zeros keeps its own."""
-    weight, hessian = correlated_problem()
-    weight[7] = 0
-    limits = row_limits(24, 4)
-    scale = grid_scale(weight, limits, tiny(), 12.0)
-    points = t.gptq(weight, hessian, scale, limits, trellis_states=states)
-    steps = scale[:, :1]
-    refitted = t.refitted_steps(weight, hessian, steps, points, damp=1e-9)
-    assert torch.equal(refitted, t.exact_steps(refitted))
-    assert refitted[7] == steps[7]
-
-    def errors(of: torch.Tensor) -> torch.Tensor:
-        off = (weight - points * of).double()
-        return (off @ hessian.double() * off).sum(1)
-
-    best = errors(refitted)
-    assert best.sum() < errors(steps).sum()
-    for factor in (0.995, 1.005):
-        worse = errors(refitted * factor) > best
-        worse[7] = True
-        assert worse.all()
-
-
-@pytest.mark.parametrize("states", [0, 4])
-def test_an_artifact_has_the_refitted_steps_of_any_number_of_ranks(tmp_path, states):
-    settings = tiny(**SHARED, sdclip_refit=True, trellis_states=states)
-    model, hessians = shared_model(settings)
-    stored = t.quantize_model(model, settings, SOLO, hessians, 8.0)
-    alone = t.pack_artifact(settings, stored)
-    for others in run_ranks(
-        2, lambda ranks: t.quantize_model(model, settings, ranks, hessians, 8.0)
-    ):
-        assert t.pack_artifact(settings, others) == alone
-    before = t.quantize_model(model, changed(settings, sdclip_refit=False), SOLO, hessians, 8.0)
-    (tmp_path / "a").write_bytes(alone)
-    loaded, _ = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
-    for name, hessian in hessians.items():
-        weight = model.get_parameter(name).detach()
-        integers = stored[f"{name} integers"]
-        assert torch.equal(integers, before[f"{name} integers"])
-        points = t.trellis_points(integers, states) if states else integers.float()
-        error = {}
-        for label, each in (("before", before), ("after", stored)):
-            meant = points * each[name][: len(weight), None].float()
-            error[label] = weight - meant
-        assert torch.equal(loaded.get_parameter(name).detach(), meant)
-        damped = hessian + settings.gptq_damp * hessian.diagonal().mean() * torch.eye(len(hessian))
-        sums = {label: float((off @ damped * off).sum()) for label, off in error.items()}
-        assert sums["after"] <= 1.0001 * sums["before"], name
-
-
 # ---- Settings ------------------------------------------------------------------------------------
 
 
 def test_without_shares_no_gradient_is_computed_and_grids_are_the_usual_ones(tmp_path, monkeypatch):
     settings, model = tiny(), random_model(tiny())
-    for name in (*SHARED, "sdclip_refit"):
-        assert getattr(t.Settings(), name) == t.FORMER_DEFAULTS[name] == 0
-    refused = dict.fromkeys(("collect_energies", "find_grid_factors", "refitted_steps"))
+    for name in SHARED:
+        assert t.PLAIN[name] == t.FORMER_DEFAULTS[name] == 0
+    refused = dict.fromkeys(("collect_energies", "find_grid_factors"))
     for name in refused:
         monkeypatch.setattr(t, name, refused[name])
     export_to(tmp_path / "a", settings, model, 10**6)
@@ -291,7 +235,7 @@ def test_without_shares_no_gradient_is_computed_and_grids_are_the_usual_ones(tmp
 
 def test_export_shares_by_its_own_text_and_forgets_the_last_one_s(tmp_path):
     """As whoever exports one model with several settings needs it."""
-    settings, model = tiny(**SHARED, sdclip_refit=True), random_model(tiny())
+    settings, model = tiny(**SHARED), random_model(tiny())
     export_to(tmp_path / "shared", settings, model, 10**6)
     assert model.grid_factors.keys() == model.linear_layers().keys()
     export_to(tmp_path / "again", tiny(), model, 10**6)
@@ -302,10 +246,10 @@ def test_export_shares_by_its_own_text_and_forgets_the_last_one_s(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"quantizer": "round"}, {"late_qat_threshold": 0.1}], ids=str)
-@pytest.mark.parametrize("name", [*SHARED, "sdclip_refit"])
+@pytest.mark.parametrize("name", SHARED)
 def test_what_needs_gptq_is_refused_without_it_in_one_line(name, changes):
-    settings = tiny(**{name: True if name == "sdclip_refit" else 0.5} | changes)
-    said = f"^{name.upper()}=.* needs QUANTIZER=gptq and LATE_QAT_THRESHOLD=0: use 0$"
+    (blamed,) = changes
+    said = f"^{blamed.upper()}={changes[blamed]} needs {name.upper()}=0$"
     with pytest.raises(t.UserError, match=said):
-        t.validate_settings(settings, 1)
-    t.validate_settings(changed(settings, **{name: type(getattr(settings, name))(0)}), 1)
+        t.validate_settings(tiny(**{name: 0.5} | changes), 1)
+    t.validate_settings(tiny(**{name: 0.0} | changes), 1)

@@ -217,10 +217,10 @@ def test_without_a_trellis_nothing_changes():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"trellis_states": 6}, "should be one of 0, 4, 8, 16, 32"),
-        ({"trellis_states": 8, "quantizer": "round"}, "needs QUANTIZER=gptq"),
-        ({"trellis_states": 8, "quantizer": "dsq"}, "needs QUANTIZER=gptq"),
-        ({"trellis_states": 8, "late_qat_threshold": 0.1}, "needs QUANTIZER=gptq and LATE_QAT"),
+        ({"trellis_states": 6}, "TRELLIS_STATES=6 should be one of 0, 4, 8, 16, 32"),
+        ({"trellis_states": 8, "quantizer": "round"}, "QUANTIZER=round needs TRELLIS_STATES=0$"),
+        ({"trellis_states": 8, "quantizer": "dsq"}, "QUANTIZER=dsq needs TRELLIS_STATES=0$"),
+        ({"trellis_states": 8, "late_qat_threshold": 0.1}, "=0.1 needs TRELLIS_STATES=0$"),
         ({"trellis_states": 8, "quantizer": "round", "eval_only": True}, ""),  # it scores a file
         ({"trellis_states": 0, "quantizer": "round"}, ""),
     ],
@@ -230,5 +230,5 @@ def test_what_a_trellis_does_not_go_with_is_refused_in_one_line(changes, said):
     if not said:
         t.validate_settings(tiny(**changes), 1)
         return
-    with pytest.raises(t.UserError, match=f"TRELLIS_STATES=.*{said}"):
+    with pytest.raises(t.UserError, match=said):
         t.validate_settings(tiny(**changes), 1)
