@@ -1,9 +1,10 @@
 """docs/settings.md says what the script says."""
 
 import dataclasses
+import re
 
 import train_gpt as t
-from tools import settings_page
+from tools import experiments, settings_page
 
 
 def test_the_page_is_what_the_script_says_now():
@@ -17,6 +18,15 @@ def test_the_page_has_a_row_for_each_setting_preset_and_name():
     wanted = [field.name.upper() for field in dataclasses.fields(t.Settings)]
     wanted += [*t.PRESETS, *settings_page.CONTEST.read_text(encoding="utf-8").split()]
     assert {f"| `{name}`" for name in wanted} <= set(rows)
+
+
+def test_the_recipe_has_a_reason_for_each_choice():
+    """For all that the default has and PLAIN has not; reasons name rows that are there."""
+    assert t.PLAIN.keys() <= settings_page.REASONS.keys() <= t.FIELDS.keys()
+    rows = {row["id"] for row in experiments.read_rows(experiments.DATA)}
+    for why in settings_page.REASONS.values():
+        for name in re.findall(r"`([ab]\d\d(?:-\d\d)?)`", why):
+            assert any(row == name or row.startswith(f"{name}-") for row in rows), name
 
 
 def test_an_outdated_page_is_noticed(tmp_path, monkeypatch, capsys):
