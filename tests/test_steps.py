@@ -1,13 +1,16 @@
 """bench.steps: the statistics of its verdict, and the whole command on a CPU."""
 
+import dataclasses
 import json
 import random
 
 import pytest
 
-from bench import steps
-from tests.support import tiny_environment
+import train_gpt as t
+from bench import bench, steps
+from tests.support import SCRIPT, tiny_environment
 from tools.command import UserError
+from tools.logs import last_run
 
 COARSE = """
 import torch
@@ -21,6 +24,19 @@ def install(script):
 
     script.MLP = MLP
 """
+
+
+def test_the_shape_is_what_the_official_script_trained(monkeypatch):
+    """By that script's log: whatever PRESET=short has become, all is as there but MLPs' width."""
+    log = last_run(SCRIPT.parent / "logs" / "h200-short-1337.jsonl")
+    trained = log["settings"]["settings"]
+    monkeypatch.setattr("os.environ", {})
+    timed = dataclasses.asdict(bench.read_settings(steps.SHAPE))
+    groups = ("model", "recurrence", "optimizer")
+    names = {name for name, group in t.FIELDS.items() if group in groups} & set(trained)
+    names |= {"vocab_size", "train_batch_tokens", "train_seq_len", "document_reset"}
+    assert len(names) > 30
+    assert {name for name in names if timed[name] != trained[name]} == {"mlp_mult"}
 
 
 def errors_of(scale: float, batches: int, seed: int) -> list[float]:
