@@ -53,6 +53,11 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
+if not __package__:  # started by its path: the repository's folder is not where Python looks
+    sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+from tools.command import tolerate_consoles
+
 # The shard format.
 MAGIC = 20240520
 VERSION = 1
@@ -1657,12 +1662,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 2 after an error, 128 and its number
     after a signal (130 after Control-C).
     """
-    for name in ("stdin", "stdout", "stderr"):  # closed ones, as by >&-, by the numbers they get
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # consoles that lack a sign of a path
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    tolerate_consoles()
     arguments = sys.argv[1:] if arguments is None else arguments
     args = make_parser().parse_args(arguments)
     args.command_line = shlex.join(["prepare.py", *arguments])
