@@ -4741,7 +4741,7 @@ class Trainer:
                 if now.progress >= 1:
                     break
                 if self.steps_done:
-                    rate = self.pace(seconds)["tokens_per_second"]
+                    rate = round(self.steps_done * s.train_batch_tokens / seconds)
                     note = f", step {self.steps_done}, {rate:,} tokens/s"
                     self.log.progress("training", now.progress, seconds, note)
                 if now.quantized and not self.qat_k:  # here, as fit_sdclip() waits for the GPU

@@ -13,7 +13,7 @@ import types
 import pytest
 
 import train_gpt as t
-from tests.support import SOLO, random_model, run_environment, run_here, tiny
+from tests.support import SOLO, run_environment, run_here, tiny
 
 PHASES = ("warm-up", "training", "plain windows", "calibration", "GPTQ", "evaluation")
 
@@ -85,8 +85,13 @@ def test_elsewhere_there_are_plain_lines_in_every_phase(
 
 
 def test_without_a_long_silence_lines_of_events_are_enough(monkeypatch, capsys, shards, tmp_path):
+    """And a step of which there is no line works out neither speed nor time."""
+    paces, pace = [], t.Trainer.pace
+    monkeypatch.setattr(t.Trainer, "pace", lambda *given: paces.append(given) or pace(*given))
     monkeypatch.setattr(t, "PROGRESS_SECONDS", 1e9)
-    assert run_here(monkeypatch, run_environment(shards, tmp_path)) == 0
+    assert run_here(monkeypatch, run_environment(shards, tmp_path, train_log_every=100)) == 0
+    assert "step:6/" in (tmp_path / "a.txt").read_text()
+    assert len(paces) == 5  # of the first steps, which are logged
     assert not [line for line in messages(tmp_path) if re.match(r"  .*\d+ of \d+s", line)]
 
 
@@ -140,16 +145,6 @@ def test_the_time_to_the_score_counts_training_export_and_evaluation(monkeypatch
         "seconds_left": pytest.approx(30.0),
         "seconds_to_score": pytest.approx(seconds),
     }
-
-
-def test_the_bar_asks_nothing_of_the_device(monkeypatch):
-    """A step's line on the bar has the clock and the count of steps, which are on the host."""
-    settings = tiny(max_wallclock_seconds=50.0)
-    trainer = t.Trainer(random_model(settings), settings, SOLO, 128, 1e6, types.SimpleNamespace())
-    trainer.steps_done = 1
-    for name in ("item", "tolist", "cpu", "__float__", "__int__", "__bool__"):
-        monkeypatch.setattr(t.torch.Tensor, name, pytest.fail)
-    assert trainer.pace(1.0)["tokens_per_second"] == settings.train_batch_tokens
 
 
 def test_records_of_older_logs_and_newer_ones_have_the_same_line():
