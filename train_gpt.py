@@ -68,7 +68,7 @@ import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -839,10 +839,16 @@ class Shard:
                 missing = missing[found:]
         return tokens
 
+    @cached_property
     def sample(self) -> bytes:
         """16 pieces of 512 tokens, evenly spread, or 16 times all of fewer: what digests are of."""
         places = np.linspace(0, max(0, self.count - 512), 16).astype(int)
         return b"".join(self.read(int(first), min(512, self.count)).tobytes() for first in places)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The whole file's, in hexadecimal digits."""
+        return file_sha256(self.path)
 
 
 def how_to_make(path: str) -> str:
@@ -883,11 +889,8 @@ def summarize_shards(shards: list[Shard]) -> dict:
 
 def sampled_digest(shards: list[Shard]) -> str:
     """A digest of names, lengths and 16 pieces of each shard: other text gives another one."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(ascii((shard.path.name, shard.count)).encode())
-        digest.update(shard.sample())
-    return digest.hexdigest()[:16]
+    parts = [ascii((shard.path.name, shard.count)).encode() + shard.sample for shard in shards]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def recorded_hashes(
@@ -895,7 +898,7 @@ def recorded_hashes(
 ) -> tuple[dict[str, str], int | None]:
     """What manifest.json, which data/prepare.py leaves beside shards, says of training shards.
 
-    SHA-256 by name, "" for a shard of another size, time of change or sample(); and how many
+    SHA-256 by name, "" for a shard of another size, time of change or sample; and how many
     validation documents are training documents too, None unless it knows all shards and no others.
     It is its maker's word: one that is wrong of a validation shard, by SHA-256, is not believed.
     """
@@ -907,7 +910,7 @@ def recorded_hashes(
             return unknown, None
         hashes = dict(unknown)
         for shard in shards:
-            state = shard.state | {"sampled_sha256": hashlib.sha256(shard.sample()).hexdigest()}
+            state = shard.state | {"sampled_sha256": hashlib.sha256(shard.sample).hexdigest()}
             if state.items() <= manifest["shards"].get(shard.path.name, {}).items():
                 hashes[shard.path.name] = told[shard.path.name]
         overlap = int(manifest["overlap"]["documents"])
@@ -916,27 +919,25 @@ def recorded_hashes(
 
 
 def check_learnt(training: list[Shard], validation: list[Shard]):
-    """Raises UserError for a training shard that is a validation shard, by their sample()."""
-    scored = {shard.sample(): shard.path.name for shard in validation if shard.count}
+    """Raises UserError for a training shard that is a validation shard, by their samples."""
+    scored = {shard.sample: shard.path.name for shard in validation if shard.count}
     for shard in training:
-        twin = scored.get(shard.sample(), "")
+        twin = scored.get(shard.sample, "")
         need(not twin, f"{shard.path} holds the text of {twin}, which is scored: take it away")
 
 
-def log_hashes(settings, log, main: bool = True):
+def log_hashes(settings, training, validation: list[Shard], log, main=True):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
     Tokenizer and validation shards are hashed here, off every clock; training shards, of which
     there may be 16 GB, are not. Only the main rank does that. Raises UserError as check_learnt().
     """
     folder, path = settings.data_path, settings.tokenizer_path
-    validation = open_shards(folder, "val")
-    training = [] if settings.eval_only else open_shards(folder, "train")
     check_learnt(training, validation)
     if not main:
         return
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
-    record["validation"] = {shard.path.name: file_sha256(shard.path) for shard in validation}
+    record["validation"] = {shard.path.name: shard.sha256 for shard in validation}
     recorded, overlap = recorded_hashes(folder, training, record["validation"])
     if training:
         record["training"] = recorded
@@ -978,15 +979,15 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
 
 
 class Batches:
-    """This rank's share of every global batch from number `first` on.
+    """This rank's share of every global batch from number `first` on, of these shards or all.
 
     A thread gathers three batches ahead of time, and on a GPU copies them by a stream of its own.
     """
 
-    def __init__(self, settings, ranks, first: int = 0):
+    def __init__(self, settings, ranks, first: int = 0, shards: list[Shard] | None = None):
         self.settings = settings
         self.ranks = ranks
-        self.shards = open_shards(settings.data_path, "train")
+        self.shards = shards or open_shards(settings.data_path, "train")
         lengths = [shard.count for shard in self.shards]
         windows = batch_windows(lengths, settings.train_seq_len, settings.seed)
         self.sequences = settings.train_batch_tokens // settings.train_seq_len
@@ -1102,7 +1103,7 @@ class ValidationSet(NamedTuple):
 
     tokens: np.ndarray  # (N + 1,) uint16
     target_bytes: np.ndarray  # (N,) int64, of text that each target stands for
-    shards: int = 1
+    shards: tuple[Shard, ...] = ()
 
 
 def load_validation(settings, tokenizer) -> ValidationSet:
@@ -1114,7 +1115,7 @@ def load_validation(settings, tokenizer) -> ValidationSet:
     check_token_range(tokens, settings.vocab_size, "validation")
     if not settings.eval_any_tokens:
         check_tokenizer(settings, tokenizer, shards, "validation")
-    return ValidationSet(tokens, tokenizer.target_bytes(tokens), len(shards))
+    return ValidationSet(tokens, tokenizer.target_bytes(tokens), (*shards,))
 
 
 def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
@@ -4863,9 +4864,8 @@ class Trainer:
 # ---- Export and evaluation -----------------------------------------------------------------------
 
 
-def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
+def train_and_export(settings, ranks, shards, validation: ValidationSet, log) -> str:
     """From shards to an artifact, scored before and after quantization; returns its SHA-256."""
-    shards = open_shards(settings.data_path, "train")
     data = summarize_shards(shards)
     summary = "{tokens:,} tokens in {shards} shards (names and lengths {digest})".format(**data)
     log(f"training data: {summary}", "training_data", **data)
@@ -4883,7 +4883,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
         read_header(json.dumps(trainer.header()), trainer.header())
         trainer.announce(skeleton)
         trainer.resume()
-        batches = Batches(settings, ranks, trainer.steps_done)
+        batches = Batches(settings, ranks, trainer.steps_done, shards)
         log.begin()  # nothing is refused from here on
         log(f"{'compiling and ' if ranks.gpu or settings.compile == 'on' else ''}warming up ...")
         trainer.scored_tokens = len(validation.target_bytes)
@@ -4914,7 +4914,7 @@ def train_and_export(settings, ranks, validation: ValidationSet, log) -> str:
 def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, log) -> str:
     """What train_and_export() returns, of a run that has come so far: find_unscored()."""
     theirs = unscored.get("hashes", {}).get("validation", {}).values()
-    ours = [file_sha256(shard.path) for shard in open_shards(settings.data_path, "val")]
+    ours = [shard.sha256 for shard in validation.shards]
     problem = "has another validation text than the run began with: give it that, or EVAL_ONLY=1"
     check(settings, "data_path", not theirs or sorted(theirs) == sorted(ours), problem)
     text = f"{settings.artifact_path} is trained and has no score: evaluation starts over"
@@ -5114,15 +5114,16 @@ def main(log):
             refuse_others_artifact(settings)
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
-        validation = text_to_score(settings, tokenizer, prompt, log, first)
-        check_alike(settings, ranks, validation)
+        training = [] if settings.eval_only else open_shards(settings.data_path, "train")
+        validation = text_to_score(settings, tokenizer, prompt, training, log, first)
+        check_alike(settings, ranks, training, validation)
         written = ""  # SHA-256 of the artifact that this run has made
         if settings.eval_only:
             log.begin()
         elif unscored:
             written = go_on_to_evaluation(unscored, settings, ranks, validation, log)
         else:
-            written = train_and_export(settings, ranks, validation, log)
+            written = train_and_export(settings, ranks, training, validation, log)
         if prompt:
             sample_text(settings, given, ranks, tokenizer, prompt, log)
         if validation is not None:
@@ -5202,21 +5203,21 @@ def log_name(settings) -> str:
     return settings.run_id + (".eval" if settings.eval_only else "")
 
 
-def text_to_score(settings, tokenizer, prompt, log, main=True) -> ValidationSet | None:
+def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> ValidationSet | None:
     """The validation text; None if there is none and an artifact is to go on from a prompt."""
     folder = Path(settings.data_path)
     if prompt and settings.eval_only and folder.is_dir() and not any(folder.glob("*_val_*.bin")):
         return None
     validation = load_validation(settings, tokenizer)
-    if not settings.eval_only:
-        check_tokenizer(settings, tokenizer, open_shards(settings.data_path, "train"), "training")
+    if training:
+        check_tokenizer(settings, tokenizer, training, "training")
     tokens, target_bytes, shards = validation
-    counts = {"shards": shards, "documents": int((tokens == BOS_ID).sum()), "tokens": len(tokens)}
-    counts |= {"scored_tokens": len(target_bytes), "bytes": int(target_bytes.sum())}
+    counts = {"shards": len(shards), "tokens": len(tokens), "scored_tokens": len(target_bytes)}
+    counts |= {"documents": int((tokens == BOS_ID).sum()), "bytes": int(target_bytes.sum())}
     text = "{tokens:,} tokens in {shards} shards, {documents:,} documents; scored are"
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
     log(f"validation text: {text.format(**counts)}", "validation_data", **counts)
-    log_hashes(settings, log, main)
+    log_hashes(settings, training, shards, log, main)
     return validation
 
 
@@ -5256,7 +5257,7 @@ def hand_over(command: str, arguments: list[str]):
     os.execve(sys.executable, [sys.executable, "-m", f"tools.{tool}", *arguments], environment)
 
 
-def check_alike(settings, ranks, validation: ValidationSet | None):
+def check_alike(settings, ranks, training, validation: ValidationSet | None):
     """Raises UserError on a rank that has another script, other text or settings than rank 0.
 
     On several machines each rank reads the files and variables of its own; LOG_DIR is shared.
@@ -5265,8 +5266,7 @@ def check_alike(settings, ranks, validation: ValidationSet | None):
         return
     compared = {n for n, group in FIELDS.items() if group == "evaluation"} - {"eval_nll_path"}
     mine = {name.upper(): getattr(settings, name) for name in [*TRAINING_FIELDS, *compared]}
-    shards = [] if settings.eval_only else open_shards(settings.data_path, "train")
-    mine |= {"train_gpt.py": file_sha256(__file__), "training text": sampled_digest(shards)}
+    mine |= {"train_gpt.py": file_sha256(__file__), "training text": sampled_digest(training)}
     mine["TOKENIZER_PATH"] = file_sha256(settings.tokenizer_path)
     text = b"" if validation is None else validation.tokens
     mine["validation text"] = hashlib.sha256(text).hexdigest()

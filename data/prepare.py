@@ -935,7 +935,7 @@ def described_shards(
 
 def sampled_sha256(tokens: np.ndarray) -> str:
     """Return the SHA-256 of 16 pieces of 512 tokens, uint16, of a shard, as train_gpt.py's
-    Shard.sample() has them: they overlap in a short shard, and each is all of one under 512.
+    Shard.sample has them: they overlap in a short shard, and each is all of one under 512.
     """
     digest = hashlib.sha256()
     for first in np.linspace(0, max(0, len(tokens) - 512), 16).astype(int):

@@ -650,7 +650,7 @@ def test_what_could_not_be_read_back_is_not_trained(shards, tmp_path):
     for field in ("mamba_layers", "calibration"):
         spoiled = with_settings(settings, **{field: getattr(settings, field) + "\n"})
         with pytest.raises(t.UserError, match=f"{field} in its header has the wrong type"):
-            t.train_and_export(spoiled, SOLO, None, Quiet())
+            t.train_and_export(spoiled, SOLO, t.open_shards(str(shards), "train"), None, Quiet())
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(monkeypatch, capsys, shards, tmp_path):

@@ -728,8 +728,9 @@ def test_coarser_grids_are_tried_up_to_sdclip_most(tmp_path):
 def test_a_model_that_could_not_be_loaded_again_is_refused_before_it_is_trained(shards):
     """Of more numbers than the loader takes: before there is memory for any."""
     settings = tiny(bigram_vocab_size=1 << 20, bigram_dim=100, data_path=str(shards))
+    training = t.open_shards(str(shards), "train")
     with bounded(more_memory=64 << 20), pytest.raises(t.UserError, match="has at most 67,108,864"):
-        t.train_and_export(settings, SOLO, None, Quiet())
+        t.train_and_export(settings, SOLO, training, None, Quiet())
 
 
 @each_quantizer

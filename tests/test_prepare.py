@@ -646,7 +646,7 @@ def test_the_manifest_says_what_the_shards_hold(tmp_path, model):
         assert (entry["size"], entry["mtime_ns"]) == (state.st_size, state.st_mtime_ns)
         assert (entry["tokens"], entry["documents"]) == (len(tokens), (tokens == 1).sum())
         assert f"_{entry['split']}_" in name
-        sample = train_gpt.Shard(out / name).sample()
+        sample = train_gpt.Shard(out / name).sample
         assert entry["sampled_sha256"] == hashlib.sha256(sample).hexdigest()
     for split, sums in found["splits"].items():
         entries = [entry for entry in found["shards"].values() if entry["split"] == split]

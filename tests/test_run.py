@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -863,11 +864,32 @@ def manifest_of(folder: Path, overlap: int) -> dict:
     shards = {}
     for path in sorted(folder.glob("*.bin")):
         entry = {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
-        entry["sampled_sha256"] = hashlib.sha256(t.Shard(path).sample()).hexdigest()
+        entry["sampled_sha256"] = hashlib.sha256(t.Shard(path).sample).hexdigest()
         # A run hashes validation shards itself, and takes this file's word for the others.
         entry["sha256"] = t.file_sha256(path) if "_val_" in path.name else path.name[::-1]
         shards[path.name] = entry
     return {"shards": shards, "overlap": {"documents": overlap}}
+
+
+def log_hashes(settings: t.Settings, log: Callable) -> None:
+    """t.log_hashes() of the shards in DATA_PATH."""
+    opened = [t.open_shards(settings.data_path, split) for split in ("train", "val")]
+    t.log_hashes(settings, *opened, log)
+
+
+def test_a_start_opens_each_shard_once_and_hashes_validation_once(monkeypatch, shards, tmp_path):
+    """Also one that goes on to an evaluation, which compares it with what the run began with."""
+    opened, hashed, shard, file_sha256 = [], [], t.Shard, t.file_sha256
+    monkeypatch.setattr(t, "Shard", lambda path: opened.append(path.name) or shard(path))
+    monkeypatch.setattr(t, "file_sha256", lambda p: hashed.append(Path(p)) or file_sha256(p))
+    monkeypatch.setattr(t, "evaluate_artifact", lambda *_: None)
+    for _ in range(2):
+        assert run_here(monkeypatch, run_environment(shards, tmp_path, iterations=1)) == 0
+        assert len(opened) == len(set(opened)) == 3
+        assert hashed.count(shards / "words_val_000000.bin") == 1
+        opened.clear()
+        hashed.clear()
+    assert "no score: evaluation starts over" in (tmp_path / "a.txt").read_text()
 
 
 def test_the_log_names_every_file_that_is_read_by_its_hash(trained, shards):
@@ -931,7 +953,7 @@ def test_a_manifest_is_believed_of_files_of_its_size_time_and_sample(shards, tmp
         assert (set(hashes.values()), overlap) == ({""}, None)
     said = []
     settings = tiny(data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
-    t.log_hashes(settings, lambda line, *_, **record: said.append((line, record)))
+    log_hashes(settings, lambda line, *_, **record: said.append((line, record)))
     assert said[-1][1]["training"] == {name: hashes[name] for name in train}
     assert said[-1][1]["validation"] == validation
     assert said[-1][1]["computed"] == ["tokenizer", "validation"]
@@ -948,12 +970,12 @@ def test_a_training_shard_that_is_a_validation_shard_is_refused(shards, tmp_path
     folder = tmp_path / "data"
     shutil.copytree(shards, folder)
     settings = tiny(data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
-    t.log_hashes(settings, lambda *_, **record: None)
+    log_hashes(settings, lambda *_, **record: None)
     shutil.copy(folder / "words_val_000000.bin", folder / "words_train_000002.bin")
     (folder / "manifest.json").write_text(json.dumps(manifest_of(folder, overlap=0)))
     problem = r"words_train_000002\.bin holds the text of words_val_000000\.bin, which is scored"
     with pytest.raises(t.UserError, match=problem):
-        t.log_hashes(settings, lambda *_, **record: None)
+        log_hashes(settings, lambda *_, **record: None)
 
 
 def test_two_runs_with_one_artifact_are_told_apart_at_the_start(
@@ -1311,7 +1333,8 @@ def test_machines_whose_files_or_settings_differ_are_refused(shards, tmp_path, p
         settings = (ours, theirs)[ranks.rank]
         tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
         try:
-            t.check_alike(settings, ranks, t.load_validation(settings, tokenizer))
+            training = t.open_shards(settings.data_path, "train")
+            t.check_alike(settings, ranks, training, t.load_validation(settings, tokenizer))
         except t.UserError as error:
             return str(error)
         return ""

@@ -85,10 +85,11 @@ def train_in_part(
         log.open(settings, ranks, settings.run_id)
         t.log_settings(log, settings, given, ranks, changes)
         tokenizer = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
-        validation = t.text_to_score(settings, tokenizer, [], log, ranks.rank == 0)
+        training = t.open_shards(settings.data_path, "train")
+        validation = t.text_to_score(settings, tokenizer, [], training, log, ranks.rank == 0)
         # What a whole run of several machines would be refused for.
-        t.check_alike(settings, ranks, validation)
-        t.train_and_export(settings, ranks, few_targets(validation, settings), log)
+        t.check_alike(settings, ranks, training, validation)
+        t.train_and_export(settings, ranks, training, few_targets(validation, settings), log)
     return validation
 
 
