@@ -217,7 +217,7 @@ class Settings:
     mamba_chunk_size: int = env(64, "chunk of a scan", "tokens", 8, WIDEST)
     unet_skips: bool = env(True, "first half to second")
     ln_scale: bool = env(False, "inputs of layer l times 1 / sqrt(l + 1)")
-    mask_impossible_pairs: bool = env(True, "no probability for tokens that BPE never writes next")
+    mask_impossible_pairs: bool = env(True, "least logit for tokens that BPE never writes next")
     bigram_vocab_size: int = env(4096, "hashed bigrams; 0: none", "rows", 0, LONGEST)
     bigram_dim: int = env(128, "before its projection", "numbers", 1, WIDEST)
     tie_embeddings: bool = env(True, "one matrix reads tokens in and out")
@@ -4250,7 +4250,7 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     header, _ = read_artifact(s.artifact_path)
     log, logged, words = find_settings(s)
     ours = "preset" in given or header["preset"] not in PRESETS
-    preset = s.preset if ours else header["preset"]
+    preset = logged.get("preset", s.preset if ours else header["preset"])
     theirs = asdict(Settings(**PRESETS[preset] | {"preset": preset}))
     window = header["train_seq_len"]  # 0: not known
     theirs |= ({"train_seq_len": window} if window else {}) | logged
@@ -4260,7 +4260,7 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     taken = {name: (theirs | clock)[name] for name in SCORED_WITH if name not in given}
     settings = adopt_artifact(header, replace(s, **taken), given, world_size)
     if log:
-        names = [n for n in SCORED_WITH if FIELDS[n] in ("data", "model", "evaluation")]
+        names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
         trains = ("seed", "train_batch_tokens")
         ours = {name: getattr(settings, name) for name in names if name not in trains}
         differ = [f"{n.upper()}={x} (there {theirs[n]})" for n, x in ours.items() if x != theirs[n]]

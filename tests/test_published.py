@@ -28,15 +28,17 @@ def records(path: Path) -> dict[str, dict]:
     return {record["event"]: record for record in map(json.loads, lines)}
 
 
-def test_it_scores_what_its_log_says(monkeypatch, tmp_path):
+def test_it_scores_what_its_log_says(monkeypatch, capsys, tmp_path):
     """In plain windows with frozen weights, as every run scores what it has just quantized; all
-    else, the data too, is in the log beside it.
+    else, the data too, is in the log beside it, and what that does not say is not told as its word.
     """
     monkeypatch.chdir(SCRIPT.parent)
     environment = {"DEVICE": "cpu", "RUN_ID": "a", "LOG_DIR": str(tmp_path)}
     environment |= {"EVAL_ONLY": "1", "EVAL_MODE": "plain", "TTT_ENABLED": "0"}
     environment |= {"ARTIFACT": str(ARTIFACT.relative_to(SCRIPT.parent))}
     assert run_here(monkeypatch, environment) == 0
+    told = "but EVAL_MODE=plain (there sliding) TTT_ENABLED=False (there True)\n"
+    assert f"of another train_gpt.py; {told}" in capsys.readouterr().out
     scored = records(tmp_path / "a.eval.jsonl")
     then = records(FOLDER / "tiny.jsonl")
     assert scored["final"]["val_bpb"] == pytest.approx(
