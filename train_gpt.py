@@ -577,13 +577,18 @@ def validate_settings(s, world_size: int):
         check_multiple(s, "ttt_chunk_tokens", new, f"TRAIN_SEQ_LEN - EVAL_OVERLAP of {overlap}")
 
 
-def check_quantizer(s):
-    """Raises UserError for settings that do not go with how weights are quantized."""
+def zeros_beside(s) -> str:
+    """As they are typed, the zeros that the settings need to go with how weights are quantized."""
     on_grids = s.late_qat_threshold or s.quantizer == "ternary"  # gradients are those on grids
     excluded = ["spelling_features"] if on_grids else []
     if s.late_qat_threshold or s.quantizer != "gptq":
         excluded += ["trellis_states", "sdclip_by_matrix", "sdclip_by_row"]
-    zeros = " ".join(f"{name.upper()}=0" for name in excluded if getattr(s, name))
+    return " ".join(f"{name.upper()}=0" for name in excluded if getattr(s, name))
+
+
+def check_quantizer(s):
+    """Raises UserError for settings that do not go with how weights are quantized."""
+    zeros = zeros_beside(s)
     blamed = "late_qat_threshold" if s.late_qat_threshold else "quantizer"
     check(s, blamed, not zeros, f"needs {zeros}")
 
@@ -3851,7 +3856,8 @@ def check_size(skeleton: Model, target_bytes: float, memory: float):
     wanted = sum(4 * skeleton.get_parameter(name).shape[1] ** 2 for name in grid_limits(skeleton))
     problem = f"GPTQ takes {wanted / 1e9:.0f} GB for Hessians, and there are {memory / 1e9:.0f}"
     fits = wanted < memory or s.quantizer in ("round", "ternary")
-    need(fits, f"{problem}: lower MODEL_DIM, MLP_MULT or MAMBA_EXPAND, or take QUANTIZER=round")
+    remedy = f"QUANTIZER=round {zeros_beside(replace(s, quantizer='round'))}".rstrip()
+    need(fits, f"{problem}: lower MODEL_DIM, MLP_MULT or MAMBA_EXPAND, or take {remedy}")
 
 
 def record_layout(skeleton: Model) -> np.dtype:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from tests import bit_equal
 from tests.support import PATIENCE, SOLO, bounded, tiny, with_settings
 
 NAMES = {f.name.upper() for f in dataclasses.fields(t.Settings)}
@@ -525,6 +526,26 @@ def test_a_model_that_could_not_be_exported_is_refused_before_it_is_trained(chan
     t.validate_settings(settings, 1)
     with pytest.raises(t.UserError, match=problem) if problem else contextlib.nullcontext():
         t.check_size(t.model_skeleton(settings), 15.7e6, 64e9)
+
+
+@pytest.mark.parametrize("recipe", [{}, t.PLAIN], ids=["default", "plain"])
+def test_the_quantizer_that_a_wide_layer_needs_is_named_with_all_that_it_needs(recipe):
+    """Typed as they are said, these settings are not refused in their turn."""
+    settings = t.Settings(**recipe | FEW_LAYERS | {"model_dim": 16, "mlp_mult": 60_000.0})
+    with pytest.raises(t.UserError, match="GB for Hessians") as refused:
+        t.check_size(t.model_skeleton(settings), 15.7e6, 64e9)
+    _, remedy = str(refused.value).split(" or take ")
+    assert remedy.startswith("QUANTIZER=round")
+    for name, text in (part.split("=") for part in remedy.split()):
+        kind = type(getattr(settings, name.lower()))
+        settings = with_settings(settings, **{name.lower(): t.parse_value(name, text, kind)})
+    t.validate_settings(settings, 1)
+    t.check_size(t.model_skeleton(settings), 15.7e6, 64e9)
+
+
+@pytest.mark.parametrize("case", bit_equal.CASES)
+def test_the_cases_of_bit_equality_are_settings_that_go_together(case):
+    t.read_settings(bit_equal.COMMON | bit_equal.CASES[case][0])
 
 
 def test_the_largest_settings_overflow_nothing():

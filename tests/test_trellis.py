@@ -5,6 +5,7 @@ whose weights are those that GPTQ meant.
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from tests.test_export import (
 )
 from tests.test_precision import trainer_of
 from tools.audit import decoder
+from tools.command import UserError
 
 each_trellis = pytest.mark.parametrize("states", t.TRELLISES)
 
@@ -173,6 +175,14 @@ def test_an_artifact_holds_what_gptq_meant(states, tmp_path, monkeypatch):
     decoded = decoder.decode(decoder.take_apart(tmp_path / "a"), layout)
     for name, p in loaded.named_parameters():
         assert torch.equal(torch.tensor(decoded[name]), p), name
+
+
+@pytest.mark.parametrize("states", [3, -4, 64, 4.0, "8", True, False, None, [8], 10**40], ids=str)
+def test_the_audit_refuses_a_header_whose_trellis_the_script_would_not_read(states):
+    """Whatever JSON holds, also where no matrix is on a grid."""
+    parts = decoder.Parts({"trellis_states": states}, b"", np.zeros(0, "<u2"))
+    with pytest.raises(UserError, match="there is no trellis of "):
+        decoder.decode(parts, [])
 
 
 def test_the_finest_grid_whose_file_fits_is_found_at_once(tmp_path):

@@ -106,6 +106,8 @@ def decode(parts: Parts, parameters: list[Parameter]) -> dict[str, np.ndarray]:
     words = parts.words.tolist()
     place = 0
     states = parts.header.get("trellis_states", 0)
+    known = type(states) is int and states in (0, *TRELLIS_TAPS)
+    need(known, f"there is no trellis of {ascii(states)[:40]} states")
     for name, shape, on_grid in parameters:
         if not on_grid:
             weights[name] = steps[name].reshape(shape)
@@ -123,7 +125,6 @@ def decode(parts: Parts, parameters: list[Parameter]) -> dict[str, np.ndarray]:
 
 def half_steps(integers: np.ndarray, states: int) -> np.ndarray:
     """What the trellises of a matrix's columns add to its integers: 0 or 1/2, float32."""
-    need(states in TRELLIS_TAPS, f"there is no trellis of {states} states")
     halving, flipping = TRELLIS_TAPS[states]
     added = np.zeros(integers.shape, np.float32)
     for row, values in enumerate(integers):
