@@ -4126,8 +4126,8 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     asked = {name: int(x) if isinstance(x, bool) else x for name, x in values.items()}
     asked = [f"{name.upper()}={shown(asked[name])}" for name in sorted(given)]
     _, translated = translate_names(dict(os.environ))
-    source = [source] if source else []
-    for line in (f"settings given: {' '.join(asked) or 'none'}", *translated, *source):
+    given_here = f"settings given: {' '.join(asked) or 'none'}"
+    for line in filter(None, (given_here, *translated, source)):
         log(line)
     machine = describe_machine(ranks)
     said = {key: " ".join(shown(value).split()) for key, value in (machine | values).items()}
@@ -4149,8 +4149,7 @@ def read_records(path: Path) -> list[dict]:
         for line in path.read_bytes().splitlines():
             with suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
-    records = [record for record in records if isinstance(record, dict)]
-    records = [record for record in records if isinstance(record.get("event"), str)]
+    records = [x for x in records if isinstance(x, dict) and isinstance(x.get("event"), str)]
     for record in records:
         whole = record["event"] != "settings" or isinstance(record.get("settings", {}), dict)
         need(whole, f"{path} is damaged, its settings are none: mend it, or move it away")
@@ -4833,8 +4832,7 @@ class Trainer:
             text += f" score in {pace['seconds_to_score']:.0f}s"
         text += f" skipped_steps:{skipped}" if skipped else ""
         values = {"train_loss": mean, "train_ms": ms, "step_avg_ms": each, "skipped_steps": skipped}
-        values |= pace
-        self.log_at_step(text, "train", **values, **now._asdict())
+        self.log_at_step(text, "train", **values, **pace, **now._asdict())
 
     def pace(self, seconds: float) -> dict[str, float]:
         """By the clock alone: speed, what is left of training, and about how long until the score.
@@ -5059,11 +5057,13 @@ def evaluate_artifact(settings, given, ranks, validation, log, written="", attem
     late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
     need(ranks.from_main(score.seconds <= s.eval_max_seconds), late)
     label = s.eval_mode + ("_ttt" if s.adapts else "")
-    report(log, "final", label, score, artifact_sha256=found)
-    if s.eval_nll_path and ranks.rank == 0:
-        content = io.BytesIO()
-        np.save(content, score.nats)
-        write_whole(Path(s.eval_nll_path), content.getbuffer())
+    try:
+        if s.eval_nll_path and ranks.rank == 0:
+            content = io.BytesIO()
+            np.save(content, score.nats)
+            write_whole(Path(s.eval_nll_path), content.getbuffer())
+    finally:  # last: a run killed before this is evaluated again
+        report(log, "final", label, score, artifact_sha256=found)
     if ranks.rank == 0:
         log.record("final_profile", **profile(s, validation, score))
 

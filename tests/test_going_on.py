@@ -531,3 +531,22 @@ def test_without_its_log_an_artifact_tells_its_preset_and_window(
     out = capsys.readouterr().out
     assert "as PRESET=default has them" in out
     assert " TRAIN_SEQ_LEN=2048\n" in out
+
+
+def test_a_run_has_its_score_when_its_targets_nats_are_written(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """One that is killed as it writes them is evaluated again; one that cannot is scored."""
+    log, written, write_whole = tmp_path / "a.jsonl", [], t.write_whole
+
+    def full_disk(path, *parts, **options):
+        if path.name == "a.npy":
+            written.append('"event": "final"' in log.read_text())
+            raise t.UserError("cannot write a.npy: No space left on device")
+        write_whole(path, *parts, **options)
+
+    monkeypatch.setattr(t, "write_whole", full_disk)
+    environment = run_environment(shards, tmp_path, iterations=1, eval_nll_path=tmp_path / "a.npy")
+    assert "No space left on device" in mistake(monkeypatch, capsys, environment)
+    assert written == [False]
+    assert '"event": "final"' in log.read_text()
