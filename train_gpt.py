@@ -852,7 +852,7 @@ class Shard:
 
     @cached_property
     def sha256(self) -> str:
-        """The whole file's, in hexadecimal digits."""
+        """The whole file's."""
         return file_sha256(self.path)
 
 
@@ -894,7 +894,7 @@ def summarize_shards(shards: list[Shard]) -> dict:
 
 def sampled_digest(shards: list[Shard]) -> str:
     """A digest of names, lengths and 16 pieces of each shard: other text gives another one."""
-    parts = [ascii((shard.path.name, shard.count)).encode() + shard.sample for shard in shards]
+    parts = [ascii((x.path.name, x.count)).encode() + x.sample for x in shards]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -934,8 +934,8 @@ def check_learnt(training: list[Shard], validation: list[Shard]):
 def log_hashes(settings, training, validation: list[Shard], log, main=True):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
-    Tokenizer and validation shards are hashed here, off every clock; training shards, of which
-    there may be 16 GB, are not. Only the main rank does that. Raises UserError as check_learnt().
+    Tokenizer and validation shards are hashed, by the main rank and off every clock; training
+    shards, of up to 16 GB, are not. Raises UserError as check_learnt().
     """
     folder, path = settings.data_path, settings.tokenizer_path
     check_learnt(training, validation)
@@ -944,8 +944,7 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
     record["validation"] = {shard.path.name: shard.sha256 for shard in validation}
     recorded, overlap = recorded_hashes(folder, training, record["validation"])
-    if training:
-        record["training"] = recorded
+    record |= {"training": recorded} if training else {}
     for kind, hashes in record.items():
         parts = [f"{shown(name)} {sha256}" for name, sha256 in hashes.items() if sha256]
         source = " (by manifest.json)" if kind == "training" and parts else ""
@@ -989,7 +988,7 @@ class Batches:
     A thread gathers three batches ahead of time, and on a GPU copies them by a stream of its own.
     """
 
-    def __init__(self, settings, ranks, first: int = 0, shards: list[Shard] | None = None):
+    def __init__(self, settings, ranks, first: int = 0, shards=None):
         self.settings = settings
         self.ranks = ranks
         self.shards = shards or open_shards(settings.data_path, "train")
@@ -4124,10 +4123,9 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     """Logs the settings that were given, what source says of the others, the machine, and all."""
     values = asdict(settings)
     asked = {name: int(x) if isinstance(x, bool) else x for name, x in values.items()}
-    asked = [f"{name.upper()}={shown(asked[name])}" for name in sorted(given)]
+    asked = " ".join(f"{name.upper()}={shown(asked[name])}" for name in sorted(given)) or "none"
     _, translated = translate_names(dict(os.environ))
-    given_here = f"settings given: {' '.join(asked) or 'none'}"
-    for line in filter(None, (given_here, *translated, source)):
+    for line in filter(None, (f"settings given: {asked}", *translated, source)):
         log(line)
     machine = describe_machine(ranks)
     said = {key: " ".join(shown(value).split()) for key, value in (machine | values).items()}
@@ -4476,6 +4474,8 @@ def token_bytes(settings, gpu: bool) -> float:
     s = settings
     mamba = parse_layers(s, "mamba_layers")
     scan = s.mamba_inner_dim * (10 + 6 * s.mamba_d_state / s.mamba_head_dim)
+    if gpu and s.scan_backend == "chunked":
+        scan *= 5  # counted on a CPU
     layers = parse_layers(s, "layer_order")
     mixers = sum(scan if layer in mamba else 9 * s.model_dim for layer in layers)
     mlps = len(layers) * (8 + 4 * s.mlp_mult) * s.model_dim
@@ -4492,6 +4492,7 @@ def choose_micro_batch(settings, ranks, free: float | None = None) -> int:
     if not most:
         if free is None and ranks.gpu:
             free, _ = torch.cuda.mem_get_info()
+            s = replace(s, scan_backend=choose_scan_backend(s, ranks.device))
         elif free is None:
             free = device_memory(ranks.device) / ranks.world_size
         most = MOST_TOKENS_AT_ONCE[s.mamba_version] if ranks.gpu else MOST_TOKENS_ON_A_CPU
@@ -4895,7 +4896,6 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
         log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
         trainer.run(batches, partial(score, model))
         values = {"steps": trainer.steps_done, "step_avg_ms": trainer.step_ms()}
-        values |= {"starts": trainer.starts}  # more than 1: resumed
         values |= {"peak_bytes": torch.cuda.max_memory_allocated(), "bytes_code": code_bytes()}
         text = "{bytes_code} bytes; {steps} steps of {step_avg_ms:.2f}ms".format(**values)
         peak = f"; peak GPU memory {values['peak_bytes'] / 1e9:.1f} GB" if ranks.gpu else ""
@@ -4907,7 +4907,7 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
     values |= export(trainer, batches)
     total = code_bytes() + settings.artifact_path.stat().st_size
     values |= {"val_loss": before.val_loss, "val_bpb": before.val_bpb, "bytes_total": total}
-    values["artifact_sha256"] = file_sha256(settings.artifact_path)
+    values |= {"artifact_sha256": file_sha256(settings.artifact_path), "starts": trainer.starts}
     log(f"Total submission size int6+lzma: {total} bytes", "trained", **values)
     quantized = score_quantized(settings, ranks, validation, log)
     if settings.quantization_report:
@@ -4918,9 +4918,9 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
 def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, log) -> str:
     """What train_and_export() returns, of a run that has come so far: find_unscored()."""
     theirs = unscored.get("hashes", {}).get("validation", {}).values()
-    ours = [shard.sha256 for shard in validation.shards]
+    same = not theirs or sorted(theirs) == sorted(x.sha256 for x in validation.shards)
     problem = "has another validation text than the run began with: give it that, or EVAL_ONLY=1"
-    check(settings, "data_path", not theirs or sorted(theirs) == sorted(ours), problem)
+    check(settings, "data_path", same, problem)
     text = f"{settings.artifact_path} is trained and has no score: evaluation starts over"
     log(text, "evaluation_again")
     log.begin()
