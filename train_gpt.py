@@ -1028,6 +1028,9 @@ class Batches:
 
 ROUND_TRIP_TOKENS = 1 << 14  # that are decoded and encoded again, in a tenth of a second
 MOST_LOST_PAIRS = 0.02  # of them: 0.014 were seen where many characters are unknown, else 0.0001
+MOST_IMPOSSIBLE = (
+    0.001  # of tokens, each of which costs up to 2 LOGIT_SOFTCAP nats; else under 1e-5
+)
 
 
 class Tokenizer:
@@ -1131,6 +1134,17 @@ def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
         problem = tokenizer.mismatch(tokens)
         what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {name} shards"
         need(not problem, f"{what}: {problem}")
+        if settings.mask_impossible_pairs and not settings.eval_only:  # else the artifact's choice
+            check_pairs(settings, tokens, name)
+
+
+def check_pairs(settings, tokens: np.ndarray, name: str):
+    """Raises UserError for text with many pairs that packed_pairs() rules out."""
+    pairs = packed_pairs(settings.tokenizer_path, settings.vocab_size).numpy()
+    found = (pairs[tokens[:-1], tokens[1:] // 8] >> tokens[1:] % 8 & 1).sum()
+    problem = f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes where they"
+    known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
+    need(known, f"{problem} stand (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
 
 
 # ==================================================================================================

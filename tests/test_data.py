@@ -408,6 +408,27 @@ def test_the_sample_fits_its_tokenizer_and_no_other(sample, byte_tokenizer):
     assert "decoded and encoded again" in smaller.mismatch(tokens % 512)
 
 
+def test_text_that_was_encoded_in_pieces_is_refused_where_pairs_are_masked(sample, tmp_path):
+    """Its pairs where pieces meet would get the least probability there is; most come back when
+    it is decoded and encoded again, so that nothing else tells. A finished artifact has chosen.
+    """
+    model = sample / "sample_1024_bpe.model"
+    named = {"data_path": str(tmp_path), "tokenizer_path": str(model), "vocab_size": 1024}
+    settings = tiny(**named, mask_impossible_pairs=True)
+    tokenizer = t.Tokenizer(str(model), 1024)
+    whole = t.open_shards(str(sample), "val")[0].read()[:16_000]
+    text = tokenizer.model.decode(whole[whole != t.BOS_ID].tolist())
+    pieces = [text[start : start + 400] for start in range(0, len(text), 400)]
+    pieces = np.concatenate(tokenizer.model.encode(pieces)).astype(np.uint16)
+    write_shard(tmp_path / "sample_val_000000.bin", whole)
+    t.load_validation(settings, tokenizer)
+    write_shard(tmp_path / "sample_val_000000.bin", pieces)
+    t.load_validation(t.replace(settings, mask_impossible_pairs=False), tokenizer)
+    t.load_validation(t.replace(settings, eval_only=True), tokenizer)
+    with pytest.raises(t.UserError, match="encoded in pieces.*MASK_IMPOSSIBLE_PAIRS=0"):
+        t.load_validation(settings, tokenizer)
+
+
 def test_a_space_that_is_spelt_by_bytes_is_found(byte_tokenizer, tmp_path):
     """Such a tokenizer agrees with itself: its tokens come back, and as text they have as many
     bytes as are counted, for decoding gives the sign ▁ for a space.
