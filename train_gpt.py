@@ -5076,7 +5076,7 @@ def evaluate_artifact(settings, given, ranks, validation, log, written="", attem
             content = io.BytesIO()
             np.save(content, score.nats)
             write_whole(Path(s.eval_nll_path), content.getbuffer())
-    finally:  # last: a run killed before this is evaluated again
+    finally:  # last: a run killed before is scored again
         report(log, "final", label, score, artifact_sha256=found)
     if ranks.rank == 0:
         log.record("final_profile", **profile(s, validation, score))
