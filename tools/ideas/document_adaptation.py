@@ -108,6 +108,9 @@ def read_choice(text: str) -> Choice:
     need(not unknown, f'"{name}": layers are of {",".join(BRANCHED)}')
     least = min(choice.piece, choice.slots, choice.phase_tokens, choice.phase_epochs)
     need(least > 0 <= choice.rank, f'"{name}": counts are above 0, a rank is 0 or more')
+    factors = [value for value in dataclasses.astuple(choice) if isinstance(value, float)]
+    sound = all(0 <= factor < math.inf for factor in factors)
+    need(sound, f'"{name}": gain, rates and decay are numbers from 0')
     need(choice.lesson in ("piece", "window"), f'"{name}": lesson is piece or window')
     need(choice.phase_text in ("all", "new"), f'"{name}": phase_text is all or new')
     phase_parts(choice)
