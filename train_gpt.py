@@ -269,7 +269,7 @@ class Settings:
     sdclip_most: float = env(20.0, "the largest k that is tried for the size", "std", 4)
     sdclip_mlp: float = env(1.0, "times k: int6 rows of MLPs", "factor", ABOVE_0)
     sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", ABOVE_0)
-    sdclip_by_matrix: float = env(1.0, "row steps: share by errors' costs", "part", 0, 1)
+    sdclip_by_matrix: float = env(1.0, "steps by what errors cost; 0: by sizes", "part", 0, 1)
     sdclip_by_row: float = env(0.5, "the same, among a matrix's rows", "part", 0, 1)
     gptq_block_size: int = env(128, "columns whose errors spread at once", "", 1)
     gptq_damp: float = env(0.01, "of the Hessian's mean diagonal, added", "part", ABOVE_0)
