@@ -319,6 +319,11 @@ class Settings:
         return self.ttt_enabled and self.ttt_epochs > 0
 
     @property
+    def shares_bits(self) -> bool:
+        """Whether grid steps follow what errors cost."""
+        return self.sdclip_by_matrix > 0 or self.sdclip_by_row > 0
+
+    @property
     def artifact_path(self) -> Path:
         """Where the artifact is written and read: of a link, what that leads to."""
         path = Path(self.artifact or Path(self.log_dir, f"{self.run_id}.int6.lzma"))
@@ -555,8 +560,9 @@ def validate_settings(s, world_size: int):
     known = s.mamba_decay == "softplus" or s.mamba_version == 3
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
-    if not s.eval_only:
-        check_quantizer(s)
+    zeros = "" if s.eval_only else zeros_beside(s)
+    blamed = "late_qat_threshold" if s.late_qat_threshold else "quantizer"
+    check(s, blamed, not zeros, f"needs {zeros}")
     # Batches, clocks and strides
     length = s.train_seq_len
     if not s.eval_only:
@@ -584,13 +590,6 @@ def zeros_beside(s) -> str:
     if s.late_qat_threshold or s.quantizer != "gptq":
         excluded += ["trellis_states", "sdclip_by_matrix", "sdclip_by_row"]
     return " ".join(f"{name.upper()}=0" for name in excluded if getattr(s, name))
-
-
-def check_quantizer(s):
-    """Raises UserError for settings that do not go with how weights are quantized."""
-    zeros = zeros_beside(s)
-    blamed = "late_qat_threshold" if s.late_qat_threshold else "quantizer"
-    check(s, blamed, not zeros, f"needs {zeros}")
 
 
 def ttt_sequence_length(settings, world_size: int) -> int:
@@ -1028,9 +1027,8 @@ class Batches:
 
 ROUND_TRIP_TOKENS = 1 << 14  # that are decoded and encoded again, in a tenth of a second
 MOST_LOST_PAIRS = 0.02  # of them: 0.014 were seen where many characters are unknown, else 0.0001
-MOST_IMPOSSIBLE = (
-    0.001  # of tokens, each of which costs up to 2 LOGIT_SOFTCAP nats; else under 1e-5
-)
+# Of tokens, at up to 2 LOGIT_SOFTCAP nats each; text that was encoded whole has under 1e-5.
+MOST_IMPOSSIBLE = 0.001
 
 
 class Tokenizer:
@@ -1178,6 +1176,7 @@ def check_pairs(settings, tokens: np.ndarray, name: str):
 DECAY_FLOOR = 1e-4  # A_t of Mamba-3 is at most -DECAY_FLOOR: no state lasts for ever
 RESET_LOG_DECAY = -60.0  # a document's start in sums of log decays: exp(-60) is 1e-26
 SCAN_NORM_EPS = 1e-5  # of the norms of keys, queries and a scan's outputs, beside a mean square
+NORM_EPS = 1e-6  # of all other norms
 
 
 class ScanInputs(NamedTuple):
@@ -1306,7 +1305,7 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def norm(x: Tensor, weight: Tensor | None = None, eps: float = NORM_EPS) -> Tensor:
     """RMSNorm over the last dimension, in float32 or more; the result has x's dtype."""
     wide = widened(x)
     weight = None if weight is None else weight.to(wide.dtype)
@@ -1923,7 +1922,7 @@ class MLP(nn.Module):
     def fused(self, x: Tensor, input_scale: float) -> Tensor:
         """forward() by section 11's kernels: the norm is a factor behind the first product."""
         rows = x.flatten(0, 1)
-        factor = input_scale * (widened(rows).square().mean(-1) + 1e-6).rsqrt()
+        factor = input_scale * (widened(rows).square().mean(-1) + NORM_EPS).rsqrt()
         y, *_ = fused_mlp(rows, factor, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
         return y.view(x.shape)
 
@@ -3532,8 +3531,7 @@ def gptq(
     never_seen = (hessian.diagonal(dim1=-2, dim2=-1) == 0).unsqueeze(-2)
     weight = weight.masked_fill(never_seen, 0.0).take_along_dim(order, -1)
     scale = scale.take_along_dim(order, -1)
-    by_trellis = partial(round_by_trellis, states=trellis_states)
-    rounding = by_trellis if trellis_states else round_to_grid
+    rounding = partial(round_by_trellis, states=trellis_states) if trellis_states else round_to_grid
     errors = torch.zeros_like(weight)
     columns = weight.shape[-1]
     for first in range(0, columns, block_size):
@@ -3769,8 +3767,7 @@ FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0,
 FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
-FORMER_DEFAULTS |= {"trellis_states": 0}
-FORMER_DEFAULTS |= {"sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
+FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
 FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
 
 
@@ -4609,6 +4606,8 @@ class Trainer:
 
     def __post_init__(self):
         self.micro_sequences = self.micro_batch // self.settings.train_seq_len
+        # At once in eager mode, where gradients take more memory.
+        self.eager_sequences = max(1, self.micro_sequences // 4)
         if self.settings.spelling_features:
             share_by_spelling(self.model)
         self.optimizers = Optimizers(self.model, self.settings, self.ranks)
@@ -4715,9 +4714,7 @@ class Trainer:
         return total
 
     def warm_up(self):
-        """Compiles both layer orders and the average's function off the clock, in steps of rate 0
-        on random tokens.
-        """
+        """Compiles both layer orders and the average off the clock, on random tokens at rate 0."""
         s = self.settings
         optimizers = Optimizers(self.model, s, self.ranks)  # these are thrown away
         shape = self.micro_sequences, s.train_seq_len + 1
@@ -4735,9 +4732,9 @@ class Trainer:
         self.average.update(1, skip, True)
         with torch.no_grad():  # as GPTQ's calibration will: FlexAttention compiles itself
             self.model(tokens[:, :-1], self.model.full_order)
-        if s.sdclip_by_matrix or s.sdclip_by_row:  # its gradients, likewise
-            part = tokens[: max(1, self.micro_sequences // 4), :-1]
-            collect_energies(self.model, part, self.ranks, len(part))
+        if s.shares_bits:  # its gradients, likewise
+            rows = self.eager_sequences
+            collect_energies(self.model, tokens[:rows, :-1], self.ranks, rows)
         if s.trellis_states:  # its kernel, likewise
             round_by_trellis(*torch.ones(3, 1, 1, device=device), s.trellis_states)
         synchronized_time()
@@ -5026,8 +5023,8 @@ def calibrate(trainer, batches) -> dict[str, Tensor]:
     times = {"text_seconds": synchronized_time() - started}
     rows = trainer.micro_sequences
     hessians = collect_hessians(trainer.model, sequences, trainer.ranks, rows, track)
-    if s.sdclip_by_matrix or s.sdclip_by_row:
-        rows = max(1, rows // 4)  # gradients of what is not compiled take more memory
+    if s.shares_bits:
+        rows = trainer.eager_sequences
         energies = collect_energies(trainer.model, sequences, trainer.ranks, rows, track)
         trainer.model.grid_factors = find_grid_factors(trainer.model, s, hessians, energies)
     times["hessian_seconds"] = synchronized_time() - started - times["text_seconds"]

@@ -68,7 +68,7 @@ def test_an_artifacts_size_is_told_within_two_percent(run):
     """Nothing of a run but its settings and k is known to the dry run; SIZE_ERROR says how well."""
     error = abs(fit_bytes.error_of(run))
     assert error < 0.02
-    most = dry_run.SHARED_ERROR if dry_run.shares_bits(run.settings) else dry_run.SIZE_ERROR
+    most = dry_run.SHARED_ERROR if run.settings.shares_bits else dry_run.SIZE_ERROR
     assert error < most, "python -m tools.fit_bytes fits the table anew"
 
 

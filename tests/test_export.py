@@ -628,6 +628,7 @@ def export_to(
         ranks=ranks,
         log=Quiet(),
         micro_sequences=2,
+        eager_sequences=1,
         clock=t.TrainingClock(),
         target_bytes=target,
         tokenizer_sha256="",

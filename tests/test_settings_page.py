@@ -22,9 +22,10 @@ def test_the_page_has_a_row_for_each_setting_preset_and_name():
 
 def test_the_recipe_has_a_reason_for_each_choice():
     """For all that the default has and PLAIN has not; reasons name rows that are there."""
-    assert t.PLAIN.keys() <= settings_page.REASONS.keys() <= t.FIELDS.keys()
+    reasons = {name.lower(): why for name, why in settings_page.read_reasons().items()}
+    assert t.PLAIN.keys() <= reasons.keys() <= t.FIELDS.keys()
     rows = {row["id"] for row in experiments.read_rows(experiments.DATA)}
-    for why in settings_page.REASONS.values():
+    for why in reasons.values():
         for name in re.findall(r"`([ab]\d\d(?:-\d\d)?)`", why):
             assert any(row == name or row.startswith(f"{name}-") for row in rows), name
 

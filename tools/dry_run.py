@@ -57,11 +57,6 @@ def expected_parts(model: t.Model, settings: t.Settings, k: float) -> dict[str, 
     return parts
 
 
-def shares_bits(settings: t.Settings) -> bool:
-    """Whether grid steps follow what errors cost."""
-    return settings.sdclip_by_matrix > 0 or settings.sdclip_by_row > 0
-
-
 def fitted_to(settings: t.Settings, k: float) -> bool:
     """Whether the table was made of models like this one."""
     s = settings
@@ -162,7 +157,7 @@ def describe_size(
     # The k that is set, or the least that fits, first.
     lines += [describe_artifact(model, target, k) for k in (fitted, *chosen)]
     # How far a prediction may be trusted, which the table says only of what it was made of.
-    error = SHARED_ERROR if shares_bits(model.settings) else SIZE_ERROR
+    error = SHARED_ERROR if model.settings.shares_bits else SIZE_ERROR
     told = f"finished runs of this depth and width are told within {error:.1%}"
     unknown = "no finished run has this depth, width and k: how far that is off is not known"
     if weights_known:

@@ -127,7 +127,7 @@ def fit(runs: list[Finished]) -> tuple[dict[str, float], float]:
     rows = []
     wanted = []
     for run in runs:
-        if dry_run.shares_bits(run.settings):
+        if run.settings.shares_bits:
             continue
         skeleton = t.model_skeleton(run.settings)
         numbers, matrices = counts_of(skeleton)
@@ -160,7 +160,7 @@ def main() -> int:
     print(f"BYTES_SAVED = {dry_run.BYTES_SAVED}")
     for run in runs:
         print(f"{run.name:20}{run.size:12,} bytes, k={run.k:<9}{errors[run.name]:+8.2%}")
-    shared = {run.name for run in runs if dry_run.shares_bits(run.settings)}
+    shared = {run.name for run in runs if run.settings.shares_bits}
     for label, names in (("SIZE", errors.keys() - shared), ("SHARED", shared)):
         most = max(abs(errors[name]) for name in names)
         print(f"{label}_ERROR = {math.ceil(1000 * most) / 1000}")

@@ -5,6 +5,7 @@ python -m tools.settings_page --check    # says whether it is up to date, and wr
 """
 
 import argparse
+import csv
 import dataclasses
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tools.command import Parser, environment_value, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
+CHOICES_MADE = ROOT / "docs" / "choices.csv"
 CONTEST = ROOT / "tests" / "data" / "contest_names.txt"
 
 INTRODUCTION = """\
@@ -56,43 +58,6 @@ Chosen on 219 M tokens of web-like English, 180 s on one GPU or as many steps as
 such as `b10-02` is a row of [experiments.csv](experiments.csv). Nothing was tried on FineWeb or on
 eight GPUs, for which the default keeps the same choices.
 """
-
-REASONS = {  # of the default, and of short
-    "num_layers": (
-        "a tenth does not fit beside MLPs of four times the width (`b02-05`), seven of 576 "
-        "lose (`b12-06`)"
-    ),
-    "mamba_layers": "a third attention layer loses (`b10-04`)",
-    "mamba_d_state": (
-        "32 loses at no shorter a step (`b15-02`), 128 gains less than its time is worth (`b12-12`)"
-    ),
-    "mlp_mult": "more weights on a coarser grid, as the records have it; 36.9 M are 3.4 bits each",
-    "rope_fraction": "a quarter of each head turns; none at all loses (`b12-08`)",
-    "qk_gain_init": (
-        "4 is the start of the search (`b01`); 5 was tried with other changes, and lost (`b10-03`)"
-    ),
-    "document_reset": "gains 0.0031 at no time (`b06-05`)",
-    "spelling_features": "gains 0.005 to 0.007 at no bytes (`b07-01`, `b09-02`)",
-    "mask_impossible_pairs": "gains 0.0023 (`b10-02`)",
-    "logit_softcap": "gains 0.0013 over 30 (`b10-10`)",
-    "muon_beta2": "rows of even length gain 0.0011 (`b10-05`)",
-    "matrix_lr": "rate × WEIGHT_DECAY × steps is 5.5 in a run of 180 s; 15.6 lost 0.015 (`b09-01`)",
-    "mamba_matrix_lr": "three quarters of MATRIX_LR",
-    "weight_decay": "as for MATRIX_LR; half loses 0.0047 in 60 s (`b02-04`)",
-    "warmdown_fraction": "0.9 loses 0.0025 in 60 s (`b02-03`)",
-    "average_horizon": "a fifth of it gains only in short runs (`b10-12`, `b11-01`)",
-    "trellis_states": (
-        "gains 0.0012 of 0.0054 that quantization costs; 8 states 0.0010 (`b16-03`, `b16-05`)"
-    ),
-    "sdclip_by_matrix": "with SDCLIP_BY_ROW gains 0.0009, alone 0.0004 (`b16-01`, `b16-06`)",
-    "sdclip_by_row": "alone 0.0005 (`b16-08`)",
-    "sdclip_most": "steps by errors' costs want a larger k for the same bytes (`b16`)",
-    "eval_stride": "64 gains 0.0002 for twice the seconds (`b03-05`)",
-    "ttt_enabled": "gains nothing here (`b01-01`, `b03-03`); kept for the contest's longer text",
-    "export_reserve_seconds": (
-        "short: calibration, GPTQ and a second GPTQ if the file is too large (`b18-01`)"
-    ),
-}
 
 PRESETS = """\
 ## Presets
@@ -144,10 +109,19 @@ def setting_rows() -> list[str]:
     return lines
 
 
+def read_reasons() -> dict[str, str]:
+    """Why the default, and short, have what they have, by the setting's variable."""
+    with CHOICES_MADE.open(encoding="utf-8", newline="") as file:
+        return {row["setting"]: row["why"] for row in csv.DictReader(file)}
+
+
 def reason_rows() -> list[str]:
-    """A table of REASONS."""
+    """A table of read_reasons(), in the order of docs/choices.csv.
+
+    Its column of reasons may name rows of docs/experiments.csv, which a test looks up.
+    """
     lines = ["| variable | why |", "| --- | --- |"]
-    return lines + [f"| `{name.upper()}` | {cell(why)} |" for name, why in REASONS.items()]
+    return lines + [f"| `{name}` | {cell(why)} |" for name, why in read_reasons().items()]
 
 
 def preset_rows() -> list[str]:
