@@ -1,6 +1,7 @@
 """The idea of documents that adapt the model while they are scored."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -123,6 +124,28 @@ def test_a_branch_is_a_change_of_its_matrix():
         matrix.data += branch.gain * (branch.down[0] @ branch.up[0]).mT.detach()
     merged = frozen_nats(model, tokens)
     assert np.abs(adapted[0].numpy() - merged).max() < 1e-4
+
+
+def test_an_mlps_branch_reads_what_its_first_matrix_reads():
+    model = random_model(tiny(ln_scale=True))
+    branches = idea.Branches(model, idea.Choice("test", layers="mlp", **QUICK))
+    first, second = {}, {}
+    handles = []
+    for name, branch in branches.beside.items():
+        up = model.get_submodule(name).up
+        for module, seen in ((up, first), (branch, second)):
+            hook = functools.partial(note_input, seen, name)
+            handles.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad(), branches.attached():
+        model(torch.from_numpy(stream_of([20])[None]).long(), model.order(True))
+    assert len(first) == 3
+    for name, x in first.items():
+        assert torch.equal(x, second[name])
+
+
+def note_input(seen: dict, name: str, module, arguments: tuple) -> None:
+    """A hook that keeps what a module reads."""
+    (seen[name],) = arguments
 
 
 def test_a_trial_compares_with_the_same_windows_and_gives_the_weights_back():

@@ -201,9 +201,15 @@ class LowRank(nn.Module):
 
 
 def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
-    """A forward hook: a layer's output with that of the branch beside it."""
-    linear = isinstance(module, t.Linear)
-    x = module.effective_input(*arguments, **keywords) if linear else arguments[0]
+    """A forward hook: a layer's output with that of the branch beside it.
+
+    An MLP is given the residual stream; its branch reads that normed, as its first matrix does.
+    """
+    if isinstance(module, t.Linear):
+        x = module.effective_input(*arguments, **keywords)
+    else:
+        stream, scale = arguments
+        x = scale * t.norm(stream)
     return output + branch(x.to(output.dtype))
 
 
