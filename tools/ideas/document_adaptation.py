@@ -17,7 +17,8 @@ layer W stands a branch that each of the 64 slots has for itself (LoRA, arXiv 21
 
 After a piece is scored, its mean nats make one step of AdamW for A and B, unless the document ends
 with it. B is 0 for each new document; A stays in its slot, so that it learns from batch to batch
-what such branches are good for. In global phases, between two batches, all weights learn by SGD
+what such branches are good for (carried=0: it is drawn anew, and batches have nothing in
+common). In global phases, between two batches, all weights learn by SGD
 from documents that are scored to their end; branches begin anew.
 
 So a target's score depends on its document's earlier tokens and on documents of earlier batches.
@@ -83,6 +84,7 @@ class Choice:
     piece: int = 64  # tokens that are scored, then learnt from
     lesson: str = "piece"  # what is learnt from; window: all that the piece's window holds
     slots: int = 64  # documents at once
+    carried: int = 1  # A stays in its slot from batch to batch; 0: it is drawn anew
     phases: str = ""  # parts of the documents after which a phase stands; each: after every batch
     phase_text: str = "all"  # that is scored so far; new: since the phase before
     phase_rate: float = 1e-3  # falls along a cosine within the phase
@@ -245,6 +247,9 @@ class Branches:
         each = [branch for branch in each if branch is not None]
         for branch in each:
             nn.init.zeros_(branch.up)
+            if not self.choice.carried:
+                bound = branch.down.shape[1] ** -0.5
+                nn.init.uniform_(branch.down, -bound, bound)
         parameters = [parameter for branch in each for parameter in branch.parameters()]
         fused = parameters[0].is_cuda
         rates = {"lr": self.choice.rate, "weight_decay": self.choice.decay}
