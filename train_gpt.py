@@ -1029,6 +1029,7 @@ ROUND_TRIP_TOKENS = 1 << 14  # that are decoded and encoded again, in a tenth of
 MOST_LOST_PAIRS = 0.02  # of them: 0.014 were seen where many characters are unknown, else 0.0001
 # Of tokens, at up to 2 LOGIT_SOFTCAP nats each; text that was encoded whole has under 1e-5.
 MOST_IMPOSSIBLE = 0.001
+BOS_TOKENS = 1_000_000  # of training text, among which BOS is looked for
 
 
 class Tokenizer:
@@ -1143,6 +1144,22 @@ def check_pairs(settings, tokens: np.ndarray, name: str):
     problem = f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes where they"
     known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
     need(known, f"{problem} stand (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
+
+
+def warn_without_bos(settings, training: list[Shard], validation: np.ndarray, log):
+    """Warns, in a line, of settings that go by BOS where the text that is read has none."""
+    share = BOS_TOKENS // max(1, len(training))
+    starts = [shard.read(0, min(shard.count, share)) for shard in training]
+    texts = {"training": np.concatenate(starts)} if starts else {}
+    texts["validation"] = validation
+    lacking = [name for name, text in texts.items() if BOS_ID not in text]
+    idle = ["DOCUMENT_RESET=1 resets nothing"] if settings.document_reset else []
+    if "training" in lacking and settings.calibration == "self":
+        idle.append("CALIBRATION=self writes behind a token that was not learnt")
+    if lacking and idle:
+        places = " and ".join(f"{len(texts[name]):,} {name} tokens" for name in lacking)
+        remedy = "documents should begin with it, see data/prepare.py"
+        log(f"warning: no BOS (token {BOS_ID}) in {places}: {'; '.join(idle)}; {remedy}")
 
 
 # ==================================================================================================
@@ -5234,6 +5251,8 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     text = "{tokens:,} tokens in {shards} shards, {documents:,} documents; scored are"
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
     log(f"validation text: {text.format(**counts)}", "validation_data", **counts)
+    if main:
+        warn_without_bos(settings, training, tokens, log)
     log_hashes(settings, training, shards, log, main)
     return validation
 
