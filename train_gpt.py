@@ -5037,19 +5037,21 @@ def calibrate(trainer, batches) -> dict[str, Tensor]:
     started = synchronized_time()
     track = partial(trainer.log.track, "calibration")
     sequences = calibration_sequences(trainer.model, s, trainer.ranks, batches, track)
-    times = {"text_seconds": synchronized_time() - started}
+    times = {"text": synchronized_time() - started}
     rows = trainer.micro_sequences
     hessians = collect_hessians(trainer.model, sequences, trainer.ranks, rows, track)
+    times["hessian"] = synchronized_time() - started - times["text"]
     if s.shares_bits:
         rows = trainer.eager_sequences
         energies = collect_energies(trainer.model, sequences, trainer.ranks, rows, track)
         trainer.model.grid_factors = find_grid_factors(trainer.model, s, hessians, energies)
-    times["hessian_seconds"] = synchronized_time() - started - times["text_seconds"]
+        times["gradients"] = synchronized_time() - started - sum(times.values())
     tokens = sequences.numel() * trainer.ranks.world_size
     source = {"train": "training text", "self": "text that the model wrote"}[s.calibration]
-    text = f"calibration: {tokens:,} tokens of {source}; "
-    text += "text {text_seconds:.2f}s, hessian {hessian_seconds:.2f}s".format(**times)
-    trainer.log(text, "calibration", source=s.calibration, tokens=tokens, **times)
+    took = ", ".join(f"{what} {seconds:.2f}s" for what, seconds in times.items())
+    values = {f"{what}_seconds": seconds for what, seconds in times.items()}
+    text = f"calibration: {tokens:,} tokens of {source}; {took}"
+    trainer.log(text, "calibration", source=s.calibration, tokens=tokens, **values)
     return hessians
 
 
@@ -6338,6 +6340,7 @@ fused_scan_backward.register_fake(
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 
+@cache
 def kernel_limits(device: torch.device) -> tuple[int, int]:
     """A GPU's compute capability, 90 of an H100, and the bytes of shared memory of a program."""
     if device.type != "cuda":  # where Triton interprets, kernels run as on the H100

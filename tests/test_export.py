@@ -671,6 +671,25 @@ def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_
         t.load_model(tmp_path / f"{world_size}", tiny(), set(), SOLO)
 
 
+def test_what_calibration_spends_on_gradients_is_no_time_of_hessians(tmp_path, monkeypatch):
+    """By a clock that goes on a second a forward pass, three a backward one, and not else."""
+    now = [0.0]
+    for name, seconds in (("collect_hessians", 1.0), ("collect_energies", 3.0)):
+        usual = getattr(t, name)
+
+        def slow(*arguments, usual=usual, seconds=seconds):
+            now[0] += seconds
+            return usual(*arguments)
+
+        monkeypatch.setattr(t, name, slow)
+    monkeypatch.setattr(t, "synchronized_time", lambda: now[0])
+    for by_matrix, told in ((1.0, ", gradients 3.00s"), (0.0, "")):
+        settings = tiny(sdclip_by_matrix=by_matrix)
+        said = export_to(tmp_path / "a", settings, random_model(settings), 10**6)
+        (line,) = [text for text in said if text.startswith("calibration: ")]
+        assert line.endswith(f"; text 0.00s, hessian 1.00s{told}")
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("source", ["train", "self"])
 def test_calibration_s_source_tokens_and_seconds_are_logged(tmp_path, source, world_size):

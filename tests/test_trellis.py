@@ -4,6 +4,7 @@ whose weights are those that GPTQ meant.
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +111,20 @@ def test_at_equal_entropy_of_gaussian_weights_nine_tenths_of_that_are_left(state
 def test_the_kernel_finds_the_same_points(states):
     numbers = random_numbers(35, 12)
     assert torch.equal(t.fused_trellis_search(numbers, states), t.trellis_search(numbers, states))
+
+
+def test_what_a_gpu_can_do_is_asked_once(monkeypatch):
+    """Not for each column that GPTQ rounds by a trellis, nor each launch of a scan's kernels."""
+    asked = []
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        asked.append(device)
+        return SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232_448)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    gpu = torch.device("cuda", 77)  # no machine has so many, so that no other test asks for it
+    assert [t.kernel_limits(gpu), t.kernel_limits(gpu)] == [(90, 232_448)] * 2
+    assert asked == [gpu]
 
 
 def test_columns_of_any_number_of_rows_and_matrices_are_cut_into_segments():

@@ -376,6 +376,7 @@ def quantization(runs: list[Run]) -> Html:
         "calibration tokens": figure("calibration", "tokens"),
         "seconds of its text": figure("calibration", "text_seconds", "{:.2f}"),
         "seconds of Hessians": figure("calibration", "hessian_seconds", "{:.2f}"),
+        "seconds of gradients": figure("calibration", "gradients_seconds", "{:.2f}"),
         "bits per byte lost": lost,
     }
     parts = [comparison(runs, rows)]
