@@ -319,6 +319,11 @@ class Settings:
         return self.ttt_enabled and self.ttt_epochs > 0
 
     @property
+    def calibrates(self) -> bool:
+        """Whether quantization reads text: nearest integers need none."""
+        return self.quantizer not in ("round", "ternary")
+
+    @property
     def shares_bits(self) -> bool:
         """Whether grid steps follow what errors cost."""
         return self.sdclip_by_matrix > 0 or self.sdclip_by_row > 0
@@ -3134,7 +3139,7 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
 #     steps   grid_steps(), SDClip's: a row's grid ends at k root-mean-squares of its weights
 #     k       fit_sdclip(): a larger k is a coarser grid, of fewer bytes; the finest whose file fits
 #     Q       gptq(): each column is rounded so that it makes up for the errors of those before;
-#             collect_hessians() says which errors count, by the layer's inputs
+#             collect_costs() says which errors count, by the layer's inputs
 #
 # With TRELLIS_STATES some weights stand at Q + 1/2 instead: trellis_points(). With SDCLIP_BY_MATRIX
 # and SDCLIP_BY_ROW steps differ by what errors cost, find_grid_factors(), and limits are 127.
@@ -3404,74 +3409,65 @@ def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor
     return torch.cat(texts)
 
 
-@torch.no_grad()
-def collect_hessians(model, sequences: Tensor, ranks, rows: int, track=iter) -> dict[str, Tensor]:
-    """H = 2 sum x x^T over every input x of each matrix: what errors of its weights cost.
+def collect_costs(
+    model, sequences: Tensor, ranks, rows: int, with_energies: bool = False, track=iter
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What errors cost: of each matrix's weights its Hessian, of its outputs their energies.
 
-    Weights that are off by D change the layer's outputs, squared and summed over all inputs, by
-    sum(D H * D) / 2. sequences (n, T) int64 are this rank's, rows of them run at once; H, float32
-    (columns, columns), is of all ranks', by the weight's name. track: Log.track(), or iter.
+    H = 2 sum x x^T over every input x, float32 (columns, columns): weights that are off by D change
+    the outputs, squared and summed over all inputs, by sum(D H * D) / 2. Energies, if asked for, of
+    linear layers alone: the mean of g^2, float32 (rows,), g being the gradient of the text's nats
+    by an output: one that is off by e costs about (g e)^2 / 2. Both by the weight's name, over the
+    sequences (n, T) int64 of all ranks, of which `rows` run at once. Parameters' gradients, which
+    may lie in a CUDA graph's memory, stay what they are. track: Log.track(), or iter.
     """
     hessians: dict[str, Tensor] = {}
-
-    def add(name: str, x: Tensor):
-        x = x.float().flatten(0, -2)
-        hessians[name] = hessians.get(name, 0.0) + 2 * (x.T @ x)
-
-    def hook(name: str, layer: Linear, positional: tuple, named: dict):
-        add(name, layer.effective_input(*positional, **named))
-
-    with ExitStack() as hooks:
-        for name, layer in model.linear_layers().items():
-            handle = layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
-            hooks.callback(handle.remove)
-        for batch in track(sequences.split(rows)):
-            add(model.output_name, model(batch, model.full_order))
-    return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}
-
-
-def collect_energies(model, sequences: Tensor, ranks, rows: int, track=iter) -> dict[str, Tensor]:
-    """The mean of g², float32 (rows,), over all outputs of a linear layer, by its weight's name.
-
-    g is the gradient of the text's nats by an output: one that is off by e costs about (g e)² / 2.
-    Parameters' gradients, which may lie in a CUDA graph's memory, stay what they are. Arguments are
-    collect_hessians()'s.
-    """
     energies: dict[str, Tensor] = {}
     outputs: list[tuple[str, Tensor]] = []
     counts = collections.Counter()  # alike on all ranks
 
-    def hook(name: str, layer: Linear, positional: tuple, output: Tensor):
-        outputs.append((name, output))
+    @torch.no_grad()
+    def add(name: str, x: Tensor):
+        x = x.float().flatten(0, -2)
+        hessians[name] = hessians.get(name, 0.0) + 2 * (x.T @ x)
 
-    with ExitStack() as undo, torch.enable_grad():
+    def hook(name: str, layer: Linear, positional: tuple, named: dict, output: Tensor):
+        add(name, layer.effective_input(*positional, **named))
+        if with_energies:
+            outputs.append((name, output))
+
+    with ExitStack() as undo, torch.set_grad_enabled(with_energies):
         for module in model.modules():
             if isinstance(module, MLP):  # as one operator its matrices would have no outputs
                 undo.callback(setattr, module, "can_fuse", module.can_fuse)
                 module.can_fuse = False
         for name, layer in model.linear_layers().items():
-            undo.callback(layer.register_forward_hook(partial(hook, name)).remove)
+            handle = layer.register_forward_hook(partial(hook, name), with_kwargs=True)
+            undo.callback(handle.remove)
         for batch in track(sequences.split(rows)):
-            hidden = model(batch, model.full_order)[:, :-1]
-            nats = model.nats(hidden, batch[:, 1:], batch[:, :-1]).sum()
-            gradients = torch.autograd.grad(nats, [output for _, output in outputs])
-            for (name, _), gradient in zip(outputs, gradients, strict=True):
-                squares = gradient.float().flatten(0, -2).square()
-                energies[name] = energies.get(name, 0.0) + squares.sum(0)
-                counts[name] += len(squares) * ranks.world_size
+            hidden = model(batch, model.full_order)
+            add(model.output_name, hidden)
+            if with_energies:
+                nats = model.nats(hidden[:, :-1], batch[:, 1:], batch[:, :-1]).sum()
+                gradients = torch.autograd.grad(nats, [output for _, output in outputs])
+                for (name, _), gradient in zip(outputs, gradients, strict=True):
+                    squares = gradient.float().flatten(0, -2).square()
+                    energies[name] = energies.get(name, 0.0) + squares.sum(0)
+                    counts[name] += len(squares) * ranks.world_size
             outputs.clear()
-    return {name: ranks.sum_(energies[name]) / counts[name] for name in sorted(energies)}
+    energies = {name: ranks.sum_(energies[name]) / counts[name] for name in sorted(energies)}
+    return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}, energies
 
 
 @torch.no_grad()
-def find_grid_factors(model, settings, hessians: dict, energies: dict) -> dict[str, Tensor]:
+def find_grid_factors(model, settings, solvers: dict, energies: dict) -> dict[str, Tensor]:
     """What row steps are multiplied by so that bits go where errors cost most: float32 (rows, 1).
 
     Rounding row i of a matrix with steps s_i costs about c_i s_i² a weight,
 
         c_i = (mean of g_i²) · (mean over j of 1 / U[j, j]²),
 
-    g_i of collect_energies() and U of gptq(), which leaves of a column's error what U says. A
+    g_i of collect_costs() and U of gptq(), which leaves of a column's error what U says. A
     weight takes -log s_i and a constant of bits. At a given sum of bits the sum of costs is least
     where all c_i s_i² are equal: factors f_i of the usual steps with f_i ~ c_i^(-1/2) / s_i. Of
     log f_i the part SDCLIP_BY_ROW is taken of what differs in a matrix, whose rows share a table of
@@ -3484,7 +3480,7 @@ def find_grid_factors(model, settings, hessians: dict, energies: dict) -> dict[s
     for name, energy in energies.items():
         weight = model.get_parameter(name)
         steps, _ = grid_steps(weight, limits[name], settings, SDCLIP_USUAL)
-        _, upper = ordered_factor(hessians[name], settings.gptq_damp)
+        _, upper, _ = solvers[name]
         left = upper.diagonal().square().reciprocal().mean()
         cost = left * energy.clamp(min=LEAST_ENERGY * energy.mean() + 1e-12).unsqueeze(1)
         ratio = -cost.log() / 2 - steps.log()
@@ -3496,56 +3492,51 @@ def find_grid_factors(model, settings, hessians: dict, energies: dict) -> dict[s
     return {name: (log - total / numbers).exp() for name, log in logs.items()}
 
 
-def inverse_factor(hessian: Tensor, damping: Tensor) -> Tensor:
-    """The upper U with U^T U = (H + damping · I)^-1; H (..., columns, columns), damping (...)."""
-    identity = torch.eye(hessian.shape[-1], device=hessian.device)
+def factor_hessian(hessian: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
+    """What gptq() knows of a matrix's inputs by their Hessian H (columns, columns): three tensors.
+
+    The order in which columns are rounded, (1, columns), the first where inputs are largest; in it
+    the upper U (columns, columns) with U^T U = (H + damping I)^-1, where damping is damp of H's
+    mean diagonal, or ten times as much until that is positive definite; and whether a column's
+    input was never seen, (1, columns) bool. Raises UserError where H is not finite.
+    """
+    diagonal = hessian.diagonal()
+    damping = damp * diagonal.mean().clamp(min=1e-9)
+    need(damping.isfinite(), DIVERGED)
+    order = diagonal.argsort(descending=True)
+    identity = torch.eye(len(hessian), device=hessian.device)
     for _ in range(DAMPING_ATTEMPTS):
-        damped = hessian + damping[..., None, None] * identity
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-        if not failed.any():
+        damped = hessian[order][:, order] + damping * identity
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
             # Flipped back, lower is an upper R with H = R R^T; so H^-1 is R^-T R^-1, and U R^-1.
-            return torch.linalg.solve_triangular(lower.flip(-2, -1), identity, upper=True)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return order[None], upper, diagonal[None] == 0
         damping = 10 * damping
     raise UserError(DIVERGED)
 
 
-def ordered_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """GPTQ's order of columns (..., 1, columns), the first where inputs are largest, and in it the
-    inverse_factor() of H (..., columns, columns), with damp of its mean diagonal added.
-
-    Raises UserError where H is not finite.
-    """
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    damping = damp * diagonal.mean(-1).clamp(min=1e-9)
-    need(damping.isfinite().all(), DIVERGED)
-    order = diagonal.argsort(descending=True).unsqueeze(-2)
-    hessian = hessian.take_along_dim(order, -1).mT.take_along_dim(order, -1)
-    return order, inverse_factor(hessian, damping)
+def no_hessian(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """factor_hessian() as if inputs were independent: there is nothing to make up for."""
+    order = torch.arange(weight.shape[1], device=weight.device)
+    return order[None], torch.eye(len(order), device=weight.device), order[None] < 0
 
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    limits: Tensor,
-    block_size=128,
-    damp=0.01,
-    trellis_states=0,
+    weight, scale, limits, order, upper, never_seen, block_size=128, trellis_states=0
 ) -> Tensor:
     """Integers Q with (Q · scale) x close to W x for the inputs x that made H (arXiv 2210.17323).
 
-    weight W and scale are (..., rows, columns), hessian H (..., columns, columns), limits
-    (..., rows, 1), and Q, all float32. Column by column, the first where inputs are largest,
+    weight W and scale are (..., rows, columns), limits (..., rows, 1), and Q, all float32; order,
+    upper U and never_seen are factor_hessian()'s. Column by column, in that order,
 
         q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
 
     takes out of the columns to come, as well as they can, what rounding column j did to the
-    outputs; order and U are ordered_factor()'s. Columns after a block of block_size take its errors
-    at once. With trellis_states, Q are points of round_by_trellis().
+    outputs. Columns after a block of block_size take its errors at once. With trellis_states, Q are
+    points of round_by_trellis().
     """
-    order, upper = ordered_factor(hessian, damp)
-    never_seen = (hessian.diagonal(dim1=-2, dim2=-1) == 0).unsqueeze(-2)
     weight = weight.masked_fill(never_seen, 0.0).take_along_dim(order, -1)
     scale = scale.take_along_dim(order, -1)
     rounding = partial(round_by_trellis, states=trellis_states) if trellis_states else round_to_grid
@@ -3566,13 +3557,13 @@ def gptq(
 
 
 @torch.no_grad()
-def quantize_model(model, settings, ranks, hessians: dict, k: float, track=iter) -> dict:
+def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) -> dict:
     """What the artifact stores of the model, in its order; the same on all ranks.
 
     First by each parameter's name a vector in its float_type(), or a matrix's grid steps
-    (rows + columns,), float16; then as "NAME integers" each matrix, int8 (rows, columns): without a
-    Hessian, the nearest integers. Matrices of one shape are rounded at once, by one rank.
-    track: Log.track(), or iter.
+    (rows + columns,), float16; then as "NAME integers" each matrix, int8 (rows, columns). solvers:
+    factor_hessian()'s by name; without one, the nearest integers. Matrices of one shape are rounded
+    at once, by one rank. track: Log.track(), or iter.
     """
     parameters = model.named_parameters()
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in parameters}
@@ -3581,13 +3572,11 @@ def quantize_model(model, settings, ranks, hessians: dict, k: float, track=iter)
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
         stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
-        hessian = hessians.get(name)
-        if hessian is None:  # as if inputs were independent: nothing to make up for
-            hessian = torch.eye(weight.shape[1], device=weight.device)
-        problems[weight.shape][name] = weight, hessian, rows * columns, limits
+        solver = solvers.get(name) or no_hessian(weight)
+        problems[weight.shape][name] = weight, rows * columns, limits, *solver
     for group in track([*problems.values()][ranks.rank :: ranks.world_size]):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
-        options = settings.gptq_block_size, settings.gptq_damp, settings.trellis_states
+        options = settings.gptq_block_size, settings.trellis_states
         rounded = gptq(*stacked, *options).floor()  # of a trellis's points, the integers
         for name, integers in zip(group, rounded, strict=True):
             stored[f"{name} integers"].copy_(integers)
@@ -3882,7 +3871,7 @@ def check_size(skeleton: Model, target_bytes: float, memory: float):
     need(has > least, f"{problem}, TARGET_MB has {has:.1f}: make the model smaller")
     wanted = sum(4 * skeleton.get_parameter(name).shape[1] ** 2 for name in grid_limits(skeleton))
     problem = f"GPTQ takes {wanted / 1e9:.0f} GB for Hessians, and there are {memory / 1e9:.0f}"
-    fits = wanted < memory or s.quantizer in ("round", "ternary")
+    fits = wanted < memory or not s.calibrates
     remedy = f"QUANTIZER=round {zeros_beside(replace(s, quantizer='round'))}".rstrip()
     need(fits, f"{problem}: lower MODEL_DIM, MLP_MULT or MAMBA_EXPAND, or take {remedy}")
 
@@ -4623,8 +4612,9 @@ class Trainer:
 
     def __post_init__(self):
         self.micro_sequences = self.micro_batch // self.settings.train_seq_len
-        # At once in eager mode, where gradients take more memory.
-        self.eager_sequences = max(1, self.micro_sequences // 4)
+        # At once in calibration: gradients take more memory in eager mode.
+        part = 4 if self.settings.shares_bits else 1
+        self.calibration_rows = max(1, self.micro_sequences // part)
         if self.settings.spelling_features:
             share_by_spelling(self.model)
         self.optimizers = Optimizers(self.model, self.settings, self.ranks)
@@ -4747,11 +4737,9 @@ class Trainer:
                 optimizers.step(0.0, s.muon_momentum)
         skip = torch.ones((), device=device)  # so that the average stays as it is
         self.average.update(1, skip, True)
-        with torch.no_grad():  # as GPTQ's calibration will: FlexAttention compiles itself
-            self.model(tokens[:, :-1], self.model.full_order)
-        if s.shares_bits:  # its gradients, likewise
-            rows = self.eager_sequences
-            collect_energies(self.model, tokens[:rows, :-1], self.ranks, rows)
+        if s.calibrates:  # as export will: FlexAttention compiles itself
+            rows = self.calibration_rows
+            collect_costs(self.model, tokens[:rows, :-1], self.ranks, rows, s.shares_bits)
         if s.trellis_states:  # its kernel, likewise
             round_by_trellis(*torch.ones(3, 1, 1, device=device), s.trellis_states)
         synchronized_time()
@@ -4990,11 +4978,11 @@ def export(trainer, batches) -> dict:
     clock, target = trainer.clock, trainer.target_bytes
     fold_spelling(trainer.model)
     clock.start()
-    hessians = calibrate(trainer, batches)
+    solvers = calibrate(trainer, batches)
     k = fit_sdclip(trainer.model, s, target)
     while True:
         started = clock.seconds()
-        stored = quantize_model(trainer.model, s, ranks, hessians, k, partial(log.track, "GPTQ"))
+        stored = quantize_model(trainer.model, s, ranks, solvers, k, partial(log.track, "GPTQ"))
         clock.pause()
         took = clock.seconds() - started
         text = f"{s.quantizer.upper()} at k={k:.2f}; training clock {clock.seconds():.1f}s"
@@ -5025,34 +5013,35 @@ def export(trainer, batches) -> dict:
     return {"sdclip_k": k, "train_clock_seconds": clock.seconds(), "bytes_by_kind": kinds}
 
 
-def calibrate(trainer, batches) -> dict[str, Tensor]:
-    """Hessians for GPTQ of CALIBRATION's text, with a line on both; none without GPTQ.
+def calibrate(trainer, batches) -> dict[str, tuple]:
+    """factor_hessian() of each matrix by CALIBRATION's text, with a line on it; none without GPTQ.
 
     The model's grid_factors become those of this text, where a setting asks for them.
     """
     s = trainer.settings
-    trainer.model.grid_factors = {}
-    if s.quantizer in ("round", "ternary"):
+    ranks = trainer.ranks
+    model = trainer.model
+    model.grid_factors = {}
+    if not s.calibrates:
         return {}
     started = synchronized_time()
     track = partial(trainer.log.track, "calibration")
-    sequences = calibration_sequences(trainer.model, s, trainer.ranks, batches, track)
+    sequences = calibration_sequences(model, s, ranks, batches, track)
     times = {"text": synchronized_time() - started}
-    rows = trainer.micro_sequences
-    hessians = collect_hessians(trainer.model, sequences, trainer.ranks, rows, track)
+    rows = trainer.calibration_rows
+    hessians, energies = collect_costs(model, sequences, ranks, rows, s.shares_bits, track)
     times["hessian"] = synchronized_time() - started - times["text"]
+    solvers = {name: factor_hessian(hessians.pop(name), s.gptq_damp) for name in sorted(hessians)}
     if s.shares_bits:
-        rows = trainer.eager_sequences
-        energies = collect_energies(trainer.model, sequences, trainer.ranks, rows, track)
-        trainer.model.grid_factors = find_grid_factors(trainer.model, s, hessians, energies)
-        times["gradients"] = synchronized_time() - started - sum(times.values())
-    tokens = sequences.numel() * trainer.ranks.world_size
+        model.grid_factors = find_grid_factors(model, s, solvers, energies)
+    times["factor"] = synchronized_time() - started - sum(times.values())
+    tokens = sequences.numel() * ranks.world_size
     source = {"train": "training text", "self": "text that the model wrote"}[s.calibration]
     took = ", ".join(f"{what} {seconds:.2f}s" for what, seconds in times.items())
     values = {f"{what}_seconds": seconds for what, seconds in times.items()}
     text = f"calibration: {tokens:,} tokens of {source}; {took}"
     trainer.log(text, "calibration", source=s.calibration, tokens=tokens, **values)
-    return hessians
+    return solvers
 
 
 def quantization_report(trainer, quantized, before: Score, score):

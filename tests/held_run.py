@@ -106,7 +106,7 @@ def hold(run: Run, phase: str) -> None:
         "data": (t, "load_validation"),
         "warm-up": (t.Trainer, "warm_up"),
         "score before": (t, "plain_score"),
-        "calibration": (t, "collect_hessians"),
+        "calibration": (t, "collect_costs"),
         "GPTQ": (t, "quantize_model"),
         "packing": (t, "pack_artifact"),
         "sample": (t, "generate"),

@@ -222,6 +222,20 @@ def bounded(seconds: float = 10.0, more_memory: int = 1 << 30):
         signal.signal(signal.SIGALRM, previous)
 
 
+def gptq(weight, hessian, scale, limits, damp: float = 0.01, **options) -> torch.Tensor:
+    """t.gptq() by a Hessian, or of a stack by theirs."""
+    hessians = hessian.view(-1, *hessian.shape[-2:])
+    parts = zip(*(t.factor_hessian(each, damp) for each in hessians), strict=True)
+    factors = [torch.stack(each).view(*hessian.shape[:-2], *each[0].shape) for each in parts]
+    return t.gptq(weight, scale, limits, *factors, **options)
+
+
+def collect_factors(model: t.Model, tokens: torch.Tensor, rows: int) -> dict[str, tuple]:
+    """What quantize_model() asks for, of a text."""
+    hessians, _ = t.collect_costs(model, tokens, SOLO, rows)
+    return {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
+
+
 def gradients(model: t.Model) -> dict[str, torch.Tensor]:
     """Of every parameter, by the loss of the same 64 random tokens."""
     tokens = random_tokens(2, 33)

@@ -25,6 +25,8 @@ from tests.support import (
     SMALLEST,
     SOLO,
     bounded,
+    collect_factors,
+    gptq,
     random_model,
     random_tokens,
     relative,
@@ -86,7 +88,7 @@ def test_gptq_beats_plain_rounding_on_correlated_inputs():
     settings, limits = tiny(), row_limits(24, 4)
     scale = grid_scale(weight, limits, settings, 4.0)
     plain = t.round_to_grid(weight, scale, limits) * scale
-    clever = t.gptq(weight, hessian, scale, limits) * scale
+    clever = gptq(weight, hessian, scale, limits) * scale
     assert hessian_error(weight, clever, hessian) < hessian_error(weight, plain, hessian) / 3
 
 
@@ -107,7 +109,7 @@ def test_gptq_is_column_by_column_rounding_with_the_rest_corrected():
         )[:, 0].float()
         error = (rest[:, column] - expected[:, column] * scale[:, column]) / inverse[0, 0]
         rest[:, order[step:]] -= error[:, None] * inverse[0]
-    integers = t.gptq(weight, hessian, scale, limits)
+    integers = gptq(weight, hessian, scale, limits)
     assert (integers == expected).float().mean() > 0.99  # float32 may round a tie the other way
 
 
@@ -116,7 +118,7 @@ def test_gptq_with_independent_inputs_is_plain_rounding():
     limits = row_limits(24, 4)
     scale = grid_scale(weight, limits, tiny(), 4.0)
     assert torch.equal(
-        t.gptq(weight, torch.eye(160), scale, limits), t.round_to_grid(weight, scale, limits)
+        gptq(weight, torch.eye(160), scale, limits), t.round_to_grid(weight, scale, limits)
     )
 
 
@@ -129,8 +131,8 @@ def test_gptq_of_a_stack_is_gptq_of_each():
         problems.append(
             (weight, (1 + seed) * hessian, grid_scale(weight, own, tiny(), 4.0 + seed), own)
         )
-    alone = torch.stack([t.gptq(*problem) for problem in problems])
-    together = t.gptq(*(torch.stack(parts) for parts in zip(*problems, strict=True)))
+    alone = torch.stack([gptq(*problem) for problem in problems])
+    together = gptq(*(torch.stack(parts) for parts in zip(*problems, strict=True)))
     assert (
         together == alone
     ).float().mean() > 0.999  # a product of stacks may round a tie the other way
@@ -140,7 +142,7 @@ def test_gptq_stays_on_the_grid_with_eight_bits_in_the_last_rows():
     weight, hessian = correlated_problem()
     weight[3] *= 100
     limits = row_limits(24, 4)
-    integers = t.gptq(
+    integers = gptq(
         weight, hessian, grid_scale(weight, limits, tiny(sdclip_k_int8=2.0), 2.0), limits
     )
     assert torch.equal(integers, integers.round())
@@ -158,7 +160,7 @@ def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
     hessian[9] = hessian[:, 9] = 0
     limits = row_limits(24, 0)
     scale = grid_scale(weight, limits, tiny(), 4.0)
-    integers = t.gptq(weight, hessian, scale, limits)
+    integers = gptq(weight, hessian, scale, limits)
     assert integers.isfinite().all()
     assert not integers[:, 9].any()
     plain = t.round_to_grid(weight, scale, limits)
@@ -172,29 +174,39 @@ def test_blocks_change_speed_alone_and_much_damping_makes_gptq_plain_rounding():
     weight, hessian = correlated_problem()
     limits = row_limits(24, 4)
     scale = grid_scale(weight, limits, tiny(), 4.0)
-    usual = t.gptq(weight, hessian, scale, limits)
+    usual = gptq(weight, hessian, scale, limits)
     for block_size in (1, 7, 64, 1000):
-        same = t.gptq(weight, hessian, scale, limits, block_size) == usual
+        same = gptq(weight, hessian, scale, limits, block_size=block_size) == usual
         assert same.float().mean() > 0.99
     plain = t.round_to_grid(weight, scale, limits)
-    damped = t.gptq(weight, hessian, scale, limits, damp=1e6)
+    damped = gptq(weight, hessian, scale, limits, damp=1e6)
     assert (damped == plain).float().mean() > 0.999 > 0.95 > (usual == plain).float().mean()
 
 
-@pytest.mark.parametrize(
-    "changes", [{"gptq_damp": 1e6}, {"gptq_block_size": 1}, {"trellis_states": 4}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"gptq_block_size": 1}, {"trellis_states": 4}], ids=str)
 def test_gptq_s_settings_reach_it(changes, monkeypatch):
     settings, gptq, seen = tiny(**changes), t.gptq, []
 
     def remember(*arguments):
-        seen.append(arguments[4:])
+        seen.append(arguments[6:])
         return gptq(*arguments)
 
     monkeypatch.setattr(t, "gptq", remember)
     exported(random_model(settings), settings)
-    expected = {"gptq_block_size": 128, "gptq_damp": 0.01, "trellis_states": 0} | changes
+    expected = {"gptq_block_size": 128, "trellis_states": 0} | changes
     assert set(seen) == {tuple(expected.values())}
+
+
+def test_damping_is_gptq_damp_s(tmp_path, monkeypatch):
+    settings, factor, seen = tiny(gptq_damp=0.5), t.factor_hessian, []
+
+    def remember(hessian, damp):
+        seen.append(damp)
+        return factor(hessian, damp)
+
+    monkeypatch.setattr(t, "factor_hessian", remember)
+    export_to(tmp_path / "a", settings, random_model(settings), 10**6)
+    assert set(seen) == {0.5}
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -204,7 +216,7 @@ def test_gptq_ends_where_no_damping_helps(poison):
     hessian[3, 3] = poison
     limits = row_limits(24, 0)
     with pytest.raises(t.UserError, match="training diverged"):
-        t.gptq(weight, hessian, grid_scale(weight, limits, tiny(), 4.0), limits)
+        gptq(weight, hessian, grid_scale(weight, limits, tiny(), 4.0), limits)
 
 
 @pytest.mark.parametrize("rows", [(1e-9, 1.0, 1e4), (0.0, 1.0, 1.0)], ids=str)
@@ -285,7 +297,7 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
         final = model(tokens, model.order(True)).flatten(0, 1)
     for handle in handles:
         handle.remove()
-    hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
+    hessians, _ = t.collect_costs(model, tokens, SOLO, rows=2)
     x = torch.cat([part.flatten(0, 1) for part in seen])
     assert len(seen) == 2
     assert relative(hessians["blocks.1.mixer.query.weight"], 2 * x.T @ x) < 1e-5
@@ -298,11 +310,12 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     missing = set(t.grid_limits(model)) - set(hessians)
     assert missing == {"bigram_embedding.weight"}
     untied = random_model(tiny(tie_embeddings=False))
-    hessians, limits = t.collect_hessians(untied, tokens, SOLO, rows=2), t.grid_limits(untied)
+    hessians, _ = t.collect_costs(untied, tokens, SOLO, rows=2)
+    limits = t.grid_limits(untied)
     assert set(limits) - set(hessians) == {"bigram_embedding.weight", "embedding.weight"}
     for name in ("embedding.weight", "output_embedding.weight"):
         assert torch.equal(limits[name], row_limits(512, 512))
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("call", ["positional", "by name"])
@@ -323,7 +336,7 @@ def test_a_hessian_is_of_what_the_weight_sees_however_a_scale_is_passed(call, mo
 
     monkeypatch.setattr(t.Mamba, "forward", forward)
     with torch.no_grad():
-        hessian = t.collect_hessians(model, tokens, SOLO, rows=2)["blocks.0.mixer.out_proj.weight"]
+        hessian = t.collect_costs(model, tokens, SOLO, rows=2)[0]["blocks.0.mixer.out_proj.weight"]
     x = torch.cat(seen)
     assert relative(hessian, 2 * x.T @ x) < 1e-6
 
@@ -377,10 +390,10 @@ def test_a_text_is_no_longer_than_the_model_s_window():
 def test_two_ranks_quantize_to_the_same_bits_as_one(quantizer):
     settings = tiny(quantizer=quantizer)
     model, tokens = random_model(settings), random_tokens(4, 32)
-    hessians = t.collect_hessians(model, tokens, SOLO, rows=2)
-    alone = t.quantize_model(model, settings, SOLO, hessians, 5.0)
+    factors = collect_factors(model, tokens, rows=2)
+    alone = t.quantize_model(model, settings, SOLO, factors, 5.0)
     for stored in run_ranks(
-        2, lambda ranks: t.quantize_model(model, settings, ranks, hessians, 5.0)
+        2, lambda ranks: t.quantize_model(model, settings, ranks, factors, 5.0)
     ):
         assert t.pack_artifact(settings, stored) == t.pack_artifact(settings, alone)
 
@@ -392,7 +405,7 @@ def layer_error(
     settings, limits = tiny(quantizer=quantizer), row_limits(len(weight), 0)
     scale = grid_scale(weight, limits, settings, k)
     known = torch.eye(len(hessian)) if quantizer == "round" else hessian
-    error = hessian_error(weight, t.gptq(weight, known, scale, limits) * scale, hessian)
+    error = hessian_error(weight, gptq(weight, known, scale, limits) * scale, hessian)
     return error / hessian_error(weight, torch.zeros_like(weight), hessian)
 
 
@@ -627,8 +640,7 @@ def export_to(
         settings=settings,
         ranks=ranks,
         log=Quiet(),
-        micro_sequences=2,
-        eager_sequences=1,
+        calibration_rows=1 if settings.shares_bits else 2,
         clock=t.TrainingClock(),
         target_bytes=target,
         tokenizer_sha256="",
@@ -671,10 +683,10 @@ def test_an_artifact_that_is_too_large_is_quantized_again_until_it_fits_and_not_
         t.load_model(tmp_path / f"{world_size}", tiny(), set(), SOLO)
 
 
-def test_what_calibration_spends_on_gradients_is_no_time_of_hessians(tmp_path, monkeypatch):
-    """By a clock that goes on a second a forward pass, three a backward one, and not else."""
+def test_what_calibration_spends_on_factors_is_no_time_of_hessians(tmp_path, monkeypatch):
+    """By a clock that goes on three seconds a pass over the text, one a factor, and not else."""
     now = [0.0]
-    for name, seconds in (("collect_hessians", 1.0), ("collect_energies", 3.0)):
+    for name, seconds in (("collect_costs", 3.0), ("factor_hessian", 1.0)):
         usual = getattr(t, name)
 
         def slow(*arguments, usual=usual, seconds=seconds):
@@ -683,11 +695,11 @@ def test_what_calibration_spends_on_gradients_is_no_time_of_hessians(tmp_path, m
 
         monkeypatch.setattr(t, name, slow)
     monkeypatch.setattr(t, "synchronized_time", lambda: now[0])
-    for by_matrix, told in ((1.0, ", gradients 3.00s"), (0.0, "")):
-        settings = tiny(sdclip_by_matrix=by_matrix)
-        said = export_to(tmp_path / "a", settings, random_model(settings), 10**6)
-        (line,) = [text for text in said if text.startswith("calibration: ")]
-        assert line.endswith(f"; text 0.00s, hessian 1.00s{told}")
+    model = random_model(tiny())
+    factors = len(model.linear_layers()) + 1  # and one of the output matrix
+    said = export_to(tmp_path / "a", tiny(sdclip_by_matrix=1.0), model, 10**6)
+    (line,) = [text for text in said if text.startswith("calibration: ")]
+    assert line.endswith(f"; text 0.00s, hessian 3.00s, factor {factors}.00s")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -703,7 +715,7 @@ def test_calibration_s_source_tokens_and_seconds_are_logged(tmp_path, source, wo
     said = run_ranks(world_size, export)[0]
     (line,) = [text for text in said if text.startswith("calibration: ")]
     words = {"train": "training text", "self": "text that the model wrote"}[source]
-    seconds = r"text [\d.]+s, hessian [\d.]+s"
+    seconds = r"text [\d.]+s, hessian [\d.]+s, factor [\d.]+s"
     assert re.fullmatch(rf"calibration: 256 tokens of {words}; {seconds}", line)
     took = r"GPTQ at k=.+; training clock [\d.]+s, of which this took [\d.]+s"
     assert any(re.fullmatch(took, text) for text in said)

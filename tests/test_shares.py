@@ -30,13 +30,17 @@ def uneven_model(settings: t.Settings, seed: int = 0) -> t.Model:
 
 
 def shared_model(settings: t.Settings, seed: int = 0, tokens=None) -> tuple[t.Model, dict]:
-    """An uneven_model() with its grid_factors, and Hessians."""
+    """An uneven_model() with its grid_factors, and what GPTQ knows of its inputs."""
     model = uneven_model(settings, seed)
     tokens = random_tokens(32, 32, seed=seed) if tokens is None else tokens
-    hessians = t.collect_hessians(model, tokens, SOLO, rows=8)
-    energies = t.collect_energies(model, tokens, SOLO, rows=8)
-    model.grid_factors = t.find_grid_factors(model, settings, hessians, energies)
-    return model, hessians
+    hessians, energies = t.collect_costs(model, tokens, SOLO, 8, with_energies=True)
+    factors = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
+    model.grid_factors = t.find_grid_factors(model, settings, factors, energies)
+    return model, factors
+
+
+def collect_energies(model: t.Model, tokens: torch.Tensor, ranks: t.Ranks, rows: int) -> dict:
+    return t.collect_costs(model, tokens, ranks, rows, with_energies=True)[1]
 
 
 # ---- What errors cost ----------------------------------------------------------------------------
@@ -65,7 +69,7 @@ def test_energies_are_what_nudged_outputs_do_to_the_loss():
     model = random_model(tiny(layer_order="0,1,1,2", unet_skips=False))
     model.double().compute_dtype = torch.float64
     tokens = random_tokens(2, 8)
-    energies = t.collect_energies(model, tokens, SOLO, rows=1)
+    energies = collect_energies(model, tokens, SOLO, rows=1)
     assert energies.keys() == model.linear_layers().keys()
     places = [("blocks.0.mixer.in_proj.weight", 1, 5), ("blocks.1.mlp.up.weight", 2, 3)]
     for name, calls, row in [*places, ("blocks.2.mixer.out_proj.weight", 1, 31)]:
@@ -84,7 +88,7 @@ def test_energies_leave_gradients_hooks_and_weights_as_they_were():
     for name, p in model.named_parameters():
         p.grad = torch.full_like(p, 3.0)
         before[name] = p.grad, p.grad.clone(), p.detach().clone()
-    t.collect_energies(model, tokens, SOLO, rows=2)
+    collect_energies(model, tokens, SOLO, rows=2)
     for name, p in model.named_parameters():
         gradient, value, weight = before[name]
         assert p.grad is gradient and torch.equal(p.grad, value) and torch.equal(p, weight)
@@ -97,18 +101,18 @@ def test_an_mlp_that_is_one_operator_is_taken_apart_for_its_energies(monkeypatch
     layers = [module for module in model.modules() if isinstance(module, t.MLP)]
     for layer in layers:
         layer.can_fuse = True
-    energies = t.collect_energies(model, tokens, SOLO, rows=2)
+    energies = collect_energies(model, tokens, SOLO, rows=2)
     assert energies.keys() == model.linear_layers().keys()
     assert all(layer.can_fuse for layer in layers)
 
 
 def test_ranks_have_the_energies_of_all_their_text():
     model, tokens = random_model(tiny()), random_tokens(4, 32)
-    alone = t.collect_energies(model, tokens, SOLO, rows=4)
+    alone = collect_energies(model, tokens, SOLO, rows=4)
 
     def collect(ranks: t.Ranks) -> dict:
         own = copy.deepcopy(model)  # of these threads, whose hooks see their own layers only
-        return t.collect_energies(own, tokens.chunk(2)[ranks.rank], ranks, rows=1)
+        return collect_energies(own, tokens.chunk(2)[ranks.rank], ranks, rows=1)
 
     for found in run_ranks(2, collect):
         assert found.keys() == alone.keys()
@@ -122,9 +126,9 @@ def test_factors_are_1_in_the_mean_and_leave_embeddings_alone():
     """Of the logarithm, over all weights. With both parts whole, all rows' costs become equal."""
     settings = tiny(sdclip_by_matrix=1.0, sdclip_by_row=1.0)
     model, tokens = uneven_model(settings), random_tokens(16, 32)
-    hessians = t.collect_hessians(model, tokens, SOLO, rows=8)
-    energies = t.collect_energies(model, tokens, SOLO, rows=8)
-    factors = t.find_grid_factors(model, settings, hessians, energies)
+    hessians, energies = t.collect_costs(model, tokens, SOLO, 8, with_energies=True)
+    known = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
+    factors = t.find_grid_factors(model, settings, known, energies)
     assert factors.keys() == model.linear_layers().keys()
     logs = [
         factors[n].log().expand_as(p).flatten() for n, p in model.named_parameters() if n in factors
@@ -169,10 +173,10 @@ def test_parts_of_the_logarithm_are_taken():
 def test_no_step_is_so_fine_that_its_grid_clips():
     """A matrix whose errors would cost ten thousand times as much reaches four deviations yet."""
     settings, name = tiny(**SHARED), "blocks.1.mixer.query.weight"
-    model, hessians = shared_model(settings)
+    model, factors = shared_model(settings)
     weight = model.get_parameter(name).detach()
     model.grid_factors = {name: torch.full((len(weight), 1), 1e-4)}
-    stored = t.quantize_model(model, settings, SOLO, hessians, 12.0)
+    stored = t.quantize_model(model, settings, SOLO, factors, 12.0)
     reach = t.INT8_MAX * stored[name][: len(weight), None].float()
     deviations = weight.square().mean(1, keepdim=True).sqrt()
     assert relative(reach, 4 * deviations) < 1e-3
@@ -199,10 +203,10 @@ def test_of_a_file_of_the_same_size_shared_steps_lose_less(tmp_path, states):
     sizes, lost = [], []
     for changes in ({}, SHARED):
         chosen = changed(settings, **changes)
-        model, hessians = shared_model(chosen)
+        model, factors = shared_model(chosen)
         target = t.predict_bytes(random_model(settings), settings, 12.0)
         k = t.fit_sdclip(model, chosen, target)
-        stored = t.quantize_model(model, chosen, SOLO, hessians, k)
+        stored = t.quantize_model(model, chosen, SOLO, factors, k)
         (tmp_path / "a").write_bytes(t.pack_artifact(chosen, stored))
         loaded, _ = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
         sizes.append((tmp_path / "a").stat().st_size)
@@ -219,9 +223,8 @@ def test_without_shares_no_gradient_is_computed_and_grids_are_the_usual_ones(tmp
     settings, model = tiny(), random_model(tiny())
     for name in SHARED:
         assert t.PLAIN[name] == t.FORMER_DEFAULTS[name] == 0
-    refused = dict.fromkeys(("collect_energies", "find_grid_factors"))
-    for name in refused:
-        monkeypatch.setattr(t, name, refused[name])
+    monkeypatch.setattr(t, "find_grid_factors", None)
+    monkeypatch.setattr(torch.autograd, "grad", None)
     export_to(tmp_path / "a", settings, model, 10**6)
     assert model.grid_factors == {}
     stored = t.quantize_model(model, settings, SOLO, {}, 5.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import SOLO, interpreted, random_model, tiny
+from tests.support import SOLO, gptq, interpreted, random_model, tiny
 from tests.test_export import (
     Quiet,
     correlated_problem,
@@ -150,8 +150,8 @@ def test_gptq_by_a_trellis_costs_outputs_a_decibel_less(rows):
     hessian[9] = hessian[:, 9] = 0  # an input that never fires
     limits = row_limits(rows, 4)
     scale = grid_scale(weight, limits, tiny(), 15.0)
-    plain = t.gptq(weight, hessian, scale, limits)
-    points = t.gptq(weight, hessian, scale, limits, trellis_states=8)
+    plain = gptq(weight, hessian, scale, limits)
+    points = gptq(weight, hessian, scale, limits, trellis_states=8)
     assert torch.equal(t.trellis_points(points.floor().to(torch.int8), 8), points)
     assert not points[:, 9].any() and (points.floor().abs() <= limits).all()
     errors = [hessian_error(weight, found * scale, hessian) for found in (plain, points)]

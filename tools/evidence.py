@@ -200,8 +200,8 @@ def calibration_row(events: dict[str, dict], settings: dict) -> Row:
     source = {"train": "training text", "self": "text that the model wrote"}.get(record["source"])
     text = f"{record['tokens']:,} tokens of {source or record['source']}, "
     text += f"{record['text_seconds']:.2f} s; Hessians {record['hessian_seconds']:.2f} s"
-    if "gradients_seconds" in record:
-        text += f"; gradients {record['gradients_seconds']:.2f} s"
+    if "factor_seconds" in record:
+        text += f"; factors {record['factor_seconds']:.2f} s"
     if "quantize_seconds" in said(events, "quantized"):
         text += f"; GPTQ {events['quantized']['quantize_seconds']:.2f} s"
     reasons = () if source else (f"calibration was on {record['source']}",)

@@ -375,8 +375,8 @@ def quantization(runs: list[Run]) -> Html:
         "calibration text": figure("calibration", "source", "{}"),
         "calibration tokens": figure("calibration", "tokens"),
         "seconds of its text": figure("calibration", "text_seconds", "{:.2f}"),
-        "seconds of Hessians": figure("calibration", "hessian_seconds", "{:.2f}"),
-        "seconds of gradients": figure("calibration", "gradients_seconds", "{:.2f}"),
+        "seconds of Hessians and gradients": figure("calibration", "hessian_seconds", "{:.2f}"),
+        "seconds of their factors": figure("calibration", "factor_seconds", "{:.2f}"),
         "bits per byte lost": lost,
     }
     parts = [comparison(runs, rows)]
