@@ -505,7 +505,30 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     for name in given & ({"embed_lr", "head_lr"} if tied else {"tied_embed_lr"}):
         other = "TIED_EMBED_LR is the rate" if tied else "EMBED_LR and HEAD_LR are the rates"
         raise UserError(f"{name.upper()} means nothing with TIE_EMBEDDINGS={int(tied)}: {other}")
-    return settings, given
+    return make_room(settings, given), given
+
+
+def make_room(s, given: set[str]) -> Settings:
+    """The settings, of which those of the recipe, not given, yield to given ones beside them.
+
+    What these exclude is left out; the stride follows the window, and GPTQ's seconds the clock.
+    Two given ones that contradict each other stay, for validate_settings() to refuse.
+    """
+    values = dict.fromkeys(excluded(s), 0)
+    if "train_seq_len" in given and s.eval_stride > s.train_seq_len:
+        values["eval_stride"] = max(1, s.train_seq_len // 4)
+    if 0 < s.max_wallclock_seconds <= s.export_reserve_seconds:
+        values["export_reserve_seconds"] = s.max_wallclock_seconds / 5
+    yielding = {name: type(getattr(s, name))(x) for name, x in values.items() if name not in given}
+    return replace(s, **yielding)
+
+
+def describe_room(settings, given: set[str]) -> str:
+    """A line on what make_room() changed; empty if nothing."""
+    usual = asdict(Settings(**PRESETS[settings.preset])).items()
+    changed = sorted(asdict(settings).items() - usual)
+    text = " ".join(f"{n.upper()}={x:g}" for n, x in changed if n not in given | {"run_id"})
+    return text and f"settings not given that yield to those given: {text}"
 
 
 def check(settings, name: str, condition: bool, problem: str):
@@ -565,9 +588,9 @@ def validate_settings(s, world_size: int):
     known = s.mamba_decay == "softplus" or s.mamba_version == 3
     check(s, "mamba_decay", known, "needs MAMBA_VERSION=3")
     check(s, "bigram_vocab_size", s.bigram_vocab_size != 1, "hashes all alike; use 0 for none")
-    zeros = "" if s.eval_only else zeros_beside(s)
+    zeros = [] if s.eval_only else excluded(s)
     blamed = "late_qat_threshold" if s.late_qat_threshold else "quantizer"
-    check(s, blamed, not zeros, f"needs {zeros}")
+    check(s, blamed, not zeros, f"needs {'=0 '.join(zeros).upper()}=0")
     # Batches, clocks and strides
     length = s.train_seq_len
     if not s.eval_only:
@@ -588,13 +611,13 @@ def validate_settings(s, world_size: int):
         check_multiple(s, "ttt_chunk_tokens", new, f"TRAIN_SEQ_LEN - EVAL_OVERLAP of {overlap}")
 
 
-def zeros_beside(s) -> str:
-    """As they are typed, the zeros that the settings need to go with how weights are quantized."""
+def excluded(s) -> list[str]:
+    """The settings, none of them 0, that cannot go with how weights are quantized."""
     on_grids = s.late_qat_threshold or s.quantizer == "ternary"  # gradients are those on grids
-    excluded = ["spelling_features"] if on_grids else []
+    names = ["spelling_features"] if on_grids else []
     if s.late_qat_threshold or s.quantizer != "gptq":
-        excluded += ["trellis_states", "sdclip_by_matrix", "sdclip_by_row"]
-    return " ".join(f"{name.upper()}=0" for name in excluded if getattr(s, name))
+        names += ["trellis_states", "sdclip_by_matrix", "sdclip_by_row"]
+    return [name for name in names if getattr(s, name)]
 
 
 def ttt_sequence_length(settings, world_size: int) -> int:
@@ -3872,8 +3895,9 @@ def check_size(skeleton: Model, target_bytes: float, memory: float):
     wanted = sum(4 * skeleton.get_parameter(name).shape[1] ** 2 for name in grid_limits(skeleton))
     problem = f"GPTQ takes {wanted / 1e9:.0f} GB for Hessians, and there are {memory / 1e9:.0f}"
     fits = wanted < memory or not s.calibrates
-    remedy = f"QUANTIZER=round {zeros_beside(replace(s, quantizer='round'))}".rstrip()
-    need(fits, f"{problem}: lower MODEL_DIM, MLP_MULT or MAMBA_EXPAND, or take {remedy}")
+    zeros = "".join(f" {name.upper()}=0" for name in excluded(replace(s, quantizer="round")))
+    remedy = f"lower MODEL_DIM, MLP_MULT or MAMBA_EXPAND, or take QUANTIZER=round{zeros}"
+    need(fits, f"{problem}: {remedy}")
 
 
 def record_layout(skeleton: Model) -> np.dtype:
@@ -4278,7 +4302,7 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     need("preset" not in given or s.preset == theirs["preset"], contradicts)
     clock = {"eval_max_seconds": min(theirs["eval_max_seconds"], Settings.eval_max_seconds)}
     taken = {name: (theirs | clock)[name] for name in SCORED_WITH if name not in given}
-    settings = adopt_artifact(header, replace(s, **taken), given, world_size)
+    settings = adopt_artifact(header, make_room(replace(s, **taken), given), given, world_size)
     if log:
         names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
         trains = ("seed", "train_batch_tokens")
@@ -5123,7 +5147,7 @@ def main(log):
         first = ranks.rank == 0
         writes = first and not settings.eval_only
         unscored = ranks.from_main(find_unscored(settings) if writes else {})
-        source = ""  # of settings that were not given
+        source = describe_room(settings, given)  # of settings that were not given
         if settings.eval_only:
             origin = ranks.from_main(find_settings(settings)[0] if first else None)
             claims.enter_context(named_source(origin, given))

@@ -498,6 +498,15 @@ def test_what_a_log_may_not_have_is_refused_by_name(
         assert line.endswith(f" (from {log})\n")
 
 
+def test_a_shorter_window_needs_no_other_stride_typed(scored, tmp_path):
+    """The log's yields to it; what the log has is told."""
+    environment = edited_log(scored, tmp_path) | {"TRAIN_SEQ_LEN": "4"}
+    settings, given = t.read_settings(environment)
+    settings, line = t.settings_to_score(settings, given, 1)
+    assert (settings.train_seq_len, settings.eval_stride) == (4, 1)
+    assert "EVAL_STRIDE=1 (there 8)" in line
+
+
 @pytest.mark.parametrize("log", ["none", "of another artifact"])
 def test_without_its_log_an_artifact_tells_its_preset_and_window(
     monkeypatch, capsys, scored, tmp_path, log

@@ -14,7 +14,15 @@ import torch
 
 import train_gpt as t
 from tests import bit_equal
-from tests.support import PATIENCE, SOLO, bounded, tiny, with_settings
+from tests.support import (
+    PATIENCE,
+    SOLO,
+    bounded,
+    run_environment,
+    run_here,
+    tiny,
+    with_settings,
+)
 
 NAMES = {f.name.upper() for f in dataclasses.fields(t.Settings)}
 
@@ -167,6 +175,67 @@ def test_apples_gpus_are_refused_in_one_line():
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_every_preset_is_valid_on_every_number_of_ranks(preset, world_size):
     t.validate_settings(t.read_settings({"PRESET": preset})[0], world_size)
+
+
+NO_GRIDS = {"TRELLIS_STATES": 0, "SDCLIP_BY_MATRIX": 0.0, "SDCLIP_BY_ROW": 0.0}
+YIELDING = [
+    ({"QUANTIZER": "round"}, NO_GRIDS),
+    ({"QUANTIZER": "ternary"}, NO_GRIDS | {"SPELLING_FEATURES": 0}),
+    ({"LATE_QAT_THRESHOLD": "0.1"}, NO_GRIDS | {"SPELLING_FEATURES": 0}),
+    ({"USE_GPTQ": "0"}, NO_GRIDS),
+    ({"QUANTIZER": "dsq", "SDCLIP_BY_ROW": "0"}, NO_GRIDS),
+    ({"TRAIN_SEQ_LEN": "256"}, {"EVAL_STRIDE": 64}),
+    ({"MAX_WALLCLOCK_SECONDS": "5"}, {"EXPORT_RESERVE_SECONDS": 1.0}),
+    ({"MLP_MULT": "3"}, {}),
+]
+
+
+@pytest.mark.parametrize("preset", ["default", "short"])
+@pytest.mark.parametrize(("typed", "yielding"), YIELDING, ids=str)
+def test_what_the_recipe_has_yields_to_what_is_typed(preset, typed, yielding):
+    """And no other setting does; the log's line names those that did."""
+    environment = {"PRESET": preset} | typed
+    settings, given = t.read_settings(environment)
+    t.validate_settings(settings, 1)
+    wanted = t.PRESETS[preset] | {name: getattr(settings, name) for name in given}
+    wanted |= {name.lower(): value for name, value in yielding.items()}
+    assert dataclasses.asdict(settings) == dataclasses.asdict(t.Settings(**wanted))
+    for name, value in yielding.items():
+        assert type(getattr(settings, name.lower())) is type(value)
+    line = t.describe_room(settings, given)
+    told = {name: value for name, value in yielding.items() if name not in typed}
+    pairs = dict(word.split("=") for word in line.partition(": ")[2].split())
+    assert {name: float(text) for name, text in pairs.items()} == told
+    typed_too = environment | {name: str(value) for name, value in yielding.items()}
+    again, given = t.read_settings(typed_too)  # as one had to before, and may
+    assert again == settings
+    assert t.describe_room(again, given) == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ({"QUANTIZER": "round", "TRELLIS_STATES": "8"}, "^QUANTIZER=round needs TRELLIS_STATES=0$"),
+        ({"LATE_QAT_THRESHOLD": "0.1", "SPELLING_FEATURES": "9"}, "needs SPELLING_FEATURES=0$"),
+        ({"TRAIN_SEQ_LEN": "256", "EVAL_STRIDE": "257"}, "EVAL_STRIDE=257 is longer"),
+        ({"MAX_WALLCLOCK_SECONDS": "5", "EXPORT_RESERVE_SECONDS": "5"}, "leaves no time"),
+        ({"EVAL_STRIDE": "2049"}, "EVAL_STRIDE=2049 is longer"),
+        ({"EXPORT_RESERVE_SECONDS": "600"}, "leaves no time"),
+    ],
+    ids=str,
+)
+def test_two_typed_settings_that_contradict_each_other_are_refused(typed, named):
+    """By the typed one alone that would have to change; and one that fits no recipe's."""
+    settings, _ = t.read_settings(typed)
+    with pytest.raises(t.UserError, match=named):
+        t.validate_settings(settings, 1)
+
+
+def test_a_run_says_which_settings_yielded(monkeypatch, capsys, shards, tmp_path):
+    changes = {"max_wallclock_seconds": 10, "tokenizer_path": "none"}  # it ends before it trains
+    assert run_here(monkeypatch, run_environment(shards, tmp_path, **changes)) == 2
+    line = "settings not given that yield to those given: EXPORT_RESERVE_SECONDS=2\n"
+    assert line in capsys.readouterr().out
 
 
 def test_small_settings_of_these_tests_are_valid():
