@@ -4218,14 +4218,18 @@ def find_unscored(settings) -> dict[str, dict]:
     s = settings
     path = Path(s.log_dir, f"{s.run_id}.jsonl")
     events = last_records(path)
-    if "final" in events:
-        remedy = "choose another, EVAL_ONLY=1 to score it again, or OVERWRITE=1 to train it anew"
-        need(s.overwrite, f"RUN_ID={s.run_id} is finished, {path} has its score: {remedy}")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if "final" in events or (s.overwrite and "trained" in events and not restarted):
+    anew = s.overwrite and "trained" in events and not restarted
+    if "final" in events or anew:
         for leftover in s.checkpoint_paths if s.resume == "auto" else ():
             leftover.unlink(missing_ok=True)  # it was killed just behind its score
-    elif "trained" in events and s.resume == "auto":
+    if "final" in events:
+        lock = Path(f"{s.artifact_path}.lock")
+        with suppress(OSError, UserError), claim_file(lock, "ARTIFACT"):  # likewise
+            lock.unlink()
+        remedy = "choose another, EVAL_ONLY=1 to score it again, or OVERWRITE=1 to train it anew"
+        need(s.overwrite, f"RUN_ID={s.run_id} is finished, {path} has its score: {remedy}")
+    elif "trained" in events and s.resume == "auto" and not anew:
         theirs = FORMER_DEFAULTS | events["settings"].get("settings", {})
         same = all(theirs.get(name) == getattr(s, name) for name in TRAINING_FIELDS)
         written = events["trained"].get("artifact_sha256")
@@ -4612,6 +4616,7 @@ class GraphedSteps:
 # ---- Training ------------------------------------------------------------------------------------
 
 SKIPPED_STEPS_THAT_END = 10  # in a row
+CPU_OPERATIONS = 5e10  # that a thread does in a second
 
 
 def name_layers(model, order: tuple[int, ...]) -> str:
@@ -4656,13 +4661,20 @@ class Trainer:
 
     def announce(self, skeleton: Model):
         """Logs what is about to be trained; skeleton has what it will export."""
-        if not self.ranks.gpu and self.settings.preset not in FOR_CPUS:
+        s = self.settings
+        cpu = not self.ranks.gpu
+        if cpu and s.preset not in FOR_CPUS:
             remedy = f"PRESET={' or '.join(FOR_CPUS)} is for CPUs"
-            self.log(f"warning: PRESET={self.settings.preset} is for GPUs; {remedy}")
-        reserve = self.settings.export_reserve_seconds
-        if left := max(0.0, self.settings.max_wallclock_seconds - reserve):
+            self.log(f"warning: PRESET={s.preset} is for GPUs; {remedy}")
+        reserve = s.export_reserve_seconds
+        if left := max(0.0, s.max_wallclock_seconds - reserve):
             self.log(f"clock: {left:g} s of training + {reserve:g} s kept for GPTQ")
         count = sum(p.numel() for p in skeleton.parameters())
+        operations = (6 if s.shares_bits else 2) * count * s.calibration_tokens
+        seconds = operations / (CPU_OPERATIONS * torch.get_num_threads() * self.ranks.world_size)
+        if left and cpu and s.calibrates and seconds > reserve:
+            remedy = f"not EXPORT_RESERVE_SECONDS={reserve:g}: raise that, or take QUANTIZER=round"
+            self.log(f"warning: calibration alone takes about {seconds:.0f} s here, {remedy}")
         bits = 8 * self.target_bytes / count
         self.log(f"parameters: {count:,}, {bits:.2f} bits each within TARGET_MB")
         mixers = [block.mixer for block in self.model.blocks]

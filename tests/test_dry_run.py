@@ -364,3 +364,33 @@ def test_on_a_cpu_a_preset_for_gpus_warns(preset, warns):
     trainer.announce(t.model_skeleton(settings))
     warning = f"warning: PRESET={preset} is for GPUs; PRESET=tiny or laptop is for CPUs"
     assert (warning in lines) == warns
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "about 581 s here, not EXPORT_RESERVE_SECONDS=8: raise that, or take QUANTIZER=round"),
+        ({"sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0, "trellis_states": 0}, "about 194 s here"),
+        ({"quantizer": "round"}, ""),
+        ({"max_wallclock_seconds": 0.0}, ""),
+        ({"export_reserve_seconds": 594.0}, ""),
+        (t.PRESETS["tiny"], ""),
+        (t.PRESETS["laptop"], ""),
+    ],
+    ids=["default", "plain grids", "round", "no clock", "a larger reserve", "tiny", "laptop"],
+)
+def test_an_export_that_a_cpu_cannot_end_in_its_reserve_is_told_at_the_start(changes, told):
+    """By one line; these tests have one thread."""
+    lines = []
+    settings = t.Settings(**changes)
+    model = t.build_model(tiny(), SOLO)
+
+    def log(line: str, *_, **__) -> None:
+        lines.append(line)
+
+    trainer = t.Trainer(model, tiny(), SOLO, 64, 1e6, log)
+    trainer.settings = settings
+    trainer.announce(t.model_skeleton(settings))
+    found = [line for line in lines if "calibration alone takes" in line]
+    assert len(found) == bool(told)
+    assert told in "".join(found)

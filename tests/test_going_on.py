@@ -258,6 +258,14 @@ def test_a_finished_run_is_not_written_over_unless_it_is_said(
         assert "RUN_ID=a is finished" in said
         assert "OVERWRITE=1" in said
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    lock = tmp_path / "a.int6.lzma.lock"
+    for leftover in (lock, checkpoint):  # by a process that was killed at its end
+        leftover.write_bytes(kept[0])
+    with t.claim_file(lock, "ARTIFACT"):  # another run's, which has begun
+        assert "RUN_ID=a is finished" in mistake(monkeypatch, capsys, environment)
+        assert lock.exists()
+    assert "RUN_ID=a is finished" in mistake(monkeypatch, capsys, environment)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert run_here(monkeypatch, environment | {"EVAL_ONLY": "1"}) == 0
     checkpoint.write_bytes(kept[0])
     capsys.readouterr()
