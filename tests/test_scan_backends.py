@@ -269,7 +269,7 @@ def test_the_log_says_why_a_slower_backend_was_taken(monkeypatch):
     trainer = types.SimpleNamespace(
         model=t.build_model(settings, SOLO),
         settings=settings,
-        ranks=types.SimpleNamespace(gpu=True, device=torch.device("cuda")),
+        ranks=t.Ranks(0, 1, torch.device("cuda")),
         target_bytes=1 << 20,
         micro_batch=1024,
         log=lines.append,
