@@ -494,10 +494,9 @@ def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
 
 
 def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
-    """The environment's settings over the preset's, and the given ones' names.
+    """read_own(), once other scripts' names (section 13) are translated.
 
-    Other scripts' names (section 13) are translated first. Raises UserError for values of a wrong
-    type and for names that are misspelt, refused or idle. Bounds are validate_settings()'s.
+    Raises UserError for names that are misspelt, refused or idle. Bounds are validate_settings()'s.
     """
     refuse_misspelt(environment)
     settings, given = read_own(environment | translate_names(environment)[0])
@@ -542,27 +541,25 @@ def check_multiple(settings, name: str, divisor: int, meaning: str):
     check(settings, name, multiple, f"is not a multiple of {meaning} = {divisor}")
 
 
-def check_value(settings, name: str, low, high, unit: str, **_):
-    """check() of a setting by itself, against its metadata."""
-    value = getattr(settings, name)
-    problem = f"must be from {round(low)} to {round(high)} ({describe_values(low, high, unit)})"
-    if "|" in unit:
-        fits = isinstance(value, bool) or str(value) in unit.split("|")
-        problem = f"should be one of {unit.replace('|', ', ')}"
-    elif isinstance(value, str):  # it would spoil names, headers, logs and errors
-        text = value if unit == "text" else os.fsencode(value).decode(errors="replace")
-        words = " ".join(text.split())
-        fits = words.isprintable() and (unit == "text" or words == text)
-        problem = "holds a line break, a space too many or a character that does not print"
-    else:
-        fits = low <= value <= high
-    check(settings, name, fits, problem)
-
-
 def check_values(s):
-    """Raises UserError for settings that cannot be, each by itself."""
+    """Raises UserError for settings that cannot be, each by itself, against its metadata."""
     for f in fields(s):
-        check_value(s, f.name, **f.metadata)
+        value, unit = getattr(s, f.name), f.metadata["unit"]
+        if "|" in unit:
+            fits = isinstance(value, bool) or str(value) in unit.split("|")
+            problem = f"should be one of {unit.replace('|', ', ')}"
+        elif isinstance(value, str):  # it would spoil names, headers, logs and errors
+            text = value if unit == "text" else os.fsencode(value).decode(errors="replace")
+            words = " ".join(text.split())
+            fits = words.isprintable() and (unit == "text" or words == text)
+            problem = "holds a line break, a space too many or a character that does not print"
+        else:
+            low, high = f.metadata["low"], f.metadata["high"]
+            fits = low <= value <= high
+            problem = (
+                f"must be from {round(low)} to {round(high)} ({describe_values(**f.metadata)})"
+            )
+        check(s, f.name, fits, problem)
     one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
     check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
 
@@ -628,9 +625,8 @@ def ttt_sequence_length(settings, world_size: int) -> int:
 def describe_preset(name: str) -> str:
     """What a preset is for, and the defaults that it changes, each in a line."""
     changes = [f"{key.upper()}={value}" for key, value in PRESETS[name].items()]
-    return "\n      ".join(
-        [f"  PRESET={name}: {PRESET_USES[name]}", *(changes or ["none of them"])]
-    )
+    changes = changes or ["none of them"]
+    return "\n      ".join([f"  PRESET={name}: {PRESET_USES[name]}", *changes])
 
 
 def help_text() -> str:
@@ -1951,10 +1947,7 @@ class MLP(nn.Module):
         self.can_fuse = can_fuse_mlp(settings.model_dim, hidden, device)
 
     def forward(self, x: Tensor, input_scale: float = 1.0) -> Tensor:
-        """x (B, T, width), the residual stream -> what the layer adds to it, same shape.
-
-        Without gradients by the formula, for GPTQ sees what the matrices get.
-        """
+        """x (B, T, width), the residual stream -> what the layer adds; fused for gradients."""
         if self.can_fuse and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
             return self.fused(x, input_scale)
         return self.by_formula(x, input_scale)
@@ -2198,8 +2191,8 @@ class Model(nn.Module):
         rows, flat = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and triton:
             weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
-            pairs = () if self.impossible is None else (tokens.flatten(), self.impossible)
-            nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled(), *pairs)
+            pairs = [] if self.impossible is None else [tokens.flatten(), self.impossible]
+            nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled(), pairs)
         else:
             logits = self.logits(rows, None if tokens is None else tokens.flatten())
             nats = F.cross_entropy(logits, flat, reduction="none")
@@ -2379,10 +2372,7 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
 
 @cache
 def packed_pairs(tokenizer_path: str, vocab_size: int) -> Tensor:
-    """impossible_pairs() of a tokenizer, uint8 (V, V / 8 rounded up), bit v % 8 of byte v // 8.
-
-    Raises UserError for a tokenizer that is not BPE.
-    """
+    """impossible_pairs() of a BPE tokenizer, uint8 (V, ceil(V / 8)), bit v % 8 of byte v // 8."""
     merges = merge_order(Tokenizer(tokenizer_path, vocab_size))
     problem = f"{tokenizer_path} is no BPE model whose tokens stand in the order of their merges"
     need(merges, f"{problem}: use MASK_IMPOSSIBLE_PAIRS=0")
@@ -3708,10 +3698,7 @@ def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> tuple:
-    """Undoes encode_integers(): count integers, int8, and the words that stand after their code.
-
-    Raises ValueError for words that are no such code.
-    """
+    """Undoes encode_integers(): count integers, int8, and the words behind; ValueError if none."""
     frequencies = frequencies.astype(np.int64)
     starts = frequencies.cumsum() - frequencies
     if frequencies.sum() != 1 << ANS_BITS or len(words) < 2 * ANS_LANES:
@@ -3801,10 +3788,7 @@ FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
 
 
 def read_header(line: bytes | str, usual: dict) -> dict:
-    """The header in a line of JSON, which must have the names and types of usual.
-
-    Names that an older file lacks take their FORMER_DEFAULTS. Raises UserError.
-    """
+    """A line's header, of usual's names and types, or UserError; older ones: FORMER_DEFAULTS."""
     try:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
@@ -3821,10 +3805,7 @@ def read_header(line: bytes | str, usual: dict) -> dict:
 
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Header and payload of an artifact or a checkpoint, of at most so many bytes.
-
-    usual: read_header()'s. Raises UserError for files that seal() did not make.
-    """
+    """Header, by read_header(), and payload of seal()'s file of at most so many bytes."""
     need(os.path.isfile(path), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
     with explained_errors(f"read {path}"):
         data = path.read_bytes() if path.stat().st_size <= most else b""
@@ -3923,10 +3904,7 @@ def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
 
 
 def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
-    """The parameters, float32, that pack_artifact() put into a payload for such a model.
-
-    Raises ValueError or lzma.LZMAError for others, as read_record() does.
-    """
+    """The parameters, float32, in pack_artifact()'s payload of such a model; as read_record()."""
     record, words = read_record(payload, skeleton)
     states = skeleton.settings.trellis_states
     parameters = {}
@@ -3946,10 +3924,7 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
 
 
 def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Settings]:
-    """The model in an artifact, on the rank's device, and the settings that adopt_artifact() gives.
-
-    Raises UserError for a file that is none, or that contradicts its header or settings in given.
-    """
+    """The model in an artifact on the rank's device, and adopt_artifact()'s settings; UserError."""
     header, payload = read_artifact(path)
     settings = adopt_artifact(header, settings, given, ranks.world_size)
     skeleton = model_skeleton(settings)  # nothing is allocated before the shapes fit the file
@@ -4598,19 +4573,16 @@ class GraphedSteps:
             self.release()
             return self.step(kind, *inputs)
         if self.kind != kind:
-            self._record(kind, inputs)
+            self.release()
+            self.kind = kind
+            self.inputs = [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            # "thread_local": other threads copy batches and write checkpoints meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.loss = self.step(kind, *self.inputs)
         torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
         return self.loss
-
-    def _record(self, kind: tuple, inputs: list[Tensor]):
-        self.release()
-        self.kind = kind
-        self.inputs = [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads copy batches and write checkpoints meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss = self.step(kind, *self.inputs)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -4741,14 +4713,12 @@ class Trainer:
         return fake_quantization(self.model, self.limits, self.qat_k)
 
     def accumulate_gradients(self, tokens: Tensor, targets: Tensor, order: tuple) -> Tensor:
-        """Gradients of this rank's batch, (sequences, seq_len) each; returns its mean loss, ().
-
-        Ranks exchange gradients once, in the backward pass of the last micro-batch.
-        """
+        """Gradients of this rank's batch, (sequences, seq_len) each; returns its mean loss, ()."""
         parts = [x.split(self.micro_sequences) for x in (tokens, targets)]
         batches = list(zip(*parts, strict=True))
         total = torch.zeros((), device=self.ranks.device)
         for number, batch in enumerate(batches, 1):
+            # Ranks exchange gradients once, in the backward pass of the last micro-batch.
             alone = number < len(batches) and self.ranks.world_size > 1
             with self.loss_function.no_sync() if alone else nullcontext():
                 loss = self.loss_function(*batch, order) / len(batches)
@@ -4836,12 +4806,9 @@ class Trainer:
         return seconds, due > 0, stopped > 0
 
     def keep_one_ahead(self):
-        """Waits for the step before the one just launched: neither GPU nor host idles.
-
-        With each step its count of skipped ones travels to the host, without a wait.
-        """
+        """Waits for the step before the one just launched: neither GPU nor host idles."""
         before = self.in_flight
-        skipped = self.optimizers.skipped.to("cpu", non_blocking=True)
+        skipped = self.optimizers.skipped.to("cpu", non_blocking=True)  # is there when done is
         done = torch.cuda.current_stream().record_event() if self.ranks.gpu else None
         self.in_flight = done, skipped
         if before is not None:
@@ -5375,9 +5342,14 @@ def tell_failure(error: BaseException, problem: str, log):
     rank = int(rank) if rank.isdecimal() else 0
     if rank and problem:
         time.sleep(WAIT_FOR_MAIN + rank)
-    if told_by_main(problem, rank):
-        time.sleep(WAIT_FOR_END)
-        return
+    if problem and dist.is_initialized():  # the group's store remembers what rank 0 has told
+        store = dist.distributed_c10d._get_default_store()
+        with suppress(RuntimeError):  # the process that keeps the store has ended
+            if rank and store.check(["failure"]) and store.get("failure").decode() == problem:
+                time.sleep(WAIT_FOR_END)
+                return
+            if not rank:
+                store.set("failure", problem)
     what = problem or f"{type(error).__name__}: {error}"
     line = f"train_gpt.py: error: {f'rank {rank}: ' if rank else ''}{what}"
     log.failed(line, error=what, rank=rank)
@@ -5386,17 +5358,6 @@ def tell_failure(error: BaseException, problem: str, log):
     # Of a signal to one rank torchrun knows nothing, and of one to itself it tells itself.
     if problem and (problem.startswith("stopped by") or not left_to_torchrun(line)):
         print(line, file=sys.stderr, flush=True)
-
-
-def told_by_main(problem: str, rank: int) -> bool:
-    """Whether rank 0 has told this problem, as it leaves word of in the group's store."""
-    if problem and dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()
-        with suppress(RuntimeError):  # the process that keeps the store has ended
-            if rank:
-                return store.check(["failure"]) and store.get("failure").decode() == problem
-            store.set("failure", problem)
-    return False
 
 
 def left_to_torchrun(line: str) -> bool:
@@ -6673,6 +6634,9 @@ fused_mlp.register_autograd(
 # impossible pairs the logit is -inf, whose tanh is -1 to the bit: x is -cap and the gradient 0. A
 # mask of x and of the slope would take a third more registers, and a program from each of an
 # H200's multiprocessors.
+CrossEntropySizes = collections.namedtuple("CrossEntropySizes", "V CAP BLOCK SLOPES")  # S
+
+
 @jit
 def softcap_tile(x, CAP: constexpr):
     """CAP·tanh(x / CAP), and its slope."""
@@ -6689,29 +6653,20 @@ def mask_tile(x, bits, v):
 
 
 @jit
-def cross_entropy_rows(
-    logits,
-    targets,
-    nats,
-    tokens,
-    impossible,
-    V: constexpr,
-    CAP: constexpr,
-    BLOCK: constexpr,
-    SLOPES: constexpr,
-    MASKED: constexpr,
-):
+def cross_entropy_rows(logits, targets, nats, tokens, impossible, S: constexpr):
     """The nats of one row of logits (T, V); with SLOPES, in its place, its logits' gradients.
 
-    MASKED: impossible is packed_pairs(), tokens (T,) those before the targets.
+    impossible: packed_pairs(), and tokens (T,) those before the targets; or both None.
     """
+    V: constexpr = S.V
+    CAP: constexpr = S.CAP
     row = tl.program_id(0).to(tl.int64)
-    v = tl.arange(0, BLOCK)
+    v = tl.arange(0, S.BLOCK)
     logits += row * V
     target = tl.load(targets + row)
     own = tl.load(logits + target).to(tl.float32)
     x = load_float(logits + v, v < V)
-    if MASKED:
+    if impossible is not None:
         impossible += tl.load(tokens + row) * ((V + 7) // 8)
         own = mask_tile(own, tl.load(impossible + target // 8), target)
         x = mask_tile(x, tl.load(impossible + v // 8, v < V, other=0), v)
@@ -6720,33 +6675,28 @@ def cross_entropy_rows(
     share = tl.where(v < V, exp2_tile(x * LOG2_E), 0.0)
     total = tl.sum(share, axis=0)
     tl.store(nats + row, tl.log(total) - own)
-    if SLOPES:
+    if S.SLOPES:
         d_x = share / total - tl.where(v == target, 1.0, 0.0)
         tl.store(logits + v, d_x * slope, v < V)
 
 
 @torch.library.custom_op("golf::cross_entropy", mutates_args=())
 def fused_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    cap: float,
-    slopes: bool,
-    tokens: Tensor | None = None,
-    impossible: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool, pairs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Model.nats() of hidden (T, width), output matrix (V, width) and targets (T,).
 
-    tokens (T,) before them and packed_pairs(), if these are masked. Returns nats (T,) float32, and
-    their gradients by logits (T, V) if slopes are wanted, else (0,).
+    pairs: the tokens (T,) before them and packed_pairs(), if these are masked. Returns nats (T,)
+    float32, and their gradients by logits (T, V) if slopes are wanted, else (0,).
     """
     logits = F.linear(hidden, weight)  # in whose place the gradients come
     count, vocab_size = logits.shape
     nats = logits.new_empty(count, dtype=torch.float32)
+    tokens, impossible = pairs or (None, None)
     block = triton.next_power_of_2(vocab_size)
-    named = {"logits": logits, "targets": targets, "nats": nats, "V": vocab_size, "CAP": cap}
-    named |= {"BLOCK": block, "SLOPES": slopes}
-    named |= {"tokens": tokens, "impossible": impossible, "MASKED": impossible is not None}
+    named = {"logits": logits, "targets": targets, "nats": nats}
+    named |= {"tokens": tokens, "impossible": impossible}
+    named["S"] = CrossEntropySizes(vocab_size, cap, block, slopes)
     launch(cross_entropy_rows, (count,), named, warps=max(4, block // 2048))
     return nats, logits if slopes else logits.new_empty(0)
 
@@ -6761,13 +6711,16 @@ def cross_entropy_autograd(ctx, d_nats, _):
     """The gradients of hidden and weight, from that of nats (T,)."""
     hidden, weight, slopes = ctx.saved_tensors
     scale = d_nats.unsqueeze(1).to(hidden.dtype)
-    return slopes @ weight * scale, slopes.mT @ (hidden * scale), *[None] * 5
+    return slopes @ weight * scale, slopes.mT @ (hidden * scale), None, None, None, ctx.no_pairs
 
 
-fused_cross_entropy.register_autograd(
-    cross_entropy_autograd,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
-)
+def _keep_cross_entropy(ctx, inputs, output):
+    hidden, weight, *_, pairs = inputs
+    ctx.save_for_backward(hidden, weight, output[1])
+    ctx.no_pairs = [None] * len(pairs)  # of a list, a gradient for each
+
+
+fused_cross_entropy.register_autograd(cross_entropy_autograd, setup_context=_keep_cross_entropy)
 
 
 # ---- Trellis -------------------------------------------------------------------------------------
@@ -7055,10 +7008,7 @@ def decoupled_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> tuple[Tens
 
 
 def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
-    """Steps (rows, 1): the mean magnitude of ternary rows, SDClip's of others.
-
-    BitNet b1.58 (arXiv 2402.17764) takes the mean over the matrix, here it is the row's.
-    """
+    """Steps (rows, 1): mean magnitudes of ternary rows (arXiv 2402.17764), SDClip's of others."""
     mean_magnitude = exact_steps(weight.abs().mean(dim=1, keepdim=True))
     return torch.where(limits == TERNARY_MAX, mean_magnitude, sdclip_steps(weight, limits, clips))
 
@@ -7405,10 +7355,7 @@ def same_value(text: str, other: str) -> bool:
 
 
 def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Other names in ours: variables to add to the environment, and lines for the log.
-
-    Raises UserError for a name that is refused, or that contradicts ours.
-    """
+    """Other names in ours: variables to add, and lines for the log; UserError for refused names."""
     settings, _ = read_own(environment)
     added = {}
     lines = []

@@ -238,10 +238,10 @@ def compile_all(compiler: Compiler) -> None:
             compiler.report(state, documents)
     hidden, matrix = torch.randn(TOKENS, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
     targets = torch.zeros(TOKENS, dtype=torch.int64)
-    pairs = targets, torch.zeros(8192, 1024, dtype=torch.uint8)
+    pairs = [targets, torch.zeros(8192, 1024, dtype=torch.uint8)]
     for masked in (0, 1):  # in the place of a state
         for slopes in (True, False):
-            t.fused_cross_entropy(hidden, matrix, targets, 30.0, slopes, *pairs[: 2 * masked])
+            t.fused_cross_entropy(hidden, matrix, targets, 30.0, slopes, pairs[: 2 * masked])
             compiler.report(masked, slopes)
     for states in t.TRELLISES:  # likewise
         t.fused_trellis_search(torch.zeros(3, 8, t.TRELLIS_ROWS), states)

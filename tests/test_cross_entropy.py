@@ -18,7 +18,7 @@ def exact(
 def fused(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float
 ) -> torch.Tensor:
-    return t.fused_cross_entropy(hidden, weight, targets, cap, True)[0]
+    return t.fused_cross_entropy(hidden, weight, targets, cap, True, [])[0]
 
 
 @interpreted
@@ -34,5 +34,5 @@ def test_nats_and_gradients(vocabulary, cap, compiled):
 @interpreted
 def test_without_slopes_nothing_is_stored_and_nats_are_the_same():
     *given, _ = cross_entropy_case(100)
-    nats, slopes = t.fused_cross_entropy(*given, 30.0, False)
+    nats, slopes = t.fused_cross_entropy(*given, 30.0, False, [])
     assert torch.equal(nats, fused(*given, 30.0)) and slopes.numel() == 0

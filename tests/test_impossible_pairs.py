@@ -185,7 +185,7 @@ def test_the_fused_cross_entropy(size, cap, compiled):
         return F.cross_entropy(logits, targets, reduction="none")
 
     def fused(hidden, weight, slopes=True):
-        return t.fused_cross_entropy(hidden, weight, targets, cap, slopes, tokens, packed)
+        return t.fused_cross_entropy(hidden, weight, targets, cap, slopes, [tokens, packed])
 
     assert_equal_in_float64(
         exact, lambda *leaves: fused(*leaves)[0], compiled, hidden, weight, grad
