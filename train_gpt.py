@@ -9,8 +9,7 @@
     python train_gpt.py --rehearse                          # its first steps, export and scores
 
 The program trains a language model until its clock ends, quantizes it, packs it with this script's
-own bytes into at most 16,000,000, loads it back, and scores it in bits per byte while it adapts to
-the text that it has scored.
+own bytes into at most 16,000,000, and scores what that holds in bits per byte, adapting as it goes.
 
 The model: layers of Mamba-3 with a few of attention between them, and MLPs after both.
     - Mamba-3: data-dependent decay, rotation of the state, trapezoidal inputs, one shared key/query
@@ -340,8 +339,7 @@ class Settings:
         return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
 
 
-# What presets of other systems, and of small models, keep of the usual: none of these choices was
-# made for them.
+# What presets of other systems and of small models keep of the usual: no choice was made for them.
 PLAIN = {
     "mlp_mult": 3.0, "rope_fraction": 1.0, "qk_gain_init": 1.5, "logit_softcap": 30.0,
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
@@ -423,8 +421,7 @@ SCORED_WITH.insert(0, "preset")
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
 NOT_TRAINING = {name for name, group in FIELDS.items() if group in ("run", "evaluation", "sample")}
 TRAINING_FIELDS = [n for n in FIELDS if n not in NOT_TRAINING | {"data_path", "tokenizer_path"}]
-# Of these, what only export reads, as long as no weights train on their grids: a run whose export
-# failed goes on with other values.
+# Of these, what a run whose export failed may change, as long as no weights train on their grids.
 EXPORT_FIELDS = {name for name, group in FIELDS.items() if group == "export"}
 
 
@@ -544,7 +541,8 @@ def check_multiple(settings, name: str, divisor: int, meaning: str):
 def check_values(s):
     """Raises UserError for settings that cannot be, each by itself, against its metadata."""
     for f in fields(s):
-        value, unit = getattr(s, f.name), f.metadata["unit"]
+        value = getattr(s, f.name)
+        unit = f.metadata["unit"]
         if "|" in unit:
             fits = isinstance(value, bool) or str(value) in unit.split("|")
             problem = f"should be one of {unit.replace('|', ', ')}"
@@ -554,11 +552,9 @@ def check_values(s):
             fits = words.isprintable() and (unit == "text" or words == text)
             problem = "holds a line break, a space too many or a character that does not print"
         else:
-            low, high = f.metadata["low"], f.metadata["high"]
-            fits = low <= value <= high
-            problem = (
-                f"must be from {round(low)} to {round(high)} ({describe_values(**f.metadata)})"
-            )
+            fits = f.metadata["low"] <= value <= f.metadata["high"]
+            within = "must be from {low:.0f} to {high:.0f}".format(**f.metadata)
+            problem = f"{within} ({describe_values(**f.metadata)})"
         check(s, f.name, fits, problem)
     one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
     check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
@@ -2149,8 +2145,7 @@ class Model(nn.Module):
     def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
         """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
 
-        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state stays in
-        its memory: a step can be a CUDA graph.
+        Attention sees the last TRAIN_SEQ_LEN tokens at most. The state's memory stays, for graphs.
         """
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
         start = tokens == BOS_ID if self.settings.document_reset else None
@@ -2294,9 +2289,8 @@ def fold_spelling(model: Model):
 # BPE merges two neighbours wherever it knows a merge for them, so that many tokens never stand
 # behind a given one: in the contest's tokenizers 2 % of all pairs, though likely ones (" th" is
 # never followed by "e"). With MASK_IMPOSSIBLE_PAIRS the model need not learn which: their logits
-# are the least there are, -LOGIT_SOFTCAP, and have no gradient. The tokenizer alone says which, and
-# they depend on the token before only: it is still a softmax over the whole vocabulary, chosen
-# before the target is looked at.
+# are the least there are, -LOGIT_SOFTCAP, and have no gradient. Which, the tokenizer and the token
+# before say, and not the target: it is still a softmax over the whole vocabulary.
 
 
 def merge_order(tokenizer) -> dict[str, int]:
@@ -2346,9 +2340,8 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
 
     merges: merge_order()'s. Two tokens stay apart unless something at the end of the first and
     something at the beginning of the second, both there at the same time, make a known merge
-    before they are gone. For each merge, and each way to cut its piece into a left and a right
-    text, these are the tokens that end with the left one long enough, times those that begin with
-    the right one long enough.
+    before they are gone: for each merge, and each way to cut its piece in two, the tokens that end
+    with the left text long enough, times those that begin with the right one long enough.
     """
     halves = {piece: last_parts(piece, merges) for piece in sorted(merges, key=len)}
     halves = {piece: parts for piece, parts in halves.items() if len(parts) == 2}
@@ -2396,9 +2389,7 @@ EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
 
 
 @torch.no_grad()
-def generate(
-    model: Model, tokens: Tensor, count: int, temperature=1.0, top_p=1.0, generator=None
-) -> Tensor:
+def generate(model: Model, tokens: Tensor, count: int, temperature=1.0, top_p=1.0, generator=None):
     """Continues a batch of texts: tokens (B, T > 0) int64 on the model's device -> (B, count).
 
     Tokens are read one by one, the prompt's too, each at the same cost however long a text becomes.
@@ -3185,9 +3176,8 @@ def layer_kind(name: str) -> str:
 def grid_limits(model) -> dict[str, Tensor]:
     """The largest integer in each row of every matrix, float32 (rows, 1), by the weight's name.
 
-    INT8_MAX have the tokens' embedding, an output matrix of its own, and the rows that make Mamba's
-    step sizes, decays, trapezoids and angles, whose errors the recurrence compounds: in the first
-    Mamba all of x_proj and dt_proj.
+    INT8_MAX have the tokens' embedding, an output matrix of its own, and, whose errors a recurrence
+    compounds, the rows of Mamba's step sizes, decays, trapezoids and angles (x_proj, dt_proj).
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}
@@ -3239,8 +3229,7 @@ def trellis_points(integers: Tensor, states: int) -> Tensor:
 
     A state offers as many points as there are integers, so that they take no more bits; but many
     paths of states lead down a column, and one of them passes nearly as close to the weights as a
-    grid of half the step. Where two paths meet again, k mod 2 keeps the points of the branches
-    apart (Ungerboeck, 1982).
+    grid of half the step: where two meet, k mod 2 keeps their points apart (Ungerboeck, 1982).
     """
     halves, flips = trellis_tables(states)
     rows, columns = integers.shape
@@ -3404,7 +3393,6 @@ def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor
     """This rank's part (n, T) of CALIBRATION_TOKENS tokens, int64, of which Hessians are made.
 
     CALIBRATION=train: the next ones of batches. self: texts that the model writes after BOS.
-    track: Log.track(), or iter.
     """
     s = settings
     length = s.train_seq_len if s.calibration == "train" else min(s.gptq_gen_len, s.train_seq_len)
@@ -3536,21 +3524,18 @@ def no_hessian(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def gptq(
-    weight, scale, limits, order, upper, never_seen, block_size=128, trellis_states=0
-) -> Tensor:
+def gptq(weight, scale, limits, order, upper, unused, block_size=128, trellis_states=0) -> Tensor:
     """Integers Q with (Q · scale) x close to W x for the inputs x that made H (arXiv 2210.17323).
 
     weight W and scale are (..., rows, columns), limits (..., rows, 1), and Q, all float32; order,
-    upper U and never_seen are factor_hessian()'s. Column by column, in that order,
+    upper U and unused are factor_hessian()'s. Column by column, in that order,
 
         q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
 
     takes out of the columns to come, as well as they can, what rounding column j did to the
-    outputs. Columns after a block of block_size take its errors at once. With trellis_states, Q are
-    points of round_by_trellis().
+    outputs. Columns after a block take its errors at once. A trellis rounds by round_by_trellis().
     """
-    weight = weight.masked_fill(never_seen, 0.0).take_along_dim(order, -1)
+    weight = weight.masked_fill(unused, 0.0).take_along_dim(order, -1)
     scale = scale.take_along_dim(order, -1)
     rounding = partial(round_by_trellis, states=trellis_states) if trellis_states else round_to_grid
     errors = torch.zeros_like(weight)
@@ -3623,9 +3608,8 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
 #     blocks.0.mixer.in_proj.weight integers uint32    256              values, summing to 65,536
 #
 # in_proj's row steps stand in the order of MambaSizes.columns(): those of its int8 rows, step sizes
-# first, are the last dynamics_rows of them. exact_steps() made all steps numbers that float16
-# holds, those of int8 rows too, whose 8 bits buy reach (next to no clipping) and, at a large k, a
-# finer grid.
+# first, are the last dynamics_rows of them. exact_steps() made all steps numbers of float16, those
+# of int8 rows too, whose 8 bits buy reach (little clipping) and, at a large k, a finer grid.
 
 
 ARTIFACT_MAGIC = b"SSMGOLF4"  # changes with the layout above
@@ -4266,8 +4250,7 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     """What EVAL_ONLY scores ARTIFACT with, and a line that says where that is from.
 
     What was given goes first; then the artifact's header, its run's log, and without that the
-    preset that the header names. Raises UserError for another PRESET than the log's, and as
-    adopt_artifact() does.
+    header's preset. Raises UserError as adopt_artifact(), and for another PRESET than the log's.
     """
     s = settings
     header, _ = read_artifact(s.artifact_path)
@@ -4482,8 +4465,7 @@ class Checkpoints(ThreadPoolExecutor):
 
 # ---- Steps ---------------------------------------------------------------------------------------
 
-# A rank runs no faster with more tokens at once, and needs more memory; the first Mamba's scan
-# keeps a state for every channel.
+# More at once is no faster, and takes memory; the first Mamba keeps a state for every channel.
 MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 131_072}  # by MAMBA_VERSION, on a GPU
 CPU_FACTOR = 6  # of a token's bytes: numbers are twice as long, and scans are no kernels
 USED_MEMORY = 0.7  # of what is free
@@ -4542,9 +4524,8 @@ class GraphedSteps:
 
     Launching a step's kernels one by one takes a host longer than small ones take the GPU. Steps of
     a kind launch the same kernels: the order of layers, and whether weights stand on their grids.
-    Several ranks are not graphed, nor is a CPU. The first two of a kind compile what warm_up() has
-    not, and allocate what the graph, made in the third, takes for granted. One graph is kept: its
-    memory is its own. A step may not
+    The first two of a kind compile what warm_up() has not, and allocate what the graph, made in the
+    third, takes for granted. One graph is kept, for its memory is its own. A step may not
 
     - wait for the device, or branch on its values;
     - take Python numbers that change (rates are tensors), nor change shapes;
@@ -4734,8 +4715,7 @@ class Trainer:
         device = self.ranks.device
         generator = torch.Generator(device).manual_seed(s.seed)  # the global one stays as it is
         tokens = torch.randint(0, s.vocab_size, shape, device=device, generator=generator)
-        # DistributedDataParallel sums its first gradients in another order than all later ones: a
-        # resumed run makes one step at least.
+        # One at least if resumed: DistributedDataParallel sums first gradients in another order.
         steps = max(s.warmup_steps, 1 if self.steps_done else 0)
         for order in sorted({self.model.order(False), self.model.order(True)}):
             for _ in self.log.track(f"warm-up of {len(order)} layers", range(steps)):
@@ -5363,8 +5343,7 @@ def tell_failure(error: BaseException, problem: str, log):
 def left_to_torchrun(line: str) -> bool:
     """Whether torchrun was given the line to show in the block with which it ends.
 
-    Not if it is to restart the ranks. Its own traceback comes before the block, whatever a rank
-    does (torch 2.9 to 2.13).
+    Not if it is to restart the ranks. Its own traceback comes before the block (torch 2.9 to 2.13).
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     starts = [os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS")]
@@ -5424,8 +5403,7 @@ def explain_collective(error: RuntimeError) -> str:
 # 11. Fused kernels
 #
 # Section 4's scan and section 5's MLP and cross-entropy in Triton, for bfloat16 on NVIDIA GPUs.
-# Nothing is new to the model: mamba_scan(), MLP.by_formula() and Model.nats() compute the same
-# without, and tests compare.
+# mamba_scan(), MLP.by_formula() and Model.nats() compute the same without, and tests compare.
 #
 # The scan, in order, on chunks of CHUNK tokens:
 #
@@ -5445,8 +5423,7 @@ def explain_collective(error: RuntimeError) -> str:
 # first, then the odd ones, so that a pair to be rotated lies in two contiguous halves.
 #
 # Tensors, in section 4's letters, S.H and so on in kernels; `padded` is the length in whole chunks.
-# Those marked * have in_proj's dtype, rotation has float16, all others float32. The gradient of x
-# is d_x, shaped alike.
+# Those marked * have in_proj's dtype, rotation float16, others float32. d_x is the gradient of x.
 #
 #   projected *   (B, length, WIDTH)    in_proj's rows, WIDTH being a multiple of 8
 #   biases        (2, H, N)             of keys, of queries; likewise the norms' weights (2, N)
@@ -6536,8 +6513,7 @@ def mlp_backward(d_y, down, active_map, d_v, active, signs, factor, length, S: c
             d_v.store([row, column + half * S.N // 2 + S.N // 4], right)
 
 
-# Of each kernel M, N, STEP, stages: what fits into an H200's shared memory, for one program of 8
-# warps on each multiprocessor.
+# Of each kernel M, N, STEP, stages, for a program of 8 warps on each of an H200's multiprocessors.
 MLP_TILES = {"mlp_forward": (128, 256, 64, 4), "mlp_backward": (128, 256, 64, 3)}
 
 
@@ -6573,9 +6549,8 @@ def fused_mlp(x: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tenso
     y, active, signs = fused_mlp_fake(x, factor, up, down)
     named = {"x": x, "up": up, "factor": factor, "signs": signs}
     blocks = {"x": ("M", "STEP"), "up": ("N", "STEP"), "active_map": ("M", "HALF")}
-    launch_product(
-        mlp_forward, named | {"active": active, "active_map": active}, x.shape[1], blocks
-    )
+    named |= {"active": active, "active_map": active}
+    launch_product(mlp_forward, named, x.shape[1], blocks)
     torch.mm(active, down.mT, out=y)
     return [y, active, signs]
 
@@ -6631,9 +6606,8 @@ fused_mlp.register_autograd(
 #
 # A program has one row in registers, reads its logits once, and writes their gradient over them
 # (backward scales it). No maximum is taken out: exp(cap) is finite for any cap in the settings. Of
-# impossible pairs the logit is -inf, whose tanh is -1 to the bit: x is -cap and the gradient 0. A
-# mask of x and of the slope would take a third more registers, and a program from each of an
-# H200's multiprocessors.
+# impossible pairs the logit is -inf, whose tanh is -1 to the bit: x is -cap and the gradient 0.
+# Masks of x and of the slope would take registers of a fourth program from each multiprocessor.
 CrossEntropySizes = collections.namedtuple("CrossEntropySizes", "V CAP BLOCK SLOPES")  # S
 
 
@@ -6875,8 +6849,7 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
 # (arXiv 2312.00752, 2405.21060), FlashAttention 2 and 3 (arXiv 2307.08691, 2407.08608)
 #
 # All are one operator of ours, by name. Its backward pass runs the library's forward pass again
-# under autograd, which there knows the library's own autograd.Function alone: versions differ in
-# what their backward passes ask for.
+# under autograd: versions differ in what their backward passes ask for.
 
 LIBRARIES = {  # by version of Mamba; selective_scan_cuda may be left out when mamba_ssm is built
     1: ("causal_conv1d", "selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"),
@@ -7027,8 +7000,7 @@ def document_block_lists(reach: Tensor) -> list[Tensor]:
     Those are the blocks from its first query's document's start to itself: one that its last query
     sees as a whole needs no mask, the others are masked token by token. Returns reach and listed()
     four times, of blocks (B, 1, blocks, blocks): masked and whole ones by block of queries, then by
-    block of keys. An operator, since inductor (torch 2.11) refuses a mask whose tensors it would
-    fuse into others.
+    block of keys. An operator, as inductor (torch 2.11) refuses a mask whose tensors it would fuse.
     """
     length = reach.shape[1]
     block = torch.arange(-(-length // BLOCK), device=reach.device)
@@ -7085,8 +7057,7 @@ def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
     """Where documents begin in the windows start (B, T) bool, laid end to end; then their end.
 
     (slots + 1,) int32 in order; slots without a document hold the end too. There is one for every
-    window, and for every 128 tokens, at least 256: kernels take time for each. And () bool: whether
-    those are too few.
+    window, and for every 128 tokens, at least 256. And () bool: whether those are too few.
     """
     batch, length = start.shape
     total = start.numel()
@@ -7295,8 +7266,7 @@ RENAMED = """
 ALIASES = {name: fate for names, fate in CONVERTED.items() for name in names.split()}
 ALIASES |= {name: (ours, None) for name, ours in (pair.split("=") for pair in RENAMED.split())}
 
-# Names that set nothing, and what holds instead. A value after a name says just that: it may be
-# given.
+# Names that set nothing, and what holds instead. A value after a name says the same, and may stand.
 REFUSALS = {
     "DTG_ENABLED=0 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0 TRIGRAM=0": "the model has no such part",
     "VALUE_RESIDUAL=0 VE_DIM VE_ENABLED=0 VE_LAYERS": "a layer's values are its own",
