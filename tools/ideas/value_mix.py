@@ -1,0 +1,63 @@
+"""Idea: attention's values read the embedding, too. An --idea of `python -m tools.explore`.
+
+What an attention layer tells of an earlier token is mostly what that token is, which the residual
+stream no longer has in its first form. Here value = W (x + m·embedded), of the layer's input x, the
+normed embeddings and a learned vector m (width,), zeros at first; queries and keys read x.
+"""
+
+import torch
+from torch import nn
+
+
+def install(script) -> None:
+    """Changes train_gpt.py's Attention and Block."""
+
+    class Value(script.Linear):
+        """y = W (x + m·embedded); Attention says what is embedded as long as it runs."""
+
+        embedded = None
+
+        def __init__(self, width: int, outputs: int):
+            super().__init__(width, outputs)
+            self.mix = nn.Parameter(torch.zeros(width))
+
+        def mixed(self, x):
+            """What W is applied to, in x's dtype."""
+            return x + self.mix.to(x.dtype) * self.embedded
+
+        def forward(self, x):
+            """Values of x (..., width)."""
+            return super().forward(self.mixed(x))
+
+        def effective_input(self, x):
+            """For GPTQ's Hessian."""
+            return script.widened(self.mixed(x))
+
+    class Attention(script.Attention):
+        """Its Block gives it the embeddings."""
+
+        def __init__(self, settings, *others):
+            super().__init__(settings, *others)
+            usual = self.value
+            with torch.random.fork_rng(devices=[]):  # others begin as they would
+                self.value = Value(usual.in_features, usual.out_features)
+            self.value.weight = usual.weight
+
+        def forward(self, x, context, state=None):
+            """As the script's; context is a pair of its context and of the embeddings."""
+            context, self.value.embedded = context
+            result = super().forward(x, context, state)
+            self.value.embedded = None
+            return result
+
+    class Block(script.Block):
+        """Gives the embeddings to attention."""
+
+        def forward(self, x, embedded, context, state=None):
+            """As the script's."""
+            if isinstance(self.mixer, Attention):
+                context = (context, embedded)
+            return super().forward(x, embedded, context, state)
+
+    script.Attention = Attention
+    script.Block = Block
