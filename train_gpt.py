@@ -244,6 +244,7 @@ class Settings:
     muon_momentum_warmup_start: float = env(0.0, "0: MUON_MOMENTUM × 0.9", "part", 0, BELOW_1)
     muon_momentum_warmup_steps: int = env(0, "until it is reached; 0: a tenth of the run", "steps")
     muon_beta2: float = env(0.95, "of rows' mean squares (NorMuon); 0: none", "part", 0, BELOW_1)
+    muon_row_groups: bool = env(True, "Muon takes what Mamba's in_proj makes as several matrices")
     muon_backend_steps: int = env(5, "Newton-Schulz iterations", "steps", 1, 100)
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
@@ -344,7 +345,8 @@ PLAIN = {
     "mlp_mult": 3.0, "rope_fraction": 1.0, "qk_gain_init": 1.5, "logit_softcap": 30.0,
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
     "warmdown_fraction": 0.6, "matrix_lr": 0.02, "mamba_matrix_lr": 0.015, "muon_beta2": 0.0,
-    "trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0, "sdclip_most": 16.0,
+    "muon_row_groups": False, "trellis_states": 0, "sdclip_by_matrix": 0.0,
+    "sdclip_by_row": 0.0, "sdclip_most": 16.0,
 }  # fmt: skip
 
 HYBRID11 = PLAIN | {
@@ -1623,6 +1625,8 @@ def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[
 class Linear(nn.Linear):
     """y = W x in x's dtype, of float32 weights; Muon trains them. zero: an output matrix."""
 
+    row_groups: tuple[int, ...] = ()  # how many rows make things that have nothing in common
+
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
         kind = "zero" if zero else "matrix"
@@ -1864,6 +1868,8 @@ class Mamba(nn.Module):
         widths = self.sizes.columns()
         self.in_proj = Linear(s.model_dim, sum(widths.values()))
         self.in_proj.dynamics_rows = self.dynamics_rows()
+        if s.muon_row_groups:
+            self.in_proj.row_groups = self.row_groups()
         self.out_proj = Linear(inner, s.model_dim, zero=True)
         self.dt_bias = nn.Parameter(initial("step bias", heads))
         self.D = nn.Parameter(initial("one", heads))
@@ -1878,6 +1884,13 @@ class Mamba(nn.Module):
             self.A_log = nn.Parameter(initial("log rates", inner, n))
         convolved = inner + widths.get("key", 0) + widths.get("query", 0)
         self.conv = ShortConv(convolved, s.mamba_d_conv) if version < 3 else None
+
+    def row_groups(self) -> tuple[int, ...]:
+        """How many of in_proj's rows make gates, values, keys with queries, and dynamics."""
+        widths = self.sizes.columns()
+        features = widths.get("key", 0) + widths.get("query", 0)
+        groups = (widths["gate"], widths["value"], features, self.dynamics_rows())
+        return tuple(count for count in groups if count)
 
     def dynamics_rows(self) -> int:
         """How many of in_proj's last rows steer the recurrence: with 8 bits in the artifact."""
@@ -2494,7 +2507,38 @@ def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
     return [x if x.shape == y.shape else x.mT for x, y in zip(wide, batches, strict=True)]
 
 
-def momentum_updates(gradients: list, momenta: list[Tensor], momentum, skip, steps: int) -> list:
+def shape_factor(x: Tensor) -> float:
+    """How much longer an update (..., rows, columns) is than its matrix's columns are many.
+
+    The root keeps the change of a layer's outputs alike whatever its shape.
+    """
+    return max(1, x.shape[-2] / x.shape[-1]) ** 0.5
+
+
+def orthogonalize_groups(batches: list[Tensor], row_groups: list[tuple], steps: int) -> list:
+    """orthogonalize(), by each batch's groups of rows, if it has any, as matrices of their own.
+
+    A direction of the input that the one group uses then takes nothing from another's. Rows have
+    the lengths of the group's shape, though what applies them goes by the whole's.
+    """
+    parts = [
+        x.split(groups, dim=-2) if groups else (x,)
+        for x, groups in zip(batches, row_groups, strict=True)
+    ]
+    done = iter(orthogonalize(list(itertools.chain(*parts)), steps))
+    updates = []
+    for x, pieces in zip(batches, parts, strict=True):
+        if len(pieces) == 1:
+            updates.append(next(done))
+            continue
+        each = [next(done) * (shape_factor(piece) / shape_factor(x)) for piece in pieces]
+        updates.append(torch.cat(each, dim=-2))
+    return updates
+
+
+def momentum_updates(
+    gradients: list, momenta: list[Tensor], row_groups: list[tuple], momentum, skip, steps: int
+) -> list[Tensor]:
     """m <- momentum m + (1 - momentum) g, in place, for each batch's momentum m (n, rows, columns).
 
     Returns updates: the same once more with the new m (Nesterov), orthogonalized. Where skip,
@@ -2507,7 +2551,7 @@ def momentum_updates(gradients: list, momenta: list[Tensor], momentum, skip, ste
         update = gradient.lerp(old, momentum)
         # Rows of one length first, so that no unit of a layer is left behind (MuonEq-R).
         updates.append(update / (update.norm(dim=-1, keepdim=True) + 1e-12))
-    return orthogonalize(updates, steps)
+    return orthogonalize_groups(updates, row_groups, steps)
 
 
 def even_out_rows(updates: list[Tensor], squares: list[Tensor], beta2: float, skip) -> list:
@@ -2531,8 +2575,7 @@ def apply_updates(batches: list, updates: list[Tensor], rates: list[Tensor], dec
     """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
     for batch, update, rate in zip(batches, updates, rates, strict=True):
         rate = rate * (1 - skip)
-        # The root keeps the change of a layer's outputs alike whatever its shape.
-        step = rate * max(1, update.shape[-2] / update.shape[-1]) ** 0.5
+        step = rate * shape_factor(update)
         changes = update[: len(batch)].unbind()  # padding stands behind them
         for p, change in zip(batch, changes, strict=True):
             p.mul_(1 - rate * decay).sub_(step * change.float())
@@ -2546,11 +2589,12 @@ class Muon:
     """
 
     def __init__(self, batches: dict[tuple, list[Tensor]], settings, ranks):
-        """batches: matrices (rows, columns), float32, by learning rate and shape."""
+        """batches: matrices (rows, columns), float32, by rate, shape and Linear.row_groups."""
         self.ranks = ranks
         self.steps = settings.muon_backend_steps
         self.weight_decay = settings.weight_decay
-        self.rates = [rate for rate, _ in batches]
+        self.rates = [rate for rate, *_ in batches]
+        self.row_groups = [groups for *_, groups in batches]
         self.batches = list(batches.values())
         self.momenta = []
         for batch in self.batches:
@@ -2583,7 +2627,8 @@ class Muon:
     def step(self, lr_factor: Tensor, momentum: Tensor, skip: Tensor):
         """One step at this part of the rates; float32 () each. skip of 1: of no effect."""
         gradients = list(map(self._gradients, self.batches, self.shares))
-        updates = self.momentum_updates(gradients, self.shares, momentum, skip, self.steps)
+        groups = self.row_groups
+        updates = self.momentum_updates(gradients, self.shares, groups, momentum, skip, self.steps)
         if self.beta2:
             updates = self.even_out_rows(updates, self.square_shares, self.beta2, skip)
         updates = [self.ranks.concatenate(update) for update in updates]
@@ -2662,10 +2707,11 @@ def parameter_groups(model, settings) -> tuple[dict, list[dict]]:
         "scalar": {"base_lr": s.scalar_lr, "weight_decay": s.adam_wd, "eps": scalar_eps},
     }
     matrices, others = collections.defaultdict(list), {}
+    layers = model.linear_layers()
     for name, p in model.named_parameters():
         kind = parameter_kind(name, p)
         if kind in rates:
-            matrices[rates[kind], p.shape].append(p)
+            matrices[rates[kind], p.shape, layers[name].row_groups].append(p)
         else:
             others.setdefault(kind, {"params": [], **options[kind]})["params"].append(p)
     return matrices, list(others.values())
@@ -3767,6 +3813,7 @@ FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0,
 FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
+FORMER_DEFAULTS |= {"muon_row_groups": False}
 FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
 FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
 

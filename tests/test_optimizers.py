@@ -75,7 +75,7 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     start, gradients = matrices(2, *shape, seed=1), matrices(3, 2, *shape, seed=2)
     parameters = [torch.nn.Parameter(p.clone()) for p in start]
     settings = tiny(muon_backend_steps=12, weight_decay=0.5)
-    muon = t.Muon({(0.2, shape): parameters}, settings, SOLO)
+    muon = t.Muon({(0.2, shape, ()): parameters}, settings, SOLO)
     expected, momentum = start.clone(), torch.zeros_like(start)
     for gradient in gradients:
         for p, g in zip(parameters, gradient, strict=True):
@@ -92,8 +92,45 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     assert relative(torch.stack(list(parameters)), expected) < 1e-3
 
 
+@pytest.mark.parametrize("groups", [(64, 24, 8), (16, 80)], ids=str)
+def test_groups_of_rows_are_orthogonalized_as_matrices_of_their_own(groups):
+    """A step against each group's singular value decomposition; a group's rows are as long as if
+    it were a matrix, though beside another shape.
+    """
+    shape = (96, 40)
+    (start,), (gradient,) = matrices(1, *shape, seed=1), matrices(1, *shape, seed=2)
+    parameter = torch.nn.Parameter(start.clone())
+    parameter.grad = gradient.clone()
+    settings = tiny(muon_backend_steps=12, weight_decay=0.0)
+    muon = t.Muon({(0.2, shape, groups): [parameter]}, settings, SOLO)
+    muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.zeros(()))
+    rows = gradient / gradient.norm(dim=-1, keepdim=True)
+    expected = []
+    for piece in rows.split(groups):
+        u, _, v = torch.linalg.svd(piece, full_matrices=False)
+        expected.append(math.sqrt(max(1, len(piece) / shape[1])) * (u @ v))
+    assert relative(start - parameter, 0.1 * torch.cat(expected)) < 1e-3
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_row_groups_are_all_of_in_projs_rows(version):
+    """Where MUON_ROW_GROUPS asks for them; other matrices have none, and without it nor has it."""
+    model = random_model(tiny(mamba_version=version, muon_row_groups=True))
+    grouped = {n: layer for n, layer in model.linear_layers().items() if layer.row_groups}
+    assert grouped and all(name.endswith("in_proj.weight") for name in grouped)
+    for layer in grouped.values():
+        assert sum(layer.row_groups) == layer.out_features
+        inner = model.blocks[0].mixer.out_proj.in_features
+        assert layer.row_groups[:2] == (inner, inner)
+        assert version == 1 or layer.row_groups[-1] == layer.dynamics_rows
+    plain = random_model(tiny(mamba_version=version, muon_row_groups=False))
+    assert not any(layer.row_groups for layer in plain.linear_layers().values())
+
+
 def test_muons_updates_compile_as_one_graph_each():
     """As on a GPU; three steps on three shapes, the second skipped: the same bits as uncompiled."""
+
+    groups = [(SHAPES[0][0] - 8, 8), (), ()]
 
     def three_steps(momentum_updates, apply_updates) -> list[torch.Tensor]:
         parameters = [list(matrices(3, *shape)) for shape in SHAPES[:3]]
@@ -101,7 +138,7 @@ def test_muons_updates_compile_as_one_graph_each():
         momenta = [torch.zeros(4, *shape) for shape in SHAPES[:3]]
         momentum = torch.tensor(0.9)
         for skip in map(torch.tensor, (0.0, 1.0, 0.0)):
-            updates = momentum_updates(gradients, momenta, momentum, skip, 5)
+            updates = momentum_updates(gradients, momenta, groups, momentum, skip, 5)
             apply_updates(parameters, updates, [torch.tensor(0.1)] * 3, 0.2, skip)
         return [*momenta, *(p for group in parameters for p in group)]
 
