@@ -645,8 +645,7 @@ def help_text() -> str:
 
 # ==================================================================================================
 # 2. Ranks and device
-# What several processes need of each other, and what is chosen for a whole process. With one rank,
-# what Ranks gathers or sums is what went in.
+# What several processes need of each other, and what is chosen for a whole process.
 
 
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
@@ -769,8 +768,7 @@ def start_ranks(settings) -> Ranks:
     ranks = Ranks(rank, world_size, choose_device(settings, local_rank))
     if world_size == 1:
         return ranks
-    # While torch waits for others in C++ no handler of Python's runs, and there is nothing to lose
-    # yet: a signal ends the process as if nothing handled it.
+    # While torch waits in C++ no handler of Python's runs: a signal ends the process, as usual.
     try:
         with handling_signals(signal.SIG_DFL):
             store, *_ = next(dist.rendezvous("env://"))
@@ -1315,8 +1313,7 @@ def mamba_scan(
         y, state = sequential_scan(inputs, state)
     else:
         y, state = chunked_scan(inputs, state, chunk_size)
-    mean_square = y.to(inputs.step_size.dtype).square().mean((2, 3))
-    return y.flatten(2), mean_square, state
+    return y.flatten(2), y.to(inputs.step_size.dtype).square().mean((2, 3)), state
 
 
 def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start) -> ScanInputs:
@@ -1471,8 +1468,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     key_weight = cut(terms.current + F.pad(terms.previous[:, 1:], (0, 0, 0, 1)))
     total = cut(log_decay).cumsum(dim=-1)  # (B, H, chunks, C), from the chunk's beginning on
 
-    # 2. Within a chunk, from earlier tokens; a token's own product comes in step 4. Masked before
-    # exp(), which could overflow on what lies ahead.
+    # 2. Within a chunk, from earlier tokens. Masked before exp(), which could overflow ahead.
     between = total.unsqueeze(-1) - total.unsqueeze(-2)  # (B, H, chunks, C, C)
     not_before = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=value.device).triu()
     decay = between.masked_fill(not_before, -torch.inf).exp()
@@ -1496,8 +1492,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     return finish_scan(inputs, terms, y, ssm)
 
 
-# Of each Mamba, the fastest on a GPU first; the last one is the reference. fused: the published
-# libraries' kernels (section 12); triton: our own (section 11).
+# Of each Mamba, the fastest on a GPU first, the reference last; fused: libraries' (section 12).
 SCAN_BACKENDS = {
     1: ("fused", "parallel", "sequential"),
     2: ("fused", "chunked", "sequential"),
@@ -1629,8 +1624,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
-        kind = "zero" if zero else "matrix"
-        self.weight = nn.Parameter(initial(kind, out_features, in_features))
+        self.weight = nn.Parameter(initial("zero" if zero else "matrix", out_features, in_features))
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """W (scale·x) of x (..., in): a factor scale (..., 1) of the whole row may follow W."""
@@ -1743,8 +1737,7 @@ class Attention(nn.Module):
     Scores stay bounded as queries and keys are RMS-normed (QK norm, arXiv 2010.04245); queries take
     a learned gain per head for the lost length. Twice a sigmoid gates each head's output (arXiv
     2505.06708, of the first channels only, as in modded-nanogpt): softmax alone lets no head be
-    silent. An exclusive layer (XSA_LAST_N) takes out what lies along the token's own value, which
-    the residual stream has anyway.
+    silent. An exclusive layer (XSA_LAST_N) takes out what lies along the token's own value.
     """
 
     def __init__(self, settings, exclusive: bool = False):
@@ -1998,8 +1991,7 @@ class Block(nn.Module):
         exclusive = layer >= settings.num_layers - settings.xsa_last_n
         has_mamba = layer in parse_layers(settings, "mamba_layers")
         self.mixer = Mamba(settings, scan_backend) if has_mamba else Attention(settings, exclusive)
-        has_mlp = layer in parse_layers(settings, "mlp_layers")
-        self.mlp = MLP(settings, device) if has_mlp else None
+        self.mlp = MLP(settings, device) if layer in parse_layers(settings, "mlp_layers") else None
         self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # x alone, as yet
         self.input_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0  # deeper adds less
 
@@ -2156,10 +2148,7 @@ class Model(nn.Module):
         return TextState(previous, seen, layers)
 
     def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
-        """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
-
-        Attention sees the last TRAIN_SEQ_LEN tokens at most. The state's memory stays, for graphs.
-        """
+        """Hidden states (B, 1, width) of each text's next token (B, 1) int64; changes the state."""
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
         start = tokens == BOS_ID if self.settings.document_reset else None
         if self.settings.confines_documents:
@@ -2183,10 +2172,7 @@ class Model(nn.Module):
         return norm(x)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Softcapped logits (..., V) of hidden (..., width), float32 or more.
-
-        tokens (...) are those that the logits follow: only MASK_IMPOSSIBLE_PAIRS reads them.
-        """
+        """Softcapped logits (..., V), float32 or more, of hidden (..., width) of tokens (...)."""
         cap = self.settings.logit_softcap
         logits = widened(F.linear(hidden, self.output_matrix.to(hidden.dtype)))
         logits = cap * torch.tanh(logits / cap)
@@ -2250,8 +2236,7 @@ def spelling_of(piece: str) -> list[str]:
 def spelling_matrix(tokenizer, most: int) -> Tensor:
     """Which token has which feature how often, float32 (V, features), rows scaled as above.
 
-    Features are those of several tokens, the most frequent `most` of them, in one order in every
-    process. Controls and bytes have none, and rows of 0.
+    Of those that tokens share the most frequent `most`, in one order; controls and bytes have none.
     """
     ids = list(range(len(tokenizer.is_special)))
     spelt = ~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids))
@@ -2448,8 +2433,7 @@ def draw_tokens(logits: Tensor, noise: Tensor, temperature: float, top_p: float)
         parts = (p.double() * 2**40).long()
         before = parts.cumsum(dim=-1) - parts
         p = p.masked_fill(before >= int(top_p * 2**40), 0.0)
-    place = (p / noise).argmax(dim=-1, keepdim=True)
-    return token.gather(-1, place)[:, 0]
+    return token.gather(-1, (p / noise).argmax(dim=-1, keepdim=True))[:, 0]
 
 
 # ==================================================================================================
@@ -2467,8 +2451,7 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
     return "mamba_matrix" if ".mixer." in name and "_proj." in name else "matrix"
 
 
-# (a, b, c) of each Newton-Schulz step, and of all after: five bring singular values from 0.001
-# to 1 near 1 (Polar Express, arXiv 2505.16932).
+# (a, b, c) of each Newton-Schulz step, and of all after (Polar Express, arXiv 2505.16932).
 POLAR_EXPRESS = (
     (8.20516, -22.90194, 16.46072),
     (4.06640, -2.86115, 0.51840),
@@ -2649,8 +2632,7 @@ class Optimizers:
         self.muon = Muon(matrices, settings, ranks)
         betas = settings.beta1, settings.beta2
         self.adam = torch.optim.AdamW(others, 0.0, betas, fused=True, capturable=ranks.gpu)
-        # AdamW would make its moments in its first step: too late for a CUDA graph, whose tensors
-        # must outlive it, and for a checkpoint that is read before.
+        # AdamW would make its moments in its first step: too late for CUDA graphs and checkpoints.
         for p in itertools.chain(*(group["params"] for group in others)):
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.adam.state[p] = {"step": p.new_zeros(()), **moments}
@@ -3252,8 +3234,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
 
 # Trellises by their number of states. Bit i of the first number says whether the points of state i
 # are halves, of the second whether it takes an odd integer for an even one. Both are parities of
-# some bits of i, searched: of all such, these leave uniform numbers the least squared error, 0.99,
-# 1.09, 1.16 and 1.23 dB below that of integers.
+# some bits of i: those that leave uniform numbers the least error, 0.99 to 1.23 dB below integers'.
 TRELLISES = {4: (0xA, 0xC), 8: (0xAA, 0x96), 16: (0xAAAA, 0xA55A)}
 TRELLISES |= {32: (0x5A5A5A5A, 0x5AA5A55A)}
 TRELLIS_ROWS = 128  # of a column, after which the next trellis begins
@@ -3361,8 +3342,7 @@ def grids(model, settings, matrices: dict[str, Tensor], k: float):
         weight = model.get_parameter(name).detach()
         if weight.is_meta:
             weight, limits = stand_in(limits)
-        factor = factors.get(layer_kind(name), 1)
-        rows, columns = grid_steps(weight, limits, settings, k * factor)
+        rows, columns = grid_steps(weight, limits, settings, k * factors.get(layer_kind(name), 1))
         if name in model.grid_factors:
             limits = torch.full_like(limits, INT8_MAX)
             finest = sdclip_steps(weight, limits, SDCLIP_LEAST)  # finer ones would clip
@@ -3419,11 +3399,7 @@ def fit_sdclip(model, settings, target_bytes: float) -> float:
 
 @contextmanager
 def fake_quantization(model, matrices: dict[str, Tensor], k: float):
-    """Quantization-aware training: inside, matrices stand on their grids, grid_limits(model).
-
-    After it the weights are what they were, and take gradients that were computed at rounded ones:
-    the straight-through estimator (arXiv 1308.3432).
-    """
+    """Inside, matrices stand on their grids, for straight-through gradients (arXiv 1308.3432)."""
     weights = [model.get_parameter(name).detach() for name in matrices]
     kept = [weight.clone() for weight in weights]
     for _, weight, limits, rows, columns in grids(model, model.settings, matrices, k):
@@ -3436,10 +3412,7 @@ def fake_quantization(model, matrices: dict[str, Tensor], k: float):
 
 
 def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor:
-    """This rank's part (n, T) of CALIBRATION_TOKENS tokens, int64, of which Hessians are made.
-
-    CALIBRATION=train: the next ones of batches. self: texts that the model writes after BOS.
-    """
+    """This rank's part (n, T) int64 of CALIBRATION's text: batches, or what the model writes."""
     s = settings
     length = s.train_seq_len if s.calibration == "train" else min(s.gptq_gen_len, s.train_seq_len)
     count = max(1, s.calibration_tokens // (length * ranks.world_size))
@@ -3465,8 +3438,7 @@ def collect_costs(
     the outputs, squared and summed over all inputs, by sum(D H * D) / 2. Energies, if asked for, of
     linear layers alone: the mean of g^2, float32 (rows,), g being the gradient of the text's nats
     by an output: one that is off by e costs about (g e)^2 / 2. Both by the weight's name, over the
-    sequences (n, T) int64 of all ranks, of which `rows` run at once. Parameters' gradients, which
-    may lie in a CUDA graph's memory, stay what they are. track: Log.track(), or iter.
+    sequences (n, T) int64 of all ranks, of which `rows` run at once. track: Log.track(), or iter.
     """
     hessians: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
@@ -3489,8 +3461,7 @@ def collect_costs(
                 undo.callback(setattr, module, "can_fuse", module.can_fuse)
                 module.can_fuse = False
         for name, layer in model.linear_layers().items():
-            handle = layer.register_forward_hook(partial(hook, name), with_kwargs=True)
-            undo.callback(handle.remove)
+            undo.callback(layer.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
         for batch in track(sequences.split(rows)):
             hidden = model(batch, model.full_order)
             add(model.output_name, hidden)
@@ -3606,8 +3577,7 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
 
     First by each parameter's name a vector in its float_type(), or a matrix's grid steps
     (rows + columns,), float16; then as "NAME integers" each matrix, int8 (rows, columns). solvers:
-    factor_hessian()'s by name; without one, the nearest integers. Matrices of one shape are rounded
-    at once, by one rank. track: Log.track(), or iter.
+    factor_hessian()'s by name; without one, the nearest integers. One rank rounds all of a shape.
     """
     parameters = model.named_parameters()
     stored = {name: p.detach().to(getattr(torch, float_type(name))) for name, p in parameters}
@@ -3753,9 +3723,7 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> t
 
 
 def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
-    """What an artifact's header holds: its model's settings, a sum that names its tokenizer, and
-    for who scores it without a log, the preset and the window of its training.
-    """
+    """An artifact's header: its model's settings, tokenizer, and training's preset and window."""
     header = {n: getattr(settings, n) for n in (*MODEL_FIELDS, "preset", "train_seq_len")}
     return header | {"tokenizer_sha256": tokenizer_sha256}
 
@@ -3783,9 +3751,8 @@ def bytes_by_kind(model, stored: dict[str, Tensor], size: int) -> dict[str, int]
         symbols = stored[f"{name} integers"].long() + INT8_MAX
         bits = (symbols.numel() / torch.bincount(symbols.flatten())).log2()
         for limit in limits.unique().int().tolist():
-            rows = symbols[limits.squeeze(1) == limit]
-            total = float(bits[rows].sum(dtype=torch.float64))
-            found[f"{layer_kind(name)}, int{limit.bit_length() + 1}"] += total / 8
+            total = bits[symbols[limits.squeeze(1) == limit]].sum(dtype=torch.float64)
+            found[f"{layer_kind(name)}, int{limit.bit_length() + 1}"] += float(total) / 8
     sizes = {kind: round(taken) for kind, taken in found.items()}
     return sizes | {"rest": size - sum(sizes.values())}
 
@@ -3929,8 +3896,7 @@ def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
     """
     layout = record_layout(skeleton)
     unpacker = lzma.LZMADecompressor()
-    content = unpacker.decompress(payload, layout.itemsize + 1)
-    (record,) = np.frombuffer(content, layout)
+    (record,) = np.frombuffer(unpacker.decompress(payload, layout.itemsize + 1), layout)
     return record, np.frombuffer(unpacker.unused_data, "<u2")
 
 
@@ -4078,10 +4044,7 @@ class Log:
                 self.record("error", **values)
 
     def progress(self, what: str, part: float, seconds: float, note: str = ""):
-        """Shows how far a phase has come that took so many seconds: a part of 1, a line's worth.
-
-        A terminal has a bar; where nothing was written for some seconds, there is a line of it.
-        """
+        """Shows, in a bar and at times in a line, what part of a phase is over in so many seconds."""
         now = time.monotonic()
         quiet = now - self.last_line > PROGRESS_SECONDS
         if self.files and (quiet or self.bar is not None):
@@ -4185,10 +4148,7 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
 
 
 def read_records(path: Path) -> list[dict]:
-    """A .jsonl log's records. A line that is none, as one that was cut off, is left out.
-
-    UserError for settings that are none: whose run it is, cannot be known.
-    """
+    """A .jsonl log's records, but for cut lines; UserError if whose they are cannot be known."""
     records = []
     with suppress(OSError):
         for line in path.read_bytes().splitlines():
@@ -4480,8 +4440,7 @@ class Checkpoints(ThreadPoolExecutor):
     def write_soon(self, header: dict, tensors: list[Tensor]):
         """Copies the tensors, float32, on their device, and has the copy written from there.
 
-        The newest one becomes the one before; if younger than half of CHECKPOINT_EVERY, which is
-        of little use beside another, it is replaced.
+        The newest becomes the one before, or is replaced if younger than half of CHECKPOINT_EVERY.
         """
         numbers = torch.cat([x.view(-1) for x in tensors])
         copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
@@ -4532,10 +4491,7 @@ def token_bytes(settings, gpu: bool) -> float:
 
 
 def choose_micro_batch(settings, ranks, free: float | None = None) -> int:
-    """Tokens a rank runs at once: a divisor of its batch, MICRO_BATCH_TOKENS or what fits.
-
-    free: bytes of memory; left out, what a GPU has left, or this rank's part of the machine's.
-    """
+    """Tokens a rank runs at once, a part of its batch: MICRO_BATCH_TOKENS, or what fits free."""
     s = settings
     most = s.micro_batch_tokens
     if not most:
@@ -5315,10 +5271,7 @@ def hand_over(command: str, arguments: list[str]):
 
 
 def check_alike(settings, ranks, training, validation: ValidationSet | None):
-    """Raises UserError on a rank that has another script, other text or settings than rank 0.
-
-    On several machines each rank reads the files and variables of its own; LOG_DIR is shared.
-    """
+    """Raises UserError on a rank whose own script, text or settings are others than rank 0's."""
     if ranks.world_size == 1:
         return
     compared = {n for n, group in FIELDS.items() if group == "evaluation"} - {"eval_nll_path"}
@@ -5691,8 +5644,7 @@ def tokens_forward(
         tl.store(place + S.N // 2, odd)
     row += 2 * S.N
     _, step, _, rate, share = load_dynamics(row, live, step_bias, h, S)
-    row_next = row + S.WIDTH
-    _, next_step, _, _, next_share = load_dynamics(row_next, t + 1 < length, step_bias, h, S)
+    _, next_step, _, _, next_share = load_dynamics(row + S.WIDTH, t + 1 < length, step_bias, h, S)
     weight = step * share + next_step * (1.0 - next_share)
     log_decay = rate * step * LOG2_E
     if starts is not None:
@@ -6210,12 +6162,9 @@ def scan_arguments(tensors: list[Tensor], starts, sizes: list[int]) -> dict:
 
 
 def has_tile_instructions(device: torch.device) -> bool:
-    """Whether a GPU moves tiles by an instruction and multiplies them in shared memory, as Hopper.
-
-    Else they take registers: a program of 4 warps spills, one of 8 with pointers hardly does.
-    """
+    """Whether a GPU, as Hopper, moves tiles by an instruction and multiplies them where they are."""
     capability, _ = kernel_limits(device)
-    return 90 <= capability < 120
+    return 90 <= capability < 120  # else they take registers, and 4 warps spill
 
 
 def scan_tiles(named: dict) -> dict:
@@ -6457,8 +6406,7 @@ SIGN_COLUMNS = constexpr(128)
 SIGN_BYTES = constexpr(16)
 
 
-# S in the kernels: programs go through tiles of M rows and N = 2 SIGN_COLUMNS columns of a result,
-# whose sums have WIDTH terms, STEP at a time.
+# S in the kernels: tiles of M rows and N = 2 SIGN_COLUMNS columns, sums of WIDTH terms by STEP.
 ProductSizes = collections.namedtuple("ProductSizes", "PROGRAMS WIDTH HIDDEN M N STEP")
 
 
@@ -6624,9 +6572,7 @@ def fused_mlp_backward(
     return d_v
 
 
-@fused_mlp_backward.register_fake
-def _fused_mlp_backward_fake(d_y, factor, down, active, signs) -> Tensor:
-    return torch.empty_like(active)
+fused_mlp_backward.register_fake(lambda d_y, factor, down, active, signs: torch.empty_like(active))
 
 
 def fused_mlp_autograd(ctx, gradients):
@@ -6867,8 +6813,7 @@ def selective_chunk(value, step, key, query, reset, decay_rate, state, backend: 
     """C_t h_t (B, T, H) of a chunk's T tokens, and their last h (B, H, N).
 
     reset (B, T): 0, or -infinity where a document starts. "parallel" is Hillis and Steele's scan:
-    after round r, each token's state holds what the 2**r tokens up to it left, so that log2 T
-    rounds, each a pass over all tokens, take the place of a loop.
+    after round r, each token's state holds what the 2**r tokens up to it left: log2 T rounds do.
     """
     rates = torch.addcmul(reset[..., None, None], step.unsqueeze(-1), decay_rate)
     decay = rates.exp()  # (B, T, H, N)
@@ -7112,8 +7057,7 @@ def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.arange(total, device=start.device, dtype=torch.int32)
     begins = start.flatten() | (place % length == 0)
     begun = torch.where(begins, place, total).sort().values[:slots]
-    edges = F.pad(begun, (0, slots + 1 - len(begun)), value=total)
-    return edges, begins.sum() > slots
+    return F.pad(begun, (0, slots + 1 - len(begun)), value=total), begins.sum() > slots
 
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -7175,8 +7119,7 @@ def attention_problem(settings, device: torch.device) -> str:
 
 def first_sentence(error: Exception) -> str:
     """What an exception says in one line, or its kind."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].partition(". ")[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
 
 
 # ==================================================================================================
@@ -7209,8 +7152,7 @@ def convert_loops(environment: dict[str, str], settings) -> str:
     problem = f"LOOP_START={first} LOOP_END={last} are not layers of {count}: set both"
     need(not repeats or first <= last < count, f"NUM_LOOPS={repeats}: {problem}")
     layers = f"{first}-{last}" if repeats else "none"
-    recurrence = {"RECUR_LAYERS": layers, "RECUR_REPEATS": str(repeats)}
-    return convert_recurrence(recurrence, settings)
+    return convert_recurrence({"RECUR_LAYERS": layers, "RECUR_REPEATS": str(repeats)}, settings)
 
 
 def convert_attention(environment: dict[str, str], settings) -> str:
@@ -7220,8 +7162,7 @@ def convert_attention(environment: dict[str, str], settings) -> str:
     if placement == "even":
         wanted = read_number(environment, "NUM_ATTN_LAYERS", 1)
         need(wanted <= count, f"NUM_ATTN_LAYERS={wanted} is more than NUM_LAYERS={count}")
-        spacing = count / (wanted + 1)
-        attention = {round(spacing * (i + 1)) for i in range(wanted)}
+        attention = {round(count / (wanted + 1) * (i + 1)) for i in range(wanted)}
     else:
         attention = set(parse_layers(settings, "ATTN_PLACEMENT", placement))
         wanted = read_number(environment, "NUM_ATTN_LAYERS", len(attention))
@@ -7236,8 +7177,7 @@ def convert_rope_dims(environment: dict[str, str], settings) -> str:
     dims = read_number(environment, "ROPE_DIMS", 0) or head
     need(dims <= head, f"ROPE_DIMS={dims} is more than a head has, {head}")
     fraction = dims / max(1, head)
-    rounded_down = int(head * fraction) < dims
-    return repr(math.nextafter(fraction, 1.0) if rounded_down else fraction)
+    return repr(math.nextafter(fraction, 1.0) if int(head * fraction) < dims else fraction)
 
 
 def convert_bigrams(environment: dict[str, str], settings) -> str:
