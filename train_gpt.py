@@ -942,22 +942,17 @@ def recorded_hashes(
     return unknown, None
 
 
-def check_learnt(training: list[Shard], validation: list[Shard]):
-    """Raises UserError for a training shard that is a validation shard, by their samples."""
-    scored = {shard.sample: shard.path.name for shard in validation if shard.count}
-    for shard in training:
-        twin = scored.get(shard.sample, "")
-        need(not twin, f"{shard.path} holds the text of {twin}, which is scored: take it away")
-
-
 def log_hashes(settings, training, validation: list[Shard], log, main=True):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
     Tokenizer and validation shards are hashed, by the main rank and off every clock; training
-    shards, of up to 16 GB, are not. Raises UserError as check_learnt().
+    shards, of up to 16 GB, are not. Raises UserError, by samples, for one that is validated on.
     """
     folder, path = settings.data_path, settings.tokenizer_path
-    check_learnt(training, validation)
+    scored = {shard.sample: shard.path.name for shard in validation if shard.count}
+    for shard in training:
+        twin = scored.get(shard.sample, "")
+        need(not twin, f"{shard.path} holds the text of {twin}, which is scored: take it away")
     if not main:
         return
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
@@ -1154,16 +1149,13 @@ def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
         what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {name} shards"
         need(not problem, f"{what}: {problem}")
         if settings.mask_impossible_pairs and not settings.eval_only:  # else the artifact's choice
-            check_pairs(settings, tokens, name)
-
-
-def check_pairs(settings, tokens: np.ndarray, name: str):
-    """Raises UserError for text with many pairs that packed_pairs() rules out."""
-    pairs = packed_pairs(settings.tokenizer_path, settings.vocab_size).numpy()
-    found = (pairs[tokens[:-1], tokens[1:] // 8] >> tokens[1:] % 8 & 1).sum()
-    problem = f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes where they"
-    known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
-    need(known, f"{problem} stand (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
+            pairs = packed_pairs(settings.tokenizer_path, settings.vocab_size).numpy()
+            found = (pairs[tokens[:-1], tokens[1:] // 8] >> tokens[1:] % 8 & 1).sum()
+            problem = (
+                f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes there"
+            )
+            known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
+            need(known, f"{problem} (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
 
 
 def warn_without_bos(settings, training: list[Shard], validation: np.ndarray, log):
@@ -4044,7 +4036,7 @@ class Log:
                 self.record("error", **values)
 
     def progress(self, what: str, part: float, seconds: float, note: str = ""):
-        """Shows, in a bar and at times in a line, what part of a phase is over in so many seconds."""
+        """Shows, in a bar or at times in a line, what part of a phase so many seconds took."""
         now = time.monotonic()
         quiet = now - self.last_line > PROGRESS_SECONDS
         if self.files and (quiet or self.bar is not None):
@@ -5672,38 +5664,35 @@ def tokens_forward(
 #
 # and back with c' > c. One kernel: torch's functions took nine launches, and its cumsum has no
 # deterministic form. Sums are float64, for a long text makes many turns.
+#
+# S: PARTS, a power of two, are added up first; of COUNT angles a program has BLOCK, and of chunks
+# AT_ONCE in registers.
+SumSizes = collections.namedtuple("SumSizes", "COUNT PARTS BACK AT_ONCE BLOCK")
+
+
 @jit
-def sum_turns(
-    turns,  # (B, chunks, PARTS, COUNT): a chunk's are added up first
-    start,  # (B, COUNT)
-    around,  # out, (B, chunks, COUNT)
-    end,  # out, (B, COUNT), forward without whole turns
-    chunks,
-    COUNT: constexpr,
-    PARTS: constexpr,  # a power of two
-    BACK: constexpr,
-    AT_ONCE: constexpr,  # chunks in registers
-    BLOCK: constexpr,
-):
-    """A program for BLOCK of the COUNT angles and a sequence."""
+def sum_turns(turns, start, around, end, chunks, S: constexpr):
+    """Of turns (B, chunks, PARTS, COUNT) and start (B, COUNT): around; end, without whole turns."""
+    COUNT: constexpr = S.COUNT
+    BLOCK: constexpr = S.BLOCK
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(1).to(tl.int64)
     first = tl.load(start + b * COUNT + n, n < COUNT, 0.0)
     total = tl.zeros([BLOCK], tl.float64)
-    part = tl.arange(0, PARTS)[None, :, None]
-    for block in range(0, chunks, AT_ONCE):
-        c = block + tl.arange(0, AT_ONCE)
-        if BACK:
+    part = tl.arange(0, S.PARTS)[None, :, None]
+    for block in range(0, chunks, S.AT_ONCE):
+        c = block + tl.arange(0, S.AT_ONCE)
+        if S.BACK:
             c = chunks - 1 - c
         place = b * chunks + c[:, None]
         mask = (c >= 0)[:, None] & (c < chunks)[:, None] & (n < COUNT)[None, :]
-        rows = (place[:, :, None] * PARTS + part) * COUNT + n[None, None, :]
+        rows = (place[:, :, None] * S.PARTS + part) * COUNT + n[None, None, :]
         made = tl.sum(tl.load(turns + rows, mask[:, None, :], 0.0), axis=1).to(tl.float64)
         passed = tl.cumsum(made, axis=0) - made + total[None, :]
         tl.store(around + place * COUNT + n[None, :], first[None, :] + passed.to(tl.float32), mask)
         total += tl.sum(made, axis=0)
     last = first + total.to(tl.float32)
-    if not BACK:
+    if not S.BACK:
         last -= tl.floor(last)
     tl.store(end + b * COUNT + n, last, n < COUNT)
 
@@ -6162,7 +6151,7 @@ def scan_arguments(tensors: list[Tensor], starts, sizes: list[int]) -> dict:
 
 
 def has_tile_instructions(device: torch.device) -> bool:
-    """Whether a GPU, as Hopper, moves tiles by an instruction and multiplies them where they are."""
+    """Whether a GPU moves tiles by an instruction, and multiplies them in place, as Hopper."""
     capability, _ = kernel_limits(device)
     return 90 <= capability < 120  # else they take registers, and 4 warps spill
 
@@ -6189,12 +6178,11 @@ def scan_tiles(named: dict) -> dict:
 def launch_sum_turns(turns: Tensor, start: Tensor, back: bool, at_once: int = 32) -> list[Tensor]:
     """sum_turns()'s around (B, chunks, H, R) and end (B, H, R): turns in parts, start as end."""
     batch, chunks, parts, *_ = turns.shape
-    count = start[0].numel()
     around = turns.new_empty(batch, chunks, *start.shape[1:])
     end = torch.empty_like(start)
     named = {"turns": turns, "start": start, "around": around, "end": end, "chunks": chunks}
-    named |= {"COUNT": count, "PARTS": parts, "BACK": back, "AT_ONCE": at_once, "BLOCK": 16}
-    launch(sum_turns, (triton.cdiv(count, 16), batch), named)
+    sizes = SumSizes(start[0].numel(), parts, back, at_once, BLOCK=16)
+    launch(sum_turns, (triton.cdiv(sizes.COUNT, 16), batch), named | {"S": sizes})
     return [around, end]
 
 
@@ -6424,16 +6412,8 @@ def sign_places(signs, rows, column, N: constexpr, S: constexpr):
 
 
 @jit
-def pack_signs(x):
-    """The signs of (M, SIGN_COLUMNS) float32 numbers, (M, SIGN_BYTES)."""
-    bit = tl.arange(0, 8)[None, :, None]
-    negative = (x.to(tl.uint32, bitcast=True) >> 31).reshape(x.shape[0], 8, SIGN_BYTES)
-    return tl.sum(negative << bit, axis=1).to(tl.uint8)
-
-
-@jit
 def unpack_signs(packed):
-    """Whether the numbers are below 0 (M, N) that pack_signs() made these bytes of, (M, N / 8)."""
+    """Whether numbers are below 0 (M, N), by store_active()'s bytes (M, N / 8)."""
     M: constexpr = packed.shape[0]
     N: constexpr = packed.shape[1] * 8
     packed = packed.to(tl.int32).reshape(M, N // SIGN_COLUMNS, 1, SIGN_BYTES)
@@ -6455,7 +6435,10 @@ def store_active(v, row, column, active, signs, factor, length, S: constexpr):
     square *= square
     square = v * v * tl.where(v < 0, 0.25 * square, square)
     active.store([row, column], square.to(active.dtype))
-    tl.store(sign_places(signs, rows, column, SIGN_COLUMNS, S), pack_signs(v), rows < length)
+    bit = tl.arange(0, 8)[None, :, None]
+    negative = (v.to(tl.uint32, bitcast=True) >> 31).reshape(v.shape[0], 8, SIGN_BYTES)
+    packed = tl.sum(negative << bit, axis=1).to(tl.uint8)
+    tl.store(sign_places(signs, rows, column, SIGN_COLUMNS, S), packed, rows < length)
 
 
 @jit
@@ -6519,8 +6502,8 @@ def can_fuse_mlp(width: int, hidden: int, device: torch.device) -> bool:
     return hidden % (2 * int(SIGN_COLUMNS)) == 0 and width % 8 == 0
 
 
-def launch_product(kernel, named: dict, width: int, blocks: dict[str, tuple[str, str]]):
-    """Runs one of the MLP's kernels; blocks: of tensor descriptors by name, sizes of the tiles."""
+def launch_product(kernel, named: dict, width: int):
+    """Runs one of the MLP's kernels, in MLP_TILES, for sums of width terms."""
     length, hidden = named["active"].shape
     *tile, stages = MLP_TILES[kernel.__name__]
     programs = triton.cdiv(length, tile[0]) * (hidden // tile[1])
@@ -6528,10 +6511,6 @@ def launch_product(kernel, named: dict, width: int, blocks: dict[str, tuple[str,
         gpu = torch.cuda.get_device_properties(named["active"].device)
         programs = min(programs, gpu.multi_processor_count)
     sizes = ProductSizes(programs, width, hidden, *tile)
-    sides = sizes._asdict() | {"HALF": sizes.N // 2, "QUARTER": sizes.N // 4}
-    for name, block in blocks.items():
-        descriptor = TensorDescriptor.from_tensor(named[name], [sides[side] for side in block])
-        named = named | {name: descriptor}
     launch(kernel, (programs,), named | {"length": length, "S": sizes}, warps=8, stages=stages)
 
 
@@ -6542,10 +6521,11 @@ def fused_mlp(x: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tenso
     factor (T,) float32, above 0; up (HIDDEN, width) and down (width, HIDDEN) have x's dtype.
     """
     y, active, signs = fused_mlp_fake(x, factor, up, down)
-    named = {"x": x, "up": up, "factor": factor, "signs": signs}
-    blocks = {"x": ("M", "STEP"), "up": ("N", "STEP"), "active_map": ("M", "HALF")}
-    named |= {"active": active, "active_map": active}
-    launch_product(mlp_forward, named, x.shape[1], blocks)
+    rows, columns, step, _ = MLP_TILES["mlp_forward"]
+    tiles = TensorDescriptor.from_tensor
+    named = {"x": tiles(x, [rows, step]), "up": tiles(up, [columns, step]), "factor": factor}
+    named |= {"active": active, "active_map": tiles(active, [rows, columns // 2]), "signs": signs}
+    launch_product(mlp_forward, named, x.shape[1])
     torch.mm(active, down.mT, out=y)
     return [y, active, signs]
 
@@ -6564,11 +6544,12 @@ def fused_mlp_backward(
 ) -> Tensor:
     """The gradient (T, HIDDEN) of the product with up, from that of y (T, width)."""
     d_v = torch.empty_like(active)
-    named = {"d_y": d_y, "down": down, "d_v": d_v, "factor": factor, "signs": signs}
-    blocks = {"d_y": ("M", "STEP"), "down": ("STEP", "N")}
-    blocks |= {"active_map": ("M", "N"), "d_v": ("M", "QUARTER")}
-    named |= {"active": active, "active_map": active}
-    launch_product(mlp_backward, named, d_y.shape[1], blocks)
+    rows, columns, step, _ = MLP_TILES["mlp_backward"]
+    tiles = TensorDescriptor.from_tensor
+    named = {"d_y": tiles(d_y, [rows, step]), "down": tiles(down, [step, columns])}
+    named |= {"active": active, "active_map": tiles(active, [rows, columns]), "signs": signs}
+    named |= {"d_v": tiles(d_v, [rows, columns // 4]), "factor": factor}
+    launch_product(mlp_backward, named, d_y.shape[1])
     return d_v
 
 
@@ -7061,9 +7042,6 @@ def document_edges(start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-VARLEN_SINCE = (2, 10)  # torch.nn.attention.varlen
-VARLEN_WINDOWS_SINCE = (2, 11)  # causal is a window there, and no longer a flag
-VARLEN_GROUPS_SINCE = (2, 12)  # it takes fewer key heads than query heads
 
 
 def attend_by_lengths(query, key, value, documents: Documents | None, backend: str) -> Tensor:
@@ -7076,8 +7054,8 @@ def attend_by_lengths(query, key, value, documents: Documents | None, backend: s
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        options = {"window_size": (-1, 0)} if TORCH >= VARLEN_WINDOWS_SINCE else {"is_causal": True}
-        if TORCH >= VARLEN_GROUPS_SINCE:
+        options = {"window_size": (-1, 0)} if TORCH >= (2, 11) else {"is_causal": True}
+        if TORCH >= (2, 12):  # it takes fewer key heads than query heads
             options["enable_gqa"] = True
         else:
             shared = query.shape[2] // key.shape[2]  # query heads that read one key head
@@ -7099,7 +7077,7 @@ def attention_problem(settings, device: torch.device) -> str:
         return ""
     if confined and backend == "cudnn":
         return "cuDNN cannot keep documents apart"
-    if confined and backend == "flash" and TORCH < VARLEN_SINCE:
+    if confined and backend == "flash" and TORCH < (2, 10):  # varlen_attn()
         return "to keep documents apart, it needs torch 2.10 or later"
     dtype = activation_dtype(settings, device)
     options = {"device": device, "dtype": dtype, "requires_grad": True}
