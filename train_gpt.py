@@ -6304,14 +6304,6 @@ SHARED_BYTES = {80: (11.0, 3.4, 0.2, 3.4), 90: (14.2, 8.9, 1.4, 4.9), 120: (11.0
 MOST_SHARED_BYTES = 104_000
 
 
-def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capability: int) -> int:
-    """About how much shared memory a program needs: scan_backward's, or tokens_forward's."""
-    first = max(least for least in SHARED_BYTES if least <= capability)
-    by_channels, by_state, by_chunk, whole = SHARED_BYTES[first]
-    row = by_channels * channels + by_state * state + by_chunk * chunk
-    return int(max(chunk * row + whole * state * channels, 8 * chunk * heads))
-
-
 def why_not_triton(settings, device: torch.device) -> str:
     """Why the kernels cannot run the layers of these settings; empty if they can."""
     if settings.mamba_decay != "softplus":
@@ -6331,8 +6323,13 @@ def why_not_triton(settings, device: torch.device) -> str:
         return "is for PRECISION=bfloat16"
     if 100 <= capability < 120 and settings.mamba_chunk_size > 32:  # Triton's pipeliner gives up
         return "needs MAMBA_CHUNK_SIZE of 32 or less on a GPU of compute capability 10"
-    heads = settings.mamba_inner_dim // settings.mamba_head_dim
-    needed = scan_shared_bytes(heads, *sides, capability)
+    channels, state, chunk = sides
+    first = max(least for least in SHARED_BYTES if least <= capability)
+    by_channels, by_state, by_chunk, whole = SHARED_BYTES[first]
+    row = by_channels * channels + by_state * state + by_chunk * chunk
+    heads = settings.mamba_inner_dim // channels
+    # About what scan_backward takes, or tokens_forward.
+    needed = int(max(chunk * row + whole * state * channels, 8 * chunk * heads))
     have = have if has_tile_instructions(device) else min(have, MOST_SHARED_BYTES)
     if needed > have:
         remedy = "a smaller MAMBA_CHUNK_SIZE, MAMBA_D_STATE or MAMBA_HEAD_DIM may do"
