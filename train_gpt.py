@@ -2383,7 +2383,6 @@ def generate(model: Model, tokens: Tensor, count: int, temperature=1.0, top_p=1.
     """Continues a batch of texts: tokens (B, T > 0) int64 on the model's device -> (B, count).
 
     Tokens are read one by one, the prompt's too, each at the same cost however long a text becomes.
-    temperature, top_p: see draw_tokens(). generator: a torch.Generator on the model's device.
     """
     order = model.order(recurrent=True)
     state = model.begin(len(tokens), order)
@@ -2632,8 +2631,7 @@ class Optimizers:
     def loss_scale(self) -> Tensor | None:
         """With float16, what the loss is multiplied by, float32 (); else None.
 
-        Below 6e-8, where gradients of a mean over many tokens lie, float16 has no numbers. As with
-        torch.amp.GradScaler, each skipped step halves the scale. A checkpoint holds their count.
+        Below 6e-8 float16 has no numbers. As torch.amp.GradScaler has it, skipped steps halve it.
         """
         return (16 - self.skipped[0]).clamp(min=0).exp2() if self.scales_loss else None
 
@@ -3819,8 +3817,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> Settings:
     """The settings with the model's from an artifact's header; what was given must agree.
 
-    So must TOKENIZER_PATH, if there is one: other tokens stand for other bytes. (An artifact from
-    before headers named tokenizers is compared by VOCAB_SIZE alone.)
+    So must TOKENIZER_PATH, if there is one, where the header names its tokenizer.
     """
     for name in MODEL_FIELDS:
         ours, theirs = getattr(settings, name), header[name]
@@ -4331,8 +4328,7 @@ def handling_signals(handler):
 def stop_signals(at_once: bool = False):
     """Gives a list in which signals to stop are noted meanwhile, for a loop to look at.
 
-    With at_once, one raises KeyboardInterrupt with its name instead, so that files are closed on
-    the way out. What the parent process ignores, as nohup does, stays ignored.
+    With at_once, one raises KeyboardInterrupt with its name instead, so that files are closed.
     """
     received = []
     if at_once:
@@ -4378,8 +4374,7 @@ PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data", "tokenizer_sha2
 def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | None:
     """Path, header and numbers of the first usable checkpoint that RESUME names, if there is one.
 
-    ours is the header that the run would write. Raises UserError if a checkpoint is another run's,
-    or if the one file that was named is not usable. Nothing in a file is executed.
+    ours: the header that the run would write; UserError for another run's, or a bad one by name.
     """
     paths = [] if settings.resume == "never" else [Path(settings.resume)]
     if settings.resume == "auto":
@@ -4728,8 +4723,7 @@ class Trainer:
     def run(self, batches, validate):
         """Trains until the clock or ITERATIONS ends it; the model is left with averaged weights.
 
-        batches.next() gives tokens and targets; validate(recurrent) a Score, each VAL_LOSS_EVERY
-        steps. A signal or divergence ends it with a checkpoint and UserError.
+        validate(recurrent) gives a Score. Signals and divergence end it: a checkpoint, UserError.
         """
         s = self.settings
         with stop_signals() as received:
@@ -6925,8 +6919,7 @@ PERCENTILES = (0.99, 0.995, 0.998, 1.0)
 def percentile_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
     """Steps (rows, 1) of grids that end at a percentile of a row's magnitudes, times clips / 3.
 
-    Of PERCENTILES each row takes the one that errs least. k means about what SDClip's does: three
-    root-mean-squares are a Gaussian's 99.7th percentile. limits, clips (rows, 1), float32.
+    Of PERCENTILES each row takes the one that errs least; a Gaussian's 99.7th is about at k = 3.
     """
     magnitudes = weight.abs().sort(dim=1).values
     best = sdclip_steps(weight, limits, clips)
