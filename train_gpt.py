@@ -3419,16 +3419,13 @@ def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor
     return torch.cat(texts)
 
 
-def collect_costs(
-    model, sequences: Tensor, ranks, rows: int, with_energies: bool = False, track=iter
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[dict, dict]:
     """What errors cost: of each matrix's weights its Hessian, of its outputs their energies.
 
     H = 2 sum x x^T over every input x, float32 (columns, columns): weights that are off by D change
     the outputs, squared and summed over all inputs, by sum(D H * D) / 2. Energies, if asked for, of
     linear layers alone: the mean of g^2, float32 (rows,), g being the gradient of the text's nats
-    by an output: one that is off by e costs about (g e)^2 / 2. Both by the weight's name, over the
-    sequences (n, T) int64 of all ranks, of which `rows` run at once. track: Log.track(), or iter.
+    by an output: one that is off by e costs about (g e)^2 / 2. By weights' names, of (n, T) int64.
     """
     hessians: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
@@ -3452,7 +3449,7 @@ def collect_costs(
                 module.can_fuse = False
         for name, layer in model.linear_layers().items():
             undo.callback(layer.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
-        for batch in track(sequences.split(rows)):
+        for batch in batches:
             hidden = model(batch, model.full_order)
             add(model.output_name, hidden)
             if with_energies:
@@ -3524,12 +3521,6 @@ def factor_hessian(hessian: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor,
     raise UserError(DIVERGED)
 
 
-def no_hessian(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """factor_hessian() as if inputs were independent: there is nothing to make up for."""
-    order = torch.arange(weight.shape[1], device=weight.device)
-    return order[None], torch.eye(len(order), device=weight.device), order[None] < 0
-
-
 @torch.no_grad()
 def gptq(weight, scale, limits, order, upper, unused, block_size=128, trellis_states=0) -> Tensor:
     """Integers Q with (Q · scale) x close to W x for the inputs x that made H (arXiv 2210.17323).
@@ -3576,7 +3567,9 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
         stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
-        solver = solvers.get(name) or no_hessian(weight)
+        solver = solvers.get(name) or factor_hessian(
+            torch.eye(len(weight[0]), device=weight.device)
+        )
         problems[weight.shape][name] = weight, rows * columns, limits, *solver
     for group in track([*problems.values()][ranks.rank :: ranks.world_size]):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
@@ -4714,8 +4707,8 @@ class Trainer:
         skip = torch.ones((), device=device)  # so that the average stays as it is
         self.average.update(1, skip, True)
         if s.calibrates:  # as export will: FlexAttention compiles itself
-            rows = self.calibration_rows
-            collect_costs(self.model, tokens[:rows, :-1], self.ranks, rows, s.shares_bits)
+            batch = tokens[: self.calibration_rows, :-1]
+            collect_costs(self.model, [batch], self.ranks, s.shares_bits)
         if s.trellis_states:  # its kernel, likewise
             round_by_trellis(*torch.ones(3, 1, 1, device=device), s.trellis_states)
         synchronized_time()
@@ -5000,8 +4993,8 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
     track = partial(trainer.log.track, "calibration")
     sequences = calibration_sequences(model, s, ranks, batches, track)
     times = {"text": synchronized_time() - started}
-    rows = trainer.calibration_rows
-    hessians, energies = collect_costs(model, sequences, ranks, rows, s.shares_bits, track)
+    parts = track(sequences.split(trainer.calibration_rows))
+    hessians, energies = collect_costs(model, parts, ranks, s.shares_bits)
     times["hessian"] = synchronized_time() - started - times["text"]
     solvers = {name: factor_hessian(hessians.pop(name), s.gptq_damp) for name in sorted(hessians)}
     if s.shares_bits:

@@ -118,8 +118,9 @@ def main() -> None:
         model = script.build_model(settings, solo)
         fixed_weights(model)
         tokens = fixed_tokens(settings.vocab_size)[:, :-1]
-        hessians = script.collect_hessians(model, tokens, solo, 2)
-        stored = script.quantize_model(model, settings, solo, hessians, 8.0)
+        hessians, _ = script.collect_costs(model, tokens.split(2), solo)
+        solvers = {name: script.factor_hessian(x) for name, x in hessians.items()}
+        stored = script.quantize_model(model, settings, solo, solvers, 8.0)
         artifact = FOLDER / f"{commit}.artifact"
         artifact.write_bytes(script.pack_artifact(settings, stored))
         loaded, _ = script.load_model(artifact, settings, set(), solo)

@@ -232,7 +232,7 @@ def gptq(weight, hessian, scale, limits, damp: float = 0.01, **options) -> torch
 
 def collect_factors(model: t.Model, tokens: torch.Tensor, rows: int) -> dict[str, tuple]:
     """What quantize_model() asks for, of a text."""
-    hessians, _ = t.collect_costs(model, tokens, SOLO, rows)
+    hessians, _ = t.collect_costs(model, tokens.split(rows), SOLO)
     return {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
 
 

@@ -297,7 +297,7 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
         final = model(tokens, model.order(True)).flatten(0, 1)
     for handle in handles:
         handle.remove()
-    hessians, _ = t.collect_costs(model, tokens, SOLO, rows=2)
+    hessians, _ = t.collect_costs(model, tokens.split(2), SOLO)
     x = torch.cat([part.flatten(0, 1) for part in seen])
     assert len(seen) == 2
     assert relative(hessians["blocks.1.mixer.query.weight"], 2 * x.T @ x) < 1e-5
@@ -310,7 +310,7 @@ def test_hessians_are_twice_the_sum_of_outer_products_of_the_inputs():
     missing = set(t.grid_limits(model)) - set(hessians)
     assert missing == {"bigram_embedding.weight"}
     untied = random_model(tiny(tie_embeddings=False))
-    hessians, _ = t.collect_costs(untied, tokens, SOLO, rows=2)
+    hessians, _ = t.collect_costs(untied, tokens.split(2), SOLO)
     limits = t.grid_limits(untied)
     assert set(limits) - set(hessians) == {"bigram_embedding.weight", "embedding.weight"}
     for name in ("embedding.weight", "output_embedding.weight"):
@@ -336,7 +336,7 @@ def test_a_hessian_is_of_what_the_weight_sees_however_a_scale_is_passed(call, mo
 
     monkeypatch.setattr(t.Mamba, "forward", forward)
     with torch.no_grad():
-        hessian = t.collect_costs(model, tokens, SOLO, rows=2)[0]["blocks.0.mixer.out_proj.weight"]
+        hessian = t.collect_costs(model, tokens.split(2), SOLO)[0]["blocks.0.mixer.out_proj.weight"]
     x = torch.cat(seen)
     assert relative(hessian, 2 * x.T @ x) < 1e-6
 

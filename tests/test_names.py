@@ -326,7 +326,7 @@ def test_an_output_matrix_of_its_own_has_8_bits_a_rate_and_the_hessian_of_hidden
     assert not torch.equal(model.output_embedding.weight, model.embedding.weight)
     limits = t.grid_limits(model)
     assert bool((limits["output_embedding.weight"] == t.INT8_MAX).all())
-    hessians, _ = t.collect_costs(model, random_tokens(4, 32), SOLO, 2)
+    hessians, _ = t.collect_costs(model, random_tokens(4, 32).split(2), SOLO)
     assert "output_embedding.weight" in hessians
     assert "embedding.weight" not in hessians
     rates = {}

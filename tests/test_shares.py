@@ -33,14 +33,14 @@ def shared_model(settings: t.Settings, seed: int = 0, tokens=None) -> tuple[t.Mo
     """An uneven_model() with its grid_factors, and what GPTQ knows of its inputs."""
     model = uneven_model(settings, seed)
     tokens = random_tokens(32, 32, seed=seed) if tokens is None else tokens
-    hessians, energies = t.collect_costs(model, tokens, SOLO, 8, with_energies=True)
+    hessians, energies = t.collect_costs(model, tokens.split(8), SOLO, with_energies=True)
     factors = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
     model.grid_factors = t.find_grid_factors(model, settings, factors, energies)
     return model, factors
 
 
 def collect_energies(model: t.Model, tokens: torch.Tensor, ranks: t.Ranks, rows: int) -> dict:
-    return t.collect_costs(model, tokens, ranks, rows, with_energies=True)[1]
+    return t.collect_costs(model, tokens.split(rows), ranks, with_energies=True)[1]
 
 
 # ---- What errors cost ----------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_factors_are_1_in_the_mean_and_leave_embeddings_alone():
     """Of the logarithm, over all weights. With both parts whole, all rows' costs become equal."""
     settings = tiny(sdclip_by_matrix=1.0, sdclip_by_row=1.0)
     model, tokens = uneven_model(settings), random_tokens(16, 32)
-    hessians, energies = t.collect_costs(model, tokens, SOLO, 8, with_energies=True)
+    hessians, energies = t.collect_costs(model, tokens.split(8), SOLO, with_energies=True)
     known = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
     factors = t.find_grid_factors(model, settings, known, energies)
     assert factors.keys() == model.linear_layers().keys()
