@@ -3345,18 +3345,19 @@ def float_type(name: str) -> str:
     return "float32" if name.endswith((".dt_bias", ".D")) else "float16"
 
 
-def predict_bytes(model, settings, k: float) -> float:
+def predict_bytes(model, settings, k: float, solvers=None) -> float:
     """The size of the artifact with this k, in bytes: known before GPTQ, within a percent."""
-    return sum(predict_parts(model, settings, k).values())
+    return sum(predict_parts(model, settings, k, solvers).values())
 
 
 @torch.no_grad()
-def predict_parts(model, settings, k: float) -> dict[str, float]:
+def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
     """Bytes of the artifact with this k: by KINDS, of vectors, and beside its numbers.
 
-    The nearest integers stand for GPTQ's. The coder takes 0.2 % more than their entropy, its last
-    states (4 bytes for each lane), and 256 bytes for packed frequencies. A skeleton's weights are
-    taken to be Gaussian, as stand_in() says.
+    The nearest integers stand for GPTQ's, of weights that spread as solvers, calibrate()'s, make
+    them. The coder takes 0.1 % more than their entropy, and its last states (4 bytes for each
+    lane), which hold as much of it as packed frequencies take; of the steps' 2 bytes LZMA leaves
+    1.6 at most. A skeleton's weights are taken to be Gaussian, as stand_in() says.
     """
     matrices = grid_limits(model)
     others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
@@ -3365,25 +3366,38 @@ def predict_parts(model, settings, k: float) -> dict[str, float]:
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
         p, kind = model.get_parameter(name), layer_kind(name)
         scale = rows * columns
+        if solvers and name in solvers:
+            weight = spread_by_gptq(weight, scale, solvers[name][1], settings.trellis_states > 0)
         if settings.trellis_states:  # every second integer stands for what is half a step more
             weight = weight - scale * (torch.arange(weight.shape[1], device=scale.device) % 2) / 2
         integers = round_to_grid(weight, scale, limits)
         counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
         entropy_bits = float(torch.special.entr(counts / weight.numel()).sum()) / math.log(2)
-        coded = 1.002 * entropy_bits / 8 * p.numel()
+        coded = 1.001 * entropy_bits / 8 * p.numel()
         steps = len(p) + (p.shape[1] if (columns != 1).any() else 0)
-        parts[kind] += 2 * steps + 4 * ANS_LANES + 256 + coded
+        parts[kind] += 1.6 * steps + 4 * ANS_LANES + coded
     return parts
 
 
-def fit_sdclip(model, settings, target_bytes: float) -> float:
+def spread_by_gptq(weight: Tensor, scale: Tensor, upper: Tensor, by_trellis: bool) -> Tensor:
+    """The weight, its rows as wide as GPTQ's columns are when they are rounded.
+
+    To column j those before it have added their errors, step² / 12, times (U[i, j] / U[i, i])²; on
+    a trellis, whose half steps widen the integers already, a third of that was seen.
+    """
+    taken = (upper / upper.diagonal().unsqueeze(1)).triu(1).square().sum(0).mean()
+    errors = taken * scale.square().mean(1, keepdim=True) / (36 if by_trellis else 12)
+    return weight * (1 + errors / weight.square().mean(1, keepdim=True).clamp(min=1e-20)).sqrt()
+
+
+def fit_sdclip(model, settings, target_bytes: float, solvers=None) -> float:
     """The k of int6 rows: SDCLIP_K, or if 0 the least whose artifact should fit, or SDCLIP_MOST."""
     finite = all(p.is_meta or p.isfinite().all() for p in model.parameters())
     need(finite, f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
     falling = np.linspace(SDCLIP_LEAST, settings.sdclip_most, SDCLIP_CHOICES)[::-1].tolist()
-    size = partial(predict_bytes, model, settings)  # which rises as k falls
+    size = partial(predict_bytes, model, settings, solvers=solvers)  # which rises as k falls
     return falling[max(1, bisect.bisect_right(falling, target_bytes, key=size)) - 1]
 
 
@@ -4944,7 +4958,7 @@ def export(trainer, batches) -> dict:
     fold_spelling(trainer.model)
     clock.start()
     solvers = calibrate(trainer, batches)
-    k = fit_sdclip(trainer.model, s, target)
+    k = fit_sdclip(trainer.model, s, target, solvers)
     while True:
         started = clock.seconds()
         stored = quantize_model(trainer.model, s, ranks, solvers, k, partial(log.track, "GPTQ"))
