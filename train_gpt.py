@@ -5009,7 +5009,7 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
     times = {"text": synchronized_time() - started}
     parts = track(sequences.split(trainer.calibration_rows))
     hessians, energies = collect_costs(model, parts, ranks, s.shares_bits)
-    times["hessian"] = synchronized_time() - started - times["text"]
+    times["pass"] = synchronized_time() - started - times["text"]
     solvers = {name: factor_hessian(hessians.pop(name), s.gptq_damp) for name in sorted(hessians)}
     if s.shares_bits:
         model.grid_factors = find_grid_factors(model, s, solvers, energies)

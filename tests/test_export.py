@@ -721,7 +721,7 @@ def test_what_calibration_spends_on_factors_is_no_time_of_hessians(tmp_path, mon
     factors = len(model.linear_layers()) + 1  # and one of the output matrix
     said = export_to(tmp_path / "a", tiny(sdclip_by_matrix=1.0), model, 10**6)
     (line,) = [text for text in said if text.startswith("calibration: ")]
-    assert line.endswith(f"; text 0.00s, hessian 3.00s, factor {factors}.00s")
+    assert line.endswith(f"; text 0.00s, pass 3.00s, factor {factors}.00s")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -737,7 +737,7 @@ def test_calibration_s_source_tokens_and_seconds_are_logged(tmp_path, source, wo
     said = run_ranks(world_size, export)[0]
     (line,) = [text for text in said if text.startswith("calibration: ")]
     words = {"train": "training text", "self": "text that the model wrote"}[source]
-    seconds = r"text [\d.]+s, hessian [\d.]+s, factor [\d.]+s"
+    seconds = r"text [\d.]+s, pass [\d.]+s, factor [\d.]+s"
     assert re.fullmatch(rf"calibration: 256 tokens of {words}; {seconds}", line)
     took = r"GPTQ at k=.+; training clock [\d.]+s, of which this took [\d.]+s"
     assert any(re.fullmatch(took, text) for text in said)

@@ -1062,9 +1062,9 @@ def test_calibrations_source_and_seconds_are_told(tmp_path, capsys):
     assert pack(tmp_path / "out", log) == 0
     told = "131,072 tokens of training text, 0.50 s; Hessians 1.25 s; all within the training clock"
     assert rows(tmp_path / "out")["calibration"] == told
-    edit(records, '"hessian_seconds": 1.25', '"hessian_seconds": 1.0, "factor_seconds": 0.25')
+    edit(records, '"hessian_seconds": 1.25', '"pass_seconds": 1.0, "factor_seconds": 0.25')
     assert pack(tmp_path / "out", log, "--force") == 0
-    told = told.replace("Hessians 1.25 s", "Hessians 1.00 s; factors 0.25 s")
+    told = told.replace("Hessians 1.25 s", "pass over it 1.00 s; factors 0.25 s")
     assert rows(tmp_path / "out")["calibration"] == told
     edit(records, '"source": "train"', '"source": "validation"')
     assert pack(tmp_path / "out", log, "--force") == 0

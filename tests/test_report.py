@@ -84,7 +84,7 @@ def full_log(path: Path, steps: int = 30, **settings) -> Path:
         records.append(("train", 10 + step, times | {"train_loss": loss, "lr_factor": 1 / step}))
     score = {"val_loss": 3.25, "val_bpb": 1.23456789}
     records.append(("validation", 45.0, {"step": steps} | score))
-    times = {"text_seconds": 10.18, "hessian_seconds": 0.39, "factor_seconds": 0.63}
+    times = {"text_seconds": 10.18, "pass_seconds": 0.39, "factor_seconds": 0.63}
     records.append(("calibration", 46.0, {"source": "self", "tokens": 131_072} | times))
     records.append(("quantized", 47.0, {"k": 15.06, "quantize_seconds": 0.77}))
     sizes = {"bytes_total": 15_931_456, "bytes_code": 299_320, "peak_bytes": 17_808_120_832}

@@ -199,7 +199,11 @@ def calibration_row(events: dict[str, dict], settings: dict) -> Row:
         return Row(question, UNSAID, "–")
     source = {"train": "training text", "self": "text that the model wrote"}.get(record["source"])
     text = f"{record['tokens']:,} tokens of {source or record['source']}, "
-    text += f"{record['text_seconds']:.2f} s; Hessians {record['hessian_seconds']:.2f} s"
+    text += f"{record['text_seconds']:.2f} s; "
+    if "pass_seconds" in record:
+        text += f"pass over it {record['pass_seconds']:.2f} s"
+    else:  # an older script's log
+        text += f"Hessians {record['hessian_seconds']:.2f} s"
     if "factor_seconds" in record:
         text += f"; factors {record['factor_seconds']:.2f} s"
     if "quantize_seconds" in said(events, "quantized"):

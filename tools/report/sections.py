@@ -375,8 +375,9 @@ def quantization(runs: list[Run]) -> Html:
         "calibration text": figure("calibration", "source", "{}"),
         "calibration tokens": figure("calibration", "tokens"),
         "seconds of its text": figure("calibration", "text_seconds", "{:.2f}"),
-        "seconds of Hessians and gradients": figure("calibration", "hessian_seconds", "{:.2f}"),
-        "seconds of their factors": figure("calibration", "factor_seconds", "{:.2f}"),
+        "seconds of Hessians": figure("calibration", "hessian_seconds", "{:.2f}"),
+        "seconds of the pass over it": figure("calibration", "pass_seconds", "{:.2f}"),
+        "seconds of Hessians' factors": figure("calibration", "factor_seconds", "{:.2f}"),
         "bits per byte lost": lost,
     }
     parts = [comparison(runs, rows)]
