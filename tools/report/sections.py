@@ -375,6 +375,7 @@ def quantization(runs: list[Run]) -> Html:
         "calibration text": figure("calibration", "source", "{}"),
         "calibration tokens": figure("calibration", "tokens"),
         "seconds of its text": figure("calibration", "text_seconds", "{:.2f}"),
+        # Older scripts' logs, whose passes over it were two.
         "seconds of Hessians": figure("calibration", "hessian_seconds", "{:.2f}"),
         "seconds of the pass over it": figure("calibration", "pass_seconds", "{:.2f}"),
         "seconds of Hessians' factors": figure("calibration", "factor_seconds", "{:.2f}"),
