@@ -200,7 +200,7 @@ def test_gptq_s_settings_reach_it(changes, monkeypatch):
 def test_damping_is_gptq_damp_s(tmp_path, monkeypatch):
     settings, factor, seen = tiny(gptq_damp=0.5), t.factor_hessian, []
 
-    def remember(hessian, damp):
+    def remember(hessian, damp=0.5):  # that of no Hessian does not count
         seen.append(damp)
         return factor(hessian, damp)
 
