@@ -3581,9 +3581,7 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
         stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
-        solver = solvers.get(name) or factor_hessian(
-            torch.eye(len(weight[0]), device=weight.device)
-        )
+        solver = solvers.get(name) or factor_hessian(torch.eye(weight.shape[1]).to(weight))
         problems[weight.shape][name] = weight, rows * columns, limits, *solver
     for group in track([*problems.values()][ranks.rank :: ranks.world_size]):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
