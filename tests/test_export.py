@@ -689,8 +689,7 @@ def test_what_gptq_adds_to_weights_is_foretold(tmp_path):
     """
     settings = tiny(model_dim=128, mamba_head_dim=32, sdclip_k=0.0, sdclip_most=120.0)
     model = random_model(settings)
-    hessians, _ = t.collect_costs(model, random_tokens(1, 32), SOLO, 1, False)
-    solvers = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
+    solvers = collect_factors(model, random_tokens(1, 32), rows=1)
     stored = t.quantize_model(model, settings, SOLO, solvers, 60.0)
     size = len(t.pack_artifact(settings, stored))
     nearest, told = (t.predict_bytes(model, settings, 60.0, given) for given in (None, solvers))
