@@ -278,7 +278,9 @@ class Settings:
     gptq_gen_len: int = env(512, "self: a text's length, at most TRAIN_SEQ_LEN", "tokens", 1)
     gptq_gen_temp: float = env(1.0, "self: temperature of its tokens", "factor", ABOVE_0)
 
-    eval_mode: str = env("sliding", "scope", "plain|sliding|stateful|documents", group="evaluation")
+    eval_mode: str = env(
+        "documents", "scope", "plain|sliding|stateful|documents", group="evaluation"
+    )
     eval_stride: int = env(512, "sliding: how far windows move", "tokens", 1)
     eval_overlap: int = env(0, "stateful: attention reads again; 0: half a window", "tokens")
     val_batch_size: int = env(524_288, "most scored at once over all ranks", "tokens", 1)
@@ -294,7 +296,7 @@ class Settings:
     ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", 1)
     ttt_lora_rank: int = env(32, "of documents' branches", "numbers", 1, WIDEST)
     ttt_lora_alpha: float = env(57.6, "divided by the rank, branches' factor", "factor")
-    ttt_lora_lr: float = env(1e-4, "AdamW, of branches", "rate")
+    ttt_lora_lr: float = env(3e-4, "of branches, by their usual gradient", "rate")
     ttt_lora_decay: float = env(0.5, "decoupled, of branches", "rate")
     ttt_lora_layers: str = env("mlp,head", "or query,key,value,out,in_proj,out_proj", "names")
     ttt_lora_piece: int = env(64, "scored, then learnt from; at most a window", "tokens", 1)
@@ -353,7 +355,7 @@ PLAIN = {
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
     "warmdown_fraction": 0.6, "matrix_lr": 0.02, "mamba_matrix_lr": 0.015, "muon_beta2": 0.0,
     "muon_row_groups": False, "trellis_states": 0, "sdclip_by_matrix": 0.0,
-    "sdclip_by_row": 0.0, "sdclip_most": 16.0,
+    "sdclip_by_row": 0.0, "sdclip_most": 16.0, "eval_mode": "sliding",
 }  # fmt: skip
 
 HYBRID11 = PLAIN | {
@@ -377,7 +379,7 @@ PRESETS = {
     "default": {},
     "short": {
         "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
-        "export_reserve_seconds": 5.5, "eval_max_seconds": 180.0},
+        "export_reserve_seconds": 5.0, "eval_max_seconds": 180.0},
     "peer7": PLAIN | {
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
         "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0},
@@ -3205,14 +3207,23 @@ class Evaluator:
 #     y = W x + (alpha / r) B A x        A (r, inputs), B (outputs, r)
 #
 # B begins as 0, so that the artifact's model scores the first piece; A as one draw, the same for
-# all documents and runs. A scored piece's mean nats make a step of AdamW, for the pieces to come:
+# all documents and runs. A scored piece's mean nats make a step, for the pieces to come:
 #
 #     score piece 0, learn from 0, score 1, learn from 1, score 2, learn from 2, score the last
+#
+# The n-th step of a document, for each of its matrices P with the gradient G:
+#
+#     s <- 0.99 s + 0.01 mean of G^2;    P <- (1 - rate decay) P - rate G / sqrt(s / (1 - 0.99^n))
+#
+# That is AdamW without momentum, but with one s for the matrix instead of one for each number. Of
+# those, the first step would move each by the whole rate, also in the head's rows of all the tokens
+# that a piece says next to nothing of.
 #
 # So a score depends on earlier tokens of its own document and on nothing else: not on those that
 # are read beside it, nor on their order, nor on the number of ranks.
 WIDTH_STEP = 64  # windows go on to a multiple of it, a chunk of the scan: kernels meet few shapes
 ROW_STEP = 16  # likewise: so many documents are read, though some of them have ended
+BRANCH_BETA2 = 0.99  # how much of s a step keeps
 BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have one
 
 
@@ -3295,7 +3306,7 @@ def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output
 
 
 class Branches:
-    """The branches of a batch of documents as these begin, and their optimizer."""
+    """The branches of a batch of documents as these begin, and how they learn."""
 
     def __init__(self, model: Model, settings):
         s = settings
@@ -3313,24 +3324,37 @@ class Branches:
         self.head = LowRank(s.model_dim, s.vocab_size, s, **draw) if "head" in names else None
         every = [*self.beside.values(), *filter(None, [self.head])]
         check(s, "ttt_lora_layers", every, "names nothing that the model has")
-        tensors = [tensor for branch in every for tensor in (branch.down, branch.up)]
-        # Without momentum: what a piece teaches is in its own gradient.
-        how = {"lr": s.ttt_lora_lr, "weight_decay": s.ttt_lora_decay, "fused": tensors[0].is_cuda}
-        self.optimizer = torch.optim.AdamW(tensors, betas=(0.0, 0.99), eps=1e-10, **how)
+        self.matrices = [matrix for branch in every for matrix in (branch.down, branch.up)]
+        self.squares = [matrix.new_zeros(len(matrix), 1, 1) for matrix in self.matrices]
+        self.steps = 0
+        self.rate = s.ttt_lora_lr
+        self.kept = 1 - s.ttt_lora_lr * s.ttt_lora_decay
 
     def learn(self, nats: Tensor):
         """A step for each document by itself, on the mean of its piece's nats (n, L)."""
         nats.mean(dim=1).sum().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.steps += 1
+        weight = 1 - BRANCH_BETA2**self.steps
+        with torch.no_grad():
+            for matrix, square in zip(self.matrices, self.squares, strict=True):
+                mean = matrix.grad.square().mean(dim=(1, 2), keepdim=True)
+                square.lerp_(mean, 1 - BRANCH_BETA2)
+                usual = (square / weight).sqrt() + 1e-10
+                matrix.mul_(self.kept).sub_(self.rate * (matrix.grad / usual))
+                matrix.grad = None
 
 
 @contextmanager
 def documents_alone(model: Model, branches: Branches | None):
     """While entered, a row holds one document, layers add their branches', and weights stay."""
     before = {"settings": model.settings, "attention_backend": model.attention_backend}
+    device = model.rotary_table.device
     alone = replace(model.settings, document_reset=False)
-    backend = choose_attention_backend(alone, model.rotary_table.device)
+    flash = replace(alone, attention_backend="flash")
+    many = alone.attention_backend == "auto" and device.type == "cuda"
+    if many and not attention_problem(flash, device):
+        alone = flash  # windows have many shapes, and for each cuDNN would make a plan
+    backend = choose_attention_backend(alone, device)
     with ExitStack() as after:
         after.callback(vars(model).update, before, head_branch=None)
         vars(model).update(settings=alone, attention_backend=backend)

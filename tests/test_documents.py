@@ -91,7 +91,7 @@ def test_pieces_and_their_windows():
 
 def by_hand(model: t.Model, settings: t.Settings, tokens: np.ndarray) -> list[float]:
     """Nats of one document's targets: its branches are added to the matrices, torch's own
-    derivatives go through the sums, and AdamW is written out.
+    derivatives go through the sums, and steps are written out.
     """
     s = settings
     drawn = t.Branches(model, s)
@@ -100,11 +100,11 @@ def by_hand(model: t.Model, settings: t.Settings, tokens: np.ndarray) -> list[fl
     branches["output_embedding.weight"] = drawn.head
     weights = {name: p.detach() for name, p in model.named_parameters()}
     gain = s.ttt_lora_alpha / s.ttt_lora_rank
-    learnt = {}  # A and B, and the mean squares of their gradients
+    learnt = {}  # A and B, and the mean square of their gradients
     for name, branch in branches.items():
         for part in ("down", "up"):
             x = getattr(branch, part)[0].detach().clone().requires_grad_()
-            learnt[name, part] = [x, torch.zeros_like(x)]
+            learnt[name, part] = [x, torch.zeros(())]
     text = torch.from_numpy(tokens.astype(np.int64))[None]
     nats = []
     count = len(tokens) - 1
@@ -127,7 +127,7 @@ def by_hand(model: t.Model, settings: t.Settings, tokens: np.ndarray) -> list[fl
             x.grad = None
         piece.mean().backward()
         for x, square in learnt.values():
-            square.mul_(0.99).add_(0.01 * x.grad**2)
+            square.mul_(0.99).add_(0.01 * x.grad.square().mean())
             root = (square / (1 - 0.99**step)).sqrt() + 1e-10
             x.data = x.data * (1 - s.ttt_lora_lr * s.ttt_lora_decay) - s.ttt_lora_lr * x.grad / root
     return nats

@@ -15,11 +15,11 @@ layer W stands a branch that each of the 64 slots has for itself (LoRA, arXiv 21
 
     y = W x + gain B A x        A (rank, inputs), B (outputs, rank)
 
-After a piece is scored, its mean nats make one step of AdamW for A and B, unless the document ends
-with it. B is 0 for each new document; A stays in its slot, so that it learns from batch to batch
-what such branches are good for (carried=0: it is drawn anew, and batches have nothing in
-common). In global phases, between two batches, all weights learn by SGD
-from documents that are scored to their end; branches begin anew.
+After a piece is scored, its mean nats make one step for A and B, unless the document ends with it.
+B is 0 for each new document; A stays in its slot, so that it learns from batch to batch what such
+branches are good for (carried=0: it is drawn anew, and batches have nothing in common). In global
+phases, between two batches, all weights learn by SGD from documents that are scored to their end;
+branches begin anew.
 
 So a target's score depends on its document's earlier tokens and on documents of earlier batches.
 The script itself does this as EVAL_MODE=documents: with carried=0, one draw of A for all slots, and
@@ -51,7 +51,7 @@ if not __package__:  # started by its path
 import train_gpt as t
 from tools.command import Parser, UserError, need, run_command
 
-BETAS = 0.0, 0.99  # AdamW of branches: no mean of gradients, which pieces do not share
+BETAS = 0.0, t.BRANCH_BETA2  # no mean of gradients, which pieces do not share
 EPSILON = 1e-10
 PHASE_MOMENTUM = 0.9  # SGD in global phases
 PHASE_CLIP = 1.0  # most of a step's gradient there
@@ -74,8 +74,9 @@ class Choice:
     layers: str = "mlp,head"  # that have branches: words of BRANCHED
     rank: int = 32  # 0: no branches
     gain: float = 1.8  # often written alpha / rank
-    rate: float = 1e-4
-    decay: float = 0.5  # of AdamW, decoupled
+    rate: float = 3e-4
+    decay: float = 0.5  # decoupled
+    rule: str = "matrix"  # whose usual gradient measures a step; rows: and columns; each: AdamW
     piece: int = 64  # tokens that are scored, then learnt from
     lesson: str = "piece"  # what is learnt from; window: all that the piece's window holds
     slots: int = 64  # documents at once
@@ -109,6 +110,8 @@ def read_choice(text: str) -> Choice:
     sound = all(0 <= factor < math.inf for factor in factors)
     need(sound, f'"{name}": gain, rates and decay are numbers from 0')
     need(choice.lesson in ("piece", "window"), f'"{name}": lesson is piece or window')
+    rules = ("each", "matrix", "rows")
+    need(choice.rule in rules, f'"{name}": rule is one of {", ".join(rules)}')
     need(choice.phase_text in ("all", "new"), f'"{name}": phase_text is all or new')
     phase_parts(choice)
     return choice
@@ -228,15 +231,53 @@ class Branches:
         parameters = [matrix for branch in each for matrix in (branch.down, branch.up)]
         fused = parameters[0].is_cuda
         rates = {"lr": self.choice.rate, "weight_decay": self.choice.decay}
-        self.optimizer = torch.optim.AdamW(
-            parameters, betas=BETAS, eps=EPSILON, fused=fused, **rates
-        )
+        if self.choice.rule == "each":
+            self.optimizer = torch.optim.AdamW(
+                parameters, betas=BETAS, eps=EPSILON, fused=fused, **rates
+            )
+        else:
+            self.optimizer = Coarse(parameters, self.choice)
 
     def step(self, loss: Tensor) -> None:
-        """One step of AdamW."""
+        """One step of all branches."""
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class Coarse:
+    """As AdamW without momentum, but steps are measured by gradients of more than one number.
+
+    rule matrix is the script's: mean squares are of a slot's whole matrix. rule rows: a number's is
+    the product of its row's and its column's, over the matrix's (Adafactor, arXiv 1804.04235).
+    """
+
+    def __init__(self, parameters: list[Tensor], choice: Choice):
+        self.parameters = parameters
+        self.choice = choice
+        self.sums = [
+            (p.new_zeros(*p.shape[:2], 1), p.new_zeros(len(p), 1, p.shape[2])) for p in parameters
+        ]
+        self.weight = 0.0  # of what the sums have taken in
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """A step of all slots, each by its own gradients."""
+        keep = BETAS[1]
+        self.weight = keep * self.weight + 1 - keep
+        for p, (rows, columns) in zip(self.parameters, self.sums, strict=True):
+            squares = p.grad.square()
+            rows.lerp_(squares.mean(dim=2, keepdim=True), 1 - keep)
+            columns.lerp_(squares.mean(dim=1, keepdim=True), 1 - keep)
+            whole = rows.mean(dim=1, keepdim=True)
+            usual = whole if self.choice.rule == "matrix" else rows * columns / (whole + 1e-30)
+            change = p.grad / ((usual / self.weight).sqrt() + EPSILON)
+            p.mul_(1 - self.choice.rate * self.choice.decay).sub_(self.choice.rate * change)
+
+    def zero_grad(self) -> None:
+        """Gradients are of one piece."""
+        for p in self.parameters:
+            p.grad = None
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:
