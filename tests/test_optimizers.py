@@ -15,6 +15,7 @@ from tests.support import (
     newton_schulz,
     optimizer_tensors,
     random_model,
+    random_tokens,
     relative,
     tiny,
 )
@@ -397,6 +398,25 @@ def test_ema_looks_back_over_the_horizon(horizon):
     found = averaged(120, SKIPPED, average_horizon=horizon, ema_decay=0.9999)
     assert found == pytest.approx(slow_ema(120, SKIPPED, horizon, 0.9999)[-1], rel=1e-5)
     assert 120 - found == pytest.approx(horizon / (1 + horizon) * 120, rel=0.1, abs=0.5)
+
+
+def test_the_average_is_taken_in_at_its_rate_by_the_step_itself():
+    """So that a CUDA graph of steps has it; not by one whose gradients are not finite."""
+    settings = tiny(average="ema")
+    trainer = t.Trainer(random_model(settings), settings, SOLO, 64, 1e6, Quiet())
+    tokens = random_tokens(2, 33)
+    model, ema = trainer.model, trainer.average.ema
+    kind = model.order(True), False
+    before = [x.clone() for x in ema]
+    for rate in (0.25, 0.5):
+        trainer.step(kind, tokens[:, :-1], tokens[:, 1:], *map(torch.tensor, (0.5, 0.9, rate)))
+        for old, new, p in zip(before, ema, model.parameters(), strict=True):
+            assert torch.allclose(new, old.lerp(p, rate), atol=1e-7)
+        before = [x.clone() for x in ema]
+    model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
+    trainer.step(kind, tokens[:, :-1], tokens[:, 1:], *map(torch.tensor, (0.5, 0.9, 0.5)))
+    assert trainer.optimizers.skip == 1
+    assert all(map(torch.equal, ema, before))
 
 
 def test_swa_is_the_mean_of_snapshots_whose_step_was_not_skipped():
