@@ -6396,6 +6396,10 @@ def tokens_backward(
 # To torch, forward and backward are one operator each: torch.compile leaves them whole, and needs
 # of each its outputs' shapes (the fake), what it keeps, and its backward.
 
+# The name space of all operators. Compiled graphs call them by name, and stay in the compiler's
+# cache when this file has become another, whose operators may take or return other things.
+OPERATORS = f"golf_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]}"
+
 
 ScanSizes = collections.namedtuple("ScanSizes", "WIDTH R H P N CHUNK")  # S in the kernels
 # A tensor (planes, rows, columns), or (planes, columns), whose tiles are read through pointers.
@@ -6462,7 +6466,7 @@ def launch_sum_turns(turns: Tensor, start: Tensor, back: bool, at_once: int = 32
     return [around, end]
 
 
-@torch.library.custom_op("golf::fused_scan", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::fused_scan", mutates_args=())
 def fused_scan(tensors: list[Tensor], starts: Tensor | None, sizes: list[int]) -> list[Tensor]:
     """The scan of GIVEN with ScanSizes: squares, the running angle turn_out, then SAVED."""
     squares, _, *saved = fused_scan_fake(tensors, starts, sizes)
@@ -6505,7 +6509,7 @@ def fused_scan_fake(tensors, starts, sizes) -> list[Tensor]:
     ]
 
 
-@torch.library.custom_op("golf::fused_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::fused_scan_backward", mutates_args=())
 def fused_scan_backward(
     d_out: list[Tensor], kept: list[Tensor], starts: Tensor | None, sizes: list[int], ones: Tensor
 ) -> list[Tensor]:
@@ -6798,7 +6802,7 @@ def launch_product(kernel, named: dict, width: int):
     launch(kernel, (programs,), named | {"length": length, "S": sizes}, warps=8, stages=stages)
 
 
-@torch.library.custom_op("golf::fused_mlp", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::fused_mlp", mutates_args=())
 def fused_mlp(x: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tensor]:
     """y = down f(factor · up x) of rows x (T, width); and active and signs, for backward.
 
@@ -6822,7 +6826,7 @@ def fused_mlp_fake(x, factor, up, down) -> list[Tensor]:
     return [x.new_empty(length, len(down)), x.new_empty(length, hidden), signs]
 
 
-@torch.library.custom_op("golf::fused_mlp_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::fused_mlp_backward", mutates_args=())
 def fused_mlp_backward(
     d_y: Tensor, factor: Tensor, down: Tensor, active: Tensor, signs: Tensor
 ) -> Tensor:
@@ -6914,7 +6918,7 @@ def cross_entropy_rows(logits, targets, nats, tokens, impossible, S: constexpr):
         tl.store(logits + v, d_x * slope, v < V)
 
 
-@torch.library.custom_op("golf::cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::cross_entropy", mutates_args=())
 def fused_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float, slopes: bool, pairs: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -7162,13 +7166,13 @@ def call_library(tensors, sequence, name: str, size: int) -> Tensor:
     return y[0] if isinstance(y, tuple) else y  # some versions give the log-sums as well
 
 
-@torch.library.custom_op("golf::library_kernel", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::library_kernel", mutates_args=())
 def library_kernel(tensors: list[Tensor], sequence: Tensor | None, name: str, size: int) -> Tensor:
     """call_library() as an operator; its result is contiguous."""
     return call_library(tensors, sequence, name, size).contiguous()
 
 
-@torch.library.custom_op("golf::library_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::library_backward", mutates_args=())
 def library_backward(
     d_y: Tensor, tensors: list[Tensor], sequence: Tensor | None, name: str, size: int
 ) -> list[Tensor]:
@@ -7252,7 +7256,7 @@ BLOCK = 128  # tokens of a side of a block that FlexAttention computes or leaves
 compile_once = cache(torch.compile)
 
 
-@torch.library.custom_op("golf::document_block_lists", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::document_block_lists", mutates_args=())
 def document_block_lists(reach: Tensor) -> list[Tensor]:
     """Which blocks of keys each block of queries reads, from reach (B, T) int32, and the reverse.
 

@@ -3,6 +3,7 @@
 The interpreter would run what no compiler takes.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_gpt as t
 from bench import tune
@@ -107,3 +109,20 @@ def test_a_trellis_costs_are_in_registers(kernels, states):
 def test_the_fused_mlps_products_keep_their_results_in_registers(kernels, name):
     """A tile of 128 x 256 float32 results takes 128 registers of each of its 256 threads."""
     assert kernels[name, 0, False]["local"] == 0
+
+
+def test_another_version_of_the_script_has_operators_of_its_own(tmp_path):
+    """A compiled graph in a cache calls operators by name: not those of a file that has changed."""
+    other = tmp_path / "other_version.py"
+    other.write_text(Path(t.__file__).read_text() + "# another byte\n")
+    spec = importlib.util.spec_from_file_location("other_version", other)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["other_version"] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["other_version"]
+    assert module.OPERATORS != t.OPERATORS
+    for operators in (t.OPERATORS, module.OPERATORS):
+        assert hasattr(getattr(torch.ops, operators), "cross_entropy")
+    assert not hasattr(torch.ops.golf, "cross_entropy")

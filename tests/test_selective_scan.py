@@ -431,10 +431,10 @@ def operator_arguments() -> dict[str, tuple]:
 def test_operators_have_the_fake_and_gradients_that_torch_wants(name, libraries):
     tensors, *others = operator_arguments()[name]
     leaves = [x.requires_grad_() for x in tensors]
-    torch.library.opcheck(torch.ops.golf.library_kernel.default, (leaves, *others))
+    torch.library.opcheck(getattr(torch.ops, t.OPERATORS).library_kernel.default, (leaves, *others))
     gradient = torch.randn_like(tensors[0])
     arguments = (gradient, [x.detach() for x in tensors], *others)
-    torch.library.opcheck(torch.ops.golf.library_backward.default, arguments)
+    torch.library.opcheck(getattr(torch.ops, t.OPERATORS).library_backward.default, arguments)
 
 
 def test_operators_compute_shapes_without_their_libraries():
