@@ -515,14 +515,30 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     return make_room(settings, given), given
 
 
+EVAL_MODES = ("sliding", "stateful", "plain", "documents")
+
+
+def modes_that_read(name: str) -> tuple[str, ...]:
+    """The EVAL_MODEs in which a setting means something."""
+    own = {"eval_stride": ("sliding",), "eval_overlap": ("stateful",)}
+    if name.startswith("ttt_") and name != "ttt_enabled":
+        return ("documents",) if name.startswith("ttt_lora_") else EVAL_MODES[:-1]
+    return own.get(name, EVAL_MODES)
+
+
 def make_room(s, given: set[str]) -> Settings:
     """The settings, of which those of the recipe, not given, yield to given ones beside them.
 
-    What these exclude is left out; the stride follows the window, and GPTQ's seconds the clock.
-    Two given ones that contradict each other stay, for validate_settings() to refuse.
+    What these exclude is left out; the stride follows the window, GPTQ's seconds the clock, and
+    EVAL_MODE what only another mode reads. Two given ones that contradict each other stay, for
+    validate_settings() to refuse.
     """
     values = dict.fromkeys(excluded(s), 0)
-    if "train_seq_len" in given and s.eval_stride > s.train_seq_len:
+    modes = [mode for mode in EVAL_MODES if all(mode in modes_that_read(name) for name in given)]
+    if modes and s.eval_mode not in modes:
+        values["eval_mode"] = modes[0]
+    slides = s.eval_mode == "sliding"
+    if slides and "train_seq_len" in given and s.eval_stride > s.train_seq_len:
         values["eval_stride"] = max(1, s.train_seq_len // 4)
     if 0 < s.max_wallclock_seconds <= s.export_reserve_seconds:
         values["export_reserve_seconds"] = s.max_wallclock_seconds / 5
@@ -534,16 +550,16 @@ def describe_room(settings, given: set[str]) -> str:
     """A line on what make_room() changed; empty if nothing."""
     usual = asdict(Settings(**PRESETS[settings.preset])).items()
     changed = sorted(asdict(settings).items() - usual)
-    text = " ".join(f"{n.upper()}={x:g}" for n, x in changed if n not in given | {"run_id"})
+    text = " ".join(f"{n.upper()}={shown(x)}" for n, x in changed if n not in given | {"run_id"})
     return text and f"settings not given that yield to those given: {text}"
 
 
 def refuse_idle(settings, given: set[str]):
     """Raises UserError for given settings of test-time training that EVAL_MODE does not read."""
     mode = settings.eval_mode
-    for name in sorted(given - {"ttt_enabled"}):
-        idle = name.startswith("ttt_") and name.startswith("ttt_lora_") != (mode == "documents")
-        need(not idle, f"{name.upper()} means nothing with EVAL_MODE={mode}: unset it")
+    for name in sorted(given):
+        idle = name.startswith("ttt_") and mode not in modes_that_read(name)
+        need(not idle, f"{name.upper()} means nothing with EVAL_MODE={mode}: unset one of them")
 
 
 def check(settings, name: str, condition: bool, problem: str):
@@ -613,7 +629,8 @@ def validate_settings(s, world_size: int):
     problem = f"leaves no time to train, or none for GPTQ, of MAX_WALLCLOCK_SECONDS={clock:g}"
     remedy = f"EXPORT_RESERVE_SECONDS={clock / 5:g} would leave both"
     check(s, "export_reserve_seconds", spare, f"{problem}: {remedy}")
-    check(s, "eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
+    fits = s.eval_stride <= length or s.eval_mode != "sliding"
+    check(s, "eval_stride", fits, f"is longer than TRAIN_SEQ_LEN={length}")
     overlap = s.attention_overlap
     check(s, "eval_overlap", overlap < length, f"leaves no new token of TRAIN_SEQ_LEN={length}")
     if s.eval_mode == "documents":

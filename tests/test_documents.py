@@ -394,7 +394,7 @@ def test_a_run_scores_documents_and_its_artifact_again(monkeypatch, capsys, shar
     assert not np.array_equal(frozen, first)
     capsys.readouterr()
     assert "TTT_LR means nothing with EVAL_MODE=documents" in mistake(
-        monkeypatch, capsys, again | {"TTT_LR": "0.1"}
+        monkeypatch, capsys, again | {"TTT_LR": "0.1", "EVAL_MODE": "documents"}
     )
     late = again | {"EVAL_MAX_SECONDS": "1e-6"}
     assert "no score in EVAL_MAX_SECONDS" in mistake(monkeypatch, capsys, late)

@@ -184,9 +184,14 @@ YIELDING = [
     ({"LATE_QAT_THRESHOLD": "0.1"}, NO_GRIDS | {"SPELLING_FEATURES": 0}),
     ({"USE_GPTQ": "0"}, NO_GRIDS),
     ({"QUANTIZER": "dsq", "SDCLIP_BY_ROW": "0"}, NO_GRIDS),
-    ({"TRAIN_SEQ_LEN": "256"}, {"EVAL_STRIDE": 64}),
+    ({"TRAIN_SEQ_LEN": "256"}, {}),
+    ({"TRAIN_SEQ_LEN": "256", "EVAL_MODE": "sliding"}, {"EVAL_STRIDE": 64}),
     ({"MAX_WALLCLOCK_SECONDS": "5"}, {"EXPORT_RESERVE_SECONDS": 1.0}),
     ({"MLP_MULT": "3"}, {}),
+    ({"TTT_LR": "0.1"}, {"EVAL_MODE": "sliding"}),
+    ({"EVAL_STRIDE": "64"}, {"EVAL_MODE": "sliding"}),
+    ({"EVAL_OVERLAP": "1024", "TTT_EPOCHS": "1"}, {"EVAL_MODE": "stateful"}),
+    ({"TTT_ENABLED": "0", "TTT_LORA_LR": "0.001"}, {}),
 ]
 
 
@@ -205,7 +210,7 @@ def test_what_the_recipe_has_yields_to_what_is_typed(preset, typed, yielding):
     line = t.describe_room(settings, given)
     told = {name: value for name, value in yielding.items() if name not in typed}
     pairs = dict(word.split("=") for word in line.partition(": ")[2].split())
-    assert {name: float(text) for name, text in pairs.items()} == told
+    assert pairs == {name: t.shown(value) for name, value in told.items()}
     typed_too = environment | {name: str(value) for name, value in yielding.items()}
     again, given = t.read_settings(typed_too)  # as one had to before, and may
     assert again == settings
@@ -234,7 +239,7 @@ def test_two_typed_settings_that_contradict_each_other_are_refused(typed, named)
 def test_a_run_says_which_settings_yielded(monkeypatch, capsys, shards, tmp_path):
     changes = {"max_wallclock_seconds": 10, "tokenizer_path": "none"}  # it ends before it trains
     assert run_here(monkeypatch, run_environment(shards, tmp_path, **changes)) == 2
-    line = "settings not given that yield to those given: EXPORT_RESERVE_SECONDS=2\n"
+    line = "settings not given that yield to those given: EXPORT_RESERVE_SECONDS=2.0\n"
     assert line in capsys.readouterr().out
 
 
