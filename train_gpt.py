@@ -278,7 +278,7 @@ class Settings:
     gptq_gen_len: int = env(512, "self: a text's length, at most TRAIN_SEQ_LEN", "tokens", 1)
     gptq_gen_temp: float = env(1.0, "self: temperature of its tokens", "factor", ABOVE_0)
 
-    eval_mode: str = env("sliding", "tokens' context", "plain|sliding|stateful", group="evaluation")
+    eval_mode: str = env("sliding", "scope", "plain|sliding|stateful|documents", group="evaluation")
     eval_stride: int = env(512, "sliding: how far windows move", "tokens", 1)
     eval_overlap: int = env(0, "stateful: attention reads again; 0: half a window", "tokens")
     val_batch_size: int = env(524_288, "most scored at once over all ranks", "tokens", 1)
@@ -292,6 +292,13 @@ class Settings:
     ttt_grad_clip: float = env(1.0, "most of a step's gradient; 0: not clipped", "norm")
     ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", 0, 256)
     ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", 1)
+    ttt_lora_rank: int = env(32, "of documents' branches", "numbers", 1, WIDEST)
+    ttt_lora_alpha: float = env(57.6, "divided by the rank, branches' factor", "factor")
+    ttt_lora_lr: float = env(1e-4, "AdamW, of branches", "rate")
+    ttt_lora_decay: float = env(0.5, "decoupled, of branches", "rate")
+    ttt_lora_layers: str = env("mlp,head", "or query,key,value,out,in_proj,out_proj", "names")
+    ttt_lora_piece: int = env(64, "scored, then learnt from; at most a window", "tokens", 1)
+    ttt_lora_slots: int = env(64, "documents at once, on each rank", "documents", 1, WIDEST)
 
     sample_prompt: str = env("", "ARTIFACT continues it, unadapted", "text", group="sample")
     sample_tokens: int = env(200, "how far it is continued", "tokens", 1, LONGEST)
@@ -316,7 +323,7 @@ class Settings:
     @property
     def adapts(self) -> bool:
         """Whether evaluation trains on what it has scored."""
-        return self.ttt_enabled and self.ttt_epochs > 0
+        return self.ttt_enabled and (self.eval_mode == "documents" or self.ttt_epochs > 0)
 
     @property
     def calibrates(self) -> bool:
@@ -529,6 +536,14 @@ def describe_room(settings, given: set[str]) -> str:
     return text and f"settings not given that yield to those given: {text}"
 
 
+def refuse_idle(settings, given: set[str]):
+    """Raises UserError for given settings of test-time training that EVAL_MODE does not read."""
+    mode = settings.eval_mode
+    for name in sorted(given - {"ttt_enabled"}):
+        idle = name.startswith("ttt_") and name.startswith("ttt_lora_") != (mode == "documents")
+        need(not idle, f"{name.upper()} means nothing with EVAL_MODE={mode}: unset it")
+
+
 def check(settings, name: str, condition: bool, problem: str):
     """Raises UserError, which names a setting with its value, unless the condition holds."""
     need(condition, f"{name.upper()}={shown(getattr(settings, name))} {problem}")
@@ -599,7 +614,10 @@ def validate_settings(s, world_size: int):
     check(s, "eval_stride", s.eval_stride <= length, f"is longer than TRAIN_SEQ_LEN={length}")
     overlap = s.attention_overlap
     check(s, "eval_overlap", overlap < length, f"leaves no new token of TRAIN_SEQ_LEN={length}")
-    if s.adapts:
+    if s.eval_mode == "documents":
+        known = set(s.ttt_lora_layers.split(",")) <= set(BRANCHED)
+        check(s, "ttt_lora_layers", known, f"should be some of {','.join(BRANCHED)}")
+    elif s.adapts:
         share = world_size * ttt_sequence_length(s, world_size)
         check_multiple(s, "ttt_chunk_tokens", share, "ranks × sequence")
         new = length - overlap if s.eval_mode == "stateful" else 1
@@ -2048,6 +2066,7 @@ class Model(nn.Module):
         self.register_buffer("impossible", pairs, persistent=False)
         self.output_name = "embedding.weight" if s.tie_embeddings else "output_embedding.weight"
         self.grid_factors: dict[str, Tensor] = {}  # export's, of grids: find_grid_factors()
+        self.head_branch = None  # evaluation's, beside the output matrix: Branches
         self.to(device)
 
     def linear_layers(self) -> dict[str, Linear]:
@@ -2166,8 +2185,10 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Softcapped logits (..., V), float32 or more, of hidden (..., width) of tokens (...)."""
         cap = self.settings.logit_softcap
-        logits = widened(F.linear(hidden, self.output_matrix.to(hidden.dtype)))
-        logits = cap * torch.tanh(logits / cap)
+        logits = F.linear(hidden, self.output_matrix.to(hidden.dtype))
+        if self.head_branch is not None:
+            logits = logits + self.head_branch(hidden)
+        logits = cap * torch.tanh(widened(logits) / cap)
         if self.impossible is None:
             return logits
         return logits.masked_fill(unpacked_pairs(self.impossible[tokens], logits.shape[-1]), -cap)
@@ -2175,12 +2196,12 @@ class Model(nn.Module):
     def nats(self, hidden: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
         """-ln p of each target (B, T), float32, from hidden (B, T, width); tokens for logits()."""
         rows, flat = hidden.flatten(0, 1), targets.flatten()
-        if hidden.is_cuda and triton:
+        if hidden.is_cuda and triton and self.head_branch is None:
             weight, cap = self.output_matrix.to(hidden.dtype), self.settings.logit_softcap
             pairs = [] if self.impossible is None else [tokens.flatten(), self.impossible]
             nats, _ = fused_cross_entropy(rows, weight, flat, cap, torch.is_grad_enabled(), pairs)
         else:
-            logits = self.logits(rows, None if tokens is None else tokens.flatten())
+            logits = self.logits(hidden, tokens).flatten(0, 1)
             nats = F.cross_entropy(logits, flat, reduction="none")
         return nats.view(targets.shape)
 
@@ -2914,6 +2935,7 @@ class Evaluator:
     before has left (Model.resume(), StateRelay between ranks); attention alone sees no further than
     TRAIN_SEQ_LEN tokens back, in windows that overlap by EVAL_OVERLAP. Parts do not depend on the
     number of ranks. After an update, states are computed anew over the last window.
+    EVAL_MODE=documents: the model stays, and documents adapt it each for itself; see below.
     """
 
     def __init__(self, model, settings, ranks, validation, recurrent=True, observer=None):
@@ -2967,6 +2989,8 @@ class Evaluator:
         """
         s = self.settings
         started = time.perf_counter() if started is None else started
+        if s.eval_mode == "documents":
+            return self._evaluate_documents(started, say)
         firsts = range(0, self.total, self.chunk)
         given_up = 0
         times = []  # CHUNK_COLUMNS but the first two, which are learnt
@@ -3112,6 +3136,55 @@ class Evaluator:
         self.model.zero_grad()
         return total * (last - first)
 
+    def _evaluate_documents(self, started: float, say) -> Score:
+        """evaluate() of documents; what the clock's last tenth begins are epochs given up."""
+        s = self.settings
+        batches = plan_batches(self.validation.tokens, s)
+        mine = share_batches(batches, s, self.ranks.world_size)[self.ranks.rank]
+        given_up = 0
+        left = s.eval_max_seconds
+        for number, batch in enumerate(mine, 1):
+            adapts = s.adapts and left > 0.1 * s.eval_max_seconds
+            given_up += batch.longer_than(0) if s.adapts and not adapts else 0
+            branches = Branches(self.model, s) if adapts else None
+            with documents_alone(self.model, branches):
+                self._score_batch(batch, branches)
+            left = started + s.eval_max_seconds - synchronized_time()
+            say(f", batch {number}/{len(mine)} of documents, {left:.0f}s left of the clock")
+        score = self._collect(sum(self.ranks.gather(given_up)))
+        self.scoring_seconds = time.perf_counter() - started
+        return score._replace(seconds=self.scoring_seconds)
+
+    def _score_batch(self, batch: "DocumentBatch", branches: "Branches | None"):
+        """Scores documents piece by piece; branches, if any, learn from each once it is scored."""
+        for context, begin, end in plan_pieces(batch, self.settings, branches is not None):
+            going_on = batch.longer_than(end)  # documents of which a piece is still to come
+            learns = branches is not None and going_on > 0
+            with torch.set_grad_enabled(learns):
+                piece, nats = self._score_piece(batch, context, begin, end)
+            # The piece has its scores. Only now, and only for pieces to come, is it learnt from.
+            if learns:
+                self.observer.on_train(Excerpt(*(part[:going_on] for part in piece)))
+                branches.learn(nats[:going_on])
+
+    def _score_piece(self, batch: "DocumentBatch", context: int, begin: int, end: int) -> tuple:
+        """Scores targets begin to end, read from context on, of documents that have them.
+
+        Returns their positions, tokens, targets and nats (n, L), not kept where documents end.
+        """
+        rows = round_up(batch.longer_than(begin), ROW_STEP)
+        length = min(self.settings.train_seq_len, round_up(end - context, WIDTH_STEP))
+        begins = batch.begins[:rows]
+        last = begins + np.minimum(end, batch.lengths[:rows])
+        excerpt = self._read(begins + context, length)
+        hidden = self.model(excerpt.tokens, self.order)
+        columns = slice(begin - context, end - context)
+        piece = [part[:, columns] for part in excerpt[:3]]
+        nats = self.model.nats(hidden[:, columns], piece[2], piece[1])
+        padded = F.pad(nats.detach(), (columns.start, length - columns.stop))
+        self._keep(excerpt, begins + begin, last, padded)
+        return piece, nats
+
     def _collect(self, epochs_given_up: int) -> Score:
         """All ranks' scores; RuntimeError if a target was not scored exactly once."""
         times = self.ranks.sum_(torch.tensor(self.times_scored, device=self.ranks.device))
@@ -3121,6 +3194,153 @@ class Evaluator:
         total = float(nats.sum(dtype=np.float64))
         bits_per_byte = total / math.log(2) / int(self.validation.target_bytes.sum())
         return Score(total / self.total, bits_per_byte, nats, epochs_given_up)
+
+
+# ---- Documents that adapt ------------------------------------------------------------------------
+# EVAL_MODE=documents scores pieces of TTT_LORA_PIECE tokens, each from the window that ends with it
+# and begins with its document, or TRAIN_SEQ_LEN tokens back. With TTT_ENABLED a document adapts the
+# model, for itself alone: beside a matrix W stands a branch of low rank r (LoRA, arXiv 2106.09685;
+# by document, as in the contest's #1530 and #1855),
+#
+#     y = W x + (alpha / r) B A x        A (r, inputs), B (outputs, r)
+#
+# B begins as 0, so that the artifact's model scores the first piece; A as one draw, the same for
+# all documents and runs. A scored piece's mean nats make a step of AdamW, for the pieces to come:
+#
+#     score piece 0, learn from 0, score 1, learn from 1, score 2, learn from 2, score the last
+#
+# So a score depends on earlier tokens of its own document and on nothing else: not on those that
+# are read beside it, nor on their order, nor on the number of ranks.
+WIDTH_STEP = 64  # windows go on to a multiple of it, a chunk of the scan: kernels meet few shapes
+ROW_STEP = 16  # likewise: so many documents are read, though some of them have ended
+BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have one
+
+
+def round_up(number: int, step: int) -> int:
+    """The least multiple of step that is not less."""
+    return math.ceil(number / step) * step
+
+
+class DocumentBatch(NamedTuple):
+    """Documents that are scored at once, longest first; the last batch ends with empty ones."""
+
+    begins: np.ndarray  # (slots, 1) int64: where their first tokens stand in the stream
+    lengths: np.ndarray  # (slots, 1) int64: of their targets; the last is the next one's BOS
+
+    def longer_than(self, offset: int) -> int:
+        """How many have a target at this offset: the first ones."""
+        return int((self.lengths > offset).sum())
+
+
+def plan_batches(tokens: np.ndarray, settings) -> list[DocumentBatch]:
+    """A stream's documents, TTT_LORA_SLOTS a batch; its first token begins one, BOS or not."""
+    slots = settings.ttt_lora_slots
+    begins = np.union1d(0, np.flatnonzero(tokens == BOS_ID))
+    lengths = np.diff(begins, append=len(tokens) - 1)  # 0: a BOS that ends the stream
+    order = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]
+    facts = np.stack([begins, lengths])[:, order, None]
+    facts = np.pad(facts, ((0, 0), (0, -len(order) % slots), (0, 0)))
+    return [DocumentBatch(*part) for part in np.split(facts, facts.shape[1] // slots, axis=1)]
+
+
+def plan_pieces(batch: DocumentBatch, settings, learns: bool):
+    """Yields (context, begin, end): a document's targets begin to end are read from context on."""
+    window = settings.train_seq_len
+    piece = min(settings.ttt_lora_piece, window)
+    begin = 0
+    end = piece if learns else window // piece * piece  # frozen weights score a window's alike
+    while begin < batch.lengths.max():
+        yield max(0, end - window), begin, min(end, int(batch.lengths.max()))
+        begin = end
+        end += piece
+
+
+def share_batches(batches: list, settings, world_size: int) -> list[list[DocumentBatch]]:
+    """Each rank's batches: the next one goes to the rank that has the fewest tokens to read."""
+    shares = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for batch in batches:
+        rank = loads.index(min(loads))
+        shares[rank].append(batch)
+        for context, begin, end in plan_pieces(batch, settings, settings.adapts):
+            loads[rank] += (end - context) * batch.longer_than(begin)
+    return shares
+
+
+class LowRank:
+    """(alpha / r) B A x, with A and B of its own for each document of a batch."""
+
+    def __init__(self, inputs: int, outputs: int, settings, generator, device):
+        rank = settings.ttt_lora_rank
+        self.gain = settings.ttt_lora_alpha / rank
+        uniform = 2 * torch.rand(inputs, rank, generator=generator) - 1
+        first = (uniform * inputs**-0.5).to(device).expand(settings.ttt_lora_slots, -1, -1)
+        self.down = first.clone().requires_grad_()  # A, transposed
+        self.up = first.new_zeros(len(first), rank, outputs).requires_grad_()  # B, transposed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (n, T, inputs) of the first n documents -> (n, T, outputs), in x's dtype."""
+        low = x @ self.down[: len(x)].to(x.dtype)
+        return self.gain * (low @ self.up[: len(x)].to(x.dtype))
+
+
+def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
+    """A forward hook: what a layer gives, and what the branch beside it adds."""
+    if isinstance(module, MLP):  # is given the residual stream, and its branch what `up` reads
+        stream, input_scale = arguments
+        x = input_scale * norm(stream)
+    else:
+        x = module.effective_input(*arguments, **keywords)
+    return output + branch(x.to(output.dtype))
+
+
+class Branches:
+    """The branches of a batch of documents as these begin, and their optimizer."""
+
+    def __init__(self, model: Model, settings):
+        s = settings
+        lost = "float16 loses the gradients of branches: use PRECISION=float32 or TTT_ENABLED=0"
+        need(model.compute_dtype != torch.float16, lost)
+        device = model.rotary_table.device
+        draw = {"generator": torch.Generator().manual_seed(0), "device": device}  # whatever SEED
+        names = s.ttt_lora_layers.split(",")
+        self.beside = {}  # layers and their branches
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in names:
+                ends = (module.up, module.down) if isinstance(module, MLP) else (module, module)
+                sizes = ends[0].in_features, ends[1].out_features
+                self.beside[module] = LowRank(*sizes, s, **draw)
+        self.head = LowRank(s.model_dim, s.vocab_size, s, **draw) if "head" in names else None
+        every = [*self.beside.values(), *filter(None, [self.head])]
+        check(s, "ttt_lora_layers", every, "names nothing that the model has")
+        tensors = [tensor for branch in every for tensor in (branch.down, branch.up)]
+        # Without momentum: what a piece teaches is in its own gradient.
+        how = {"lr": s.ttt_lora_lr, "weight_decay": s.ttt_lora_decay, "fused": tensors[0].is_cuda}
+        self.optimizer = torch.optim.AdamW(tensors, betas=(0.0, 0.99), eps=1e-10, **how)
+
+    def learn(self, nats: Tensor):
+        """A step for each document by itself, on the mean of its piece's nats (n, L)."""
+        nats.mean(dim=1).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@contextmanager
+def documents_alone(model: Model, branches: Branches | None):
+    """While entered, a row holds one document, layers add their branches', and weights stay."""
+    before = {"settings": model.settings, "attention_backend": model.attention_backend}
+    alone = replace(model.settings, document_reset=False)
+    backend = choose_attention_backend(alone, model.rotary_table.device)
+    with ExitStack() as after:
+        after.callback(vars(model).update, before, head_branch=None)
+        vars(model).update(settings=alone, attention_backend=backend)
+        model.head_branch = branches.head if branches else None
+        after.callback(model.requires_grad_, True)
+        model.requires_grad_(False)
+        for module, branch in branches.beside.items() if branches else ():
+            hook = partial(add_branch, branch)
+            after.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict[str, list]]:
@@ -3145,7 +3365,7 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
     tables = {}
     for name, row in rows.items():
         tables[name] = {key: np.bincount(row, x).round(3).tolist() for key, x in sums.items()}
-    if settings.adapts:
+    if settings.adapts and score.chunks is not None:
         tables["chunks"] |= dict(zip(CHUNK_COLUMNS, score.chunks.T.round(3).tolist(), strict=True))
     return tables
 
@@ -4064,10 +4284,12 @@ class Log:
 class ScoringProgress(EvaluationObserver):
     """Shows in a log how far an evaluation of so many targets has come."""
 
-    def __init__(self, log, what: str, targets: int):
+    def __init__(self, log, what: str, validation: ValidationSet, ranks):
         self.log = log
         self.what = what
-        self.targets = targets
+        self.targets = len(validation.target_bytes)
+        self.scored = 0
+        self.world_size = ranks.world_size
         self.note = ""  # what evaluate() said last
         self.started = time.monotonic()
 
@@ -4076,8 +4298,9 @@ class ScoringProgress(EvaluationObserver):
         self.note = note
 
     def on_score(self, excerpt: Excerpt, scored: np.ndarray, nats: Tensor):
-        """Tells how far the batch's last target is: ranks share the targets batch by batch."""
-        done = 1 + int(excerpt.positions[scored].max(initial=0))
+        """Tells about how many targets have a score: ranks share them batch by batch."""
+        self.scored += int(scored.sum()) * self.world_size
+        done = min(self.scored, self.targets)
         seconds = time.monotonic() - self.started
         note = f", {done / max(seconds, 1e-9):,.0f} tokens/s{self.note}"
         self.log.progress(self.what, done / self.targets, seconds, note)
@@ -4261,6 +4484,7 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     clock = {"eval_max_seconds": min(theirs["eval_max_seconds"], Settings.eval_max_seconds)}
     taken = {name: (theirs | clock)[name] for name in SCORED_WITH if name not in given}
     settings = adopt_artifact(header, make_room(replace(s, **taken), given), given, world_size)
+    refuse_idle(settings, given)
     if log:
         names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
         trains = ("seed", "train_batch_tokens")
@@ -4835,8 +5059,10 @@ class Trainer:
         left = seconds * (1 - progress) / progress
         pace = {"tokens_per_second": round(rate), "seconds_left": round(left, 1)}
         if self.scored_tokens:
-            reads = s.train_seq_len / s.eval_stride if s.eval_mode == "sliding" else 1
-            final = (reads / 3 + s.adapts * s.ttt_epochs) * self.scored_tokens / rate
+            strides = {"sliding": s.eval_stride, "documents": 2 * s.ttt_lora_piece}
+            reads = s.train_seq_len / strides.get(s.eval_mode, s.train_seq_len)
+            steps = reads / 3 if s.eval_mode == "documents" else s.ttt_epochs
+            final = (reads / 3 + s.adapts * steps) * self.scored_tokens / rate
             plain = 2 / 3 * self.scored_tokens / rate
             rest = s.export_reserve_seconds + plain + min(final, s.eval_max_seconds)
             self.log.score_at = time.monotonic() + left + rest
@@ -4936,7 +5162,7 @@ def code_bytes() -> int:
 def plain_score(settings, ranks, validation, model, recurrent=True, log=None) -> Score:
     """The score in plain windows, without test-time training and off every clock."""
     plain = replace(settings, eval_mode="plain", ttt_enabled=False)
-    shown = log and ScoringProgress(log, "plain windows", len(validation.target_bytes))
+    shown = log and ScoringProgress(log, "plain windows", validation, ranks)
     return Evaluator(model, plain, ranks, validation, recurrent, shown).evaluate()
 
 
@@ -5040,7 +5266,7 @@ def evaluate_artifact(settings, given, ranks, validation, log, written="", attem
     need(same, f"{settings.artifact_path} is not this run's: another run has the same ARTIFACT")
     log(f"evaluation: attempt {attempt}", "evaluation", attempt=attempt)
     model, s = load_model(settings.artifact_path, settings, given, ranks)
-    shown = ScoringProgress(log, "evaluation", len(validation.target_bytes))
+    shown = ScoringProgress(log, "evaluation", validation, ranks)
     log.score_at = 0.0  # when the evaluation ends, says its own progress
     score = Evaluator(model, s, ranks, validation, observer=shown).evaluate(started, shown.hear)
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
@@ -5142,6 +5368,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     check_values(settings)
     if not settings.eval_only:  # which takes others from its artifact
         validate_settings(settings, world_size)
+        refuse_idle(settings, given)
     known = settings.artifact or settings.run_id or not settings.eval_only
     need(known, "EVAL_ONLY=1 needs ARTIFACT=file, or the RUN_ID that wrote it")
     prepare_torch(settings.deterministic)
@@ -5350,7 +5577,7 @@ def explain_failure(error: BaseException, settings=None) -> str:
         return f"stopped by {error}; {way_on(settings)}"
     gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
     if gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
-        return f"out of {gpu}memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE"
+        return f"out of {gpu}memory: halve MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or TTT_LORA_SLOTS"
     return explain_collective(error) if isinstance(error, RuntimeError) else ""
 
 
@@ -6554,6 +6781,8 @@ def fused_mlp_autograd(ctx, gradients):
     d_v = fused_mlp_backward(d_y, factor, down, active, signs)
     d_x = d_v @ up
     d_factor = (widened(d_x) * x).sum(-1) / factor
+    if not ctx.needs_input_grad[2]:  # weights that stay, beside which branches learn
+        return d_x, d_factor, None, None
     return d_x, d_factor, d_v.mT @ x, d_y.mT @ active
 
 
@@ -6650,7 +6879,8 @@ def cross_entropy_autograd(ctx, d_nats, _):
     """The gradients of hidden and weight, from that of nats (T,)."""
     hidden, weight, slopes = ctx.saved_tensors
     scale = d_nats.unsqueeze(1).to(hidden.dtype)
-    return slopes @ weight * scale, slopes.mT @ (hidden * scale), None, None, None, ctx.no_pairs
+    d_weight = slopes.mT @ (hidden * scale) if ctx.needs_input_grad[1] else None
+    return slopes @ weight * scale, d_weight, None, None, None, ctx.no_pairs
 
 
 def _keep_cross_entropy(ctx, inputs, output):

@@ -46,6 +46,11 @@ SMALL = t.PLAIN | {
     "eval_stride": 8,
     "val_batch_size": 128,
     "ttt_chunk_tokens": 64,
+    "ttt_lora_rank": 3,
+    "ttt_lora_alpha": 5.4,
+    "ttt_lora_lr": 0.02,
+    "ttt_lora_piece": 8,
+    "ttt_lora_slots": 3,
     "calibration_tokens": 256,
     "sdclip_k": 5.0,
     "warmup_steps": 0,
@@ -73,9 +78,12 @@ def tiny(**overrides) -> t.Settings:
 
 def tiny_environment(**overrides) -> dict[str, str]:
     """The same as environment variables; keyword arguments are settings, None leaves a variable
-    out.
+    out. Of SMALL, so are settings of test-time training that EVAL_MODE does not read.
     """
-    values = {name.upper(): value for name, value in (SMALL | overrides).items()}
+    by_document = overrides.get("eval_mode") == "documents"
+    idle = [n for n in SMALL if n.startswith("ttt_") and n.startswith("ttt_lora_") != by_document]
+    small = {name: value for name, value in SMALL.items() if name not in idle}
+    values = {name.upper(): value for name, value in (small | overrides).items()}
     return {
         name: str(int(v) if isinstance(v, bool) else v)
         for name, v in values.items()

@@ -31,7 +31,7 @@ from tools.contradictions import file_hash, read_logs
 from tools.logs import TextLog
 
 SCRIPT = Path(t.__file__).resolve()
-MODES = ("plain", "sliding", "stateful")
+MODES = ("plain", "sliding", "stateful", "documents")
 WATCHED = (
     checks.check_causal,
     checks.check_weights,
@@ -43,6 +43,8 @@ WATCHED = (
 OWN = audit_script.Identity("", True, "the project's own")
 PLAIN = {"EVAL_MODE": "plain", "TRAIN_SEQ_LEN": "32", "EVAL_STRIDE": "8", "TTT_ENABLED": "0"}
 PLAIN |= {"MAMBA_CHUNK_SIZE": "8", "VAL_BATCH_SIZE": "128"}
+DOCUMENTS = {"TTT_LORA_RANK": "3", "TTT_LORA_LR": "0.02", "TTT_LORA_PIECE": "8"}
+DOCUMENTS |= {"TTT_LORA_SLOTS": "3"}
 NOT_ISOLATED = cell.Isolation("none", "not isolated")
 
 
@@ -98,7 +100,7 @@ class Here(audit_case.Case):
 
     @functools.cached_property
     def seen(self):
-        return watch.observe(t, self.environment, self.seed)
+        return watch.observe(t, audit_case.without_idle(self.environment), self.seed)
 
     def nats(self, tokens, what, **settings):
         folder = self.data.parent / "other"
@@ -108,7 +110,7 @@ class Here(audit_case.Case):
 
     def evaluate(self, data: Path, **settings) -> tuple:
         environment = self.environment | {"DATA_PATH": str(data)} | settings
-        s, given, ranks = t.prepare_run(environment)
+        s, given, ranks = t.prepare_run(audit_case.without_idle(environment))
         tokenizer = t.Tokenizer(s.tokenizer_path, s.vocab_size)
         validation = t.load_validation(s, tokenizer)
         model, s = t.load_model(s.artifact_path, s, given, ranks)
@@ -143,7 +145,7 @@ def entry_of(run):
             logs=read_logs(log) if log else None,
             cuts=2,
         )
-        entry.environment = run.environment | alone | changed
+        entry.environment = run.environment | DOCUMENTS | alone | changed
         return entry
 
     return build
@@ -1098,7 +1100,8 @@ def test_unnormalized_probabilities_are_seen(entry_of, monkeypatch, mode):
         return 0.99 * score(self, *arguments)
 
     for name, wrong in (("nats", scaled_nats), ("score", scaled_score)):
-        if (name, mode) == ("score", "stateful"):  # which reads hidden states out by itself
+        # These read hidden states out by themselves.
+        if name == "score" and mode in ("stateful", "documents"):
             continue
         with monkeypatch.context() as patch:
             patch.setattr(t.Model, name, wrong)
@@ -1232,6 +1235,73 @@ def test_updates_before_scoring_or_on_the_last_chunk_are_seen(entry_of, monkeypa
         holds(checks.check_order, entry)
     if order.startswith("t"):
         fails(checks.check_causal, entry, "earlier scores move")
+
+
+def batch_in_order(self, batch: t.DocumentBatch, branches: t.Branches, order: str) -> None:
+    """_score_batch() with its parts in another order: s scores a piece, t learns from it, l from
+    a document's last, too.
+    """
+    for context, begin, end in t.plan_pieces(batch, self.settings, True):
+        for part in order:
+            if part == "s":
+                with torch.no_grad():
+                    self._score_piece(batch, context, begin, end)
+            elif count := batch.longer_than(end - (part == "l")):
+                excerpt = self._read(batch.begins[:count] + context, end - context)
+                piece = [x[:, begin - context :] for x in excerpt[:3]]
+                self.observer.on_train(t.Excerpt(*piece))
+                hidden = self.model(excerpt.tokens, self.order)[:, begin - context :]
+                branches.learn(self.model.nats(hidden, piece[2], piece[1]))
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [("st", ""), ("ts", "before it is scored"), ("sl", "of the last chunk or piece")],
+)
+def test_documents_that_learn_too_early_or_from_their_last_piece_are_seen(
+    entry_of, monkeypatch, order, said
+):
+    def in_order(self, batch, branches):
+        batch_in_order(self, batch, branches, order)
+
+    monkeypatch.setattr(t.Evaluator, "_score_batch", in_order)
+    entry = entry_of(eval_mode="documents")
+    if said:
+        fails(checks.check_order, entry, said)
+    else:
+        holds(checks.check_order, entry)
+    if order == "ts":
+        fails(checks.check_causal, entry, "earlier scores move")
+    else:
+        holds(checks.check_causal, entry)
+
+
+def test_branches_that_remember_other_documents_are_seen(entry_of, monkeypatch):
+    """Of which some stand later in the text, though they are scored before."""
+    begin = t.Branches
+
+    def remembered(model, settings):
+        return vars(model).setdefault("remembered", begin(model, settings))
+
+    monkeypatch.setattr(t, "Branches", remembered)
+    entry = entry_of(eval_mode="documents", ttt_lora_slots=1)
+    entry.cuts = 4
+    fails(checks.check_causal, entry, "earlier scores move")
+
+
+def test_scores_that_know_where_their_document_ends_are_seen(entry_of, monkeypatch):
+    """Which later tokens say, but none of those that are replaced where all borders are kept."""
+    score = t.Evaluator._score_piece
+
+    def knowing(self, batch, *place):
+        piece, nats = score(self, batch, *place)
+        for begin, length in zip(batch.begins[:, 0], batch.lengths[:, 0], strict=True):
+            self.nats[begin : begin + length] -= 1e-3 * float(length)
+        return piece, nats
+
+    monkeypatch.setattr(t.Evaluator, "_score_piece", knowing)
+    entry = entry_of(eval_mode="documents", ttt_enabled=0)
+    fails(checks.check_causal, entry, "borders of documents", "earlier scores move")
 
 
 def test_updates_that_read_on_are_seen(entry_of, monkeypatch):

@@ -794,7 +794,7 @@ def test_a_lack_of_gpu_memory_names_the_setting_to_halve(
     name, method = where.split(".")
     monkeypatch.setattr(getattr(t, name), method, fail)
     said = mistake(monkeypatch, capsys, quick_environment(shards, tmp_path))
-    assert "out of GPU memory: halve MICRO_BATCH_TOKENS, or in evaluation VAL_BATCH_SIZE" in said
+    assert "out of GPU memory: halve MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or TTT_LORA_SLOTS" in said
 
 
 def test_a_training_clock_that_runs_over_ends_without_a_score(

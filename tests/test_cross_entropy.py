@@ -32,6 +32,20 @@ def test_nats_and_gradients(vocabulary, cap, compiled):
 
 
 @interpreted
+def test_a_matrix_that_stays_gets_no_gradient_and_hidden_states_get_theirs():
+    hidden, weight, targets, grad = cross_entropy_case(100)
+    found = []
+    for trained in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        matrix = weight.clone().requires_grad_(trained)
+        nats = fused(leaf, matrix, targets, 30.0)
+        nats.backward(grad)
+        assert (matrix.grad is not None) == trained
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
+@interpreted
 def test_without_slopes_nothing_is_stored_and_nats_are_the_same():
     *given, _ = cross_entropy_case(100)
     nats, slopes = t.fused_cross_entropy(*given, 30.0, False, [])

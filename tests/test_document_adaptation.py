@@ -116,10 +116,9 @@ def test_a_branch_is_a_change_of_its_matrix():
     assert len(branches.beside) == 2 * 2 + 4
     for branch in [*branches.beside.values(), branches.head]:
         branch.up.data = 0.1 * torch.randn(branch.up.shape, generator=generator)
-    with torch.no_grad(), branches.attached():
+    with torch.no_grad(), t.documents_alone(model, branches):
         adapted = scorer.score_piece(documents, 0, 0, 30)
-    matrices = {name: model.get_submodule(name).weight for name in branches.beside}
-    pairs = [(matrices[name], branch) for name, branch in branches.beside.items()]
+    pairs = [(module.weight, branch) for module, branch in branches.beside.items()]
     for matrix, branch in [*pairs, (model.output_matrix, branches.head)]:
         matrix.data += branch.gain * (branch.down[0] @ branch.up[0]).mT.detach()
     merged = frozen_nats(model, tokens)
@@ -130,22 +129,25 @@ def test_an_mlps_branch_reads_what_its_first_matrix_reads():
     model = random_model(tiny(ln_scale=True))
     branches = idea.Branches(model, idea.Choice("test", layers="mlp", **QUICK))
     first, second = {}, {}
-    handles = []
-    for name, branch in branches.beside.items():
-        up = model.get_submodule(name).up
-        for module, seen in ((up, first), (branch, second)):
-            hook = functools.partial(note_input, seen, name)
-            handles.append(module.register_forward_pre_hook(hook))
-    with torch.no_grad(), branches.attached():
+    for mlp, branch in branches.beside.items():
+        mlp.up.register_forward_pre_hook(functools.partial(note_input, first, mlp))
+        branches.beside[mlp] = functools.partial(noted, second, mlp, branch)
+    with torch.no_grad(), t.documents_alone(model, branches):
         model(torch.from_numpy(stream_of([20])[None]).long(), model.order(True))
     assert len(first) == 3
-    for name, x in first.items():
-        assert torch.equal(x, second[name])
+    for mlp, x in first.items():
+        assert torch.equal(x, second[mlp])
 
 
-def note_input(seen: dict, name: str, module, arguments: tuple) -> None:
+def note_input(seen: dict, mlp: t.MLP, module, arguments: tuple) -> None:
     """A hook that keeps what a module reads."""
-    (seen[name],) = arguments
+    (seen[mlp],) = arguments
+
+
+def noted(seen: dict, mlp: t.MLP, branch: t.LowRank, x: torch.Tensor) -> torch.Tensor:
+    """What a branch says; what it reads is kept."""
+    seen[mlp] = x
+    return branch(x)
 
 
 def test_a_trial_compares_with_the_same_windows_and_gives_the_weights_back():

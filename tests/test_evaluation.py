@@ -25,7 +25,7 @@ from tests.support import (
     validation_set,
 )
 
-MODES = ("plain", "sliding", "stateful")
+MODES = ("plain", "sliding", "stateful", "documents")
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -122,7 +122,8 @@ def test_two_ranks_score_and_adapt_as_one(mode, ttt_enabled):
 )
 def test_later_tokens_change_no_score_by_a_single_bit(mode, ttt_enabled, changes):
     """Position p scores tokens[p + 1]. All tokens after that one are replaced; scores up to p must
-    not notice.
+    not notice. Where documents end elsewhere then, each is scored beside others, which rounding
+    may notice.
     """
     settings = tiny(eval_mode=mode, ttt_enabled=ttt_enabled, ttt_lr=0.05, **changes)
     model, stream, other = (
@@ -134,11 +135,12 @@ def test_later_tokens_change_no_score_by_a_single_bit(mode, ttt_enabled, changes
     for position in (0, 40, 63, 64, 150, 191):
         changed = np.concatenate([stream[: position + 2], other[position + 2 :]])
         nats = evaluate(model, settings, changed).nats
-        assert np.array_equal(nats[: position + 1], expected[: position + 1])
+        moved = np.abs(nats - expected)[: position + 1].max()
+        assert moved <= (1e-4 if mode == "documents" else 0)
         assert (nats[position + 1 :] != expected[position + 1 :]).mean() > 0.9
 
 
-@each_mode
+@pytest.mark.parametrize("mode", MODES[:3])  # of documents: tests/test_documents.py
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_adapting_changes_later_chunks_and_never_the_first(mode, world_size):
     """The first chunk is scored by the artifact as it was loaded; it is trained on only
@@ -197,7 +199,8 @@ def test_an_observer_hears_of_everything_and_changes_nothing(mode, ttt_enabled):
             heard[excerpt.positions[scored]] = nats[torch.from_numpy(scored)]
 
         def on_train(self, excerpt):
-            assert excerpt is read[-1] and torch.is_grad_enabled()
+            whole = set(read[-1].positions.flatten())
+            assert whole.issuperset(excerpt.positions.flatten()) and torch.is_grad_enabled()
             trained.append(excerpt)
 
     observed = evaluate(model, settings, stream, observer=Listener()).nats

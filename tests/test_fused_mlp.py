@@ -1,5 +1,7 @@
 """The MLP with norm and activation in its products, interpreted, beside its formula."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,22 @@ def test_result_and_gradients(rows, width, hidden, compiled):
     wanted = outcomes(formula, case, torch.float64)
     for x, y in zip(wanted, outcomes(function, case, torch.float32), strict=True):
         assert (x - y.double()).norm() < 1e-5 * x.norm()
+
+
+@interpreted
+def test_weights_that_stay_get_no_gradient_and_the_input_gets_its_own():
+    x, factor, up, down, grad = (y.float() for y in random_case(32, 32, 256))
+    wanted = outcomes(fused, [x, factor, up, down, grad], torch.float32)[1:3]
+    x.requires_grad_()
+    factor.requires_grad_()
+    found = torch.autograd.grad(fused(x, factor, up, down), [x, factor], grad)
+    assert all(map(torch.equal, found, wanted))
+    with torch.no_grad():
+        saved = (x, factor, up, down, *t.fused_mlp(x, factor, up, down)[1:])
+        context = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True, True, False, False))
+        found = t.fused_mlp_autograd(context, [grad])
+    assert found[2:] == (None, None)
+    assert all(map(torch.equal, found[:2], wanted))
 
 
 @interpreted

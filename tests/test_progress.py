@@ -130,6 +130,8 @@ def test_a_terminal_that_is_gone_ends_nothing(monkeypatch, tmp_path):
         ({"eval_mode": "sliding", "ttt_enabled": False}, 30 + 10 + (400 + 4 * 200) / 100),
         ({"eval_mode": "stateful", "ttt_epochs": 2}, 30 + 10 + (400 + 200 + 1200) / 100),
         ({"eval_mode": "plain", "ttt_epochs": 999}, 30 + 10 + 400 / 100 + 100),
+        ({"eval_mode": "documents", "ttt_enabled": False}, 30 + 10 + (400 + 2 * 200) / 100),
+        ({"eval_mode": "documents"}, 30 + 10 + (400 + 2 * 400) / 100),
     ],
     ids=str,
 )

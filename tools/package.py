@@ -270,8 +270,10 @@ def deviation(entry: dict) -> str:
 def result_lines(runs: list[Run], entry: dict) -> list[str]:
     """The README's table, what its columns mean, and what the runs took."""
     settings = runs[0].settings
-    adapted = settings.get("ttt_enabled") and settings.get("ttt_epochs", 0) > 0
-    final = f"{settings.get('eval_mode', 'its')} windows, "
+    mode = settings.get("eval_mode", "its")
+    epochs = mode == "documents" or settings.get("ttt_epochs", 0) > 0
+    adapted = settings.get("ttt_enabled") and epochs
+    final = "documents by themselves, " if mode == "documents" else f"{mode} windows, "
     final += "with test-time training" if adapted else "without test-time training"
     train_seconds = max(run.train_seconds for run in runs)
     evaluation_seconds = max(run.evaluation_seconds for run in runs)

@@ -178,7 +178,14 @@ def measure(settings: t.Settings, evaluator: t.Evaluator, targets: int, gpu: boo
     training_seconds = trained["steps"] * trained["step_avg_ms"] / 1000
     export_seconds = trained["train_clock_seconds"] - training_seconds
     chunks = targets / evaluator.chunk
+    scoring_seconds = chunks * evaluator.scoring_seconds
     adapting_seconds = settings.ttt_epochs * evaluator.epoch_seconds * max(0.0, chunks - 1)
+    if settings.eval_mode == "documents":  # scoring and adapting take one time together, of all
+        scoring_seconds = targets / evaluator.total * evaluator.scoring_seconds
+        adapting_seconds = 0.0
+        if settings.adapts:
+            adapting_seconds = scoring_seconds
+            scoring_seconds = 0.0
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated() if gpu else peak
     checkpoint_bytes = FILES_OF_A_CHECKPOINT * settings.checkpoint_paths[0].stat().st_size
@@ -187,7 +194,7 @@ def measure(settings: t.Settings, evaluator: t.Evaluator, targets: int, gpu: boo
         again_seconds=starts[-1],
         step_ms=step_ms,
         export_seconds=export_seconds,
-        scoring_seconds=chunks * evaluator.scoring_seconds,
+        scoring_seconds=scoring_seconds,
         adapting_seconds=adapting_seconds,
         memory_bytes=peak,
         disk_bytes=checkpoint_bytes + 2 * t.ARTIFACT_CAP,

@@ -39,12 +39,15 @@ def wrapped(text: str) -> list[str]:
 
 def adapts(settings: dict) -> bool:
     """Whether the final score is of a model that learns from what it has scored."""
-    return settings["ttt_enabled"] and settings["ttt_epochs"] > 0
+    by_document = settings["eval_mode"] == "documents"
+    return settings["ttt_enabled"] and (by_document or settings["ttt_epochs"] > 0)
 
 
 def way_of_scoring(settings: dict) -> str:
     """How the final score is taken, in words."""
     windows = f"{settings['eval_mode']} windows"
+    if settings["eval_mode"] == "documents":
+        windows = "documents by themselves"
     if settings["eval_mode"] == "sliding":
         windows += f", stride {settings['eval_stride']}"
     return windows + (", adapting as it goes" if adapts(settings) else ", weights frozen")

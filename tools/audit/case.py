@@ -187,12 +187,19 @@ class Case:
     @property
     def adapts(self) -> bool:
         """Whether evaluation trains on what it has scored."""
-        return self.settled("ttt_enabled") == "True" and int(self.settled("ttt_epochs")) > 0
+        epochs = self.by_document or int(self.settled("ttt_epochs")) > 0
+        return self.settled("ttt_enabled") == "True" and epochs
+
+    @property
+    def by_document(self) -> bool:
+        """Whether each document is scored by itself."""
+        return self.settled("eval_mode") == "documents"
 
     @property
     def chunk(self) -> int:
-        """Targets between two updates; without them, as much as a window holds."""
-        chunk = int(self.settled("ttt_chunk_tokens")) if self.adapts else 0
+        """Targets between two updates; without them, or of documents, as a window holds."""
+        by_chunk = self.adapts and not self.by_document
+        chunk = int(self.settled("ttt_chunk_tokens")) if by_chunk else 0
         return max(int(self.settled("train_seq_len")), chunk)
 
     def nats(self, tokens: np.ndarray, what: str, **settings: str) -> np.ndarray:
@@ -215,6 +222,20 @@ def score_settings(names: list[str]) -> list[str]:
     start = names.index("eval_mode") if "eval_mode" in names else len(names)
     kept = [*BEFORE_EVALUATION, *names[start:]]
     return [name for name in kept if name not in WITHOUT_EFFECT and name not in NOT_PASSED]
+
+
+def without_idle(settings: dict[str, str]) -> dict[str, str]:
+    """Settings without those of test-time training that the script would refuse, as idle.
+
+    By EVAL_MODE, sliding if it is not given: documents read TTT_LORA_..., other modes the others.
+    """
+    by_document = settings.get("EVAL_MODE", "sliding") == "documents"
+    idle = {
+        name
+        for name in settings
+        if name.startswith("TTT_") and name.startswith("TTT_LORA_") != by_document
+    }
+    return {n: x for n, x in settings.items() if n not in idle - {"TTT_ENABLED"}}
 
 
 def choose_settings(
@@ -344,6 +365,7 @@ def run_alone(
     with cell.open_cell() as place:
         files = furnish(place, case, script_path, tokens)
         settings = case.settings | files | (changes or {}) | {"EVAL_NLL_PATH": "nats.npy"}
+        settings = without_idle(settings)
         line = [sys.executable, str(place.given / script.NAME)]
         trace = None
         if watch_files:
@@ -484,7 +506,7 @@ def watch(case: Case) -> Observation:
     Raises ValueError if that fails.
     """
     with cell.open_cell() as place:
-        settings = case.settings | furnish(place, case, case.script, None)
+        settings = without_idle(case.settings | furnish(place, case, case.script, None))
         inside = str(place.given / script.NAME)
         line = [sys.executable, "-m", "tools.audit.watch", inside, str(case.seed)]
         say: Callable = case.progress.pass_on

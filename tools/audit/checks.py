@@ -511,13 +511,12 @@ def test_stretch(case: Case, stretch: Stretch, generator: np.random.Generator) -
     moved = []  # part of the scores behind each cut
     for cut in stretch.cuts:
         what = f"with other tokens from {cut + 1} on"
-        other = replaced_behind(stretch.tokens, cut, int(case.settled("vocab_size")), generator)
+        other = replaced_behind(case, stretch.tokens, cut, generator)
         after = case.nats(other, what)
-        still = np.abs(after[:cut] - before[:cut]) <= noise  # false for NaN too
-        wrong = np.flatnonzero(~still)
-        first = wrong.min(initial=cut) + 1
-        expect(still.all(), f"{what}, {len(wrong)} earlier scores move, first that of {first}")
+        expect_still(before, after, cut, noise, what)
         moved.append(float((after[cut:] != before[cut:]).mean()))
+    if case.by_document:
+        other_borders(case, stretch, before, generator)
     least = f"{min(moved):.0%}"
     blind = "the test would not see a dependence"
     expect(min(moved) >= 0.5, f"only {least} of the scores behind a cut move: {blind}")
@@ -526,17 +525,55 @@ def test_stretch(case: Case, stretch: Stretch, generator: np.random.Generator) -
         bound = f"by more than {noise:.1g} nats, the noise of two runs being a quarter"
     places = ", ".join(map(str, stretch.cuts))
     tried = f"{stretch.name}, {count:,} targets, cut at {places}"
+    if case.by_document:
+        tried += f" (and {stretch.cuts[-1]}, with other documents' borders behind it)"
     return f"{tried}: no score up to a cut moves {bound}, {least} or more behind it do"
 
 
+def expect_still(before: np.ndarray, after: np.ndarray, cut: int, noise: float, what: str) -> None:
+    """Raises Broken if a score up to the cut has moved by more than the noise."""
+    still = np.abs(after[:cut] - before[:cut]) <= noise  # false for NaN too
+    wrong = np.flatnonzero(~still)
+    first = wrong.min(initial=cut) + 1
+    expect(still.all(), f"{what}, {len(wrong)} earlier scores move, first that of {first}")
+
+
+def other_borders(
+    case: Case, stretch: Stretch, before: np.ndarray, generator: np.random.Generator
+) -> None:
+    """Cuts once more, where documents' borders change with the tokens; raises Broken.
+
+    Documents are then read in another order, beside others: scores may move by rounding.
+    """
+    cut = stretch.cuts[-1]
+    what = f"with other tokens and borders of documents from {cut + 1} on"
+    other = replaced_behind(case, stretch.tokens, cut, generator, keep_borders=False)
+    noise = CPU_NATS_ERROR if case.on_cpu else GPU_NATS_ERROR
+    expect_still(before, case.nats(other, what), cut, noise, what)
+
+
 def replaced_behind(
-    tokens: np.ndarray, cut: int, vocab_size: int, generator: np.random.Generator
+    case: Case,
+    tokens: np.ndarray,
+    cut: int,
+    generator: np.random.Generator,
+    keep_borders: bool = True,
 ) -> np.ndarray:
-    """A stream with the same targets of positions before the cut, and all others different."""
+    """A stream with the same targets of positions before the cut, and all others different.
+
+    keep_borders: of documents that are scored by themselves, so that each is read beside the same
+    others, and not a bit may move: BOS stays, and becomes of nothing else.
+    """
+    vocab_size = int(case.settled("vocab_size"))
     other = tokens.astype(np.int64)
     behind = len(tokens) - (cut + 1)
     other[cut + 1 :] += generator.integers(1, vocab_size, behind)
-    return (other % vocab_size).astype(tokens.dtype)
+    other %= vocab_size
+    if case.by_document and keep_borders:
+        other[other == BOS_ID] = BOS_ID + 1
+        kept = tokens == BOS_ID
+        other[kept] = BOS_ID
+    return other.astype(tokens.dtype)
 
 
 # ---- What was watched --------------------------------------------------------------------------
@@ -634,38 +671,56 @@ def check_order(case: Case) -> Finding:
     """
     seen = seen_of(case)
     count = len(seen.times_written)
-    last_chunk = 0
-    if case.adapts:
-        chunk = int(case.settled("ttt_chunk_tokens"))
-        last_chunk = (count - 1) // chunk * chunk
-    trained, steps = follow_events(seen, last_chunk)
+    last = last_targets(case, count)
+    # Of documents, the pass that scores a piece is that whose gradient is taken afterwards.
+    graded = case.by_document and case.adapts
+    expect(graded or not seen.with_gradients, "a score was computed with gradients")
+    trained, steps = follow_events(seen, last)
     expect(case.adapts or not steps, "weights are updated although TTT is off")
     if not steps:
         return Finding(HOLDS, f"{count:,} targets scored, weights never changed")
     updates = f"{steps} updates on {trained:,} of {count:,} targets"
-    how = "each scored before, without gradients"
-    return Finding(HOLDS, f"{updates}, {how}; none on the last {count - last_chunk:,}")
+    how = "each scored before" if graded else "each scored before, without gradients"
+    where = "last pieces of documents" if graded else "the last chunk"
+    return Finding(HOLDS, f"{updates}, {how}; none on the {int(last.sum()):,} of {where}")
 
 
-def follow_events(seen: Observation, last_chunk: int) -> tuple[int, int]:
+def last_targets(case: Case, count: int) -> np.ndarray:
+    """Of so many targets, those that nothing follows which what they teach could serve, bool.
+
+    They are the last chunk, or each document's last piece; all, where nothing is trained.
+    """
+    place = np.arange(count)
+    if not case.adapts:
+        return place >= 0
+    if not case.by_document:
+        chunk = int(case.settled("ttt_chunk_tokens"))
+        return place >= (count - 1) // chunk * chunk
+    begins = np.union1d(0, np.flatnonzero(case.tokens == BOS_ID))
+    lengths = np.diff(begins, append=count)
+    begins, lengths = (np.repeat(x, lengths) for x in (begins, lengths))
+    piece = min(int(case.settled("ttt_lora_piece")), int(case.settled("train_seq_len")))
+    return place - begins >= (lengths - 1) // piece * piece
+
+
+def follow_events(seen: Observation, last: np.ndarray) -> tuple[int, int]:
     """How many targets were trained on, in how many steps; raises Broken where one came early.
 
-    Events come in their order. last_chunk: its first target, from which on nothing is trained.
+    Events come in their order. last: last_targets(), on which nothing is trained.
     """
     count = len(seen.times_written)
     scored = np.zeros(count, dtype=bool)
     trained = np.zeros(count, dtype=bool)
     steps = 0
     gradient = False  # of a loss on scored targets, not yet used
-    expect(not seen.with_gradients, "a score was computed with gradients")
     for kind, targets in seen.events:
         if kind == "score":
             scored[targets] = True
         elif kind == "train":
             early = targets[~scored[targets]].min(initial=count)
             expect(early == count, f"an update sees target {early} before it is scored")
-            latest = targets.max()
-            expect(latest < last_chunk, f"an update sees target {latest}, of the last chunk")
+            latest = targets[last[targets]].max(initial=-1)
+            expect(latest < 0, f"an update sees target {latest}, of the last chunk or piece")
             trained[targets] = True
             gradient = True
         elif kind == "step":

@@ -7,11 +7,14 @@ shares the script's process: what it tells is evidence with a script that leaves
 project's own does, and a claim with another one.
 """
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,21 +123,29 @@ class Watcher:
         hidden = self.hidden(excerpt)
         sampled = []
         for row in np.flatnonzero(where.any(axis=1)):
-            columns = np.flatnonzero(where[row])
-            positions = excerpt.positions[row, columns]
-            some = hidden[row : row + 1, columns]
-            before = excerpt.tokens[row : row + 1, columns]
-            logits = self.model.logits(some, before)[0].double()
-            targets = torch.from_numpy(self.stream[positions + 1].astype(np.int64))
-            chosen = targets.to(logits.device)[:, None]
-            expected = -torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0]
-            for index, position in enumerate(positions.tolist()):
-                total = None
-                if position % SUMMED_EVERY == 0:
-                    one = slice(index, index + 1)
-                    total = self.total_probability(some[:, one], before[:, one], logits.shape[1])
-                kept = float(nats[row, columns[index]])
-                sampled.append(Sampled(position, kept, float(expected[index]), total))
+            with branch_of_row(self.model, row):
+                sampled += self.sample_row(excerpt, row, np.flatnonzero(where[row]), hidden, nats)
+        return sampled
+
+    def sample_row(
+        self, excerpt: Any, row: int, columns: np.ndarray, hidden: Tensor, nats: Tensor
+    ) -> list[Sampled]:
+        """sample() of some columns of a row; hidden (B, T, width)."""
+        sampled = []
+        positions = excerpt.positions[row, columns]
+        some = hidden[row : row + 1, columns]
+        before = excerpt.tokens[row : row + 1, columns]
+        logits = self.model.logits(some, before)[0].double()
+        targets = torch.from_numpy(self.stream[positions + 1].astype(np.int64))
+        chosen = targets.to(logits.device)[:, None]
+        expected = -torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0]
+        for index, position in enumerate(positions.tolist()):
+            total = None
+            if position % SUMMED_EVERY == 0:
+                one = slice(index, index + 1)
+                total = self.total_probability(some[:, one], before[:, one], logits.shape[1])
+            kept = float(nats[row, columns[index]])
+            sampled.append(Sampled(position, kept, float(expected[index]), total))
         return sampled
 
     def hidden(self, excerpt: Any) -> Tensor:
@@ -158,6 +169,20 @@ class Watcher:
             nats = self.model.nats(every, tokens[None], before.expand(1, len(tokens)))
             total += float(nats.double().neg().exp().sum())
         return total
+
+
+@contextlib.contextmanager
+def branch_of_row(model: torch.nn.Module, row: int) -> Iterator[None]:
+    """While entered, the output matrix's branch, if there is one, is that of a row's document."""
+    every = getattr(model, "head_branch", None)
+    if every is not None:
+        own = copy.copy(every)
+        own.down = every.down[row : row + 1]
+        own.up = every.up[row : row + 1]
+        model.head_branch = own
+    yield
+    if every is not None:
+        model.head_branch = every
 
 
 def fingerprint(model: torch.nn.Module) -> list[int]:

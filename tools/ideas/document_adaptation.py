@@ -22,13 +22,13 @@ common). In global phases, between two batches, all weights learn by SGD
 from documents that are scored to their end; branches begin anew.
 
 So a target's score depends on its document's earlier tokens and on documents of earlier batches.
+The script itself does this as EVAL_MODE=documents: with carried=0, one draw of A for all slots, and
+without phases. Here is what it could do besides.
 A variant is a name, a colon and the fields of Choice that it changes, as FIELD=VALUE.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -39,7 +39,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 if not __package__:  # started by its path
@@ -56,10 +55,6 @@ BETAS = 0.0, 0.99  # AdamW of branches: no mean of gradients, which pieces do no
 EPSILON = 1e-10
 PHASE_MOMENTUM = 0.9  # SGD in global phases
 PHASE_CLIP = 1.0  # most of a step's gradient there
-# Windows are padded behind to a multiple of the one, a chunk of the scan, and ended documents stay
-# up to a multiple of the other: kernels meet few shapes, each of which is prepared once.
-WIDTH_STEP = 64
-ROW_STEP = 16
 LENGTHS = (256, 512, 1024, 2048, 2**31)  # documents below each are a row of the report
 # Matrices that may have a branch, by the word in Choice.layers; "mlp" is a whole MLP's branch.
 BRANCHED = {
@@ -184,35 +179,15 @@ def plan_pieces(
 # ---- Branches ------------------------------------------------------------------------------------
 
 
-class LowRank(nn.Module):
-    """gain B A x, with matrices of its own for each slot."""
+class LowRank(t.LowRank):
+    """gain B A x, with matrices of its own for each slot, all drawn apart."""
 
     def __init__(self, slots: int, rank: int, inputs: int, outputs: int, gain: float, device):
-        super().__init__()
         self.gain = gain
         bound = inputs**-0.5
         uniform = torch.rand(slots, inputs, rank, device=device) * 2 - 1
-        self.down = nn.Parameter(bound * uniform)  # A, transposed
-        self.up = nn.Parameter(torch.zeros(slots, rank, outputs, device=device))  # B, transposed
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (n, T, inputs) of the first n slots -> (n, T, outputs), in x's dtype."""
-        down = self.down[: len(x)].to(x.dtype)
-        up = self.up[: len(x)].to(x.dtype)
-        return self.gain * ((x @ down) @ up)
-
-
-def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
-    """A forward hook: a layer's output with that of the branch beside it.
-
-    An MLP is given the residual stream; its branch reads that normed, as its first matrix does.
-    """
-    if isinstance(module, t.Linear):
-        x = module.effective_input(*arguments, **keywords)
-    else:
-        stream, scale = arguments
-        x = scale * t.norm(stream)
-    return output + branch(x.to(output.dtype))
+        self.down = (bound * uniform).requires_grad_()  # A, transposed
+        self.up = torch.zeros(slots, rank, outputs, device=device, requires_grad=True)  # B likewise
 
 
 class Branches:
@@ -221,7 +196,7 @@ class Branches:
     def __init__(self, model: t.Model, choice: Choice):
         self.model = model
         self.choice = choice
-        self.beside = {}  # by the module's name
+        self.beside = {}  # by the module
         self.head = None
         self.renew()
 
@@ -229,9 +204,9 @@ class Branches:
         """Draws all matrices A."""
         words = self.choice.layers.split(",")
         names = {name for word in words for name in BRANCHED[word]}
-        modules = dict(self.model.named_modules())
-        chosen = [name for name in modules if name.rpartition(".")[2] in names]
-        self.beside = {name: self.new_branch(*sizes_of(modules[name])) for name in chosen}
+        modules = self.model.named_modules()
+        chosen = [module for name, module in modules if name.rpartition(".")[2] in names]
+        self.beside = {module: self.new_branch(*sizes_of(module)) for module in chosen}
         vocabulary, width = self.model.output_matrix.shape
         self.head = self.new_branch(width, vocabulary) if "head" in words else None
         self.begin_batch()
@@ -250,23 +225,12 @@ class Branches:
             if not self.choice.carried:
                 bound = branch.down.shape[1] ** -0.5
                 nn.init.uniform_(branch.down, -bound, bound)
-        parameters = [parameter for branch in each for parameter in branch.parameters()]
+        parameters = [matrix for branch in each for matrix in (branch.down, branch.up)]
         fused = parameters[0].is_cuda
         rates = {"lr": self.choice.rate, "weight_decay": self.choice.decay}
         self.optimizer = torch.optim.AdamW(
             parameters, betas=BETAS, eps=EPSILON, fused=fused, **rates
         )
-
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """While entered, the model's layers add what their branches say."""
-        with contextlib.ExitStack() as hooks:
-            for name, branch in self.beside.items():
-                module = self.model.get_submodule(name)
-                hook = functools.partial(add_branch, branch)
-                handle = module.register_forward_hook(hook, with_kwargs=True)
-                hooks.callback(handle.remove)
-            yield
 
     def step(self, loss: Tensor) -> None:
         """One step of AdamW."""
@@ -282,20 +246,6 @@ def sizes_of(module: nn.Module) -> tuple[int, int]:
 
 
 # ---- Scoring -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def documents_alone(model: t.Model) -> Iterator[None]:
-    """The model as it reads rows that hold one document each: nothing has to be reset in them."""
-    settings, backend = model.settings, model.attention_backend
-    device = model.embedding.weight.device
-    model.settings = dataclasses.replace(settings, document_reset=False)
-    with torch.enable_grad():  # choosing runs one backward
-        model.attention_backend = t.choose_attention_backend(model.settings, device)
-    try:
-        yield
-    finally:
-        model.settings, model.attention_backend = settings, backend
 
 
 class Scorer:
@@ -314,7 +264,7 @@ class Scorer:
 
     def read(self, documents: Documents, context: int, end: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets (n, T) int64, from offset context on; BOS behind a document's end."""
-        wide = math.ceil((end - context) / WIDTH_STEP) * WIDTH_STEP
+        wide = t.round_up(end - context, t.WIDTH_STEP)
         offsets = context + np.arange(min(self.window, wide) + 1)
         positions = documents.begins[:, None] + offsets
         rows = self.tokens[np.minimum(positions, len(self.tokens) - 1)].astype(np.int64)
@@ -330,12 +280,12 @@ class Scorer:
 
         Returns nats (n, L) of the last L targets, of the piece and of `heard` more before it.
         """
-        count = math.ceil(documents.longer_than(begin) / ROW_STEP) * ROW_STEP
+        count = t.round_up(documents.longer_than(begin), t.ROW_STEP)
         documents = documents.part(0, count)
         tokens, targets = self.read(documents, context, end)
         hidden = self.model(tokens, self.order)
         last = slice(begin - context - heard, end - context)
-        nats = self.read_out(hidden[:, last], targets[:, last], tokens[:, last])
+        nats = self.model.nats(hidden[:, last], targets[:, last], tokens[:, last])
         offsets = np.arange(begin - heard, end)
         scored = (offsets >= begin) & (offsets < documents.lengths[:, None])
         cells = np.flatnonzero(scored)
@@ -343,20 +293,6 @@ class Scorer:
         np.add.at(self.times_scored, places, 1)
         self.nats[places] = nats.detach().flatten()[cells]
         return nats
-
-    def read_out(self, hidden: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
-        """Model.nats(), with the head's branch if there is one."""
-        head = self.branches.head if self.branches else None
-        if head is None:
-            return self.model.nats(hidden, targets, tokens)
-        cap = self.model.settings.logit_softcap
-        logits = F.linear(hidden, self.model.output_matrix.to(hidden.dtype)) + head(hidden)
-        logits = cap * torch.tanh(t.widened(logits) / cap)
-        if self.model.impossible is not None:
-            never = t.unpacked_pairs(self.model.impossible[tokens], logits.shape[-1])
-            logits = logits.masked_fill(never, -cap)
-        flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return flat.view(targets.shape)
 
     @torch.no_grad()
     def score_frozen(self, documents: Documents, piece: int) -> None:
@@ -432,7 +368,7 @@ def score_variant(
     for first in range(0, count, choice.slots):
         done = min(first + choice.slots, count)
         batch = documents.part(first, done).filled(choice.slots)
-        with documents_alone(model), branches.attached() if branches else contextlib.nullcontext():
+        with t.documents_alone(model, branches):
             if branches:
                 scorer.score_adapting(batch, choice)
             else:

@@ -17,7 +17,7 @@ from tools.logs import seconds_to_score, spread
 from tools.report.markup import Html, bar, element, join, table
 from tools.report.profiles import PROFILES, chunks_of, row_name, rows_of
 from tools.runs import Run, differing, text_of
-from tools.summary import scored_text, way_of_scoring
+from tools.summary import adapts, scored_text, way_of_scoring
 
 SETTING = re.compile(r'([A-Z][A-Z0-9_]+=(?:"[^"]*"|\S*\w))')  # in a sentence
 NONE = "—"  # in a cell whose run has no such figure
@@ -456,7 +456,9 @@ def adaptation(runs: list[Run], charts: list[Html]) -> Html:
     if lacking:
         remedy = "EVAL_ONLY=1 with today's script and the same RUN_ID scores again and records them"
         parts.append(missing("nats chunk by chunk", remedy, lacking, runs))
-    frozen = [run for run, has in zip(runs, chunks, strict=True) if has and not has.epochs]
+    # Of documents that adapt there are no epochs chunk by chunk: they are not frozen.
+    pairs = zip(runs, chunks, strict=True)
+    frozen = [run for run, has in pairs if has and not adapts(run.events["settings"]["settings"])]
     if frozen:
         remedy = "TTT_ENABLED=1 adapts to each chunk when it is scored"
         parts.append(missing("what adapting brought", remedy, frozen, runs))

@@ -1,0 +1,400 @@
+"""EVAL_MODE=documents: each document is scored by itself, and adapts the model for itself alone."""
+
+import copy
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as t
+from tests.support import (
+    SOLO,
+    mistake,
+    random_model,
+    run_environment,
+    run_here,
+    run_ranks,
+    tiny,
+    tiny_environment,
+    validation_set,
+    with_settings,
+)
+from tests.test_document_adaptation import stream_of
+from tests.test_evaluation import evaluate
+from tools import summary
+from tools.ideas import document_adaptation as idea
+
+LENGTHS = [70, 25, 61, 33, 80, 44, 9, 2]
+MATRICES = "query,key,value,out,in_proj,out_proj"
+each_way = pytest.mark.parametrize("ttt_enabled", [False, True], ids=["frozen", "adapting"])
+
+
+def documents(**changes) -> t.Settings:
+    """Settings of a small model whose branches learn in large steps."""
+    return tiny(**{"eval_mode": "documents", **changes})
+
+
+# ---- Who scores what -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_batches_of_all_ranks_hold_every_target_once(world_size, slots):
+    tokens = stream_of(LENGTHS)
+    settings = documents(ttt_lora_slots=slots)
+    batches = t.plan_batches(tokens, settings)
+    shares = t.share_batches(batches, settings, world_size)
+    assert len(shares) == world_size
+    assert sum(len(share) for share in shares) == len(batches)
+    scored = []
+    for batch in (batch for share in shares for batch in share):
+        assert batch.begins.shape == batch.lengths.shape == (slots, 1)
+        assert (np.diff(batch.lengths[:, 0]) <= 0).all()
+        for begin, length in zip(batch.begins[:, 0], batch.lengths[:, 0], strict=True):
+            scored += range(begin, begin + length)
+    assert sorted(scored) == [*range(len(tokens) - 1)]
+
+
+def test_a_text_that_begins_or_ends_within_a_document_is_scored_whole():
+    settings = documents()
+    model = random_model(settings)
+    for tokens in (stream_of([40, 9])[3:], stream_of([40, 9])[:-5], stream_of([3])[:2]):
+        score = evaluate(model, settings, tokens)
+        assert (score.nats > 0).all()
+        assert score.val_loss == pytest.approx(score.nats.mean(dtype=np.float64), rel=1e-6)
+
+
+def test_a_rank_gets_the_next_batch_when_it_has_the_fewest_tokens_to_read():
+    settings = documents(ttt_lora_slots=1)
+    batches = t.plan_batches(stream_of([80, 40, 40, 40]), settings)
+    shares = t.share_batches(batches, settings, 2)
+    assert [[int(b.lengths[0, 0]) for b in share] for share in shares] == [[80], [40, 40, 40]]
+
+
+def test_pieces_and_their_windows():
+    def pieces(length: int, learns: bool, piece: int = 8) -> list:
+        batch = t.DocumentBatch(np.zeros((1, 1)), np.array([[length]]))
+        settings = tiny(ttt_lora_piece=piece, train_seq_len=16)
+        return [*t.plan_pieces(batch, settings, learns)]
+
+    assert pieces(22, True) == [(0, 0, 8), (0, 8, 16), (8, 16, 22)]
+    assert pieces(22, False) == [(0, 0, 16), (8, 16, 22)]
+    assert pieces(5, True) == pieces(5, False) == [(0, 0, 5)]
+    assert pieces(40, True, piece=64) == [(0, 0, 16), (16, 16, 32), (32, 32, 40)]
+
+
+# ---- References ----------------------------------------------------------------------------------
+
+
+def by_hand(model: t.Model, settings: t.Settings, tokens: np.ndarray) -> list[float]:
+    """Nats of one document's targets: its branches are added to the matrices, torch's own
+    derivatives go through the sums, and AdamW is written out.
+    """
+    s = settings
+    drawn = t.Branches(model, s)
+    names = {module: name for name, module in model.named_modules()}
+    branches = {f"{names[module]}.weight": branch for module, branch in drawn.beside.items()}
+    branches["output_embedding.weight"] = drawn.head
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    gain = s.ttt_lora_alpha / s.ttt_lora_rank
+    learnt = {}  # A and B, and the mean squares of their gradients
+    for name, branch in branches.items():
+        for part in ("down", "up"):
+            x = getattr(branch, part)[0].detach().clone().requires_grad_()
+            learnt[name, part] = [x, torch.zeros_like(x)]
+    text = torch.from_numpy(tokens.astype(np.int64))[None]
+    nats = []
+    count = len(tokens) - 1
+    for step, begin in enumerate(range(0, count, s.ttt_lora_piece), 1):
+        end = min(begin + s.ttt_lora_piece, count)
+        context = max(0, begin + s.ttt_lora_piece - s.train_seq_len)
+        merged = dict(weights)
+        for name in branches:
+            (down, _), (up, _) = learnt[name, "down"], learnt[name, "up"]
+            merged[name] = weights[name] + gain * (down @ up).T
+        window = (text[:, context:end], text[:, context + 1 : end + 1], model.order(True))
+        scores = torch.func.functional_call(
+            Scored(model), {f"model.{name}": x for name, x in merged.items()}, window
+        )
+        piece = scores[0, begin - context :]
+        nats += piece.tolist()
+        if end == count:
+            break
+        for x, _ in learnt.values():
+            x.grad = None
+        piece.mean().backward()
+        for x, square in learnt.values():
+            square.mul_(0.99).add_(0.01 * x.grad**2)
+            root = (square / (1 - 0.99**step)).sqrt() + 1e-10
+            x.data = x.data * (1 - s.ttt_lora_lr * s.ttt_lora_decay) - s.ttt_lora_lr * x.grad / root
+    return nats
+
+
+class Scored(torch.nn.Module):
+    """A model whose forward() is score()."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *window):
+        return self.model.score(*window)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mamba_version": 2}], ids=["Mamba-3", "Mamba-2"])
+def test_scores_are_those_of_branches_that_are_added_to_their_matrices(changes):
+    layers = f"{MATRICES},head"
+    settings = documents(ttt_lora_layers=layers, tie_embeddings=False, ttt_lora_lr=0.01, **changes)
+    model = random_model(settings)
+    tokens = stream_of([70, 25, 61])
+    found = evaluate(model, settings, tokens).nats
+    begins = [0, 70, 95, 156]
+    for begin, end in zip(begins, begins[1:], strict=False):
+        expected = by_hand(model, settings, tokens[begin : end + 1])
+        assert np.abs(found[begin:end] - expected).max() < 2e-4
+    frozen = evaluate(model, with_settings(settings, ttt_enabled=False), tokens).nats
+    assert np.abs(found - frozen).max() > 0.1
+
+
+@pytest.mark.parametrize("layers", ["mlp,head", "mlp", MATRICES])
+def test_scores_are_those_of_the_idea_whose_documents_begin_with_the_same_matrices(
+    monkeypatch, layers
+):
+    settings = documents(ttt_lora_layers=layers, ln_scale=True)
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)
+    drawn = t.Branches(model, settings)
+    first = [branch.down.detach() for branch in (*drawn.beside.values(), drawn.head) if branch]
+    begin_batch = idea.Branches.begin_batch
+
+    def begin(self):
+        begun = (*self.beside.values(), self.head)
+        for branch, down in zip(filter(None, begun), first, strict=True):
+            branch.down.data.copy_(down)
+        begin_batch(self)
+
+    monkeypatch.setattr(idea.Branches, "begin_batch", begin)
+    words = layers.replace("query,key,value,out,", "attention,")
+    choice = {"layers": words, "rank": 3, "rate": 0.02, "piece": 8, "slots": 3}
+    for changes, enabled in (({}, True), ({"rank": 0}, False)):
+        model.requires_grad_(False)
+        chosen = idea.Choice("same", **choice | changes)
+        scorer, _ = idea.score_variant(model, tokens, idea.find_documents(tokens), chosen)
+        found = evaluate(model, with_settings(settings, ttt_enabled=enabled), tokens).nats
+        assert np.abs(found - scorer.nats.numpy()).max() < 1e-5
+
+
+# ---- What a score depends on ---------------------------------------------------------------------
+
+
+@each_way
+def test_a_document_scores_the_same_alone(ttt_enabled):
+    settings = documents(ttt_enabled=ttt_enabled)
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)
+    together = evaluate(model, settings, tokens).nats
+    begin = 0
+    for length in LENGTHS:
+        alone = evaluate(model, settings, tokens[begin : begin + length + 1]).nats
+        assert np.abs(alone - together[begin : begin + length]).max() < 1e-4
+        begin += length
+
+
+@each_way
+def test_neither_later_tokens_nor_other_documents_move_a_score_by_a_bit(ttt_enabled):
+    """As long as all documents are as long as before, so that the same ones are read at once."""
+    settings = documents(ttt_enabled=ttt_enabled, document_reset=True)
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)
+    expected = evaluate(model, settings, tokens).nats
+    begins = np.cumsum([0, *LENGTHS])
+    generator = np.random.default_rng(3)
+    for chosen, seen in ((0, 30), (1, 7), (2, 8), (4, 64)):
+        other = generator.integers(4, 512, len(tokens)).astype(np.uint16)
+        other[tokens == t.BOS_ID] = t.BOS_ID
+        kept = np.arange(begins[chosen], begins[chosen] + seen)
+        other[kept] = tokens[kept]
+        found = evaluate(model, settings, other).nats
+        assert np.array_equal(found[kept[:-1]], expected[kept[:-1]])
+        assert (found != expected).mean() > 0.5
+
+
+@each_way
+def test_any_number_of_ranks_gives_the_same_bits(ttt_enabled):
+    settings = documents(ttt_enabled=ttt_enabled)
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)
+    alone = evaluate(model, settings, tokens)
+    for world_size in (2, 3):
+        for score in run_ranks(world_size, lambda ranks: evaluate(model, settings, tokens, ranks)):
+            assert np.array_equal(score.nats, alone.nats)
+            assert score.val_bpb == alone.val_bpb
+
+
+def test_scores_do_not_depend_on_the_seed():
+    """By which the artifact alone, without its log, gives a run's score again."""
+    model = random_model(documents())
+    tokens = stream_of([40, 25])
+    scores = [evaluate(model, documents(seed=seed), tokens).nats for seed in (1, 2)]
+    assert np.array_equal(*scores)
+
+
+def test_documents_adapt_from_their_second_piece_on_and_never_learn_from_their_last():
+    settings = documents()
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)
+    begins = np.cumsum([0, *LENGTHS])
+    trained = []
+
+    class Listener(t.EvaluationObserver):
+        def on_train(self, excerpt):
+            trained.append(excerpt.positions)
+
+    adapted = evaluate(model, settings, tokens, observer=Listener()).nats
+    still = evaluate(model, with_settings(settings, ttt_lora_lr=0.0), tokens).nats
+    taught = np.concatenate([positions.flatten() for positions in trained])
+    expected = []
+    for begin, length in zip(begins, LENGTHS, strict=False):
+        assert np.abs(adapted[begin : begin + 8] - still[begin : begin + 8]).max() < 1e-5
+        later = slice(begin + 8, begin + length)
+        assert (adapted[later] != still[later]).all()
+        expected += range(begin, begin + (length - 1) // 8 * 8)
+    assert sorted(taught) == expected
+
+
+def test_a_repeated_text_is_learnt_while_it_is_scored():
+    model = random_model(tiny())
+    tokens = np.append(np.tile(stream_of([20])[1:-1], 7), 1).astype(np.uint16)
+    for layers in t.BRANCHED:
+        settings = documents(ttt_lora_layers=layers)
+        adapted = evaluate(model, settings, tokens).nats
+        frozen = evaluate(model, with_settings(settings, ttt_enabled=False), tokens).nats
+        assert adapted[60:].mean() < frozen[60:].mean() - 0.01, layers
+
+
+def test_the_model_is_as_before_afterwards():
+    settings = documents(document_reset=True)
+    model = random_model(settings)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    facts = model.settings, model.attention_backend, model.head_branch
+    t.Evaluator(model, settings, SOLO, validation_set(stream_of(LENGTHS))).evaluate()
+    assert facts == (model.settings, model.attention_backend, model.head_branch)
+    assert not any(module._forward_hooks for module in model.modules())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.requires_grad and p.grad is None
+
+
+# ---- Clock, settings, runs -----------------------------------------------------------------------
+
+
+def test_documents_of_the_clocks_last_tenth_are_scored_by_the_artifacts_weights(monkeypatch):
+    now = [1000.0]
+
+    class Costly(t.EvaluationObserver):
+        def on_score(self, *_):
+            now[0] += 1.0
+
+    monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    settings = documents(eval_max_seconds=17.7)  # the first batch has ten pieces, the second six
+    model = random_model(settings)
+    tokens = stream_of(LENGTHS)
+    score = evaluate(model, settings, tokens, observer=Costly())
+    assert score.seconds < 17.7
+    assert score.epochs_given_up == len(LENGTHS) - 6
+    frozen = evaluate(model, with_settings(settings, ttt_enabled=False), tokens).nats
+    moved = np.abs(score.nats - frozen) > 1e-4
+    begins = np.cumsum([0, *LENGTHS])
+    for begin, length in zip(begins, LENGTHS, strict=False):
+        assert moved[begin : begin + length].any() == (length > 9)
+
+
+@pytest.mark.parametrize("mode", ["sliding", "documents"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_progress_rises_to_the_whole_text(mode, world_size):
+    settings = tiny(eval_mode=mode)
+    model = random_model(settings)
+    validation = validation_set(stream_of(LENGTHS))
+
+    def parts_on(ranks: t.Ranks) -> list[float]:
+        parts = []
+        log = types.SimpleNamespace(progress=lambda what, part, *_: parts.append(part))
+        shown = t.ScoringProgress(log, "evaluation", validation, ranks)
+        mine = copy.deepcopy(model)
+        t.Evaluator(mine, settings, ranks, validation, observer=shown).evaluate()
+        return parts
+
+    for parts in run_ranks(world_size, parts_on):
+        assert sorted(parts) == parts
+        # Ranks have unequal shares of documents: each takes its own for all.
+        assert 0 < parts[0] < 0.5 < parts[-1] <= 1
+        assert world_size > 1 or parts[-1] == 1
+
+
+def test_tools_say_how_documents_are_scored():
+    told = dataclasses.asdict(documents())
+    assert summary.way_of_scoring(told) == "documents by themselves, adapting as it goes"
+    told["ttt_enabled"] = False
+    assert summary.way_of_scoring(told) == "documents by themselves, weights frozen"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"ttt_lr": 0.1}, "TTT_LR means nothing with EVAL_MODE=documents"),
+        ({"ttt_epochs": 1}, "TTT_EPOCHS means nothing with EVAL_MODE=documents"),
+        ({"eval_mode": "plain", "ttt_lora_lr": 1e-3}, "TTT_LORA_LR means nothing with EVAL_MODE="),
+        ({"ttt_lora_layers": "mlp,tail"}, "TTT_LORA_LAYERS=mlp,tail should be some of mlp,head,"),
+        ({"ttt_lora_layers": ""}, "TTT_LORA_LAYERS= should be some of"),
+        ({"ttt_lora_rank": 0}, "TTT_LORA_RANK=0 must be from 1"),
+        ({"ttt_lora_size": 1}, "TTT_LORA_SIZE is not a setting"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_one_line(monkeypatch, capsys, changes, problem):
+    environment = tiny_environment(**{"eval_mode": "documents", **changes})
+    assert problem in mistake(monkeypatch, capsys, environment)
+
+
+def test_branches_of_layers_that_a_model_lacks_and_in_float16_are_refused():
+    settings = documents(ttt_lora_layers="query", mamba_layers="all")
+    with pytest.raises(t.UserError, match="TTT_LORA_LAYERS=query names nothing that the model has"):
+        t.Branches(random_model(settings), settings)
+    model = random_model(documents())
+    model.compute_dtype = torch.float16
+    with pytest.raises(t.UserError, match="float16 loses the gradients"):
+        t.Branches(model, documents())
+
+
+def test_a_run_scores_documents_and_its_artifact_again(monkeypatch, capsys, shards, tmp_path):
+    """With every target's nats in place; the clock that is over is an error in one line."""
+    nats = tmp_path / "nats.npy"
+    changes = {"eval_mode": "documents", "eval_nll_path": nats}
+    assert run_here(monkeypatch, run_environment(shards, tmp_path, **changes)) == 0
+    said = (tmp_path / "a.txt").read_text()
+    *_, last = said.splitlines()
+    assert last.startswith("final_int6_lzma_documents_ttt_exact val_loss:")
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    final = records[-2]
+    assert final["event"] == "final" and final["mode"] == "documents_ttt"
+    first = np.load(nats)
+    assert final["val_loss"] == pytest.approx(first.mean(dtype=np.float64))
+    again = {"EVAL_ONLY": "1", "RUN_ID": "a", "LOG_DIR": str(tmp_path), "DEVICE": "cpu"}
+    again["EVAL_NLL_PATH"] = str(tmp_path / "again.npy")
+    assert run_here(monkeypatch, again) == 0
+    assert np.array_equal(np.load(tmp_path / "again.npy"), first)
+    assert run_here(monkeypatch, again | {"TTT_ENABLED": "0"}) == 0
+    *_, last = (tmp_path / "a.eval.txt").read_text().splitlines()
+    assert last.startswith("final_int6_lzma_documents_exact val_loss:")
+    frozen = np.load(tmp_path / "again.npy")
+    begins = t.open_shards(str(shards), "val")[0].read()[:-1] == t.BOS_ID
+    assert np.array_equal(frozen[begins], first[begins])
+    assert not np.array_equal(frozen, first)
+    capsys.readouterr()
+    assert "TTT_LR means nothing with EVAL_MODE=documents" in mistake(
+        monkeypatch, capsys, again | {"TTT_LR": "0.1"}
+    )
+    late = again | {"EVAL_MAX_SECONDS": "1e-6"}
+    assert "no score in EVAL_MAX_SECONDS" in mistake(monkeypatch, capsys, late)
