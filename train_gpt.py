@@ -5436,7 +5436,7 @@ def explain_collective(error: RuntimeError) -> str:
 #   d_turn *      (2, B, H, padded, R)  of the running angle, by key and by query
 #   d_turns       (B · parts, 2, H, R)  its sums over a part of the rows; later: of later chunks
 #   d_features    (B · parts, 2, H + 1, N)  of the biases and, last, of the norm, by part
-#   d_heads       (B · chunks, H)       of the step bias, by chunk
+#   d_heads       (B · chunks, 2, H)    of the step bias, and of skip, by chunk
 
 # Planes: the first index of a buffer, by name. A kernel may read no global but such a constant.
 STEP, DECAY_SUM, KEY_LOG, CURRENT, KEY_QUERY, WEIGHT = map(constexpr, range(6))  # of scalars
@@ -6113,7 +6113,10 @@ def tokens_backward(
     tl.store(d_row + 2 * S.H + h, d_share, mask)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
     tl.store(d_row + h, d_raw, mask)
-    tl.store(d_heads + program * S.H + h, tl.sum(d_raw, axis=0)[None, :], heads)
+    sums = d_heads + 2 * program * S.H + h
+    tl.store(sums, tl.sum(d_raw, axis=0)[None, :], heads)
+    d_skip = load_float(d_diagonal + place, heads)
+    tl.store(sums + S.H, tl.sum(d_skip, axis=0)[None, :], heads)
 
 
 # ---- The operator --------------------------------------------------------------------------------
@@ -6231,17 +6234,23 @@ def fused_scan_fake(tensors, starts, sizes) -> list[Tensor]:
 
 @torch.library.custom_op("golf::fused_scan_backward", mutates_args=())
 def fused_scan_backward(
-    gradients: list[Tensor], kept: list[Tensor], starts: Tensor | None, sizes: list[int]
+    gradients: list[Tensor],
+    kept: list[Tensor],
+    ones: Tensor,
+    starts: Tensor | None,
+    sizes: list[int],
 ) -> list[Tensor]:
-    """The gradients of GIVEN, from those of squares, turn_out, y and ssm_out."""
+    """From the gradients of squares, turn_out, y and ssm_out those of projected, ssm_in, turn_in.
+
+    Then d_heads, and d_features (2, H + 1, N) summed over its parts; ones: (B · parts), float32.
+    """
     d_squares, d_turn_out, d_y, d_ssm_out = gradients
     named = scan_arguments(kept, starts, sizes)
     _, angles, heads, _, state, chunk = sizes
     batch, _, padded = d_squares.shape
     chunks = padded // chunk
-    rows = min(chunk, 1024 // state)  # of one warp: no barriers
-    parts = padded // rows
-    programs = batch * parts
+    programs = len(ones)
+    parts = programs // batch
     single = d_squares.new_empty
     alike = ("projected", "rotated", "ssm_in")
     found = {f"d_{name}": torch.empty_like(named[name]) for name in alike}
@@ -6252,22 +6261,27 @@ def fused_scan_backward(
         "d_turn": torch.empty_like(named["rotation"], dtype=d_y.dtype),
         "d_turns": single(programs, 2, heads, angles),
         "d_features": single(programs, 2, heads + 1, state),
-        "d_heads": single(batch * chunks, heads),
+        "d_heads": single(batch * chunks, 2, heads),
     }
     named |= found
     scan = scan_tiles(named | {"d_squares": d_squares, "d_y": d_y})
     launch(scan_backward, (batch * heads,), scan | {"d_ssm_out": d_ssm_out}, warps=scan["WARPS"])
-    launch(features_backward, (parts, batch, 2), named | {"ROWS": rows}, warps=1)
-    d_features = found["d_features"]
-    sums = d_features.new_ones(len(d_features)) @ d_features.flatten(1)  # faster than sum()
-    sums = sums.view(2, heads + 1, state)
+    launch(features_backward, (parts, batch, 2), named | {"ROWS": padded // parts}, warps=1)
+    sums = ones @ found["d_features"].flatten(1)  # faster than sum()
     d_turns = found["d_turns"].view(batch, chunks, -1, heads, angles)
     later, d_turn_in = launch_sum_turns(d_turns, d_turn_out, back=True)
     launch(tokens_backward, (chunks, batch), named | {"d_turns": later}, registers=128)
-    # Of the step bias and of skip, along rows first: together the two sums take ten times longer.
-    by_head = [found["d_heads"].sum(0), found["d_diagonal"].sum(2).sum(0)]
-    features = [sums[:, :heads].clone(), sums[:, heads].clone()]  # biases and norms
-    return [found["d_projected"], *by_head, *features, found["d_ssm_in"], d_turn_in]
+    features = sums.view(2, heads + 1, state)
+    return [found["d_projected"], found["d_ssm_in"], d_turn_in, found["d_heads"], features]
+
+
+@fused_scan_backward.register_fake
+def _fused_scan_backward_fake(gradients, kept, ones, starts, sizes) -> list[Tensor]:
+    named = scan_arguments(kept, starts, sizes)
+    alike = [torch.empty_like(named[name]) for name in ("projected", "ssm_in", "turn_in")]
+    _, _, heads, _, state, _ = sizes
+    programs = len(named["projected"]) * named["chunks"]
+    return [*alike, ones.new_empty(programs, 2, heads), ones.new_empty(2, heads + 1, state)]
 
 
 def _keep_scan(ctx, inputs, output):
@@ -6276,14 +6290,20 @@ def _keep_scan(ctx, inputs, output):
 
 
 def _fused_scan_autograd(ctx, gradients):
+    """The gradients of GIVEN; the compiler sees, and fuses, what stands outside the operator."""
     starts, *kept = ctx.saved_tensors
     gradients = [x.contiguous() for x in gradients[:4]]
-    return fused_scan_backward(gradients, kept, starts, ctx.sizes), None, None
+    batch, _, padded = gradients[0].shape
+    _, _, _, _, state, chunk = ctx.sizes
+    rows = min(chunk, 1024 // state)  # of a program of one warp: no barriers
+    ones = gradients[0].new_ones(batch * padded // rows)  # compiled, once for all layers
+    found = fused_scan_backward(gradients, kept, ones, starts, ctx.sizes)
+    d_projected, d_ssm_in, d_turn_in, d_heads, d_features = found
+    biases, norms = d_features[:, :-1], d_features[:, -1]
+    given = [d_projected, *d_heads.sum(0), biases, norms, d_ssm_in, d_turn_in]
+    return given, None, None
 
 
-fused_scan_backward.register_fake(
-    lambda _, kept, *__: [torch.empty_like(x) for x in kept[: len(GIVEN)]]
-)
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 
