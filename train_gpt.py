@@ -794,11 +794,11 @@ def largest_divisor(number: int, most: int) -> int:
     return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
-def maybe_compile(function, settings, ranks):
+def maybe_compile(function, settings, ranks, options: dict | None = None):
     """The function, compiled as one whole graph where COMPILE says so or, by itself, on a GPU."""
     if settings.compile == "off" or (settings.compile == "auto" and not ranks.gpu):
         return function
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def device_memory(device: torch.device) -> int:
@@ -2551,9 +2551,9 @@ def apply_updates(batches: list, updates: list[Tensor], rates: list[Tensor], dec
     for batch, update, rate in zip(batches, updates, rates, strict=True):
         rate = rate * (1 - skip)
         step = rate * shape_factor(update)
-        changes = update[: len(batch)].unbind()  # padding stands behind them
-        for p, change in zip(batch, changes, strict=True):
-            p.mul_(1 - rate * decay).sub_(step * change.float())
+        changes = update[: len(batch)].float().unbind()  # padding stands behind them
+        torch._foreach_mul_(batch, 1 - rate * decay)  # lists: a launch or two, compiled
+        torch._foreach_sub_(batch, torch._foreach_mul(changes, step))
 
 
 class Muon:
@@ -2581,7 +2581,9 @@ class Muon:
         kept = self.momenta if self.beta2 else []
         self.squares = [m.new_zeros(*m.shape[:2], 1) for m in kept]  # of rows, likewise
         self.square_shares = [s.chunk(ranks.world_size)[ranks.rank] for s in self.squares]
-        self.momentum_updates = maybe_compile(momentum_updates, settings, ranks)
+        # Of more matrices than this, gradients would be copied into one batch before they are read.
+        options = {"max_pointwise_cat_inputs": 16}
+        self.momentum_updates = maybe_compile(momentum_updates, settings, ranks, options)
         self.even_out_rows = maybe_compile(even_out_rows, settings, ranks)
         self.apply_updates = maybe_compile(apply_updates, settings, ranks)
 

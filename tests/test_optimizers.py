@@ -127,6 +127,22 @@ def test_row_groups_are_all_of_in_projs_rows(version):
     assert not any(layer.row_groups for layer in plain.linear_layers().values())
 
 
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_matrices_change_as_if_one_by_one(skip):
+    """Two shapes, three matrices each and a fourth update, of padding; the same bits."""
+    shapes, rates, skip = SHAPES[:2], [0.1, 0.3], torch.tensor(skip)
+    batches = [list(matrices(3, *shape)) for shape in shapes]
+    updates = [matrices(4, *shape, seed=1).half() for shape in shapes]
+    expected = []
+    for batch, update, rate in zip(batches, updates, map(torch.tensor, rates), strict=True):
+        rate = rate * (1 - skip)
+        step = rate * max(1, update.shape[1] / update.shape[2]) ** 0.5
+        for p, change in zip(batch, update, strict=False):
+            expected.append(p * (1 - rate * 0.2) - step * change.float())
+    t.apply_updates(batches, updates, [torch.tensor(rate) for rate in rates], 0.2, skip)
+    assert all(map(torch.equal, [p for batch in batches for p in batch], expected))
+
+
 def test_muons_updates_compile_as_one_graph_each():
     """As on a GPU; three steps on three shapes, the second skipped: the same bits as uncompiled."""
 
