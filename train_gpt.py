@@ -2546,10 +2546,13 @@ def even_out_rows(updates: list[Tensor], squares: list[Tensor], beta2: float, sk
     return evened
 
 
-def apply_updates(batches: list, updates: list[Tensor], rates: list[Tensor], decay: float, skip):
-    """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
+def apply_updates(batches: list, updates: list, rates: list[float], decay: float, factor, skip):
+    """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip.
+
+    rate: the batch's times factor. factor, skip: float32 ().
+    """
     for batch, update, rate in zip(batches, updates, rates, strict=True):
-        rate = rate * (1 - skip)
+        rate = rate * factor * (1 - skip)
         step = rate * shape_factor(update)
         changes = update[: len(batch)].float().unbind()  # padding stands behind them
         torch._foreach_mul_(batch, 1 - rate * decay)  # lists: a launch or two, compiled
@@ -2609,8 +2612,21 @@ class Muon:
         if self.beta2:
             updates = self.even_out_rows(updates, self.square_shares, self.beta2, skip)
         updates = [self.ranks.concatenate(update) for update in updates]
-        rates = [rate * lr_factor for rate in self.rates]
-        self.apply_updates(self.batches, updates, rates, self.weight_decay, skip)
+        decay = self.weight_decay
+        self.apply_updates(self.batches, updates, self.rates, decay, lr_factor, skip)
+
+
+def judge_gradients(norm: Tensor, clip_norm: float, skip: Tensor, skipped: Tensor) -> Tensor:
+    """What gradients of this norm are multiplied by to have at most clip_norm, if not 0.
+
+    A norm that is not finite makes skip 1, any other 0; skipped counts: all, this streak, the
+    longest one. All float32, () or (3,); the last two change in place.
+    """
+    skip.copy_(~norm.isfinite())
+    total, streak, longest = skipped.unbind()
+    streak = (streak + skip) * skip
+    skipped.copy_(torch.stack([total + skip, streak, torch.maximum(longest, streak)]))
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
 
 
 class Optimizers:
@@ -2621,11 +2637,13 @@ class Optimizers:
         self.scales_loss = model.compute_dtype == torch.float16
         self.clip_norm = settings.grad_clip_norm
         self.skip = torch.zeros((), device=ranks.device)  # 1: the latest step was skipped
-        self.skipped = torch.zeros(3, device=ranks.device)  # all, this streak, the longest one
+        self.skipped = torch.zeros(3, device=ranks.device)
+        self.judge_gradients = maybe_compile(judge_gradients, settings, ranks)
         matrices, others = parameter_groups(model, settings)
         self.muon = Muon(matrices, settings, ranks)
         betas = settings.beta1, settings.beta2
         self.adam = torch.optim.AdamW(others, 0.0, betas, fused=True, capturable=ranks.gpu)
+        self.rates = torch.tensor([group["base_lr"] for group in others], device=ranks.device)
         # AdamW would make its moments in its first step: too late for CUDA graphs and checkpoints.
         for p in itertools.chain(*(group["params"] for group in others)):
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -2653,16 +2671,13 @@ class Optimizers:
         if self.scales_loss:
             torch._foreach_div_(gradients, self.loss_scale())
         norm = nn.utils.get_total_norm(gradients)
+        scale = self.judge_gradients(norm, self.clip_norm, self.skip, self.skipped)
         if self.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        self.skip.copy_(~norm.isfinite())
-        total, streak, longest = self.skipped.unbind()
-        total.add_(self.skip)
-        streak.add_(self.skip).mul_(self.skip)
-        torch.maximum(longest, streak, out=longest)
+            torch._foreach_mul_(gradients, scale)
         self.muon.step(lr_factor, momentum, self.skip)
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
+        rates = (self.rates * lr_factor).unbind()
+        for group, rate in zip(self.adam.param_groups, rates, strict=True):
+            group["lr"] = rate
         # As torch.amp.GradScaler does: where it is 1, the fused kernel changes nothing.
         self.adam.found_inf = self.skip
         self.adam.step()

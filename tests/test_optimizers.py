@@ -134,12 +134,13 @@ def test_matrices_change_as_if_one_by_one(skip):
     batches = [list(matrices(3, *shape)) for shape in shapes]
     updates = [matrices(4, *shape, seed=1).half() for shape in shapes]
     expected = []
-    for batch, update, rate in zip(batches, updates, map(torch.tensor, rates), strict=True):
-        rate = rate * (1 - skip)
+    factor = torch.tensor(0.7)
+    for batch, update, rate in zip(batches, updates, rates, strict=True):
+        rate = rate * factor * (1 - skip)
         step = rate * max(1, update.shape[1] / update.shape[2]) ** 0.5
         for p, change in zip(batch, update, strict=False):
             expected.append(p * (1 - rate * 0.2) - step * change.float())
-    t.apply_updates(batches, updates, [torch.tensor(rate) for rate in rates], 0.2, skip)
+    t.apply_updates(batches, updates, rates, 0.2, factor, skip)
     assert all(map(torch.equal, [p for batch in batches for p in batch], expected))
 
 
@@ -155,12 +156,32 @@ def test_muons_updates_compile_as_one_graph_each():
         momentum = torch.tensor(0.9)
         for skip in map(torch.tensor, (0.0, 1.0, 0.0)):
             updates = momentum_updates(gradients, momenta, groups, momentum, skip, 5)
-            apply_updates(parameters, updates, [torch.tensor(0.1)] * 3, 0.2, skip)
+            apply_updates(parameters, updates, [0.1] * 3, 0.2, torch.tensor(0.7), skip)
         return [*momenta, *(p for group in parameters for p in group)]
 
     functions = t.momentum_updates, t.apply_updates
     compiled = [torch.compile(f, fullgraph=True, backend="aot_eager") for f in functions]
     assert all(map(torch.equal, three_steps(*functions), three_steps(*compiled)))
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 2.0])
+def test_norms_are_judged_as_one_graph(clip_norm):
+    """Compiled, to the bit: factors, the latest step's skip, and the counts of those skipped."""
+    compiled = torch.compile(t.judge_gradients, fullgraph=True, backend="aot_eager")
+    skips, counts = torch.zeros(2), torch.zeros(2, 3)
+    expected = []
+    for value in (1.0, math.nan, math.inf, 8.0, -math.inf):
+        norm = torch.tensor(value)
+        factors = []
+        for function, skip, count in zip((t.judge_gradients, compiled), skips, counts, strict=True):
+            factors.append(function(norm, clip_norm, skip, count))
+            expected.append(skip.item() == (not math.isfinite(value)))
+        if math.isfinite(value):
+            usual = min(1.0, clip_norm / (value + 1e-6)) if clip_norm else 1.0
+            assert factors == [pytest.approx(usual, rel=1e-6)] * 2
+            assert torch.equal(*factors)
+    assert all(expected)
+    assert counts.tolist() == [[3, 1, 2]] * 2
 
 
 @pytest.mark.parametrize("size", [0.5, 40.0])
