@@ -2512,16 +2512,16 @@ def orthogonalize_groups(batches: list[Tensor], row_groups: list[tuple], steps: 
 
 
 def momentum_updates(
-    gradients: list, momenta: list[Tensor], row_groups: list[tuple], momentum, skip, steps: int
+    gradients: list, momenta: list[Tensor], row_groups: list, momentum, scale, skip, steps: int
 ) -> list[Tensor]:
-    """m <- momentum m + (1 - momentum) g, in place, for each batch's momentum m (n, rows, columns).
+    """m <- momentum m + (1 - momentum) scale g, in place, for each batch's m (n, rows, columns).
 
     Returns updates: the same once more with the new m (Nesterov), orthogonalized. Where skip,
     float32 (), is 1, m stays to the bit, and updates are finite.
     """
     updates = []
     for batch, old in zip(gradients, momenta, strict=True):
-        gradient = torch.where(skip > 0, old, torch.stack(batch))
+        gradient = torch.where(skip > 0, old, torch.stack(batch) * scale)
         old.lerp_(gradient, 1 - momentum)
         update = gradient.lerp(old, momentum)
         # Rows of one length first, so that no unit of a layer is left behind (MuonEq-R).
@@ -2604,11 +2604,16 @@ class Muon:
         return [p.grad for p in mine] + list(torch.zeros_like(share[len(mine) :]))
 
     @torch.no_grad()
-    def step(self, lr_factor: Tensor, momentum: Tensor, skip: Tensor):
-        """One step at this part of the rates; float32 () each. skip of 1: of no effect."""
+    def step(self, lr_factor: Tensor, momentum: Tensor, scale: Tensor, skip: Tensor):
+        """One step at this part of the rates, by gradients times scale; float32 () each.
+
+        skip of 1: of no effect.
+        """
         gradients = list(map(self._gradients, self.batches, self.shares))
-        groups = self.row_groups
-        updates = self.momentum_updates(gradients, self.shares, groups, momentum, skip, self.steps)
+        groups, steps = self.row_groups, self.steps
+        updates = self.momentum_updates(
+            gradients, self.shares, groups, momentum, scale, skip, steps
+        )
         if self.beta2:
             updates = self.even_out_rows(updates, self.square_shares, self.beta2, skip)
         updates = [self.ranks.concatenate(update) for update in updates]
@@ -2672,9 +2677,9 @@ class Optimizers:
             torch._foreach_div_(gradients, self.loss_scale())
         norm = nn.utils.get_total_norm(gradients)
         scale = self.judge_gradients(norm, self.clip_norm, self.skip, self.skipped)
-        if self.clip_norm:
-            torch._foreach_mul_(gradients, scale)
-        self.muon.step(lr_factor, momentum, self.skip)
+        if self.clip_norm:  # Muon scales as it reads
+            torch._foreach_mul_([p.grad for p in self.adam.state if p.grad is not None], scale)
+        self.muon.step(lr_factor, momentum, scale, self.skip)
         rates = (self.rates * lr_factor).unbind()
         for group, rate in zip(self.adam.param_groups, rates, strict=True):
             group["lr"] = rate

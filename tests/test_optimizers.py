@@ -80,9 +80,9 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     for gradient in gradients:
         for p, g in zip(parameters, gradient, strict=True):
             p.grad = g.clone()
-        muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.zeros(()))
-        momentum = 0.9 * momentum + 0.1 * gradient
-        nesterov = 0.1 * gradient + 0.9 * momentum
+        muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.tensor(0.25), torch.zeros(()))
+        momentum = 0.9 * momentum + 0.1 * 0.25 * gradient
+        nesterov = 0.1 * 0.25 * gradient + 0.9 * momentum
         u, _, v = torch.linalg.svd(
             nesterov / nesterov.norm(dim=-1, keepdim=True), full_matrices=False
         )
@@ -103,7 +103,7 @@ def test_groups_of_rows_are_orthogonalized_as_matrices_of_their_own(groups):
     parameter.grad = gradient.clone()
     settings = tiny(muon_backend_steps=12, weight_decay=0.0)
     muon = t.Muon({(0.2, shape, groups): [parameter]}, settings, SOLO)
-    muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.zeros(()))
+    muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.ones(()), torch.zeros(()))
     rows = gradient / gradient.norm(dim=-1, keepdim=True)
     expected = []
     for piece in rows.split(groups):
@@ -155,7 +155,8 @@ def test_muons_updates_compile_as_one_graph_each():
         momenta = [torch.zeros(4, *shape) for shape in SHAPES[:3]]
         momentum = torch.tensor(0.9)
         for skip in map(torch.tensor, (0.0, 1.0, 0.0)):
-            updates = momentum_updates(gradients, momenta, groups, momentum, skip, 5)
+            scale = torch.tensor(0.5)
+            updates = momentum_updates(gradients, momenta, groups, momentum, scale, skip, 5)
             apply_updates(parameters, updates, [0.1] * 3, 0.2, torch.tensor(0.7), skip)
         return [*momenta, *(p for group in parameters for p in group)]
 
@@ -187,23 +188,29 @@ def test_norms_are_judged_as_one_graph(clip_norm):
 @pytest.mark.parametrize("size", [0.5, 40.0])
 @pytest.mark.parametrize("most", [1.0, 2.5, 0.0])
 def test_gradients_are_clipped_to_a_norm(monkeypatch, size, most):
-    """What comes to both optimizers; a smaller norm stays, and GRAD_CLIP_NORM=0 clips nothing."""
+    """What both optimizers use; a smaller norm stays, and GRAD_CLIP_NORM=0 clips nothing."""
     settings = tiny(grad_clip_norm=most)
     model = random_model(settings)
     optimizers, sizes = t.Optimizers(model, settings, SOLO), []
+    matrices = [p for batch in optimizers.muon.batches for p in batch]
 
-    def norm() -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    def norm(parameters) -> float:
+        return float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
 
     fill_gradients(model)
-    before = norm()
+    before = norm(model.parameters())
     for p in model.parameters():
         p.grad *= size / before
-    for optimizer in (optimizers.muon, optimizers.adam):
-        monkeypatch.setattr(optimizer, "step", lambda *_: sizes.append(float(norm())))
+    parts = [norm(matrices), norm(optimizers.adam.state)]
+
+    def muon_step(lr_factor, momentum, scale, skip):
+        sizes.append(norm(matrices) * float(scale))
+
+    monkeypatch.setattr(optimizers.muon, "step", muon_step)
+    monkeypatch.setattr(optimizers.adam, "step", lambda: sizes.append(norm(optimizers.adam.state)))
     optimizers.step(0.5, 0.9)
-    expected = min(size, most) if most else size
-    assert sizes == pytest.approx([expected] * 2, rel=1e-4)
+    clipped = min(1.0, most / size) if most else 1.0
+    assert sizes == pytest.approx([part * clipped for part in parts], rel=1e-4)
 
 
 def test_rows_of_updates_are_as_long_as_they_usually_are():
