@@ -2713,8 +2713,12 @@ def parameter_groups(model, settings) -> tuple[dict, list[dict]]:
     return matrices, list(others.values())
 
 
-def take_in(average: list[Tensor], weights: list[Tensor], rate: Tensor):
-    """a <- (1 - rate) a + rate w, in place, of float32 tensors; compiled, they are read once."""
+def take_in(average: list[Tensor], weights: list[Tensor], rate: Tensor, skip: Tensor):
+    """a <- (1 - rate) a + rate w, in place, of float32 tensors; not if skip, float32 (), is 1.
+
+    Compiled, they are read once.
+    """
+    rate = (1 - skip) * rate
     torch._foreach_mul_(average, 1 - rate)
     torch._foreach_add_(average, torch._foreach_mul(weights, rate))
 
@@ -2736,19 +2740,26 @@ class WeightAverage:
         self.take_in = maybe_compile(take_in, settings, ranks)
 
     def tensors(self) -> list[Tensor]:
-        """What update() changes, float32."""
+        """What steps change, float32."""
         return [*self.ema, *self.swa, self.snapshots] if self.swa else self.ema
 
+    def rate(self, steps_done: int) -> float:
+        """At which the ema takes in the weights after so many steps."""
+        horizon = max(1.0, self.settings.average_horizon * steps_done)
+        return max(1 - self.settings.ema_decay, 1 / horizon)
+
     @torch.no_grad()
-    def update(self, steps_done: int, skip: Tensor, snapshot: bool = False):
-        """Takes in the weights after steps_done steps; not if skip, float32 (), is 1."""
+    def update(self, rate: float | Tensor, skip: Tensor):
+        """A step's last part: the ema takes in the weights; not if skip, float32 (), is 1."""
         if self.ema:
-            horizon = max(1.0, self.settings.average_horizon * steps_done)
-            rate = max(1 - self.settings.ema_decay, 1 / horizon)
-            self.take_in(self.ema, self.parameters, (1 - skip) * rate)
+            rate = torch.as_tensor(rate, device=skip.device)
+            self.take_in(self.ema, self.parameters, rate, skip)
+
+    @torch.no_grad()
+    def after_step(self, steps_done: int, skip: Tensor, snapshot: bool):
+        """Takes a snapshot, if due after steps_done steps; not if skip, float32 (), is 1."""
         if self.swa and snapshot:
-            rate = (1 - skip) / (self.snapshots + 1)
-            self.take_in(self.swa, self.ema or self.parameters, rate)
+            self.take_in(self.swa, self.ema or self.parameters, 1 / (self.snapshots + 1), skip)
             self.snapshots += 1 - skip
 
     @torch.no_grad()
@@ -4537,7 +4548,7 @@ def training_loss(model, settings, ranks):
 
 
 class GraphedSteps:
-    """step(kind, tokens, targets, lr_factor, momentum); on one GPU, most as a CUDA graph.
+    """step(kind, tokens, targets, *rates); on one GPU, most as a CUDA graph.
 
     Launching a step's kernels one by one takes a host longer than small ones take the GPU. Steps of
     a kind launch the same kernels: the order of layers, and whether weights stand on their grids.
@@ -4578,7 +4589,8 @@ class GraphedSteps:
             # "thread_local": other threads copy batches and write checkpoints meanwhile.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.loss = self.step(kind, *self.inputs)
-        torch._foreach_copy_(self.inputs, inputs)
+        torch._foreach_copy_(self.inputs[:2], inputs[:2])
+        torch._foreach_copy_(self.inputs[2:], inputs[2:])  # in one launch, as types are one
         self.graph.replay()
         return self.loss
 
@@ -4696,12 +4708,15 @@ class Trainer:
         alike = self.ranks.from_main(self.steps_done) == self.steps_done
         need(alike, "the ranks must share LOG_DIR")
 
-    def step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
-        """Gradients and an update, lr_factor and momentum being float32 (); returns the loss ()."""
+    def step(
+        self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum, average_rate
+    ) -> Tensor:
+        """Gradients, an update and the average; the last three float32 (). Returns the loss ()."""
         order, quantized = kind
         with self.weights_of(quantized):
             loss = self.accumulate_gradients(tokens, targets, order)
         self.optimizers.step(lr_factor, momentum)
+        self.average.update(average_rate, self.optimizers.skip)
         return loss
 
     def weights_of(self, quantized: bool):
@@ -4739,7 +4754,8 @@ class Trainer:
                 self.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
         skip = torch.ones((), device=device)  # so that the average stays as it is
-        self.average.update(1, skip, True)
+        self.average.update(0.0, skip)
+        self.average.after_step(1, skip, True)
         if s.calibrates:  # as export will: FlexAttention compiles itself
             rows = self.calibration_rows
             collect_costs(self.model, tokens[:rows, :-1], self.ranks, rows, s.shares_bits)
@@ -4775,9 +4791,10 @@ class Trainer:
                     self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
                 kind = self.model.order(now.recurrent), now.quantized
                 tokens, targets = batches.next()
-                loss = self.graphed_steps(kind, tokens, targets, now.lr_factor, now.momentum)
+                rates = now.lr_factor, now.momentum, self.average.rate(self.steps_done + 1)
+                loss = self.graphed_steps(kind, tokens, targets, *rates)
                 self.steps_done += 1
-                self.average.update(self.steps_done, self.optimizers.skip, now.snapshot)
+                self.average.after_step(self.steps_done, self.optimizers.skip, now.snapshot)
                 self.keep_one_ahead()
                 if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
                     self.log_step(loss, now)

@@ -251,7 +251,7 @@ def test_gradients_that_are_not_finite_change_nothing(poison, beta2):
     for number, value in enumerate([None, poison, poison, None, poison], 1):
         fill_gradients(model, value)
         optimizers.step(0.5, 0.9)
-        average.update(number, optimizers.skip)
+        average.update(average.rate(number), optimizers.skip)
         counts.append(optimizers.skipped.tolist())
         tensors.append(optimizer_tensors(optimizers, average))
     assert counts == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 0, 2], [3, 1, 2]]
@@ -374,7 +374,8 @@ def averaged(steps: int, skipped: tuple[int, ...] = (), every: int = 0, **change
     for step in range(1, steps + 1):
         model.weight.data.fill_(step)
         skip = torch.tensor(float(step in skipped))
-        average.update(step, skip, snapshot=bool(every) and step % every == 0)
+        average.update(average.rate(step), skip)
+        average.after_step(step, skip, snapshot=bool(every) and step % every == 0)
     average.apply()
     return model.weight.item()
 
@@ -452,7 +453,9 @@ def test_a_checkpoint_holds_all_of_an_average(tmp_path, average):
             fill_gradients(model)
             trainer.optimizers.step(now.lr_factor, now.momentum)
             trainer.steps_done += 1
-            trainer.average.update(trainer.steps_done, trainer.optimizers.skip, now.snapshot)
+            average, skip = trainer.average, trainer.optimizers.skip
+            average.update(average.rate(trainer.steps_done), skip)
+            average.after_step(trainer.steps_done, skip, now.snapshot)
         return trainer, [x.detach().clone() for x in trainer.tensors()]
 
     with t.Checkpoints(settings, SOLO, Quiet()) as checkpoints:
