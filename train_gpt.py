@@ -2547,10 +2547,7 @@ def even_out_rows(updates: list[Tensor], squares: list[Tensor], beta2: float, sk
 
 
 def apply_updates(batches: list, updates: list, rates: list[float], decay: float, factor, skip):
-    """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip.
-
-    rate: the batch's times factor. factor, skip: float32 ().
-    """
+    """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
     for batch, update, rate in zip(batches, updates, rates, strict=True):
         rate = rate * factor * (1 - skip)
         step = rate * shape_factor(update)
@@ -2605,27 +2602,21 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr_factor: Tensor, momentum: Tensor, scale: Tensor, skip: Tensor):
-        """One step at this part of the rates, by gradients times scale; float32 () each.
-
-        skip of 1: of no effect.
-        """
+        """One step at this part of rates, by scaled gradients; none if skip. float32 () each."""
         gradients = list(map(self._gradients, self.batches, self.shares))
-        groups, steps = self.row_groups, self.steps
-        updates = self.momentum_updates(
-            gradients, self.shares, groups, momentum, scale, skip, steps
-        )
+        groups = self.row_groups
+        numbers = momentum, scale, skip, self.steps
+        updates = self.momentum_updates(gradients, self.shares, groups, *numbers)
         if self.beta2:
             updates = self.even_out_rows(updates, self.square_shares, self.beta2, skip)
         updates = [self.ranks.concatenate(update) for update in updates]
-        decay = self.weight_decay
-        self.apply_updates(self.batches, updates, self.rates, decay, lr_factor, skip)
+        self.apply_updates(self.batches, updates, self.rates, self.weight_decay, lr_factor, skip)
 
 
 def judge_gradients(norm: Tensor, clip_norm: float, skip: Tensor, skipped: Tensor) -> Tensor:
-    """What gradients of this norm are multiplied by to have at most clip_norm, if not 0.
+    """What gradients of this norm, float32 (), are multiplied by to have clip_norm, if not 0.
 
-    A norm that is not finite makes skip 1, any other 0; skipped counts: all, this streak, the
-    longest one. All float32, () or (3,); the last two change in place.
+    Puts 1 into skip () if it is not finite, else 0; skipped: all, this streak, the longest one.
     """
     skip.copy_(~norm.isfinite())
     total, streak, longest = skipped.unbind()
@@ -2714,10 +2705,7 @@ def parameter_groups(model, settings) -> tuple[dict, list[dict]]:
 
 
 def take_in(average: list[Tensor], weights: list[Tensor], rate: Tensor, skip: Tensor):
-    """a <- (1 - rate) a + rate w, in place, of float32 tensors; not if skip, float32 (), is 1.
-
-    Compiled, they are read once.
-    """
+    """a <- (1 - rate) a + rate w, in place, float32; not if skip. Compiled, they are read once."""
     rate = (1 - skip) * rate
     torch._foreach_mul_(average, 1 - rate)
     torch._foreach_add_(average, torch._foreach_mul(weights, rate))
@@ -4708,11 +4696,10 @@ class Trainer:
         alike = self.ranks.from_main(self.steps_done) == self.steps_done
         need(alike, "the ranks must share LOG_DIR")
 
-    def step(
-        self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum, average_rate
-    ) -> Tensor:
-        """Gradients, an update and the average; the last three float32 (). Returns the loss ()."""
+    def step(self, kind: tuple, tokens: Tensor, targets: Tensor, *rates: Tensor) -> Tensor:
+        """Gradients, an update, the average, by rates, float32 () each; returns the loss ()."""
         order, quantized = kind
+        lr_factor, momentum, average_rate = rates
         with self.weights_of(quantized):
             loss = self.accumulate_gradients(tokens, targets, order)
         self.optimizers.step(lr_factor, momentum)
@@ -6123,10 +6110,9 @@ def tokens_backward(
     live = t < length
     heads = h < S.H
     mask = live & heads
-    columns = key_columns(b, t, length, S) + 2 * S.N
-    row = projected + columns
-    d_row = d_projected + columns
-    raw_step, step, raw_decay, rate, share = load_dynamics(row, live, step_bias, h, S)
+    row = key_columns(b, t, length, S) + 2 * S.N
+    d_row = d_projected + row
+    raw_step, step, raw_decay, rate, share = load_dynamics(projected + row, live, step_bias, h, S)
     place = (b * S.H + h) * padded + t
     plane = batch * S.H * padded
     d_current, _ = key_weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
@@ -6139,10 +6125,9 @@ def tokens_backward(
     if starts is not None:
         start = tl.load(starts + b * length + token, token < length, 0)
         d_log_decay = tl.where(start[:, None] != 0, 0.0, d_log_decay)
-    d_step = share * d_current + rate * d_log_decay
     before = mask & (t > 0)  # this token's step also weighs the key before it
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
-    d_step += (1.0 - share) * d_previous
+    d_step = share * d_current + rate * d_log_decay + (1.0 - share) * d_previous
     d_step = turns_backward(
         d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, h, r, live, batch, S
     )
@@ -6152,10 +6137,9 @@ def tokens_backward(
     tl.store(d_row + 2 * S.H + h, d_share, mask)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
     tl.store(d_row + h, d_raw, mask)
-    sums = d_heads + 2 * program * S.H + h
-    tl.store(sums, tl.sum(d_raw, axis=0)[None, :], heads)
-    d_skip = load_float(d_diagonal + place, heads)
-    tl.store(sums + S.H, tl.sum(d_skip, axis=0)[None, :], heads)
+    tl.store(d_heads + 2 * program * S.H + h, tl.sum(d_raw, axis=0)[None, :], heads)
+    d_skip = tl.sum(load_float(d_diagonal + place, heads), axis=0)[None, :]
+    tl.store(d_heads + (2 * program + 1) * S.H + h, d_skip, heads)
 
 
 # ---- The operator --------------------------------------------------------------------------------
@@ -6273,17 +6257,13 @@ def fused_scan_fake(tensors, starts, sizes) -> list[Tensor]:
 
 @torch.library.custom_op("golf::fused_scan_backward", mutates_args=())
 def fused_scan_backward(
-    gradients: list[Tensor],
-    kept: list[Tensor],
-    ones: Tensor,
-    starts: Tensor | None,
-    sizes: list[int],
+    d_out: list[Tensor], kept: list[Tensor], starts: Tensor | None, sizes: list[int], ones: Tensor
 ) -> list[Tensor]:
-    """From the gradients of squares, turn_out, y and ssm_out those of projected, ssm_in, turn_in.
+    """The gradients of GIVEN, from those of squares, turn_out, y and ssm_out; some not summed up.
 
-    Then d_heads, and d_features (2, H + 1, N) summed over its parts; ones: (B · parts), float32.
+    For the step bias and skip d_heads, for biases and norms d_features' sum. ones: (B · parts).
     """
-    d_squares, d_turn_out, d_y, d_ssm_out = gradients
+    d_squares, d_turn_out, d_y, d_ssm_out = d_out
     named = scan_arguments(kept, starts, sizes)
     _, angles, heads, _, state, chunk = sizes
     batch, _, padded = d_squares.shape
@@ -6311,16 +6291,15 @@ def fused_scan_backward(
     later, d_turn_in = launch_sum_turns(d_turns, d_turn_out, back=True)
     launch(tokens_backward, (chunks, batch), named | {"d_turns": later}, registers=128)
     features = sums.view(2, heads + 1, state)
-    return [found["d_projected"], found["d_ssm_in"], d_turn_in, found["d_heads"], features]
+    return [found["d_projected"], found["d_heads"], features, found["d_ssm_in"], d_turn_in]
 
 
 @fused_scan_backward.register_fake
-def _fused_scan_backward_fake(gradients, kept, ones, starts, sizes) -> list[Tensor]:
-    named = scan_arguments(kept, starts, sizes)
-    alike = [torch.empty_like(named[name]) for name in ("projected", "ssm_in", "turn_in")]
-    _, _, heads, _, state, _ = sizes
-    programs = len(named["projected"]) * named["chunks"]
-    return [*alike, ones.new_empty(programs, 2, heads), ones.new_empty(2, heads + 1, state)]
+def _fused_scan_backward_fake(gradients, kept, starts, sizes, ones) -> list[Tensor]:
+    projected, *_, ssm_in, turn_in = map(torch.empty_like, kept[: len(GIVEN)])
+    batch, heads, chunks, state, _ = kept[-1].shape  # of states
+    by_head = ones.new_empty(batch * chunks, 2, heads)
+    return [projected, by_head, ones.new_empty(2, heads + 1, state), ssm_in, turn_in]
 
 
 def _keep_scan(ctx, inputs, output):
@@ -6336,10 +6315,9 @@ def _fused_scan_autograd(ctx, gradients):
     _, _, _, _, state, chunk = ctx.sizes
     rows = min(chunk, 1024 // state)  # of a program of one warp: no barriers
     ones = gradients[0].new_ones(batch * padded // rows)  # compiled, once for all layers
-    found = fused_scan_backward(gradients, kept, ones, starts, ctx.sizes)
-    d_projected, d_ssm_in, d_turn_in, d_heads, d_features = found
-    biases, norms = d_features[:, :-1], d_features[:, -1]
-    given = [d_projected, *d_heads.sum(0), biases, norms, d_ssm_in, d_turn_in]
+    found = fused_scan_backward(gradients, kept, starts, ctx.sizes, ones)
+    projected, by_head, features, *states = found
+    given = [projected, *by_head.sum(0), features[:, :-1], features[:, -1], *states]
     return given, None, None
 
 
