@@ -812,11 +812,11 @@ def largest_divisor(number: int, most: int) -> int:
     return next((n for n in range(min(number, most), 1, -1) if number % n == 0), 1)
 
 
-def maybe_compile(function, settings, ranks):
+def maybe_compile(function, settings, ranks, options: dict | None = None):
     """The function, compiled as one whole graph where COMPILE says so or, by itself, on a GPU."""
     if settings.compile == "off" or (settings.compile == "auto" and not ranks.gpu):
         return function
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def device_memory(device: torch.device) -> int:
@@ -2532,16 +2532,16 @@ def orthogonalize_groups(batches: list[Tensor], row_groups: list[tuple], steps: 
 
 
 def momentum_updates(
-    gradients: list, momenta: list[Tensor], row_groups: list[tuple], momentum, skip, steps: int
+    gradients: list, momenta: list[Tensor], row_groups: list, momentum, scale, skip, steps: int
 ) -> list[Tensor]:
-    """m <- momentum m + (1 - momentum) g, in place, for each batch's momentum m (n, rows, columns).
+    """m <- momentum m + (1 - momentum) scale g, in place, for each batch's m (n, rows, columns).
 
     Returns updates: the same once more with the new m (Nesterov), orthogonalized. Where skip,
     float32 (), is 1, m stays to the bit, and updates are finite.
     """
     updates = []
     for batch, old in zip(gradients, momenta, strict=True):
-        gradient = torch.where(skip > 0, old, torch.stack(batch))
+        gradient = torch.where(skip > 0, old, torch.stack(batch) * scale)
         old.lerp_(gradient, 1 - momentum)
         update = gradient.lerp(old, momentum)
         # Rows of one length first, so that no unit of a layer is left behind (MuonEq-R).
@@ -2566,14 +2566,14 @@ def even_out_rows(updates: list[Tensor], squares: list[Tensor], beta2: float, sk
     return evened
 
 
-def apply_updates(batches: list, updates: list[Tensor], rates: list[Tensor], decay: float, skip):
+def apply_updates(batches: list, updates: list, rates: list[float], decay: float, factor, skip):
     """p <- (1 - rate decay) p - rate sqrt(max(1, rows / columns)) update, in place; not if skip."""
     for batch, update, rate in zip(batches, updates, rates, strict=True):
-        rate = rate * (1 - skip)
+        rate = rate * factor * (1 - skip)
         step = rate * shape_factor(update)
-        changes = update[: len(batch)].unbind()  # padding stands behind them
-        for p, change in zip(batch, changes, strict=True):
-            p.mul_(1 - rate * decay).sub_(step * change.float())
+        changes = update[: len(batch)].float().unbind()  # padding stands behind them
+        torch._foreach_mul_(batch, 1 - rate * decay)  # lists: a launch or two, compiled
+        torch._foreach_sub_(batch, torch._foreach_mul(changes, step))
 
 
 class Muon:
@@ -2601,7 +2601,9 @@ class Muon:
         kept = self.momenta if self.beta2 else []
         self.squares = [m.new_zeros(*m.shape[:2], 1) for m in kept]  # of rows, likewise
         self.square_shares = [s.chunk(ranks.world_size)[ranks.rank] for s in self.squares]
-        self.momentum_updates = maybe_compile(momentum_updates, settings, ranks)
+        # Of more matrices than this, gradients would be copied into one batch before they are read.
+        options = {"max_pointwise_cat_inputs": 16}
+        self.momentum_updates = maybe_compile(momentum_updates, settings, ranks, options)
         self.even_out_rows = maybe_compile(even_out_rows, settings, ranks)
         self.apply_updates = maybe_compile(apply_updates, settings, ranks)
 
@@ -2619,16 +2621,28 @@ class Muon:
         return [p.grad for p in mine] + list(torch.zeros_like(share[len(mine) :]))
 
     @torch.no_grad()
-    def step(self, lr_factor: Tensor, momentum: Tensor, skip: Tensor):
-        """One step at this part of the rates; float32 () each. skip of 1: of no effect."""
+    def step(self, lr_factor: Tensor, momentum: Tensor, scale: Tensor, skip: Tensor):
+        """One step at this part of rates, by scaled gradients; none if skip. float32 () each."""
         gradients = list(map(self._gradients, self.batches, self.shares))
         groups = self.row_groups
-        updates = self.momentum_updates(gradients, self.shares, groups, momentum, skip, self.steps)
+        numbers = momentum, scale, skip, self.steps
+        updates = self.momentum_updates(gradients, self.shares, groups, *numbers)
         if self.beta2:
             updates = self.even_out_rows(updates, self.square_shares, self.beta2, skip)
         updates = [self.ranks.concatenate(update) for update in updates]
-        rates = [rate * lr_factor for rate in self.rates]
-        self.apply_updates(self.batches, updates, rates, self.weight_decay, skip)
+        self.apply_updates(self.batches, updates, self.rates, self.weight_decay, lr_factor, skip)
+
+
+def judge_gradients(norm: Tensor, clip_norm: float, skip: Tensor, skipped: Tensor) -> Tensor:
+    """What gradients of this norm, float32 (), are multiplied by to have clip_norm, if not 0.
+
+    Puts 1 into skip () if it is not finite, else 0; skipped: all, this streak, the longest one.
+    """
+    skip.copy_(~norm.isfinite())
+    total, streak, longest = skipped.unbind()
+    streak = (streak + skip) * skip
+    skipped.copy_(torch.stack([total + skip, streak, torch.maximum(longest, streak)]))
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else torch.ones_like(norm)
 
 
 class Optimizers:
@@ -2639,11 +2653,13 @@ class Optimizers:
         self.scales_loss = model.compute_dtype == torch.float16
         self.clip_norm = settings.grad_clip_norm
         self.skip = torch.zeros((), device=ranks.device)  # 1: the latest step was skipped
-        self.skipped = torch.zeros(3, device=ranks.device)  # all, this streak, the longest one
+        self.skipped = torch.zeros(3, device=ranks.device)
+        self.judge_gradients = maybe_compile(judge_gradients, settings, ranks)
         matrices, others = parameter_groups(model, settings)
         self.muon = Muon(matrices, settings, ranks)
         betas = settings.beta1, settings.beta2
         self.adam = torch.optim.AdamW(others, 0.0, betas, fused=True, capturable=ranks.gpu)
+        self.rates = torch.tensor([group["base_lr"] for group in others], device=ranks.device)
         # AdamW would make its moments in its first step: too late for CUDA graphs and checkpoints.
         for p in itertools.chain(*(group["params"] for group in others)):
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -2670,16 +2686,13 @@ class Optimizers:
         if self.scales_loss:
             torch._foreach_div_(gradients, self.loss_scale())
         norm = nn.utils.get_total_norm(gradients)
-        if self.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        self.skip.copy_(~norm.isfinite())
-        total, streak, longest = self.skipped.unbind()
-        total.add_(self.skip)
-        streak.add_(self.skip).mul_(self.skip)
-        torch.maximum(longest, streak, out=longest)
-        self.muon.step(lr_factor, momentum, self.skip)
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
+        scale = self.judge_gradients(norm, self.clip_norm, self.skip, self.skipped)
+        if self.clip_norm:  # Muon scales as it reads
+            torch._foreach_mul_([p.grad for p in self.adam.state if p.grad is not None], scale)
+        self.muon.step(lr_factor, momentum, scale, self.skip)
+        rates = (self.rates * lr_factor).unbind()
+        for group, rate in zip(self.adam.param_groups, rates, strict=True):
+            group["lr"] = rate
         # As torch.amp.GradScaler does: where it is 1, the fused kernel changes nothing.
         self.adam.found_inf = self.skip
         self.adam.step()
@@ -2710,8 +2723,9 @@ def parameter_groups(model, settings) -> tuple[dict, list[dict]]:
     return matrices, list(others.values())
 
 
-def take_in(average: list[Tensor], weights: list[Tensor], rate: Tensor):
-    """a <- (1 - rate) a + rate w, in place, of float32 tensors; compiled, they are read once."""
+def take_in(average: list[Tensor], weights: list[Tensor], rate: Tensor, skip: Tensor):
+    """a <- (1 - rate) a + rate w, in place, float32; not if skip. Compiled, they are read once."""
+    rate = (1 - skip) * rate
     torch._foreach_mul_(average, 1 - rate)
     torch._foreach_add_(average, torch._foreach_mul(weights, rate))
 
@@ -2733,19 +2747,26 @@ class WeightAverage:
         self.take_in = maybe_compile(take_in, settings, ranks)
 
     def tensors(self) -> list[Tensor]:
-        """What update() changes, float32."""
+        """What steps change, float32."""
         return [*self.ema, *self.swa, self.snapshots] if self.swa else self.ema
 
+    def rate(self, steps_done: int) -> float:
+        """At which the ema takes in the weights after so many steps."""
+        horizon = max(1.0, self.settings.average_horizon * steps_done)
+        return max(1 - self.settings.ema_decay, 1 / horizon)
+
     @torch.no_grad()
-    def update(self, steps_done: int, skip: Tensor, snapshot: bool = False):
-        """Takes in the weights after steps_done steps; not if skip, float32 (), is 1."""
+    def update(self, rate: float | Tensor, skip: Tensor):
+        """A step's last part: the ema takes in the weights; not if skip, float32 (), is 1."""
         if self.ema:
-            horizon = max(1.0, self.settings.average_horizon * steps_done)
-            rate = max(1 - self.settings.ema_decay, 1 / horizon)
-            self.take_in(self.ema, self.parameters, (1 - skip) * rate)
+            rate = torch.as_tensor(rate, device=skip.device)
+            self.take_in(self.ema, self.parameters, rate, skip)
+
+    @torch.no_grad()
+    def after_step(self, steps_done: int, skip: Tensor, snapshot: bool):
+        """Takes a snapshot, if due after steps_done steps; not if skip, float32 (), is 1."""
         if self.swa and snapshot:
-            rate = (1 - skip) / (self.snapshots + 1)
-            self.take_in(self.swa, self.ema or self.parameters, rate)
+            self.take_in(self.swa, self.ema or self.parameters, 1 / (self.snapshots + 1), skip)
             self.snapshots += 1 - skip
 
     @torch.no_grad()
@@ -4734,7 +4755,7 @@ def training_loss(model, settings, ranks):
 
 
 class GraphedSteps:
-    """step(kind, tokens, targets, lr_factor, momentum); on one GPU, most as a CUDA graph.
+    """step(kind, tokens, targets, *rates); on one GPU, most as a CUDA graph.
 
     Launching a step's kernels one by one takes a host longer than small ones take the GPU. Steps of
     a kind launch the same kernels: the order of layers, and whether weights stand on their grids.
@@ -4775,7 +4796,8 @@ class GraphedSteps:
             # "thread_local": other threads copy batches and write checkpoints meanwhile.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.loss = self.step(kind, *self.inputs)
-        torch._foreach_copy_(self.inputs, inputs)
+        torch._foreach_copy_(self.inputs[:2], inputs[:2])
+        torch._foreach_copy_(self.inputs[2:], inputs[2:])  # in one launch, as types are one
         self.graph.replay()
         return self.loss
 
@@ -4893,12 +4915,14 @@ class Trainer:
         alike = self.ranks.from_main(self.steps_done) == self.steps_done
         need(alike, "the ranks must share LOG_DIR")
 
-    def step(self, kind: tuple, tokens: Tensor, targets: Tensor, lr_factor, momentum) -> Tensor:
-        """Gradients and an update, lr_factor and momentum being float32 (); returns the loss ()."""
+    def step(self, kind: tuple, tokens: Tensor, targets: Tensor, *rates: Tensor) -> Tensor:
+        """Gradients, an update, the average, by rates, float32 () each; returns the loss ()."""
         order, quantized = kind
+        lr_factor, momentum, average_rate = rates
         with self.weights_of(quantized):
             loss = self.accumulate_gradients(tokens, targets, order)
         self.optimizers.step(lr_factor, momentum)
+        self.average.update(average_rate, self.optimizers.skip)
         return loss
 
     def weights_of(self, quantized: bool):
@@ -4936,7 +4960,8 @@ class Trainer:
                 self.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
         skip = torch.ones((), device=device)  # so that the average stays as it is
-        self.average.update(1, skip, True)
+        self.average.update(0.0, skip)
+        self.average.after_step(1, skip, True)
         if s.calibrates:  # as export will: FlexAttention compiles itself
             rows = self.calibration_rows
             collect_costs(self.model, tokens[:rows, :-1], self.ranks, rows, s.shares_bits)
@@ -4971,9 +4996,10 @@ class Trainer:
                     self.log(f"QAT from step {self.steps_done}, k={self.qat_k:.2f}")
                 kind = self.model.order(now.recurrent), now.quantized
                 tokens, targets = batches.next()
-                loss = self.graphed_steps(kind, tokens, targets, now.lr_factor, now.momentum)
+                rates = now.lr_factor, now.momentum, self.average.rate(self.steps_done + 1)
+                loss = self.graphed_steps(kind, tokens, targets, *rates)
                 self.steps_done += 1
-                self.average.update(self.steps_done, self.optimizers.skip, now.snapshot)
+                self.average.after_step(self.steps_done, self.optimizers.skip, now.snapshot)
                 self.keep_one_ahead()
                 if self.steps_done <= 5 or self.steps_done % s.train_log_every == 0:
                     self.log_step(loss, now)
@@ -5657,7 +5683,7 @@ def explain_collective(error: RuntimeError) -> str:
 #   d_turn *      (2, B, H, padded, R)  of the running angle, by key and by query
 #   d_turns       (B · parts, 2, H, R)  its sums over a part of the rows; later: of later chunks
 #   d_features    (B · parts, 2, H + 1, N)  of the biases and, last, of the norm, by part
-#   d_heads       (B · chunks, H)       of the step bias, by chunk
+#   d_heads       (B · chunks, 2, H)    of the step bias, and of skip, by chunk
 
 # Planes: the first index of a buffer, by name. A kernel may read no global but such a constant.
 STEP, DECAY_SUM, KEY_LOG, CURRENT, KEY_QUERY, WEIGHT = map(constexpr, range(6))  # of scalars
@@ -6305,10 +6331,9 @@ def tokens_backward(
     live = t < length
     heads = h < S.H
     mask = live & heads
-    columns = key_columns(b, t, length, S) + 2 * S.N
-    row = projected + columns
-    d_row = d_projected + columns
-    raw_step, step, raw_decay, rate, share = load_dynamics(row, live, step_bias, h, S)
+    row = key_columns(b, t, length, S) + 2 * S.N
+    d_row = d_projected + row
+    raw_step, step, raw_decay, rate, share = load_dynamics(projected + row, live, step_bias, h, S)
     place = (b * S.H + h) * padded + t
     plane = batch * S.H * padded
     d_current, _ = key_weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
@@ -6321,10 +6346,9 @@ def tokens_backward(
     if starts is not None:
         start = tl.load(starts + b * length + token, token < length, 0)
         d_log_decay = tl.where(start[:, None] != 0, 0.0, d_log_decay)
-    d_step = share * d_current + rate * d_log_decay
     before = mask & (t > 0)  # this token's step also weighs the key before it
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
-    d_step += (1.0 - share) * d_previous
+    d_step = share * d_current + rate * d_log_decay + (1.0 - share) * d_previous
     d_step = turns_backward(
         d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, h, r, live, batch, S
     )
@@ -6334,7 +6358,9 @@ def tokens_backward(
     tl.store(d_row + 2 * S.H + h, d_share, mask)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
     tl.store(d_row + h, d_raw, mask)
-    tl.store(d_heads + program * S.H + h, tl.sum(d_raw, axis=0)[None, :], heads)
+    tl.store(d_heads + 2 * program * S.H + h, tl.sum(d_raw, axis=0)[None, :], heads)
+    d_skip = tl.sum(load_float(d_diagonal + place, heads), axis=0)[None, :]
+    tl.store(d_heads + (2 * program + 1) * S.H + h, d_skip, heads)
 
 
 # ---- The operator --------------------------------------------------------------------------------
@@ -6452,17 +6478,19 @@ def fused_scan_fake(tensors, starts, sizes) -> list[Tensor]:
 
 @torch.library.custom_op("golf::fused_scan_backward", mutates_args=())
 def fused_scan_backward(
-    gradients: list[Tensor], kept: list[Tensor], starts: Tensor | None, sizes: list[int]
+    d_out: list[Tensor], kept: list[Tensor], starts: Tensor | None, sizes: list[int], ones: Tensor
 ) -> list[Tensor]:
-    """The gradients of GIVEN, from those of squares, turn_out, y and ssm_out."""
-    d_squares, d_turn_out, d_y, d_ssm_out = gradients
+    """The gradients of GIVEN, from those of squares, turn_out, y and ssm_out; some not summed up.
+
+    For the step bias and skip d_heads, for biases and norms d_features' sum. ones: (B · parts).
+    """
+    d_squares, d_turn_out, d_y, d_ssm_out = d_out
     named = scan_arguments(kept, starts, sizes)
     _, angles, heads, _, state, chunk = sizes
     batch, _, padded = d_squares.shape
     chunks = padded // chunk
-    rows = min(chunk, 1024 // state)  # of one warp: no barriers
-    parts = padded // rows
-    programs = batch * parts
+    programs = len(ones)
+    parts = programs // batch
     single = d_squares.new_empty
     alike = ("projected", "rotated", "ssm_in")
     found = {f"d_{name}": torch.empty_like(named[name]) for name in alike}
@@ -6473,22 +6501,26 @@ def fused_scan_backward(
         "d_turn": torch.empty_like(named["rotation"], dtype=d_y.dtype),
         "d_turns": single(programs, 2, heads, angles),
         "d_features": single(programs, 2, heads + 1, state),
-        "d_heads": single(batch * chunks, heads),
+        "d_heads": single(batch * chunks, 2, heads),
     }
     named |= found
     scan = scan_tiles(named | {"d_squares": d_squares, "d_y": d_y})
     launch(scan_backward, (batch * heads,), scan | {"d_ssm_out": d_ssm_out}, warps=scan["WARPS"])
-    launch(features_backward, (parts, batch, 2), named | {"ROWS": rows}, warps=1)
-    d_features = found["d_features"]
-    sums = d_features.new_ones(len(d_features)) @ d_features.flatten(1)  # faster than sum()
-    sums = sums.view(2, heads + 1, state)
+    launch(features_backward, (parts, batch, 2), named | {"ROWS": padded // parts}, warps=1)
+    sums = ones @ found["d_features"].flatten(1)  # faster than sum()
     d_turns = found["d_turns"].view(batch, chunks, -1, heads, angles)
     later, d_turn_in = launch_sum_turns(d_turns, d_turn_out, back=True)
     launch(tokens_backward, (chunks, batch), named | {"d_turns": later}, registers=128)
-    # Of the step bias and of skip, along rows first: together the two sums take ten times longer.
-    by_head = [found["d_heads"].sum(0), found["d_diagonal"].sum(2).sum(0)]
-    features = [sums[:, :heads].clone(), sums[:, heads].clone()]  # biases and norms
-    return [found["d_projected"], *by_head, *features, found["d_ssm_in"], d_turn_in]
+    features = sums.view(2, heads + 1, state)
+    return [found["d_projected"], found["d_heads"], features, found["d_ssm_in"], d_turn_in]
+
+
+@fused_scan_backward.register_fake
+def _fused_scan_backward_fake(gradients, kept, starts, sizes, ones) -> list[Tensor]:
+    projected, *_, ssm_in, turn_in = map(torch.empty_like, kept[: len(GIVEN)])
+    batch, heads, chunks, state, _ = kept[-1].shape  # of states
+    by_head = ones.new_empty(batch * chunks, 2, heads)
+    return [projected, by_head, ones.new_empty(2, heads + 1, state), ssm_in, turn_in]
 
 
 def _keep_scan(ctx, inputs, output):
@@ -6497,14 +6529,19 @@ def _keep_scan(ctx, inputs, output):
 
 
 def _fused_scan_autograd(ctx, gradients):
+    """The gradients of GIVEN; the compiler sees, and fuses, what stands outside the operator."""
     starts, *kept = ctx.saved_tensors
     gradients = [x.contiguous() for x in gradients[:4]]
-    return fused_scan_backward(gradients, kept, starts, ctx.sizes), None, None
+    batch, _, padded = gradients[0].shape
+    _, _, _, _, state, chunk = ctx.sizes
+    rows = min(chunk, 1024 // state)  # of a program of one warp: no barriers
+    ones = gradients[0].new_ones(batch * padded // rows)  # compiled, once for all layers
+    found = fused_scan_backward(gradients, kept, starts, ctx.sizes, ones)
+    projected, by_head, features, *states = found
+    given = [projected, *by_head.sum(0), features[:, :-1], features[:, -1], *states]
+    return given, None, None
 
 
-fused_scan_backward.register_fake(
-    lambda _, kept, *__: [torch.empty_like(x) for x in kept[: len(GIVEN)]]
-)
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 

@@ -613,7 +613,7 @@ def optimizer_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
         for p, gradient in zip(model.parameters(), gradients, strict=True):
             p.grad = gradient  # a step drops it
         optimizers.step(no_rate, momentum)
-        average.update(1, optimizers.skip)
+        average.update(no_rate, optimizers.skip)
 
     matrices = [layer.weight for layer in model.linear_layers().values()]
     muon = sum(p.numel() for p in matrices)

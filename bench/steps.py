@@ -101,8 +101,7 @@ class Variant:
     def step(self, batch: tuple[Tensor, Tensor]) -> None:
         """A step of rate 0 as a run makes it, the weight average included."""
         kind = self.trainer.model.order(True), False
-        self.trainer.graphed_steps(kind, *batch, 0.0, 0.95)
-        self.trainer.average.update(1, self.trainer.optimizers.skip, False)
+        self.trainer.graphed_steps(kind, *batch, 0.0, 0.95, 1.0)
 
     def time_step(self, steps: int) -> float:
         """Median milliseconds of so many steps, behind some that are not counted."""

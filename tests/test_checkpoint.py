@@ -255,7 +255,8 @@ def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
                 fill_gradients(trainer.model, np.nan if trainer.steps_done == 3 else None)
                 trainer.optimizers.step(0.5, 0.9)
                 trainer.steps_done += 1
-                trainer.average.update(trainer.steps_done, trainer.optimizers.skip)
+                rate = trainer.average.rate(trainer.steps_done)
+                trainer.average.update(rate, trainer.optimizers.skip)
             with t.Checkpoints(settings, ranks, log) as trainer.checkpoints:
                 trainer.save()
                 trainer.checkpoints.finish()

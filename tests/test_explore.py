@@ -119,7 +119,8 @@ def test_each_average_looks_back_over_its_part_of_the_run():
     expected = {0.1: float(model.weight.detach()), 0.4: float(model.weight.detach())}
     for step in range(1, 201):
         torch.nn.init.constant_(model.weight, step)
-        averages.update(step, torch.tensor(float(145 < step <= 150 or step == 100)))
+        skip = torch.tensor(float(145 < step <= 150 or step == 100))
+        averages.after_step(step, skip, False)
         if step % 5 == 0 and step != 150:
             for part in expected:
                 rate = min(1.0, 5 / (part * step))
@@ -188,6 +189,8 @@ def test_an_average_of_a_part_looks_back_as_a_runs_own_does():
     ours = explore.Averages(model, tiny(), SOLO, [0.3], every=1)
     for step in range(1, 100):
         torch.nn.init.normal_(model.weight)
+        skip = torch.zeros((), device=SOLO.device)
         for average in (own, ours):
-            average.update(step, torch.zeros((), device=SOLO.device))
+            average.update(average.rate(step), skip)
+            average.after_step(step, skip, False)
     assert torch.allclose(own.ema[0], ours.each[0.3].ema[0])

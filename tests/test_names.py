@@ -219,7 +219,8 @@ def train(environment: dict[str, str]) -> float:
         tokens = random_tokens(4, 33, seed=step)
         model.loss(tokens[:, :-1], tokens[:, 1:], model.order(now.recurrent)).backward()
         optimizers.step(now.lr_factor, now.momentum)
-        average.update(step + 1, optimizers.skip, now.snapshot)
+        average.update(average.rate(step + 1), optimizers.skip)
+        average.after_step(step + 1, optimizers.skip, now.snapshot)
     average.apply()
     tokens = random_tokens(4, 33, seed=99)
     with torch.no_grad():

@@ -80,9 +80,9 @@ def test_muon_steps_along_the_orthogonalized_nesterov_momentum(shape):
     for gradient in gradients:
         for p, g in zip(parameters, gradient, strict=True):
             p.grad = g.clone()
-        muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.zeros(()))
-        momentum = 0.9 * momentum + 0.1 * gradient
-        nesterov = 0.1 * gradient + 0.9 * momentum
+        muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.tensor(0.25), torch.zeros(()))
+        momentum = 0.9 * momentum + 0.1 * 0.25 * gradient
+        nesterov = 0.1 * 0.25 * gradient + 0.9 * momentum
         u, _, v = torch.linalg.svd(
             nesterov / nesterov.norm(dim=-1, keepdim=True), full_matrices=False
         )
@@ -103,7 +103,7 @@ def test_groups_of_rows_are_orthogonalized_as_matrices_of_their_own(groups):
     parameter.grad = gradient.clone()
     settings = tiny(muon_backend_steps=12, weight_decay=0.0)
     muon = t.Muon({(0.2, shape, groups): [parameter]}, settings, SOLO)
-    muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.zeros(()))
+    muon.step(torch.tensor(0.5), torch.tensor(0.9), torch.ones(()), torch.zeros(()))
     rows = gradient / gradient.norm(dim=-1, keepdim=True)
     expected = []
     for piece in rows.split(groups):
@@ -127,6 +127,23 @@ def test_row_groups_are_all_of_in_projs_rows(version):
     assert not any(layer.row_groups for layer in plain.linear_layers().values())
 
 
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_matrices_change_as_if_one_by_one(skip):
+    """Two shapes, three matrices each and a fourth update, of padding; the same bits."""
+    shapes, rates, skip = SHAPES[:2], [0.1, 0.3], torch.tensor(skip)
+    batches = [list(matrices(3, *shape)) for shape in shapes]
+    updates = [matrices(4, *shape, seed=1).half() for shape in shapes]
+    expected = []
+    factor = torch.tensor(0.7)
+    for batch, update, rate in zip(batches, updates, rates, strict=True):
+        rate = rate * factor * (1 - skip)
+        step = rate * max(1, update.shape[1] / update.shape[2]) ** 0.5
+        for p, change in zip(batch, update, strict=False):
+            expected.append(p * (1 - rate * 0.2) - step * change.float())
+    t.apply_updates(batches, updates, rates, 0.2, factor, skip)
+    assert all(map(torch.equal, [p for batch in batches for p in batch], expected))
+
+
 def test_muons_updates_compile_as_one_graph_each():
     """As on a GPU; three steps on three shapes, the second skipped: the same bits as uncompiled."""
 
@@ -138,8 +155,9 @@ def test_muons_updates_compile_as_one_graph_each():
         momenta = [torch.zeros(4, *shape) for shape in SHAPES[:3]]
         momentum = torch.tensor(0.9)
         for skip in map(torch.tensor, (0.0, 1.0, 0.0)):
-            updates = momentum_updates(gradients, momenta, groups, momentum, skip, 5)
-            apply_updates(parameters, updates, [torch.tensor(0.1)] * 3, 0.2, skip)
+            scale = torch.tensor(0.5)
+            updates = momentum_updates(gradients, momenta, groups, momentum, scale, skip, 5)
+            apply_updates(parameters, updates, [0.1] * 3, 0.2, torch.tensor(0.7), skip)
         return [*momenta, *(p for group in parameters for p in group)]
 
     functions = t.momentum_updates, t.apply_updates
@@ -147,26 +165,52 @@ def test_muons_updates_compile_as_one_graph_each():
     assert all(map(torch.equal, three_steps(*functions), three_steps(*compiled)))
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 2.0])
+def test_norms_are_judged_as_one_graph(clip_norm):
+    """Compiled, to the bit: factors, the latest step's skip, and the counts of those skipped."""
+    compiled = torch.compile(t.judge_gradients, fullgraph=True, backend="aot_eager")
+    skips, counts = torch.zeros(2), torch.zeros(2, 3)
+    expected = []
+    for value in (1.0, math.nan, math.inf, 8.0, -math.inf):
+        norm = torch.tensor(value)
+        factors = []
+        for function, skip, count in zip((t.judge_gradients, compiled), skips, counts, strict=True):
+            factors.append(function(norm, clip_norm, skip, count))
+            expected.append(skip.item() == (not math.isfinite(value)))
+        if math.isfinite(value):
+            usual = min(1.0, clip_norm / (value + 1e-6)) if clip_norm else 1.0
+            assert factors == [pytest.approx(usual, rel=1e-6)] * 2
+            assert torch.equal(*factors)
+    assert all(expected)
+    assert counts.tolist() == [[3, 1, 2]] * 2
+
+
 @pytest.mark.parametrize("size", [0.5, 40.0])
 @pytest.mark.parametrize("most", [1.0, 2.5, 0.0])
 def test_gradients_are_clipped_to_a_norm(monkeypatch, size, most):
-    """What comes to both optimizers; a smaller norm stays, and GRAD_CLIP_NORM=0 clips nothing."""
+    """What both optimizers use; a smaller norm stays, and GRAD_CLIP_NORM=0 clips nothing."""
     settings = tiny(grad_clip_norm=most)
     model = random_model(settings)
     optimizers, sizes = t.Optimizers(model, settings, SOLO), []
+    matrices = [p for batch in optimizers.muon.batches for p in batch]
 
-    def norm() -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    def norm(parameters) -> float:
+        return float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
 
     fill_gradients(model)
-    before = norm()
+    before = norm(model.parameters())
     for p in model.parameters():
         p.grad *= size / before
-    for optimizer in (optimizers.muon, optimizers.adam):
-        monkeypatch.setattr(optimizer, "step", lambda *_: sizes.append(float(norm())))
+    parts = [norm(matrices), norm(optimizers.adam.state)]
+
+    def muon_step(lr_factor, momentum, scale, skip):
+        sizes.append(norm(matrices) * float(scale))
+
+    monkeypatch.setattr(optimizers.muon, "step", muon_step)
+    monkeypatch.setattr(optimizers.adam, "step", lambda: sizes.append(norm(optimizers.adam.state)))
     optimizers.step(0.5, 0.9)
-    expected = min(size, most) if most else size
-    assert sizes == pytest.approx([expected] * 2, rel=1e-4)
+    clipped = min(1.0, most / size) if most else 1.0
+    assert sizes == pytest.approx([part * clipped for part in parts], rel=1e-4)
 
 
 def test_rows_of_updates_are_as_long_as_they_usually_are():
@@ -207,7 +251,7 @@ def test_gradients_that_are_not_finite_change_nothing(poison, beta2):
     for number, value in enumerate([None, poison, poison, None, poison], 1):
         fill_gradients(model, value)
         optimizers.step(0.5, 0.9)
-        average.update(number, optimizers.skip)
+        average.update(average.rate(number), optimizers.skip)
         counts.append(optimizers.skipped.tolist())
         tensors.append(optimizer_tensors(optimizers, average))
     assert counts == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 0, 2], [3, 1, 2]]
@@ -330,7 +374,8 @@ def averaged(steps: int, skipped: tuple[int, ...] = (), every: int = 0, **change
     for step in range(1, steps + 1):
         model.weight.data.fill_(step)
         skip = torch.tensor(float(step in skipped))
-        average.update(step, skip, snapshot=bool(every) and step % every == 0)
+        average.update(average.rate(step), skip)
+        average.after_step(step, skip, snapshot=bool(every) and step % every == 0)
     average.apply()
     return model.weight.item()
 
@@ -408,7 +453,9 @@ def test_a_checkpoint_holds_all_of_an_average(tmp_path, average):
             fill_gradients(model)
             trainer.optimizers.step(now.lr_factor, now.momentum)
             trainer.steps_done += 1
-            trainer.average.update(trainer.steps_done, trainer.optimizers.skip, now.snapshot)
+            average, skip = trainer.average, trainer.optimizers.skip
+            average.update(average.rate(trainer.steps_done), skip)
+            average.after_step(trainer.steps_done, skip, now.snapshot)
         return trainer, [x.detach().clone() for x in trainer.tensors()]
 
     with t.Checkpoints(settings, SOLO, Quiet()) as checkpoints:

@@ -551,7 +551,7 @@ def test_the_training_loop_is_the_one_written_out_here(shards):
             model.loss(tokens, targets, model.order(True)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(now.lr_factor, now.momentum)
-        average.update(step + 1, torch.zeros(()))
+        average.update(average.rate(step + 1), torch.zeros(()))
     for a, b in zip(train_here(shards, matrix_lr=0.05), average.ema, strict=True):
         assert relative(a, b) < 1e-4
 

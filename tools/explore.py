@@ -68,7 +68,14 @@ class Averages:
             )
             self.each[part] = t.WeightAverage(model, one, ranks)
 
-    def update(self, steps_done: int, skip: torch.Tensor, snapshot: bool = False) -> None:
+    def rate(self, steps_done: int) -> float:
+        """Nothing is taken in as a part of the step."""
+        return 0.0
+
+    def update(self, rate: float | torch.Tensor, skip: torch.Tensor) -> None:
+        """Nothing, as rate() says."""
+
+    def after_step(self, steps_done: int, skip: torch.Tensor, snapshot: bool) -> None:
         """Takes in the weights after every few steps; not if skip was 1 for all of these."""
         first = (steps_done - 1) % self.every == 0
         self.steps_done = steps_done
@@ -79,7 +86,7 @@ class Averages:
     def take_in(self) -> None:
         """Takes in the weights of the latest step."""
         for average in self.each.values():
-            average.update(self.steps_done / self.every, self.skip)
+            average.update(average.rate(self.steps_done / self.every), self.skip)
 
     def apply(self) -> str:
         """Takes in the last weights, if they are not; each average is applied and scored later."""
