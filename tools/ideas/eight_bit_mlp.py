@@ -441,19 +441,18 @@ def eight_mlp_fake(x, x8, factor, up, down, input_scale, parts) -> list[Tensor]:
 
 @torch.library.custom_op("golf::eight_mlp_backward", mutates_args=())
 def eight_mlp_backward(
-    d_y8: Tensor, row_factor: Tensor, active: Tensor, signs: Tensor, active8: Tensor,
+    d_y8: Tensor, row_factor: Tensor, active: Tensor, signs: Tensor, read: Tensor,
     scalars: Tensor, down8_turned: Tensor, up8_turned: Tensor, parts: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradient of up x (T, HIDDEN); and x's (T, width), but for factors of rows, or nothing.
 
     d_y8 are rows of y's gradient, each by some factor; row_factor (T,) float32 takes that and
-    down8's from the former result, times norm's factor.
+    down8's from the former result, times norm's factor. read is active, or for slope active8.
     """
     d_v, d_x = eight_mlp_backward_fake(
-        d_y8, row_factor, active, signs, active8, scalars, down8_turned, up8_turned, parts
+        d_y8, row_factor, active, signs, read, scalars, down8_turned, up8_turned, parts
     )
     rounded = "input" in parts
-    read = active8 if "slope" in parts else active
     d_v8 = torch.empty_like(d_v, dtype=d_y8.dtype) if rounded else None
     named = {"d_y8": d_y8, "down8": down8_turned, "active": read, "active_map": read}
     named |= {"d_v": d_v, "d_v8": d_v8, "signs": signs, "row_factor": row_factor}
@@ -469,7 +468,7 @@ def eight_mlp_backward(
 
 @eight_mlp_backward.register_fake
 def eight_mlp_backward_fake(
-    d_y8, row_factor, active, signs, active8, scalars, down8_turned, up8_turned, parts
+    d_y8, row_factor, active, signs, read, scalars, down8_turned, up8_turned, parts
 ) -> list[Tensor]:
     """eight_mlp_backward()'s results, without their values."""
     rows = len(d_y8) if "input" in parts else 0
@@ -488,12 +487,12 @@ def rounded_rows(d_y: Tensor) -> tuple[Tensor, Tensor]:
 def eight_mlp_autograd(ctx, gradients):
     """The gradients of eight_mlp()'s arguments, from that of y, the first of its results."""
     x, factor, up, down, *kept = ctx.saved_tensors
-    active, signs, active8, scalars, _, up8_turned, _, down8_turned = kept
+    active, signs, read, scalars, up8_turned, down8_turned = kept
     d_y = gradients[0].contiguous()
     if "backward" in ctx.parts:
         d_y8, size = rounded_rows(d_y)
         row_factor = size * scalars[int(DOWN), 0] * factor
-        tensors = (active, signs, active8, scalars, down8_turned, up8_turned)
+        tensors = (active, signs, read, scalars, down8_turned, up8_turned)
         d_v, d_x = eight_mlp_backward(d_y8, row_factor, *tensors, ctx.parts)
     else:
         root_scale = scalars[int(ACTIVE), 0].sqrt()
@@ -544,7 +543,11 @@ def rounded_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def keep_for_backward(ctx, inputs, output) -> None:
     """What eight_mlp_autograd() reads."""
     x, _, factor, up, down, _, ctx.parts = inputs
-    ctx.save_for_backward(x, factor, up, down, *output[1:])
+    _, active, signs, active8, scalars, _, up8_turned, _, down8_turned = output
+    read = active8 if "slope" in ctx.parts else active
+    ctx.save_for_backward(
+        x, factor, up, down, active, signs, read, scalars, up8_turned, down8_turned
+    )
 
 
 eight_mlp.register_autograd(eight_mlp_autograd, setup_context=keep_for_backward)

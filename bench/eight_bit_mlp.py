@@ -1,0 +1,220 @@
+"""Times the products of tools/ideas/eight_bit_mlp.py on an H100 or H200, beside those of the script.
+
+    python -m bench.eight_bit_mlp [--rows 65536] [--tiles wide,pair8]
+
+A line for each, as soon as it is known: milliseconds (of a CUDA graph), and of 8-bit products the
+relative error beside the formula that rounds alike, and beside bfloat16 without rounding. What
+fails says why, and the others go on. Sizes are PRESET=short's; numbers are random, rows of several
+sizes.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+if not __package__:  # started by its path
+    print(
+        "error: start it in the repository's folder as python -m bench.eight_bit_mlp",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+import train_gpt as t
+from bench import bench
+from tools.command import Parser, need, run_command
+from tools.ideas import eight_bit_mlp as idea
+
+WIDTH, HIDDEN, PROJECTED = 512, 2048, 2240  # PROJECTED: in_proj's results
+FORWARD = "forward,down"
+BACKWARD = "forward,down,backward,input"
+CHECKED = 4096  # rows that formulas compute in float32
+
+
+def attempt(name: str, measure: Callable[[], str]) -> None:
+    """Prints what measure() tells, or why it fails."""
+    try:
+        told = measure()
+    except Exception as error:  # of any kind: the other figures are worth having
+        lines = f"{type(error).__name__}: {error}".strip().splitlines()
+        told = f"failed: {lines[0][:300]}"
+    print(f"{name:44} {told}", flush=True)
+
+
+def timed(call: Callable) -> str:
+    """Milliseconds of a call."""
+    replay, problem = bench.captured(call)
+    return f"{bench.milliseconds(replay, 0.1):8.4f} ms{f' ({problem})' if problem else ''}"
+
+
+def error_of(found: Tensor, wanted: Tensor) -> str:
+    """The relative error of some rows, and how many numbers are not finite."""
+    found = found[: len(wanted)].float()
+    relative = float((found - wanted.float()).norm() / wanted.float().norm())
+    broken = int((~found.isfinite()).sum())
+    return f"{relative:.5f}{f', {broken} not finite' if broken else ''}"
+
+
+class Case:
+    """Random tensors of a layer, and what the script and the idea make of them."""
+
+    def __init__(self, rows: int):
+        torch.manual_seed(0)
+        device = torch.device("cuda")
+        shape = rows, WIDTH
+        sizes = torch.rand(2, rows, 1, device=device).exp()
+        x = torch.randn(shape, device=device) * sizes[0]
+        self.x = x.bfloat16()
+        self.d_y = (1e-6 * torch.randn(shape, device=device) * sizes[1]).bfloat16()
+        self.up = torch.randn(HIDDEN, WIDTH, device=device) / WIDTH**0.5
+        self.down = torch.randn(WIDTH, HIDDEN, device=device) / HIDDEN**0.5
+        self.up16, self.down16 = self.up.bfloat16(), self.down.bfloat16()
+        self.x8, self.factor = idea.rounded_norm(self.x)
+        self.in_proj = torch.randn(PROJECTED, WIDTH, device=device) / WIDTH**0.5
+        self.d_y8, self.size = idea.rounded_rows(self.d_y)
+
+    def forward(self, parts: str) -> list[Tensor]:
+        """eight_mlp()'s results."""
+        weights = self.up, self.down
+        return idea.eight_mlp(self.x, self.x8, self.factor, *weights, 1.0, parts)
+
+    def backward(self, kept: list[Tensor], parts: str) -> list[Tensor]:
+        """eight_mlp_backward()'s results, from eight_mlp()'s but y."""
+        active, signs, active8, scalars, _, up8_turned, _, down8_turned = kept
+        row_factor = self.size * scalars[int(idea.DOWN), 0] * self.factor
+        read = active8 if "slope" in parts else active
+        tensors = (active, signs, read, scalars, down8_turned, up8_turned)
+        return idea.eight_mlp_backward(self.d_y8, row_factor, *tensors, parts)
+
+
+def time_script(case: Case) -> None:
+    """The script's products in bfloat16."""
+    x, d_y, factor, up, down = case.x, case.d_y, case.factor, case.up16, case.down16
+    _, active, signs = t.fused_mlp(x, factor, up, down)
+    d_v = t.fused_mlp_backward(d_y, factor, down, active, signs)
+    attempt("bfloat16: forward and down", lambda: timed(lambda: t.fused_mlp(x, factor, up, down)))
+    attempt("bfloat16: down", lambda: timed(lambda: active @ down.mT))
+    arguments = d_y, factor, down, active, signs
+    attempt("bfloat16: backward", lambda: timed(lambda: t.fused_mlp_backward(*arguments)))
+    attempt("bfloat16: input", lambda: timed(lambda: d_v @ up))
+    attempt("bfloat16: weight's gradient", lambda: timed(lambda: d_v.mT @ x))
+    in_proj = case.in_proj.bfloat16()
+    attempt("bfloat16: in_proj", lambda: timed(lambda: x @ in_proj.mT))
+
+
+def check_errors(case: Case) -> None:
+    """Errors of the idea's kernels, with their default tiles."""
+    rows = slice(CHECKED)
+    given = case.x[rows], case.up, case.down, case.d_y[rows], 1.0
+    rounded = idea.eight_mlp_by_formula(*given)
+    _, active, signs = t.fused_mlp(case.x, case.factor, case.up16, case.down16)
+    d_v = t.fused_mlp_backward(case.d_y, case.factor, case.down16, active, signs)
+    plain = {"y": active[rows] @ case.down16.mT, "d_v": d_v[rows], "d_x": d_v[rows] @ case.up16}
+    y, *kept = case.forward(BACKWARD)
+    d_v, d_x = case.backward(kept, BACKWARD)
+    scalars = kept[3]
+    found = {"y": y, "active": kept[0] * scalars[int(idea.ACTIVE), 0], "active8": kept[2]}
+    found |= {"d_v": d_v, "d_x": d_x * (case.size * case.factor).unsqueeze(1)}
+    for name, wanted in rounded.items():
+        attempt(f"error of {name}, beside rounded", lambda: error_of(found[name], wanted))  # noqa: B023
+    for name, wanted in plain.items():
+        attempt(f"error of {name}, beside bfloat16", lambda: error_of(found[name], wanted))  # noqa: B023
+
+
+def time_products(case: Case) -> None:
+    """Roundings and torch._scaled_mm, in both kinds of sums."""
+    _, *kept = case.forward(BACKWARD)
+    active8, scalars, up8, up8_turned, down8, _ = kept[2:]
+    one = scalars[int(idea.ONE), 0]
+    attempt(
+        "round both weights",
+        lambda: timed(lambda: idea.weights_in_eight(case.up, case.down, torch.bfloat16, 1.0)),
+    )
+    for exact in "01":
+        os.environ["IDEA_EIGHT_EXACT"] = exact
+        for name, a8, b8 in (
+            ("down", active8, down8),
+            ("input", active8, up8_turned),
+            ("in_proj", case.x8, case.in_proj.to(idea.EIGHT)),
+            ("up, without epilogue", case.x8, up8),
+        ):
+            arguments = a8, b8, one, one, torch.bfloat16
+            attempt(
+                f"8 bits: {name}{', exact sums' * int(exact)}",
+                lambda: timed(lambda: idea.scaled_product(*arguments)),  # noqa: B023
+            )
+    os.environ["IDEA_EIGHT_EXACT"] = "0"
+    for name, function, x in (
+        ("norm", idea.rounded_norm, case.x),
+        ("gradient", idea.rounded_rows, case.d_y),
+    ):
+        attempt(
+            f"round rows by inductor: {name}",
+            lambda: timed(lambda: torch.compile(function, dynamic=False)(x)),  # noqa: B023
+        )
+
+
+def kernel_alone(case: Case, parts: str, backward: bool) -> Callable:
+    """A launch of eight_forward or eight_backward with nothing else."""
+    _, *kept = case.forward(BACKWARD)
+    found = dict(zip(idea.KEPT_NAMES, kept, strict=True))
+    if not backward:
+        rounds = "down" in parts
+        named = found | {"x8": case.x8, "active_map": found["active"]}
+        blocks = {"x8": ("M", "STEP"), "up8": ("N", "STEP"), "active_map": ("M", "PART")}
+        blocks |= {"active8": ("M", "PART")}
+        named["active8"] = found["active8"] if rounds else None
+        return lambda: idea.launch_eight(idea.eight_forward, named, WIDTH, blocks, rounds)
+    scaled_product = idea.scaled_product
+
+    def launched():
+        idea.scaled_product = lambda *rest: case.x
+        try:
+            return case.backward(kept, parts)
+        finally:
+            idea.scaled_product = scaled_product
+
+    return launched
+
+
+def time_tiles(case: Case, names: list[str]) -> None:
+    """The kernels with each of these tilings."""
+    for name in names:
+        os.environ["IDEA_EIGHT_TILES"] = f"{name},{name}"
+        for parts in (FORWARD, "forward"):
+            attempt(
+                f"8 bits: {parts}, {name}",
+                lambda: timed(kernel_alone(case, parts, False)),  # noqa: B023
+            )
+    for name in names:
+        for parts in (BACKWARD, f"{BACKWARD},slope", "forward,down,backward"):
+            os.environ["IDEA_EIGHT_TILES"] = idea.DEFAULT_TILES.split(",")[0] + "," + name
+            attempt(
+                f"8 bits: {parts.removeprefix('forward,down,')}, {name}",
+                lambda: timed(kernel_alone(case, parts, True)),  # noqa: B023
+            )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures all, in the order of their use."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=65_536, help="tokens of a step (65536)")
+    parser.add_argument("--tiles", default=",".join(idea.TILES), help="names of TILES (all)")
+    given = parser.parse_args(arguments)
+    names = given.tiles.split(",")
+    need(set(names) <= set(idea.TILES), f"--tiles should be of {', '.join(idea.TILES)}")
+    need(torch.cuda.is_available(), "needs a GPU")
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    case = Case(given.rows)
+    attempt("bfloat16", lambda: time_script(case) or "")
+    attempt("errors", lambda: check_errors(case) or "")
+    attempt("products", lambda: time_products(case) or "")
+    attempt("tiles", lambda: time_tiles(case, names) or "")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench.eight_bit_mlp", main, t.UserError))
