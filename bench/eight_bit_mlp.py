@@ -1,4 +1,4 @@
-"""Times the products of tools/ideas/eight_bit_mlp.py on an H100 or H200, beside those of the script.
+"""Times tools/ideas/eight_bit_mlp.py's products on an H100 or H200, beside the script's.
 
     python -m bench.eight_bit_mlp [--rows 65536] [--tiles wide,pair8]
 
@@ -9,6 +9,7 @@ sizes.
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -34,10 +35,10 @@ BACKWARD = "forward,down,backward,input"
 CHECKED = 4096  # rows that formulas compute in float32
 
 
-def attempt(name: str, measure: Callable[[], str]) -> None:
-    """Prints what measure() tells, or why it fails."""
+def attempt(name: str, measure: Callable, *arguments) -> None:
+    """Prints what measure(*arguments) tells, or why it fails."""
     try:
-        told = measure()
+        told = measure(*arguments) or ""
     except Exception as error:  # of any kind: the other figures are worth having
         lines = f"{type(error).__name__}: {error}".strip().splitlines()
         told = f"failed: {lines[0][:300]}"
@@ -92,21 +93,24 @@ class Case:
 
 def time_script(case: Case) -> None:
     """The script's products in bfloat16."""
-    x, d_y, factor, up, down = case.x, case.d_y, case.factor, case.up16, case.down16
-    _, active, signs = t.fused_mlp(x, factor, up, down)
-    d_v = t.fused_mlp_backward(d_y, factor, down, active, signs)
-    attempt("bfloat16: forward and down", lambda: timed(lambda: t.fused_mlp(x, factor, up, down)))
-    attempt("bfloat16: down", lambda: timed(lambda: active @ down.mT))
-    arguments = d_y, factor, down, active, signs
-    attempt("bfloat16: backward", lambda: timed(lambda: t.fused_mlp_backward(*arguments)))
-    attempt("bfloat16: input", lambda: timed(lambda: d_v @ up))
-    attempt("bfloat16: weight's gradient", lambda: timed(lambda: d_v.mT @ x))
+    factor, up, down = case.factor, case.up16, case.down16
+    _, active, signs = t.fused_mlp(case.x, factor, up, down)
+    d_v = t.fused_mlp_backward(case.d_y, factor, down, active, signs)
     in_proj = case.in_proj.bfloat16()
-    attempt("bfloat16: in_proj", lambda: timed(lambda: x @ in_proj.mT))
+    calls = {
+        "forward and down": (t.fused_mlp, case.x, factor, up, down),
+        "down": (torch.mm, active, down.mT),
+        "backward": (t.fused_mlp_backward, case.d_y, factor, down, active, signs),
+        "input": (torch.mm, d_v, up),
+        "weight's gradient": (torch.mm, d_v.mT, case.x),
+        "in_proj": (torch.mm, case.x, in_proj.mT),
+    }
+    for name, call in calls.items():
+        attempt(f"bfloat16: {name}", timed, functools.partial(*call))
 
 
 def check_errors(case: Case) -> None:
-    """Errors of the idea's kernels, with their default tiles."""
+    """Errors of the idea's kernels, with their default tiles, on the first rows."""
     rows = slice(CHECKED)
     given = case.x[rows], case.up, case.down, case.d_y[rows], 1.0
     rounded = idea.eight_mlp_by_formula(*given)
@@ -116,12 +120,12 @@ def check_errors(case: Case) -> None:
     y, *kept = case.forward(BACKWARD)
     d_v, d_x = case.backward(kept, BACKWARD)
     scalars = kept[3]
+    # Operators leave these factors to who reads their results.
     found = {"y": y, "active": kept[0] * scalars[int(idea.ACTIVE), 0], "active8": kept[2]}
     found |= {"d_v": d_v, "d_x": d_x * (case.size * case.factor).unsqueeze(1)}
-    for name, wanted in rounded.items():
-        attempt(f"error of {name}, beside rounded", lambda: error_of(found[name], wanted))  # noqa: B023
-    for name, wanted in plain.items():
-        attempt(f"error of {name}, beside bfloat16", lambda: error_of(found[name], wanted))  # noqa: B023
+    for beside, all_wanted in (("rounded", rounded), ("bfloat16", plain)):
+        for name, wanted in all_wanted.items():
+            attempt(f"error of {name}, beside {beside}", error_of, found[name], wanted)
 
 
 def time_products(case: Case) -> None:
@@ -129,73 +133,63 @@ def time_products(case: Case) -> None:
     _, *kept = case.forward(BACKWARD)
     active8, scalars, up8, up8_turned, down8, _ = kept[2:]
     one = scalars[int(idea.ONE), 0]
-    attempt(
-        "round both weights",
-        lambda: timed(lambda: idea.weights_in_eight(case.up, case.down, torch.bfloat16, 1.0)),
-    )
-    for exact in "01":
-        os.environ["IDEA_EIGHT_EXACT"] = exact
-        for name, a8, b8 in (
-            ("down", active8, down8),
-            ("input", active8, up8_turned),
-            ("in_proj", case.x8, case.in_proj.to(idea.EIGHT)),
-            ("up, without epilogue", case.x8, up8),
-        ):
-            arguments = a8, b8, one, one, torch.bfloat16
-            attempt(
-                f"8 bits: {name}{', exact sums' * int(exact)}",
-                lambda: timed(lambda: idea.scaled_product(*arguments)),  # noqa: B023
-            )
+    in_proj8 = case.in_proj.to(idea.EIGHT)
+    factors = {
+        "down": (active8, down8),
+        "input": (active8, up8_turned),
+        "in_proj": (case.x8, in_proj8),
+        "up, without epilogue": (case.x8, up8),
+    }
+    for exact in (False, True):
+        os.environ["IDEA_EIGHT_EXACT"] = str(int(exact))
+        how = ", exact sums" if exact else ""
+        for name, pair in factors.items():
+            call = functools.partial(idea.scaled_product, *pair, one, one, torch.bfloat16)
+            attempt(f"8 bits: {name}{how}", timed, call)
     os.environ["IDEA_EIGHT_EXACT"] = "0"
-    for name, function, x in (
-        ("norm", idea.rounded_norm, case.x),
-        ("gradient", idea.rounded_rows, case.d_y),
-    ):
-        attempt(
-            f"round rows by inductor: {name}",
-            lambda: timed(lambda: torch.compile(function, dynamic=False)(x)),  # noqa: B023
-        )
+    both = case.up, case.down, torch.bfloat16, 1.0
+    attempt("round both weights", timed, functools.partial(idea.weights_in_eight, *both))
+    rows = {"norm": (idea.rounded_norm, case.x), "gradient": (idea.rounded_rows, case.d_y)}
+    for name, (function, x) in rows.items():
+        call = functools.partial(torch.compile(function, dynamic=False), x)
+        attempt(f"round rows by inductor: {name}", timed, call)
 
 
-def kernel_alone(case: Case, parts: str, backward: bool) -> Callable:
-    """A launch of eight_forward or eight_backward with nothing else."""
+def time_forward(case: Case, parts: str) -> str:
+    """Milliseconds of eight_forward by itself."""
     _, *kept = case.forward(BACKWARD)
     found = dict(zip(idea.KEPT_NAMES, kept, strict=True))
-    if not backward:
-        rounds = "down" in parts
-        named = found | {"x8": case.x8, "active_map": found["active"]}
-        blocks = {"x8": ("M", "STEP"), "up8": ("N", "STEP"), "active_map": ("M", "PART")}
-        blocks |= {"active8": ("M", "PART")}
-        named["active8"] = found["active8"] if rounds else None
-        return lambda: idea.launch_eight(idea.eight_forward, named, WIDTH, blocks, rounds)
+    rounds = "down" in parts
+    named = found | {"x8": case.x8, "active_map": found["active"]}
+    blocks = {"x8": ("M", "STEP"), "up8": ("N", "STEP"), "active_map": ("M", "PART")}
+    blocks |= {"active8": ("M", "PART")}
+    named["active8"] = found["active8"] if rounds else None
+    arguments = idea.eight_forward, named, WIDTH, blocks, rounds
+    return timed(functools.partial(idea.launch_eight, *arguments))
+
+
+def time_backward(case: Case, parts: str) -> str:
+    """Milliseconds of eight_backward by itself, without the product behind it."""
+    _, *kept = case.forward(BACKWARD)
     scaled_product = idea.scaled_product
-
-    def launched():
-        idea.scaled_product = lambda *rest: case.x
-        try:
-            return case.backward(kept, parts)
-        finally:
-            idea.scaled_product = scaled_product
-
-    return launched
+    idea.scaled_product = lambda *rest: case.x
+    try:
+        return timed(functools.partial(case.backward, kept, parts))
+    finally:
+        idea.scaled_product = scaled_product
 
 
 def time_tiles(case: Case, names: list[str]) -> None:
-    """The kernels with each of these tilings."""
+    """The kernels with each of these tilings; the other kernel keeps its own."""
+    forward, backward = idea.DEFAULT_TILES.split(",")
     for name in names:
-        os.environ["IDEA_EIGHT_TILES"] = f"{name},{name}"
+        os.environ["IDEA_EIGHT_TILES"] = f"{name},{backward}"
         for parts in (FORWARD, "forward"):
-            attempt(
-                f"8 bits: {parts}, {name}",
-                lambda: timed(kernel_alone(case, parts, False)),  # noqa: B023
-            )
-    for name in names:
+            attempt(f"8 bits: {parts}; {name}", time_forward, case, parts)
+        os.environ["IDEA_EIGHT_TILES"] = f"{forward},{name}"
         for parts in (BACKWARD, f"{BACKWARD},slope", "forward,down,backward"):
-            os.environ["IDEA_EIGHT_TILES"] = idea.DEFAULT_TILES.split(",")[0] + "," + name
-            attempt(
-                f"8 bits: {parts.removeprefix('forward,down,')}, {name}",
-                lambda: timed(kernel_alone(case, parts, True)),  # noqa: B023
-            )
+            told = parts.removeprefix("forward,down,")
+            attempt(f"8 bits: {told}; {name}", time_backward, case, parts)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,10 +203,10 @@ def main(arguments: list[str] | None = None) -> int:
     need(torch.cuda.is_available(), "needs a GPU")
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     case = Case(given.rows)
-    attempt("bfloat16", lambda: time_script(case) or "")
-    attempt("errors", lambda: check_errors(case) or "")
-    attempt("products", lambda: time_products(case) or "")
-    attempt("tiles", lambda: time_tiles(case, names) or "")
+    attempt("the script's products are measured", time_script, case)
+    attempt("errors are measured", check_errors, case)
+    attempt("the idea's products are measured", time_products, case)
+    attempt("tiles are measured", time_tiles, case, names)
     return 0
 
 
