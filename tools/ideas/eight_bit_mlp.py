@@ -87,9 +87,12 @@ GRADIENT_SIZE = 1.0  # that of d_v, by d of 1 times f' of a v of 1
 SUMS = constexpr(128)  # of squares of a matrix, by part
 BLOCK = constexpr(4096)  # numbers squared at once
 SIDE = constexpr(64)  # of a tile of a matrix that is rounded
-# Scalars that kernels and torch._scaled_mm read, each a row of four numbers: 16 bytes apart.
-UP, DOWN, UNIT, ACTIVE, HIDDEN_GRADIENT, INPUT_GRADIENT, ONE = map(constexpr, range(7))
-SCALARS = 7
+# Where scalars that kernels and torch._scaled_mm read are in a tensor: 16 bytes apart. UP and DOWN
+# bring rounded weights back to their size; UNIT is u / v8, ACTIVE f / f8; HIDDEN_GRADIENT makes
+# d_v8 of d8 f'(u), and INPUT_GRADIENT undoes that and the scale of W_down; ONE is 1.
+SCALARS = 28
+PLACES = range(0, SCALARS, 4)
+UP, DOWN, UNIT, ACTIVE, HIDDEN_GRADIENT, INPUT_GRADIENT, ONE = map(constexpr, PLACES)
 
 
 # ============
@@ -168,21 +171,25 @@ def sum_squares(first, second, sums, S: constexpr):
 @jit
 def scale_of(sums, S: constexpr):
     """What brings a matrix's root mean square to its size."""
-    square = tl.sum(tl.load(sums + tl.arange(0, SUMS)), axis=0) / (S.ROWS * S.COLUMNS)
-    return S.WEIGHT_SIZE / tl.maximum(tl.sqrt(square), 1e-12)
+    parts = tl.load(sums + tl.arange(0, SUMS))
+    count: constexpr = S.ROWS * S.COLUMNS
+    size = tl.sqrt(tl.sum(parts, axis=0) / count)
+    return S.WEIGHT_SIZE / tl.maximum(size, 1e-12)
 
 
 @jit
 def round_tile(matrix, plain, turned, scale, i, j, ROWS: constexpr, COLUMNS: constexpr):
     """A tile of a matrix in 8 bits, as it stands and transposed."""
-    row = i * SIDE + tl.arange(0, SIDE)[:, None]
-    column = j * SIDE + tl.arange(0, SIDE)[None, :]
+    side = tl.arange(0, SIDE)
+    row = (i * SIDE + side)[:, None]
+    column = (j * SIDE + side)[None, :]
     inside = (row < ROWS) & (column < COLUMNS)
-    x = tl.load(matrix + row * COLUMNS + column, inside, 0.0).to(tl.float32) * scale
-    tl.store(plain + row * COLUMNS + column, x.to(plain.dtype.element_ty), inside)
-    column = tl.trans(column)
-    place = turned + column * ROWS + tl.trans(row)
-    tl.store(place, tl.trans(x).to(turned.dtype.element_ty), tl.trans(inside))
+    offset = row * COLUMNS + column
+    x = tl.load(matrix + offset, inside, 0.0).to(tl.float32)
+    x = (x * scale).to(plain.dtype.element_ty)
+    tl.store(plain + offset, x, inside)
+    offset = tl.trans(column) * ROWS + tl.trans(row)
+    tl.store(turned + offset, tl.trans(x), tl.trans(inside))
 
 
 @jit
@@ -194,20 +201,28 @@ def store_scalars(scalars, sums, input_scale, S: constexpr):
         down = 1.0 / scale_of(sums + SUMS, S)
     unit = input_scale * up / S.ROW_SCALE  # u / v8
     gradient = 1.0 / (S.GRADIENT * unit)
-    tl.store(scalars + 4 * UP, up)
-    tl.store(scalars + 4 * DOWN, down)
-    tl.store(scalars + 4 * UNIT, unit)
-    tl.store(scalars + 4 * ACTIVE, unit * unit / S.VALUE)
-    tl.store(scalars + 4 * HIDDEN_GRADIENT, gradient)
-    tl.store(scalars + 4 * INPUT_GRADIENT, down / gradient)
-    tl.store(scalars + 4 * ONE, 1.0)
+    tl.store(scalars + UP, up)
+    tl.store(scalars + DOWN, down)
+    tl.store(scalars + UNIT, unit)
+    tl.store(scalars + ACTIVE, unit * unit / S.VALUE)
+    tl.store(scalars + HIDDEN_GRADIENT, gradient)
+    tl.store(scalars + INPUT_GRADIENT, down / gradient)
+    tl.store(scalars + ONE, 1.0)
 
 
 @jit
 def round_weights(
-    first, second, sums, scalars, first8, first8_turned, second8, second8_turned, input_scale,
+    first,
+    second,
+    sums,
+    scalars,
+    first8,
+    first8_turned,
+    second8,
+    second8_turned,
+    input_scale,
     S: constexpr,
-):  # fmt: skip
+):
     """Both matrices in 8 bits, with their transposed, and scalars."""
     i = tl.program_id(0)
     j = tl.program_id(1)
@@ -227,13 +242,9 @@ def weights_in_eight(
 
     first (ROWS, COLUMNS) and second (COLUMNS, ROWS) are float32; dtype is the activations'.
     """
-    (rows, columns), kind = first.shape, eight_type(dtype)
+    rows, columns = first.shape
     matrices = [first] if second is None else [first, second]
-    rounded = []
-    for matrix in matrices:
-        rounded.append(torch.empty_like(matrix, dtype=kind))
-        rounded.append(matrix.new_empty(matrix.shape[::-1], dtype=kind))
-    scalars = first.new_empty(SCALARS, 4, dtype=torch.float32)
+    scalars, *rounded = weights_in_eight_fake(first, second, dtype, input_scale)
     sums = first.new_empty(2, int(SUMS), dtype=torch.float32)
     fixed = WEIGHT_SIZE, row_scale(columns), value_scale(columns), gradient_scale(columns)
     sizes = WeightSizes(rows, columns, *fixed, second is not None)
@@ -251,8 +262,9 @@ def weights_in_eight(
 def weights_in_eight_fake(first, second, dtype, input_scale) -> list[Tensor]:
     """weights_in_eight()'s results, without their values."""
     kind = eight_type(dtype)
-    found = [first.new_empty(SCALARS, 4, dtype=torch.float32)]
-    for matrix in (first,) if second is None else (first, second):
+    matrices = [first] if second is None else [first, second]
+    found = [first.new_empty(SCALARS, dtype=torch.float32)]
+    for matrix in matrices:
         found.append(torch.empty_like(matrix, dtype=kind))
         found.append(matrix.new_empty(matrix.shape[::-1], dtype=kind))
     return found
@@ -308,8 +320,8 @@ def eight_backward(
     """The gradient of W_up x, row_factor d8 f'(u) with d8 = d_y8 down8^T, and in 8 bits d8 f'(u) by
     its scalar."""
     tiles = tl.cdiv(length, S.M) * (S.HIDDEN // S.N)
-    root_scale = tl.sqrt(tl.load(scalars + 4 * ACTIVE))
-    rounding = tl.load(scalars + 4 * HIDDEN_GRADIENT) * root_scale
+    root_scale = tl.sqrt(tl.load(scalars + ACTIVE))
+    rounding = tl.load(scalars + HIDDEN_GRADIENT) * root_scale
     for number in tl.range(tl.program_id(0), tiles, S.PROGRAMS, flatten=True):
         row, column = product_tile(number, S)
         d = tl.full([S.M, S.N], 0.0, tl.float32)
@@ -350,8 +362,11 @@ DEFAULT_TILES = "wide,deep"
 def tiles_of(kernel_name: str) -> tuple[int, ...]:
     """What TILES say of the name that IDEA_EIGHT_TILES gives for this kernel."""
     names = os.environ.get("IDEA_EIGHT_TILES", DEFAULT_TILES).split(",")
-    known = all(name in TILES for name in names) and len(names) == 2
-    t.need(known, f"IDEA_EIGHT_TILES should be two of {', '.join(TILES)} with a comma")
+    known = set(names) <= set(TILES)
+    t.need(
+        known and len(names) == 2,
+        f"IDEA_EIGHT_TILES should be two of {', '.join(TILES)} with a comma",
+    )
     return TILES[names[kernel_name == "eight_backward"]]
 
 
@@ -420,11 +435,12 @@ def eight_mlp(
     else:
         named["active8"] = None
     launch_eight(eight_forward, named, x.shape[1], blocks, rounds)
-    scales = [found["scalars"][int(i), 0] for i in (ACTIVE, DOWN)]
+    scales = [found["scalars"][int(i)] for i in (ACTIVE, DOWN)]
     if rounds:
         y = scaled_product(found["active8"], found["down8"], *scales, x.dtype)
     else:
-        y = found["active"] @ (down * scales[0]).to(x.dtype).mT
+        down16 = (down * scales[0]).to(x.dtype)
+        y = found["active"] @ down16.mT
     return [y, *found.values()]
 
 
@@ -441,9 +457,16 @@ def eight_mlp_fake(x, x8, factor, up, down, input_scale, parts) -> list[Tensor]:
 
 @torch.library.custom_op("golf::eight_mlp_backward", mutates_args=())
 def eight_mlp_backward(
-    d_y8: Tensor, row_factor: Tensor, active: Tensor, signs: Tensor, read: Tensor,
-    scalars: Tensor, down8_turned: Tensor, up8_turned: Tensor, parts: str,
-) -> list[Tensor]:  # fmt: skip
+    d_y8: Tensor,
+    row_factor: Tensor,
+    active: Tensor,
+    signs: Tensor,
+    read: Tensor,
+    scalars: Tensor,
+    down8_turned: Tensor,
+    up8_turned: Tensor,
+    parts: str,
+) -> list[Tensor]:
     """The gradient of up x (T, HIDDEN); and x's (T, width), but for factors of rows, or nothing.
 
     d_y8 are rows of y's gradient, each by some factor; row_factor (T,) float32 takes that and
@@ -461,7 +484,7 @@ def eight_mlp_backward(
     named["scalars"] = scalars
     launch_eight(eight_backward, named, d_y8.shape[1], blocks, rounded)
     if rounded:
-        scales = scalars[int(INPUT_GRADIENT), 0], scalars[int(UP), 0]
+        scales = scalars[int(INPUT_GRADIENT)], scalars[int(UP)]
         d_x = scaled_product(d_v8, up8_turned, *scales, active.dtype)
     return [d_v, d_x]
 
@@ -479,9 +502,10 @@ def rounded_rows(d_y: Tensor) -> tuple[Tensor, Tensor]:
     """A gradient's rows in 8 bits, and their root mean squares (T,) float32 by ROW_SCALE."""
     scale = row_scale(d_y.shape[1])
     wide = t.widened(d_y)
-    size = wide.square().mean(-1).sqrt().clamp(min=LEAST)
-    d_y8 = to_eight(wide * (scale / size).unsqueeze(-1), d_y.dtype)
-    return d_y8, size / scale
+    square = wide.square().mean(-1)
+    size = square.sqrt().clamp(min=LEAST) / scale
+    factor = 1 / size
+    return to_eight(wide * factor.unsqueeze(-1), d_y.dtype), size
 
 
 def eight_mlp_autograd(ctx, gradients):
@@ -491,19 +515,22 @@ def eight_mlp_autograd(ctx, gradients):
     d_y = gradients[0].contiguous()
     if "backward" in ctx.parts:
         d_y8, size = rounded_rows(d_y)
-        row_factor = size * scalars[int(DOWN), 0] * factor
+        row_factor = size * scalars[int(DOWN)] * factor
         tensors = (active, signs, read, scalars, down8_turned, up8_turned)
         d_v, d_x = eight_mlp_backward(d_y8, row_factor, *tensors, ctx.parts)
     else:
-        root_scale = scalars[int(ACTIVE), 0].sqrt()
+        root_scale = scalars[int(ACTIVE)].sqrt()
         d_v = t.fused_mlp_backward(d_y, factor * root_scale, down.to(x.dtype), active, signs)
     if "input" in ctx.parts:
-        d_x = (d_x * (size * factor).unsqueeze(-1)).to(x.dtype)
+        back = (size * factor).unsqueeze(-1)
+        d_x = (d_x * back).to(x.dtype)
     else:
         d_x = d_v @ up.to(x.dtype)
-    d_factor = (t.widened(d_x) * x).sum(-1) / factor
+    products = t.widened(d_x) * x
+    d_factor = products.sum(-1) / factor
     d_up = (d_v.mT @ x).to(up.dtype)
-    d_down = (d_y.mT @ active).to(down.dtype) * scalars[int(ACTIVE), 0]
+    d_down = (d_y.mT @ active).to(down.dtype)
+    d_down = d_down * scalars[int(ACTIVE)]
     return d_x, None, d_factor, d_up, d_down, None, None
 
 
@@ -521,23 +548,28 @@ def eight_mlp_by_formula(
     unit = input_scale * up_back / row_scale(width)
     v8 = x8.float() @ up8.float().mT
     active = torch.nn.functional.leaky_relu(unit * v8, 0.5).square()
-    active8 = to_eight(active * value_scale(width) / unit**2, dtype)
-    y = active8.float() @ down8.float().mT * (unit**2 / value_scale(width) * down_back)
+    active_back = unit**2 / value_scale(width)
+    active8 = to_eight(active / active_back, dtype)
+    y = active8.float() @ down8.float().mT * (active_back * down_back)
     d_y8, size = rounded_rows(d_y)
     root = active.to(dtype).float().sqrt()
-    product = d_y8.float() @ down8.float() * torch.where(v8 < 0, -root, 2 * root)
+    slope = torch.where(v8 < 0, -root, 2 * root)
+    product = d_y8.float() @ down8.float() * slope
     row_factor = (size * input_scale * norm_factor).unsqueeze(-1)
     rounding = 1 / (gradient_scale(width) * unit)
     d_v8 = to_eight(product * rounding, dtype)
-    d_x = d_v8.float() @ up8.float() * (down_back / rounding * up_back) * row_factor
-    d_v = product * down_back * row_factor
+    d_x = d_v8.float() @ up8.float() * (down_back / rounding * up_back)
+    d_v = product * down_back
+    d_x, d_v = row_factor * d_x, row_factor * d_v
     return {"y": y, "active": active, "active8": active8, "d_v": d_v, "d_x": d_x}
 
 
 def rounded_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A matrix in 8 bits, for activations of this type; and () what brings it back to its size."""
-    scale = WEIGHT_SIZE / weight.float().square().mean().sqrt().clamp(min=1e-12)
-    return to_eight(weight.float() * scale, dtype), 1 / scale
+    weight = weight.float()
+    size = weight.square().mean().sqrt()
+    scale = WEIGHT_SIZE / size.clamp(min=1e-12)
+    return to_eight(weight * scale, dtype), 1 / scale
 
 
 def keep_for_backward(ctx, inputs, output) -> None:
@@ -564,7 +596,8 @@ def eight_linear(x: Tensor, x8: Tensor, weight: Tensor, input_scale: float) -> T
     x8 (T, width) is x by row_scale() / input_scale, in 8 bits.
     """
     scalars, weight8, _ = weights_in_eight(weight, None, x.dtype, input_scale)
-    return scaled_product(x8, weight8, scalars[int(UNIT), 0], scalars[int(ONE), 0], x.dtype)
+    scales = scalars[int(UNIT)], scalars[int(ONE)]
+    return scaled_product(x8, weight8, *scales, x.dtype)
 
 
 @eight_linear.register_fake
@@ -609,9 +642,10 @@ def has_eight_bits(device: torch.device) -> bool:
 
 def rounded_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """norm(x) of rows x (T, width) by row_scale(), in 8 bits; and norm's factor (T,) float32."""
-    factor = (t.widened(x).square().mean(-1) + t.NORM_EPS).rsqrt()
-    scale = row_scale(x.shape[1]) * factor.detach().unsqueeze(-1)
-    return to_eight(x.detach() * scale, x.dtype), factor
+    square = t.widened(x).square().mean(-1)
+    factor = (square + t.NORM_EPS).rsqrt()
+    scale = row_scale(x.shape[1]) * factor.detach()
+    return to_eight(x.detach() * scale.unsqueeze(-1), x.dtype), factor
 
 
 def install(script) -> None:
@@ -638,9 +672,8 @@ def install(script) -> None:
             if not torch.is_grad_enabled():
                 return super().forward(x, scale)
             rows = x.flatten(0, 1)
-            x8 = to_eight(
-                t.widened(rows.detach()) * (row_scale(x.shape[2]) / self.input_scale), x.dtype
-            )
+            scale = row_scale(x.shape[2]) / self.input_scale
+            x8 = to_eight(t.widened(rows.detach()) * scale, x.dtype)
             y = eight_linear(rows, x8, self.weight, self.input_scale)
             return y.view(*x.shape[:2], -1)
 
