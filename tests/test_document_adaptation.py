@@ -242,3 +242,36 @@ def test_the_command_scores_a_finished_artifact(start, shards, tmp_path):
     with pytest.raises(idea.UserError, match="no score for each target"):
         np.save(tmp_path / "a.npy", np.ones(3))
         start("--nats", str(tmp_path / "a.npy"))
+
+
+@pytest.mark.parametrize("rule", ["matrix", "rows"])
+def test_coarse_steps_are_adamws_where_gradients_differ_in_sign_alone(rule):
+    """And where one row has the gradient, "matrix" moves the others by what they have: nothing."""
+    choice = idea.Choice("test", rule=rule, rate=0.01, decay=0.5)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 4, 5, generator=generator)
+    coarse, plain = start.clone().requires_grad_(), start.clone().requires_grad_()
+    adamw = torch.optim.AdamW([plain], lr=0.01, betas=idea.BETAS, eps=1e-10, weight_decay=0.5)
+    steps = idea.Coarse([coarse], choice)
+    for size in (1.0, 3.0, 0.1):
+        gradient = size * torch.randn(2, 4, 5, generator=generator).sign()
+        for p, optimizer in ((coarse, steps), (plain, adamw)):
+            p.grad = gradient.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.allclose(coarse, plain, atol=1e-6)
+    before = coarse.detach().clone()
+    coarse.grad = torch.zeros_like(before)
+    coarse.grad[:, 0] = 1.0
+    steps.step()
+    assert torch.allclose(coarse[:, 1:], before[:, 1:] * (1 - 0.01 * 0.5))
+    assert not torch.allclose(coarse[:, 0], before[:, 0] * (1 - 0.01 * 0.5))
+
+
+@pytest.mark.parametrize("rule", ["matrix", "rows"])
+def test_documents_adapt_by_coarse_steps(rule):
+    """Scores change behind the first piece, and not in it."""
+    model = random_model(tiny())
+    tokens = stream_of([24])
+    moved = adapted_nats(model, tokens, rule=rule) - frozen_nats(model, tokens)
+    assert np.abs(moved[:8]).max() < 1e-6 < np.abs(moved[8:]).min()

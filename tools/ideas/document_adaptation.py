@@ -76,6 +76,7 @@ class Choice:
     gain: float = 1.8  # often written alpha / rank
     rate: float = 1e-4
     decay: float = 0.5  # of AdamW, decoupled
+    rule: str = "each"  # whose usual gradient a step is measured by; matrix, or rows and columns
     piece: int = 64  # tokens that are scored, then learnt from
     lesson: str = "piece"  # what is learnt from; window: all that the piece's window holds
     slots: int = 64  # documents at once
@@ -109,6 +110,8 @@ def read_choice(text: str) -> Choice:
     sound = all(0 <= factor < math.inf for factor in factors)
     need(sound, f'"{name}": gain, rates and decay are numbers from 0')
     need(choice.lesson in ("piece", "window"), f'"{name}": lesson is piece or window')
+    rules = ("each", "matrix", "rows")
+    need(choice.rule in rules, f'"{name}": rule is one of {", ".join(rules)}')
     need(choice.phase_text in ("all", "new"), f'"{name}": phase_text is all or new')
     phase_parts(choice)
     return choice
@@ -228,15 +231,55 @@ class Branches:
         parameters = [matrix for branch in each for matrix in (branch.down, branch.up)]
         fused = parameters[0].is_cuda
         rates = {"lr": self.choice.rate, "weight_decay": self.choice.decay}
-        self.optimizer = torch.optim.AdamW(
-            parameters, betas=BETAS, eps=EPSILON, fused=fused, **rates
-        )
+        if self.choice.rule == "each":
+            self.optimizer = torch.optim.AdamW(
+                parameters, betas=BETAS, eps=EPSILON, fused=fused, **rates
+            )
+        else:
+            self.optimizer = Coarse(parameters, self.choice)
 
     def step(self, loss: Tensor) -> None:
         """One step of AdamW."""
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class Coarse:
+    """As AdamW without momentum, but steps are measured by gradients of more than one number.
+
+    AdamW's first steps move every number by the whole rate, where there is next to no gradient too,
+    as in most of the head's rows. rule matrix: mean squares are of a slot's whole matrix. rule
+    rows: a number's is the product of its row's and its column's, over the matrix's (Adafactor,
+    arXiv 1804.04235).
+    """
+
+    def __init__(self, parameters: list[Tensor], choice: Choice):
+        self.parameters = parameters
+        self.choice = choice
+        self.sums = [
+            (p.new_zeros(*p.shape[:2], 1), p.new_zeros(len(p), 1, p.shape[2])) for p in parameters
+        ]
+        self.weight = 0.0  # of what the sums have taken in
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """A step of all slots, each by its own gradients."""
+        keep = BETAS[1]
+        self.weight = keep * self.weight + 1 - keep
+        for p, (rows, columns) in zip(self.parameters, self.sums, strict=True):
+            squares = p.grad.square()
+            rows.lerp_(squares.mean(dim=2, keepdim=True), 1 - keep)
+            columns.lerp_(squares.mean(dim=1, keepdim=True), 1 - keep)
+            whole = rows.mean(dim=1, keepdim=True)
+            usual = whole if self.choice.rule == "matrix" else rows * columns / (whole + 1e-30)
+            change = p.grad / ((usual / self.weight).sqrt() + EPSILON)
+            p.mul_(1 - self.choice.rate * self.choice.decay).sub_(self.choice.rate * change)
+
+    def zero_grad(self) -> None:
+        """Gradients are of one piece."""
+        for p in self.parameters:
+            p.grad = None
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:
