@@ -294,7 +294,7 @@ class Settings:
     ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", 1)
     ttt_lora_rank: int = env(32, "of documents' branches", "numbers", 1, WIDEST)
     ttt_lora_alpha: float = env(57.6, "divided by the rank, branches' factor", "factor")
-    ttt_lora_lr: float = env(1e-4, "AdamW, of branches", "rate")
+    ttt_lora_lr: float = env(3e-4, "AdamW, of branches", "rate")
     ttt_lora_decay: float = env(0.5, "decoupled, of branches", "rate")
     ttt_lora_layers: str = env("mlp,head", "or query,key,value,out,in_proj,out_proj", "names")
     ttt_lora_piece: int = env(64, "scored, then learnt from; at most a window", "tokens", 1)
@@ -3350,8 +3350,13 @@ class Branches:
 def documents_alone(model: Model, branches: Branches | None):
     """While entered, a row holds one document, layers add their branches', and weights stay."""
     before = {"settings": model.settings, "attention_backend": model.attention_backend}
+    device = model.rotary_table.device
     alone = replace(model.settings, document_reset=False)
-    backend = choose_attention_backend(alone, model.rotary_table.device)
+    if alone.attention_backend == "auto" and device.type == "cuda":
+        # Windows come in many shapes, for each of which cuDNN makes a plan first.
+        flash = replace(alone, attention_backend="flash")
+        alone = alone if attention_problem(flash, device) else flash
+    backend = choose_attention_backend(alone, device)
     with ExitStack() as after:
         after.callback(vars(model).update, before, head_branch=None)
         vars(model).update(settings=alone, attention_backend=backend)
