@@ -25,7 +25,7 @@ Contents, in the order in which data flow; the last three may be left out at a f
     4. The recurrence: Mamba-3's, in a loop and as matmuls
     5. Model: attention, Mamba and MLP blocks; generation, a token at a time
     6. Optimizers: Muon for matrices, Adam for the rest, weight average, schedule
-    7. Evaluation: sliding windows, scores, test-time training on what is already scored
+    7. Evaluation: documents, or windows; test-time training on what is already scored
     8. Quantization: GPTQ onto grids of int6, and int8 where it matters
     9. Artifact: entropy coding near its bound, the file, loading
     10. Training and main: log, clock, checkpoints, loop, export
@@ -279,7 +279,7 @@ class Settings:
     gptq_gen_temp: float = env(1.0, "self: temperature of its tokens", "factor", ABOVE_0)
 
     eval_mode: str = env(
-        "documents", "scope", "plain|sliding|stateful|documents", group="evaluation"
+        "documents", "how text is cut", "plain|sliding|stateful|documents", group="evaluation"
     )
     eval_stride: int = env(512, "sliding: how far windows move", "tokens", 1)
     eval_overlap: int = env(0, "stateful: attention reads again; 0: half a window", "tokens")
@@ -288,7 +288,7 @@ class Settings:
     eval_nll_path: str = env("", "every target's nats, float32", "file.npy")
     eval_any_tokens: bool = env(False, "score other tokens than TOKENIZER_PATH's, to try them")
     ttt_enabled: bool = env(True, "score-first test-time training")
-    ttt_lr: float = env(0.005, "SGD, cosine over the chunks", "rate")
+    ttt_lr: float = env(0.005, "SGD, not of documents; cosine over the chunks", "rate")
     ttt_epochs: int = env(2, "passes over each scored chunk", "epochs")
     ttt_momentum: float = env(0.9, "SGD", "part", 0, BELOW_1)
     ttt_grad_clip: float = env(1.0, "most of a step's gradient; 0: not clipped", "norm")
@@ -537,7 +537,7 @@ def make_room(s, given: set[str]) -> Settings:
     modes = [mode for mode in EVAL_MODES if all(mode in modes_that_read(name) for name in given)]
     if modes and s.eval_mode not in modes:
         values["eval_mode"] = modes[0]
-    slides = s.eval_mode == "sliding"
+    slides = values.get("eval_mode", s.eval_mode) == "sliding"
     if slides and "train_seq_len" in given and s.eval_stride > s.train_seq_len:
         values["eval_stride"] = max(1, s.train_seq_len // 4)
     if 0 < s.max_wallclock_seconds <= s.export_reserve_seconds:
@@ -7561,7 +7561,7 @@ REFUSALS = {
     "QAT_ENABLED=0 QAT_START_FRAC=0": "LATE_QAT_THRESHOLD says when QAT begins",
     "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine",
     "SWEEP_MODE=0": "tools/explore.py trains without exporting",
-    "TTT_OPTIMIZER=sgd": "test-time training is by SGD",
+    "TTT_OPTIMIZER=sgd": "test-time training is by SGD, but of documents",
     "USE_BROTLI=0 USE_LZMA=1 USE_ZSTD=0": "artifacts are packed by an entropy coder and LZMA",
     "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",

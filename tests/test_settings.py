@@ -189,6 +189,7 @@ YIELDING = [
     ({"MAX_WALLCLOCK_SECONDS": "5"}, {"EXPORT_RESERVE_SECONDS": 1.0}),
     ({"MLP_MULT": "3"}, {}),
     ({"TTT_LR": "0.1"}, {"EVAL_MODE": "sliding"}),
+    ({"TTT_LR": "0.1", "TRAIN_SEQ_LEN": "256"}, {"EVAL_MODE": "sliding", "EVAL_STRIDE": 64}),
     ({"EVAL_STRIDE": "64"}, {"EVAL_MODE": "sliding"}),
     ({"EVAL_OVERLAP": "1024", "TTT_EPOCHS": "1"}, {"EVAL_MODE": "stateful"}),
     ({"TTT_ENABLED": "0", "TTT_LORA_LR": "0.001"}, {}),
