@@ -222,7 +222,7 @@ def draw_run():
         (
             8.85,
             2.2,
-            "load the artifact; then\nfor each chunk of text:\nscore it, then train on it",
+            "load the artifact; then,\npiece by piece of a document:\nscore it, then learn from it",
             MLP,
         ),
         (10.62, 0.75, "BPB", STATE),
