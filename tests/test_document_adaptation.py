@@ -247,7 +247,7 @@ def test_the_command_scores_a_finished_artifact(start, shards, tmp_path):
 @pytest.mark.parametrize("rule", ["matrix", "rows"])
 def test_coarse_steps_are_adamws_where_gradients_differ_in_sign_alone(rule):
     """And where one row has the gradient, "matrix" moves the others by what they have: nothing."""
-    choice = idea.Choice("test", rule=rule, rate=0.01, decay=0.5)
+    choice = idea.Choice("test", rule=rule, rate=0.01, decay=0.5, moves=1.0)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 4, 5, generator=generator)
     coarse, plain = start.clone().requires_grad_(), start.clone().requires_grad_()
@@ -275,3 +275,24 @@ def test_documents_adapt_by_coarse_steps(rule):
     tokens = stream_of([24])
     moved = adapted_nats(model, tokens, rule=rule) - frozen_nats(model, tokens)
     assert np.abs(moved[:8]).max() < 1e-6 < np.abs(moved[8:]).min()
+
+
+def test_branches_may_begin_orthogonal_and_leave_a_as_it_is():
+    """With momentum too, of which the first step knows nothing."""
+    choice = idea.Choice("test", start="orthogonal", moves=0.0, momentum=0.5, rank=4, slots=2)
+    branch = idea.LowRank(choice, 16, 5, torch.device("cpu"))
+    squares = branch.down[0].mT @ branch.down[0]
+    assert torch.allclose(squares, torch.eye(4) / 3, atol=1e-6)
+    first = branch.down.detach().clone()
+    steps = idea.Coarse([branch.down, branch.up], choice)
+    plain = idea.Choice("test", rank=4, slots=2)
+    other = torch.zeros_like(branch.up)
+    others = idea.Coarse([first.clone(), other], plain)
+    for p in (*steps.parameters, *others.parameters):
+        p.grad = torch.ones_like(p)
+    steps.step()
+    others.step()
+    assert torch.equal(branch.down, first)
+    assert torch.allclose(branch.up, other)
+    steps.step()
+    assert not torch.equal(branch.up, other)

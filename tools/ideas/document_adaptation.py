@@ -80,6 +80,9 @@ class Choice:
     piece: int = 64  # tokens that are scored, then learnt from
     lesson: str = "piece"  # what is learnt from; window: all that the piece's window holds
     slots: int = 64  # documents at once
+    start: str = "uniform"  # of A; orthogonal: directions of the input that stand on each other
+    moves: float = 1.0  # of the rate, at which A learns; 0: B alone does
+    momentum: float = 0.0  # of the gradient's running mean
     carried: int = 1  # A stays in its slot from batch to batch; 0: it is drawn anew
     phases: str = ""  # parts of the documents after which a phase stands; each: after every batch
     phase_text: str = "all"  # that is scored so far; new: since the phase before
@@ -112,6 +115,11 @@ def read_choice(text: str) -> Choice:
     need(choice.lesson in ("piece", "window"), f'"{name}": lesson is piece or window')
     rules = ("each", "matrix", "rows")
     need(choice.rule in rules, f'"{name}": rule is one of {", ".join(rules)}')
+    starts = ("uniform", "orthogonal")
+    need(choice.start in starts, f'"{name}": start is uniform or orthogonal')
+    need(choice.momentum < 1, f'"{name}": momentum is below 1')
+    coarse = choice.rule != "each" or (choice.moves == 1 and not choice.momentum)
+    need(coarse, f'"{name}": moves and momentum are for rule=matrix and rows')
     need(choice.phase_text in ("all", "new"), f'"{name}": phase_text is all or new')
     phase_parts(choice)
     return choice
@@ -185,12 +193,23 @@ def plan_pieces(
 class LowRank(t.LowRank):
     """gain B A x, with matrices of its own for each slot, all drawn apart."""
 
-    def __init__(self, slots: int, rank: int, inputs: int, outputs: int, gain: float, device):
-        self.gain = gain
-        bound = inputs**-0.5
-        uniform = torch.rand(slots, inputs, rank, device=device) * 2 - 1
-        self.down = (bound * uniform).requires_grad_()  # A, transposed
+    def __init__(self, choice: Choice, inputs: int, outputs: int, device):
+        self.gain = choice.gain
+        slots, rank = choice.slots, choice.rank
+        self.down = torch.empty(
+            slots, inputs, rank, device=device
+        ).requires_grad_()  # A, transposed
         self.up = torch.zeros(slots, rank, outputs, device=device, requires_grad=True)  # B likewise
+        self.draw(choice.start)
+
+    @torch.no_grad()
+    def draw(self, start: str) -> None:
+        """Other matrices A, of numbers of one size either way."""
+        bound = self.down.shape[1] ** -0.5
+        if start == "uniform":
+            nn.init.uniform_(self.down, -bound, bound)
+        else:  # columns of length 1, as long as uniform ones then, the same for all slots
+            self.down.copy_(nn.init.orthogonal_(torch.empty_like(self.down[0])) / 3**0.5)
 
 
 class Branches:
@@ -216,8 +235,7 @@ class Branches:
 
     def new_branch(self, inputs: int, outputs: int) -> LowRank:
         """A branch beside a layer of this many inputs and outputs."""
-        sizes = self.choice.slots, self.choice.rank, inputs, outputs
-        return LowRank(*sizes, self.choice.gain, self.model.embedding.weight.device)
+        return LowRank(self.choice, inputs, outputs, self.model.embedding.weight.device)
 
     def begin_batch(self) -> None:
         """Other documents are in the slots: B is 0, and nothing is known of gradients."""
@@ -226,8 +244,7 @@ class Branches:
         for branch in each:
             nn.init.zeros_(branch.up)
             if not self.choice.carried:
-                bound = branch.down.shape[1] ** -0.5
-                nn.init.uniform_(branch.down, -bound, bound)
+                branch.draw(self.choice.start)
         parameters = [matrix for branch in each for matrix in (branch.down, branch.up)]
         fused = parameters[0].is_cuda
         rates = {"lr": self.choice.rate, "weight_decay": self.choice.decay}
@@ -253,26 +270,34 @@ class Coarse:
     """
 
     def __init__(self, parameters: list[Tensor], choice: Choice):
-        self.parameters = parameters
+        self.parameters = parameters  # A and B in turn
         self.choice = choice
+        self.means = [torch.zeros_like(p) if choice.momentum else None for p in parameters]
         self.sums = [
             (p.new_zeros(*p.shape[:2], 1), p.new_zeros(len(p), 1, p.shape[2])) for p in parameters
         ]
         self.weight = 0.0  # of what the sums have taken in
+        self.steps = 0
 
     @torch.no_grad()
     def step(self) -> None:
         """A step of all slots, each by its own gradients."""
-        keep = BETAS[1]
+        keep, momentum = BETAS[1], self.choice.momentum
         self.weight = keep * self.weight + 1 - keep
-        for p, (rows, columns) in zip(self.parameters, self.sums, strict=True):
+        self.steps += 1
+        each = zip(self.parameters, self.means, self.sums, strict=True)
+        for number, (p, mean, (rows, columns)) in enumerate(each):
             squares = p.grad.square()
             rows.lerp_(squares.mean(dim=2, keepdim=True), 1 - keep)
             columns.lerp_(squares.mean(dim=1, keepdim=True), 1 - keep)
             whole = rows.mean(dim=1, keepdim=True)
             usual = whole if self.choice.rule == "matrix" else rows * columns / (whole + 1e-30)
-            change = p.grad / ((usual / self.weight).sqrt() + EPSILON)
-            p.mul_(1 - self.choice.rate * self.choice.decay).sub_(self.choice.rate * change)
+            if mean is not None:
+                mean.lerp_(p.grad, 1 - momentum)
+            gradient = p.grad if mean is None else mean / (1 - momentum**self.steps)
+            change = gradient / ((usual / self.weight).sqrt() + EPSILON)
+            rate = self.choice.rate * (1 if number % 2 else self.choice.moves)
+            p.mul_(1 - rate * self.choice.decay).sub_(rate * change)
 
     def zero_grad(self) -> None:
         """Gradients are of one piece."""
