@@ -2395,7 +2395,7 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
 
 @cache
 def packed_pairs(tokenizer_path: str, vocab_size: int) -> Tensor:
-    """impossible_pairs() of a BPE tokenizer, uint8 (V, ceil(V / 8)), bit v % 8 of byte v // 8."""
+    """impossible_pairs() of BPE, uint8 (V, ceil(V / 8)), bit v % 8 of byte v // 8; or UserError."""
     merges = merge_order(Tokenizer(tokenizer_path, vocab_size))
     problem = f"{tokenizer_path} is no BPE model whose tokens stand in the order of their merges"
     need(merges, f"{problem}: use MASK_IMPOSSIBLE_PAIRS=0")
@@ -4080,7 +4080,7 @@ def read_header(line: bytes | str, usual: dict) -> dict:
 
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Header, by read_header(), and payload of seal()'s file of at most so many bytes."""
+    """Header, by read_header() and payload of seal()'s file, at most `most` bytes, or UserError."""
     need(os.path.isfile(path), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
     with explained_errors(f"read {path}"):
         data = path.read_bytes() if path.stat().st_size <= most else b""
@@ -4102,7 +4102,7 @@ def read_artifact(path: Path) -> tuple[dict, bytes]:
 
 
 def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> Settings:
-    """The settings with the model's from an artifact's header; what was given must agree.
+    """The settings with the model's from an artifact's header; UserError if given ones differ.
 
     So must TOKENIZER_PATH, if there is one, where the header names its tokenizer.
     """
