@@ -281,6 +281,9 @@ def test_what_a_run_would_refuse_is_refused(monkeypatch, capsys):
     monkeypatch.setattr("os.environ", {"TRAIN_SEQ_LEN": "1000"})
     with pytest.raises(t.UserError, match="TRAIN_BATCH_TOKENS"):
         dry_run.dry_run([])
+    monkeypatch.setattr("os.environ", {"TTT_LR": "0.01", "TTT_LORA_LR": "0.001"})
+    with pytest.raises(t.UserError, match="TTT_LR means nothing with EVAL_MODE=documents"):
+        dry_run.dry_run([])
 
 
 def test_of_several_ranks_one_speaks(dry):

@@ -328,6 +328,7 @@ def read_variant(
     with as_user_error(where, train_gpt):
         settings, given = train_gpt.read_settings(os.environ | variables)
         train_gpt.validate_settings(settings, processes)
+        train_gpt.refuse_idle(settings, given)
     values = {field.upper(): getattr(settings, field) for field in sorted(given)}
     return [
         Run(

@@ -289,6 +289,7 @@ def dry_run(arguments: list[str] | None = None) -> int:
         return 0  # rank 0 says it all
     world_size = options.ranks or started
     t.validate_settings(settings, world_size)
+    t.refuse_idle(settings, given)
     # An absent GPU is a device that nothing is put on.
     device = torch.device("cuda") if options.gpu_memory else t.choose_device(settings, 0)
     memory = 1e9 * options.gpu_memory if options.gpu_memory else t.device_memory(device)
