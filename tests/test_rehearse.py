@@ -86,7 +86,25 @@ def test_the_rehearsal_has_the_runs_settings_but_for_its_length(tmp_path):
     ids=str,
 )
 def test_what_the_run_lacks_is_a_problem(changes, problem):
-    found = FINE._replace(**changes).problems(t.Settings(), free=10**11)
+    settings = t.Settings(eval_mode="sliding")
+    found = FINE._replace(**changes).problems(settings, free=10**11)
+    assert len(found) == (problem is not None)
+    assert problem is None or problem in found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"adapting_seconds": 500.0}, None),
+        ({"adapting_seconds": 541.0}, "documents need over 0.9 EVAL_MAX_SECONDS to adapt"),
+        ({"scoring_seconds": 601.0}, "raise TTT_LORA_PIECE"),
+    ],
+    ids=str,
+)
+def test_documents_that_the_clock_would_leave_frozen_are_a_problem(changes, problem):
+    settings = t.Settings(eval_mode="documents")
+    needs = FINE._replace(**({"scoring_seconds": 0.0, "adapting_seconds": 0.0} | changes))
+    found = needs.problems(settings, free=10**11)
     assert len(found) == (problem is not None)
     assert problem is None or problem in found[0]
 

@@ -131,7 +131,12 @@ class Needs(NamedTuple):
         if s.max_wallclock_seconds and self.export_seconds > s.export_reserve_seconds:
             found.append("export takes longer: raise EXPORT_RESERVE_SECONDS")
         if self.scoring_seconds > s.eval_max_seconds:
-            found.append("scoring takes longer than EVAL_MAX_SECONDS: raise EVAL_STRIDE, or plain")
+            longer = "TTT_LORA_PIECE" if s.eval_mode == "documents" else "EVAL_STRIDE"
+            found.append(f"scoring takes longer than EVAL_MAX_SECONDS: raise {longer}, or plain")
+        # In other modes test-time training gives epochs up; of documents, the clock's last tenth.
+        alone = s.eval_mode == "documents" and s.adapts
+        if alone and self.adapting_seconds > 0.9 * s.eval_max_seconds:
+            found.append("documents need over 0.9 EVAL_MAX_SECONDS to adapt: raise TTT_LORA_PIECE")
         if self.disk_bytes > free:
             found.append("there is not enough disk space in LOG_DIR")
         return found
