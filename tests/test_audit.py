@@ -287,6 +287,15 @@ def test_settings_are_the_logs_and_given_ones_must_agree(run):
     assert "PRESET" not in audit_case.choose_settings(names, preset, log)
 
 
+def test_settings_that_a_script_would_refuse_as_idle_are_left_out_and_no_others():
+    of_modes = {"TTT_LR": "0.1", "TTT_LORA_LR": "0.1", "TTT_ENABLED": "1", "EVAL_STRIDE": "8"}
+    for mode, idle in {"documents": "TTT_LR", "sliding": "TTT_LORA_LR"}.items():
+        settings = of_modes | {"EVAL_MODE": mode}
+        assert settings.keys() - audit_case.without_idle(settings).keys() == {idle}
+    # A preset says which mode it is, and the script what is wrong.
+    assert audit_case.without_idle(of_modes) == of_modes
+
+
 @pytest.mark.parametrize("source", ["x =", "1 / 0", "import json"])
 def test_a_file_that_is_not_the_script_is_refused_without_being_run(tmp_path, source):
     (tmp_path / "script.py").write_text(source)

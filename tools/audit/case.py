@@ -227,9 +227,12 @@ def score_settings(names: list[str]) -> list[str]:
 def without_idle(settings: dict[str, str]) -> dict[str, str]:
     """Settings without those of test-time training that the script would refuse, as idle.
 
-    By EVAL_MODE, sliding if it is not given: documents read TTT_LORA_..., other modes the others.
+    By EVAL_MODE: documents read TTT_LORA_..., other modes the others. Where it is not given, it
+    is a preset's, or follows from these settings.
     """
-    by_document = settings.get("EVAL_MODE", "sliding") == "documents"
+    if "EVAL_MODE" not in settings:
+        return settings
+    by_document = settings["EVAL_MODE"] == "documents"
     idle = {
         name
         for name in settings
