@@ -3212,7 +3212,7 @@ class Evaluator:
 
         Returns their positions, tokens, targets and nats (n, L), not kept where documents end.
         """
-        rows = round_up(batch.longer_than(begin), ROW_STEP)
+        rows = round_up(batch.longer_than(begin), ROW_STEP if self.ranks.gpu else 1)
         length = min(self.settings.train_seq_len, round_up(end - context, WIDTH_STEP))
         begins = batch.begins[:rows]
         last = begins + np.minimum(end, batch.lengths[:rows])
@@ -3260,7 +3260,7 @@ class Evaluator:
 # So a score depends on earlier tokens of its own document and on nothing else: not on those that
 # are read beside it, nor on their order, nor on the number of ranks.
 WIDTH_STEP = 64  # windows go on to a multiple of it, a chunk of the scan: kernels meet few shapes
-ROW_STEP = 16  # likewise: so many documents are read, though some of them have ended
+ROW_STEP = 16  # likewise, on GPUs: so many documents are read, though some of them have ended
 BRANCH_BETA2 = 0.99  # how much of s a step keeps
 BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have one
 
