@@ -33,7 +33,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not __package__:  # started by its path
     print(
@@ -45,7 +47,7 @@ import train_gpt as t
 from bench.bench import RandomBatches, SilentLog
 from reference import mamba_ssm_operator
 from reference.scan_cases import ScanCase, errors, in_two_calls, random_case, results
-from tests.support import newton_schulz, relative
+from tests.support import newton_schulz, random_model, relative, stream_of, validation_set
 from tools.command import Parser, UserError, run_command
 
 BF16_TOLERANCE = 2e-2  # bf16 operands leave 1e-3 to 1e-2; the library also rounds angles to bf16
@@ -572,7 +574,8 @@ def model_settings(**overrides) -> t.Settings:
         "LAYER_ORDER": "0-2,1-3",
         "VOCAB_SIZE": "1024",
         "RECUR_START": "0",
-        "EVAL_STRIDE": "64",
+        "MASK_IMPOSSIBLE_PAIRS": "0",  # which asks for a tokenizer, as does the next
+        "SPELLING_FEATURES": "0",
     }
     settings, _ = t.read_settings(environment | {k.upper(): str(v) for k, v in overrides.items()})
     t.validate_settings(settings, 1)
@@ -649,7 +652,7 @@ def check_generation(**overrides) -> None:
 
 def time_generation() -> None:
     """How long a step of 64 texts of the default model takes."""
-    settings, _ = t.read_settings({})
+    settings, _ = t.read_settings({"MASK_IMPOSSIBLE_PAIRS": "0"})
     model = t.build_model(settings, t.Ranks(0, 1, DEVICE))
     tokens = torch.full((64, 1), t.BOS_ID, device=DEVICE)
     t.generate(model, tokens, 8)  # loads what the first call needs
@@ -657,6 +660,161 @@ def time_generation() -> None:
     t.generate(model, tokens, 512)
     took = 1000 * (t.synchronized_time() - started) / 512
     print(f"     generation, 64 texts, default model: {took:.2f} ms a token of each")
+
+
+# Of documents' tokens: longer than a window, whole windows and pieces, some alike, one token.
+DOCUMENT_LENGTHS = (300, 257, 200, 129, 128, 128, 100, 65, 64, 33, 32, 31, 17, 17, 9, 5, 2, 1)
+
+
+def document_models(**overrides) -> tuple[t.Model, t.Model]:
+    """A model in bfloat16, and with the same weights one in float32 on the CPU, by the formula."""
+    sizes = {"train_seq_len": 128, "mlp_mult": 3, "ttt_lora_piece": 32, "ttt_lora_slots": 16}
+    chosen = {"eval_mode": "documents", "ttt_lora_lr": 1e-2} | sizes | overrides
+    settings = model_settings(precision="bfloat16", **chosen)
+    exact = {"scan_backend": "chunked", "attention_backend": "math", "precision": "float32"}
+    reference = random_model(dataclasses.replace(settings, **exact))
+    model = t.build_model(settings, t.Ranks(0, 1, DEVICE))
+    model.load_state_dict(reference.state_dict())
+    return model, reference
+
+
+def document_surprise(model: t.Model, tokens: np.ndarray, observer=None, **changes):
+    """Nats of a stream's targets by EVAL_MODE=documents, less those of a guess; float64, (N,)."""
+    settings = dataclasses.replace(model.settings, **changes)
+    ranks = t.Ranks(0, 1, model.rotary_table.device)
+    evaluator = t.Evaluator(model, settings, ranks, validation_set(tokens), observer=observer)
+    return torch.from_numpy(evaluator.evaluate().nats).double() - math.log(settings.vocab_size)
+
+
+class AttentionWatch(t.EvaluationObserver):
+    """Hears which attention a model has while it reads documents."""
+
+    def __init__(self, model: t.Model):
+        self.model = model
+        self.backends = []
+
+    def on_read(self, excerpt: t.Excerpt):
+        """As an EvaluationObserver."""
+        self.backends.append(self.model.attention_backend)
+
+
+class ProductWatch(TorchDispatchMode):
+    """Counts backward passes of the fused MLP, and products that have the shape of its weights."""
+
+    def __init__(self, model: t.Model):
+        super().__init__()
+        mlp = model.blocks[0].mlp
+        self.shapes = {tuple(mlp.up.weight.shape), tuple(mlp.down.weight.shape)}
+        self.backwards = 0
+        self.of_weights = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """As torch asks of a mode."""
+        result = function(*args, **(kwargs or {}))
+        self.backwards += "fused_mlp_backward" in str(function)
+        self.of_weights += str(function) == "aten.mm.default" and tuple(result.shape) in self.shapes
+        return result
+
+
+def random_states() -> list[torch.Tensor]:
+    """Of torch's generators, on the CPU and on the GPU."""
+    on_gpu = [torch.cuda.get_rng_state()] if DEVICE.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+@contextlib.contextmanager
+def sums_in_order():
+    """While entered, attention's backward adds in one order, not as its programs come."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_documents(adapts: bool, **overrides) -> None:
+    """EVAL_MODE=documents in bfloat16 against float32 on the CPU, and what its scores depend on."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for sums_in_order()
+    model, reference = document_models(**overrides)
+    label = "documents, adapting" if adapts else "documents, frozen"
+    tolerance = (1 + 2 * adapts) * BF16_TOLERANCE  # gradients may be three times as far off
+    tokens = stream_of(DOCUMENT_LENGTHS)
+    scored = functools.partial(document_surprise, model, ttt_enabled=adapts)
+    weights, states = [p.detach().clone() for p in model.parameters()], random_states()
+    watch = AttentionWatch(model)
+    found = scored(tokens, observer=watch)
+    stayed = [*map(torch.equal, model.parameters(), weights)]
+    stayed += [p.grad is None and p.requires_grad for p in model.parameters()]
+    stayed += map(torch.equal, random_states(), states)
+    check(f"{label}: weights and random states that are others afterwards", stayed.count(False), 0)
+    wanted = document_surprise(reference, tokens, ttt_enabled=adapts)
+    check(f"{label}: scores against float32 on the CPU", relative(found, wanted), tolerance)
+    if adapts:
+        frozen = document_surprise(reference, tokens, ttt_enabled=False)
+        off = float((found - wanted).norm() / (wanted - frozen).norm())
+        check(f"{label}: the same, as a part of how far adapting moves them", off, 0.15)
+        print(f"     of all scores, adapting moves {relative(wanted, frozen):.3f}")
+        print(f"     a second run's scores are {relative(scored(tokens), found):.2e} off")
+    check_document_order(label, scored, tokens, found, tolerance)
+    with sums_in_order() if adapts else contextlib.nullcontext():
+        check_document_causality(label, scored, tokens, model.settings.vocab_size)
+    if DEVICE.type == "cuda":
+        check_document_kernels(label, model, watch, adapts)
+
+
+def check_document_order(label: str, scored, tokens, found, tolerance: float) -> None:
+    """Scores of fewer documents at once, of other neighbours, and alone: floats' order alone."""
+    halved = scored(tokens, ttt_lora_slots=8)
+    check(f"{label}: scores with half the slots", relative(halved, found), tolerance)
+    ends = np.cumsum(DOCUMENT_LENGTHS)
+    texts, parts = np.split(tokens[:-1], ends[:-1]), np.split(found.numpy(), ends[:-1])
+    order = np.random.default_rng(5).permutation(len(texts))
+    shuffled = scored(np.concatenate([*(texts[i] for i in order), tokens[-1:]]))
+    expected = torch.from_numpy(np.concatenate([parts[i] for i in order]))
+    check(f"{label}: scores of the stream shuffled", relative(shuffled, expected), tolerance)
+    chosen = (1, 4, 9)
+    alone = torch.cat([scored(np.append(texts[i], t.BOS_ID).astype(np.uint16)) for i in chosen])
+    expected = torch.from_numpy(np.concatenate([parts[i] for i in chosen]))
+    check(f"{label}: scores of three documents alone", relative(alone, expected), tolerance)
+
+
+def check_document_causality(label: str, scored, tokens: np.ndarray, vocab_size: int) -> None:
+    """With other tokens later and in other documents, no score may differ by a bit."""
+    found = scored(tokens)
+    begins = np.cumsum([0, *DOCUMENT_LENGTHS])
+    generator = np.random.default_rng(3)
+    for chosen, seen in ((0, 290), (3, 70), (8, 40)):
+        other = generator.integers(4, vocab_size, len(tokens)).astype(np.uint16)
+        other[tokens == t.BOS_ID] = t.BOS_ID  # documents stay as long, and shapes as they were
+        kept = np.arange(begins[chosen], begins[chosen] + seen)
+        other[kept] = tokens[kept]
+        scores = scored(other)
+        different = (scores != found)[kept[:-1]].sum()
+        name = f"{label}: of {seen - 1} scores, those that later or other text changes"
+        check(name, float(different), 0)
+        unmoved = (scores == found).double().mean()
+        check(f"{label}: part of all scores that stay where other text stands", float(unmoved), 0.5)
+
+
+def check_document_kernels(label: str, model: t.Model, watch: AttentionWatch, adapts: bool) -> None:
+    """Attention is flash's, and the MLP's fused backward makes no gradients of weights."""
+    if runnable("flash", False):
+        others = sum(backend != "flash" for backend in watch.backends)
+        check(f"{label}: excerpts read by another attention than flash", others, 0)
+    counts = ProductWatch(model)
+    cuda = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=cuda) as profile, counts:
+        document_surprise(model, stream_of([100, 40]), ttt_enabled=adapts)
+    names = {row.key for row in profile.key_averages()}
+    if runnable("flash", False):
+        missing = not any("flash" in name for name in names)
+        check(f"{label}: kernels of flash attention that are missing", missing, 0)
+        check(f"{label}: kernels of cuDNN", sum("cudnn" in name for name in names), 0)
+    if adapts and model.blocks[0].mlp.can_fuse:
+        check(f"{label}: fused backward passes of the MLP, none", counts.backwards == 0, 0)
+        check(f"{label}: gradients of the MLP's weights", counts.of_weights, 0)
+    elif adapts:
+        print("skip the MLP's kernels are for compute capability 9.0")
 
 
 def weights_of_twelve_steps(
@@ -745,6 +903,8 @@ def check_checkpoints() -> None:
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             "PRESET": "short",
+            "MASK_IMPOSSIBLE_PAIRS": "0",
+            "SPELLING_FEATURES": "0",
             "MAX_WALLCLOCK_SECONDS": "0",
             "LOG_DIR": folder,
             "RUN_ID": "checks",
@@ -952,6 +1112,8 @@ def parts() -> dict[str, Part]:
         "replays": Part(check_replays, 35, "attention in graphs, replayed with other documents"),
         "documents-mamba3": Part(check_document_steps, 60, "graphed steps, documents apart"),
         "documents-mamba2": Part(call(check_document_steps, **short), 60, "the same of Mamba-2"),
+        "documents-frozen": Part(call(check_documents, False), 50, "documents scored apart"),
+        "documents-adapting": Part(call(check_documents, True), 80, "documents that adapt"),
         "optimizer": Part(check_optimizer, 20, "Newton-Schulz steps against float64"),
         "mlp": Part(check_mlp, 30, "the MLP's kernels against its formula"),
         "model-default": Part(check_model, 50, "a compiled model against float32 on the CPU"),

@@ -122,6 +122,13 @@ def document_stream(length: int, seed: int = 0) -> np.ndarray:
     return stream
 
 
+def stream_of(lengths, seed: int = 0) -> np.ndarray:
+    """Documents of so many tokens each, uint16, and the BOS of one that is empty behind them."""
+    generator = np.random.default_rng(seed)
+    texts = [[t.BOS_ID, *generator.integers(4, 512, length - 1)] for length in lengths]
+    return np.array([*sum(texts, []), t.BOS_ID], dtype=np.uint16)
+
+
 def validation_set(tokens: np.ndarray) -> t.ValidationSet:
     """A validation set in which every target is two bytes long."""
     return t.ValidationSet(tokens, np.full(len(tokens) - 1, 2, dtype=np.int64))

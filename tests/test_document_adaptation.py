@@ -10,18 +10,11 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import SOLO, random_model, tiny, tiny_environment, validation_set
+from tests.support import SOLO, random_model, stream_of, tiny, tiny_environment, validation_set
 from tools.ideas import document_adaptation as idea
 
 # Steps that are large enough to be seen after a few pieces.
 QUICK = {"rank": 3, "rate": 0.02, "piece": 8, "slots": 3, "phase_rate": 0.1, "phase_tokens": 64}
-
-
-def stream_of(lengths, seed: int = 0) -> np.ndarray:
-    """Documents of so many tokens each, uint16, and the BOS of one that is empty behind them."""
-    generator = np.random.default_rng(seed)
-    texts = [[t.BOS_ID, *generator.integers(4, 512, length - 1)] for length in lengths]
-    return np.array([*sum(texts, []), t.BOS_ID], dtype=np.uint16)
 
 
 def frozen_nats(model: t.Model, tokens: np.ndarray, **changes) -> np.ndarray:

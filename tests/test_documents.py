@@ -17,12 +17,12 @@ from tests.support import (
     run_environment,
     run_here,
     run_ranks,
+    stream_of,
     tiny,
     tiny_environment,
     validation_set,
     with_settings,
 )
-from tests.test_document_adaptation import stream_of
 from tests.test_evaluation import evaluate
 from tools import summary
 from tools.ideas import document_adaptation as idea
