@@ -555,10 +555,14 @@ def describe_room(settings, given: set[str]) -> str:
 
 
 def refuse_idle(settings, given: set[str]):
-    """Raises UserError for given settings of test-time training that EVAL_MODE does not read."""
+    """Raises UserError for given settings of test-time training that EVAL_MODE does not read.
+
+    Without a given EVAL_MODE, for others too: no mode reads all that was given.
+    """
     mode = settings.eval_mode
     for name in sorted(given):
-        idle = name.startswith("ttt_") and mode not in modes_that_read(name)
+        concerns = name.startswith("ttt_") or "eval_mode" not in given
+        idle = concerns and mode not in modes_that_read(name)
         need(not idle, f"{name.upper()} means nothing with EVAL_MODE={mode}: unset one of them")
 
 
@@ -1205,6 +1209,8 @@ def warn_without_bos(settings, training: list[Shard], validation: np.ndarray, lo
     idle = ["DOCUMENT_RESET=1 resets nothing"] if settings.document_reset else []
     if "training" in lacking and settings.calibration == "self":
         idle.append("CALIBRATION=self writes behind a token that was not learnt")
+    if "validation" in lacking and settings.eval_mode == "documents":
+        idle.append("EVAL_MODE=documents takes the text for one document")
     if lacking and idle:
         places = " and ".join(f"{len(texts[name]):,} {name} tokens" for name in lacking)
         remedy = "documents should begin with it, see data/prepare.py"
@@ -3177,35 +3183,46 @@ class Evaluator:
         return total * (last - first)
 
     def _evaluate_documents(self, started: float, say) -> Score:
-        """evaluate() of documents; what the clock's last tenth begins are epochs given up."""
+        """evaluate() of documents; those that still learn in the clock's last tenth give it up."""
         s = self.settings
         batches = plan_batches(self.validation.tokens, s)
         mine = share_batches(batches, s, self.ranks.world_size)[self.ranks.rank]
-        given_up = 0
-        left = s.eval_max_seconds
+        self.given_up = 0
+        self.learns_until = started + 0.9 * s.eval_max_seconds
         for number, batch in enumerate(mine, 1):
-            adapts = s.adapts and left > 0.1 * s.eval_max_seconds
-            given_up += batch.longer_than(0) if s.adapts and not adapts else 0
+            adapts = s.adapts and time.perf_counter() < self.learns_until
+            self.given_up += batch.longer_than(0) if s.adapts and not adapts else 0
             branches = Branches(self.model, s) if adapts else None
             with documents_alone(self.model, branches):
                 self._score_batch(batch, branches)
             left = started + s.eval_max_seconds - synchronized_time()
             say(f", batch {number}/{len(mine)} of documents, {left:.0f}s left of the clock")
-        score = self._collect(sum(self.ranks.gather(given_up)))
+        score = self._collect(sum(self.ranks.gather(self.given_up)))
         self.scoring_seconds = time.perf_counter() - started
         return score._replace(seconds=self.scoring_seconds)
 
     def _score_batch(self, batch: "DocumentBatch", branches: "Branches | None"):
-        """Scores documents piece by piece; branches, if any, learn from each once it is scored."""
-        for context, begin, end in plan_pieces(batch, self.settings, branches is not None):
+        """Scores documents piece by piece; branches, if any, learn from each once it is scored.
+
+        In the clock's last tenth they stay as they are, beside fewer windows.
+        """
+        learns = branches is not None
+        pieces = plan_pieces(batch, self.settings, learns)
+        while bounds := next(pieces, None):
+            *_, end = bounds
             going_on = batch.longer_than(end)  # documents of which a piece is still to come
-            learns = branches is not None and going_on > 0
-            with torch.set_grad_enabled(learns):
-                piece, nats = self._score_piece(batch, context, begin, end)
+            with torch.set_grad_enabled(learns and going_on > 0):
+                piece, nats = self._score_piece(batch, *bounds)
+            if not learns or not going_on:
+                continue
             # The piece has its scores. Only now, and only for pieces to come, is it learnt from.
+            learns = time.perf_counter() < self.learns_until
             if learns:
                 self.observer.on_train(Excerpt(*(part[:going_on] for part in piece)))
                 branches.learn(nats[:going_on])
+            else:
+                self.given_up += going_on
+                pieces = plan_pieces(batch, self.settings, learns, end)
 
     def _score_piece(self, batch: "DocumentBatch", context: int, begin: int, end: int) -> tuple:
         """Scores targets begin to end, read from context on, of documents that have them.
@@ -3292,12 +3309,15 @@ def plan_batches(tokens: np.ndarray, settings) -> list[DocumentBatch]:
     return [DocumentBatch(*part) for part in np.split(facts, facts.shape[1] // slots, axis=1)]
 
 
-def plan_pieces(batch: DocumentBatch, settings, learns: bool):
+def plan_pieces(batch: DocumentBatch, settings, learns: bool, begin: int = 0):
     """Yields (context, begin, end): a document's targets begin to end are read from context on."""
     window = settings.train_seq_len
     piece = min(settings.ttt_lora_piece, window)
-    begin = 0
-    end = piece if learns else window // piece * piece  # frozen weights score a window's alike
+    if settings.adapts and not learns:  # the clock is at its end: fewer windows
+        piece = max(piece, window // 2)
+    end = begin + piece
+    if not learns:  # frozen weights score a window's alike
+        end = max(end, window // piece * piece)
     while begin < batch.lengths.max():
         yield max(0, end - window), begin, min(end, int(batch.lengths.max()))
         begin = end
@@ -5164,6 +5184,8 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
     skeleton = model_skeleton(settings)
     check_size(skeleton, target, device_memory(ranks.device))
     model = build_model(settings, ranks)
+    if settings.eval_mode == "documents" and settings.adapts:
+        Branches(model, replace(settings, ttt_lora_slots=1))  # refused now, not once it is trained
     micro_batch = choose_micro_batch(settings, ranks)
     score = partial(plain_score, settings, ranks, validation, log=log)
     with Checkpoints(settings, ranks, log) as checkpoints:

@@ -245,7 +245,9 @@ def test_what_is_watched_is_honest_in_every_mode(entry_of, mode, ttt_enabled):
         holds(check, entry)
     seen = entry.seen
     assert len(seen.sampled) == entry.count
-    assert any(kind == "step" for kind, _ in seen.events) == bool(ttt_enabled)
+    kinds = {kind for kind, _ in seen.events}
+    assert ("train" in kinds) == bool(ttt_enabled)
+    assert ("step" in kinds) == (bool(ttt_enabled) and mode != "documents")  # weights stay there
 
 
 # ---- Script and settings -------------------------------------------------------------------------

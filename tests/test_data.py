@@ -453,6 +453,9 @@ def test_text_without_bos_is_told_where_a_setting_goes_by_it(tmp_path):
     (line,) = warned(marked, **written)
     assert "DOCUMENT_RESET" not in line
     assert warned(text) == []
+    (line,) = warned(text, eval_mode="documents")
+    assert "validation tokens: EVAL_MODE=documents takes the text for one document" in line
+    assert warned(marked, eval_mode="documents") == []
     write_shard(tmp_path / "a_train_1.bin", marked)
     training = t.open_shards(str(tmp_path), "train")
     assert warned(marked, training, **reset, **written) == []

@@ -311,6 +311,33 @@ def test_documents_of_the_clocks_last_tenth_are_scored_by_the_artifacts_weights(
         assert moved[begin : begin + length].any() == (length > 9)
 
 
+def test_a_document_that_outlasts_the_clock_learns_no_more_and_takes_fewer_windows(monkeypatch):
+    """A text without BOS is one: learning on to its end, it had no score within the clock."""
+    now = [1000.0]
+
+    class Costly(t.EvaluationObserver):
+        def on_score(self, *_):
+            now[0] += 1.0
+
+    monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    settings = documents(eval_max_seconds=30.0)  # pieces of 8, then 16, of windows of 32
+    model = random_model(settings)
+    tokens = stream_of([240])
+    whole = evaluate(model, settings, tokens, observer=t.EvaluationObserver())
+    assert whole.epochs_given_up == 0
+    score = evaluate(model, settings, tokens, observer=Costly())
+    assert score.epochs_given_up == 1
+    assert score.seconds == 27 + 2
+    assert np.array_equal(score.nats[: 27 * 8], whole.nats[: 27 * 8])
+    assert not np.array_equal(score.nats, whole.nats)
+    # What it has learnt by then stays.
+    frozen = evaluate(model, with_settings(settings, ttt_enabled=False), tokens)
+    assert np.abs(score.nats - frozen.nats)[27 * 8 :].min() > 0
+    at_once = evaluate(model, with_settings(settings, eval_max_seconds=1e-14), tokens)
+    assert at_once.epochs_given_up == 1
+    assert np.allclose(at_once.nats[:32], frozen.nats[:32], atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["sliding", "documents"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_progress_rises_to_the_whole_text(mode, world_size):
@@ -366,6 +393,23 @@ def test_branches_of_layers_that_a_model_lacks_and_in_float16_are_refused():
     model.compute_dtype = torch.float16
     with pytest.raises(t.UserError, match="float16 loses the gradients"):
         t.Branches(model, documents())
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"precision": "float16"}, "float16 loses the gradients"),
+        ({"mlp_layers": "none", "ttt_lora_layers": "mlp"}, "names nothing that the model has"),
+    ],
+    ids=["float16", "no such layer"],
+)
+def test_what_could_not_adapt_is_not_trained(
+    monkeypatch, capsys, shards, tmp_path, changes, problem
+):
+    environment = run_environment(shards, tmp_path, **{"eval_mode": "documents", **changes})
+    assert problem in mistake(monkeypatch, capsys, environment)
+    assert '"ready"' not in (tmp_path / "a.jsonl").read_text()
+    assert not (tmp_path / "a.int6.lzma").exists()
 
 
 def test_a_run_scores_documents_and_its_artifact_again(monkeypatch, capsys, shards, tmp_path):

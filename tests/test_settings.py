@@ -237,6 +237,23 @@ def test_two_typed_settings_that_contradict_each_other_are_refused(typed, named)
         t.validate_settings(settings, 1)
 
 
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ({"EVAL_STRIDE": "64", "TTT_LORA_RANK": "3"}, "EVAL_STRIDE"),
+        ({"EVAL_STRIDE": "64", "EVAL_OVERLAP": "1024"}, "EVAL_OVERLAP"),
+        ({"PRESET": "tiny", "EVAL_STRIDE": "8", "EVAL_OVERLAP": "9"}, "EVAL_OVERLAP"),
+    ],
+    ids=str,
+)
+def test_typed_settings_that_no_mode_reads_together_are_refused(typed, named):
+    """One of them did nothing, without a word."""
+    settings, given = t.read_settings(typed)
+    with pytest.raises(t.UserError, match=f"^{named} means nothing with EVAL_MODE="):
+        t.refuse_idle(settings, given)
+    t.refuse_idle(*t.read_settings({name: typed[name] for name in typed if name != named}))
+
+
 def test_a_run_says_which_settings_yielded(monkeypatch, capsys, shards, tmp_path):
     changes = {"max_wallclock_seconds": 10, "tokenizer_path": "none"}  # it ends before it trains
     assert run_here(monkeypatch, run_environment(shards, tmp_path, **changes)) == 2
