@@ -127,6 +127,8 @@ def hold(run: Run, phase: str) -> None:
         run.slow_writing(".lzma")
     elif phase == "after the score":
         run.slow_writing(".npy")
+    elif "documents" in phase:
+        run.final_evaluation("_score_batch")
     elif phase.endswith("adapting"):
         run.final_evaluation("_adapt")
     elif phase.startswith("evaluation"):

@@ -65,6 +65,7 @@ EVALUATIONS = {
     "evaluation, plain, adapting": {"ttt_enabled": True},
     "evaluation, sliding, adapting": {"eval_mode": "sliding", "ttt_enabled": True},
     "evaluation, stateful, adapting": {"eval_mode": "stateful", "ttt_enabled": True},
+    "evaluation, documents, adapting": {"eval_mode": "documents", "ttt_enabled": True},
 }
 ALONE = "EVAL_ONLY=1, "
 PHASES = {
@@ -85,6 +86,7 @@ PHASES = {
     **EVALUATIONS,
     f"{ALONE}evaluation, plain": {},
     f"{ALONE}evaluation, sliding, adapting": {"eval_mode": "sliding", "ttt_enabled": True},
+    f"{ALONE}evaluation, documents, adapting": {"eval_mode": "documents", "ttt_enabled": True},
     "after the score": {"eval_nll_path": "a.npy"},
     # A small model: on a CPU, a compiler writes out every chunk of the scan.
     "compile": {"compile": "on", "num_layers": 2, "mamba_layers": "0", "late_qat_threshold": 0.0},

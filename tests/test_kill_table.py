@@ -14,7 +14,7 @@ def table(tmp_path_factory):
     ("phase", "name", "left", "resumed"),
     [
         ("artifact", "SIGKILL", "a.int6.lzma.part", "step 30"),
-        ("evaluation, sliding, adapting", "SIGTERM", "a.int6.lzma", "the artifact"),
+        ("evaluation, documents, adapting", "SIGTERM", "a.int6.lzma", "the artifact"),
     ],
 )
 def test_a_run_that_is_ended_goes_on_to_the_same_result(table, phase, name, left, resumed):
