@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -11,8 +13,11 @@ import torch
 
 import train_gpt as t
 from tests.support import (
+    PATIENCE,
+    SCRIPT,
     SOLO,
     mistake,
+    process_environment,
     random_model,
     run_environment,
     run_here,
@@ -442,3 +447,27 @@ def test_a_run_scores_documents_and_its_artifact_again(monkeypatch, capsys, shar
     )
     late = again | {"EVAL_MAX_SECONDS": "1e-6"}
     assert "no score in EVAL_MAX_SECONDS" in mistake(monkeypatch, capsys, late)
+
+
+def test_two_ranks_of_torchrun_score_as_their_artifact_alone_does(monkeypatch, shards, tmp_path):
+    """A whole run in processes of its own; then its artifact in this one, to the bit."""
+    changes = {"eval_mode": "documents", "eval_nll_path": tmp_path / "two.npy"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+    done = subprocess.run(
+        [sys.executable, *launch],
+        env=process_environment(run_environment(shards, tmp_path, **changes)),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "final_int6_lzma_documents_ttt_exact" in done.stdout
+    again = {"EVAL_ONLY": "1", "RUN_ID": "a", "LOG_DIR": str(tmp_path), "DEVICE": "cpu"}
+    assert run_here(monkeypatch, again | {"EVAL_NLL_PATH": str(tmp_path / "one.npy")}) == 0
+    one, two = (np.load(tmp_path / name) for name in ("one.npy", "two.npy"))
+    assert np.array_equal(one, two)
+    scores = []
+    for name in ("a.jsonl", "a.eval.jsonl"):
+        (final,) = (r for r in t.read_records(tmp_path / name) if r["event"] == "final")
+        scores.append(final["val_bpb"])
+    assert scores[0] == scores[1]
