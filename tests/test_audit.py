@@ -1280,7 +1280,8 @@ def test_documents_that_learn_too_early_or_from_their_last_piece_are_seen(
     if said:
         fails(checks.check_order, entry, said)
     else:
-        holds(checks.check_order, entry)
+        evidence = holds(checks.check_order, entry)
+        assert re.match(r"[1-9]\d* updates on [1-9]\d* of .* of last pieces", evidence)
     if order == "ts":
         fails(checks.check_causal, entry, "earlier scores move")
     else:
