@@ -36,9 +36,9 @@ defaults, and every other variable goes before it:
 A value outside its bounds ends the run with one line, and so does a name that is one letter off a
 setting's or begins as only settings do. Other variables are let be, and most settings that others
 leave without effect; a run's log begins with those given. A default that cannot go with a given
-setting yields to it, as `TRELLIS_STATES` to `QUANTIZER=round`, and the log says so; two given ones
-that contradict each other end the run. Lists of layers are `all`, `none` or such
-as `0,2-4`. `python train_gpt.py --help` says the same as this page.
+setting yields to it, as `TRELLIS_STATES` to `QUANTIZER=round` or `EVAL_MODE` to `TTT_LR`, and the
+log says so; two given ones that contradict each other end the run. Lists of layers are `all`,
+`none` or such as `0,2-4`. `python train_gpt.py --help` says the same as this page.
 """
 
 GROUPS = {
