@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from tests.support import CPU, interpreted, random_model, tiny
+from tests.gpu_checks import ProductWatch, document_surprise
+from tests.support import CPU, interpreted, random_model, random_tokens, stream_of, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +134,21 @@ def test_a_model_with_the_kernels_computes_the_same(monkeypatch):
     for x, y in zip(plain, found(compiled), strict=True):
         assert (x - y).norm() <= 1e-4 * x.norm() + 1e-9
     assert len(launched) == 2 * settings.num_layers
+
+
+@interpreted
+def test_documents_that_adapt_ask_for_no_gradients_of_the_weights(monkeypatch):
+    """Counted by products that have their shape, of which training has two for each layer."""
+    monkeypatch.setattr(t.MLP, "forward", t.MLP.fused)
+    sizes = {"mlp_mult": 8, "train_seq_len": 64, "ttt_lora_piece": 32, "ttt_lora_slots": 2}
+    settings = tiny(eval_mode="documents", scan_backend="chunked", **sizes)
+    model = random_model(settings)
+    with ProductWatch(model) as scored:
+        document_surprise(model, stream_of([70, 40]), ttt_enabled=True)
+    assert scored.backwards > 0
+    assert scored.of_weights == 0
+    tokens = random_tokens(2, 25)
+    with ProductWatch(model) as trained:
+        model.loss(tokens[:, :-1], tokens[:, 1:], model.order(False)).backward()
+    assert trained.backwards == settings.num_layers
+    assert trained.of_weights == 2 * settings.num_layers
