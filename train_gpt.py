@@ -4100,7 +4100,7 @@ def read_header(line: bytes | str, usual: dict) -> dict:
 
 
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
-    """Header, by read_header() and payload of seal()'s file, at most `most` bytes, or UserError."""
+    """Header, by read_header(), and payload of seal()'s file of `most` bytes at most; UserError."""
     need(os.path.isfile(path), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
     with explained_errors(f"read {path}"):
         data = path.read_bytes() if path.stat().st_size <= most else b""
