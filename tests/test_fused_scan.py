@@ -231,7 +231,7 @@ class GolfCalls(TorchDispatchMode):
         self.calls: list[tuple] = []
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function.namespace == "golf":
+        if function.namespace == t.OPERATORS:
             self.calls.append((function, arguments))
         return function(*arguments, **(options or {}))
 
