@@ -163,6 +163,9 @@ def describe_values(low, high, unit, **_) -> str:
     return f"{unit} {least}{', ' if least and most else ''}{most}".strip()
 
 
+EVAL_MODES = ("plain", "sliding", "stateful", "documents")
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that a run can be told. Layers are "all", "none" or a list such as "0,2-4"."""
@@ -278,9 +281,7 @@ class Settings:
     gptq_gen_len: int = env(512, "self: a text's length, at most TRAIN_SEQ_LEN", "tokens", 1)
     gptq_gen_temp: float = env(1.0, "self: temperature of its tokens", "factor", ABOVE_0)
 
-    eval_mode: str = env(
-        "documents", "how text is cut", "plain|sliding|stateful|documents", group="evaluation"
-    )
+    eval_mode: str = env("documents", "how text is cut", "|".join(EVAL_MODES), group="evaluation")
     eval_stride: int = env(512, "sliding: how far windows move", "tokens", 1)
     eval_overlap: int = env(0, "stateful: attention reads again; 0: half a window", "tokens")
     val_batch_size: int = env(524_288, "most scored at once over all ranks", "tokens", 1)
@@ -515,9 +516,6 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     return make_room(settings, given), given
 
 
-EVAL_MODES = ("sliding", "stateful", "plain", "documents")
-
-
 def modes_that_read(name: str) -> tuple[str, ...]:
     """The EVAL_MODEs in which a setting means something."""
     own = {"eval_stride": ("sliding",), "eval_overlap": ("stateful",)}
@@ -536,7 +534,7 @@ def make_room(s, given: set[str]) -> Settings:
     values = dict.fromkeys(excluded(s), 0)
     modes = [mode for mode in EVAL_MODES if all(mode in modes_that_read(name) for name in given)]
     if modes and s.eval_mode not in modes:
-        values["eval_mode"] = modes[0]
+        values["eval_mode"] = "sliding" if "sliding" in modes else modes[0]
     slides = values.get("eval_mode", s.eval_mode) == "sliding"
     if slides and "train_seq_len" in given and s.eval_stride > s.train_seq_len:
         values["eval_stride"] = max(1, s.train_seq_len // 4)
