@@ -295,7 +295,9 @@ def test_the_model_is_as_before_afterwards():
 # ---- Clock, settings, runs -----------------------------------------------------------------------
 
 
-def test_documents_of_the_clocks_last_tenth_are_scored_by_the_artifacts_weights(monkeypatch):
+@pytest.fixture
+def costly(monkeypatch):
+    """An observer with which every score takes a second of the evaluation's clock."""
     now = [1000.0]
 
     class Costly(t.EvaluationObserver):
@@ -303,10 +305,14 @@ def test_documents_of_the_clocks_last_tenth_are_scored_by_the_artifacts_weights(
             now[0] += 1.0
 
     monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    return Costly()
+
+
+def test_documents_of_the_clocks_last_tenth_are_scored_by_the_artifacts_weights(costly):
     settings = documents(eval_max_seconds=17.7)  # the first batch has ten pieces, the second six
     model = random_model(settings)
     tokens = stream_of(LENGTHS)
-    score = evaluate(model, settings, tokens, observer=Costly())
+    score = evaluate(model, settings, tokens, observer=costly)
     assert score.seconds < 17.7
     assert score.epochs_given_up == len(LENGTHS) - 6
     frozen = evaluate(model, with_settings(settings, ttt_enabled=False), tokens).nats
@@ -316,21 +322,14 @@ def test_documents_of_the_clocks_last_tenth_are_scored_by_the_artifacts_weights(
         assert moved[begin : begin + length].any() == (length > 9)
 
 
-def test_a_document_that_outlasts_the_clock_learns_no_more_and_takes_fewer_windows(monkeypatch):
+def test_a_document_that_outlasts_the_clock_learns_no_more_and_takes_fewer_windows(costly):
     """A text without BOS is one: learning on to its end, it had no score within the clock."""
-    now = [1000.0]
-
-    class Costly(t.EvaluationObserver):
-        def on_score(self, *_):
-            now[0] += 1.0
-
-    monkeypatch.setattr(t, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     settings = documents(eval_max_seconds=30.0)  # pieces of 8, then 16, of windows of 32
     model = random_model(settings)
     tokens = stream_of([240])
     whole = evaluate(model, settings, tokens, observer=t.EvaluationObserver())
     assert whole.epochs_given_up == 0
-    score = evaluate(model, settings, tokens, observer=Costly())
+    score = evaluate(model, settings, tokens, observer=costly)
     assert score.epochs_given_up == 1
     assert score.seconds == 27 + 2
     assert np.array_equal(score.nats[: 27 * 8], whole.nats[: 27 * 8])

@@ -49,6 +49,7 @@ from tools.known import variant_of
 from tools.logs import spread
 from tools.manifest import Manifest, find_manifest
 from tools.significance import gain_text
+from tools.summary import adapts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -271,10 +272,8 @@ def result_lines(runs: list[Run], entry: dict) -> list[str]:
     """The README's table, what its columns mean, and what the runs took."""
     settings = runs[0].settings
     mode = settings.get("eval_mode", "its")
-    epochs = mode == "documents" or settings.get("ttt_epochs", 0) > 0
-    adapted = settings.get("ttt_enabled") and epochs
     final = "documents by themselves, " if mode == "documents" else f"{mode} windows, "
-    final += "with test-time training" if adapted else "without test-time training"
+    final += "with test-time training" if adapts(settings) else "without test-time training"
     train_seconds = max(run.train_seconds for run in runs)
     evaluation_seconds = max(run.evaluation_seconds for run in runs)
     machine = f"{entry['hardware']} with PyTorch {entry['pytorch_version']}"

@@ -38,9 +38,12 @@ def wrapped(text: str) -> list[str]:
 
 
 def adapts(settings: dict) -> bool:
-    """Whether the final score is of a model that learns from what it has scored."""
-    by_document = settings["eval_mode"] == "documents"
-    return settings["ttt_enabled"] and (by_document or settings["ttt_epochs"] > 0)
+    """Whether the final score is of a model that learns from what it has scored.
+
+    Not by settings that a log lacks: a package may be of another script.
+    """
+    epochs = settings.get("eval_mode") == "documents" or settings.get("ttt_epochs", 0) > 0
+    return bool(settings.get("ttt_enabled") and epochs)
 
 
 def way_of_scoring(settings: dict) -> str:
