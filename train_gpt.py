@@ -1188,13 +1188,16 @@ def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
         what = f"TOKENIZER_PATH={settings.tokenizer_path} does not fit the {name} shards"
         need(not problem, f"{what}: {problem}")
         if settings.mask_impossible_pairs and not settings.eval_only:  # else the artifact's choice
-            pairs = packed_pairs(settings.tokenizer_path, settings.vocab_size).numpy()
-            found = (pairs[tokens[:-1], tokens[1:] // 8] >> tokens[1:] % 8 & 1).sum()
-            problem = (
-                f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes there"
-            )
-            known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
-            need(known, f"{problem} (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
+            check_pairs(settings, tokens, name)
+
+
+def check_pairs(settings, tokens: np.ndarray, name: str):
+    """Raises UserError for text with many pairs that packed_pairs() rules out."""
+    pairs = packed_pairs(settings.tokenizer_path, settings.vocab_size).numpy()
+    found = (pairs[tokens[:-1], tokens[1:] // 8] >> tokens[1:] % 8 & 1).sum()
+    problem = f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes there"
+    known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
+    need(known, f"{problem} (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
 
 
 def warn_without_bos(settings, training: list[Shard], validation: np.ndarray, log):
@@ -1525,7 +1528,8 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     return finish_scan(inputs, terms, y, ssm)
 
 
-# Of each Mamba, the fastest on a GPU first, the reference last; fused: libraries' (section 12).
+# Of each Mamba, the fastest on a GPU first; the last one is the reference. fused: the published
+# libraries' kernels (section 12); triton: our own (section 11).
 SCAN_BACKENDS = {
     1: ("fused", "parallel", "sequential"),
     2: ("fused", "chunked", "sequential"),
@@ -1982,7 +1986,10 @@ class MLP(nn.Module):
         self.can_fuse = can_fuse_mlp(settings.model_dim, hidden, device)
 
     def forward(self, x: Tensor, input_scale: float = 1.0) -> Tensor:
-        """x (B, T, width), the residual stream -> what the layer adds; fused for gradients."""
+        """x (B, T, width), the residual stream -> what the layer adds to it, same shape.
+
+        Without gradients by the formula, for GPTQ sees what the matrices get.
+        """
         if self.can_fuse and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
             return self.fused(x, input_scale)
         return self.by_formula(x, input_scale)
@@ -2182,7 +2189,11 @@ class Model(nn.Module):
         return TextState(previous, seen, layers)
 
     def step(self, tokens: Tensor, order: tuple[int, ...], state: TextState) -> Tensor:
-        """Hidden states (B, 1, width) of each text's next token (B, 1) int64; changes the state."""
+        """Hidden states (B, 1, width) of each text's next token (B, 1) int64.
+
+        Attention sees the last TRAIN_SEQ_LEN tokens, or as many as there are. The state stays in
+        its memory: a step can be a CUDA graph.
+        """
         embedded = self.embed(torch.cat([state.previous, tokens], dim=1))[:, 1:]
         start = tokens == BOS_ID if self.settings.document_reset else None
         if self.settings.confines_documents:
@@ -2206,7 +2217,10 @@ class Model(nn.Module):
         return norm(x)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Softcapped logits (..., V), float32 or more, of hidden (..., width) of tokens (...)."""
+        """Softcapped logits (..., V) of hidden (..., width), float32 or more.
+
+        tokens (...) are those that the logits follow: only MASK_IMPOSSIBLE_PAIRS reads them.
+        """
         cap = self.settings.logit_softcap
         logits = F.linear(hidden, self.output_matrix.to(hidden.dtype))
         if self.head_branch is not None:
@@ -2272,7 +2286,8 @@ def spelling_of(piece: str) -> list[str]:
 def spelling_matrix(tokenizer, most: int) -> Tensor:
     """Which token has which feature how often, float32 (V, features), rows scaled as above.
 
-    Of those that tokens share the most frequent `most`, in one order; controls and bytes have none.
+    Features are those of several tokens, the most frequent `most` of them, in one order in every
+    process. Controls and bytes have none, and rows of 0.
     """
     ids = list(range(len(tokenizer.is_special)))
     spelt = ~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids))
@@ -2423,10 +2438,13 @@ EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
 
 
 @torch.no_grad()
-def generate(model: Model, tokens: Tensor, count: int, temperature=1.0, top_p=1.0, generator=None):
+def generate(
+    model: Model, tokens: Tensor, count: int, temperature=1.0, top_p=1.0, generator=None
+) -> Tensor:
     """Continues a batch of texts: tokens (B, T > 0) int64 on the model's device -> (B, count).
 
     Tokens are read one by one, the prompt's too, each at the same cost however long a text becomes.
+    temperature, top_p: see draw_tokens(). generator: a torch.Generator on the model's device.
     """
     order = model.order(recurrent=True)
     state = model.begin(len(tokens), order)
@@ -2486,7 +2504,8 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
     return "mamba_matrix" if ".mixer." in name and "_proj." in name else "matrix"
 
 
-# (a, b, c) of each Newton-Schulz step, and of all after (Polar Express, arXiv 2505.16932).
+# (a, b, c) of each Newton-Schulz step, and of all after: five bring singular values from 0.001
+# to 1 near 1 (Polar Express, arXiv 2505.16932).
 POLAR_EXPRESS = (
     (8.20516, -22.90194, 16.46072),
     (4.06640, -2.86115, 0.51840),
@@ -2691,7 +2710,8 @@ class Optimizers:
     def loss_scale(self) -> Tensor | None:
         """With float16, what the loss is multiplied by, float32 (); else None.
 
-        Below 6e-8 float16 has no numbers. As torch.amp.GradScaler has it, skipped steps halve it.
+        Below 6e-8, where gradients of a mean over many tokens lie, float16 has no numbers. As with
+        torch.amp.GradScaler, each skipped step halves the scale. A checkpoint holds their count.
         """
         return (16 - self.skipped[0]).clamp(min=0).exp2() if self.scales_loss else None
 
@@ -3494,8 +3514,9 @@ def layer_kind(name: str) -> str:
 def grid_limits(model) -> dict[str, Tensor]:
     """The largest integer in each row of every matrix, float32 (rows, 1), by the weight's name.
 
-    INT8_MAX have the tokens' embedding, an output matrix of its own, and, whose errors a recurrence
-    compounds, the rows of Mamba's step sizes, decays, trapezoids and angles (x_proj, dt_proj).
+    INT8_MAX have the tokens' embedding, an output matrix of its own, and the rows that make Mamba's
+    step sizes, decays, trapezoids and angles, whose errors the recurrence compounds: in the first
+    Mamba all of x_proj and dt_proj.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}
@@ -3703,7 +3724,11 @@ def fit_sdclip(model, settings, target_bytes: float, solvers=None) -> float:
 
 @contextmanager
 def fake_quantization(model, matrices: dict[str, Tensor], k: float):
-    """Inside, matrices stand on their grids, for straight-through gradients (arXiv 1308.3432)."""
+    """Quantization-aware training: inside, matrices stand on their grids, grid_limits(model).
+
+    After it the weights are what they were, and take gradients that were computed at rounded ones:
+    the straight-through estimator (arXiv 1308.3432).
+    """
     weights = [model.get_parameter(name).detach() for name in matrices]
     kept = [weight.clone() for weight in weights]
     for _, weight, limits, rows, columns in grids(model, model.settings, matrices, k):
@@ -3716,7 +3741,11 @@ def fake_quantization(model, matrices: dict[str, Tensor], k: float):
 
 
 def calibration_sequences(model, settings, ranks, batches, track=iter) -> Tensor:
-    """This rank's part (n, T) int64 of CALIBRATION's text: batches, or what the model writes."""
+    """This rank's part (n, T) of CALIBRATION_TOKENS tokens, int64, of which Hessians are made.
+
+    CALIBRATION=train: the next ones of batches. self: texts that the model writes after BOS.
+    track: Log.track(), or iter.
+    """
     s = settings
     length = s.train_seq_len if s.calibration == "train" else min(s.gptq_gen_len, s.train_seq_len)
     count = max(1, s.calibration_tokens // (length * ranks.world_size))
@@ -3739,7 +3768,9 @@ def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[d
     H = 2 sum x x^T over every input x, float32 (columns, columns): weights that are off by D change
     the outputs, squared and summed over all inputs, by sum(D H * D) / 2. Energies, if asked for, of
     linear layers alone: the mean of g^2, float32 (rows,), g being the gradient of the text's nats
-    by an output: one that is off by e costs about (g e)^2 / 2. By weights' names, of (n, T) int64.
+    by an output: one that is off by e costs about (g e)^2 / 2. Both by weights' names, of batches
+    (n, T) int64, on each rank its own. Parameters' gradients, which may lie in a CUDA graph's
+    memory, stay what they are.
     """
     hessians: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
@@ -4338,7 +4369,10 @@ class Log:
                 self.record("error", **values)
 
     def progress(self, what: str, part: float, seconds: float, note: str = ""):
-        """Shows, in a bar or at times in a line, what part of a phase so many seconds took."""
+        """Shows how far a phase has come that took so many seconds: a part of 1, a line's worth.
+
+        A terminal has a bar; where nothing was written for some seconds, there is a line of it.
+        """
         now = time.monotonic()
         quiet = now - self.last_line > PROGRESS_SECONDS
         if self.files and (quiet or self.bar is not None):
@@ -4637,7 +4671,8 @@ def handling_signals(handler):
 def stop_signals(at_once: bool = False):
     """Gives a list in which signals to stop are noted meanwhile, for a loop to look at.
 
-    With at_once, one raises KeyboardInterrupt with its name instead, so that files are closed.
+    With at_once, one raises KeyboardInterrupt with its name instead, so that files are closed on
+    the way out. What the parent process ignores, as nohup does, stays ignored.
     """
     received = []
     if at_once:
@@ -4683,7 +4718,8 @@ PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data", "tokenizer_sha2
 def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | None:
     """Path, header and numbers of the first usable checkpoint that RESUME names, if there is one.
 
-    ours: the header that the run would write; UserError for another run's, or a bad one by name.
+    ours is the header that the run would write. Raises UserError if a checkpoint is another run's,
+    or if the one file that was named is not usable. Nothing in a file is executed.
     """
     paths = [] if settings.resume == "never" else [Path(settings.resume)]
     if settings.resume == "auto":
@@ -4787,7 +4823,10 @@ def token_bytes(settings, gpu: bool) -> float:
 
 
 def choose_micro_batch(settings, ranks, free: float | None = None) -> int:
-    """Tokens a rank runs at once, a part of its batch: MICRO_BATCH_TOKENS, or what fits free."""
+    """Tokens a rank runs at once: a divisor of its batch, MICRO_BATCH_TOKENS or what fits.
+
+    free: bytes of memory; left out, what a GPU has left, or this rank's part of the machine's.
+    """
     s = settings
     most = s.micro_batch_tokens
     if not most:
@@ -4823,8 +4862,9 @@ class GraphedSteps:
 
     Launching a step's kernels one by one takes a host longer than small ones take the GPU. Steps of
     a kind launch the same kernels: the order of layers, and whether weights stand on their grids.
-    The first two of a kind compile what warm_up() has not, and allocate what the graph, made in the
-    third, takes for granted. One graph is kept, for its memory is its own. A step may not
+    Several ranks are not graphed, nor is a CPU. The first two of a kind compile what warm_up() has
+    not, and allocate what the graph, made in the third, takes for granted. One graph is kept: its
+    memory is its own. A step may not
 
     - wait for the device, or branch on its values;
     - take Python numbers that change (rates are tensors), nor change shapes;
@@ -5036,7 +5076,8 @@ class Trainer:
     def run(self, batches, validate):
         """Trains until the clock or ITERATIONS ends it; the model is left with averaged weights.
 
-        validate(recurrent) gives a Score. Signals and divergence end it: a checkpoint, UserError.
+        batches.next() gives tokens and targets; validate(recurrent) a Score, each VAL_LOSS_EVERY
+        steps. A signal or divergence ends it with a checkpoint and UserError.
         """
         s = self.settings
         with stop_signals() as received:
@@ -5576,7 +5617,10 @@ def hand_over(command: str, arguments: list[str]):
 
 
 def check_alike(settings, ranks, training, validation: ValidationSet | None):
-    """Raises UserError on a rank whose own script, text or settings are others than rank 0's."""
+    """Raises UserError on a rank that has another script, other text or settings than rank 0.
+
+    On several machines each rank reads the files and variables of its own; LOG_DIR is shared.
+    """
     if ranks.world_size == 1:
         return
     compared = {n for n, group in FIELDS.items() if group == "evaluation"} - {"eval_nll_path"}
@@ -5627,14 +5671,9 @@ def tell_failure(error: BaseException, problem: str, log):
     rank = int(rank) if rank.isdecimal() else 0
     if rank and problem:
         time.sleep(WAIT_FOR_MAIN + rank)
-    if problem and dist.is_initialized():  # the group's store remembers what rank 0 has told
-        store = dist.distributed_c10d._get_default_store()
-        with suppress(RuntimeError):  # the process that keeps the store has ended
-            if rank and store.check(["failure"]) and store.get("failure").decode() == problem:
-                time.sleep(WAIT_FOR_END)
-                return
-            if not rank:
-                store.set("failure", problem)
+    if told_by_main(problem, rank):
+        time.sleep(WAIT_FOR_END)
+        return
     what = problem or f"{type(error).__name__}: {error}"
     line = f"train_gpt.py: error: {f'rank {rank}: ' if rank else ''}{what}"
     log.failed(line, error=what, rank=rank)
@@ -5643,6 +5682,17 @@ def tell_failure(error: BaseException, problem: str, log):
     # Of a signal to one rank torchrun knows nothing, and of one to itself it tells itself.
     if problem and (problem.startswith("stopped by") or not left_to_torchrun(line)):
         print(line, file=sys.stderr, flush=True)
+
+
+def told_by_main(problem: str, rank: int) -> bool:
+    """Whether rank 0 has told this problem, as it leaves word of in the group's store."""
+    if problem and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        with suppress(RuntimeError):  # the process that keeps the store has ended
+            if rank:
+                return store.check(["failure"]) and store.get("failure").decode() == problem
+            store.set("failure", problem)
+    return False
 
 
 def left_to_torchrun(line: str) -> bool:
@@ -6632,6 +6682,14 @@ SHARED_BYTES = {80: (11.0, 3.4, 0.2, 3.4), 90: (14.2, 8.9, 1.4, 4.9), 120: (11.0
 MOST_SHARED_BYTES = 104_000
 
 
+def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capability: int) -> int:
+    """About how much shared memory a program needs: scan_backward's, or tokens_forward's."""
+    first = max(least for least in SHARED_BYTES if least <= capability)
+    by_channels, by_state, by_chunk, whole = SHARED_BYTES[first]
+    row = by_channels * channels + by_state * state + by_chunk * chunk
+    return int(max(chunk * row + whole * state * channels, 8 * chunk * heads))
+
+
 def why_not_triton(settings, device: torch.device) -> str:
     """Why the kernels cannot run the layers of these settings; empty if they can."""
     if settings.mamba_decay != "softplus":
@@ -6651,13 +6709,8 @@ def why_not_triton(settings, device: torch.device) -> str:
         return "is for PRECISION=bfloat16"
     if 100 <= capability < 120 and settings.mamba_chunk_size > 32:  # Triton's pipeliner gives up
         return "needs MAMBA_CHUNK_SIZE of 32 or less on a GPU of compute capability 10"
-    channels, state, chunk = sides
-    first = max(least for least in SHARED_BYTES if least <= capability)
-    by_channels, by_state, by_chunk, whole = SHARED_BYTES[first]
-    row = by_channels * channels + by_state * state + by_chunk * chunk
-    heads = settings.mamba_inner_dim // channels
-    # About what scan_backward takes, or tokens_forward.
-    needed = int(max(chunk * row + whole * state * channels, 8 * chunk * heads))
+    heads = settings.mamba_inner_dim // settings.mamba_head_dim
+    needed = scan_shared_bytes(heads, *sides, capability)
     have = have if has_tile_instructions(device) else min(have, MOST_SHARED_BYTES)
     if needed > have:
         remedy = "a smaller MAMBA_CHUNK_SIZE, MAMBA_D_STATE or MAMBA_HEAD_DIM may do"
@@ -6737,8 +6790,16 @@ def sign_places(signs, rows, column, N: constexpr, S: constexpr):
 
 
 @jit
+def pack_signs(x):
+    """The signs of (M, SIGN_COLUMNS) float32 numbers, (M, SIGN_BYTES)."""
+    bit = tl.arange(0, 8)[None, :, None]
+    negative = (x.to(tl.uint32, bitcast=True) >> 31).reshape(x.shape[0], 8, SIGN_BYTES)
+    return tl.sum(negative << bit, axis=1).to(tl.uint8)
+
+
+@jit
 def unpack_signs(packed):
-    """Whether numbers are below 0 (M, N), by store_active()'s bytes (M, N / 8)."""
+    """Whether the numbers are below 0 (M, N) that pack_signs() made these bytes of, (M, N / 8)."""
     M: constexpr = packed.shape[0]
     N: constexpr = packed.shape[1] * 8
     packed = packed.to(tl.int32).reshape(M, N // SIGN_COLUMNS, 1, SIGN_BYTES)
@@ -6760,10 +6821,7 @@ def store_active(v, row, column, active, signs, factor, length, S: constexpr):
     square *= square
     square = v * v * tl.where(v < 0, 0.25 * square, square)
     active.store([row, column], square.to(active.dtype))
-    bit = tl.arange(0, 8)[None, :, None]
-    negative = (v.to(tl.uint32, bitcast=True) >> 31).reshape(v.shape[0], 8, SIGN_BYTES)
-    packed = tl.sum(negative << bit, axis=1).to(tl.uint8)
-    tl.store(sign_places(signs, rows, column, SIGN_COLUMNS, S), packed, rows < length)
+    tl.store(sign_places(signs, rows, column, SIGN_COLUMNS, S), pack_signs(v), rows < length)
 
 
 @jit
@@ -7381,6 +7439,7 @@ def attend_by_lengths(query, key, value, documents: Documents | None, backend: s
     else:
         from torch.nn.attention.varlen import varlen_attn
 
+        # Since 2.11 causal is a window, and no longer a flag.
         options = {"window_size": (-1, 0)} if TORCH >= (2, 11) else {"is_causal": True}
         if TORCH >= (2, 12):  # it takes fewer key heads than query heads
             options["enable_gqa"] = True
