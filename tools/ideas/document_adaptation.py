@@ -162,14 +162,12 @@ class Documents(NamedTuple):
 
 def find_documents(tokens: np.ndarray, most: int = 0) -> Documents:
     """The documents of a stream (N + 1,); if most, so many of them, evenly from all lengths."""
-    begins = np.union1d(0, np.flatnonzero(tokens == t.BOS_ID))
-    lengths = np.diff(begins, append=len(tokens) - 1)
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]  # a BOS that ends the stream is followed by nothing
-    if 0 < most < len(order):
-        places = (np.arange(most) + 0.5) * (len(order) / most)
-        order = order[places.astype(np.int64)]
-    return Documents(begins[order], lengths[order])
+    batches = t.plan_batches(tokens, t.Settings())
+    begins, lengths = (np.concatenate(parts)[:, 0] for parts in zip(*batches, strict=True))
+    chosen = np.arange(np.count_nonzero(lengths))  # empty ones fill the last batch
+    if 0 < most < len(chosen):
+        chosen = ((np.arange(most) + 0.5) * (len(chosen) / most)).astype(np.int64)
+    return Documents(begins[chosen], lengths[chosen])
 
 
 def plan_pieces(
