@@ -3210,7 +3210,7 @@ class Evaluator:
         for number, batch in enumerate(mine, 1):
             adapts = s.adapts and time.perf_counter() < self.learns_until
             self.given_up += batch.longer_than(0) if s.adapts and not adapts else 0
-            branches = Branches(self.model, s) if adapts else None
+            branches = self._new_branches() if adapts else None
             with documents_alone(self.model, branches):
                 self._score_batch(batch, branches)
             left = started + s.eval_max_seconds - synchronized_time()
@@ -3218,6 +3218,10 @@ class Evaluator:
         score = self._collect(sum(self.ranks.gather(self.given_up)))
         self.scoring_seconds = time.perf_counter() - started
         return score._replace(seconds=self.scoring_seconds)
+
+    def _new_branches(self) -> "Branches":
+        """Those of the next batch's documents."""
+        return Branches(self.model, self.settings)
 
     def _score_batch(self, batch: "DocumentBatch", branches: "Branches | None"):
         """Scores documents piece by piece; branches, if any, learn from each once it is scored.
@@ -3416,8 +3420,12 @@ class Branches:
                 mean = matrix.grad.square().mean(dim=(1, 2), keepdim=True)
                 square.lerp_(mean, 1 - BRANCH_BETA2)
                 usual = (square / weight).sqrt() + 1e-10
-                matrix.mul_(self.kept).sub_(self.rate * (matrix.grad / usual))
+                matrix.mul_(self.kept).sub_(self.rate * (self._direction(matrix) / usual))
                 matrix.grad = None
+
+    def _direction(self, matrix: Tensor) -> Tensor:
+        """What a step of a matrix follows: the gradient of one piece, and no mean of several."""
+        return matrix.grad
 
 
 @contextmanager

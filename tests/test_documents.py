@@ -30,7 +30,6 @@ from tests.support import (
 )
 from tests.test_evaluation import evaluate
 from tools import summary
-from tools.ideas import document_adaptation as idea
 
 LENGTHS = [70, 25, 61, 33, 80, 44, 9, 2]
 MATRICES = "query,key,value,out,in_proj,out_proj"
@@ -94,22 +93,28 @@ def test_pieces_and_their_windows():
 # ---- References ----------------------------------------------------------------------------------
 
 
-def by_hand(model: t.Model, settings: t.Settings, tokens: np.ndarray) -> list[float]:
+def by_hand(
+    model: t.Model, settings: t.Settings, tokens: np.ndarray, drawn: t.Branches | None = None
+) -> list[float]:
     """Nats of one document's targets: its branches are added to the matrices, torch's own
     derivatives go through the sums, and steps are written out.
+
+    drawn: other branches than the script's; of those the settings may be the idea's, too.
     """
     s = settings
-    drawn = t.Branches(model, s)
+    drawn = drawn or t.Branches(model, s)
+    window_is_lesson = getattr(s, "lesson", "") == "window"
+    momentum = getattr(s, "momentum", 0.0)
     names = {module: name for name, module in model.named_modules()}
     branches = {f"{names[module]}.weight": branch for module, branch in drawn.beside.items()}
     branches["output_embedding.weight"] = drawn.head
     weights = {name: p.detach() for name, p in model.named_parameters()}
     gain = s.ttt_lora_alpha / s.ttt_lora_rank
-    learnt = {}  # A and B, and the mean square of their gradients
+    learnt = {}  # A and B, the mean square of their gradients, and the gradients' mean
     for name, branch in branches.items():
         for part in ("down", "up"):
             x = getattr(branch, part)[0].detach().clone().requires_grad_()
-            learnt[name, part] = [x, torch.zeros(())]
+            learnt[name, part] = [x, torch.zeros(()), torch.zeros_like(x)]
     text = torch.from_numpy(tokens.astype(np.int64))[None]
     nats = []
     count = len(tokens) - 1
@@ -118,7 +123,7 @@ def by_hand(model: t.Model, settings: t.Settings, tokens: np.ndarray) -> list[fl
         context = max(0, begin + s.ttt_lora_piece - s.train_seq_len)
         merged = dict(weights)
         for name in branches:
-            (down, _), (up, _) = learnt[name, "down"], learnt[name, "up"]
+            (down, *_), (up, *_) = learnt[name, "down"], learnt[name, "up"]
             merged[name] = weights[name] + gain * (down @ up).T
         window = (text[:, context:end], text[:, context + 1 : end + 1], model.order(True))
         scores = torch.func.functional_call(
@@ -128,13 +133,17 @@ def by_hand(model: t.Model, settings: t.Settings, tokens: np.ndarray) -> list[fl
         nats += piece.tolist()
         if end == count:
             break
-        for x, _ in learnt.values():
+        for x, *_ in learnt.values():
             x.grad = None
-        piece.mean().backward()
-        for x, square in learnt.values():
+        (scores[0] if window_is_lesson else piece).mean().backward()
+        for (_, part), (x, square, mean) in learnt.items():
+            if part == "down" and not getattr(s, "moves", True):
+                continue
             square.mul_(0.99).add_(0.01 * x.grad.square().mean())
             root = (square / (1 - 0.99**step)).sqrt() + 1e-10
-            x.data = x.data * (1 - s.ttt_lora_lr * s.ttt_lora_decay) - s.ttt_lora_lr * x.grad / root
+            mean.mul_(momentum).add_((1 - momentum) * x.grad)
+            change = mean / (1 - momentum**step) / root
+            x.data = x.data * (1 - s.ttt_lora_lr * s.ttt_lora_decay) - s.ttt_lora_lr * change
     return nats
 
 
@@ -164,32 +173,42 @@ def test_scores_are_those_of_branches_that_are_added_to_their_matrices(changes):
     assert np.abs(found - frozen).max() > 0.1
 
 
-@pytest.mark.parametrize("layers", ["mlp,head", "mlp", MATRICES])
-def test_scores_are_those_of_the_idea_whose_documents_begin_with_the_same_matrices(
-    monkeypatch, layers
-):
-    settings = documents(ttt_lora_layers=layers, ln_scale=True)
+def test_an_mlps_branch_adds_to_it_and_reads_what_its_first_matrix_reads():
+    model = random_model(documents(ln_scale=True)).requires_grad_(False)
+    branches = t.Branches(model, documents(ttt_lora_layers="mlp"))
+    assert len(branches.beside) == 3
+    stream = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
+    read = []
+    for mlp, branch in branches.beside.items():
+        torch.nn.init.normal_(branch.up.data, generator=torch.Generator().manual_seed(2))
+        mlp.up.register_forward_pre_hook(lambda _, x: read.extend(x))
+        plain = mlp(stream, 0.5)
+        with t.documents_alone(model, branches):
+            adapted = mlp(stream, 0.5)
+        added = branch(read.pop())
+        assert added.std() > 0.1
+        assert torch.allclose(adapted, plain + added, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["all", "scans"])
+def test_frozen_scores_are_those_of_sliding_windows_that_documents_end_in(scope):
+    """Of documents that a window holds wherever it ends: its length less a stride."""
+    reset = {"document_reset": True, "document_scope": scope, "mamba_layers": "0-2"}
+    settings = documents(**reset, ttt_enabled=False)
     model = random_model(settings)
-    tokens = stream_of(LENGTHS)
-    drawn = t.Branches(model, settings)
-    first = [branch.down.detach() for branch in (*drawn.beside.values(), drawn.head) if branch]
-    begin_batch = idea.Branches.begin_batch
+    tokens = stream_of(np.random.default_rng(1).integers(2, 25, 20))
+    found = evaluate(model, settings, tokens).nats
+    sliding = evaluate(model, with_settings(settings, eval_mode="sliding"), tokens).nats
+    assert np.abs(found - sliding).max() < 1e-4
 
-    def begin(self):
-        begun = (*self.beside.values(), self.head)
-        for branch, down in zip(filter(None, begun), first, strict=True):
-            branch.down.data.copy_(down)
-        begin_batch(self)
 
-    monkeypatch.setattr(idea.Branches, "begin_batch", begin)
-    words = layers.replace("query,key,value,out,", "attention,")
-    choice = {"layers": words, "rank": 3, "rate": 0.02, "piece": 8, "slots": 3}
-    for changes, enabled in (({}, True), ({"rank": 0}, False)):
-        model.requires_grad_(False)
-        chosen = idea.Choice("same", **choice | changes)
-        scorer, _ = idea.score_variant(model, tokens, idea.find_documents(tokens), chosen)
-        found = evaluate(model, with_settings(settings, ttt_enabled=enabled), tokens).nats
-        assert np.abs(found - scorer.nats.numpy()).max() < 1e-5
+def test_scores_do_not_depend_on_pieces_within_a_window_without_steps():
+    model = random_model(documents())
+    tokens = stream_of([32, 9, 30, 17, 2])
+    whole = evaluate(model, documents(ttt_enabled=False, ttt_lora_piece=32), tokens).nats
+    for changes in ({"ttt_enabled": False}, {"ttt_lora_lr": 0.0}, {"ttt_lora_alpha": 0.0}):
+        found = evaluate(model, documents(**changes), tokens).nats
+        assert np.abs(found - whole).max() < 1e-5, changes
 
 
 # ---- What a score depends on ---------------------------------------------------------------------
