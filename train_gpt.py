@@ -252,6 +252,7 @@ class Settings:
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
     adam_eps: float = env(1e-8, "Adam; of vectors and scales at least 1e-6", "size", ABOVE_0)
+    float8_products: str = env("none", "8 bits, in training", "none|mlp|in_proj|mlp,in_proj")
     grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
@@ -1627,6 +1628,7 @@ class Context(NamedTuple):
     attention_backend: str = "auto"
     windows: Tensor | None = None  # of a stream, (W, L) int64: the places that each window reads
     outputs: Tensor | None = None  # (T,) int64, where each token's query is, in windows row by row
+    float8: str = "none"  # FLOAT8_PRODUCTS where a step of training asks for them
 
 
 def compact(x: Tensor) -> Tensor:
@@ -1930,7 +1932,10 @@ class Mamba(nn.Module):
     def forward(self, u: Tensor, context: Context, state=None) -> tuple[Tensor, MambaState]:
         """As Block asks of a mixer; single tokens by the recurrence as it stands."""
         backend = "sequential" if u.shape[1] == 1 else self.backend
-        projected = self.in_proj(u)  # (B, L, columns)
+        if "in_proj" in context.float8:
+            projected = float8_linear(u, self.in_proj.weight)  # (B, L, columns)
+        else:
+            projected = self.in_proj(u)
         scan, inputs = state or (None, None)
         start = context.document_start
         if self.conv is not None:  # of the value, in Mamba-2 also of key and query
@@ -2006,6 +2011,15 @@ class MLP(nn.Module):
         y, *_ = fused_mlp(rows, factor, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
         return y.view(x.shape)
 
+    def in_float8(self, x: Tensor, input_scale: float) -> Tensor:
+        """forward() by the same kernels, of factors in 8 bits."""
+        rows = x.flatten(0, 1)
+        x8, factor = float8_norm(rows)
+        y, *kept = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight)
+        usual = int(WEIGHT_SIZE) * x.shape[2] ** 0.5 * input_scale  # u of v8 = USUAL, of size 1
+        y = y * (4 * usual**2 * kept[5].detach()[0, 0])
+        return y.view(x.shape)
+
 
 class Block(nn.Module):
     """A mixer and perhaps an MLP, each adding to the residual stream.
@@ -2042,7 +2056,8 @@ class Block(nn.Module):
         y, state = self.mixer(self.input_scale * norm(x), context, state)
         x = x + y
         if self.mlp is not None:
-            x = x + self.mlp(x, self.input_scale)
+            add = self.mlp.in_float8 if "mlp" in context.float8 else self.mlp
+            x = x + add(x, self.input_scale)
         return x, state
 
 
@@ -2113,14 +2128,16 @@ class Model(nn.Module):
         """The layers in the order in which they run: LAYER_ORDER, or each of them once."""
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
 
-    def forward(self, tokens: Tensor, order: tuple[int, ...]) -> Tensor:
-        """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order."""
+    def forward(self, tokens: Tensor, order: tuple[int, ...], float8: str = "none") -> Tensor:
+        """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order, with
+        products of 8-bit floats as FLOAT8_PRODUCTS has them.
+        """
         start = tokens == BOS_ID if self.settings.document_reset else None
         backend, confined = self.attention_backend, self.settings.confines_documents
         documents = find_documents(start, backend) if confined else None
         reach = documents.reach if confined else None
         turns = self.rotary_table[:, : tokens.shape[1]]
-        context = Context(start, turns, reach, documents, backend)
+        context = Context(start, turns, reach, documents, backend, float8=float8)
         return self.through_blocks(self.embed(tokens), order, context)
 
     def through_blocks(
@@ -2242,13 +2259,13 @@ class Model(nn.Module):
             nats = F.cross_entropy(logits, flat, reduction="none")
         return nats.view(targets.shape)
 
-    def score(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+    def score(self, tokens: Tensor, targets: Tensor, order: tuple, float8: str = "none") -> Tensor:
         """Nats of each target (B, T), which follow tokens (B, T)."""
-        return self.nats(self(tokens, order), targets, tokens)
+        return self.nats(self(tokens, order, float8), targets, tokens)
 
-    def loss(self, tokens: Tensor, targets: Tensor, order: tuple[int, ...]) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, order: tuple, float8: str = "none") -> Tensor:
         """Mean nats, (): what training brings down."""
-        return self.score(tokens, targets, order).mean()
+        return self.score(tokens, targets, order, float8).mean()
 
 
 # ---- Tokens that are spelt alike
@@ -4114,7 +4131,7 @@ FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0,
 FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
 FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
-FORMER_DEFAULTS |= {"muon_row_groups": False}
+FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none"}
 FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
 FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
 
@@ -4949,6 +4966,9 @@ class Trainer:
             share_by_spelling(self.model)
         self.optimizers = Optimizers(self.model, self.settings, self.ranks)
         self.average = self.make_average(self.model, self.settings, self.ranks)
+        float8 = self.settings.float8_products
+        problem = why_not_float8(self.model, float8, self.ranks.device)
+        need(not problem, f"FLOAT8_PRODUCTS={float8} {problem}; none runs")
         self.loss_function = training_loss(self.model, self.settings, self.ranks)
         self.graphed_steps = GraphedSteps(self.step, self.ranks)
         self.in_flight = None  # the last step launched: see keep_one_ahead()
@@ -5052,7 +5072,8 @@ class Trainer:
             # Ranks exchange gradients once, in the backward pass of the last micro-batch.
             alone = number < len(batches) and self.ranks.world_size > 1
             with self.loss_function.no_sync() if alone else nullcontext():
-                loss = self.loss_function(*batch, order) / len(batches)
+                loss = self.loss_function(*batch, order, self.settings.float8_products)
+                loss = loss / len(batches)
                 loss.backward(self.optimizers.loss_scale())
             total += loss.detach()
         return total
@@ -6781,7 +6802,8 @@ SIGN_BYTES = constexpr(16)
 
 
 # S in the kernels: tiles of M rows and N = 2 SIGN_COLUMNS columns, sums of WIDTH terms by STEP.
-ProductSizes = collections.namedtuple("ProductSizes", "PROGRAMS WIDTH HIDDEN M N STEP")
+# USUAL is that of 8-bit products, below; 0 of bfloat16 ones.
+ProductSizes = collections.namedtuple("ProductSizes", "PROGRAMS WIDTH HIDDEN M N STEP USUAL")
 
 
 @jit
@@ -6822,12 +6844,16 @@ def halves(x):
 
 
 @jit
-def store_active(v, row, column, active, signs, factor, length, S: constexpr):
-    """f(u) and the signs of half a tile, v (M, SIGN_COLUMNS)."""
+def store_active(v, row, column, active, active8, signs, factor, length, S: constexpr):
+    """f(u), or f8 twice, and the signs of half a tile, v (M, SIGN_COLUMNS)."""
     rows = row + tl.arange(0, S.M)[:, None]
-    square = tl.load(factor + rows, rows < length, 0.0)
-    square *= square
-    square = v * v * tl.where(v < 0, 0.25 * square, square)
+    if S.USUAL > 0:
+        square = v * v * tl.where(v < 0, 0.0625 / (S.USUAL * S.USUAL), 0.25 / (S.USUAL * S.USUAL))
+        active8.store([row, column], square.to(active8.dtype))
+    else:
+        square = tl.load(factor + rows, rows < length, 0.0)
+        square *= square
+        square = v * v * tl.where(v < 0, 0.25 * square, square)
     active.store([row, column], square.to(active.dtype))
     tl.store(sign_places(signs, rows, column, SIGN_COLUMNS, S), pack_signs(v), rows < length)
 
@@ -6842,10 +6868,11 @@ def prefetch_tile(tensor, row, column, length, SHARE: constexpr, S: constexpr):
     tl.inline_asm_elementwise(code, "=r,l", [place], tl.int32, False, 1)
 
 
-# x, up, active_map, d_y, down and d_v are tensor descriptors of tiles, all else tensors.
+# x, up, active_map, d_y, down, d_v and those with an 8, which are None where S.USUAL is 0, are
+# tensor descriptors of tiles, all else tensors.
 @jit
-def mlp_forward(x, up, active_map, signs, factor, length, S: constexpr):
-    """f(factor · x up^T), and the signs of the product; factor (T,) is above 0."""
+def mlp_forward(x, up, active_map, active8, signs, factor, length, S: constexpr):
+    """f(factor · x up^T), or f8 twice, and the signs of the product; factor (T,) is above 0."""
     tiles = tl.cdiv(length, S.M) * (S.HIDDEN // S.N)
     for number in tl.range(tl.program_id(0), tiles, S.PROGRAMS, flatten=True):
         row, column = product_tile(number, S)
@@ -6853,20 +6880,23 @@ def mlp_forward(x, up, active_map, signs, factor, length, S: constexpr):
         for k in range(0, S.WIDTH, S.STEP):
             v = exact_dot(x.load([row, k]), tl.trans(up.load([column, k])), v)
         left, right = halves(v)
-        store_active(left, row, column, active_map, signs, factor, length, S)
+        store_active(left, row, column, active_map, active8, signs, factor, length, S)
         column += SIGN_COLUMNS
-        store_active(right, row, column, active_map, signs, factor, length, S)
+        store_active(right, row, column, active_map, active8, signs, factor, length, S)
 
 
 @jit
-def mlp_backward(d_y, down, active_map, d_v, active, signs, factor, length, S: constexpr):
-    """The gradient of v, from d_y down, which is that of f(u)."""
+def mlp_backward(d_y, down, active_map, d_v, d_v8, active, signs, factor, length, S: constexpr):
+    """The gradient of v, from d_y down, that of f(u); of d_y8, down8's transposed and f8 twice."""
     tiles = tl.cdiv(length, S.M) * (S.HIDDEN // S.N)
     for number in tl.range(tl.program_id(0), tiles, S.PROGRAMS, flatten=True):
         row, column = product_tile(number, S)
         d = tl.full([S.M, S.N], 0.0, tl.float32)
         for k in range(0, S.WIDTH, S.STEP):
-            d = exact_dot(d_y.load([row, k]), down.load([k, column]), d)
+            gradient = d_y.load([row, k])
+            # Tensor cores read 8-bit factors along the sum's terms only.
+            weights = tl.trans(down.load([column, k])) if S.USUAL > 0 else down.load([k, column])
+            d = exact_dot(gradient, weights, d)
         if FAST:
             ahead, beside = product_tile(number + S.PROGRAMS, S)
             prefetch_tile(active, ahead, beside, length, 1, S)
@@ -6875,15 +6905,24 @@ def mlp_backward(d_y, down, active_map, d_v, active, signs, factor, length, S: c
         packed = tl.load(sign_places(signs, rows, column, 2 * SIGN_COLUMNS, S), rows < length, 0)
         scale = tl.load(factor + rows, rows < length, 0.0)
         root = tl.sqrt(active_map.load([row, column]).to(tl.float32))
-        d *= root * tl.where(unpack_signs(packed), -scale, 2.0 * scale)
-        for half in tl.static_range(2):  # and in halves of these: a stage's room is worth more
-            left, right = halves(halves(d.to(d_v.dtype))[half])
-            d_v.store([row, column + half * S.N // 2], left)
-            d_v.store([row, column + half * S.N // 2 + S.N // 4], right)
+        if S.USUAL > 0:
+            d *= root * tl.where(unpack_signs(packed), -1.0, 2.0)
+            for part in tl.static_range(4):
+                quarter = halves(halves(d)[part // 2])[part % 2]
+                place = column + part * S.N // 4
+                d_v.store([row, place], (quarter * scale).to(d_v.dtype))
+                d_v8.store([row, place], (quarter * (2.0 / S.USUAL)).to(d_v8.dtype))
+        else:
+            d *= root * tl.where(unpack_signs(packed), -scale, 2.0 * scale)
+            for half in tl.static_range(2):  # and in halves of these: a stage's room is worth more
+                left, right = halves(halves(d.to(d_v.dtype))[half])
+                d_v.store([row, column + half * S.N // 2], left)
+                d_v.store([row, column + half * S.N // 2 + S.N // 4], right)
 
 
 # Of each kernel M, N, STEP, stages, for a program of 8 warps on each of an H200's multiprocessors.
 MLP_TILES = {"mlp_forward": (128, 256, 64, 4), "mlp_backward": (128, 256, 64, 3)}
+FLOAT8_TILES = {"mlp_forward": (128, 256, 128, 3), "mlp_backward": (128, 256, 64, 4)}
 
 
 def can_fuse_mlp(width: int, hidden: int, device: torch.device) -> bool:
@@ -6893,15 +6932,15 @@ def can_fuse_mlp(width: int, hidden: int, device: torch.device) -> bool:
     return hidden % (2 * int(SIGN_COLUMNS)) == 0 and width % 8 == 0
 
 
-def launch_product(kernel, named: dict, width: int):
-    """Runs one of the MLP's kernels, in MLP_TILES, for sums of width terms."""
+def launch_product(kernel, named: dict, width: int, usual: float = 0.0):
+    """Runs one of the MLP's kernels for sums of width terms; usual: S.USUAL, in FLOAT8_TILES."""
     length, hidden = named["active"].shape
-    *tile, stages = MLP_TILES[kernel.__name__]
+    *tile, stages = (FLOAT8_TILES if usual else MLP_TILES)[kernel.__name__]
     programs = triton.cdiv(length, tile[0]) * (hidden // tile[1])
     if named["active"].is_cuda:
         gpu = torch.cuda.get_device_properties(named["active"].device)
         programs = min(programs, gpu.multi_processor_count)
-    sizes = ProductSizes(programs, width, hidden, *tile)
+    sizes = ProductSizes(programs, width, hidden, *tile, usual)
     launch(kernel, (programs,), named | {"length": length, "S": sizes}, warps=8, stages=stages)
 
 
@@ -6916,6 +6955,7 @@ def fused_mlp(x: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tenso
     tiles = TensorDescriptor.from_tensor
     named = {"x": tiles(x, [rows, step]), "up": tiles(up, [columns, step]), "factor": factor}
     named |= {"active": active, "active_map": tiles(active, [rows, columns // 2]), "signs": signs}
+    named["active8"] = None
     launch_product(mlp_forward, named, x.shape[1])
     torch.mm(active, down.mT, out=y)
     return [y, active, signs]
@@ -6939,7 +6979,7 @@ def fused_mlp_backward(
     tiles = TensorDescriptor.from_tensor
     named = {"d_y": tiles(d_y, [rows, step]), "down": tiles(down, [step, columns])}
     named |= {"active": active, "active_map": tiles(active, [rows, columns]), "signs": signs}
-    named |= {"d_v": tiles(d_v, [rows, columns // 4]), "factor": factor}
+    named |= {"d_v": tiles(d_v, [rows, columns // 4]), "d_v8": None, "factor": factor}
     launch_product(mlp_backward, named, d_y.shape[1])
     return d_v
 
@@ -6963,6 +7003,261 @@ fused_mlp.register_autograd(
     fused_mlp_autograd,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output[1:]),
 )
+
+
+# ---- Products of 8-bit floats --------------------------------------------------------------------
+# Training's steps compute FLOAT8_PRODUCTS, the MLP's up to its input's gradient and in_proj's, of
+# factors rounded to float8_e4m3fn (arXiv 2209.05433), q: 3 bits of mantissa, from 448 to 2^-6, and
+# multiples of 2^-9 below. Gradients of weights and of in_proj's input are bfloat16 products of
+# what was not rounded. No scale waits for a largest number:
+#
+#   x8 = q(r norm(x));   d_y8 = q(r d_y / rms of the row);   W8 = q(4 W / rms(W))
+#
+# No number of a row of WIDTH is above sqrt(WIDTH) root mean squares. r, 16 for 512, is the power of
+# two that keeps r sqrt(WIDTH) within 448: no row saturates; weights do beyond 112 of theirs. Rows'
+# factors follow the product, as norm's does. Were weights and rows independent, v8 = W8 x8 had the
+# root mean square USUAL = 4 r sqrt(WIDTH), 1448, and d8 = W_down8^T d_y8 likewise; so scaled are
+#
+#   f8 = q(f(v8 / USUAL) / 4)                saturates where v is above 42
+#   d_v8 = q(d8 / USUAL · f'(v8 / USUAL))    f' by f8 and signs; usually 1.5
+#
+# Models trained with Muon, whose matrices stretch all directions alike, are within some percent of
+# it: f8 was at most 10.7, d_v8 48. A rounding's error is the type's, 2.6 %. As f is of second
+# degree, factors of v leave it squared, input_scale too: y is multiplied by them. Where kernels are
+# interpreted, in float32, nothing is rounded.
+FLOAT8 = torch.float8_e4m3fn
+MOST_FLOAT8 = 448.0
+WEIGHT_SIZE = constexpr(4)
+SUMS = constexpr(128)  # of squares of a matrix, by part
+SIDE = constexpr(64)  # of a tile of a matrix that is rounded
+
+
+def why_not_float8(model, products: str, device: torch.device) -> str:
+    """Why a model cannot train by these FLOAT8_PRODUCTS on this device; empty if it can."""
+    if products == "none":
+        return ""
+    has_kernels = triton and device.type == "cuda" and kernel_limits(device)[0] == 90
+    if not has_kernels or model.compute_dtype != torch.bfloat16:
+        return "needs an H100 or H200, triton and PRECISION=bfloat16"
+    for name, layer in model.linear_layers().items():
+        rows, columns = layer.weight.shape
+        multiple = 2 * int(SIGN_COLUMNS) if name.endswith(".mlp.up.weight") else int(SIDE)
+        chosen = any(f".{part}." in name for part in products.split(","))
+        if chosen and (rows % multiple or columns % int(SIDE)):
+            return f"needs multiples of {multiple} and {int(SIDE)}: {name} is {rows} x {columns}"
+    return ""
+
+
+def float8_type(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of this type are rounded to: bfloat16 to FLOAT8, others not at all."""
+    return FLOAT8 if dtype == torch.bfloat16 else dtype
+
+
+def to_float8(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in float8_type(dtype), saturated, as the type is not by itself; NaN stays NaN."""
+    kind = float8_type(dtype)
+    return x.clamp(-MOST_FLOAT8, MOST_FLOAT8).to(kind) if kind == FLOAT8 else x.to(kind)
+
+
+def row_scale(width: int) -> float:
+    """r above: the power of two by which no row of so many numbers and size 1 saturates."""
+    return 2.0 ** math.floor(math.log2(MOST_FLOAT8 / width**0.5))
+
+
+def usual_product(width: int) -> float:
+    """USUAL above: the size of a sum of so many terms."""
+    return int(WEIGHT_SIZE) * row_scale(width) * width**0.5
+
+
+def float8_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x8 of rows x (T, width), without a gradient, and norm's factor (T,) float32."""
+    factor = (widened(x).square().mean(-1) + NORM_EPS).rsqrt()
+    scale = row_scale(x.shape[1]) * factor.detach().unsqueeze(-1)
+    return to_float8(x.detach() * scale, x.dtype), factor
+
+
+def float8_gradient(d_y: Tensor) -> tuple[Tensor, Tensor]:
+    """d_y8 of rows d_y (T, width), and (T,) float32 what brings each back to its size."""
+    wide = widened(d_y)
+    size = wide.square().mean(-1).sqrt().clamp(min=1e-18) / row_scale(d_y.shape[1])
+    return to_float8(wide * (1 / size).unsqueeze(-1), d_y.dtype), size
+
+
+MatrixSizes = collections.namedtuple("MatrixSizes", "ROWS COLUMNS ROW_SCALE")  # S below
+
+
+@jit
+def sum_squares(matrix, sums, S: constexpr):
+    """Of a matrix SUMS sums of squares, each of every SUMSth tile's worth of numbers."""
+    tile: constexpr = SIDE * SIDE
+    total = tl.full([tile], 0.0, tl.float32)
+    for start in range(tl.program_id(0) * tile, S.ROWS * S.COLUMNS, SUMS * tile):
+        x = tl.load(matrix + start + tl.arange(0, tile))
+        total += x * x
+    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@jit
+def round_tile(matrix, to, scale, S: constexpr, TURNED: constexpr):
+    """A tile of a matrix in 8 bits, to where it stands or, if TURNED, to its place transposed.
+
+    No program does both: it would keep rounded numbers four in a register and also move them one by
+    one; ptxas of CUDA 12.8 and 12.9, which triton 3.5 to 3.8 bring, then takes one number of four
+    from a register that nothing wrote.
+    """
+    row = (tl.program_id(0) * SIDE + tl.arange(0, SIDE))[:, None]
+    column = (tl.program_id(1) * SIDE + tl.arange(0, SIDE))[None, :]
+    x = scale * tl.load(matrix + row * S.COLUMNS + column)
+    place = column * S.ROWS + row if TURNED else row * S.COLUMNS + column
+    tl.store(to + place, x.to(to.dtype.element_ty))
+
+
+@jit
+def round_matrix(matrix, sums, sizes, plain, turned, S: constexpr):
+    """A matrix and its transposed in 8 bits; sizes: what brings these back, and rows of x8."""
+    total = tl.sum(tl.load(sums + tl.arange(0, SUMS)), axis=0)
+    scale = WEIGHT_SIZE / tl.maximum(tl.sqrt(total / (S.ROWS * S.COLUMNS)), 1e-12)
+    if tl.program_id(2) == 0:
+        round_tile(matrix, plain, scale, S, False)
+        tl.store(sizes, 1.0 / scale)
+        tl.store(sizes + 4, 1.0 / S.ROW_SCALE)
+    else:
+        round_tile(matrix, turned, scale, S, True)
+
+
+def float8_weight(matrix: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Of a float32 matrix, for activations of this type: W8, its transposed, and sizes.
+
+    sizes (2, 4) float32: in the first column, 16 bytes apart as torch._scaled_mm reads them, W's
+    size beside W8's and 1 / r.
+    """
+    plain, turned, sizes = float8_weight_fake(matrix, dtype)
+    rows, columns = matrix.shape
+    named = {"matrix": matrix.contiguous(), "sums": matrix.new_empty(int(SUMS)), "sizes": sizes}
+    named |= {"plain": plain, "turned": turned}
+    named["S"] = MatrixSizes(rows, columns, row_scale(columns))
+    launch(sum_squares, (int(SUMS),), named)
+    launch(round_matrix, (rows // int(SIDE), columns // int(SIDE), 2), named)
+    return [plain, turned, sizes]
+
+
+def float8_weight_fake(matrix: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """float8_weight()'s results, without their values."""
+    plain = matrix.new_empty(matrix.shape, dtype=float8_type(dtype))
+    return [plain, plain.new_empty(matrix.shape[::-1]), matrix.new_empty(2, 4)]
+
+
+def scaled_product(a8: Tensor, b8: Tensor, a_scale: Tensor, b_scale: Tensor, dtype) -> Tensor:
+    """(a_scale a8) (b_scale b8)^T in dtype, of a8 (M, K), b8 (N, K) and float32 scalars."""
+    if a8.dtype != FLOAT8:
+        return (a8 @ b8.mT * (a_scale * b_scale)).to(dtype)
+    scales = {"scale_a": a_scale, "scale_b": b_scale}
+    return torch._scaled_mm(a8, b8.mT, **scales, out_dtype=dtype, use_fast_accum=True)
+
+
+@torch.library.custom_op(f"{OPERATORS}::float8_mlp", mutates_args=())
+def float8_mlp(x: Tensor, x8: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tensor]:
+    """y = size of up · down f8 of rows x (T, width), with x8 and factor by float8_norm(); and, for
+    backward, f8 unrounded, signs, f8, float8_weight() of up and of down, which are float32.
+    """
+    y, active, signs, active8, *_ = float8_mlp_fake(x, x8, factor, up, down)
+    width = x.shape[1]
+    up_weight, down_weight = (float8_weight(matrix, x.dtype) for matrix in (up, down))
+    rows, columns, step, _ = FLOAT8_TILES["mlp_forward"]
+    tiles = TensorDescriptor.from_tensor
+    named = {"x": tiles(x8, [rows, step]), "up": tiles(up_weight[0], [columns, step])}
+    named |= {"active": active, "active_map": tiles(active, [rows, columns // 2]), "signs": signs}
+    named |= {"active8": tiles(active8, [rows, columns // 2]), "factor": None}
+    launch_product(mlp_forward, named, width, usual_product(width))
+    sizes = up_weight[2][0, 0], down_weight[2][0, 0]
+    y = scaled_product(active8, down_weight[0], *sizes, x.dtype)
+    return [y, active, signs, active8, *up_weight, *down_weight]
+
+
+@float8_mlp.register_fake
+def float8_mlp_fake(x, x8, factor, up, down) -> list[Tensor]:
+    """float8_mlp()'s outputs, without their values."""
+    plain = fused_mlp_fake(x, factor, up, down)
+    active8 = torch.empty_like(plain[1], dtype=float8_type(x.dtype))
+    weights = float8_weight_fake(up, x.dtype) + float8_weight_fake(down, x.dtype)
+    return [*plain, active8, *weights]
+
+
+@torch.library.custom_op(f"{OPERATORS}::float8_mlp_backward", mutates_args=())
+def float8_mlp_backward(d_y8: Tensor, factor: Tensor, kept: list[Tensor]) -> list[Tensor]:
+    """The gradients of up x (T, HIDDEN), and of x (T, width) but for factors of its rows.
+
+    factor (T,) float32 multiplies the former's rows; kept are float8_mlp()'s results but y.
+    """
+    active, signs, active8, _, up_turned, up_sizes, _, down_turned, down_sizes = kept
+    width = d_y8.shape[1]
+    d_v = torch.empty_like(active)
+    d_v8 = torch.empty_like(active8)
+    rows, columns, step, _ = FLOAT8_TILES["mlp_backward"]
+    tiles = TensorDescriptor.from_tensor
+    named = {"d_y": tiles(d_y8, [rows, step]), "down": tiles(down_turned, [columns, step])}
+    named |= {"active": active8, "active_map": tiles(active8, [rows, columns]), "signs": signs}
+    named |= {"d_v": tiles(d_v, [rows, columns // 4]), "d_v8": tiles(d_v8, [rows, columns // 4])}
+    launch_product(mlp_backward, named | {"factor": factor}, width, usual_product(width))
+    sizes = up_sizes[0, 0], down_sizes[0, 0]
+    return [d_v, scaled_product(d_v8, up_turned, *sizes, active.dtype)]
+
+
+float8_mlp_backward.register_fake(
+    lambda d_y8, factor, kept: [torch.empty_like(x, dtype=kept[0].dtype) for x in (kept[0], d_y8)]
+)
+
+
+def float8_mlp_autograd(ctx, gradients):
+    """The gradients of float8_mlp()'s arguments, from that of y, the first of its results."""
+    x, factor, *kept = ctx.saved_tensors
+    width = x.shape[1]
+    d_y = gradients[0].contiguous()
+    d_y8, size = float8_gradient(d_y)
+    row = 0.25 * row_scale(width) * size * factor
+    # What the kernel has at hand is d_v8 · USUAL / 2, unrounded.
+    d_v, d_x = float8_mlp_backward(d_y8, row * kept[-1][0, 0] * (2 / usual_product(width)), kept)
+    d_x = (d_x * row.unsqueeze(-1)).to(x.dtype)
+    d_factor = (widened(d_x) * x).sum(-1) / factor
+    d_up = (d_v.mT @ x).to(factor.dtype)
+    d_down = (d_y.mT @ kept[0]) * kept[5][0, 0]
+    return d_x, None, d_factor, d_up, d_down.to(factor.dtype)
+
+
+float8_mlp.register_autograd(
+    float8_mlp_autograd,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
+        inputs[0], inputs[2], *output[1:]
+    ),
+)
+
+
+@torch.library.custom_op(f"{OPERATORS}::float8_rows", mutates_args=())
+def float8_rows(x: Tensor, x8: Tensor, weight: Tensor) -> Tensor:
+    """W x of rows x (T, width), in x's dtype, by x8 = q(r x) and a float32 matrix's W8."""
+    weight8, _, sizes = float8_weight(weight, x.dtype)
+    return scaled_product(x8, weight8, sizes[1, 0], sizes[0, 0], x.dtype)
+
+
+float8_rows.register_fake(lambda x, x8, weight: x.new_empty(len(x), len(weight)))
+
+
+def _float8_rows_autograd(ctx, d_y):
+    x, weight = ctx.saved_tensors
+    return d_y @ weight.to(x.dtype), None, (d_y.mT @ x).to(weight.dtype)
+
+
+float8_rows.register_autograd(
+    _float8_rows_autograd,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[2]),
+)
+
+
+def float8_linear(u: Tensor, weight: Tensor) -> Tensor:
+    """W u of rows u (B, T, width), whose root mean square is at most 1, in u's dtype."""
+    rows = u.flatten(0, 1)
+    u8 = to_float8(widened(rows.detach()) * row_scale(u.shape[2]), u.dtype)
+    return float8_rows(rows, u8, weight).unflatten(0, u.shape[:2])
 
 
 # ---- Cross-entropy -------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from bench.bench import RandomBatches, SilentLog
-from reference import mamba_ssm_operator
+from reference import float8_products, mamba_ssm_operator
 from reference.scan_cases import ScanCase, errors, in_two_calls, random_case, results
 from tests.support import newton_schulz, random_model, relative, stream_of, validation_set
 from tools.command import Parser, UserError, run_command
@@ -560,6 +560,79 @@ def check_mlp() -> None:
         check_errors(f"fused MLP, {rows:,} rows", off, BF16_TOLERANCE)
         different = sum(not torch.equal(x, y) for x, y in zip(found, again, strict=True))
         check(f"fused MLP, {rows:,} rows: results whose bits differ in a second run", different, 0)
+
+
+def float8_results(function, x: torch.Tensor, weights: list, d_y: torch.Tensor) -> dict:
+    """y, and the gradients of rows x, of norm's factor and of the matrices."""
+    x8, factor = t.float8_norm(x)
+    leaves = [a.detach().requires_grad_() for a in (x, factor, *weights)]
+    y = function(leaves[0], x8, *leaves[1:])
+    gradients = torch.autograd.grad(y, leaves, d_y.to(y.dtype))
+    names = "d x", "d factor", "d up", "d down"
+    return {"y": y} | dict(zip(names, gradients, strict=True))
+
+
+def check_float8() -> None:
+    """Products of 8-bit floats beside their reference, which rounds alike: sums in another order
+    end on the other side of a limit now and then. And beside unrounded ones: 2.6 % a rounding, of
+    which there are three or four on the way to a result. Then a small model's gradients.
+    """
+    if not t.can_fuse_mlp(512, 2048, DEVICE):
+        print("skip products of 8-bit floats are for compute capability 9.0")
+        return
+    normal = functools.partial(torch.randn, device=DEVICE)
+    weights = [normal(2048, 512) / 512**0.5, normal(512, 2048) / 2048**0.5]
+    for rows in (16_384, 1_000):
+        x, d_y = (normal(2, rows, 512) * normal(2, rows, 1).exp()).bfloat16()
+        size = weights[0].square().mean().sqrt() / 4  # of up, beside its 8-bit floats
+        usual = 4 * 512**0.5 * size
+        fused = functools.partial(float8_results, lambda *a: t.float8_mlp(*a)[0], x, weights, d_y)
+        found, again = fused(), fused()
+        slow = float8_results(lambda *a: float8_products.float8_mlp(*a)[0], x, weights, d_y)
+        off = {name: relative(y, slow[name]) for name, y in found.items()}
+        check_errors(f"8-bit MLP beside its roundings, {rows:,} rows", off, BF16_TOLERANCE)
+        different = sum(not torch.equal(y, again[name]) for name, y in found.items())
+        check(f"8-bit MLP, {rows:,} rows: results whose bits differ in a second run", different, 0)
+
+        def unrounded(x, x8, factor, up, down, usual=usual, size=size):
+            hidden = torch.nn.functional.leaky_relu((factor.unsqueeze(1) * x) @ up.mT, 0.5)
+            return hidden.square() @ down.mT * (size / (4 * usual**2))
+
+        exact = float8_results(unrounded, x.float(), weights, d_y)
+        for name, y in found.items():
+            check(f"8-bit MLP unrounded, {rows:,} rows: {name}", relative(y, exact[name]), 0.1)
+    in_proj = normal(2240, 512) / 512**0.5
+    u = t.norm(x)
+    found = t.float8_linear(u.unsqueeze(0), in_proj)[0]
+    u8 = t.to_float8(u.float() * t.row_scale(512), u.dtype)
+    slow = float8_products.float8_rows(u, u8, in_proj)
+    check("8-bit in_proj beside its roundings", relative(found, slow), 5e-3)
+    check("8-bit in_proj unrounded", relative(found, u.float() @ in_proj.mT), 0.05)
+    check_float8_model()
+
+
+def check_float8_model() -> None:
+    """A compiled model's loss and gradients with 8-bit products, beside those without."""
+    settings = model_settings(model_dim=512, float8_products="mlp,in_proj")
+    model = t.build_model(settings, ALONE)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    problem = t.why_not_float8(model, settings.float8_products, DEVICE)
+    check(f"8-bit products of a small model can run {problem}", bool(problem), 0)
+    tokens = torch.randint(2, 1024, (8, settings.train_seq_len + 1), device=DEVICE)
+    compiled = t.maybe_compile(model.loss, settings, ALONE)
+    losses, gradients = [], []
+    for products in ("none", settings.float8_products):
+        loss = compiled(tokens[:, :-1], tokens[:, 1:], model.order(True), products)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    check("8-bit products, a small model: loss", relative(*reversed(losses)), 5e-3)
+    flat = [torch.cat([x.flatten().float() for x in each]) for each in gradients]
+    check("8-bit products, a small model: all gradients", relative(*reversed(flat)), 0.2)
+    pairs = zip(model.named_parameters(), *gradients, strict=True)
+    worst = max((relative(y, x), name) for (name, _), x, y in pairs if x.norm() > 1e-6)
+    check(f"8-bit products, a small model: worst gradient ({worst[1]})", worst[0], 0.4)
 
 
 def model_settings(**overrides) -> t.Settings:
@@ -1117,6 +1190,7 @@ def parts() -> dict[str, Part]:
         "documents-adapting": Part(call(check_documents, True), 80, "documents that adapt"),
         "optimizer": Part(check_optimizer, 20, "Newton-Schulz steps against float64"),
         "mlp": Part(check_mlp, 30, "the MLP's kernels against its formula"),
+        "float8": Part(check_float8, 60, "products of 8-bit floats against their reference"),
         "model-default": Part(check_model, 50, "a compiled model against float32 on the CPU"),
         "model-documents": Part(call(check_model, document_reset=1), 50, "documents apart"),
         "model-mamba2": Part(call(check_model, **second), 60, "the same of Mamba-2"),

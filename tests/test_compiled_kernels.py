@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # multiprocessor, and where one has it.
 SHARED_OF_TWO = 115_712
 SHARED_OF_ONE = 232_448
+FLOAT8_KERNELS = (*t.MLP_TILES, "sum_squares", "round_matrix")
 
 
 def compiled(folder: Path, *arguments: str) -> list[dict]:
@@ -52,7 +53,8 @@ def test_every_kernel_compiles_with_both_state_sizes_and_fits(kernels):
     losses = itertools.product(["cross_entropy_rows"], (0, 1), (False, True))
     products = [(name, 0, False) for name in t.MLP_TILES]
     trellises = [("trellis_paths", states, False) for states in t.TRELLISES]
-    assert set(kernels) == {*scans, *losses, *products, *trellises}
+    rounded = [(name, 8, False) for name in FLOAT8_KERNELS]
+    assert set(kernels) == {*scans, *losses, *products, *trellises, *rounded}
     assert max(line["shared"] for line in kernels.values()) <= SHARED_OF_ONE
 
 
@@ -64,7 +66,8 @@ def test_kernels_without_document_starts_are_the_same_machine_code(kernels):
             assert same == (name not in ("tokens_forward", "tokens_backward"))
     codes = {line["code"] for line in kernels.values()}
     scans = len(tune.KERNELS) * 2 + 2 * 2
-    assert len(codes) == scans + 4 + len(t.TRELLISES) + len(t.MLP_TILES)
+    others = len(t.TRELLISES) + len(t.MLP_TILES) + len(FLOAT8_KERNELS)
+    assert len(codes) == scans + 4 + others
 
 
 @pytest.mark.parametrize("name", ["scan_forward", "scan_backward"])
@@ -109,6 +112,27 @@ def test_a_trellis_costs_are_in_registers(kernels, states):
 def test_the_fused_mlps_products_keep_their_results_in_registers(kernels, name):
     """A tile of 128 x 256 float32 results takes 128 registers of each of its 256 threads."""
     assert kernels[name, 0, False]["local"] == 0
+    assert kernels[name, 8, False]["local"] == 0
+
+
+def test_no_kernel_has_8_bit_floats_that_ptxas_spoils(kernels):
+    assert not any(line["spoiled"] for line in kernels.values())
+
+
+def test_spoiled_pairs_are_found():
+    """In what once transposed a matrix whose rounded numbers it had stored."""
+    ptx = """
+        cvt.rn.satfinite.e4m3x2.f32  %rs1, %r47, %r46;
+        cvt.rn.satfinite.e4m3x2.f32  %rs2, %r49, %r48;
+        shr.u16 \t%rs17, %rs1, 8;
+        mov.b32 \t%r78, {%rs1, %rs2};
+    """
+    module = "import sys; from tests.compile_kernels import spoiled_pairs as found; "
+    code = module + "print(found(sys.argv[1]), found(sys.argv[1].replace('shr', 'shl')))"
+    if t.triton is None:
+        pytest.skip("needs triton")
+    done = subprocess.run([sys.executable, "-c", code, ptx], cwd=ROOT, capture_output=True)
+    assert done.stdout.split() == [b"1", b"0"], done.stderr
 
 
 def test_another_version_of_the_script_has_operators_of_its_own(tmp_path):

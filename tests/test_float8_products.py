@@ -1,0 +1,213 @@
+"""Training's products of 8-bit floats: interpreted in float32, where nothing is rounded, and what
+rounding does, by the reference.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt as t
+from reference import float8_products as reference
+from tests.support import CPU, SOLO, Quiet, interpreted, random_model, random_tokens, tiny
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of few rows and short sums, so that small tensors have several."""
+    for name, (_, columns, _, stages) in t.FLOAT8_TILES.items():
+        monkeypatch.setitem(t.FLOAT8_TILES, name, (16, columns, 16, stages))
+
+
+def random_case(rows: int, width: int, hidden: int, dtype=torch.float32) -> list[torch.Tensor]:
+    """Rows of several sizes, both matrices (float32) and a gradient of the result."""
+    torch.manual_seed(rows)
+    x, d_y = torch.randn(2, 1, rows, width) * torch.rand(2, 1, rows, 1).exp()
+    up, down = torch.randn(hidden, width) / 30, torch.randn(width, hidden) / 50
+    return [x.to(dtype), up, down, (1e-5 * d_y).to(dtype)]
+
+
+def formula(x, up, down):
+    """The MLP of a layer whose inputs are halved."""
+    return F.leaky_relu(0.5 * t.norm(x) @ up.mT, 0.5).square() @ down.mT
+
+
+def in_float8(x, up, down):
+    """MLP.in_float8() with these matrices."""
+    weights = {name: SimpleNamespace(weight=w) for name, w in (("up", up), ("down", down))}
+    return t.MLP.in_float8(SimpleNamespace(**weights), x, 0.5)
+
+
+def outcomes(function, case: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The result and the gradients of x and of both matrices."""
+    leaves = [x.detach().requires_grad_() for x in case[:3]]
+    y = function(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, case[3].to(y.dtype))]
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    found = found.detach().double()
+    wanted = wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def check_outcomes(case: list[torch.Tensor]) -> None:
+    for wanted, found in zip(outcomes(formula, case), outcomes(in_float8, case), strict=True):
+        assert relative_error(found, wanted) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [(32, 64, 256), (45, 192, 512)])  # also a rest of rows
+def test_unrounded_the_kernels_compute_the_formula(sizes):
+    """In float32 nothing is rounded: all factors that scale and unscale are right."""
+    check_outcomes(random_case(*sizes))
+
+
+def test_unrounded_the_reference_computes_the_formula(monkeypatch):
+    monkeypatch.setattr(t, "float8_mlp", reference.float8_mlp)
+    check_outcomes(random_case(20, 48, 64))
+
+
+def test_rounding_costs_some_percent_and_saturates_nothing(monkeypatch):
+    """Of random numbers, as much as one rounds relatively: 2 to 3 % for each factor."""
+    monkeypatch.setattr(t, "float8_mlp", reference.float8_mlp)
+    case = random_case(256, 512, 512, torch.bfloat16)
+    wanted = outcomes(formula, [x.float() for x in case])
+    found = outcomes(in_float8, case)
+    # A matrix's gradient is of unrounded factors, but the gradient that reaches up was rounded.
+    for name, x, y in zip(("y", "x", "up", "down"), found, wanted, strict=True):
+        assert (0.001 if name == "down" else 0.01) < relative_error(x, y) < 0.07, name
+    x, up, down, _ = case
+    x8, factor = t.float8_norm(x[0])
+    rounded, size = reference.rounded_weight(up, x.dtype)
+    v = x8.float() @ rounded.mT / t.usual_product(512)
+    assert 0.9 < v.square().mean().sqrt() < 1.1
+    assert v.abs().max() < 20
+    assert relative_error(rounded * size, up) < 0.03
+
+
+@pytest.mark.parametrize("width", [32, 512, 768, 1024])
+def test_no_row_saturates(width):
+    """Not even one whose length is that of a single number; and a NaN is not hidden."""
+    rows = torch.zeros(3, width, dtype=torch.bfloat16)
+    rows[0, 3] = rows[2, 0] = 1e-6
+    rows[2, 1] = float("nan")
+    rounded, size = t.float8_gradient(rows)
+    assert rounded.dtype == torch.float8_e4m3fn
+    assert 224 * 0.7 < rounded.float()[0, 3] <= 448
+    back = rounded.float() * size.unsqueeze(1)
+    assert abs(back[0, 3] / 1e-6 - 1) < 0.08
+    assert not back[1].any()
+    assert back[2].isnan().any()
+    x8, factor = t.float8_norm(1e8 * rows[:1])
+    assert 0 < x8.float().abs().max() <= 448
+
+
+@interpreted
+def test_weights_are_scaled_by_their_root_mean_squares_and_transposed():
+    for matrix in (torch.randn(192, 64) / 7, torch.zeros(64, 128)):
+        plain, turned, sizes = t.float8_weight(matrix, torch.float32)
+        wanted, size = reference.rounded_weight(matrix, torch.float32)
+        torch.testing.assert_close(plain, wanted)
+        torch.testing.assert_close(sizes[0, 0], size)  # of zeros, too, it is finite
+        assert sizes[1, 0] == 1 / t.row_scale(matrix.shape[1])
+        assert torch.equal(turned, plain.mT)
+
+
+@interpreted
+def test_in_projs_product_and_its_gradients():
+    leaves = [torch.randn(2, 10, 64).requires_grad_(), torch.randn(128, 64).requires_grad_()]
+
+    def found(function) -> list[torch.Tensor]:
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    for wanted, y in zip(found(F.linear), found(t.float8_linear), strict=True):
+        assert relative_error(y, wanted) < 1e-5
+
+
+# Two layers whose matrices have whole tiles: in_proj has 448 rows.
+WHOLE = {"num_layers": 2, "mamba_layers": "0", "model_dim": 64, "mlp_mult": 4, "num_heads": 2}
+WHOLE |= {"mamba_d_state": 64, "mamba_head_dim": 8, "num_kv_heads": 1, "ln_scale": True}
+
+
+@interpreted
+def test_a_model_with_the_products_computes_the_same():
+    """Loss and every gradient, deeper layers' smaller inputs included; by whole graphs."""
+    settings = tiny(**WHOLE, scan_backend="chunked")
+    model = random_model(settings)
+    batch = torch.randint(0, settings.vocab_size, (2, 2, settings.train_seq_len))
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+
+    def found(loss_of, products: str) -> list[torch.Tensor]:
+        loss = loss_of(*batch, model.order(False), products)
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    plain = found(model.loss, "none")
+    for x, y in zip(plain, found(compiled, "mlp,in_proj"), strict=True):
+        assert (x - y).norm() <= 1e-4 * x.norm() + 1e-9
+
+
+def count_calls(monkeypatch) -> list[str]:
+    """The names of the products that a model computes from now on, on any device."""
+    calls = []
+    for name in ("float8_mlp", "float8_rows"):
+
+        def counted(*arguments, name=name):
+            calls.append(name)
+            return getattr(reference, name)(*arguments)
+
+        monkeypatch.setattr(t, name, counted)
+    monkeypatch.setattr(t, "why_not_float8", lambda *_: "")
+    return calls
+
+
+@pytest.mark.parametrize("products", ["none", "mlp", "in_proj", "mlp,in_proj"])
+def test_only_steps_of_training_take_them(monkeypatch, products):
+    """Not the validation between them, GPTQ's Hessians and energies, nor documents that adapt."""
+    calls = count_calls(monkeypatch)
+    settings = tiny(**WHOLE, float8_products=products, precision="bfloat16", trellis_states=0)
+    model = random_model(settings)
+    trainer = t.Trainer(model, settings, SOLO, settings.train_batch_tokens, 1e6, Quiet())
+    tokens = random_tokens(2, settings.train_seq_len + 1)
+    pair = tokens[:, :-1], tokens[:, 1:]
+    trainer.accumulate_gradients(*pair, model.order(True))
+    wanted = ["float8_rows"] * ("in_proj" in products) + ["float8_mlp"] * 2 * ("mlp" in products)
+    assert sorted(calls) == sorted(wanted)
+    calls.clear()
+    t.collect_costs(model, [pair[0]], SOLO, True)
+    model.loss(*pair, model.order(True)).backward()
+    model.score(*pair, model.order(True))
+    assert not calls
+
+
+def test_where_they_cannot_run_one_line_says_so(monkeypatch):
+    settings = tiny(**WHOLE, float8_products="mlp,in_proj")
+    model = random_model(settings)
+    with pytest.raises(
+        t.UserError, match="FLOAT8_PRODUCTS=mlp,in_proj needs an H100 .*; none runs"
+    ):
+        t.Trainer(model, settings, SOLO, settings.train_batch_tokens, 1e6, Quiet())
+    if t.triton is None:
+        pytest.skip("needs triton")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(t, "kernel_limits", lambda device: (90, 232_448))
+    assert "bfloat16" in t.why_not_float8(model, "mlp", gpu)
+    model.compute_dtype = torch.bfloat16
+    assert t.why_not_float8(model, "mlp,in_proj", gpu) == ""
+    narrow = random_model(dataclasses.replace(settings, mlp_mult=3.0))
+    narrow.compute_dtype = torch.bfloat16
+    assert t.why_not_float8(narrow, "in_proj", gpu) == ""
+    assert "blocks.0.mlp.up.weight is 192 x 64" in t.why_not_float8(narrow, "mlp", gpu)
+    monkeypatch.setattr(t, "kernel_limits", lambda device: (80, 166_912))
+    assert "H100" in t.why_not_float8(model, "mlp", gpu)
+    assert t.why_not_float8(model, "none", CPU) == ""
+
+
+def test_checkpoints_keep_the_setting_and_artifacts_know_nothing_of_it():
+    assert "float8_products" in t.TRAINING_FIELDS
+    assert "float8_products" not in t.artifact_header(t.Settings())
+    assert t.FORMER_DEFAULTS["float8_products"] == "none"
+    assert t.Settings().float8_products == "none"
