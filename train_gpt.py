@@ -252,7 +252,7 @@ class Settings:
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
     adam_eps: float = env(1e-8, "Adam; of vectors and scales at least 1e-6", "size", ABOVE_0)
-    float8_products: str = env("none", "8 bits, in training", "none|mlp|in_proj|mlp,in_proj")
+    float8_products: str = env("auto", "8 bits, in training", "auto|none|mlp|in_proj|mlp,in_proj")
     grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
@@ -358,6 +358,7 @@ PLAIN = {
     "warmdown_fraction": 0.6, "matrix_lr": 0.02, "mamba_matrix_lr": 0.015, "muon_beta2": 0.0,
     "muon_row_groups": False, "trellis_states": 0, "sdclip_by_matrix": 0.0,
     "sdclip_by_row": 0.0, "sdclip_most": 16.0, "eval_mode": "sliding",
+    "float8_products": "none",
 }  # fmt: skip
 
 HYBRID11 = PLAIN | {
@@ -2016,7 +2017,7 @@ class MLP(nn.Module):
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
         y, *kept = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight)
-        usual = int(WEIGHT_SIZE) * x.shape[2] ** 0.5 * input_scale  # u of v8 = USUAL, of size 1
+        usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale  # u of v8 = USUAL, of size 1
         y = y * (4 * usual**2 * kept[5].detach()[0, 0])
         return y.view(x.shape)
 
@@ -4966,9 +4967,7 @@ class Trainer:
             share_by_spelling(self.model)
         self.optimizers = Optimizers(self.model, self.settings, self.ranks)
         self.average = self.make_average(self.model, self.settings, self.ranks)
-        float8 = self.settings.float8_products
-        problem = why_not_float8(self.model, float8, self.ranks.device)
-        need(not problem, f"FLOAT8_PRODUCTS={float8} {problem}; none runs")
+        self.float8_products = choose_float8(self.model, self.settings, self.ranks.device)
         self.loss_function = training_loss(self.model, self.settings, self.ranks)
         self.graphed_steps = GraphedSteps(self.step, self.ranks)
         self.in_flight = None  # the last step launched: see keep_one_ahead()
@@ -5006,6 +5005,8 @@ class Trainer:
         if reason and scan != "none":
             scan += f" ({fastest} {reason})"
         precision = str(self.model.compute_dtype).removeprefix("torch.")
+        if self.float8_products != "none":
+            precision += f", 8 bits in {self.float8_products}"
         backends = f"{precision}; scan: {scan}; attention: {self.model.attention_backend}"
         self.log(f"{backends}; {self.micro_batch:,} tokens at once per rank")
 
@@ -5072,7 +5073,7 @@ class Trainer:
             # Ranks exchange gradients once, in the backward pass of the last micro-batch.
             alone = number < len(batches) and self.ranks.world_size > 1
             with self.loss_function.no_sync() if alone else nullcontext():
-                loss = self.loss_function(*batch, order, self.settings.float8_products)
+                loss = self.loss_function(*batch, order, self.float8_products)
                 loss = loss / len(batches)
                 loss.backward(self.optimizers.loss_scale())
             total += loss.detach()
@@ -6801,7 +6802,7 @@ SIGN_COLUMNS = constexpr(128)
 SIGN_BYTES = constexpr(16)
 
 
-# S in the kernels: tiles of M rows and N = 2 SIGN_COLUMNS columns, sums of WIDTH terms by STEP.
+# S in the kernels: tiles of M rows and N columns, sums of WIDTH terms by STEP.
 # USUAL is that of 8-bit products, below; 0 of bfloat16 ones.
 ProductSizes = collections.namedtuple("ProductSizes", "PROGRAMS WIDTH HIDDEN M N STEP USUAL")
 
@@ -6902,16 +6903,13 @@ def mlp_backward(d_y, down, active_map, d_v, d_v8, active, signs, factor, length
             prefetch_tile(active, ahead, beside, length, 1, S)
             prefetch_tile(signs, ahead, beside, length, 8, S)
         rows = row + tl.arange(0, S.M)[:, None]
-        packed = tl.load(sign_places(signs, rows, column, 2 * SIGN_COLUMNS, S), rows < length, 0)
+        packed = tl.load(sign_places(signs, rows, column, S.N, S), rows < length, 0)
         scale = tl.load(factor + rows, rows < length, 0.0)
         root = tl.sqrt(active_map.load([row, column]).to(tl.float32))
         if S.USUAL > 0:
             d *= root * tl.where(unpack_signs(packed), -1.0, 2.0)
-            for part in tl.static_range(4):
-                quarter = halves(halves(d)[part // 2])[part % 2]
-                place = column + part * S.N // 4
-                d_v.store([row, place], (quarter * scale).to(d_v.dtype))
-                d_v8.store([row, place], (quarter * (2.0 / S.USUAL)).to(d_v8.dtype))
+            d_v.store([row, column], (d * scale).to(d_v.dtype))
+            d_v8.store([row, column], (d * (2.0 / S.USUAL)).to(d_v8.dtype))
         else:
             d *= root * tl.where(unpack_signs(packed), -scale, 2.0 * scale)
             for half in tl.static_range(2):  # and in halves of these: a stage's room is worth more
@@ -6920,9 +6918,10 @@ def mlp_backward(d_y, down, active_map, d_v, d_v8, active, signs, factor, length
                 d_v.store([row, column + half * S.N // 2 + S.N // 4], right)
 
 
-# Of each kernel M, N, STEP, stages, for a program of 8 warps on each of an H200's multiprocessors.
+# Of each kernel M, N, STEP, stages. An H200's multiprocessor runs a program of 8 warps, or for N =
+# 128 two of 4, of which one's products run beside what the other does with its own.
 MLP_TILES = {"mlp_forward": (128, 256, 64, 4), "mlp_backward": (128, 256, 64, 3)}
-FLOAT8_TILES = {"mlp_forward": (128, 256, 128, 3), "mlp_backward": (128, 256, 64, 4)}
+FLOAT8_TILES = {"mlp_forward": (128, 256, 128, 3), "mlp_backward": (128, 128, 64, 3)}
 
 
 def can_fuse_mlp(width: int, hidden: int, device: torch.device) -> bool:
@@ -6939,9 +6938,10 @@ def launch_product(kernel, named: dict, width: int, usual: float = 0.0):
     programs = triton.cdiv(length, tile[0]) * (hidden // tile[1])
     if named["active"].is_cuda:
         gpu = torch.cuda.get_device_properties(named["active"].device)
-        programs = min(programs, gpu.multi_processor_count)
+        programs = min(programs, gpu.multi_processor_count * (256 // tile[1]))
     sizes = ProductSizes(programs, width, hidden, *tile, usual)
-    launch(kernel, (programs,), named | {"length": length, "S": sizes}, warps=8, stages=stages)
+    named = named | {"length": length, "S": sizes}
+    launch(kernel, (programs,), named, warps=tile[1] // 32, stages=stages)
 
 
 @torch.library.custom_op(f"{OPERATORS}::fused_mlp", mutates_args=())
@@ -7027,9 +7027,20 @@ fused_mlp.register_autograd(
 # interpreted, in float32, nothing is rounded.
 FLOAT8 = torch.float8_e4m3fn
 MOST_FLOAT8 = 448.0
-WEIGHT_SIZE = constexpr(4)
+WEIGHT_SIZE = 4.0
 SUMS = constexpr(128)  # of squares of a matrix, by part
 SIDE = constexpr(64)  # of a tile of a matrix that is rounded
+
+
+def choose_float8(model, settings, device: torch.device) -> str:
+    """Which products training computes in 8 bits, as FLOAT8_PRODUCTS: of auto those that can be."""
+    wanted = settings.float8_products
+    if wanted == "auto":
+        able = [part for part in ("mlp", "in_proj") if not why_not_float8(model, part, device)]
+        return ",".join(able) or "none"
+    problem = why_not_float8(model, wanted, device)
+    need(not problem, f"FLOAT8_PRODUCTS={wanted} {problem}; auto runs")
+    return wanted
 
 
 def why_not_float8(model, products: str, device: torch.device) -> str:
@@ -7066,7 +7077,7 @@ def row_scale(width: int) -> float:
 
 def usual_product(width: int) -> float:
     """USUAL above: the size of a sum of so many terms."""
-    return int(WEIGHT_SIZE) * row_scale(width) * width**0.5
+    return WEIGHT_SIZE * row_scale(width) * width**0.5
 
 
 def float8_norm(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -7083,7 +7094,7 @@ def float8_gradient(d_y: Tensor) -> tuple[Tensor, Tensor]:
     return to_float8(wide * (1 / size).unsqueeze(-1), d_y.dtype), size
 
 
-MatrixSizes = collections.namedtuple("MatrixSizes", "ROWS COLUMNS ROW_SCALE")  # S below
+MatrixSizes = collections.namedtuple("MatrixSizes", "ROWS COLUMNS SIZE ROW_SCALE")  # S below
 
 
 @jit
@@ -7116,7 +7127,7 @@ def round_tile(matrix, to, scale, S: constexpr, TURNED: constexpr):
 def round_matrix(matrix, sums, sizes, plain, turned, S: constexpr):
     """A matrix and its transposed in 8 bits; sizes: what brings these back, and rows of x8."""
     total = tl.sum(tl.load(sums + tl.arange(0, SUMS)), axis=0)
-    scale = WEIGHT_SIZE / tl.maximum(tl.sqrt(total / (S.ROWS * S.COLUMNS)), 1e-12)
+    scale = S.SIZE / tl.maximum(tl.sqrt(total / (S.ROWS * S.COLUMNS)), 1e-12)
     if tl.program_id(2) == 0:
         round_tile(matrix, plain, scale, S, False)
         tl.store(sizes, 1.0 / scale)
@@ -7135,7 +7146,7 @@ def float8_weight(matrix: Tensor, dtype: torch.dtype) -> list[Tensor]:
     rows, columns = matrix.shape
     named = {"matrix": matrix.contiguous(), "sums": matrix.new_empty(int(SUMS)), "sizes": sizes}
     named |= {"plain": plain, "turned": turned}
-    named["S"] = MatrixSizes(rows, columns, row_scale(columns))
+    named["S"] = MatrixSizes(rows, columns, WEIGHT_SIZE, row_scale(columns))
     launch(sum_squares, (int(SUMS),), named)
     launch(round_matrix, (rows // int(SIDE), columns // int(SIDE), 2), named)
     return [plain, turned, sizes]
@@ -7197,7 +7208,7 @@ def float8_mlp_backward(d_y8: Tensor, factor: Tensor, kept: list[Tensor]) -> lis
     tiles = TensorDescriptor.from_tensor
     named = {"d_y": tiles(d_y8, [rows, step]), "down": tiles(down_turned, [columns, step])}
     named |= {"active": active8, "active_map": tiles(active8, [rows, columns]), "signs": signs}
-    named |= {"d_v": tiles(d_v, [rows, columns // 4]), "d_v8": tiles(d_v8, [rows, columns // 4])}
+    named |= {"d_v": tiles(d_v, [rows, columns]), "d_v8": tiles(d_v8, [rows, columns])}
     launch_product(mlp_backward, named | {"factor": factor}, width, usual_product(width))
     sizes = up_sizes[0, 0], down_sizes[0, 0]
     return [d_v, scaled_product(d_v8, up_turned, *sizes, active.dtype)]

@@ -13,7 +13,7 @@ import train_gpt as t
 def rounded_weight(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """W8 of a float32 matrix, float32 numbers, and its size (): W beside W8."""
     size = matrix.square().mean().sqrt()
-    size = size.clamp(min=1e-12) / int(t.WEIGHT_SIZE)
+    size = size.clamp(min=1e-12) / t.WEIGHT_SIZE
     return t.to_float8(matrix / size, dtype).float(), size
 
 

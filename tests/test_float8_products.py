@@ -187,7 +187,7 @@ def test_where_they_cannot_run_one_line_says_so(monkeypatch):
     settings = tiny(**WHOLE, float8_products="mlp,in_proj")
     model = random_model(settings)
     with pytest.raises(
-        t.UserError, match="FLOAT8_PRODUCTS=mlp,in_proj needs an H100 .*; none runs"
+        t.UserError, match="FLOAT8_PRODUCTS=mlp,in_proj needs an H100 .*; auto runs"
     ):
         t.Trainer(model, settings, SOLO, settings.train_batch_tokens, 1e6, Quiet())
     if t.triton is None:
@@ -201,6 +201,10 @@ def test_where_they_cannot_run_one_line_says_so(monkeypatch):
     narrow.compute_dtype = torch.bfloat16
     assert t.why_not_float8(narrow, "in_proj", gpu) == ""
     assert "blocks.0.mlp.up.weight is 192 x 64" in t.why_not_float8(narrow, "mlp", gpu)
+    by_itself = dataclasses.replace(settings, float8_products="auto")
+    assert t.choose_float8(model, by_itself, gpu) == "mlp,in_proj"
+    assert t.choose_float8(narrow, by_itself, gpu) == "in_proj"
+    assert t.choose_float8(model, by_itself, CPU) == "none"
     monkeypatch.setattr(t, "kernel_limits", lambda device: (80, 166_912))
     assert "H100" in t.why_not_float8(model, "mlp", gpu)
     assert t.why_not_float8(model, "none", CPU) == ""
@@ -210,4 +214,5 @@ def test_checkpoints_keep_the_setting_and_artifacts_know_nothing_of_it():
     assert "float8_products" in t.TRAINING_FIELDS
     assert "float8_products" not in t.artifact_header(t.Settings())
     assert t.FORMER_DEFAULTS["float8_products"] == "none"
-    assert t.Settings().float8_products == "none"
+    assert t.Settings().float8_products == "auto"
+    assert t.PRESETS["peer7"]["float8_products"] == "none"  # its speed is compared
