@@ -515,7 +515,9 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     for name in given & ({"embed_lr", "head_lr"} if tied else {"tied_embed_lr"}):
         other = "TIED_EMBED_LR is the rate" if tied else "EMBED_LR and HEAD_LR are the rates"
         raise UserError(f"{name.upper()} means nothing with TIE_EMBEDDINGS={int(tied)}: {other}")
-    return make_room(settings, given), given
+    others = {name.lower() for name in environment.keys() & REFUSED.keys()}
+    given |= {name for name in others if modes_that_read(name) != EVAL_MODES}
+    return make_room(settings, given, read_number(environment, "WORLD_SIZE", 1)), given
 
 
 def modes_that_read(name: str) -> tuple[str, ...]:
@@ -526,12 +528,12 @@ def modes_that_read(name: str) -> tuple[str, ...]:
     return own.get(name, EVAL_MODES)
 
 
-def make_room(s, given: set[str]) -> Settings:
+def make_room(s, given: set[str], world_size: int) -> Settings:
     """The settings, of which those of the recipe, not given, yield to given ones beside them.
 
-    What these exclude is left out; the stride follows the window, GPTQ's seconds the clock, and
-    EVAL_MODE what only another mode reads. Two given ones that contradict each other stay, for
-    validate_settings() to refuse.
+    What these exclude is left out; the stride follows the window, a chunk that and the overlap,
+    GPTQ's seconds the clock, and EVAL_MODE what only another mode reads. Two given ones that
+    contradict each other stay, for validate_settings() to refuse.
     """
     values = dict.fromkeys(excluded(s), 0)
     modes = [mode for mode in EVAL_MODES if all(mode in modes_that_read(name) for name in given)]
@@ -543,7 +545,9 @@ def make_room(s, given: set[str]) -> Settings:
     if 0 < s.max_wallclock_seconds <= s.export_reserve_seconds:
         values["export_reserve_seconds"] = s.max_wallclock_seconds / 5
     yielding = {name: type(getattr(s, name))(x) for name, x in values.items() if name not in given}
-    return replace(s, **yielding)
+    s = replace(s, **yielding)
+    cut = given & {"train_seq_len", "eval_overlap"} and "ttt_chunk_tokens" not in given
+    return replace(s, ttt_chunk_tokens=whole_chunk(s, world_size)) if cut and s.adapts else s
 
 
 def describe_room(settings, given: set[str]) -> str:
@@ -641,10 +645,9 @@ def validate_settings(s, world_size: int):
         known = set(s.ttt_lora_layers.split(",")) <= set(BRANCHED)
         check(s, "ttt_lora_layers", known, f"should be some of {','.join(BRANCHED)}")
     elif s.adapts:
-        share = world_size * ttt_sequence_length(s, world_size)
-        check_multiple(s, "ttt_chunk_tokens", share, "ranks × sequence")
-        new = length - overlap if s.eval_mode == "stateful" else 1
-        check_multiple(s, "ttt_chunk_tokens", new, f"TRAIN_SEQ_LEN - EVAL_OVERLAP of {overlap}")
+        whole = whole_chunk(s, world_size)
+        cut = f"cuts sequences of ranks, or a stride, short: TTT_CHUNK_TOKENS={whole} would not"
+        check(s, "ttt_chunk_tokens", s.ttt_chunk_tokens == whole, cut)
 
 
 def excluded(s) -> list[str]:
@@ -656,9 +659,21 @@ def excluded(s) -> list[str]:
     return [name for name in names if getattr(s, name)]
 
 
-def ttt_sequence_length(settings, world_size: int) -> int:
+def ttt_sequence_length(window: int, chunk: int, world_size: int) -> int:
     """Tokens of a sequence of test-time training: fewer where many ranks share a chunk."""
-    return min(settings.train_seq_len, max(1, settings.ttt_chunk_tokens // world_size))
+    return min(window, max(1, chunk // world_size))
+
+
+def whole_chunk(s, world_size: int) -> int:
+    """TTT_CHUNK_TOKENS, or fewer of whole sequences and strides: those that all ranks can share."""
+    stride = s.train_seq_len - s.attention_overlap if s.eval_mode == "stateful" else 1
+    stride = max(1, stride)
+    world_size = max(1, world_size)
+    for chunk in range(s.ttt_chunk_tokens // stride * stride, 0, -stride):
+        length = ttt_sequence_length(s.train_seq_len, chunk, world_size)
+        if length and chunk % (world_size * length) == 0:
+            return chunk
+    return world_size * stride
 
 
 def describe_preset(name: str) -> str:
@@ -3195,7 +3210,7 @@ class Evaluator:
     def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD) -> Tensor:
         """A step of SGD on targets first <= p < last, from each rank's part; returns its nats."""
         s, world_size = self.settings, self.ranks.world_size
-        length = ttt_sequence_length(s, world_size)
+        length = ttt_sequence_length(s.train_seq_len, s.ttt_chunk_tokens, world_size)
         whole = (last - first) % (world_size * length) == 0  # by validate_settings()
         assert whole or last == self.total, "training would read past its chunk"
         mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]
@@ -3219,21 +3234,20 @@ class Evaluator:
         return total * (last - first)
 
     def _evaluate_documents(self, started: float, say) -> Score:
-        """evaluate() of documents; those that still learn in the clock's last tenth give it up."""
+        """evaluate() of documents, which learn as long as DocumentClock says."""
         s = self.settings
         batches = plan_batches(self.validation.tokens, s)
         mine = share_batches(batches, s, self.ranks.world_size)[self.ranks.rank]
-        self.given_up = 0
-        self.learns_until = started + 0.9 * s.eval_max_seconds
+        clock = DocumentClock(s, started, sum(int(batch.lengths.sum()) for batch in mine))
         for number, batch in enumerate(mine, 1):
-            adapts = s.adapts and time.perf_counter() < self.learns_until
-            self.given_up += batch.longer_than(0) if s.adapts and not adapts else 0
-            branches = self._new_branches() if adapts else None
+            clock.later -= int(batch.lengths.sum())
+            least = clock.least_new(batch, 0)
+            branches = None if least else self._new_branches()
             with documents_alone(self.model, branches):
-                self._score_batch(batch, branches)
+                self._score_batch(batch, branches, clock, least)
             left = started + s.eval_max_seconds - synchronized_time()
             say(f", batch {number}/{len(mine)} of documents, {left:.0f}s left of the clock")
-        score = self._collect(sum(self.ranks.gather(self.given_up)))
+        score = self._collect(sum(self.ranks.gather(sum(clock.given_up.values()))))
         self.scoring_seconds = time.perf_counter() - started
         return score._replace(seconds=self.scoring_seconds)
 
@@ -3241,28 +3255,27 @@ class Evaluator:
         """Those of the next batch's documents."""
         return Branches(self.model, self.settings)
 
-    def _score_batch(self, batch: "DocumentBatch", branches: "Branches | None"):
+    def _score_batch(self, batch: "DocumentBatch", branches: "Branches | None", clock, least: int):
         """Scores documents piece by piece; branches, if any, learn from each once it is scored.
 
-        In the clock's last tenth they stay as they are, beside fewer windows.
+        Where the DocumentClock forbids that, they stay as they are, beside fewer windows.
         """
-        learns = branches is not None
-        pieces = plan_pieces(batch, self.settings, learns)
-        while bounds := next(pieces, None):
-            *_, end = bounds
+        end = 0
+        while batch.longer_than(end):
+            learns = not least
+            context, begin, end = next(plan_pieces(batch, self.settings, learns, end, least))
             going_on = batch.longer_than(end)  # documents of which a piece is still to come
+            reading_since = synchronized_time()
             with torch.set_grad_enabled(learns and going_on > 0):
-                piece, nats = self._score_piece(batch, *bounds)
-            if not learns or not going_on:
-                continue
+                piece, nats = self._score_piece(batch, context, begin, end)
+            clock.count((end - context) * batch.longer_than(begin), reading_since)
+            if not going_on:
+                break
+            least = clock.least_new(batch, end, branches is not None)
             # The piece has its scores. Only now, and only for pieces to come, is it learnt from.
-            learns = time.perf_counter() < self.learns_until
-            if learns:
+            if learns and not least:
                 self.observer.on_train(Excerpt(*(part[:going_on] for part in piece)))
                 branches.learn(nats[:going_on])
-            else:
-                self.given_up += going_on
-                pieces = plan_pieces(batch, self.settings, learns, end)
 
     def _score_piece(self, batch: "DocumentBatch", context: int, begin: int, end: int) -> tuple:
         """Scores targets begin to end, read from context on, of documents that have them.
@@ -3349,12 +3362,13 @@ def plan_batches(tokens: np.ndarray, settings) -> list[DocumentBatch]:
     return [DocumentBatch(*part) for part in np.split(facts, facts.shape[1] // slots, axis=1)]
 
 
-def plan_pieces(batch: DocumentBatch, settings, learns: bool, begin: int = 0):
-    """Yields (context, begin, end): a document's targets begin to end are read from context on."""
+def plan_pieces(batch: DocumentBatch, settings, learns: bool, begin: int = 0, least: int = 0):
+    """Yields (context, begin, end): a document's targets begin to end are read from context on.
+
+    A piece has TTT_LORA_PIECE of them, or least if that is more: fewer windows for less time.
+    """
     window = settings.train_seq_len
-    piece = min(settings.ttt_lora_piece, window)
-    if settings.adapts and not learns:  # the clock is at its end: fewer windows
-        piece = max(piece, window // 2)
+    piece = min(max(settings.ttt_lora_piece, least), window)
     end = begin + piece
     if not learns:  # frozen weights score a window's alike
         end = max(end, window // piece * piece)
@@ -3374,6 +3388,50 @@ def share_batches(batches: list, settings, world_size: int) -> list[list[Documen
         for context, begin, end in plan_pieces(batch, settings, settings.adapts):
             loads[rank] += (end - context) * batch.longer_than(begin)
     return shares
+
+
+@dataclass
+class DocumentClock:
+    """What the clock leaves time for with documents, by how long reading has taken so far.
+
+    A dearer way goes on while the rest could still be read in time by the next cheaper one, with a
+    fifth to spare: pieces that are learnt from, not in the last tenth; windows that move by half of
+    TRAIN_SEQ_LEN; windows side by side.
+    """
+
+    settings: Settings
+    started: float
+    later: int  # targets of batches to come
+    pieces: int = 0
+    tokens: int = 0  # of all pieces but two, whose times hold what compiling took
+    seconds: float = 0.0  # that reading these took
+    given_up: dict = field(default_factory=dict)  # of a batch: documents that could not learn (on)
+
+    def count(self, tokens: int, since: float):
+        """Takes note of a piece of so many tokens, read since then."""
+        self.pieces += 1
+        if self.pieces > 2:
+            self.tokens += tokens
+            self.seconds += synchronized_time() - since
+
+    def suffices(self, batch: DocumentBatch, begin: int, step: int) -> bool:
+        """Whether all from begin on, and a piece more, can be read by windows that move by step."""
+        rest = np.maximum(batch.lengths - begin, 0).sum() + step * batch.longer_than(begin)
+        tokens = float(self.later + rest) * self.settings.train_seq_len / step
+        needed = 1.2 * tokens * self.seconds / max(1, self.tokens)
+        return time.perf_counter() + needed < self.started + self.settings.eval_max_seconds
+
+    def least_new(self, batch: DocumentBatch, begin: int, branched: bool = True) -> int:
+        """Targets that the next window from begin on has at least: 0 where it is learnt from."""
+        s = self.settings
+        half = max(1, s.train_seq_len // 2)
+        in_time = time.perf_counter() < self.started + 0.9 * s.eval_max_seconds
+        if not s.adapts:
+            return 1
+        if branched and in_time and self.suffices(batch, begin, half):
+            return 0
+        self.given_up.setdefault(int(batch.begins[0, 0]), batch.longer_than(begin))
+        return half if self.suffices(batch, begin, s.train_seq_len) else s.train_seq_len
 
 
 class LowRank:
@@ -4490,9 +4548,11 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     """Logs the settings that were given, what source says of the others, the machine, and all."""
     values = asdict(settings)
     asked = {name: int(x) if isinstance(x, bool) else x for name, x in values.items()}
-    asked = " ".join(f"{name.upper()}={shown(asked[name])}" for name in sorted(given)) or "none"
+    asked = " ".join(
+        f"{name.upper()}={shown(asked[name])}" for name in sorted(given & asked.keys())
+    )
     _, translated = translate_names(dict(os.environ))
-    for line in filter(None, (f"settings given: {asked}", *translated, source)):
+    for line in filter(None, (f"settings given: {asked or 'none'}", *translated, source)):
         log(line)
     machine = describe_machine(ranks)
     said = {key: " ".join(shown(value).split()) for key, value in (machine | values).items()}
@@ -4628,7 +4688,9 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     need("preset" not in given or s.preset == theirs["preset"], contradicts)
     clock = {"eval_max_seconds": min(theirs["eval_max_seconds"], Settings.eval_max_seconds)}
     taken = {name: (theirs | clock)[name] for name in SCORED_WITH if name not in given}
-    settings = adopt_artifact(header, make_room(replace(s, **taken), given), given, world_size)
+    settings = adopt_artifact(
+        header, make_room(replace(s, **taken), given, world_size), given, world_size
+    )
     refuse_idle(settings, given)
     if log:
         names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
@@ -5433,7 +5495,8 @@ def evaluate_artifact(settings, given, ranks, validation, log, written="", attem
     log.score_at = 0.0  # when the evaluation ends, says its own progress
     score = Evaluator(model, s, ranks, validation, observer=shown).evaluate(started, shown.hear)
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
-    log(f"{took}; {score.epochs_given_up} epochs given up")
+    lost = "documents learnt in part" if s.eval_mode == "documents" else "epochs given up"
+    log(f"{took}; {score.epochs_given_up} {lost}")
     late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
     need(ranks.from_main(score.seconds <= s.eval_max_seconds), late)
     label = s.eval_mode + ("_ttt" if s.adapts else "")
@@ -7998,7 +8061,7 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
         text = environment[name]
         value, reason = REFUSED[name]
         need(value and same_value(text, value), f"{name}={shown(text)} cannot be set: {reason}")
-        lines.append(f"{name}={shown(text)} changes nothing: {reason}")
+        lines.append(f"{name}={shown(text)} sets nothing: {reason}")
     for name in sorted(environment.keys() & ALIASES.keys()):
         ours, convert = ALIASES[name]
         value = convert(environment, settings) if convert else environment[name]

@@ -1272,7 +1272,7 @@ def batch_in_order(self, batch: t.DocumentBatch, branches: t.Branches, order: st
 def test_documents_that_learn_too_early_or_from_their_last_piece_are_seen(
     entry_of, monkeypatch, order, said
 ):
-    def in_order(self, batch, branches):
+    def in_order(self, batch, branches, *_):
         batch_in_order(self, batch, branches, order)
 
     monkeypatch.setattr(t.Evaluator, "_score_batch", in_order)

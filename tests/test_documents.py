@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
@@ -359,6 +360,54 @@ def test_a_document_that_outlasts_the_clock_learns_no_more_and_takes_fewer_windo
     at_once = evaluate(model, with_settings(settings, eval_max_seconds=1e-14), tokens)
     assert at_once.epochs_given_up == 1
     assert np.allclose(at_once.nats[:32], frozen.nats[:32], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ways"),
+    [
+        ([320], {8, 16}),  # its last 13 windows took longer than the tenth's three seconds
+        ([640], {8, 16, 32}),  # half windows would take 40 s
+        ([80] * 15, {8, 16}),  # five batches
+        ([80] * 6, {8}),
+    ],
+    ids=str,
+)
+def test_documents_stop_learning_in_time_for_the_rest(costly, monkeypatch, lengths, ways):
+    """They learnt on until the clock's last tenth, which may be too short for all that is left."""
+    settings = documents(eval_max_seconds=30.0)
+    moves = set()  # by how many targets windows move
+    plan = t.plan_pieces
+
+    def planned(*facts):
+        for context, begin, end in plan(*facts):
+            moves.update({end - begin} if begin >= 32 and end < lengths[0] else ())
+            yield context, begin, end
+
+    monkeypatch.setattr(t, "plan_pieces", planned)
+    score = evaluate(random_model(settings), settings, stream_of(lengths), observer=costly)
+    assert score.seconds < 30.0
+    assert moves == ways
+    assert (score.epochs_given_up > 0) == (ways != {8})
+
+
+def test_documents_learn_on_after_a_moment_in_which_reading_was_slow(costly):
+    """As where others used the machine: else it would have ended their learning for good."""
+    settings = documents(eval_max_seconds=70.0)
+    model = random_model(settings)
+    events = []
+    tick = costly.on_score
+
+    def on_score(*facts):
+        events.append("score")
+        for _ in range(10 if len(events) == 5 else 1):
+            tick(*facts)
+
+    costly.on_score = on_score
+    costly.on_train = lambda _: events.append("train")
+    score = evaluate(model, settings, stream_of([240]), observer=costly)
+    assert score.epochs_given_up == 1
+    pauses = "".join(event[0] for event in events).replace("st", "l")
+    assert re.fullmatch("ll+s+l+s", pauses), pauses
 
 
 @pytest.mark.parametrize("mode", ["sliding", "documents"])

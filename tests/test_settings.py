@@ -193,6 +193,8 @@ YIELDING = [
     ({"EVAL_STRIDE": "64"}, {"EVAL_MODE": "sliding"}),
     ({"EVAL_OVERLAP": "1024", "TTT_EPOCHS": "1"}, {"EVAL_MODE": "stateful"}),
     ({"TTT_ENABLED": "0", "TTT_LORA_LR": "0.001"}, {}),
+    ({"TTT_OPTIMIZER": "sgd"}, {"EVAL_MODE": "sliding"}),
+    ({"EVAL_OVERLAP": "256"}, {"EVAL_MODE": "stateful", "TTT_CHUNK_TOKENS": 28_672}),
 ]
 
 
@@ -203,7 +205,7 @@ def test_what_the_recipe_has_yields_to_what_is_typed(preset, typed, yielding):
     environment = {"PRESET": preset} | typed
     settings, given = t.read_settings(environment)
     t.validate_settings(settings, 1)
-    wanted = t.PRESETS[preset] | {name: getattr(settings, name) for name in given}
+    wanted = t.PRESETS[preset] | {name: getattr(settings, name) for name in given & {*t.FIELDS}}
     wanted |= {name.lower(): value for name, value in yielding.items()}
     assert dataclasses.asdict(settings) == dataclasses.asdict(t.Settings(**wanted))
     for name, value in yielding.items():
@@ -252,6 +254,53 @@ def test_typed_settings_that_no_mode_reads_together_are_refused(typed, named):
     with pytest.raises(t.UserError, match=f"^{named} means nothing with EVAL_MODE="):
         t.refuse_idle(settings, given)
     t.refuse_idle(*t.read_settings({name: typed[name] for name in typed if name != named}))
+
+
+@pytest.mark.parametrize("preset", ["default", "tiny"])
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("EVAL_OVERLAP", [1, 64, 100, 255]), ("EVAL_STRIDE", [1, 100, 256]), ("TTT_EPOCHS", [0, 3])],
+)
+def test_a_setting_that_takes_a_mode_along_ends_in_a_run(preset, world_size, name, values):
+    """EVAL_OVERLAP took one along whose strides were no part of the recipe's chunks."""
+    for value in values:
+        environment = {"PRESET": preset, name: str(value), "WORLD_SIZE": str(world_size)}
+        settings, given = t.read_settings(environment)
+        t.validate_settings(settings, world_size)
+        t.refuse_idle(settings, given)
+        assert settings.eval_mode == ("stateful" if name == "EVAL_OVERLAP" else "sliding")
+        share = settings.ttt_chunk_tokens // world_size
+        assert settings.ttt_chunk_tokens % (world_size * min(settings.train_seq_len, share)) == 0
+        assert settings.ttt_chunk_tokens <= t.Settings(**t.PRESETS[preset]).ttt_chunk_tokens
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+@pytest.mark.parametrize("mode", ["sliding", "stateful"])
+@pytest.mark.parametrize("chunk", [1, 1000, 8191])
+def test_chunks_that_cut_something_short_are_refused_with_one_that_fits(world_size, mode, chunk):
+    settings = tiny(eval_mode=mode, ttt_chunk_tokens=chunk, train_batch_tokens=768, eval_overlap=9)
+    said = "cuts sequences of ranks, or a stride, short: TTT_CHUNK_TOKENS=([0-9]+) would not$"
+    if mode == "sliding" and chunk % world_size == 0 and chunk <= 32 * world_size:
+        t.validate_settings(settings, world_size)
+        return
+    with pytest.raises(t.UserError, match=f"^TTT_CHUNK_TOKENS={chunk} {said}") as caught:
+        t.validate_settings(settings, world_size)
+    fits = int(re.search(said, str(caught.value)).group(1))
+    t.validate_settings(with_settings(settings, ttt_chunk_tokens=fits), world_size)
+
+
+@pytest.mark.parametrize("mode", t.EVAL_MODES)
+def test_the_kind_of_test_time_training_goes_by_the_rule_of_its_settings(mode):
+    """TTT_OPTIMIZER=sgd was taken beside documents, whose steps are others."""
+    typed = {"TTT_OPTIMIZER": "sgd", "EVAL_MODE": mode}
+    settings, given = t.read_settings(typed)
+    if mode == "documents":
+        with pytest.raises(t.UserError, match="^TTT_OPTIMIZER means nothing with EVAL_MODE=docu"):
+            t.refuse_idle(settings, given)
+    else:
+        t.refuse_idle(settings, given)
+        assert settings == t.Settings(eval_mode=mode)
 
 
 def test_a_run_says_which_settings_yielded(monkeypatch, capsys, shards, tmp_path):

@@ -329,7 +329,9 @@ def read_variant(
         settings, given = train_gpt.read_settings(os.environ | variables)
         train_gpt.validate_settings(settings, processes)
         train_gpt.refuse_idle(settings, given)
-    values = {field.upper(): getattr(settings, field) for field in sorted(given)}
+    values = {
+        field.upper(): getattr(settings, field) for field in sorted(given & train_gpt.FIELDS.keys())
+    }
     return [
         Run(
             variant=name,

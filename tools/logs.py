@@ -190,7 +190,10 @@ class TextLog(NamedTuple):
 
 
 FINAL = r"^final_int6_lzma_(\w+)_exact val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})$"
-TOOK = r"^evaluation took ([\d.]+)s of ([\d.e+]+)s; (\d+) epochs given up$"
+TOOK = (
+    r"^evaluation took ([\d.]+)s of ([\d.e+]+)s; "
+    r"(\d+) (?:epochs given up|documents learnt in part)$"
+)
 RESUMED = r"^resumed .*: step (\d+), ([\d.]+)s$"
 
 

@@ -238,7 +238,8 @@ def rehearse_in(folder: str, settings: t.Settings, given: set[str], ranks: t.Ran
     """Trains, is stopped, goes on, exports, scores and adapts; on rank 0, what a run needs."""
     short = in_small(settings, folder)
     changes = describe_changes(settings, short)
-    own = {name for name in given if getattr(settings, name) == getattr(short, name)}
+    typed = given & t.FIELDS.keys()
+    own = {name for name in typed if getattr(settings, name) == getattr(short, name)}
     train_and_be_stopped(short, own, ranks, changes)
     validation = train_in_part(short, own, ranks, changes)
     model, scored = t.load_model(short.artifact_path, short, given, ranks)
