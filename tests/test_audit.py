@@ -44,7 +44,7 @@ OWN = audit_script.Identity("", True, "the project's own")
 PLAIN = {"EVAL_MODE": "plain", "TRAIN_SEQ_LEN": "32", "EVAL_STRIDE": "8", "TTT_ENABLED": "0"}
 PLAIN |= {"MAMBA_CHUNK_SIZE": "8", "VAL_BATCH_SIZE": "128"}
 DOCUMENTS = {"TTT_LORA_RANK": "3", "TTT_LORA_LR": "0.02", "TTT_LORA_PIECE": "8"}
-DOCUMENTS |= {"TTT_LORA_SLOTS": "3"}
+DOCUMENTS |= {"TTT_LORA_SLOTS": "3", "TTT_LORA_ALPHA": "57.6"}
 NOT_ISOLATED = cell.Isolation("none", "not isolated")
 
 
