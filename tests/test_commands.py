@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 import pytest
 
 from tests.support import SCRIPT
+from tools import make_venv
 from tools.audit.checks import CHECKS
 
 ROOT = SCRIPT.parent
@@ -75,6 +76,39 @@ def test_what_makes_an_environment_says_what_it_does():
     done = subprocess.run([*command, "torch"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "takes no arguments" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "answers", "lines"),
+    [
+        (False, "", True, ["CPU index: torch"]),
+        (False, "", False, ["CPU index: torch", "no CPU build", "pip: torch==2.13.0"]),
+        (False, "torch==2", False, ["CPU index: torch==2", "no CPU build", "pip: torch==2"]),
+        (False, "torch==2+cpu", False, ["CPU index: torch==2+cpu", "pip: torch==2+cpu"]),
+        (True, "", False, ["there is an NVIDIA GPU", "pip: torch"]),
+    ],
+)
+def test_gigabytes_are_announced_before_they_come(monkeypatch, capsys, gpu, wanted, answers, lines):
+    """Where no index of CPU builds answered, make demo brought CUDA's libraries without a word."""
+
+    def install(requirement, *options, **_) -> bool:
+        print(f"{'CPU index' if options else 'pip'}: {requirement}")
+        return answers or not options
+
+    monkeypatch.setenv("TORCH", wanted)
+    monkeypatch.setattr(make_venv, "prepare_venv", lambda may_share: None)
+    monkeypatch.setattr(make_venv, "find_torch", lambda python: "")
+    monkeypatch.setattr(make_venv, "output", lambda *command: "GPU 0" if gpu else "")
+    monkeypatch.setattr(make_venv.shutil, "which", lambda name: name)
+    monkeypatch.setattr(make_venv, "install", install)
+    make_venv.main()
+    said = capsys.readouterr().out.splitlines()
+    assert [
+        line.removeprefix("make_venv.py: ")[: len(x)] for line, x in zip(said, lines, strict=True)
+    ] == lines
+    for line in said:
+        if line.startswith("make_venv.py: "):
+            assert "gigabytes" in line and 'TORCH="torch==2.13.0+cpu"' in line
 
 
 # ---- The script and the image --------------------------------------------------------------------

@@ -3,7 +3,8 @@
 `make` calls this. A torch that is already there is reused: the one in .venv, or that of the Python
 which runs this script, which a new .venv then shares. Otherwise torch is installed; without an
 NVIDIA GPU, a CPU build where one can be had, because the ordinary Linux build brings gigabytes of
-CUDA libraries. TORCH="torch==2.11.0" in the environment asks for that release and shares nothing.
+CUDA libraries; a line says so before these come. TORCH="torch==2.11.0" in the environment asks for
+that release and shares nothing, TORCH="torch==2.11.0+cpu" for none but its CPU build.
 """
 
 import os
@@ -19,6 +20,11 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # up soon.
 CPU_OPTIONS = ["--isolated", "--index-url", CPU_INDEX, "--timeout", "10", "--retries", "1"]
 FALLBACK = "torch==2.13.0"  # some machines keep a CPU build of this release on their disk
+SIZE_WARNING = (
+    "torch now comes from where pip usually finds it, on Linux with gigabytes of CUDA libraries; "
+    "to do without them, stop this (Ctrl-C) and make with PYTHON=one that has torch, or with "
+    f'TORCH="{FALLBACK}+cpu"'
+)
 
 
 def fail(message: str) -> None:
@@ -87,6 +93,9 @@ def main() -> None:
     if not has_gpu and install(wanted or "torch", *CPU_OPTIONS, PIP_CONFIG_FILE=os.devnull):
         return
     # Without that index: what this machine's own configuration finds.
+    if not wanted.endswith("+cpu"):
+        why = "there is an NVIDIA GPU" if has_gpu else f"no CPU build from {CPU_INDEX}"
+        print(f"make_venv.py: {why}: {SIZE_WARNING}", flush=True)
     if wanted:
         choices = [wanted]
     elif has_gpu:
