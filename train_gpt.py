@@ -3950,6 +3950,22 @@ def factor_hessian(hessian: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor,
     raise UserError(DIVERGED)
 
 
+def factor_hessians(hessians: dict[str, Tensor], damp: float, ranks) -> dict[str, tuple]:
+    """factor_hessian() of each, by name: a rank factors its part of them, and all get all."""
+    finite = all(hessian.isfinite().all() for hessian in hessians.values())
+    need(finite, DIVERGED)  # on every rank alike: none waits for another's factors
+    solvers = {}
+    for number, name in enumerate(sorted(hessians, key=lambda x: (len(hessians[x]), x))):
+        order = hessians[name].new_zeros(1, len(hessians[name]), dtype=torch.int64)
+        solvers[name] = order, torch.zeros_like(hessians[name]), order > 0
+        if number % ranks.world_size == ranks.rank:
+            solvers[name] = factor_hessian(hessians[name], damp)
+        del hessians[name]
+    for tensor in itertools.chain(*solvers.values()):
+        ranks.sum_(tensor)  # zeros but on the rank that factored it
+    return solvers
+
+
 @torch.no_grad()
 def gptq(weight, scale, limits, order, upper, unused, block_size=128, trellis_states=0) -> Tensor:
     """Integers Q with (Q · scale) x close to W x for the inputs x that made H (arXiv 2210.17323).
@@ -5454,7 +5470,7 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
     parts = track(sequences.split(trainer.calibration_rows))
     hessians, energies = collect_costs(model, parts, ranks, s.shares_bits)
     times["pass"] = synchronized_time() - started - times["text"]
-    solvers = {name: factor_hessian(hessians.pop(name), s.gptq_damp) for name in sorted(hessians)}
+    solvers = factor_hessians(hessians, s.gptq_damp, ranks)
     if s.shares_bits:
         model.grid_factors = find_grid_factors(model, s, solvers, energies)
     times["factor"] = synchronized_time() - started - sum(times.values())

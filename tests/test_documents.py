@@ -362,6 +362,22 @@ def test_a_document_that_outlasts_the_clock_learns_no_more_and_takes_fewer_windo
     assert np.allclose(at_once.nats[:32], frozen.nats[:32], atol=1e-5)
 
 
+def test_attention_is_tried_once_for_all_batches_of_documents(monkeypatch):
+    """A short text is read forward and backward for that, which would add up."""
+    model = random_model(documents(attention_backend="flash"))
+    tried = []
+    attend = t.attend
+
+    def trying(query, *facts):
+        tried.extend([query.shape] if query.shape[1] == t.BLOCK else [])
+        return attend(query, *facts)
+
+    monkeypatch.setattr(t, "attend", trying)
+    t.attention_problem.cache_clear()
+    evaluate(model, model.settings, stream_of(LENGTHS))
+    assert len(LENGTHS) > 2 * model.settings.ttt_lora_slots and len(tried) == 1
+
+
 @pytest.mark.parametrize(
     ("lengths", "ways"),
     [

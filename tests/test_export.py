@@ -209,6 +209,40 @@ def test_damping_is_gptq_damp_s(tmp_path, monkeypatch):
     assert set(seen) == {0.5}
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_ranks_share_the_factors_of_hessians_and_get_the_same_bits(monkeypatch, world_size):
+    """Each had factored all of them. A bool is summed too, and an order of columns."""
+    factor = t.factor_hessian
+    factored = []
+    monkeypatch.setattr(t, "factor_hessian", lambda *a: (factored.append(len(a[0])), factor(*a))[1])
+    torch.manual_seed(0)
+    inputs = {
+        name: torch.randn(50, columns) for name, columns in zip("abcdefg", [8, 4] * 4, strict=False)
+    }
+    inputs["a"][:, 3] = 0.0  # never seen
+    hessians = {name: 2 * x.T @ x for name, x in inputs.items()}
+    alone = {name: factor(hessian, 0.02) for name, hessian in hessians.items()}
+    shares = run_ranks(world_size, lambda ranks: t.factor_hessians({**hessians}, 0.02, ranks))
+    assert sorted(factored) == [4] * 3 + [8] * 4
+    for shared in shares:
+        assert shared.keys() == alone.keys()
+        for name, tensors in shared.items():
+            for tensor, wanted in zip(tensors, alone[name], strict=True):
+                assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted)
+
+
+def test_every_rank_ends_where_one_s_hessian_is_not_finite():
+    """Others would wait for its factors."""
+    hessians = {"a": torch.eye(4), "b": torch.eye(4).fill_(torch.nan)}
+
+    def diverge(ranks: t.Ranks) -> str:
+        with pytest.raises(t.UserError, match="training diverged") as caught:
+            t.factor_hessians({**hessians}, 0.01, ranks)
+        return str(caught.value)
+
+    assert len(run_ranks(2, diverge)) == 2
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_gptq_ends_where_no_damping_helps(poison):
     """Activations that are not finite make such a Hessian."""
