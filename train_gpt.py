@@ -267,6 +267,7 @@ class Settings:
     target_mb: float = env(16.0, "decimal, artifact and code", "MB", ABOVE_0, 16, group="export")
     quantizer: str = env("gptq", "ternary trains on it", "gptq|round|percentile|dsq|ternary")
     trellis_states: int = env(32, "of the trellis that GPTQ rounds by; 0: none", "0|4|8|16|32")
+    shared_tables: bool = env(True, "integers of one reach share frequencies; 0: of one matrix")
     late_qat_threshold: float = env(0.0, "QAT below this LR factor; 0: never", "factor", 0, 1)
     sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
     sdclip_k_int8: float = env(16.0, "k of 8-bit rows", "std", ABOVE_0)
@@ -357,7 +358,7 @@ PLAIN = {
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
     "warmdown_fraction": 0.6, "matrix_lr": 0.02, "mamba_matrix_lr": 0.015, "muon_beta2": 0.0,
     "muon_row_groups": False, "trellis_states": 0, "sdclip_by_matrix": 0.0,
-    "sdclip_by_row": 0.0, "sdclip_most": 16.0, "eval_mode": "sliding",
+    "sdclip_by_row": 0.0, "sdclip_most": 16.0, "shared_tables": False, "eval_mode": "sliding",
     "float8_products": "none",
 }  # fmt: skip
 
@@ -423,7 +424,8 @@ for each_field in fields(Settings):
 # for TRAIN_SEQ_LEN, the window, which whoever scores may choose.
 MODEL_FIELDS = {name for name, group in FIELDS.items() if group in ("model", "recurrence")}
 MODEL_FIELDS -= {"mamba_chunk_size", "recur_start"}
-MODEL_FIELDS |= {"vocab_size", "document_reset", "document_scope", "trellis_states"}
+MODEL_FIELDS |= {"vocab_size", "document_reset", "document_scope"}
+MODEL_FIELDS |= {"trellis_states", "shared_tables"}
 MODEL_FIELDS = sorted(MODEL_FIELDS)
 
 # What EVAL_ONLY takes from the run that wrote an artifact, unless it is given: all but how that was
@@ -3776,9 +3778,8 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
         if settings.trellis_states:  # every second integer stands for what is half a step more
             weight = weight - scale * (torch.arange(weight.shape[1], device=scale.device) % 2) / 2
         integers = round_to_grid(weight, scale, limits)
-        counts = torch.bincount((integers + INT8_MAX).flatten().long()).double()
-        entropy_bits = float(torch.special.entr(counts / weight.numel()).sum()) / math.log(2)
-        coded = 1.001 * entropy_bits / 8 * p.numel()
+        bits = code_bits(settings, integers).mean(dtype=torch.float64)
+        coded = 1.001 * float(bits) / 8 * p.numel()
         steps = len(p) + (p.shape[1] if (columns != 1).any() else 0)
         parts[kind] += 1.6 * steps + 4 * ANS_LANES + coded
     return parts
@@ -4036,7 +4037,7 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
 #     32 bytes                                                SHA-256 of all before
 #
 # The record, decompressed, has without gaps an entry for each parameter in the order of
-# Model.named_parameters(), then one for each matrix: name, type, numbers.
+# Model.named_parameters(), then what the coder has to know: name, type, numbers.
 #
 #     bigram_scale                           float16   1                a vector, rounded to it;
 #     ...
@@ -4046,8 +4047,12 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
 #     ...
 #     blocks.0.mixer.in_proj.weight          float16   rows + columns   columns': 1 but with dsq
 #     ...
-#     embedding.weight integers              uint32    256              frequencies of its integers'
-#     blocks.0.mixer.in_proj.weight integers uint32    256              values, summing to 65,536
+#     embedding.weight reaches               uint8     vocab + width    measure_reaches(), if
+#     ...                                                               SHARED_TABLES
+#     frequencies                            uint32    1, TABLES, 256   of the values in a table,
+#                                                                       summing to 65,536
+#
+# Without SHARED_TABLES each matrix has a code and a table of its own: matrices, 1, 256 frequencies.
 #
 # in_proj's row steps stand in the order of MambaSizes.columns(): those of its int8 rows, step sizes
 # first, are the last dynamics_rows of them. exact_steps() made all steps numbers of float16, those
@@ -4065,6 +4070,11 @@ DIGEST_BYTES = 32
 # put on last first, so that they are taken off in order.
 ANS_LANES = 256  # states, which take turns: number n of a matrix is on state n % 256
 ANS_BITS = 16  # frequencies sum to 2^16; states have 17 to 32 bits between two values
+
+# A value's frequency is that among integers that reach as far, wherever they stand: steps that
+# follow errors' costs set rows of one matrix octaves apart, and a table in common takes more bits.
+TABLES = 64  # of frequencies, a quarter of an octave apart
+REACH = 16  # the number of the table of those whose root mean square is 1
 
 
 def ans_push(state, frequency, start, bits: int = ANS_BITS):
@@ -4097,47 +4107,100 @@ def ans_pop(state, frequency, start, bits: int = ANS_BITS):
     return frequency * (state >> bits) + slot - start
 
 
-def encode_integers(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An int8 array as its values' frequencies, uint32 (256,) by uint8 bits; and code, uint16 (n,).
+def measure_reaches(settings, integers: Tensor) -> Tensor:
+    """How far a matrix's integers reach: uint8 (rows + columns,), in quarters of an octave.
 
-    States that a value would take beyond 32 bits first hand 16 of them to the code, and in the end
-    all states follow; it is turned round, as decoding begins with what came last.
+    REACH stands for a root mean square of 1: of a row; and of a column once rows are divided by
+    theirs. Integers of a trellis stand for what is a quarter more in the mean. Without
+    SHARED_TABLES all are 0, which is not stored.
     """
-    symbols = integers.view(np.uint8).ravel()
-    counts = np.bincount(symbols, minlength=256)
+    if not settings.shared_tables:
+        return integers.new_zeros(sum(integers.shape), dtype=torch.uint8)
+    more = 0.25 if settings.trellis_states else 0.0
+    squares = (integers.float() + more).square()
+    rows = squares.mean(1).clamp(min=2**-8)
+    columns = (squares / rows.unsqueeze(1)).mean(0).clamp(min=2**-8)
+    octaves = torch.cat([rows, columns]).log2() / 2
+    return (4 * octaves + REACH).round().byte()
+
+
+def choose_tables(reaches: Tensor, rows: int, columns: int) -> Tensor:
+    """The number of the table that codes each integer, int32 (rows, columns)."""
+    row, column = reaches.int().split([rows, columns])
+    tables = row.unsqueeze(1) + column - REACH
+    return tables.clamp(0, TABLES - 1)
+
+
+def code_bits(settings, integers: Tensor) -> Tensor:
+    """The bits that integers (rows, columns) take by tables of this matrix alone, float32.
+
+    A value that comes f times among a table's n takes log2(n / f) bits.
+    """
+    reaches = measure_reaches(settings, integers)
+    places = 256 * choose_tables(reaches, *integers.shape) + integers.int() + 128
+    counts = torch.bincount(places.flatten(), minlength=256 * TABLES)
+    counts = counts.view(TABLES, 256)
+    totals = counts.sum(1, keepdim=True)
+    bits = (totals / counts).log2()
+    return bits.flatten()[places]
+
+
+def codes_of(settings, names) -> list[list[str]]:
+    """Which matrices have a code in common: all of them, or each has one of its own."""
+    return [list(names)] if settings.shared_tables else [[name] for name in names]
+
+
+def encode_integers(symbols: np.ndarray, tables: np.ndarray, count: int) -> tuple:
+    """Bytes (n,) by tables (n,) of 0 to count - 1 as frequencies, uint32 (count, 256); and code.
+
+    The code is uint16. States that a value would take beyond 32 bits first hand 16 of them to it,
+    and in the end all states follow; it is turned round, as decoding begins with what came last.
+    """
+    places = 256 * tables + symbols
+    counts = np.bincount(places, minlength=256 * count).reshape(count, 256)
     # Of 65,536 slots each value's part, but one at least; the most frequent one gives what lacks.
-    frequencies = np.maximum(counts * (1 << ANS_BITS) // counts.sum(), counts > 0)
-    frequencies[counts.argmax()] += (1 << ANS_BITS) - frequencies.sum()
-    starts = frequencies.cumsum() - frequencies
-    padding = np.full(-len(symbols) % ANS_LANES, counts.argmax(), np.uint8)
-    rows = np.append(symbols, padding).reshape(-1, ANS_LANES)
+    slots = 1 << ANS_BITS
+    totals = counts.sum(1, keepdims=True).clip(1)
+    frequencies = np.maximum(counts * slots // totals, counts > 0)
+    usual = counts.argmax(1)
+    frequencies[np.arange(count), usual] += slots - frequencies.sum(1)
+    starts = (frequencies.cumsum(1) - frequencies).ravel()
+    table = tables[-1]
+    padding = np.full(-len(places) % ANS_LANES, 256 * table + usual[table])
+    places = np.append(places, padding)
     state = np.full(ANS_LANES, 1 << ANS_BITS)  # empty
     words = []
-    for row in rows[::-1]:
-        frequency = frequencies[row]
+    for place in places.reshape(-1, ANS_LANES)[::-1]:
+        frequency = frequencies.ravel()[place]
         full = state >= frequency << 16
         words.append(state[full] & 0xFFFF)
         state = np.where(full, state >> 16, state)
-        state = ans_push(state, frequency, starts[row])
+        state = ans_push(state, frequency, starts[place])
     words += [state >> 16, state & 0xFFFF]
     return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
 
 
-def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> tuple:
-    """Undoes encode_integers(): count integers, int8, and the words behind; ValueError if none."""
+def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarray) -> tuple:
+    """Undoes encode_integers(): the integers, int8 (n,), and the words behind; or ValueError."""
+    slots = 1 << ANS_BITS
     frequencies = frequencies.astype(np.int64)
-    starts = frequencies.cumsum() - frequencies
-    if frequencies.sum() != 1 << ANS_BITS or len(words) < 2 * ANS_LANES:
+    if (frequencies.sum(1) != slots).any() or len(words) < 2 * ANS_LANES:
         raise ValueError("no code")
-    symbol_of_slot = np.repeat(np.arange(256), frequencies)
+    starts = (frequencies.cumsum(1) - frequencies).ravel()
+    frequencies = frequencies.ravel()
+    values = np.arange(len(frequencies)).astype(np.uint8)
+    symbol_of_slot = values.repeat(frequencies)
     low, high = words[: 2 * ANS_LANES].reshape(2, -1).astype(np.int64)
     words = words[2 * ANS_LANES :]
     state = low + (high << 16)
-    rows = np.empty((-(-count // ANS_LANES), ANS_LANES), np.uint8)
-    for row in rows:
-        symbol = symbol_of_slot[state & 0xFFFF]
+    lacking = -len(tables) % ANS_LANES
+    filled = np.append(tables, tables[-1:].repeat(lacking))
+    rows = filled.reshape(-1, ANS_LANES)
+    for row in rows:  # tables, which values take the places of
+        symbol = symbol_of_slot[slots * row + state % slots]
+        place = 256 * row + symbol
         row[:] = symbol
-        state = ans_pop(state, frequencies[symbol], starts[symbol])
+        state = ans_pop(state, frequencies[place], starts[place])
         (short,) = np.nonzero(state < 1 << 16)
         if len(short) > len(words):
             raise ValueError("too few words")
@@ -4145,7 +4208,7 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, count: int) -> t
         words = words[len(short) :]
     if (state != 1 << ANS_BITS).any():
         raise ValueError("states that are not empty")
-    return rows.ravel()[:count].view(np.int8), words
+    return filled[: len(tables)].astype(np.int8), words
 
 
 def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
@@ -4156,28 +4219,36 @@ def artifact_header(settings, tokenizer_sha256: str = "") -> dict:
 
 def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "") -> bytes:
     """The artifact, as drawn above, of the tensors that quantize_model() returned."""
-    record, codes = [], []
-    for tensor in stored.values():
-        array = tensor.cpu().numpy()
-        if array.dtype == np.int8:
-            array, words = encode_integers(array)
-            codes.append(words)
-        record.append(array.tobytes())
+    integers = {name: x.cpu() for name, x in stored.items() if x.dtype == torch.int8}
+    record = [x.cpu().numpy() for name, x in stored.items() if name not in integers]
+    reaches = {name: measure_reaches(settings, x) for name, x in integers.items()}
+    if settings.shared_tables:
+        record += [x.numpy() for x in reaches.values()]
+    codes = []
+    for names in codes_of(settings, integers):
+        symbols = [integers[name].flatten() for name in names]
+        tables = [choose_tables(reaches[name], *integers[name].shape).flatten() for name in names]
+        symbols = torch.cat(symbols).view(torch.uint8)
+        tables = torch.cat(tables)
+        count = TABLES if settings.shared_tables else 1
+        frequencies, words = encode_integers(symbols.numpy(), tables.numpy(), count)
+        record.append(frequencies)
+        codes.append(words)
+    record = b"".join(array.tobytes() for array in record)
     header = artifact_header(settings, tokenizer_sha256)
-    return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(b"".join(record)), *codes))
+    return b"".join(seal(ARTIFACT_MAGIC, header, lzma.compress(record), *codes))
 
 
 def bytes_by_kind(model, stored: dict[str, Tensor], size: int) -> dict[str, int]:
     """Of an artifact's size bytes, those of each kind of layer's integers in int6 and int8 rows.
 
-    A value that comes f times among a matrix's n takes log2(n / f) bits. "rest" is all else.
+    By code_bits(); "rest" is all else.
     """
     found = collections.Counter()
     for name, limits in grid_limits(model).items():
-        symbols = stored[f"{name} integers"].long() + INT8_MAX
-        bits = (symbols.numel() / torch.bincount(symbols.flatten())).log2()
+        bits = code_bits(model.settings, stored[f"{name} integers"])
         for limit in limits.unique().int().tolist():
-            total = bits[symbols[limits.squeeze(1) == limit]].sum(dtype=torch.float64)
+            total = bits[limits.squeeze(1) == limit].sum(dtype=torch.float64)
             found[f"{layer_kind(name)}, int{limit.bit_length() + 1}"] += float(total) / 8
     sizes = {kind: round(taken) for kind, taken in found.items()}
     return sizes | {"rest": size - sum(sizes.values())}
@@ -4208,6 +4279,7 @@ FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
 FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none"}
 FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
+FORMER_DEFAULTS |= {"shared_tables": False}
 FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
 
 
@@ -4311,7 +4383,14 @@ def record_layout(skeleton: Model) -> np.dtype:
     for name, p in skeleton.named_parameters():
         numbers = sum(p.shape) if name in matrices else tuple(p.shape)
         entries.append((name, float_type(name), numbers))
-    return np.dtype(entries + [(f"{name} integers", "<u4", 256) for name in matrices])
+    codes = len(codes_of(skeleton.settings, matrices))
+    tables = 1
+    if skeleton.settings.shared_tables:
+        tables = TABLES
+        for name in matrices:
+            entries.append((f"{name} reaches", "u1", sum(skeleton.get_parameter(name).shape)))
+    entries.append(("frequencies", "<u4", (codes, tables, 256)))
+    return np.dtype(entries)
 
 
 def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
@@ -4325,23 +4404,44 @@ def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
     return record, np.frombuffer(unpacker.unused_data, "<u2")
 
 
+def unpack_integers(record: np.void, words: np.ndarray, skeleton: Model) -> dict[str, Tensor]:
+    """Every matrix's integers, int8 (rows, columns), by name, of read_record(); or ValueError."""
+    settings = skeleton.settings
+    tables = {}
+    for name in grid_limits(skeleton):
+        rows, columns = skeleton.get_parameter(name).shape
+        reaches = torch.zeros(rows + columns)
+        if settings.shared_tables:
+            reaches = torch.tensor(record[f"{name} reaches"])
+        tables[name] = choose_tables(reaches, rows, columns)
+    integers = {}
+    for names, frequencies in zip(codes_of(settings, tables), record["frequencies"], strict=True):
+        chosen = torch.cat([tables[name].flatten() for name in names])
+        found, words = decode_integers(frequencies, words, chosen.numpy())
+        for name in names:
+            shape = tables[name].shape
+            integers[name] = torch.tensor(found[: shape.numel()]).view(shape)
+            found = found[shape.numel() :]
+    if len(words):
+        raise ValueError("words after the last matrix")
+    return integers
+
+
 def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
     """The parameters, float32, in pack_artifact()'s payload of such a model; as read_record()."""
     record, words = read_record(payload, skeleton)
+    integers = unpack_integers(record, words, skeleton)
     states = skeleton.settings.trellis_states
     parameters = {}
     for name, p in skeleton.named_parameters():
         numbers = torch.tensor(record[name].astype(np.float32))
-        if f"{name} integers" in record.dtype.names:
-            integers, words = decode_integers(record[f"{name} integers"], words, p.numel())
+        if name in integers:
             row_steps, column_steps = numbers.split(p.shape)
-            points = torch.tensor(integers).view(p.shape)
+            points = integers[name]
             if states:
                 points = trellis_points(points, states)
             numbers = points * row_steps[:, None] * column_steps
         parameters[name] = numbers
-    if len(words):
-        raise ValueError("words after the last matrix")
     return parameters
 
 

@@ -34,6 +34,7 @@ from tests.support import (
     tiny,
     with_settings,
 )
+from tools.audit import decoder
 
 
 def row_limits(rows: int, int8_rows: int) -> torch.Tensor:
@@ -600,7 +601,8 @@ def test_bytes_by_kind_are_those_of_the_code_and_come_to_the_file(quantizer):
     assert sizes.keys() == kinds | {"embedding, int8", "Mamba in, int8", "rest"}
     least, states = (dict.fromkeys(t.KINDS.values(), 0) for _ in range(2))
     for name in t.grid_limits(model):
-        _, words = t.encode_integers(stored[f"{name} integers"].numpy())
+        symbols = stored[f"{name} integers"].numpy().view(np.uint8).ravel()
+        _, words = t.encode_integers(symbols, np.zeros(len(symbols), int), 1)
         least[t.layer_kind(name)] += 2 * len(words) - 4 * t.ANS_LANES
         states[t.layer_kind(name)] += 4 * t.ANS_LANES
     for kind, code in least.items():
@@ -1094,16 +1096,23 @@ def test_integers_that_are_altered_are_refused(minute, tmp_path):
         st.tuples(st.integers(0, 2**32 - 1), st.floats(0.01, 60), st.integers(1, 70_000)).map(
             lambda drawn: np.random.default_rng(drawn[0]).normal(size=drawn[2]) * drawn[1]
         ),
-    )
+    ),
+    st.integers(1, 3),
 )
-def test_coded_integers_come_back_and_take_their_entropy(numbers):
+def test_coded_integers_come_back_and_take_their_entropy(numbers, count):
+    """By one table of frequencies or by several, some of which no number has."""
     integers = np.clip(np.round(numbers), -128, 127).astype(np.int8)
-    frequencies, words = t.encode_integers(integers)
-    decoded, rest = t.decode_integers(frequencies, np.append(words, np.uint16(7)), len(integers))
+    symbols = integers.view(np.uint8)
+    tables = np.arange(len(symbols), dtype=np.int32) * 7 % 11 % count
+    frequencies, words = t.encode_integers(symbols, tables, count)
+    decoded, rest = t.decode_integers(frequencies, np.append(words, np.uint16(7)), tables)
     assert (decoded == integers).all()
     assert rest.tolist() == [7]
-    counts = np.bincount(integers.view(np.uint8), minlength=256)
-    entropy = -(counts[counts > 0] * np.log2(counts[counts > 0] / len(integers))).sum()
+    entropy = 0.0
+    for table in range(count):
+        counts = np.bincount(symbols[tables == table], minlength=256)
+        counts = counts[counts > 0]
+        entropy -= (counts * np.log2(counts / counts.sum())).sum()
     # A lane's state takes 32 bits, of which 16 hold numbers; the last row may not be full; rare
     # values cost a little more.
     assert 16 * len(words) <= 1.004 * entropy + 32 * t.ANS_LANES + 16 * 256
@@ -1111,10 +1120,61 @@ def test_coded_integers_come_back_and_take_their_entropy(numbers):
 
 def test_values_that_take_more_slots_than_their_part_overflow_nothing():
     """Once what is taken back from the most frequent one went below zero, with a warning."""
-    integers = np.append(np.full(1_000_000, 5), np.arange(-128, 128)).astype(np.int8)
-    frequencies, words = t.encode_integers(integers)
+    symbols = np.append(np.full(1_000_000, 5), np.arange(256)).astype(np.uint8)
+    tables = np.zeros(len(symbols), np.int32)
+    frequencies, words = t.encode_integers(symbols, tables, 1)
     assert frequencies.sum() == 65_536
-    assert (t.decode_integers(frequencies, words, len(integers))[0] == integers).all()
+    decoded, _ = t.decode_integers(frequencies, words, tables)
+    assert (decoded.view(np.uint8) == symbols).all()
+
+
+def uneven_model() -> tuple[t.Settings, t.Model, dict[str, torch.Tensor]]:
+    """And what is stored of it: integers of rows and of columns that reach octaves further."""
+    settings, model = wide_model()
+    stored = exported(model, settings)
+    for name in t.grid_limits(model):
+        rows, columns = stored[f"{name} integers"].shape
+        rows = torch.randn(rows, 1, generator=torch.Generator().manual_seed(rows))
+        columns = torch.randn(columns, generator=torch.Generator().manual_seed(columns))
+        integers = stored[f"{name} integers"] * 2 ** (rows + columns / 2 - 1)
+        stored[f"{name} integers"] = integers.round().clamp(-127, 127).to(torch.int8)
+    return settings, model, stored
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_integers_come_back_by_shared_tables_and_by_a_matrix_s_own(tmp_path, shared):
+    """And by the audit's decoder, which knows nothing of the script's."""
+    settings, model, stored = uneven_model()
+    settings = with_settings(settings, shared_tables=shared)
+    data = t.pack_artifact(settings, stored)
+    (tmp_path / "a").write_bytes(data)
+    loaded, read = t.load_model(tmp_path / "a", tiny(), set(), SOLO)
+    assert read.shared_tables == shared
+    matrices = t.grid_limits(model)
+    layout = [
+        decoder.Parameter(name, tuple(p.shape), name in matrices)
+        for name, p in model.named_parameters()
+    ]
+    decoded = decoder.decode(decoder.take_apart(tmp_path / "a"), layout)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, dequantized(stored, name)), name
+        assert torch.equal(p, torch.tensor(decoded[name])), name
+
+
+def test_integers_that_reach_as_far_share_a_table_and_take_fewer_bytes():
+    """What is told of the size by code_bits() beforehand, a matrix alone, holds for all at once."""
+    settings, model, stored = uneven_model()
+    sizes = {}
+    for shared in (False, True):
+        model.settings = with_settings(settings, shared_tables=shared)
+        sizes[shared] = len(t.pack_artifact(model.settings, stored))
+        told = t.bytes_by_kind(model, stored, sizes[shared])
+        assert 0 < told["rest"] < 0.2 * sizes[shared]
+    assert sizes[True] < 0.92 * sizes[False]
+    reaches = t.measure_reaches(model.settings, torch.tensor([[4, -4], [8, 8]], dtype=torch.int8))
+    assert reaches.tolist() == [16 + 8, 16 + 12, 16, 16]  # four to an octave, from REACH on
+    tables = t.choose_tables(torch.tensor([0, 20, 200, 16, 18], dtype=torch.uint8), 3, 2)
+    assert tables.tolist() == [[0, 2], [20, 22], [63, 63]]
 
 
 @pytest.mark.parametrize("function", [t.ans_push, t.ans_pop], ids=lambda f: f.__name__)
@@ -1166,7 +1226,8 @@ def test_the_record_is_as_the_file_s_drawing_has_it():
         for name in layout.names
         if not name.endswith((".dt_bias", ".D"))
     )
-    frequencies = record["blocks.0.mixer.in_proj.weight integers"]
+    place = list(t.grid_limits(model)).index("blocks.0.mixer.in_proj.weight")
+    (frequencies,) = record["frequencies"][place]
     counts = np.bincount(
         stored["blocks.0.mixer.in_proj.weight integers"].numpy().view(np.uint8).ravel(),
         minlength=256,

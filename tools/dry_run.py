@@ -61,6 +61,7 @@ def fitted_to(settings: t.Settings, k: float) -> bool:
     """Whether the table was made of models like this one."""
     s = settings
     alike = (s.num_layers, s.model_dim) in FITTED_SHAPES and FITTED_K[0] <= k <= FITTED_K[1]
+    alike = alike and not s.shared_tables  # what these save only trained weights tell
     return alike and s.mamba_version == 3 and s.quantizer == "gptq" and s.mlp_layers == "all"
 
 

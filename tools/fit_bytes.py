@@ -94,12 +94,13 @@ def measured_bits() -> dict[str, float]:
     numbers, _ = counts_of(skeleton)
     bits = dict.fromkeys(KINDS, 0.0)
     matrices = t.grid_limits(skeleton)
+    tables = dict(zip(matrices, record["frequencies"][:, 0], strict=True))
     for name, _, limits, rows, columns in t.grids(skeleton, settings, matrices, k):
         weight, _ = t.stand_in(matrices[name])
         integers = t.round_to_grid(weight, rows * columns, limits)
         share = skeleton.get_parameter(name).numel() / numbers[t.layer_kind(name)]
         gaussian = np.unique(integers.numpy(), return_counts=True)[1]
-        less = entropy(gaussian) - entropy(record[f"{name} integers"])
+        less = entropy(gaussian) - entropy(tables[name])
         bits[t.layer_kind(name)] += share * less
     return bits
 

@@ -19,7 +19,9 @@ from tools.command import UserError, need
 MAGIC = b"SSMGOLF"
 SUM_BYTES = 32
 LANES = 256  # of the entropy coder, which take turns
-FREQUENCIES = 1 << 16  # sum of a matrix's
+FREQUENCIES = 1 << 16  # sum of a table's
+TABLES = 64  # of frequencies, where the header's "shared_tables" says that matrices share them
+MIDDLE = 16  # added to a row's and to a column's reach: once too often in their sum
 MOST_RECORD_BYTES = 1 << 30
 # By the header's "trellis_states": which of the bits that a column's trellis has read, the latest
 # being 1, make a weight a half more than its integer, and which of them flip the bit that is read.
@@ -99,12 +101,10 @@ def decode(parts: Parts, parameters: list[Parameter]) -> dict[str, np.ndarray]:
         exact = name.endswith((".dt_bias", ".D"))
         steps[name] = reader.take("<f4" if exact else "<f2", count).astype(np.float32)
     matrices = [one for one in parameters if one.on_grid]
-    frequencies = {one.name: reader.take("<u4", 256).tolist() for one in matrices}
+    integers = decode_integers(parts, reader, matrices)
     need(reader.place == len(parts.record), "the record is longer than the model")
 
     weights = {}
-    words = parts.words.tolist()
-    place = 0
     states = parts.header.get("trellis_states", 0)
     known = type(states) is int and states in (0, *TRELLIS_TAPS)
     need(known, f"there is no trellis of {ascii(states)[:40]} states")
@@ -112,15 +112,38 @@ def decode(parts: Parts, parameters: list[Parameter]) -> dict[str, np.ndarray]:
         if not on_grid:
             weights[name] = steps[name].reshape(shape)
             continue
-        rows, columns = shape
-        integers, place = pop_integers(frequencies[name], words, place, rows * columns)
-        row_steps = steps[name][:rows, None]
-        column_steps = steps[name][rows:]
-        integers = integers.reshape(shape)
-        points = integers.astype(np.float32) + (half_steps(integers, states) if states else 0)
+        row_steps = steps[name][: shape[0], None]
+        column_steps = steps[name][shape[0] :]
+        values = integers[name]
+        points = values.astype(np.float32) + (half_steps(values, states) if states else 0)
         weights[name] = points * row_steps * column_steps
-    need(place == len(words), "there are words behind the last matrix")
     return weights
+
+
+def decode_integers(parts: Parts, reader: Reader, matrices: list[Parameter]) -> dict:
+    """Every matrix's integers, int8, by its name: of one code, or of one for each matrix."""
+    words = parts.words.tolist()
+    if not parts.header.get("shared_tables", False):
+        found = {}
+        place = 0
+        frequencies = [reader.take("<u4", 256).tolist() for _ in matrices]
+        for (name, shape, _), table in zip(matrices, frequencies, strict=True):
+            chosen = [0] * (shape[0] * shape[1])
+            values, place = pop_integers([table], words, place, chosen)
+            found[name] = values.reshape(shape)
+    else:
+        chosen = []
+        for _, (rows, columns), _ in matrices:
+            reach = reader.take("u1", rows + columns).astype(int)
+            sums = np.add.outer(reach[:rows], reach[rows:]) - MIDDLE
+            chosen += np.clip(sums, 0, TABLES - 1).ravel().tolist()
+        frequencies = reader.take("<u4", 256 * TABLES).reshape(TABLES, 256).tolist()
+        values, place = pop_integers(frequencies, words, 0, chosen)
+        ends = np.cumsum([rows * columns for _, (rows, columns), _ in matrices])[:-1]
+        split = zip(matrices, np.split(values, ends), strict=True)
+        found = {one.name: part.reshape(one.shape) for one, part in split}
+    need(place == len(words), "there are words behind the last matrix")
+    return found
 
 
 def half_steps(integers: np.ndarray, states: int) -> np.ndarray:
@@ -138,32 +161,34 @@ def half_steps(integers: np.ndarray, states: int) -> np.ndarray:
 
 
 def pop_integers(
-    frequencies: list[int], words: list[int], place: int, count: int
+    tables: list[list[int]], words: list[int], place: int, chosen: list[int]
 ) -> tuple[np.ndarray, int]:
-    """A matrix's integers, int8, and the place in words that follows its code.
+    """Integers, int8, one for each chosen table, and the place in words that follows their code.
 
-    Each state is a stack of values: its lowest 16 bits are a slot, which one value owns; taking
-    the value off makes the state smaller, and where it falls below 2^16, a word fills it up.
+    Each state is a stack of values: its lowest 16 bits are a slot, which one value owns by its
+    table of frequencies; taking the value off makes the state smaller, and where it falls below
+    2^16, a word fills it up.
     """
-    need(sum(frequencies) == FREQUENCIES, "a matrix's frequencies have a wrong sum")
-    owner = np.repeat(np.arange(256), frequencies).tolist()
-    starts = np.cumsum([0, *frequencies]).tolist()
+    need(all(sum(table) == FREQUENCIES for table in tables), "frequencies have a wrong sum")
+    owners = [np.repeat(np.arange(256), table).tolist() for table in tables]
+    starts = [np.cumsum([0, *table]).tolist() for table in tables]
     need(place + 2 * LANES <= len(words), "the integers' code is too short")
     states = [words[place + lane] | words[place + LANES + lane] << 16 for lane in range(LANES)]
     # Reading ends at the last word at the latest: the list is as long as the file.
     place += 2 * LANES
-    symbols = bytearray(-(-count // LANES) * LANES)
+    symbols = bytearray(-(-len(chosen) // LANES) * LANES)
     for index in range(len(symbols)):
         lane = index % LANES
         state = states[lane]
         slot = state & 0xFFFF
-        symbol = owner[slot]
+        table = chosen[min(index, len(chosen) - 1)]  # the last one fills the lanes up
+        symbol = owners[table][slot]
         symbols[index] = symbol
-        state = frequencies[symbol] * (state >> 16) + slot - starts[symbol]
+        state = tables[table][symbol] * (state >> 16) + slot - starts[table][symbol]
         if state < FREQUENCIES:
             need(place < len(words), "the integers' code is too short")
             state = state << 16 | words[place]
             place += 1
         states[lane] = state
     need(states == [FREQUENCIES] * LANES, "the integers' code does not end where it must")
-    return np.frombuffer(bytes(symbols), np.int8)[:count], place
+    return np.frombuffer(bytes(symbols), np.int8)[: len(chosen)], place
