@@ -4940,6 +4940,7 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         raised = theirs["export_reserve_seconds"] < reserve  # as a late export asks for
         names = {name for name in TRAINING_FIELDS if theirs[name] != ours[name]}
         names -= {"export_reserve_seconds"} if raised else set()
+        names -= {"float8_products"} if settings.float8_products == "auto" else set()  # theirs
         on_grids = [x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (theirs, ours)]
         names -= set() if any(on_grids) else EXPORT_FIELDS
         differ = [f"{name.upper()}={theirs[name]}, not {ours[name]}" for name in sorted(names)]
@@ -5183,8 +5184,7 @@ class Trainer:
         if reason and scan != "none":
             scan += f" ({fastest} {reason})"
         precision = str(self.model.compute_dtype).removeprefix("torch.")
-        if self.float8_products != "none":
-            precision += f", 8 bits in {self.float8_products}"
+        precision += describe_float8(self.model, s, self.ranks.device, self.float8_products)
         backends = f"{precision}; scan: {scan}; attention: {self.model.attention_backend}"
         self.log(f"{backends}; {self.micro_batch:,} tokens at once per rank")
 
@@ -5197,6 +5197,7 @@ class Trainer:
         made_of = self.training_data, self.tokenizer_sha256
         progress = self.steps_done, self.clock.seconds(), self.qat_k, *made_of, self.starts
         kept = {name: getattr(self.settings, name) for name in TRAINING_FIELDS}
+        kept["float8_products"] = self.float8_products  # what auto stands for
         return kept | dict(zip(PROGRESS_FIELDS, progress, strict=True))
 
     def save(self):
@@ -5220,6 +5221,8 @@ class Trainer:
             self.clock.counted = header["seconds"]
             self.qat_k = header["qat_k"]
             self.starts = header["starts"] + 1
+            had = header["float8_products"]
+            self.float8_products = choose_float8(self.model, self.settings, self.ranks.device, had)
             progress = {"step": self.steps_done, "clock": self.clock.counted, "starts": self.starts}
             text = "resumed {path}: step {step}, {clock:.1f}s"
             self.log(text.format(path=path, **progress), "resumed", **progress)
@@ -5441,8 +5444,8 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
         # What its readers would refuse is not trained.
         read_header(json.dumps(artifact_header(settings)), artifact_header(Settings()))
         read_header(json.dumps(trainer.header()), trainer.header())
-        trainer.announce(skeleton)
         trainer.resume()
+        trainer.announce(skeleton)
         batches = Batches(settings, ranks, trainer.steps_done, shards)
         log.begin()  # nothing is refused from here on
         log(f"{'compiling and ' if ranks.gpu or settings.compile == 'on' else ''}warming up ...")
@@ -7185,41 +7188,51 @@ fused_mlp.register_autograd(
 
 
 # ---- Products of 8-bit floats --------------------------------------------------------------------
-# Training's steps compute FLOAT8_PRODUCTS, the MLP's up to its input's gradient and in_proj's, of
-# factors rounded to float8_e4m3fn (arXiv 2209.05433), q: 3 bits of mantissa, from 448 to 2^-6, and
-# multiples of 2^-9 below. Gradients of weights and of in_proj's input are bfloat16 products of
-# what was not rounded. No scale waits for a largest number:
+# An H100 multiplies numbers of float8_e4m3fn (arXiv 2209.05433) twice as fast as bfloat16's. q()
+# rounds to them: to 3 bits of mantissa up to 448, and to multiples of 2^-9 below 2^-6. Of
+# FLOAT8_PRODUCTS, which training's steps compute, mlp is all of this, W being up, and in_proj v8
+# alone. Left out are factors of rows and matrices, which follow the products:
 #
-#   x8 = q(r norm(x));   d_y8 = q(r d_y / rms of the row);   W8 = q(4 W / rms(W))
+#   x8 = q(r norm(x))                        d_y8 = q(r d_y / rms of its row)
+#   v8 = W8 x8,  W8 = q(4 W / rms(W))        d8 = W_down8^T d_y8
+#   f8 = q(f(v8 / USUAL) / 4)                d_v8 = q(d8 / USUAL · f'(v8 / USUAL))
+#   y = W_down8 f8                           d_x = W8^T d_v8
 #
-# No number of a row of WIDTH is above sqrt(WIDTH) root mean squares. r, 16 for 512, is the power of
-# two that keeps r sqrt(WIDTH) within 448: no row saturates; weights do beyond 112 of theirs. Rows'
-# factors follow the product, as norm's does. Were weights and rows independent, v8 = W8 x8 had the
-# root mean square USUAL = 4 r sqrt(WIDTH), 1448, and d8 = W_down8^T d_y8 likewise; so scaled are
-#
-#   f8 = q(f(v8 / USUAL) / 4)                saturates where v is above 42
-#   d_v8 = q(d8 / USUAL · f'(v8 / USUAL))    f' by f8 and signs; usually 1.5
-#
-# Models trained with Muon, whose matrices stretch all directions alike, are within some percent of
-# it: f8 was at most 10.7, d_v8 48. A rounding's error is the type's, 2.6 %. As f is of second
-# degree, factors of v leave it squared, input_scale too: y is multiplied by them. Where kernels are
-# interpreted, in float32, nothing is rounded.
+# No scale waits for a tensor's largest number, as 448 over that would. In a row of WIDTH none is
+# above sqrt(WIDTH) root mean squares (rms): r, 16 for 512, is the power of two that keeps this
+# within 448, and no row saturates. Weights do beyond 112 rms. Were they and rows independent, v8
+# and d8 had the rms USUAL = 4 r sqrt(WIDTH), 1448; models trained with Muon, whose matrices stretch
+# all directions alike, are within some percent of it. f' is 1.5 usually; f8 saturates where v8 is
+# above 42 USUAL, but was at most 10.7, d_v8 48. As f is of second degree, v's factors leave it
+# squared. Each q() is off by 2.6 % (rms), f', by f8 and signs, by half of that; sums of 8-bit
+# products have fewer bits than float32. Gradients of weights, d_v x^T and d_y f^T, and of in_proj's
+# input are bfloat16 products of what q() did not round. Interpreted, in float32, it rounds nothing.
 FLOAT8 = torch.float8_e4m3fn
 MOST_FLOAT8 = 448.0
 WEIGHT_SIZE = 4.0
+EVERY_FLOAT8 = "mlp,in_proj"  # of FLOAT8_PRODUCTS the one with most
 SUMS = constexpr(128)  # of squares of a matrix, by part
 SIDE = constexpr(64)  # of a tile of a matrix that is rounded
 
 
-def choose_float8(model, settings, device: torch.device) -> str:
-    """Which products training computes in 8 bits, as FLOAT8_PRODUCTS: of auto those that can be."""
+def choose_float8(model, settings, device: torch.device, before: str = EVERY_FLOAT8) -> str:
+    """FLOAT8_PRODUCTS, or UserError; for auto those that run here, and that a checkpoint had."""
     wanted = settings.float8_products
     if wanted == "auto":
-        able = [part for part in ("mlp", "in_proj") if not why_not_float8(model, part, device)]
-        return ",".join(able) or "none"
+        had = [part for part in EVERY_FLOAT8.split(",") if part in before.split(",")]
+        return ",".join(x for x in had if not why_not_float8(model, x, device)) or "none"
     problem = why_not_float8(model, wanted, device)
     need(not problem, f"FLOAT8_PRODUCTS={wanted} {problem}; auto runs")
     return wanted
+
+
+def describe_float8(model, settings, device: torch.device, chosen: str) -> str:
+    """For a run's log: which products have 8 bits and, where auto chose fewer, why."""
+    text = "" if chosen == "none" else f", 8 bits in {chosen}"
+    if settings.float8_products != "auto" or device.type != "cuda" or chosen == EVERY_FLOAT8:
+        return text
+    reason = why_not_float8(model, EVERY_FLOAT8, device) or "is not what the checkpoint had"
+    return f"{text} (FLOAT8_PRODUCTS={EVERY_FLOAT8} {reason})"
 
 
 def why_not_float8(model, products: str, device: torch.device) -> str:
@@ -7229,12 +7242,14 @@ def why_not_float8(model, products: str, device: torch.device) -> str:
     has_kernels = triton and device.type == "cuda" and kernel_limits(device)[0] == 90
     if not has_kernels or model.compute_dtype != torch.bfloat16:
         return "needs an H100 or H200, triton and PRECISION=bfloat16"
-    for name, layer in model.linear_layers().items():
-        rows, columns = layer.weight.shape
-        multiple = 2 * int(SIGN_COLUMNS) if name.endswith(".mlp.up.weight") else int(SIDE)
-        chosen = any(f".{part}." in name for part in products.split(","))
-        if chosen and (rows % multiple or columns % int(SIDE)):
-            return f"needs multiples of {multiple} and {int(SIDE)}: {name} is {rows} x {columns}"
+    for part in products.split(","):
+        sizes = {n: x.weight.shape for n, x in model.linear_layers().items() if f".{part}." in n}
+        if not sizes:
+            return f"finds no {part} in these layers"
+        for name, (rows, columns) in sizes.items():
+            whole = 2 * int(SIGN_COLUMNS) if name.endswith(".mlp.up.weight") else int(SIDE)
+            if rows % whole or columns % int(SIDE):
+                return f"needs multiples of {whole} and {int(SIDE)}: {name} is {rows} x {columns}"
     return ""
 
 

@@ -3,6 +3,7 @@ finished runs, and what is printed, with the weights unknown and with those of a
 """
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -216,6 +217,23 @@ def test_a_checkpoints_own_weights_tell_the_size_of_what_it_would_export(dry, mo
     unknown = artifact_bytes(dry(environment | {"RESUME": "auto"}))[6.5]
     assert own != unknown
     assert own == pytest.approx(unknown, rel=0.1)
+
+
+@pytest.mark.parametrize("what", ["resume", "artifact"])
+def test_kernels_that_only_the_runs_machine_has_are_no_mistake_here(dry, what):
+    """Whether weights are at hand or not: of them only sizes are told."""
+    path = FOLDER / f"b6028ee.{'checkpoint' if what == 'resume' else 'artifact'}"
+    header = json.loads(path.read_bytes()[8:].split(b"\n", 1)[0])
+    former = {n: t.FORMER_DEFAULTS[n] for n in t.TRAINING_FIELDS if n in t.FORMER_DEFAULTS}
+    taken = t.TRAINING_FIELDS if what == "resume" else t.MODEL_FIELDS
+    values = {n: x for n, x in (former | header).items() if n in taken}
+    kernels = {"scan_backend": "triton", "attention_backend": "cudnn", "float8_products": "mlp"}
+    environment = tiny_environment(**values | kernels | {what: path, "sdclip_k": 6.5})
+    for name in ("PRESET", "EMBED_LR", "HEAD_LR"):
+        environment.pop(name, None)
+    said = dry(environment)
+    assert f"the weights in {path}" in said
+    assert "SCAN_BACKEND=triton, not auto" in said
 
 
 def former_trainer() -> t.Trainer:

@@ -183,6 +183,45 @@ def test_only_steps_of_training_take_them(monkeypatch, products):
     assert not calls
 
 
+@interpreted
+def test_weights_on_their_grids_reach_the_products(monkeypatch):
+    """Late QAT, in several micro-batches: a step's gradients are those of the same weights."""
+    settings = tiny(**WHOLE, scan_backend="chunked", late_qat_threshold=0.5, trellis_states=0)
+    model = random_model(settings)
+    trainer = t.Trainer(model, settings, SOLO, settings.train_seq_len, 1e6, Quiet())
+    trainer.qat_k = 4.0
+    tokens = random_tokens(2, settings.train_seq_len + 1)
+
+    def found(products: str, quantized: bool) -> torch.Tensor:
+        trainer.float8_products = products
+        model.zero_grad()
+        with trainer.weights_of(quantized):
+            pair = tokens[:, :-1], tokens[:, 1:]
+            trainer.accumulate_gradients(*pair, model.order(True))
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    on_grids = found("none", True)
+    assert relative_error(found("mlp,in_proj", True), on_grids) < 1e-4
+    assert relative_error(found("none", False), on_grids) > 0.01
+
+
+def test_several_ranks_compute_them_in_every_micro_batch(monkeypatch, group_of_one):
+    """Also in those whose gradients are not exchanged."""
+    calls = count_calls(monkeypatch)
+    settings = tiny(**WHOLE, float8_products="auto")
+    trainer = t.Trainer(random_model(settings), settings, group_of_one, 32, 1e6, Quiet())
+    assert settings.train_seq_len == 32
+    assert trainer.float8_products == "mlp,in_proj"  # auto, where all of them run
+    tokens = random_tokens(3, 33)
+    trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], trainer.model.order(True))
+    assert calls == 3 * ["float8_rows", "float8_mlp", "float8_mlp"]
+    gradients = [p.grad.clone() for p in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    trainer.model.loss(tokens[:, :-1], tokens[:, 1:], trainer.model.order(True)).backward()
+    for p, gradient in zip(trainer.model.parameters(), gradients, strict=True):
+        assert (gradient - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-9
+
+
 def test_where_they_cannot_run_one_line_says_so(monkeypatch):
     settings = tiny(**WHOLE, float8_products="mlp,in_proj")
     model = random_model(settings)
@@ -208,6 +247,120 @@ def test_where_they_cannot_run_one_line_says_so(monkeypatch):
     monkeypatch.setattr(t, "kernel_limits", lambda device: (80, 166_912))
     assert "H100" in t.why_not_float8(model, "mlp", gpu)
     assert t.why_not_float8(model, "none", CPU) == ""
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The device "cuda" is an H100; its properties may be changed."""
+    if t.triton is None:
+        pytest.skip("needs triton")
+    limits = {"cuda": (90, 232_448), "cpu": (90, 232_448)}
+    monkeypatch.setattr(t, "kernel_limits", lambda device: limits[device.type])
+    return limits
+
+
+GPU = torch.device("cuda")
+NO_PART = [
+    ({"mlp_layers": "none"}, "in_proj", "finds no mlp"),
+    ({"mamba_layers": "none"}, "mlp", "finds no in_proj"),
+    ({"mamba_layers": "none", "mlp_layers": "none"}, "none", "finds no mlp"),
+    ({"mamba_version": 1}, "mlp,in_proj", ""),
+    ({"mamba_version": 2}, "mlp", "multiples of 64 and 64: blocks.0.mixer.in_proj.weight is 400 x"),
+    ({"model_dim": 96}, "none", "multiples of 256 and 64: blocks.0.mlp.up.weight is 384 x 96"),
+    ({"mlp_mult": 3.0}, "in_proj", "blocks.0.mlp.up.weight is 192 x 64"),
+    ({"precision": "float16"}, "none", "needs an H100 or H200, triton and PRECISION=bfloat16"),
+    ({"precision": "float32"}, "none", "needs an H100 or H200, triton and PRECISION=bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("changes", "chosen", "why"), NO_PART, ids=str)
+def test_the_log_says_what_auto_stands_for_and_why_it_is_no_more(hopper, changes, chosen, why):
+    usual = {"float8_products": "auto", "precision": "bfloat16"}
+    settings = tiny(**WHOLE | usual | changes)
+    model = random_model(settings)
+    assert t.choose_float8(model, settings, GPU) == chosen
+    said = t.describe_float8(model, settings, GPU, chosen)
+    begin = "" if chosen == "none" else f", 8 bits in {chosen}"
+    assert said.startswith(f"{begin} (FLOAT8_PRODUCTS=mlp,in_proj " if why else begin)
+    assert why in said
+    assert (said == begin) == (not why)
+    asked = dataclasses.replace(settings, float8_products="mlp,in_proj")
+    if why:
+        with pytest.raises(t.UserError, match="FLOAT8_PRODUCTS=mlp,in_proj .*; auto runs"):
+            t.choose_float8(model, asked, GPU)
+    else:
+        assert t.choose_float8(model, asked, GPU) == "mlp,in_proj"
+    hopper["cuda"] = (80, 166_912)
+    assert t.choose_float8(model, settings, GPU) == "none"
+    assert " (FLOAT8_PRODUCTS=mlp,in_proj needs an H100" in t.describe_float8(
+        model, settings, GPU, "none"
+    )
+    assert t.describe_float8(model, settings, CPU, "none") == ""
+
+
+def test_a_run_announces_them(monkeypatch):
+    lines = []
+    settings = tiny(**WHOLE)
+    model = random_model(settings)
+
+    def log(line: str, *_, **__) -> None:
+        lines.append(line)
+
+    monkeypatch.setattr(t, "describe_float8", lambda *given: f", 8 bits in {given[-1]} (so)")
+    trainer = t.Trainer(model, settings, SOLO, settings.train_batch_tokens, 1e6, log)
+    trainer.announce(t.model_skeleton(settings))
+    assert lines[-1].startswith("float32, 8 bits in none (so); scan: ")
+
+
+# What a checkpoint's run multiplied in 8 bits, what runs here, the setting, and what is then done.
+GOING_ON = [
+    ("mlp,in_proj", "mlp,in_proj", "auto", "mlp,in_proj"),
+    ("mlp,in_proj", "mlp,in_proj", "mlp,in_proj", "mlp,in_proj"),
+    ("none", "mlp,in_proj", "auto", "none"),  # also that of a script without the setting
+    ("mlp", "mlp,in_proj", "auto", "mlp"),
+    ("mlp,in_proj", "none", "auto", "none"),  # on another GPU
+    ("none", "mlp,in_proj", "mlp,in_proj", "has FLOAT8_PRODUCTS=none, not mlp,in_proj"),
+    ("mlp,in_proj", "none", "none", "has FLOAT8_PRODUCTS=mlp,in_proj, not none"),
+]
+
+
+@pytest.mark.parametrize(("had", "able", "wanted", "then"), GOING_ON)
+def test_a_checkpoint_goes_on_as_it_was_trained(monkeypatch, tmp_path, had, able, wanted, then):
+    """With auto; what cannot be is left out. Who asks for something else is refused."""
+    here = {"able": had}
+
+    def why_not(model, products: str, device) -> str:
+        lacking = set(products.split(",")) - {*here["able"].split(","), "none"}
+        return "cannot" if lacking else ""
+
+    monkeypatch.setattr(t, "why_not_float8", why_not)
+    settings = tiny(log_dir=str(tmp_path), run_id="a", float8_products="auto")
+    quiet = Quiet()
+
+    def trainer_of(s: t.Settings, writer=None) -> t.Trainer:
+        return t.Trainer(random_model(s), s, SOLO, s.train_batch_tokens, 1e6, quiet, writer)
+
+    with t.Checkpoints(settings, SOLO, quiet) as checkpoints:
+        trainer = trainer_of(settings, checkpoints)
+        trainer.steps_done = 1
+        trainer.save()
+        checkpoints.finish()
+    assert trainer.header()["float8_products"] == had
+    here["able"] = able
+    trainer = trainer_of(dataclasses.replace(settings, float8_products=wanted))
+    if "has" in then:
+        with pytest.raises(t.UserError, match=f"{then}; RESUME=never starts anew"):
+            trainer.resume()
+        return
+    trainer.resume()
+    assert trainer.steps_done == 1
+    assert trainer.float8_products == trainer.header()["float8_products"] == then
+
+
+def test_the_log_tells_a_checkpoint_that_had_fewer(hopper):
+    settings = tiny(**WHOLE, float8_products="auto", precision="bfloat16")
+    said = t.describe_float8(random_model(settings), settings, GPU, "none")
+    assert said == " (FLOAT8_PRODUCTS=mlp,in_proj is not what the checkpoint had)"
 
 
 def test_checkpoints_keep_the_setting_and_artifacts_know_nothing_of_it():

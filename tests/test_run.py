@@ -332,21 +332,6 @@ def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
     assert trained_by_two.out.count("_exact val_loss") == 2
 
 
-@pytest.fixture
-def group_of_one(monkeypatch):
-    """A process group with nobody else in it: several ranks' code, and one rank's gradients."""
-    monkeypatch.setattr(
-        t.Ranks, "concatenate", lambda ranks, rows: torch.cat([rows] * ranks.world_size)
-    )
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    torch._dynamo.reset()
-    yield t.Ranks(0, 2, torch.device("cpu"))
-    torch._dynamo.reset()
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("changes", [{}, {"document_reset": True}], ids=str)
 def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(
     monkeypatch, group_of_one, changes

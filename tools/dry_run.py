@@ -13,6 +13,7 @@ data is refused here, too, below the figures, and so is an artifact that would b
 
 import argparse
 import collections
+import dataclasses
 import math
 import os
 import sys
@@ -45,6 +46,8 @@ SHARED_ERROR = 0.007
 # The shapes that it was fitted to, NUM_LAYERS and MODEL_DIM, and the smallest and the largest k.
 FITTED_SHAPES = ((9, 512), (4, 128), (5, 192))
 FITTED_K = (5.0, 15.7)
+# Settings that a run's GPU may follow, and the machine of a dry run not.
+BY_THE_MACHINE = ("scan_backend", "attention_backend", "float8_products")
 
 
 def expected_parts(model: t.Model, settings: t.Settings, k: float) -> dict[str, float]:
@@ -83,18 +86,23 @@ def quiet(line: str, *_, **__) -> None:
 def weights_at_hand(settings: t.Settings, given: set[str]) -> tuple[t.Model, str]:
     """ARTIFACT's model, the one that RESUME=FILE would export, or a skeleton; and what it is."""
     here = t.Ranks(0, 1, torch.device("cpu"))
+    # Which kernels the run takes is said of its machine; here they need not exist.
+    kernels = {name: getattr(settings, name) for name in BY_THE_MACHINE}
+    anywhere = dataclasses.replace(settings, **dict.fromkeys(kernels, "auto"))
     if settings.artifact and os.path.exists(settings.artifact):
-        model, _ = t.load_model(settings.artifact_path, settings, given, here)
+        model, _ = t.load_model(settings.artifact_path, anywhere, given, here)
+        model.settings = dataclasses.replace(model.settings, **kernels)
         size = settings.artifact_path.stat().st_size
         return model, f"the weights in {settings.artifact}, a file of {size:,} bytes"
     if settings.resume in ("auto", "never"):
         return t.model_skeleton(settings), "what finished runs' weights took (none are at hand)"
     # What export() would find: the average, without what tokens spelt alike share.
-    model = t.build_model(settings, here)
-    trainer = t.Trainer(model, settings, here, settings.train_seq_len, 0, quiet)
+    model = t.build_model(anywhere, here)
+    trainer = t.Trainer(model, anywhere, here, settings.train_seq_len, 0, quiet)
     trainer.resume()
     trainer.average.apply()
     t.fold_spelling(model)
+    model.settings = settings
     return model, f"the weights in {settings.resume}, after {trainer.steps_done:,} steps"
 
 
