@@ -29,7 +29,7 @@ Contents, in the order in which data flow; the last three may be left out at a f
     8. Quantization: GPTQ onto grids of int6, and int8 where it matters
     9. Artifact: entropy coding near its bound, the file, loading
     10. Training and main: log, clock, checkpoints, loop, export
-    11. Fused kernels: the scan and the cross-entropy in Triton
+    11. Fused kernels: scan, MLP (by 8-bit floats, too) and cross-entropy in Triton
     12. Published peers: the first Mamba, library kernels
     13. Other scripts' names: translated, or refused
 
@@ -252,7 +252,7 @@ class Settings:
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
     adam_eps: float = env(1e-8, "Adam; of vectors and scales at least 1e-6", "size", ABOVE_0)
-    float8_products: str = env("auto", "8 bits, in training", "auto|none|mlp|in_proj|mlp,in_proj")
+    float8_products: str = env("auto", "8-bit ones, on H100", "auto|none|mlp|in_proj|mlp,in_proj")
     grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
@@ -7306,9 +7306,9 @@ def sum_squares(matrix, sums, S: constexpr):
 def round_tile(matrix, to, scale, S: constexpr, TURNED: constexpr):
     """A tile of a matrix in 8 bits, to where it stands or, if TURNED, to its place transposed.
 
-    No program does both: it would keep rounded numbers four in a register and also move them one by
-    one; ptxas of CUDA 12.8 and 12.9, which triton 3.5 to 3.8 bring, then takes one number of four
-    from a register that nothing wrote.
+    No program does both. It would hold rounded numbers four in a register and, to turn them, one by
+    one: there ptxas of CUDA 12.8 and 12.9, which triton 3.5 to 3.8 bring, has one of four come from
+    a register that nothing wrote (tests/test_compiled_kernels.py looks for such code).
     """
     row = (tl.program_id(0) * SIDE + tl.arange(0, SIDE))[:, None]
     column = (tl.program_id(1) * SIDE + tl.arange(0, SIDE))[None, :]
