@@ -648,8 +648,8 @@ def validate_settings(s, world_size: int):
         check(s, "ttt_lora_layers", known, f"should be some of {','.join(BRANCHED)}")
     elif s.adapts:
         whole = whole_chunk(s, world_size)
-        cut = f"cuts sequences of ranks, or a stride, short: TTT_CHUNK_TOKENS={whole} would not"
-        check(s, "ttt_chunk_tokens", s.ttt_chunk_tokens == whole, cut)
+        remedy = f"is not whole sequences for all ranks: TTT_CHUNK_TOKENS={whole} is"
+        check(s, "ttt_chunk_tokens", s.ttt_chunk_tokens == whole, remedy)
 
 
 def excluded(s) -> list[str]:
@@ -661,21 +661,20 @@ def excluded(s) -> list[str]:
     return [name for name in names if getattr(s, name)]
 
 
-def ttt_sequence_length(window: int, chunk: int, world_size: int) -> int:
-    """Tokens of a sequence of test-time training: fewer where many ranks share a chunk."""
-    return min(window, max(1, chunk // world_size))
+def ttt_sequence_length(s, world_size: int) -> int:
+    """Tokens of a sequence of test-time training: a window's, fewer where many ranks share a chunk.
+
+    Of EVAL_MODE=stateful, whole strides of attention's windows: as many as fit into that.
+    """
+    stride = s.train_seq_len - s.attention_overlap if s.eval_mode == "stateful" else 1
+    longest = min(s.train_seq_len, s.ttt_chunk_tokens // max(1, world_size))
+    return max(1, stride, longest // max(1, stride) * stride)
 
 
 def whole_chunk(s, world_size: int) -> int:
-    """TTT_CHUNK_TOKENS, or fewer of whole sequences and strides: those that all ranks can share."""
-    stride = s.train_seq_len - s.attention_overlap if s.eval_mode == "stateful" else 1
-    stride = max(1, stride)
-    world_size = max(1, world_size)
-    for chunk in range(s.ttt_chunk_tokens // stride * stride, 0, -stride):
-        length = ttt_sequence_length(s.train_seq_len, chunk, world_size)
-        if length and chunk % (world_size * length) == 0:
-            return chunk
-    return world_size * stride
+    """TTT_CHUNK_TOKENS without what is no sequence that all ranks have."""
+    shared = max(1, world_size) * ttt_sequence_length(s, world_size)
+    return max(1, s.ttt_chunk_tokens // shared) * shared
 
 
 def describe_preset(name: str) -> str:
@@ -3212,7 +3211,7 @@ class Evaluator:
     def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD) -> Tensor:
         """A step of SGD on targets first <= p < last, from each rank's part; returns its nats."""
         s, world_size = self.settings, self.ranks.world_size
-        length = ttt_sequence_length(s.train_seq_len, s.ttt_chunk_tokens, world_size)
+        length = ttt_sequence_length(s, world_size)
         whole = (last - first) % (world_size * length) == 0  # by validate_settings()
         assert whole or last == self.total, "training would read past its chunk"
         mine = np.array_split(np.arange(first, last, length), world_size)[self.ranks.rank]

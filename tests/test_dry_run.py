@@ -304,6 +304,11 @@ def test_what_a_run_would_refuse_is_refused(monkeypatch, capsys):
         dry_run.dry_run([])
 
 
+def test_what_yields_to_typed_settings_does_so_for_the_ranks_that_are_named(dry):
+    said = dry({"PRESET": "tiny", "EVAL_OVERLAP": "156"}, "--ranks", "8")
+    assert "\n  TTT_CHUNK_TOKENS=3200, not 4096\n" in said  # not 4000, which is no eight sequences
+
+
 def test_of_several_ranks_one_speaks(dry):
     launch = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     said = dry({"PRESET": "tiny"} | launch | {"RANK": "0"})

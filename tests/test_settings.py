@@ -194,7 +194,7 @@ YIELDING = [
     ({"EVAL_OVERLAP": "1024", "TTT_EPOCHS": "1"}, {"EVAL_MODE": "stateful"}),
     ({"TTT_ENABLED": "0", "TTT_LORA_LR": "0.001"}, {}),
     ({"TTT_OPTIMIZER": "sgd"}, {"EVAL_MODE": "sliding"}),
-    ({"EVAL_OVERLAP": "256"}, {"EVAL_MODE": "stateful", "TTT_CHUNK_TOKENS": 28_672}),
+    ({"EVAL_OVERLAP": "256"}, {"EVAL_MODE": "stateful", "TTT_CHUNK_TOKENS": 32_256}),
 ]
 
 
@@ -270,9 +270,8 @@ def test_a_setting_that_takes_a_mode_along_ends_in_a_run(preset, world_size, nam
         t.validate_settings(settings, world_size)
         t.refuse_idle(settings, given)
         assert settings.eval_mode == ("stateful" if name == "EVAL_OVERLAP" else "sliding")
-        share = settings.ttt_chunk_tokens // world_size
-        assert settings.ttt_chunk_tokens % (world_size * min(settings.train_seq_len, share)) == 0
-        assert settings.ttt_chunk_tokens <= t.Settings(**t.PRESETS[preset]).ttt_chunk_tokens
+        usual = t.Settings(**t.PRESETS[preset]).ttt_chunk_tokens
+        assert usual / 2 < settings.ttt_chunk_tokens <= usual
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
@@ -280,7 +279,7 @@ def test_a_setting_that_takes_a_mode_along_ends_in_a_run(preset, world_size, nam
 @pytest.mark.parametrize("chunk", [1, 1000, 8191])
 def test_chunks_that_cut_something_short_are_refused_with_one_that_fits(world_size, mode, chunk):
     settings = tiny(eval_mode=mode, ttt_chunk_tokens=chunk, train_batch_tokens=768, eval_overlap=9)
-    said = "cuts sequences of ranks, or a stride, short: TTT_CHUNK_TOKENS=([0-9]+) would not$"
+    said = "is not whole sequences for all ranks: TTT_CHUNK_TOKENS=([0-9]+) is$"
     if mode == "sliding" and chunk % world_size == 0 and chunk <= 32 * world_size:
         t.validate_settings(settings, world_size)
         return

@@ -326,7 +326,8 @@ def read_variant(
 ) -> list[Run]:
     """A variant's runs, one for each seed, their settings checked by train_gpt.py."""
     with as_user_error(where, train_gpt):
-        settings, given = train_gpt.read_settings(os.environ | variables)
+        launched = {"WORLD_SIZE": str(processes)}
+        settings, given = train_gpt.read_settings(os.environ | variables | launched)
         train_gpt.validate_settings(settings, processes)
         train_gpt.refuse_idle(settings, given)
     values = {
@@ -353,8 +354,9 @@ def equals_base(
     """Whether a combination of the grid has the settings of the base, whose runs come first."""
     where = f"{path}: [grid]"
     variables = shared | read_variables(table, where, train_gpt)
+    launched = {"WORLD_SIZE": str(runs[0].processes)}
     with as_user_error(where, train_gpt):
-        settings, _ = train_gpt.read_settings(os.environ | variables)
+        settings, _ = train_gpt.read_settings(os.environ | variables | launched)
     return settings == runs[0].resolved
 
 

@@ -292,11 +292,11 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def dry_run(arguments: list[str] | None = None) -> int:
     """Prints what a run with the environment's settings would be."""
     options = read_arguments(arguments)
-    settings, given = t.read_settings(dict(os.environ))
     rank, _, started = t.read_launch(dict(os.environ))
     if rank:
         return 0  # rank 0 says it all
     world_size = options.ranks or started
+    settings, given = t.read_settings(os.environ | {"WORLD_SIZE": str(world_size)})
     t.validate_settings(settings, world_size)
     t.refuse_idle(settings, given)
     # An absent GPU is a device that nothing is put on.
