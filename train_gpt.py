@@ -3404,7 +3404,7 @@ class DocumentClock:
     started: float
     later: int  # targets of batches to come
     pieces: int = 0
-    tokens: int = 0  # of all pieces but two, whose times hold what compiling took
+    tokens: int = 0  # of all pieces but the first two, whose times hold what compiling took
     seconds: float = 0.0  # that reading these took
     given_up: dict = field(default_factory=dict)  # of a batch: documents that could not learn (on)
 
