@@ -3579,7 +3579,7 @@ DIVERGED = "training diverged; lower MATRIX_LR, MAMBA_MATRIX_LR, SCALAR_LR or TI
 
 INT6_MAX, INT8_MAX, TERNARY_MAX = 31, 127, 1
 SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-mean-squares are rare
-SDCLIP_CHOICES = 257  # values of k from there to SDCLIP_MOST
+SDCLIP_PARTS = 100  # of one: so far are the values of k apart that are tried up to SDCLIP_MOST
 SDCLIP_USUAL = 12.0  # k of the steps that find_grid_factors() compares with the best ones
 LEAST_ENERGY = 1e-3  # of a row's gradients, where the mean of its matrix is 1
 OTHER_BYTES = 4096.0  # of a file beside its numbers, with room for a wrong prediction
@@ -3621,6 +3621,15 @@ def grid_limits(model) -> dict[str, Tensor]:
 def exact_steps(steps: Tensor) -> Tensor:
     """The nearest normal float16 numbers, float32: so no step is 0, not even of a row of zeros."""
     return steps.clamp(min=2**-14, max=60_000.0).half().float()
+
+
+def coarse_steps(steps: Tensor) -> Tensor:
+    """exact_steps() of four leading bits, within 6 %: LZMA makes half a byte of one.
+
+    Finer and coarser grids' bits and errors even out but for such parts' mean square, 0.1 %.
+    """
+    numbers = exact_steps(steps).half().view(torch.int16)
+    return (numbers + 64 & -128).view(torch.float16).float()
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
@@ -3712,7 +3721,7 @@ def trellis_search(numbers: Tensor, states: int) -> Tensor:
 
 def sdclip_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
     """Steps (rows, 1) of grids that end at clips times each row's root mean square."""
-    return exact_steps(clips * weight.square().mean(dim=1, keepdim=True).sqrt() / limits)
+    return coarse_steps(clips * weight.square().mean(dim=1, keepdim=True).sqrt() / limits)
 
 
 def grid_steps(weight: Tensor, limits: Tensor, settings, k: float) -> tuple[Tensor, Tensor]:
@@ -3742,7 +3751,7 @@ def grids(model, settings, matrices: dict[str, Tensor], k: float):
         if name in model.grid_factors:
             limits = torch.full_like(limits, INT8_MAX)
             finest = sdclip_steps(weight, limits, SDCLIP_LEAST)  # finer ones would clip
-            rows = exact_steps(rows * model.grid_factors[name]).maximum(finest)
+            rows = coarse_steps(rows * model.grid_factors[name]).maximum(finest)
         yield name, weight, limits, rows, columns
 
 
@@ -3762,25 +3771,33 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
 
     The nearest integers stand for GPTQ's, of weights that spread as solvers, calibrate()'s, make
     them. The coder takes 0.1 % more than their entropy, and its last states (4 bytes for each
-    lane), which hold as much of it as packed frequencies take; of the steps' 2 bytes LZMA leaves
-    1.6 at most. A skeleton's weights are taken to be Gaussian, as stand_in() says.
+    lane), which hold as much of it as packed frequencies take. LZMA leaves 0.6 at most of the 2
+    bytes of coarse_steps(), 1.6 of other steps, and 0.35 of a byte of measure_reaches(). A
+    skeleton's weights are taken to be Gaussian, as stand_in() says.
     """
     matrices = grid_limits(model)
     others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
     parts = dict.fromkeys(KINDS.values(), 0.0) | {"beside": OTHER_BYTES}
     parts["vectors"] = sum(p.numel() * np.dtype(float_type(name)).itemsize for name, p in others)
+    each = 0.6 if settings.quantizer in ("gptq", "round") else 1.6
+    counts = {}
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
-        p, kind = model.get_parameter(name), layer_kind(name)
+        p = model.get_parameter(name)
         scale = rows * columns
         if solvers and name in solvers:
             weight = spread_by_gptq(weight, scale, solvers[name][1], settings.trellis_states > 0)
         if settings.trellis_states:  # every second integer stands for what is half a step more
             weight = weight - scale * (torch.arange(weight.shape[1], device=scale.device) % 2) / 2
         integers = round_to_grid(weight, scale, limits)
-        bits = code_bits(settings, integers).mean(dtype=torch.float64)
-        coded = 1.001 * float(bits) / 8 * p.numel()
+        places = code_places(measure_reaches(settings, integers), integers)
+        counts[name] = count_values(places) * (p.numel() / weight.numel())
         steps = len(p) + (p.shape[1] if (columns != 1).any() else 0)
-        parts[kind] += 1.6 * steps + 4 * ANS_LANES + coded
+        parts[layer_kind(name)] += each * steps + 0.35 * settings.shared_tables * sum(p.shape)
+    for names in codes_of(settings, matrices):
+        bits = code_bits(sum(counts[name] for name in names))
+        for name in names:
+            coded = float((bits * counts[name]).sum()) / 8
+            parts[layer_kind(name)] += 1.001 * coded + 4 * ANS_LANES / len(names)
     return parts
 
 
@@ -3801,7 +3818,8 @@ def fit_sdclip(model, settings, target_bytes: float, solvers=None) -> float:
     need(finite, f"weights are no longer finite: {DIVERGED}")
     if settings.sdclip_k:
         return settings.sdclip_k
-    falling = np.linspace(SDCLIP_LEAST, settings.sdclip_most, SDCLIP_CHOICES)[::-1].tolist()
+    most, least = (int(SDCLIP_PARTS * k) for k in (settings.sdclip_most, SDCLIP_LEAST))
+    falling = [k / SDCLIP_PARTS for k in range(most, least - 1, -1)]
     size = partial(predict_bytes, model, settings, solvers=solvers)  # which rises as k falls
     return falling[max(1, bisect.bisect_right(falling, target_bytes, key=size)) - 1]
 
@@ -4130,18 +4148,22 @@ def choose_tables(reaches: Tensor, rows: int, columns: int) -> Tensor:
     return tables.clamp(0, TABLES - 1)
 
 
-def code_bits(settings, integers: Tensor) -> Tensor:
-    """The bits that integers (rows, columns) take by tables of this matrix alone, float32.
+def code_places(reaches: Tensor, integers: Tensor) -> Tensor:
+    """Of each integer 256 times its table's number and its byte, int32 (rows, columns)."""
+    tables = choose_tables(reaches, *integers.shape)
+    return 256 * tables + (integers.int() & 255)
 
-    A value that comes f times among a table's n takes log2(n / f) bits.
-    """
-    reaches = measure_reaches(settings, integers)
-    places = 256 * choose_tables(reaches, *integers.shape) + integers.int() + 128
+
+def count_values(places: Tensor) -> Tensor:
+    """How often values come in each table, float64 (TABLES, 256), by code_places()."""
     counts = torch.bincount(places.flatten(), minlength=256 * TABLES)
-    counts = counts.view(TABLES, 256)
-    totals = counts.sum(1, keepdim=True)
-    bits = (totals / counts).log2()
-    return bits.flatten()[places]
+    return counts.view(TABLES, 256).double()
+
+
+def code_bits(counts: Tensor) -> Tensor:
+    """The bits of a value that comes f times among its table's n: log2(n / f), as counts."""
+    counts = counts.clamp(min=1e-9)  # of those that never come any number will do
+    return (counts.sum(1, keepdim=True) / counts).log2()
 
 
 def codes_of(settings, names) -> list[list[str]]:
@@ -4149,13 +4171,12 @@ def codes_of(settings, names) -> list[list[str]]:
     return [list(names)] if settings.shared_tables else [[name] for name in names]
 
 
-def encode_integers(symbols: np.ndarray, tables: np.ndarray, count: int) -> tuple:
-    """Bytes (n,) by tables (n,) of 0 to count - 1 as frequencies, uint32 (count, 256); and code.
+def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Integers by their code_places() (n,) as frequencies, uint32 (count, 256), and code, uint16.
 
-    The code is uint16. States that a value would take beyond 32 bits first hand 16 of them to it,
+    States that a value would take beyond 32 bits first hand 16 of them to it,
     and in the end all states follow; it is turned round, as decoding begins with what came last.
     """
-    places = 256 * tables + symbols
     counts = np.bincount(places, minlength=256 * count).reshape(count, 256)
     # Of 65,536 slots each value's part, but one at least; the most frequent one gives what lacks.
     slots = 1 << ANS_BITS
@@ -4164,7 +4185,7 @@ def encode_integers(symbols: np.ndarray, tables: np.ndarray, count: int) -> tupl
     usual = counts.argmax(1)
     frequencies[np.arange(count), usual] += slots - frequencies.sum(1)
     starts = (frequencies.cumsum(1) - frequencies).ravel()
-    table = tables[-1]
+    table = places[-1] // 256
     padding = np.full(-len(places) % ANS_LANES, 256 * table + usual[table])
     places = np.append(places, padding)
     state = np.full(ANS_LANES, 1 << ANS_BITS)  # empty
@@ -4225,12 +4246,9 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
         record += [x.numpy() for x in reaches.values()]
     codes = []
     for names in codes_of(settings, integers):
-        symbols = [integers[name].flatten() for name in names]
-        tables = [choose_tables(reaches[name], *integers[name].shape).flatten() for name in names]
-        symbols = torch.cat(symbols).view(torch.uint8)
-        tables = torch.cat(tables)
+        places = [code_places(reaches[name], integers[name]).flatten() for name in names]
         count = TABLES if settings.shared_tables else 1
-        frequencies, words = encode_integers(symbols.numpy(), tables.numpy(), count)
+        frequencies, words = encode_integers(torch.cat(places).numpy(), count)
         record.append(frequencies)
         codes.append(words)
     record = b"".join(array.tobytes() for array in record)
@@ -4244,11 +4262,18 @@ def bytes_by_kind(model, stored: dict[str, Tensor], size: int) -> dict[str, int]
     By code_bits(); "rest" is all else.
     """
     found = collections.Counter()
-    for name, limits in grid_limits(model).items():
-        bits = code_bits(model.settings, stored[f"{name} integers"])
-        for limit in limits.unique().int().tolist():
-            total = bits[limits.squeeze(1) == limit].sum(dtype=torch.float64)
-            found[f"{layer_kind(name)}, int{limit.bit_length() + 1}"] += float(total) / 8
+    matrices = grid_limits(model)
+    for names in codes_of(model.settings, matrices):
+        places = {}
+        for name in names:
+            integers = stored[f"{name} integers"]
+            places[name] = code_places(measure_reaches(model.settings, integers), integers)
+        bits = code_bits(sum(map(count_values, places.values()))).flatten()
+        for name in names:
+            limits = matrices[name]
+            for limit in limits.unique().int().tolist():
+                total = bits[places[name][limits.squeeze(1) == limit]].sum()
+                found[f"{layer_kind(name)}, int{limit.bit_length() + 1}"] += float(total) / 8
     sizes = {kind: round(taken) for kind, taken in found.items()}
     return sizes | {"rest": size - sum(sizes.values())}
 

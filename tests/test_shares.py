@@ -179,7 +179,7 @@ def test_no_step_is_so_fine_that_its_grid_clips():
     stored = t.quantize_model(model, settings, SOLO, factors, 12.0)
     reach = t.INT8_MAX * stored[name][: len(weight), None].float()
     deviations = weight.square().mean(1, keepdim=True).sqrt()
-    assert relative(reach, 4 * deviations) < 1e-3
+    assert relative(reach, 4 * deviations) < 0.04  # steps are rounded within 6 %
     assert 80 < stored[f"{name} integers"].abs().max() <= t.INT8_MAX
     off = weight - stored[f"{name} integers"] * reach / t.INT8_MAX
     assert off.norm() < 0.03 * weight.norm()

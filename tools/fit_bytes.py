@@ -31,6 +31,7 @@ TINY = ROOT / "data" / "tiny"
 KINDS = tuple(t.KINDS.values())
 PRIOR_BITS = 0.02  # corrections of about this size are expected
 PRIOR_BYTES = 500.0
+FORMER_BYTES = 1.0  # that a row's step took more before there was t.coarse_steps()
 
 
 # ---- What is known -------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ class Finished(NamedTuple):
     name: str
     settings: t.Settings
     k: float
-    size: int  # bytes of the artifact
+    size: int  # bytes of the artifact, with steps as they are today
 
 
 def settings_of(values: dict) -> t.Settings:
@@ -71,8 +72,15 @@ def finished_runs() -> list[Finished]:
             trained = events["trained"]
             size = trained["bytes_total"] - trained["bytes_code"]
             settings = settings_of(events["settings"]["settings"])
+            if "shared_tables" not in events["settings"]["settings"]:  # which are as old
+                size -= round(FORMER_BYTES * count_rows(settings))
             runs.append(Finished(path.stem, settings, trained["sdclip_k"], size))
     return runs
+
+
+def count_rows(settings: t.Settings) -> int:
+    """Rows of all matrices, each of which has a step."""
+    return sum(map(len, t.grid_limits(t.model_skeleton(settings)).values()))
 
 
 def counts_of(model: t.Model) -> tuple[dict[str, int], int]:
