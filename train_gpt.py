@@ -3406,21 +3406,29 @@ class DocumentClock:
     pieces: int = 0
     tokens: int = 0  # of all pieces but the first two, whose times hold what compiling took
     seconds: float = 0.0  # that reading these took
+    latest: float = 0.0  # seconds of a batch's window, of the latest ones rather than of all
     given_up: dict = field(default_factory=dict)  # of a batch: documents that could not learn (on)
 
     def count(self, tokens: int, since: float):
         """Takes note of a piece of so many tokens, read since then."""
+        taken = synchronized_time() - since
         self.pieces += 1
         if self.pieces > 2:
             self.tokens += tokens
-            self.seconds += synchronized_time() - since
+            self.seconds += taken
+            self.latest = (self.latest + taken) / 2 if self.latest else taken
 
     def suffices(self, batch: DocumentBatch, begin: int, step: int) -> bool:
-        """Whether all from begin on, and a piece more, can be read by windows that move by step."""
-        rest = np.maximum(batch.lengths - begin, 0).sum() + step * batch.longer_than(begin)
-        tokens = float(self.later + rest) * self.settings.train_seq_len / step
-        needed = 1.2 * tokens * self.seconds / max(1, self.tokens)
-        return time.perf_counter() + needed < self.started + self.settings.eval_max_seconds
+        """Whether all from begin on, and a piece more, can be read by windows that move by step.
+
+        This batch's windows take as long as the latest, since few documents' take little less than
+        many's; those of batches to come by how many tokens they read.
+        """
+        windows = max(0, int(batch.lengths.max()) - begin) / step + 1
+        tokens = self.later * self.settings.train_seq_len / step
+        needed = windows * self.latest + tokens * self.seconds / max(1, self.tokens)
+        end = self.started + self.settings.eval_max_seconds
+        return time.perf_counter() + 1.2 * needed < end
 
     def least_new(self, batch: DocumentBatch, begin: int, branched: bool = True) -> int:
         """Targets that the next window from begin on has at least: 0 where it is learnt from."""
