@@ -231,7 +231,8 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, u
         for mine, other in zip(
             losses(tmp_path).values(), losses(undisturbed).values(), strict=True
         ):
-            assert mine == pytest.approx(other, rel=2e-5)
+            # Weights on their grids: a last bit may move a row's step by an eighth.
+            assert mine == pytest.approx(other, rel=1e-4)
     assert artifacts[0] == artifacts[1]
 
 
