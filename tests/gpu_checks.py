@@ -572,6 +572,23 @@ def float8_results(function, x: torch.Tensor, weights: list, d_y: torch.Tensor) 
     return {"y": y} | dict(zip(names, gradients, strict=True))
 
 
+def check_float8_mlp(turn: bool, x, weights: list, d_y, exact: dict) -> None:
+    """One layer's, with the gradients of weights in 8 bits or not."""
+    title = f"8-bit MLP{' and its weights' * turn}, {len(x):,} rows"
+
+    def results(operator) -> dict:
+        return float8_results(lambda *a: operator(*a, turn)[0], x, weights, d_y)
+
+    found, again = results(t.float8_mlp), results(t.float8_mlp)
+    slow = results(float8_products.float8_mlp)
+    off = {name: relative(y, slow[name]) for name, y in found.items()}
+    check_errors(f"{title}, beside its roundings", off, BF16_TOLERANCE)
+    different = sum(not torch.equal(y, again[name]) for name, y in found.items())
+    check(f"{title}: results whose bits differ in a second run", different, 0)
+    for name, y in found.items():
+        check(f"{title}, unrounded: {name}", relative(y, exact[name]), 0.1)
+
+
 def check_float8() -> None:
     """Products of 8-bit floats beside their reference, which rounds alike: sums in another order
     end on the other side of a limit now and then. And beside unrounded ones: 2.6 % a rounding, of
@@ -586,21 +603,14 @@ def check_float8() -> None:
         x, d_y = (normal(2, rows, 512) * normal(2, rows, 1).exp()).bfloat16()
         size = weights[0].square().mean().sqrt() / 4  # of up, beside its 8-bit floats
         usual = 4 * 512**0.5 * size
-        fused = functools.partial(float8_results, lambda *a: t.float8_mlp(*a)[0], x, weights, d_y)
-        found, again = fused(), fused()
-        slow = float8_results(lambda *a: float8_products.float8_mlp(*a)[0], x, weights, d_y)
-        off = {name: relative(y, slow[name]) for name, y in found.items()}
-        check_errors(f"8-bit MLP beside its roundings, {rows:,} rows", off, BF16_TOLERANCE)
-        different = sum(not torch.equal(y, again[name]) for name, y in found.items())
-        check(f"8-bit MLP, {rows:,} rows: results whose bits differ in a second run", different, 0)
 
         def unrounded(x, x8, factor, up, down, usual=usual, size=size):
             hidden = torch.nn.functional.leaky_relu((factor.unsqueeze(1) * x) @ up.mT, 0.5)
             return hidden.square() @ down.mT * (size / (4 * usual**2))
 
         exact = float8_results(unrounded, x.float(), weights, d_y)
-        for name, y in found.items():
-            check(f"8-bit MLP unrounded, {rows:,} rows: {name}", relative(y, exact[name]), 0.1)
+        for turn in (False, True):
+            check_float8_mlp(turn, x, weights, d_y, exact)
     in_proj = normal(2240, 512) / 512**0.5
     u = t.norm(x)
     found = t.float8_linear(u.unsqueeze(0), in_proj)[0]
@@ -623,16 +633,19 @@ def check_float8_model() -> None:
     tokens = torch.randint(2, 1024, (8, settings.train_seq_len + 1), device=DEVICE)
     compiled = t.maybe_compile(model.loss, settings, ALONE)
     losses, gradients = [], []
-    for products in ("none", settings.float8_products):
+    for products in ("none", settings.float8_products, settings.float8_products + ",gradients"):
         loss = compiled(tokens[:, :-1], tokens[:, 1:], model.order(True), products)
         losses.append(loss.detach())
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    check("8-bit products, a small model: loss", relative(*reversed(losses)), 5e-3)
-    flat = [torch.cat([x.flatten().float() for x in each]) for each in gradients]
-    check("8-bit products, a small model: all gradients", relative(*reversed(flat)), 0.2)
-    pairs = zip(model.named_parameters(), *gradients, strict=True)
-    worst = max((relative(y, x), name) for (name, _), x, y in pairs if x.norm() > 1e-6)
-    check(f"8-bit products, a small model: worst gradient ({worst[1]})", worst[0], 0.4)
+        if products == "none":
+            continue
+        title = f"8-bit products ({products}), a small model"
+        check(f"{title}: loss", relative(losses[-1], losses[0]), 5e-3)
+        flat = [torch.cat([x.flatten().float() for x in each]) for each in gradients]
+        check(f"{title}: all gradients", relative(flat[-1], flat[0]), 0.2)
+        pairs = zip(model.named_parameters(), gradients[0], gradients[-1], strict=True)
+        worst = max((relative(y, x), name) for (name, _), x, y in pairs if x.norm() > 1e-6)
+        check(f"{title}: worst gradient ({worst[1]})", worst[0], 0.4)
 
 
 def model_settings(**overrides) -> t.Settings:
