@@ -7666,6 +7666,17 @@ def turn_rows(x8, d_y8, size, mean, x_turned, d_turned, length, padded, S: const
     turn_tile(d_y8, d_turned, tokens, places, columns, scale, length, padded, S)
 
 
+def launch_turn_rows(x8: Tensor, d_y8: Tensor, size: Tensor, mean: Tensor) -> list[Tensor]:
+    """x8 and d_y8 (T, width) transposed, turned_like(), of sizes (T,) and mean (), float32."""
+    turned = [turned_like(x8), turned_like(d_y8)]
+    sizes = TurnSizes(x8.shape[1], FLOAT8_TILES["mlp_forward"][0])
+    padded = turned[0].shape[1]
+    named = {"x8": x8, "d_y8": d_y8, "size": size, "mean": mean, "length": len(x8)}
+    named |= {"x_turned": turned[0], "d_turned": turned[1], "padded": padded, "S": sizes}
+    launch(turn_rows, (padded // sizes.ROWS, sizes.WIDTH // int(SIDE)), named)
+    return turned
+
+
 PartSizes = collections.namedtuple("PartSizes", "ROWS COLUMNS TERMS M N STEP")  # S below
 
 
@@ -7719,13 +7730,7 @@ def float8_turned_products(
     """Of d_v8 and f8 transposed, x8 and d_y8 (T, width), sizes (T,) and mean (), float32: the sums
     of the equation above but for c, up's (HIDDEN, width) and down's (width, HIDDEN).
     """
-    x_turned = turned_like(x8)
-    d_turned = turned_like(d_y8)
-    sizes = TurnSizes(x8.shape[1], FLOAT8_TILES["mlp_forward"][0])
-    padded = x_turned.shape[1]
-    named = {"x8": x8, "d_y8": d_y8, "size": size, "mean": mean, "length": len(x8)}
-    named |= {"x_turned": x_turned, "d_turned": d_turned, "padded": padded, "S": sizes}
-    launch(turn_rows, (padded // sizes.ROWS, sizes.WIDTH // int(SIDE)), named)
+    x_turned, d_turned = launch_turn_rows(x8, d_y8, size, mean)
     return [sum_in_parts(d_v, x_turned).sum(0), sum_in_parts(d_turned, active).sum(0)]
 
 

@@ -84,6 +84,18 @@ def turned_product(a8: Tensor, b8: Tensor, size: Tensor) -> Tensor:
     return scale * (a8.float().mT @ rounded)
 
 
+def turned(x8: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Rows x8 (T, N), by scale (T,), transposed as train_gpt.turned_like() says: of 16 the first,
+    the ninth, the second, the tenth, ...; zeros behind them.
+    """
+    rows = x8.float()
+    if scale is not None:
+        rows = scale.unsqueeze(1) * rows
+    rows = F.pad(rows, (0, 0, 0, t.padded_rows(len(x8)) - len(x8)))
+    pairs = rows.view(-1, 2, 8, x8.shape[1]).permute(3, 0, 2, 1)
+    return pairs.reshape(x8.shape[1], -1).to(x8.dtype)
+
+
 def float8_mlp(
     x: Tensor, x8: Tensor, factor: Tensor, up: Tensor, down: Tensor, turn: bool
 ) -> list[Tensor]:

@@ -135,6 +135,25 @@ def test_sizes_that_multiply_again_are_powers_of_two():
 
 
 @interpreted
+@pytest.mark.parametrize("rows", [32, 45])
+def test_what_is_stored_transposed_is_what_other_products_read(monkeypatch, rows):
+    """In one order of tokens, whoever transposes it."""
+    case = random_case(rows, 64, 256)
+    x8, factor = t.float8_norm(case[0][0])
+    _, active, _, active8, *_ = t.float8_mlp(case[0][0], x8, factor, *case[1:3], False)
+    _, active_turned, *others = t.float8_mlp(case[0][0], x8, factor, *case[1:3], True)
+    assert torch.equal(active_turned, reference.turned(active8))
+    factors = []  # of products; the first is that with down's transposed
+    monkeypatch.setattr(t, "scaled_product", lambda *given: factors.append(given[0]) or given[0])
+    d_y8, size = t.float8_gradient(case[3][0], True)
+    d_v, _ = t.float8_mlp_backward(d_y8, factor, [active_turned, *others], True)
+    assert torch.equal(d_v, reference.turned(factors[0]))
+    mean = t.power_above(size.square().mean().sqrt())
+    for rows8, found in zip((x8, d_y8), t.launch_turn_rows(x8, d_y8, size, mean), strict=True):
+        assert torch.equal(found, reference.turned(rows8, size / (256 * mean)))
+
+
+@interpreted
 @pytest.mark.parametrize("bad", ["x", "d_y"])
 def test_a_nan_reaches_the_gradients_of_weights(bad):
     case = random_case(32, 64, 256)
