@@ -7703,24 +7703,35 @@ def sum_part(a, b, sums, S: constexpr):
     tl.store(sums + rows * S.COLUMNS + columns, total, inside)
 
 
-def sum_in_parts(a8: Tensor, b8: Tensor) -> Tensor:
-    """a8 b8^T (parts, M, N) float32, of a8 (M, T) and b8 (N, T), in as many parts as programs have
-    room for at once on a GPU.
+def part_sizes(a8: Tensor, b8: Tensor) -> tuple[PartSizes, int, int]:
+    """For a8 b8^T of a8 (M, T) and b8 (N, T) sum_part's S, the tiles of a part, and the parts: as
+    many as a GPU has room for at once.
     """
-    rows, columns, step, stages = PART_TILE
+    rows, columns, step, _ = PART_TILE
     tiles = triton.cdiv(len(a8), rows) * triton.cdiv(len(b8), columns)
     places = 4 * tiles
-    if a8.is_cuda:
+    if a8.device.type == "cuda":
         places = torch.cuda.get_device_properties(a8.device).multi_processor_count
     steps = triton.cdiv(a8.shape[1], step)
     parts = min(max(places // tiles, 1), steps)
     terms = step * triton.cdiv(steps, parts)
-    sizes = PartSizes(len(a8), len(b8), terms, rows, columns, step)
-    sums = a8.new_empty(parts, len(a8), len(b8), dtype=torch.float32)
-    named = {"a": TensorDescriptor.from_tensor(a8, [rows, step]), "sums": sums, "S": sizes}
-    named["b"] = TensorDescriptor.from_tensor(b8, [columns, step])
-    launch(sum_part, (tiles, parts), named, warps=8, stages=stages)
+    return PartSizes(len(a8), len(b8), terms, rows, columns, step), tiles, parts
+
+
+def sum_in_parts(a8: Tensor, b8: Tensor) -> Tensor:
+    """a8 b8^T (parts, M, N) float32, of a8 (M, T) and b8 (N, T): part_sizes()."""
+    sizes, tiles, parts = part_sizes(a8, b8)
+    sums = sum_in_parts_fake(a8, b8)
+    named = {"a": TensorDescriptor.from_tensor(a8, [sizes.M, sizes.STEP]), "sums": sums, "S": sizes}
+    named["b"] = TensorDescriptor.from_tensor(b8, [sizes.N, sizes.STEP])
+    launch(sum_part, (tiles, parts), named, warps=8, stages=PART_TILE[3])
     return sums
+
+
+def sum_in_parts_fake(a8: Tensor, b8: Tensor) -> Tensor:
+    """sum_in_parts()'s output, without its values."""
+    _, _, parts = part_sizes(a8, b8)
+    return a8.new_empty(parts, len(a8), len(b8), dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{OPERATORS}::float8_turned_products", mutates_args=())
@@ -7728,26 +7739,26 @@ def float8_turned_products(
     x8: Tensor, d_y8: Tensor, size: Tensor, mean: Tensor, d_v: Tensor, active: Tensor
 ) -> list[Tensor]:
     """Of d_v8 and f8 transposed, x8 and d_y8 (T, width), sizes (T,) and mean (), float32: the sums
-    of the equation above but for c, up's (HIDDEN, width) and down's (width, HIDDEN).
+    of the equation above but for c, in parts, up's (parts, HIDDEN, width) and down's (parts, width,
+    HIDDEN).
     """
     x_turned, d_turned = launch_turn_rows(x8, d_y8, size, mean)
-    return [sum_in_parts(d_v, x_turned).sum(0), sum_in_parts(d_turned, active).sum(0)]
+    return [sum_in_parts(d_v, x_turned), sum_in_parts(d_turned, active)]
 
 
 @float8_turned_products.register_fake
 def float8_turned_products_fake(x8, d_y8, size, mean, d_v, active) -> list[Tensor]:
     """float8_turned_products()'s outputs, without their values."""
-    shape = len(d_v), x8.shape[1]
-    return [size.new_empty(shape), size.new_empty(shape[::-1])]
+    return [sum_in_parts_fake(d_v, turned_like(x8)), sum_in_parts_fake(turned_like(d_y8), active)]
 
 
 def float8_weight_gradients(x8, d_y8, size, d_v, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
     """d_up and d_down of float8_mlp()'s y, float32, of what backward has at hand."""
     mean = power_above(size.square().mean().sqrt())
-    d_up, d_down = float8_turned_products(x8, d_y8, size, mean, d_v, kept[0])
+    up_parts, down_parts = float8_turned_products(x8, d_y8, size, mean, d_v, kept[0])
     scale = int(TURN_SCALE) * mean
-    d_up = d_up * (0.25 * scale * kept[-1][0, 0])
-    d_down = d_down * (scale * kept[-4][0, 0])
+    d_up = up_parts.sum(0) * (0.25 * scale * kept[-1][0, 0])
+    d_down = down_parts.sum(0) * (scale * kept[-4][0, 0])
     return d_up, d_down
 
 
