@@ -7646,24 +7646,37 @@ TurnSizes = collections.namedtuple("TurnSizes", "WIDTH ROWS")  # S below
 
 
 @jit
-def turn_tile(x8, to, tokens, places, columns, scale, length, padded, S: constexpr):
-    """Rows of x8, each by its scale, to the columns of `to`, (WIDTH, padded)."""
-    place = x8 + tokens.to(tl.int64)[:, None] * S.WIDTH + columns[None, :]
-    x = tl.load(place, tokens[:, None] < length, 0.0).to(tl.float32) * scale[:, None]
-    place = to + columns.to(tl.int64)[None, :] * padded + places[:, None]
-    tl.store(place, x.to(to.dtype.element_ty))
+def turn_tile(x8, to, tokens, columns, places, scales, length, padded, S: constexpr):
+    """Rows of x8 and those 8 behind, by their scales, to places of to's rows (WIDTH, padded)."""
+    scale, behind = scales
+    rows = tokens.to(tl.int64)[:, None]
+    place = x8 + rows * S.WIDTH + columns
+    first = load_float(place, rows < length) * scale[:, None]
+    second = load_float(place + 8 * S.WIDTH, rows + 8 < length) * behind[:, None]
+    place = to + columns.to(tl.int64) * (padded // 2) + places[:, None]
+    if FAST:
+        tl.store(place, pack(first, second))
+    else:
+        place += columns.to(tl.int64) * (padded // 2) + places[:, None]
+        tl.store(place, first)
+        tl.store(place + 1, second)
 
 
 @jit
 def turn_rows(x8, d_y8, size, mean, x_turned, d_turned, length, padded, S: constexpr):
-    """x8 and d_y8 transposed, rows by size / (TURN_SCALE mean), ordered as store_pairs() does."""
-    places = tl.program_id(0) * S.ROWS + tl.arange(0, S.ROWS)
-    pairs = places % 16
-    tokens = places - pairs + pairs % 2 * 8 + pairs // 2
-    columns = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
-    scale = tl.load(size + tokens, tokens < length, 0.0) / (TURN_SCALE * tl.load(mean))
-    turn_tile(x8, x_turned, tokens, places, columns, scale, length, padded, S)
-    turn_tile(d_y8, d_turned, tokens, places, columns, scale, length, padded, S)
+    """x8 and d_y8 transposed, rows by size / (TURN_SCALE mean), ordered as store_pairs() does.
+
+    x_turned and d_turned are of int16, two numbers each; of float32 where nothing is rounded.
+    """
+    pairs = tl.program_id(0) * (S.ROWS // 2) + tl.arange(0, S.ROWS // 2)
+    tokens = pairs + pairs // 8 * 8
+    columns = tl.program_id(1) * SIDE + column_indices(SIDE)
+    total = TURN_SCALE * tl.load(mean)
+    scale = tl.load(size + tokens, tokens < length, 0.0) / total
+    behind = tl.load(size + tokens + 8, tokens + 8 < length, 0.0) / total
+    scales = scale, behind
+    turn_tile(x8, x_turned, tokens, columns, pairs, scales, length, padded, S)
+    turn_tile(d_y8, d_turned, tokens, columns, pairs, scales, length, padded, S)
 
 
 def launch_turn_rows(x8: Tensor, d_y8: Tensor, size: Tensor, mean: Tensor) -> list[Tensor]:
@@ -7672,7 +7685,8 @@ def launch_turn_rows(x8: Tensor, d_y8: Tensor, size: Tensor, mean: Tensor) -> li
     sizes = TurnSizes(x8.shape[1], FLOAT8_TILES["mlp_forward"][0])
     padded = turned[0].shape[1]
     named = {"x8": x8, "d_y8": d_y8, "size": size, "mean": mean, "length": len(x8)}
-    named |= {"x_turned": turned[0], "d_turned": turned[1], "padded": padded, "S": sizes}
+    pairs = [x.view(torch.int16) if x.dtype == FLOAT8 else x for x in turned]
+    named |= {"x_turned": pairs[0], "d_turned": pairs[1], "padded": padded, "S": sizes}
     launch(turn_rows, (padded // sizes.ROWS, sizes.WIDTH // int(SIDE)), named)
     return turned
 

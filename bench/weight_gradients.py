@@ -288,6 +288,14 @@ def time_kernels(report: Report, case: Case, steps: Steps) -> None:
     report.time("x8 and d_y8 transposed", functools.partial(t.launch_turn_rows, *given))
 
 
+def further_apart(x8: Tensor) -> Tensor:
+    """The same with rows that do not begin at multiples of a large power of two, whose lines might
+    meet in the same banks of memory.
+    """
+    wider = x8.new_empty(len(x8), x8.shape[1] + 128)[:, : x8.shape[1]]
+    return wider.copy_(x8)
+
+
 def time_sums(report: Report, name: str, a8: Tensor, b8: Tensor) -> None:
     """A sum over tokens by each of the tilings and by cuBLAS."""
     usual = t.PART_TILE
@@ -295,6 +303,8 @@ def time_sums(report: Report, name: str, a8: Tensor, b8: Tensor) -> None:
         t.PART_TILE = tile
         report.time(f"{name} in parts, {tile}", lambda: t.sum_in_parts(a8, b8).sum(0))
     t.PART_TILE = usual
+    apart = [further_apart(x8) for x8 in (a8, b8)]
+    report.time(f"{name} in parts, rows further apart", lambda: t.sum_in_parts(*apart).sum(0))
     one = torch.ones((), device=DEVICE)
     for kind, fast in (("fast", True), ("exact", False)):
         report.time(f"{name} by cuBLAS, {kind}", functools.partial(cublas, a8, b8, one, fast))

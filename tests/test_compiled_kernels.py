@@ -130,6 +130,7 @@ def test_sums_over_tokens_stay_in_registers(kernels):
 
 def test_no_kernel_has_8_bit_floats_that_ptxas_spoils(kernels):
     assert not any(line["spoiled"] for line in kernels.values())
+    assert not any(line["merged"] for line in kernels.values())
 
 
 def test_spoiled_pairs_are_found():
