@@ -205,11 +205,15 @@ def check_sums(report: Report, a8: Tensor, b8: Tensor) -> None:
     report.tell("tokens that are summed", a8.shape[1])
     wanted = a8.float() @ b8.float().mT
     one = torch.ones((), device=DEVICE)
-    for name, found in (
-        ("parts", t.sum_in_parts(a8, b8).sum(0)),
-        ("cuBLAS, fast", cublas(a8, b8, one, True)),
-        ("cuBLAS, exact", cublas(a8, b8, one, False)),
-    ):
+    ways = {"parts": lambda: t.sum_in_parts(a8, b8).sum(0)}
+    for kind, fast in (("fast", True), ("exact", False)):
+        ways[f"cuBLAS, {kind}"] = functools.partial(cublas, a8, b8, one, fast)
+    for name, way in ways.items():
+        try:
+            found = way()
+        except RuntimeError as error:  # of cuBLAS, which need not have such a product
+            report.tell(f"d_up by {name}", str(error).splitlines()[0][:200])
+            continue
         report.check(f"d_up by {name}: error", relative(found, wanted), 0.02)
         short = 1 - (found.double() * wanted).sum() / wanted.double().square().sum()
         report.check(f"d_up by {name}: too small by", abs(float(short)), 0.02)
