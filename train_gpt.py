@@ -7615,6 +7615,11 @@ def padded_rows(length: int) -> int:
     return math.ceil(length / tile) * tile
 
 
+def mean_size(size: Tensor) -> Tensor:
+    """The power of two above the root mean square of rows' sizes, which may all be tiny, ()."""
+    return power_above(size.square().mean().sqrt().clamp(min=1e-18))
+
+
 def turned_like(x8: Tensor) -> Tensor:
     """For rows x8 (T, N) transposed, (N, padded_rows()), as store_pairs() orders them."""
     return x8.new_empty(x8.shape[1], padded_rows(len(x8)))
@@ -7768,7 +7773,7 @@ def float8_turned_products_fake(x8, d_y8, size, mean, d_v, active) -> list[Tenso
 
 def float8_weight_gradients(x8, d_y8, size, d_v, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
     """d_up and d_down of float8_mlp()'s y, float32, of what backward has at hand."""
-    mean = power_above(size.square().mean().sqrt())
+    mean = mean_size(size)
     up_parts, down_parts = float8_turned_products(x8, d_y8, size, mean, d_v, kept[0])
     scale = int(TURN_SCALE) * mean
     d_up = up_parts.sum(0) * (0.25 * scale * kept[-1][0, 0])

@@ -172,11 +172,6 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-def mean_size(size: Tensor) -> Tensor:
-    """Of rows' sizes the one that float8_weight_gradients() divides by."""
-    return t.power_above(size.square().mean().sqrt())
-
-
 def check_stored(report: Report, case: Case) -> Steps:
     """Both copies of what is stored twice; returns what the kernels made."""
     rows = len(case.x)
@@ -192,7 +187,7 @@ def check_stored(report: Report, case: Case) -> Steps:
     usual = plain.d_v8.float() * plain.size.unsqueeze(1)
     found = steps.d_v8.float() * steps.size.unsqueeze(1)
     report.check(f"{rows:,} rows: d_v8 beside the usual kernel's", relative(found, usual), 0.1)
-    mean = mean_size(steps.size)
+    mean = t.mean_size(steps.size)
     turned = t.launch_turn_rows(steps.x8, steps.d_y8, steps.size, mean)
     for name, x8, found in zip(("x8", "d_y8"), (steps.x8, steps.d_y8), turned, strict=True):
         wanted = reference.turned(x8, steps.size / (int(t.TURN_SCALE) * mean))
@@ -287,8 +282,8 @@ def time_kernels(report: Report, case: Case, steps: Steps) -> None:
     d_v = usual.d_v
     report.time("d_up by bfloat16", lambda: d_v.mT @ case.x)
     report.time("d_down by bfloat16", lambda: case.d_y.mT @ usual.kept[0])
-    report.time("sizes of rows and their mean", lambda: mean_size(steps.size))
-    given = steps.x8, steps.d_y8, steps.size, mean_size(steps.size)
+    report.time("sizes of rows and their mean", lambda: t.mean_size(steps.size))
+    given = steps.x8, steps.d_y8, steps.size, t.mean_size(steps.size)
     report.time("x8 and d_y8 transposed", functools.partial(t.launch_turn_rows, *given))
 
 
@@ -343,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_stored(report, random_case(1000))  # the last tile has a rest
     case = random_case(given.rows)
     steps = check_stored(report, case)
-    turned = t.launch_turn_rows(steps.x8, steps.d_y8, steps.size, mean_size(steps.size))
+    turned = t.launch_turn_rows(steps.x8, steps.d_y8, steps.size, t.mean_size(steps.size))
     check_sums(report, steps.d_v, turned[0])
     check_gradients(report, case)
     time_kernels(report, case, steps)

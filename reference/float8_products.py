@@ -77,7 +77,7 @@ class Float8MLP(torch.autograd.Function):
 
 def turned_product(a8: Tensor, b8: Tensor, size: Tensor) -> Tensor:
     """The sum over rows of a8^T (size b8), where a row of size b8 is rounded again, float32."""
-    scale = int(t.TURN_SCALE) * t.power_above(size.square().mean().sqrt())
+    scale = int(t.TURN_SCALE) * t.mean_size(size)
     # Powers of two: only what becomes very small is rounded.
     rows = (size / scale).unsqueeze(1) * b8.float()
     rounded = rows.to(b8.dtype).float()

@@ -1203,7 +1203,7 @@ def parts() -> dict[str, Part]:
         "documents-adapting": Part(call(check_documents, True), 80, "documents that adapt"),
         "optimizer": Part(check_optimizer, 20, "Newton-Schulz steps against float64"),
         "mlp": Part(check_mlp, 30, "the MLP's kernels against its formula"),
-        "float8": Part(check_float8, 60, "products of 8-bit floats against their reference"),
+        "float8": Part(check_float8, 90, "products of 8-bit floats against their reference"),
         "model-default": Part(check_model, 50, "a compiled model against float32 on the CPU"),
         "model-documents": Part(call(check_model, document_reset=1), 50, "documents apart"),
         "model-mamba2": Part(call(check_model, **second), 60, "the same of Mamba-2"),

@@ -148,7 +148,7 @@ def test_what_is_stored_transposed_is_what_other_products_read(monkeypatch, rows
     d_y8, size = t.float8_gradient(case[3][0], True)
     d_v, _ = t.float8_mlp_backward(d_y8, factor, [active_turned, *others], True)
     assert torch.equal(d_v, reference.turned(factors[0]))
-    mean = t.power_above(size.square().mean().sqrt())
+    mean = t.mean_size(size)
     for rows8, found in zip((x8, d_y8), t.launch_turn_rows(x8, d_y8, size, mean), strict=True):
         assert torch.equal(found, reference.turned(rows8, size / (256 * mean)))
 
@@ -161,6 +161,15 @@ def test_a_nan_reaches_the_gradients_of_weights(bad):
     _, _, d_up, d_down = outcomes(turned, case)
     assert d_up.isnan().any()
     assert d_down.isnan().any()
+
+
+@interpreted
+def test_gradients_of_zero_stay_zero():
+    """Whose sizes' squares are too small for float32."""
+    case = random_case(32, 64, 256)
+    case[3].zero_()
+    for gradient in outcomes(turned, case)[1:]:
+        assert not gradient.any()
 
 
 @interpreted

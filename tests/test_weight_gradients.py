@@ -25,7 +25,7 @@ def test_all_checks_pass(small, capsys):
     report = bench.Report(None)
     case = bench.random_case(40)
     steps = bench.check_stored(report, case)
-    given = steps.x8, steps.d_y8, steps.size, bench.mean_size(steps.size)
+    given = steps.x8, steps.d_y8, steps.size, t.mean_size(steps.size)
     bench.check_sums(report, steps.d_v, t.launch_turn_rows(*given)[0])
     bench.check_gradients(report, case)
     assert report.failures == 0
