@@ -252,7 +252,11 @@ class Settings:
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
     adam_eps: float = env(1e-8, "Adam; of vectors and scales at least 1e-6", "size", ABOVE_0)
-    float8_products: str = env("auto", "8-bit ones, on H100", "auto|none|mlp|in_proj|mlp,in_proj")
+    float8_products: str = env(
+        "auto",
+        "8-bit ones, on H100",
+        "auto|none|mlp|in_proj|mlp,in_proj|mlp,gradients|mlp,in_proj,gradients",
+    )
     grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
@@ -7086,26 +7090,32 @@ def store_pairs(first, second, plain, turned, row, column):
     ptxas would spoil them, see round_tile().
     """
     blocks: constexpr = first.shape[0]
+    rows: constexpr = 16 * blocks
     columns: constexpr = first.shape[2]
+    half: constexpr = columns // 2
     if FAST:
-        left, right = first.reshape(blocks, 8, columns // 2, 2).split()
+        left, right = first.reshape(blocks, 8, half, 2).split()
         upper = pack(left, right)
-        left, right = second.reshape(blocks, 8, columns // 2, 2).split()
-        both = tl.join(upper, pack(left, right)).permute(0, 3, 1, 2)
-        plain.store([row, column // 2], both.reshape(16 * blocks, columns // 2))
-        both = pack(first, second).reshape(8 * blocks, columns)
+        left, right = second.reshape(blocks, 8, half, 2).split()
+        lower = pack(left, right)
+        both = tl.join(upper, lower).permute(0, 3, 1, 2)
+        plain.store([row, column // 2], both.reshape(rows, half))
+        both = pack(first, second).reshape(rows // 2, columns)
         turned.store([column, row // 2], both.trans())
     else:
         both = tl.join(first, second)
-        plain.store([row, column], both.permute(0, 3, 1, 2).reshape(16 * blocks, columns))
-        turned.store([column, row], both.permute(2, 0, 1, 3).reshape(columns, 16 * blocks))
+        stacked = both.permute(0, 3, 1, 2)
+        plain.store([row, column], stacked.reshape(rows, columns))
+        stacked = both.permute(2, 0, 1, 3)
+        turned.store([column, row], stacked.reshape(columns, rows))
 
 
 @jit
 def load_pairs(turned, row, column, S: constexpr):
     """The row_pairs(), float32, of a tile (M, N) that store_pairs() stored transposed."""
     if FAST:
-        both = turned.load([column, row // 2]).trans().reshape(S.M // 16, 8, S.N)
+        both = turned.load([column, row // 2]).trans()
+        both = both.reshape(S.M // 16, 8, S.N)
         code: constexpr = "cvt.rn.f16x2.e4m3x2 $0, $1;"
         both = tl.inline_asm_elementwise(code, "=r,h", [both], tl.int32, True, 1)
         first = both.to(tl.int16).to(tl.float16, bitcast=True)  # what 8 bits hold, 16 do
@@ -7332,7 +7342,8 @@ fused_mlp.register_autograd(
 # above 42 USUAL, but was at most 10.7, d_v8 48. As f is of second degree, v's factors leave it
 # squared. Each q() is off by 2.6 % (rms), f', by f8 and signs, by half of that; sums of 8-bit
 # products have fewer bits than float32. Gradients of weights, d_v x^T and d_y f^T, and of in_proj's
-# input are bfloat16 products of what q() did not round. Interpreted, in float32, it rounds nothing.
+# input are bfloat16 products of what q() did not round (the former but for FLOAT8_PRODUCTS that has
+# gradients, the next chapter). Interpreted, in float32, it rounds nothing.
 FLOAT8 = torch.float8_e4m3fn
 MOST_FLOAT8 = 448.0
 WEIGHT_SIZE = 4.0
@@ -7368,7 +7379,7 @@ def why_not_float8(model, products: str, device: torch.device) -> str:
     has_kernels = triton and device.type == "cuda" and kernel_limits(device)[0] == 90
     if not has_kernels or model.compute_dtype != torch.bfloat16:
         return "needs an H100 or H200, triton and PRECISION=bfloat16"
-    for part in products.split(","):
+    for part in products.removesuffix(",gradients").split(","):
         sizes = {n: x.weight.shape for n, x in model.linear_layers().items() if f".{part}." in n}
         if not sizes:
             return f"finds no {part} in these layers"
@@ -7658,13 +7669,12 @@ def turn_tile(x8, to, tokens, columns, places, scales, length, padded, S: conste
     place = x8 + rows * S.WIDTH + columns
     first = load_float(place, rows < length) * scale[:, None]
     second = load_float(place + 8 * S.WIDTH, rows + 8 < length) * behind[:, None]
-    place = to + columns.to(tl.int64) * (padded // 2) + places[:, None]
+    pairs = columns.to(tl.int64) * (padded // 2) + places[:, None]
     if FAST:
-        tl.store(place, pack(first, second))
+        tl.store(to + pairs, pack(first, second))
     else:
-        place += columns.to(tl.int64) * (padded // 2) + places[:, None]
-        tl.store(place, first)
-        tl.store(place + 1, second)
+        tl.store(to + 2 * pairs, first)
+        tl.store(to + 2 * pairs + 1, second)
 
 
 @jit

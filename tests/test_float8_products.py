@@ -342,6 +342,7 @@ def test_where_they_cannot_run_one_line_says_so(monkeypatch):
     assert "bfloat16" in t.why_not_float8(model, "mlp", gpu)
     model.compute_dtype = torch.bfloat16
     assert t.why_not_float8(model, "mlp,in_proj", gpu) == ""
+    assert t.why_not_float8(model, "mlp,in_proj,gradients", gpu) == ""
     narrow = random_model(dataclasses.replace(settings, mlp_mult=3.0))
     narrow.compute_dtype = torch.bfloat16
     assert t.why_not_float8(narrow, "in_proj", gpu) == ""

@@ -1,4 +1,8 @@
-"""What bench.weight_gradients checks: it holds where kernels are interpreted, and can fail."""
+"""What bench.weight_gradients checks: it holds where kernels are interpreted, and can fail. And the
+idea that has a run compute them.
+"""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +10,7 @@ import torch
 import train_gpt as t
 from bench import weight_gradients as bench
 from tests.support import CPU, interpreted
+from tools.ideas import eight_bit_weight_gradients as idea
 
 
 @pytest.fixture
@@ -51,6 +56,22 @@ def test_a_copy_that_differs_is_seen(small, monkeypatch):
     assert [name for name in report.found if "FAILED" in name] == [
         "FAILED 16 rows: x8 transposed (at most 0)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("usual", "wanted"),
+    [
+        ("mlp,in_proj", "mlp,in_proj,gradients"),
+        ("mlp,gradients", "mlp,gradients"),
+        ("in_proj", "in_proj"),
+        ("none", "none"),
+    ],
+)
+def test_the_idea_adds_them_where_the_mlp_has_8_bits(usual, wanted):
+    script = SimpleNamespace(choose_float8=lambda *_: usual, EVERY_FLOAT8=t.EVERY_FLOAT8)
+    idea.install(script)
+    assert script.choose_float8(None, None, CPU, "before") == wanted
+    assert script.EVERY_FLOAT8 == "mlp,in_proj,gradients"
 
 
 def test_without_such_a_gpu_one_line_says_so():

@@ -11,11 +11,12 @@ def install(script) -> None:
     """Changes what train_gpt.py's FLOAT8_PRODUCTS=auto means."""
     usual = script.choose_float8
 
-    def choose_float8(model, settings, device) -> str:
+    def choose_float8(*given) -> str:
         """The usual products and, with the MLP's, the gradients of its weights."""
-        products = usual(model, settings, device)
+        products = usual(*given)
         if "mlp" in products and "gradients" not in products:
             products += ",gradients"
         return products
 
     script.choose_float8 = choose_float8
+    script.EVERY_FLOAT8 += ",gradients"  # as a run's log says
