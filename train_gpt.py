@@ -1039,18 +1039,21 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
     """Yields (shard, first token) of windows of seq_len + 1 tokens, for ever.
 
     Each epoch visits every window of every shard once, one shard after the other, to keep reads
-    local. Windows start at another phase each time, so that a token does not keep its place.
+    local. Windows start at another phase each time, so that a token does not keep its place. Shards
+    keep their order: what is read again soon is remembered, and teaches little.
     Raises UserError if no shard of these lengths holds a window.
     """
     long = max(lengths) > seq_len
     need(long, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
+    order = []
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
-        for shard in generator.permutation(len(lengths)):
+        order = order or generator.permutation(len(lengths)).tolist()
+        for shard in order:
             length = lengths[shard]
             phase = int(generator.integers(max(1, min(seq_len, length - seq_len))))
             for window in generator.permutation(max(0, (length - 1 - phase) // seq_len)):
-                yield int(shard), phase + int(window) * seq_len
+                yield shard, phase + int(window) * seq_len
 
 
 class Batches:
