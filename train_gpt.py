@@ -445,7 +445,8 @@ EXPORT_FIELDS = {name for name, group in FIELDS.items() if group == "export"}
 
 
 def shown(value) -> str:
-    """A value as an error's one line can quote it: its first 200 characters."""
+    """A value as an error's one line can quote it: as it is typed, its first 200 characters."""
+    value = int(value) if isinstance(value, bool) else value
     text = str(UserError(str(value)))
     text = text if text.isprintable() else repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
@@ -4364,8 +4365,8 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
     """
     for name in MODEL_FIELDS:
         ours, theirs = getattr(settings, name), header[name]
-        problem = f"contradicts the artifact, which has {theirs}: unset it"
-        need(ours == theirs or name not in given, f"{name.upper()}={ours} {problem}")
+        problem = f"contradicts the artifact, which has {shown(theirs)}: unset it"
+        need(ours == theirs or name not in given, f"{name.upper()}={shown(ours)} {problem}")
     settings = replace(settings, **{name: header[name] for name in MODEL_FIELDS})
     validate_settings(settings, world_size)
     wanted, found = header["tokenizer_sha256"], file_sha256(settings.tokenizer_path)
@@ -4698,15 +4699,13 @@ def describe_machine(ranks) -> dict[str, str]:
 def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     """Logs the settings that were given, what source says of the others, the machine, and all."""
     values = asdict(settings)
-    asked = {name: int(x) if isinstance(x, bool) else x for name, x in values.items()}
-    asked = " ".join(
-        f"{name.upper()}={shown(asked[name])}" for name in sorted(given & asked.keys())
-    )
+    names = sorted(given & values.keys())
+    asked = " ".join(f"{name.upper()}={shown(values[name])}" for name in names)
     _, translated = translate_names(dict(os.environ))
     for line in filter(None, (f"settings given: {asked or 'none'}", *translated, source)):
         log(line)
     machine = describe_machine(ranks)
-    said = {key: " ".join(shown(value).split()) for key, value in (machine | values).items()}
+    said = {key: " ".join(shown(str(value)).split()) for key, value in (machine | values).items()}
     text = "  ".join(f"{key}={value}" for key, value in said.items())
     script = {"script_sha256": file_sha256(__file__)}
     log(text, "settings", machine=machine, settings=values, given=sorted(given), **script)
@@ -4847,11 +4846,12 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
         names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
         trains = ("seed", "train_batch_tokens")
         ours = {name: getattr(settings, name) for name in names if name not in trains}
-        differ = [f"{n.upper()}={x} (there {theirs[n]})" for n, x in ours.items() if x != theirs[n]]
+        ours = {name: x for name, x in ours.items() if x != theirs[name]}
+        differ = [f"{n.upper()}={shown(x)} (there {shown(theirs[n])})" for n, x in ours.items()]
         return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
     names = [name for name in taken if FIELDS[name] == "evaluation"]
     names += [] if window or "train_seq_len" in given else ["train_seq_len"]
-    usual = " ".join(f"{name.upper()}={taken[name]}" for name in names)
+    usual = " ".join(f"{name.upper()}={shown(taken[name])}" for name in names)
     source = f"settings from {s.artifact_path}; without its log, as PRESET={preset} has them"
     return settings, f"{source}: {usual}"
 
@@ -4978,7 +4978,8 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         names -= {"float8_products"} if settings.float8_products == "auto" else set()  # theirs
         on_grids = [x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (theirs, ours)]
         names -= set() if any(on_grids) else EXPORT_FIELDS
-        differ = [f"{name.upper()}={theirs[name]}, not {ours[name]}" for name in sorted(names)]
+        facts = {name: (shown(theirs[name]), shown(ours[name])) for name in sorted(names)}
+        differ = [f"{name.upper()}={was}, not {now}" for name, (was, now) in facts.items()]
         sources = {"training_data": "DATA_PATH", "tokenizer_sha256": "TOKENIZER_PATH"}
         for name, source in sources.items():
             before, now = theirs[name], ours[name]
@@ -5877,7 +5878,8 @@ def check_alike(settings, ranks, training, validation: ValidationSet | None):
     text = b"" if validation is None else validation.tokens
     mine["validation text"] = hashlib.sha256(text).hexdigest()
     theirs = ranks.from_main(mine)
-    differ = [f"{n}={mine[n]}, not {theirs[n]}" for n in sorted(mine) if mine[n] != theirs[n]]
+    names = [name for name in sorted(mine) if mine[name] != theirs[name]]
+    differ = [f"{name}={shown(mine[name])}, not {shown(theirs[name])}" for name in names]
     need(not differ, f"{'; '.join(differ)}: give this rank what rank 0 has")
 
 
