@@ -680,7 +680,7 @@ def whole_chunk(s, world_size: int) -> int:
 
 def describe_preset(name: str) -> str:
     """What a preset is for, and the defaults that it changes, each in a line."""
-    changes = [f"{key.upper()}={value}" for key, value in PRESETS[name].items()]
+    changes = [f"{key.upper()}={shown(value)}" for key, value in PRESETS[name].items()]
     changes = changes or ["none of them"]
     return "\n      ".join([f"  PRESET={name}: {PRESET_USES[name]}", *changes])
 
@@ -691,8 +691,7 @@ def help_text() -> str:
     lines = ["\n\n".join(begins), "", "Settings are environment variables:"]
     for f in fields(Settings):
         lines += [f"\n[{f.metadata['group']}]"] if f.metadata["group"] else []
-        default = int(f.default) if isinstance(f.default, bool) else f.default
-        values = f"{default!s:42} {describe_values(**f.metadata):25}"
+        values = f"{shown(f.default):42} {describe_values(**f.metadata):25}"
         lines.append(f"  {f.name.upper():24} {values} {f.metadata['help']}")
     lines.append("\nPresets change these:")
     lines += map(describe_preset, PRESETS)
