@@ -2036,8 +2036,9 @@ class MLP(nn.Module):
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
         y, *kept = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight)
+        up_sizes = kept[5].detach()
         usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale  # u of v8 = USUAL, of size 1
-        y = y * (4 * usual**2 * kept[5].detach()[0, 0])
+        y = y * (4 * usual**2 * up_sizes[0, 0])
         return y.view(x.shape)
 
 
@@ -3640,7 +3641,7 @@ def coarse_steps(steps: Tensor) -> Tensor:
     Finer and coarser grids' bits and errors even out but for such parts' mean square, 0.1 %.
     """
     numbers = exact_steps(steps).half().view(torch.int16)
-    return (numbers + 64 & -128).view(torch.float16).float()
+    return ((numbers + 64) & -128).view(torch.float16).float()  # 3 of 10 bits behind the first
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
@@ -3985,11 +3986,12 @@ def factor_hessians(hessians: dict[str, Tensor], damp: float, ranks) -> dict[str
     need(finite, DIVERGED)  # on every rank alike: none waits for another's factors
     solvers = {}
     for number, name in enumerate(sorted(hessians, key=lambda x: (len(hessians[x]), x))):
-        order = hessians[name].new_zeros(1, len(hessians[name]), dtype=torch.int64)
-        solvers[name] = order, torch.zeros_like(hessians[name]), order > 0
+        hessian = hessians.pop(name)
         if number % ranks.world_size == ranks.rank:
-            solvers[name] = factor_hessian(hessians[name], damp)
-        del hessians[name]
+            solvers[name] = factor_hessian(hessian, damp)
+        else:
+            order = hessian.new_zeros(1, len(hessian), dtype=torch.int64)
+            solvers[name] = order, torch.zeros_like(hessian), order > 0
     for tensor in itertools.chain(*solvers.values()):
         ranks.sum_(tensor)  # zeros but on the rank that factored it
     return solvers
@@ -4182,11 +4184,16 @@ def codes_of(settings, names) -> list[list[str]]:
     return [list(names)] if settings.shared_tables else [[name] for name in names]
 
 
+def count_tables(settings) -> int:
+    """How many tables of frequencies a code has."""
+    return TABLES if settings.shared_tables else 1
+
+
 def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Integers by their code_places() (n,) as frequencies, uint32 (count, 256), and code, uint16.
 
-    States that a value would take beyond 32 bits first hand 16 of them to it,
-    and in the end all states follow; it is turned round, as decoding begins with what came last.
+    States that a value would take beyond 32 bits first hand 16 of them to the code, and in the end
+    all states follow; it is turned round, as decoding begins with what came last.
     """
     counts = np.bincount(places, minlength=256 * count).reshape(count, 256)
     # Of 65,536 slots each value's part, but one at least; the most frequent one gives what lacks.
@@ -4196,19 +4203,21 @@ def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
     usual = counts.argmax(1)
     frequencies[np.arange(count), usual] += slots - frequencies.sum(1)
     starts = (frequencies.cumsum(1) - frequencies).ravel()
+    packed = frequencies.astype(np.uint32)
+    frequencies = frequencies.ravel()
     table = places[-1] // 256
     padding = np.full(-len(places) % ANS_LANES, 256 * table + usual[table])
     places = np.append(places, padding)
     state = np.full(ANS_LANES, 1 << ANS_BITS)  # empty
     words = []
     for place in places.reshape(-1, ANS_LANES)[::-1]:
-        frequency = frequencies.ravel()[place]
+        frequency = frequencies[place]
         full = state >= frequency << 16
         words.append(state[full] & 0xFFFF)
         state = np.where(full, state >> 16, state)
         state = ans_push(state, frequency, starts[place])
     words += [state >> 16, state & 0xFFFF]
-    return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
+    return packed, np.concatenate(words[::-1]).astype(np.uint16)
 
 
 def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarray) -> tuple:
@@ -4258,8 +4267,8 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
     codes = []
     for names in codes_of(settings, integers):
         places = [code_places(reaches[name], integers[name]).flatten() for name in names]
-        count = TABLES if settings.shared_tables else 1
-        frequencies, words = encode_integers(torch.cat(places).numpy(), count)
+        places = torch.cat(places).numpy()
+        frequencies, words = encode_integers(places, count_tables(settings))
         record.append(frequencies)
         codes.append(words)
     record = b"".join(array.tobytes() for array in record)
@@ -4418,14 +4427,12 @@ def record_layout(skeleton: Model) -> np.dtype:
     for name, p in skeleton.named_parameters():
         numbers = sum(p.shape) if name in matrices else tuple(p.shape)
         entries.append((name, float_type(name), numbers))
-    codes = len(codes_of(skeleton.settings, matrices))
-    tables = 1
-    if skeleton.settings.shared_tables:
-        tables = TABLES
+    settings = skeleton.settings
+    if settings.shared_tables:
         for name in matrices:
             entries.append((f"{name} reaches", "u1", sum(skeleton.get_parameter(name).shape)))
-    entries.append(("frequencies", "<u4", (codes, tables, 256)))
-    return np.dtype(entries)
+    shape = len(codes_of(settings, matrices)), count_tables(settings), 256
+    return np.dtype([*entries, ("frequencies", "<u4", shape)])
 
 
 def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
@@ -7452,16 +7459,18 @@ float8_mlp_backward.register_fake(
 def float8_mlp_autograd(ctx, gradients):
     """The gradients of float8_mlp()'s arguments, from that of y, the first of its results."""
     x, factor, *kept = ctx.saved_tensors
+    active, _, _, _, _, up_sizes, _, _, down_sizes = kept
     width = x.shape[1]
     d_y = gradients[0].contiguous()
     d_y8, size = float8_gradient(d_y)
     row = 0.25 * row_scale(width) * size * factor
     # What the kernel has at hand is d_v8 · USUAL / 2, unrounded.
-    d_v, d_x = float8_mlp_backward(d_y8, row * kept[-1][0, 0] * (2 / usual_product(width)), kept)
+    at_hand = row * down_sizes[0, 0] * (2 / usual_product(width))
+    d_v, d_x = float8_mlp_backward(d_y8, at_hand, kept)
     d_x = (d_x * row.unsqueeze(-1)).to(x.dtype)
     d_factor = (widened(d_x) * x).sum(-1) / factor
     d_up = (d_v.mT @ x).to(factor.dtype)
-    d_down = (d_y.mT @ kept[0]) * kept[5][0, 0]
+    d_down = (d_y.mT @ active) * up_sizes[0, 0]
     return d_x, None, d_factor, d_up, d_down.to(factor.dtype)
 
 
