@@ -449,7 +449,8 @@ EXPORT_FIELDS = {name for name, group in FIELDS.items() if group == "export"}
 
 
 def shown(value) -> str:
-    """A value as an error's one line can quote it: its first 200 characters."""
+    """A value as an error's one line can quote it: as it is typed, its first 200 characters."""
+    value = int(value) if isinstance(value, bool) else value
     text = str(UserError(str(value)))
     text = text if text.isprintable() else repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
@@ -683,7 +684,7 @@ def whole_chunk(s, world_size: int) -> int:
 
 def describe_preset(name: str) -> str:
     """What a preset is for, and the defaults that it changes, each in a line."""
-    changes = [f"{key.upper()}={value}" for key, value in PRESETS[name].items()]
+    changes = [f"{key.upper()}={shown(value)}" for key, value in PRESETS[name].items()]
     changes = changes or ["none of them"]
     return "\n      ".join([f"  PRESET={name}: {PRESET_USES[name]}", *changes])
 
@@ -694,8 +695,7 @@ def help_text() -> str:
     lines = ["\n\n".join(begins), "", "Settings are environment variables:"]
     for f in fields(Settings):
         lines += [f"\n[{f.metadata['group']}]"] if f.metadata["group"] else []
-        default = int(f.default) if isinstance(f.default, bool) else f.default
-        values = f"{default!s:42} {describe_values(**f.metadata):25}"
+        values = f"{shown(f.default):42} {describe_values(**f.metadata):25}"
         lines.append(f"  {f.name.upper():24} {values} {f.metadata['help']}")
     lines.append("\nPresets change these:")
     lines += map(describe_preset, PRESETS)
@@ -1043,18 +1043,21 @@ def batch_windows(lengths: list[int], seq_len: int, seed: int):
     """Yields (shard, first token) of windows of seq_len + 1 tokens, for ever.
 
     Each epoch visits every window of every shard once, one shard after the other, to keep reads
-    local. Windows start at another phase each time, so that a token does not keep its place.
+    local. Windows start at another phase each time, so that a token does not keep its place. Shards
+    keep their order: what is read again soon is remembered, and teaches little.
     Raises UserError if no shard of these lengths holds a window.
     """
     long = max(lengths) > seq_len
     need(long, f"no training shard holds TRAIN_SEQ_LEN={seq_len} tokens and a target")
+    order = []
     for epoch in itertools.count():
         generator = np.random.default_rng([seed, epoch])
-        for shard in generator.permutation(len(lengths)):
+        order = order or generator.permutation(len(lengths)).tolist()
+        for shard in order:
             length = lengths[shard]
             phase = int(generator.integers(max(1, min(seq_len, length - seq_len))))
             for window in generator.permutation(max(0, (length - 1 - phase) // seq_len)):
-                yield int(shard), phase + int(window) * seq_len
+                yield shard, phase + int(window) * seq_len
 
 
 class Batches:
@@ -2037,8 +2040,9 @@ class MLP(nn.Module):
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
         y, *kept = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight, turn)
+        up_sizes = kept[5].detach()
         usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale  # u of v8 = USUAL, of size 1
-        y = y * (4 * usual**2 * kept[-4].detach()[0, 0])
+        y = y * (4 * usual**2 * up_sizes[0, 0])
         return y.view(x.shape)
 
 
@@ -3644,7 +3648,7 @@ def coarse_steps(steps: Tensor) -> Tensor:
     Finer and coarser grids' bits and errors even out but for such parts' mean square, 0.1 %.
     """
     numbers = exact_steps(steps).half().view(torch.int16)
-    return (numbers + 64 & -128).view(torch.float16).float()
+    return ((numbers + 64) & -128).view(torch.float16).float()  # 3 of 10 bits behind the first
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
@@ -3989,11 +3993,12 @@ def factor_hessians(hessians: dict[str, Tensor], damp: float, ranks) -> dict[str
     need(finite, DIVERGED)  # on every rank alike: none waits for another's factors
     solvers = {}
     for number, name in enumerate(sorted(hessians, key=lambda x: (len(hessians[x]), x))):
-        order = hessians[name].new_zeros(1, len(hessians[name]), dtype=torch.int64)
-        solvers[name] = order, torch.zeros_like(hessians[name]), order > 0
+        hessian = hessians.pop(name)
         if number % ranks.world_size == ranks.rank:
-            solvers[name] = factor_hessian(hessians[name], damp)
-        del hessians[name]
+            solvers[name] = factor_hessian(hessian, damp)
+        else:
+            order = hessian.new_zeros(1, len(hessian), dtype=torch.int64)
+            solvers[name] = order, torch.zeros_like(hessian), order > 0
     for tensor in itertools.chain(*solvers.values()):
         ranks.sum_(tensor)  # zeros but on the rank that factored it
     return solvers
@@ -4186,11 +4191,16 @@ def codes_of(settings, names) -> list[list[str]]:
     return [list(names)] if settings.shared_tables else [[name] for name in names]
 
 
+def count_tables(settings) -> int:
+    """How many tables of frequencies a code has."""
+    return TABLES if settings.shared_tables else 1
+
+
 def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Integers by their code_places() (n,) as frequencies, uint32 (count, 256), and code, uint16.
 
-    States that a value would take beyond 32 bits first hand 16 of them to it,
-    and in the end all states follow; it is turned round, as decoding begins with what came last.
+    States that a value would take beyond 32 bits first hand 16 of them to the code, and in the end
+    all states follow; it is turned round, as decoding begins with what came last.
     """
     counts = np.bincount(places, minlength=256 * count).reshape(count, 256)
     # Of 65,536 slots each value's part, but one at least; the most frequent one gives what lacks.
@@ -4200,19 +4210,21 @@ def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
     usual = counts.argmax(1)
     frequencies[np.arange(count), usual] += slots - frequencies.sum(1)
     starts = (frequencies.cumsum(1) - frequencies).ravel()
+    packed = frequencies.astype(np.uint32)
+    frequencies = frequencies.ravel()
     table = places[-1] // 256
     padding = np.full(-len(places) % ANS_LANES, 256 * table + usual[table])
     places = np.append(places, padding)
     state = np.full(ANS_LANES, 1 << ANS_BITS)  # empty
     words = []
     for place in places.reshape(-1, ANS_LANES)[::-1]:
-        frequency = frequencies.ravel()[place]
+        frequency = frequencies[place]
         full = state >= frequency << 16
         words.append(state[full] & 0xFFFF)
         state = np.where(full, state >> 16, state)
         state = ans_push(state, frequency, starts[place])
     words += [state >> 16, state & 0xFFFF]
-    return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
+    return packed, np.concatenate(words[::-1]).astype(np.uint16)
 
 
 def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarray) -> tuple:
@@ -4262,8 +4274,8 @@ def pack_artifact(settings, stored: dict[str, Tensor], tokenizer_sha256: str = "
     codes = []
     for names in codes_of(settings, integers):
         places = [code_places(reaches[name], integers[name]).flatten() for name in names]
-        count = TABLES if settings.shared_tables else 1
-        frequencies, words = encode_integers(torch.cat(places).numpy(), count)
+        places = torch.cat(places).numpy()
+        frequencies, words = encode_integers(places, count_tables(settings))
         record.append(frequencies)
         codes.append(words)
     record = b"".join(array.tobytes() for array in record)
@@ -4368,8 +4380,8 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
     """
     for name in MODEL_FIELDS:
         ours, theirs = getattr(settings, name), header[name]
-        problem = f"contradicts the artifact, which has {theirs}: unset it"
-        need(ours == theirs or name not in given, f"{name.upper()}={ours} {problem}")
+        problem = f"contradicts the artifact, which has {shown(theirs)}: unset it"
+        need(ours == theirs or name not in given, f"{name.upper()}={shown(ours)} {problem}")
     settings = replace(settings, **{name: header[name] for name in MODEL_FIELDS})
     validate_settings(settings, world_size)
     wanted, found = header["tokenizer_sha256"], file_sha256(settings.tokenizer_path)
@@ -4422,14 +4434,12 @@ def record_layout(skeleton: Model) -> np.dtype:
     for name, p in skeleton.named_parameters():
         numbers = sum(p.shape) if name in matrices else tuple(p.shape)
         entries.append((name, float_type(name), numbers))
-    codes = len(codes_of(skeleton.settings, matrices))
-    tables = 1
-    if skeleton.settings.shared_tables:
-        tables = TABLES
+    settings = skeleton.settings
+    if settings.shared_tables:
         for name in matrices:
             entries.append((f"{name} reaches", "u1", sum(skeleton.get_parameter(name).shape)))
-    entries.append(("frequencies", "<u4", (codes, tables, 256)))
-    return np.dtype(entries)
+    shape = len(codes_of(settings, matrices)), count_tables(settings), 256
+    return np.dtype([*entries, ("frequencies", "<u4", shape)])
 
 
 def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
@@ -4702,15 +4712,13 @@ def describe_machine(ranks) -> dict[str, str]:
 def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     """Logs the settings that were given, what source says of the others, the machine, and all."""
     values = asdict(settings)
-    asked = {name: int(x) if isinstance(x, bool) else x for name, x in values.items()}
-    asked = " ".join(
-        f"{name.upper()}={shown(asked[name])}" for name in sorted(given & asked.keys())
-    )
+    names = sorted(given & values.keys())
+    asked = " ".join(f"{name.upper()}={shown(values[name])}" for name in names)
     _, translated = translate_names(dict(os.environ))
     for line in filter(None, (f"settings given: {asked or 'none'}", *translated, source)):
         log(line)
     machine = describe_machine(ranks)
-    said = {key: " ".join(shown(value).split()) for key, value in (machine | values).items()}
+    said = {key: " ".join(shown(str(value)).split()) for key, value in (machine | values).items()}
     text = "  ".join(f"{key}={value}" for key, value in said.items())
     script = {"script_sha256": file_sha256(__file__)}
     log(text, "settings", machine=machine, settings=values, given=sorted(given), **script)
@@ -4851,11 +4859,12 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
         names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
         trains = ("seed", "train_batch_tokens")
         ours = {name: getattr(settings, name) for name in names if name not in trains}
-        differ = [f"{n.upper()}={x} (there {theirs[n]})" for n, x in ours.items() if x != theirs[n]]
+        ours = {name: x for name, x in ours.items() if x != theirs[name]}
+        differ = [f"{n.upper()}={shown(x)} (there {shown(theirs[n])})" for n, x in ours.items()]
         return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
     names = [name for name in taken if FIELDS[name] == "evaluation"]
     names += [] if window or "train_seq_len" in given else ["train_seq_len"]
-    usual = " ".join(f"{name.upper()}={taken[name]}" for name in names)
+    usual = " ".join(f"{name.upper()}={shown(taken[name])}" for name in names)
     source = f"settings from {s.artifact_path}; without its log, as PRESET={preset} has them"
     return settings, f"{source}: {usual}"
 
@@ -4982,7 +4991,8 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         names -= {"float8_products"} if settings.float8_products == "auto" else set()  # theirs
         on_grids = [x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (theirs, ours)]
         names -= set() if any(on_grids) else EXPORT_FIELDS
-        differ = [f"{name.upper()}={theirs[name]}, not {ours[name]}" for name in sorted(names)]
+        facts = {name: (shown(theirs[name]), shown(ours[name])) for name in sorted(names)}
+        differ = [f"{name.upper()}={was}, not {now}" for name, (was, now) in facts.items()]
         sources = {"training_data": "DATA_PATH", "tokenizer_sha256": "TOKENIZER_PATH"}
         for name, source in sources.items():
             before, now = theirs[name], ours[name]
@@ -5881,7 +5891,8 @@ def check_alike(settings, ranks, training, validation: ValidationSet | None):
     text = b"" if validation is None else validation.tokens
     mine["validation text"] = hashlib.sha256(text).hexdigest()
     theirs = ranks.from_main(mine)
-    differ = [f"{n}={mine[n]}, not {theirs[n]}" for n in sorted(mine) if mine[n] != theirs[n]]
+    names = [name for name in sorted(mine) if mine[name] != theirs[name]]
+    differ = [f"{name}={shown(mine[name])}, not {shown(theirs[name])}" for name in names]
     need(not differ, f"{'; '.join(differ)}: give this rank what rank 0 has")
 
 
@@ -7578,20 +7589,21 @@ def float8_mlp_backward_fake(d_y8, factor, kept, turn) -> list[Tensor]:
 def float8_mlp_autograd(ctx, gradients):
     """The gradients of float8_mlp()'s arguments, from that of y, the first of its results."""
     x, x8, factor, *kept = ctx.saved_tensors
+    active, _, _, _, _, up_sizes, _, _, down_sizes = kept
     width = x.shape[1]
     d_y = gradients[0].contiguous()
     d_y8, size = float8_gradient(d_y, ctx.turn)
     row = 0.25 * row_scale(width) * size * factor
     # What the kernel has at hand is d_v8 · USUAL / 2, unrounded.
-    scale = row * kept[-1][0, 0] * (2 / usual_product(width))
-    d_v, d_x = float8_mlp_backward(d_y8, scale, kept, ctx.turn)
+    at_hand = row * down_sizes[0, 0] * (2 / usual_product(width))
+    d_v, d_x = float8_mlp_backward(d_y8, at_hand, kept, ctx.turn)
     d_x = (d_x * row.unsqueeze(-1)).to(x.dtype)
     d_factor = (widened(d_x) * x).sum(-1) / factor
     if ctx.turn:
         d_up, d_down = float8_weight_gradients(x8, d_y8, size, d_v, kept)
     else:
         d_up = (d_v.mT @ x).to(factor.dtype)
-        d_down = ((d_y.mT @ kept[0]) * kept[-4][0, 0]).to(factor.dtype)
+        d_down = ((d_y.mT @ active) * up_sizes[0, 0]).to(factor.dtype)
     return d_x, None, d_factor, d_up, d_down, None
 
 

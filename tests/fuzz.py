@@ -1,7 +1,7 @@
 """Damages valid shards, tokenizers, artifacts and checkpoints, and requires that train_gpt.py reads
 them right or refuses them.
 
-    python tests/fuzz.py [--count 10000] [--seed 0]
+    python -m tests.fuzz [--count 10000] [--seed 0]
 
 A file counts as read right if what was read is what an independent reading of its bytes gives;
 refused means train_gpt.UserError with a message of one line. Everything else is a finding: another
@@ -11,7 +11,6 @@ status 1 if there are any.
 """
 
 import argparse
-import bisect
 import codecs
 import collections
 import dataclasses
@@ -44,9 +43,10 @@ from tests.support import (
     SOLO,
     random_model,
     tiny,
-    train_tokenizer,  # which also puts train_gpt.py on the path
+    train_tokenizer,
     write_shard,
 )
+from tools.audit import decoder
 
 MIB = 1 << 20
 # A case may take this long: a header may ask for 256 layers, which takes seconds on a busy machine
@@ -60,6 +60,8 @@ WARM_UP_SECONDS = 30.0  # of a worker
 # Cases that a worker handles before another takes its place: its peak of memory cannot be reset.
 BATCH = 250
 VOCABULARY = 512
+# Of the artifact, as the default has it: with tables in common, and points that a trellis moves.
+FORMAT = {"shared_tables": True, "trellis_states": 8}
 
 Originals = dict[str, bytes]
 
@@ -89,9 +91,10 @@ def make_originals(folder: Path) -> Originals:
     zeros.
     """
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, 300)
-    settings = tiny(**SMALLEST)
+    settings = tiny(**SMALLEST, **FORMAT)
     t.validate_settings(settings, 1)
     stored = t.quantize_model(random_model(settings), settings, SOLO, {}, 5.0)
+    artifact = t.pack_artifact(settings, stored, "00" * 32)
     bomb = lzma.LZMACompressor(preset=0)
     settings = tiny(**SMALLEST, log_dir=str(folder), run_id="original")
     trainer = make_trainer(settings)
@@ -101,7 +104,7 @@ def make_originals(folder: Path) -> Originals:
         "checkpoint": settings.checkpoint_paths[0].read_bytes(),
         "shard": write_shard(folder / "original_val_0.bin", tokens).read_bytes(),
         "tokenizer": train_tokenizer(folder / "original.model", VOCABULARY).read_bytes(),
-        "artifact": t.pack_artifact(settings, stored, "00" * 32),
+        "artifact": artifact,
         "bomb": b"".join([bomb.compress(bytes(16 * MIB)) for _ in range(17)] + [bomb.flush()]),
     }
 
@@ -443,27 +446,6 @@ def read_tokenizer(case: Case, path: Path, originals: Originals) -> str:
     return "" if counted.shape == (VOCABULARY - 1,) and (counted >= 0).all() else "impossible bytes"
 
 
-def decode(
-    frequencies: list[int], words: list[int], position: int, count: int
-) -> tuple[np.ndarray, int]:
-    """Integers, int8 (count,), of one matrix whose code begins at a position in words, and the
-    position behind it: one number after another, each from the next of 256 states.
-    """
-    starts = [0, *itertools.accumulate(frequencies)][:256]
-    states = [words[position + lane] + (words[position + 256 + lane] << 16) for lane in range(256)]
-    position, symbols = position + 512, []
-    for number in range(-(-count // 256) * 256):
-        state = states[number % 256]
-        slot = state % 65_536
-        symbol = bisect.bisect_right(starts, slot) - 1
-        state = frequencies[symbol] * (state // 65_536) + slot - starts[symbol]
-        if state < 65_536:
-            state, position = state * 65_536 + words[position], position + 1
-        states[number % 256] = state
-        symbols.append(symbol)
-    return np.array(symbols[:count], np.uint8).view(np.int8), position
-
-
 def former(*names: tuple[str, ...]) -> dict:
     """What a header means that lacks some of these."""
     return {n: t.FORMER_DEFAULTS[n] for n in itertools.chain(*names) if n in t.FORMER_DEFAULTS}
@@ -478,36 +460,12 @@ def read_artifact(case: Case, path: Path, originals: Originals) -> str:
     header = former((*others, *t.MODEL_FIELDS)) | json.loads(header)
     if header != t.artifact_header(settings) | {name: header[name] for name in others}:
         return "other settings were read"
-    # The data once more: vectors and steps in the parameters' order, then frequencies and codes of
-    # integers.
-    parameters, matrices = dict(model.named_parameters()), t.grid_limits(model)
-    unpack, parts = lzma.LZMADecompressor(), {}
-
-    def take(shape: tuple[int, ...], kind: str) -> np.ndarray:
-        size = int(np.prod(shape)) * np.dtype(kind).itemsize
-        data = bytearray()
-        while len(data) < size:
-            more = unpack.decompress(payload if unpack.needs_input else b"", size - len(data))
-            if not more and (unpack.eof or unpack.needs_input):
-                raise EOFError
-            data += more
-        return np.frombuffer(data, kind).reshape(shape)
-
-    for name, p in parameters.items():
-        shape = tuple(p.shape)
-        kind = "<f4" if name.rpartition(".")[2] in ("dt_bias", "A_log", "D") else "<f2"
-        parts[name] = take((sum(shape),) if name in matrices else shape, kind).astype(np.float32)
-    tables = {name: take((256,), "<u4").tolist() for name in matrices}
-    while not unpack.eof:
-        unpack.decompress(b"")
-    words, position = np.frombuffer(unpack.unused_data, "<u2").tolist(), 0
-    for name in matrices:
-        integers, position = decode(tables[name], words, position, parameters[name].numel())
-        with np.errstate(all="ignore"):
-            rows, columns = np.split(parts[name], parameters[name].shape[:1])
-            parts[name] = integers.reshape(parameters[name].shape) * rows[:, None] * columns
-    if position != len(words):
-        return "codes that belong to no matrix were read"
+    # The data once more, by the audit's decoder, which shares nothing with the script.
+    parameters = dict(model.named_parameters())
+    matrices = t.grid_limits(model)
+    layout = [decoder.Parameter(n, tuple(p.shape), n in matrices) for n, p in parameters.items()]
+    with np.errstate(all="ignore"):
+        parts = decoder.decode(decoder.take_apart(path), layout)
     right = all(
         np.array_equal(p.detach().numpy(), parts[n], equal_nan=True) for n, p in parameters.items()
     )

@@ -755,7 +755,7 @@ DOCUMENT_LENGTHS = (300, 257, 200, 129, 128, 128, 100, 65, 64, 33, 32, 31, 17, 1
 def document_models(**overrides) -> tuple[t.Model, t.Model]:
     """A model in bfloat16, and with the same weights one in float32 on the CPU, by the formula."""
     sizes = {"train_seq_len": 128, "mlp_mult": 3, "ttt_lora_piece": 32, "ttt_lora_slots": 16}
-    chosen = {"eval_mode": "documents", "ttt_lora_lr": 5e-3} | sizes | overrides
+    chosen = {"eval_mode": "documents", "ttt_lora_lr": 2.5e-3} | sizes | overrides
     settings = model_settings(precision="bfloat16", **chosen)
     exact = {"scan_backend": "chunked", "attention_backend": "math", "precision": "float32"}
     reference = random_model(dataclasses.replace(settings, **exact))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import SCRIPT, process_environment, run_environment, run_here
+from tools.again import given_settings
 from tools.logs import last_run
 
 
@@ -74,6 +75,15 @@ def test_the_command_is_shown_and_the_environment_goes_before(logs):
         subprocess.run(shell, shell=True, capture_output=True, text=True).stdout
         == f"{logs}/a 'b\" $c.npy\n"
     )
+
+
+@pytest.mark.parametrize(("given", "kept"), [("ttt_optimizer", "sliding"), ("seed", None)])
+def test_a_mode_that_another_scripts_name_took_along_is_kept(given, kept):
+    """TTT_OPTIMIZER=sgd is EVAL_MODE=sliding, and what a record holds is names that were given."""
+    values = {"run_id": "a", "log_dir": "logs", "seed": 7, "eval_mode": "sliding"}
+    settings = given_settings({"settings": values, "given": [given]})
+    assert settings.get("EVAL_MODE") == kept
+    assert settings.get("SEED") == ("7" if given == "seed" else None)
 
 
 def test_it_writes_beside_the_log_wherever_the_run_wrote(logs, tmp_path):

@@ -218,11 +218,15 @@ def test_epochs_differ_in_order_and_phase_and_one_shard_is_read_at_a_time():
     epochs = epochs_of(6)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert len({min(start for shard, start in epoch if shard == 0) for epoch in epochs}) > 2
+    orders = []
     for epoch in epochs:
         turns = [shard for shard, _ in itertools.groupby(epoch, key=lambda window: window[0])]
         assert len(turns) == len(set(turns))
+        orders.append(turns)
         starts = [start for shard, start in epoch if shard == 0]
         assert starts != sorted(starts)
+    # Where an epoch began with the shard that had ended the one before, text came twice in a row.
+    assert orders == 6 * orders[:1]
 
 
 def test_the_order_depends_on_the_seed_alone():

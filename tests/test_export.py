@@ -1349,6 +1349,9 @@ def test_a_variable_that_contradicts_the_artifact_is_refused(minute, tmp_path):
     (tmp_path / "a").write_bytes(minute)
     with pytest.raises(t.UserError, match="NUM_LAYERS=2 contradicts the artifact, which has 1"):
         t.load_model(tmp_path / "a", tiny(**MINUTE | {"num_layers": 2}), {"num_layers"}, SOLO)
+    # Switches as they are typed: what stands in the line can be copied.
+    with pytest.raises(t.UserError, match="SHARED_TABLES=1 contradicts the artifact, which has 0"):
+        t.load_model(tmp_path / "a", tiny(**MINUTE, shared_tables=True), {"shared_tables"}, SOLO)
     _, settings = t.load_model(
         tmp_path / "a", tiny(num_layers=2, eval_mode="plain"), {"eval_mode"}, SOLO
     )

@@ -437,7 +437,7 @@ def test_a_run_is_scored_again_with_its_own_settings(monkeypatch, capsys, scored
 def test_what_is_given_goes_before_the_runs_settings_and_is_told(monkeypatch, capsys, scored):
     given = {"EVAL_MODE": "plain", "TTT_ENABLED": "0", "VAL_BATCH_SIZE": "128"}
     events = score_again(monkeypatch, scored, RUN_ID="a", **given)
-    told = "a.jsonl; but EVAL_MODE=plain (there sliding) TTT_ENABLED=False (there True)\n"
+    told = "a.jsonl; but EVAL_MODE=plain (there sliding) TTT_ENABLED=0 (there 1)\n"
     assert told in capsys.readouterr().out
     then = logs.last_run(scored / "a.jsonl")["after_quantization"]
     assert events["final"]["val_loss"] == then["val_loss"]

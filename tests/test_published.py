@@ -37,7 +37,7 @@ def test_it_scores_what_its_log_says(monkeypatch, capsys, tmp_path):
     environment |= {"EVAL_ONLY": "1", "EVAL_MODE": "plain", "TTT_ENABLED": "0"}
     environment |= {"ARTIFACT": str(ARTIFACT.relative_to(SCRIPT.parent))}
     assert run_here(monkeypatch, environment) == 0
-    told = "but EVAL_MODE=plain (there sliding) TTT_ENABLED=False (there True)\n"
+    told = "but EVAL_MODE=plain (there sliding) TTT_ENABLED=0 (there 1)\n"
     assert f"of another train_gpt.py; {told}" in capsys.readouterr().out
     scored = records(tmp_path / "a.eval.jsonl")
     then = records(FOLDER / "tiny.jsonl")

@@ -272,6 +272,7 @@ def test_the_log_says_why_a_slower_backend_was_taken(monkeypatch):
         ranks=t.Ranks(0, 1, torch.device("cuda")),
         target_bytes=1 << 20,
         micro_batch=1024,
+        float8_products="none",
         log=lines.append,
     )
     t.Trainer.announce(trainer, t.model_skeleton(settings))

@@ -425,6 +425,16 @@ def test_no_single_value_gets_past_validation_as_another_exception(field):
                 assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("name", t.PRESETS)
+def test_what_help_says_of_a_preset_can_be_typed(name):
+    """Line by line; switches as 0 and 1, as all the rest of --help has them."""
+    lines = [line.strip() for line in t.describe_preset(name).splitlines()[1:]]
+    typed = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert not {"True", "False"} & set(typed.values())
+    settings, _ = t.read_own(typed)
+    assert with_settings(settings, preset=name) == t.Settings(**t.PRESETS[name] | {"preset": name})
+
+
 def test_help_lists_every_setting_with_its_default_and_every_preset():
     lines = t.help_text().splitlines()
     for field in dataclasses.fields(t.Settings):

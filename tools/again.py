@@ -38,10 +38,12 @@ def read_script(path: Path) -> bytes:
 def given_settings(started: dict) -> dict[str, str]:
     """The settings that a run was given, as environment variables, from its record of settings.
 
-    Older logs do not say which were given; their scripts take all.
+    Older logs do not say which were given; their scripts take all. Another script's name, which no
+    record keeps the value of, may have taken EVAL_MODE along.
     """
     every = started["settings"]
     given = {*started.get("given", every), "run_id", "log_dir"}
+    given |= {"eval_mode"} if given - every.keys() else set()
     return {name.upper(): environment_value(every[name]) for name in every if name in given}
 
 

@@ -40,8 +40,8 @@ BITS_SAVED = {
 }
 BYTES_SAVED = 458
 SIZE_ERROR = 0.002
-# The same of runs whose steps follow errors' costs (SDCLIP_BY_MATRIX, SDCLIP_BY_ROW), which only
-# trained weights tell: the table knows nothing of those.
+# The same of runs whose steps follow errors' costs (SDCLIP_BY_MATRIX, SDCLIP_BY_ROW), with tables
+# in common or without; only trained weights tell what these save: the table knows nothing of it.
 SHARED_ERROR = 0.005
 # The shapes that it was fitted to, NUM_LAYERS and MODEL_DIM, and the smallest and the largest k.
 FITTED_SHAPES = ((9, 512), (4, 128), (5, 192))
@@ -64,7 +64,7 @@ def fitted_to(settings: t.Settings, k: float) -> bool:
     """Whether the table was made of models like this one."""
     s = settings
     alike = (s.num_layers, s.model_dim) in FITTED_SHAPES and FITTED_K[0] <= k <= FITTED_K[1]
-    alike = alike and not s.shared_tables  # what these save only trained weights tell
+    alike = alike and (s.shares_bits or not s.shared_tables)  # no other run has shared them
     return alike and s.mamba_version == 3 and s.quantizer == "gptq" and s.mlp_layers == "all"
 
 

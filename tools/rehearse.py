@@ -133,7 +133,8 @@ class Needs(NamedTuple):
         if self.scoring_seconds > s.eval_max_seconds:
             longer = "TTT_LORA_PIECE" if s.eval_mode == "documents" else "EVAL_STRIDE"
             found.append(f"scoring takes longer than EVAL_MAX_SECONDS: raise {longer}, or plain")
-        # In other modes test-time training gives epochs up; of documents, the clock's last tenth.
+        # In other modes test-time training gives epochs up. Documents learn while all that is left
+        # could be read in time without, and not in the clock's last tenth.
         alone = s.eval_mode == "documents" and s.adapts
         if alone and self.adapting_seconds > 0.9 * s.eval_max_seconds:
             found.append("documents need over 0.9 EVAL_MAX_SECONDS to adapt: raise TTT_LORA_PIECE")
