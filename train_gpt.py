@@ -2040,9 +2040,9 @@ class MLP(nn.Module):
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
         y, *kept = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight, turn)
-        up_sizes = kept[5].detach()
+        *_, up_sizes, _, _, _ = kept
         usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale  # u of v8 = USUAL, of size 1
-        y = y * (4 * usual**2 * up_sizes[0, 0])
+        y = y * (4 * usual**2 * up_sizes.detach()[0, 0])
         return y.view(x.shape)
 
 
@@ -7589,7 +7589,7 @@ def float8_mlp_backward_fake(d_y8, factor, kept, turn) -> list[Tensor]:
 def float8_mlp_autograd(ctx, gradients):
     """The gradients of float8_mlp()'s arguments, from that of y, the first of its results."""
     x, x8, factor, *kept = ctx.saved_tensors
-    active, _, _, _, _, up_sizes, _, _, down_sizes = kept
+    active, *_, up_sizes, _, _, down_sizes = kept
     width = x.shape[1]
     d_y = gradients[0].contiguous()
     d_y8, size = float8_gradient(d_y, ctx.turn)
