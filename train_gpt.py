@@ -7358,7 +7358,7 @@ fused_mlp.register_autograd(
 FLOAT8 = torch.float8_e4m3fn
 MOST_FLOAT8 = 448.0
 WEIGHT_SIZE = 4.0
-EVERY_FLOAT8 = "mlp,in_proj"  # of FLOAT8_PRODUCTS the one with most
+EVERY_FLOAT8 = "mlp,in_proj,gradients"  # of FLOAT8_PRODUCTS the one with most
 SUMS = constexpr(128)  # of squares of a matrix, by part
 SIDE = constexpr(64)  # of a tile of a matrix that is rounded
 
@@ -7390,7 +7390,7 @@ def why_not_float8(model, products: str, device: torch.device) -> str:
     has_kernels = triton and device.type == "cuda" and kernel_limits(device)[0] == 90
     if not has_kernels or model.compute_dtype != torch.bfloat16:
         return "needs an H100 or H200, triton and PRECISION=bfloat16"
-    for part in products.removesuffix(",gradients").split(","):
+    for part in products.replace("gradients", "mlp").split(","):
         sizes = {n: x.weight.shape for n, x in model.linear_layers().items() if f".{part}." in n}
         if not sizes:
             return f"finds no {part} in these layers"

@@ -348,7 +348,7 @@ def test_where_they_cannot_run_one_line_says_so(monkeypatch):
     assert t.why_not_float8(narrow, "in_proj", gpu) == ""
     assert "blocks.0.mlp.up.weight is 192 x 64" in t.why_not_float8(narrow, "mlp", gpu)
     by_itself = dataclasses.replace(settings, float8_products="auto")
-    assert t.choose_float8(model, by_itself, gpu) == "mlp,in_proj"
+    assert t.choose_float8(model, by_itself, gpu) == t.EVERY_FLOAT8
     assert t.choose_float8(narrow, by_itself, gpu) == "in_proj"
     assert t.choose_float8(model, by_itself, CPU) == "none"
     monkeypatch.setattr(t, "kernel_limits", lambda device: (80, 166_912))
@@ -396,7 +396,7 @@ def test_the_log_says_what_auto_stands_for_and_why_it_is_no_more(hopper, changes
         with pytest.raises(t.UserError, match="FLOAT8_PRODUCTS=mlp,in_proj .*; auto runs"):
             t.choose_float8(model, asked, GPU)
     else:
-        assert t.choose_float8(model, asked, GPU) == "mlp,in_proj"
+        assert t.choose_float8(model, asked, GPU) == t.EVERY_FLOAT8
     hopper["cuda"] = (80, 166_912)
     assert t.choose_float8(model, settings, GPU) == "none"
     assert " (FLOAT8_PRODUCTS=mlp,in_proj needs an H100" in t.describe_float8(
