@@ -272,8 +272,6 @@ class Settings:
     sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
     sdclip_k_int8: float = env(16.0, "k of 8-bit rows", "std", ABOVE_0)
     sdclip_most: float = env(20.0, "the largest k that is tried for the size", "std", 4)
-    sdclip_mlp: float = env(1.0, "times k: int6 rows of MLPs", "factor", ABOVE_0)
-    sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", ABOVE_0)
     sdclip_by_matrix: float = env(1.0, "steps by what errors cost; 0: by sizes", "part", 0, 1)
     sdclip_by_row: float = env(0.5, "the same, among a matrix's rows", "part", 0, 1)
     gptq_block_size: int = env(128, "columns whose errors spread at once", "", 1)
@@ -298,7 +296,6 @@ class Settings:
     ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", 0, 256)
     ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", 1)
     ttt_lora_rank: int = env(128, "of documents' branches", "numbers", 1, WIDEST)
-    ttt_lora_alpha: float = env(230.4, "divided by the rank, branches' factor", "factor")
     ttt_lora_lr: float = env(1.5e-4, "of branches, by their usual gradient", "rate")
     ttt_lora_decay: float = env(0.5, "decoupled, of branches", "rate")
     ttt_lora_layers: str = env("mlp,head", "or query,key,value,out,in_proj,out_proj", "names")
@@ -3244,31 +3241,32 @@ class Evaluator:
         batches = plan_batches(self.validation.tokens, s)
         mine = share_batches(batches, s, self.ranks.world_size)[self.ranks.rank]
         clock = DocumentClock(s, started, sum(int(batch.lengths.sum()) for batch in mine))
+        given_up = 0
         for number, batch in enumerate(mine, 1):
             clock.later -= int(batch.lengths.sum())
             least = clock.least_new(batch, 0)
-            branches = None if least else self._new_branches()
+            branches = None if least else Branches(self.model, s)
             with documents_alone(self.model, branches):
-                self._score_batch(batch, branches, clock, least)
+                given_up += self._score_batch(batch, branches, clock, least)
             left = started + s.eval_max_seconds - synchronized_time()
             say(f", batch {number}/{len(mine)} of documents, {left:.0f}s left of the clock")
-        score = self._collect(sum(self.ranks.gather(sum(clock.given_up.values()))))
+        score = self._collect(sum(self.ranks.gather(given_up)))
         self.scoring_seconds = time.perf_counter() - started
         return score._replace(seconds=self.scoring_seconds)
 
-    def _new_branches(self) -> "Branches":
-        """Those of the next batch's documents."""
-        return Branches(self.model, self.settings)
-
-    def _score_batch(self, batch: "DocumentBatch", branches: "Branches | None", clock, least: int):
+    def _score_batch(self, batch: "DocumentBatch", branches, clock, least: int) -> int:
         """Scores documents piece by piece; branches, if any, learn from each once it is scored.
 
-        Where the DocumentClock forbids that, they stay as they are, beside fewer windows.
+        Where the DocumentClock forbids that, they stay as they are, beside fewer windows: returns
+        how many documents there were when it first did.
         """
-        end = 0
+        given_up = end = 0
         while batch.longer_than(end):
             learns = not least
-            context, begin, end = next(plan_pieces(batch, self.settings, learns, end, least))
+            if self.settings.adapts and not learns:
+                given_up = given_up or batch.longer_than(end)
+            begin = end
+            context, end = plan_piece(batch, self.settings, begin, learns, least)
             going_on = batch.longer_than(end)  # documents of which a piece is still to come
             reading_since = synchronized_time()
             with torch.set_grad_enabled(learns and going_on > 0):
@@ -3281,6 +3279,7 @@ class Evaluator:
             if learns and not least:
                 self.observer.on_train(Excerpt(*(part[:going_on] for part in piece)))
                 branches.learn(nats[:going_on])
+        return given_up
 
     def _score_piece(self, batch: "DocumentBatch", context: int, begin: int, end: int) -> tuple:
         """Scores targets begin to end, read from context on, of documents that have them.
@@ -3317,7 +3316,7 @@ class Evaluator:
 # model, for itself alone: beside a matrix W stands a branch of low rank r (LoRA, arXiv 2106.09685;
 # by document, as in the contest's #1530 and #1855),
 #
-#     y = W x + (alpha / r) B A x        A (r, inputs), B (outputs, r)
+#     y = W x + 1.8 B A x        A (r, inputs), B (outputs, r)
 #
 # B begins as 0, so that the artifact's model scores the first piece; A as one draw, the same for
 # all documents and runs. A scored piece's mean nats make a step, for the pieces to come:
@@ -3336,6 +3335,7 @@ class Evaluator:
 # are read beside it, nor on their order, nor on the number of ranks.
 WIDTH_STEP = 64  # windows go on to a multiple of it, a chunk of the scan: kernels meet few shapes
 ROW_STEP = 16  # likewise, on GPUs: so many documents are read, though some of them have ended
+BRANCH_GAIN = 1.8  # of B A x beside W x
 BRANCH_BETA2 = 0.99  # how much of s a step keeps
 BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have one
 
@@ -3367,8 +3367,8 @@ def plan_batches(tokens: np.ndarray, settings) -> list[DocumentBatch]:
     return [DocumentBatch(*part) for part in np.split(facts, facts.shape[1] // slots, axis=1)]
 
 
-def plan_pieces(batch: DocumentBatch, settings, learns: bool, begin: int = 0, least: int = 0):
-    """Yields (context, begin, end): a document's targets begin to end are read from context on.
+def plan_piece(batch: DocumentBatch, settings, begin: int, learns: bool, least=0) -> tuple:
+    """(context, end): a document's targets begin to end are read from context on.
 
     A piece has TTT_LORA_PIECE of them, or least if that is more: fewer windows for less time.
     """
@@ -3377,10 +3377,7 @@ def plan_pieces(batch: DocumentBatch, settings, learns: bool, begin: int = 0, le
     end = begin + piece
     if not learns:  # frozen weights score a window's alike
         end = max(end, window // piece * piece)
-    while begin < batch.lengths.max():
-        yield max(0, end - window), begin, min(end, int(batch.lengths.max()))
-        begin = end
-        end += piece
+    return max(0, end - window), min(end, int(batch.lengths.max()))
 
 
 def share_batches(batches: list, settings, world_size: int) -> list[list[DocumentBatch]]:
@@ -3390,8 +3387,10 @@ def share_batches(batches: list, settings, world_size: int) -> list[list[Documen
     for batch in batches:
         rank = loads.index(min(loads))
         shares[rank].append(batch)
-        for context, begin, end in plan_pieces(batch, settings, settings.adapts):
-            loads[rank] += (end - context) * batch.longer_than(begin)
+        begin = 0
+        while documents := batch.longer_than(begin):
+            context, begin = plan_piece(batch, settings, begin, settings.adapts)
+            loads[rank] += (begin - context) * documents
     return shares
 
 
@@ -3411,7 +3410,6 @@ class DocumentClock:
     tokens: int = 0  # of all pieces but the first two, whose times hold what compiling took
     seconds: float = 0.0  # that reading these took
     latest: float = 0.0  # seconds of a batch's window, of the latest ones rather than of all
-    given_up: dict = field(default_factory=dict)  # of a batch: documents that could not learn (on)
 
     def count(self, tokens: int, since: float):
         """Takes note of a piece of so many tokens, read since then."""
@@ -3443,16 +3441,14 @@ class DocumentClock:
             return 1
         if branched and in_time and self.suffices(batch, begin, half):
             return 0
-        self.given_up.setdefault(int(batch.begins[0, 0]), batch.longer_than(begin))
         return half if self.suffices(batch, begin, s.train_seq_len) else s.train_seq_len
 
 
 class LowRank:
-    """(alpha / r) B A x, with A and B of its own for each document of a batch."""
+    """BRANCH_GAIN B A x, with A and B of its own for each document of a batch."""
 
     def __init__(self, inputs: int, outputs: int, settings, generator, device):
         rank = settings.ttt_lora_rank
-        self.gain = settings.ttt_lora_alpha / rank
         uniform = 2 * torch.rand(inputs, rank, generator=generator) - 1
         first = (uniform * inputs**-0.5).to(device).expand(settings.ttt_lora_slots, -1, -1)
         self.down = first.clone().requires_grad_()  # A, transposed
@@ -3461,7 +3457,7 @@ class LowRank:
     def __call__(self, x: Tensor) -> Tensor:
         """x (n, T, inputs) of the first n documents -> (n, T, outputs), in x's dtype."""
         low = x @ self.down[: len(x)].to(x.dtype)
-        return self.gain * (low @ self.up[: len(x)].to(x.dtype))
+        return BRANCH_GAIN * (low @ self.up[: len(x)].to(x.dtype))
 
 
 def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
@@ -3509,12 +3505,8 @@ class Branches:
                 mean = matrix.grad.square().mean(dim=(1, 2), keepdim=True)
                 square.lerp_(mean, 1 - BRANCH_BETA2)
                 usual = (square / weight).sqrt() + 1e-10
-                matrix.mul_(self.kept).sub_(self.rate * (self._direction(matrix) / usual))
+                matrix.mul_(self.kept).sub_(self.rate * (matrix.grad / usual))
                 matrix.grad = None
-
-    def _direction(self, matrix: Tensor) -> Tensor:
-        """What a step of a matrix follows: the gradient of one piece, and no mean of several."""
-        return matrix.grad
 
 
 @contextmanager
@@ -3754,12 +3746,11 @@ def stand_in(limits: Tensor) -> tuple[Tensor, Tensor]:
 
 def grids(model, settings, matrices: dict[str, Tensor], k: float):
     """Yields name, weight, limits, row and column steps of each of grid_limits(model)'s."""
-    factors = {"MLP": settings.sdclip_mlp, "attention": settings.sdclip_attention}  # of k
     for name, limits in matrices.items():
         weight = model.get_parameter(name).detach()
         if weight.is_meta:
             weight, limits = stand_in(limits)
-        rows, columns = grid_steps(weight, limits, settings, k * factors.get(layer_kind(name), 1))
+        rows, columns = grid_steps(weight, limits, settings, k)
         if name in model.grid_factors:
             limits = torch.full_like(limits, INT8_MAX)
             finest = sdclip_steps(weight, limits, SDCLIP_LEAST)  # finer ones would clip
@@ -4318,13 +4309,15 @@ FORMER_DEFAULTS |= {"muon_momentum_warmup_start": 0.0, "muon_momentum_warmup_ste
 FORMER_DEFAULTS |= {"beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "adam_wd": 0.0}
 FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 0.1}
 FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0, "starts": 1}
-FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
-FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
+FORMER_DEFAULTS |= {"gptq_block_size": 128, "gptq_damp": 0.01, "gptq_gen_len": 512}
+FORMER_DEFAULTS |= {"gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
 FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none"}
 FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
-FORMER_DEFAULTS |= {"shared_tables": False}
-FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
+FORMER_DEFAULTS |= {"shared_tables": False, "preset": "", "train_seq_len": 0}  # "", 0: not known
+
+# Settings that are no more, with the only value that a file may have for one.
+RETIRED = {"sdclip_mlp": 1.0, "sdclip_attention": 1.0}
 
 
 def read_header(line: bytes | str, usual: dict) -> dict:
@@ -4333,6 +4326,7 @@ def read_header(line: bytes | str, usual: dict) -> dict:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
+    header = {n: value for n, value in header.items() if n not in RETIRED or value != RETIRED[n]}
     unknown = sorted(header.keys() - usual)
     need(not unknown, f"its header has settings that this script lacks: {ascii(unknown[:3])[:99]}")
     header = {name: FORMER_DEFAULTS[name] for name in usual if name in FORMER_DEFAULTS} | header
@@ -4406,7 +4400,7 @@ def check_size(skeleton: Model, target_bytes: float, memory: float):
     s = skeleton.settings
     numbers = sum(p.numel() for p in skeleton.parameters())
     # On the coarsest grid: Gaussian weights' entropy less a quarter, as trained ones are uneven.
-    k = max(s.sdclip_most, s.sdclip_k) * max(1, s.sdclip_mlp, s.sdclip_attention)
+    k = max(s.sdclip_most, s.sdclip_k)
     least = 0.75 * math.log2(math.sqrt(2 * math.pi * math.e) * INT6_MAX / k)
     least = 1.0 if s.quantizer == "ternary" else least
     has = 8 * target_bytes / numbers
@@ -5658,7 +5652,7 @@ def evaluate_artifact(settings, given, ranks, validation, log, written="", attem
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
     lost = "documents learnt in part" if s.eval_mode == "documents" else "epochs given up"
     log(f"{took}; {score.epochs_given_up} {lost}")
-    late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
+    late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: raise it, or change EVAL_MODE"
     need(ranks.from_main(score.seconds <= s.eval_max_seconds), late)
     label = s.eval_mode + ("_ttt" if s.adapts else "")
     try:
