@@ -69,7 +69,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,9 +84,6 @@ try:
     from tqdm import tqdm
 except ImportError:  # plain lines say the same
     tqdm = None
-
-if TYPE_CHECKING:  # importing it loads the compiler and names its folder in the environment
-    from torch.nn.attention.flex_attention import BlockMask
 
 try:
     import triton
@@ -1626,7 +1623,7 @@ class Documents(NamedTuple):
     """Where documents end in a batch of windows, in the forms that layers ask for."""
 
     reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
-    blocks: "BlockMask | None" = None  # for backend flex
+    blocks: object = None  # for backend flex: its BlockMask
     edges: Tensor | None = None  # for flash, fa2, fa3: document_edges()
     crowded: Tensor | None = None  # likewise
 
@@ -4781,43 +4778,32 @@ def refuse_others_artifact(settings):
 
 
 def find_settings(settings) -> tuple[Path | None, dict, str]:
-    """The log, RUN_ID's or ARTIFACT's, of the run that wrote that; typed_settings(); the source."""
+    """The log, RUN_ID's or ARTIFACT's, of the run that wrote that; its SCORED_WITH; the source."""
     found = file_sha256(settings.artifact_path)
     beside = str(settings.artifact_path).removesuffix(".int6.lzma")
     for path in (Path(settings.log_dir, f"{settings.run_id}.jsonl"), Path(f"{beside}.jsonl")):
         events = last_records(path)
         if found and events.get("trained", {}).get("artifact_sha256") == found:
-            theirs = typed_settings(events["settings"].get("settings", {}), path)
+            logged = events["settings"].get("settings", {})
+            theirs = {}
+            with named_source(path):
+                for name in (name for name in SCORED_WITH if name in logged):
+                    kind = type(getattr(Settings, name))
+                    theirs[name] = parse_value(name.upper(), str(logged[name]), kind)
+                preset = theirs.get("preset", "default")
+                need(preset in PRESETS, f"this script does not know PRESET={shown(preset)}")
             same = events["settings"].get("script_sha256") == file_sha256(__file__)
             return path, theirs, str(path) if same else f"{path}, of another train_gpt.py"
     return None, {}, ""
 
 
-def typed_settings(theirs: dict, log: Path) -> dict:
-    """Of a log's settings those of SCORED_WITH, int taken for float; UserError for other types."""
-    typed = {}
-    for name in (name for name in SCORED_WITH if name in theirs):
-        value, kind = theirs[name], type(getattr(Settings, name))
-        if kind is float and type(value) is int and abs(value) < UNBOUNDED:
-            value = float(value)
-        has = f"{log} has {name.upper()}={shown(repr(value))}"
-        need(type(value) is kind, f"{has}, which is no {kind.__name__}")
-        typed[name] = value
-    preset = typed.get("preset", "default")
-    need(preset in PRESETS, f"{log} has PRESET={shown(preset)}, which this script does not know")
-    return typed
-
-
 @contextmanager
-def named_source(log: Path | None, given: set[str]):
-    """Adds the log to errors about a setting, the first that they name, that was taken from it."""
+def named_source(log: Path | None):
+    """Adds to errors the log that settings are from which were not given, if there is one."""
     try:
         yield
     except UserError as error:
-        words = "".join(x if x.isalnum() or x == "_" else " " for x in str(error)).split()
-        name = next((x.lower() for x in words if x.isupper() and x.lower() in FIELDS), "")
-        taken = log and name in SCORED_WITH and name not in given | {*MODEL_FIELDS}
-        raise UserError(f"{error} (from {log})" if taken else str(error)) from None
+        raise UserError(f"{error} (settings from {log})" if log else str(error)) from None
 
 
 def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Settings, str]:
@@ -4849,11 +4835,8 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
         ours = {name: x for name, x in ours.items() if x != theirs[name]}
         differ = [f"{n.upper()}={shown(x)} (there {shown(theirs[n])})" for n, x in ours.items()]
         return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
-    names = [name for name in taken if FIELDS[name] == "evaluation"]
-    names += [] if window or "train_seq_len" in given else ["train_seq_len"]
-    usual = " ".join(f"{name.upper()}={shown(taken[name])}" for name in names)
     source = f"settings from {s.artifact_path}; without its log, as PRESET={preset} has them"
-    return settings, f"{source}: {usual}"
+    return settings, source
 
 
 # ---- Clock and signals ---------------------------------------------------------------------------
@@ -5705,7 +5688,7 @@ def main(log):
         source = describe_room(settings, given)  # of settings that were not given
         if settings.eval_only:
             origin = ranks.from_main(find_settings(settings)[0] if first else None)
-            claims.enter_context(named_source(origin, given))
+            claims.enter_context(named_source(origin))
             found = settings_to_score(settings, given, ranks.world_size) if first else None
             settings, source = ranks.from_main(found)
         log_settings(log, settings, given, ranks, source)
@@ -7933,8 +7916,9 @@ def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(dim=-1, dtype=torch.int32), places.int()
 
 
-def document_blocks(reach: Tensor) -> "BlockMask":
-    """FlexAttention's mask of documents, from reach (B, T) int32, on its device."""
+def document_blocks(reach: Tensor):
+    """FlexAttention's BlockMask of documents, from reach (B, T) int32, on its device."""
+    # Only here: importing it loads the compiler and names its folder in the environment.
     from torch.nn.attention.flex_attention import BlockMask
 
     length = reach.shape[1]
@@ -8091,22 +8075,6 @@ def convert_rope_dims(environment: dict[str, str], settings) -> str:
     return repr(math.nextafter(fraction, 1.0) if int(head * fraction) < dims else fraction)
 
 
-def convert_bigrams(environment: dict[str, str], settings) -> str:
-    """BIGRAM_VOCAB_SIZE of BIGRAM_BUCKETS rows, or of none where USE_BIGRAM_HASH=0."""
-    usual = settings.bigram_vocab_size or Settings.bigram_vocab_size
-    rows = environment.get("BIGRAM_BUCKETS", str(usual))
-    return rows if read_number(environment, "USE_BIGRAM_HASH", True) else "0"
-
-
-def convert_quantizer(environment: dict[str, str], settings) -> str:
-    """QUANTIZER of USE_GPTQ and GPTQ_LITE, the search for each row's clipping."""
-    hessians = read_number(environment, "USE_GPTQ", True)
-    search = read_number(environment, "GPTQ_LITE", False)
-    need(hessians or not search, "GPTQ_LITE=1 searches clips for GPTQ here: leave out USE_GPTQ=0")
-    usual = "gptq" if settings.quantizer == "round" else settings.quantizer
-    return "percentile" if search else usual if hessians else "round"
-
-
 def convert_average(environment: dict[str, str], settings) -> str:
     """AVERAGE of EMA_ENABLED and SWA_ENABLED; of what neither says, the usual."""
     usual = settings.average
@@ -8115,29 +8083,11 @@ def convert_average(environment: dict[str, str], settings) -> str:
     return "+".join(parts) or "none"
 
 
-def convert_calibration(environment: dict[str, str], settings) -> str:
-    """CALIBRATION_TOKENS of GPTQ_CALIB_BATCHES, or of GPTQ_NUM_SEQS texts of GPTQ_GEN_LEN."""
-    batches = read_number(environment, "GPTQ_CALIB_BATCHES", 0)
-    texts = read_number(environment, "GPTQ_NUM_SEQS", 0)
-    need(not batches or not texts, "GPTQ_CALIB_BATCHES and GPTQ_NUM_SEQS exclude each other")
-    return str(batches * settings.train_batch_tokens + texts * settings.gptq_gen_len)
-
-
-def convert_cuda(environment: dict[str, str], settings) -> str:
-    """SCAN_BACKEND of MAMBA_USE_CUDA: the usual, or the loop."""
-    fast = read_number(environment, "MAMBA_USE_CUDA", True)
-    return settings.scan_backend if fast else "sequential"
-
-
 # Names that are translated together, the setting that they say, and by what.
 CONVERTED = {
     "ATTN_PLACEMENT NUM_ATTN_LAYERS": ("MAMBA_LAYERS", convert_attention),
-    "BIGRAM_BUCKETS USE_BIGRAM_HASH": ("BIGRAM_VOCAB_SIZE", convert_bigrams),
     "EMA_ENABLED SWA_ENABLED": ("AVERAGE", convert_average),
-    "GPTQ_CALIB_BATCHES GPTQ_NUM_SEQS": ("CALIBRATION_TOKENS", convert_calibration),
-    "GPTQ_LITE USE_GPTQ": ("QUANTIZER", convert_quantizer),
     "LOOP_END LOOP_START NUM_LOOPS": ("LAYER_ORDER", convert_loops),
-    "MAMBA_USE_CUDA": ("SCAN_BACKEND", convert_cuda),
     "RECUR_LAYERS RECUR_MODE RECUR_REPEATS": ("LAYER_ORDER", convert_recurrence),
     "ROPE_DIMS": ("ROPE_FRACTION", convert_rope_dims),
 }
@@ -8147,7 +8097,7 @@ RENAMED = """
     BIGRAM_HASH_DIM=BIGRAM_DIM ENABLE_LOOPING_AT=RECUR_START GPTQ_CLIP_SIGMAS=SDCLIP_K
     GPTQ_EMBED_CLIP_SIGMAS=SDCLIP_K_INT8 MAMBA3_CHUNK_SIZE=MAMBA_CHUNK_SIZE
     MAMBA3_D_STATE=MAMBA_D_STATE MAMBA3_EXPAND=MAMBA_EXPAND MAMBA3_HEADDIM=MAMBA_HEAD_DIM
-    MUON_WD=WEIGHT_DECAY RECUR_START_FRAC=RECUR_START
+    MUON_WD=WEIGHT_DECAY RECUR_START_FRAC=RECUR_START BIGRAM_BUCKETS=BIGRAM_VOCAB_SIZE
     D_MODEL=MODEL_DIM EMA_HORIZON=AVERAGE_HORIZON ITERS=ITERATIONS NUM_ITERATIONS=ITERATIONS
     MAX_WALLCLOCK=MAX_WALLCLOCK_SECONDS WALLCLOCK=MAX_WALLCLOCK_SECONDS QUANT=QUANTIZER
     SEQ_LEN=TRAIN_SEQ_LEN VAL_EVERY=VAL_LOSS_EVERY WD=WEIGHT_DECAY N_LAYER=NUM_LAYERS
@@ -8175,6 +8125,8 @@ REFUSALS = {
     "EVAL_STATE_RESET=0": "EVAL_MODE and DOCUMENT_RESET say where state begins anew",
     "EVAL_TEMP=1": "the rules forbid to fit a temperature to validation text",
     "GATED_ATTENTION=1": "each head of attention has a gate",
+    "GPTQ_CALIB_BATCHES GPTQ_NUM_SEQS": "CALIBRATION_TOKENS counts tokens",
+    "GPTQ_LITE=0 USE_GPTQ=1": "QUANTIZER is round without GPTQ, and percentile to search for clips",
     "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
     "GRAD_ACCUM GRADIENT_ACCUMULATION_STEPS": "MICRO_BATCH_TOKENS of a step are computed at once",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
@@ -8183,11 +8135,13 @@ REFUSALS = {
     "MAMBA3_OUTPROJ_NORM=1": "what enters out_proj is always normalized",
     "MAMBA3_ROPE_FRACTION=0.5": "half of a state's numbers turn",
     "MAMBA_GRAD_CHECKPOINT=1": "a scan's backward pass computes anew what it needs",
+    "MAMBA_USE_CUDA=1": "SCAN_BACKEND says which scan runs, sequential being the loop",
     "MUON_EQ_R=1": "Muon always brings rows to one length",
     "QAT_ENABLED=0 QAT_START_FRAC=0": "LATE_QAT_THRESHOLD says when QAT begins",
     "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine",
     "SWEEP_MODE=0": "tools/explore.py trains without exporting",
     "TTT_OPTIMIZER=sgd": "test-time training is by SGD, but of documents",
+    "USE_BIGRAM_HASH=1": "BIGRAM_VOCAB_SIZE says how many rows bigrams have, 0 that there are none",
     "USE_BROTLI=0 USE_LZMA=1 USE_ZSTD=0": "artifacts are packed by an entropy coder and LZMA",
     "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
