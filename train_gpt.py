@@ -3779,7 +3779,6 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
     others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
     parts = dict.fromkeys(KINDS.values(), 0.0) | {"beside": OTHER_BYTES}
     parts["vectors"] = sum(p.numel() * np.dtype(float_type(name)).itemsize for name, p in others)
-    each = 0.6 if settings.quantizer in ("gptq", "round") else 1.6
     counts = {}
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
         p = model.get_parameter(name)
@@ -3791,8 +3790,9 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
         integers = round_to_grid(weight, scale, limits)
         places = code_places(measure_reaches(settings, integers), integers)
         counts[name] = count_values(places) * (p.numel() / weight.numel())
-        steps = len(p) + (p.shape[1] if (columns != 1).any() else 0)
-        parts[layer_kind(name)] += each * steps + 0.35 * settings.shared_tables * sum(p.shape)
+        exact = (coarse_steps(rows) != rows).double().mean()
+        steps = (0.6 + float(exact)) * len(p) + (1.6 * p.shape[1] if (columns != 1).any() else 0)
+        parts[layer_kind(name)] += steps + 0.35 * settings.shared_tables * sum(p.shape)
     for names in codes_of(settings, matrices):
         bits = code_bits(sum(counts[name] for name in names))
         for name in names:
@@ -4824,19 +4824,15 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     need("preset" not in given or s.preset == theirs["preset"], contradicts)
     clock = {"eval_max_seconds": min(theirs["eval_max_seconds"], Settings.eval_max_seconds)}
     taken = {name: (theirs | clock)[name] for name in SCORED_WITH if name not in given}
-    settings = adopt_artifact(
-        header, make_room(replace(s, **taken), given, world_size), given, world_size
-    )
+    settings = make_room(replace(s, **taken), given, world_size)
+    settings = adopt_artifact(header, settings, given, world_size)
     refuse_idle(settings, given)
-    if log:
-        names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
-        trains = ("seed", "train_batch_tokens")
-        ours = {name: getattr(settings, name) for name in names if name not in trains}
-        ours = {name: x for name, x in ours.items() if x != theirs[name]}
-        differ = [f"{n.upper()}={shown(x)} (there {shown(theirs[n])})" for n, x in ours.items()]
-        return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
-    source = f"settings from {s.artifact_path}; without its log, as PRESET={preset} has them"
-    return settings, source
+    if not log:
+        words = f"{s.artifact_path}; without its log, as PRESET={preset} has them"
+    names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
+    pairs = {n: (shown(getattr(settings, n)), shown(logged[n])) for n in names}
+    differ = [f"{n.upper()}={now} (there {was})" for n, (now, was) in pairs.items() if now != was]
+    return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
 
 
 # ---- Clock and signals ---------------------------------------------------------------------------
@@ -8050,22 +8046,6 @@ def convert_loops(environment: dict[str, str], settings) -> str:
     return convert_recurrence({"RECUR_LAYERS": layers, "RECUR_REPEATS": str(repeats)}, settings)
 
 
-def convert_attention(environment: dict[str, str], settings) -> str:
-    """MAMBA_LAYERS that leave NUM_ATTN_LAYERS (1) to attention where ATTN_PLACEMENT says."""
-    count = settings.num_layers
-    placement = environment.get("ATTN_PLACEMENT", "even").strip()
-    if placement == "even":
-        wanted = read_number(environment, "NUM_ATTN_LAYERS", 1)
-        need(wanted <= count, f"NUM_ATTN_LAYERS={wanted} is more than NUM_LAYERS={count}")
-        attention = {round(count / (wanted + 1) * (i + 1)) for i in range(wanted)}
-    else:
-        attention = set(parse_layers(settings, "ATTN_PLACEMENT", placement))
-        wanted = read_number(environment, "NUM_ATTN_LAYERS", len(attention))
-    problem = f"ATTN_PLACEMENT={placement} does not place NUM_ATTN_LAYERS={wanted}"
-    need(len(attention - {count}) == wanted, f"{problem}: set MAMBA_LAYERS")
-    return ",".join(str(layer) for layer in range(count) if layer not in attention) or "none"
-
-
 def convert_rope_dims(environment: dict[str, str], settings) -> str:
     """ROPE_FRACTION that turns ROPE_DIMS dimensions of each head; 0 is all."""
     head = settings.model_dim // max(1, settings.num_heads)
@@ -8085,7 +8065,6 @@ def convert_average(environment: dict[str, str], settings) -> str:
 
 # Names that are translated together, the setting that they say, and by what.
 CONVERTED = {
-    "ATTN_PLACEMENT NUM_ATTN_LAYERS": ("MAMBA_LAYERS", convert_attention),
     "EMA_ENABLED SWA_ENABLED": ("AVERAGE", convert_average),
     "LOOP_END LOOP_START NUM_LOOPS": ("LAYER_ORDER", convert_loops),
     "RECUR_LAYERS RECUR_MODE RECUR_REPEATS": ("LAYER_ORDER", convert_recurrence),
@@ -8120,6 +8099,7 @@ REFUSALS = {
     "VALUE_RESIDUAL=0 VE_DIM VE_ENABLED=0 VE_LAYERS": "a layer's values are its own",
     "EVAL_BATCH_SEQS TTT_BATCH_SEQS": "VAL_BATCH_SIZE counts tokens, over all ranks",
     "FP16_EMBED=0 FP16_INPROJ_ROWS=0": "embeddings and Mamba's dynamics are stored as int8",
+    "ATTN_PLACEMENT NUM_ATTN_LAYERS": "MAMBA_LAYERS names the layers that are not attention",
     "CONTROL_TENSOR_NAME_PATTERNS": "vectors and scales train in float32, by Adam",
     "EVAL_SEQ_LEN": "TRAIN_SEQ_LEN is also the window of evaluation",
     "EVAL_STATE_RESET=0": "EVAL_MODE and DOCUMENT_RESET say where state begins anew",
