@@ -69,7 +69,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,9 +84,6 @@ try:
     from tqdm import tqdm
 except ImportError:  # plain lines say the same
     tqdm = None
-
-if TYPE_CHECKING:  # importing it loads the compiler and names its folder in the environment
-    from torch.nn.attention.flex_attention import BlockMask
 
 try:
     import triton
@@ -276,8 +273,6 @@ class Settings:
     sdclip_k: float = env(0.0, "int6 rows' k; 0: as fine as TARGET_MB allows", "std")
     sdclip_k_int8: float = env(16.0, "k of 8-bit rows", "std", ABOVE_0)
     sdclip_most: float = env(20.0, "the largest k that is tried for the size", "std", 4)
-    sdclip_mlp: float = env(1.0, "times k: int6 rows of MLPs", "factor", ABOVE_0)
-    sdclip_attention: float = env(1.0, "times k: int6 rows of attention", "factor", ABOVE_0)
     sdclip_by_matrix: float = env(1.0, "steps by what errors cost; 0: by sizes", "part", 0, 1)
     sdclip_by_row: float = env(0.5, "the same, among a matrix's rows", "part", 0, 1)
     gptq_block_size: int = env(128, "columns whose errors spread at once", "", 1)
@@ -302,7 +297,6 @@ class Settings:
     ttt_freeze_blocks: int = env(0, "first blocks that are not trained", "layers", 0, 256)
     ttt_chunk_tokens: int = env(32_768, "scored, then trained on", "tokens", 1)
     ttt_lora_rank: int = env(128, "of documents' branches", "numbers", 1, WIDEST)
-    ttt_lora_alpha: float = env(230.4, "divided by the rank, branches' factor", "factor")
     ttt_lora_lr: float = env(1.5e-4, "of branches, by their usual gradient", "rate")
     ttt_lora_decay: float = env(0.5, "decoupled, of branches", "rate")
     ttt_lora_layers: str = env("mlp,head", "or query,key,value,out,in_proj,out_proj", "names")
@@ -1633,7 +1627,7 @@ class Documents(NamedTuple):
     """Where documents end in a batch of windows, in the forms that layers ask for."""
 
     reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
-    blocks: "BlockMask | None" = None  # for backend flex
+    blocks: object = None  # for backend flex: its BlockMask
     edges: Tensor | None = None  # for flash, fa2, fa3: document_edges()
     crowded: Tensor | None = None  # likewise
 
@@ -3251,31 +3245,32 @@ class Evaluator:
         batches = plan_batches(self.validation.tokens, s)
         mine = share_batches(batches, s, self.ranks.world_size)[self.ranks.rank]
         clock = DocumentClock(s, started, sum(int(batch.lengths.sum()) for batch in mine))
+        given_up = 0
         for number, batch in enumerate(mine, 1):
             clock.later -= int(batch.lengths.sum())
             least = clock.least_new(batch, 0)
-            branches = None if least else self._new_branches()
+            branches = None if least else Branches(self.model, s)
             with documents_alone(self.model, branches):
-                self._score_batch(batch, branches, clock, least)
+                given_up += self._score_batch(batch, branches, clock, least)
             left = started + s.eval_max_seconds - synchronized_time()
             say(f", batch {number}/{len(mine)} of documents, {left:.0f}s left of the clock")
-        score = self._collect(sum(self.ranks.gather(sum(clock.given_up.values()))))
+        score = self._collect(sum(self.ranks.gather(given_up)))
         self.scoring_seconds = time.perf_counter() - started
         return score._replace(seconds=self.scoring_seconds)
 
-    def _new_branches(self) -> "Branches":
-        """Those of the next batch's documents."""
-        return Branches(self.model, self.settings)
-
-    def _score_batch(self, batch: "DocumentBatch", branches: "Branches | None", clock, least: int):
+    def _score_batch(self, batch: "DocumentBatch", branches, clock, least: int) -> int:
         """Scores documents piece by piece; branches, if any, learn from each once it is scored.
 
-        Where the DocumentClock forbids that, they stay as they are, beside fewer windows.
+        Where the DocumentClock forbids that, they stay as they are, beside fewer windows: returns
+        how many documents there were when it first did.
         """
-        end = 0
+        given_up = end = 0
         while batch.longer_than(end):
             learns = not least
-            context, begin, end = next(plan_pieces(batch, self.settings, learns, end, least))
+            if self.settings.adapts and not learns:
+                given_up = given_up or batch.longer_than(end)
+            begin = end
+            context, end = plan_piece(batch, self.settings, begin, learns, least)
             going_on = batch.longer_than(end)  # documents of which a piece is still to come
             reading_since = synchronized_time()
             with torch.set_grad_enabled(learns and going_on > 0):
@@ -3288,6 +3283,7 @@ class Evaluator:
             if learns and not least:
                 self.observer.on_train(Excerpt(*(part[:going_on] for part in piece)))
                 branches.learn(nats[:going_on])
+        return given_up
 
     def _score_piece(self, batch: "DocumentBatch", context: int, begin: int, end: int) -> tuple:
         """Scores targets begin to end, read from context on, of documents that have them.
@@ -3324,7 +3320,7 @@ class Evaluator:
 # model, for itself alone: beside a matrix W stands a branch of low rank r (LoRA, arXiv 2106.09685;
 # by document, as in the contest's #1530 and #1855),
 #
-#     y = W x + (alpha / r) B A x        A (r, inputs), B (outputs, r)
+#     y = W x + 1.8 B A x        A (r, inputs), B (outputs, r)
 #
 # B begins as 0, so that the artifact's model scores the first piece; A as one draw, the same for
 # all documents and runs. A scored piece's mean nats make a step, for the pieces to come:
@@ -3343,6 +3339,7 @@ class Evaluator:
 # are read beside it, nor on their order, nor on the number of ranks.
 WIDTH_STEP = 64  # windows go on to a multiple of it, a chunk of the scan: kernels meet few shapes
 ROW_STEP = 16  # likewise, on GPUs: so many documents are read, though some of them have ended
+BRANCH_GAIN = 1.8  # of B A x beside W x
 BRANCH_BETA2 = 0.99  # how much of s a step keeps
 BRANCHED = ("mlp", "head", "query", "key", "value", "out", "in_proj", "out_proj")  # may have one
 
@@ -3374,8 +3371,8 @@ def plan_batches(tokens: np.ndarray, settings) -> list[DocumentBatch]:
     return [DocumentBatch(*part) for part in np.split(facts, facts.shape[1] // slots, axis=1)]
 
 
-def plan_pieces(batch: DocumentBatch, settings, learns: bool, begin: int = 0, least: int = 0):
-    """Yields (context, begin, end): a document's targets begin to end are read from context on.
+def plan_piece(batch: DocumentBatch, settings, begin: int, learns: bool, least=0) -> tuple:
+    """(context, end): a document's targets begin to end are read from context on.
 
     A piece has TTT_LORA_PIECE of them, or least if that is more: fewer windows for less time.
     """
@@ -3384,10 +3381,7 @@ def plan_pieces(batch: DocumentBatch, settings, learns: bool, begin: int = 0, le
     end = begin + piece
     if not learns:  # frozen weights score a window's alike
         end = max(end, window // piece * piece)
-    while begin < batch.lengths.max():
-        yield max(0, end - window), begin, min(end, int(batch.lengths.max()))
-        begin = end
-        end += piece
+    return max(0, end - window), min(end, int(batch.lengths.max()))
 
 
 def share_batches(batches: list, settings, world_size: int) -> list[list[DocumentBatch]]:
@@ -3397,8 +3391,10 @@ def share_batches(batches: list, settings, world_size: int) -> list[list[Documen
     for batch in batches:
         rank = loads.index(min(loads))
         shares[rank].append(batch)
-        for context, begin, end in plan_pieces(batch, settings, settings.adapts):
-            loads[rank] += (end - context) * batch.longer_than(begin)
+        begin = 0
+        while documents := batch.longer_than(begin):
+            context, begin = plan_piece(batch, settings, begin, settings.adapts)
+            loads[rank] += (begin - context) * documents
     return shares
 
 
@@ -3418,7 +3414,6 @@ class DocumentClock:
     tokens: int = 0  # of all pieces but the first two, whose times hold what compiling took
     seconds: float = 0.0  # that reading these took
     latest: float = 0.0  # seconds of a batch's window, of the latest ones rather than of all
-    given_up: dict = field(default_factory=dict)  # of a batch: documents that could not learn (on)
 
     def count(self, tokens: int, since: float):
         """Takes note of a piece of so many tokens, read since then."""
@@ -3450,16 +3445,14 @@ class DocumentClock:
             return 1
         if branched and in_time and self.suffices(batch, begin, half):
             return 0
-        self.given_up.setdefault(int(batch.begins[0, 0]), batch.longer_than(begin))
         return half if self.suffices(batch, begin, s.train_seq_len) else s.train_seq_len
 
 
 class LowRank:
-    """(alpha / r) B A x, with A and B of its own for each document of a batch."""
+    """BRANCH_GAIN B A x, with A and B of its own for each document of a batch."""
 
     def __init__(self, inputs: int, outputs: int, settings, generator, device):
         rank = settings.ttt_lora_rank
-        self.gain = settings.ttt_lora_alpha / rank
         uniform = 2 * torch.rand(inputs, rank, generator=generator) - 1
         first = (uniform * inputs**-0.5).to(device).expand(settings.ttt_lora_slots, -1, -1)
         self.down = first.clone().requires_grad_()  # A, transposed
@@ -3468,7 +3461,7 @@ class LowRank:
     def __call__(self, x: Tensor) -> Tensor:
         """x (n, T, inputs) of the first n documents -> (n, T, outputs), in x's dtype."""
         low = x @ self.down[: len(x)].to(x.dtype)
-        return self.gain * (low @ self.up[: len(x)].to(x.dtype))
+        return BRANCH_GAIN * (low @ self.up[: len(x)].to(x.dtype))
 
 
 def add_branch(branch: LowRank, module, arguments: tuple, keywords: dict, output: Tensor) -> Tensor:
@@ -3516,12 +3509,8 @@ class Branches:
                 mean = matrix.grad.square().mean(dim=(1, 2), keepdim=True)
                 square.lerp_(mean, 1 - BRANCH_BETA2)
                 usual = (square / weight).sqrt() + 1e-10
-                matrix.mul_(self.kept).sub_(self.rate * (self._direction(matrix) / usual))
+                matrix.mul_(self.kept).sub_(self.rate * (matrix.grad / usual))
                 matrix.grad = None
-
-    def _direction(self, matrix: Tensor) -> Tensor:
-        """What a step of a matrix follows: the gradient of one piece, and no mean of several."""
-        return matrix.grad
 
 
 @contextmanager
@@ -3761,12 +3750,11 @@ def stand_in(limits: Tensor) -> tuple[Tensor, Tensor]:
 
 def grids(model, settings, matrices: dict[str, Tensor], k: float):
     """Yields name, weight, limits, row and column steps of each of grid_limits(model)'s."""
-    factors = {"MLP": settings.sdclip_mlp, "attention": settings.sdclip_attention}  # of k
     for name, limits in matrices.items():
         weight = model.get_parameter(name).detach()
         if weight.is_meta:
             weight, limits = stand_in(limits)
-        rows, columns = grid_steps(weight, limits, settings, k * factors.get(layer_kind(name), 1))
+        rows, columns = grid_steps(weight, limits, settings, k)
         if name in model.grid_factors:
             limits = torch.full_like(limits, INT8_MAX)
             finest = sdclip_steps(weight, limits, SDCLIP_LEAST)  # finer ones would clip
@@ -3798,7 +3786,6 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
     others = [(name, p) for name, p in model.named_parameters() if name not in matrices]
     parts = dict.fromkeys(KINDS.values(), 0.0) | {"beside": OTHER_BYTES}
     parts["vectors"] = sum(p.numel() * np.dtype(float_type(name)).itemsize for name, p in others)
-    each = 0.6 if settings.quantizer in ("gptq", "round") else 1.6
     counts = {}
     for name, weight, limits, rows, columns in grids(model, settings, matrices, k):
         p = model.get_parameter(name)
@@ -3810,8 +3797,9 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
         integers = round_to_grid(weight, scale, limits)
         places = code_places(measure_reaches(settings, integers), integers)
         counts[name] = count_values(places) * (p.numel() / weight.numel())
-        steps = len(p) + (p.shape[1] if (columns != 1).any() else 0)
-        parts[layer_kind(name)] += each * steps + 0.35 * settings.shared_tables * sum(p.shape)
+        exact = (coarse_steps(rows) != rows).double().mean()
+        steps = (0.6 + float(exact)) * len(p) + (1.6 * p.shape[1] if (columns != 1).any() else 0)
+        parts[layer_kind(name)] += steps + 0.35 * settings.shared_tables * sum(p.shape)
     for names in codes_of(settings, matrices):
         bits = code_bits(sum(counts[name] for name in names))
         for name in names:
@@ -4325,13 +4313,15 @@ FORMER_DEFAULTS |= {"muon_momentum_warmup_start": 0.0, "muon_momentum_warmup_ste
 FORMER_DEFAULTS |= {"beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "adam_wd": 0.0}
 FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 0.1}
 FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0, "starts": 1}
-FORMER_DEFAULTS |= {"sdclip_mlp": 1.0, "sdclip_attention": 1.0, "gptq_block_size": 128}
-FORMER_DEFAULTS |= {"gptq_damp": 0.01, "gptq_gen_len": 512, "gptq_gen_temp": 1.0}
+FORMER_DEFAULTS |= {"gptq_block_size": 128, "gptq_damp": 0.01, "gptq_gen_len": 512}
+FORMER_DEFAULTS |= {"gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
 FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none"}
 FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
-FORMER_DEFAULTS |= {"shared_tables": False}
-FORMER_DEFAULTS |= {"preset": "", "train_seq_len": 0}  # not known
+FORMER_DEFAULTS |= {"shared_tables": False, "preset": "", "train_seq_len": 0}  # "", 0: not known
+
+# Settings that are no more, with the only value that a file may have for one.
+RETIRED = {"sdclip_mlp": 1.0, "sdclip_attention": 1.0}
 
 
 def read_header(line: bytes | str, usual: dict) -> dict:
@@ -4340,6 +4330,7 @@ def read_header(line: bytes | str, usual: dict) -> dict:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
+    header = {n: value for n, value in header.items() if n not in RETIRED or value != RETIRED[n]}
     unknown = sorted(header.keys() - usual)
     need(not unknown, f"its header has settings that this script lacks: {ascii(unknown[:3])[:99]}")
     header = {name: FORMER_DEFAULTS[name] for name in usual if name in FORMER_DEFAULTS} | header
@@ -4413,7 +4404,7 @@ def check_size(skeleton: Model, target_bytes: float, memory: float):
     s = skeleton.settings
     numbers = sum(p.numel() for p in skeleton.parameters())
     # On the coarsest grid: Gaussian weights' entropy less a quarter, as trained ones are uneven.
-    k = max(s.sdclip_most, s.sdclip_k) * max(1, s.sdclip_mlp, s.sdclip_attention)
+    k = max(s.sdclip_most, s.sdclip_k)
     least = 0.75 * math.log2(math.sqrt(2 * math.pi * math.e) * INT6_MAX / k)
     least = 1.0 if s.quantizer == "ternary" else least
     has = 8 * target_bytes / numbers
@@ -4794,43 +4785,32 @@ def refuse_others_artifact(settings):
 
 
 def find_settings(settings) -> tuple[Path | None, dict, str]:
-    """The log, RUN_ID's or ARTIFACT's, of the run that wrote that; typed_settings(); the source."""
+    """The log, RUN_ID's or ARTIFACT's, of the run that wrote that; its SCORED_WITH; the source."""
     found = file_sha256(settings.artifact_path)
     beside = str(settings.artifact_path).removesuffix(".int6.lzma")
     for path in (Path(settings.log_dir, f"{settings.run_id}.jsonl"), Path(f"{beside}.jsonl")):
         events = last_records(path)
         if found and events.get("trained", {}).get("artifact_sha256") == found:
-            theirs = typed_settings(events["settings"].get("settings", {}), path)
+            logged = events["settings"].get("settings", {})
+            theirs = {}
+            with named_source(path):
+                for name in (name for name in SCORED_WITH if name in logged):
+                    kind = type(getattr(Settings, name))
+                    theirs[name] = parse_value(name.upper(), str(logged[name]), kind)
+                preset = theirs.get("preset", "default")
+                need(preset in PRESETS, f"this script does not know PRESET={shown(preset)}")
             same = events["settings"].get("script_sha256") == file_sha256(__file__)
             return path, theirs, str(path) if same else f"{path}, of another train_gpt.py"
     return None, {}, ""
 
 
-def typed_settings(theirs: dict, log: Path) -> dict:
-    """Of a log's settings those of SCORED_WITH, int taken for float; UserError for other types."""
-    typed = {}
-    for name in (name for name in SCORED_WITH if name in theirs):
-        value, kind = theirs[name], type(getattr(Settings, name))
-        if kind is float and type(value) is int and abs(value) < UNBOUNDED:
-            value = float(value)
-        has = f"{log} has {name.upper()}={shown(repr(value))}"
-        need(type(value) is kind, f"{has}, which is no {kind.__name__}")
-        typed[name] = value
-    preset = typed.get("preset", "default")
-    need(preset in PRESETS, f"{log} has PRESET={shown(preset)}, which this script does not know")
-    return typed
-
-
 @contextmanager
-def named_source(log: Path | None, given: set[str]):
-    """Adds the log to errors about a setting, the first that they name, that was taken from it."""
+def named_source(log: Path | None):
+    """Adds to errors the log that settings are from which were not given, if there is one."""
     try:
         yield
     except UserError as error:
-        words = "".join(x if x.isalnum() or x == "_" else " " for x in str(error)).split()
-        name = next((x.lower() for x in words if x.isupper() and x.lower() in FIELDS), "")
-        taken = log and name in SCORED_WITH and name not in given | {*MODEL_FIELDS}
-        raise UserError(f"{error} (from {log})" if taken else str(error)) from None
+        raise UserError(f"{error} (settings from {log})" if log else str(error)) from None
 
 
 def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Settings, str]:
@@ -4851,22 +4831,15 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     need("preset" not in given or s.preset == theirs["preset"], contradicts)
     clock = {"eval_max_seconds": min(theirs["eval_max_seconds"], Settings.eval_max_seconds)}
     taken = {name: (theirs | clock)[name] for name in SCORED_WITH if name not in given}
-    settings = adopt_artifact(
-        header, make_room(replace(s, **taken), given, world_size), given, world_size
-    )
+    settings = make_room(replace(s, **taken), given, world_size)
+    settings = adopt_artifact(header, settings, given, world_size)
     refuse_idle(settings, given)
-    if log:
-        names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
-        trains = ("seed", "train_batch_tokens")
-        ours = {name: getattr(settings, name) for name in names if name not in trains}
-        ours = {name: x for name, x in ours.items() if x != theirs[name]}
-        differ = [f"{n.upper()}={shown(x)} (there {shown(theirs[n])})" for n, x in ours.items()]
-        return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
-    names = [name for name in taken if FIELDS[name] == "evaluation"]
-    names += [] if window or "train_seq_len" in given else ["train_seq_len"]
-    usual = " ".join(f"{name.upper()}={shown(taken[name])}" for name in names)
-    source = f"settings from {s.artifact_path}; without its log, as PRESET={preset} has them"
-    return settings, f"{source}: {usual}"
+    if not log:
+        words = f"{s.artifact_path}; without its log, as PRESET={preset} has them"
+    names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
+    pairs = {n: (shown(getattr(settings, n)), shown(logged[n])) for n in names}
+    differ = [f"{n.upper()}={now} (there {was})" for n, (now, was) in pairs.items() if now != was]
+    return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
 
 
 # ---- Clock and signals ---------------------------------------------------------------------------
@@ -5665,7 +5638,7 @@ def evaluate_artifact(settings, given, ranks, validation, log, written="", attem
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
     lost = "documents learnt in part" if s.eval_mode == "documents" else "epochs given up"
     log(f"{took}; {score.epochs_given_up} {lost}")
-    late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: try EVAL_MODE=plain"
+    late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: raise it, or change EVAL_MODE"
     need(ranks.from_main(score.seconds <= s.eval_max_seconds), late)
     label = s.eval_mode + ("_ttt" if s.adapts else "")
     try:
@@ -5718,7 +5691,7 @@ def main(log):
         source = describe_room(settings, given)  # of settings that were not given
         if settings.eval_only:
             origin = ranks.from_main(find_settings(settings)[0] if first else None)
-            claims.enter_context(named_source(origin, given))
+            claims.enter_context(named_source(origin))
             found = settings_to_score(settings, given, ranks.world_size) if first else None
             settings, source = ranks.from_main(found)
         log_settings(log, settings, given, ranks, source)
@@ -8260,8 +8233,9 @@ def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(dim=-1, dtype=torch.int32), places.int()
 
 
-def document_blocks(reach: Tensor) -> "BlockMask":
-    """FlexAttention's mask of documents, from reach (B, T) int32, on its device."""
+def document_blocks(reach: Tensor):
+    """FlexAttention's BlockMask of documents, from reach (B, T) int32, on its device."""
+    # Only here: importing it loads the compiler and names its folder in the environment.
     from torch.nn.attention.flex_attention import BlockMask
 
     length = reach.shape[1]
@@ -8393,22 +8367,6 @@ def convert_loops(environment: dict[str, str], settings) -> str:
     return convert_recurrence({"RECUR_LAYERS": layers, "RECUR_REPEATS": str(repeats)}, settings)
 
 
-def convert_attention(environment: dict[str, str], settings) -> str:
-    """MAMBA_LAYERS that leave NUM_ATTN_LAYERS (1) to attention where ATTN_PLACEMENT says."""
-    count = settings.num_layers
-    placement = environment.get("ATTN_PLACEMENT", "even").strip()
-    if placement == "even":
-        wanted = read_number(environment, "NUM_ATTN_LAYERS", 1)
-        need(wanted <= count, f"NUM_ATTN_LAYERS={wanted} is more than NUM_LAYERS={count}")
-        attention = {round(count / (wanted + 1) * (i + 1)) for i in range(wanted)}
-    else:
-        attention = set(parse_layers(settings, "ATTN_PLACEMENT", placement))
-        wanted = read_number(environment, "NUM_ATTN_LAYERS", len(attention))
-    problem = f"ATTN_PLACEMENT={placement} does not place NUM_ATTN_LAYERS={wanted}"
-    need(len(attention - {count}) == wanted, f"{problem}: set MAMBA_LAYERS")
-    return ",".join(str(layer) for layer in range(count) if layer not in attention) or "none"
-
-
 def convert_rope_dims(environment: dict[str, str], settings) -> str:
     """ROPE_FRACTION that turns ROPE_DIMS dimensions of each head; 0 is all."""
     head = settings.model_dim // max(1, settings.num_heads)
@@ -8416,22 +8374,6 @@ def convert_rope_dims(environment: dict[str, str], settings) -> str:
     need(dims <= head, f"ROPE_DIMS={dims} is more than a head has, {head}")
     fraction = dims / max(1, head)
     return repr(math.nextafter(fraction, 1.0) if int(head * fraction) < dims else fraction)
-
-
-def convert_bigrams(environment: dict[str, str], settings) -> str:
-    """BIGRAM_VOCAB_SIZE of BIGRAM_BUCKETS rows, or of none where USE_BIGRAM_HASH=0."""
-    usual = settings.bigram_vocab_size or Settings.bigram_vocab_size
-    rows = environment.get("BIGRAM_BUCKETS", str(usual))
-    return rows if read_number(environment, "USE_BIGRAM_HASH", True) else "0"
-
-
-def convert_quantizer(environment: dict[str, str], settings) -> str:
-    """QUANTIZER of USE_GPTQ and GPTQ_LITE, the search for each row's clipping."""
-    hessians = read_number(environment, "USE_GPTQ", True)
-    search = read_number(environment, "GPTQ_LITE", False)
-    need(hessians or not search, "GPTQ_LITE=1 searches clips for GPTQ here: leave out USE_GPTQ=0")
-    usual = "gptq" if settings.quantizer == "round" else settings.quantizer
-    return "percentile" if search else usual if hessians else "round"
 
 
 def convert_average(environment: dict[str, str], settings) -> str:
@@ -8442,29 +8384,10 @@ def convert_average(environment: dict[str, str], settings) -> str:
     return "+".join(parts) or "none"
 
 
-def convert_calibration(environment: dict[str, str], settings) -> str:
-    """CALIBRATION_TOKENS of GPTQ_CALIB_BATCHES, or of GPTQ_NUM_SEQS texts of GPTQ_GEN_LEN."""
-    batches = read_number(environment, "GPTQ_CALIB_BATCHES", 0)
-    texts = read_number(environment, "GPTQ_NUM_SEQS", 0)
-    need(not batches or not texts, "GPTQ_CALIB_BATCHES and GPTQ_NUM_SEQS exclude each other")
-    return str(batches * settings.train_batch_tokens + texts * settings.gptq_gen_len)
-
-
-def convert_cuda(environment: dict[str, str], settings) -> str:
-    """SCAN_BACKEND of MAMBA_USE_CUDA: the usual, or the loop."""
-    fast = read_number(environment, "MAMBA_USE_CUDA", True)
-    return settings.scan_backend if fast else "sequential"
-
-
 # Names that are translated together, the setting that they say, and by what.
 CONVERTED = {
-    "ATTN_PLACEMENT NUM_ATTN_LAYERS": ("MAMBA_LAYERS", convert_attention),
-    "BIGRAM_BUCKETS USE_BIGRAM_HASH": ("BIGRAM_VOCAB_SIZE", convert_bigrams),
     "EMA_ENABLED SWA_ENABLED": ("AVERAGE", convert_average),
-    "GPTQ_CALIB_BATCHES GPTQ_NUM_SEQS": ("CALIBRATION_TOKENS", convert_calibration),
-    "GPTQ_LITE USE_GPTQ": ("QUANTIZER", convert_quantizer),
     "LOOP_END LOOP_START NUM_LOOPS": ("LAYER_ORDER", convert_loops),
-    "MAMBA_USE_CUDA": ("SCAN_BACKEND", convert_cuda),
     "RECUR_LAYERS RECUR_MODE RECUR_REPEATS": ("LAYER_ORDER", convert_recurrence),
     "ROPE_DIMS": ("ROPE_FRACTION", convert_rope_dims),
 }
@@ -8474,7 +8397,7 @@ RENAMED = """
     BIGRAM_HASH_DIM=BIGRAM_DIM ENABLE_LOOPING_AT=RECUR_START GPTQ_CLIP_SIGMAS=SDCLIP_K
     GPTQ_EMBED_CLIP_SIGMAS=SDCLIP_K_INT8 MAMBA3_CHUNK_SIZE=MAMBA_CHUNK_SIZE
     MAMBA3_D_STATE=MAMBA_D_STATE MAMBA3_EXPAND=MAMBA_EXPAND MAMBA3_HEADDIM=MAMBA_HEAD_DIM
-    MUON_WD=WEIGHT_DECAY RECUR_START_FRAC=RECUR_START
+    MUON_WD=WEIGHT_DECAY RECUR_START_FRAC=RECUR_START BIGRAM_BUCKETS=BIGRAM_VOCAB_SIZE
     D_MODEL=MODEL_DIM EMA_HORIZON=AVERAGE_HORIZON ITERS=ITERATIONS NUM_ITERATIONS=ITERATIONS
     MAX_WALLCLOCK=MAX_WALLCLOCK_SECONDS WALLCLOCK=MAX_WALLCLOCK_SECONDS QUANT=QUANTIZER
     SEQ_LEN=TRAIN_SEQ_LEN VAL_EVERY=VAL_LOSS_EVERY WD=WEIGHT_DECAY N_LAYER=NUM_LAYERS
@@ -8497,11 +8420,14 @@ REFUSALS = {
     "VALUE_RESIDUAL=0 VE_DIM VE_ENABLED=0 VE_LAYERS": "a layer's values are its own",
     "EVAL_BATCH_SEQS TTT_BATCH_SEQS": "VAL_BATCH_SIZE counts tokens, over all ranks",
     "FP16_EMBED=0 FP16_INPROJ_ROWS=0": "embeddings and Mamba's dynamics are stored as int8",
+    "ATTN_PLACEMENT NUM_ATTN_LAYERS": "MAMBA_LAYERS names the layers that are not attention",
     "CONTROL_TENSOR_NAME_PATTERNS": "vectors and scales train in float32, by Adam",
     "EVAL_SEQ_LEN": "TRAIN_SEQ_LEN is also the window of evaluation",
     "EVAL_STATE_RESET=0": "EVAL_MODE and DOCUMENT_RESET say where state begins anew",
     "EVAL_TEMP=1": "the rules forbid to fit a temperature to validation text",
     "GATED_ATTENTION=1": "each head of attention has a gate",
+    "GPTQ_CALIB_BATCHES GPTQ_NUM_SEQS": "CALIBRATION_TOKENS counts tokens",
+    "GPTQ_LITE=0 USE_GPTQ=1": "QUANTIZER is round without GPTQ, and percentile to search for clips",
     "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
     "GRAD_ACCUM GRADIENT_ACCUMULATION_STEPS": "MICRO_BATCH_TOKENS of a step are computed at once",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
@@ -8510,11 +8436,13 @@ REFUSALS = {
     "MAMBA3_OUTPROJ_NORM=1": "what enters out_proj is always normalized",
     "MAMBA3_ROPE_FRACTION=0.5": "half of a state's numbers turn",
     "MAMBA_GRAD_CHECKPOINT=1": "a scan's backward pass computes anew what it needs",
+    "MAMBA_USE_CUDA=1": "SCAN_BACKEND says which scan runs, sequential being the loop",
     "MUON_EQ_R=1": "Muon always brings rows to one length",
     "QAT_ENABLED=0 QAT_START_FRAC=0": "LATE_QAT_THRESHOLD says when QAT begins",
     "QUANT_BITS=6 QUANT_BITS_MLP=6 QUANT_BITS_EMBED=8": "SDCLIP_K and QUANTIZER say how fine",
     "SWEEP_MODE=0": "tools/explore.py trains without exporting",
     "TTT_OPTIMIZER=sgd": "test-time training is by SGD, but of documents",
+    "USE_BIGRAM_HASH=1": "BIGRAM_VOCAB_SIZE says how many rows bigrams have, 0 that there are none",
     "USE_BROTLI=0 USE_LZMA=1 USE_ZSTD=0": "artifacts are packed by an entropy coder and LZMA",
     "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",

@@ -47,7 +47,6 @@ SMALL = t.PLAIN | {
     "val_batch_size": 128,
     "ttt_chunk_tokens": 64,
     "ttt_lora_rank": 3,
-    "ttt_lora_alpha": 5.4,
     "ttt_lora_lr": 0.02,
     "ttt_lora_piece": 8,
     "ttt_lora_slots": 3,
@@ -127,6 +126,15 @@ def stream_of(lengths, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
     texts = [[t.BOS_ID, *generator.integers(4, 512, length - 1)] for length in lengths]
     return np.array([*sum(texts, []), t.BOS_ID], dtype=np.uint16)
+
+
+def plan_pieces(batch: t.DocumentBatch, settings: t.Settings, learns: bool):
+    """Yields (context, begin, end) of all of a batch's pieces: t.plan_piece()."""
+    begin = 0
+    while batch.longer_than(begin):
+        context, end = t.plan_piece(batch, settings, begin, learns)
+        yield context, begin, end
+        begin = end
 
 
 def validation_set(tokens: np.ndarray) -> t.ValidationSet:

@@ -93,11 +93,6 @@ def test_orthogonal_matrices_are_as_large_as_uniform_ones():
     assert float(orthogonal.norm() / uniform.norm()) == pytest.approx(1, abs=0.2)
 
 
-def test_a_wider_branch_keeps_its_factor():
-    assert variant("rank=12").ttt_lora_alpha == 4 * variant("").ttt_lora_alpha
-    assert variant("rank=12 alpha=3").ttt_lora_alpha == 3
-
-
 def test_a_trial_compares_with_the_same_windows_and_leaves_the_model_as_it_was():
     choice = variant("")
     model = random_model(choice)

@@ -18,6 +18,7 @@ from tests.support import (
     SCRIPT,
     SOLO,
     mistake,
+    plan_pieces,
     process_environment,
     random_model,
     run_environment,
@@ -83,7 +84,7 @@ def test_pieces_and_their_windows():
     def pieces(length: int, learns: bool, piece: int = 8) -> list:
         batch = t.DocumentBatch(np.zeros((1, 1)), np.array([[length]]))
         settings = tiny(ttt_lora_piece=piece, train_seq_len=16)
-        return [*t.plan_pieces(batch, settings, learns)]
+        return [*plan_pieces(batch, settings, learns)]
 
     assert pieces(22, True) == [(0, 0, 8), (0, 8, 16), (8, 16, 22)]
     assert pieces(22, False) == [(0, 0, 16), (8, 16, 22)]
@@ -110,7 +111,6 @@ def by_hand(
     branches = {f"{names[module]}.weight": branch for module, branch in drawn.beside.items()}
     branches["output_embedding.weight"] = drawn.head
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    gain = s.ttt_lora_alpha / s.ttt_lora_rank
     learnt = {}  # A and B, the mean square of their gradients, and the gradients' mean
     for name, branch in branches.items():
         for part in ("down", "up"):
@@ -125,7 +125,7 @@ def by_hand(
         merged = dict(weights)
         for name in branches:
             (down, *_), (up, *_) = learnt[name, "down"], learnt[name, "up"]
-            merged[name] = weights[name] + gain * (down @ up).T
+            merged[name] = weights[name] + 1.8 * (down @ up).T
         window = (text[:, context:end], text[:, context + 1 : end + 1], model.order(True))
         scores = torch.func.functional_call(
             Scored(model), {f"model.{name}": x for name, x in merged.items()}, window
@@ -207,7 +207,7 @@ def test_scores_do_not_depend_on_pieces_within_a_window_without_steps():
     model = random_model(documents())
     tokens = stream_of([32, 9, 30, 17, 2])
     whole = evaluate(model, documents(ttt_enabled=False, ttt_lora_piece=32), tokens).nats
-    for changes in ({"ttt_enabled": False}, {"ttt_lora_lr": 0.0}, {"ttt_lora_alpha": 0.0}):
+    for changes in ({"ttt_enabled": False}, {"ttt_lora_lr": 0.0}):
         found = evaluate(model, documents(**changes), tokens).nats
         assert np.abs(found - whole).max() < 1e-5, changes
 
@@ -392,14 +392,14 @@ def test_documents_stop_learning_in_time_for_the_rest(costly, monkeypatch, lengt
     """They learnt on until the clock's last tenth, which may be too short for all that is left."""
     settings = documents(eval_max_seconds=30.0)
     moves = set()  # by how many targets windows move
-    plan = t.plan_pieces
+    plan = t.plan_piece
 
-    def planned(*facts):
-        for context, begin, end in plan(*facts):
-            moves.update({end - begin} if begin >= 32 and end < lengths[0] else ())
-            yield context, begin, end
+    def planned(batch, settings, begin, *facts):
+        context, end = plan(batch, settings, begin, *facts)
+        moves.update({end - begin} if begin >= 32 and end < lengths[0] else ())
+        return context, end
 
-    monkeypatch.setattr(t, "plan_pieces", planned)
+    monkeypatch.setattr(t, "plan_piece", planned)
     score = evaluate(random_model(settings), settings, stream_of(lengths), observer=costly)
     assert score.seconds < 30.0
     assert moves == ways

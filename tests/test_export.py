@@ -806,27 +806,6 @@ def test_calibration_s_source_tokens_and_seconds_are_logged(tmp_path, source, wo
         assert (tmp_path / "a").read_bytes() != (tmp_path / "other").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("changes", "kind"), [({"sdclip_mlp": 2.0}, ".mlp."), ({"sdclip_attention": 2.0}, ".mixer.")]
-)
-def test_k_may_be_another_in_mlps_and_in_attention(changes, kind):
-    """In QAT, in the file and in what is foretold of it; Mamba's projections keep k."""
-    settings, model = wide_model()
-    other = with_settings(settings, **changes)
-    smaller = t.predict_bytes(model, other, 5.0) / t.predict_bytes(model, settings, 5.0)
-    assert 0.5 < smaller < 0.99
-    model.settings = other
-    before, after = exported(model, settings), exported(model, other)
-    with t.fake_quantization(model, t.grid_limits(model), 5.0):
-        on_grid = {name: model.get_parameter(name).clone() for name in t.grid_limits(model)}
-    for name in t.grid_limits(model):
-        rows = len(model.get_parameter(name))
-        ratio = after[name][:rows].float() / before[name][:rows].float()
-        coarser = kind in name and "_proj" not in name
-        assert ratio.mean() == pytest.approx(2.0 if coarser else 1.0, abs=1e-3)
-        assert torch.equal(on_grid[name], dequantized(after, name))
-
-
 def test_coarser_grids_are_tried_up_to_sdclip_most(tmp_path):
     settings, model = wide_model()
     assert t.fit_sdclip(model, with_settings(settings, sdclip_most=30.0), 1) == 30.0

@@ -94,6 +94,15 @@ def test_an_older_checkpoint_goes_on_as_it_would_have(commit, signal_handlers):
     assert_same(nats(trainer.model), known(commit, "checkpoint"), 1e-4)
 
 
+def test_a_retired_setting_may_have_the_value_that_means_what_is_done_now():
+    usual = t.artifact_header(tiny())
+    for name, value in t.RETIRED.items():
+        assert name not in usual and name not in t.FORMER_DEFAULTS
+        assert t.read_header(json.dumps(usual | {name: value}), usual) == usual
+        with pytest.raises(t.UserError, match=f"that this script lacks: .'{name}'.$"):
+            t.read_header(json.dumps(usual | {name: 2 * value}), usual)
+
+
 def test_a_field_that_a_header_lacks_is_its_former_default(monkeypatch, tmp_path):
     """Not the setting's default of today, nor what the environment says of it."""
     path = FOLDER / "b6028ee.artifact"

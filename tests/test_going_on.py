@@ -481,14 +481,10 @@ def test_a_log_switches_off_no_check_and_no_clock(monkeypatch, capsys, scored, t
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"eval_stride": 8', '"eval_stride": "8"', "{log} has EVAL_STRIDE='8', which is no int"),
-        ('"ttt_epochs": 2', '"ttt_epochs": true', "{log} has TTT_EPOCHS=True, which is no int"),
-        ('"ttt_lr": 0.005', '"ttt_lr": null', "{log} has TTT_LR=None, which is no float"),
-        (
-            '"preset": "tiny"',
-            '"preset": "x"',
-            "{log} has PRESET=x, which this script does not know",
-        ),
+        ('"eval_stride": 8', '"eval_stride": [8]', 'EVAL_STRIDE="[8]" should be a whole number'),
+        ('"ttt_epochs": 2', '"ttt_epochs": true', 'TTT_EPOCHS="True" should be a whole number'),
+        ('"ttt_lr": 0.005', '"ttt_lr": null', 'TTT_LR="None" should be a number'),
+        ('"preset": "tiny"', '"preset": "x"', "this script does not know PRESET=x"),
         ('"ttt_lr": 0.005', '"ttt_lr": -1', "TTT_LR=-1.0 must be from 0 to"),
         ('"eval_stride": 8', '"eval_stride": 33', "EVAL_STRIDE=33 is longer than TRAIN_SEQ_LEN=32"),
         ('"data_path": "/', '"data_path": "/no/', "bin shards in /no/"),
@@ -500,10 +496,8 @@ def test_what_a_log_may_not_have_is_refused_by_name(
     """And the log is named where a setting is checked that nobody gave."""
     environment = edited_log(scored, tmp_path, (old, new))
     line = mistake(monkeypatch, capsys, environment)
-    log = tmp_path / "a.jsonl"
-    assert said.format(log=log) in line
-    if "{log}" not in said:
-        assert line.endswith(f" (from {log})\n")
+    assert said in line
+    assert line.endswith(f" (settings from {tmp_path / 'a.jsonl'})\n")
 
 
 def test_a_shorter_window_needs_no_other_stride_typed(scored, tmp_path):
@@ -519,7 +513,7 @@ def test_a_shorter_window_needs_no_other_stride_typed(scored, tmp_path):
 def test_without_its_log_an_artifact_tells_its_preset_and_window(
     monkeypatch, capsys, scored, tmp_path, log
 ):
-    """And which settings of the evaluation are that preset's is told; older ones tell neither."""
+    """Older ones tell neither."""
     artifact = tmp_path / "b.int6.lzma"
     artifact.write_bytes((scored / "a.int6.lzma").read_bytes())
     if log != "none":
@@ -533,10 +527,7 @@ def test_without_its_log_an_artifact_tells_its_preset_and_window(
     assert events["final"]["val_loss"] == logs.last_run(scored / "a.jsonl")["final"]["val_loss"]
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("settings from")]
-    assert "b.int6.lzma; without its log, as PRESET=tiny has them: EVAL_MODE=sliding " in line
-    assert " TTT_EPOCHS=2 " in line
-    assert "TRAIN_SEQ_LEN" not in line
-    assert "EVAL_STRIDE" not in line
+    assert line.endswith("b.int6.lzma; without its log, as PRESET=tiny has them")
 
     data = artifact.read_bytes()
     line, payload = data[len(t.ARTIFACT_MAGIC) : -t.DIGEST_BYTES].split(b"\n", 1)
@@ -547,7 +538,7 @@ def test_without_its_log_an_artifact_tells_its_preset_and_window(
         score_again(monkeypatch, tmp_path, RUN_ID="b", **given)
     out = capsys.readouterr().out
     assert "as PRESET=default has them" in out
-    assert " TRAIN_SEQ_LEN=2048\n" in out
+    assert "  train_seq_len=2048  " in out
 
 
 def test_a_run_has_its_score_when_its_targets_nats_are_written(

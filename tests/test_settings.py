@@ -182,7 +182,6 @@ YIELDING = [
     ({"QUANTIZER": "round"}, NO_GRIDS),
     ({"QUANTIZER": "ternary"}, NO_GRIDS | {"SPELLING_FEATURES": 0}),
     ({"LATE_QAT_THRESHOLD": "0.1"}, NO_GRIDS | {"SPELLING_FEATURES": 0}),
-    ({"USE_GPTQ": "0"}, NO_GRIDS),
     ({"QUANTIZER": "dsq", "SDCLIP_BY_ROW": "0"}, NO_GRIDS),
     ({"TRAIN_SEQ_LEN": "256"}, {}),
     ({"TRAIN_SEQ_LEN": "256", "EVAL_MODE": "sliding"}, {"EVAL_STRIDE": 64}),

@@ -22,7 +22,7 @@ ended with. What export costs can be compared on the same weights and calibratio
 training clock.
 
     python -m tools.explore --export "as it is:" \\
-        --requantize "7 bits: SDCLIP_K_INT8=32" --requantize "fine MLP: SDCLIP_MLP=0.9"
+        --requantize "7 bits: SDCLIP_K_INT8=32" --requantize "damped: GPTQ_DAMP=0.03"
 """
 
 import argparse

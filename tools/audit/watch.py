@@ -211,6 +211,11 @@ def weights_of(script: ModuleType, model: torch.nn.Module) -> list[Weight]:
     return weights
 
 
+def tell(note: str) -> None:
+    """Prints what an evaluator says of its progress, but for what its clock has left: no end."""
+    print(note.removeprefix(", ").rpartition(", ")[0], flush=True)
+
+
 def observe(script: ModuleType, environment: dict[str, str], seed: int) -> Observation:
     """Evaluates the whole validation set and records every score, update and step, in order.
 
@@ -228,7 +233,7 @@ def observe(script: ModuleType, environment: dict[str, str], seed: int) -> Obser
     evaluator = script.Evaluator(model, settings, ranks, validation, observer=watcher)
     hook = register_optimizer_step_post_hook(watcher.on_step)
     try:
-        score = evaluator.evaluate(None, print)
+        score = evaluator.evaluate(None, tell)
     finally:
         hook.remove()
     seen = watcher.seen

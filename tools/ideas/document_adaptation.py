@@ -10,9 +10,9 @@ gains is told apart from what windows within documents gain. Settings are those 
 the environment gives, then the artifact's and its log's. One process, one device.
 
 A variant is a name, a colon and what it changes, as FIELD=VALUE: a setting TTT_LORA_FIELD, or one
-of Choice's own, which the script does not have. An alpha that is not given grows with the rank, so
-that branches keep their factor. Without a change, scores are those of EVAL_MODE=documents to the
-bit: plan, windows and steps are the script's, and classes here say what a variant does otherwise.
+of Choice's own, which the script does not have. Without a change, scores are those of
+EVAL_MODE=documents to the bit: plan, windows and steps are the script's, and classes here say what
+a variant does otherwise.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -65,15 +66,12 @@ def read_variant(text: str, settings: t.Settings) -> tuple[str, Choice]:
     name, colon, changes = text.partition(":")
     need(colon and name.strip(), f'"{text}" should be a name, a colon and fields: "wide: rank=80"')
     values = dataclasses.asdict(settings)
-    factor = settings.ttt_lora_alpha / settings.ttt_lora_rank
     given = {}
     for part in changes.split():
         word, equals, value = part.partition("=")
         need(equals and word in FIELDS, f'"{name}": {part} should be one of {", ".join(FIELDS)}=…')
         field = FIELDS[word]
         given[field] = t.parse_value(word, value, type(getattr(Choice, field)))
-    if "ttt_lora_rank" in given:
-        values["ttt_lora_alpha"] = factor * given["ttt_lora_rank"]
     choice = Choice(**values | given)
     t.validate_settings(choice, world_size=1)
     return name.strip(), choice
@@ -95,14 +93,26 @@ class Branches(t.Branches):
         self.momentum = choice.momentum
         self.means = {}  # by the matrix, of its gradients
 
-    def _direction(self, matrix: Tensor) -> Tensor:
-        """With momentum, the mean of the gradients so far, later ones with more weight."""
+    def learn(self, nats: Tensor) -> None:
+        """With momentum, by the mean of the gradients so far, later ones with more weight."""
         if not self.momentum:
-            return super()._direction(matrix)
-        if self.steps == 1:
-            self.means[matrix] = torch.zeros_like(matrix)
-        self.means[matrix].lerp_(matrix.grad, 1 - self.momentum)
-        return self.means[matrix] / (1 - self.momentum**self.steps)
+            super().learn(nats)
+            return
+        nats.mean(dim=1).sum().backward()
+        self.steps += 1
+        for matrix, square in zip(self.matrices, self.squares, strict=True):
+            self.follow_mean(matrix, square)
+
+    @torch.no_grad()
+    def follow_mean(self, matrix: Tensor, square: Tensor) -> None:
+        """A step of a matrix; square is the script's mean square of its gradients, as there."""
+        known = self.means.setdefault(matrix, torch.zeros_like(matrix))
+        known.lerp_(matrix.grad, 1 - self.momentum)
+        square.lerp_(matrix.grad.square().mean(dim=(1, 2), keepdim=True), 1 - t.BRANCH_BETA2)
+        usual = (square / (1 - t.BRANCH_BETA2**self.steps)).sqrt() + 1e-10
+        direction = known / (1 - self.momentum**self.steps)
+        matrix.mul_(self.kept).sub_(self.rate * (direction / usual))
+        matrix.grad = None
 
 
 @torch.no_grad()
@@ -115,13 +125,9 @@ def draw_orthogonal(down: Tensor, generator: torch.Generator) -> None:
 
 
 class Evaluator(t.Evaluator):
-    """The script's, with a variant's branches, which may learn from whole windows."""
+    """The script's, whose branches may learn from whole windows."""
 
     known = 0  # targets before a piece, in its window, that have scores and are learnt from again
-
-    def _new_branches(self) -> Branches:
-        """By the choice, which is all that its settings are."""
-        return Branches(self.model, self.settings)
 
     def _score_piece(self, batch: t.DocumentBatch, context: int, begin: int, end: int) -> tuple:
         """The piece, or its whole window if that is the lesson: what it returns is learnt from."""
@@ -200,9 +206,10 @@ class Trial:
         self.frozen = {}  # by piece and slots: the score without adapting
 
     def score(self, choice: Choice) -> t.Score:
-        """The documents' score by a choice."""
+        """The documents' score by a choice, which is all that the evaluator's settings are."""
         arguments = self.model, choice, self.ranks, self.documents.validation
-        return Evaluator(*arguments).evaluate()
+        with mock.patch.object(t, "Branches", Branches):
+            return Evaluator(*arguments).evaluate()
 
     def bits_per_byte(self, path: Path) -> float:
         """The documents' BPB by a file of nats of all the stream's targets."""
