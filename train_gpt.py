@@ -2731,6 +2731,7 @@ class Optimizers:
 
     def __init__(self, model, settings, ranks):
         self.parameters = list(model.parameters())
+        self.ranks = ranks
         self.scales_loss = model.compute_dtype == torch.float16
         self.clip_norm = settings.grad_clip_norm
         self.skip = torch.zeros((), device=ranks.device)  # 1: the latest step was skipped
@@ -2759,11 +2760,24 @@ class Optimizers:
         moments = [x for state in self.adam.state.values() for x in state.values()]
         return [*moments, *self.muon.gather_state(), self.skipped[:2]]
 
+    def _average_gradients(self):
+        """Puts the ranks' means in the gradients' places, by one exchange: views of one buffer."""
+        used = [p for p in self.parameters if p.grad is not None]
+        used.sort(key=Tensor.dim, reverse=True)  # so that matrices begin at multiples of 16 bytes
+        means = torch.cat([p.grad.flatten() for p in used])
+        means /= self.ranks.world_size
+        self.ranks.sum_(means)
+        parts = means.split([p.numel() for p in used])
+        for p, part in zip(used, parts, strict=True):
+            p.grad = part.view_as(p)
+
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
-        """Clips, uses and drops the gradients, at this part of all rates and Muon's momentum."""
+        """Averages the ranks' gradients, clips, uses and drops them, at this part of all rates."""
         lr_factor = torch.as_tensor(lr_factor, device=self.skip.device)
         momentum = torch.as_tensor(momentum, device=self.skip.device)
+        if self.ranks.world_size > 1:
+            self._average_gradients()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scales_loss:
             torch._foreach_div_(gradients, self.loss_scale())
@@ -5068,40 +5082,28 @@ def choose_micro_batch(settings, ranks, free: float | None = None) -> int:
     return s.train_seq_len * largest_divisor(sequences, int(most // s.train_seq_len))
 
 
-def training_loss(model, settings, ranks):
-    """model.loss, compiled; with several ranks, its backward averages gradients, in buckets."""
-    loss = maybe_compile(model.loss, settings, ranks)
-    if ranks.world_size == 1:
-        return loss
-    if model.attention_backend == "flex":  # torch 2.9 refuses it in graphs that it cuts by buckets
-        torch._dynamo.config.optimize_ddp = False
-    module = nn.Module()  # which DistributedDataParallel asks for
-    module.model = model
-    module.forward = loss
-    unused = {"find_unused_parameters": len(model.blocks) == 1}  # one layer alone has no skips
-    parallel = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **unused)
-    parallel.broadcast_buffers = False  # the argument of that name warns from torch 2.13 on
-    return parallel
-
-
 class GraphedSteps:
-    """step(kind, tokens, targets, *rates); on one GPU, most as a CUDA graph.
+    """gradients(kind, tokens, targets), then update(*rates); on a GPU, most as a CUDA graph.
 
     Launching a step's kernels one by one takes a host longer than small ones take the GPU. Steps of
     a kind launch the same kernels: the order of layers, and whether weights stand on their grids.
-    Several ranks are not graphed, nor is a CPU. The first two of a kind compile what warm_up() has
-    not, and allocate what the graph, made in the third, takes for granted. One graph is kept: its
-    memory is its own. A step may not
+    With several ranks the graph ends with their gradients, for none may hold what ranks exchange;
+    the host launches the update while it runs. On a CPU there is none. The first two steps of a
+    kind compile what warm_up() has not, and allocate what the graph, made in the third, takes for
+    granted. One graph is kept: its memory is its own. A step may not
 
     - wait for the device, or branch on its values;
     - take Python numbers that change (rates are tensors), nor change shapes;
-    - make or move tensors that outlive it, but its loss.
+    - make or move tensors that outlive it, but its loss and gradients.
     """
 
-    def __init__(self, step, ranks):
-        self.step = step
+    def __init__(self, gradients, update, parameters: list[Tensor], ranks):
+        self.gradients = gradients
+        self.update = update
+        self.parameters = parameters
         self.device = ranks.device
-        self.enabled = ranks.gpu and ranks.world_size == 1
+        self.enabled = ranks.gpu
+        self.whole = ranks.world_size == 1  # the graph holds the update, too
         self.times_run = collections.Counter()
         self.release()
 
@@ -5111,6 +5113,7 @@ class GraphedSteps:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []  # where it reads
         self.loss: Tensor | None = None  # and writes
+        self.written: list[Tensor | None] = []  # gradients, if it does not use them itself
 
     def __call__(self, kind: tuple, tokens: Tensor, targets: Tensor, *rates: float) -> Tensor:
         """Makes one step; returns its loss, float32 (). The rates become float32 in any case."""
@@ -5118,19 +5121,34 @@ class GraphedSteps:
         self.times_run[kind] += 1
         if not self.enabled or self.times_run[kind] < 3:
             self.release()
-            return self.step(kind, *inputs)
+            loss = self.gradients(kind, tokens, targets)
+            self.update(*inputs[2:])
+            return loss
         if self.kind != kind:
-            self.release()
-            self.kind = kind
-            self.inputs = [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
-            self.graph = torch.cuda.CUDAGraph()
-            # "thread_local": other threads copy batches and write checkpoints meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.loss = self.step(kind, *self.inputs)
+            self._record(kind, inputs)
         torch._foreach_copy_(self.inputs[:2], inputs[:2])
         torch._foreach_copy_(self.inputs[2:], inputs[2:])  # in one launch, as types are one
         self.graph.replay()
+        if not self.whole:
+            for p, gradient in zip(self.parameters, self.written, strict=True):
+                p.grad = gradient
+            self.update(*inputs[2:])
         return self.loss
+
+    def _record(self, kind: tuple, inputs: list[Tensor]):
+        """Makes the graph of steps of this kind; it computes nothing yet."""
+        self.release()
+        self.kind = kind
+        self.inputs = [x.new_empty_strided(x.shape, x.stride()) for x in inputs]
+        tokens, targets, *rates = self.inputs
+        self.graph = torch.cuda.CUDAGraph()
+        # "thread_local": others copy batches, write checkpoints and watch collectives meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.loss = self.gradients(kind, tokens, targets)
+            if self.whole:
+                self.update(*rates)
+        if not self.whole:
+            self.written = [p.grad for p in self.parameters]
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -5166,11 +5184,13 @@ class Trainer:
         self.calibration_rows = max(1, self.micro_sequences // part)
         if self.settings.spelling_features:
             share_by_spelling(self.model)
+        self._share_weights()
         self.optimizers = Optimizers(self.model, self.settings, self.ranks)
         self.average = self.make_average(self.model, self.settings, self.ranks)
         self.float8_products = choose_float8(self.model, self.settings, self.ranks.device)
-        self.loss_function = training_loss(self.model, self.settings, self.ranks)
-        self.graphed_steps = GraphedSteps(self.step, self.ranks)
+        self.loss_function = maybe_compile(self.model.loss, self.settings, self.ranks)
+        parameters = self.optimizers.parameters
+        self.graphed_steps = GraphedSteps(self.gradients, self.update, parameters, self.ranks)
         self.in_flight = None  # the last step launched: see keep_one_ahead()
         self.clock = TrainingClock()
         self.steps_done = 0
@@ -5179,6 +5199,14 @@ class Trainer:
         self.starts = 1  # with those that left the checkpoints that were taken up
         self.limits = grid_limits(self.model)
         self.tokenizer_sha256 = file_sha256(self.settings.tokenizer_path)
+
+    @torch.no_grad()
+    def _share_weights(self):
+        """Rank 0's on every rank: GPUs of another kind draw others from the same seed."""
+        for p in self.model.parameters():
+            if self.ranks.rank:
+                p.zero_()
+            self.ranks.sum_(p)
 
     def announce(self, skeleton: Model):
         """Logs what is about to be trained; skeleton has what it will export."""
@@ -5251,15 +5279,16 @@ class Trainer:
         alike = self.ranks.from_main(self.steps_done) == self.steps_done
         need(alike, "the ranks must share LOG_DIR")
 
-    def step(self, kind: tuple, tokens: Tensor, targets: Tensor, *rates: Tensor) -> Tensor:
-        """Gradients, an update, the average, by rates, float32 () each; returns the loss ()."""
+    def gradients(self, kind: tuple, tokens: Tensor, targets: Tensor) -> Tensor:
+        """A step's first part: this rank's gradients, and its loss ()."""
         order, quantized = kind
-        lr_factor, momentum, average_rate = rates
         with self.weights_of(quantized):
-            loss = self.accumulate_gradients(tokens, targets, order)
+            return self.accumulate_gradients(tokens, targets, order)
+
+    def update(self, lr_factor: Tensor, momentum: Tensor, average_rate: Tensor):
+        """The rest: the weights change by all ranks' gradients, and their average; float32 ()."""
         self.optimizers.step(lr_factor, momentum)
         self.average.update(average_rate, self.optimizers.skip)
-        return loss
 
     def weights_of(self, quantized: bool):
         """A context in which the weights stand on their grids, if they are to be quantized."""
@@ -5272,13 +5301,10 @@ class Trainer:
         parts = [x.split(self.micro_sequences) for x in (tokens, targets)]
         batches = list(zip(*parts, strict=True))
         total = torch.zeros((), device=self.ranks.device)
-        for number, batch in enumerate(batches, 1):
-            # Ranks exchange gradients once, in the backward pass of the last micro-batch.
-            alone = number < len(batches) and self.ranks.world_size > 1
-            with self.loss_function.no_sync() if alone else nullcontext():
-                loss = self.loss_function(*batch, order, self.float8_products)
-                loss = loss / len(batches)
-                loss.backward(self.optimizers.loss_scale())
+        for batch in batches:
+            loss = self.loss_function(*batch, order, self.float8_products)
+            loss = loss / len(batches)
+            loss.backward(self.optimizers.loss_scale())
             total += loss.detach()
         return total
 
@@ -5290,10 +5316,8 @@ class Trainer:
         device = self.ranks.device
         generator = torch.Generator(device).manual_seed(s.seed)  # the global one stays as it is
         tokens = torch.randint(0, s.vocab_size, shape, device=device, generator=generator)
-        # One at least if resumed: DistributedDataParallel sums first gradients in another order.
-        steps = max(s.warmup_steps, 1 if self.steps_done else 0)
         for order in sorted({self.model.order(False), self.model.order(True)}):
-            for _ in self.log.track(f"warm-up of {len(order)} layers", range(steps)):
+            for _ in self.log.track(f"warm-up of {len(order)} layers", range(s.warmup_steps)):
                 self.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
                 optimizers.step(0.0, s.muon_momentum)
         skip = torch.ones((), device=device)  # so that the average stays as it is

@@ -106,20 +106,3 @@ def sample(tmp_path_factory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-@pytest.fixture
-def group_of_one(monkeypatch):
-    """A process group with nobody else in it: several ranks' code, and one rank's gradients."""
-    import train_gpt as t
-
-    monkeypatch.setattr(
-        t.Ranks, "concatenate", lambda ranks, rows: torch.cat([rows] * ranks.world_size)
-    )
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    torch._dynamo.reset()
-    yield t.Ranks(0, 2, torch.device("cpu"))
-    torch._dynamo.reset()
-    torch.distributed.destroy_process_group()

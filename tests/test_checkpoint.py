@@ -236,11 +236,10 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, u
     assert artifacts[0] == artifacts[1]
 
 
-def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path, monkeypatch):
+def test_other_numbers_of_ranks_go_on_from_the_same_bits(tmp_path):
     """Ranks are threads here, and gradients are given. Steps by three ranks, then two, then one end
     where one rank would have come alone.
     """
-    monkeypatch.setattr(t, "training_loss", lambda model, settings, ranks: model.loss)
     settings = tiny(run_id="a", log_dir=str(tmp_path), num_layers=5, mamba_layers="0,2,4")
 
     def steps(count: int):
@@ -335,7 +334,7 @@ def test_a_launchers_second_signal_on_the_way_out_is_the_same_stop(
 
 PHASES = {  # what is running, and which step the same command goes on from
     "warm_up": (t.Trainer, None),
-    "step": (t.Trainer, "1"),
+    "gradients": (t.Trainer, "1"),
     "plain_score": (t, "12"),
     "quantize_model": (t, "12"),
     "write_whole": (t, "12"),

@@ -4,13 +4,11 @@ rounding does, by the reference.
 
 import contextlib
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.backends.debugging import aot_eager
 
 import train_gpt as t
 from reference import float8_products as reference
@@ -285,11 +283,11 @@ def test_weights_on_their_grids_reach_the_products(monkeypatch):
     assert relative_error(found("none", False), on_grids) > 0.01
 
 
-def test_several_ranks_compute_them_in_every_micro_batch(monkeypatch, group_of_one):
-    """Also in those whose gradients are not exchanged."""
+def test_every_micro_batch_computes_them(monkeypatch):
+    """Gradients are those of the whole batch."""
     calls = count_calls(monkeypatch)
     settings = tiny(**WHOLE, float8_products="auto")
-    trainer = t.Trainer(random_model(settings), settings, group_of_one, 32, 1e6, Quiet())
+    trainer = t.Trainer(random_model(settings), settings, SOLO, 32, 1e6, Quiet())
     assert settings.train_seq_len == 32
     assert trainer.float8_products == "mlp,in_proj"  # auto, where all of them run
     tokens = random_tokens(3, 33)
@@ -300,32 +298,6 @@ def test_several_ranks_compute_them_in_every_micro_batch(monkeypatch, group_of_o
     trainer.model.loss(tokens[:, :-1], tokens[:, 1:], trainer.model.order(True)).backward()
     for p, gradient in zip(trainer.model.parameters(), gradients, strict=True):
         assert (gradient - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-9
-
-
-@interpreted
-def test_graphs_that_several_ranks_cut_by_buckets_hold_them(monkeypatch, group_of_one):
-    """What an operator returns goes from graph to graph."""
-    graphs = []
-
-    def compile_graph(graph, inputs):
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    compiled = functools.partial(torch.compile, backend=compile_graph)
-    monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 8192)
-    settings = tiny(**WHOLE, compile="on", scan_backend="chunked")
-    trainer = t.Trainer(random_model(settings), settings, group_of_one, 32, 1e6, Quiet())
-    trainer.loss_function.bucket_bytes_cap = 8192
-    trainer.float8_products = "mlp,in_proj"
-    tokens = random_tokens(1, 33)
-    batch = tokens[:, :-1], tokens[:, 1:], trainer.model.order(True)
-    trainer.accumulate_gradients(*batch)
-    assert len(graphs) > 5
-    found = [p.grad.clone() for p in trainer.model.parameters()]
-    wanted = torch.autograd.grad(trainer.model.loss(*batch), list(trainer.model.parameters()))
-    for x, y in zip(wanted, found, strict=True):
-        assert (x - y).norm() <= 1e-4 * x.norm() + 1e-9
 
 
 def test_where_they_cannot_run_one_line_says_so(monkeypatch):

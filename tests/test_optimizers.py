@@ -409,12 +409,12 @@ def test_the_average_is_taken_in_at_its_rate_by_the_step_itself():
     kind = model.order(True), False
     before = [x.clone() for x in ema]
     for rate in (0.25, 0.5):
-        trainer.step(kind, tokens[:, :-1], tokens[:, 1:], *map(torch.tensor, (0.5, 0.9, rate)))
+        trainer.graphed_steps(kind, tokens[:, :-1], tokens[:, 1:], 0.5, 0.9, rate)
         for old, new, p in zip(before, ema, model.parameters(), strict=True):
             assert torch.allclose(new, old.lerp(p, rate), atol=1e-7)
         before = [x.clone() for x in ema]
     model.embedding.weight.register_hook(lambda gradient: gradient * math.nan)
-    trainer.step(kind, tokens[:, :-1], tokens[:, 1:], *map(torch.tensor, (0.5, 0.9, 0.5)))
+    trainer.graphed_steps(kind, tokens[:, :-1], tokens[:, 1:], 0.5, 0.9, 0.5)
     assert trainer.optimizers.skip == 1
     assert all(map(torch.equal, ema, before))
 

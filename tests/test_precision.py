@@ -89,7 +89,7 @@ def learn(precision: str, steps: int) -> np.ndarray:
             text.append(followers[text[-1], generator.integers(0, 4, 4)])
         tokens = torch.tensor(np.stack(text, axis=1))
         inputs = tokens[:, :-1], tokens[:, 1:]
-        losses.append(trainer.step((order, False), *inputs, 1.0, 0.95, 0.5).item())
+        losses.append(trainer.graphed_steps((order, False), *inputs, 1.0, 0.95, 0.5).item())
     assert trainer.optimizers.skipped[0] == 0
     return np.array(losses)
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -332,69 +333,139 @@ def test_two_ranks_reach_the_same_score_as_one(trained, trained_by_two):
     assert trained_by_two.out.count("_exact val_loss") == 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"document_reset": True}], ids=str)
-def test_compiled_with_several_ranks_the_loss_is_cut_into_buckets(
-    monkeypatch, group_of_one, changes
-):
-    """And has the same gradients, in every layer order and while weights stand on their grids."""
-    settings = tiny(compile="on", layer_order="0,1,1,2", **changes)
-    buckets = []
-
-    def compile_graph(graph, inputs):
-        buckets.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compile_graph))
-    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 8192)
-    trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
-    trainer.loss_function.bucket_bytes_cap = 8192
-    model, tokens = trainer.model, random_tokens(4, 33)
-    on_grid = functools.partial(
-        t.fake_quantization, model, t.grid_limits(model), t.fit_sdclip(model, settings, 1e6)
-    )
-    for order in (model.order(False), model.order(True)):
-        for quantized in (contextlib.nullcontext, on_grid):
-            before = len(buckets)
-            with quantized():
-                trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
-                gradients = [p.grad for p in model.parameters()]
-                model.zero_grad()
-                model.loss(tokens[:, :-1], tokens[:, 1:], order).backward()
-            for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
-                assert relative(gradient, p.grad) < 1e-4, name
-            model.zero_grad()
-            graphs = len(buckets) - before
-            assert graphs == 0 if quantized is on_grid else graphs > 2
-
-
-@pytest.mark.parametrize("order", ["all", "0,0"])
-@pytest.mark.parametrize("mamba_layers", ["0", "none"])
-def test_a_single_layer_trains_on_several_ranks(group_of_one, mamba_layers, order):
-    """It has no U-Net skip: weights without a gradient would keep the ranks waiting. It has one
-    once it is run again.
+@pytest.mark.parametrize("micro_batch", [32, 64])
+def test_two_ranks_step_as_one_does_and_exchange_gradients_once(micro_batch):
+    """Ranks are threads here. Each takes half of the batch, in one or two micro-batches, and none
+    its own initial weights.
     """
-    settings = tiny(num_layers=1, mamba_layers=mamba_layers, layer_order=order)
-    trainer = t.Trainer(random_model(settings), settings, group_of_one, 64, 1e6, Quiet())
+    settings = tiny(train_batch_tokens=128)
+    models = [random_model(settings, seed) for seed in (0, 1, 0)]
     tokens = random_tokens(4, 33)
-    for recurrent in (False, False, True):
-        trainer.model.zero_grad()
-        kind = trainer.model.order(recurrent)
-        trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], kind)
-        for name, p in trainer.model.named_parameters():
-            assert (p.grad is None) == (name == "skip_weights" and not recurrent), name
+    kind = models[0].order(True), False
+
+    def steps(ranks: t.Ranks) -> list[torch.Tensor]:
+        model = models[ranks.rank if ranks.world_size > 1 else 2]
+        trainer = t.Trainer(model, settings, ranks, micro_batch, 1e6, Quiet())
+        exchange, exchanged = ranks.sum_, []
+        ranks.sum_ = lambda x: exchanged.append(x.numel()) or exchange(x)
+        mine = tokens.chunk(ranks.world_size)[ranks.rank]
+        batch = mine[:, :-1], mine[:, 1:]
+        losses = [trainer.graphed_steps(kind, *batch, 0.5, 0.9, 0.1) for _ in range(2)]
+        several = ranks.world_size > 1
+        assert exchanged == 2 * several * [sum(p.numel() for p in model.parameters())]
+        assert all(p.grad is None for p in model.parameters())
+        mean = exchange(losses[-1].clone()) / ranks.world_size
+        return [mean, *(x.detach().clone() for x in trainer.tensors())]
+
+    first, second = run_ranks(2, steps)
+    (alone,) = run_ranks(1, steps)
+    for mine, other, expected in zip(first, second, alone, strict=True):
+        assert torch.equal(mine, other)
+        assert relative(mine, expected) < 1e-5
 
 
-@pytest.mark.parametrize("mamba_layers", ["0", "0-2", "none"])
-@pytest.mark.parametrize("version", [1, 2, 3])
-@pytest.mark.parametrize("tied", [True, False])
-def test_before_recurrence_begins_several_layers_use_all_parameters(mamba_layers, version, tied):
-    """DistributedDataParallel is not asked to look for others where there are several."""
-    options = {"mamba_version": version, "tie_embeddings": tied, "mlp_layers": "1"}
-    settings = tiny(num_layers=3, mamba_layers=mamba_layers, layer_order="0,1,2,2", **options)
-    model = random_model(settings)
-    tokens = random_tokens(1, 33)
-    model.loss(tokens[:, :-1], tokens[:, 1:], model.order(False)).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+@pytest.mark.parametrize("mamba_layers", ["0", "none"])
+def test_a_single_layer_trains_on_several_ranks(mamba_layers):
+    """Its U-Net skip has no gradient, hence no part in the exchange, until it is run again."""
+    settings = tiny(num_layers=1, mamba_layers=mamba_layers, layer_order="0,0")
+    models = [random_model(settings) for _ in range(2)]
+    tokens = random_tokens(4, 33)
+
+    def skips(ranks: t.Ranks) -> list[torch.Tensor]:
+        model = models[ranks.rank]
+        trainer = t.Trainer(model, settings, ranks, 64, 1e6, Quiet())
+        seen = [model.skip_weights.detach().clone()]
+        for recurrent in (False, True, False):
+            kind = model.order(recurrent), False
+            trainer.graphed_steps(kind, tokens[:, :-1], tokens[:, 1:], 0.5, 0.9, 0.1)
+            seen.append(model.skip_weights.detach().clone())
+        return seen
+
+    first, second = run_ranks(2, skips)
+    assert all(map(torch.equal, first, second))
+    assert [bool((a != b).any()) for a, b in itertools.pairwise(first)] == [False, True, False]
+
+
+class Graph:
+    """Stands in for torch.cuda.CUDAGraph: replays by calling what has been recorded."""
+
+    def __init__(self):
+        self.calls: list[Callable] = []
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_graph_holds_one_ranks_update_and_none_that_ranks_exchange_for(monkeypatch, world_size):
+    """Weights end as without graphs, though a step of another kind comes between."""
+    inside = threading.local()
+    graphs = []
+
+    @contextlib.contextmanager
+    def record(graph, capture_error_mode):
+        inside.graph = graph
+        graphs.append(graph)
+        yield
+        inside.graph = None
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    settings = tiny(layer_order="0,1,1,2")
+    models = {graphed: [random_model(settings) for _ in "ab"] for graphed in (False, True)}
+    tokens = random_tokens(8, 33)
+
+    def weights(ranks: t.Ranks, graphed: bool) -> list[torch.Tensor]:
+        model = models[graphed][ranks.rank]
+        trainer = t.Trainer(model, settings, ranks, 32, 1e6, Quiet())
+        parameters = trainer.optimizers.parameters
+        places = [torch.zeros_like(p) for p in parameters]  # where a graph has its gradients
+        inside.graph = None
+
+        def put(gradients: list):
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+
+        def gradients(kind, *batch) -> torch.Tensor:
+            """Recorded, it computes nothing yet; replayed, it writes where it was recorded."""
+            if inside.graph is None:
+                return trainer.gradients(kind, *batch)
+            loss = torch.zeros(())
+
+            def compute():
+                put([None] * len(parameters))
+                loss.copy_(trainer.gradients(kind, *batch))
+                torch._foreach_copy_(places, [p.grad for p in parameters])
+                put([None] * len(parameters))
+
+            inside.graph.calls.append(compute)
+            put(places)
+            return loss
+
+        def update(*rates):
+            if inside.graph is None:
+                trainer.update(*rates)
+            else:
+                inside.graph.calls.append(lambda: put(places) or trainer.update(*rates))
+                put([None] * len(parameters))
+
+        steps = trainer.graphed_steps
+        steps.enabled, steps.gradients, steps.update = graphed, gradients, update
+        for number in range(5):
+            batch = tokens[number + ranks.rank :][:2]
+            kind = model.order(number == 3), False
+            rates = 0.5 / (number + 1), 0.9, 0.1
+            loss = steps(kind, batch[:, :-1], batch[:, 1:], *rates)
+        return [loss.clone(), *(x.detach().clone() for x in trainer.tensors())]
+
+    eager, graphed = (
+        run_ranks(world_size, functools.partial(weights, graphed=graphed))[0]
+        for graphed in (False, True)
+    )
+    assert all(map(torch.equal, eager, graphed))
+    recorded = [len(graph.calls) for graph in graphs]
+    assert recorded == 2 * world_size * [2 if world_size == 1 else 1]
 
 
 KINDS = {"embedding", "bigrams", "Mamba in", "Mamba out", "MLP", "attention"}
