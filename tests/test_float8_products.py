@@ -4,6 +4,7 @@ rounding does, by the reference.
 
 import contextlib
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
