@@ -1102,7 +1102,6 @@ ROUND_TRIP_TOKENS = 1 << 14  # that are decoded and encoded again, in a tenth of
 MOST_LOST_PAIRS = 0.02  # of them: 0.014 were seen where many characters are unknown, else 0.0001
 # Of tokens, at up to 2 LOGIT_SOFTCAP nats each; text that was encoded whole has under 1e-5.
 MOST_IMPOSSIBLE = 0.001
-BOS_TOKENS = 1_000_000  # of training text, among which BOS is looked for
 
 
 class Tokenizer:
@@ -1217,24 +1216,6 @@ def check_pairs(settings, tokens: np.ndarray, name: str):
     problem = f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes there"
     known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
     need(known, f"{problem} (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
-
-
-def warn_without_bos(settings, training: list[Shard], validation: np.ndarray, log):
-    """Warns, in a line, of settings that go by BOS where the text that is read has none."""
-    share = BOS_TOKENS // max(1, len(training))
-    starts = [shard.read(0, min(shard.count, share)) for shard in training]
-    texts = {"training": np.concatenate(starts)} if starts else {}
-    texts["validation"] = validation
-    lacking = [name for name, text in texts.items() if BOS_ID not in text]
-    idle = ["DOCUMENT_RESET=1 resets nothing"] if settings.document_reset else []
-    if "training" in lacking and settings.calibration == "self":
-        idle.append("CALIBRATION=self writes behind a token that was not learnt")
-    if "validation" in lacking and settings.eval_mode == "documents":
-        idle.append("EVAL_MODE=documents takes the text for one document")
-    if lacking and idle:
-        places = " and ".join(f"{len(texts[name]):,} {name} tokens" for name in lacking)
-        remedy = "documents should begin with it, see data/prepare.py"
-        log(f"warning: no BOS (token {BOS_ID}) in {places}: {'; '.join(idle)}; {remedy}")
 
 
 # ==================================================================================================
@@ -3662,8 +3643,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
 # Trellises by their number of states. Bit i of the first number says whether the points of state i
 # are halves, of the second whether it takes an odd integer for an even one. Both are parities of
 # some bits of i: those that leave uniform numbers the least error, 0.99 to 1.23 dB below integers'.
-TRELLISES = {4: (0xA, 0xC), 8: (0xAA, 0x96), 16: (0xAAAA, 0xA55A)}
-TRELLISES |= {32: (0x5A5A5A5A, 0x5AA5A55A)}
+TRELLISES = {4: (0xA, 0xC), 8: (0xAA, 0x96), 16: (0xAAAA, 0xA55A), 32: (0x5A5A5A5A, 0x5AA5A55A)}
 TRELLIS_ROWS = 128  # of a column, after which the next trellis begins
 
 
@@ -4775,9 +4755,6 @@ def find_unscored(settings) -> dict[str, dict]:
         for leftover in s.checkpoint_paths if s.resume == "auto" else ():
             leftover.unlink(missing_ok=True)  # it was killed just behind its score
     if "final" in events:
-        lock = Path(f"{s.artifact_path}.lock")
-        with suppress(OSError, UserError), claim_file(lock, "ARTIFACT"):  # likewise
-            lock.unlink()
         remedy = "choose another, EVAL_ONLY=1 to score it again, or OVERWRITE=1 to train it anew"
         need(s.overwrite, f"RUN_ID={s.run_id} is finished, {path} has its score: {remedy}")
     elif "trained" in events and s.resume == "auto" and not anew:
@@ -5832,8 +5809,6 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     text = "{tokens:,} tokens in {shards} shards, {documents:,} documents; scored are"
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
     log(f"validation text: {text.format(**counts)}", "validation_data", **counts)
-    if main:
-        warn_without_bos(settings, training, tokens, log)
     log_hashes(settings, training, shards, log, main)
     return validation
 
@@ -5916,23 +5891,20 @@ def run() -> int:
 
 
 OTHER_RANK_ENDED = "another rank has ended"
-WAIT_FOR_MAIN = 5.0  # seconds in which rank 0 would tell what all ranks see
+WAIT_FOR_MAIN = 5.0  # seconds in which rank 0 tells what all ranks see, and torchrun ends these
 WAIT_FOR_END = 20.0  # in which torchrun ends the ranks that did not fail first
 
 
 def tell_failure(error: BaseException, problem: str, log):
     """Writes why the run ends to its log and, if it is no fault of this script, to the console.
 
-    What several ranks see, rank 0 tells; of ranks of which one has ended, that one. torchrun shows
-    the cause of the one that it sees end first, so the others wait to be ended.
+    What several ranks see, rank 0 tells; of ranks of which one has ended, that one. torchrun ends
+    all once one has ended, and shows its cause, so the others wait to be ended.
     """
     rank = os.environ.get("RANK", "")
     rank = int(rank) if rank.isdecimal() else 0
     if rank and problem:
         time.sleep(WAIT_FOR_MAIN + rank)
-    if told_by_main(problem, rank):
-        time.sleep(WAIT_FOR_END)
-        return
     what = problem or f"{type(error).__name__}: {error}"
     line = f"train_gpt.py: error: {f'rank {rank}: ' if rank else ''}{what}"
     log.failed(line, error=what, rank=rank)
@@ -5941,17 +5913,6 @@ def tell_failure(error: BaseException, problem: str, log):
     # Of a signal to one rank torchrun knows nothing, and of one to itself it tells itself.
     if problem and (problem.startswith("stopped by") or not left_to_torchrun(line)):
         print(line, file=sys.stderr, flush=True)
-
-
-def told_by_main(problem: str, rank: int) -> bool:
-    """Whether rank 0 has told this problem, as it leaves word of in the group's store."""
-    if problem and dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()
-        with suppress(RuntimeError):  # the process that keeps the store has ended
-            if rank:
-                return store.check(["failure"]) and store.get("failure").decode() == problem
-            store.set("failure", problem)
-    return False
 
 
 def left_to_torchrun(line: str) -> bool:
@@ -5975,23 +5936,14 @@ def explain_failure(error: BaseException, settings=None) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"cannot read or write {shown(error.filename)}: {error.strerror}"
     if isinstance(error, KeyboardInterrupt):
-        return f"stopped by {error}; {way_on(settings)}"
+        way = "the same command starts over"
+        if settings is not None and not settings.eval_only:
+            way = f"RUN_ID={settings.run_id} goes on from checkpoint or artifact, if it has one"
+        return f"stopped by {error}; {way}"
     gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
     if gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
         return f"out of {gpu}memory: halve MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or TTT_LORA_SLOTS"
     return explain_collective(error) if isinstance(error, RuntimeError) else ""
-
-
-def way_on(settings) -> str:
-    """What the same command finds of a run with these settings, if it was stopped by a signal."""
-    if settings is None or settings.eval_only:
-        return "the same command starts over"
-    with suppress(UserError):  # it is finished
-        paths = [settings.artifact_path] if find_unscored(settings) else settings.checkpoint_paths
-        there = next(filter(Path.is_file, paths), None)
-        found = f"goes on from {there}" if there else "starts over: it has no checkpoint yet"
-        return f"RUN_ID={settings.run_id} {found}"
-    return f"RUN_ID={settings.run_id} has its score"
 
 
 def explain_collective(error: RuntimeError) -> str:

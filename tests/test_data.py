@@ -433,52 +433,6 @@ def test_text_that_was_encoded_in_pieces_is_refused_where_pairs_are_masked(sampl
         t.load_validation(settings, tokenizer)
 
 
-def test_text_without_bos_is_told_where_a_setting_goes_by_it(tmp_path):
-    """Once, by the settings that it makes idle; not where one document in a million begins so."""
-    text = np.full(1000, 7, np.uint16)
-    marked = np.append(text, t.BOS_ID).astype(np.uint16)
-    for number in range(2):
-        write_shard(tmp_path / f"a_train_{number}.bin", text)
-    training = t.open_shards(str(tmp_path), "train")
-    reset, written = {"document_reset": True}, {"calibration": "self"}
-
-    def warned(validation: np.ndarray, opened=training, **changes) -> list[str]:
-        said = []
-        t.warn_without_bos(tiny(**changes), opened, validation, said.append)
-        return said
-
-    (line,) = warned(text, **reset)
-    assert "no BOS (token 1) in 2,000 training tokens and 1,000 validation tokens: DOCU" in line
-    (line,) = warned(marked, **reset, **written)
-    assert "in 2,000 training tokens: DOCUMENT_RESET=1 resets nothing; CALIBRATION=self" in line
-    (line,) = warned(text, opened=[], **reset, **written)  # as EVAL_ONLY has it
-    assert "in 1,000 validation tokens: DOCUMENT_RESET=1" in line
-    assert "CALIBRATION" not in line
-    (line,) = warned(marked, **written)
-    assert "DOCUMENT_RESET" not in line
-    assert warned(text) == []
-    (line,) = warned(text, eval_mode="documents")
-    assert "validation tokens: EVAL_MODE=documents takes the text for one document" in line
-    assert warned(marked, eval_mode="documents") == []
-    write_shard(tmp_path / "a_train_1.bin", marked)
-    training = t.open_shards(str(tmp_path), "train")
-    assert warned(marked, training, **reset, **written) == []
-
-
-def test_a_start_on_shards_without_bos_says_so_once(shards, tmp_path):
-    for path in shards.glob("*.bin"):
-        tokens = t.Shard(path).read()
-        write_shard(tmp_path / path.name, tokens[tokens != t.BOS_ID])
-    settings = tiny(document_reset=True, tokenizer_path=str(shards / "tokenizer.model"))
-    tokenizer = t.Tokenizer(settings.tokenizer_path, 512)
-    said = []
-    for folder, count in ((shards, 0), (tmp_path, 1)):
-        named = t.replace(settings, data_path=str(folder))
-        training = t.open_shards(named.data_path, "train")
-        t.text_to_score(named, tokenizer, [], training, lambda line, *_, **__: said.append(line))
-        assert sum("no BOS" in line for line in said) == count
-
-
 def test_a_space_that_is_spelt_by_bytes_is_found(byte_tokenizer, tmp_path):
     """Such a tokenizer agrees with itself: its tokens come back, and as text they have as many
     bytes as are counted, for decoding gives the sign ▁ for a space.

@@ -209,27 +209,9 @@ def test_a_signal_in_evaluation_says_how_to_go_on(monkeypatch, capsys, shards, t
     with monkeypatch.context() as patch:
         patch.setattr(t.Evaluator, "evaluate", signalled)
         said = mistake(patch, capsys, environment)
-    assert f"stopped by SIGTERM; RUN_ID=a goes on from {tmp_path / 'a.int6.lzma'}\n" in said
+    assert "stopped by SIGTERM; RUN_ID=a goes on from checkpoint or artifact, if it has" in said
     with nothing_is_trained():
         assert run_here(monkeypatch, environment) == 0
-
-
-def test_a_signal_in_warm_up_says_that_there_is_nothing_yet_or_the_checkpoint(
-    monkeypatch, capsys, shards, tmp_path
-):
-    environment = environment_of(shards, tmp_path)
-
-    def signalled(*_):
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(t.Trainer, "warm_up", signalled)
-    said = mistake(monkeypatch, capsys, environment)
-    assert "stopped by SIGINT; RUN_ID=a starts over: it has no checkpoint yet\n" in said
-    path = tmp_path / "a.checkpoint"
-    settings = t.read_settings(environment)[0]
-    path.touch()
-    assert t.way_on(settings) == f"RUN_ID=a goes on from {path}"
-    assert t.way_on(None) == "the same command starts over"
 
 
 # ---- A finished run ------------------------------------------------------------------------------
@@ -258,12 +240,7 @@ def test_a_finished_run_is_not_written_over_unless_it_is_said(
         assert "RUN_ID=a is finished" in said
         assert "OVERWRITE=1" in said
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    lock = tmp_path / "a.int6.lzma.lock"
-    for leftover in (lock, checkpoint):  # by a process that was killed at its end
-        leftover.write_bytes(kept[0])
-    with t.claim_file(lock, "ARTIFACT"):  # another run's, which has begun
-        assert "RUN_ID=a is finished" in mistake(monkeypatch, capsys, environment)
-        assert lock.exists()
+    checkpoint.write_bytes(kept[0])  # by a process that was killed at its end
     assert "RUN_ID=a is finished" in mistake(monkeypatch, capsys, environment)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert run_here(monkeypatch, environment | {"EVAL_ONLY": "1"}) == 0

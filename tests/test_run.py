@@ -1227,9 +1227,10 @@ def test_a_mistake_that_only_another_rank_sees_is_told(monkeypatch, capsys):
 FAIL_ON_RANK_1 = """
 import sys
 import train_gpt as t
-t.WAIT_FOR_MAIN, gradients = 0.0, t.Trainer.accumulate_gradients
+gradients = t.Trainer.accumulate_gradients
 def fail(trainer, *arguments):
     if trainer.ranks.rank == 1 and trainer.steps_done == 2:
+        t.WAIT_FOR_MAIN = 0.0
         raise t.UserError("a bad token")
     return gradients(trainer, *arguments)
 t.Trainer.accumulate_gradients = fail
