@@ -3080,15 +3080,15 @@ class Evaluator:
             most = largest_divisor(strides, most)
         return stride * min(strides, most)
 
-    def evaluate(self, started: float | None = None, say=lambda text: None) -> Score:
-        """Scores every chunk, and adapts to each but the last; say(text) hears of each.
+    def evaluate(self, started: float | None = None) -> Score:
+        """Scores every chunk, and adapts to each but the last.
 
         started: the perf_counter() at which the evaluation clock began (left out: now).
         """
         s = self.settings
         started = time.perf_counter() if started is None else started
         if s.eval_mode == "documents":
-            return self._evaluate_documents(started, say)
+            return self._evaluate_documents(started)
         firsts = range(0, self.total, self.chunk)
         given_up = 0
         times = []  # CHUNK_COLUMNS but the first two, which are learnt
@@ -3108,8 +3108,6 @@ class Evaluator:
             self._adapt(first, last, sgd, epochs)
             given_up += s.ttt_epochs - epochs
             times.append([epochs, self.scoring_seconds, epochs * self.epoch_seconds])
-            counts = f"chunk {index + 1}/{len(firsts)}, {epochs} epochs"
-            say(f", {counts}, {seconds_left:.0f}s left of the clock")
         times.append([0, self.scoring_seconds, 0.0])
         chunks = np.hstack([self.ranks.sum_(self.learnt).cpu(), times])
         score = self._collect(given_up)
@@ -3234,21 +3232,19 @@ class Evaluator:
         self.model.zero_grad()
         return total * (last - first)
 
-    def _evaluate_documents(self, started: float, say) -> Score:
+    def _evaluate_documents(self, started: float) -> Score:
         """evaluate() of documents, which learn as long as DocumentClock says."""
         s = self.settings
         batches = plan_batches(self.validation.tokens, s)
         mine = share_batches(batches, s, self.ranks.world_size)[self.ranks.rank]
         clock = DocumentClock(s, started, sum(int(batch.lengths.sum()) for batch in mine))
         given_up = 0
-        for number, batch in enumerate(mine, 1):
+        for batch in mine:
             clock.later -= int(batch.lengths.sum())
             least = clock.least_new(batch, 0)
             branches = None if least else Branches(self.model, s)
             with documents_alone(self.model, branches):
                 given_up += self._score_batch(batch, branches, clock, least)
-            left = started + s.eval_max_seconds - synchronized_time()
-            say(f", batch {number}/{len(mine)} of documents, {left:.0f}s left of the clock")
         score = self._collect(sum(self.ranks.gather(given_up)))
         self.scoring_seconds = time.perf_counter() - started
         return score._replace(seconds=self.scoring_seconds)
@@ -4643,19 +4639,14 @@ class ScoringProgress(EvaluationObserver):
         self.targets = len(validation.target_bytes)
         self.scored = 0
         self.world_size = ranks.world_size
-        self.note = ""  # what evaluate() said last
         self.started = time.monotonic()
-
-    def hear(self, note: str):
-        """Takes what evaluate() says."""
-        self.note = note
 
     def on_score(self, excerpt: Excerpt, scored: np.ndarray, nats: Tensor):
         """Tells about how many targets have a score: ranks share them batch by batch."""
         self.scored += int(scored.sum()) * self.world_size
         done = min(self.scored, self.targets)
         seconds = time.monotonic() - self.started
-        note = f", {done / max(seconds, 1e-9):,.0f} tokens/s{self.note}"
+        note = f", {done / max(seconds, 1e-9):,.0f} tokens/s"
         self.log.progress(self.what, done / self.targets, seconds, note)
 
 
@@ -5635,7 +5626,7 @@ def evaluate_artifact(settings, given, ranks, validation, log, written="", attem
     model, s = load_model(settings.artifact_path, settings, given, ranks)
     shown = ScoringProgress(log, "evaluation", validation, ranks)
     log.score_at = 0.0  # when the evaluation ends, says its own progress
-    score = Evaluator(model, s, ranks, validation, observer=shown).evaluate(started, shown.hear)
+    score = Evaluator(model, s, ranks, validation, observer=shown).evaluate(started)
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
     lost = "documents learnt in part" if s.eval_mode == "documents" else "epochs given up"
     log(f"{took}; {score.epochs_given_up} {lost}")

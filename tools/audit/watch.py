@@ -85,6 +85,8 @@ class Watcher:
         self.note_change()
         positions = excerpt.positions[scored]
         np.add.at(self.seen.times_written, positions, 1)
+        done = np.count_nonzero(self.seen.times_written)
+        print(f"{done:,} of {self.count:,} targets are scored", flush=True)
         self.seen.written[positions] = nats.detach().float().cpu().numpy()[scored]
         self.seen.events.append(Event("score", positions))
         sampled = scored.copy()
@@ -211,11 +213,6 @@ def weights_of(script: ModuleType, model: torch.nn.Module) -> list[Weight]:
     return weights
 
 
-def tell(note: str) -> None:
-    """Prints what an evaluator says of its progress, but for what its clock has left: no end."""
-    print(note.removeprefix(", ").rpartition(", ")[0], flush=True)
-
-
 def observe(script: ModuleType, environment: dict[str, str], seed: int) -> Observation:
     """Evaluates the whole validation set and records every score, update and step, in order.
 
@@ -233,7 +230,7 @@ def observe(script: ModuleType, environment: dict[str, str], seed: int) -> Obser
     evaluator = script.Evaluator(model, settings, ranks, validation, observer=watcher)
     hook = register_optimizer_step_post_hook(watcher.on_step)
     try:
-        score = evaluator.evaluate(None, tell)
+        score = evaluator.evaluate()
     finally:
         hook.remove()
     seen = watcher.seen
