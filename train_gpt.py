@@ -4775,24 +4775,14 @@ def find_settings(settings) -> tuple[Path | None, dict, str]:
         if found and events.get("trained", {}).get("artifact_sha256") == found:
             logged = events["settings"].get("settings", {})
             theirs = {}
-            with named_source(path):
-                for name in (name for name in SCORED_WITH if name in logged):
-                    kind = type(getattr(Settings, name))
-                    theirs[name] = parse_value(name.upper(), str(logged[name]), kind)
-                preset = theirs.get("preset", "default")
-                need(preset in PRESETS, f"this script does not know PRESET={shown(preset)}")
+            for name in (name for name in SCORED_WITH if name in logged):
+                kind = type(getattr(Settings, name))
+                theirs[name] = parse_value(f"{path}: {name.upper()}", str(logged[name]), kind)
+            preset = theirs.get("preset", "default")
+            need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
             same = events["settings"].get("script_sha256") == file_sha256(__file__)
             return path, theirs, str(path) if same else f"{path}, of another train_gpt.py"
     return None, {}, ""
-
-
-@contextmanager
-def named_source(log: Path | None):
-    """Adds to errors the log that settings are from which were not given, if there is one."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error} (settings from {log})" if log else str(error)) from None
 
 
 def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Settings, str]:
@@ -5682,8 +5672,6 @@ def main(log):
         unscored = ranks.from_main(find_unscored(settings) if writes else {})
         source = describe_room(settings, given)  # of settings that were not given
         if settings.eval_only:
-            origin = ranks.from_main(find_settings(settings)[0] if first else None)
-            claims.enter_context(named_source(origin))
             found = settings_to_score(settings, given, ranks.world_size) if first else None
             settings, source = ranks.from_main(found)
         log_settings(log, settings, given, ranks, source)
