@@ -3099,16 +3099,15 @@ class Evaluator:
             self._score_chunk(first, last)
             now = synchronized_time()
             self.scoring_seconds = now - scoring_started
-            if last == self.total:
-                break
-            falling = 1 + math.cos(math.pi * (index / len(firsts)))  # along a cosine, from 2 to 0
-            sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * falling
-            seconds_left = started + s.eval_max_seconds - now
-            epochs = self._affordable_epochs(index, len(firsts) - 1 - index, seconds_left)
-            self._adapt(first, last, sgd, epochs)
-            given_up += s.ttt_epochs - epochs
+            epochs = 0
+            if last < self.total:
+                falling = 1 + math.cos(math.pi * (index / len(firsts)))  # a cosine, from 2 to 0
+                sgd.param_groups[0]["lr"] = s.ttt_lr * 0.5 * falling
+                seconds_left = started + s.eval_max_seconds - now
+                epochs = self._affordable_epochs(index, len(firsts) - 1 - index, seconds_left)
+                self._adapt(first, last, sgd, epochs)
+                given_up += s.ttt_epochs - epochs
             times.append([epochs, self.scoring_seconds, epochs * self.epoch_seconds])
-        times.append([0, self.scoring_seconds, 0.0])
         chunks = np.hstack([self.ranks.sum_(self.learnt).cpu(), times])
         score = self._collect(given_up)
         return score._replace(seconds=time.perf_counter() - started, chunks=chunks)
