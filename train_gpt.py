@@ -249,11 +249,7 @@ class Settings:
     beta1: float = env(0.9, "Adam, of the mean gradient", "part", 0, BELOW_1)
     beta2: float = env(0.95, "Adam, of the mean square", "part", 0, BELOW_1)
     adam_eps: float = env(1e-8, "Adam; of vectors and scales at least 1e-6", "size", ABOVE_0)
-    float8_products: str = env(
-        "auto",
-        "8-bit ones, on H100",
-        "auto|none|mlp|in_proj|mlp,in_proj|mlp,gradients|mlp,in_proj,gradients",
-    )
+    float8_products: str = env("auto", "8-bit ones, on H100", "auto|none|mlp|in_proj|mlp,in_proj")
     grad_clip_norm: float = env(1.0, "most of all gradients together; 0: not clipped", "norm")
     weight_decay: float = env(0.1, "decoupled, matrices and embeddings", "rate")
     embed_wd: float = env(-1.0, "of embeddings; negative: WEIGHT_DECAY", "rate", -1)
@@ -2010,11 +2006,11 @@ class MLP(nn.Module):
         y, *_ = fused_mlp(rows, factor, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
         return y.view(x.shape)
 
-    def in_float8(self, x: Tensor, input_scale: float, turn: bool = False) -> Tensor:
-        """forward() by the same kernels, of factors in 8 bits; turn: gradients of weights, too."""
+    def in_float8(self, x: Tensor, input_scale: float) -> Tensor:
+        """forward() by the same kernels, of factors in 8 bits."""
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
-        y, *kept = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight, turn)
+        y, *kept = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight)
         *_, up_sizes, _, _, _ = kept
         usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale  # u of v8 = USUAL, of size 1
         y = y * (4 * usual**2 * up_sizes.detach()[0, 0])
@@ -2056,11 +2052,8 @@ class Block(nn.Module):
         y, state = self.mixer(self.input_scale * norm(x), context, state)
         x = x + y
         if self.mlp is not None:
-            if "mlp" in context.float8:
-                add = self.mlp.in_float8(x, self.input_scale, "gradients" in context.float8)
-            else:
-                add = self.mlp(x, self.input_scale)
-            x = x + add
+            add = self.mlp.in_float8 if "mlp" in context.float8 else self.mlp
+            x = x + add(x, self.input_scale)
         return x, state
 
 
@@ -6962,9 +6955,8 @@ SIGN_BYTES = constexpr(16)
 
 
 # S in the kernels: tiles of M rows and N columns, sums of WIDTH terms by STEP.
-# USUAL is that of 8-bit products, below; 0 of bfloat16 ones. TURN: 1 stores results transposed in
-# the place of bfloat16 ones.
-ProductSizes = collections.namedtuple("ProductSizes", "PROGRAMS WIDTH HIDDEN M N STEP USUAL TURN")
+# USUAL is that of 8-bit products, below; 0 of bfloat16 ones.
+ProductSizes = collections.namedtuple("ProductSizes", "PROGRAMS WIDTH HIDDEN M N STEP USUAL")
 
 
 @jit
@@ -7070,16 +7062,12 @@ def store_active(v, row, column, active, active8, signs, factor, length, S: cons
     rows = row + tl.arange(0, S.M)[:, None]
     if S.USUAL > 0:
         square = v * v * tl.where(v < 0, 0.0625 / (S.USUAL * S.USUAL), 0.25 / (S.USUAL * S.USUAL))
+        first, second = row_pairs(square)
+        store_pairs(first, second, active8, active, row, column)
     else:
         square = tl.load(factor + rows, rows < length, 0.0)
         square *= square
         square = v * v * tl.where(v < 0, 0.25 * square, square)
-    if S.TURN:
-        first, second = row_pairs(square)
-        store_pairs(first, second, active8, active, row, column)
-    else:
-        if S.USUAL > 0:
-            active8.store([row, column], square.to(active8.dtype))
         active.store([row, column], square.to(active.dtype))
     tl.store(sign_places(signs, rows, column, SIGN_COLUMNS, S), pack_signs(v), rows < length)
 
@@ -7104,24 +7092,9 @@ def prefetch_turned(turned, row, column, length, S: constexpr):
     tl.inline_asm_elementwise(code, "=r,l", [place], tl.int32, False, 1)
 
 
-@jit
-def store_slopes(d, root, packed, scale, d_v, d_v8, row, column, S: constexpr):
-    """d f'(u), scale times, of root = sqrt(f) and packed signs; and in 8 bits without scale."""
-    if S.USUAL > 0:
-        d *= root * tl.where(unpack_signs(packed), -1.0, 2.0)
-        d_v.store([row, column], (d * scale).to(d_v.dtype))
-        d_v8.store([row, column], (d * (2.0 / S.USUAL)).to(d_v8.dtype))
-    else:
-        d *= root * tl.where(unpack_signs(packed), -scale, 2.0 * scale)
-        for half in tl.static_range(2):  # and in halves of these: a stage's room is worth more
-            left, right = halves(halves(d.to(d_v.dtype))[half])
-            d_v.store([row, column + half * S.N // 2], left)
-            d_v.store([row, column + half * S.N // 2 + S.N // 4], right)
-
-
 # x, up, active_map, d_y, down, d_v and those with an 8, which are None where S.USUAL is 0, are
-# tensor descriptors of tiles, all else tensors. With TURN active_map, d_v and mlp_backward's active
-# are transposed, and descriptors of what is stored have two numbers of 8 bits as one.
+# tensor descriptors of tiles, all else tensors. Of 8-bit floats active_map, d_v and mlp_backward's
+# active are transposed, and descriptors of what is stored have two numbers as one.
 @jit
 def mlp_forward(x, up, active_map, active8, signs, factor, length, S: constexpr):
     """f(factor · x up^T), or f8 twice, and the signs of the product; factor (T,) is above 0."""
@@ -7151,14 +7124,14 @@ def mlp_backward(d_y, down, active_map, d_v, d_v8, active, signs, factor, length
             d = exact_dot(gradient, weights, d)
         if FAST:
             ahead, beside = product_tile(number + S.PROGRAMS, S)
-            if S.TURN:
+            if S.USUAL > 0:
                 prefetch_turned(active, ahead, beside, length, S)
             else:
                 prefetch_tile(active, ahead, beside, length, 1, S)
             prefetch_tile(signs, ahead, beside, length, 8, S)
         rows = row + tl.arange(0, S.M)[:, None]
         packed = tl.load(sign_places(signs, rows, column, S.N, S), rows < length, 0)
-        if S.TURN:
+        if S.USUAL > 0:
             first, second = row_pairs(d)
             above, below = load_pairs(active_map, row, column, S)
             first *= tl.sqrt(above)
@@ -7170,13 +7143,17 @@ def mlp_backward(d_y, down, active_map, d_v, d_v8, active, signs, factor, length
         else:
             scale = tl.load(factor + rows, rows < length, 0.0)
             root = tl.sqrt(active_map.load([row, column]).to(tl.float32))
-            store_slopes(d, root, packed, scale, d_v, d_v8, row, column, S)
+            d *= root * tl.where(unpack_signs(packed), -scale, 2.0 * scale)
+            for half in tl.static_range(2):  # and in halves of these: a stage's room is worth more
+                left, right = halves(halves(d.to(d_v.dtype))[half])
+                d_v.store([row, column + half * S.N // 2], left)
+                d_v.store([row, column + half * S.N // 2 + S.N // 4], right)
 
 
 # Of each kernel M, N, STEP, stages. An H200's multiprocessor runs a program of 8 warps, or for N =
 # 128 two of 4, of which one's products run beside what the other does with its own.
 MLP_TILES = {"mlp_forward": (128, 256, 64, 4), "mlp_backward": (128, 256, 64, 3)}
-FLOAT8_TILES = {"mlp_forward": (128, 256, 128, 3), "mlp_backward": (128, 128, 64, 3)}
+FLOAT8_TILES = {"mlp_forward": (128, 256, 128, 4), "mlp_backward": (128, 128, 64, 4)}
 
 
 def can_fuse_mlp(width: int, hidden: int, device: torch.device) -> bool:
@@ -7186,7 +7163,7 @@ def can_fuse_mlp(width: int, hidden: int, device: torch.device) -> bool:
     return hidden % (2 * int(SIGN_COLUMNS)) == 0 and width % 8 == 0
 
 
-def launch_product(kernel, named: dict, width: int, usual: float = 0.0, turn: bool = False):
+def launch_product(kernel, named: dict, width: int, usual: float = 0.0):
     """Runs one of the MLP's kernels for sums of width terms; usual: S.USUAL, in FLOAT8_TILES."""
     length, bytes_of_signs = named["signs"].shape
     hidden = 8 * bytes_of_signs
@@ -7195,7 +7172,7 @@ def launch_product(kernel, named: dict, width: int, usual: float = 0.0, turn: bo
     if named["signs"].is_cuda:
         gpu = torch.cuda.get_device_properties(named["signs"].device)
         programs = min(programs, gpu.multi_processor_count * (256 // tile[1]))
-    sizes = ProductSizes(programs, width, hidden, *tile, usual, int(turn))
+    sizes = ProductSizes(programs, width, hidden, *tile, usual)
     named = named | {"length": length, "S": sizes}
     launch(kernel, (programs,), named, warps=tile[1] // 32, stages=stages)
 
@@ -7279,13 +7256,13 @@ fused_mlp.register_autograd(
 # all directions alike, are within some percent of it. f' is 1.5 usually; f8 saturates where v8 is
 # above 42 USUAL, but was at most 10.7, d_v8 48. As f is of second degree, v's factors leave it
 # squared. Each q() is off by 2.6 % (rms), f', by f8 and signs, by half of that; sums of 8-bit
-# products have fewer bits than float32. Gradients of weights, d_v x^T and d_y f^T, and of in_proj's
-# input are bfloat16 products of what q() did not round (the former but for FLOAT8_PRODUCTS that has
-# gradients, the next chapter). Interpreted, in float32, it rounds nothing.
+# products have fewer bits than float32. The MLP's gradients of weights are the next chapter's;
+# in_proj's gradients are bfloat16 products of what q() did not round. Interpreted, in float32, it
+# rounds nothing.
 FLOAT8 = torch.float8_e4m3fn
 MOST_FLOAT8 = 448.0
 WEIGHT_SIZE = 4.0
-EVERY_FLOAT8 = "mlp,in_proj,gradients"  # of FLOAT8_PRODUCTS the one with most
+EVERY_FLOAT8 = "mlp,in_proj"  # of FLOAT8_PRODUCTS the one with most
 SUMS = constexpr(128)  # of squares of a matrix, by part
 SIDE = constexpr(64)  # of a tile of a matrix that is rounded
 
@@ -7317,7 +7294,7 @@ def why_not_float8(model, products: str, device: torch.device) -> str:
     has_kernels = triton and device.type == "cuda" and kernel_limits(device)[0] == 90
     if not has_kernels or model.compute_dtype != torch.bfloat16:
         return "needs an H100 or H200, triton and PRECISION=bfloat16"
-    for part in products.replace("gradients", "mlp").split(","):
+    for part in products.split(","):
         sizes = {n: x.weight.shape for n, x in model.linear_layers().items() if f".{part}." in n}
         if not sizes:
             return f"finds no {part} in these layers"
@@ -7361,14 +7338,13 @@ def power_above(x: Tensor) -> Tensor:
     return 2 * (x.view(torch.int32) & -(2**23)).view(torch.float32)
 
 
-def float8_gradient(d_y: Tensor, turn: bool = False) -> tuple[Tensor, Tensor]:
-    """d_y8 of rows d_y (T, width), and (T,) float32 what brings each back to its size.
-
-    To turn, sizes are powers of two, which multiply d_y8 without rounding it again.
+def float8_gradient(d_y: Tensor) -> tuple[Tensor, Tensor]:
+    """d_y8 of rows d_y (T, width), and (T,) float32 what brings each back to its size: powers of
+    two, which multiply d_y8 without rounding it again.
     """
     wide = widened(d_y)
     size = wide.square().mean(-1).sqrt().clamp(min=1e-18) / row_scale(d_y.shape[1])
-    size = power_above(size) if turn else size
+    size = power_above(size)
     return to_float8(wide * (1 / size).unsqueeze(-1), d_y.dtype), size
 
 
@@ -7444,292 +7420,6 @@ def scaled_product(a8: Tensor, b8: Tensor, a_scale: Tensor, b_scale: Tensor, dty
     return torch._scaled_mm(a8, b8.mT, **scales, out_dtype=dtype, use_fast_accum=True)
 
 
-@torch.library.custom_op(f"{OPERATORS}::float8_mlp", mutates_args=())
-def float8_mlp(
-    x: Tensor, x8: Tensor, factor: Tensor, up: Tensor, down: Tensor, turn: bool
-) -> list[Tensor]:
-    """y = size of up · down f8 of rows x (T, width), with x8 and factor by float8_norm(); and, for
-    backward, f8 unrounded, signs, f8, float8_weight() of up and of down, which are float32.
-
-    To turn: in the place of f8 unrounded f8 transposed, turned_like(), and f8 itself is left out.
-    """
-    y, active, signs, *others = float8_mlp_fake(x, x8, factor, up, down, turn)
-    active8 = active.new_empty(len(x), len(up)) if turn else others[0]
-    width = x.shape[1]
-    up_weight, down_weight = (float8_weight(matrix, x.dtype) for matrix in (up, down))
-    rows, columns, step, _ = FLOAT8_TILES["mlp_forward"]
-    tiles = TensorDescriptor.from_tensor
-    named = {"x": tiles(x8, [rows, step]), "up": tiles(up_weight[0], [columns, step])}
-    named |= stored_tiles("active8", active8, "active_map", active, [rows, columns // 2], turn)
-    named |= {"signs": signs, "factor": None}
-    launch_product(mlp_forward, named, width, usual_product(width), turn)
-    sizes = up_weight[2][0, 0], down_weight[2][0, 0]
-    y = scaled_product(active8, down_weight[0], *sizes, x.dtype)
-    kept = [active, signs] if turn else [active, signs, active8]
-    return [y, *kept, *up_weight, *down_weight]
-
-
-@float8_mlp.register_fake
-def float8_mlp_fake(x, x8, factor, up, down, turn) -> list[Tensor]:
-    """float8_mlp()'s outputs, without their values."""
-    y, active, signs = fused_mlp_fake(x, factor, up, down)
-    active8 = torch.empty_like(active, dtype=float8_type(x.dtype))
-    kept = [turned_like(active8), signs] if turn else [active, signs, active8]
-    weights = float8_weight_fake(up, x.dtype) + float8_weight_fake(down, x.dtype)
-    return [y, *kept, *weights]
-
-
-@torch.library.custom_op(f"{OPERATORS}::float8_mlp_backward", mutates_args=())
-def float8_mlp_backward(
-    d_y8: Tensor, factor: Tensor, kept: list[Tensor], turn: bool
-) -> list[Tensor]:
-    """The gradients of up x (T, HIDDEN), and of x (T, width) but for factors of its rows.
-
-    factor (T,) float32 multiplies the former's rows; kept are float8_mlp()'s results but y. To
-    turn, the former is d_v8 transposed, turned_like(), without a factor.
-    """
-    *actives, _, up_turned, up_sizes, _, down_turned, down_sizes = kept
-    signs = kept[1]
-    active = actives[0 if turn else 2]
-    width = d_y8.shape[1]
-    d_v, d_x = float8_mlp_backward_fake(d_y8, factor, kept, turn)
-    d_v8 = active.new_empty(len(d_y8), up_turned.shape[1])
-    rows, columns, step, _ = FLOAT8_TILES["mlp_backward"]
-    tiles = TensorDescriptor.from_tensor
-    named = {"d_y": tiles(d_y8, [rows, step]), "down": tiles(down_turned, [columns, step])}
-    named |= stored_tiles("d_v8", d_v8, "d_v", d_v, [rows, columns], turn)
-    active_map = (turned_tiles if turn else tiles)(active, [rows, columns])
-    named |= {"active": active, "active_map": active_map, "signs": signs}
-    named["factor"] = None if turn else factor
-    launch_product(mlp_backward, named, width, usual_product(width), turn)
-    sizes = up_sizes[0, 0], down_sizes[0, 0]
-    return [d_v, scaled_product(d_v8, up_turned, *sizes, d_x.dtype)]
-
-
-@float8_mlp_backward.register_fake
-def float8_mlp_backward_fake(d_y8, factor, kept, turn) -> list[Tensor]:
-    """float8_mlp_backward()'s outputs, without their values."""
-    dtype = torch.bfloat16 if d_y8.dtype == FLOAT8 else d_y8.dtype
-    return [torch.empty_like(kept[0]), torch.empty_like(d_y8, dtype=dtype)]
-
-
-def float8_mlp_autograd(ctx, gradients):
-    """The gradients of float8_mlp()'s arguments, from that of y, the first of its results."""
-    x, x8, factor, *kept = ctx.saved_tensors
-    active, *_, up_sizes, _, _, down_sizes = kept
-    width = x.shape[1]
-    d_y = gradients[0].contiguous()
-    d_y8, size = float8_gradient(d_y, ctx.turn)
-    row = 0.25 * row_scale(width) * size * factor
-    # What the kernel has at hand is d_v8 · USUAL / 2, unrounded.
-    at_hand = row * down_sizes[0, 0] * (2 / usual_product(width))
-    d_v, d_x = float8_mlp_backward(d_y8, at_hand, kept, ctx.turn)
-    d_x = (d_x * row.unsqueeze(-1)).to(x.dtype)
-    d_factor = (widened(d_x) * x).sum(-1) / factor
-    if ctx.turn:
-        d_up, d_down = float8_weight_gradients(x8, d_y8, size, d_v, kept)
-    else:
-        d_up = (d_v.mT @ x).to(factor.dtype)
-        d_down = ((d_y.mT @ active) * up_sizes[0, 0]).to(factor.dtype)
-    return d_x, None, d_factor, d_up, d_down, None
-
-
-def float8_mlp_setup(ctx, inputs, output):
-    """Keeps for backward what it reads."""
-    x, x8, factor, _, _, ctx.turn = inputs
-    ctx.save_for_backward(x, x8 if ctx.turn else x, factor, *output[1:])
-
-
-float8_mlp.register_autograd(float8_mlp_autograd, setup_context=float8_mlp_setup)
-
-
-# ---- Weight gradients in 8 bits ------------------------------------------------------------------
-# Tensor cores read 8-bit factors along the sum's terms only: of d_up = d_v^T x and d_down = d_y^T f
-# along tokens. f8 and d_v8 come transposed from the kernels that make them. Factors of rows cannot
-# follow a sum over rows. f8 has none, and x's, 1 / rms, is that by which d_v's gradient is divided;
-# what is left is size, the factor of d_y8's rows, beside its root mean square over all tokens, s:
-#
-#   d_up = c Σ_t d_v8 q(s x8 / 256);   d_down = c Σ_t q(s d_y8 / 256) f8
-#
-# Sizes are powers of two, so that nothing is rounded twice; numbers saturate only where one token
-# has nearly all of the gradient. Muon's background is that of a batch: half of its tokens are 90 %
-# off, these products 5 % for up and 4 % for down, bfloat16's 4.3 and 3.2 %. Both kernels of
-# FLOAT8_TILES have as many rows a tile, of which the last is stored as a whole.
-TURN_SCALE = constexpr(256)
-PART_TILE = (128, 256, 128, 4)  # M, N, STEP, stages of sum_part
-
-
-def padded_rows(length: int) -> int:
-    """The columns of a transposed tensor of so many rows: with those, zeros, of the last tile."""
-    tile, *_ = FLOAT8_TILES["mlp_forward"]
-    return math.ceil(length / tile) * tile
-
-
-def mean_size(size: Tensor) -> Tensor:
-    """The power of two above the root mean square of rows' sizes, which may all be tiny, ()."""
-    return power_above(size.square().mean().sqrt().clamp(min=1e-18))
-
-
-def turned_like(x8: Tensor) -> Tensor:
-    """For rows x8 (T, N) transposed, (N, padded_rows()), as store_pairs() orders them."""
-    return x8.new_empty(x8.shape[1], padded_rows(len(x8)))
-
-
-def paired_tiles(x8: Tensor, tile: list[int]):
-    """store_pairs()'s descriptor of tiles: of 8 bits, of numbers two by two."""
-    if x8.dtype != FLOAT8:
-        return TensorDescriptor.from_tensor(x8, tile)
-    return TensorDescriptor.from_tensor(x8.view(torch.int16), [tile[0], tile[1] // 2])
-
-
-def turned_tiles(turned: Tensor, tile: list[int]):
-    """The same of tiles that are transposed there."""
-    return paired_tiles(turned, tile[::-1])
-
-
-def stored_tiles(plain: str, x8: Tensor, other: str, y: Tensor, tile: list[int], turn: bool):
-    """By these names, descriptors of what a kernel stores: 8 bits and, to turn, these transposed,
-    or else numbers that are not rounded.
-    """
-    if turn:
-        return {plain: paired_tiles(x8, tile), other: turned_tiles(y, tile)}
-    tiles = TensorDescriptor.from_tensor
-    return {plain: tiles(x8, tile), other: tiles(y, tile)}
-
-
-TurnSizes = collections.namedtuple("TurnSizes", "WIDTH ROWS")  # S below
-
-
-@jit
-def turn_tile(x8, to, tokens, columns, places, scales, length, padded, S: constexpr):
-    """Rows of x8 and those 8 behind, by their scales, to places of to's rows (WIDTH, padded)."""
-    scale, behind = scales
-    rows = tokens.to(tl.int64)[:, None]
-    place = x8 + rows * S.WIDTH + columns
-    first = load_float(place, rows < length) * scale[:, None]
-    second = load_float(place + 8 * S.WIDTH, rows + 8 < length) * behind[:, None]
-    pairs = columns.to(tl.int64) * (padded // 2) + places[:, None]
-    if FAST:
-        tl.store(to + pairs, pack(first, second))
-    else:
-        tl.store(to + 2 * pairs, first)
-        tl.store(to + 2 * pairs + 1, second)
-
-
-@jit
-def turn_rows(x8, d_y8, size, mean, x_turned, d_turned, length, padded, S: constexpr):
-    """x8 and d_y8 transposed, rows by size / (TURN_SCALE mean), ordered as store_pairs() does.
-
-    x_turned and d_turned are of int16, two numbers each; of float32 where nothing is rounded.
-    """
-    pairs = tl.program_id(0) * (S.ROWS // 2) + tl.arange(0, S.ROWS // 2)
-    tokens = pairs + pairs // 8 * 8
-    columns = tl.program_id(1) * SIDE + column_indices(SIDE)
-    total = TURN_SCALE * tl.load(mean)
-    scale = tl.load(size + tokens, tokens < length, 0.0) / total
-    behind = tl.load(size + tokens + 8, tokens + 8 < length, 0.0) / total
-    scales = scale, behind
-    turn_tile(x8, x_turned, tokens, columns, pairs, scales, length, padded, S)
-    turn_tile(d_y8, d_turned, tokens, columns, pairs, scales, length, padded, S)
-
-
-def launch_turn_rows(x8: Tensor, d_y8: Tensor, size: Tensor, mean: Tensor) -> list[Tensor]:
-    """x8 and d_y8 (T, width) transposed, turned_like(), of sizes (T,) and mean (), float32."""
-    turned = [turned_like(x8), turned_like(d_y8)]
-    sizes = TurnSizes(x8.shape[1], FLOAT8_TILES["mlp_forward"][0])
-    padded = turned[0].shape[1]
-    named = {"x8": x8, "d_y8": d_y8, "size": size, "mean": mean, "length": len(x8)}
-    pairs = [x.view(torch.int16) if x.dtype == FLOAT8 else x for x in turned]
-    named |= {"x_turned": pairs[0], "d_turned": pairs[1], "padded": padded, "S": sizes}
-    launch(turn_rows, (padded // sizes.ROWS, sizes.WIDTH // int(SIDE)), named)
-    return turned
-
-
-PartSizes = collections.namedtuple("PartSizes", "ROWS COLUMNS TERMS M N STEP")  # S below
-
-
-@jit
-def sum_part(a, b, sums, S: constexpr):
-    """A tile of a part of a b^T, of TERMS terms; sums is (parts, ROWS, COLUMNS) float32.
-
-    a (ROWS, terms) and b (COLUMNS, terms) are tensor descriptors. Tensor cores cut 8-bit factors'
-    sums to 13 bits as they go: of 16,384 terms that makes 0.5 % less.
-    """
-    number = tl.program_id(0)
-    part = tl.program_id(1)
-    across = tl.cdiv(S.COLUMNS, S.N)
-    row = number // across * S.M
-    column = number % across * S.N
-    first = part * S.TERMS
-    total = tl.full([S.M, S.N], 0.0, tl.float32)
-    for k in range(first, first + S.TERMS, S.STEP):
-        total = exact_dot(a.load([row, k]), tl.trans(b.load([column, k])), total)
-    rows = row + tl.arange(0, S.M)[:, None]
-    columns = column + column_indices(S.N)
-    inside = (rows < S.ROWS) & (columns < S.COLUMNS)
-    rows += part * S.ROWS
-    tl.store(sums + rows * S.COLUMNS + columns, total, inside)
-
-
-def part_sizes(a8: Tensor, b8: Tensor) -> tuple[PartSizes, int, int]:
-    """For a8 b8^T of a8 (M, T) and b8 (N, T) sum_part's S, the tiles of a part, and the parts: as
-    many as a GPU has room for at once.
-    """
-    rows, columns, step, _ = PART_TILE
-    tiles = triton.cdiv(len(a8), rows) * triton.cdiv(len(b8), columns)
-    places = 4 * tiles
-    if a8.device.type == "cuda":
-        places = torch.cuda.get_device_properties(a8.device).multi_processor_count
-    steps = triton.cdiv(a8.shape[1], step)
-    parts = min(max(places // tiles, 1), steps)
-    terms = step * triton.cdiv(steps, parts)
-    return PartSizes(len(a8), len(b8), terms, rows, columns, step), tiles, parts
-
-
-def sum_in_parts(a8: Tensor, b8: Tensor) -> Tensor:
-    """a8 b8^T (parts, M, N) float32, of a8 (M, T) and b8 (N, T): part_sizes()."""
-    sizes, tiles, parts = part_sizes(a8, b8)
-    sums = sum_in_parts_fake(a8, b8)
-    named = {"a": TensorDescriptor.from_tensor(a8, [sizes.M, sizes.STEP]), "sums": sums, "S": sizes}
-    named["b"] = TensorDescriptor.from_tensor(b8, [sizes.N, sizes.STEP])
-    launch(sum_part, (tiles, parts), named, warps=8, stages=PART_TILE[3])
-    return sums
-
-
-def sum_in_parts_fake(a8: Tensor, b8: Tensor) -> Tensor:
-    """sum_in_parts()'s output, without its values."""
-    _, _, parts = part_sizes(a8, b8)
-    return a8.new_empty(parts, len(a8), len(b8), dtype=torch.float32)
-
-
-@torch.library.custom_op(f"{OPERATORS}::float8_turned_products", mutates_args=())
-def float8_turned_products(
-    x8: Tensor, d_y8: Tensor, size: Tensor, mean: Tensor, d_v: Tensor, active: Tensor
-) -> list[Tensor]:
-    """Of d_v8 and f8 transposed, x8 and d_y8 (T, width), sizes (T,) and mean (), float32: the sums
-    of the equation above but for c, in parts, up's (parts, HIDDEN, width) and down's (parts, width,
-    HIDDEN).
-    """
-    x_turned, d_turned = launch_turn_rows(x8, d_y8, size, mean)
-    return [sum_in_parts(d_v, x_turned), sum_in_parts(d_turned, active)]
-
-
-@float8_turned_products.register_fake
-def float8_turned_products_fake(x8, d_y8, size, mean, d_v, active) -> list[Tensor]:
-    """float8_turned_products()'s outputs, without their values."""
-    return [sum_in_parts_fake(d_v, turned_like(x8)), sum_in_parts_fake(turned_like(d_y8), active)]
-
-
-def float8_weight_gradients(x8, d_y8, size, d_v, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """d_up and d_down of float8_mlp()'s y, float32, of what backward has at hand."""
-    mean = mean_size(size)
-    up_parts, down_parts = float8_turned_products(x8, d_y8, size, mean, d_v, kept[0])
-    scale = int(TURN_SCALE) * mean
-    d_up = up_parts.sum(0) * (0.25 * scale * kept[-1][0, 0])
-    d_down = down_parts.sum(0) * (scale * kept[-4][0, 0])
-    return d_up, d_down
-
-
 @torch.library.custom_op(f"{OPERATORS}::float8_rows", mutates_args=())
 def float8_rows(x: Tensor, x8: Tensor, weight: Tensor) -> Tensor:
     """W x of rows x (T, width), in x's dtype, by x8 = q(r x) and a float32 matrix's W8."""
@@ -7756,6 +7446,173 @@ def float8_linear(u: Tensor, weight: Tensor) -> Tensor:
     rows = u.flatten(0, 1)
     u8 = to_float8(widened(rows.detach()) * row_scale(u.shape[2]), u.dtype)
     return float8_rows(rows, u8, weight).unflatten(0, u.shape[:2])
+
+
+@torch.library.custom_op(f"{OPERATORS}::float8_mlp", mutates_args=())
+def float8_mlp(x: Tensor, x8: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tensor]:
+    """y = size of up · down f8 of rows x (T, width), with x8 and factor by float8_norm(); and, for
+    backward, f8 turned_like(), signs, float8_weight() of up and of down, which are float32.
+    """
+    y, active, signs, *_ = float8_mlp_fake(x, x8, factor, up, down)
+    active8 = active.new_empty(len(x), len(up))
+    width = x.shape[1]
+    up_weight, down_weight = (float8_weight(matrix, x.dtype) for matrix in (up, down))
+    rows, columns, step, _ = FLOAT8_TILES["mlp_forward"]
+    tiles = TensorDescriptor.from_tensor
+    named = {"x": tiles(x8, [rows, step]), "up": tiles(up_weight[0], [columns, step])}
+    named |= {"active8": paired_tiles(active8, [rows, columns // 2]), "signs": signs}
+    named |= {"active_map": paired_tiles(active, [columns // 2, rows]), "factor": None}
+    launch_product(mlp_forward, named, width, usual_product(width))
+    sizes = up_weight[2][0, 0], down_weight[2][0, 0]
+    y = scaled_product(active8, down_weight[0], *sizes, x.dtype)
+    return [y, active, signs, *up_weight, *down_weight]
+
+
+@float8_mlp.register_fake
+def float8_mlp_fake(x, x8, factor, up, down) -> list[Tensor]:
+    """float8_mlp()'s outputs, without their values."""
+    signs = x8.new_empty(len(x), len(up) // 8, dtype=torch.uint8)
+    weights = float8_weight_fake(up, x.dtype) + float8_weight_fake(down, x.dtype)
+    return [torch.empty_like(x), turned_like(x8, len(up)), signs, *weights]
+
+
+@torch.library.custom_op(f"{OPERATORS}::float8_mlp_backward", mutates_args=())
+def float8_mlp_backward(
+    d_y8: Tensor, x8: Tensor, size: Tensor, scales: list[Tensor], kept: list[Tensor]
+) -> list[Tensor]:
+    """The gradients of rows x, but for factors of these, and of up and down, float32.
+
+    d_y8 and size by float8_gradient(); scales: turn_scale() / 4, as f8 is f / 4, and turn_scale();
+    kept are float8_mlp()'s results but y.
+    """
+    active, signs, _, up_turned, up_sizes, _, down_turned, down_sizes = kept
+    d_v = torch.empty_like(active)
+    d_v8 = active.new_empty(len(d_y8), len(active))
+    rows, columns, step, _ = FLOAT8_TILES["mlp_backward"]
+    tiles = TensorDescriptor.from_tensor
+    named = {"d_y": tiles(d_y8, [rows, step]), "down": tiles(down_turned, [columns, step])}
+    named |= {"active": active, "active_map": paired_tiles(active, [columns, rows])}
+    named |= {"d_v8": paired_tiles(d_v8, [rows, columns]), "signs": signs, "factor": None}
+    named["d_v"] = paired_tiles(d_v, [columns, rows])
+    width = d_y8.shape[1]
+    launch_product(mlp_backward, named, width, usual_product(width))
+    dtype = torch.bfloat16 if d_y8.dtype == FLOAT8 else torch.float32
+    d_x = scaled_product(d_v8, up_turned, up_sizes[0, 0], down_sizes[0, 0], dtype)
+    x_turned, d_turned = turned_rows(x8, d_y8, size, scales[1])
+    d_up = scaled_product(d_v, x_turned, scales[0], down_sizes[0, 0], torch.float32)
+    d_down = scaled_product(d_turned, active, scales[1], up_sizes[0, 0], torch.float32)
+    return [d_x, d_up, d_down]
+
+
+@float8_mlp_backward.register_fake
+def float8_mlp_backward_fake(d_y8, x8, size, scales, kept) -> list[Tensor]:
+    """float8_mlp_backward()'s outputs, without their values."""
+    dtype = torch.bfloat16 if d_y8.dtype == FLOAT8 else torch.float32
+    _, _, up8, _, _, down8, _, _ = kept
+    weights = [torch.empty_like(x8, dtype=torch.float32) for x8 in (up8, down8)]
+    return [torch.empty_like(d_y8, dtype=dtype), *weights]
+
+
+def float8_mlp_autograd(ctx, gradients):
+    """The gradients of float8_mlp()'s arguments, from that of y, the first of its results."""
+    x, x8, factor, *kept = ctx.saved_tensors
+    d_y8, size = float8_gradient(gradients[0].contiguous())
+    scale = turn_scale(size)
+    d_x, d_up, d_down = float8_mlp_backward(d_y8, x8, size, [scale / 4, scale], kept)
+    row = 0.25 * row_scale(x.shape[1]) * size * factor
+    d_x = (d_x * row.unsqueeze(-1)).to(x.dtype)
+    d_factor = (widened(d_x) * x).sum(-1) / factor
+    return d_x, None, d_factor, d_up, d_down
+
+
+float8_mlp.register_autograd(
+    float8_mlp_autograd,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output[1:]),
+)
+
+
+# ---- Weight gradients in 8 bits ------------------------------------------------------------------
+# Tensor cores read 8-bit factors along the sum's terms only: of d_up = d_v^T x and d_down = d_y^T f
+# along tokens. f8 and d_v8 come transposed from the kernels that make them. Factors of rows cannot
+# follow a sum over rows. f8 has none, and x's, 1 / rms, is that by which d_v's gradient is divided;
+# what is left is size, the factor of d_y8's rows, beside its root mean square over all tokens, s:
+#
+#   d_up = c Σ_t d_v8 q(s x8 / 256);   d_down = c Σ_t q(s d_y8 / 256) f8
+#
+# Sizes are powers of two, so that nothing is rounded twice; numbers saturate only where one token
+# has nearly all of the gradient. Muon's background is that of a batch: half of its tokens are 90 %
+# off, these products 5 % for up and 4 % for down, bfloat16's 4.3 and 3.2 %. cuBLAS's fast sums of
+# 65,536 tokens add 0.7 %. Both kernels of FLOAT8_TILES have as many rows a tile, of which the last
+# is stored as a whole.
+
+
+def turn_scale(size: Tensor) -> Tensor:
+    """256 times the power of two above the rms of rows' sizes, which may all be tiny, ()."""
+    return 256 * power_above(size.square().mean().sqrt().clamp(min=1e-18))
+
+
+def turned_like(x8: Tensor, columns: int) -> Tensor:
+    """Room for as many rows as x8 has, (T, columns), transposed, as store_pairs() orders them: with
+    those of the last tile, which are zeros.
+    """
+    tile, *_ = FLOAT8_TILES["mlp_forward"]
+    return x8.new_empty(columns, math.ceil(len(x8) / tile) * tile)
+
+
+def paired_tiles(x8: Tensor, tile: list[int]):
+    """store_pairs()'s descriptor of tiles: of 8 bits, of numbers two by two."""
+    if x8.dtype != FLOAT8:
+        return TensorDescriptor.from_tensor(x8, tile)
+    return TensorDescriptor.from_tensor(x8.view(torch.int16), [tile[0], tile[1] // 2])
+
+
+TurnSizes = collections.namedtuple("TurnSizes", "WIDTH ROWS")  # S below
+
+
+@jit
+def turn_tile(x8, to, tokens, columns, places, scales, length, padded, S: constexpr):
+    """Rows of x8 and those 8 behind, by their scales, to places of to's rows (WIDTH, padded)."""
+    scale, behind = scales
+    rows = tokens.to(tl.int64)[:, None]
+    place = x8 + rows * S.WIDTH + columns
+    first = load_float(place, rows < length) * scale[:, None]
+    second = load_float(place + 8 * S.WIDTH, rows + 8 < length) * behind[:, None]
+    pairs = columns.to(tl.int64) * (padded // 2) + places[:, None]
+    if FAST:
+        tl.store(to + pairs, pack(first, second))
+    else:
+        tl.store(to + 2 * pairs, first)
+        tl.store(to + 2 * pairs + 1, second)
+
+
+@jit
+def turn_rows(x8, d_y8, size, scale, x_turned, d_turned, length, padded, S: constexpr):
+    """x8 and d_y8 transposed, rows by size / scale, ordered as store_pairs() does.
+
+    x_turned and d_turned are of int16, two numbers each; of float32 where nothing is rounded.
+    """
+    pairs = tl.program_id(0) * (S.ROWS // 2) + tl.arange(0, S.ROWS // 2)
+    tokens = pairs + pairs // 8 * 8
+    columns = tl.program_id(1) * SIDE + column_indices(SIDE)
+    whole = tl.load(scale)
+    first = tl.load(size + tokens, tokens < length, 0.0) / whole
+    second = tl.load(size + tokens + 8, tokens + 8 < length, 0.0) / whole
+    scales = first, second
+    turn_tile(x8, x_turned, tokens, columns, pairs, scales, length, padded, S)
+    turn_tile(d_y8, d_turned, tokens, columns, pairs, scales, length, padded, S)
+
+
+def turned_rows(x8: Tensor, d_y8: Tensor, size: Tensor, scale: Tensor) -> list[Tensor]:
+    """x8 and d_y8 (T, width), by sizes (T,) / scale (), turned_like()."""
+    length, width = x8.shape
+    turned = [turned_like(x8, width) for _ in range(2)]
+    padded = turned[0].shape[1]
+    sizes = TurnSizes(width, FLOAT8_TILES["mlp_forward"][0])
+    pairs = [x.view(torch.int16) if x.dtype == FLOAT8 else x for x in turned]
+    named = {"x8": x8, "d_y8": d_y8, "size": size, "scale": scale, "length": length, "S": sizes}
+    named |= {"x_turned": pairs[0], "d_turned": pairs[1], "padded": padded}
+    launch(turn_rows, (padded // sizes.ROWS, width // int(SIDE)), named)
+    return turned
 
 
 # ---- Cross-entropy -------------------------------------------------------------------------------

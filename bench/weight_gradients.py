@@ -7,10 +7,9 @@ store as it stands (ptxas of CUDA 12.8 and 12.9 may spoil 8-bit floats); the sum
 float32's of the same factors, with the part by which they are too small, for tensor cores cut fast
 sums of 8-bit factors; the gradients of a layer beside float32's of what was not rounded.
 
-Times are medians of CUDA graphs, in milliseconds: the kernels with gradients of weights in 8 bits
-beside those without, in several tilings; the sums by the script's kernel and by cuBLAS, beside
-bfloat16 products; a layer of PRESET=short, forward and backward, compiled. "FAILED" and status 1 if
-a check fails; what cannot run says why.
+Times are medians of CUDA graphs, in milliseconds: the operators; the sums by cuBLAS, fast as in the
+script and exact, beside bfloat16 products; a layer of PRESET=short, forward and backward, compiled.
+"FAILED" and status 1 if a check fails; what cannot run says why.
 """
 
 import argparse
@@ -43,10 +42,6 @@ DTYPE = torch.bfloat16
 WIDTH = 512
 HIDDEN = 2048
 SECONDS = 0.1  # for which each is timed
-# M, N, STEP, stages, as in the script, whose own are the first.
-FORWARD_TILES = ((128, 256, 128, 3), (128, 256, 128, 4))
-BACKWARD_TILES = ((128, 128, 64, 3), (128, 128, 64, 4), (128, 256, 64, 4))
-PART_TILES = ((128, 256, 128, 4), (128, 256, 64, 6), (256, 128, 128, 4), (128, 128, 128, 6))
 
 
 # ============
@@ -81,7 +76,7 @@ class Report:
         try:
             graph, why_not = bench.captured(call)
             milliseconds = bench.milliseconds(graph, SECONDS)
-        except Exception as error:  # a tiling that does not fit, an operator that refuses
+        except RuntimeError as error:  # of cuBLAS, which need not have such a product
             self.tell(f"{name}, ms", f"{type(error).__name__}: {error}".splitlines()[0][:200])
             return
         self.tell(f"{name}, ms{why_not and f' ({why_not})'}", milliseconds)
@@ -106,14 +101,12 @@ class Case(NamedTuple):
 class Steps(NamedTuple):
     """What a layer's forward and backward have on the way, by the script's names."""
 
-    x8: Tensor  # (T, WIDTH), as d_y8
-    factor: Tensor  # (T,) float32, as size
-    kept: list[Tensor]  # float8_mlp()'s results but y; the first is f8 transposed, or f in 16 bits
+    forward: tuple  # float8_mlp()'s arguments
+    backward: tuple  # float8_mlp_backward()'s: d_y8, x8, size, scales, kept
     active8: Tensor  # (T, HIDDEN), f8 as it stands
-    d_y8: Tensor
-    size: Tensor
-    d_v: Tensor  # d_v8 transposed, or d_v in 16 bits
-    d_v8: Tensor  # (T, HIDDEN), as it stands
+    d_v8: Tensor  # likewise
+    up_factors: tuple[Tensor, Tensor]  # d_v8 and x8 transposed
+    down_factors: tuple[Tensor, Tensor]  # d_y8 and f8 transposed
 
 
 def random_case(rows: int) -> Case:
@@ -127,13 +120,13 @@ def random_case(rows: int) -> Case:
 
 @contextlib.contextmanager
 def products_seen():
-    """A list of the first factors of scaled_product()'s calls."""
+    """A list of both factors of scaled_product()'s calls."""
     usual = t.scaled_product
     seen = []
 
-    def watched(a8: Tensor, *others):
-        seen.append(a8)
-        return usual(a8, *others)
+    def watched(a8: Tensor, b8: Tensor, *others):
+        seen.append((a8, b8))
+        return usual(a8, b8, *others)
 
     t.scaled_product = watched
     try:
@@ -142,15 +135,18 @@ def products_seen():
         t.scaled_product = usual
 
 
-def run_steps(case: Case, turn: bool) -> Steps:
-    """A layer's kernels one after another."""
+def run_steps(case: Case) -> Steps:
+    """A layer's operators one after another."""
     x8, factor = t.float8_norm(case.x)
-    d_y8, size = t.float8_gradient(case.d_y, turn)
+    d_y8, size = t.float8_gradient(case.d_y)
+    scale = t.turn_scale(size)
+    forward = case.x, x8, factor, *case[2:]
     with products_seen() as seen:
-        _, *kept = t.float8_mlp(case.x, x8, factor, *case[2:], turn)
-        d_v, _ = t.float8_mlp_backward(d_y8, factor, kept, turn)
-    active8, d_v8 = seen
-    return Steps(x8, factor, kept, active8, d_y8, size, d_v, d_v8)
+        _, *kept = t.float8_mlp(*forward)
+        backward = d_y8, x8, size, [scale / 4, scale], kept
+        t.float8_mlp_backward(*backward)
+    (active8, _), (d_v8, _), up_factors, down_factors = seen
+    return Steps(forward, backward, active8, d_v8, up_factors, down_factors)
 
 
 # ============
@@ -174,56 +170,41 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 def check_stored(report: Report, case: Case) -> Steps:
     """Both copies of what is stored twice; returns what the kernels made."""
-    rows = len(case.x)
-    steps = run_steps(case, True)
-    plain = run_steps(case, False)
-    off = different(steps.active8, plain.active8)
-    report.check(f"{rows:,} rows: f8 beside the usual kernel's", off, 1e-4)
-    turned = reference.turned(steps.active8)
-    report.check(f"{rows:,} rows: f8 transposed", different(steps.kept[0], turned), 0)
-    turned = reference.turned(steps.d_v8)
-    report.check(f"{rows:,} rows: d_v8 transposed", different(steps.d_v, turned), 0)
-    # d_y8 is rounded by other sizes here, d_v8 in another order.
-    usual = plain.d_v8.float() * plain.size.unsqueeze(1)
-    found = steps.d_v8.float() * steps.size.unsqueeze(1)
-    report.check(f"{rows:,} rows: d_v8 beside the usual kernel's", relative(found, usual), 0.1)
-    mean = t.mean_size(steps.size)
-    turned = t.launch_turn_rows(steps.x8, steps.d_y8, steps.size, mean)
-    for name, x8, found in zip(("x8", "d_y8"), (steps.x8, steps.d_y8), turned, strict=True):
-        wanted = reference.turned(x8, steps.size / (int(t.TURN_SCALE) * mean))
-        report.check(f"{rows:,} rows: {name} transposed", different(found, wanted), 0)
+    steps = run_steps(case)
+    d_y8, x8, size, (_, scale), _ = steps.backward
+    d_v, x_turned = steps.up_factors
+    d_turned, active = steps.down_factors
+    wanted = {"f8": (active, reference.turned(steps.active8))}
+    wanted["d_v8"] = d_v, reference.turned(steps.d_v8)
+    wanted["x8"] = x_turned, reference.turned(x8, size / scale)
+    wanted["d_y8"] = d_turned, reference.turned(d_y8, size / scale)
+    for name, copies in wanted.items():
+        report.check(f"{len(x8):,} rows: {name} transposed", different(*copies), 0)
     return steps
 
 
 def check_sums(report: Report, a8: Tensor, b8: Tensor) -> None:
-    """Sums over tokens by the script's kernel and by cuBLAS, beside those in float32."""
+    """Sums over tokens by cuBLAS, beside those in float32."""
     report.tell("tokens that are summed", a8.shape[1])
     wanted = a8.float() @ b8.float().mT
-    one = torch.ones((), device=DEVICE)
-    ways = {"parts": lambda: t.sum_in_parts(a8, b8).sum(0)}
-    for kind, fast in (("fast", True), ("exact", False)):
-        ways[f"cuBLAS, {kind}"] = functools.partial(cublas, a8, b8, one, fast)
-    for name, way in ways.items():
-        try:
-            found = way()
-        except RuntimeError as error:  # of cuBLAS, which need not have such a product
-            report.tell(f"d_up by {name}", str(error).splitlines()[0][:200])
-            continue
-        report.check(f"d_up by {name}: error", relative(found, wanted), 0.02)
+    for kind in ("fast", "exact"):
+        found = cublas(a8, b8, kind)
+        report.check(f"d_up by cuBLAS, {kind}: error", relative(found, wanted), 0.02)
         short = 1 - (found.double() * wanted).sum() / wanted.double().square().sum()
-        report.check(f"d_up by {name}: too small by", abs(float(short)), 0.02)
+        report.check(f"d_up by cuBLAS, {kind}: too small by", abs(float(short)), 0.02)
 
 
-def cublas(a8: Tensor, b8: Tensor, one: Tensor, fast: bool) -> Tensor:
-    """a8 b8^T in float32 by cuBLAS."""
-    options = {"out_dtype": torch.float32, "use_fast_accum": fast}
+def cublas(a8: Tensor, b8: Tensor, kind: str) -> Tensor:
+    """a8 b8^T in float32, as scaled_product() has it ("fast") or with exact sums."""
+    one = torch.ones((), device=DEVICE)
+    options = {"out_dtype": torch.float32, "use_fast_accum": kind == "fast"}
     return torch._scaled_mm(a8, b8.mT, scale_a=one, scale_b=one, **options)
 
 
-def layer(turn: bool, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def layer(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """A layer's MLP but for constants, with the norm in front."""
     x8, factor = t.float8_norm(x)
-    return t.float8_mlp(x, x8, factor, up, down, turn)[0]
+    return t.float8_mlp(x, x8, factor, up, down)[0]
 
 
 def unrounded_layer(case: Case, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -242,83 +223,40 @@ def gradients(function: Callable, case: Case, dtype: torch.dtype) -> list[Tensor
 
 
 def check_gradients(report: Report, case: Case) -> None:
-    """A layer's, with gradients of weights in 8 bits and without, beside float32's."""
+    """A layer's beside float32's."""
     exact = gradients(functools.partial(unrounded_layer, case), case, torch.float32)
-    for turn in (False, True):
-        found = gradients(functools.partial(layer, turn), case, DTYPE)
-        title = "8 bits" if turn else "16 bits"
-        for name, x, wanted in zip(("d x", "d up", "d down"), found, exact, strict=True):
-            report.check(f"weights' gradients in {title}: {name}", relative(x, wanted), 0.1)
+    found = gradients(layer, case, DTYPE)
+    for name, x, wanted in zip(("d x", "d up", "d down"), found, exact, strict=True):
+        report.check(f"gradients in 8 bits: {name}", relative(x, wanted), 0.1)
 
 
 # ============
 # Times
 #
-# Every call is one CUDA graph: launches by the host would hide what 0.05 ms are. Operators are
-# timed with the products and the rounding of weights that they hold, alike in both cases.
+# Every call is one CUDA graph: launches by the host would hide what 0.05 ms are.
 
 
-def time_tilings(report: Report, name: str, tiles: tuple, call: Callable) -> None:
-    """A kernel of FLOAT8_TILES in several tilings; the usual one stays."""
-    usual = t.FLOAT8_TILES[name]
-    for tile in tiles:
-        t.FLOAT8_TILES[name] = tile
-        report.time(f"{name} turned, {tile}", call)
-    t.FLOAT8_TILES[name] = usual
+def time_operators(report: Report, steps: Steps) -> None:
+    """The operators, products and rounding of weights included; and parts of the second."""
+    report.time("forward", functools.partial(t.float8_mlp, *steps.forward))
+    report.time("backward", functools.partial(t.float8_mlp_backward, *steps.backward))
+    d_y8, x8, size, (_, scale), _ = steps.backward
+    report.time("sizes of rows together", functools.partial(t.turn_scale, size))
+    given = x8, d_y8, size, scale
+    report.time("x8 and d_y8 transposed", functools.partial(t.turned_rows, *given))
+    for name, factors in (("d_up", steps.up_factors), ("d_down", steps.down_factors)):
+        for kind in ("fast", "exact"):
+            report.time(f"{name} by cuBLAS, {kind}", functools.partial(cublas, *factors, kind))
+        # Tokens before columns, as activations lie.
+        a, b = (x8.mT.to(torch.bfloat16).contiguous() for x8 in factors)
+        report.time(f"{name} by bfloat16", functools.partial(torch.mm, a.mT, b))
 
 
-def time_kernels(report: Report, case: Case, steps: Steps) -> None:
-    """The operators that have the kernels in them, products and rounding of weights included."""
-    one = case.x, steps.x8, steps.factor, *case[2:]
-    usual = run_steps(case, False)
-    report.time("forward, without", functools.partial(t.float8_mlp, *one, False))
-    forward = functools.partial(t.float8_mlp, *one, True)
-    time_tilings(report, "mlp_forward", FORWARD_TILES, forward)
-    given = usual.d_y8, usual.factor, usual.kept, False
-    report.time("backward, without", functools.partial(t.float8_mlp_backward, *given))
-    given = steps.d_y8, steps.factor, steps.kept, True
-    backward = functools.partial(t.float8_mlp_backward, *given)
-    time_tilings(report, "mlp_backward", BACKWARD_TILES, backward)
-    d_v = usual.d_v
-    report.time("d_up by bfloat16", lambda: d_v.mT @ case.x)
-    report.time("d_down by bfloat16", lambda: case.d_y.mT @ usual.kept[0])
-    report.time("sizes of rows and their mean", lambda: t.mean_size(steps.size))
-    given = steps.x8, steps.d_y8, steps.size, t.mean_size(steps.size)
-    report.time("x8 and d_y8 transposed", functools.partial(t.launch_turn_rows, *given))
-
-
-def further_apart(x8: Tensor) -> Tensor:
-    """The same with rows that do not begin at multiples of a large power of two, whose lines might
-    meet in the same banks of memory.
-    """
-    wider = x8.new_empty(len(x8), x8.shape[1] + 128)[:, : x8.shape[1]]
-    return wider.copy_(x8)
-
-
-def time_sums(report: Report, name: str, a8: Tensor, b8: Tensor) -> None:
-    """A sum over tokens by each of the tilings and by cuBLAS."""
-    usual = t.PART_TILE
-    for tile in PART_TILES:
-        t.PART_TILE = tile
-        report.time(f"{name} in parts, {tile}", lambda: t.sum_in_parts(a8, b8).sum(0))
-    t.PART_TILE = usual
-    apart = [further_apart(x8) for x8 in (a8, b8)]
-    report.time(f"{name} in parts, rows further apart", lambda: t.sum_in_parts(*apart).sum(0))
-    one = torch.ones((), device=DEVICE)
-    for kind, fast in (("fast", True), ("exact", False)):
-        report.time(f"{name} by cuBLAS, {kind}", functools.partial(cublas, a8, b8, one, fast))
-
-
-def time_layers(report: Report, case: Case) -> None:
+def time_layer(report: Report, case: Case) -> None:
     """Forward and backward of a layer, compiled."""
     leaves = [x.detach().requires_grad_() for x in (case.x, *case[2:])]
-    for turn in (False, True):
-        compiled = torch.compile(functools.partial(layer, turn), fullgraph=True)
-
-        def both(compiled=compiled):
-            return torch.autograd.grad(compiled(*leaves), leaves, case.d_y)
-
-        report.time(f"a layer, weights' gradients in {'8' if turn else '16'} bits", both)
+    compiled = torch.compile(layer, fullgraph=True)
+    report.time("a layer", lambda: torch.autograd.grad(compiled(*leaves), leaves, case.d_y))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -338,13 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     check_stored(report, random_case(1000))  # the last tile has a rest
     case = random_case(given.rows)
     steps = check_stored(report, case)
-    turned = t.launch_turn_rows(steps.x8, steps.d_y8, steps.size, t.mean_size(steps.size))
-    check_sums(report, steps.d_v, turned[0])
+    check_sums(report, *steps.up_factors)
     check_gradients(report, case)
-    time_kernels(report, case, steps)
-    time_sums(report, "d_up", steps.d_v, turned[0])
-    time_sums(report, "d_down", turned[1], steps.kept[0])
-    time_layers(report, case)
+    time_operators(report, steps)
+    time_layer(report, case)
     report.tell("failed checks", report.failures)
     return int(report.failures > 0)
 

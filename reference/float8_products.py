@@ -27,7 +27,7 @@ class Float8MLP(torch.autograd.Function):
     """float8_mlp() and its gradients."""
 
     @staticmethod
-    def forward(ctx, x, x8, factor, up, down, turn):
+    def forward(ctx, x, x8, factor, up, down):
         """y, but for MLP.in_float8()'s factors."""
         usual = t.usual_product(x.shape[1])
         up8, up_size = rounded_weight(up, x.dtype)
@@ -37,10 +37,7 @@ class Float8MLP(torch.autograd.Function):
         active = root.square() / 4
         active8 = t.to_float8(active, x.dtype)
         slope = sloped_root(active8, v8 < 0)
-        ctx.turn = turn
-        # Of factors of weights' gradients, those in 8 bits.
-        factors = (x8, active8) if turn else (x, active.to(x.dtype))
-        kept = (x, factor, *factors, slope, up8, up_size, down8, down_size)
+        kept = (x, x8, factor, active8, slope, up8, up_size, down8, down_size)
         ctx.save_for_backward(*kept)
         # up_size twice is f's, of which one is left to who multiplies y.
         y = active8.float() @ down8.mT
@@ -50,10 +47,10 @@ class Float8MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_y):
         """Of x, factor, up and down."""
-        x, factor, inputs, active, slope, up8, up_size, down8, down_size = ctx.saved_tensors
+        x, x8, factor, active8, slope, up8, up_size, down8, down_size = ctx.saved_tensors
         # Of f8, in rows of about the same size; then, in 8 bits, of w = v8 / USUAL.
         width = x.shape[1]
-        d_y8, size = t.float8_gradient(d_y, ctx.turn)
+        d_y8, size = t.float8_gradient(d_y)
         d_active = d_y8.float() @ down8
         d_v = d_active * slope / t.usual_product(width)
         d_v8 = t.to_float8(d_v, x.dtype).float()
@@ -64,20 +61,15 @@ class Float8MLP(torch.autograd.Function):
         d_x *= up_size * row
         products = d_x * x
         d_factor = products.sum(1) / factor
-        if ctx.turn:
-            d_up = turned_product(d_v8, inputs, size) * (down_size / 4)
-            d_down = turned_product(active.float(), d_y8, size).mT
-        else:
-            d_v = (row * d_v).to(x.dtype)
-            d_up = d_v.float().mT @ x.float()
-            d_down = d_y.float().mT @ active.float()
+        d_up = turned_product(d_v8, x8, size) * (down_size / 4)
+        d_down = turned_product(active8.float(), d_y8, size).mT
         d_down = up_size * d_down
-        return d_x.to(x.dtype), None, d_factor, d_up, d_down, None
+        return d_x.to(x.dtype), None, d_factor, d_up, d_down
 
 
 def turned_product(a8: Tensor, b8: Tensor, size: Tensor) -> Tensor:
     """The sum over rows of a8^T (size b8), where a row of size b8 is rounded again, float32."""
-    scale = int(t.TURN_SCALE) * t.mean_size(size)
+    scale = t.turn_scale(size)
     # Powers of two: only what becomes very small is rounded.
     rows = (size / scale).unsqueeze(1) * b8.float()
     rounded = rows.to(b8.dtype).float()
@@ -91,17 +83,15 @@ def turned(x8: Tensor, scale: Tensor | None = None) -> Tensor:
     rows = x8.float()
     if scale is not None:
         rows = scale.unsqueeze(1) * rows
-    rows = F.pad(rows, (0, 0, 0, t.padded_rows(len(x8)) - len(x8)))
+    rows = F.pad(rows, (0, 0, 0, t.turned_like(x8, 0).shape[1] - len(x8)))
     pairs = rows.view(-1, 2, 8, x8.shape[1]).permute(3, 0, 2, 1)
     return pairs.reshape(x8.shape[1], -1).to(x8.dtype)
 
 
-def float8_mlp(
-    x: Tensor, x8: Tensor, factor: Tensor, up: Tensor, down: Tensor, turn: bool
-) -> list[Tensor]:
+def float8_mlp(x: Tensor, x8: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tensor]:
     """y, and in its place from train_gpt.float8_mlp()'s last result the size of up."""
     _, size = rounded_weight(up, x.dtype)
-    y = Float8MLP.apply(x, x8, factor, up, down, turn)
+    y = Float8MLP.apply(x, x8, factor, up, down)
     return [y, *[size.reshape(1, 1)] * 4]
 
 

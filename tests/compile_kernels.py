@@ -11,7 +11,7 @@ thread, and its bytes of local memory (the compiler puts there what finds no reg
 its numbers ptxas spoils, and how many it rounds together that the kernel rounds apart; and the
 SHA-256 of its machine code. The sum leaves names, addresses in the file and line numbers out: two
 versions of the script whose sums are equal run the same instructions. In the place of a state,
-products of 8-bit floats have 8; in that of documents, whether gradients of weights are among them.
+products of 8-bit floats have 8.
 
 16,128,64,64 are a layer's heads, a head's channels, the state size and the chunk: a line of JSON
 says whether the scan of this shape compiles, and what it needs. "scans" does so for its two largest
@@ -168,8 +168,7 @@ class Compiler:
     def __init__(self, capability: int):
         self.capability = capability
         own = tune.KERNELS + ("cross_entropy_rows", "trellis_paths", "sum_squares", "round_matrix")
-        own += ("turn_rows", "sum_part")
-        self.kernels = own + tuple(t.MLP_TILES)  # that are compiled
+        self.kernels = own + ("turn_rows", *t.MLP_TILES)  # that are compiled
         self.built: dict[str, triton.compiler.CompiledKernel] = {}
         absent_gpu = SimpleNamespace(  # what compiling asks a driver for
             get_current_target=lambda: GPUTarget("cuda", self.capability, 32),
@@ -287,13 +286,9 @@ def compile_all(compiler: Compiler) -> None:
     compiler.report(0, False)
     t.scaled_product = lambda a8, b8, *_: hidden.new_empty(len(a8), len(b8))  # which cuBLAS runs
     x8, factor = t.float8_norm(hidden)
-    _, *kept = t.float8_mlp(hidden, x8, factor, up.float(), down.float(), False)
-    t.float8_mlp_backward(x8, factor, kept, False)
+    _, *kept = t.float8_mlp(hidden, x8, factor, up.float(), down.float())
+    t.float8_mlp_backward(x8, x8, factor, [factor[0], factor[0]], kept)
     compiler.report(8, False)
-    _, *kept = t.float8_mlp(hidden, x8, factor, up.float(), down.float(), True)
-    d_v, _ = t.float8_mlp_backward(x8, factor, kept, True)
-    t.float8_turned_products(x8, x8, factor, factor[0], d_v, kept[0])
-    compiler.report(8, True)
 
 
 def print_scans(text: str, capabilities: list[str]) -> None:

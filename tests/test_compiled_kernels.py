@@ -23,8 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # multiprocessor, and where one has it.
 SHARED_OF_TWO = 115_712
 SHARED_OF_ONE = 232_448
-FLOAT8_KERNELS = (*t.MLP_TILES, "sum_squares", "round_matrix")
-TURNED_KERNELS = (*FLOAT8_KERNELS, "turn_rows", "sum_part")  # with gradients of weights
+FLOAT8_KERNELS = (*t.MLP_TILES, "sum_squares", "round_matrix", "turn_rows")
 
 
 def compiled(folder: Path, *arguments: str) -> list[dict]:
@@ -55,8 +54,7 @@ def test_every_kernel_compiles_with_both_state_sizes_and_fits(kernels):
     products = [(name, 0, False) for name in t.MLP_TILES]
     trellises = [("trellis_paths", states, False) for states in t.TRELLISES]
     rounded = [(name, 8, False) for name in FLOAT8_KERNELS]
-    turned = [(name, 8, True) for name in TURNED_KERNELS]
-    assert set(kernels) == {*scans, *losses, *products, *trellises, *rounded, *turned}
+    assert set(kernels) == {*scans, *losses, *products, *trellises, *rounded}
     assert max(line["shared"] for line in kernels.values()) <= SHARED_OF_ONE
 
 
@@ -69,7 +67,6 @@ def test_kernels_without_document_starts_are_the_same_machine_code(kernels):
     codes = {line["code"] for line in kernels.values()}
     scans = len(tune.KERNELS) * 2 + 2 * 2
     others = len(t.TRELLISES) + len(t.MLP_TILES) + len(FLOAT8_KERNELS)
-    others += len(TURNED_KERNELS) - 2  # matrices are rounded alike
     assert len(codes) == scans + 4 + others
 
 
@@ -116,16 +113,10 @@ def test_the_fused_mlps_products_keep_their_results_in_registers(kernels, name):
     """A tile of 128 x 256 float32 results takes 128 registers of each of its 256 threads."""
     assert kernels[name, 0, False]["local"] == 0
     assert kernels[name, 8, False]["local"] == 0
-    assert kernels[name, 8, True]["local"] == 0
 
 
 def test_two_programs_of_the_mlps_gradient_share_a_multiprocessor(kernels):
-    for turned in (False, True):
-        assert kernels["mlp_backward", 8, turned]["shared"] <= SHARED_OF_TWO
-
-
-def test_sums_over_tokens_stay_in_registers(kernels):
-    assert kernels["sum_part", 8, True]["local"] == 0
+    assert kernels["mlp_backward", 8, False]["shared"] <= SHARED_OF_TWO
 
 
 def test_no_kernel_has_8_bit_floats_that_ptxas_spoils(kernels):
