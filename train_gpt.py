@@ -7498,9 +7498,9 @@ def float8_mlp_backward(
     launch_product(mlp_backward, named, width, usual_product(width))
     dtype = torch.bfloat16 if d_y8.dtype == FLOAT8 else torch.float32
     d_x = scaled_product(d_v8, up_turned, up_sizes[0, 0], down_sizes[0, 0], dtype)
-    x_turned, d_turned = turned_rows(x8, d_y8, size, scales[1])
+    x_turned, d_y_turned = (turned_rows(rows, size, scales[1]) for rows in (x8, d_y8))
     d_up = scaled_product(d_v, x_turned, scales[0], down_sizes[0, 0], torch.float32)
-    d_down = scaled_product(d_turned, active, scales[1], up_sizes[0, 0], torch.float32)
+    d_down = scaled_product(d_y_turned, active, scales[1], up_sizes[0, 0], torch.float32)
     return [d_x, d_up, d_down]
 
 
@@ -7570,47 +7570,36 @@ TurnSizes = collections.namedtuple("TurnSizes", "WIDTH ROWS")  # S below
 
 
 @jit
-def turn_tile(x8, to, tokens, columns, places, scales, length, padded, S: constexpr):
-    """Rows of x8 and those 8 behind, by their scales, to places of to's rows (WIDTH, padded)."""
-    scale, behind = scales
-    rows = tokens.to(tl.int64)[:, None]
-    place = x8 + rows * S.WIDTH + columns
-    first = load_float(place, rows < length) * scale[:, None]
-    second = load_float(place + 8 * S.WIDTH, rows + 8 < length) * behind[:, None]
-    pairs = columns.to(tl.int64) * (padded // 2) + places[:, None]
-    if FAST:
-        tl.store(to + pairs, pack(first, second))
-    else:
-        tl.store(to + 2 * pairs, first)
-        tl.store(to + 2 * pairs + 1, second)
-
-
-@jit
-def turn_rows(x8, d_y8, size, scale, x_turned, d_turned, length, padded, S: constexpr):
-    """x8 and d_y8 transposed, rows by size / scale, ordered as store_pairs() does.
-
-    x_turned and d_turned are of int16, two numbers each; of float32 where nothing is rounded.
+def turn_rows(x8, size, scale, to, length, padded, S: constexpr):
+    """Rows of x8 by size / scale, transposed as store_pairs() does; to is of int16, two numbers
+    each, or of float32 where nothing is rounded.
     """
-    pairs = tl.program_id(0) * (S.ROWS // 2) + tl.arange(0, S.ROWS // 2)
-    tokens = pairs + pairs // 8 * 8
+    pairs = (tl.program_id(0) * (S.ROWS // 2) + tl.arange(0, S.ROWS // 2))[:, None]
     columns = tl.program_id(1) * SIDE + column_indices(SIDE)
+    rows = pairs + pairs // 8 * 8
+    place = x8 + rows.to(tl.int64) * S.WIDTH + columns
     whole = tl.load(scale)
-    first = tl.load(size + tokens, tokens < length, 0.0) / whole
-    second = tl.load(size + tokens + 8, tokens + 8 < length, 0.0) / whole
-    scales = first, second
-    turn_tile(x8, x_turned, tokens, columns, pairs, scales, length, padded, S)
-    turn_tile(d_y8, d_turned, tokens, columns, pairs, scales, length, padded, S)
+    first = load_float(size + rows, rows < length) / whole
+    first *= load_float(place, rows < length)
+    rows += 8
+    second = load_float(size + rows, rows < length) / whole
+    second *= load_float(place + 8 * S.WIDTH, rows < length)
+    place = columns.to(tl.int64) * (padded // 2) + pairs
+    if FAST:
+        tl.store(to + place, pack(first, second))
+    else:
+        tl.store(to + 2 * place, first)
+        tl.store(to + 2 * place + 1, second)
 
 
-def turned_rows(x8: Tensor, d_y8: Tensor, size: Tensor, scale: Tensor) -> list[Tensor]:
-    """x8 and d_y8 (T, width), by sizes (T,) / scale (), turned_like()."""
+def turned_rows(x8: Tensor, size: Tensor, scale: Tensor) -> Tensor:
+    """x8 (T, width) by sizes (T,) / scale (), turned_like()."""
     length, width = x8.shape
-    turned = [turned_like(x8, width) for _ in range(2)]
-    padded = turned[0].shape[1]
-    sizes = TurnSizes(width, FLOAT8_TILES["mlp_forward"][0])
-    pairs = [x.view(torch.int16) if x.dtype == FLOAT8 else x for x in turned]
-    named = {"x8": x8, "d_y8": d_y8, "size": size, "scale": scale, "length": length, "S": sizes}
-    named |= {"x_turned": pairs[0], "d_turned": pairs[1], "padded": padded}
+    turned = turned_like(x8, width)
+    padded = turned.shape[1]
+    named = {"x8": x8, "size": size, "scale": scale, "length": length, "padded": padded}
+    named["to"] = turned.view(torch.int16) if x8.dtype == FLOAT8 else turned
+    named["S"] = sizes = TurnSizes(width, FLOAT8_TILES["mlp_forward"][0])
     launch(turn_rows, (padded // sizes.ROWS, width // int(SIDE)), named)
     return turned
 
