@@ -1,0 +1,466 @@
+"""Where is a lead, and where does it shrink? Reduces scores of single tokens to small tables.
+
+    python -m tools.token_scores --ours logs/h-*.jsonl --twin logs/t-*.jsonl --out where.json
+
+Logs are of finished runs of two kinds, which differ in MAX_WALLCLOCK_SECONDS and SEED and wrote
+EVAL_NLL_PATH with EVAL_MODE=plain TTT_ENABLED=0: scores of their artifacts in windows side by side,
+with frozen weights. That file is read where the run wrote it, or else beside the log, and text and
+tokenizer where the runs had them, unless --data and --tokenizer say where they are now. Scores
+whose mean is not the log's, and logs of other text, tokens or windows, are refused.
+
+Each table parts the scored tokens, but those that end a document (BOS), which are a row by
+themselves:
+
+    position    the token's number in its document, whose first one is BOS
+    seen        how many tokens could be seen: of its document, in its window
+    frequency   fifths of the scored tokens, by how often a token occurs in the training text
+    copying     the longest piece, of up to three tokens, that ends with the token and that could
+                be seen before: none (a new token), it alone, it after the same one, or the same two
+    distance    tokens back to where the token could be seen last
+    both        frequency, for tokens that could and that could not be seen before
+
+A row has, for each clock (of several seeds, the means): nats a token of both kinds; the lead, twin
+minus ours; the row's share of the whole lead; and bits per byte that it adds to the lead, with what
+that has changed since the shortest clock. Leads and changes of a table's rows sum up to the whole
+ones. Standard errors have documents as units: they say what another text would change, not what
+other seeds would. Prints Markdown; --out has all figures as JSON.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+if not __package__:  # started by its path
+    where = "in the repository's folder as python -m tools.token_scores"
+    print(f"error: start it {where}", file=sys.stderr)
+    sys.exit(2)
+
+import train_gpt as t
+from tools.command import Parser, UserError, need, run_command, write_whole
+from tools.logs import last_run
+
+POSITIONS = (64, 256, 1024, 2048)  # the last number of each row but one
+DISTANCES = (16, 64, 256, 1024)
+FIFTHS = 5
+LONGEST_PIECE = 3  # tokens, of what may be copied
+PIECES = ("new", "token before", "pair before", "three before")
+END = "document's end"
+BLOCK = 1 << 23  # tokens that are counted at once
+WINDOWS = ("vocab_size", "train_seq_len", "document_reset", "document_scope")  # must agree
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A finished run that scored plain windows with frozen weights."""
+
+    log: Path
+    settings: dict
+    val_loss: float
+    val_bpb: float
+    hashes: dict[str, list[str]]  # SHA-256 of its validation shards and of its tokenizer, sorted
+    training: str | None  # digest of its training shards' names and lengths; not of EVAL_ONLY
+
+    @property
+    def clock(self) -> float:
+        """MAX_WALLCLOCK_SECONDS."""
+        return self.settings["max_wallclock_seconds"]
+
+
+def read_run(path: Path) -> Run:
+    """What a log says. Raises UserError if it is not a finished run's, or has no such scores."""
+    events = last_run(path)
+    try:
+        settings, final = events["settings"]["settings"], events["final"]
+        kinds = ("validation", "tokenizer")
+        hashes = {kind: sorted(events["hashes"][kind].values()) for kind in kinds}
+        mode, scores = final["mode"], settings["eval_nll_path"]
+        training = events.get("training_data", {}).get("digest")
+        run = Run(path, settings, final["val_loss"], final["val_bpb"], hashes, training)
+        missing = {*WINDOWS, "seed"} - settings.keys()
+        trained = run.clock > 0
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not the .jsonl log of a finished run") from None
+    need(not missing, f"{path} is of another script: it does not say {' '.join(missing)}")
+    need(scores, f"{path} kept no scores: it wants EVAL_NLL_PATH")
+    need(mode == "plain", f"{path} scored {mode}, not EVAL_MODE=plain TTT_ENABLED=0")
+    need(trained, f"{path} was not trained by the clock, MAX_WALLCLOCK_SECONDS")
+    return run
+
+
+def refuse_mixture(runs: list[Run]) -> None:
+    """Raises UserError for runs that scored other tokens than the first, or in other windows."""
+    first = runs[0]
+    for run in runs[1:]:
+        for kind, found in run.hashes.items():
+            same = found == first.hashes[kind]
+            need(same, f"{run.log} has another {kind} than {first.log}, by SHA-256")
+        for name in WINDOWS:
+            here, there = run.settings[name], first.settings[name]
+            differ = f"{run.log} has {name.upper()}={here}, but {first.log} {there}"
+            need(here == there, f"{differ}: their windows show other tokens")
+
+
+def read_nats(run: Run, targets: int) -> np.ndarray:
+    """Its scores, float32 (targets,). Raises UserError if the file holds something else."""
+    path = Path(run.settings["eval_nll_path"])
+    if not path.is_file():
+        path = run.log.with_name(path.name)
+    try:
+        nats = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise UserError(f"{path} is no file of scores, as EVAL_NLL_PATH is") from None
+    fits = isinstance(nats, np.ndarray) and nats.shape == (targets,)
+    need(fits, f"{path} does not have a score for each of the text's {targets} targets")
+    mean = float(nats.mean(dtype=np.float64))
+    same = math.isclose(mean, run.val_loss, rel_tol=1e-9)
+    need(same, f"{path} has the mean {mean:.8f}, but {run.log} {run.val_loss:.8f}: another run's")
+    return nats
+
+
+def by_clock(runs: list[Run], targets: int) -> dict[float, np.ndarray]:
+    """Nats of each target, float64 (targets,), by the clock: the means over its runs."""
+    sums = {}
+    for clock in sorted({run.clock for run in runs}):
+        scores = [read_nats(run, targets) for run in runs if run.clock == clock]
+        sums[clock] = np.mean(scores, axis=0, dtype=np.float64)
+    return sums
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """The scored text of N targets: tokens[p + 1] is predicted from tokens[seen[p] : p + 1]."""
+
+    tokens: np.ndarray  # (N + 1,) int64
+    target_bytes: np.ndarray  # (N,) int64
+    begin: np.ndarray  # (N,) int64: where the document of tokens[p] begins
+    document: np.ndarray  # (N,) int64: its number
+    seen: np.ndarray  # (N,) int64
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(N,) int64."""
+        return self.tokens[1:]
+
+
+def describe_text(validation: t.ValidationSet, settings: t.Settings) -> Text:
+    """What the script's own plans of documents and windows say of a text."""
+    batches = t.plan_batches(validation.tokens, settings)
+    facts = np.concatenate([np.hstack(batch) for batch in batches])
+    facts = facts[facts[:, 1] > 0]  # empty ones fill the last batch
+    begins, lengths = facts[facts[:, 0].argsort()].T
+    begin = np.repeat(begins, lengths)
+    # One rank's windows of the whole stream: side by side, in order.
+    context, first, last = t.plan_windows(settings, 0, len(begin), 0, 1).T
+    seen = np.repeat(context, last - first)
+    if settings.confines_documents:
+        seen = np.maximum(seen, begin)
+    tokens = validation.tokens.astype(np.int64)
+    document = np.repeat(np.arange(len(begins)), lengths)
+    return Text(tokens, validation.target_bytes, begin, document, seen)
+
+
+def open_text(run: Run, data: str, tokenizer: str) -> tuple[Text, np.ndarray]:
+    """A run's text and how often each token occurs in its training text, int64 (vocabulary,).
+
+    data and tokenizer are a folder and a file that the run's paths give way to, unless "". Raises
+    UserError if what lies there is not what the run had.
+    """
+    names = (*WINDOWS, "data_path", "tokenizer_path", "eval_any_tokens")
+    told = {name: run.settings[name] for name in names}
+    told |= {"data_path": data} if data else {}
+    told |= {"tokenizer_path": tokenizer} if tokenizer else {}
+    settings = t.Settings(**told, eval_mode="plain", ttt_enabled=False, eval_only=True)
+    model = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
+    validation = t.load_validation(settings, model)
+    found = {"validation": sorted(shard.sha256 for shard in validation.shards)}
+    found["tokenizer"] = [t.file_sha256(settings.tokenizer_path)]
+    paths = {"validation": settings.data_path, "tokenizer": settings.tokenizer_path}
+    for kind, sha256 in found.items():
+        same = sha256 == run.hashes[kind]
+        need(same, f"{paths[kind]}: {run.log} has another {kind}, by SHA-256")
+    shards = t.open_shards(settings.data_path, "train")
+    digest = t.summarize_shards(shards)["digest"]
+    same = run.training in (None, digest)
+    need(same, f"{settings.data_path}: {run.log} has other training shards")
+    return describe_text(validation, settings), count_tokens(shards, settings.vocab_size)
+
+
+def count_tokens(shards: list[t.Shard], size: int) -> np.ndarray:
+    """How often each token occurs in shards, int64 (size,)."""
+    counts = np.zeros(size, np.int64)
+    for shard in shards:
+        for first in range(0, shard.count, BLOCK):
+            tokens = shard.read(first, min(BLOCK, shard.count - first))
+            t.check_token_range(tokens, size, "training")
+            counts += np.bincount(tokens, minlength=size)
+    return counts
+
+
+# ---- Tables' rows --------------------------------------------------------------------------------
+
+
+class Grouping(NamedTuple):
+    """How a table parts the targets."""
+
+    name: str
+    rows: list[str]
+    row_of: np.ndarray  # (N,) int64
+
+
+def group_by_size(name: str, numbers: np.ndarray, ends: tuple[int, ...]) -> Grouping:
+    """Rows of numbers from 1 to the first end, from the next to the second, and beyond the last."""
+    firsts = [1] + [end + 1 for end in ends[:-1]]
+    rows = [f"{first:,} to {end:,}" for first, end in zip(firsts, ends, strict=True)]
+    rows.append(f"beyond {ends[-1]:,}")
+    return Grouping(name, rows, np.searchsorted(ends, numbers))
+
+
+def previous_place(keys: np.ndarray) -> np.ndarray:
+    """The last place before each with the same key, int64; -1 where there is none."""
+    order = np.argsort(keys, kind="stable")
+    alike = keys[order[1:]] == keys[order[:-1]]
+    previous = np.full(len(keys), -1)
+    previous[order[1:][alike]] = order[:-1][alike]
+    return previous
+
+
+def piece_distance(text: Text, length: int) -> np.ndarray:
+    """How far back the piece of so many tokens that ends with each target stood last, int64 (N,).
+
+    0 if that piece, or a part of it, could not be seen.
+    """
+    count = len(text.tokens) - length + 1
+    keys = np.zeros(count, np.int64)  # of pieces, by their first tokens
+    for offset in range(length):
+        keys = keys << 16 | text.tokens[offset : offset + count]  # tokens are of 16 bits
+    # By the last tokens: the first pieces end beyond the first targets.
+    before = np.pad(previous_place(keys), (length - 1, 0), constant_values=-1)[1:]
+    own = np.arange(len(before)) + 2 - length  # where the target's own piece begins
+    return np.where(before >= text.seen, own - before, 0)
+
+
+def group_by_frequency(text: Text, counts: np.ndarray) -> Grouping:
+    """Fifths of the targets, rarest tokens first; all of one token are in the same."""
+    counted = text.targets[text.targets != t.BOS_ID]
+    scored = np.bincount(counted, minlength=len(counts))
+    order = np.argsort(counts, kind="stable")
+    middle = np.cumsum(scored[order]) - scored[order] / 2
+    fifth_of = np.zeros(len(counts), np.int64)
+    fifth_of[order] = np.minimum(FIFTHS * middle / max(1, scored.sum()), FIFTHS - 1)
+    million = counts / max(1, counts.sum()) * 1e6
+    rows = []
+    for fifth in range(FIFTHS):
+        inside = million[(fifth_of == fifth) & (scored > 0)]
+        least, most = (inside.min(), inside.max()) if len(inside) else (0.0, 0.0)
+        rows.append(f"{least:,.1f} to {most:,.1f} in a million")
+    return Grouping("frequency", rows, fifth_of[text.targets])
+
+
+def group_by_distance(distance: np.ndarray) -> Grouping:
+    """Rows of how far back a token could be seen last, and of those that could not be seen, 0."""
+    grouping = group_by_size("distance", distance, DISTANCES)
+    row_of = np.where(distance > 0, grouping.row_of, len(grouping.rows))
+    return Grouping(grouping.name, [*grouping.rows, PIECES[0]], row_of)
+
+
+def group(text: Text, counts: np.ndarray) -> list[Grouping]:
+    """All tables' rows; what ends a document is the last row of each but the first."""
+    place = np.arange(len(text.targets))
+    distances = [piece_distance(text, length + 1) for length in range(LONGEST_PIECE)]
+    before = distances[0] > 0
+    # Where a piece could be seen, so could its end.
+    longest = np.count_nonzero(distances, axis=0)
+    frequency = group_by_frequency(text, counts)
+    both = [f"{row}, {what}" for row in frequency.rows for what in ("new", "before")]
+    tables = [
+        group_by_size("position", place + 2 - text.begin, POSITIONS),
+        group_by_size("seen", place + 1 - text.seen, POSITIONS[:-1]),
+    ]
+    tables += [frequency, Grouping("copying", list(PIECES), longest)]
+    tables.append(group_by_distance(distances[0]))
+    tables.append(Grouping("both", both, 2 * frequency.row_of + before))
+    ends = text.targets == t.BOS_ID
+    parted = [Grouping("all", ["all"], np.zeros(len(ends), np.int64))]
+    for name, rows, row_of in tables:
+        parted.append(Grouping(name, [*rows, END], np.where(ends, len(rows), row_of)))
+    return parted
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums above (D, R) over sums below (D, R) or (D, 1) of D documents, and standard errors, (R,).
+
+    The errors are of a ratio of sums over documents that are drawn one by one (cluster-robust, by
+    linearization): sqrt(D / (D - 1) · sum of (above - ratio · below)²) / sum of below. There is
+    none, NaN, where fewer than two documents have something below.
+    """
+    total = below.sum(0)
+    documents = np.count_nonzero(below, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = above.sum(0) / total
+        spread = ((above - value * below) ** 2).sum(0)
+        error = np.sqrt(spread * documents / (documents - 1)) / np.abs(total)
+    return value, np.where(documents > 1, error, np.nan)
+
+
+class Scores(NamedTuple):
+    """Nats of each target by both kinds of runs at a clock, float64 (N,)."""
+
+    ours: np.ndarray
+    twin: np.ndarray
+
+
+def clock_figures(
+    text: Text, parted: Grouping, clocks: list[Scores]
+) -> list[dict[str, np.ndarray]]:
+    """A table's figures at each clock, in order: by name, one for each of its rows, float64."""
+    rows = len(parted.rows)
+    documents = text.document[-1] + 1
+    cell = text.document * rows + parted.row_of
+
+    def sums(numbers: np.ndarray | None) -> np.ndarray:
+        """Each document's sums in each row, float64 (D, R); of None, how many targets."""
+        return np.bincount(cell, numbers, documents * rows).reshape(documents, rows)
+
+    targets = sums(None).astype(np.float64)
+    bits = sums(text.target_bytes).sum(1, keepdims=True) * math.log(2)  # a nat a byte is 1 / ln 2
+    found = []
+    first = None
+    for scores in clocks:
+        ours = sums(scores.ours)
+        ahead = sums(scores.twin - scores.ours)
+        first = ahead if first is None else first
+        figures = {"ours": ratio(ours, targets)[0], "twin": ratio(ours + ahead, targets)[0]}
+        figures["lead"], figures["lead_error"] = ratio(ahead, targets)
+        figures["share"], figures["share_error"] = ratio(ahead, ahead.sum(1, keepdims=True))
+        figures["bpb"], figures["bpb_error"] = ratio(ahead, bits)
+        figures["change"], figures["change_error"] = ratio(ahead - first, bits)
+        found.append(figures)
+    return found
+
+
+def tabulate(text: Text, parted: Grouping, clocks: dict[float, Scores]) -> list[dict]:
+    """A table's rows, those without a target left out: by name, numbers, one for each clock."""
+    counts = np.bincount(parted.row_of, minlength=len(parted.rows))
+    figures = clock_figures(text, parted, list(clocks.values()))
+    table = []
+    for place, row in enumerate(parted.rows):
+        if counts[place]:
+            line = {"row": row, "targets": int(counts[place])}
+            for name in figures[0]:
+                line[name] = [rounded(at[name][place]) for at in figures]
+            table.append(line)
+    return table
+
+
+def rounded(number: float) -> float | None:
+    """As JSON has it: None for what is no number."""
+    return round(float(number), 7) if math.isfinite(number) else None
+
+
+# ---- Output --------------------------------------------------------------------------------------
+
+
+def shown(number: float | None, error: float | None, digits: int) -> str:
+    """A number with its standard error, as a table's cell."""
+    if number is None:
+        return "–"
+    behind = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{number:.{digits}f}{behind}"
+
+
+def percent(part: float | None) -> str:
+    """A share, as a table's cell."""
+    return "–" if part is None else f"{100 * part:.1f}"
+
+
+def markdown(name: str, table: list[dict], clocks: list[float], targets: int) -> list[str]:
+    """A table's lines."""
+    times = [f"{clock:g} s" for clock in clocks]
+    heads = [name, "targets, %", f"nats a token, ours, {' → '.join(times)}"]
+    heads += [f"lead, {time}" for time in times]
+    heads += ["share of the lead, %", f"BPB of the lead, {times[0]}"]
+    heads += [f"changed by {time}" for time in times[1:]]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for row in table:
+        ours = [shown(number, None, 3) for number in row["ours"]]
+        cells = [row["row"], percent(row["targets"] / targets), " → ".join(ours)]
+        leads = zip(row["lead"], row["lead_error"], strict=True)
+        cells += [shown(*lead, 4) for lead in leads]
+        cells.append(" → ".join(percent(part) for part in row["share"]))
+        cells.append(shown(row["bpb"][0], row["bpb_error"][0], 5))
+        changes = zip(row["change"], row["change_error"], strict=True)
+        cells += [shown(*change, 5) for change in list(changes)[1:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def describe_runs(kinds: dict[str, list[Run]]) -> list[dict]:
+    """What the tables are of, by the clock: BPB of both kinds, as their logs say, and seeds."""
+    lines = []
+    for clock in sorted({run.clock for run in kinds["ours"]}):
+        line = {"clock": clock}
+        for name, runs in kinds.items():
+            chosen = [run for run in runs if run.clock == clock]
+            bpb = np.mean([run.val_bpb for run in chosen])
+            line[name] = {"bpb": rounded(bpb), "seeds": [run.settings["seed"] for run in chosen]}
+        lines.append(line)
+    return lines
+
+
+def read_kinds(ours: list[Path], twin: list[Path]) -> dict[str, list[Run]]:
+    """The runs of both kinds. Raises UserError unless they can be compared, clock by clock."""
+    kinds = {"ours": [read_run(path) for path in ours], "twin": [read_run(path) for path in twin]}
+    runs = kinds["ours"] + kinds["twin"]
+    refuse_mixture(runs)
+    paths = {run.log.resolve() for run in runs}
+    need(len(paths) == len(runs), "a log is given twice")
+    clocks = {name: sorted({run.clock for run in found}) for name, found in kinds.items()}
+    told = [f"{name}: {' '.join(f'{x:g}' for x in found)}" for name, found in clocks.items()]
+    need(clocks["ours"] == clocks["twin"], f"the kinds have other clocks, {'; '.join(told)}")
+    return kinds
+
+
+def main() -> int:
+    """Reads logs, scores and text, prints the tables and writes them."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ours", nargs="+", type=Path, required=True, metavar="LOG", help="runs' .jsonl")
+    add("--twin", nargs="+", type=Path, required=True, metavar="LOG", help="runs to compare with")
+    add("--data", default="", metavar="FOLDER", help="of the runs' shards, if it was moved")
+    add("--tokenizer", default="", metavar="FILE", help="the runs', if it was moved")
+    add("--out", type=Path, required=True, metavar="JSON")
+    given = parser.parse_args()
+    kinds = read_kinds(given.ours, given.twin)
+    text, counts = open_text(kinds["ours"][0], given.data, given.tokenizer)
+    targets = len(text.targets)
+    nats = {name: by_clock(runs, targets) for name, runs in kinds.items()}
+    clocks = {clock: Scores(ours, nats["twin"][clock]) for clock, ours in nats["ours"].items()}
+    runs = describe_runs(kinds)
+    facts = {"targets": targets, "bytes": int(text.target_bytes.sum())}
+    facts |= {"documents": int(text.document[-1] + 1), "runs": runs, "tables": {}}
+    print("{targets:,} targets, {bytes:,} bytes, {documents:,} documents".format(**facts))
+    for run in runs:
+        scores = [f"{name} {run[name]['bpb']:.4f} (seeds {run[name]['seeds']})" for name in kinds]
+        print(f"{run['clock']:g} s: BPB {', '.join(scores)}")
+    for parted in group(text, counts):
+        table = tabulate(text, parted, clocks)
+        facts["tables"][parted.name] = table
+        print("\n" + "\n".join(markdown(parted.name, table, list(clocks), targets)))
+    write_whole(given.out, json.dumps(facts, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("token_scores.py", main, t.UserError))
