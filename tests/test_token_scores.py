@@ -46,7 +46,7 @@ def slow_rows(text: w.Text) -> tuple[list[int], list[int]]:
 
 def scores_of(text: w.Text, lead: np.ndarray, clock_factor: float = 1.0) -> w.Scores:
     """Ours are 3 nats each; the twin's are more by a lead."""
-    ours = np.full(len(text.targets), 3.0)
+    ours = np.full((1, len(text.targets)), 3.0)
     return w.Scores(ours, ours + clock_factor * lead)
 
 
@@ -110,8 +110,8 @@ def test_a_model_that_copies_leads_where_it_can_copy_and_nowhere_else():
     assert rows[w.END]["lead"] == [0, 0]
     alone = np.count_nonzero(inner & (longest == 1))
     bits = text.target_bytes.sum() * LOG2
-    assert rows["token before"]["change"][1] == pytest.approx(-0.5 * alone / bits, abs=1e-6)
-    assert rows["pair before"]["change"] == [0, 0]
+    assert rows["token before"]["change"][0] == pytest.approx(-0.5 * alone / bits, abs=1e-6)
+    assert rows["pair before"]["change"] == [0]
     share = np.count_nonzero(inner & (longest == 2)) / late.sum()
     assert rows["pair before"]["share"][1] == pytest.approx(share, abs=1e-6)
     new = [row for row in found["both"] if row["row"].endswith(", new")]
@@ -176,6 +176,8 @@ def test_the_standard_error_is_that_of_documents_drawn_anew():
     again = np.std([above / below for above, below in drawn])
     assert value[0] == pytest.approx(sums[:, 0].sum() / lengths.sum())
     assert error[0] == pytest.approx(again, rel=0.1)
+    _, error = w.ratio(np.array([[0.0], [7.0]]), np.array([[7.0], [7.0]]))
+    assert error == pytest.approx([0.5])  # of the mean of 0 and 1, by their sample deviation
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -238,13 +240,22 @@ def test_the_command_writes_tables_of_all_clocks(monkeypatch, capsys, runs, tmp_
     assert heads == [f"| {name}" for name in names]
 
 
-def test_seeds_of_a_clock_are_averaged(runs):
+def test_seeds_of_a_clock_are_averaged_and_their_spread_is_told(runs):
+    """Of two seeds and one: the variance of a difference of means."""
     logs = [w.read_run(runs / f"h-{clock}.jsonl") for clock in (45, 90)]
     second = logs[1]._replace(settings=logs[1].settings | {"max_wallclock_seconds": 45})
-    nats = [np.load(runs / f"h-{clock}.npy") for clock in (45, 90)]
-    found = w.by_clock([logs[0], second], len(nats[0]))
+    nats = np.stack([np.load(runs / f"h-{clock}.npy") for clock in (45, 90)])
+    found = w.by_clock([logs[0], second], nats.shape[1])
     assert list(found) == [45]
-    assert np.allclose(found[45], (nats[0] + nats[1]) / 2)
+    assert np.array_equal(found[45], nats)
+    text = describe(document_stream(600), train_seq_len=32)
+    twin = nats[:1] + 0.25
+    (whole,) = tables(text, [w.Scores(nats, twin), w.Scores(nats[:1], twin)])["all"]
+    assert whole["ours"] == pytest.approx([nats.mean(), nats[0].mean()], abs=1e-6)
+    assert whole["lead"] == pytest.approx([twin.mean() - nats.mean(), 0.25], abs=1e-6)
+    spread = np.std(nats.mean(1, dtype=np.float64), ddof=1) / 2 / LOG2  # a target has two bytes
+    assert whole["bpb_seeds"] == pytest.approx([spread * 1.5**0.5, spread * 2**0.5], abs=1e-6)
+    assert whole["change_seeds"] == pytest.approx([spread * 3.5**0.5], abs=1e-6)
 
 
 def test_what_cannot_be_compared_ends_in_one_line(monkeypatch, capsys, runs, shards, tmp_path):

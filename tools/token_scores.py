@@ -22,8 +22,10 @@ themselves:
 A row has, for each clock (of several seeds, the means): nats a token of both kinds; the lead, twin
 minus ours; the row's share of the whole lead; and bits per byte that it adds to the lead, with what
 that has changed since the shortest clock. Leads and changes of a table's rows sum up to the whole
-ones. Standard errors have documents as units: they say what another text would change, not what
-other seeds would. Prints Markdown; --out has all figures as JSON.
+ones. Behind ± is the standard error that has documents as units: what another text would change.
+Behind a second one, where a clock has two seeds, is what other seeds would, by their spread, taken
+to be the same at all clocks and for both kinds. Prints Markdown, where twin is ours plus the lead;
+--out has all figures as JSON.
 """
 
 import argparse
@@ -125,12 +127,12 @@ def read_nats(run: Run, targets: int) -> np.ndarray:
 
 
 def by_clock(runs: list[Run], targets: int) -> dict[float, np.ndarray]:
-    """Nats of each target, float64 (targets,), by the clock: the means over its runs."""
-    sums = {}
+    """Nats of each target by each run, float32 (runs, targets), by the clock, shortest first."""
+    found = {}
     for clock in sorted({run.clock for run in runs}):
         scores = [read_nats(run, targets) for run in runs if run.clock == clock]
-        sums[clock] = np.mean(scores, axis=0, dtype=np.float64)
-    return sums
+        found[clock] = np.stack(scores).astype(np.float32)
+    return found
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -315,37 +317,74 @@ def ratio(above: np.ndarray, below: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 class Scores(NamedTuple):
-    """Nats of each target by both kinds of runs at a clock, float64 (N,)."""
+    """Nats of each target by the runs of both kinds at a clock, float32 (runs, N)."""
 
     ours: np.ndarray
     twin: np.ndarray
 
 
-def clock_figures(
-    text: Text, parted: Grouping, clocks: list[Scores]
-) -> list[dict[str, np.ndarray]]:
-    """A table's figures at each clock, in order: by name, one for each of its rows, float64."""
+class Sums(NamedTuple):
+    """A table's sums over documents and rows, float64 (…, D, R)."""
+
+    targets: np.ndarray  # (D, R)
+    bits: np.ndarray  # (D, 1): ln 2 · bytes of the whole document, so that nats over it are BPB
+    clocks: list[Scores]  # of nats, (runs, D, R)
+
+
+def sum_up(text: Text, parted: Grouping, clocks: list[Scores]) -> Sums:
+    """What a table's figures are made of."""
     rows = len(parted.rows)
     documents = text.document[-1] + 1
     cell = text.document * rows + parted.row_of
 
     def sums(numbers: np.ndarray | None) -> np.ndarray:
-        """Each document's sums in each row, float64 (D, R); of None, how many targets."""
+        """Of each document's targets in each row, (D, R); of None, how many there are."""
         return np.bincount(cell, numbers, documents * rows).reshape(documents, rows)
 
-    targets = sums(None).astype(np.float64)
-    bits = sums(text.target_bytes).sum(1, keepdims=True) * math.log(2)  # a nat a byte is 1 / ln 2
+    bits = sums(text.target_bytes).sum(1, keepdims=True) * math.log(2)
     found = []
-    first = None
     for scores in clocks:
-        ours = sums(scores.ours)
-        ahead = sums(scores.twin - scores.ours)
-        first = ahead if first is None else first
-        figures = {"ours": ratio(ours, targets)[0], "twin": ratio(ours + ahead, targets)[0]}
-        figures["lead"], figures["lead_error"] = ratio(ahead, targets)
+        kinds = (np.stack([sums(nats) for nats in kind]) for kind in scores)
+        found.append(Scores(*kinds))
+    return Sums(sums(None).astype(np.float64), bits, found)
+
+
+def seed_variance(sums: Sums) -> np.ndarray:
+    """Of a row's nats a byte over ln 2, from one seed to another, float64 (R,).
+
+    The sample variance around the mean of each kind at each clock, pooled over both kinds and all
+    clocks; NaN if none has two seeds.
+    """
+    squares = np.zeros(sums.targets.shape[1])
+    freedom = 0
+    for scores in sums.clocks:
+        for kind in scores:
+            bpb = kind.sum(1) / sums.bits.sum()
+            squares += ((bpb - bpb.mean(0)) ** 2).sum(0)
+            freedom += len(bpb) - 1
+    return squares / freedom if freedom else np.full_like(squares, np.nan)
+
+
+def clock_figures(sums: Sums) -> list[dict[str, np.ndarray]]:
+    """A table's figures at each clock, in order: by name, one for each of its rows, float64."""
+    variance = seed_variance(sums)
+    found = []
+    first = first_parts = None
+    for scores in sums.clocks:
+        ours = scores.ours.mean(0)
+        twin = scores.twin.mean(0)
+        ahead = twin - ours
+        parts = sum(1 / len(kind) for kind in scores)  # of the variance, in the lead's
+        figures = {"ours": ratio(ours, sums.targets)[0], "twin": ratio(twin, sums.targets)[0]}
+        figures["lead"], figures["lead_error"] = ratio(ahead, sums.targets)
         figures["share"], figures["share_error"] = ratio(ahead, ahead.sum(1, keepdims=True))
-        figures["bpb"], figures["bpb_error"] = ratio(ahead, bits)
-        figures["change"], figures["change_error"] = ratio(ahead - first, bits)
+        figures["bpb"], figures["bpb_error"] = ratio(ahead, sums.bits)
+        figures["bpb_seeds"] = np.sqrt(variance * parts)
+        if first is None:
+            first, first_parts = ahead, parts
+        else:
+            figures["change"], figures["change_error"] = ratio(ahead - first, sums.bits)
+            figures["change_seeds"] = np.sqrt(variance * (parts + first_parts))
         found.append(figures)
     return found
 
@@ -353,13 +392,13 @@ def clock_figures(
 def tabulate(text: Text, parted: Grouping, clocks: dict[float, Scores]) -> list[dict]:
     """A table's rows, those without a target left out: by name, numbers, one for each clock."""
     counts = np.bincount(parted.row_of, minlength=len(parted.rows))
-    figures = clock_figures(text, parted, list(clocks.values()))
+    figures = clock_figures(sum_up(text, parted, list(clocks.values())))
     table = []
     for place, row in enumerate(parted.rows):
         if counts[place]:
             line = {"row": row, "targets": int(counts[place])}
-            for name in figures[0]:
-                line[name] = [rounded(at[name][place]) for at in figures]
+            for name in figures[-1]:
+                line[name] = [rounded(at[name][place]) for at in figures if name in at]
             table.append(line)
     return table
 
@@ -372,17 +411,25 @@ def rounded(number: float) -> float | None:
 # ---- Output --------------------------------------------------------------------------------------
 
 
-def shown(number: float | None, error: float | None, digits: int) -> str:
-    """A number with its standard error, as a table's cell."""
+def shown(number: float | None, *errors: float | None, digits: int) -> str:
+    """A number with its standard errors, those that there are, as a table's cell."""
     if number is None:
         return "–"
-    behind = "" if error is None else f" ± {error:.{digits}f}"
-    return f"{number:.{digits}f}{behind}"
+    cell = f"{number:.{digits}f}"
+    for error in errors:
+        cell += "" if error is None else f" ± {error:.{digits}f}"
+    return cell
 
 
 def percent(part: float | None) -> str:
     """A share, as a table's cell."""
     return "–" if part is None else f"{100 * part:.1f}"
+
+
+def cells_of(row: dict, name: str, digits: int) -> list[str]:
+    """A figure with its standard errors over documents and, if known, over seeds."""
+    columns = [row[key] for key in (name, f"{name}_error", f"{name}_seeds") if key in row]
+    return [shown(*numbers, digits=digits) for numbers in zip(*columns, strict=True)]
 
 
 def markdown(name: str, table: list[dict], clocks: list[float], targets: int) -> list[str]:
@@ -394,14 +441,13 @@ def markdown(name: str, table: list[dict], clocks: list[float], targets: int) ->
     heads += [f"changed by {time}" for time in times[1:]]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in table:
-        ours = [shown(number, None, 3) for number in row["ours"]]
+        ours = [shown(number, digits=3) for number in row["ours"]]
         cells = [row["row"], percent(row["targets"] / targets), " → ".join(ours)]
-        leads = zip(row["lead"], row["lead_error"], strict=True)
-        cells += [shown(*lead, 4) for lead in leads]
+        cells += cells_of(row, "lead", 4)
         cells.append(" → ".join(percent(part) for part in row["share"]))
-        cells.append(shown(row["bpb"][0], row["bpb_error"][0], 5))
-        changes = zip(row["change"], row["change_error"], strict=True)
-        cells += [shown(*change, 5) for change in list(changes)[1:]]
+        cells.append(cells_of(row, "bpb", 5)[0])
+        if len(clocks) > 1:
+            cells += cells_of(row, "change", 5)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
