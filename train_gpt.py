@@ -116,6 +116,10 @@ class UserError(Exception):
         super().__init__("".join(shown))
 
 
+class OtherVersionError(UserError):
+    """A whole file of ours that has settings which this script lacks."""
+
+
 def need(condition, message: str):
     """Raises UserError with this message unless the condition holds."""
     if not condition:
@@ -427,6 +431,7 @@ MODEL_FIELDS = sorted(MODEL_FIELDS)
 SCORED_WITH = [name for name, group in FIELDS.items() if group not in ("run", "sample")]
 SCORED_WITH = [name for name in SCORED_WITH if name not in ("eval_nll_path", "eval_any_tokens")]
 SCORED_WITH.insert(0, "preset")
+SCORING = ("eval_", "ttt_")  # what the evaluation's own names begin with
 
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
 NOT_TRAINING = {name for name, group in FIELDS.items() if group in ("run", "evaluation", "sample")}
@@ -4314,7 +4319,9 @@ def read_header(line: bytes | str, usual: dict) -> dict:
         header = {}
     header = {n: value for n, value in header.items() if n not in RETIRED or value != RETIRED[n]}
     unknown = sorted(header.keys() - usual)
-    need(not unknown, f"its header has settings that this script lacks: {ascii(unknown[:3])[:99]}")
+    if unknown:
+        names = ascii(unknown[:3])[:99]
+        raise OtherVersionError(f"its header has settings that this script lacks: {names}")
     header = {name: FORMER_DEFAULTS[name] for name in usual if name in FORMER_DEFAULTS} | header
     lacking = sorted(usual.keys() - header)
     need(not lacking, f"its header lacks settings of this script: {', '.join(lacking[:3])}")
@@ -4337,7 +4344,7 @@ def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> 
         line, _, payload = data[len(magic) : -DIGEST_BYTES].partition(b"\n")
         return read_header(line, usual), payload
     except UserError as error:
-        raise UserError(f"{path} is not a usable {what}: {error}") from None
+        raise type(error)(f"{path} is not a usable {what}: {error}") from None
 
 
 def read_artifact(path: Path) -> tuple[dict, bytes]:
@@ -4773,7 +4780,10 @@ def find_settings(settings) -> tuple[Path | None, dict, str]:
             preset = theirs.get("preset", "default")
             need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
             same = events["settings"].get("script_sha256") == file_sha256(__file__)
-            return path, theirs, str(path) if same else f"{path}, of another train_gpt.py"
+            gone = {n: x for n, x in logged.items() if n not in FIELDS and n.startswith(SCORING)}
+            had = " ".join(f"{name.upper()}={shown(x)}" for name, x in gone.items())
+            words = str(path) if same else f"{path}, of another train_gpt.py"
+            return path, theirs, words + (f", which had {had}" if had else "")
     return None, {}, ""
 
 
@@ -4907,8 +4917,8 @@ PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data", "tokenizer_sha2
 def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | None:
     """Path, header and numbers of the first usable checkpoint that RESUME names, if there is one.
 
-    ours is the header that the run would write. Raises UserError if a checkpoint is another run's,
-    or if the one file that was named is not usable. Nothing in a file is executed.
+    ours is the header that the run would write. Raises UserError if a checkpoint is another run's
+    or version's, or if the one file that was named is not usable. Nothing in a file is executed.
     """
     paths = [] if settings.resume == "never" else [Path(settings.resume)]
     if settings.resume == "auto":
@@ -4919,6 +4929,8 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         except UserError as error:
             if settings.resume != "auto":
                 raise
+            whole = isinstance(error, OtherVersionError)  # not to be lost for want of its script
+            need(not whole, f"{error}; RESUME=never starts anew")
             log(f"warning: {error}")
             continue
         reserve = ours["export_reserve_seconds"]
@@ -8246,6 +8258,9 @@ REFUSALS = {
     "USE_BROTLI=0 USE_LZMA=1 USE_ZSTD=0": "artifacts are packed by an entropy coder and LZMA",
     "USE_ORTHO_INIT=0": "first weights are Gaussian, those of output matrices zero",
     "USE_SMEARGATE=0": "no gate mixes in the token before; Mamba-3's trapezoid does",
+    # What were settings of this script.
+    "SDCLIP_ATTENTION=1.0 SDCLIP_MLP=1.0": "SDCLIP_K is that of all int6 rows",
+    "TTT_LORA_ALPHA": "branches are added 1.8 times, whatever TTT_LORA_RANK is",
     # Not the contest's, but reached for.
     "GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS BATCHSIZE": "TRAIN_BATCH_TOKENS is a step's",
     "DEVICE_BATCH_SIZE MICRO_BATCH_SIZE": "MICRO_BATCH_TOKENS is a rank's at once",

@@ -160,3 +160,14 @@ def test_a_field_that_nobody_knows_is_refused_by_name(tmp_path, what, name, said
             make_trainer(dataclasses.replace(settings, resume=str(copy))).resume()
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_a_run_does_not_start_over_because_this_script_lacks_a_setting_of_its_checkpoint(tmp_path):
+    """It is no damaged file, and what it holds would be written over."""
+    path = FOLDER / "b6028ee.checkpoint"
+    copy = with_header(path, header_of(path) | {"model_dims": 1}, tmp_path)
+    free = {"resume": "auto", "log_dir": str(tmp_path), "run_id": copy.stem}
+    settings = dataclasses.replace(checkpoint_settings(path), **free)
+    with pytest.raises(t.UserError, match="lacks: .'model_dims'.; RESUME=never starts anew$"):
+        make_trainer(settings).resume()
+    make_trainer(dataclasses.replace(settings, resume="never")).resume()

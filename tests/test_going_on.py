@@ -438,16 +438,20 @@ def edited_log(scored: Path, folder: Path, *changes: tuple[str, str]) -> dict[st
 
 
 def test_a_log_switches_off_no_check_and_no_clock(monkeypatch, capsys, scored, tmp_path):
-    """And a log of another script is told; whole numbers stand for others."""
+    """A log of another script is told, with what that could be told about its evaluation and this
+    one cannot; whole numbers stand for others.
+    """
+    lost = '"ttt_lora_alpha": 57.6, "sdclip_mlp": 0.9'
     changes = [
-        ('"eval_any_tokens": false', '"eval_any_tokens": true'),
+        ('"eval_any_tokens": false', f'"eval_any_tokens": true, {lost}'),
         ('"ttt_lr": 0.005', '"ttt_lr": 1'),
     ]
     changes += [('"eval_max_seconds": 600.0', '"eval_max_seconds": 1e12')]
     changes += [(t.file_sha256(t.__file__), "0" * 64)]
     environment = edited_log(scored, tmp_path, *changes)
     assert run_here(monkeypatch, environment | {"ITERATIONS": "5"}) == 0
-    told = "of another train_gpt.py; but EVAL_MAX_SECONDS=600.0 (there 1000000000000.0)\n"
+    told = "of another train_gpt.py, which had TTT_LORA_ALPHA=57.6"
+    told += "; but EVAL_MAX_SECONDS=600.0 (there 1000000000000.0)\n"
     said = f"settings from {tmp_path / 'a.jsonl'}, {told}"
     assert said in capsys.readouterr().out
     settings = logs.last_run(tmp_path / "a.eval.jsonl")["settings"]["settings"]

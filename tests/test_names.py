@@ -36,6 +36,7 @@ REACHED_FOR_TEXT = """
     LRATE BATCHSIZE SEQLEN N_CTX TOTAL_STEPS NSTEPS NHEADS ROPE_THETA CLIP_GRAD TIME_LIMIT
 """
 REACHED_FOR = REACHED_FOR_TEXT.split()
+FORMER = ["SDCLIP_ATTENTION", "SDCLIP_MLP", "TTT_LORA_ALPHA"]  # settings once
 
 
 # ---- The list ------------------------------------------------------------------------------------
@@ -48,8 +49,9 @@ def test_each_of_the_contests_names_has_one_fate_and_at_most_fifty_are_refused()
     assert sum(name in REFUSED for name in NAMES) <= 50
 
 
-def test_what_is_known_but_not_ours_is_the_contests_or_reached_for():
-    assert {*t.ALIASES, *REFUSED} <= {*NAMES, *REACHED_FOR}
+def test_what_is_known_but_not_ours_is_the_contests_or_reached_for_or_was_ours():
+    assert {*t.ALIASES, *REFUSED} <= {*NAMES, *REACHED_FOR, *FORMER}
+    assert {*FORMER, *(name.upper() for name in t.RETIRED)} <= {*REFUSED}
 
 
 @pytest.mark.parametrize("name", REFUSED)
