@@ -275,6 +275,10 @@ def test_what_cannot_be_compared_ends_in_one_line(monkeypatch, capsys, runs, sha
     np.save(tmp_path / "replaced.npy", nats + 1)
     pickled = twin("pickled")
     np.save(tmp_path / "pickled.npy", np.array([{}]), allow_pickle=True)
+    texts = twin("texts")
+    np.save(tmp_path / "texts.npy", nats.astype(str))
+    archive = twin("archive")
+    (tmp_path / "archive.npy").write_bytes(b"PK\3\4 of no archive")
     other = tmp_path / "other.jsonl"
     other.write_text("{}\n")
     cases = [
@@ -288,6 +292,10 @@ def test_what_cannot_be_compared_ends_in_one_line(monkeypatch, capsys, runs, sha
         (changed("text", sha256, "0" * 64), "another validation than"),
         (replaced, "another run's"),
         (pickled, "is no file of scores"),
+        (texts, "is no file of scores"),
+        (archive, "is no file of scores"),
+        (twin("hole", np.where(np.arange(len(nats)), nats, np.nan)), "has no score: its val_loss"),
+        (changed("word", '"val_bpb": ', '"val_bpb": null, "x": '), "has no score: its val_loss"),
         (runs / "h-45.jsonl", "a log is given twice"),
         (other, "other.jsonl"),
     ]

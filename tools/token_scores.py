@@ -32,6 +32,7 @@ import argparse
 import json
 import math
 import sys
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from tools.command import Parser, UserError, need, run_command, write_whole
-from tools.logs import last_run
+from tools.logs import last_run, number_in
 
 POSITIONS = (64, 256, 1024, 2048)  # the last number of each row but one
 DISTANCES = (16, 64, 256, 1024)
@@ -84,11 +85,13 @@ def read_run(path: Path) -> Run:
         hashes = {kind: sorted(events["hashes"][kind].values()) for kind in kinds}
         mode, scores = final["mode"], settings["eval_nll_path"]
         training = events.get("training_data", {}).get("digest")
-        run = Run(path, settings, final["val_loss"], final["val_bpb"], hashes, training)
+        scored = [number_in(final, name) for name in ("val_loss", "val_bpb")]
+        run = Run(path, settings, *scored, hashes, training)
         missing = {*WINDOWS, "seed"} - settings.keys()
         trained = run.clock > 0
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not the .jsonl log of a finished run") from None
+    need(None not in scored, f"{path} has no score: its val_loss or val_bpb is no number")
     need(not missing, f"{path} is of another script: it does not say {' '.join(missing)}")
     need(scores, f"{path} kept no scores: it wants EVAL_NLL_PATH")
     need(mode == "plain", f"{path} scored {mode}, not EVAL_MODE=plain TTT_ENABLED=0")
@@ -115,10 +118,13 @@ def read_nats(run: Run, targets: int) -> np.ndarray:
     if not path.is_file():
         path = run.log.with_name(path.name)
     try:
-        nats = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError):
+        with path.open("rb") as file:
+            nats = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{path} is no file of scores, as EVAL_NLL_PATH is") from None
-    fits = isinstance(nats, np.ndarray) and nats.shape == (targets,)
+    floats = isinstance(nats, np.ndarray) and nats.dtype == np.float32
+    need(floats, f"{path} is no file of scores, as EVAL_NLL_PATH is")
+    fits = nats.shape == (targets,)
     need(fits, f"{path} does not have a score for each of the text's {targets} targets")
     mean = float(nats.mean(dtype=np.float64))
     same = math.isclose(mean, run.val_loss, rel_tol=1e-9)
