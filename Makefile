@@ -31,7 +31,7 @@ help:
 
 demo: .venv/.run $(SAMPLE)
 	rm -f logs/demo.*
-	SAMPLE_PROMPT="$${SAMPLE_PROMPT-The film begins}" \
+	SAMPLE_PROMPT="$${SAMPLE_PROMPT-The function returns}" \
 	LOG_DIR=logs RUN_ID=demo PRESET=tiny DEVICE=$(DEVICE) $(VENV_PYTHON) train_gpt.py
 	@$(VENV_PYTHON) -m tools.summary logs/demo.jsonl
 
