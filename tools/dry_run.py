@@ -95,7 +95,7 @@ def weights_at_hand(settings: t.Settings, given: set[str]) -> tuple[t.Model, str
         size = settings.artifact_path.stat().st_size
         return model, f"the weights in {settings.artifact}, a file of {size:,} bytes"
     if settings.resume in ("auto", "never"):
-        return t.model_skeleton(settings), "what finished runs' weights took; ARTIFACT or RESUME name a file of your own"
+        return t.model_skeleton(settings), "what finished runs' weights took"
     # What export() would find: the average, without what tokens spelt alike share.
     model = t.build_model(anywhere, here)
     trainer = t.Trainer(model, anywhere, here, settings.train_seq_len, 0, quiet)
