@@ -116,6 +116,10 @@ class UserError(Exception):
         super().__init__("".join(shown))
 
 
+class SharedError(UserError):
+    """Raised by all ranks at once: rank 0 tells it."""
+
+
 class OtherVersionError(UserError):
     """A whole file of ours that has settings which this script lacks."""
 
@@ -5370,10 +5374,10 @@ class Trainer:
     def stop(self, why: str):
         """Ends the run on all ranks, after a checkpoint."""
         if self.checkpoints is None:
-            raise UserError(why)
+            raise SharedError(why)
         self.save()
         self.checkpoints.finish()
-        raise UserError(f"{why}; RUN_ID={self.settings.run_id} goes on from the last checkpoint")
+        raise SharedError(f"{why}; RUN_ID={self.settings.run_id} goes on from the last checkpoint")
 
     def step_ms(self) -> float:
         """Milliseconds of the training clock that a step took."""
@@ -5882,12 +5886,15 @@ def tell_failure(error: BaseException, problem: str, log):
     """Writes why the run ends to its log and, if it is no fault of this script, to the console.
 
     What several ranks see, rank 0 tells; of ranks of which one has ended, that one. torchrun ends
-    all once one has ended, and shows its cause, so the others wait to be ended.
+    all once one has ended, and shows its cause, so the others wait to be ended; that is slow where
+    a signal ends torchrun.
     """
     rank = os.environ.get("RANK", "")
     rank = int(rank) if rank.isdecimal() else 0
     if rank and problem:
         time.sleep(WAIT_FOR_MAIN + rank)
+        if isinstance(error, SharedError):
+            return
     what = problem or f"{type(error).__name__}: {error}"
     line = f"train_gpt.py: error: {f'rank {rank}: ' if rank else ''}{what}"
     log.failed(line, error=what, rank=rank)

@@ -320,6 +320,7 @@ class Quiet:
         return items
 
     def begin(self) -> None: ...
+    def failed(self, text: str, **values) -> None: ...
 
 
 def mistake(monkeypatch, capsys, environment: dict[str, str], *arguments: str) -> str:

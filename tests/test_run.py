@@ -1270,6 +1270,30 @@ def test_torchrun_ends_with_the_one_line_once_and_the_log_has_it(
     assert line.endswith(first["error"])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_stops_all_ranks_at_once_is_told_by_rank_0_alone(monkeypatch, capsys, rank):
+    """Where a signal ends torchrun, it lets them end by themselves. A mistake is any rank's."""
+    settings = tiny()
+    trainer = t.Trainer(random_model(settings), settings, SOLO, 64, 1e6, Quiet())
+    with pytest.raises(t.UserError) as caught:
+        trainer.stop("stopped by SIGTERM at step 3")
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(t, "WAIT_FOR_MAIN", -rank)
+    for error in (caught.value, t.UserError("stopped by a mistake")):
+        t.tell_failure(error, str(error), Quiet())
+    told = capsys.readouterr().err.splitlines()
+    assert (
+        told
+        == [
+            [
+                "train_gpt.py: error: " + text
+                for text in ("stopped by SIGTERM at step 3", "stopped by a mistake")
+            ],
+            ["train_gpt.py: error: rank 1: stopped by a mistake"],
+        ][rank]
+    )
+
+
 def test_what_ends_a_run_stands_in_its_log_even_if_it_is_a_bug(monkeypatch, shards, tmp_path):
     def spoil(*arguments):
         raise ZeroDivisionError("by zero")
