@@ -71,6 +71,11 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
+# OpenMP, which torch brings, reads it when it is loaded. By default threads spin while they wait
+# for each other: on a CPU that other programs use too, a run takes up to thirty times as long.
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -4569,13 +4574,14 @@ class Log:
             self.said = self.files
             self.begun = True
 
-    def __call__(self, line: str, event: str = "", **values):
-        """Writes a line of text, and for an event a record with these values."""
+    def __call__(self, line: str, event: str = "", console: str = "", **values):
+        """Writes a line of text, and for an event a record; the console may get another line."""
         if not self.files:
             return
         self.last_line = time.monotonic()
+        told = console or line
         try:
-            print(line, flush=True) if self.bar is None else self.bar.write(line, sys.stdout)
+            print(told, flush=True) if self.bar is None else self.bar.write(told, sys.stdout)
         except OSError:  # the console is only a copy: its reader or its terminal may be gone
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
             self.bar = None
@@ -4699,8 +4705,10 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     machine = describe_machine(ranks)
     said = {key: " ".join(shown(str(value)).split()) for key, value in (machine | values).items()}
     text = "  ".join(f"{key}={value}" for key, value in said.items())
+    # Over a hundred settings would hide what a console is read for.
+    here = "  ".join(f"{key}={said[key]}" for key in machine) + "  (all settings: in the log)"
     script = {"script_sha256": file_sha256(__file__)}
-    log(text, "settings", machine=machine, settings=values, given=sorted(given), **script)
+    log(text, "settings", here, machine=machine, settings=values, given=sorted(given), **script)
 
 
 # ---- Earlier starts ------------------------------------------------------------------------------

@@ -1157,7 +1157,11 @@ def test_a_console_without_some_signs_ends_nothing(trained, shards, tmp_path, en
     assert b"hardware=1 \\xd7 CPU" in done.stdout
     assert done.stderr.startswith(b"train_gpt.py: error: no score in EVAL_MAX_SECONDS")
     assert done.stderr.count(b"\n") == 1
-    assert "hardware=1 × CPU" in (tmp_path / "a.eval.txt").read_text(encoding="utf-8")
+    told = (tmp_path / "a.eval.txt").read_text(encoding="utf-8")
+    assert "hardware=1 × CPU" in told
+    # All settings are for the log, and in one line.
+    assert "  ttt_lora_slots=" in told.rsplit("=" * 100, 1)[1]
+    assert b"ttt_lora_slots=" not in done.stdout
 
 
 def test_a_console_that_was_closed_from_the_start_ends_nothing(trained, shards, tmp_path):
