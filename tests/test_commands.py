@@ -220,3 +220,26 @@ def test_the_audits_help_names_it_and_lists_its_statuses():
     assert "    5   none fails" in text
     # A list joined without spaces has only one place to be cut at: inside a name.
     assert f"some of {', '.join(CHECKS)};" in " ".join(text.split())
+
+
+def test_threads_of_a_run_sleep_while_they_wait_unless_told_otherwise():
+    """Those of a program that imports the script wait as they did."""
+    imported = [sys.executable, "-c", "import train_gpt"]
+    started = [sys.executable, str(SCRIPT), "--presets"]
+    usual = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    usual["OMP_DISPLAY_ENV"] = "verbose"
+
+    def spins(command, **changes) -> str:
+        """How often a thread looks before it sleeps, as GNU's OpenMP shows it; or nothing."""
+        done = subprocess.run(
+            command, env=usual | changes, capture_output=True, text=True, cwd=SCRIPT.parent
+        )
+        assert done.returncode == 0, done.stderr
+        return "".join(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr))
+
+    by_default = spins(imported)
+    if not by_default:
+        pytest.skip("this torch has another OpenMP")
+    assert spins(started) == "0" != by_default
+    active = {"OMP_WAIT_POLICY": "active"}
+    assert spins(started, **active) == spins(imported, **active) != "0"
