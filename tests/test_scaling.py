@@ -58,6 +58,20 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 44 <= held <= 60
 
 
+def test_three_runs_show_no_noise_and_have_no_interval():
+    found = scaling.fit(runs(0.0, clocks=(22, 45, 90), seeds=1), np.random.default_rng(0))
+    assert found.at(180) == pytest.approx(curve(180), abs=1e-6)
+    assert scaling.interval(found.samples(180)) == "unknown"
+
+
+def test_nothing_is_foretold_to_score_below_zero():
+    falling = [scaling.Run(s, 3.0 - 0.2 * s, 1.0) for s in (1, 3, 5, 8)]
+    found = scaling.fit(falling, np.random.default_rng(0))
+    assert found.parameters[0] == 0
+    assert found.at(4800) > 0
+    assert found.samples(4800).min() > 0
+
+
 def test_the_longest_run_is_foretold_from_the_shorter_ones():
     line = scaling.foretold("ours", runs(0.0), np.random.default_rng(0))
     assert line.startswith(f"ours: 180 s foretold {curve(180):.4f}")

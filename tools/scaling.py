@@ -8,15 +8,17 @@ of all its GPUs together, without EXPORT_RESERVE_SECONDS, and its score is BPB b
 
     bpb(seconds) = floor + scale · seconds^(-power)
 
-by least squares, at least three different clocks. A run that read its training text more than 1.2
+by least squares with a floor of at least 0, at least three different clocks. A run that read its training text more than 1.2
 times learns from repetition, which unlimited text would not give: it is drawn, and not fitted.
 Intervals hold 90 of 100 refits, each of the fitted curve with noise of the size that the runs show
-around it. First the curve is tested: it is fitted without the longest clock and foretells that
+around it; three runs show none, and have no interval. First the curve is tested: it is fitted without the longest clock and foretells that
 one. Then the table says BPB of both kinds and the lead, at the clocks measured and at those
 ahead. Needs matplotlib (requirements-dev.txt).
 """
 
 import argparse
+import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +87,8 @@ def least_squares(seconds: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """floor, scale and power of the curve nearest to scores (..., runs), float64 (..., 3).
 
     For a given power the curve is a straight line in seconds^(-power), so that each power's best
-    floor and scale have a formula, and the best of a grid of powers is taken.
+    floor and scale have a formula, and the best of a grid of powers is taken. Nothing scores below
+    0: where the best floor is, 0 and the scale that is then best stand for it.
     """
     best = np.full(scores.shape[:-1], np.inf)
     found = np.zeros((*scores.shape[:-1], 3))
@@ -94,6 +97,8 @@ def least_squares(seconds: np.ndarray, scores: np.ndarray) -> np.ndarray:
         centered = x - x.mean()
         scale = scores @ centered / (centered @ centered)
         floor = scores.mean(-1) - scale * x.mean()
+        scale = np.where(floor < 0, scores @ x / (x @ x), scale)
+        floor = floor.clip(min=0)
         off = ((scores - floor[..., None] - scale[..., None] * x) ** 2).sum(-1)
         better = off < best
         best = np.where(better, off, best)
@@ -110,14 +115,17 @@ def fit(runs: list[Run], random: np.random.Generator) -> Curve:
     need(clocks >= 3, f"{clocks} different clocks are too few for a curve of three parameters")
     parameters = least_squares(seconds, scores)
     around = scores - values(parameters, seconds)
-    # Three parameters take three degrees of freedom; with three clocks only seeds show noise.
-    noise = np.sqrt((around**2).sum() / max(1, len(runs) - 3))
+    # Three parameters take three degrees of freedom.
+    free = len(runs) - 3
+    noise = np.sqrt((around**2).sum() / free) if free else math.nan
     noisy = values(parameters, seconds) + noise * random.standard_normal((REFITS, len(runs)))
     return Curve(parameters, least_squares(seconds, noisy))
 
 
 def interval(samples: np.ndarray) -> str:
-    """As a table shows it."""
+    """As a table shows it; unknown if the runs show no noise."""
+    if np.isnan(samples).any():
+        return "unknown"
     low, high = np.percentile(samples, INTERVAL)
     return f"{low:.4f} to {high:.4f}"
 
@@ -188,6 +196,8 @@ def main() -> int:
     given = parser.parse_args()
     need(given.training_tokens > 0, f"--training-tokens {given.training_tokens} should be above 0")
     need(given.to > 0, f"--to {given.to} should be above 0")
+    drawn = importlib.util.find_spec("matplotlib")
+    need(drawn, "matplotlib is not there: pip install -r requirements-dev.txt")
     random = np.random.default_rng(given.seed)
     kinds = {
         name: [read_run(path, given.training_tokens) for path in paths]
