@@ -8,12 +8,13 @@ of all its GPUs together, without EXPORT_RESERVE_SECONDS, and its score is BPB b
 
     bpb(seconds) = floor + scale · seconds^(-power)
 
-by least squares with a floor of at least 0, at least three different clocks. A run that read its training text more than 1.2
-times learns from repetition, which unlimited text would not give: it is drawn, and not fitted.
-Intervals hold 90 of 100 refits, each of the fitted curve with noise of the size that the runs show
-around it; three runs show none, and have no interval. First the curve is tested: it is fitted without the longest clock and foretells that
-one. Then the table says BPB of both kinds and the lead, at the clocks measured and at those
-ahead. Needs matplotlib (requirements-dev.txt).
+by least squares with a floor of at least 0, at least three different clocks. A run that read its
+training text more than 1.2 times learns from repetition, which unlimited text would not give: it is
+drawn, and not fitted. Intervals hold 90 of 100 refits, each of the fitted curve with noise of the
+size that the runs show around it; three runs show none, and have no interval. First the curve is
+tested: it is fitted without the longest clock and foretells that one. Then the table says BPB of
+both kinds and the lead, at the clocks measured and at those ahead. Needs matplotlib
+(requirements-dev.txt).
 """
 
 import argparse
@@ -91,7 +92,7 @@ def least_squares(seconds: np.ndarray, scores: np.ndarray) -> np.ndarray:
     0: where the best floor is, 0 and the scale that is then best stand for it.
     """
     best = np.full(scores.shape[:-1], np.inf)
-    found = np.zeros((*scores.shape[:-1], 3))
+    found = np.full((*scores.shape[:-1], 3), np.nan)
     for power in POWERS:
         x = seconds**-power
         centered = x - x.mean()
