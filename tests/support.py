@@ -311,6 +311,11 @@ def run_here(monkeypatch, environment: dict[str, str], *arguments: str) -> int:
     return t.run()
 
 
+def on_console(text: str) -> str:
+    """A log's messages as a console has them: one line without all settings."""
+    return re.sub("  preset=.*", "  (all settings: in the log)", text)
+
+
 class Quiet:
     """A log that says nothing."""
 

@@ -13,7 +13,7 @@ import types
 import pytest
 
 import train_gpt as t
-from tests.support import SOLO, run_environment, run_here, tiny
+from tests.support import SOLO, on_console, run_environment, run_here, tiny
 
 PHASES = ("warm-up", "training", "plain windows", "calibration", "GPTQ", "evaluation")
 
@@ -51,12 +51,6 @@ def messages(folder) -> list[str]:
     return text[text.index("\n" + "=" * 100) + 102 :].splitlines()
 
 
-def told(folder) -> list[str]:
-    """The log's messages as a console has them, without all the settings."""
-    short = "  (all settings: in the log)"
-    return [re.sub("  preset=.*", short, message) for message in messages(folder)]
-
-
 def test_a_terminal_has_a_bar_and_whole_lines_and_the_log_no_bar(monkeypatch, shards, tmp_path):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(t, "BAR_OPTIONS", t.BAR_OPTIONS | {"mininterval": 0.0})
@@ -69,7 +63,7 @@ def test_a_terminal_has_a_bar_and_whole_lines_and_the_log_no_bar(monkeypatch, sh
     assert re.search(training, said)
     # What a line shows in the end stands behind the last return of the cursor.
     lines = [line.rpartition("\r")[2] for line in said.split("\r\n")]
-    assert lines == [*told(tmp_path), ""]
+    assert lines == [*map(on_console, messages(tmp_path)), ""]
     assert not re.search("[█▏▎▍▌▋▊▉]", "".join(lines) + (tmp_path / "a.jsonl").read_text())
 
 
@@ -83,7 +77,7 @@ def test_elsewhere_there_are_plain_lines_in_every_phase(
     assert run_here(monkeypatch, run_environment(shards, tmp_path)) == 0
     out = capsys.readouterr().out
     assert "\r" not in out
-    assert told(tmp_path) == out.splitlines()
+    assert [*map(on_console, messages(tmp_path))] == out.splitlines()
     for phase in PHASES:
         assert re.search(rf"^  {phase}[^\n]*: \d+%, \d+ of \d+s", out, re.M), phase
     scored = r"^  evaluation: 100%, \d+ of \d+s, [\d,]+ tokens/s$"

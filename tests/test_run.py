@@ -38,6 +38,7 @@ from tests.support import (
     Quiet,
     free_port,
     mistake,
+    on_console,
     process_environment,
     random_model,
     random_tokens,
@@ -171,7 +172,7 @@ def test_log_lines_have_the_contests_form(trained):
         r"^final_int6_lzma_plain_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$", trained.text, re.M
     )
     assert trained.text.strip().splitlines()[-1].startswith("final_int6_lzma_sliding_ttt_exact ")
-    assert trained.text.strip() in trained.out
+    assert on_console(trained.text.strip()) in trained.out
 
 
 def test_the_records_say_what_the_log_says(trained):
