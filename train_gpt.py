@@ -4705,8 +4705,8 @@ def log_settings(log, settings, given: set[str], ranks, source: str = ""):
     machine = describe_machine(ranks)
     said = {key: " ".join(shown(str(value)).split()) for key, value in (machine | values).items()}
     text = "  ".join(f"{key}={value}" for key, value in said.items())
-    # Over a hundred settings would hide what a console is read for.
-    here = "  ".join(f"{key}={said[key]}" for key in machine) + "  (all settings: in the log)"
+    # Over a hundred settings would hide what a console is read for: the log has them.
+    here = "  ".join(f"{key}={said[key]}" for key in machine)
     script = {"script_sha256": file_sha256(__file__)}
     log(text, "settings", here, machine=machine, settings=values, given=sorted(given), **script)
 
