@@ -39,7 +39,7 @@ BITS_SAVED = {
     "embedding": 0.0201,
 }
 BYTES_SAVED = 443
-SIZE_ERROR = 0.002
+SIZE_ERROR = 0.001
 # The same of runs whose steps follow errors' costs (SDCLIP_BY_MATRIX, SDCLIP_BY_ROW), with tables
 # in common or without; only trained weights tell what these save: the table knows nothing of it.
 SHARED_ERROR = 0.005
