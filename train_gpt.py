@@ -129,6 +129,10 @@ class OtherVersionError(UserError):
     """A whole file of ours that has settings which this script lacks."""
 
 
+class LateExportError(UserError):
+    """An artifact that was made after the training clock's end."""
+
+
 def need(condition, message: str):
     """Raises UserError with this message unless the condition holds."""
     if not condition:
@@ -5569,8 +5573,10 @@ def export(trainer, batches) -> dict:
         if in_time:
             Path(f"{s.artifact_path}.late").unlink(missing_ok=True)
     ranks.from_main(None)  # all wait for it
-    late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS, and the same"
-    need(in_time, f"{late} command goes on from a checkpoint; {path} has this model, unclaimed")
+    if not in_time:
+        late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS, and the same"
+        kept = f"command goes on from a checkpoint; {path} has this model, unclaimed"
+        raise LateExportError(f"{late} {kept}")
     kinds = bytes_by_kind(trainer.model, stored, size)
     return {"sdclip_k": k, "train_clock_seconds": clock.seconds(), "bytes_by_kind": kinds}
 
@@ -7100,13 +7106,18 @@ def store_active(v, row, column, active, active8, signs, factor, length, S: cons
 
 
 @jit
+def prefetch(places):
+    """Has the L2 cache fetch the lines that hold these."""
+    code: constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(code, "=r,l", [places], tl.int32, False, 1)
+
+
+@jit
 def prefetch_tile(tensor, row, column, length, SHARE: constexpr, S: constexpr):
-    """Has the L2 cache fetch a tile of active (SHARE 1) or signs (8), by lines of 64 numbers."""
+    """prefetch() of a tile of active (SHARE 1) or signs (8), by lines of 64 numbers."""
     rows = tl.minimum(row + tl.arange(0, S.M)[:, None], length - 1).to(tl.int64)
     lines = 64 * column_indices((S.N // SHARE + 63) // 64)
-    place = tensor + rows * (S.HIDDEN // SHARE) + column // SHARE + lines
-    code: constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(code, "=r,l", [place], tl.int32, False, 1)
+    prefetch(tensor + rows * (S.HIDDEN // SHARE) + column // SHARE + lines)
 
 
 @jit
@@ -7114,9 +7125,7 @@ def prefetch_turned(turned, row, column, length, S: constexpr):
     """The same of a tile (M, N) of 8-bit floats transposed, a line of M for each column."""
     columns = tl.minimum(column + tl.arange(0, S.N), S.HIDDEN - 1).to(tl.int64)
     padded = tl.cdiv(length, S.M) * S.M
-    place = turned + columns * padded + tl.minimum(row, padded - S.M)
-    code: constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(code, "=r,l", [place], tl.int32, False, 1)
+    prefetch(turned + columns * padded + tl.minimum(row, padded - S.M))
 
 
 # x, up, active_map, d_y, down, d_v and those with an 8, which are None where S.USUAL is 0, are

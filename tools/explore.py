@@ -38,9 +38,6 @@ import tempfile
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # before torch is loaded, as in train_gpt.py
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import torch
 
 if not __package__:  # started by its path

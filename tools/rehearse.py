@@ -219,11 +219,10 @@ def rehearse(_) -> None:
     made = tempfile.mkdtemp(prefix="rehearsal-", dir=settings.log_dir) if ranks.rank == 0 else ""
     try:
         needs = rehearse_in(ranks.from_main(made), settings, given, ranks)
-    except t.UserError as error:
-        # What that line says of a checkpoint and of a model that is kept holds for a run alone.
-        late = "GPTQ ended after MAX_WALLCLOCK_SECONDS"
-        t.need(late not in str(error), f"{late}: raise EXPORT_RESERVE_SECONDS, or both")
-        raise
+    except t.LateExportError:
+        # What it says of a checkpoint and of a model that is kept holds for a run alone.
+        late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS, or both"
+        raise t.UserError(late) from None
     finally:
         if made:
             shutil.rmtree(made, ignore_errors=True)

@@ -18,7 +18,6 @@ both kinds and the lead, at the clocks measured and at those ahead. Needs matplo
 """
 
 import argparse
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -197,8 +196,6 @@ def main() -> int:
     given = parser.parse_args()
     need(given.training_tokens > 0, f"--training-tokens {given.training_tokens} should be above 0")
     need(given.to > 0, f"--to {given.to} should be above 0")
-    drawn = importlib.util.find_spec("matplotlib")
-    need(drawn, "matplotlib is not there: pip install -r requirements-dev.txt")
     random = np.random.default_rng(given.seed)
     kinds = {
         name: [read_run(path, given.training_tokens) for path in paths]
@@ -208,6 +205,7 @@ def main() -> int:
         name: [run for run in runs if run.passes <= MOST_PASSES] for name, runs in kinds.items()
     }
     curves = {name: fit(runs, random) for name, runs in fresh.items()}
+    plot(kinds, curves, given.to, given.out)
     for name, runs in fresh.items():
         print(foretold(name, runs, random))
         left_out = len(kinds[name]) - len(runs)
@@ -216,7 +214,6 @@ def main() -> int:
     measured = {run.seconds for runs in fresh.values() for run in runs}
     print(f"\n{CAPTION}:\n")
     print("\n".join(table(curves, sorted(measured | {given.to}))))
-    plot(kinds, curves, given.to, given.out)
     return 0
 
 

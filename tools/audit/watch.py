@@ -68,6 +68,7 @@ class Watcher:
         self.wanted[draw_positions(self.count, seed)] = True
         self.weights = fingerprint(model)
         self.stepped = False  # since the weights were last looked at
+        self.scored = 0  # targets so far
         self.seen = Observation(
             times_written=np.zeros(self.count, dtype=np.int64),
             written=np.zeros(self.count, dtype=np.float32),
@@ -85,8 +86,8 @@ class Watcher:
         self.note_change()
         positions = excerpt.positions[scored]
         np.add.at(self.seen.times_written, positions, 1)
-        done = np.count_nonzero(self.seen.times_written)
-        print(f"{done:,} of {self.count:,} targets are scored", flush=True)
+        self.scored += len(positions)
+        print(f"{self.scored:,} of {self.count:,} targets are scored", flush=True)
         self.seen.written[positions] = nats.detach().float().cpu().numpy()[scored]
         self.seen.events.append(Event("score", positions))
         sampled = scored.copy()
