@@ -368,9 +368,8 @@ PLAIN = {
     "mlp_mult": 3.0, "rope_fraction": 1.0, "qk_gain_init": 1.5, "logit_softcap": 30.0,
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
     "warmdown_fraction": 0.6, "matrix_lr": 0.02, "mamba_matrix_lr": 0.015, "muon_beta2": 0.0,
-    "muon_row_groups": False, "trellis_states": 0, "sdclip_by_matrix": 0.0,
-    "sdclip_by_row": 0.0, "sdclip_most": 16.0, "shared_tables": False, "eval_mode": "sliding",
-    "float8_products": "none",
+    "muon_row_groups": False, "trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0,
+    "sdclip_most": 16.0, "shared_tables": False, "eval_mode": "sliding", "float8_products": "none",
 }  # fmt: skip
 
 HYBRID11 = PLAIN | {
@@ -434,16 +433,13 @@ for each_field in fields(Settings):
 # What an artifact's header holds: all that the model's shapes and its forward pass depend on, but
 # for TRAIN_SEQ_LEN, the window, which whoever scores may choose.
 MODEL_FIELDS = {name for name, group in FIELDS.items() if group in ("model", "recurrence")}
-MODEL_FIELDS -= {"mamba_chunk_size", "recur_start"}
-MODEL_FIELDS |= {"vocab_size", "document_reset", "document_scope"}
-MODEL_FIELDS |= {"trellis_states", "shared_tables"}
-MODEL_FIELDS = sorted(MODEL_FIELDS)
+MODEL_FIELDS |= {"document_reset", "document_scope", "trellis_states", "shared_tables"}
+MODEL_FIELDS = sorted({*MODEL_FIELDS, "vocab_size"} - {"mamba_chunk_size", "recur_start"})
 
 # What EVAL_ONLY takes from the run that wrote an artifact, unless it is given: all but how that was
 # started and what it wrote, and EVAL_ANY_TOKENS: no file switches off what it is checked by.
-SCORED_WITH = [name for name, group in FIELDS.items() if group not in ("run", "sample")]
+SCORED_WITH = ["preset", *(n for n, group in FIELDS.items() if group not in ("run", "sample"))]
 SCORED_WITH = [name for name in SCORED_WITH if name not in ("eval_nll_path", "eval_any_tokens")]
-SCORED_WITH.insert(0, "preset")
 SCORING = ("eval_", "ttt_")  # what the evaluation's own names begin with
 
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
@@ -693,8 +689,8 @@ def whole_chunk(s, world_size: int) -> int:
 def describe_preset(name: str) -> str:
     """What a preset is for, and the defaults that it changes, each in a line."""
     changes = [f"{key.upper()}={shown(value)}" for key, value in PRESETS[name].items()]
-    changes = changes or ["none of them"]
-    return "\n      ".join([f"  PRESET={name}: {PRESET_USES[name]}", *changes])
+    lines = [f"  PRESET={name}: {PRESET_USES[name]}", *(changes or ["none of them"])]
+    return "\n      ".join(lines)
 
 
 def help_text() -> str:
@@ -772,9 +768,8 @@ class Ranks:
 
     def gather(self, value) -> list:
         """Every rank's object, in the ranks' order, on every rank; over gloo, as from_main()."""
-        values = [value]
+        values = [value] * self.world_size
         if self.world_size > 1:
-            values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return values
 
@@ -3552,8 +3547,7 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
     if settings.eval_mode == "plain":
         begun = place % chunk if settings.adapts else place
         rows["window_position"] = begun[:-1] % settings.train_seq_len
-    for name, x in rows.items():
-        rows[name] = np.minimum(np.frexp(x)[1], 15)
+    rows = {name: np.minimum(np.frexp(x)[1], 15) for name, x in rows.items()}
     rows["chunks"] = place[:-1] // chunk
     sums = {"targets": None, "bytes": validation.target_bytes, "nats": score.nats}
     tables = {}
@@ -4228,10 +4222,8 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarr
     low, high = words[: 2 * ANS_LANES].reshape(2, -1).astype(np.int64)
     words = words[2 * ANS_LANES :]
     state = low + (high << 16)
-    lacking = -len(tables) % ANS_LANES
-    filled = np.append(tables, tables[-1:].repeat(lacking))
-    rows = filled.reshape(-1, ANS_LANES)
-    for row in rows:  # tables, which values take the places of
+    filled = np.append(tables, tables[-1:].repeat(-len(tables) % ANS_LANES))
+    for row in filled.reshape(-1, ANS_LANES):  # tables, which values take the places of
         symbol = symbol_of_slot[slots * row + state % slots]
         place = 256 * row + symbol
         row[:] = symbol
@@ -4314,9 +4306,8 @@ FORMER_DEFAULTS |= {"beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "adam_wd": 0.
 FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 0.1}
 FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0, "starts": 1}
 FORMER_DEFAULTS |= {"gptq_block_size": 128, "gptq_damp": 0.01, "gptq_gen_len": 512}
-FORMER_DEFAULTS |= {"gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
-FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none"}
+FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none", "gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
 FORMER_DEFAULTS |= {"shared_tables": False, "preset": "", "train_seq_len": 0}  # "", 0: not known
 
@@ -4429,8 +4420,7 @@ def record_layout(skeleton: Model) -> np.dtype:
         entries.append((name, float_type(name), numbers))
     settings = skeleton.settings
     if settings.shared_tables:
-        for name in matrices:
-            entries.append((f"{name} reaches", "u1", sum(skeleton.get_parameter(name).shape)))
+        entries += [(f"{n} reaches", "u1", sum(skeleton.get_parameter(n).shape)) for n in matrices]
     shape = len(codes_of(settings, matrices)), count_tables(settings), 256
     return np.dtype([*entries, ("frequencies", "<u4", shape)])
 
@@ -4449,12 +4439,11 @@ def read_record(payload: bytes, skeleton: Model) -> tuple[np.void, np.ndarray]:
 def unpack_integers(record: np.void, words: np.ndarray, skeleton: Model) -> dict[str, Tensor]:
     """Every matrix's integers, int8 (rows, columns), by name, of read_record(); or ValueError."""
     settings = skeleton.settings
+    shared = settings.shared_tables
     tables = {}
     for name in grid_limits(skeleton):
         rows, columns = skeleton.get_parameter(name).shape
-        reaches = torch.zeros(rows + columns)
-        if settings.shared_tables:
-            reaches = torch.tensor(record[f"{name} reaches"])
+        reaches = torch.tensor(record[f"{name} reaches"]) if shared else torch.zeros(rows + columns)
         tables[name] = choose_tables(reaches, rows, columns)
     integers = {}
     for names, frequencies in zip(codes_of(settings, tables), record["frequencies"], strict=True):
@@ -4479,9 +4468,7 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
         numbers = torch.tensor(record[name].astype(np.float32))
         if name in integers:
             row_steps, column_steps = numbers.split(p.shape)
-            points = integers[name]
-            if states:
-                points = trellis_points(points, states)
+            points = trellis_points(integers[name], states) if states else integers[name]
             numbers = points * row_steps[:, None] * column_steps
         parameters[name] = numbers
     return parameters
@@ -4956,8 +4943,7 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
         names -= {"float8_products"} if settings.float8_products == "auto" else set()  # theirs
         on_grids = [x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (theirs, ours)]
         names -= set() if any(on_grids) else EXPORT_FIELDS
-        facts = {name: (shown(theirs[name]), shown(ours[name])) for name in sorted(names)}
-        differ = [f"{name.upper()}={was}, not {now}" for name, (was, now) in facts.items()]
+        differ = [f"{n.upper()}={shown(theirs[n])}, not {shown(ours[n])}" for n in sorted(names)]
         sources = {"training_data": "DATA_PATH", "tokenizer_sha256": "TOKENIZER_PATH"}
         for name, source in sources.items():
             before, now = theirs[name], ours[name]
@@ -5723,9 +5709,8 @@ def main(log):
             evaluate_artifact(settings, given, ranks, validation, log, written, attempt)
         else:
             log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
-        if not settings.eval_only:  # the run has its score
-            for path in settings.checkpoint_paths:
-                path.unlink(missing_ok=True)
+        for path in () if settings.eval_only else settings.checkpoint_paths:
+            path.unlink(missing_ok=True)  # the run has its score
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -5762,15 +5747,14 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
         need(launch != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
         return f"{launch}-{s.preset}-{s.seed}"
     launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.preset}-{s.seed}"
-    name, number = launch, 1
+    name, number = launch, itertools.count(2)
     while True:
         path = Path(s.log_dir, f"{log_name(replace(s, run_id=name))}.txt")
         with explained_errors(f"write {path}"), suppress(FileExistsError):  # of the same second
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
             return name
-        number += 1
-        name = f"{launch}-{number}"
+        name = f"{launch}-{next(number)}"
 
 
 def check_outputs(settings):
@@ -8264,8 +8248,7 @@ REFUSALS = {
     "GATED_ATTENTION=1": "each head of attention has a gate",
     "GPTQ_CALIB_BATCHES GPTQ_NUM_SEQS": "CALIBRATION_TOKENS counts tokens",
     "GPTQ_LITE=0 USE_GPTQ=1": "QUANTIZER is round without GPTQ, and percentile to search for clips",
-    "GRAD_ACCUM_STEPS": "TRAIN_BATCH_TOKENS is a step's; MICRO_BATCH_TOKENS fit on a rank at once",
-    "GRAD_ACCUM GRADIENT_ACCUMULATION_STEPS": "MICRO_BATCH_TOKENS of a step are computed at once",
+    "GRAD_ACCUM_STEPS GRADIENT_ACCUMULATION_STEPS": "MICRO_BATCH_TOKENS are computed at once",
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": "vectors are float16, but dt_bias and D float32",
     "LAWA_ENABLED=0 LAWA_FREQ LAWA_K": "AVERAGE says which average of the weights a run leaves",
     "MAMBA3_NGROUPS=1": "all heads share one group of keys and queries",
@@ -8287,7 +8270,7 @@ REFUSALS = {
     "TTT_LORA_ALPHA": "branches are added 1.8 times, whatever TTT_LORA_RANK is",
     # Not the contest's, but reached for.
     "GLOBAL_BATCH_SIZE TOTAL_BATCH_SIZE BATCH_TOKENS BATCHSIZE": "TRAIN_BATCH_TOKENS is a step's",
-    "DEVICE_BATCH_SIZE MICRO_BATCH_SIZE": "MICRO_BATCH_TOKENS is a rank's at once",
+    "DEVICE_BATCH_SIZE GRAD_ACCUM MICRO_BATCH_SIZE": "MICRO_BATCH_TOKENS is a rank's at once",
     "EPOCHS NUM_EPOCHS": "ITERATIONS or MAX_WALLCLOCK_SECONDS end a run",
     "SAVE_EVERY CKPT_EVERY CHECKPOINT_INTERVAL": "CHECKPOINT_EVERY says it, in seconds",
     "BATCH_SIZE TRAIN_BATCH_SIZE": "TRAIN_BATCH_TOKENS is a step's, VAL_BATCH_SIZE evaluation's",
