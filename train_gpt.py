@@ -440,7 +440,6 @@ MODEL_FIELDS = sorted({*MODEL_FIELDS, "vocab_size"} - {"mamba_chunk_size", "recu
 # started and what it wrote, and EVAL_ANY_TOKENS: no file switches off what it is checked by.
 SCORED_WITH = ["preset", *(n for n, group in FIELDS.items() if group not in ("run", "sample"))]
 SCORED_WITH = [name for name in SCORED_WITH if name not in ("eval_nll_path", "eval_any_tokens")]
-SCORING = ("eval_", "ttt_")  # what the evaluation's own names begin with
 
 # What a checkpoint's header holds: a resumed run must keep all that changes how it trains.
 NOT_TRAINING = {name for name, group in FIELDS.items() if group in ("run", "evaluation", "sample")}
@@ -4311,9 +4310,6 @@ FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none", "gptq_g
 FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
 FORMER_DEFAULTS |= {"shared_tables": False, "preset": "", "train_seq_len": 0}  # "", 0: not known
 
-# Settings that are no more, with the only value that a file may have for one.
-RETIRED = {"sdclip_mlp": 1.0, "sdclip_attention": 1.0}
-
 
 def read_header(line: bytes | str, usual: dict) -> dict:
     """A line's header, of usual's names and types, or UserError; older ones: FORMER_DEFAULTS."""
@@ -4321,10 +4317,10 @@ def read_header(line: bytes | str, usual: dict) -> dict:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
-    header = {n: value for n, value in header.items() if n not in RETIRED or value != RETIRED[n]}
+    header = {n: value for n, value in header.items() if n in usual or what_holds(n, value)}
     unknown = sorted(header.keys() - usual)
     if unknown:
-        names = ascii(unknown[:3])[:99]
+        names = f"{ascii(unknown[:3])[:99]} ({what_holds(unknown[0], header[unknown[0]])})"
         raise OtherVersionError(f"its header has settings that this script lacks: {names}")
     header = {name: FORMER_DEFAULTS[name] for name in usual if name in FORMER_DEFAULTS} | header
     lacking = sorted(usual.keys() - header)
@@ -4783,8 +4779,10 @@ def find_settings(settings) -> tuple[Path | None, dict, str]:
             preset = theirs.get("preset", "default")
             need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
             same = events["settings"].get("script_sha256") == file_sha256(__file__)
-            gone = {n: x for n, x in logged.items() if n not in FIELDS and n.startswith(SCORING)}
-            had = " ".join(f"{name.upper()}={shown(x)}" for name, x in gone.items())
+            # Of what this script lacks, the evaluation's: what others did, the artifact has.
+            gone = {n: what_holds(n, x) for n, x in logged.items() if n not in FIELDS}
+            gone = {n: fact for n, fact in gone.items() if fact and n.startswith(("eval_", "ttt_"))}
+            had = " ".join(f"{n.upper()}={shown(logged[n])} ({fact})" for n, fact in gone.items())
             words = str(path) if same else f"{path}, of another train_gpt.py"
             return path, theirs, words + (f", which had {had}" if had else "")
     return None, {}, ""
@@ -8299,16 +8297,22 @@ def same_value(text: str, other: str) -> bool:
     return words[0] == words[1]
 
 
+def what_holds(name: str, value) -> str:
+    """What holds instead of a setting that is none (any more); "" if this value says the same."""
+    harmless, fact = REFUSED.get(name.upper(), ("", "another version's"))
+    return "" if harmless and same_value(str(value), harmless) else fact
+
+
 def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Other names in ours: variables to add, and lines for the log; UserError for refused names."""
     settings, _ = read_own(environment)
     added = {}
     lines = []
     for name in sorted(environment.keys() & REFUSED.keys()):
-        text = environment[name]
-        value, reason = REFUSED[name]
-        need(value and same_value(text, value), f"{name}={shown(text)} cannot be set: {reason}")
-        lines.append(f"{name}={shown(text)} sets nothing: {reason}")
+        instead = what_holds(name, environment[name])
+        said = f"{name}={shown(environment[name])}"
+        need(not instead, f"{said} cannot be set: {instead}")
+        lines.append(f"{said} sets nothing: {REFUSED[name][1]}")
     for name in sorted(environment.keys() & ALIASES.keys()):
         ours, convert = ALIASES[name]
         value = convert(environment, settings) if convert else environment[name]

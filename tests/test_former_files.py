@@ -7,6 +7,7 @@ FORMER_DEFAULTS what older files mean by its absence; these tests fail until the
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,13 +95,16 @@ def test_an_older_checkpoint_goes_on_as_it_would_have(commit, signal_handlers):
     assert_same(nats(trainer.model), known(commit, "checkpoint"), 1e-4)
 
 
-def test_a_retired_setting_may_have_the_value_that_means_what_is_done_now():
+def test_a_deleted_setting_may_have_the_value_that_means_what_is_done_now():
+    """Of whatever type a file has it; else the error says what is done."""
     usual = t.artifact_header(tiny())
-    for name, value in t.RETIRED.items():
-        assert name not in usual and name not in t.FORMER_DEFAULTS
+    assert not {name.upper() for name in [*usual, *t.TRAINING_FIELDS]} & t.REFUSED.keys()
+    for name, value in {"sdclip_mlp": 1.0, "sdclip_attention": 1, "use_lzma": True}.items():
         assert t.read_header(json.dumps(usual | {name: value}), usual) == usual
-        with pytest.raises(t.UserError, match=f"that this script lacks: .'{name}'.$"):
-            t.read_header(json.dumps(usual | {name: 2 * value}), usual)
+        for other in (2.0, not value, None, [value], {}):
+            with pytest.raises(t.OtherVersionError) as error:
+                t.read_header(json.dumps(usual | {name: other}), usual)
+            assert str(error.value).endswith(f"lacks: ['{name}'] ({t.REFUSED[name.upper()][1]})")
 
 
 def test_a_field_that_a_header_lacks_is_its_former_default(monkeypatch, tmp_path):
@@ -168,6 +172,7 @@ def test_a_run_does_not_start_over_because_this_script_lacks_a_setting_of_its_ch
     copy = with_header(path, header_of(path) | {"model_dims": 1}, tmp_path)
     free = {"resume": "auto", "log_dir": str(tmp_path), "run_id": copy.stem}
     settings = dataclasses.replace(checkpoint_settings(path), **free)
-    with pytest.raises(t.UserError, match="lacks: .'model_dims'.; RESUME=never starts anew$"):
+    whose = "(another version's); RESUME=never starts anew"
+    with pytest.raises(t.UserError, match=re.escape(f"lacks: ['model_dims'] {whose}") + "$"):
         make_trainer(settings).resume()
     make_trainer(dataclasses.replace(settings, resume="never")).resume()
