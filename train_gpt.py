@@ -3498,14 +3498,16 @@ class Branches:
         """A step for each document by itself, on the mean of its piece's nats (n, L)."""
         nats.mean(dim=1).sum().backward()
         self.steps += 1
-        weight = 1 - BRANCH_BETA2**self.steps
-        with torch.no_grad():
-            for matrix, square in zip(self.matrices, self.squares, strict=True):
-                mean = matrix.grad.square().mean(dim=(1, 2), keepdim=True)
-                square.lerp_(mean, 1 - BRANCH_BETA2)
-                usual = (square / weight).sqrt() + 1e-10
-                matrix.mul_(self.kept).sub_(self.rate * (matrix.grad / usual))
-                matrix.grad = None
+        for matrix, square in zip(self.matrices, self.squares, strict=True):
+            self.move(matrix, square, matrix.grad)
+
+    @torch.no_grad()
+    def move(self, matrix: Tensor, square: Tensor, direction: Tensor):
+        """A matrix's step in a direction, its gradient, by the usual length of gradients."""
+        square.lerp_(matrix.grad.square().mean(dim=(1, 2), keepdim=True), 1 - BRANCH_BETA2)
+        usual = (square / (1 - BRANCH_BETA2**self.steps)).sqrt() + 1e-10
+        matrix.mul_(self.kept).sub_(self.rate * (direction / usual))
+        matrix.grad = None
 
 
 @contextmanager

@@ -93,26 +93,14 @@ class Branches(t.Branches):
         self.momentum = choice.momentum
         self.means = {}  # by the matrix, of its gradients
 
-    def learn(self, nats: Tensor) -> None:
-        """With momentum, by the mean of the gradients so far, later ones with more weight."""
-        if not self.momentum:
-            super().learn(nats)
-            return
-        nats.mean(dim=1).sum().backward()
-        self.steps += 1
-        for matrix, square in zip(self.matrices, self.squares, strict=True):
-            self.follow_mean(matrix, square)
-
     @torch.no_grad()
-    def follow_mean(self, matrix: Tensor, square: Tensor) -> None:
-        """A step of a matrix; square is the script's mean square of its gradients, as there."""
-        known = self.means.setdefault(matrix, torch.zeros_like(matrix))
-        known.lerp_(matrix.grad, 1 - self.momentum)
-        square.lerp_(matrix.grad.square().mean(dim=(1, 2), keepdim=True), 1 - t.BRANCH_BETA2)
-        usual = (square / (1 - t.BRANCH_BETA2**self.steps)).sqrt() + 1e-10
-        direction = known / (1 - self.momentum**self.steps)
-        matrix.mul_(self.kept).sub_(self.rate * (direction / usual))
-        matrix.grad = None
+    def move(self, matrix: Tensor, square: Tensor, direction: Tensor) -> None:
+        """With momentum, by the mean of the gradients so far, later ones with more weight."""
+        if self.momentum:
+            known = self.means.setdefault(matrix, torch.zeros_like(matrix))
+            known.lerp_(direction, 1 - self.momentum)
+            direction = known / (1 - self.momentum**self.steps)
+        super().move(matrix, square, direction)
 
 
 @torch.no_grad()
