@@ -342,6 +342,11 @@ class Settings:
         return self.ttt_enabled and (self.eval_mode == "documents" or self.ttt_epochs > 0)
 
     @property
+    def score_mode(self) -> str:
+        """How the final score is made, as its line says; "plain" is plain_score()'s way."""
+        return self.eval_mode + ("_ttt" if self.adapts else "")
+
+    @property
     def calibrates(self) -> bool:
         """Whether quantization reads text: nearest integers need none."""
         return self.quantizer not in ("round", "ternary")
@@ -5402,8 +5407,8 @@ class Trainer:
     def pace(self, seconds: float) -> dict[str, float]:
         """By the clock alone: speed, what is left of training, and about how long until the score.
 
-        The score takes the export, two passes in plain windows, and the evaluation, in which a
-        token costs a third of a step's unless it is trained on.
+        The score takes the export, two passes in plain windows or one, and the evaluation; a token
+        costs a third of a step's unless it is trained on.
         """
         s = self.settings
         progress = schedule_at(s, self.steps_done, seconds).progress
@@ -5415,7 +5420,7 @@ class Trainer:
             reads = s.train_seq_len / strides.get(s.eval_mode, s.train_seq_len)
             steps = reads / 3 if s.eval_mode == "documents" else s.ttt_epochs
             final = (reads / 3 + s.adapts * steps) * self.scored_tokens / rate
-            plain = 2 / 3 * self.scored_tokens / rate
+            plain = (1 if s.score_mode == "plain" else 2) / 3 * self.scored_tokens / rate
             rest = s.export_reserve_seconds + plain + min(final, s.eval_max_seconds)
             self.log.score_at = time.monotonic() + left + rest
             pace["seconds_to_score"] = round(left + rest, 1)
@@ -5477,9 +5482,9 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
     values |= {"val_loss": before.val_loss, "val_bpb": before.val_bpb, "bytes_total": total}
     values |= {"artifact_sha256": file_sha256(settings.artifact_path), "starts": trainer.starts}
     log(f"Total submission size int6+lzma: {total} bytes", "trained", **values)
-    quantized = score_quantized(settings, ranks, validation, log)
+    score_quantized(settings, ranks, validation, log)
     if settings.quantization_report:
-        quantization_report(trainer, quantized, before, score)
+        quantization_report(trainer, before, score)
     return values["artifact_sha256"]
 
 
@@ -5497,15 +5502,13 @@ def go_on_to_evaluation(unscored, settings, ranks, validation: ValidationSet, lo
     return unscored["trained"]["artifact_sha256"]
 
 
-def score_quantized(settings, ranks, validation: ValidationSet, log) -> Model:
-    """Logs the artifact's plain_score(), and returns its model."""
-    quantized, _ = load_model(settings.artifact_path, settings, set(), ranks)
-    after = plain_score(settings, ranks, validation, quantized, log=log)
-    report(log, "after_quantization", "plain", after)
-    if ranks.rank == 0:
+def score_quantized(settings, ranks, validation: ValidationSet, log):
+    """Logs the artifact's plain_score(); where the final one is that, evaluate_artifact() does."""
+    if settings.score_mode != "plain":
+        quantized, _ = load_model(settings.artifact_path, settings, set(), ranks)
+        after = plain_score(settings, ranks, validation, quantized, log=log)
         plain = replace(settings, eval_mode="plain", ttt_enabled=False)
-        log.record("after_quantization_profile", **profile(plain, validation, after))
-    return quantized
+        report(log, "after_quantization", plain, validation, after)
 
 
 def code_bytes() -> int:
@@ -5598,10 +5601,11 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
     return solvers
 
 
-def quantization_report(trainer, quantized, before: Score, score):
+def quantization_report(trainer, before: Score, score):
     """Logs the BPB that each kind of layer loses if it alone is quantized, by score(model)."""
-    model = trainer.model
-    with trainer.weights_of(trainer.settings.quantizer == "ternary"):
+    model, s = trainer.model, trainer.settings
+    quantized, _ = load_model(s.artifact_path, s, set(), trainer.ranks)
+    with trainer.weights_of(s.quantizer == "ternary"):
         floats = {name: p.clone() for name, p in model.state_dict().items()}
     lost = {}
     for kind in KINDS.values():
@@ -5611,11 +5615,12 @@ def quantization_report(trainer, quantized, before: Score, score):
     trainer.log(f"BPB lost by quantization: {lost}", "quantization_loss", bpb_by_kind=lost)
 
 
-def evaluate_artifact(settings, given, ranks, validation, log, written="", attempt=1):
-    """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS: how often that was begun is logged.
+def evaluate_artifact(settings, given, ranks, validation, log, written, unscored):
+    """Loads ARTIFACT and scores it within EVAL_MAX_SECONDS; unscored: find_unscored().
 
     Raises UserError if that takes longer, or if the file is not the one that this run has written.
     """
+    attempt = 1 + unscored.get("evaluation", {}).get("attempt", 0)
     started = time.perf_counter()
     found = file_sha256(settings.artifact_path)
     same = written in ("", found)
@@ -5628,27 +5633,28 @@ def evaluate_artifact(settings, given, ranks, validation, log, written="", attem
     took = f"evaluation took {score.seconds:.1f}s of {s.eval_max_seconds:g}s"
     lost = "documents learnt in part" if s.eval_mode == "documents" else "epochs given up"
     log(f"{took}; {score.epochs_given_up} {lost}")
+    if s.score_mode == "plain" and not s.eval_only and "after_quantization" not in unscored:
+        report(log, "after_quantization", s, validation, score)  # one score, not the same twice
     late = f"no score in EVAL_MAX_SECONDS={s.eval_max_seconds}: raise it, or change EVAL_MODE"
     need(ranks.from_main(score.seconds <= s.eval_max_seconds), late)
-    label = s.eval_mode + ("_ttt" if s.adapts else "")
     try:
         if s.eval_nll_path and ranks.rank == 0:
             content = io.BytesIO()
             np.save(content, score.nats)
             write_whole(Path(s.eval_nll_path), content.getbuffer())
     finally:  # last: a run killed before is scored again
-        report(log, "final", label, score, artifact_sha256=found)
-    if ranks.rank == 0:
-        log.record("final_profile", **profile(s, validation, score))
+        report(log, "final", s, validation, score, artifact_sha256=found)
 
 
-def report(log, event: str, label: str, score: Score, **more):
-    """Logs an artifact's score in the form in which the contest wants it, to eight digits."""
+def report(log, event: str, settings, validation: ValidationSet, score: Score, **more):
+    """Logs an artifact's score as the contest wants it, to eight digits, and its profile()."""
     figures = {"val_loss": score.val_loss, "val_bpb": score.val_bpb}
     text = " ".join(f"{name}:{value:.8f}" for name, value in figures.items())
-    more |= {"mode": label, "evaluation_seconds": round(score.seconds, 3)}
+    more |= {"mode": settings.score_mode, "evaluation_seconds": round(score.seconds, 3)}
     more["epochs_given_up"] = score.epochs_given_up
-    log(f"final_int6_lzma_{label}_exact {text}", event, **figures, **more)
+    log(f"final_int6_lzma_{settings.score_mode}_exact {text}", event, **figures, **more)
+    if log.files:  # of rank 0
+        log.record(f"{event}_profile", **profile(settings, validation, score))
 
 
 def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], log):
@@ -5705,8 +5711,7 @@ def main(log):
         if prompt:
             sample_text(settings, given, ranks, tokenizer, prompt, log)
         if validation is not None:
-            attempt = 1 + unscored.get("evaluation", {}).get("attempt", 0)
-            evaluate_artifact(settings, given, ranks, validation, log, written, attempt)
+            evaluate_artifact(settings, given, ranks, validation, log, written, unscored)
         else:
             log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
         for path in () if settings.eval_only else settings.checkpoint_paths:

@@ -81,7 +81,7 @@ PHASES = {
     "GPTQ": {},
     "packing": {},
     "artifact": {},
-    "score after": {},
+    "score after": {"eval_mode": "sliding"},  # else it is the evaluation itself
     "sample": {"sample_prompt": "The", "sample_tokens": 8},
     **EVALUATIONS,
     f"{ALONE}evaluation, plain": {},

@@ -4,12 +4,14 @@ that is finished is not written over.
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train_gpt as t
@@ -22,6 +24,8 @@ from tests.support import (
     run_here,
 )
 from tools import contradictions, logs
+from tools.report.sections import whole_time
+from tools.runs import read_run
 
 # The last step's checkpoint alone, so that what would be trained again is counted.
 QUICK = {"checkpoint_every": 0, "eval_mode": "plain", "ttt_enabled": False}
@@ -87,12 +91,20 @@ def undisturbed(shards, tmp_path_factory) -> Path:
 # ---- An interrupted evaluation -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("phase", "attempts"), [("final", [1, 2, 3]), ("after quantization", [1])])
+@pytest.mark.parametrize(
+    ("mode", "phase", "attempts"),
+    [
+        ("plain", "final", [1, 2, 3]),
+        ("plain", "after quantization", [1, 2]),  # the same
+        ("sliding", "final", [1, 2, 3]),
+        ("sliding", "after quantization", [1]),
+    ],
+)
 def test_an_interrupted_evaluation_starts_over_and_nothing_is_trained(
-    monkeypatch, shards, tmp_path, undisturbed, phase, attempts
+    monkeypatch, shards, tmp_path, undisturbed, mode, phase, attempts
 ):
     """Without a checkpoint, too; and its logs are those of one run, of one mind."""
-    environment = environment_of(shards, tmp_path)
+    environment = environment_of(shards, tmp_path, eval_mode=mode)
     kill_in(phase, environment)
     artifact = tmp_path / "a.int6.lzma"
     written = artifact.stat().st_mtime_ns
@@ -106,9 +118,9 @@ def test_an_interrupted_evaluation_starts_over_and_nothing_is_trained(
     assert artifact.read_bytes() == (undisturbed / "a.int6.lzma").read_bytes()
     assert [record["attempt"] for record in records(tmp_path, "evaluation")] == attempts
     assert counts(tmp_path, "ready", "trained", "after_quantization", "final") == [1, 1, 1, 1]
-    assert (
-        records(tmp_path, "final")[0]["val_loss"] == (records(undisturbed, "final")[0]["val_loss"])
-    )
+    plain = "final" if mode == "plain" else "after_quantization"
+    (score,) = records(undisturbed, "final")
+    assert records(tmp_path, plain)[0]["val_loss"] == score["val_loss"]
     events = logs.finished_run(tmp_path / "a.jsonl")
     assert events["trained"]["steps"] == 4
     both = contradictions.read_logs(tmp_path / "a.txt")
@@ -117,6 +129,50 @@ def test_an_interrupted_evaluation_starts_over_and_nothing_is_trained(
     assert logs.attempts_at_evaluation(both.records) == len(attempts)
     assert 0 <= logs.seconds_to_score(both.records) < 60
     assert not both.earlier
+
+
+@pytest.mark.parametrize(("adapting", "scores"), [(False, 2), (True, 3)])
+def test_a_final_score_in_plain_windows_is_made_once_and_told_as_both(
+    monkeypatch, shards, tmp_path, adapting, scores
+):
+    """It is the one after quantization, unless the weights adapt."""
+    evaluate, made = t.Evaluator.evaluate, []
+
+    def counted(evaluator, started=None):
+        made.append(evaluator.settings.adapts)
+        return evaluate(evaluator, started)
+
+    monkeypatch.setattr(t.Evaluator, "evaluate", counted)
+    changes = {"ttt_enabled": adapting, "eval_nll_path": str(tmp_path / "nats.npy")}
+    assert run_here(monkeypatch, environment_of(shards, tmp_path, **changes)) == 0
+    assert (len(made), made[-1]) == (scores, adapting)
+    events = logs.finished_run(tmp_path / "a.jsonl")
+    first, last = events["after_quantization"], events["final"]
+    same = all(first[name] == last[name] for name in ("val_loss", "val_bpb", "evaluation_seconds"))
+    assert same == (not adapting)
+    tables = [events[f"{event}_profile"]["window_position"] for event in (first["event"], "final")]
+    assert (tables[0] == tables[1]) == same
+    nats = np.load(tmp_path / "nats.npy")
+    assert nats.mean(dtype=np.float64) == pytest.approx(last["val_loss"], abs=1e-7)
+    both = contradictions.read_logs(tmp_path / "a.txt")
+    assert contradictions.contradictions(both, tmp_path / "a.int6.lzma") == []
+    assert contradictions.unprinted(both) == []
+    told = str(whole_time(read_run(tmp_path / "a.jsonl")))
+    assert ("score after quantization" in told) == adapting
+    assert "-" not in re.sub(r"<[^>]*>", "", told)  # no phase of less than no time
+
+
+def test_a_late_score_in_plain_windows_is_told_once_too(monkeypatch, capsys, shards, tmp_path):
+    """As the one after quantization, which no clock ends; EVAL_ONLY=1 tells of the final one."""
+    late = environment_of(shards, tmp_path, eval_max_seconds=1e-6)
+    assert "no score in EVAL_MAX_SECONDS" in mistake(monkeypatch, capsys, late)
+    assert counts(tmp_path, "after_quantization", "final") == [1, 0]
+    with nothing_is_trained():
+        assert run_here(monkeypatch, environment_of(shards, tmp_path)) == 0
+    assert counts(tmp_path, "after_quantization", "final") == [1, 1]
+    again = score_again(monkeypatch, tmp_path, RUN_ID="a")
+    assert "after_quantization" not in again
+    assert again["final"]["val_loss"] == records(tmp_path, "final")[0]["val_loss"]
 
 
 def test_an_evaluation_that_was_too_long_is_tried_in_another_mode(

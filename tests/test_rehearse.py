@@ -116,6 +116,9 @@ def test_without_a_clock_an_export_may_take_its_time():
     parts = "30 s to start, 453 of training and GPTQ, "
     parts += "3 × 100 to score before and after quantization and in the end, 200 to adapt"
     assert lines[-1] == f"in all: about 16.4 minutes ({parts})"
+    plain = {"eval_mode": "plain", "ttt_enabled": False, "max_wallclock_seconds": 0.0}
+    once = FINE.describe(t.Settings(**plain, iterations=10_000), 10**11, 10**11)
+    assert "2 × 100 to score before and after quantization, 200 to adapt" in once[-1]
     ends_early = FINE.describe(t.Settings(iterations=1000), 10**11, 10**11)  # before its clock
     assert "30 s to start, 48 of training and GPTQ, " in ends_early[-1]
     by_the_clock = FINE.describe(t.Settings(), 10**11, 10**11)

@@ -151,11 +151,14 @@ class Needs(NamedTuple):
         reserve = s.export_reserve_seconds
         evaluation = f"{self.scoring_seconds:.0f} s to score, {self.adapting_seconds:.0f} to adapt"
         # Before and after quantization the text is scored, too, in plain windows and off the
-        # clocks: no slower than this.
-        total = self.start_seconds + training + 3 * self.scoring_seconds + self.adapting_seconds
+        # clocks: no slower than this. The final score may be the one after quantization.
+        times = 2 if s.score_mode == "plain" else 3
+        scoring = times * self.scoring_seconds
+        total = self.start_seconds + training + scoring + self.adapting_seconds
         parts = f"{self.start_seconds:.0f} s to start, {training:.0f} of training and GPTQ, "
-        parts += f"3 × {self.scoring_seconds:.0f} to score before and after quantization and in "
-        parts += f"the end, {self.adapting_seconds:.0f} to adapt"
+        parts += f"{times} × {self.scoring_seconds:.0f} to score before and after quantization"
+        parts += " and in the end" if times == 3 else ""
+        parts += f", {self.adapting_seconds:.0f} to adapt"
         return [
             f"start: {self.start_seconds:.0f} s; {self.again_seconds:.0f} s once it is compiled",
             f"steps: {self.step_ms:.1f} ms each",

@@ -9,6 +9,7 @@ compares them with the log. Nothing is judged here but lengths against limits: t
 tools/package.py judge.
 """
 
+import math
 import re
 from collections.abc import Callable
 
@@ -196,6 +197,9 @@ def whole_time(run: Run) -> Html:
     A run that only scored, or has not come to its end, has fewer of them.
     """
     ends = {event: run.events[event]["seconds"] for event in PHASES if event in run.events}
+    # A score after quantization that the evaluation told as well took no time of its own.
+    begun = run.events.get("evaluation", {}).get("seconds", math.inf)
+    ends = {event: end for event, end in ends.items() if end <= begun or event == "final"}
     if not ends:
         return Html("")
     began = 0.0
