@@ -389,8 +389,8 @@ TINY = PLAIN | {
     "mamba_layers": "0,1,3", "model_dim": 128, "num_heads": 4, "num_kv_heads": 2,
     "mamba_d_state": 32, "mamba_head_dim": 32, "bigram_vocab_size": 1024, "bigram_dim": 64,
     "max_wallclock_seconds": 120.0, "export_reserve_seconds": 12.0, "warmup_steps": 1,
-    "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384,
-    "sdclip_k": 5.0, "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096,
+    "train_log_every": 20, "tied_embed_lr": 0.015, "calibration_tokens": 16_384, "sdclip_k": 5.0,
+    "eval_stride": 64, "val_batch_size": 8192, "ttt_chunk_tokens": 4096,
 }  # fmt: skip
 
 # Defaults that PRESET changes. Variables of the environment go before them.
@@ -4324,10 +4324,10 @@ def read_header(line: bytes | str, usual: dict) -> dict:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
-    header = {n: value for n, value in header.items() if n in usual or what_holds(n, value)}
+    header = {n: value for n, value in header.items() if what_holds(n, value)}
     unknown = sorted(header.keys() - usual)
     if unknown:
-        names = f"{ascii(unknown[:3])[:99]} ({what_holds(unknown[0], header[unknown[0]])})"
+        names = f"{ascii(unknown[:3])[:99]} ({what_holds(unknown[0], None)})"
         raise OtherVersionError(f"its header has settings that this script lacks: {names}")
     header = {name: FORMER_DEFAULTS[name] for name in usual if name in FORMER_DEFAULTS} | header
     lacking = sorted(usual.keys() - header)
@@ -4786,12 +4786,12 @@ def find_settings(settings) -> tuple[Path | None, dict, str]:
             preset = theirs.get("preset", "default")
             need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
             same = events["settings"].get("script_sha256") == file_sha256(__file__)
-            # Of what this script lacks, the evaluation's: what others did, the artifact has.
-            gone = {n: what_holds(n, x) for n, x in logged.items() if n not in FIELDS}
-            gone = {n: fact for n, fact in gone.items() if fact and n.startswith(("eval_", "ttt_"))}
-            had = " ".join(f"{n.upper()}={shown(logged[n])} ({fact})" for n, fact in gone.items())
             words = str(path) if same else f"{path}, of another train_gpt.py"
-            return path, theirs, words + (f", which had {had}" if had else "")
+            for name in sorted(logged.keys() - FIELDS):
+                fact = what_holds(name, logged[name])
+                if fact and name.startswith(("eval_", "ttt_")):  # the artifact has what others did
+                    words += f", which had {name.upper()}={shown(logged[name])} ({fact})"
+            return path, theirs, words
     return None, {}, ""
 
 
@@ -5800,6 +5800,12 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
     log(f"validation text: {text.format(**counts)}", "validation_data", **counts)
     log_hashes(settings, training, shards, log, main)
+    lacking = [] if counts["documents"] else ["validation"]
+    sample = np.frombuffer(b"".join(shard.sample for shard in training), "<u2")
+    lacking += ["training"] if training and BOS_ID not in sample else []
+    if lacking and (settings.document_reset or settings.eval_mode == "documents"):
+        remedy = "put it before each document, or set DOCUMENT_RESET=0 EVAL_MODE=sliding"
+        log(f"warning: no BOS ({BOS_ID}) in the {' and '.join(lacking)} shards: {remedy}")
     return validation
 
 
@@ -8319,7 +8325,7 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
         instead = what_holds(name, environment[name])
         said = f"{name}={shown(environment[name])}"
         need(not instead, f"{said} cannot be set: {instead}")
-        lines.append(f"{said} sets nothing: {REFUSED[name][1]}")
+        lines.append(f"{said} sets nothing: {what_holds(name, None)}")
     for name in sorted(environment.keys() & ALIASES.keys()):
         ours, convert = ALIASES[name]
         value = convert(environment, settings) if convert else environment[name]

@@ -433,6 +433,42 @@ def test_text_that_was_encoded_in_pieces_is_refused_where_pairs_are_masked(sampl
         t.load_validation(settings, tokenizer)
 
 
+@pytest.mark.parametrize("lacking", [(), ("train",), ("val",), ("train", "val")], ids="+".join)
+def test_text_without_bos_is_told_in_a_line_where_documents_count(shards, tmp_path, lacking):
+    """And nowhere else; a shard of a text may hold none, or no token."""
+    for path in shards.glob("*.bin"):
+        tokens = t.Shard(path).read()
+        kept = tokens[tokens != t.BOS_ID] if any(f"_{x}_" in path.name for x in lacking) else tokens
+        write_shard(tmp_path / path.name, kept)
+        if "_train_" in path.name:
+            write_shard(tmp_path / path.name.replace("words", "more"), kept[kept != t.BOS_ID])
+            write_shard(tmp_path / path.name.replace("words", "none"), [])
+    named = {"tokenizer_path": str(shards / "tokenizer.model"), "data_path": str(tmp_path)}
+    tokenizer = t.Tokenizer(named["tokenizer_path"], 512)
+    training = t.open_shards(str(tmp_path), "train")
+    changes = [
+        {"document_reset": True, "eval_mode": "sliding"},
+        {"document_reset": False, "eval_mode": "documents"},
+        {"document_reset": False, "eval_mode": "sliding"},
+    ]
+    names = {"train": "training", "val": "validation"}
+    told = " and ".join(names[x] for x in sorted(lacking, reverse=True))
+    said = []
+
+    def log(line: str, *_, **__):
+        said.append(line)
+
+    for number, change in enumerate(changes):
+        settings = tiny(**named, **change)
+        for opened in (training, []):  # none: as EVAL_ONLY has it
+            said.clear()
+            t.text_to_score(settings, tokenizer, [], opened, log)
+            found = [line for line in said if "no BOS" in line]
+            expected = told if opened else "validation" * ("val" in lacking)
+            assert len(found) == (number < 2 and bool(expected))
+            assert not found or f"no BOS (1) in the {expected} shards: put it" in found[0]
+
+
 def test_a_space_that_is_spelt_by_bytes_is_found(byte_tokenizer, tmp_path):
     """Such a tokenizer agrees with itself: its tokens come back, and as text they have as many
     bytes as are counted, for decoding gives the sign ▁ for a space.
