@@ -5,8 +5,10 @@ finished runs, and what is printed, with the weights unknown and with those of a
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,24 +208,75 @@ def test_an_artifacts_own_weights_tell_its_size(dry):
     assert sizes[9.0] < 0.9 * size
 
 
-def test_a_checkpoints_own_weights_tell_the_size_of_what_it_would_export(dry, monkeypatch):
-    """Those of its average, which lie closer together than Gaussian ones, or wider."""
-    path = FOLDER / "b6028ee.checkpoint"
+def checkpoint_environment(path: Path, **changes) -> dict[str, str]:
+    """Variables of the run that wrote the older checkpoint, with changes."""
     header, _ = t.read_sealed(
         path, "checkpoint", t.CHECKPOINT_MAGIC, t.MOST_BYTES, t.Trainer.header(former_trainer())
     )
     values = {name: header[name] for name in t.TRAINING_FIELDS}
-    environment = tiny_environment(**values | {"resume": path, "sdclip_k": 6.5})
+    environment = tiny_environment(**values | {"sdclip_k": 6.5} | changes)
     del environment["PRESET"]
     tied = "TIED_EMBED_LR" if values["tie_embeddings"] else "EMBED_LR HEAD_LR"
     for idle in {"TIED_EMBED_LR", "EMBED_LR", "HEAD_LR"} - set(tied.split()):
         del environment[idle]
+    return environment
+
+
+def test_a_checkpoints_own_weights_tell_the_size_of_what_it_would_export(dry):
+    """Those of its average, which lie closer together than Gaussian ones, or wider."""
+    path = FOLDER / "b6028ee.checkpoint"
+    environment = checkpoint_environment(path, resume=path)
     said = dry(environment)
     assert f"the weights in {path}, after 3 steps" in said
     own = artifact_bytes(said)[6.5]
     unknown = artifact_bytes(dry(environment | {"RESUME": "auto"}))[6.5]
     assert own != unknown
     assert own == pytest.approx(unknown, rel=0.1)
+
+
+def test_a_runs_own_checkpoint_is_taken_up_or_refused_before_a_pod_is_paid_for(dry, tmp_path):
+    """As by the run, of which nothing is touched; an unusable one is told and left out."""
+    older = FOLDER / "b6028ee.checkpoint"
+    path = tmp_path / "a.checkpoint"
+    run = checkpoint_environment(older, run_id="a", log_dir=tmp_path)
+    assert f"start: RUN_ID=a has no checkpoint in LOG_DIR={tmp_path}\n" in dry(run)
+    shutil.copy(older, path)
+    said = dry(run)
+    assert said.startswith(f"a run would go on: resumed {path}: step 3, 1.2s\n")
+    assert "sizes by the weights in that checkpoint, after 3 steps" in said
+    with pytest.raises(t.UserError, match=f"{path} has SEED=.*, not 77; RESUME=never starts anew"):
+        dry(run | {"SEED": "77"})
+    for fresh in ({"RESUME": "never"}, {"RUN_ID": "b"}, {"RUN_ID": ""}):
+        said = dry(run | {"SEED": "77"} | fresh)
+        assert "what finished runs' weights took" in said
+        assert ("RUN_ID=b has no checkpoint" in said) == (fresh == {"RUN_ID": "b"})
+    path.write_bytes(older.read_bytes()[:-1])
+    said = dry(run)
+    assert said.startswith(f"warning: {path} is not a usable checkpoint")
+    assert "what finished runs' weights took" in said
+
+
+def test_a_run_that_is_trained_or_has_its_score_is_told_and_keeps_its_files(dry, tmp_path):
+    path = tmp_path / "a.checkpoint"
+    shutil.copy(FOLDER / "b6028ee.checkpoint", path)
+    run = checkpoint_environment(path, run_id="a", log_dir=tmp_path)
+    (tmp_path / "a.int6.lzma").write_bytes(b"x")
+    settings, _ = t.read_settings(run)
+    records = [
+        {"event": "settings", "settings": dataclasses.asdict(settings)},
+        {"event": "ready"},
+        {"event": "trained", "artifact_sha256": t.file_sha256(tmp_path / "a.int6.lzma")},
+        {"event": "final"},
+    ]
+    log = tmp_path / "a.jsonl"
+    log.write_text("".join(f"{json.dumps(record)}\n" for record in records[:3]))
+    assert "a.int6.lzma is trained and has no score: a run only scores it\n" in dry(run)
+    assert "start: OVERWRITE=1 trains RUN_ID=a anew\n" in dry(run | {"OVERWRITE": "1"})
+    log.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    with pytest.raises(t.UserError, match="RUN_ID=a is finished, .* has its score"):
+        dry(run)
+    assert "start: OVERWRITE=1 trains RUN_ID=a anew\n" in dry(run | {"OVERWRITE": "1"})
+    assert path.exists()
 
 
 @pytest.mark.parametrize("what", ["resume", "artifact"])

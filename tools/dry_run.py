@@ -7,8 +7,10 @@
 Settings are the environment's, as for a run. No GPU is used and no data are needed; the model takes
 no memory. The artifact's size is that of Gaussian weights, corrected by a small table that
 `python -m tools.fit_bytes` fits to this repository's logs and artifacts; with ARTIFACT=FILE or
-RESUME=FILE it is that of the weights in that file. What a run would refuse before it opens its
-data is refused here, too, below the figures, and so is an artifact that would be too large.
+RESUME=FILE, or where RUN_ID has a checkpoint, it is that of the weights in that file. A checkpoint
+is taken up or refused as by a run, which alone compares the data, and a RUN_ID that has its score
+is refused. What else a run would refuse before it opens its data is refused here, too, below the
+figures, and so is an artifact that would be too large.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import dataclasses
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -78,13 +81,35 @@ def in_bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def quiet(line: str, *_, **__) -> None:
+def quiet(line: str, event: str = "", *_, **__) -> None:
     """A run's log without files: its lines are printed, its records are not kept."""
-    print(line)
+    print(f"a run would go on: {line}" if event == "resumed" else line)
 
 
-def weights_at_hand(settings: t.Settings, given: set[str]) -> tuple[t.Model, str]:
-    """ARTIFACT's model, the one that RESUME=FILE would export, or a skeleton; and what it is."""
+def describe_start(settings: t.Settings) -> tuple[bool, str]:
+    """Whether a run would look into checkpoints; if not, what its RUN_ID would begin with, or "".
+
+    Raises UserError for a run that has its score. Of what a run takes away before it trains anew,
+    nothing is touched.
+    """
+    s = settings
+    if s.eval_only:
+        return False, ""
+    t.find_unscored(dataclasses.replace(s, resume="never"))  # which takes no checkpoint away
+    if s.resume != "auto":
+        return s.resume != "never", ""
+    done = {"trained", "final"} & t.last_records(Path(s.log_dir, f"{s.run_id}.jsonl")).keys()
+    if done and s.overwrite:
+        return False, f"start: OVERWRITE=1 trains RUN_ID={s.run_id} anew"
+    if t.find_unscored(s):
+        return False, f"start: {s.artifact_path} is trained and has no score: a run only scores it"
+    found = any(path.exists() for path in s.checkpoint_paths)
+    nothing = f"start: RUN_ID={s.run_id} has no checkpoint in LOG_DIR={s.log_dir}"
+    return found, nothing if s.run_id and not found else ""
+
+
+def weights_at_hand(settings: t.Settings, given: set[str], goes_on: bool) -> tuple[t.Model, str]:
+    """ARTIFACT's model, the one that a checkpoint would export, or a skeleton; and what it is."""
     here = t.Ranks(0, 1, torch.device("cpu"))
     # Which kernels the run takes is said of its machine; here they need not exist.
     kernels = {name: getattr(settings, name) for name in BY_THE_MACHINE}
@@ -94,16 +119,20 @@ def weights_at_hand(settings: t.Settings, given: set[str]) -> tuple[t.Model, str
         model.settings = dataclasses.replace(model.settings, **kernels)
         size = settings.artifact_path.stat().st_size
         return model, f"the weights in {settings.artifact}, a file of {size:,} bytes"
-    if settings.resume in ("auto", "never"):
-        return t.model_skeleton(settings), "what finished runs' weights took"
+    unknown = "what finished runs' weights took"
+    if not goes_on:
+        return t.model_skeleton(settings), unknown
     # What export() would find: the average, without what tokens spelt alike share.
     model = t.build_model(anywhere, here)
     trainer = t.Trainer(model, anywhere, here, settings.train_seq_len, 0, quiet)
     trainer.resume()
+    if trainer.starts == 1:  # no file was usable
+        return t.model_skeleton(settings), unknown
     trainer.average.apply()
     t.fold_spelling(model)
     model.settings = settings
-    return model, f"the weights in {settings.resume}, after {trainer.steps_done:,} steps"
+    source = "that checkpoint" if settings.resume == "auto" else settings.resume
+    return model, f"the weights in {source}, after {trainer.steps_done:,} steps"
 
 
 def describe_choices(settings: t.Settings, given: set[str]) -> list[str]:
@@ -302,9 +331,11 @@ def dry_run(arguments: list[str] | None = None) -> int:
     # An absent GPU is a device that nothing is put on.
     device = torch.device("cuda") if options.gpu_memory else t.choose_device(settings, 0)
     memory = 1e9 * options.gpu_memory if options.gpu_memory else t.device_memory(device)
-    model, weights = weights_at_hand(settings, given)
+    goes_on, start = describe_start(settings)
+    model, weights = weights_at_hand(settings, given, goes_on)
     target = int(settings.target_mb * 1e6) - t.code_bytes()
-    lines = [*describe_choices(settings, given), "", *describe_layers(model), ""]
+    lines = [start] if start else []
+    lines += [*describe_choices(settings, given), "", *describe_layers(model), ""]
     known = not model.embedding.weight.is_meta  # a skeleton's are
     lines += [f"sizes by {weights}:", *describe_size(model, target, options.k, known), ""]
     lines += describe_memory(model, t.Ranks(0, world_size, device), memory)
