@@ -396,22 +396,17 @@ TINY = PLAIN | {
 # Defaults that PRESET changes. Variables of the environment go before them.
 PRESETS = {
     "default": {},
-    "short": {
-        "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
+    "short": {"train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
         "export_reserve_seconds": 5.0, "eval_max_seconds": 180.0},
-    "peer7": PLAIN | {
-        "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
+    "peer7": PLAIN | {"train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
         "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0},
-    "nemotron_hinge": PLAIN | {
-        "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7",
-        "recur_start": 0.0, "train_seq_len": 4096},
+    "nemotron_hinge": PLAIN | {"num_layers": 8, "mamba_layers": "0-3,5-7",
+        "layer_order": "0-4,3,4,3-7", "recur_start": 0.0, "train_seq_len": 4096},
     "hybrid11": HYBRID11,
-    "hybrid18": HYBRID11 | {
-        "num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14",
+    "hybrid18": HYBRID11 | {"num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14",
         "mamba_d_state": 32, "mamba_expand": 1.5, "bigram_vocab_size": 2048, "target_mb": 15.9},
     "tiny": TINY,
-    "laptop": TINY | {
-        "num_layers": 5, "mamba_layers": "0,1,3,4", "model_dim": 192, "num_heads": 6,
+    "laptop": TINY | {"num_layers": 5, "mamba_layers": "0,1,3,4", "model_dim": 192, "num_heads": 6,
         "num_kv_heads": 3, "max_wallclock_seconds": 450.0, "export_reserve_seconds": 20.0,
         "eval_max_seconds": 150.0, "eval_stride": 128, "iterations": 3000},
 }  # fmt: skip
@@ -4471,7 +4466,9 @@ def unpack_artifact(payload: bytes, skeleton: Model) -> dict[str, Tensor]:
         numbers = torch.tensor(record[name].astype(np.float32))
         if name in integers:
             row_steps, column_steps = numbers.split(p.shape)
-            points = trellis_points(integers[name], states) if states else integers[name]
+            points = integers[name]
+            if states:
+                points = trellis_points(points, states)
             numbers = points * row_steps[:, None] * column_steps
         parameters[name] = numbers
     return parameters
@@ -4787,7 +4784,7 @@ def find_settings(settings) -> tuple[Path | None, dict, str]:
             need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
             same = events["settings"].get("script_sha256") == file_sha256(__file__)
             words = str(path) if same else f"{path}, of another train_gpt.py"
-            for name in sorted(logged.keys() - FIELDS):
+            for name in (name for name in logged if name not in FIELDS):
                 fact = what_holds(name, logged[name])
                 if fact and name.startswith(("eval_", "ttt_")):  # the artifact has what others did
                     words += f", which had {name.upper()}={shown(logged[name])} ({fact})"
@@ -5714,8 +5711,9 @@ def main(log):
             evaluate_artifact(settings, given, ranks, validation, log, written, unscored)
         else:
             log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
-        for path in () if settings.eval_only else settings.checkpoint_paths:
-            path.unlink(missing_ok=True)  # the run has its score
+        if not settings.eval_only:  # the run has its score
+            for path in settings.checkpoint_paths:
+                path.unlink(missing_ok=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -5752,14 +5750,15 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
         need(launch != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
         return f"{launch}-{s.preset}-{s.seed}"
     launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.preset}-{s.seed}"
-    name, number = launch, itertools.count(2)
+    name, number = launch, 1
     while True:
         path = Path(s.log_dir, f"{log_name(replace(s, run_id=name))}.txt")
         with explained_errors(f"write {path}"), suppress(FileExistsError):  # of the same second
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
             return name
-        name = f"{launch}-{next(number)}"
+        number += 1
+        name = f"{launch}-{number}"
 
 
 def check_outputs(settings):

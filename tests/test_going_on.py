@@ -506,9 +506,8 @@ def test_a_log_switches_off_no_check_and_no_clock(monkeypatch, capsys, scored, t
     changes += [(t.file_sha256(t.__file__), "0" * 64)]
     environment = edited_log(scored, tmp_path, *changes)
     assert run_here(monkeypatch, environment | {"ITERATIONS": "5"}) == 0
-    told = "of another train_gpt.py, which had EVAL_X=1 (another version's)"
-    told += ", which had TTT_LORA_ALPHA=57.6"
-    told += f" ({t.REFUSED['TTT_LORA_ALPHA'][1]})"
+    told = "of another train_gpt.py, which had TTT_LORA_ALPHA=57.6"
+    told += f" ({t.REFUSED['TTT_LORA_ALPHA'][1]}), which had EVAL_X=1 (another version's)"
     told += "; but EVAL_MAX_SECONDS=600.0 (there 1000000000000.0)\n"
     said = f"settings from {tmp_path / 'a.jsonl'}, {told}"
     assert said in capsys.readouterr().out
