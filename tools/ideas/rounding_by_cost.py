@@ -98,7 +98,7 @@ def table_costs(model, batches: list[Tensor], ranks) -> dict[str, dict[str, Tens
             gradients = torch.autograd.grad(nats, [output for *_, output in seen])
             for (name, indices, _), gradient in zip(seen, gradients, strict=True):
                 squares = 2 * gradient.float().square().mean(-1).flatten()
-                lookups[name].index_add_(0, indices.flatten(), squares)
+                lookups[name].index_add_(0, indices.flatten(), squares.to(lookups[name].dtype))
             seen.clear()
     tokens = sum(batch.numel() for batch in batches) * ranks.world_size
     found = {name: {"lookups": ranks.sum_(x.detach())} for name, x in lookups.items()}
