@@ -2124,6 +2124,7 @@ class Model(nn.Module):
         pairs = packed_pairs(s.tokenizer_path, s.vocab_size) if masked else None
         self.register_buffer("impossible", pairs, persistent=False)
         self.output_name = "embedding.weight" if s.tie_embeddings else "output_embedding.weight"
+        self.row_costs: dict[str, Tensor] = {}  # export's, of errors: find_row_costs()
         self.grid_factors: dict[str, Tensor] = {}  # export's, of grids: find_grid_factors()
         self.head_branch = None  # evaluation's, beside the output matrix: Branches
         self.to(device)
@@ -3682,13 +3683,14 @@ def trellis_points(integers: Tensor, states: int) -> Tensor:
     return points.view(-1, columns)[:rows]
 
 
-def round_by_trellis(column: Tensor, step: Tensor, limits: Tensor, states: int) -> Tensor:
+def round_by_trellis(column: Tensor, step: Tensor, limits: Tensor, states: int, weights=1.0):
     """The trellis_points() whose products with step err least, squared and summed over a column.
 
-    All are (..., rows, 1), float32; limits are odd, and bound the integers.
+    All are (..., rows, 1), float32; limits are odd, and bound the integers. A row's errors count
+    times its weight: a path errs in some rows so that it need not in others.
     """
     rows = column.shape[-2]
-    numbers = torch.stack([column / step, step, limits]).squeeze(-1)
+    numbers = torch.stack([column / step, step * weights, limits]).squeeze(-1)
     numbers = F.pad(numbers, (0, -rows % TRELLIS_ROWS)).view(3, -1, TRELLIS_ROWS)
     fused = triton and column.is_cuda and kernel_limits(column.device)[0] >= 80
     search = fused_trellis_search if fused else trellis_search
@@ -3919,29 +3921,41 @@ def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[d
 
 
 @torch.no_grad()
-def find_grid_factors(model, settings, solvers: dict, energies: dict) -> dict[str, Tensor]:
+def find_row_costs(model, solvers: dict, energies: dict) -> dict[str, Tensor]:
+    """c_i of each row in energies, float32 (rows, 1): what errors of its weights cost the text.
+
+    GPTQ leaves of an error e, made at column j's turn, e / U[j, j] in the layer's outputs, which
+    costs energy_i (e / U[j, j])². Column by column that is c_i e² in the mean,
+
+        c_i = energy_i · (mean over j of 1 / U[j, j]²),
+
+    energies of collect_costs(), U of gptq(). No row counts for less than LEAST_ENERGY.
+    """
+    costs = {}
+    for name, energy in energies.items():
+        _, upper, _ = solvers[name]
+        cost = energy * upper.diagonal().square().reciprocal().mean()
+        costs[name] = cost.clamp(min=LEAST_ENERGY * cost.mean() + 1e-12).unsqueeze(1)
+    return costs
+
+
+@torch.no_grad()
+def find_grid_factors(model, settings) -> dict[str, Tensor]:
     """What row steps are multiplied by so that bits go where errors cost most: float32 (rows, 1).
 
-    Rounding row i of a matrix with steps s_i costs about c_i s_i² a weight,
-
-        c_i = (mean of g_i²) · (mean over j of 1 / U[j, j]²),
-
-    g_i of collect_costs() and U of gptq(), which leaves of a column's error what U says. A
+    Rounding row i of a matrix with steps s_i costs about c_i s_i² a weight, c_i of row_costs. A
     weight takes -log s_i and a constant of bits. At a given sum of bits the sum of costs is least
     where all c_i s_i² are equal: factors f_i of the usual steps with f_i ~ c_i^(-1/2) / s_i. Of
     log f_i the part SDCLIP_BY_ROW is taken of what differs in a matrix, whose rows share a table of
     frequencies, and SDCLIP_BY_MATRIX of what is common to it, where the mean of c_i (f_i s_i)²
-    decides. Over all weights of these matrices, by names of energies, the mean log f_i is 0.
+    decides. Over all weights of these matrices the mean log f_i is 0.
     """
     limits = grid_limits(model)
     logs = {}
     total = numbers = 0
-    for name, energy in energies.items():
+    for name, cost in model.row_costs.items():
         weight = model.get_parameter(name)
         steps, _ = grid_steps(weight, limits[name], settings, SDCLIP_USUAL)
-        _, upper, _ = solvers[name]
-        left = upper.diagonal().square().reciprocal().mean()
-        cost = left * energy.clamp(min=LEAST_ENERGY * energy.mean() + 1e-12).unsqueeze(1)
         ratio = -cost.log() / 2 - steps.log()
         log = settings.sdclip_by_row * (ratio - ratio.mean())
         common = -(cost * (log.exp() * steps).square()).mean().log() / 2
@@ -3993,7 +4007,9 @@ def factor_hessians(hessians: dict[str, Tensor], damp: float, ranks) -> dict[str
 
 
 @torch.no_grad()
-def gptq(weight, scale, limits, order, upper, unused, block_size=128, trellis_states=0) -> Tensor:
+def gptq(
+    weight, scale, limits, order, upper, unused, weights=1.0, block_size=128, trellis_states=0
+) -> Tensor:
     """Integers Q with (Q · scale) x close to W x for the inputs x that made H (arXiv 2210.17323).
 
     weight W and scale are (..., rows, columns), limits (..., rows, 1), and Q, all float32; order,
@@ -4002,11 +4018,15 @@ def gptq(weight, scale, limits, order, upper, unused, block_size=128, trellis_st
         q = round(w_j / s_j),    e = (w_j - q s_j) / U[j, j],    W[:, j+1:] -= e U[j, j+1:],
 
     takes out of the columns to come, as well as they can, what rounding column j did to the
-    outputs. Columns after a block take its errors at once. A trellis rounds by round_by_trellis().
+    outputs. Columns after a block take its errors at once. A trellis rounds by round_by_trellis(),
+    its rows' errors times weights (..., rows, 1): where these are square roots of find_row_costs(),
+    a path is the one that costs least. By errors alone it would favour rows of large steps, which
+    are large because the least depends on them.
     """
     weight = weight.masked_fill(unused, 0.0).take_along_dim(order, -1)
     scale = scale.take_along_dim(order, -1)
-    rounding = partial(round_by_trellis, states=trellis_states) if trellis_states else round_to_grid
+    trellis = partial(round_by_trellis, states=trellis_states, weights=weights)
+    rounding = trellis if trellis_states else round_to_grid
     errors = torch.zeros_like(weight)
     columns = weight.shape[-1]
     for first in range(0, columns, block_size):
@@ -4039,7 +4059,9 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
         stored[name] = torch.cat([rows.squeeze(1), columns]).half()
         stored[f"{name} integers"] = torch.zeros_like(weight, dtype=torch.int8)
         solver = solvers.get(name) or factor_hessian(torch.eye(weight.shape[1]).to(weight))
-        problems[weight.shape][name] = weight, rows * columns, limits, *solver
+        costs = model.row_costs.get(name, torch.ones_like(rows))
+        weights = (costs / costs.mean()).sqrt()
+        problems[weight.shape][name] = weight, rows * columns, limits, *solver, weights
     for group in track([*problems.values()][ranks.rank :: ranks.world_size]):
         stacked = [torch.stack(tensors) for tensors in zip(*group.values(), strict=True)]
         options = settings.gptq_block_size, settings.trellis_states
@@ -5584,11 +5606,12 @@ def export(trainer, batches) -> dict:
 def calibrate(trainer, batches) -> dict[str, tuple]:
     """factor_hessian() of each matrix by CALIBRATION's text, with a line on it; none without GPTQ.
 
-    The model's grid_factors become those of this text, where a setting asks for them.
+    The model's row_costs and grid_factors become this text's, where a setting asks for them.
     """
     s = trainer.settings
     ranks = trainer.ranks
     model = trainer.model
+    model.row_costs = {}
     model.grid_factors = {}
     if not s.calibrates:
         return {}
@@ -5601,7 +5624,8 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
     times["pass"] = synchronized_time() - started - times["text"]
     solvers = factor_hessians(hessians, s.gptq_damp, ranks)
     if s.shares_bits:
-        model.grid_factors = find_grid_factors(model, s, solvers, energies)
+        model.row_costs = find_row_costs(model, solvers, energies)
+        model.grid_factors = find_grid_factors(model, s)
     times["factor"] = synchronized_time() - started - sum(times.values())
     tokens = sequences.numel() * ranks.world_size
     source = {"train": "training text", "self": "text that the model wrote"}[s.calibration]

@@ -189,7 +189,7 @@ def test_gptq_s_settings_reach_it(changes, monkeypatch):
     settings, gptq, seen = tiny(**changes), t.gptq, []
 
     def remember(*arguments):
-        seen.append(arguments[6:])
+        seen.append(arguments[7:])
         return gptq(*arguments)
 
     monkeypatch.setattr(t, "gptq", remember)

@@ -8,9 +8,18 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import SOLO, random_model, random_tokens, relative, run_ranks, tiny
+from tests.support import (
+    SOLO,
+    collect_factors,
+    random_model,
+    random_tokens,
+    relative,
+    run_ranks,
+    tiny,
+)
 from tests.support import with_settings as changed
 from tests.test_export import export_to
+from tests.test_trellis import entropy
 
 SHARED = {"sdclip_by_matrix": 1.0, "sdclip_by_row": 0.5}
 
@@ -35,7 +44,8 @@ def shared_model(settings: t.Settings, seed: int = 0, tokens=None) -> tuple[t.Mo
     tokens = random_tokens(32, 32, seed=seed) if tokens is None else tokens
     hessians, energies = t.collect_costs(model, tokens.split(8), SOLO, with_energies=True)
     factors = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
-    model.grid_factors = t.find_grid_factors(model, settings, factors, energies)
+    model.row_costs = t.find_row_costs(model, factors, energies)
+    model.grid_factors = t.find_grid_factors(model, settings)
     return model, factors
 
 
@@ -128,7 +138,8 @@ def test_factors_are_1_in_the_mean_and_leave_embeddings_alone():
     model, tokens = uneven_model(settings), random_tokens(16, 32)
     hessians, energies = t.collect_costs(model, tokens.split(8), SOLO, with_energies=True)
     known = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
-    factors = t.find_grid_factors(model, settings, known, energies)
+    model.row_costs = t.find_row_costs(model, known, energies)
+    factors = t.find_grid_factors(model, settings)
     assert factors.keys() == model.linear_layers().keys()
     logs = [
         factors[n].log().expand_as(p).flatten() for n, p in model.named_parameters() if n in factors
@@ -214,6 +225,51 @@ def test_of_a_file_of_the_same_size_shared_steps_lose_less(tmp_path, states):
     assert all(0.85 * target < size <= target for size in sizes)
     assert sizes[1] < 1.02 * sizes[0]
     assert lost[1] < 0.8 * lost[0]
+
+
+def test_a_path_errs_less_where_it_costs_more():
+    """By 16-fold costs of every fourth row. At the same steps, whose integers have as many bits: a
+    third less in all, and in those rows more than half; the others err more.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    weight = torch.randn(256, 24, generator=generator)
+    solver = t.factor_hessian(2 * inputs.T @ inputs)
+    order, upper, _ = solver
+    dear = torch.arange(256) % 4 == 0
+    weights = torch.where(dear, 4.0, 1.0).unsqueeze(1)
+    scale, limits = torch.full_like(weight, 0.5), torch.full_like(weights, 127.0)
+    costs, bits = [], []
+    for own in (torch.ones_like(weights), weights):
+        points = t.gptq(weight, scale, limits, *solver, own, trellis_states=8)
+        off = (points * scale - weight)[:, order.squeeze(0)]
+        left = torch.linalg.solve(upper.T, off.T).T  # e / U[j, j] of each column
+        costs.append((left * weights).square())
+        bits.append(entropy(points.floor()))
+    assert abs(bits[1] - bits[0]) < 0.02
+    assert costs[1].sum() < 0.66 * costs[0].sum()
+    assert costs[1][dear].sum() < 0.45 * costs[0][dear].sum()
+    assert costs[1][~dear].sum() > costs[0][~dear].sum()
+
+
+@torch.no_grad()
+def test_a_model_s_paths_are_weighed_by_its_rows_costs():
+    """One matrix has rows whose errors cost nothing nearly: the others err less for it."""
+    settings, name = tiny(trellis_states=8), "blocks.1.mlp.up.weight"
+    model = random_model(settings)
+    solvers = collect_factors(model, random_tokens(8, 32), rows=4)
+    rows = torch.arange(len(model.get_parameter(name)))
+    errors, others = [], []
+    for costs in (1.0, 1e-4):
+        model.row_costs = {name: torch.where(rows % 2 == 0, 1.0, costs).unsqueeze(1)}
+        stored = t.quantize_model(model, settings, SOLO, solvers, 12.0)
+        points = t.trellis_points(stored[f"{name} integers"], 8)
+        off = points * stored[name][: len(rows), None].float() - model.get_parameter(name)
+        left = torch.linalg.solve(solvers[name][1].T, off[:, solvers[name][0].squeeze(0)].T)
+        errors.append(left[:, ::2].square().sum())
+        others.append(stored["blocks.0.mlp.up.weight integers"])
+    assert errors[1] < 0.5 * errors[0]
+    assert torch.equal(*others)
 
 
 # ---- Settings ------------------------------------------------------------------------------------
