@@ -3591,7 +3591,7 @@ INT6_MAX, INT8_MAX, TERNARY_MAX = 31, 127, 1
 SDCLIP_LEAST = 4.0  # the finest grid that is tried: weights beyond four root-mean-squares are rare
 SDCLIP_PARTS = 100  # of one: so far are the values of k apart that are tried up to SDCLIP_MOST
 SDCLIP_USUAL = 12.0  # k of the steps that find_grid_factors() compares with the best ones
-LEAST_ENERGY = 1e-3  # of a row's gradients, where the mean of its matrix is 1
+LEAST_COST = 1e-3  # of errors in a row, where the mean of its matrix is 1
 OTHER_BYTES = 4096.0  # of a file beside its numbers, with room for a wrong prediction
 DAMPING_ATTEMPTS = 12  # tenfold each time, until a Hessian is positive definite
 TEXTS_AT_ONCE = 256  # that the model writes for CALIBRATION=self
@@ -3609,9 +3609,9 @@ def layer_kind(name: str) -> str:
 def grid_limits(model) -> dict[str, Tensor]:
     """The largest integer in each row of every matrix, float32 (rows, 1), by the weight's name.
 
-    INT8_MAX have the tokens' embedding, an output matrix of its own, and the rows that make Mamba's
-    step sizes, decays, trapezoids and angles, whose errors the recurrence compounds: in the first
-    Mamba all of x_proj and dt_proj.
+    INT8_MAX have the rows that make Mamba's step sizes, decays, trapezoids and angles, whose errors
+    the recurrence compounds, in the first Mamba all of x_proj and dt_proj; and, where steps do not
+    follow costs, the tokens' embedding and an output matrix of its own.
     """
     usual = TERNARY_MAX if model.settings.quantizer == "ternary" else INT6_MAX
     limits = {}
@@ -3620,7 +3620,8 @@ def grid_limits(model) -> dict[str, Tensor]:
             continue
         weight = layer.weight.detach()
         rows = weight.new_full((len(weight), 1), usual, device="cpu" if weight.is_meta else None)
-        if name in ("embedding", "output_embedding") or name.endswith((".x_proj", ".dt_proj")):
+        table = name in ("embedding", "output_embedding") and not model.settings.shares_bits
+        if table or name.endswith((".x_proj", ".dt_proj")):
             rows[:] = INT8_MAX
         elif name.endswith(".in_proj"):
             rows[len(rows) - getattr(layer, "dynamics_rows", 0) :] = INT8_MAX
@@ -3878,14 +3879,15 @@ def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[d
 
     H = 2 sum x x^T over every input x, float32 (columns, columns): weights that are off by D change
     the outputs, squared and summed over all inputs, by sum(D H * D) / 2. Energies, if asked for, of
-    linear layers alone: the mean of g^2, float32 (rows,), g being the gradient of the text's nats
-    by an output: one that is off by e costs about (g e)^2 / 2. Both by weights' names, of batches
-    (n, T) int64, on each rank its own. Parameters' gradients, which may lie in a CUDA graph's
-    memory, stay what they are.
+    layers and logits: the mean of g^2, float32 (rows,), g being the gradient of the text's nats by
+    an output: one that is off by e costs about (g e)^2 / 2. A row of an embedding is itself the
+    output wherever it is looked up: "NAME lookups" (rows,) are sums of 2 g^2 over these, in the
+    mean over columns. All by weights' names, of batches (n, T) int64, on each rank its own.
+    Parameters' gradients, which may lie in a CUDA graph's memory, stay what they are.
     """
     hessians: dict[str, Tensor] = {}
     energies: dict[str, Tensor] = {}
-    outputs: list[tuple[str, Tensor]] = []
+    outputs: list[tuple[str, nn.Module, Tensor, Tensor]] = []  # whose, of which input
     counts = collections.Counter()  # alike on all ranks
 
     @torch.no_grad()
@@ -3893,49 +3895,79 @@ def collect_costs(model, batches, ranks, with_energies: bool = False) -> tuple[d
         x = x.float().flatten(0, -2)
         hessians[name] = hessians.get(name, 0.0) + 2 * (x.T @ x)
 
-    def hook(name: str, layer: Linear, positional: tuple, named: dict, output: Tensor):
-        add(name, layer.effective_input(*positional, **named))
+    def hook(name: str, layer, positional: tuple, named: dict, output: Tensor):
+        if isinstance(layer, Linear):
+            add(name, layer.effective_input(*positional, **named))
+        else:
+            name = f"{name} lookups"
         if with_energies:
-            outputs.append((name, output))
+            outputs.append((name, layer, positional[0], output))
 
     with ExitStack() as undo, torch.set_grad_enabled(with_energies):
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, MLP):  # as one operator its matrices would have no outputs
                 undo.callback(setattr, module, "can_fuse", module.can_fuse)
                 module.can_fuse = False
-        for name, layer in model.linear_layers().items():
-            undo.callback(layer.register_forward_hook(partial(hook, name), with_kwargs=True).remove)
+            elif isinstance(module, (Linear, nn.Embedding)):
+                own = partial(hook, f"{name}.weight")
+                undo.callback(module.register_forward_hook(own, with_kwargs=True).remove)
         for batch in batches:
             hidden = model(batch, model.full_order)
             add(model.output_name, hidden)
             if with_energies:
-                nats = model.nats(hidden[:, :-1], batch[:, 1:], batch[:, :-1]).sum()
-                gradients = torch.autograd.grad(nats, [output for _, output in outputs])
-                for (name, _), gradient in zip(outputs, gradients, strict=True):
-                    squares = gradient.float().flatten(0, -2).square()
-                    energies[name] = energies.get(name, 0.0) + squares.sum(0)
-                    counts[name] += len(squares) * ranks.world_size
+                logits = model.logits(hidden[:, :-1], batch[:, :-1])
+                outputs.append((model.output_name, model, hidden, logits))
+                targets = batch[:, 1:].flatten()
+                nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+                gradients = torch.autograd.grad(nats, [output for *_, output in outputs])
+                for (name, *call), gradient in zip(outputs, gradients, strict=True):
+                    energies[name] = energies.get(name, 0.0) + squares_by_row(*call, gradient)
+                    counts[name] += gradient[..., 0].numel() * ranks.world_size
             outputs.clear()
-    energies = {name: ranks.sum_(energies[name]) / counts[name] for name in sorted(energies)}
+    for name, energy in energies.items():
+        energies[name] = energy if name.endswith(" lookups") else energy / counts[name]
+    energies = {name: ranks.sum_(energies[name]) for name in sorted(energies)}
     return {name: ranks.sum_(hessians[name]) for name in sorted(hessians)}, energies
 
 
 @torch.no_grad()
+def squares_by_row(layer, inputs: Tensor, output: Tensor, gradient: Tensor) -> Tensor:
+    """Of a weight's rows (rows,) the sums of g² over tokens, for collect_costs(), g (B, T, rows).
+
+    An embedding's are of 2 g², in the mean over columns, by the rows that inputs name; the model's
+    by its logits, before they are softcapped.
+    """
+    if isinstance(layer, Model):
+        gradient = gradient * (1 - (output / layer.settings.logit_softcap).square())
+    squares = gradient.float().square()
+    if not isinstance(layer, nn.Embedding):
+        return squares.flatten(0, -2).sum(0)
+    squares = 2 * squares.mean(-1, keepdim=True)
+    sizes = layer.num_embeddings, -1, False
+    # What trains embeddings, too: in two runs it adds in the same order.
+    return torch.ops.aten.embedding_dense_backward(squares, inputs, *sizes).squeeze(1)
+
+
+@torch.no_grad()
 def find_row_costs(model, solvers: dict, energies: dict) -> dict[str, Tensor]:
-    """c_i of each row in energies, float32 (rows, 1): what errors of its weights cost the text.
+    """c_i of each matrix's rows, float32 (rows, 1): what errors of their weights cost the text.
 
     GPTQ leaves of an error e, made at column j's turn, e / U[j, j] in the layer's outputs, which
-    costs energy_i (e / U[j, j])². Column by column that is c_i e² in the mean,
+    costs energy_i (e / U[j, j])²; an error in a row of an embedding comes back in its lookups.
+    Column by column that is c_i e² in the mean,
 
-        c_i = energy_i · (mean over j of 1 / U[j, j]²),
+        c_i = energy_i · (mean over j of 1 / U[j, j]²) + lookups_i,
 
-    energies of collect_costs(), U of gptq(). No row counts for less than LEAST_ENERGY.
+    energies of collect_costs(), U of gptq(); embeddings that make no logits have the second part
+    alone, and layers the first. No row counts for less than LEAST_COST.
     """
     costs = {}
-    for name, energy in energies.items():
-        _, upper, _ = solvers[name]
-        cost = energy * upper.diagonal().square().reciprocal().mean()
-        costs[name] = cost.clamp(min=LEAST_ENERGY * cost.mean() + 1e-12).unsqueeze(1)
+    for name in grid_limits(model):
+        cost = energies.get(f"{name} lookups", 0.0)
+        if name in solvers:
+            _, upper, _ = solvers[name]
+            cost = cost + energies[name] * upper.diagonal().square().reciprocal().mean()
+        costs[name] = cost.clamp(min=LEAST_COST * cost.mean() + 1e-12).unsqueeze(1)
     return costs
 
 

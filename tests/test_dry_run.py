@@ -299,7 +299,7 @@ def test_what_a_run_would_refuse_is_refused(monkeypatch, capsys):
         dry_run.dry_run(["--gpu-memory", "80"])
     assert "at k=16.00, SDCLIP_MOST, of at most" in capsys.readouterr().out
     monkeypatch.setattr("os.environ", {"MLP_MULT": "7"})
-    with pytest.raises(t.UserError, match="would be [34],.* bytes too large at k=20.00, the most"):
+    with pytest.raises(t.UserError, match="would be [12],.* bytes too large at k=20.00, the most"):
         dry_run.dry_run(["--gpu-memory", "80"])
     monkeypatch.setattr("os.environ", {"SDCLIP_K": "4"})  # export raises what is too small
     assert dry_run.dry_run(["--gpu-memory", "80"]) == 0

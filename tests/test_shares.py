@@ -80,7 +80,8 @@ def test_energies_are_what_nudged_outputs_do_to_the_loss():
     model.double().compute_dtype = torch.float64
     tokens = random_tokens(2, 8)
     energies = collect_energies(model, tokens, SOLO, rows=1)
-    assert energies.keys() == model.linear_layers().keys()
+    tables = {"embedding.weight", "embedding.weight lookups", "bigram_embedding.weight lookups"}
+    assert energies.keys() == model.linear_layers().keys() | tables
     places = [("blocks.0.mixer.in_proj.weight", 1, 5), ("blocks.1.mlp.up.weight", 2, 3)]
     for name, calls, row in [*places, ("blocks.2.mixer.out_proj.weight", 1, 31)]:
         squares = []
@@ -90,6 +91,38 @@ def test_energies_are_what_nudged_outputs_do_to_the_loss():
                 rise = nudged_nats(*own, 1e-5) - nudged_nats(*own, -1e-5)
                 squares.append((rise / 2e-5).square())
         assert float(energies[name][row]) == pytest.approx(float(sum(squares)) / len(squares), 1e-3)
+
+
+@torch.no_grad()
+def test_lookups_are_what_nudged_rows_do_to_the_loss_wherever_they_are_read():
+    """By differences in float64, of a token that comes twice; one that never comes has 0."""
+    model = random_model(tiny(model_dim=16, num_heads=2, num_kv_heads=1))
+    model.double().compute_dtype = torch.float64
+    tokens = random_tokens(1, 8)
+    tokens[0, 5] = token = tokens[0, 1]
+    found = collect_energies(model, tokens, SOLO, rows=1)["embedding.weight lookups"]
+    squares = 0.0
+    for place, column in torch.cartesian_prod(torch.tensor([1, 5]), torch.arange(16)).tolist():
+        own = model, tokens, model.embedding, 0, (0, place, column)
+        squares += ((nudged_nats(*own, 1e-5) - nudged_nats(*own, -1e-5)) / 2e-5).square()
+    assert float(found[token]) == pytest.approx(2 * float(squares) / 16, rel=1e-4)
+    assert (found > 0).sum() == len(tokens[:, :-1].unique()) < len(found)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_have_energies_by_the_product_that_makes_them(tied):
+    """Beside autograd's gradients of what is softcapped, at a cap that is felt."""
+    model, tokens = random_model(tiny(tie_embeddings=tied, logit_softcap=2.0)), random_tokens(4, 32)
+    raw = model(tokens, model.full_order)[:, :-1].detach() @ model.output_matrix.T.detach()
+    raw.requires_grad_()
+    logits = (2 * torch.tanh(raw / 2)).flatten(0, 1)
+    nats = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
+    (gradient,) = torch.autograd.grad(nats, raw)
+    energies = collect_energies(model, tokens, SOLO, rows=2)
+    wanted = gradient.flatten(0, 1).square().mean(0)
+    assert relative(energies[model.output_name], wanted) < 1e-4
+    looked_up = {name for name in energies if name.endswith(" lookups")}
+    assert looked_up == {"embedding.weight lookups", "bigram_embedding.weight lookups"}
 
 
 def test_energies_leave_gradients_hooks_and_weights_as_they_were():
@@ -112,7 +145,7 @@ def test_an_mlp_that_is_one_operator_is_taken_apart_for_its_energies(monkeypatch
     for layer in layers:
         layer.can_fuse = True
     energies = collect_energies(model, tokens, SOLO, rows=2)
-    assert energies.keys() == model.linear_layers().keys()
+    assert model.linear_layers().keys() < energies.keys()
     assert all(layer.can_fuse for layer in layers)
 
 
@@ -132,35 +165,49 @@ def test_ranks_have_the_energies_of_all_their_text():
 # ---- Steps ---------------------------------------------------------------------------------------
 
 
-def test_factors_are_1_in_the_mean_and_leave_embeddings_alone():
-    """Of the logarithm, over all weights. With both parts whole, all rows' costs become equal."""
+def test_factors_are_1_in_the_mean_and_with_both_parts_whole_all_rows_cost_the_same():
+    """Of the logarithm, over all weights, embeddings' among them."""
     settings = tiny(sdclip_by_matrix=1.0, sdclip_by_row=1.0)
     model, tokens = uneven_model(settings), random_tokens(16, 32)
     hessians, energies = t.collect_costs(model, tokens.split(8), SOLO, with_energies=True)
     known = {name: t.factor_hessian(hessian) for name, hessian in hessians.items()}
     model.row_costs = t.find_row_costs(model, known, energies)
     factors = t.find_grid_factors(model, settings)
-    assert factors.keys() == model.linear_layers().keys()
-    logs = [
-        factors[n].log().expand_as(p).flatten() for n, p in model.named_parameters() if n in factors
-    ]
+    limits = t.grid_limits(model)
+    assert factors.keys() == limits.keys()
+    logs = [factors[name].log().expand_as(model.get_parameter(name)).flatten() for name in factors]
     logs = torch.cat(logs)
     assert abs(logs.mean()) < 1e-5 and logs.std() > 0.3
     costs = []
     for name, factor in factors.items():
-        rows = t.grid_steps(
-            model.get_parameter(name).detach(), t.grid_limits(model)[name], settings, t.SDCLIP_USUAL
-        )[0]
-        inverse = hessians[name] + 0.01 * hessians[name].diagonal().mean() * torch.eye(
-            len(hessians[name])
-        )
-        order = inverse.diagonal().argsort(descending=True)
-        upper = torch.linalg.cholesky(inverse[order][:, order].inverse(), upper=True)
-        left = (1 / upper.diagonal().square()).mean()
-        usual = energies[name] > 1e-3 * energies[name].mean()
-        costs.append((left * energies[name] * (factor * rows).squeeze(1).square())[usual])
+        weight = model.get_parameter(name).detach()
+        rows, _ = t.grid_steps(weight, limits[name], settings, t.SDCLIP_USUAL)
+        each = energies.get(f"{name} lookups", torch.zeros(len(weight)))
+        if name in hessians:
+            hessian = hessians[name]
+            damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+            order = damped.diagonal().argsort(descending=True)
+            upper = torch.linalg.cholesky(damped[order][:, order].inverse(), upper=True)
+            each = each + energies[name] * (1 / upper.diagonal().square()).mean()
+        usual = each > 1e-3 * each.mean()
+        costs.append((each * (factor * rows).squeeze(1).square())[usual])
     costs = torch.cat(costs).log()
     assert costs.std() < 0.02
+
+
+def test_a_row_of_a_table_that_is_never_looked_up_has_coarser_steps():
+    """By its own size, than any row that is; so its integers take fewer bits."""
+    settings = tiny(sdclip_by_matrix=0.0, sdclip_by_row=0.5, tie_embeddings=False)
+    model, factors = shared_model(settings, tokens=random_tokens(32, 32) % 100 + 4)
+    stored = t.quantize_model(model, settings, SOLO, factors, 12.0)
+    weight = model.embedding.weight.detach()
+    steps = stored["embedding.weight"][: len(weight)].float() / weight.square().mean(1).sqrt()
+    read = torch.zeros(len(weight), dtype=torch.bool)
+    read[4:104] = True
+    never = ~read
+    assert steps[never].min() > 1.5 * steps[read].max()
+    reach = stored["embedding.weight integers"].float().square().mean(1).sqrt()
+    assert reach[never].max() < reach[read].min()
 
 
 def test_parts_of_the_logarithm_are_taken():
@@ -296,7 +343,7 @@ def test_export_shares_by_its_own_text_and_forgets_the_last_one_s(tmp_path):
     """As whoever exports one model with several settings needs it."""
     settings, model = tiny(**SHARED), random_model(tiny())
     export_to(tmp_path / "shared", settings, model, 10**6)
-    assert model.grid_factors.keys() == model.linear_layers().keys()
+    assert model.grid_factors.keys() == t.grid_limits(model).keys()
     export_to(tmp_path / "again", tiny(), model, 10**6)
     export_to(tmp_path / "fresh", tiny(), random_model(tiny()), 10**6)
     assert model.grid_factors == {}

@@ -8,6 +8,7 @@ squares, that explain the differences are printed as tools/dry_run.py has them. 
 did not code by asymmetric numeral systems yet, as its text log shows, does not count.
 """
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ class Finished(NamedTuple):
     settings: t.Settings
     k: float
     size: int  # bytes of the artifact, with steps as they are today
+    apart: bool  # whether embeddings had 8 bits where other steps followed costs
 
 
 def settings_of(values: dict) -> t.Settings:
@@ -74,7 +76,8 @@ def finished_runs() -> list[Finished]:
             settings = settings_of(events["settings"]["settings"])
             if "shared_tables" not in events["settings"]["settings"]:  # which are as old
                 size -= round(FORMER_BYTES * count_rows(settings))
-            runs.append(Finished(path.stem, settings, trained["sdclip_k"], size))
+            apart = settings.shares_bits and "embedding, int8" in trained["bytes_by_kind"]
+            runs.append(Finished(path.stem, settings, trained["sdclip_k"], size, apart))
     return runs
 
 
@@ -94,9 +97,10 @@ def counts_of(model: t.Model) -> tuple[dict[str, int], int]:
 
 def measured_bits() -> dict[str, float]:
     """Bits that each number of data/tiny's artifact takes less than a Gaussian one, by kind."""
-    header, payload = t.read_artifact(TINY / "tiny.int6.lzma")
-    k = last_run(TINY / "tiny.jsonl")["trained"]["sdclip_k"]
-    settings = t.Settings(**{name: header[name] for name in t.MODEL_FIELDS})
+    _, payload = t.read_artifact(TINY / "tiny.int6.lzma")
+    run = last_run(TINY / "tiny.jsonl")
+    k = run["trained"]["sdclip_k"]
+    settings = settings_of(run["settings"]["settings"])
     skeleton = t.model_skeleton(settings)
     record, _ = t.read_record(payload, skeleton)
     numbers, _ = counts_of(skeleton)
@@ -155,8 +159,10 @@ def fit(runs: list[Finished]) -> tuple[dict[str, float], float]:
 
 def error_of(run: Finished) -> float:
     """By what part of the artifact's size a dry run is wrong, with its weights unknown."""
-    skeleton = t.model_skeleton(run.settings)
-    told = sum(dry_run.expected_parts(skeleton, run.settings, run.k).values())
+    settings = run.settings
+    if run.apart:
+        settings = dataclasses.replace(settings, sdclip_by_matrix=0.0, sdclip_by_row=0.0)
+    told = sum(dry_run.expected_parts(t.model_skeleton(settings), settings, run.k).values())
     return told / run.size - 1
 
 
