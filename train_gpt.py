@@ -2124,6 +2124,7 @@ class Model(nn.Module):
         pairs = packed_pairs(s.tokenizer_path, s.vocab_size) if masked else None
         self.register_buffer("impossible", pairs, persistent=False)
         self.output_name = "embedding.weight" if s.tie_embeddings else "output_embedding.weight"
+        self.column_steps: dict[str, Tensor] = {}  # export's, of grids: find_column_steps()
         self.row_costs: dict[str, Tensor] = {}  # export's, of errors: find_row_costs()
         self.grid_factors: dict[str, Tensor] = {}  # export's, of grids: find_grid_factors()
         self.head_branch = None  # evaluation's, beside the output matrix: Branches
@@ -3579,7 +3580,8 @@ def profile(settings, validation: ValidationSet, score: Score) -> dict[str, dict
 #             collect_costs() says which errors count, by the layer's inputs
 #
 # With TRELLIS_STATES some weights stand at Q + 1/2 instead: trellis_points(). With SDCLIP_BY_MATRIX
-# and SDCLIP_BY_ROW steps differ by what errors cost, find_grid_factors(), and limits are 127.
+# and SDCLIP_BY_ROW steps differ by what errors cost: of columns, find_column_steps(), and of rows,
+# find_grid_factors(); limits are 127.
 #
 # QUANTIZER=gptq is all of that, round takes the nearest integers; percentile, dsq and ternary have
 # grid steps of their own (section 12). Step sizes dt are another thing, section 4's.
@@ -3762,6 +3764,9 @@ def grids(model, settings, matrices: dict[str, Tensor], k: float):
             limits = torch.full_like(limits, INT8_MAX)
             finest = sdclip_steps(weight, limits, SDCLIP_LEAST)  # finer ones would clip
             rows = coarse_steps(rows * model.grid_factors[name]).maximum(finest)
+            if name in model.column_steps:
+                finest = coarse_steps((weight / rows).abs().amax(0) / INT8_MAX)
+                columns = model.column_steps[name].maximum(finest)
         yield name, weight, limits, rows, columns
 
 
@@ -3794,15 +3799,19 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
         p = model.get_parameter(name)
         scale = rows * columns
         if solvers and name in solvers:
-            weight = spread_by_gptq(weight, scale, solvers[name][1], settings.trellis_states > 0)
+            order, upper, _ = solvers[name]
+            own = rows, columns[order.squeeze(0)], upper
+            weight = spread_by_gptq(weight, *own, settings.trellis_states > 0)
         if settings.trellis_states:  # every second integer stands for what is half a step more
             weight = weight - scale * (torch.arange(weight.shape[1], device=scale.device) % 2) / 2
         integers = round_to_grid(weight, scale, limits)
         places = code_places(measure_reaches(settings, integers), integers)
         counts[name] = count_values(places) * (p.numel() / weight.numel())
-        exact = (coarse_steps(rows) != rows).double().mean()
-        steps = (0.6 + float(exact)) * len(p) + (1.6 * p.shape[1] if (columns != 1).any() else 0)
-        parts[layer_kind(name)] += steps + 0.35 * settings.shared_tables * sum(p.shape)
+        parts[layer_kind(name)] += 0.35 * settings.shared_tables * sum(p.shape)
+        for steps, count in zip((rows, columns), p.shape, strict=True):
+            exact = (coarse_steps(steps) != steps).double().mean()
+            if settings.shares_bits or (steps != 1).any():
+                parts[layer_kind(name)] += (0.6 + float(exact)) * count
     for names in codes_of(settings, matrices):
         bits = code_bits(sum(counts[name] for name in names))
         for name in names:
@@ -3811,14 +3820,15 @@ def predict_parts(model, settings, k: float, solvers=None) -> dict[str, float]:
     return parts
 
 
-def spread_by_gptq(weight: Tensor, scale: Tensor, upper: Tensor, by_trellis: bool) -> Tensor:
+def spread_by_gptq(weight: Tensor, rows, columns, upper: Tensor, by_trellis: bool) -> Tensor:
     """The weight, its rows as wide as GPTQ's columns are when they are rounded.
 
     To column j those before it have added their errors, step² / 12, times (U[i, j] / U[i, i])²; on
-    a trellis, whose half steps widen the integers already, a third of that was seen.
+    a trellis, whose half steps widen the integers already, a third of that was seen. Steps are rows
+    (rows, 1) times columns (columns,), in U's order.
     """
-    taken = (upper / upper.diagonal().unsqueeze(1)).triu(1).square().sum(0).mean()
-    errors = taken * scale.square().mean(1, keepdim=True) / (36 if by_trellis else 12)
+    taken = (columns / upper.diagonal()).square() @ upper.triu(1).square()
+    errors = taken.mean() * rows.square() / (36 if by_trellis else 12)
     return weight * (1 + errors / weight.square().mean(1, keepdim=True).clamp(min=1e-20)).sqrt()
 
 
@@ -3949,14 +3959,30 @@ def squares_by_row(layer, inputs: Tensor, output: Tensor, gradient: Tensor) -> T
 
 
 @torch.no_grad()
+def find_column_steps(model, solvers: dict) -> dict[str, Tensor]:
+    """Steps of layers' columns, float32 (columns,), of mean logarithm 0.
+
+    GPTQ leaves of an error e, made at column j's turn, e / U[j, j] in the layer's outputs. A column
+    of steps s_j takes -log s_j and a constant of bits a weight. At a given sum of bits the sum of
+    (s_j / U[j, j])² is least where all are equal, s_j ~ U[j, j]: reverse water-filling.
+    """
+    found = {}
+    for name in model.linear_layers():
+        order, upper, _ = solvers[name]
+        steps = upper.diagonal() / upper.diagonal().log().mean().exp()
+        found[name] = coarse_steps(steps)[order.squeeze(0).argsort()]
+    return found
+
+
+@torch.no_grad()
 def find_row_costs(model, solvers: dict, energies: dict) -> dict[str, Tensor]:
     """c_i of each matrix's rows, float32 (rows, 1): what errors of their weights cost the text.
 
-    GPTQ leaves of an error e, made at column j's turn, e / U[j, j] in the layer's outputs, which
-    costs energy_i (e / U[j, j])²; an error in a row of an embedding comes back in its lookups.
-    Column by column that is c_i e² in the mean,
+    A layer's outputs have of errors s_i s_j, by steps of rows and columns, s_i s_j / U[j, j] left,
+    which cost energy_i (s_i s_j / U[j, j])²; an error in a row of an embedding comes back in its
+    lookups. Column by column that is c_i s_i² in the mean,
 
-        c_i = energy_i · (mean over j of 1 / U[j, j]²) + lookups_i,
+        c_i = energy_i · (mean over j of (s_j / U[j, j])²) + lookups_i,
 
     energies of collect_costs(), U of gptq(); embeddings that make no logits have the second part
     alone, and layers the first. No row counts for less than LEAST_COST.
@@ -3965,8 +3991,9 @@ def find_row_costs(model, solvers: dict, energies: dict) -> dict[str, Tensor]:
     for name in grid_limits(model):
         cost = energies.get(f"{name} lookups", 0.0)
         if name in solvers:
-            _, upper, _ = solvers[name]
-            cost = cost + energies[name] * upper.diagonal().square().reciprocal().mean()
+            order, upper, _ = solvers[name]
+            columns = model.column_steps.get(name, torch.ones_like(upper[0]))[order.squeeze(0)]
+            cost = cost + energies[name] * (columns / upper.diagonal()).square().mean()
         costs[name] = cost.clamp(min=LEAST_COST * cost.mean() + 1e-12).unsqueeze(1)
     return costs
 
@@ -4124,7 +4151,8 @@ def quantize_model(model, settings, ranks, solvers: dict, k: float, track=iter) 
 #     ...                                                               rows, then of columns
 #     blocks.0.mixer.dt_bias                 float32   heads            with D alone: float_type()
 #     ...
-#     blocks.0.mixer.in_proj.weight          float16   rows + columns   columns': 1 but with dsq
+#     blocks.0.mixer.in_proj.weight          float16   rows + columns   columns': 1 but with dsq or
+#     ...                                                               where steps follow costs
 #     ...
 #     embedding.weight reaches               uint8     vocab + width    measure_reaches(), if
 #     ...                                                               SHARED_TABLES
@@ -5638,11 +5666,13 @@ def export(trainer, batches) -> dict:
 def calibrate(trainer, batches) -> dict[str, tuple]:
     """factor_hessian() of each matrix by CALIBRATION's text, with a line on it; none without GPTQ.
 
-    The model's row_costs and grid_factors become this text's, where a setting asks for them.
+    The model's column_steps, row_costs and grid_factors become this text's, if a setting asks for
+    them.
     """
     s = trainer.settings
     ranks = trainer.ranks
     model = trainer.model
+    model.column_steps = {}
     model.row_costs = {}
     model.grid_factors = {}
     if not s.calibrates:
@@ -5656,6 +5686,7 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
     times["pass"] = synchronized_time() - started - times["text"]
     solvers = factor_hessians(hessians, s.gptq_damp, ranks)
     if s.shares_bits:
+        model.column_steps = find_column_steps(model, solvers)
         model.row_costs = find_row_costs(model, solvers, energies)
         model.grid_factors = find_grid_factors(model, s)
     times["factor"] = synchronized_time() - started - sum(times.values())
