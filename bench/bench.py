@@ -395,16 +395,21 @@ def attention_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     return operator(attend, inputs, (), mixer_flops(s, "A", s.train_batch_tokens))
 
 
-def mlp_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+def mlp_kernel(settings: t.Settings, ranks: t.Ranks, eight_bits: bool) -> Kernel:
     """The MLP: a norm, and two matrices with LeakyReLU² between them."""
     s = settings
     mlp = t.MLP(s, ranks.device).to(ranks.device)
     matrices = tuple(mlp.parameters())
     for matrix in matrices:  # one of them is zero at first, and zeros are fast
         torch.nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
+
+    def in_float8(x: Tensor) -> Tensor:
+        return mlp.in_float8(x, 1.0)
+
+    run = t.maybe_compile(in_float8 if eight_bits else mlp, s, ranks)
     x = random_activations(s, ranks.device, s.model_dim)
     flops = 2 * s.train_batch_tokens * sum(matrix.numel() for matrix in matrices)
-    return operator(t.maybe_compile(mlp, s, ranks), (x,), matrices, flops)
+    return operator(run, (x,), matrices, flops)
 
 
 def product_kernel(
@@ -576,6 +581,100 @@ def product_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[
     return makers
 
 
+def random_rows(settings: t.Settings, ranks: t.Ranks, width: int) -> Tensor:
+    """(tokens, width): random_activations() without a gradient, as the operators take them."""
+    return random_activations(settings, ranks.device, width).detach().flatten(0, 1)
+
+
+def float8_arguments(settings: t.Settings, ranks: t.Ranks) -> tuple[tuple, tuple]:
+    """What float8_mlp() and float8_mlp_backward() are given, of a batch of random rows."""
+    s = settings
+    x, d_y = (random_rows(s, ranks, s.model_dim) for _ in range(2))
+    hidden = int(s.mlp_mult * s.model_dim)
+    up = torch.randn(hidden, s.model_dim, device=ranks.device)
+    down = torch.randn(s.model_dim, hidden, device=ranks.device)
+    x8, factor = t.float8_norm(x)
+    forward = x, x8, factor, up, down
+    _, *kept = t.float8_mlp(*forward)
+    d_y8, size = t.float8_gradient(d_y)
+    scale = t.turn_scale(size)
+    return forward, (d_y8, x8, size, [scale / 4, scale], kept)
+
+
+def float8_mlp_kernel(settings: t.Settings, ranks: t.Ranks, backward: bool) -> Kernel:
+    """The operator of one pass: rounding of weights, kernels, and cuBLAS's products."""
+    forward, back = float8_arguments(settings, ranks)
+    *_, up, down = forward
+    products = 2 * settings.train_batch_tokens * (up.numel() + down.numel())
+    if backward:
+        *tensors, scales, kept = back
+        read = [*tensors, *scales, *kept]
+        call = functools.partial(t.float8_mlp_backward, *back)
+        products *= 2  # of each matrix, for its gradient and for its input's
+    else:
+        read = forward
+        call = functools.partial(t.float8_mlp, *forward)
+    bytes_moved = sum(x.nbytes for x in (*read, *call()))
+    return Kernel(call, bytes_moved, products)
+
+
+def row_sizes_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+    """The size of all rows of a gradient, from theirs."""
+    _, (_, _, size, _, _) = float8_arguments(settings, ranks)
+    return Kernel(functools.partial(t.turn_scale, size), size.nbytes, 0)
+
+
+def turned_rows_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
+    """Rows of 8-bit floats scaled and transposed, so that products sum over tokens."""
+    _, (_, x8, size, (_, scale), _) = float8_arguments(settings, ranks)
+    call = functools.partial(t.turned_rows, x8, size, scale)
+    return Kernel(call, 2 * x8.nbytes + size.nbytes, 0)
+
+
+def weight_gradient_kernel(
+    settings: t.Settings, ranks: t.Ranks, shape: tuple[int, int], sums: str
+) -> Kernel:
+    """The gradient of a weight of this shape, a sum over tokens: of bfloat16 rows as they lie, or
+    of 8-bit floats, which lie transposed, where cuBLAS has "fast" and "exact" sums.
+    """
+    outputs, inputs = shape
+    gradient, x = (random_rows(settings, ranks, n) for n in (outputs, inputs))
+    factors = gradient.mT, x
+    multiply = torch.matmul
+    if sums != "bfloat16":
+        turned = [a.mT.contiguous().to(torch.float8_e4m3fn) for a in (gradient, x)]
+        factors = turned[0], turned[1].mT
+        one = torch.ones((), device=ranks.device)
+        options = {"scale_a": one, "scale_b": one, "out_dtype": torch.float32}
+        options["use_fast_accum"] = sums == "fast"
+        multiply = functools.partial(torch._scaled_mm, **options)
+    call = functools.partial(multiply, *factors)
+    bytes_moved = sum(a.nbytes for a in (*factors, call()))
+    return Kernel(call, bytes_moved, 2 * settings.train_batch_tokens * outputs * inputs)
+
+
+def float8_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:
+    """The MLP in 8 bits and its parts, on GPUs where they run."""
+    s = settings
+    hidden = int(s.mlp_mult * s.model_dim)
+    whole_tiles = s.model_dim % int(t.SIDE) == 0
+    if not (whole_tiles and t.can_fuse_mlp(s.model_dim, hidden, ranks.device)):
+        return {}
+    kernels = {
+        "MLP, 8 bits": (mlp_kernel, s, ranks, True),
+        "MLP, 8 bits, forward operator": (float8_mlp_kernel, s, ranks, False),
+        "MLP, 8 bits, backward operator": (float8_mlp_kernel, s, ranks, True),
+        "MLP, 8 bits, size of rows": (row_sizes_kernel, s, ranks),
+        "MLP, 8 bits, rows transposed": (turned_rows_kernel, s, ranks),
+    }
+    for outputs, inputs in ((hidden, s.model_dim), (s.model_dim, hidden)):
+        for sums in ("bfloat16", "fast", "exact"):
+            name = f"weight gradient {inputs:,} × {outputs:,}"
+            name += "" if sums == "bfloat16" else f", 8 bits, {sums} sums"
+            kernels[name] = weight_gradient_kernel, s, ranks, (outputs, inputs), sums
+    return {name: functools.partial(*call) for name, call in kernels.items()}
+
+
 def residual_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """What stands between two layers: one's output is scaled and added, the embedding mixed in, the
     sum normed.
@@ -654,13 +753,13 @@ def kernel_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[]
         "cross-entropy, impossible pairs masked": (cross_entropy_kernel, s, ranks, True),
         f"attention, sequences of {half.train_seq_len:,}": (attention_kernel, half, ranks),
         f"attention, sequences of {s.train_seq_len:,}": (attention_kernel, s, ranks),
-        "MLP": (mlp_kernel, s, ranks),
+        "MLP": (mlp_kernel, s, ranks, False),
         "residual mixing and RMSNorm": (residual_kernel, s, ranks),
         "optimizer step": (optimizer_kernel, s, ranks),
         "Newton-Schulz": (newton_schulz_kernel, s, ranks),
     }
     makers = {name: functools.partial(*call) for name, call in kernels.items()}
-    return makers | product_makers(s, ranks)
+    return makers | float8_makers(s, ranks) | product_makers(s, ranks)
 
 
 def scan_makers(settings: t.Settings, ranks: t.Ranks) -> dict[str, Callable[[], Kernel]]:

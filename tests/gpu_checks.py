@@ -572,15 +572,32 @@ def float8_results(function, x: torch.Tensor, weights: list, d_y: torch.Tensor) 
     return {"y": y} | dict(zip(names, gradients, strict=True))
 
 
+def unrounded_mlp(size: torch.Tensor):
+    """What float8_mlp() computes, in float32 and without rounding; size: up's root mean square."""
+    size = size / t.WEIGHT_SIZE
+
+    def formula(x, x8, factor, up, down):
+        usual = t.WEIGHT_SIZE * x.shape[1] ** 0.5 * size
+        hidden = torch.nn.functional.leaky_relu((factor.unsqueeze(1) * x) @ up.mT, 0.5)
+        return hidden.square() @ down.mT * (size / (4 * usual**2))
+
+    return formula
+
+
+def float8_y(*arguments: torch.Tensor) -> torch.Tensor:
+    """float8_mlp()'s y, without what it keeps."""
+    return t.float8_mlp(*arguments)[0]
+
+
 def check_float8_mlp(x, weights: list, d_y, exact: dict) -> None:
     """One layer's, with the gradients of its weights."""
     title = f"8-bit MLP, {len(x):,} rows"
 
-    def results(operator) -> dict:
-        return float8_results(lambda *a: operator(*a)[0], x, weights, d_y)
+    def reference_y(*arguments: torch.Tensor) -> torch.Tensor:
+        return float8_products.float8_mlp(*arguments)[0]
 
-    found, again = results(t.float8_mlp), results(t.float8_mlp)
-    slow = results(float8_products.float8_mlp)
+    found, again = (float8_results(float8_y, x, weights, d_y) for _ in range(2))
+    slow = float8_results(reference_y, x, weights, d_y)
     off = {name: relative(y, slow[name]) for name, y in found.items()}
     check_errors(f"{title}, beside its roundings", off, BF16_TOLERANCE)
     different = sum(not torch.equal(y, again[name]) for name, y in found.items())
@@ -601,13 +618,7 @@ def check_float8() -> None:
     weights = [normal(2048, 512) / 512**0.5, normal(512, 2048) / 2048**0.5]
     for rows in (16_384, 1_000):
         x, d_y = (normal(2, rows, 512) * normal(2, rows, 1).exp()).bfloat16()
-        size = weights[0].square().mean().sqrt() / 4  # of up, beside its 8-bit floats
-        usual = 4 * 512**0.5 * size
-
-        def unrounded(x, x8, factor, up, down, usual=usual, size=size):
-            hidden = torch.nn.functional.leaky_relu((factor.unsqueeze(1) * x) @ up.mT, 0.5)
-            return hidden.square() @ down.mT * (size / (4 * usual**2))
-
+        unrounded = unrounded_mlp(weights[0].square().mean().sqrt())
         exact = float8_results(unrounded, x.float(), weights, d_y)
         check_float8_mlp(x, weights, d_y, exact)
     in_proj = normal(2240, 512) / 512**0.5
@@ -618,6 +629,109 @@ def check_float8() -> None:
     check("8-bit in_proj beside its roundings", relative(found, slow), 5e-3)
     check("8-bit in_proj unrounded", relative(found, u.float() @ in_proj.mT), 0.05)
     check_float8_model()
+
+
+class Float8Steps(NamedTuple):
+    """What a layer's forward and backward have on the way, by the script's names."""
+
+    x8: torch.Tensor  # (T, width)
+    d_y8: torch.Tensor  # likewise
+    row_size: torch.Tensor  # (T,), by which both are multiplied as they are transposed
+    active8: torch.Tensor  # (T, HIDDEN), f8 as it stands
+    d_v8: torch.Tensor  # likewise
+    up_factors: tuple[torch.Tensor, torch.Tensor]  # d_v8 and x8, transposed
+    down_factors: tuple[torch.Tensor, torch.Tensor]  # d_y8 and f8, transposed
+
+
+@contextlib.contextmanager
+def products_seen():
+    """A list of both factors of scaled_product()'s calls: operators keep them to themselves."""
+    usual = t.scaled_product
+    seen = []
+
+    def watched(a8: torch.Tensor, b8: torch.Tensor, *others):
+        seen.append((a8, b8))
+        return usual(a8, b8, *others)
+
+    t.scaled_product = watched
+    try:
+        yield seen
+    finally:
+        t.scaled_product = usual
+
+
+def float8_steps(x: torch.Tensor, weights: list, d_y: torch.Tensor) -> Float8Steps:
+    """A layer's operators one after another."""
+    x8, factor = t.float8_norm(x)
+    d_y8, size = t.float8_gradient(d_y)
+    scale = t.turn_scale(size)
+    with products_seen() as seen:
+        _, *kept = t.float8_mlp(x, x8, factor, *weights)
+        t.float8_mlp_backward(d_y8, x8, size, [scale / 4, scale], kept)
+    (active8, _), (d_v8, _), up_factors, down_factors = seen
+    return Float8Steps(x8, d_y8, size / scale, active8, d_v8, up_factors, down_factors)
+
+
+def exact_sums(a8: torch.Tensor, b8: torch.Tensor) -> torch.Tensor:
+    """a8 b8^T in float32 by cuBLAS, not added up fast as scaled_product() has it."""
+    one = torch.ones((), device=DEVICE)
+    options = {"out_dtype": torch.float32, "use_fast_accum": False}
+    return torch._scaled_mm(a8, b8.mT, scale_a=one, scale_b=one, **options)
+
+
+def check_copies(title: str, steps: Float8Steps) -> None:
+    """Factors that are stored plain and transposed: rounded from the same numbers, they have to
+    agree bit for bit. ptxas of CUDA 12.8 and 12.9 may spoil 8-bit floats.
+    """
+    d_v, x_turned = steps.up_factors
+    d_turned, active = steps.down_factors
+    turned = float8_products.turned
+    copies = {"f8": (active, turned(steps.active8)), "d_v8": (d_v, turned(steps.d_v8))}
+    copies["x8"] = x_turned, turned(steps.x8, steps.row_size)
+    copies["d_y8"] = d_turned, turned(steps.d_y8, steps.row_size)
+    for name, (found, wanted) in copies.items():
+        different = found.view(torch.uint8) != wanted.view(torch.uint8)
+        check(f"{title}: {name} transposed, bytes that differ", float(different.sum()), 0)
+
+
+def check_sums(title: str, a8: torch.Tensor, b8: torch.Tensor) -> None:
+    """Sums over tokens beside float32's of the same factors, so that only how they are added up
+    shows: tensor cores cut fast sums of 8-bit factors, which become too small.
+    """
+    one = torch.ones((), device=DEVICE)
+    fast = t.scaled_product(a8, b8, one, one, torch.float32)
+    wanted = a8.float() @ b8.float().mT
+    for kind, found in (("fast", fast), ("exact", exact_sums(a8, b8))):
+        check(f"{title}, {kind}: error", relative(found, wanted), 0.02)
+        part = (found.double() * wanted).sum() / wanted.double().square().sum()
+        check(f"{title}, {kind}: too small by", abs(float(1 - part)), 0.02)
+
+
+def check_weight_gradients(
+    counts=(1_000, 65_536), width: int = 512, hidden: int = 2_048, dtype=torch.bfloat16
+) -> None:
+    """Gradients of the MLP's weights by 8-bit factors, which are sums over so many tokens: their
+    factors, the sums alone, and all of a layer beside what rounds nothing.
+
+    Rows' gradients are as small as a mean over a batch makes them, of sizes some powers of two
+    apart; in 1,000 rows the last tile has a rest.
+    """
+    if not t.can_fuse_mlp(width, hidden, DEVICE):
+        print("skip products of 8-bit floats are for compute capability 9.0")
+        return
+    normal = functools.partial(torch.randn, device=DEVICE)
+    weights = [normal(hidden, width) / width**0.5, normal(width, hidden) / hidden**0.5]
+    for rows in counts:
+        title = f"8-bit weight gradients, {rows:,} tokens"
+        x = (normal(rows, width) * normal(rows, 1).exp()).to(dtype)
+        d_y = (1e-6 * normal(rows, width) * normal(rows, 1).exp()).to(dtype)
+        steps = float8_steps(x, weights, d_y)
+        check_copies(title, steps)
+        check_sums(title, *steps.up_factors)
+        unrounded = unrounded_mlp(weights[0].square().mean().sqrt())
+        exact = float8_results(unrounded, x.float(), weights, d_y)
+        for name, found in float8_results(float8_y, x, weights, d_y).items():
+            check(f"{title}, unrounded: {name}", relative(found, exact[name]), 0.1)
 
 
 def check_float8_model() -> None:
@@ -1215,7 +1329,8 @@ def parts() -> dict[str, Part]:
         "documents-adapting": Part(call(check_documents, True), 80, "documents that adapt"),
         "optimizer": Part(check_optimizer, 20, "Newton-Schulz steps against float64"),
         "mlp": Part(check_mlp, 30, "the MLP's kernels against its formula"),
-        "float8": Part(check_float8, 90, "products of 8-bit floats against their reference"),
+        "float8-products": Part(check_float8, 90, "8-bit products against their reference"),
+        "float8-gradients": Part(check_weight_gradients, 40, "8-bit sums over 65,536 tokens"),
         "model-default": Part(check_model, 50, "a compiled model against float32 on the CPU"),
         "model-documents": Part(call(check_model, document_reset=1), 50, "documents apart"),
         "model-mamba2": Part(call(check_model, **second), 60, "the same of Mamba-2"),

@@ -16,7 +16,7 @@ import torch
 
 import train_gpt as t
 from bench import bench, tune
-from tests.support import SOLO, WallClockEvent, random_model, tiny
+from tests.support import SOLO, WallClockEvent, interpreted, random_model, tiny
 from tools.command import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +119,36 @@ def test_every_kernel_runs(name, pretended_gpu):
     assert row["H100_bytes"] == pytest.approx(1.4319 * row["H200_bytes"], rel=1e-4)
     assert row["H200_bytes"] == pytest.approx(kernel.bytes_moved / 4.3e9)
     assert row["matmul_ms"] == pytest.approx(kernel.flops / 760e9)
+
+
+@interpreted
+def test_the_mlp_in_8_bits_runs_apart_where_its_kernels_do(pretended_gpu, monkeypatch):
+    assert bench.float8_makers(tiny(), SOLO) == {}
+    for name, (_, columns, _, stages) in t.FLOAT8_TILES.items():
+        monkeypatch.setitem(t.FLOAT8_TILES, name, (16, columns, 16, stages))
+    monkeypatch.setattr(t, "can_fuse_mlp", lambda *sizes: True)
+    assert bench.float8_makers(tiny(model_dim=40), SOLO) == {}  # no whole tiles
+    settings = tiny(model_dim=64, mlp_mult=4.0, train_batch_tokens=32)
+    makers = bench.float8_makers(settings, SOLO)
+    assert len(makers) == 5 + 2 * 3
+    matrices = 2 * 64 * 256
+    flops = {}
+    for name, make in makers.items():
+        kernel = make()
+        flops[name] = kernel.flops
+        assert kernel.bytes_moved > 0
+        assert bench.time_kernel(make, CEILINGS)["ms"] > 0
+    assert flops == {
+        "MLP, 8 bits": 6 * 32 * matrices,
+        "MLP, 8 bits, forward operator": 2 * 32 * matrices,
+        "MLP, 8 bits, backward operator": 4 * 32 * matrices,
+        "MLP, 8 bits, size of rows": 0,
+        "MLP, 8 bits, rows transposed": 0,
+    } | {
+        f"weight gradient {shape}{sums}": 32 * matrices
+        for shape in ("64 × 256", "256 × 64")
+        for sums in ("", ", 8 bits, fast sums", ", 8 bits, exact sums")
+    }
 
 
 def test_what_cannot_be_captured_is_launched_by_the_host_and_says_why(pretended_gpu, capsys):

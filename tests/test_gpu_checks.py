@@ -4,11 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import train_gpt as t
 from tests import gpu_checks
 from tests.gpu_checks import Part
-from tests.support import CPU, SOLO, tiny
+from tests.support import CPU, SOLO, interpreted, tiny
 from tools.command import UserError
 
 
@@ -23,6 +24,8 @@ def test_parts_are_chosen_by_name_and_by_what_stands_before_the_hyphen():
     assert alone == sorted(alone)
     assert len(alone) == len(everything)
     assert all(part.seconds < gpu_checks.LIMIT for part in everything.values())
+    # A part's process is started by its name, which may not begin others' too.
+    assert all(list(gpu_checks.choose_parts([name])) == [name] for name in everything)
     with pytest.raises(UserError, match="scan, tims: no such part; there are attention, "):
         gpu_checks.choose_parts(["tims", "scans", "scan"])
 
@@ -84,3 +87,52 @@ def test_documents_are_checked_on_a_cpu_too_but_for_kernels(monkeypatch, capsys,
     said = capsys.readouterr().out
     assert "FAIL" not in said
     assert said.count("ok  ") == 11 + adapts
+
+
+@pytest.fixture
+def small_layer(monkeypatch):
+    """Calls gpu_checks' check of weight gradients for a layer that is interpreted in a second."""
+    for name, (_, columns, _, stages) in t.FLOAT8_TILES.items():
+        monkeypatch.setitem(t.FLOAT8_TILES, name, (16, columns, 16, stages))
+    monkeypatch.setattr(gpu_checks, "DEVICE", CPU)
+    monkeypatch.setattr(t, "can_fuse_mlp", lambda *sizes: True)
+    monkeypatch.setattr(gpu_checks, "exact_sums", lambda a8, b8: a8 @ b8.mT)
+
+    def check(rows: int) -> None:
+        torch.manual_seed(0)
+        gpu_checks.check_weight_gradients((rows,), width=64, hidden=256, dtype=torch.float32)
+
+    return check
+
+
+@interpreted
+def test_weight_gradients_are_checked_on_a_cpu_too(small_layer, capsys):
+    small_layer(40)
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 4 + 4 + 5
+    assert all(row.startswith("ok  ") for row in rows)
+    errors = [float(row.split(" (at most")[0].split()[-1]) for row in rows if "unrounded" in row]
+    assert max(errors) < 1e-5  # in float32 nothing is rounded
+
+
+@interpreted
+def test_a_copy_that_differs_and_a_sum_that_is_too_small_are_seen(small_layer, monkeypatch, capsys):
+    usual = t.turned_rows
+
+    def spoiled(x8, *others):
+        turned = usual(x8, *others)
+        turned[3, 7] += 1
+        return turned
+
+    monkeypatch.setattr(t, "turned_rows", spoiled)
+    monkeypatch.setattr(gpu_checks, "exact_sums", lambda a8, b8: 0.9 * (a8 @ b8.mT))
+    monkeypatch.setattr(gpu_checks, "failures", 0)
+    small_layer(16)
+    said = capsys.readouterr().out
+    for name in ("x8", "d_y8"):
+        assert f"FAIL 8-bit weight gradients, 16 tokens: {name} transposed" in said
+    for name in ("f8", "d_v8"):
+        assert f"ok   8-bit weight gradients, 16 tokens: {name} transposed" in said
+    assert "FAIL 8-bit weight gradients, 16 tokens, exact: too small by" in said
+    assert "ok   8-bit weight gradients, 16 tokens, fast: too small by" in said
+    assert gpu_checks.failures == 6  # the error of exact sums, d up and d down among them
