@@ -116,13 +116,13 @@ class UserError(Exception):
     """A mistake the user can mend: run() prints it as one line."""
 
     def __init__(self, message: str):
-        # A path's byte that is no text is shown as that byte; Python has a surrogate for it.
-        shown = (f"\\x{ord(x) & 255:x}" if "\udc80" <= x <= "\udcff" else x for x in message)
-        super().__init__("".join(shown))
+        # Python holds a path's byte that is no text as a surrogate: it is written as \xff.
+        parts = (f"\\x{ord(x) & 255:x}" if "\udc80" <= x <= "\udcff" else x for x in message)
+        super().__init__("".join(parts))
 
 
 class SharedError(UserError):
-    """Raised by all ranks at once: rank 0 tells it."""
+    """One that all ranks raise at once: rank 0 alone prints it."""
 
 
 class OtherVersionError(UserError):
@@ -153,12 +153,12 @@ def explained_errors(doing: str):
 # A field of Settings in capitals is its environment variable, named as in the contest. What it may
 # hold stands beside its default; help, validation and docs/settings.md are made from that.
 
-
 UNBOUNDED = 2**50  # more than any count or number of seconds that means something
 WIDEST = 2**16  # the most that a width, a number of heads or a factor of a width may be
 LONGEST = 2**20  # the most tokens of a window or a text, rows of bigrams
 ABOVE_0 = 1e-30  # the least of what must not be 0
 BELOW_1 = 1 - 2**-53  # the most of what must not be 1
+EVAL_MODES = ("plain", "sliding", "stateful", "documents")
 
 
 def env(default, help, unit="", low=0, high=UNBOUNDED, group=""):
@@ -175,9 +175,6 @@ def describe_values(low, high, unit, **_) -> str:
     least = "> 0" if low == ABOVE_0 else f">= {low}" if low else ""
     most = "< 1" if high == BELOW_1 else f"<= {high}" if high < UNBOUNDED else ""
     return f"{unit} {least}{', ' if least and most else ''}{most}".strip()
-
-
-EVAL_MODES = ("plain", "sliding", "stateful", "documents")
 
 
 @dataclass(frozen=True)
@@ -368,7 +365,8 @@ class Settings:
         return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
 
 
-# What presets of other systems and of small models keep of the usual: no choice was made for them.
+# The usual values, which presets of other systems and of small models keep: what the entry has in
+# their place was chosen for the entry.
 PLAIN = {
     "mlp_mult": 3.0, "rope_fraction": 1.0, "qk_gain_init": 1.5, "logit_softcap": 30.0,
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
@@ -525,9 +523,11 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
     for name in given & ({"embed_lr", "head_lr"} if tied else {"tied_embed_lr"}):
         other = "TIED_EMBED_LR is the rate" if tied else "EMBED_LR and HEAD_LR are the rates"
         raise UserError(f"{name.upper()} means nothing with TIE_EMBEDDINGS={int(tied)}: {other}")
+    # A refused name that may stand, such as TTT_OPTIMIZER=sgd, asks for an EVAL_MODE, too.
     others = {name.lower() for name in environment.keys() & REFUSED.keys()}
     given |= {name for name in others if modes_that_read(name) != EVAL_MODES}
-    return make_room(settings, given, read_number(environment, "WORLD_SIZE", 1)), given
+    world_size = max(1, read_number(environment, "WORLD_SIZE", 1))  # read_launch() refuses 0
+    return make_room(settings, given, world_size), given
 
 
 def modes_that_read(name: str) -> tuple[str, ...]:
@@ -539,10 +539,10 @@ def modes_that_read(name: str) -> tuple[str, ...]:
 
 
 def make_room(s, given: set[str], world_size: int) -> Settings:
-    """The settings, of which those of the recipe, not given, yield to given ones beside them.
+    """The settings, of which those that were not given yield to those that were.
 
-    What these exclude is left out; the stride follows the window, a chunk that and the overlap,
-    GPTQ's seconds the clock, and EVAL_MODE what only another mode reads. Two given ones that
+    What the quantizer excludes becomes 0, EVAL_MODE one that reads all that was given; EVAL_STRIDE
+    and TTT_CHUNK_TOKENS follow the window, EXPORT_RESERVE_SECONDS the clock. Two given ones that
     contradict each other stay, for validate_settings() to refuse.
     """
     values = dict.fromkeys(excluded(s), 0)
@@ -675,13 +675,13 @@ def ttt_sequence_length(s, world_size: int) -> int:
     Of EVAL_MODE=stateful, whole strides of attention's windows: as many as fit into that.
     """
     stride = s.train_seq_len - s.attention_overlap if s.eval_mode == "stateful" else 1
-    longest = min(s.train_seq_len, s.ttt_chunk_tokens // max(1, world_size))
+    longest = min(s.train_seq_len, s.ttt_chunk_tokens // world_size)
     return max(1, stride, longest // max(1, stride) * stride)
 
 
 def whole_chunk(s, world_size: int) -> int:
-    """TTT_CHUNK_TOKENS without what is no sequence that all ranks have."""
-    shared = max(1, world_size) * ttt_sequence_length(s, world_size)
+    """TTT_CHUNK_TOKENS in whole sequences, of which all ranks have equally many."""
+    shared = world_size * ttt_sequence_length(s, world_size)
     return max(1, s.ttt_chunk_tokens // shared) * shared
 
 
@@ -711,18 +711,15 @@ def help_text() -> str:
 # 2. Ranks and device
 # What several processes need of each other, and what is chosen for a whole process.
 
-
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
-
 CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")  # the limit in bytes, of cgroup v2
 MOST_TOKENS_ON_A_CPU = 8192  # that a rank runs at once
-
 PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as the process lives
 
 
 def prepare_torch(deterministic: bool = False):
-    """Makes all choices that hold for torch in a whole process: before CUDA is used, and again."""
-    PROCESS_WIDE.close()
+    """Makes all choices that hold for torch in a whole process, before CUDA is used."""
+    PROCESS_WIDE.close()  # what an earlier call entered
     # The first of SDPA's kernels that can take a call does: cuDNN's, the fastest on Hopper, and not
     # the memory-efficient one. Entered in the model, this would keep graphs out of the cache.
     kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -886,9 +883,12 @@ def synchronized_time() -> float:
 # Token shards on disk become batches to train on and one stream to score. Batches follow from the
 # seed, the settings and the shards alone: 1 or 8 GPUs train on the same data.
 
-
 SHARD_MAGIC = 20_240_520
 SHARD_HEADER_BYTES = 256 * 4  # int32: magic, version 1, number of tokens, and zeros
+ROUND_TRIP_TOKENS = 1 << 14  # that are decoded and encoded again, in a tenth of a second
+MOST_LOST_PAIRS = 0.02  # of them: 0.014 were seen where many characters are unknown, else 0.0001
+# Of tokens, at up to 2 LOGIT_SOFTCAP nats each; text that was encoded whole has under 1e-5.
+MOST_IMPOSSIBLE = 0.001
 
 
 class Shard:
@@ -954,14 +954,15 @@ def open_shards(folder: str, split: str) -> list[Shard]:
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     remedy = f"set DATA_PATH, or {how_to_make(folder)}"
     need(paths, f"no *_{split}_*.bin shards in {folder}: {remedy}")
-    series = collections.defaultdict(dict)
+    series = collections.defaultdict(dict)  # by NAME: its shards by number
     for path in paths:
         name, _, number = path.stem.rpartition("_")
         if number.isdecimal() and len(number) <= 6:  # more digits are a date, not a count
             series[name][int(number)] = path
     for numbers in series.values():
         last = max(numbers)
-        for number in range(min(1, *numbers) if len(numbers) > 1 else last, last):
+        first = min(1, *numbers) if len(numbers) > 1 else last  # a shard alone may have any number
+        for number in range(first, last):
             gap = f"{numbers[last]} is there, but not number {number}: fetch that, too"
             need(number in numbers, gap)
     return [Shard(path) for path in paths]
@@ -1106,12 +1107,6 @@ class Batches:
         return tokens[:, :-1], tokens[:, 1:]
 
 
-ROUND_TRIP_TOKENS = 1 << 14  # that are decoded and encoded again, in a tenth of a second
-MOST_LOST_PAIRS = 0.02  # of them: 0.014 were seen where many characters are unknown, else 0.0001
-# Of tokens, at up to 2 LOGIT_SOFTCAP nats each; text that was encoded whole has under 1e-5.
-MOST_IMPOSSIBLE = 0.001
-
-
 class Tokenizer:
     """A SentencePiece model of vocab_size tokens, else UserError, and each token's text bytes."""
 
@@ -1220,7 +1215,8 @@ def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
 def check_pairs(settings, tokens: np.ndarray, name: str):
     """Raises UserError for text with many pairs that packed_pairs() rules out."""
     pairs = packed_pairs(settings.tokenizer_path, settings.vocab_size).numpy()
-    found = (pairs[tokens[:-1], tokens[1:] // 8] >> tokens[1:] % 8 & 1).sum()
+    target = tokens[1:]
+    found = (pairs[tokens[:-1], target // 8] >> target % 8 & 1).sum()
     problem = f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes there"
     known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
     need(known, f"{problem} (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
@@ -1241,6 +1237,7 @@ def check_pairs(settings, tokens: np.ndarray, name: str):
 # Mamba-3 (arXiv 2603.15569), for each head and each token t:
 #
 #     dt_t     = softplus(step_t + step_bias)                        step size, above 0
+#     A_t      = -max(softplus(decay_t), DECAY_FLOOR)                rate of decay, below 0
 #     a_t      = exp(A_t dt_t)                                       decay, from 0 to 1
 #     lambda_t = sigmoid(trapezoid_t)                                the step's part at its end
 #     theta_t  = theta_{t-1} + pi tanh(angle_rate_t) dt_t            angle, by which pairs turn
@@ -1249,12 +1246,12 @@ def check_pairs(settings, tokens: np.ndarray, name: str):
 #     y_t      = (S_t q_t + D v_t) silu(gate_t)
 #
 # By the trapezoid rule a part of a step goes to the token at its beginning, t-1, the rest to that
-# at its end, t. Mamba-2 has lambda = 1, no angles, norms and biases, and one A for a head.
+# at its end, t. Mamba-2 has lambda = 1, no angles, norms and biases, and learns one A for a head.
 #
 # sequential_scan() computes this as it stands, chunked_scan() as matmuls, triton_scan() (section
 # 11) in fused kernels. Each takes the state that earlier tokens left and returns the one it leaves.
 
-DECAY_FLOOR = 1e-4  # A_t of Mamba-3 is at most -DECAY_FLOOR: no state lasts for ever
+DECAY_FLOOR = 1e-4  # so that no state of Mamba-3 lasts for ever
 RESET_LOG_DECAY = -60.0  # a document's start in sums of log decays: exp(-60) is 1e-26
 SCAN_NORM_EPS = 1e-5  # of the norms of keys, queries and a scan's outputs, beside a mean square
 NORM_EPS = 1e-6  # of all other norms
@@ -1308,7 +1305,7 @@ class MambaSizes(NamedTuple):
     version: int
 
     def columns(self) -> dict[str, int]:
-        """The widths of in_proj's groups of outputs, in their order."""
+        """The widths of in_proj's groups of outputs, which this Mamba has, in their order."""
         inner = self.heads * self.channels
         widths = {"gate": inner, "value": inner}
         if self.version >= 2:
@@ -1316,6 +1313,11 @@ class MambaSizes(NamedTuple):
         if self.version == 3:
             widths |= {"decay": self.heads, "trapezoid": self.heads, "angle_rate": self.angles}
         return widths
+
+    def width_of(self, *groups: str) -> int:
+        """How many of in_proj's outputs are in these groups; 0 in one that this Mamba lacks."""
+        widths = self.columns()
+        return sum(widths.get(name, 0) for name in groups)
 
     def split(self, projected: Tensor) -> dict[str, Tensor]:
         """in_proj's outputs (B, L, columns) by group; gate and value as (B, L, H, P)."""
@@ -1374,10 +1376,20 @@ def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start
         if parameters.heavy_tail:  # 1 + decay above 0, 1 / (1 - decay) below: falls more slowly
             rate = torch.where(decay > 0, decay.abs() + 1, 1 / (decay.abs() + 1))
         decay_rate = -rate.clamp(min=DECAY_FLOOR)
-    tokens = (column["value"], key, query, step_size, decay_rate * step_size)
-    learned = (parameters.key_bias, parameters.query_bias, parameters.skip)
-    rest = (column.get("trapezoid"), column.get("angle_rate"), document_start)
-    return ScanInputs(*tokens, *learned, column["gate"], *rest)
+    return ScanInputs(
+        value=column["value"],
+        key=key,
+        query=query,
+        step_size=step_size,
+        log_decay=decay_rate * step_size,
+        key_bias=parameters.key_bias,
+        query_bias=parameters.query_bias,
+        skip=parameters.skip,
+        gate=column["gate"],
+        trapezoid=column.get("trapezoid"),
+        angle_rate=column.get("angle_rate"),
+        document_start=document_start,
+    )
 
 
 def widened(x: Tensor) -> Tensor:
@@ -1521,12 +1533,12 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     # 3. Between chunks: here the state is passed on. Each chunk reads what came before it.
     to_end = (total[..., -1:] - total).exp() * key_weight
     left_behind = (value * to_end.unsqueeze(-1)).mT @ key  # (B, H, chunks, P, N)
-    whole_chunk = total[..., -1, None, None].exp()  # (B, H, chunks, 1, 1)
+    chunk_decay = total[..., -1, None, None].exp()  # (B, H, chunks, 1, 1)
     ssm = add_outer(terms.state.ssm, terms.previous[:, 0], terms.state.value, terms.state.key)
     incoming = []
     for chunk in range(left_behind.shape[2]):
         incoming.append(ssm)
-        ssm = whole_chunk[:, :, chunk] * ssm + left_behind[:, :, chunk]
+        ssm = chunk_decay[:, :, chunk] * ssm + left_behind[:, :, chunk]
 
     # 4. What the incoming state adds to each token of its chunk, and the token's own product.
     y = y + (query @ torch.stack(incoming, dim=2).mT) * total.exp().unsqueeze(-1)
@@ -1588,6 +1600,12 @@ def why_not(name: str, settings, device: torch.device) -> str:
 # activations as PRECISION says. Depth recurrence is another order of the blocks. All go by
 # Model.through_blocks(): whole windows from forward(); with every mixer's state, a stream's next
 # part from resume(), and each text's next token from step().
+
+SDPA_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their lengths
+GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
+STEP_RANK = 16  # of the first Mamba's step sizes, which dt_proj makes of so many numbers
+EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
 
 
 def initial(kind: str, *shape: int) -> Tensor:
@@ -1696,10 +1714,6 @@ def find_documents(start: Tensor, backend: str) -> Documents:
     return Documents(reach)
 
 
-SDPA_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their lengths
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, documents, backend: str) -> Tensor:
     """Causal softmax attention: y_t = sum over s <= t of softmax_s(q_t·k_s / sqrt(D)) v_s.
 
@@ -1774,9 +1788,6 @@ class AttentionState(NamedTuple):
     value: Tensor  # (B, kept, kv heads, D)
 
 
-GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention with normed queries and keys and a gate on every head.
 
@@ -1832,7 +1843,7 @@ class Attention(nn.Module):
 
 
 def without_own_value(y: Tensor, value: Tensor) -> Tensor:
-    """y (B, T, heads, D) less its part along the token's value (B, T, kv heads, D)."""
+    """y - (y·u) u, u = v / |v|, of y (B, T, heads, D) and the token's v (B, T, kv heads, D)."""
     direction = F.normalize(value, dim=-1).repeat_interleave(y.shape[2] // value.shape[2], dim=2)
     return y - (y * direction).sum(dim=-1, keepdim=True) * direction
 
@@ -1859,9 +1870,9 @@ class ShortConv(nn.Module):
         if before is not None:
             x = torch.cat([before, x], dim=1)
             before = x[:, length:]
-        if before is not None and reach is not None:
-            age = torch.arange(last - 1, -1, -1, device=x.device)
-            before = before.masked_fill((age > reach[:, -1:]).unsqueeze(-1), 0)
+            if reach is not None:
+                age = torch.arange(last - 1, -1, -1, device=x.device)
+                before = before.masked_fill((age > reach[:, -1:]).unsqueeze(-1), 0)
         if fused and reach is None:
             y = library_kernel([x.mT.contiguous(), weight, bias], None, "convolution", 0).mT
             return y[:, x.shape[1] - length :], before
@@ -1882,9 +1893,6 @@ class MambaState(NamedTuple):
     inputs: Tensor | None  # (B, taps - 1, channels), the short convolution's last ones
 
 
-STEP_RANK = 16  # of the first Mamba's step sizes, which dt_proj makes of so many numbers
-
-
 class Mamba(nn.Module):
     """A state-space mixer: in_proj, the recurrence of section 4, out_proj. Names are the papers'.
 
@@ -1903,9 +1911,9 @@ class Mamba(nn.Module):
         longest = max(16, 1 << (s.train_seq_len - 1).bit_length())
         self.chunk_size = min(s.mamba_chunk_size, longest)  # beyond a window, all would be padding
         self.heavy_tail = s.mamba_decay == "heavy_tail"
-        self.sizes = MambaSizes(heads, channels, n, n // 4 if version == 3 else 0, version)
-        widths = self.sizes.columns()
-        self.in_proj = Linear(s.model_dim, sum(widths.values()))
+        angles = n // 4 if version == 3 else 0
+        self.sizes = MambaSizes(heads, channels, n, angles, version)
+        self.in_proj = Linear(s.model_dim, sum(self.sizes.columns().values()))
         self.in_proj.dynamics_rows = self.dynamics_rows()
         if s.muon_row_groups:
             self.in_proj.row_groups = self.row_groups()
@@ -1913,28 +1921,29 @@ class Mamba(nn.Module):
         self.dt_bias = nn.Parameter(initial("step bias", heads))
         self.D = nn.Parameter(initial("one", heads))
         if version == 3:
-            self.B_norm, self.C_norm = (nn.Parameter(initial("one", n)) for _ in "BC")
-            self.B_bias, self.C_bias = (nn.Parameter(initial("one", heads, n)) for _ in "BC")
+            self.B_norm = nn.Parameter(initial("one", n))
+            self.C_norm = nn.Parameter(initial("one", n))
+            self.B_bias = nn.Parameter(initial("one", heads, n))
+            self.C_bias = nn.Parameter(initial("one", heads, n))
         elif version == 2:
             self.A_log = nn.Parameter(initial("log rate", heads))
         else:
             self.x_proj = Linear(inner, STEP_RANK + 2 * n)
             self.dt_proj = Linear(STEP_RANK, inner)
             self.A_log = nn.Parameter(initial("log rates", inner, n))
-        convolved = inner + widths.get("key", 0) + widths.get("query", 0)
+        convolved = self.sizes.width_of("value", "key", "query")
         self.conv = ShortConv(convolved, s.mamba_d_conv) if version < 3 else None
 
     def row_groups(self) -> tuple[int, ...]:
         """How many of in_proj's rows make gates, values, keys with queries, and dynamics."""
-        widths = self.sizes.columns()
-        features = widths.get("key", 0) + widths.get("query", 0)
-        groups = (widths["gate"], widths["value"], features, self.dynamics_rows())
+        width_of = self.sizes.width_of
+        features = width_of("key", "query")
+        groups = (width_of("gate"), width_of("value"), features, self.dynamics_rows())
         return tuple(count for count in groups if count)
 
     def dynamics_rows(self) -> int:
         """How many of in_proj's last rows steer the recurrence: with 8 bits in the artifact."""
-        widths = self.sizes.columns()
-        return sum(widths.get(name, 0) for name in ("step", "decay", "trapezoid", "angle_rate"))
+        return self.sizes.width_of("step", "decay", "trapezoid", "angle_rate")
 
     def forward(self, u: Tensor, context: Context, state=None) -> tuple[Tensor, MambaState]:
         """As Block asks of a mixer; single tokens by the recurrence as it stands."""
@@ -1946,8 +1955,8 @@ class Mamba(nn.Module):
         scan, inputs = state or (None, None)
         start = context.document_start
         if self.conv is not None:  # of the value, in Mamba-2 also of key and query
-            widths = [self.out_proj.in_features, len(self.conv.weight)]
-            gate, mixed, rest = projected.tensor_split([widths[0], sum(widths)], dim=-1)
+            widths = (self.sizes.width_of("gate"), len(self.conv.weight), self.dynamics_rows())
+            gate, mixed, rest = projected.split(widths, dim=-1)
             mixed, inputs = self.conv(mixed, context.reach, self.backend == "fused", inputs)
             projected = torch.cat([gate, mixed, rest], dim=-1)
         if self.sizes.version == 1:
@@ -2019,12 +2028,16 @@ class MLP(nn.Module):
         return y.view(x.shape)
 
     def in_float8(self, x: Tensor, input_scale: float) -> Tensor:
-        """forward() by the same kernels, of factors in 8 bits."""
+        """forward() by the same kernels, of factors in 8 bits; letters as in section 11.
+
+        Where v8 is USUAL, what up makes is a = size · 4 sqrt(width) · input_scale, with the size of
+        W_up8. As f is of second degree, f = 4 a^2 f8; one size is in float8_mlp()'s result already.
+        """
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
-        y, *kept = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight)
-        *_, up_sizes, _, _, _ = kept
-        usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale  # u of v8 = USUAL, of size 1
+        weights = (self.up.weight, self.down.weight)
+        y, _, _, _, _, up_sizes, *_ = float8_mlp(rows, x8, factor, *weights)
+        usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale
         y = y * (4 * usual**2 * up_sizes.detach()[0, 0])
         return y.view(x.shape)
 
@@ -2115,8 +2128,8 @@ class Model(nn.Module):
         # A table, or each kernel would compute it anew.
         self.register_buffer("rotary_table", rotary_turns(positions, frequencies), persistent=False)
         masked = s.mask_impossible_pairs and device.type != "meta"  # a skeleton computes nothing
-        pairs = packed_pairs(s.tokenizer_path, s.vocab_size) if masked else None
-        self.register_buffer("impossible", pairs, persistent=False)
+        impossible = packed_pairs(s.tokenizer_path, s.vocab_size) if masked else None
+        self.register_buffer("impossible", impossible, persistent=False)
         self.output_name = "embedding.weight" if s.tie_embeddings else "output_embedding.weight"
         self.row_costs: dict[str, Tensor] = {}  # export's, of errors: find_row_costs()
         self.grid_factors: dict[str, Tensor] = {}  # export's, of grids: find_grid_factors()
@@ -2142,9 +2155,11 @@ class Model(nn.Module):
         products of 8-bit floats as FLOAT8_PRODUCTS has them.
         """
         start = tokens == BOS_ID if self.settings.document_reset else None
-        backend, confined = self.attention_backend, self.settings.confines_documents
-        documents = find_documents(start, backend) if confined else None
-        reach = documents.reach if confined else None
+        backend = self.attention_backend
+        reach = documents = None
+        if self.settings.confines_documents:
+            documents = find_documents(start, backend)
+            reach = documents.reach
         turns = self.rotary_table[:, : tokens.shape[1]]
         context = Context(start, turns, reach, documents, backend, float8=float8)
         return self.through_blocks(self.embed(tokens), order, context)
@@ -2458,9 +2473,6 @@ def build_model(settings, ranks) -> Model:
     """A new model on the rank's device, the same on every rank."""
     torch.manual_seed(settings.seed)
     return Model(settings, ranks.device, choose_scan_backend(settings, ranks.device))
-
-
-EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
 
 
 @torch.no_grad()
