@@ -1118,7 +1118,7 @@ class Tokenizer:
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_file=os.fsencode(path))
             ids = list(range(model.vocab_size()))
-            pieces = model.IdToPiece(ids)
+            self.pieces = pieces = model.IdToPiece(ids)
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"{path} is not a SentencePiece model, or cannot be read") from None
         problem = f"{path} has {len(ids)} tokens, but VOCAB_SIZE={vocab_size}"
@@ -1128,7 +1128,9 @@ class Tokenizer:
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_special
         # A leading space is counted by target_bytes(), where it is known what stands before it.
         texts = [piece.removeprefix("▁").replace("▁", " ") for piece in pieces]
-        lengths = np.where(model.IsByte(ids), 1, [len(text.encode()) for text in texts])
+        is_byte = np.array(model.IsByte(ids))
+        self.is_text = ~(self.is_special | is_byte)
+        lengths = np.where(is_byte, 1, [len(text.encode()) for text in texts])
         self.piece_bytes = np.where(self.is_special, 0, lengths)
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
@@ -1418,9 +1420,8 @@ def add_outer(ssm: Tensor, weight: Tensor, value: Tensor, key: Tensor) -> Tensor
     return ssm + (weight.unsqueeze(-1) * value).unsqueeze(-1) * key.unsqueeze(-2)
 
 
-def empty_state(like: Tensor, *shape: int) -> ScanState:
-    """The state before a text's first token: zeros. shape: B, H, P, N, R."""
-    batch, heads, channels, state, angles = shape
+def empty_state(like: Tensor, batch, heads, channels, state, angles) -> ScanState:
+    """The state before a text's first token: zeros, for B, H, P, N, R."""
     zeros = partial(like.new_zeros, batch, heads)
     return ScanState(zeros(angles), zeros(channels, state), zeros(state), zeros(channels))
 
@@ -1984,7 +1985,8 @@ class Mamba(nn.Module):
             inputs = self.D.new_zeros(batch, taps - 1, channels, dtype=dtype)
         if self.sizes.version == 1:
             return MambaState(self.A_log.new_zeros(batch, *self.A_log.shape), inputs)
-        return MambaState(empty_state(self.D, batch, *self.sizes[:4]), inputs)
+        heads, channels, state, angles, _ = self.sizes
+        return MambaState(empty_state(self.D, batch, heads, channels, state, angles), inputs)
 
     def selective(self, projected: Tensor, start, state, backend: str) -> tuple[Tensor, Tensor]:
         """The first Mamba's part: (B, L, 2·inner) -> (B, L, inner), and its state (B, inner, N)."""
@@ -2036,7 +2038,7 @@ class MLP(nn.Module):
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
         weights = (self.up.weight, self.down.weight)
-        y, _, _, _, _, up_sizes, *_ = float8_mlp(rows, x8, factor, *weights)
+        y, *_, up_sizes, _, _, _ = float8_mlp(rows, x8, factor, *weights)
         usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale
         y = y * (4 * usual**2 * up_sizes.detach()[0, 0])
         return y.view(x.shape)
@@ -2202,14 +2204,14 @@ class Model(nn.Module):
         tokens = tokens.masked_fill(missing, BOS_ID)  # the first one's pair is that with BOS, too
         embedded = compact(self.embed(tokens[:, overlap - 1 :])[:, 1:])
         begun = tokens == BOS_ID
-        start = begun[:, overlap:] if self.settings.document_reset else None
+        own = begun[:, overlap:]
+        start = own if self.settings.document_reset else None
         size, backend = self.rotary_table.shape[1], self.attention_backend
         windows, outputs = stream_windows(seen, overlap, embedded.shape[1], size)
         reach = documents = None
         if self.settings.confines_documents:
             # For convolutions, over the part: documents that began before it reach to all that
             # states hold. For attention, documents are found in each window by itself.
-            own = begun[:, overlap:]
             reach = find_documents(own, "math").reach
             reach = reach.masked_fill(own.cumsum(dim=1) == 0, tokens.shape[1])
             documents = find_documents(begun[0, windows], backend)
@@ -2330,16 +2332,13 @@ def spelling_matrix(tokenizer, most: int) -> Tensor:
     Features are those of several tokens, the most frequent `most` of them, in one order in every
     process. Controls and bytes have none, and rows of 0.
     """
-    ids = list(range(len(tokenizer.is_special)))
-    spelt = ~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids))
-    pieces = tokenizer.model.IdToPiece(ids)
-    found = [collections.Counter() for _ in ids]
-    for token in np.flatnonzero(spelt):
-        found[token].update(spelling_of(pieces[token]))
+    found = [collections.Counter() for _ in tokenizer.pieces]
+    for token in np.flatnonzero(tokenizer.is_text):
+        found[token].update(spelling_of(tokenizer.pieces[token]))
     frequent = collections.Counter(name for names in found for name in names).most_common(most)
     shared = [name for name, count in frequent if count > 1]
     column = {name: number for number, name in enumerate(shared)}
-    matrix = torch.zeros(len(ids), len(column))
+    matrix = torch.zeros(len(found), len(column))
     for row, names in zip(matrix, found, strict=True):
         for name in names.keys() & column.keys():
             row[column[name]] = names[name]
@@ -2390,13 +2389,11 @@ def merge_order(tokenizer) -> dict[str, int]:
     them, all with a score of 0: they are cut out of a text before BPE sees it, are part of no
     merge, and so may stand beside every token. Empty for other models than BPE's.
     """
-    ids = list(range(tokenizer.model.vocab_size()))
-    ordinary = np.flatnonzero(~tokenizer.is_special & ~np.array(tokenizer.model.IsByte(ids)))
-    scores = np.array(tokenizer.model.GetScore(ids))[ordinary]
+    ordinary = np.flatnonzero(tokenizer.is_text)
+    scores = np.array(tokenizer.model.GetScore(ordinary.tolist()))
     first = np.flatnonzero(scores == 0).max(initial=0)
     falling = not scores[: first + 1].any() and (np.diff(scores[first:]) == -1).all()
-    pieces = tokenizer.model.IdToPiece(ids)
-    return {pieces[token]: int(token) for token in ordinary[first:]} if falling else {}
+    return {tokenizer.pieces[token]: int(token) for token in ordinary[first:] if falling}
 
 
 def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
