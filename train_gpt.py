@@ -162,8 +162,8 @@ EVAL_MODES = ("plain", "sliding", "stateful", "documents")
 
 
 def env(default, help, unit="", low=0, high=UNBOUNDED, group=""):
-    """A setting of its default's type: a number of units from low to high, a text, or one of the
-    words that bars part in unit. A group of settings begins with one that names it.
+    """A setting of its default's type: a number, in units, from low to high; a text; or one of the
+    words between the bars of unit. The first setting of a group names it.
     """
     unit = "0|1" if isinstance(default, bool) else unit
     facts = {"help": help, "unit": unit, "low": low, "high": high, "group": group}
@@ -365,8 +365,7 @@ class Settings:
         return [Path(self.log_dir, f"{self.run_id}.checkpoint{age}") for age in ("", "-before")]
 
 
-# The usual values, which presets of other systems and of small models keep: what the entry has in
-# their place was chosen for the entry.
+# Usual values, which other systems and small models keep: the entry's were chosen for it alone.
 PLAIN = {
     "mlp_mult": 3.0, "rope_fraction": 1.0, "qk_gain_init": 1.5, "logit_softcap": 30.0,
     "document_reset": False, "mask_impossible_pairs": False, "spelling_features": 0,
@@ -887,8 +886,8 @@ SHARD_MAGIC = 20_240_520
 SHARD_HEADER_BYTES = 256 * 4  # int32: magic, version 1, number of tokens, and zeros
 ROUND_TRIP_TOKENS = 1 << 14  # that are decoded and encoded again, in a tenth of a second
 MOST_LOST_PAIRS = 0.02  # of them: 0.014 were seen where many characters are unknown, else 0.0001
-# Of tokens, at up to 2 LOGIT_SOFTCAP nats each; text that was encoded whole has under 1e-5.
-MOST_IMPOSSIBLE = 0.001
+MOST_IMPOSSIBLE = 0.001  # of tokens, at up to 2 LOGIT_SOFTCAP nats each; usual text: under 1e-5
+FEW_PAIRS = 9  # fewer that are lost, or impossible, are let be
 
 
 class Shard:
@@ -1165,7 +1164,7 @@ class Tokenizer:
                 count = f"it counts {counted} bytes in a text of {length}"
                 return f"{count}: has it no piece for a space?"
         lost = (pairs - returned).total()
-        alike = lost < 9 or lost <= MOST_LOST_PAIRS * pairs.total()
+        alike = lost < FEW_PAIRS or lost <= MOST_LOST_PAIRS * pairs.total()
         return "" if alike else f"decoded and encoded again, {lost / pairs.total():.0%} are others"
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -1220,7 +1219,7 @@ def check_pairs(settings, tokens: np.ndarray, name: str):
     target = tokens[1:]
     found = (pairs[tokens[:-1], target // 8] >> target % 8 & 1).sum()
     problem = f"{found / len(tokens):.1%} of the {name} shards' tokens BPE never writes there"
-    known = found < 9 or found <= MOST_IMPOSSIBLE * len(tokens)
+    known = found < FEW_PAIRS or found <= MOST_IMPOSSIBLE * len(tokens)
     need(known, f"{problem} (is text encoded in pieces?): use MASK_IMPOSSIBLE_PAIRS=0")
 
 
@@ -1367,29 +1366,23 @@ def mamba_scan(
 def scan_inputs(projected: Tensor, parameters, sizes: MambaSizes, document_start) -> ScanInputs:
     """in_proj's outputs (B, L, columns) as the recurrence reads them, Mamba-2's or Mamba-3's."""
     column = sizes.split(projected)
-    key, query = column["key"], column["query"]
-    step_size = F.softplus(widened(column["step"]) + parameters.step_bias)
+    step_size = F.softplus(widened(column.pop("step")) + parameters.step_bias)
     decay_rate = parameters.decay_rate
     if sizes.version == 3:
-        key = norm(key, parameters.key_norm, SCAN_NORM_EPS)
-        query = norm(query, parameters.query_norm, SCAN_NORM_EPS)
-        decay = widened(column["decay"])
+        column["key"] = norm(column["key"], parameters.key_norm, SCAN_NORM_EPS)
+        column["query"] = norm(column["query"], parameters.query_norm, SCAN_NORM_EPS)
+        decay = widened(column.pop("decay"))
         rate = F.softplus(decay)
         if parameters.heavy_tail:  # 1 + decay above 0, 1 / (1 - decay) below: falls more slowly
             rate = torch.where(decay > 0, decay.abs() + 1, 1 / (decay.abs() + 1))
         decay_rate = -rate.clamp(min=DECAY_FLOOR)
     return ScanInputs(
-        value=column["value"],
-        key=key,
-        query=query,
+        **column,  # value, key, query, gate; in Mamba-3 trapezoid and angle_rate
         step_size=step_size,
         log_decay=decay_rate * step_size,
         key_bias=parameters.key_bias,
         query_bias=parameters.query_bias,
         skip=parameters.skip,
-        gate=column["gate"],
-        trapezoid=column.get("trapezoid"),
-        angle_rate=column.get("angle_rate"),
         document_start=document_start,
     )
 
@@ -1494,7 +1487,8 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 # that its last token lacks, (1 - lambda_1) dt_1 v_0 k_0^T, and adds (a_1 ... a_t) S_0 q_t.
 #
 # Chunks of C tokens. The sum over s is a masked matmul within a chunk, and a state between chunks,
-# S', which is S with that half; only a call's last token is owed it (ScanState has what it needs).
+# S', which is S with that half. A call's last token still lacks it, as lambda and dt of the next
+# are not known: what a call leaves is S, and ScanState keeps that token's key and value.
 #
 #     tokens     0 ......... C-1     C ........ 2C-1     2C ....... 3C-1
 #               +---------------+   +---------------+   +---------------+
@@ -1525,7 +1519,7 @@ def chunked_scan(inputs: ScanInputs, state: ScanState | None, chunk_size: int):
     key_weight = cut(terms.current + F.pad(terms.previous[:, 1:], (0, 0, 0, 1)))
     total = cut(log_decay).cumsum(dim=-1)  # (B, H, chunks, C), from the chunk's beginning on
 
-    # 2. Within a chunk, from earlier tokens. Masked before exp(), which could overflow ahead.
+    # 2. Within a chunk, from earlier tokens. Later ones are masked before exp(): it may overflow.
     between = total.unsqueeze(-1) - total.unsqueeze(-2)  # (B, H, chunks, C, C)
     not_before = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=value.device).triu()
     decay = between.masked_fill(not_before, -torch.inf).exp()
@@ -1569,7 +1563,7 @@ def choose_scan_backend(settings, device: torch.device) -> str:
     if wanted == "auto":
         # Without its library, the first Mamba is many times slower on a GPU: that is not taken.
         install = settings.mamba_version == 1 and INSTALL in reasons["fused"]
-        # Nor what a CPU would interpret.
+        # Nor is what a CPU would have to interpret.
         chosen = [name for name in usable if device.type == "cuda" or name not in FOR_GPUS]
         wanted = names[0] if install or not chosen else chosen[0]
     reason = reasons.get(wanted, f"is no backend of MAMBA_VERSION={settings.mamba_version}")
@@ -1605,7 +1599,7 @@ def why_not(name: str, settings, device: torch.device) -> str:
 SDPA_KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 VARIABLE_LENGTH = ("flash", "fa2", "fa3")  # they keep documents apart by their lengths
 GATE_INPUTS = 16  # channels of an attention layer's input that its gates read
-STEP_RANK = 16  # of the first Mamba's step sizes, which dt_proj makes of so many numbers
+STEP_RANK = 16  # numbers of which the first Mamba's dt_proj makes step sizes: its dt_rank
 EAGER_STEPS = 2  # of a generation on a GPU, before its kernels are recorded
 
 
@@ -1636,8 +1630,8 @@ class Documents(NamedTuple):
 
     reach: Tensor  # (B, T) int32: how many tokens back in the window a token's document reaches
     blocks: object = None  # for backend flex: its BlockMask
-    edges: Tensor | None = None  # for flash, fa2, fa3: document_edges()
-    crowded: Tensor | None = None  # likewise
+    edges: Tensor | None = None  # for flash, fa2, fa3: where they begin, by document_edges()
+    crowded: Tensor | None = None  # () bool, likewise: there are more than edges has room for
 
 
 class Context(NamedTuple):
@@ -1685,7 +1679,7 @@ def stream_windows(seen: Tensor, overlap: int, length: int, size: int) -> tuple[
 class Linear(nn.Linear):
     """y = W x in x's dtype, of float32 weights; Muon trains them. zero: an output matrix."""
 
-    row_groups: tuple[int, ...] = ()  # how many rows make things that have nothing in common
+    row_groups: tuple[int, ...] = ()  # rows of each part that Muon takes as a matrix of its own
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -1895,11 +1889,11 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nn.Module):
-    """A state-space mixer: in_proj, the recurrence of section 4, out_proj. Names are the papers'.
+    """A state-space mixer: out_proj(norm(y)), where section 4's recurrence makes y of in_proj(u).
 
     Mamba-2 convolves value, key and query. The first Mamba makes step sizes, keys and queries of
-    the convolved value, and its heads are single channels: see selective_scan(). What leaves the
-    newer ones' recurrence is normed, or it would grow a hundredfold in training's first steps.
+    the convolved value, its heads are single channels (see selective_scan()), and its y is not
+    normed: the newer ones' would grow a hundredfold in training's first steps. Names: the papers'.
     """
 
     def __init__(self, settings, scan_backend: str):
@@ -2030,10 +2024,10 @@ class MLP(nn.Module):
         return y.view(x.shape)
 
     def in_float8(self, x: Tensor, input_scale: float) -> Tensor:
-        """forward() by the same kernels, of factors in 8 bits; letters as in section 11.
+        """forward() by the same kernels, of factors in 8 bits, with section 11's letters.
 
-        Where v8 is USUAL, what up makes is a = size · 4 sqrt(width) · input_scale, with the size of
-        W_up8. As f is of second degree, f = 4 a^2 f8; one size is in float8_mlp()'s result already.
+        up's product is a = size · 4 sqrt(width) · input_scale, size being W_up8's, where v8 is
+        USUAL. f, of second degree, is 4 a^2 f8; float8_mlp() has brought in one size.
         """
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
@@ -2153,9 +2147,7 @@ class Model(nn.Module):
         return self.full_order if recurrent else tuple(range(len(self.blocks)))
 
     def forward(self, tokens: Tensor, order: tuple[int, ...], float8: str = "none") -> Tensor:
-        """Hidden states (B, T, width) of tokens (B, T) int64, after the layers in this order, with
-        products of 8-bit floats as FLOAT8_PRODUCTS has them.
-        """
+        """Hidden states (B, T, width) of tokens (B, T) int64; float8 is a FLOAT8_PRODUCTS."""
         start = tokens == BOS_ID if self.settings.document_reset else None
         backend = self.attention_backend
         reach = documents = None
@@ -2336,8 +2328,7 @@ def spelling_matrix(tokenizer, most: int) -> Tensor:
     for token in np.flatnonzero(tokenizer.is_text):
         found[token].update(spelling_of(tokenizer.pieces[token]))
     frequent = collections.Counter(name for names in found for name in names).most_common(most)
-    shared = [name for name, count in frequent if count > 1]
-    column = {name: number for number, name in enumerate(shared)}
+    column = {name: place for place, (name, count) in enumerate(frequent) if count > 1}
     matrix = torch.zeros(len(found), len(column))
     for row, names in zip(matrix, found, strict=True):
         for name in names.keys() & column.keys():
