@@ -408,7 +408,6 @@ PRESETS = {
         "eval_max_seconds": 150.0, "eval_stride": 128, "iterations": 3000},
 }  # fmt: skip
 
-# What each is for: --presets prints it.
 PRESET_USES = {
     "default": "the entry: 8 GPUs, ten minutes",
     "short": "the same model in three minutes on one GPU",
@@ -419,7 +418,7 @@ PRESET_USES = {
     "tiny": "a small model on sample text: two minutes on two CPU cores",
     "laptop": "a larger one: ten minutes in all on CPU cores; on a GPU 3,000 steps, within 8 GB",
 }
-FOR_CPUS = ("tiny", "laptop")  # of them, those that one may train without a GPU
+FOR_CPUS = ("tiny", "laptop")  # presets that one may train without a GPU
 
 group = ""
 FIELDS = {}  # the names of all settings, and their groups
@@ -1680,6 +1679,7 @@ class Linear(nn.Linear):
     """y = W x in x's dtype, of float32 weights; Muon trains them. zero: an output matrix."""
 
     row_groups: tuple[int, ...] = ()  # rows of each part that Muon takes as a matrix of its own
+    dynamics_rows: int = 0  # how many of the last ones steer a recurrence: 8 bits in the artifact
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
         super().__init__(in_features, out_features, bias=False)
@@ -1909,9 +1909,11 @@ class Mamba(nn.Module):
         angles = n // 4 if version == 3 else 0
         self.sizes = MambaSizes(heads, channels, n, angles, version)
         self.in_proj = Linear(s.model_dim, sum(self.sizes.columns().values()))
-        self.in_proj.dynamics_rows = self.dynamics_rows()
+        dynamics = self.sizes.width_of("step", "decay", "trapezoid", "angle_rate")
+        self.in_proj.dynamics_rows = dynamics
         if s.muon_row_groups:
-            self.in_proj.row_groups = self.row_groups()
+            groups = (inner, inner, self.sizes.width_of("key", "query"), dynamics)
+            self.in_proj.row_groups = tuple(count for count in groups if count)
         self.out_proj = Linear(inner, s.model_dim, zero=True)
         self.dt_bias = nn.Parameter(initial("step bias", heads))
         self.D = nn.Parameter(initial("one", heads))
@@ -1929,17 +1931,6 @@ class Mamba(nn.Module):
         convolved = self.sizes.width_of("value", "key", "query")
         self.conv = ShortConv(convolved, s.mamba_d_conv) if version < 3 else None
 
-    def row_groups(self) -> tuple[int, ...]:
-        """How many of in_proj's rows make gates, values, keys with queries, and dynamics."""
-        width_of = self.sizes.width_of
-        features = width_of("key", "query")
-        groups = (width_of("gate"), width_of("value"), features, self.dynamics_rows())
-        return tuple(count for count in groups if count)
-
-    def dynamics_rows(self) -> int:
-        """How many of in_proj's last rows steer the recurrence: with 8 bits in the artifact."""
-        return self.sizes.width_of("step", "decay", "trapezoid", "angle_rate")
-
     def forward(self, u: Tensor, context: Context, state=None) -> tuple[Tensor, MambaState]:
         """As Block asks of a mixer; single tokens by the recurrence as it stands."""
         backend = "sequential" if u.shape[1] == 1 else self.backend
@@ -1950,7 +1941,8 @@ class Mamba(nn.Module):
         scan, inputs = state or (None, None)
         start = context.document_start
         if self.conv is not None:  # of the value, in Mamba-2 also of key and query
-            widths = (self.sizes.width_of("gate"), len(self.conv.weight), self.dynamics_rows())
+            gates = self.out_proj.in_features
+            widths = (gates, len(self.conv.weight), self.in_proj.dynamics_rows)
             gate, mixed, rest = projected.split(widths, dim=-1)
             mixed, inputs = self.conv(mixed, context.reach, self.backend == "fused", inputs)
             projected = torch.cat([gate, mixed, rest], dim=-1)

@@ -29,7 +29,7 @@ HAVE_TO_STAND_THERE = [
     "record_layout()",
     "float_type()",
     "exact_steps()",
-    "Mamba.dynamics_rows()",
+    "Linear.dynamics_rows",
     "Evaluator._score_chunk()",
     "Evaluator._adapt()",
     "parameter_kind()",

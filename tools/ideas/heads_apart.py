@@ -29,11 +29,12 @@ def install(script) -> None:
     class Mamba(script.Mamba):
         """Gates and values head by head."""
 
-        def row_groups(self) -> tuple[int, ...]:
-            """As the script's, in smaller parts."""
-            gates, values, *others = super().row_groups()
-            heads = (gates + values) // self.sizes.channels
-            return (self.sizes.channels,) * heads + tuple(others)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            if self.in_proj.row_groups:
+                gates, values, *others = self.in_proj.row_groups
+                heads = (gates + values) // self.sizes.channels
+                self.in_proj.row_groups = (self.sizes.channels,) * heads + tuple(others)
 
     script.Attention = Attention
     if HEADS == "all":
