@@ -1940,11 +1940,12 @@ class Mamba(nn.Module):
             projected = self.in_proj(u)
         scan, inputs = state or (None, None)
         start = context.document_start
-        if self.conv is not None:  # of the value, in Mamba-2 also of key and query
+        if self.conv is not None:
             gates = self.out_proj.in_features
             widths = (gates, len(self.conv.weight), self.in_proj.dynamics_rows)
             gate, mixed, rest = projected.split(widths, dim=-1)
-            mixed, inputs = self.conv(mixed, context.reach, self.backend == "fused", inputs)
+            fused = self.backend == "fused"
+            mixed, inputs = self.conv(mixed, context.reach, fused, inputs)
             projected = torch.cat([gate, mixed, rest], dim=-1)
         if self.sizes.version == 1:
             y, scan = self.selective(projected, start, scan, backend)
@@ -1959,7 +1960,7 @@ class Mamba(nn.Module):
         """What Mamba-2 or Mamba-3 has learned, by the recurrence's names."""
         if self.sizes.version == 3:
             learned = (self.B_bias, self.C_bias, self.B_norm, self.C_norm)
-            return MambaParameters(self.dt_bias, self.D, *learned, None, self.heavy_tail)
+            return MambaParameters(self.dt_bias, self.D, *learned, heavy_tail=self.heavy_tail)
         no_bias = torch.zeros_like(self.D).unsqueeze(1)  # (H, 1)
         return MambaParameters(self.dt_bias, self.D, no_bias, no_bias, decay_rate=-self.A_log.exp())
 
