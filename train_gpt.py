@@ -1486,8 +1486,8 @@ def sequential_scan(inputs: ScanInputs, state: ScanState | None) -> tuple[Tensor
 # that its last token lacks, (1 - lambda_1) dt_1 v_0 k_0^T, and adds (a_1 ... a_t) S_0 q_t.
 #
 # Chunks of C tokens. The sum over s is a masked matmul within a chunk, and a state between chunks,
-# S', which is S with that half. A call's last token still lacks it, as lambda and dt of the next
-# are not known: what a call leaves is S, and ScanState keeps that token's key and value.
+# S', which is S with that half. A call's last token still lacks it, as the next one's lambda and
+# dt are not known: what is left is S, and ScanState keeps that token's key and value.
 #
 #     tokens     0 ......... C-1     C ........ 2C-1     2C ....... 3C-1
 #               +---------------+   +---------------+   +---------------+
@@ -1806,7 +1806,7 @@ class Attention(nn.Module):
         self.gate = nn.Parameter(initial("zero", settings.num_heads, min(GATE_INPUTS, width)))
 
     def forward(self, x: Tensor, context: Context, state=None) -> tuple[Tensor, AttentionState]:
-        """As Block asks of a mixer. Behind a state, keys of the kept tokens stand before x's."""
+        """As Block asks of a mixer. With a state, the kept tokens' keys stand before x's."""
         linears = (self.query, self.key, self.value)
         query, key, value = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in linears)
         query = norm(query) * self.query_gain.to(x.dtype)[:, None]  # (B, T, heads, D)
@@ -1944,8 +1944,7 @@ class Mamba(nn.Module):
             gates = self.out_proj.in_features
             widths = (gates, len(self.conv.weight), self.in_proj.dynamics_rows)
             gate, mixed, rest = projected.split(widths, dim=-1)
-            fused = self.backend == "fused"
-            mixed, inputs = self.conv(mixed, context.reach, fused, inputs)
+            mixed, inputs = self.conv(mixed, context.reach, self.backend == "fused", inputs)
             projected = torch.cat([gate, mixed, rest], dim=-1)
         if self.sizes.version == 1:
             y, scan = self.selective(projected, start, scan, backend)
@@ -1986,7 +1985,7 @@ class Mamba(nn.Module):
 
 
 class MLP(nn.Module):
-    """LeakyReLU(0.5) squared between two matrices, behind a norm: down(f(up norm(x)))."""
+    """LeakyReLU(0.5) squared between two matrices, after a norm: down(f(up norm(x)))."""
 
     def __init__(self, settings, device: torch.device):
         super().__init__()
@@ -2010,7 +2009,7 @@ class MLP(nn.Module):
         return self.down(F.leaky_relu(self.up(x), 0.5).square())
 
     def fused(self, x: Tensor, input_scale: float) -> Tensor:
-        """forward() by section 11's kernels: the norm is a factor behind the first product."""
+        """forward() by section 11's kernels: the norm is a factor after the first product."""
         rows = x.flatten(0, 1)
         factor = input_scale * (widened(rows).square().mean(-1) + NORM_EPS).rsqrt()
         y, *_ = fused_mlp(rows, factor, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
@@ -2181,7 +2180,7 @@ class Model(nn.Module):
     def resume(self, tokens: Tensor, seen: Tensor, order: tuple, states, run_block=None) -> Tensor:
         """Hidden states (1, T, width) of part of a stream, from the states that came before it.
 
-        tokens (1, O + T) int64: the part behind O others, the overlap of attention's windows; only
+        tokens (1, O + T) int64: the part after O others, the overlap of attention's windows; only
         the last seen, () int64, of them exist. T is a multiple of TRAIN_SEQ_LEN - O.
         """
         overlap = self.settings.attention_overlap
@@ -2287,9 +2286,8 @@ class Model(nn.Module):
 #     row = own + 0.4 · sum of n_f v_f / sqrt(sum of n_f²),      f in its spelling, n_f times
 #
 # where each feature f of a spelling, such as the letters "the" or a space in front, has a vector
-# v_f that all tokens with it train. Behind training the sum takes the row's place: the artifact
+# v_f that all tokens with it train. After training the sum takes the row's place: the artifact
 # holds no more than without, and only the tokenizer says what is shared.
-
 
 SPELLING_SCALE = 0.4  # of the shared part, beside the token's own
 SHARED_NAMES = "embedding.parametrizations."  # so begin torch's names of both parts
@@ -2359,11 +2357,11 @@ def fold_spelling(model: Model):
 
 # ---- Tokens that BPE never writes side by side
 #
-# BPE merges two neighbours wherever it knows a merge for them, so that many tokens never stand
-# behind a given one: in the contest's tokenizers 2 % of all pairs, though likely ones (" th" is
-# never followed by "e"). With MASK_IMPOSSIBLE_PAIRS the model need not learn which: their logits
-# are the least there are, -LOGIT_SOFTCAP, and have no gradient. Which, the tokenizer and the token
-# before say, and not the target: it is still a softmax over the whole vocabulary.
+# BPE merges two neighbours wherever it knows a merge for them, so that many tokens never follow a
+# given one: in the contest's tokenizers 2 % of all pairs, though likely ones (" th" is never
+# followed by "e"). With MASK_IMPOSSIBLE_PAIRS the model need not learn which: their logits are the
+# least there are, -LOGIT_SOFTCAP, and have no gradient. The tokenizer and the token before say
+# which, not the target: it is still a softmax over the whole vocabulary.
 
 
 def merge_order(tokenizer) -> dict[str, int]:
@@ -2407,7 +2405,7 @@ def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) ->
 
 
 def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
-    """Which tokens BPE never puts behind which: bool (size, size), the token before first.
+    """Which tokens BPE never puts after which: bool (size, size), the token before first.
 
     merges: merge_order()'s. Two tokens stay apart unless something at the end of the first and
     something at the beginning of the second, both there at the same time, make a known merge
@@ -2427,10 +2425,10 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
             left = piece[:cut]
             right = piece[cut:]
             # BPE works in the order of merges, and on equal ones from the left: one in the first
-            # token comes before this one, one in the second behind it.
+            # token comes before this one, one in the second after it.
             before = [token for token, gone in ends[left] if gone > max(merge, latest[right])]
-            behind = [token for token, gone in begins[right] if gone > max(merge - 1, latest[left])]
-            never[np.ix_(before, behind)] = True
+            after = [token for token, gone in begins[right] if gone > max(merge - 1, latest[left])]
+            never[np.ix_(before, after)] = True
     return never
 
 
