@@ -5,6 +5,7 @@ for.
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -29,6 +30,7 @@ from tools.audit import text as audit_text
 from tools.command import UserError
 from tools.contradictions import file_hash, read_logs
 from tools.logs import TextLog
+from tools.pack_script import pack
 
 SCRIPT = Path(t.__file__).resolve()
 MODES = ("plain", "sliding", "stateful", "documents")
@@ -269,6 +271,28 @@ def test_a_script_is_named_by_its_commit_or_by_the_lines_that_differ(tmp_path, m
     assert audit_script.identify(SCRIPT).is_own
     with pytest.raises(UserError, match="no script at"):
         audit_script.identify(tmp_path / "missing.py")
+
+
+def test_a_packed_script_is_what_it_unpacks_to(tmp_path):
+    packed = tmp_path / "packed.py"
+    packed.write_bytes(pack(SCRIPT.read_bytes()))
+    found = audit_script.identify(packed)
+    assert found.is_own == audit_script.identify(SCRIPT).is_own
+    assert found.sha256 == hashlib.sha256(packed.read_bytes()).hexdigest()
+    assert hashlib.sha256(SCRIPT.read_bytes()).hexdigest() in found.evidence
+    assert audit_script.setting_names(packed) == audit_script.setting_names(SCRIPT)
+    with packed.open("a") as file:
+        file.write("print()\n")
+    found = audit_script.identify(packed)
+    assert not found.is_own
+    assert "not honestly packed" in found.evidence
+    with pytest.raises(UserError, match="is not what tools.pack_script writes"):
+        audit_script.setting_names(packed)
+    other = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  # mine\n"))
+    packed.write_bytes(pack(other.read_bytes()))
+    found = audit_script.identify(packed)
+    assert not found.is_own
+    assert "sys.exit(run())  # mine" in found.evidence
 
 
 def test_settings_are_the_logs_and_given_ones_must_agree(run):

@@ -22,7 +22,7 @@ from scipy import stats
 
 import train_gpt as t
 from tests.support import SOLO
-from tools import evidence, known, package, significance, summary
+from tools import evidence, known, pack_script, package, significance, summary
 from tools.audit import checks as audit
 from tools.logs import finished_run
 
@@ -1326,6 +1326,40 @@ def test_packed_code_is_no_record(tmp_path, project, line):
     (reason,) = reasons(tmp_path / "out")
     number = script.read_text().count("\n")
     assert reason.startswith(f"line {number} of the script runs or holds packed code")
+
+
+def test_a_packed_script_is_packaged_with_its_source_and_both_sizes(tmp_path, project, capsys):
+    readable = project / "train_gpt.py"
+    source = readable.read_bytes()
+    script = tmp_path / "packed" / "train_gpt.py"
+    script.parent.mkdir()
+    script.write_bytes(pack_script.pack(source))
+    settings = {"script": script, "artifact": True, "matrix_lr": 0.03}
+    logs = write_runs(tmp_path / "logs", **settings)
+    capsys.readouterr()
+    line = refusal(tmp_path / "out", capsys, *logs)
+    assert line.endswith("it was packed by tools.pack_script: --script names that file")
+    assert pack(tmp_path / "out", *logs, "--script", script) == 0
+    assert reasons(tmp_path / "out") == []
+    assert (tmp_path / "out" / "train_gpt.py").read_bytes() == script.read_bytes()
+    assert (tmp_path / "out" / pack_script.READABLE).read_bytes() == source
+    entry, page = packed(tmp_path / "out")
+    size = script.stat().st_size
+    assert entry["bytes_code"] == size
+    assert f"`train_gpt.py` ({size:,} bytes, which count) is what was run" in page
+    assert f"`train_gpt_readable.py` ({len(source):,} bytes), packed" in page
+    assert "MATRIX_LR=0.03 torchrun" in page  # its defaults were read
+    assert "NUM_LAYERS" not in page
+    told = rows(tmp_path / "out")["readable source"]
+    assert told.endswith("train_gpt.py, byte for byte; nothing within is packed")
+    # The folder stands by itself; a readable file that is another one is told.
+    readable.write_text("LAST = 2\n")
+    assert pack(tmp_path / "again", *logs, "--script", tmp_path / "out" / "train_gpt.py") == 0
+    assert reasons(tmp_path / "again") == []
+    assert pack(tmp_path / "other", *logs, "--script", script) == 0
+    (reason,) = reasons(tmp_path / "other")
+    assert reason == f"the script is packed, and what it unpacks to is not {readable}"
+    assert not (tmp_path / "other" / pack_script.READABLE).exists()
 
 
 def test_nothing_in_our_own_script_is_packed():

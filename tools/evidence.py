@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools import known
-from tools.audit.script import identify
+from tools.audit.script import NAME, ROOT, commit_of, identify
 from tools.command import UserError, need
 from tools.contradictions import (
     CAP_BYTES,
@@ -32,10 +32,12 @@ from tools.contradictions import (
 from tools.finished import MAY_DIFFER, Run
 from tools.logs import attempts_at_evaluation, is_resumed, last_run, starts_of
 from tools.manifest import Manifest
+from tools.pack_script import READABLE, unpack
 
 UNSAID = "not in this log"
 EVALUATION = ("eval_", "ttt_", "document_")  # how the names of evaluation's settings begin
-LONG_LITERAL = 1_000  # characters; a readable script has no longer text in quotes
+LONG_LITERAL = 1_000  # characters; a readable script has no longer text in quotes without spaces
+LONG_WORDS = 40  # characters; nor one whose words are so long in the mean
 RUNS_TEXT = {"exec", "eval", "compile", "__import__"}  # built-in functions that run packed code
 
 
@@ -263,33 +265,64 @@ def evaluation_differences(ours: dict, theirs: dict) -> list[str]:
     return differing
 
 
-def source_row(path: Path, script: str) -> Row:
-    """Whether the script is the readable source itself, or unpacks one; and whose it is.
+def source_row(path: Path, script: str, readable: Path = ROOT / NAME) -> Row:
+    """Whether the script is the readable source itself, or packs the one that lies beside it or is
+    this project's; and whose it is.
 
-    What tests show, they show of this project's script.
+    What tests show, they show of this project's script. Nothing of a packed one is run.
     """
     question = "readable source"
     name = f"train_gpt.py, {script.count(chr(10)):,} lines, {identify(path).evidence}"
     try:
+        source = unpack(script.encode())
+    except UserError as error:
+        reason = f"the script says that it is packed by tools.pack_script, but {error}"
+        return Row(question, f"{name}; {reason}", "the file", (reason,))
+    reasons = []
+    if source is not None:
+        told, reasons = compare_readable(path, source, readable)
+        name += f"; {len(script.encode()):,} bytes, packed of {len(source):,}: {told}"
+        script = source.decode()
+    try:
         tree = ast.parse(script)
     except SyntaxError:
-        return Row(question, f"{name}; it is not of this Python", "the file")
-    packed = [node for node in ast.walk(tree) if is_packed(node)]
+        return Row(question, f"{name}; it is not of this Python", "the file", tuple(reasons))
+    packed = [node.lineno for node in ast.walk(tree) if is_packed(node)]
     if not packed:
-        return Row(question, f"{name}; nothing in it is packed", "the file")
-    line = min(node.lineno for node in packed)
+        told = "in it" if source is None else "within"
+        return Row(question, f"{name}; nothing {told} is packed", "the file", tuple(reasons))
+    line = min(packed)
     reason = f"line {line} of the script runs or holds packed code: unpack it and show the source"
-    return Row(question, f"{name}; packed code in line {line}", "the file", (reason,))
+    reasons = (*reasons, reason)
+    return Row(question, f"{name}; packed code in line {line}", "the file", reasons)
+
+
+def compare_readable(path: Path, source: bytes, readable: Path) -> tuple[str, list[str]]:
+    """Which readable file a packed script's source equals, and what is wrong if there is none.
+
+    That is the one beside it, as in a submission's folder; else this project's, as it is or was.
+    """
+    beside = path.with_name(READABLE)
+    place = beside if beside.is_file() else readable
+    if place.is_file() and place.read_bytes() == source:
+        return f"unpacked, it is {place.name}, byte for byte", []
+    commit = "" if beside.is_file() else commit_of(source)
+    if commit:
+        return f"unpacked, it is {NAME} of commit {commit}, byte for byte", []
+    reason = f"the script is packed, and what it unpacks to is not {place}"
+    return reason, [reason]
 
 
 def is_packed(node: ast.AST) -> bool:
-    """Whether a node of a script runs text as code, or is text too long to be read."""
+    """Whether a node of a script runs text as code, or is text that nobody can read."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return node.func.id in RUNS_TEXT
     if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, bytes)):
         return False
     words = node.value.split()
-    return max(map(len, words), default=0) > LONG_LITERAL
+    # In one piece, or in lines.
+    in_lines = len(node.value) > max(LONG_LITERAL, LONG_WORDS * len(words))
+    return in_lines or max(map(len, words), default=0) > LONG_LITERAL
 
 
 # ============

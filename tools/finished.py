@@ -28,6 +28,7 @@ from tools.contradictions import (
     untold_parts,
 )
 from tools.logs import SEPARATOR, last_run, not_a_log, rank_count, runs_in, split_text
+from tools.pack_script import FIRST
 
 # The last two messages of a finished run: seconds; val_loss, val_bpb.
 FINAL = re.compile(
@@ -255,6 +256,8 @@ def check_code(run: Run, text: str, script_path: Path, script: str) -> None:
             # Of long lines, what stands around the first difference.
             start = max(0, len(os.path.commonprefix([ran or "", here or ""])) - 20)
             lines_differ = f"line {number} has {excerpt(ran, start)}, not {excerpt(here, start)}"
+            if (ran or "").startswith(FIRST) and number == 1:
+                lines_differ += "; it was packed by tools.pack_script: --script names that file"
             raise UserError(f"{run.path} holds another script than {script_path}: {lines_differ}")
     size = len(code.encode())
     need(

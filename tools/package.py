@@ -5,7 +5,8 @@
 
 With --baseline, it says whether the gain is significant.
 
-FOLDER (records/TRACK/DATE_NAME if it is not given) gets the script as the logs hold it, the logs,
+FOLDER (records/TRACK/DATE_NAME if it is not given) gets the script as the logs hold it (and, if
+that is packed, its readable source, which it is compared with: tools/pack_script.py), the logs,
 requirements.txt, submission.json and a README.md with results and with what was checked. Nothing is
 written unless every run keeps the contest's limits, its two logs, its artifact and their figures
 agree with each other, and all are runs of one script with the same settings. What is not three
@@ -48,6 +49,7 @@ from tools.finished import (
 from tools.known import variant_of
 from tools.logs import spread
 from tools.manifest import Manifest, find_manifest
+from tools.pack_script import READABLE, unpack
 from tools.significance import gain_text
 from tools.summary import adapts
 
@@ -103,7 +105,7 @@ def check_rows(
     rows += [
         evidence.attempts_row(runs),
         evidence.evaluation_row(variables(run, script)),
-        evidence.source_row(given.script, script),
+        evidence.source_row(given.script, script, ROOT / "train_gpt.py"),
     ]
     return rows
 
@@ -205,9 +207,10 @@ def variables(run: Run, script: str) -> list[str]:
     """
     defaults: dict[str, object] = {}
     presets: dict[str, dict] = {}
-    # A script that is written for a newer Python cannot be read: every setting is shown.
-    with contextlib.suppress(SyntaxError):
-        defaults, presets = read_defaults(script)
+    # A script for a newer Python, or one wrongly packed, cannot be read: every setting is shown.
+    with contextlib.suppress(SyntaxError, UserError):
+        source = unpack(script.encode())
+        defaults, presets = read_defaults(script if source is None else source.decode())
     defaults = defaults | presets.get(run.settings.get("preset"), {})
     shown = []
     for name, value in run.settings.items():
@@ -304,9 +307,18 @@ def check_table(rows: list[Row]) -> list[str]:
 
 
 def readme(
-    runs: list[Run], entry: dict, script: str, reasons: list[str], rows: list[Row], gain: str
+    runs: list[Run],
+    entry: dict,
+    script: str,
+    source: bytes | None,
+    reasons: list[str],
+    rows: list[Row],
+    gain: str,
 ) -> str:
-    """The folder's README.md; gain is the sentence about the baseline, or empty."""
+    """The folder's README.md.
+
+    source: what a packed script unpacks to, or None; gain: the sentence on the baseline, or empty.
+    """
     score = f"**val_bpb {entry['val_bpb']:.5f}{deviation(entry)}** over {seeds_text(runs)}"
     size = f"at most {entry['bytes_total']:,} of {CAP_BYTES:,} bytes."
     lines = [f"# {entry['name']}", "", entry["blurb"], "", f"{score}, {size}", ""]
@@ -318,6 +330,10 @@ def readme(
     lines += check_table(rows)
     lines += ["## Reproduce", "", "```", "pip install -r requirements.txt"]
     lines += [*command(runs, script).split("\n"), "```", ""]
+    if source is not None:
+        size = f"`train_gpt.py` ({len(script.encode()):,} bytes, which count) is what was run"
+        text = f"{size}: `{READABLE}` ({len(source):,} bytes), packed. Its first lines say how to "
+        lines += [f"{text}unpack and compare it without running it.", ""]
     lines += [
         "The logs `train_seed*.txt` begin with the script; `train_seed*.jsonl` hold the same "
         "figures for programs.",
@@ -494,6 +510,7 @@ def package(given: argparse.Namespace) -> list[str]:
         logs = run.path.with_suffix(".jsonl")
         raise UserError(f"{logs} is not a finished run's log: {error!r}") from None
     reasons = non_record_reasons(runs, rows)
+    source = readable_source(given.script, script)
     entry = submission(runs, entry_fields(given, runs), record=not reasons)
     shown = given.out or default_folder(entry)
     out = shown.resolve()
@@ -502,8 +519,9 @@ def package(given: argparse.Namespace) -> list[str]:
         "train_gpt.py": script.encode(),
         "requirements.txt": read_bytes(requirements),
         "submission.json": (json.dumps(entry, indent=2, ensure_ascii=False) + "\n").encode(),
-        "README.md": readme(runs, entry, script, reasons, rows, gain).encode(),
+        "README.md": readme(runs, entry, script, source, reasons, rows, gain).encode(),
     }
+    files |= {} if source is None else {READABLE: source}
     files |= log_files(runs, given.parts)
     if manifest:
         files["manifest.json"] = read_bytes(manifest.path)
@@ -521,6 +539,15 @@ def package(given: argparse.Namespace) -> list[str]:
     if gain:
         lines.append(f"baseline: {gain}")
     return lines
+
+
+def readable_source(path: Path, script: str) -> bytes | None:
+    """What a packed script unpacks to, if that is a readable file that is there; else None."""
+    with contextlib.suppress(UserError):
+        source = unpack(script.encode())
+        if source and not evidence.compare_readable(path, source, ROOT / "train_gpt.py")[1]:
+            return source
+    return None
 
 
 def log_files(runs: list[Run], parts: list[Path]) -> dict[str, bytes]:

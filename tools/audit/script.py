@@ -1,7 +1,8 @@
 """Which script is audited: a commit's train_gpt.py, or one that differs from it in so many lines.
 
 All that a watched evaluation tells, it tells through the script. With the project's own script the
-tests say what that is worth; with another one, somebody has to read the lines that differ.
+tests say what that is worth; with another one, somebody has to read the lines that differ. A script
+that tools.pack_script has packed is what it unpacks to, which nothing of it is run for.
 """
 
 import ast
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.command import UserError
+from tools.pack_script import unpack
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAME = "train_gpt.py"
@@ -55,13 +57,23 @@ def published() -> tuple[bytes, str]:
 
 
 def identify(path: Path) -> Identity:
-    """Compares a script with the project's. Raises UserError if it cannot be read."""
+    """Compares a script, or the source that it packs, with the project's.
+
+    Raises UserError if it cannot be read.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"no script at {path}: {error.strerror}") from None
     sha256 = hashlib.sha256(content).hexdigest()
     named = f"SHA-256 {sha256}"
+    try:
+        source = unpack(content)
+    except UserError as error:
+        return Identity(sha256, False, f"{named}; ANOTHER SCRIPT: not honestly packed: {error}")
+    if source is not None:
+        content = source
+        named += f", packed; its source has SHA-256 {hashlib.sha256(content).hexdigest()}"
     if commit := commit_of(content):
         return Identity(sha256, True, f"{named}; equals {NAME} of commit {commit}")
     ours, where = published()
@@ -85,7 +97,8 @@ def setting_names(path: Path) -> list[str]:
     Raises UserError for a file without them.
     """
     try:
-        tree = ast.parse(path.read_bytes())
+        content = path.read_bytes()
+        tree = ast.parse(unpack(content) or content)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a script: {error}") from None
     for node in tree.body:
