@@ -2562,18 +2562,18 @@ def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
 
 
 def shape_factor(x: Tensor) -> float:
-    """How much longer an update (..., rows, columns) is than its matrix's columns are many.
+    """sqrt(max(1, rows / columns)) of x (..., rows, columns), times which a matrix's update is made.
 
-    The root keeps the change of a layer's outputs alike whatever its shape.
+    So a layer's outputs change by about as much whatever its shape.
     """
     return max(1, x.shape[-2] / x.shape[-1]) ** 0.5
 
 
 def orthogonalize_groups(batches: list[Tensor], row_groups: list[tuple], steps: int) -> list:
-    """orthogonalize(), by each batch's groups of rows, if it has any, as matrices of their own.
+    """orthogonalize(), where a batch has groups of rows each of these as a matrix of its own.
 
-    A direction of the input that the one group uses then takes nothing from another's. Rows have
-    the lengths of the group's shape, though what applies them goes by the whole's.
+    A direction of the input that one group uses then takes nothing from another's. apply_updates()
+    multiplies by the whole matrix's shape_factor(); the quotient here makes it the group's.
     """
     parts = [
         x.split(groups, dim=-2) if groups else (x,)
@@ -2652,7 +2652,7 @@ class Muon:
         self.batches = list(batches.values())
         self.momenta = []
         for batch in self.batches:
-            count = len(batch) + -len(batch) % ranks.world_size
+            count = round_up(len(batch), ranks.world_size)  # every rank has as many
             self.momenta.append(batch[0].new_zeros(count, *batch[0].shape))
         # This rank's part of each momentum, a view; the others' are out of date here.
         self.shares = [m.chunk(ranks.world_size)[ranks.rank] for m in self.momenta]
@@ -2838,7 +2838,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def after_step(self, steps_done: int, skip: Tensor, snapshot: bool):
-        """Takes a snapshot, if due after steps_done steps; not if skip, float32 (), is 1."""
+        """Behind every step: takes its snapshot, if it has one; not if skip, float32 (), is 1."""
         if self.swa and snapshot:
             self.take_in(self.swa, self.ema or self.parameters, 1 / (self.snapshots + 1), skip)
             self.snapshots += 1 - skip
@@ -2846,12 +2846,13 @@ class WeightAverage:
     @torch.no_grad()
     def apply(self) -> str:
         """Puts the average in the weights' place; says which. Without snapshots there is no swa."""
-        swa = bool(self.swa and self.snapshots > 0)
-        if swa or self.ema:
-            torch._foreach_copy_(self.parameters, self.swa if swa else self.ema)
-        if swa:
+        if self.swa and self.snapshots > 0:
+            torch._foreach_copy_(self.parameters, self.swa)
             return f"{int(self.snapshots)} snapshots of {'the ema' if self.ema else 'the weights'}"
-        return "ema" if self.ema else "none: the last weights"
+        if self.ema:
+            torch._foreach_copy_(self.parameters, self.ema)
+            return "ema"
+        return "none: the last weights"
 
 
 class Schedule(NamedTuple):
@@ -2888,8 +2889,8 @@ def schedule_at(settings, step: int, seconds: float) -> Schedule:
     steps = s.muon_momentum_warmup_steps
     risen = ramp(step, steps) if steps else ramp(progress, 0.1)
     momentum = first + (s.muon_momentum - first) * risen
-    # What begins as rates decay looks at the decay itself, which MIN_LR does not hold up.
     recurrent = progress >= s.recur_start
+    # What begins as rates decay looks at the decay itself, which MIN_LR does not hold up.
     quantized = decay < s.late_qat_threshold or s.quantizer == "ternary"
     snapshot = decay < s.swa_start_frac and (step + 1) % s.swa_every == 0
     return Schedule(progress, lr_factor, momentum, recurrent, quantized, snapshot)
@@ -3021,10 +3022,10 @@ class Evaluator:
     which fixes the nats of every target in the chunk, and only then _adapt(), which reads this
     chunk's tokens and targets and none after them. So the weights that score a target have been
     trained on earlier chunks alone. Within a chunk only the model's causality protects a target,
-    whose window may read on behind it. No target is scored again:
-    _keep() counts, and _collect() raises unless each was scored exactly once. The last chunk, which
-    nothing follows, is not trained on; the others are whole sequences by validate_settings(), so
-    that training never reads past one. Ranks share a chunk's windows; gradients are summed.
+    whose window may read on behind it. No target is scored again: _keep() counts, and _collect()
+    raises unless each was scored exactly once. The last chunk, which nothing follows, is not
+    trained on; the others are whole sequences by validate_settings(), so that training never reads
+    past one. Ranks share a chunk's windows; gradients are summed.
 
     EVAL_MODE=stateful: parts of the stream are scored in order, each from the states that the part
     before has left (Model.resume(), StateRelay between ranks); attention alone sees no further than
@@ -3178,8 +3179,8 @@ class Evaluator:
         positions = starts + np.arange(length + 1)
         stream = self.validation.tokens[np.clip(positions, 0, self.total)]
         tokens = torch.tensor(stream, dtype=torch.int64, device=self.ranks.device)
-        parts = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        excerpt = Excerpt(positions[:, :-1], *parts)
+        targets = tokens[:, 1:].contiguous()
+        excerpt = Excerpt(positions[:, :-1], tokens[:, :-1].contiguous(), targets)
         self.observer.on_read(excerpt)
         return excerpt
 
@@ -3252,17 +3253,17 @@ class Evaluator:
         how many documents there were when it first did.
         """
         given_up = end = 0
-        while batch.longer_than(end):
+        while documents := batch.longer_than(end):
             learns = not least
             if self.settings.adapts and not learns:
-                given_up = given_up or batch.longer_than(end)
+                given_up = given_up or documents
             begin = end
             context, end = plan_piece(batch, self.settings, begin, learns, least)
             going_on = batch.longer_than(end)  # documents of which a piece is still to come
             reading_since = synchronized_time()
             with torch.set_grad_enabled(learns and going_on > 0):
                 piece, nats = self._score_piece(batch, context, begin, end)
-            clock.count((end - context) * batch.longer_than(begin), reading_since)
+            clock.count((end - context) * documents, reading_since)
             if not going_on:
                 break
             least = clock.least_new(batch, end, branches is not None)
@@ -3426,10 +3427,10 @@ class DocumentClock:
     def least_new(self, batch: DocumentBatch, begin: int, branched: bool = True) -> int:
         """Targets that the next window from begin on has at least: 0 where it is learnt from."""
         s = self.settings
-        half = max(1, s.train_seq_len // 2)
-        in_time = time.perf_counter() < self.started + 0.9 * s.eval_max_seconds
         if not s.adapts:
             return 1
+        half = max(1, s.train_seq_len // 2)
+        in_time = time.perf_counter() < self.started + 0.9 * s.eval_max_seconds
         if branched and in_time and self.suffices(batch, begin, half):
             return 0
         return half if self.suffices(batch, begin, s.train_seq_len) else s.train_seq_len
