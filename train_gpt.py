@@ -2562,7 +2562,7 @@ def orthogonalize(batches: list[Tensor], steps: int) -> list[Tensor]:
 
 
 def shape_factor(x: Tensor) -> float:
-    """sqrt(max(1, rows / columns)) of x (..., rows, columns), times which a matrix's update is made.
+    """sqrt(max(1, rows / columns)) of x (..., rows, columns), by which updates are multiplied.
 
     So a layer's outputs change by about as much whatever its shape.
     """
@@ -4390,7 +4390,8 @@ def adopt_artifact(header: dict, settings, given: set[str], world_size: int) -> 
 def file_sha256(path: str | Path) -> str:
     """The hexadecimal SHA-256 of a file; empty where there is none to read."""
     with suppress(OSError):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else ""
+        if os.path.isfile(path):
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return ""
 
 
@@ -4772,37 +4773,53 @@ def find_unscored(settings) -> dict[str, dict]:
     return {}
 
 
-def refuse_others_artifact(settings):
-    """Raises UserError for a file in ARTIFACT's place that RUN_ID's log lacks, but OVERWRITE=1."""
+@contextmanager
+def claimed_artifact(settings):
+    """While entered, ARTIFACT is this run's alone to write.
+
+    Raises UserError if a living run has claimed it, or, without OVERWRITE=1, for a file in its
+    place that RUN_ID's log does not name.
+    """
     path = settings.artifact_path
-    log = Path(settings.log_dir, f"{settings.run_id}.jsonl")
-    written = [record.get("artifact_sha256") for record in read_records(log)]
-    if path.exists() and path.stat().st_size and file_sha256(path) not in written:
-        remedy = "move it, choose another ARTIFACT, or OVERWRITE=1 to write over it"
-        need(settings.overwrite, f"{path} is there already, and not by {log}: {remedy}")
+    lock = Path(f"{path}.lock")  # stays after a kill, unlocked
+    with explained_errors(f"write {lock}"):
+        claim = claim_file(lock, "ARTIFACT")
+    with claim:
+        try:
+            log = Path(settings.log_dir, f"{settings.run_id}.jsonl")
+            written = [record.get("artifact_sha256") for record in read_records(log)]
+            if path.exists() and path.stat().st_size and file_sha256(path) not in written:
+                remedy = "move it, choose another ARTIFACT, or OVERWRITE=1 to write over it"
+                need(settings.overwrite, f"{path} is there already, and not by {log}: {remedy}")
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def find_settings(settings) -> tuple[Path | None, dict, str]:
-    """The log, RUN_ID's or ARTIFACT's, of the run that wrote that; its SCORED_WITH; the source."""
+    """Of the log, RUN_ID's or ARTIFACT's, by the run that wrote that: path, SCORED_WITH, and words.
+
+    The words say where settings are from, and which of the log's have no effect here.
+    """
     found = file_sha256(settings.artifact_path)
     beside = str(settings.artifact_path).removesuffix(".int6.lzma")
     for path in (Path(settings.log_dir, f"{settings.run_id}.jsonl"), Path(f"{beside}.jsonl")):
         events = last_records(path)
-        if found and events.get("trained", {}).get("artifact_sha256") == found:
-            logged = events["settings"].get("settings", {})
-            theirs = {}
-            for name in (name for name in SCORED_WITH if name in logged):
+        if not found or events.get("trained", {}).get("artifact_sha256") != found:
+            continue
+        same = events["settings"].get("script_sha256") == file_sha256(__file__)
+        words = str(path) if same else f"{path}, of another train_gpt.py"
+        theirs = {}
+        for name, value in events["settings"].get("settings", {}).items():
+            fact = "" if name in FIELDS else what_holds(name, value)
+            if name in SCORED_WITH:
                 kind = type(getattr(Settings, name))
-                theirs[name] = parse_value(f"{path}: {name.upper()}", str(logged[name]), kind)
-            preset = theirs.get("preset", "default")
-            need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
-            same = events["settings"].get("script_sha256") == file_sha256(__file__)
-            words = str(path) if same else f"{path}, of another train_gpt.py"
-            for name in (name for name in logged if name not in FIELDS):
-                fact = what_holds(name, logged[name])
-                if fact and name.startswith(("eval_", "ttt_")):  # the artifact has what others did
-                    words += f", which had {name.upper()}={shown(logged[name])} ({fact})"
-            return path, theirs, words
+                theirs[name] = parse_value(f"{path}: {name.upper()}", str(value), kind)
+            elif fact and name.startswith(("eval_", "ttt_")):  # the artifact has what others did
+                words += f", which had {name.upper()}={shown(value)} ({fact})"
+        preset = theirs.get("preset", "default")
+        need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
+        return path, theirs, words
     return None, {}, ""
 
 
@@ -4933,6 +4950,23 @@ COPIED_NUMBERS = 1 << 20  # at once from the GPU: a longer copy would hold up a 
 PROGRESS_FIELDS = ("steps", "seconds", "qat_k", "training_data", "tokenizer_sha256", "starts")
 
 
+def differences(theirs: dict, ours: dict, settings) -> list[str]:
+    """What forbids that training goes on by our header from a checkpoint by theirs, in words."""
+    names = {name for name in TRAINING_FIELDS if theirs[name] != ours[name]}
+    if theirs["export_reserve_seconds"] < ours["export_reserve_seconds"]:
+        names -= {"export_reserve_seconds"}  # as a late export asks for
+    if settings.float8_products == "auto":
+        names -= {"float8_products"}  # theirs
+    if not any(x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (theirs, ours)):
+        names -= EXPORT_FIELDS
+    differ = [f"{n.upper()}={shown(theirs[n])}, not {shown(ours[n])}" for n in sorted(names)]
+    for name, source in (("training_data", "DATA_PATH"), ("tokenizer_sha256", "TOKENIZER_PATH")):
+        before, now = theirs[name], ours[name]
+        if before and now and before != now:
+            differ.append(f"trained on {before}, but {source} has {now}")
+    return differ
+
+
 def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | None:
     """Path, header and numbers of the first usable checkpoint that RESUME names, if there is one.
 
@@ -4952,22 +4986,11 @@ def find_checkpoint(ours: dict, settings, log) -> tuple[Path, dict, bytes] | Non
             need(not whole, f"{error}; RESUME=never starts anew")
             log(f"warning: {error}")
             continue
-        reserve = ours["export_reserve_seconds"]
-        raised = theirs["export_reserve_seconds"] < reserve  # as a late export asks for
-        names = {name for name in TRAINING_FIELDS if theirs[name] != ours[name]}
-        names -= {"export_reserve_seconds"} if raised else set()
-        names -= {"float8_products"} if settings.float8_products == "auto" else set()  # theirs
-        on_grids = [x["late_qat_threshold"] or x["quantizer"] == "ternary" for x in (theirs, ours)]
-        names -= set() if any(on_grids) else EXPORT_FIELDS
-        differ = [f"{n.upper()}={shown(theirs[n])}, not {shown(ours[n])}" for n in sorted(names)]
-        sources = {"training_data": "DATA_PATH", "tokenizer_sha256": "TOKENIZER_PATH"}
-        for name, source in sources.items():
-            before, now = theirs[name], ours[name]
-            if before and now and before != now:
-                differ.append(f"trained on {before}, but {source} has {now}")
+        differ = differences(theirs, ours, settings)
         need(not differ, f"{path} has {'; '.join(differ)}; RESUME=never starts anew")
+        reserve = ours["export_reserve_seconds"]
         late = 0 < ours["max_wallclock_seconds"] < theirs["seconds"] + reserve
-        if path == paths[-1] or not (raised and late):
+        if not late or path == paths[-1] or theirs["export_reserve_seconds"] >= reserve:
             return path, theirs, numbers
         log(f"{path} leaves too little for EXPORT_RESERVE_SECONDS: the one before")
     return None
@@ -5254,8 +5277,8 @@ class Trainer:
             had = header["float8_products"]
             self.float8_products = choose_float8(self.model, self.settings, self.ranks.device, had)
             progress = {"step": self.steps_done, "clock": self.clock.counted, "starts": self.starts}
-            text = "resumed {path}: step {step}, {clock:.1f}s"
-            self.log(text.format(path=path, **progress), "resumed", **progress)
+            text = f"resumed {path}: step {self.steps_done}, {self.clock.counted:.1f}s"
+            self.log(text, "resumed", **progress)
         alike = self.ranks.from_main(self.steps_done) == self.steps_done
         need(alike, "the ranks must share LOG_DIR")
 
@@ -5451,8 +5474,11 @@ class Trainer:
 # ---- Export and evaluation -----------------------------------------------------------------------
 
 
-def train_and_export(settings, ranks, shards, validation: ValidationSet, log) -> str:
-    """From shards to an artifact, scored before and after quantization; returns its SHA-256."""
+def prepare_training(settings, ranks, shards, log, checkpoints) -> tuple[Trainer, Batches]:
+    """A trainer, where a checkpoint left it if there is one, and its batches from there on.
+
+    What could be refused is refused here, before anything is compiled: raises UserError.
+    """
     data = summarize_shards(shards)
     summary = "{tokens:,} tokens in {shards} shards (names and lengths {digest})".format(**data)
     log(f"training data: {summary}", "training_data", **data)
@@ -5463,31 +5489,37 @@ def train_and_export(settings, ranks, shards, validation: ValidationSet, log) ->
     if settings.eval_mode == "documents" and settings.adapts:
         Branches(model, replace(settings, ttt_lora_slots=1))  # refused now, not once it is trained
     micro_batch = choose_micro_batch(settings, ranks)
+    trainer = Trainer(model, settings, ranks, micro_batch, target, log, checkpoints)
+    trainer.training_data = f"{summary}, text {sampled_digest(shards)}"
+    # What its readers would refuse is not trained.
+    read_header(json.dumps(artifact_header(settings)), artifact_header(Settings()))
+    read_header(json.dumps(trainer.header()), trainer.header())
+    trainer.resume()
+    trainer.announce(skeleton)
+    return trainer, Batches(settings, ranks, trainer.steps_done, shards)
+
+
+def train_and_export(settings, ranks, shards, validation: ValidationSet, log) -> str:
+    """From shards to an artifact, scored before and after quantization; returns its SHA-256."""
     score = partial(plain_score, settings, ranks, validation, log=log)
     with Checkpoints(settings, ranks, log) as checkpoints:
-        trainer = Trainer(model, settings, ranks, micro_batch, target, log, checkpoints)
-        trainer.training_data = f"{summary}, text {sampled_digest(shards)}"
-        # What its readers would refuse is not trained.
-        read_header(json.dumps(artifact_header(settings)), artifact_header(Settings()))
-        read_header(json.dumps(trainer.header()), trainer.header())
-        trainer.resume()
-        trainer.announce(skeleton)
-        batches = Batches(settings, ranks, trainer.steps_done, shards)
+        trainer, batches = prepare_training(settings, ranks, shards, log, checkpoints)
         log.begin()  # nothing is refused from here on
         log(f"{'compiling and ' if ranks.gpu or settings.compile == 'on' else ''}warming up ...")
         trainer.scored_tokens = len(validation.target_bytes)
         trainer.warm_up()
         log(f"ready after {time.perf_counter() - log.started:.1f}s; training starts", "ready")
-        trainer.run(batches, partial(score, model))
-        values = {"steps": trainer.steps_done, "step_avg_ms": trainer.step_ms()}
-        values |= {"peak_bytes": torch.cuda.max_memory_allocated(), "bytes_code": code_bytes()}
-        text = "{bytes_code} bytes; {steps} steps of {step_avg_ms:.2f}ms".format(**values)
-        peak = f"; peak GPU memory {values['peak_bytes'] / 1e9:.1f} GB" if ranks.gpu else ""
-        log(f"Code size: {text}{peak}")
+        trainer.run(batches, partial(score, trainer.model))
+        peak = torch.cuda.max_memory_allocated()
+        each = trainer.step_ms()
+        text = f"Code size: {code_bytes()} bytes; {trainer.steps_done} steps of {each:.2f}ms"
+        log(text + (f"; peak GPU memory {peak / 1e9:.1f} GB" if ranks.gpu else ""))
         with trainer.weights_of(settings.quantizer == "ternary"):  # those that it trained with
-            before = score(model)
+            before = score(trainer.model)
         trainer.log_score(before, " before quantization")
         checkpoints.finish()
+    values = {"steps": trainer.steps_done, "step_avg_ms": each}
+    values |= {"peak_bytes": peak, "bytes_code": code_bytes()}
     values |= export(trainer, batches)
     total = code_bytes() + settings.artifact_path.stat().st_size
     values |= {"val_loss": before.val_loss, "val_bpb": before.val_bpb, "bytes_total": total}
@@ -5596,10 +5628,10 @@ def calibrate(trainer, batches) -> dict[str, tuple]:
     started = synchronized_time()
     track = partial(trainer.log.track, "calibration")
     sequences = calibration_sequences(model, s, ranks, batches, track)
-    times = {"text": synchronized_time() - started}
+    times = {"text": synchronized_time() - started}  # seconds, of one step after the other
     parts = track(sequences.split(trainer.calibration_rows))
     hessians, energies = collect_costs(model, parts, ranks, s.shares_bits)
-    times["pass"] = synchronized_time() - started - times["text"]
+    times["pass"] = synchronized_time() - started - sum(times.values())
     solvers = factor_hessians(hessians, s.gptq_damp, ranks)
     if s.shares_bits:
         model.row_costs = find_row_costs(model, solvers, energies)
@@ -5693,22 +5725,16 @@ def main(log):
     """The story of a run."""
     settings, given, ranks = prepare_run(dict(os.environ))
     log.open(settings, ranks, log_name(settings))
-    with ExitStack() as claims:
-        first = ranks.rank == 0
-        writes = first and not settings.eval_only
-        unscored = ranks.from_main(find_unscored(settings) if writes else {})
-        source = describe_room(settings, given)  # of settings that were not given
-        if settings.eval_only:
-            found = settings_to_score(settings, given, ranks.world_size) if first else None
-            settings, source = ranks.from_main(found)
-        log_settings(log, settings, given, ranks, source)
-        check_outputs(settings)
-        if writes:
-            lock = Path(f"{settings.artifact_path}.lock")  # stays after a kill, unlocked
-            with explained_errors(f"write {lock}"):
-                claims.enter_context(claim_file(lock, "ARTIFACT"))
-            claims.callback(lock.unlink, missing_ok=True)
-            refuse_others_artifact(settings)
+    first = ranks.rank == 0
+    writes = first and not settings.eval_only
+    unscored = ranks.from_main(find_unscored(settings) if writes else {})
+    source = describe_room(settings, given)  # of settings that were not given
+    if settings.eval_only:
+        found = settings_to_score(settings, given, ranks.world_size) if first else None
+        settings, source = ranks.from_main(found)
+    log_settings(log, settings, given, ranks, source)
+    check_outputs(settings)
+    with claimed_artifact(settings) if writes else nullcontext():
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
         training = [] if settings.eval_only else open_shards(settings.data_path, "train")
@@ -5723,10 +5749,10 @@ def main(log):
             written = train_and_export(settings, ranks, training, validation, log)
         if prompt:
             sample_text(settings, given, ranks, tokenizer, prompt, log)
-        if validation is not None:
-            evaluate_artifact(settings, given, ranks, validation, log, written, unscored)
-        else:
+        if validation is None:
             log(f"there is nothing to score: no *_val_*.bin in DATA_PATH={settings.data_path}")
+        else:
+            evaluate_artifact(settings, given, ranks, validation, log, written, unscored)
         if not settings.eval_only:  # the run has its score
             for path in settings.checkpoint_paths:
                 path.unlink(missing_ok=True)
@@ -5824,6 +5850,15 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     return validation
 
 
+def describe_presets(names: list[str]) -> str:
+    """What these presets change, or else what each is for; UserError for a name that none has."""
+    odd = [name for name in names if name not in PRESETS]
+    need(not odd, f"{' '.join(odd)}: no preset is called so; --presets lists them")
+    if names:
+        return "\n".join(map(describe_preset, names))
+    return "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
+
+
 def obey(arguments: list[str], log):
     """Does what the command line asks for: without arguments, main(log)."""
     tools = ["--dry-run", "--rehearse"]
@@ -5833,14 +5868,8 @@ def obey(arguments: list[str], log):
     elif tool:
         hand_over(tool, [argument for argument in arguments if argument != tool])
     elif {"--help", "-h", "--presets"} & set(arguments):
-        text = "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
         names = [argument for argument in arguments if argument != "--presets"]
-        if {"--help", "-h"} & set(names):
-            text = help_text()
-        elif names:
-            odd = [name for name in names if name not in PRESETS]
-            need(not odd, f"{' '.join(odd)}: no preset is called so; --presets lists them")
-            text = "\n".join(map(describe_preset, names))
+        text = help_text() if {"--help", "-h"} & set(names) else describe_presets(names)
         with suppress(BrokenPipeError):  # of --help | head
             print(text, flush=True)
     else:
