@@ -3065,9 +3065,10 @@ class Evaluator:
         self.epoch_seconds = 0.0  # of one epoch on the latest chunk that was trained on
 
     def _part_tokens(self) -> int:
-        """Of stateful evaluation: an eighth of a chunk (for eight ranks), in whole strides.
+        """Targets of a part of stateful evaluation: in whole strides an eighth of a chunk.
 
-        At most 8 TRAIN_SEQ_LEN: of a scan that is no kernel, a compiler writes out every chunk.
+        So eight ranks have one each. At most 8 TRAIN_SEQ_LEN: where the scan is no kernel, a
+        compiler writes out each of its chunks.
         """
         s = self.settings
         stride = s.train_seq_len - s.attention_overlap
@@ -3249,8 +3250,8 @@ class Evaluator:
     def _score_batch(self, batch: "DocumentBatch", branches, clock, least: int) -> int:
         """Scores documents piece by piece; branches, if any, learn from each once it is scored.
 
-        Where the DocumentClock forbids that, they stay as they are, beside fewer windows: returns
-        how many documents there were when it first did.
+        Once the DocumentClock forbids that, branches stay as they are and windows move further.
+        Returns how many documents had then targets left, 0 if it never did.
         """
         given_up = end = 0
         while documents := batch.longer_than(end):
@@ -3390,9 +3391,12 @@ def share_batches(batches: list, settings, world_size: int) -> list[list[Documen
 class DocumentClock:
     """What the clock leaves time for with documents, by how long reading has taken so far.
 
-    A dearer way goes on while the rest could still be read in time by the next cheaper one, with a
-    fifth to spare: pieces that are learnt from, not in the last tenth; windows that move by half of
-    TRAIN_SEQ_LEN; windows side by side.
+    There are three ways to read on. The first, until the last tenth of the clock, and the second
+    are taken as long as the one below could still read all the rest, with a fifth to spare:
+
+        1. pieces of TTT_LORA_PIECE, each learnt from
+        2. windows that move by half of TRAIN_SEQ_LEN
+        3. windows side by side
     """
 
     settings: Settings
@@ -4161,14 +4165,12 @@ def measure_reaches(settings, integers: Tensor) -> Tensor:
 def choose_tables(reaches: Tensor, rows: int, columns: int) -> Tensor:
     """The number of the table that codes each integer, int32 (rows, columns)."""
     row, column = reaches.int().split([rows, columns])
-    tables = row.unsqueeze(1) + column - REACH
-    return tables.clamp(0, TABLES - 1)
+    return (row.unsqueeze(1) + column - REACH).clamp(0, TABLES - 1)
 
 
 def code_places(reaches: Tensor, integers: Tensor) -> Tensor:
-    """Of each integer 256 times its table's number and its byte, int32 (rows, columns)."""
-    tables = choose_tables(reaches, *integers.shape)
-    return 256 * tables + (integers.int() & 255)
+    """256 times the number of its table, plus its byte: of each integer, int32 (rows, columns)."""
+    return 256 * choose_tables(reaches, *integers.shape) + (integers.int() & 255)
 
 
 def count_values(places: Tensor) -> Tensor:
@@ -4232,8 +4234,7 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarr
         raise ValueError("no code")
     starts = (frequencies.cumsum(1) - frequencies).ravel()
     frequencies = frequencies.ravel()
-    values = np.arange(len(frequencies)).astype(np.uint8)
-    symbol_of_slot = values.repeat(frequencies)
+    symbol_of_slot = np.arange(len(frequencies)).astype(np.uint8).repeat(frequencies)
     low, high = words[: 2 * ANS_LANES].reshape(2, -1).astype(np.int64)
     words = words[2 * ANS_LANES :]
     state = low + (high << 16)
@@ -4333,6 +4334,7 @@ def read_header(line: bytes | str, usual: dict) -> dict:
         header = dict(json.loads(line))
     except (ValueError, TypeError, RecursionError):
         header = {}
+    # Left out are settings that are no more, where what holds instead is what they said.
     header = {n: value for n, value in header.items() if what_holds(n, value)}
     unknown = sorted(header.keys() - usual)
     if unknown:
@@ -4528,7 +4530,6 @@ def write_whole(path: Path, *parts, before: Path | None = None):
 
 # ---- Log -----------------------------------------------------------------------------------------
 
-
 PROGRESS_SECONDS = 5.0  # without a line until there is one on progress
 BAR = "{bar:20} {desc}"
 BAR_OPTIONS = {"leave": False, "mininterval": 0.2, "miniters": 0, "dynamic_ncols": True}
@@ -4548,7 +4549,7 @@ class Log:
         self.settings = None  # of the run whose account it is, once it is open
         self.paths = []  # of text and of records
         self.files = []  # both, open, on rank 0
-        self.said = []  # what these are to hold
+        self.said = []  # where all is written: memory until begin(), from then on the files
         self.begun = False
 
     def open(self, settings, ranks, name: str):
@@ -4775,31 +4776,28 @@ def find_unscored(settings) -> dict[str, dict]:
 
 @contextmanager
 def claimed_artifact(settings):
-    """While entered, ARTIFACT is this run's alone to write.
+    """While entered, ARTIFACT is this run's alone to write; UserError if a living run has it.
 
-    Raises UserError if a living run has claimed it, or, without OVERWRITE=1, for a file in its
-    place that RUN_ID's log does not name.
+    Without OVERWRITE=1 likewise for a file in its place that RUN_ID's log does not name.
     """
     path = settings.artifact_path
     lock = Path(f"{path}.lock")  # stays after a kill, unlocked
     with explained_errors(f"write {lock}"):
         claim = claim_file(lock, "ARTIFACT")
-    with claim:
-        try:
-            log = Path(settings.log_dir, f"{settings.run_id}.jsonl")
-            written = [record.get("artifact_sha256") for record in read_records(log)]
-            if path.exists() and path.stat().st_size and file_sha256(path) not in written:
-                remedy = "move it, choose another ARTIFACT, or OVERWRITE=1 to write over it"
-                need(settings.overwrite, f"{path} is there already, and not by {log}: {remedy}")
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    with claim, ExitStack() as after:
+        after.callback(lock.unlink, missing_ok=True)
+        log = Path(settings.log_dir, f"{settings.run_id}.jsonl")
+        written = [record.get("artifact_sha256") for record in read_records(log)]
+        if path.exists() and path.stat().st_size and file_sha256(path) not in written:
+            remedy = "move it, choose another ARTIFACT, or OVERWRITE=1 to write over it"
+            need(settings.overwrite, f"{path} is there already, and not by {log}: {remedy}")
+        yield
 
 
 def find_settings(settings) -> tuple[Path | None, dict, str]:
-    """Of the log, RUN_ID's or ARTIFACT's, by the run that wrote that: path, SCORED_WITH, and words.
+    """The log of the run that wrote ARTIFACT, its SCORED_WITH, and their source; or None, {}, "".
 
-    The words say where settings are from, and which of the log's have no effect here.
+    The log is RUN_ID's or stands beside; the source tells what of it is no setting any more.
     """
     found = file_sha256(settings.artifact_path)
     beside = str(settings.artifact_path).removesuffix(".int6.lzma")
@@ -4837,10 +4835,10 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     theirs = asdict(Settings(**PRESETS[preset] | {"preset": preset}))
     window = header["train_seq_len"]  # 0: not known
     theirs |= ({"train_seq_len": window} if window else {}) | logged
-    contradicts = f"PRESET={s.preset} contradicts {log}, which has {theirs['preset']}: unset it"
-    need("preset" not in given or s.preset == theirs["preset"], contradicts)
-    clock = {"eval_max_seconds": min(theirs["eval_max_seconds"], Settings.eval_max_seconds)}
-    taken = {name: (theirs | clock)[name] for name in SCORED_WITH if name not in given}
+    contradicts = f"PRESET={s.preset} contradicts {log}, which has {preset}: unset it"
+    need("preset" not in given or s.preset == preset, contradicts)
+    theirs["eval_max_seconds"] = min(theirs["eval_max_seconds"], Settings.eval_max_seconds)
+    taken = {name: theirs[name] for name in SCORED_WITH if name not in given}
     settings = make_room(replace(s, **taken), given, world_size)
     settings = adopt_artifact(header, settings, given, world_size)
     refuse_idle(settings, given)
@@ -5792,15 +5790,15 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
         need(launch != "none", f"{problem} needs a RUN_ID: a restart would not find its run")
         return f"{launch}-{s.preset}-{s.seed}"
     launch = f"{time.strftime('%Y%m%d-%H%M%S')}-{s.preset}-{s.seed}"
-    name, number = launch, 1
+    name = launch
+    numbers = itertools.count(2)
     while True:
         path = Path(s.log_dir, f"{log_name(replace(s, run_id=name))}.txt")
         with explained_errors(f"write {path}"), suppress(FileExistsError):  # of the same second
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
             return name
-        number += 1
-        name = f"{launch}-{number}"
+        name = f"{launch}-{next(numbers)}"
 
 
 def check_outputs(settings):
