@@ -2683,9 +2683,9 @@ class Muon:
     def step(self, lr_factor: Tensor, momentum: Tensor, scale: Tensor, skip: Tensor):
         """One step at this part of rates, by scaled gradients; none if skip. float32 () each."""
         gradients = list(map(self._gradients, self.batches, self.shares))
-        groups = self.row_groups
-        numbers = momentum, scale, skip, self.steps
-        updates = self.momentum_updates(gradients, self.shares, groups, *numbers)
+        updates = self.momentum_updates(
+            gradients, self.shares, self.row_groups, momentum, scale, skip, self.steps
+        )
         if self.beta2:
             updates = self.even_out_rows(updates, self.square_shares, self.beta2, skip)
         updates = [self.ranks.concatenate(update) for update in updates]
@@ -4208,22 +4208,20 @@ def encode_integers(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
     frequencies = np.maximum(counts * slots // totals, counts > 0)
     usual = counts.argmax(1)
     frequencies[np.arange(count), usual] += slots - frequencies.sum(1)
-    starts = (frequencies.cumsum(1) - frequencies).ravel()
-    packed = frequencies.astype(np.uint32)
-    frequencies = frequencies.ravel()
+    starts = frequencies.cumsum(1) - frequencies
     table = places[-1] // 256
     padding = np.full(-len(places) % ANS_LANES, 256 * table + usual[table])
     places = np.append(places, padding)
     state = np.full(ANS_LANES, 1 << ANS_BITS)  # empty
     words = []
     for place in places.reshape(-1, ANS_LANES)[::-1]:
-        frequency = frequencies[place]
+        frequency = frequencies.take(place)  # counted through all tables
         full = state >= frequency << 16
         words.append(state[full] & 0xFFFF)
         state = np.where(full, state >> 16, state)
-        state = ans_push(state, frequency, starts[place])
+        state = ans_push(state, frequency, starts.take(place))
     words += [state >> 16, state & 0xFFFF]
-    return packed, np.concatenate(words[::-1]).astype(np.uint16)
+    return frequencies.astype(np.uint32), np.concatenate(words[::-1]).astype(np.uint16)
 
 
 def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarray) -> tuple:
@@ -4232,9 +4230,8 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarr
     frequencies = frequencies.astype(np.int64)
     if (frequencies.sum(1) != slots).any() or len(words) < 2 * ANS_LANES:
         raise ValueError("no code")
-    starts = (frequencies.cumsum(1) - frequencies).ravel()
-    frequencies = frequencies.ravel()
-    symbol_of_slot = np.arange(len(frequencies)).astype(np.uint8).repeat(frequencies)
+    starts = frequencies.cumsum(1) - frequencies
+    symbol_of_slot = np.arange(frequencies.size).astype(np.uint8).repeat(frequencies.ravel())
     low, high = words[: 2 * ANS_LANES].reshape(2, -1).astype(np.int64)
     words = words[2 * ANS_LANES :]
     state = low + (high << 16)
@@ -4243,7 +4240,7 @@ def decode_integers(frequencies: np.ndarray, words: np.ndarray, tables: np.ndarr
         symbol = symbol_of_slot[slots * row + state % slots]
         place = 256 * row + symbol
         row[:] = symbol
-        state = ans_pop(state, frequencies[place], starts[place])
+        state = ans_pop(state, frequencies.take(place), starts.take(place))
         (short,) = np.nonzero(state < 1 << 16)
         if len(short) > len(words):
             raise ValueError("too few words")
@@ -4735,17 +4732,12 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
-def read_run(path: Path) -> list[dict]:
-    """Of read_records(): those of the last start that trained, and of later ones; [] without."""
+def last_records(path: Path) -> dict[str, dict]:
+    """The last record of each event since the last start that trained; {} if none has."""
     records = read_records(path)
     ready = max((i for i, r in enumerate(records) if r["event"] == "ready"), default=0)
     starts = [i for i, r in enumerate(records[:ready]) if r["event"] == "settings"]
-    return records[starts[-1] :] if starts else []
-
-
-def last_records(path: Path) -> dict[str, dict]:
-    """read_run()'s last record of each event, by that."""
-    return {record["event"]: record for record in read_run(path)}
+    return {r["event"]: r for r in records[starts[-1] :]} if starts else {}
 
 
 def find_unscored(settings) -> dict[str, dict]:
@@ -4905,7 +4897,7 @@ def stop_signals(at_once: bool = False):
     """Gives a list in which signals to stop are noted meanwhile, for a loop to look at.
 
     With at_once, one raises KeyboardInterrupt with its name instead, so that files are closed on
-    the way out. What the parent process ignores, as nohup does, stays ignored.
+    the way out.
     """
     received = []
     if at_once:
@@ -5408,11 +5400,11 @@ class Trainer:
 
     def stop(self, why: str):
         """Ends the run on all ranks, after a checkpoint."""
-        if self.checkpoints is None:
-            raise SharedError(why)
-        self.save()
-        self.checkpoints.finish()
-        raise SharedError(f"{why}; RUN_ID={self.settings.run_id} goes on from the last checkpoint")
+        if self.checkpoints is not None:
+            self.save()
+            self.checkpoints.finish()
+            why += f"; RUN_ID={self.settings.run_id} goes on from the last checkpoint"
+        raise SharedError(why)
 
     def step_ms(self) -> float:
         """Milliseconds of the training clock that a step took."""
@@ -5597,15 +5589,15 @@ def export(trainer, batches) -> dict:
         k = min(s.sdclip_most, k + 5 * k * (size - target) / size)  # a size falls with log k
         clock.start()
     in_time = ranks.from_main(clock.seconds()) <= (s.max_wallclock_seconds or math.inf)
-    path = s.artifact_path if in_time else Path(f"{s.artifact_path}.late")
+    aside = Path(f"{s.artifact_path}.late")
     if ranks.rank == 0:
-        write_whole(path, data)
+        write_whole(s.artifact_path if in_time else aside, data)
         if in_time:
-            Path(f"{s.artifact_path}.late").unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
     ranks.from_main(None)  # all wait for it
     if not in_time:
         late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS, and the same"
-        kept = f"command goes on from a checkpoint; {path} has this model, unclaimed"
+        kept = f"command goes on from a checkpoint; {aside} has this model, unclaimed"
         raise LateExportError(f"{late} {kept}")
     kinds = bytes_by_kind(trainer.model, stored, size)
     return {"sdclip_k": k, "train_clock_seconds": clock.seconds(), "bytes_by_kind": kinds}
@@ -5848,15 +5840,6 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     return validation
 
 
-def describe_presets(names: list[str]) -> str:
-    """What these presets change, or else what each is for; UserError for a name that none has."""
-    odd = [name for name in names if name not in PRESETS]
-    need(not odd, f"{' '.join(odd)}: no preset is called so; --presets lists them")
-    if names:
-        return "\n".join(map(describe_preset, names))
-    return "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
-
-
 def obey(arguments: list[str], log):
     """Does what the command line asks for: without arguments, main(log)."""
     tools = ["--dry-run", "--rehearse"]
@@ -5866,8 +5849,14 @@ def obey(arguments: list[str], log):
     elif tool:
         hand_over(tool, [argument for argument in arguments if argument != tool])
     elif {"--help", "-h", "--presets"} & set(arguments):
+        text = "\n".join(f"{name:16}{use}" for name, use in PRESET_USES.items())
         names = [argument for argument in arguments if argument != "--presets"]
-        text = help_text() if {"--help", "-h"} & set(names) else describe_presets(names)
+        if {"--help", "-h"} & set(names):
+            text = help_text()
+        elif names:
+            odd = [name for name in names if name not in PRESETS]
+            need(not odd, f"{' '.join(odd)}: no preset is called so; --presets lists them")
+            text = "\n".join(map(describe_preset, names))
         with suppress(BrokenPipeError):  # of --help | head
             print(text, flush=True)
     else:

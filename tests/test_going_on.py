@@ -406,16 +406,17 @@ def test_an_evaluation_does_not_go_on_over_another_text(monkeypatch, capsys, sha
 
 def test_a_log_that_was_cut_off_or_is_none_says_nothing_of_a_run(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert t.read_run(path) == []
+    assert t.last_records(path) == {}
     start = [{"event": "settings"}, {"event": "ready"}, {"event": "trained"}]
+    expected = {record["event"]: record for record in start}
     lines = [json.dumps(record) for record in ({"event": "final"}, *start)]
     path.write_text("\n".join([*lines, "[1]", '"event"', '{"event": "fin']))
-    assert t.read_run(path) == start
+    assert t.last_records(path) == expected
     path.write_text("\n".join(lines[:2]))
-    assert t.read_run(path) == []
+    assert t.last_records(path) == {}
     odd = [json.dumps({"event": event}) for event in ([1], {}, None, 1)]
     path.write_text("\n".join([*lines, *odd]))
-    assert t.read_run(path) == start
+    assert t.last_records(path) == expected
 
 
 @pytest.mark.parametrize("odd", [None, [], "x", 1], ids=repr)
