@@ -488,7 +488,8 @@ def parse_value(name: str, text: str, kind: type):
 
 def read_number(environment: dict[str, str], name: str, default: int):
     """Another variable's number from 0 to 10,000; 0 or 1 as a bool if its default is one."""
-    value = parse_value(name, environment.get(name, "").strip() or str(default), type(default))
+    text = environment.get(name, "").strip()
+    value = parse_value(name, text or str(default), type(default))
     need(0 <= value <= 10_000, f"{name}={value} must be from 0 to 10000")
     return value
 
@@ -502,7 +503,7 @@ def read_own(environment: dict[str, str]) -> tuple[Settings, set[str]]:
         name = f.name.upper()
         text = environment.get(name, "")
         if f.metadata["unit"] == "layers":
-            text = ",".join(part.strip() for part in text.split(","))  # a file's line breaks
+            text = ",".join(part.strip() for part in text.split(","))  # lines of a file, too
         elif "|" in f.metadata["unit"] or name == "PRESET":
             text = text.strip()
         if name in environment:
@@ -530,9 +531,11 @@ def read_settings(environment: dict[str, str]) -> tuple[Settings, set[str]]:
 
 def modes_that_read(name: str) -> tuple[str, ...]:
     """The EVAL_MODEs in which a setting means something."""
-    own = {"eval_stride": ("sliding",), "eval_overlap": ("stateful",)}
+    if name.startswith("ttt_lora_"):
+        return ("documents",)
     if name.startswith("ttt_") and name != "ttt_enabled":
-        return ("documents",) if name.startswith("ttt_lora_") else EVAL_MODES[:-1]
+        return ("plain", "sliding", "stateful")
+    own = {"eval_stride": ("sliding",), "eval_overlap": ("stateful",)}
     return own.get(name, EVAL_MODES)
 
 
@@ -614,7 +617,6 @@ def check_values(s):
 def validate_settings(s, world_size: int):
     """Raises UserError for settings that cannot work, alone or together, on so many ranks."""
     check_values(s)
-    # Layers and their sizes
     parse_layers(s, "mlp_layers")
     order = set(parse_layers(s, "layer_order"))
     check(s, "layer_order", len(order) == s.num_layers, "leaves out a layer")
@@ -635,7 +637,6 @@ def validate_settings(s, world_size: int):
     zeros = [] if s.eval_only else excluded(s)
     blamed = "late_qat_threshold" if s.late_qat_threshold else "quantizer"
     check(s, blamed, not zeros, f"needs {'=0 '.join(zeros).upper()}=0")
-    # Batches, clocks and strides
     length = s.train_seq_len
     if not s.eval_only:
         check_multiple(s, "train_batch_tokens", world_size * length, "ranks × TRAIN_SEQ_LEN")
@@ -707,7 +708,6 @@ def help_text() -> str:
 
 # ==================================================================================================
 # 2. Ranks and device
-# What several processes need of each other, and what is chosen for a whole process.
 
 COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")  # the limit in bytes, of cgroup v2
@@ -717,7 +717,7 @@ PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as t
 
 def prepare_torch(deterministic: bool = False):
     """Makes all choices that hold for torch in a whole process, before CUDA is used."""
-    PROCESS_WIDE.close()  # what an earlier call entered
+    PROCESS_WIDE.close()
     # The first of SDPA's kernels that can take a call does: cuDNN's, the fastest on Hopper, and not
     # the memory-efficient one. Entered in the model, this would keep graphs out of the cache.
     kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -1435,7 +1435,7 @@ def scan_terms(inputs: ScanInputs, state: ScanState | None) -> ScanTerms:
         turn = rate.unsqueeze(2) * step_size.unsqueeze(-1)
         if turn.shape[1] > 1:  # of one token, none is needed; on GPUs it has no deterministic form
             turn = turn.cumsum(dim=1)
-        angle = state.angle.unsqueeze(1) + turn
+        angle = angle + turn
         key, query = (rotate_pairs(x, angle) for x in (key, query))
     current = step_size
     previous = torch.zeros_like(step_size)
@@ -1834,7 +1834,8 @@ class Attention(nn.Module):
     def new_state(self, batch: int, kept: int, dtype: torch.dtype) -> AttentionState:
         """The state before a text's first token: room for `kept` tokens' keys and values."""
         shape = (batch, kept, self.key.out_features // self.head_dim, self.head_dim)
-        return AttentionState(*self.key.weight.new_zeros(2, *shape, dtype=dtype))
+        zeros = self.key.weight.new_zeros(shape, dtype=dtype)
+        return AttentionState(zeros, zeros.clone())
 
 
 def without_own_value(y: Tensor, value: Tensor) -> Tensor:
@@ -2374,8 +2375,10 @@ def merge_order(tokenizer) -> dict[str, int]:
     ordinary = np.flatnonzero(tokenizer.is_text)
     scores = np.array(tokenizer.model.GetScore(ordinary.tolist()))
     first = np.flatnonzero(scores == 0).max(initial=0)
-    falling = not scores[: first + 1].any() and (np.diff(scores[first:]) == -1).all()
-    return {tokenizer.pieces[token]: int(token) for token in ordinary[first:] if falling}
+    begins = not scores[: first + 1].any()
+    falls = (np.diff(scores[first:]) == -1).all()
+    merges = {tokenizer.pieces[token]: int(token) for token in ordinary[first:]}
+    return merges if begins and falls else {}
 
 
 def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
