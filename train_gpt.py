@@ -699,8 +699,7 @@ def help_text() -> str:
         lines += [f"\n[{f.metadata['group']}]"] if f.metadata["group"] else []
         values = f"{shown(f.default):42} {describe_values(**f.metadata):25}"
         lines.append(f"  {f.name.upper():24} {values} {f.metadata['help']}")
-    lines.append("\nPresets change these:")
-    lines += map(describe_preset, PRESETS)
+    lines += ["\nPresets change these:", *map(describe_preset, PRESETS)]
     lines.append("\nOther names for these, as the contest's scripts have them:")
     lines += [f"  {name:24} sets {ours}" for name, (ours, _) in ALIASES.items()]
     return "\n".join(lines)
@@ -777,8 +776,7 @@ class Ranks:
 
     def send(self, tensors: list[Tensor], to: int) -> list:
         """Begins to send tensors to another rank; wait() for each of what it returns."""
-        sent = [dist.P2POp(dist.isend, tensor.contiguous(), to) for tensor in tensors]
-        return dist.batch_isend_irecv(sent)
+        return dist.batch_isend_irecv([dist.P2POp(dist.isend, x.contiguous(), to) for x in tensors])
 
     def receive(self, tensors: list[Tensor], source: int):
         """Fills tensors, which are contiguous, with those that the rank source sends."""
@@ -1942,8 +1940,7 @@ class Mamba(nn.Module):
         scan, inputs = state or (None, None)
         start = context.document_start
         if self.conv is not None:
-            gates = self.out_proj.in_features
-            widths = (gates, len(self.conv.weight), self.in_proj.dynamics_rows)
+            widths = (self.out_proj.in_features, len(self.conv.weight), self.in_proj.dynamics_rows)
             gate, mixed, rest = projected.split(widths, dim=-1)
             mixed, inputs = self.conv(mixed, context.reach, self.backend == "fused", inputs)
             projected = torch.cat([gate, mixed, rest], dim=-1)
@@ -2046,7 +2043,7 @@ class Block(nn.Module):
     Choose it below, by a setting in the group "model" (what older files mean: FORMER_DEFAULTS). Its
     matrices are Linear, the last with zero=True: Muon trains them, GPTQ quantizes them. Others
     begin as initial() says, and are Adam's. Names decide the rest: *_proj has Mamba's rate
-    (parameter_kind()) and kind (KINDS); x_proj, dt_proj and in_proj's last dynamics_rows have 8
+    (parameter_kind()) and kind (KINDS); x_proj, dt_proj and a Linear's last dynamics_rows have 8
     bits (grid_limits()); .D, .dt_bias float32 (float_type()). Add it to VARIANTS of two tests.
     """
 
