@@ -2575,10 +2575,8 @@ def orthogonalize_groups(batches: list[Tensor], row_groups: list[tuple], steps: 
     A direction of the input that one group uses then takes nothing from another's. apply_updates()
     multiplies by the whole matrix's shape_factor(); the quotient here makes it the group's.
     """
-    parts = [
-        x.split(groups, dim=-2) if groups else (x,)
-        for x, groups in zip(batches, row_groups, strict=True)
-    ]
+    pairs = zip(batches, row_groups, strict=True)
+    parts = [x.split(groups, dim=-2) if groups else (x,) for x, groups in pairs]
     done = iter(orthogonalize(list(itertools.chain(*parts)), steps))
     updates = []
     for x, pieces in zip(batches, parts, strict=True):
@@ -2693,9 +2691,10 @@ class Muon:
 
 
 def judge_gradients(norm: Tensor, clip_norm: float, skip: Tensor, skipped: Tensor) -> Tensor:
-    """What gradients of this norm, float32 (), are multiplied by to have clip_norm, if not 0.
+    """What gradients of this norm, float32 (), are multiplied by: 1, or what leaves them clip_norm.
 
-    Puts 1 into skip () if it is not finite, else 0; skipped: all, this streak, the longest one.
+    Puts 1 into skip () if the norm is not finite, else 0. skipped (3,) counts such steps: all,
+    those in a row up to now, and of the longest row.
     """
     skip.copy_(~norm.isfinite())
     total, streak, longest = skipped.unbind()
@@ -3065,10 +3064,9 @@ class Evaluator:
         self.epoch_seconds = 0.0  # of one epoch on the latest chunk that was trained on
 
     def _part_tokens(self) -> int:
-        """Targets of a part of stateful evaluation: in whole strides an eighth of a chunk.
+        """Targets of a part of stateful evaluation: whole strides, an eighth of a chunk (8 ranks).
 
-        So eight ranks have one each. At most 8 TRAIN_SEQ_LEN: where the scan is no kernel, a
-        compiler writes out each of its chunks.
+        At most 8 TRAIN_SEQ_LEN: where the scan is no kernel, a compiler writes out all its chunks.
         """
         s = self.settings
         stride = s.train_seq_len - s.attention_overlap
@@ -3277,7 +3275,7 @@ class Evaluator:
     def _score_piece(self, batch: "DocumentBatch", context: int, begin: int, end: int) -> tuple:
         """Scores targets begin to end, read from context on, of documents that have them.
 
-        Returns their positions, tokens, targets and nats (n, L), not kept where documents end.
+        Returns positions, tokens, targets and nats (n, L); those behind a document's end are void.
         """
         rows = round_up(batch.longer_than(begin), ROW_STEP if self.ranks.gpu else 1)
         length = min(self.settings.train_seq_len, round_up(end - context, WIDTH_STEP))
@@ -3324,8 +3322,8 @@ class Evaluator:
 # those, the first step would move each by the whole rate, also in the head's rows of all the tokens
 # that a piece says next to nothing of.
 #
-# So a score depends on earlier tokens of its own document and on nothing else: not on those that
-# are read beside it, nor on their order, nor on the number of ranks.
+# So a score depends on earlier tokens of its own document, and on how long DocumentClock lets it
+# learn: not on what is read beside it, nor on the order, nor on the number of ranks.
 WIDTH_STEP = 64  # windows go on to a multiple of it, a chunk of the scan: kernels meet few shapes
 ROW_STEP = 16  # likewise, on GPUs: so many documents are read, though some of them have ended
 BRANCH_GAIN = 1.8  # of B A x beside W x
@@ -4405,7 +4403,7 @@ def model_skeleton(settings) -> Model:
 
 
 def check_size(skeleton: Model, target_bytes: float, memory: float):
-    """Raises UserError for a model, not trained yet, that bytes of memory could not export."""
+    """Raises UserError for a model that target_bytes cannot hold, or such a memory not quantize."""
     s = skeleton.settings
     numbers = sum(p.numel() for p in skeleton.parameters())
     # On the coarsest grid: Gaussian weights' entropy less a quarter, as trained ones are uneven.
@@ -4896,8 +4894,7 @@ def handling_signals(handler):
 def stop_signals(at_once: bool = False):
     """Gives a list in which signals to stop are noted meanwhile, for a loop to look at.
 
-    With at_once, one raises KeyboardInterrupt with its name instead, so that files are closed on
-    the way out.
+    With at_once, one raises KeyboardInterrupt with its name instead: whoever has files closes them.
     """
     received = []
     if at_once:
@@ -5291,8 +5288,8 @@ class Trainer:
 
     def accumulate_gradients(self, tokens: Tensor, targets: Tensor, order: tuple) -> Tensor:
         """Gradients of this rank's batch, (sequences, seq_len) each; returns its mean loss, ()."""
-        parts = [x.split(self.micro_sequences) for x in (tokens, targets)]
-        batches = list(zip(*parts, strict=True))
+        rows = self.micro_sequences
+        batches = list(zip(tokens.split(rows), targets.split(rows), strict=True))
         total = torch.zeros((), device=self.ranks.device)
         for batch in batches:
             loss = self.loss_function(*batch, order, self.float8_products)
@@ -5317,8 +5314,8 @@ class Trainer:
         self.average.update(0.0, skip)
         self.average.after_step(1, skip, True)
         if s.calibrates:  # as export will: FlexAttention compiles itself
-            batch = tokens[: self.calibration_rows, :-1]
-            collect_costs(self.model, [batch], self.ranks, s.shares_bits)
+            parts = [tokens[: self.calibration_rows, :-1]]
+            collect_costs(self.model, parts, self.ranks, s.shares_bits)
         if s.trellis_states:  # its kernel, likewise
             round_by_trellis(*torch.ones(3, 1, 1, device=device), s.trellis_states)
         synchronized_time()
@@ -5712,7 +5709,7 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
 
 
 def main(log):
-    """The story of a run."""
+    """The story of a run: what it is, training and export, or what is there of them, its score."""
     settings, given, ranks = prepare_run(dict(os.environ))
     log.open(settings, ranks, log_name(settings))
     first = ranks.rank == 0
@@ -5926,8 +5923,7 @@ def tell_failure(error: BaseException, problem: str, log):
     """Writes why the run ends to its log and, if it is no fault of this script, to the console.
 
     What several ranks see, rank 0 tells; of ranks of which one has ended, that one. torchrun ends
-    all once one has ended, and shows its cause, so the others wait to be ended; that is slow where
-    a signal ends torchrun.
+    all once one has ended, and shows its cause: the others wait for it, long if a signal ends it.
     """
     rank = os.environ.get("RANK", "")
     rank = int(rank) if rank.isdecimal() else 0
