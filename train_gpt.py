@@ -2735,7 +2735,7 @@ class Optimizers:
     def tensors(self) -> list[Tensor]:
         """What steps change besides the weights, float32, whatever the number of ranks."""
         moments = [x for state in self.adam.state.values() for x in state.values()]
-        return [*moments, *self.muon.gather_state(), self.skipped[:2]]
+        return [*moments, *self.muon.gather_state(), self.skipped[:2]]  # longest is counted anew
 
     def _average_gradients(self):
         """Puts the ranks' means in the gradients' places, by one exchange: views of one buffer."""
@@ -3195,12 +3195,13 @@ class Evaluator:
     def _adapt(self, first: int, last: int, sgd: torch.optim.SGD, epochs: int):
         """Trains on targets first <= p < last, which are scored."""
         started = synchronized_time()
-        for epoch in range(epochs):
-            self.learnt[first // self.chunk, min(epoch, 1) :] = self._train_epoch(first, last, sgd)
-        if epochs and self.settings.eval_mode == "stateful":
+        nats = [self._train_epoch(first, last, sgd) for _ in range(epochs)]
+        if not nats:
+            return
+        self.learnt[first // self.chunk] = torch.stack([nats[0], nats[-1]])
+        if self.settings.eval_mode == "stateful":
             self._renew_states(last)
-        if epochs:
-            self.epoch_seconds = (synchronized_time() - started) / epochs
+        self.epoch_seconds = (synchronized_time() - started) / epochs
 
     def _train_epoch(self, first: int, last: int, sgd: torch.optim.SGD) -> Tensor:
         """A step of SGD on targets first <= p < last, from each rank's part; returns its nats."""
@@ -5709,7 +5710,7 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
 
 
 def main(log):
-    """The story of a run: what it is, training and export, or what is there of them, its score."""
+    """The story of a run: settings and text, training and export unless both are done, score."""
     settings, given, ranks = prepare_run(dict(os.environ))
     log.open(settings, ranks, log_name(settings))
     first = ranks.rank == 0
