@@ -6017,6 +6017,7 @@ def explain_collective(error: RuntimeError) -> str:
 #
 # Tensors, in section 4's letters, S.H and so on in kernels; `padded` is the length in whole chunks.
 # Those marked * have in_proj's dtype, rotation float16, others float32. d_x is the gradient of x.
+# A program's own places along B, length, H, N and R are b, t, h, n and r; k is its plane.
 #
 #   projected *   (B, length, WIDTH)    in_proj's rows, WIDTH being a multiple of 8
 #   biases        (2, H, N)             of keys, of queries; likewise the norms' weights (2, N)
@@ -6087,8 +6088,12 @@ def softplus_tile(x):
 
 @jit
 def turn_cos_sin(turn):
-    """cos and sin of 2·pi·turn: of half the angle by polynomials (error at most 1e-7), doubled."""
-    x = turn - tl.floor(turn + 0.5)
+    """cos and sin of 2·pi·turn.
+
+    With a = pi·turn, half of that angle: cos 2a = 1 - 2 sin^2 a and sin 2a = 2 sin a cos a. Of a
+    the polynomials are off by 1e-7 at most.
+    """
+    x = turn - tl.floor(turn + 0.5)  # whole turns drop out
     s = x * x
     sin = 2.55003138 + s * (-0.598045193 + s * 0.0772201602)
     sin = x * (3.14159258 + s * (-5.16770688 + s * sin))
@@ -6125,6 +6130,38 @@ def key_columns(b, t, length, S: constexpr):
 def feature_rows(features, k, b, t, batch, padded, S: constexpr):
     """Where the rows of tokens t begin in plane k of features."""
     return features + ((k * batch + b) * padded + t).to(tl.int64) * S.N
+
+
+@jit
+def head_rows(plane, head, t, batch, padded, S: constexpr):
+    """Which rows tokens t have in tensors (planes, B, H, padded, ...); head: b · H + h, int64."""
+    return (plane * batch * S.H + head) * padded + t
+
+
+@jit
+def turn_places(turns, b, h, r, S: constexpr):
+    """Where turns (B, chunks, H, R) have the pairs r of heads h, for the chunk of this program."""
+    chunk = b * tl.num_programs(0) + tl.program_id(0)
+    return turns + (chunk * S.H + h) * S.R + r
+
+
+@jit
+def load_even_odd(place, S: constexpr):
+    """The even entries of keys or queries at these places, and their odd ones, half a row on."""
+    return tl.load(place), tl.load(place + S.N // 2)
+
+
+@jit
+def store_even_odd(place, even, odd, S: constexpr):
+    """Stores what load_even_odd() reads."""
+    tl.store(place, even)
+    tl.store(place + S.N // 2, odd)
+
+
+@jit
+def norm_factor(x, S: constexpr):
+    """1 / root mean square (CHUNK, 1) of keys or queries x (CHUNK, N)."""
+    return tl.rsqrt(tl.sum(x * x, axis=1) / S.N + FEATURE_EPS)[:, None]
 
 
 @jit
@@ -6201,6 +6238,15 @@ def load_dynamics(row, live, step_bias, h, S: constexpr):
 
 
 @jit
+def at_starts(x, value, starts, b, token, length):
+    """x (CHUNK, heads), but for the tokens that start a document: of these value."""
+    if starts is not None:
+        start = tl.load(starts + b * length + token, token < length, 0)
+        x = tl.where(start[:, None] != 0, value, x)
+    return x
+
+
+@jit
 def tokens_forward(
     projected,
     step_bias,
@@ -6215,47 +6261,45 @@ def tokens_forward(
     S: constexpr,
 ):
     """A chunk's keys and queries, normed; its step sizes, decays, weights and turns."""
-    chunk = tl.program_id(0)
     b = tl.program_id(1)
     padded = tl.num_programs(0) * S.CHUNK
-    token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
+    token = tl.program_id(0) * S.CHUNK + tl.arange(0, S.CHUNK)
     n = tl.arange(0, S.N)[None, :]
     t = token[:, None]
     h = column_indices(S.H)
     r = column_indices(S.R)
     live = t < length
     heads = h < S.H
-    row = projected + key_columns(b, t, length, S)
+    turning = r < S.R
+    key = projected + key_columns(b, t, length, S)
     for k in tl.static_range(2):  # key, then query
-        x = load_float(row + k * S.N + n, live)
-        x *= tl.rsqrt(tl.sum(x * x, axis=1) / S.N + FEATURE_EPS)[:, None]
+        x = load_float(key + k * S.N + n, live)
+        x *= norm_factor(x, S)
         x *= tl.load(norms + k * S.N + n)
         pairs = tl.reshape(x.to(features.dtype.element_ty), [S.CHUNK, S.N // 2, 2])
         even, odd = tl.split(pairs)
         place = feature_rows(features, k, b, t, batch, padded, S) + tl.arange(0, S.N // 2)[None, :]
-        tl.store(place, even)
-        tl.store(place + S.N // 2, odd)
-    row += 2 * S.N
+        store_even_odd(place, even, odd, S)
+    row = key + 2 * S.N
     _, step, _, rate, share = load_dynamics(row, live, step_bias, h, S)
     _, next_step, _, _, next_share = load_dynamics(row + S.WIDTH, t + 1 < length, step_bias, h, S)
-    weight = step * share + next_step * (1.0 - next_share)
-    log_decay = rate * step * LOG2_E
-    if starts is not None:
-        start = tl.load(starts + b * length + token, token < length, 0)
-        log_decay = tl.where(start[:, None] != 0, RESET_LOG2_DECAY, log_decay)
+    current = step * share
+    weight = current + next_step * (1.0 - next_share)
+    log_decay = at_starts(rate * step * LOG2_E, RESET_LOG2_DECAY, starts, b, token, length)
     decay_sum = tl.cumsum(log_decay, axis=0)
+    key_log = decay_sum - tl.log2(tl.maximum(weight, LEAST_WEIGHT))
     plane = batch * S.H * padded
     place = scalars + (b * S.H + h) * padded + t
     tl.store(place + plane * STEP, step, heads)
     tl.store(place + plane * DECAY_SUM, decay_sum, heads)
-    tl.store(place + plane * KEY_LOG, decay_sum - tl.log2(tl.maximum(weight, LEAST_WEIGHT)), heads)
-    tl.store(place + plane * CURRENT, step * share, heads)
+    tl.store(place + plane * KEY_LOG, key_log, heads)
+    tl.store(place + plane * CURRENT, current, heads)
     tl.store(place + plane * WEIGHT, weight, heads)
-    angle = load_float(row + 3 * S.H + r, live & (r < S.R))
+    angle = load_float(row + 3 * S.H + r, live & turning)
     half = tl.where(live, tl.sigmoid(2.0 * angle) - 0.5, 0.0)
-    tl.store(half_turn + (b * padded + t) * S.R + r, half, r < S.R)
-    place = turns + ((b * tl.num_programs(0) + chunk) * S.H + tl.trans(h)) * S.R + r
-    tl.store(place, exact_dot(tl.trans(step), half), tl.trans(heads) & (r < S.R))  # (heads, R)
+    tl.store(half_turn + (b * padded + t) * S.R + r, half, turning)
+    made = exact_dot(tl.trans(step), half)  # (heads, R)
+    tl.store(turn_places(turns, b, tl.trans(h), r, S), made, tl.trans(heads) & turning)
 
 
 # ---- Turns before a chunk ------------------------------------------------------------------------
@@ -6278,7 +6322,8 @@ def sum_turns(turns, start, around, end, chunks, S: constexpr):
     BLOCK: constexpr = S.BLOCK
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(1).to(tl.int64)
-    first = tl.load(start + b * COUNT + n, n < COUNT, 0.0)
+    exist = n < COUNT
+    first = tl.load(start + b * COUNT + n, exist, 0.0)
     total = tl.zeros([BLOCK], tl.float64)
     part = tl.arange(0, S.PARTS)[None, :, None]
     for block in range(0, chunks, S.AT_ONCE):
@@ -6286,16 +6331,18 @@ def sum_turns(turns, start, around, end, chunks, S: constexpr):
         if S.BACK:
             c = chunks - 1 - c
         place = b * chunks + c[:, None]
-        mask = (c >= 0)[:, None] & (c < chunks)[:, None] & (n < COUNT)[None, :]
-        rows = (place[:, :, None] * S.PARTS + part) * COUNT + n[None, None, :]
-        made = tl.sum(tl.load(turns + rows, mask[:, None, :], 0.0), axis=1).to(tl.float64)
+        mask = (c >= 0)[:, None] & (c < chunks)[:, None] & exist[None, :]
+        rows = place[:, :, None] * S.PARTS + part
+        made = tl.load(turns + rows * COUNT + n[None, None, :], mask[:, None, :], 0.0)
+        made = tl.sum(made, axis=1).to(tl.float64)
         passed = tl.cumsum(made, axis=0) - made + total[None, :]
-        tl.store(around + place * COUNT + n[None, :], first[None, :] + passed.to(tl.float32), mask)
+        passed = first[None, :] + passed.to(tl.float32)
+        tl.store(around + place * COUNT + n[None, :], passed, mask)
         total += tl.sum(made, axis=0)
     last = first + total.to(tl.float32)
     if not S.BACK:
         last -= tl.floor(last)
-    tl.store(end + b * COUNT + n, last, n < COUNT)
+    tl.store(end + b * COUNT + n, last, exist)
 
 
 # ---- Rotation ------------------------------------------------------------------------------------
@@ -6310,40 +6357,34 @@ def rotate_features(
     scalars, features, half_turn, turns, biases, rotated, rotation, batch, S: constexpr
 ):
     """Writes a chunk's rotated keys and queries for one head, rotation, and scalars' KEY_QUERY."""
-    chunk = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
     padded = tl.num_programs(0) * S.CHUNK
     head = (b * S.H + h).to(tl.int64)
-    token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
+    token = tl.program_id(0) * S.CHUNK + tl.arange(0, S.CHUNK)
     n = tl.arange(0, S.N // 2)[None, :]
     t = token[:, None]
     turning = n < S.R
     half = load_float(half_turn + (b * padded + t) * S.R + n, turning)
-    added = tl.load(scalars + (batch * STEP * S.H + head) * padded + token)[:, None] * half
-    place = (b * tl.num_programs(0) + chunk) * S.H + h
-    before = tl.load(turns + place * S.R + n, turning, 0.0)
-    cos, sin = turn_cos_sin(tl.cumsum(added, axis=0) + before)
-    place = rotation + (head * padded + t) * S.R + n
-    tl.store(place, cos, turning)  # plane COS, the first
-    tl.store(place + batch.to(tl.int64) * S.H * padded * S.R * SIN, sin, turning)
+    step = tl.load(scalars + head_rows(STEP, head, token, batch, padded, S))
+    made = tl.cumsum(step[:, None] * half, axis=0)
+    before = tl.load(turn_places(turns, b, h, n, S), turning, 0.0)
+    cos, sin = turn_cos_sin(made + before)
+    tl.store(rotation + head_rows(COS, head, t, batch, padded, S) * S.R + n, cos, turning)
+    tl.store(rotation + head_rows(SIN, head, t, batch, padded, S) * S.R + n, sin, turning)
     even_product = 1.0
     odd_product = 1.0
     for k in tl.static_range(2):  # key, then query
-        place = feature_rows(features, k, b, t, batch, padded, S) + n
-        bias = biases + (k * S.H + h) * S.N + n
-        even = tl.load(place) + tl.load(bias)
-        odd = tl.load(place + S.N // 2) + tl.load(bias + S.N // 2)
+        even, odd = load_even_odd(feature_rows(features, k, b, t, batch, padded, S) + n, S)
+        even_bias, odd_bias = load_even_odd(biases + (k * S.H + h) * S.N + n, S)
+        even += even_bias
+        odd += odd_bias
         even_product *= even
         odd_product *= odd
-        even_rotated = even * cos - odd * sin
-        odd_rotated = even * sin + odd * cos
-        row = k * batch.to(tl.int64) * S.H * padded + head * padded
-        place = rotated + (row + t) * S.N + n
-        tl.store(place, even_rotated)
-        tl.store(place + S.N // 2, odd_rotated)
-    place = scalars + (batch * KEY_QUERY * S.H + head) * padded + token
-    tl.store(place, tl.sum(even_product + odd_product, axis=1))
+        place = rotated + head_rows(k, head, t, batch, padded, S) * S.N + n
+        store_even_odd(place, even * cos - odd * sin, even * sin + odd * cos, S)
+    key_query = tl.sum(even_product + odd_product, axis=1)
+    tl.store(scalars + head_rows(KEY_QUERY, head, token, batch, padded, S), key_query)
 
 
 # ---- Scan, forward -------------------------------------------------------------------------------
@@ -6456,8 +6497,10 @@ def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
     d_gated = read_tile(d_y, place)
     d_square = read_row(d_squares, [head, place[1]], gated.shape[0])
     d_gated += 2.0 * d_square[:, None] * gated
+    d_gate = d_gated * gated
     # The slope of u = gate sigmoid(gate) is u (1 / gate + 1 - sigmoid(gate)).
-    write_tile(d_projected, place, d_gated * gated * (reciprocal_tile(gate) + 1.0 - sigmoid))
+    d_gate *= reciprocal_tile(gate) + 1.0 - sigmoid
+    write_tile(d_projected, place, d_gate)
     return (d_gated * gate * sigmoid).to(dtype)
 
 
@@ -6509,7 +6552,7 @@ def scan_backward(
         decayed = exact_dot(key, tl.trans(query)) * decay + tl.where(same, d, 0.0)
         d_value = exact_dot(decayed.to(key.dtype), d_out, exact_dot(key, old) * to_end)
         write_tile(d_projected, [b, t, (S.H + h) * S.P], d_value)
-        d_decayed = exact_dot(value, tl.trans(d_out))
+        d_decayed = exact_dot(value, tl.trans(d_out))  # dM transposed
         tl.store(d_diagonal + place * S.CHUNK + i, tl.sum(tl.where(same, d_decayed, 0.0), axis=1))
         d_scores = (d_decayed * decay).to(value.dtype)
         d_key = exact_dot(d_scores, query, exact_dot(value, tl.trans(old)) * to_end)
@@ -6535,14 +6578,20 @@ def scan_backward(
 # A program is one warp with few rows: nothing waits at barriers. Sums over its rows go to a row of
 # its own in d_turns and d_features, added up later by matmul.
 @jit
+def feature_sums(d_features, row, h, S: constexpr):
+    """Where a row of d_features has the sums for head h's biases, or for the norm as h = H."""
+    return d_features + (row * (S.H + 1) + h) * S.N
+
+
+@jit
 def norm_backward(d_normed, place, live, norms, k, d_features, row, S: constexpr):
     """Stores dw, summed over tokens, as a row of d_features, and returns dx of the rows there."""
     x = load_float(place, live)
     n = tl.arange(0, S.N)[None, :]
-    factor = tl.rsqrt(tl.sum(x * x, axis=1) / S.N + FEATURE_EPS)[:, None]
+    factor = norm_factor(x, S)
     x *= factor
-    place = d_features + (row * (S.H + 1) + S.H) * S.N + n
-    tl.store(place, tl.sum(d_normed * x, axis=0)[None, :])
+    d_weight = tl.sum(d_normed * x, axis=0)
+    tl.store(feature_sums(d_features, row, S.H, S) + n, d_weight[None, :])
     d_normed *= tl.load(norms + k * S.N + n)
     along = tl.sum(d_normed * x, axis=1) / S.N
     return factor * (d_normed - x * along[:, None])
@@ -6573,32 +6622,35 @@ def features_backward(
     padded = tl.num_programs(0) * ROWS
     t = part * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.arange(0, S.N // 2)[None, :]
-    origin = feature_rows(features, k, b, t, batch, padded, S) + n
-    even = tl.load(origin).to(tl.float32)
-    odd = tl.load(origin + S.N // 2).to(tl.float32)
+    turning = n < S.R
+    even, odd = load_even_odd(feature_rows(features, k, b, t, batch, padded, S) + n, S)
+    even = even.to(tl.float32)
+    odd = odd.to(tl.float32)
     sum_even = tl.zeros([ROWS, S.N // 2], tl.float32)
     sum_odd = tl.zeros([ROWS, S.N // 2], tl.float32)
     row = ((b * tl.num_programs(0) + part) * 2 + k).to(tl.int64)
+    plane = (batch * S.H * padded).to(tl.int64) * S.R  # from cosines to sines
     for h in tl.range(S.H, num_stages=4):
         head = (b * S.H + h).to(tl.int64)
-        place = (k * batch * S.H + head) * padded + t
-        d_bias = d_features + (row * (S.H + 1) + h) * S.N + n
-        bias = biases + (k * S.H + h) * S.N + n
-        u_even = even + tl.load(bias)  # as rotate_features() rotated them
-        u_odd = odd + tl.load(bias + S.N // 2)
-        from_even = tl.load(d_rotated + place * S.N + n)
-        from_odd = tl.load(d_rotated + place * S.N + n + S.N // 2)
-        turn_place = rotation + (head * padded + t) * S.R + n
-        cos = tl.load(turn_place, n < S.R, 1.0).to(tl.float32)
-        sin = load_float(turn_place + (batch * S.H).to(tl.int64) * padded * S.R, n < S.R)
+        place = head_rows(k, head, t, batch, padded, S)
+        even_bias, odd_bias = load_even_odd(biases + (k * S.H + h) * S.N + n, S)
+        u_even = even + even_bias  # as rotate_features() rotated them
+        u_odd = odd + odd_bias
+        from_even, from_odd = load_even_odd(d_rotated + place * S.N + n, S)
+        angle = rotation + head_rows(COS, head, t, batch, padded, S) * S.R + n
+        cos = tl.load(angle, turning, 1.0).to(tl.float32)
+        sin = load_float(angle + plane, turning)
         d_even = from_even * cos + from_odd * sin
         d_odd = from_odd * cos - from_even * sin
         turned = TWO_PI * (u_even * d_odd - u_odd * d_even)
-        tl.store(d_turn + place * S.R + n, turned, n < S.R)
-        tl.store(d_turns + (row * S.H + h) * S.R + n, tl.sum(turned, axis=0)[None, :], n < S.R)
-        tl.store(d_scalars + place, tl.sum(u_even * d_even + u_odd * d_odd, axis=1)[:, None])
-        tl.store(d_bias, tl.sum(d_even, axis=0)[None, :])
-        tl.store(d_bias + S.N // 2, tl.sum(d_odd, axis=0)[None, :])
+        tl.store(d_turn + place * S.R + n, turned, turning)
+        turned = tl.sum(turned, axis=0)[None, :]
+        tl.store(d_turns + (row * S.H + h) * S.R + n, turned, turning)
+        along = tl.sum(u_even * d_even + u_odd * d_odd, axis=1)[:, None]
+        tl.store(d_scalars + place, along)
+        d_even_bias = tl.sum(d_even, axis=0)[None, :]
+        d_odd_bias = tl.sum(d_odd, axis=0)[None, :]
+        store_even_odd(feature_sums(d_features, row, h, S) + n, d_even_bias, d_odd_bias, S)
         sum_even += d_even
         sum_odd += d_odd
     total = tl.reshape(tl.join(sum_even, sum_odd), [ROWS, S.N])
@@ -6630,27 +6682,32 @@ def key_weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 
 @jit
 def turns_backward(
-    d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, h, r, live, batch, S: constexpr
+    d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, live, batch, S: constexpr
 ):
     """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it."""
-    program = b * tl.num_programs(0) + tl.program_id(0)
     t = token[:, None]
+    h = column_indices(S.H)
+    r = column_indices(S.R)
     padded = tl.num_programs(0) * S.CHUNK
     turning = live & (r < S.R)
     half = load_float(half_turn + (b * padded + t) * S.R + r, turning)
     d_half = tl.zeros_like(half)
+    plane = (batch * S.H * padded).to(tl.int64) * S.R  # from d_turn by keys to that by queries
     # A token's turn moves all later ones: those of its chunk, and those after it.
     onward = (t <= token[None, :]).to(d_turn.dtype.element_ty)
     for k in tl.range(S.H, num_stages=4):
         head = (b * S.H + k).to(tl.int64)
-        place = d_turn + (head * padded + t) * S.R + r
+        place = d_turn + head_rows(KEY, head, t, batch, padded, S) * S.R + r
         by_key = tl.load(place, turning, 0.0)
-        by_query = tl.load(place + (batch * S.H * padded).to(tl.int64) * S.R, turning, 0.0)
-        later = load_float(d_turns + (program * S.H + k) * S.R + r, r < S.R)
-        turned = exact_dot(onward, by_query, exact_dot(onward, by_key)) + later  # no cumsum: waits
-        d_half += tl.load(scalars + head * padded + token)[:, None] * turned
-        d_step += tl.where(h == k, tl.sum(half * turned, axis=1)[:, None], 0.0)
-    tl.store(d_row + 3 * S.H + r, d_half * (0.5 - 2.0 * half * half), turning)
+        by_query = tl.load(place + plane, turning, 0.0)
+        turned = exact_dot(onward, by_query, exact_dot(onward, by_key))  # no cumsum: it waits
+        turned += load_float(turn_places(d_turns, b, k, r, S), r < S.R)
+        step = tl.load(scalars + head_rows(STEP, head, token, batch, padded, S))
+        d_half += step[:, None] * turned
+        by_turns = tl.sum(half * turned, axis=1)
+        d_step += tl.where(h == k, by_turns[:, None], 0.0)
+    slope = 0.5 - 2.0 * half * half  # of tanh(angle) / 2
+    tl.store(d_row + 3 * S.H + r, d_half * slope, turning)
     return d_step
 
 
@@ -6677,11 +6734,9 @@ def tokens_backward(
     b = tl.program_id(1)
     chunks = tl.num_programs(0)
     padded = chunks * S.CHUNK
-    program = b * chunks + chunk
     token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
     t = token[:, None]
     h = column_indices(S.H)
-    r = column_indices(S.R)
     live = t < length
     heads = h < S.H
     mask = live & heads
@@ -6693,28 +6748,30 @@ def tokens_backward(
     d_current, _ = key_weight_backward(scalars, d_scalars, d_diagonal, place, heads, plane)
     d_decay_sum = load_float(d_scalars + place + plane * QUERY, heads)
     d_decay_sum -= load_float(d_scalars + place + plane * KEY, heads)  # the diagonal cancels
-    ends = ((b * S.H + tl.trans(h)) * chunks + chunk) * S.N + tl.arange(0, S.N)[None, :]
-    at_end = tl.sum(load_float(d_end + ends, tl.trans(heads)), axis=1)[None, :]
+    ends = (b * S.H + tl.trans(h)) * chunks + chunk  # of the chunk, (heads, 1)
+    at_end = load_float(d_end + ends * S.N + tl.arange(0, S.N)[None, :], tl.trans(heads))
+    at_end = tl.sum(at_end, axis=1)[None, :]
     d_decay_sum += tl.where(t == chunk * S.CHUNK + S.CHUNK - 1, at_end, 0.0)
     d_log_decay = tl.cumsum(d_decay_sum, axis=0, reverse=True)
-    if starts is not None:
-        start = tl.load(starts + b * length + token, token < length, 0)
-        d_log_decay = tl.where(start[:, None] != 0, 0.0, d_log_decay)
+    d_log_decay = at_starts(d_log_decay, 0.0, starts, b, token, length)
     before = mask & (t > 0)  # this token's step also weighs the key before it
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
     d_step = share * d_current + rate * d_log_decay + (1.0 - share) * d_previous
     d_step = turns_backward(
-        d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, h, r, live, batch, S
+        d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, live, batch, S
     )
-    d_decay = tl.where(rate < -SLOWEST_DECAY, -step * d_log_decay * tl.sigmoid(raw_decay), 0.0)
+    d_decay = -step * d_log_decay * tl.sigmoid(raw_decay)
+    d_decay = tl.where(rate < -SLOWEST_DECAY, d_decay, 0.0)
     d_share = step * (d_current - d_previous) * share * (1.0 - share)
     tl.store(d_row + S.H + h, d_decay, mask)
     tl.store(d_row + 2 * S.H + h, d_share, mask)
     d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
     tl.store(d_row + h, d_raw, mask)
-    tl.store(d_heads + 2 * program * S.H + h, tl.sum(d_raw, axis=0)[None, :], heads)
-    d_skip = tl.sum(load_float(d_diagonal + place, heads), axis=0)[None, :]
-    tl.store(d_heads + (2 * program + 1) * S.H + h, d_skip, heads)
+    d_bias = tl.sum(d_raw, axis=0)
+    d_skip = tl.sum(load_float(d_diagonal + place, heads), axis=0)
+    d_head = d_heads + 2 * (b * chunks + chunk) * S.H + h
+    tl.store(d_head, d_bias[None, :], heads)
+    tl.store(d_head + S.H, d_skip[None, :], heads)
 
 
 # ---- The operator --------------------------------------------------------------------------------
