@@ -6818,8 +6818,8 @@ def has_tile_instructions(device: torch.device) -> bool:
     return 90 <= capability < 120  # else they take registers, and 4 warps spill
 
 
-def scan_tiles(named: dict) -> dict:
-    """named, with tensor descriptors, or Tiles, of what the scan goes through by tiles."""
+def launch_scan(kernel, named: dict) -> None:
+    """Runs a program for each head, on tensor descriptors, or Tiles, of what is read by tiles."""
     by_descriptor = has_tile_instructions(named["projected"].device)
     _, _, _, channels, state, chunk = named["S"]
     blocks = dict.fromkeys(("projected", "y", "d_projected", "d_y"), [chunk, channels])
@@ -6834,7 +6834,8 @@ def scan_tiles(named: dict) -> dict:
         else:
             sides = constexpr(blocks[name][0]), constexpr(blocks[name][-1])
             tiles[name] = Tiles(flat, *flat.shape[-2:], *sides)
-    return named | tiles | {"WARPS": 4 if by_descriptor else 8}
+    batch, heads, *_ = named["states"].shape
+    launch(kernel, (batch * heads,), named | tiles, warps=4 if by_descriptor else 8)
 
 
 def launch_sum_turns(turns: Tensor, start: Tensor, back: bool, at_once: int = 32) -> list[Tensor]:
@@ -6859,8 +6860,7 @@ def fused_scan(tensors: list[Tensor], starts: Tensor | None, sizes: list[int]) -
     launch(tokens_forward, (chunks, batch), named | {"turns": turns}, registers=128)
     before, turn_out = launch_sum_turns(turns.unsqueeze(2), turn_in, back=False)
     launch(rotate_features, (chunks, heads, batch), named | {"turns": before})
-    scan = scan_tiles(named) | {"squares": squares}
-    launch(scan_forward, (batch * heads,), scan, warps=scan["WARPS"])
+    launch_scan(scan_forward, named | {"squares": squares})
     return [squares, turn_out, *saved]
 
 
@@ -6919,8 +6919,8 @@ def fused_scan_backward(
         "d_heads": single(batch * chunks, 2, heads),
     }
     named |= found
-    scan = scan_tiles(named | {"d_squares": d_squares, "d_y": d_y})
-    launch(scan_backward, (batch * heads,), scan | {"d_ssm_out": d_ssm_out}, warps=scan["WARPS"])
+    gradients = {"d_squares": d_squares, "d_y": d_y, "d_ssm_out": d_ssm_out}
+    launch_scan(scan_backward, named | gradients)
     launch(features_backward, (parts, batch, 2), named | {"ROWS": padded // parts}, warps=1)
     sums = ones @ found["d_features"].flatten(1)  # faster than sum()
     d_turns = found["d_turns"].view(batch, chunks, -1, heads, angles)
@@ -7106,7 +7106,8 @@ def unpack_signs(packed):
 @jit
 def halves(x):
     """The left and the right half of a tile's columns."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+    rows: constexpr = x.shape[0]
+    return x.reshape(rows, 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @jit
@@ -7174,8 +7175,8 @@ def store_active(v, row, column, active, active8, signs, factor, length, S: cons
     """f(u), or f8 twice, and the signs of half a tile, v (M, SIGN_COLUMNS)."""
     rows = row + tl.arange(0, S.M)[:, None]
     if S.USUAL > 0:
-        square = v * v * tl.where(v < 0, 0.0625 / (S.USUAL * S.USUAL), 0.25 / (S.USUAL * S.USUAL))
-        first, second = row_pairs(square)
+        quarter: constexpr = 0.25 / (S.USUAL * S.USUAL)
+        first, second = row_pairs(v * v * tl.where(v < 0, quarter / 4, quarter))
         store_pairs(first, second, active8, active, row, column)
     else:
         square = tl.load(factor + rows, rows < length, 0.0)
@@ -7248,13 +7249,14 @@ def mlp_backward(d_y, down, active_map, d_v, d_v8, active, signs, factor, length
         rows = row + tl.arange(0, S.M)[:, None]
         packed = tl.load(sign_places(signs, rows, column, S.N, S), rows < length, 0)
         if S.USUAL > 0:
+            slope: constexpr = 4.0 / S.USUAL  # of f8 = f / 4, so that f' is 4 sqrt(f8)
             first, second = row_pairs(d)
             above, below = load_pairs(active_map, row, column, S)
             first *= tl.sqrt(above)
             second *= tl.sqrt(below)
             above, below = row_pairs(unpack_signs(packed))
-            first *= tl.where(above, -2.0 / S.USUAL, 4.0 / S.USUAL)
-            second *= tl.where(below, -2.0 / S.USUAL, 4.0 / S.USUAL)
+            first *= tl.where(above, -slope / 2, slope)
+            second *= tl.where(below, -slope / 2, slope)
             store_pairs(first, second, d_v8, d_v, row, column)
         else:
             scale = tl.load(factor + rows, rows < length, 0.0)
@@ -7272,11 +7274,15 @@ MLP_TILES = {"mlp_forward": (128, 256, 64, 4), "mlp_backward": (128, 256, 64, 3)
 FLOAT8_TILES = {"mlp_forward": (128, 256, 128, 4), "mlp_backward": (128, 128, 64, 4)}
 
 
+def has_mlp_kernels(device: torch.device) -> bool:
+    """Whether a GPU is what they are written for: an H100 or H200."""
+    return triton is not None and device.type == "cuda" and kernel_limits(device)[0] == 90
+
+
 def can_fuse_mlp(width: int, hidden: int, device: torch.device) -> bool:
-    """Whether the MLP's kernels run: on an H100 or H200, in whole tiles of the hidden numbers."""
-    if triton is None or device.type != "cuda" or kernel_limits(device)[0] != 90:
-        return False
-    return hidden % (2 * int(SIGN_COLUMNS)) == 0 and width % 8 == 0
+    """Whether the MLP's kernels run: on such a GPU, in whole tiles of the hidden numbers."""
+    whole = hidden % (2 * int(SIGN_COLUMNS)) == 0 and width % 8 == 0
+    return whole and has_mlp_kernels(device)
 
 
 def launch_product(kernel, named: dict, width: int, usual: float = 0.0):
@@ -7303,8 +7309,7 @@ def fused_mlp(x: Tensor, factor: Tensor, up: Tensor, down: Tensor) -> list[Tenso
     rows, columns, step, _ = MLP_TILES["mlp_forward"]
     tiles = TensorDescriptor.from_tensor
     named = {"x": tiles(x, [rows, step]), "up": tiles(up, [columns, step]), "factor": factor}
-    named |= {"active": active, "active_map": tiles(active, [rows, columns // 2]), "signs": signs}
-    named["active8"] = None
+    named |= {"active_map": tiles(active, [rows, columns // 2]), "active8": None, "signs": signs}
     launch_product(mlp_forward, named, x.shape[1])
     torch.mm(active, down.mT, out=y)
     return [y, active, signs]
@@ -7407,8 +7412,7 @@ def why_not_float8(model, products: str, device: torch.device) -> str:
     """Why a model cannot train by these FLOAT8_PRODUCTS on this device; empty if it can."""
     if products == "none":
         return ""
-    has_kernels = triton and device.type == "cuda" and kernel_limits(device)[0] == 90
-    if not has_kernels or model.compute_dtype != torch.bfloat16:
+    if not has_mlp_kernels(device) or model.compute_dtype != torch.bfloat16:
         return "needs an H100 or H200, triton and PRECISION=bfloat16"
     for part in products.split(","):
         sizes = {n: x.weight.shape for n, x in model.linear_layers().items() if f".{part}." in n}
@@ -7459,8 +7463,8 @@ def float8_gradient(d_y: Tensor) -> tuple[Tensor, Tensor]:
     two, which multiply d_y8 without rounding it again.
     """
     wide = widened(d_y)
-    size = wide.square().mean(-1).sqrt().clamp(min=1e-18) / row_scale(d_y.shape[1])
-    size = power_above(size)
+    size = wide.square().mean(-1).sqrt().clamp(min=1e-18)
+    size = power_above(size / row_scale(d_y.shape[1]))
     return to_float8(wide * (1 / size).unsqueeze(-1), d_y.dtype), size
 
 
@@ -7656,10 +7660,9 @@ float8_mlp.register_autograd(
 #   d_up = c Σ_t d_v8 q(s x8 / 256);   d_down = c Σ_t q(s d_y8 / 256) f8
 #
 # Sizes are powers of two, so that nothing is rounded twice; numbers saturate only where one token
-# has nearly all of the gradient. Muon's background is that of a batch: half of its tokens are 90 %
-# off, these products 5 % for up and 4 % for down, bfloat16's 4.3 and 3.2 %. cuBLAS's fast sums of
-# 65,536 tokens add 0.7 %. Both kernels of FLOAT8_TILES have as many rows a tile, of which the last
-# is stored as a whole.
+# has nearly all of the gradient. The gradient of half a batch's tokens is 90 % off the whole's, and
+# these products 5 %, bfloat16's 4 (bench/NOTES.md). Both kernels of FLOAT8_TILES have as many rows
+# a tile, of which the last is stored as a whole.
 
 
 def turn_scale(size: Tensor) -> Tensor:
@@ -7690,7 +7693,8 @@ def turn_rows(x8, size, scale, to, length, padded, S: constexpr):
     """Rows of x8 by size / scale, transposed as store_pairs() does; to is of int16, two numbers
     each, or of float32 where nothing is rounded.
     """
-    pairs = (tl.program_id(0) * (S.ROWS // 2) + tl.arange(0, S.ROWS // 2))[:, None]
+    half: constexpr = S.ROWS // 2
+    pairs = (tl.program_id(0) * half + tl.arange(0, half))[:, None]
     columns = tl.program_id(1) * SIDE + column_indices(SIDE)
     rows = pairs + pairs // 8 * 8
     place = x8 + rows.to(tl.int64) * S.WIDTH + columns
@@ -7840,12 +7844,14 @@ def nearest_point(x, limit, half, last):
 @jit
 def branch_cost(costs, errors, i: constexpr, u: constexpr, S: constexpr):
     """Of the best path that goes on from state i with u."""
-    return costs[i] + errors[(S.HALVES >> i) % 2 + 2 * ((S.FLIPS >> i) % 2 ^ u)]
+    half: constexpr = (S.HALVES >> i) % 2
+    last: constexpr = (S.FLIPS >> i) % 2 ^ u
+    return costs[i] + errors[half + 2 * last]
 
 
 @jit
 def trellis_paths(numbers, choices, points, batch, S: constexpr):
-    """points (batch, ROWS) of numbers (3, batch, ROWS); choices (batch, ROWS) int64 are its own."""
+    """points (batch, ROWS) of trellis_search()'s numbers; choices (batch, ROWS) int64 is room."""
     STATES: constexpr = S.STATES
     segment = tl.program_id(0) * S.BLOCK + tl.arange(0, S.BLOCK)
     live = segment < batch
@@ -7860,7 +7866,8 @@ def trellis_paths(numbers, choices, points, batch, S: constexpr):
         limit = tl.load(numbers + 2 * plane + place + row, live, other=0.0)
         errors = ()
         for grid in tl.static_range(4):
-            error = (x - nearest_point(x, limit, 0.5 * (grid % 2), grid // 2)) * step
+            error = x - nearest_point(x, limit, 0.5 * (grid % 2), grid // 2)
+            error *= step
             errors = errors + (error * error,)
         choice = tl.full([S.BLOCK], 0, tl.int64)
         reached = ()
@@ -8247,7 +8254,8 @@ def attention_problem(settings, device: torch.device) -> str:
 
 def first_sentence(error: Exception) -> str:
     """What an exception says in one line, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].partition(". ")[0]
 
 
 # ==================================================================================================
@@ -8266,7 +8274,9 @@ def convert_recurrence(environment: dict[str, str], settings) -> str:
     more = sorted(set(layers)) * read_number(environment, "RECUR_REPEATS", 1)
     order = list(range(settings.num_layers))
     after = max(layers, default=0) + 1
-    order = order[:after] + more + order[after:] if mode == "block" else sorted(order + more)
+    order[after:after] = more
+    if mode == "layer":
+        order.sort()
     return ",".join(map(str, order)) if more else "all"
 
 
