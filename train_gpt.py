@@ -13,9 +13,10 @@ own bytes into at most 16,000,000, and scores what that holds in bits per byte, 
 
 The model: layers of Mamba-3 with a few of attention between them, and MLPs after both.
     - Mamba-3: data-dependent decay, rotation of the state, trapezoidal inputs, one shared key/query
-    - grouped-query attention with rotary positions and learned query gains
-    - MLPs of LeakyReLU(0.5) squared; no biases; norms without weights; logits bounded by a tanh
-    - embeddings tied to the output matrix, with hashed bigrams added to the input
+    - grouped-query attention with rotary positions, learned query gains and a gate on every head
+    - MLPs of LeakyReLU(0.5) squared; only Mamba has biases, and norms with weights
+    - embeddings tied to the output matrix, in part shared by spelling; hashed bigrams beside them
+    - logits bounded by a tanh, and least for pairs of tokens that BPE never writes
     - U-Net skips from the first half to the second; layers may run more than once
 
 Contents, in the order in which data flow; the last three may be left out at a first reading:
@@ -29,8 +30,8 @@ Contents, in the order in which data flow; the last three may be left out at a f
     8. Quantization: GPTQ onto grids of int6, and int8 where it matters
     9. Artifact: entropy coding near its bound, the file, loading
     10. Training and main: log, clock, checkpoints, loop, export
-    11. Fused kernels: scan, MLP (by 8-bit floats, too) and cross-entropy in Triton
-    12. Published peers: the first Mamba, library kernels
+    11. Fused kernels: scan, MLP (by 8-bit floats, too), cross-entropy and trellis in Triton
+    12. Published peers: the first Mamba, library kernels, other grids, attention's backends
     13. Other scripts' names: translated, or refused
 
 Words and letters:
@@ -1006,7 +1007,7 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
     Tokenizer and validation shards are hashed, by the main rank and off every clock; training
-    shards, of up to 16 GB, are not. Raises UserError, by samples, for one that is validated on.
+    shards, of up to 16 GB, are not. Raises UserError for one with a validation shard's sample.
     """
     folder, path = settings.data_path, settings.tokenizer_path
     scored = {shard.sample: shard.path.name for shard in validation if shard.count}
@@ -2021,8 +2022,7 @@ class MLP(nn.Module):
         """
         rows = x.flatten(0, 1)
         x8, factor = float8_norm(rows)
-        weights = (self.up.weight, self.down.weight)
-        y, *_, up_sizes, _, _, _ = float8_mlp(rows, x8, factor, *weights)
+        y, *_, up_sizes, _, _, _ = float8_mlp(rows, x8, factor, self.up.weight, self.down.weight)
         usual = WEIGHT_SIZE * x.shape[2] ** 0.5 * input_scale
         y = y * (4 * usual**2 * up_sizes.detach()[0, 0])
         return y.view(x.shape)
