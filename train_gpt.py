@@ -4407,10 +4407,12 @@ def check_size(skeleton: Model, target_bytes: float, memory: float):
     """Raises UserError for a model that target_bytes cannot hold, or such a memory not quantize."""
     s = skeleton.settings
     numbers = sum(p.numel() for p in skeleton.parameters())
-    # On the coarsest grid: Gaussian weights' entropy less a quarter, as trained ones are uneven.
+    # On the coarsest grid, whose steps are k / 31 of the root mean square, Gaussian weights take
+    # log2(sqrt(2 pi e) 31 / k) bits each; trained ones, which are uneven, a quarter less.
     k = max(s.sdclip_most, s.sdclip_k)
     least = 0.75 * math.log2(math.sqrt(2 * math.pi * math.e) * INT6_MAX / k)
-    least = 1.0 if s.quantizer == "ternary" else least
+    if s.quantizer == "ternary":
+        least = 1.0
     has = 8 * target_bytes / numbers
     problem = f"{numbers:,} numbers take {least:.1f} bits each on the coarsest grid (SDCLIP_MOST)"
     need(has > least, f"{problem}, TARGET_MB has {has:.1f}: make the model smaller")
@@ -5002,16 +5004,16 @@ class Checkpoints(ThreadPoolExecutor):
 
     @torch.no_grad()
     def write_soon(self, header: dict, tensors: list[Tensor]):
-        """Copies the tensors, float32, on their device, and has the copy written from there.
+        """Rank 0 copies the tensors, float32, on their device, and has the copy written from there.
 
         The newest becomes the one before, or is replaced if younger than half of CHECKPOINT_EVERY.
         """
-        numbers = torch.cat([x.view(-1) for x in tensors])
-        copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
         now = time.perf_counter()
         young = now - self.begun < self.settings.checkpoint_every / 2
         self.begun = now
         if self.ranks.rank == 0:
+            numbers = torch.cat([x.view(-1) for x in tensors])
+            copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
             self.pending = self.submit(self._write, header, numbers, copied, young)
 
     def finish(self):
