@@ -6830,7 +6830,7 @@ def launch_scan(kernel, named: dict) -> None:
     blocks["states"] = [state, channels]
     tiles = {}
     for name in blocks.keys() & named.keys():
-        flat = named[name].flatten(0, -1 - len(blocks[name]))
+        flat = named[name].flatten(0, -1 - len(blocks[name]))  # (planes, rows, columns)
         if by_descriptor:
             tiles[name] = TensorDescriptor.from_tensor(flat, [1, *blocks[name]])
         else:
@@ -6847,7 +6847,7 @@ def launch_sum_turns(turns: Tensor, start: Tensor, back: bool, at_once: int = 32
     end = torch.empty_like(start)
     named = {"turns": turns, "start": start, "around": around, "end": end, "chunks": chunks}
     sizes = SumSizes(start[0].numel(), parts, back, at_once, BLOCK=16)
-    launch(sum_turns, (triton.cdiv(sizes.COUNT, 16), batch), named | {"S": sizes})
+    launch(sum_turns, (triton.cdiv(sizes.COUNT, sizes.BLOCK), batch), named | {"S": sizes})
     return [around, end]
 
 
@@ -6984,7 +6984,8 @@ def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capabil
     first = max(least for least in SHARED_BYTES if least <= capability)
     by_channels, by_state, by_chunk, whole = SHARED_BYTES[first]
     row = by_channels * channels + by_state * state + by_chunk * chunk
-    return int(max(chunk * row + whole * state * channels, 8 * chunk * heads))
+    of_scan = chunk * row + whole * state * channels
+    return int(max(of_scan, 8 * chunk * heads))
 
 
 def why_not_triton(settings, device: torch.device) -> str:
@@ -7056,6 +7057,7 @@ def evens_first(x: Tensor) -> Tensor:
 # With a row's norm as a factor s > 0 behind the first product, the activation f and its slope:
 #
 #   v = W x;   u = s v;   f(u) = max(u, u / 2)^2;   f'(u) = 2 sqrt(f) for u >= 0, else -sqrt(f)
+#   y = W_down f(u);   d_v = s f'(u) ∘ W_down^T d_y
 #
 # Separate kernels would read v and write f, and backward read f's gradient and v and write v's. The
 # products do both while a tile of their results is in registers: forward writes f, which the next
@@ -7182,8 +7184,8 @@ def store_active(v, row, column, active, active8, signs, factor, length, S: cons
     else:
         square = tl.load(factor + rows, rows < length, 0.0)
         square *= square
-        square = v * v * tl.where(v < 0, 0.25 * square, square)
-        active.store([row, column], square.to(active.dtype))
+        result = v * v * tl.where(v < 0, 0.25 * square, square)
+        active.store([row, column], result.to(active.dtype))
     tl.store(sign_places(signs, rows, column, SIGN_COLUMNS, S), pack_signs(v), rows < length)
 
 
@@ -7241,23 +7243,23 @@ def mlp_backward(d_y, down, active_map, d_v, d_v8, active, signs, factor, length
             weights = tl.trans(down.load([column, k])) if S.USUAL > 0 else down.load([k, column])
             d = exact_dot(gradient, weights, d)
         if FAST:
-            ahead, beside = product_tile(number + S.PROGRAMS, S)
+            next_row, next_column = product_tile(number + S.PROGRAMS, S)
             if S.USUAL > 0:
-                prefetch_turned(active, ahead, beside, length, S)
+                prefetch_turned(active, next_row, next_column, length, S)
             else:
-                prefetch_tile(active, ahead, beside, length, 1, S)
-            prefetch_tile(signs, ahead, beside, length, 8, S)
+                prefetch_tile(active, next_row, next_column, length, 1, S)
+            prefetch_tile(signs, next_row, next_column, length, 8, S)
         rows = row + tl.arange(0, S.M)[:, None]
         packed = tl.load(sign_places(signs, rows, column, S.N, S), rows < length, 0)
         if S.USUAL > 0:
             slope: constexpr = 4.0 / S.USUAL  # of f8 = f / 4, so that f' is 4 sqrt(f8)
             first, second = row_pairs(d)
-            above, below = load_pairs(active_map, row, column, S)
-            first *= tl.sqrt(above)
-            second *= tl.sqrt(below)
-            above, below = row_pairs(unpack_signs(packed))
-            first *= tl.where(above, -slope / 2, slope)
-            second *= tl.where(below, -slope / 2, slope)
+            first_active, second_active = load_pairs(active_map, row, column, S)
+            first *= tl.sqrt(first_active)
+            second *= tl.sqrt(second_active)
+            first_negative, second_negative = row_pairs(unpack_signs(packed))
+            first *= tl.where(first_negative, -slope / 2, slope)
+            second *= tl.where(second_negative, -slope / 2, slope)
             store_pairs(first, second, d_v8, d_v, row, column)
         else:
             scale = tl.load(factor + rows, rows < length, 0.0)
@@ -7362,9 +7364,9 @@ fused_mlp.register_autograd(
 
 # ---- Products of 8-bit floats --------------------------------------------------------------------
 # An H100 multiplies numbers of float8_e4m3fn (arXiv 2209.05433) twice as fast as bfloat16's. q()
-# rounds to them: to 3 bits of mantissa up to 448, and to multiples of 2^-9 below 2^-6. Of
-# FLOAT8_PRODUCTS, which training's steps compute, mlp is all of this, W being up, and in_proj v8
-# alone. Left out are factors of rows and matrices, which follow the products:
+# rounds to them: to 3 bits of mantissa up to 448, and to multiples of 2^-9 below 2^-6. Training's
+# steps compute FLOAT8_PRODUCTS: mlp is all of this, W being up; in_proj is v8 alone. Factors of
+# rows and matrices follow the products, and are left out:
 #
 #   x8 = q(r norm(x))                        d_y8 = q(r d_y / rms of its row)
 #   v8 = W8 x8,  W8 = q(4 W / rms(W))        d8 = W_down8^T d_y8
@@ -7373,14 +7375,14 @@ fused_mlp.register_autograd(
 #
 # No scale waits for a tensor's largest number, as 448 over that would. In a row of WIDTH none is
 # above sqrt(WIDTH) root mean squares (rms): r, 16 for 512, is the power of two that keeps this
-# within 448, and no row saturates. Weights do beyond 112 rms. Were they and rows independent, v8
-# and d8 had the rms USUAL = 4 r sqrt(WIDTH), 1448; models trained with Muon, whose matrices stretch
-# all directions alike, are within some percent of it. f' is 1.5 usually; f8 saturates where v8 is
-# above 42 USUAL, but was at most 10.7, d_v8 48. As f is of second degree, v's factors leave it
-# squared. Each q() is off by 2.6 % (rms), f', by f8 and signs, by half of that; sums of 8-bit
-# products have fewer bits than float32. The MLP's gradients of weights are the next chapter's;
-# in_proj's gradients are bfloat16 products of what q() did not round. Interpreted, in float32, it
-# rounds nothing.
+# within 448, and no row saturates. Weights do beyond 112 rms. Sums of WIDTH independent products,
+# of rms 4 and r, have the rms USUAL = 4 r sqrt(WIDTH), 1448: v8 and d8 are within some percent of
+# it in models trained with Muon, whose matrices stretch all directions alike. f' is 1.5 usually; f8
+# saturates where v8 is above 42 USUAL, but was at most 10.7, d_v8 48. As f is of second degree,
+# v's factors leave it squared. Each q() is off by 2.6 % (rms), f', by f8 and signs, by half of
+# that; sums of 8-bit products have fewer bits than float32. The MLP's gradients of weights are the
+# next chapter's; in_proj's gradients are bfloat16 products of what q() did not round. Interpreted,
+# in float32, it rounds nothing.
 FLOAT8 = torch.float8_e4m3fn
 MOST_FLOAT8 = 448.0
 WEIGHT_SIZE = 4.0
@@ -7827,9 +7829,12 @@ fused_cross_entropy.register_autograd(cross_entropy_autograd, setup_context=_kee
 
 # ---- Trellis -------------------------------------------------------------------------------------
 # trellis_search() with a thread for each segment, which goes through the rows with the costs of all
-# states in registers; a bit of choices, for each state, says from where it was reached.
-
-
+# states in registers. Into state j lead branches from two, with u = j mod 2:
+#
+#   cost'_j = min over i in (j // 2, j // 2 + STATES / 2) of cost_i + error of i's grid for u
+#
+# A bit of choices, for each state, says which; the way back follows these from the best state.
+#
 # S in the kernel: HALVES and FLIPS as in TRELLISES, rows of a segment, segments of a program.
 TrellisSizes = collections.namedtuple("TrellisSizes", "STATES HALVES FLIPS ROWS BLOCK")
 
@@ -7903,7 +7908,7 @@ def fused_trellis_search(numbers: Tensor, states: int) -> Tensor:
     segments, rows = points.shape
     sizes = TrellisSizes(states, *TRELLISES[states], rows, BLOCK=32)
     named = {"numbers": numbers, "choices": choices, "points": points, "batch": segments}
-    launch(trellis_paths, (triton.cdiv(segments, 32),), named | {"S": sizes}, warps=1)
+    launch(trellis_paths, (triton.cdiv(segments, sizes.BLOCK),), named | {"S": sizes}, warps=1)
     return points
 
 
@@ -8416,10 +8421,10 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
     added = {}
     lines = []
     for name in sorted(environment.keys() & REFUSED.keys()):
-        instead = what_holds(name, environment[name])
+        _, fact = REFUSED[name]
         said = f"{name}={shown(environment[name])}"
-        need(not instead, f"{said} cannot be set: {instead}")
-        lines.append(f"{said} sets nothing: {what_holds(name, None)}")
+        need(not what_holds(name, environment[name]), f"{said} cannot be set: {fact}")
+        lines.append(f"{said} sets nothing: {fact}")
     for name in sorted(environment.keys() & ALIASES.keys()):
         ours, convert = ALIASES[name]
         value = convert(environment, settings) if convert else environment[name]
