@@ -2744,9 +2744,8 @@ class Optimizers:
         means = torch.cat([p.grad.flatten() for p in used])
         means /= self.ranks.world_size
         self.ranks.sum_(means)
-        parts = means.split([p.numel() for p in used])
-        for p, part in zip(used, parts, strict=True):
-            p.grad = part.view_as(p)
+        for p, mean in zip(used, means.split([p.numel() for p in used]), strict=True):
+            p.grad = mean.view_as(p)
 
     @torch.no_grad()
     def step(self, lr_factor: float | Tensor, momentum: float | Tensor):
@@ -4174,8 +4173,7 @@ def code_places(reaches: Tensor, integers: Tensor) -> Tensor:
 
 def count_values(places: Tensor) -> Tensor:
     """How often values come in each table, float64 (TABLES, 256), by code_places()."""
-    counts = torch.bincount(places.flatten(), minlength=256 * TABLES)
-    return counts.view(TABLES, 256).double()
+    return torch.bincount(places.flatten(), minlength=256 * TABLES).view(TABLES, 256).double()
 
 
 def code_bits(counts: Tensor) -> Tensor:
@@ -4299,8 +4297,8 @@ def bytes_by_kind(model, stored: dict[str, Tensor], size: int) -> dict[str, int]
 
 def seal(magic: bytes, header: dict, *payload) -> list:
     """Parts of an artifact or a checkpoint: magic, header as a line of JSON, payload, SHA-256."""
-    line = json.dumps(header, separators=(",", ":"))
-    parts = [magic + line.encode() + b"\n", *payload]
+    line = json.dumps(header, separators=(",", ":")).encode()
+    parts = [magic + line + b"\n", *payload]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -4837,9 +4835,11 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     refuse_idle(settings, given)
     if not log:
         words = f"{s.artifact_path}; without its log, as PRESET={preset} has them"
-    names = [n for n in logged if FIELDS[n] in ("data", "model", "evaluation")]
-    pairs = {n: (shown(getattr(settings, n)), shown(logged[n])) for n in names}
-    differ = [f"{n.upper()}={now} (there {was})" for n, (now, was) in pairs.items() if now != was]
+    differ = []
+    for name, value in logged.items():
+        now, was = shown(getattr(settings, name)), shown(value)
+        if now != was and FIELDS[name] in ("data", "model", "evaluation"):
+            differ.append(f"{name.upper()}={now} (there {was})")
     return settings, f"settings from {words}" + (f"; but {' '.join(differ)}" if differ else "")
 
 
