@@ -5712,7 +5712,7 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
 
 
 def main(log):
-    """The story of a run: settings and text, training and export unless both are done, score."""
+    """The story of a run."""
     settings, given, ranks = prepare_run(dict(os.environ))
     log.open(settings, ranks, log_name(settings))
     first = ranks.rank == 0
