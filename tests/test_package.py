@@ -1317,7 +1317,16 @@ def test_gpus_are_told_by_uuid_and_must_be_as_many_as_claimed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["exec(code)", 'CODE = "' + "A" * 2000 + '"', "__import__('os')"], ids=len
+    "line",
+    [
+        "exec(code)",
+        'CODE = "' + "A" * 2000 + '"',
+        "__import__('os')",
+        "run = exec",
+        "import builtins as b",
+        "__builtins__['exec'](x)",
+    ],
+    ids=len,
 )
 def test_packed_code_is_no_record(tmp_path, project, line):
     script = project / "train_gpt.py"

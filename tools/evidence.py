@@ -39,6 +39,7 @@ EVALUATION = ("eval_", "ttt_", "document_")  # how the names of evaluation's set
 LONG_LITERAL = 1_000  # characters; a readable script has no longer text in quotes without spaces
 LONG_WORDS = 40  # characters; nor one whose words are so long in the mean
 RUNS_TEXT = {"exec", "eval", "compile", "__import__"}  # built-in functions that run packed code
+BUILTINS = {"builtins", "__builtins__"}  # where they are, too
 
 
 class Row(NamedTuple):
@@ -314,9 +315,14 @@ def compare_readable(path: Path, source: bytes, readable: Path) -> tuple[str, li
 
 
 def is_packed(node: ast.AST) -> bool:
-    """Whether a node of a script runs text as code, or is text that nobody can read."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return node.func.id in RUNS_TEXT
+    """Whether a node of a script runs text as code, or is text that nobody can read.
+
+    The functions that do so count under any name: they are found where they are called or named.
+    """
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        return node.id in RUNS_TEXT | BUILTINS
+    if isinstance(node, ast.alias):
+        return node.name in BUILTINS
     if not isinstance(node, ast.Constant) or not isinstance(node.value, (str, bytes)):
         return False
     words = node.value.split()
