@@ -128,24 +128,24 @@ def test_the_mlp_in_8_bits_runs_apart_where_its_kernels_do(pretended_gpu, monkey
         monkeypatch.setitem(t.FLOAT8_TILES, name, (16, columns, 16, stages))
     monkeypatch.setattr(t, "can_fuse_mlp", lambda *sizes: True)
     assert bench.float8_makers(tiny(model_dim=40), SOLO) == {}  # no whole tiles
-    settings = tiny(model_dim=64, mlp_mult=4.0, train_batch_tokens=32)
+    settings = tiny(model_dim=64, mlp_mult=4.0, train_batch_tokens=16, train_seq_len=16)
     makers = bench.float8_makers(settings, SOLO)
     assert len(makers) == 5 + 2 * 3
     matrices = 2 * 64 * 256
     flops = {}
     for name, make in makers.items():
         kernel = make()
+        kernel.call()
         flops[name] = kernel.flops
         assert kernel.bytes_moved > 0
-        assert bench.time_kernel(make, CEILINGS)["ms"] > 0
     assert flops == {
-        "MLP, 8 bits": 6 * 32 * matrices,
-        "MLP, 8 bits, forward operator": 2 * 32 * matrices,
-        "MLP, 8 bits, backward operator": 4 * 32 * matrices,
+        "MLP, 8 bits": 6 * 16 * matrices,
+        "MLP, 8 bits, forward operator": 2 * 16 * matrices,
+        "MLP, 8 bits, backward operator": 4 * 16 * matrices,
         "MLP, 8 bits, size of rows": 0,
         "MLP, 8 bits, rows transposed": 0,
     } | {
-        f"weight gradient {shape}{sums}": 32 * matrices
+        f"weight gradient {shape}{sums}": 16 * matrices
         for shape in ("64 × 256", "256 × 64")
         for sums in ("", ", 8 bits, fast sums", ", 8 bits, exact sums")
     }
