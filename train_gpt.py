@@ -6162,7 +6162,7 @@ def store_even_odd(place, even, odd, S: constexpr):
 
 @jit
 def norm_factor(x, S: constexpr):
-    """1 / root mean square (CHUNK, 1) of keys or queries x (CHUNK, N)."""
+    """1 / root mean square (rows, 1) of keys or queries x (rows, N)."""
     return tl.rsqrt(tl.sum(x * x, axis=1) / S.N + FEATURE_EPS)[:, None]
 
 
