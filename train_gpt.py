@@ -4324,10 +4324,10 @@ FORMER_DEFAULTS |= {"shared_tables": False, "preset": "", "train_seq_len": 0}  #
 
 def read_header(line: bytes | str, usual: dict) -> dict:
     """A line's header, of usual's names and types, or UserError; older ones: FORMER_DEFAULTS."""
-    try:
-        header = dict(json.loads(line))
-    except (ValueError, TypeError, RecursionError):
-        header = {}
+    header = {}
+    with suppress(ValueError, RecursionError):
+        found = json.loads(line)
+        header = found if isinstance(found, dict) else {}
     # Left out are settings that are no more, where what holds instead is what they said.
     header = {n: value for n, value in header.items() if what_holds(n, value)}
     unknown = sorted(header.keys() - usual)
@@ -4805,7 +4805,7 @@ def find_settings(settings) -> tuple[Path | None, dict, str]:
                 kind = type(getattr(Settings, name))
                 theirs[name] = parse_value(f"{path}: {name.upper()}", str(value), kind)
             elif fact and name.startswith(("eval_", "ttt_")):  # the artifact has what others did
-                words += f", which had {name.upper()}={shown(value)} ({fact})"
+                words += f", which had {shown(name.upper())}={shown(value)} ({fact})"
         preset = theirs.get("preset", "default")
         need(preset in PRESETS, f"{path}: this script does not know PRESET={shown(preset)}")
         return path, theirs, words
@@ -5835,7 +5835,8 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     sample = np.frombuffer(b"".join(shard.sample for shard in training), "<u2")
     lacking += ["training"] if training and BOS_ID not in sample else []
     if lacking and (settings.document_reset or settings.eval_mode == "documents"):
-        remedy = "put it before each document, or set DOCUMENT_RESET=0 EVAL_MODE=sliding"
+        remedy = "put it before each document"  # an artifact keeps its DOCUMENT_RESET
+        remedy += "" if settings.eval_only else ", or set DOCUMENT_RESET=0 EVAL_MODE=sliding"
         log(f"warning: no BOS ({BOS_ID}) in the {' and '.join(lacking)} shards: {remedy}")
     return validation
 

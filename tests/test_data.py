@@ -467,6 +467,12 @@ def test_text_without_bos_is_told_in_a_line_where_documents_count(shards, tmp_pa
             expected = told if opened else "validation" * ("val" in lacking)
             assert len(found) == (number < 2 and bool(expected))
             assert not found or f"no BOS (1) in the {expected} shards: put it" in found[0]
+    # An artifact keeps its DOCUMENT_RESET: to set it would be refused.
+    said.clear()
+    t.text_to_score(tiny(**named, **changes[0], eval_only=True), tokenizer, [], [], log)
+    found = [line for line in said if "no BOS" in line]
+    assert len(found) == ("val" in lacking)
+    assert all(line.endswith("shards: put it before each document") for line in found)
 
 
 def test_a_space_that_is_spelt_by_bytes_is_found(byte_tokenizer, tmp_path):

@@ -279,6 +279,32 @@ def test_a_run_that_is_trained_or_has_its_score_is_told_and_keeps_its_files(dry,
     assert path.exists()
 
 
+def test_what_a_living_run_has_is_refused_until_it_ends(dry, tmp_path):
+    """Its log, or its artifact under another name; a dry run makes no file and keeps no lock."""
+    run = tiny_environment(run_id="a", log_dir=tmp_path, artifact=tmp_path / "x")
+    del run["PRESET"]
+    for name, setting in {"a.txt": "RUN_ID", "x.lock": "ARTIFACT"}.items():
+        with (
+            t.claim_file(tmp_path / name, setting),
+            pytest.raises(t.UserError, match=f"{name} belongs to a run .* another {setting}"),
+        ):
+            dry(run)
+        dry(run)  # of a run that was killed, files stay, unlocked
+        t.claim_file(tmp_path / name, setting).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "x.lock"}
+
+
+def test_without_a_run_id_files_of_no_name_are_nobodys(dry, tmp_path):
+    run = checkpoint_environment(FOLDER / "b6028ee.checkpoint", run_id="", log_dir=tmp_path)
+    (tmp_path / ".checkpoint").write_bytes(b"x")
+    (tmp_path / ".jsonl").write_text(
+        '{"event": "settings"}\n{"event": "ready"}\n{"event": "final"}'
+    )
+    said = dry(run)
+    assert "what finished runs' weights took" in said
+    assert ".checkpoint" not in said
+
+
 @pytest.mark.parametrize("what", ["resume", "artifact"])
 def test_kernels_that_only_the_runs_machine_has_are_no_mistake_here(dry, what):
     """Whether weights are at hand or not: of them only sizes are told."""

@@ -107,6 +107,13 @@ def test_a_deleted_setting_may_have_the_value_that_means_what_is_done_now():
             assert str(error.value).endswith(f"lacks: ['{name}'] ({t.REFUSED[name.upper()][1]})")
 
 
+@pytest.mark.parametrize("line", ["[[1, 2]]", '[[null, 2], ["a", 3]]', "[]", '["ab"]', "7", "{"])
+def test_a_header_that_is_no_object_is_none(line):
+    """Also where Python would make a dict of it, of names that are no text."""
+    with pytest.raises(t.UserError, match="its header lacks settings of this script"):
+        t.read_header(line, t.artifact_header(tiny()))
+
+
 def test_a_field_that_a_header_lacks_is_its_former_default(monkeypatch, tmp_path):
     """Not the setting's default of today, nor what the environment says of it."""
     path = FOLDER / "b6028ee.artifact"

@@ -498,7 +498,7 @@ def test_a_log_switches_off_no_check_and_no_clock(monkeypatch, capsys, scored, t
     """A log of another script is told, with what that could be told about its evaluation and this
     one cannot; whole numbers stand for others.
     """
-    lost = '"ttt_lora_alpha": 57.6, "eval_x": 1, "eval_temp": 1, "sdclip_mlp": 0.9'
+    lost = '"ttt_lora_alpha": 57.6, "eval_\\n": 1, "eval_temp": 1, "sdclip_mlp": 0.9'
     changes = [
         ('"eval_any_tokens": false', f'"eval_any_tokens": true, {lost}'),
         ('"ttt_lr": 0.005', '"ttt_lr": 1'),
@@ -508,7 +508,7 @@ def test_a_log_switches_off_no_check_and_no_clock(monkeypatch, capsys, scored, t
     environment = edited_log(scored, tmp_path, *changes)
     assert run_here(monkeypatch, environment | {"ITERATIONS": "5"}) == 0
     told = "of another train_gpt.py, which had TTT_LORA_ALPHA=57.6"
-    told += f" ({t.REFUSED['TTT_LORA_ALPHA'][1]}), which had EVAL_X=1 (another version's)"
+    told += f" ({t.REFUSED['TTT_LORA_ALPHA'][1]}), which had 'EVAL_\\n'=1 (another version's)"
     told += "; but EVAL_MAX_SECONDS=600.0 (there 1000000000000.0)\n"
     said = f"settings from {tmp_path / 'a.jsonl'}, {told}"
     assert said in capsys.readouterr().out

@@ -9,13 +9,15 @@ no memory. The artifact's size is that of Gaussian weights, corrected by a small
 `python -m tools.fit_bytes` fits to this repository's logs and artifacts; with ARTIFACT=FILE or
 RESUME=FILE, or where RUN_ID has a checkpoint, it is that of the weights in that file. A checkpoint
 is taken up or refused as by a run, which alone compares the data, and a RUN_ID that has its score
-is refused. What else a run would refuse before it opens its data is refused here, too, below the
-figures, and so is an artifact that would be too large.
+or has not ended is refused. What else a run would refuse before it opens its data is refused here,
+too, below the figures, and so is an artifact that would be too large.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 import sys
@@ -86,18 +88,40 @@ def quiet(line: str, event: str = "", *_, **__) -> None:
     print(f"a run would go on: {line}" if event == "resumed" else line)
 
 
+def refuse_living(path: Path, setting: str) -> None:
+    """Raises UserError, with the setting, if a living run has this file; makes and locks none.
+
+    As t.claim_file(), which a run that starts meanwhile may call: the lock here is shared, and gone
+    at once.
+    """
+    if not path.is_file():
+        return
+    with contextlib.suppress(OSError), path.open("rb") as file:  # some systems have no locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = f"wait for it, or choose another {setting}"
+            raise t.UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
+
+
 def describe_start(settings: t.Settings) -> tuple[bool, str]:
     """Whether a run would look into checkpoints; if not, what its RUN_ID would begin with, or "".
 
-    Raises UserError for a run that has its score. Of what a run takes away before it trains anew,
-    nothing is touched.
+    Raises UserError for a run that has its score or has not ended. Of what a run takes away before
+    it trains anew, nothing is touched.
     """
     s = settings
+    if s.run_id:
+        refuse_living(Path(s.log_dir, f"{t.log_name(s)}.txt"), "RUN_ID")
     if s.eval_only:
         return False, ""
-    t.find_unscored(dataclasses.replace(s, resume="never"))  # which takes no checkpoint away
+    refuse_living(Path(f"{s.artifact_path}.lock"), "ARTIFACT")
+    if s.run_id:
+        t.find_unscored(dataclasses.replace(s, resume="never"))  # which takes no checkpoint away
     if s.resume != "auto":
         return s.resume != "never", ""
+    if not s.run_id:
+        return False, ""  # the run will have a name of its own
     done = {"trained", "final"} & t.last_records(Path(s.log_dir, f"{s.run_id}.jsonl")).keys()
     if done and s.overwrite:
         return False, f"start: OVERWRITE=1 trains RUN_ID={s.run_id} anew"
@@ -105,7 +129,7 @@ def describe_start(settings: t.Settings) -> tuple[bool, str]:
         return False, f"start: {s.artifact_path} is trained and has no score: a run only scores it"
     found = any(path.exists() for path in s.checkpoint_paths)
     nothing = f"start: RUN_ID={s.run_id} has no checkpoint in LOG_DIR={s.log_dir}"
-    return found, nothing if s.run_id and not found else ""
+    return found, "" if found else nothing
 
 
 def weights_at_hand(settings: t.Settings, given: set[str], goes_on: bool) -> tuple[t.Model, str]:
