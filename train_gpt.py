@@ -950,7 +950,8 @@ def open_shards(folder: str, split: str) -> list[Shard]:
     """
     paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     remedy = f"set DATA_PATH, or {how_to_make(folder)}"
-    need(paths, f"no *_{split}_*.bin shards in {folder}: {remedy}")
+    absent = "" if Path(folder).exists() else ", which does not exist"
+    need(paths, f"no *_{split}_*.bin shards in {folder}{absent}: {remedy}")
     series = collections.defaultdict(dict)  # by NAME: its shards by number
     for path in paths:
         name, _, number = path.stem.rpartition("_")
@@ -5867,14 +5868,14 @@ def obey(arguments: list[str], log):
 
 
 def hand_over(command: str, arguments: list[str]):
-    """Has the process go on as the tool of that name, which this file trains without."""
+    """Has the process go on as the repository's tool of that name, wherever this file lies."""
     tool = command.strip("-").replace("-", "_")
-    folder = Path(__file__).resolve().parent
-    there = (folder / "tools" / f"{tool}.py").is_file()
-    need(there, f"{command} needs the repository's tools, which are not in {folder}")
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    os.execve(sys.executable, [sys.executable, "-m", f"tools.{tool}", *arguments], environment)
+    script = Path(__file__).resolve()
+    folders = list(dict.fromkeys([Path.cwd(), script.parent, script.parent.parent]))
+    starts = [str(path) for x in folders if (path := x / "tools" / "hand_over.py").is_file()]
+    places = " or ".join(map(str, folders))
+    need(starts, f"{command} needs the repository's tools, which are not in {places}")
+    os.execv(sys.executable, [sys.executable, starts[0], tool, str(script), *arguments])
 
 
 def check_alike(settings, ranks, training, validation: ValidationSet | None):

@@ -128,8 +128,12 @@ def test_shards_come_in_the_order_of_their_names_and_splits_do_not_mix(tmp_path)
         write_shard(tmp_path / f"{name}.bin", [token])
     assert [list(shard.read()) for shard in t.open_shards(str(tmp_path), "train")] == [[10], [11]]
     assert [list(shard.read()) for shard in t.open_shards(str(tmp_path), "val")] == [[12]]
-    with pytest.raises(t.UserError, match="DATA_PATH"):
-        t.open_shards(str(tmp_path / "nowhere"), "train")
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(t.UserError, match=f"bin shards in {nowhere}, which does not exist: set"):
+        t.open_shards(nowhere, "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(t.UserError, match=r"no \*_val_\*.bin shards in \S+empty: set DATA_PATH"):
+        t.open_shards(str(tmp_path / "empty"), "val")
 
 
 @pytest.mark.parametrize(

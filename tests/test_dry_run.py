@@ -343,9 +343,34 @@ def test_the_script_hands_over_to_its_tool_from_any_folder(tmp_path):
 
 
 def test_without_the_tools_that_is_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(t, "__file__", str(tmp_path / SCRIPT.name))
+    """They are looked for in the current folder, beside the script, and above it."""
+    folder = tmp_path / "script's"
+    folder.mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setattr(t, "__file__", str(folder / SCRIPT.name))
     said = mistake(monkeypatch, capsys, {}, "--k", "8", "--dry-run")
-    assert f"--dry-run needs the repository's tools, which are not in {tmp_path}" in said
+    places = f"{tmp_path / 'other'} or {folder} or {tmp_path}"
+    assert f"--dry-run needs the repository's tools, which are not in {places}\n" in said
+
+
+@pytest.mark.parametrize("found", ["current folder", "beside", "above"])
+def test_the_first_tools_that_are_found_are_started_with_the_script(monkeypatch, tmp_path, found):
+    folder = tmp_path / "repository" / "packed"
+    folder.mkdir(parents=True)
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    monkeypatch.setattr(t, "__file__", str(folder / SCRIPT.name))
+    places = {"current folder": Path.cwd(), "beside": folder, "above": folder.parent}
+    for place in list(places.values())[list(places).index(found) :]:
+        (place / "tools").mkdir()
+        (place / "tools" / "hand_over.py").touch()
+    started = []
+    monkeypatch.setattr("os.execv", lambda *arguments: started.extend(arguments))
+    t.hand_over("--dry-run", ["--k", "8"])
+    tool = str(places[found] / "tools" / "hand_over.py")
+    script = str(folder / SCRIPT.name)
+    assert started == [sys.executable, [sys.executable, tool, "dry_run", script, "--k", "8"]]
 
 
 @pytest.mark.parametrize("arguments", [("tiny",), ("--gpu-memory", "80")], ids=str)

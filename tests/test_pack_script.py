@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt as t
-from tests.support import SCRIPT, process_environment, run_environment, run_here
+from tests.support import SCRIPT, process_environment, run_environment, run_here, tiny_environment
 from tools import evidence, pack_script
 from tools.again import read_script
 from tools.command import UserError
@@ -192,6 +192,27 @@ def test_its_help_is_the_same(module, monkeypatch, capsys):
     assert module.run() == 0
     assert capsys.readouterr().out == text
     assert "MATRIX_LR" in text
+
+
+@pytest.mark.parametrize("name", ["train_gpt.py", "entry-1.py"])
+def test_a_dry_run_counts_its_bytes_and_finds_what_is_given_from_the_users_folder(
+    script, shards, tmp_path, name
+):
+    """Its tools are those above it, beside which the readable train_gpt.py is not the script."""
+    repository, user = tmp_path / "repository", tmp_path / "user"
+    (repository / "packed").mkdir(parents=True)
+    (repository / "tools").symlink_to(SCRIPT.parent / "tools")
+    packed = repository / "packed" / name
+    packed.write_bytes(script.read_bytes())
+    user.mkdir()
+    (user / "data").symlink_to(shards)
+    environment = process_environment(tiny_environment(data_path="data", target_mb=16))
+    del environment["PYTHONPATH"]
+    done = start(packed, "--dry-run", "--step-ms", "100", env=environment, cwd=user)
+    assert (done.returncode, done.stderr) == (0, "")
+    room = 16_000_000 - packed.stat().st_size
+    assert f"of at most {room:,} (16,000,000 less the script)" in done.stdout
+    assert " in DATA_PATH\n" in done.stdout
 
 
 def test_a_run_gives_the_same_artifact_and_counts_the_packed_bytes(

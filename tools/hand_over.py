@@ -1,0 +1,23 @@
+"""What train_gpt.py --dry-run and --rehearse start: a tool, for the script that was asked.
+
+    python tools/hand_over.py dry_run packed/train_gpt.py --k 8     # as the script itself does
+
+Tools import train_gpt. Here that is the file which is given, of whatever name, in whatever folder,
+packed or not: its own bytes count. The current folder stays the user's, as relative paths need it.
+"""
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    _, tool, script, *arguments = sys.argv
+    sys.argv[1:] = arguments
+    # In place of this file's folder, which Python puts first unless it is told not to.
+    here = Path(__file__).resolve().parent
+    sys.path = [path for path in sys.path if Path(path).resolve() != here]
+    sys.path.insert(0, str(Path(script).parent))
+    sys.modules["train_gpt"] = importlib.import_module(Path(script).stem)
+    sys.path.insert(0, str(here.parent))
+    runpy.run_module(f"tools.{tool}", run_name="__main__", alter_sys=True)
