@@ -1448,6 +1448,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--jobs must be at least 1, --limit above 0")
     chosen = choose_parts(options.parts)
     if options.here:
+        if len(chosen) != 1:
+            parser.error(f"--here runs one part, not {len(chosen)}: {', '.join(chosen)}")
         ((name, part),) = chosen.items()
         return run_here(part, name)
     print(describe_parts(chosen, options.jobs), flush=True)
