@@ -5566,6 +5566,7 @@ def export(trainer, batches) -> dict:
     s, ranks, log = trainer.settings, trainer.ranks, trainer.log
     clock, target = trainer.clock, trainer.target_bytes
     fold_spelling(trainer.model)
+    due = min(clock.seconds(), s.max_wallclock_seconds - s.export_reserve_seconds)
     clock.start()
     solvers = calibrate(trainer, batches)
     k = fit_sdclip(trainer.model, s, target, solvers)
@@ -5597,9 +5598,13 @@ def export(trainer, batches) -> dict:
             aside.unlink(missing_ok=True)
     ranks.from_main(None)  # all wait for it
     if not in_time:
-        late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS, and the same"
-        kept = f"command goes on from a checkpoint; {aside} has this model, unclaimed"
-        raise LateExportError(f"{late} {kept}")
+        reserve = math.ceil(10 * (clock.seconds() - due)) / 10
+        found = find_checkpoint(trainer.header() | {"export_reserve_seconds": reserve}, s, Log())
+        way = "MAX_WALLCLOCK_SECONDS, too: no checkpoint leaves the time, RESUME=never starts anew"
+        if found and found[1]["seconds"] + reserve <= s.max_wallclock_seconds:
+            way = f"RUN_ID={s.run_id} goes on from {found[0]}"
+        late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS to at least"
+        raise LateExportError(f"{late} {reserve:g}, and {way}; {aside} has this model, unclaimed")
     kinds = bytes_by_kind(trainer.model, stored, size)
     return {"sdclip_k": k, "train_clock_seconds": clock.seconds(), "bytes_by_kind": kinds}
 
@@ -5869,13 +5874,11 @@ def obey(arguments: list[str], log):
 
 def hand_over(command: str, arguments: list[str]):
     """Has the process go on as the repository's tool of that name, wherever this file lies."""
-    tool = command.strip("-").replace("-", "_")
     script = Path(__file__).resolve()
-    folders = list(dict.fromkeys([Path.cwd(), script.parent, script.parent.parent]))
-    starts = [str(path) for x in folders if (path := x / "tools" / "hand_over.py").is_file()]
-    places = " or ".join(map(str, folders))
-    need(starts, f"{command} needs the repository's tools, which are not in {places}")
-    os.execv(sys.executable, [sys.executable, starts[0], tool, str(script), *arguments])
+    folders = dict.fromkeys(map(str, (Path.cwd(), script.parent, script.parent.parent)))
+    starts = [path for x in folders if os.path.isfile(path := f"{x}/tools/hand_over.py")]
+    need(starts, f"{command} needs the repository's tools, which are not in {' or '.join(folders)}")
+    os.execv(sys.executable, [sys.executable, starts[0], command, str(script), *arguments])
 
 
 def check_alike(settings, ranks, training, validation: ValidationSet | None):
@@ -5969,7 +5972,11 @@ def explain_failure(error: BaseException, settings=None) -> str:
     if isinstance(error, KeyboardInterrupt):
         way = "the same command starts over"
         if settings is not None and not settings.eval_only:
-            way = f"RUN_ID={settings.run_id} goes on from checkpoint or artifact, if it has one"
+            saved = any(path.exists() for path in settings.checkpoint_paths)
+            kept = "the last checkpoint" if saved else "the start: it has no checkpoint yet"
+            events = last_records(Path(settings.log_dir, f"{settings.run_id}.jsonl"))
+            kept = "its artifact" if "trained" in events and not settings.overwrite else kept
+            way = f"RUN_ID={settings.run_id} goes on from {kept}"
         return f"stopped by {error}; {way}"
     gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
     if gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's

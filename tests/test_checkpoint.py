@@ -332,13 +332,14 @@ def test_a_launchers_second_signal_on_the_way_out_is_the_same_stop(
     assert checkpoints(tmp_path) == ["a.checkpoint"]
 
 
-PHASES = {  # what is running, and which step the same command goes on from
-    "warm_up": (t.Trainer, None),
-    "gradients": (t.Trainer, "1"),
-    "plain_score": (t, "12"),
-    "quantize_model": (t, "12"),
-    "write_whole": (t, "12"),
-    "load_model": (t, None),  # the artifact is whole: only its evaluation is left
+SAVED = "the last checkpoint"
+PHASES = {  # what is running, which step the same command goes on from, and what that is called
+    "warm_up": (t.Trainer, None, "the start: it has no checkpoint yet"),
+    "gradients": (t.Trainer, "1", SAVED),
+    "plain_score": (t, "12", SAVED),
+    "quantize_model": (t, "12", SAVED),
+    "write_whole": (t, "12", SAVED),
+    "load_model": (t, None, "its artifact"),  # which is whole: only its evaluation is left
 }
 
 
@@ -349,7 +350,7 @@ def test_a_signal_in_any_phase_ends_in_one_line_and_loses_no_step_of_training(
     """Twice, as from a launcher and a terminal; no half file stays, and handlers are what they
     were.
     """
-    owner, step = PHASES[phase]
+    owner, step, kept = PHASES[phase]
     environment = quick_environment(shards, tmp_path, checkpoint_every=0, warmup_steps=1)
     function, handlers = getattr(owner, phase), [*map(signal.getsignal, t.STOP_SIGNALS)]
 
@@ -362,7 +363,7 @@ def test_a_signal_in_any_phase_ends_in_one_line_and_loses_no_step_of_training(
     with monkeypatch.context() as patch:
         patch.setattr(owner, phase, signalled)
         said = mistake(patch, capsys, environment)
-    assert re.search("stopped by SIGTERM", said)
+    assert re.search(f"stopped by SIGTERM.*; RUN_ID=a goes on from {kept}\n", said)
     assert [*map(signal.getsignal, t.STOP_SIGNALS)] == handlers
     assert checkpoints(tmp_path) == ([] if phase == "warm_up" else ["a.checkpoint"])
     assert run_here(monkeypatch, environment) == 0
@@ -821,13 +822,34 @@ def test_a_training_clock_that_runs_over_ends_without_a_score(
     assert "_exact" not in (tmp_path / "a.txt").read_text().split("=" * 100)[-1]
     assert not (tmp_path / "a.int6.lzma").exists()
     t.load_model(tmp_path / "a.int6.lzma.late", tiny(), set(), SOLO)  # not lost, but unclaimed
-    assert "raise EXPORT_RESERVE_SECONDS" in mistake(monkeypatch, capsys, environment)
-    environment["EXPORT_RESERVE_SECONDS"] = "1.3"
+    said = mistake(monkeypatch, capsys, environment)
+    told = rf"raise EXPORT_RESERVE_SECONDS to at least (\S+), and RUN_ID=a goes on from {tmp_path}/"
+    environment["EXPORT_RESERVE_SECONDS"] = re.search(told + "a.checkpoint-before;", said)[1]
     assert run_here(monkeypatch, environment) == 0
     assert not (tmp_path / "a.int6.lzma.late").exists()
     resumed = records(tmp_path, "resumed")
     assert len(resumed) == 2
     assert records(tmp_path, "trained")[0]["train_clock_seconds"] <= 2
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_late_export_that_no_checkpoint_leaves_time_for_is_told_so(
+    monkeypatch, ticking, capsys, shards, tmp_path, resume
+):
+    """The one of the last step is too late for any reserve; what is told then is no way on."""
+    quantize = t.quantize_model
+    monkeypatch.setattr(
+        t, "quantize_model", lambda *arguments: (ticking(1.1), quantize(*arguments))[1]
+    )
+    clock = {"max_wallclock_seconds": 2.0, "export_reserve_seconds": 1.0, "checkpoint_every": 0}
+    environment = quick_environment(shards, tmp_path, **clock, iterations=10_000, resume=resume)
+    said = mistake(monkeypatch, capsys, environment)
+    assert "and MAX_WALLCLOCK_SECONDS, too: no checkpoint leaves the time, RESUME=never" in said
+    assert "goes on from" not in said
+    assert f"; {tmp_path}/a.int6.lzma.late has this model, unclaimed\n" in said
+    environment |= {"EXPORT_RESERVE_SECONDS": re.search(r"at least (\S+), and", said)[1]}
+    environment |= {"MAX_WALLCLOCK_SECONDS": "3", "RESUME": "never"}
+    assert run_here(monkeypatch, environment) == 0
 
 
 def test_an_export_that_failed_is_made_with_other_settings_of_it(

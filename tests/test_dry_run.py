@@ -187,6 +187,24 @@ def test_less_memory_runs_fewer_tokens_at_once(dry):
     assert "does not fit" in dry({}, "--gpu-memory", "0.9")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_its_gpus_a_run_is_not_judged_by_this_machines_memory(dry, monkeypatch):
+    """But told how to name them; one for a CPU, as DEVICE may say, is judged."""
+    monkeypatch.setattr(t, "device_memory", lambda device: 1e8)
+    named = "--gpu-memory 80 --ranks 8 --step-ms MS"
+    launched = {"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}
+    for launch in ({}, launched | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}):
+        said = dry(launch)
+        assert f"PRESET=default is for GPUs, and here is none; {named} stand for eight" in said
+        assert "does not fit" not in said
+    said = dry({}, *named.replace("MS", "90").split())
+    assert "80.0 GB in all, used and free, of a GPU" in said
+    assert "is for GPUs" not in said
+    monkeypatch.setattr(t, "device_memory", lambda device: 3e8)
+    assert "of this machine\n" in dry({"PRESET": "tiny"})
+    assert "that does not fit: lower MICRO_BATCH_TOKENS" in dry({"DEVICE": "cpu"})
+
+
 def test_passes_over_the_data_are_told_where_there_are_some(dry, shards, tmp_path):
     environment = run_environment(shards, tmp_path, iterations=100)
     there = sum(shard.count for shard in t.open_shards(str(shards), "train"))
@@ -370,7 +388,7 @@ def test_the_first_tools_that_are_found_are_started_with_the_script(monkeypatch,
     t.hand_over("--dry-run", ["--k", "8"])
     tool = str(places[found] / "tools" / "hand_over.py")
     script = str(folder / SCRIPT.name)
-    assert started == [sys.executable, [sys.executable, tool, "dry_run", script, "--k", "8"]]
+    assert started == [sys.executable, [sys.executable, tool, "--dry-run", script, "--k", "8"]]
 
 
 @pytest.mark.parametrize("arguments", [("tiny",), ("--gpu-memory", "80")], ids=str)

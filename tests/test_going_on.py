@@ -265,7 +265,7 @@ def test_a_signal_in_evaluation_says_how_to_go_on(monkeypatch, capsys, shards, t
     with monkeypatch.context() as patch:
         patch.setattr(t.Evaluator, "evaluate", signalled)
         said = mistake(patch, capsys, environment)
-    assert "stopped by SIGTERM; RUN_ID=a goes on from checkpoint or artifact, if it has" in said
+    assert "stopped by SIGTERM; RUN_ID=a goes on from its artifact\n" in said
     with nothing_is_trained():
         assert run_here(monkeypatch, environment) == 0
 

@@ -51,6 +51,8 @@ SHARED_ERROR = 0.005
 # The shapes that it was fitted to, NUM_LAYERS and MODEL_DIM, and the smallest and the largest k.
 FITTED_SHAPES = ((9, 512), (10, 512), (4, 128), (5, 192))
 FITTED_K = (5.0, 16.9)
+# What stands for GPUs that are not here; the time of a step is a figure of the user's own.
+GPU_OPTIONS = "--gpu-memory 80 --ranks 8 --step-ms MS"
 # Settings that a run's GPU may follow, and the machine of a dry run not.
 BY_THE_MACHINE = ("scan_backend", "attention_backend", "float8_products")
 
@@ -281,9 +283,13 @@ def describe_memory(model: t.Model, ranks: t.Ranks, memory: float) -> list[str]:
         lines.append(f"a step of {s.train_batch_tokens:,} tokens is {steps} of these on each rank")
     if state + activations > share:
         lines.append("that does not fit: lower MICRO_BATCH_TOKENS, TRAIN_SEQ_LEN or the model")
-    if not ranks.gpu and s.preset not in t.FOR_CPUS:
-        lines.append(f"PRESET={s.preset} is for GPUs: --gpu-memory GB stands for one")
     return lines
+
+
+def lacks_its_gpus(settings: t.Settings, device: torch.device) -> bool:
+    """Whether a run is for GPUs, of which this machine has none: its memory says nothing of it."""
+    s = settings
+    return device.type != "cuda" and s.device != "cpu" and s.preset not in t.FOR_CPUS
 
 
 def describe_clock(settings: t.Settings, step_ms: float) -> list[str]:
@@ -362,7 +368,12 @@ def dry_run(arguments: list[str] | None = None) -> int:
     lines += [*describe_choices(settings, given), "", *describe_layers(model), ""]
     known = not model.embedding.weight.is_meta  # a skeleton's are
     lines += [f"sizes by {weights}:", *describe_size(model, target, options.k, known), ""]
-    lines += describe_memory(model, t.Ranks(0, world_size, device), memory)
+    if lacks_its_gpus(settings, device):
+        memory = math.inf
+        which = f"PRESET={settings.preset} is for GPUs, and here is none"
+        lines.append(f"memory of a rank: {which}; {GPU_OPTIONS} stand for eight of 80 GB")
+    else:
+        lines += describe_memory(model, t.Ranks(0, world_size, device), memory)
     lines += describe_clock(model.settings, options.step_ms)
     print("\n".join(lines))
     t.check_size(model, target, memory)

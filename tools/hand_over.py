@@ -1,6 +1,6 @@
 """What train_gpt.py --dry-run and --rehearse start: a tool, for the script that was asked.
 
-    python tools/hand_over.py dry_run packed/train_gpt.py --k 8     # as the script itself does
+    python tools/hand_over.py --dry-run packed/train_gpt.py --k 8     # as the script itself does
 
 Tools import train_gpt. Here that is the file which is given, of whatever name, in whatever folder,
 packed or not: its own bytes count. The current folder stays the user's, as relative paths need it.
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    _, tool, script, *arguments = sys.argv
+    _, command, script, *arguments = sys.argv
     sys.argv[1:] = arguments
     # In place of this file's folder, which Python puts first unless it is told not to.
     here = Path(__file__).resolve().parent
@@ -20,4 +20,5 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(script).parent))
     sys.modules["train_gpt"] = importlib.import_module(Path(script).stem)
     sys.path.insert(0, str(here.parent))
+    tool = command.strip("-").replace("-", "_")
     runpy.run_module(f"tools.{tool}", run_name="__main__", alter_sys=True)
