@@ -580,7 +580,7 @@ def test_help_is_there_without_docstrings():
 
 PROGRAMS = [path for folder in ("tools", "bench", "data") for path in (ROOT / folder).rglob("*.py")]
 # They say nothing that is not ASCII, or only to a program.
-PLAIN = {"density.py", "make_venv.py", "watch.py", "guard.py", "enter.py"}
+PLAIN = {"density.py", "hand_over.py", "make_venv.py", "watch.py", "guard.py", "enter.py"}
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))

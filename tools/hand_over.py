@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
+    if sys.argv[1:2] not in (["--dry-run"], ["--rehearse"]) or len(sys.argv) < 3:
+        print("error: start it as python train_gpt.py --dry-run, or --rehearse", file=sys.stderr)
+        sys.exit(2)
     _, command, script, *arguments = sys.argv
     sys.argv[1:] = arguments
     # In place of this file's folder, which Python puts first unless it is told not to.
