@@ -394,17 +394,22 @@ TINY = PLAIN | {
 # Defaults that PRESET changes. Variables of the environment go before them.
 PRESETS = {
     "default": {},
-    "short": {"train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
+    "short": {
+        "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
         "export_reserve_seconds": 5.0, "eval_max_seconds": 180.0},
-    "peer7": PLAIN | {"train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
+    "peer7": PLAIN | {
+        "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
         "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0},
-    "nemotron_hinge": PLAIN | {"num_layers": 8, "mamba_layers": "0-3,5-7",
-        "layer_order": "0-4,3,4,3-7", "recur_start": 0.0, "train_seq_len": 4096},
+    "nemotron_hinge": PLAIN | {
+        "num_layers": 8, "mamba_layers": "0-3,5-7", "layer_order": "0-4,3,4,3-7",
+        "recur_start": 0.0, "train_seq_len": 4096},
     "hybrid11": HYBRID11,
-    "hybrid18": HYBRID11 | {"num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14",
+    "hybrid18": HYBRID11 | {
+        "num_layers": 18, "mamba_layers": "0-11,15-17", "mlp_layers": "12-14",
         "mamba_d_state": 32, "mamba_expand": 1.5, "bigram_vocab_size": 2048, "target_mb": 15.9},
     "tiny": TINY,
-    "laptop": TINY | {"num_layers": 5, "mamba_layers": "0,1,3,4", "model_dim": 192, "num_heads": 6,
+    "laptop": TINY | {
+        "num_layers": 5, "mamba_layers": "0,1,3,4", "model_dim": 192, "num_heads": 6,
         "num_kv_heads": 3, "max_wallclock_seconds": 450.0, "export_reserve_seconds": 20.0,
         "eval_max_seconds": 150.0, "eval_stride": 128, "iterations": 3000},
 }  # fmt: skip
@@ -4317,8 +4322,9 @@ FORMER_DEFAULTS |= {"beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8, "adam_wd": 0.
 FORMER_DEFAULTS |= {"grad_clip_norm": 1.0, "average": "ema", "average_horizon": 0.1}
 FORMER_DEFAULTS |= {"swa_start_frac": 0.2, "swa_every": 50, "sdclip_most": 16.0, "starts": 1}
 FORMER_DEFAULTS |= {"gptq_block_size": 128, "gptq_damp": 0.01, "gptq_gen_len": 512}
+FORMER_DEFAULTS |= {"gptq_gen_temp": 1.0}
 FORMER_DEFAULTS |= {"spelling_features": 0, "mask_impossible_pairs": False, "muon_beta2": 0.0}
-FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none", "gptq_gen_temp": 1.0}
+FORMER_DEFAULTS |= {"muon_row_groups": False, "float8_products": "none"}
 FORMER_DEFAULTS |= {"trellis_states": 0, "sdclip_by_matrix": 0.0, "sdclip_by_row": 0.0}
 FORMER_DEFAULTS |= {"shared_tables": False, "preset": "", "train_seq_len": 0}  # "", 0: not known
 
@@ -4663,6 +4669,12 @@ class ScoringProgress(EvaluationObserver):
         self.log.progress(self.what, done / self.targets, seconds, note)
 
 
+def claimed(path: Path, setting: str) -> UserError:
+    """What a file is refused with, and the setting that names it, while a living run has it."""
+    remedy = f"wait for it, or choose another {setting}"
+    return UserError(f"{path} belongs to a run that has not ended: {remedy}")
+
+
 def claim_file(path: Path, setting: str):
     """A file to append to, locked until it is closed; UserError, with setting, if a run has it."""
     file = path.open("ab", 0)
@@ -4671,8 +4683,7 @@ def claim_file(path: Path, setting: str):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        remedy = f"wait for it, or choose another {setting}"
-        raise UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
+        raise claimed(path, setting) from None
     except OSError:
         pass  # some network file systems have no locks: nothing is claimed there
     with suppress(FileNotFoundError):

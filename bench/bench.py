@@ -620,13 +620,14 @@ def float8_mlp_kernel(settings: t.Settings, ranks: t.Ranks, backward: bool) -> K
 
 def row_sizes_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """The size of all rows of a gradient, from theirs."""
-    _, (_, _, size, _, _) = float8_arguments(settings, ranks)
+    _, size = t.float8_gradient(random_rows(settings, ranks, settings.model_dim))
     return Kernel(functools.partial(t.turn_scale, size), size.nbytes, 0)
 
 
 def turned_rows_kernel(settings: t.Settings, ranks: t.Ranks) -> Kernel:
     """Rows of 8-bit floats scaled and transposed, so that products sum over tokens."""
-    _, (_, x8, size, (_, scale), _) = float8_arguments(settings, ranks)
+    x8, size = t.float8_gradient(random_rows(settings, ranks, settings.model_dim))
+    scale = t.turn_scale(size)
     call = functools.partial(t.turned_rows, x8, size, scale)
     return Kernel(call, 2 * x8.nbytes + size.nbytes, 0)
 

@@ -102,8 +102,7 @@ def refuse_living(path: Path, setting: str) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            remedy = f"wait for it, or choose another {setting}"
-            raise t.UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
+            raise t.claimed(path, setting) from None
 
 
 def describe_start(settings: t.Settings) -> tuple[bool, str]:

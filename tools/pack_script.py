@@ -143,6 +143,12 @@ def unpack(content: bytes) -> bytes | None:
     return source
 
 
+def source_of(content: bytes) -> bytes:
+    """What unpack() finds in a packed file; another file is its own source."""
+    source = unpack(content)
+    return content if source is None else source
+
+
 def first_difference(content: bytes, expected: bytes) -> str:
     """Where a packed file is not what pack() writes, in words."""
     found, wanted = (data.decode("ascii", "replace").split("\n") for data in (content, expected))

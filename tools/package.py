@@ -49,7 +49,7 @@ from tools.finished import (
 from tools.known import variant_of
 from tools.logs import spread
 from tools.manifest import Manifest, find_manifest
-from tools.pack_script import READABLE, unpack
+from tools.pack_script import READABLE, source_of, unpack
 from tools.significance import gain_text
 from tools.summary import adapts
 
@@ -209,8 +209,7 @@ def variables(run: Run, script: str) -> list[str]:
     presets: dict[str, dict] = {}
     # A script for a newer Python, or one wrongly packed, cannot be read: every setting is shown.
     with contextlib.suppress(SyntaxError, UserError):
-        source = unpack(script.encode())
-        defaults, presets = read_defaults(script if source is None else source.decode())
+        defaults, presets = read_defaults(source_of(script.encode()).decode())
     defaults = defaults | presets.get(run.settings.get("preset"), {})
     shown = []
     for name, value in run.settings.items():

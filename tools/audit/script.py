@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.command import UserError
-from tools.pack_script import unpack
+from tools.pack_script import source_of, unpack
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAME = "train_gpt.py"
@@ -97,8 +97,7 @@ def setting_names(path: Path) -> list[str]:
     Raises UserError for a file without them.
     """
     try:
-        content = path.read_bytes()
-        tree = ast.parse(unpack(content) or content)
+        tree = ast.parse(source_of(path.read_bytes()))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a script: {error}") from None
     for node in tree.body:
