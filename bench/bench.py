@@ -973,18 +973,28 @@ def profile_table(title: str, kernels: list[tuple[str, float, int]], rows: int =
 # Start-up
 
 
-def first_step(defaults: dict[str, str]):
-    """All that a run does up to the end of its first step, short of reading data; then prints the
-    time of day.
+def first_step(defaults: dict[str, str], started: float):
+    """All that a run does up to the end of its first step, short of reading data; then prints, as
+    JSON, the seconds since started, a time of day, at the end of each stage, and those that the
+    longest phases of torch's compiler took (phases hold one another: they don't add up).
     """
+    ends = {"imported": time.time()}
     settings = read_settings(defaults)
     t.prepare_torch()
     ranks = t.start_ranks(settings)
     trainer, _ = make_trainer(settings, ranks, 1)
+    ends["model made"] = time.time()
     trainer.warm_up()
+    ends["warmed up"] = time.time()
     trainer.run(RandomBatches(settings, ranks), None)
     torch.cuda.synchronize()
-    print(time.time(), flush=True)
+    ends["step done"] = time.time()
+    names, seconds = torch._dynamo.utils.compile_times(repr="csv", aggregate=True)
+    phases = {name: float(each) for name, each in zip(names, seconds, strict=True)}
+    longest = sorted(phases, key=phases.get, reverse=True)
+    row = {name: end - started for name, end in ends.items()}
+    row["compiler"] = ", ".join(f"{name} {phases[name]:.1f}" for name in longest[:24])
+    print(json.dumps(row), flush=True)
 
 
 FIRST_STEP = [sys.executable, "-m", "bench.bench", "--first-step"]
@@ -992,16 +1002,16 @@ FIRST_STEP = [sys.executable, "-m", "bench.bench", "--first-step"]
 
 def time_startup(folder: str) -> dict:
     """A row: seconds from starting a new process, whose compile caches are in this folder, to the
-    end of a step.
+    end of each stage up to a step's, and what torch's compiler spent them on.
     """
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     environment = os.environ | {name: str(Path(folder, name.lower())) for name in caches}
-    started = time.time()
+    command = [*FIRST_STEP, str(time.time())]
     # A process that hangs, in a compiler say, is not waited for.
-    done = subprocess.run(FIRST_STEP, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "it printed nothing").splitlines()[-1])
-    return {"seconds": float(done.stdout.split()[-1]) - started}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ============
@@ -1124,7 +1134,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=10, metavar="N", help="training steps to time (default 10)")
     add("--profile", default="", metavar="FILE", help="write a step's GPU time by kind and kernel")
     # What time_startup() starts.
-    add("--first-step", action="store_true", help=argparse.SUPPRESS)
+    add("--first-step", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
@@ -1231,7 +1241,8 @@ def main(arguments: list[str] | None = None) -> int:
                 "needs an NVIDIA GPU, and torch sees none here (--compare works without)"
             )
         if options.first_step:
-            first_step({} if "PRESET" in os.environ else STEP_CASES["peer7"])
+            defaults = {} if "PRESET" in os.environ else STEP_CASES["peer7"]
+            first_step(defaults, options.first_step)
             return 0
         return run_parts(options)
     except (UserError, t.UserError) as error:

@@ -214,23 +214,28 @@ def test_the_datasheets_rate_is_for_the_gpus_it_names(name, pretended_gpu, monke
 def test_the_first_step_of_a_process(pretended_gpu, monkeypatch, capsys):
     monkeypatch.setenv("DEVICE", "cpu")
     started = time.time()
-    bench.first_step(
-        {"PRESET": "tiny", "TRAIN_BATCH_TOKENS": "256", "NUM_LAYERS": "1", "MAMBA_LAYERS": "0"}
-    )
-    assert started < float(capsys.readouterr().out.split()[-1]) < time.time()
+    settings = {"PRESET": "tiny", "TRAIN_BATCH_TOKENS": "256", "NUM_LAYERS": "1"}
+    bench.first_step(settings | {"MAMBA_LAYERS": "0"}, started)
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    compiler = row.pop("compiler")
+    assert list(row) == ["imported", "model made", "warmed up", "step done"]
+    assert 0 <= row["imported"] < row["model made"] < row["warmed up"] < row["step done"]
+    assert row["step done"] < time.time() - started
+    assert isinstance(compiler, str)
 
 
 def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_path):
     child = tmp_path / "child.py"
     child.write_text(
-        "import os, sys, time\n"
+        "import json, os, sys, time\n"
         "cache = os.environ['TRITON_CACHE_DIR']\n"
         "if os.path.exists(cache): sys.exit('the caches are warm')\n"
         "os.makedirs(cache)\n"
-        "print('noise', time.time())\n"
+        "print('noise')\n"
+        "print(json.dumps({'step done': time.time() - float(sys.argv[1])}))\n"
     )
     monkeypatch.setattr(bench, "FIRST_STEP", [sys.executable, str(child)])
-    assert 0 < bench.time_startup(str(tmp_path / "caches"))["seconds"] < 60
+    assert 0 < bench.time_startup(str(tmp_path / "caches"))["step done"] < 60
     with pytest.raises(RuntimeError, match="the caches are warm"):
         bench.time_startup(str(tmp_path / "caches"))
 
