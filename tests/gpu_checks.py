@@ -672,13 +672,6 @@ def float8_steps(x: torch.Tensor, weights: list, d_y: torch.Tensor) -> Float8Ste
     return Float8Steps(x8, d_y8, size / scale, active8, d_v8, up_factors, down_factors)
 
 
-def exact_sums(a8: torch.Tensor, b8: torch.Tensor) -> torch.Tensor:
-    """a8 b8^T in float32 by cuBLAS, not added up fast as scaled_product() has it."""
-    one = torch.ones((), device=DEVICE)
-    options = {"out_dtype": torch.float32, "use_fast_accum": False}
-    return torch._scaled_mm(a8, b8.mT, scale_a=one, scale_b=one, **options)
-
-
 def check_copies(title: str, steps: Float8Steps) -> None:
     """Factors that are stored plain and transposed: rounded from the same numbers, they have to
     agree bit for bit. ptxas of CUDA 12.8 and 12.9 may spoil 8-bit floats.
@@ -696,15 +689,14 @@ def check_copies(title: str, steps: Float8Steps) -> None:
 
 def check_sums(title: str, a8: torch.Tensor, b8: torch.Tensor) -> None:
     """Sums over tokens beside float32's of the same factors, so that only how they are added up
-    shows: tensor cores cut fast sums of 8-bit factors, which become too small.
+    shows: tensor cores cut fast sums of 8-bit factors, by 0.7 % here, which become too small.
     """
     one = torch.ones((), device=DEVICE)
-    fast = t.scaled_product(a8, b8, one, one, torch.float32)
+    found = t.scaled_product(a8, b8, one, one, torch.float32)
     wanted = a8.float() @ b8.float().mT
-    for kind, found in (("fast", fast), ("exact", exact_sums(a8, b8))):
-        check(f"{title}, {kind}: error", relative(found, wanted), 0.02)
-        part = (found.double() * wanted).sum() / wanted.double().square().sum()
-        check(f"{title}, {kind}: too small by", abs(float(1 - part)), 0.02)
+    check(f"{title}: error", relative(found, wanted), 0.002)
+    part = (found.double() * wanted).sum() / wanted.double().square().sum()
+    check(f"{title}: too small by", abs(float(1 - part)), 0.0003)
 
 
 def check_weight_gradients(

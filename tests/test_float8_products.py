@@ -190,6 +190,17 @@ def test_what_is_stored_transposed_is_what_other_products_read(monkeypatch, rows
         assert torch.equal(found, reference.turned(rows8, size / scale))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_over_tokens_are_not_cut_as_they_are_added_up(monkeypatch, dtype):
+    """They are in float32; of widths, in bfloat16, a fast sum is exact enough."""
+    asked = []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a8, b8, **options: asked.append(options))
+    a8 = torch.ones(16, 32).to(torch.float8_e4m3fn)
+    t.scaled_product(a8, a8, torch.ones(()), torch.ones(()), dtype)
+    assert asked[0]["out_dtype"] == dtype
+    assert asked[0]["use_fast_accum"] == (dtype == torch.bfloat16)
+
+
 @interpreted
 @pytest.mark.parametrize("bad", ["x", "d_y"])
 def test_a_nan_reaches_the_gradients_of_weights(bad):
