@@ -100,7 +100,7 @@ def draw_model(axes, x: float):
         path(axes, (edge, first), (outer, first), (outer, last), (edge, last), color=FAINT)
     box(axes, x, heights[8] - distance, 1.9, 0.34, "norm", size=8.5)
     arrow(axes, (x, heights[8] - distance - 0.17), (x, heights[8] - distance - 0.36))
-    box(axes, x, heights[8] - distance - 0.56, 1.9, 0.4, "15 tanh(E x / 15)\nlogits", size=8)
+    box(axes, x, heights[8] - distance - 0.56, 1.9, 0.4, "z = E x\nlogits: 15 tanh(z / 15)", size=8)
 
 
 def draw_block(axes, x: float):
@@ -138,14 +138,14 @@ def draw_mamba(axes, x: float):
     title(axes, x, 6.75, "Mamba-3")
     box(axes, x, 6.3, 4.6, 0.36, "in_proj", MAMBA)
     names = (
-        ("gate", ""),
+        ("gate", r"$gate_t$"),
         ("value", r"$v_t$"),
         ("key", r"$k_t$"),
         ("query", r"$q_t$"),
-        ("step", r"$\Delta_t$"),
+        ("step", r"$dt_t$"),
         ("decay", r"$A_t$"),
         ("trape-\nzoid", r"$\lambda_t$"),
-        ("angle\nrate", r"$\omega_t$"),
+        ("angle\nrate", r"$rate_t$"),
     )
     places = [x - 2.03 + 0.58 * number for number in range(len(names))]
     for place, (name, letter) in zip(places, names, strict=True):
@@ -159,13 +159,13 @@ def draw_mamba(axes, x: float):
     middle = x + 0.25
     box(axes, middle, 3.98, 4.15, 2.0, "", STATE)
     note(axes, middle - 1.95, 4.8, "keys and queries: normed, biased, turned by", 8, "left", INK)
-    angle = r"$\theta_t = \theta_{t-1} + \pi\,\tanh(\omega_t)\,\Delta_t$"
-    decay = r"$a_t = \exp(A_t\,\Delta_t)$"
+    angle = r"$\theta_t = \theta_{t-1} + \pi\,\tanh(rate_t)\,dt_t$"
+    decay = r"$a_t = \exp(A_t\,dt_t)$"
     equations = (
         (4.52, f"{angle},    {decay}"),
-        (4.05, r"$S_t = a_t\,(S_{t-1} + (1-\lambda_t)\,\Delta_t\,v_{t-1}k_{t-1}^\top)$"),
-        (3.6, r"$\qquad\quad +\ \lambda_t\,\Delta_t\,v_t k_t^\top$"),
-        (3.2, r"$o_t = S_t\,q_t + D\,v_t$"),
+        (4.05, r"$S_t = a_t\,(S_{t-1} + (1-\lambda_t)\,dt_t\,v_{t-1}k_{t-1}^\top)$"),
+        (3.6, r"$\qquad\quad +\ \lambda_t\,dt_t\,v_t k_t^\top$"),
+        (3.2, r"$S_t\,q_t + D\,v_t$"),
     )
     for height, equation in equations:
         axes.text(middle - 1.95, height, equation, va="center", fontsize=10, color=INK)
@@ -178,8 +178,8 @@ def draw_mamba(axes, x: float):
         "right",
     )
     arrow(axes, (middle, 2.98), (middle, 2.68))
-    box(axes, middle, 2.48, 2.2, 0.4, r"$o_t \cdot \mathrm{SiLU}(\mathrm{gate})$")
-    path(axes, (gate, 5.45), (gate, 2.48), (middle - 1.1, 2.48))
+    box(axes, middle, 2.48, 2.8, 0.4, r"$y_t = (S_t\,q_t + D\,v_t)\ \mathrm{silu}(gate_t)$")
+    path(axes, (gate, 5.45), (gate, 2.48), (middle - 1.4, 2.48))
     arrow(axes, (middle, 2.28), (middle, 1.98))
     box(axes, middle, 1.8, 2.2, 0.36, "norm")
     arrow(axes, (middle, 1.62), (middle, 1.32))
