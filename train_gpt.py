@@ -4558,7 +4558,7 @@ class Log:
     def open(self, settings, ranks, name: str):
         """Takes the files of this name in LOG_DIR; UserError if they are a living run's.
 
-        Where an earlier run is in them, nothing is before begin(): a refused start hides no run.
+        Nothing is in them before begin(): a refused start hides no earlier run, and leaves none.
         """
         self.settings = settings
         folder = Path(settings.log_dir)
@@ -4572,8 +4572,6 @@ class Log:
                 self.files.append(self.paths[1].open("ab", 0))
             self.said = [io.BytesIO(), io.BytesIO()]
             self.said[0].write(Path(__file__).read_bytes() + b"\n" + b"=" * 100 + b"\n")
-        if ranks.from_main(not any(file.tell() for file in self.files)):
-            self.begin()
 
     def begin(self):
         """Writes what was said so far; from now on all goes there at once."""
@@ -4608,7 +4606,7 @@ class Log:
                 self.said[1].write(f"{json.dumps(record)}\n".encode())
 
     def failed(self, line: str, **values):
-        """Adds, on any rank, why the run ended; not to the files of an earlier one."""
+        """Adds, on any rank, why the run ended; not before begin()."""
         if self.bar is not None:
             self.bar.close()
         if self.begun:
@@ -4642,11 +4640,16 @@ class Log:
             self.progress(what, number / len(items), time.monotonic() - started)
 
     def close(self):
-        """Takes the bar off the terminal and closes the files, which gives up their name."""
+        """Takes the bar off the terminal and closes the files, which gives up their name.
+
+        Empty ones go: those of a start that was refused. The text, which is locked, goes last.
+        """
         if self.bar is not None:
             self.bar.close()
-        for file in self.files:
-            file.close()
+        for path, file in reversed([*zip(self.paths, self.files, strict=False)]):
+            with file, suppress(OSError):
+                if path.is_file() and not path.stat().st_size:
+                    path.unlink()
 
 
 class ScoringProgress(EvaluationObserver):
@@ -4733,7 +4736,8 @@ def read_records(path: Path) -> list[dict]:
     """A .jsonl log's records, but for cut lines; UserError if whose they are cannot be known."""
     records = []
     with suppress(OSError):
-        for line in path.read_bytes().splitlines():
+        content = path.read_bytes() if path.is_file() else b""  # a device may have no end
+        for line in content.splitlines():
             with suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
     records = [x for x in records if isinstance(x, dict) and isinstance(x.get("event"), str)]

@@ -112,6 +112,7 @@ def test_a_terminal_that_is_gone_ends_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", console)
     log = t.Log()
     log.open(tiny(log_dir=str(tmp_path)), SOLO, "a")
+    log.begin()
     log.progress("training", 0.5, 10.0)
     os.close(ours)
     log("step")

@@ -7,6 +7,7 @@ only they can show.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -907,6 +908,27 @@ def test_a_start_that_is_refused_leaves_the_log_of_a_finished_run_as_it_was(
         assert (tmp_path / name).read_bytes() == (trained.folder / name).read_bytes()
 
 
+def test_a_start_that_is_refused_leaves_no_log(monkeypatch, capsys, shards, tmp_path):
+    """The next one begins with the script; a name that was found for it is free again."""
+    folder = tmp_path / "logs"
+    for changes in (
+        {"vocab_size": 300},
+        {"data_path": tmp_path},
+        {"tokenizer_path": tmp_path / "none"},
+        {"target_mb": 0.01},
+        {"resume": tmp_path / "none"},
+        {"run_id": None, "data_path": tmp_path},
+        {"eval_only": True, "artifact": tmp_path / "none"},
+    ):
+        mistake(monkeypatch, capsys, run_environment(shards, folder, **changes))
+        assert list(folder.iterdir()) == []
+    (folder / "a.txt").touch()
+    with (folder / "a.txt").open("ab") as living:  # of a run that has not begun: it is let be
+        fcntl.flock(living, fcntl.LOCK_EX)
+        assert "has not ended" in mistake(monkeypatch, capsys, run_environment(shards, folder))
+        assert [path.name for path in folder.iterdir()] == ["a.txt"]
+
+
 def test_records_name_script_machine_and_artifact(trained):
     events = {record["event"]: record for record in trained.records}
     assert events["settings"]["script_sha256"] == t.file_sha256(SCRIPT)
@@ -1055,7 +1077,7 @@ def test_two_runs_with_one_artifact_are_told_apart_at_the_start(
         assert run_here(patch, first) == 0
     remedy = "wait for it, or choose another ARTIFACT"
     assert f"{artifact}.lock belongs to a run that has not ended: {remedy}" in said[0]
-    assert (tmp_path / "b.txt").read_text().endswith(said[0])  # a new name's log begins at once
+    assert not list(tmp_path.glob("b.*"))
     assert not list(tmp_path.glob("*.lock"))
     assert run_here(monkeypatch, second | {"OVERWRITE": "1"}) == 0
 
@@ -1244,15 +1266,15 @@ sys.exit(t.run())
 
 
 @pytest.mark.parametrize(
-    ("changes", "rank", "said"),
+    ("changes", "said"),
     [
-        ({}, 1, "train_gpt.py: error: rank 1: a bad token"),
-        ({"vocab_size": 300}, 0, "train_gpt.py: error: "),
+        ({}, "train_gpt.py: error: rank 1: a bad token"),
+        ({"vocab_size": 300}, "train_gpt.py: error: "),
     ],
     ids=["one rank's", "all ranks'"],
 )
-def test_torchrun_ends_with_the_one_line_once_and_the_log_has_it(
-    shards, tmp_path, changes, rank, said
+def test_torchrun_ends_with_the_one_line_once_and_the_log_of_a_run_has_it(
+    shards, tmp_path, changes, said
 ):
     """Behind it stands only the border of the block in which torchrun tells the cause."""
     (tmp_path / "fail.py").write_text(FAIL_ON_RANK_1)
@@ -1267,11 +1289,14 @@ def test_torchrun_ends_with_the_one_line_once_and_the_log_has_it(
     assert set(border) == {"="}
     assert line.strip().startswith(said)
     assert done.stderr.count(line.strip()) == 1
+    if changes:  # refused at the start, which leaves no log
+        assert list(tmp_path.glob("a.*")) == []
+        return
     text = (tmp_path / "a.txt").read_text(encoding="utf-8").splitlines()
     assert text.count(line.strip()) == 1
     records = [json.loads(record) for record in (tmp_path / "a.jsonl").read_text().splitlines()]
     first = next(record for record in records if record["event"] == "error")
-    assert first["rank"] == rank
+    assert first["rank"] == 1
     assert line.endswith(first["error"])
 
 
