@@ -8428,6 +8428,13 @@ for entries, fact in REFUSALS.items():
         REFUSED[refused] = (harmless, fact)
 
 
+# Other programs have such names, too: a warning says which setting may have been meant.
+UNREAD = dict.fromkeys(("DATA_DIR", "DATA_FOLDER", "DATASET_PATH"), "DATA_PATH")
+UNREAD |= dict.fromkeys(("LOGDIR", "LOG_PATH", "OUTPUT_DIR"), "LOG_DIR")
+UNREAD |= dict.fromkeys(("RUN_NAME", "EXPERIMENT_NAME"), "RUN_ID")
+UNREAD |= dict.fromkeys(("TOKENIZER", "TOKENIZER_FILE", "TOKENIZER_MODEL"), "TOKENIZER_PATH")
+
+
 def same_value(text: str, other: str) -> bool:
     """Whether two texts are one word or number; true is 1, false 0."""
     words = [text.strip().lower(), other.strip().lower()]
@@ -8461,6 +8468,9 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
         need(same_value(before, value), f"{twice}: unset one")
         added[ours] = value
         lines.append(f"{name}={shown(environment[name])} is {ours}={shown(value)} here")
+    for name in sorted(environment.keys() & UNREAD.keys()):
+        if UNREAD[name] not in environment:
+            lines.append(f"warning: {name} is not read; {UNREAD[name]} is the setting")
     return added, lines
 
 
@@ -8473,12 +8483,17 @@ FAMILIES = ("BIGRAM_", "EMA_", "GPTQ_", "LATE_QAT_", "MUON_", "RECUR_", "SDCLIP_
 COMMON_WORDS = {"BATCH_SIZE", "LOG_DIR", "QUANTIZER", "RUN_ID", "SEQ_LEN"}
 STRANGERS = {"MAMBA_EXE", "MAMBA_FORCE_BUILD", "MODEL_DIR"}
 
+# What is written out where our names are short.
+LONG_WORDS = {"_LEARNING_RATE": "_LR", "_MULTIPLIER": "_MULT", "_MULTIPLE": "_MULT"}
+LONG_WORDS |= {"_DIMENSION": "_DIM", "_EPSILON": "_EPS", "VOCABULARY_": "VOCAB_"}
+
 
 def refuse_misspelt(environment: dict[str, str]):
     """Raises UserError for an unknown variable that was meant for us; others are let be.
 
-    It was if it begins as only ours do, or if without case and underscores it is one of our names
-    but for a letter or a tenth, or goes on where a long one ends. Short single words do not count.
+    It was if it begins as only ours do, or if without case, underscores and long forms it is one of
+    our names but for a letter or a tenth, or goes on where a long one ends. Short single words do
+    not count.
     """
     known = {name.upper() for name in FIELDS} | ALIASES.keys() | REFUSED.keys()
     likely = [n for n in sorted(known - COMMON_WORDS) if len(n) >= (5 if n.find("_") > 1 else 9)]
@@ -8488,7 +8503,10 @@ def refuse_misspelt(environment: dict[str, str]):
     for variable in sorted(name for name in unknown if name[:1].isalpha()):
         capitals = {variable.upper()} & known - environment.keys()
         need(not capitals, f"{variable} is not a setting: write {variable.upper()}, in capitals")
-        flat = variable.upper().replace("_", "")
+        flat = variable.upper()
+        for written_out, short in LONG_WORDS.items():
+            flat = flat.replace(written_out, short)
+        flat = flat.replace("_", "")
         nearest = difflib.get_close_matches(flat, names, 1, 0.8)
         longest = max([1, len(flat), *map(len, nearest)])
         cutoff = min(0.9, 1 - 1 / longest)  # of one letter in longest

@@ -106,6 +106,13 @@ def test_lists_say_which_layers_are_mamba_and_have_an_mlp():
         ("TRAIN_SEQ_LENGTH", "TRAIN_SEQ_LEN"),
         ("TRAINING_BATCH_TOKENS", "TRAIN_BATCH_TOKENS"),
         ("GPTQ_CLIP_SIGMA", "GPTQ_CLIP_SIGMAS"),
+        ("MLP_MULTIPLE", "MLP_MULT"),
+        ("MLP_MULTIPLIER", "MLP_MULT"),
+        ("MATRIX_LEARNING_RATE", "MATRIX_LR"),
+        ("HEAD_LEARNING_RATES", "HEAD_LR"),
+        ("MODEL_DIMENSION", "MODEL_DIM"),
+        ("VOCABULARY_SIZE", "VOCAB_SIZE"),
+        ("ADAM_EPSILON", "ADAM_EPS"),
     ],
 )
 def test_a_misspelt_variable_is_refused_and_the_nearest_name_offered(wrong, meant):
@@ -127,7 +134,12 @@ def test_a_name_in_lower_case_is_refused_unless_the_right_one_is_there(wrong):
 
 @pytest.mark.parametrize(
     ("wrong", "hint"),
-    [("MUON_FOO", "see --help"), ("LEARNINGRATE", "MATRIX_LR, "), ("EMA_MODEL", "see --help")],
+    [
+        ("MUON_FOO", "see --help"),
+        ("LEARNINGRATE", "MATRIX_LR, "),
+        ("BASE_LEARNING_RATE", "MATRIX_LR, "),
+        ("EMA_MODEL", "see --help"),
+    ],
 )
 def test_no_name_is_offered_that_is_far_off_or_refused(wrong, hint):
     with pytest.raises(t.UserError, match=f"{wrong} is not a setting; {hint}"):
@@ -153,12 +165,37 @@ ORDINARY = """
     DEVICES DEVICE_ID ROPE PRESETS
     HEAD LAYER MODEL MODELS QUANTIZE DETERMINISTIC_BUILD CALIBRATION_DIR MAMBA_DEFAULT_ENV
     SEEDS RUN_NAME RUN_DIR DATA_DIR DATASET_PATH TRAIN_DATA VOCAB TOKENIZER PROFILE LAYERS_DIR
+    USER LOGNAME MAIL PWD OLDPWD SHLVL EDITOR LS_COLORS LESSOPEN LESSCLOSE DEBIAN_FRONTEND
+    SSH_CONNECTION SSH_CLIENT SSH_TTY SSH_AUTH_SOCK TMUX TMUX_PANE TERM_PROGRAM XDG_SESSION_ID
+    XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS LIBRARY_PATH PYTHONUNBUFFERED PYTHONIOENCODING
+    PYTHONDONTWRITEBYTECODE PIP_NO_CACHE_DIR UV_CACHE_DIR CONDA_DEFAULT_ENV CUDA_HOME CUDA_VERSION
+    CUDA_MODULE_LOADING CUDA_DEVICE_MAX_CONNECTIONS CUBLAS_WORKSPACE_CONFIG NVARCH
+    NV_CUDA_LIB_VERSION NV_CUDNN_VERSION NV_LIBNCCL_PACKAGE NVIDIA_VISIBLE_DEVICES
+    NVIDIA_REQUIRE_CUDA NVIDIA_DRIVER_CAPABILITIES NVIDIA_PRODUCT_NAME NCCL_IB_DISABLE
+    NCCL_SOCKET_IFNAME NCCL_P2P_DISABLE NCCL_NVLS_ENABLE GLOO_SOCKET_IFNAME TORCH_HOME
+    TORCH_CUDA_ARCH_LIST TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_EXTENSIONS_DIR MKL_NUM_THREADS
+    OPENBLAS_NUM_THREADS OMP_PROC_BIND KMP_AFFINITY LD_PRELOAD MAX_JOBS HF_HUB_CACHE HF_TOKEN
+    HUGGING_FACE_HUB_TOKEN HF_HUB_ENABLE_HF_TRANSFER HF_DATASETS_CACHE TRANSFORMERS_CACHE
+    WANDB_API_KEY WANDB_PROJECT WANDB_RUN_ID SLURM_NTASKS SLURM_STEP_GPUS SLURM_TIME_LIMIT
+    RUNPOD_API_KEY RUNPOD_VOLUME_ID RUNPOD_PUBLIC_IP PUBLIC_KEY JUPYTER_PASSWORD JUPYTER_TOKEN
+    CONTAINER_ID CONTAINER_API_KEY VAST_CONTAINERLABEL DATA_DIRECTORY GPU_COUNT GPU_NAME
+    TOKEN_PATH DATABASE_PATH DATA_PATH_HOST DATA_ROOT MODEL_ID EVAL_TEMPLATE EMBEDDING_DIM
+    TF_CPP_MIN_LOG_LEVEL GIT_AUTHOR_NAME AWS_REGION NODE_RANK NNODES NODE_NAME POD_NAME HOST_IP
 """
 
 
 @pytest.mark.parametrize("variable", ORDINARY.split())
 def test_ordinary_variables_are_not_taken_for_misspelt_ones(variable):
     t.refuse_misspelt({variable: "1"})
+
+
+def test_a_name_that_others_have_too_is_warned_of_unless_the_setting_is_there():
+    (line,) = t.translate_names({"DATA_DIR": "d", "OUTPUT_DIR": "o", "LOG_DIR": "l"})[1]
+    assert line == "warning: DATA_DIR is not read; DATA_PATH is the setting"
+    assert set(t.UNREAD.values()) <= NAMES
+    assert not t.UNREAD.keys() & (NAMES | t.ALIASES.keys() | t.REFUSED.keys())
+    for name in t.UNREAD:
+        t.refuse_misspelt({name: "1"})
 
 
 def test_an_unknown_preset_is_refused_and_all_names_are_listed():
