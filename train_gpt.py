@@ -480,16 +480,13 @@ def parse_layers(settings, name: str, text: str | None = None) -> tuple[int, ...
 
 
 def parse_value(name: str, text: str, kind: type):
-    """A variable's text as a bool, int, finite float or str; UserError quotes its name."""
+    """A variable's text as a bool, int, float or str; UserError quotes its name."""
     truth = {"0": False, "false": False, "1": True, "true": True}
     try:
-        value = truth[text.strip().lower()] if kind is bool else kind(text)
+        return truth[text.strip().lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        value = math.nan
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-    raise UserError(f'{name}="{shown(text)}" should be {wanted}')
+        wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f'{name}="{shown(text)}" should be {wanted}') from None
 
 
 def read_number(environment: dict[str, str], name: str, default: int):
@@ -1566,7 +1563,7 @@ def choose_scan_backend(settings, device: torch.device) -> str:
     usable = [name for name in names if not reasons[name]]
     if wanted == "auto":
         # Without its library, the first Mamba is many times slower on a GPU: that is not taken.
-        install = settings.mamba_version == 1 and INSTALL in reasons["fused"]
+        install = settings.mamba_version == 1 and isinstance(reasons["fused"], LacksLibrary)
         # Nor is what a CPU would have to interpret.
         chosen = [name for name in usable if device.type == "cuda" or name not in FOR_GPUS]
         wanted = names[0] if install or not chosen else chosen[0]
@@ -8022,6 +8019,10 @@ FLASH_LIBRARIES = {"fa3": "flash_attn_interface", "fa2": "flash_attn"}  # by ATT
 INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 
 
+class LacksLibrary(str):
+    """A reason that INSTALL mends."""
+
+
 def why_not_fused(settings) -> str:
     """Why the libraries cannot run the layers of these settings; empty if they can."""
     version = settings.mamba_version
@@ -8033,7 +8034,7 @@ def why_not_fused(settings) -> str:
         try:
             importlib.import_module(module)
         except Exception as error:  # of another torch's, CUDA's or triton's version, of any kind
-            return f"lacks a library ({first_sentence(error)}): {INSTALL}"
+            return LacksLibrary(f"lacks a library ({first_sentence(error)}): {INSTALL}")
     return ""
 
 
@@ -8463,6 +8464,10 @@ def translate_names(environment: dict[str, str]) -> tuple[dict[str, str], list[s
     for name in sorted(environment.keys() & ALIASES.keys()):
         ours, convert = ALIASES[name]
         value = convert(environment, settings) if convert else environment[name]
+        try:
+            check_values(read_own({ours: value})[0])
+        except UserError as error:
+            raise UserError(f"{name} is {ours} here: {error}") from None
         before = added.get(ours, environment.get(ours, value))
         twice = f"{name} is {ours}={shown(value)} here, but it is also {shown(before)}"
         need(same_value(before, value), f"{twice}: unset one")

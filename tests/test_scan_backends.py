@@ -94,6 +94,15 @@ def test_a_library_that_is_half_there_is_refused_in_one_line(installed, monkeypa
     assert "\n" not in str(error.value)
 
 
+def test_only_what_an_installation_mends_is_asked_to_be_installed(monkeypatch):
+    """Whatever its words: any other reason leaves auto what is slower."""
+    reasons = iter([f"is not mended by {t.INSTALL}", t.LacksLibrary("is away")])
+    monkeypatch.setattr(t, "why_not_fused", lambda settings: next(reasons))
+    assert choose("cuda", mamba_version=1) == "parallel"
+    with pytest.raises(t.UserError, match="SCAN_BACKEND=fused is away; what runs: parallel"):
+        choose("cuda", mamba_version=1)
+
+
 @pytest.mark.parametrize(("window", "chunk"), [(8, 16), (32, 32), (40, 64), (4096, 1024)])
 def test_a_chunk_is_no_longer_than_a_window(window, chunk):
     """What is padded to 1,024 tokens would take a thousand times the memory of 32."""
