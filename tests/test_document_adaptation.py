@@ -143,7 +143,7 @@ def test_a_trial_of_some_documents_scores_them_as_among_the_others():
         ("a: rank=b", 'rank="b" should be a whole number'),
         ("a: layers=mlp,tail", "should be some of"),
         ("a: slots=0", "TTT_LORA_SLOTS=0 must be from 1"),
-        ("a: lr=nan", "should be a number"),
+        ("a: lr=nan", "TTT_LORA_LR=nan must be from 0"),
         ("a: decay=-1", "TTT_LORA_DECAY"),
         ("a: momentum=1", "MOMENTUM=1.0 must be"),
         ("a: lesson=none", "should be one of piece, window"),
