@@ -4669,12 +4669,6 @@ class ScoringProgress(EvaluationObserver):
         self.log.progress(self.what, done / self.targets, seconds, note)
 
 
-def claimed(path: Path, setting: str) -> UserError:
-    """What a file is refused with, and the setting that names it, while a living run has it."""
-    remedy = f"wait for it, or choose another {setting}"
-    return UserError(f"{path} belongs to a run that has not ended: {remedy}")
-
-
 def claim_file(path: Path, setting: str):
     """A file to append to, locked until it is closed; UserError, with setting, if a run has it."""
     file = path.open("ab", 0)
@@ -4683,7 +4677,8 @@ def claim_file(path: Path, setting: str):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise claimed(path, setting) from None
+        remedy = f"wait for it, or choose another {setting}"
+        raise UserError(f"{path} belongs to a run that has not ended: {remedy}") from None
     except OSError:
         pass  # some network file systems have no locks: nothing is claimed there
     with suppress(FileNotFoundError):
@@ -5196,7 +5191,8 @@ class Trainer:
         self.float8_products = choose_float8(self.model, self.settings, self.ranks.device)
         self.loss_function = maybe_compile(self.model.loss, self.settings, self.ranks)
         parameters = self.optimizers.parameters
-        self.graphed_steps = GraphedSteps(self.gradients, self.update, parameters, self.ranks)
+        first = self.accumulate_gradients
+        self.graphed_steps = GraphedSteps(first, self.update, parameters, self.ranks)
         self.in_flight = None  # the last step launched: see keep_one_ahead()
         self.clock = TrainingClock()
         self.steps_done = 0
@@ -5285,14 +5281,22 @@ class Trainer:
         alike = self.ranks.from_main(self.steps_done) == self.steps_done
         need(alike, "the ranks must share LOG_DIR")
 
-    def gradients(self, kind: tuple, tokens: Tensor, targets: Tensor) -> Tensor:
-        """A step's first part: this rank's gradients, and its loss ()."""
+    def accumulate_gradients(self, kind: tuple, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Gradients of this rank's batch, (sequences, seq_len) each; returns its mean loss, ()."""
         order, quantized = kind
+        rows = self.micro_sequences
+        batches = list(zip(tokens.split(rows), targets.split(rows), strict=True))
+        total = torch.zeros((), device=self.ranks.device)
         with self.weights_of(quantized):
-            return self.accumulate_gradients(tokens, targets, order)
+            for batch in batches:
+                loss = self.loss_function(*batch, order, self.float8_products)
+                loss = loss / len(batches)
+                loss.backward(self.optimizers.loss_scale())
+                total += loss.detach()
+        return total
 
     def update(self, lr_factor: Tensor, momentum: Tensor, average_rate: Tensor):
-        """The rest: the weights change by all ranks' gradients, and their average; float32 ()."""
+        """A step's rest: all gradients change the weights, and these their average; float32 ()."""
         self.optimizers.step(lr_factor, momentum)
         self.average.update(average_rate, self.optimizers.skip)
 
@@ -5301,18 +5305,6 @@ class Trainer:
         if not quantized:
             return nullcontext()
         return fake_quantization(self.model, self.limits, self.qat_k)
-
-    def accumulate_gradients(self, tokens: Tensor, targets: Tensor, order: tuple) -> Tensor:
-        """Gradients of this rank's batch, (sequences, seq_len) each; returns its mean loss, ()."""
-        rows = self.micro_sequences
-        batches = list(zip(tokens.split(rows), targets.split(rows), strict=True))
-        total = torch.zeros((), device=self.ranks.device)
-        for batch in batches:
-            loss = self.loss_function(*batch, order, self.float8_products)
-            loss = loss / len(batches)
-            loss.backward(self.optimizers.loss_scale())
-            total += loss.detach()
-        return total
 
     def warm_up(self):
         """Compiles both layer orders and the average off the clock, on random tokens at rate 0."""
@@ -5324,7 +5316,7 @@ class Trainer:
         tokens = torch.randint(0, s.vocab_size, shape, device=device, generator=generator)
         for order in sorted({self.model.order(False), self.model.order(True)}):
             for _ in self.log.track(f"warm-up of {len(order)} layers", range(s.warmup_steps)):
-                self.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], order)
+                self.accumulate_gradients((order, False), tokens[:, :-1], tokens[:, 1:])
                 optimizers.step(0.0, s.muon_momentum)
         skip = torch.ones((), device=device)  # so that the average stays as it is
         self.average.update(0.0, skip)

@@ -180,7 +180,7 @@ class Variant:
         other = missing + unexpected
         need(not other, f"gradients cannot be compared: other parameters: {other[:3]}")
         model.zero_grad(set_to_none=True)
-        self.trainer.accumulate_gradients(*self.batch(seed), model.order(True))
+        self.trainer.accumulate_gradients((model.order(True), False), *self.batch(seed))
         found = {name: p.grad for name, p in model.named_parameters()}
         return sum_by_kind({name: found[name] - true["gradients"][name] for name in found})
 

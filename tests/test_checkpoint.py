@@ -335,7 +335,7 @@ def test_a_launchers_second_signal_on_the_way_out_is_the_same_stop(
 SAVED = "the last checkpoint"
 PHASES = {  # what is running, which step the same command goes on from, and what that is called
     "warm_up": (t.Trainer, None, "the start: it has no checkpoint yet"),
-    "gradients": (t.Trainer, "1", SAVED),
+    "update": (t.Trainer, "1", SAVED),
     "plain_score": (t, "12", SAVED),
     "quantize_model": (t, "12", SAVED),
     "write_whole": (t, "12", SAVED),

@@ -288,7 +288,7 @@ def test_only_steps_of_training_take_them(monkeypatch, products):
     trainer = t.Trainer(model, settings, SOLO, settings.train_batch_tokens, 1e6, Quiet())
     tokens = random_tokens(2, settings.train_seq_len + 1)
     pair = tokens[:, :-1], tokens[:, 1:]
-    trainer.accumulate_gradients(*pair, model.order(True))
+    trainer.accumulate_gradients((model.order(True), False), *pair)
     wanted = ["float8_rows"] * ("in_proj" in products)
     wanted += ["float8_mlp"] * 2 * ("mlp" in products)
     assert sorted(calls) == sorted(wanted)
@@ -311,9 +311,8 @@ def test_weights_on_their_grids_reach_the_products(monkeypatch):
     def found(products: str, quantized: bool) -> torch.Tensor:
         trainer.float8_products = products
         model.zero_grad()
-        with trainer.weights_of(quantized):
-            pair = tokens[:, :-1], tokens[:, 1:]
-            trainer.accumulate_gradients(*pair, model.order(True))
+        pair = tokens[:, :-1], tokens[:, 1:]
+        trainer.accumulate_gradients((model.order(True), quantized), *pair)
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     on_grids = found("none", True)
@@ -329,7 +328,8 @@ def test_every_micro_batch_computes_them(monkeypatch):
     assert settings.train_seq_len == 32
     assert trainer.float8_products == "mlp,in_proj"  # auto, where all of them run
     tokens = random_tokens(3, 33)
-    trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], trainer.model.order(True))
+    kind = trainer.model.order(True), False
+    trainer.accumulate_gradients(kind, tokens[:, :-1], tokens[:, 1:])
     assert calls == 3 * ["float8_rows", "float8_mlp", "float8_mlp"]
     gradients = [p.grad.clone() for p in trainer.model.parameters()]
     trainer.model.zero_grad()

@@ -70,7 +70,8 @@ def test_activations_have_it_and_weights_stay_float32(precision):
     tokens = random_tokens(2, 33)
     hidden = trainer.model(tokens[:, :-1], trainer.model.order(True))
     assert str(hidden.dtype) == f"torch.{precision}"
-    trainer.accumulate_gradients(tokens[:, :-1], tokens[:, 1:], trainer.model.order(True))
+    kind = trainer.model.order(True), False
+    trainer.accumulate_gradients(kind, tokens[:, :-1], tokens[:, 1:])
     kept = [*trainer.tensors(), *(p.grad for p in trainer.model.parameters())]
     assert {x.dtype for x in kept} == {torch.float32}
 

@@ -432,12 +432,12 @@ def test_a_graph_holds_one_ranks_update_and_none_that_ranks_exchange_for(monkeyp
         def gradients(kind, *batch) -> torch.Tensor:
             """Recorded, it computes nothing yet; replayed, it writes where it was recorded."""
             if inside.graph is None:
-                return trainer.gradients(kind, *batch)
+                return trainer.accumulate_gradients(kind, *batch)
             loss = torch.zeros(())
 
             def compute():
                 put([None] * len(parameters))
-                loss.copy_(trainer.gradients(kind, *batch))
+                loss.copy_(trainer.accumulate_gradients(kind, *batch))
                 torch._foreach_copy_(places, [p.grad for p in parameters])
                 put([None] * len(parameters))
 

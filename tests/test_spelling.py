@@ -69,22 +69,23 @@ def test_both_parts_train_as_the_embedding_and_are_folded_into_it(byte_tokenizer
     assert {id(parts.original), id(parts[0].shared)} <= {id(p) for p in group["params"]}
 
     tokens = random_tokens(2, 33)
-    batch = tokens[:, :-1], tokens[:, 1:], model.order(True)
+    order = model.order(True)
+    pair = tokens[:, :-1], tokens[:, 1:]
     before = model.embedding.weight.detach().clone()
     for _ in range(3):
-        trainer.accumulate_gradients(*batch)
+        trainer.accumulate_gradients((order, False), *pair)
         trainer.optimizers.step(1.0, 0.9)
     assert not torch.equal(model.embedding.weight, before)
     assert not torch.equal(model.embedding.weight, parts.original)  # both have learned
-    nats = model.score(*batch)
+    nats = model.score(*pair, order)
     whole = torch.compile(model.score, fullgraph=True, backend="aot_eager")  # as on a GPU
-    assert torch.allclose(whole(*batch), nats, atol=1e-5)
+    assert torch.allclose(whole(*pair, order), nats, atol=1e-5)
 
     t.fold_spelling(model)
     assert [name for name, _ in model.named_parameters()] == names
-    assert torch.equal(model.score(*batch), nats)
+    assert torch.equal(model.score(*pair, order), nats)
     t.fold_spelling(model)  # where there is nothing to fold, nothing happens
-    assert torch.equal(model.score(*batch), nats)
+    assert torch.equal(model.score(*pair, order), nats)
 
 
 def test_what_is_exported_is_an_ordinary_model(monkeypatch, shards, tmp_path):

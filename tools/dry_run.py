@@ -17,7 +17,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 import sys
@@ -91,18 +90,10 @@ def quiet(line: str, event: str = "", *_, **__) -> None:
 
 
 def refuse_living(path: Path, setting: str) -> None:
-    """Raises UserError, with the setting, if a living run has this file; makes and locks none.
-
-    As t.claim_file(), which a run that starts meanwhile may call: the lock here is shared, and gone
-    at once.
-    """
-    if not path.is_file():
-        return
-    with contextlib.suppress(OSError), path.open("rb") as file:  # some systems have no locks
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise t.claimed(path, setting) from None
+    """Raises UserError, with the setting, if a living run has this file; makes and keeps none."""
+    with contextlib.suppress(OSError):  # no living run of this user's has what cannot be written
+        if path.is_file():
+            t.claim_file(path, setting).close()
 
 
 def describe_start(settings: t.Settings) -> tuple[bool, str]:

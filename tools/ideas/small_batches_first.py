@@ -65,9 +65,9 @@ def taking_halves(script) -> type:
             finally:
                 script.schedule_at = inner
 
-        def gradients(self, kind, *others):
+        def accumulate_gradients(self, kind, *others):
             """Of a step whose kind names its number of sequences, too."""
-            return super().gradients(kind[:2], *others)
+            return super().accumulate_gradients(kind[:2], *others)
 
         def warm_up(self):
             """Compiles both sizes."""
