@@ -586,34 +586,27 @@ def random_rows(settings: t.Settings, ranks: t.Ranks, width: int) -> Tensor:
     return random_activations(settings, ranks.device, width).detach().flatten(0, 1)
 
 
-def float8_arguments(settings: t.Settings, ranks: t.Ranks) -> tuple[tuple, tuple]:
-    """What float8_mlp() and float8_mlp_backward() are given, of a batch of random rows."""
+def float8_mlp_kernel(settings: t.Settings, ranks: t.Ranks, backward: bool) -> Kernel:
+    """The operator of one pass, of a batch of random rows: rounding of weights, kernels, and
+    cuBLAS's products.
+    """
     s = settings
-    x, d_y = (random_rows(s, ranks, s.model_dim) for _ in range(2))
+    x = random_rows(s, ranks, s.model_dim)
     hidden = int(s.mlp_mult * s.model_dim)
     up = torch.randn(hidden, s.model_dim, device=ranks.device)
     down = torch.randn(s.model_dim, hidden, device=ranks.device)
     x8, factor = t.float8_norm(x)
-    forward = x, x8, factor, up, down
-    _, *kept = t.float8_mlp(*forward)
-    d_y8, size = t.float8_gradient(d_y)
-    scale = t.turn_scale(size)
-    return forward, (d_y8, x8, size, [scale / 4, scale], kept)
-
-
-def float8_mlp_kernel(settings: t.Settings, ranks: t.Ranks, backward: bool) -> Kernel:
-    """The operator of one pass: rounding of weights, kernels, and cuBLAS's products."""
-    forward, back = float8_arguments(settings, ranks)
-    *_, up, down = forward
-    products = 2 * settings.train_batch_tokens * (up.numel() + down.numel())
+    read = [x, x8, factor, up, down]
+    call = functools.partial(t.float8_mlp, *read)
+    products = 2 * s.train_batch_tokens * (up.numel() + down.numel())
     if backward:
-        *tensors, scales, kept = back
-        read = [*tensors, *scales, *kept]
-        call = functools.partial(t.float8_mlp_backward, *back)
+        _, *kept = call()
+        d_y8, size = t.float8_gradient(random_rows(s, ranks, s.model_dim))
+        scale = t.turn_scale(size)
+        scales = [scale / 4, scale]
+        read = [d_y8, x8, size, *scales, *kept]
+        call = functools.partial(t.float8_mlp_backward, d_y8, x8, size, scales, kept)
         products *= 2  # of each matrix, for its gradient and for its input's
-    else:
-        read = forward
-        call = functools.partial(t.float8_mlp, *forward)
     bytes_moved = sum(x.nbytes for x in (*read, *call()))
     return Kernel(call, bytes_moved, products)
 

@@ -151,6 +151,15 @@ def test_the_mlp_in_8_bits_runs_apart_where_its_kernels_do(pretended_gpu, monkey
     }
 
 
+@interpreted
+def test_a_forward_operator_is_timed_without_making_gradients(pretended_gpu, monkeypatch):
+    for name, (_, columns, _, stages) in t.FLOAT8_TILES.items():
+        monkeypatch.setitem(t.FLOAT8_TILES, name, (16, columns, 16, stages))
+    settings = tiny(model_dim=64, mlp_mult=4.0, train_batch_tokens=16, train_seq_len=16)
+    monkeypatch.setattr(t, "float8_gradient", pytest.fail)
+    bench.float8_mlp_kernel(settings, SOLO, False)
+
+
 def test_what_cannot_be_captured_is_launched_by_the_host_and_says_why(pretended_gpu, capsys):
     row = bench.time_kernel(lambda: bench.Kernel(lambda: None, 1.0, 1.0), CEILINGS)
     assert row["launched"] == "by the host"

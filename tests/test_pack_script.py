@@ -257,7 +257,7 @@ def judged(folder: Path, content: bytes, source: str = LITTLE) -> evidence.Row:
     path = folder / "train_gpt.py"
     path.write_bytes(content)
     (folder / pack_script.READABLE).write_text(source)
-    return evidence.source_row(path, content.decode())
+    return evidence.source_row(path, content.decode())[0]
 
 
 def test_a_packed_script_passes_beside_its_source(tmp_path):
@@ -272,8 +272,12 @@ def test_a_packed_script_passes_beside_its_source(tmp_path):
 
 def test_a_packed_script_passes_beside_ours_and_nothing_else(script, tmp_path):
     text = script.read_text()
-    assert evidence.source_row(script, text).reasons == ()
-    (reason,) = evidence.source_row(script, text, tmp_path / "none.py").reasons or ("",)
+    row, source = evidence.source_row(script, text)
+    assert row.reasons == ()
+    assert source == SCRIPT.read_bytes()
+    row, source = evidence.source_row(script, text, tmp_path / "none.py")
+    (reason,) = row.reasons or ("",)
+    assert (source is None) == bool(reason)
     known = evidence.commit_of(SCRIPT.read_bytes())
     assert bool(known) == (not reason)  # a commit's is as good
 

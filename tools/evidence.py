@@ -266,9 +266,9 @@ def evaluation_differences(ours: dict, theirs: dict) -> list[str]:
     return differing
 
 
-def source_row(path: Path, script: str, readable: Path = ROOT / NAME) -> Row:
+def source_row(path: Path, script: str, readable: Path = ROOT / NAME) -> tuple[Row, bytes | None]:
     """Whether the script is the readable source itself, or packs the one that lies beside it or is
-    this project's; and whose it is.
+    this project's; and whose it is. Beside the row: what a packed one unpacks to, if it passes.
 
     What tests show, they show of this project's script. Nothing of a packed one is run.
     """
@@ -278,24 +278,29 @@ def source_row(path: Path, script: str, readable: Path = ROOT / NAME) -> Row:
         source = unpack(script.encode())
     except UserError as error:
         reason = f"the script says that it is packed by tools.pack_script, but {error}"
-        return Row(question, f"{name}; {reason}", "the file", (reason,))
-    reasons = []
-    if source is not None:
-        told, reasons = compare_readable(path, source, readable)
-        name += f"; {len(script.encode()):,} bytes, packed of {len(source):,}: {told}"
-        script = source.decode()
+        return Row(question, f"{name}; {reason}", "the file", (reason,)), None
+    if source is None:
+        told, reasons = packed_code(script, "in it")
+        return Row(question, f"{name}; {told}", "the file", tuple(reasons)), None
+    whose, differs = compare_readable(path, source, readable)
+    name += f"; {len(script.encode()):,} bytes, packed of {len(source):,}: {whose}"
+    told, reasons = packed_code(source.decode(), "within")
+    row = Row(question, f"{name}; {told}", "the file", (*differs, *reasons))
+    return row, None if differs else source
+
+
+def packed_code(script: str, where: str) -> tuple[str, list[str]]:
+    """What a script holds that nobody can read, and what is wrong if there is any."""
     try:
         tree = ast.parse(script)
     except SyntaxError:
-        return Row(question, f"{name}; it is not of this Python", "the file", tuple(reasons))
+        return "it is not of this Python", []
     packed = [node.lineno for node in ast.walk(tree) if is_packed(node)]
     if not packed:
-        told = "in it" if source is None else "within"
-        return Row(question, f"{name}; nothing {told} is packed", "the file", tuple(reasons))
+        return f"nothing {where} is packed", []
     line = min(packed)
     reason = f"line {line} of the script runs or holds packed code: unpack it and show the source"
-    reasons = (*reasons, reason)
-    return Row(question, f"{name}; packed code in line {line}", "the file", reasons)
+    return f"packed code in line {line}", [reason]
 
 
 def compare_readable(path: Path, source: bytes, readable: Path) -> tuple[str, list[str]]:

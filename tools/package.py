@@ -49,7 +49,7 @@ from tools.finished import (
 from tools.known import variant_of
 from tools.logs import spread
 from tools.manifest import Manifest, find_manifest
-from tools.pack_script import READABLE, source_of, unpack
+from tools.pack_script import READABLE, source_of
 from tools.significance import gain_text
 from tools.summary import adapts
 
@@ -105,7 +105,6 @@ def check_rows(
     rows += [
         evidence.attempts_row(runs),
         evidence.evaluation_row(variables(run, script)),
-        evidence.source_row(given.script, script, ROOT / "train_gpt.py"),
     ]
     return rows
 
@@ -505,11 +504,12 @@ def package(given: argparse.Namespace) -> list[str]:
     manifest = find_manifest(given.manifest, str(run.settings.get("data_path")), run.logs.events)
     try:
         rows = check_rows(runs, script, given, manifest, gain)
+        source_row, source = evidence.source_row(given.script, script, ROOT / "train_gpt.py")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         logs = run.path.with_suffix(".jsonl")
         raise UserError(f"{logs} is not a finished run's log: {error!r}") from None
+    rows.append(source_row)
     reasons = non_record_reasons(runs, rows)
-    source = readable_source(given.script, script)
     entry = submission(runs, entry_fields(given, runs), record=not reasons)
     shown = given.out or default_folder(entry)
     out = shown.resolve()
@@ -538,15 +538,6 @@ def package(given: argparse.Namespace) -> list[str]:
     if gain:
         lines.append(f"baseline: {gain}")
     return lines
-
-
-def readable_source(path: Path, script: str) -> bytes | None:
-    """What a packed script unpacks to, if that is a readable file that is there; else None."""
-    with contextlib.suppress(UserError):
-        source = unpack(script.encode())
-        if source and not evidence.compare_readable(path, source, ROOT / "train_gpt.py")[1]:
-            return source
-    return None
 
 
 def log_files(runs: list[Run], parts: list[Path]) -> dict[str, bytes]:
