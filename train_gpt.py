@@ -609,9 +609,11 @@ def check_values(s):
             fits = words.isprintable() and (unit == "text" or words == text)
             problem = "holds a line break, a space too many or a character that does not print"
         else:
-            fits = f.metadata["low"] <= value <= f.metadata["high"]
-            within = "must be from {low:.0f} to {high:.0f}".format(**f.metadata)
-            problem = f"{within} ({describe_values(**f.metadata)})"
+            low, high = f.metadata["low"], f.metadata["high"]
+            fits = low <= value <= high
+            least = "above 0" if low == ABOVE_0 else f"{low:.0f}"
+            most = "below 1" if high == BELOW_1 else f"{high:.0f}"
+            problem = f"must be from {least} to {most} ({describe_values(**f.metadata)})"
         check(s, f.name, fits, problem)
     one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
     check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
@@ -891,7 +893,7 @@ FEW_PAIRS = 9  # fewer that are lost, or impossible, are let be
 
 
 class Shard:
-    """A file of tokens; UserError if it is none, or is cut off, even while it is in use.
+    """A file of tokens; UserError if it is none or of another length, or is cut off in use.
 
     It is read, not mapped into memory: a mapped file that is cut ends the process without a word.
     """
@@ -911,7 +913,7 @@ class Shard:
         self.count = int(header[2])
         wanted = SHARD_HEADER_BYTES + 2 * self.count
         problem = f"has {size} bytes, but its header says {wanted}; download it again"
-        need(self.count >= 0 and wanted <= size, f"{path} {problem}")
+        need(self.count >= 0 and wanted == size, f"{path} {problem}")
 
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
         """Tokens from number first on, uint16 (count,), all by default; threads may share it."""
@@ -983,27 +985,29 @@ def sampled_digest(shards: list[Shard]) -> str:
 
 def recorded_hashes(
     folder: str, shards: list[Shard], validation: dict[str, str]
-) -> tuple[dict[str, str], int | None]:
+) -> tuple[dict[str, str], int | None, list[str]]:
     """What manifest.json, which data/prepare.py leaves beside shards, says of training shards.
 
-    SHA-256 by name, "" for a shard of another size, time of change or sample; and how many
-    validation documents are training documents too, None unless it knows all shards and no others.
-    It is its maker's word: one that is wrong of a validation shard, by SHA-256, is not believed.
+    SHA-256 by name, "" for a shard of another size, time of change or sample; how many validation
+    documents are training documents too, None unless it knows all shards and no others; and the
+    validation shards that are not there. It is its maker's word: one that is wrong of a validation
+    shard, by SHA-256, is not believed.
     """
     unknown = {shard.path.name: "" for shard in shards}
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         manifest = json.loads(Path(folder, "manifest.json").read_bytes())
         told = {name: shown(entry["sha256"]) for name, entry in manifest["shards"].items()}
         if told | validation != validation | told:  # they differ in a file that both have
-            return unknown, None
+            return unknown, None, []
+        absent = [name for name in told if "_val_" in name and name not in validation]
         hashes = dict(unknown)
         for shard in shards:
             state = shard.state | {"sampled_sha256": hashlib.sha256(shard.sample).hexdigest()}
             if state.items() <= manifest["shards"].get(shard.path.name, {}).items():
                 hashes[shard.path.name] = told[shard.path.name]
         overlap = int(manifest["overlap"]["documents"])
-        return hashes, overlap if validation | hashes == told else None
-    return unknown, None
+        return hashes, overlap if validation | hashes == told else None, absent
+    return unknown, None, []
 
 
 def log_hashes(settings, training, validation: list[Shard], log, main=True):
@@ -1021,7 +1025,10 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
         return
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
     record["validation"] = {shard.path.name: shard.sha256 for shard in validation}
-    recorded, overlap = recorded_hashes(folder, training, record["validation"])
+    recorded, overlap, absent = recorded_hashes(folder, training, record["validation"])
+    if absent:
+        lacks = f"{folder} lacks validation shards of its manifest.json: {shown(absent[0])}"
+        log(f"warning: {lacks} is one of {len(absent)}; the score is of the others alone")
     record |= {"training": recorded} if training else {}
     for kind, hashes in record.items():
         parts = [f"{shown(name)} {sha256}" for name, sha256 in hashes.items() if sha256]
@@ -1190,7 +1197,9 @@ class ValidationSet(NamedTuple):
 
 
 def load_validation(settings, tokenizer) -> ValidationSet:
-    """All validation shards in one stream; UserError if it is too short or of another tokenizer."""
+    """All validation shards in one stream; UserError if it is too short, of another tokenizer, or
+    without text.
+    """
     shards = open_shards(settings.data_path, "val")
     tokens = np.concatenate([shard.read() for shard in shards])
     short = f"the validation shards hold {len(tokens)} tokens, less than one sequence and a target"
@@ -1198,7 +1207,10 @@ def load_validation(settings, tokenizer) -> ValidationSet:
     check_token_range(tokens, settings.vocab_size, "validation")
     if not settings.eval_any_tokens:
         check_tokenizer(settings, tokenizer, shards, "validation")
-    return ValidationSet(tokens, tokenizer.target_bytes(tokens), (*shards,))
+    target_bytes = tokenizer.target_bytes(tokens)
+    problem = "hold no text: none of their tokens stands for a byte, to score by"
+    need(target_bytes.any(), f"the validation shards {problem}")
+    return ValidationSet(tokens, target_bytes, (*shards,))
 
 
 def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):

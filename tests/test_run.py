@@ -756,6 +756,8 @@ def test_what_could_not_be_written_in_the_end_is_told_before_training(
         ("val", [600] * 400, {}, "token id 600, but VOCAB_SIZE=512"),
         ("val", range(9, 30), {}, "the validation shards hold 21 tokens"),
         ("val", [], {}, "the validation shards hold 0 tokens"),
+        ("val", [t.BOS_ID] * 200, {}, "the validation shards hold no text"),
+        ("val", range(9, 400), {"count": 200}, "1806 bytes, but its header says 1424"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -987,7 +989,7 @@ def test_the_log_names_every_file_that_is_read_by_its_hash(trained, shards):
 
 @pytest.mark.parametrize(
     "case",
-    ["whole", "changed", "more", "other text", "older", "another validation text"]
+    ["whole", "changed", "more", "more to score", "other text", "older", "another validation text"]
     + ["not JSON", "a list", "no sum", "nested"],
 )
 def test_a_manifest_is_believed_of_files_of_its_size_time_and_sample(shards, tmp_path, case):
@@ -1017,14 +1019,17 @@ def test_a_manifest_is_believed_of_files_of_its_size_time_and_sample(shards, tmp
         manifest["shards"]["words_val_000000.bin"]["sha256"] = "0" * 64
     elif case == "more":
         manifest["shards"]["words_train_000002.bin"] = manifest["shards"][train[0]]
+    elif case == "more to score":
+        manifest["shards"]["words_val_000001.bin"] = manifest["shards"][train[0]]
     elif case == "no sum":
         del manifest["shards"][train[0]]["sha256"]
     text = {"not JSON": "{", "a list": "[]", "nested": "[" * 100_000}
     (folder / "manifest.json").write_text(text.get(case, json.dumps(manifest)))
     opened = t.open_shards(str(folder), "train")
     validation = {path.name: t.file_sha256(path) for path in folder.glob("*_val_*.bin")}
-    hashes, overlap = t.recorded_hashes(str(folder), opened, validation)
-    believed = case in ("whole", "changed", "more", "other text", "older")
+    hashes, overlap, absent = t.recorded_hashes(str(folder), opened, validation)
+    believed = case in ("whole", "changed", "more", "more to score", "other text", "older")
+    assert absent == (["words_val_000001.bin"] if case == "more to score" else [])
     if believed:
         assert hashes == sums
         assert overlap == (3 if case == "whole" else None)
@@ -1042,6 +1047,9 @@ def test_a_manifest_is_believed_of_files_of_its_size_time_and_sample(shards, tmp
     assert any(line.startswith("SHA-256, validation: words") for line in lines)
     taken = [line.startswith("SHA-256, training (by manifest.json): words") for line in lines]
     assert sum(taken) == believed
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    lacks = f"warning: {folder} lacks validation shards of its manifest.json: words_val_000001.bin"
+    assert warnings == [f"{lacks} is one of 1; the score is of the others alone"] * len(absent)
 
 
 def test_a_training_shard_that_is_a_validation_shard_is_refused(shards, tmp_path):

@@ -72,7 +72,7 @@ FLOATS = [f.name.upper() for f in dataclasses.fields(t.Settings) if isinstance(f
 @pytest.mark.parametrize("name", FLOATS)
 def test_what_is_no_finite_number_is_refused_with_the_range_under_every_name(name, text):
     value = str(float(text))
-    said = rf"{name}={value} must be from -?\d+ to \d+ \("
+    said = rf"{name}={value} must be from (-?\d+|above 0) to (\d+|below 1) \("
     tied = {"TIE_EMBEDDINGS": "0"} if name in ("EMBED_LR", "HEAD_LR") else {}
     settings, _ = t.read_settings({name: text} | tied)
     with pytest.raises(t.UserError, match=f"^{said}"):
@@ -81,6 +81,27 @@ def test_what_is_no_finite_number_is_refused_with_the_range_under_every_name(nam
         if ours == name and convert is None:
             with pytest.raises(t.UserError, match=f"^{other} is {name} here: {said}"):
                 t.read_settings({other: text})
+
+
+BOUNDS = [f for f in dataclasses.fields(t.Settings) if isinstance(f.default, (int, float))]
+BOUNDS = [f for f in BOUNDS if not isinstance(f.default, bool) and "|" not in f.metadata["unit"]]
+
+
+@pytest.mark.parametrize("field", BOUNDS, ids=lambda field: field.name)
+def test_a_number_is_refused_only_outside_the_range_that_the_line_names(field):
+    low, high = field.metadata["low"], field.metadata["high"]
+    for value in (low - 1, high + 1, 0, 1, 0.0, 1.0):
+        settings = t.replace(t.Settings(), **{field.name: type(field.default)(value)})
+        if low <= value <= high:
+            t.check_values(settings)
+            continue
+        with pytest.raises(t.UserError) as refused:
+            t.check_values(settings)
+        text = str(refused.value).split(" must be from ")[1]
+        least, most = re.fullmatch(r"(.+) to (.+) \(.*\)", text).groups()
+        above = value > 0 if least == "above 0" else value >= int(least)
+        below = value < 1 if most == "below 1" else value <= int(most)
+        assert not (above and below)
 
 
 ROOT = Path(t.__file__).parent
