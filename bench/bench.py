@@ -49,7 +49,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from reference import mamba_ssm_operator
-from tools.command import Parser, UserError, tolerate_consoles
+from tools.command import Parser, UserError, need_place, tolerate_consoles, write_whole
 
 # As the kernel below names them. Without Triton there are no kernels, and constexpr is a stand-in.
 tl = t.tl if t.triton else None
@@ -1050,7 +1050,7 @@ class Report:
                 flush=True,
             )
         if self.out:
-            Path(self.out).write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+            write_whole(Path(self.out), json.dumps(self.results, indent=1) + "\n")
 
     def measure(self, part: str, name: str, function: Callable[[], dict]):
         """Adds the row that function returns, or why it failed. Leaves no memory behind, nor
@@ -1131,6 +1131,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
+    for out in filter(None, (options.out, options.profile)):
+        need_place(Path(out))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and options.parts and options.parts != ["steps"]:
         parser.error("only the part steps runs on several ranks")
@@ -1201,7 +1203,7 @@ def time_step_cases(
             report.add("profile", f"{name}: {kind}", by_kind)
         tables.append(profile_table(f"{name}: GPU time of one step", kernels))
     if options.profile and ranks.rank == 0:
-        Path(options.profile).write_text("\n".join(tables), encoding="utf-8")
+        write_whole(Path(options.profile), "\n".join(tables))
     if not report.quiet:
         datasheet = f"{DATASHEET_FLOPS / 1e12:.0f} TFLOP/s (the vendor's datasheet)"
         print(f"MFU: of {datasheet}, and of the product timed above")

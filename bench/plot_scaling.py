@@ -16,7 +16,7 @@ if not __package__:  # started by its path
     )
     sys.exit(2)
 
-from tools.command import Parser, run_command
+from tools.command import Parser, need_place, run_command, write_picture
 
 
 def pair(text: str) -> tuple[int, float]:
@@ -50,7 +50,7 @@ def plot(steps: list[tuple[int, float]], tokens: int, out: Path) -> None:
     axes.set(xlabel="GPUs", ylabel="million tokens a second")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(out, dpi=150)
+    write_picture(out, figure)
 
 
 def main() -> int:
@@ -61,6 +61,7 @@ def main() -> int:
     add("--tokens", type=int, default=1_048_576, help="of a step (%(default)s)")
     add("--out", type=Path, default=Path("docs/scaling.png"), help="the plot (%(default)s)")
     options = parser.parse_args()
+    need_place(options.out, ending=".png")
     plot(sorted(options.steps), options.tokens, options.out)
     return 0
 

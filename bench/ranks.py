@@ -33,7 +33,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from bench import bench
-from tools.command import Parser, UserError, run_command, write_whole
+from tools.command import Parser, UserError, need_place, run_command, write_whole
 
 DEFAULTS = {"PRESET": "short"}
 DISCARDED = 6  # steps: the first five are logged, for which the host waits
@@ -210,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--ranks and --steps must be at least 1")
     if options.worker:
         return work(options)
+    if options.out:
+        need_place(Path(options.out))
     if torch.cuda.device_count() < options.ranks:
         raise UserError(
             f"{options.ranks} ranks need as many GPUs: {torch.cuda.device_count()} here"

@@ -34,7 +34,15 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from bench import bench
-from tools.command import Parser, UserError, environment_value, need, run_command
+from tools.command import (
+    Parser,
+    UserError,
+    environment_value,
+    need,
+    need_place,
+    run_command,
+    write_whole,
+)
 from tools.explore import install_idea
 
 # What the script of commit b6028ee trained, but for MLPs of four times the width. PLAIN has what is
@@ -341,7 +349,7 @@ class Report:
         seconds = time.perf_counter() - self.started
         print(f"[{seconds:5.1f} s] {name}: {shown or json.dumps(value)}", flush=True)
         if self.file is not None:
-            self.file.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+            write_whole(self.file, json.dumps(self.found, indent=1) + "\n")
 
 
 def time_rounds(children: dict[str, Child], rounds: int, steps: int) -> dict[str, list[float]]:
@@ -384,6 +392,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     need(len({PLAIN, *names}) == len(names) + 1, "ideas should have names of their own")
     for idea in given.idea:
         need(idea.is_file(), f"--idea {idea}: no such file")
+    if given.out:
+        need_place(given.out, *given.idea, ending=".json")
+        need_place(given.out.with_suffix(".txt"), *given.idea)
     return given
 
 
@@ -407,7 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.tell(f"profile of {name}, ms", kinds)
         tables.append(table)
     if given.out is not None:
-        given.out.with_suffix(".txt").write_text("\n".join(tables), encoding="utf-8")
+        write_whole(given.out.with_suffix(".txt"), "\n".join(tables))
     truth, errors = measure_errors(children, given.batches, given.parts)
     gradients = compare_gradients(truth, errors)
     report.tell("gradients", gradients, f"{len(gradients)} kinds, {given.batches} batches")

@@ -35,6 +35,7 @@ import torch
 
 import train_gpt as t
 from tests.support import free_port, process_environment, run_environment, write_data
+from tools.command import need_place, write_whole
 
 ARTIFACT = "a.int6.lzma"
 HELD_RUN = Path(__file__).with_name("held_run.py")
@@ -448,6 +449,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where runs are made; those with faults stay")
     parser.add_argument("--out", type=Path, help="a file for the table")
     given = parser.parse_args()
+    if given.out:
+        need_place(given.out)
     cells = [
         Cell(phase, ranks, name)
         for phase in given.only
@@ -460,7 +463,7 @@ def main() -> int:
             text = table(list(pool.map(Table(folder).fill, cells)))
     print(text)
     if given.out:
-        given.out.write_text(f"{text}\n")
+        write_whole(given.out, f"{text}\n")
     return int(any(cell.faults for cell in cells))
 
 

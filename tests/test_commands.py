@@ -11,13 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from tests.support import SCRIPT
-from tools import make_venv
+from tools import make_venv, runs
 from tools.audit.checks import CHECKS
+from tools.command import UserError, need_place, run_command, write_whole
 
 ROOT = SCRIPT.parent
 CHECK = ROOT / "tools" / "container_check.sh"
@@ -244,3 +245,73 @@ def test_threads_of_a_run_sleep_while_they_wait_unless_told_otherwise():
     assert spins(started) == spins(tool) == "0" != by_default
     active = {"OMP_WAIT_POLICY": "active"}
     assert spins(started, **active) == spins(imported, **active) != "0"
+
+
+PROGRAMS = [*(ROOT / "tools").glob("*.py"), *(ROOT / "bench").glob("*.py")]
+FOLDERS = {"ablate.py", "board.py", "package.py"}  # whose --out is a folder
+
+
+def test_every_module_of_tools_that_is_started_by_its_path_says_how_it_is_meant():
+    """One that is no command itself ended in a traceback."""
+    for path in PROGRAMS:
+        text = path.read_text(encoding="utf-8")
+        if not re.search("^(from|import) (tools|train_gpt)", text, re.MULTILINE):
+            continue
+        done = subprocess.run([sys.executable, path], capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), (path, done.stderr)
+        assert "start" in done.stderr and "python " in done.stderr
+
+
+# ---- Files that commands write -------------------------------------------------------------------
+
+
+def test_every_command_asks_for_its_files_place_before_it_works():
+    for path in (*PROGRAMS, ROOT / "tools" / "report" / "__main__.py"):
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"add(_argument)?\(\s*\"--(out|plot|csv|profile)\"", text):
+            assert path.name in FOLDERS or "need_place(" in text, path
+        assert not re.search(r"savefig\(\w+, dpi", text) or path.name == "command.py", path
+
+
+def test_what_cannot_be_written_and_what_is_read_is_refused(tmp_path):
+    source, link, new = (tmp_path / name for name in ("a.jsonl", "link.png", "new.png"))
+    source.write_text("kept")
+    link.symlink_to(source)
+    for out, message in (
+        (tmp_path, "is a folder"),
+        (Path("/dev/null"), "no ordinary file"),
+        (tmp_path / "none" / "a.png", "none/a.png: No such file"),
+        (source / "a.png", "a.jsonl/a.png: Not a directory"),
+        (source, "would be written over"),
+        (link, "would be written over"),
+        (tmp_path / "a.pdfx", "a name that ends in .png"),
+    ):
+        with pytest.raises(UserError, match=message):
+            need_place(out, source, tmp_path / "missing", ending=".png")
+    need_place(new, source, ending=".png")
+    assert sorted(tmp_path.iterdir()) == [source, link]
+
+
+def test_a_full_disk_is_told_by_the_files_name_and_leaves_no_part_of_it(
+    tmp_path, monkeypatch, capsys
+):
+    def full(path, data):
+        path.touch()
+        raise OSError(28, "No space left on device")  # as write() has it: without a name
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    out = tmp_path / "a.txt"
+    assert run_command("x.py", lambda: write_whole(out, "text")) == 2
+    assert capsys.readouterr().err == f"x.py: error: {out}: No space left on device\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_is_not_printed_before_its_file_is_refused(tmp_path, monkeypatch, capsys):
+    log = ROOT / "data" / "tiny" / "tiny.jsonl"
+    kept = log.read_bytes()
+    for option, out in (("--csv", log), ("--csv", tmp_path), ("--plot", tmp_path / "a.pdfx")):
+        monkeypatch.setattr(sys, "argv", ["runs.py", str(log), option, str(out)])
+        assert run_command("runs.py", runs.main) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and str(out) in said.err
+    assert log.read_bytes() == kept

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,7 +308,67 @@ def test_what_cannot_be_compared_ends_in_one_line(monkeypatch, capsys, runs, sha
         assert not place.exists()
     ours = [changed("trained", digest, "0" * 16)]
     status, _, error = start(monkeypatch, capsys, ours, [runs / "t-45.jsonl"], tmp_path / "b.json")
-    assert status == 2 and "other training shards" in error
+    assert status == 2 and "has another training text" in error
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_runs_of_one_kind_differ_in_clock_and_seed(
+    monkeypatch, capsys, runs, shards, tmp_path, place
+):
+    """Half the text and one seed twice were averaged as two seeds of a clock."""
+    nats = np.load(runs / "h-45.npy")
+    digest = t.summarize_shards(t.open_shards(str(shards), "train"))["digest"]
+    half = write_run(tmp_path, "half", shards, 45, nats, seed=2)
+    half.write_text(half.read_text().replace(digest, "0" * 16))
+    cases = [
+        (half, "has another training text than"),
+        (write_run(tmp_path, "same", shards, 45, nats), "has SEED=1 at 45 s, as"),
+        (write_run(tmp_path, "rate", shards, 90, nats, matrix_lr=0.1), "MATRIX_LR="),
+    ]
+    for log, message in cases:
+        ours = [log, runs / "h-45.jsonl"] if place == "first" else [runs / "h-45.jsonl", log]
+        twin = [runs / "t-45.jsonl"] + [runs / "t-90.jsonl"] * (log.stem == "rate")
+        status, said, error = start(monkeypatch, capsys, ours, twin, tmp_path / "a.json")
+        assert (status, said) == (2, "")
+        assert message in error and error.count("\n") == 1
+    second = write_run(tmp_path, "second", shards, 45, nats, seed=2)
+    ours = [runs / "h-45.jsonl", second]
+    status, said, _ = start(monkeypatch, capsys, ours, [runs / "t-45.jsonl"], tmp_path / "a.json")
+    assert status == 0
+    assert "(seeds [1, 2])" in said
+
+
+def test_a_run_scored_again_elsewhere_is_of_its_kind(monkeypatch, capsys, runs, shards, tmp_path):
+    """EVAL_ONLY takes over what trained; how it was started is its own."""
+    nats = np.load(runs / "h-45.npy")
+    again = {"seed": 2, "eval_only": True, "compile": "off", "eval_stride": 64}
+    ours = [runs / "h-45.jsonl", write_run(tmp_path, "again", shards, 45, nats, **again)]
+    status, _, error = start(monkeypatch, capsys, ours, [runs / "t-45.jsonl"], tmp_path / "a.json")
+    assert (status, error) == (0, "")
+
+
+def test_no_input_is_written_over_and_what_lies_elsewhere_is_asked_for(
+    monkeypatch, capsys, shards, tmp_path
+):
+    nats = np.random.default_rng(0).uniform(1, 3, 599).astype(np.float32)
+    ours, twin = (write_run(tmp_path, kind, shards, 45, nats) for kind in "ht")
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    model = shards / "tokenizer.model"
+    for out in (*kept, model, tmp_path, Path("/dev/full")):
+        status, said, error = start(monkeypatch, capsys, [ours], [twin], out)
+        assert (status, said) == (2, "")
+        assert str(out) in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    other = tmp_path / "other.model"
+    other.write_text("another")
+    for option, value, message in (
+        ("--tokenizer", tmp_path / "none", "had it: give --tokenizer FILE"),
+        ("--tokenizer", other, "has another tokenizer, by its digest: give --tokenizer FILE"),
+        ("--data", tmp_path, "had them: give --data FOLDER"),
+    ):
+        out = tmp_path / "a.json"
+        status, _, error = start(monkeypatch, capsys, [ours], [twin], out, option, value)
+        assert status == 2 and message in error
 
 
 def test_a_run_and_its_artifact_scored_again_are_read(monkeypatch, capsys, shards, tmp_path):

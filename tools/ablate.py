@@ -102,6 +102,7 @@ from tools.command import (
     environment_value,
     need,
     run_command,
+    write_picture,
     write_whole,
 )
 from tools.halving import Rung, choose_halvings, judge, kept_after, loss_at, rungs_of
@@ -1178,7 +1179,7 @@ def grouped_bars(path: Path, groups: Groups, series: list[str], unit: str, from_
     axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
     axes.set_ylabel(unit if from_zero else f"{unit} (not from 0)")
     figure.legend(loc="outside upper center", ncols=len(series))
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure, dpi=120)
 
 
 def loss_captions(plan: Plan) -> tuple[str, str]:
@@ -1233,7 +1234,7 @@ def plot_loss(path: Path, plan: Plan):
     for one, caption in zip(axes, loss_captions(plan), strict=True):
         one.set_xlabel(caption)
     axes[0].set_ylabel("training loss, nats per token")
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure, dpi=120)
 
 
 def named_scores(figures: dict) -> dict[str, float]:

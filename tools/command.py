@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,11 +31,45 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + self.hint)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that no reader, and no interruption, ever leaves half of it."""
+def need_place(out: Path, *inputs: Path, ending: str = "") -> None:
+    """Raises UserError unless a command may write the file out: asked before it works for that.
+
+    Nothing is written over a folder, a device or an input. The name ends as its kind is written.
+    """
+    need(not out.is_dir(), f"{out} is a folder: give a file's name")
+    need(out.is_file() or not out.exists(), f"{out} is no ordinary file: give another name")
+    for path in inputs:
+        lost = out.exists() and path.exists() and out.samefile(path)
+        need(not lost, f"{out} would be written over, and is read: give another name")
+    need(out.suffix.lower() == ending or not ending, f"{out}: a name that ends in {ending} is due")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}") from None
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that no reader, and no interruption, ever leaves half of it.
+
+    What cannot be written leaves nothing; the error has the file's name, as a full disk's has not.
+    """
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_picture(path: Path, figure, dpi: int = 150) -> None:
+    """Writes a figure of matplotlib's as PNG, as write_whole() does."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    write_whole(path, picture.getvalue())
 
 
 def environment_value(value) -> str:
@@ -77,6 +112,7 @@ def run_command(name: str, command: Callable[[], int], *mistakes: type[Exception
     except RecursionError:
         message = "a file is nested too deeply to be read"
     except OSError as error:
-        message = f"{error.filename or 'what it prints'}: {error.strerror}"
+        # A stream that is full has no name: of files, write_whole() tells it.
+        message = f"{error.filename or 'what it prints or writes'}: {error.strerror or error}"
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2

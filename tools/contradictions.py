@@ -10,8 +10,14 @@ import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+    sys.exit(2)
 
 from tools.command import UserError, need
 from tools.logs import (

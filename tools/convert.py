@@ -26,7 +26,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, UserError, need, run_command, write_whole
+from tools.command import Parser, UserError, need, need_place, run_command, write_whole
 
 SUFFIX = ".safetensors"
 STEPS = " steps"  # behind a matrix's name
@@ -133,14 +133,16 @@ def main() -> int:
     back = given.file.suffix == SUFFIX
     ending = given.out.suffix == SUFFIX
     need(back != ending, f"one of both files ends in {SUFFIX}, the other one is the artifact")
+    for out in (given.out, *([] if back else [given.out.with_suffix(".json")])):
+        need_place(out, given.file, given.file.with_suffix(".json"))
     if back:
         data = to_artifact(*read_tensors(given.file))
-        t.write_whole(given.out, data)
+        write_whole(given.out, data)
     else:
         from safetensors.torch import save
 
         tensors, header = from_artifact(given.file)
-        t.write_whole(given.out, save(tensors))
+        write_whole(given.out, save(tensors))
         if FILLED in header:
             print(f"{given.file} is of an older script: filled in {', '.join(header[FILLED])}")
         write_whole(given.out.with_suffix(".json"), json.dumps(header, indent=1) + "\n")

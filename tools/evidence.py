@@ -11,8 +11,14 @@ import ast
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.package", file=sys.stderr)
+    sys.exit(2)
 
 from tools import known
 from tools.audit.script import NAME, ROOT, commit_of, identify
@@ -29,8 +35,8 @@ from tools.contradictions import (
     read_header,
     unprinted,
 )
-from tools.finished import MAY_DIFFER, Run
-from tools.logs import attempts_at_evaluation, is_resumed, last_run, starts_of
+from tools.finished import Run
+from tools.logs import MAY_DIFFER, attempts_at_evaluation, is_resumed, last_run, starts_of
 from tools.manifest import Manifest
 from tools.pack_script import READABLE, unpack
 

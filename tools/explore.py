@@ -45,7 +45,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, UserError, need, run_command
+from tools.command import Parser, UserError, need, need_place, run_command
 
 # So begin the settings that --requantize may change.
 QUANTIZATION = ("quantizer", "trellis_", "target_mb", "sdclip_", "gptq_", "calibration")
@@ -303,6 +303,8 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="gets the lines of JSON, behind those it has")
     given = parser.parse_args(arguments)
     given.averages = read_parts(given.averages) if given.averages else []
+    if given.out:
+        need_place(given.out, *given.idea)
     need(given.every > 0, f"--every {given.every} should be above 0")
     need(given.export or not given.requantize, "--requantize needs --export")
     return given

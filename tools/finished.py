@@ -1,7 +1,9 @@
 """Finished runs as their logs tell them: read, and refused if they break a limit or disagree.
 
 A run's text log, the records beside it and its artifact must be of one mind, and runs that are set
-side by side must be of one script, with the same settings, machine and text.
+side by side must be of one script, with the same settings, machine and text. tools/package.py and
+tools/summary.py ask this of a submission's runs; what tables and plots set side by side, which may
+differ in more, is held against tools/logs.py alone.
 """
 
 import argparse
@@ -11,9 +13,15 @@ import itertools
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.package", file=sys.stderr)
+    sys.exit(2)
 
 from tools.command import UserError, need
 from tools.contradictions import (
@@ -27,7 +35,16 @@ from tools.contradictions import (
     read_logs,
     untold_parts,
 )
-from tools.logs import SEPARATOR, last_run, not_a_log, rank_count, runs_in, split_text
+from tools.logs import (
+    SEPARATOR,
+    Kind,
+    last_run,
+    not_a_log,
+    rank_count,
+    refuse_other_settings,
+    runs_in,
+    split_text,
+)
 from tools.pack_script import FIRST
 
 # The last two messages of a finished run: seconds; val_loss, val_bpb.
@@ -35,10 +52,6 @@ FINAL = re.compile(
     r"^evaluation took ([\d.]+)s of .*\n\S+_exact val_loss:(\S+) val_bpb:(\S+)$", re.MULTILINE
 )
 FOREIGN_FINAL = re.compile(r"_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)[ \t]*$", re.MULTILINE)
-# What one run may choose differently from the next: its seed, and where its files lie.
-OUTPUTS = {"run_id", "log_dir", "artifact", "eval_nll_path", "checkpoint_every", "resume"}
-OUTPUTS |= {"overwrite"}  # whether these names may be used again
-MAY_DIFFER = {"seed", "data_path", "tokenizer_path"} | OUTPUTS
 
 
 class Score(NamedTuple):
@@ -295,11 +308,9 @@ def check_agreement(runs: list[Run]) -> None:
         need(run.seed not in seen, f"{run.path} has SEED={run.seed}, as {seen.get(run.seed)} has")
         seen[run.seed] = run.path
     for run in runs[1:]:
-        for name in dict.fromkeys([*first.settings, *run.settings]):
-            expected = first.settings.get(name)
-            found = run.settings.get(name)
-            differ = f"{run.path} has {name.upper()}={found}, but {first.path} has {expected}"
-            need(expected == found or name in MAY_DIFFER, differ)
+        # Data are compared below, as far as these logs tell them.
+        ours, theirs = (Kind(one.path, one.settings, {}) for one in (run, first))
+        refuse_other_settings(ours, theirs)
         for name, value in first.machine.items():  # submission.json has one field for each
             ours = run.machine[name]
             need(ours == value, f"{run.path} ran with {name} {ours}, but {first.path} with {value}")

@@ -13,8 +13,14 @@ their seeds. A whole variant stops, not a seed of it: means over the luckier see
 
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+if __name__ == "__main__":
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.ablate", file=sys.stderr)
+    sys.exit(2)
 
 from tools.command import UserError
 

@@ -6,9 +6,15 @@ counts alone are compared, and whoever compares says so.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.package", file=sys.stderr)
+    sys.exit(2)
 
 from tools.command import UserError
 

@@ -11,13 +11,24 @@ import json
 import math
 import re
 import statistics
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.command import UserError
+if __name__ == "__main__":
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.runs", file=sys.stderr)
+    sys.exit(2)
+
+from tools.command import UserError, need
 
 SEPARATOR = "\n" + "=" * 100 + "\n"  # between the script and the messages of a text log
 FIRST_LINE = '\n"""Parameter Golf'  # how every version of the script begins, behind other text
+# What one run may choose differently from the next: its seed, and where its files lie.
+OUTPUTS = {"run_id", "log_dir", "artifact", "eval_nll_path", "checkpoint_every", "resume"}
+OUTPUTS |= {"overwrite"}  # whether these names may be used again
+MAY_DIFFER = {"seed", "data_path", "tokenizer_path"} | OUTPUTS
+CLOCK = {"max_wallclock_seconds", "export_reserve_seconds"}
 AGAIN = re.compile(r"^.* is trained and has no score: evaluation starts over$", re.MULTILINE)
 
 
@@ -145,6 +156,54 @@ def seconds_to_score(records: list[dict]) -> float | None:
         return None
     walls = [number_in(records[i], "seconds") for i in (begun, place)]
     return None if None in walls else walls[1] - walls[0]
+
+
+class Kind(NamedTuple):
+    """What runs that are set side by side must have in common."""
+
+    log: Path
+    settings: dict
+    # SHA-256 of validation shards and tokenizer, sorted; a digest of the training shards' names
+    # and lengths, where the log tells it: not that of EVAL_ONLY.
+    data: dict[str, list[str]]
+
+
+def kind_of(log: Path, events: dict[str, dict]) -> Kind:
+    """What a log says of it. Raises KeyError, TypeError or AttributeError where it says none."""
+    sums = {name: sorted(events["hashes"][name].values()) for name in ("validation", "tokenizer")}
+    training = events.get("training_data", {}).get("digest")
+    sums |= {"training text": [training]} if training else {}
+    return Kind(log, events["settings"]["settings"], sums)
+
+
+def refuse_other_settings(one: Kind, first: Kind, may_differ: set[str] = MAY_DIFFER) -> None:
+    """Raises UserError, by name, for the first setting in which two runs differ and may not."""
+    for name in dict.fromkeys([*first.settings, *one.settings]):
+        found, expected = one.settings.get(name), first.settings.get(name)
+        differ = f"{one.log} has {name.upper()}={found}, but {first.log} has {expected}"
+        need(found == expected or name in may_differ, differ)
+
+
+def refuse_other_data(runs: list[Kind]) -> None:
+    """Raises UserError for runs that scored or read other text, or with another tokenizer."""
+    for name in ("validation", "tokenizer", "training text"):
+        told = [run for run in runs if name in run.data]
+        for run in told[1:]:
+            same = run.data[name] == told[0].data[name]
+            need(same, f"{run.log} has another {name} than {told[0].log}, by its digest")
+
+
+def refuse_repeats(runs: list[Kind]) -> None:
+    """Raises UserError for two runs of one kind that have the same clock and seed.
+
+    One of them may be the other's copy: the spread of the two is not that of two seeds.
+    """
+    seen: dict[tuple, Path] = {}
+    for run in runs:
+        clock, seed = (run.settings.get(name) for name in ("max_wallclock_seconds", "seed"))
+        told = f"{run.log} has SEED={seed} at {clock:g} s, as {seen.get((clock, seed))} has"
+        need((clock, seed) not in seen, told)
+        seen[clock, seed] = run.log
 
 
 def not_a_log(path: Path) -> UserError:

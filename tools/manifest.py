@@ -8,8 +8,14 @@ manifest that does not fit them is of other data.
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.package", file=sys.stderr)
+    sys.exit(2)
 
 from tools.command import UserError, need
 from tools.contradictions import files_of

@@ -25,7 +25,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools import known
-from tools.command import Parser, UserError, run_command
+from tools.command import Parser, UserError, need_place, run_command, write_picture
 from tools.logs import last_run, split_text, spread
 
 NAMES = {"run_id", "seed", "log_dir", "artifact", "overwrite"}  # no part of what was measured
@@ -129,7 +129,7 @@ def plot(points: list[Point], marks: list[tuple[float, str]], title: str, out: P
     axes.margins(x=0.15, y=0.12)  # room for the names
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out, dpi=150)
+    write_picture(out, figure)
 
 
 def read_marks(given: list[list[str]]) -> list[tuple[float, str]]:
@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("--mark", nargs=2, action="append", default=[], metavar=("BPB", "TEXT"))
     parser.add_argument("--title", help="in place of which text the logs say was scored")
     options = parser.parse_args()
+    need_place(options.out, *options.logs, ending=".png")
     points = read_points(options.logs)
     title = options.title or "; ".join(dict.fromkeys(point.text for point in points))
     plot(points, read_marks(options.mark), title, options.out)

@@ -12,6 +12,7 @@ token (requirements-dev.txt); --csv writes all in one table for programs, in ful
 
 import argparse
 import csv
+import io
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,15 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.runs", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError, need, run_command
+from tools.command import (
+    Parser,
+    UserError,
+    need,
+    need_place,
+    run_command,
+    write_picture,
+    write_whole,
+)
 from tools.logs import read_records, runs_in, starts_of
 
 # Of a run's settings, what only names its files, and what the column "run" says.
@@ -207,13 +216,14 @@ def print_table(rows: list[list[str]]) -> None:
 
 def write_csv(runs: list[Run], settings: list[str], out: Path) -> None:
     """The same table in full digits."""
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", *settings, *FIGURES, "state"])
-        for run in runs:
-            chosen = [text_of(run.settings.get(name)) for name in settings]
-            figures = [text_of(run.figures.get(name)) for name in FIGURES]
-            writer.writerow([run.name, *chosen, *figures, run.state])
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(["run", *settings, *FIGURES, "state"])
+    for run in runs:
+        chosen = [text_of(run.settings.get(name)) for name in settings]
+        figures = [text_of(run.figures.get(name)) for name in FIGURES]
+        writer.writerow([run.name, *chosen, *figures, run.state])
+    write_whole(out, file.getvalue())
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -257,7 +267,7 @@ def plot(runs: list[Run], out: Path) -> None:
     means = f"\nmean of {2 * REACH + 1} lines where a run has {FEW}" if longest >= FEW else ""
     axes[0].set_ylabel(f"training loss, nats{means}")
     axes[0].legend(fontsize=8)
-    figure.savefig(out, dpi=150)
+    write_picture(out, figure)
 
 
 def find_logs(paths: list[Path]) -> list[Path]:
@@ -292,7 +302,12 @@ def main() -> int:
     add("--plot", type=Path, metavar="PNG", help="training losses")
     add("--csv", type=Path, metavar="FILE", help="the table in full digits")
     given = parser.parse_args()
-    runs = [read_run(path) for path in find_logs(given.logs)]
+    logs = find_logs(given.logs)
+    if given.csv:
+        need_place(given.csv, *logs)
+    if given.plot:
+        need_place(given.plot, *logs, ending=".png")
+    runs = [read_run(path) for path in logs]
     column = given.sort.lower()
     known = {*FIGURES, *(name for run in runs for name in run.settings)}
     need(column in known, f"--sort {given.sort}: neither a setting nor {', '.join(FIGURES)}")

@@ -29,7 +29,7 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.scaling", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError, need, run_command
+from tools.command import Parser, UserError, need, need_place, run_command, write_picture
 from tools.logs import last_run, rank_count
 
 MOST_PASSES = 1.2  # over the training text, of a run that is fitted
@@ -180,7 +180,7 @@ def plot(kinds: dict[str, list[Run]], curves: dict[str, Curve], ahead: float, ou
     axes.set_title(f"{CAPTION}; hollow: over {MOST_PASSES} passes, not fitted", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out, dpi=150)
+    write_picture(out, figure)
 
 
 def main() -> int:
@@ -194,6 +194,7 @@ def main() -> int:
     add("--seed", type=int, default=0, help="of the refits' noise (0)")
     add("--out", type=Path, required=True, metavar="PNG")
     given = parser.parse_args()
+    need_place(given.out, *given.ours, *given.twin, ending=".png")
     need(given.training_tokens > 0, f"--training-tokens {given.training_tokens} should be above 0")
     need(given.to > 0, f"--to {given.to} should be above 0")
     random = np.random.default_rng(given.seed)

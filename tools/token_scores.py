@@ -44,8 +44,18 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, UserError, need, run_command, write_whole
-from tools.logs import last_run, number_in
+from tools.command import Parser, UserError, need, need_place, run_command, write_whole
+from tools.logs import (
+    CLOCK,
+    MAY_DIFFER,
+    Kind,
+    kind_of,
+    last_run,
+    number_in,
+    refuse_other_data,
+    refuse_other_settings,
+    refuse_repeats,
+)
 
 POSITIONS = (64, 256, 1024, 2048)  # the last number of each row but one
 DISTANCES = (16, 64, 256, 1024)
@@ -55,6 +65,8 @@ PIECES = ("new", "token before", "pair before", "three before")
 END = "document's end"
 BLOCK = 1 << 23  # tokens that are counted at once
 WINDOWS = ("vocab_size", "train_seq_len", "document_reset", "document_scope")  # must agree
+# What EVAL_ONLY does not take over from the run that trained, or may be given otherwise.
+AFRESH = {name for name, group in t.FIELDS.items() if group in ("run", "evaluation", "sample")}
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -67,8 +79,13 @@ class Run(NamedTuple):
     settings: dict
     val_loss: float
     val_bpb: float
-    hashes: dict[str, list[str]]  # SHA-256 of its validation shards and of its tokenizer, sorted
-    training: str | None  # digest of its training shards' names and lengths; not of EVAL_ONLY
+    kind: Kind
+
+    @property
+    def scores(self) -> Path:
+        """The file that it wrote, there or beside its log."""
+        path = Path(self.settings["eval_nll_path"])
+        return path if path.is_file() else self.log.with_name(path.name)
 
     @property
     def clock(self) -> float:
@@ -81,12 +98,9 @@ def read_run(path: Path) -> Run:
     events = last_run(path)
     try:
         settings, final = events["settings"]["settings"], events["final"]
-        kinds = ("validation", "tokenizer")
-        hashes = {kind: sorted(events["hashes"][kind].values()) for kind in kinds}
         mode, scores = final["mode"], settings["eval_nll_path"]
-        training = events.get("training_data", {}).get("digest")
         scored = [number_in(final, name) for name in ("val_loss", "val_bpb")]
-        run = Run(path, settings, *scored, hashes, training)
+        run = Run(path, settings, *scored, kind_of(path, events))
         missing = {*WINDOWS, "seed"} - settings.keys()
         trained = run.clock > 0
     except (KeyError, TypeError, AttributeError):
@@ -100,23 +114,29 @@ def read_run(path: Path) -> Run:
 
 
 def refuse_mixture(runs: list[Run]) -> None:
-    """Raises UserError for runs that scored other tokens than the first, or in other windows."""
+    """Raises UserError for runs of other text or tokens than the first, or of other windows."""
     first = runs[0]
+    refuse_other_data([run.kind for run in runs])
     for run in runs[1:]:
-        for kind, found in run.hashes.items():
-            same = found == first.hashes[kind]
-            need(same, f"{run.log} has another {kind} than {first.log}, by SHA-256")
         for name in WINDOWS:
             here, there = run.settings[name], first.settings[name]
             differ = f"{run.log} has {name.upper()}={here}, but {first.log} {there}"
             need(here == there, f"{differ}: their windows show other tokens")
 
 
+def refuse_other_kinds(runs: list[Run]) -> None:
+    """Raises UserError for runs of one kind that differ in more than clock and seed."""
+    first = runs[0]
+    for run in runs[1:]:
+        again = run.settings.get("eval_only") or first.settings.get("eval_only")
+        may_differ = MAY_DIFFER | CLOCK | (AFRESH if again else set())
+        refuse_other_settings(run.kind, first.kind, may_differ)
+    refuse_repeats([run.kind for run in runs])
+
+
 def read_nats(run: Run, targets: int) -> np.ndarray:
     """Its scores, float32 (targets,). Raises UserError if the file holds something else."""
-    path = Path(run.settings["eval_nll_path"])
-    if not path.is_file():
-        path = run.log.with_name(path.name)
+    path = run.scores
     try:
         with path.open("rb") as file:
             nats = np.load(file, allow_pickle=False)
@@ -177,29 +197,36 @@ def describe_text(validation: t.ValidationSet, settings: t.Settings) -> Text:
 
 
 def open_text(run: Run, data: str, tokenizer: str) -> tuple[Text, np.ndarray]:
-    """A run's text and how often each token occurs in its training text, int64 (vocabulary,).
+    """A run's text, and how often each token occurs in its training text, int64 (vocabulary,).
 
     data and tokenizer are a folder and a file that the run's paths give way to, unless "". Raises
-    UserError if what lies there is not what the run had.
+    UserError if what lies there is not what the run had. That is known best of one that trained.
     """
     names = (*WINDOWS, "data_path", "tokenizer_path", "eval_any_tokens")
     told = {name: run.settings[name] for name in names}
     told |= {"data_path": data} if data else {}
     told |= {"tokenizer_path": tokenizer} if tokenizer else {}
     settings = t.Settings(**told, eval_mode="plain", ttt_enabled=False, eval_only=True)
-    model = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
-    validation = t.load_validation(settings, model)
-    found = {"validation": sorted(shard.sha256 for shard in validation.shards)}
-    found["tokenizer"] = [t.file_sha256(settings.tokenizer_path)]
-    paths = {"validation": settings.data_path, "tokenizer": settings.tokenizer_path}
-    for kind, sha256 in found.items():
-        same = sha256 == run.hashes[kind]
-        need(same, f"{paths[kind]}: {run.log} has another {kind}, by SHA-256")
+    model, folder = Path(settings.tokenizer_path), Path(settings.data_path)
+    need(model.is_file(), f"no tokenizer at {model}, where {run.log} had it: give --tokenizer FILE")
+    need_same(run, "tokenizer", [t.file_sha256(model)], f"{model}", "--tokenizer FILE")
+    for kind in ("val", "train"):
+        there = any(folder.glob(f"*_{kind}_*.bin"))
+        need(there, f"no *_{kind}_*.bin in {folder}, where {run.log} had them: give --data FOLDER")
+    opened = t.Tokenizer(settings.tokenizer_path, settings.vocab_size)
+    validation = t.load_validation(settings, opened)
+    sums = sorted(shard.sha256 for shard in validation.shards)
+    need_same(run, "validation", sums, f"{folder}", "--data FOLDER")
     shards = t.open_shards(settings.data_path, "train")
     digest = t.summarize_shards(shards)["digest"]
-    same = run.training in (None, digest)
-    need(same, f"{settings.data_path}: {run.log} has other training shards")
+    need_same(run, "training text", [digest], f"{folder}", "--data FOLDER")
     return describe_text(validation, settings), count_tokens(shards, settings.vocab_size)
+
+
+def need_same(run: Run, kind: str, sums: list[str], where: str, option: str) -> None:
+    """Raises UserError if what lies somewhere is not what the run had, where its log tells that."""
+    same = run.kind.data.get(kind, sums) == sums
+    need(same, f"{where}: {run.log} has another {kind}, by its digest: give {option}")
 
 
 def count_tokens(shards: list[t.Shard], size: int) -> np.ndarray:
@@ -478,6 +505,8 @@ def read_kinds(ours: list[Path], twin: list[Path]) -> dict[str, list[Run]]:
     refuse_mixture(runs)
     paths = {run.log.resolve() for run in runs}
     need(len(paths) == len(runs), "a log is given twice")
+    for found in kinds.values():
+        refuse_other_kinds(found)
     clocks = {name: sorted({run.clock for run in found}) for name, found in kinds.items()}
     told = [f"{name}: {' '.join(f'{x:g}' for x in found)}" for name, found in clocks.items()]
     need(clocks["ours"] == clocks["twin"], f"the kinds have other clocks, {'; '.join(told)}")
@@ -495,7 +524,11 @@ def main() -> int:
     add("--out", type=Path, required=True, metavar="JSON")
     given = parser.parse_args()
     kinds = read_kinds(given.ours, given.twin)
-    text, counts = open_text(kinds["ours"][0], given.data, given.tokenizer)
+    runs = kinds["ours"] + kinds["twin"]
+    model = Path(given.tokenizer or runs[0].settings["tokenizer_path"])
+    need_place(given.out, *(path for run in runs for path in (run.log, run.scores)), model)
+    trained = [run for run in runs if "training text" in run.kind.data]  # whose digest is known
+    text, counts = open_text((trained or runs)[0], given.data, given.tokenizer)
     targets = len(text.targets)
     nats = {name: by_clock(runs, targets) for name, runs in kinds.items()}
     clocks = {clock: Scores(ours, nats["twin"][clock]) for clock, ours in nats["ours"].items()}

@@ -21,7 +21,7 @@ if not __package__:  # started by its path
     print("error: start it in the repository's folder as python -m tools.report", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError, need, run_command, write_whole
+from tools.command import Parser, UserError, need, need_place, run_command, write_whole
 from tools.logs import not_a_log
 from tools.report import charts, sections
 from tools.report.markup import Html, element, from_markdown, join
@@ -139,6 +139,8 @@ def main() -> int:
     add("--audit", type=Path, metavar="FILE", help="what tools.audit printed")
     given = parser.parse_args()
     paths = find_logs(given.logs)
+    inputs = [*paths, *(path.with_suffix(".txt") for path in paths)]
+    need_place(given.out, *inputs, *([given.audit] if given.audit else []))
     runs = read_runs(paths)
     try:
         text = page(runs, given)
