@@ -21,7 +21,7 @@ from tests.support import SCRIPT, process_environment, run_environment, run_here
 from tools import evidence, pack_script
 from tools.again import read_script
 from tools.command import UserError
-from tools.logs import last_run
+from tools.logs import last_run, split_text
 
 # What may depend on the file that holds the code: classes by name, lines of code, __file__.
 LITTLE = '''"""Parameter Golf, in little: it does what asks Python for names and lines."""
@@ -138,6 +138,7 @@ def test_the_command_packs_compares_and_writes_over_no_readable_file(tmp_path):
     [
         (b"\xff", "no Python"),
         (b"if", "no Python"),
+        (b"", "the script is empty"),
         (b'"a\x0cb"\n', "ends otherwise"),
         (pack_script.FIRST.encode() + b'"""\n', "already"),
     ],
@@ -290,6 +291,7 @@ def repacked(source: str, claimed: str = LITTLE, more: bytes = b"") -> bytes:
 
 
 HONEST = pack_script.pack(LITTLE.encode())
+FORMER = pack_script.render(LITTLE.encode(), bz2.compress(LITTLE.encode()), pack_script.FORMER_TAIL)
 HOSTILE = LITTLE + "print('scores of my own')\n"
 BENT = {
     "another source, honestly packed": pack_script.pack(HOSTILE.encode()),
@@ -344,3 +346,41 @@ def test_a_damaged_file_does_not_run(tmp_path):
     done = start(path)
     assert "is damaged" in done.stderr
     assert "scores of my own" not in done.stdout
+
+
+@pytest.mark.parametrize("mark", [b"!", b"\xc3\xa9", b"#", b""], ids=ascii)
+def test_data_that_are_bent_are_told_as_damaged(tmp_path, mark):
+    """They ended in the decoder's own error, "Invalid data stream"."""
+    path = tmp_path / "little.py"
+    start_of_digits = HONEST.index(b'PACKED = """\n') + len(b'PACKED = """\n') + 30
+    path.write_bytes(HONEST[:start_of_digits] + mark + HONEST[start_of_digits + 1 :])
+    done = start(path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: {path} is damaged: ")
+
+
+def test_a_script_that_was_packed_as_it_was_done_before_is_packed():
+    """Runs' text logs begin with such files, so that they are held against their source."""
+    assert FORMER != HONEST
+    assert pack_script.unpack(FORMER) == LITTLE.encode()
+    log = SCRIPT.parent / "logs" / "web-packed" / "f-180-7.txt"
+    script, _ = split_text(log, log.read_text(encoding="utf-8"))
+    source = pack_script.unpack(script[script.index(pack_script.FIRST) :].encode())
+    assert source.startswith(b'"""Parameter Golf')
+
+
+def test_what_is_not_as_it_was_packed_is_shown_where_it_differs(tmp_path):
+    with pytest.raises(UserError, match=r"its lines end by \\r\\n, those of a packed script"):
+        pack_script.unpack(HONEST.replace(b"\n", b"\r\n"))
+    with pytest.raises(UserError, match="line 1 is not .* compressed, and more"):
+        pack_script.unpack(HONEST.replace(b"source, compressed.", b"source, compressed, and more."))
+
+
+def test_no_device_is_read_or_written_over(tmp_path):
+    """/dev/full was read without end."""
+    source = tmp_path / "train_gpt.py"
+    source.write_text(LITTLE)
+    command = ["-m", "tools.pack_script", "--script", source, "--out", "/dev/full"]
+    done = start(*command, cwd=SCRIPT.parent)
+    assert done.returncode == 2
+    assert "/dev/full is no ordinary file" in done.stderr

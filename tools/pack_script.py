@@ -20,6 +20,7 @@ import argparse
 import base64
 import bz2
 import hashlib
+import os
 import sys
 from pathlib import Path
 from string import Template
@@ -29,7 +30,7 @@ if not __package__:  # started by its path
     print(f"error: {hint}", file=sys.stderr)
     sys.exit(2)
 
-from tools.command import Parser, UserError, need, run_command, write_whole
+from tools.command import Parser, UserError, need, need_place, run_command, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 READABLE = "train_gpt_readable.py"  # the source in a submission's folder, beside what was run
@@ -67,7 +68,10 @@ TAIL = '''
 
 def unpack_source():
     """The source as code. Whoever asks Python for lines of this file is shown the source's."""
-    source = bz2.decompress(base64.b85decode("".join(PACKED.split())))
+    try:
+        source = bz2.decompress(base64.b85decode("".join(PACKED.split())))
+    except (OSError, ValueError):
+        source = b""  # no such digits, or no such data
     if hashlib.sha256(source).hexdigest() != SHA256:
         raise ImportError(f"{__file__} is damaged: what it holds has another SHA-256 than it says")
     lines = source.decode().splitlines(keepends=True)
@@ -78,18 +82,25 @@ def unpack_source():
 if __name__ == "__main__" and sys.version_info < (3, 13):
     sys.excepthook = traceback.print_exception  # older Pythons' own reads lines from the disk
 '''
+# What was packed before damaged data had the error of a damaged file is held to be packed, too.
+FORMER_TAIL = TAIL.replace("    try:\n        source", "    source").replace(
+    """    except (OSError, ValueError):
+        source = b""  # no such digits, or no such data
+""",
+    "",
+)
 LAST = """# Of this number the source has an empty line, so that tracebacks show none for this one.
 exec(unpack_source(), globals())
 """
 
 
-def render(source: bytes, compressed: bytes) -> bytes:
+def render(source: bytes, compressed: bytes, tail: str = TAIL) -> bytes:
     """The packed file: all of it follows from the source, but how that is compressed."""
     sha256 = hashlib.sha256(source).hexdigest()
     head = HEAD.substitute(first=FIRST, size=f"{len(source):,}", sha256=sha256)
     digits = base64.b85encode(compressed).decode()
     rows = [digits[start : start + COLUMNS] for start in range(0, len(digits), COLUMNS)]
-    text = head + "\n".join(rows) + TAIL
+    text = head + "\n".join(rows) + tail
     lines = source.decode().split("\n")
     number = (text + LAST).count("\n")  # of the last line
     while number <= len(lines) and lines[number - 1].strip():
@@ -105,6 +116,7 @@ def pack(source: bytes) -> bytes:
         compile(source, "the script", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise UserError(f"the script is no Python: {error}") from None
+    need(text.strip(), "the script is empty")
     need(not source.startswith(FIRST.encode()), "the script is packed already")
     # Python's lines and those of str.splitlines(), which tracebacks show, must be the same.
     need(text.splitlines(keepends=True) == python_lines(text), "a line ends otherwise than by \\n")
@@ -126,6 +138,8 @@ def unpack(content: bytes) -> bytes | None:
     """
     if not content.startswith(FIRST.encode()):
         return None
+    # An editor, or Git on Windows, may have changed every line.
+    need(b"\r" not in content, "its lines end by \\r\\n, those of a packed script by \\n alone")
     parts = content.split(b'"""')  # "", the docstring, imports, the compressed source, code
     need(len(parts) > 4, "it says that it is packed, and holds no PACKED")
     decoder = bz2.BZ2Decompressor()
@@ -138,7 +152,7 @@ def unpack(content: bytes) -> bytes | None:
     whole = decoder.eof and not decoder.unused_data
     need(whole, "its PACKED is cut off, or holds more than a source")
     expected = render(source, compressed)
-    if content != expected:
+    if content not in (expected, render(source, compressed, FORMER_TAIL)):
         raise UserError(first_difference(content, expected))
     return source
 
@@ -155,8 +169,10 @@ def first_difference(content: bytes, expected: bytes) -> str:
     pairs = enumerate(zip(found, wanted, strict=False), 1)
     shorter = min(len(found), len(wanted)) + 1
     number = next((number for number, (one, other) in pairs if one != other), shorter)
-    line = found[number - 1] if number <= len(found) else "nothing"
-    return f"its line {number:,} is not what tools.pack_script writes: {line[:80]!r}"
+    one, other = (lines[number - 1 : number] or ["nothing"] for lines in (found, wanted))
+    start = len(os.path.commonprefix([*one, *other])) // 40 * 40  # where they still are the same
+    shown = one[0][start : start + 80]
+    return f"its line {number:,} is not what tools.pack_script writes: {shown!r}"
 
 
 def checked(path: Path, script: Path) -> tuple[int, str]:
@@ -185,10 +201,11 @@ def main() -> int:
         return status
     source = given.script.read_bytes()
     packed = pack(source)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    need_place(given.out)
     # A readable script, perhaps the one that is packed, is nothing to write over.
     other = given.out.exists() and not given.out.read_bytes().startswith(FIRST.encode())
     need(not other, f"{given.out} is there already and is not a packed script: give another --out")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(given.out, packed.decode())
     saved = len(source) - len(packed)
     print(f"{given.out}: {len(packed):,} bytes, {saved:,} fewer than {given.script} has")
