@@ -1,10 +1,11 @@
 """Does a lead last? Fits BPB against training seconds for two kinds of runs and looks ahead.
 
-    python -m tools.scaling --ours logs/h*.jsonl --twin logs/t*.jsonl --training-tokens 219000000 \\
-        --to 4800 --out docs/lead.png
+    python -m tools.scaling --ours logs/h-*.jsonl --twin logs/t-*.jsonl --to 4800 --out lead.png
 
-Logs are of finished runs that differ in MAX_WALLCLOCK_SECONDS and SEED. A run's seconds are those
-of all its GPUs together, without EXPORT_RESERVE_SECONDS, and its score is BPB before quantization:
+Logs are of finished runs; those of a kind differ in MAX_WALLCLOCK_SECONDS and SEED alone, those of
+both kinds have the same text, tokenizer and GPUs, by what the logs say: others are refused. A run's
+seconds are those of all its GPUs together, without EXPORT_RESERVE_SECONDS, and its score is BPB
+before quantization:
 
     bpb(seconds) = floor + scale · seconds^(-power)
 
@@ -12,8 +13,10 @@ by least squares with a floor of at least 0, at least three different clocks. A 
 training text more than 1.2 times learns from repetition, which unlimited text would not give: it is
 drawn, and not fitted. Intervals hold 90 of 100 refits, each of the fitted curve with noise of the
 size that the runs show around it; three runs show none, and have no interval. First the curve is
-tested: it is fitted without the longest clock and foretells that one. Then the table says BPB of
-both kinds and the lead, at the clocks measured and at those ahead. Needs matplotlib
+tested: it is fitted without the longest clock and foretells that one. A kind whose interval does
+not hold what was measured there has failed: of it nothing ahead can be believed, which the table
+and the picture say. Then the table has BPB of both kinds and the lead, at the clocks measured and
+at --to. The picture's curves are broken lines beyond the clocks measured. Needs matplotlib
 (requirements-dev.txt).
 """
 
@@ -30,13 +33,25 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools.command import Parser, UserError, need, need_place, run_command, write_picture
-from tools.logs import last_run, rank_count
+from tools.logs import (
+    CLOCK,
+    MAY_DIFFER,
+    Kind,
+    kind_of,
+    last_run,
+    number_in,
+    rank_count,
+    refuse_other_data,
+    refuse_other_settings,
+    refuse_repeats,
+)
 
 MOST_PASSES = 1.2  # over the training text, of a run that is fitted
 REFITS = 400
 INTERVAL = (5, 95)  # percentiles of the refits
 POWERS = np.linspace(0.05, 2.0, 196)  # which are tried
-CAPTION = "unlimited fresh text, this batch"
+LAST_DIGIT = 5e-5  # BPB: half of what a table shows
+FARTHEST = 1e9  # seconds: a GPU's thirty years
 
 
 class Run(NamedTuple):
@@ -45,6 +60,8 @@ class Run(NamedTuple):
     seconds: float  # of all GPUs, without the time for export
     bpb: float  # before quantization
     passes: float  # over the training text
+    kind: Kind  # what it must have in common with others
+    hardware: str  # the GPUs' name
 
 
 class Curve(NamedTuple):
@@ -68,19 +85,41 @@ def values(parameters: np.ndarray, seconds) -> np.ndarray:
     return floor + scale * seconds**-power
 
 
-def read_run(path: Path, training_tokens: int) -> Run:
-    """What a log says. Raises UserError if it is not a finished run's."""
+def read_run(path: Path) -> Run:
+    """What a log says. Raises UserError if it is not a finished run's, or an older script's."""
     events = last_run(path)
     try:
         settings, trained = events["settings"]["settings"], events["trained"]
-        gpus = rank_count(events["settings"]["machine"])
+        machine = events["settings"]["machine"]
+        gpus, hardware = rank_count(machine), machine["hardware"].partition(" × ")[2]
         clock = settings["max_wallclock_seconds"] - settings["export_reserve_seconds"]
-        tokens = trained["steps"] * settings["train_batch_tokens"]
-        run = Run(gpus * clock, trained["val_bpb"], tokens / training_tokens)
-    except (KeyError, TypeError, ValueError):
+        read = trained["steps"] * settings["train_batch_tokens"]
+        bpb = number_in(trained, "val_bpb")
+        told = "training_data" in events and "hashes" in events
+        need(told, f"{path} does not say which text was read: its script is older")
+        passes = read / events["training_data"]["tokens"]
+        run = Run(gpus * clock, bpb, passes, kind_of(path, events), hardware)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise UserError(f"{path} is not the .jsonl log of a finished run") from None
-    need(run.seconds > 0, f"{path} was not trained by the clock, MAX_WALLCLOCK_SECONDS")
+    need(bpb is not None and bpb > 0, f"{path} has no score: its val_bpb is no number above 0")
+    by_clock = run.seconds > 0 and math.isfinite(run.seconds)
+    need(by_clock, f"{path} was not trained by the clock, MAX_WALLCLOCK_SECONDS")
     return run
+
+
+def read_kinds(ours: list[Path], twin: list[Path]) -> dict[str, list[Run]]:
+    """The runs of both kinds. Raises UserError unless each is one kind, and all had the same."""
+    kinds = {"ours": [read_run(path) for path in ours], "twin": [read_run(path) for path in twin]}
+    every = [run for runs in kinds.values() for run in runs]
+    refuse_other_data([run.kind for run in every])
+    for run in every:
+        ran = f"{run.kind.log} ran on {run.hardware}, but {every[0].kind.log} on"
+        need(run.hardware == every[0].hardware, f"{ran} {every[0].hardware}")
+    for runs in kinds.values():
+        for run in runs:
+            refuse_other_settings(run.kind, runs[0].kind, MAY_DIFFER | CLOCK)
+        refuse_repeats([run.kind for run in runs])
+    return kinds
 
 
 def least_squares(seconds: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -107,12 +146,16 @@ def least_squares(seconds: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return found
 
 
+def fitted(runs: list[Run]) -> list[Run]:
+    """The runs that did not learn from repetition."""
+    return [run for run in runs if run.passes <= MOST_PASSES]
+
+
 def fit(runs: list[Run], random: np.random.Generator) -> Curve:
     """The curve through some runs, with refits. Raises UserError for fewer than three clocks."""
     seconds = np.array([run.seconds for run in runs])
     scores = np.array([run.bpb for run in runs])
-    clocks = len(set(seconds))
-    need(clocks >= 3, f"{clocks} different clocks are too few for a curve of three parameters")
+    need_clocks("these runs", runs)
     parameters = least_squares(seconds, scores)
     around = scores - values(parameters, seconds)
     # Three parameters take three degrees of freedom.
@@ -120,6 +163,16 @@ def fit(runs: list[Run], random: np.random.Generator) -> Curve:
     noise = np.sqrt((around**2).sum() / free) if free else math.nan
     noisy = values(parameters, seconds) + noise * random.standard_normal((REFITS, len(runs)))
     return Curve(parameters, least_squares(seconds, noisy))
+
+
+def need_clocks(name: str, runs: list[Run]) -> None:
+    """Raises UserError for a kind of runs that no curve of three parameters can be fitted to."""
+    fresh = fitted(runs)
+    clocks = len({run.seconds for run in fresh})
+    repeated = len(runs) - len(fresh)
+    few = f"{name}: {clocks} different clocks are too few for a curve of three parameters"
+    few += f"; {repeated} runs are of over {MOST_PASSES} passes" if repeated else ""
+    need(clocks >= 3, few)
 
 
 def interval(samples: np.ndarray) -> str:
@@ -130,18 +183,29 @@ def interval(samples: np.ndarray) -> str:
     return f"{low:.4f} to {high:.4f}"
 
 
-def foretold(name: str, runs: list[Run], random: np.random.Generator) -> str:
-    """A line: the longest clock as the shorter ones foretell it, and as it was measured."""
+class Forecast(NamedTuple):
+    """The longest clock as the shorter ones foretell it, and as it was measured."""
+
+    line: str
+    failed: bool  # the interval does not hold what was measured
+
+
+def foretold(name: str, runs: list[Run], random: np.random.Generator) -> Forecast:
+    """The test of a kind's curve, by runs of at least one clock."""
     longest = max(run.seconds for run in runs)
     shorter = [run for run in runs if run.seconds < longest]
     if len({run.seconds for run in shorter}) < 3:
-        return f"{name}: too few clocks to foretell the longest one from the others"
+        line = f"{name}: too few clocks to foretell the longest one from the others"
+        return Forecast(line, failed=False)
     curve = fit(shorter, random)
     measured = np.mean([run.bpb for run in runs if run.seconds == longest])
-    return (
-        f"{name}: {longest:.0f} s foretold {curve.at(longest):.4f} "
-        f"({interval(curve.samples(longest))}), measured {measured:.4f}"
-    )
+    samples = curve.samples(longest)
+    line = f"{name}: {longest:.0f} s foretold {curve.at(longest):.4f} ({interval(samples)}), "
+    line += f"measured {measured:.4f}"
+    low, high = np.percentile(samples, INTERVAL)  # NaN where there is none
+    failed = bool(measured < low - LAST_DIGIT or measured > high + LAST_DIGIT)
+    line += f": outside the interval, so that {name} beyond {longest:.0f} s is not to be believed"
+    return Forecast(line if failed else line.partition(": outside")[0], failed)
 
 
 def table(curves: dict[str, Curve], clocks: list[float]) -> list[str]:
@@ -159,61 +223,80 @@ def table(curves: dict[str, Curve], clocks: list[float]) -> list[str]:
     return lines
 
 
-def plot(kinds: dict[str, list[Run]], curves: dict[str, Curve], ahead: float, out: Path) -> None:
-    """Runs, curves and intervals over the logarithm of the seconds, as PNG."""
+def plot(kinds: dict[str, list[Run]], fits: dict[str, Curve], to: float, failed: set[str]):
+    """A figure: runs, curves and intervals over the logarithm of the seconds.
+
+    Lines are broken beyond the clocks measured; the names of the kinds that failed say so.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for number, (name, runs) in enumerate(kinds.items()):
         color = f"C{number}"
-        line = np.geomspace(min(run.seconds for run in runs), ahead, 100)
-        refits = np.stack([curves[name].samples(x) for x in line])
-        low, high = np.percentile(refits, INTERVAL, axis=1)
-        axes.plot(line, values(curves[name].parameters, line), color=color, label=name)
-        axes.fill_between(line, low, high, color=color, alpha=0.2, linewidth=0)
+        clocks = [run.seconds for run in fitted(runs)]
+        label = f"{name}: failed its test, foretells nothing" if name in failed else name
+        parts = [(min(clocks), max(clocks), "-", label), (max(clocks), to, "--", None)]
+        for first, last, style, text in parts:
+            line = np.geomspace(first, max(first, last), 100)
+            refits = np.stack([fits[name].samples(x) for x in line])
+            low, high = np.percentile(refits, INTERVAL, axis=1)
+            shape = {"color": color, "linestyle": style, "label": text}
+            axes.plot(line, values(fits[name].parameters, line), **shape)
+            axes.fill_between(line, low, high, color=color, alpha=0.2, linewidth=0)
         for run in runs:
-            fresh = run.passes <= MOST_PASSES
-            face = color if fresh else "none"
+            face = color if run.passes <= MOST_PASSES else "none"
             axes.plot(run.seconds, run.bpb, "o", color=color, markerfacecolor=face)
     axes.set(xscale="log", xlabel="GPU-seconds of training", ylabel="BPB before quantization")
-    axes.set_title(f"{CAPTION}; hollow: over {MOST_PASSES} passes, not fitted", fontsize=9)
+    title = "broken lines: foretold, if text of this kind did not end, at this batch\n"
+    axes.set_title(f"{title}hollow: over {MOST_PASSES} passes, not fitted", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    write_picture(out, figure)
+    return figure
 
 
-def main() -> int:
-    """Reads the logs, prints forecasts and the table, draws the plot."""
+def caption(longest: float, failed: set[str]) -> str:
+    """What stands above the table."""
+    text = f"Rows beyond {longest:.0f} s: if text of this kind did not end, at this batch"
+    names = " and ".join(sorted(failed))
+    return text + (f"; but {names} failed the test, believe none of them" if failed else "")
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line; UserError if it makes no sense."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ours", nargs="+", type=Path, required=True, metavar="LOG", help="runs' .jsonl")
     add("--twin", nargs="+", type=Path, required=True, metavar="LOG", help="runs to compare with")
-    add("--training-tokens", type=int, required=True, metavar="N", help="in the training shards")
     add("--to", type=float, default=4800, metavar="SECONDS", help="of all GPUs together (4800)")
     add("--seed", type=int, default=0, help="of the refits' noise (0)")
     add("--out", type=Path, required=True, metavar="PNG")
     given = parser.parse_args()
+    need(0 < given.to <= FARTHEST, f"--to {given.to} should be above 0, at most {FARTHEST:g}")
+    need(given.seed >= 0, f"--seed {given.seed} should be at least 0")
     need_place(given.out, *given.ours, *given.twin, ending=".png")
-    need(given.training_tokens > 0, f"--training-tokens {given.training_tokens} should be above 0")
-    need(given.to > 0, f"--to {given.to} should be above 0")
+    return given
+
+
+def main() -> int:
+    """Reads the logs, draws the plot, prints forecasts and the table."""
+    given = read_arguments()
     random = np.random.default_rng(given.seed)
-    kinds = {
-        name: [read_run(path, given.training_tokens) for path in paths]
-        for name, paths in (("ours", given.ours), ("twin", given.twin))
-    }
-    fresh = {
-        name: [run for run in runs if run.passes <= MOST_PASSES] for name, runs in kinds.items()
-    }
+    kinds = read_kinds(given.ours, given.twin)
+    for name, runs in kinds.items():
+        need_clocks(name, runs)
+    fresh = {name: fitted(runs) for name, runs in kinds.items()}
     curves = {name: fit(runs, random) for name, runs in fresh.items()}
-    plot(kinds, curves, given.to, given.out)
+    tests = {name: foretold(name, runs, random) for name, runs in fresh.items()}
+    failed = {name for name, test in tests.items() if test.failed}
+    write_picture(given.out, plot(kinds, curves, given.to, failed))
     for name, runs in fresh.items():
-        print(foretold(name, runs, random))
+        print(tests[name].line)
         left_out = len(kinds[name]) - len(runs)
         if left_out:
             print(f"{name}: {left_out} runs of over {MOST_PASSES} passes are not fitted")
     measured = {run.seconds for runs in fresh.values() for run in runs}
-    print(f"\n{CAPTION}:\n")
+    print(f"\n{caption(max(measured), failed)}:\n")
     print("\n".join(table(curves, sorted(measured | {given.to}))))
     return 0
 
