@@ -29,7 +29,7 @@ from tests.support import (
     validation_set,
     with_settings,
 )
-from tools import dry_run, fit_bytes
+from tools import dry_run, fit_bytes, hand_over
 from tools.command import UserError
 from tools.logs import last_run, rank_count
 
@@ -389,6 +389,34 @@ def test_the_first_tools_that_are_found_are_started_with_the_script(monkeypatch,
     tool = str(places[found] / "tools" / "hand_over.py")
     script = str(folder / SCRIPT.name)
     assert started == [sys.executable, [sys.executable, tool, "--dry-run", script, "--k", "8"]]
+
+
+NAMES = ["train_gpt.v1.py", "script.txt", "train_gpt", "copy.py", "tools.py"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_of_any_name_is_the_one_that_is_loaded(monkeypatch, tmp_path, name):
+    """By its path: of other names, Python found another file, or none."""
+    for other in NAMES:
+        (tmp_path / other).write_text(f"read_settings = 'of {other}'\nimport copy\ncopy.deepcopy\n")
+    (tmp_path / "train_gpt.py").write_text("raise SystemExit('beside it')\n")
+    monkeypatch.setitem(sys.modules, "train_gpt", t)
+    before = list(sys.path)
+    hand_over.load(tmp_path / name)
+    loaded = sys.modules["train_gpt"]
+    assert (loaded.read_settings, loaded.__file__) == (f"of {name}", str(tmp_path / name))
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("text", [None, "some words\n", "x = 1\n", "\0"], ids=repr)
+def test_what_is_no_script_is_handed_over_in_one_line(tmp_path, text):
+    path = tmp_path / "a.py"
+    if text is not None:
+        path.write_text(text)
+    command = [sys.executable, hand_over.__file__, "--dry-run", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ") and str(path) in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [("tiny",), ("--gpu-memory", "80")], ids=str)
