@@ -1071,6 +1071,20 @@ class Report:
 COMPARED = ("ms", "step_ms", "tokens_per_s", "peak_GB", "seconds", "GB_per_s", "TFLOP_per_s")
 
 
+def compared_columns(rows: list[dict]) -> list[str]:
+    """Of two rows of one name: what was measured, not what follows from that.
+
+    Rows that have nothing by COMPARED's names, as a start-up's stages, have all their numbers.
+    """
+    columns = dict.fromkeys(column for row in rows for column in row)
+    measured = [column for column in COMPARED if column in columns]
+    return measured or [
+        column
+        for column in columns
+        if all(isinstance(row.get(column, 0), (int, float)) for row in rows)
+    ]
+
+
 def compare(before: dict, after: dict) -> str:
     """Both reports as one table: what was measured, before, after, and after as a multiple of
     before.
@@ -1087,10 +1101,8 @@ def compare(before: dict, after: dict) -> str:
         rows = before.get(part, {}), after.get(part, {})
         for name in dict.fromkeys((*rows[0], *rows[1])):
             pair = [side.get(name, {}) for side in rows]
-            for column in COMPARED:
+            for column in compared_columns(pair):
                 values = [row.get(column, "failed" if "error" in row else "-") for row in pair]
-                if not any(column in row for row in pair):
-                    continue
                 both = all(column in row for row in pair)
                 ratio = f"{values[1] / values[0]:.3f}" if both and values[0] else "-"
                 cells = "".join(f"{cell:>14}" for cell in (*map(show, values), ratio))
@@ -1212,12 +1224,26 @@ def time_step_cases(
 def load(file: str) -> dict:
     """A saved report. Raises UserError for a file that is none.
 
-    Only that it is JSON is looked at: older reports lack parts.
+    Which parts it has is not looked at: older reports lack some.
     """
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise t.UserError(f"{file} holds no saved results: {error}") from None
+    if not is_report(found):
+        raise t.UserError(f"{file} holds other results than those of bench.bench --out")
+    return found
+
+
+def is_report(found) -> bool:
+    """Whether a value is as Report saves it: {part: {row: {column: value}}}, and the machine."""
+    if not (isinstance(found, dict) and isinstance(found.get("machine"), dict)):
+        return False
+    parts = [part for name, part in found.items() if name != "machine"]
+    rows = [row for part in parts if isinstance(part, dict) for row in part.values()]
+    values = [value for row in rows if isinstance(row, dict) for value in row.values()]
+    tables = all(isinstance(table, dict) for table in (*parts, *rows))
+    return tables and all(isinstance(value, (str, int, float)) for value in values)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -366,7 +366,7 @@ def test_compare_prints_ratios_and_what_only_one_has(tmp_path, capsys):
     after = {
         "machine": {"hardware": "1 × Y", "torch": "2.11"},
         "kernels": {"scan": {"ms": 1.0, "ratio": 2.0}, "MLP": {"ms": 3.0}},
-        "startup": {"cold": {"seconds": 20.0}},
+        "startup": {"cold": {"imported": 4.0, "step done": 20.0, "compiler": "a 1.0"}},
     }
     files = [tmp_path / "before.json", tmp_path / "after.json"]
     for file, report in zip(files, (before, after), strict=True):
@@ -383,8 +383,36 @@ def test_compare_prints_ratios_and_what_only_one_has(tmp_path, capsys):
         "steps: peer7: step_ms": ["650.0", "-", "-"],
         "steps: peer7: tokens_per_s": ["1,613,193", "-", "-"],
         "steps: peer7: peak_GB": ["29.9", "-", "-"],
-        "startup: cold: seconds": ["-", "20.0", "-"],
+        "startup: cold: imported": ["-", "4.000", "-"],
+        "startup: cold: step done": ["-", "20.0", "-"],
     }
+
+
+def test_no_part_of_a_saved_report_is_left_out_of_a_comparison(capsys):
+    """The start-up's stages and the profile's kinds were."""
+    for file in ("startup.json", "two-ranks.json"):
+        path = str(ROOT / "bench" / "results" / file)
+        assert bench.main(["--compare", path, path]) == 0
+        text = capsys.readouterr().out
+        for part, rows in json.loads(Path(path).read_text()).items():
+            for name in rows if part != "machine" else ():
+                assert f"\n{part}: {name}: " in text
+
+
+def test_other_results_are_refused_in_one_line(tmp_path, capsys):
+    three = tmp_path / "three.json"
+    three.write_text('{"machine": {}, "startup": 3}')
+    text = tmp_path / "text.json"
+    text.write_text('{"machine": {}, "steps": {"peer7": {"ms": [1]}}}')
+    results = ROOT / "bench" / "results"
+    others = [results / f"{name}.json" for name in ("steps-ideas", "weight-gradients")]
+    good = str(results / "startup.json")
+    for other in (*others, ROOT / "logs" / "web-clocks" / "tables.json", three, text):
+        for files in ((good, str(other)), (str(other), good)):
+            assert bench.main(["--compare", *files]) == 2
+            said = capsys.readouterr()
+            assert said.out == "" and said.err.count("\n") == 1
+            assert f"{other} holds other results" in said.err
 
 
 def test_a_file_without_results_is_one_line(tmp_path, capsys):
