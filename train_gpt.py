@@ -50,6 +50,7 @@ import collections
 import ctypes
 import datetime
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib
@@ -146,7 +147,7 @@ def explained_errors(doing: str):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {doing}: {error.strerror}") from None
+        raise UserError(f"cannot {doing}: {error.strerror}") from error
 
 
 # ==================================================================================================
@@ -913,7 +914,7 @@ class Shard:
         self.count = int(header[2])
         wanted = SHARD_HEADER_BYTES + 2 * self.count
         problem = f"has {size} bytes, but its header says {wanted}; download it again"
-        need(self.count >= 0 and wanted == size, f"{path} {problem}")
+        need(wanted == size, f"{path} {problem}")
 
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
         """Tokens from number first on, uint16 (count,), all by default; threads may share it."""
@@ -989,9 +990,8 @@ def recorded_hashes(
     """What manifest.json, which data/prepare.py leaves beside shards, says of training shards.
 
     SHA-256 by name, "" for a shard of another size, time of change or sample; how many validation
-    documents are training documents too, None unless it knows all shards and no others; and the
-    validation shards that are not there. It is its maker's word: one that is wrong of a validation
-    shard, by SHA-256, is not believed.
+    documents are training documents too, None unless it knows just the shards that are there; and
+    absent validation shards. If it is wrong of another's SHA-256, nothing of it is believed.
     """
     unknown = {shard.path.name: "" for shard in shards}
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
@@ -1027,8 +1027,7 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
     record["validation"] = {shard.path.name: shard.sha256 for shard in validation}
     recorded, overlap, absent = recorded_hashes(folder, training, record["validation"])
     if absent:
-        lacks = f"{folder} lacks validation shards of its manifest.json: {shown(absent[0])}"
-        log(f"warning: {lacks} is one of {len(absent)}; the score is of the others alone")
+        log(f"warning: {folder} lacks {shown(', '.join(absent))}, which its manifest.json scores")
     record |= {"training": recorded} if training else {}
     for kind, hashes in record.items():
         parts = [f"{shown(name)} {sha256}" for name, sha256 in hashes.items() if sha256]
@@ -1197,9 +1196,7 @@ class ValidationSet(NamedTuple):
 
 
 def load_validation(settings, tokenizer) -> ValidationSet:
-    """All validation shards in one stream; UserError if it is too short, of another tokenizer, or
-    without text.
-    """
+    """The validation shards in one stream; UserError if short, of no text or another tokenizer."""
     shards = open_shards(settings.data_path, "val")
     tokens = np.concatenate([shard.read() for shard in shards])
     short = f"the validation shards hold {len(tokens)} tokens, less than one sequence and a target"
@@ -1208,8 +1205,7 @@ def load_validation(settings, tokenizer) -> ValidationSet:
     if not settings.eval_any_tokens:
         check_tokenizer(settings, tokenizer, shards, "validation")
     target_bytes = tokenizer.target_bytes(tokens)
-    problem = "hold no text: none of their tokens stands for a byte, to score by"
-    need(target_bytes.any(), f"the validation shards {problem}")
+    need(target_bytes.any(), "the validation shards hold no text: no token stands for a byte")
     return ValidationSet(tokens, target_bytes, (*shards,))
 
 
@@ -5739,13 +5735,13 @@ def main(log):
     log.open(settings, ranks, log_name(settings))
     first = ranks.rank == 0
     writes = first and not settings.eval_only
-    unscored = ranks.from_main(find_unscored(settings) if writes else {})
     source = describe_room(settings, given)  # of settings that were not given
     if settings.eval_only:
         found = settings_to_score(settings, given, ranks.world_size) if first else None
         settings, source = ranks.from_main(found)
-    log_settings(log, settings, given, ranks, source)
     check_outputs(settings)
+    unscored = ranks.from_main(find_unscored(settings) if writes else {})
+    log_settings(log, settings, given, ranks, source)
     with claimed_artifact(settings) if writes else nullcontext():
         tokenizer = Tokenizer(settings.tokenizer_path, settings.vocab_size)
         prompt = tokenizer.encode_prompt(settings.sample_prompt)
@@ -5815,9 +5811,20 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
         name = f"{launch}-{next(numbers)}"
 
 
-def check_outputs(settings):
-    """Raises UserError, before anything is trained, for files that could not be written then."""
-    s = settings
+def check_outputs(s):
+    """Raises UserError, before anything is done, for outputs that are other files or cannot be."""
+    read = [__file__, s.tokenizer_path, *Path(s.data_path).glob("*_*_*.bin")]
+    logs = [f"{s.log_dir}/{log_name(s)}.{end}" for end in ("txt", "jsonl")]
+    files = {"what is read": read, "a log": logs, "a checkpoint": [*s.checkpoint_paths, s.resume]}
+    files |= {"ARTIFACT": [s.artifact_path], "EVAL_NLL_PATH": [s.eval_nll_path]}
+    known = {}  # by real paths, what they are; beside a file stand others while it is made
+    for what, names in files.items():
+        for name, end in itertools.product(filter(None, names), ("", ".part", ".late", ".lock")):
+            other = known.setdefault(os.path.realpath(f"{name}{end}"), what)
+            need(other == what, f"{name}{end} would be both {other} and {what}: give each its own")
+    begins = np.fromfile(s.eval_nll_path, "u1", 6) if os.path.isfile(s.eval_nll_path) else b""
+    scores = bytes(begins) in (b"", np.lib.format.MAGIC_PREFIX)
+    check(s, "eval_nll_path", scores, "is there already, and no .npy: choose another name")
     paths = [Path(s.eval_nll_path)] if s.eval_nll_path else []
     if not s.eval_only:
         code = code_bytes()
@@ -5981,19 +5988,20 @@ def left_to_torchrun(line: str) -> bool:
 
 def explain_failure(error: BaseException, settings=None) -> str:
     """One line for what a user can mend, or has asked for; "" for a fault of this script."""
+    full = getattr(error.__cause__, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+    if full or isinstance(error, KeyboardInterrupt):
+        way = "the same command starts over"
+        if settings is not None and not settings.eval_only:
+            saved = any(path.exists() for path in settings.checkpoint_paths)
+            kept = "the last checkpoint" if saved else "the start: nothing that it trained is kept"
+            events = last_records(Path(settings.log_dir, f"{settings.run_id}.jsonl"))
+            kept = "its artifact" if "trained" in events and not settings.overwrite else kept
+            way = f"RUN_ID={settings.run_id} goes on from {kept}"
+        return f"{error}; make room, and {way}" if full else f"stopped by {error}; {way}"
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.filename:
         return f"cannot read or write {shown(error.filename)}: {error.strerror}"
-    if isinstance(error, KeyboardInterrupt):
-        way = "the same command starts over"
-        if settings is not None and not settings.eval_only:
-            saved = any(path.exists() for path in settings.checkpoint_paths)
-            kept = "the last checkpoint" if saved else "the start: it has no checkpoint yet"
-            events = last_records(Path(settings.log_dir, f"{settings.run_id}.jsonl"))
-            kept = "its artifact" if "trained" in events and not settings.overwrite else kept
-            way = f"RUN_ID={settings.run_id} goes on from {kept}"
-        return f"stopped by {error}; {way}"
     gpu = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
     if gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
         return f"out of {gpu}memory: halve MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or TTT_LORA_SLOTS"

@@ -334,7 +334,7 @@ def test_a_launchers_second_signal_on_the_way_out_is_the_same_stop(
 
 SAVED = "the last checkpoint"
 PHASES = {  # what is running, which step the same command goes on from, and what that is called
-    "warm_up": (t.Trainer, None, "the start: it has no checkpoint yet"),
+    "warm_up": (t.Trainer, None, "the start: nothing that it trained is kept"),
     "update": (t.Trainer, "1", SAVED),
     "plain_score": (t, "12", SAVED),
     "quantize_model": (t, "12", SAVED),
@@ -734,6 +734,30 @@ def test_a_stop_while_a_file_is_written_leaves_no_half_one(monkeypatch, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["checkpoint", "nothing"])
+def test_a_disk_that_is_full_in_the_end_says_what_is_kept_and_what_to_do(
+    monkeypatch, capsys, shards, tmp_path, undisturbed, kept
+):
+    """Where a checkpoint found room, room for the artifact is all that the run lacks."""
+    fsync = os.fsync
+
+    def full(file):
+        if not kept or not os.readlink(f"/proc/self/fd/{file}").endswith(".checkpoint.part"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    environment = quick_environment(shards, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        said = mistake(patch, capsys, environment)
+    source = SAVED if kept else "the start: nothing that it trained is kept"
+    way = f"No space left on device; make room, and RUN_ID=a goes on from {source}\n"
+    assert said.endswith(f"cannot write {tmp_path}/a.int6.lzma: {way}")
+    assert run_here(monkeypatch, environment) == 0
+    assert ("a.checkpoint: step 12," in capsys.readouterr().out) == kept
+    assert artifact(tmp_path) == artifact(undisturbed)
+
+
 def test_a_run_outlives_its_console(shards, tmp_path):
     """Whoever read it is gone, by the third line; the log's files are whole, and nothing is said at
     the end.
@@ -762,7 +786,8 @@ def test_a_log_that_can_no_longer_be_written_ends_in_one_line(shards, tmp_path, 
     out = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2
     assert re.fullmatch(
-        r"train_gpt.py: error: cannot write logs.*: No space left on device", out.splitlines()[-1]
+        r"train_gpt.py: error: cannot write logs.*: No space left on device; make room, and .*",
+        out.splitlines()[-1],
     )
     assert "Traceback" not in out
     assert "Exception" not in out

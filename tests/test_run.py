@@ -743,6 +743,82 @@ def test_what_could_not_be_written_in_the_end_is_told_before_training(
     assert said.replace("FOLDER", str(tmp_path)) in line
 
 
+OTHER_FILES = {  # names of a run "a" in FOLDER/q, on data in FOLDER, and what they are
+    "q/a.int6.lzma": "ARTIFACT",
+    "q/a.int6.lzma.late": "ARTIFACT",
+    "q/a.int6.lzma.lock": "ARTIFACT",
+    "q/a.checkpoint": "a checkpoint",
+    "q/a.checkpoint.part": "a checkpoint",
+    "q/a.checkpoint-before": "a checkpoint",
+    "q/a.txt": "a log",
+    "q/../q/a.jsonl": "a log",
+    "words_train_000000.bin": "what is read",
+    "words_val_000000.bin": "what is read",
+    "link to words_val_000000.bin": "what is read",
+    "tokenizer.model": "what is read",
+    str(SCRIPT): "what is read",
+}
+WRITTEN_OVER = [
+    ({setting: os.path.join("FOLDER", name)}, f"both {what} and {setting.upper()}: give each")
+    for name, what in OTHER_FILES.items()
+    for setting in ("artifact", "eval_nll_path")
+    if what.lower() != setting
+]
+WRITTEN_OVER += [
+    ({"artifact": "FOLDER/x", "resume": "FOLDER/x"}, "both a checkpoint and ARTIFACT"),
+    ({"artifact": "FOLDER/x", "eval_nll_path": "FOLDER/q/../x"}, "ARTIFACT and EVAL_NLL_PATH"),
+    ({"artifact": "FOLDER/x", "eval_nll_path": "FOLDER/x.part"}, "ARTIFACT and EVAL_NLL_PATH"),
+    ({"eval_nll_path": "FOLDER/other.py"}, "other.py is there already, and no .npy"),
+    ({"eval_nll_path": "FOLDER/q/b.checkpoint"}, "b.checkpoint is there already, and no .npy"),
+]
+
+
+@pytest.mark.parametrize(("changes", "problem"), WRITTEN_OVER, ids=str)
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+def test_what_would_be_written_over_is_refused_and_stays(
+    monkeypatch, capsys, trained, shards, tmp_path, again, changes, problem
+):
+    """Also by a run of a RUN_ID that is finished, which takes its checkpoints away first."""
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "q").mkdir()
+    (tmp_path / "link to words_val_000000.bin").symlink_to("words_val_000000.bin")
+    for name in ("other.py", "q/b.checkpoint"):
+        (tmp_path / name).write_text("what is not ours")
+    changes = {name: str(v).replace("FOLDER", str(tmp_path)) for name, v in changes.items()}
+    if again:
+        shutil.copy(trained.folder / "a.jsonl", tmp_path / "q")
+        for path in changes.values():
+            if not os.path.exists(path):
+                shutil.copy(trained.artifact, path)
+    paths = {"data_path": tmp_path, "tokenizer_path": tmp_path / "tokenizer.model"}
+    changes |= paths | {"overwrite": True}
+    before = {path: t.file_sha256(path) for path in [SCRIPT, *tmp_path.rglob("*")]}
+    monkeypatch.setattr(t, "train_and_export", None)
+    line = mistake(monkeypatch, capsys, run_environment(shards, tmp_path / "q", **changes))
+    assert problem in line
+    assert {path: t.file_sha256(path) for path in [SCRIPT, *tmp_path.rglob("*")]} == before
+
+
+@pytest.mark.parametrize("name", ["a.int6.lzma", "a.eval.txt", "a.jsonl", "a.txt", "data.bin"])
+def test_an_evaluation_writes_over_nothing_that_is_there(
+    monkeypatch, capsys, trained, shards, tmp_path, name
+):
+    shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
+    shutil.copy(shards / "words_val_000000.bin", tmp_path / "data.bin")
+    before = {x.name: x.read_bytes() for x in tmp_path.iterdir()}
+    environment = run_environment(shards, tmp_path, eval_only=True, eval_nll_path=tmp_path / name)
+    assert "EVAL_NLL_PATH" in mistake(monkeypatch, capsys, environment)
+    if name == "a.eval.txt":
+        (tmp_path / name).write_bytes(trained.artifact.read_bytes())
+        before[name] = trained.artifact.read_bytes()
+        environment = run_environment(shards, tmp_path, eval_only=True, artifact=tmp_path / name)
+        assert "both a log and ARTIFACT" in mistake(monkeypatch, capsys, environment)
+    assert {x.name: x.read_bytes() for x in tmp_path.iterdir()} == before
+    nats = trained.folder / "nll.npy"  # scores are written over
+    shutil.copy(nats, tmp_path / "other")
+    t.check_outputs(tiny(log_dir=str(tmp_path), eval_nll_path=str(tmp_path / "other")))
+
+
 @pytest.mark.parametrize(
     ("split", "tokens", "options", "said"),
     [
@@ -1048,8 +1124,8 @@ def test_a_manifest_is_believed_of_files_of_its_size_time_and_sample(shards, tmp
     taken = [line.startswith("SHA-256, training (by manifest.json): words") for line in lines]
     assert sum(taken) == believed
     warnings = [line for line in lines if line.startswith("warning: ")]
-    lacks = f"warning: {folder} lacks validation shards of its manifest.json: words_val_000001.bin"
-    assert warnings == [f"{lacks} is one of 1; the score is of the others alone"] * len(absent)
+    lacks = f"warning: {folder} lacks words_val_000001.bin, which its manifest.json scores"
+    assert warnings == [lacks] * len(absent)
 
 
 def test_a_training_shard_that_is_a_validation_shard_is_refused(shards, tmp_path):
