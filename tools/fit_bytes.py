@@ -24,7 +24,8 @@ if not __package__:  # started by its path
 import train_gpt as t
 from tools import dry_run
 from tools.command import UserError, run_command
-from tools.logs import last_run
+from tools.logs import SEPARATOR, last_run
+from tools.pack_script import source_of
 
 ROOT = Path(t.__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"
@@ -67,7 +68,8 @@ def finished_runs() -> list[Finished]:
         except UserError:
             continue  # lines of tools.explore, which are no records
         text = path.with_suffix(".txt")
-        coded = "ANS_LANES" in text.read_text(encoding="utf-8") if text.is_file() else True
+        script = text.read_bytes().rpartition(SEPARATOR.encode())[0] if text.is_file() else b""
+        coded = not script or b"ANS_LANES" in source_of(script)
         if "trained" in events and coded:
             trained = events["trained"]
             size = trained["bytes_total"] - trained["bytes_code"]
