@@ -37,7 +37,6 @@ from tools.command import Parser, UserError, environment_value, need, run_comman
 from tools.contradictions import CAP_BYTES
 from tools.evidence import Row
 from tools.finished import (
-    OUTPUTS,
     Run,
     check_agreement,
     check_same_text,
@@ -47,7 +46,7 @@ from tools.finished import (
     read_text,
 )
 from tools.known import variant_of
-from tools.logs import spread
+from tools.logs import OUTPUTS, spread
 from tools.manifest import Manifest, find_manifest
 from tools.pack_script import READABLE, source_of
 from tools.significance import gain_text
