@@ -1231,6 +1231,43 @@ def test_a_tokenizer_of_ones_own_is_counted_and_lies_in_the_folder(tmp_path, cap
     assert line == "code, artifact and tokenizer take 16,001,000 bytes, over the cap of 16,000,000"
 
 
+@pytest.mark.parametrize("option", ["--artifacts", "--parts", "--tokenizer", "--manifest"])
+def test_a_file_that_is_given_and_not_there_is_refused(tmp_path, capsys, option):
+    (log,) = write_runs(tmp_path / "logs", [3.0], artifact=True)
+    capsys.readouterr()
+    none = tmp_path / "none"
+    line = refusal(tmp_path / "next", capsys, log, option, none)
+    assert line == f"{option} {none}: there is no such file"
+
+
+def test_a_file_that_is_given_is_of_these_runs_or_refused(tmp_path, capsys):
+    """Artifacts of other names passed, as did any file beside runs with a known tokenizer."""
+    (log,) = write_runs(tmp_path / "logs", [3.0], artifact=True)
+    capsys.readouterr()
+    (artifact,) = log.parent.glob("*.int6.lzma")
+    other = tmp_path / "other.int6.lzma"
+    other.write_bytes(artifact.read_bytes())
+    another = Path(package.__file__)
+    out = tmp_path / "next"
+    line = refusal(out, capsys, log, "--artifacts", artifact, other)
+    assert line.startswith(f"--artifacts {other} is none of these runs'")
+    line = refusal(out, capsys, log, "--tokenizer", another)
+    assert line == f"{another} is not the tokenizer of these runs: its SHA-256 is another"
+    out.mkdir()
+    kept = out / artifact.name
+    kept.write_bytes(artifact.read_bytes())
+    line = refusal(out, capsys, log, "--force", "--artifacts", kept)
+    assert line == f"--out {out} would replace {kept}"
+
+
+def test_a_log_whose_line_ends_were_changed_is_told(tmp_path, capsys):
+    (log,) = write_runs(tmp_path / "logs", [3.0], artifact=True)
+    capsys.readouterr()
+    log.write_bytes(log.read_bytes().replace(b"\n", b"\r\n"))
+    line = refusal(tmp_path / "next", capsys, log)
+    assert line.startswith(f"{log}: its lines end by \\r\\n")
+
+
 def write_manifest(folder: Path, overlap: int = 0, tokens: int = 100) -> tuple[Path, str]:
     """As data/prepare.py leaves it beside shards; and the digest that a run logs of these."""
     lengths = {"fineweb_train_000000.bin": tokens, "fineweb_train_000001.bin": 50}

@@ -145,6 +145,12 @@ def provenance_row(events: dict[str, dict], settings: dict, manifest: Manifest |
     return Row("provenance of the data", "; ".join(parts), shown_by)
 
 
+def need_tokenizer(data: bytes, sha256: str, file: Path) -> None:
+    """Raises UserError for the content of a file that is not the runs' tokenizer."""
+    other = f"{file} is not the tokenizer of these runs: its SHA-256 is another"
+    need(hashlib.sha256(data).hexdigest() == sha256, other)
+
+
 def tokenizer_row(sha256: str, file: Path, bytes_total: int) -> Row:
     """The contest's tokenizer, or one of its own, whose file then counts against the cap.
 
@@ -161,8 +167,7 @@ def tokenizer_row(sha256: str, file: Path, bytes_total: int) -> Row:
         reason = f"the tokenizer is one of its own, and there is no {file}: give --tokenizer"
         return Row(question, f"{name}; its bytes are not counted", "–", (reason,))
     data = file.read_bytes()
-    other = f"{file} is not the tokenizer of these runs: its SHA-256 is another"
-    need(hashlib.sha256(data).hexdigest() == sha256, other)
+    need_tokenizer(data, sha256, file)
     total = bytes_total + len(data)
     over = f"code, artifact and tokenizer take {total:,} bytes, over the cap of {CAP_BYTES:,}"
     need(total <= CAP_BYTES, over)

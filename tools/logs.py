@@ -219,6 +219,10 @@ def split_text(path: Path, text: str) -> tuple[str, str]:
     """
     script, separator, messages = text.rpartition(SEPARATOR)
     if not separator:
+        changed = (
+            f"{path}: its lines end by \\r\\n, as Windows leaves them; a run's end by \\n alone"
+        )
+        need("\r\n" not in text, changed)
         raise UserError(f"{path} is not a run's text log: no line of 100 = ends the script in it")
     before, found, _ = script.rpartition(FIRST_LINE)
     if found and AGAIN.search(messages):

@@ -86,6 +86,8 @@ def check_rows(
     run = runs[0]
     events = run.logs.events
     sha256 = evidence.tokenizer_sum(events, run.artifact)
+    if given.tokenizer and sha256:  # also where it is the contest's, whose file is not looked at
+        evidence.need_tokenizer(given.tokenizer.read_bytes(), sha256, given.tokenizer)
     file = given.tokenizer or Path(run.settings["tokenizer_path"])
     largest = max(run.bytes_total for run in runs)
     # The files and their figures.
@@ -444,10 +446,15 @@ def entry_fields(given: argparse.Namespace, runs: list[Run]) -> dict:
 
 
 def check_paths(given: argparse.Namespace) -> None:
-    """Refuses logs of another kind, and one that is given twice.
+    """Refuses logs of another kind, one that is given twice, and other files that are not there.
 
     Links and other spellings of a path count as the same log.
     """
+    options = {"--artifacts": given.artifacts, "--parts": given.parts}
+    options |= {"--tokenizer": [given.tokenizer], "--manifest": [given.manifest]}
+    for option, paths in options.items():
+        for path in filter(None, paths):
+            need(path.is_file(), f"{option} {path}: there is no such file")
     for path in given.logs:
         need(path.suffix == ".txt", f"{path}: give the run's .txt log")
     for path in given.baseline:
@@ -455,6 +462,14 @@ def check_paths(given: argparse.Namespace) -> None:
     together = [path.resolve() for path in (*given.logs, *given.baseline)]
     for path in together:
         need(together.count(path) == 1, f"{path} is given twice")
+
+
+def refuse_unused(artifacts: list[Path], runs: list[Run]) -> None:
+    """Raises UserError for an artifact that was given and is no run's, by its name."""
+    used = [run.artifact.resolve() for run in runs if run.artifact]
+    for path in artifacts:
+        none = f"--artifacts {path} is none of these runs', whose are named RUN_ID.int6.lzma"
+        need(path.resolve() in used, none)
 
 
 def compare(runs: list[Run], baseline: list[Path]) -> str:
@@ -491,12 +506,14 @@ def package(given: argparse.Namespace) -> list[str]:
     check_paths(given)
     requirements = ROOT / "requirements.txt"
     inputs = [*given.logs, *given.baseline, given.script, requirements]
+    inputs += filter(None, [*given.artifacts, *given.parts, given.tokenizer, given.manifest])
     if given.out:
         check_folder(given.out.resolve(), given.force, inputs)
 
     script = read_text(given.script)
     runs = [read_run(path, given.script, script, given) for path in given.logs]
     check_agreement(runs)
+    refuse_unused(given.artifacts, runs)
     gain = compare(runs, given.baseline) if given.baseline else ""
 
     run = runs[0]
