@@ -5680,6 +5680,7 @@ def evaluate_artifact(settings, given, ranks, validation, log, written, unscored
     need(same, f"{settings.artifact_path} is not this run's: another run has the same ARTIFACT")
     log(f"evaluation: attempt {attempt}", "evaluation", attempt=attempt)
     model, s = load_model(settings.artifact_path, settings, given, ranks)
+    log.begin()
     shown = ScoringProgress(log, "evaluation", validation, ranks)
     log.score_at = 0.0  # when the evaluation ends, says its own progress
     score = Evaluator(model, s, ranks, validation, observer=shown).evaluate(started)
@@ -5714,6 +5715,7 @@ def sample_text(settings, given: set[str], ranks, tokenizer, prompt: list[int], 
     """Logs how ARTIFACT's model, not adapted yet, goes on from a prompt, off evaluation's clock."""
     started = time.perf_counter()
     model, s = load_model(settings.artifact_path, settings, given, ranks)
+    log.begin()
     tokens = torch.tensor([prompt], device=ranks.device)
     generator = torch.Generator(ranks.device).manual_seed(s.seed)
     drawn = {"temperature": s.sample_temperature, "top_p": s.sample_top_p}
@@ -5749,11 +5751,9 @@ def main(log):
         validation = text_to_score(settings, tokenizer, prompt, training, log, first)
         check_alike(settings, ranks, training, validation)
         written = ""  # SHA-256 of the artifact that this run has made
-        if settings.eval_only:
-            log.begin()
-        elif unscored:
+        if unscored:
             written = go_on_to_evaluation(unscored, settings, ranks, validation, log)
-        else:
+        elif not settings.eval_only:
             written = train_and_export(settings, ranks, training, validation, log)
         if prompt:
             sample_text(settings, given, ranks, tokenizer, prompt, log)

@@ -1007,6 +1007,23 @@ def test_a_start_that_is_refused_leaves_no_log(monkeypatch, capsys, shards, tmp_
         assert [path.name for path in folder.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize("prompt", ["", "a"], ids=["scores", "sample"])
+def test_an_evaluation_that_is_refused_leaves_no_log(
+    monkeypatch, capsys, trained, shards, tmp_path, prompt
+):
+    """Also by what only its artifact tells: which kernels the model has, what it cannot be."""
+    changes = {"eval_only": True, "sample_prompt": prompt or None}
+    for more in (
+        {"run_id": "nope"},
+        {"artifact": trained.artifact, "vocab_size": 300},
+        {"artifact": trained.artifact, "attention_backend": "fa3"},
+        {"artifact": trained.artifact, "scan_backend": "fused"},
+    ):
+        environment = run_environment(shards, tmp_path, **changes | more)
+        mistake(monkeypatch, capsys, environment)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_records_name_script_machine_and_artifact(trained):
     events = {record["event"]: record for record in trained.records}
     assert events["settings"]["script_sha256"] == t.file_sha256(SCRIPT)
