@@ -49,7 +49,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from reference import mamba_ssm_operator
-from tools.command import Parser, UserError, need_place, tolerate_consoles, write_whole
+from tools.command import Parser, need_place, run_command, write_whole
 
 # As the kernel below names them. Without Triton there are no kernels, and constexpr is a stand-in.
 tl = t.tl if t.triton else None
@@ -1236,8 +1236,8 @@ def load(file: str) -> dict:
 
 
 def is_report(found) -> bool:
-    """Whether a value is as Report saves it: {part: {row: {column: value}}}, and the machine."""
-    if not (isinstance(found, dict) and isinstance(found.get("machine"), dict)):
+    """Whether a value is as Report saves it: {part: {row: {column: value}}}, perhaps a machine."""
+    if not (isinstance(found, dict) and isinstance(found.get("machine", {}), dict)):
         return False
     parts = [part for name, part in found.items() if name != "machine"]
     rows = [row for part in parts if isinstance(part, dict) for row in part.values()]
@@ -1251,8 +1251,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     Comparing needs no GPU; all else does.
     """
-    tolerate_consoles()
-    try:
+
+    def command() -> int:
         options = parse_arguments(arguments)
         if options.compare:
             print(compare(*map(load, options.compare)))
@@ -1266,9 +1266,8 @@ def main(arguments: list[str] | None = None) -> int:
             first_step(defaults, options.first_step)
             return 0
         return run_parts(options)
-    except (UserError, t.UserError) as error:
-        print(f"bench.py: error: {error}", file=sys.stderr)
-        return 2
+
+    return run_command("bench.py", command, t.UserError)
 
 
 if __name__ == "__main__":

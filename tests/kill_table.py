@@ -35,7 +35,7 @@ import torch
 
 import train_gpt as t
 from tests.support import free_port, process_environment, run_environment, write_data
-from tools.command import need_place, write_whole
+from tools.command import need_place, run_command, write_whole
 
 ARTIFACT = "a.int6.lzma"
 HELD_RUN = Path(__file__).with_name("held_run.py")
@@ -468,4 +468,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("kill_table.py", main))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools import plot_scores
+from tools.command import UserError
 
 ROOT = Path(plot_scores.__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "tools.plot_scores"]
@@ -37,6 +38,21 @@ def test_seeds_are_one_point_and_clocks_are_in_order(tmp_path):
     before = [point.scores["before quantization"] for point in points]
     assert before == [[1.24, 1.26], [1.30], [1.21]]
     assert [plot_scores.name_of(point) for point in points] == ["2 seeds", "c", "d"]
+
+
+def test_one_seed_is_no_two_and_another_text_is_another_point(tmp_path):
+    """A log that was given twice passed for two seeds that agree to the last digit."""
+    log = write_log(tmp_path / "a.jsonl", 180.0, 1.24, 1.22, seed=1)
+    copy = write_log(tmp_path / "b.jsonl", 180.0, 1.24, 1.22, seed=1)
+    for logs in ([log, log], [log, copy]):
+        with pytest.raises(UserError, match="has SEED=1, as another run"):
+            plot_scores.read_points(logs)
+    counts = {"event": "validation_data", "tokens": 9, "documents": 1, "bytes": 9}
+    copy.write_text(copy.read_text() + json.dumps(counts) + "\n")
+    assert len(plot_scores.read_points([log, copy])) == 2
+    write_log(copy, 180.0, float("nan"), 1.22, seed=2)
+    with pytest.raises(UserError, match="has no score"):
+        plot_scores.read_points([copy])
 
 
 def test_a_line_joins_what_differs_in_the_clock_alone(tmp_path):

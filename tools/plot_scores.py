@@ -25,8 +25,8 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 from tools import known
-from tools.command import Parser, UserError, need_place, run_command, write_picture
-from tools.logs import last_run, split_text, spread
+from tools.command import Parser, UserError, need, need_place, run_command, write_picture
+from tools.logs import last_run, number_in, split_text, spread
 
 NAMES = {"run_id", "seed", "log_dir", "artifact", "overwrite"}  # no part of what was measured
 CLOCK = "max_wallclock_seconds"
@@ -41,6 +41,7 @@ class Point(NamedTuple):
     series: str  # what points that a line may join have in common: script and other settings
     text: str  # that was scored
     names: list[str]
+    seeds: list[int | None]  # None of older scripts
     scores: dict[str, list[float]]  # BPB of each run, by kind
 
 
@@ -76,15 +77,21 @@ def read_points(paths: list[Path]) -> list[Point]:
         events = last_run(path)
         try:
             settings = events["settings"]["settings"]
-            scores = {kind: events[event]["val_bpb"] for kind, event in KINDS.items()}
+            scores = {kind: number_in(events[event], "val_bpb") for kind, event in KINDS.items()}
             seconds = settings[CLOCK]
             series = script_of(path, events["settings"]) + same_but_seed(settings, {CLOCK})
             name = str(settings["run_id"])
             text = text_of(events.get("validation_data"))
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is not the .jsonl log of a finished run") from None
-        new = Point(seconds, series, text, [], {kind: [] for kind in KINDS})
-        point = points.setdefault((seconds, same_but_seed(settings, set())), new)
+        need(None not in scores.values(), f"{path} has no score: its val_bpb is no number")
+        new = Point(seconds, series, text, [], [], {kind: [] for kind in KINDS})
+        point = points.setdefault((seconds, text, same_but_seed(settings, set())), new)
+        # One log twice would have no spread, and pass for two seeds.
+        seed = settings.get("seed")
+        again = seed in point.seeds
+        need(not again, f"{path} has SEED={seed}, as another run of the same settings has")
+        point.seeds.append(seed)
         point.names.append(name)
         for kind, score in scores.items():
             point.scores[kind].append(score)
