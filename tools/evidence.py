@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":
+if not __package__:  # started by its path
     # Whoever takes it for a command is told which one it serves.
     print("error: no command by itself; start python -m tools.package", file=sys.stderr)
     sys.exit(2)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-if __name__ == "__main__":
+if not __package__:  # started by its path
     # Whoever takes it for a command is told which one it serves.
     print("error: no command by itself; start python -m tools.ablate", file=sys.stderr)
     sys.exit(2)
