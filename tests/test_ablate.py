@@ -706,7 +706,7 @@ MISTAKES = {
     ),
     "an impossible value": (
         BASE + '[[variant]]\nname = "x"\nEMA_DECAY = 2\n',
-        "variant 'x': EMA_DECAY=2.0 must be from 0 to 1",
+        "variant 'x': EMA_DECAY=2.0 must be from 0 to below 1",
     ),
     "an unknown preset": (
         BASE.replace("tiny", "tny"),
