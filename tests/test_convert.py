@@ -119,3 +119,13 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, problem, said):
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert not target.exists()
+
+
+def test_neither_file_is_written_over_what_is_read(tmp_path):
+    """An artifact named like the settings that go beside the tensors was."""
+    artifact = write_artifact(tmp_path / "a.json")
+    kept = artifact.read_bytes()
+    done = start(artifact, "--out", tmp_path / "a.safetensors")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{artifact} would be written over" in done.stderr
+    assert list(tmp_path.iterdir()) == [artifact] and artifact.read_bytes() == kept

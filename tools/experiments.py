@@ -20,7 +20,7 @@ if not __package__:  # started by its path
     )
     sys.exit(2)
 
-from tools.command import Parser, need, run_command
+from tools.command import Parser, need, run_command, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "experiments.csv"
@@ -152,7 +152,7 @@ def main() -> int:
     check = parser.parse_args().check
     text = render(read_rows(DATA))
     if not check:
-        TABLES.write_text(text, encoding="utf-8")
+        write_whole(TABLES, text)
         return 0
     same = TABLES.is_file() and TABLES.read_text(encoding="utf-8") == text
     print(

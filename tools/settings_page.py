@@ -16,7 +16,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import Parser, environment_value, run_command
+from tools.command import Parser, environment_value, run_command, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
@@ -188,7 +188,7 @@ def main() -> int:
     check = parser.parse_args().check
     page = settings_page()
     if not check:
-        PAGE.write_text(page, encoding="utf-8")
+        write_whole(PAGE, page)
         return 0
     if PAGE.read_text(encoding="utf-8") == page:
         return 0
