@@ -1,11 +1,12 @@
 """Steps of several ranks beside those of one: what a timeline says, and the command, on the CPU."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import bench, ranks
+from bench import ranks
 from tests.support import SOLO, WallClockEvent, tiny
 from tools.command import UserError
 
@@ -82,7 +83,7 @@ def test_the_command_leaves_out_what_is_no_other_case(monkeypatch, capsys, tmp_p
     assert asked == [(1, False), (1, True), (2, False)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "2 ranks, rank 1: graphed 0, step_ms 40.0"
-    assert list(bench.load(str(file))) == ["1 rank", "1 rank, without graphs", "2 ranks"]
+    assert list(json.loads(file.read_text())) == ["1 rank", "1 rank, without graphs", "2 ranks"]
     with pytest.raises(UserError, match="3 ranks need as many GPUs: 2 here"):
         ranks.main(["--ranks", "3"])
     monkeypatch.setattr(ranks, "work", lambda options: (options.worker, options.steps))

@@ -248,6 +248,9 @@ def plot(kinds: dict[str, list[Run]], fits: dict[str, Curve], to: float, failed:
             face = color if run.passes <= MOST_PASSES else "none"
             axes.plot(run.seconds, run.bpb, "o", color=color, markerfacecolor=face)
     axes.set(xscale="log", xlabel="GPU-seconds of training", ylabel="BPB before quantization")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=8)
     title = "broken lines: foretold, if text of this kind did not end, at this batch\n"
     axes.set_title(f"{title}hollow: over {MOST_PASSES} passes, not fitted", fontsize=9)
     axes.grid(alpha=0.3)
