@@ -5811,8 +5811,8 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
         name = f"{launch}-{next(numbers)}"
 
 
-def check_outputs(s):
-    """Raises UserError, before anything is done, for outputs that are other files or cannot be."""
+def refuse_same_files(s):
+    """Raises UserError for an output that is an input, another output or, of scores, no .npy."""
     read = [__file__, s.tokenizer_path, *Path(s.data_path).glob("*_*_*.bin")]
     logs = [f"{s.log_dir}/{log_name(s)}.{end}" for end in ("txt", "jsonl")]
     files = {"what is read": read, "a log": logs, "a checkpoint": [*s.checkpoint_paths, s.resume]}
@@ -5825,6 +5825,11 @@ def check_outputs(s):
     begins = np.fromfile(s.eval_nll_path, "u1", 6) if os.path.isfile(s.eval_nll_path) else b""
     scores = bytes(begins) in (b"", np.lib.format.MAGIC_PREFIX)
     check(s, "eval_nll_path", scores, "is there already, and no .npy: choose another name")
+
+
+def check_outputs(s):
+    """Raises UserError, before anything is done, for outputs that could not be written then."""
+    refuse_same_files(s)
     paths = [Path(s.eval_nll_path)] if s.eval_nll_path else []
     if not s.eval_only:
         code = code_bytes()

@@ -297,6 +297,15 @@ def test_a_run_that_is_trained_or_has_its_score_is_told_and_keeps_its_files(dry,
     assert path.exists()
 
 
+@pytest.mark.parametrize("name", ["run.checkpoint", "run.int6.lzma", "run.txt"])
+def test_scores_in_another_outputs_place_are_refused(dry, tmp_path, name):
+    environment = {"PRESET": "tiny", "RUN_ID": "run", "LOG_DIR": str(tmp_path / "logs")}
+    environment["EVAL_NLL_PATH"] = str(tmp_path / "logs" / name)
+    with pytest.raises(t.UserError, match="give each its own"):
+        dry(environment)
+    assert not (tmp_path / "logs").exists()  # nor is a folder made
+
+
 def test_what_a_living_run_has_is_refused_until_it_ends(dry, tmp_path):
     """Its log, or its artifact under another name; a dry run makes no file and keeps no lock."""
     run = tiny_environment(run_id="a", log_dir=tmp_path, artifact=tmp_path / "x")

@@ -99,10 +99,11 @@ def refuse_living(path: Path, setting: str) -> None:
 def describe_start(settings: t.Settings) -> tuple[bool, str]:
     """Whether a run would look into checkpoints; if not, what its RUN_ID would begin with, or "".
 
-    Raises UserError for a run that has its score or has not ended. Of what a run takes away before
-    it trains anew, nothing is touched.
+    Raises UserError for a run that has its score, has not ended or would write over a file. Of what
+    a run takes away before it trains anew, nothing is touched.
     """
     s = settings
+    t.refuse_same_files(s)
     if s.run_id:
         refuse_living(Path(s.log_dir, f"{t.log_name(s)}.txt"), "RUN_ID")
     if s.eval_only:
