@@ -718,6 +718,7 @@ COLLECTIVE_SECONDS = 600.0  # after which a silent rank ends the run
 CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")  # the limit in bytes, of cgroup v2
 MOST_TOKENS_ON_A_CPU = 8192  # that a rank runs at once
 PROCESS_WIDE = ExitStack()  # what prepare_torch() has entered, for as long as the process lives
+atexit.register(PROCESS_WIDE.close)  # later, torch is half taken down
 
 
 def prepare_torch(deterministic: bool = False):
