@@ -206,6 +206,18 @@ def refuse_repeats(runs: list[Kind]) -> None:
         seen[clock, seed] = run.log
 
 
+def refuse_other_runs(runs: list[Kind], afresh: frozenset[str] = frozenset()) -> None:
+    """Raises UserError for runs of one kind that differ in more than clock and seed, or in neither.
+
+    afresh: settings that EVAL_ONLY does not take over from the run that trained.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        again = run.settings.get("eval_only") or first.settings.get("eval_only")
+        refuse_other_settings(run, first, MAY_DIFFER | CLOCK | (afresh if again else set()))
+    refuse_repeats(runs)
+
+
 def not_a_log(path: Path) -> UserError:
     """The mistake of giving another file."""
     return UserError(f"{path} is not a run's .jsonl log")

@@ -34,16 +34,13 @@ if not __package__:  # started by its path
 
 from tools.command import Parser, UserError, need, need_place, run_command, write_picture
 from tools.logs import (
-    CLOCK,
-    MAY_DIFFER,
     Kind,
     kind_of,
     last_run,
     number_in,
     rank_count,
     refuse_other_data,
-    refuse_other_settings,
-    refuse_repeats,
+    refuse_other_runs,
 )
 
 MOST_PASSES = 1.2  # over the training text, of a run that is fitted
@@ -116,9 +113,7 @@ def read_kinds(ours: list[Path], twin: list[Path]) -> dict[str, list[Run]]:
         ran = f"{run.kind.log} ran on {run.hardware}, but {every[0].kind.log} on"
         need(run.hardware == every[0].hardware, f"{ran} {every[0].hardware}")
     for runs in kinds.values():
-        for run in runs:
-            refuse_other_settings(run.kind, runs[0].kind, MAY_DIFFER | CLOCK)
-        refuse_repeats([run.kind for run in runs])
+        refuse_other_runs([run.kind for run in runs])
     return kinds
 
 
@@ -204,8 +199,11 @@ def foretold(name: str, runs: list[Run], random: np.random.Generator) -> Forecas
     line += f"measured {measured:.4f}"
     low, high = np.percentile(samples, INTERVAL)  # NaN where there is none
     failed = bool(measured < low - LAST_DIGIT or measured > high + LAST_DIGIT)
-    line += f": outside the interval, so that {name} beyond {longest:.0f} s is not to be believed"
-    return Forecast(line if failed else line.partition(": outside")[0], failed)
+    if failed:
+        line += (
+            f": outside the interval, so that {name} beyond {longest:.0f} s is not to be believed"
+        )
+    return Forecast(line, failed)
 
 
 def table(curves: dict[str, Curve], clocks: list[float]) -> list[str]:

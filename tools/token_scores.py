@@ -45,17 +45,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from tools.command import Parser, UserError, need, need_place, run_command, write_whole
-from tools.logs import (
-    CLOCK,
-    MAY_DIFFER,
-    Kind,
-    kind_of,
-    last_run,
-    number_in,
-    refuse_other_data,
-    refuse_other_settings,
-    refuse_repeats,
-)
+from tools.logs import Kind, kind_of, last_run, number_in, refuse_other_data, refuse_other_runs
 
 POSITIONS = (64, 256, 1024, 2048)  # the last number of each row but one
 DISTANCES = (16, 64, 256, 1024)
@@ -66,7 +56,7 @@ END = "document's end"
 BLOCK = 1 << 23  # tokens that are counted at once
 WINDOWS = ("vocab_size", "train_seq_len", "document_reset", "document_scope")  # must agree
 # What EVAL_ONLY does not take over from the run that trained, or may be given otherwise.
-AFRESH = {name for name, group in t.FIELDS.items() if group in ("run", "evaluation", "sample")}
+AFRESH = frozenset(n for n, group in t.FIELDS.items() if group in ("run", "evaluation", "sample"))
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -122,16 +112,6 @@ def refuse_mixture(runs: list[Run]) -> None:
             here, there = run.settings[name], first.settings[name]
             differ = f"{run.log} has {name.upper()}={here}, but {first.log} {there}"
             need(here == there, f"{differ}: their windows show other tokens")
-
-
-def refuse_other_kinds(runs: list[Run]) -> None:
-    """Raises UserError for runs of one kind that differ in more than clock and seed."""
-    first = runs[0]
-    for run in runs[1:]:
-        again = run.settings.get("eval_only") or first.settings.get("eval_only")
-        may_differ = MAY_DIFFER | CLOCK | (AFRESH if again else set())
-        refuse_other_settings(run.kind, first.kind, may_differ)
-    refuse_repeats([run.kind for run in runs])
 
 
 def read_nats(run: Run, targets: int) -> np.ndarray:
@@ -506,7 +486,7 @@ def read_kinds(ours: list[Path], twin: list[Path]) -> dict[str, list[Run]]:
     paths = {run.log.resolve() for run in runs}
     need(len(paths) == len(runs), "a log is given twice")
     for found in kinds.values():
-        refuse_other_kinds(found)
+        refuse_other_runs([run.kind for run in found], AFRESH)
     clocks = {name: sorted({run.clock for run in found}) for name, found in kinds.items()}
     told = [f"{name}: {' '.join(f'{x:g}' for x in found)}" for name, found in clocks.items()]
     need(clocks["ours"] == clocks["twin"], f"the kinds have other clocks, {'; '.join(told)}")

@@ -137,12 +137,7 @@ def gains(scores: Tensor, seen: list[Seen]) -> Tensor:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line. Raises UserError."""
-    summary, *rest = (__doc__ or "").split("\n\n")
-    parser = Parser(
-        description=summary,
-        epilog="\n\n".join(rest),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--text", required=True, type=Path, metavar="SHARD", help="the tokens that were scored")
     add("--scores", required=True, type=Path, metavar="NPY", help="what EVAL_NLL_PATH kept of them")
