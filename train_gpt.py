@@ -397,7 +397,7 @@ PRESETS = {
     "default": {},
     "short": {
         "train_batch_tokens": 65_536, "max_wallclock_seconds": 180.0,
-        "export_reserve_seconds": 5.0, "eval_max_seconds": 180.0},
+        "export_reserve_seconds": 6.0, "eval_max_seconds": 180.0},
     "peer7": PLAIN | {
         "train_batch_tokens": 1_048_576, "train_seq_len": 4096, "num_layers": 7,
         "mamba_layers": "0,1,3,4,6", "bigram_vocab_size": 0},
