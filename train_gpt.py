@@ -4520,11 +4520,34 @@ def load_model(path: Path, settings, given: set[str], ranks) -> tuple[Model, Set
 # A story in time: a log, a clock, checkpoints, training, export, and main(), which tells it all.
 
 
+MADE_FOLDERS = []  # by this process's make_folder(), each before the one in which it lies
+
+
+def make_folder(folder: Path):
+    """Makes a folder, and those in which it lies, unless they are there."""
+    MADE_FOLDERS[:0] = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def removing_empty_folders():
+    """In the end, takes away what make_folder() made and nothing stands in.
+
+    A start makes folders to see that it may write there; of one that is refused nothing is left.
+    """
+    try:
+        yield
+    finally:
+        while MADE_FOLDERS:
+            with suppress(OSError):  # it holds something, or could not be made
+                MADE_FOLDERS.pop(0).rmdir()
+
+
 def write_whole(path: Path, *parts, before: Path | None = None):
     """Writes a file of bytes-like parts, whole or not at all; an older one is kept as before."""
     temporary = path.with_name(path.name + ".part")
     with explained_errors(f"write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with temporary.open("wb") as file:
                 file.writelines(parts)
@@ -4573,7 +4596,7 @@ class Log:
             if tqdm and sys.stdout.isatty():
                 self.bar = tqdm(total=1.0, file=sys.stdout, bar_format=BAR, **BAR_OPTIONS)
             with explained_errors(f"write logs in LOG_DIR={folder}"):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 self.files.append(claim_file(self.paths[0], "RUN_ID"))
                 self.files.append(self.paths[1].open("ab", 0))
             self.said = [io.BytesIO(), io.BytesIO()]
@@ -4791,6 +4814,7 @@ def claimed_artifact(settings):
     path = settings.artifact_path
     lock = Path(f"{path}.lock")  # stays after a kill, unlocked
     with explained_errors(f"write {lock}"):
+        make_folder(lock.parent)  # anew, if another start had made it, and was refused
         claim = claim_file(lock, "ARTIFACT")
     with claim, ExitStack() as after:
         after.callback(lock.unlink, missing_ok=True)
@@ -5806,7 +5830,7 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
     while True:
         path = Path(s.log_dir, f"{log_name(replace(s, run_id=name))}.txt")
         with explained_errors(f"write {path}"), suppress(FileExistsError):  # of the same second
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             path.touch(exist_ok=False)
             return name
         name = f"{launch}-{next(numbers)}"
@@ -5838,7 +5862,7 @@ def check_outputs(s):
         paths += [s.artifact_path, *s.checkpoint_paths]
     for path in paths:
         with explained_errors(f"write {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with suppress(FileNotFoundError):
                 os.stat(f"{path}.late.part")  # the longest name that it has on its way
             plain = path.is_file() or not path.exists()
@@ -5937,7 +5961,7 @@ def run() -> int:
     for stream in (sys.stdout, sys.stderr):  # consoles without a sign: cp1251 has no ×, ASCII no ▁
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    with closing(Log()) as log:
+    with removing_empty_folders(), closing(Log()) as log:
         try:
             with stop_signals(at_once=True):
                 obey(sys.argv[1:], log)

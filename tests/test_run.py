@@ -743,6 +743,47 @@ def test_what_could_not_be_written_in_the_end_is_told_before_training(
     assert said.replace("FOLDER", str(tmp_path)) in line
 
 
+REFUSED_STARTS = [
+    {"target_mb": 0.1},
+    {"data_path": "nowhere"},
+    {"tokenizer_path": "nowhere.model"},
+    {"resume": "nowhere.checkpoint"},
+    {"resume": "nowhere.checkpoint", "run_id": None},
+    {"vocab_size": 500, "log_dir": "FOLDER/new/../other/logs"},
+    {"eval_only": True},
+    {"eval_only": True, "artifact": "TRAINED", "vocab_size": 500},
+    {"eval_only": True, "artifact": "TRAINED", "data_path": "nowhere"},
+]
+
+
+@pytest.mark.parametrize("changes", REFUSED_STARTS, ids=str)
+def test_a_refused_start_leaves_no_folder_that_it_made(
+    monkeypatch, capsys, trained, shards, tmp_path, changes
+):
+    """LOG_DIR, and the folders of ARTIFACT and of the scores, stayed behind, empty."""
+    (tmp_path / "mine").mkdir()  # empty, but not its own
+    places = {"log_dir": "FOLDER/new/logs", "eval_nll_path": "FOLDER/mine/scores/a.npy"}
+    places |= {"artifact": "FOLDER/x/y/a.lzma"}
+    changes = places | changes
+    for name, value in changes.items():
+        if isinstance(value, str):
+            value = value.replace("FOLDER", str(tmp_path))
+            changes[name] = value.replace("TRAINED", str(trained.artifact))
+    environment = run_environment(shards, tmp_path, **changes)
+    mistake(monkeypatch, capsys, environment)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_two_starts_that_made_one_folder_do_not_take_it_from_each_other(tmp_path):
+    """One that is refused may have made the folder that the other found, and still wants."""
+    settings = tiny(log_dir=str(tmp_path), artifact=str(tmp_path / "new" / "a.lzma"))
+    with t.removing_empty_folders():
+        t.check_outputs(settings)
+    assert not (tmp_path / "new").exists()
+    with t.claimed_artifact(settings):
+        assert os.listdir(tmp_path / "new") == ["a.lzma.lock"]
+
+
 OTHER_FILES = {  # names of a run "a" in FOLDER/q, on data in FOLDER, and what they are
     "q/a.int6.lzma": "ARTIFACT",
     "q/a.int6.lzma.late": "ARTIFACT",
@@ -989,6 +1030,7 @@ def test_a_start_that_is_refused_leaves_the_log_of_a_finished_run_as_it_was(
 def test_a_start_that_is_refused_leaves_no_log(monkeypatch, capsys, shards, tmp_path):
     """The next one begins with the script; a name that was found for it is free again."""
     folder = tmp_path / "logs"
+    folder.mkdir()
     for changes in (
         {"vocab_size": 300},
         {"data_path": tmp_path},
