@@ -4583,6 +4583,7 @@ class Log:
         self.files = []  # both, open, on rank 0
         self.said = []  # where all is written: memory until begin(), from then on the files
         self.begun = False
+        self.told = set()  # the events of this start, also of those without files
 
     def open(self, settings, ranks, name: str):
         """Takes the files of this name in LOG_DIR; UserError if they are a living run's.
@@ -4614,6 +4615,7 @@ class Log:
     def __call__(self, line: str, event: str = "", console: str = "", **values):
         """Writes a line of text, and for an event a record; the console may get another line."""
         if not self.files:
+            self.told.add(event)
             return
         self.last_line = time.monotonic()
         told = console or line
@@ -4633,6 +4635,7 @@ class Log:
         if self.files:
             with explained_errors("write logs"):
                 self.said[1].write(f"{json.dumps(record)}\n".encode())
+        self.told.add(event)
 
     def failed(self, line: str, **values):
         """Adds, on any rank, why the run ended; not before begin()."""
@@ -5441,7 +5444,7 @@ class Trainer:
         if self.checkpoints is not None:
             self.save()
             self.checkpoints.finish()
-            why += f"; RUN_ID={self.settings.run_id} goes on from the last checkpoint"
+            why += f"; {way_on(self.settings, 'the last checkpoint')}"
         raise SharedError(why)
 
     def step_ms(self) -> float:
@@ -5639,7 +5642,7 @@ def export(trainer, batches) -> dict:
         found = find_checkpoint(trainer.header() | {"export_reserve_seconds": reserve}, s, Log())
         way = "MAX_WALLCLOCK_SECONDS, too: no checkpoint leaves the time, RESUME=never starts anew"
         if found and found[1]["seconds"] + reserve <= s.max_wallclock_seconds:
-            way = f"RUN_ID={s.run_id} goes on from {found[0]}"
+            way = way_on(s, found[0])
         late = "GPTQ ended after MAX_WALLCLOCK_SECONDS: raise EXPORT_RESERVE_SECONDS to at least"
         raise LateExportError(f"{late} {reserve:g}, and {way}; {aside} has this model, unclaimed")
     kinds = bytes_by_kind(trainer.model, stored, size)
@@ -5721,6 +5724,9 @@ def evaluate_artifact(settings, given, ranks, validation, log, written, unscored
             content = io.BytesIO()
             np.save(content, score.nats)
             write_whole(Path(s.eval_nll_path), content.getbuffer())
+            use = "python -m tools.token_scores reads those of plain windows"
+            text = f"nats of {len(score.nats):,} targets: {s.eval_nll_path}; {use}"
+            log(text, "target_nats", path=s.eval_nll_path, targets=len(score.nats))
     finally:  # last: a run killed before is scored again
         report(log, "final", s, validation, score, artifact_sha256=found)
 
@@ -5967,7 +5973,7 @@ def run() -> int:
                 obey(sys.argv[1:], log)
             return 0
         except (Exception, KeyboardInterrupt) as error:
-            problem = explain_failure(error, log.settings)
+            problem = explain_failure(error, log)
             with suppress(KeyboardInterrupt, OSError):  # told twice to stop; nobody there to read
                 tell_failure(error, problem, log)
             if not problem:
@@ -6016,17 +6022,41 @@ def left_to_torchrun(line: str) -> bool:
     return True
 
 
-def explain_failure(error: BaseException, settings=None) -> str:
+def way_on(settings, source: str | Path, also_unset: str = "") -> str:
+    """What RUN_ID goes on from, and without which settings, where these ask for something else."""
+    s = settings
+    asked = s.resume == "auto" or Path(s.resume) == source
+    unset = [] if asked else [f"RESUME={shown(s.resume)}"]
+    unset += [also_unset] if also_unset else []
+    without = f"without {' '.join(unset)}, " if unset else ""
+    return f"{without}RUN_ID={s.run_id} goes on from {source}"
+
+
+def way_on_from_kept(settings, told: set[str]) -> str:
+    """What leads on from what is kept of a run that was stopped, or whose disk is full.
+
+    told: the events of this start. Those before it are what OVERWRITE=1 does not go on from.
+    """
+    s = settings
+    path = Path(s.log_dir, f"{s.run_id}.jsonl")
+    events = told if s.overwrite else last_records(path)
+    if "final" in events:  # what is lacking is a file beside the score
+        known = f"the run is finished, {path} has its score"
+        return f"EVAL_ONLY=1 RUN_ID={s.run_id} scores it again: {known}"
+    if "trained" in events:
+        return way_on(s, "its artifact", "OVERWRITE=1" if s.overwrite else "")
+    if any(path.exists() for path in s.checkpoint_paths):
+        return way_on(s, "the last checkpoint")
+    return f"RUN_ID={s.run_id} goes on from the start: nothing that it trained is kept"
+
+
+def explain_failure(error: BaseException, log=None) -> str:
     """One line for what a user can mend, or has asked for; "" for a fault of this script."""
     full = getattr(error.__cause__, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
     if full or isinstance(error, KeyboardInterrupt):
-        way = "the same command starts over"
-        if settings is not None and not settings.eval_only:
-            saved = any(path.exists() for path in settings.checkpoint_paths)
-            kept = "the last checkpoint" if saved else "the start: nothing that it trained is kept"
-            events = last_records(Path(settings.log_dir, f"{settings.run_id}.jsonl"))
-            kept = "its artifact" if "trained" in events and not settings.overwrite else kept
-            way = f"RUN_ID={settings.run_id} goes on from {kept}"
+        settings = log and log.settings
+        trains = settings and not settings.eval_only
+        way = way_on_from_kept(settings, log.told) if trains else "the same command starts over"
         return f"{error}; make room, and {way}" if full else f"stopped by {error}; {way}"
     if isinstance(error, UserError):
         return str(error)

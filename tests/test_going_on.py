@@ -3,7 +3,10 @@ that is finished is not written over.
 """
 
 import contextlib
+import errno
+import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -270,7 +273,73 @@ def test_a_signal_in_evaluation_says_how_to_go_on(monkeypatch, capsys, shards, t
         assert run_here(monkeypatch, environment) == 0
 
 
+def test_a_signal_in_an_evaluation_under_overwrite_says_what_leads_on(
+    monkeypatch, capsys, shards, tmp_path
+):
+    """With OVERWRITE=1 the same command trains anew, and so it does not go on from anything."""
+    environment = environment_of(shards, tmp_path)
+    again = environment | {"OVERWRITE": "1", "SEED": "7"}
+    assert run_here(monkeypatch, environment) == 0
+
+    def signalled(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:  # the earlier run's artifact and score are not its own
+        patch.setattr(t.Trainer, "warm_up", signalled)
+        said = mistake(patch, capsys, again)
+    assert "; RUN_ID=a goes on from the start: nothing that it trained is kept\n" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "evaluate_artifact", signalled)
+        said = mistake(patch, capsys, again)
+    assert "; without OVERWRITE=1, RUN_ID=a goes on from its artifact\n" in said
+    with nothing_is_trained():
+        assert run_here(monkeypatch, environment | {"SEED": "7"}) == 0
+
+
+def test_a_signal_under_resume_never_says_without_what_its_checkpoint_is_taken_up(
+    monkeypatch, capsys, shards, tmp_path
+):
+    never = environment_of(shards, tmp_path, resume="never")
+    export = t.export
+
+    def signalled(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "export", signalled)
+        said = mistake(patch, capsys, never)
+    told = "; without RESUME=never, RUN_ID=a goes on from the last checkpoint\n"
+    assert told in said
+    assert t.export is export
+    del never["RESUME"]
+    assert run_here(monkeypatch, never) == 0
+    assert "resumed" in capsys.readouterr().out
+
+
 # ---- A finished run ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"OVERWRITE": "1"}], ids=str)
+def test_a_signal_behind_the_score_says_that_the_run_is_finished(
+    monkeypatch, capsys, shards, tmp_path, changes
+):
+    """It said that the run goes on from its artifact."""
+    report = t.report
+
+    def signalled(log, event, *arguments, **more):
+        report(log, event, *arguments, **more)
+        if event == "final":
+            signal.raise_signal(signal.SIGTERM)
+
+    environment = environment_of(shards, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "report", signalled)
+        said = mistake(patch, capsys, environment | changes)
+    told = f"EVAL_ONLY=1 RUN_ID=a scores it again: the run is finished, {tmp_path}/a.jsonl has its"
+    assert f"stopped by SIGTERM; {told} score\n" in said
+    assert f"RUN_ID=a is finished, {tmp_path}/a.jsonl has" in mistake(
+        monkeypatch, capsys, environment
+    )
 
 
 def test_a_finished_run_is_not_written_over_unless_it_is_said(
@@ -582,16 +651,39 @@ def test_a_run_has_its_score_when_its_targets_nats_are_written(
     monkeypatch, capsys, shards, tmp_path
 ):
     """One that is killed as it writes them is evaluated again; one that cannot is scored."""
-    log, written, write_whole = tmp_path / "a.jsonl", [], t.write_whole
+    log, nats, written, fsync = tmp_path / "a.jsonl", tmp_path / "a.npy", [], os.fsync
 
-    def full_disk(path, *parts, **options):
-        if path.name == "a.npy":
+    def full_disk(file):
+        if os.readlink(f"/proc/self/fd/{file}").endswith("a.npy.part"):
             written.append('"event": "final"' in log.read_text())
-            raise t.UserError("cannot write a.npy: No space left on device")
-        write_whole(path, *parts, **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
 
-    monkeypatch.setattr(t, "write_whole", full_disk)
-    environment = run_environment(shards, tmp_path, iterations=1, eval_nll_path=tmp_path / "a.npy")
-    assert "No space left on device" in mistake(monkeypatch, capsys, environment)
+    environment = environment_of(shards, tmp_path, eval_nll_path=nats)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        said = mistake(patch, capsys, environment)
+    way = "make room, and EVAL_ONLY=1 RUN_ID=a scores it again: the run is finished, "
+    assert f"cannot write {nats}: No space left on device; {way}{log} has its score\n" in said
     assert written == [False]
-    assert '"event": "final"' in log.read_text()
+    assert counts(tmp_path, "target_nats", "final") == [0, 1]
+    with nothing_is_trained():  # what the line says is true: the same command, and that
+        assert "RUN_ID=a is finished" in mistake(monkeypatch, capsys, environment)
+        assert run_here(monkeypatch, environment | {"EVAL_ONLY": "1"}) == 0
+    (score,) = records(tmp_path, "final")
+    assert np.load(nats).mean(dtype=np.float64) == pytest.approx(score["val_loss"], abs=1e-7)
+
+
+def test_the_log_says_where_the_targets_nats_are_and_what_reads_them(
+    monkeypatch, capsys, shards, tmp_path
+):
+    environment = environment_of(shards, tmp_path, eval_nll_path=tmp_path / "a.npy")
+    assert run_here(monkeypatch, environment) == 0
+    count = len(np.load(tmp_path / "a.npy"))
+    lines = capsys.readouterr().out.splitlines()
+    told = f"nats of {count:,} targets: {tmp_path}/a.npy; python -m tools.token_scores reads"
+    assert lines[-2] == f"{told} those of plain windows"  # the score stays the last
+    assert lines[-1].startswith("final_")
+    (record,) = records(tmp_path, "target_nats")
+    assert (record["path"], record["targets"]) == (str(tmp_path / "a.npy"), count)
+    assert importlib.util.find_spec("tools.token_scores")
