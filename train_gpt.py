@@ -4548,6 +4548,7 @@ def write_whole(path: Path, *parts, before: Path | None = None):
     temporary = path.with_name(path.name + ".part")
     with explained_errors(f"write {path}"):
         make_folder(path.parent)
+        temporary.unlink(missing_ok=True)  # or a link would lead what is written to another file
         try:
             with temporary.open("wb") as file:
                 file.writelines(parts)
@@ -5843,7 +5844,11 @@ def choose_run_id(settings, environment: dict[str, str]) -> str:
 
 
 def refuse_same_files(s):
-    """Raises UserError for an output that is an input, another output or, of scores, no .npy."""
+    """Raises UserError for an output that is an input, another output or, of scores, no .npy.
+
+    Of hard links, this is so for logs alone, which grow in place. Other outputs take the place of
+    what has their name, and leave it whole under its other ones: write_whole().
+    """
     read = [__file__, s.tokenizer_path, *Path(s.data_path).glob("*_*_*.bin")]
     logs = [f"{s.log_dir}/{log_name(s)}.{end}" for end in ("txt", "jsonl")]
     files = {"what is read": read, "a log": logs, "a checkpoint": [*s.checkpoint_paths, s.resume]}
@@ -5853,6 +5858,10 @@ def refuse_same_files(s):
         for name, end in itertools.product(filter(None, names), ("", ".part", ".late", ".lock")):
             other = known.setdefault(os.path.realpath(f"{name}{end}"), what)
             need(other == what, f"{name}{end} would be both {other} and {what}: give each its own")
+    for log, (path, what) in itertools.product(filter(os.path.isfile, logs), known.items()):
+        same = os.path.isfile(path) and os.path.samefile(log, path)
+        linked = same and os.path.realpath(log) != path
+        need(not linked, f"{log} is one file with {path}, {what}, by a link: take one of them away")
     begins = np.fromfile(s.eval_nll_path, "u1", 6) if os.path.isfile(s.eval_nll_path) else b""
     scores = bytes(begins) in (b"", np.lib.format.MAGIC_PREFIX)
     check(s, "eval_nll_path", scores, "is there already, and no .npy: choose another name")

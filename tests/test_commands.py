@@ -306,6 +306,16 @@ def test_a_full_disk_is_told_by_the_files_name_and_leaves_no_part_of_it(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_written_does_not_go_through_a_link_in_its_way(tmp_path):
+    other, out = tmp_path / "other", tmp_path / "a.txt"
+    other.write_text("kept")
+    for make in (Path.symlink_to, Path.hardlink_to):
+        make(tmp_path / "a.txt.part", other)
+        write_whole(out, "text")
+        assert (out.read_text(), other.read_text()) == ("text", "kept")
+        assert sorted(tmp_path.iterdir()) == [out, other]
+
+
 def test_a_table_is_not_printed_before_its_file_is_refused(tmp_path, monkeypatch, capsys):
     log = ROOT / "data" / "tiny" / "tiny.jsonl"
     kept = log.read_bytes()

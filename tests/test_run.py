@@ -840,6 +840,55 @@ def test_what_would_be_written_over_is_refused_and_stays(
     assert {path: t.file_sha256(path) for path in [SCRIPT, *tmp_path.rglob("*")]} == before
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize(
+    "other", ["words_train_000000.bin", "tokenizer.model", "q/a.checkpoint", "x.lzma", "q/a.jsonl"]
+)
+def test_a_log_that_is_another_file_by_a_hard_link_is_refused(
+    monkeypatch, capsys, shards, tmp_path, name, other
+):
+    """A run wrote its source and its messages behind the shard, with status 0."""
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    log, linked = tmp_path / "q" / name, tmp_path / other
+    log.parent.mkdir()
+    if log == linked:
+        linked = log.with_name("a.txt")
+    if not linked.exists():
+        linked.write_text("kept")
+    log.hardlink_to(linked)
+    kept = linked.read_bytes()
+    paths = {"data_path": tmp_path, "tokenizer_path": tmp_path / "tokenizer.model"}
+    paths |= {"artifact": tmp_path / "x.lzma", "overwrite": True}
+    said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path / "q", **paths))
+    assert " is one file with " in said and str(log) in said
+    assert str(linked) in said and ", by a link: take one of them away" in said
+    assert log.read_bytes() == linked.read_bytes() == kept
+
+
+def test_what_has_an_outputs_name_too_stays_whole_under_its_own(
+    monkeypatch, trained, shards, tmp_path
+):
+    """ARTIFACT, checkpoints and scores are written beside and renamed: a hard link is no harm. One
+    in the place where they are written was.
+    """
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    shard, old = tmp_path / "words_train_000000.bin", tmp_path / "old.npy"
+    shutil.copy(trained.folder / "nll.npy", old)
+    places = {"artifact": shard, "a.npy": old}
+    for name in ("artifact.part", "a.checkpoint", "a.checkpoint-before.part", "a.checkpoint.part"):
+        places[name] = shard
+    for name, path in places.items():
+        (tmp_path / name).hardlink_to(path)
+    (tmp_path / "a.npy.part").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text("kept")
+    kept = {path: path.read_bytes() for path in (shard, old, tmp_path / "elsewhere")}
+    changes = {"artifact": tmp_path / "artifact", "eval_nll_path": tmp_path / "a.npy"}
+    changes |= {"data_path": tmp_path, "iterations": 2, "overwrite": True}
+    assert run_here(monkeypatch, run_environment(shards, tmp_path, **changes)) == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert (tmp_path / "artifact").read_bytes() != kept[shard]
+
+
 @pytest.mark.parametrize("name", ["a.int6.lzma", "a.eval.txt", "a.jsonl", "a.txt", "data.bin"])
 def test_an_evaluation_writes_over_nothing_that_is_there(
     monkeypatch, capsys, trained, shards, tmp_path, name

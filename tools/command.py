@@ -57,6 +57,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(path.name + ".part")
     data = content.encode() if isinstance(content, str) else content
     try:
+        temporary.unlink(missing_ok=True)  # or a link would lead what is written to another file
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
