@@ -4356,9 +4356,15 @@ def read_header(line: bytes | str, usual: dict) -> dict:
     return header
 
 
+WHERE_TO_FIND = {
+    "artifact": "set ARTIFACT to a file, or RUN_ID and LOG_DIR to those of the run that wrote it",
+    "checkpoint": "set RESUME to the file of one, or to auto or never",
+}
+
+
 def read_sealed(path: Path, what: str, magic: bytes, most: int, usual: dict) -> tuple[dict, bytes]:
     """Header, by read_header(), and payload of seal()'s file of `most` bytes at most; UserError."""
-    need(os.path.isfile(path), f"no {what} at {path}: see ARTIFACT, RESUME, RUN_ID")
+    need(os.path.isfile(path), f"no {what} at {path}: {WHERE_TO_FIND[what]}")
     with explained_errors(f"read {path}"):
         data = path.read_bytes() if path.stat().st_size <= most else b""
     try:
@@ -4864,6 +4870,9 @@ def settings_to_score(settings, given: set[str], world_size: int) -> tuple[Setti
     header's preset. Raises UserError as adopt_artifact(), and for another PRESET than the log's.
     """
     s = settings
+    for path in () if s.artifact or s.artifact_path.exists() else s.checkpoint_paths:
+        begun = f"{path} is there: without EVAL_ONLY=1 the run goes on from it"
+        need(not path.exists(), f"no artifact at {s.artifact_path} yet, but {begun}")
     header, _ = read_artifact(s.artifact_path)
     log, logged, words = find_settings(s)
     ours = "preset" in given or header["preset"] not in PRESETS
@@ -5918,7 +5927,9 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
 def obey(arguments: list[str], log):
     """Does what the command line asks for: without arguments, main(log)."""
     tools = ["--dry-run", "--rehearse"]
-    tool = next((name for name in tools if name in arguments), "")
+    asked = [name for name in [*tools, "--presets"] if name in arguments]
+    need(len(asked) < 2, f"{' and '.join(asked)} are commands each by itself: give one of them")
+    tool = asked[0] if asked and asked[0] in tools else ""
     if not arguments:
         main(log)
     elif tool:

@@ -959,6 +959,44 @@ def test_arguments_are_refused(monkeypatch, capsys, arguments):
     assert "environment variables" in mistake(monkeypatch, capsys, {}, *arguments)
 
 
+@pytest.mark.parametrize("arguments", [["--rehearse", "--k", "8"], ["--presets"]], ids=str)
+def test_two_commands_at_once_are_told_as_such(monkeypatch, capsys, arguments):
+    """The second was an unknown argument of the first."""
+    said = mistake(monkeypatch, capsys, {}, *arguments, "--dry-run")
+    assert f"--dry-run and {arguments[0]} are commands each by itself: give one of them" in said
+
+
+@pytest.mark.parametrize("command", [[], ["--dry-run"]], ids=str)
+def test_what_is_missing_is_named_with_what_to_set(shards, tmp_path, command):
+    """Of an artifact, RESUME was named, which no evaluation reads; a dry run did not miss it."""
+
+    def told(**changes) -> str:
+        environment = run_environment(shards, tmp_path / "logs", **changes)
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), *command],
+            env=process_environment(environment), capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        return done.stderr
+
+    evaluation = {"eval_only": True, "run_id": "nope"}
+    said = told(**evaluation)
+    assert (
+        f"no artifact at {tmp_path}/logs/nope.int6.lzma: set ARTIFACT to a file, or RUN_ID" in said
+    )
+    assert "RESUME" not in said
+    assert "no checkpoint at nope: set RESUME to the file of one" in told(resume="nope")
+
+
+def test_an_evaluation_of_a_run_that_has_a_checkpoint_alone_says_so(
+    monkeypatch, capsys, shards, tmp_path
+):
+    (tmp_path / "a.checkpoint").touch()
+    said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, eval_only=True))
+    told = f"yet, but {tmp_path}/a.checkpoint is there: without EVAL_ONLY=1 the run goes on from it"
+    assert f"no artifact at {tmp_path}/a.int6.lzma {told}\n" in said
+
+
 def test_a_damaged_or_contradicted_artifact_ends_in_one_line(
     monkeypatch, capsys, trained, shards, tmp_path
 ):

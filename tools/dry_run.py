@@ -107,6 +107,7 @@ def describe_start(settings: t.Settings) -> tuple[bool, str]:
     if s.run_id:
         refuse_living(Path(s.log_dir, f"{t.log_name(s)}.txt"), "RUN_ID")
     if s.eval_only:
+        t.read_artifact(s.artifact_path)
         return False, ""
     refuse_living(Path(f"{s.artifact_path}.lock"), "ARTIFACT")
     if s.run_id:
