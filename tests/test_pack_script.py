@@ -287,11 +287,12 @@ def repacked(source: str, claimed: str = LITTLE, more: bytes = b"") -> bytes:
     """A file whose head speaks of one source and whose PACKED holds another, and more."""
     digits = base64.b85encode(bz2.compress(source.encode()) + more).decode()
     head, mark, _ = pack_script.pack(claimed.encode()).decode().partition('PACKED = """\n')
-    return (head + mark + digits + pack_script.TAIL + pack_script.LAST).encode()
+    tail = pack_script.TAIL.substitute(decode=pack_script.DECODE)
+    return (head + mark + digits + tail + pack_script.LAST).encode()
 
 
 HONEST = pack_script.pack(LITTLE.encode())
-FORMER = pack_script.render(LITTLE.encode(), bz2.compress(LITTLE.encode()), pack_script.FORMER_TAIL)
+FORMER = pack_script.render(LITTLE.encode(), bz2.compress(LITTLE.encode()), pack_script.FORMER_DECODE)
 HOSTILE = LITTLE + "print('scores of my own')\n"
 BENT = {
     "another source, honestly packed": pack_script.pack(HOSTILE.encode()),

@@ -62,16 +62,13 @@ import traceback
 SHA256 = "${sha256}"
 PACKED = """
 ''')
-TAIL = '''
+TAIL = Template('''
 """
 
 
 def unpack_source():
     """The source as code. Whoever asks Python for lines of this file is shown the source's."""
-    try:
-        source = bz2.decompress(base64.b85decode("".join(PACKED.split())))
-    except (OSError, ValueError):
-        source = b""  # no such digits, or no such data
+${decode}
     if hashlib.sha256(source).hexdigest() != SHA256:
         raise ImportError(f"{__file__} is damaged: what it holds has another SHA-256 than it says")
     lines = source.decode().splitlines(keepends=True)
@@ -81,26 +78,30 @@ def unpack_source():
 
 if __name__ == "__main__" and sys.version_info < (3, 13):
     sys.excepthook = traceback.print_exception  # older Pythons' own reads lines from the disk
-'''
+''')
+DECODE = '''\
+    try:
+        source = bz2.decompress(base64.b85decode("".join(PACKED.split())))
+    except (OSError, ValueError):
+        source = b""  # no such digits, or no such data'''
 # What was packed before damaged data had the error of a damaged file is held to be packed, too.
-FORMER_TAIL = TAIL.replace("    try:\n        source", "    source").replace(
-    """    except (OSError, ValueError):
-        source = b""  # no such digits, or no such data
-""",
-    "",
-)
+FORMER_DECODE = '''\
+    source = bz2.decompress(base64.b85decode("".join(PACKED.split())))'''
 LAST = """# Of this number the source has an empty line, so that tracebacks show none for this one.
 exec(unpack_source(), globals())
 """
 
 
-def render(source: bytes, compressed: bytes, tail: str = TAIL) -> bytes:
-    """The packed file: all of it follows from the source, but how that is compressed."""
+def render(source: bytes, compressed: bytes, decode: str = DECODE) -> bytes:
+    """The packed file: all of it follows from the source, but how that is compressed.
+
+    decode: the lines that make the source of PACKED.
+    """
     sha256 = hashlib.sha256(source).hexdigest()
     head = HEAD.substitute(first=FIRST, size=f"{len(source):,}", sha256=sha256)
     digits = base64.b85encode(compressed).decode()
     rows = [digits[start : start + COLUMNS] for start in range(0, len(digits), COLUMNS)]
-    text = head + "\n".join(rows) + tail
+    text = head + "\n".join(rows) + TAIL.substitute(decode=decode)
     lines = source.decode().split("\n")
     number = (text + LAST).count("\n")  # of the last line
     while number <= len(lines) and lines[number - 1].strip():
@@ -152,7 +153,7 @@ def unpack(content: bytes) -> bytes | None:
     whole = decoder.eof and not decoder.unused_data
     need(whole, "its PACKED is cut off, or holds more than a source")
     expected = render(source, compressed)
-    if content not in (expected, render(source, compressed, FORMER_TAIL)):
+    if content not in (expected, render(source, compressed, FORMER_DECODE)):
         raise UserError(first_difference(content, expected))
     return source
 
