@@ -292,7 +292,9 @@ def repacked(source: str, claimed: str = LITTLE, more: bytes = b"") -> bytes:
 
 
 HONEST = pack_script.pack(LITTLE.encode())
-FORMER = pack_script.render(LITTLE.encode(), bz2.compress(LITTLE.encode()), pack_script.FORMER_DECODE)
+FORMER = pack_script.render(
+    LITTLE.encode(), bz2.compress(LITTLE.encode()), pack_script.FORMER_DECODE
+)
 HOSTILE = LITTLE + "print('scores of my own')\n"
 BENT = {
     "another source, honestly packed": pack_script.pack(HOSTILE.encode()),

@@ -883,7 +883,8 @@ PLANTED = [
 ]
 # The same for runs that differ from the first in one thing.
 DIFFERENT = [
-    ({"seed": 1}, "{b}.txt has SEED=1, as {a}.txt has"),
+    ({"seed": 1}, "{b}.txt has SEED=1 at 600 s, as {a}.txt has"),
+    ({"seed": 1, "max_wallclock_seconds": 599.5}, "{b}.txt has MAX_WALLCLOCK_SECONDS=599.5, but"),
     ({"matrix_lr": 0.03}, "{b}.txt has MATRIX_LR=0.03, but {a}.txt has 0.014"),
     ({"unet_skips": False}, "{b}.txt has UNET_SKIPS=False, but {a}.txt has True"),
     ({"scan_backend": "chunked"}, "{b}.txt has SCAN_BACKEND=chunked, but {a}.txt has auto"),

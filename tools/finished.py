@@ -42,6 +42,7 @@ from tools.logs import (
     not_a_log,
     rank_count,
     refuse_other_settings,
+    refuse_repeats,
     runs_in,
     split_text,
 )
@@ -303,14 +304,11 @@ def check_agreement(runs: list[Run]) -> None:
     standard deviation would be too small.
     """
     first = runs[0]
-    seen = {}
-    for run in runs:
-        need(run.seed not in seen, f"{run.path} has SEED={run.seed}, as {seen.get(run.seed)} has")
-        seen[run.seed] = run.path
-    for run in runs[1:]:
-        # Data are compared below, as far as these logs tell them.
-        ours, theirs = (Kind(one.path, one.settings, {}) for one in (run, first))
-        refuse_other_settings(ours, theirs)
+    # Data are compared below, as far as these logs tell them.
+    kinds = [Kind(run.path, run.settings, {}) for run in runs]
+    refuse_repeats(kinds)
+    for run, kind in zip(runs[1:], kinds[1:], strict=True):
+        refuse_other_settings(kind, kinds[0])
         for name, value in first.machine.items():  # submission.json has one field for each
             ours = run.machine[name]
             need(ours == value, f"{run.path} ran with {name} {ours}, but {first.path} with {value}")

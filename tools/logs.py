@@ -201,7 +201,7 @@ def refuse_repeats(runs: list[Kind]) -> None:
     seen: dict[tuple, Path] = {}
     for run in runs:
         clock, seed = (run.settings.get(name) for name in ("max_wallclock_seconds", "seed"))
-        told = f"{run.log} has SEED={seed} at {clock:g} s, as {seen.get((clock, seed))} has"
+        told = f"{run.log} has SEED={seed} at {float(clock):g} s, as {seen.get((clock, seed))} has"
         need((clock, seed) not in seen, told)
         seen[clock, seed] = run.log
 

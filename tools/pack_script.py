@@ -79,14 +79,14 @@ ${decode}
 if __name__ == "__main__" and sys.version_info < (3, 13):
     sys.excepthook = traceback.print_exception  # older Pythons' own reads lines from the disk
 ''')
-DECODE = '''\
+DECODE = """\
     try:
         source = bz2.decompress(base64.b85decode("".join(PACKED.split())))
     except (OSError, ValueError):
-        source = b""  # no such digits, or no such data'''
+        source = b""  # no such digits, or no such data"""
 # What was packed before damaged data had the error of a damaged file is held to be packed, too.
-FORMER_DECODE = '''\
-    source = bz2.decompress(base64.b85decode("".join(PACKED.split())))'''
+FORMER_DECODE = """\
+    source = bz2.decompress(base64.b85decode("".join(PACKED.split())))"""
 LAST = """# Of this number the source has an empty line, so that tracebacks show none for this one.
 exec(unpack_source(), globals())
 """
