@@ -1015,15 +1015,22 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
     Tokenizer and validation shards are hashed, by the main rank and off every clock; training
-    shards, of up to 16 GB, are not. Raises UserError for one with a validation shard's sample.
+    shards, of up to 16 GB, are not. Raises UserError for one with a validation shard's sample;
+    without training, which opens none, training text may be scored, and a name that says so warns.
     """
     folder, path = settings.data_path, settings.tokenizer_path
     scored = {shard.sample: shard.path.name for shard in validation if shard.count}
     for shard in training:
         twin = scored.get(shard.sample, "")
+        both = f"{shard.path} is training text and is scored, by its name: rename it"
+        need(twin != shard.path.name, both)
         need(not twin, f"{shard.path} holds the text of {twin}, which is scored: take it away")
     if not main:
         return
+    names = [shard.path.name for shard in validation]
+    trained = [shown(name) for name in names if "_train_" in name and not training]
+    if trained:
+        log(f"warning: {', '.join(trained)} is training text by its name, and is scored")
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
     record["validation"] = {shard.path.name: shard.sha256 for shard in validation}
     recorded, overlap, absent = recorded_hashes(folder, training, record["validation"])

@@ -1287,6 +1287,37 @@ def test_a_training_shard_that_is_a_validation_shard_is_refused(shards, tmp_path
         log_hashes(settings, lambda *_, **record: None)
 
 
+def test_a_shard_that_both_splits_name_is_told_to_be_renamed(shards, tmp_path):
+    """It was to be taken away, for holding its own text."""
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "words_train_000001.bin").rename(tmp_path / "words_val_train_000001.bin")
+    settings = tiny(data_path=str(tmp_path), tokenizer_path=str(tmp_path / "tokenizer.model"))
+    with pytest.raises(
+        t.UserError, match=r"val_train_000001\.bin is training text and is scored, by"
+    ):
+        log_hashes(settings, lambda *_, **record: None)
+
+
+@pytest.mark.parametrize("name", ["words_val_000000.bin", "words_train_val_000000.bin"])
+def test_an_evaluation_may_score_training_text(
+    monkeypatch, capsys, trained, shards, tmp_path, name
+):
+    """Whoever asks for the training text's BPB gets it; a run that trains does not."""
+    text = shards / "words_train_000000.bin"
+    shutil.copy(text, tmp_path / name)
+    shutil.copy(text, tmp_path)
+    changes = {"data_path": tmp_path, "artifact": trained.artifact}
+    environment = run_environment(shards, tmp_path / "logs", eval_only=True, **changes)
+    assert run_here(monkeypatch, environment) == 0
+    out = capsys.readouterr().out
+    assert f"SHA-256, validation: {name} {t.file_sha256(text)}" in out
+    warning = f"warning: {name} is training text by its name, and is scored"
+    assert (warning in out) == ("_train_" in name)
+    environment = run_environment(shards, tmp_path / "logs", data_path=tmp_path)
+    told = mistake(monkeypatch, capsys, environment)
+    assert "which is scored: take it away" in told or "is scored, by its name: rename it" in told
+
+
 def test_two_runs_with_one_artifact_are_told_apart_at_the_start(
     monkeypatch, capsys, shards, tmp_path
 ):
