@@ -37,6 +37,10 @@ import numpy as np
 import sentencepiece
 import torch
 
+if not __package__:  # started by its path
+    print("error: start it in the repository's folder as python -m tests.fuzz", file=sys.stderr)
+    sys.exit(2)
+
 import train_gpt as t
 from tests.support import (
     SMALLEST,

@@ -33,6 +33,12 @@ from pathlib import Path
 
 import torch
 
+if not __package__:  # started by its path
+    print(
+        "error: start it in the repository's folder as python -m tests.kill_table", file=sys.stderr
+    )
+    sys.exit(2)
+
 import train_gpt as t
 from tests.support import free_port, process_environment, run_environment, write_data
 from tools.command import need_place, run_command, write_whole

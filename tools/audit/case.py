@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+    sys.exit(2)
+
 from tools.audit import cell, script, text
 from tools.audit.observation import Observation, read_observation
 from tools.command import UserError, need

@@ -10,10 +10,16 @@ counts with the project's own script only, and is OPEN with another one.
 import functools
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+    sys.exit(2)
 
 from tools import contradictions, known
 from tools.audit import decoder, text

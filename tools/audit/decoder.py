@@ -9,10 +9,16 @@ parameters: those are given.
 import hashlib
 import json
 import lzma
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+    sys.exit(2)
 
 from tools.command import UserError, need
 

@@ -282,4 +282,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+        sys.exit(2)
     main()

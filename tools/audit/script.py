@@ -9,8 +9,14 @@ import ast
 import difflib
 import hashlib
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+    sys.exit(2)
 
 from tools.command import UserError
 from tools.pack_script import source_of, unpack

@@ -6,6 +6,13 @@ only if nothing but a log, or a script that is not the project's, says so. What 
 stands below the table.
 """
 
+import sys
+
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+    sys.exit(2)
+
 from tools.audit.case import Case
 from tools.audit.checks import FAILS, HOLDS, NOISE_BPB, Finding, is_official, same_machine
 from tools.contradictions import files_of, overlap_text

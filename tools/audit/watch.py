@@ -24,6 +24,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+    sys.exit(2)
+
 from tools.audit.observation import Event, Observation, Sampled, Weight
 
 SAMPLED_TARGETS = 4096  # whose whole distribution is computed
@@ -249,4 +254,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        print("error: no command by itself; start python -m tools.audit", file=sys.stderr)
+        sys.exit(2)
     main()

@@ -11,7 +11,13 @@ import json
 import math
 import re
 import statistics
+import sys
 from typing import NamedTuple
+
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.report", file=sys.stderr)
+    sys.exit(2)
 
 from tools.report.markup import Html, element, join
 from tools.report.profiles import PROFILES, ROWS, chunks_of, rows_of, short_name

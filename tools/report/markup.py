@@ -2,7 +2,13 @@
 
 import html
 import re
+import sys
 from collections.abc import Iterable
+
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.report", file=sys.stderr)
+    sys.exit(2)
 
 from tools.command import need
 

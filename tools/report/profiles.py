@@ -9,7 +9,13 @@ where a model does not adapt.
 """
 
 import math
+import sys
 from typing import NamedTuple
+
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.report", file=sys.stderr)
+    sys.exit(2)
 
 from tools.runs import Run
 

@@ -11,7 +11,13 @@ tools/package.py judge.
 
 import math
 import re
+import sys
 from collections.abc import Callable
+
+if not __package__:  # started by its path
+    # Whoever takes it for a command is told which one it serves.
+    print("error: no command by itself; start python -m tools.report", file=sys.stderr)
+    sys.exit(2)
 
 from tools.contradictions import CAP_BYTES, limit_of
 from tools.logs import seconds_to_score, spread
