@@ -648,8 +648,10 @@ def refuse_other_dataset(out: Path, name: str) -> None:
 def locked(folder: Path) -> Iterator[bool]:
     """Make a folder, and let no other prepare.py write to it; PrepareError if one does.
 
-    Yields False where the file system cannot lock folders.
+    Yields False where the file system cannot lock folders. A folder that was made for nothing, and
+    those in which it lies, are taken away again.
     """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -664,6 +666,9 @@ def locked(folder: Path) -> Iterator[bool]:
         yield is_locked
     finally:
         os.close(handle)
+        for each in made:
+            with contextlib.suppress(OSError):  # it holds something
+                each.rmdir()
 
 
 @contextlib.contextmanager
