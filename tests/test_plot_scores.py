@@ -82,6 +82,23 @@ def test_names_say_which_run_a_point_is_and_the_title_which_text():
     assert tiny.text == "not FineWeb"
 
 
+def test_names_of_one_clock_do_not_cover_each_other(tmp_path, monkeypatch):
+    """They are lines of one label, in the order of their points."""
+    logs = [
+        write_log(tmp_path / "low.jsonl", 180.0, 1.24, 1.22),
+        write_log(tmp_path / "high.jsonl", 180.0, 1.26, 1.23, matrix_lr=0.03),
+        write_log(tmp_path / "long.jsonl", 360.0, 1.20, 1.19),
+    ]
+    figures = []
+    monkeypatch.setattr(plot_scores, "write_picture", lambda out, figure: figures.append(figure))
+    plot_scores.plot(plot_scores.read_points(logs), [], "a text", tmp_path / "plot.png")
+    (axes,) = figures[0].axes
+    assert sorted((label.get_text(), *label.xy) for label in axes.texts) == [
+        ("high\nlow", 180.0, 1.26),
+        ("long", 360.0, 1.20),
+    ]
+
+
 def test_the_command_draws_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     log, out = write_log(tmp_path / "a.jsonl", 180.0, 1.24, 1.22), tmp_path / "scores.png"

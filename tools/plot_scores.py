@@ -106,6 +106,11 @@ def name_of(point: Point) -> str:
     return f"{common}, {len(point.names)} seeds".lstrip(", ")
 
 
+def highest(point: Point) -> float:
+    """The larger of its scores' means."""
+    return max(spread(scores).mean for scores in point.scores.values())
+
+
 def plot(points: list[Point], marks: list[tuple[float, str]], title: str, out: Path) -> None:
     """Writes the plot as PNG."""
     from matplotlib.figure import Figure
@@ -124,10 +129,12 @@ def plot(points: list[Point], marks: list[tuple[float, str]], title: str, out: P
             style = {"marker": "o", "capsize": 3, "color": colour, "label": label}
             axes.errorbar(seconds, means, bars, **style)
             label = None  # once in the legend
-    for point in points:
-        highest = max(spread(scores).mean for scores in point.scores.values())
+    for seconds in {point.seconds for point in points}:
+        # Points of one clock may stand close to each other: their names, in their order, over all.
+        ranked = sorted((p for p in points if p.seconds == seconds), key=highest, reverse=True)
+        names = "\n".join(map(name_of, ranked))
         place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-        axes.annotate(name_of(point), (point.seconds, highest), **place)
+        axes.annotate(names, (seconds, highest(ranked[0])), **place)
     for number, (score, text) in enumerate(marks):
         style = ("--", ":", "-.")[number % 3]
         axes.axhline(score, color="gray", linestyle=style, label=text)
