@@ -9,6 +9,8 @@
                                                     a dataset to choose settings on
     python data/prepare.py manifest FOLDER --tokenizer FILE.model
                                                     what shards made elsewhere hold
+    python data/prepare.py text a.txt --out data/my --name my --case
+                                                    with capitals as tokens before their words
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
 and then that many little-endian uint16 tokens. Every document starts with the beginning-of-sequence
@@ -16,6 +18,9 @@ token (BOS, id 1); a document may continue in the next shard. Beside the shards,
 what they hold. A dataset appears when it is whole: a run that fails or is stopped leaves what was
 there. Needs numpy, sentencepiece and tqdm; also pyarrow for `parquet`, huggingface_hub for
 `fineweb`.
+
+With case operators, NAME_val_bytes_000000.bin stands beside NAME_val_000000.bin: a file of the same
+format whose uint16 are the bytes of text that the shard's tokens stand for.
 """
 
 from __future__ import annotations
@@ -293,6 +298,110 @@ def split_documents(
                     yield Document(text, is_validation, input_bytes)
 
 
+# ---- Case operators: capitals as tokens of their own ---------------------------------------------
+#
+# "The" and "the" are two tokens, and a model learns each by itself. Here a capital becomes a small
+# letter, and an operator says what it was: "of The" is "of", TITLE, "▁the". The operators are those
+# of the contest's pull request 1729. Their place is not: they stand before the space of their word,
+# since behind it they would cut "▁the" in two.
+#
+# A tokenizer for such text has the four as its pieces 4 to 7, never merges them, and normalizes
+# nothing. The text is normalized before, as the contest's tokenizers do it, so that its bytes are
+# the ones that these count.
+
+TITLE = "\ue001"  # the word's first letter is a capital
+CAPITALS = "\ue002"  # all of the word's letters are, two or more
+NEXT = "\ue003"  # the next letter is one
+ESCAPE = "\ue004"  # the next character is text, though it looks like an operator or like "▁"
+OPERATORS = (TITLE, CAPITALS, NEXT, ESCAPE)
+FIRST_OPERATOR_ID = 4  # padding, BOS, end and unknown stand before
+TITLE_ID, CAPITALS_ID, NEXT_ID, ESCAPE_ID = range(FIRST_OPERATOR_ID, FIRST_OPERATOR_ID + 4)
+
+CAPITAL = re.compile("[A-Z]")
+FROM_FIRST_CAPITAL = re.compile("[A-Z][A-Za-z]*")  # what is left of a word from there on
+MISTAKABLE = re.compile(f"[{''.join(OPERATORS)}▁]")
+ENCODED_CASE = re.compile(
+    f"{ESCAPE}(?P<escaped>.)"
+    f"|{CAPITALS}(?P<space_before_all> ?)(?P<all>[a-z]+)"
+    f"|[{TITLE}{NEXT}](?P<space> ?)(?P<letter>[a-z])",
+    re.DOTALL,
+)
+
+
+def encode_case(text: str) -> str:
+    """Return a text without the capitals A to Z, whose place operators take; decode_case() undoes
+    it, whatever the text.
+
+    A word is a run of letters A to Z and a to z. With T, C, N, E for the operators:
+
+        of The       of⟨T⟩ the              the operator stands before the space
+        NASA         ⟨C⟩nasa
+        iPhone       i⟨N⟩phone              small letters come first
+        McDonald     ⟨T⟩mc⟨N⟩donald
+        it's I       it's⟨T⟩ i
+        ÉCOLE        É⟨C⟩cole               other letters stay as they are
+        ⟨T⟩          ⟨E⟩⟨T⟩                 a private character of the text's own
+        ▁            ⟨E⟩_                   or a tokenizer would take it for a space
+    """
+    text = MISTAKABLE.sub(escaped_character, text)
+    text = FROM_FIRST_CAPITAL.sub(encoded_word, text)
+    # An operator of the text's own is behind ESCAPE, and so never behind a space.
+    return text.replace(f" {TITLE}", f"{TITLE} ").replace(f" {CAPITALS}", f"{CAPITALS} ")
+
+
+def escaped_character(match: re.Match) -> str:
+    """Return what stands for a character that decoding would take for something else."""
+    character = match[0]
+    return ESCAPE + ("_" if character == "▁" else character)
+
+
+def encoded_word(match: re.Match) -> str:
+    """Return what stands for a word from its first capital on."""
+    letters = match[0]
+    place = match.start()
+    begins = not place or not "a" <= match.string[place - 1] <= "z"
+    if begins and letters[1:].islower():  # first, as most are like that
+        return TITLE + letters.lower()
+    if begins and len(letters) > 1 and letters.isupper():
+        return CAPITALS + letters.lower()
+    marked = CAPITAL.sub(lambda capital: NEXT + capital[0].lower(), letters)
+    return TITLE + marked.removeprefix(NEXT) if begins else marked
+
+
+def decode_case(text: str) -> str:
+    """Return the text that encode_case() was given; an operator that no letter follows stays."""
+    return ENCODED_CASE.sub(decoded_part, text)
+
+
+def decoded_part(match: re.Match) -> str:
+    """Return what an operator and its letters, or an escaped character, stand for."""
+    if character := match["escaped"]:
+        return "▁" if character == "_" else character
+    if letters := match["all"]:
+        return match["space_before_all"] + letters.upper()
+    return match["space"] + match["letter"].upper()
+
+
+def make_normalizer() -> sentencepiece.SentencePieceNormalizer:
+    """Return what normalizes text as the contest's tokenizers do: nmt_nfkc, which makes any white
+    space one space.
+    """
+    return sentencepiece.SentencePieceNormalizer(
+        rule_name="nmt_nfkc",
+        escape_whitespaces=False,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=True,
+    )
+
+
+def has_case_operators(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether a tokenizer is one for text that encode_case() has written."""
+    if tokenizer.vocab_size() <= ESCAPE_ID:
+        return False
+    ids = list(range(TITLE_ID, ESCAPE_ID + 1))
+    return tokenizer.id_to_piece(ids) == list(OPERATORS)
+
+
 # ---- Tokenizer -----------------------------------------------------------------------------------
 
 
@@ -319,15 +428,16 @@ def tokenizer_sample(
     return [text for _, text in kept]
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
+def train_tokenizer(texts: list[str], vocab_size: int, case: bool = False) -> bytes:
     """Train a SentencePiece byte-pair-encoding tokenizer on texts and return the bytes of its model
     file.
 
     The settings are those of the contest's tokenizers: ids 0 to 3 are padding, BOS, end and
     unknown; text is normalized with nmt_nfkc, which makes any white space one space; digits are
     separate pieces; there is no space before the first word. Byte pieces spell every other
-    character, so nothing is unknown. PrepareError if the texts have too few different words, or too
-    many different characters, for `vocab_size`.
+    character, so nothing is unknown. With `case`, it is for text that is normalized already and in
+    which operators stand for capitals: they are the ids 4 to 7. PrepareError if the texts have too
+    few different words, or too many different characters, for `vocab_size`.
     """
     # Pieces never cross a space, so long documents can be cut there; SentencePiece leaves out
     # over-long lines.
@@ -335,6 +445,13 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     sentences = (
         " ".join(part[start : start + 100]) for part in words for start in range(0, len(part), 100)
     )
+    options: dict[str, Any] = {"normalization_rule_name": "nmt_nfkc"}
+    if case:
+        normalizer = make_normalizer()
+        sentences = (encode_case(normalizer.normalize(sentence)) for sentence in sentences)
+        options["user_defined_symbols"] = list(OPERATORS)
+        options["normalization_rule_name"] = "identity"
+        options["remove_extra_whitespaces"] = False  # such as that behind an operator
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -349,12 +466,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
             byte_fallback=True,
             character_coverage=0.999,
             required_chars="▁",  # or, where spaces are rare, three byte pieces would spell one
-            normalization_rule_name="nmt_nfkc",
             add_dummy_prefix=False,
             split_digits=True,
             max_sentence_length=2**20,
             num_threads=PROCESSORS,
             minloglevel=2,
+            **options,
         )
     except RuntimeError as error:
         if most := re.search(r"value <= (\d+)", str(error)):
@@ -396,16 +513,62 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 class PieceBytes(NamedTuple):
     """How many bytes of text each token stands for, as train_gpt.py counts them.
 
-    A leading space counts unless the token before is special, for decoding drops it there.
+    A leading space counts unless the token before is special, for decoding drops it there. A small
+    letter has the one byte of its capital, so operators have none; unless ESCAPE stands before:
+    then an operator is a character of the text, and "_" stands for the longer "▁".
     """
 
     texts: np.ndarray  # (pieces,) int64: bytes without a leading space; 0 of special pieces
     has_space: np.ndarray  # (pieces,) bool: begins with a space
     is_special: np.ndarray  # (pieces,) bool: control, unknown and unused pieces, which have no text
     unknown: int  # id of the unknown piece
+    if_escaped: np.ndarray  # (pieces,) int64: bytes more behind ESCAPE; all 0 without operators
+
+    @property
+    def has_case(self) -> bool:
+        """Whether the tokenizer has case operators."""
+        return bool(self.if_escaped.any())
+
+    def escaped(self, tokens: np.ndarray, before: int) -> np.ndarray:
+        """Return the places of the tokens that an ESCAPE in front of them makes text, in order.
+
+        Such a token may be ESCAPE itself, which then does nothing to the next one: of a row of
+        them, every other one does.
+        """
+        if not self.has_case:
+            return np.array([], dtype=np.int64)
+        places = np.flatnonzero(tokens == ESCAPE_ID)
+        if before == ESCAPE_ID:
+            places = np.append(-1, places)
+        first = np.flatnonzero(np.diff(places, prepend=-9) > 1)  # of each row of neighbours
+        lengths = np.diff(first, append=len(places))
+        place_in_row = np.arange(len(places)) - np.repeat(first, lengths)
+        found = places[place_in_row % 2 == 0] + 1
+        return found[found < len(tokens)]
+
+    def last(self, tokens: np.ndarray, before: int) -> int:
+        """Return the `before` of the tokens that come next."""
+        if not len(tokens):
+            return before
+        escaped = self.escaped(tokens, before)
+        if len(escaped) and escaped[-1] == len(tokens) - 1:
+            return TITLE_ID  # or any other token that does nothing to the next one's bytes
+        return int(tokens[-1])
+
+    def each(self, tokens: np.ndarray, before: int = BOS_ID) -> np.ndarray:
+        """Return each token's bytes of text, uint16; the token `before` stands in front of them."""
+        counts = self.texts.astype("<u2")[tokens]
+        follows_special = self.is_special[tokens[:-1]]
+        follows_special = np.append(self.is_special[before], follows_special)[: len(tokens)]
+        counts += self.has_space[tokens] & ~follows_special
+        escaped = self.escaped(tokens, before)
+        counts[escaped] += self.if_escaped[tokens[escaped]].astype("<u2")
+        return counts
 
     def count(self, tokens: np.ndarray, before: int = BOS_ID) -> int:
-        """Return the bytes of text of tokens, which the token `before` stands in front of."""
+        """Return the bytes of text of tokens, which the token `before` stands in front of: the sum
+        of each(), sooner.
+        """
         counts = np.zeros(len(self.texts), dtype=np.int64)
         for block in range(0, len(tokens), BLOCK_TOKENS):
             counts += np.bincount(tokens[block : block + BLOCK_TOKENS], minlength=len(counts))
@@ -413,7 +576,8 @@ class PieceBytes(NamedTuple):
         after_special = [tokens[:1]] if self.is_special[before] else []
         for special in np.flatnonzero(self.is_special & (counts > 0)):
             after_special.append(tokens[1:][tokens[:-1] == special])
-        return int(total - sum(self.has_space[nexts].sum() for nexts in after_special))
+        total -= sum(self.has_space[nexts].sum() for nexts in after_special)
+        return int(total + self.if_escaped[tokens[self.escaped(tokens, before)]].sum())
 
 
 def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
@@ -427,7 +591,14 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     # A byte piece is spelt <0x41>, but stands for that byte.
     lengths = np.where(tokenizer.is_byte(ids), 1, lengths)
     texts = np.where(is_special, 0, lengths)
-    return PieceBytes(texts, has_space, is_special, tokenizer.unk_id())
+    if_escaped = np.zeros_like(texts)
+    if has_case_operators(tokenizer):
+        # "_" may be the byte piece <0x5F>, where the vocabulary lacks it.
+        underscore = [piece.startswith("_") or piece == "<0x5F>" for piece in pieces]
+        if_escaped[underscore] = len("▁".encode()) - len("_")
+        texts[TITLE_ID : ESCAPE_ID + 1] = 0
+        if_escaped[TITLE_ID : ESCAPE_ID + 1] = len(ESCAPE.encode())
+    return PieceBytes(texts, has_space, is_special, tokenizer.unk_id(), if_escaped)
 
 
 def check_round_trip(
@@ -464,6 +635,35 @@ def check_round_trip(
             raise PrepareError(
                 f"the tokenizer's tokens stand for {counted:,} bytes of a text of {size:,}: "
                 "scores would be wrong; take one whose spaces begin a piece"
+            )
+
+
+def check_case_round_trip(
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    pieces: PieceBytes,
+    texts: list[str],
+    encoded: list[list[int]],
+) -> None:
+    """Raise PrepareError if tokens with case operators do not give a normalized text back to the
+    character, or stand for another number of bytes.
+    """
+    decoded = tokenizer.decode(encoded, num_threads=1)
+    each = pieces.each(np.concatenate(encoded))
+    starts = np.cumsum([0, *map(len, encoded[:-1])])
+    counts = np.add.reduceat(each, starts, dtype=np.int64).tolist()
+    for counted, text, marked in zip(counts, texts, decoded, strict=True):
+        document = f"the document that begins {text[:40]!r}"
+        found = decode_case(marked)
+        if found != text:
+            place = next_difference(found, text)
+            excerpt = slice(max(0, place - 8), place + 8)
+            given = f"{found[excerpt]!r} for {text[excerpt]!r}"
+            hint = "take a tokenizer that --case has trained"
+            raise PrepareError(f"{document} does not come back from its tokens ({given}); {hint}")
+        if counted != (size := len(text.encode())):
+            raise PrepareError(
+                f"{document} has {size:,} bytes, but its tokens stand for {counted:,}: scores "
+                "would be wrong; take a tokenizer that --case has trained"
             )
 
 
@@ -529,10 +729,11 @@ def start_worker(model: bytes) -> None:
 
     It comes as bytes: a processor cannot be sent to another process.
     """
-    global worker_tokenizer, worker_pieces
+    global worker_tokenizer, worker_pieces, worker_normalizer
     start_process()
     worker_tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     worker_pieces = piece_bytes(worker_tokenizer)
+    worker_normalizer = make_normalizer()
 
 
 def encode_batch(texts: list[str]) -> list[np.ndarray]:
@@ -541,8 +742,14 @@ def encode_batch(texts: list[str]) -> list[np.ndarray]:
 
     PrepareError if they are not those of the text: see check_round_trip().
     """
-    encoded = worker_tokenizer.encode(texts, add_bos=True, num_threads=1)
-    check_round_trip(worker_tokenizer, worker_pieces, texts, encoded)
+    if worker_pieces.has_case:
+        texts = [worker_normalizer.normalize(text) for text in texts]
+        marked = [encode_case(text) for text in texts]
+        encoded = worker_tokenizer.encode(marked, add_bos=True, num_threads=1)
+        check_case_round_trip(worker_tokenizer, worker_pieces, texts, encoded)
+    else:
+        encoded = worker_tokenizer.encode(texts, add_bos=True, num_threads=1)
+        check_round_trip(worker_tokenizer, worker_pieces, texts, encoded)
     return [np.array(tokens, "<u2") for tokens in encoded]
 
 
@@ -606,16 +813,16 @@ class ShardWriter:
             if self.file is None:
                 self.file = (self.folder / f"{self.prefix}_{self.shards:06d}.bin").open("wb")
                 self.filled = 0
-                # The header's place; close() knows what to write there.
+                # The header's place; close_shard() knows what to write there.
                 self.file.write(bytes(HEADER_BYTES))
                 self.shards += 1
             part, tokens = np.split(tokens, [self.shard_tokens - self.filled])
             self.file.write(part.tobytes())
             self.filled += len(part)
             if self.filled == self.shard_tokens:
-                self.close()
+                self.close_shard()
 
-    def close(self) -> None:
+    def close_shard(self) -> None:
         """Write the header of the shard in progress, if there is one, and close it."""
         if self.file is not None:
             header = np.zeros(HEADER_INTS, dtype="<i4")
@@ -624,6 +831,34 @@ class ShardWriter:
                 file.seek(0)
                 file.write(header.tobytes())
             self.file = None
+
+    def close(self) -> None:
+        """Complete the last shard."""
+        self.close_shard()
+
+
+class ValidationWriter(ShardWriter):
+    """Writes validation shards and, if the tokenizer has case operators, the bytes of their tokens:
+    <prefix>_bytes_000000.bin beside <prefix>_000000.bin.
+
+    Others read these bytes there, who do not know the operators.
+    """
+
+    def __init__(self, folder: Path, prefix: str, shard_tokens: int, pieces: PieceBytes):
+        super().__init__(folder, prefix, shard_tokens)
+        self.pieces = pieces
+        self.bytes_writer = ShardWriter(folder, f"{prefix}_bytes", shard_tokens)
+
+    def append(self, text: str, tokens: np.ndarray) -> None:
+        """Append the tokens of whole documents."""
+        super().append(text, tokens)
+        if self.pieces.has_case:
+            self.bytes_writer.append("", self.pieces.each(tokens))
+
+    def close(self) -> None:
+        """Complete the last shard, and the file of its bytes."""
+        super().close()
+        self.bytes_writer.close()
 
 
 def refuse_other_dataset(out: Path, name: str) -> None:
@@ -690,13 +925,15 @@ def publish(work: Path, out: Path, name: str) -> None:
     name.
 
     Signals wait for it. If it is killed, validation shards are missing, without which train_gpt.py
-    refuses to train: they are the first to go and the last to come.
+    refuses to train: they are the first to go and the last to come, behind the files of their
+    bytes.
     """
     # Shards that an earlier, longer run left would be read as part of this dataset.
     former = [out / MANIFEST, *out.glob(f"{name}_val_*.bin"), *out.glob(f"{name}_train_*.bin")]
 
     def turn(path: Path) -> tuple[bool, bool, str]:
-        return path.name == MANIFEST, "_val_" in path.name, path.name
+        is_validation = "_val_" in path.name and not is_bytes_file(path)
+        return path.name == MANIFEST, is_validation, path.name
 
     with stop_signals.hold():
         for path in former:
@@ -720,8 +957,10 @@ def check_options(args: argparse.Namespace) -> None:
             raise PrepareError(f"--{name} {value} is not between 1 and {most}")
 
 
-def new_tokenizer(documents: Iterable[Document], vocab_size: int) -> bytes:
-    """Train a tokenizer on the training documents and return the bytes of its model file."""
+def new_tokenizer(documents: Iterable[Document], vocab_size: int, case: bool) -> bytes:
+    """Train a tokenizer on the training documents, with case operators or without, and return the
+    bytes of its model file.
+    """
     texts = tokenizer_sample(documents)
     if not texts:
         raise PrepareError(
@@ -730,7 +969,7 @@ def new_tokenizer(documents: Iterable[Document], vocab_size: int) -> bytes:
     characters = sum(map(len, texts)) / 1e6
     size = f"{vocab_size} pieces on {characters:.1f} M characters"
     say(f"training a tokenizer of {size}")
-    return call_in_process(train_tokenizer, texts, vocab_size)
+    return call_in_process(train_tokenizer, texts, vocab_size, case)
 
 
 def check_splits(splits: dict[str, ShardWriter]) -> None:
@@ -767,15 +1006,21 @@ def build_dataset(
                 yield document
                 bar.update(document.input_bytes)
 
-    path = args.tokenizer or out / f"{name}_{args.vocab_size}_bpe.model"
+    kind = "bpe_case" if args.case else "bpe"
+    path = args.tokenizer or out / f"{name}_{args.vocab_size}_{kind}.model"
     tokenizer = load_tokenizer(path) if args.tokenizer else None
+    if args.case and tokenizer is not None and not has_case_operators(tokenizer):
+        lacks = f"{path}: its pieces {TITLE_ID} to {ESCAPE_ID} are not the operators of --case"
+        raise PrepareError(f"{lacks}; leave --tokenizer out to train one, or leave --case out")
     with work_folder(out) as work:
         if tokenizer is None:
-            model = new_tokenizer(progress("reading for the tokenizer"), args.vocab_size)
+            texts = progress("reading for the tokenizer")
+            model = new_tokenizer(texts, args.vocab_size, args.case)
             (work / path.name).write_bytes(model)
             tokenizer = load_tokenizer(work / path.name)
         train = ShardWriter(work, f"{name}_train", args.shard_tokens)
-        validation = ShardWriter(work, f"{name}_val", args.shard_tokens)
+        pieces = piece_bytes(tokenizer)
+        validation = ValidationWriter(work, f"{name}_val", args.shard_tokens, pieces)
         model = tokenizer.serialized_model_proto()
         encoded = encode_documents(progress("encoding"), model, args.workers)
         with contextlib.closing(encoded), contextlib.closing(train), contextlib.closing(validation):
@@ -804,11 +1049,15 @@ def build_dataset(
 # without an entry, is to be hashed anew: recorded_sha256(). So 80 shards of 200 MB need not be read
 # where seconds count. It saves time; it proves nothing to those who did not make it.
 #
+# Where the bytes of a validation shard's tokens lie beside it, "token_bytes" has that file's name,
+# size and SHA-256.
+#
 # "splits" has sums for "train" and "val"; there, text_bytes is the size of the text that was read,
-# null where that is not known. "tokenizer" has the SHA-256, the number of pieces, and the path as
-# seen from the folder. "overlap" counts the validation documents that are training documents too,
-# token for token, and lists their numbers, from 0. "source" and "command" say where the text is
-# from.
+# null where that is not known. "tokenizer" has the SHA-256, the number of pieces, the path as seen
+# from the folder, and case_operators: whether operators stand for capitals. If they do, "operators"
+# says how many tokens are such. "overlap" counts the validation documents that are training
+# documents too, token for token, and lists their numbers, from 0. "source" and "command" say where
+# the text is from.
 
 MANIFEST = "manifest.json"
 ROUND_TRIPS = 100  # validation documents that are decoded and encoded again
@@ -903,13 +1152,14 @@ def make_manifest(
     for split in ("train", "val"):
         entries = [entry for entry in shards.values() if entry["split"] == split]
         kinds = ("tokens", "documents", "bytes", "unknown")
+        kinds += ("operators",) * pieces.has_case
         splits[split] = {kind: sum(entry[kind] for entry in entries) for kind in kinds}
         splits[split] |= {"shards": len(entries), "text_bytes": text_bytes.get(split)}
     return {
         "format": 1,
         "command": args.command_line,
         "source": args.source,
-        "tokenizer": {"pieces": tokenizer.vocab_size()},
+        "tokenizer": {"pieces": tokenizer.vocab_size(), "case_operators": pieces.has_case},
         "splits": splits,
         "overlap": overlap,
         "shards": dict(sorted(shards.items())),
@@ -933,9 +1183,33 @@ def described_shards(
         entry["bytes"] = pieces.count(tokens, before)
         entry["sha256"] = hashlib.sha256(raw).hexdigest()
         entry["sampled_sha256"] = sampled_sha256(tokens)
+        if pieces.has_case:
+            entry["operators"] = int(np.count_nonzero((tokens >= TITLE_ID) & (tokens <= ESCAPE_ID)))
+        if split == "val" and (beside := bytes_path(path)).is_file():
+            entry["token_bytes"] = file_entry(beside)
+            check_token_bytes(beside, path, pieces.each(tokens, before))
         entries[path.name] = entry | state
-        before = int(tokens[-1]) if len(tokens) else before
+        before = pieces.last(tokens, before)
         yield tokens
+
+
+def bytes_path(shard: Path) -> Path:
+    """Return where the bytes of a validation shard's tokens are, if they are anywhere."""
+    name, _, number = shard.name.rpartition("_")
+    return shard.with_name(f"{name}_bytes_{number}")
+
+
+def is_bytes_file(path: Path) -> bool:
+    """Whether a file's name is that of the bytes of a validation shard's tokens."""
+    return re.search(r"_val_bytes_\d+\.bin$", path.name) is not None
+
+
+def check_token_bytes(path: Path, shard: Path, wanted: np.ndarray) -> None:
+    """Warn if a file does not hold the bytes of a shard's tokens; PrepareError if it is damaged."""
+    found = read_shard(path)[HEADER_BYTES:].view("<u2")
+    if not np.array_equal(found, wanted):
+        counts = f"{found.sum(dtype=np.int64):,} bytes, not {wanted.sum(dtype=np.int64):,}"
+        warn(f"{path.name} is not the bytes of the tokens of {shard.name} ({counts}): delete it")
 
 
 def sampled_sha256(tokens: np.ndarray) -> str:
@@ -1092,9 +1366,13 @@ def report(manifest: dict[str, Any]) -> None:
         size = found["bytes"] if found["text_bytes"] is None else found["text_bytes"]
         text = f"{found['documents']:,} documents, {size:,} bytes of text"
         ratio = size / max(1, found["tokens"])
-        tokens = f"{found['tokens']:,} tokens ({ratio:.2f} bytes each)"
+        rate = f"{ratio:.2f} bytes each, {found['tokens'] / max(1, size):.4f} a byte"
+        tokens = f"{found['tokens']:,} tokens ({rate})"
         say(f"{name}: {text}, {tokens}, shards: {found['shards']}")
     found = manifest["splits"]["val"]
+    if manifest["tokenizer"]["case_operators"]:
+        part = found["operators"] / max(1, found["tokens"])
+        say(f"capitals: {part:.1%} of the validation tokens are case operators")
     if found["unknown"]:
         warn(
             f"{found['unknown']:,} of {found['tokens']:,} validation tokens are characters that "
@@ -1283,6 +1561,7 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     off: half a text would be taken for the whole.
     """
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    paths = [path for path in paths if not is_bytes_file(path)]
     if not paths:
         raise PrepareError(f"{folder} holds no *_{split}_*.bin shards")
     series: dict[str, list[int]] = {}
@@ -1338,11 +1617,14 @@ def run_development(args: argparse.Namespace) -> None:
         orders = (generator.permutation(len(documents)) for _ in range(args.orders))
         texts = (np.concatenate([documents[i] for i in order]) for order in orders)
     path = find_tokenizer(args.dataset, args.tokenizer)
+    pieces = piece_bytes(load_tokenizer(path))
+    check_token_range(validation, len(pieces.texts), args.dataset)
     args.source = {"dataset": args.dataset.name}
     if (args.dataset / MANIFEST).is_file():
         args.source |= {"manifest_sha256": file_sha256(args.dataset / MANIFEST)}
     with work_folder(args.out) as work:
-        with contextlib.closing(ShardWriter(work, "development_val", MAX_SHARD_TOKENS)) as writer:
+        writer = ValidationWriter(work, "development_val", MAX_SHARD_TOKENS, pieces)
+        with contextlib.closing(writer):
             writer.append("", validation)
         # A shard for each order.
         writer = ShardWriter(work, "development_train", min(len(train), MAX_SHARD_TOKENS))
@@ -1487,7 +1769,8 @@ def is_current(manifest: dict[str, Any], folder: Path, tokenizer: Path) -> bool:
         return False
     if not all("sampled_sha256" in entry for entry in manifest["shards"].values()):
         return False
-    there = {path.name: file_state(path) for path in folder.glob("*.bin")}
+    shards = (path for path in folder.glob("*.bin") if not is_bytes_file(path))
+    there = {path.name: file_state(path) for path in shards}
     known = {
         name: {"size": entry["size"], "mtime_ns": entry["mtime_ns"]}
         for name, entry in manifest["shards"].items()
@@ -1572,6 +1855,15 @@ def add_vocab_size(add: Callable, text: str) -> None:
     add("--vocab-size", type=int, default=1024, metavar="N", help=text)
 
 
+def add_case(add: Callable) -> None:
+    """The option --case."""
+    text = (
+        "write capitals as operators, tokens of their own in front of the words, so that The and "
+    )
+    text += "the share one; a tokenizer that knows them needs no --case"
+    add("--case", action="store_true", help=text)
+
+
 def add_file_options(command: argparse.ArgumentParser, name: str) -> None:
     """The options of the commands that read the user's own files."""
     add = command.add_argument
@@ -1588,6 +1880,7 @@ def add_file_options(command: argparse.ArgumentParser, name: str) -> None:
     add("--shard-tokens", default=SHARD_TOKENS, help="per shard (default: %(default)s)", **number)
     text = "encoding processes (default: all processors)"
     add("--workers", default=PROCESSORS, help=text, **number)
+    add_case(add)
     # A tokenizer is given or trained; a validation split is given or chosen.
     add = command.add_mutually_exclusive_group().add_argument
     text = "SentencePiece model to use (default: train one)"
@@ -1634,6 +1927,7 @@ def make_parser() -> argparse.ArgumentParser:
     sample = add_command(run_sample, "sample", text)
     add_out(sample.add_argument, Path("data/sample"), "folder for shards and tokenizer")
     add_vocab_size(sample.add_argument, "pieces of the tokenizer")
+    add_case(sample.add_argument)
     sample.set_defaults(name="sample", tokenizer=None)
     sample.set_defaults(shard_tokens=SHARD_TOKENS, workers=PROCESSORS)
 
