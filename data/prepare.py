@@ -504,6 +504,11 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise PrepareError(
             f"{path}: {tokenizer.vocab_size()} pieces; shards hold uint16, at most {MAX_VOCAB_SIZE}"
         )
+    if not has_case_operators(tokenizer) and all(
+        tokenizer.id_to_piece(tokenizer.piece_to_id(operator)) == operator for operator in OPERATORS
+    ):
+        places = f"pieces {TITLE_ID} to {ESCAPE_ID}"
+        raise PrepareError(f"{path}: it has case operators, but not as {places}; train one anew")
     return tokenizer
 
 
@@ -513,7 +518,7 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 class PieceBytes(NamedTuple):
     """How many bytes of text each token stands for, as train_gpt.py counts them.
 
-    A leading space counts unless the token before is special, for decoding drops it there. A small
+    A leading space counts unless the token before is special and decoding drops it there. A small
     letter has the one byte of its capital, so operators have none; unless ESCAPE stands before:
     then an operator is a character of the text, and "_" stands for the longer "▁".
     """
@@ -523,6 +528,7 @@ class PieceBytes(NamedTuple):
     is_special: np.ndarray  # (pieces,) bool: control, unknown and unused pieces, which have no text
     unknown: int  # id of the unknown piece
     if_escaped: np.ndarray  # (pieces,) int64: bytes more behind ESCAPE; all 0 without operators
+    drops_space: bool  # decoding drops a text's leading space
 
     @property
     def has_case(self) -> bool:
@@ -558,9 +564,9 @@ class PieceBytes(NamedTuple):
     def each(self, tokens: np.ndarray, before: int = BOS_ID) -> np.ndarray:
         """Return each token's bytes of text, uint16; the token `before` stands in front of them."""
         counts = self.texts.astype("<u2")[tokens]
-        follows_special = self.is_special[tokens[:-1]]
-        follows_special = np.append(self.is_special[before], follows_special)[: len(tokens)]
-        counts += self.has_space[tokens] & ~follows_special
+        dropping = self.is_special & self.drops_space
+        dropped = np.append(dropping[before], dropping[tokens[:-1]])[: len(tokens)]
+        counts += self.has_space[tokens] & ~dropped
         escaped = self.escaped(tokens, before)
         counts[escaped] += self.if_escaped[tokens[escaped]].astype("<u2")
         return counts
@@ -573,8 +579,9 @@ class PieceBytes(NamedTuple):
         for block in range(0, len(tokens), BLOCK_TOKENS):
             counts += np.bincount(tokens[block : block + BLOCK_TOKENS], minlength=len(counts))
         total = counts @ (self.texts + self.has_space)
-        after_special = [tokens[:1]] if self.is_special[before] else []
-        for special in np.flatnonzero(self.is_special & (counts > 0)):
+        dropping = self.is_special & self.drops_space
+        after_special = [tokens[:1]] if dropping[before] else []
+        for special in np.flatnonzero(dropping & (counts > 0)):
             after_special.append(tokens[1:][tokens[:-1] == special])
         total -= sum(self.has_space[nexts].sum() for nexts in after_special)
         return int(total + self.if_escaped[tokens[self.escaped(tokens, before)]].sum())
@@ -592,13 +599,15 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     lengths = np.where(tokenizer.is_byte(ids), 1, lengths)
     texts = np.where(is_special, 0, lengths)
     if_escaped = np.zeros_like(texts)
+    drops_space = True
     if has_case_operators(tokenizer):
         # "_" may be the byte piece <0x5F>, where the vocabulary lacks it.
         underscore = [piece.startswith("_") or piece == "<0x5F>" for piece in pieces]
         if_escaped[underscore] = len("▁".encode()) - len("_")
         texts[TITLE_ID : ESCAPE_ID + 1] = 0
         if_escaped[TITLE_ID : ESCAPE_ID + 1] = len(ESCAPE.encode())
-    return PieceBytes(texts, has_space, is_special, tokenizer.unk_id(), if_escaped)
+        drops_space = not tokenizer.decode([int(np.argmax(has_space))]).startswith(" ")
+    return PieceBytes(texts, has_space, is_special, tokenizer.unk_id(), if_escaped, drops_space)
 
 
 def check_round_trip(
@@ -1201,7 +1210,7 @@ def bytes_path(shard: Path) -> Path:
 
 def is_bytes_file(path: Path) -> bool:
     """Whether a file's name is that of the bytes of a validation shard's tokens."""
-    return re.search(r"_val_bytes_\d+\.bin$", path.name) is not None
+    return path.name.rpartition("_")[0].endswith("_val_bytes")
 
 
 def check_token_bytes(path: Path, shard: Path, wanted: np.ndarray) -> None:

@@ -41,11 +41,8 @@ class Shard(NamedTuple):
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The validation shards of a folder, in the order in which the script reads them.
-
-    Files of the bytes of their tokens, *_val_bytes_*.bin, are none.
-    """
-    paths = sorted(set(folder.glob("*_val_*.bin")) - set(folder.glob("*_val_bytes_*.bin")))
+    """The validation shards of a folder, in the order in which the script reads them."""
+    paths = sorted(folder.glob("*_val_*.bin"))
     need(paths, f"no *_val_*.bin shards in {folder}")
     return paths
 
