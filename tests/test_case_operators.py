@@ -355,6 +355,29 @@ def test_the_manifest_lists_them_and_takes_them_for_no_shards(finished):
     assert again == manifest
 
 
+def test_validation_shards_come_last_whatever_is_beside_them(tmp_path, source, model, monkeypatch):
+    """A run that is killed meanwhile leaves none, and so nothing that can be trained on."""
+    moved = []
+    replace = prepare.os.replace
+    monkeypatch.setattr(
+        prepare.os, "replace", lambda *paths: (moved.append(paths[1]), replace(*paths))
+    )
+    out = tmp_path / "o"
+    options = ("--tokenizer", model, "--val-fraction", 0.4, "--shard-tokens", 2000)
+    assert run("jsonl", source, "--out", out, "--name", "n", *options) == 0
+    names = [path.name for path in moved if path.parent == out]
+    kinds = [re.sub(r"_\d+\.bin", "", name) for name in names]
+    assert list(dict.fromkeys(kinds)) == ["n_train", "n_val_bytes", "n_val", "manifest.json"]
+    assert kinds.count("n_val") == kinds.count("n_val_bytes") > 1
+
+
+def test_a_folder_that_has_them_is_known_by_its_manifest(finished, model):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert prepare.is_current(manifest, finished, model)
+    (finished / "n_val_000001.bin").unlink()
+    assert not prepare.is_current(manifest, finished, model)
+
+
 def test_bytes_that_are_not_those_of_the_tokens_are_said(finished, capsys):
     path = finished / "n_val_bytes_000001.bin"
     raw = bytearray(path.read_bytes())
@@ -440,6 +463,18 @@ def test_a_document_that_would_not_come_back_is_named(tmp_path, capsys):
     assert "the document that begins 'ΕΛΛΆΔΑ comes back small' does not come back" in said
     assert "--case has trained" in said
     assert not (tmp_path / "o").exists()
+
+
+def test_tokens_that_count_other_bytes_than_the_document_has_are_refused(tokenizer):
+    pieces = prepare.piece_bytes(tokenizer)
+    texts = ["a good one", "The bad one"]
+    encoded = tokenizer.encode([prepare.encode_case(text) for text in texts], add_bos=True)
+    prepare.check_case_round_trip(tokenizer, pieces, texts, encoded)
+    more = pieces.texts.copy()
+    more[prepare.TITLE_ID] = 1
+    said = "document that begins 'The bad one' has 11 bytes, but its tokens stand for 12: scores"
+    with pytest.raises(prepare.PrepareError, match=said):
+        prepare.check_case_round_trip(tokenizer, pieces._replace(texts=more), texts, encoded)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
