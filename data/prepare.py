@@ -1379,7 +1379,7 @@ def report(manifest: dict[str, Any]) -> None:
         tokens = f"{found['tokens']:,} tokens ({rate})"
         say(f"{name}: {text}, {tokens}, shards: {found['shards']}")
     found = manifest["splits"]["val"]
-    if manifest["tokenizer"]["case_operators"]:
+    if manifest["tokenizer"].get("case_operators"):  # which older manifests lack
         part = found["operators"] / max(1, found["tokens"])
         say(f"capitals: {part:.1%} of the validation tokens are case operators")
     if found["unknown"]:
