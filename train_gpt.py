@@ -61,6 +61,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -949,12 +950,23 @@ def how_to_make(path: str) -> str:
     return "run: python data/prepare.py sample" if "data/sample" in path else "see data/prepare.py"
 
 
+def holds_bytes(name: str) -> bool:
+    """Whether a file's name is NAME_val_bytes_NUMBER.bin: bytes of tokens, and not a shard."""
+    return name.rpartition("_")[0].endswith("_val_bytes")
+
+
+def shard_paths(folder: str | Path, split: str) -> list[Path]:
+    """A split's shards, "train" or "val", in the order of their names."""
+    paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+    return [path for path in paths if not holds_bytes(path.name)]
+
+
 def open_shards(folder: str, split: str) -> list[Shard]:
-    """A split's shards, "train" or "val", in the order of their names.
+    """A split's shards, opened: shard_paths().
 
     Raises UserError if there are none, or NAME_0, NAME_1 ... lack one, which is half a text.
     """
-    paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+    paths = shard_paths(folder, split)
     remedy = f"set DATA_PATH, or {how_to_make(folder)}"
     absent = "" if Path(folder).exists() else ", which does not exist"
     need(paths, f"no *_{split}_*.bin shards in {folder}{absent}: {remedy}")
@@ -997,14 +1009,15 @@ def recorded_hashes(
     unknown = {shard.path.name: "" for shard in shards}
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         manifest = json.loads(Path(folder, "manifest.json").read_bytes())
-        told = {name: shown(entry["sha256"]) for name, entry in manifest["shards"].items()}
+        entries = {name: x for name, x in manifest["shards"].items() if not holds_bytes(name)}
+        told = {name: shown(entry["sha256"]) for name, entry in entries.items()}
         if told | validation != validation | told:  # they differ in a file that both have
             return unknown, None, []
         absent = [name for name in told if "_val_" in name and name not in validation]
         hashes = dict(unknown)
         for shard in shards:
             state = shard.state | {"sampled_sha256": hashlib.sha256(shard.sample).hexdigest()}
-            if state.items() <= manifest["shards"].get(shard.path.name, {}).items():
+            if state.items() <= entries.get(shard.path.name, {}).items():
                 hashes[shard.path.name] = told[shard.path.name]
         overlap = int(manifest["overlap"]["documents"])
         return hashes, overlap if validation | hashes == told else None, absent
@@ -1121,8 +1134,106 @@ class Batches:
         return tokens[:, :-1], tokens[:, 1:]
 
 
+# ---- Capitals as operators
+#
+# "The" and "the", "NASA" and "Nasa" are different tokens, and a model learns each by itself. A
+# tokenizer may have operators instead: tokens that say of the letters behind them that they were
+# capitals. No text is lost. The operators are the contest's pull request 1729's; it writes them
+# between a space and its word, which cuts "▁the" in two. Here they stand before the space.
+
+TITLE = "\ue001"  # the next letter was a capital, and begins a word: The
+CAPITALS = "\ue002"  # all letters of the next word were, two or more: NASA
+NEXT = "\ue003"  # the next letter was, within a word: iPhone
+ESCAPE = "\ue004"  # the next character is text, and not an operator; a "_" stands for "▁"
+CASE_OPERATORS = TITLE + CAPITALS + NEXT + ESCAPE  # tokens 4 to 7 of such a tokenizer
+CASE_OPERATOR_IDS = slice(4, 8)
+ESCAPE_ID = 7
+
+HAS_TO_BE_ESCAPED = re.compile(f"[{CASE_OPERATORS}▁]")
+FROM_A_CAPITAL_ON = re.compile("( ?)([A-Z][A-Za-z]*)")  # of a word, and a space before that
+OPERATED = re.compile(
+    f"{ESCAPE}(?P<escaped>.)|(?P<operator>[{TITLE}{CAPITALS}{NEXT}])(?P<space> ?)(?P<word>[a-z]+)",
+    re.DOTALL,
+)
+
+
+def encode_case(text: str) -> str:
+    """The text with operators and small letters in place of capitals A to Z.
+
+    A word is letters A to Z and a to z in a row. Operators as T, C, N and E:
+
+        The            T the             of The         of T" the"
+        NASA           C nasa            McDonald       T mc N donald
+        iPhone         i N phone         A              T a
+
+    so that " the" is the same piece in both. What decode_case() would take for an operator, or
+    SentencePiece for a space, has an ESCAPE in front: E is EE, T is ET, "▁" is E"_".
+    """
+
+    def escape(match: re.Match) -> str:
+        return ESCAPE + ("_" if match[0] == "▁" else match[0])
+
+    def operate(match: re.Match) -> str:
+        space, letters = match.groups()
+        marked = re.sub("[A-Z]", lambda capital: NEXT + capital[0].lower(), letters)
+        before = match.string[max(0, match.start() - 1) : match.start()]
+        if not space and "a" <= before <= "z":  # the word began with small letters
+            return marked
+        if len(letters) > 1 and letters.isupper():
+            return CAPITALS + space + letters.lower()
+        return TITLE + space + marked.removeprefix(NEXT)
+
+    text = HAS_TO_BE_ESCAPED.sub(escape, text)
+    return FROM_A_CAPITAL_ON.sub(operate, text)
+
+
+def decode_case(text: str) -> str:
+    """The text that encode_case() was given. An operator without a word, as a model may write it,
+    stays.
+
+    >>> decode_case(encode_case("The NASA's iPhone ▁"))
+    "The NASA's iPhone ▁"
+    """
+
+    def restore(match: re.Match) -> str:
+        if escaped := match["escaped"]:
+            return "▁" if escaped == "_" else escaped
+        word = match["word"]
+        restored = word.upper() if match["operator"] == CAPITALS else word.capitalize()
+        return match["space"] + restored
+
+    return OPERATED.sub(restore, text)
+
+
+def normalize(text: str) -> str:
+    """The text as tokenizers of the contest see it, by nmt_nfkc: white space is single spaces."""
+    import sentencepiece
+
+    rules = {"rule_name": "nmt_nfkc", "escape_whitespaces": False, "add_dummy_prefix": False}
+    normalizer = sentencepiece.SentencePieceNormalizer(**rules, remove_extra_whitespaces=True)
+    return normalizer.normalize(text)
+
+
+def escaped_places(tokens: np.ndarray) -> np.ndarray:
+    """Where tokens stand whose first character an ESCAPE makes text, int64 (count,).
+
+    Every other one of ESCAPEs in a row is text itself.
+    """
+    places = np.flatnonzero(tokens == ESCAPE_ID)
+    begins = np.diff(places, prepend=-2) != 1  # of ESCAPEs in a row
+    before = places - places[begins][np.cumsum(begins) - 1]  # ESCAPEs of the row in front of each
+    escaped = places[before % 2 == 0] + 1
+    return escaped[escaped < len(tokens)]
+
+
+# ---- Tokens and their bytes
+
+
 class Tokenizer:
-    """A SentencePiece model of vocab_size tokens, else UserError, and each token's text bytes."""
+    """A SentencePiece model of vocab_size tokens, else UserError, and each token's text bytes.
+
+    One that has CASE_OPERATORS as tokens 4 to 7 was made for texts behind encode_case().
+    """
 
     def __init__(self, path: str, vocab_size: int):
         import sentencepiece  # only here, so that a trained model needs no tokenizer to be loaded
@@ -1146,15 +1257,47 @@ class Tokenizer:
         self.is_text = ~(self.is_special | is_byte)
         lengths = np.where(is_byte, 1, [len(text.encode()) for text in texts])
         self.piece_bytes = np.where(self.is_special, 0, lengths)
+        self.has_operators = pieces[CASE_OPERATOR_IDS] == [*CASE_OPERATORS]
+        elsewhere = not self.has_operators and {*CASE_OPERATORS} <= {*pieces}
+        need(
+            not elsewhere,
+            f"{path} has operators of capitals, but not as tokens 4 to 7: train it anew",
+        )
+        self.drops_space = True  # of a piece that begins a text
+        if self.has_operators:
+            self.piece_bytes[CASE_OPERATOR_IDS] = 0  # a small letter has its capital's one byte
+            is_sign = [piece.startswith("_") or piece == "<0x5F>" for piece in pieces]
+            self.escaped_bytes = np.where(is_sign, len("▁".encode()) - 1, 0)  # more of a piece
+            self.escaped_bytes[CASE_OPERATOR_IDS] = len(ESCAPE.encode())
+            first = int(np.argmax(self.has_space))
+            self.drops_space = not model.decode([first]).startswith(" ")
 
     def target_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of text that each target tokens[1:] stands for, int64.
 
-        A leading space counts unless the token before is special: decoding drops that.
+        A leading space counts unless the token before is special and decoding drops that. An
+        operator is no text, unless it is escaped; so is a "_" that stands for "▁".
         """
         targets = tokens[1:]
-        space = self.has_space[targets] & ~self.is_special[tokens[:-1]]
-        return self.piece_bytes[targets] + space
+        space = self.has_space[targets]
+        if self.drops_space:
+            space = space & ~self.is_special[tokens[:-1]]
+        counted = self.piece_bytes[targets] + space
+        if self.has_operators:
+            escaped = escaped_places(tokens)
+            counted[escaped - 1] += self.escaped_bytes[tokens[escaped]]
+        return counted
+
+    def restored(self, text: str) -> str:
+        """Decoded text as people write it: capitals in place of operators.
+
+        Of a tokenizer with operators, a "▁" that is not escaped was a space without a piece.
+        """
+        return decode_case(text.replace("▁", " ")) if self.has_operators else text
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts, as people write them, without BOS."""
+        return self.model.encode([encode_case(x) for x in texts] if self.has_operators else texts)
 
     def mismatch(self, tokens: np.ndarray) -> str:
         """What tells that tokens are not this tokenizer's, or their bytes not their text's; or "".
@@ -1162,29 +1305,37 @@ class Tokenizer:
         The first ones are decoded and encoded again. Nearly all pairs of neighbours must come back;
         not all, as a document may be cut, or change once more when it is normalized again. Of one
         that does not change, the bytes must be those of its text, or one less if that begins with a
-        space. A "▁" in the text was a space for which there is no piece.
+        space. A "▁" in the text was a space for which there is no piece. Capitals come back, too,
+        and are made operators again.
         """
         tokens = np.append(BOS_ID, tokens[:ROUND_TRIP_TOKENS])
         runs = np.split(tokens, np.flatnonzero(self.is_special[tokens]))
         unknown = self.model.unk_id()  # what follows it begins within a document
         documents = [run[1:].tolist() for run in runs if len(run) > 1 and run[0] != unknown]
-        texts = self.model.decode(documents)
+        texts = [self.restored(text) for text in self.model.decode(documents)]
         pairs, returned = collections.Counter(), collections.Counter()
-        for document, text, again in zip(documents, texts, self.model.encode(texts), strict=True):
+        for document, text, again in zip(documents, texts, self.encode(texts), strict=True):
             pairs.update(itertools.pairwise(document))
             returned.update(itertools.pairwise(again))
-            length = len(text.replace("▁", " ").encode())
+            spaced = text if self.has_operators else text.replace("▁", " ")
+            length = len(spaced.encode())
             counted = int(self.target_bytes(np.array([BOS_ID, *document])).sum())
             if document == again and length - counted not in (0, self.has_space[document[0]]):
                 count = f"it counts {counted} bytes in a text of {length}"
                 return f"{count}: has it no piece for a space?"
         lost = (pairs - returned).total()
         alike = lost < FEW_PAIRS or lost <= MOST_LOST_PAIRS * pairs.total()
-        return "" if alike else f"decoded and encoded again, {lost / pairs.total():.0%} are others"
+        if alike:
+            return ""
+        layout = " (operators of capitals stand before the space?)" if self.has_operators else ""
+        return f"decoded and encoded again, {lost / pairs.total():.0%} are others{layout}"
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """SAMPLE_PROMPT as a document's first tokens, BOS in front; empty without a prompt."""
-        pieces = self.model.encode(prompt)
+        """SAMPLE_PROMPT as a document's first tokens, BOS in front; empty without a prompt.
+
+        A model for operators normalizes nothing: so that is done before, as for its training text.
+        """
+        (pieces,) = self.encode([normalize(prompt) if self.has_operators else prompt])
         need(pieces or not prompt, "SAMPLE_PROMPT holds no text: leave it out, or say something")
         return [BOS_ID, *pieces] if prompt else []
 
@@ -1192,7 +1343,7 @@ class Tokenizer:
         """The text of tokens; between documents, which begin with BOS, an empty line."""
         groups = itertools.groupby(tokens, key=lambda token: token == BOS_ID)
         documents = [list(group) for is_bos, group in groups if not is_bos]
-        return "\n\n".join(map(self.model.decode, documents))
+        return "\n\n".join(map(self.restored, self.model.decode(documents)))
 
 
 class ValidationSet(NamedTuple):
@@ -1214,7 +1365,38 @@ def load_validation(settings, tokenizer) -> ValidationSet:
         check_tokenizer(settings, tokenizer, shards, "validation")
     target_bytes = tokenizer.target_bytes(tokens)
     need(target_bytes.any(), "the validation shards hold no text: no token stands for a byte")
+    check_counted_bytes(settings, shards, target_bytes)
     return ValidationSet(tokens, target_bytes, (*shards,))
+
+
+def file_of_bytes(shard: Shard) -> Path | None:
+    """What tells the bytes of a validation shard's tokens: NAME_val_bytes_NUMBER.bin beside it."""
+    name, _, number = shard.path.name.rpartition("_")
+    path = shard.path.with_name(f"{name}_bytes_{number}")
+    return path if holds_bytes(path.name) and path.exists() else None
+
+
+def check_counted_bytes(settings, shards: list[Shard], target_bytes: np.ndarray):
+    """Raises UserError for a file beside a shard that counts other bytes than the script.
+
+    It has a shard's form, with each token's bytes in its place, uint16; BOS has none. The stream's
+    first token is no target, and not compared. Bytes are the script's in any case.
+    """
+    stream = np.append(0, target_bytes)
+    remedy = "make the data anew by data/prepare.py, or take the file away: no run needs it"
+    for shard in shards:
+        ours, stream = np.split(stream, [shard.count])
+        if (path := file_of_bytes(shard)) is None:
+            continue
+        theirs = Shard(path).read()
+        length = f"{path} holds {len(theirs):,} numbers, {shard.path.name} {shard.count:,} tokens"
+        need(len(theirs) == shard.count, f"{length}: {remedy}")
+        places = np.flatnonzero(theirs != ours)
+        places = places[places > 0] if shard is shards[0] else places
+        differ = f"{len(places):,} of its {shard.count:,} tokens other bytes"
+        who = f"{path} gives {differ} than TOKENIZER_PATH={settings.tokenizer_path}"
+        first = f"token {places[0]} first" if len(places) else ""
+        need(not len(places), f"{who}, {first}: {remedy}")
 
 
 def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):
@@ -5909,7 +6091,7 @@ def log_name(settings) -> str:
 def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> ValidationSet | None:
     """The validation text; None if there is none and an artifact is to go on from a prompt."""
     folder = Path(settings.data_path)
-    if prompt and settings.eval_only and folder.is_dir() and not any(folder.glob("*_val_*.bin")):
+    if prompt and settings.eval_only and folder.is_dir() and not shard_paths(folder, "val"):
         return None
     validation = load_validation(settings, tokenizer)
     if training:
@@ -5919,7 +6101,9 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     counts |= {"documents": int((tokens == BOS_ID).sum()), "bytes": int(target_bytes.sum())}
     text = "{tokens:,} tokens in {shards} shards, {documents:,} documents; scored are"
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
-    log(f"validation text: {text.format(**counts)}", "validation_data", **counts)
+    told = [path.name for path in map(file_of_bytes, shards) if path]
+    agreed = f"; so say {shown(', '.join(told))}" if told else ""
+    log(f"validation text: {text.format(**counts)}{agreed}", "validation_data", **counts)
     log_hashes(settings, training, shards, log, main)
     lacking = [] if counts["documents"] else ["validation"]
     sample = np.frombuffer(b"".join(shard.sample for shard in training), "<u2")

@@ -87,6 +87,20 @@ def dummy_prefix_tokenizer(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def case_tokenizer(tmp_path_factory) -> Path:
+    """512 pieces: bytes, and operators for capitals as tokens 4 to 7, of texts that have them."""
+    import train_gpt as t
+    from tests.support import TEXT
+
+    path = tmp_path_factory.mktemp("tokenizer") / "case.model"
+    more = ("NASA and UNESCO met Ms McDonald, who has an iPhone and x_1 = __name__.",)
+    texts = tuple(map(t.encode_case, TEXT + more))
+    options = {"user_defined_symbols": [*t.CASE_OPERATORS], "required_chars": "▁"}
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return train_tokenizer(path, 512, texts, **options)
+
+
+@pytest.fixture(scope="session")
 def shards(tmp_path_factory, byte_tokenizer) -> Path:
     """A data folder: two training shards, one validation shard, and tokenizer.model of 512
     pieces.

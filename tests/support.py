@@ -401,10 +401,10 @@ TEXT = (
 )
 
 
-def train_tokenizer(path: Path, vocab_size: int, **options) -> Path:
+def train_tokenizer(path: Path, vocab_size: int, texts=TEXT, **options) -> Path:
     """Trains a tokenizer with the contest's special ids: 0 padding, 1 BOS, 2 end, 3 unknown."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 3),
+        sentence_iterator=iter(texts * 3),
         model_prefix=str(path.with_suffix("")),
         vocab_size=vocab_size,
         model_type="bpe",

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import lzma
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,8 +42,12 @@ class Shard(NamedTuple):
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The validation shards of a folder, in the order in which the script reads them."""
+    """The validation shards of a folder, in the order in which the script reads them.
+
+    NAME_val_bytes_*.bin are none: they tell the bytes of tokens, which are counted here.
+    """
     paths = sorted(folder.glob("*_val_*.bin"))
+    paths = [path for path in paths if not path.stem.rpartition("_")[0].endswith("_val_bytes")]
     need(paths, f"no *_val_*.bin shards in {folder}")
     return paths
 
@@ -95,6 +100,89 @@ def write_stream(folder: Path, shards: list[Shard], tokens: np.ndarray) -> None:
         place = end
 
 
+# ---- Capitals ----------------------------------------------------------------------------------
+
+# Tokens 4 to 7 of a tokenizer for text whose capitals are operators. They say of what comes next:
+# a letter that was a capital and begins a word; a word of capitals; a capital within a word; text.
+OPERATORS = "\ue001\ue002\ue003\ue004"
+TITLE, CAPITALS, NEXT, ESCAPE = OPERATORS
+OPERATOR_IDS = [4, 5, 6, 7]
+ESCAPED = {ord(sign): ESCAPE + sign for sign in OPERATORS} | {ord("▁"): ESCAPE + "_"}
+
+
+def has_operators(model: Any) -> bool:
+    """Whether a tokenizer has operators for capitals."""
+    enough = model.vocab_size() > OPERATOR_IDS[-1]
+    return enough and "".join(model.id_to_piece(OPERATOR_IDS)) == OPERATORS
+
+
+def restored(text: str) -> str:
+    """Text with capitals, of one with operators, character by character.
+
+    An operator without a letter is no text: where a document was cut, one may be left.
+    """
+    made = []
+    operator = ""  # that waits for its letters
+    last = ""
+    characters = iter(text)
+    for character in characters:
+        if character == ESCAPE:
+            escaped = next(characters, "")
+            made.append("▁" if escaped == "_" else escaped)
+            operator = ""
+        elif character in OPERATORS:
+            operator = character
+        elif operator and "a" <= character <= "z":
+            made.append(character.upper())
+            operator = operator if operator == CAPITALS else ""
+        else:
+            made.append(character)
+            # A space may stand between an operator and its letters, and nothing else.
+            operator = operator if character == " " and last == operator else ""
+        last = character
+    return "".join(made)
+
+
+def with_operators(text: str) -> str:
+    """Text as such a tokenizer encodes it: capitals are small letters behind operators.
+
+    Words are letters A to Z in a row. An operator that begins a word stands before its space.
+    """
+    parts = re.split("([A-Za-z]+)", text)
+    parts[::2] = [other.translate(ESCAPED) for other in parts[::2]]
+    for place in range(1, len(parts), 2):
+        word = parts[place]
+        if word.islower():
+            continue
+        small = "".join(NEXT + letter.lower() if letter.isupper() else letter for letter in word)
+        operator = TITLE if word[0].isupper() else ""
+        if len(word) > 1 and word.isupper():
+            operator = CAPITALS
+            small = word.lower()
+        before = parts[place - 1]
+        if operator and before.endswith(" "):
+            parts[place - 1] = before[:-1]
+            operator += " "
+        parts[place] = operator + (small.removeprefix(NEXT) if operator else small)
+    return "".join(parts)
+
+
+def encode(model: Any, text: str) -> list[int]:
+    """A text's tokens, without BOS."""
+    return model.encode(with_operators(text) if has_operators(model) else text)
+
+
+def normalized(model: Any, text: str) -> str:
+    """A document as it is encoded: a model with operators leaves that to who encodes."""
+    import sentencepiece
+
+    if not has_operators(model):
+        return text
+    rules = {"rule_name": "nmt_nfkc", "escape_whitespaces": False, "add_dummy_prefix": False}
+    normalizer = sentencepiece.SentencePieceNormalizer(**rules, remove_extra_whitespaces=True)
+    return normalizer.normalize(text)
+
+
 # ---- Bytes -------------------------------------------------------------------------------------
 
 
@@ -113,19 +201,22 @@ def text_bytes(model: Any, tokens: list[int], text: str) -> int | None:
     """UTF-8 bytes of the text that tokens decode to; None if the pieces contradict the text.
 
     A text that was cut within a character decodes to replacement characters: then the bytes are
-    those of the pieces.
+    those of the pieces. The text is as it was decoded, where there are operators, with them.
     """
+    cased = has_operators(model)
     if "\N{REPLACEMENT CHARACTER}" not in text:
-        return len(text.encode())
+        return len((restored(text) if cased else text).encode())
     raw = b""
     for piece, is_byte in zip(model.id_to_piece(tokens), model.is_byte(tokens), strict=True):
         # A byte's piece is written <0xE6>.
         raw += bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
-    raw = raw.removeprefix(b" ")
-    try:
-        return len(raw) if raw.decode() == text else None
-    except UnicodeDecodeError:
-        return len(raw)
+    raw = raw if text.startswith(" ") else raw.removeprefix(b" ")
+    with contextlib.suppress(UnicodeDecodeError):
+        if raw.decode() != text:
+            return None
+    if cased:
+        raw = restored(raw.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+    return len(raw)
 
 
 def texts_between(silent: np.ndarray) -> list[tuple[int, int]]:
@@ -153,14 +244,15 @@ def texts_of(model: Any, tokens: np.ndarray) -> list[Text]:
     largest = int(tokens.max(initial=0))
     need(largest < len(ids), f"the shards hold token {largest}, the tokenizer {len(ids)} tokens")
     silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
+    cased = has_operators(model)
     texts = []
     for first, last in texts_between(silent[tokens]):
         part = tokens[first:last].tolist()
         text = model.decode(part)
         count = text_bytes(model, part, text)
         if count is not None and first == 0:
-            count -= len(model.decode(part[:1]).encode())
-        texts.append(Text(first, last, text, count))
+            count -= text_bytes(model, part[:1], model.decode(part[:1])) or 0
+        texts.append(Text(first, last, restored(text) if cased else text, count))
     return texts
 
 
@@ -187,7 +279,7 @@ def read_documents(path: Path) -> list[str]:
 
 def encode_documents(model: Any, documents: list[str]) -> np.ndarray:
     """Documents as a stream of tokens, BOS before each."""
-    parts = [[BOS_ID, *model.encode(text)] for text in documents]
+    parts = [[BOS_ID, *encode(model, normalized(model, text))] for text in documents]
     return np.concatenate([np.array(part, dtype=np.int64) for part in parts]).astype(np.uint16)
 
 
