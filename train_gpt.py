@@ -1382,21 +1382,21 @@ def check_counted_bytes(settings, shards: list[Shard], target_bytes: np.ndarray)
     It has a shard's form, with each token's bytes in its place, uint16; BOS has none. The stream's
     first token is no target, and not compared. Bytes are the script's in any case.
     """
-    stream = np.append(0, target_bytes)
+    start = 0  # of the next shard, in the stream
     remedy = "make the data anew by data/prepare.py, or take the file away: no run needs it"
     for shard in shards:
-        ours, stream = np.split(stream, [shard.count])
+        first = 0 if start else 1  # of its tokens that is a target
+        ours = target_bytes[max(0, start - 1) : max(0, start + shard.count - 1)]
+        start += shard.count
         if (path := file_of_bytes(shard)) is None:
             continue
         theirs = Shard(path).read()
         length = f"{path} holds {len(theirs):,} numbers, {shard.path.name} {shard.count:,} tokens"
         need(len(theirs) == shard.count, f"{length}: {remedy}")
-        places = np.flatnonzero(theirs != ours)
-        places = places[places > 0] if shard is shards[0] else places
+        places = first + np.flatnonzero(theirs[first:] != ours)
         differ = f"{len(places):,} of its {shard.count:,} tokens other bytes"
         who = f"{path} gives {differ} than TOKENIZER_PATH={settings.tokenizer_path}"
-        first = f"token {places[0]} first" if len(places) else ""
-        need(not len(places), f"{who}, {first}: {remedy}")
+        need(not len(places), f"{who}, token {min(places, default=0)} first: {remedy}")
 
 
 def check_tokenizer(settings, tokenizer, shards: list[Shard], name: str):

@@ -265,6 +265,18 @@ def test_files_of_bytes_are_no_shards_and_agree(data, tokenizer):
     assert (load(data, tokenizer).target_bytes == validation.target_bytes).all()
 
 
+def test_a_shard_without_tokens_has_a_file_without_bytes(data, tokenizer):
+    """In front of the others, which keep their places in the stream."""
+    for name in ("a_val_000000.bin", "a_val_bytes_000000.bin"):
+        write_shard(data / name, [])
+    assert len(load(data, tokenizer).shards) == 3
+    write_shard(data / "a_val_000000.bin", [t.BOS_ID])
+    write_shard(data / "a_val_bytes_000000.bin", [0])
+    assert len(load(data, tokenizer).shards) == 3
+    (data / "words_val_000000.bin").unlink()  # leaves a file of bytes behind
+    assert len(load(data, tokenizer).shards) == 2
+
+
 @pytest.mark.parametrize("any_tokens", [False, True])
 def test_other_bytes_than_the_tokens_are_refused(data, tokenizer, any_tokens):
     path = data / "words_val_bytes_000001.bin"
