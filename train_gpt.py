@@ -6102,7 +6102,7 @@ def text_to_score(settings, tokenizer, prompt, training, log, main=True) -> Vali
     text = "{tokens:,} tokens in {shards} shards, {documents:,} documents; scored are"
     text += " {scored_tokens:,} tokens, {bytes:,} bytes"
     told = [path.name for path in map(file_of_bytes, shards) if path]
-    agreed = f"; so say {shown(', '.join(told))}" if told else ""
+    agreed = f"; by {shown(', '.join(told))}, too" if told else ""
     log(f"validation text: {text.format(**counts)}{agreed}", "validation_data", **counts)
     log_hashes(settings, training, shards, log, main)
     lacking = [] if counts["documents"] else ["validation"]

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import PATIENCE, plan_pieces, tiny_environment, write_shard
+from tests.support import PATIENCE, TEXT, plan_pieces, tiny_environment, write_shard
 from tools.audit import __main__ as command
 from tools.audit import case as audit_case
 from tools.audit import cell, checks, decoder, standing, watch
@@ -1191,6 +1191,37 @@ def test_a_space_that_is_counted_twice_is_seen(entry_of, monkeypatch):
     holds(checks.check_text_bytes, entry_of())
     monkeypatch.setattr(t.Tokenizer, "target_bytes", double)
     fails(checks.check_text_bytes, entry_of(), "their text has")
+
+
+def test_bytes_of_text_with_operators_are_counted_from_ordinary_text(case_tokenizer, tmp_path):
+    """Without the script: three bytes for an operator, or none for one of the text's own, show."""
+    tokenizer = t.Tokenizer(str(case_tokenizer), 512)
+    texts = ["The NASA's iPhone,  of Mr \ue001 ▁_ ÉCOLE", *TEXT, "the end", "The end"]
+    parts = [[t.BOS_ID, *tokens] for tokens in tokenizer.encode([*map(t.normalize, texts)])]
+    tokens = np.array(sum(parts, []), dtype=np.uint16)
+    nats = np.ones(len(tokens) - 1, np.float32)
+    counted = tokenizer.target_bytes(tokens)
+    source = tmp_path / "documents.txt"
+    source.write_text("\0".join(texts), encoding="utf-8")
+    entry = SimpleNamespace(model=tokenizer.model, tokens=tokens, seed=0, source=source)
+    entry.texts = audit_text.texts_of(tokenizer.model, tokens)
+    entry.alone = entry.seen = SimpleNamespace(nats=nats, target_bytes=counted, said="")
+    evidence = holds(checks.check_text_bytes, entry)
+    assert f"{len(texts) - 1} of {len(texts) - 1} documents give their tokens back" in evidence
+    assert [one.text for one in entry.texts] == [*map(t.normalize, texts)]
+    operator = int(np.flatnonzero(tokens == 4)[0])
+    for place in (operator, int(np.flatnonzero(tokens == 7)[0]) + 1):
+        wrong = counted.copy()
+        wrong[place - 1] = 3 - wrong[place - 1]
+        entry.seen = SimpleNamespace(nats=nats, target_bytes=wrong)
+        fails(checks.check_text_bytes, entry, "their text has")
+    # Capitals whose operators stand behind the space are as much text, but no such encoding.
+    behind = [t.encode_case(text).replace("\ue001 ", " \ue001") for text in TEXT]
+    parts = [[t.BOS_ID, *tokens] for tokens in tokenizer.model.encode(behind)]
+    entry.tokens = np.array(sum(parts, []), dtype=np.uint16)
+    entry.texts = audit_text.texts_of(tokenizer.model, entry.tokens)
+    entry.seen = SimpleNamespace(nats=nats, target_bytes=tokenizer.target_bytes(entry.tokens))
+    fails(checks.check_text_bytes, entry, "not this tokenizer's encoding")
 
 
 def test_one_byte_too_many_behind_a_documents_start_is_seen(entry_of, monkeypatch):

@@ -364,7 +364,7 @@ def test_a_run_divides_by_the_bytes_of_the_text_and_goes_on_in_ordinary_text(
     assert counts["bytes"] == size
     assert bpb == pytest.approx(loss * counts["scored_tokens"] / math.log(2) / size, rel=1e-6)
     files = "words_val_bytes_000000.bin, words_val_bytes_000001.bin"
-    assert f" tokens, {size:,} bytes; so say {files}\n" in text
+    assert f" tokens, {size:,} bytes; by {files}, too\n" in text
     assert text.count("words_val_bytes") == 2  # they are not hashed as shards
     (said,) = [record for record in records if record["event"] == "sample"]
     assert said["sample"].startswith("The NASA")
