@@ -159,7 +159,6 @@ def test_an_operator_without_a_letter_stays():
     assert prepare.decode_case(f"{T}{C} {N}1 {E}") == f"{T}{C} {N}1 {E}"
 
 
-@pytest.mark.skipif(not hasattr(train_gpt, "encode_case"), reason="the script does not know it yet")
 @given(ANY_TEXT)
 def test_the_script_and_prepare_agree(text):
     """On any text, also one that only a model writes."""
@@ -223,7 +222,6 @@ def test_bytes_are_those_of_a_reading_from_left_to_right(tokenizer, data):
     assert sum((part.tolist() for part in found), []) == wanted
 
 
-@pytest.mark.skipif(not hasattr(train_gpt, "encode_case"), reason="the script does not know it yet")
 @given(st.data())
 def test_the_script_and_prepare_count_the_same_bytes(model, tokenizer, data):
     ids = st.one_of(st.integers(0, 8), st.integers(0, tokenizer.vocab_size() - 1))
