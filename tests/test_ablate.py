@@ -2,9 +2,11 @@
 table says.
 
 Nearly all runs are of a stub that writes records as train_gpt.py does; its scores follow from
-MATRIX_LR and the seed, and TOKENIZER_PATH tells it what to do.
+MATRIX_LR and the seed, with EVAL_ONLY=1 from the artifact and TTT_EPOCHS. TOKENIZER_PATH tells it
+what to do.
 """
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DRAW_PLOTS = ablate.draw_plots
 
 STUB = """
-import json, os, signal, sys, time
+import hashlib, json, os, signal, sys, time
 from pathlib import Path
 env = os.environ
 behaviour = env.get("TOKENIZER_PATH", "")
@@ -37,16 +39,25 @@ journal = Path(__file__).with_name("journal.jsonl")
 def note(event):
     gpus, pid = env.get("CUDA_VISIBLE_DEVICES"), os.getpid()
     record = {"event": event, "run": env["RUN_ID"], "time": time.time(), "pid": pid}
-    record |= {"gpus": gpus, "argv": sys.argv}
+    record |= {"gpus": gpus, "argv": sys.argv, "artifact": env.get("ARTIFACT", "")}
     with journal.open("a") as file:
         file.write(json.dumps(record) + "\\n")
 
-log = (Path(env["LOG_DIR"]) / (env["RUN_ID"] + ".jsonl")).open("a", buffering=1)
+place = Path(env["LOG_DIR"]) / (env["RUN_ID"] + (".eval" if "EVAL_ONLY" in env else ""))
+log = Path(f"{place}.jsonl").open("a", buffering=1)
 def record(event, **values):
     log.write(json.dumps({"event": event, "seconds": 0.0, **values}) + "\\n")
 
 note("start")
 record("settings", settings={})
+if "EVAL_ONLY" in env:
+    found = Path(env["ARTIFACT"]).read_bytes()
+    epochs = int(env.get("TTT_EPOCHS", 0))
+    gain = epochs * (0.1 + 0.001 * seed * seed)
+    digest = hashlib.sha256(found).hexdigest()
+    record("final", val_bpb=float(found.split()[0]) - gain, artifact_sha256=digest)
+    note("end")
+    sys.exit(0)
 for step in range(1, 11):
     record("train", step=step, train_loss=9 / step, train_ms=100.0 * step, progress=step / 10)
 if "wait" in behaviour and not journal.with_name("released").exists():
@@ -68,7 +79,10 @@ if "bug" in behaviour:
 if "silent" in behaviour:
     sys.exit(0)
 score = 1 + rate + seed / 1000
+artifact = Path(f"{place}.int6.lzma")
+artifact.write_text(f"{score} {journal.stat().st_size}")  # another each time, of one score
 size = {"bytes_total": 15_000_000 + seed, "bytes_code": 140_000}
+size["artifact_sha256"] = hashlib.sha256(artifact.read_bytes()).hexdigest()
 record("trained", val_bpb=score + 0.2, **size, steps=10, step_avg_ms=50.5)
 if "kinds" in behaviour:
     record("quantization_loss", bpb_by_kind={"mamba": 0.002, "attention": 0.001})
@@ -392,6 +406,186 @@ def test_two_at_once_on_one_folder_are_refused(bench, capsys):
     assert bench.run() == 0
 
 
+# ---- Variants that train nothing -----------------------------------------------------------------
+
+SCORED = """
+seeds = [1, 2, 3]
+[base]
+PRESET = "tiny"
+[[variant]]
+name = "high rate"
+MATRIX_LR = 0.5
+[[variant]]
+name = "four epochs"
+TTT_EPOCHS = 4
+[[variant]]
+name = "high rate, one epoch"
+MATRIX_LR = 0.5
+TTT_EPOCHS = 1
+"""
+
+
+def test_variants_that_differ_in_the_evaluation_alone_score_the_artifact_of_their_seed(bench):
+    assert bench.run(SCORED) == 0
+    artifacts = {record["run"]: record["artifact"] for record in bench.journal("start")}
+    runs = bench.out / "runs"
+    for seed in (1, 2, 3):
+        assert not artifacts[f"base-{seed}"] and not artifacts[f"high-rate-{seed}"]
+        path = runs / f"base-{seed}" / f"base-{seed}.int6.lzma"
+        assert artifacts[f"four-epochs-{seed}"] == str(path)
+        other = runs / f"high-rate-{seed}" / f"high-rate-{seed}.int6.lzma"
+        assert artifacts[f"high-rate,-one-epoch-{seed}".replace(",", "")] == str(other)
+        found = bench.results()[f"four epochs-{seed}"]
+        assert (found["artifact"], found["artifact_of"]) == (str(path), "base")
+        assert found["artifact_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    final = bench.results()["four epochs-3"]["figures"]
+    assert final["bpb_final"] == pytest.approx(1.003 - 4 * 0.109)
+    # What is known of the artifact is known from the run that wrote it.
+    assert bench.row("four epochs")[5:] == bench.row("base (base)")[5:]
+    owners = "These train nothing and score the artifacts of {}, seed by seed: {}."
+    assert owners.format("base", "four epochs") in bench.table
+    assert owners.format("high rate", "high rate, one epoch") in bench.table
+    starts = len(bench.started())
+    assert bench.run() == 0
+    assert len(bench.started()) == starts == 12
+
+
+def test_scores_of_the_bases_artifacts_are_compared_with_it_seed_by_seed(bench):
+    bench.run(SCORED)
+    rows = json.loads((bench.out / "results.json").read_text())["variants"]
+    found = {row["variant"]: row for row in rows}
+    paired = found["four epochs"]
+    gains = [-4 * (0.1 + 0.001 * seed * seed) for seed in (1, 2, 3)]
+    assert paired["test"] == "paired"
+    assert paired["difference"] == pytest.approx(sum(gains) / 3)
+    assert paired["p"] == pytest.approx(stats.ttest_1samp(gains, 0.0).pvalue)
+    assert bench.row("four epochs")[4] == f"{paired['p']:.2g}, paired"
+    # Other trainings' artifacts are other samples.
+    other = found["high rate, one epoch"]
+    scores = [1.5 + seed / 1000 - (0.1 + 0.001 * seed * seed) for seed in (1, 2, 3)]
+    p = stats.ttest_ind(scores, [1.001, 1.002, 1.003], equal_var=False).pvalue
+    assert (other["test"], other["p"]) == ("Welch", pytest.approx(p))
+    assert "differences by seed (paired)" in bench.table
+
+
+def test_a_failed_score_leaves_its_pair_out(bench):
+    assert bench.run(SCORED) == 0
+    (bench.out / "runs" / "four-epochs-1" / "outcome.json").write_text("{}")
+    plan = ablate_plan(bench)
+    runs = [ablate.describe_run(run, False) for run in plan.runs]
+    row = ablate.compare(plan, runs, "four epochs")
+    gains = [-4 * (0.1 + 0.001 * seed * seed) for seed in (2, 3)]
+    assert row["difference"] == pytest.approx(sum(gains) / 2)
+    assert row["p"] == pytest.approx(stats.ttest_1samp(gains, 0.0).pvalue)
+
+
+def test_a_paired_p_is_left_out_where_it_is_undefined():
+    assert ablate.paired_p([0.1]) is None
+    assert ablate.paired_p([0.0, 0.0]) is None
+    # Differences 1 and 3: t = 2 with 1 degree of freedom, where p = 1 - 2/π·atan(t).
+    assert ablate.paired_p([1.0, 3.0]) == pytest.approx(1 - 2 / math.pi * math.atan(2))
+
+
+def test_what_else_differs_trains_and_so_does_what_does_not_differ(bench):
+    others = {"same": "", "compiled": 'COMPILE = "off"\n', "seed of its own": "seeds = [9]\n"}
+    others["trains otherwise"] = "TTT_EPOCHS = 1\nEMA_DECAY = 0.5\n"
+    text = "".join(f'[[variant]]\nname = "{name}"\n{rest}' for name, rest in others.items())
+    bench.file.write_text(SCORED + text)
+    plan = ablate_plan(bench)
+    sources = {(run.variant, run.seed): run.source for run in plan.runs}
+    assert all(sources[name, seed] is None for name, seed in sources if name in others)
+    assert sources["four epochs", 2].title == "base, seed 2"
+    assert plan.leaders == {"four epochs": "base", "high rate, one epoch": "high rate"}
+
+
+def test_a_run_is_told_what_its_sources_log_would_say_otherwise(bench):
+    text = 'seeds = [1]\n[base]\nPRESET = "tiny"\n'
+    text += '[[variant]]\nname = "a"\nMATRIX_LR = 0.5\nEVAL_STRIDE = 32\nEVAL_MAX_SECONDS = 9\n'
+    text += '[[variant]]\nname = "b"\nMATRIX_LR = 0.5\nTTT_LORA_RANK = 8\n'
+    bench.file.write_text(text)
+    first = ablate_plan(bench).runs[2]
+    assert first.source.variant == "a"
+    assert first.resolved.eval_mode == "documents"
+    added = {"EVAL_MODE": "documents", "EVAL_MAX_SECONDS": "600.0"}  # EVAL_STRIDE is not read
+    given = {"PRESET": "tiny", "MATRIX_LR": "0.5", "TTT_LORA_RANK": "8"}
+    assert first.variables == given | added
+
+
+def test_a_run_waits_for_its_source_while_others_go_on(bench):
+    assert bench.run("parallel = 3\n" + SCORED) == 0
+    starts, ends = ({r["run"]: r for r in bench.journal(event)} for event in ("start", "end"))
+    for seed in (1, 2, 3):
+        assert starts[f"four-epochs-{seed}"]["time"] >= ends[f"base-{seed}"]["time"]
+    assert bench.started().index("base-2") < bench.started().index("four-epochs-1")
+
+
+def test_runs_whose_source_failed_are_not_run_until_it_has_not(bench, capsys):
+    broken = SCORED.replace('"tiny"', '"tiny"\nTOKENIZER_PATH = "late"')
+    assert bench.run(broken, "--seeds", "1") == 1
+    assert bench.started() == ["base-1", "high-rate-1"]
+    reason = "not run: base, seed 1, whose artifact it would score, failed"
+    assert bench.row("four epochs, seed 1")[1] == reason
+    assert bench.results()["four epochs-1"]["status"] == "not run"
+    assert f"four epochs, seed 1: {reason}" in capsys.readouterr().out
+    (bench.folder / "stub.py").write_text(STUB.replace('"late"', '"nothing"'))
+    bench.run("", "--seeds", "1", "--dry-run")
+    assert "four epochs, seed 1 (would score the artifact of base" in capsys.readouterr().out
+    assert bench.run("", "--seeds", "1") == 0
+    assert len(bench.started()) == 6
+    assert "not run" not in bench.table
+
+
+def test_an_artifact_that_is_gone_or_replaced_is_never_scored(bench, capsys):
+    more = SCORED + '[[variant]]\nname = "three epochs"\nTTT_EPOCHS = 3\n'
+    assert bench.run(SCORED, "--seeds", "1") == 0
+    artifact = bench.out / "runs" / "base-1" / "base-1.int6.lzma"
+    kept = artifact.read_bytes()
+    for damage, words in ((artifact.unlink, "No such file"), (artifact.touch, "not the artifact")):
+        damage()
+        bench.run(more, "--seeds", "1", "--dry-run")
+        assert "three epochs, seed 1 (cannot run: " in capsys.readouterr().out
+        assert bench.run("", "--seeds", "1") == 1
+        problem = bench.row("three epochs, seed 1")[1]
+        assert words in problem and f"remove {artifact.parent} to have it trained" in problem
+        assert bench.row("four epochs")[1] == "1"  # it was scored before
+    assert len(bench.started()) == 4
+    artifact.write_bytes(kept)
+    assert bench.run("", "--seeds", "1") == 0
+    assert bench.started()[4:] == ["three-epochs-1"]
+
+
+def test_a_base_that_is_trained_anew_is_scored_anew(bench):
+    assert bench.run(SCORED, "--seeds", "1") == 0
+    (bench.out / "runs" / "base-1" / "outcome.json").unlink()
+    plan = ablate_plan(bench)
+    stale = next(run for run in plan.runs if run.variant == "four epochs")
+    assert ablate.describe_run(stale, False)["status"] == "waiting"
+    assert bench.run("", "--seeds", "1") == 0
+    assert bench.started()[4:] == ["base-1", "four-epochs-1"]
+    # A run that trained, and would now score another's, does so.
+    before = bench.run(SCORED.replace("TTT_EPOCHS = 4", "TTT_EPOCHS = 4\nEMA_DECAY = 0.5"))
+    assert before == 0
+    count = len(bench.started())
+    assert bench.run(SCORED) == 0
+    assert sorted(bench.started()[count:]) == [f"four-epochs-{seed}" for seed in (1, 2, 3)]
+
+
+def test_a_dry_run_says_what_is_scored_and_at_which_cost(bench, capsys):
+    assert bench.run(SCORED, "--seeds", "1", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("at most about 840 GPU-seconds")
+    # 45 s to start, 600 of evaluation, 75 around it.
+    scores = "four epochs, seed 1 (would score the artifact of base, seed 1): SEED=1 PRESET=tiny"
+    assert lines[2] == f"{scores} TTT_EPOCHS=4; at most about 720 GPU-seconds"
+    assert lines[4].startswith("4 of 4 runs to do, of which 2 train nothing;")
+    assert lines[5] == "to the end of all: at most about 3,120 GPU-seconds"
+    without_clock = SCORED.replace('"tiny"', '"tiny"\nMAX_WALLCLOCK_SECONDS = 0')
+    bench.run(without_clock, "--seeds", "1", "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("cost unknown: no clock")
+    assert lines[2].endswith("at most about 720 GPU-seconds")
+
+
 # ---- A grid --------------------------------------------------------------------------------------
 
 GRID = """
@@ -421,10 +615,15 @@ def test_a_grid_has_every_combination_but_the_base(bench):
 
 # Trains for 16 steps, whose loss is 3 + MATRIX_LR; SIGTERM has it leave its step and end.
 PAUSING = """
-import json, os, signal, sys, time
+import hashlib, json, os, signal, sys, time
 from pathlib import Path
 env = os.environ
 name, rate = env["RUN_ID"], float(env.get("MATRIX_LR", 0.9))
+if "EVAL_ONLY" in env:
+    digest = hashlib.sha256(Path(env["ARTIFACT"]).read_bytes()).hexdigest()
+    final = {"event": "final", "val_bpb": 0.5 + rate, "artifact_sha256": digest}
+    Path(env["LOG_DIR"], name + ".eval.jsonl").write_text(json.dumps(final))
+    sys.exit(0)
 checkpoint = Path(env["LOG_DIR"], name + ".checkpoint")
 journal = Path(__file__).with_name("journal.jsonl")
 log = Path(env["LOG_DIR"], name + ".jsonl").open("a", buffering=1)
@@ -449,7 +648,11 @@ while step < 16:
     if stopped:
         checkpoint.write_text(str(step))
         sys.exit("train_gpt.py: error: stopped by SIGTERM")
-record("trained", val_bpb=1.2, bytes_total=2, bytes_code=1, steps=16, step_avg_ms=1.0)
+artifact = Path(env["LOG_DIR"], name + ".int6.lzma")
+artifact.write_text(name)
+size = {"bytes_total": 2, "bytes_code": 1}
+size["artifact_sha256"] = hashlib.sha256(artifact.read_bytes()).hexdigest()
+record("trained", val_bpb=1.2, steps=16, step_avg_ms=1.0, **size)
 record("after_quantization", val_bpb=1.3)
 record("final", val_bpb=1 + rate)
 """
@@ -517,6 +720,38 @@ def test_a_failed_run_loses_and_a_spent_budget_ends_all(sweep, monkeypatch, caps
     assert "5 of 5 runs have not ended" in printed
 
 
+def test_with_a_budget_a_score_goes_on_or_stops_with_its_artifact(sweep, capsys):
+    (sweep.folder / "mended").touch()
+    variants = "".join(
+        f'[[variant]]\nname = "{rate}, {epochs}"\nMATRIX_LR = {rate}\nTTT_EPOCHS = {epochs}\n'
+        for rate in (0.3, 0.1)
+        for epochs in (1, 2)
+    )
+    text = 'seeds = [1]\n[base]\nPRESET = "tiny"\n' + variants
+    assert sweep.run(text, "--budget", "3500", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [  # two that train, two that score, and two halves of 120 s
+        "to 50.0%: the base and 2 more, at most about 315 GPU-seconds",
+        "to the end: the base and 1 more, at most about 2,280 GPU-seconds",
+        "with --budget 3500: at most about 2,595 GPU-seconds",
+    ]
+    assert sweep.run("", "--budget", "3500") == 0
+    statuses = {name: run["status"] for name, run in sweep.results().items()}
+    stopped = {name for name, status in statuses.items() if status == "stopped"}
+    assert stopped == {"0.3, 1-1", "0.3, 2-1"}
+    assert set(statuses.values()) == {"complete", "stopped"}
+    assert sweep.row("0.3, 2, stopped")[1].startswith("with 0.3, 1, which was stopped at 50.0%")
+    assert sweep.results()["0.1, 2-1"]["figures"]["bpb_final"] == pytest.approx(0.6)
+    assert sweep.run("", "--budget", "9999") == 0
+    assert {run["status"] for run in sweep.results().values()} == {"complete"}
+
+
+def test_with_a_budget_what_a_failed_run_should_have_written_is_not_waited_for(sweep):
+    text = 'seeds = [1]\n[base]\nPRESET = "tiny"\nMATRIX_LR = 0.4\n'
+    assert sweep.run(text + "[grid]\nTTT_EPOCHS = [1, 3]\n", "--budget", "9999") == 1
+    assert [run["status"] for run in sweep.results().values()] == ["failed", "not run", "not run"]
+
+
 def test_a_dry_run_with_a_budget_prints_legs_and_costs(sweep, capsys):
     assert sweep.run(SWEEP, "--budget", "2500", "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -537,7 +772,7 @@ def test_a_dry_run_with_a_budget_prints_legs_and_costs(sweep, capsys):
     [
         (SWEEP, "100", "these runs may take 2160 GPU-seconds"),
         (SWEEP, "none", "none is not a number above 0"),
-        (SWEEP.replace("MATRIX_LR", "TTT_LR"), "9999", "trains as 'base' does"),
+        (SWEEP.replace("MATRIX_LR", "SDCLIP_K"), "9999", "trains as 'base' does"),
         (SWEEP.replace("[grid]", "MAX_WALLCLOCK_SECONDS = 0\n[grid]"), "9999", "cost is unknown"),
         (SWEEP.replace("[grid]", 'RESUME = "never"\n[grid]'), "9999", "RESUME is what lets"),
         (SWEEP.replace("[0.3, 0.1, 0.4, 0.2]", "[0.3]"), "9999", "a list of several values"),
@@ -764,7 +999,7 @@ def test_a_mistake_is_one_line_and_nothing_runs(bench, capsys, mistake):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"EVAL_ONLY": "1"}, "unset EVAL_ONLY in the environment: every run trains"),
+        ({"EVAL_ONLY": "1"}, "unset EVAL_ONLY in the environment: ablate.py sets it for variants"),
         ({"MATRIX_LRS": "1"}, "environment: MATRIX_LRS is not a setting; did you mean MATRIX_LR?"),
     ],
 )

@@ -27,6 +27,12 @@ text:
     MATRIX_LR = [0.02, 0.03]    # (one that equals the base is not run twice)
     NUM_LAYERS = [8, 9]
 
+A variant that trains as an earlier one does, and differs from it in settings of the evaluation
+alone, such as TTT_ENABLED or EVAL_STRIDE (or of the sample), trains nothing: with EVAL_ONLY=1 it
+scores the artifact of that one's run of the same seed, once that is complete. Where that is the
+base's, their scores differ by how they were made and by nothing else, so that p is of the
+differences by seed. One that differs in nothing trains anew: it shows what chance does.
+
 `name` may stand in [base] too. Settings in the environment, such as DATA_PATH, hold for all runs
 where the file says nothing else. RUN_ID, SEED and LOG_DIR are chosen here. Runs that share a GPU
 hide each other's compiling; compare them by steps, with MAX_WALLCLOCK_SECONDS=0 and ITERATIONS,
@@ -48,7 +54,7 @@ run. table.md says which variants were stopped, when and by what. The budget cou
 too. Costs are estimates: should it be spent before the end, all is stopped, and the same command
 with a larger budget goes on, with variants that a smaller one had stopped.
 An early training loss is a wrong judge of what acts late, such as WARMDOWN_FRACTION or EMA_DECAY,
-and none of what does not train.
+and none of what does not train: a variant that scores another's artifacts goes on or stops with it.
 """
 
 import argparse
@@ -70,7 +76,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -116,7 +122,7 @@ OWN_SETTINGS = {  # train_gpt.py's settings that a file may not give, and why
     "SEED": "write seeds = [...] instead",
     "LOG_DIR": "ablate.py chooses each run's folder",
     "ARTIFACT": "each run writes its own",
-    "EVAL_ONLY": "every run trains",
+    "EVAL_ONLY": "ablate.py sets it for variants that differ in the evaluation alone",
     "EVAL_NLL_PATH": "all runs would write the same file",
 }
 # In the environment of a run's processes: the run's folder, by which they are found again.
@@ -153,6 +159,7 @@ class Run:
     resolved: object  # all settings, train_gpt.Settings
     uses_gpu: bool  # if there is one
     folder: Path
+    source: "Run | None" = None  # the run whose artifact it scores, if it trains nothing
 
     @property
     def train_seconds(self) -> float:
@@ -169,9 +176,24 @@ class Run:
         """Its RUN_ID, and its folder's name."""
         return self.folder.name
 
+    @property
+    def log(self) -> Path:
+        """Its log for programs."""
+        return self.folder / f"{self.run_id}{'.eval' if self.source else ''}.jsonl"
+
+    @property
+    def artifact(self) -> Path:
+        """The artifact that it scores: its own, or its source's."""
+        if self.source:
+            return self.source.artifact
+        return self.folder / f"{self.run_id}.int6.lzma"
+
     def cost(self, begin: float, end: float) -> float:
         """GPU-seconds that it may take from a part of its run to another; 1 includes its score."""
-        seconds = START_SECONDS + (end - begin) * self.train_seconds
+        if self.source and end < 1:
+            return 0.0
+        trains = 0.0 if self.source else (end - begin) * self.train_seconds
+        seconds = START_SECONDS + trains
         if end == 1:
             seconds += AROUND_SECONDS + self.resolved.eval_max_seconds
         return self.processes * seconds
@@ -198,6 +220,13 @@ class Plan:
     def base(self) -> str:
         """The name of the variant that the others are compared with."""
         return self.variants[0]
+
+    @functools.cached_property
+    def leaders(self) -> dict[str, str]:
+        """Of each variant that trains nothing, the one whose artifacts it scores."""
+        found = {run.variant: run.source.variant for run in self.runs if run.source}
+        training = {run.variant for run in self.runs if not run.source}
+        return {name: leader for name, leader in found.items() if name not in training}
 
 
 def load_train_gpt() -> ModuleType:
@@ -361,6 +390,34 @@ def equals_base(
     return settings == runs[0].resolved
 
 
+def find_sources(runs: list[Run], train_gpt: ModuleType) -> list[Run]:
+    """The runs, of which those that need not train have their source: the first run of their seed
+    with the same settings but for the evaluation's and the sample's.
+
+    The base's runs come first. What the source's log would say otherwise of how the artifact is
+    scored is added to the variables, without what the run's EVAL_MODE does not read.
+    """
+    groups = train_gpt.FIELDS.items()
+    scoring = [name for name, group in groups if group in ("evaluation", "sample")]
+    first: dict[tuple, Run] = {}
+    found = []
+    for run in runs:
+        settings = run.resolved
+        trains = [getattr(settings, name) for name in train_gpt.FIELDS if name not in scoring]
+        source = first.setdefault((run.seed, *trains), run)
+        differ = [n for n in scoring if getattr(settings, n) != getattr(source.resolved, n)]
+        if differ:
+            variables = {
+                name.upper(): environment_value(getattr(settings, name))
+                for name in differ
+                if settings.eval_mode in train_gpt.modes_that_read(name)
+                and name.upper() not in run.settings
+            }
+            run = replace(run, source=source, variables=run.variables | variables)
+        found.append(run)
+    return found
+
+
 def read_plan(
     path: Path,
     out: Path,
@@ -397,7 +454,7 @@ def read_plan(
     # All variants with the first seed come first: an early look at the table is fair to them.
     order = {seed: place for place, seed in enumerate(dict.fromkeys(run.seed for run in runs))}
     runs.sort(key=lambda run: order[run.seed])
-    return Plan(path.stem, names, runs, processes, parallel)
+    return Plan(path.stem, names, find_sources(runs, train_gpt), processes, parallel)
 
 
 @contextlib.contextmanager
@@ -444,9 +501,8 @@ def read_records(run: Run) -> list[dict]:
     The run may be writing at this moment, or have been stopped: a line that was cut off is left
     out, and a log that is not there yet is empty.
     """
-    path = run.folder / f"{run.run_id}.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     records = []
@@ -456,9 +512,29 @@ def read_records(run: Run) -> list[dict]:
     return [record for record in records if is_record(record)]
 
 
+def read_events(run: Run) -> dict[str, dict]:
+    """The last record of each event in the run's log."""
+    return {record["event"]: record for record in read_records(run)}
+
+
+def written_sha256(run: Run) -> str | None:
+    """The SHA-256 of the artifact that the run is to score, as the run that wrote it logged it."""
+    return read_events(run.source or run).get("trained", {}).get("artifact_sha256")
+
+
 def read_figures(run: Run) -> dict:
-    """The run's numbers, as far as it came."""
-    events = {record["event"]: record for record in read_records(run)}
+    """The run's numbers, as far as it came.
+
+    One that scores another's artifact has what that run found of it, and a score of its own, unless
+    it scored an earlier artifact.
+    """
+    events = read_events(run)
+    if run.source:
+        figures = read_figures(run.source) | {"bpb_final": None}
+        final = events.get("final", {})
+        if final.get("artifact_sha256") == written_sha256(run):
+            figures["bpb_final"] = final.get("val_bpb")
+        return figures
     trained = events.get("trained", {})
     figures = {}
     for name, event in SCORE_EVENTS.items():
@@ -508,7 +584,7 @@ def read_curve(run: Run) -> list[dict]:
 
 def has_reached(run: Run, place: float) -> bool:
     """Whether the run has come to this part of its training; 1: whether it is complete."""
-    if is_complete(run):
+    if is_complete(run) or (run.source and place < 1):
         return True
     if place == 1 or not read_outcome(run):
         return False
@@ -525,7 +601,28 @@ def is_complete(run: Run) -> bool:
     """Whether the run need not be made again."""
     if read_outcome(run).get("status") != "complete":
         return False
+    if run.source and not is_complete(run.source):  # which will write another artifact
+        return False
     return read_figures(run).get("bpb_final") is not None
+
+
+def hindrance(run: Run) -> str:
+    """Why the run cannot score the artifact that it is to score; empty if it can, or may yet."""
+    if run.source is None or is_complete(run):
+        return ""
+    writer = run.source.title
+    if read_outcome(run.source).get("status") == "failed":
+        return f"{writer}, whose artifact it would score, failed"
+    if not is_complete(run.source):
+        return ""
+    try:
+        found = hashlib.sha256(run.artifact.read_bytes()).hexdigest()
+    except OSError as error:
+        found, problem = "", error.strerror
+    else:
+        problem = f"not the artifact that {writer} wrote"
+    remedy = f"put that back, or remove {run.source.folder} to have it trained anew"
+    return "" if found == written_sha256(run) else f"{run.artifact}: {problem}; {remedy}"
 
 
 def last_words(output: Path, exit_status: int) -> str:
@@ -556,7 +653,12 @@ class Sweep:
     @functools.cached_property
     def halvings(self) -> int:
         """The fewest that the budget allows; UserError if none does."""
-        return choose_halvings(len(self.plan.variants) - 1, self.budget, self.cost)
+        return choose_halvings(len(self.trained) - 1, self.budget, self.cost)
+
+    @property
+    def trained(self) -> list[str]:
+        """The variants that are judged: those that train, the base first."""
+        return [variant for variant in self.plan.variants if variant not in self.plan.leaders]
 
     @property
     def places(self) -> list[float]:
@@ -570,15 +672,16 @@ class Sweep:
     def legs(self, halvings: int) -> list[tuple[int, float, float]]:
         """For each leg: the number of variants beside the base, its end, and its cost.
 
-        Whichever variants go on, they cost no more than the dearest do.
+        Whichever variants go on, they cost no more than the dearest do, with those that score their
+        artifacts.
         """
         found = []
         begin = 0.0
-        base, *others = self.plan.variants
+        base, *others = self.trained
         for leg, end in enumerate([*rungs_of(halvings), 1.0]):
-            costs = dict.fromkeys(self.plan.variants, 0.0)
+            costs = dict.fromkeys(self.trained, 0.0)
             for run in self.plan.runs:
-                costs[run.variant] += run.cost(begin, end)
+                costs[self.plan.leaders.get(run.variant, run.variant)] += run.cost(begin, end)
             kept = kept_after(len(others), leg)
             dearest = sorted((costs[name] for name in others), reverse=True)[:kept]
             found.append((kept, end, costs[base] + sum(dearest)))
@@ -597,7 +700,7 @@ class Sweep:
         place = self.places[len(rungs)]
         if place == 1:
             return None
-        alive = still_in(self.plan, rungs)
+        alive = [variant for variant in still_in(self.plan, rungs) if variant in self.trained]
         arrived = []
         for run in self.runs_of(alive):
             if has_reached(run, place):
@@ -609,14 +712,16 @@ class Sweep:
             own = [loss_at(read_curve(run), place) for run in arrived if run.variant == variant]
             known = [loss for loss in own if loss is not None]
             losses[variant] = statistics.fmean(known) if known else None
-        kept = kept_after(len(self.plan.variants) - 1, len(rungs) + 1)
+        kept = kept_after(len(self.trained) - 1, len(rungs) + 1)
         return judge(place, losses, self.plan.base, kept)
 
 
 def still_in(plan: Plan, rungs: list[Rung]) -> list[str]:
-    """The variants that were not stopped at these rungs."""
+    """The variants that go on behind these rungs: neither they nor those whose artifacts they
+    score were stopped.
+    """
     stopped = {variant for rung in rungs for variant in rung.stopped}
-    return [variant for variant in plan.variants if variant not in stopped]
+    return [name for name in plan.variants if plan.leaders.get(name, name) not in stopped]
 
 
 def check_sweep(plan: Plan, gpus: list[list[str]], train_gpt: ModuleType) -> None:
@@ -632,6 +737,8 @@ def check_sweep(plan: Plan, gpus: list[list[str]], train_gpt: ModuleType) -> Non
     # The quantizer trains where weights stand on their grids.
     names += ["quantizer", "late_qat_threshold", "data_path"]
     for run in plan.runs:
+        if run.source:  # it goes with that one
+            continue
         where = f"--budget: variant {run.variant!r}"
         need(run.train_seconds, f"{where} has MAX_WALLCLOCK_SECONDS=0: its cost is unknown")
         need(run.resolved.resume == "auto", f"{where}: RESUME is what lets stopped runs go on")
@@ -718,6 +825,8 @@ def stage_of(run: Run) -> str:
     if not records:
         return "starting"
     last = records[-1]
+    if run.source:
+        return "scoring"
     if "progress" in last:
         return f"{last['progress']:.0%} trained"
     # After training's last validation the model is exported, then scored twice.
@@ -753,7 +862,10 @@ class Runner:
         self.out_of_budget = False
         self.next_look = 0.0  # at what the jobs have come to
         kept = [run for run in plan.runs if is_complete(run)]
-        self.durations = [read_outcome(run)["seconds"] for run in kept]
+        # Seconds of complete runs: of those that only score (True), and of those that train.
+        self.durations: dict[bool, list[float]] = {True: [], False: []}
+        for run in kept:
+            self.durations[run.source is not None].append(read_outcome(run)["seconds"])
         self.bar = tqdm(
             total=len(plan.runs),
             initial=len(kept),
@@ -775,8 +887,8 @@ class Runner:
             signal.signal(number, handler if handler == signal.SIG_IGN else self._stop)
         try:
             while (self.waiting or self.jobs) and not self.stopping:
-                while self.waiting and self.free:
-                    self._start(self.waiting.pop(0))
+                while self.free and (run := self._next()):
+                    self._start(run)
                 ended = [job for job in self.jobs if job.process.poll() is not None]
                 for job in ended:
                     self._finish(job)
@@ -814,6 +926,27 @@ class Runner:
         busy = {job.run.run_id for job in self.jobs} | self.tried
         due = [run for run in self.plan.runs if run.variant in alive and run.run_id not in busy]
         self.waiting = [run for run in due if not has_reached(run, self.end)]
+
+    def _next(self) -> Run | None:
+        """Takes the first of those that wait whose source, if it has one, is complete.
+
+        Those whose source has failed in this call, or left no artifact, wait no more.
+        """
+        awaited = {run.run_id for run in self.waiting}
+        for run in list(self.waiting):
+            source = run.source
+            if source and source.run_id in awaited:
+                continue
+            problem = hindrance(run)
+            if problem:
+                self.waiting.remove(run)
+                self.tried.add(run.run_id)
+                self.bar.update()
+                self._say(f"{run.title}: not run: {problem}")
+            elif source is None or is_complete(source):
+                self.waiting.remove(run)
+                return run
+        return None
 
     def _look_at_rung(self):
         """Pauses runs that have come to the rung and others wait for; goes on to the next leg, or
@@ -869,6 +1002,8 @@ class Runner:
         run.folder.mkdir(parents=True, exist_ok=True)
         gpus = self.free.pop(0)
         environment = os.environ | run.variables
+        if run.source:
+            environment |= {"EVAL_ONLY": "1", "ARTIFACT": str(run.artifact)}
         environment |= {
             "SEED": str(run.seed),
             "RUN_ID": run.run_id,
@@ -896,6 +1031,7 @@ class Runner:
         if self.sweep:  # so that it is known what this folder holds, whatever happens
             self._write_outcome(job, status="paused")
         place = f" on GPU {','.join(gpus)}" if gpus else ""
+        place += f", which scores the artifact of {run.source.title}" if run.source else ""
         self._say(f"{'went on with' if 'seconds' in before else 'started'} {run.title}{place}")
 
     def _finish(self, job: Job):
@@ -921,7 +1057,7 @@ class Runner:
             self.tried.add(run.run_id)
         seconds = job.outcome()["seconds"]
         if not error:
-            self.durations.append(seconds)
+            self.durations[run.source is not None].append(seconds)
         self._write_outcome(job, status="failed" if error else "complete", error=error)
         self.bar.update()
         result = f"failed: {error}" if error else f"{final:.4f} bits per byte"
@@ -940,10 +1076,12 @@ class Runner:
         spent += [(job.run, now - job.started) for job in self.jobs]
         seconds = 0.0
         for run, so_far in spent:
-            if self.durations:
-                whole = statistics.mean(self.durations)
-            elif run.train_seconds:
-                whole = run.train_seconds + START_SECONDS + AROUND_SECONDS
+            known = self.durations[run.source is not None]
+            if known:
+                whole = statistics.mean(known)
+            elif run.source or run.train_seconds:
+                trains = 0.0 if run.source else run.train_seconds
+                whole = trains + START_SECONDS + AROUND_SECONDS
             else:
                 return "time left unknown"
             seconds += max(0.0, whole - so_far)
@@ -971,14 +1109,23 @@ def describe_run(run: Run, stopped: bool) -> dict:
     """A run as results.json holds it; stopped: its variant is."""
     outcome = read_outcome(run)
     status = outcome.get("status", "waiting")
-    if status in ("waiting", "paused"):
+    error = outcome.get("error", "")
+    again = status == "complete" and not is_complete(run)  # there is another artifact to score
+    if again or status in ("waiting", "paused"):
         status = "stopped" if stopped else "waiting"
+        error = "" if stopped else hindrance(run)
+        status = "not run" if error else status
+    owner = run.source or run
+    final = read_events(run).get("final", {})
     return {
         "variant": run.variant,
         "seed": run.seed,
         "status": status,
-        "error": outcome.get("error", ""),
+        "error": error,
         **run.identity,
+        "artifact": str(run.artifact),
+        "artifact_of": owner.variant,  # which trained it
+        "artifact_sha256": final.get("artifact_sha256"),
         "seconds": outcome.get("seconds"),
         "gpu_seconds": outcome.get("gpu_seconds"),
         "shared": outcome.get("shared"),
@@ -1001,6 +1148,44 @@ def welch_p(values: list[float], others: list[float]) -> float | None:
     return p if math.isfinite(p) else None
 
 
+def paired_p(differences: list[float]) -> float | None:
+    """Two-sided p-value of the t-test that differences of pairs are 0 in the mean; None where it is
+    undefined.
+    """
+    if len(differences) < 2:
+        return None
+    with warnings.catch_warnings():  # about differences without any variance
+        warnings.simplefilter("ignore")
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return p if math.isfinite(p) else None
+
+
+def compare(plan: Plan, runs: list[dict], variant: str) -> dict:
+    """The variant's difference to the base in final BPB, its p-value, and the test's name.
+
+    Scores of the base's own artifacts are compared with the base's seed by seed. All is None
+    without scores on both sides, and for the base.
+    """
+    found = {"difference": None, "p": None, "test": None}
+    base = {run["seed"]: score_of(run) for run in runs if run["variant"] == plan.base}
+    own = [run for run in runs if run["variant"] == variant and score_of(run) is not None]
+    final = [score_of(run) for run in own]
+    others = [score for score in base.values() if score is not None]
+    if variant == plan.base or not final or not others:
+        return found
+    if all(run["artifact_of"] == plan.base for run in own):
+        differences = [score_of(run) - base[run["seed"]] for run in own]
+        p = paired_p(differences)
+        return {"difference": statistics.fmean(differences), "p": p, "test": "paired"}
+    difference = statistics.fmean(final) - statistics.fmean(others)
+    return {"difference": difference, "p": welch_p(final, others), "test": "Welch"}
+
+
+def score_of(run: dict) -> float | None:
+    """The final BPB of a run of results.json; None unless it is complete."""
+    return run["figures"].get("bpb_final") if run["status"] == "complete" else None
+
+
 def complete_values(runs: list[dict], variant: str, figure: str) -> list[float]:
     """The figure in each complete run of the variant that has it."""
     values = []
@@ -1015,7 +1200,6 @@ def summarize(plan: Plan, runs: list[dict]) -> list[dict]:
 
     It holds counts, the spread of each figure over complete runs, and the test against the base.
     """
-    base = complete_values(runs, plan.base, "bpb_final")
     rows = []
     for variant in plan.variants:
         final = complete_values(runs, variant, "bpb_final")
@@ -1023,10 +1207,7 @@ def summarize(plan: Plan, runs: list[dict]) -> list[dict]:
         row = {"variant": variant, "n": len(final), "runs": count}
         for name in (*BPB, "artifact_bytes", "step_avg_ms"):
             row[name] = spread(complete_values(runs, variant, name))._asdict()
-        row |= {"difference": None, "p": None}
-        if final and base and variant != plan.base:
-            row["difference"] = statistics.fmean(final) - statistics.fmean(base)
-            row["p"] = welch_p(final, base)
+        row |= compare(plan, runs, variant)
         rows.append(row)
     return rows
 
@@ -1066,7 +1247,8 @@ def table_row(row: dict, is_base: bool) -> str:
     cells = [name, count]
     cells.append(plus_minus(row["bpb_final"], ".4f"))
     cells.append(number(row["difference"], "+.4f"))
-    cells.append(number(row["p"], ".2g"))
+    paired = ", paired" if row["test"] == "paired" and row["p"] is not None else ""
+    cells.append(number(row["p"], ".2g") + paired)
     cells.append(plus_minus(row["bpb_before"], ".4f"))
     cells.append(plus_minus(row["bpb_after"], ".4f"))
     cells.append(number(row["artifact_bytes"]["mean"], ",.0f"))
@@ -1075,16 +1257,17 @@ def table_row(row: dict, is_base: bool) -> str:
 
 
 def failed_row(run: dict) -> str:
-    """A failed run's line, below its variant's: what the program said."""
+    """The line of a run that failed or could not begin, below its variant's: why."""
     error = run["error"].replace("|", "\\|")
     empty = "  |" * (len(HEADS) - 2)
-    return f"| {run['variant']}, seed {run['seed']} | failed: {error} |{empty}"
+    return f"| {run['variant']}, seed {run['seed']} | {run['status']}: {error} |{empty}"
 
 
 def table_notes(runs: list[dict], notes: Iterable[str]) -> list[str]:
     """What a reader of the table has to know: what is missing, and what cannot be compared."""
     waiting = sum(run["status"] == "waiting" for run in runs)
     found = [f"{waiting} of {len(runs)} runs have not ended."] if waiting else []
+    found += scoring_notes(runs)
     found += notes
     if any(run["shared"] for run in runs):
         found.append("Runs shared GPUs: ms/step compares nothing.")
@@ -1094,10 +1277,27 @@ def table_notes(runs: list[dict], notes: Iterable[str]) -> list[str]:
     return found
 
 
-def stopped_row(variant: str, rung: Rung) -> str:
-    """A stopped variant's line, below its own: when, and by what."""
+def scoring_notes(runs: list[dict]) -> list[str]:
+    """Which variants score whose artifacts: for each of the latter a sentence."""
+    scoring: dict[str, list[str]] = {}
+    for run in runs:
+        names = scoring.setdefault(run["artifact_of"], [])
+        if run["variant"] not in (run["artifact_of"], *names):
+            names.append(run["variant"])
+    text = "These train nothing and score the artifacts of {}, seed by seed: {}."
+    listed = [(owner, "; ".join(names)) for owner, names in scoring.items() if names]
+    return [text.format(owner, names) for owner, names in listed]
+
+
+def stopped_row(variant: str, leader: str, rung: Rung) -> str:
+    """A stopped variant's line, below its own: when, and by what; the leader is itself, or the one
+    whose artifacts it would score.
+    """
     empty = "  |" * (len(HEADS) - 2)
-    return f"| {variant}, stopped | {rung.reason(variant)} |{empty}"
+    reason = rung.reason(leader)
+    if leader != variant:
+        reason = f"with {leader}, which was {reason}"
+    return f"| {variant}, stopped | {reason} |{empty}"
 
 
 def format_table(
@@ -1107,18 +1307,25 @@ def format_table(
     know about them.
     """
     lines = [f"# {plan.name}", "", "| " + " | ".join(HEADS) + " |", "| --- " * len(HEADS) + "|"]
-    for row in summarize(plan, runs):
+    rows = summarize(plan, runs)
+    for row in rows:
         variant = row["variant"]
         lines.append(table_row(row, variant == plan.base))
-        lines += [stopped_row(variant, rung) for rung in rungs if variant in rung.stopped]
+        leader = plan.leaders.get(variant, variant)
+        lines += [stopped_row(variant, leader, rung) for rung in rungs if leader in rung.stopped]
         own = [run for run in runs if run["variant"] == variant]
-        lines += [failed_row(run) for run in own if run["status"] == "failed"]
+        lines += [failed_row(run) for run in own if run["status"] in ("failed", "not run")]
     lines += [
         "",
         "BPB is bits per byte, lower is better: mean ± sample standard deviation over n seeds.",
         "The difference is to the base's final BPB; p is Welch's two-sided t-test, "
         "uncorrected for many variants. Bytes are the mean too; a submission counts its largest.",
     ]
+    if any(row["test"] == "paired" for row in rows):
+        lines[-1] += (
+            " Where variants score the base's own artifacts, p is the t-test of the differences by"
+            " seed (paired): it holds for such artifacts, not for what another training would add."
+        )
     for note in table_notes(runs, notes):
         lines += ["", note]
     return "\n".join(lines) + "\n"
@@ -1325,7 +1532,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def cost_text(run: Run) -> str:
     """What a run may cost from start to score, in words."""
-    if not run.train_seconds:
+    if not run.train_seconds and not run.source:
         return "cost unknown: no clock"
     return f"at most about {run.cost(0, 1):,.0f} GPU-seconds"
 
@@ -1336,10 +1543,17 @@ def list_runs(plan: Plan, gpus: list[list[str]], sweep: Sweep | None):
     for run in plan.runs:
         settings = " ".join(f"{name}={value}" for name, value in run.variables.items())
         state = "would run" if run in due else "is complete"
+        if run.source and run in due:
+            state = f"would score the artifact of {run.source.title}"
+        problem = hindrance(run)  # a source that has failed is tried again
+        if problem and run.source not in due:
+            state = f"cannot run: {problem}"
         print(f"{run.title} ({state}): SEED={run.seed} {settings}; {cost_text(run)}")
     to_do = f"{len(due)} of {len(plan.runs)} runs to do"
+    scoring = sum(run.source is not None for run in due)
+    to_do += f", of which {scoring} train nothing" if scoring else ""
     print(f"{to_do}; at once: {len(gpus)}; processes: {plan.processes}")
-    if all(run.train_seconds for run in due):
+    if all(run.train_seconds or run.source for run in due):
         cost = sum(run.cost(0, 1) for run in due)
         print(f"to the end of all: at most about {cost:,.0f} GPU-seconds")
     if sweep:
