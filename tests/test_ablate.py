@@ -562,6 +562,11 @@ def test_a_base_that_is_trained_anew_is_scored_anew(bench):
     assert ablate.describe_run(stale, False)["status"] == "waiting"
     assert bench.run("", "--seeds", "1") == 0
     assert bench.started()[4:] == ["base-1", "four-epochs-1"]
+    # Also if it was trained while the file did not name them.
+    (bench.out / "runs" / "base-1" / "outcome.json").unlink()
+    assert bench.run(TWO, "--seeds", "1") == 0
+    assert bench.run(SCORED, "--seeds", "1") == 0
+    assert bench.started()[6:] == ["base-1", "four-epochs-1"]
     # A run that trained, and would now score another's, does so.
     before = bench.run(SCORED.replace("TTT_EPOCHS = 4", "TTT_EPOCHS = 4\nEMA_DECAY = 0.5"))
     assert before == 0
@@ -577,7 +582,7 @@ def test_a_dry_run_says_what_is_scored_and_at_which_cost(bench, capsys):
     # 45 s to start, 600 of evaluation, 75 around it.
     scores = "four epochs, seed 1 (would score the artifact of base, seed 1): SEED=1 PRESET=tiny"
     assert lines[2] == f"{scores} TTT_EPOCHS=4; at most about 720 GPU-seconds"
-    assert lines[4].startswith("4 of 4 runs to do, of which 2 train nothing;")
+    assert lines[4].startswith("4 of 4 runs to do, of which 2 only score;")
     assert lines[5] == "to the end of all: at most about 3,120 GPU-seconds"
     without_clock = SCORED.replace('"tiny"', '"tiny"\nMAX_WALLCLOCK_SECONDS = 0')
     bench.run(without_clock, "--seeds", "1", "--dry-run")
@@ -1115,7 +1120,9 @@ def test_a_real_run(bench, shards, monkeypatch):
     settings = "".join(
         f'{name} = "{value}"\n' for name, value in tiny_environment(**steps, **paths).items()
     )
-    bench.file.write_text("seeds = [7]\n[base]\n" + settings)
+    text = "seeds = [7]\n[base]\n" + settings
+    text += '[[variant]]\nname = "adapts"\nTTT_ENABLED = true\nTTT_LR = 0.001\n'
+    bench.file.write_text(text)
     assert ablate.run([str(bench.file), "--out", str(bench.out)]) == 0
     run = bench.results()["base-7"]
     log = [
@@ -1129,3 +1136,15 @@ def test_a_real_run(bench, shards, monkeypatch):
     artifact = bench.out / "runs" / "base-7" / "base-7.int6.lzma"
     assert run["figures"]["artifact_bytes"] == artifact.stat().st_size
     assert run["figures"]["steps"] == 2
+
+    scored = bench.results()["adapts-7"]
+    assert scored["artifact_sha256"] == run["artifact_sha256"]
+    assert scored["figures"]["bpb_after"] == run["figures"]["bpb_after"]
+    assert scored["figures"]["bpb_final"] != run["figures"]["bpb_final"]
+    (bench_run,) = (one for one in ablate_plan(bench).runs if one.source)
+    began = ablate.read_events(bench_run)["settings"]["settings"]
+    wanted = {name for name, group in t.FIELDS.items() if group == "evaluation"}
+    assert {name: began[name] for name in wanted} == {
+        name: getattr(bench_run.resolved, name) for name in wanted
+    }
+    assert not (bench.out / "runs" / "adapts-7" / "adapts-7.jsonl").exists()  # nothing trained

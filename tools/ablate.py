@@ -930,20 +930,17 @@ class Runner:
     def _next(self) -> Run | None:
         """Takes the first of those that wait whose source, if it has one, is complete.
 
-        Those whose source has failed in this call, or left no artifact, wait no more.
+        Those whose source has failed or left no artifact wait no more. A source that is to be tried
+        again stands before them, and its start removes what an earlier call left.
         """
-        awaited = {run.run_id for run in self.waiting}
         for run in list(self.waiting):
-            source = run.source
-            if source and source.run_id in awaited:
-                continue
             problem = hindrance(run)
             if problem:
                 self.waiting.remove(run)
                 self.tried.add(run.run_id)
                 self.bar.update()
                 self._say(f"{run.title}: not run: {problem}")
-            elif source is None or is_complete(source):
+            elif run.source is None or is_complete(run.source):
                 self.waiting.remove(run)
                 return run
         return None
@@ -1551,7 +1548,7 @@ def list_runs(plan: Plan, gpus: list[list[str]], sweep: Sweep | None):
         print(f"{run.title} ({state}): SEED={run.seed} {settings}; {cost_text(run)}")
     to_do = f"{len(due)} of {len(plan.runs)} runs to do"
     scoring = sum(run.source is not None for run in due)
-    to_do += f", of which {scoring} train nothing" if scoring else ""
+    to_do += f", of which {scoring} only score" if scoring else ""
     print(f"{to_do}; at once: {len(gpus)}; processes: {plan.processes}")
     if all(run.train_seconds or run.source for run in due):
         cost = sum(run.cost(0, 1) for run in due)
