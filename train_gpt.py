@@ -1265,8 +1265,15 @@ class Tokenizer:
         )
         self.drops_space = True  # of a piece that begins a text
         if self.has_operators:
+            others = [*pieces]
+            others[CASE_OPERATOR_IDS] = ""
+            within = {*CASE_OPERATORS} & {*"".join(others)}  # each would count as text
+            silent = self.is_special[CASE_OPERATOR_IDS].any()  # nor could mismatch() read them
+            problem = f"{path} has operators of capitals within other pieces, or as control symbols"
+            need(not within and not silent, f"{problem}: train it anew")
             self.piece_bytes[CASE_OPERATOR_IDS] = 0  # a small letter has its capital's one byte
             is_sign = [piece.startswith("_") or piece == "<0x5F>" for piece in pieces]
+            is_sign = np.array(is_sign) & ~self.is_special
             self.escaped_bytes = np.where(is_sign, len("▁".encode()) - 1, 0)  # more of a piece
             self.escaped_bytes[CASE_OPERATOR_IDS] = len(ESCAPE.encode())
             first = int(np.argmax(self.has_space))
@@ -4719,9 +4726,16 @@ MADE_FOLDERS = []  # by this process's make_folder(), each before the one in whi
 
 
 def make_folder(folder: Path):
-    """Makes a folder, and those in which it lies, unless they are there."""
-    MADE_FOLDERS[:0] = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    """Makes a folder, and those in which it lies, unless they are there.
+
+    One by one, from the outermost: before "new" is made, "new/../logs" does not seem to be there.
+    """
+    for each in (*reversed(folder.parents), folder):
+        if not each.is_dir():
+            with suppress(FileExistsError):  # another process was sooner, or it is a file
+                each.mkdir()
+                MADE_FOLDERS.insert(0, each)
+    folder.mkdir(exist_ok=True)
 
 
 @contextmanager

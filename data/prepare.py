@@ -509,6 +509,15 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     ):
         places = f"pieces {TITLE_ID} to {ESCAPE_ID}"
         raise PrepareError(f"{path}: it has case operators, but not as {places}; train one anew")
+    if has_case_operators(tokenizer):
+        ids = list(range(tokenizer.vocab_size()))
+        operators = slice(TITLE_ID, ESCAPE_ID + 1)
+        special = [tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)]
+        others = tokenizer.id_to_piece(ids)
+        others[operators] = ""
+        if np.any(special, axis=0)[operators].any() or set(OPERATORS) & set("".join(others)):
+            odd = "case operators within other pieces, or as control symbols"
+            raise PrepareError(f"{path}: it has {odd}; train one anew")
     return tokenizer
 
 
@@ -602,8 +611,8 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     drops_space = True
     if has_case_operators(tokenizer):
         # "_" may be the byte piece <0x5F>, where the vocabulary lacks it.
-        underscore = [piece.startswith("_") or piece == "<0x5F>" for piece in pieces]
-        if_escaped[underscore] = len("▁".encode()) - len("_")
+        underscore = np.array([piece.startswith("_") or piece == "<0x5F>" for piece in pieces])
+        if_escaped[underscore & ~is_special] = len("▁".encode()) - len("_")
         texts[TITLE_ID : ESCAPE_ID + 1] = 0
         if_escaped[TITLE_ID : ESCAPE_ID + 1] = len(ESCAPE.encode())
         drops_space = not tokenizer.decode([int(np.argmax(has_space))]).startswith(" ")

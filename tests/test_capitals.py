@@ -14,7 +14,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import train_gpt as t
-from tests.support import FINAL, TEXT, mistake, run_environment, run_here, tiny, write_shard
+from data import prepare
+from tests.support import (
+    FINAL,
+    TEXT,
+    mistake,
+    run_environment,
+    run_here,
+    tiny,
+    train_tokenizer,
+    write_shard,
+)
 from tools.audit import text as audit_text
 
 T, C, N, E = t.CASE_OPERATORS
@@ -180,6 +190,32 @@ def test_operators_that_are_other_tokens_are_refused(case_tokenizer, tmp_path):
     path.write_bytes(swapped)
     with pytest.raises(t.UserError, match="not as tokens 4 to 7"):
         t.Tokenizer(str(path), 512)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"control_symbols": [*t.CASE_OPERATORS]},
+        {"user_defined_symbols": [*t.CASE_OPERATORS, f"{T}▁the"]},
+        {"user_defined_symbols": [*t.CASE_OPERATORS], "unk_piece": f"<{E}>"},
+    ],
+)
+def test_operators_that_would_count_as_text_are_refused(tmp_path, options):
+    """As no symbol of the text, ESCAPE behind ESCAPE was three bytes; within a piece, TITLE was."""
+    path = tmp_path / "crafted.model"
+    train_tokenizer(path, 512, **options)
+    with pytest.raises(t.UserError, match="within other pieces, or as control symbols: train it"):
+        t.Tokenizer(str(path), 512)
+
+
+def test_an_escaped_token_without_text_has_no_bytes(tmp_path):
+    """Its name may begin with the sign that stands for the longer "▁" behind ESCAPE."""
+    path = tmp_path / "crafted.model"
+    train_tokenizer(path, 512, user_defined_symbols=[*t.CASE_OPERATORS], unk_piece="_unknown")
+    tokenizer = t.Tokenizer(str(path), 512)
+    tokens = np.array([t.BOS_ID, t.ESCAPE_ID, tokenizer.model.unk_id(), t.ESCAPE_ID])
+    assert tokenizer.target_bytes(tokens).tolist() == [0, 0, 0]
+    assert prepare.piece_bytes(tokenizer.model).each(tokens).tolist() == [0, 0, 0, 0]
 
 
 # ---- What people read and write ------------------------------------------------------------------

@@ -441,6 +441,21 @@ def test_operators_that_are_other_pieces_are_refused(tmp_path, source, capsys):
         assert f"{path}: it has case operators, but not as pieces 4 to 7; train one anew" in said
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"control_symbols": list(prepare.OPERATORS)},
+        {"user_defined_symbols": [*prepare.OPERATORS, f"{T}▁the"]},
+    ],
+)
+def test_operators_that_would_count_as_text_are_refused(tmp_path, source, capsys, options):
+    path = tmp_path / "crafted.model"
+    train_tokenizer(path, 512, **options)
+    command = ("jsonl", source, "--out", tmp_path / "o", "--name", "n", "--tokenizer", path)
+    said = refused(capsys, *command)
+    assert f"{path}: it has case operators within other pieces, or as control symbols" in said
+
+
 def test_a_tokenizer_that_has_them_needs_no_case(tmp_path, source, model, finished):
     out = tmp_path / "o"
     options = ("--tokenizer", model, "--val-fraction", 0.4, "--shard-tokens", 500)

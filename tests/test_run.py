@@ -784,6 +784,16 @@ def test_two_starts_that_made_one_folder_do_not_take_it_from_each_other(tmp_path
         assert os.listdir(tmp_path / "new") == ["a.lzma.lock"]
 
 
+def test_an_empty_folder_of_the_users_stays_by_whatever_path_it_is_named(tmp_path):
+    """It does not seem to be there while a folder on the way to it is not."""
+    (tmp_path / "mine").mkdir()
+    with t.removing_empty_folders():
+        t.make_folder(tmp_path / "new" / ".." / "mine")
+        t.make_folder(tmp_path / "new" / ".." / "made" / "within")
+        assert (tmp_path / "made" / "within").is_dir()
+    assert os.listdir(tmp_path) == ["mine"]
+
+
 OTHER_FILES = {  # names of a run "a" in FOLDER/q, on data in FOLDER, and what they are
     "q/a.int6.lzma": "ARTIFACT",
     "q/a.int6.lzma.late": "ARTIFACT",
