@@ -1295,6 +1295,17 @@ class Tokenizer:
             counted[escaped - 1] += self.escaped_bytes[tokens[escaped]]
         return counted
 
+    def spelt_operators(self, tokens: np.ndarray) -> np.ndarray:
+        """Where byte tokens spell an operator, int64 (count,): no text is encoded so, for each of
+        them is a token.
+        """
+        places = [np.empty(0, np.int64)]
+        for operator in CASE_OPERATORS if self.has_operators else "":
+            one, two, three = self.model.PieceToId([f"<0x{x:02X}>" for x in operator.encode()])
+            alike = (tokens[:-2] == one) & (tokens[1:-1] == two) & (tokens[2:] == three)
+            places += [np.flatnonzero(alike)] if self.model.IsByte(one) else []
+        return np.concatenate(places)
+
     def restored(self, text: str) -> str:
         """Decoded text as people write it: capitals in place of operators.
 
@@ -1370,6 +1381,9 @@ def load_validation(settings, tokenizer) -> ValidationSet:
     check_token_range(tokens, settings.vocab_size, "validation")
     if not settings.eval_any_tokens:
         check_tokenizer(settings, tokenizer, shards, "validation")
+    spelt = tokenizer.spelt_operators(tokens)
+    problem = f"bytes of the validation shards spell an operator of capitals, {len(spelt):,} times"
+    need(not len(spelt), f"{problem}, and would count as text: make them by data/prepare.py --case")
     target_bytes = tokenizer.target_bytes(tokens)
     need(target_bytes.any(), "the validation shards hold no text: no token stands for a byte")
     check_counted_bytes(settings, shards, target_bytes)

@@ -313,6 +313,23 @@ def test_a_shard_without_tokens_has_a_file_without_bytes(data, tokenizer):
     assert len(load(data, tokenizer).shards) == 2
 
 
+def test_bytes_that_spell_an_operator_are_refused(data, tokenizer):
+    """They counted three bytes, where decoding takes them for an operator: also far behind the
+    tokens that are decoded and encoded again.
+    """
+    for path in data.glob("*_val_*.bin"):
+        path.unlink()
+    spelt = tokenizer.model.PieceToId(["<0xEE>", "<0x80>", "<0x82>"])
+    honest = stream(tokenizer, DOCUMENTS * 99)
+    write_shard(data / "words_val_000000.bin", honest)
+    assert len(load(data, tokenizer).tokens) == len(honest) > t.ROUND_TRIP_TOKENS
+    write_shard(data / "words_val_000000.bin", [*honest, *spelt, *honest[1:9]])
+    with pytest.raises(
+        t.UserError, match="spell an operator of capitals, 1 times, and would count"
+    ):
+        load(data, tokenizer)
+
+
 @pytest.mark.parametrize("any_tokens", [False, True])
 def test_other_bytes_than_the_tokens_are_refused(data, tokenizer, any_tokens):
     path = data / "words_val_bytes_000001.bin"
