@@ -1086,7 +1086,7 @@ def test_a_real_loser_leaves_a_checkpoint_and_the_survivor_resumes(bench, shards
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(ablate, "LOOK_SECONDS", 0.05)
     paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
-    clock = {"max_wallclock_seconds": 2.0, "export_reserve_seconds": 0.2, "train_log_every": 1}
+    clock = {"max_wallclock_seconds": 3.0, "export_reserve_seconds": 1.2, "train_log_every": 1}
     clock |= {"device": "cpu", "ttt_enabled": False, "eval_max_seconds": 60.0}
     settings = "".join(
         f'{name} = "{value}"\n' for name, value in tiny_environment(**clock, **paths).items()
