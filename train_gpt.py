@@ -1411,7 +1411,10 @@ def check_counted_bytes(settings, shards: list[Shard], target_bytes: np.ndarray)
         start += shard.count
         if (path := file_of_bytes(shard)) is None:
             continue
-        theirs = Shard(path).read()
+        try:
+            theirs = Shard(path).read()
+        except UserError as error:
+            raise UserError(f"{error}; or take the file away: no run needs it") from None
         length = f"{path} holds {len(theirs):,} numbers, {shard.path.name} {shard.count:,} tokens"
         need(len(theirs) == shard.count, f"{length}: {remedy}")
         places = first + np.flatnonzero(theirs[first:] != ours)
