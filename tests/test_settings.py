@@ -546,6 +546,7 @@ def look():
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "gradients": torch.is_grad_enabled(),
         "precision": torch.get_float32_matmul_precision(),
+        "compiler": "torch._dynamo" in sys.modules,
     }
 before = look()
 import train_gpt
@@ -572,6 +573,12 @@ def test_preparing_twice_is_preparing_once():
     t.prepare_torch()
     t.prepare_torch()
     assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def test_what_is_compiled_may_have_more_shapes_than_is_usual(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert t.maybe_compile(torch.sin, tiny(compile="on"), SOLO) is torch.sin
     assert torch._dynamo.config.recompile_limit == 64
 
 
