@@ -4,16 +4,20 @@ threads of one process.
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import os
 import queue
 import re
 import resource
+import runpy
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -456,3 +460,28 @@ class WallClockEvent:
 
     def elapsed_time(self, end: "WallClockEvent") -> float:
         return 1e3 * (end.seconds - self.seconds)
+
+
+def start_here(module: str, *arguments, **settings: str) -> subprocess.CompletedProcess:
+    """`python -m MODULE` of ours in this process, which has imported torch; settings are added to
+    the environment.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    command, status = [module, *map(str, arguments)], 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        # runpy warns of a module that was imported before.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        patch.chdir(SCRIPT.parent)
+        patch.setattr(sys, "argv", command)
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())

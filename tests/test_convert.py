@@ -1,6 +1,7 @@
 """tools/convert.py: the same model in both files, the same bytes back, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import SOLO, random_model, random_tokens, tiny
+from tests.support import PATIENCE, SOLO, random_model, random_tokens, start_here, tiny
 from tools import convert
 
 pytest.importorskip("safetensors")
@@ -21,8 +22,7 @@ FORMER = ROOT / "tests" / "data" / "b6028ee.artifact"
 
 
 def start(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.convert", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return start_here("tools.convert", *arguments)
 
 
 def write_artifact(path: Path, **settings) -> Path:
@@ -32,6 +32,15 @@ def write_artifact(path: Path, **settings) -> Path:
     stored = t.quantize_model(model, model.settings, SOLO, hessians, 6.0)
     path.write_bytes(t.pack_artifact(model.settings, stored, "a" * 64))
     return path
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    """A folder with an artifact, a.lzma, and what was made from it."""
+    folder = tmp_path_factory.mktemp("converted")
+    artifact = write_artifact(folder / "a.lzma")
+    assert start(artifact, "--out", folder / "a.safetensors").returncode == 0
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -92,10 +101,9 @@ def test_a_weight_that_no_trellis_reaches_is_refused():
         ("other suffix", "one of both files ends in .safetensors"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, problem, said):
-    artifact, out = write_artifact(tmp_path / "a.lzma"), tmp_path / "a.safetensors"
-    back = tmp_path / "back.lzma"
-    assert start(artifact, "--out", out).returncode == 0
+def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, converted, problem, said):
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    out, back = tmp_path / "a.safetensors", tmp_path / "back.lzma"
     described = out.with_suffix(".json")
     source, target = out, back
     if problem == "no artifact":
@@ -125,7 +133,10 @@ def test_neither_file_is_written_over_what_is_read(tmp_path):
     """An artifact named like the settings that go beside the tensors was."""
     artifact = write_artifact(tmp_path / "a.json")
     kept = artifact.read_bytes()
-    done = start(artifact, "--out", tmp_path / "a.safetensors")
+    # As a user starts it; all other tests start it in this process.
+    command = [sys.executable, "-m", "tools.convert", artifact]
+    command += ["--out", tmp_path / "a.safetensors"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"{artifact} would be written over" in done.stderr
     assert list(tmp_path.iterdir()) == [artifact] and artifact.read_bytes() == kept
