@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -1078,13 +1079,47 @@ def test_the_example_in_the_help_is_valid(bench):
     assert plan.parallel == 8
 
 
-def test_a_real_loser_leaves_a_checkpoint_and_the_survivor_resumes(bench, shards, monkeypatch):
-    """train_gpt.py under the real torchrun, one run at a time: each is paused at half of its run
-    for the next, but for the last.
+class Forked:
+    """In place of subprocess.Popen: train_gpt.py in a copy of this process, which has imported
+    torch, and without a launcher.
     """
-    monkeypatch.undo()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(ablate, "LOOK_SECONDS", 0.05)
+
+    def __init__(self, command: list[str], env: dict[str, str], stdout, **_):
+        def work():
+            os.setsid()
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+            os.environ, sys.argv = env, [command[-1]]
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            status = t.run()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+        self.process = multiprocessing.get_context("fork").Process(target=work)
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.process.is_alive():
+            os.kill(self.pid, number)
+
+
+@pytest.fixture(scope="module")
+def real_sweep(tmp_path_factory, shards) -> Bench:
+    """A sweep of train_gpt.py, one run at a time: each is paused at half of its run for the next,
+    but for the last. The base runs under the real torchrun.
+    """
+    bench = Bench(tmp_path_factory.mktemp("sweep"))
     paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
     clock = {"max_wallclock_seconds": 3.0, "export_reserve_seconds": 1.2, "train_log_every": 1}
     clock |= {"device": "cpu", "ttt_enabled": False, "eval_max_seconds": 60.0}
@@ -1092,18 +1127,34 @@ def test_a_real_loser_leaves_a_checkpoint_and_the_survivor_resumes(bench, shards
         f'{name} = "{value}"\n' for name, value in tiny_environment(**clock, **paths).items()
     )
     text = "seeds = [7]\n[base]\n" + settings + "[grid]\nMATRIX_LR = [1e-9, 0.03]\n"
+    text += '[[variant]]\nname = "adapts"\nTTT_ENABLED = true\nTTT_LR = 0.001\n'
     bench.file.write_text(text)
-    arguments = [str(bench.file), "--out", str(bench.out), "--budget", "507"]
-    assert ablate.run(arguments) == 0
-    statuses = {name: run["status"] for name, run in bench.results().items()}
-    assert sorted(statuses.values()) == ["complete", "complete", "stopped"]
+
+    def start(command: list[str], env: dict[str, str], **options):
+        begin = subprocess.Popen if env["RUN_ID"] == "base-7" else Forked
+        return begin(command, env=env, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(ablate, "LOOK_SECONDS", 0.05)
+        patch.setattr(ablate, "draw_plots", lambda *_: [])
+        others = vars(subprocess) | {"Popen": start}
+        patch.setattr(ablate, "subprocess", types.SimpleNamespace(**others))
+        assert ablate.run([str(bench.file), "--out", str(bench.out), "--budget", "687"]) == 0
+    return bench
+
+
+def read_records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_real_loser_leaves_a_checkpoint_and_the_survivor_resumes(real_sweep):
+    statuses = {name: run["status"] for name, run in real_sweep.results().items()}
+    assert sorted(statuses.values()) == ["complete", "complete", "complete", "stopped"]
     (loser,) = (name for name, status in statuses.items() if status == "stopped")
-    assert statuses["base-7"] == "complete"
-    assert (bench.out / "runs" / loser / f"{loser}.checkpoint").is_file()
-    log = [
-        json.loads(line)
-        for line in (bench.out / "runs" / "base-7" / "base-7.jsonl").read_text().splitlines()
-    ]
+    assert statuses["base-7"] == statuses["adapts-7"] == "complete"
+    assert (real_sweep.out / "runs" / loser / f"{loser}.checkpoint").is_file()
+    log = read_records(real_sweep.out / "runs" / "base-7" / "base-7.jsonl")
     (resumed,) = (record for record in log if record["event"] == "resumed")
     before, after = (r for r in log if r["event"] in ("error", "trained"))
     assert "stopped by SIGTERM" in before["error"]
@@ -1111,40 +1162,28 @@ def test_a_real_loser_leaves_a_checkpoint_and_the_survivor_resumes(bench, shards
     assert 0 < resumed["step"] < after["steps"]
 
 
-def test_a_real_run(bench, shards, monkeypatch):
+def test_a_real_run(real_sweep):
     """train_gpt.py under the real torchrun writes what ablate.py reads."""
-    monkeypatch.undo()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    steps = {"iterations": 2, "max_wallclock_seconds": 0.0, "device": "cpu", "ttt_enabled": False}
-    paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
-    settings = "".join(
-        f'{name} = "{value}"\n' for name, value in tiny_environment(**steps, **paths).items()
-    )
-    text = "seeds = [7]\n[base]\n" + settings
-    text += '[[variant]]\nname = "adapts"\nTTT_ENABLED = true\nTTT_LR = 0.001\n'
-    bench.file.write_text(text)
-    assert ablate.run([str(bench.file), "--out", str(bench.out)]) == 0
-    run = bench.results()["base-7"]
-    log = [
-        json.loads(line)
-        for line in (bench.out / "runs" / "base-7" / "base-7.jsonl").read_text().splitlines()
-    ]
+    run = real_sweep.results()["base-7"]
+    log = read_records(real_sweep.out / "runs" / "base-7" / "base-7.jsonl")
     assert log[0]["settings"]["seed"] == 7
     assert log[0]["machine"]["hardware"].startswith("1 ×")
     (final,) = (record for record in log if record["event"] == "final")
+    (trained,) = (record for record in log if record["event"] == "trained")
     assert run["figures"]["bpb_final"] == final["val_bpb"] > 0
-    artifact = bench.out / "runs" / "base-7" / "base-7.int6.lzma"
+    artifact = real_sweep.out / "runs" / "base-7" / "base-7.int6.lzma"
     assert run["figures"]["artifact_bytes"] == artifact.stat().st_size
-    assert run["figures"]["steps"] == 2
+    assert run["figures"]["steps"] == trained["steps"] > 1
 
-    scored = bench.results()["adapts-7"]
+    scored = real_sweep.results()["adapts-7"]
     assert scored["artifact_sha256"] == run["artifact_sha256"]
     assert scored["figures"]["bpb_after"] == run["figures"]["bpb_after"]
     assert scored["figures"]["bpb_final"] != run["figures"]["bpb_final"]
-    (bench_run,) = (one for one in ablate_plan(bench).runs if one.source)
-    began = ablate.read_events(bench_run)["settings"]["settings"]
+    (scoring,) = (one for one in ablate_plan(real_sweep).runs if one.source)
+    began = ablate.read_events(scoring)["settings"]["settings"]
     wanted = {name for name, group in t.FIELDS.items() if group == "evaluation"}
     assert {name: began[name] for name in wanted} == {
-        name: getattr(bench_run.resolved, name) for name in wanted
+        name: getattr(scoring.resolved, name) for name in wanted
     }
-    assert not (bench.out / "runs" / "adapts-7" / "adapts-7.jsonl").exists()  # nothing trained
+    # Nothing trained.
+    assert not (real_sweep.out / "runs" / "adapts-7" / "adapts-7.jsonl").exists()
