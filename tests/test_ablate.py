@@ -181,8 +181,9 @@ def is_alive(process: int) -> bool:
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> Bench:
-    for name in [field.upper() for field in t.FIELDS]:
-        monkeypatch.delenv(name, raising=False)
+    # Each plan looks for misspelt settings among all variables.
+    for name in os.environ.keys() - {"PATH", "HOME", "LD_LIBRARY_PATH", "PYTEST_CURRENT_TEST"}:
+        monkeypatch.delenv(name)
     bench = Bench(tmp_path)
     # No launcher, and a Python that starts quickly.
     at_once = "import runpy, sys; runpy.run_path(sys.argv[2])"
@@ -700,6 +701,7 @@ def test_a_budget_stops_the_worse_half_at_each_rung_and_the_rest_goes_on(sweep, 
     assert (sweep.out / "loss.png").stat().st_size > 5000
     # With what was stopped, a larger budget goes on from where it stood.
     before = len(starts)
+    monkeypatch.setattr(ablate, "draw_plots", lambda *_: [])
     assert sweep.run("", "--budget", "5000") == 0
     assert {run["status"] for run in sweep.results().values()} == {"complete"}
     more = sweep.journal("start")[before:]
@@ -1117,7 +1119,7 @@ class Forked:
 @pytest.fixture(scope="module")
 def real_sweep(tmp_path_factory, shards) -> Bench:
     """A sweep of train_gpt.py, one run at a time: each is paused at half of its run for the next,
-    but for the last. The base runs under the real torchrun.
+    but for the last. The base is under the real torchrun until then.
     """
     bench = Bench(tmp_path_factory.mktemp("sweep"))
     paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
@@ -1130,8 +1132,11 @@ def real_sweep(tmp_path_factory, shards) -> Bench:
     text += '[[variant]]\nname = "adapts"\nTTT_ENABLED = true\nTTT_LR = 0.001\n'
     bench.file.write_text(text)
 
+    runs = []
+
     def start(command: list[str], env: dict[str, str], **options):
-        begin = subprocess.Popen if env["RUN_ID"] == "base-7" else Forked
+        runs.append(env["RUN_ID"])
+        begin = subprocess.Popen if runs == ["base-7"] else Forked
         return begin(command, env=env, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -1141,6 +1146,7 @@ def real_sweep(tmp_path_factory, shards) -> Bench:
         others = vars(subprocess) | {"Popen": start}
         patch.setattr(ablate, "subprocess", types.SimpleNamespace(**others))
         assert ablate.run([str(bench.file), "--out", str(bench.out), "--budget", "687"]) == 0
+    assert runs.count("base-7") == 2
     return bench
 
 
@@ -1163,7 +1169,7 @@ def test_a_real_loser_leaves_a_checkpoint_and_the_survivor_resumes(real_sweep):
 
 
 def test_a_real_run(real_sweep):
-    """train_gpt.py under the real torchrun writes what ablate.py reads."""
+    """train_gpt.py writes what ablate.py reads."""
     run = real_sweep.results()["base-7"]
     log = read_records(real_sweep.out / "runs" / "base-7" / "base-7.jsonl")
     assert log[0]["settings"]["seed"] == 7

@@ -199,15 +199,17 @@ def test_its_help_is_the_same(module, monkeypatch, capsys):
     assert "MATRIX_LR" in text
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "entry-1.py"])
 def test_a_dry_run_counts_its_bytes_and_finds_what_is_given_from_the_users_folder(
-    script, shards, tmp_path, name
+    script, shards, tmp_path
 ):
-    """Its tools are those above it, beside which the readable train_gpt.py is not the script."""
+    """Its tools are those above it, beside which the readable train_gpt.py is not the script.
+
+    That scripts of other names are loaded by their paths, test_dry_run.py shows.
+    """
     repository, user = tmp_path / "repository", tmp_path / "user"
     (repository / "packed").mkdir(parents=True)
     (repository / "tools").symlink_to(SCRIPT.parent / "tools")
-    packed = repository / "packed" / name
+    packed = repository / "packed" / "entry-1.py"
     packed.write_bytes(script.read_bytes())
     user.mkdir()
     (user / "data").symlink_to(shards)
