@@ -223,15 +223,16 @@ def test_a_dry_run_counts_its_bytes_and_finds_what_is_given_from_the_users_folde
 
 
 def test_a_run_gives_the_same_artifact_and_counts_the_packed_bytes(
-    script, shards, tmp_path, monkeypatch, capsys
+    script, module, shards, tmp_path, monkeypatch, capsys, signal_handlers
 ):
     for name in ("readable", "packed"):
         settings = run_environment(shards, tmp_path, run_id=name, **PLAIN)
         if name == "readable":
             assert run_here(monkeypatch, settings) == 0
         else:
-            done = start(script, env=process_environment(settings), cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
+            monkeypatch.setattr(os, "environ", settings)
+            monkeypatch.setattr(sys, "argv", [str(script)])
+            assert module.run() == 0
     files = [tmp_path / f"{name}.int6.lzma" for name in ("readable", "packed")]
     assert files[0].read_bytes() == files[1].read_bytes()
     readable, packed = (last_run(tmp_path / f"{name}.jsonl") for name in ("readable", "packed"))

@@ -99,13 +99,14 @@ def write_run(
     """Both logs of a finished run, through the classes that write real ones; returns the text log's
     path. trained, machine, text and training replace values of the records, keyword arguments are
     settings.
-    artifact: of the right size, beside the log. resumed: step and clock of the checkpoint. stopped:
-    seconds of the clock after which nothing is logged any more.
+    artifact: of the right size, beside the log; a small one, which commands read several times.
+    resumed: step and clock of the checkpoint. stopped: seconds of the clock after which nothing is
+    logged any more.
     """
     script = script or package.ROOT / "train_gpt.py"
     s = t.Settings(**({"run_id": name, "log_dir": str(folder)} | settings))
     code_bytes = script.stat().st_size
-    values = {"steps": 5000, "bytes_total": 15_900_000, "bytes_code": code_bytes}
+    values = {"steps": 5000, "bytes_total": 1_900_000, "bytes_code": code_bytes}
     values |= {"val_loss": loss + 0.04, "val_bpb": bpb(loss + 0.04)}
     values |= {"train_clock_seconds": 599.0} | (trained or {})
     clock = values["train_clock_seconds"]
@@ -277,7 +278,7 @@ def test_the_folder_holds_script_logs_requirements_and_results(tmp_path, project
 
 
 def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, project):
-    sizes = (15_900_001, 15_900_003, 15_900_002)
+    sizes = (1_900_001, 1_900_003, 1_900_002)
     logs = [
         write_run(
             tmp_path,
@@ -306,7 +307,7 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
     assert list(results) == ["11", "22", "33"]
     assert results["22"] == {
         "val_loss": 3.01, "val_bpb": round(bpb(3.01), 8), "train_steps": 5010, "step_avg_ms": 118.0,
-        "bytes_total": 15_900_003,
+        "bytes_total": 1_900_003,
     }  # fmt: skip
     assert entry == {
         "author": "A. Author",
@@ -319,7 +320,7 @@ def test_submission_json_has_the_contests_fields_means_and_deviations(tmp_path, 
         "val_loss_std": 0.01,
         "val_bpb_std": round(bpb(0.01), 8),  # of the sample: n - 1
         "seeds": [11, 22, 33],
-        "bytes_total": 15_900_003,
+        "bytes_total": 1_900_003,
         "bytes_code": (project / "train_gpt.py").stat().st_size,
         "train_steps": 5017,
         "step_avg_ms": 117.83,
@@ -346,7 +347,7 @@ def test_readme_has_a_row_per_seed_their_mean_and_their_deviation(tmp_path):
     assert second["BPB before quantization"] == f"{bpb(3.05):.5f}"
     assert second["after"] == f"{bpb(3.06):.5f}"
     assert second["final"] == f"{bpb(3.01):.5f}"
-    assert second["bytes"] == "15,900,000"
+    assert second["bytes"] == "1,900,000"
     assert (mean["final val_loss"], std["final val_loss"]) == ("3.01000", "0.01000")
     assert (mean["final"], std["final"]) == (f"{bpb(3.01):.5f}", f"{bpb(0.01):.5f}")
     assert std["bytes"] == "0"
@@ -667,7 +668,7 @@ def other_steps_in_the_records(folder: Path) -> list[Path]:
 
 
 def other_size_in_the_text(folder: Path) -> list[Path]:
-    return edited(folder, {"int6.lzma: 15900000": "int6+lzma: 15400000"}, {})
+    return edited(folder, {"int6.lzma: 1900000": "int6+lzma: 1400000"}, {})
 
 
 def other_loss_of_a_step(folder: Path) -> list[Path]:
@@ -781,7 +782,7 @@ def wrong_artifact(folder: Path) -> list[Path]:
 
 def artifact_of_another_model(folder: Path) -> list[Path]:
     log = write_run(folder, "b", seed=2)
-    size = 15_900_000 - (package.ROOT / "train_gpt.py").stat().st_size
+    size = 1_900_000 - (package.ROOT / "train_gpt.py").stat().st_size
     write_artifact(folder / "b.int6.lzma", t.Settings(model_dim=384), size)
     return [log]
 
@@ -793,7 +794,7 @@ def artifact_with_another_sum(folder: Path) -> list[Path]:
 def broken_artifact(folder: Path) -> list[Path]:
     log = write_run(folder, "b", seed=2, artifact=True)
     with (folder / "b.int6.lzma").open("r+b") as file:
-        file.seek(10_000_000)
+        file.seek(1_000_000)
         file.write(b"x")
     return [log]
 
@@ -811,7 +812,7 @@ PLANTED = [
     ),
     (other_clock_in_the_records, "{b}.txt: .txt has a clock of 599.0 s, .jsonl of 399.000 s"),
     (other_steps_in_the_records, "{b}.txt: .txt has 5000 118.00 of steps, .jsonl 5049 118.00"),
-    (other_size_in_the_text, "{b}.txt: .txt has bytes_total 15400000, .jsonl 15900000"),
+    (other_size_in_the_text, "{b}.txt: .txt has bytes_total 1400000, .jsonl 1900000"),
     (other_loss_of_a_step, "{b}.txt: .txt has 100 3.5000 11800 118.00 of a step of training, .jso"),
     (other_limit_in_the_text, "{b}.txt: .txt has MAX_WALLCLOCK_SECONDS 7200.0, .jsonl 600.0"),
     (other_text_in_the_records, "{b}.txt: .txt has 40,540,803 1 50,000 40,540,802 151,080,891 of"),
@@ -834,7 +835,7 @@ PLANTED = [
     (validation_out_of_turn, "{b}.txt: a validation at step 100 is not one of VAL_LOSS_EVERY"),
     (another_artifact_scored, "{b}.txt: the artifact that was scored is not the one that was tra"),
     (another_script_named, "{b}.txt names its script by another SHA-256 than it has"),
-    (wrong_artifact, "{b}.txt: the log's artifact has 15,8"),
+    (wrong_artifact, "{b}.txt: the log's artifact has 1,8"),
     (artifact_of_another_model, "{b}.txt: {b}.int6.lzma has MODEL_DIM=384, the log 512"),
     (artifact_with_another_sum, "{b}.txt: {b}.int6.lzma is another file than the log's of SHA-256"),
     (broken_artifact, "{b}.int6.lzma is not a whole artifact: its checksum does not match"),
@@ -1059,7 +1060,7 @@ def test_a_log_that_does_not_say_it_is_no_record(tmp_path):
     records = log.with_suffix(".jsonl")
     lines = [line for line in records.read_text().split("\n") if "ation_data" not in line]
     records.write_text("\n".join(line for line in lines if "training_data" not in line))
-    edit(log, f"Total submission size int6+lzma: {15_900_000} bytes\n", "")
+    edit(log, f"Total submission size int6+lzma: {1_900_000} bytes\n", "")
     assert pack(tmp_path / "out", log) == 0
     assert rows(tmp_path / "out")["whole validation set"] == "not in this log"
     assert reasons(tmp_path / "out") == [
@@ -1206,7 +1207,8 @@ def test_a_tokenizer_of_ones_own_is_counted_and_lies_in_the_folder(tmp_path, cap
     file = tmp_path / "own.model"
     file.write_bytes(b"o" * 99_000)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    (log,) = write_runs(tmp_path / "logs", [3.0], text={"tokens": 40_540_805})
+    trained = {"bytes_total": 15_900_000}
+    (log,) = write_runs(tmp_path / "logs", [3.0], text={"tokens": 40_540_805}, trained=trained)
     size = 15_900_000 - (package.ROOT / "train_gpt.py").stat().st_size
     s = t.Settings(run_id="run1", log_dir=str(log.parent))
     write_artifact(s.artifact_path, s, size, digest)
