@@ -3,6 +3,7 @@ none.
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import SCRIPT, process_environment, run_environment, run_here
+from tools import again as again_tool
 from tools.again import given_settings
 from tools.logs import last_run
 
@@ -32,6 +34,7 @@ def logs(shards, tmp_path_factory) -> Path:
 
 
 def again(log: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    """As a user starts it; it starts the run."""
     return subprocess.run(
         [sys.executable, "-m", "tools.again", str(log), *arguments],
         env=process_environment(settings),
@@ -99,11 +102,23 @@ def test_it_writes_beside_the_log_wherever_the_run_wrote(logs, tmp_path):
 
 
 def test_a_scoring_can_be_repeated_and_finds_the_artifact_of_the_run_that_trained(logs, shards):
+    """What it would start runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
         environment = run_environment(shards, logs, eval_only=True, eval_mode="plain")
         assert run_here(patch, environment) == 0
-    done = again(logs / "a.eval.txt")
-    assert done.returncode == 0, done.stderr
+        started = []
+
+        def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+            started.extend(command)
+            return subprocess.CompletedProcess(command, run_here(patch, env))
+
+        patch.setattr(again_tool.subprocess, "run", run)
+        patch.setattr(os, "environ", process_environment({}))
+        patch.setattr(sys, "argv", ["again.py", str(logs / "a.eval.txt")])
+        assert again_tool.main() == 0
+    script = logs / "a.eval-again.py"
+    assert started == [sys.executable, str(script)]
+    assert script.read_bytes() == SCRIPT.read_bytes()
     scores = [
         last_run(logs / f"{name}.eval.jsonl")["final"]["val_loss"] for name in ("a", "a-again")
     ]

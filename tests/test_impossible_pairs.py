@@ -63,7 +63,7 @@ def test_pairs_are_those_that_the_tokenizer_never_writes(request, name):
     size = sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
     tokenizer = t.Tokenizer(str(path), size)
     found = t.impossible_pairs(t.merge_order(tokenizer), size)
-    rows = np.arange(0, size, 1 if size < 1000 else 7)
+    rows = np.arange(0, size, {200: 1, 512: 3, 1024: 13}[size])
     assert (found[rows] == never_encoded(tokenizer, rows)).all()
     assert found.sum() > size / 2
 

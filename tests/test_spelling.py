@@ -46,19 +46,20 @@ def test_features_are_the_same_in_every_process(byte_tokenizer):
     """Also where equally frequent ones are cut off, whatever a process's hashes of strings are."""
     code = "import sys, train_gpt as t; tokenizer = t.Tokenizer(sys.argv[1], 512); "
     code += "sys.stdout.buffer.write(t.spelling_matrix(tokenizer, 50).numpy())"
-    found = set()
-    for seed in "12":
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(SCRIPT.parent)}
-        command = [sys.executable, "-c", code, str(byte_tokenizer)]
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, timeout=PATIENCE, check=True
-        )
-        found.add(done.stdout)
-    assert len(found) == 1
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, "-c", code, str(byte_tokenizer)]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, timeout=PATIENCE, check=True
+    )
+    own = t.spelling_matrix(t.Tokenizer(str(byte_tokenizer), 512), 50)
+    assert done.stdout == own.numpy().tobytes()
 
 
 def test_both_parts_train_as_the_embedding_and_are_folded_into_it(byte_tokenizer, monkeypatch):
     settings = spelling_settings(byte_tokenizer)
+    # One layer, which is compiled fast.
+    settings = dataclasses.replace(settings, num_layers=1, mamba_layers="none")
     usual = dataclasses.replace(settings, spelling_features=0)
     names = [name for name, _ in t.build_model(usual, SOLO).named_parameters()]
     trainer = make_trainer(settings)
