@@ -7,8 +7,16 @@ import sys
 import pytest
 
 import train_gpt as t
-from tests.support import PATIENCE, SCRIPT, mistake, process_environment, run_environment, tiny
-from tools import rehearse
+from tests.support import (
+    PATIENCE,
+    SCRIPT,
+    mistake,
+    process_environment,
+    run_environment,
+    run_here,
+    tiny,
+)
+from tools import hand_over, rehearse
 
 FINE = rehearse.Needs(30.0, 12.0, 45.0, 3.0, 100.0, 200.0, 30 * 10**9, 10**9)
 
@@ -21,10 +29,13 @@ def rehearsal_environment(shards, folder, **changes) -> dict[str, str]:
 
 
 def test_two_ranks_rehearse_all_of_a_run(shards, tmp_path):
-    """Training, a stop, going on from a checkpoint, export, scores and adapting; nothing stays."""
+    """Training, a stop, going on from a checkpoint, export, scores and adapting; nothing stays.
+
+    Started as the script starts it, which the test below shows.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), "--rehearse"],
+        [sys.executable, *launcher, hand_over.__file__, "--rehearse", str(SCRIPT)],
         env=process_environment(rehearsal_environment(shards, tmp_path)),
         capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
     )  # fmt: skip
@@ -45,6 +56,15 @@ def test_two_ranks_rehearse_all_of_a_run(shards, tmp_path):
     assert steps == pytest.approx(min(4000, 540_000 / step_ms), rel=0.02)
     assert " at k=5.00, " in last[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_starts_it(monkeypatch):
+    """With the process that it is, so that a rank stays one."""
+    started = []
+    monkeypatch.setattr("os.execv", lambda *arguments: started.extend(arguments))
+    assert run_here(monkeypatch, {}, "--rehearse") == 0
+    command = [sys.executable, hand_over.__file__, "--rehearse", str(SCRIPT)]
+    assert started == [sys.executable, command]
 
 
 def test_a_fault_behind_training_is_found_and_leaves_nothing(
