@@ -87,7 +87,7 @@ def test_the_fitted_k_is_the_one_that_a_run_has_fitted():
     fitted = [run for run in RUNS if not run.settings.sdclip_k]
     assert len(fitted) > 10
     for run in fitted[::13]:  # of both depths, with and without shared tables
-        skeleton = t.model_skeleton(run.settings)
+        skeleton = fit_bytes.skeleton_of(run.settings)
         told = t.predict_bytes(skeleton, run.settings, run.k)
         assert t.fit_sdclip(skeleton, run.settings, told + 1) == pytest.approx(run.k, rel=0.01)
 

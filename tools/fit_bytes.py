@@ -80,9 +80,20 @@ def finished_runs() -> list[Finished]:
     return runs
 
 
+SKELETONS: dict[tuple, t.Model] = {}  # by the settings of the model
+
+
+def skeleton_of(settings: t.Settings) -> t.Model:
+    """A run's model without numbers, made once for all runs that differ in clocks and seeds."""
+    fields = tuple(getattr(settings, name) for name in t.MODEL_FIELDS)
+    if fields not in SKELETONS:
+        SKELETONS[fields] = t.model_skeleton(settings)
+    return SKELETONS[fields]
+
+
 def count_rows(settings: t.Settings) -> int:
     """Rows of all matrices, each of which has a step."""
-    return sum(map(len, t.grid_limits(t.model_skeleton(settings)).values()))
+    return sum(map(len, t.grid_limits(skeleton_of(settings)).values()))
 
 
 def counts_of(model: t.Model) -> tuple[dict[str, int], int]:
@@ -140,7 +151,7 @@ def fit(runs: list[Finished]) -> tuple[dict[str, float], float]:
     for run in runs:
         if run.settings.shares_bits:
             continue
-        skeleton = t.model_skeleton(run.settings)
+        skeleton = skeleton_of(run.settings)
         numbers, matrices = counts_of(skeleton)
         unit = run.size / 1000
         bits = [PRIOR_BITS * numbers[kind] / 8 / unit for kind in KINDS]
@@ -157,7 +168,7 @@ def fit(runs: list[Finished]) -> tuple[dict[str, float], float]:
 
 def error_of(run: Finished) -> float:
     """By what part of the artifact's size a dry run is wrong, with its weights unknown."""
-    skeleton = t.model_skeleton(run.settings)
+    skeleton = skeleton_of(run.settings)
     told = sum(dry_run.expected_parts(skeleton, run.settings, run.k).values())
     return told / run.size - 1
 
