@@ -26,6 +26,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from tests import forked
 from tests.support import (
     PATIENCE,
     SCRIPT,
@@ -64,19 +65,15 @@ def quick_environment(shards: Path, folder: Path, **changes) -> dict[str, str]:
     return run_environment(shards, folder, **(QUICK | changes))
 
 
-def start(environment: dict[str, str], *command: str) -> subprocess.Popen:
+def start(environment: dict[str, str], *command: str) -> forked.Popen:
     """A process of the script, or of another command; it writes all to stdout."""
-    return subprocess.Popen(
-        [sys.executable, *(command or [str(SCRIPT)])],
+    return forked.Popen(
+        command or [sys.executable, str(SCRIPT)],
         env=process_environment(environment),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-
-
-def torchrun(*arguments: str) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", *arguments]
 
 
 @contextlib.contextmanager
@@ -161,7 +158,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_artifact(shards, tmp_path, u
     """
     environment = quick_environment(shards, tmp_path)
     for moment in ("step:3/", "QAT", "GPTQ at"):
-        process = start(environment, "-c", WAIT_BEHIND_A_LINE, moment)
+        process = start(environment, sys.executable, "-c", WAIT_BEHIND_A_LINE, moment)
         assert any(line.startswith(moment) for line in process.stdout)
         deadline = time.monotonic() + PATIENCE
         while not {"a.checkpoint", "a.checkpoint-before"} & {
@@ -211,10 +208,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, u
     """
     (tmp_path / "kill.py").write_text(KILL_ONE_RANK_ONCE)
     environment = quick_environment(shards, tmp_path, run_id=None)
-    command = (
-        *torchrun("--nproc_per_node=2", "--max-restarts=1"),
-        str(tmp_path / "kill.py"),
-    )
+    command = forked.torchrun("--nproc_per_node=2", "--max-restarts=1", str(tmp_path / "kill.py"))
     artifacts = []
     for killed in (True, False):
         process = start(environment, *command, str(tmp_path / "mark"))
@@ -403,7 +397,7 @@ def test_warm_up_changes_nothing(variant):
 def test_what_ends_torchrun_ends_its_ranks_with_a_checkpoint(shards, tmp_path, number):
     """SIGHUP it hands on; of SIGKILL, as of SIGUSR1, it knows nothing, and ranks must notice."""
     environment = quick_environment(shards, tmp_path, iterations=10**6, checkpoint_every=0)
-    process = start(environment, *torchrun("--nproc_per_node=1"), str(SCRIPT))
+    process = start(environment, *forked.torchrun("--nproc_per_node=1", str(SCRIPT)))
     next(line for line in process.stdout if line.startswith("step:1/"))
     process.send_signal(number)
     out, _ = process.communicate(timeout=PATIENCE)  # until its ranks have closed the pipe, too
@@ -763,7 +757,7 @@ def test_a_run_outlives_its_console(shards, tmp_path):
     the end.
     """
     read, write = os.pipe()
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, str(SCRIPT)], stdout=write, stderr=subprocess.PIPE,
         env=process_environment(quick_environment(shards, tmp_path)),
     )  # fmt: skip
@@ -941,7 +935,8 @@ def test_a_rank_that_stalls_is_named(shards, tmp_path):
         "MASTER_PORT": port,
     }
     ranks = [
-        start(environment | {"RANK": str(rank)}, str(tmp_path / "stall.py")) for rank in (0, 1)
+        start(environment | {"RANK": str(rank)}, sys.executable, str(tmp_path / "stall.py"))
+        for rank in (0, 1)
     ]
     out = ranks[0].communicate(timeout=PATIENCE)[0]
     ranks[1].kill()

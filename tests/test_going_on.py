@@ -10,14 +10,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import train_gpt as t
+from tests import forked
 from tests.support import (
     PATIENCE,
     SCRIPT,
@@ -239,11 +238,11 @@ sys.exit(t.run())
 
 def test_torchrun_restarts_a_killed_rank_and_the_evaluation_starts_over(shards, tmp_path):
     (tmp_path / "kill.py").write_text(KILL_IN_EVALUATION_ONCE)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += ["--max-restarts=1", str(tmp_path / "kill.py"), str(tmp_path / "mark")]
+    launch = ["--nproc_per_node=2", "--max-restarts=1"]
+    launch += [str(tmp_path / "kill.py"), str(tmp_path / "mark")]
     environment = environment_of(shards, tmp_path, warmup_steps=0)
-    done = subprocess.run(
-        [sys.executable, *launch],
+    done = forked.run(
+        forked.torchrun(*launch),
         env=process_environment(environment),
         capture_output=True,
         text=True,

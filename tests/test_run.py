@@ -30,6 +30,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from tests import forked
 from tests.support import (
     FINAL,
     PATIENCE,
@@ -49,6 +50,7 @@ from tests.support import (
     run_ranks,
     tiny,
     tiny_environment,
+    train_tokenizer,
     with_settings,
     write_shard,
 )
@@ -99,15 +101,9 @@ def train(shards, tmp_path_factory):
     def start(processes: int, **settings) -> Run:
         folder = tmp_path_factory.mktemp("run")
         (folder / "keep.py").write_text(KEEP_WEIGHTS)
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={processes}",
-            ]
-        done = subprocess.run(
+        launch = [f"--nproc_per_node={processes}"]
+        launcher = forked.torchrun(*launch) if processes > 1 else [sys.executable]
+        done = forked.run(
             [*launcher, str(folder / "keep.py"), str(folder / "weights.pt")],
             env=process_environment(run_environment(shards, folder, **settings)),
             capture_output=True, text=True, timeout=PATIENCE, cwd=folder,
@@ -295,7 +291,7 @@ def test_evaluation_alone_reproduces_the_score_from_three_files(trained, shards,
         "DATA_PATH": ".",
         "TOKENIZER_PATH": "tokenizer.model",
     }
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(SCRIPT)],
         capture_output=True,
         text=True,
@@ -565,11 +561,8 @@ print("nothing changed on rank", ranks.rank)
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_either(shards, tmp_path):
     (tmp_path / "poison.py").write_text(POISON_ONE_RANK)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            str(tmp_path / "poison.py"), str(shards),
-        ],
+    done = forked.run(
+        forked.torchrun("--nproc_per_node=2", str(tmp_path / "poison.py"), str(shards)),
         env=process_environment({}), capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -982,9 +975,9 @@ def test_what_is_missing_is_named_with_what_to_set(shards, tmp_path, command):
 
     def told(**changes) -> str:
         environment = run_environment(shards, tmp_path / "logs", **changes)
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), *command],
-            env=process_environment(environment), capture_output=True, text=True, cwd=tmp_path,
+        done = forked.run(
+            [sys.executable, str(SCRIPT), *command], env=process_environment(environment),
+            capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
         )  # fmt: skip
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         return done.stderr
@@ -1024,14 +1017,15 @@ def test_a_damaged_or_contradicted_artifact_ends_in_one_line(
 
 
 def test_shards_of_another_tokenizer_are_not_trained_on(
-    monkeypatch, capsys, trained, shards, sample, tmp_path
+    monkeypatch, capsys, trained, shards, tmp_path
 ):
     """Of fewer pieces than VOCAB_SIZE, so that all their tokens are known. Nor are they scored,
     unless it is said that tokens were replaced on purpose.
     """
-    changes = {"tokenizer_path": sample / "sample_1024_bpe.model", "vocab_size": 1024}
+    larger = train_tokenizer(tmp_path / "larger.model", 560)
+    changes = {"tokenizer_path": larger, "vocab_size": 560}
     said = mistake(monkeypatch, capsys, run_environment(shards, tmp_path, **changes))
-    where = f"TOKENIZER_PATH={sample / 'sample_1024_bpe.model'} does not fit the validation shards"
+    where = f"TOKENIZER_PATH={larger} does not fit the validation shards"
     assert where in said
     mixed = tmp_path / "mixed"
     shutil.copytree(shards, mixed)
@@ -1317,6 +1311,7 @@ def test_an_evaluation_may_score_training_text(
     shutil.copy(text, tmp_path / name)
     shutil.copy(text, tmp_path)
     changes = {"data_path": tmp_path, "artifact": trained.artifact}
+    changes |= {"eval_mode": "plain", "ttt_enabled": False}
     environment = run_environment(shards, tmp_path / "logs", eval_only=True, **changes)
     assert run_here(monkeypatch, environment) == 0
     out = capsys.readouterr().out
@@ -1420,7 +1415,7 @@ def test_the_name_of_a_run_that_still_lives_is_refused(monkeypatch, capsys, shar
     command = [sys.executable, "-c", hold, str(tmp_path / "a.txt")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     place = {"cwd": SCRIPT.parent, "env": process_environment({})}
-    with subprocess.Popen(command, **pipes, **place) as other:
+    with forked.Popen(command, **pipes, **place) as other:
         other.stdout.readline()
         said = mistake(monkeypatch, capsys, environment)
         assert "a.txt belongs to a run that has not ended" in said
@@ -1440,13 +1435,13 @@ def test_a_console_without_some_signs_ends_no_tool(trained, encoding):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1251"])
 def test_a_console_without_some_signs_ends_nothing(trained, shards, tmp_path, encoding):
     console = process_environment({"PYTHONIOENCODING": encoding})
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], env=console, capture_output=True)
+    command = [sys.executable, str(SCRIPT)]
+    options = {"capture_output": True, "timeout": PATIENCE}
+    done = forked.run([*command, "--help"], env=console, **options)
     assert (done.returncode, done.stderr) == (0, b"")
     changes = {"eval_only": True, "artifact": trained.artifact, "eval_max_seconds": 1e-6}
     environment = run_environment(shards, tmp_path, **changes)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment | console, capture_output=True
-    )
+    done = forked.run(command, env=environment | console, **options)
     assert done.returncode == 2
     assert b"hardware=1 \\xd7 CPU" in done.stdout
     assert done.stderr.startswith(b"train_gpt.py: error: no score in EVAL_MAX_SECONDS")
@@ -1549,9 +1544,8 @@ def test_torchrun_ends_with_the_one_line_once_and_the_log_of_a_run_has_it(
 ):
     """Behind it stands only the border of the block in which torchrun tells the cause."""
     (tmp_path / "fail.py").write_text(FAIL_ON_RANK_1)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "fail.py")],
+    done = forked.run(
+        forked.torchrun("--nproc_per_node=2", str(tmp_path / "fail.py")),
         env=process_environment(run_environment(shards, tmp_path, **changes)),
         capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
@@ -1619,23 +1613,42 @@ def test_where_torchrun_will_restart_a_rank_it_tells_its_mistake_itself(monkeypa
     assert json.loads(path.read_text())["message"]["message"] == "\na line"
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("wanted", [None, "1"])
-def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for(wanted, early):
+# Each case is a process that has imported the script, and nothing of the compiler.
+FUSION_OF_SUMS = """
+import os, sys, train_gpt
+assert "torch._inductor.config" not in sys.modules
+for wanted in ("", "1"):
+    for early in (False, True):
+        if os.fork() == 0:
+            if wanted:
+                os.environ["TORCHINDUCTOR_MIX_ORDER_REDUCTION"] = wanted
+            if early:
+                import torch._inductor.config
+            train_gpt.prepare_torch()
+            import torch._inductor.config as config
+            fused = getattr(config.triton, "mix_order_reduction", "unknown")
+            print(repr(wanted), early, fused, flush=True)
+            os._exit(0)
+        os.wait()
+"""
+
+
+def test_torchs_fusion_of_sums_is_off_unless_it_is_asked_for():
     """The compiler reads the variable when it is first imported, which may be before or after."""
-    code = (
-        "import train_gpt; EARLY; train_gpt.prepare_torch(); import torch._inductor.config as c; "
-        "print(getattr(c.triton, 'mix_order_reduction', 'unknown'))"
-    ).replace("EARLY", "import torch._inductor.config" if early else "pass")
-    asked = {} if wanted is None else {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": wanted}
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=process_environment(asked),
+        [sys.executable, "-c", FUSION_OF_SUMS],
+        env=process_environment({}),
         capture_output=True,
         text=True,
         cwd=SCRIPT.parent,
     )
-    assert done.stdout.strip() in (str(wanted == "1"), "unknown"), done.stderr
+    lines = [
+        f"{wanted!r} {early} {fused}"
+        for wanted, fused in (("", False), ("1", True))
+        for early in (False, True)
+    ]
+    found = done.stdout.splitlines()
+    assert found in (lines, [f"{line.rpartition(' ')[0]} unknown" for line in lines]), done.stderr
 
 
 def test_a_process_that_waits_for_other_ranks_ends_at_a_signal(shards, tmp_path):
@@ -1644,7 +1657,7 @@ def test_a_process_that_waits_for_other_ranks_ends_at_a_signal(shards, tmp_path)
     launch = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     environment = process_environment(run_environment(shards, tmp_path)) | launch
-    process = subprocess.Popen([sys.executable, str(SCRIPT)], env=environment)
+    process = forked.Popen([sys.executable, str(SCRIPT)], env=environment)
     try:
         listens, deadline = False, time.monotonic() + PATIENCE
         while not listens and time.monotonic() < deadline:
@@ -1658,7 +1671,7 @@ def test_a_process_that_waits_for_other_ranks_ends_at_a_signal(shards, tmp_path)
         process.kill()
 
 
-def test_two_machines_are_two_ranks(shards, tmp_path):
+def test_two_machines_are_two_ranks(trained_by_two, shards, tmp_path):
     """Two agents of torchrun, as on two machines that share LOG_DIR: the artifact of one machine's
     two ranks, byte for byte.
     """
@@ -1667,7 +1680,7 @@ def test_two_machines_are_two_ranks(shards, tmp_path):
     launch += ["--master_addr=localhost", f"--master_port={port}"]
     environment = process_environment(run_environment(shards, tmp_path, run_id="nodes"))
     agents = [
-        subprocess.Popen(
+        forked.Popen(
             [*launch, f"--node_rank={rank}", str(SCRIPT)],
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -1677,13 +1690,8 @@ def test_two_machines_are_two_ranks(shards, tmp_path):
     ]
     assert agents[0].wait(timeout=PATIENCE) == 0
     agents[1].wait(timeout=PATIENCE)  # torchrun may complain that the first has left
-    one = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = process_environment(run_environment(shards, tmp_path, run_id="one"))
-    subprocess.run(
-        [*one, str(SCRIPT)], env=environment, check=True, capture_output=True, timeout=PATIENCE
-    )
-    files = [(tmp_path / f"{name}.int6.lzma").read_bytes() for name in ("nodes", "one")]
-    assert files[0] == files[1]
+    artifact = (tmp_path / "nodes.int6.lzma").read_bytes()
+    assert artifact == trained_by_two.artifact.read_bytes()
 
 
 @pytest.mark.parametrize(
