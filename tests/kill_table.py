@@ -6,10 +6,10 @@ command again: the table of what was lost.
 A cell is two runs. The first (held_run.py: the script, held in a phase) is a process, or torchrun
 and its ranks, and gets the signal; what it says, leaves behind and has lost is noted. The second is
 the plain script with the same settings, and must end with the artifact and the score of a run that
-nothing disturbed, byte for byte; it is forked from a process that has imported torch, which saves
-most of the time. What a cell shows that it may not is its faults; the exit status is 1 if there are
-any. Of two ranks, SIGINT goes to torchrun's process group, as Ctrl-C does, SIGTERM to torchrun, and
-SIGKILL to rank 1 alone.
+nothing disturbed, byte for byte. Processes are forked from one that has imported torch, which saves
+most of the time; but where a signal comes while Python imports, or a compiler works. What a cell
+shows that it may not is its faults; the exit status is 1 if there are any. Of two ranks, SIGINT
+goes to torchrun's process group, as Ctrl-C does, SIGTERM to torchrun, and SIGKILL to rank 1 alone.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -31,8 +30,6 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 if not __package__:  # started by its path
     print(
         "error: start it in the repository's folder as python -m tests.kill_table", file=sys.stderr
@@ -40,6 +37,7 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
+from tests import forked
 from tests.support import free_port, process_environment, run_environment, write_data
 from tools.command import need_place, run_command, write_whole
 
@@ -50,10 +48,10 @@ SETTLED_SECONDS = 0.3  # from the beginning of a phase to the signal
 FINISHED = "RUN_ID=a is finished"  # what the script says of a run that has its score
 SLOWEST_END = 60.0  # seconds from a signal to the end, on a busy machine
 
-# Thirty steps, late QAT in the last ones, a checkpoint every half second; no clock, so that two
+# Twenty steps, late QAT in the last ones, a checkpoint every half second; no clock, so that two
 # runs end with the same bits.
 SETTINGS = {
-    "iterations": 30,
+    "iterations": 20,
     "max_wallclock_seconds": 0.0,
     "warmup_steps": 1,
     "train_log_every": 1,
@@ -139,38 +137,27 @@ def held_command(ranks: int, *arguments: str) -> list[str]:
     return [sys.executable, *(launch if ranks > 1 else []), str(HELD_RUN), *arguments]
 
 
-def plain_rank(variables: dict[str, str], output: str) -> None:
-    """The script's run() in this process, which is to end with it."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
-    os.environ.clear()
-    os.environ.update(variables)
-    sys.argv = [t.__file__]
-    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))  # or its bits are others
-    sys.exit(t.run())
-
-
 def run_plain(ranks: int, variables: dict[str, str], output: Path) -> tuple[int, str]:
     """Status, 0 or the first other one of a rank's, and output of the script's own command."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.support"])
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
     processes = []
-    for rank in range(ranks):
-        place = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(server.Process(target=plain_rank, args=(variables | place, str(output))))
-        processes[-1].start()
+    with output.open("ab") as file:
+        for rank in range(ranks):
+            place = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            options = {"stdout": file, "stderr": subprocess.STDOUT}
+            command = [sys.executable, t.__file__]
+            processes.append(forked.Popen(command, env=variables | place, **options))
     deadline = time.monotonic() + PATIENCE
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    late = any(process.is_alive() for process in processes)
-    for process in processes:
-        process.kill()
-        process.join()
-    if late:
-        raise RuntimeError(f"again: not done in {PATIENCE:g} s")
-    statuses = [process.exitcode for process in processes if process.exitcode]
+    try:
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"again: not done in {PATIENCE:g} s") from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    statuses = [process.returncode for process in processes if process.returncode]
     return (statuses or [0])[0], output.read_text(errors="replace")
 
 
@@ -271,7 +258,8 @@ def interrupt(cell: Cell, variables: dict[str, str], folder: Path) -> str:
     path = inside / "output"
     begun = time.time()
     with path.open("wb") as output:
-        launched = subprocess.Popen(
+        imports = cell.phase in ("start", "compile")
+        launched = (subprocess.Popen if imports else forked.Popen)(
             held_command(cell.ranks, cell.phase, str(inside)),
             env=variables,
             stdout=output,

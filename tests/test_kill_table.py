@@ -13,7 +13,7 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize(
     ("phase", "name", "left", "resumed"),
     [
-        ("artifact", "SIGKILL", "a.int6.lzma.part", "step 30"),
+        ("artifact", "SIGKILL", "a.int6.lzma.part", "step 20"),
         ("evaluation, documents, adapting", "SIGTERM", "a.int6.lzma", "the artifact"),
     ],
 )
