@@ -32,6 +32,7 @@ from tests.support import SCRIPT, process_environment
 
 LONGEST = 1 << 17  # bytes of a request
 OPEN_FILES = 4096  # no descriptor of ours is beyond
+LIBRARY = [path for path in sys.path if path not in ("", str(SCRIPT.parent))]
 
 
 # ---- For tests -----------------------------------------------------------------------------------
@@ -138,14 +139,24 @@ def open_streams(encoding: str | None, unbuffered: bool) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
+def find_modules(command: list[str], variables: dict[str, str]) -> None:
+    """Has modules be looked for where Python would, by its arguments and PYTHONPATH."""
+    first = os.path.dirname(os.path.realpath(command[0]))
+    first = {"-c": "", "-m": os.getcwd()}.get(command[0], first)
+    named = variables.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [first, *filter(None, named), *LIBRARY]
+
+
 def become(command: list[str], variables: dict[str, str]) -> int | str | None:
     """Runs in this process what Python would by these arguments; returns what it exits with."""
     os.environ.clear()
     os.environ.update(variables)
-    unbuffered = command[0] == "-u"  # as torchrun starts its ranks
-    open_streams(variables.get("PYTHONIOENCODING"), unbuffered)
-    if unbuffered:
-        command = command[1:]
+    flag = command[0] if command[0] in ("-u", "-I") else ""
+    command = command[1:] if flag else command
+    open_streams(variables.get("PYTHONIOENCODING"), flag == "-u")  # as of torchrun's ranks
+    find_modules(command, {} if flag == "-I" else variables)
+    if flag == "-I":  # as the audit's cells are entered, behind which comes what they are for
+        os.execvp = lambda _, line: sys.exit(become(line[1:], dict(os.environ)))
     try:
         if command[0] == "-c":
             sys.argv = ["-c", *command[2:]]

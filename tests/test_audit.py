@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from tests import forked
 from tests.support import PATIENCE, TEXT, plan_pieces, tiny_environment, write_shard
 from tools.audit import __main__ as command
 from tools.audit import case as audit_case
@@ -182,19 +183,51 @@ def changed_script(folder: Path, *replacements: tuple[str, str]) -> Path:
 # ---- An honest entry -----------------------------------------------------------------------------
 
 
-def run_audit(run, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
-    """The tool as a reviewer starts it: the settings are the log's."""
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+def audit_line(run, *arguments: str) -> list[str]:
+    """What follows the tool's name on a command line."""
     tokenizer = str(run.data / "tokenizer.model")
-    paths = [str(run.artifact), "--data", str(run.data), "--tokenizer", tokenizer]
+    return [str(run.artifact), "--data", str(run.data), "--tokenizer", tokenizer, *arguments]
+
+
+def audit_environment(**settings: str) -> dict[str, str]:
+    """The settings are the log's."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return kept | {"DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HOME": "/nowhere"} | settings
+
+
+def run_audit(run, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    """The tool as a reviewer starts it."""
     return subprocess.run(
-        [sys.executable, "-m", "tools.audit", *paths, *arguments],
+        [sys.executable, "-m", "tools.audit", *audit_line(run, *arguments)],
         cwd=SCRIPT.parent,
-        env=kept | {"DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HOME": "/nowhere"} | settings,
+        env=audit_environment(**settings),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
+
+
+@pytest.fixture
+def audit_here(run, monkeypatch, capsys):
+    """audit_here(*arguments): the same in this process. What it starts in cells is forked from a
+    process that has imported torch, and enters them as ever; but what strace is to watch.
+    """
+
+    def start_in_cell(line, **options):
+        forks = line[0] == sys.executable
+        return (forked.Popen if forks else subprocess.Popen)(line, **options)
+
+    def start(*arguments: str) -> SimpleNamespace:
+        processes = SimpleNamespace(**vars(subprocess) | {"Popen": start_in_cell})
+        monkeypatch.setattr(cell, "subprocess", processes)
+        monkeypatch.setattr(os, "environ", audit_environment())
+        monkeypatch.setattr(sys, "argv", ["audit.py", *audit_line(run, *arguments)])
+        capsys.readouterr()
+        status = command.run_command("audit.py", command.run_audit)
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=said.out, stderr=said.err)
+
+    return start
 
 
 def rows_of(done: subprocess.CompletedProcess) -> dict[str, list[str]]:
@@ -205,10 +238,12 @@ def rows_of(done: subprocess.CompletedProcess) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-def test_an_honest_run_fails_no_check_and_its_score_is_reproduced_to_the_last_digit(run, committed):
+def test_an_honest_run_fails_no_check_and_its_score_is_reproduced_to_the_last_digit(
+    run, audit_here, committed
+):
     """With a tokenizer and a text that are not the contest's, which stay open."""
     options = ["--cuts", "1", "--seed", "7"]
-    done = run_audit(run, "--log", str(run.log), *options)
+    done = audit_here("--log", str(run.log), *options)
     rows = rows_of(done)
     isolated = cell.choose_isolation().is_isolated
     assert done.returncode == (5 if isolated else 4), done.stdout + done.stderr
@@ -608,7 +643,7 @@ def test_another_script_is_said_so_on_top_and_its_scores_are_held_against_our_ow
     assert "Not checked: " in done.stdout
 
 
-def test_exit_statuses(run, committed, tmp_path):
+def test_exit_statuses(run, audit_here, committed, tmp_path):
     """A script that differs goes before no isolation, and that before what is open."""
     other = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  # mine\n"))
     another = ["--script", str(other)]
@@ -620,7 +655,7 @@ def test_exit_statuses(run, committed, tmp_path):
         (another, 3),
         ([*another, "--log", str(run.log)], 1),  # of another script
     ):
-        done = run_audit(run, "--checks", "bytes", *arguments)
+        done = audit_here("--checks", "bytes", *arguments)
         assert done.returncode == status, done.stdout + done.stderr
         assert ("**NOT ISOLATED" in done.stdout) == ("none" in arguments or not isolated)
 

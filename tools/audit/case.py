@@ -503,8 +503,13 @@ def is_unlisted(path: str) -> bool:
 def packaged_files() -> frozenset[str]:
     """Real paths of all files that installed packages list."""
     files = set()
+    real_folder = functools.lru_cache(maxsize=None)(os.path.realpath)  # of many files each
     for package in metadata.distributions():
-        files.update(os.path.realpath(package.locate_file(one)) for one in package.files or ())
+        for one in package.files or ():
+            folder, name = os.path.split(package.locate_file(one))
+            path = os.path.join(real_folder(folder), name)
+            special = name in ("", os.curdir, os.pardir) or os.path.islink(path)
+            files.add(os.path.realpath(path) if special else path)
     return frozenset(files)
 
 

@@ -7,6 +7,7 @@ that tools.pack_script has packed is what it unpacks to, which nothing of it is 
 
 import ast
 import difflib
+import functools
 import hashlib
 import subprocess
 import sys
@@ -103,11 +104,19 @@ def setting_names(path: Path) -> list[str]:
     Raises UserError for a file without them.
     """
     try:
-        tree = ast.parse(source_of(path.read_bytes()))
+        names = fields_of_settings(source_of(path.read_bytes()))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a script: {error}") from None
-    for node in tree.body:
+    if names is None:
+        raise UserError(f"{path} is not a train_gpt.py: it has no class Settings")
+    return list(names)
+
+
+@functools.lru_cache(maxsize=4)  # an audit asks for every cell, and to parse takes a moment
+def fields_of_settings(source: bytes | str) -> tuple[str, ...] | None:
+    """Names of the fields of the class Settings, in order; None without that class."""
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "Settings":
             fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
-            return [one.target.id for one in fields if isinstance(one.target, ast.Name)]
-    raise UserError(f"{path} is not a train_gpt.py: it has no class Settings")
+            return tuple(one.target.id for one in fields if isinstance(one.target, ast.Name))
+    return None
