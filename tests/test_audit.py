@@ -217,10 +217,10 @@ def audit_here(run, monkeypatch, capsys):
         forks = line[0] == sys.executable
         return (forked.Popen if forks else subprocess.Popen)(line, **options)
 
-    def start(*arguments: str) -> SimpleNamespace:
+    def start(*arguments: str, **settings: str) -> SimpleNamespace:
         processes = SimpleNamespace(**vars(subprocess) | {"Popen": start_in_cell})
         monkeypatch.setattr(cell, "subprocess", processes)
-        monkeypatch.setattr(os, "environ", audit_environment())
+        monkeypatch.setattr(os, "environ", audit_environment(**settings))
         monkeypatch.setattr(sys, "argv", ["audit.py", *audit_line(run, *arguments)])
         capsys.readouterr()
         status = command.run_command("audit.py", command.run_audit)
@@ -622,14 +622,16 @@ SCALED = """        scored = (first <= excerpt.positions) & (excerpt.positions <
 """
 
 
-def test_another_script_is_said_so_on_top_and_its_scores_are_held_against_our_own(run, tmp_path):
+def test_another_script_is_said_so_on_top_and_its_scores_are_held_against_our_own(
+    audit_here, tmp_path
+):
     """What it tells of itself looks right, and counts for nothing."""
     honest = "        scored = (first <= excerpt.positions) & (excerpt.positions < last)\n"
     main = '\nif __name__ == "__main__":\n    sys.exit(run())\n'
     script = changed_script(tmp_path, (honest, SCALED), (main, TAKES_OVER))
     options = ["--script", str(script), "--checks", "probabilities,own", "--isolation"]
     level = next(level for level in cell.LEVELS if not cell.probe(level) or level == "none")
-    done = run_audit(run, *options, level, **PLAIN)
+    done = audit_here(*options, level, **PLAIN)
     assert done.stdout.startswith("**This is not a script that the project has published")
     rows = rows_of(done)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -644,7 +646,9 @@ def test_another_script_is_said_so_on_top_and_its_scores_are_held_against_our_ow
 
 
 def test_exit_statuses(run, audit_here, committed, tmp_path):
-    """A script that differs goes before no isolation, and that before what is open."""
+    """A script that differs goes before no isolation, and that before what is open. The first is
+    that of the command as a reviewer starts it.
+    """
     other = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  # mine\n"))
     another = ["--script", str(other)]
     isolated = cell.choose_isolation().is_isolated
@@ -655,7 +659,9 @@ def test_exit_statuses(run, audit_here, committed, tmp_path):
         (another, 3),
         ([*another, "--log", str(run.log)], 1),  # of another script
     ):
-        done = audit_here("--checks", "bytes", *arguments)
+        by_command = arguments == ["--isolation", "none"]
+        audit = functools.partial(run_audit, run) if by_command else audit_here
+        done = audit("--checks", "bytes", *arguments)
         assert done.returncode == status, done.stdout + done.stderr
         assert ("**NOT ISOLATED" in done.stdout) == ("none" in arguments or not isolated)
 
