@@ -155,8 +155,8 @@ def become(command: list[str], variables: dict[str, str]) -> int | str | None:
     command = command[1:] if flag else command
     open_streams(variables.get("PYTHONIOENCODING"), flag == "-u")  # as of torchrun's ranks
     find_modules(command, {} if flag == "-I" else variables)
-    if flag == "-I":  # as the audit's cells are entered, behind which comes what they are for
-        os.execvp = lambda _, line: sys.exit(become(line[1:], dict(os.environ)))
+    # As an audit's cell is entered, and as --dry-run goes on: Python becomes Python.
+    os.execv = os.execvp = lambda _, line: sys.exit(become(line[1:], dict(os.environ)))
     try:
         if command[0] == "-c":
             sys.argv = ["-c", *command[2:]]
