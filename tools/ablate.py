@@ -1164,6 +1164,7 @@ def compare(plan: Plan, runs: list[dict], variant: str) -> dict:
     without scores on both sides, and for the base.
     """
     found = {"difference": None, "p": None, "test": None}
+    score_of = functools.partial(figure_of, name="bpb_final")
     base = {run["seed"]: score_of(run) for run in runs if run["variant"] == plan.base}
     own = [run for run in runs if run["variant"] == variant and score_of(run) is not None]
     final = [score_of(run) for run in own]
@@ -1178,17 +1179,14 @@ def compare(plan: Plan, runs: list[dict], variant: str) -> dict:
     return {"difference": difference, "p": welch_p(final, others), "test": "Welch"}
 
 
-def score_of(run: dict) -> float | None:
-    """The final BPB of a run of results.json; None unless it is complete."""
-    return run["figures"].get("bpb_final") if run["status"] == "complete" else None
+def figure_of(run: dict, name: str) -> float | None:
+    """A figure of a run of results.json, None where it has none; only complete runs have any."""
+    return run["figures"].get(name) if run["status"] == "complete" else None
 
 
-def complete_values(runs: list[dict], variant: str, figure: str) -> list[float]:
+def complete_values(runs: list[dict], variant: str, name: str) -> list[float]:
     """The figure in each complete run of the variant that has it."""
-    values = []
-    for run in runs:
-        if run["variant"] == variant and run["status"] == "complete":
-            values.append(run["figures"].get(figure))
+    values = [figure_of(run, name) for run in runs if run["variant"] == variant]
     return [value for value in values if value is not None]
 
 
