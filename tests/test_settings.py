@@ -577,10 +577,10 @@ def test_preparing_twice_is_preparing_once():
 
 
 def test_what_is_compiled_may_have_more_shapes_than_is_usual(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    assert t.maybe_compile(torch.sin, tiny(compile="on"), SOLO) is torch.sin
-    assert torch._dynamo.config.recompile_limit == 64
+    with torch._dynamo.config.patch(recompile_limit=8):
+        assert t.maybe_compile(torch.sin, tiny(compile="on"), SOLO) is torch.sin
+        assert torch._dynamo.config.recompile_limit == 64
 
 
 TORCHRUN = {"LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -657,9 +657,10 @@ def test_so_do_others(monkeypatch, capsys, variables):
     assert line.startswith("train_gpt.py: error: ")
 
 
-def test_help_is_there_without_docstrings(monkeypatch, capsys):
+def test_help_is_there_without_docstrings(monkeypatch, capsys, tmp_path):
     """As python -OO, which compiles all of torch anew, leaves them out of the script."""
-    path = Path(t.__file__)
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(Path(t.__file__).read_bytes() + b"# another file, with operators of its own\n")
     module = types.ModuleType("train_gpt_without_docstrings")
     module.__file__ = str(path)
     monkeypatch.setitem(sys.modules, module.__name__, module)
