@@ -1,11 +1,15 @@
-"""Processes as sys.executable's, forked from one that has imported torch and the script.
+"""Processes of Python, forked from one that has imported torch and the script.
 
 Before the script begins, a process spends four seconds on imports, a torchrun of two ranks twelve,
 and two more in the first step. Popen() and run() here are as subprocess' own, with the process ids,
-signals, pipes and statuses of real processes, but what nearly each of them imports is there
-already; so it is in the ranks that a torchrun starts. What a test says of the very start (closed
-consoles, variables that torch or Python read but once) it says of a subprocess, and one test starts
-each command for real.
+signals, pipes and statuses of real processes, but what nearly all of them import is there already;
+so it is in the ranks that torchrun starts. Where a test is about the very start (closed consoles,
+variables that torch or Python read but once), it starts a subprocess, and one test starts each
+command for real.
+
+They differ from real processes in three ways. All have the server's seed of hashes, so that ranks
+agree on the order of sets, which real ones do not. torchrun's ranks end at once, without atexit's
+functions and without taking torch down. And /proc shows the server's command and variables.
 
 The variables should be a process_environment(): the server has read OMP_NUM_THREADS, as torch does
 but once.
@@ -15,6 +19,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import inspect
 import io
 import json
 import os
@@ -26,12 +31,15 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import train_gpt
 from tests.support import SCRIPT, process_environment
 
 LONGEST = 1 << 17  # bytes of a request
 OPEN_FILES = 4096  # no descriptor of ours is beyond
+# As subprocess names the two ends of each pipe.
+STREAMS = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 LIBRARY = [path for path in sys.path if path not in ("", str(SCRIPT.parent))]
 
 
@@ -41,15 +49,21 @@ LIBRARY = [path for path in sys.path if path not in ("", str(SCRIPT.parent))]
 class Popen(subprocess.Popen):
     """A process that the server forks: its parent waits for it there, and tells the status here."""
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
-        assert args[0] == sys.executable and preexec_fn is executable is None
-        streams = others[3:9]  # of stdin the process' end and ours; of the others ours comes first
-        theirs = (streams[0], streams[3], streams[5])
+    def _execute_child(self, *values):
+        names = list(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]
+        given = dict(zip(names, values, strict=True))
+        args, env = given["args"], given["env"]
+        assert args[0] == sys.executable
+        others = [given[name] for name in ("executable", "preexec_fn", "pass_fds", "shell")]
+        assert not any(others), "nothing here does that"
+        streams = [given[name] for name in STREAMS]
+        theirs = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         self._told, tell = os.pipe()
         request = {"command": [os.fspath(part) for part in args[1:]]}
         request |= {"variables": dict(os.environ) if env is None else env}
-        request |= {"folder": os.fspath(cwd or os.getcwd()), "session": bool(others[14])}
-        descriptors = [number if given == -1 else given for number, given in enumerate(theirs)]
+        request["folder"] = os.fspath(given["cwd"] or os.getcwd())
+        request["session"] = bool(given["start_new_session"])
+        descriptors = [number if end == -1 else end for number, end in enumerate(theirs)]
         socket.send_fds(server(), [json.dumps(request).encode()], [*descriptors, tell])
         os.close(tell)
         self._close_pipe_fds(*streams)
@@ -113,6 +127,7 @@ def server() -> socket.socket:
     theirs.close()
 
     def end():
+        ours.shutdown(socket.SHUT_RDWR)  # though a process that a test forked may hold it, too
         ours.close()
         process.wait()
 
@@ -184,7 +199,6 @@ def mind(request: dict, descriptors: list[int]) -> bool:
     *streams, tell = descriptors
     process = os.fork()
     if process:
-        os.write(tell, b"%d\n" % process)
         for descriptor in streams:  # or who reads them would wait for this one, too
             os.close(descriptor)
         for number in (0, 1, 2):
@@ -195,6 +209,7 @@ def mind(request: dict, descriptors: list[int]) -> bool:
         return False
     if request["session"]:
         os.setsid()
+    os.write(tell, b"%d\n" % os.getpid())  # now that a signal to its group would reach it
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
     os.closerange(3, OPEN_FILES)
@@ -227,6 +242,8 @@ class Rank:
 
 def fork_rank(handler, command: tuple, variables: dict[str, str]) -> Rank:
     """Stands for SubprocessHandler._popen: the child is the agent's, in a session of its own."""
+    # On a machine with GPUs, torch may put numactl before Python.
+    arguments = command[command.index(sys.executable) + 1 :]
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -244,7 +261,7 @@ def fork_rank(handler, command: tuple, variables: dict[str, str]) -> Rank:
     os.closerange(3, OPEN_FILES)
     status = 1
     try:
-        status = become(list(command[1:]), variables)
+        status = become(list(arguments), variables)
         if isinstance(status, str):
             print(status, file=sys.stderr)
             status = 1
@@ -262,6 +279,7 @@ def serve(channel: socket.socket) -> dict | None:
         if not data:
             return None
         if os.fork() == 0:
+            channel.close()  # or requests would go unanswered, not fail, once the server has ended
             request = json.loads(data)
             if mind(request, descriptors):
                 return request
@@ -279,11 +297,12 @@ def main() -> int | str | None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
     SubprocessHandler._popen = fork_rank
+    # torchrun's agent has threads: Python 3.12 says so on the standard error of a test.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     gc.collect()
     gc.freeze()
     channel = socket.socket(fileno=int(sys.argv[1]))
     request = serve(channel)
-    channel.detach()
     return become(request["command"], request["variables"]) if request else 0
 
 
