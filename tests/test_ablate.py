@@ -22,6 +22,7 @@ import pytest
 from scipy import stats
 
 import train_gpt as t
+from tests import forked
 from tests.support import tiny_environment
 from tools import ablate, halving
 
@@ -1081,45 +1082,10 @@ def test_the_example_in_the_help_is_valid(bench):
     assert plan.parallel == 8
 
 
-class Forked:
-    """In place of subprocess.Popen: train_gpt.py in a copy of this process, which has imported
-    torch, and without a launcher.
-    """
-
-    def __init__(self, command: list[str], env: dict[str, str], stdout, **_):
-        def work():
-            os.setsid()
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stdout.fileno(), 2)
-            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-            os.environ, sys.argv = env, [command[-1]]
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            status = t.run()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-        self.process = multiprocessing.get_context("fork").Process(target=work)
-        self.process.start()
-        self.pid = self.process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        if self.process.is_alive():
-            os.kill(self.pid, number)
-
-
 @pytest.fixture(scope="module")
 def real_sweep(tmp_path_factory, shards) -> Bench:
     """A sweep of train_gpt.py, one run at a time: each is paused at half of its run for the next,
-    but for the last. The base is under the real torchrun until then.
+    but for the last. Until then the base is under the real torchrun, later runs under a forked one.
     """
     bench = Bench(tmp_path_factory.mktemp("sweep"))
     paths = {"data_path": shards, "tokenizer_path": shards / "tokenizer.model"}
@@ -1136,7 +1102,7 @@ def real_sweep(tmp_path_factory, shards) -> Bench:
 
     def start(command: list[str], env: dict[str, str], **options):
         runs.append(env["RUN_ID"])
-        begin = subprocess.Popen if runs == ["base-7"] else Forked
+        begin = subprocess.Popen if runs == ["base-7"] else forked.Popen
         return begin(command, env=env, **options)
 
     with pytest.MonkeyPatch.context() as patch:
