@@ -474,8 +474,7 @@ def start_here(module: str, *arguments, **settings: str) -> subprocess.Completed
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        # runpy warns of a module that was imported before.
-        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)  # runpy's
         patch.chdir(SCRIPT.parent)
         patch.setattr(sys, "argv", command)
         for name, value in settings.items():
