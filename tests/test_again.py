@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,7 +113,8 @@ def test_a_scoring_can_be_repeated_and_finds_the_artifact_of_the_run_that_traine
             started.extend(command)
             return subprocess.CompletedProcess(command, run_here(patch, env))
 
-        patch.setattr(again_tool.subprocess, "run", run)
+        others = vars(subprocess) | {"run": run}
+        patch.setattr(again_tool, "subprocess", SimpleNamespace(**others))
         patch.setattr(os, "environ", process_environment({}))
         patch.setattr(sys, "argv", ["again.py", str(logs / "a.eval.txt")])
         assert again_tool.main() == 0
