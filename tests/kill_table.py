@@ -7,7 +7,7 @@ A cell is two runs. The first (held_run.py: the script, held in a phase) is a pr
 and its ranks, and gets the signal; what it says, leaves behind and has lost is noted. The second is
 the plain script with the same settings, and must end with the artifact and the score of a run that
 nothing disturbed, byte for byte. Processes are forked from one that has imported torch, which saves
-most of the time; but where a signal comes while Python imports, or a compiler works. What a cell
+most of the time, except where a signal comes while Python imports, or a compiler works. What a cell
 shows that it may not is its faults; the exit status is 1 if there are any. Of two ranks, SIGINT
 goes to torchrun's process group, as Ctrl-C does, SIGTERM to torchrun, and SIGKILL to rank 1 alone.
 """

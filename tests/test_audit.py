@@ -210,7 +210,7 @@ def run_audit(run, *arguments: str, **settings: str) -> subprocess.CompletedProc
 @pytest.fixture
 def audit_here(run, monkeypatch, capsys):
     """audit_here(*arguments): the same in this process. What it starts in cells is forked from a
-    process that has imported torch, and enters them as ever; but what strace is to watch.
+    process that has imported torch, and enters them as ever, except what strace is to watch.
     """
 
     def start_in_cell(line, **options):
