@@ -103,7 +103,9 @@ def train(shards, tmp_path_factory):
         (folder / "keep.py").write_text(KEEP_WEIGHTS)
         launch = [f"--nproc_per_node={processes}"]
         launcher = forked.torchrun(*launch) if processes > 1 else [sys.executable]
-        done = forked.run(
+        # Ranks are started as a user's are: each has its own seed of hashes, and an end of its own.
+        start_process = subprocess.run if processes > 1 else forked.run
+        done = start_process(
             [*launcher, str(folder / "keep.py"), str(folder / "weights.pt")],
             env=process_environment(run_environment(shards, folder, **settings)),
             capture_output=True, text=True, timeout=PATIENCE, cwd=folder,
