@@ -360,7 +360,7 @@ def test_a_run_has_one_colour_whatever_other_runs_leave_out(monkeypatch, tmp_pat
     scored = ROOT / "logs" / "web-60s-180s" / "e-plain-ttt.eval.jsonl"  # no training: no curves
     losses = Page(made(monkeypatch, tmp_path, scored, full[0])).charts[0]
     assert {curve["colour"] for curve in losses["curves"]} == {charts.COLOURS[1]}
-    text = Page(made(monkeypatch, tmp_path, scored)).sections
+    text = Page(made(monkeypatch, tmp_path, scored, "--static")).sections
     assert "1.1" in text["Result"] and "EVAL_ONLY=0" in text["Curves"]
 
 
@@ -401,7 +401,7 @@ def test_a_run_that_diverged_is_drawn_as_far_as_it_came(monkeypatch, tmp_path):
     log.write_text(lines)
     raw = Page(made(monkeypatch, tmp_path, log)).charts[0]["curves"][0]
     assert raw["y"][-1] is None and all(map(math.isfinite, raw["y"][:-1]))
-    made(monkeypatch, tmp_path, log, "--static")
+    made(monkeypatch, tmp_path, log, SEEDS[0], "--static")
 
 
 def test_what_the_contest_limits_is_shown_when_it_is_broken():
