@@ -154,12 +154,16 @@ def open_streams(encoding: str | None, unbuffered: bool) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def find_modules(command: list[str], variables: dict[str, str]) -> None:
-    """Has modules be looked for where Python would, by its arguments and PYTHONPATH."""
+def find_modules(command: list[str], variables: dict[str, str], isolated: bool) -> None:
+    """Has modules be looked for where Python would, by its arguments and PYTHONPATH.
+
+    isolated: as by -I, neither in the script's folder nor in those of PYTHONPATH.
+    """
     first = os.path.dirname(os.path.realpath(command[0]))
     first = {"-c": "", "-m": os.getcwd()}.get(command[0], first)
     named = variables.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:] = [first, *filter(None, named), *LIBRARY]
+    own = [] if isolated else [first, *filter(None, named)]
+    sys.path[:] = [*own, *LIBRARY]
 
 
 def become(command: list[str], variables: dict[str, str]) -> int | str | None:
@@ -169,7 +173,7 @@ def become(command: list[str], variables: dict[str, str]) -> int | str | None:
     flag = command[0] if command[0] in ("-u", "-I") else ""
     command = command[1:] if flag else command
     open_streams(variables.get("PYTHONIOENCODING"), flag == "-u")  # as of torchrun's ranks
-    find_modules(command, {} if flag == "-I" else variables)
+    find_modules(command, variables, flag == "-I")
     # As an audit's cell is entered, and as --dry-run goes on: Python becomes Python.
     os.execv = os.execvp = lambda _, line: sys.exit(become(line[1:], dict(os.environ)))
     try:
