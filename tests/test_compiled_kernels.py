@@ -90,8 +90,9 @@ def test_masking_impossible_pairs_takes_no_program_from_a_multiprocessor(kernels
 
 
 def test_where_tiles_have_no_instructions_the_default_scan_fits_and_hardly_spills(tmp_path):
-    """Of A100, RTX 40 and 50; what RTX 30 has is the same as 40's in bench/results/kernels.txt. With
-    tensor descriptors and 4 warps a thread of scan_backward had 4,272 local bytes on 8.9.
+    """Of A100, RTX 40 and 50; what RTX 30 has is the same as 40's in bench/results/kernels.txt.
+
+    With tensor descriptors and 4 warps a thread of scan_backward had 4,272 local bytes on 8.9.
     """
     capabilities = {"80": 166_912, "89": 101_376, "120": 101_376}
     lines = compiled(tmp_path, "scans", "16,64,64,64", *capabilities)
