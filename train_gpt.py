@@ -735,6 +735,7 @@ def prepare_torch(deterministic: bool = False):
     inductor = sys.modules.get("torch._inductor.config")  # it has read the variable already
     if inductor and hasattr(inductor.triton, "mix_order_reduction"):
         inductor.triton.mix_order_reduction = mixed
+    torch._dynamo.config.recompile_limit = 64  # orders of layers, shapes: the usual 8 are too few
     if deterministic:
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_DETERMINISTIC="1")
         torch.use_deterministic_algorithms(True)
@@ -861,14 +862,7 @@ def maybe_compile(function, settings, ranks, options: dict | None = None):
     """The function, compiled as one whole graph where COMPILE says so or, by itself, on a GPU."""
     if settings.compile == "off" or (settings.compile == "auto" and not ranks.gpu):
         return function
-    return compiled(function, fullgraph=True, options=options)
-
-
-def compiled(function, **options):
-    """The function, compiled anew for each shape."""
-    # Here, not for every process: a run that compiles nothing need not import the compiler.
-    torch._dynamo.config.recompile_limit = 64  # orders of layers, shapes: the usual 8 are too few
-    return torch.compile(function, dynamic=False, **options)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def device_memory(device: torch.device) -> int:
@@ -2619,10 +2613,20 @@ def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
     return parts
 
 
-def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) -> dict[str, tuple]:
-    """All tokens that begin (side 0) or end (1) with a text for some time, by text: two arrays.
+class Standing(NamedTuple):
+    """The tokens that begin, or end, with a text for some time, and what ends it in each."""
 
-    The tokens, and for each the merge, named by its token, that ends it, or inf; the last first.
+    tokens: np.ndarray  # int64, those first in which it stays the longest
+    gone: np.ndarray  # float64, the merge that ends it, named by its token; else inf
+
+    def after(self, merge: float) -> np.ndarray:
+        """The tokens in which the text is still there after this merge."""
+        return self.tokens[: np.searchsorted(-self.gone, -merge)]
+
+
+def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) -> dict:
+    """The Standing of all texts with which tokens begin (side 0) or end (1), by text.
+
     halves: last_parts() by piece.
     """
     stays = collections.defaultdict(list)
@@ -2636,14 +2640,8 @@ def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) ->
     by_text = {}
     for text, found in stays.items():
         gone, tokens = zip(*sorted(found, reverse=True), strict=True)
-        by_text[text] = np.array(tokens), np.array(gone)
+        by_text[text] = Standing(np.array(tokens), np.array(gone, float))
     return by_text
-
-
-def standing_behind(standing: tuple[np.ndarray, np.ndarray], merge: float) -> np.ndarray:
-    """Of a text's tokens and the merges that end it, the tokens in which it outlives this merge."""
-    tokens, gone = standing
-    return tokens[: np.searchsorted(-gone, -merge)]
 
 
 def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
@@ -2670,9 +2668,9 @@ def impossible_pairs(merges: dict[str, int], size: int) -> np.ndarray:
                 continue
             # BPE works in the order of merges, and on equal ones from the left: one in the first
             # token comes before this one, one in the second after it.
-            before = standing_behind(ends[left], max(merge, latest[right]))
-            after = standing_behind(begins[right], max(merge - 1, latest[left]))
-            never[before[:, None], after] = True
+            first = ends[left].after(max(merge, latest[right]))
+            second = begins[right].after(max(merge - 1, latest[left]))
+            never[first[:, None], second] = True
     return never
 
 
@@ -8486,7 +8484,7 @@ def ternary_steps(weight: Tensor, limits: Tensor, clips: Tensor) -> Tensor:
 # Attention's backends: what attend() calls beside SDPA and the formula
 
 BLOCK = 128  # tokens of a side of a block that FlexAttention computes or leaves out
-compile_once = cache(compiled)
+compile_once = cache(torch.compile)
 
 
 @torch.library.custom_op(f"{OPERATORS}::document_block_lists", mutates_args=())
@@ -8546,7 +8544,7 @@ def attend_by_blocks(query, key, value, documents: Documents | None) -> Tensor:
         nowhere = torch.zeros(query.shape[0], query.shape[2], dtype=bool, device=query.device)
         documents = find_documents(nowhere, "flex")
     if query.is_cuda and not torch.compiler.is_compiling():  # else it would compute all scores
-        flex_attention = compile_once(flex_attention)
+        flex_attention = compile_once(flex_attention, dynamic=False)
     return flex_attention(query, key, value, block_mask=documents.blocks, enable_gqa=True)
 
 

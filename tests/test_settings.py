@@ -547,7 +547,6 @@ def look():
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "gradients": torch.is_grad_enabled(),
         "precision": torch.get_float32_matmul_precision(),
-        "compiler": "torch._dynamo" in sys.modules,
     }
 before = look()
 import train_gpt
@@ -574,13 +573,7 @@ def test_preparing_twice_is_preparing_once():
     t.prepare_torch()
     t.prepare_torch()
     assert not torch.backends.cuda.mem_efficient_sdp_enabled()
-
-
-def test_what_is_compiled_may_have_more_shapes_than_is_usual(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    with torch._dynamo.config.patch(recompile_limit=8):
-        assert t.maybe_compile(torch.sin, tiny(compile="on"), SOLO) is torch.sin
-        assert torch._dynamo.config.recompile_limit == 64
+    assert torch._dynamo.config.recompile_limit == 64
 
 
 TORCHRUN = {"LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
