@@ -96,6 +96,10 @@ class Popen(subprocess.Popen):
         return self.returncode
 
 
+if sys.platform != "linux":  # elsewhere what torch has started may not outlive a fork
+    Popen = subprocess.Popen
+
+
 def run(command, timeout: float, capture_output: bool = False, **options):
     """As subprocess.run()."""
     if capture_output:
