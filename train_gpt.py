@@ -2616,12 +2616,12 @@ def last_parts(piece: str, merges: dict[str, int]) -> list[str]:
 class Standing(NamedTuple):
     """The tokens that begin, or end, with a text for some time, and what ends it in each."""
 
-    tokens: np.ndarray  # int64, those first in which it stays the longest
+    tokens: np.ndarray  # int64, in the order in which it ends in them
     gone: np.ndarray  # float64, the merge that ends it, named by its token; else inf
 
     def after(self, merge: float) -> np.ndarray:
         """The tokens in which the text is still there after this merge."""
-        return self.tokens[: np.searchsorted(-self.gone, -merge)]
+        return self.tokens[np.searchsorted(self.gone, merge, side="right") :]
 
 
 def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) -> dict:
@@ -2639,7 +2639,7 @@ def standing(halves: dict[str, list[str]], merges: dict[str, int], side: int) ->
             text = halves[text][side] if text in halves else ""
     by_text = {}
     for text, found in stays.items():
-        gone, tokens = zip(*sorted(found, reverse=True), strict=True)
+        gone, tokens = zip(*sorted(found), strict=True)
         by_text[text] = Standing(np.array(tokens), np.array(gone, float))
     return by_text
 

@@ -113,11 +113,6 @@ def run(command, timeout: float, capture_output: bool = False, **options):
     return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
-def torchrun(*arguments: str) -> list[str]:
-    """The command of a launch on this machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
-
-
 @functools.cache
 def server() -> socket.socket:
     """Where the server of this process takes requests; it ends when this process does."""

@@ -38,7 +38,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t
 from tests import forked
-from tests.support import free_port, process_environment, run_environment, write_data
+from tests.support import free_port, process_environment, run_environment, torchrun, write_data
 from tools.command import need_place, run_command, write_whole
 
 ARTIFACT = "a.int6.lzma"
@@ -133,8 +133,8 @@ def environment(phase: str, data: Path, folder: Path, cache: Path) -> dict[str, 
 
 def held_command(ranks: int, *arguments: str) -> list[str]:
     """Starts held_run.py on this many ranks."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *(launch if ranks > 1 else []), str(HELD_RUN), *arguments]
+    launcher = torchrun(f"--nproc_per_node={ranks}") if ranks > 1 else [sys.executable]
+    return [*launcher, str(HELD_RUN), *arguments]
 
 
 def run_plain(ranks: int, variables: dict[str, str], output: Path) -> tuple[int, str]:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -460,6 +461,16 @@ class WallClockEvent:
 
     def elapsed_time(self, end: "WallClockEvent") -> float:
         return 1e3 * (end.seconds - self.seconds)
+
+
+def torchrun(*arguments: str) -> list[str]:
+    """The command of a launch on this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+
+
+def subprocess_with(**others) -> types.SimpleNamespace:
+    """What a module that imports subprocess may see in its place: with other functions for some."""
+    return types.SimpleNamespace(**vars(subprocess) | others)
 
 
 def start_here(module: str, *arguments, **settings: str) -> subprocess.CompletedProcess:

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from scipy import stats
 
 import train_gpt as t
 from tests import forked
-from tests.support import tiny_environment
+from tests.support import subprocess_with, tiny_environment
 from tools import ablate, halving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1109,8 +1108,7 @@ def real_sweep(tmp_path_factory, shards) -> Bench:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(ablate, "LOOK_SECONDS", 0.05)
         patch.setattr(ablate, "draw_plots", lambda *_: [])
-        others = vars(subprocess) | {"Popen": start}
-        patch.setattr(ablate, "subprocess", types.SimpleNamespace(**others))
+        patch.setattr(ablate, "subprocess", subprocess_with(Popen=start))
         assert ablate.run([str(bench.file), "--out", str(bench.out), "--budget", "687"]) == 0
     assert runs.count("base-7") == 2
     return bench

@@ -9,11 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from tests.support import SCRIPT, process_environment, run_environment, run_here
+from tests.support import (
+    SCRIPT,
+    process_environment,
+    run_environment,
+    run_here,
+    subprocess_with,
+)
 from tools import again as again_tool
 from tools.again import given_settings
 from tools.logs import last_run
@@ -113,8 +118,7 @@ def test_a_scoring_can_be_repeated_and_finds_the_artifact_of_the_run_that_traine
             started.extend(command)
             return subprocess.CompletedProcess(command, run_here(patch, env))
 
-        others = vars(subprocess) | {"run": run}
-        patch.setattr(again_tool, "subprocess", SimpleNamespace(**others))
+        patch.setattr(again_tool, "subprocess", subprocess_with(run=run))
         patch.setattr(os, "environ", process_environment({}))
         patch.setattr(sys, "argv", ["again.py", str(logs / "a.eval.txt")])
         assert again_tool.main() == 0

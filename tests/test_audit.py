@@ -22,7 +22,14 @@ import torch
 
 import train_gpt as t
 from tests import forked
-from tests.support import PATIENCE, TEXT, plan_pieces, tiny_environment, write_shard
+from tests.support import (
+    PATIENCE,
+    TEXT,
+    plan_pieces,
+    subprocess_with,
+    tiny_environment,
+    write_shard,
+)
 from tools.audit import __main__ as command
 from tools.audit import case as audit_case
 from tools.audit import cell, checks, decoder, standing, watch
@@ -218,8 +225,7 @@ def audit_here(run, monkeypatch, capsys):
         return (forked.Popen if forks else subprocess.Popen)(line, **options)
 
     def start(*arguments: str, **settings: str) -> SimpleNamespace:
-        processes = SimpleNamespace(**vars(subprocess) | {"Popen": start_in_cell})
-        monkeypatch.setattr(cell, "subprocess", processes)
+        monkeypatch.setattr(cell, "subprocess", subprocess_with(Popen=start_in_cell))
         monkeypatch.setattr(os, "environ", audit_environment(**settings))
         monkeypatch.setattr(sys, "argv", ["audit.py", *audit_line(run, *arguments)])
         capsys.readouterr()

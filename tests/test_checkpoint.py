@@ -42,6 +42,7 @@ from tests.support import (
     run_here,
     run_ranks,
     tiny,
+    torchrun,
     with_settings,
 )
 
@@ -233,7 +234,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(shards, tmp_path, f
     """
     (tmp_path / "kill.py").write_text(KILL_ONE_RANK_ONCE)
     environment = quick_environment(shards, tmp_path, **FOUND, run_id=None)
-    command = forked.torchrun("--nproc_per_node=2", "--max-restarts=1", str(tmp_path / "kill.py"))
+    command = torchrun("--nproc_per_node=2", "--max-restarts=1", str(tmp_path / "kill.py"))
     artifacts = []
     for killed in (True, False):
         process = start(environment, *command, str(tmp_path / "mark"))
@@ -422,7 +423,7 @@ def test_warm_up_changes_nothing(variant):
 def test_what_ends_torchrun_ends_its_ranks_with_a_checkpoint(shards, tmp_path, number):
     """SIGHUP it hands on; of SIGKILL, as of SIGUSR1, it knows nothing, and ranks must notice."""
     environment = quick_environment(shards, tmp_path, iterations=10**6, checkpoint_every=0)
-    process = start(environment, *forked.torchrun("--nproc_per_node=1", str(SCRIPT)))
+    process = start(environment, *torchrun("--nproc_per_node=1", str(SCRIPT)))
     next(line for line in process.stdout if line.startswith("step:1/"))
     process.send_signal(number)
     out, _ = process.communicate(timeout=PATIENCE)  # until its ranks have closed the pipe, too

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 import types
 
 import numpy as np
@@ -27,6 +26,7 @@ from tests.support import (
     stream_of,
     tiny,
     tiny_environment,
+    torchrun,
     validation_set,
     with_settings,
 )
@@ -534,9 +534,8 @@ def test_a_run_scores_documents_and_its_artifact_again(monkeypatch, capsys, shar
 def test_two_ranks_of_torchrun_score_as_their_artifact_alone_does(monkeypatch, shards, tmp_path):
     """A whole run in processes of its own; then its artifact in this one, to the bit."""
     changes = {"eval_mode": "documents", "eval_nll_path": tmp_path / "two.npy"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
     done = subprocess.run(
-        [sys.executable, *launch],
+        torchrun("--nproc_per_node=2", str(SCRIPT)),
         env=process_environment(run_environment(shards, tmp_path, **changes)),
         capture_output=True,
         text=True,

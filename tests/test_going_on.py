@@ -24,6 +24,7 @@ from tests.support import (
     process_environment,
     run_environment,
     run_here,
+    torchrun,
 )
 from tools import contradictions, logs
 from tools.report.sections import whole_time
@@ -242,7 +243,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_evaluation_starts_over(shards, 
     launch += [str(tmp_path / "kill.py"), str(tmp_path / "mark")]
     environment = environment_of(shards, tmp_path, warmup_steps=0)
     done = forked.run(
-        forked.torchrun(*launch),
+        torchrun(*launch),
         env=process_environment(environment),
         capture_output=True,
         text=True,

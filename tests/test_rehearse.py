@@ -15,6 +15,7 @@ from tests.support import (
     run_environment,
     run_here,
     tiny,
+    torchrun,
 )
 from tools import hand_over, rehearse
 
@@ -33,9 +34,8 @@ def test_two_ranks_rehearse_all_of_a_run(shards, tmp_path):
 
     Started as the script starts it, which the test below shows.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launcher, hand_over.__file__, "--rehearse", str(SCRIPT)],
+        torchrun("--nproc_per_node=2", hand_over.__file__, "--rehearse", str(SCRIPT)),
         env=process_environment(rehearsal_environment(shards, tmp_path)),
         capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
     )  # fmt: skip

@@ -50,6 +50,7 @@ from tests.support import (
     run_ranks,
     tiny,
     tiny_environment,
+    torchrun,
     train_tokenizer,
     with_settings,
     write_shard,
@@ -102,7 +103,7 @@ def train(shards, tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         (folder / "keep.py").write_text(KEEP_WEIGHTS)
         launch = [f"--nproc_per_node={processes}"]
-        launcher = forked.torchrun(*launch) if processes > 1 else [sys.executable]
+        launcher = torchrun(*launch) if processes > 1 else [sys.executable]
         # Ranks are started as a user's are: each has its own seed of hashes, and an end of its own.
         start_process = subprocess.run if processes > 1 else forked.run
         done = start_process(
@@ -564,7 +565,7 @@ print("nothing changed on rank", ranks.rank)
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_either(shards, tmp_path):
     (tmp_path / "poison.py").write_text(POISON_ONE_RANK)
     done = forked.run(
-        forked.torchrun("--nproc_per_node=2", str(tmp_path / "poison.py"), str(shards)),
+        torchrun("--nproc_per_node=2", str(tmp_path / "poison.py"), str(shards)),
         env=process_environment({}), capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -1547,7 +1548,7 @@ def test_torchrun_ends_with_the_one_line_once_and_the_log_of_a_run_has_it(
     """Behind it stands only the border of the block in which torchrun tells the cause."""
     (tmp_path / "fail.py").write_text(FAIL_ON_RANK_1)
     done = forked.run(
-        forked.torchrun("--nproc_per_node=2", str(tmp_path / "fail.py")),
+        torchrun("--nproc_per_node=2", str(tmp_path / "fail.py")),
         env=process_environment(run_environment(shards, tmp_path, **changes)),
         capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip

@@ -8,6 +8,7 @@ squares, that explain the differences are printed as tools/dry_run.py has them. 
 did not code by asymmetric numeral systems yet, as its text log shows, does not count.
 """
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -80,15 +81,10 @@ def finished_runs() -> list[Finished]:
     return runs
 
 
-SKELETONS: dict[tuple, t.Model] = {}  # by the settings of the model
-
-
+@functools.cache
 def skeleton_of(settings: t.Settings) -> t.Model:
-    """A run's model without numbers, made once for all runs that differ in clocks and seeds."""
-    fields = tuple(getattr(settings, name) for name in t.MODEL_FIELDS)
-    if fields not in SKELETONS:
-        SKELETONS[fields] = t.model_skeleton(settings)
-    return SKELETONS[fields]
+    """A run's model without numbers, made once: the fit asks for it several times."""
+    return t.model_skeleton(settings)
 
 
 def count_rows(settings: t.Settings) -> int:

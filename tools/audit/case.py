@@ -503,7 +503,7 @@ def is_unlisted(path: str) -> bool:
 def packaged_files() -> frozenset[str]:
     """Real paths of all files that installed packages list."""
     files = set()
-    real_folder = functools.lru_cache(maxsize=None)(os.path.realpath)  # of many files each
+    real_folder = functools.cache(os.path.realpath)  # of many files each
     for package in metadata.distributions():
         for one in package.files or ():
             folder, name = os.path.split(package.locate_file(one))
