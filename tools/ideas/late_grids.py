@@ -42,7 +42,8 @@ def install(script) -> None:
         @torch.no_grad()
         def find_grids(self, tokens):
             """Row steps by what errors cost on tokens (B, T)."""
-            model, s = self.model, self.settings
+            model = self.model
+            s = self.settings
             parts = tokens.split(self.calibration_rows)
             hessians, energies = script.collect_costs(model, parts, self.ranks, s.shares_bits)
             solvers = script.factor_hessians(hessians, s.gptq_damp, self.ranks)
@@ -52,7 +53,8 @@ def install(script) -> None:
             matrices = {name: limits for name, limits in self.limits.items() if name in own}
             found = script.grids(model, s, matrices, K)
             self.grids = [(own[name], rows, limits) for name, _, limits, rows, _ in found]
-            model.row_costs, model.grid_factors = {}, {}
+            model.row_costs = {}
+            model.grid_factors = {}
             self.log(f"{len(self.grids)} matrices on their grids from step {self.steps_done}")
 
         def weights_of(self, quantized: bool):
