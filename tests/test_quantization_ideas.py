@@ -66,7 +66,7 @@ def test_weights_stand_on_their_grids_and_come_back(script):
     trainer.log = lines.append
     with torch.no_grad():
         kept = {name: p.clone() for name, p in model.named_parameters()}
-        trainer.find_grids(random_tokens(4, 32))
+        trainer.grids = late_grids.find_grids(script, trainer, random_tokens(4, 32))
         with trainer.weights_of(False):
             assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters())
         with trainer.weights_of(True):

@@ -14,6 +14,26 @@ BELOW = 0.15
 K = 15.0  # of the grids, near what export will find
 
 
+@torch.no_grad()
+def find_grids(script, trainer, tokens) -> list[tuple]:
+    """Each matrix with its row steps (rows, 1), by what errors cost on tokens (B, T), and limits."""
+    model = trainer.model
+    s = trainer.settings
+    parts = tokens.split(trainer.calibration_rows)
+    hessians, energies = script.collect_costs(model, parts, trainer.ranks, s.shares_bits)
+    solvers = script.factor_hessians(hessians, s.gptq_damp, trainer.ranks)
+    model.row_costs = script.find_row_costs(model, solvers, energies)
+    model.grid_factors = script.find_grid_factors(model, s)
+    own = dict(model.named_parameters())  # without an embedding that shares by spelling
+    matrices = {name: limits for name, limits in trainer.limits.items() if name in own}
+    found = script.grids(model, s, matrices, K)
+    grids = [(own[name], rows, limits) for name, _, limits, rows, _ in found]
+    model.row_costs = {}
+    model.grid_factors = {}
+    trainer.log(f"{len(grids)} matrices on their grids from step {trainer.steps_done}")
+    return grids
+
+
 def install(script) -> None:
     """Changes train_gpt.py's schedule and Trainer."""
     usual_schedule = script.schedule_at
@@ -26,7 +46,7 @@ def install(script) -> None:
     class Trainer(script.Trainer):
         """Puts its matrices on grids late."""
 
-        grids = None  # pairs of a matrix and its row steps (rows, 1), and limits likewise
+        grids = None  # find_grids()'s
 
         def warm_up(self):
             """As the script's, which would look for LATE_QAT_THRESHOLD's grids."""
@@ -36,26 +56,8 @@ def install(script) -> None:
         def accumulate_gradients(self, kind, tokens, targets):
             """As the script's; the first that are to be quantized find the grids."""
             if kind[1] and self.grids is None:
-                self.find_grids(tokens)
+                self.grids = find_grids(script, self, tokens)
             return super().accumulate_gradients(kind, tokens, targets)
-
-        @torch.no_grad()
-        def find_grids(self, tokens):
-            """Row steps by what errors cost on tokens (B, T)."""
-            model = self.model
-            s = self.settings
-            parts = tokens.split(self.calibration_rows)
-            hessians, energies = script.collect_costs(model, parts, self.ranks, s.shares_bits)
-            solvers = script.factor_hessians(hessians, s.gptq_damp, self.ranks)
-            model.row_costs = script.find_row_costs(model, solvers, energies)
-            model.grid_factors = script.find_grid_factors(model, s)
-            own = dict(model.named_parameters())  # without an embedding that shares by spelling
-            matrices = {name: limits for name, limits in self.limits.items() if name in own}
-            found = script.grids(model, s, matrices, K)
-            self.grids = [(own[name], rows, limits) for name, _, limits, rows, _ in found]
-            model.row_costs = {}
-            model.grid_factors = {}
-            self.log(f"{len(self.grids)} matrices on their grids from step {self.steps_done}")
 
         def weights_of(self, quantized: bool):
             """Where gradients are computed."""
