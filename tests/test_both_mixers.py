@@ -82,8 +82,10 @@ def test_every_parameter_learns_and_other_layers_begin_as_they_would(monkeypatch
     others = {n: p for n, p in first.named_parameters() if not n.startswith("blocks.1.mixer.")}
     assert len(others) == 30
     assert all(torch.equal(p, usual[name]) for name, p in others.items())
-    query = first.blocks[1].mixer.attention.query.weight
-    assert not torch.equal(query, first.blocks[2].mixer.in_proj.weight[: len(query)])
+    drawn = torch.cat([p.detach().flatten() for p in others.values() if p.dim() == 2])
+    for name in ("attention.query", "attention.value", "mamba.in_proj"):
+        own = first.get_parameter(f"blocks.1.mixer.{name}.weight").detach()
+        assert torch.isin(own, drawn).double().mean() < 0.01, name  # float32 has equals by chance
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["one text", "documents"])
