@@ -16,7 +16,7 @@ K = 15.0  # of the grids, near what export will find
 
 @torch.no_grad()
 def find_grids(script, trainer, tokens) -> list[tuple]:
-    """Each matrix with its row steps (rows, 1), by what errors cost on tokens (B, T), and limits."""
+    """Matrices, their row steps (rows, 1) by what errors cost on tokens (B, T), and limits."""
     model = trainer.model
     s = trainer.settings
     parts = tokens.split(trainer.calibration_rows)
