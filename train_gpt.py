@@ -1394,7 +1394,7 @@ def file_of_bytes(shard: Shard) -> Path | None:
     """What tells the bytes of a validation shard's tokens: NAME_val_bytes_NUMBER.bin beside it."""
     name, _, number = shard.path.name.rpartition("_")
     path = shard.path.with_name(f"{name}_bytes_{number}")
-    return path if holds_bytes(path.name) and path.exists() else None
+    return path if holds_bytes(path.name) and os.path.lexists(path) else None
 
 
 def check_counted_bytes(settings, shards: list[Shard], target_bytes: np.ndarray):
