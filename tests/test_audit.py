@@ -25,6 +25,7 @@ from tests import forked
 from tests.support import (
     PATIENCE,
     TEXT,
+    called_here,
     plan_pieces,
     subprocess_with,
     tiny_environment,
@@ -218,8 +219,14 @@ def run_audit(run, *arguments: str, **settings: str) -> subprocess.CompletedProc
     )
 
 
+def call_audit(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """The tool in this process."""
+    main = functools.partial(command.run_command, "audit.py", command.run_audit)
+    return called_here(main, "audit.py", *arguments, environment=environment)
+
+
 @pytest.fixture
-def audit_here(run, monkeypatch, capsys):
+def audit_here(run, monkeypatch):
     """audit_here(*arguments): the same in this process. What it starts in cells is forked from a
     process that has imported torch, and enters them as ever, except what strace is to watch.
     """
@@ -228,14 +235,9 @@ def audit_here(run, monkeypatch, capsys):
         forks = line[0] == sys.executable
         return (forked.Popen if forks else subprocess.Popen)(line, **options)
 
-    def start(*arguments: str, **settings: str) -> SimpleNamespace:
+    def start(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
         monkeypatch.setattr(cell, "subprocess", subprocess_with(Popen=start_in_cell))
-        monkeypatch.setattr(os, "environ", audit_environment(**settings))
-        monkeypatch.setattr(sys, "argv", ["audit.py", *audit_line(run, *arguments)])
-        capsys.readouterr()
-        status = command.run_command("audit.py", command.run_audit)
-        said = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=said.out, stderr=said.err)
+        return call_audit(*audit_line(run, *arguments), environment=audit_environment(**settings))
 
     return start
 
@@ -1539,18 +1541,17 @@ def test_a_check_that_breaks_off_has_failed_and_the_table_stays_one(entry_of, mo
     assert command.status_of(results) == 1
 
 
-def test_unusable_input_is_one_line(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+def test_unusable_input_is_one_line(run, tmp_path):
     tokenizer = str(run.data / "tokenizer.model")
     paths = ["--data", str(run.data), "--tokenizer", tokenizer]
     artifact, cut = str(run.artifact), tmp_path / "cut"
     cut.write_bytes(run.artifact.read_bytes()[:-1])
     (tmp_path / "log").write_text("nothing")
 
-    def said(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["audit.py", *arguments])
-        assert command.run_command("audit.py", command.run_audit) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+    def said(*arguments: str, **settings: str) -> str:
+        done = call_audit(*arguments, environment={"PATH": os.environ["PATH"]} | settings)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
         assert line.startswith("audit.py: error: ")
         return line
 
@@ -1563,5 +1564,5 @@ def test_unusable_input_is_one_line(run, monkeypatch, capsys, tmp_path):
     assert "cannot read the log" in said(artifact, *paths, "--log", str(tmp_path))
     assert "there is no spelling" in said(artifact, *paths, "--checks", "score,spelling")
     assert "--cuts must be" in said(artifact, *paths, "--cuts", "0")
-    os.environ["EVAL_STRIDE"] = "16"
-    assert "made with EVAL_STRIDE=8, here it is 16" in said(artifact, *paths, "--log", str(run.log))
+    other = said(artifact, *paths, "--log", str(run.log), EVAL_STRIDE="16")
+    assert "made with EVAL_STRIDE=8, here it is 16" in other
