@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ if not __package__:  # started by its path
 import train_gpt as t
 from reference import mamba_ssm_operator
 from tools.command import Parser, need_place, run_command, write_whole
+from tools.explore import install_idea
 
 # As the kernel below names them. Without Triton there are no kernels, and constexpr is a stand-in.
 tl = t.tl if t.triton else None
@@ -993,13 +994,14 @@ def first_step(defaults: dict[str, str], started: float):
 FIRST_STEP = [sys.executable, "-m", "bench.bench", "--first-step"]
 
 
-def time_startup(folder: str) -> dict:
+def time_startup(folder: str, ideas: Sequence[Path] = ()) -> dict:
     """A row: seconds from starting a new process, whose compile caches are in this folder, to the
     end of each stage up to a step's, and what torch's compiler spent them on.
     """
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     environment = os.environ | {name: str(Path(folder, name.lower())) for name in caches}
-    command = [*FIRST_STEP, str(time.time())]
+    command = [word for idea in ideas for word in ("--idea", str(idea))]
+    command = [*FIRST_STEP, str(time.time()), *command]
     # A process that hangs, in a compiler say, is not waited for.
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     if done.returncode:
@@ -1138,13 +1140,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--compare", nargs=2, metavar="FILE", help="print two saved results side by side and end")
     add("--steps", type=int, default=10, metavar="N", help="training steps to time (default 10)")
     add("--profile", default="", metavar="FILE", help="write a step's GPU time by kind and kernel")
+    changes = "changes the script first, as --idea of tools.explore; also several"
+    add("--idea", type=Path, action="append", default=[], metavar="FILE", help=changes)
     # What time_startup() starts.
     add("--first-step", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
     for out in filter(None, (options.out, options.profile)):
-        need_place(Path(out))
+        need_place(Path(out), *options.idea)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and options.parts and options.parts != ["steps"]:
         parser.error("only the part steps runs on several ranks")
@@ -1167,6 +1171,8 @@ def run_parts(options: argparse.Namespace) -> int:
         "settings": " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ),
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
     }
+    if options.idea:
+        machine["ideas"] = " ".join(map(str, options.idea))
     report.results["machine"] = machine
     if not report.quiet:
         print("  ".join(f"{key}={value}" for key, value in machine.items()))
@@ -1191,7 +1197,9 @@ def run_parts(options: argparse.Namespace) -> int:
     if "startup" in options.parts:
         with tempfile.TemporaryDirectory() as folder:
             for name in ("cold, caches empty", "warm, the same again"):
-                report.measure("startup", name, functools.partial(time_startup, folder))
+                report.measure(
+                    "startup", name, functools.partial(time_startup, folder, options.idea)
+                )
     if dist.is_initialized():
         dist.destroy_process_group()
     return int(report.failures > 0)
@@ -1257,6 +1265,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.compare:
             print(compare(*map(load, options.compare)))
             return 0
+        for idea in options.idea:
+            install_idea(idea)
         if not torch.cuda.is_available():
             raise t.UserError(
                 "needs an NVIDIA GPU, and torch sees none here (--compare works without)"

@@ -1,15 +1,19 @@
 """Measures launch configurations of the fused scan's kernels on this GPU.
 
-    python -m bench.tune [state size]
+    python -m bench.tune [STATE] [--idea FILE]
 
 Runs the operator forward and backward (131,072 tokens, 16 heads of 64) as train_gpt.py launches it,
 then with other numbers of warps and registers (0: no limit), takes each kernel's time from the
-profiler, and prints a table.
+profiler, and prints a table. With --idea, a file of tools/ideas with kernels of its own, it is as
+launched without and with the idea, in turn, and nothing else.
 """
 
 import collections
 import contextlib
+import statistics
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -18,7 +22,8 @@ if not __package__:  # started by its path
     sys.exit(2)
 
 import train_gpt as t
-from tools.command import tolerate_consoles
+from tools.command import Parser, UserError, need, run_command
+from tools.explore import install_idea
 
 KERNELS = (
     "tokens_forward",
@@ -29,6 +34,7 @@ KERNELS = (
     "features_backward",
     "tokens_backward",
 )
+TURNS = 5  # of a script without and with an idea
 CONFIGURATIONS = ((1, 0), (2, 0), (4, 0), (4, 128), (4, 168), (8, 0), (8, 128))  # warps, registers
 
 
@@ -90,19 +96,15 @@ def launched_with(warps: int, registers: int | None):
         t.launch = launch
 
 
-def main() -> None:
+def shown(measured: dict[str, float]) -> str:
+    """Each kernel's milliseconds, their sum, and that of all kernels, torch's too."""
+    ours = ", ".join(f"{name} {measured[name]:.3f}" for name in KERNELS)
+    total = sum(measured[name] for name in KERNELS)
+    return f"{ours}; these {total:.3f}, all kernels {sum(measured.values()):.3f} ms"
+
+
+def try_configurations(run: Callable) -> None:
     """Prints the times of each configuration, and the best of each kernel."""
-    state = int(sys.argv[1]) if len(sys.argv) > 1 else 64
-    t.prepare_torch()
-    device = torch.device("cuda")
-    projected, parameters, sizes = random_layer(state, device)
-    inputs = learned(projected, parameters)
-    grad = torch.randn(*projected.shape[:2], 1024, device=device).bfloat16()
-
-    def run():
-        y, mean_square, _ = t.mamba_scan(projected, parameters, sizes, None, None, "triton", 64)
-        torch.autograd.grad((y, mean_square), inputs, (grad, mean_square.detach()))
-
     times: dict[str, dict[tuple[int, int] | str, float]] = collections.defaultdict(dict)
     for configuration in ("as launched", *CONFIGURATIONS):
         changed = contextlib.nullcontext()
@@ -117,14 +119,66 @@ def main() -> None:
             continue
         for name in KERNELS:
             times[name][configuration] = measured[name]
-        shown = ", ".join(f"{name} {measured[name]:.3f}" for name in KERNELS)
-        ours, every = sum(measured[name] for name in KERNELS), sum(measured.values())
-        print(f"{configuration}: {shown}; these {ours:.3f}, all kernels {every:.3f} ms", flush=True)
+        print(f"{configuration}: {shown(measured)}", flush=True)
     best = {name: min(options, key=options.get) for name, options in times.items()}
     total = sum(times[name][best[name]] for name in best)
     print(f"best on {torch.cuda.get_device_name()}: {total:.3f} ms with {best}")
 
 
+def time_in_turn(run: Callable, idea: Path) -> None:
+    """Prints the times without and with an idea, TURNS times each, then their medians.
+
+    The script finds its kernels by name each time, so that names decide which ones run.
+    """
+    variants = {"without": dict(vars(t))}
+    install_idea(idea)
+    variants[idea.stem] = dict(vars(t))
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for _ in range(TURNS):
+        for name, functions in variants.items():
+            vars(t).update(functions)
+            times[name].append(kernel_times(run))
+            print(f"{name}: {shown(times[name][-1])}", flush=True)
+    for name, turns in times.items():
+        kernels = dict.fromkeys(kernel for measured in turns for kernel in measured)
+        medians = {
+            kernel: statistics.median(measured.get(kernel, 0.0) for measured in turns)
+            for kernel in kernels
+        }
+        print(f"{name}, medians: {shown(medians)}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status.
+
+    It is 2 for a user's mistake, told in one line.
+    """
+
+    def command() -> int:
+        parser = Parser(description=(__doc__ or "").split("\n")[0])
+        parser.add_argument("state", nargs="?", type=int, default=64, help="state size, usually 64")
+        parser.add_argument("--idea", type=Path, metavar="FILE", help="times it beside the script")
+        given = parser.parse_args(arguments)
+        need(not given.idea or given.idea.is_file(), f"--idea {given.idea}: no such file")
+        need(torch.cuda.is_available(), "needs an NVIDIA GPU, and torch sees none here")
+        t.prepare_torch()
+        device = torch.device("cuda")
+        projected, parameters, sizes = random_layer(given.state, device)
+        inputs = learned(projected, parameters)
+        grad = torch.randn(*projected.shape[:2], 1024, device=device).bfloat16()
+
+        def run():
+            y, square, _ = t.mamba_scan(projected, parameters, sizes, None, None, "triton", 64)
+            torch.autograd.grad((y, square), inputs, (grad, square.detach()))
+
+        if given.idea:
+            time_in_turn(run, given.idea)
+        else:
+            try_configurations(run)
+        return 0
+
+    return run_command("tune.py", command, UserError, t.UserError)
+
+
 if __name__ == "__main__":
-    tolerate_consoles()
-    main()
+    sys.exit(main())

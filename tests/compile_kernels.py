@@ -3,6 +3,7 @@
     python -m tests.compile_kernels [90 [16,128,64,64 ...]]
     python -m tests.compile_kernels scans 16,128,64,64 [80 86 ...]
     python -m tests.compile_kernels table [80 86 ...]
+    python -m tests.compile_kernels --idea FILE ...
 
 90 is a compute capability, here the H100's and H200's. Without shapes, each kernel that a run of
 the default's sizes launches becomes a line of JSON: its name; the layer's state size; whether it
@@ -16,8 +17,9 @@ products of 8-bit floats have 8.
 16,128,64,64 are a layer's heads, a head's channels, the state size and the chunk: a line of JSON
 says whether the scan of this shape compiles, and what it needs. "scans" does so for its two largest
 kernels on all of SHARED's capabilities, or on these. "table" does so for SHAPES, as text:
-bench/results/kernels.txt. Needs a triton with NVIDIA's
-assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says what must hold.
+bench/results/kernels.txt. --idea changes the script first, as that of tools.explore. Needs a
+triton with NVIDIA's assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says
+what must hold.
 """
 
 import hashlib
@@ -48,6 +50,7 @@ if not __package__:  # started by its path
 
 import train_gpt as t  # noqa: E402
 from bench import tune  # noqa: E402
+from tools.explore import install_idea  # noqa: E402
 
 TOKENS = 256  # a chunk and its neighbours: more would compile to the same
 # Bytes of shared memory that a program may use, by compute capability, from the table of technical
@@ -304,6 +307,11 @@ def print_scans(text: str, capabilities: list[str]) -> None:
 
 def main(capability: str = "90", *rest: str) -> None:
     """Of no shapes, everything that the script launches by default."""
+    if capability == "--idea":
+        idea, *others = rest
+        install_idea(Path(idea))
+        main(*others)
+        return
     if capability == "table":
         print_table(rest or list(SHARED))
         return

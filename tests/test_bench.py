@@ -109,6 +109,32 @@ def test_an_operators_traffic():
 # ---- Kernels, steps and start-up, on the CPU -----------------------------------------------------
 
 
+def test_an_idea_is_tuned_beside_the_script_in_turn(tmp_path, monkeypatch, capsys):
+    """Each turn finds its own functions; the last lines have the medians."""
+    idea = tmp_path / "slower.py"
+    idea.write_text("def install(script):\n    script.launch_scan = None\n")
+    monkeypatch.setattr(t, "launch_scan", t.launch_scan)
+    monkeypatch.setattr(tune, "kernel_times", lambda run: run() or dict.fromkeys(tune.KERNELS, ms))
+    ms, turns = 0.0, iter((1.0, 5.0, 4.0, 2.0, 3.0))
+
+    def run():
+        nonlocal ms
+        ms = next(turns) if t.launch_scan else 10.0
+
+    tune.time_in_turn(run, idea)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:-2]] == ["without", "slower"] * tune.TURNS
+    count = len(tune.KERNELS)
+    assert f"these {3.0 * count:.3f}, all kernels {3.0 * count:.3f} ms" in lines[-2]
+    assert "slower, medians: tokens_forward 10.000" in lines[-1]
+
+
+def test_an_idea_that_is_not_there_is_refused(capsys):
+    for main, words in ((bench.main, ["scan"]), (tune.main, [])):
+        assert main([*words, "--idea", "/nowhere/idea.py"]) == 2
+        assert "/nowhere/idea.py: no such file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", bench.kernel_makers(tiny(), SOLO))
 def test_every_kernel_runs(name, pretended_gpu):
     make = bench.kernel_makers(tiny(scan_backend="chunked"), SOLO)[name]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ import torch
 import train_gpt as t
 from tests.support import (
     SOLO,
-    called_here,
     random_model,
     run_environment,
     run_here,
@@ -166,14 +167,15 @@ def environment(shards, tmp_path):
 
 
 @pytest.fixture
-def start(environment):
+def start(monkeypatch, capsys, environment):
     """Starts the command in that environment; its lines of JSON."""
 
     def run(*arguments) -> list[dict]:
-        given = environment | {"EVAL_MODE": "sliding"}
-        done = called_here(idea.command, "document_adaptation", *arguments, environment=given)
-        assert done.returncode == 0
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["document_adaptation", *arguments])
+        monkeypatch.setattr(os, "environ", environment | {"EVAL_MODE": "sliding"})
+        assert idea.command() == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run
 

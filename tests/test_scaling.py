@@ -1,6 +1,5 @@
 """Scores against training seconds: the curve, its forecast, its intervals, and what is refused."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import called_here
 from tools import scaling
 from tools.command import UserError
 
@@ -188,7 +186,7 @@ def test_kinds_of_other_text_or_machines_are_not_compared(tmp_path):
             scaling.read_kinds(ours, twin)
 
 
-def test_other_files_and_arguments_end_in_one_line(tmp_path):
+def test_other_files_and_arguments_end_in_one_line(tmp_path, monkeypatch, capsys):
     ours, twin = kinds(tmp_path)
     other, empty, old = (tmp_path / f"{name}.jsonl" for name in ("other", "empty", "old"))
     other.write_text("hello\n")
@@ -215,10 +213,10 @@ def test_other_files_and_arguments_end_in_one_line(tmp_path):
         (ours, ["--out", ours[0]], "would be written over"),
     ]
     for logs, more, message in cases:
-        arguments = ["--ours", *logs, "--twin", *twin, "--out", tmp_path / "lead.png", *more]
-        main = functools.partial(scaling.run_command, "scaling.py", scaling.main)
-        done = called_here(main, "scaling.py", *arguments)
-        assert done.returncode == 2
-        assert done.stdout == "" and done.stderr.count("\n") == 1
-        assert message in done.stderr
+        command = ["scaling.py", "--ours", *logs, "--twin", *twin, "--out", tmp_path / "lead.png"]
+        monkeypatch.setattr(sys, "argv", list(map(str, [*command, *more])))
+        assert scaling.run_command("scaling.py", scaling.main) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1
+        assert message in said.err
         assert not (tmp_path / "lead.png").exists()
