@@ -1024,12 +1024,31 @@ def recorded_hashes(
     return unknown, None, []
 
 
+def text_trained_on(settings, validation: list[Shard]) -> dict[str, str]:
+    """An evaluation's shards that are training text, as far as is known: by name, what tells so.
+
+    Samples tell it of training shards beside them; SHA-256 of those that ARTIFACT's log names.
+    """
+    found = {x.path.name: "its name" for x in validation if "_train_" in x.path.name}
+    log = find_settings(settings)[0]
+    hashes = last_records(log).get("hashes", {}) if log else {}
+    known = dict.fromkeys(hashes.get("training", {}).values(), f"{log}")
+    for path in shard_paths(settings.data_path, "train"):
+        with suppress(UserError):  # nothing of it is scored: it may be broken
+            known[Shard(path).sample] = f"{path}"
+    for shard in validation:
+        source = known.get(shard.sha256) or known.get(shard.sample)
+        if source and shard.count:
+            found.setdefault(shard.path.name, source)
+    return found
+
+
 def log_hashes(settings, training, validation: list[Shard], log, main=True):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
     Tokenizer and validation shards are hashed, by the main rank and off every clock; training
     shards, of up to 16 GB, are not. Raises UserError for one with a validation shard's sample;
-    without training, which opens none, training text may be scored, and a name that says so warns.
+    without training, which opens none, training text may be scored: text_trained_on() warns.
     """
     folder, path = settings.data_path, settings.tokenizer_path
     scored = {shard.sample: shard.path.name for shard in validation if shard.count}
@@ -1040,10 +1059,9 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
         need(not twin, f"{shard.path} holds the text of {twin}, which is scored: take it away")
     if not main:
         return
-    names = [shard.path.name for shard in validation]
-    trained = [shown(name) for name in names if "_train_" in name and not training]
-    if trained:
-        log(f"warning: {', '.join(trained)} is training text by its name, and is scored")
+    trained = {} if training else text_trained_on(settings, validation)
+    for name, source in trained.items():
+        log(f"warning: {shown(name)} is training text by {shown(source)}, and is scored")
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
     record["validation"] = {shard.path.name: shard.sha256 for shard in validation}
     recorded, overlap, absent = recorded_hashes(folder, training, record["validation"])
@@ -1394,7 +1412,7 @@ def file_of_bytes(shard: Shard) -> Path | None:
     """What tells the bytes of a validation shard's tokens: NAME_val_bytes_NUMBER.bin beside it."""
     name, _, number = shard.path.name.rpartition("_")
     path = shard.path.with_name(f"{name}_bytes_{number}")
-    return path if holds_bytes(path.name) and path.exists() else None
+    return path if holds_bytes(path.name) and os.path.lexists(path) else None
 
 
 def check_counted_bytes(settings, shards: list[Shard], target_bytes: np.ndarray):

@@ -892,7 +892,12 @@ def refuse_other_dataset(out: Path, name: str) -> None:
             f"{out} already holds another dataset ({min(others)}); give each its own --out folder"
         )
     shards = [*out.glob(f"{name}_train_*.bin"), *out.glob(f"{name}_val_*.bin")]
-    for path in [out / MANIFEST, *out.glob(f"{name}_*.model"), *shards]:
+    refuse_folders([out / MANIFEST, *out.glob(f"{name}_*.model"), *shards])
+
+
+def refuse_folders(places: Iterable[Path]) -> None:
+    """Raise PrepareError for a folder where a file is to be written."""
+    for path in places:
         if path.is_dir():
             raise PrepareError(f"{path} is a folder where a file is to be; move it away")
 
@@ -1576,9 +1581,15 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     """Return the shards of a split, "train" or "val", in the order in which they were written.
 
     PrepareError if there are none, or if the numbers have a gap, as a download has that was cut
-    off: half a text would be taken for the whole.
+    off: half a text would be taken for the whole. Also for what has the name of a shard, or of the
+    bytes of one's tokens, and is no file: a folder, or a link to nothing.
     """
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    for path in paths:
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no file"
+            problem = f"is named like a file of tokens, but is {kind}"
+            raise PrepareError(f"{path} {problem}; move it away")
     paths = [path for path in paths if not is_bytes_file(path)]
     if not paths:
         raise PrepareError(f"{folder} holds no *_{split}_*.bin shards")
@@ -1764,6 +1775,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     # The repository's folder `datasets/` has the layout that the contest uses under `data/`.
     target = {entry.path: args.out / entry.path.removeprefix("datasets/") for entry in entries}
     staging = args.out / f".download-{args.variant}"
+    refuse_folders(target.values())  # before gigabytes come that could not be moved there
     with locked(staging):
         download_missing(huggingface_hub, repository, entries, staging, target)
 
@@ -1781,14 +1793,17 @@ def run_fineweb(args: argparse.Namespace) -> None:
 
 def is_current(manifest: dict[str, Any], folder: Path, tokenizer: Path) -> bool:
     """Whether a manifest is of the tokenizer and of just the shards that a folder has, unchanged
-    by their size and time of change. Older ones, without samples, a run does not believe.
+    by their size and time of change. Older ones, without samples, a run does not believe; and what
+    is no file, though it is named like one of tokens, shard_paths() is to refuse.
     """
     if not manifest or manifest["tokenizer"].get("sha256") != file_sha256(tokenizer):
         return False
     if not all("sampled_sha256" in entry for entry in manifest["shards"].values()):
         return False
-    shards = (path for path in folder.glob("*.bin") if not is_bytes_file(path))
-    there = {path.name: file_state(path) for path in shards}
+    found = list(folder.glob("*.bin"))
+    if not all(path.is_file() for path in found):
+        return False
+    there = {path.name: file_state(path) for path in found if not is_bytes_file(path)}
     known = {
         name: {"size": entry["size"], "mtime_ns": entry["mtime_ns"]}
         for name, entry in manifest["shards"].items()

@@ -1,7 +1,6 @@
 """Fixtures: data made once per session. Plain helpers are in support.py."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -48,20 +47,17 @@ def signal_handlers():
 
 
 @pytest.fixture
-def explore_here(monkeypatch, capsys, shards, tmp_path, signal_handlers):
+def explore_here(shards, tmp_path, signal_handlers):
     """explore_here(*arguments): tools/explore.py's status, the lines on its standard output as
     objects, and what else it said.
     """
-    from tests.support import run_environment
+    from tests.support import called_here, run_environment
     from tools import explore
 
     def start(*arguments: str):
-        monkeypatch.setattr(os, "environ", run_environment(shards, tmp_path, train_log_every=1))
-        monkeypatch.setattr(sys, "argv", ["explore.py", *arguments])
-        capsys.readouterr()
-        status = explore.main()
-        said = capsys.readouterr()
-        return status, [json.loads(line) for line in said.out.splitlines()], said.err
+        environment = run_environment(shards, tmp_path, train_log_every=1)
+        done = called_here(explore.main, "explore.py", *arguments, environment=environment)
+        return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
     return start
 

@@ -78,12 +78,12 @@ class Run:
         """The one that comes between two steps takes long."""
         score = self.script.plain_score
 
-        def slow(*arguments, **options):
+        def slow(settings, ranks, *arguments, **options):
             self.held()
             end = time.monotonic() + SLOW_SECONDS
-            while time.monotonic() < end:
-                score(*arguments, **options)
-            return score(*arguments, **options)
+            while ranks.from_main(time.monotonic() < end):  # all score equally often
+                score(settings, ranks, *arguments, **options)
+            return score(settings, ranks, *arguments, **options)
 
         self.script.plain_score = slow
 

@@ -19,6 +19,7 @@ import threading
 import time
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -473,25 +474,41 @@ def subprocess_with(**others) -> types.SimpleNamespace:
     return types.SimpleNamespace(**vars(subprocess) | others)
 
 
-def start_here(module: str, *arguments, **settings: str) -> subprocess.CompletedProcess:
-    """`python -m MODULE` of ours in this process, which has imported torch; settings are added to
-    the environment.
+def called_here(
+    main: Callable[[], int | None],
+    name: str,
+    *arguments,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    """A tool's main() in this process, which has imported torch, with what a command line gives it:
+    the tool's name, arguments, and an environment, which is the tests' own by default.
+
+    Everything is as before when it returns; what it raises, but for SystemExit, comes through.
     """
     out, err = io.StringIO(), io.StringIO()
-    command, status = [module, *map(str, arguments)], 0
+    command = [name, *map(str, arguments)]
     with (
         pytest.MonkeyPatch.context() as patch,
-        warnings.catch_warnings(),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
+        patch.setattr(sys, "argv", command)
+        if environment is not None:
+            patch.setattr(os, "environ", environment)
+        try:
+            status = main()
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(command, status or 0, out.getvalue(), err.getvalue())
+
+
+def start_here(module: str, *arguments) -> subprocess.CompletedProcess:
+    """`python -m MODULE` of ours in this process, as a new start of it: called_here()."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)  # runpy's
         patch.chdir(SCRIPT.parent)
-        patch.setattr(sys, "argv", command)
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        try:
+
+        def main() -> None:
             runpy.run_module(module, run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+        return called_here(main, module, *arguments)

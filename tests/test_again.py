@@ -3,7 +3,6 @@ none.
 """
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 from tests.support import (
     SCRIPT,
+    called_here,
     process_environment,
     run_environment,
     run_here,
@@ -119,9 +119,9 @@ def test_a_scoring_can_be_repeated_and_finds_the_artifact_of_the_run_that_traine
             return subprocess.CompletedProcess(command, run_here(patch, env))
 
         patch.setattr(again_tool, "subprocess", subprocess_with(run=run))
-        patch.setattr(os, "environ", process_environment({}))
-        patch.setattr(sys, "argv", ["again.py", str(logs / "a.eval.txt")])
-        assert again_tool.main() == 0
+        line = ("again.py", logs / "a.eval.txt")
+        done = called_here(again_tool.main, *line, environment=process_environment({}))
+        assert done.returncode == 0
     script = logs / "a.eval-again.py"
     assert started == [sys.executable, str(script)]
     assert script.read_bytes() == SCRIPT.read_bytes()

@@ -25,6 +25,7 @@ from tests import forked
 from tests.support import (
     PATIENCE,
     TEXT,
+    called_here,
     plan_pieces,
     subprocess_with,
     tiny_environment,
@@ -128,10 +129,14 @@ class Here(audit_case.Case):
 
 
 @pytest.fixture
-def committed():
-    """What the audit says of this folder's own script needs it to be a commit's."""
-    if not audit_script.identify(SCRIPT).is_own:
-        pytest.skip("train_gpt.py has changes that are not committed")
+def committed(monkeypatch) -> bool:
+    """The audit of this process takes this folder's script for the newest that the project has
+    published, and compares others with it. Returns whether it is a commit's, so that a process of
+    its own does, too.
+    """
+    is_own = audit_script.identify(SCRIPT).is_own
+    monkeypatch.setattr(audit_script, "published", lambda: (SCRIPT.read_bytes(), "this folder"))
+    return is_own
 
 
 @pytest.fixture
@@ -214,8 +219,14 @@ def run_audit(run, *arguments: str, **settings: str) -> subprocess.CompletedProc
     )
 
 
+def call_audit(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """The tool in this process."""
+    main = functools.partial(command.run_command, "audit.py", command.run_audit)
+    return called_here(main, "audit.py", *arguments, environment=environment)
+
+
 @pytest.fixture
-def audit_here(run, monkeypatch, capsys):
+def audit_here(run, monkeypatch):
     """audit_here(*arguments): the same in this process. What it starts in cells is forked from a
     process that has imported torch, and enters them as ever, except what strace is to watch.
     """
@@ -224,14 +235,9 @@ def audit_here(run, monkeypatch, capsys):
         forks = line[0] == sys.executable
         return (forked.Popen if forks else subprocess.Popen)(line, **options)
 
-    def start(*arguments: str, **settings: str) -> SimpleNamespace:
+    def start(*arguments: str, **settings: str) -> subprocess.CompletedProcess:
         monkeypatch.setattr(cell, "subprocess", subprocess_with(Popen=start_in_cell))
-        monkeypatch.setattr(os, "environ", audit_environment(**settings))
-        monkeypatch.setattr(sys, "argv", ["audit.py", *audit_line(run, *arguments)])
-        capsys.readouterr()
-        status = command.run_command("audit.py", command.run_audit)
-        said = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=said.out, stderr=said.err)
+        return call_audit(*audit_line(run, *arguments), environment=audit_environment(**settings))
 
     return start
 
@@ -314,11 +320,11 @@ def test_a_script_is_named_by_its_commit_or_by_the_lines_that_differ(tmp_path, m
         audit_script.identify(tmp_path / "missing.py")
 
 
-def test_a_packed_script_is_what_it_unpacks_to(tmp_path):
+def test_a_packed_script_is_what_it_unpacks_to(committed, tmp_path):
     packed = tmp_path / "packed.py"
     packed.write_bytes(pack(SCRIPT.read_bytes()))
     found = audit_script.identify(packed)
-    assert found.is_own == audit_script.identify(SCRIPT).is_own
+    assert found.is_own
     assert found.sha256 == hashlib.sha256(packed.read_bytes()).hexdigest()
     assert hashlib.sha256(SCRIPT.read_bytes()).hexdigest() in found.evidence
     assert audit_script.setting_names(packed) == audit_script.setting_names(SCRIPT)
@@ -653,7 +659,7 @@ def test_another_script_is_said_so_on_top_and_its_scores_are_held_against_our_ow
 
 def test_exit_statuses(run, audit_here, committed, tmp_path):
     """A script that differs goes before no isolation, and that before what is open. The first is
-    that of the command as a reviewer starts it.
+    that of the command as a reviewer starts it, who has only commits to compare with.
     """
     other = changed_script(tmp_path, ("    sys.exit(run())\n", "    sys.exit(run())  # mine\n"))
     another = ["--script", str(other)]
@@ -668,7 +674,8 @@ def test_exit_statuses(run, audit_here, committed, tmp_path):
         by_command = arguments == ["--isolation", "none"]
         audit = functools.partial(run_audit, run) if by_command else audit_here
         done = audit("--checks", "bytes", *arguments)
-        assert done.returncode == status, done.stdout + done.stderr
+        expected = 3 if by_command and not committed else status
+        assert done.returncode == expected, done.stdout + done.stderr
         assert ("**NOT ISOLATED" in done.stdout) == ("none" in arguments or not isolated)
 
 
@@ -1534,18 +1541,17 @@ def test_a_check_that_breaks_off_has_failed_and_the_table_stays_one(entry_of, mo
     assert command.status_of(results) == 1
 
 
-def test_unusable_input_is_one_line(run, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+def test_unusable_input_is_one_line(run, tmp_path):
     tokenizer = str(run.data / "tokenizer.model")
     paths = ["--data", str(run.data), "--tokenizer", tokenizer]
     artifact, cut = str(run.artifact), tmp_path / "cut"
     cut.write_bytes(run.artifact.read_bytes()[:-1])
     (tmp_path / "log").write_text("nothing")
 
-    def said(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["audit.py", *arguments])
-        assert command.run_command("audit.py", command.run_audit) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+    def said(*arguments: str, **settings: str) -> str:
+        done = call_audit(*arguments, environment={"PATH": os.environ["PATH"]} | settings)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
         assert line.startswith("audit.py: error: ")
         return line
 
@@ -1558,5 +1564,5 @@ def test_unusable_input_is_one_line(run, monkeypatch, capsys, tmp_path):
     assert "cannot read the log" in said(artifact, *paths, "--log", str(tmp_path))
     assert "there is no spelling" in said(artifact, *paths, "--checks", "score,spelling")
     assert "--cuts must be" in said(artifact, *paths, "--cuts", "0")
-    os.environ["EVAL_STRIDE"] = "16"
-    assert "made with EVAL_STRIDE=8, here it is 16" in said(artifact, *paths, "--log", str(run.log))
+    other = said(artifact, *paths, "--log", str(run.log), EVAL_STRIDE="16")
+    assert "made with EVAL_STRIDE=8, here it is 16" in other

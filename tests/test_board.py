@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import called_here
 from tools import board
 
 ROOT = Path(board.__file__).resolve().parent.parent
@@ -51,14 +52,14 @@ def test_a_log_that_grows_is_followed_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(board, "PAUSE", 0.05)
     log = tmp_path / "a.jsonl"
     log.write_text(lines(SETTINGS, TRAIN[0]) + lines(TRAIN[1])[:20])
-    monkeypatch.setattr(sys, "argv", ["board", str(log), "--follow", "--out", str(tmp_path / "b")])
 
     def go_on() -> None:
         with log.open("a") as file:
             file.write(lines(TRAIN[1])[20:] + lines(FINAL))
 
     threading.Timer(0.3, go_on).start()
-    assert board.main() == 0
+    done = called_here(board.main, "board", log, "--follow", "--out", tmp_path / "b")
+    assert done.returncode == 0
     found = curves(tmp_path / "b" / "a")
     assert found == {"train/train_loss": [(1, 4.0), (2, 3.0)], "final/val_bpb": [(2, 1.25)]}
 
@@ -82,8 +83,7 @@ def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     log = tmp_path / "a.jsonl"
     log.write_text(lines(SETTINGS, *TRAIN, FINAL))
-    monkeypatch.setattr(sys, "argv", ["board", str(log), "--wandb", "golf"])
-    assert board.main() == 0
+    assert called_here(board.main, "board", log, "--wandb", "golf").returncode == 0
     assert told == [
         ("golf", "a"),
         SETTINGS["settings"],

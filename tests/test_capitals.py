@@ -331,6 +331,19 @@ def test_files_of_bytes_of_another_length_are_refused(data, tokenizer):
         load(data, tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
+def test_what_is_named_like_a_file_of_bytes_and_is_none_is_refused(data, tokenizer, kind):
+    path = data / "words_val_bytes_000001.bin"
+    path.unlink()
+    load(data, tokenizer)
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("gone")
+    with pytest.raises(t.UserError, match="bytes_000001.bin.* or take the file away"):
+        load(data, tokenizer)
+
+
 def test_a_plain_tokenizers_files_of_bytes_are_compared_too(shards, byte_tokenizer, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(shards, data)

@@ -5,6 +5,7 @@ leaves nothing out, and a wrong start ends with one line.
 """
 
 import fnmatch
+import functools
 import importlib.util
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from tests.support import SCRIPT
+from tests.support import SCRIPT, called_here
 from tools import make_venv, runs
 from tools.audit.checks import CHECKS
 from tools.command import UserError, need_place, run_command, write_whole
@@ -350,12 +351,12 @@ def test_what_is_written_does_not_go_through_a_link_in_its_way(tmp_path):
         assert sorted(tmp_path.iterdir()) == [out, other]
 
 
-def test_a_table_is_not_printed_before_its_file_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_table_is_not_printed_before_its_file_is_refused(tmp_path):
     log = ROOT / "data" / "tiny" / "tiny.jsonl"
     kept = log.read_bytes()
     for option, out in (("--csv", log), ("--csv", tmp_path), ("--plot", tmp_path / "a.pdfx")):
-        monkeypatch.setattr(sys, "argv", ["runs.py", str(log), option, str(out)])
-        assert run_command("runs.py", runs.main) == 2
-        said = capsys.readouterr()
-        assert said.out == "" and str(out) in said.err
+        main = functools.partial(run_command, "runs.py", runs.main)
+        done = called_here(main, "runs.py", log, option, out)
+        assert done.returncode == 2
+        assert done.stdout == "" and str(out) in done.stderr
     assert log.read_bytes() == kept

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 import train_gpt as t
 from tests.support import (
     SOLO,
+    called_here,
     random_model,
     run_environment,
     run_here,
@@ -167,15 +166,14 @@ def environment(shards, tmp_path):
 
 
 @pytest.fixture
-def start(monkeypatch, capsys, environment):
+def start(environment):
     """Starts the command in that environment; its lines of JSON."""
 
     def run(*arguments) -> list[dict]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["document_adaptation", *arguments])
-        monkeypatch.setattr(os, "environ", environment | {"EVAL_MODE": "sliding"})
-        assert idea.command() == 0
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        given = environment | {"EVAL_MODE": "sliding"}
+        done = called_here(idea.command, "document_adaptation", *arguments, environment=given)
+        assert done.returncode == 0
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
     return run
 

@@ -411,7 +411,7 @@ def test_folders_that_cannot_be_used(tmp_path, capsys, model):
     assert run("text", source, "--out", tmp_path / "o", *options) == 0
     other = run("text", source, "--out", tmp_path / "o", *options, "--name", "other")
     check_error(capsys, other, "already holds another dataset (n_train_000000.bin)")
-    for name in ("n_val_000007.bin", "manifest.json"):
+    for name in ("n_val_000007.bin", "n_val_bytes_000007.bin", "manifest.json"):
         before = contents(tmp_path / "o")
         (tmp_path / "o" / name).unlink(missing_ok=True)
         (tmp_path / "o" / name).mkdir()
@@ -733,12 +733,29 @@ def test_shards_that_are_not_whole_or_of_another_tokenizer_are_refused(
     shutil.copy(finished / "d_train_000000.bin", finished / "d_train_000003.bin")
     check_error(capsys, run("manifest", finished), "lacks number 2 of d_train_*.bin, but has 3")
     (finished / "d_train_000003.bin").unlink()
-    (finished / "d_train_000001.bin").unlink()
-    (finished / "d_train_000001.bin").mkdir()
-    check_error(capsys, run("manifest", finished), "d_train_000001.bin: Is a directory")
     for model in (finished / "small.model", finished / "manifest.json"):
         model.unlink()
     check_error(capsys, run("manifest", finished), "give --tokenizer FILE.model")
+
+
+@pytest.mark.parametrize("name", ["d_train_000002", "d_val_000001", "d_val_bytes_000000"])
+@pytest.mark.parametrize("kind", ["a folder", "no file"])
+def test_what_is_named_like_a_file_of_tokens_and_is_none_is_refused(
+    finished, tmp_path, capsys, name, kind
+):
+    """By whatever reads that split. Files of bytes, which no command needs, are no exception."""
+    assert run("manifest", finished) == 0
+    capsys.readouterr()
+    place = finished / f"{name}.bin"
+    if kind == "a folder":
+        place.mkdir()
+    else:
+        place.symlink_to("gone")
+    said = f"{name}.bin is named like a file of tokens, but is {kind}; move it away"
+    check_error(capsys, run("manifest", finished), said)
+    out = ("--out", tmp_path / "o")
+    check_error(capsys, run("development", finished, *out, "--part", 0), said)
+    assert not (tmp_path / "o").exists()
 
 
 # ---- The command at the end ----
@@ -1255,6 +1272,20 @@ def test_files_that_are_there_are_not_read_again(hub, monkeypatch):
 def flip_last_byte(copy: Path) -> None:
     raw = copy.read_bytes()
     copy.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+def test_fineweb_refuses_folders_where_files_are_to_be_before_it_downloads(hub, capsys):
+    folder = Path("data/datasets/fineweb10B_sp1024")
+    (folder / TRAIN[0]).mkdir(parents=True)
+    check_error(capsys, run(*COMMAND, 1), f"{TRAIN[0]} is a folder where a file is to be")
+    assert hub.fetched == []
+    (folder / TRAIN[0]).rmdir()
+    assert run(*COMMAND, 1) == 0
+    capsys.readouterr()
+    for name in (TRAIN[1], "fineweb_val_bytes_000000.bin"):  # of no download, but it is read
+        (folder / name).mkdir()
+        check_error(capsys, run(*COMMAND, 1), f"{name} is named like a file of tokens, but is a")
+        (folder / name).rmdir()
 
 
 def test_fineweb_refuses_corrupt_downloads(hub, capsys):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PATIENCE, run_environment, run_here, start_here
+from tests.support import PATIENCE, called_here, run_environment, run_here, start_here
 from tools.command import UserError
 from tools.report import __main__ as report
 from tools.report import charts, markup
@@ -120,17 +120,14 @@ def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
     (folder / "audit.md").write_text(AUDIT)
     log = full_log(folder / "full.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        made(patch, folder, log, "--audit", folder / "audit.md", "--static")
+    made(folder, log, "--audit", folder / "audit.md", "--static")
     return folder / "report.html"
 
 
-def made(monkeypatch, folder: Path, *arguments) -> str:
+def made(folder: Path, *arguments) -> str:
     """The page that these arguments make."""
     out = folder / "report.html"
-    command = ["report", *map(str, arguments), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
-    assert report.main() == 0
+    assert called_here(report.main, "report", *arguments, "--out", out).returncode == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -240,8 +237,8 @@ def assert_whole(text: str) -> None:
     assert sources == []
 
 
-def test_a_log_with_every_record_fills_every_section(monkeypatch, tmp_path, full):
-    text = made(monkeypatch, tmp_path, *full)
+def test_a_log_with_every_record_fills_every_section(tmp_path, full):
+    text = made(tmp_path, *full)
     assert_whole(text)
     assert 1_000_000 < len(text.encode()) < 6_000_000
 
@@ -262,7 +259,7 @@ def test_a_run_of_the_script_fills_every_section_but_the_audits(monkeypatch, sha
     asked = {"quantization_report": True, "sample_prompt": "A", "sample_tokens": 4}
     assert run_here(monkeypatch, run_environment(shards, tmp_path, **asked)) == 0
     log = tmp_path / "a.jsonl"
-    page = Page(made(monkeypatch, tmp_path, log))
+    page = Page(made(tmp_path, log))
     assert list(page.sections) == TITLES
     assert page.classes().count("missing") == 1 and "No audit was given" in page.sections["Audit"]
     events = {record["event"]: record for record in map(json.loads, log.read_text().splitlines())}
@@ -282,10 +279,8 @@ def test_a_run_of_the_script_fills_every_section_but_the_audits(monkeypatch, sha
         assert one in " ".join(page.sections[title].split()), title
 
 
-def test_curves_are_the_logs_numbers(monkeypatch, tmp_path, full):
-    losses, rates, times, length, _, window, *chunks = Page(
-        made(monkeypatch, tmp_path, *full)
-    ).charts
+def test_curves_are_the_logs_numbers(tmp_path, full):
+    losses, rates, times, length, _, window, *chunks = Page(made(tmp_path, *full)).charts
     records = [json.loads(line) for line in full[0].read_text().splitlines()]
     steps = [record for record in records if record["event"] == "train"]
     raw, mean, validation = losses["curves"]
@@ -309,11 +304,11 @@ def test_curves_are_the_logs_numbers(monkeypatch, tmp_path, full):
     assert [curve["y"] for curve in seconds] == [[9.5, 8.5, None], [5.0, 4.0, 2.0]]
 
 
-def test_a_section_without_data_names_the_setting_that_fills_it(monkeypatch, tmp_path):
+def test_a_section_without_data_names_the_setting_that_fills_it(tmp_path):
     log = tmp_path / "bare.jsonl"
     settings = {"settings": SETTINGS, "machine": {}}
     log.write_text(json.dumps({"event": "settings", "seconds": 0.1} | settings) + "\n")
-    page = Page(made(monkeypatch, tmp_path, log, "--static"))
+    page = Page(made(tmp_path, log, "--static"))
     assert list(page.sections) == TITLES
     wanted = {"Clocks": "EVAL_ONLY", "Curves": "TRAIN_LOG_EVERY", "Bytes": "TARGET_MB"}
     wanted |= {"Data": "DATA_PATH", "Quantization": "QUANTIZATION_REPORT", "Settings": "PRESET"}
@@ -329,38 +324,38 @@ def test_a_section_without_data_names_the_setting_that_fills_it(monkeypatch, tmp
         assert name.lower() in FIELDS, name
 
 
-def test_a_run_that_does_not_adapt_names_the_setting_that_would(monkeypatch, tmp_path):
+def test_a_run_that_does_not_adapt_names_the_setting_that_would(tmp_path):
     log = full_log(tmp_path / "frozen.jsonl", ttt_enabled=False)
     change(log, "final_profile", **PLAIN)
-    text = Page(made(monkeypatch, tmp_path, log)).sections
+    text = Page(made(tmp_path, log)).sections
     told = text["Test-time training"]
     assert "TTT_ENABLED=1" in told and "Nats of each chunk" in told and "its last epoch" not in told
     assert "scoring 11" not in text["Clocks"] and "33.2 s of 600 s" in text["Clocks"]
 
 
-def test_bytes_of_a_run_whose_script_did_not_count_them_are_named(monkeypatch, tmp_path):
+def test_bytes_of_a_run_whose_script_did_not_count_them_are_named(tmp_path):
     log = full_log(tmp_path / "uncounted.jsonl")
     text = log.read_text().replace('"bytes_by_kind"', '"other"')
     log.write_text(text)
-    page = Page(made(monkeypatch, tmp_path, log, full_log(tmp_path / "counted.jsonl")))
+    page = Page(made(tmp_path, log, full_log(tmp_path / "counted.jsonl")))
     assert "Not in the log of uncounted: bytes by kind of layer" in page.sections["Bytes"]
     assert "counted: bytes of the model by kind of layer" in page.sections["Bytes"]
 
 
-def test_of_several_runs_those_that_lack_a_section_are_named(monkeypatch, tmp_path, full):
+def test_of_several_runs_those_that_lack_a_section_are_named(tmp_path, full):
     older = tmp_path / "older.jsonl"
     older.write_text(SEEDS[0].read_text())
-    sections = Page(made(monkeypatch, tmp_path, full[0], older)).sections
+    sections = Page(made(tmp_path, full[0], older)).sections
     assert "Not in the log of s180-1337" in sections["Sample"]
     assert "Not given, but different:" in sections["Settings"]
     assert "1.17384673" in sections["Result"] and "1.21987654" in sections["Result"]
 
 
-def test_a_run_has_one_colour_whatever_other_runs_leave_out(monkeypatch, tmp_path, full):
+def test_a_run_has_one_colour_whatever_other_runs_leave_out(tmp_path, full):
     scored = ROOT / "logs" / "web-60s-180s" / "e-plain-ttt.eval.jsonl"  # no training: no curves
-    losses = Page(made(monkeypatch, tmp_path, scored, full[0])).charts[0]
+    losses = Page(made(tmp_path, scored, full[0])).charts[0]
     assert {curve["colour"] for curve in losses["curves"]} == {charts.COLOURS[1]}
-    text = Page(made(monkeypatch, tmp_path, scored, "--static")).sections
+    text = Page(made(tmp_path, scored, "--static")).sections
     assert "1.1" in text["Result"] and "EVAL_ONLY=0" in text["Curves"]
 
 
@@ -378,30 +373,30 @@ def test_a_drawings_scale_keeps_the_digits_that_tell_its_marks_apart(drawn):
             assert len(told) == len(set(told)), told
 
 
-def test_seeds_have_a_mean_and_other_runs_have_none(monkeypatch, tmp_path, full):
-    text = Page(made(monkeypatch, tmp_path, *SEEDS)).sections["Result"]
+def test_seeds_have_a_mean_and_other_runs_have_none(tmp_path, full):
+    text = Page(made(tmp_path, *SEEDS)).sections["Result"]
     assert "differ in SEED alone: mean 1.17354, sample standard deviation 0.00036" in text
-    text = Page(made(monkeypatch, tmp_path, SEEDS[0], full[0])).sections["Result"]
+    text = Page(made(tmp_path, SEEDS[0], full[0])).sections["Result"]
     assert "mean" not in text
 
 
-def test_long_runs_keep_to_the_bytes(monkeypatch, tmp_path):
+def test_long_runs_keep_to_the_bytes(tmp_path):
     log = full_log(tmp_path / "long.jsonl", steps=15_000)
-    assert len(made(monkeypatch, tmp_path, log, "--static").encode()) < 300_000
-    text = made(monkeypatch, tmp_path, log)
+    assert len(made(tmp_path, log, "--static").encode()) < 300_000
+    text = made(tmp_path, log)
     assert len(text.encode()) < 6_000_000
     drawn = Page(text).charts[0]["curves"][0]["xs"]["step"]
     assert 5_000 <= len(drawn) <= charts.MOST_RECORDS + 1
     assert drawn[0] == 1 and drawn[-1] == 15_000
 
 
-def test_a_run_that_diverged_is_drawn_as_far_as_it_came(monkeypatch, tmp_path):
+def test_a_run_that_diverged_is_drawn_as_far_as_it_came(tmp_path):
     log = full_log(tmp_path / "diverged.jsonl")
     lines = log.read_text().replace(f'"train_loss": {5.0 - 30 / 17}', '"train_loss": NaN')
     log.write_text(lines)
-    raw = Page(made(monkeypatch, tmp_path, log)).charts[0]["curves"][0]
+    raw = Page(made(tmp_path, log)).charts[0]["curves"][0]
     assert raw["y"][-1] is None and all(map(math.isfinite, raw["y"][:-1]))
-    made(monkeypatch, tmp_path, log, SEEDS[0], "--static")
+    made(tmp_path, log, SEEDS[0], "--static")
 
 
 def test_what_the_contest_limits_is_shown_when_it_is_broken():
@@ -438,17 +433,17 @@ def change(log: Path, event: str, **values) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_figure_is_one_line(monkeypatch, tmp_path, event, values):
+def test_what_is_no_figure_is_one_line(tmp_path, event, values):
     log = full_log(tmp_path / "odd.jsonl")
     change(log, event, **values)
     with pytest.raises(UserError, match="is not a run's .jsonl log"):
-        made(monkeypatch, tmp_path, log)
+        made(tmp_path, log)
 
 
-def test_an_audit_without_a_table_is_refused(monkeypatch, tmp_path, full):
+def test_an_audit_without_a_table_is_refused(tmp_path, full):
     full[2].write_text("nothing\n")
     with pytest.raises(UserError, match="--audit: there is no table"):
-        made(monkeypatch, tmp_path, *full)
+        made(tmp_path, *full)
 
 
 def test_the_command_line_tells_what_it_made_and_a_mistake_in_one_line(tmp_path, full):
@@ -485,8 +480,8 @@ def opened(path: Path, folder: Path) -> tuple[str, list[str]]:
 
 @needs_browser
 @pytest.mark.parametrize("way", ["interactive", "static"])
-def test_a_browser_shows_all_and_complains_of_nothing(monkeypatch, tmp_path, full, drawn, way):
-    made(monkeypatch, tmp_path, *full)
+def test_a_browser_shows_all_and_complains_of_nothing(tmp_path, full, drawn, way):
+    made(tmp_path, *full)
     shown, console = opened(drawn if way == "static" else tmp_path / "report.html", tmp_path)
     assert console == []
     assert "<title>Report of full</title>" in shown  # no text of the log has run
@@ -503,9 +498,9 @@ def test_a_browser_shows_all_and_complains_of_nothing(monkeypatch, tmp_path, ful
 
 
 @needs_browser
-def test_a_page_that_is_broken_is_noticed(monkeypatch, tmp_path, full):
+def test_a_page_that_is_broken_is_noticed(tmp_path, full):
     """By the console's lines, which the test above finds none of; no other script is let run."""
-    text = made(monkeypatch, tmp_path, *full)
+    text = made(tmp_path, *full)
     page = tmp_path / "broken.html"
     text = text.replace('"curves":[', '"curves":[[', 1)
     page.write_text(text.replace("<h1>", "<script>document.title = 'taken'</script><h1>"))
@@ -535,10 +530,8 @@ ASK = """
 
 
 @needs_browser
-def test_a_phone_need_not_scroll_sideways_and_a_button_changes_the_axis(
-    monkeypatch, tmp_path, full
-):
-    text = made(monkeypatch, tmp_path, full[0], *SEEDS)
+def test_a_phone_need_not_scroll_sideways_and_a_button_changes_the_axis(tmp_path, full):
+    text = made(tmp_path, full[0], *SEEDS)
     text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     (tmp_path / "inner.html").write_text(text.replace("</body>", f"<script>{ASK}</script></body>"))
     (tmp_path / "frame.html").write_text(FRAME)

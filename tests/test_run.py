@@ -1181,6 +1181,10 @@ def manifest_of(folder: Path, overlap: int) -> dict:
     return {"shards": shards, "overlap": {"documents": overlap}}
 
 
+def warnings_in(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("warning: ")]
+
+
 def log_hashes(settings: t.Settings, log: Callable) -> None:
     """t.log_hashes() of the shards in DATA_PATH."""
     opened = [t.open_shards(settings.data_path, split) for split in ("train", "val")]
@@ -1319,11 +1323,42 @@ def test_an_evaluation_may_score_training_text(
     assert run_here(monkeypatch, environment) == 0
     out = capsys.readouterr().out
     assert f"SHA-256, validation: {name} {t.file_sha256(text)}" in out
-    warning = f"warning: {name} is training text by its name, and is scored"
-    assert (warning in out) == ("_train_" in name)
+    source = "its name" if "_train_" in name else str(tmp_path / text.name)
+    assert warnings_in(out) == [f"warning: {name} is training text by {source}, and is scored"]
     environment = run_environment(shards, tmp_path / "logs", data_path=tmp_path)
     told = mistake(monkeypatch, capsys, environment)
     assert "which is scored: take it away" in told or "is scored, by its name: rename it" in told
+
+
+@pytest.mark.parametrize("case", ["hashed", "not hashed", "other text", "another's log"])
+def test_training_text_is_known_by_the_log_of_the_run_where_that_has_its_sum(
+    monkeypatch, capsys, trained, shards, tmp_path, case
+):
+    """Wherever it is scored, and whatever it is called there. A broken training shard beside it,
+    which nothing reads, is none of an evaluation's business.
+    """
+    text = shards / "words_train_000001.bin"
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(
+        shards / "words_val_000000.bin" if case == "other text" else text, data / "x_val_0.bin"
+    )
+    (data / "x_train_0.bin").write_bytes(b"no shard")
+    artifact = tmp_path / "b.int6.lzma"
+    shutil.copy(trained.artifact, artifact)
+    records = trained.records
+    for record in records:
+        if record["event"] == "hashes" and case != "not hashed":
+            record["training"] = {text.name: t.file_sha256(text)}
+        if record["event"] == "trained" and case == "another's log":
+            record["artifact_sha256"] = "0" * 64
+    log = tmp_path / "b.jsonl"
+    log.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    changes = {"data_path": data, "artifact": artifact, "eval_mode": "plain", "ttt_enabled": False}
+    environment = run_environment(shards, tmp_path / "logs", eval_only=True, **changes)
+    assert run_here(monkeypatch, environment) == 0
+    told = [f"warning: x_val_0.bin is training text by {log}, and is scored"]
+    assert warnings_in(capsys.readouterr().out) == (told if case == "hashed" else [])
 
 
 def test_two_runs_with_one_artifact_are_told_apart_at_the_start(

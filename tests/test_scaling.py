@@ -1,5 +1,6 @@
 """Scores against training seconds: the curve, its forecast, its intervals, and what is refused."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import called_here
 from tools import scaling
 from tools.command import UserError
 
@@ -186,7 +188,7 @@ def test_kinds_of_other_text_or_machines_are_not_compared(tmp_path):
             scaling.read_kinds(ours, twin)
 
 
-def test_other_files_and_arguments_end_in_one_line(tmp_path, monkeypatch, capsys):
+def test_other_files_and_arguments_end_in_one_line(tmp_path):
     ours, twin = kinds(tmp_path)
     other, empty, old = (tmp_path / f"{name}.jsonl" for name in ("other", "empty", "old"))
     other.write_text("hello\n")
@@ -213,10 +215,10 @@ def test_other_files_and_arguments_end_in_one_line(tmp_path, monkeypatch, capsys
         (ours, ["--out", ours[0]], "would be written over"),
     ]
     for logs, more, message in cases:
-        command = ["scaling.py", "--ours", *logs, "--twin", *twin, "--out", tmp_path / "lead.png"]
-        monkeypatch.setattr(sys, "argv", list(map(str, [*command, *more])))
-        assert scaling.run_command("scaling.py", scaling.main) == 2
-        said = capsys.readouterr()
-        assert said.out == "" and said.err.count("\n") == 1
-        assert message in said.err
+        arguments = ["--ours", *logs, "--twin", *twin, "--out", tmp_path / "lead.png", *more]
+        main = functools.partial(scaling.run_command, "scaling.py", scaling.main)
+        done = called_here(main, "scaling.py", *arguments)
+        assert done.returncode == 2
+        assert done.stdout == "" and done.stderr.count("\n") == 1
+        assert message in done.stderr
         assert not (tmp_path / "lead.png").exists()

@@ -1,7 +1,7 @@
 """Scores of single tokens in tables: where a lead was put, there it is found; what is refused."""
 
+import functools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 import train_gpt as t
 from tests.support import (
     SOLO,
+    called_here,
     document_stream,
     random_model,
     run_environment,
@@ -218,18 +219,17 @@ def write_run(folder, name, shards, clock, nats, mode="plain", **changes):
     return path
 
 
-def start(monkeypatch, capsys, ours, twin, out, *more) -> tuple[int, str, str]:
+def start(ours, twin, out, *more) -> tuple[int, str, str]:
     arguments = ["--ours", *ours, "--twin", *twin, "--out", out, *more]
-    monkeypatch.setattr(sys, "argv", ["token_scores.py", *map(str, arguments)])
-    capsys.readouterr()
-    status = w.run_command("token_scores.py", w.main, t.UserError)
-    return status, *capsys.readouterr()
+    main = functools.partial(w.run_command, "token_scores.py", w.main, t.UserError)
+    done = called_here(main, "token_scores.py", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_the_command_writes_tables_of_all_clocks(monkeypatch, capsys, runs, tmp_path):
+def test_the_command_writes_tables_of_all_clocks(runs, tmp_path):
     """The scores lie beside the logs, not where the runs wrote them."""
     kinds = [[runs / f"{kind}-{clock}.jsonl" for clock in (90, 45)] for kind in "ht"]
-    status, said, error = start(monkeypatch, capsys, *kinds, tmp_path / "a.json")
+    status, said, error = start(*kinds, tmp_path / "a.json")
     assert (status, error) == (0, "")
     facts = json.loads((tmp_path / "a.json").read_text())
     assert [run["clock"] for run in facts["runs"]] == [45, 90]
@@ -259,7 +259,7 @@ def test_seeds_of_a_clock_are_averaged_and_their_spread_is_told(runs):
     assert whole["change_seeds"] == pytest.approx([spread * 3.5**0.5], abs=1e-6)
 
 
-def test_what_cannot_be_compared_ends_in_one_line(monkeypatch, capsys, runs, shards, tmp_path):
+def test_what_cannot_be_compared_ends_in_one_line(runs, shards, tmp_path):
     nats = np.load(runs / "t-45.npy")
 
     def twin(name, shown=nats, **changes):
@@ -302,19 +302,17 @@ def test_what_cannot_be_compared_ends_in_one_line(monkeypatch, capsys, runs, sha
     ]
     for log, message in cases:
         place = tmp_path / "a.json"
-        status, _, error = start(monkeypatch, capsys, [runs / "h-45.jsonl"], [log], place)
+        status, _, error = start([runs / "h-45.jsonl"], [log], place)
         assert status == 2 and error.count("\n") == 1
         assert message in error
         assert not place.exists()
     ours = [changed("trained", digest, "0" * 16)]
-    status, _, error = start(monkeypatch, capsys, ours, [runs / "t-45.jsonl"], tmp_path / "b.json")
+    status, _, error = start(ours, [runs / "t-45.jsonl"], tmp_path / "b.json")
     assert status == 2 and "has another training text" in error
 
 
 @pytest.mark.parametrize("place", ["first", "second"])
-def test_runs_of_one_kind_differ_in_clock_and_seed(
-    monkeypatch, capsys, runs, shards, tmp_path, place
-):
+def test_runs_of_one_kind_differ_in_clock_and_seed(runs, shards, tmp_path, place):
     """Half the text and one seed twice were averaged as two seeds of a clock."""
     nats = np.load(runs / "h-45.npy")
     digest = t.summarize_shards(t.open_shards(str(shards), "train"))["digest"]
@@ -328,34 +326,32 @@ def test_runs_of_one_kind_differ_in_clock_and_seed(
     for log, message in cases:
         ours = [log, runs / "h-45.jsonl"] if place == "first" else [runs / "h-45.jsonl", log]
         twin = [runs / "t-45.jsonl"] + [runs / "t-90.jsonl"] * (log.stem == "rate")
-        status, said, error = start(monkeypatch, capsys, ours, twin, tmp_path / "a.json")
+        status, said, error = start(ours, twin, tmp_path / "a.json")
         assert (status, said) == (2, "")
         assert message in error and error.count("\n") == 1
     second = write_run(tmp_path, "second", shards, 45, nats, seed=2)
     ours = [runs / "h-45.jsonl", second]
-    status, said, _ = start(monkeypatch, capsys, ours, [runs / "t-45.jsonl"], tmp_path / "a.json")
+    status, said, _ = start(ours, [runs / "t-45.jsonl"], tmp_path / "a.json")
     assert status == 0
     assert "(seeds [1, 2])" in said
 
 
-def test_a_run_scored_again_elsewhere_is_of_its_kind(monkeypatch, capsys, runs, shards, tmp_path):
+def test_a_run_scored_again_elsewhere_is_of_its_kind(runs, shards, tmp_path):
     """EVAL_ONLY takes over what trained; how it was started is its own."""
     nats = np.load(runs / "h-45.npy")
     again = {"seed": 2, "eval_only": True, "compile": "off", "eval_stride": 64}
     ours = [runs / "h-45.jsonl", write_run(tmp_path, "again", shards, 45, nats, **again)]
-    status, _, error = start(monkeypatch, capsys, ours, [runs / "t-45.jsonl"], tmp_path / "a.json")
+    status, _, error = start(ours, [runs / "t-45.jsonl"], tmp_path / "a.json")
     assert (status, error) == (0, "")
 
 
-def test_no_input_is_written_over_and_what_lies_elsewhere_is_asked_for(
-    monkeypatch, capsys, shards, tmp_path
-):
+def test_no_input_is_written_over_and_what_lies_elsewhere_is_asked_for(shards, tmp_path):
     nats = np.random.default_rng(0).uniform(1, 3, 599).astype(np.float32)
     ours, twin = (write_run(tmp_path, kind, shards, 45, nats) for kind in "ht")
     kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
     model = shards / "tokenizer.model"
     for out in (*kept, model, tmp_path, Path("/dev/full")):
-        status, said, error = start(monkeypatch, capsys, [ours], [twin], out)
+        status, said, error = start([ours], [twin], out)
         assert (status, said) == (2, "")
         assert str(out) in error and error.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
@@ -367,11 +363,11 @@ def test_no_input_is_written_over_and_what_lies_elsewhere_is_asked_for(
         ("--data", tmp_path, "had them: give --data FOLDER"),
     ):
         out = tmp_path / "a.json"
-        status, _, error = start(monkeypatch, capsys, [ours], [twin], out, option, value)
+        status, _, error = start([ours], [twin], out, option, value)
         assert status == 2 and message in error
 
 
-def test_a_run_and_its_artifact_scored_again_are_read(monkeypatch, capsys, shards, tmp_path):
+def test_a_run_and_its_artifact_scored_again_are_read(monkeypatch, shards, tmp_path):
     """The script's own logs and scores; those of EVAL_ONLY name no training shards."""
     changes = {"eval_mode": "plain", "ttt_enabled": False, "max_wallclock_seconds": 99.0}
     changes |= {"eval_nll_path": tmp_path / "a.npy", "iterations": 1}
@@ -380,7 +376,7 @@ def test_a_run_and_its_artifact_scored_again_are_read(monkeypatch, capsys, shard
     again["EVAL_NLL_PATH"] = str(tmp_path / "again.npy")
     assert run_here(monkeypatch, again) == 0
     logs = [[tmp_path / "a.jsonl"], [tmp_path / "a.eval.jsonl"]]
-    status, said, error = start(monkeypatch, capsys, *logs, tmp_path / "where.json")
+    status, said, error = start(*logs, tmp_path / "where.json")
     assert (status, error) == (0, "")
     assert "99 s: BPB ours" in said
     (whole,) = json.loads((tmp_path / "where.json").read_text())["tables"]["all"]
