@@ -1025,21 +1025,30 @@ def recorded_hashes(
 
 
 def text_trained_on(settings, validation: list[Shard]) -> dict[str, str]:
-    """An evaluation's shards that are training text, as far as is known: by name, what tells so.
+    """Which of an evaluation's shards are training text, as far as is known: by name, in words.
 
-    Samples tell it of training shards beside them; SHA-256 of those that ARTIFACT's log names.
+    Samples tell it of training shards beside them, of which those as long are opened alone; the
+    SHA-256 that the log of the run that wrote ARTIFACT has, of others.
     """
-    found = {x.path.name: "its name" for x in validation if "_train_" in x.path.name}
-    log = find_settings(settings)[0]
-    hashes = last_records(log).get("hashes", {}) if log else {}
-    known = dict.fromkeys(hashes.get("training", {}).values(), f"{log}")
+    scored = [shard for shard in validation if shard.count]
+    sizes = {shard.state["size"] for shard in scored}
+    beside, told = {}, {}
     for path in shard_paths(settings.data_path, "train"):
-        with suppress(UserError):  # nothing of it is scored: it may be broken
-            known[Shard(path).sample] = f"{path}"
-    for shard in validation:
-        source = known.get(shard.sha256) or known.get(shard.sample)
-        if source and shard.count:
-            found.setdefault(shard.path.name, source)
+        with suppress(OSError, UserError):  # nothing of it is scored: it may be broken
+            if path.stat().st_size in sizes:
+                beside[Shard(path).sample] = path
+    if log := find_settings(settings)[0]:
+        with suppress(LookupError, TypeError, AttributeError):  # a damaged record tells nothing
+            told = dict.fromkeys(last_records(log)["hashes"]["training"].values(), log)
+    found = {}
+    for shard in scored:
+        name = shard.path.name
+        if "_train_" in name:
+            found[name] = "is training text by its name"
+        elif path := beside.get(shard.sample):
+            found[name] = f"holds the text of {shown(path)}, a training shard"
+        elif path := told.get(shard.sha256):
+            found[name] = f"is training text by {shown(path)}"
     return found
 
 
@@ -1048,7 +1057,7 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
 
     Tokenizer and validation shards are hashed, by the main rank and off every clock; training
     shards, of up to 16 GB, are not. Raises UserError for one with a validation shard's sample;
-    without training, which opens none, training text may be scored: text_trained_on() warns.
+    without training, training text may be scored: text_trained_on() warns.
     """
     folder, path = settings.data_path, settings.tokenizer_path
     scored = {shard.sample: shard.path.name for shard in validation if shard.count}
@@ -1060,8 +1069,8 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
     if not main:
         return
     trained = {} if training else text_trained_on(settings, validation)
-    for name, source in trained.items():
-        log(f"warning: {shown(name)} is training text by {shown(source)}, and is scored")
+    for name, problem in trained.items():
+        log(f"warning: {shown(name)} {problem}, and is scored")
     record = {"tokenizer": {os.path.basename(path): file_sha256(path)}}
     record["validation"] = {shard.path.name: shard.sha256 for shard in validation}
     recorded, overlap, absent = recorded_hashes(folder, training, record["validation"])

@@ -1323,14 +1323,17 @@ def test_an_evaluation_may_score_training_text(
     assert run_here(monkeypatch, environment) == 0
     out = capsys.readouterr().out
     assert f"SHA-256, validation: {name} {t.file_sha256(text)}" in out
-    source = "its name" if "_train_" in name else str(tmp_path / text.name)
-    assert warnings_in(out) == [f"warning: {name} is training text by {source}, and is scored"]
+    problem = f"holds the text of {tmp_path / text.name}, a training shard"
+    problem = "is training text by its name" if "_train_" in name else problem
+    assert warnings_in(out) == [f"warning: {name} {problem}, and is scored"]
     environment = run_environment(shards, tmp_path / "logs", data_path=tmp_path)
     told = mistake(monkeypatch, capsys, environment)
     assert "which is scored: take it away" in told or "is scored, by its name: rename it" in told
 
 
-@pytest.mark.parametrize("case", ["hashed", "not hashed", "other text", "another's log"])
+@pytest.mark.parametrize(
+    "case", ["hashed", "not hashed", "other text", "another's log", "null", "list", "unhashable"]
+)
 def test_training_text_is_known_by_the_log_of_the_run_where_that_has_its_sum(
     monkeypatch, capsys, trained, shards, tmp_path, case
 ):
@@ -1349,7 +1352,9 @@ def test_training_text_is_known_by_the_log_of_the_run_where_that_has_its_sum(
     records = trained.records
     for record in records:
         if record["event"] == "hashes" and case != "not hashed":
-            record["training"] = {text.name: t.file_sha256(text)}
+            hashed = {text.name: t.file_sha256(text)}
+            damaged = {"null": None, "list": [1], "unhashable": {text.name: [1]}}
+            record["training"] = damaged.get(case, hashed)
         if record["event"] == "trained" and case == "another's log":
             record["artifact_sha256"] = "0" * 64
     log = tmp_path / "b.jsonl"
