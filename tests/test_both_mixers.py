@@ -157,6 +157,9 @@ def test_an_artifact_scores_as_the_model_that_it_holds(mode, tmp_path):
     path = tmp_path / "artifact"
     path.write_bytes(t.pack_artifact(settings, stored))
     loaded, chosen = t.load_model(path, settings, set(), SOLO)
+    for name in limits:  # each is the one that was written, but for its grid
+        written = model.get_parameter(name)
+        assert 0 < relative(loaded.get_parameter(name), written) < 0.2, name
     text = document_stream(150)
     found = evaluate(loaded, chosen, text).val_bpb
     held = copy.deepcopy(model)

@@ -91,3 +91,19 @@ def test_weights_stand_on_their_grids_and_come_back(script):
         for each in (usual(run, step, 0.0) for step in range(1000))
     ]
     assert now[-1].quantized and not now[5].quantized and not now[500].quantized
+
+
+def test_grids_are_found_once_by_the_first_step_that_wants_them(script, monkeypatch):
+    found, steps = [], []
+    monkeypatch.setattr(t.Trainer, "accumulate_gradients", lambda self, *step: steps.append(step))
+    monkeypatch.setattr(t.Trainer, "warm_up", lambda self: None)
+    monkeypatch.setattr(late_grids, "find_grids", lambda *_: found.append(len(steps)) or ["found"])
+    late_grids.install(script)
+    trainer = t.Trainer.__new__(t.Trainer)
+    trainer.warm_up()
+    assert trainer.qat_k == late_grids.K  # so that run() looks for none of its own
+    for quantized in (False, True, True):
+        trainer.accumulate_gradients(("order", quantized), "tokens", "targets")
+    assert found == [1]
+    assert trainer.grids == ["found"]
+    assert len(steps) == 3
