@@ -5355,8 +5355,8 @@ class Checkpoints(ThreadPoolExecutor):
 
 # ---- Steps ---------------------------------------------------------------------------------------
 
-# More at once is no faster, and takes memory; the first Mamba keeps a state for every channel.
-MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 131_072}  # by MAMBA_VERSION, on a GPU
+# More at once is hardly faster, and takes memory; the first Mamba keeps a state for every channel.
+MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 262_144}  # by MAMBA_VERSION, on a GPU
 CPU_FACTOR = 6  # of a token's bytes: numbers are twice as long, and scans are no kernels
 USED_MEMORY = 0.7  # of what is free
 
@@ -6383,7 +6383,8 @@ def explain_collective(error: RuntimeError) -> str:
 #
 #   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
 #   sum_turns          a program per 16 angles: the turns made in chunks, to those before each
-#   rotate_features    a program per chunk and head: keys and queries, biased and rotated
+#   rotate_features    a program per chunk and head: running angles, by which it turns keys and
+#                      queries, unless scan_forward does
 #   scan_forward       a program per head goes through the chunks, its state in registers
 #   scan_backward      a program per head comes back through the chunks
 #   features_backward  undoes rotate_features and the norms, summed over heads
@@ -6411,7 +6412,7 @@ def explain_collective(error: RuntimeError) -> str:
 #   turns         (B, chunks, H, R)     turns made in a chunk; after a sum, those before it
 #   rotated *     (2, B, H, padded, N)  keys, queries: biased and rotated
 #   rotation      (2, B, H, padded, R)  cos, sin of the running angle
-#   states *      (B, H, chunks, N, P)  the state that enters each chunk, transposed
+#   states *      (B, H, chunks, P, N)  the state that enters each chunk
 #
 #   d_scalars     (2, B, H, padded)     k·dk, q·dq of each token, for the decays
 #   d_diagonal    (B, H, padded)        what a token's output passes to its own value and key
@@ -6547,8 +6548,8 @@ def norm_factor(x, S: constexpr):
 
 @jit
 def state_offsets(head, S: constexpr):
-    """Where a head's state (P, N) lies among others, transposed: (N, P)."""
-    square = tl.arange(0, S.P)[None, :] * S.N + tl.arange(0, S.N)[:, None]
+    """Where a head's state (P, N) lies among others."""
+    square = tl.arange(0, S.P)[:, None] * S.N + tl.arange(0, S.N)[None, :]
     return square + head.to(tl.int64) * S.P * S.N
 
 
@@ -6605,7 +6606,10 @@ def write_tile(tiles, place, x):
 #   key_log    D_t - log2 w_t, so that 2**(D_s - key_log_t) = w_t · decay from t to s
 #
 # and for each rotated pair the turns of a step of size 1, tanh(angle) / 2 = sigmoid(2 angle) - 1/2.
-# The next token's columns are read again rather than exchanged between programs.
+# The next token's columns are read again rather than exchanged between programs. A token's own
+# product, which rotation does not change, is of what the heads share and of their biases:
+#
+#   (k + k_bias)·(q + q_bias) = k·q + k·q_bias + q·k_bias + k_bias·q_bias
 @jit
 def load_dynamics(row, live, step_bias, h, S: constexpr):
     """Raw step, step, raw decay, decay rate A, and lambda, each (CHUNK, heads)."""
@@ -6628,12 +6632,44 @@ def at_starts(x, value, starts, b, token, length):
 
 
 @jit
+def times_bias(x, bias):
+    """x (CHUNK, BLOCK) of 16 bits @ bias (BLOCK, heads) of 32, which is split in two of 16."""
+    rounded = bias.to(x.dtype)
+    rest = (bias - rounded.to(tl.float32)).to(x.dtype)
+    return exact_dot(x, rest, exact_dot(x, rounded))
+
+
+@jit
+def store_key_query(scalars, features, biases, b, t, batch, padded, S: constexpr):
+    """Writes scalars' KEY_QUERY of the tokens t (CHUNK, 1), by 16 heads and BLOCK numbers."""
+    BLOCK: constexpr = min(S.N, 64)
+    for first in range(0, S.H, 16):
+        h = first + tl.arange(0, 16)[None, :]
+        heads = h < S.H
+        key_query = 0.0
+        for block in tl.static_range(S.N // BLOCK):
+            n = block * BLOCK + tl.arange(0, BLOCK)
+            key = tl.load(feature_rows(features, 0, b, t, batch, padded, S) + n[None, :])
+            query = tl.load(feature_rows(features, 1, b, t, batch, padded, S) + n[None, :])
+            bias = biases + h * S.N + n[:, None]
+            key_bias = load_float(bias, heads)
+            query_bias = load_float(bias + S.H * S.N, heads)
+            key_query += times_bias(key, query_bias)
+            key_query += times_bias(query, key_bias)
+            key_query += tl.sum(key_bias * query_bias, axis=0)[None, :]
+            key_query += tl.sum(key.to(tl.float32) * query.to(tl.float32), axis=1)[:, None]
+        place = scalars + ((KEY_QUERY * batch + b) * S.H + h) * padded + t
+        tl.store(place, key_query, heads)
+
+
+@jit
 def tokens_forward(
     projected,
     step_bias,
     norms,
+    biases,
     starts,  # (B, length) bool: where documents start; or None
-    scalars,  # out: all planes but KEY_QUERY
+    scalars,  # out
     features,  # out
     half_turn,  # out
     turns,  # out
@@ -6641,7 +6677,7 @@ def tokens_forward(
     batch,
     S: constexpr,
 ):
-    """A chunk's keys and queries, normed; its step sizes, decays, weights and turns."""
+    """A chunk's keys and queries, normed, its scalars, and the turns it makes."""
     b = tl.program_id(1)
     padded = tl.num_programs(0) * S.CHUNK
     token = tl.program_id(0) * S.CHUNK + tl.arange(0, S.CHUNK)
@@ -6681,6 +6717,8 @@ def tokens_forward(
     tl.store(half_turn + (b * padded + t) * S.R + r, half, turning)
     made = exact_dot(tl.trans(step), half)  # (heads, R)
     tl.store(turn_places(turns, b, tl.trans(h), r, S), made, tl.trans(heads) & turning)
+    tl.debug_barrier()  # all threads' features are stored
+    store_key_query(scalars, features, biases, b, t, batch, padded, S)
 
 
 # ---- Turns before a chunk ------------------------------------------------------------------------
@@ -6731,73 +6769,98 @@ def sum_turns(turns, start, around, end, chunks, S: constexpr):
 #
 #   even' = even cos a_t - odd sin a_t,  odd' = even sin a_t + odd cos a_t
 #
-# of key + key bias and query + query bias. Pairs after the first R have half_turn 0 and stay. The
-# product q_t·k_t is taken before rotation, which does not change it, and so has no rounding of it.
+# of key + key bias and query + query bias. Pairs after the first R have half_turn 0 and stay. On a
+# GPU that moves tiles by an instruction scan_forward turns them itself (rotates_in_scan() says of
+# which sizes), and keeps them for the backward: features, which the heads share, come from a cache.
 @jit
 def rotate_features(
     scalars, features, half_turn, turns, biases, rotated, rotation, batch, S: constexpr
 ):
-    """Writes a chunk's rotated keys and queries for one head, rotation, and scalars' KEY_QUERY."""
+    """Writes rotation for a chunk of one head, and its rotated keys and queries, if not None."""
     h = tl.program_id(1)
     b = tl.program_id(2)
     padded = tl.num_programs(0) * S.CHUNK
     head = (b * S.H + h).to(tl.int64)
     token = tl.program_id(0) * S.CHUNK + tl.arange(0, S.CHUNK)
-    n = tl.arange(0, S.N // 2)[None, :]
+    n = column_indices(S.R if rotated is None else S.N // 2)
     t = token[:, None]
     turning = n < S.R
     half = load_float(half_turn + (b * padded + t) * S.R + n, turning)
     step = tl.load(scalars + head_rows(STEP, head, token, batch, padded, S))
-    made = tl.cumsum(step[:, None] * half, axis=0)
     before = tl.load(turn_places(turns, b, h, n, S), turning, 0.0)
+    if rotated is not None:  # loads wait for nothing here, and behind the sum for all warps
+        keys = feature_rows(features, 0, b, t, batch, padded, S) + n
+        queries = feature_rows(features, 1, b, t, batch, padded, S) + n
+        even_key, odd_key = load_even_odd(keys, S)
+        even_query, odd_query = load_even_odd(queries, S)
+    made = tl.cumsum(step[:, None] * half, axis=0)
     cos, sin = turn_cos_sin(made + before)
     tl.store(rotation + head_rows(COS, head, t, batch, padded, S) * S.R + n, cos, turning)
     tl.store(rotation + head_rows(SIN, head, t, batch, padded, S) * S.R + n, sin, turning)
-    even_product = 1.0
-    odd_product = 1.0
-    for k in tl.static_range(2):  # key, then query
-        even, odd = load_even_odd(feature_rows(features, k, b, t, batch, padded, S) + n, S)
-        even_bias, odd_bias = load_even_odd(biases + (k * S.H + h) * S.N + n, S)
-        even += even_bias
-        odd += odd_bias
-        even_product *= even
-        odd_product *= odd
-        place = rotated + head_rows(k, head, t, batch, padded, S) * S.N + n
-        store_even_odd(place, even * cos - odd * sin, even * sin + odd * cos, S)
-    key_query = tl.sum(even_product + odd_product, axis=1)
-    tl.store(scalars + head_rows(KEY_QUERY, head, token, batch, padded, S), key_query)
+    if rotated is not None:
+        for k in tl.static_range(2):  # key, then query
+            even = even_key if k == 0 else even_query
+            odd = odd_key if k == 0 else odd_query
+            even_bias, odd_bias = load_even_odd(biases + (k * S.H + h) * S.N + n, S)
+            even += even_bias
+            odd += odd_bias
+            place = rotated + head_rows(k, head, t, batch, padded, S) * S.N + n
+            store_even_odd(place, even * cos - odd * sin, even * sin + odd * cos, S)
+
+
+# Of a row, [even | odd], the first half of either turns, and the other stays. Parted and joined
+# again, each thread has what it computes with: nothing is exchanged.
+@jit
+def rotate_tile(features, biases, rotated, k, head, t, cos, sin, batch, S: constexpr):
+    """A chunk's keys or queries (CHUNK, N) for one head, biased and rotated; writes them too."""
+    x = read_tile(features, [k * batch + head // S.H, t, 0])
+    x += read_row(biases, [k * S.H + head % S.H, 0], S.N)[None, :]
+    x = tl.permute(tl.reshape(x, [S.CHUNK, 2, 2, S.R]), [0, 3, 1, 2])
+    turning, others = tl.split(x)
+    even, odd = tl.split(turning)  # each (CHUNK, R)
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    x = tl.permute(tl.join(turned, others), [0, 2, 3, 1])
+    x = tl.reshape(x.to(features.dtype), [S.CHUNK, S.N])
+    write_tile(rotated, [batch * k * S.H + head, t, 0], x)
+    return x
 
 
 # ---- Scan, forward -------------------------------------------------------------------------------
-# Within a chunk, with keys K, queries Q (C, N), values V (C, P), h (N, P) the state S' that enters:
+# Within a chunk, with keys K, queries Q (C, N), values V (C, P), h (P, N) the state S that enters:
 #
 #   E_ts = 2**(D_t - key_log_s) for s < t,  c_t for s = t,  0 for s > t
-#   out  = (Q K^T ∘ E + skip I) V + 2**D ∘ (Q h)
+#   out  = (Q K^T ∘ E + skip I) V + 2**D ∘ (Q h^T)
 #   y    = out ∘ gate sigmoid(gate)
-#   h'   = 2**D_C h + K^T (2**(D_C - key_log) ∘ V), D_C being D at the chunk's end
+#   h'   = 2**D_C h + (2**(D_C - key_log) ∘ V)^T K, D_C being D at the chunk's end
 #
-# Padding after the sequence has step 0, so it changes no state. A program walks through the chunks
-# of one head: the state never leaves its registers but for a copy for the backward.
+# On the diagonal the scalars' c_t (q_t·k_t) + skip stands, which no rounding of keys and queries
+# touches. Padding after the sequence has step 0, so it changes no state. A program walks through
+# the chunks of one head: the state never leaves its registers but for a copy for the backward.
 @jit
-def read_chunk(projected, rotated, scalars, decay_sums, head, place, t, batch, S: constexpr):
-    """A chunk's values, keys and queries for one head; D_C; and D, key_log and c, each (CHUNK,)."""
+def read_rotated(rotated, features, rotation, biases, head, t, batch, S: constexpr):
+    """A chunk's keys and queries for one head, each (CHUNK, N); of rotation, if not None, made."""
+    if rotation is None:
+        key = read_tile(rotated, [batch * KEY * S.H + head, t, 0])
+        query = read_tile(rotated, [batch * QUERY * S.H + head, t, 0])
+    else:
+        turn = rotation.load([0, head, t, 0]).reshape(2, S.CHUNK, S.R).to(tl.float32)
+        cos, sin = tl.split(tl.permute(turn, [1, 2, 0]))
+        key = rotate_tile(features, biases, rotated, KEY, head, t, cos, sin, batch, S)
+        query = rotate_tile(features, biases, rotated, QUERY, head, t, cos, sin, batch, S)
+    return key, query
+
+
+@jit
+def read_chunk(projected, scalars, decay_sums, skip, head, place, t, batch, S: constexpr):
+    """A chunk's values for one head; D_C; and D, key_log, c and the diagonal, each (CHUNK,)."""
     heads = batch * S.H
     value = read_tile(projected, [head // S.H, t, (S.H + head % S.H) * S.P])
-    key = read_tile(rotated, [heads * KEY + head, t, 0])
-    query = read_tile(rotated, [heads * QUERY + head, t, 0])
     end = tl.load(decay_sums + place * S.CHUNK + S.CHUNK - 1)
     decay_sum = read_row(scalars, [heads * DECAY_SUM + head, t], S.CHUNK)
     key_log = read_row(scalars, [heads * KEY_LOG + head, t], S.CHUNK)
     current = read_row(scalars, [heads * CURRENT + head, t], S.CHUNK)
-    return value, key, query, end, decay_sum, key_log, current
-
-
-@jit
-def decay_matrix(exponents, seen, current):
-    """E (CHUNK, CHUNK), or its transpose: seen says which of exponents count."""
-    i = tl.arange(0, exponents.shape[0])
-    same = i[:, None] == i[None, :]
-    return tl.where(same, current[:, None], tl.where(seen, exp2_tile(exponents), 0.0))
+    own = current * read_row(scalars, [heads * KEY_QUERY + head, t], S.CHUNK) + skip
+    return value, end, decay_sum, key_log, current, own
 
 
 @jit
@@ -6811,9 +6874,12 @@ def gate_and_sigmoid(gate):
 @jit
 def scan_forward(
     projected,  # Tiles or tensor descriptors: (CHUNK, P)
-    rotated,  # (CHUNK, N)
+    features,  # (CHUNK, N)
+    rotation,  # (2, CHUNK, R); or None, and rotated is read
+    biases,  # (N,)
+    rotated,  # else out, (CHUNK, N)
     y,  # out, (CHUNK, P)
-    states,  # out, (N, P)
+    states,  # out, (P, N)
     scalars,  # (CHUNK,)
     decay_sums,  # from here on tensors: the plane DECAY_SUM of scalars
     skip,
@@ -6835,39 +6901,41 @@ def scan_forward(
     for chunk in tl.range(chunks, num_stages=3 if S.N <= 64 else 2):  # two programs fit
         t = chunk * S.CHUNK
         place = head * chunks + chunk
-        value, key, query, end, decay_sum, key_log, current = read_chunk(
-            projected, rotated, scalars, decay_sums, head, place, t, batch, S
+        value, end, decay_sum, key_log, current, own = read_chunk(
+            projected, scalars, decay_sums, d, head, place, t, batch, S
         )
+        key, query = read_rotated(rotated, features, rotation, biases, head, t, batch, S)
         dtype = value.dtype
         old = ssm.to(dtype)
         write_tile(states, [place, 0, 0], old)
         scores = exact_dot(query, tl.trans(key))
         exponents = decay_sum[:, None] - key_log[None, :]
-        decayed = scores * decay_matrix(exponents, i[:, None] > i[None, :], current)
-        decayed += tl.where(i[:, None] == i[None, :], d, 0.0)
-        out = exact_dot(query, old) * exp2_tile(decay_sum)[:, None]
+        decayed = tl.where(i[:, None] > i[None, :], scores * exp2_tile(exponents), 0.0)
+        decayed = tl.where(i[:, None] == i[None, :], own[:, None], decayed)
+        out = exact_dot(query, tl.trans(old)) * exp2_tile(decay_sum)[:, None]
         out = exact_dot(decayed.to(dtype), value, out)
         gate, sigmoid = gate_and_sigmoid(read_tile(projected, [b, t, h * S.P]))
         out *= gate * sigmoid
         write_tile(y, [b, t, h * S.P], out)
         tl.store(squares + place * S.CHUNK + i, tl.sum(out * out, axis=1))
         to_end = (value * exp2_tile(end - key_log)[:, None]).to(dtype)
-        ssm = exact_dot(tl.trans(key), to_end, ssm * exp2_tile(end))
+        ssm = exact_dot(tl.trans(to_end), key, ssm * exp2_tile(end))
     tl.store(ssm_out + square, ssm)
 
 
 # ---- Scan, backward ------------------------------------------------------------------------------
 # With G the gradient by out, M = Q K^T ∘ E + skip I and dM = G V^T, as above:
 #
-#   dV = M^T G + 2**(D_C - key_log) ∘ (K dh')
-#   dK = (dM ∘ E)^T Q + 2**(D_C - key_log) ∘ (V dh'^T)
-#   dQ = (dM ∘ E) K + (2**D ∘ G) h^T
-#   dh = 2**D_C dh' + Q^T (2**D ∘ G)
+#   dV = M^T G + 2**(D_C - key_log) ∘ (K dh'^T)
+#   dK = (dM ∘ E)^T Q + 2**(D_C - key_log) ∘ (V dh')
+#   dQ = (dM ∘ E) K + (2**D ∘ G) h
+#   dh = 2**D_C dh' + (2**D ∘ G)^T Q
 #
 # diag(dM) holds what c_t and skip get. No gradient of E is formed: all that scales with 2**D_t is
 # in q_t·dq_t, all that scales with 2**-key_log_t in k_t·dk_t, and all that scales with 2**D_C in
 # sum(dh' ∘ h'). Scores are computed again, transposed, as dK and dV want them; h comes from states;
-# and out from y / (gate sigmoid(gate)), which saves a buffer as large as y.
+# and out from y / (gate sigmoid(gate)), which saves a buffer as large as y. The state's gradient is
+# kept transposed, (N, P): so no product has to turn what was computed, but for one result.
 @jit
 def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
     """Stores the gate's gradient and returns G, that of out."""
@@ -6883,6 +6951,15 @@ def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
     d_gate *= reciprocal_tile(gate) + 1.0 - sigmoid
     write_tile(d_projected, place, d_gate)
     return (d_gated * gate * sigmoid).to(dtype)
+
+
+@jit
+def transposed_decay(decay_sum, key_log, current):
+    """E^T (CHUNK, CHUNK)."""
+    i = tl.arange(0, current.shape[0])
+    exponents = decay_sum[None, :] - key_log[:, None]
+    decay = tl.where(i[:, None] < i[None, :], exp2_tile(exponents), 0.0)
+    return tl.where(i[:, None] == i[None, :], current[:, None], decay)
 
 
 @jit
@@ -6911,7 +6988,7 @@ def scan_backward(
     head = tl.program_id(0)
     b = head // S.H
     h = head % S.H
-    square = state_offsets(head, S)
+    square = tl.trans(state_offsets(head, S))  # (N, P)
     d = tl.load(skip + h)
     i = tl.arange(0, S.CHUNK)
     same = i[:, None] == i[None, :]
@@ -6923,14 +7000,14 @@ def scan_backward(
         place = head * chunks + chunk
         tl.store(d_end + place * S.N + tl.arange(0, S.N), at_end)
         d_out = gate_backward(d_y, d_squares, projected, y, d_projected, [b, t, h * S.P], head)
-        value, key, query, end, decay_sum, key_log, current = read_chunk(
-            projected, rotated, scalars, decay_sums, head, place, t, batch, S
+        value, end, decay_sum, key_log, current, own = read_chunk(
+            projected, scalars, decay_sums, d, head, place, t, batch, S
         )
+        key, query = read_rotated(rotated, None, None, None, head, t, batch, S)
         to_end = exp2_tile(end - key_log)[:, None]
         old = d_ssm.to(value.dtype)
-        exponents = decay_sum[None, :] - key_log[:, None]
-        decay = decay_matrix(exponents, i[:, None] < i[None, :], current)  # E transposed
-        decayed = exact_dot(key, tl.trans(query)) * decay + tl.where(same, d, 0.0)
+        decay = transposed_decay(decay_sum, key_log, current)
+        decayed = tl.where(same, own[:, None], exact_dot(key, tl.trans(query)) * decay)
         d_value = exact_dot(decayed.to(key.dtype), d_out, exact_dot(key, old) * to_end)
         write_tile(d_projected, [b, t, (S.H + h) * S.P], d_value)
         d_decayed = exact_dot(value, tl.trans(d_out))  # dM transposed
@@ -6939,7 +7016,7 @@ def scan_backward(
         d_key = exact_dot(d_scores, query, exact_dot(value, tl.trans(old)) * to_end)
         write_tile(d_rotated, [batch * KEY * S.H + head, t, 0], d_key)
         d_state = (d_out * exp2_tile(decay_sum)[:, None]).to(value.dtype)
-        ssm = read_tile(states, [place, 0, 0])
+        ssm = tl.trans(read_tile(states, [place, 0, 0]))
         d_query = exact_dot(ssm, tl.trans(d_state))
         d_query = exact_dot(tl.trans(key), d_scores, d_query)
         write_tile(d_rotated, [batch * QUERY * S.H + head, t, 0], tl.trans(d_query))
@@ -6997,10 +7074,10 @@ def features_backward(
     S: constexpr,
 ):
     """Undoes rotate_features() and the norm of ROWS keys, or of ROWS queries, summed over heads."""
-    part = tl.program_id(0)
-    b = tl.program_id(1)
-    k = tl.program_id(2)  # KEY or QUERY
-    padded = tl.num_programs(0) * ROWS
+    k = tl.program_id(0)  # KEY or QUERY: side by side, they find rotation in a cache
+    part = tl.program_id(1)
+    b = tl.program_id(2)
+    padded = tl.num_programs(1) * ROWS
     t = part * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.arange(0, S.N // 2)[None, :]
     turning = n < S.R
@@ -7009,7 +7086,7 @@ def features_backward(
     odd = odd.to(tl.float32)
     sum_even = tl.zeros([ROWS, S.N // 2], tl.float32)
     sum_odd = tl.zeros([ROWS, S.N // 2], tl.float32)
-    row = ((b * tl.num_programs(0) + part) * 2 + k).to(tl.int64)
+    row = ((b * tl.num_programs(1) + part) * 2 + k).to(tl.int64)
     plane = (batch * S.H * padded).to(tl.int64) * S.R  # from cosines to sines
     for h in tl.range(S.H, num_stages=4):
         head = (b * S.H + h).to(tl.int64)
@@ -7067,7 +7144,7 @@ def turns_backward(
 ):
     """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it."""
     t = token[:, None]
-    h = column_indices(S.H)
+    h = column_indices(max(S.H, 2))  # the compiler has no sums along a single column
     r = column_indices(S.R)
     padded = tl.num_programs(0) * S.CHUNK
     turning = live & (r < S.R)
@@ -7117,7 +7194,7 @@ def tokens_backward(
     padded = chunks * S.CHUNK
     token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
     t = token[:, None]
-    h = column_indices(S.H)
+    h = column_indices(max(S.H, 2))
     live = t < length
     heads = h < S.H
     mask = live & heads
@@ -7199,15 +7276,28 @@ def has_tile_instructions(device: torch.device) -> bool:
     return 90 <= capability < 120  # else they take registers, and 4 warps spill
 
 
+def rotates_in_scan(sizes: ScanSizes, device: torch.device) -> bool:
+    """Whether scan_forward turns keys and queries: where two programs still share a processor.
+
+    A tile's rows take 16 bytes at least, which eight angles do.
+    """
+    fit = max(sizes.P, sizes.N, sizes.CHUNK) <= 64 and sizes.N == 4 * sizes.R >= 32
+    return fit and has_tile_instructions(device)
+
+
 def launch_scan(kernel, named: dict) -> None:
     """Runs a program for each head, on tensor descriptors, or Tiles, of what is read by tiles."""
-    by_descriptor = has_tile_instructions(named["projected"].device)
-    _, _, _, channels, state, chunk = named["S"]
+    device = named["projected"].device
+    by_descriptor = has_tile_instructions(device)
+    _, angles, _, channels, state, chunk = named["S"]
     blocks = dict.fromkeys(("projected", "y", "d_projected", "d_y"), [chunk, channels])
-    blocks |= dict.fromkeys(("rotated", "d_rotated"), [chunk, state])
+    blocks |= dict.fromkeys(("features", "rotated", "d_rotated"), [chunk, state])
     blocks |= dict.fromkeys(("scalars", "d_squares"), [chunk])
-    blocks["states"] = [state, channels]
-    tiles = {}
+    blocks |= {"biases": [state], "states": [channels, state]}
+    tiles = {"rotation": None}
+    if rotates_in_scan(named["S"], device):
+        rotation = named["rotation"].flatten(1, 2)  # (2, B · H, padded, R)
+        tiles["rotation"] = TensorDescriptor.from_tensor(rotation, [2, 1, chunk, angles])
     for name in blocks.keys() & named.keys():
         flat = named[name].flatten(0, -1 - len(blocks[name]))  # (planes, rows, columns)
         if by_descriptor:
@@ -7240,7 +7330,11 @@ def fused_scan(tensors: list[Tensor], starts: Tensor | None, sizes: list[int]) -
     turns = turn_in.new_empty(batch, chunks, *turn_in.shape[1:])
     launch(tokens_forward, (chunks, batch), named | {"turns": turns}, registers=128)
     before, turn_out = launch_sum_turns(turns.unsqueeze(2), turn_in, back=False)
-    launch(rotate_features, (chunks, heads, batch), named | {"turns": before})
+    angles = named | {"turns": before}
+    in_scan = rotates_in_scan(named["S"], turns.device)
+    if in_scan:
+        angles["rotated"] = None
+    launch(rotate_features, (chunks, heads, batch), angles, warps=1 if in_scan else 4)
     launch_scan(scan_forward, named | {"squares": squares})
     return [squares, turn_out, *saved]
 
@@ -7268,7 +7362,7 @@ def fused_scan_fake(tensors, starts, sizes) -> list[Tensor]:
         single(batch, padded, angles),
         new(2, batch, heads, padded, state),
         new(2, batch, heads, padded, angles, dtype=finer),
-        new(batch, heads, chunks, state, channels),
+        new(batch, heads, chunks, channels, state),
     ]
 
 
@@ -7282,7 +7376,7 @@ def fused_scan_backward(
     """
     d_squares, d_turn_out, d_y, d_ssm_out = d_out
     named = scan_arguments(kept, starts, sizes)
-    _, angles, heads, _, state, chunk = sizes
+    _, angles, heads, channels, state, chunk = sizes
     batch, _, padded = d_squares.shape
     chunks = padded // chunk
     programs = len(ones)
@@ -7302,7 +7396,7 @@ def fused_scan_backward(
     named |= found
     gradients = {"d_squares": d_squares, "d_y": d_y, "d_ssm_out": d_ssm_out}
     launch_scan(scan_backward, named | gradients)
-    launch(features_backward, (parts, batch, 2), named | {"ROWS": padded // parts}, warps=1)
+    launch(features_backward, (2, parts, batch), named | {"ROWS": padded // parts}, warps=1)
     sums = ones @ found["d_features"].flatten(1)  # faster than sum()
     d_turns = found["d_turns"].view(batch, chunks, -1, heads, angles)
     later, d_turn_in = launch_sum_turns(d_turns, d_turn_out, back=True)
@@ -7314,7 +7408,7 @@ def fused_scan_backward(
 @fused_scan_backward.register_fake
 def _fused_scan_backward_fake(gradients, kept, starts, sizes, ones) -> list[Tensor]:
     projected, *_, ssm_in, turn_in = map(torch.empty_like, kept[: len(GIVEN)])
-    batch, heads, chunks, state, _ = kept[-1].shape  # of states
+    batch, heads, chunks, _, state = kept[-1].shape  # of states
     by_head = ones.new_empty(batch * chunks, 2, heads)
     return [projected, by_head, ones.new_empty(2, heads + 1, state), ssm_in, turn_in]
 

@@ -55,6 +55,8 @@ def assert_all_close(
 CASES = {  # chunk and case; a start is a position in the last sequence
     "two tokens": (16, random_case(2, 2, 1, 16, 16, carried=True)),
     "shorter than a chunk": (16, random_case(1, 9, 3, 16, 16)),
+    "turned in the scan": (32, random_case(2, 70, 2, 16, 32, carried=True)),
+    "more heads than are multiplied at once": (16, random_case(1, 9, 18, 8, 8)),
     "exactly two chunks": (16, random_case(1, 32, 1, 16, 16, carried=True)),
     "one token more than a chunk": (16, random_case(2, 17, 3, 16, 16, carried=True)),
     "everything rotates": (16, random_case(1, 20, 3, 16, 32, rope_fraction=1.0, carried=True)),
@@ -62,7 +64,7 @@ CASES = {  # chunk and case; a start is a position in the last sequence
     "wide heads": (16, random_case(2, 20, 1, 32, 8)),
     "heads of 64, state 64": (64, random_case(1, 65, 2, 64, 64, carried=True)),
     "heads of 64, state 128": (64, random_case(1, 65, 1, 64, 128, rope_fraction=1.0)),
-    "documents": (16, random_case(2, 40, 1, 16, 16, starts=(0, 16, 20, 21), carried=True)),
+    "documents": (16, random_case(2, 40, 1, 16, 32, starts=(0, 16, 20, 21), carried=True)),
     "documents at both ends": (16, random_case(1, 33, 1, 16, 16, starts=(0, 15, 31, 32))),
 }
 
@@ -211,7 +213,8 @@ def test_extreme_inputs_leave_numbers(extreme):
         case = with_columns(case, **EXTREMES.get(extreme, {"gate": 1e-39}))
     found, expected = results(fused_scan, case, torch.float32), sequential(case)
     assert [name for name, x in found.items() if not x.isfinite().all()] == []
-    noise = 1e-5 * max(x.norm() for x in expected.values())  # what cancels leaves some
+    # What cancels leaves some: a last digit of q·dq, times the decay rate of all tokens before.
+    noise = 6e-5 * max(x.norm() for x in expected.values())
     off = {name: float((found[name] - x).norm()) for name, x in expected.items()}
     assert {
         name: error
