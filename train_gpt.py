@@ -903,6 +903,8 @@ class Shard:
 
     def __init__(self, path: Path):
         self.path = path
+        named = "is named like a file of tokens, but is none; move it away"
+        need(path.is_file() or not path.exists(), f"{path} {named}")  # a pipe would be waited for
         with explained_errors(f"read {path}"):
             self.file = path.open("rb", 0)
             weakref.finalize(self, self.file.close)  # or the interpreter warns

@@ -42,6 +42,16 @@ def test_a_bad_shard_is_refused_with_its_name_and_the_reason(tmp_path, options, 
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, make):
+    """A pipe that nobody writes to would keep a run waiting without a word."""
+    path = tmp_path / "a_train_0.bin"
+    make(path)
+    with pytest.raises(t.UserError, match="is none; move it away") as error:
+        t.open_shards(str(tmp_path), "train")
+    assert str(path) in str(error.value)
+
+
 def test_a_shard_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end(tmp_path):
     """A file that is mapped into memory would end the process by SIGBUS."""
     path = write_shard(tmp_path / "a_train_0.bin", range(1000))
