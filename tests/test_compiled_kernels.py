@@ -104,6 +104,19 @@ def test_where_tiles_have_no_instructions_the_default_scan_fits_and_hardly_spill
             assert 50_000 < needs["shared"] <= capabilities[line["capability"]], line
 
 
+def test_an_idea_changes_the_script_before_it_is_compiled(tmp_path):
+    """This one has tiles go by pointers, whose loads are held in other shared memory."""
+    idea = tmp_path / "by_pointers.py"
+    idea.write_text(
+        "def install(script):\n    script.has_tile_instructions = lambda device: False\n"
+    )
+    words = ("scans", "2,16,16,16", "90")
+    (plain,) = compiled(tmp_path, *words)
+    (changed,) = compiled(tmp_path, "--idea", str(idea), *words)
+    for name in ("scan_forward", "scan_backward"):
+        assert plain["kernels"][name]["shared"] != changed["kernels"][name]["shared"]
+
+
 @pytest.mark.parametrize("states", t.TRELLISES)
 def test_a_trellis_costs_are_in_registers(kernels, states):
     assert kernels["trellis_paths", states, False]["local"] == 0
