@@ -5357,7 +5357,8 @@ class Checkpoints(ThreadPoolExecutor):
 
 # ---- Steps ---------------------------------------------------------------------------------------
 
-# More at once is hardly faster, and takes memory; the first Mamba keeps a state for every channel.
+# The third's were 1 % faster than half as many on an H200, at twice the memory; the first Mamba
+# keeps a state for every channel.
 MOST_TOKENS_AT_ONCE = {1: 65_536, 2: 131_072, 3: 262_144}  # by MAMBA_VERSION, on a GPU
 CPU_FACTOR = 6  # of a token's bytes: numbers are twice as long, and scans are no kernels
 USED_MEMORY = 0.7  # of what is free
@@ -6383,7 +6384,8 @@ def explain_collective(error: RuntimeError) -> str:
 #
 # The scan, in order, on chunks of CHUNK tokens:
 #
-#   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries
+#   tokens_forward     a program per chunk: step sizes, decays, weights; normed keys and queries,
+#                      and the product of a token's own
 #   sum_turns          a program per 16 angles: the turns made in chunks, to those before each
 #   rotate_features    a program per chunk and head: running angles, by which it turns keys and
 #                      queries, unless scan_forward does
@@ -7279,9 +7281,10 @@ def has_tile_instructions(device: torch.device) -> bool:
 
 
 def rotates_in_scan(sizes: ScanSizes, device: torch.device) -> bool:
-    """Whether scan_forward turns keys and queries: where two programs still share a processor.
+    """Whether scan_forward turns keys and queries.
 
-    A tile's rows take 16 bytes at least, which eight angles do.
+    It does of sizes up to 64, of which two programs share a multiprocessor, and where half of a
+    row turns, by eight angles at least: a tile's rows take 16 bytes or more.
     """
     fit = max(sizes.P, sizes.N, sizes.CHUNK) <= 64 and sizes.N == 4 * sizes.R >= 32
     return fit and has_tile_instructions(device)
@@ -7450,7 +7453,7 @@ def kernel_limits(device: torch.device) -> tuple[int, int]:
 # state and chunk; and a state times the last. Near a GPU's limits no less than what the compiler
 # says (bench/results/kernels.txt). From 90 on, loads overlap with products.
 SHARED_BYTES = {80: (11.0, 3.4, 2.2, 3.4), 90: (14.2, 8.9, 1.4, 4.9), 120: (11.0, 3.4, 2.2, 3.4)}
-# Without tile instructions, programs that need more spill kilobytes; of 11 shapes, none other does.
+# Without tile instructions, programs that need more spill kilobytes; of 12 shapes, none other does.
 MOST_SHARED_BYTES = 120_000
 
 

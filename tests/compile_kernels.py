@@ -74,6 +74,8 @@ SHAPES = (  # heads, channels, state, chunk
     (2, 128, 128, 32),
     (2, 128, 128, 64),
     (2, 64, 256, 64),
+    (2, 32, 64, 128),
+    (2, 16, 128, 128),
 )
 MORE_SHAPES = (  # on the H100 alone: elsewhere the compiler takes minutes for what it spills
     (1, 64, 64, 64),
@@ -97,7 +99,7 @@ registers, local: of a thread of scan_backward, which takes longest; local bytes
 and wait in memory: a few hundred cost little, thousands make the kernel wait for memory
 elsewhere: local bytes of a thread of that other kernel which has most
 verdict: whether a program may have that much shared memory on such a GPU; "spills": it may, but has
-more than {spills} local bytes in scan_backward, where other configurations have few
+more than {spills} local bytes in a kernel, where other configurations have few
 """
 SPILLS = 900
 
@@ -239,7 +241,8 @@ def table_row(capability: str, shape: tuple[int, ...], found: dict[str, Usage]) 
     scan = found["scan_backward"]
     shared = found[most].shared
     fits = "fits" if shared <= SHARED[capability] else "does not fit"
-    if fits == "fits" and scan.local > SPILLS and not t.has_tile_instructions(torch.device("cuda")):
+    local = max(scan.local, found[spills].local)
+    if fits == "fits" and local > SPILLS and not t.has_tile_instructions(torch.device("cuda")):
         fits = "spills"
     needs = shared, most, scan.registers, scan.local, found[spills].local
     return capability, *shape, *needs, spills if found[spills].local else "-", fits
