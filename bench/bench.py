@@ -996,7 +996,7 @@ FIRST_STEP = [sys.executable, "-m", "bench.bench", "--first-step"]
 
 def time_startup(folder: str, ideas: Sequence[Path] = ()) -> dict:
     """A row: seconds from starting a new process, whose compile caches are in this folder, to the
-    end of each stage up to a step's, and what torch's compiler spent them on.
+    end of each stage up to a step's, what torch's compiler spent them on, and what ideas printed.
     """
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     environment = os.environ | {name: str(Path(folder, name.lower())) for name in caches}
@@ -1006,7 +1006,8 @@ def time_startup(folder: str, ideas: Sequence[Path] = ()) -> dict:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "it printed nothing").splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+    *printed, row = done.stdout.splitlines()
+    return json.loads(row) | ({"printed": "; ".join(printed)} if printed else {})
 
 
 # ============
@@ -1267,7 +1268,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         for idea in options.idea:
             install_idea(idea)
-        if not torch.cuda.is_available():
+        # is_available() may use CUDA, which no fork survives: an idea may fork in a first step.
+        seen = torch.cuda.device_count() if options.first_step else torch.cuda.is_available()
+        if not seen:
             raise t.UserError(
                 "needs an NVIDIA GPU, and torch sees none here (--compare works without)"
             )
@@ -1275,6 +1278,7 @@ def main(arguments: list[str] | None = None) -> int:
             defaults = {} if "PRESET" in os.environ else STEP_CASES["peer7"]
             first_step(defaults, options.first_step)
             return 0
+        torch.cuda.init()  # so that none forks here, beside what is timed
         return run_parts(options)
 
     return run_command("bench.py", command, t.UserError)

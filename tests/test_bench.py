@@ -275,9 +275,34 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
         "print(json.dumps({'step done': time.time() - float(sys.argv[1])}))\n"
     )
     monkeypatch.setattr(bench, "FIRST_STEP", [sys.executable, str(child)])
-    assert 0 < bench.time_startup(str(tmp_path / "caches"))["step done"] < 60
+    row = bench.time_startup(str(tmp_path / "caches"))
+    assert 0 < row["step done"] < 60
+    assert row["printed"] == "noise"
     with pytest.raises(RuntimeError, match="the caches are warm"):
         bench.time_startup(str(tmp_path / "caches"))
+
+
+def test_an_idea_is_in_place_before_the_ranks_of_a_first_step_start(monkeypatch, tmp_path, capsys):
+    """It may fork there, since nobody has asked CUDA for anything; a benchmark's own process uses
+    CUDA by then.
+    """
+    idea = tmp_path / "idea.py"
+    idea.write_text(
+        "def install(script):\n"
+        "    start_ranks = script.start_ranks\n"
+        "    script.start_ranks = lambda settings: print('idea') or start_ranks(settings)\n"
+    )
+    monkeypatch.setattr(t, "start_ranks", lambda settings: print("ranks"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not print("asked"))
+    monkeypatch.setattr(torch.cuda, "init", lambda: print("in use"))
+    monkeypatch.setattr(bench, "run_parts", lambda options: print("parts") or 0)
+    monkeypatch.setattr(bench, "make_trainer", lambda *_: sys.exit(3))
+    with pytest.raises(SystemExit):
+        bench.main(["--first-step", "1.0", "--idea", str(idea)])
+    assert capsys.readouterr().out.split() == ["idea", "ranks"]
+    assert bench.main(["startup", "--idea", str(idea)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["asked", "in use", "parts"]
 
 
 # ---- The profile ---------------------------------------------------------------------------------
