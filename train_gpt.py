@@ -6637,7 +6637,7 @@ def at_starts(x, value, starts, b, token, length):
 
 @jit
 def times_bias(x, bias):
-    """x (CHUNK, BLOCK) of 16 bits @ bias (BLOCK, heads) of 32, which is split in two of 16."""
+    """x (CHUNK, N) of 16 bits @ bias (N, heads) of 32, which is split in two of 16."""
     rounded = bias.to(x.dtype)
     rest = (bias - rounded.to(tl.float32)).to(x.dtype)
     return exact_dot(x, rest, exact_dot(x, rounded))
@@ -6645,14 +6645,14 @@ def times_bias(x, bias):
 
 @jit
 def store_key_query(scalars, features, biases, b, t, batch, padded, S: constexpr):
-    """Writes scalars' KEY_QUERY of the tokens t (CHUNK, 1), by 16 heads and BLOCK numbers."""
-    BLOCK: constexpr = min(S.N, 64)
+    """Writes scalars' KEY_QUERY of the tokens t (CHUNK, 1), by 16 heads and 64 numbers."""
+    N: constexpr = S.N
     for first in range(0, S.H, 16):
         h = first + tl.arange(0, 16)[None, :]
         heads = h < S.H
         key_query = 0.0
-        for block in tl.static_range(S.N // BLOCK):
-            n = block * BLOCK + tl.arange(0, BLOCK)
+        for column in tl.static_range(0, N, 64):
+            n = column + tl.arange(0, 64 if N > 64 else N)
             key = tl.load(feature_rows(features, 0, b, t, batch, padded, S) + n[None, :])
             query = tl.load(feature_rows(features, 1, b, t, batch, padded, S) + n[None, :])
             bias = biases + h * S.N + n[:, None]
@@ -7148,7 +7148,7 @@ def turns_backward(
 ):
     """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it."""
     t = token[:, None]
-    h = column_indices(max(S.H, 2))  # the compiler has no sums along a single column
+    h = column_indices(S.H if S.H > 1 else 2)  # the compiler has no sums along a single column
     r = column_indices(S.R)
     padded = tl.num_programs(0) * S.CHUNK
     turning = live & (r < S.R)
@@ -7198,7 +7198,7 @@ def tokens_backward(
     padded = chunks * S.CHUNK
     token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
     t = token[:, None]
-    h = column_indices(max(S.H, 2))
+    h = column_indices(S.H if S.H > 1 else 2)
     live = t < length
     heads = h < S.H
     mask = live & heads

@@ -92,7 +92,7 @@ def test_outputs_states_and_every_gradient(name):
 @interpreted
 @pytest.mark.parametrize(
     "name",
-    ["wide heads", "documents", "documents, turned in the scan"],
+    ["wide heads", "documents, turned in the scan"],
 )
 def test_tiles_by_pointers_give_what_tensor_descriptors_do(name, monkeypatch):
     """As on GPUs without instructions for tiles; the bits differ by no sum's order."""

@@ -25,6 +25,10 @@ from tools import pack_script
 from tools.ideas import kernels_ahead as idea
 
 pytestmark = pytest.mark.skipif(t.triton is None, reason="needs triton")
+# What it costs to test an idea that is in no run is asked for.
+asked_for = pytest.mark.skipif(
+    os.environ.get("KERNELS_AHEAD") != "1", reason="takes a minute: KERNELS_AHEAD=1 runs it"
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = 6  # multiprocessors of the GPU, and tiles of a product below
@@ -126,6 +130,7 @@ def printed(code: str, *arguments, **variables: str) -> str:
     return out
 
 
+@asked_for
 def test_a_run_finds_all_kernels_that_were_compiled_ahead(tmp_path):
     packed = tmp_path / "train_gpt.py"
     packed.write_bytes(pack_script.pack((ROOT / "train_gpt.py").read_bytes()))
@@ -199,6 +204,7 @@ for end in (lambda: sys.exit(3), lambda: os.kill(os.getpid(), 9)):
 """
 
 
+@asked_for
 def test_it_ends_with_the_run(tmp_path):
     process = started(LATE, TRITON_CACHE_DIR=str(tmp_path))
     assert process.communicate(timeout=PATIENCE / 2) == ("1\n3\n1\n-9\n", "")
