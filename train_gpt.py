@@ -7300,10 +7300,10 @@ def launch_scan(kernel, named: dict) -> None:
     blocks |= dict.fromkeys(("scalars", "d_squares"), [chunk])
     blocks |= {"biases": [state], "states": [channels, state]}
     tiles = {"rotation": None}
-    if rotates_in_scan(named["S"], device):
+    if kernel is scan_forward and rotates_in_scan(named["S"], device):
         rotation = named["rotation"].flatten(1, 2)  # (2, B · H, padded, R)
         tiles["rotation"] = TensorDescriptor.from_tensor(rotation, [2, 1, chunk, angles])
-    for name in blocks.keys() & named.keys():
+    for name in blocks.keys() & set(kernel.arg_names):
         flat = named[name].flatten(0, -1 - len(blocks[name]))  # (planes, rows, columns)
         if by_descriptor:
             tiles[name] = TensorDescriptor.from_tensor(flat, [1, *blocks[name]])
@@ -7381,7 +7381,7 @@ def fused_scan_backward(
     """
     d_squares, d_turn_out, d_y, d_ssm_out = d_out
     named = scan_arguments(kept, starts, sizes)
-    _, angles, heads, channels, state, chunk = sizes
+    _, angles, heads, _, state, chunk = sizes
     batch, _, padded = d_squares.shape
     chunks = padded // chunk
     programs = len(ones)
