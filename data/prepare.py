@@ -487,6 +487,11 @@ def train_tokenizer(texts: list[str], vocab_size: int, case: bool = False) -> by
     return model.getvalue()
 
 
+def tokenizer_name(name: str, vocab_size: int, case: bool) -> str:
+    """Return the file name of the tokenizer that is trained for a dataset of this name."""
+    return f"{name}_{vocab_size}_bpe{'_case' * case}.model"
+
+
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     """Load a SentencePiece model file; PrepareError if it is not one or does not fit the shard
     format.
@@ -1029,8 +1034,7 @@ def build_dataset(
                 yield document
                 bar.update(document.input_bytes)
 
-    kind = "bpe_case" if args.case else "bpe"
-    path = args.tokenizer or out / f"{name}_{args.vocab_size}_{kind}.model"
+    path = args.tokenizer or out / tokenizer_name(name, args.vocab_size, args.case)
     tokenizer = load_tokenizer(path) if args.tokenizer else None
     if args.case and tokenizer is not None and not has_case_operators(tokenizer):
         lacks = f"{path}: its pieces {TITLE_ID} to {ESCAPE_ID} are not the operators of --case"

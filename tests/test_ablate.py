@@ -21,6 +21,7 @@ import pytest
 from scipy import stats
 
 import train_gpt as t
+from data import prepare
 from tests import forked
 from tests.support import subprocess_with, tiny_environment
 from tools import ablate, halving
@@ -1069,6 +1070,20 @@ def test_ready_files_are_valid_and_their_variants_differ(path, processes, bench)
     assert len(plan.runs) == 3 * len(plan.variants)
     settings = {run.variant: t.read_settings(run.variables)[0] for run in plan.runs}
     assert len(set(settings.values())) == len(plan.variants) > 3
+
+
+def test_ready_files_name_the_tokenizers_that_their_commands_make(bench):
+    made = {}
+    for line in (ROOT / "tools" / "ablations" / "capitals.toml").read_text().splitlines():
+        before, found, command = line.partition("python data/prepare.py ")
+        if found:
+            options = prepare.make_parser().parse_args(command.split())
+            name = prepare.tokenizer_name(options.name, options.vocab_size, options.case)
+            made[str(options.out)] = str(options.out / name)
+    plan = ablate.read_plan(ROOT / "tools" / "ablations" / "capitals.toml", bench.out, t)
+    named = {run.settings["DATA_PATH"]: run.settings["TOKENIZER_PATH"] for run in plan.runs}
+    assert made == named
+    assert len(made) == 2
 
 
 def test_the_example_in_the_help_is_valid(bench):
