@@ -1,7 +1,7 @@
 """Make the token shards and the SentencePiece tokenizer that train_gpt.py reads.
 
     python data/prepare.py sample                   a small English sample, without any download
-    python data/prepare.py text a.txt b.txt --out data/my --name my
+    python data/prepare.py text a.txt b.txt --val c.txt --out data/my --name my
                                                     your own text (also: jsonl, parquet)
     python data/prepare.py fineweb --variant sp1024 --train-shards 10
                                                     the published FineWeb shards
@@ -9,7 +9,7 @@
                                                     a dataset to choose settings on
     python data/prepare.py manifest FOLDER --tokenizer FILE.model
                                                     what shards made elsewhere hold
-    python data/prepare.py text a.txt --out data/my --name my --case
+    python data/prepare.py text a.txt b.txt --val c.txt --out data/my-case --name my --case
                                                     with capitals as tokens before their words
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros)
