@@ -1,6 +1,6 @@
 """What a run would be, before it is paid for: layers, sizes, memory, tokens.
 
-    PRESET=short MLP_MULT=4 python train_gpt.py --dry-run --gpu-memory 80 --step-ms 45
+    PRESET=short MLP_MULT=3.5 python train_gpt.py --dry-run --gpu-memory 80 --step-ms 45
     python train_gpt.py --dry-run --k 8 12             # the artifact at other SDCLIP_K, too
     RESUME=logs/x.checkpoint python train_gpt.py --dry-run     # sizes by the weights in a file
 

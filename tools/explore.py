@@ -1,7 +1,7 @@
 """Ranks ideas: trains variants one after another and scores each before it is quantized.
 
     export DATA_PATH=data/development PRESET=short MAX_WALLCLOCK_SECONDS=172
-    python -m tools.explore "as it is:" "wide: NUM_LAYERS=7 MAMBA_LAYERS=0,1,3,4,6 MLP_MULT=4"
+    python -m tools.explore "as it is:" "wide: NUM_LAYERS=7 MAMBA_LAYERS=0,1,3,4,6 MLP_MULT=5"
     python -m tools.explore --averages 0.03,0.06,0.12 --export "decay: WEIGHT_DECAY=0.2"
 
 A variant is a name, a colon and the settings of train_gpt.py that it has in place of the

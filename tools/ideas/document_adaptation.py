@@ -2,7 +2,7 @@
 
     PRESET=short DATA_PATH=data/development python -m tools.ideas.document_adaptation \\
         --artifact logs/RUN.int6.lzma --documents 512 \\
-        --variant "as it is:" --variant "wider: rank=128 lr=1.5e-4" --variant "slow: momentum=0.5"
+        --variant "as it is:" --variant "wider: rank=256 lr=1e-4" --variant "slow: momentum=0.5"
 
 Scores a finished artifact's validation text document by document, and prints a line of JSON for
 each variant: BPB, and BPB of the same windows with the weights as they are, so that what adapting
