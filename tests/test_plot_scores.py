@@ -107,6 +107,19 @@ def test_the_command_draws_a_picture(tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_logs_that_only_score_again_lie_beside_those_that_are_drawn(tmp_path, capsys):
+    """As logs/*.jsonl finds both."""
+    log = write_log(tmp_path / "a.jsonl", 180.0, 1.24, 1.22)
+    again = tmp_path / "a.eval.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    kept = [record for record in records if record["event"] != "trained"]
+    again.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    assert plot_scores.read_points([again, log]) == plot_scores.read_points([log])
+    assert capsys.readouterr().err == f"left out, as they only score again: {again}\n"
+    with pytest.raises(UserError, match="not the .jsonl log of a finished run"):
+        plot_scores.read_points([again])
+
+
 @pytest.mark.parametrize("problem", ["unfinished", "not a log", "missing"])
 def test_other_files_end_in_one_line(tmp_path, problem):
     log = tmp_path / "a.jsonl"

@@ -99,6 +99,18 @@ def attempts_at_evaluation(records: list[dict]) -> int:
     return max(1, sum(record["event"] == "evaluation" for record in records))
 
 
+def logs_of_training(paths: list[Path]) -> list[Path]:
+    """The paths without the logs of EVAL_ONLY, RUN_ID.eval.jsonl, which logs/*.jsonl finds as well.
+
+    They say nothing of training. A line tells which are left out; if there are no others, none is.
+    """
+    trained = [path for path in paths if not path.name.endswith(".eval.jsonl")]
+    scored = [str(path) for path in paths if path not in trained]
+    if trained and scored:
+        print(f"left out, as they only score again: {', '.join(scored)}", file=sys.stderr)
+    return trained or paths
+
+
 def last_run(path: Path) -> dict[str, dict]:
     """The last record of each event, of the last run in the file.
 

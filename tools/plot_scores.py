@@ -26,7 +26,7 @@ if not __package__:  # started by its path
 
 from tools import known
 from tools.command import Parser, UserError, need, need_place, run_command, write_picture
-from tools.logs import last_run, number_in, split_text, spread
+from tools.logs import last_run, logs_of_training, number_in, split_text, spread
 
 NAMES = {"run_id", "seed", "log_dir", "artifact", "overwrite"}  # no part of what was measured
 CLOCK = "max_wallclock_seconds"
@@ -73,7 +73,7 @@ def read_points(paths: list[Path]) -> list[Point]:
     Raises UserError for a file that is not a finished run's.
     """
     points: dict[tuple, Point] = {}
-    for path in paths:
+    for path in logs_of_training(paths):
         events = last_run(path)
         try:
             settings = events["settings"]["settings"]

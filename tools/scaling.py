@@ -37,6 +37,7 @@ from tools.logs import (
     Kind,
     kind_of,
     last_run,
+    logs_of_training,
     number_in,
     rank_count,
     refuse_other_data,
@@ -106,7 +107,8 @@ def read_run(path: Path) -> Run:
 
 def read_kinds(ours: list[Path], twin: list[Path]) -> dict[str, list[Run]]:
     """The runs of both kinds. Raises UserError unless each is one kind, and all had the same."""
-    kinds = {"ours": [read_run(path) for path in ours], "twin": [read_run(path) for path in twin]}
+    given = {"ours": logs_of_training(ours), "twin": logs_of_training(twin)}
+    kinds = {name: [read_run(path) for path in paths] for name, paths in given.items()}
     every = [run for runs in kinds.values() for run in runs]
     refuse_other_data([run.kind for run in every])
     for run in every:
