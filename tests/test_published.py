@@ -14,6 +14,7 @@ import pytest
 import train_gpt as t
 from data.tiny import make
 from tests.support import SCRIPT, run_here, write_shard
+from tools import summary
 
 FOLDER = SCRIPT.parent / "data" / "tiny"
 ARTIFACT = FOLDER / "tiny.int6.lzma"
@@ -64,6 +65,15 @@ def test_the_commands_that_name_it_name_files_that_are_there():
     assert {f"data/tiny/{path.name}" for path in (ARTIFACT, TOKENIZER)} <= named
     for path in named:
         assert (SCRIPT.parent / path).exists(), path
+
+
+def test_its_summary_ends_with_no_command_for_a_text_that_is_not_there(tmp_path):
+    events = records(FOLDER / "tiny.jsonl")
+    assert not [line for line in summary.summary(events) if "train_gpt.py" in line]
+    (tmp_path / "a_train_000000.bin").touch()
+    events["settings"]["settings"]["data_path"] = str(tmp_path)
+    (line,) = [line for line in summary.summary(events) if "train_gpt.py" in line]
+    assert "MAX_WALLCLOCK_SECONDS=600" in line
 
 
 def test_a_shard_is_cut_behind_a_whole_document(tmp_path):

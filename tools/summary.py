@@ -109,8 +109,10 @@ def summary(events: dict[str, dict]) -> list[str]:
     lines += ["", scored_text(events.get("validation_data")), "", f"Size: {size}"]
     if "sample" in events:
         lines += ["", "What it writes, before it adapts:", *wrapped(events["sample"]["sample"])]
-    # The demo trains for two minutes; its next step is the same model with more time.
-    if settings["preset"] == "tiny":
+    # The demo trains for two minutes; its next step is the same model with more time, where its
+    # text is: with what lies in data/tiny nothing can be trained.
+    trained = any(Path(settings["data_path"]).glob("*_train_*.bin"))
+    if settings["preset"] == "tiny" and trained:
         command = longer_command(events["settings"])
         lines += ["", "Next, the same model for ten minutes:", f"  {command}"]
     return lines
