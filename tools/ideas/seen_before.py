@@ -1,7 +1,8 @@
 """Idea: each score is mixed with what followed the same tokens earlier, counted without a hash.
 
     EVAL_ONLY=1 RUN_ID=first EVAL_NLL_PATH=nats.npy python train_gpt.py
-    python -m tools.ideas.seen_before --text data/all/fineweb_val_000000.bin --scores nats.npy
+    python -m tools.ideas.seen_before --scores nats.npy \\
+        --text data/datasets/fineweb10B_sp8192/fineweb_val_000000.bin
 
 Where the k tokens before a target stood C times earlier, before T kinds of tokens, and c times
 before this one, c / C is a distribution over tokens. From the shortest k to the longest, first over
