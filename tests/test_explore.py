@@ -5,6 +5,7 @@ lengths; and mistakes.
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,27 @@ def test_the_same_weights_are_quantized_again(explore_here):
     assert line["trellis"]["k"] == 6 and line["trellis"] != first
     assert line["finer"] != first
     assert line["finer"] == {name: other[name] for name in first}
+
+
+IDEAS = Path(explore.__file__).parent / "ideas"
+
+
+@pytest.mark.parametrize("idea", ["backout", "channel_mix", "heads_apart", "value_mix"])
+def test_an_idea_without_a_test_of_its_own_trains_and_exports_another_model(
+    idea, explore_here, monkeypatch
+):
+    """An idea stays as it was while the script's classes change: one met a context of its own."""
+    for name, value in vars(t).copy().items():  # all is put back
+        monkeypatch.setattr(t, name, value)
+    monkeypatch.setenv("IDEA_HEADS", "all")
+    usual = "it: SDCLIP_K=6 NUM_LAYERS=3 MAMBA_LAYERS=0 EVAL_MODE=plain TTT_ENABLED=0", "--export"
+    (status, (without,), _), (after, (line,), _) = (
+        explore_here(*usual, *more) for more in ([], ["--idea", str(IDEAS / f"{idea}.py")])
+    )
+    assert status == after == 0
+    assert line["bpb"] != without["bpb"]
+    assert abs(line["quantized"] - line["bpb"]["ema"]) < 0.1
+    assert line["final"] == line["quantized"]
 
 
 def test_an_export_that_fails_costs_no_score(explore_here):

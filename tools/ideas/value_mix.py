@@ -13,7 +13,7 @@ def install(script) -> None:
     """Changes train_gpt.py's Attention and Block."""
 
     class Value(script.Linear):
-        """y = W (x + m·embedded); Attention says what is embedded as long as it runs."""
+        """y = W (x + m·embedded); Block says what is embedded as long as it runs."""
 
         embedded = None
 
@@ -34,7 +34,7 @@ def install(script) -> None:
             return script.widened(self.mixed(x))
 
     class Attention(script.Attention):
-        """Its Block gives it the embeddings."""
+        """The script's, with values of another layer."""
 
         def __init__(self, settings, *others):
             super().__init__(settings, *others)
@@ -43,21 +43,17 @@ def install(script) -> None:
                 self.value = Value(usual.in_features, usual.out_features)
             self.value.weight = usual.weight
 
-        def forward(self, x, context, state=None):
-            """As the script's; context is a pair of its context and of the embeddings."""
-            context, self.value.embedded = context
-            result = super().forward(x, context, state)
-            self.value.embedded = None
-            return result
-
     class Block(script.Block):
-        """Gives the embeddings to attention."""
+        """Lends attention's values the embeddings."""
 
         def forward(self, x, embedded, context, state=None):
             """As the script's."""
-            if isinstance(self.mixer, Attention):
-                context = (context, embedded)
-            return super().forward(x, embedded, context, state)
+            if not isinstance(self.mixer, Attention):
+                return super().forward(x, embedded, context, state)
+            self.mixer.value.embedded = embedded
+            result = super().forward(x, embedded, context, state)
+            self.mixer.value.embedded = None
+            return result
 
     script.Attention = Attention
     script.Block = Block
