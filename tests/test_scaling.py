@@ -180,6 +180,15 @@ def test_runs_of_one_kind_differ_in_clock_and_seed(tmp_path, changes, message):
     assert len(scaling.read_kinds([*ours, odd], twin)["ours"]) == 5
 
 
+def test_logs_that_only_score_again_are_left_out(tmp_path, capsys):
+    """h-*.jsonl finds them beside the runs', and they say nothing of training."""
+    ours, twin = kinds(tmp_path)
+    again = tmp_path / "h-22.eval.jsonl"
+    again.write_text('{"event": "settings", "settings": {"eval_only": true}, "machine": {}}\n')
+    assert len(scaling.read_kinds([again, *ours], twin)["ours"]) == len(ours)
+    assert capsys.readouterr().err == f"left out, as they only score again: {again}\n"
+
+
 def test_kinds_of_other_text_or_machines_are_not_compared(tmp_path):
     ours, _ = kinds(tmp_path)
     for changes in ({"digest": "dd"}, {"validation": "ee"}, {"hardware": "CPU"}):

@@ -72,6 +72,8 @@ def lines_of(path: Path) -> list[str]:
     lines = [re.sub(r"^[ #|>]*(export )?", "", line) for line in text.splitlines()]
     fence = re.compile(r"^[ #]*```.*?^[ #]*```", re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`]+)`", fence.sub("", text))
+    if path.suffix == ".py":  # what a program says, if it is not the beginning of a sentence
+        spans += [span for span in re.findall(r'"([^"{\n]+)"', text) if " --" in span]
     return [*lines, *(re.sub(r"\s+(# *)?", " ", span) for span in spans)]
 
 

@@ -5,9 +5,9 @@
     python -m tools.explore --averages 0.03,0.06,0.12 --export "decay: WEIGHT_DECAY=0.2"
 
 A variant is a name, a colon and the settings of train_gpt.py that it has in place of the
-environment's. Choose on a development split (`python data/prepare.py development`), not on the
-validation text. What trains and scores is train_gpt.py; checkpoints are not written. On several
-GPUs, start a process for each, with CUDA_VISIBLE_DEVICES.
+environment's. Choose on a development split (`python data/prepare.py development`, which prints its
+tokenizer's variables), not on the validation text. What trains and scores is train_gpt.py;
+checkpoints are not written. On several GPUs, start a process for each, with CUDA_VISIBLE_DEVICES.
 
 What no setting says, --idea does for all variants: a Python file whose install(script) changes
 train_gpt.py's module, as those in tools/ideas do.
