@@ -4,7 +4,9 @@ from them.
     python tests/make_former_files.py COMMIT
 
 test_former_files.py reads them with today's script: an artifact and a checkpoint must mean the same
-for good. A commit whose files differ in layout gets files of its own beside the older ones.
+for good. A commit whose files differ in layout gets files of its own beside the older ones, by this
+file as of that commit: it calls the script's functions, which change. (Those of b6028ee were made
+so; a test has today's script write files by today's.)
 """
 
 import importlib.util
@@ -106,48 +108,65 @@ def load_script(commit: str, folder: Path):
     return script
 
 
+def quiet(*_, **__) -> None:
+    """A log that says nothing."""
+
+
+quiet.progress = quiet
+
+
+def train_steps(trainer, script, batches, count: int) -> None:
+    """So many steps as Trainer.run() makes them."""
+    settings = trainer.settings
+    for _ in range(count):
+        now = script.schedule_at(settings, trainer.steps_done, 0.0)
+        kind = trainer.model.order(now.recurrent), now.quantized
+        rates = now.lr_factor, now.momentum, trainer.average.rate(trainer.steps_done + 1)
+        trainer.graphed_steps(kind, *batches.next(), *rates)
+        trainer.steps_done += 1
+        trainer.average.after_step(trainer.steps_done, trainer.optimizers.skip, now.snapshot)
+
+
+def make_files(script, name: str, folder: Path) -> None:
+    """Writes NAME.artifact, NAME.checkpoint and NAME.json into a folder."""
+    solo = script.Ranks(0, 1, torch.device("cpu"))
+    settings = script.Settings(**script.PLAIN | MODEL)
+    model = script.build_model(settings, solo)
+    fixed_weights(model)
+    tokens = fixed_tokens(settings.vocab_size)[:, :-1]
+    hessians, _ = script.collect_costs(model, tokens.split(2), solo)
+    solvers = {name: script.factor_hessian(x) for name, x in hessians.items()}
+    stored = script.quantize_model(model, settings, solo, solvers, 8.0)
+    artifact = folder / f"{name}.artifact"
+    artifact.write_bytes(script.pack_artifact(settings, stored))
+    loaded, _ = script.load_model(artifact, settings, set(), solo)
+
+    with tempfile.TemporaryDirectory() as logs:
+        run = script.PLAIN | MODEL | SMALLER | RUN
+        settings = script.Settings(**run, log_dir=logs, run_id="former")
+        model = script.build_model(settings, solo)
+        fixed_weights(model)
+        trainer = script.Trainer(model, settings, solo, 64, 1e6, quiet)
+        batches = FixedBatches(settings, 0)
+        train_steps(trainer, script, batches, 3)
+        trainer.qat_k, trainer.clock.counted = 6.5, 1.25
+        with script.Checkpoints(settings, solo, quiet) as trainer.checkpoints:
+            trainer.save()
+        trainer.checkpoints = None
+        checkpoint = settings.checkpoint_paths[0].read_bytes()
+        (folder / f"{name}.checkpoint").write_bytes(checkpoint)
+        trainer.run(batches, None)
+    known = {"artifact": nats(loaded), "checkpoint": nats(model)}
+    (folder / f"{name}.json").write_text(json.dumps(known) + "\n")
+
+
 def main() -> None:
-    """Writes COMMIT.artifact, COMMIT.checkpoint and COMMIT.json."""
+    """Writes COMMIT's files."""
     commit = sys.argv[1]
     FOLDER.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        script = load_script(commit, Path(name))
-        solo = script.Ranks(0, 1, torch.device("cpu"))
-        settings = script.Settings(**MODEL)
-        model = script.build_model(settings, solo)
-        fixed_weights(model)
-        tokens = fixed_tokens(settings.vocab_size)[:, :-1]
-        hessians, _ = script.collect_costs(model, tokens.split(2), solo)
-        solvers = {name: script.factor_hessian(x) for name, x in hessians.items()}
-        stored = script.quantize_model(model, settings, solo, solvers, 8.0)
-        artifact = FOLDER / f"{commit}.artifact"
-        artifact.write_bytes(script.pack_artifact(settings, stored))
-        loaded, _ = script.load_model(artifact, settings, set(), solo)
-
-        settings = script.Settings(**MODEL | SMALLER | RUN, log_dir=name, run_id="former")
-        model = script.build_model(settings, solo)
-        fixed_weights(model)
-
-        def log(*_, **__):
-            pass
-
-        trainer = script.Trainer(model, settings, solo, 64, 1e6, log)
-        batches = FixedBatches(settings, 0)
-        for _ in range(3):
-            now = script.schedule_at(settings, trainer.steps_done, 0.0)
-            kind = model.order(now.recurrent), script.nullcontext
-            trainer._graphed_step(kind, *batches.next(), now.lr_factor, now.momentum)
-            trainer.steps_done += 1
-            trainer.average.update(trainer.steps_done, trainer.optimizers.muon.found_inf)
-        trainer.qat_k, trainer.clock.counted = 6.5, 1.25
-        trainer.save()
-        trainer.writing.result()
-        checkpoint = settings.checkpoint_paths[0].read_bytes()
-        (FOLDER / f"{commit}.checkpoint").write_bytes(checkpoint)
-        trainer.run(batches, None)
-        known = {"artifact": nats(loaded), "checkpoint": nats(model)}
-    (FOLDER / f"{commit}.json").write_text(json.dumps(known) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        make_files(load_script(commit, Path(folder)), commit, FOLDER)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from tests import make_former_files
 from tests.make_former_files import FOLDER, FixedBatches, nats
 from tests.support import SOLO, Quiet, tiny
 
@@ -93,6 +94,20 @@ def test_an_older_checkpoint_goes_on_as_it_would_have(commit, signal_handlers):
     assert (trainer.steps_done, trainer.clock.seconds(), trainer.qat_k) == (3, 1.25, 6.5)
     trainer.run(FixedBatches(settings, 3), None)
     assert_same(nats(trainer.model), known(commit, "checkpoint"), 1e-4)
+
+
+def test_files_of_todays_script_can_be_made(tmp_path, signal_handlers):
+    """As they will have to be when their layout changes: they are read as those that are kept."""
+    make_former_files.make_files(t, "now", tmp_path)
+    expected = json.loads((tmp_path / "now.json").read_text())
+    model, _ = t.load_model(tmp_path / "now.artifact", tiny(), set(), SOLO)
+    assert_same(nats(model), torch.tensor(expected["artifact"]))
+    settings = checkpoint_settings(tmp_path / "now.checkpoint")
+    trainer = make_trainer(settings)
+    trainer.resume()
+    assert (trainer.steps_done, trainer.clock.seconds(), trainer.qat_k) == (3, 1.25, 6.5)
+    trainer.run(FixedBatches(settings, 3), None)
+    assert_same(nats(trainer.model), torch.tensor(expected["checkpoint"]), 1e-4)
 
 
 def test_a_deleted_setting_may_have_the_value_that_means_what_is_done_now():
