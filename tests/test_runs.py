@@ -128,6 +128,21 @@ def test_losses_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("count", [1, runs.MOST_NAMES, runs.MOST_NAMES + 1])
+def test_the_names_of_many_runs_do_not_cover_their_curves(tmp_path, monkeypatch, count):
+    """As of all that lie in logs/: a legend longer than the picture left curves no room."""
+    pytest.importorskip("matplotlib")
+    run = runs.read_run(write_log(tmp_path / "a.jsonl", 1.2))
+    figures = []
+    monkeypatch.setattr(runs, "write_picture", lambda out, figure: figures.append(figure))
+    runs.plot([run] * count, tmp_path / "curves.png")
+    figures[0].draw_without_rendering()  # which warns where there is no room
+    legend = figures[0].axes[0].get_legend()
+    assert (legend is not None) == (count <= runs.MOST_NAMES)
+    if legend:
+        assert legend.get_window_extent().ymin > 0
+
+
 def test_a_mean_covers_its_neighbours_evenly():
     line = [float(i) for i in range(50)]
     assert runs.smoothed(line) == line

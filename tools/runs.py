@@ -39,6 +39,7 @@ MOST_COLUMNS = 4  # of settings
 WIDEST = 40  # characters of a setting, or of the state
 STROKES = ("-", "--", ":", "-.")  # of --plot
 REACH = 4  # training losses on either side that a point of --plot is the mean of
+MOST_NAMES = 20  # runs that --plot names: more names would cover the curves
 FEW = 20  # a run with fewer training losses is drawn as it is: means would leave a straight line
 
 
@@ -266,7 +267,10 @@ def plot(runs: list[Run], out: Path) -> None:
     longest = max(len(run.losses) for run in drawn)
     means = f"\nmean of {2 * REACH + 1} lines where a run has {FEW}" if longest >= FEW else ""
     axes[0].set_ylabel(f"training loss, nats{means}")
-    axes[0].legend(fontsize=8)
+    if len(drawn) <= MOST_NAMES:
+        axes[0].legend(fontsize=8)
+    else:
+        figure.suptitle(f"{len(drawn)} runs; up to {MOST_NAMES} would be named", fontsize=9)
     write_picture(out, figure)
 
 
