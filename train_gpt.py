@@ -59,6 +59,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -86,6 +87,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -5640,6 +5642,7 @@ class Trainer:
         if s.trellis_states:  # its kernel, likewise
             round_by_trellis(*torch.ones(3, 1, 1, device=device), s.trellis_states)
         synchronized_time()
+        end_ahead(self.log)
 
     def run(self, batches, validate):
         """Trains until the clock or ITERATIONS ends it; the model is left with averaged weights.
@@ -6090,6 +6093,7 @@ def prepare_run(environment: dict[str, str]) -> tuple[Settings, set[str], Ranks]
     if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
         # A launcher that is killed, or ends by SIGUSR1, which it does not know, leaves no orphans.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    compile_ahead(settings)
     ranks = start_ranks(settings)
     run_id = choose_run_id(settings, environment) if ranks.rank == 0 else ""
     settings = replace(settings, run_id=ranks.from_main(run_id))
@@ -7440,12 +7444,17 @@ def _fused_scan_autograd(ctx, gradients):
 fused_scan.register_autograd(_fused_scan_autograd, setup_context=_keep_scan)
 
 
+def gpu_properties(device: torch.device):
+    """What CUDA says of a GPU; of the current one where tensors have no data ("meta")."""
+    return torch.cuda.get_device_properties(device if device.type == "cuda" else None)
+
+
 @cache
 def kernel_limits(device: torch.device) -> tuple[int, int]:
     """A GPU's compute capability, 90 of an H100, and the bytes of shared memory of a program."""
-    if device.type != "cuda":  # where Triton interprets, kernels run as on the H100
+    if device.type == "cpu":  # where Triton interprets, kernels run as on the H100
         return 90, 232_448
-    gpu = torch.cuda.get_device_properties(device)
+    gpu = gpu_properties(device)
     return 10 * gpu.major + gpu.minor, gpu.shared_memory_per_block_optin
 
 
@@ -7772,8 +7781,8 @@ def launch_product(kernel, named: dict, width: int, usual: float = 0.0):
     hidden = 8 * bytes_of_signs
     *tile, stages = (FLOAT8_TILES if usual else MLP_TILES)[kernel.__name__]
     programs = triton.cdiv(length, tile[0]) * (hidden // tile[1])
-    if named["signs"].is_cuda:
-        gpu = torch.cuda.get_device_properties(named["signs"].device)
+    if not named["signs"].is_cpu:
+        gpu = gpu_properties(named["signs"].device)
         programs = min(programs, gpu.multi_processor_count * (256 // tile[1]))
     sizes = ProductSizes(programs, width, hidden, *tile, usual)
     named = named | {"length": length, "S": sizes}
@@ -8392,6 +8401,129 @@ def fused_trellis_search(numbers: Tensor, states: int) -> Tensor:
     named = {"numbers": numbers, "choices": choices, "points": points, "batch": segments}
     launch(trellis_paths, (triton.cdiv(segments, sizes.BLOCK),), named | {"S": sizes}, warps=1)
     return points
+
+
+# ---- Compiled ahead ------------------------------------------------------------------------------
+# Triton compiles a kernel when it is first launched: in a cold start one after the other, in the
+# process that also has all of torch's compiler to run. So another process launches what a step does
+# as soon as the run begins, on tensors without data ("meta"), by launches that end when the kernel
+# is compiled. The run finds it in Triton's cache, which goes by a kernel's text, its arguments'
+# types and constants, and the kind of GPU. A process that fails, or is late, changes nothing else.
+
+AHEAD = []  # of compile_ahead(), until end_ahead(): its process, and where that tells what it made
+
+
+def compile_ahead(settings):
+    """Starts the process for a run that trains on a GPU; end_ahead() ends it, or the run's end.
+
+    It is forked, as importing torch takes long, and not where CUDA is in use, which survives no
+    fork. There are no other threads yet than those of numpy's OpenBLAS, which expects forks.
+    """
+    gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
+    interpreted = triton is None or os.environ.get("TRITON_INTERPRET") == "1"
+    if not gpus or interpreted or torch.cuda.is_initialized() or sys.platform != "linux":
+        return
+    _, local_rank, world_size = read_launch(dict(os.environ))
+    with suppress(OSError, ImportError):
+        # Not earlier: torch's compiler reads variables that prepare_torch() sets when imported.
+        from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+        # torch's compiler would choose it later, for each GPU another: one process serves them all.
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(0))
+        if local_rank or settings.eval_only:  # an artifact's settings are not known yet
+            return
+        told, tell = multiprocessing.Pipe(duplex=False)
+        values = settings, Ranks(0, world_size, torch.device("cuda", 0)), tell
+        process = multiprocessing.get_context("fork").Process(target=compile_kernels, args=values)
+        with handling_signals(signal.SIG_DFL):  # they end it: the run tells of them
+            process.start()
+        tell.close()
+        atexit.register(process.kill)
+        AHEAD.append((process, told))
+
+
+def end_ahead(log):
+    """Ends compile_ahead()'s process, if there is one, and logs what it has made."""
+    while AHEAD:
+        process, told = AHEAD.pop()
+        process.kill()
+        process.join()
+        made = "none"
+        with suppress(EOFError):
+            while told.poll():
+                made = told.recv()
+        log(f"kernels compiled ahead: {made}")
+
+
+def compile_kernels(settings, ranks, tell):
+    """What the process does. It tells how many kernels Triton's cache has by then, and when."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    started = time.monotonic()
+    made = set()
+    run = triton.JITFunction.run
+
+    def compile_only(kernel, *arguments, **options):
+        gpu = triton.runtime.driver.active
+        gpu.get_current_stream = lambda device: 0  # a real one would take some of the GPU's memory
+        compiled = run(kernel, *arguments, **options | {"warmup": True})
+        if compiled.hash not in made:
+            gpu.launcher_cls(compiled.src, compiled.metadata)  # until triton 3.6 a compiler's work
+            made.add(compiled.hash)
+            tell.send(count())
+
+    def count() -> str:
+        return f"{len(made)} in {time.monotonic() - started:.1f}s"
+
+    triton.JITFunction.run = compile_only
+    try:
+        with torch.device("meta"), OwnCode():
+            launch_kernels(settings, ranks)
+        tell.send(f"{count()}, all there are")
+    except Exception as error:
+        tell.send(f"{len(made)}, then {type(error).__name__}: {error}".splitlines()[0])
+
+
+class OwnCode(TorchDispatchMode):
+    """While entered, our operators run on tensors without data, for which torch has their fakes."""
+
+    def __init__(self):
+        super().__init__()
+        defined = [x for x in globals().values() if isinstance(x, torch.library.CustomOpDef)]
+        self.ours = {x._opoverload: x._init_fn for x in defined}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        """Runs an operator of ours by its own code, any other as torch does."""
+        return self.ours.get(operator, operator)(*args, **kwargs or {})
+
+
+def launch_kernels(s, ranks):
+    """Launches, by settings s, all that a step does, forward and backward, and then the export."""
+    gpu = ranks.device
+    scan = choose_scan_backend(s, gpu) if parse_layers(s, "mamba_layers") else "none"
+    model = model_skeleton(s)
+    model.compute_dtype = activation_dtype(s, gpu)
+    shape = choose_micro_batch(s, ranks, free=math.inf) // s.train_seq_len, s.train_seq_len
+    x = torch.empty(*shape, s.model_dim, dtype=model.compute_dtype, requires_grad=True)
+    start = torch.empty(shape, dtype=torch.bool) if s.document_reset else None
+    for float8 in (choose_float8(model, s, gpu), "none"):  # which is what all but steps has
+        if scan == "triton":
+            y, _ = Mamba(s, scan)(x, Context(start, turns=None, float8=float8))
+            y.sum().backward()
+        if parse_layers(s, "mlp_layers"):
+            mlp = MLP(s, gpu)
+            add = mlp.in_float8 if "mlp" in float8 else mlp
+            add(x, 1.0).sum().backward()
+    hidden = x.detach().flatten(0, 1)
+    output_matrix = torch.empty(s.vocab_size, s.model_dim, dtype=x.dtype)
+    targets = torch.empty(len(hidden), dtype=torch.int64)
+    impossible = torch.empty(s.vocab_size, -(-s.vocab_size // 8), dtype=torch.uint8)
+    pairs = [targets, impossible] if s.mask_impossible_pairs else []
+    for slopes in (True, False):
+        fused_cross_entropy(hidden, output_matrix, targets, s.logit_softcap, slopes, pairs)
+    if s.trellis_states:
+        fused_trellis_search(torch.empty(3, 1, TRELLIS_ROWS), s.trellis_states)
 
 
 # ==================================================================================================

@@ -802,8 +802,12 @@ def time_kernel(make: Callable[[], Kernel], ceilings: Ceilings) -> dict:
 class SilentLog:
     """Stands in for the run's log."""
 
+    def __init__(self):
+        self.lines = []
+
     def __call__(self, text: str, event: str = "", **values):
-        """Writes nothing: files would be part of the time."""
+        """Keeps the line and writes nothing: files would be part of the time."""
+        self.lines.append(text)
 
     def progress(self, what: str, part: float, seconds: float, note: str = ""):
         """Shows nothing."""
@@ -969,12 +973,14 @@ def profile_table(title: str, kernels: list[tuple[str, float, int]], rows: int =
 
 def first_step(defaults: dict[str, str], started: float):
     """All that a run does up to the end of its first step, short of reading data; then prints, as
-    JSON, the seconds since started, a time of day, at the end of each stage, and those that the
-    longest phases of torch's compiler took (phases hold one another: they don't add up).
+    JSON, the seconds since started, a time of day, at the end of each stage, those that the longest
+    phases of torch's compiler took (phases hold one another: they don't add up), and what was
+    compiled ahead.
     """
     ends = {"imported": time.time()}
     settings = read_settings(defaults)
     t.prepare_torch()
+    t.compile_ahead(settings)
     ranks = t.start_ranks(settings)
     trainer, _ = make_trainer(settings, ranks, 1)
     ends["model made"] = time.time()
@@ -988,6 +994,9 @@ def first_step(defaults: dict[str, str], started: float):
     longest = sorted(phases, key=phases.get, reverse=True)
     row = {name: end - started for name, end in ends.items()}
     row["compiler"] = ", ".join(f"{name} {phases[name]:.1f}" for name in longest[:24])
+    for line in trainer.log.lines:
+        if line.startswith("kernels compiled ahead"):
+            row["ahead"] = line
     print(json.dumps(row), flush=True)
 
 
@@ -1268,9 +1277,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         for idea in options.idea:
             install_idea(idea)
-        # is_available() may use CUDA, which no fork survives: an idea may fork in a first step.
-        seen = torch.cuda.device_count() if options.first_step else torch.cuda.is_available()
-        if not seen:
+        if not torch.cuda.device_count():  # is_available() would use CUDA, which no fork survives
             raise t.UserError(
                 "needs an NVIDIA GPU, and torch sees none here (--compare works without)"
             )
@@ -1278,7 +1285,6 @@ def main(arguments: list[str] | None = None) -> int:
             defaults = {} if "PRESET" in os.environ else STEP_CASES["peer7"]
             first_step(defaults, options.first_step)
             return 0
-        torch.cuda.init()  # so that none forks here, beside what is timed
         return run_parts(options)
 
     return run_command("bench.py", command, t.UserError)

@@ -283,9 +283,13 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
 
 
 def test_an_idea_is_in_place_before_the_ranks_of_a_first_step_start(monkeypatch, tmp_path, capsys):
-    """It may fork there, since nobody has asked CUDA for anything; a benchmark's own process uses
-    CUDA by then.
+    """So is the process that compiles kernels, which is forked: nobody may have asked CUDA for
+    anything. A benchmark that starts no run has none.
     """
+
+    def end_ahead(log):
+        log("kernels compiled ahead: 2 in 1.0s")
+
     idea = tmp_path / "idea.py"
     idea.write_text(
         "def install(script):\n"
@@ -295,14 +299,19 @@ def test_an_idea_is_in_place_before_the_ranks_of_a_first_step_start(monkeypatch,
     monkeypatch.setattr(t, "start_ranks", lambda settings: print("ranks"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: not print("asked"))
-    monkeypatch.setattr(torch.cuda, "init", lambda: print("in use"))
+    monkeypatch.setattr(t, "compile_ahead", lambda settings: print("ahead"))
     monkeypatch.setattr(bench, "run_parts", lambda options: print("parts") or 0)
-    monkeypatch.setattr(bench, "make_trainer", lambda *_: sys.exit(3))
-    with pytest.raises(SystemExit):
-        bench.main(["--first-step", "1.0", "--idea", str(idea)])
-    assert capsys.readouterr().out.split() == ["idea", "ranks"]
+    log = bench.SilentLog()
+    trainer = SimpleNamespace(log=log, warm_up=lambda: end_ahead(log), run=lambda *_: log("step"))
+    monkeypatch.setattr(bench, "make_trainer", lambda *_: (trainer, 8))
+    monkeypatch.setattr(bench, "RandomBatches", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert bench.main(["--first-step", "1.0", "--idea", str(idea)]) == 0
+    *order, row = capsys.readouterr().out.splitlines()
+    assert order == ["ahead", "idea", "ranks"]
+    assert json.loads(row)["ahead"] == "kernels compiled ahead: 2 in 1.0s"
     assert bench.main(["startup", "--idea", str(idea)]) == 0
-    assert capsys.readouterr().out.splitlines() == ["asked", "in use", "parts"]
+    assert capsys.readouterr().out.splitlines() == ["parts"]
 
 
 # ---- The profile ---------------------------------------------------------------------------------
