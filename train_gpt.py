@@ -60,6 +60,7 @@ import json
 import lzma
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import re
@@ -3114,6 +3115,12 @@ class WeightAverage:
             self.take_in(self.swa, self.ema or self.parameters, 1 / (self.snapshots + 1), skip)
             self.snapshots += 1 - skip
 
+    def warm_up(self):
+        """Compiles it; the average stays as it is."""
+        skip = torch.ones_like(self.snapshots)
+        self.update(0.0, skip)
+        self.after_step(1, skip, True)
+
     @torch.no_grad()
     def apply(self) -> str:
         """Puts the average in the weights' place; says which. Without snapshots there is no swa."""
@@ -5624,6 +5631,10 @@ class Trainer:
     def warm_up(self):
         """Compiles both layer orders and the average off the clock, on random tokens at rate 0."""
         s = self.settings
+        if AHEAD:
+            free, _ = torch.cuda.mem_get_info()
+            count = sum(p.numel() for p in self.average.parameters)
+            allow_updates_ahead(free - self.micro_batch * token_bytes(s, gpu=True), count)
         optimizers = Optimizers(self.model, s, self.ranks)  # these are thrown away
         shape = self.micro_sequences, s.train_seq_len + 1
         device = self.ranks.device
@@ -5633,9 +5644,7 @@ class Trainer:
             for _ in self.log.track(f"warm-up of {len(order)} layers", range(s.warmup_steps)):
                 self.accumulate_gradients((order, False), tokens[:, :-1], tokens[:, 1:])
                 optimizers.step(0.0, s.muon_momentum)
-        skip = torch.ones((), device=device)  # so that the average stays as it is
-        self.average.update(0.0, skip)
-        self.average.after_step(1, skip, True)
+        self.average.warm_up()
         if s.calibrates:  # as export will: FlexAttention compiles itself
             parts = [tokens[: self.calibration_rows, :-1]]
             collect_costs(self.model, parts, self.ranks, s.shares_bits)
@@ -8404,63 +8413,149 @@ def fused_trellis_search(numbers: Tensor, states: int) -> Tensor:
 
 
 # ---- Compiled ahead ------------------------------------------------------------------------------
-# Triton compiles a kernel when it is first launched: in a cold start one after the other, in the
-# process that also has all of torch's compiler to run. So another process launches what a step does
-# as soon as the run begins, on tensors without data ("meta"), by launches that end when the kernel
-# is compiled. The run finds it in Triton's cache, which goes by a kernel's text, its arguments'
-# types and constants, and the kind of GPU. A process that fails, or is late, changes nothing else.
+# A cold start compiles three things that do not depend on each other: by torch's compiler the loss
+# and its gradients, and what steps do with these; by Triton our own kernels, each when it is first
+# launched. One process would do so one after another. So two more begin with the run: one launches
+# our kernels, one makes a step's second half, and what they compile lies on disk when the run looks
+# for it, in Triton's cache and in torch's. One that fails, or is late, changes nothing else.
 
-AHEAD = []  # of compile_ahead(), until end_ahead(): its process, and where that tells what it made
+
+class Ahead(NamedTuple):
+    """A process that compiles ahead."""
+
+    what: str  # it compiles
+    process: multiprocessing.Process
+    pipe: multiprocessing.connection.Connection  # by which it tells what it made, and is told
+
+
+AHEAD = []  # from compile_ahead() to end_ahead()
+
+
+class RanksApart(Ranks):
+    """A rank without the others: what they would send has the shape of what it has itself."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The tensor as it is."""
+        return tensor
+
+    def concatenate(self, tensor: Tensor) -> Tensor:
+        """The tensor (n, ...) in every rank's place: (ranks · n, ...)."""
+        return torch.cat([tensor] * self.world_size) if self.world_size > 1 else tensor
 
 
 def compile_ahead(settings):
-    """Starts the process for a run that trains on a GPU; end_ahead() ends it, or the run's end.
+    """Starts the processes for a run that trains on a GPU; end_ahead() ends them, or the run's end.
 
-    It is forked, as importing torch takes long, and not where CUDA is in use, which survives no
+    They are forked, as importing torch takes long, and not where CUDA is in use, which survives no
     fork. There are no other threads yet than those of numpy's OpenBLAS, which expects forks.
     """
+    rank, local_rank, world_size = read_launch(dict(os.environ))
     gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
     interpreted = triton is None or os.environ.get("TRITON_INTERPRET") == "1"
-    if not gpus or interpreted or torch.cuda.is_initialized() or sys.platform != "linux":
+    unfit = interpreted or torch.cuda.is_initialized() or sys.platform != "linux"
+    if local_rank >= gpus or unfit:
         return
-    _, local_rank, world_size = read_launch(dict(os.environ))
     with suppress(OSError, ImportError):
         # Not earlier: torch's compiler reads variables that prepare_torch() sets when imported.
         from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
         # torch's compiler would choose it later, for each GPU another: one process serves them all.
         os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(0))
-        if local_rank or settings.eval_only:  # an artifact's settings are not known yet
+        if settings.eval_only:  # an artifact's settings are not known yet
             return
-        told, tell = multiprocessing.Pipe(duplex=False)
-        values = settings, Ranks(0, world_size, torch.device("cuda", 0)), tell
-        process = multiprocessing.get_context("fork").Process(target=compile_kernels, args=values)
-        with handling_signals(signal.SIG_DFL):  # they end it: the run tells of them
-            process.start()
-        tell.close()
-        atexit.register(process.kill)
-        AHEAD.append((process, told))
+        ranks = RanksApart(rank, world_size, torch.device("cuda", local_rank))
+        if local_rank == 0:
+            start_ahead("kernels", compile_kernels, settings, ranks)
+        if settings.compile != "off":
+            start_ahead("updates", compile_updates, settings, ranks)
 
 
-def end_ahead(log):
-    """Ends compile_ahead()'s process, if there is one, and logs what it has made."""
-    while AHEAD:
-        process, told = AHEAD.pop()
-        process.kill()
-        process.join()
-        made = "none"
-        with suppress(EOFError):
-            while told.poll():
-                made = told.recv()
-        log(f"kernels compiled ahead: {made}")
+def start_ahead(what: str, function, settings, ranks):
+    """Starts one, which calls the function and is part of AHEAD; OSError where it cannot."""
+    here, there = multiprocessing.Pipe()
+    values = function, settings, ranks, there
+    process = multiprocessing.get_context("fork").Process(target=work_ahead, args=values)
+    with handling_signals(signal.SIG_DFL):  # they end it: the run tells of them
+        process.start()
+    there.close()
+    atexit.register(process.kill)
+    AHEAD.append(Ahead(what, process, here))
 
 
-def compile_kernels(settings, ranks, tell):
-    """What the process does. It tells how many kernels Triton's cache has by then, and when."""
+def work_ahead(function, settings, ranks, pipe):
+    """What a process does: function(settings, ranks, pipe, tell), and tells how much it has made.
+
+    tell() is called for each thing that is compiled.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # the run has ended before
+        return
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     started = time.monotonic()
+    made = 0
+
+    def tell(more: int = 1, note: str = ""):
+        nonlocal made
+        made += more
+        pipe.send(f"{made} in {time.monotonic() - started:.1f}s{note}")
+
+    try:
+        function(settings, ranks, pipe, tell)
+        tell(0, ", all there are")
+    except Exception as error:
+        pipe.send(f"{made}, then {type(error).__name__}: {error}".splitlines()[0])
+
+
+def allow_updates_ahead(spare: float, count: int):
+    """Has compile_updates() begin, if so many bytes of the GPU are enough for `count` numbers."""
+    for what, _, pipe in AHEAD:
+        if what == "updates" and spare > UPDATE_BYTES * count + CONTEXT_BYTES:
+            with suppress(OSError):  # it has ended
+                pipe.send("begin")
+
+
+def end_ahead(log):
+    """Ends compile_ahead()'s processes, if there are any, and logs what they have made."""
+    while AHEAD:
+        what, process, pipe = AHEAD.pop()
+        process.kill()
+        process.join()
+        made = "none"
+        with suppress(OSError, EOFError):
+            while pipe.poll():
+                made = pipe.recv()
+        log(f"{what} compiled ahead: {made}")
+
+
+UPDATE_BYTES = 32  # of a number: itself, gradient, momentum, Adam's or Muon's, average, update
+CONTEXT_BYTES = 2**30  # CUDA's own, and kernels
+
+
+def compile_updates(settings, ranks, pipe, tell):
+    """What torch compiles of a step behind its gradients, by a step that changes nothing.
+
+    It takes some of the GPU's memory, and so begins when the run has chosen how much it takes.
+    """
+    pipe.recv()
+    torch.cuda.set_device(ranks.device)
+    model = build_model(settings, ranks)
+    if settings.spelling_features:
+        share_by_spelling(model)
+    average = WeightAverage(model, settings, ranks)
+    average.warm_up()
+    tell()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    Optimizers(model, settings, ranks).step(0.0, settings.muon_momentum)
+    tell()
+
+
+def compile_kernels(settings, ranks, pipe, tell):
+    """Our kernels, launched on tensors without data by launches that end when they are compiled.
+
+    Triton's cache goes by a kernel's text, its arguments' types and constants, and the kind of GPU.
+    """
     made = set()
     run = triton.JITFunction.run
 
@@ -8471,18 +8566,11 @@ def compile_kernels(settings, ranks, tell):
         if compiled.hash not in made:
             gpu.launcher_cls(compiled.src, compiled.metadata)  # until triton 3.6 a compiler's work
             made.add(compiled.hash)
-            tell.send(count())
-
-    def count() -> str:
-        return f"{len(made)} in {time.monotonic() - started:.1f}s"
+            tell()
 
     triton.JITFunction.run = compile_only
-    try:
-        with torch.device("meta"), OwnCode():
-            launch_kernels(settings, ranks)
-        tell.send(f"{count()}, all there are")
-    except Exception as error:
-        tell.send(f"{len(made)}, then {type(error).__name__}: {error}".splitlines()[0])
+    with torch.device("meta"), OwnCode():
+        launch_kernels(settings, ranks)
 
 
 class OwnCode(TorchDispatchMode):

@@ -994,9 +994,8 @@ def first_step(defaults: dict[str, str], started: float):
     longest = sorted(phases, key=phases.get, reverse=True)
     row = {name: end - started for name, end in ends.items()}
     row["compiler"] = ", ".join(f"{name} {phases[name]:.1f}" for name in longest[:24])
-    for line in trainer.log.lines:
-        if line.startswith("kernels compiled ahead"):
-            row["ahead"] = line
+    if ahead := [line for line in trainer.log.lines if "compiled ahead" in line]:
+        row["ahead"] = "; ".join(ahead)
     print(json.dumps(row), flush=True)
 
 

@@ -283,11 +283,12 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
 
 
 def test_an_idea_is_in_place_before_the_ranks_of_a_first_step_start(monkeypatch, tmp_path, capsys):
-    """So is the process that compiles kernels, which is forked: nobody may have asked CUDA for
+    """So are the processes that compile ahead, which are forked: nobody may have asked CUDA for
     anything. A benchmark that starts no run has none.
     """
 
     def end_ahead(log):
+        log("updates compiled ahead: none")
         log("kernels compiled ahead: 2 in 1.0s")
 
     idea = tmp_path / "idea.py"
@@ -309,7 +310,8 @@ def test_an_idea_is_in_place_before_the_ranks_of_a_first_step_start(monkeypatch,
     assert bench.main(["--first-step", "1.0", "--idea", str(idea)]) == 0
     *order, row = capsys.readouterr().out.splitlines()
     assert order == ["ahead", "idea", "ranks"]
-    assert json.loads(row)["ahead"] == "kernels compiled ahead: 2 in 1.0s"
+    told = "updates compiled ahead: none; kernels compiled ahead: 2 in 1.0s"
+    assert json.loads(row)["ahead"] == told
     assert bench.main(["startup", "--idea", str(idea)]) == 0
     assert capsys.readouterr().out.splitlines() == ["parts"]
 

@@ -1,12 +1,18 @@
-"""The process that compiles a run's kernels before they are launched, without a GPU.
+"""The processes that compile what a run is about to launch, without a GPU.
 
-One process pretends to have a GPU of compute capability 9.0 and compiles ahead, a packed script's
-kernels; another launches, on tensors of other sizes, what the readable script's model does. Of each
-launch Triton would look up the same in its cache. What really compiles takes most of a minute:
-KERNELS_AHEAD=1 runs it, too.
+Kernels: one process pretends to have a GPU of compute capability 9.0 and compiles ahead, a packed
+script's kernels; another launches, on tensors of other sizes, what the readable script's model
+does. Of each launch Triton would look up the same in its cache.
+
+Updates, what torch compiles of a step behind its gradients: a note of all that its caches go by
+stands in the compiler's place, and is the same of a run's updates as of those made ahead.
+
+What really compiles takes minutes: KERNELS_AHEAD=1 runs it, too.
 """
 
+import collections
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -22,7 +28,16 @@ import torch
 
 import train_gpt as t
 from tests import forked
-from tests.support import PATIENCE, process_environment, run_environment, run_here, tiny
+from tests.support import (
+    CPU,
+    PATIENCE,
+    Quiet,
+    process_environment,
+    run_environment,
+    run_here,
+    run_ranks,
+    tiny,
+)
 from tools import pack_script
 
 pytestmark = pytest.mark.skipif(
@@ -82,9 +97,9 @@ spec = importlib.util.spec_from_file_location("packed", sys.argv[1])
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 for variant, changes in json.loads(sys.argv[2]).items():
-    settings, _ = script.read_settings(dict(os.environ) | changes)
+    settings, _ = script.read_settings(dict(os.environ) | {"COMPILE": "off"} | changes)
     script.compile_ahead(settings)
-    ((process, _),) = script.AHEAD
+    ((_, process, _),) = script.AHEAD
     process.join()
     script.end_ahead(print)
 """
@@ -184,9 +199,166 @@ def test_a_run_finds_all_kernels_that_were_compiled_ahead(tmp_path):
     assert sorted(found) == [[name, True] for name in made]
 
 
+# ---- Updates -------------------------------------------------------------------------------------
+
+UPDATES = {"judge_gradients", "momentum_updates", "even_out_rows", "apply_updates", "take_in"}
+AVERAGES = ["ema", "swa", "ema+swa", "none"]
+
+
+def described(x, storages: dict):
+    """All of an argument that torch's caches go by, but a tensor's numbers; which share storage."""
+    if not isinstance(x, torch.Tensor):
+        return repr(x)
+    storage = x.untyped_storage()
+    place = storages.setdefault(storage.data_ptr(), len(storages)), x.storage_offset()
+    size = tuple(x.shape), x.stride(), storage.nbytes(), x.data_ptr() % 16
+    return (*size, *place, x.dtype, x.device, x.requires_grad, type(x))
+
+
+@pytest.fixture
+def given(monkeypatch) -> dict[int, set]:
+    """By rank, what the compiler is given of UPDATES: each one's name, options and arguments, and
+    whether gradients are recorded. It returns functions as they are.
+    """
+    given = collections.defaultdict(set)
+
+    def maybe_compile(function, settings, ranks, options=None):
+        def noting(*arguments):
+            values, structure = torch.utils._pytree.tree_flatten(arguments)
+            storages = {}
+            values = tuple(described(x, storages) for x in values)
+            modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            given[ranks.rank].add((function.__name__, repr(options), modes, structure, values))
+            return function(*arguments)
+
+        return noting if function.__name__ in UPDATES else function
+
+    monkeypatch.setattr(t, "maybe_compile", maybe_compile)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return given
+
+
+def settings_with_updates(tokenizer: Path, **changes) -> t.Settings:
+    """Of a model with every kind of parameter and group of Muon's."""
+    changes = {"muon_beta2": 0.95, "muon_row_groups": True, "spelling_features": 100} | changes
+    return tiny(tokenizer_path=str(tokenizer), warmup_steps=1, quantizer="round", **changes)
+
+
+def make_updates_ahead(settings: t.Settings, rank: int = 0, world_size: int = 1) -> list:
+    """What a process does that compiles a rank's updates; what it says before and behind them."""
+    said = []
+    pipe = SimpleNamespace(recv=lambda: said.append("waits"))
+    ranks = t.RanksApart(rank, world_size, CPU)
+    t.compile_updates(settings, ranks, pipe, lambda: said.append("made"))
+    return said
+
+
+def make_updates(settings: t.Settings, ranks: t.Ranks):
+    """Those of a run's warm-up, in which it compiles them."""
+    tokens = settings.train_batch_tokens // ranks.world_size
+    model = t.build_model(settings, ranks)
+    t.Trainer(model, settings, ranks, tokens, 1e6, Quiet()).warm_up()
+
+
+def expected_updates(average: str) -> list[str]:
+    """Names of what a step gives to the compiler, as often as it does: an average for each kind."""
+    averages = [] if average == "none" else ["take_in"] * len(average.split("+"))
+    return sorted([*UPDATES - {"take_in"}, *averages])
+
+
+def names(notes: set) -> list[str]:
+    return sorted(name for name, *_ in notes)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_updates_that_are_compiled_ahead_are_a_runs(given, byte_tokenizer, average):
+    settings = settings_with_updates(byte_tokenizer, average=average)
+    assert make_updates_ahead(settings) == ["waits", "made", "made"]
+    ahead = given.pop(0)
+    make_updates(settings, t.Ranks(0, 1, CPU))
+    assert ahead == given.pop(0)
+    assert names(ahead) == expected_updates(average)
+
+
+@pytest.mark.parametrize("changes", [{}, {"spelling_features": 0, "muon_beta2": 0.0}])
+def test_each_rank_compiles_its_own_ahead(given, byte_tokenizer, changes):
+    """Shares of matrices begin elsewhere, and gradients are views of what the ranks exchange."""
+    settings = settings_with_updates(byte_tokenizer, average="ema+swa", **changes)
+    for rank in range(2):
+        make_updates_ahead(settings, rank, 2)
+    ahead = dict(given)
+    given.clear()
+    run_ranks(2, lambda ranks: make_updates(settings, ranks))
+    assert ahead == given
+    assert ahead[0] != ahead[1]  # else nothing was compared that a rank has for itself
+    lacking = {"even_out_rows"} if changes else set()
+    for rank in range(2):
+        assert set(names(ahead[rank])) == UPDATES - lacking
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_rank_apart_gets_tensors_like_those_of_a_rank(monkeypatch, world_size):
+    def gather(whole, part):
+        assert part.is_contiguous()
+        whole.copy_(torch.cat([part] * world_size))
+
+    monkeypatch.setattr(t.dist, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(t.dist, "all_gather_into_tensor", gather)
+    last = world_size - 1, world_size, CPU
+    apart, rank = t.RanksApart(*last), t.Ranks(*last)
+    numbers = torch.arange(24.0)
+    for tensor in (numbers, numbers.view(2, 3, 4).mT, numbers.bfloat16()[8:].view(4, 4)):
+        assert apart.sum_(tensor) is tensor
+        assert rank.sum_(tensor) is tensor
+        found, wanted = apart.concatenate(tensor), rank.concatenate(tensor)
+        assert described(found, {}) == described(wanted, {})
+        assert (found is tensor) == (wanted is tensor)
+        assert found.equal(wanted)
+
+
+COMPILING_UPDATES = """
+import json, sys
+import torch
+import train_gpt as t
+from tests import test_compiled_ahead as tests
+
+t.prepare_torch()
+torch.cuda.set_device = lambda device: None
+what, tokenizer = sys.argv[1:]
+small = {"num_layers": 2, "mamba_layers": "0", "muon_backend_steps": 1, "compile": "on"}
+settings = tests.settings_with_updates(tokenizer, average="ema+swa", **small)
+if what == "ahead":
+    tests.make_updates_ahead(settings)
+else:
+    compiled, chosen = t.maybe_compile, tests.UPDATES  # not the loss, which takes longest
+    t.maybe_compile = lambda f, *options: compiled(f, *options) if f.__name__ in chosen else f
+    tests.make_updates(settings, t.Ranks(0, 1, tests.CPU))
+counters = torch._dynamo.utils.counters
+caches = {"aot_autograd": "autograd_cache", "inductor": "fxgraph_cache"}
+print(json.dumps([counters[x][f"{y}_{z}"] for x, y in caches.items() for z in ("hit", "miss")]))
+"""
+
+
+@pytest.mark.skipif(os.environ.get("KERNELS_AHEAD") != "1", reason="KERNELS_AHEAD=1 runs it")
+def test_a_run_finds_all_updates_that_were_compiled_ahead(tmp_path, byte_tokenizer):
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    count = len(expected_updates("ema+swa"))
+    for what, counts in (("ahead", [0, count, 0, count]), ("run", [count, 0, count, 0])):
+        (found,) = printed(COMPILING_UPDATES, what, byte_tokenizer, **cache)
+        assert json.loads(found) == counts
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch, tmp_path):
-    """Has compile_ahead() find a GPU here, in an environment without its folder."""
+    """Has compile_ahead() find a GPU here, in an environment without its folder, and
+    compile_updates() compute on the CPU.
+    """
+    apart = t.RanksApart
+    monkeypatch.setattr(t, "RanksApart", lambda rank, count, gpu: apart(rank, count, CPU))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
@@ -214,6 +386,7 @@ def be_late(*_) -> None:
     time.sleep(PATIENCE)
 
 
+@pytest.mark.parametrize("what", ["kernels", "updates"])
 @pytest.mark.parametrize(
     ("work", "waits", "told"),
     [
@@ -223,32 +396,69 @@ def be_late(*_) -> None:
     ],
 )
 def test_a_process_that_fails_or_is_late_is_a_line(
-    pretended_gpu, monkeypatch, capfd, work, waits, told
+    pretended_gpu, monkeypatch, capfd, what, work, waits, told
 ):
+    """Whatever the other does, which is late here."""
     lines = []
-    monkeypatch.setattr(t, "launch_kernels", work)
+    wanted = {"kernels": "none", "updates": "none"} | {what: told}
+    monkeypatch.setattr(t, "launch_kernels", work if what == "kernels" else be_late)
+    monkeypatch.setattr(t, "build_model", work if what == "updates" else be_late)
     t.compile_ahead(tiny())
-    process = t.AHEAD[0][0]
+    processes = {ahead.what: ahead.process for ahead in t.AHEAD}
+    assert set(processes) == set(wanted)
+    t.allow_updates_ahead(math.inf, 0)
     if waits:
-        process.join(PATIENCE)
-    assert waits != process.is_alive()
+        processes[what].join(PATIENCE)
+    alive = {name for name, process in processes.items() if process.is_alive()}
+    assert alive == set(wanted) - ({what} if waits else set())
     started = time.monotonic()
     t.end_ahead(lines.append)
     t.end_ahead(lines.append)  # of a run that has none
-    assert process_gone(process.pid) and time.monotonic() - started < PATIENCE / 2
-    assert lines == [f"kernels compiled ahead: {told}"]
+    assert all(process_gone(process.pid) for process in processes.values())
+    assert time.monotonic() - started < PATIENCE / 2
+    assert sorted(lines) == [f"{name} compiled ahead: {told}" for name, told in wanted.items()]
     assert capfd.readouterr() == ("", "")
 
 
-# A run with a late process, up to where it would open its shards, and ends as the argument says.
-# Whoever has inherited `held` has ended once there is nothing more to read.
+def test_updates_wait_until_they_are_told_to_begin(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(t, "launch_kernels", lambda *_: None)
+    for begins, told in ((False, "none"), (True, r"2 in \d+\.\ds, all there are")):
+        lines = []
+        t.compile_ahead(tiny())
+        *_, updates = t.AHEAD
+        if begins:
+            t.allow_updates_ahead(math.inf, 0)
+            updates.process.join(PATIENCE)
+        assert updates.pipe.poll(0.3) == begins
+        t.end_ahead(lines.append)
+        assert re.fullmatch(f"updates compiled ahead: {told}", lines[0])
+
+
+def test_updates_are_told_to_begin_where_memory_is_spare(monkeypatch):
+    pipes = {what: multiprocessing.Pipe() for what in ("kernels", "updates")}
+    ahead = [t.Ahead(what, None, here) for what, (here, _) in pipes.items()]
+    monkeypatch.setattr(t, "AHEAD", ahead)
+    needed = t.CONTEXT_BYTES + t.UPDATE_BYTES * 1000
+    for spare, begins in ((-1e9, False), (0, False), (needed, False), (needed + 1, True)):
+        t.allow_updates_ahead(spare, 1000)
+        assert pipes["updates"][1].poll() == begins
+    assert pipes["updates"][1].recv() == "begin"
+    assert not pipes["kernels"][1].poll()
+    pipes["updates"][1].close()  # it has ended: nobody is told, and nothing happens
+    t.allow_updates_ahead(math.inf, 1000)
+
+
+# A run with late processes, up to where it would open its shards, and ends as the argument says.
+# Whoever has inherited `held` has ended once there is nothing more to read. They may be
+# slow to begin, and then there is no parent any more whose end could end them.
 ENDING_RUN = f"""
 import os, signal, sys, time
 import torch
 import train_gpt as t
 
 def choose_device(*_):
-    print(len(t.AHEAD), "process,", len(os.listdir("/proc/self/task")), "thread", flush=True)
+    t.allow_updates_ahead(1e18, 0)
+    print(len(t.AHEAD), "processes,", len(os.listdir("/proc/self/task")), "thread", flush=True)
     return torch.device("cpu")
 
 def end(*_):
@@ -256,30 +466,34 @@ def end(*_):
     time.sleep({PATIENCE})
 
 held = os.dup(1)
-ending = sys.argv.pop()
+_, ending, late = sys.argv
+begin = t.work_ahead
+t.work_ahead = lambda *values: time.sleep(float(late)) or begin(*values)
+sys.argv[1:] = []
 torch.cuda.device_count = lambda: 1
 t.choose_device = choose_device
-t.launch_kernels = lambda *_: time.sleep({PATIENCE})
+t.launch_kernels = torch.cuda.set_device = lambda *_: time.sleep({PATIENCE})
 t.open_shards = end
 sys.exit(t.run())
 """
 
 
 @pytest.mark.parametrize(
-    ("ending", "status", "told"),
+    ("ending", "late", "status", "told"),
     [
-        ("raise t.UserError('no shards')", 2, "no shards"),
-        ("os.kill(os.getpid(), signal.SIGTERM)", 2, "stopped by SIGTERM"),
-        ("os.killpg(0, signal.SIGINT)", 2, "stopped by SIGINT"),  # as Ctrl-C: to both
-        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+        ("raise t.UserError('no shards')", 0, 2, "no shards"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 0, 2, "stopped by SIGTERM"),
+        ("os.killpg(0, signal.SIGINT)", 0, 2, "stopped by SIGINT"),  # as Ctrl-C: to all
+        ("os.kill(os.getpid(), signal.SIGKILL)", 0, -signal.SIGKILL, ""),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 0.5, -signal.SIGKILL, ""),
     ],
 )
-def test_it_ends_with_the_run(shards, tmp_path, ending, status, told):
-    """Whatever ends that; it is forked before there are threads, and says nothing itself."""
+def test_they_end_with_the_run(shards, tmp_path, ending, late, status, told):
+    """Whatever ends that; they are forked before there are threads, and say nothing themselves."""
     environment = run_environment(shards, tmp_path, device="auto")
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
     process = forked.Popen(
-        [sys.executable, "-c", ENDING_RUN, ending],
+        [sys.executable, "-c", ENDING_RUN, ending, str(late)],
         env=process_environment(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -288,31 +502,49 @@ def test_it_ends_with_the_run(shards, tmp_path, ending, status, told):
     )
     out, error = process.communicate(timeout=PATIENCE / 2)
     assert process.returncode == status
-    assert out.startswith("1 process, 1 thread\n")
+    assert out.startswith("2 processes, 1 thread\n")
     assert error.count("\n") == bool(told) and told in error
 
 
 @pytest.mark.parametrize(
-    ("variables", "shares"),
+    ("variables", "started", "shares"),
     [
-        ({"LOCAL_RANK": "1"}, True),
-        ({"EVAL_ONLY": "1"}, True),
-        ({"DEVICE": "cpu"}, False),
-        ({"TRITON_INTERPRET": "1"}, False),
+        ({"LOCAL_RANK": "0"}, ["kernels", "updates"], True),
+        ({"LOCAL_RANK": "1"}, ["updates"], True),
+        ({"LOCAL_RANK": "2"}, [], False),  # there are two GPUs
+        ({"COMPILE": "off"}, ["kernels"], True),
+        ({"EVAL_ONLY": "1"}, [], True),
+        ({"DEVICE": "cpu"}, [], False),
+        ({"TRITON_INTERPRET": "1"}, [], False),
     ],
 )
-def test_one_process_serves_a_machines_ranks(pretended_gpu, monkeypatch, variables, shares):
+def test_one_process_compiles_the_kernels_of_a_machines_ranks(
+    pretended_gpu, monkeypatch, variables, started, shares
+):
     """The others read what it makes: the same folder is theirs, but where kernels do not run."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     settings, _ = t.read_settings(variables)
     t.compile_ahead(settings)
-    assert t.AHEAD == []
+    assert [what for what, *_ in t.AHEAD] == started
     folder = f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}/triton/0"
     assert os.environ.get("TRITON_CACHE_DIR") == (folder if shares else None)
 
 
-def test_where_it_cannot_be_started_the_run_goes_on(pretended_gpu, monkeypatch, tmp_path):
+def test_a_rank_compiles_for_its_own_gpu_and_place(pretended_gpu, monkeypatch):
+    started = []
+    monkeypatch.setattr(t, "RanksApart", lambda *values: values)
+    monkeypatch.setattr(t, "start_ahead", lambda what, function, s, ranks: started.append(ranks))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    places = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    for name, value in (places | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    t.compile_ahead(tiny())
+    assert started == [(3, 4, torch.device("cuda", 1))]
+
+
+def test_where_none_can_be_started_the_run_goes_on(pretended_gpu, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_initialized", lambda: True)  # no fork survives that
         t.compile_ahead(tiny())
@@ -327,25 +559,40 @@ def test_where_it_cannot_be_started_the_run_goes_on(pretended_gpu, monkeypatch, 
     assert t.AHEAD == []
 
 
-def test_a_run_starts_it_before_cuda_is_used_and_logs_it_when_warm(
+def test_a_run_starts_them_before_cuda_is_used_and_logs_them_when_warm(
     monkeypatch, shards, tmp_path, capsys
 ):
-    told, tell = multiprocessing.Pipe(duplex=False)
-    process = SimpleNamespace(kill=lambda: steps.append("killed"), join=lambda: None)
+    """And says what is spare once it has chosen its tokens at once, before the first step."""
     steps = []
-    start_ranks = t.start_ranks
+    process = SimpleNamespace(kill=lambda: steps.append("killed"), join=lambda: None)
+    start_ranks, step = t.start_ranks, t.Optimizers.step
+    environment = run_environment(shards, tmp_path, iterations=1)
+    settings, _ = t.read_settings(environment)
+    count = sum(p.numel() for p in t.build_model(settings, t.Ranks(0, 1, CPU)).parameters())
+    spare = 1e9 - settings.train_batch_tokens * t.token_bytes(settings, gpu=True)
 
     def compile_ahead(settings):
         steps.append("ahead")
-        tell.send("22 in 20.4s")
-        t.AHEAD.append((process, told))
+        for what in ("kernels", "updates"):
+            told, tell = multiprocessing.Pipe(duplex=False)
+            tell.send("22 in 20.4s")
+            t.AHEAD.append(t.Ahead(what, process, told))
+
+    def first_step(optimizers, *rates):
+        steps.append("step")
+        return step(optimizers, *rates)
 
     monkeypatch.setattr(t, "compile_ahead", compile_ahead)
     monkeypatch.setattr(t, "start_ranks", lambda s: steps.append("ranks") or start_ranks(s))
-    assert run_here(monkeypatch, run_environment(shards, tmp_path, iterations=1)) == 0
-    assert steps == ["ahead", "ranks", "killed"]
-    before, line, after = capsys.readouterr().out.partition("kernels compiled ahead: 22 in 20.4s\n")
-    assert line and "warming up" in before and after.startswith("ready after")
+    monkeypatch.setattr(t, "allow_updates_ahead", lambda *values: steps.append(values))
+    monkeypatch.setattr(t.Optimizers, "step", first_step)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**10))
+    assert run_here(monkeypatch, environment) == 0
+    warm = ["step"] * settings.warmup_steps
+    assert steps == ["ahead", "ranks", (spare, count), *warm, "killed", "killed", "step"]
+    lines = "".join(f"{what} compiled ahead: 22 in 20.4s\n" for what in ("updates", "kernels"))
+    before, found, after = capsys.readouterr().out.partition(lines)
+    assert found and "warming up" in before and after.startswith("ready after")
 
 
 def test_variants_have_none(monkeypatch, explore_here):
