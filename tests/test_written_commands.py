@@ -44,7 +44,7 @@ NO_PARSER |= {"tests/make_former_files.py", "tests/compile_kernels.py"}
 ANY_NAME = re.compile(r"\w+\.(NAME|MODULE)|MODULE|guard\.py|enter\.py")
 ANY_FILE = {"tools/ideas/my_idea.py"}
 GONE = {"bench.weight_gradients", "tools/ideas/rotation_in_scans.py"}  # as the page itself says
-OTHERS_SETTINGS = re.compile(r"(OMP|TRITON|TORCHINDUCTOR|CUDA|IDEA|PYTHON)[A-Z_]*|KERNELS_AHEAD")
+OTHERS_SETTINGS = re.compile(r"(OMP|TRITON|TORCH|CUDA|IDEA|PYTHON)[A-Z_]*|KERNELS_AHEAD")
 # A value that stands for others, as LR=… or MATRIX_LR=$lr, and what stands for a number.
 ANY_VALUE = re.compile(r"…|\$|\{|^(FILE)?$")
 IN_CAPITALS = {"STATE": "64", "PHASE": "start", "LEVEL": "none", "N": "2"}
