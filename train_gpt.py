@@ -30,7 +30,7 @@ Contents, in the order in which data flow; the last three may be left out at a f
     8. Quantization: GPTQ onto grids of int6, and int8 where it matters
     9. Artifact: entropy coding near its bound, the file, loading
     10. Training and main: log, clock, checkpoints, loop, export
-    11. Fused kernels: scan, MLP (by 8-bit floats, too), cross-entropy and trellis in Triton
+    11. Fused kernels: scan, MLP (by 8-bit floats, too), cross-entropy, trellis; compiling ahead
     12. Published peers: the first Mamba, library kernels, other grids, attention's backends
     13. Other scripts' names: translated, or refused
 
@@ -3115,12 +3115,6 @@ class WeightAverage:
             self.take_in(self.swa, self.ema or self.parameters, 1 / (self.snapshots + 1), skip)
             self.snapshots += 1 - skip
 
-    def warm_up(self):
-        """Compiles it; the average stays as it is."""
-        skip = torch.ones_like(self.snapshots)
-        self.update(0.0, skip)
-        self.after_step(1, skip, True)
-
     @torch.no_grad()
     def apply(self) -> str:
         """Puts the average in the weights' place; says which. Without snapshots there is no swa."""
@@ -3131,6 +3125,13 @@ class WeightAverage:
             torch._foreach_copy_(self.parameters, self.ema)
             return "ema"
         return "none: the last weights"
+
+
+def compile_average(average, device: torch.device):
+    """Makes a step of a WeightAverage, by which it stays as it is."""
+    skip = torch.ones((), device=device)
+    average.update(0.0, skip)
+    average.after_step(1, skip, True)
 
 
 class Schedule(NamedTuple):
@@ -5644,7 +5645,7 @@ class Trainer:
             for _ in self.log.track(f"warm-up of {len(order)} layers", range(s.warmup_steps)):
                 self.accumulate_gradients((order, False), tokens[:, :-1], tokens[:, 1:])
                 optimizers.step(0.0, s.muon_momentum)
-        self.average.warm_up()
+        compile_average(self.average, device)
         if s.calibrates:  # as export will: FlexAttention compiles itself
             parts = [tokens[: self.calibration_rows, :-1]]
             collect_costs(self.model, parts, self.ranks, s.shares_bits)
@@ -8542,8 +8543,7 @@ def compile_updates(settings, ranks, pipe, tell):
     model = build_model(settings, ranks)
     if settings.spelling_features:
         share_by_spelling(model)
-    average = WeightAverage(model, settings, ranks)
-    average.warm_up()
+    compile_average(WeightAverage(model, settings, ranks), ranks.device)
     tell()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)

@@ -49,7 +49,7 @@ SIZE_ERROR = 0.001
 SHARED_ERROR = 0.008
 # The shapes that it was fitted to, NUM_LAYERS and MODEL_DIM, and the smallest and the largest k.
 FITTED_SHAPES = ((9, 512), (10, 512), (4, 128), (5, 192))
-FITTED_K = (5.0, 16.9)
+FITTED_K = (5.0, 17.4)
 # What stands for GPUs that are not here; the time of a step is a figure of the user's own.
 GPU_OPTIONS = "--gpu-memory 80 --ranks 8 --step-ms MS"
 # Settings that a run's GPU may follow, and the machine of a dry run not.
