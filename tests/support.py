@@ -32,6 +32,8 @@ import train_gpt as t
 CPU = torch.device("cpu")
 PATIENCE = 300.0  # seconds that another process may take: machines that are shared stall
 SOLO = t.Ranks(0, 1, CPU)
+# Tests of half a minute that change with few files: CONTRIBUTING.md says when they are to run.
+slow = pytest.mark.skipif(os.environ.get("SLOW_TESTS") != "1", reason="SLOW_TESTS=1 runs it")
 
 # A model of some ten thousand parameters: layers Mamba, attention, Mamba.
 SMALL = t.PLAIN | {

@@ -7,7 +7,7 @@ does. Of each launch Triton would look up the same in its cache.
 Updates, what torch compiles of a step behind its gradients: a note of all that its caches go by
 stands in the compiler's place, and is the same of a run's updates as of those made ahead.
 
-What really compiles takes minutes: KERNELS_AHEAD=1 runs it, too.
+What really compiles takes minutes: SLOW_TESTS=1 runs it, too.
 """
 
 import collections
@@ -36,6 +36,7 @@ from tests.support import (
     run_environment,
     run_here,
     run_ranks,
+    slow,
     tiny,
 )
 from tools import pack_script
@@ -187,7 +188,7 @@ def test_what_is_compiled_ahead_is_what_a_run_launches(tmp_path):
     assert lacking == {"all": set()} | {name: names for name, (_, names) in LESS.items()}
 
 
-@pytest.mark.skipif(os.environ.get("KERNELS_AHEAD") != "1", reason="KERNELS_AHEAD=1 runs it")
+@slow
 def test_a_run_finds_all_kernels_that_were_compiled_ahead(tmp_path):
     cache = {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     (told,) = printed(PRETENDED_GPU + COMPILING, packed(tmp_path), '{"all": {}}', **cache)
@@ -339,7 +340,7 @@ print(json.dumps([counters[x][f"{y}_{z}"] for x, y in caches.items() for z in ("
 """
 
 
-@pytest.mark.skipif(os.environ.get("KERNELS_AHEAD") != "1", reason="KERNELS_AHEAD=1 runs it")
+@slow
 def test_a_run_finds_all_updates_that_were_compiled_ahead(tmp_path, byte_tokenizer):
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     count = len(expected_updates("ema+swa"))

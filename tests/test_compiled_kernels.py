@@ -19,7 +19,7 @@ import torch
 
 import train_gpt as t
 from bench import tune
-from tests.support import PATIENCE
+from tests.support import PATIENCE, slow
 
 ROOT = Path(__file__).resolve().parent.parent
 # Bytes of shared memory a program may use, on compute capability 9.0, where two are to share a
@@ -92,6 +92,7 @@ def test_masking_impossible_pairs_takes_no_program_from_a_multiprocessor(kernels
         assert line["local"] == 0
 
 
+@slow
 def test_where_tiles_have_no_instructions_the_default_scan_fits_and_hardly_spills(tmp_path):
     """Of A100 and RTX 40; of others see bench/results/kernels.txt.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import PATIENCE, SOLO, random_tokens, tiny
+from tests.support import PATIENCE, SOLO, random_tokens, slow, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "kernels.txt"
@@ -218,6 +218,7 @@ CORNERS = {  # heads, channels, state, chunk: what fits, what does not, what no 
 }
 
 
+@slow
 @pytest.mark.parametrize("capability", CORNERS)
 def test_what_is_taken_compiles_and_fits_and_what_is_refused_does_not(
     capability, monkeypatch, tmp_path
