@@ -729,10 +729,7 @@ def check_weight_gradients(
 def check_float8_model() -> None:
     """A compiled model's loss and gradients with 8-bit products, beside those without."""
     settings = model_settings(model_dim=512, float8_products="mlp,in_proj")
-    model = t.build_model(settings, ALONE)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))
+    model = changed_model(settings)
     problem = t.why_not_float8(model, settings.float8_products, DEVICE)
     check(f"8-bit products of a small model can run {problem}", bool(problem), 0)
     tokens = torch.randint(2, 1024, (8, settings.train_seq_len + 1), device=DEVICE)
@@ -786,15 +783,22 @@ def model_settings(**overrides) -> t.Settings:
     return settings
 
 
+@torch.no_grad()
+def changed_model(settings: t.Settings) -> t.Model:
+    """A model on the GPU whose blocks say something: new ones have output matrices of zeros."""
+    with torch.enable_grad():  # choosing an attention backend runs one backward
+        model = t.build_model(settings, ALONE)
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
 def check_model(**overrides) -> None:
     """A compiled model (one whole graph) against the same weights in float32 on the CPU with the
     chunked scan.
     """
     settings = model_settings(**overrides)
-    gpu = t.build_model(settings, t.Ranks(0, 1, DEVICE))
-    with torch.no_grad():
-        for p in gpu.parameters():
-            p.add_(0.02 * torch.randn_like(p))
+    gpu = changed_model(settings)
     slow = "parallel" if settings.mamba_version == 1 else "chunked"
     cpu_settings = dataclasses.replace(settings, scan_backend=slow)
     cpu = t.build_model(cpu_settings, t.Ranks(0, 1, torch.device("cpu")))
@@ -841,10 +845,7 @@ def check_micro_batches() -> None:
         "MASK_IMPOSSIBLE_PAIRS": "0",  # which asks for a tokenizer
     }
     settings, _ = t.read_settings(environment)
-    model = t.build_model(settings, ALONE)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))
+    model = changed_model(settings)
     length = settings.train_seq_len
     tokens = torch.randint(2, settings.vocab_size, (most // length, length + 1), device=DEVICE)
     tokens[:, ::700] = t.BOS_ID
@@ -880,9 +881,7 @@ def check_generation(**overrides) -> None:
     one.
     """
     settings = model_settings(**overrides)
-    model = t.build_model(settings, t.Ranks(0, 1, DEVICE))
-    for p in model.parameters():
-        p.add_(0.02 * torch.randn_like(p))
+    model = changed_model(settings)
     tokens = torch.randint(2, 1024, (8, 64), device=DEVICE)
     tokens[:, ::20] = t.BOS_ID
     order = model.order(True)
