@@ -23,7 +23,7 @@ from tests.test_evaluation import evaluate
 from tools.command import UserError
 from tools.ideas import document_adaptation as idea
 
-VARIANTS = ("", "lesson=window", "start=orthogonal moves=0", "momentum=0.5")
+VARIANTS = ("", "lesson=window", "start=orthogonal", "start=orthogonal moves=0", "momentum=0.5")
 
 
 def variant(changes: str, **settings) -> idea.Choice:

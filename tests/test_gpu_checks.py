@@ -79,13 +79,14 @@ def test_settings_of_every_model_are_possible():
         t.build_model(settings, SOLO)  # from these files alone: no tokenizer is asked for
 
 
-def test_documents_are_checked_on_a_cpu_too_but_for_kernels(monkeypatch, capsys):
+@pytest.mark.parametrize("adapts", [False, True], ids=["frozen", "adapting"])
+def test_documents_are_checked_on_a_cpu_too_but_for_kernels(monkeypatch, capsys, adapts):
     monkeypatch.setattr(gpu_checks, "DEVICE", CPU)
     monkeypatch.setattr(gpu_checks, "model_settings", lambda **changes: tiny(**changes))
-    gpu_checks.check_documents(True, train_seq_len=32, ttt_lora_piece=16, ttt_lora_lr=0.03)
+    gpu_checks.check_documents(adapts, train_seq_len=32, ttt_lora_piece=16, ttt_lora_lr=0.03)
     said = capsys.readouterr().out
     assert "FAIL" not in said
-    assert said.count("ok  ") == 12
+    assert said.count("ok  ") == 11 + adapts
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tests.support import run_here, slow, tiny_environment
+from tests.support import run_here, tiny_environment
 
 SCRIPT = Path(__file__).parents[1] / "data" / "prepare.py"
 spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
@@ -1076,9 +1076,8 @@ def test_development_splits_that_cannot_be(
     assert not Path("out").exists()
 
 
-@slow
-def test_sample_is_the_same_in_every_process(tmp_path, sample):
-    """The fixture's had another seed of hashes."""
+def test_sample_is_about_2_megabytes_and_deterministic(tmp_path, sample):
+    """The fixture's process had another seed of hashes."""
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     out = tmp_path / "again"
     done = subprocess.run(
@@ -1089,18 +1088,15 @@ def test_sample_is_the_same_in_every_process(tmp_path, sample):
     )
     assert done.returncode == 0, done.stderr
     assert contents(out) == contents(sample)
-    folder, model = shlex.quote(str(out)), shlex.quote(f"{out}/sample_1024_bpe.model")
-    environment = f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE=1024 "
-    assert done.stdout.splitlines()[-1].startswith(environment)
-
-
-def test_sample_is_about_2_megabytes(sample):
-    assert sorted(contents(sample)) == [
+    assert sorted(contents(out)) == [
         "sample_1024_bpe.model",
         "sample_train_000000.bin",
         "sample_val_000000.bin",
     ]
-    train, val = read_split(sample, "sample", "train"), read_split(sample, "sample", "val")
+    folder, model = shlex.quote(str(out)), shlex.quote(f"{out}/sample_1024_bpe.model")
+    environment = f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE=1024 "
+    assert done.stdout.splitlines()[-1].startswith(environment)
+    train, val = read_split(out, "sample", "train"), read_split(out, "sample", "val")
     assert 1.5e6 < sum(len(text.encode()) for text in train + val) < 3e6
     assert not set(train) & set(val)
     assert 0.02 < len(val) / len(train + val) < 0.1
