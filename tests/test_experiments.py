@@ -34,6 +34,18 @@ def test_open_rows_have_what_a_claim_needs():
             assert row["log"] and row["found"] and row["hardware"], row["id"]
 
 
+def test_rows_that_ran_elsewhere_say_so_themselves():
+    """A table's heading holds for all of its rows; what differs has a column."""
+    alike = dict.fromkeys(experiments.COLUMNS, "x")
+    here = {**alike, "id": "b01-01", "script": "aaaaaaa", "hardware": "one H200"}
+    there = {**here, "id": "b01-02", "script": "bbbbbbb"}
+    page = experiments.block([here, there], "##")
+    assert page[3] == "x; x, x split, one H200."
+    assert page[5].endswith("| script |")
+    assert [line.split(" | ")[-1] for line in page[7:]] == ["aaaaaaa |", "bbbbbbb |"]
+    assert experiments.block([here], "##")[3] == "x, script aaaaaaa; x, x split, one H200."
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -41,6 +41,9 @@ COLUMNS = (
     "verdict",
     "log",
 )
+# What a table says above its rows where it holds for all of them, and else in columns: two rows
+# of other hardware are not compared as two of the same are.
+CIRCUMSTANCES = (("date", "script"), ("corpus", "split", "hardware"))
 CLOSED = "reviews and books"  # a corpus that is no longer used
 
 HEAD = """# Experiments: every row
@@ -98,8 +101,29 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def shared(rows: list[dict[str, str]]) -> set[str]:
+    """The circumstances, by their columns' names, that are the same in all of some rows."""
+    names = (name for part in CIRCUMSTANCES for name in part)
+    return {name for name in names if len({row[name] for row in rows}) == 1}
+
+
+def circumstances(rows: list[dict[str, str]]) -> str:
+    """What is the same in all of some rows, in a sentence."""
+    words = {
+        **rows[0],
+        "script": f"script {rows[0]['script']}",
+        "split": f"{rows[0]['split']} split",
+    }
+    same = shared(rows)
+    parts = (", ".join(words[name] for name in part if name in same) for part in CIRCUMSTANCES)
+    return "; ".join(filter(None, parts)) + "."
+
+
 def table(rows: list[dict[str, str]]) -> list[str]:
-    """One topic's rows as a table, with a column for each name that any of them found."""
+    """One topic's rows as a table, with a column for each name that any of them found.
+
+    Circumstances in which rows differ have a column each.
+    """
     found = [measures(row) for row in rows]
     # In the order in which they first appear.
     names = list(dict.fromkeys(name for one in found for name in one))
@@ -109,6 +133,8 @@ def table(rows: list[dict[str, str]]) -> list[str]:
         for name in ("clock", "seeds", "predicted", "verdict", "log")
         if any(r[name] for r in rows)
     ]
+    same = shared(rows)
+    beside += [name for part in CIRCUMSTANCES for name in part if name not in same]
     header = ["id", "what", *names, *beside]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row, one in zip(rows, found, strict=True):
@@ -129,10 +155,8 @@ def block(rows: list[dict[str, str]], level: str) -> list[str]:
     # groupby() puts neighbours together, so rows of the file are never moved.
     for (_, topic), group in groupby(rows, key=number_and_topic):
         same = list(group)
-        first = same[0]
-        where = f"{first['corpus']}, {first['split']} split, {first['hardware']}"
         lines += ["", f"{level} {topic}", ""]
-        lines += [f"{first['date']}, script {first['script']}; {where}.", ""]
+        lines += [circumstances(same), ""]
         lines += table(same)
     return lines
 
