@@ -2395,6 +2395,10 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, order: tuple[int, ...], float8: str = "none") -> Tensor:
         """Hidden states (B, T, width) of tokens (B, T) int64; float8 is a FLOAT8_PRODUCTS."""
+        return self.through_blocks(self.embed(tokens), order, self.context_of(tokens, float8))
+
+    def context_of(self, tokens: Tensor, float8: str = "none") -> Context:
+        """What blocks share of windows of tokens (B, T) int64."""
         start = tokens == BOS_ID if self.settings.document_reset else None
         backend = self.attention_backend
         reach = documents = None
@@ -2402,8 +2406,7 @@ class Model(nn.Module):
             documents = find_documents(start, backend)
             reach = documents.reach
         turns = self.rotary_table[:, : tokens.shape[1]]
-        context = Context(start, turns, reach, documents, backend, float8=float8)
-        return self.through_blocks(self.embed(tokens), order, context)
+        return Context(start, turns, reach, documents, backend, float8=float8)
 
     def through_blocks(
         self, embedded: Tensor, order: tuple, context: Context, states=None, run_block=None
@@ -5406,6 +5409,12 @@ def choose_micro_batch(settings, ranks, free: float | None = None) -> int:
     return s.train_seq_len * largest_divisor(sequences, int(most // s.train_seq_len))
 
 
+def choose_calibration_rows(settings, micro_batch: int) -> int:
+    """Windows that calibration runs at once: gradients take more memory in eager mode."""
+    part = 4 if settings.shares_bits else 1
+    return max(1, micro_batch // settings.train_seq_len // part)
+
+
 class GraphedSteps:
     """gradients(kind, tokens, targets), then update(*rates); on a GPU, most as a CUDA graph.
 
@@ -5503,9 +5512,7 @@ class Trainer:
 
     def __post_init__(self):
         self.micro_sequences = self.micro_batch // self.settings.train_seq_len
-        # At once in calibration: gradients take more memory in eager mode.
-        part = 4 if self.settings.shares_bits else 1
-        self.calibration_rows = max(1, self.micro_sequences // part)
+        self.calibration_rows = choose_calibration_rows(self.settings, self.micro_batch)
         if self.settings.spelling_features:
             share_by_spelling(self.model)
         self._share_weights()
@@ -8414,11 +8421,12 @@ def fused_trellis_search(numbers: Tensor, states: int) -> Tensor:
 
 
 # ---- Compiled ahead ------------------------------------------------------------------------------
-# A cold start compiles three things that do not depend on each other: by torch's compiler the loss
-# and its gradients, and what steps do with these; by Triton our own kernels, each when it is first
-# launched. One process would do so one after another. So two more begin with the run: one launches
-# our kernels, one makes a step's second half, and what they compile lies on disk when the run looks
-# for it, in Triton's cache and in torch's. One that fails, or is late, changes nothing else.
+# A cold start compiles things that do not depend on each other: by torch's compiler the loss with
+# its gradients, what steps do with these, their average, and calibration's attention; by Triton our
+# own kernels, each when it is first launched. One process would do so one after another. So three
+# more begin with the run: one launches our kernels, one makes a step's second half, one the rest,
+# and what they compile lies on disk when the run looks for it, in Triton's cache and in torch's.
+# One that fails, or is late, changes nothing else.
 
 
 class Ahead(NamedTuple):
@@ -8469,6 +8477,7 @@ def compile_ahead(settings):
             start_ahead("kernels", compile_kernels, settings, ranks)
         if settings.compile != "off":
             start_ahead("updates", compile_updates, settings, ranks)
+            start_ahead("average, attention", compile_others, settings, ranks)
 
 
 def start_ahead(what: str, function, settings, ranks):
@@ -8509,9 +8518,9 @@ def work_ahead(function, settings, ranks, pipe):
 
 
 def allow_updates_ahead(spare: float, count: int):
-    """Has compile_updates() begin, if so many bytes of the GPU are enough for `count` numbers."""
+    """Has those begin that wait, if so many bytes of the GPU are enough for `count` numbers."""
     for what, _, pipe in AHEAD:
-        if what == "updates" and spare > UPDATE_BYTES * count + CONTEXT_BYTES:
+        if what != "kernels" and spare > UPDATE_BYTES * count + CONTEXT_BYTES:
             with suppress(OSError):  # it has ended
                 pipe.send("begin")
 
@@ -8529,8 +8538,8 @@ def end_ahead(log):
         log(f"{what} compiled ahead: {made}")
 
 
-UPDATE_BYTES = 32  # of a number: itself, gradient, momentum, Adam's or Muon's, average, update
-CONTEXT_BYTES = 2**30  # CUDA's own, and kernels
+UPDATE_BYTES = 64  # of a number: itself twice, gradient, momentum, Adam's or Muon's, averages, ...
+CONTEXT_BYTES = 2**31  # CUDA's own, and kernels, twice; calibration's attention
 
 
 def compile_updates(settings, ranks, pipe, tell):
@@ -8538,17 +8547,39 @@ def compile_updates(settings, ranks, pipe, tell):
 
     It takes some of the GPU's memory, and so begins when the run has chosen how much it takes.
     """
+    model = await_model(settings, ranks, pipe)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    Optimizers(model, settings, ranks).step(0.0, settings.muon_momentum)
+    tell()
+
+
+def compile_others(settings, ranks, pipe, tell):
+    """The average, likewise, and the attention of export's calibration, which is not compiled."""
+    model = await_model(settings, ranks, pipe)
+    compile_average(WeightAverage(model, settings, ranks), ranks.device)
+    tell()
+    attention = next((x for x in model.modules() if isinstance(x, Attention)), None)
+    if attention and settings.calibrates:
+        micro_batch = choose_micro_batch(settings, ranks, free=math.inf)
+        shape = choose_calibration_rows(settings, micro_batch), settings.train_seq_len
+        tokens = torch.full(shape, BOS_ID, device=ranks.device)
+        x = torch.zeros(*shape, settings.model_dim, dtype=model.compute_dtype, device=ranks.device)
+        with torch.set_grad_enabled(settings.shares_bits):  # as collect_costs() does
+            y, _ = attention(x, model.context_of(tokens))
+        if settings.shares_bits:
+            y.sum().backward()
+        tell()
+
+
+def await_model(settings, ranks, pipe) -> Model:
+    """The run's model, when the run has said that there is room for it on the GPU."""
     pipe.recv()
     torch.cuda.set_device(ranks.device)
     model = build_model(settings, ranks)
     if settings.spelling_features:
         share_by_spelling(model)
-    compile_average(WeightAverage(model, settings, ranks), ranks.device)
-    tell()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    Optimizers(model, settings, ranks).step(0.0, settings.muon_momentum)
-    tell()
+    return model
 
 
 def compile_kernels(settings, ranks, pipe, tell):
