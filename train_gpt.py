@@ -735,9 +735,14 @@ def prepare_torch(deterministic: bool = False):
     # Inductor's mix-order reduction: wrong sums with torch 2.10 (pytorch#190796), an assertion with
     # 2.11 (#176131). Off until `tests/gpu_checks.py systems` passes with this variable as 1.
     mixed = os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0") == "1"
-    inductor = sys.modules.get("torch._inductor.config")  # it has read the variable already
-    if inductor and hasattr(inductor.triton, "mix_order_reduction"):
+    from torch._inductor import config as inductor  # it reads the variable when it is imported
+
+    if hasattr(inductor.triton, "mix_order_reduction"):
         inductor.triton.mix_order_reduction = mixed
+    # By default a kernel's name says all that it computes. Triton cuts the names of its files after
+    # 150 letters; inductor (torch 2.11, 2.13) looks for whole ones, and so finds no such kernel in
+    # its cache: every warm start would compile it anew.
+    inductor.triton.descriptive_names = False
     torch._dynamo.config.recompile_limit = 64  # orders of layers, shapes: the usual 8 are too few
     if deterministic:
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=":4096:8", TORCHINDUCTOR_DETERMINISTIC="1")
@@ -8477,7 +8482,7 @@ def compile_ahead(settings):
             start_ahead("kernels", compile_kernels, settings, ranks)
         if settings.compile != "off":
             start_ahead("updates", compile_updates, settings, ranks)
-            start_ahead("average, attention", compile_others, settings, ranks)
+            start_ahead("average and attention", compile_others, settings, ranks)
 
 
 def start_ahead(what: str, function, settings, ranks):
@@ -8555,7 +8560,10 @@ def compile_updates(settings, ranks, pipe, tell):
 
 
 def compile_others(settings, ranks, pipe, tell):
-    """The average, likewise, and the attention of export's calibration, which is not compiled."""
+    """The average, likewise, and attention as export's calibration runs it: FlexAttention.
+
+    That calls all else function by function, where FlexAttention compiles itself.
+    """
     model = await_model(settings, ranks, pipe)
     compile_average(WeightAverage(model, settings, ranks), ranks.device)
     tell()

@@ -1219,6 +1219,8 @@ def time_step_cases(
 ):
     """The part "steps", and with --profile its tables."""
     tables = []
+    if options.profile:  # names that say what kernels compute, as torch has them by default
+        torch._inductor.config.triton.descriptive_names = "original_aten"
     for name, settings in cases.items():
         kernels: list = []
 

@@ -4,8 +4,9 @@ Kernels: one process pretends to have a GPU of compute capability 9.0 and compil
 script's kernels; another launches, on tensors of other sizes, what the readable script's model
 does. Of each launch Triton would look up the same in its cache.
 
-Updates, what torch compiles of a step behind its gradients: a note of all that its caches go by
-stands in the compiler's place, and is the same of a run's updates as of those made ahead.
+Updates, what torch compiles of a step behind its gradients, the average and calibration's
+attention: a note of all that its caches go by stands in the compiler's place, and is the same of
+a run's as of those made ahead.
 
 What really compiles takes minutes: SLOW_TESTS=1 runs it, too.
 """
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,18 +247,23 @@ def settings_with_updates(tokenizer: Path, **changes) -> t.Settings:
     return tiny(tokenizer_path=str(tokenizer), warmup_steps=1, quantizer="round", **changes)
 
 
-def make_updates_ahead(settings: t.Settings, rank: int = 0, world_size: int = 1) -> list:
-    """What a process does that compiles a rank's updates; what it says before and behind them."""
+def make_updates_ahead(settings: t.Settings, rank: int = 0, world_size: int = 1) -> list[list]:
+    """What both processes do that compile for a rank behind its gradients; what each of them says
+    before and behind that.
+    """
     said = []
-    pipe = SimpleNamespace(recv=lambda: said.append("waits"))
     ranks = t.RanksApart(rank, world_size, CPU)
-    t.compile_updates(settings, ranks, pipe, lambda: said.append("made"))
+    for work in (t.compile_updates, t.compile_others):
+        words = []
+        pipe = SimpleNamespace(recv=lambda words=words: words.append("waits"))
+        work(settings, ranks, pipe, lambda words=words: words.append("made"))
+        said.append(words)
     return said
 
 
 def make_updates(settings: t.Settings, ranks: t.Ranks):
     """Those of a run's warm-up, in which it compiles them."""
-    tokens = settings.train_batch_tokens // ranks.world_size
+    tokens = t.choose_micro_batch(settings, ranks, free=math.inf)
     model = t.build_model(settings, ranks)
     t.Trainer(model, settings, ranks, tokens, 1e6, Quiet()).warm_up()
 
@@ -274,7 +281,7 @@ def names(notes: set) -> list[str]:
 @pytest.mark.parametrize("average", AVERAGES)
 def test_updates_that_are_compiled_ahead_are_a_runs(given, byte_tokenizer, average):
     settings = settings_with_updates(byte_tokenizer, average=average)
-    assert make_updates_ahead(settings) == ["waits", "made", "made"]
+    assert make_updates_ahead(settings) == [["waits", "made"]] * 2
     ahead = given.pop(0)
     make_updates(settings, t.Ranks(0, 1, CPU))
     assert ahead == given.pop(0)
@@ -295,6 +302,42 @@ def test_each_rank_compiles_its_own_ahead(given, byte_tokenizer, changes):
     lacking = {"even_out_rows"} if changes else set()
     for rank in range(2):
         assert set(names(ahead[rank])) == UPDATES - lacking
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sdclip_by_row": 0.5}, {"micro_batch_tokens": 64, "document_scope": "scans"}]
+)
+def test_calibrations_attention_is_compiled_ahead_as_a_run_calls_it(
+    given, monkeypatch, byte_tokenizer, changes
+):
+    """With gradients or without, and of as many windows at once."""
+    calls = []
+    attend, collect_costs = t.attend, t.collect_costs
+
+    def noting(query, key, value, documents, backend):
+        tensors = query, key, value, *(documents or ())
+        calls.append([torch.is_grad_enabled(), backend, *(described(x, {}) for x in tensors)])
+        return attend(query, key, value, documents, backend)
+
+    def calibrating(*arguments):
+        calls.clear()
+        return collect_costs(*arguments)
+
+    monkeypatch.setattr(t, "attend", noting)
+    monkeypatch.setattr(t, "collect_costs", calibrating)
+    changes = {"quantizer": "gptq", "mamba_layers": "0", "document_reset": True} | changes
+    settings = replace(settings_with_updates(byte_tokenizer), **changes)
+    assert make_updates_ahead(settings)[1] == ["waits", "made", "made"]
+    ahead = list(calls)
+    make_updates(settings, t.Ranks(0, 1, CPU))
+    assert len(ahead) == 1
+    assert calls == ahead * (settings.num_layers - 1)
+
+
+@pytest.mark.parametrize("changes", [{"mamba_layers": "all"}, {"quantizer": "round"}])
+def test_no_attention_is_compiled_ahead_where_none_is_calibrated(given, byte_tokenizer, changes):
+    settings = replace(settings_with_updates(byte_tokenizer), **changes)
+    assert make_updates_ahead(settings)[1] == ["waits", "made"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -351,6 +394,8 @@ def test_a_run_finds_all_updates_that_were_compiled_ahead(tmp_path, byte_tokeniz
 
 # ---- Processes -----------------------------------------------------------------------------------
 
+OTHERS = "average and attention"
+
 
 @pytest.fixture
 def pretended_gpu(monkeypatch, tmp_path):
@@ -387,7 +432,10 @@ def be_late(*_) -> None:
     time.sleep(PATIENCE)
 
 
-@pytest.mark.parametrize("what", ["kernels", "updates"])
+WORKS = {"kernels": "launch_kernels", "updates": "Optimizers", OTHERS: "compile_average"}
+
+
+@pytest.mark.parametrize("what", WORKS)
 @pytest.mark.parametrize(
     ("work", "waits", "told"),
     [
@@ -399,11 +447,11 @@ def be_late(*_) -> None:
 def test_a_process_that_fails_or_is_late_is_a_line(
     pretended_gpu, monkeypatch, capfd, what, work, waits, told
 ):
-    """Whatever the other does, which is late here."""
+    """Whatever the others do, which are late here."""
     lines = []
-    wanted = {"kernels": "none", "updates": "none"} | {what: told}
-    monkeypatch.setattr(t, "launch_kernels", work if what == "kernels" else be_late)
-    monkeypatch.setattr(t, "build_model", work if what == "updates" else be_late)
+    wanted = dict.fromkeys(WORKS, "none") | {what: told}
+    for name, function in WORKS.items():
+        monkeypatch.setattr(t, function, work if name == what else be_late)
     t.compile_ahead(tiny())
     processes = {ahead.what: ahead.process for ahead in t.AHEAD}
     assert set(processes) == set(wanted)
@@ -417,36 +465,41 @@ def test_a_process_that_fails_or_is_late_is_a_line(
     t.end_ahead(lines.append)  # of a run that has none
     assert all(process_gone(process.pid) for process in processes.values())
     assert time.monotonic() - started < PATIENCE / 2
-    assert sorted(lines) == [f"{name} compiled ahead: {told}" for name, told in wanted.items()]
+    expected = [f"{name} compiled ahead: {told}" for name, told in wanted.items()]
+    assert sorted(lines) == sorted(expected)
     assert capfd.readouterr() == ("", "")
 
 
 def test_updates_wait_until_they_are_told_to_begin(pretended_gpu, monkeypatch):
     monkeypatch.setattr(t, "launch_kernels", lambda *_: None)
-    for begins, told in ((False, "none"), (True, r"2 in \d+\.\ds, all there are")):
+    for begins, told in ((False, "none"), (True, r"1 in \d+\.\ds, all there are")):
         lines = []
-        t.compile_ahead(tiny())
-        *_, updates = t.AHEAD
+        t.compile_ahead(tiny(quantizer="round"))
+        _, *waiting = t.AHEAD
         if begins:
             t.allow_updates_ahead(math.inf, 0)
-            updates.process.join(PATIENCE)
-        assert updates.pipe.poll(0.3) == begins
+        for _, process, pipe in waiting:
+            if begins:
+                process.join(PATIENCE)
+            assert pipe.poll(0.3) == begins
         t.end_ahead(lines.append)
-        assert re.fullmatch(f"updates compiled ahead: {told}", lines[0])
+        for what, line in zip((OTHERS, "updates"), lines, strict=False):
+            assert re.fullmatch(f"{what} compiled ahead: {told}", line)
 
 
 def test_updates_are_told_to_begin_where_memory_is_spare(monkeypatch):
-    pipes = {what: multiprocessing.Pipe() for what in ("kernels", "updates")}
+    pipes = {what: multiprocessing.Pipe() for what in WORKS}
     ahead = [t.Ahead(what, None, here) for what, (here, _) in pipes.items()]
     monkeypatch.setattr(t, "AHEAD", ahead)
     needed = t.CONTEXT_BYTES + t.UPDATE_BYTES * 1000
     for spare, begins in ((-1e9, False), (0, False), (needed, False), (needed + 1, True)):
         t.allow_updates_ahead(spare, 1000)
-        assert pipes["updates"][1].poll() == begins
-    assert pipes["updates"][1].recv() == "begin"
-    assert not pipes["kernels"][1].poll()
-    pipes["updates"][1].close()  # it has ended: nobody is told, and nothing happens
+        told = [what for what, (_, there) in pipes.items() if there.poll()]
+        assert told == (["updates", OTHERS] if begins else [])
+    assert [pipes[what][1].recv() for what in told] == ["begin"] * 2
+    pipes["updates"][1].close()  # it has ended: nobody is told, and the other one is
     t.allow_updates_ahead(math.inf, 1000)
+    assert pipes[OTHERS][1].poll()
 
 
 # A run with late processes, up to where it would open its shards, and ends as the argument says.
@@ -503,15 +556,15 @@ def test_they_end_with_the_run(shards, tmp_path, ending, late, status, told):
     )
     out, error = process.communicate(timeout=PATIENCE / 2)
     assert process.returncode == status
-    assert out.startswith("2 processes, 1 thread\n")
+    assert out.startswith("3 processes, 1 thread\n")
     assert error.count("\n") == bool(told) and told in error
 
 
 @pytest.mark.parametrize(
     ("variables", "started", "shares"),
     [
-        ({"LOCAL_RANK": "0"}, ["kernels", "updates"], True),
-        ({"LOCAL_RANK": "1"}, ["updates"], True),
+        ({"LOCAL_RANK": "0"}, ["kernels", "updates", OTHERS], True),
+        ({"LOCAL_RANK": "1"}, ["updates", OTHERS], True),
         ({"LOCAL_RANK": "2"}, [], False),  # there are two GPUs
         ({"COMPILE": "off"}, ["kernels"], True),
         ({"EVAL_ONLY": "1"}, [], True),
@@ -542,7 +595,7 @@ def test_a_rank_compiles_for_its_own_gpu_and_place(pretended_gpu, monkeypatch):
     for name, value in (places | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     t.compile_ahead(tiny())
-    assert started == [(3, 4, torch.device("cuda", 1))]
+    assert started == [(3, 4, torch.device("cuda", 1))] * 2
 
 
 def test_where_none_can_be_started_the_run_goes_on(pretended_gpu, monkeypatch, tmp_path):

@@ -574,6 +574,7 @@ def test_preparing_twice_is_preparing_once():
     t.prepare_torch()
     assert not torch.backends.cuda.mem_efficient_sdp_enabled()
     assert torch._dynamo.config.recompile_limit == 64
+    assert not torch._inductor.config.triton.descriptive_names
 
 
 TORCHRUN = {"LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
