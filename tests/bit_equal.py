@@ -146,16 +146,21 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(CASES))
     arguments = parser.parse_args()
     show = ["git", "-C", str(ROOT), "show", f"{arguments.commit}:train_gpt.py"]
-    earlier = subprocess.run(show, check=True, capture_output=True).stdout
+    done = subprocess.run(show, capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").partition("\n")[0].rstrip(".")
+        parser.error(f"{' '.join(show)}: {said}; give a commit of this repository")
+    names = arguments.cases.split(",")
+    if unknown := set(names) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     with tempfile.TemporaryDirectory() as folder:
         scripts = [Path(folder, version, "train_gpt.py") for version in ("before", "after")]
         for script, source in zip(
-            scripts, (earlier, (ROOT / "train_gpt.py").read_bytes()), strict=True
+            scripts, (done.stdout, (ROOT / "train_gpt.py").read_bytes()), strict=True
         ):
             script.parent.mkdir()
             script.write_bytes(source)
         data = make_data(Path(folder, "data"))
-        names = arguments.cases.split(",")
         with ThreadPoolExecutor(2) as pool:
             same = list(pool.map(lambda name: compare(name, scripts, data), names))
     return 0 if all(same) else 1

@@ -45,6 +45,7 @@ import train_gpt as t
 from tests.support import (
     SMALLEST,
     SOLO,
+    Quiet,
     random_model,
     tiny,
     train_tokenizer,
@@ -115,7 +116,7 @@ def make_originals(folder: Path) -> Originals:
 
 def make_trainer(settings: t.Settings) -> t.Trainer:
     """Of a small model, after two steps of an average, as a checkpoint may find it."""
-    trainer = t.Trainer(random_model(settings), settings, SOLO, 32, 1e6, lambda *_, **__: None)
+    trainer = t.Trainer(random_model(settings), settings, SOLO, 32, 1e6, Quiet())
     trainer.steps_done, trainer.average.count, trainer.clock.counted, trainer.qat_k = 3, 2, 1.5, 5.0
     return trainer
 

@@ -1,7 +1,7 @@
 """Makes the files in tests/data with an older version of train_gpt.py, and notes what it computed
 from them.
 
-    python tests/make_former_files.py COMMIT
+    python -m tests.make_former_files COMMIT
 
 test_former_files.py reads them with today's script: an artifact and a checkpoint must mean the same
 for good. A commit whose files differ in layout gets files of its own beside the older ones, by this
@@ -17,6 +17,16 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+if not __package__:  # started by its path
+    print(
+        "error: start it in the repository's folder as python -m tests.make_former_files COMMIT",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+from tests.support import Quiet
+from tools.command import Parser, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "data"
@@ -96,23 +106,18 @@ def nats(model) -> list[list[float]]:
 
 
 def load_script(commit: str, folder: Path):
-    """train_gpt.py of a commit as a module."""
-    source = subprocess.run(
-        ["git", "show", f"{commit}:train_gpt.py"], cwd=ROOT, check=True, capture_output=True
-    )
+    """train_gpt.py of a commit as a module; UserError if git finds none."""
+    show = ["git", "show", f"{commit}:train_gpt.py"]
+    done = subprocess.run(show, cwd=ROOT, capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").partition("\n")[0].rstrip(".")
+        raise UserError(f"git show {commit}:train_gpt.py: {said}; give a commit of this repository")
     path = folder / "train_gpt.py"
-    path.write_bytes(source.stdout)
+    path.write_bytes(done.stdout)
     spec = importlib.util.spec_from_file_location("train_gpt", path)
     script = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
-
-
-def quiet(*_, **__) -> None:
-    """A log that says nothing."""
-
-
-quiet.progress = quiet
 
 
 def train_steps(trainer, script, batches, count: int) -> None:
@@ -146,11 +151,11 @@ def make_files(script, name: str, folder: Path) -> None:
         settings = script.Settings(**run, log_dir=logs, run_id="former")
         model = script.build_model(settings, solo)
         fixed_weights(model)
-        trainer = script.Trainer(model, settings, solo, 64, 1e6, quiet)
+        trainer = script.Trainer(model, settings, solo, 64, 1e6, Quiet())
         batches = FixedBatches(settings, 0)
         train_steps(trainer, script, batches, 3)
         trainer.qat_k, trainer.clock.counted = 6.5, 1.25
-        with script.Checkpoints(settings, solo, quiet) as trainer.checkpoints:
+        with script.Checkpoints(settings, solo, trainer.log) as trainer.checkpoints:
             trainer.save()
         trainer.checkpoints = None
         checkpoint = settings.checkpoint_paths[0].read_bytes()
@@ -160,14 +165,24 @@ def make_files(script, name: str, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps(known) + "\n")
 
 
-def main() -> None:
+def main() -> int:
     """Writes COMMIT's files."""
-    commit = sys.argv[1]
+    parser = Parser(prog="python -m tests.make_former_files", description=__doc__.split("\n\n")[0])
+    parser.add_argument("commit", metavar="COMMIT", help="name it as its files are to be named")
+    commit = parser.parse_args().commit
     FOLDER.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        make_files(load_script(commit, Path(folder)), commit, FOLDER)
+        script = load_script(commit, Path(folder))
+        try:
+            make_files(script, commit, FOLDER)
+        except AttributeError as error:
+            if error.obj is not script:
+                raise
+            remedy = f"start this file as of {commit}, which calls what was there"
+            raise UserError(f"{commit}'s script has no {error.name}: {remedy}") from None
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("make_former_files.py", main))

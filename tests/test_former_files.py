@@ -8,6 +8,9 @@ FORMER_DEFAULTS what older files mean by its absence; these tests fail until the
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ import train_gpt as t
 from tests import make_former_files
 from tests.make_former_files import FOLDER, FixedBatches, nats
 from tests.support import SOLO, Quiet, tiny
+from tools.command import run_command
 
 COMMITS = ["b6028ee"]
 each_commit = pytest.mark.parametrize("commit", COMMITS)
@@ -108,6 +112,62 @@ def test_files_of_todays_script_can_be_made(tmp_path, signal_handlers):
     assert (trainer.steps_done, trainer.clock.seconds(), trainer.qat_k) == (3, 1.25, 6.5)
     trainer.run(FixedBatches(settings, 3), None)
     assert_same(nats(trainer.model), torch.tensor(expected["checkpoint"]), 1e-4)
+
+
+@pytest.fixture
+def script_of_last_commit(monkeypatch, tmp_path):
+    """A function: commits a script, in a repository of its own, from which files are then made."""
+    repository = tmp_path / "repository"
+
+    def commit(script: str) -> None:
+        (repository / "train_gpt.py").write_text(script, encoding="utf-8")
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        for words in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "a script")):
+            subprocess.run(["git", *words], cwd=repository, check=True, capture_output=True)
+
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    repository.mkdir()
+    monkeypatch.setattr(make_former_files, "ROOT", repository)
+    monkeypatch.setattr(make_former_files, "FOLDER", tmp_path / "files")
+    monkeypatch.setitem(sys.modules, "train_gpt", t)  # which load_script() takes the place of
+    return commit
+
+
+def make(monkeypatch, commit: str) -> int:
+    """The exit status of the command that makes a commit's files."""
+    monkeypatch.setattr(sys, "argv", ["make_former_files.py", commit])
+    return run_command("make_former_files.py", make_former_files.main)
+
+
+def test_the_command_makes_a_commits_files(
+    script_of_last_commit, monkeypatch, tmp_path, signal_handlers
+):
+    script_of_last_commit(Path(t.__file__).read_text(encoding="utf-8"))
+    assert make(monkeypatch, "HEAD") == 0
+    found = tmp_path / "files"
+    assert {path.name.removeprefix("HEAD.") for path in found.iterdir()} == {
+        "artifact",
+        "checkpoint",
+        "json",
+    }
+    assert header_of(found / "HEAD.artifact").keys() == t.artifact_header(tiny()).keys()
+
+
+@pytest.mark.parametrize(
+    ("commit", "said"),
+    [
+        ("nobody", "git show nobody:train_gpt.py: .*; give a commit of this repository"),
+        ("HEAD", "HEAD's script has no Settings: start this file as of HEAD, which calls what was"),
+    ],
+)
+def test_a_commit_whose_files_cannot_be_made_is_told_in_one_line(
+    script_of_last_commit, monkeypatch, capsys, commit, said
+):
+    """Of an older script, whose functions had other names, a traceback was told."""
+    script_of_last_commit("import torch\n\n\ndef Ranks(*_):\n    pass\n")
+    assert make(monkeypatch, commit) == 2
+    assert re.fullmatch(f"make_former_files.py: error: {said}.*\n", capsys.readouterr().err)
 
 
 def test_a_deleted_setting_may_have_the_value_that_means_what_is_done_now():

@@ -784,6 +784,23 @@ def test_the_cases_of_bit_equality_are_settings_that_go_together(case):
     t.read_settings(bit_equal.COMMON | bit_equal.CASES[case][0])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nobody"], "show nobody:train_gpt.py: .*; give a commit of this repository"),
+        (["HEAD", "--cases", "tiny,x"], "(no such case: x; there are tiny, .*|.*give a commit.*)"),
+    ],
+)
+def test_what_bits_cannot_be_compared_with_is_told_in_a_line(monkeypatch, capsys, arguments, said):
+    """A traceback told it."""
+    monkeypatch.setattr(sys, "argv", ["bit_equal.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        bit_equal.main()
+    *_, line = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert re.search(f"error: .*{said}$", line), line
+
+
 def test_the_largest_settings_overflow_nothing():
     changes = {"model_dim": 2**16, "num_heads": 8, "mamba_expand": 2.0**16, "mlp_mult": 2.0**16}
     settings = t.Settings(**changes, bigram_vocab_size=2**20, bigram_dim=2**16, num_layers=9)

@@ -10,13 +10,22 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import PATIENCE, SCRIPT, SOLO, random_tokens, run_environment, run_here, tiny
+from tests.support import (
+    PATIENCE,
+    SCRIPT,
+    SOLO,
+    Quiet,
+    random_tokens,
+    run_environment,
+    run_here,
+    tiny,
+)
 
 
 def make_trainer(settings: t.Settings) -> t.Trainer:
     """A trainer of a new model that says nothing."""
     model = t.build_model(settings, SOLO)
-    return t.Trainer(model, settings, SOLO, 128, 10**6, lambda *_, **__: None)
+    return t.Trainer(model, settings, SOLO, 128, 10**6, Quiet())
 
 
 def spelling_settings(tokenizer) -> t.Settings:

@@ -40,7 +40,7 @@ PROGRAMS = [
 ]
 # What takes its arguments as they come, without a parser, and what stands for other names.
 NO_PARSER = {"docs/figures.py", "data/tiny/make.py", "tools/audit/watch.py", "tools/hand_over.py"}
-NO_PARSER |= {"tests/make_former_files.py", "tests/compile_kernels.py"}
+NO_PARSER |= {"tests/compile_kernels.py"}
 ANY_NAME = re.compile(r"\w+\.(NAME|MODULE)|MODULE|guard\.py|enter\.py")
 ANY_FILE = {"tools/ideas/my_idea.py"}
 GONE = {"bench.weight_gradients", "tools/ideas/rotation_in_scans.py"}  # as the page itself says
