@@ -7481,20 +7481,56 @@ def kernel_limits(device: torch.device) -> tuple[int, int]:
 
 
 # Of a program's shared memory, by the first compute capability: a chunk times these times channels,
-# state and chunk; and a state times the last. Near a GPU's limits no less than what the compiler
-# says (bench/results/kernels.txt). From 90 on, loads overlap with products.
+# state and chunk; and a state times the last. From 90 on, loads overlap with products.
 SHARED_BYTES = {80: (11.0, 3.4, 2.2, 3.4), 90: (14.2, 8.9, 1.4, 4.9), 120: (11.0, 3.4, 2.2, 3.4)}
 # Without tile instructions, programs that need more spill kilobytes; of 12 shapes, none other does.
 MOST_SHARED_BYTES = 120_000
+# What the compiler says of channels, state and chunk where that sum is less, and near what GPUs of
+# these capabilities serve (bench/results/shared.txt): with narrow heads, products take other ways.
+MORE_SHARED_BYTES = {
+    80: {(16, 64, 128): 131_080, (16, 512, 32): 102_404},
+    90: {
+        (16, 16, 256): 210_564,
+        (16, 32, 256): 243_844,
+        (16, 64, 128): 148_132,
+        (16, 64, 256): 359_540,
+        (16, 128, 64): 112_036,
+        (16, 128, 128): 232_100,
+        (16, 256, 64): 202_148,
+        (32, 16, 128): 106_164,
+        (32, 16, 256): 276_612,
+        (32, 64, 64): 105_608,
+        (32, 64, 128): 178_852,
+        (32, 128, 64): 132_516,
+        (32, 128, 128): 264_868,
+        (32, 256, 64): 230_820,
+        (64, 16, 128): 164_532,
+        (64, 128, 128): 330_404,
+    },
+}
+MORE_SHARED_BYTES[120] = MORE_SHARED_BYTES[80]
 
 
-def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capability: int) -> int:
-    """About how much shared memory a program needs: scan_backward's, or tokens_forward's."""
-    first = max(least for least in SHARED_BYTES if least <= capability)
+def shared_bytes_by_sum(heads: int, channels: int, state: int, chunk: int, first: int) -> int:
+    """About how much shared memory a program needs; first: a capability of SHARED_BYTES."""
     by_channels, by_state, by_chunk, whole = SHARED_BYTES[first]
     row = by_channels * channels + by_state * state + by_chunk * chunk
     of_scan = chunk * row + whole * state * channels
     return int(max(of_scan, 8 * chunk * heads))
+
+
+def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capability: int) -> int:
+    """What a program needs of shared memory: near a GPU's limit no less than the compiler says.
+
+    It is scan_forward's, scan_backward's or tokens_forward's. The last one's loop over 16 heads a
+    turn keeps two turns' loads ready, and its sums pass on numbers of each token and head.
+    """
+    first = max(least for least in SHARED_BYTES if least <= capability)
+    of_scan = MORE_SHARED_BYTES[first].get((channels, state, chunk), 0)
+    of_loop = 8 * chunk * state + 256 * state + 64 * chunk if heads > 16 else 0
+    of_sums = (6 if chunk > 128 or heads > 512 else 8) * chunk * (1 << (heads - 1).bit_length())
+    by_sum = shared_bytes_by_sum(heads, channels, state, chunk, first)
+    return max(by_sum, of_scan, of_loop, of_sums)
 
 
 def why_not_triton(settings, device: torch.device) -> str:
@@ -7518,7 +7554,9 @@ def why_not_triton(settings, device: torch.device) -> str:
         return "needs MAMBA_CHUNK_SIZE of 32 or less on a GPU of compute capability 10"
     heads = settings.mamba_inner_dim // settings.mamba_head_dim
     needed = scan_shared_bytes(heads, *sides, capability)
-    have = have if has_tile_instructions(device) else min(have, MOST_SHARED_BYTES)
+    spills = shared_bytes_by_sum(heads, *sides, 80) > MOST_SHARED_BYTES
+    if spills and not has_tile_instructions(device):
+        have = min(have, MOST_SHARED_BYTES)
     if needed > have:
         remedy = "a smaller MAMBA_CHUNK_SIZE, MAMBA_D_STATE or MAMBA_HEAD_DIM may do"
         return f"needs {needed:,} bytes of shared memory, this GPU serves {have:,} ({remedy})"

@@ -3,6 +3,7 @@
     python -m tests.compile_kernels [90 [16,128,64,64 ...]]
     python -m tests.compile_kernels scans 16,128,64,64 [80 86 ...]
     python -m tests.compile_kernels table [80 86 ...]
+    python -m tests.compile_kernels shared [90 [16,128,64,64 ...]]
     python -m tests.compile_kernels --idea FILE ...
 
 90 is a compute capability, here the H100's and H200's. Without shapes, each kernel that a run of
@@ -17,12 +18,15 @@ products of 8-bit floats have 8.
 16,128,64,64 are a layer's heads, a head's channels, the state size and the chunk: a line of JSON
 says whether the scan of this shape compiles, and what it needs. "scans" does so for its two largest
 kernels on all of SHARED's capabilities, or on these. "table" does so for SHAPES, as text:
-bench/results/kernels.txt. --idea changes the script first, as that of tools.explore. Needs a
-triton with NVIDIA's assembler, as its Linux packages are, and no GPU; test_compiled_kernels.py says
-what must hold.
+bench/results/kernels.txt. "shared" says of shapes near what the GPU serves how many bytes of shared
+memory the kernel that has most of them needs, as in bench/results/shared.txt, where 86 stands for
+all GPUs without tile instructions: seconds a shape, for it stops when the compiler has placed them.
+--idea changes the script first, as that of tools.explore. Needs a triton with NVIDIA's assembler,
+as its Linux packages are, and no GPU; test_compiled_kernels.py says what must hold.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -102,6 +106,7 @@ verdict: whether a program may have that much shared memory on such a GPU; "spil
 more than {spills} local bytes in a kernel, where other configurations have few
 """
 SPILLS = 900
+LARGE = ("scan_forward", "scan_backward", "tokens_forward", "tokens_backward")
 
 
 class Usage(NamedTuple):
@@ -210,10 +215,10 @@ class Compiler:
         self.built.clear()
 
 
-def compile_shape(compiler: Compiler, shape: tuple[int, ...]) -> dict[str, Usage]:
+def compile_shape(compiler: Compiler, shape: tuple[int, ...], measure=usage) -> dict:
     """The usage of each kernel of a layer of this shape: heads, channels, state, chunk.
 
-    Of a shape that does not compile, {}.
+    measure: what is told of a kernel in place of its Usage. Of a shape that does not compile, {}.
     """
     heads, channels, state, chunk = shape
     sizes = t.MambaSizes(heads, channels, state, state // 4, 3)
@@ -224,7 +229,7 @@ def compile_shape(compiler: Compiler, shape: tuple[int, ...]) -> dict[str, Usage
     try:
         y, *_ = t.mamba_scan(projected, parameters, sizes, None, None, "triton", chunk)
         torch.autograd.grad(y.sum().float(), projected)
-        found = {name: usage(kernel) for name, kernel in compiler.built.items()}
+        found = {name: measure(kernel) for name, kernel in compiler.built.items()}
     except (t.UserError, RuntimeError):  # of launch(), or of a pass of the compiler
         found = {}
     compiler.built.clear()
@@ -298,6 +303,68 @@ def compile_all(compiler: Compiler) -> None:
     compiler.report(8, False)
 
 
+def stop_at_shared_memory() -> None:
+    """From here on kernels are compiled until it is known how much shared memory they need."""
+
+    def place(backend, source, metadata, options, capability) -> str:
+        version = nvidia.get_ptx_version_from_options(options, backend.target.arch)
+        manager = nvidia.ir.pass_manager(source.context)
+        nvidia.passes.ttgpuir.add_combine_tensor_select_and_if(manager)
+        nvidia.passes.ttgpuir.add_allocate_warp_groups(manager)
+        nvidia.passes.convert.add_scf_to_cf(manager)
+        nvidia.passes.gluon.add_inliner(manager)
+        of_gpu = nvidia.nvidia.passes.ttgpuir
+        of_gpu.add_allocate_shared_memory_nv(manager, capability, version)
+        manager.run(source, "make_llir")
+        metadata |= dict.fromkeys(("tmem_size", "global_scratch_size", "profile_scratch_size"), 0)
+        metadata |= dict.fromkeys(("global_scratch_align", "profile_scratch_align"), 1)
+        metadata |= {"shared": source.get_int_attr("ttg.shared"), "name": "kernel"}
+        return ""
+
+    nvidia.CUDABackend.make_llir = place
+    nvidia.CUDABackend.make_ptx = lambda *_: ""
+    nvidia.CUDABackend.make_cubin = lambda *_: b""
+
+
+def rows_are_aligned(heads: int, channels: int, state: int) -> bool:
+    """Whether in_proj's rows begin at multiples of 32 bytes: loads by pointers take longer words,
+    and more of them lie in shared memory."""
+    width = sum(t.MambaSizes(heads, channels, state, state // 4, 3).columns().values())
+    return (width + -width % 8) % 16 == 0
+
+
+def shapes_near_a_limit(capability: str) -> list[tuple[int, ...]]:
+    """Heads, channels, state and chunk that need 0.6 to 1.25 of what a GPU serves, by the sum.
+
+    Few heads, and where these change what a program needs, many.
+    """
+    sizes = [2**i for i in range(4, 12)]
+    found = []
+    for channels, state, chunk in itertools.product(sizes, sizes[:7], sizes):
+        heads = next(i for i in range(2, 100) if rows_are_aligned(i, channels, state))
+        for count in (heads, 24):
+            shape = count, channels, state, chunk
+            needed = t.shared_bytes_by_sum(*shape, 90 if capability in ("90", "100") else 80)
+            near = 0.6 < needed / SHARED[capability] < 1.25
+            if near and (count == heads or channels == 16):
+                found.append(shape)
+    most = SHARED[capability] // 8
+    found += [(most * i // 8 // chunk, 16, 16, chunk) for chunk in sizes[:5] for i in (5, 8)]
+    return found
+
+
+def print_shared(capability: str, shapes: list[str]) -> None:
+    """A line for each shape: capability, the shape, the kernel that needs most, and its bytes."""
+    stop_at_shared_memory()
+    compiler = Compiler(int(capability))
+    compiler.kernels = LARGE
+    wanted = [tuple(map(int, text.split(","))) for text in shapes]
+    for shape in wanted or shapes_near_a_limit(capability):
+        found = compile_shape(compiler, shape, lambda kernel: kernel.metadata.shared)
+        most = max(found, key=found.get, default="-")
+        print(capability, *shape, most, found.get(most, "-"), flush=True)
+
+
 def print_scans(text: str, capabilities: list[str]) -> None:
     """A line of JSON for each capability: what scan_forward and scan_backward of a shape need."""
     compiler = Compiler(0)
@@ -318,6 +385,9 @@ def main(capability: str = "90", *rest: str) -> None:
         return
     if capability == "table":
         print_table(rest or list(SHARED))
+        return
+    if capability == "shared":
+        print_shared(rest[0] if rest else "90", rest[1:])
         return
     if capability == "scans":
         print_scans(rest[0], rest[1:] or list(SHARED))

@@ -252,6 +252,68 @@ def test_the_choice_is_that_of_the_table(monkeypatch):
             assert not reason, (capability, cells, reason)
 
 
+SHARED = RESULTS.with_name("shared.txt")
+ALIKE = {"86": ("80", "86", "89", "120"), "90": ("90", "100")}  # compiled for one, much the same
+
+
+def test_nothing_is_taken_that_needs_more_shared_memory_than_there_is(monkeypatch):
+    """The sum alone took 32 numbers a channel of 16 channels, with chunks of 256, on an H100, and
+    1,024 with more than 16 heads: such a run ended with the error of a kernel.
+    """
+    rows = [line.split() for line in SHARED.read_text().splitlines() if line[:1].isdigit()]
+    assert {row[0] for row in rows} == set(ALIKE)
+    taken = set()
+    for compiled_for, *numbers, kernel, found in rows:
+        shape, needed = tuple(map(int, numbers)), int(found)
+        for capability in ALIKE[compiled_for]:
+            have = LIMITS[capability][1]
+            if not refused(shape, capability, monkeypatch):
+                assert needed <= have, (capability, shape, needed)
+                taken.add((capability, kernel))
+            elif capability == compiled_for and needed <= have:  # the sum alone says more
+                first = max(least for least in t.SHARED_BYTES if least <= int(capability))
+                assert t.shared_bytes_by_sum(*shape, first) > have, (capability, shape, needed)
+        if compiled_for == "90" and needed > 100_000:
+            assert t.scan_shared_bytes(*shape, 90) >= needed, (shape, needed)
+    assert taken >= {("80", "scan_forward"), ("90", "scan_backward"), ("90", "tokens_forward")}
+
+
+# Heads, channels, state and chunk where the sum said too little, on either side of a GPU's limit.
+TOO_LITTLE = {
+    "90": ("2,16,16,256", "2,16,32,256", "2,16,128,128", "24,16,1024,16", "200,16,16,128"),
+    "86": ("3,16,512,32", "3,16,64,128", "24,16,256,64"),
+}
+
+
+@slow
+@pytest.mark.parametrize("capability", TOO_LITTLE)
+def test_the_script_wants_no_less_shared_memory_than_the_compiler(capability, tmp_path):
+    words = ["tests.compile_kernels", "shared", capability, *TOO_LITTLE[capability]]
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == len(TOO_LITTLE[capability])
+    for _, *numbers, kernel, found in lines:
+        shape = tuple(map(int, numbers))
+        assert t.scan_shared_bytes(*shape, int(capability)) >= int(found), (shape, kernel)
+
+
+def test_sizes_whose_kernels_do_not_fit_are_computed_by_chunks():
+    """Of their own accord, and if the kernels were asked for with the reason."""
+    narrow = {"mamba_head_dim": 16, "mamba_d_state": 32, "mamba_chunk_size": 256}
+    assert choose("cuda", **narrow) == "chunked"
+    assert choose("cuda", **narrow | {"mamba_chunk_size": 128}) == "triton"
+    with pytest.raises(t.UserError, match="needs 243,844 bytes of shared memory, .* 232,448 .a sm"):
+        choose("cuda", scan_backend="triton", **narrow)
+
+
 @pytest.mark.parametrize("capability", ["86", "89", "120"])
 def test_what_long_chunks_take_where_tiles_go_by_pointers(capability, monkeypatch):
     """On 8.6 the compiler says 122,888, 110,596 and 113,156 bytes, and of the last 90,120."""
