@@ -1004,7 +1004,7 @@ FIRST_STEP = [sys.executable, "-m", "bench.bench", "--first-step"]
 
 def time_startup(folder: str, ideas: Sequence[Path] = ()) -> dict:
     """A row: seconds from starting a new process, whose compile caches are in this folder, to the
-    end of each stage up to a step's, what torch's compiler spent them on, and what ideas printed.
+    end of each stage up to a step's, and what torch's compiler spent them on.
     """
     caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
     environment = os.environ | {name: str(Path(folder, name.lower())) for name in caches}
@@ -1014,8 +1014,7 @@ def time_startup(folder: str, ideas: Sequence[Path] = ()) -> dict:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "it printed nothing").splitlines()[-1])
-    *printed, row = done.stdout.splitlines()
-    return json.loads(row) | ({"printed": "; ".join(printed)} if printed else {})
+    return json.loads(done.stdout.splitlines()[-1])  # behind what an idea may print
 
 
 # ============

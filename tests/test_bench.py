@@ -276,8 +276,8 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
     )
     monkeypatch.setattr(bench, "FIRST_STEP", [sys.executable, str(child)])
     row = bench.time_startup(str(tmp_path / "caches"))
+    assert row.keys() == {"step done"}  # and not what was printed before
     assert 0 < row["step done"] < 60
-    assert row["printed"] == "noise"
     with pytest.raises(RuntimeError, match="the caches are warm"):
         bench.time_startup(str(tmp_path / "caches"))
 

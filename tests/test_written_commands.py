@@ -278,9 +278,6 @@ def test_files_that_a_page_names_are_there(path):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-# Named by a row of the experiments, as it was before other work came in front of it.
-GONE_COMMITS = {"9182166"}
-
 
 def named_commits(path: Path) -> set[str]:
     """The commits that a page names, by seven digits of which one is a letter, or behind the word.
@@ -302,8 +299,11 @@ def test_commits_that_a_page_names_are_in_the_history(path):
         pytest.skip("no repository")
     if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
         pytest.skip("no whole history")
-    names = named_commits(path) - GONE_COMMITS
-    assert [name for name in names if git("cat-file", "-e", f"{name}^{{commit}}").returncode] == []
+    assert [
+        name
+        for name in named_commits(path)
+        if git("cat-file", "-e", f"{name}^{{commit}}").returncode
+    ] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
