@@ -4899,7 +4899,8 @@ class Log:
         if not self.begun:
             with explained_errors("write logs"):
                 for file, said in zip(self.files, self.said, strict=True):
-                    file.write(said.getbuffer())
+                    end_half_line(file)
+                    append_whole(file, said.getbuffer())
             self.said = self.files
             self.begun = True
 
@@ -4916,7 +4917,7 @@ class Log:
             sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
             self.bar = None
         with explained_errors("write logs"):
-            self.said[0].write(f"{line}\n".encode(errors="backslashreplace"))
+            append_whole(self.said[0], f"{line}\n".encode(errors="backslashreplace"))
         if event:
             self.record(event, **values)
 
@@ -4925,7 +4926,7 @@ class Log:
         record = {"event": event, "seconds": round(time.perf_counter() - self.started, 3)} | values
         if self.files:
             with explained_errors("write logs"):
-                self.said[1].write(f"{json.dumps(record)}\n".encode())
+                append_whole(self.said[1], f"{json.dumps(record)}\n".encode())
         self.told.add(event)
 
     def failed(self, line: str, **values):
@@ -4935,7 +4936,9 @@ class Log:
         if self.begun:
             with suppress(OSError, UserError):  # the console has it
                 self.files = self.said = self.files or [path.open("ab", 0) for path in self.paths]
-                self.said[0].write(f"{line}\n".encode(errors="backslashreplace"))
+                for file in self.files:
+                    end_half_line(file)
+                append_whole(self.said[0], f"{line}\n".encode(errors="backslashreplace"))
                 self.record("error", **values)
 
     def progress(self, what: str, part: float, seconds: float, note: str = ""):
@@ -5012,6 +5015,26 @@ def claim_file(path: Path, setting: str):
             return file
     file.close()  # whoever had it took it off its name before it was locked here
     return claim_file(path, setting)
+
+
+def append_whole(file, data: bytes | memoryview):
+    """Appends all of it: a disk that is nearly full takes a part of a write, without an error."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def end_half_line(file):
+    """Ends a line that a full disk, or a machine that went down, has left without its end.
+
+    What comes behind it then has lines of its own, and readers miss that one alone.
+    """
+    if not os.path.isfile(file.name):  # a device may have no end
+        return
+    with suppress(OSError), open(file.name, "rb") as written:
+        written.seek(-1, os.SEEK_END)  # OSError: it is empty
+        if written.read() != b"\n":
+            append_whole(file, b"\n")
 
 
 def describe_machine(ranks) -> dict[str, str]:

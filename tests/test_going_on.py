@@ -20,6 +20,7 @@ from tests import forked
 from tests.support import (
     PATIENCE,
     SCRIPT,
+    SOLO,
     mistake,
     process_environment,
     run_environment,
@@ -486,6 +487,45 @@ def test_a_log_that_was_cut_off_or_is_none_says_nothing_of_a_run(tmp_path):
     odd = [json.dumps({"event": event}) for event in ([1], {}, None, 1)]
     path.write_text("\n".join([*lines, *odd]))
     assert t.last_records(path) == expected
+
+
+def test_a_log_goes_on_behind_a_half_line_in_a_line_of_its_own(tmp_path):
+    """A machine that went down left it, or a disk that was full: of the record, and of the text."""
+    settings = t.Settings(log_dir=str(tmp_path), run_id="a")
+    (tmp_path / "a.txt").write_text("step:1/2 train_lo")
+    (tmp_path / "a.jsonl").write_text('{"event": "train", "st')
+    with contextlib.closing(t.Log()) as log:
+        log.open(settings, SOLO, "a")
+        assert (tmp_path / "a.txt").read_text() == "step:1/2 train_lo"  # it may be refused yet
+        log("begun", "settings")
+        log.begin()
+    assert [record["event"] for record in t.read_records(tmp_path / "a.jsonl")] == ["settings"]
+    half, text = (tmp_path / "a.txt").read_text().split("\n", 1)
+    assert half == "step:1/2 train_lo"
+    assert text.startswith('"""Parameter Golf')
+    assert text.endswith("\nbegun\n")
+
+
+def test_a_record_of_which_a_disk_takes_a_part_at_a_time_is_whole(tmp_path):
+    """A file without a buffer says how much it took, and raises nothing."""
+    with contextlib.closing(t.Log()) as log:
+        log.open(t.Settings(log_dir=str(tmp_path), run_id="a"), SOLO, "a")
+        log.begin()
+        log.said = [NearlyFull(file) for file in log.files]
+        log("a line of some length", "event of some length")
+    (record,) = t.read_records(tmp_path / "a.jsonl")
+    assert record["event"] == "event of some length"
+    assert (tmp_path / "a.txt").read_text().endswith("\na line of some length\n")
+
+
+class NearlyFull:
+    """A file that takes seven bytes at once."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        return self.file.write(data[:7])
 
 
 @pytest.mark.parametrize("odd", [None, [], "x", 1], ids=repr)

@@ -29,25 +29,39 @@ OUTPUTS = {"run_id", "log_dir", "artifact", "eval_nll_path", "checkpoint_every",
 OUTPUTS |= {"overwrite"}  # whether these names may be used again
 MAY_DIFFER = {"seed", "data_path", "tokenizer_path"} | OUTPUTS
 CLOCK = {"max_wallclock_seconds", "export_reserve_seconds"}
+RECORD = '{"event": "'  # how a line of the .jsonl begins
 AGAIN = re.compile(r"^.* is trained and has no score: evaluation starts over$", re.MULTILINE)
 
 
 def read_records(path: Path) -> list[dict]:
     """Every record of every run in the file. Raises UserError if it is not a run's log."""
     try:
-        return parse_records(path.read_text(encoding="utf-8"), path)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise not_a_log(path) from None
+    records = parse_records(text, path)
+    if text and not records:
+        raise not_a_log(path)
+    return records
 
 
 def parse_records(text: str | bytes, path: Path) -> list[dict]:
-    """The records in whole lines of a log, which lies at path. Raises UserError for others."""
-    try:
-        records = [json.loads(line) for line in text.splitlines()]
-    except (ValueError, RecursionError):
-        raise not_a_log(path) from None
+    """The records of a log, which lies at path. Raises UserError for other files.
+
+    A line that begins as a record does and has no end is left out: a run that was ended by a full
+    disk, or with its machine, leaves one, and goes on behind it.
+    """
+    records = []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if not line.startswith(RECORD if isinstance(line, str) else RECORD.encode()):
+                raise not_a_log(path) from None
+        except RecursionError:
+            raise not_a_log(path) from None
     if not all(map(is_record, records)):
         raise not_a_log(path)
     return records
