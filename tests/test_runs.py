@@ -151,6 +151,33 @@ def test_a_mean_covers_its_neighbours_evenly():
     assert runs.smoothed(spike)[5:16] == [0.0] + [1.0] * 9 + [0.0]
 
 
+def test_a_line_that_was_cut_off_hides_no_run(tmp_path):
+    """As a full disk leaves it, or a machine that went down; the run then went on behind it."""
+    log = write_log(tmp_path / "a.jsonl", 1.2)
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:20], lines[20][:30] + "\n", *lines[21:]]) + '{"event": "fin')
+    (run,) = [runs.read_run(path) for path in runs.find_logs([tmp_path])]
+    assert run.figures["final"] == 1.2
+    assert [record["step"] for record in run.losses] == [n for n in range(1, 51) if n != 20]
+    log.write_text("".join(lines) + "other text\n")
+    assert runs.read_first(log) == ""
+
+
+@pytest.mark.parametrize("value", ["x", None, [], {}, True, float("nan")], ids=repr)
+def test_what_is_no_figure_is_left_out(tmp_path, value):
+    log = write_log(tmp_path / "a.jsonl", 1.2)
+    counts = {"event": "validation_data", "scored_tokens": value, "bytes": value}
+    final = {"event": "final", "val_bpb": value}
+    losses = [{"event": "train", "step": 51, "train_loss": value, "train_ms": 1.0}]
+    records = [*log.read_text().splitlines()[:-1], *map(json.dumps, (*losses, counts, final))]
+    log.write_text("\n".join(records))
+    run = runs.read_run(log)
+    assert len(run.losses) == 50
+    header, row = runs.table([run], [])
+    assert dict(zip(header, row, strict=True))["final"] == ""
+    assert runs.scored_text(run).endswith("not counted in the log")
+
+
 @pytest.mark.parametrize("problem", ["empty folder", "no log", "unknown column", "missing"])
 def test_mistakes_end_in_one_line(tmp_path, problem):
     log = tmp_path / "a.jsonl"

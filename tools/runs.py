@@ -30,7 +30,7 @@ from tools.command import (
     write_picture,
     write_whole,
 )
-from tools.logs import read_records, runs_in, starts_of
+from tools.logs import number_in, read_records, runs_in, starts_of
 
 # Of a run's settings, what only names its files, and what the column "run" says.
 NAMES = {"run_id", "log_dir", "artifact", "resume", "overwrite", "eval_only"}
@@ -38,6 +38,7 @@ FIGURES = ("steps", "ms", "before", "after", "final", "bytes")  # columns of num
 MOST_COLUMNS = 4  # of settings
 WIDEST = 40  # characters of a setting, or of the state
 STROKES = ("-", "--", ":", "-.")  # of --plot
+DRAWN = ("step", "train_ms", "train_loss")  # of a record of training
 REACH = 4  # training losses on either side that a point of --plot is the mean of
 MOST_NAMES = 20  # runs that --plot names: more names would cover the curves
 FEW = 20  # a run with fewer training losses is drawn as it is: means would leave a straight line
@@ -81,7 +82,7 @@ def read_losses(starts: list[list[dict]]) -> list[dict]:
     for record in (record for start in starts for record in start):
         if record["event"] == "resumed":
             losses = [loss for loss in losses if loss["step"] <= record["step"]]
-        elif record["event"] == "train":
+        elif record["event"] == "train" and None not in [number_in(record, n) for n in DRAWN]:
             losses.append(record)
     return losses
 
@@ -99,7 +100,7 @@ def read_figures(events: dict[str, dict]) -> dict[str, float]:
     found = {}
     for figure, candidates in places.items():
         for event, key in reversed(candidates):
-            if key in events.get(event, {}):
+            if number_in(events.get(event, {}), key) is not None:
                 found[figure] = events[event][key]
     return found
 
@@ -161,8 +162,9 @@ def sorted_runs(runs: list[Run], column: str) -> list[Run]:
 def scored_text(run: Run) -> str:
     """The text that a run's scores are of: by its counts, or else by where it lay."""
     counts = run.events.get("validation_data", {})
-    if "scored_tokens" in counts and "bytes" in counts:
-        return f"{counts['scored_tokens']:,} tokens, {counts['bytes']:,} bytes"
+    told = [number_in(counts, name) for name in ("scored_tokens", "bytes")]
+    if None not in told:
+        return "{:,.0f} tokens, {:,.0f} bytes".format(*told)
     return f"DATA_PATH={run.settings.get('data_path', '')}, not counted in the log"
 
 
