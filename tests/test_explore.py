@@ -194,6 +194,15 @@ def test_lines_are_appended_to_the_file(explore_here, tmp_path):
         ),
         (["a:", "--idea", "/nowhere/idea.py"], "--idea /nowhere/idea.py: no such file"),
         (["a:", "--idea", __file__], "has no install(script)"),
+        (["a:", "--idea", str(IDEAS.parent.parent / "README.md")], "is no Python file"),
+        (
+            ["a:", "--export", "--requantize", "b: SDCLIP_K=5", "--requantize", "b: SDCLIP_K=6"],
+            '--requantize "b" is there twice',
+        ),
+        *(
+            (["a:", "--export", "--requantize", f"{name}: SDCLIP_K=5"], "a figure of that name")
+            for name in ("bpb", "k", "error")
+        ),
         (["a:", "--out", "/nowhere/out"], "/nowhere/out: No such file or directory"),
         ([], "required"),
     ],

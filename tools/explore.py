@@ -50,6 +50,9 @@ from tools.command import Parser, UserError, need, need_place, run_command
 # So begin the settings that --requantize may change.
 QUANTIZATION = ("quantizer", "trellis_", "target_mb", "sdclip_", "gptq_", "calibration")
 
+# What a variant's line holds under its own names: --requantize's are beside them.
+LINE = {"name", "steps", "step_ms", "last_loss", "bpb", "k", "quantized", "final", "error"}
+
 
 class Averages:
     """Several exponential averages of a model's weights, in place of a trainer's one.
@@ -157,6 +160,8 @@ def read_requantized(variant: str, trained: t.Settings, texts: list[str]) -> dic
     for text in texts:
         name, colon, changes = text.partition(":")
         name, settings = read_variant(f"{name}{colon}{own} {changes}", dict(os.environ))
+        need(name not in LINE, f'--requantize "{name}": a line has a figure of that name already')
+        need(name not in found, f'--requantize "{name}" is there twice: give each its own name')
         for field in dataclasses.fields(t.Settings):
             same = getattr(settings, field.name) == getattr(trained, field.name)
             allowed = field.name.startswith(QUANTIZATION)
@@ -202,6 +207,7 @@ def read_parts(text: str) -> list[float]:
 def install_idea(path: Path) -> None:
     """Changes train_gpt.py as a file of --idea does."""
     need(path.is_file(), f"--idea {path}: no such file")
+    need(path.suffix == ".py", f"--idea {path} is no Python file: its name should end in .py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     idea = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = idea  # by which name the compiler imports it
