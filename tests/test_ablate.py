@@ -981,6 +981,14 @@ MISTAKES = {
         "seeds should be a list of whole numbers",
     ),
     "a seed twice": (BASE.replace("[1]", "[1, 1]"), "names a seed twice"),
+    "a seed that no run takes": (
+        BASE.replace("[1]", "[1, 100000000000000000000]"),
+        "variant 'base': SEED=100000000000000000000 must be from 0 to",
+    ),
+    "a name too long for a run's files": (
+        BASE + f'[[variant]]\nname = "{"é" * 115}"\n',
+        "must be one file name, of at most 230 bytes",
+    ),
     "a setting outside of base": ("NUM_LAYERS = 3\n" + BASE, "NUM_LAYERS is unknown here"),
     "variants": (
         BASE + '[[variants]]\nname = "x"\n',
@@ -1018,6 +1026,15 @@ def test_a_mistake_in_the_environment_is_one_line(bench, monkeypatch, capsys, va
     assert bench.run(TWO) == 2
     assert message in capsys.readouterr().err
     assert not bench.out.exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "null", "{"])
+def test_an_outcome_that_is_none_is_of_a_run_to_be_made(bench, capsys, text):
+    folder = bench.out / "runs" / "base-1"
+    folder.mkdir(parents=True)
+    (folder / "outcome.json").write_text(text)
+    assert bench.run(TWO, "--dry-run") == 0
+    assert "base, seed 1 (would run)" in capsys.readouterr().out
 
 
 def test_missing_files_and_wrong_options_are_one_line(bench, capsys):

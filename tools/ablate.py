@@ -360,6 +360,9 @@ def read_variant(
         settings, given = train_gpt.read_settings(os.environ | variables | launched)
         train_gpt.validate_settings(settings, processes)
         train_gpt.refuse_idle(settings, given)
+        for seed in seeds:  # what is each run's own, too, or every one would be refused later
+            own = {"seed": seed, "run_id": f"{folder_name(name)}-{seed}"}
+            train_gpt.check_values(replace(settings, **own))
     values = {
         field.upper(): getattr(settings, field) for field in sorted(given & train_gpt.FIELDS.keys())
     }
@@ -558,6 +561,8 @@ def read_outcome(run: Run) -> dict:
     try:
         outcome = json.loads((run.folder / "outcome.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return {}
+    if not isinstance(outcome, dict):
         return {}
     # One of other settings says nothing about this run.
     same = all(outcome.get(key) == value for key, value in run.identity.items())
