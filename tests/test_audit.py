@@ -794,6 +794,19 @@ def test_a_checkpoint_that_forgets_its_clock_is_seen(run, shards, tmp_path, monk
 # ---- Artifact and files --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [0, 4, 8, 12, 1000, 1023, 1024, 1025])
+@pytest.mark.parametrize("count", [-1, 1, 2**30])
+def test_a_shard_that_was_cut_off_is_told_in_a_line(tmp_path, size, count):
+    """An empty file too, as a download that has not begun leaves it."""
+    path = tmp_path / "x_val_000000.bin"
+    audit_text.write_shard(path, np.ones(1, "<u2"))
+    header = np.fromfile(path, "<i4", 256)
+    header[2] = count
+    path.write_bytes((header.tobytes() + bytes(1))[:size])
+    with pytest.raises(UserError, match="is not a token shard|is shorter than its header says"):
+        audit_text.read_shard(path)
+
+
 def test_the_audits_own_decoder_gives_the_scripts_weights_and_refuses_other_files(run, tmp_path):
     model, *_ = t.load_model(
         run.artifact, *t.prepare_run(run.environment | {"ARTIFACT": str(run.artifact)})

@@ -60,13 +60,15 @@ def read_shards(folder: Path) -> list[Shard]:
 def read_shard(path: Path) -> Shard:
     """One shard, of any split. Raises UserError for a file that is none."""
     try:
+        size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=3).tolist()
-        tokens = np.fromfile(path, dtype="<u2", offset=HEADER_BYTES)
+        need(header[:2] == [MAGIC, VERSION], f"{path} is not a token shard")
+        count = (*header, -1)[2]
+        whole = 0 <= 2 * count <= size - HEADER_BYTES
+        need(whole, f"{path} is shorter than its header says")
+        return Shard(path.name, np.fromfile(path, "<u2", count, offset=HEADER_BYTES))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    need(header[:2] == [MAGIC, VERSION], f"{path} is not a token shard")
-    need(0 <= header[2] <= len(tokens), f"{path} is shorter than its header says")
-    return Shard(path.name, tokens[: header[2]])
 
 
 def document_digests(tokens: np.ndarray) -> list[bytes]:
