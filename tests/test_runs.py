@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools import runs
+from tools.command import UserError
 from tools.summary import longer_command
 
 ROOT = Path(runs.__file__).resolve().parent.parent
@@ -163,19 +164,30 @@ def test_a_line_that_was_cut_off_hides_no_run(tmp_path):
     assert runs.read_first(log) == ""
 
 
-@pytest.mark.parametrize("value", ["x", None, [], {}, True, float("nan")], ids=repr)
+@pytest.mark.parametrize("value", ["x", None, [], {}, True], ids=repr)
 def test_what_is_no_figure_is_left_out(tmp_path, value):
     log = write_log(tmp_path / "a.jsonl", 1.2)
     counts = {"event": "validation_data", "scored_tokens": value, "bytes": value}
     final = {"event": "final", "val_bpb": value}
-    losses = [{"event": "train", "step": 51, "train_loss": value, "train_ms": 1.0}]
-    records = [*log.read_text().splitlines()[:-1], *map(json.dumps, (*losses, counts, final))]
+    records = [*log.read_text().splitlines()[:-1], *map(json.dumps, (counts, final))]
     log.write_text("\n".join(records))
     run = runs.read_run(log)
-    assert len(run.losses) == 50
     header, row = runs.table([run], [])
     assert dict(zip(header, row, strict=True))["final"] == ""
     assert runs.scored_text(run).endswith("not counted in the log")
+    loss = {"event": "train", "step": 51, "train_loss": value, "train_ms": 1.0}
+    log.write_text("\n".join([*records, json.dumps(loss)]))
+    with pytest.raises(UserError, match="is not a run's .jsonl log"):
+        runs.read_run(log)
+
+
+def test_runs_that_diverged_come_last(tmp_path):
+    """NaN is neither above nor below a number: it left the others in any order."""
+    scores = {"c": 1.3, "x": float("nan"), "a": 1.2, "y": float("inf"), "b": 1.1}
+    read = [runs.read_run(write_log(tmp_path / f"{name}.jsonl", scores[name])) for name in scores]
+    assert [run.name for run in runs.sorted_runs(read, "final")] == ["b", "a", "c", "x", "y"]
+    cells = [row[runs.FIGURES.index("final") + 1] for row in runs.table(read, [])[1:]]
+    assert cells == ["1.3000", "nan", "1.2000", "inf", "1.1000"]
 
 
 @pytest.mark.parametrize("problem", ["empty folder", "no log", "unknown column", "missing"])

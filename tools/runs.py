@@ -13,6 +13,7 @@ token (requirements-dev.txt); --csv writes all in one table for programs, in ful
 import argparse
 import csv
 import io
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -76,13 +77,23 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} is not a run's .jsonl log") from None
 
 
+def is_number(value) -> bool:
+    """Whether it is one, as a run writes it: NaN and infinity, where training diverged, too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def read_losses(starts: list[list[dict]]) -> list[dict]:
-    """The records of training of all starts of a run, without the steps that were made again."""
+    """The records of training of all starts of a run, without the steps that were made again.
+
+    Raises KeyError or TypeError for those that no run writes.
+    """
     losses = []
     for record in (record for start in starts for record in start):
         if record["event"] == "resumed":
             losses = [loss for loss in losses if loss["step"] <= record["step"]]
-        elif record["event"] == "train" and None not in [number_in(record, n) for n in DRAWN]:
+        elif record["event"] == "train":
+            if not all(is_number(record.get(name, 0.0)) for name in DRAWN):
+                raise TypeError("a loss that is no number")
             losses.append(record)
     return losses
 
@@ -100,8 +111,9 @@ def read_figures(events: dict[str, dict]) -> dict[str, float]:
     found = {}
     for figure, candidates in places.items():
         for event, key in reversed(candidates):
-            if number_in(events.get(event, {}), key) is not None:
-                found[figure] = events[event][key]
+            value = events.get(event, {}).get(key)
+            if is_number(value):
+                found[figure] = value
     return found
 
 
@@ -148,12 +160,14 @@ def shown(name: str, value: float | None) -> str:
 
 
 def sorted_runs(runs: list[Run], column: str) -> list[Run]:
-    """By a column, runs without a value in it last; equal ones by name."""
+    """By a column, runs without a finite value in it last; equal ones by name."""
 
     def key(run: Run) -> tuple:
         value = run.figures.get(column, run.settings.get(column))
         as_text = "" if isinstance(value, (int, float)) else text_of(value)
         number = value if isinstance(value, (int, float)) else 0
+        if not math.isfinite(number):  # nan is neither above nor below any other
+            return True, 0, "", run.name
         return value is None, number, as_text, run.name
 
     return sorted(runs, key=key)
