@@ -1,13 +1,14 @@
-"""tools/ideas/tokens_that_count.py and late_grids.py compute what they say."""
+"""tools/ideas/tokens_that_count.py, rows_make_up.py and late_grids.py compute what they say."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_gpt as t
-from tests.support import SOLO, random_model, random_tokens, relative, tiny
-from tools.ideas import late_grids, tokens_that_count
+from tests.support import SOLO, Quiet, random_model, random_tokens, relative, tiny
+from tools.ideas import late_grids, rows_make_up, tokens_that_count
 
 SHARED = {"quantizer": "gptq", "sdclip_by_matrix": 1.0, "sdclip_by_row": 0.5}
 
@@ -15,7 +16,7 @@ SHARED = {"quantizer": "gptq", "sdclip_by_matrix": 1.0, "sdclip_by_row": 0.5}
 @pytest.fixture
 def script(monkeypatch):
     """train_gpt.py's module, as it was once the test is over."""
-    for name in ("calibrate", "collect_costs", "schedule_at", "Trainer"):
+    for name in ("calibrate", "collect_costs", "quantize_model", "schedule_at", "Trainer"):
         monkeypatch.setattr(t, name, getattr(t, name))
     return t
 
@@ -52,6 +53,122 @@ def test_hessians_weigh_tokens_by_their_gradients(script, monkeypatch):
             assert relative(found[name], expected) < 1e-5, (name, size)
     name = next(iter(energies))
     assert relative(found[name], usual[name]) > 0.01  # tokens do differ
+
+
+def correlated(size: int, seed: int) -> torch.Tensor:
+    """A covariance (size, size) whose numbers of a row go with those of others."""
+    mixed = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+    return mixed @ mixed.mT / size + 0.1 * torch.eye(size)
+
+
+@pytest.mark.parametrize(("rows", "block"), [(12, 4), (10, 4), (3, 8)])
+def test_rows_factor_into_blocks(rows, block):
+    covariance = correlated(rows, 1)
+    m, costs = rows_make_up.factor_rows(covariance, block)
+    inverse = torch.linalg.inv(m.double())
+    damped = covariance.double() + rows_make_up.DAMP * torch.diag(covariance.diagonal().double())
+    blocks = inverse.mT @ damped @ inverse  # C of B = M^T C M
+    number = torch.arange(rows) // block
+    same = number[:, None] == number
+    assert blocks.masked_fill(same, 0).abs().max() < 1e-5
+    assert relative(costs, blocks.diagonal()) < 1e-5
+    assert torch.equal(m.masked_fill(~same, 0), torch.eye(rows))
+    assert not m.triu(1).any()
+
+
+def problem_of(rows: int, columns: int) -> tuple:
+    """gptq()'s arguments of a random matrix, coarsely rounded, and its inputs' H."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(rows, columns, generator=generator)
+    hessian = 2 * correlated(columns, 2)
+    scale = torch.full_like(weight, 0.4)
+    limits = torch.full((rows, 1), 31.0)
+    weights = torch.rand(rows, 1, generator=generator) + 0.5
+    return (weight, scale, limits, *t.factor_hessian(hessian), weights), hessian
+
+
+def by_loops(problem: tuple, m: torch.Tensor, block: int) -> torch.Tensor:
+    """round_by_both() without a trellis, a block of a column after the other."""
+    weight, scale, limits, order, upper, unused, _ = problem
+    left = weight.masked_fill(unused, 0.0).take_along_dim(order, -1)
+    scale = scale.take_along_dim(order, -1)
+    for j in range(left.shape[1]):
+        errors = torch.zeros(len(left))
+        for first in range(0, len(left), block):
+            rows = slice(first, first + block)
+            target = left[rows, j] + m[rows, :first] @ errors[:first]
+            rounded = t.round_to_grid(target, scale[rows, j], limits[rows, 0])
+            errors[rows] = left[rows, j] - rounded * scale[rows, j]
+            left[rows, j] = rounded
+        left[:, j + 1 :] -= errors[:, None] / upper[j, j] * upper[j, j + 1 :]
+    return left.take_along_dim(order.argsort(), -1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "block"), [(12, 7, 4), (10, 7, 4), (6, 30, 1), (3, 5, 4)]
+)
+def test_rows_make_up_for_those_above(monkeypatch, rows, columns, block):
+    monkeypatch.setattr(t, "TRELLIS_ROWS", block)
+    problem, _ = problem_of(rows, columns)
+    m, _ = rows_make_up.factor_rows(correlated(rows, 1), block)
+    found = rows_make_up.round_by_both(t, problem, m, 0)
+    assert torch.equal(found, by_loops(problem, m, block))
+    assert (len(m) > block) == (not torch.equal(found, t.gptq(*problem)))
+
+
+@pytest.mark.parametrize("states", [0, 8])
+def test_rows_that_go_with_no_others_are_gptqs(monkeypatch, states):
+    monkeypatch.setattr(t, "TRELLIS_ROWS", 8)
+    problem, _ = problem_of(20, 12)
+    found = rows_make_up.round_by_both(t, problem, torch.eye(20), states)
+    assert torch.equal(found, t.gptq(*problem, 128, states))
+
+
+@pytest.mark.parametrize("states", [0, 8])
+def test_errors_cost_less_when_rows_make_up_for_others(monkeypatch, states):
+    """As trace(B D H D^T) counts them, which is what the idea is about."""
+    monkeypatch.setattr(t, "TRELLIS_ROWS", 8)
+    rows, columns = 64, 48
+    (*problem, _), hessian = problem_of(rows, columns)
+    covariance = correlated(rows, 1)
+
+    def cost(integers: torch.Tensor) -> float:
+        points = t.trellis_points(integers.floor().to(torch.int8), states) if states else integers
+        wrong = problem[0] - points * problem[1]
+        return float((covariance @ wrong @ hessian * wrong).sum())
+
+    diagonal = covariance.diagonal().sqrt().unsqueeze(1)
+    usual = cost(t.gptq(*problem, diagonal, 128, states))
+    m, costs = rows_make_up.factor_rows(covariance, 8)
+    both = cost(rows_make_up.round_by_both(t, (*problem, costs.sqrt().unsqueeze(1)), m, states))
+    assert both < 0.8 * usual
+
+
+def test_linear_layers_are_rounded_by_both_sides_where_it_is_asked_for(script, monkeypatch):
+    monkeypatch.setattr(t, "TRELLIS_ROWS", 8)  # or these layers had one block
+    settings = tiny(**SHARED, spelling_features=0)
+    model = random_model(settings)
+    tokens = random_tokens(6, 32)
+    batches = SimpleNamespace(next=lambda: (tokens, tokens))
+
+    def quantized(block_size: int) -> tuple[dict, dict]:
+        now = replace(settings, gptq_block_size=block_size)
+        log = Quiet()
+        trainer = SimpleNamespace(
+            settings=now, ranks=SOLO, model=model, calibration_rows=2, log=log
+        )
+        solvers = script.calibrate(trainer, batches)
+        costs = dict(model.row_costs)
+        return script.quantize_model(model, now, SOLO, solvers, 8.0), costs
+
+    usual, usual_costs = quantized(128)
+    rows_make_up.install(script)
+    for size, both in ((64, True), (128, False), (64, True)):
+        stored, costs = quantized(size)
+        for name in model.linear_layers():
+            same = torch.equal(stored[f"{name} integers"], usual[f"{name} integers"])
+            assert same != both, (name, size)
+            assert torch.equal(costs[name], usual_costs[name]) != both, (name, size)
 
 
 def test_weights_stand_on_their_grids_and_come_back(script):

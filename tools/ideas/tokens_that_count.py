@@ -19,6 +19,34 @@ import torch
 WEIGHED_BLOCKS = 64
 
 
+def inputs_and_gradients(script, model, batch):
+    """Of each linear layer: name, inputs (tokens, columns), gradients of nats (tokens, rows)."""
+    seen = []
+
+    def hook(name, layer, positional, named, output):
+        seen.append((name, layer.effective_input(*positional, **named).detach(), output))
+
+    layers = model.linear_layers().items()
+    hooks = [
+        layer.register_forward_hook(partial(hook, name), with_kwargs=True) for name, layer in layers
+    ]
+    whole = [module for module in model.modules() if isinstance(module, script.MLP)]
+    fused = [module.can_fuse for module in whole]
+    for module in whole:  # as one operator its matrices would have no outputs
+        module.can_fuse = False
+    try:
+        hidden = model(batch, model.full_order)
+        nats = model.nats(hidden[:, :-1], batch[:, 1:], batch[:, :-1]).sum()
+        gradients = torch.autograd.grad(nats, [output for *_, output in seen])
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, can in zip(whole, fused, strict=True):
+            module.can_fuse = can
+    for (name, x, _), gradient in zip(seen, gradients, strict=True):
+        yield name, x.float().flatten(0, -2), gradient.float().flatten(0, -2)
+
+
 def install(script) -> None:
     """Changes train_gpt.py's calibrate() and collect_costs()."""
     usual_calibrate = script.calibrate
@@ -30,7 +58,7 @@ def install(script) -> None:
         hessians, energies = usual_costs(model, batches, ranks, with_energies)
         weighed, sums, tokens = {}, {}, 0
         for batch in batches:
-            for name, x, gradient in inputs_and_gradients(model, batch):
+            for name, x, gradient in inputs_and_gradients(script, model, batch):
                 weights = gradient.square().sum(1)
                 weighed[name] = weighed.get(name, 0.0) + 2 * (x.T * weights) @ x
                 sums[name] = sums.get(name, 0.0) + weights.sum()
@@ -39,34 +67,6 @@ def install(script) -> None:
             mean = ranks.sum_(sums[name]) / (tokens * ranks.world_size)
             hessians[name] = ranks.sum_(weighed[name]) / mean
         return hessians, energies
-
-    def inputs_and_gradients(model, batch):
-        """Of each linear layer: name, inputs (tokens, columns), gradients (tokens, rows)."""
-        seen = []
-
-        def hook(name, layer, positional, named, output):
-            seen.append((name, layer.effective_input(*positional, **named).detach(), output))
-
-        layers = model.linear_layers().items()
-        hooks = [
-            layer.register_forward_hook(partial(hook, name), with_kwargs=True)
-            for name, layer in layers
-        ]
-        whole = [module for module in model.modules() if isinstance(module, script.MLP)]
-        fused = [module.can_fuse for module in whole]
-        for module in whole:  # as one operator its matrices would have no outputs
-            module.can_fuse = False
-        try:
-            hidden = model(batch, model.full_order)
-            nats = model.nats(hidden[:, :-1], batch[:, 1:], batch[:, :-1]).sum()
-            gradients = torch.autograd.grad(nats, [output for *_, output in seen])
-        finally:
-            for handle in hooks:
-                handle.remove()
-            for module, can in zip(whole, fused, strict=True):
-                module.can_fuse = can
-        for (name, x, _), gradient in zip(seen, gradients, strict=True):
-            yield name, x.float().flatten(0, -2), gradient.float().flatten(0, -2)
 
     def calibrate(trainer, batches):
         """As the script's, with weighed tokens if asked for."""
