@@ -20,8 +20,6 @@ Embeddings are as before. To compare both on the same weights, it does so where 
 import torch
 import torch.nn.functional as F
 
-from tools.ideas.tokens_that_count import inputs_and_gradients
-
 TWO_SIDED_BLOCKS = 64
 DAMP = 0.01  # of B's diagonal, added to it
 
@@ -94,6 +92,9 @@ def round_by_both(script, problem: tuple, m: torch.Tensor, states: int) -> torch
 
 def install(script) -> None:
     """Changes train_gpt.py's calibrate(), collect_costs() and quantize_model()."""
+    # Only here: an idea is loaded by its path, and has a package's others once it is at work.
+    from tools.ideas.tokens_that_count import inputs_and_gradients
+
     usual_calibrate = script.calibrate
     usual_costs = script.collect_costs
     usual_quantize = script.quantize_model
