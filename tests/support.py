@@ -324,6 +324,20 @@ def on_console(text: str) -> str:
     return re.sub("  preset=.*", "", text)
 
 
+def lines_of_compile_kernels(folder: Path, *arguments: str) -> list[str]:
+    """What tests.compile_kernels prints, with a cache of its own in the folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_kernels", *arguments],
+        cwd=SCRIPT.parent,
+        env=os.environ | {"TRITON_CACHE_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 class Quiet:
     """A log that says nothing."""
 

@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import itertools
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -19,7 +18,7 @@ import torch
 
 import train_gpt as t
 from bench import tune
-from tests.support import PATIENCE, slow
+from tests.support import lines_of_compile_kernels, slow
 
 ROOT = Path(__file__).resolve().parent.parent
 # Bytes of shared memory a program may use, on compute capability 9.0, where two are to share a
@@ -33,16 +32,7 @@ def compiled(folder: Path, *arguments: str) -> list[dict]:
     """The lines that tests.compile_kernels prints, with a cache of its own in the folder."""
     if t.triton is None:
         pytest.skip("needs triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_CACHE_DIR": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in lines_of_compile_kernels(folder, *arguments)]
 
 
 @pytest.fixture(scope="module")

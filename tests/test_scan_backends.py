@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests.support import PATIENCE, SOLO, random_tokens, slow, tiny
+from tests.support import SOLO, lines_of_compile_kernels, random_tokens, slow, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "kernels.txt"
@@ -223,16 +221,8 @@ CORNERS = {  # heads, channels, state, chunk: what fits, what does not, what no 
 def test_what_is_taken_compiles_and_fits_and_what_is_refused_does_not(
     capability, monkeypatch, tmp_path
 ):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels", capability, *CORNERS[capability]],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    printed = lines_of_compile_kernels(tmp_path, capability, *CORNERS[capability])
+    lines = [json.loads(line) for line in printed]
     assert len(lines) == len(CORNERS[capability])
     for line in lines:
         runs = (line["shared"] or 1 << 30) <= LIMITS[capability][1]
@@ -288,17 +278,8 @@ TOO_LITTLE = {
 @slow
 @pytest.mark.parametrize("capability", TOO_LITTLE)
 def test_the_script_wants_no_less_shared_memory_than_the_compiler(capability, tmp_path):
-    words = ["tests.compile_kernels", "shared", capability, *TOO_LITTLE[capability]]
-    done = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+    printed = lines_of_compile_kernels(tmp_path, "shared", capability, *TOO_LITTLE[capability])
+    lines = [line.split() for line in printed]
     assert len(lines) == len(TOO_LITTLE[capability])
     for _, *numbers, kernel, found in lines:
         shape = tuple(map(int, numbers))
