@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import train_gpt as t
 from tools import contradictions as evidence
 from tools.command import UserError
 
@@ -52,6 +53,21 @@ def test_figures_that_are_edited_in_one_of_the_logs_are_seen(logs):
     found(logs, "HARDWARE 1 × NVIDIA H200")
     edit(logs, "trained", train_clock_seconds=170.0)
     found(logs, "a clock of 177.4 s, .jsonl of 170.000 s")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["/data/" + "long/" * 50, "two  spaces", "a\nprompt  in lines", "d\udce4t", "x" * 199 + "\n "],
+)
+def test_a_setting_that_the_text_has_cut_or_escaped_is_no_contradiction(logs, value):
+    """A path of 300 letters or a prompt of two lines made an honest run one that nobody could
+    package; another value still is one.
+    """
+    logs.events["settings"]["settings"]["data_path"] = value
+    logs.text.settings["data_path"] = " ".join(t.shown(value).split())
+    assert evidence.contradictions(logs) == []
+    logs.text.settings["data_path"] = "y" + logs.text.settings["data_path"]
+    found(logs, ".txt has DATA_PATH y")
 
 
 def test_a_scores_tables_come_to_the_score_and_to_the_text(logs):

@@ -40,6 +40,7 @@ SLOW_SECONDS = 2.0  # ... and this much more: a checkpoint's copy, a machine tha
 HURRIED_PART = 0.5  # of the time limit: who used less had no reason to give up an epoch
 EVALUATION_SECONDS = 1.0  # by which the wall clock around an evaluation may be longer or shorter
 
+PRINTED_CHARACTERS = 200  # of a setting, in the script's line of all
 SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 MAGIC = b"SSMGOLF"  # of every artifact; a digit for the layout follows
 DIGEST_BYTES = 32  # of SHA-256, with which an artifact ends
@@ -144,7 +145,7 @@ def disagreements(logs: RunLogs) -> list[str]:
     found = [
         f".txt has {name} {printed[:60]}, .jsonl {told[:60]}"
         for name, printed, told in pairs
-        if printed != told and printed != repr(told)
+        if printed not in (told, repr(told), as_printed(told))
     ]
     clock = number_in(trained, "train_clock_seconds")
     if None not in (clock, text.training_seconds):
@@ -152,6 +153,17 @@ def disagreements(logs: RunLogs) -> list[str]:
         if apart > ROUNDING_SECONDS:
             found.append(f".txt has a clock of {text.training_seconds} s, .jsonl of {clock:.3f} s")
     return found
+
+
+def as_printed(value: str) -> str:
+    """A setting as the script's one line has it: its first characters, each space one space.
+
+    What does not print is escaped, and so is a path's byte that is no text, a surrogate in Python.
+    """
+    text = "".join(f"\\x{ord(x) & 255:x}" if "\udc80" <= x <= "\udcff" else x for x in value)
+    text = text if text.isprintable() else repr(value)
+    text = text if len(text) <= PRINTED_CHARACTERS else text[:PRINTED_CHARACTERS] + "..."
+    return " ".join(text.split())
 
 
 def lines_of(logs: RunLogs) -> dict[str, tuple[list[tuple[str, ...]], list[tuple[str, ...]]]]:
