@@ -613,6 +613,8 @@ def check_values(s):
             words = " ".join(text.split())
             fits = words.isprintable() and (unit == "text" or words == text)
             problem = "holds a line break, a space too many or a character that does not print"
+            if f.default and not text and unit != "layers":  # a folder "" would be the current one
+                fits, problem = False, "is empty: unset it, or say which"
         else:
             low, high = f.metadata["low"], f.metadata["high"]
             fits = low <= value <= high
@@ -974,7 +976,8 @@ def shard_paths(folder: str | Path, split: str) -> list[Path]:
 def open_shards(folder: str, split: str) -> list[Shard]:
     """A split's shards, opened: shard_paths().
 
-    Raises UserError if there are none, or NAME_0, NAME_1 ... lack one, which is half a text.
+    Raises UserError if there are none, or NAME_0, NAME_1 ... lack one, which is half a text, or
+    have one twice.
     """
     paths = shard_paths(folder, split)
     remedy = f"set DATA_PATH, or {how_to_make(folder)}"
@@ -984,7 +987,8 @@ def open_shards(folder: str, split: str) -> list[Shard]:
     for path in paths:
         name, _, number = path.stem.rpartition("_")
         if number.isdecimal() and len(number) <= 6:  # more digits are a date, not a count
-            series[name][int(number)] = path
+            other = series[name].setdefault(int(number), path)
+            need(other is path, f"{other} and {path} are one number: take one of them away")
     for numbers in series.values():
         last = max(numbers)
         first = min(1, *numbers) if len(numbers) > 1 else last  # a shard alone may have any number
@@ -1066,11 +1070,15 @@ def log_hashes(settings, training, validation: list[Shard], log, main=True):
     """Logs the files that are read, by name and SHA-256, and the overlap: recorded_hashes().
 
     Tokenizer and validation shards are hashed, by the main rank and off every clock; training
-    shards, of up to 16 GB, are not. Raises UserError for one with a validation shard's sample;
+    shards, of up to 16 GB, are not. Raises UserError for a shard with a validation shard's sample;
     without training, training text may be scored: text_trained_on() warns.
     """
     folder, path = settings.data_path, settings.tokenizer_path
-    scored = {shard.sample: shard.path.name for shard in validation if shard.count}
+    scored = {}
+    for shard in validation:
+        twin = scored.setdefault(shard.sample, shard.path.name) if shard.count else ""
+        same = twin in ("", shard.path.name)
+        need(same, f"{shard.path} holds the text of {twin}, which is scored: take one of them away")
     for shard in training:
         twin = scored.get(shard.sample, "")
         both = f"{shard.path} is training text and is scored, by its name: rename it"
@@ -6175,7 +6183,7 @@ def refuse_same_files(s):
     what has their name, and leave it whole under its other ones: write_whole().
     """
     read = [__file__, s.tokenizer_path, *Path(s.data_path).glob("*_*_*.bin")]
-    logs = [f"{s.log_dir}/{log_name(s)}.{end}" for end in ("txt", "jsonl")]
+    logs = [Path(s.log_dir, f"{log_name(s)}.{end}") for end in ("txt", "jsonl")]
     files = {"what is read": read, "a log": logs, "a checkpoint": [*s.checkpoint_paths, s.resume]}
     files |= {"ARTIFACT": [s.artifact_path], "EVAL_NLL_PATH": [s.eval_nll_path]}
     known = {}  # by real paths, what they are; beside a file stand others while it is made

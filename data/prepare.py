@@ -885,13 +885,14 @@ class ValidationWriter(ShardWriter):
 
 
 def refuse_other_dataset(out: Path, name: str) -> None:
-    """Raise PrepareError if `out` holds training shards that are not this dataset's, or folders
-    where its files are to be.
+    """Raise PrepareError if `out` holds shards that are not this dataset's, which would be read
+    with it, or folders where its files are to be.
     """
     if others := [
         path.name
-        for path in out.glob("*_train_*.bin")
-        if not path.name.startswith(f"{name}_train_")
+        for split in ("train", "val")
+        for path in out.glob(f"*_{split}_*.bin")
+        if not path.name.startswith(f"{name}_{split}_")
     ]:
         raise PrepareError(
             f"{out} already holds another dataset ({min(others)}); give each its own --out folder"
@@ -1160,12 +1161,13 @@ def make_manifest(
     """Read all shards of a folder once and return what they hold, but for the tokenizer's file.
 
     `text_bytes` has the size of the text that was read, by split, as far as it is known. Reads some
-    80 million tokens a second on one core. PrepareError for a damaged or missing shard, or one that
-    another tokenizer made.
+    80 million tokens a second on one core. PrepareError for a damaged or missing shard, one that
+    another tokenizer made, or validation text that is there twice.
     """
     pieces = piece_bytes(tokenizer)
     shards: dict[str, dict[str, Any]] = {}
     validation = list(document_keys(described_shards(folder, "val", pieces, shards)))
+    refuse_copies({name: entry["sha256"] for name, entry in shards.items() if entry["tokens"]})
     training = document_keys(described_shards(folder, "train", pieces, shards))
     found = set(validation).intersection(training)  # keeps no more of them than these
     # Texts that a tokenizer normalizes to nothing, BOS alone, say nothing.
@@ -1191,6 +1193,16 @@ def make_manifest(
         "overlap": overlap,
         "shards": dict(sorted(shards.items())),
     }
+
+
+def refuse_copies(sums: dict[str, str]) -> None:
+    """Raise PrepareError for two validation shards of one SHA-256: their text would be scored
+    twice.
+    """
+    names: dict[str, str] = {}
+    for name, sha256 in sums.items():
+        if (twin := names.setdefault(sha256, name)) != name:
+            raise PrepareError(f"{name} and {twin} are the same text; take one of them away")
 
 
 def described_shards(
@@ -1585,8 +1597,9 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     """Return the shards of a split, "train" or "val", in the order in which they were written.
 
     PrepareError if there are none, or if the numbers have a gap, as a download has that was cut
-    off: half a text would be taken for the whole. Also for what has the name of a shard, or of the
-    bytes of one's tokens, and is no file: a folder, or a link to nothing.
+    off: half a text would be taken for the whole. Also for a number that two have, and for what has
+    the name of a shard, or of the bytes of one's tokens, and is no file: a folder, or a link to
+    nothing.
     """
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     for path in paths:
@@ -1603,6 +1616,11 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
         if number.isdecimal() and len(number) <= 6:  # more digits are a date, not a count
             series.setdefault(name, []).append(int(number))
     for name, numbers in series.items():
+        twice = {number for number in numbers if numbers.count(number) > 1}
+        if twice:
+            raise PrepareError(
+                f"{folder} has number {min(twice)} of {name}_*.bin twice; take one of them away"
+            )
         lacking = set(range(min(1, *numbers, 1), max(numbers))).difference(numbers)
         if lacking and len(numbers) > 1:
             raise PrepareError(
@@ -1628,6 +1646,8 @@ def run_development(args: argparse.Namespace) -> None:
         raise PrepareError(f"--part {args.part} is not between 0 and 1")
     if not 0 <= args.orders <= 100:
         raise PrepareError(f"--orders {args.orders} is not between 0 and 100")
+    if args.seed < 0:
+        raise PrepareError(f"--seed {args.seed} is negative; NumPy's seeds are not")
     refuse_other_dataset(args.out, "development")
     if args.out.resolve() == args.dataset.resolve():
         raise PrepareError(f"{args.out} is the dataset itself; give --out another folder")

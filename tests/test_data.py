@@ -161,6 +161,14 @@ def test_a_gap_in_the_numbers_of_shards_is_refused(tmp_path, numbers, missing):
         t.open_shards(str(tmp_path), "val")
 
 
+def test_a_number_that_two_shards_have_is_refused(tmp_path):
+    """As a name without zeros beside the same with: the text would be read, and scored, twice."""
+    for name in ("a_val_000000", "a_val_000001", "a_val_1"):
+        write_shard(tmp_path / f"{name}.bin", [1])
+    with pytest.raises(t.UserError, match=r"a_val_000001.bin and \S+a_val_1.bin are one number"):
+        t.open_shards(str(tmp_path), "val")
+
+
 def test_shards_of_other_names_or_lengths_have_another_summary(tmp_path):
     def summary(**lengths: int) -> dict:
         for path in tmp_path.iterdir():

@@ -411,6 +411,11 @@ def test_folders_that_cannot_be_used(tmp_path, capsys, model):
     assert run("text", source, "--out", tmp_path / "o", *options) == 0
     other = run("text", source, "--out", tmp_path / "o", *options, "--name", "other")
     check_error(capsys, other, "already holds another dataset (n_train_000000.bin)")
+    for path in (tmp_path / "o").glob("n_train_*.bin"):  # what is left would be scored, too
+        path.rename(tmp_path / path.name)
+    other = run("text", source, "--out", tmp_path / "o", *options, "--name", "other")
+    check_error(capsys, other, "already holds another dataset (n_val_000000.bin)")
+    (tmp_path / "n_train_000000.bin").rename(tmp_path / "o" / "n_train_000000.bin")
     for name in ("n_val_000007.bin", "n_val_bytes_000007.bin", "manifest.json"):
         before = contents(tmp_path / "o")
         (tmp_path / "o" / name).unlink(missing_ok=True)
@@ -732,7 +737,13 @@ def test_shards_that_are_not_whole_or_of_another_tokenizer_are_refused(
     assert "has no piece for the bare space" in capsys.readouterr().err
     shutil.copy(finished / "d_train_000000.bin", finished / "d_train_000003.bin")
     check_error(capsys, run("manifest", finished), "lacks number 2 of d_train_*.bin, but has 3")
-    (finished / "d_train_000003.bin").unlink()
+    (finished / "d_train_000003.bin").rename(finished / "d_train_00.bin")
+    check_error(capsys, run("manifest", finished), "has number 0 of d_train_*.bin twice")
+    (finished / "d_train_00.bin").unlink()
+    shutil.copy(finished / "d_val_000000.bin", finished / "d_val_000000 (1).bin")
+    said = "d_val_000000.bin and d_val_000000 (1).bin are the same text"
+    check_error(capsys, run("manifest", finished, "--tokenizer", bare), said)
+    (finished / "d_val_000000 (1).bin").unlink()
     for model in (finished / "small.model", finished / "manifest.json"):
         model.unlink()
     check_error(capsys, run("manifest", finished), "give --tokenizer FILE.model")
@@ -1054,6 +1065,7 @@ def test_documents_come_in_as_many_orders_as_asked_for(finished, tmp_path, part)
         (["--part", 1e-20], "leaves one side without any"),
         (["--part", 0.999], "leaves one side without any"),
         (["--orders", -1], "--orders -1 is not between"),
+        (["--seed", -1], "--seed -1 is negative"),
         (["--out", "finished"], "already holds another dataset (d_train_000000.bin)"),
         (["--out", "mine"], "mine is the dataset itself"),
         (["damaged"], "d_train_000000.bin: the header says 300 tokens"),

@@ -1298,6 +1298,18 @@ def test_a_training_shard_that_is_a_validation_shard_is_refused(shards, tmp_path
         log_hashes(settings, lambda *_, **record: None)
 
 
+def test_a_copy_of_a_validation_shard_is_refused(shards, tmp_path):
+    """Its text would be scored twice. Empty shards are alike, and hold none."""
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    settings = tiny(data_path=str(tmp_path), tokenizer_path=str(tmp_path / "tokenizer.model"))
+    for number in (1, 2):
+        write_shard(tmp_path / f"words_val_00000{number}.bin", [])
+    log_hashes(settings, lambda *_, **record: None)
+    shutil.copy(tmp_path / "words_val_000000.bin", tmp_path / "words_val_000000 (1).bin")
+    with pytest.raises(t.UserError, match="holds the text of words_val_000000.*, which is scored"):
+        log_hashes(settings, lambda *_, **record: None)
+
+
 def test_a_shard_that_both_splits_name_is_told_to_be_renamed(shards, tmp_path):
     """It was to be taken away, for holding its own text."""
     shutil.copytree(shards, tmp_path, dirs_exist_ok=True)

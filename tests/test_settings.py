@@ -705,6 +705,22 @@ def test_what_does_not_print_is_refused_in_names_and_paths(name, text):
     assert str(caught.value).isprintable()
 
 
+def test_what_has_a_default_is_not_empty():
+    """An empty DATA_PATH or LOG_DIR was the current folder, without a word; what may be left out,
+    and lists of layers, may be empty.
+    """
+    may_be = {"run_id", "artifact", "eval_nll_path", "sample_prompt", "mamba_layers", "mlp_layers"}
+    for field in t.fields(t.Settings):
+        if not isinstance(field.default, str) or field.name in ("preset", "layer_order"):
+            continue
+        settings, _ = t.read_settings({"PRESET": "tiny", field.name.upper(): ""})
+        if field.name in may_be:
+            t.validate_settings(settings, 1)
+            continue
+        with pytest.raises(t.UserError, match=f"{field.name.upper()}= (is empty|should be one of)"):
+            t.validate_settings(settings, 1)
+
+
 def test_a_path_may_hold_bytes_that_are_no_text_and_a_prompt_may_not():
     paths = {"DATA_PATH": "d\udce4t", "LOG_DIR": "l\udce4g", "RUN_ID": "r\udce4n a"}
     t.validate_settings(t.read_settings({"PRESET": "tiny"} | paths)[0], 1)
