@@ -624,6 +624,8 @@ def check_values(s):
         check(s, f.name, fits, problem)
     one_name = s.run_id != ".." and "/" not in s.run_id and len(os.fsencode(s.run_id)) <= 230
     check(s, "run_id", one_name, "must be one file name, of at most 230 bytes")
+    scores = s.run_id.endswith(".eval")
+    check(s, "run_id", not scores, "ends as only the logs of EVAL_ONLY do: leave .eval out")
 
 
 def validate_settings(s, world_size: int):
@@ -3880,6 +3882,7 @@ SDCLIP_USUAL = 12.0  # k of the steps that find_grid_factors() compares with the
 LEAST_ENERGY = 1e-3  # of a row's gradients, where the mean of its matrix is 1
 OTHER_BYTES = 4096.0  # of a file beside its numbers, with room for a wrong prediction
 DAMPING_ATTEMPTS = 12  # tenfold each time, until a Hessian is positive definite
+LEAST_DAMPING = 1e-8  # of its mean diagonal, at the second attempt: float32 can tell no less
 TEXTS_AT_ONCE = 256  # that the model writes for CALIBRATION=self
 
 # The first part that a matrix's name has, and the kind of layer that it belongs to.
@@ -4256,11 +4259,12 @@ def factor_hessian(hessian: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor,
 
     The order in which columns are rounded, (1, columns), the first where inputs are largest; in it
     the upper U (columns, columns) with U^T U = (H + damping I)^-1, where damping is damp of H's
-    mean diagonal, or ten times as much until that is positive definite; and whether a column's
-    input was never seen, (1, columns) bool. Raises UserError where H is not finite.
+    mean diagonal, or ten times as much (and what float32 can tell) until that is positive definite;
+    and whether a column's input was never seen, (1, columns) bool. UserError where H is not finite.
     """
     diagonal = hessian.diagonal()
-    damping = damp * diagonal.mean().clamp(min=1e-9)
+    mean = diagonal.mean().clamp(min=1e-9)
+    damping = damp * mean
     need(damping.isfinite(), DIVERGED)
     order = diagonal.argsort(descending=True)
     identity = torch.eye(len(hessian), device=hessian.device)
@@ -4271,7 +4275,7 @@ def factor_hessian(hessian: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor,
             # Flipped back, lower is an upper R with H = R R^T; so H^-1 is R^-T R^-1, and U R^-1.
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
             return order[None], upper, diagonal[None] == 0
-        damping = 10 * damping
+        damping = torch.maximum(10 * damping, LEAST_DAMPING * mean)
     raise UserError(DIVERGED)
 
 

@@ -936,6 +936,10 @@ MISTAKES = {
         BASE + "MATRX_LR = 1\n",
         "[base]: MATRX_LR is not a setting; did you mean MATRIX_LR?",
     ),
+    "a misspelt setting behind the mark that Windows puts before UTF-8": (
+        "\ufeff" + BASE + "MATRX_LR = 1\n",
+        "[base]: MATRX_LR is not a setting; did you mean MATRIX_LR?",
+    ),
     "a setting in lower case": (
         BASE + "num_layers = 3\n",
         "num_layers is not a setting; did you mean NUM_LAYERS?",

@@ -171,6 +171,16 @@ def test_gptq_survives_inputs_that_never_fire_and_inputs_that_are_equal():
     )
 
 
+def test_a_damping_that_is_too_small_is_raised_until_it_helps():
+    """GPTQ_DAMP=1e-20 on inputs of one direction: "training diverged" was said of a sound run."""
+    torch.manual_seed(0)
+    column = torch.randn(64, 1)
+    _, upper, _ = t.factor_hessian(column @ column.T, 1e-30)
+    assert upper.isfinite().all()
+    with pytest.raises(t.UserError, match="diverged"):
+        t.factor_hessian(torch.full((4, 4), torch.nan), 1e-30)
+
+
 def test_blocks_change_speed_alone_and_much_damping_makes_gptq_plain_rounding():
     weight, hessian = correlated_problem()
     limits = row_limits(24, 4)

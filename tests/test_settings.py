@@ -434,6 +434,8 @@ IMPOSSIBLE = [
     ({"muon_backend_steps": 2**50}, "MUON_BACKEND_STEPS"),
     ({"run_id": "a/b"}, "RUN_ID=a/b must be one file name"),
     ({"run_id": ".."}, "RUN_ID=.. must be one file name"),
+    # Its log would be that of EVAL_ONLY=1 RUN_ID=a, whose score would count as its own.
+    ({"run_id": "a.eval"}, "RUN_ID=a.eval ends as only the logs of EVAL_ONLY do"),
     ({"run_id": "é" * 116}, "at most 230 bytes"),
     ({"target_mb": 16.5}, "TARGET_MB"),
     ({"target_mb": 0.0}, "TARGET_MB"),

@@ -242,7 +242,7 @@ def read_toml(path: Path) -> dict:
     """The file's content; the parser's message says which line is wrong."""
     need(tomllib, "Python 3.10 cannot read TOML: pip install tomli")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows marks UTF-8
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -309,7 +309,8 @@ def read_content(path: Path) -> dict:
     need(isinstance(grid, dict), f"{path}: the grid is a table that begins with [grid]")
     for key, values in grid.items():
         several = isinstance(values, list) and len(set(map(str, values))) == len(values) > 1
-        need(several, f"{path}: [grid]: {key} should be a list of several values, such as [1, 2]")
+        usual = "a list of several values, none of them twice, such as [1, 2]"
+        need(several, f"{path}: [grid]: {key} should be {usual}")
     return content
 
 
