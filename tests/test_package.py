@@ -1333,9 +1333,11 @@ def test_a_manifest_of_other_data_is_refused_if_it_is_given_and_not_used_if_it_i
     capsys.readouterr()
     line = refusal(tmp_path / "out", capsys, log, "--manifest", path)
     assert line == f"{path} is of other training shards than the log"
-    path.write_text("{}")
-    line = refusal(tmp_path / "out", capsys, log, "--manifest", path)
-    assert line == f"{path} is not a manifest of data/prepare.py"
+    whole = json.loads(path.read_text())
+    for splits in ({"val": []}, {"val": {"tokens": 1}}, {}, None):
+        path.write_text(json.dumps(whole | {"splits": splits}))
+        line = refusal(tmp_path / "out", capsys, log, "--manifest", path)
+        assert line == f"{path} is not a manifest of data/prepare.py"
     assert pack(tmp_path / "out", log) == 0
     shown = rows(tmp_path / "out")["no validation document in the training shards"]
     assert shown.startswith("not in this log")

@@ -48,7 +48,7 @@ def read_manifest(path: Path, events: dict[str, dict]) -> Manifest:
             for split in ("train", "val")
         }
         digest = digest_of({name: shard["tokens"] for name, shard in splits["train"].items()})
-        counts = found["splits"]["val"]
+        counts = {name: found["splits"]["val"][name] for name in ("tokens", "documents", "bytes")}
         sums = {
             split: {name: shard["sha256"] for name, shard in shards.items()}
             for split, shards in splits.items()
@@ -68,7 +68,7 @@ def read_manifest(path: Path, events: dict[str, dict]) -> Manifest:
     logged = events.get("training_data", {}).get("digest")
     need(digest == logged, f"{path} is of other training shards than the log")
     logged = events.get("validation_data", {})
-    same = all(counts[name] == logged.get(name) for name in ("tokens", "documents", "bytes"))
+    same = all(count == logged.get(name) for name, count in counts.items())
     need(same, f"{path} is of another validation text than the log")
     hashes = events.get("hashes", {})
     for kind, sums in (("training", manifest.train), ("validation", manifest.validation)):
