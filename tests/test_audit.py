@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from data import prepare
 from tests import forked
 from tests.support import (
     PATIENCE,
@@ -967,7 +969,7 @@ def test_a_text_that_nobody_had_is_scored_beside_the_claimed_one(entry_of, tmp_p
     entry.fresh = tmp_path / "fresh.txt"
     entry.fresh.write_text("The market opens; a letter was lost by the sea. " * 6 + "\0Bread?")
     evidence = holds(checks.check_fresh, entry)
-    assert evidence.startswith("2 documents, 294 bytes: ")
+    assert evidence.startswith("2 documents, 293 bytes: ")
     assert "adapting; the validation text" in evidence
     nats = entry.nats
 
@@ -1097,6 +1099,37 @@ def test_original_documents_prove_the_bytes(entry_of, run, tmp_path):
     assert "documents.txt gives these tokens" in evidence
     entry.source.write_text("\0".join(documents[::-1]), encoding="utf-8")
     fails(checks.check_text_bytes, entry, "gives other tokens than the shards'")
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_original_documents_are_read_as_the_shards_were_made(tmp_path, kind):
+    """Line ends of Windows, white space around a document and U+2028 within one made --text of a
+    tokenizer that keeps them fail, or be no JSON.
+    """
+    texts = ["A line,\r\nanother\u2028one\x0b.\n", "", "\u2029 second \r\n\r\n", "third"]
+    path = tmp_path / f"documents.{kind}"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    content = "\0".join(texts) if kind == "text" else "\r\n".join([*lines, '{"text": null}', ""])
+    path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+
+    def read(source: Path):
+        if kind == "text":
+            return prepare.read_text(source, "nul")
+        return prepare.read_jsonl(source, "text")
+
+    made = [document.text for document in prepare.split_documents([path], [], 0.5, read)]
+    assert audit_text.read_documents(path) == made == [texts[0].strip(), "second", "third"]
+    for odd in ('{"text": 1}', '["text"]', "{}", "x"):
+        (tmp_path / "odd.jsonl").write_text(odd)
+        with pytest.raises(UserError, match="no object with a text"):
+            audit_text.read_documents(tmp_path / "odd.jsonl")
+
+
+def test_a_tokenizer_may_lie_where_a_name_is_no_text(byte_tokenizer, tmp_path):
+    folder = tmp_path / os.fsdecode(b"d\xe4t")
+    folder.mkdir()
+    shutil.copy(byte_tokenizer, folder / "t.model")
+    assert audit_text.open_tokenizer(folder / "t.model").vocab_size() == 512
 
 
 def test_cuts_lie_in_chunks_drawn_by_lot_anywhere_in_the_stream(entry_of, monkeypatch):

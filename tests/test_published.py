@@ -5,6 +5,7 @@ Its log says what it scored when it was made; another CPU adds in another order.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 import train_gpt as t
 from data.tiny import make
 from tests.support import SCRIPT, run_here, write_shard
-from tools import summary
+from tools import logs, summary
+from tools.command import run_command
 
 FOLDER = SCRIPT.parent / "data" / "tiny"
 ARTIFACT = FOLDER / "tiny.int6.lzma"
@@ -74,6 +76,23 @@ def test_its_summary_ends_with_no_command_for_a_text_that_is_not_there(tmp_path)
     events["settings"]["settings"]["data_path"] = str(tmp_path)
     (line,) = [line for line in summary.summary(events) if "train_gpt.py" in line]
     assert "MAX_WALLCLOCK_SECONDS=600" in line
+
+
+@pytest.mark.parametrize(("event", "key"), [("sample", "sample"), ("final", "val_bpb")])
+@pytest.mark.parametrize("odd", [math.nan, 10**400], ids=["nan", "huge"])
+def test_a_summary_of_a_damaged_log_is_a_line(tmp_path, monkeypatch, capsys, event, key, odd):
+    """Numbers in the place of text, and those that no float holds, were tracebacks."""
+    found = records(FOLDER / "tiny.jsonl")
+    found[event] = found.get(event, {"event": event}) | {key: odd}
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, found.values())))
+    monkeypatch.setattr("sys.argv", ["summary.py", str(path)])
+    status = run_command("summary.py", summary.main)
+    if event != "final" or odd > 1:  # which a run may come to
+        assert status == 2
+        told = f"summary.py: error: {path} is not a run's .jsonl log\n"
+        assert capsys.readouterr().err == told
+    assert logs.number_in({"x": odd}, "x") is None
 
 
 def test_a_shard_is_cut_behind_a_whole_document(tmp_path):

@@ -8,7 +8,6 @@ A start that only evaluates a trained artifact again belongs to the start that t
 """
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -146,8 +145,9 @@ def finished_run(path: Path) -> dict[str, dict]:
 def number_in(record: dict, name: str) -> float | None:
     """A finite number of a record; None where it has none."""
     value = record.get(name)
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if usable and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None  # NaN is not either
 
 
 def is_resumed(start: list[dict]) -> bool:

@@ -126,7 +126,7 @@ def main() -> int:
     events = finished_run(path)
     try:
         lines = summary(events)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise not_a_log(path) from None
     ruler = "=" * WIDTH
     print(f"\n{ruler}", *lines, ruler, sep="\n")

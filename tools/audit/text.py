@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import lzma
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -194,7 +195,7 @@ def open_tokenizer(path: Path) -> Any:
 
     need(path.is_file(), f"no tokenizer at {path}")
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return sentencepiece.SentencePieceProcessor(model_file=os.fsencode(path))
     except (RuntimeError, OSError, UnicodeDecodeError):
         raise UserError(f"{path} is not a SentencePiece model") from None
 
@@ -261,20 +262,24 @@ def texts_of(model: Any, tokens: np.ndarray) -> list[Text]:
 def read_documents(path: Path) -> list[str]:
     """A file of documents: one text, several with NUL between, or a JSON object with "text" a line.
 
-    Raises UserError for a file that is not UTF-8 or holds no text.
+    They are what data/prepare.py makes shards of: without white space around them or a mark of
+    UTF-8 in front, with the line ends that they have. Raises UserError for a file that is not UTF-8
+    or holds no text.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if path.suffix == ".jsonl":
+        # Text may hold signs at which splitlines() would cut.
+        lines = [line for line in content.split("\n") if line.strip()]
         try:
-            documents = [json.loads(line)["text"] for line in content.splitlines() if line]
-        except (ValueError, KeyError, TypeError):
+            documents = [(json.loads(line)["text"] or "").strip() for line in lines]
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} has a line that is no object with a text") from None
     else:
-        documents = content.split("\0")
-    documents = [text for text in documents if text.strip()]
+        documents = [text.strip() for text in content.split("\0")]
+    documents = [text for text in documents if text]
     need(documents, f"{path} holds no text")
     return documents
 
