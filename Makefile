@@ -57,7 +57,8 @@ clean:
 $(SAMPLE): | .venv/.run
 	$(VENV_PYTHON) data/prepare.py sample
 
-# Each stamp says that a layer of .venv is complete: torch, what a run needs, what the tests need.
+# Each stamp says that a layer of .venv is complete: torch, what a run needs, what the tests need,
+# which is asked for together with what a run needs: pip would install a numpy twice.
 .venv/.torch: $(if $(TORCH),FORCE)
 	TORCH="$(TORCH)" $(PYTHON) -m tools.make_venv
 	@touch $@
@@ -66,6 +67,6 @@ $(SAMPLE): | .venv/.run
 	$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
-.venv/.dev: .venv/.run requirements-dev.txt
-	$(PIP_INSTALL) -r requirements-dev.txt
-	@touch $@
+.venv/.dev: .venv/.torch requirements.txt requirements-dev.txt
+	$(PIP_INSTALL) -r requirements.txt -r requirements-dev.txt
+	@touch .venv/.run $@
