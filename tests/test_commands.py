@@ -136,7 +136,12 @@ def test_the_script_is_bash_and_every_part_of_it_is_started():
     text = CHECK.read_text(encoding="utf-8")
     functions = set(re.findall(r"^(\w+)\(\) \{$", text, re.MULTILINE)) - {"part"}
     started = set(re.findall(r'part "[^"]*" (\w+)$', text, re.MULTILINE)) | {"network"}
-    assert functions == started
+    chains = {"made_here", "published"}  # of parts
+    assert functions == started | chains
+    calls = re.findall(r"^ *(?:network|made_here|published)(?: &)?$", text, re.MULTILINE)
+    assert sorted(line.strip() for line in calls) == [
+        "made_here", "made_here &", "network", "published", "published",
+    ]  # fmt: skip
     if checker := shutil.which("shellcheck"):
         done = subprocess.run([checker, CHECK], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
