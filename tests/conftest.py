@@ -1,6 +1,9 @@
 """Fixtures: data made once per session. Plain helpers are in support.py."""
 
+import functools
+import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +25,44 @@ def prepared_torch():
     import train_gpt
 
     train_gpt.prepare_torch()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_replaced_once():
+    """Triton's interpreter replaces the language's functions by its own before a kernel, and again
+    before each function that a kernel calls: two fifths of its time. Here not again, as long as
+    they are replaced.
+    """
+    import train_gpt
+
+    with pytest.MonkeyPatch.context() as patch:
+        if train_gpt.triton is not None and os.environ.get("TRITON_INTERPRET") == "1":
+            replace_language_once(patch)
+        yield
+
+
+def replace_language_once(patch: pytest.MonkeyPatch) -> None:
+    """Does so where this triton is made as that of requirements-dev.txt."""
+    from triton.runtime import interpreter
+
+    language = interpreter.tl
+    if not {"_patch_lang", "_LangPatchScope"} <= vars(interpreter).keys():
+        return
+    replace = interpreter._patch_lang
+
+    @functools.cache
+    def seen_by(function) -> list:
+        """What a kernel knows of the language: all, or as the library's functions its core."""
+        modules = [value for value in function.__globals__.values() if inspect.ismodule(value)]
+        return [module for module in (language, language.core) if module in modules]
+
+    def replace_once(function):
+        modules = seen_by(function)
+        if modules and not any(language.core.is_builtin(module.load) for module in modules):
+            return interpreter._LangPatchScope()  # which has nothing to restore
+        return replace(function)
+
+    patch.setattr(interpreter, "_patch_lang", replace_once)
 
 
 @pytest.fixture(scope="session", autouse=True)
