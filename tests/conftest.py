@@ -1,5 +1,6 @@
 """Fixtures: data made once per session. Plain helpers are in support.py."""
 
+import fcntl
 import functools
 import inspect
 import json
@@ -149,11 +150,20 @@ def shards(tmp_path_factory, byte_tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
-    """The sample corpus that data/prepare.py makes: sample_1024_bpe.model and two shards."""
+    """The sample corpus that data/prepare.py makes: sample_1024_bpe.model and two shards. Nobody
+    writes there: all processes of pytest-xdist have the same, made by the first that asks.
+    """
     from tests.support import PATIENCE
 
-    folder = tmp_path_factory.mktemp("sample")
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, made = base / "sample", base / "sample.made"
     command = [sys.executable, str(ROOT / "data" / "prepare.py"), "sample", "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
+    with (base / "sample.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            assert done.returncode == 0, done.stderr
+            made.touch()
     return folder

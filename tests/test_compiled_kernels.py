@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import itertools
 import json
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 
 import train_gpt as t
 from bench import tune
-from tests.support import lines_of_compile_kernels, slow
+from tests import forked
+from tests.support import PATIENCE, lines_of_compile_kernels, process_environment, slow
 
 ROOT = Path(__file__).resolve().parent.parent
 # Bytes of shared memory a program may use, on compute capability 9.0, where two are to share a
@@ -155,7 +155,8 @@ def test_spoiled_pairs_are_found():
     code = module + "print(found(sys.argv[1]), found(sys.argv[1].replace('shr', 'shl')))"
     if t.triton is None:
         pytest.skip("needs triton")
-    done = subprocess.run([sys.executable, "-c", code, ptx], cwd=ROOT, capture_output=True)
+    command, environment = [sys.executable, "-c", code, ptx], process_environment({})
+    done = forked.run(command, PATIENCE, True, env=environment, cwd=ROOT)
     assert done.stdout.split() == [b"1", b"0"], done.stderr
 
 

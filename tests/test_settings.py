@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import train_gpt as t
-from tests import bit_equal
+from tests import bit_equal, forked
 from tests.support import (
     PATIENCE,
     SOLO,
     bounded,
+    process_environment,
     run_environment,
     run_here,
     tiny,
@@ -629,8 +630,8 @@ def test_ranks_that_cannot_meet_are_one_line(monkeypatch, port):
 
 
 def test_such_a_mistake_ends_the_script_with_status_2_and_one_line():
-    environment = {"PATH": os.environ["PATH"], "PRESET": "tiny", "WORLD_SIZE": "2"}
-    done = subprocess.run(
+    environment = process_environment({"PRESET": "tiny", "WORLD_SIZE": "2"})
+    done = forked.run(
         [sys.executable, t.__file__],
         env=environment,
         capture_output=True,
