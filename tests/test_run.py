@@ -1671,6 +1671,7 @@ def test_where_torchrun_will_restart_a_rank_it_tells_its_mistake_itself(monkeypa
 # Each case is a process that has imported the script, and nothing of the compiler.
 FUSION_OF_SUMS = """
 import os, sys, train_gpt
+import torch.fx.experimental.symbolic_shapes  # which the compiler imports: once, not in each below
 assert "torch._inductor.config" not in sys.modules
 for wanted in ("", "1"):
     for early in (False, True):
