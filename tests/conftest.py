@@ -19,6 +19,29 @@ ROOT = Path(__file__).resolve().parent.parent
 # The models are too small to gain from more threads, and the machine may be shared.
 torch.set_num_threads(1)
 
+# The files whose tests take ten seconds and more, by the seconds they took on one core, most first:
+# tests/test_audit.py, …
+LONG_FILES_TEXT = """
+    audit fused_scan run compiled_kernels checkpoint ablate evaluation export prepare documents
+    steps_trained_again scan_backends trellis going_on model dry_run compiled_ahead
+    document_adaptation rehearse report shares selective_scan pack_script package both_mixers
+    gpu_checks generate fuzz settings names float8_products bench kill_table explore commands
+    notebook precision impossible_pairs
+"""
+LONG_FILES = LONG_FILES_TEXT.split()
+
+
+def pytest_configure(config):
+    """pytest-xdist would hand out files by how many tests they have, however long those take."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of several processes none is to begin a long file when the others are about to end."""
+    if hasattr(config, "workerinput"):  # one of several
+        ranks = {f"test_{name}": rank for rank, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def prepared_torch():

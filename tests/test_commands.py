@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from tests.conftest import LONG_FILES
 from tests.support import SCRIPT, called_here
 from tools import make_venv, runs
 from tools.audit.checks import CHECKS
@@ -69,6 +70,12 @@ def test_what_fails_ends_make_with_status_2():
     assert make("nonsense").returncode == 2
     done = make("demo", "PYTHON=false", "VENV_PYTHON=false", "--always-make")
     assert done.returncode == 2
+
+
+def test_files_that_make_test_begins_with_are_there():
+    there = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    assert {f"test_{name}" for name in LONG_FILES} <= there
+    assert len(set(LONG_FILES)) == len(LONG_FILES)
 
 
 def test_what_makes_an_environment_says_what_it_does():
