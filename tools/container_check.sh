@@ -3,12 +3,13 @@
 # in the image, .ci/run in a fresh copy of the tree, and you where you like.
 #
 #     tools/container_check.sh                  everything: a whole demo, all tests, the whole audit
-#     CHECK=quick tools/container_check.sh      under a minute on two idle cores: a few steps, the
-#                                               tests of the published artifact, four checks of the audit
+#     CHECK=quick tools/container_check.sh      a minute or two on two cores: a few steps, the tests
+#                                               of the published artifact, four checks of the audit
 #     PYTHON=.venv/bin/python tools/container_check.sh
 #
-# It writes to a temporary folder alone, which it removes. Exit status: 0 if all went well, 1 if a
-# part failed, 2 if it was started wrongly.
+# In short, parts that do not need each other run in two rows at once. Each part says how many seconds
+# it took. It writes to a temporary folder alone, which it removes. Exit status: 0 if all went well,
+# 1 if a part failed, 2 if it was started wrongly.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
