@@ -143,6 +143,14 @@ def test_a_steps_mean_time_is_that_of_training_alone(trained):
     assert 6 * record["step_avg_ms"] < 1000 * record["train_clock_seconds"]
 
 
+def test_what_a_record_holds_is_named_by_the_page_on_logs(trained):
+    page = (SCRIPT.parent / "logs" / "README.md").read_text(encoding="utf-8").splitlines()
+    for record in trained.records:
+        (row,) = (line for line in page if re.match(rf"\| (`\w+`, )?`{record['event']}`", line))
+        said = {"event", "seconds", *re.findall(r"`(\w+)`", row)}  # of all, above the table
+        assert set(record) <= said, record["event"]
+
+
 def test_the_log_begins_with_the_source_of_the_script(trained):
     assert trained.log.startswith(SCRIPT.read_text(encoding="utf-8"))
     assert SCRIPT.read_text(encoding="utf-8")[:200] not in trained.out
