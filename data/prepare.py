@@ -216,6 +216,22 @@ def read_text(path: Path, separator: str | None) -> Iterator[tuple[str, int]]:
     yield decode(rest, f"{path}: document {next(number)}"), len(rest)
 
 
+def way_to_lines(path: Path, line: str) -> str:
+    """Say what read_jsonl() wants, and which command makes it of a file with this line: one of an
+    array of objects, or of an object that goes on in the next line.
+    """
+    goes_on = line.endswith("\n") and not line.rstrip().endswith(("}", "},"))
+    if re.match(r"\s*\[\s*(\{|$)", line):
+        kind, items = "an array", "'.[]'"
+    elif line.lstrip().startswith("{") and goes_on:
+        kind, items = "objects of several lines", "."
+    else:
+        return "wanted is one object a line"
+    to = shlex.quote(str(path.with_name(f"{path.stem}-lines.jsonl")))
+    command = f"jq -c {items} {shlex.quote(str(path))} > {to}"
+    return f"wanted is one object a line, which {command} makes of {kind}"
+
+
 def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
     """Yield the text in `field` of each line, which holds one JSON object; blank lines are
     skipped.
@@ -225,16 +241,15 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[str, int]]:
             where = f"{path} line {number}"
             if not line.strip():
                 continue
+            text = decode(line, where)
             try:
-                record = json.loads(decode(line, where))
+                record = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise PrepareError(
-                    f"{where}: invalid JSON ({getattr(error, 'msg', error)})"
-                ) from None
+                problem = f"{where}: invalid JSON ({getattr(error, 'msg', error)})"
+                raise PrepareError(f"{problem}; {way_to_lines(path, text)}") from None
             if not isinstance(record, dict):
-                raise PrepareError(
-                    f"{where}: expected a JSON object, found a {type(record).__name__}"
-                )
+                problem = f"{where}: expected a JSON object, found a {type(record).__name__}"
+                raise PrepareError(f"{problem}; {way_to_lines(path, text)}")
             if field not in record:
                 fields = ", ".join(record) or "none"
                 raise PrepareError(f"{where}: no field {field!r}; it has {fields} (see --field)")

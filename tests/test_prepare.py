@@ -368,6 +368,38 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, model, case)
     assert not out.exists()
 
 
+RECORDS = [{"text": f"document {number} [1]", "tags": ["a"]} for number in range(3)]
+OTHER_JSON = {  # how they are written, and what jq makes lines of that by
+    "array": (json.dumps(RECORDS), "'.[]'"),
+    "array of lines": ("[" + ",\n".join(map(json.dumps, RECORDS)) + "]\n", "'.[]'"),
+    "indented array": (json.dumps(RECORDS, indent=2), "'.[]'"),
+    "indented objects": ("\n".join(json.dumps(x, indent=2) for x in RECORDS), "."),
+    "broken lines": ("\n".join(json.dumps(x).replace(", ", ",\n") for x in RECORDS), "."),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_JSON)
+def test_json_that_is_not_one_object_a_line_is_told_the_way_there(tmp_path, kind):
+    content, items = OTHER_JSON[kind]
+    source, lines = tmp_path / "it's.json", tmp_path / "it's-lines.jsonl"
+    source.write_text(content)
+    with pytest.raises(prepare.PrepareError) as raised:
+        list(prepare.read_jsonl(source, "text"))
+    (command,) = re.findall("wanted is one object a line, which (.*) makes of", str(raised.value))
+    assert shlex.split(command) == ["jq", "-c", items.strip("'"), str(source), ">", str(lines)]
+    if shutil.which("jq"):
+        subprocess.run(command, shell=True, check=True)
+        read = [text for text, _ in prepare.read_jsonl(lines, "text")]
+        assert read == [x["text"] for x in RECORDS]
+
+
+@pytest.mark.parametrize("line", ['{"text": "cut o', "plain text\n", '{"text": "a"}, \n', "[1]\n"])
+def test_a_line_that_is_otherwise_wrong_is_told_what_is_wanted_alone(tmp_path, line):
+    (tmp_path / "lines.jsonl").write_text(line)
+    with pytest.raises(prepare.PrepareError, match=r"; wanted is one object a line$"):
+        list(prepare.read_jsonl(tmp_path / "lines.jsonl", "text"))
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "message"),
     [
