@@ -1012,9 +1012,10 @@ def time_startup(folder: str, ideas: Sequence[Path] = ()) -> dict:
     command = [*FIRST_STEP, str(time.time()), *command]
     # A process that hangs, in a compiler say, is not waited for.
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    if done.returncode:
+    printed = done.stdout.strip().splitlines()
+    if done.returncode or not printed:
         raise RuntimeError((done.stderr.strip() or "it printed nothing").splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1])  # behind what an idea may print
+    return json.loads(printed[-1])  # behind what an idea may print
 
 
 # ============

@@ -1205,6 +1205,11 @@ def run_script(folder: str, **settings: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
+def last_line(said: str) -> str:
+    """The last line of what a process said, "?" if that was nothing, as of one that was killed."""
+    return (said.strip().splitlines() or ["?"])[-1]
+
+
 def sample_is_there() -> bool:
     """Whether `make demo` has made its text; prints how else."""
     there = Path(t.__file__).with_name("data").joinpath("sample").is_dir()
@@ -1230,7 +1235,7 @@ def check_system(preset: str) -> None:
         done = run_script(folder, **settings)
     scored = done.returncode == 0 and "final_int6_lzma_sliding_ttt_exact" in done.stdout
     check(f"PRESET={preset}: runs without a score", float(not scored), 0)
-    print("     " + (done.stdout if scored else done.stderr or "?").strip().splitlines()[-1])
+    print(f"     {last_line(done.stdout if scored else done.stderr)}")
 
 
 NEWER_SETTINGS = {
@@ -1257,7 +1262,7 @@ def check_whole_run() -> None:
         failed = [run for run in runs if run.returncode]
         check("PRESET=tiny, newer settings: runs without a score", len(failed), 0)
         if failed:
-            print("     " + (failed[0].stderr.strip().splitlines() or ["?"])[-1])
+            print(f"     {last_line(failed[0].stderr)}")
             return
         logs = [t.read_records(Path(folder, f"whole{end}.jsonl")) for end in ("", ".eval")]
     finals = [[record for record in log if record["event"] == "final"] for log in logs]
@@ -1292,7 +1297,7 @@ def laptop_records(machine: str, **settings: str) -> dict[str, list[dict]]:
             text=True,
         )
         if done.returncode:
-            print("     " + (done.stderr.strip().splitlines() or ["?"])[-1])
+            print(f"     {last_line(done.stderr)}")
             return {}
         records = {}
         for line in Path(folder, "laptop.jsonl").read_text().splitlines():

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -806,6 +807,16 @@ def test_a_shard_that_was_cut_off_is_told_in_a_line(tmp_path, size, count):
     header[2] = count
     path.write_bytes((header.tobytes() + bytes(1))[:size])
     with pytest.raises(UserError, match="is not a token shard|is shorter than its header says"):
+        audit_text.read_shard(path)
+
+
+def test_an_error_without_the_systems_words_is_told_in_its_own(monkeypatch, tmp_path):
+    """As NumPy has them for what has no places to read from."""
+    path = tmp_path / "x_val_000000.bin"
+    path.write_bytes(bytes(2000))
+    without_number = Mock(side_effect=OSError("obtaining file position failed"))
+    monkeypatch.setattr(np, "fromfile", without_number)
+    with pytest.raises(UserError, match=f"cannot read {path}: obtaining file position failed"):
         audit_text.read_shard(path)
 
 

@@ -280,6 +280,9 @@ def test_startup_uses_the_folders_caches_and_tells_a_failure(monkeypatch, tmp_pa
     assert 0 < row["step done"] < 60
     with pytest.raises(RuntimeError, match="the caches are warm"):
         bench.time_startup(str(tmp_path / "caches"))
+    child.write_text("")
+    with pytest.raises(RuntimeError, match="it printed nothing"):
+        bench.time_startup(str(tmp_path / "caches"))
 
 
 def test_an_idea_is_in_place_before_the_ranks_of_a_first_step_start(monkeypatch, tmp_path, capsys):

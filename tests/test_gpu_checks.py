@@ -30,6 +30,13 @@ def test_parts_are_chosen_by_name_and_by_what_stands_before_the_hyphen():
         gpu_checks.choose_parts(["tims", "scans", "scan"])
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"), [("", "?"), ("\n \n", "?"), ("one\ntwo\n\n", "two"), ("one", "one")]
+)
+def test_a_process_that_said_nothing_is_shown_too(said, shown):
+    assert gpu_checks.last_line(said) == shown
+
+
 def test_what_will_run_is_said_with_its_time():
     chosen = {
         "one": Part(print, 60, "first"),

@@ -69,7 +69,7 @@ def read_shard(path: Path) -> Shard:
         need(whole, f"{path} is shorter than its header says")
         return Shard(path.name, np.fromfile(path, "<u2", count, offset=HEADER_BYTES))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def document_digests(tokens: np.ndarray) -> list[bytes]:
