@@ -1,6 +1,6 @@
 # make          the same as make help: what can be made
 # make demo     train, quantize and score a tiny model on the CPU, and read what it writes
-# make score    score the published tiny artifact and have it write: no training, under a minute
+# make score    score the published tiny artifact and have it write: no training, under a minute once .venv is there
 # make check    what a new machine has to be able to do, in short: demo, score, audit, some tests
 # make test     run the tests
 # make lint     check the style
