@@ -6479,11 +6479,13 @@ def explain_collective(error: RuntimeError) -> str:
 #   rotation      (2, B, H, padded, R)  cos, sin of the running angle
 #   states *      (B, H, chunks, P, N)  the state that enters each chunk
 #
-#   d_scalars     (2, B, H, padded)     k·dk, q·dq of each token, for the decays
+#   d_scalars     (4, B, H, padded)     k·dk, q·dq of each token, for the decays; and of its step,
+#                                       by what it turns in its own part, by key and by query
 #   d_diagonal    (B, H, padded)        what a token's output passes to its own value and key
 #   d_end         (B, H, chunks, N)     the state's gradient times the state, after each chunk
-#   d_turn *      (2, B, H, padded, R)  of the running angle, by key and by query
-#   d_turns       (B · parts, 2, H, R)  its sums over a part of the rows; later: of later chunks
+#   d_turns       (B · parts, 2, H, R)  of the running angle, by key and by query, summed over a
+#                                       part of the rows; later: the same of later chunks
+#   d_half_turn   (2, B, padded, R)     of half_turn, by what a row turns in its own part
 #   d_features    (B · parts, 2, H + 1, N)  of the biases and, last, of the norm, by part
 #   d_heads       (B · chunks, 2, H)    of the step bias, and of skip, by chunk
 
@@ -6524,13 +6526,22 @@ def reciprocal_tile(x):
 
 
 @jit
+def sigmoid_tile(x):
+    """1 / (1 + exp(-x))."""
+    return reciprocal_tile(1.0 + exp2_tile(x * -LOG2_E))
+
+
+@jit
 def softplus_tile(x):
-    """log(1 + u) with u = exp(x), to full relative precision."""
-    u = tl.exp(tl.minimum(x, 20.0))
-    w = 1.0 + u  # loses digits of a small u, which log(w) · u / (w - 1) has
-    large = x > 20.0  # exp(-x) is less than a digit of x
-    lost = w == 1.0  # all of u's digits, so that log(1 + u) = u
-    return tl.where(large, x, tl.where(lost, u, tl.log(w) * u / (w - 1.0 + lost)))
+    """log(1 + exp(x)) = max(x, 0) + log(1 + u) with u = exp(-|x|), which is 1 at most.
+
+    log(1 + u) / u is a polynomial, off by 3e-8 at most: so a small u keeps all of its digits.
+    """
+    u = exp2_tile(tl.abs(x) * -LOG2_E)
+    log = 0.0782259554 + u * (-0.0295052398 + u * 0.00523269409)
+    log = -0.24842982 + u * (0.191060066 + u * (-0.136632457 + u * log))
+    log = 0.99999994 + u * (-0.499994934 + u * (0.333190978 + u * log))
+    return tl.maximum(x, 0.0) + u * log
 
 
 @jit
@@ -6556,6 +6567,13 @@ def exact_dot(a, b, c=None):
 
 
 @jit
+def near_dot(a, b, dtype: constexpr):
+    """a @ b of float32 factors; where all else has 16 bits (dtype), TF32 rounds them to 11."""
+    precision: constexpr = "ieee" if dtype == tl.float32 else "tf32"
+    return tl.dot(a, b, input_precision=precision)
+
+
+@jit
 def load_float(place, mask):
     """The numbers at these places, float32; 0 where mask is not set."""
     return tl.load(place, mask, 0.0).to(tl.float32)
@@ -6576,7 +6594,7 @@ def key_columns(b, t, length, S: constexpr):
 @jit
 def feature_rows(features, k, b, t, batch, padded, S: constexpr):
     """Where the rows of tokens t begin in plane k of features."""
-    return features + ((k * batch + b) * padded + t).to(tl.int64) * S.N
+    return features + ((batch * k + b) * padded + t).to(tl.int64) * S.N
 
 
 @jit
@@ -6593,16 +6611,24 @@ def turn_places(turns, b, h, r, S: constexpr):
 
 
 @jit
-def load_even_odd(place, S: constexpr):
+def load_even_odd(place, mask, S: constexpr):
     """The even entries of keys or queries at these places, and their odd ones, half a row on."""
-    return tl.load(place), tl.load(place + S.N // 2)
+    other: constexpr = None if mask is None else 0.0
+    return tl.load(place, mask, other), tl.load(place + S.N // 2, mask, other)
 
 
 @jit
-def store_even_odd(place, even, odd, S: constexpr):
+def load_float_even_odd(place, mask, S: constexpr):
+    """Likewise, float32."""
+    even, odd = load_even_odd(place, mask, S)
+    return even.to(tl.float32), odd.to(tl.float32)
+
+
+@jit
+def store_even_odd(place, even, odd, mask, S: constexpr):
     """Stores what load_even_odd() reads."""
-    tl.store(place, even)
-    tl.store(place + S.N // 2, odd)
+    tl.store(place, even, mask)
+    tl.store(place + S.N // 2, odd, mask)
 
 
 @jit
@@ -6684,7 +6710,7 @@ def load_dynamics(row, live, step_bias, h, S: constexpr):
     step = tl.where(mask, softplus_tile(raw_step), 0.0)
     raw_decay = load_float(place + S.H, mask)
     rate = -tl.maximum(softplus_tile(raw_decay), SLOWEST_DECAY)
-    return raw_step, step, raw_decay, rate, tl.sigmoid(load_float(place + 2 * S.H, mask))
+    return raw_step, step, raw_decay, rate, sigmoid_tile(load_float(place + 2 * S.H, mask))
 
 
 @jit
@@ -6697,32 +6723,58 @@ def at_starts(x, value, starts, b, token, length):
 
 
 @jit
-def times_bias(x, bias):
-    """x (CHUNK, N) of 16 bits @ bias (N, heads) of 32, which is split in two of 16."""
-    rounded = bias.to(x.dtype)
-    rest = (bias - rounded.to(tl.float32)).to(x.dtype)
-    return exact_dot(x, rest, exact_dot(x, rounded))
+def in_two(x, dtype: constexpr):
+    """x of 32 bits as two of dtype's 16: what is rounded, and the rest."""
+    rounded = x.to(dtype)
+    return rounded, (x - rounded.to(tl.float32)).to(dtype)
 
 
 @jit
-def store_key_query(scalars, features, biases, b, t, batch, padded, S: constexpr):
-    """Writes scalars' KEY_QUERY of the tokens t (CHUNK, 1), by 16 heads and 64 numbers."""
-    N: constexpr = S.N
+def times_exactly(a, b):
+    """a of 16 bits @ b of 32."""
+    rounded, rest = in_two(b, a.dtype)
+    return exact_dot(a, rest, exact_dot(a, rounded))
+
+
+@jit
+def store_normed(features, x, norms, k, b, t, batch, padded, S: constexpr):
+    """Stores a chunk's keys or queries x (CHUNK, N), normed; returns even and odd entries."""
+    x = x.to(tl.float32)
+    x *= norm_factor(x, S)
+    x *= tl.load(norms + k * S.N + tl.arange(0, S.N)[None, :])
+    even, odd = tl.split(tl.reshape(x, [S.CHUNK, S.N // 2, 2]))
+    even = even.to(features.dtype.element_ty)
+    odd = odd.to(features.dtype.element_ty)
+    place = feature_rows(features, k, b, t, batch, padded, S) + tl.arange(0, S.N // 2)[None, :]
+    store_even_odd(place, even, odd, None, S)
+    return even, odd
+
+
+@jit
+def dot_biases(x, biases, heads, S: constexpr):
+    """Keys or queries x, even and odd entries (CHUNK, N / 2), @ the biases (N, heads) there."""
+    even, odd = x
+    even_bias, odd_bias = load_even_odd(biases + tl.arange(0, S.N // 2)[:, None], heads, S)
+    return times_exactly(even, even_bias) + times_exactly(odd, odd_bias)
+
+
+@jit
+def store_key_query(scalars, key, query, biases, b, t, batch, padded, S: constexpr):
+    """Writes scalars' KEY_QUERY of the tokens t (CHUNK, 1), by 16 heads."""
+    shared = 0.0
+    for parity in tl.static_range(2):
+        product = key[parity].to(tl.float32) * query[parity].to(tl.float32)
+        shared += tl.sum(product, axis=1)[:, None]
+    n = tl.arange(0, S.N)[:, None]
     for first in range(0, S.H, 16):
         h = first + tl.arange(0, 16)[None, :]
         heads = h < S.H
-        key_query = 0.0
-        for column in tl.static_range(0, N, 64):
-            n = column + tl.arange(0, 64 if N > 64 else N)
-            key = tl.load(feature_rows(features, 0, b, t, batch, padded, S) + n[None, :])
-            query = tl.load(feature_rows(features, 1, b, t, batch, padded, S) + n[None, :])
-            bias = biases + h * S.N + n[:, None]
-            key_bias = load_float(bias, heads)
-            query_bias = load_float(bias + S.H * S.N, heads)
-            key_query += times_bias(key, query_bias)
-            key_query += times_bias(query, key_bias)
-            key_query += tl.sum(key_bias * query_bias, axis=0)[None, :]
-            key_query += tl.sum(key.to(tl.float32) * query.to(tl.float32), axis=1)[:, None]
+        key_biases = biases + h * S.N
+        query_biases = key_biases + S.H * S.N
+        key_query = dot_biases(key, query_biases, heads, S)
+        key_query += dot_biases(query, key_biases, heads, S)
+        of_biases = load_float(key_biases + n, heads) * load_float(query_biases + n, heads)
+        key_query += shared + tl.sum(of_biases, axis=0)[None, :]
         place = scalars + ((KEY_QUERY * batch + b) * S.H + h) * padded + t
         tl.store(place, key_query, heads)
 
@@ -6753,16 +6805,12 @@ def tokens_forward(
     live = t < length
     heads = h < S.H
     turning = r < S.R
-    key = projected + key_columns(b, t, length, S)
-    for k in tl.static_range(2):  # key, then query
-        x = load_float(key + k * S.N + n, live)
-        x *= norm_factor(x, S)
-        x *= tl.load(norms + k * S.N + n)
-        pairs = tl.reshape(x.to(features.dtype.element_ty), [S.CHUNK, S.N // 2, 2])
-        even, odd = tl.split(pairs)
-        place = feature_rows(features, k, b, t, batch, padded, S) + tl.arange(0, S.N // 2)[None, :]
-        store_even_odd(place, even, odd, S)
-    row = key + 2 * S.N
+    columns = projected + key_columns(b, t, length, S)
+    row = columns + 2 * S.N
+    # What is read is asked for here, before anything waits for it.
+    key = tl.load(columns + n, live, 0.0)
+    query = tl.load(columns + S.N + n, live, 0.0)
+    angle = load_float(row + 3 * S.H + r, live & turning)
     _, step, _, rate, share = load_dynamics(row, live, step_bias, h, S)
     _, next_step, _, _, next_share = load_dynamics(row + S.WIDTH, t + 1 < length, step_bias, h, S)
     current = step * share
@@ -6777,13 +6825,13 @@ def tokens_forward(
     tl.store(place + plane * KEY_LOG, key_log, heads)
     tl.store(place + plane * CURRENT, current, heads)
     tl.store(place + plane * WEIGHT, weight, heads)
-    angle = load_float(row + 3 * S.H + r, live & turning)
-    half = tl.where(live, tl.sigmoid(2.0 * angle) - 0.5, 0.0)
+    half = tl.where(live, sigmoid_tile(2.0 * angle) - 0.5, 0.0)
     tl.store(half_turn + (b * padded + t) * S.R + r, half, turning)
     made = exact_dot(tl.trans(step), half)  # (heads, R)
     tl.store(turn_places(turns, b, tl.trans(h), r, S), made, tl.trans(heads) & turning)
-    tl.debug_barrier()  # all threads' features are stored
-    store_key_query(scalars, features, biases, b, t, batch, padded, S)
+    key = store_normed(features, key, norms, KEY, b, t, batch, padded, S)
+    query = store_normed(features, query, norms, QUERY, b, t, batch, padded, S)
+    store_key_query(scalars, key, query, biases, b, t, batch, padded, S)
 
 
 # ---- Turns before a chunk ------------------------------------------------------------------------
@@ -6856,8 +6904,8 @@ def rotate_features(
     if rotated is not None:  # loads wait for nothing here, and behind the sum for all warps
         keys = feature_rows(features, 0, b, t, batch, padded, S) + n
         queries = feature_rows(features, 1, b, t, batch, padded, S) + n
-        even_key, odd_key = load_even_odd(keys, S)
-        even_query, odd_query = load_even_odd(queries, S)
+        even_key, odd_key = load_even_odd(keys, None, S)
+        even_query, odd_query = load_even_odd(queries, None, S)
     made = tl.cumsum(step[:, None] * half, axis=0)
     cos, sin = turn_cos_sin(made + before)
     tl.store(rotation + head_rows(COS, head, t, batch, padded, S) * S.R + n, cos, turning)
@@ -6866,20 +6914,20 @@ def rotate_features(
         for k in tl.static_range(2):  # key, then query
             even = even_key if k == 0 else even_query
             odd = odd_key if k == 0 else odd_query
-            even_bias, odd_bias = load_even_odd(biases + (k * S.H + h) * S.N + n, S)
+            even_bias, odd_bias = load_even_odd(biases + (k * S.H + h) * S.N + n, None, S)
             even += even_bias
             odd += odd_bias
             place = rotated + head_rows(k, head, t, batch, padded, S) * S.N + n
-            store_even_odd(place, even * cos - odd * sin, even * sin + odd * cos, S)
+            store_even_odd(place, even * cos - odd * sin, even * sin + odd * cos, None, S)
 
 
 # Of a row, [even | odd], the first half of either turns, and the other stays. Parted and joined
 # again, each thread has what it computes with: nothing is exchanged.
 @jit
-def rotate_tile(features, biases, rotated, k, head, t, cos, sin, batch, S: constexpr):
+def rotate_tile(features, bias, rotated, k, head, t, cos, sin, batch, S: constexpr):
     """A chunk's keys or queries (CHUNK, N) for one head, biased and rotated; writes them too."""
     x = read_tile(features, [k * batch + head // S.H, t, 0])
-    x += read_row(biases, [k * S.H + head % S.H, 0], S.N)[None, :]
+    x += bias[None, :]
     x = tl.permute(tl.reshape(x, [S.CHUNK, 2, 2, S.R]), [0, 3, 1, 2])
     turning, others = tl.split(x)
     even, odd = tl.split(turning)  # each (CHUNK, R)
@@ -6910,8 +6958,10 @@ def read_rotated(rotated, features, rotation, biases, head, t, batch, S: constex
     else:
         turn = rotation.load([0, head, t, 0]).reshape(2, S.CHUNK, S.R).to(tl.float32)
         cos, sin = tl.split(tl.permute(turn, [1, 2, 0]))
-        key = rotate_tile(features, biases, rotated, KEY, head, t, cos, sin, batch, S)
-        query = rotate_tile(features, biases, rotated, QUERY, head, t, cos, sin, batch, S)
+        both = biases.load([0, head % S.H, 0]).reshape(2, S.N)
+        key_bias, query_bias = tl.split(tl.trans(both))
+        key = rotate_tile(features, key_bias, rotated, KEY, head, t, cos, sin, batch, S)
+        query = rotate_tile(features, query_bias, rotated, QUERY, head, t, cos, sin, batch, S)
     return key, query
 
 
@@ -6921,19 +6971,25 @@ def read_chunk(projected, scalars, decay_sums, skip, head, place, t, batch, S: c
     heads = batch * S.H
     value = read_tile(projected, [head // S.H, t, (S.H + head % S.H) * S.P])
     end = tl.load(decay_sums + place * S.CHUNK + S.CHUNK - 1)
-    decay_sum = read_row(scalars, [heads * DECAY_SUM + head, t], S.CHUNK)
-    key_log = read_row(scalars, [heads * KEY_LOG + head, t], S.CHUNK)
-    current = read_row(scalars, [heads * CURRENT + head, t], S.CHUNK)
-    own = current * read_row(scalars, [heads * KEY_QUERY + head, t], S.CHUNK) + skip
+    if isinstance(scalars, tl.tensor_descriptor):  # four planes at once
+        planes = scalars.load([DECAY_SUM, head, t]).reshape(2, 2, S.CHUNK)
+        first, second = tl.split(tl.permute(planes, [2, 0, 1]))
+        decay_sum, current = tl.split(first)
+        key_log, key_query = tl.split(second)
+    else:
+        decay_sum = read_row(scalars, [heads * DECAY_SUM + head, t], S.CHUNK)
+        key_log = read_row(scalars, [heads * KEY_LOG + head, t], S.CHUNK)
+        current = read_row(scalars, [heads * CURRENT + head, t], S.CHUNK)
+        key_query = read_row(scalars, [heads * KEY_QUERY + head, t], S.CHUNK)
+    own = current * key_query + skip
     return value, end, decay_sum, key_log, current, own
 
 
 @jit
 def gate_and_sigmoid(gate):
     """The gate, float32, never 0, so that y / gate tells the backward what was gated; sigmoid."""
-    gate = gate.to(tl.float32)
-    gate = tl.where(tl.abs(gate) < LEAST_GATE, LEAST_GATE, gate)
-    return gate, reciprocal_tile(1.0 + exp2_tile(gate * -LOG2_E))
+    gate = gate.to(tl.float32) + LEAST_GATE  # whose negative is no number of 16 bits
+    return gate, sigmoid_tile(gate)
 
 
 @jit
@@ -7015,7 +7071,8 @@ def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
     # The slope of u = gate sigmoid(gate) is u (1 / gate + 1 - sigmoid(gate)).
     d_gate *= reciprocal_tile(gate) + 1.0 - sigmoid
     write_tile(d_projected, place, d_gate)
-    return (d_gated * gate * sigmoid).to(dtype)
+    d_out = d_gated * gate * sigmoid
+    return d_out.to(dtype), d_out
 
 
 @jit
@@ -7064,7 +7121,9 @@ def scan_backward(
         t = chunk * S.CHUNK
         place = head * chunks + chunk
         tl.store(d_end + place * S.N + tl.arange(0, S.N), at_end)
-        d_out = gate_backward(d_y, d_squares, projected, y, d_projected, [b, t, h * S.P], head)
+        d_out, d_exact = gate_backward(
+            d_y, d_squares, projected, y, d_projected, [b, t, h * S.P], head
+        )
         value, end, decay_sum, key_log, current, own = read_chunk(
             projected, scalars, decay_sums, d, head, place, t, batch, S
         )
@@ -7080,7 +7139,7 @@ def scan_backward(
         d_scores = (d_decayed * decay).to(value.dtype)
         d_key = exact_dot(d_scores, query, exact_dot(value, tl.trans(old)) * to_end)
         write_tile(d_rotated, [batch * KEY * S.H + head, t, 0], d_key)
-        d_state = (d_out * exp2_tile(decay_sum)[:, None]).to(value.dtype)
+        d_state = (d_exact * exp2_tile(decay_sum)[:, None]).to(value.dtype)
         ssm = tl.trans(read_tile(states, [place, 0, 0]))
         d_query = exact_dot(ssm, tl.trans(d_state))
         d_query = exact_dot(tl.trans(key), d_scores, d_query)
@@ -7093,13 +7152,43 @@ def scan_backward(
 # ---- Rotation and norms, backward ----------------------------------------------------------------
 # For each head, rotation is undone by the opposite angle; with u what was rotated and du its
 # gradient, the angle's is even(u) odd(du) - odd(u) even(du), times 2·pi for turns, and u·du goes to
-# d_scalars for the decays. u is not kept: it is features + bias again. Over the heads, du sums up
-# to the gradient of a normed row z = w ∘ x̂, with x̂ = x / rms(x):
+# d_scalars for the decays. u is not kept: it is features + bias again. A token's turn moves all
+# later ones: what its own part of the rows gives its step and half_turn is summed up here, and
+# what later parts give by tokens_backward. Over the heads, du sums up to the gradient of a normed
+# row z = w ∘ x̂, with x̂ = x / rms(x):
 #
 #   dx = (w ∘ dz - x̂ mean(w ∘ dz ∘ x̂)) / rms(x),  dw = sum over tokens of dz ∘ x̂
 #
-# A program is one warp with few rows: nothing waits at barriers. Sums over its rows go to a row of
-# its own in d_turns and d_features, added up later by matmul.
+# A program is one warp with few rows: nothing waits at barriers. Sums over its rows are products
+# with ones where tensor cores take them (MULTIPLY), for as sums each number would pass from thread
+# to thread three times. They go to rows of the program's own, added up later by matmul.
+@jit
+def sum_rows(x, ones, MULTIPLY: constexpr):
+    """The sums over the rows of x (rows, columns), rounded to 16 bits first: in 1 or 16 rows."""
+    return exact_dot(ones, x.to(ones.dtype)) if MULTIPLY else tl.sum(x, axis=0)[None, :]
+
+
+@jit
+def sum_rows_exactly(x, ones, MULTIPLY: constexpr):
+    """Likewise, but not rounded."""
+    return times_exactly(ones, x) if MULTIPLY else tl.sum(x, axis=0)[None, :]
+
+
+@jit
+def sum_onward(x, onward, MULTIPLY: constexpr):
+    """Of x (rows, columns), not rounded: for each row the sum from it to the last.
+
+    onward: (rows, rows), 1 where the other row is not before, else 0.
+    """
+    return times_exactly(onward, x) if MULTIPLY else tl.cumsum(x, axis=0, reverse=True)
+
+
+@jit
+def put_row(x, i, row):
+    """x (rows, columns), but with row, or that row of it, in the place of its row i."""
+    return tl.where(tl.arange(0, x.shape[0])[:, None] == i, row, x)
+
+
 @jit
 def feature_sums(d_features, row, h, S: constexpr):
     """Where a row of d_features has the sums for head h's biases, or for the norm as h = H."""
@@ -7124,13 +7213,15 @@ def norm_backward(d_normed, place, live, norms, k, d_features, row, S: constexpr
 def features_backward(
     projected,
     features,
+    scalars,
+    half_turn,
     rotation,
     norms,
     biases,
     d_rotated,
     d_projected,  # out: key, query
     d_scalars,  # out
-    d_turn,  # out
+    d_half_turn,  # out
     d_turns,  # out
     d_features,  # out
     length,
@@ -7142,41 +7233,87 @@ def features_backward(
     k = tl.program_id(0)  # KEY or QUERY: side by side, they find rotation in a cache
     part = tl.program_id(1)
     b = tl.program_id(2)
-    padded = tl.num_programs(1) * ROWS
-    t = part * ROWS + tl.arange(0, ROWS)[:, None]
-    n = tl.arange(0, S.N // 2)[None, :]
-    turning = n < S.R
-    even, odd = load_even_odd(feature_rows(features, k, b, t, batch, padded, S) + n, S)
-    even = even.to(tl.float32)
-    odd = odd.to(tl.float32)
-    sum_even = tl.zeros([ROWS, S.N // 2], tl.float32)
-    sum_odd = tl.zeros([ROWS, S.N // 2], tl.float32)
-    row = ((b * tl.num_programs(1) + part) * 2 + k).to(tl.int64)
-    plane = (batch * S.H * padded).to(tl.int64) * S.R  # from cosines to sines
-    for h in tl.range(S.H, num_stages=4):
-        head = (b * S.H + h).to(tl.int64)
-        place = head_rows(k, head, t, batch, padded, S)
-        even_bias, odd_bias = load_even_odd(biases + (k * S.H + h) * S.N + n, S)
-        u_even = even + even_bias  # as rotate_features() rotated them
-        u_odd = odd + odd_bias
-        from_even, from_odd = load_even_odd(d_rotated + place * S.N + n, S)
-        angle = rotation + head_rows(COS, head, t, batch, padded, S) * S.R + n
-        cos = tl.load(angle, turning, 1.0).to(tl.float32)
-        sin = load_float(angle + plane, turning)
-        d_even = from_even * cos + from_odd * sin
-        d_odd = from_odd * cos - from_even * sin
-        turned = TWO_PI * (u_even * d_odd - u_odd * d_even)
-        tl.store(d_turn + place * S.R + n, turned, turning)
-        turned = tl.sum(turned, axis=0)[None, :]
-        tl.store(d_turns + (row * S.H + h) * S.R + n, turned, turning)
-        along = tl.sum(u_even * d_even + u_odd * d_odd, axis=1)[:, None]
-        tl.store(d_scalars + place, along)
-        d_even_bias = tl.sum(d_even, axis=0)[None, :]
-        d_odd_bias = tl.sum(d_odd, axis=0)[None, :]
-        store_even_odd(feature_sums(d_features, row, h, S) + n, d_even_bias, d_odd_bias, S)
-        sum_even += d_even
-        sum_odd += d_odd
-    total = tl.reshape(tl.join(sum_even, sum_odd), [ROWS, S.N])
+    parts = tl.num_programs(1)
+    padded = parts * ROWS
+    token = part * ROWS + tl.arange(0, ROWS)
+    t = token[:, None]
+    r = column_indices(S.R)  # pairs that turn
+    turning = r < S.R
+    OTHERS: constexpr = S.N // 2 - S.R
+    o = S.R + column_indices(OTHERS if OTHERS > 0 else 1)
+    still = o < S.N // 2
+    MULTIPLY: constexpr = ROWS >= 16 and S.R >= 8  # the least that tensor cores do
+    dtype: constexpr = projected.dtype.element_ty
+    feature = feature_rows(features, k, b, t, batch, padded, S)
+    even, odd = load_float_even_odd(feature + r, turning, S)
+    other_even, other_odd = load_float_even_odd(feature + o, still, S)
+    half = load_float(half_turn + (b * padded + t) * S.R + r, turning)
+    onward = (t <= token[None, :]).to(dtype)
+    ones = tl.full([16, ROWS], 1.0, dtype)
+    d_half = tl.zeros_like(half)
+    sum_even = tl.zeros_like(even)
+    sum_odd = tl.zeros_like(even)
+    sum_other_even = tl.zeros_like(other_even)
+    sum_other_odd = tl.zeros_like(other_even)
+    row = ((b * parts + part) * 2 + k).to(tl.int64)
+    plane = batch * S.H * padded
+    for first in range(0, S.H, 16):
+        turns = tl.zeros([16, r.shape[1]], tl.float32)
+        d_even_bias = tl.zeros([16, r.shape[1]], tl.float32)
+        d_odd_bias = tl.zeros([16, r.shape[1]], tl.float32)
+        d_other_even_bias = tl.zeros([16, o.shape[1]], tl.float32)
+        d_other_odd_bias = tl.zeros([16, o.shape[1]], tl.float32)
+        for h in tl.range(first, tl.minimum(first + 16, S.H), num_stages=3):
+            head = (b * S.H + h).to(tl.int64)
+            place = head_rows(k, head, t, batch, padded, S)
+            bias = biases + (k * S.H + h) * S.N
+            even_bias, odd_bias = load_even_odd(bias + r, turning, S)
+            u_even = even + even_bias  # as rotate_features() rotated them
+            u_odd = odd + odd_bias
+            from_even, from_odd = load_even_odd(d_rotated + place * S.N + r, turning, S)
+            angle = rotation + head_rows(COS, head, t, batch, padded, S) * S.R + r
+            cos = load_float(angle, turning)
+            sin = load_float(angle + plane.to(tl.int64) * S.R, turning)
+            d_even = from_even * cos + from_odd * sin
+            d_odd = from_odd * cos - from_even * sin
+            sum_even += d_even
+            sum_odd += d_odd
+            d_even_bias = put_row(d_even_bias, h - first, sum_rows(d_even, ones, MULTIPLY))
+            d_odd_bias = put_row(d_odd_bias, h - first, sum_rows(d_odd, ones, MULTIPLY))
+            turned = TWO_PI * (u_even * d_odd - u_odd * d_even)
+            turns = put_row(turns, h - first, sum_rows_exactly(turned, ones, MULTIPLY))
+            turned = sum_onward(turned, onward, MULTIPLY)
+            step = tl.load(scalars + head_rows(STEP, head, token, batch, padded, S))
+            d_half += step[:, None] * turned
+            d_step = tl.sum(half * turned, axis=1)
+            tl.store(d_scalars + place + 2 * plane, d_step[:, None])
+            along = tl.sum(u_even * d_even + u_odd * d_odd, axis=1)
+            if OTHERS > 0:
+                even_bias, odd_bias = load_even_odd(bias + o, still, S)
+                d_even, d_odd = load_float_even_odd(d_rotated + place * S.N + o, still, S)
+                sum_other_even += d_even
+                sum_other_odd += d_odd
+                sums = sum_rows(d_even, ones, MULTIPLY)
+                d_other_even_bias = put_row(d_other_even_bias, h - first, sums)
+                sums = sum_rows(d_odd, ones, MULTIPLY)
+                d_other_odd_bias = put_row(d_other_odd_bias, h - first, sums)
+                u_even = other_even + even_bias
+                u_odd = other_odd + odd_bias
+                along += tl.sum(u_even * d_even + u_odd * d_odd, axis=1)
+            tl.store(d_scalars + place, along[:, None])
+        h = first + tl.arange(0, 16)[:, None]
+        heads = h < S.H
+        tl.store(d_turns + (row * S.H + h) * S.R + r, turns, heads & turning)
+        place = feature_sums(d_features, row, h, S)
+        store_even_odd(place + r, d_even_bias, d_odd_bias, heads & turning, S)
+        if OTHERS > 0:
+            store_even_odd(place + o, d_other_even_bias, d_other_odd_bias, heads & still, S)
+    tl.store(d_half_turn + ((k * batch + b) * padded + t) * S.R + r, d_half, turning)
+    pairs = tl.join(sum_even, sum_odd)
+    if OTHERS > 0:
+        others = tl.join(sum_other_even, sum_other_odd)
+        pairs = tl.permute(tl.join(pairs, others), [0, 3, 1, 2])
+    total = tl.reshape(pairs, [ROWS, S.N])
     place = key_columns(b, t, length, S) + k * S.N + tl.arange(0, S.N)[None, :]
     total = norm_backward(total, projected + place, t < length, norms, k, d_features, row, S)
     tl.store(d_projected + place, total, t < length)
@@ -7205,30 +7342,47 @@ def key_weight_backward(scalars, d_scalars, d_diagonal, place, mask, plane):
 
 @jit
 def turns_backward(
-    d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, live, batch, S: constexpr
+    d_step,
+    step,
+    half_turn,
+    d_half_turn,
+    d_turns,
+    later,
+    d_row,
+    b,
+    token,
+    live,
+    batch,
+    ROWS: constexpr,
+    S: constexpr,
 ):
-    """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it."""
+    """Stores the angles' gradient; returns d_step (CHUNK, heads) with what the turns add to it.
+
+    d_half_turn and d_step have what a token turns in its own part, of ROWS rows. To them comes what
+    it turns in the chunk's later parts, whose sums d_turns has, and in later chunks.
+    """
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
     t = token[:, None]
-    h = column_indices(S.H if S.H > 1 else 2)  # the compiler has no sums along a single column
-    r = column_indices(S.R)
-    padded = tl.num_programs(0) * S.CHUNK
+    h = tl.trans(column_indices(max(S.H, 16)))  # products have 16 numbers at least
+    r = column_indices(max(S.R, 16))
     turning = live & (r < S.R)
-    half = load_float(half_turn + (b * padded + t) * S.R + r, turning)
-    d_half = tl.zeros_like(half)
-    plane = (batch * S.H * padded).to(tl.int64) * S.R  # from d_turn by keys to that by queries
-    # A token's turn moves all later ones: those of its chunk, and those after it.
-    onward = (t <= token[None, :]).to(d_turn.dtype.element_ty)
-    for k in tl.range(S.H, num_stages=4):
-        head = (b * S.H + k).to(tl.int64)
-        place = d_turn + head_rows(KEY, head, t, batch, padded, S) * S.R + r
-        by_key = tl.load(place, turning, 0.0)
-        by_query = tl.load(place + plane, turning, 0.0)
-        turned = exact_dot(onward, by_query, exact_dot(onward, by_key))  # no cumsum: it waits
-        turned += load_float(turn_places(d_turns, b, k, r, S), r < S.R)
-        step = tl.load(scalars + head_rows(STEP, head, token, batch, padded, S))
-        d_half += step[:, None] * turned
-        by_turns = tl.sum(half * turned, axis=1)
-        d_step += tl.where(h == k, by_turns[:, None], 0.0)
+    place = (b * chunks * S.CHUNK + t) * S.R + r
+    half = load_float(half_turn + place, turning)
+    d_half = load_float(d_half_turn + place, turning)
+    d_half += load_float(d_half_turn + place + batch * chunks * S.CHUNK * S.R, turning)
+    exist = (h < S.H) & (r < S.R)
+    turned = load_float(turn_places(later, b, h, r, S), exist)  # (heads, R)
+    dtype: constexpr = d_row.dtype.element_ty
+    PARTS: constexpr = S.CHUNK // ROWS
+    for back in tl.static_range(PARTS):
+        part = PARTS - 1 - back
+        mine = (t - chunk * S.CHUNK) // ROWS == part
+        d_half += near_dot(tl.where(mine, step, 0.0), turned, dtype)
+        d_step += near_dot(tl.where(mine, half, 0.0), tl.trans(turned), dtype)
+        row = ((b * chunks + chunk) * PARTS + part) * 2
+        turned += load_float(d_turns + (row * S.H + h) * S.R + r, exist)  # by keys
+        turned += load_float(d_turns + ((row + 1) * S.H + h) * S.R + r, exist)
     slope = 0.5 - 2.0 * half * half  # of tanh(angle) / 2
     tl.store(d_row + 3 * S.H + r, d_half * slope, turning)
     return d_step
@@ -7241,8 +7395,9 @@ def tokens_backward(
     starts,
     scalars,
     half_turn,
-    d_turn,
-    d_turns,  # (B, chunks, H, R): of all turns after a chunk
+    d_half_turn,
+    d_turns,
+    later,  # (B, chunks, H, R): of all turns after a chunk
     d_scalars,
     d_diagonal,
     d_end,
@@ -7250,6 +7405,7 @@ def tokens_backward(
     d_heads,  # out
     length,
     batch,
+    ROWS: constexpr,
     S: constexpr,
 ):
     """Undoes what is left of tokens_forward(): step sizes, decays, weights and turns of a chunk."""
@@ -7259,7 +7415,7 @@ def tokens_backward(
     padded = chunks * S.CHUNK
     token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
     t = token[:, None]
-    h = column_indices(S.H if S.H > 1 else 2)
+    h = column_indices(S.H if S.H > 16 else 16)
     live = t < length
     heads = h < S.H
     mask = live & heads
@@ -7280,15 +7436,17 @@ def tokens_backward(
     before = mask & (t > 0)  # this token's step also weighs the key before it
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
     d_step = share * d_current + rate * d_log_decay + (1.0 - share) * d_previous
+    d_step += load_float(d_scalars + place + plane * (2 + KEY), heads)
+    d_step += load_float(d_scalars + place + plane * (2 + QUERY), heads)
     d_step = turns_backward(
-        d_step, scalars, half_turn, d_turn, d_turns, d_row, b, token, live, batch, S
+        d_step, step, half_turn, d_half_turn, d_turns, later, d_row, b, token, live, batch, ROWS, S
     )
-    d_decay = -step * d_log_decay * tl.sigmoid(raw_decay)
+    d_decay = -step * d_log_decay * sigmoid_tile(raw_decay)
     d_decay = tl.where(rate < -SLOWEST_DECAY, d_decay, 0.0)
     d_share = step * (d_current - d_previous) * share * (1.0 - share)
     tl.store(d_row + S.H + h, d_decay, mask)
     tl.store(d_row + 2 * S.H + h, d_share, mask)
-    d_raw = tl.where(mask, d_step * tl.sigmoid(raw_step), 0.0)
+    d_raw = tl.where(mask, d_step * sigmoid_tile(raw_step), 0.0)
     tl.store(d_row + h, d_raw, mask)
     d_bias = tl.sum(d_raw, axis=0)
     d_skip = tl.sum(load_float(d_diagonal + place, heads), axis=0)
@@ -7358,13 +7516,17 @@ def launch_scan(kernel, named: dict) -> None:
     _, angles, _, channels, state, chunk = named["S"]
     blocks = dict.fromkeys(("projected", "y", "d_projected", "d_y"), [chunk, channels])
     blocks |= dict.fromkeys(("features", "rotated", "d_rotated"), [chunk, state])
-    blocks |= dict.fromkeys(("scalars", "d_squares"), [chunk])
-    blocks |= {"biases": [state], "states": [channels, state]}
+    blocks |= {"scalars": [chunk], "d_squares": [chunk], "states": [channels, state]}
+    at_once = {}  # what is read of several planes
+    if by_descriptor:
+        at_once["scalars"] = [4, 1, chunk]
     tiles = {"rotation": None}
     if kernel is scan_forward and rotates_in_scan(named["S"], device):
-        rotation = named["rotation"].flatten(1, 2)  # (2, B · H, padded, R)
-        tiles["rotation"] = TensorDescriptor.from_tensor(rotation, [2, 1, chunk, angles])
-    for name in blocks.keys() & set(kernel.arg_names):
+        at_once |= {"rotation": [2, 1, chunk, angles], "biases": [2, 1, state]}
+    for name, block in at_once.items():
+        flat = named[name].flatten(1, 1 - len(block) + named[name].dim())
+        tiles[name] = TensorDescriptor.from_tensor(flat, block)
+    for name in (blocks.keys() & set(kernel.arg_names)) - at_once.keys():
         flat = named[name].flatten(0, -1 - len(blocks[name]))  # (planes, rows, columns)
         if by_descriptor:
             tiles[name] = TensorDescriptor.from_tensor(flat, [1, *blocks[name]])
@@ -7394,7 +7556,8 @@ def fused_scan(tensors: list[Tensor], starts: Tensor | None, sizes: list[int]) -
     batch, heads, chunks, _, _ = named["states"].shape
     turn_in = named["turn_in"]
     turns = turn_in.new_empty(batch, chunks, *turn_in.shape[1:])
-    launch(tokens_forward, (chunks, batch), named | {"turns": turns}, registers=128)
+    few = 128 if named["S"].N <= 64 else None  # more would spill kilobytes
+    launch(tokens_forward, (chunks, batch), named | {"turns": turns}, registers=few)
     before, turn_out = launch_sum_turns(turns.unsqueeze(2), turn_in, back=False)
     angles = named | {"turns": before}
     in_scan = rotates_in_scan(named["S"], turns.device)
@@ -7451,22 +7614,23 @@ def fused_scan_backward(
     alike = ("projected", "rotated", "ssm_in")
     found = {f"d_{name}": torch.empty_like(named[name]) for name in alike}
     found |= {
-        "d_scalars": single(2, batch, heads, padded),
+        "d_scalars": single(4, batch, heads, padded),
         "d_diagonal": single(batch, heads, padded),
         "d_end": single(batch, heads, chunks, state),
-        "d_turn": torch.empty_like(named["rotation"], dtype=d_y.dtype),
+        "d_half_turn": single(2, batch, padded, angles),
         "d_turns": single(programs, 2, heads, angles),
         "d_features": single(programs, 2, heads + 1, state),
         "d_heads": single(batch * chunks, 2, heads),
+        "ROWS": padded // parts,
     }
     named |= found
     gradients = {"d_squares": d_squares, "d_y": d_y, "d_ssm_out": d_ssm_out}
     launch_scan(scan_backward, named | gradients)
-    launch(features_backward, (2, parts, batch), named | {"ROWS": padded // parts}, warps=1)
+    launch(features_backward, (2, parts, batch), named, warps=1)
     sums = ones @ found["d_features"].flatten(1)  # faster than sum()
     d_turns = found["d_turns"].view(batch, chunks, -1, heads, angles)
     later, d_turn_in = launch_sum_turns(d_turns, d_turn_out, back=True)
-    launch(tokens_backward, (chunks, batch), named | {"d_turns": later}, registers=128)
+    launch(tokens_backward, (chunks, batch), named | {"later": later}, registers=128)
     features = sums.view(2, heads + 1, state)
     return [found["d_projected"], found["d_heads"], features, found["d_ssm_in"], d_turn_in]
 

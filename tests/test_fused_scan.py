@@ -57,6 +57,7 @@ CASES = {  # chunk and case; a start is a position in the last sequence
     "shorter than a chunk": (16, random_case(1, 9, 3, 16, 16)),
     "turned in the scan": (32, random_case(2, 70, 2, 16, 32, carried=True)),
     "more heads than are multiplied at once": (16, random_case(1, 9, 18, 8, 8)),
+    "more heads than are summed at once": (16, random_case(1, 9, 18, 8, 32)),
     "exactly two chunks": (16, random_case(1, 32, 1, 16, 16, carried=True)),
     "one token more than a chunk": (16, random_case(2, 17, 3, 16, 16, carried=True)),
     "everything rotates": (16, random_case(1, 20, 3, 16, 32, rope_fraction=1.0, carried=True)),
@@ -154,6 +155,28 @@ def test_turns_before_and_after_chunks_are_those_of_cumsum(chunks, back):
     whole = start + made.sum(1)
     torch.testing.assert_close(around, (start.unsqueeze(1) + along - made).float())
     torch.testing.assert_close(end, (whole if back else whole % 1.0).float())
+
+
+tl, softplus_tile = t.tl, t.softplus_tile
+
+
+@t.jit
+def softplus_kernel(x, y):
+    """y = softplus(x), of 512 numbers."""
+    i = tl.arange(0, 512)
+    tl.store(y + i, softplus_tile(tl.load(x + i)))
+
+
+@interpreted
+def test_softplus_keeps_its_digits_where_it_is_small():
+    """log(1 + exp(x)) is exp(x) there, of which 1 + exp(x) has few digits or none."""
+    x = torch.cat([torch.linspace(-60, 60, 510), torch.tensor([0.0, 1e4])])
+    y = torch.empty_like(x)
+    softplus_kernel[(1,)](x, y)
+    expected = torch.nn.functional.softplus(x.double(), threshold=100)
+    off = ((y.double() - expected) / expected).abs()
+    # exp(x) is as far off as its exponent's last bit, which is 2^-24 of it.
+    assert (off < 3e-7 + 2**-24 * x.abs().clamp(max=60)).all(), off.max()
 
 
 @interpreted
