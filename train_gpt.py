@@ -6738,43 +6738,30 @@ def times_exactly(a, b):
 
 @jit
 def store_normed(features, x, norms, k, b, t, batch, padded, S: constexpr):
-    """Stores a chunk's keys or queries x (CHUNK, N), normed; returns even and odd entries."""
+    """Stores a chunk's keys or queries x (CHUNK, N), normed, and returns them."""
     x = x.to(tl.float32)
     x *= norm_factor(x, S)
     x *= tl.load(norms + k * S.N + tl.arange(0, S.N)[None, :])
+    x = x.to(features.dtype.element_ty)
     even, odd = tl.split(tl.reshape(x, [S.CHUNK, S.N // 2, 2]))
-    even = even.to(features.dtype.element_ty)
-    odd = odd.to(features.dtype.element_ty)
     place = feature_rows(features, k, b, t, batch, padded, S) + tl.arange(0, S.N // 2)[None, :]
     store_even_odd(place, even, odd, None, S)
-    return even, odd
-
-
-@jit
-def dot_biases(x, biases, heads, S: constexpr):
-    """Keys or queries x, even and odd entries (CHUNK, N / 2), @ the biases (N, heads) there."""
-    even, odd = x
-    even_bias, odd_bias = load_even_odd(biases + tl.arange(0, S.N // 2)[:, None], heads, S)
-    return times_exactly(even, even_bias) + times_exactly(odd, odd_bias)
+    return x
 
 
 @jit
 def store_key_query(scalars, key, query, biases, b, t, batch, padded, S: constexpr):
     """Writes scalars' KEY_QUERY of the tokens t (CHUNK, 1), by 16 heads."""
-    shared = 0.0
-    for parity in tl.static_range(2):
-        product = key[parity].to(tl.float32) * query[parity].to(tl.float32)
-        shared += tl.sum(product, axis=1)[:, None]
     n = tl.arange(0, S.N)[:, None]
+    n = n // 2 + n % 2 * (S.N // 2)  # where biases have it, even entries first
+    shared = tl.sum(key.to(tl.float32) * query.to(tl.float32), axis=1)[:, None]
     for first in range(0, S.H, 16):
         h = first + tl.arange(0, 16)[None, :]
         heads = h < S.H
-        key_biases = biases + h * S.N
-        query_biases = key_biases + S.H * S.N
-        key_query = dot_biases(key, query_biases, heads, S)
-        key_query += dot_biases(query, key_biases, heads, S)
-        of_biases = load_float(key_biases + n, heads) * load_float(query_biases + n, heads)
-        key_query += shared + tl.sum(of_biases, axis=0)[None, :]
+        key_bias = load_float(biases + h * S.N + n, heads)
+        query_bias = load_float(biases + (S.H + h) * S.N + n, heads)
+        key_query = times_exactly(key, query_bias) + times_exactly(query, key_bias)
+        key_query += shared + tl.sum(key_bias * query_bias, axis=0)[None, :]
         place = scalars + ((KEY_QUERY * batch + b) * S.H + h) * padded + t
         tl.store(place, key_query, heads)
 
@@ -7059,10 +7046,8 @@ def scan_forward(
 # kept transposed, (N, P): so no product has to turn what was computed, but for one result.
 @jit
 def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
-    """Stores the gate's gradient and returns G, that of out."""
-    gate = read_tile(projected, place)
-    dtype = gate.dtype
-    gate, sigmoid = gate_and_sigmoid(gate)
+    """Stores the gate's gradient and returns G, that of out, float32."""
+    gate, sigmoid = gate_and_sigmoid(read_tile(projected, place))
     gated = read_tile(y, place).to(tl.float32)
     d_gated = read_tile(d_y, place)
     d_square = read_row(d_squares, [head, place[1]], gated.shape[0])
@@ -7071,8 +7056,7 @@ def gate_backward(d_y, d_squares, projected, y, d_projected, place, head):
     # The slope of u = gate sigmoid(gate) is u (1 / gate + 1 - sigmoid(gate)).
     d_gate *= reciprocal_tile(gate) + 1.0 - sigmoid
     write_tile(d_projected, place, d_gate)
-    d_out = d_gated * gate * sigmoid
-    return d_out.to(dtype), d_out
+    return d_gated * gate * sigmoid
 
 
 @jit
@@ -7121,15 +7105,14 @@ def scan_backward(
         t = chunk * S.CHUNK
         place = head * chunks + chunk
         tl.store(d_end + place * S.N + tl.arange(0, S.N), at_end)
-        d_out, d_exact = gate_backward(
-            d_y, d_squares, projected, y, d_projected, [b, t, h * S.P], head
-        )
+        exact = gate_backward(d_y, d_squares, projected, y, d_projected, [b, t, h * S.P], head)
         value, end, decay_sum, key_log, current, own = read_chunk(
             projected, scalars, decay_sums, d, head, place, t, batch, S
         )
         key, query = read_rotated(rotated, None, None, None, head, t, batch, S)
         to_end = exp2_tile(end - key_log)[:, None]
         old = d_ssm.to(value.dtype)
+        d_out = exact.to(value.dtype)
         decay = transposed_decay(decay_sum, key_log, current)
         decayed = tl.where(same, own[:, None], exact_dot(key, tl.trans(query)) * decay)
         d_value = exact_dot(decayed.to(key.dtype), d_out, exact_dot(key, old) * to_end)
@@ -7139,10 +7122,9 @@ def scan_backward(
         d_scores = (d_decayed * decay).to(value.dtype)
         d_key = exact_dot(d_scores, query, exact_dot(value, tl.trans(old)) * to_end)
         write_tile(d_rotated, [batch * KEY * S.H + head, t, 0], d_key)
-        d_state = (d_exact * exp2_tile(decay_sum)[:, None]).to(value.dtype)
+        d_state = (exact * exp2_tile(decay_sum)[:, None]).to(value.dtype)
         ssm = tl.trans(read_tile(states, [place, 0, 0]))
-        d_query = exact_dot(ssm, tl.trans(d_state))
-        d_query = exact_dot(tl.trans(key), d_scores, d_query)
+        d_query = exact_dot(tl.trans(key), d_scores, exact_dot(ssm, tl.trans(d_state)))
         write_tile(d_rotated, [batch * QUERY * S.H + head, t, 0], tl.trans(d_query))
         d_ssm = exact_dot(tl.trans(query), d_state, d_ssm * exp2_tile(end))
         at_end = tl.sum(d_ssm * ssm, axis=1)
@@ -7190,6 +7172,48 @@ def put_row(x, i, row):
 
 
 @jit
+def put_sum(sums, i, x, ones, MULTIPLY: constexpr):
+    """sums, but with the sum over the rows of x in row i."""
+    return put_row(sums, i, sum_rows(x, ones, MULTIPLY))
+
+
+@jit
+def pair_columns(S: constexpr):
+    """Which pairs of a row turn, and which of the tile exist; likewise those that do not turn."""
+    r = column_indices(S.R)
+    OTHERS: constexpr = S.N // 2 - S.R
+    o = S.R + column_indices(OTHERS if OTHERS > 0 else 1)
+    return r, r < S.R, o, o < S.N // 2
+
+
+@jit
+def no_sums(ROWS: constexpr, r, o):
+    """Zeros for sums of even and odd entries of pairs that turn, and of the others."""
+    sums = tl.zeros([ROWS, r.shape[1]], tl.float32)
+    other_sums = tl.zeros([ROWS, o.shape[1]], tl.float32)
+    return sums, sums, other_sums, other_sums
+
+
+@jit
+def add_biases(even, odd, biases, mask, S: constexpr):
+    """Even and odd entries, biased, as rotate_features() rotated them."""
+    even_bias, odd_bias = load_even_odd(biases, mask, S)
+    return even + even_bias, odd + odd_bias
+
+
+@jit
+def undo_rotation(d_rotated, angle, plane, mask, S: constexpr):
+    """The gradients of what turned, from those there, of what came of it.
+
+    angle: where its cosines are; plane: of how many heads' tokens, after which the sines follow.
+    """
+    even, odd = load_even_odd(d_rotated, mask, S)
+    cos = load_float(angle, mask)
+    sin = load_float(angle + plane.to(tl.int64) * S.R, mask)
+    return even * cos + odd * sin, odd * cos - even * sin
+
+
+@jit
 def feature_sums(d_features, row, h, S: constexpr):
     """Where a row of d_features has the sums for head h's biases, or for the norm as h = H."""
     return d_features + (row * (S.H + 1) + h) * S.N
@@ -7207,6 +7231,76 @@ def norm_backward(d_normed, place, live, norms, k, d_features, row, S: constexpr
     d_normed *= tl.load(norms + k * S.N + n)
     along = tl.sum(d_normed * x, axis=1) / S.N
     return factor * (d_normed - x * along[:, None])
+
+
+@jit
+def turn_backward(d_half, half, turned, step, place):
+    """d_half with what a head's turns add to it; stores at place what they add to its steps."""
+    tl.store(place, tl.sum(half * turned, axis=1)[:, None])
+    return d_half + step[:, None] * turned
+
+
+@jit
+def heads_backward(given, found, k, part, b, batch, ROWS: constexpr, S: constexpr):
+    """Sums of du over the heads, of ROWS keys or queries; stores what heads have of their own.
+
+    Even and odd entries of pairs that turn, then of others. given: what it reads; found: stores.
+    """
+    features, scalars, half_turn, rotation, biases, d_rotated = given
+    d_scalars, d_half_turn, d_turns, d_features = found
+    padded = tl.num_programs(1) * ROWS
+    token = part * ROWS + tl.arange(0, ROWS)
+    t = token[:, None]
+    r, turning, o, still = pair_columns(S)
+    MULTIPLY: constexpr = ROWS >= 16 and S.R >= 8  # the least that tensor cores do
+    feature = feature_rows(features, k, b, t, batch, padded, S)
+    even, odd = load_float_even_odd(feature + r, turning, S)
+    other_even, other_odd = load_float_even_odd(feature + o, still, S)
+    half = load_float(half_turn + (b * padded + t) * S.R + r, turning)
+    onward = (t <= token[None, :]).to(d_rotated.dtype.element_ty)
+    ones = tl.full([16, ROWS], 1.0, onward.dtype)
+    d_half = tl.zeros_like(half)
+    sum_even, sum_odd, sum_other_even, sum_other_odd = no_sums(ROWS, r, o)
+    row = ((b * tl.num_programs(1) + part) * 2 + k).to(tl.int64)
+    plane = batch * S.H * padded
+    for first in range(0, S.H, 16):
+        turns = tl.zeros([16, r.shape[1]], tl.float32)
+        evens, odds, other_evens, other_odds = no_sums(16, r, o)
+        for i in tl.range(0, tl.minimum(16, S.H - first), num_stages=3):
+            head = (b * S.H + first + i).to(tl.int64)
+            place = head_rows(k, head, t, batch, padded, S)
+            bias = biases + (k * S.H + first + i) * S.N
+            u_even, u_odd = add_biases(even, odd, bias + r, turning, S)
+            rows = d_rotated + place * S.N
+            angle = rotation + head_rows(COS, head, t, batch, padded, S) * S.R + r
+            d_even, d_odd = undo_rotation(rows + r, angle, plane, turning, S)
+            sum_even += d_even
+            sum_odd += d_odd
+            evens = put_sum(evens, i, d_even, ones, MULTIPLY)
+            odds = put_sum(odds, i, d_odd, ones, MULTIPLY)
+            turned = TWO_PI * (u_even * d_odd - u_odd * d_even)
+            turns = put_row(turns, i, sum_rows_exactly(turned, ones, MULTIPLY))
+            turned = sum_onward(turned, onward, MULTIPLY)
+            step = tl.load(scalars + head_rows(STEP, head, token, batch, padded, S))
+            d_half = turn_backward(d_half, half, turned, step, d_scalars + place + 2 * plane)
+            along = tl.sum(u_even * d_even + u_odd * d_odd, axis=1)
+            if S.N > 2 * S.R:
+                u_even, u_odd = add_biases(other_even, other_odd, bias + o, still, S)
+                d_even, d_odd = load_float_even_odd(rows + o, still, S)
+                sum_other_even += d_even
+                sum_other_odd += d_odd
+                other_evens = put_sum(other_evens, i, d_even, ones, MULTIPLY)
+                other_odds = put_sum(other_odds, i, d_odd, ones, MULTIPLY)
+                along += tl.sum(u_even * d_even + u_odd * d_odd, axis=1)
+            tl.store(d_scalars + place, along[:, None])
+        heads = first + tl.arange(0, 16)[:, None]
+        tl.store(d_turns + (row * S.H + heads) * S.R + r, turns, (heads < S.H) & turning)
+        place = feature_sums(d_features, row, heads, S)
+        store_even_odd(place + r, evens, odds, (heads < S.H) & turning, S)
+        if S.N > 2 * S.R:
+            store_even_odd(place + o, other_evens, other_odds, (heads < S.H) & still, S)
+    tl.store(d_half_turn + ((k * batch + b) * padded + t) * S.R + r, d_half, turning)
+    return sum_even, sum_odd, sum_other_even, sum_other_odd
 
 
 @jit
@@ -7233,87 +7327,15 @@ def features_backward(
     k = tl.program_id(0)  # KEY or QUERY: side by side, they find rotation in a cache
     part = tl.program_id(1)
     b = tl.program_id(2)
-    parts = tl.num_programs(1)
-    padded = parts * ROWS
-    token = part * ROWS + tl.arange(0, ROWS)
-    t = token[:, None]
-    r = column_indices(S.R)  # pairs that turn
-    turning = r < S.R
-    OTHERS: constexpr = S.N // 2 - S.R
-    o = S.R + column_indices(OTHERS if OTHERS > 0 else 1)
-    still = o < S.N // 2
-    MULTIPLY: constexpr = ROWS >= 16 and S.R >= 8  # the least that tensor cores do
-    dtype: constexpr = projected.dtype.element_ty
-    feature = feature_rows(features, k, b, t, batch, padded, S)
-    even, odd = load_float_even_odd(feature + r, turning, S)
-    other_even, other_odd = load_float_even_odd(feature + o, still, S)
-    half = load_float(half_turn + (b * padded + t) * S.R + r, turning)
-    onward = (t <= token[None, :]).to(dtype)
-    ones = tl.full([16, ROWS], 1.0, dtype)
-    d_half = tl.zeros_like(half)
-    sum_even = tl.zeros_like(even)
-    sum_odd = tl.zeros_like(even)
-    sum_other_even = tl.zeros_like(other_even)
-    sum_other_odd = tl.zeros_like(other_even)
-    row = ((b * parts + part) * 2 + k).to(tl.int64)
-    plane = batch * S.H * padded
-    for first in range(0, S.H, 16):
-        turns = tl.zeros([16, r.shape[1]], tl.float32)
-        d_even_bias = tl.zeros([16, r.shape[1]], tl.float32)
-        d_odd_bias = tl.zeros([16, r.shape[1]], tl.float32)
-        d_other_even_bias = tl.zeros([16, o.shape[1]], tl.float32)
-        d_other_odd_bias = tl.zeros([16, o.shape[1]], tl.float32)
-        for h in tl.range(first, tl.minimum(first + 16, S.H), num_stages=3):
-            head = (b * S.H + h).to(tl.int64)
-            place = head_rows(k, head, t, batch, padded, S)
-            bias = biases + (k * S.H + h) * S.N
-            even_bias, odd_bias = load_even_odd(bias + r, turning, S)
-            u_even = even + even_bias  # as rotate_features() rotated them
-            u_odd = odd + odd_bias
-            from_even, from_odd = load_even_odd(d_rotated + place * S.N + r, turning, S)
-            angle = rotation + head_rows(COS, head, t, batch, padded, S) * S.R + r
-            cos = load_float(angle, turning)
-            sin = load_float(angle + plane.to(tl.int64) * S.R, turning)
-            d_even = from_even * cos + from_odd * sin
-            d_odd = from_odd * cos - from_even * sin
-            sum_even += d_even
-            sum_odd += d_odd
-            d_even_bias = put_row(d_even_bias, h - first, sum_rows(d_even, ones, MULTIPLY))
-            d_odd_bias = put_row(d_odd_bias, h - first, sum_rows(d_odd, ones, MULTIPLY))
-            turned = TWO_PI * (u_even * d_odd - u_odd * d_even)
-            turns = put_row(turns, h - first, sum_rows_exactly(turned, ones, MULTIPLY))
-            turned = sum_onward(turned, onward, MULTIPLY)
-            step = tl.load(scalars + head_rows(STEP, head, token, batch, padded, S))
-            d_half += step[:, None] * turned
-            d_step = tl.sum(half * turned, axis=1)
-            tl.store(d_scalars + place + 2 * plane, d_step[:, None])
-            along = tl.sum(u_even * d_even + u_odd * d_odd, axis=1)
-            if OTHERS > 0:
-                even_bias, odd_bias = load_even_odd(bias + o, still, S)
-                d_even, d_odd = load_float_even_odd(d_rotated + place * S.N + o, still, S)
-                sum_other_even += d_even
-                sum_other_odd += d_odd
-                sums = sum_rows(d_even, ones, MULTIPLY)
-                d_other_even_bias = put_row(d_other_even_bias, h - first, sums)
-                sums = sum_rows(d_odd, ones, MULTIPLY)
-                d_other_odd_bias = put_row(d_other_odd_bias, h - first, sums)
-                u_even = other_even + even_bias
-                u_odd = other_odd + odd_bias
-                along += tl.sum(u_even * d_even + u_odd * d_odd, axis=1)
-            tl.store(d_scalars + place, along[:, None])
-        h = first + tl.arange(0, 16)[:, None]
-        heads = h < S.H
-        tl.store(d_turns + (row * S.H + h) * S.R + r, turns, heads & turning)
-        place = feature_sums(d_features, row, h, S)
-        store_even_odd(place + r, d_even_bias, d_odd_bias, heads & turning, S)
-        if OTHERS > 0:
-            store_even_odd(place + o, d_other_even_bias, d_other_odd_bias, heads & still, S)
-    tl.store(d_half_turn + ((k * batch + b) * padded + t) * S.R + r, d_half, turning)
-    pairs = tl.join(sum_even, sum_odd)
-    if OTHERS > 0:
-        others = tl.join(sum_other_even, sum_other_odd)
-        pairs = tl.permute(tl.join(pairs, others), [0, 3, 1, 2])
+    given = features, scalars, half_turn, rotation, biases, d_rotated
+    found = d_scalars, d_half_turn, d_turns, d_features
+    sums = heads_backward(given, found, k, part, b, batch, ROWS, S)
+    pairs = tl.join(sums[0], sums[1])
+    if S.N > 2 * S.R:
+        pairs = tl.permute(tl.join(pairs, tl.join(sums[2], sums[3])), [0, 3, 1, 2])
     total = tl.reshape(pairs, [ROWS, S.N])
+    t = part * ROWS + tl.arange(0, ROWS)[:, None]
+    row = ((b * tl.num_programs(1) + part) * 2 + k).to(tl.int64)
     place = key_columns(b, t, length, S) + k * S.N + tl.arange(0, S.N)[None, :]
     total = norm_backward(total, projected + place, t < length, norms, k, d_features, row, S)
     tl.store(d_projected + place, total, t < length)
@@ -7364,8 +7386,8 @@ def turns_backward(
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     t = token[:, None]
-    h = tl.trans(column_indices(max(S.H, 16)))  # products have 16 numbers at least
-    r = column_indices(max(S.R, 16))
+    h = tl.trans(column_indices(S.H if S.H > 16 else 16))  # products have 16 numbers at least
+    r = column_indices(S.R if S.R > 16 else 16)
     turning = live & (r < S.R)
     place = (b * chunks * S.CHUNK + t) * S.R + r
     half = load_float(half_turn + place, turning)
@@ -7386,6 +7408,21 @@ def turns_backward(
     slope = 0.5 - 2.0 * half * half  # of tanh(angle) / 2
     tl.store(d_row + 3 * S.H + r, d_half * slope, turning)
     return d_step
+
+
+@jit
+def own_turns_backward(d_scalars, mask, plane):
+    """What the turns that steps make in their own parts give them, by keys and by queries."""
+    by_keys = load_float(d_scalars + plane * (2 + KEY), mask)
+    return by_keys + load_float(d_scalars + plane * (2 + QUERY), mask)
+
+
+@jit
+def store_by_heads(place, d_bias, d_skip, S: constexpr):
+    """Stores the sums over tokens of the gradients (CHUNK, heads) of step biases, then of skips."""
+    h = column_indices(S.H if S.H > 16 else 16)
+    tl.store(place + h, tl.sum(d_bias, axis=0)[None, :], h < S.H)
+    tl.store(place + S.H + h, tl.sum(d_skip, axis=0)[None, :], h < S.H)
 
 
 @jit
@@ -7436,8 +7473,7 @@ def tokens_backward(
     before = mask & (t > 0)  # this token's step also weighs the key before it
     _, d_previous = key_weight_backward(scalars, d_scalars, d_diagonal, place - 1, before, plane)
     d_step = share * d_current + rate * d_log_decay + (1.0 - share) * d_previous
-    d_step += load_float(d_scalars + place + plane * (2 + KEY), heads)
-    d_step += load_float(d_scalars + place + plane * (2 + QUERY), heads)
+    d_step += own_turns_backward(d_scalars + place, heads, plane)
     d_step = turns_backward(
         d_step, step, half_turn, d_half_turn, d_turns, later, d_row, b, token, live, batch, ROWS, S
     )
@@ -7448,11 +7484,8 @@ def tokens_backward(
     tl.store(d_row + 2 * S.H + h, d_share, mask)
     d_raw = tl.where(mask, d_step * sigmoid_tile(raw_step), 0.0)
     tl.store(d_row + h, d_raw, mask)
-    d_bias = tl.sum(d_raw, axis=0)
-    d_skip = tl.sum(load_float(d_diagonal + place, heads), axis=0)
-    d_head = d_heads + 2 * (b * chunks + chunk) * S.H + h
-    tl.store(d_head, d_bias[None, :], heads)
-    tl.store(d_head + S.H, d_skip[None, :], heads)
+    d_skip = load_float(d_diagonal + place, heads)
+    store_by_heads(d_heads + 2 * (b * chunks + chunk) * S.H, d_raw, d_skip, S)
 
 
 # ---- The operator --------------------------------------------------------------------------------
