@@ -7513,7 +7513,7 @@ def launch(kernel, grid: tuple, named: dict, *, warps: int = 4, registers=None, 
     try:
         kernel[grid](**arguments, num_warps=warps, maxnreg=registers, num_stages=stages)
     except (triton.CompilationError, triton.OutOfResources) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         remedy = "a scan runs with SCAN_BACKEND=chunked"
         raise UserError(f"{kernel.__name__} does not run here: {reason}; {remedy}") from error
 
@@ -7724,20 +7724,20 @@ MORE_SHARED_BYTES = {
     90: {
         (16, 16, 256): 210_564,
         (16, 32, 256): 243_844,
-        (16, 64, 128): 148_132,
+        (16, 64, 128): 148_084,
         (16, 64, 256): 359_540,
-        (16, 128, 64): 112_036,
-        (16, 128, 128): 232_100,
-        (16, 256, 64): 202_148,
-        (32, 16, 128): 106_164,
+        (16, 128, 64): 111_988,
+        (16, 128, 128): 232_052,
+        (16, 256, 64): 202_100,
+        (32, 16, 128): 106_116,
         (32, 16, 256): 276_612,
-        (32, 64, 64): 105_608,
-        (32, 64, 128): 178_852,
-        (32, 128, 64): 132_516,
-        (32, 128, 128): 264_868,
-        (32, 256, 64): 230_820,
-        (64, 16, 128): 164_532,
-        (64, 128, 128): 330_404,
+        (32, 64, 64): 105_592,
+        (32, 64, 128): 178_804,
+        (32, 128, 64): 132_468,
+        (32, 128, 128): 264_820,
+        (32, 256, 64): 230_772,
+        (64, 16, 128): 164_484,
+        (64, 128, 128): 330_356,
     },
 }
 MORE_SHARED_BYTES[120] = MORE_SHARED_BYTES[80]
@@ -7754,15 +7754,18 @@ def shared_bytes_by_sum(heads: int, channels: int, state: int, chunk: int, first
 def scan_shared_bytes(heads: int, channels: int, state: int, chunk: int, capability: int) -> int:
     """What a program needs of shared memory: near a GPU's limit no less than the compiler says.
 
-    It is scan_forward's, scan_backward's or tokens_forward's. The last one's loop over 16 heads a
-    turn keeps two turns' loads ready, and its sums pass on numbers of each token and head.
+    It is scan_forward's, scan_backward's, tokens_forward's or tokens_backward's. tokens_forward's
+    loop over 16 heads a turn keeps the next turn's biases ready, and its sums pass on numbers of
+    each token and head; tokens_backward multiplies these and those of each head and angle.
     """
     first = max(least for least in SHARED_BYTES if least <= capability)
     of_scan = MORE_SHARED_BYTES[first].get((channels, state, chunk), 0)
-    of_loop = 8 * chunk * state + 256 * state + 64 * chunk if heads > 16 else 0
-    of_sums = (6 if chunk > 128 or heads > 512 else 8) * chunk * (1 << (heads - 1).bit_length())
+    of_loop = (4 * chunk + 256) * state + 64 * chunk if heads > 16 else 0
+    columns = 1 << (heads - 1).bit_length()
+    of_sums = (6 if chunk > 128 or heads > 512 else 8) * chunk * columns
+    of_turns = 4 * (chunk + max(state // 4, 16)) * columns
     by_sum = shared_bytes_by_sum(heads, channels, state, chunk, first)
-    return max(by_sum, of_scan, of_loop, of_sums)
+    return max(by_sum, of_scan, of_loop, of_sums, of_turns)
 
 
 def why_not_triton(settings, device: torch.device) -> str:
