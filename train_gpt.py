@@ -7720,7 +7720,7 @@ MOST_SHARED_BYTES = 120_000
 # What the compiler says of channels, state and chunk where that sum is less, and near what GPUs of
 # these capabilities serve (bench/results/shared.txt): with narrow heads, products take other ways.
 MORE_SHARED_BYTES = {
-    80: {(16, 64, 128): 131_080, (16, 512, 32): 102_404},
+    80: {(16, 64, 128): 131_080, (16, 512, 32): 102_404, (32, 64, 128): 122_888},
     90: {
         (16, 16, 256): 210_564,
         (16, 32, 256): 243_844,
