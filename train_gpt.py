@@ -7717,6 +7717,7 @@ def kernel_limits(device: torch.device) -> tuple[int, int]:
 SHARED_BYTES = {80: (11.0, 3.4, 2.2, 3.4), 90: (14.2, 8.9, 1.4, 4.9), 120: (11.0, 3.4, 2.2, 3.4)}
 # Without tile instructions, programs that need more spill kilobytes; of 12 shapes, none other does.
 MOST_SHARED_BYTES = 120_000
+MOST_OF_LONG_CHUNKS = 110_000  # likewise, of chunks over 64
 # What the compiler says of channels, state and chunk where that sum is less, and near what GPUs of
 # these capabilities serve (bench/results/shared.txt): with narrow heads, products take other ways.
 MORE_SHARED_BYTES = {
@@ -7789,9 +7790,10 @@ def why_not_triton(settings, device: torch.device) -> str:
         return "needs MAMBA_CHUNK_SIZE of 32 or less on a GPU of compute capability 10"
     heads = settings.mamba_inner_dim // settings.mamba_head_dim
     needed = scan_shared_bytes(heads, *sides, capability)
-    spills = shared_bytes_by_sum(heads, *sides, 80) > MOST_SHARED_BYTES
+    most = MOST_SHARED_BYTES if settings.mamba_chunk_size <= 64 else MOST_OF_LONG_CHUNKS
+    spills = shared_bytes_by_sum(heads, *sides, 80) > most
     if spills and not has_tile_instructions(device):
-        have = min(have, MOST_SHARED_BYTES)
+        have = min(have, most)
     if needed > have:
         remedy = "a smaller MAMBA_CHUNK_SIZE, MAMBA_D_STATE or MAMBA_HEAD_DIM may do"
         return f"needs {needed:,} bytes of shared memory, this GPU serves {have:,} ({remedy})"
