@@ -613,7 +613,7 @@ def check_values(s):
             words = " ".join(text.split())
             fits = words.isprintable() and (unit == "text" or words == text)
             problem = "holds a line break, a space too many or a character that does not print"
-            if f.default and not text and unit != "layers":  # a folder "" would be the current one
+            if unit == "folder" and not text:  # it would be the current one
                 fits, problem = False, "is empty: unset it, or say which"
         else:
             low, high = f.metadata["low"], f.metadata["high"]

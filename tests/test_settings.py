@@ -708,19 +708,18 @@ def test_what_does_not_print_is_refused_in_names_and_paths(name, text):
     assert str(caught.value).isprintable()
 
 
-def test_what_has_a_default_is_not_empty():
+def test_no_folder_is_empty():
     """An empty DATA_PATH or LOG_DIR was the current folder, without a word; what may be left out,
-    and lists of layers, may be empty.
+    lists of layers, and the tokenizer of what needs none, may be empty.
     """
     may_be = {"run_id", "artifact", "eval_nll_path", "sample_prompt", "mamba_layers", "mlp_layers"}
-    for field in t.fields(t.Settings):
-        if not isinstance(field.default, str) or field.name in ("preset", "layer_order"):
-            continue
-        settings, _ = t.read_settings({"PRESET": "tiny", field.name.upper(): ""})
-        if field.name in may_be:
-            t.validate_settings(settings, 1)
-            continue
-        with pytest.raises(t.UserError, match=f"{field.name.upper()}= (is empty|should be one of)"):
+    for name in may_be | {"tokenizer_path"}:
+        t.validate_settings(t.read_settings({"PRESET": "tiny", name.upper(): ""})[0], 1)
+    folders = [field.name for field in t.fields(t.Settings) if field.metadata["unit"] == "folder"]
+    assert {"data_path", "log_dir"} <= set(folders)
+    for name in folders:
+        settings, _ = t.read_settings({"PRESET": "tiny", name.upper(): ""})
+        with pytest.raises(t.UserError, match=f"{name.upper()}= is empty"):
             t.validate_settings(settings, 1)
 
 
