@@ -6586,6 +6586,12 @@ def column_indices(count: constexpr):
 
 
 @jit
+def factor_columns(count: constexpr):
+    """Likewise, but 16 at least, as a product's factors have."""
+    return column_indices(count if count > 16 else 16)
+
+
+@jit
 def key_columns(b, t, length, S: constexpr):
     """Where the rows of tokens t have their first key column, in a tensor like projected."""
     return (b * length + t).to(tl.int64) * S.WIDTH + 2 * S.H * S.P
@@ -6723,16 +6729,10 @@ def at_starts(x, value, starts, b, token, length):
 
 
 @jit
-def in_two(x, dtype: constexpr):
-    """x of 32 bits as two of dtype's 16: what is rounded, and the rest."""
-    rounded = x.to(dtype)
-    return rounded, (x - rounded.to(tl.float32)).to(dtype)
-
-
-@jit
 def times_exactly(a, b):
-    """a of 16 bits @ b of 32."""
-    rounded, rest = in_two(b, a.dtype)
+    """a of 16 bits @ b of 32, which is split in two of 16."""
+    rounded = b.to(a.dtype)
+    rest = (b - rounded.to(tl.float32)).to(a.dtype)
     return exact_dot(a, rest, exact_dot(a, rounded))
 
 
@@ -7234,7 +7234,7 @@ def norm_backward(d_normed, place, live, norms, k, d_features, row, S: constexpr
 
 
 @jit
-def turn_backward(d_half, half, turned, step, place):
+def add_own_turns(d_half, half, turned, step, place):
     """d_half with what a head's turns add to it; stores at place what they add to its steps."""
     tl.store(place, tl.sum(half * turned, axis=1)[:, None])
     return d_half + step[:, None] * turned
@@ -7282,7 +7282,7 @@ def heads_backward(given, found, k, part, b, batch, ROWS: constexpr, S: constexp
             turns = put_row(turns, i, sum_rows_exactly(turned, ones, MULTIPLY))
             turned = sum_onward(turned, onward, MULTIPLY)
             step = tl.load(scalars + head_rows(STEP, head, token, batch, padded, S))
-            d_half = turn_backward(d_half, half, turned, step, d_scalars + place + 2 * plane)
+            d_half = add_own_turns(d_half, half, turned, step, d_scalars + place + 2 * plane)
             along = tl.sum(u_even * d_even + u_odd * d_odd, axis=1)
             if S.N > 2 * S.R:
                 u_even, u_odd = add_biases(other_even, other_odd, bias + o, still, S)
@@ -7386,8 +7386,8 @@ def turns_backward(
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     t = token[:, None]
-    h = tl.trans(column_indices(S.H if S.H > 16 else 16))  # products have 16 numbers at least
-    r = column_indices(S.R if S.R > 16 else 16)
+    h = tl.trans(factor_columns(S.H))
+    r = factor_columns(S.R)
     turning = live & (r < S.R)
     place = (b * chunks * S.CHUNK + t) * S.R + r
     half = load_float(half_turn + place, turning)
@@ -7420,7 +7420,7 @@ def own_turns_backward(d_scalars, mask, plane):
 @jit
 def store_by_heads(place, d_bias, d_skip, S: constexpr):
     """Stores the sums over tokens of the gradients (CHUNK, heads) of step biases, then of skips."""
-    h = column_indices(S.H if S.H > 16 else 16)
+    h = factor_columns(S.H)
     tl.store(place + h, tl.sum(d_bias, axis=0)[None, :], h < S.H)
     tl.store(place + S.H + h, tl.sum(d_skip, axis=0)[None, :], h < S.H)
 
@@ -7452,7 +7452,7 @@ def tokens_backward(
     padded = chunks * S.CHUNK
     token = chunk * S.CHUNK + tl.arange(0, S.CHUNK)
     t = token[:, None]
-    h = column_indices(S.H if S.H > 16 else 16)
+    h = factor_columns(S.H)
     live = t < length
     heads = h < S.H
     mask = live & heads
